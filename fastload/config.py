@@ -1,0 +1,141 @@
+"""Settings: sizes as people write them, and what this machine allows.
+
+Everything here is read once, where a `Cache`, data set or loader is made, and passed on in small frozen groups; nothing
+further down looks at the environment by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastload.errors import ConfigError
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": KIB,
+    "mib": MIB,
+    "gib": GIB,
+    "tib": 1 << 40,
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_bytes(value: int | str, name: str) -> int:
+    """`"8GiB"`, `"500 MB"` or an int, as bytes; `name` is the argument's name, for the error."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is None or match[2].lower() not in _UNITS:
+        raise ConfigError(f'{name}={value!r} is not a size; give bytes as an int, or a string such as "8GiB"')
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def format_bytes(count: float) -> str:
+    """`count` bytes for people: `"8.0 GiB"`."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLimits:
+    """How much a cache may hold. They belong to its directory, not to a process.
+
+    `ram_bytes` is the arena, per node. `disk_bytes` counts allocated blocks; 0 switches the disk tier off.
+    `chunk_bytes` is the unit of fetching: 8 MiB is where an object store's per-request cost no longer shows and eight
+    requests in flight hide 20 ms; a multiple of 4 KiB, for direct I/O.
+    """
+
+    ram_bytes: int
+    disk_bytes: int
+    chunk_bytes: int = 8 * MIB
+
+    def __post_init__(self) -> None:
+        if self.chunk_bytes < 64 * KIB or self.chunk_bytes > GIB or self.chunk_bytes % 4096:
+            raise ConfigError(
+                f"chunk_bytes={self.chunk_bytes} must be a multiple of 4096 between 64 KiB and 1 GiB; "
+                "8 MiB is the default"
+            )
+        if self.ram_bytes < 2 * self.chunk_bytes:
+            raise ConfigError(
+                f"ram_bytes={self.ram_bytes} is below two chunks ({2 * self.chunk_bytes} bytes); "
+                "raise ram_bytes or lower chunk_bytes"
+            )
+        if 0 < self.disk_bytes < self.chunk_bytes + 8192:
+            raise ConfigError(
+                f"disk_bytes={self.disk_bytes} is below one chunk on disk ({self.chunk_bytes + 8192} bytes); "
+                "raise disk_bytes, or set it to 0 to cache in RAM only"
+            )
+
+
+def default_cache_dir() -> Path:
+    """`$FASTLOAD_CACHE`, else `fastload` in the user's cache directory."""
+    named = os.environ.get("FASTLOAD_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "fastload"
+
+
+def default_ram_bytes() -> int:
+    """8 GiB or a quarter of the memory that this process may use, whichever is less."""
+    return min(8 * GIB, memory_limit_bytes() // 4)
+
+
+def default_disk_bytes(directory: Path) -> int:
+    """What is free on the file system of `directory`, less 10 %."""
+    while not directory.exists():
+        directory = directory.parent
+    stat = os.statvfs(directory)
+    return int(stat.f_bavail * stat.f_frsize * 0.9)
+
+
+def memory_limit_bytes() -> int:
+    """The machine's memory, or the cgroup's limit (v2 or v1) where that is lower."""
+    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path in _cgroup_files("memory.max", "memory/memory.limit_in_bytes"):
+        text = _read(path)
+        if text.isdigit():
+            limit = min(limit, int(text))
+    return limit
+
+
+def cpu_count() -> int:
+    """The CPUs that this process may use: its affinity, cut down to the cgroup's quota."""
+    count = len(os.sched_getaffinity(0))
+    for path in _cgroup_files("cpu.max", None):
+        fields = _read(path).split()
+        if len(fields) == 2 and fields[0].isdigit():
+            count = min(count, max(1, int(fields[0]) // int(fields[1])))
+    return count
+
+
+def _cgroup_files(v2_name: str, v1_path: str | None) -> list[Path]:
+    """Where the limits of this process's cgroup and of its parents are written."""
+    root = Path("/sys/fs/cgroup")
+    files = [root / v1_path] if v1_path else []
+    for line in _read(Path("/proc/self/cgroup")).splitlines():
+        hierarchy, _, path = line.split(":", 2)
+        if hierarchy == "0":
+            group = root / path.lstrip("/")
+            files += [folder / v2_name for folder in (group, *group.parents) if folder.is_relative_to(root)]
+    return files
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:  # no such limit here: another cgroup version, or none
+        return ""

@@ -1,0 +1,83 @@
+"""Where waiting happens: every blocking call of fastload goes through here.
+
+A loader that stalls is only useful to look at when the stall has a name, and a loader that hangs is never useful. So
+a wait has a reason, which is where the time is booked, and a deadline, after which it ends with an error that says
+what it was waiting for. `Waits` belongs to one loader and may be shared by its threads.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+from fastload.errors import WaitTimeoutError
+
+Reason = Literal["chunk", "index", "batch", "slot", "queue", "service", "listing", "shutdown"]
+REASONS: tuple[Reason, ...] = get_args(Reason)
+
+# Nobody waits longer than this for anything without hearing from it. A store that is retried until its own deadline
+# (retries included) answers well before.
+DEADLINE_S = 600.0
+
+# How often a waiting main thread looks up, so that Ctrl-C is served: a lock wait without timeout is not interruptible
+# on every platform, and one that is costs nothing at this rate.
+_LOOK_UP_S = 1.0
+
+
+class Waits:
+    """Seconds spent waiting, by reason. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seconds: dict[Reason, float] = dict.fromkeys(REASONS, 0.0)
+
+    def add(self, reason: Reason, seconds: float) -> None:
+        """Book `seconds` under `reason`."""
+        with self._lock:
+            self._seconds[reason] += seconds
+
+    def seconds(self) -> dict[str, float]:
+        """A copy of the account."""
+        with self._lock:
+            return {str(reason): value for reason, value in self._seconds.items()}
+
+    @contextmanager
+    def measure(self, reason: Reason) -> Iterator[None]:
+        """Book the time of the block: for calls that block by themselves and have their own deadline."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(reason, time.monotonic() - began)
+
+
+def wait(
+    condition: threading.Condition,
+    ready: Callable[[], bool],
+    reason: Reason,
+    *,
+    what: str,
+    waits: Waits | None = None,
+    deadline_s: float = DEADLINE_S,
+) -> None:
+    """Block until `ready()` is true; the caller holds `condition`, and whoever changes the answer notifies it.
+
+    `what` completes the sentence "gave up after 600 s waiting for ..." of the `WaitTimeoutError`. Anything that can
+    make the wait pointless (a dead worker, a closed socket, close()) has to make `ready()` true, and the caller looks
+    at what it got.
+    """
+    if ready():
+        return
+    began = time.monotonic()
+    try:
+        while not ready():
+            left = began + deadline_s - time.monotonic()
+            if left <= 0:
+                raise WaitTimeoutError(f"gave up after {deadline_s:g} s waiting for {what}")
+            condition.wait(min(left, _LOOK_UP_S))
+    finally:
+        if waits is not None:
+            waits.add(reason, time.monotonic() - began)
