@@ -1,0 +1,32 @@
+"""The plan: which samples, in which order, for which rank. Pure functions; no I/O, and torch only if it is
+there.
+"""
+
+from fastload.plan.cursor import BatchEntry, RankCursor, Split
+from fastload.plan.lookahead import objects_in_use_order
+from fastload.plan.manifest import Manifest
+from fastload.plan.order import DEFAULT_WINDOW_BYTES, EpochOrder, OrderOptions, Shuffle, epoch_order
+from fastload.plan.position import Place, Position
+from fastload.plan.ranks import Ranks, resolve_ranks
+from fastload.plan.tail import Tail, batch_count_of_rank, repeat_count, sample_count_of_rank
+
+__all__ = [
+    "DEFAULT_WINDOW_BYTES",
+    "BatchEntry",
+    "EpochOrder",
+    "Manifest",
+    "OrderOptions",
+    "Place",
+    "Position",
+    "RankCursor",
+    "Ranks",
+    "Shuffle",
+    "Split",
+    "Tail",
+    "batch_count_of_rank",
+    "epoch_order",
+    "objects_in_use_order",
+    "repeat_count",
+    "resolve_ranks",
+    "sample_count_of_rank",
+]

@@ -1,0 +1,173 @@
+"""The one order of a data set: a function of (manifest, seed, epoch) that needs no sample counts.
+
+- Shards are dealt to *partitions* by bytes, the same in every epoch, so that what a node caches stays of use
+  to it.
+- In each epoch a partition shuffles its shards and cuts them into *windows* of whole shards, as many as fit
+  in `window_bytes` but at least one. The first windows hold at most 1, 2, 4 ... shards, so that an epoch
+  starts at once.
+- The samples of a window, those of its shards one after the other, are permuted once its shards are indexed
+  and so their number is known. The order of the partition is its windows, one after the other.
+
+Without `shuffle` shards keep their numbers' order, each is a window and its samples stay as they are;
+`"shards"` shuffles shards only.
+
+Every permutation is keyed by a text such as `fastload order 1 samples seed=0 epoch=3 partition=0 window=7`,
+whose blake2b-256 gives the four little-endian words of `kernels.permute`. No permutation depends on another,
+so that any window of any epoch can be had without those before it. Rejected: numpy's generators, whose
+`permutation` may change between versions; one stream for the whole epoch, which would tie a window to the
+counts of all before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastload.errors import ConfigError
+from fastload.kernels.permute import PERMUTATION_ITEMS_MAX, permute
+from fastload.plan.manifest import Manifest
+
+Shuffle = Literal["none", "window", "shards"]
+
+
+def check_shuffle(shuffle: str) -> Shuffle:
+    """`shuffle` if it is one of the three ways. Raises `ConfigError`."""
+    if shuffle not in get_args(Shuffle):
+        raise ConfigError(f"shuffle={shuffle!r} must be 'none', 'window' or 'shards'")
+    return cast(Shuffle, shuffle)
+
+
+# What "auto" means for the window: some thousands of images, while two live windows fit a small arena. It is
+# the same on every machine, since the order must be.
+DEFAULT_WINDOW_BYTES = 512 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class OrderOptions:
+    """What, beside the manifest and the epoch, settles the order. Raises `ConfigError`."""
+
+    seed: int = 0
+    shuffle: Shuffle = "window"
+    window_bytes: int = DEFAULT_WINDOW_BYTES
+    partitions: int = 1
+
+    def __post_init__(self) -> None:
+        check_shuffle(self.shuffle)
+        if self.window_bytes < 1:
+            raise ConfigError(f"window_bytes={self.window_bytes} must be at least 1; a window holds one shard or more")
+        if self.partitions < 1:
+            raise ConfigError(f"partitions={self.partitions} must be at least 1")
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """The order of one partition in one epoch: its shards, window by window. Made by `epoch_order`.
+
+    `object_order`, int32[shards], holds object numbers in the order of their first use; window w is
+    `object_order[window_start[w] : window_start[w + 1]]`, with `window_start` int64[window_count + 1].
+    """
+
+    manifest: Manifest
+    options: OrderOptions
+    epoch: int
+    partition: int
+    object_order: NDArray[np.int32]
+    window_start: NDArray[np.int64]
+
+    @property
+    def window_count(self) -> int:
+        """How many windows the epoch has."""
+        return len(self.window_start) - 1
+
+    def window_objects(self, window: int) -> NDArray[np.int32]:
+        """The object numbers of one window, int32[shards of the window]; read-only."""
+        return self.object_order[self.window_start[window] : self.window_start[window + 1]]
+
+    @cached_property
+    def window_bytes(self) -> NDArray[np.int64]:
+        """Bytes of each window's shards, int64[window_count]."""
+        ends = np.zeros(len(self.object_order) + 1, np.int64)
+        np.cumsum(self.manifest.sizes[self.object_order], out=ends[1:])
+        return np.diff(ends[self.window_start])
+
+    def window_permutation(self, window: int, sample_count: int) -> NDArray[np.int64]:
+        """int64[sample_count]: which of the window's samples comes first, second, ...
+
+        Samples are numbered through the window's shards in the order of `window_objects`.
+        """
+        if self.options.shuffle != "window":
+            return np.arange(sample_count, dtype=np.int64)
+        key = _key("samples", self.options.seed, self.epoch, self.partition, window)
+        return keyed_permutation(key, sample_count)
+
+
+def epoch_order(manifest: Manifest, options: OrderOptions, epoch: int, partition: int = 0) -> EpochOrder:
+    """The order of `partition` in `epoch`. Time and memory are linear in shards, whatever they hold."""
+    if not 0 <= partition < options.partitions:
+        raise ConfigError(f"partition={partition} must be from 0 to {options.partitions - 1}")
+    objects = _partition_objects(manifest, options.partitions, partition)
+    if options.shuffle != "none":
+        objects = objects[keyed_permutation(_key("shards", options.seed, epoch, partition), len(objects))]
+    if options.shuffle == "window":
+        starts = cut_windows(manifest.sizes[objects], options.window_bytes)
+    else:
+        starts = np.arange(len(objects) + 1, dtype=np.int64)
+    objects.flags.writeable = starts.flags.writeable = False
+    return EpochOrder(manifest, options, epoch, partition, objects, starts)
+
+
+def deal_to_partitions(sizes: NDArray[np.int64], partitions: int) -> NDArray[np.int32]:
+    """int32[objects]: the partition of each object.
+
+    Largest first, each to the partition with the fewest bytes so far (then the fewest objects, then the
+    lowest number): no two partitions differ by more than the largest object.
+    """
+    dealt = np.zeros(len(sizes), np.int32)
+    if partitions == 1:
+        return dealt
+    loads = [(0, 0, partition) for partition in range(partitions)]
+    for object_no in np.argsort(-sizes, kind="stable").tolist():
+        byte_count, count, partition = loads[0]
+        dealt[object_no] = partition
+        heapq.heapreplace(loads, (byte_count + int(sizes[object_no]), count + 1, partition))
+    return dealt
+
+
+def cut_windows(sizes: NDArray[np.int64], window_bytes: int) -> NDArray[np.int64]:
+    """int64[windows + 1]: where windows begin among shards of these sizes, and last the number of shards."""
+    ends = np.cumsum(sizes).tolist()
+    starts, start, shards_max = [0], 0, 1
+    while start < len(ends):
+        budget = (ends[start - 1] if start else 0) + window_bytes
+        fitting = bisect_right(ends, budget, start, min(start + shards_max, len(ends)))
+        start = max(fitting, start + 1)
+        starts.append(start)
+        shards_max *= 2
+    return np.array(starts, np.int64)
+
+
+def keyed_permutation(key: str, count: int) -> NDArray[np.int64]:
+    """int64[count]: the permutation of 0 ... count-1 that belongs to `key`."""
+    if count > PERMUTATION_ITEMS_MAX:
+        raise ConfigError(f"cannot shuffle {count} samples in one window; lower shuffle_window so that it holds fewer")
+    words = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=32).digest(), "<u8").astype(np.uint64)
+    out = np.empty(count, np.int64)
+    permute(words, out)
+    return out
+
+
+def _key(what: str, seed: int, epoch: int, partition: int, window: int | None = None) -> str:
+    key = f"fastload order 1 {what} seed={seed} epoch={epoch} partition={partition}"
+    return key if window is None else f"{key} window={window}"
+
+
+def _partition_objects(manifest: Manifest, partitions: int, partition: int) -> NDArray[np.int32]:
+    """int32: the objects of one partition, by number."""
+    return np.flatnonzero(deal_to_partitions(manifest.sizes, partitions) == partition).astype(np.int32)

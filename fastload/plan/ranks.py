@@ -1,0 +1,100 @@
+"""Which share of the data this process reads.
+
+A rank here is a *data-parallel* rank: processes with the same rank read the same samples. It is settled once,
+when an iteration begins, from the first of: what the user said, torch.distributed where it is initialised,
+the environment that launchers such as torchrun set, and otherwise one process alone. torch is asked only if
+the program has imported it already.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fastload.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Where this process stands among all (`rank` of `world_size`) and among those of its node (`local_rank`
+    of `local_world_size`).
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    def __post_init__(self) -> None:
+        _check("rank", self.rank, "world_size", self.world_size)
+        _check("local_rank", self.local_rank, "local_world_size", self.local_world_size)
+        if self.local_world_size > self.world_size:
+            raise ConfigError(
+                f"local_world_size={self.local_world_size} is above world_size={self.world_size}; "
+                "a node cannot hold more ranks than there are"
+            )
+
+
+def resolve_ranks(
+    rank: int | None = None, world_size: int | None = None, environ: Mapping[str, str] | None = None
+) -> Ranks:
+    """The ranks of this process; `environ` is the process's own environment unless given.
+
+    Where the launcher does not say which ranks share a node, all are taken to be on one. Raises `ConfigError`
+    where only one of rank and world size is known, or they do not fit.
+    """
+    environ = os.environ if environ is None else environ
+    launched = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
+    if rank is not None or world_size is not None:
+        found, source = (rank, world_size), ("rank", "world_size")
+    elif (distributed := _from_torch()) is not None:
+        found, source = distributed, ("torch's rank", "torch's world size")
+    else:
+        found, source = launched, ("RANK", "WORLD_SIZE")
+    if found == (None, None):
+        return Ranks()
+    if found[0] is None or found[1] is None:
+        known, missing = source if found[1] is None else source[::-1]
+        raise ConfigError(f"{known} is set but {missing} is not; set both, or neither for a single process")
+    return _with_node(found[0], found[1], launched, environ)
+
+
+def _with_node(
+    rank: int, world_size: int, launched: tuple[int | None, int | None], environ: Mapping[str, str]
+) -> Ranks:
+    """Adds the place on the node, which the launcher's environment gives if it speaks of the same ranks."""
+    _check("rank", rank, "world_size", world_size)
+    local_rank, local_world_size = _integer(environ, "LOCAL_RANK"), _integer(environ, "LOCAL_WORLD_SIZE")
+    if local_rank is None or local_world_size is None or launched not in ((rank, world_size), (None, None)):
+        return Ranks(rank, world_size, rank, world_size)
+    return Ranks(rank, world_size, local_rank, local_world_size)
+
+
+def _from_torch() -> tuple[int, int] | None:
+    """Rank and world size of torch's default process group, if there is one."""
+    if "torch" not in sys.modules:
+        return None
+    import torch.distributed as distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def _integer(environ: Mapping[str, str], name: str) -> int | None:
+    text = environ.get(name)
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ConfigError(f"{name}={text!r} in the environment is not an integer; correct or unset it") from error
+
+
+def _check(name: str, value: int, count_name: str, count: int) -> None:
+    if count < 1:
+        raise ConfigError(f"{count_name}={count} must be at least 1")
+    if not 0 <= value < count:
+        raise ConfigError(f"{name}={value} must be from 0 to {count - 1}, since {count_name}={count}")
