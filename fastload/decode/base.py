@@ -1,0 +1,139 @@
+"""What a decoder is: how the bytes of one column become what a user gets.
+
+A user declares a decoder a column (`decode={"jpg": image(224), "cls": integer()}`). A decoder is a frozen
+value without resources: it compares, pickles and may be used by any number of threads at once; what a thread
+needs to work with (pixels, tables) hangs on the thread, not on the decoder.
+
+The engine gathers the values of one column of a group of samples end to end (`values`, `offsets`) and makes
+one call:
+
+- `fixed()` is not None: every sample has this shape and dtype. The engine owns an array for the batch, and
+  `decode_into` fills a part of it, so that a group is decoded into its final place.
+- `fixed()` is None: `decode` returns the group as a `Ragged`, a list, or an array with one row a sample.
+
+`values` and `offsets` belong to the caller and are used again, so nothing that is returned may share their
+memory; `decode_owned` is for a caller that gives them away. Whatever a decoder returns is writable and the
+user's own.
+
+A decoder's own work is `_decode`, which knows one value and nothing of where it came from. It raises
+`DecodeError` (or `ConfigError`, where something is to be installed) with what is wrong; the callers here put
+the place before it. `where(i)`, which may be slow, is
+called only for that.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fastload.errors import ConfigError, DecodeError, FastloadError
+from fastload.ragged import Ragged
+
+__all__ = ["Bytes", "Decoder", "Fixed", "Offsets", "Where", "each", "join_groups", "located"]
+
+Bytes: TypeAlias = "bytes | bytearray | memoryview"
+Fixed: TypeAlias = tuple[tuple[int, ...], np.dtype[Any]]
+Offsets: TypeAlias = npt.NDArray[np.int64]
+Where: TypeAlias = Callable[[int], str]
+"""The place of sample i of the group, for an error: its URL, key and column."""
+
+# A `ConfigError` is one about the sample, too: a format whose library is not installed.
+_FAILURES = (DecodeError, ConfigError)
+
+
+class Decoder(ABC):
+    """How one column is decoded; see the module. Subclasses are frozen dataclasses that define `_decode`."""
+
+    @abstractmethod
+    def _decode(self, value: memoryview) -> Any:
+        """One value decoded, sharing no memory with `value`. Raises `DecodeError` without a place."""
+
+    def fixed(self) -> Fixed | None:
+        """Shape and dtype of every sample, or None where they differ."""
+        return None
+
+    def decode_one(self, value: Bytes, where: str) -> Any:
+        """One sample: `bytes`, `str`, `int`, an array, or what the column holds. Raises `DecodeError`."""
+        try:
+            return self._decode(memoryview(value))
+        except _FAILURES as error:
+            raise located(error, where) from error.__cause__
+
+    def decode_into(self, values: npt.NDArray[np.uint8], offsets: Offsets, out: npt.NDArray[Any], where: Where) -> None:
+        """Decode the group into `out` (n, *shape), C-contiguous; only where `fixed()` is not None.
+
+        `values`: uint8, 1-D, contiguous; sample i is `values[offsets[i]:offsets[i + 1]]`. Raises
+        `DecodeError` for the first sample that fails; `out` is then partly written.
+        """
+        fixed = self.fixed()
+        assert fixed == (out.shape[1:], out.dtype), f"{self} cannot decode into {out.dtype}{out.shape}"
+
+        def place(number: int, value: memoryview) -> None:
+            out[number] = self._decode(value)
+
+        each(values, offsets, where, place)
+
+    def decode(
+        self, values: npt.NDArray[np.uint8], offsets: Offsets, where: Where
+    ) -> Ragged | list[Any] | npt.NDArray[Any]:
+        """Decode the group into a `Ragged`, list or array of its own. Raises `DecodeError` for the first
+        that fails.
+        """
+        fixed = self.fixed()
+        if fixed is not None:
+            out = np.empty((len(offsets) - 1, *fixed[0]), fixed[1])
+            self.decode_into(values, offsets, out, where)
+            return out
+        decoded: list[Any] = []
+        each(values, offsets, where, lambda _, value: decoded.append(self._decode(value)))
+        return decoded
+
+    def decode_owned(
+        self, values: npt.NDArray[np.uint8], offsets: Offsets, where: Where
+    ) -> Ragged | list[Any] | npt.NDArray[Any]:
+        """As `decode`, from a caller that gives `values` (writable) and `offsets` (from 0) away for good."""
+        return self.decode(values, offsets, where)
+
+    def kernel_modules(self) -> tuple[str, ...]:
+        """The modules of `fastload.kernels` that this decoder calls, for whoever compiles ahead."""
+        return ()
+
+
+def each(values: npt.NDArray[np.uint8], offsets: Offsets, where: Where, act: Callable[[int, memoryview], None]) -> None:
+    """Call `act` with the number and the bytes (not a copy) of each sample; its failures get their place."""
+    view = values.data
+    for number, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        try:
+            act(number, view[start:end])
+        except _FAILURES as error:
+            raise located(error, where(number)) from error.__cause__
+
+
+def located(error: FastloadError, where: str) -> FastloadError:
+    """`error` with its place before it."""
+    return type(error)(f"{where}: {error}")
+
+
+def join_groups(
+    groups: list[Ragged | list[Any] | npt.NDArray[Any]],
+) -> Ragged | list[Any] | npt.NDArray[Any]:
+    """What one decoder's `decode` gave for the groups of a batch, as one. At least one group.
+
+    Raises `DecodeError` where arrays differ in dtype from group to group.
+    """
+    first = groups[0]
+    if len(groups) == 1:
+        return first
+    if isinstance(first, Ragged):
+        return Ragged.concatenate(groups)  # type: ignore[arg-type]  # one decoder, one type
+    if isinstance(first, list):
+        return [item for group in groups for item in group]
+    dtypes = sorted({str(group.dtype) for group in groups})  # type: ignore[union-attr]
+    if len(dtypes) > 1:
+        raise DecodeError(f"arrays of {' and '.join(dtypes)} in one batch; declare array(shape, dtype)")
+    return np.concatenate(groups)  # type: ignore[arg-type]

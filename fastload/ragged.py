@@ -1,0 +1,250 @@
+"""A batch of values of differing length, in two arrays.
+
+A list of a thousand `bytes` is a thousand objects to make, to pin, to pass between processes and to free.
+`Ragged` holds the same in one array of all values, end to end, and one of offsets, and still reads as a
+sequence: `batch[3]` is item 3. Two kinds:
+
+- `"bytes"`: `values` is uint8, and an item is a `bytes` object (a copy);
+- `"array"`: `values` is of any number type, and an item is an array: a view, so writing into it writes into
+  the batch. `shapes` gives the items' shapes where they are not one-dimensional.
+
+It is deliberately not registered as a `collections.abc.Sequence`: torch and Lightning take any such sequence
+apart, item by item, to move it to a device and then rebuild it; what has a `pin_memory` method or is of an
+unknown type they keep whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, TypeAlias, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from fastload.errors import ConfigError
+
+__all__ = ["Ragged"]
+
+Item: TypeAlias = "bytes | npt.NDArray[Any]"
+Kind: TypeAlias = Literal["bytes", "array"]
+
+
+class Ragged:
+    """A sequence of `bytes` or of arrays, held in one array; see the module.
+
+    `values`: 1-D, C-contiguous; `offsets`: int64[n + 1], from 0, never falling, ending at `len(values)`:
+    item i is `values[offsets[i]:offsets[i + 1]]`. Neither is copied. Raises `ConfigError` where they do not
+    fit together.
+    """
+
+    __slots__ = ("_kind", "_offsets", "_shapes", "_values")
+
+    def __init__(
+        self,
+        values: npt.NDArray[Any],
+        offsets: npt.NDArray[np.int64],
+        shapes: Sequence[tuple[int, ...]] | None = None,
+        kind: Kind = "bytes",
+    ) -> None:
+        self._values = values
+        self._offsets = np.asarray(offsets, dtype=np.int64)
+        self._shapes = None if shapes is None else [tuple(shape) for shape in shapes]
+        self._kind = kind
+        _check(self._values, self._offsets, self._shapes, kind)
+
+    @classmethod
+    def from_items(cls, items: Sequence[bytes] | Sequence[npt.NDArray[Any]]) -> Ragged:
+        """One batch of these items: all `bytes`, or all arrays of one dtype. Copies. No items: kind
+        `"bytes"`.
+        """
+        if all(isinstance(item, bytes | bytearray | memoryview) for item in items):
+            arrays = [np.frombuffer(item, np.uint8) for item in items]
+            return cls(_joined(arrays, np.uint8), _offsets_of(arrays))
+        arrays = [np.asarray(item) for item in items]
+        if len({array.dtype for array in arrays}) > 1:
+            raise ConfigError(f"items of dtypes {sorted({str(array.dtype) for array in arrays})}; give one dtype")
+        shapes = None if all(array.ndim == 1 for array in arrays) else [array.shape for array in arrays]
+        flat = [array.reshape(-1) for array in arrays]
+        return cls(_joined(flat, arrays[0].dtype), _offsets_of(flat), shapes, "array")
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Ragged]) -> Ragged:
+        """The items of all `parts` (at least one; of one kind and dtype) as one batch. Copies."""
+        kinds = {(part.kind, str(part.values.dtype)) for part in parts}
+        if len(kinds) != 1:
+            raise ConfigError(f"cannot join batches of {sorted(kinds)}; they must be of one kind and dtype")
+        lengths = np.concatenate([part.lengths for part in parts])
+        offsets = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        shapes = None
+        if any(part.shapes is not None for part in parts):
+            shapes = [shape for part in parts for shape in part._item_shapes()]
+        return cls(np.concatenate([part.values for part in parts]), offsets, shapes, parts[0].kind)
+
+    def _item_shapes(self) -> list[tuple[int, ...]]:
+        return self._shapes if self._shapes is not None else [(length,) for length in self.lengths.tolist()]
+
+    @property
+    def values(self) -> npt.NDArray[Any]:
+        """All items end to end, 1-D; the array itself, not a copy."""
+        return self._values
+
+    @property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """Where items start and the last one ends, int64[n + 1], counted in elements of `values`."""
+        return self._offsets
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Elements of each item, int64[n]."""
+        return np.diff(self._offsets)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]] | None:
+        """The items' shapes; None where items are bytes or one-dimensional."""
+        return self._shapes
+
+    @property
+    def kind(self) -> Kind:
+        """`"bytes"` or `"array"`."""
+        return self._kind
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> Ragged: ...
+    def __getitem__(self, index: int | slice) -> Item | Ragged:
+        """Item `index`; or, for a slice, a `Ragged`, which shares `values` where the step is 1."""
+        if isinstance(index, slice):
+            return self._slice(range(*index.indices(len(self))))
+        number = index.__index__()
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"item {number} of a Ragged of {len(self)} items")
+        number %= len(self)
+        part = self._values[self._offsets[number] : self._offsets[number + 1]]
+        if self._kind == "bytes":
+            return part.tobytes()
+        return part if self._shapes is None else part.reshape(self._shapes[number])
+
+    def _slice(self, numbers: range) -> Ragged:
+        shapes = None if self._shapes is None else [self._shapes[number] for number in numbers]
+        if numbers.step == 1:
+            stop = max(numbers.start, numbers.stop)
+            offsets = self._offsets[numbers.start : stop + 1]
+            return Ragged(self._values[offsets[0] : offsets[-1]], offsets - offsets[0], shapes, self._kind)
+        parts = [self._values[self._offsets[number] : self._offsets[number + 1]] for number in numbers]
+        return Ragged(_joined(parts, self._values.dtype), _offsets_of(parts), shapes, self._kind)
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self[number] for number in range(len(self)))
+
+    def __reversed__(self) -> Iterator[Item]:
+        return (self[number] for number in range(len(self) - 1, -1, -1))
+
+    def __contains__(self, item: object) -> bool:
+        return any(_same(mine, item) for mine in self)
+
+    def __eq__(self, other: object) -> bool:
+        """True where `other` (a `Ragged`, list or tuple) has equal items in the same order."""
+        if not isinstance(other, Ragged | list | tuple):
+            return NotImplemented
+        return len(self) == len(other) and all(map(_same, self, other))
+
+    __hash__ = None  # type: ignore[assignment]  # mutable, as a list is
+
+    def __repr__(self) -> str:
+        what = f"{self._kind}, {self._values.dtype}" if self._kind == "array" else self._kind
+        return f"Ragged({len(self)} items, {what}, {self._values.nbytes} bytes)"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Ragged, (self._values, self._offsets, self._shapes, self._kind)
+
+    def tolist(self) -> list[Item]:
+        """The items, as a list."""
+        return list(self)
+
+    def to_arrow(self) -> Any:
+        """A pyarrow array over the same memory: `large_binary`, or `large_list` of numbers. The shapes must
+        be 1-D.
+        """
+        import pyarrow as pa
+
+        if self._shapes is not None:
+            raise ConfigError("items of several dimensions have no arrow type here; use .values, .offsets, .shapes")
+        offsets = pa.py_buffer(self._offsets)
+        if self._kind == "bytes":
+            return pa.Array.from_buffers(pa.large_binary(), len(self), [None, offsets, pa.py_buffer(self._values)])
+        return pa.LargeListArray.from_arrays(
+            pa.Array.from_buffers(pa.int64(), len(self._offsets), [None, offsets]), pa.array(self._values)
+        )
+
+    def pin_memory(self, device: Any = None) -> Ragged:
+        """A copy in page-locked memory; torch calls this where a loader has `pin_memory=True`."""
+        import torch
+
+        def pinned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            tensor = torch.from_numpy(array)
+            held: npt.NDArray[Any] = (tensor.pin_memory(device) if device else tensor.pin_memory()).numpy()
+            return held
+
+        return Ragged(pinned(self._values), pinned(self._offsets), self._shapes, self._kind)
+
+
+def _check(
+    values: npt.NDArray[Any],
+    offsets: npt.NDArray[np.int64],
+    shapes: list[tuple[int, ...]] | None,
+    kind: str,
+) -> None:
+    if kind not in ("bytes", "array"):
+        raise ConfigError(f'kind={kind!r} is neither "bytes" nor "array"')
+    if not isinstance(values, np.ndarray) or values.ndim != 1 or not values.flags.c_contiguous:
+        raise ConfigError(f"values must be a contiguous 1-D numpy array, not {_describe(values)}")
+    if kind == "bytes" and values.dtype != np.uint8:
+        raise ConfigError(f'values of kind "bytes" must be uint8, not {values.dtype}')
+    if offsets.ndim != 1 or len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(values):
+        raise ConfigError(
+            f"offsets must be 1-D, start at 0 and end at len(values) = {len(values)}, not {_ends(offsets)}"
+        )
+    if (np.diff(offsets) < 0).any():
+        raise ConfigError("offsets must never fall")
+    if shapes is not None and (kind == "bytes" or [_product(s) for s in shapes] != np.diff(offsets).tolist()):
+        raise ConfigError('shapes must have one shape an item, as large as the item, and kind="array"')
+
+
+def _describe(values: object) -> str:
+    if isinstance(values, np.ndarray):
+        return f"an array of shape {values.shape} and strides {values.strides}"
+    return f"a {type(values).__name__}"
+
+
+def _ends(offsets: npt.NDArray[np.int64]) -> str:
+    if offsets.ndim != 1 or len(offsets) == 0:
+        return f"shape {offsets.shape}"
+    return f"{offsets[0]} ... {offsets[-1]}"
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count
+
+
+def _joined(parts: list[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    return np.concatenate(parts) if parts else np.empty(0, dtype)
+
+
+def _offsets_of(parts: list[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
+    offsets = np.zeros(len(parts) + 1, np.int64)
+    np.cumsum([len(part) for part in parts], out=offsets[1:])
+    return offsets
+
+
+def _same(mine: Item, other: object) -> bool:
+    if isinstance(mine, bytes):
+        return isinstance(other, bytes | bytearray | memoryview) and mine == other
+    return isinstance(other, np.ndarray | list | tuple) and np.array_equal(mine, other)

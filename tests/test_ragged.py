@@ -1,0 +1,168 @@
+"""`Ragged` is a sequence, and two arrays."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fastload.errors import ConfigError
+from fastload.ragged import Ragged
+
+_bytes = st.lists(st.binary(max_size=8), max_size=8)
+_rows = st.lists(hnp.arrays(np.int32, st.integers(0, 4)), min_size=1, max_size=6)
+_shaped = st.lists(hnp.arrays(np.int16, hnp.array_shapes(min_side=0, max_side=3)), min_size=1, max_size=5)
+_index = st.integers(-10, 10) | st.none()
+
+
+@settings(deadline=None)
+@given(_bytes, _index, _index, st.sampled_from([None, 1, 2, -1, -3]))
+def test_reads_as_the_list_of_its_bytes(
+    items: list[bytes], start: int | None, stop: int | None, step: int | None
+) -> None:
+    batch = Ragged.from_items(items)
+    assert len(batch) == len(items)
+    assert list(batch) == batch.tolist() == items
+    assert list(reversed(batch)) == items[::-1]
+    assert batch == items
+    assert batch[start:stop:step] == items[start:stop:step]
+    assert all((item in batch) and batch[number] == item for number, item in enumerate(items))
+    assert [batch[-number - 1] for number in range(len(items))] == items[::-1]
+    assert b"not in there" not in batch
+    assert batch.values.tobytes() == b"".join(items)
+    assert batch.lengths.tolist() == list(map(len, items))
+
+
+@settings(deadline=None)
+@given(_rows | _shaped)
+def test_reads_as_the_list_of_its_arrays(items: list[np.ndarray]) -> None:
+    batch = Ragged.from_items(items)
+    assert batch.kind == "array"
+    for mine, theirs in zip(batch, items, strict=True):
+        assert isinstance(mine, np.ndarray)
+        np.testing.assert_array_equal(mine, theirs)
+        assert mine.shape == theirs.shape
+        assert mine.flags.writeable
+    assert batch[::2] == Ragged.from_items(items[::2])
+    assert Ragged.concatenate([batch, batch]) == [*batch, *batch]
+
+
+def test_array_items_are_views_and_bytes_items_are_not() -> None:
+    batch = Ragged.from_items([np.arange(2), np.arange(3)])
+    batch[1][0] = 7
+    assert batch.values.tolist() == [0, 1, 7, 1, 2]
+    assert np.shares_memory(batch[1:].values, batch.values)
+    assert not np.shares_memory(batch[::2].values, batch.values)
+    assert isinstance(Ragged.from_items([b"a"])[0], bytes)
+
+
+def test_numbers_beyond_the_ends() -> None:
+    batch = Ragged.from_items([b"a", b"b"])
+    for number in (2, -3):
+        with pytest.raises(IndexError, match="of 2 items"):
+            batch[number]
+    with pytest.raises((TypeError, AttributeError)):
+        batch["a"]  # type: ignore[call-overload]
+    assert batch[np.int64(1)] == b"b"
+
+
+@settings(deadline=None)
+@given(_bytes)
+def test_pickles(items: list[bytes]) -> None:
+    again = pickle.loads(pickle.dumps(Ragged.from_items(items)))
+    assert again == items
+    assert again.values.flags.writeable
+
+
+def test_equality() -> None:
+    batch = Ragged.from_items([b"a", b""])
+    assert batch == (b"a", b"")
+    assert batch != [b"a"]
+    assert batch != [b"a", None]
+    assert batch != "a"
+    assert Ragged.from_items([np.arange(2)]) != [np.arange(3)]
+    assert Ragged.from_items([np.arange(2)]) != batch[:1]
+    with pytest.raises(TypeError):
+        hash(batch)
+
+
+@settings(deadline=None)
+@given(_bytes)
+def test_bytes_to_arrow_without_a_copy(items: list[bytes]) -> None:
+    batch = Ragged.from_items(items)
+    arrow = batch.to_arrow()
+    arrow.validate(full=True)
+    assert arrow.type == pa.large_binary()
+    assert arrow.to_pylist() == items
+    if len(batch.values):
+        assert arrow.buffers()[2].address == batch.values.ctypes.data
+
+
+@settings(deadline=None)
+@given(_rows)
+def test_arrays_to_arrow_without_a_copy(items: list[np.ndarray]) -> None:
+    batch = Ragged.from_items(items)
+    arrow = batch.to_arrow()
+    arrow.validate(full=True)
+    assert arrow.type == pa.large_list(pa.int32())
+    assert arrow.to_pylist() == [item.tolist() for item in items]
+    if len(batch.values):
+        assert arrow.values.buffers()[1].address == batch.values.ctypes.data
+
+
+def test_shapes_have_no_arrow_type() -> None:
+    with pytest.raises(ConfigError, match="several dimensions"):
+        Ragged.from_items([np.zeros((2, 2))]).to_arrow()
+
+
+@pytest.mark.parametrize(
+    ("values", "offsets", "shapes", "kind", "message"),
+    [
+        (b"ab", [0, 2], None, "bytes", "not a bytes"),
+        (np.zeros((2, 2), np.uint8), [0, 2], None, "bytes", r"shape \(2, 2\)"),
+        (np.zeros(4, np.uint8)[::2], [0, 2], None, "bytes", "contiguous"),
+        (np.zeros(2), [0, 2], None, "bytes", "must be uint8, not float64"),
+        (np.zeros(2, np.uint8), [0, 3], None, "bytes", "not 0 ... 3"),
+        (np.zeros(2, np.uint8), [1, 2], None, "bytes", "start at 0"),
+        (np.zeros(0, np.uint8), [], None, "bytes", "offsets"),
+        (np.zeros(2, np.uint8), [0, 3, 2], None, "bytes", "never fall"),
+        (np.zeros(2, np.uint8), [0, 2], [(2,)], "bytes", "shapes"),
+        (np.zeros(4), [0, 4], [(3, 1)], "array", "shapes"),
+        (np.zeros(4), [0, 4], [(2, 2), (0,)], "array", "shapes"),
+        (np.zeros(4), [0, 4], None, "strings", "kind="),
+    ],
+)
+def test_what_does_not_fit_together(
+    values: object, offsets: list[int], shapes: object, kind: object, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Ragged(values, np.array(offsets, np.int64), shapes, kind)  # type: ignore[arg-type]
+
+
+def test_items_and_parts_must_be_of_one_kind() -> None:
+    with pytest.raises(ConfigError, match="dtypes"):
+        Ragged.from_items([np.zeros(1), np.zeros(1, np.int8)])
+    with pytest.raises(ConfigError, match="cannot join"):
+        Ragged.concatenate([Ragged.from_items([b"a"]), Ragged.from_items([np.zeros(1)])])
+
+
+def test_torchs_pinning_keeps_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *device: self.clone())
+    batch = Ragged.from_items([b"a", b"bc"])
+    pinned = pin_memory({"txt": batch})["txt"]
+    assert isinstance(pinned, Ragged)
+    assert pinned == batch
+    assert not np.shares_memory(pinned.values, batch.values)
+
+
+def test_repr() -> None:
+    assert repr(Ragged.from_items([b"a", b"bc"])) == "Ragged(2 items, bytes, 3 bytes)"
+    assert repr(Ragged.from_items([np.zeros(2)])) == "Ragged(1 items, array, float64, 16 bytes)"
