@@ -1,0 +1,116 @@
+"""What a store's refusal means, in words for the person who reads it.
+
+Every store says no in its own way: a status with an XML body, an exception with a page of debug text, an
+errno. Here a refusal becomes one of `fastload.errors`, by what the caller does next, with URL, endpoint and
+cure. The XML's `<Code>` decides where a status does not: 404 is a missing bucket or a missing key, 403 is a
+right that lacks or a secret that is wrong. No message holds a credential: nothing of the request is quoted,
+and of the answer only code and message.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from fastload.errors import (
+    AccessDeniedError,
+    ObjectChangedError,
+    ObjectMissingError,
+    StoreError,
+    StoreUnavailableError,
+)
+
+_CODE = re.compile(r"<Code>([^<]{1,100})</Code>")
+_MESSAGE = re.compile(r"<Message>([^<]{1,300})</Message>")
+
+_WRONG_CREDENTIALS = {
+    "InvalidAccessKeyId": "there is no such access key; check access_key_id (AWS_ACCESS_KEY_ID)",
+    "SignatureDoesNotMatch": "the secret does not belong to the access key; check AWS_SECRET_ACCESS_KEY and the region",
+    "ExpiredToken": "the session token has expired; get new credentials",
+    "InvalidToken": "the session token is not valid; get new credentials, or unset AWS_SESSION_TOKEN",
+    "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
+    "AuthenticationFailed": "the account's key or token is not accepted; check the credentials",
+}
+_TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "ServiceUnavailable", "InternalError", "ServerBusy"}
+_WRONG_REGION = {
+    "PermanentRedirect",
+    "AuthorizationHeaderMalformed",
+    "TemporaryRedirect",
+    "IllegalLocationConstraintException",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An answer that is not the object: HTTP status, and what the body said (empty where it had none)."""
+
+    status: int
+    code: str = ""
+    message: str = ""
+
+    @classmethod
+    def from_body(cls, status: int, body: str) -> Refusal:
+        """Read the XML error of S3, Azure and Google's XML interface; any other body gives no code."""
+        code, message = _CODE.search(body), _MESSAGE.search(body)
+        return cls(status, code[1] if code else "", message[1] if message else "")
+
+    def error(self, url: str, endpoint: str) -> StoreError:
+        """The exception that this answer to a request for `url` is."""
+        said = f"{self.status} {self.code}".rstrip()
+        where = f" (at {endpoint}: {said})" if endpoint else f" ({said})"
+        if self.status in (408, 425, 429) or self.status >= 500 or self.code in _TRANSIENT_CODES:
+            return StoreUnavailableError(
+                f"{url}: the store cannot serve it now{where}; it is retried until the deadline"
+            )
+        if self.code in _WRONG_CREDENTIALS:
+            return AccessDeniedError(f"{url}: wrong credentials: {_WRONG_CREDENTIALS[self.code]}{where}")
+        if self.code in _WRONG_REGION or self.status in (301, 307):
+            return StoreError(f"{url}: the bucket is in another region or at another endpoint; check AWS_REGION{where}")
+        if self.status == 401:
+            return AccessDeniedError(
+                f"{url}: the store wants credentials; set them in the environment or storage_options{where}"
+            )
+        if self.status == 403:
+            return AccessDeniedError(
+                f"{url}: access denied: these credentials may not read it; ask for the right to read and list{where}"
+            )
+        if self.code in ("NoSuchBucket", "ContainerNotFound"):
+            return ObjectMissingError(f"{url}: there is no such bucket; check its name and the endpoint{where}")
+        if self.status in (404, 410):
+            return ObjectMissingError(f"{url}: there is no such object; check its name{where}")
+        if self.status in (412, 416, 304):
+            return changed(url)
+        return StoreError(f"{url}: the store refused: {self.message or 'it gave no reason'}{where}")
+
+
+def changed(url: str, detail: str = "") -> ObjectChangedError:
+    """`url` is no longer the version that was listed."""
+    detail = f" ({detail})" if detail else ""
+    return ObjectChangedError(
+        f"{url}: the object has changed since it was listed{detail}; list again: make the data set anew"
+    )
+
+
+def unreachable(url: str, endpoint: str, reason: str) -> StoreUnavailableError:
+    """No answer came, or it broke off."""
+    where = f" at {endpoint}" if endpoint else ""
+    return StoreUnavailableError(f"{url}: cannot reach the store{where}: {reason}; check the endpoint and the network")
+
+
+def truncated(url: str, got: int, wanted: int, start: int) -> StoreUnavailableError:
+    """A body of another length than was asked for: a connection that broke, or a proxy that meddles."""
+    return StoreUnavailableError(
+        f"{url}: truncated answer: {got} of the {wanted} bytes from offset {start}; it is retried until the deadline"
+    )
+
+
+def same_etag(listed: str | None, answered: str | None) -> bool:
+    """Whether an answer is the version that was listed; where either has no ETag nothing speaks against it."""
+    if listed is None or answered is None:
+        return True
+    return listed.removeprefix("W/").strip('"') == answered.removeprefix("W/").strip('"')
+
+
+def is_strong(etag: str | None) -> bool:
+    """Whether `etag` can be sent as If-Match: a weak one never matches there."""
+    return etag is not None and not etag.startswith("W/")

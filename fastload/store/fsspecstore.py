@@ -1,0 +1,97 @@
+"""Every other scheme, through fsspec: hdfs, sftp, memory, and whatever else has a file system there.
+
+For reach, not for speed: fsspec hands out fresh bytes, which are copied, and has no conditional read, so
+that each read first asks for the object's size, ETag and time.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fastload.errors import AccessDeniedError, ConfigError, ObjectMissingError, StoreError, StoreUnavailableError
+from fastload.store.answers import changed, truncated
+from fastload.store.options import StoreOptions
+from fastload.store.types import ObjectInfo
+from fastload.store.urls import scheme
+
+
+class FsspecStore:
+    """One file system of fsspec; `root` is `scheme://authority`. See `Store` for the contract."""
+
+    def __init__(self, root: str, options: StoreOptions) -> None:
+        self._scheme = scheme(root)
+        try:
+            fsspec = importlib.import_module("fsspec")
+        except ImportError as error:
+            raise ConfigError(
+                f"{root}: the scheme {self._scheme!r} needs fsspec; pip install 'fastload[fsspec]'"
+            ) from error
+        try:
+            # Listings are not cached: a listing is asked for to learn what is there now.
+            settings = {"use_listings_cache": False, "skip_instance_cache": True, **dict(options.extra)}
+            self._system, path = fsspec.core.url_to_fs(root + "/", **settings)
+            self._root, self._root_path = root, path.rstrip("/")
+        except (ImportError, ValueError, TypeError) as error:
+            raise ConfigError(f"{root}: fsspec cannot open it: {error}") from error
+
+    def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
+        """All objects whose URL starts with `prefix_url`, in the order of their URLs."""
+        folder = prefix_url.rpartition("/")[0]
+        try:
+            details = self._system.find(folder + "/", detail=True)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise _explain(error, prefix_url) from error
+        found = [
+            self._info(self._root + name.removeprefix(self._root_path), detail) for name, detail in details.items()
+        ]
+        yield from sorted((info for info in found if info.url.startswith(prefix_url)), key=lambda info: info.url)
+
+    def head(self, url: str) -> ObjectInfo:
+        """The object at `url`."""
+        try:
+            detail = self._system.info(url)
+        except OSError as error:
+            raise _explain(error, url) from error
+        if detail.get("type") == "directory":
+            raise ObjectMissingError(f'{url}: a folder; for all shards in it write it with "/" at the end')
+        return self._info(url, detail)
+
+    def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
+        """Fill `out` with the object's bytes from `start`."""
+        if self.head(info.url) != info:
+            raise changed(info.url)
+        try:
+            data = self._system.cat_file(info.url, start=start, end=start + len(out))
+        except OSError as error:
+            raise _explain(error, info.url) from error
+        if len(data) != len(out):
+            raise truncated(info.url, len(data), len(out), start)
+        out[:] = data
+
+    def close(self) -> None:
+        """Nothing: fsspec closes what it opened when the file system is collected."""
+
+    def _info(self, url: str, detail: Mapping[str, Any]) -> ObjectInfo:
+        etag = detail.get("ETag") or detail.get("etag")
+        times = (detail.get(name) for name in ("mtime", "LastModified", "last_modified", "created"))
+        return ObjectInfo(url, int(detail["size"]), etag, next((_nanoseconds(time) for time in times if time), 0))
+
+
+def _nanoseconds(time: object) -> int:
+    """File systems give seconds, a datetime, or text that is no use here."""
+    if isinstance(time, datetime.datetime):
+        time = time.timestamp()
+    return int(time * 1e9) if isinstance(time, int | float) else 0
+
+
+def _explain(error: OSError, url: str) -> StoreError:
+    if isinstance(error, FileNotFoundError):
+        return ObjectMissingError(f"{url}: there is no such object; check its name")
+    if isinstance(error, PermissionError):
+        return AccessDeniedError(f"{url}: access denied; check the credentials")
+    return StoreUnavailableError(f"{url}: {error}; it is retried until the deadline")

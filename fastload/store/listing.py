@@ -1,0 +1,118 @@
+"""From what a user wrote to the list of objects: patterns, prefixes, plain URLs.
+
+A pattern of ten thousand shards must not cost ten thousand requests. What a pattern's URLs have in common
+is listed, 1000 keys a request, and gives sizes and ETags for all of them. Only web servers, which have no
+listing, are asked for each object.
+
+Nothing is left out silently: a member of a pattern that is not there is an error, and so is a prefix
+without shards.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from braceexpand import braceexpand
+
+from fastload.errors import ConfigError, ObjectMissingError
+from fastload.store import httpstore
+from fastload.store.types import ObjectInfo, Store
+from fastload.store.urls import normalise, scheme, store_root
+
+_HEADS_AT_ONCE = 16
+_SHOWN = 3
+
+
+def resolve(
+    urls: Sequence[str], open_store: Callable[[str], Store], endings: Sequence[str] = (".tar",)
+) -> list[ObjectInfo]:
+    """The objects that `urls` name, in their order; each may be a brace pattern, a prefix with "/" at its
+    end, or a plain URL or path.
+
+    `open_store(url)` gives the store that serves a URL; it stays the caller's. `endings` are the names'
+    ends by which a prefix knows shards. An object that is named twice comes twice.
+
+    Raises `ObjectMissingError` for a pattern with missing members (naming the first) and for a prefix
+    without shards (saying what was there), `ConfigError` for a pattern that cannot be read or that expands
+    to nothing, and what the store raises.
+    """
+    if not urls:
+        raise ConfigError("no URL was given; name at least one shard, pattern or prefix")
+    found: list[ObjectInfo] = []
+    for url in urls:
+        if not isinstance(url, str | os.PathLike) or not os.fspath(url):
+            raise ConfigError(
+                f"{url!r} is not a URL or path; write s3://bucket/prefix/ or /data/train-{{000..123}}.tar"
+            )
+        text = os.fspath(url)
+        names = _expand(text)
+        prefixes = [name for name in names if name.endswith("/")]
+        if prefixes:
+            for name in names:
+                one = _under(name, open_store, endings) if name.endswith("/") else _members(name, [name], open_store)
+                found += one
+        else:
+            found += _members(text, names, open_store)
+    return found
+
+
+def _expand(url: str) -> list[str]:
+    """The URLs of a brace pattern, as webdataset expands it."""
+    if "{" not in url:
+        return [normalise(url)]
+    try:
+        return [normalise(name) for name in braceexpand(url)]
+    except ValueError as error:
+        raise ConfigError(f"{url!r}: its braces do not match; write {{000..123}} or {{a,b}}") from error
+
+
+def _under(prefix: str, open_store: Callable[[str], Store], endings: Sequence[str]) -> list[ObjectInfo]:
+    everything = list(open_store(prefix).list(prefix))
+    shards = [info for info in everything if info.url.endswith(tuple(endings))]
+    if not shards:
+        kinds = ", ".join(endings)
+        there = ", ".join(info.url.removeprefix(prefix) for info in everything[:_SHOWN])
+        held = f"{len(everything)} other objects, the first: {there}" if everything else "nothing at all"
+        raise ObjectMissingError(f"{prefix}: no shards ({kinds}) under this prefix, which holds {held}; check its name")
+    return shards
+
+
+def _members(pattern: str, names: list[str], open_store: Callable[[str], Store]) -> list[ObjectInfo]:
+    """The objects called `names`, which `pattern` expands to, in that order."""
+    if scheme(names[0]) in httpstore.SCHEMES or len(names) == 1:
+        return _one_by_one(names, open_store)
+    there: dict[str, ObjectInfo] = {}
+    wanted = set(names)
+    for prefix in _common_prefixes(names):
+        for info in open_store(prefix).list(prefix):
+            if info.url in wanted:
+                there[info.url] = info
+    missing = [name for name in names if name not in there]
+    if missing:
+        first = ", ".join(missing[:_SHOWN])
+        raise ObjectMissingError(
+            f"{pattern}: {len(missing)} of its {len(names)} objects are not there, the first: {first}; "
+            "correct the range, or upload what is missing"
+        )
+    return [there[name] for name in names]
+
+
+def _common_prefixes(names: Iterable[str]) -> list[str]:
+    """What the names of each root have in common: one listing for each bucket."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(store_root(name), []).append(name)
+    # Character by character is what is wanted here: a listing's prefix need not end at a folder.
+    return [os.path.commonprefix(group) for group in groups.values()]  # noqa: RUF071
+
+
+def _one_by_one(names: list[str], open_store: Callable[[str], Store]) -> list[ObjectInfo]:
+    def head(name: str) -> ObjectInfo:
+        return open_store(name).head(name)
+
+    if len(names) == 1:
+        return [head(names[0])]
+    with ThreadPoolExecutor(min(_HEADS_AT_ONCE, len(names)), "fastload-head") as pool:
+        return list(pool.map(head, names))

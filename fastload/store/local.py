@@ -1,0 +1,92 @@
+"""Files of this machine, or of what is mounted on it. A version is a size and a modification time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from fastload.errors import AccessDeniedError, ObjectMissingError, StoreError, StoreUnavailableError
+from fastload.store.answers import changed, truncated
+from fastload.store.types import ObjectInfo
+from fastload.store.urls import normalise
+
+SCHEMES = frozenset({"file"})
+
+
+class LocalStore:
+    """All files that this process may read. See `Store` for the contract."""
+
+    def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
+        """All files whose path starts with `prefix_url`, folders below included, in the order of their
+        paths.
+        """
+        prefix = normalise(prefix_url)
+        paths = []
+        for folder, _, names in os.walk(os.path.dirname(prefix), onerror=_refuse_unless_missing):
+            paths += [path for name in names if (path := os.path.join(folder, name)).startswith(prefix)]
+        for path in sorted(paths):
+            yield self.head(path)
+
+    def head(self, url: str) -> ObjectInfo:
+        """The file at `url`."""
+        path = normalise(url)
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            raise _explain(error, path) from error
+        if not os.path.isfile(path):
+            raise ObjectMissingError(f'{path}: not a file; for all shards in a directory write it with "/" at the end')
+        return ObjectInfo(path, stat.st_size, None, stat.st_mtime_ns)
+
+    def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
+        """Fill `out` with the file's bytes from `start`."""
+        try:
+            descriptor = os.open(info.url, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _explain(error, info.url) from error
+        try:
+            _check_version(info, descriptor)
+            got = _fill(descriptor, start, out)
+            # Again, since it may have been written to in the meantime.
+            _check_version(info, descriptor)
+        except OSError as error:
+            if isinstance(error, StoreError):
+                raise
+            raise _explain(error, info.url) from error
+        finally:
+            os.close(descriptor)
+        if got != len(out):
+            raise truncated(info.url, got, len(out), start)
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+
+def _fill(descriptor: int, start: int, out: memoryview) -> int:
+    got = 0
+    while got < len(out):
+        count = os.preadv(descriptor, [out[got:]], start + got)
+        if count == 0:
+            break
+        got += count
+    return got
+
+
+def _check_version(info: ObjectInfo, descriptor: int) -> None:
+    stat = os.fstat(descriptor)
+    if (stat.st_size, stat.st_mtime_ns) != (info.size, info.mtime_ns):
+        raise changed(info.url, f"it was {info.size} bytes and is {stat.st_size}, or was written again")
+
+
+def _refuse_unless_missing(error: OSError) -> None:
+    """os.walk hides errors; a folder that is not there has no files, one that cannot be read is an error."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise _explain(error, str(error.filename)) from error
+
+
+def _explain(error: OSError, path: str) -> StoreError:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return ObjectMissingError(f"{path}: there is no such file; check its name")
+    if isinstance(error, PermissionError):
+        return AccessDeniedError(f"{path}: this user may not read it; change its mode or owner")
+    return StoreUnavailableError(f"{path}: {error.strerror or error}; it is retried until the deadline")

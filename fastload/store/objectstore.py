@@ -1,0 +1,259 @@
+"""Object storage through obstore: S3, Google, Azure.
+
+obstore lists, signs, finds credentials and speaks TLS. Its own retries are off, since ours stand around it,
+and its runtime does not survive a fork (a child hangs without an error), so a store belongs to the process
+that made it.
+
+Bytes take one of two ways. To an S3 endpoint that is named, with known credentials, requests are signed
+here and received straight into the caller's buffer, for about half of obstore's CPU-seconds a GB
+(httpreader.py has the figures). Everything else streams through obstore and is copied, piece by piece, so
+that answers in flight do not pile up.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+import ssl
+import urllib.request
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import obstore
+from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionError, UnauthenticatedError
+from obstore.store import S3Store, from_url
+
+from fastload.errors import ConfigError, StoreError, StoreUnavailableError
+from fastload.store.answers import Refusal, changed, is_strong, same_etag, truncated, unreachable
+from fastload.store.httpreader import HttpReader
+from fastload.store.options import StoreOptions
+from fastload.store.sigv4 import encode_path, sign
+from fastload.store.types import ObjectInfo
+from fastload.store.urls import key_of, scheme
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
+    from obstore.store import ObjectStore as ObstoreStore
+
+SCHEMES = frozenset({"s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss"})
+
+_DEFAULT_REGION = "us-east-1"
+# Pieces of the stream: smaller ones cost calls, larger ones are gathered and copied once more inside obstore.
+_PIECE_BYTES = 256 * 1024
+_LIST_PAGE = 1000
+
+_STATUS = re.compile(r"status code: (\d{3})")
+_CAUSE = re.compile(r'(?:message|error): "([^"]{1,200})"')
+_CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
+_KINDS: tuple[tuple[type[BaseException], int], ...] = (
+    (FileNotFoundError, 404),
+    (PermissionDeniedError, 403),
+    (UnauthenticatedError, 401),
+    (PreconditionError, 412),
+)
+
+
+class ObjectStore:
+    """One bucket (or container) of an object storage; `root` is `s3://bucket`. See `Store` for the
+    contract.
+    """
+
+    def __init__(self, root: str, options: StoreOptions) -> None:
+        self._root = root
+        self._options = options
+        self._endpoint = options.endpoint
+        self._store: ObstoreStore | None = _open(root, options)
+        self._reader = _direct_reader(root, options)
+
+    def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
+        """All objects whose URL starts with `prefix_url`, in the order of their keys."""
+        prefix = key_of(prefix_url)
+        # obstore's prefixes are whole folders, so one that ends within a name lists its folder. The
+        # providers' own endpoints list in the order of the keys: there it begins just before the prefix and
+        # ends behind it. Others (SeaweedFS) put `a/x` before `a-`, so there all of the folder is read.
+        folder = prefix.rpartition("/")[0]
+        ordered = not self._endpoint and not self._root.endswith("--x-s3")
+        offset = prefix[:-1] if ordered and len(prefix) > len(folder) + 1 else None
+        found = []
+        try:
+            for page in obstore.list(self._opened(), folder or None, offset=offset, chunk_size=_LIST_PAGE):
+                found += [self._info(meta) for meta in page if meta["path"].startswith(prefix)]
+                if ordered and page and page[-1]["path"] > prefix and not page[-1]["path"].startswith(prefix):
+                    break
+        except (BaseError, OSError) as error:
+            raise self._explain(error, prefix_url) from error
+        yield from sorted(found, key=lambda info: info.url)
+
+    def head(self, url: str) -> ObjectInfo:
+        """The object at `url`."""
+        key = key_of(url)
+        try:
+            return self._info(obstore.head(self._opened(), key))
+        except (BaseError, OSError, ValueError) as error:
+            explained = self._explain(error, url)
+        # A HEAD's answer has no body to tell a missing bucket from a missing key, or a wrong secret from a
+        # lacking right. A GET's has one.
+        try:
+            return self._info(obstore.get(self._opened(), key, options={"range": (0, 1)}).meta)
+        except (BaseError, OSError, ValueError) as error:
+            better = self._explain(error, url)
+            raise better if type(better) is type(explained) else explained from error
+
+    def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
+        """Fill `out` with the object's bytes from `start`."""
+        if start + len(out) > info.size:
+            raise ConfigError(f"{info.url}: bytes {start}-{start + len(out)} are beyond its end ({info.size})")
+        if len(out) == 0:
+            return
+        if self._reader is not None:
+            self._read_directly(self._reader, info, start, out)
+        else:
+            self._read_through_obstore(info, start, out)
+
+    def close(self) -> None:
+        """Let go of connections; obstore's go with its store, when the last request has ended."""
+        self._store = None
+        if self._reader is not None:
+            self._reader.close()
+
+    def _opened(self) -> ObstoreStore:
+        if self._store is None:
+            raise StoreUnavailableError(f"{self._root}: this store is closed")
+        return self._store
+
+    def _read_directly(self, reader: HttpReader, info: ObjectInfo, start: int, out: memoryview) -> None:
+        bucket = self._root.partition("://")[2]
+        target = encode_path(f"/{bucket}/{key_of(info.url)}")
+        headers = {"Host": reader.host, "Range": f"bytes={start}-{start + len(out) - 1}"}
+        if is_strong(info.etag):
+            headers["If-Match"] = str(info.etag)
+        if not self._options.anonymous:
+            now = datetime.datetime.now(datetime.UTC)
+            headers = sign(target, headers, self._options, self._options.region or _DEFAULT_REGION, now)
+        answer = reader.get_range(info.url, target, headers, start, out)
+        _check_version(info, _total(answer.get("content-range")), answer.get("etag"))
+
+    def _read_through_obstore(self, info: ObjectInfo, start: int, out: memoryview) -> None:
+        options: dict[str, Any] = {"range": (start, start + len(out))}
+        if is_strong(info.etag):
+            options["if_match"] = info.etag
+        got = 0
+        try:
+            result = obstore.get(self._opened(), key_of(info.url), options=options)  # type: ignore[arg-type]
+            _check_version(info, result.meta["size"], result.meta["e_tag"])
+            for piece in result.stream(min_chunk_size=_PIECE_BYTES):
+                view = memoryview(piece)
+                if got + len(view) > len(out):
+                    raise truncated(info.url, got + len(view), len(out), start)
+                out[got : got + len(view)] = view
+                got += len(view)
+        except (BaseError, OSError, ValueError) as error:
+            raise self._explain(error, info.url) from error
+        if got != len(out):
+            raise truncated(info.url, got, len(out), start)
+
+    def _info(self, meta: ObjectMeta) -> ObjectInfo:
+        mtime_ns = int(meta["last_modified"].timestamp()) * 10**9
+        return ObjectInfo(f"{self._root}/{meta['path']}", meta["size"], meta["e_tag"], mtime_ns)
+
+    def _explain(self, error: BaseException, url: str) -> StoreError:
+        """An exception of obstore as ours: its type or the status it quotes, and the code in the body it
+        quotes.
+        """
+        if isinstance(error, StoreError):
+            return error
+        text = str(error)
+        quoted = _STATUS.search(text)
+        status = next((status for kind, status in _KINDS if isinstance(error, kind)), 0)
+        status = int(quoted[1]) if quoted else status
+        if status:
+            return Refusal.from_body(status, text).error(url, self._endpoint)
+        if certificate := _CERTIFICATE.search(text):
+            reason = f"its TLS certificate is not accepted ({certificate[1]}; root_certificate names another issuer)"
+            return unreachable(url, self._endpoint, reason)
+        causes = _CAUSE.findall(text)
+        if causes or "HTTP error" in text or "TimedOut" in text:
+            return unreachable(url, self._endpoint, causes[-1] if causes else "the connection failed or timed out")
+        return StoreError(f"{url}: {text.splitlines()[0]}; check the credentials and settings of this store")
+
+
+def _open(root: str, options: StoreOptions) -> ObstoreStore:
+    client = {"timeout": "300s", "read_timeout": "30s", "connect_timeout": "10s"}
+    config = dict(options.extra)
+    for name in list(config):
+        if name in _CLIENT_SETTINGS:
+            client[name] = config.pop(name)
+    clients: Any = {**client, "allow_http": True}
+    retries: Any = {"max_retries": 0}
+    try:
+        if scheme(root) in ("s3", "s3a"):
+            return _open_s3(root.partition("://")[2], options, config, clients, retries)
+        if options.endpoint:
+            config["endpoint"] = options.endpoint
+        if options.anonymous:
+            config["skip_signature"] = "true"
+        settings: Any = config
+        return from_url(root, config=settings, client_options=clients, retry_config=retries)
+    except (BaseError, ValueError, OSError) as error:
+        raise ConfigError(f"cannot open {root}: {str(error).splitlines()[0]}; check storage_options") from error
+
+
+_CLIENT_SETTINGS = frozenset(
+    {
+        "allow_invalid_certificates",
+        "connect_timeout",
+        "read_timeout",
+        "timeout",
+        "proxy_url",
+        "root_certificate",
+        "user_agent",
+    }
+)
+
+
+def _open_s3(bucket: str, options: StoreOptions, config: dict[str, str], clients: Any, retries: Any) -> S3Store:
+    settings: dict[str, Any] = {**config, "region": options.region or _DEFAULT_REGION}
+    settings["skip_signature"] = options.anonymous
+    if options.endpoint:
+        # Both names: the second one would otherwise come from this process's environment, and win.
+        settings["endpoint"] = settings["aws_endpoint_url_s3"] = options.endpoint
+    if options.access_key_id is not None:
+        # As a provider, so that no session token of this process's environment is added to somebody's key.
+        credential = {
+            "access_key_id": options.access_key_id,
+            "secret_access_key": options.secret_access_key,
+            "token": options.session_token,
+            "expires_at": None,
+        }
+        settings["credential_provider"] = lambda: credential
+    return S3Store(bucket, client_options=clients, retry_config=retries, **settings)
+
+
+def _direct_reader(root: str, options: StoreOptions) -> HttpReader | None:
+    """For S3 at an endpoint in path style, credentials at hand, nothing special asked for, no proxy
+    between.
+    """
+    known = options.anonymous or options.access_key_id is not None
+    settings = dict(options.extra)
+    certificate = settings.pop("root_certificate", None)
+    proxies = urllib.request.getproxies()
+    proxied = "http" in proxies or "https" in proxies
+    if scheme(root) not in ("s3", "s3a") or not options.endpoint or not known or settings or proxied:
+        return None
+    try:
+        return HttpReader(options.endpoint, certificate)
+    except ssl.SSLError as error:
+        raise ConfigError("root_certificate is not a certificate in PEM; pass its text, not its path") from error
+
+
+def _check_version(info: ObjectInfo, size: int | None, etag: str | None) -> None:
+    if size is not None and size != info.size:
+        raise changed(info.url, f"its size was {info.size} and is {size}")
+    if not same_etag(info.etag, etag):
+        raise changed(info.url, f"its ETag was {info.etag} and is {etag}")
+
+
+def _total(content_range: str | None) -> int | None:
+    """The object's size in `bytes 0-99/1234`."""
+    total = (content_range or "").rpartition("/")[2]
+    return int(total) if total.isdigit() else None

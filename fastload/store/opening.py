@@ -1,0 +1,87 @@
+"""From a URL to the store that serves it."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+from fastload.store import fsspecstore, httpstore, local, objectstore
+from fastload.store.options import StoreOptions
+from fastload.store.types import Store
+from fastload.store.urls import scheme, store_root
+from fastload.store.wrappers import Counted, Counters, Limited, Retrying, RetryOptions
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """What stands around a store. `counters` may be shared by several stores.
+
+    64 requests in flight are more than the fetching threads of a service: a limit for what lists and reads
+    besides.
+    """
+
+    requests_max: int = 64
+    retry: RetryOptions | None = None
+    counters: Counters = field(default_factory=Counters)
+
+
+def open_store(url: str, options: StoreOptions, requests: RequestOptions | None = None) -> Store:
+    """A store for `store_root(url)`, with retries, limit and counting around it. The caller closes it.
+
+    Patience is `requests.retry`, or else `options.deadline_s`. Raises `ConfigError` for a scheme or
+    settings that cannot be used; nothing is asked of the store yet.
+    """
+    requests = requests or RequestOptions()
+    retry = requests.retry or RetryOptions(deadline_s=options.deadline_s)
+    counted = Counted(_bare(store_root(url), options), requests.counters)
+    return Retrying(Limited(counted, requests.requests_max), retry, counters=requests.counters)
+
+
+def _bare(root: str, options: StoreOptions) -> Store:
+    kind = scheme(root)
+    if kind in local.SCHEMES:
+        return local.LocalStore()
+    if kind in httpstore.SCHEMES:
+        return httpstore.HttpStore(root)
+    if kind in objectstore.SCHEMES:
+        return objectstore.ObjectStore(root, options)
+    return fsspecstore.FsspecStore(root, options)
+
+
+class StorePool:
+    """One store for each bucket and set of options, made when first asked for. Safe to use from several
+    threads.
+    """
+
+    def __init__(self, requests: RequestOptions | None = None) -> None:
+        self._requests = requests or RequestOptions()
+        self._lock = threading.Lock()
+        self._stores: dict[tuple[str, StoreOptions], Store] = {}
+
+    @property
+    def counters(self) -> Counters:
+        """Those of all its stores together."""
+        return self._requests.counters
+
+    def get(self, url: str, options: StoreOptions) -> Store:
+        """The store that serves `url`; it belongs to the pool, which closes it."""
+        key = (store_root(url), options)
+        with self._lock:
+            store = self._stores.get(key)
+            if store is None:
+                store = self._stores[key] = open_store(url, options, self._requests)
+            return store
+
+    def forget(self, options: StoreOptions) -> None:
+        """Close and drop the stores of `options`: their credentials are no longer wanted or no longer good."""
+        with self._lock:
+            gone = [self._stores.pop(key) for key in list(self._stores) if key[1] == options]
+        for store in gone:
+            store.close()
+
+    def close(self) -> None:
+        """Close all stores; requests that are being retried end with their last error."""
+        with self._lock:
+            stores, self._stores = list(self._stores.values()), {}
+        for store in stores:
+            store.close()

@@ -1,0 +1,48 @@
+"""The one narrow interface that every object store has, and what an object is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One version of one remote object, as a listing gave it. `url` holds no credentials.
+
+    `etag` is None where the store has none; then size and `mtime_ns` say which version it is.
+    """
+
+    url: str
+    size: int
+    etag: str | None = None
+    mtime_ns: int = 0
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Where objects come from. Safe to call from several threads at once; never used across a fork.
+
+    Errors are those of `fastload.errors`, each naming the URL: `ObjectMissingError`, `AccessDeniedError`,
+    `StoreUnavailableError` (the only one that is worth retrying) and `ObjectChangedError`.
+    """
+
+    def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
+        """All objects whose URL starts with `prefix_url`, in the order of their keys. Nothing there: no items."""
+        ...
+
+    def head(self, url: str) -> ObjectInfo:
+        """The object at `url`. For single URLs where a listing is not to be had (http) or not worth it."""
+        ...
+
+    def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
+        """Fill `out` with the object's bytes from `start`; the whole of `out` or an error.
+
+        The read is conditional: an object that is no longer the version of `info` is an `ObjectChangedError`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of connections. May be called twice."""
+        ...

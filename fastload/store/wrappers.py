@@ -1,0 +1,198 @@
+"""Stores around a store: retrying, limiting, counting. Each changes one thing and passes on the rest.
+
+`Retrying(Limited(Counted(store)))` is the order that works: who sleeps before a retry holds no place among
+the requests in flight, and every attempt is counted.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fastload import waiting
+from fastload.errors import StoreError, StoreUnavailableError
+from fastload.store.types import ObjectInfo, Store
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class RetryOptions:
+    """How long to be patient. Attempt n waits a random time up to `delay_s` * 2**n, never over `delay_s_max`.
+
+    Full jitter, since many clients that a store turned away at once must not come back at once. No attempt
+    starts after `deadline_s`.
+    """
+
+    deadline_s: float = 60.0
+    delay_s: float = 0.1
+    delay_s_max: float = 10.0
+
+
+class Counters:
+    """What a store was asked for and gave. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values = {"requests": 0, "bytes": 0, "retries": 0, "errors": 0}
+
+    def add(self, **changes: int) -> None:
+        """Add to any of requests, bytes, retries, errors."""
+        with self._lock:
+            for name, change in changes.items():
+                self._values[name] += change
+
+    def values(self) -> dict[str, int]:
+        """`requests` sent (a listing counts as one), `bytes` of objects received whole, `retries`, failed
+        `errors`.
+        """
+        with self._lock:
+            return dict(self._values)
+
+
+class _Around:
+    """A store that passes everything on."""
+
+    def __init__(self, store: Store) -> None:
+        self._inner = store
+
+    def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
+        return self._inner.list(prefix_url)
+
+    def head(self, url: str) -> ObjectInfo:
+        return self._inner.head(url)
+
+    def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
+        self._inner.read_into(info, start, out)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class Retrying(_Around):
+    """Tries again what failed with `StoreUnavailableError`, until the deadline; `close()` ends the patience
+    at once.
+
+    A listing is tried as a whole, so that no object comes twice.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        options: RetryOptions | None = None,
+        *,
+        counters: Counters | None = None,
+        sleep: Callable[[float], object] | None = None,
+        now: Callable[[], float] = time.monotonic,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        super().__init__(store)
+        self._options = options or RetryOptions()
+        self._counters = counters or Counters()
+        self._closed = threading.Event()
+        self._sleep = sleep or self._closed.wait
+        self._now = now
+        self._uniform = uniform
+
+    def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
+        yield from self._patiently(lambda: list(self._inner.list(prefix_url)))
+
+    def head(self, url: str) -> ObjectInfo:
+        return self._patiently(lambda: self._inner.head(url))
+
+    def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
+        self._patiently(lambda: self._inner.read_into(info, start, out))
+
+    def close(self) -> None:
+        self._closed.set()
+        super().close()
+
+    def _patiently(self, request: Callable[[], _Result]) -> _Result:
+        began = self._now()
+        attempt = 0
+        while True:
+            try:
+                return request()
+            except StoreUnavailableError as error:
+                delay = self._delay(attempt)
+                spent = self._now() - began
+                if self._closed.is_set() or spent + delay > self._options.deadline_s:
+                    raise StoreUnavailableError(
+                        f"{error} [gave up after {attempt + 1} attempts in {spent:.1f} s]"
+                    ) from error
+            self._sleep(delay)
+            attempt += 1
+            self._counters.add(retries=1)
+
+    def _delay(self, attempt: int) -> float:
+        most = min(self._options.delay_s_max, self._options.delay_s * 2 ** min(attempt, 30))
+        return self._uniform(0.0, most)
+
+
+class Limited(_Around):
+    """Lets `requests_max` requests be in flight; others wait their turn. A listing counts while it is read."""
+
+    def __init__(self, store: Store, requests_max: int) -> None:
+        super().__init__(store)
+        assert requests_max > 0
+        self._free = requests_max
+        self._changed = threading.Condition()
+
+    def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
+        with self._turn(prefix_url):
+            yield from self._inner.list(prefix_url)
+
+    def head(self, url: str) -> ObjectInfo:
+        with self._turn(url):
+            return self._inner.head(url)
+
+    def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
+        with self._turn(info.url):
+            self._inner.read_into(info, start, out)
+
+    @contextmanager
+    def _turn(self, url: str) -> Iterator[None]:
+        with self._changed:
+            waiting.wait(self._changed, lambda: self._free > 0, "queue", what=f"a free request for {url}")
+            self._free -= 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += 1
+                self._changed.notify()
+
+
+class Counted(_Around):
+    """Adds up requests, bytes and errors in `counters`, which several stores may share."""
+
+    def __init__(self, store: Store, counters: Counters) -> None:
+        super().__init__(store)
+        self._counters = counters
+
+    def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
+        with self._counting():
+            yield from self._inner.list(prefix_url)
+
+    def head(self, url: str) -> ObjectInfo:
+        with self._counting():
+            return self._inner.head(url)
+
+    def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
+        with self._counting():
+            self._inner.read_into(info, start, out)
+        self._counters.add(bytes=len(out))
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        self._counters.add(requests=1)
+        try:
+            yield
+        except StoreError:
+            self._counters.add(errors=1)
+            raise

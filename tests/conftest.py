@@ -1,0 +1,158 @@
+"""Fixtures for all tests: a real S3 server, a bucket of one's own, and the proof that nothing is left
+behind.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import shutil
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from fastload.demo.weed import REGION, WeedServer
+from fastload.store.options import StoreOptions
+
+# Set for the whole run, child processes included: a cache service ends with its last consumer.
+os.environ["FASTLOAD_IDLE_S"] = "0"
+
+# How long things may take to end that nobody waits for: a service after its last consumer, an idle
+# connection.
+_GRACE_S = 5.0
+
+_bucket_numbers = count()
+# Processes that live as long as the run, whichever test asked for them first.
+_lasting: set[int] = set()
+
+
+@pytest.fixture(scope="session")
+def weed() -> Iterator[WeedServer]:
+    """A real S3 server, one for the whole run."""
+    directory = Path(tempfile.mkdtemp(prefix="fastload-weed-"))
+    try:
+        with WeedServer(directory) as server:
+            assert server.pid is not None
+            _lasting.add(server.pid)
+            yield server
+    finally:
+        shutil.rmtree(directory)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket of one test's own: empty at first, and the environment points to its server."""
+
+    server: WeedServer
+    name: str
+
+    @property
+    def url(self) -> str:
+        """`s3://bucket`, no slash at the end."""
+        return f"s3://{self.name}"
+
+    @property
+    def options(self) -> StoreOptions:
+        """As the owner."""
+        return StoreOptions(
+            endpoint_url=self.server.endpoint_url,
+            access_key_id=self.server.access_key_id,
+            secret_access_key=self.server.secret_access_key,
+            region=REGION,
+        )
+
+    @property
+    def denied_options(self) -> StoreOptions:
+        """As somebody whom the server knows and who may do nothing."""
+        return StoreOptions(
+            endpoint_url=self.server.endpoint_url,
+            access_key_id=self.server.denied_access_key_id,
+            secret_access_key=self.server.denied_secret_access_key,
+            region=REGION,
+        )
+
+    def put(self, key: str, data: bytes) -> str:
+        """Store an object; gives its URL."""
+        url = f"{self.url}/{key}"
+        self.server.put(url, data)
+        return url
+
+    def delete(self, key: str) -> None:
+        """Delete an object."""
+        self.server.delete(f"{self.url}/{key}")
+
+
+@pytest.fixture
+def s3(weed: WeedServer, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """A fresh bucket on the real server, found through plain AWS_* variables too."""
+    for name in list(os.environ):
+        if name.startswith("AWS_"):
+            monkeypatch.delenv(name)
+    for name, value in weed.environment().items():
+        monkeypatch.setenv(name, value)
+    bucket = f"test-{next(_bucket_numbers)}"
+    weed.make_bucket(bucket)
+    return Bucket(weed, bucket)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(tmp_path: Path) -> Iterator[None]:
+    """After every test: no new thread, process, socket, memfd, open file of the test or temp file."""
+    before = _leavings(tmp_path)
+    yield
+    deadline = time.monotonic() + _GRACE_S
+    while left := _leavings(tmp_path) - before:
+        gc.collect()  # an error's traceback may hold what the test let go of
+        if time.monotonic() > deadline:
+            pytest.fail("left behind:\n" + "\n".join(sorted(left)))
+        time.sleep(0.02)
+
+
+def _leavings(tmp_path: Path) -> set[str]:
+    found = {f"thread {thread.name} ({thread.ident})" for thread in threading.enumerate()}
+    found |= _processes(tmp_path) | _descriptors(tmp_path)
+    found |= {f"temp file {path}" for path in tmp_path.rglob(".tmp-*")}
+    return found
+
+
+def _processes(tmp_path: Path) -> set[str]:
+    """Children of ours, and processes in sessions of their own that work in the test's directory."""
+    found = set()
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit() or int(folder.name) in {os.getpid(), *_lasting}:
+            continue
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            continue
+        # multiprocessing keeps these two for the life of the process.
+        if "resource_tracker" in command or "forkserver" in command:
+            continue
+        if parent == os.getpid() or str(tmp_path) in command:
+            found.add(f"process {folder.name}: {command[:200]}")
+    return found
+
+
+def _descriptors(tmp_path: Path) -> set[str]:
+    """Descriptors whose being open means that somebody forgot them; eventfds and pipes of libraries are
+    not.
+    """
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+            mode = os.stat(f"/proc/self/fd/{name}").st_mode
+        except FileNotFoundError:  # the listing's own, or closed by another thread
+            continue
+        if stat.S_ISSOCK(mode) or re.match(r"/memfd:", target) or target.startswith(str(tmp_path)):
+            found.add(f"descriptor {name} -> {target}")
+    return found

@@ -1,0 +1,113 @@
+"""From what a user writes to objects, on local files and on the real S3 server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fastload.errors import ConfigError, ObjectMissingError
+from fastload.store import ObjectInfo, StoreOptions, StorePool, resolve
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    keys = [f"t/train-{number:03}.tar" for number in range(12)] + ["t/val-0.tar", "t/README", "u/x.tar", "w/note.txt"]
+    if request.param == "s3":
+        s3 = request.getfixturevalue("s3")
+        for key in keys:
+            s3.put(key, b"x" * len(key))
+        return str(s3.url)
+    for key in keys:
+        (tmp_path / key).parent.mkdir(exist_ok=True)
+        (tmp_path / key).write_bytes(b"x" * len(key))
+    return str(tmp_path)
+
+
+@pytest.fixture
+def pool(root: str) -> Iterator[StorePool]:
+    pool = StorePool()
+    yield pool
+    pool.close()
+
+
+Names = Callable[..., list[str]]
+
+
+@pytest.fixture
+def names(root: str, pool: StorePool) -> Names:
+    options = StoreOptions.from_environment()
+
+    def resolve_names(*urls: str) -> list[str]:
+        infos = resolve([f"{root}/{url}" for url in urls], lambda url: pool.get(url, options))
+        assert all(isinstance(info, ObjectInfo) for info in infos)
+        assert all(info.size == len(info.url.removeprefix(root + "/")) for info in infos)
+        return [info.url.removeprefix(root + "/") for info in infos]
+
+    return resolve_names
+
+
+def test_a_pattern(names: Names, pool: StorePool) -> None:
+    assert names("t/train-{003..005}.tar") == [f"t/train-00{number}.tar" for number in (3, 4, 5)]
+    assert pool.counters.values()["requests"] == 1
+    assert names("t/{val-0,train-011}.tar") == ["t/val-0.tar", "t/train-011.tar"]
+
+
+def test_a_prefix(names: Names) -> None:
+    assert names("t/") == [f"t/train-{number:03}.tar" for number in range(12)] + ["t/val-0.tar"]
+    assert names("{u,t}/")[:2] == ["u/x.tar", "t/train-000.tar"]
+
+
+def test_plain_urls_in_their_order_and_as_often_as_named(names: Names) -> None:
+    assert names("u/x.tar", "t/train-002.tar", "u/x.tar") == ["u/x.tar", "t/train-002.tar", "u/x.tar"]
+
+
+def test_missing_members(names: Names, root: str) -> None:
+    with pytest.raises(ObjectMissingError) as error:
+        names("t/train-{010..013}.tar")
+    assert f"{root}/t/train-{{010..013}}.tar: 2 of its 4 objects are not there" in str(error.value)
+    assert f"{root}/t/train-012.tar" in str(error.value)
+
+
+def test_nothing_there(names: Names, root: str) -> None:
+    with pytest.raises(ObjectMissingError, match=r"w/: no shards \(\.tar\).*1 other objects, the first: note\.txt"):
+        names("w/")
+    with pytest.raises(ObjectMissingError, match=r"nowhere/: no shards .*nothing at all"):
+        names("nowhere/")
+    with pytest.raises(ObjectMissingError, match=r"t/none\.tar"):
+        names("t/none.tar")
+
+
+def test_what_is_no_url(names: Names) -> None:
+    with pytest.raises(ConfigError, match="braces do not match"):
+        names("t/train-{000..001.tar")
+    with pytest.raises(ConfigError, match="no URL was given"):
+        names()
+
+
+@pytest.mark.parametrize("url", ["s3:///key", "s3://"])
+def test_no_bucket(url: str) -> None:
+    pool = StorePool()
+    with pytest.raises(ConfigError, match="names no bucket"):
+        resolve([url], lambda one: pool.get(one, StoreOptions()))
+
+
+def test_relative_paths_and_file_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.tar").write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    pool = StorePool()
+    found = resolve(["a.tar", f"file://{tmp_path}/a.tar", "./"], lambda url: pool.get(url, StoreOptions()))
+    assert [info.url for info in found] == [str(tmp_path / "a.tar")] * 3
+
+
+def test_a_pool_keeps_one_store_for_each_bucket_and_credentials() -> None:
+    pool = StorePool()
+    one = StoreOptions(access_key_id="a", secret_access_key="b")
+    assert pool.get("s3://x/a", one) is pool.get("s3://x/b/c", one)
+    assert pool.get("s3://x/a", one) is not pool.get("s3://y/a", one)
+    assert pool.get("s3://x/a", one) is not pool.get("s3://x/a", StoreOptions())
+    before = pool.get("s3://x/a", one)
+    pool.forget(one)
+    assert pool.get("s3://x/a", one) is not before
+    pool.close()
