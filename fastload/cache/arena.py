@@ -1,0 +1,146 @@
+"""The node's RAM tier: one piece of shared memory, cut into buffers of one chunk.
+
+Every byte is received into the arena, verified there and served from there, so it has to be one mapping that
+many processes share without copies, that vanishes with its last user whatever kills them, and that no
+consumer can damage. An anonymous memfd is all three: it has no name to go stale, and its seals forbid
+growing, shrinking (a mapping of cut memory would end its user with SIGBUS) and any further writable mapping,
+while the owner keeps the one it has.
+
+First touch of fresh memory runs at about 1 GB/s, use of touched memory at 20. So `populate` touches it ahead
+of use, in pieces, by an madvise that lets go of the GIL: MAP_POPULATE would hold it for half a second a GiB.
+
+The arena knows nothing of which chunk lies where; that is the service's state. A view that outlives `close()`
+keeps its mapping until it is gone itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import threading
+
+import numpy as np
+import numpy.typing as npt
+
+from fastload.cache import syscalls
+from fastload.config import MIB
+from fastload.errors import CacheError
+
+# One piece of populating: 4 MiB takes 1-12 ms, which bounds how long a stop or a close has to wait.
+_PIECE_BYTES = 4 * MIB
+_CURE = "lower ram_bytes, or raise the limit on memory or open files of this process"
+
+
+class Arena:
+    """The owner's side. `buffer`, `populate` and `close` may be called from different threads."""
+
+    def __init__(self, ram_bytes: int, chunk_bytes: int) -> None:
+        """Room for `ram_bytes // chunk_bytes` buffers; CacheError where the kernel gives none."""
+        self.chunk_bytes = chunk_bytes
+        self.buffer_count = ram_bytes // chunk_bytes
+        self.byte_count = self.buffer_count * chunk_bytes
+        if self.buffer_count < 1:
+            raise CacheError(f"ram_bytes={ram_bytes} is below one chunk of {chunk_bytes} bytes; raise ram_bytes")
+        self._closing = threading.Lock()  # held while a piece is populated: no unmapping underneath
+        self.fd = -1
+        self._map: mmap.mmap | None = None
+        self._view = memoryview(b"")
+        try:
+            self._make()
+        except (OSError, ValueError, OverflowError) as error:  # the latter: more than can be addressed
+            self.close()
+            raise CacheError(f"cannot make an arena of ram_bytes={ram_bytes}: {error}; {_CURE}") from error
+
+    def buffer(self, number: int) -> memoryview:
+        """Buffer `number`: `chunk_bytes` writable bytes that start on a page."""
+        if not 0 <= number < self.buffer_count:
+            raise IndexError(f"no buffer {number} among {self.buffer_count}")
+        start = number * self.chunk_bytes
+        return self._view[start : start + self.chunk_bytes]
+
+    def populate(self, stop: threading.Event) -> int:
+        """Touch the memory from its start until done or `stop` is set; returns how many bytes are touched.
+
+        Ends early, and silently, where the kernel is older than 5.14 or has no memory to give: untouched
+        memory only costs more at its first use.
+        """
+        for start in range(0, self.byte_count, _PIECE_BYTES):
+            with self._closing:
+                if stop.is_set() or self._map is None:
+                    return start
+                if not _populate(self._map, start, min(_PIECE_BYTES, self.byte_count - start)):
+                    return start
+        return self.byte_count
+
+    def close(self) -> None:
+        """Let go of the memory, at once or when the last buffer in use goes. May be called twice."""
+        with self._closing:
+            mapping, self._map = self._map, None
+            if mapping is not None:
+                _close_mapping(mapping, self._view)
+            fd, self.fd = self.fd, -1
+            if fd >= 0:
+                syscalls.close(fd)
+
+    def _make(self) -> None:
+        self.fd = syscalls.memfd_create("fastload-arena")
+        syscalls.ftruncate(self.fd, self.byte_count)
+        self._map = syscalls.mmap_shared(self.fd, self.byte_count, writable=True)
+        self._view = memoryview(self._map)
+        _seal(self.fd)
+
+
+class ArenaView:
+    """A consumer's side: the arena, mapped read-only."""
+
+    def __init__(self, fd: int, byte_count: int) -> None:
+        """Map `byte_count` bytes of the arena `fd`, which stays the caller's to close.
+
+        CacheError where `fd` is not a sealed arena of that size.
+        """
+        try:
+            if syscalls.fstat(fd).st_size < byte_count or not syscalls.get_seals(fd) & fcntl.F_SEAL_SHRINK:
+                raise CacheError(f"the arena received is not a sealed one of {byte_count} bytes; restart the service")
+            self._map: mmap.mmap | None = syscalls.mmap_shared(fd, byte_count, writable=False)
+        except (OSError, ValueError) as error:
+            raise CacheError(f"cannot map the arena of {byte_count} bytes: {error}; {_CURE}") from error
+        self.byte_count = byte_count
+        self._view = memoryview(self._map)
+        self.array: npt.NDArray[np.uint8] = np.frombuffer(self._view, dtype=np.uint8)
+
+    def close(self) -> None:
+        """Let go of the memory, at once or when the last array over it goes. May be called twice."""
+        mapping, self._map = self._map, None
+        self.array = np.empty(0, np.uint8)
+        if mapping is not None:
+            _close_mapping(mapping, self._view)
+
+
+def _seal(fd: int) -> None:
+    fixed = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+    try:
+        syscalls.add_seals(fd, fixed | syscalls.F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        syscalls.add_seals(fd, fixed)  # before Linux 5.1 only consumers' good manners keep them from writing
+
+
+def _populate(mapping: mmap.mmap, start: int, size: int) -> bool:
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping, start))
+    try:
+        syscalls.madvise(address, size, syscalls.MADV_POPULATE_WRITE)
+    except OSError:
+        return False
+    return True
+
+
+def _close_mapping(mapping: mmap.mmap, view: memoryview) -> None:
+    try:
+        view.release()
+        mapping.close()
+    except BufferError:
+        # Somebody still looks at it. The mapping ends with its last view.
+        pass

@@ -1,0 +1,338 @@
+"""The disk tier: a directory of chunk files with a quota.
+
+It is a cache of remote data, so it may forget anything and must never stop the training: whatever the disk
+does, the worst answer is "not here". A file that is damaged is put out of use, removed and counted, and
+whoever wanted it fetches it again. What a failing disk does to the tier is `health`'s to say.
+
+    chunks/xx/<key>.chunk   one chunk (see `chunkfile`), in one of 256 directories
+    index/<name>.blob       one small named value (see `blobfile`)
+    .tmp-...                a file being written, beside where it will be (see `owner`)
+
+The directory is the truth, and the table in memory is made from it at the start (see `inventory`): a file
+appears under its final name by rename, whole, so there is nothing to recover.
+
+What is held, and in how many allocated bytes, is known here only. Room is reserved before a byte is written,
+so writers in several threads cannot overrun the quota together; what a file really took replaces the
+reservation. Which chunk has to go when there is no room is the caller's decision: `write` says no, `remove`
+makes room.
+
+No system call is made while the lock is held: `contains` and the counts answer at once, even when the disk
+stalls. A name leaves the table before its file goes, and enters after its file has come. So threads that
+write and remove one key at once may leave a name without a file, which the next read finds out, and never a
+file without a name, which would take room that nobody counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from fastload.cache import blobfile, chunkfile, inventory, owner, syscalls
+from fastload.cache.health import Health
+from fastload.cache.key import ChunkKey
+from fastload.config import GIB
+
+_Read = TypeVar("_Read")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Entry:
+    """One file that is held; another file under the same name is another entry."""
+
+    allocated_bytes: int
+
+
+class DiskTier:
+    """Chunks and blobs under `directory`, at most `quota_bytes` of them.
+
+    May be called from several threads. No method raises for what the disk does.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        quota_bytes: int,
+        chunk_bytes: int,
+        *,
+        on_trouble: Callable[[str], None] | None = None,
+        margin_bytes: int | None = None,
+    ) -> None:
+        """Open the tier and take stock of what it holds; with `quota_bytes` 0 it stays off, and off the disk.
+
+        `margin_bytes` of the file system are left free (default: 2 % of it, at most 4 GiB). `on_trouble` gets
+        each kind of trouble once, as a sentence, from whichever thread met it.
+        """
+        self.directory = directory
+        self.chunk_bytes = chunk_bytes
+        self._health = Health(directory, on_trouble or (lambda message: None))
+        self._margin_bytes = margin_bytes
+        self._lock = threading.Lock()
+        self._quota_bytes = 0
+        self._held: dict[ChunkKey | str, _Entry] = {}  # a str is a blob's name
+        self._used_bytes = 0
+        self._reserved_bytes = 0
+        self._temp_names = owner.temp_names()
+        self.set_quota(quota_bytes)
+
+    # What is there
+
+    @property
+    def readable(self) -> bool:
+        """Whether chunks are looked for here at all."""
+        return self._health.readable
+
+    @property
+    def writable(self) -> bool:
+        """Whether `write` may succeed, given room; False once the disk has failed or is switched off."""
+        return self._health.writable
+
+    @property
+    def used_bytes(self) -> int:
+        """The allocated bytes of all that is held."""
+        return self._used_bytes
+
+    @property
+    def quota_bytes(self) -> int:
+        """How many allocated bytes may be held."""
+        return self._quota_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """What the quota has left beside writes under way; negative after the quota was lowered."""
+        with self._lock:
+            return self._quota_bytes - self._used_bytes - self._reserved_bytes
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """A copy of the `DiskCounters` by name."""
+        return self._health.counters()
+
+    @staticmethod
+    def file_bytes(length: int) -> int:
+        """The room that a chunk of `length` bytes takes."""
+        return chunkfile.layout(length).file_bytes
+
+    def contains(self, key: ChunkKey) -> bool:
+        """Whether the chunk is held, as far as is known. Never blocks."""
+        return self._health.readable and key in self._held
+
+    def keys(self) -> list[ChunkKey]:
+        """The chunks held, those written first in front."""
+        with self._lock:
+            return [key for key in self._held if isinstance(key, ChunkKey)]
+
+    def blob_names(self) -> list[str]:
+        """The names of the blobs held, those written first in front."""
+        with self._lock:
+            return [name for name in self._held if isinstance(name, str)]
+
+    # Chunks
+
+    def read_into(self, key: ChunkKey, out: memoryview) -> int | None:
+        """Fill the start of `out` with the chunk, verified; returns its length, or None for no chunk.
+
+        `out` takes a whole chunk (`chunk_bytes`); where it starts on a page, as the arena's buffers do, the
+        read is direct. After None it holds nothing of use.
+        """
+        assert len(out) >= self.chunk_bytes, f"a buffer of {len(out)} bytes for chunks of {self.chunk_bytes}"
+        return self._get(key, lambda path: chunkfile.read_into(path, key, out), lambda length: length)
+
+    def write(self, key: ChunkKey, buffer: memoryview, length: int) -> bool:
+        """Keep the first `length` bytes of `buffer` as the chunk; False where there is no room, or no disk.
+
+        The buffer must not change meanwhile. A chunk that is held already is not written again.
+        """
+        if self.contains(key):
+            return True
+        data = buffer[:length]
+        return self._put(key, self.file_bytes(length), lambda path: chunkfile.write(path, key, data), length)
+
+    def remove(self, key: ChunkKey) -> bool:
+        """Drop the chunk and its room; False where it was not held, or the disk does not let go of it."""
+        return self._remove(key)
+
+    # Blobs
+
+    def get_blob(self, name: str) -> bytes | None:
+        """The value under `name`, verified, or None where it is not to be had."""
+        return self._get(_checked(name), lambda path: blobfile.read(path, name), len)
+
+    def put_blob(self, name: str, data: bytes) -> bool:
+        """Keep `data` under `name`, in place of what was there; False where there is no room, or no disk."""
+        need = blobfile.file_bytes(len(data))
+        return self._put(_checked(name), need, lambda path: blobfile.write(path, name, data), len(data))
+
+    def remove_blob(self, name: str) -> bool:
+        """Drop the value under `name`; False as in `remove`."""
+        return self._remove(_checked(name))
+
+    # Limits
+
+    def set_quota(self, quota_bytes: int) -> None:
+        """Change the quota while running. Lowering it removes nothing by itself: the caller evicts.
+
+        A tier that had stopped writing tries again, since a change of quota is also how one answers a full
+        disk. One that was off altogether takes stock anew.
+        """
+        was_off = not self._health.readable
+        with self._lock:
+            self._quota_bytes = quota_bytes
+        self._health.switch(quota_bytes > 0)
+        if was_off and quota_bytes:
+            self._take_stock()
+
+    # Inside
+
+    def _take_stock(self) -> None:
+        found = inventory.take(self.directory)
+        with self._lock:
+            self._held = {name: _Entry(took) for _, name, took in found.held}
+            self._used_bytes = sum(entry.allocated_bytes for entry in self._held.values())
+        self._health.count(swept=found.swept, damaged=found.damaged)
+        if found.error is not None:
+            self._health.scan_failed(found.error, found.errors)
+
+    def _get(self, name: ChunkKey | str, read: Callable[[Path], _Read], size: Callable[[_Read], int]) -> _Read | None:
+        entry = self._held.get(name)
+        if not self._health.readable or entry is None:
+            return None
+        path = inventory.path_of(self.directory, name)
+        try:
+            found = read(path)
+        except FileNotFoundError:  # removed meanwhile, by another thread or by somebody's hand
+            self._forget(name, entry)
+        except chunkfile.ChunkDamagedError as error:
+            self._condemn(name, entry, path)
+            self._health.read_damaged(path, str(error))
+        except OSError as error:
+            if self._health.read_failed(path, error):
+                self._condemn(name, entry, path)
+        else:
+            self._health.read_well(size(found))
+            return found
+        return None
+
+    def _put(self, name: ChunkKey | str, need: int, write: Callable[[Path], int], length: int) -> bool:
+        if not self._reserve(need):
+            self._health.count(refused=1)
+            return False
+        took = None
+        try:
+            took = self._publish(inventory.path_of(self.directory, name), write)
+        except OSError as error:
+            self._health.write_failed(error)
+        finally:
+            self._settle(name, need, took)
+        if took is None:
+            return False
+        self._health.count(writes=1, written_bytes=length)
+        return True
+
+    def _reserve(self, need: int) -> bool:
+        if not self._health.writable or not self._leaves_margin(need):
+            return False
+        with self._lock:
+            if self._used_bytes + self._reserved_bytes + need > self._quota_bytes:
+                return False
+            self._reserved_bytes += need
+        return True
+
+    def _settle(self, name: ChunkKey | str, need: int, took: int | None) -> None:
+        """Give the reservation back and, where something was written, enter what it took."""
+        with self._lock:
+            self._reserved_bytes -= need
+            if took is not None:
+                before = self._held.pop(name, None)
+                self._used_bytes += took - (before.allocated_bytes if before else 0)
+                self._held[name] = _Entry(took)
+
+    def _leaves_margin(self, need: int) -> bool:
+        """Whether the file system has room for `need` more bytes, besides the margin that is everybody's."""
+        try:
+            status = syscalls.statvfs(self.directory)
+        except OSError as error:
+            self._health.write_failed(error)
+            return False
+        margin = self._margin_bytes
+        if margin is None:
+            margin = min(status.f_blocks * status.f_frsize // 50, 4 * GIB)
+        free = status.f_bavail * status.f_frsize
+        if free - self._reserved_bytes - need >= margin:
+            return True
+        self._health.margin_reached(free, margin)
+        return False
+
+    def _publish(self, path: Path, write: Callable[[Path], int]) -> int:
+        """Write beside `path`, rename to it; returns the allocated bytes. Nothing stays behind an error."""
+        temp = path.with_name(next(self._temp_names))
+        try:
+            try:
+                took = write(temp)
+            except FileNotFoundError:  # the first file here
+                self._make_directories(path.parent)
+                took = write(temp)
+            syscalls.rename(temp, path)
+        except BaseException:
+            self._discard(temp)
+            raise
+        return took
+
+    def _make_directories(self, directory: Path) -> None:
+        """`directory` and what lacks above it, down from the tier's own, which has to be there."""
+        for missing in (directory.parent, directory):
+            if self.directory in missing.parents:
+                with contextlib.suppress(FileExistsError):
+                    syscalls.mkdir(missing)
+
+    def _remove(self, name: ChunkKey | str) -> bool:
+        entry = self._held.get(name)
+        if entry is None or not self._forget(name, entry):
+            return False
+        try:
+            syscalls.unlink(inventory.path_of(self.directory, name))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self._health.write_failed(error)
+            self._restore(name, entry)
+            return False
+        return True
+
+    def _condemn(self, name: ChunkKey | str, entry: _Entry, path: Path) -> None:
+        """Put a file out of use: first out of the table, so that nobody reads it again, then off the disk."""
+        if self._forget(name, entry):
+            self._discard(path)
+
+    def _forget(self, name: ChunkKey | str, entry: _Entry) -> bool:
+        """Take a file out of the table; False where it is not there, or another file has replaced it."""
+        with self._lock:
+            if self._held.get(name) is not entry:
+                return False
+            del self._held[name]
+            self._used_bytes -= entry.allocated_bytes
+        return True
+
+    def _restore(self, name: ChunkKey | str, entry: _Entry) -> None:
+        with self._lock:
+            if name not in self._held:
+                self._held[name] = entry
+                self._used_bytes += entry.allocated_bytes
+
+    def _discard(self, path: Path) -> None:
+        """Remove a file that may be there. A temp file that stays is swept once its writer is gone."""
+        try:
+            syscalls.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            self._health.count(errors=1)
+
+
+def _checked(name: str) -> str:
+    if inventory.BLOB_NAME.fullmatch(name) is None:
+        raise ValueError(f"{name!r} is no name for a blob: up to 200 letters, digits, '_', '-' and '.'")
+    return name

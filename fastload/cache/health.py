@@ -1,0 +1,152 @@
+"""How a disk tier is doing: what it counts, what still works, and what the user has been told.
+
+A disk fails in few ways that matter. *Full or read-only*: no more writes, what is there is still good. *One
+bad file*: that one is lost. *Read after read fails*: the disk is dead, and asking it again costs each chunk
+its timeout. *We are short* (of descriptors, of memory): not the disk's fault, and over in a moment. Each is
+told once, in a sentence that says what happens now and what to do; training goes on in all of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fastload.config import format_bytes
+
+# What the process runs short of, not the disk.
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN)
+# So many reads in a row that fail with an I/O error mean a dead disk, not a bad spot.
+_READ_ERRORS_MAX = 8
+
+
+@dataclass(slots=True)
+class DiskCounters:
+    """What the tier did since it was opened."""
+
+    reads: int = 0
+    read_bytes: int = 0
+    writes: int = 0
+    written_bytes: int = 0
+    refused: int = 0  # writes that found no room in the quota or on the file system, or no disk
+    damaged: int = 0  # files put out of use: at the scan by their size, on reading by their checksums
+    errors: int = 0  # system calls that failed for a reason that should not be
+    swept: int = 0  # temp files of dead writers
+
+
+class Health:
+    """The state of the tier in `directory`; safe to use from several threads.
+
+    `on_trouble` gets each kind of trouble once, from the thread that met it.
+    """
+
+    def __init__(self, directory: Path, on_trouble: Callable[[str], None]) -> None:
+        self.readable = False
+        self.writable = False
+        self._directory = directory
+        self._on_trouble = on_trouble
+        self._lock = threading.Lock()
+        self._counters = DiskCounters()
+        self._told: set[str] = set()
+        self._read_errors = 0  # in a row
+
+    def switch(self, on: bool) -> None:
+        """On or off, with a clean slate: what comes up again is told again."""
+        with self._lock:
+            self.readable = self.writable = on
+            self._told.clear()
+            self._read_errors = 0
+
+    def counters(self) -> dict[str, int]:
+        """A copy of the `DiskCounters`."""
+        with self._lock:
+            return asdict(self._counters)
+
+    def count(self, **amounts: int) -> None:
+        """Add to the counters of these names."""
+        with self._lock:
+            for name, amount in amounts.items():
+                setattr(self._counters, name, getattr(self._counters, name) + amount)
+
+    def read_well(self, byte_count: int) -> None:
+        """A read gave verified data."""
+        self.count(reads=1, read_bytes=byte_count)
+        self._read_errors = 0
+
+    def read_damaged(self, path: Path, why: str) -> None:
+        """A file was not what was written there."""
+        self.count(damaged=1)
+        self._tell(
+            "damaged",
+            f"{path} in the disk cache was damaged ({why}); it was removed and its data is fetched again. "
+            "If this comes back, suspect the disk",
+        )
+
+    def read_failed(self, path: Path, error: OSError) -> bool:
+        """A read failed; whether the file is to blame, and should be given up."""
+        self.count(errors=1)
+        if error.errno in _SHORTAGES:
+            return False
+        with self._lock:
+            self._read_errors += 1
+            dead = self._read_errors >= _READ_ERRORS_MAX
+            if dead:
+                self.readable = self.writable = False
+        self._tell("read", f"reading {path} in the disk cache failed ({error}); its data is fetched again")
+        if dead:
+            self._tell(
+                "dead",
+                f"the disk cache {self._directory} is not used any more in this run, as "
+                f"{_READ_ERRORS_MAX} reads in a row failed ({error}); check the disk",
+            )
+        return True
+
+    def write_failed(self, error: OSError) -> None:
+        """A write, or making or removing a file, failed."""
+        self.count(errors=1)
+        # A file that vanished is not a sick disk: somebody empties the directory, or swept our temp file.
+        if error.errno in _SHORTAGES or error.errno == errno.ENOENT:
+            self._tell(
+                "skipped",
+                f"a write to the disk cache {self._directory} failed ({error}) and was left out",
+            )
+            return
+        self.writable = False
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        cure = "free some space there, or lower disk_bytes" if full else "check the disk and its rights"
+        self._tell(
+            "write",
+            f"the disk cache {self._directory} takes no more data in this run ({error}); what it holds is "
+            f"still used, the rest is fetched again: {cure}",
+        )
+
+    def scan_failed(self, error: OSError, times: int) -> None:
+        """Not all of the directory could be listed.
+
+        What was missed may fill any part of the quota, so there are no more writes.
+        """
+        self.count(errors=times)
+        self.writable = False
+        self._tell(
+            "scan",
+            f"the disk cache {self._directory} could not be listed in full ({error}); what was found is "
+            "used, and nothing is written in this run: check the disk and its rights",
+        )
+
+    def margin_reached(self, free_bytes: int, margin_bytes: int) -> None:
+        """The file system has no room for a write besides the margin."""
+        self._tell(
+            "margin",
+            f"the file system of the disk cache {self._directory} has {format_bytes(free_bytes)} left, of "
+            f"which {format_bytes(margin_bytes)} are left alone; nothing more is written until there is "
+            "room: free some, or lower disk_bytes",
+        )
+
+    def _tell(self, kind: str, message: str) -> None:
+        with self._lock:
+            if kind in self._told:
+                return
+            self._told.add(kind)
+        self._on_trouble(message)

@@ -1,0 +1,118 @@
+"""The limits of a cache directory, in its file `cache.json`.
+
+    {"format": 1, "ram_bytes": ..., "disk_bytes": ..., "chunk_bytes": ...}
+
+Who makes the directory writes them; whoever comes later and says something else explicitly changes them, with
+one warning. The file is published whole: by link where there was none (of two creators the first wins), by
+rename where one is replaced (of two changes the last wins).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from fastload import config
+from fastload.cache import owner, syscalls
+from fastload.cache.chunkfile import transfer
+from fastload.config import CacheLimits
+from fastload.errors import CacheError, ConfigError
+
+FORMAT_VERSION = 1
+
+
+def path_of(directory: Path) -> Path:
+    """Where the limits of `directory` are kept."""
+    return directory / "cache.json"
+
+
+def settle(directory: Path, explicit: dict[str, int]) -> tuple[CacheLimits, tuple[str, ...]]:
+    """The limits of `directory` once the `explicit` ones hold, and warnings for the user.
+
+    OSError as the calls give it, CacheError for a directory of a later format, ConfigError for limits that
+    cannot be.
+    """
+    stored, warning = read(directory)
+    warnings: tuple[str, ...] = (warning,) if warning else ()
+    if stored is None:
+        wanted = _first(directory, explicit)
+        if _publish(directory, wanted, replaces=bool(warning)):
+            return wanted, warnings
+        stored = read(directory)[0] or wanted  # another process made the directory's limits first
+    changed = replace(stored, **explicit)
+    if changed != stored:
+        _publish(directory, changed, replaces=True)
+        warnings += (_change(directory, stored, changed),)
+    return changed, warnings
+
+
+def read(directory: Path) -> tuple[CacheLimits | None, str]:
+    """The limits as written, or None where there are none; and a warning about what makes no sense."""
+    path = path_of(directory)
+    try:
+        content = syscalls.read_file(path)
+    except FileNotFoundError:
+        return None, ""
+    try:
+        fields = json.loads(content)
+        version = fields.pop("format")
+        if version == FORMAT_VERSION:
+            return CacheLimits(**{name: int(value) for name, value in fields.items()}), ""
+    except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
+        return None, f"{path} was damaged ({error}); the limits of the cache are set anew"
+    raise CacheError(f"{path} is of format {version}, which this fastload does not know; name another cache directory")
+
+
+def _first(directory: Path, explicit: dict[str, int]) -> CacheLimits:
+    """The limits of a new directory: what was said, else defaults. A disk too full for a chunk stays off."""
+    wanted = {"ram_bytes": config.default_ram_bytes(), "disk_bytes": 0} | explicit
+    found = CacheLimits(**wanted)
+    free = config.default_disk_bytes(directory)
+    if "disk_bytes" in explicit or free < found.chunk_bytes + 8192:
+        return found
+    return replace(found, disk_bytes=free)
+
+
+def _publish(directory: Path, limits: CacheLimits, *, replaces: bool) -> bool:
+    """Write the limits; False where there are some already and `replaces` is false."""
+    path, temp = path_of(directory), directory / next(owner.temp_names())
+    try:
+        _write(temp, json.dumps({"format": FORMAT_VERSION, **asdict(limits)}).encode() + b"\n")
+        if replaces:
+            syscalls.rename(temp, path)
+            return True
+        try:
+            syscalls.link(temp, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links: of two creators the last wins
+            syscalls.rename(temp, path)
+        return True
+    finally:
+        _discard(temp)
+
+
+def _write(path: Path, content: bytes) -> None:
+    fd = syscalls.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        transfer(syscalls.pwritev, fd, (memoryview(content),), "write")
+    finally:
+        syscalls.close(fd)
+
+
+def _discard(path: Path) -> None:
+    with contextlib.suppress(OSError):  # gone by rename; or left, and swept when this process is gone
+        syscalls.unlink(path)
+
+
+def _change(directory: Path, before: CacheLimits, after: CacheLimits) -> str:
+    """The one warning about a change of limits."""
+    old, new = asdict(before), asdict(after)
+    changes = ", ".join(f"{name} from {old[name]} to {new[name]}" for name in old if old[name] != new[name])
+    lost = before.chunk_bytes != after.chunk_bytes
+    return f"the limits of the cache {directory} were changed: {changes}" + (
+        "; with another chunk_bytes, what it holds is fetched again" if lost else ""
+    )
