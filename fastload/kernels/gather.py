@@ -1,0 +1,179 @@
+"""Copying values out of the arena: one call for all values of a batch's column.
+
+A value (one member of a shard) is a range of its shard; a shard is a run of chunk numbers; a chunk, where it
+is present, lies somewhere in the arena. So a value is one piece, or several where it spans chunks, and its
+pieces need not be adjacent. A batch may be gathered in passes, each with those chunks that are present then;
+every pass copies the pieces that it can, and the caller counts bytes until all are there.
+
+Offsets come from shard indexes and from the cache service, so everything is checked against its array before
+it is used: nothing outside `arena` is read, nothing outside `out` is written, whatever the arguments.
+
+Measured: 600-byte values in 57 ns each in order and 158 shuffled (a block copy of the same bytes: 37); 90 kB values at
+13-15 GB/s, as fast as a block copy.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import int64, uint8
+from numpy.typing import NDArray
+
+from fastload.kernels.copying import copy_bytes
+from fastload.kernels.jit import array_in, array_out, kernel
+
+__all__ = ["gather", "needed_chunks"]
+
+Int64s = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
+
+_ints, _bytes = array_in(int64), array_in(uint8)
+
+
+def gather(
+    arena: Bytes,
+    chunk_offset: Int64s,
+    chunk_bytes: int,
+    value_first_chunk: Int64s,
+    value_offset: Int64s,
+    value_size: Int64s,
+    out_offset: Int64s,
+    out: Bytes,
+) -> int:
+    """Copy what is present of V values into `out`; returns the number of bytes copied. Runs without the GIL.
+
+    arena: the mapped arena, may be read-only.
+    chunk_offset: per chunk number (C of them), where the chunk lies in `arena`, or -1 where it is not
+    present. value_first_chunk: per value, the chunk number of its shard's first chunk. value_offset,
+    value_size: per value, its range within its shard, in bytes. out_offset: per value, where it goes in
+    `out`. Values must not overlap there.
+
+    Raises IndexError where a value does not fit its chunks, the arena or `out`; values before it have been
+    copied.
+    """
+    assert chunk_bytes > 0, chunk_bytes
+    count = value_offset.size
+    if not value_first_chunk.size == value_size.size == out_offset.size == count:
+        raise IndexError(f"arrays of {count} values differ in length")
+    copied: int = gather_pieces(
+        arena, chunk_offset, chunk_bytes, value_first_chunk, value_offset, value_size, out_offset, out
+    )
+    if copied < 0:
+        value = -1 - copied
+        raise IndexError(
+            f"value {value} (first chunk {value_first_chunk[value]}, offset {value_offset[value]}, "
+            f"{value_size[value]} bytes, to {out_offset[value]}) lies outside of {chunk_offset.size} "
+            f"chunks of {chunk_bytes} bytes, an arena of {arena.size} bytes or an output of {out.size} bytes"
+        )
+    return copied
+
+
+@kernel(int64(_bytes, _ints, int64, _ints, _ints, _ints, _ints, array_out(uint8)))
+def gather_pieces(
+    arena: Bytes,
+    chunk_offset: Int64s,
+    chunk_bytes: int,
+    value_first_chunk: Int64s,
+    value_offset: Int64s,
+    value_size: Int64s,
+    out_offset: Int64s,
+    out: Bytes,
+) -> int:
+    """`gather` without its checks of lengths; returns -1 - v where value v does not fit."""
+    copied = 0
+    for value in range(value_offset.size):
+        offset, left, to = value_offset[value], value_size[value], out_offset[value]
+        if left == 0:
+            continue
+        chunk = value_first_chunk[value]
+        # Written so that no sum can overflow before it is compared.
+        if min(chunk, offset, left, to) < 0 or left > out.size or to > out.size - left:
+            return -1 - value
+        if offset // chunk_bytes >= chunk_offset.size - chunk:
+            return -1 - value
+        chunk += offset // chunk_bytes
+        within = offset % chunk_bytes
+        if (left + within - 1) // chunk_bytes >= chunk_offset.size - chunk:
+            return -1 - value
+        while left > 0:
+            piece = min(left, chunk_bytes - within)
+            at = chunk_offset[chunk]
+            if at >= 0:
+                if at > arena.size - within - piece:
+                    return -1 - value
+                copy_bytes(arena[at + within : at + within + piece], out[to : to + piece])
+                copied += piece
+            to += piece
+            left -= piece
+            chunk += 1
+            within = 0
+    return copied
+
+
+def needed_chunks(
+    value_first_chunk: Int64s,
+    value_offset: Int64s,
+    value_size: Int64s,
+    chunk_bytes: int,
+    seen: Bytes,
+) -> Int64s:
+    """The chunk numbers that V values touch, each once, ascending (int64). Runs without the GIL.
+
+    seen: scratch, as long as there are chunks, all zero; zero again on return, so that it can serve the next
+    call. It makes the cost that of the values, not of all chunks of a data set.
+
+    Raises IndexError where a value lies outside of these chunks.
+    """
+    assert chunk_bytes > 0, chunk_bytes
+    count = value_offset.size
+    if not value_first_chunk.size == value_size.size == count:
+        raise IndexError(f"arrays of {count} values differ in length")
+    # A value of n bytes touches at most n // chunk_bytes + 2 chunks. Nonsense sizes must not ask for nonsense
+    # memory.
+    room = min(int(np.sum(np.maximum(value_size, 0) // chunk_bytes + 2)), seen.size)
+    out = np.empty(max(room, 0), np.int64)
+    found: int = mark_chunks(value_first_chunk, value_offset, value_size, chunk_bytes, seen, out)
+    if found < 0:
+        value = -1 - found
+        raise IndexError(
+            f"value {value} (first chunk {value_first_chunk[value]}, offset {value_offset[value]}, "
+            f"{value_size[value]} bytes) lies outside of {seen.size} chunks of {chunk_bytes} bytes"
+        )
+    out = out[:found]
+    out.sort()
+    return out
+
+
+@kernel(int64(_ints, _ints, _ints, int64, array_out(uint8), array_out(int64)))
+def mark_chunks(
+    value_first_chunk: Int64s,
+    value_offset: Int64s,
+    value_size: Int64s,
+    chunk_bytes: int,
+    seen: Bytes,
+    out: Int64s,
+) -> int:
+    """Write the chunks touched to `out`, as first touched; returns how many, or -1 - v for a bad value v."""
+    found = 0
+    bad = -1
+    for value in range(value_offset.size):
+        offset, size = value_offset[value], value_size[value]
+        if size == 0:
+            continue
+        chunk = value_first_chunk[value]
+        if min(chunk, offset, size) < 0 or offset // chunk_bytes >= seen.size - chunk:
+            bad = value
+            break
+        chunk += offset // chunk_bytes
+        # Chunks that follow the first.
+        span = (size - 1) // chunk_bytes + ((size - 1) % chunk_bytes + offset % chunk_bytes) // chunk_bytes
+        if span >= seen.size - chunk:
+            bad = value
+            break
+        for touched in range(chunk, chunk + span + 1):
+            if seen[touched] == 0 and found < out.size:
+                seen[touched] = 1
+                out[found] = touched
+                found += 1
+    for number in range(found):
+        seen[out[number]] = 0
+    return found if bad < 0 else -1 - bad

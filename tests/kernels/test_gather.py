@@ -1,0 +1,172 @@
+"""Gathering values from chunks, against plain numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastload.kernels.gather import gather, needed_chunks
+
+CHUNK = 64
+Int64s = np.ndarray
+
+
+class World:
+    """Objects cut into chunks that lie scattered in an arena, and values in them."""
+
+    def __init__(self, seed: int, sizes: list[int], values: int, present: float) -> None:
+        random = np.random.default_rng(seed)
+        self.objects = [random.integers(0, 256, size, np.uint8) for size in sizes]
+        counts = [-(-size // CHUNK) for size in sizes]
+        firsts = np.cumsum([0, *counts])
+        buffers = random.permutation(firsts[-1] + 3)
+        self.arena = random.integers(0, 256, len(buffers) * CHUNK, np.uint8)
+        self.chunk_offset = np.full(firsts[-1], -1, np.int64)
+        for number, data in enumerate(self.objects):
+            for piece in range(counts[number]):
+                chunk = firsts[number] + piece
+                part = data[piece * CHUNK : (piece + 1) * CHUNK]
+                at = int(buffers[chunk]) * CHUNK
+                self.arena[at : at + len(part)] = part
+                if random.random() < present:
+                    self.chunk_offset[chunk] = at
+        self.arena.flags.writeable = False
+        self.of = random.integers(0, len(sizes), values)
+        self.first = firsts[self.of]
+        limits = np.array(sizes)[self.of]
+        self.offset = random.integers(0, limits + 1)
+        self.size = random.integers(0, limits - self.offset + 1)
+        self.to = np.cumsum(self.size) - self.size
+
+    def twin(self, out: np.ndarray) -> int:
+        """`gather`, byte by byte."""
+        copied = 0
+        for value, number in enumerate(self.of):
+            for at in range(self.size[value]):
+                where = self.offset[value] + at
+                if self.chunk_offset[self.first[value] + where // CHUNK] >= 0:
+                    out[self.to[value] + at] = self.objects[number][where]
+                    copied += 1
+        return copied
+
+    def touched(self) -> list[int]:
+        """`needed_chunks`, byte by byte."""
+        return sorted(
+            {
+                int(first + at // CHUNK)
+                for first, offset, size in zip(self.first, self.offset, self.size, strict=True)
+                for at in range(offset, offset + size)
+            }
+        )
+
+    def gather(self, out: np.ndarray) -> int:
+        return gather(self.arena, self.chunk_offset, CHUNK, self.first, self.offset, self.size, self.to, out)
+
+
+WORLDS = st.builds(
+    World,
+    st.integers(0, 2**32),
+    st.lists(st.integers(1, 5 * CHUNK), min_size=1, max_size=5),
+    st.integers(0, 8),
+    st.sampled_from([0.0, 0.5, 1.0]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(WORLDS)
+def test_gather_is_its_twin(world: World) -> None:
+    total = int(world.size.sum())
+    # A margin, to see that nothing beside the values is written.
+    found, expected = np.full(total + 16, 7, np.uint8), np.full(total + 16, 7, np.uint8)
+    assert world.gather(found) == world.twin(expected)
+    assert np.array_equal(found, expected)
+
+
+@settings(max_examples=150, deadline=None)
+@given(WORLDS)
+def test_needed_chunks_are_those_touched(world: World) -> None:
+    seen = np.zeros(len(world.chunk_offset), np.uint8)
+    for _ in range(2):
+        found = needed_chunks(world.first, world.offset, world.size, CHUNK, seen)
+        assert found.tolist() == world.touched()
+        assert not seen.any()
+
+
+def test_two_passes_make_a_whole() -> None:
+    world = World(3, [1000, 300], 6, 1.0)
+    out = np.zeros(int(world.size.sum()), np.uint8)
+    everything = world.chunk_offset.copy()
+    copied = 0
+    for turn in (0, 1):
+        world.chunk_offset = np.where(np.arange(len(everything)) % 2 == turn, everything, -1)
+        copied += world.gather(out)
+    assert copied == len(out)
+    world.chunk_offset = everything
+    expected = np.zeros_like(out)
+    world.twin(expected)
+    assert np.array_equal(out, expected)
+
+
+BIG = 2**63 - 1
+BAD = {
+    "offset below": {"value_offset": -1},
+    "offset past the chunks": {"value_offset": 4 * CHUNK},
+    "offset far above": {"value_offset": BIG},
+    "size below": {"value_size": -1},
+    "size past the chunks": {"value_size": 3 * CHUNK + 1},
+    "size far above": {"value_size": BIG},
+    "both far above": {"value_size": BIG, "value_offset": BIG},
+    "chunk below": {"value_first_chunk": -1},
+    "chunk above": {"value_first_chunk": 4},
+    "chunk far above": {"value_first_chunk": BIG},
+    "chunk and offset far above": {"value_offset": BIG, "value_first_chunk": BIG},
+    "all far above": {"value_size": BIG, "value_offset": BIG, "value_first_chunk": BIG},
+}
+BAD_OUT = {
+    "output below": {"out_offset": -1},
+    "output past the end": {"out_offset": 7},
+    "output far above": {"out_offset": BIG},
+    "arena past the end": {"chunk_offset": 4 * CHUNK - 9},
+    "arena far above": {"chunk_offset": BIG},
+}
+
+
+def arguments(changes: dict[str, int]) -> dict[str, np.ndarray]:
+    """Two values of ten bytes in an arena of four chunks; the second with `changes`."""
+    values = {
+        "value_first_chunk": np.array([0, 1]),
+        "value_offset": np.array([0, 10]),
+        "value_size": np.array([10, 10]),
+        "out_offset": np.array([0, 6]),
+        "chunk_offset": np.arange(4) * CHUNK,
+    }
+    for name, value in changes.items():
+        values[name][1] = value
+    return values
+
+
+@pytest.mark.parametrize("name", BAD | BAD_OUT)
+def test_what_lies_outside_is_refused(name: str) -> None:
+    changed = arguments((BAD | BAD_OUT)[name])
+    out = np.zeros(16, np.uint8)
+    with pytest.raises(IndexError, match="value 1 "):
+        gather(arena=np.zeros(4 * CHUNK, np.uint8), chunk_bytes=CHUNK, out=out, **changed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_chunks_outside_are_refused(name: str) -> None:
+    changed = arguments(BAD[name])
+    seen = np.zeros(4, np.uint8)
+    with pytest.raises(IndexError, match="value 1 "):
+        needed_chunks(changed["value_first_chunk"], changed["value_offset"], changed["value_size"], CHUNK, seen)
+    assert not seen.any()
+
+
+def test_lengths_must_agree() -> None:
+    one, two = np.zeros(1, np.int64), np.zeros(2, np.int64)
+    with pytest.raises(IndexError, match="differ in length"):
+        gather(np.zeros(1, np.uint8), one, CHUNK, one, two, one, one, np.zeros(1, np.uint8))
+    with pytest.raises(IndexError, match="differ in length"):
+        needed_chunks(one, one, two, CHUNK, np.zeros(1, np.uint8))
