@@ -1,0 +1,106 @@
+"""fastload: a high-throughput data loader for training, with a client-side cache in RAM and on local NVMe.
+
+    import fastload
+
+    dataset = fastload.StreamingDataset("s3://bucket/train-{000000..001023}.tar", shuffle=True, decode={...})
+    loader = fastload.DataLoader(dataset, batch_size=256, num_workers=2)
+
+Names are imported when they are first used: the cache service and the command line do without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastload import decode as decode
+    from fastload.dataset import StreamingDataset as StreamingDataset
+    from fastload.errors import (
+        AccessDeniedError as AccessDeniedError,
+    )
+    from fastload.errors import (
+        CacheError as CacheError,
+    )
+    from fastload.errors import (
+        ConfigError as ConfigError,
+    )
+    from fastload.errors import (
+        DecodeError as DecodeError,
+    )
+    from fastload.errors import (
+        FastloadError as FastloadError,
+    )
+    from fastload.errors import (
+        MissingColumnError as MissingColumnError,
+    )
+    from fastload.errors import (
+        ObjectChangedError as ObjectChangedError,
+    )
+    from fastload.errors import (
+        ObjectMissingError as ObjectMissingError,
+    )
+    from fastload.errors import (
+        ServiceError as ServiceError,
+    )
+    from fastload.errors import (
+        ShardError as ShardError,
+    )
+    from fastload.errors import (
+        StateError as StateError,
+    )
+    from fastload.errors import (
+        StoreError as StoreError,
+    )
+    from fastload.errors import (
+        StoreUnavailableError as StoreUnavailableError,
+    )
+    from fastload.errors import (
+        WaitTimeoutError as WaitTimeoutError,
+    )
+    from fastload.loader import DataLoader as DataLoader
+    from fastload.ragged import Ragged as Ragged
+    from fastload.service.handle import Cache as Cache
+
+__version__ = "0.1.0"
+
+_ERRORS = (
+    "AccessDeniedError",
+    "CacheError",
+    "ConfigError",
+    "DecodeError",
+    "FastloadError",
+    "MissingColumnError",
+    "ObjectChangedError",
+    "ObjectMissingError",
+    "ServiceError",
+    "ShardError",
+    "StateError",
+    "StoreError",
+    "StoreUnavailableError",
+    "WaitTimeoutError",
+)
+
+_HOMES = {
+    "Cache": "fastload.service.handle",
+    "DataLoader": "fastload.loader",
+    "Ragged": "fastload.ragged",
+    "StreamingDataset": "fastload.dataset",
+    **dict.fromkeys(_ERRORS, "fastload.errors"),
+}
+
+__all__ = ["Cache", "DataLoader", "Ragged", "StreamingDataset", "decode", *_ERRORS]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "decode":
+        return importlib.import_module("fastload.decode")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastload' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

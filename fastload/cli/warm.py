@@ -1,0 +1,87 @@
+"""`fastload warm`: fill a cache for exactly one job, in its order of first use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from fastload.config import format_bytes
+
+if TYPE_CHECKING:
+    from fastload import service
+
+# Exit code where the cache is too small for the job: not an error, and not what was asked for.
+EXIT_PARTIAL = 3
+
+
+def warm(
+    urls: Annotated[list[str], typer.Argument(help="Brace patterns, prefixes that end in '/', or single shards.")],
+    cache: Annotated[
+        Path | None, typer.Option(help="Cache directory [default: $FASTLOAD_CACHE or ~/.cache/fastload]")
+    ] = None,
+    shuffle: Annotated[bool, typer.Option(help="The job shuffles.")] = True,
+    seed: Annotated[int, typer.Option(help="The job's seed.")] = 0,
+    epoch: Annotated[int, typer.Option(help="The epoch that the job begins with.")] = 0,
+    rank: Annotated[int, typer.Option(help="The job's rank.")] = 0,
+    world_size: Annotated[int, typer.Option(help="The job's number of ranks.")] = 1,
+    shuffle_window: Annotated[str, typer.Option(help="The job's shuffle window, such as 1GiB.")] = "auto",
+    ram_bytes: Annotated[str | None, typer.Option(help="Size of the RAM tier, such as 8GiB.")] = None,
+    disk_bytes: Annotated[str | None, typer.Option(help="Size of the disk tier, such as 500GiB.")] = None,
+    chunk_bytes: Annotated[str | None, typer.Option(help="Size of a chunk, such as 8MiB.")] = None,
+) -> None:
+    """Fill the cache for a job, so that it fetches nothing: same URLs, seed and shuffle as the job."""
+    from fastload import warm as warming
+    from fastload.config import parse_bytes
+    from fastload.plan import DEFAULT_WINDOW_BYTES, OrderOptions, Ranks
+    from fastload.service.handle import Cache
+
+    window = DEFAULT_WINDOW_BYTES if shuffle_window == "auto" else parse_bytes(shuffle_window, "shuffle_window")
+    order = OrderOptions(seed=seed, shuffle="window" if shuffle else "none", window_bytes=window)
+    console = Console(stderr=True)
+    with (
+        Cache(cache, ram_bytes=ram_bytes, disk_bytes=disk_bytes, chunk_bytes=chunk_bytes) as opened,
+        _bar(console) as bar,
+    ):
+        task = bar.add_task("listing", total=None)
+
+        def show(progress: service.protocol.Progress) -> None:
+            bar.update(task, description="warming", total=progress.total_bytes, completed=progress.done_bytes)
+
+        warmed = warming.warm(
+            urls,
+            opened,
+            order,
+            epoch=epoch,
+            ranks=Ranks(rank, world_size, rank, world_size),
+            on_progress=show,
+        )
+    console.print(
+        f"{warmed.shard_count} shards, {warmed.sample_count} samples: "
+        f"{format_bytes(warmed.held_bytes)} of {format_bytes(warmed.total_bytes)} cached, "
+        f"{format_bytes(warmed.fetched_bytes)} fetched"
+    )
+    if not warmed.is_complete:
+        console.print("The cache is full: raise disk_bytes, or expect the job to fetch the rest itself.")
+        raise typer.Exit(EXIT_PARTIAL)
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )

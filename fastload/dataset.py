@@ -1,0 +1,304 @@
+"""StreamingDataset: sharded data in object storage, as a torch `IterableDataset`.
+
+The data set is what the user said, the manifest once it is listed, and the count of epochs. It opens sessions with
+the cache service when somebody iterates, never before, so that it can be made in one process and used in another:
+it pickles, and survives a fork.
+
+Two ways to iterate share everything below: `iter(dataset)` gives samples, one by one (in torch's own DataLoader, in
+each of its workers); `fastload.DataLoader` asks for whole batches through `begin`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.utils.data
+
+from fastload.config import parse_bytes
+from fastload.decode import Decoder
+from fastload.engine.assemble import Assembler
+from fastload.engine.columns import ColumnSet
+from fastload.engine.epochs import EpochCounter
+from fastload.engine.feed import Feed
+from fastload.engine.gather import Gatherer
+from fastload.engine.run import InlineRun
+from fastload.engine.session import Session, Source
+from fastload.errors import ConfigError
+from fastload.plan import (
+    DEFAULT_WINDOW_BYTES,
+    OrderOptions,
+    Position,
+    RankCursor,
+    Ranks,
+    Split,
+    Tail,
+    epoch_order,
+    resolve_ranks,
+    sample_count_of_rank,
+)
+from fastload.plan.tail import check_tail
+from fastload.service.handle import Cache
+
+# Samples that are gathered together when they are asked for one by one: enough to share the cost of a gather, few
+# enough that the first comes at once.
+_SAMPLES_AT_ONCE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """What the user said, checked."""
+
+    urls: tuple[str, ...]
+    cache: Cache
+    order: OrderOptions
+    columns: ColumnSet
+    tail: Tail
+    storage_options: Mapping[str, Any] | None
+    batch_size: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One pass over a rank's share of an epoch, ready to be run: see `StreamingDataset.begin`."""
+
+    session: Session
+    cursor: RankCursor
+    feed: Feed
+    assembler: Assembler
+
+
+class StreamingDataset(torch.utils.data.IterableDataset[Any]):
+    """Samples from shards in object storage, through the node's cache.
+
+    `urls`: brace patterns (`s3://bucket/train-{000000..001023}.tar`), prefixes that end in "/", plain URLs or local
+    paths; one or a list. `cache`: a `fastload.Cache`; without one, `$FASTLOAD_CACHE` or the user's cache directory.
+
+    `shuffle`: False; True or "window", which shuffles shards and then the samples of several shards together;
+    "shards", which shuffles shards only. `shuffle_window` is the size of such a window ("auto": 512 MiB). The order is
+    a function of the data, `seed` and the epoch, on every machine.
+
+    `columns`: the columns of a sample, by name (the part of a member's name after the first dot). `decode`: a decoder
+    of `fastload.decode` a column; columns without one are raw bytes, and where `decode` is given and `columns` is not,
+    only its columns are read. `as_tuple`: tuples in that order, not dicts.
+
+    `tail`: what to do where ranks do not divide the samples: "pad" (a few are repeated, and counted), "drop",
+    "uneven". `rank`, `world_size`: from torch.distributed or the launcher's environment unless given. `batch_size`:
+    for use in torch's own DataLoader, so that its batches are the same for any number of workers.
+
+    `storage_options`: endpoint and credentials, where the environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...)
+    does not say them.
+
+    A sample is a dict of column -> value with `__key__` and `__url__`. Raises `ConfigError` here, and when iterated
+    the errors of `fastload.errors`.
+    """
+
+    def __init__(
+        self,
+        urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        cache: Cache | None = None,
+        shuffle: bool | Literal["window", "shards"] = False,
+        seed: int = 0,
+        shuffle_window: int | str = "auto",
+        columns: Sequence[str] | None = None,
+        decode: Mapping[str, Decoder] | None = None,
+        as_tuple: bool = False,
+        tail: Tail = "pad",
+        storage_options: Mapping[str, Any] | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size} must be at least 1, or None")
+        self._settings = _Settings(
+            _checked_urls(urls),
+            cache if cache is not None else Cache(),
+            _order_options(shuffle, seed, shuffle_window),
+            ColumnSet.of(columns, decode, as_tuple),
+            check_tail(tail),
+            storage_options,
+            batch_size,
+        )
+        self._rank_given = (rank, world_size)
+        self._ranks: Ranks | None = resolve_ranks(rank, world_size) if rank is not None else None
+        self._epochs = EpochCounter()
+        self._source_here = self._new_source(None)
+
+    @property
+    def batch_size(self) -> int | None:
+        """The batch size that was given."""
+        return self._settings.batch_size
+
+    @property
+    def tail(self) -> Tail:
+        """What is done where ranks do not divide the samples."""
+        return self._settings.tail
+
+    @property
+    def sample_count(self) -> int:
+        """Samples in all shards, over all ranks and without repeats. TypeError while it is not known: see `len`."""
+        counts = self._source.sample_counts()
+        if counts is None:
+            raise TypeError(
+                "the number of samples is not known before every shard has been read once; iterate one epoch, or run "
+                "`fastload warm` on the same URLs and cache, which indexes them"
+            )
+        return int(counts.sum())
+
+    def __len__(self) -> int:
+        """Samples of this rank, repeats included. TypeError, with the cure, while shards are not indexed."""
+        return sample_count_of_rank(self.sample_count, self.ranks, self._settings.tail)
+
+    @property
+    def ranks(self) -> Ranks:
+        """Which share of the samples is this process's; settled at the first iteration."""
+        if self._ranks is None:
+            self._ranks = resolve_ranks(*self._rank_given)
+        return self._ranks
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration is epoch `epoch`, also in worker processes that exist already."""
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+            raise ConfigError(f"epoch={epoch!r} must be an integer from 0 on")
+        self._epochs.set(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The samples of this rank (in a torch worker: that worker's part of them), and the next epoch each time."""
+        worker = torch.utils.data.get_worker_info()
+        base_seed = None if worker is None else worker.seed - worker.id
+        epoch = self._epochs.begin(base_seed)
+        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        batch_size = self._settings.batch_size
+        return self._samples(
+            epoch, batch_size or _SAMPLES_AT_ONCE, (number, count), "batches" if batch_size else "samples"
+        )
+
+    def _samples(self, epoch: int, batch_size: int, worker: tuple[int, int], split: Split) -> Iterator[Any]:
+        current = self.begin(epoch, batch_size, worker=worker, split=split)
+        run = InlineRun(current.feed, lambda entry: list(current.assembler.samples(entry)))
+        try:
+            for _, samples in run:
+                yield from samples
+        finally:
+            run.close()
+            self.end(current)
+
+    def begin(
+        self,
+        epoch: int,
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        start: Position | None = None,
+        worker: tuple[int, int] = (0, 1),
+        split: Split = "batches",
+    ) -> Pass:
+        """Prepare one pass over `epoch`, from `start` on; `end` must follow. For loaders.
+
+        Raises `StateError` where `start` belongs to another run.
+        """
+        settings, source = self._settings, self._source
+        session = source.open()
+        try:
+            manifest = source.manifest
+            assert manifest is not None
+            order = epoch_order(manifest, settings.order, epoch)
+            cursor = RankCursor(
+                order,
+                self.ranks,
+                batch_size,
+                drop_last=drop_last,
+                tail=settings.tail,
+                start=start,
+                worker=worker,
+                split=split,
+            )
+        except BaseException:
+            source.give_back(session)
+            raise
+        feed = Feed(session.consumer, cursor, source.shards, source.first_chunk)
+        gatherer = Gatherer(session.consumer, int(source.first_chunk[-1]), session.consumer.chunk_bytes)
+        return Pass(session, cursor, feed, Assembler(manifest, settings.columns, feed.live, gatherer, source.slots))
+
+    def end(self, current: Pass) -> None:
+        """A pass is over, finished or not: its windows are given back, and its session may serve another."""
+        try:
+            current.feed.close()
+        finally:
+            self._source.give_back(current.session)
+
+    def begin_epoch(self) -> int:
+        """The epoch of an iteration that begins now, for loaders."""
+        return self._epochs.begin()
+
+    def next_epoch(self) -> int:
+        """The epoch that the next iteration will be."""
+        return self._epochs.next()
+
+    def close(self) -> None:
+        """Disconnect from the cache. The data set can still be used, and connects again."""
+        self._source.close()
+
+    @property
+    def _source(self) -> Source:
+        """The data as this process sees it; after a fork the child makes its own."""
+        if self._source_here.is_foreign:
+            self._source_here = self._new_source(self._source_here.manifest)
+        return self._source_here
+
+    def _new_source(self, manifest: Any) -> Source:
+        settings = self._settings
+        kernels = settings.columns.kernel_modules()
+        return Source(settings.urls, settings.cache, settings.storage_options, kernels, manifest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs; ranks too, since a worker cannot ask torch.distributed."""
+        state = dict(self.__dict__)
+        state["_ranks"] = self._ranks or _ranks_of_this_job(self._rank_given)
+        state["_source_here"] = self._source_here.manifest
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._source_here = self._new_source(state["_source_here"])
+
+
+def _ranks_of_this_job(given: tuple[int | None, int | None]) -> Ranks | None:
+    """The ranks if torch.distributed knows them now; else it is left to the process that iterates."""
+    torch_distributed = sys.modules.get("torch.distributed")
+    if torch_distributed is None or not torch_distributed.is_available() or not torch_distributed.is_initialized():
+        return None
+    return resolve_ranks(*given)
+
+
+def _checked_urls(urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
+    if isinstance(urls, str | os.PathLike):
+        urls = [urls]
+    try:
+        found = tuple(os.fspath(url) for url in urls)
+    except TypeError as error:
+        raise ConfigError(f"urls={urls!r} must be a URL, a path, or a list of these") from error
+    if not found or not all(isinstance(url, str) and url for url in found):
+        raise ConfigError(f"urls={urls!r} names no shard; give at least one URL, pattern or prefix")
+    return found
+
+
+def _order_options(shuffle: bool | str, seed: int, shuffle_window: int | str) -> OrderOptions:
+    ways: dict[bool | str, Literal["none", "window", "shards"]] = {
+        False: "none",
+        True: "window",
+        "window": "window",
+        "shards": "shards",
+    }
+    if not isinstance(shuffle, bool | str) or shuffle not in ways:
+        raise ConfigError(f'shuffle={shuffle!r} must be False, True, "window" or "shards"')
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ConfigError(f"seed={seed!r} must be an integer")
+    window = DEFAULT_WINDOW_BYTES if shuffle_window == "auto" else parse_bytes(shuffle_window, "shuffle_window")
+    return OrderOptions(seed=seed, shuffle=ways[shuffle], window_bytes=window)

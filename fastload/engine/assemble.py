@@ -1,0 +1,192 @@
+"""From a plan entry to what the user gets: one batch, or the samples of one.
+
+Everything is done for all samples of an entry at once: find their rows in the live windows, gather the columns' bytes,
+one decoder call a column. Raw bytes are gathered straight into the slot that becomes the user's; bytes that will be
+decoded go through memory that the thread keeps.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastload.decode import Decoder
+from fastload.decode.plain import Raw
+from fastload.engine.columns import KEY, URL, ColumnSet
+from fastload.engine.gather import Gatherer, Values
+from fastload.engine.slots import SlotPool
+from fastload.engine.windows import LiveWindows, Window
+from fastload.errors import MissingColumnError
+from fastload.plan import BatchEntry, Manifest
+
+Ints = npt.NDArray[np.int64]
+Batch = Any  # dict of column -> value, or a tuple of values
+
+
+class _Staging(threading.local):
+    """Per thread: bytes on their way to a decoder, used again for every batch."""
+
+    memory: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+
+    def take(self, byte_count: int) -> npt.NDArray[np.uint8]:
+        if len(self.memory) < byte_count:
+            self.memory = np.empty(byte_count + byte_count // 4, np.uint8)
+        return self.memory[:byte_count]
+
+
+class _Located:
+    """The samples of one entry, with the window and row of each."""
+
+    def __init__(self, entry: BatchEntry, live: LiveWindows) -> None:
+        self.entry = entry
+        self._parts: list[tuple[Window, Any, Ints]] = [
+            (
+                window,
+                chosen,
+                window.rows(places, entry.sample_no if chosen is None else entry.sample_no[chosen]),
+            )
+            for window, chosen, places in live.find(entry.object_no)
+        ]
+
+    def present(self) -> list[str]:
+        """The columns that their windows have."""
+        return list(dict.fromkeys(name for window, _, _ in self._parts for name in window.columns()))
+
+    def values_of(self, column: str) -> Values:
+        """Where the column's values lie; offset -1 where a sample has none."""
+        return Values(*(self._spread(part) for part in zip(*self._column_parts(column), strict=True)))
+
+    def keys(self) -> list[str]:
+        """The samples' keys."""
+        if len(self._parts) == 1:
+            window, _, rows = self._parts[0]
+            return window.keys(rows)
+        keys = np.empty(len(self.entry), object)
+        for window, chosen, rows in self._parts:
+            keys[chosen] = window.keys(rows)
+        listed: list[str] = keys.tolist()
+        return listed
+
+    def _column_parts(self, column: str) -> list[tuple[Ints, Ints, Ints]]:
+        found = []
+        for window, _, rows in self._parts:
+            first_chunk, offset, size = window.values_of(column)
+            found.append((first_chunk[rows], offset[rows], size[rows]))
+        return found
+
+    def _spread(self, parts: tuple[Ints, ...]) -> Ints:
+        """Join what was looked up by window, in the order of the samples."""
+        if len(parts) == 1:
+            return parts[0]
+        joined = np.empty(len(self.entry), np.int64)
+        for (_, chosen, _), part in zip(self._parts, parts, strict=True):
+            joined[chosen] = part
+        return joined
+
+
+class Assembler:
+    """Makes batches of one data set. Safe to use from several threads."""
+
+    def __init__(
+        self, manifest: Manifest, columns: ColumnSet, live: LiveWindows, gatherer: Gatherer, slots: SlotPool
+    ) -> None:
+        self._urls = np.array([info.url for info in manifest.objects], object)
+        self._columns = columns
+        self._live = live
+        self._gatherer = gatherer
+        self._slots = slots
+        self._staging = _Staging()
+
+    def batch(self, entry: BatchEntry) -> Batch:
+        """The batch of an entry: a dict with `__key__` and `__url__`, or a tuple of the columns alone."""
+        located = _Located(entry, self._live)
+        names = self._columns.of_batch(located.present())
+        gathered = self._gather(located, names)
+        values = [self._decode(located, name, *gathered[name]) for name in names]
+        if self._columns.as_tuple:
+            return tuple(values)
+        return {
+            KEY: located.keys(),
+            URL: self._urls[entry.object_no].tolist(),
+            **dict(zip(names, values, strict=True)),
+        }
+
+    def samples(self, entry: BatchEntry) -> Iterator[Batch]:
+        """The samples of an entry, one by one, decoded as they are asked for."""
+        located = _Located(entry, self._live)
+        names = self._columns.of_batch(located.present())
+        gathered = self._gather(located, names, reuse=False)
+        columns = [
+            (name, self._columns.decoder(name), memoryview(values), offsets.tolist())
+            for name, (values, offsets) in gathered.items()
+        ]
+        for number, (key, object_no) in enumerate(zip(located.keys(), entry.object_no.tolist(), strict=True)):
+            url = self._urls[object_no]
+            sample = {
+                name: decoder.decode_one(view[offsets[number] : offsets[number + 1]], _place(url, key, name))
+                for name, decoder, view, offsets in columns
+            }
+            yield tuple(sample.values()) if self._columns.as_tuple else {KEY: key, URL: url, **sample}
+
+    def _gather(
+        self, located: _Located, names: tuple[str, ...], *, reuse: bool = True
+    ) -> dict[str, tuple[npt.NDArray[np.uint8], Ints]]:
+        """The bytes of each column: values end to end, and their offsets.
+
+        With `reuse`, what will be decoded lies in memory that this thread's next call overwrites.
+        """
+        found = {name: self._values(located, name) for name in names}
+        offsets = {name: values.out_offsets() for name, values in found.items()}
+        staged = [name for name in names if not isinstance(self._columns.decoder(name), Raw)]
+        staged_bytes = sum(int(offsets[name][-1]) for name in staged)
+        staging = self._staging.take(staged_bytes) if reuse else np.empty(staged_bytes, np.uint8)
+        out, used = {}, 0
+        for name in names:
+            byte_count = int(offsets[name][-1])
+            if name in staged:
+                out[name] = staging[used : used + byte_count]
+                used += byte_count
+            else:
+                out[name] = self._slots.take(byte_count)
+        self._gatherer.fill([(found[name], offsets[name], out[name]) for name in names])
+        return {name: (out[name], offsets[name]) for name in names}
+
+    def _values(self, located: _Located, name: str) -> Values:
+        values = located.values_of(name)
+        missing = np.flatnonzero(values.offset < 0)
+        if len(missing):
+            raise MissingColumnError(
+                f"{self._where(located, name)(int(missing[0]))}: the sample has no such column; its shard has "
+                f"{located.present()}. Name the columns that every sample has with columns=[...] or decode={{...}}"
+            )
+        return values
+
+    def _decode(self, located: _Located, name: str, values: npt.NDArray[np.uint8], offsets: Ints) -> Any:
+        decoder: Decoder = self._columns.decoder(name)
+        where = self._where(located, name)
+        if isinstance(decoder, Raw):
+            return decoder.decode_owned(values, offsets, where)
+        fixed = decoder.fixed()
+        if fixed is not None:
+            out = self._slots.take_array((len(located.entry), *fixed[0]), fixed[1])
+            decoder.decode_into(values, offsets, out, where)
+            return torch.from_numpy(out)
+        decoded = decoder.decode(values, offsets, where)
+        return torch.from_numpy(decoded) if isinstance(decoded, np.ndarray) else decoded
+
+    def _where(self, located: _Located, name: str) -> Callable[[int], str]:
+        """Says where a value came from; only asked when something is wrong with it."""
+
+        def where(number: int) -> str:
+            return _place(self._urls[located.entry.object_no[number]], located.keys()[number], name)
+
+        return where
+
+
+def _place(url: str, key: str, column: str) -> str:
+    return f"{url}: sample {key!r}, column {column!r}"

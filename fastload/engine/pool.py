@@ -1,0 +1,52 @@
+"""The threads that decode.
+
+They live as long as their loader: thread-local workspaces (decoders, staging memory) are worth keeping, and starting
+threads per epoch is not. Jobs are plain callables that handle their own errors. A pool is closed by its owner; a pool
+that was forgotten is closed when it is collected or the interpreter ends, so its threads hold no reference to it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+
+Job = Callable[[], None]
+
+
+class DecodePool:
+    """`thread_count` threads that run jobs in the order in which they were submitted."""
+
+    def __init__(self, thread_count: int, name: str = "fastload-decode") -> None:
+        self.thread_count = thread_count
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=_work, args=(self._jobs,), name=f"{name}-{number}", daemon=True)
+            for number in range(thread_count)
+        ]
+        for thread in self._threads:
+            thread.start()
+        self._finalizer = weakref.finalize(self, _stop, self._jobs, self._threads)
+
+    def submit(self, job: Job) -> None:
+        """Run `job` in one of the threads. It must not raise, and must not wait for another job."""
+        self._jobs.put(job)
+
+    def close(self) -> None:
+        """End the threads after the jobs that were submitted, and wait for them. May be called twice."""
+        self._finalizer()
+
+
+def _work(jobs: queue.SimpleQueue[Job | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # else the last batch would live until the next one comes
+
+
+def _stop(jobs: queue.SimpleQueue[Job | None], threads: list[threading.Thread]) -> None:
+    for _ in threads:
+        jobs.put(None)
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join()

@@ -1,0 +1,136 @@
+"""What one iteration at a time works with: a connected consumer, and where its waiting is booked.
+
+A data set keeps the sessions that are idle and opens another when two iterations run at once. They belong to the
+process that opened them: after a fork, the child begins with none.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastload.engine.shards import ShardTable
+from fastload.engine.slots import SlotPool
+from fastload.formats import SHARD_ENDINGS
+from fastload.kernels import compile_in_background
+from fastload.plan import Manifest
+from fastload.service.client import Consumer
+from fastload.service.handle import Cache
+from fastload.waiting import Waits
+
+# What the first batch needs of compiled code, beside its decoders': made while the first bytes are on their way.
+_KERNELS = ("permute", "tarindex", "grouping", "gather")
+
+# Free slots are kept for batches to come: two or three large ones for each of a few threads.
+_SLOTS_RETAINED_BYTES = 1 << 30
+
+
+class Session:
+    """One consumer of a data set. Used by one iteration at a time."""
+
+    def __init__(self, cache: Cache, storage_options: Mapping[str, Any] | None, name: str) -> None:
+        self.waits = Waits()
+        self.consumer: Consumer = cache.consumer(storage_options, name, waits=self.waits)
+
+    def close(self) -> None:
+        """Disconnect. May be called twice."""
+        self.consumer.close()
+
+
+class Source:
+    """The data of one data set in this process: its manifest, what is known of its shards, and its sessions."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        cache: Cache,
+        storage_options: Mapping[str, Any] | None,
+        decoder_kernels: Sequence[str],
+        manifest: Manifest | None,
+    ) -> None:
+        self._urls, self._cache, self._storage_options = urls, cache, storage_options
+        self._kernels = (*_KERNELS, *decoder_kernels)
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._idle: list[Session] = []
+        weakref.finalize(self, _close_all, self._idle)  # a data set that is dropped leaves no connection
+        self._manifest = manifest
+        self._first_chunk: npt.NDArray[np.int64] | None = None
+        self._shards: ShardTable | None = None
+        self._sample_counts: npt.NDArray[np.int64] | None = None
+        self.slots = SlotPool(_SLOTS_RETAINED_BYTES)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether this was made in a process that this one was forked from."""
+        return self._pid != os.getpid()
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The manifest, once a session has been opened."""
+        return self._manifest
+
+    @property
+    def first_chunk(self) -> npt.NDArray[np.int64]:
+        """int64[objects + 1]: each object's first chunk number."""
+        assert self._first_chunk is not None, "no session was opened yet"
+        return self._first_chunk
+
+    @property
+    def shards(self) -> ShardTable:
+        """The shards' indexes."""
+        assert self._shards is not None, "no session was opened yet"
+        return self._shards
+
+    def open(self) -> Session:
+        """An idle session or a new one; the first lists the shards."""
+        with self._lock:
+            return self._idle.pop() if self._idle else self._connect()
+
+    def give_back(self, session: Session) -> None:
+        """The session is idle again."""
+        with self._lock:
+            self._idle.append(session)
+
+    def close(self) -> None:
+        """Disconnect the idle sessions. May be called twice; the source stays usable."""
+        with self._lock:
+            _close_all(self._idle)
+
+    def sample_counts(self) -> npt.NDArray[np.int64] | None:
+        """int64[objects]: samples of each shard, or None where a shard has not been indexed yet."""
+        if self._sample_counts is None:
+            session = self.open()
+            try:
+                self._sample_counts = self.shards.known_counts(session.consumer)
+            finally:
+                self.give_back(session)
+        return self._sample_counts
+
+    def _connect(self) -> Session:
+        if self._first_chunk is None:
+            compile_in_background(*self._kernels)
+        session = Session(self._cache, self._storage_options, name=self._urls[0])
+        try:
+            if self._manifest is None:
+                self._manifest = Manifest(session.consumer.resolve(self._urls, SHARD_ENDINGS))
+            if self._first_chunk is None:
+                chunk_bytes = session.consumer.chunk_bytes
+                self._first_chunk = self._manifest.first_chunk(chunk_bytes)
+                self._shards = ShardTable(self._manifest, self._first_chunk, chunk_bytes)
+            session.consumer.attach(self._manifest.objects)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+
+def _close_all(sessions: list[Session]) -> None:
+    while sessions:
+        sessions.pop().close()

@@ -1,0 +1,115 @@
+"""What `stats()` says: one flat form, the same for every loader, and listed in docs/stats.md.
+
+Everything counts the current epoch of this loader (the last one, once it is over). Waits are seconds of all of the
+loader's threads, by what was waited for; `wait_batch_s` alone is the trainer's own stall. What the service counts is
+read from it when it is asked for and when the epoch ends; a service that was replaced begins at zero again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from fastload.waiting import REASONS, Waits
+
+SOURCES = ("ram", "disk", "remote")
+
+STATS_KEYS = (
+    "epoch",
+    "batches",
+    "samples",
+    "repeats",
+    "elapsed_s",
+    "first_batch_s",
+    *(f"{source}_bytes" for source in SOURCES),
+    *(f"{source}_share" for source in SOURCES),
+    "fetched_bytes",
+    "requests",
+    "retries",
+    *(f"wait_{reason}_s" for reason in REASONS),
+    "node",
+)
+
+
+class Account(Protocol):
+    """What a meter needs of a consumer."""
+
+    def stats(self) -> dict[str, Any]:
+        """`"consumer"`, `"node"` and `"store"` figures of the service."""
+        ...
+
+
+class EpochMeter:
+    """Counts one epoch of one loader."""
+
+    def __init__(
+        self, epoch: int, account: Account, waits: Waits, *, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._epoch, self._account, self._waits, self._now = epoch, account, waits, now
+        self._batches = self._samples = self._repeats = 0
+        self._waits_before = waits.seconds()
+        self._service_before = account.stats()
+        self._began_s = now()
+        self._first_batch_s = 0.0
+        self._last_batch_s = 0.0
+        self._final: dict[str, Any] | None = None
+
+    def delivered(self, samples: int, repeats: int) -> None:
+        """A batch has reached the user."""
+        self._last_batch_s = self._now() - self._began_s
+        self._first_batch_s = self._first_batch_s or self._last_batch_s
+        self._batches += 1
+        self._samples += samples
+        self._repeats += repeats
+
+    def stop(self) -> None:
+        """The epoch is over: what is counted from now on belongs to another."""
+        if self._final is None:
+            self._final = self.stats()
+
+    def stats(self) -> dict[str, Any]:
+        """The figures, under `STATS_KEYS`."""
+        if self._final is not None:
+            return dict(self._final)
+        service = self._account.stats()
+        since = {
+            name: _since(self._service_before.get(name, {}), service.get(name, {}))
+            for name in ("consumer", "node", "store")
+        }
+        waited = self._waits.seconds()
+        source_bytes = {source: int(since["consumer"].get(f"{source}_bytes", 0)) for source in SOURCES}
+        total = sum(source_bytes.values())
+        return {
+            "epoch": self._epoch,
+            "batches": self._batches,
+            "samples": self._samples,
+            "repeats": self._repeats,
+            "elapsed_s": self._last_batch_s,
+            "first_batch_s": self._first_batch_s,
+            **{f"{source}_bytes": count for source, count in source_bytes.items()},
+            **{f"{source}_share": count / total if total else 0.0 for source, count in source_bytes.items()},
+            "fetched_bytes": int(since["node"].get("fetched_bytes", 0)),
+            "requests": int(since["store"].get("requests", 0)),
+            "retries": int(since["store"].get("retries", 0)),
+            **{f"wait_{name}_s": seconds - self._waits_before[name] for name, seconds in waited.items()},
+            "node": service.get("node", {}),
+        }
+
+
+def empty_stats(epoch: int) -> dict[str, Any]:
+    """The figures of an epoch that has not begun."""
+    figures: dict[str, Any] = {
+        key: 0.0 if key.endswith("_s") or key.endswith("_share") else 0 for key in STATS_KEYS
+    }
+    return {**figures, "epoch": epoch, "node": {}}
+
+
+def _since(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, float]:
+    """How far the numbers have grown; a number below its old value has begun again."""
+    grown = {}
+    for name, value in now.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            old = before.get(name, 0)
+            grown[name] = value - old if value >= old else value
+    return grown

@@ -1,0 +1,113 @@
+"""Warming: fill a node's cache with what a job will read, in the order in which it will need it.
+
+The plan is the job's own: the same URLs, seed, shuffle and epoch give the same order. The service fetches along it
+and keeps every chunk that the disk tier has room for; meanwhile this process indexes the shards, chunk by chunk as
+they come in, so that the job that follows neither fetches nor parses, and knows how many samples there are.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastload.engine.shards import ShardTable
+from fastload.engine.windows import window_chunks
+from fastload.formats import SHARD_ENDINGS
+from fastload.plan import Manifest, OrderOptions, Ranks, epoch_order
+from fastload.service.client import Consumer
+from fastload.service.handle import Cache
+from fastload.service.protocol import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Warmed:
+    """What came of it. `held_bytes` of `total_bytes` are cached; `sample_count` is the number of samples."""
+
+    shard_count: int
+    sample_count: int
+    total_bytes: int
+    held_bytes: int
+    fetched_bytes: int
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether a job that follows will fetch nothing."""
+        return self.held_bytes >= self.total_bytes
+
+
+def warm(
+    urls: Sequence[str],
+    cache: Cache,
+    order: OrderOptions,
+    *,
+    epoch: int = 0,
+    ranks: Ranks | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Warmed:
+    """Fill `cache` for one epoch of a job. Blocks until everything is there, or the cache is full.
+
+    All ranks of a node read the same shards, so `ranks` changes nothing as long as one partition serves the job.
+    Raises the errors of listing, fetching and indexing, as a job would.
+    """
+    with cache.consumer(storage_options, "warm") as consumer:
+        manifest = Manifest(consumer.resolve(list(urls), SHARD_ENDINGS))
+        consumer.attach(manifest.objects)
+        plan = epoch_order(manifest, order, epoch).object_order
+        consumer.set_plan(plan, epoch, warm=True)
+        indexing = _Indexing(consumer, manifest, plan.tolist())
+        try:
+            progress = _follow(consumer, on_progress)
+            sample_count = indexing.result()
+        finally:
+            indexing.stop()
+    return Warmed(len(manifest), sample_count, progress.total_bytes, progress.held_bytes, progress.fetched_bytes)
+
+
+def _follow(consumer: Consumer, on_progress: Callable[[Progress], None]) -> Progress:
+    progress = None
+    while progress is None or not progress.finished:
+        progress = consumer.wait_progress(progress)
+        on_progress(progress)
+    return progress
+
+
+class _Indexing:
+    """Indexes shards in plan order in a thread of its own, behind the fetching."""
+
+    def __init__(self, consumer: Consumer, manifest: Manifest, object_nos: list[int]) -> None:
+        self._consumer = consumer
+        self._object_nos = object_nos
+        self._first_chunk = manifest.first_chunk(consumer.chunk_bytes)
+        self._shards = ShardTable(manifest, self._first_chunk, consumer.chunk_bytes)
+        self._sample_count = 0
+        self._error: BaseException | None = None
+        self._is_stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fastload-index", daemon=True)
+        self._thread.start()
+
+    def result(self) -> int:
+        """Wait for the end; the number of samples, or what went wrong."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._sample_count
+
+    def stop(self) -> None:
+        """End it early, if it still runs."""
+        self._is_stopped.set()
+        with self._consumer.interrupted():
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            for number in self._object_nos:
+                if self._is_stopped.is_set():
+                    return
+                (index,) = self._shards.get(self._consumer, [number])
+                self._sample_count += index.sample_count
+                self._consumer.release(window_chunks(self._first_chunk, [number]))
+        except BaseException as error:  # raised by `result`
+            self._error = error

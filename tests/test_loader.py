@@ -1,0 +1,345 @@
+"""The main job, end to end: shards in a real object store, through the cache service, into batches."""
+
+import gc
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastload
+from tests.shards import Corpus, check_samples, corpus, samples_of
+
+SMALL = {"ram_bytes": "16MiB", "disk_bytes": "64MiB", "chunk_bytes": "64KiB"}
+
+
+@pytest.fixture
+def cache(tmp_path: Path):
+    with fastload.Cache(tmp_path / "cache", **SMALL) as cache:
+        yield cache
+
+
+@pytest.fixture(scope="module")
+def data() -> Corpus:
+    return corpus()
+
+
+def keys_of(loader: fastload.DataLoader, data: Corpus) -> list[str]:
+    return [key for batch in loader for key in check_samples(data, samples_of(batch))]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("shuffle", [False, True, "shards"])
+def test_every_sample_once_and_unharmed(s3, cache, data: Corpus, num_workers: int, shuffle) -> None:
+    dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=shuffle)
+    loader = fastload.DataLoader(dataset, batch_size=16, num_workers=num_workers)
+    keys = keys_of(loader, data)
+    assert sorted(keys) == sorted(data.samples)
+    assert (keys == list(data.samples)) == (shuffle is False)
+    assert len(dataset) == dataset.sample_count == len(data.samples)
+    assert len(loader) == -(-len(keys) // 16)
+    second = keys_of(loader, data)
+    assert sorted(second) == sorted(data.samples)
+    assert (second == keys) == (shuffle is False)
+    assert loader.stats()["fetched_bytes"] == 0
+    loader.close()
+
+
+def test_the_order_is_the_same_in_a_new_process_and_for_any_number_of_threads(s3, cache, data: Corpus) -> None:
+    url = data.put(s3)
+    code = (
+        "import sys, json, fastload\n"
+        "cache = fastload.Cache(sys.argv[2], **json.loads(sys.argv[3]))\n"
+        "dataset = fastload.StreamingDataset(sys.argv[1], cache=cache, shuffle=True, seed=5)\n"
+        "loader = fastload.DataLoader(dataset, batch_size=7, num_workers=2)\n"
+        "print(json.dumps([batch['__key__'] for batch in loader]))\n"
+    )
+    command = [sys.executable, "-c", code, url, str(cache.directory), json.dumps(SMALL)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for num_workers in (0, 1, 3):
+        dataset = fastload.StreamingDataset(url, cache=cache, shuffle=True, seed=5)
+        loader = fastload.DataLoader(dataset, batch_size=7, num_workers=num_workers)
+        assert [batch["__key__"] for batch in loader] == json.loads(printed)
+        loader.close()
+
+
+def test_local_files_patterns_and_lists(tmp_path: Path, cache, data: Corpus) -> None:
+    folder = data.write(tmp_path / "shards")
+    for urls in (
+        folder,
+        f"{folder}shard-{{0000..0005}}.tar",
+        sorted(Path(folder).iterdir()),
+        Path(folder) / "shard-0002.tar",
+    ):
+        dataset = fastload.StreamingDataset(urls, cache=cache)
+        loader = fastload.DataLoader(dataset, batch_size=16)
+        keys = keys_of(loader, data)
+        if isinstance(urls, Path):
+            assert keys == [key for key in data.samples if key.startswith("s02/")]
+        else:
+            assert keys == list(data.samples)
+        loader.close()
+
+
+def test_samples_of_iter(s3, cache, data: Corpus) -> None:
+    dataset = fastload.StreamingDataset(data.put(s3), cache=cache)
+    with pytest.raises(TypeError, match="fastload warm"):
+        len(dataset)
+    samples = list(dataset)
+    assert check_samples(data, samples) == list(data.samples)
+    assert samples[0]["__url__"].endswith("shard-0000.tar")
+    assert len(dataset) == len(samples)
+    dataset.close()
+
+
+def test_batches_are_the_users_own(s3, cache, data: Corpus) -> None:
+    decode = {"cls": fastload.decode.integer(), "bin": fastload.decode.raw()}
+    dataset = fastload.StreamingDataset(data.put(s3), cache=cache, decode=decode)
+    loader = fastload.DataLoader(dataset, batch_size=10, num_workers=2)
+    kept = []
+    for batch in loader:
+        assert isinstance(batch["cls"], torch.Tensor)
+        assert batch["cls"].dtype == torch.int64
+        assert isinstance(batch["bin"], fastload.Ragged)
+        batch["cls"] += 1000
+        batch["bin"].values[:] ^= 0xFF
+        kept.append(batch)
+    for batch in kept:
+        for key, number, value in zip(batch["__key__"], batch["cls"].tolist(), batch["bin"], strict=True):
+            assert number == 1000 + int(data.samples[key]["cls"])
+            assert bytes(np.frombuffer(value, np.uint8) ^ 0xFF) == data.samples[key]["bin"]
+    again = [batch["cls"] for batch in loader]
+    assert torch.cat(again).tolist() == list(range(len(data.samples)))
+    loader.close()
+
+
+def test_columns_and_tuples(s3, cache, data: Corpus) -> None:
+    url = data.put(s3)
+    dataset = fastload.StreamingDataset(url, cache=cache, columns=["cls"])
+    loader = fastload.DataLoader(dataset, batch_size=4)
+    assert set(next(iter(loader))) == {"__key__", "__url__", "cls"}
+    loader.close()
+    decode = {"cls": fastload.decode.integer()}
+    dataset = fastload.StreamingDataset(url, cache=cache, columns=["bin", "cls"], decode=decode, as_tuple=True)
+    loader = fastload.DataLoader(dataset, batch_size=4)
+    value, number = next(iter(loader))
+    assert number.tolist() == [0, 1, 2, 3]
+    assert value[2] == data.samples["s00/000002"]["bin"]
+    loader.close()
+    assert next(iter(dataset)) == (data.samples["s00/000000"]["bin"], 0)
+    dataset.close()
+
+
+def test_a_users_collate_fn_gets_samples(s3, cache, data: Corpus) -> None:
+    dataset = fastload.StreamingDataset(data.put(s3), cache=cache)
+    loader = fastload.DataLoader(
+        dataset, batch_size=5, num_workers=2, collate_fn=lambda samples: [sample["__key__"] for sample in samples]
+    )
+    assert [key for batch in loader for key in batch] == list(data.samples)
+    loader.close()
+
+
+def test_batch_size_none_gives_samples(s3, cache, data: Corpus) -> None:
+    dataset = fastload.StreamingDataset(data.put(s3), cache=cache)
+    loader = fastload.DataLoader(dataset, batch_size=None)
+    assert check_samples(data, loader) == list(data.samples)
+    loader.close()
+
+
+def test_batch_sizes_must_agree(cache) -> None:
+    dataset = fastload.StreamingDataset("s3://bucket/x.tar", cache=cache, batch_size=8)
+    with pytest.raises(fastload.ConfigError, match=r"batch_size=4.*batch_size=8"):
+        fastload.DataLoader(dataset, batch_size=4)
+    fastload.DataLoader(dataset, batch_size=8)
+
+
+@pytest.mark.parametrize("tail", ["pad", "drop", "uneven"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_samples(s3, cache, data: Corpus, tail: str, world_size: int) -> None:
+    url, keys, batches = data.put(s3), [], []
+    repeats = 0
+    for rank in range(world_size):
+        dataset = fastload.StreamingDataset(
+            url, cache=cache, shuffle=True, tail=tail, rank=rank, world_size=world_size
+        )
+        loader = fastload.DataLoader(dataset, batch_size=8, num_workers=1)
+        mine = keys_of(loader, data)
+        assert len(mine) == len(dataset)
+        batches.append(len(loader))
+        repeats += loader.stats()["repeats"]
+        keys += mine
+        loader.close()
+    extra = len(keys) - len(data.samples)
+    assert len(set(keys)) == len(keys) - max(extra, 0)
+    if tail == "pad":
+        assert set(keys) == set(data.samples)
+        assert extra == repeats == -len(data.samples) % world_size
+    elif tail == "drop":
+        assert extra == -(len(data.samples) % world_size)
+    else:
+        assert sorted(keys) == sorted(data.samples)
+    assert tail == "uneven" or len(set(batches)) == 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("stop_after", [0, 1, 5, 16])
+def test_resume_at_the_exact_next_sample(s3, tmp_path: Path, data: Corpus, num_workers: int, stop_after: int) -> None:
+    url = data.put(s3)
+
+    def loader_with(name: str) -> fastload.DataLoader:
+        cache = fastload.Cache(tmp_path / name, **SMALL)
+        dataset = fastload.StreamingDataset(url, cache=cache, shuffle=True, seed=3, shuffle_window="128KiB")
+        return fastload.DataLoader(dataset, batch_size=8, num_workers=num_workers)
+
+    whole = loader_with("one")
+    expected = [[batch["__key__"] for batch in whole] for _ in range(2)]
+    whole.close()
+    broken = loader_with("one")
+    for number, _ in enumerate(iter(broken)):
+        if number + 1 >= stop_after:
+            break
+    if stop_after == 0:
+        broken = loader_with("one")
+    state = json.loads(json.dumps(broken.state_dict()))
+    assert len(json.dumps(state)) < 1000
+    broken.close()
+    # Another cache: no shard is indexed there.
+    resumed = loader_with("two")
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    assert [batch["__key__"] for batch in resumed] == expected[0][stop_after:]
+    assert [batch["__key__"] for batch in resumed] == expected[1]
+    resumed.close()
+
+
+def test_state_of_another_run_is_refused(s3, cache, data: Corpus) -> None:
+    url = data.put(s3)
+    loader = fastload.DataLoader(fastload.StreamingDataset(url, cache=cache, shuffle=True), batch_size=8)
+    next(iter(loader))
+    state = loader.state_dict()
+    loader.close()
+    other = fastload.DataLoader(fastload.StreamingDataset(url, cache=cache, shuffle=True, seed=1), batch_size=8)
+    other.load_state_dict(state)
+    with pytest.raises(fastload.StateError, match=r"seed 0.*seed 1|seed.*0.*1"):
+        next(iter(other))
+    for broken in ({}, {"version": 99}, {**state, "epoch": -1}, {**state, "position": {"version": 0}}, None):
+        with pytest.raises(fastload.StateError):
+            other.load_state_dict(broken)
+    other.close()
+
+
+def test_epochs(s3, cache, data: Corpus) -> None:
+    dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=True)
+    loader = fastload.DataLoader(dataset, batch_size=50)
+    first, second = ([batch["__key__"] for batch in loader] for _ in range(2))
+    dataset.set_epoch(0)
+    assert [batch["__key__"] for batch in loader] == first
+    assert [batch["__key__"] for batch in loader] == second
+    with pytest.raises(fastload.ConfigError, match="epoch=-1"):
+        dataset.set_epoch(-1)
+    loader.close()
+
+
+def test_two_iterators_at_once(s3, cache, data: Corpus) -> None:
+    dataset = fastload.StreamingDataset(data.put(s3), cache=cache)
+    loader = fastload.DataLoader(dataset, batch_size=16, num_workers=1)
+    for one, other in zip(loader, loader, strict=True):
+        assert one["__key__"] == other["__key__"]
+    loader.close()
+
+
+def test_break_and_drop_leave_nothing(s3, cache, data: Corpus) -> None:
+    dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=True)
+    loader = fastload.DataLoader(dataset, batch_size=4, num_workers=2)
+    for _ in range(3):
+        for _batch in loader:
+            break
+    assert not [thread for thread in threading.enumerate() if thread.name == "fastload-feed"]
+    with pytest.raises(RuntimeError, match="the user's own"):
+        for _batch in loader:
+            raise RuntimeError("the user's own")
+    del loader, dataset
+    gc.collect()
+
+
+def test_stats(s3, cache, data: Corpus) -> None:
+    dataset = fastload.StreamingDataset(data.put(s3), cache=cache)
+    loader = fastload.DataLoader(dataset, batch_size=16, num_workers=2)
+    assert loader.stats()["batches"] == 0
+    keys_of(loader, data)
+    stats = loader.stats()
+    assert stats["samples"] == len(data.samples)
+    assert stats["batches"] == len(loader)
+    assert stats["remote_bytes"] == stats["fetched_bytes"] == data.byte_count
+    assert stats["remote_share"] == 1.0
+    assert stats["requests"] >= 6
+    assert 0 < stats["first_batch_s"] <= stats["elapsed_s"]
+    keys_of(loader, data)
+    stats = loader.stats()
+    assert stats["epoch"] == 1
+    assert stats["ram_share"] == 1.0
+    assert stats["fetched_bytes"] == stats["requests"] == 0
+    loader.close()
+    assert loader.stats() == stats
+
+
+def test_an_arena_of_two_chunks_is_enough(s3, tmp_path: Path) -> None:
+    data = corpus(shard_count=3, samples_per_shard=10, value_bytes=60_000)
+    with fastload.Cache(tmp_path / "cache", ram_bytes="128KiB", disk_bytes="16MiB", chunk_bytes="64KiB") as cache:
+        dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=True)
+        loader = fastload.DataLoader(dataset, batch_size=8, num_workers=2)
+        for _ in range(2):
+            assert sorted(keys_of(loader, data)) == sorted(data.samples)
+        assert loader.stats()["fetched_bytes"] == 0
+        loader.close()
+
+
+def test_samples_that_span_chunks(s3, tmp_path: Path) -> None:
+    data = corpus(shard_count=2, samples_per_shard=8, value_bytes=400_000)
+    with fastload.Cache(tmp_path / "cache", ram_bytes="8MiB", disk_bytes=0, chunk_bytes="64KiB") as cache:
+        dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=True)
+        loader = fastload.DataLoader(dataset, batch_size=4, num_workers=2)
+        assert sorted(keys_of(loader, data)) == sorted(data.samples)
+        loader.close()
+
+
+def test_empty_shards_and_few_samples(s3, cache) -> None:
+    data = corpus(shard_count=1, samples_per_shard=1)
+    s3.put("odd/0.tar", b"\0" * 1024)
+    s3.put("odd/1.tar", next(iter(data.shards.values())))
+    s3.put("odd/3.tar", b"\0" * 10240)
+    for rank in range(3):
+        dataset = fastload.StreamingDataset(f"{s3.url}/odd/", cache=cache, shuffle=True, rank=rank, world_size=3)
+        loader = fastload.DataLoader(dataset, batch_size=8)
+        assert keys_of(loader, data) == list(data.samples)
+        loader.close()
+
+
+def test_inprocess_service(s3, tmp_path: Path, data: Corpus) -> None:
+    with fastload.Cache(tmp_path / "cache", service="inprocess", **SMALL) as cache:
+        dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=True)
+        loader = fastload.DataLoader(dataset, batch_size=16, num_workers=2)
+        assert sorted(keys_of(loader, data)) == sorted(data.samples)
+        loader.close()
+
+
+def test_the_default_cache(s3, tmp_path: Path, data: Corpus, monkeypatch) -> None:
+    monkeypatch.setenv("FASTLOAD_CACHE", str(tmp_path / "named"))
+    loader = fastload.DataLoader(fastload.StreamingDataset(data.put(s3)), batch_size=16)
+    assert keys_of(loader, data) == list(data.samples)
+    assert (tmp_path / "named" / "cache.json").exists()
+    loader.close()
+
+
+def test_other_data_sets_are_torchs(tmp_path: Path) -> None:
+    loader = fastload.DataLoader(list(range(10)), batch_size=4, shuffle=False)
+    assert [batch.tolist() for batch in loader] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert isinstance(loader, torch.utils.data.DataLoader)
+    assert len(loader) == 3
+    loader.close()
+    with pytest.raises(TypeError, match=r"stats\(\) needs a fastload.StreamingDataset"):
+        loader.stats()

@@ -1,0 +1,100 @@
+"""Our data set in torch's own DataLoader, with worker processes that share one cache service."""
+
+from pathlib import Path
+
+import pytest
+import torch.utils.data
+
+import fastload
+from tests.shards import Corpus, check_samples, corpus
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+    pytest.mark.parametrize("method", ["fork", "spawn"]),
+]
+
+
+def first(samples: list) -> list:
+    return samples
+
+
+@pytest.fixture
+def cache(tmp_path: Path):
+    with fastload.Cache(tmp_path / "cache", ram_bytes="16MiB", disk_bytes="64MiB", chunk_bytes="64KiB") as cache:
+        yield cache
+
+
+@pytest.fixture(scope="module")
+def data() -> Corpus:
+    return corpus()
+
+
+def torch_loader(dataset, method: str, workers: int, batch_size: int = 8, **options) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=workers,
+        multiprocessing_context=method,
+        collate_fn=first,
+        timeout=60,
+        **options,
+    )
+
+
+def test_every_sample_once_and_each_byte_fetched_once(s3, cache, data: Corpus, method: str) -> None:
+    dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=True)
+    keys = [key for batch in torch_loader(dataset, method, 2) for key in check_samples(data, batch)]
+    assert sorted(keys) == sorted(data.samples)
+    # The parent has connected nowhere; it can count, and iterate, all the same.
+    assert len(dataset) == len(data.samples)
+    dataset.close()
+
+
+def test_batches_are_the_same_for_any_number_of_workers(s3, cache, data: Corpus, method: str) -> None:
+    url = data.put(s3)
+    ours = fastload.DataLoader(fastload.StreamingDataset(url, cache=cache, shuffle=True), batch_size=8)
+    expected = [batch["__key__"] for batch in ours]
+    ours.close()
+    for workers in (1, 2):
+        dataset = fastload.StreamingDataset(url, cache=cache, shuffle=True, batch_size=8)
+        found = [[sample["__key__"] for sample in batch] for batch in torch_loader(dataset, method, workers)]
+        assert found == expected
+
+
+def test_epochs_advance_in_workers(s3, cache, data: Corpus, method: str) -> None:
+    dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=True, batch_size=50)
+    orders = [[sample["__key__"] for sample in dataset] for _ in range(3)]
+    dataset.close()
+    dataset.set_epoch(0)
+    loader = torch_loader(dataset, method, 2, batch_size=50, persistent_workers=True)
+    for epoch in (0, 1):
+        assert [sample["__key__"] for batch in loader for sample in batch] == orders[epoch]
+    dataset.set_epoch(0)
+    assert [sample["__key__"] for batch in loader for sample in batch] == orders[0]
+    del loader
+    for epoch in (1, 2):
+        loader = torch_loader(dataset, method, 2, batch_size=50)
+        assert [sample["__key__"] for batch in loader for sample in batch] == orders[epoch]
+
+
+def test_a_parent_that_is_connected_already(s3, cache, data: Corpus, method: str) -> None:
+    dataset = fastload.StreamingDataset(data.put(s3), cache=cache)
+    samples = iter(dataset)
+    assert next(samples)["__key__"] == "s00/000000"
+    dataset.set_epoch(0)
+    keys = [key for batch in torch_loader(dataset, method, 2) for key in check_samples(data, batch)]
+    assert sorted(keys) == sorted(data.samples)
+    assert [sample["__key__"] for sample in samples] == list(data.samples)[1:]
+    dataset.close()
+
+
+def test_an_inprocess_service_serves_workers(s3, tmp_path: Path, data: Corpus, method: str) -> None:
+    with fastload.Cache(
+        tmp_path / "cache", ram_bytes="16MiB", disk_bytes="64MiB", chunk_bytes="64KiB", service="inprocess"
+    ) as cache:
+        dataset = fastload.StreamingDataset(data.put(s3), cache=cache)
+        assert next(iter(dataset))["__key__"] == "s00/000000"
+        dataset.set_epoch(0)
+        keys = [key for batch in torch_loader(dataset, method, 2) for key in check_samples(data, batch)]
+        assert sorted(keys) == sorted(data.samples)
+        dataset.close()
