@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -24,11 +25,13 @@ def service_pids(directory: Path) -> list[int]:
 
 
 def kill_service(directory: Path) -> None:
-    """kill -9, and wait until it has gone."""
-    until(lambda: service_pids(directory))  # it may have been killed a moment ago, and the next is starting
-    (pid,) = service_pids(directory)
-    os.kill(pid, signal.SIGKILL)
-    until(lambda: pid not in service_pids(directory))
+    """kill -9, whatever it is doing, and wait until it has gone."""
+    found: list[int] = []
+    until(lambda: found.extend(service_pids(directory)) or found)  # the last may just have been killed
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError):  # the starter ends by itself
+            os.kill(pid, signal.SIGKILL)
+    until(lambda: not set(found) & set(service_pids(directory)))
 
 
 def until(ready: Callable[[], object], timeout_s: float = 20.0) -> None:

@@ -1,0 +1,344 @@
+"""The core, driven without sockets and with a store whose answers the test holds back, counts and breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from fastload.cache import CacheDirectory
+from fastload.errors import ObjectMissingError, ServiceError, StoreUnavailableError
+from fastload.service import protocol
+from fastload.service.consumers import ConsumerState
+from fastload.service.core import Core
+from fastload.store.types import ObjectInfo
+from tests.service.helpers import CHUNK_BYTES, FakeStore, random_bytes
+
+Kind = TypeVar("Kind")
+
+
+class Side:
+    """A consumer's side of a core: what it was sent, and short ways of saying things."""
+
+    def __init__(self, core: Core, objects: list[ObjectInfo], name: str = "") -> None:
+        self.sent: list[protocol.Message] = []
+        self.core = core
+        self.state: ConsumerState = core.connect(protocol.Hello(protocol.VERSION, 1, name, {}), self.sent.append)
+        self._serial = 0
+        self.say(protocol.Attach(True, True, protocol.ObjectRows.of(objects)))
+
+    def say(self, message: protocol.FromConsumer) -> None:
+        self.core.receive(self.state, message)
+
+    def plan(self, *objects: int, warm: bool = False) -> None:
+        self.say(protocol.SetPlan(list(objects), 0, warm, 0))
+
+    def want(self, *chunks: int, urgent: bool = True) -> None:
+        self._serial += 1
+        self.say(protocol.Want(list(chunks), self._serial, urgent))
+
+    def release(self, *chunks: int) -> None:
+        self.say(protocol.Release(list(chunks)))
+
+    def all(self, kind: type[Kind]) -> list[Kind]:
+        return [message for message in self.sent if isinstance(message, kind)]
+
+    @property
+    def granted(self) -> list[int]:
+        return [chunk for message in self.all(protocol.Grants) for chunk in message.chunks]
+
+    @property
+    def recalled(self) -> list[int]:
+        return [chunk for message in self.all(protocol.Recall) for chunk in message.chunks]
+
+
+async def until(true: Callable[[], bool], what: str) -> None:
+    """Let the loop run until something holds."""
+    for _ in range(1000):
+        if true():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError(f"gave up waiting until {what}")
+
+
+async def settle() -> None:
+    """Let everything that is under way come to rest."""
+    for _ in range(20):
+        await asyncio.sleep(0.002)
+
+
+class World:
+    """A core of a few buffers over a fake store of objects of `chunk_count` chunks each."""
+
+    def __init__(self, tmp_path: Path, buffer_count: int, disk_bytes: int = 0) -> None:
+        self.store = FakeStore()
+        self.directory = CacheDirectory.open(
+            tmp_path / "cache", ram_bytes=buffer_count * CHUNK_BYTES, disk_bytes=disk_bytes, chunk_bytes=CHUNK_BYTES
+        )
+        self.objects: list[ObjectInfo] = []
+
+    def add(self, *chunk_counts: int) -> None:
+        for count in chunk_counts:
+            number = len(self.objects)
+            self.objects.append(self.store.put(str(number), random_bytes(number, count * CHUNK_BYTES)))
+
+    def run(self, work: Callable[[Core], Coroutine[Any, Any, None]]) -> None:
+        async def main() -> None:
+            core = Core(self.directory, asyncio.get_running_loop(), opener=lambda url, options: self.store)
+            try:
+                await work(core)
+            finally:
+                assert core.close(10)
+
+        asyncio.run(main())
+
+    @contextmanager
+    def held_back(self) -> Iterator[threading.Event]:
+        """Reads wait until the event is set, at the end of the block at the latest."""
+        gate = threading.Event()
+        self.store.before_read = lambda url, start: gate.wait(20) and None
+        try:
+            yield gate
+        finally:
+            gate.set()
+            self.store.before_read = lambda url, start: None
+
+
+def test_a_chunk_that_many_want_is_fetched_once(tmp_path: Path) -> None:
+    world = World(tmp_path, 4)
+    world.add(2)
+
+    async def work(core: Core) -> None:
+        sides = [Side(core, world.objects) for _ in range(5)]
+        with world.held_back():
+            for side in sides:
+                side.plan(0)
+                side.want(0, 1)
+            await settle()
+        await until(lambda: all(sorted(side.granted) == [0, 1] for side in sides), "all have both")
+        assert sorted(world.store.reads) == [("s3://fake/0", 0), ("s3://fake/0", CHUNK_BYTES)]
+        buffers = {
+            (c, b)
+            for side in sides
+            for g in side.all(protocol.Grants)
+            for c, b in zip(g.chunks, g.buffers, strict=True)
+        }
+        assert len(buffers) == 2
+
+    world.run(work)
+
+
+def test_demand_comes_before_prefetch(tmp_path: Path) -> None:
+    world = World(tmp_path, 40)
+    world.add(36, 1)
+
+    async def work(core: Core) -> None:
+        side = Side(core, world.objects)
+        with world.held_back():
+            side.plan(0)
+            await settle()  # all connections are busy with the plan
+            busy = len(world.store.reads)
+            side.want(36)
+            await settle()
+            assert len(world.store.reads) == busy
+        await until(lambda: side.granted == [36], "the demanded chunk is here")
+        assert world.store.reads[busy] == ("s3://fake/1", 0)
+
+    world.run(work)
+
+
+def test_prefetch_ends_where_room_ends_and_pins(tmp_path: Path) -> None:
+    """What is left of an epoch in RAM is found by the next, however the order changes."""
+    world = World(tmp_path, 10)
+    world.add(*[1] * 20)
+
+    async def work(core: Core) -> None:
+        side = Side(core, world.objects)
+        for epoch, order in enumerate((range(20), range(19, -1, -1), (*range(0, 20, 2), *range(1, 20, 2)))):
+            before = len(world.store.reads)
+            side.plan(*order)
+            for position, chunk in enumerate(order):
+                side.want(chunk)
+                await until(lambda chunk=chunk: side.granted[-1:] == [chunk], "it is granted")  # type: ignore[misc]
+                side.release(chunk)
+                side.say(protocol.Advance(position + 1))
+            await settle()
+            fetched = len(world.store.reads) - before
+            assert fetched == 20 if epoch == 0 else 10 <= fetched <= 13
+
+    world.run(work)
+
+
+def test_failed_prefetch_is_not_tried_again_until_wanted(tmp_path: Path) -> None:
+    world = World(tmp_path, 8)
+    world.add(1, 1, 1)
+    world.store.errors["s3://fake/1"] = ObjectMissingError("s3://fake/1 is gone")
+
+    async def work(core: Core) -> None:
+        side = Side(core, world.objects)
+        side.plan(0, 1, 2)
+        await settle()
+        assert sorted(world.store.reads) == [(f"s3://fake/{number}", 0) for number in range(3)]
+        assert side.sent == []
+        side.want(1)
+        await until(lambda: len(side.all(protocol.Failed)) == 1, "the demand fails")
+        (failed,) = side.all(protocol.Failed)
+        assert (failed.name, failed.message) == ("ObjectMissingError", "s3://fake/1 is gone")
+        del world.store.errors["s3://fake/1"]
+        side.want(1)
+        await until(lambda: side.granted == [1], "the next demand succeeds")
+
+    world.run(work)
+
+
+def test_a_failure_is_told_to_those_who_want_the_chunk_only(tmp_path: Path) -> None:
+    world = World(tmp_path, 8)
+    world.add(1)
+    world.store.errors["s3://fake/0"] = StoreUnavailableError("no answer")
+
+    async def work(core: Core) -> None:
+        one, two, three = (Side(core, world.objects) for _ in range(3))
+        with world.held_back():
+            one.want(0)
+            two.want(0, urgent=False)
+            three.plan(0)
+            await settle()
+        await until(lambda: bool(one.all(protocol.Failed) and two.all(protocol.Failed)), "both hear of it")
+        assert three.sent == []
+        assert len(world.store.reads) == 1
+
+    world.run(work)
+
+
+def test_leases_are_recalled_for_a_demand_and_not_for_a_wish(tmp_path: Path) -> None:
+    world = World(tmp_path, 2)
+    world.add(4)
+
+    async def work(core: Core) -> None:
+        one, two = Side(core, world.objects), Side(core, world.objects)
+        one.want(0, 1)
+        await until(lambda: len(one.granted) == 2, "the arena is full")
+        two.want(2, urgent=False)
+        await settle()
+        assert one.recalled == []
+        two.want(2)
+        await until(lambda: len(one.recalled) == 1, "one lease is asked back")
+        # It is in use; so the other one is asked for.
+        one.say(protocol.Pinned(one.recalled))
+        await until(lambda: len(one.recalled) == 2, "the other lease is asked back")
+        one.release(one.recalled[1])
+        await until(lambda: two.granted == [2], "its room was used")
+        assert one.recalled[0] in core._table.chunks[0].lessees or True  # type: ignore[union-attr]
+
+    world.run(work)
+
+
+def test_a_recalled_chunk_is_not_granted_past_the_one_who_waits(tmp_path: Path) -> None:
+    world = World(tmp_path, 2)
+    world.add(4)
+
+    async def work(core: Core) -> None:
+        one, two, waiting = (Side(core, world.objects) for _ in range(3))
+        one.want(0, 1)
+        two.want(0, 1)
+        await until(lambda: len(one.granted) == len(two.granted) == 2, "both have both")
+        waiting.want(2)
+        await until(lambda: len(one.recalled) == 1, "a lease is asked back")
+        chunk = one.recalled[0]
+        one.release(chunk)
+        one.want(chunk)  # would keep the chunk in use for ever, if the two took turns
+        await settle()
+        assert len(one.granted) == 2
+        two.release(chunk)
+        await until(lambda: waiting.granted == [2], "the one who waited has the room")
+        assert len(one.recalled) == 2 or len(one.granted) == 2
+
+    world.run(work)
+
+
+def test_leases_end_with_the_consumer(tmp_path: Path) -> None:
+    world = World(tmp_path, 2)
+    world.add(4)
+
+    async def work(core: Core) -> None:
+        one, two = Side(core, world.objects), Side(core, world.objects)
+        one.want(0, 1)
+        await until(lambda: len(one.granted) == 2, "the arena is full")
+        two.want(2, 3)
+        await settle()
+        core.disconnect(one.state)
+        await until(lambda: sorted(two.granted) == [2, 3], "the room is free")
+
+    world.run(work)
+
+
+def test_messages_that_make_no_sense(tmp_path: Path) -> None:
+    world = World(tmp_path, 2)
+    world.add(1)
+
+    async def work(core: Core) -> None:
+        side = Side(core, world.objects)
+        for message in (
+            protocol.Want([1], 1, True),
+            protocol.Want([-1], 1, True),
+            protocol.SetPlan([1], 0, False, 0),
+            protocol.GetIndexes(1, [5]),
+            protocol.Hello(protocol.VERSION, 1, "", {}),
+        ):
+            with pytest.raises(ServiceError):
+                side.say(message)
+
+    world.run(work)
+
+
+def test_eviction_from_disk_spares_live_plans(tmp_path: Path) -> None:
+    """With a quota of four chunks: what no live plan names makes room, longest without a plan first."""
+    world = World(tmp_path, 16, disk_bytes=4 * (CHUNK_BYTES + 4096))
+    world.add(2, 2, 2, 2)
+
+    async def work(core: Core) -> None:
+        side = Side(core, world.objects)
+
+        def on_disk() -> set[int]:
+            keys = {(number, index): side.state.entries[number].key(index) for number in range(4) for index in (0, 1)}
+            here = [number for (number, _), key in keys.items() if core.disk.contains(key)]
+            return set(here) if len(here) == 2 * len(set(here)) else set()
+
+        side.plan(0)
+        await until(lambda: on_disk() == {0}, "the first is on disk")
+        side.plan(1)
+        await until(lambda: on_disk() == {0, 1}, "the second is on disk")
+        side.plan(1, 2)
+        await until(lambda: on_disk() == {1, 2}, "the third took the room of the first")
+        side.plan(1, 2, 3)
+        await settle()
+        assert on_disk() == {1, 2}
+
+    world.run(work)
+
+
+def test_sources(tmp_path: Path) -> None:
+    world = World(tmp_path, 8)
+    world.add(1, 1)
+
+    async def work(core: Core) -> None:
+        side, other = Side(core, world.objects), Side(core, world.objects)
+        side.plan(0, 1)
+        await settle()
+        side.want(0)
+        await until(lambda: side.granted == [0], "it is granted")
+        side.release(0)
+        side.want(0)
+        other.plan(0, 1)
+        other.want(0)
+        await until(lambda: len(side.granted) == 2 and len(other.granted) == 1, "it is granted again")
+        names = [protocol.SOURCES[source] for grants in side.all(protocol.Grants) for source in grants.sources]
+        assert names == ["remote", "ram"]
+        assert [protocol.SOURCES[s] for g in other.all(protocol.Grants) for s in g.sources] == ["ram"]
+
+    world.run(work)
