@@ -234,7 +234,7 @@ def _maker(loader: DataLoader[Any], current: Pass) -> Callable[[BatchEntry], Any
     make = _unpinned_maker(loader, current)
     if not (loader.pin_memory and torch.cuda.is_available()):
         return make
-    return lambda entry: pin_memory(make(entry))
+    return lambda entry: pin_memory(make(entry))  # type: ignore[no-untyped-call]  # torch has no types here
 
 
 def _unpinned_maker(loader: DataLoader[Any], current: Pass) -> Callable[[BatchEntry], Any]:

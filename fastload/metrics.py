@@ -99,9 +99,7 @@ class EpochMeter:
 
 def empty_stats(epoch: int) -> dict[str, Any]:
     """The figures of an epoch that has not begun."""
-    figures: dict[str, Any] = {
-        key: 0.0 if key.endswith("_s") or key.endswith("_share") else 0 for key in STATS_KEYS
-    }
+    figures: dict[str, Any] = {key: 0.0 if key.endswith(("_s", "_share")) else 0 for key in STATS_KEYS}
     return {**figures, "epoch": epoch, "node": {}}
 
 

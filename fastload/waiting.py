@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 from fastload.errors import WaitTimeoutError
 
-Reason = Literal["chunk", "index", "batch", "slot", "queue", "service", "listing", "shutdown"]
+Reason = Literal["chunk", "index", "batch", "queue", "service", "listing", "shutdown"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 # Nobody waits longer than this for anything without hearing from it. A store that is retried until its own deadline

@@ -5,6 +5,8 @@ Each row is a real situation, made with a real server, real files and real proce
 
 from __future__ import annotations
 
+import errno
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ from typing import Any
 import pytest
 
 import fastload
-from tests.shards import corpus, tar_of
+from tests.cache.faults import failing
+from tests.shards import check_samples, corpus, samples_of, tar_of
 
 LIMITS = {"ram_bytes": "1MiB", "disk_bytes": "16MiB", "chunk_bytes": "64KiB"}
 GOOD = {"a/000": {"bin": b"0" * 100, "cls": b"0"}, "a/001": {"bin": b"1" * 100, "cls": b"1"}}
@@ -255,8 +258,6 @@ def test_a_damaged_chunk_is_fetched_again(s3, tmp_path: Path) -> None:
     with fastload.Cache(directory, **LIMITS) as cache, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         loader = fastload.DataLoader(fastload.StreamingDataset(url, cache=cache), batch_size=8, num_workers=1)
-        from tests.shards import check_samples, samples_of
-
         keys = [key for batch in loader for key in check_samples(data, samples_of(batch))]
         assert keys == list(data.samples)
         assert loader.stats()["remote_bytes"] > 0
@@ -271,3 +272,48 @@ def test_a_job_goes_on_without_room_on_disk(s3, tmp_path: Path) -> None:
         url = data.put(s3)
         for _ in range(2):
             assert load_all(url, cache) == list(data.samples)
+
+
+def load_here(url: str, directory: Path, **limits: Any) -> list[str]:
+    """Read everything with the service in this process, where its system calls can be made to fail."""
+    with fastload.Cache(directory, service="inprocess", **{**LIMITS, **limits}) as cache:
+        loader = fastload.DataLoader(fastload.StreamingDataset(url, cache=cache), batch_size=8, num_workers=1)
+        try:
+            return check_samples(corpus(), [sample for batch in loader for sample in samples_of(batch)])
+        finally:
+            loader.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_a_disk_that_cannot_be_written_is_one_warning(s3, tmp_path: Path, number: int) -> None:
+    data = corpus()
+    fastload.Cache(tmp_path / "cache", **LIMITS)  # whose settings are written while there is room
+    with (
+        failing(0, number, only=frozenset({"pwritev"}), times=1 << 30),
+        pytest.warns(RuntimeWarning, match="cache") as caught,
+    ):
+        assert load_here(data.put(s3), tmp_path / "cache") == list(data.samples)
+    messages = {str(warning.message) for warning in caught}
+    assert len(messages) == len(caught.list) == 1
+    assert os.strerror(number) in messages.pop()
+
+
+def test_a_disk_that_cannot_be_read_is_fetched_around(s3, tmp_path: Path) -> None:
+    data = corpus()
+    url = data.put(s3)
+    assert load_here(url, tmp_path / "cache") == list(data.samples)
+    with (
+        failing(0, errno.EIO, only=frozenset({"preadv"}), times=1 << 30),
+        pytest.warns(RuntimeWarning, match="cache"),
+    ):
+        assert load_here(url, tmp_path / "cache") == list(data.samples)
+
+
+@pytest.mark.parametrize(
+    ("only", "number"), [("mkdir", errno.EACCES), ("mkdir", errno.EROFS), ("open_directory", errno.EACCES)]
+)
+def test_a_cache_directory_that_cannot_be_used(tmp_path: Path, only: str, number: int) -> None:
+    with failing(0, number, only=frozenset({only})), pytest.raises(fastload.CacheError) as caught:
+        fastload.Cache(tmp_path / "cache", **LIMITS)
+    assert str(tmp_path / "cache") in str(caught.value)
+    assert os.strerror(number) in str(caught.value)

@@ -163,9 +163,7 @@ def test_ranks_share_the_samples(s3, cache, data: Corpus, tail: str, world_size:
     url, keys, batches = data.put(s3), [], []
     repeats = 0
     for rank in range(world_size):
-        dataset = fastload.StreamingDataset(
-            url, cache=cache, shuffle=True, tail=tail, rank=rank, world_size=world_size
-        )
+        dataset = fastload.StreamingDataset(url, cache=cache, shuffle=True, tail=tail, rank=rank, world_size=world_size)
         loader = fastload.DataLoader(dataset, batch_size=8, num_workers=1)
         mine = keys_of(loader, data)
         assert len(mine) == len(dataset)
@@ -252,6 +250,11 @@ def test_two_iterators_at_once(s3, cache, data: Corpus) -> None:
     loader.close()
 
 
+def train_and_fail(loader: fastload.DataLoader) -> None:
+    for _batch in loader:
+        raise RuntimeError("the user's own")
+
+
 def test_break_and_drop_leave_nothing(s3, cache, data: Corpus) -> None:
     dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=True)
     loader = fastload.DataLoader(dataset, batch_size=4, num_workers=2)
@@ -260,8 +263,7 @@ def test_break_and_drop_leave_nothing(s3, cache, data: Corpus) -> None:
             break
     assert not [thread for thread in threading.enumerate() if thread.name == "fastload-feed"]
     with pytest.raises(RuntimeError, match="the user's own"):
-        for _batch in loader:
-            raise RuntimeError("the user's own")
+        train_and_fail(loader)
     del loader, dataset
     gc.collect()
 

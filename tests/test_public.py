@@ -18,9 +18,7 @@ def test_public_names() -> None:
     assert set(fastload.__all__) <= set(dir(fastload))
     for name in fastload.__all__:
         assert getattr(fastload, name).__doc__, name
-    assert sorted(fastload.decode.__all__) == sorted(
-        ["Decoder", "array", "image", "integer", "json", "raw", "text"]
-    )
+    assert sorted(fastload.decode.__all__) == sorted(["Decoder", "array", "image", "integer", "json", "raw", "text"])
 
 
 def test_every_exception_is_public_and_documented() -> None:
@@ -49,8 +47,7 @@ def test_every_statistic_is_documented() -> None:
 
 def test_the_service_and_the_command_line_do_without_torch() -> None:
     code = (
-        "import sys, fastload.service.server, fastload.cli, fastload.warm; "
-        "assert 'torch' not in sys.modules, 'torch'; "
+        "import sys, fastload.service.server, fastload.cli, fastload.warm; assert 'torch' not in sys.modules, 'torch'; "
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     code = (

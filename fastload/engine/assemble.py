@@ -50,7 +50,7 @@ class _Located:
                 chosen,
                 window.rows(places, entry.sample_no if chosen is None else entry.sample_no[chosen]),
             )
-            for window, chosen, places in live.find(entry.object_no)
+            for window, chosen, places in live.find(entry.object_no.astype(np.int64))
         ]
 
     def present(self) -> list[str]:
@@ -122,7 +122,7 @@ class Assembler:
         names = self._columns.of_batch(located.present())
         gathered = self._gather(located, names, reuse=False)
         columns = [
-            (name, self._columns.decoder(name), memoryview(values), offsets.tolist())
+            (name, self._columns.decoder(name), memoryview(values.data), offsets.tolist())
             for name, (values, offsets) in gathered.items()
         ]
         for number, (key, object_no) in enumerate(zip(located.keys(), entry.object_no.tolist(), strict=True)):

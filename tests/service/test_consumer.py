@@ -28,6 +28,7 @@ from tests.service.helpers import (
 ENDINGS = (".tar",)
 
 
+@pytest.mark.parametrize("mode", ["auto", "inprocess"])
 def test_reads_what_is_there_and_fetches_it_once(cache: Cache, s3: Bucket, shards: dict[str, bytes]) -> None:
     with cache.consumer(name="train") as consumer:
         objects = consumer.resolve([f"{s3.url}/"], ENDINGS)
@@ -62,6 +63,7 @@ def test_relative_paths_are_those_of_the_consumer(
         assert read_object(consumer, objects, 0) == b"x" * 100
 
 
+@pytest.mark.parametrize("mode", ["auto", "inprocess"])
 def test_a_second_service_run_finds_the_disk(cache: Cache, s3: Bucket, shards: dict[str, bytes], mode: str) -> None:
     with cache.consumer() as consumer:
         objects = consumer.resolve([f"{s3.url}/"], ENDINGS)
@@ -70,6 +72,7 @@ def test_a_second_service_run_finds_the_disk(cache: Cache, s3: Bucket, shards: d
         chunk_count = sum(len(chunks_of(objects, number)) for number in range(6))
         eventually(lambda: consumer.stats()["node"]["written_chunks"] == chunk_count, "all is on disk")
     cache.close()
+    eventually(lambda: not (cache.directory / "socket").exists(), "the service has ended")
     with cache.consumer() as consumer:
         consumer.attach(objects)
         assert read_epoch(consumer, objects, range(6)) == list(shards.values())
@@ -122,6 +125,7 @@ def test_any_arena_will_do(tmp_path: Path, s3: Bucket, shards: dict[str, bytes],
         assert not wrong
 
 
+@pytest.mark.parametrize("mode", ["auto", "inprocess"])
 def test_two_consumers_share_each_fetch(cache: Cache, s3: Bucket, shards: dict[str, bytes]) -> None:
     with cache.consumer() as first, cache.consumer() as second:
         objects = first.resolve([f"{s3.url}/"], ENDINGS)
@@ -145,6 +149,7 @@ def test_an_object_named_twice_has_two_numbers_and_one_chunk(
         assert consumer.stats()["node"]["fetched_bytes"] == objects[0].size
 
 
+@pytest.mark.parametrize("mode", ["auto", "inprocess"])
 def test_indexes_are_kept(cache: Cache, s3: Bucket, shards: dict[str, bytes]) -> None:
     with cache.consumer() as consumer:
         objects = consumer.resolve([f"{s3.url}/"], ENDINGS)
@@ -157,6 +162,7 @@ def test_indexes_are_kept(cache: Cache, s3: Bucket, shards: dict[str, bytes]) ->
         assert {number: data[-1] for number, data in found.items()} == {1: 1, 3: 3, 4: 4}
         eventually(lambda: consumer.stats()["node"]["disk_used_bytes"] > 3 * len(large), "they are on disk")
     cache.close()
+    eventually(lambda: not (cache.directory / "socket").exists(), "the service has ended")
     with cache.consumer() as consumer:
         consumer.attach(objects)
         assert sorted(consumer.get_indexes(range(6))) == [1, 3, 4]
@@ -169,6 +175,7 @@ def test_reports_are_shown(cache: Cache) -> None:
         assert (line["name"], line["pid"], line["samples"]) == ("train", os.getpid(), 12)
 
 
+@pytest.mark.parametrize("mode", ["auto", "inprocess"])
 def test_closing_ends_waits(cache: Cache, s3: Bucket, shards: dict[str, bytes]) -> None:
     consumer = cache.consumer()
     threading.Timer(0.1, consumer.close).start()
@@ -187,7 +194,7 @@ def test_a_wait_names_what_it_waited_for(tmp_path: Path, s3: Bucket, shards: dic
         objects = consumer.resolve([f"{s3.url}/"], ENDINGS)
         consumer.attach(objects)
         other.attach(objects)
-        found = set()
+        found: set[int] = set()
         held = []
         while len(found) < 2:  # holds the whole arena, which a user must not while waiting
             held.append(consumer.acquire([chunk for chunk in (0, 1) if chunk not in found]))
@@ -218,6 +225,7 @@ def _read_in_child(cache: Cache, url: str, results: multiprocessing.SimpleQueue[
         results.put((service_pid(consumer), read_object(consumer, objects, 0)))
 
 
+@pytest.mark.parametrize("mode", ["auto", "inprocess"])
 def test_a_spawned_process_uses_the_same_service(cache: Cache, s3: Bucket, shards: dict[str, bytes]) -> None:
     url = f"{s3.url}/shard-2.tar"
     context = multiprocessing.get_context("spawn")

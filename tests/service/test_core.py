@@ -101,7 +101,7 @@ class World:
     def held_back(self) -> Iterator[threading.Event]:
         """Reads wait until the event is set, at the end of the block at the latest."""
         gate = threading.Event()
-        self.store.before_read = lambda url, start: gate.wait(20) and None
+        self.store.before_read = lambda url, start: gate.wait(20) and None  # type: ignore[assignment]
         try:
             yield gate
         finally:
@@ -233,7 +233,6 @@ def test_leases_are_recalled_for_a_demand_and_not_for_a_wish(tmp_path: Path) -> 
         await until(lambda: len(one.recalled) == 2, "the other lease is asked back")
         one.release(one.recalled[1])
         await until(lambda: two.granted == [2], "its room was used")
-        assert one.recalled[0] in core._table.chunks[0].lessees or True  # type: ignore[union-attr]
 
     world.run(work)
 
@@ -256,7 +255,7 @@ def test_a_recalled_chunk_is_not_granted_past_the_one_who_waits(tmp_path: Path) 
         assert len(one.granted) == 2
         two.release(chunk)
         await until(lambda: waiting.granted == [2], "the one who waited has the room")
-        assert len(one.recalled) == 2 or len(one.granted) == 2
+        assert len(one.granted) == 2
 
     world.run(work)
 
@@ -340,5 +339,46 @@ def test_sources(tmp_path: Path) -> None:
         names = [protocol.SOURCES[source] for grants in side.all(protocol.Grants) for source in grants.sources]
         assert names == ["remote", "ram"]
         assert [protocol.SOURCES[s] for g in other.all(protocol.Grants) for s in g.sources] == ["ram"]
+
+    world.run(work)
+
+
+def test_a_want_that_crosses_its_grant_and_a_recall(tmp_path: Path) -> None:
+    """The consumer takes the answer to its latest want only, so a lease that answered an earlier one is nobody's."""
+    world = World(tmp_path, 2)
+    world.add(4)
+
+    async def work(core: Core) -> None:
+        one, waiting = Side(core, world.objects), Side(core, world.objects)
+        one.want(0, 1, urgent=False)
+        await until(lambda: len(one.granted) == 2, "the arena is full")
+        waiting.want(2)
+        await until(lambda: len(one.recalled) == 1, "a lease is asked back")
+        one.want(one.recalled[0])  # sent before the grant and the recall arrived, which the consumer ignores then
+        await until(lambda: waiting.granted == [2], "the recalled lease has ended")
+        other = 1 - one.recalled[0]
+        one.release(other)
+        await until(lambda: len(one.granted) == 3, "the later want is answered")
+
+    world.run(work)
+
+
+def test_a_slow_disk_costs_the_cache_and_not_the_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path, 2, disk_bytes=64 << 20)
+    world.add(6)
+    gate = threading.Event()
+
+    async def work(core: Core) -> None:
+        write = core.disk.write
+        monkeypatch.setattr(core.disk, "write", lambda *arguments: gate.wait(20) and write(*arguments))
+        side = Side(core, world.objects)
+        try:
+            for chunk in range(6):
+                side.want(chunk)
+                await until(lambda chunk=chunk: side.granted[-1:] == [chunk], "it is granted")  # type: ignore[misc]
+                side.release(chunk)
+        finally:
+            gate.set()
+        assert core._writer.counters["writes_given_up"] + core._writer.counters["writes_skipped"] >= 4
 
     world.run(work)

@@ -35,6 +35,7 @@ def in_child(work: Callable[[], object]) -> str:
     return text
 
 
+@pytest.mark.parametrize("mode", ["auto", "inprocess"])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_parent_and_child_read_on(cache: Cache, s3: Bucket, shards: dict[str, bytes]) -> None:
     with cache.consumer(name="parent") as consumer:
@@ -59,6 +60,7 @@ def test_parent_and_child_read_on(cache: Cache, s3: Bucket, shards: dict[str, by
         assert service_pid(consumer) == pid
 
 
+@pytest.mark.parametrize("mode", ["auto", "inprocess"])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_child_that_stays_does_not_hold_what_the_parent_closed(
     cache: Cache, s3: Bucket, shards: dict[str, bytes]

@@ -10,14 +10,9 @@ from fastload.errors import ObjectMissingError
 from fastload.service import Cache, Consumer, Progress
 from fastload.service.loads import FETCH_THREADS
 from tests.conftest import Bucket
-from tests.service.helpers import CHUNK_BYTES, chunks_of, eventually, kill_service, read, read_epoch
+from tests.service.helpers import CHUNK_BYTES, chunks_of, eventually, kill_service, read, read_epoch, sweep
 
 ENDINGS = (".tar",)
-
-
-@pytest.fixture
-def mode() -> str:
-    return "auto"
 
 
 def warm(consumer: Consumer, order: list[int]) -> Progress:
@@ -124,5 +119,4 @@ def test_it_outlives_the_service(cache: Cache, s3: Bucket, shards: dict[str, byt
         while not progress.finished:
             progress = consumer.wait_progress(progress)
         assert progress.held_bytes == sum(map(len, shards.values()))
-    eventually(lambda: not (cache.directory / "socket").exists(), "the service has ended")
-    cache.consumer().close()  # whatever the killed one was writing is swept by the next to start
+    sweep(cache)

@@ -1,0 +1,27 @@
+"""`python -m fastload.service`: a cache directory's service as a process of its own.
+
+Whoever starts it passes the writing end of a pipe, on which one line of JSON says how that went: `{"status": "ready"}`,
+`{"status": "taken"}` where another service has the directory, or `{"status": "error", "error": [type, message]}`.
+
+With `--detach` the process forks at once, before it has threads, and the service is the child: in a session of its own
+and nobody's child, so that whoever started it need not wait for its end. The parent ends right away.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def _detach() -> None:
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+
+
+if __name__ == "__main__":
+    if "--detach" in sys.argv:
+        _detach()
+    from fastload.service.process import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,176 @@
+"""How a consumer finds its directory's service, or becomes the reason that there is one.
+
+Whoever holds the directory's lock is the service. A consumer first tries the socket. Where nobody answers it starts a
+service, which tries for the lock: of several started at once one gets it and the others end. A consumer whose service
+lost looks at the socket again. The same goes for a service that is just ending, which may accept and then say nothing.
+
+Between tries there is nothing to wait on but time: the file system tells nobody when a lock or a socket becomes free.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastload import errors
+from fastload.cache import CacheDirectory
+from fastload.errors import ServiceError
+from fastload.service import protocol
+from fastload.service.channel import Connection, greet
+
+DEADLINE_S = 60.0
+_TRY_AGAIN_S = 0.02
+# A service that ends before it serves, without a word: killed, most likely, which happens to be survived. One that does
+# so again and again will not serve at the next try either.
+_SILENT_ENDS_MAX = 3
+_LOG_BYTES_MAX = 4 << 20
+_LOG_TAIL_BYTES = 2000
+
+
+class EndedSilentlyError(ServiceError):
+    """A service ended while it was starting and said nothing."""
+
+
+def connect(
+    directory: CacheDirectory,
+    hello: protocol.Hello,
+    start: Callable[[threading.Event], None],
+    stop: threading.Event,
+    deadline_s: float = DEADLINE_S,
+) -> Connection:
+    """A connection to the directory's service.
+
+    `start(stop)` is to start one, and need not succeed where another was quicker.
+
+    Raises what `start` raises, and ServiceError at the deadline or when `stop` is set.
+    """
+    deadline = time.monotonic() + deadline_s
+    silent_ends = 0
+    while not stop.is_set():
+        connection = _try(directory, hello)
+        if connection is not None:
+            return connection
+        if time.monotonic() > deadline:
+            raise ServiceError(
+                f"no cache service for {directory.path} could be reached within {deadline_s:g} s; its log "
+                f"({directory.log_path}) ends with:\n{log_tail(directory.log_path)}"
+            )
+        try:
+            start(stop)
+        except EndedSilentlyError:
+            silent_ends += 1
+            if silent_ends == _SILENT_ENDS_MAX:
+                raise
+        stop.wait(_TRY_AGAIN_S * (1 + random.random()))
+        # Try the socket before starting yet another one.
+        connection = _try(directory, hello)
+        if connection is not None:
+            return connection
+    raise ServiceError(f"connecting to the cache service for {directory.path} was given up: the consumer is closed")
+
+
+def _try(directory: CacheDirectory, hello: protocol.Hello) -> Connection | None:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(DEADLINE_S)
+        with directory.socket_address() as address:
+            sock.connect(address)
+        sock.settimeout(None)
+    except (FileNotFoundError, ConnectionError, TimeoutError):  # nobody there
+        sock.close()
+        return None
+    except BaseException:
+        sock.close()
+        raise
+    return greet(sock, hello, str(directory.path))
+
+
+def start_process(directory: CacheDirectory, idle_s: float, stop: threading.Event) -> None:
+    """Start a service process; returns when it serves, or when it found another one in its place.
+
+    Raises what kept it from serving, in its own words.
+    """
+    word = _run(directory, idle_s, stop)
+    if word is None:
+        raise EndedSilentlyError(
+            f"the cache service for {directory.path} ended while starting; its log ({directory.log_path}) ends "
+            f"with:\n{log_tail(directory.log_path)}"
+        )
+    if word.get("status") == "error":
+        name, message = word["error"]
+        raise errors.from_wire(str(name), str(message))
+
+
+def _run(directory: CacheDirectory, idle_s: float, stop: threading.Event) -> dict[str, Any] | None:
+    reading, writing = os.pipe()
+    try:
+        try:
+            with _open_log(directory.log_path) as log:
+                command = [sys.executable, "-m", "fastload.service", "--detach", f"--ready-fd={writing}"]
+                command += [f"--directory={directory.path}", f"--idle-s={idle_s}"]
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(writing,),
+                    env=_environment(),
+                    cwd="/",
+                )
+        finally:
+            os.close(writing)
+        process.wait()  # it forks and ends; the service is not our child
+        return _read_word(reading, stop)
+    finally:
+        os.close(reading)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with this very package in reach and without what a service has no use for."""
+    environment = dict(os.environ)
+    package = str(Path(__file__).resolve().parents[2])
+    path = environment.get("PYTHONPATH")
+    environment["PYTHONPATH"] = package if not path else f"{package}{os.pathsep}{path}"
+    environment["OPENBLAS_NUM_THREADS"] = "1"  # numpy only sorts here
+    return environment
+
+
+def _open_log(path: Path) -> Any:
+    if path.exists() and path.stat().st_size > _LOG_BYTES_MAX:
+        os.replace(path, path.with_name(path.name + ".1"))
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab")
+
+
+def _read_word(fd: int, stop: threading.Event) -> dict[str, Any] | None:
+    """What the service says, None where it ended without a word."""
+    data = b""
+    deadline = time.monotonic() + DEADLINE_S
+    while not data.endswith(b"\n"):
+        if stop.is_set() or time.monotonic() > deadline:
+            return {"status": "taken"}  # the caller looks at `stop` and at its own deadline
+        if select.select([fd], [], [], 0.1)[0]:
+            piece = os.read(fd, 4096)
+            if not piece:
+                return None
+            data += piece
+    word = json.loads(data)
+    assert isinstance(word, dict)
+    return word
+
+
+def log_tail(path: Path) -> str:
+    """The end of a service's log, for an error."""
+    try:
+        return path.read_text(errors="replace")[-_LOG_TAIL_BYTES:] or "(nothing)"
+    except OSError as error:  # none was written
+        return f"({error})"

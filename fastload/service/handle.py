@@ -1,0 +1,218 @@
+"""`fastload.Cache`: which cache directory to use, with which limits, served how.
+
+A handle is settings, and what was made from them in this process: consumers, and with `service="inprocess"` the
+service. Pickling takes the settings only, and a forked child starts from the settings too, so that worker processes
+reach the same service through the directory.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, get_args
+
+from fastload.cache import CacheDirectory
+from fastload.config import default_cache_dir, format_bytes, parse_bytes
+from fastload.errors import ConfigError, ServiceError
+from fastload.service import election, protocol
+from fastload.service.channel import Connection
+from fastload.service.client import Consumer
+from fastload.service.inprocess import InProcessService
+from fastload.waiting import Waits
+
+ServiceMode = Literal["auto", "inprocess"]
+
+_IDLE_S = 30.0
+
+
+class Cache:
+    """A node's cache: a directory, and the service that the first consumer starts there.
+
+    `ram_bytes`, `disk_bytes` and `chunk_bytes` (ints, or strings such as `"8GiB"`) belong to the directory: None
+    takes what it has, or in a new directory the defaults; a value that differs changes it, with a warning.
+    `disk_bytes=0` keeps everything in RAM. `service="inprocess"` runs the service in threads of this process, where
+    none may be started.
+
+    `close()` ends what was made through it; it may be used again afterwards. Safe to use from several threads.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        ram_bytes: int | str | None = None,
+        disk_bytes: int | str | None = None,
+        chunk_bytes: int | str | None = None,
+        service: ServiceMode = "auto",
+    ) -> None:
+        """Open the directory; CacheError where it cannot be used, ConfigError where an argument cannot."""
+        if service not in get_args(ServiceMode):
+            raise ConfigError(f'service={service!r} must be "auto" or "inprocess"')
+        path = default_cache_dir() if directory is None else Path(directory).expanduser()
+        given = {"ram_bytes": ram_bytes, "disk_bytes": disk_bytes, "chunk_bytes": chunk_bytes}
+        explicit = {name: parse_bytes(value, name) for name, value in given.items() if value is not None}
+        self._begin(Path(os.path.abspath(path)), service, _idle_s(), explicit)
+
+    def _begin(self, path: Path, service: ServiceMode, idle_s: float, explicit: dict[str, int]) -> None:
+        self._path, self._service_mode, self._idle_s = path, service, idle_s
+        self._explicit_ram = "ram_bytes" in explicit
+        self._directory = CacheDirectory.open(path, **explicit)
+        self._consumers: weakref.WeakSet[Consumer] = weakref.WeakSet()
+        self._forget_service()
+        _live_caches.add(self)
+        for message in self._directory.warnings:
+            if self.warn(message):
+                warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+    def _forget_service(self) -> None:
+        self._lock = threading.Lock()
+        self._service: InProcessService | None = None
+
+    @property
+    def directory(self) -> Path:
+        """The directory, absolute."""
+        return self._path
+
+    @property
+    def chunk_bytes(self) -> int:
+        """The unit of fetching, as the directory has it."""
+        return self._directory.limits.chunk_bytes
+
+    @property
+    def ram_bytes(self) -> int:
+        """The size of the arena, as the directory has it."""
+        return self._directory.limits.ram_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """The quota of the disk tier, as the directory has it."""
+        return self._directory.limits.disk_bytes
+
+    def consumer(
+        self, storage_options: Mapping[str, Any] | None = None, name: str = "", *, waits: Waits | None = None
+    ) -> Consumer:
+        """A new connection to the service, which is started where there is none; the caller closes it.
+
+        CacheError, ConfigError or ServiceError where that fails.
+        """
+        consumer = Consumer(self, storage_options, name, waits=waits)
+        self._consumers.add(consumer)
+        return consumer
+
+    def close(self) -> None:
+        """End all consumers made through this handle in this process, and the service if it runs in this process."""
+        for consumer in list(self._consumers):
+            consumer.close()
+        with self._lock:
+            service, self._service = self._service, None
+        if service is not None:
+            service.close()
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        limits = self._directory.limits
+        sizes = (
+            f"ram_bytes={format_bytes(limits.ram_bytes)!r}, disk_bytes={format_bytes(limits.disk_bytes)!r}, "
+            f"chunk_bytes={format_bytes(limits.chunk_bytes)!r}"
+        )
+        return f"Cache({str(self._path)!r}, {sizes}, service={self._service_mode!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The limits are settled and in the directory; another process takes them from there.
+        return {"path": self._path, "service": self._service_mode, "idle_s": self._idle_s}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._begin(state["path"], state["service"], state["idle_s"], {})
+
+    # For consumers
+
+    def connect(self, hello: protocol.Hello, stop: threading.Event) -> Connection:
+        """A connection to the directory's service, started where there is none; gives up when `stop` is set."""
+        connection = election.connect(self._directory, hello, self._start, stop)
+        try:
+            self._compare_limits(connection.welcome)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def warn(self, message: str) -> bool:
+        """Whether `message` has yet to be raised as a warning in this process; from now on it has been."""
+        key = self._path, message
+        with _warned_lock:
+            if key in _warned:
+                return False
+            _warned.add(key)
+            return True
+
+    def _start(self, stop: threading.Event) -> None:
+        if self._service_mode == "inprocess":
+            self._start_here()
+        else:
+            election.start_process(self._directory, self._idle_s, stop)
+
+    def _start_here(self) -> None:
+        with self._lock:
+            if self._service is not None and not self._service.alive:
+                self._service.close()
+                self._service = None
+            if self._service is None and self._directory.try_lock():
+                self._service = InProcessService(self._directory)
+
+    def _compare_limits(self, welcome: protocol.Welcome) -> None:
+        """A service that runs already keeps the arena that it has."""
+        limits = self._directory.limits
+        if welcome.chunk_bytes != limits.chunk_bytes:
+            raise ServiceError(
+                f"the running cache service (process {welcome.pid}) has chunk_bytes={welcome.chunk_bytes}, "
+                f"the directory {self._path} was changed to {limits.chunk_bytes} since it began; "
+                "let its jobs end, or change it back"
+            )
+        arena_bytes = welcome.buffer_count * welcome.chunk_bytes
+        if self._explicit_ram and arena_bytes != limits.ram_bytes // limits.chunk_bytes * limits.chunk_bytes:
+            message = (
+                f"the running cache service (process {welcome.pid}) keeps its arena of {format_bytes(arena_bytes)}; "
+                f"ram_bytes={limits.ram_bytes} holds from its next start on"
+            )
+            if self.warn(message):
+                warnings.warn(message, RuntimeWarning, stacklevel=5)
+
+    def _forget_after_fork(self) -> None:
+        self._forget_service()
+        # The same file, but the lock and its descriptor stay the parent's.
+        self._consumers = weakref.WeakSet(self._consumers)
+
+
+def _idle_s() -> float:
+    text = os.environ.get("FASTLOAD_IDLE_S", "")
+    try:
+        return float(text) if text else _IDLE_S
+    except ValueError:
+        raise ConfigError(f"FASTLOAD_IDLE_S={text!r} is not a number of seconds") from None
+
+
+_warned: set[tuple[Path, str]] = set()
+_warned_lock = threading.Lock()
+_live_caches: weakref.WeakSet[Cache] = weakref.WeakSet()
+
+
+def _forget_all_after_fork() -> None:
+    global _warned_lock
+    _warned_lock = threading.Lock()
+    for cache in list(_live_caches):
+        cache._forget_after_fork()
+
+
+os.register_at_fork(after_in_child=_forget_all_after_fork)

@@ -1,0 +1,81 @@
+"""The service in threads of this process, for where no process may be started.
+
+It is the same server on the same socket, so this process's consumers connect to it as those of other processes do,
+and a worker process finds it by the directory. It lives until its `Cache` is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import weakref
+
+from fastload.cache import CacheDirectory
+from fastload.errors import ServiceError
+from fastload.service.server import Server
+
+
+class InProcessService:
+    """A running service. The directory's lock is held by the caller's `directory`, and given back by `close`."""
+
+    def __init__(self, directory: CacheDirectory) -> None:
+        """Start, and wait until consumers can connect; raises what stopped it from that."""
+        self._directory = directory
+        self._server: Server | None = None
+        self._error: BaseException | None = None
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._main, name="fastload-service", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+        if self._error is not None:
+            self._thread.join()
+            directory.unlock()
+            raise self._error
+        _running.add(self)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still serves."""
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """End it. May be called twice."""
+        _running.discard(self)
+        if self._server is not None:
+            self._server.stop_from_thread()
+        self._thread.join()
+        self._directory.unlock()
+
+    def _main(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except Exception as error:  # to be raised in the thread that waits for us
+            self._error = error
+        finally:
+            self._ready.set()
+
+    async def _serve(self) -> None:
+        self._server = Server(self._directory, idle_s=None)
+        if not await self._server.run(self._ready.set):
+            raise ServiceError("reads or writes of the cache service did not end in time")
+
+    def _abandon(self) -> None:
+        if self._server is not None:
+            self._server.abandon()
+
+
+_running: weakref.WeakSet[InProcessService] = weakref.WeakSet()
+# In a forked child the threads are gone; what is left of them must not be taken apart, since it shares descriptors with
+# the parent's loop.
+_kept: list[InProcessService] = []
+
+
+def _abandon_in_child() -> None:
+    for service in list(_running):
+        service._abandon()
+        _kept.append(service)
+    _running.clear()
+
+
+os.register_at_fork(after_in_child=_abandon_in_child)

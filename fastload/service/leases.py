@@ -1,0 +1,255 @@
+"""The consumer's table of leases: what it may read, what it waits for, what it has to give back.
+
+A pure state machine, no socket and no lock of its own: `Consumer` calls it under its lock and sends what it returns, in
+that order. The life of a chunk:
+
+    nothing --want--> wanted --grant--> leased <--> pinned
+       ^                 |                 |           |
+       +---- release / failure / recall ---+           +-- (recall while pinned: leaves on the last unpin)
+
+Leases are kept after use, since the next batch may need the chunk again, until they are released or recalled.
+
+Why nothing deadlocks: a thread never waits here while it holds a pin, so every pin ends; a recalled lease takes no new
+pins, so it leaves; and a grant for which a thread waits is pinned for it on arrival, before a recall can take it away,
+so whoever waits for some chunks gets at least one of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from fastload.cache import ArenaView
+from fastload.errors import FastloadError
+
+
+@dataclass(slots=True)
+class MappedArena:
+    """One service's arena, as long as leases lie in it."""
+
+    view: ArenaView
+    chunk_bytes: int
+    lease_count: int = 0
+    current: bool = True  # its service is the one we are connected to
+    lost: bool = False  # its service lives, and our leases with it have ended
+
+    def close_if_idle(self) -> None:
+        """Unmap an arena of the past whose last lease has gone."""
+        if not self.current and self.lease_count == 0:
+            self.view.close()
+
+
+@dataclass(slots=True)
+class Lease:
+    """The right to read one chunk, in buffer `buffer` of `arena`."""
+
+    arena: MappedArena
+    buffer: int
+    source: int
+    pins: int = 0
+    recalled: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """A thread in `acquire`: what it asks for, and what was pinned for it meanwhile."""
+
+    chunks: frozenset[int]
+    got: dict[int, Lease] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Asking:
+    """A want that has not been answered."""
+
+    serial: int
+    urgent: bool
+
+
+class LeaseTable:
+    """See the module's text. Methods that return chunk numbers return what has to be sent as `Release`."""
+
+    def __init__(self) -> None:
+        self._leases: dict[int, Lease] = {}
+        self._asking: dict[int, Asking] = {}
+        self._failed: dict[int, FastloadError] = {}
+        self._waiters: list[Waiter] = []
+        self._serial = 0
+        self.granted_count: Counter[int] = Counter()  # by source
+
+    # Asking
+
+    def to_ask(self, chunks: Iterable[int], *, urgent: bool) -> tuple[list[int], int]:
+        """Mark as wanted those of `chunks` that have to be asked for; returns them and the serial to ask with."""
+        ask = [chunk for chunk in chunks if self._must_ask(chunk, urgent)]
+        if ask:
+            self._serial += 1
+            for chunk in ask:
+                self._asking[chunk] = Asking(self._serial, urgent)
+        return ask, self._serial
+
+    def _must_ask(self, chunk: int, urgent: bool) -> bool:
+        if chunk in self._leases or chunk in self._failed:
+            return False
+        asking = self._asking.get(chunk)
+        return asking is None or (urgent and not asking.urgent)
+
+    def ask_again(self) -> list[tuple[list[int], int, bool]]:
+        """All unanswered wants with new serials, for a new service: (chunks, serial, urgent)."""
+        again = []
+        for urgent in (True, False):
+            chunks = [chunk for chunk, asking in self._asking.items() if asking.urgent is urgent]
+            if chunks:
+                self._serial += 1
+                for chunk in chunks:
+                    self._asking[chunk] = Asking(self._serial, urgent)
+                again.append((chunks, self._serial, urgent))
+        return again
+
+    # Answers
+
+    def grant(self, chunk: int, serial: int, arena: MappedArena, buffer: int, source: int) -> bool:
+        """Take a grant; False where it answers a want that is no longer ours."""
+        asking = self._asking.get(chunk)
+        if asking is None or asking.serial != serial:
+            return False
+        del self._asking[chunk]
+        lease = self._leases[chunk] = Lease(arena, buffer, source)
+        arena.lease_count += 1
+        self.granted_count[source] += 1
+        for waiter in self._waiters:
+            if chunk in waiter.chunks and not waiter.got:
+                self._pin(waiter, chunk, lease)
+        return True
+
+    def fail(self, chunk: int, serial: int, error: FastloadError) -> bool:
+        """Take a failure; False where it answers a want that is no longer ours."""
+        asking = self._asking.get(chunk)
+        if asking is None or asking.serial != serial:
+            return False
+        del self._asking[chunk]
+        self._failed[chunk] = error
+        return True
+
+    def recall(self, chunks: Iterable[int]) -> tuple[list[int], list[int]]:
+        """Give up what is not pinned; returns the released and the pinned ones."""
+        released, pinned = [], []
+        for chunk in chunks:
+            lease = self._leases.get(chunk)
+            if lease is None or not lease.arena.current:
+                continue
+            lease.recalled = True
+            if lease.pins:
+                pinned.append(chunk)
+            else:
+                self._drop(chunk)
+                released.append(chunk)
+        return released, pinned
+
+    # Use
+
+    def add_waiter(self, chunks: Iterable[int]) -> Waiter:
+        """A thread begins to wait; `remove_waiter` must follow."""
+        waiter = Waiter(frozenset(chunks))
+        self._waiters.append(waiter)
+        self.pin_available(waiter)
+        return waiter
+
+    def remove_waiter(self, waiter: Waiter) -> None:
+        """The thread waits no more; what it got stays pinned."""
+        self._waiters.remove(waiter)
+
+    def pin_available(self, waiter: Waiter) -> None:
+        """Pin everything that the waiter asked for and that is leased now."""
+        for chunk in waiter.chunks:
+            lease = self._leases.get(chunk)
+            if lease is not None and not lease.recalled and chunk not in waiter.got:
+                self._pin(waiter, chunk, lease)
+
+    def _pin(self, waiter: Waiter, chunk: int, lease: Lease) -> None:
+        lease.pins += 1
+        waiter.got[chunk] = lease
+
+    def take_failure(self, chunks: Iterable[int]) -> FastloadError | None:
+        """The error of one of `chunks`, forgotten here so that a later try asks again."""
+        for chunk in chunks:
+            error = self._failed.pop(chunk, None)
+            if error is not None:
+                return error
+        return None
+
+    def unpin(self, held: dict[int, Lease]) -> list[int]:
+        """End the pins of `held`."""
+        released = []
+        for chunk, lease in held.items():
+            lease.pins -= 1
+            if lease.pins == 0 and lease.recalled and self._leases.get(chunk) is lease:
+                self._drop(chunk)
+                if lease.arena.current:
+                    released.append(chunk)
+        return released
+
+    def release(self, chunks: Iterable[int]) -> list[int]:
+        """Neither hold nor want `chunks` any more, except for those that another thread holds or waits for.
+
+        Pinned ones leave with their last pin.
+        """
+        awaited = {chunk for waiter in self._waiters if not waiter.got for chunk in waiter.chunks}
+        released = []
+        for chunk in chunks:
+            if chunk in awaited and chunk not in self._leases:
+                continue
+            self._failed.pop(chunk, None)
+            asked = self._asking.pop(chunk, None) is not None
+            lease = self._leases.get(chunk)
+            if lease is not None and lease.pins:
+                lease.recalled = True
+            elif lease is not None:
+                self._drop(chunk)
+                asked |= lease.arena.current
+            if asked:
+                released.append(chunk)
+        return released
+
+    def _drop(self, chunk: int) -> None:
+        lease = self._leases.pop(chunk)
+        lease.arena.lease_count -= 1
+        lease.arena.close_if_idle()
+
+    # The connection's life
+
+    def leave(self, arena: MappedArena, *, lost: bool) -> None:
+        """The connection has gone. The arena's leases stay good if its service is dead, else (`lost`) they end."""
+        arena.current = False
+        arena.lost = lost
+        for chunk, lease in list(self._leases.items()):
+            if lease.arena is arena and lost:
+                lease.recalled = True
+                if not lease.pins:
+                    self._drop(chunk)
+        arena.close_if_idle()
+
+    def clear(self) -> None:
+        """Forget everything: another set of objects, or the end."""
+        for lease in self._leases.values():
+            lease.recalled = True
+            lease.arena.lease_count -= 1
+        self._leases.clear()
+        self._asking.clear()
+        self._failed.clear()
+
+    def counts(self) -> dict[str, int]:
+        """How many chunks are leased, pinned and asked for."""
+        pinned = sum(lease.pins > 0 for lease in self._leases.values())
+        return {"leased": len(self._leases), "pinned": pinned, "asked": len(self._asking)}
+
+
+def offsets_by_arena(held: dict[int, Lease]) -> Sequence[tuple[MappedArena, list[int], list[int]]]:
+    """`held`, split by arena: (arena, chunk numbers, byte offsets)."""
+    groups: dict[int, tuple[MappedArena, list[int], list[int]]] = {}
+    for chunk, lease in held.items():
+        arena, chunks, offsets = groups.setdefault(id(lease.arena), (lease.arena, [], []))
+        chunks.append(chunk)
+        offsets.append(lease.buffer * arena.chunk_bytes)
+    return list(groups.values())

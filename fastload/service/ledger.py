@@ -1,0 +1,178 @@
+"""Who holds and who wants what: the wants and leases of all consumers, and the mail that follows from them.
+
+One chunk has one record however many consumers ask for it, so it is fetched once (`model.Chunk`). A want is answered
+as soon as its chunk is in RAM, unless that is being recalled: then somebody waits for its buffer, who might wait for
+ever if others kept it in use by turns. Such wants are `deferred` until the recall has ended and the one who waited
+had the first choice (`grant_deferred`). What is not in RAM is in `demanded` (somebody waits) or `wanted`, oldest
+first; the core takes it from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fastload.errors import AccessDeniedError, to_wire
+from fastload.service import protocol
+from fastload.service.buffers import BufferTable
+from fastload.service.consumers import ConsumerState
+from fastload.service.model import Chunk, Recalled, State, Want
+
+
+class Ledger:
+    """Changed by the loop's thread only."""
+
+    def __init__(self, table: BufferTable) -> None:
+        self._table = table
+        self.demanded: dict[Chunk, None] = {}
+        self.wanted: dict[Chunk, None] = {}
+        self._deferred: dict[Chunk, None] = {}
+        self.asked: set[Chunk] = set()  # recalled, and not answered yet
+        self.recall_count = 0
+
+    # From consumers
+
+    def want(self, consumer: ConsumerState, message: protocol.Want) -> None:
+        """Note the wants, and answer those whose chunk is here."""
+        for chunk_no in message.chunks:
+            entry, index = consumer.locate(chunk_no)
+            chunk = entry.chunk(index)
+            holder = consumer, chunk_no
+            recalled = chunk.recalled is not Recalled.NO
+            if chunk_no in consumer.leases and recalled:
+                # It asked again before our grant reached it, which it ignored therefore, and the recall too.
+                self._undo_lease(chunk, consumer, chunk_no)
+            if chunk.state is State.RESIDENT and not recalled:
+                self._grant(chunk, consumer, chunk_no, message.serial)
+                continue
+            consumer.wants[chunk_no] = chunk
+            chunk.wanters[holder] = Want(message.serial, message.urgent)
+            self._queue(chunk)
+
+    def release(self, consumer: ConsumerState, chunk_nos: Iterable[int]) -> None:
+        """End leases and wants."""
+        for chunk_no in chunk_nos:
+            held = consumer.leases.pop(chunk_no, None)
+            if held is not None:
+                self._end_lease(held, consumer, chunk_no)
+            wished = consumer.wants.pop(chunk_no, None)
+            if wished is not None:
+                del wished.wanters[consumer, chunk_no]
+                self._queue(wished)
+                wished.entry.forget_if_idle(wished)
+
+    def pinned(self, consumer: ConsumerState, chunk_nos: Iterable[int]) -> None:
+        """Recalled chunks are in use: no point in waiting for just these."""
+        for chunk_no in chunk_nos:
+            chunk = consumer.leases.get(chunk_no)
+            if chunk is not None and chunk.recalled is Recalled.ASKED:
+                chunk.recalled = Recalled.PINNED
+                self.asked.discard(chunk)
+
+    def drop_consumer(self, consumer: ConsumerState) -> None:
+        """It has gone, or begins anew."""
+        self.release(consumer, [*consumer.leases, *consumer.wants])
+
+    # From the core
+
+    def recall(self, chunk: Chunk) -> None:
+        """Ask its holders for it."""
+        chunk.recalled = Recalled.ASKED
+        self.asked.add(chunk)
+        self.recall_count += 1
+        for consumer, chunk_no in chunk.lessees:
+            consumer.recall(chunk_no)
+        self._table.refresh(chunk)
+
+    def loading(self, chunk: Chunk) -> None:
+        """It is on its way."""
+        self.demanded.pop(chunk, None)
+        self.wanted.pop(chunk, None)
+
+    def loaded(self, chunk: Chunk) -> None:
+        """It is here: answer everybody who wants it."""
+        for (consumer, chunk_no), want in chunk.wanters.items():
+            del consumer.wants[chunk_no]
+            self._grant(chunk, consumer, chunk_no, want.serial)
+        chunk.wanters.clear()
+
+    def dropped(self, chunk: Chunk) -> None:
+        """It is here no more."""
+        self._queue(chunk)
+        chunk.entry.forget_if_idle(chunk)
+
+    def grant_deferred(self) -> None:
+        """Answer wants that waited for a recall to end."""
+        for chunk in list(self._deferred):
+            if chunk.state is State.RESIDENT and chunk.recalled is Recalled.NO:
+                del self._deferred[chunk]
+                self.loaded(chunk)
+
+    def failed(self, chunk: Chunk, error: BaseException) -> None:
+        """It cannot be had.
+
+        A denial is only news to those whose credentials were denied; for others it is tried again.
+        """
+        name, message = to_wire(error)
+        denied = isinstance(error, AccessDeniedError)
+        for (consumer, chunk_no), want in list(chunk.wanters.items()):
+            if denied and consumer.options_key != chunk.fetched_as:
+                continue
+            del chunk.wanters[consumer, chunk_no], consumer.wants[chunk_no]
+            consumer.send(protocol.Failed([chunk_no], [want.serial], name, message))
+        self.dropped(chunk)
+
+    # Inside
+
+    def _queue(self, chunk: Chunk) -> None:
+        """Put a chunk in the queue where its wants belong."""
+        if chunk.state is State.RESIDENT and chunk.wanters:
+            self._deferred.setdefault(chunk)
+        else:
+            self._deferred.pop(chunk, None)
+        if chunk.state is not State.ABSENT or not chunk.wanters:
+            self.loading(chunk)
+        elif chunk.urgent:
+            self.wanted.pop(chunk, None)
+            self.demanded.setdefault(chunk)
+        else:
+            self.demanded.pop(chunk, None)
+            self.wanted.setdefault(chunk)
+
+    def _grant(self, chunk: Chunk, consumer: ConsumerState, chunk_no: int, serial: int) -> None:
+        source = chunk.lessees.get((consumer, chunk_no))
+        if source is None:
+            source = chunk.lessees[consumer, chunk_no] = self._source(chunk, consumer)
+            consumer.count(source, chunk.length)
+        consumer.leases[chunk_no] = chunk
+        consumer.unrecall(chunk_no)
+        consumer.grant(chunk_no, serial, chunk.buffer, source)
+        chunk.granted_to.add(consumer.number)
+        if consumer.plan is not None:
+            consumer.plan.reached(chunk.entry, chunk.index)
+        self._table.refresh(chunk)
+
+    @staticmethod
+    def _source(chunk: Chunk, consumer: ConsumerState) -> int:
+        """Where the chunk had to come from for this plan: RAM if it was there before, or was counted before."""
+        if chunk.load_order <= consumer.load_order or consumer.number in chunk.granted_to:
+            return protocol.SOURCE_RAM
+        return chunk.source
+
+    def _undo_lease(self, chunk: Chunk, consumer: ConsumerState, chunk_no: int) -> None:
+        """A lease that its consumer never took."""
+        consumer.count(chunk.lessees[consumer, chunk_no], chunk.length, times=-1)
+        chunk.granted_to.discard(consumer.number)
+        del consumer.leases[chunk_no]
+        self._end_lease(chunk, consumer, chunk_no)
+
+    def _end_lease(self, chunk: Chunk, consumer: ConsumerState, chunk_no: int) -> None:
+        del chunk.lessees[consumer, chunk_no]
+        consumer.unrecall(chunk_no)
+        if not chunk.lessees:
+            self._end_recall(chunk)
+            self._table.touch(chunk)
+        self._table.refresh(chunk)
+
+    def _end_recall(self, chunk: Chunk) -> None:
+        chunk.recalled = Recalled.NO
+        self.asked.discard(chunk)

@@ -1,0 +1,90 @@
+"""Filling buffers: reads from the store and from the disk tier, each in threads of its own.
+
+One load per chunk at a time, whoever wants it. A chunk that the disk turns out not to have, or to have damaged (which
+it puts out of use by itself), is fetched from the store into the same buffer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+
+from fastload.cache import Arena, DiskTier
+from fastload.service import protocol
+from fastload.service.model import Chunk, State
+from fastload.service.pools import Pool
+from fastload.service.stores import StoreTable
+
+# Requests in flight: eight 8 MiB ranges hide 20 ms at 800 MB/s; twice that for slower stores.
+FETCH_THREADS = 16
+# A direct read of 8 MiB runs at 1.6 GB/s in one thread.
+DISK_READ_THREADS = 4
+
+Loaded = Callable[[Chunk, BaseException | None], None]
+
+
+class Loader:
+    """Used by the loop's thread only."""
+
+    def __init__(
+        self, arena: Arena, disk: DiskTier, stores: StoreTable, loop: asyncio.AbstractEventLoop, loaded: Loaded
+    ) -> None:
+        self._arena, self._disk, self._stores = arena, disk, stores
+        self._loaded = loaded
+        self.fetches = Pool("fetch", FETCH_THREADS, loop)
+        self.reads = Pool("disk-read", DISK_READ_THREADS, loop)
+        self.order = 0  # loads begun
+        self.in_flight: set[Chunk] = set()
+        self.counters: Counter[str] = Counter(
+            fetched_chunks=0, fetched_bytes=0, disk_read_chunks=0, disk_read_bytes=0, failed_fetches=0
+        )
+
+    def start(self, chunk: Chunk, on_disk: bool, options_key: str) -> None:
+        """Fill the chunk's buffer; `loaded(chunk, error)` follows."""
+        self.order += 1
+        chunk.load_order = self.order
+        chunk.granted_to.clear()
+        chunk.state = State.LOADING
+        chunk.fetched_as = options_key
+        self.in_flight.add(chunk)
+        if on_disk:
+            self._read(chunk)
+        else:
+            self._fetch(chunk)
+
+    def _read(self, chunk: Chunk) -> None:
+        def done(length: int | None, error: BaseException | None) -> None:
+            if error is None and length == chunk.length:
+                self.counters["disk_read_chunks"] += 1
+                self.counters["disk_read_bytes"] += chunk.length
+                self._finish(chunk, None)
+            else:
+                self._fetch(chunk)
+
+        chunk.source = protocol.SOURCE_DISK
+        key = chunk.entry.key(chunk.index)
+        self.reads.submit(self._disk.read_into, key, self._arena.buffer(chunk.buffer), done=done)
+
+    def _fetch(self, chunk: Chunk) -> None:
+        def done(_: None, error: BaseException | None) -> None:
+            if error is None:
+                self.counters["fetched_chunks"] += 1
+                self.counters["fetched_bytes"] += chunk.length
+            else:
+                self.counters["failed_fetches"] += 1
+            self._finish(chunk, error)
+
+        chunk.source = protocol.SOURCE_REMOTE
+        start = chunk.index * self._arena.chunk_bytes
+        out = self._arena.buffer(chunk.buffer)[: chunk.length]
+        self.fetches.submit(self._stores.read_into, chunk.fetched_as, chunk.entry.info, start, out, done=done)
+
+    def _finish(self, chunk: Chunk, error: BaseException | None) -> None:
+        self.in_flight.discard(chunk)
+        self._loaded(chunk, error)
+
+    def close(self, deadline_s: float) -> bool:
+        """Start nothing more, wait for what runs; whether all of it has ended."""
+        ended = [pool.close(deadline_s) for pool in (self.fetches, self.reads)]
+        return all(ended)

@@ -1,0 +1,102 @@
+"""The known order of one consumer: which chunk is needed how soon.
+
+Positions count chunks along the plan: all chunks of its first object, then of its second, and so on. `cursor` is the
+first position that may still be needed. `frontier` is a remembered answer, the first position at or after the cursor
+whose chunk is not in RAM, so that looking for work does not begin at the cursor each time; whoever drops a chunk of the
+plan moves it back (`dropped`).
+
+`reach` is how far the consumer has come: one past the furthest position it was granted. Beyond `reach` plus a fixed
+transit, prefetching takes only room that no plan has a use for. Without that bound it would run ahead until the whole
+arena held just the next chunks, dropping ones that later positions would have found there, each of which would have to
+be fetched again: of an arena of half the data, a quarter would be left to hit instead of half.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+from fastload.service.model import ObjectEntry, State
+
+Step = tuple[int, ObjectEntry, int]  # position, object, chunk index
+
+
+class Plan:
+    """Changed by the loop's thread only."""
+
+    def __init__(self, entries: Sequence[ObjectEntry], options_key: str, epoch: int, cursor: int = 0) -> None:
+        self.entries = list(entries)
+        self.options_key = options_key
+        self.epoch = epoch
+        self.cursor = self.frontier = self.reach = cursor
+        self.failed: set[int] = set()  # positions that prefetching leaves alone: only a demand tries them again
+        self._starts = [0, *accumulate(entry.chunk_count for entry in entries)]
+        self._starts_of: dict[ObjectEntry, list[int]] = {}
+        for entry, start in zip(self.entries, self._starts, strict=False):
+            self._starts_of.setdefault(entry, []).append(start)
+
+    @property
+    def chunk_count(self) -> int:
+        """How many positions it has."""
+        return self._starts[-1]
+
+    @property
+    def repeats(self) -> bool:
+        """Whether an object occurs more than once."""
+        return len(self._starts_of) < len(self.entries)
+
+    def objects(self) -> Iterator[ObjectEntry]:
+        """Its objects, each once."""
+        return iter(self._starts_of)
+
+    def position(self, entry: ObjectEntry, index: int) -> int:
+        """The next position of a chunk: the first at or after the cursor, else its last; -1 if it has none."""
+        starts = self._starts_of.get(entry)
+        if starts is None:
+            return -1
+        for start in starts:
+            if start + index >= self.cursor:
+                return start + index
+        return starts[-1] + index
+
+    def at(self, position: int) -> tuple[ObjectEntry, int]:
+        """The chunk at a position."""
+        number = bisect_right(self._starts, position) - 1
+        return self.entries[number], position - self._starts[number]
+
+    def advance(self, position: int) -> None:
+        """Nothing below `position` is needed any more."""
+        self.cursor = max(self.cursor, min(position, self.chunk_count))
+
+    def reached(self, entry: ObjectEntry, index: int) -> None:
+        """The consumer was granted this chunk."""
+        self.reach = max(self.reach, self.position(entry, index) + 1)
+
+    def dropped(self, entry: ObjectEntry, index: int) -> None:
+        """A chunk is in RAM no more."""
+        position = self.position(entry, index)
+        if self.cursor <= position < self.frontier:
+            self.frontier = position
+
+    def missing(self) -> Iterator[Step]:
+        """What is not in RAM nor on its way there, in order of need."""
+        self.frontier = max(self.frontier, self.cursor)
+        at_frontier = True
+        for position, entry, index in self._steps(self.frontier):
+            chunk = entry.chunks.get(index)
+            if (chunk is not None and chunk.state is not State.ABSENT) or position in self.failed:
+                if at_frontier:
+                    self.frontier = position + 1
+                continue
+            at_frontier = False
+            yield position, entry, index
+
+    def _steps(self, position: int) -> Iterator[Step]:
+        if position >= self.chunk_count:
+            return
+        first = bisect_right(self._starts, position) - 1
+        for number in range(first, len(self.entries)):
+            entry, start = self.entries[number], self._starts[number]
+            for index in range(max(0, position - start), entry.chunk_count):
+                yield start + index, entry, index

@@ -1,0 +1,86 @@
+"""The service process: arguments, log, signals, and the word to whoever started it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastload.cache import CacheDirectory
+from fastload.errors import FastloadError, to_wire
+from fastload.service.server import Server
+
+log = logging.getLogger("fastload.service")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the service; the exit status."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s {os.getpid()} %(levelname)s %(message)s", stream=sys.stderr
+    )
+    starter = _Starter(options.ready_fd)
+    try:
+        directory = CacheDirectory.open(Path(options.directory))
+        if not directory.try_lock():
+            starter.tell({"status": "taken"})
+            return 0
+        ended = asyncio.run(_serve(directory, options.idle_s, starter))
+    except FastloadError as error:
+        log.error("%s", error)
+        starter.tell({"status": "error", "error": list(to_wire(error))})
+        return 1
+    directory.unlock()
+    log.info("ended")
+    if not ended:
+        # A read that hangs in a dead disk or socket cannot be ended from here; nothing depends on it any more.
+        os._exit(0)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fastload.service", description="The cache service of a directory.")
+    parser.add_argument("--directory", required=True, help="the cache directory")
+    parser.add_argument("--idle-s", type=float, default=30.0, help="seconds to live after the last consumer")
+    parser.add_argument("--ready-fd", type=int, default=-1, help="a pipe on which to report how the start went")
+    parser.add_argument("--detach", action="store_true", help="be nobody's child")
+    return parser
+
+
+async def _serve(directory: CacheDirectory, idle_s: float, starter: _Starter) -> bool:
+    server = Server(directory, idle_s)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.stop)
+
+    def ready() -> None:
+        log.info("serving %s with %s", directory.path, directory.limits)
+        starter.tell({"status": "ready"})
+
+    return await server.run(ready)
+
+
+class _Starter:
+    """The pipe to whoever started us; told once."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        if fd >= 0:
+            os.set_inheritable(fd, False)
+
+    def tell(self, word: dict[str, object]) -> None:
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            return
+        try:
+            os.write(fd, json.dumps(word).encode() + b"\n")
+        except BrokenPipeError:  # it did not wait
+            pass
+        finally:
+            os.close(fd)

@@ -1,0 +1,342 @@
+"""What consumers and the cache service say to each other: framed msgpack over a Unix stream socket.
+
+A frame is a length (u32, little endian, at most `FRAME_BYTES_MAX`) and one msgpack array, whose first item names the
+message and whose others are its fields in order. Everything is batched (a message speaks of many chunks), and nothing
+is answered that the next message would answer anyway. Lists that can grow with the data set (`Attach`, `Resolved`,
+`Indexes`) travel in pieces, the last of which says so.
+
+Two rules keep leases exact although both sides speak at once:
+
+- A `Want` carries a *serial*, and the `Grants` or `Failed` that answers it repeats that. A consumer takes only the
+  answer to its latest `Want` of a chunk, so that a grant that crosses a `Release` on its way is never used.
+- State changes and their messages happen in the same order on each side, and a socket keeps order. A `Recall` needs no
+  serial for that reason: it speaks of the lease that the consumer has when it arrives, or of none.
+
+`docs/protocol.md` describes the conversation.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from fastload.errors import ServiceError
+from fastload.store.types import ObjectInfo
+
+VERSION = 1
+FRAME_BYTES_MAX = 64 << 20
+
+# Rows of objects in one piece: some megabytes of msgpack, a few tens of milliseconds of work for the receiver.
+OBJECTS_PER_PIECE = 10_000
+# Index bytes in one piece; one index alone may be larger, up to `INDEX_BYTES_MAX`.
+INDEX_BYTES_PER_PIECE = 8 << 20
+INDEX_BYTES_MAX = FRAME_BYTES_MAX - 4096
+
+# Where a granted chunk had to come from.
+SOURCE_RAM, SOURCE_DISK, SOURCE_REMOTE = 0, 1, 2
+SOURCES = ("ram", "disk", "remote")
+
+_LENGTH = struct.Struct("<I")
+
+
+class Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """The base of all messages."""
+
+
+class ObjectRows(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """`ObjectInfo`s by column."""
+
+    urls: list[str]
+    sizes: list[int]
+    etags: list[str | None]
+    mtimes_ns: list[int]
+
+    @classmethod
+    def of(cls, objects: Sequence[ObjectInfo]) -> ObjectRows:
+        """The rows of `objects`."""
+        return cls(
+            [info.url for info in objects],
+            [info.size for info in objects],
+            [info.etag for info in objects],
+            [info.mtime_ns for info in objects],
+        )
+
+    def objects(self) -> list[ObjectInfo]:
+        """The objects of the rows; `ServiceError` where the columns are not of one length or a size is negative."""
+        if not len(self.urls) == len(self.sizes) == len(self.etags) == len(self.mtimes_ns):
+            raise ServiceError("a message about objects has columns of different lengths")
+        if self.sizes and min(self.sizes) < 0:
+            raise ServiceError(f"a message about objects has a negative size ({min(self.sizes)})")
+        return list(map(ObjectInfo, self.urls, self.sizes, self.etags, self.mtimes_ns))
+
+
+# From the consumer
+
+
+class Hello(Message, tag="hello"):
+    """The first message. `store` is what the consumer's environment says of stores; it never touches a disk."""
+
+    version: int
+    pid: int
+    name: str
+    store: dict[str, Any]
+
+
+class Credentials(Message, tag="credentials"):
+    """The store options, read again after a denial."""
+
+    store: dict[str, Any]
+
+
+class Resolve(Message, tag="resolve"):
+    """Which objects are these? Answered by `Resolved` or `RequestFailed`."""
+
+    request: int
+    urls: list[str]
+    endings: list[str]
+
+
+class Attach(Message, tag="attach"):
+    """A piece of the consumer's object list, which numbers its chunks."""
+
+    first: bool
+    last: bool
+    rows: ObjectRows
+
+
+class SetPlan(Message, tag="plan"):
+    """The order in which objects will be read, all chunks of each; replaces the plan before. Empty: no plan."""
+
+    objects: list[int]
+    epoch: int
+    warm: bool
+    position: int
+
+
+class Advance(Message, tag="advance"):
+    """Nothing of the plan below this chunk position is needed any more."""
+
+    position: int
+
+
+class Want(Message, tag="want"):
+    """Lease me these. `urgent`: somebody waits for them."""
+
+    chunks: list[int]
+    serial: int
+    urgent: bool
+
+
+class Release(Message, tag="release"):
+    """I neither hold nor want these any more."""
+
+    chunks: list[int]
+
+
+class Pinned(Message, tag="pinned"):
+    """These were recalled while in use; `Release` follows when the use ends."""
+
+    chunks: list[int]
+
+
+class GetIndexes(Message, tag="get_indexes"):
+    """The stored indexes of these objects; answered by `Indexes`."""
+
+    request: int
+    objects: list[int]
+
+
+class PutIndex(Message, tag="put_index"):
+    """Keep this index of an object."""
+
+    object_no: int
+    data: bytes
+
+
+class Stats(Message, tag="stats"):
+    """Answered by `StatsReply`."""
+
+    request: int
+
+
+class Report(Message, tag="report"):
+    """Figures of the consumer that the service shows to whoever asks."""
+
+    values: dict[str, float]
+
+
+# From the service
+
+
+class Welcome(Message, tag="welcome"):
+    """Answers `Hello`; the arena's descriptor rides on its first byte."""
+
+    version: int
+    service_id: bytes
+    pid: int
+    chunk_bytes: int
+    buffer_count: int
+    troubles: list[str]
+
+
+class Refused(Message, tag="refused"):
+    """Answers `Hello`; the socket closes after it."""
+
+    name: str
+    message: str
+
+
+class Grants(Message, tag="grants"):
+    """Leases: chunk `chunks[i]` lies in buffer `buffers[i]`, where it came from `SOURCES[sources[i]]`."""
+
+    chunks: list[int]
+    serials: list[int]
+    buffers: list[int]
+    sources: list[int]
+
+
+class Failed(Message, tag="failed"):
+    """These chunks could not be had, for one reason; they count as wanted no more."""
+
+    chunks: list[int]
+    serials: list[int]
+    name: str
+    message: str
+
+
+class Recall(Message, tag="recall"):
+    """Somebody needs the room: release these, or say `Pinned`."""
+
+    chunks: list[int]
+
+
+class Resolved(Message, tag="resolved"):
+    """A piece of the answer to `Resolve`."""
+
+    request: int
+    rows: ObjectRows
+    last: bool
+
+
+class Indexes(Message, tag="indexes"):
+    """A piece of the answer to `GetIndexes`; objects without a stored index are left out."""
+
+    request: int
+    objects: list[int]
+    data: list[bytes]
+    last: bool
+
+
+class StatsReply(Message, tag="stats_reply"):
+    """Answers `Stats`."""
+
+    request: int
+    values: dict[str, Any]
+
+
+class RequestFailed(Message, tag="request_failed"):
+    """Answers a request that could not be served."""
+
+    request: int
+    name: str
+    message: str
+
+
+class Trouble(Message, tag="trouble"):
+    """Something about the cache that its users should know, once."""
+
+    message: str
+
+
+class Progress(Message, tag="progress"):
+    """How far a warm plan is. `held_*` counts what the cache holds now; `error_name` is empty while all is well."""
+
+    done_chunks: int
+    done_bytes: int
+    total_chunks: int
+    total_bytes: int
+    held_chunks: int
+    held_bytes: int
+    fetched_bytes: int
+    finished: bool
+    error_name: str
+    error_message: str
+
+
+FromConsumer = (
+    Hello
+    | Credentials
+    | Resolve
+    | Attach
+    | SetPlan
+    | Advance
+    | Want
+    | Release
+    | Pinned
+    | GetIndexes
+    | PutIndex
+    | Stats
+    | Report
+)
+FromService = (
+    Welcome | Refused | Grants | Failed | Recall | Resolved | Indexes | StatsReply | RequestFailed | Trouble | Progress
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder_of_service: msgspec.msgpack.Decoder[FromConsumer] = msgspec.msgpack.Decoder(FromConsumer)
+_decoder_of_consumer: msgspec.msgpack.Decoder[FromService] = msgspec.msgpack.Decoder(FromService)
+
+
+def frame(message: Message) -> bytes:
+    """`message`, ready for the socket; `ServiceError` where it is larger than a frame may be."""
+    payload = _encoder.encode(message)
+    if len(payload) > FRAME_BYTES_MAX:
+        raise ServiceError(
+            f"a {type(message).__name__} message of {len(payload)} bytes is more than a frame may hold "
+            f"({FRAME_BYTES_MAX})"
+        )
+    return _LENGTH.pack(len(payload)) + payload
+
+
+def from_consumer(payload: bytes | memoryview) -> FromConsumer:
+    """The consumer's message; `ServiceError` where it is none."""
+    try:
+        return _decoder_of_service.decode(payload)
+    except msgspec.MsgspecError as error:
+        raise ServiceError(f"not a message of a consumer: {error}") from error
+
+
+def from_service(payload: bytes | memoryview) -> FromService:
+    """The service's message; `ServiceError` where it is none."""
+    try:
+        return _decoder_of_consumer.decode(payload)
+    except msgspec.MsgspecError as error:
+        raise ServiceError(f"not a message of the cache service: {error}") from error
+
+
+class FrameReader:
+    """Cuts a stream of bytes into frames. Not for several threads."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The payloads that `data` completes; `ServiceError` for a length beyond the maximum."""
+        self._bytes += data
+        start = 0
+        try:
+            while len(self._bytes) - start >= _LENGTH.size:
+                (length,) = _LENGTH.unpack_from(self._bytes, start)
+                if length > FRAME_BYTES_MAX:
+                    raise ServiceError(f"a frame of {length} bytes, more than may be ({FRAME_BYTES_MAX})")
+                end = start + _LENGTH.size + length
+                if len(self._bytes) < end:
+                    break
+                payload = bytes(memoryview(self._bytes)[start + _LENGTH.size : end])
+                start = end
+                yield payload
+        finally:
+            del self._bytes[:start]

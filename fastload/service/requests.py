@@ -1,0 +1,88 @@
+"""Messages that are answered one by one: listings, indexes and figures."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from fastload.errors import ServiceError, to_wire
+from fastload.service import protocol
+from fastload.service.consumers import ConsumerState
+from fastload.service.indexes import Indexes
+from fastload.service.pools import Pool
+from fastload.service.stores import StoreTable
+from fastload.store.types import ObjectInfo
+
+# A listing of a million objects takes minutes; another consumer's small one need not wait for it.
+_LISTING_THREADS = 2
+
+
+class Requests:
+    """Used by the loop's thread only."""
+
+    def __init__(
+        self,
+        stores: StoreTable,
+        indexes: Indexes,
+        stats: Callable[[ConsumerState], dict[str, Any]],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._stores, self._indexes, self._stats = stores, indexes, stats
+        self._listings = Pool("listing", _LISTING_THREADS, loop)
+
+    def take(self, consumer: ConsumerState, message: protocol.FromConsumer) -> None:
+        """Answer, now or later; ServiceError for a message that is no request."""
+        match message:
+            case protocol.Resolve():
+                self._resolve(consumer, message)
+            case protocol.GetIndexes():
+                self._get_indexes(consumer, message)
+            case protocol.PutIndex():
+                self._indexes.put(consumer.entry(message.object_no).id, message.data)
+            case protocol.Stats():
+                consumer.send(protocol.StatsReply(message.request, self._stats(consumer)))
+            case _:
+                raise ServiceError(f"an unexpected {type(message).__name__} message from a consumer")
+
+    def _resolve(self, consumer: ConsumerState, message: protocol.Resolve) -> None:
+        def done(objects: list[ObjectInfo], error: BaseException | None) -> None:
+            if error is not None:
+                consumer.send(protocol.RequestFailed(message.request, *to_wire(error)))
+                return
+            step = protocol.OBJECTS_PER_PIECE
+            for start in range(0, max(1, len(objects)), step):
+                rows = protocol.ObjectRows.of(objects[start : start + step])
+                consumer.send(protocol.Resolved(message.request, rows, start + step >= len(objects)))
+
+        self._listings.submit(self._stores.resolve, consumer.options_key, message.urls, message.endings, done=done)
+
+    def _get_indexes(self, consumer: ConsumerState, message: protocol.GetIndexes) -> None:
+        ids = {number: consumer.entry(number).id for number in message.objects}
+
+        def found(indexes: dict[bytes, bytes]) -> None:
+            here = [(number, indexes[key]) for number, key in ids.items() if key in indexes]
+            for piece in _pieces(message.request, here):
+                consumer.send(piece)
+
+        self._indexes.get(ids.values(), found)
+
+    def close(self, deadline_s: float) -> bool:
+        """Start nothing more, wait for what runs; whether all of it has ended."""
+        ended = [pool.close(deadline_s) for pool in (self._indexes, self._listings)]
+        return all(ended)
+
+
+def _pieces(request: int, indexes: list[tuple[int, bytes]]) -> list[protocol.Indexes]:
+    """Messages of some megabytes each, or of one index that is larger."""
+    pieces = [protocol.Indexes(request, [], [], last=False)]
+    byte_count = 0
+    for number, data in indexes:
+        if byte_count and byte_count + len(data) > protocol.INDEX_BYTES_PER_PIECE:
+            pieces.append(protocol.Indexes(request, [], [], last=False))
+            byte_count = 0
+        pieces[-1].objects.append(number)
+        pieces[-1].data.append(data)
+        byte_count += len(data)
+    pieces[-1].last = True
+    return pieces

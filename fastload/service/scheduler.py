@@ -1,0 +1,210 @@
+"""What to load next, into which buffer, and what has to go for it: decisions, nothing else.
+
+`decide` looks at the candidates in order of need and at the buffers, and returns actions for the core to carry out. It
+changes nothing itself (beyond the memory of plans for where they were looking), so it runs the same in a test.
+
+Order of need: chunks that somebody waits for, oldest wait first; then chunks that somebody wants; then all plans'
+chunks by their distance ahead of the plan's cursor; then warming.
+
+Whose room a chunk may take depends on how much it is needed:
+
+    demanded    free, any idle buffer (the least useful first), where the disk is slow one whose write has not begun;
+                failing those, leases are recalled
+    wanted      free, idle ones without a use ahead, and idle ones whose use is farther off than this one
+    prefetched  the same, within the plan's transit; beyond it only free ones and ones without a use ahead
+    warming     free ones and ones without a use ahead
+
+A candidate that has room but no free connection still keeps its room: what is behind it may not take that.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from fastload.service import buffers
+from fastload.service.buffers import NEVER, BufferTable
+from fastload.service.model import ObjectEntry
+from fastload.service.plans import Plan
+
+# Whether the disk tier holds a chunk (an object and an index in it); answers at once.
+OnDisk = Callable[[ObjectEntry, int], bool]
+
+# Candidates passed over in one decision because their tier has no free thread: enough to find work for the other tier,
+# little enough to cost nothing.
+_PASSED_OVER_MAX = 32
+
+
+class Need(enum.IntEnum):
+    """How much a chunk is needed."""
+
+    DEMANDED = 0
+    WANTED = 1
+    PREFETCHED = 2
+    WARMING = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A chunk that should be in RAM and is not. `distance` counts chunks ahead of the cursor of the plan it is of."""
+
+    entry: ObjectEntry
+    index: int
+    need: Need
+    distance: int
+    on_disk: bool
+    plan: Plan | None = None
+    may_displace: bool = True  # chunks that have a later use
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Fill `buffer` (free by now) with the candidate."""
+
+    candidate: Candidate
+    buffer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Empty a buffer; a write of its chunk that has not begun is given up."""
+
+    buffer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """Ask for the leases of a buffer's chunk."""
+
+    buffer: int
+
+
+Action = Load | Drop | Recall
+
+
+@dataclass(slots=True)
+class Slots:
+    """Threads free to read from either tier."""
+
+    disk: int
+    remote: int
+
+    def take(self, on_disk: bool) -> bool:
+        """Use one, if there is one."""
+        if on_disk and self.disk > 0:
+            self.disk -= 1
+            return True
+        if not on_disk and self.remote > 0:
+            self.remote -= 1
+            return True
+        return False
+
+    @property
+    def none(self) -> bool:
+        """Whether nothing can be started."""
+        return self.disk <= 0 and self.remote <= 0
+
+
+@dataclass(slots=True)
+class _Room:
+    """The buffers that can be had in this decision. The orders of usefulness are only made when something is full."""
+
+    table: BufferTable
+    free: list[int]  # the next to use last
+    idle: list[tuple[int, int]] | None = None  # (buffer, next use), the least useful last
+    unwritten: list[int] | None = None
+    disk_is_quick: bool = False  # so that a write is waited for rather than given up
+    dropped: list[Drop] = field(default_factory=list)
+
+    def take(self, candidate: Candidate) -> int | None:
+        """A buffer for the candidate, empty once what is in `dropped` is."""
+        if self.free:
+            return self.free.pop()
+        buffer = self._take_idle(candidate)
+        if buffer is None and candidate.need is Need.DEMANDED and not self.disk_is_quick:
+            buffer = self._take_unwritten()
+        if buffer is not None:
+            self.dropped.append(Drop(buffer))
+        return buffer
+
+    def _take_idle(self, candidate: Candidate) -> int | None:
+        if self.idle is None:
+            found, next_use = self.table.by_usefulness([buffers.IDLE])
+            self.idle = list(zip(found, next_use, strict=True))[::-1]
+        if not self.idle:
+            return None
+        buffer, next_use_of = self.idle[-1]
+        spent = next_use_of == NEVER
+        farther = candidate.may_displace and next_use_of > candidate.distance
+        if candidate.need is Need.DEMANDED or spent or (farther and candidate.need is not Need.WARMING):
+            self.idle.pop()
+            return buffer
+        return None
+
+    def _take_unwritten(self) -> int | None:
+        if self.unwritten is None:
+            self.unwritten = self.table.by_usefulness([buffers.QUEUED])[0][::-1]
+        return self.unwritten.pop() if self.unwritten else None
+
+
+def decide(
+    candidates: Iterable[Candidate],
+    table: BufferTable,
+    slots: Slots,
+    *,
+    coming: int = 0,
+    disk_is_quick: bool = False,
+) -> list[Action]:
+    """The actions to take now, in order.
+
+    `coming` buffers will be idle without any recall.
+    """
+    room = _Room(table, table.free(), disk_is_quick=disk_is_quick)
+    actions: list[Action] = []
+    starved = passed_over = 0
+    considered: set[tuple[ObjectEntry, int]] = set()  # a wanted chunk is usually a plan's as well
+    for candidate in candidates:
+        if slots.none or passed_over > _PASSED_OVER_MAX:
+            break
+        if (candidate.entry, candidate.index) in considered:
+            continue
+        considered.add((candidate.entry, candidate.index))
+        buffer = room.take(candidate)
+        if buffer is None and candidate.need is Need.DEMANDED:
+            starved += 1
+        elif buffer is None and candidate.need >= Need.PREFETCHED:
+            break  # what follows is needed even less
+        elif buffer is not None and slots.take(candidate.on_disk):
+            actions += room.dropped
+            actions.append(Load(candidate, buffer))
+        elif buffer is not None:
+            passed_over += 1
+        room.dropped.clear()
+    return actions + _recalls(table, starved - coming)
+
+
+def _recalls(table: BufferTable, count: int) -> list[Action]:
+    """Recall so many buffers, the least useful first."""
+    if count <= 0:
+        return []
+    leased, _ = table.by_usefulness([buffers.LEASED])
+    return [Recall(buffer) for buffer in leased[:count]]
+
+
+def upcoming(plans: Iterable[Plan], transit: int, on_disk: OnDisk) -> Iterator[Candidate]:
+    """The chunks that plans will need, nearest first over all of them."""
+    return heapq.merge(*(_of_plan(plan, transit, on_disk) for plan in plans), key=_distance)
+
+
+def _of_plan(plan: Plan, transit: int, on_disk: OnDisk) -> Iterator[Candidate]:
+    for position, entry, index in plan.missing():
+        within = position < max(plan.reach, plan.cursor) + transit
+        distance = position - plan.cursor
+        held = on_disk(entry, index)
+        yield Candidate(entry, index, Need.PREFETCHED, distance, held, plan, may_displace=within)
+
+
+def _distance(candidate: Candidate) -> int:
+    return candidate.distance

@@ -1,0 +1,246 @@
+"""The socket around the core: accepting consumers, their frames in and out, and when to end.
+
+A `Peer` is one accepted socket. It reads and writes without blocking, in the loop's thread; what the kernel does not
+take at once waits in its buffer. The arena's descriptor rides on the first byte of the welcome. A peer whose user is
+not ours is closed without a word, one of another version with a word.
+
+A service ends `idle_s` after its last consumer, at SIGTERM, or when whoever runs it says so (`stop`). At the end
+nothing is loaded into any buffer after the sockets are closed, so that consumers may go on reading what they hold.
+The socket file goes before the lock: whoever gets the lock next finds the place clean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable, Sequence
+
+from fastload.cache import CacheDirectory
+from fastload.errors import ServiceError
+from fastload.service import protocol
+from fastload.service.consumers import ConsumerState
+from fastload.service.core import Core
+
+log = logging.getLogger("fastload.service")
+
+# What a consumer that reads nothing may be owed before it is cut off.
+_UNSENT_BYTES_MAX = 4 * protocol.FRAME_BYTES_MAX
+# A service that nobody connects to at all, although somebody started it for that.
+_FIRST_CONSUMER_S = 10.0
+# How long reads and writes under way may take to end.
+_END_S = 5.0
+
+_PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+
+
+class Peer:
+    """One consumer's socket. For the loop's thread."""
+
+    def __init__(
+        self, sock: socket.socket, core: Core, loop: asyncio.AbstractEventLoop, gone: Callable[[Peer], None]
+    ) -> None:
+        self._sock, self._core, self._loop, self._gone = sock, core, loop, gone
+        self._frames = protocol.FrameReader()
+        self._unsent = bytearray()
+        self._consumer: ConsumerState | None = None
+        self._closed = False
+        sock.setblocking(False)
+        loop.add_reader(sock.fileno(), self._readable)
+
+    def send(self, message: protocol.Message) -> None:
+        """Send, now or as the peer takes it."""
+        if not self._closed:
+            self._send(protocol.frame(message))
+
+    def _send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        sent = 0
+        if not self._unsent:
+            try:
+                sent = socket.send_fds(self._sock, [data], fds) if fds else self._sock.send(data)
+            except BlockingIOError:
+                pass
+            except OSError:  # it has gone; the reader will say so
+                return
+            if sent == len(data):
+                return
+            self._loop.add_writer(self._sock.fileno(), self._writable)
+        self._unsent += data[sent:]
+        if len(self._unsent) > _UNSENT_BYTES_MAX:
+            log.error("a consumer was cut off: it reads nothing and is owed %d bytes", len(self._unsent))
+            self._loop.call_soon(self.close)
+
+    def close(self) -> None:
+        """End the conversation, and all that the consumer had."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._sock.fileno())
+        self._loop.remove_writer(self._sock.fileno())
+        self._sock.close()
+        if self._consumer is not None:
+            self._core.disconnect(self._consumer)
+        self._gone(self)
+
+    def _readable(self) -> None:
+        try:
+            data = self._sock.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError:  # reset
+            data = b""
+        if not data:
+            self.close()
+            return
+        try:
+            for payload in self._frames.feed(data):
+                if not self._closed:
+                    self._take(protocol.from_consumer(payload))
+        except ServiceError as error:
+            log.error("a consumer was cut off: %s", error)
+            self.close()
+
+    def _take(self, message: protocol.FromConsumer) -> None:
+        if self._consumer is not None:
+            self._core.receive(self._consumer, message)
+        elif isinstance(message, protocol.Hello):
+            self._welcome(message)
+        else:
+            raise ServiceError(f"it began with {type(message).__name__}")
+
+    def _welcome(self, hello: protocol.Hello) -> None:
+        if hello.version != protocol.VERSION:
+            self.send(
+                protocol.Refused(
+                    "ServiceError",
+                    f"the running cache service (process {os.getpid()}) speaks protocol {protocol.VERSION}, this "
+                    f"fastload {hello.version}: let its jobs end, or use another cache directory",
+                )
+            )
+            self.close()
+            return
+        core = self._core
+        self._consumer = core.connect(hello, self.send)
+        welcome = protocol.Welcome(
+            version=protocol.VERSION,
+            service_id=core.service_id,
+            pid=os.getpid(),
+            chunk_bytes=core.chunk_bytes,
+            buffer_count=core.arena.buffer_count,
+            troubles=core.troubles,
+        )
+        self._send(protocol.frame(welcome), [core.arena.fd])
+
+    def _writable(self) -> None:
+        try:
+            while self._unsent:
+                sent = self._sock.send(memoryview(self._unsent)[: 1 << 20])
+                del self._unsent[:sent]
+            self._loop.remove_writer(self._sock.fileno())
+        except BlockingIOError:
+            pass
+        except OSError:  # gone; the reader will say so
+            self._unsent.clear()
+            self._loop.remove_writer(self._sock.fileno())
+
+
+class Server:
+    """A cache directory's service, once its lock is held.
+
+    All methods but `stop_from_thread` and `abandon` are for the loop's thread.
+    """
+
+    def __init__(self, directory: CacheDirectory, idle_s: float | None) -> None:
+        """`idle_s` None: do not end by itself."""
+        self._directory, self._idle_s = directory, idle_s
+        self._peers: set[Peer] = set()
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._listener: socket.socket | None = None
+        self._stopped = asyncio.Event()
+
+    async def run(self, ready: Callable[[], None]) -> bool:
+        """Serve until told to stop, or idle; `ready()` is called once consumers can connect.
+
+        Returns whether all threads have ended. CacheError where the cache cannot be opened.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._core = Core(self._directory, self._loop)
+        try:
+            self._listener = self._listen()
+            self._loop.add_reader(self._listener.fileno(), self._accept)
+            self._wait_for_consumers(None if self._idle_s is None else max(self._idle_s, _FIRST_CONSUMER_S))
+            ready()
+            await self._stopped.wait()
+        finally:
+            ended = self._end()
+        return ended
+
+    def stop(self) -> None:
+        """End, as soon as what runs allows."""
+        self._stopped.set()
+
+    def stop_from_thread(self) -> None:
+        """`stop`, from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended by itself
+            self._loop.call_soon_threadsafe(self.stop)
+
+    def abandon(self) -> None:
+        """In a forked child: close the descriptors of sockets that are the parent's."""
+        for sock in [self._listener, *(peer._sock for peer in self._peers)]:
+            if sock is not None and sock.fileno() >= 0:
+                os.close(sock.detach())
+
+    def _listen(self) -> socket.socket:
+        with contextlib.suppress(FileNotFoundError):  # left by a service that was killed
+            self._directory.socket_path.unlink()
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with self._directory.socket_address() as address:
+            sock.bind(address)
+            os.chmod(address, 0o600)
+        sock.listen(128)
+        sock.setblocking(False)
+        return sock
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:  # the peer has gone again, or there are no descriptors left
+            log.warning("accepting a consumer failed: %s", error)
+            return
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+        _, uid, _ = _PEER_CREDENTIALS.unpack(credentials)
+        if uid != os.geteuid():
+            log.error("a connection of user %d was refused", uid)
+            sock.close()
+            return
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        self._peers.add(Peer(sock, self._core, self._loop, self._left))
+
+    def _left(self, peer: Peer) -> None:
+        self._peers.discard(peer)
+        if not self._peers:
+            self._wait_for_consumers(self._idle_s)
+
+    def _wait_for_consumers(self, seconds: float | None) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        if seconds is not None:
+            self._idle_timer = self._loop.call_later(seconds, self.stop)
+
+    def _end(self) -> bool:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        self._idle_s = None
+        if self._listener is not None:
+            self._loop.remove_reader(self._listener.fileno())
+            with contextlib.suppress(FileNotFoundError):  # somebody emptied the directory
+                self._directory.socket_path.unlink()
+            self._listener.close()
+        for peer in list(self._peers):
+            peer.close()
+        return self._core.close(_END_S)

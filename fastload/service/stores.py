@@ -1,0 +1,131 @@
+"""The service's stores: one per bucket and set of credentials, opened at first use, forgotten with their users.
+
+Used by the pools' threads, hence the lock. Credentials live in this table and nowhere else: they come over the socket
+and are gone when the last consumer that brought them is. A set of options is known by its `key`, a string that holds
+secrets itself and must never be logged.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from fastload.errors import ServiceError
+from fastload.store import Counters, RequestOptions, StoreOptions, open_store, resolve, store_root
+from fastload.store.types import ObjectInfo, Store
+
+Opener = Callable[[str, StoreOptions], Store]
+
+
+@dataclass(slots=True, eq=False)
+class _Opened:
+    store: Store
+    user_count: int = 0
+    retired: bool = False
+
+
+class StoreTable:
+    """See the module's text."""
+
+    def __init__(self, opener: Opener | None = None) -> None:
+        """`opener` stands in for the real stores in tests."""
+        self.counters = Counters()
+        self._requests = RequestOptions(counters=self.counters)
+        self._opener = opener or self._open
+        self._lock = threading.Lock()
+        self._options: dict[str, StoreOptions] = {}
+        self._consumers: Counter[str] = Counter()
+        self._opened: dict[tuple[str, str], _Opened] = {}
+
+    def _open(self, url: str, options: StoreOptions) -> Store:
+        return open_store(url, options, self._requests)
+
+    def add(self, wire: dict[str, Any]) -> str:
+        """One more consumer has these options; returns their key."""
+        options = StoreOptions.from_wire(wire)
+        key = msgspec.json.encode(wire, order="deterministic").decode()
+        with self._lock:
+            self._options[key] = options
+            self._consumers[key] += 1
+        return key
+
+    def remove(self, key: str) -> None:
+        """One consumer less has them; the last one takes them along."""
+        with self._lock:
+            self._consumers[key] -= 1
+            if self._consumers[key] > 0:
+                return
+            del self._consumers[key], self._options[key]
+            idle = [self._retire(place) for place in list(self._opened) if place[0] == key]
+        for store in idle:
+            if store is not None:
+                store.close()
+
+    def endpoint(self, key: str) -> str:
+        """The endpoint of a set of options, "" for the provider's own."""
+        return self._options[key].endpoint
+
+    def read_into(self, key: str, info: ObjectInfo, start: int, out: memoryview) -> None:
+        """Fill `out` from the object; the store's errors."""
+        with self._use(key, info.url) as store:
+            store.read_into(info, start, out)
+
+    def resolve(self, key: str, urls: Sequence[str], endings: Sequence[str]) -> list[ObjectInfo]:
+        """The objects that `urls` stand for; the store's errors."""
+        options = self._get_options(key)
+        opened: list[Store] = []
+
+        def opener(url: str) -> Store:
+            opened.append(self._opener(url, options))
+            return opened[-1]
+
+        try:
+            return resolve(urls, opener, endings=tuple(endings))
+        finally:
+            for store in opened:
+                store.close()
+
+    def close(self) -> None:
+        """Close what is open; requests that are being tried again end with their last error."""
+        with self._lock:
+            opened = list(self._opened.values())
+            self._opened.clear()
+        for entry in opened:
+            entry.store.close()
+
+    def _get_options(self, key: str) -> StoreOptions:
+        with self._lock:
+            options = self._options.get(key)
+        if options is None:
+            raise ServiceError("the consumer whose credentials these were has gone")
+        return options
+
+    @contextmanager
+    def _use(self, key: str, url: str) -> Iterator[Store]:
+        place = key, store_root(url)
+        options = self._get_options(key)
+        with self._lock:
+            entry = self._opened.get(place)
+            if entry is None:
+                entry = self._opened[place] = _Opened(self._opener(url, options))
+            entry.user_count += 1
+        try:
+            yield entry.store
+        finally:
+            with self._lock:
+                entry.user_count -= 1
+                done = entry.retired and entry.user_count == 0
+            if done:
+                entry.store.close()
+
+    def _retire(self, place: tuple[str, str]) -> Store | None:
+        """Take a store out of use; returns it if nobody is reading from it (else the last reader closes it)."""
+        entry = self._opened.pop(place)
+        entry.retired = True
+        return entry.store if entry.user_count == 0 else None

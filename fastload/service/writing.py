@@ -1,0 +1,159 @@
+"""Writing behind: fetched chunks go from the arena to the disk tier, while consumers already read them.
+
+A chunk keeps its buffer until it is written. So with a slow disk the queue is bounded, to three quarters of the arena:
+that may cost the cache some chunks, which the next epoch fetches again, but not the training its buffers. A demanded
+chunk that finds no room waits for a quick write, and takes the buffer of one that has not begun where the disk is slow
+(`give_up`).
+
+Admission pins: chunks are taken until the quota is full; then room is made only by what no live plan names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from itertools import islice
+
+from fastload.cache import Arena, ChunkKey, DiskTier
+from fastload.service.diskorder import DiskOrder
+from fastload.service.model import Chunk, Write
+from fastload.service.pools import Pool
+
+DISK_WRITE_THREADS = 2
+
+# A write that takes no longer is worth waiting for by whoever needs its buffer (8 MiB: 6 ms on a good disk).
+_QUICK_S = 0.1
+
+Written = Callable[[Chunk, bool], None]
+
+
+class WriteBehind:
+    """Used by the loop's thread only, except for `_make_room_and_write`."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        disk: DiskTier,
+        order: DiskOrder,
+        loop: asyncio.AbstractEventLoop,
+        changed: Callable[[Chunk], None],
+        written: Written,
+    ) -> None:
+        """`changed(chunk)` is called when its write begins, or has to begin again; `written` when that is settled."""
+        self._arena, self._disk, self._order = arena, disk, order
+        self._changed, self._written = changed, written
+        self._queue: dict[Chunk, None] = {}
+        # At most half of the arena is ever out of reach for being written.
+        self._pool = Pool("disk-write", min(DISK_WRITE_THREADS, max(1, arena.buffer_count // 2)), loop)
+        self._queue_max = max(1, arena.buffer_count * 3 // 4)
+        self._running: dict[Chunk, float] = {}  # when each began
+        self.counters: Counter[str] = Counter(
+            written_chunks=0, written_bytes=0, writes_refused=0, writes_skipped=0, writes_given_up=0, evicted=0
+        )
+
+    @property
+    def running_count(self) -> int:
+        """Writes under way."""
+        return len(self._running)
+
+    def quick_for_s(self) -> float:
+        """For how many seconds the writes under way may yet be called quick; 0 where the disk is slow, or none runs."""
+        oldest = min(self._running.values(), default=-math.inf)
+        return max(0.0, oldest + _QUICK_S - time.monotonic())
+
+    @property
+    def full(self) -> bool:
+        """Whether the disk takes no further chunk: switched off, failed, or filled with what live plans name."""
+        return not self._disk.writable or not self._has_room(self._disk.file_bytes(self._arena.chunk_bytes))
+
+    def admit(self, chunk: Chunk, *, patient: bool) -> bool:
+        """Queue the chunk's write; False where it will not be written. `patient`: never because the queue is long."""
+        if not self._has_room(self._disk.file_bytes(chunk.length)):
+            self.counters["writes_refused"] += self._disk.quota_bytes > 0
+            return False
+        if len(self._queue) >= self._queue_max and not patient and not self.quick_for_s():
+            self.counters["writes_skipped"] += 1
+            return False
+        chunk.write = Write.QUEUED
+        self._queue[chunk] = None
+        self.pump()
+        return True
+
+    def _has_room(self, need: int) -> bool:
+        if not self._disk.writable:
+            return False
+        return self._disk.free_bytes - self._queued_bytes() >= need or next(self._order.idle(), None) is not None
+
+    def _queued_bytes(self) -> int:
+        return sum(self._disk.file_bytes(chunk.length) for chunk in self._queue)
+
+    def give_up(self, chunk: Chunk) -> None:
+        """The chunk's write has not begun, and shall not."""
+        del self._queue[chunk]
+        chunk.write = Write.NONE
+        self.counters["writes_given_up"] += 1
+
+    def pump(self) -> None:
+        """Begin writes while there are threads for them."""
+        while self._queue and self._pool.idle:
+            chunk = next(iter(self._queue))
+            del self._queue[chunk]
+            self._begin(chunk)
+
+    def _begin(self, chunk: Chunk) -> None:
+        chunk.write = Write.RUNNING
+        self._running[chunk] = time.monotonic()
+        self._changed(chunk)
+        key = chunk.entry.key(chunk.index)
+        victims = self._victims(self._disk.file_bytes(chunk.length))
+
+        def done(written: bool | None, error: BaseException | None) -> None:
+            self._settle(chunk, key, bool(written), victims)
+
+        buffer = self._arena.buffer(chunk.buffer)
+        self._pool.submit(self._make_room_and_write, key, buffer, chunk.length, victims, done=done)
+
+    def _victims(self, need: int) -> list[ChunkKey]:
+        """As many as free the room if they are whole chunks; where they are short ones the write is tried again."""
+        lacking = max(0, need - self._disk.free_bytes)
+        count = -(-lacking // self._disk.file_bytes(self._arena.chunk_bytes))
+        victims = list(islice(self._order.idle(), count))
+        for key in victims:  # nobody else may choose them meanwhile
+            self._order.discard(key)
+        return victims
+
+    def _make_room_and_write(self, key: ChunkKey, buffer: memoryview, length: int, victims: list[ChunkKey]) -> bool:
+        """In a thread."""
+        for victim in victims:
+            self._disk.remove(victim)
+        return self._disk.write(key, buffer, length)
+
+    def _settle(self, chunk: Chunk, key: ChunkKey, written: bool, victims: list[ChunkKey]) -> None:
+        for victim in victims:
+            if self._disk.contains(victim):  # it could not be removed
+                self._order.add(victim)
+            else:
+                self.counters["evicted"] += 1
+        del self._running[chunk]
+        if not written and victims and self._has_room(self._disk.file_bytes(chunk.length)):
+            chunk.write = Write.QUEUED
+            self._queue[chunk] = None
+            self._changed(chunk)
+            self.pump()
+            return
+        if written:
+            self._order.add(key)
+            self.counters["written_chunks"] += 1
+            self.counters["written_bytes"] += chunk.length
+        elif self._disk.quota_bytes:
+            self.counters["writes_refused"] += 1
+        chunk.write = Write.NONE
+        self._written(chunk, written)
+        self.pump()
+
+    def close(self, deadline_s: float) -> bool:
+        """Start nothing more, wait for what runs; whether all of it has ended."""
+        return self._pool.close(deadline_s)

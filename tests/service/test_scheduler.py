@@ -1,0 +1,152 @@
+"""Decisions on small worlds: what is loaded, what goes for it, and what never does."""
+
+from __future__ import annotations
+
+from fastload.service import buffers
+from fastload.service.buffers import BufferTable
+from fastload.service.model import ObjectEntry, State, Write
+from fastload.service.plans import Plan
+from fastload.service.scheduler import Action, Candidate, Drop, Load, Need, Recall, Slots, decide, upcoming
+from fastload.store.types import ObjectInfo
+
+CHUNK = 1 << 16
+
+
+def entry(name: str, chunk_count: int) -> ObjectEntry:
+    return ObjectEntry(ObjectInfo(name, chunk_count * CHUNK), name.encode().ljust(16), CHUNK, {})
+
+
+def put(table: BufferTable, of: ObjectEntry, index: int, *, write: Write = Write.NONE) -> int:
+    """A resident chunk in the next free buffer, let go of just now."""
+    chunk = of.chunk(index)
+    chunk.state, chunk.write = State.RESIDENT, write
+    table.place(chunk, table.free()[-1])
+    return chunk.buffer
+
+
+def begin(table: BufferTable, *objects: ObjectEntry, cursor: int = 0) -> Plan:
+    plan = Plan(objects, "", 0, cursor)
+    for each in plan.objects():
+        each.plan_count += 1
+    table.add_plan(plan)
+    return plan
+
+
+def nowhere(of: ObjectEntry, index: int) -> bool:
+    return False
+
+
+def shown(actions: list[Action]) -> list[object]:
+    """Actions in short: ("load", name, index), ("drop", buffer), ("recall", buffer)."""
+    found: list[object] = []
+    for action in actions:
+        match action:
+            case Load(candidate, _):
+                found.append(("load", candidate.entry.info.url, candidate.index))
+            case Drop(buffer):
+                found.append(("drop", buffer))
+            case Recall(buffer):
+                found.append(("recall", buffer))
+    return found
+
+
+def demand(of: ObjectEntry, index: int) -> Candidate:
+    return Candidate(of, index, Need.DEMANDED, 0, False)
+
+
+def test_nearest_first_over_all_plans() -> None:
+    table = BufferTable(16)
+    a, b = entry("a", 3), entry("b", 3)
+    plans = [begin(table, a, b, cursor=1), begin(table, b)]
+    found = decide(upcoming(plans, 100, nowhere), table, Slots(0, 4))
+    assert shown(found) == [("load", "a", 1), ("load", "b", 0), ("load", "a", 2), ("load", "b", 1)]
+
+
+def test_the_order_in_which_chunks_go() -> None:
+    table = BufferTable(6)
+    old, spent, later = entry("old", 2), entry("spent", 2), entry("later", 2)
+    order = [put(table, old, 0), put(table, old, 1), put(table, spent, 0), put(table, spent, 1)]
+    near, far = put(table, later, 0), put(table, later, 1)
+    begin(table, spent, later, cursor=2)
+    wanted = entry("wanted", 6)
+    found = decide((demand(wanted, index) for index in range(6)), table, Slots(0, 6))
+    dropped = [action.buffer for action in found if isinstance(action, Drop)]
+    # No plan: the oldest first. Used up: the latest first. To be used: the farthest first.
+    assert dropped == [order[0], order[1], order[3], order[2], far, near]
+
+
+def test_prefetch_takes_only_what_is_needed_later() -> None:
+    table = BufferTable(2)
+    plan_object = entry("plan", 10)
+    begin(table, plan_object)
+    put(table, plan_object, 0)
+    far = put(table, plan_object, 9)
+    plan = next(iter(table._positions))
+    found = decide(upcoming([plan], 100, nowhere), table, Slots(0, 8))
+    # Chunk 2 would have to take the room of chunk 0, which is needed before it.
+    assert shown(found) == [("drop", far), ("load", "plan", 1)]
+
+
+def test_prefetch_beyond_the_transit_displaces_nothing() -> None:
+    table = BufferTable(2)
+    plan_object = entry("plan", 10)
+    plan = begin(table, plan_object)
+    put(table, plan_object, 0)
+    put(table, plan_object, 9)
+    assert shown(decide(upcoming([plan], 1, nowhere), table, Slots(0, 8))) == []
+    assert len(decide(upcoming([plan], 2, nowhere), table, Slots(0, 8))) == 2
+
+
+def test_what_is_in_use_or_on_its_way_stays() -> None:
+    table = BufferTable(4)
+    other = entry("other", 4)
+    queued, running = put(table, other, 0, write=Write.QUEUED), put(table, other, 1, write=Write.RUNNING)
+    loading = other.chunk(2)
+    loading.state = State.LOADING
+    table.place(loading, table.free()[-1])
+    leased = other.chunk(3)
+    leased.state = State.RESIDENT
+    leased.lessees = {("somebody", 3): 0}  # type: ignore[dict-item]
+    table.place(leased, table.free()[-1])
+    wanted = entry("wanted", 3)
+    demands = [demand(wanted, index) for index in range(3)]
+    # Where the disk is slow a write that has not begun is given up; the rest is asked back, or waited for.
+    assert shown(decide(demands, table, Slots(0, 3))) == [
+        ("drop", queued),
+        ("load", "wanted", 0),
+        ("recall", leased.buffer),
+    ]
+    assert shown(decide(demands[:1], table, Slots(0, 3), coming=2, disk_is_quick=True)) == []
+    assert shown(decide(demands[:1], table, Slots(0, 3), disk_is_quick=True)) == [("recall", leased.buffer)]
+    wish = Candidate(wanted, 0, Need.WANTED, 0, False)
+    assert shown(decide([wish], table, Slots(0, 3))) == []
+    assert table.status[running] == buffers.WRITING
+
+
+def test_no_room_for_what_is_behind_a_candidate_without_a_connection() -> None:
+    table = BufferTable(2)
+    a = entry("a", 4)
+    plan = begin(table, a)
+    on_disk = {2, 3}
+    found = decide(upcoming([plan], 100, lambda of, index: index in on_disk), table, Slots(4, 0))
+    assert found == []  # chunks 0 and 1 keep the room although nothing can fetch them now
+    found = decide(upcoming([plan], 100, lambda of, index: index in {1, 2, 3}), table, Slots(4, 0))
+    assert shown(found) == [("load", "a", 1)]
+
+
+def test_a_plan_remembers_where_it_was() -> None:
+    table = BufferTable(8)
+    a, b = entry("a", 3), entry("b", 0)
+    plan = begin(table, a, b, a)  # an empty object, and one that comes twice
+    for index in range(3):
+        put(table, a, index)
+    assert list(plan.missing()) == []
+    assert plan.frontier == plan.chunk_count == 6
+    chunk = a.chunks[1]
+    table.clear(chunk)
+    chunk.state = State.ABSENT
+    plan.dropped(a, 1)
+    assert [position for position, _, _ in plan.missing()] == [1, 4]
+    plan.advance(2)
+    assert [position for position, _, _ in plan.missing()] == [4]
+    assert plan.position(a, 1) == 4

@@ -1,0 +1,69 @@
+"""`fastload warm` fills a cache for exactly one job, which then fetches nothing."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastload
+from tests.processes import service_pids, until
+from tests.shards import check_samples, corpus, samples_of
+
+FASTLOAD = Path(sys.executable).parent / "fastload"
+
+
+def warm(url: str, directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [FASTLOAD, "warm", url, "--cache", directory, "--ram-bytes=1MiB", "--chunk-bytes=64KiB", *options]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    until(lambda: not service_pids(directory))
+    return done
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_job_that_follows_fetches_nothing(s3, tmp_path: Path, shuffle: bool) -> None:
+    data = corpus()
+    url, directory = data.put(s3), tmp_path / "cache"
+    done = warm(url, directory, "--disk-bytes=64MiB", "--shuffle" if shuffle else "--no-shuffle", "--seed=3")
+    assert done.returncode == 0, done.stderr
+    assert f"{len(data.shards)} shards, {len(data.samples)} samples" in done.stderr
+    with fastload.Cache(directory) as cache:
+        dataset = fastload.StreamingDataset(url, cache=cache, shuffle=shuffle, seed=3)
+        # Nothing was read yet, and the number of samples is known.
+        assert len(dataset) == len(data.samples)
+        loader = fastload.DataLoader(dataset, batch_size=16)
+        keys = [key for batch in loader for key in check_samples(data, samples_of(batch))]
+        assert sorted(keys) == sorted(data.samples)
+        stats = loader.stats()
+        assert stats["fetched_bytes"] == stats["remote_bytes"] == 0
+        loader.close()
+    again = warm(url, directory, "--seed=3")
+    assert again.returncode == 0
+    assert "0 B fetched" in again.stderr
+
+
+def test_a_cache_that_is_too_small_says_so(s3, tmp_path: Path) -> None:
+    data = corpus()
+    done = warm(data.put(s3), tmp_path / "cache", "--disk-bytes=300KiB")
+    assert done.returncode == 3, done.stderr
+    assert "The cache is full: raise disk_bytes" in done.stderr
+    assert re.search(r"\d.* KiB of .* cached", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [("s3://no-such-bucket/x.tar", "ObjectMissingError"), ("{bucket}/none/", "ObjectMissingError")],
+)
+def test_errors_are_one_line(s3, tmp_path: Path, url: str, says: str) -> None:
+    done = warm(url.format(bucket=s3.url), tmp_path / "cache", "--disk-bytes=1MiB")
+    assert done.returncode == 1
+    assert f"fastload: {says}: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_shard_is_an_error_and_not_a_hang(s3, tmp_path: Path) -> None:
+    s3.put("bad/0.tar", b"\x5a" * 200_000)
+    done = warm(f"{s3.url}/bad/", tmp_path / "cache", "--disk-bytes=1MiB")
+    assert done.returncode == 1
+    assert "ShardError" in done.stderr
