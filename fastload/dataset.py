@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch.utils.data
@@ -29,13 +30,13 @@ from fastload.engine.run import InlineRun
 from fastload.engine.session import Session, Source
 from fastload.errors import ConfigError
 from fastload.plan import (
-    DEFAULT_WINDOW_BYTES,
     OrderOptions,
     Position,
     RankCursor,
     Ranks,
     Split,
     Tail,
+    auto_window_bytes,
     epoch_order,
     resolve_ranks,
     sample_count_of_rank,
@@ -78,8 +79,9 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
     paths; one or a list. `cache`: a `fastload.Cache`; without one, `$FASTLOAD_CACHE` or the user's cache directory.
 
     `shuffle`: False; True or "window", which shuffles shards and then the samples of several shards together;
-    "shards", which shuffles shards only. `shuffle_window` is the size of such a window ("auto": 512 MiB). The order is
-    a function of the data, `seed` and the epoch, on every machine.
+    "shards", which shuffles shards only. `shuffle_window` is the size of such a window; "auto" is 512 MiB, or less
+    where the cache's arena is below 2 GiB, and what a state says where one is loaded. The order is a function of the
+    data, `seed`, the window and the epoch, on every machine.
 
     `columns`: the columns of a sample, by name (the part of a member's name after the first dot). `decode`: a decoder
     of `fastload.decode` a column; columns without one are raw bytes, and where `decode` is given and `columns` is not,
@@ -116,10 +118,12 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         super().__init__()
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} must be at least 1, or None")
+        cache = cache if cache is not None else Cache()
+        self._has_auto_window = shuffle_window == "auto"
         self._settings = _Settings(
             _checked_urls(urls),
-            cache if cache is not None else Cache(),
-            _order_options(shuffle, seed, shuffle_window),
+            cache,
+            _order_options(shuffle, seed, shuffle_window, cache.ram_bytes),
             ColumnSet.of(columns, decode, as_tuple),
             check_tail(tail),
             storage_options,
@@ -233,6 +237,12 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         finally:
             self._source.give_back(current.session)
 
+    def adopt(self, position: Position) -> None:
+        """Go on with the window of a saved position, where it was left to us: the order is that of its run."""
+        if self._has_auto_window:
+            order = replace(self._settings.order, window_bytes=position.options.window_bytes)
+            self._settings = replace(self._settings, order=order)
+
     def begin_epoch(self) -> int:
         """The epoch of an iteration that begins now, for loaders."""
         return self._epochs.begin()
@@ -289,7 +299,7 @@ def _checked_urls(urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     return found
 
 
-def _order_options(shuffle: bool | str, seed: int, shuffle_window: int | str) -> OrderOptions:
+def _order_options(shuffle: bool | str, seed: int, shuffle_window: int | str, ram_bytes: int) -> OrderOptions:
     ways: dict[bool | str, Literal["none", "window", "shards"]] = {
         False: "none",
         True: "window",
@@ -300,5 +310,13 @@ def _order_options(shuffle: bool | str, seed: int, shuffle_window: int | str) ->
         raise ConfigError(f'shuffle={shuffle!r} must be False, True, "window" or "shards"')
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ConfigError(f"seed={seed!r} must be an integer")
-    window = DEFAULT_WINDOW_BYTES if shuffle_window == "auto" else parse_bytes(shuffle_window, "shuffle_window")
-    return OrderOptions(seed=seed, shuffle=ways[shuffle], window_bytes=window)
+    if shuffle_window == "auto":
+        return OrderOptions(seed=seed, shuffle=ways[shuffle], window_bytes=auto_window_bytes(ram_bytes))
+    window_bytes = parse_bytes(shuffle_window, "shuffle_window")
+    if ways[shuffle] == "window" and window_bytes > ram_bytes // 2:
+        warnings.warn(
+            f"shuffle_window={shuffle_window!r} is above half of ram_bytes={ram_bytes}: while a window is read, parts "
+            "of it are dropped from RAM and read from disk, or fetched, again; raise ram_bytes or lower shuffle_window",
+            stacklevel=3,
+        )
+    return OrderOptions(seed=seed, shuffle=ways[shuffle], window_bytes=window_bytes)

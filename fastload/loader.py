@@ -154,6 +154,8 @@ class _Stream:
         for run in list(self._runs):
             run.close()
         self._dataset.set_epoch(epoch)
+        if position is not None:
+            self._dataset.adopt(position)
         self._epoch, self._position, self._is_loaded = epoch, position, position is not None
 
     def stats(self) -> dict[str, Any]:

@@ -230,6 +230,35 @@ def test_state_of_another_run_is_refused(s3, cache, data: Corpus) -> None:
     other.close()
 
 
+def test_an_auto_window_goes_on_as_it_was_saved(s3, tmp_path: Path, data: Corpus) -> None:
+    url = data.put(s3)
+
+    def loader_with(name: str, ram_bytes: str, window: str = "auto") -> fastload.DataLoader:
+        cache = fastload.Cache(tmp_path / name, ram_bytes=ram_bytes, disk_bytes="64MiB", chunk_bytes="64KiB")
+        dataset = fastload.StreamingDataset(url, cache=cache, shuffle=True, shuffle_window=window)
+        return fastload.DataLoader(dataset, batch_size=8)
+
+    small = loader_with("small", "512KiB")
+    expected = [[batch["__key__"] for batch in small] for _ in range(2)]
+    small.close()
+    small = loader_with("small", "512KiB")
+    next(iter(small))
+    state = small.state_dict()
+    small.close()
+    large = loader_with("large", "16MiB")
+    large.load_state_dict(state)
+    assert [batch["__key__"] for batch in large] == expected[0][1:]
+    assert [batch["__key__"] for batch in large] == expected[1]
+    large.close()
+    fixed = loader_with("large", "16MiB", window="256KiB")
+    fixed.load_state_dict(state)
+    with pytest.raises(fastload.StateError, match=r"shuffle_window 131072.*262144"):
+        next(iter(fixed))
+    fixed.close()
+    with pytest.warns(UserWarning, match=r"shuffle_window='16MiB' is above half of ram_bytes"):
+        loader_with("large", "16MiB", window="16MiB")
+
+
 def test_epochs(s3, cache, data: Corpus) -> None:
     dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=True)
     loader = fastload.DataLoader(dataset, batch_size=50)

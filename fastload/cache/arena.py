@@ -7,7 +7,8 @@ growing, shrinking (a mapping of cut memory would end its user with SIGBUS) and 
 while the owner keeps the one it has.
 
 First touch of fresh memory runs at about 1 GB/s, use of touched memory at 20. So `populate` touches it ahead
-of use, in pieces, by an madvise that lets go of the GIL: MAP_POPULATE would hold it for half a second a GiB.
+of use, in pieces, by an madvise that lets go of the GIL: MAP_POPULATE would hold it for half a second a GiB. How
+far ahead is the caller's to say: what is never touched costs no memory.
 
 The arena knows nothing of which chunk lies where; that is the service's state. A view that outlives `close()`
 keeps its mapping until it is gone itself.
@@ -60,19 +61,24 @@ class Arena:
         start = number * self.chunk_bytes
         return self._view[start : start + self.chunk_bytes]
 
-    def populate(self, stop: threading.Event) -> int:
-        """Touch the memory from its start until done or `stop` is set; returns how many bytes are touched.
+    @property
+    def touched_bytes(self) -> int:
+        """How much memory it takes up: what was populated or used so far."""
+        return 0 if self.fd < 0 else syscalls.fstat(self.fd).st_blocks * 512
+
+    def populate(self, start: int, end: int, stop: threading.Event) -> int:
+        """Touch the bytes from `start` (on a page) to `end`, until `stop` is set; returns where it ended.
 
         Ends early, and silently, where the kernel is older than 5.14 or has no memory to give: untouched
         memory only costs more at its first use.
         """
-        for start in range(0, self.byte_count, _PIECE_BYTES):
+        for piece in range(start, end, _PIECE_BYTES):
             with self._closing:
                 if stop.is_set() or self._map is None:
-                    return start
-                if not _populate(self._map, start, min(_PIECE_BYTES, self.byte_count - start)):
-                    return start
-        return self.byte_count
+                    return piece
+                if not _populate(self._map, piece, min(_PIECE_BYTES, end - piece)):
+                    return piece
+        return end
 
     def close(self) -> None:
         """Let go of the memory, at once or when the last buffer in use goes. May be called twice."""

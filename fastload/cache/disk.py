@@ -176,22 +176,38 @@ class DiskTier:
         """Change the quota while running. Lowering it removes nothing by itself: the caller evicts.
 
         A tier that had stopped writing tries again, since a change of quota is also how one answers a full
-        disk. One that was off altogether takes stock anew.
+        disk. One that was off altogether takes stock anew, which blocks for as long as that takes.
         """
-        was_off = not self._health.readable
         with self._lock:
             self._quota_bytes = quota_bytes
-        self._health.switch(quota_bytes > 0)
-        if was_off and quota_bytes:
+        if self._health.off and quota_bytes:
             self._take_stock()
+        else:
+            self._health.switch(quota_bytes > 0)
+
+    # A disk that hangs, as seen by whoever watches the time of the calls made here
+
+    def stalled(self, seconds: float) -> None:
+        """A call has not returned for `seconds`: look for nothing and write nothing until `answered`."""
+        self._health.stalled(seconds)
+
+    def answered(self) -> None:
+        """The calls that hung have returned: use the disk again, unless it has stalled too often."""
+        self._health.answered()
 
     # Inside
 
     def _take_stock(self) -> None:
+        """Make the table, and only then switch on. What a write still under way has entered meanwhile stays."""
+        with self._lock:
+            self._held.clear()
+            self._used_bytes = 0
         found = inventory.take(self.directory)
         with self._lock:
-            self._held = {name: _Entry(took) for _, name, took in found.held}
-            self._used_bytes = sum(entry.allocated_bytes for entry in self._held.values())
+            held = {name: _Entry(took) for _, name, took in found.held} | self._held
+            self._held = held
+            self._used_bytes = sum(entry.allocated_bytes for entry in held.values())
+        self._health.switch(True)
         self._health.count(swept=found.swept, damaged=found.damaged)
         if found.error is not None:
             self._health.scan_failed(found.error, found.errors)

@@ -2,8 +2,12 @@
 
 A disk fails in few ways that matter. *Full or read-only*: no more writes, what is there is still good. *One
 bad file*: that one is lost. *Read after read fails*: the disk is dead, and asking it again costs each chunk
-its timeout. *We are short* (of descriptors, of memory): not the disk's fault, and over in a moment. Each is
-told once, in a sentence that says what happens now and what to do; training goes on in all of them.
+its timeout. *No answer at all*: it is left alone until it answers, and for good where that happens again and
+again. *We are short* (of descriptors, of memory): not the disk's fault, and over in a moment. Each is told once,
+in a sentence that says what happens now and what to do; training goes on in all of them.
+
+A call that does not return cannot notice that itself: whoever made it watches the time, and says `stalled`
+and `answered`.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from fastload.config import format_bytes
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN)
 # So many reads in a row that fail with an I/O error mean a dead disk, not a bad spot.
 _READ_ERRORS_MAX = 8
+# So many stalls, each of which has cost somebody the deadline, are enough.
+_STALLS_MAX = 3
 
 
 @dataclass(slots=True)
@@ -34,6 +40,7 @@ class DiskCounters:
     damaged: int = 0  # files put out of use: at the scan by their size, on reading by their checksums
     errors: int = 0  # system calls that failed for a reason that should not be
     swept: int = 0  # temp files of dead writers
+    stalls: int = 0  # times that it did not answer in time
 
 
 class Health:
@@ -43,21 +50,64 @@ class Health:
     """
 
     def __init__(self, directory: Path, on_trouble: Callable[[str], None]) -> None:
-        self.readable = False
-        self.writable = False
+        self._readable = False
+        self._writable = False
+        self._stalled = False
         self._directory = directory
         self._on_trouble = on_trouble
         self._lock = threading.Lock()
         self._counters = DiskCounters()
         self._told: set[str] = set()
         self._read_errors = 0  # in a row
+        self._stall_count = 0
+
+    @property
+    def readable(self) -> bool:
+        """Whether chunks are looked for there at all."""
+        return self._readable and not self._stalled
+
+    @property
+    def writable(self) -> bool:
+        """Whether it takes more."""
+        return self._writable and not self._stalled
+
+    @property
+    def off(self) -> bool:
+        """Switched off or given up, for more than a stall."""
+        return not self._readable
 
     def switch(self, on: bool) -> None:
-        """On or off, with a clean slate: what comes up again is told again."""
+        """On or off, with a clean slate: what comes up again is told again. A stall goes on until it is answered."""
         with self._lock:
-            self.readable = self.writable = on
+            self._readable = self._writable = on
             self._told.clear()
-            self._read_errors = 0
+            self._read_errors = self._stall_count = 0
+
+    def stalled(self, seconds: float) -> None:
+        """An operation has not returned for so long: the tier is left alone until `answered`."""
+        self.count(stalls=1)
+        with self._lock:
+            self._stalled = True
+            self._stall_count += 1
+        self._tell(
+            "stalled",
+            f"the disk cache {self._directory} has not answered for {seconds:g} s; until it does, what it holds is "
+            "fetched again and nothing is written: check the disk",
+        )
+
+    def answered(self) -> None:
+        """The operations that hung have returned."""
+        with self._lock:
+            self._stalled = False
+            dead = self._stall_count >= _STALLS_MAX
+            if dead:
+                self._readable = self._writable = False
+        if dead:
+            self._tell(
+                "dead",
+                f"the disk cache {self._directory} is not used any more in this run, as it stalled "
+                f"{_STALLS_MAX} times; check the disk",
+            )
 
     def counters(self) -> dict[str, int]:
         """A copy of the `DiskCounters`."""
@@ -93,7 +143,7 @@ class Health:
             self._read_errors += 1
             dead = self._read_errors >= _READ_ERRORS_MAX
             if dead:
-                self.readable = self.writable = False
+                self._readable = self._writable = False
         self._tell("read", f"reading {path} in the disk cache failed ({error}); its data is fetched again")
         if dead:
             self._tell(
@@ -113,7 +163,7 @@ class Health:
                 f"a write to the disk cache {self._directory} failed ({error}) and was left out",
             )
             return
-        self.writable = False
+        self._writable = False
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         cure = "free some space there, or lower disk_bytes" if full else "check the disk and its rights"
         self._tell(
@@ -128,7 +178,7 @@ class Health:
         What was missed may fill any part of the quota, so there are no more writes.
         """
         self.count(errors=times)
-        self.writable = False
+        self._writable = False
         self._tell(
             "scan",
             f"the disk cache {self._directory} could not be listed in full ({error}); what was found is "

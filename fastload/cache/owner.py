@@ -4,7 +4,8 @@ A file is written under a temp name beside its place and renamed when it is whol
 writer's process id and the time when that process started (in the kernel's ticks since boot), so that whoever
 finds the file later can tell a write in progress from what a killed process left: ids are used again, the
 pair is not. A writer that this machine does not show, in another pid namespace for example, looks dead; if
-its file is swept, its rename fails and it has lost one write.
+its file is swept, its rename fails and it has lost one write. So does a zombie, which has a number and an entry in
+/proc until its parent looks, but writes nothing any more.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fastload.cache import syscalls
 
 _TEMP = re.compile(r"\.tmp-(\d+)-(\d+)-[0-9a-f]{8}-\d+")
 _UNKNOWN = "0"  # no process but the first starts with the machine
+_DEAD = (b"Z", b"X", b"x")  # states in /proc: a zombie, or on its way out
 
 
 def temp_names() -> Iterator[str]:
@@ -37,12 +39,14 @@ def is_stale(name: str) -> bool:
 
 
 def _start_time(pid: int) -> str:
-    """When process `pid` started, in ticks since boot; "" where there is none, `_UNKNOWN` where we cannot tell."""
+    """When process `pid` started, in ticks since boot; "" where it is gone, `_UNKNOWN` where we cannot tell."""
     try:
         status = syscalls.read_file(f"/proc/{pid}/stat")
     except (FileNotFoundError, ProcessLookupError):
         return _UNKNOWN if pid == os.getpid() else ""
     except OSError:
         return _UNKNOWN
-    # The second field is the program's name in brackets, and may hold anything; the 22nd is the start time.
-    return status.rpartition(b")")[2].split()[19].decode()
+    # The second field is the program's name in brackets, and may hold anything; the 3rd is the state, the 22nd the
+    # start time.
+    fields = status.rpartition(b")")[2].split()
+    return "" if fields[0] in _DEAD else fields[19].decode()

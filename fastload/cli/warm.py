@@ -43,16 +43,17 @@ def warm(
     """Fill the cache for a job, so that it fetches nothing: same URLs, seed and shuffle as the job."""
     from fastload import warm as warming
     from fastload.config import parse_bytes
-    from fastload.plan import DEFAULT_WINDOW_BYTES, OrderOptions, Ranks
+    from fastload.plan import OrderOptions, Ranks, auto_window_bytes
     from fastload.service.handle import Cache
 
-    window = DEFAULT_WINDOW_BYTES if shuffle_window == "auto" else parse_bytes(shuffle_window, "shuffle_window")
-    order = OrderOptions(seed=seed, shuffle="window" if shuffle else "none", window_bytes=window)
     console = Console(stderr=True)
     with (
         Cache(cache, ram_bytes=ram_bytes, disk_bytes=disk_bytes, chunk_bytes=chunk_bytes) as opened,
         _bar(console) as bar,
     ):
+        given = None if shuffle_window == "auto" else parse_bytes(shuffle_window, "shuffle_window")
+        window_bytes = auto_window_bytes(opened.ram_bytes) if given is None else given
+        order = OrderOptions(seed=seed, shuffle="window" if shuffle else "none", window_bytes=window_bytes)
         task = bar.add_task("listing", total=None)
 
         def show(progress: service.protocol.Progress) -> None:

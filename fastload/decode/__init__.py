@@ -1,9 +1,9 @@
 """What a user declares for a column: `decode={"jpg": decode.image(size=224), "cls": decode.integer()}`."""
 
-from fastload.decode.base import Decoder, join_groups
+from fastload.decode.base import Decoder
 from fastload.decode.integers import integer
 from fastload.decode.npy import array
 from fastload.decode.pictures import image
 from fastload.decode.plain import json, raw, text
 
-__all__ = ["Decoder", "array", "image", "integer", "join_groups", "json", "raw", "text"]
+__all__ = ["Decoder", "array", "image", "integer", "json", "raw", "text"]

@@ -34,7 +34,7 @@ import numpy.typing as npt
 from fastload.errors import ConfigError, DecodeError, FastloadError
 from fastload.ragged import Ragged
 
-__all__ = ["Bytes", "Decoder", "Fixed", "Offsets", "Where", "each", "join_groups", "located"]
+__all__ = ["Bytes", "Decoder", "Fixed", "Offsets", "Where", "each", "located"]
 
 Bytes: TypeAlias = "bytes | bytearray | memoryview"
 Fixed: TypeAlias = tuple[tuple[int, ...], np.dtype[Any]]
@@ -117,23 +117,3 @@ def each(values: npt.NDArray[np.uint8], offsets: Offsets, where: Where, act: Cal
 def located(error: FastloadError, where: str) -> FastloadError:
     """`error` with its place before it."""
     return type(error)(f"{where}: {error}")
-
-
-def join_groups(
-    groups: list[Ragged | list[Any] | npt.NDArray[Any]],
-) -> Ragged | list[Any] | npt.NDArray[Any]:
-    """What one decoder's `decode` gave for the groups of a batch, as one. At least one group.
-
-    Raises `DecodeError` where arrays differ in dtype from group to group.
-    """
-    first = groups[0]
-    if len(groups) == 1:
-        return first
-    if isinstance(first, Ragged):
-        return Ragged.concatenate(groups)  # type: ignore[arg-type]  # one decoder, one type
-    if isinstance(first, list):
-        return [item for group in groups for item in group]
-    dtypes = sorted({str(group.dtype) for group in groups})  # type: ignore[union-attr]
-    if len(dtypes) > 1:
-        raise DecodeError(f"arrays of {' and '.join(dtypes)} in one batch; declare array(shape, dtype)")
-    return np.concatenate(groups)  # type: ignore[arg-type]

@@ -1,13 +1,15 @@
 """How fastload compiles its kernels: once per kernel, when first needed, and kept on disk per user.
 
 A *kernel* is a free function over arrays, compiled by numba without the GIL. What numba does by default costs
-a loader dearly, so four things are settled here:
+a loader dearly, so five things are settled here:
 
 - *One compilation per kernel.* numba compiles a function again for every combination of argument types, and a
   read-only array is another type than a writable one. A kernel states its signature; read-only parameters
   (`array_in`) take both.
 - *Not at import.* numba compiles a function with a signature where it is decorated, 0.3-0.5 s each. A kernel
   is compiled when it is first called, or ahead of that by `fastload.kernels.compile_in_background`.
+- *numba's own libraries at import.* It loads them (and scipy, where that is installed) when it first compiles or
+  loads anything: a third of a second of imports under the GIL, which would stand in the way of the first batch.
 - *A cache that cannot return the wrong code.* numba's index file is rewritten without a lock, so that two
   processes which save different entries of one function may leave the one's code under the other's key. Here
   a folder belongs to one processor type and one version of numba, and a function has one entry. An entry is
@@ -39,7 +41,7 @@ import numba
 from llvmlite import binding
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.compiler_lock import global_compiler_lock
-from numba.core.registry import CPUDispatcher
+from numba.core.registry import CPUDispatcher, cpu_target
 from numba.core.types import Array, Type
 
 __all__ = ["Kernel", "array_in", "array_out", "kernel"]
@@ -47,6 +49,9 @@ __all__ = ["Kernel", "array_in", "array_out", "kernel"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _log = logging.getLogger("fastload.kernels")
+
+cpu_target.typing_context.refresh()
+cpu_target.target_context.refresh()
 
 
 def array_in(element: Type, dimensions: int = 1) -> Type:

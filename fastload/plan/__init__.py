@@ -5,13 +5,12 @@ there.
 from fastload.plan.cursor import BatchEntry, RankCursor, Split
 from fastload.plan.lookahead import objects_in_use_order
 from fastload.plan.manifest import Manifest
-from fastload.plan.order import DEFAULT_WINDOW_BYTES, EpochOrder, OrderOptions, Shuffle, epoch_order
+from fastload.plan.order import EpochOrder, OrderOptions, Shuffle, auto_window_bytes, epoch_order
 from fastload.plan.position import Place, Position
 from fastload.plan.ranks import Ranks, resolve_ranks
 from fastload.plan.tail import Tail, batch_count_of_rank, repeat_count, sample_count_of_rank
 
 __all__ = [
-    "DEFAULT_WINDOW_BYTES",
     "BatchEntry",
     "EpochOrder",
     "Manifest",
@@ -23,6 +22,7 @@ __all__ = [
     "Shuffle",
     "Split",
     "Tail",
+    "auto_window_bytes",
     "batch_count_of_rank",
     "epoch_order",
     "objects_in_use_order",

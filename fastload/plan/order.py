@@ -44,9 +44,16 @@ def check_shuffle(shuffle: str) -> Shuffle:
     return cast(Shuffle, shuffle)
 
 
-# What "auto" means for the window: some thousands of images, while two live windows fit a small arena. It is
-# the same on every machine, since the order must be.
 DEFAULT_WINDOW_BYTES = 512 << 20
+
+
+def auto_window_bytes(ram_bytes: int) -> int:
+    """What `shuffle_window="auto"` means beside an arena of `ram_bytes`: some thousands of images.
+
+    512 MiB wherever the arena has 2 GiB, since the order should be the same on every machine. Below that, a quarter of
+    the arena, rounded down to a power of two: two windows are live at a time, and what does not fit is read twice.
+    """
+    return min(DEFAULT_WINDOW_BYTES, 1 << max(0, (ram_bytes // 4).bit_length() - 1))
 
 
 @dataclass(frozen=True, slots=True)

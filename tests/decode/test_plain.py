@@ -156,13 +156,3 @@ def test_places_are_made_for_errors_only() -> None:
 
     for decoder, item in ((fd.text(), b"a"), (fd.json(), b"1"), (fd.integer(), b"1"), (fd.raw(), b"")):
         decoder.decode(*group([item] * 3), never)
-
-
-def test_join_groups() -> None:
-    assert fd.join_groups([[1], [2, 3]]) == [1, 2, 3]
-    assert fd.join_groups([Ragged.from_items([b"a"]), Ragged.from_items([b"", b"b"])]) == [b"a", b"", b"b"]
-    joined = fd.join_groups([np.zeros((1, 2)), np.ones((1, 2))])
-    assert isinstance(joined, np.ndarray)
-    assert joined.tolist() == [[0, 0], [1, 1]]
-    with pytest.raises(DecodeError, match="float32 and float64"):
-        fd.join_groups([np.zeros(1, np.float32), np.zeros(1)])
