@@ -119,7 +119,21 @@ def epoch_order(manifest: Manifest, options: OrderOptions, epoch: int, partition
     """The order of `partition` in `epoch`. Time and memory are linear in shards, whatever they hold."""
     if not 0 <= partition < options.partitions:
         raise ConfigError(f"partition={partition} must be from 0 to {options.partitions - 1}")
-    objects = _partition_objects(manifest, options.partitions, partition)
+    dealt = deal_to_partitions(manifest.sizes, options.partitions)
+    return _partition_order(manifest, options, epoch, partition, dealt)
+
+
+def epoch_orders(manifest: Manifest, options: OrderOptions, epoch: int) -> tuple[EpochOrder, ...]:
+    """The orders of all partitions in `epoch`, for the cost of dealing the shards once."""
+    dealt = deal_to_partitions(manifest.sizes, options.partitions)
+    partitions = range(options.partitions)
+    return tuple(_partition_order(manifest, options, epoch, partition, dealt) for partition in partitions)
+
+
+def _partition_order(
+    manifest: Manifest, options: OrderOptions, epoch: int, partition: int, dealt: NDArray[np.int32]
+) -> EpochOrder:
+    objects = np.flatnonzero(dealt == partition).astype(np.int32)
     if options.shuffle != "none":
         objects = objects[keyed_permutation(_key("shards", options.seed, epoch, partition), len(objects))]
     if options.shuffle == "window":
@@ -173,8 +187,3 @@ def keyed_permutation(key: str, count: int) -> NDArray[np.int64]:
 def _key(what: str, seed: int, epoch: int, partition: int, window: int | None = None) -> str:
     key = f"fastload order 1 {what} seed={seed} epoch={epoch} partition={partition}"
     return key if window is None else f"{key} window={window}"
-
-
-def _partition_objects(manifest: Manifest, partitions: int, partition: int) -> NDArray[np.int32]:
-    """int32: the objects of one partition, by number."""
-    return np.flatnonzero(deal_to_partitions(manifest.sizes, partitions) == partition).astype(np.int32)
