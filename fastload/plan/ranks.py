@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import gcd
 
 from fastload.errors import ConfigError
 
@@ -59,6 +60,38 @@ def resolve_ranks(
         known, missing = source if found[1] is None else source[::-1]
         raise ConfigError(f"{known} is set but {missing} is not; set both, or neither for a single process")
     return _with_node(found[0], found[1], launched, environ)
+
+
+def default_partitions(ranks: Ranks) -> int:
+    """One partition a node: each then reads shards of its own, one window at a time."""
+    return max(1, ranks.world_size // ranks.local_world_size)
+
+
+def shared_lanes(ranks: Ranks, partitions: int) -> int:
+    """gcd(nodes, partitions): two nodes read the same lanes where their numbers are equal modulo this.
+
+    Raises `ConfigError` unless every node has as many ranks, numbered node by node; with one partition nodes
+    do not matter.
+    """
+    local = ranks.local_world_size
+    if partitions == 1:
+        return 1
+    if ranks.world_size % local or ranks.local_rank != ranks.rank % local:
+        raise ConfigError(
+            f"partitions={partitions} needs ranks that are numbered node by node, as many on each: rank={ranks.rank} "
+            f"of world_size={ranks.world_size} cannot be local_rank={ranks.local_rank} of local_world_size={local}; "
+            "number them so, or use partitions=1"
+        )
+    return gcd(ranks.world_size // local, partitions)
+
+
+def turn_of(ranks: Ranks, partitions: int) -> int:
+    """A rank's turn, from 0 to world_size - 1: which samples are its own where ranks take turns. See `deal`."""
+    if partitions == 1:
+        return ranks.rank
+    shared = shared_lanes(ranks, partitions)
+    node, local_rank = divmod(ranks.rank, ranks.local_world_size)
+    return node % shared + shared * (node // shared * ranks.local_world_size + local_rank)
 
 
 def _with_node(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, cast, get_args
 
 from fastload.errors import ConfigError
-from fastload.plan.ranks import Ranks
+from fastload.plan.ranks import Ranks, turn_of
 
 Tail = Literal["pad", "drop", "uneven"]
 
@@ -17,17 +17,19 @@ def check_tail(tail: str) -> Tail:
     return cast(Tail, tail)
 
 
-def sample_count_of_rank(total: int, ranks: Ranks, tail: Tail) -> int:
+def sample_count_of_rank(total: int, ranks: Ranks, tail: Tail, partitions: int = 1) -> int:
     """How many samples a rank gets of `total`, repeats included."""
     full, left_over = divmod(total, ranks.world_size)
     if tail == "pad":
         return full + (left_over > 0)
-    return full + (tail == "uneven" and ranks.rank < left_over)
+    return full + (tail == "uneven" and turn_of(ranks, partitions) < left_over)
 
 
-def batch_count_of_rank(total: int, ranks: Ranks, tail: Tail, batch_size: int, drop_last: bool) -> int:
+def batch_count_of_rank(
+    total: int, ranks: Ranks, tail: Tail, batch_size: int, drop_last: bool, partitions: int = 1
+) -> int:
     """How many batches a rank gets of `total` samples."""
-    full, rest = divmod(sample_count_of_rank(total, ranks, tail), batch_size)
+    full, rest = divmod(sample_count_of_rank(total, ranks, tail, partitions), batch_size)
     return full + (rest > 0 and not drop_last)
 
 
