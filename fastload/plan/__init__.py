@@ -2,16 +2,18 @@
 there.
 """
 
-from fastload.plan.cursor import BatchEntry, RankCursor, Split
+from fastload.plan.cursor import BatchEntry, EpochCursor, RankCursor, Split
 from fastload.plan.lookahead import objects_in_use_order
 from fastload.plan.manifest import Manifest
-from fastload.plan.order import EpochOrder, OrderOptions, Shuffle, auto_window_bytes, epoch_order
+from fastload.plan.order import EpochOrder, OrderOptions, Shuffle, auto_window_bytes, epoch_order, epoch_orders
 from fastload.plan.position import Place, Position
-from fastload.plan.ranks import Ranks, resolve_ranks
+from fastload.plan.ranks import Ranks, default_partitions, resolve_ranks, turn_of
 from fastload.plan.tail import Tail, batch_count_of_rank, repeat_count, sample_count_of_rank
+from fastload.plan.tally import WindowKey
 
 __all__ = [
     "BatchEntry",
+    "EpochCursor",
     "EpochOrder",
     "Manifest",
     "OrderOptions",
@@ -22,11 +24,15 @@ __all__ = [
     "Shuffle",
     "Split",
     "Tail",
+    "WindowKey",
     "auto_window_bytes",
     "batch_count_of_rank",
+    "default_partitions",
     "epoch_order",
+    "epoch_orders",
     "objects_in_use_order",
     "repeat_count",
     "resolve_ranks",
     "sample_count_of_rank",
+    "turn_of",
 ]

@@ -1,22 +1,23 @@
 """From the order to a rank's batches, as sample counts become known.
 
-The samples of an epoch stand in one line: the windows, one after the other, each in its permuted order.
-Position p of the line (counted from where the run starts or resumes) belongs to rank p mod world_size, and
-global batch g is the positions from g·B·W up to (g+1)·B·W, so that its samples are the same at every world
-size W for which B·W is the same.
+The samples of an epoch stand in one line, in which partitions alternate (see `lanes`), and a rank has every
+position of it whose turn is its own (see `deal`). An `EpochCursor` says which window to open next, is told the
+counts of one window after the other, and answers with the batches that are settled by then: those whose windows
+are all open, and whose positions nothing that is still unknown can move. What is unknown to one node and known to
+another (how many samples its windows hold) it asks for, and goes on from there; nothing about the order depends
+on when a count was told.
 
-A `RankCursor` is told the counts of one window after the other and answers with the batches that are settled
-by then. A batch is settled once all its positions are known, since until then nobody can say whether a full
-group of W follows. At the end up to W-1 positions are left over: `tail="pad"` fills the group with the first
-samples of the last window that has any (and with those again, if it has fewer), `"drop"` leaves them out,
-`"uneven"` gives them to the first ranks. What is left over lies after every batch given out before, so a
-resumed run always sees the window that it is padded from.
+At the end up to W-1 positions are left over: `tail="pad"` fills the group of W with samples of the window in
+which the lane of the missing position ends (or, where that lane ended before the last global batch, of the window
+with the last sample of all), from its first sample on and around; `"drop"` leaves them out, `"uneven"` gives them
+to the first turns. All of that lies after every batch given out before, so a resumed run sees it too.
 
 Pure: no clock, no I/O, and the work per window is a few calls over arrays, whatever it holds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,10 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastload.errors import ConfigError, StateError
+from fastload.plan.deal import Deal
+from fastload.plan.lanes import Lane, Leg, Levels, lane_length
 from fastload.plan.order import EpochOrder
 from fastload.plan.position import Place, Position
 from fastload.plan.ranks import Ranks
 from fastload.plan.tail import Tail, check_tail
+from fastload.plan.tally import Tally, WindowKey
 
 Split = Literal["batches", "samples"]
 
@@ -38,30 +42,463 @@ class BatchEntry:
 
     `number` counts the rank's batches through the epoch. Sample i is number `sample_no[i]` (int64) of object
     `object_no[i]` (int32). The last `repeats` samples are repeats made to fill the tail. All samples lie in
-    the windows from `window_first` to `window_last`. `after` and `samples_after` are the position once every
-    rank has this batch.
+    `windows`, each named once, rising. `samples_after` is how far the line is delivered once every rank has this
+    batch.
     """
 
     number: int
     object_no: NDArray[np.int32]
     sample_no: NDArray[np.int64]
     repeats: int
-    window_first: int
-    window_last: int
-    after: Place
+    windows: tuple[WindowKey, ...]
     samples_after: int
 
     def __len__(self) -> int:
         return len(self.object_no)
 
+    @property
+    def window_first(self) -> int:
+        """The number of the first window that the batch needs, where there is one partition."""
+        return self.windows[0].window
 
-class RankCursor:
+    @property
+    def window_last(self) -> int:
+        """The number of the last window that the batch needs, where there is one partition."""
+        return self.windows[-1].window
+
+
+class EpochCursor:
     """The batches of one rank in one epoch. One user at a time; made anew for each epoch.
+
+    `orders` are those of all partitions. Until `next_window` is None, open that window and `add` it; where
+    `counts_wanted` names objects, `tell` their sample counts first (any that are known may be told at any time);
+    at last `finish`. Windows that are not among `needed` may be closed; one of them may be asked for again.
 
     `worker=(w, n)` is one of n workers that share the rank's samples. With `split="batches"` it gets every
     n-th batch, beginning with its own number, which is the order in which torch's DataLoader asks its
     workers. With `split="samples"` it gets every n-th sample, in batches of its own; together they are the
     rank's samples, each once.
+
+    Raises `ConfigError` for arguments that do not fit and `StateError` where `start` belongs to another run.
+    """
+
+    def __init__(
+        self,
+        orders: Sequence[EpochOrder],
+        ranks: Ranks,
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        tail: Tail = "pad",
+        start: Position | None = None,
+        worker: tuple[int, int] = (0, 1),
+        split: Split = "batches",
+    ) -> None:
+        _check_arguments(batch_size, worker)
+        self.orders, self.ranks, self.batch_size = tuple(orders), ranks, batch_size
+        self.drop_last, self.tail = drop_last, check_tail(tail)
+        self.start = start if start is not None else Position.start(orders[0], ranks, batch_size, tail)
+        self.start.check(self.orders, ranks, batch_size, tail)
+        self._worker, self._split = worker, split
+        self._partitions, self._global_batch = len(self.orders), batch_size * ranks.world_size
+        # Batches are dealt to workers; or each worker takes its part of a group as large as a batch for every
+        # worker.
+        self._group = self._global_batch * (worker[1] if split == "samples" else 1)
+        self._number_start = -(-self.start.samples // self._global_batch)
+        self._groups_given = 0
+        self._given = self.start.samples  # positions of the line that are given out
+        self._deal = Deal(ranks, self._partitions)
+        self._tally = Tally(self.orders, self.start.places, self.start.taken or self._lengths(self._given))
+        self._lanes = {p: Lane(p, lane_length(p, self._given, self._partitions)) for p in self._deal.lanes}
+        self._open: dict[WindowKey, _OpenWindow] = {}
+        self._levels: Levels | None = None
+        self._level()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is walked through."""
+        return self.orders[0].epoch
+
+    def objects_of(self, key: WindowKey) -> NDArray[np.int32]:
+        """The object numbers of a window, int32; `add` wants one count for each."""
+        return self.orders[key.partition].window_objects(key.window)
+
+    @property
+    def next_window(self) -> WindowKey | None:
+        """The window to open next; None where all are open, and where `counts_wanted` must be told before."""
+        missing = [
+            (lane.covered * self._partitions + lane.number, stop.key)
+            for lane, end in self._uncovered()
+            if (stop := lane.stop(self._tally)) is not None and lane.covered < end
+        ]
+        if missing:
+            return min(missing)[1]
+        source = self._tail_source
+        return source[0] if source is not None and source[0] not in self._open else None
+
+    @property
+    def counts_wanted(self) -> NDArray[np.int32]:
+        """Objects whose counts must be told before anything can go on, int32; empty where `next_window` is not
+        None, and at the end.
+
+        They are the next windows of other nodes, where these may have too few samples for the batch that is due,
+        and all that has no count where a lane has come to the end of its partition. A count of any other object
+        helps too.
+        """
+        if self._levels is not None or self.next_window is not None:
+            return np.empty(0, np.int32)
+        if any(lane.covered < end for lane, end in self._uncovered()):
+            return self._tally.uncounted_objects()
+        others = self._tally.next_uncounted([p for p in range(self._partitions) if p not in self._lanes])
+        return others if len(others) else self._tally.next_uncounted(list(self._lanes))
+
+    @property
+    def needed(self) -> frozenset[WindowKey]:
+        """The open windows that a batch still to come may need."""
+        return frozenset(self._open)
+
+    def windows_ahead(self) -> list[WindowKey]:
+        """The windows that this node still needs, in the order in which batches come to them, each once.
+
+        Windows that are open are among them. Before all counts are known, partitions are taken to hold as many
+        samples a byte, and windows that other nodes may come to need help with are left in.
+        """
+        if self._levels is None:
+            return windows_by_bytes(self.orders, self._deal.lanes, self._places(self._given))
+        return self._exact_windows_ahead(self._levels)
+
+    def tell(self, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> list[BatchEntry]:
+        """The batches that are settled by the sample counts, int64, of some objects."""
+        self._tally.tell(object_nos, np.asarray(counts, np.int64))
+        self._level()
+        return self._settle()
+
+    def add(self, key: WindowKey, counts: NDArray[np.int64]) -> list[BatchEntry]:
+        """A window is open: the batches that are settled by that, and by the counts of its objects, int64.
+
+        Raises `StateError` where the start lies beyond the samples that there are, or a count was told
+        otherwise.
+        """
+        objects, counts = self.objects_of(key), np.asarray(counts, np.int64)
+        assert len(counts) == len(objects), f"{len(counts)} counts for {len(objects)} objects"
+        assert not len(counts) or counts.min() >= 0, "a sample count is negative"
+        total = int(counts.sum())
+        self._check_start(key, total)
+        line = self.orders[key.partition].window_permutation(key.window, total)
+        self._tally.tell(objects, counts)
+        self._open[key] = _OpenWindow(line, objects, counts)
+        self._level()
+        return self._settle()
+
+    def finish(self) -> list[BatchEntry]:
+        """After the last window: what the tail leaves, at most one batch (one a worker). Called once."""
+        assert self._levels is not None, "not all sample counts are known"
+        assert self.next_window is None, f"window {self.next_window} has not been added"
+        total, source = self._levels.total, self._tail_source
+        whole = total - (total - self._given) % self.ranks.world_size
+        samples = self._samples_at(self._deal.positions(self._given, whole))
+        repeats = 0
+        if source is not None:
+            key, offset = source
+            samples = samples.then(self._open[key].located(np.array([offset]), key))
+            repeats = int(whole + self._deal.turn >= total)
+        self._given = total
+        entry = self._entry(self._groups_given, samples, repeats, total)
+        return [] if entry is None else [entry]
+
+    def position(self, entry: BatchEntry | None) -> Position:
+        """The position after `entry` was delivered; for None, where the cursor started."""
+        if entry is None:
+            return self.start
+        samples = entry.samples_after
+        return Position(
+            epoch=self.epoch,
+            batches=-(-samples // self._global_batch),
+            samples=samples,
+            places=self._places(samples),
+            options=self.orders[0].options,
+            fingerprint=self.orders[0].manifest.fingerprint,
+            world_size=self.ranks.world_size,
+            batch_size=self.batch_size,
+            tail=self.tail,
+            taken=tuple(self._taken(samples)) if self._partitions > 1 else (),
+        )
+
+    def _lengths(self, position: int) -> list[int]:
+        return [lane_length(p, position, self._partitions) for p in range(self._partitions)]
+
+    def _taken(self, samples: int) -> list[int]:
+        """How many of each partition's samples lanes have taken from its front; its length is not exceeded where
+        that is known.
+        """
+        if self._levels is not None and samples == self._levels.total:
+            return [int(count) for count in self._tally.totals()]
+        lengths = (self._tally.length(p) for p in range(self._partitions))
+        return [n if of is None else min(n, of) for n, of in zip(self._lengths(samples), lengths, strict=True)]
+
+    def _places(self, samples: int) -> tuple[Place, ...]:
+        if self._levels is not None and samples == self._levels.total:
+            return tuple(Place(order.window_count, 0) for order in self.orders)
+        return tuple(self._tally.place(p, taken) for p, taken in enumerate(self._taken(samples)))
+
+    def _check_start(self, key: WindowKey, count: int) -> None:
+        window, offset = self.start.places[key.partition]
+        # With several partitions an offset may reach beyond its window, and the whole partition is looked at.
+        if self._partitions == 1 and key.window == window and offset and offset >= count:
+            raise StateError(
+                f"the state is at sample {offset} of window {window}, which has {count} samples: "
+                "the shards are not those it was saved with; load another state"
+            )
+
+    def _level(self) -> None:
+        """Once everything is counted: settle where lanes end."""
+        if self._levels is None and self._tally.is_complete:
+            self._levels = Levels(self._tally.totals())
+            if self._levels.total < self.start.samples:
+                raise StateError(
+                    f"the state has delivered {self.start.samples} samples of the {self._levels.total} that there are: "
+                    "the shards are not those it was saved with; load another state"
+                )
+            for lane in self._lanes.values():
+                lane.level(self._levels)
+
+    def _group_end(self) -> int:
+        """Where the next group of the line ends."""
+        end = self._given + self._group
+        return end if self._levels is None else min(end, self._levels.total)
+
+    def _uncovered(self) -> list[tuple[Lane, int]]:
+        """The lanes that the node needs for the next group, and up to which number."""
+        return [(self._lanes[p], end) for p, _, end in self._deal.needs(self._given, self._group_end())]
+
+    def _extend(self) -> None:
+        """Let lanes go on through windows that are open."""
+        for lane, start, _ in self._deal.needs(self._given, self._given + self._group):
+            self._lanes[lane].skip_to(start)
+        for lane_ in self._lanes.values():
+            while (stop := lane_.stop(self._tally)) is not None and stop.key in self._open:
+                lane_.take(stop)
+
+    def _groups_ready(self) -> int:
+        known = self._tally.at_least if self._levels is None else self._levels.total
+        if self._given + self._group > known:
+            return 0
+        settled = self._deal.settled(self._given, self._group, {p: lane.covered for p, lane in self._lanes.items()})
+        return (min(settled, known) - self._given) // self._group
+
+    def _settle(self) -> list[BatchEntry]:
+        entries: list[BatchEntry] = []
+        self._extend()
+        while groups := self._groups_ready():
+            entries += self._give(groups)
+            self._extend()
+        self._close_windows()
+        return entries
+
+    def _give(self, groups: int) -> list[BatchEntry]:
+        """The batches of the next groups."""
+        stop, size = self._given + groups * self._group, self._group // self.ranks.world_size
+        samples = self._samples_at(self._deal.positions(self._given, stop))
+        entries = [
+            self._entry(
+                self._groups_given + i,
+                samples.part(i * size, (i + 1) * size),
+                0,
+                self._given + (i + 1) * self._group,
+            )
+            for i in range(groups)
+        ]
+        self._given, self._groups_given = stop, self._groups_given + groups
+        return [entry for entry in entries if entry is not None]
+
+    def _close_windows(self) -> None:
+        """Forget what no batch to come needs."""
+        needed = {leg.key for lane in self._lanes.values() for leg in self._legs_left(lane)}
+        if self._levels is not None and (source := self._tail_source) is not None:
+            needed.add(source[0])
+        self._open = {key: window for key, window in self._open.items() if key in needed}
+
+    def _legs_left(self, lane: Lane) -> list[Leg]:
+        lane.forget_before(lane_length(lane.number, self._given, self._partitions))
+        return lane.legs
+
+    @property
+    def _tail_source(self) -> tuple[WindowKey, int] | None:
+        """Window and offset of the one sample that the tail gives this rank, left over or repeated, if it gives
+        one and is all that is left beside whole rounds.
+        """
+        if self._levels is None or self._levels.total - self._given >= self._group:
+            return None
+        total = self._levels.total
+        left_over = (total - self._given) % self.ranks.world_size
+        position = total - left_over + self._deal.turn
+        if not left_over or self.tail == "drop" or (position >= total and self.tail != "pad"):
+            return None
+        if position < total:
+            window, offset, _ = self._found(position)
+            return window, offset
+        window, _, count = self._found(self._last_of_lane(position % self._partitions))
+        return window, (position - total) % count
+
+    def _last_of_lane(self, lane: int) -> int:
+        """The last position of a lane; of all, where the lane has none in the last global batch."""
+        assert self._levels is not None
+        total = self._levels.total
+        position = (int(self._levels.quota[lane]) - 1) * self._partitions + lane
+        return position if position >= (total - 1) // self._global_batch * self._global_batch else total - 1
+
+    def _found(self, position: int) -> tuple[WindowKey, int, int]:
+        """Window, offset and the window's samples, of a position of the line."""
+        assert self._levels is not None
+        number, lane = divmod(position, self._partitions)
+        piece = self._levels.pieces(lane, number, number + 1)[0]
+        found = self._tally.find(piece.partition, piece.start)
+        assert found is not None, "a position below the total lies in a window"
+        return WindowKey(piece.partition, found[0]), found[1], found[2]
+
+    def _samples_at(self, positions: NDArray[np.int64]) -> _Samples:
+        """The samples of some positions, rising, whose windows are open."""
+        if self._partitions == 1:
+            return self._of_lane(0, positions)
+        lanes = (positions % self._partitions).astype(np.int32)
+        by_lane = np.argsort(lanes, kind="stable")
+        bounds = np.searchsorted(lanes[by_lane], np.arange(self._partitions + 1))
+        parts = [
+            self._of_lane(p, positions[by_lane[bounds[p] : bounds[p + 1]]] // self._partitions)
+            for p in np.flatnonzero(np.diff(bounds)).tolist()
+        ]
+        return _Samples.joined(parts).part_at(np.argsort(by_lane, kind="stable")) if parts else _NO_SAMPLES
+
+    def _of_lane(self, lane: int, numbers: NDArray[np.int64]) -> _Samples:
+        """The samples of rising numbers of one lane."""
+        legs = self._lanes[lane].legs
+        bounds = np.searchsorted(numbers, [leg.start for leg in legs] + [leg.stop for leg in legs[-1:]])
+        parts = [
+            self._open[leg.key].located(numbers[first:stop] - (leg.start - leg.offset), leg.key)
+            for leg, first, stop in zip(legs, bounds, bounds[1:], strict=False)
+            if first < stop
+        ]
+        return _Samples.joined(parts) if parts else _NO_SAMPLES
+
+    def _entry(self, group: int, samples: _Samples, repeats: int, samples_after: int) -> BatchEntry | None:
+        """The worker's batch from a group of the rank's samples, of which the last `repeats` are repeats."""
+        worker, stride = self._worker
+        if self._split == "batches":
+            if group % stride != worker:
+                return None
+            worker, stride = 0, 1
+        mine = samples.part(worker, len(samples), stride)
+        if len(mine) == 0 or (self.drop_last and len(mine) < self.batch_size):
+            return None
+        has_repeat = (len(samples) - 1) % stride == worker
+        return BatchEntry(
+            self._number_start + group * stride + worker,
+            mine.object_no,
+            mine.sample_no,
+            repeats if has_repeat else 0,
+            tuple(WindowKey(*divmod(int(code), _WINDOWS)) for code in np.unique(mine.window)),
+            samples_after,
+        )
+
+    def _exact_windows_ahead(self, levels: Levels) -> list[WindowKey]:
+        first: dict[WindowKey, int] = {}
+        for number in self._deal.lanes:
+            at = lane_length(number, self._given, self._partitions)
+            for piece in levels.pieces(number, at, int(levels.quota[number])):
+                for key, sample in self._tally.windows(*piece):
+                    position = (at + sample - piece.start) * self._partitions + number
+                    first[key] = min(position, first.get(key, position))
+                at += piece.stop - piece.start
+        return sorted(first, key=lambda key: (first[key], key))
+
+
+def windows_by_bytes(
+    orders: Sequence[EpochOrder], partitions: Sequence[int], places: Sequence[Place]
+) -> list[WindowKey]:
+    """The windows of some partitions from `places` on, as they come if a byte is as many samples everywhere."""
+    found = []
+    for partition in partitions:
+        order = orders[partition]
+        before = np.cumsum(order.window_bytes) - order.window_bytes
+        share = before / max(1, int(order.window_bytes.sum()))
+        found += [
+            (float(share[window]), WindowKey(partition, window))
+            for window in range(min(places[partition].window, order.window_count), order.window_count)
+        ]
+    return [key for _, key in sorted(found)]
+
+
+_WINDOWS = 1 << 40  # above any window's number, so that partition and window fit one int64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _OpenWindow:
+    """The samples of a window in their order, `line`, int64, numbered through its `objects`."""
+
+    line: NDArray[np.int64]
+    objects: NDArray[np.int32]
+    counts: NDArray[np.int64]
+
+    def located(self, offsets: NDArray[np.int64], key: WindowKey) -> _Samples:
+        """The samples at some offsets in the window's order."""
+        line, ends = self.line[offsets], np.cumsum(self.counts)
+        # "right" steps over objects without samples.
+        place = np.searchsorted(ends, line, side="right")
+        code = key.partition * _WINDOWS + key.window
+        return _Samples(self.objects[place], line - (ends - self.counts)[place], np.full(len(line), code, np.int64))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Samples:
+    """Samples in order: object_no int32[n], sample_no int64[n], and the window of each as one number,
+    int64[n].
+    """
+
+    object_no: NDArray[np.int32]
+    sample_no: NDArray[np.int64]
+    window: NDArray[np.int64]
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Samples]) -> _Samples:
+        """One after the other; at least one part."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            np.concatenate([part.object_no for part in parts]),
+            np.concatenate([part.sample_no for part in parts]),
+            np.concatenate([part.window for part in parts]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.object_no)
+
+    def part(self, start: int, stop: int, step: int = 1) -> _Samples:
+        """Those from `start` to `stop`, or every `step`-th of them; views."""
+        part = slice(start, stop, step)
+        return _Samples(self.object_no[part], self.sample_no[part], self.window[part])
+
+    def part_at(self, places: NDArray[np.int64]) -> _Samples:
+        """Those at `places`, in that order."""
+        return _Samples(self.object_no[places], self.sample_no[places], self.window[places])
+
+    def then(self, more: _Samples) -> _Samples:
+        """These and `more` after them; a copy."""
+        return _Samples.joined((self, more))
+
+
+_NO_SAMPLES = _Samples(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int64))
+
+
+def _check_arguments(batch_size: int, worker: tuple[int, int]) -> None:
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} must be at least 1")
+    if not 0 <= worker[0] < worker[1]:
+        raise ConfigError(f"worker={worker[0]} must be from 0 to {worker[1] - 1}")
+
+
+class RankCursor:
+    """An `EpochCursor` over the one partition of `order`, in which windows are plain numbers and all are opened
+    in their order.
 
     Raises `ConfigError` for arguments that do not fit and `StateError` where `start` belongs to another run.
     """
@@ -78,22 +515,20 @@ class RankCursor:
         worker: tuple[int, int] = (0, 1),
         split: Split = "batches",
     ) -> None:
-        _check_arguments(order, batch_size, worker)
-        self.order, self.ranks, self.batch_size = order, ranks, batch_size
-        self.drop_last, self.tail = drop_last, check_tail(tail)
-        self.start = start if start is not None else Position.start(order, ranks, batch_size, tail)
-        self.start.check(order, ranks, batch_size, tail)
-        place = self.start.places[order.partition]
-        self._next_window, self._skip = place
-        self._worker, self._split = worker, split
-        # Batches are dealt to workers; or each worker takes its part of a group as large as a batch for every
-        # worker.
-        self._group_size = batch_size * (worker[1] if split == "samples" else 1)
-        self._number_start = -(-self.start.samples // (batch_size * ranks.world_size))
-        self._known = 0  # positions of the line so far, over all ranks, from the start
-        self._groups_given = 0
-        self._pending = _NO_SAMPLES  # this rank's samples that no batch has yet
-        self._last_window = _NO_SAMPLES  # what the tail would be padded with
+        if order.options.partitions != 1:
+            raise ConfigError(
+                f"partitions={order.options.partitions} must be 1: all ranks share one partition's samples"
+            )
+        self.order = order
+        self._cursor = EpochCursor(
+            (order,), ranks, batch_size, drop_last=drop_last, tail=tail, start=start, worker=worker, split=split
+        )
+        self._next_window = self.start.places[0].window
+
+    @property
+    def start(self) -> Position:
+        """Where the cursor started."""
+        return self._cursor.start
 
     @property
     def windows(self) -> range:
@@ -103,8 +538,7 @@ class RankCursor:
     @property
     def oldest_window(self) -> int:
         """The oldest window that a batch still to come may need; if none of those added, the next."""
-        held = (samples for samples in (self._pending, self._last_window) if len(samples))
-        return min((int(samples.window[0]) for samples in held), default=self._next_window)
+        return min((key.window for key in self._cursor.needed), default=self._next_window)
 
     def window_objects(self, window: int) -> NDArray[np.int32]:
         """The object numbers of a window, int32; `add_window` wants one count for each."""
@@ -117,153 +551,15 @@ class RankCursor:
         samples.
         """
         assert window == self._next_window, f"window {window} out of turn; next is {self._next_window}"
-        counts = np.asarray(counts, np.int64)
-        line = self._window_line(window, counts)
-        skip, self._skip = self._skip, 0
-        if skip and skip >= len(line):
-            raise StateError(
-                f"the state is at sample {skip} of window {window}, which has {len(line)} samples: "
-                "the shards are not those it was saved with; load another state"
-            )
+        entries = self._cursor.add(WindowKey(0, window), counts)
         self._next_window += 1
-        known_before, self._known = self._known, self._known + len(line) - skip
-        first = skip + (self.ranks.rank - known_before) % self.ranks.world_size
-        objects = self.order.window_objects(window)
-        if len(line) and self.tail == "pad":
-            self._last_window = _Samples.located(line[: self.ranks.world_size], objects, counts, window)
-        share = line[first :: self.ranks.world_size]
-        self._pending = self._pending.then(_Samples.located(share, objects, counts, window))
-        return self._settled(known_before, skip, window, len(line))
+        return entries
 
     def finish(self) -> list[BatchEntry]:
         """After the last window: what the tail leaves, at most one batch. Called once."""
         assert not self.windows, f"windows {self.windows} have not been added"
-        full, left_over = divmod(self._known, self.ranks.world_size)
-        rest = full - self._groups_given * self._group_size
-        has_own = self.tail != "drop" and self.ranks.rank < left_over
-        samples = self._pending.part(0, rest + has_own)
-        repeats = int(self.tail == "pad" and 0 < left_over <= self.ranks.rank)
-        if repeats:
-            repeat = (self.ranks.rank - left_over) % len(self._last_window)
-            samples = samples.then(self._last_window.part(repeat, repeat + 1))
-        end = Place(self.order.window_count, 0)
-        entry = self._entry(self._groups_given, samples, repeats, end, self.start.samples + self._known)
-        return [] if entry is None else [entry]
+        return self._cursor.finish()
 
     def position(self, entry: BatchEntry | None) -> Position:
         """The position after `entry` was delivered; for None, where the cursor started."""
-        if entry is None:
-            return self.start
-        global_batch = self.batch_size * self.ranks.world_size
-        return Position(
-            epoch=self.order.epoch,
-            batches=-(-entry.samples_after // global_batch),
-            samples=entry.samples_after,
-            places=(entry.after,),
-            options=self.order.options,
-            fingerprint=self.order.manifest.fingerprint,
-            world_size=self.ranks.world_size,
-            batch_size=self.batch_size,
-            tail=self.tail,
-        )
-
-    def _window_line(self, window: int, counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """int64: the samples of a window in their order, numbered through its objects."""
-        objects = self.order.window_objects(window)
-        assert len(counts) == len(objects), f"{len(counts)} counts for {len(objects)} objects"
-        assert not len(counts) or counts.min() >= 0, "a sample count is negative"
-        return self.order.window_permutation(window, int(counts.sum()))
-
-    def _settled(self, known_before: int, skip: int, window: int, line_length: int) -> list[BatchEntry]:
-        """The batches that end in `window`; every batch settled by it does, since its last position was
-        unknown before.
-        """
-        world_size, size = self.ranks.world_size, self._group_size
-        group_count = self._known // world_size // size - self._groups_given
-        entries = []
-        for i in range(group_count):
-            number = self._groups_given + i
-            samples_end = (number + 1) * size * world_size
-            offset = skip + samples_end - known_before
-            after = Place(window, offset) if offset < line_length else Place(window + 1, 0)
-            samples = self._pending.part(i * size, (i + 1) * size)
-            entries.append(self._entry(number, samples, 0, after, self.start.samples + samples_end))
-        self._groups_given += group_count
-        self._pending = self._pending.part(group_count * size, len(self._pending))
-        return [entry for entry in entries if entry is not None]
-
-    def _entry(
-        self, group: int, samples: _Samples, repeats: int, after: Place, samples_after: int
-    ) -> BatchEntry | None:
-        """The worker's batch from a group of the rank's samples, of which the last `repeats` are repeats."""
-        worker, stride = self._worker
-        if self._split == "batches":
-            if group % stride != worker:
-                return None
-            worker, stride = 0, 1
-        mine = samples.part(worker, len(samples), stride)
-        if len(mine) == 0 or (self.drop_last and len(mine) < self.batch_size):
-            return None
-        has_repeat = (len(samples) - 1) % stride == worker
-        return BatchEntry(
-            self._number_start + group * stride + worker,
-            mine.object_no,
-            mine.sample_no,
-            repeats if has_repeat else 0,
-            int(mine.window[0]),
-            int(mine.window[-1]),
-            after,
-            samples_after,
-        )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Samples:
-    """Samples in order: object_no int32[n], sample_no int64[n], and the window of each, int32[n], never
-    falling.
-    """
-
-    object_no: NDArray[np.int32]
-    sample_no: NDArray[np.int64]
-    window: NDArray[np.int32]
-
-    @classmethod
-    def located(
-        cls, line: NDArray[np.int64], objects: NDArray[np.int32], counts: NDArray[np.int64], window: int
-    ) -> _Samples:
-        """The samples of a window that `line` numbers through its `objects`, which hold `counts` samples."""
-        ends = np.cumsum(counts)
-        # "right" steps over objects without samples.
-        place = np.searchsorted(ends, line, side="right")
-        sample_no = line - (ends - counts)[place]
-        return cls(objects[place], sample_no, np.full(len(line), window, np.int32))
-
-    def __len__(self) -> int:
-        return len(self.object_no)
-
-    def part(self, start: int, stop: int, step: int = 1) -> _Samples:
-        """Those from `start` to `stop`, or every `step`-th of them; views."""
-        part = slice(start, stop, step)
-        return _Samples(self.object_no[part], self.sample_no[part], self.window[part])
-
-    def then(self, more: _Samples) -> _Samples:
-        """These and `more` after them; a copy where both hold some."""
-        if not len(self) or not len(more):
-            return self if len(self) else more
-        return _Samples(
-            np.concatenate((self.object_no, more.object_no)),
-            np.concatenate((self.sample_no, more.sample_no)),
-            np.concatenate((self.window, more.window)),
-        )
-
-
-_NO_SAMPLES = _Samples(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int32))
-
-
-def _check_arguments(order: EpochOrder, batch_size: int, worker: tuple[int, int]) -> None:
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size} must be at least 1")
-    if order.options.partitions != 1:
-        raise ConfigError(f"partitions={order.options.partitions} must be 1: all ranks share one partition's samples")
-    if not 0 <= worker[0] < worker[1]:
-        raise ConfigError(f"worker={worker[0]} must be from 0 to {worker[1] - 1}")
+        return self._cursor.position(entry)

@@ -12,7 +12,7 @@ grows with every change of form, and `from_state` reads all that were written be
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -59,6 +59,7 @@ class _State(msgspec.Struct):
     world_size: int
     batch_size: int
     tail: str
+    taken: list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,10 @@ class Position:
     """A position and what it belongs to.
 
     `batches` global batches are delivered, so that is also the number of the next; `samples` is how many
-    samples of the order they cover, over all ranks and without repeats. `places` has one entry a partition.
+    samples of the order they cover, over all ranks and without repeats. `places` has one entry a partition, and
+    `taken` says how many samples of the partition lie before it; it may be empty, and then follows from `samples`.
+    With several partitions an offset may reach beyond its window, into those that follow: whoever saved it did not
+    know how many samples the other nodes' windows hold.
     """
 
     epoch: int
@@ -78,6 +82,7 @@ class Position:
     world_size: int
     batch_size: int
     tail: Tail
+    taken: tuple[int, ...] = ()
 
     @classmethod
     def start(cls, order: EpochOrder, ranks: Ranks, batch_size: int, tail: Tail) -> Position:
@@ -89,7 +94,7 @@ class Position:
     def at_epoch(self, epoch: int) -> Position:
         """The beginning of `epoch` in the same run: what to save when an epoch has ended."""
         places = (Place(0, 0),) * len(self.places)
-        return replace(self, epoch=epoch, batches=0, samples=0, places=places)
+        return replace(self, epoch=epoch, batches=0, samples=0, places=places, taken=())
 
     def to_state(self) -> dict[str, Any]:
         """The position in JSON's own types; `from_state` reads it back."""
@@ -105,9 +110,12 @@ class Position:
             world_size=self.world_size,
             batch_size=self.batch_size,
             tail=self.tail,
+            taken=list(self.taken) or None,
         )
         built: dict[str, Any] = msgspec.to_builtins(state)
         built["places"] = [list(place) for place in built["places"]]
+        if not self.taken:  # the form of states from before there were partitions
+            del built["taken"]
         return built
 
     @classmethod
@@ -125,10 +133,11 @@ class Position:
         except (msgspec.ValidationError, ConfigError) as error:
             raise StateError(f"the state is damaged: {error}; load another one") from error
 
-    def check(self, order: EpochOrder, ranks: Ranks, batch_size: int, tail: Tail) -> None:
+    def check(self, orders: Sequence[EpochOrder], ranks: Ranks, batch_size: int, tail: Tail) -> None:
         """Raises `StateError`, naming both values, unless a run as described by the arguments can go on from
-        here.
+        here. `orders` are those of all partitions.
         """
+        order = orders[0]
         saved, now = self.options, order.options
         _same("epoch", self.epoch, order.epoch, "call set_epoch with the epoch of the state")
         _same("seed", saved.seed, now.seed, "pass the seed that the run began with")
@@ -139,8 +148,15 @@ class Position:
         _same("tail", self.tail, tail, "pass the tail that the run began with")
         cure = "the list of shards, or a shard's size or version, has changed; restore it or begin an epoch anew"
         _same("manifest fingerprint", self.fingerprint, order.manifest.fingerprint, cure)
-        self._check_place(order)
-        self._check_boundary(ranks, batch_size, order.window_count)
+        for each in orders:
+            self._check_place(each)
+        self._check_boundary(ranks, batch_size, self.is_at_end(orders))
+
+    def is_at_end(self, orders: Sequence[EpochOrder]) -> bool:
+        """Whether all is delivered."""
+        return all(place.window >= order.window_count for place, order in zip(self.places, orders, strict=True)) and (
+            not self.taken or sum(self.taken) == self.samples
+        )
 
     def _check_place(self, order: EpochOrder) -> None:
         place = self.places[order.partition]
@@ -150,10 +166,9 @@ class Position:
                 f"{order.window_count} windows: it is damaged; load another one"
             )
 
-    def _check_boundary(self, ranks: Ranks, batch_size: int, window_count: int) -> None:
+    def _check_boundary(self, ranks: Ranks, batch_size: int, is_at_end: bool) -> None:
         global_batch = batch_size * ranks.world_size
-        ended = all(place.window == window_count for place in self.places)
-        if self.samples % global_batch and not ended:
+        if self.samples % global_batch and not is_at_end:
             raise StateError(
                 f"the state was saved after {self.samples} samples with batch_size={self.batch_size} × "
                 f"world_size={self.world_size}, where no global batch of batch_size={batch_size} × "
@@ -170,11 +185,14 @@ def _from_wire(read: _State) -> Position:
         read.order.seed, check_shuffle(read.order.shuffle), read.order.window_bytes, read.order.partitions
     )
     places = tuple(Place(*place) for place in read.places)
-    integers = [read.epoch, read.batches, read.samples, read.world_size - 1, read.batch_size - 1]
+    taken = tuple(read.taken or ())
+    integers = [read.epoch, read.batches, read.samples, read.world_size - 1, read.batch_size - 1, *taken]
     if min(integers) < 0 or any(min(place) < 0 for place in places):
         raise msgspec.ValidationError("it holds a negative count")
     if len(places) != options.partitions:
         raise msgspec.ValidationError(f"it has {len(places)} places for {options.partitions} partitions")
+    if taken and len(taken) != options.partitions:
+        raise msgspec.ValidationError(f"it has taken {len(taken)} counts for {options.partitions} partitions")
     return Position(
         read.epoch,
         read.batches,
@@ -185,6 +203,7 @@ def _from_wire(read: _State) -> Position:
         read.world_size,
         read.batch_size,
         check_tail(read.tail),
+        taken,
     )
 
 

@@ -6,6 +6,7 @@ Shares no code with `fastload.plan`. Slow on purpose; read it to learn what the 
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 
 WORD = (1 << 64) - 1
@@ -41,11 +42,19 @@ def shuffled(items, key):
     return items
 
 
-def windows(sizes, seed, epoch, shuffle, window_bytes):
+def dealt(sizes, partitions):
+    """The object numbers of each partition."""
+    parts = [[] for _ in range(partitions)]
+    for shard in sorted(range(len(sizes)), key=lambda shard: (-sizes[shard], shard)):
+        min(parts, key=lambda part: (sum(sizes[s] for s in part), len(part), parts.index(part))).append(shard)
+    return [sorted(part) for part in parts]
+
+
+def windows(sizes, seed, epoch, shuffle, window_bytes, partition=0, objects=None):
     """Lists of object numbers."""
-    order = list(range(len(sizes)))
+    order = list(range(len(sizes))) if objects is None else objects
     if shuffle != "none":
-        order = shuffled(order, f"fastload order 1 shards seed={seed} epoch={epoch} partition=0")
+        order = shuffled(order, f"fastload order 1 shards seed={seed} epoch={epoch} partition={partition}")
     cut = []
     for shard in order:
         ramp = 2 ** (len(cut) - 1) if cut else 0
@@ -57,16 +66,50 @@ def windows(sizes, seed, epoch, shuffle, window_bytes):
     return cut
 
 
-def line(cut, counts, seed, epoch, shuffle):
-    """The samples of an epoch, each (window, offset, object, sample)."""
+def line(cut, counts, seed, epoch, shuffle, partition=0):
+    """The samples of a partition, each (window, offset, object, sample)."""
     samples = []
     for window, shards in enumerate(cut):
         inside = [(shard, sample) for shard in shards for sample in range(counts[shard])]
         if shuffle == "window":
-            key = f"fastload order 1 samples seed={seed} epoch={epoch} partition=0 window={window}"
+            key = f"fastload order 1 samples seed={seed} epoch={epoch} partition={partition} window={window}"
             inside = shuffled(inside, key)
         samples += [(window, offset, *sample) for offset, sample in enumerate(inside)]
     return samples
+
+
+def one_line(lines):
+    """The samples of all partitions, given the line of each: by turns, from lanes that are made equally long."""
+    count, total = len(lines), sum(map(len, lines))
+    quotas = [len(range(lane, total, count)) for lane in range(count)]
+    rest = [sample for line, quota in zip(lines, quotas, strict=True) for sample in line[quota:]]
+    lanes = []
+    for line, quota in zip(lines, quotas, strict=True):
+        lacking = max(0, quota - len(line))
+        lanes.append(line[:quota] + rest[:lacking])
+        rest = rest[lacking:]
+    return [lanes[position % count][position // count] for position in range(total)]
+
+
+def repeats(samples, windows_of, partitions, world_size, global_batch):
+    """What fills the last group of ranks: one sample for each position that is missing.
+
+    `windows_of` names the window of a sample, all of whose samples are then in `samples` in their order.
+    """
+    total, found = len(samples), []
+    for position in range(total, -(-total // world_size) * world_size):
+        lane = [p for p in range(total) if p % partitions == position % partitions]
+        in_last_batch = lane and lane[-1] >= (total - 1) // global_batch * global_batch
+        window = windows_of(samples[lane[-1] if in_last_batch else total - 1])
+        found.append(window[(position - total) % len(window)])
+    return found
+
+
+def turn(rank, node, nodes, local_world_size, partitions):
+    """Which positions mod world_size are a rank's."""
+    shared = math.gcd(nodes, partitions)
+    group = [(n, r) for n in range(nodes) if n % shared == node % shared for r in range(local_world_size)]
+    return node % shared + shared * group.index((node, rank % local_world_size))
 
 
 def with_tail(samples, delivered, world_size, tail):

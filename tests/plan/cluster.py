@@ -1,0 +1,204 @@
+"""Several nodes reading one data set: the plan run on each rank, and what the reference makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from hypothesis import strategies as st
+
+from fastload.plan import (
+    BatchEntry,
+    EpochCursor,
+    Manifest,
+    OrderOptions,
+    Position,
+    Ranks,
+    Tail,
+    WindowKey,
+    epoch_orders,
+)
+from fastload.store.types import ObjectInfo
+from tests.plan import reference
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A data set (size and sample count of each shard), and `nodes` of `local` ranks that read it."""
+
+    sizes: tuple[int, ...]
+    counts: tuple[int, ...]
+    partitions: int = 1
+    nodes: int = 1
+    local: int = 1
+    batch_size: int = 1
+    shuffle: str = "window"
+    window_bytes: int = 100
+    seed: int = 0
+    epoch: int = 0
+    tail: Tail = "pad"
+    drop_last: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.local
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch_size * self.world_size
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def manifest(self) -> Manifest:
+        return Manifest(ObjectInfo(f"s3://bucket/{i:06}.tar", size, "a") for i, size in enumerate(self.sizes))
+
+    @property
+    def options(self) -> OrderOptions:
+        return OrderOptions(self.seed, self.shuffle, self.window_bytes, self.partitions)
+
+    def with_(self, **changes) -> Cluster:
+        return replace(self, **changes)
+
+    def ranks(self, rank: int) -> Ranks:
+        return Ranks(rank, self.world_size, rank % self.local, self.local)
+
+    def cursor(self, rank: int = 0, start: Position | None = None, **kwargs) -> EpochCursor:
+        orders = epoch_orders(self.manifest, self.options, self.epoch)
+        settings = {"drop_last": self.drop_last, "tail": self.tail, "start": start} | kwargs
+        return EpochCursor(orders, self.ranks(rank), self.batch_size, **settings)
+
+    def run(self, rank: int = 0, start: Position | None = None, told: str = "wanted", **kwargs) -> Run:
+        """All of a rank's batches. Counts are told when they are wanted, or all at the start, or some then."""
+        run = Run(self, self.cursor(rank, start, **kwargs))
+        share = {"wanted": 0, "some": 2, "all": 1}[told]
+        if share:
+            run.tell(np.arange(0, len(self.counts), share, dtype=np.int32))
+        return run.to_the_end()
+
+    def runs(self, start: Position | None = None, told: str = "wanted") -> list[Run]:
+        return [self.run(rank, start, told) for rank in range(self.world_size)]
+
+    def reference_line(self):
+        """Each (partition, window, offset, object, sample)."""
+        lines = []
+        for partition, objects in enumerate(reference.dealt(self.sizes, self.partitions)):
+            cut = reference.windows(
+                self.sizes, self.seed, self.epoch, self.shuffle, self.window_bytes, partition, objects
+            )
+            line = reference.line(cut, self.counts, self.seed, self.epoch, self.shuffle, partition)
+            lines.append([(partition, *sample) for sample in line])
+        return reference.one_line(lines), [sample for line in lines for sample in line]
+
+    def reference_groups(self, delivered: int = 0):
+        """The rest of the epoch as rounds of one sample a turn, None for no sample; and the number of repeats."""
+        line, by_window = self.reference_line()
+        repeats = reference.repeats(
+            line,
+            lambda sample: [other for other in by_window if other[:2] == sample[:2]],
+            self.partitions,
+            self.world_size,
+            self.global_batch,
+        )
+        rest = line[delivered:]
+        if not rest:
+            return [], 0
+        left_over = len(rest) % self.world_size
+        if self.tail == "drop":
+            rest = rest[: len(rest) - left_over]
+        elif self.tail == "pad":
+            rest = rest + repeats
+        rest += [None] * (-len(rest) % self.world_size)
+        rounds = [rest[i : i + self.world_size] for i in range(0, len(rest), self.world_size)]
+        return rounds, len(repeats) if self.tail == "pad" else 0
+
+    def reference_batches(self, rank: int, delivered: int = 0) -> list[list[tuple[int, int]]]:
+        turn = reference.turn(rank, rank // self.local, self.nodes, self.local, self.partitions)
+        mine = [each[turn][3:] for each in self.reference_groups(delivered)[0] if each[turn] is not None]
+        batches = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
+        return [batch for batch in batches if len(batch) == self.batch_size or not self.drop_last]
+
+
+@dataclass
+class Run:
+    """A cursor on its way, as an engine would drive it, with what it opened and had to be told."""
+
+    cluster: Cluster
+    cursor: EpochCursor
+
+    def __post_init__(self) -> None:
+        self.entries: list[BatchEntry] = []
+        self.opened: list[WindowKey] = []
+        self.needed: frozenset[WindowKey] = frozenset()
+        self.live_max = 0
+        self.told: set[int] = set()
+
+    def to_the_end(self) -> Run:
+        while self.step():
+            pass
+        self._give(self.cursor.finish())
+        return self
+
+    def step(self) -> bool:
+        """One window more, or the counts that it takes; whether there was anything to do."""
+        wanted, key = self.cursor.counts_wanted, self.cursor.next_window
+        if key is None:
+            if len(wanted):
+                self.tell(wanted)
+            return len(wanted) > 0
+        assert not len(wanted)
+        assert key not in self.needed
+        self.opened.append(key)
+        self.needed |= {key}
+        self._give(self.cursor.add(key, self._counts(self.cursor.objects_of(key))))
+        return True
+
+    def tell(self, object_nos) -> None:
+        self.told |= set(object_nos.tolist())
+        self._give(self.cursor.tell(object_nos, self._counts(object_nos)))
+
+    def _give(self, entries: list[BatchEntry]) -> None:
+        assert all(set(entry.windows) <= self.needed for entry in entries)
+        assert self.cursor.needed <= self.needed
+        self.needed = self.cursor.needed
+        self.live_max = max(self.live_max, len(self.needed))
+        self.entries += entries
+
+    def _counts(self, object_nos) -> np.ndarray:
+        return np.array(self.cluster.counts, np.int64)[object_nos]
+
+    @property
+    def samples(self) -> list[list[tuple[int, int]]]:
+        return [list(zip(e.object_no.tolist(), e.sample_no.tolist(), strict=True)) for e in self.entries]
+
+
+def global_batches(runs: list[Run]) -> list[frozenset[tuple[int, int]]]:
+    """What all ranks have together in each step; repeats count once."""
+    steps = max(len(run.entries) for run in runs)
+    batches = [[run.samples[i] for run in runs if i < len(run.entries)] for i in range(steps)]
+    return [frozenset(sample for batch in step for sample in batch) for step in batches]
+
+
+@st.composite
+def clusters(draw: st.DrawFn, *, nodes_divide: bool = False) -> Cluster:
+    """Odd shapes: empty shards and partitions, one huge shard, samples that are nothing like their bytes."""
+    counts = draw(st.lists(st.sampled_from([0, 0, 1, 1, 2, 3, 7, 20, 60]), min_size=1, max_size=12))
+    sizes = draw(st.lists(st.sampled_from([0, 1, 30, 50, 1000]), min_size=len(counts), max_size=len(counts)))
+    partitions = draw(st.integers(1, 8))
+    divisors = [n for n in range(1, 9) if partitions % n == 0] if nodes_divide else list(range(1, 9))
+    return Cluster(
+        sizes=tuple(sizes),
+        counts=tuple(counts),
+        partitions=partitions,
+        nodes=draw(st.sampled_from(divisors)),
+        local=draw(st.integers(1, 3)),
+        batch_size=draw(st.integers(1, 8)),
+        shuffle=draw(st.sampled_from(["window", "window", "shards", "none"])),
+        window_bytes=draw(st.sampled_from([1, 60, 100, 10_000])),
+        seed=draw(st.integers(0, 3)),
+        epoch=draw(st.integers(0, 3)),
+        tail=draw(st.sampled_from(["pad", "drop", "uneven"])),
+        drop_last=draw(st.booleans()),
+    )

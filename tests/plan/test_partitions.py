@@ -1,0 +1,309 @@
+"""Several partitions on several nodes, against the reference model: exactly once, the same batches at every
+size, equal counts, exact resume, whatever was known of sample counts and when.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastload.errors import ConfigError, StateError
+from fastload.plan import Position, Ranks, batch_count_of_rank, repeat_count, sample_count_of_rank
+from tests.plan.cluster import Cluster, Run, clusters, global_batches
+
+TOLD = ("wanted", "some", "all")
+
+SMALL_CLUSTERS = [
+    Cluster((size,) * len(counts), counts, partitions, nodes, local, batch_size, tail=tail)
+    for counts in [c for n in (1, 2, 3) for c in itertools.product((0, 1, 4), repeat=n)]
+    for size in (40, 200)
+    for partitions in (2, 3)
+    for nodes, local in ((1, 1), (1, 2), (2, 1), (3, 1), (3, 2))
+    for batch_size in (1, 2)
+    for tail in ("pad", "drop", "uneven")
+]
+
+
+def check(cluster: Cluster, told: str) -> list[Run]:
+    """Every rank as the reference has it, and the promises that follow."""
+    runs = cluster.runs(told=told)
+    for rank, run in enumerate(runs):
+        assert run.samples == cluster.reference_batches(rank)
+        assert [entry.number for entry in run.entries] == list(range(len(run.entries)))
+        check_counts_of_rank(cluster, rank, run)
+    if cluster.tail != "uneven":
+        assert len({tuple(len(entry) for entry in run.entries) for run in runs}) == 1
+    if not cluster.drop_last:
+        check_exactly_once(cluster, runs)
+    return runs
+
+
+def check_counts_of_rank(cluster: Cluster, rank: int, run: Run) -> None:
+    ranks, total = cluster.ranks(rank), cluster.total
+    if not cluster.drop_last:
+        samples = sample_count_of_rank(total, ranks, cluster.tail, cluster.partitions)
+        assert sum(len(entry) for entry in run.entries) == samples
+    batches = batch_count_of_rank(total, ranks, cluster.tail, cluster.batch_size, cluster.drop_last, cluster.partitions)
+    assert len(run.entries) == batches
+
+
+def check_exactly_once(cluster: Cluster, runs: list[Run]) -> None:
+    given_out = Counter(sample for run in runs for batch in run.samples for sample in batch)
+    repeats = sum(entry.repeats for run in runs for entry in run.entries)
+    every = Counter((shard, i) for shard, count in enumerate(cluster.counts) for i in range(count))
+    assert repeats == repeat_count(cluster.total, cluster.world_size, cluster.tail)
+    assert given_out.total() - repeats == cluster.total - (cluster.tail == "drop") * (
+        cluster.total % cluster.world_size
+    )
+    assert given_out <= every if cluster.tail == "drop" else set(given_out) == set(every)
+    if cluster.tail == "uneven":
+        assert given_out == every
+
+
+def test_small_clusters_are_right_at_every_rank():
+    for number, cluster in enumerate(SMALL_CLUSTERS):
+        check(cluster, TOLD[number % 3])
+
+
+@settings(max_examples=300, deadline=None)
+@given(clusters(), st.sampled_from(TOLD))
+def test_any_cluster_is_right_at_every_rank(cluster, told):
+    check(cluster, told)
+
+
+@settings(max_examples=100, deadline=None)
+@given(clusters())
+def test_the_batches_do_not_depend_on_what_was_known_when(cluster):
+    for rank in range(min(3, cluster.world_size)):
+        runs = [cluster.run(rank, told=told) for told in TOLD]
+        assert runs[0].samples == runs[1].samples == runs[2].samples
+
+
+@settings(max_examples=150, deadline=None)
+@given(clusters(), st.data())
+def test_global_batches_are_the_same_at_every_world_size(cluster, data):
+    """Wherever batch_size × world_size is the same; the last batch too, apart from repeats."""
+    cluster = cluster.with_(tail="uneven", drop_last=False)
+    ranks_of_node = data.draw(st.sampled_from([n for n in range(1, 9) if cluster.global_batch % n == 0]))
+    rest = cluster.global_batch // ranks_of_node
+    nodes = data.draw(st.sampled_from([n for n in range(1, 9) if rest % n == 0]))
+    other = cluster.with_(nodes=nodes, local=ranks_of_node, batch_size=rest // nodes)
+    assert other.global_batch == cluster.global_batch
+    assert global_batches(cluster.runs()) == global_batches(other.runs())
+
+
+@settings(max_examples=150, deadline=None)
+@given(clusters(), st.sampled_from(TOLD), st.sampled_from(TOLD), st.data())
+def test_resume_anywhere_with_any_change_of_nodes_ranks_and_batch_size(cluster, told, told_later, data):
+    saver = data.draw(st.integers(0, cluster.world_size - 1))
+    run = cluster.run(saver, told=told)
+    if not run.entries:
+        return
+    entry = data.draw(st.sampled_from(run.entries))
+    start = saved_and_loaded(run.cursor.position(entry))
+    other = cluster.with_(
+        nodes=data.draw(st.integers(1, 8)),
+        local=data.draw(st.integers(1, 3)),
+        batch_size=data.draw(st.sampled_from([1, 2, cluster.batch_size])),
+    )
+    delivered = entry.samples_after
+    assert delivered == min((entry.number + 1) * cluster.global_batch, cluster.total)
+    if delivered % other.global_batch and delivered < cluster.total:
+        with pytest.raises(StateError, match=f"after {delivered} samples"):
+            other.cursor(0, start)
+        return
+    for rank in range(other.world_size):
+        resumed = other.run(rank, start, told_later)
+        assert resumed.samples == other.reference_batches(rank, delivered)
+
+
+@settings(max_examples=60, deadline=None)
+@given(clusters(), st.sampled_from(TOLD), st.data())
+def test_resume_at_every_batch_in_the_same_cluster(cluster, told, data):
+    rank = data.draw(st.integers(0, cluster.world_size - 1))
+    other = data.draw(st.integers(0, cluster.world_size - 1))  # a state serves every rank
+    run, saver = cluster.run(rank), cluster.run(other, told=told)
+    if cluster.tail == "uneven" and len(run.entries) != len(saver.entries):
+        return
+    for i, entry in enumerate(saver.entries):
+        start = saved_and_loaded(saver.cursor.position(entry))
+        resumed = cluster.run(rank, start, told)
+        assert resumed.samples == run.samples[i + 1 :]
+        assert [e.number for e in resumed.entries] == list(range(i + 1, len(run.entries)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(clusters(), st.data())
+def test_a_position_in_the_middle_of_a_run_is_one_to_go_on_from(cluster, data):
+    """Taken when the batch comes out, with no more known than then."""
+    run = Run(cluster, cluster.cursor())
+    while not run.entries and run.step():
+        pass
+    if not run.entries:
+        return
+    start = saved_and_loaded(run.cursor.position(run.entries[-1]))
+    assert cluster.run(0, start).samples == run.to_the_end().samples[start.batches :]
+
+
+def saved_and_loaded(position: Position) -> Position:
+    return Position.from_state(json.loads(json.dumps(position.to_state())))
+
+
+@settings(max_examples=100, deadline=None)
+@given(clusters(), st.integers(1, 4), st.sampled_from(["batches", "samples"]), st.data())
+def test_workers_share_a_ranks_samples(cluster, worker_count, split, data):
+    cluster = cluster.with_(drop_last=False)
+    rank = data.draw(st.integers(0, cluster.world_size - 1))
+    expected = cluster.reference_batches(rank)
+    mine = [sample for batch in expected for sample in batch]
+    for worker in range(worker_count):
+        got = cluster.run(rank, worker=(worker, worker_count), split=split).samples
+        if split == "batches":
+            assert got == expected[worker::worker_count]
+        else:
+            assert [sample for batch in got for sample in batch] == mine[worker::worker_count]
+
+
+@settings(max_examples=100, deadline=None)
+@given(clusters(nodes_divide=True))
+def test_a_node_reads_its_own_partitions_until_one_ends(cluster):
+    run = cluster.run(0)
+    own = set(range(0, cluster.partitions, cluster.nodes))
+    short = -(-cluster.total // cluster.partitions)
+    totals = Counter(partition for partition, *_ in cluster.reference_line()[0])
+    if all(totals[p] == cluster.total // cluster.partitions for p in range(cluster.partitions)) and not (
+        cluster.total % cluster.global_batch
+    ):
+        assert {key.partition for key in run.opened} <= own
+    for entry in run.entries:
+        if max(-(-entry.samples_after // cluster.partitions), 1) <= min(short, *(totals[p] for p in own)):
+            assert {key.partition for key in entry.windows} <= own or entry.repeats
+
+
+@settings(max_examples=100, deadline=None)
+@given(clusters(), st.sampled_from(TOLD))
+def test_windows_ahead_are_what_is_opened_in_that_order(cluster, told):
+    cluster = cluster.with_(tail="uneven")
+    run = Run(cluster, cluster.cursor())
+    if told == "all":
+        run.tell(np.arange(len(cluster.counts), dtype=np.int32))
+    ahead = run.cursor.windows_ahead()
+    assert len(set(ahead)) == len(ahead)
+    run.to_the_end()
+    used = {key for entry in run.entries for key in entry.windows}
+    if told == "all":
+        assert set(run.opened) <= set(ahead)
+        if cluster.partitions == 1:
+            assert run.opened == ahead
+    elif cluster.nodes == 1:
+        assert used <= set(ahead)
+        for partition in range(cluster.partitions):
+            windows = [key.window for key in ahead if key.partition == partition]
+            assert windows == sorted(windows)
+
+
+def test_one_shard_a_hundred_times_the_others():
+    counts = (1000, *(10,) * 20)
+    cluster = Cluster(tuple(c * 10 for c in counts), counts, 4, 4, 2, 8, window_bytes=200)
+    for told in TOLD:
+        runs = check(cluster, told)
+        assert {len(run.entries) for run in runs} == {-(-1200 // 64)}
+
+
+def test_no_more_windows_are_live_than_two_a_lane_and_the_ends():
+    counts = tuple(20 + i % 5 for i in range(64))
+    for nodes, told in itertools.product((1, 2, 4), TOLD):
+        cluster = Cluster((100,) * 64, counts, 4, nodes, 1, 16 // nodes, window_bytes=200)
+        for run in cluster.runs(told=told):
+            assert run.live_max <= 2 * (4 // nodes) + 2
+
+
+def test_batches_take_an_equal_share_of_every_partition():
+    cluster = Cluster((100,) * 16, (10,) * 16, 4, 2, 1, 6, window_bytes=200)  # 12 does not depend on the nodes
+    line = cluster.reference_line()[0]
+    for first in range(0, 160 - 12, 12):
+        assert set(Counter(partition for partition, *_ in line[first : first + 12]).values()) == {3}
+    uneven = cluster.with_(batch_size=5).reference_line()[0]
+    for first in range(0, 160, 10):
+        shares = Counter(partition for partition, *_ in uneven[first : first + 10])
+        assert max(shares.values()) - min(shares.values()) <= 1
+
+
+def test_states_with_partitions():
+    cluster = Cluster((100,) * 6, (10,) * 6, 3, 3, 1, 2, window_bytes=100)
+    run = cluster.run(told="all")
+    state = run.cursor.position(run.entries[2]).to_state()
+    assert state["samples"] == 18
+    assert state["taken"] == [6, 6, 6]
+    assert state["places"] == [[0, 6], [0, 6], [0, 6]]
+    assert run.cursor.position(run.entries[-1]).to_state()["places"] == [[2, 0]] * 3
+    with pytest.raises(StateError, match="taken 1 counts for 3 partitions"):
+        Position.from_state({**state, "taken": [6]})
+    with pytest.raises(StateError, match="a negative count"):
+        Position.from_state({**state, "taken": [6, 6, -1]})
+    with pytest.raises(StateError, match="saved with partitions 3, but this run has 2"):
+        cluster.with_(partitions=2, nodes=1).cursor(start=Position.from_state(state))
+    del state["taken"]  # it follows from the samples, as long as no partition has come to its end
+    assert cluster.run(start=Position.from_state(state)).samples == run.samples[3:]
+
+
+def test_a_state_of_64_partitions_is_small():
+    cluster = Cluster((10**9,) * 640, (10**6,) * 640, 64, 8, 8, 256, window_bytes=10**10, shuffle="none")
+    cursor = cluster.cursor()
+    cursor.tell(np.arange(640, dtype=np.int32), np.array(cluster.counts))
+    entry = cursor.add(cursor.next_window, np.full(1, 10**6))
+    assert entry == []  # the other partitions of the node are not open
+    assert len(json.dumps(cursor.start.to_state())) < 4000
+
+
+def test_partitions_with_fewer_samples_than_were_delivered_are_an_error():
+    cluster = Cluster((100,) * 4, (10,) * 4, 2, 1, 1, 2, shuffle="none")
+    run = cluster.run()
+    start = run.cursor.position(run.entries[8])
+    with pytest.raises(StateError, match="delivered 18 samples of the 16 that"):
+        cluster.with_(counts=(4,) * 4).run(start=start)
+
+
+def test_a_count_that_was_told_otherwise_is_an_error():
+    cursor = Cluster((100,) * 4, (10,) * 4, 2).cursor()
+    cursor.tell(np.array([0], np.int32), np.array([3]))
+    cursor.tell(np.array([0], np.int32), np.array([3]))
+    with pytest.raises(StateError, match="object 0 has 4 samples, and 3 were counted before"):
+        cursor.tell(np.array([0], np.int32), np.array([4]))
+
+
+def test_nodes_that_cannot_be_told_apart_are_refused():
+    cluster = Cluster((100,) * 4, (10,) * 4, 2)
+    orders = cluster.cursor().orders
+    for ranks in (Ranks(1, 4, 0, 2), Ranks(0, 5, 0, 2)):
+        with pytest.raises(ConfigError, match="numbered node by node"):
+            type(cluster.cursor())(orders, ranks, 1)
+
+
+def test_planning_calls_no_python_per_sample():
+    """Counted by Python's own profiler hook: ten times the samples, the same number of calls."""
+    import sys
+
+    def calls(per_shard: int) -> int:
+        cluster = Cluster((10,) * 16, (per_shard,) * 16, 4, 2, 2, 4 * per_shard, window_bytes=40)
+        cluster.run()
+        count = 0
+
+        def hook(frame, event, argument):
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        sys.setprofile(hook)
+        try:
+            cluster.run()
+        finally:
+            sys.setprofile(None)
+        return count
+
+    assert calls(10_000) <= calls(1000) + 5
