@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from fastload.errors import ConfigError, StateError
 from fastload.plan.deal import Deal
-from fastload.plan.lanes import Lane, Leg, Levels, lane_length
+from fastload.plan.lanes import Lane, Leg, Levels, Stop, lane_length
 from fastload.plan.order import EpochOrder
 from fastload.plan.position import Place, Position
 from fastload.plan.ranks import Ranks
@@ -107,7 +107,7 @@ class EpochCursor:
         self._number_start = -(-self.start.samples // self._global_batch)
         self._groups_given = 0
         self._given = self.start.samples  # positions of the line that are given out
-        self._deal = Deal(ranks, self._partitions)
+        self._deal = Deal(ranks, self._partitions, self._global_batch)
         self._tally = Tally(self.orders, self.start.places, self.start.taken or self._lengths(self._given))
         self._lanes = {p: Lane(p, lane_length(p, self._given, self._partitions)) for p in self._deal.lanes}
         self._open: dict[WindowKey, _OpenWindow] = {}
@@ -128,8 +128,8 @@ class EpochCursor:
         """The window to open next; None where all are open, and where `counts_wanted` must be told before."""
         missing = [
             (lane.covered * self._partitions + lane.number, stop.key)
-            for lane, end in self._uncovered()
-            if (stop := lane.stop(self._tally)) is not None and lane.covered < end
+            for lane, _ in self._uncovered()
+            if (stop := lane.stop(self._tally)) is not None and self._is_due(lane, stop)
         ]
         if missing:
             return min(missing)[1]
@@ -142,15 +142,24 @@ class EpochCursor:
         None, and at the end.
 
         They are the next windows of other nodes, where these may have too few samples for the batch that is due,
-        and all that has no count where a lane has come to the end of its partition. A count of any other object
-        helps too.
+        all that has no count where a lane has come to the end of its partition, and windows that lie before the
+        first sample that is needed. A count of any other object helps too.
         """
         if self._levels is not None or self.next_window is not None:
             return np.empty(0, np.int32)
-        if any(lane.covered < end for lane, end in self._uncovered()):
+        missing = [lane for lane, _ in self._uncovered()]
+        if any(lane.stop(self._tally) is None for lane in missing):
             return self._tally.uncounted_objects()
-        others = self._tally.next_uncounted([p for p in range(self._partitions) if p not in self._lanes])
-        return others if len(others) else self._tally.next_uncounted(list(self._lanes))
+        if missing:
+            return self._tally.next_uncounted([lane.number for lane in missing])
+        others = [p for p in range(self._partitions) if self._deal.is_cut or p not in self._deal.home]
+        found = self._tally.next_uncounted(others)
+        return found if len(found) else self._tally.next_uncounted(self._deal.home)
+
+    def _is_due(self, lane: Lane, stop: Stop) -> bool:
+        """Whether a lane needs a window, or may lie beyond its end, which only a count can tell."""
+        is_start = lane.covered == lane.first and stop.key.window == self.start.places[lane.number].window
+        return stop.length > 0 or stop.offset == 0 or is_start
 
     @property
     def needed(self) -> frozenset[WindowKey]:
@@ -164,7 +173,7 @@ class EpochCursor:
         samples a byte, and windows that other nodes may come to need help with are left in.
         """
         if self._levels is None:
-            return windows_by_bytes(self.orders, self._deal.lanes, self._places(self._given))
+            return windows_by_bytes(self.orders, self._deal.home, self._places(self._given))
         return self._exact_windows_ahead(self._levels)
 
     def tell(self, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> list[BatchEntry]:
@@ -262,22 +271,25 @@ class EpochCursor:
             for lane in self._lanes.values():
                 lane.level(self._levels)
 
-    def _group_end(self) -> int:
-        """Where the next group of the line ends."""
+    def _needs(self) -> list[tuple[int, int, int]]:
+        """What the node needs of lanes for the next group; nothing where that depends on counts yet to come."""
         end = self._given + self._group
-        return end if self._levels is None else min(end, self._levels.total)
+        if self._deal.is_cut and self._levels is None and end > self._tally.at_least:
+            return []
+        return self._deal.needs(self._given, end if self._levels is None else min(end, self._levels.total))
 
     def _uncovered(self) -> list[tuple[Lane, int]]:
-        """The lanes that the node needs for the next group, and up to which number."""
-        return [(self._lanes[p], end) for p, _, end in self._deal.needs(self._given, self._group_end())]
+        """The lanes that do not yet reach as far as the next group needs, and how far that is."""
+        spans = ((self._lanes[lane], end) for lane, _, end in self._needs())
+        return [(lane, end) for lane, end in spans if lane.covered < end]
 
     def _extend(self) -> None:
         """Let lanes go on through windows that are open."""
-        for lane, start, _ in self._deal.needs(self._given, self._given + self._group):
-            self._lanes[lane].skip_to(start)
-        for lane_ in self._lanes.values():
-            while (stop := lane_.stop(self._tally)) is not None and stop.key in self._open:
-                lane_.take(stop)
+        for number, start, _ in self._needs():
+            self._lanes[number].skip_to(start)
+        for lane in self._lanes.values():
+            while (stop := lane.stop(self._tally)) is not None and stop.key in self._open:
+                lane.take(stop)
 
     def _groups_ready(self) -> int:
         known = self._tally.at_least if self._levels is None else self._levels.total
@@ -402,7 +414,7 @@ class EpochCursor:
 
     def _exact_windows_ahead(self, levels: Levels) -> list[WindowKey]:
         first: dict[WindowKey, int] = {}
-        for number in self._deal.lanes:
+        for number in self._deal.home:
             at = lane_length(number, self._given, self._partitions)
             for piece in levels.pieces(number, at, int(levels.quota[number])):
                 for key, sample in self._tally.windows(*piece):

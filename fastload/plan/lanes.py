@@ -75,7 +75,10 @@ class Levels:
 
 
 class Stop(NamedTuple):
-    """Where a lane goes next: `length` samples of a window from `offset` on; length 0 while it is not counted."""
+    """Where a lane goes next: `length` samples of a window from `offset` on.
+
+    The length is 0 while the window is not counted; then the offset may lie beyond it.
+    """
 
     key: WindowKey
     offset: int
@@ -95,7 +98,7 @@ class Lane:
     """How far one lane is covered by open windows, and where it goes from there."""
 
     def __init__(self, number: int, start: int) -> None:
-        self.number, self.covered = number, start
+        self.number, self.first, self.covered = number, start, start
         self.legs: list[Leg] = []
         self._pieces: list[Piece] | None = None  # None: its own partition, to an end that is not known yet
 

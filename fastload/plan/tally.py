@@ -118,14 +118,15 @@ class Tally:
     def find(self, partition: int, number: int) -> tuple[int, int, int] | None:
         """Where sample `number` of a partition's order is: window, offset in it, samples of it.
 
-        While that is not known, the first window without counts, and -1, -1; None beyond the end.
+        While that is not known, the first window without counts, the offset from there, which may lie beyond
+        the window, and -1; None beyond the end.
         """
         part = self._parts[partition]
         if number < part.start[part.known]:
             starts = part.start[part.first : part.known + 1]
             window = part.first + int(np.searchsorted(starts, number, side="right")) - 1
             return window, number - int(part.start[window]), int(part.count[window])
-        return (part.known, -1, -1) if part.known < len(part.count) else None
+        return (part.known, number - int(part.start[part.known]), -1) if part.known < len(part.count) else None
 
     def windows(self, partition: int, start: int, stop: int) -> list[tuple[WindowKey, int]]:
         """The windows of a counted partition with samples from `start` up to `stop`, and the first such sample."""

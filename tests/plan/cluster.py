@@ -92,33 +92,33 @@ class Cluster:
             lines.append([(partition, *sample) for sample in line])
         return reference.one_line(lines), [sample for line in lines for sample in line]
 
-    def reference_groups(self, delivered: int = 0):
-        """The rest of the epoch as rounds of one sample a turn, None for no sample; and the number of repeats."""
-        line, by_window = self.reference_line()
-        repeats = reference.repeats(
-            line,
-            lambda sample: [other for other in by_window if other[:2] == sample[:2]],
-            self.partitions,
-            self.world_size,
-            self.global_batch,
-        )
-        rest = line[delivered:]
-        if not rest:
-            return [], 0
-        left_over = len(rest) % self.world_size
-        if self.tail == "drop":
-            rest = rest[: len(rest) - left_over]
-        elif self.tail == "pad":
-            rest = rest + repeats
-        rest += [None] * (-len(rest) % self.world_size)
-        rounds = [rest[i : i + self.world_size] for i in range(0, len(rest), self.world_size)]
-        return rounds, len(repeats) if self.tail == "pad" else 0
-
     def reference_batches(self, rank: int, delivered: int = 0) -> list[list[tuple[int, int]]]:
-        turn = reference.turn(rank, rank // self.local, self.nodes, self.local, self.partitions)
-        mine = [each[turn][3:] for each in self.reference_groups(delivered)[0] if each[turn] is not None]
+        """A rank's batches after so many samples of the line, each a list of (object, sample)."""
+        line, by_window = self.reference_line()
+        rest = line[delivered:]
+        if self.tail == "drop":
+            rest = rest[: len(rest) - len(rest) % self.world_size]
+        places = reference.rank_positions(
+            len(rest), rank, self.nodes, self.local, self.partitions, self.global_batch
+        )
+        mine = [rest[place] for place in places]
+        mine_missing = reference.turn(rank, rank // self.local, self.nodes, self.local, self.partitions)
+        mine_missing -= len(rest) % self.world_size
+        if self.tail == "pad" and len(rest) % self.world_size and mine_missing >= 0:
+            repeats = reference.repeats(
+                line,
+                lambda sample: [other for other in by_window if other[:2] == sample[:2]],
+                self.partitions,
+                self.world_size,
+                self.global_batch,
+            )
+            mine.append(repeats[mine_missing])
         batches = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
-        return [batch for batch in batches if len(batch) == self.batch_size or not self.drop_last]
+        return [
+            [sample[3:] for sample in batch]
+            for batch in batches
+            if len(batch) == self.batch_size or not self.drop_last
+        ]
 
 
 @dataclass

@@ -112,6 +112,30 @@ def turn(rank, node, nodes, local_world_size, partitions):
     return node % shared + shared * group.index((node, rank % local_world_size))
 
 
+def rank_positions(count, rank, nodes, local_world_size, partitions, global_batch):
+    """A rank's positions of the first `count`, the start being that of a global batch."""
+    node, world_size, shared = rank // local_world_size, nodes * local_world_size, math.gcd(nodes, partitions)
+    mine, whole = [], count - count % world_size
+    for first in range(0, whole, global_batch):
+        batch = range(first, min(first + global_batch, whole))
+        if partitions == 1 or shared in (nodes, partitions):
+            of_turn = turn(rank, node, nodes, local_world_size, partitions)
+            mine += [position for position in batch if position % world_size == of_turn]
+        else:
+            lanes = range(node % shared, partitions, shared)
+            digits = max(1, (len(lanes) - 1).bit_length())
+            row = sorted(lanes, key=lambda lane: f"{lane // shared:0{digits}b}"[::-1])
+            theirs = sorted(
+                (position for position in batch if position % partitions in lanes),
+                key=lambda position: (row.index(position % partitions), position),
+            )
+            size = len(batch) // nodes
+            piece = theirs[node // shared * size :][:size]
+            mine += sorted(piece)[rank % local_world_size :: local_world_size]
+    left_over = whole + turn(rank, node, nodes, local_world_size, partitions)
+    return mine + ([left_over] if left_over < count else [])
+
+
 def with_tail(samples, delivered, world_size, tail):
     """What is left after `delivered` samples, made to fit the ranks; with the number of repeats."""
     rest, left_over = samples[delivered:], (len(samples) - delivered) % world_size
