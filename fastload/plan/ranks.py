@@ -37,11 +37,39 @@ class Ranks:
                 "a node cannot hold more ranks than there are"
             )
 
+    def with_replicas(self, replicas: int) -> Ranks:
+        """The data-parallel ranks, where each `replicas` ranks that follow one another read the same samples: a
+        tensor- or context-parallel group.
+
+        A group that spans nodes counts as a node of one rank, on each of its nodes. Raises `ConfigError` where
+        groups divide neither the world nor a node.
+        """
+        if replicas < 1 or self.world_size % replicas:
+            raise ConfigError(
+                f"replicas={replicas} must divide world_size={self.world_size}: it is how many ranks read the same "
+                "samples"
+            )
+        rank, world_size, local = self.rank // replicas, self.world_size // replicas, self.local_world_size
+        if local % replicas == 0:
+            return Ranks(rank, world_size, self.local_rank // replicas, local // replicas)
+        if replicas % local == 0:
+            return Ranks(rank, world_size, 0, 1)
+        raise ConfigError(
+            f"replicas={replicas} neither divides local_world_size={local} nor is a multiple of it: a group would "
+            "have a part of a node; choose one that does"
+        )
+
 
 def resolve_ranks(
-    rank: int | None = None, world_size: int | None = None, environ: Mapping[str, str] | None = None
+    rank: int | None = None,
+    world_size: int | None = None,
+    environ: Mapping[str, str] | None = None,
+    replicas: int = 1,
 ) -> Ranks:
     """The ranks of this process; `environ` is the process's own environment unless given.
+
+    All that is found, and `rank` and `world_size` too, counts processes; `replicas` of them that follow one
+    another read the same samples, and have the same rank in what is returned.
 
     Where the launcher does not say which ranks share a node, all are taken to be on one. Raises `ConfigError`
     where only one of rank and world size is known, or they do not fit.
@@ -55,11 +83,11 @@ def resolve_ranks(
     else:
         found, source = launched, ("RANK", "WORLD_SIZE")
     if found == (None, None):
-        return Ranks()
+        return Ranks().with_replicas(replicas)
     if found[0] is None or found[1] is None:
         known, missing = source if found[1] is None else source[::-1]
         raise ConfigError(f"{known} is set but {missing} is not; set both, or neither for a single process")
-    return _with_node(found[0], found[1], launched, environ)
+    return _with_node(found[0], found[1], launched, environ).with_replicas(replicas)
 
 
 def default_partitions(ranks: Ranks) -> int:

@@ -8,7 +8,15 @@ import sys
 import pytest
 
 from fastload.errors import ConfigError
-from fastload.plan import Ranks, batch_count_of_rank, repeat_count, resolve_ranks, sample_count_of_rank
+from fastload.plan import (
+    Ranks,
+    batch_count_of_rank,
+    default_partitions,
+    repeat_count,
+    resolve_ranks,
+    sample_count_of_rank,
+    turn_of,
+)
 from fastload.plan.tail import check_tail
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -87,3 +95,45 @@ def test_counts_of_a_rank():
 def test_an_unknown_tail_is_refused():
     with pytest.raises(ConfigError, match="tail='cut' must be 'pad', 'drop' or 'uneven'"):
         check_tail("cut")
+
+
+def test_replicas_read_the_same_samples():
+    assert resolve_ranks(environ=TORCHRUN, replicas=2) == Ranks(2, 4, 0, 2)
+    assert resolve_ranks(environ=TORCHRUN, replicas=4) == Ranks(1, 2, 0, 1)
+    assert resolve_ranks(environ=TORCHRUN, replicas=8) == Ranks()
+    assert resolve_ranks(5, 6, {}, replicas=3) == Ranks(1, 2, 1, 2)
+    groups = [Ranks(rank, 16, rank % 4, 4).with_replicas(8) for rank in range(16)]
+    assert groups == [Ranks(0, 2, 0, 1)] * 8 + [Ranks(1, 2, 0, 1)] * 8
+
+
+@pytest.mark.parametrize(
+    ("replicas", "message"),
+    [
+        (0, "replicas=0 must divide world_size=8"),
+        (3, "replicas=3 must divide world_size=8"),
+        (16, "replicas=16 must divide world_size=8"),
+    ],
+)
+def test_replicas_that_do_not_fit_are_refused(replicas, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve_ranks(environ=TORCHRUN, replicas=replicas)
+    with pytest.raises(ConfigError, match="replicas=4 neither divides local_world_size=6 nor"):
+        Ranks(0, 12, 0, 6).with_replicas(4)
+
+
+def test_a_partition_a_node_by_default():
+    assert default_partitions(Ranks()) == 1
+    assert default_partitions(Ranks(5, 8, 1, 4)) == 2
+    assert default_partitions(Ranks(0, 1024, 0, 8)) == 128
+
+
+@pytest.mark.parametrize("partitions", [1, 2, 3, 4, 6, 8, 64])
+@pytest.mark.parametrize(("nodes", "local"), [(1, 4), (2, 3), (6, 1), (8, 2), (12, 1)])
+def test_every_turn_is_one_ranks(nodes, local, partitions):
+    world = [Ranks(rank, nodes * local, rank % local, local) for rank in range(nodes * local)]
+    turns = [turn_of(ranks, partitions) for ranks in world]
+    assert sorted(turns) == list(range(nodes * local))
+    if partitions == 1 or nodes == 1:
+        assert turns == list(range(nodes * local))
+    if partitions % nodes == 0:
+        assert [turn % nodes for turn in turns] == [ranks.rank // local for ranks in world]
