@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from fastload.errors import ConfigError, StateError
 from fastload.plan.deal import Deal
 from fastload.plan.lanes import Lane, Leg, Levels, Stop, lane_length
+from fastload.plan.lookahead import windows_by_bytes
 from fastload.plan.order import EpochOrder
 from fastload.plan.position import Place, Position
 from fastload.plan.ranks import Ranks
@@ -422,22 +423,6 @@ class EpochCursor:
                     first[key] = min(position, first.get(key, position))
                 at += piece.stop - piece.start
         return sorted(first, key=lambda key: (first[key], key))
-
-
-def windows_by_bytes(
-    orders: Sequence[EpochOrder], partitions: Sequence[int], places: Sequence[Place]
-) -> list[WindowKey]:
-    """The windows of some partitions from `places` on, as they come if a byte is as many samples everywhere."""
-    found = []
-    for partition in partitions:
-        order = orders[partition]
-        before = np.cumsum(order.window_bytes) - order.window_bytes
-        share = before / max(1, int(order.window_bytes.sum()))
-        found += [
-            (float(share[window]), WindowKey(partition, window))
-            for window in range(min(places[partition].window, order.window_count), order.window_count)
-        ]
-    return [key for _, key in sorted(found)]
 
 
 _WINDOWS = 1 << 40  # above any window's number, so that partition and window fit one int64

@@ -95,16 +95,15 @@ class Cluster:
     def reference_batches(self, rank: int, delivered: int = 0) -> list[list[tuple[int, int]]]:
         """A rank's batches after so many samples of the line, each a list of (object, sample)."""
         line, by_window = self.reference_line()
-        rest = line[delivered:]
-        if self.tail == "drop":
-            rest = rest[: len(rest) - len(rest) % self.world_size]
-        places = reference.rank_positions(
-            len(rest), rank, self.nodes, self.local, self.partitions, self.global_batch
+        left_over = (len(line) - delivered) % self.world_size
+        total = len(line) - left_over * (self.tail == "drop")
+        positions = reference.rank_positions(
+            delivered, total, rank, self.nodes, self.local, self.partitions, self.global_batch
         )
-        mine = [rest[place] for place in places]
+        mine = [line[position] for position in positions]
         mine_missing = reference.turn(rank, rank // self.local, self.nodes, self.local, self.partitions)
-        mine_missing -= len(rest) % self.world_size
-        if self.tail == "pad" and len(rest) % self.world_size and mine_missing >= 0:
+        mine_missing -= left_over
+        if self.tail == "pad" and left_over and mine_missing >= 0:
             repeats = reference.repeats(
                 line,
                 lambda sample: [other for other in by_window if other[:2] == sample[:2]],
@@ -115,9 +114,7 @@ class Cluster:
             mine.append(repeats[mine_missing])
         batches = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
         return [
-            [sample[3:] for sample in batch]
-            for batch in batches
-            if len(batch) == self.batch_size or not self.drop_last
+            [sample[3:] for sample in batch] for batch in batches if len(batch) == self.batch_size or not self.drop_last
         ]
 
 

@@ -112,11 +112,11 @@ def turn(rank, node, nodes, local_world_size, partitions):
     return node % shared + shared * group.index((node, rank % local_world_size))
 
 
-def rank_positions(count, rank, nodes, local_world_size, partitions, global_batch):
-    """A rank's positions of the first `count`, the start being that of a global batch."""
+def rank_positions(start, total, rank, nodes, local_world_size, partitions, global_batch):
+    """A rank's positions from `start`, where a global batch begins, up to `total`."""
     node, world_size, shared = rank // local_world_size, nodes * local_world_size, math.gcd(nodes, partitions)
-    mine, whole = [], count - count % world_size
-    for first in range(0, whole, global_batch):
+    mine, whole = [], total - (total - start) % world_size
+    for first in range(start, whole, global_batch):
         batch = range(first, min(first + global_batch, whole))
         if partitions == 1 or shared in (nodes, partitions):
             of_turn = turn(rank, node, nodes, local_world_size, partitions)
@@ -133,7 +133,7 @@ def rank_positions(count, rank, nodes, local_world_size, partitions, global_batc
             piece = theirs[node // shared * size :][:size]
             mine += sorted(piece)[rank % local_world_size :: local_world_size]
     left_over = whole + turn(rank, node, nodes, local_world_size, partitions)
-    return mine + ([left_over] if left_over < count else [])
+    return mine + ([left_over] if left_over < total else [])
 
 
 def with_tail(samples, delivered, world_size, tail):

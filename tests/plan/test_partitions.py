@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections import Counter
 
 import numpy as np
@@ -14,7 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastload.errors import ConfigError, StateError
-from fastload.plan import Position, Ranks, batch_count_of_rank, repeat_count, sample_count_of_rank
+from fastload.plan import (
+    Position,
+    Ranks,
+    batch_count_of_rank,
+    objects_in_use_order,
+    repeat_count,
+    sample_count_of_rank,
+)
 from tests.plan.cluster import Cluster, Run, clusters, global_batches
 
 TOLD = ("wanted", "some", "all")
@@ -22,7 +30,7 @@ TOLD = ("wanted", "some", "all")
 SMALL_CLUSTERS = [
     Cluster((size,) * len(counts), counts, partitions, nodes, local, batch_size, tail=tail)
     for counts in [c for n in (1, 2, 3) for c in itertools.product((0, 1, 4), repeat=n)]
-    for size in (40, 200)
+    for size in (40,)  # two shards fit a window
     for partitions in (2, 3)
     for nodes, local in ((1, 1), (1, 2), (2, 1), (3, 1), (3, 2))
     for batch_size in (1, 2)
@@ -71,13 +79,13 @@ def test_small_clusters_are_right_at_every_rank():
         check(cluster, TOLD[number % 3])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(clusters(), st.sampled_from(TOLD))
 def test_any_cluster_is_right_at_every_rank(cluster, told):
     check(cluster, told)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(clusters())
 def test_the_batches_do_not_depend_on_what_was_known_when(cluster):
     for rank in range(min(3, cluster.world_size)):
@@ -85,7 +93,7 @@ def test_the_batches_do_not_depend_on_what_was_known_when(cluster):
         assert runs[0].samples == runs[1].samples == runs[2].samples
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(clusters(), st.data())
 def test_global_batches_are_the_same_at_every_world_size(cluster, data):
     """Wherever batch_size × world_size is the same; the last batch too, apart from repeats."""
@@ -155,7 +163,7 @@ def saved_and_loaded(position: Position) -> Position:
     return Position.from_state(json.loads(json.dumps(position.to_state())))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(clusters(), st.integers(1, 4), st.sampled_from(["batches", "samples"]), st.data())
 def test_workers_share_a_ranks_samples(cluster, worker_count, split, data):
     cluster = cluster.with_(drop_last=False)
@@ -170,7 +178,7 @@ def test_workers_share_a_ranks_samples(cluster, worker_count, split, data):
             assert [sample for batch in got for sample in batch] == mine[worker::worker_count]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(clusters(nodes_divide=True))
 def test_a_node_reads_its_own_partitions_until_one_ends(cluster):
     run = cluster.run(0)
@@ -186,7 +194,7 @@ def test_a_node_reads_its_own_partitions_until_one_ends(cluster):
             assert {key.partition for key in entry.windows} <= own or entry.repeats
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(clusters(), st.sampled_from(TOLD))
 def test_windows_ahead_are_what_is_opened_in_that_order(cluster, told):
     cluster = cluster.with_(tail="uneven")
@@ -198,7 +206,8 @@ def test_windows_ahead_are_what_is_opened_in_that_order(cluster, told):
     run.to_the_end()
     used = {key for entry in run.entries for key in entry.windows}
     if told == "all":
-        assert set(run.opened) <= set(ahead)
+        if math.gcd(cluster.nodes, cluster.partitions) in (cluster.nodes, cluster.partitions):
+            assert set(run.opened) == set(ahead)  # otherwise some batches need a little of other lanes
         if cluster.partitions == 1:
             assert run.opened == ahead
     elif cluster.nodes == 1:
@@ -206,6 +215,69 @@ def test_windows_ahead_are_what_is_opened_in_that_order(cluster, told):
         for partition in range(cluster.partitions):
             windows = [key.window for key in ahead if key.partition == partition]
             assert windows == sorted(windows)
+
+
+def bytes_of(run: Run) -> int:
+    return sum(run.cluster.sizes[object_no] for key in run.opened for object_no in run.cursor.objects_of(key))
+
+
+@pytest.mark.parametrize("told", ["wanted", "all"])
+@pytest.mark.parametrize("partitions", [8, 64])
+@pytest.mark.parametrize(("nodes", "batch_size"), [(7, 32), (12, 24), (96, 4)])
+def test_nodes_that_do_not_divide_the_partitions_read_little_more_than_their_share(nodes, batch_size, partitions, told):
+    """⌈P/K⌉ + 1 partitions, one more where lanes differ by a sample, and a window for each where lanes end."""
+    sizes, counts = UNEVEN_SHARDS
+    cluster = Cluster(sizes, counts, partitions, nodes, 1, batch_size, window_bytes=200)
+    lanes = -(-partitions // nodes) + 1 + (cluster.global_batch % partitions > 0)
+    for rank in range(0, nodes, -(-nodes // 4)):
+        run = cluster.run(rank, told=told)
+        partition_bytes_max = max(int(order.window_bytes.sum()) for order in run.cursor.orders)
+        assert bytes_of(run) <= lanes * (partition_bytes_max + cluster.window_bytes)
+
+
+@pytest.mark.parametrize("told", ["wanted", "all"])
+@pytest.mark.parametrize("nodes", [1, 2, 8])
+def test_a_node_reads_beyond_its_own_partitions_only_where_lanes_end(nodes, told):
+    sizes, counts = UNEVEN_SHARDS
+    cluster = Cluster(sizes, counts, 8, nodes, 1, 64 // nodes, window_bytes=200)
+    for rank in range(nodes):
+        run = cluster.run(rank, told=told)
+        own = sum(int(order.window_bytes.sum()) for order in run.cursor.orders[rank::nodes])
+        lacking = sum(sizes) // 8 // 10  # counts a byte differ by up to a tenth from shard to shard
+        assert bytes_of(run) <= own + 8 // nodes * (lacking + 2 * cluster.window_bytes)
+
+
+# Sizes of 80 to 119, and counts that differ from them by up to a tenth.
+UNEVEN_SHARDS = (
+    tuple(80 + i * 7 % 40 for i in range(512)),
+    tuple((80 + i * 7 % 40) * (90 + i * 13 % 21) // 100 for i in range(512)),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(clusters())
+def test_what_is_read_ahead_before_counts_are_known(cluster):
+    """The plan of prefetch, without a cursor: that of the whole data set, and a node's own."""
+    arguments = (cluster.manifest, cluster.options, cluster.epoch)
+    assert sorted(objects_in_use_order(*arguments).tolist()) == list(range(len(cluster.counts)))
+    cursor = cluster.cursor(cluster.world_size - 1)
+    planned = objects_in_use_order(*arguments, None, cursor.ranks).tolist()
+    ahead = [cursor.objects_of(key).tolist() for key in cursor.windows_ahead()]
+    if cursor.windows_ahead() and cluster.total:
+        assert planned == list(itertools.chain(*ahead))
+    if cluster.partitions % cluster.nodes == 0:
+        nodes = range(0, cluster.world_size, cluster.local)
+        plans = [objects_in_use_order(*arguments, None, cluster.ranks(rank)).tolist() for rank in nodes]
+        assert sorted(itertools.chain(*plans)) == list(range(len(cluster.counts)))
+
+
+def test_windows_of_several_partitions_are_read_ahead_in_turns():
+    cluster = Cluster((100,) * 24, (10,) * 24, 3, 1, 1, 8, window_bytes=200)
+    ahead = cluster.cursor().windows_ahead()
+    run = cluster.run()
+    assert ahead == run.opened
+    run = cluster.run(told="all")
+    assert ahead == run.opened
 
 
 def test_one_shard_a_hundred_times_the_others():
