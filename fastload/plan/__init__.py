@@ -2,12 +2,14 @@
 there.
 """
 
-from fastload.plan.cursor import BatchEntry, EpochCursor, RankCursor, Split
+from fastload.plan.cursor import EpochCursor, Split
 from fastload.plan.lookahead import objects_in_use_order
 from fastload.plan.manifest import Manifest
+from fastload.plan.onepartition import RankCursor
 from fastload.plan.order import EpochOrder, OrderOptions, Shuffle, auto_window_bytes, epoch_order, epoch_orders
 from fastload.plan.position import Place, Position
 from fastload.plan.ranks import Ranks, default_partitions, resolve_ranks, turn_of
+from fastload.plan.samples import BatchEntry
 from fastload.plan.tail import Tail, batch_count_of_rank, repeat_count, sample_count_of_rank
 from fastload.plan.tally import WindowKey
 

@@ -18,7 +18,6 @@ Pure: no clock, no I/O, and the work per window is a few calls over arrays, what
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -31,41 +30,11 @@ from fastload.plan.lookahead import windows_by_bytes
 from fastload.plan.order import EpochOrder
 from fastload.plan.position import Place, Position
 from fastload.plan.ranks import Ranks
+from fastload.plan.samples import NO_SAMPLES, BatchEntry, OpenWindow, Samples
 from fastload.plan.tail import Tail, check_tail
 from fastload.plan.tally import Tally, WindowKey
 
 Split = Literal["batches", "samples"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BatchEntry:
-    """One batch of one rank (or of one of its workers), as numbers.
-
-    `number` counts the rank's batches through the epoch. Sample i is number `sample_no[i]` (int64) of object
-    `object_no[i]` (int32). The last `repeats` samples are repeats made to fill the tail. All samples lie in
-    `windows`, each named once, rising. `samples_after` is how far the line is delivered once every rank has this
-    batch.
-    """
-
-    number: int
-    object_no: NDArray[np.int32]
-    sample_no: NDArray[np.int64]
-    repeats: int
-    windows: tuple[WindowKey, ...]
-    samples_after: int
-
-    def __len__(self) -> int:
-        return len(self.object_no)
-
-    @property
-    def window_first(self) -> int:
-        """The number of the first window that the batch needs, where there is one partition."""
-        return self.windows[0].window
-
-    @property
-    def window_last(self) -> int:
-        """The number of the last window that the batch needs, where there is one partition."""
-        return self.windows[-1].window
 
 
 class EpochCursor:
@@ -111,7 +80,7 @@ class EpochCursor:
         self._deal = Deal(ranks, self._partitions, self._global_batch)
         self._tally = Tally(self.orders, self.start.places, self.start.taken or self._lengths(self._given))
         self._lanes = {p: Lane(p, lane_length(p, self._given, self._partitions)) for p in self._deal.lanes}
-        self._open: dict[WindowKey, _OpenWindow] = {}
+        self._open: dict[WindowKey, OpenWindow] = {}
         self._levels: Levels | None = None
         self._level()
 
@@ -196,7 +165,7 @@ class EpochCursor:
         self._check_start(key, total)
         line = self.orders[key.partition].window_permutation(key.window, total)
         self._tally.tell(objects, counts)
-        self._open[key] = _OpenWindow(line, objects, counts)
+        self._open[key] = OpenWindow(line, objects, counts)
         self._level()
         return self._settle()
 
@@ -369,7 +338,7 @@ class EpochCursor:
         assert found is not None, "a position below the total lies in a window"
         return WindowKey(piece.partition, found[0]), found[1], found[2]
 
-    def _samples_at(self, positions: NDArray[np.int64]) -> _Samples:
+    def _samples_at(self, positions: NDArray[np.int64]) -> Samples:
         """The samples of some positions, rising, whose windows are open."""
         if self._partitions == 1:
             return self._of_lane(0, positions)
@@ -380,9 +349,9 @@ class EpochCursor:
             self._of_lane(p, positions[by_lane[bounds[p] : bounds[p + 1]]] // self._partitions)
             for p in np.flatnonzero(np.diff(bounds)).tolist()
         ]
-        return _Samples.joined(parts).part_at(np.argsort(by_lane, kind="stable")) if parts else _NO_SAMPLES
+        return Samples.joined(parts).part_at(np.argsort(by_lane, kind="stable")) if parts else NO_SAMPLES
 
-    def _of_lane(self, lane: int, numbers: NDArray[np.int64]) -> _Samples:
+    def _of_lane(self, lane: int, numbers: NDArray[np.int64]) -> Samples:
         """The samples of rising numbers of one lane."""
         legs = self._lanes[lane].legs
         bounds = np.searchsorted(numbers, [leg.start for leg in legs] + [leg.stop for leg in legs[-1:]])
@@ -391,9 +360,9 @@ class EpochCursor:
             for leg, first, stop in zip(legs, bounds, bounds[1:], strict=False)
             if first < stop
         ]
-        return _Samples.joined(parts) if parts else _NO_SAMPLES
+        return Samples.joined(parts) if parts else NO_SAMPLES
 
-    def _entry(self, group: int, samples: _Samples, repeats: int, samples_after: int) -> BatchEntry | None:
+    def _entry(self, group: int, samples: Samples, repeats: int, samples_after: int) -> BatchEntry | None:
         """The worker's batch from a group of the rank's samples, of which the last `repeats` are repeats."""
         worker, stride = self._worker
         if self._split == "batches":
@@ -409,7 +378,7 @@ class EpochCursor:
             mine.object_no,
             mine.sample_no,
             repeats if has_repeat else 0,
-            tuple(WindowKey(*divmod(int(code), _WINDOWS)) for code in np.unique(mine.window)),
+            mine.windows(),
             samples_after,
         )
 
@@ -425,138 +394,8 @@ class EpochCursor:
         return sorted(first, key=lambda key: (first[key], key))
 
 
-_WINDOWS = 1 << 40  # above any window's number, so that partition and window fit one int64
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _OpenWindow:
-    """The samples of a window in their order, `line`, int64, numbered through its `objects`."""
-
-    line: NDArray[np.int64]
-    objects: NDArray[np.int32]
-    counts: NDArray[np.int64]
-
-    def located(self, offsets: NDArray[np.int64], key: WindowKey) -> _Samples:
-        """The samples at some offsets in the window's order."""
-        line, ends = self.line[offsets], np.cumsum(self.counts)
-        # "right" steps over objects without samples.
-        place = np.searchsorted(ends, line, side="right")
-        code = key.partition * _WINDOWS + key.window
-        return _Samples(self.objects[place], line - (ends - self.counts)[place], np.full(len(line), code, np.int64))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Samples:
-    """Samples in order: object_no int32[n], sample_no int64[n], and the window of each as one number,
-    int64[n].
-    """
-
-    object_no: NDArray[np.int32]
-    sample_no: NDArray[np.int64]
-    window: NDArray[np.int64]
-
-    @classmethod
-    def joined(cls, parts: Sequence[_Samples]) -> _Samples:
-        """One after the other; at least one part."""
-        if len(parts) == 1:
-            return parts[0]
-        return cls(
-            np.concatenate([part.object_no for part in parts]),
-            np.concatenate([part.sample_no for part in parts]),
-            np.concatenate([part.window for part in parts]),
-        )
-
-    def __len__(self) -> int:
-        return len(self.object_no)
-
-    def part(self, start: int, stop: int, step: int = 1) -> _Samples:
-        """Those from `start` to `stop`, or every `step`-th of them; views."""
-        part = slice(start, stop, step)
-        return _Samples(self.object_no[part], self.sample_no[part], self.window[part])
-
-    def part_at(self, places: NDArray[np.int64]) -> _Samples:
-        """Those at `places`, in that order."""
-        return _Samples(self.object_no[places], self.sample_no[places], self.window[places])
-
-    def then(self, more: _Samples) -> _Samples:
-        """These and `more` after them; a copy."""
-        return _Samples.joined((self, more))
-
-
-_NO_SAMPLES = _Samples(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int64))
-
-
 def _check_arguments(batch_size: int, worker: tuple[int, int]) -> None:
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} must be at least 1")
     if not 0 <= worker[0] < worker[1]:
         raise ConfigError(f"worker={worker[0]} must be from 0 to {worker[1] - 1}")
-
-
-class RankCursor:
-    """An `EpochCursor` over the one partition of `order`, in which windows are plain numbers and all are opened
-    in their order.
-
-    Raises `ConfigError` for arguments that do not fit and `StateError` where `start` belongs to another run.
-    """
-
-    def __init__(
-        self,
-        order: EpochOrder,
-        ranks: Ranks,
-        batch_size: int,
-        *,
-        drop_last: bool = False,
-        tail: Tail = "pad",
-        start: Position | None = None,
-        worker: tuple[int, int] = (0, 1),
-        split: Split = "batches",
-    ) -> None:
-        if order.options.partitions != 1:
-            raise ConfigError(
-                f"partitions={order.options.partitions} must be 1: all ranks share one partition's samples"
-            )
-        self.order = order
-        self._cursor = EpochCursor(
-            (order,), ranks, batch_size, drop_last=drop_last, tail=tail, start=start, worker=worker, split=split
-        )
-        self._next_window = self.start.places[0].window
-
-    @property
-    def start(self) -> Position:
-        """Where the cursor started."""
-        return self._cursor.start
-
-    @property
-    def windows(self) -> range:
-        """The windows that are still to be added, in order."""
-        return range(self._next_window, self.order.window_count)
-
-    @property
-    def oldest_window(self) -> int:
-        """The oldest window that a batch still to come may need; if none of those added, the next."""
-        return min((key.window for key in self._cursor.needed), default=self._next_window)
-
-    def window_objects(self, window: int) -> NDArray[np.int32]:
-        """The object numbers of a window, int32; `add_window` wants one count for each."""
-        return self.order.window_objects(window)
-
-    def add_window(self, window: int, counts: NDArray[np.int64]) -> list[BatchEntry]:
-        """The batches that are settled by the sample counts of a window's objects, int64[objects].
-
-        Windows come in the order of `windows`. Raises `StateError` where the start lies beyond the window's
-        samples.
-        """
-        assert window == self._next_window, f"window {window} out of turn; next is {self._next_window}"
-        entries = self._cursor.add(WindowKey(0, window), counts)
-        self._next_window += 1
-        return entries
-
-    def finish(self) -> list[BatchEntry]:
-        """After the last window: what the tail leaves, at most one batch. Called once."""
-        assert not self.windows, f"windows {self.windows} have not been added"
-        return self._cursor.finish()
-
-    def position(self, entry: BatchEntry | None) -> Position:
-        """The position after `entry` was delivered; for None, where the cursor started."""
-        return self._cursor.position(entry)

@@ -68,13 +68,15 @@ class Deal:
         number up to which. Where it depends on the rank, what does not make a round of the world is left out.
         """
         if not self._pieces:
-            spans = ((p, *(lane_length(p, q, self._partitions) for q in (first, stop))) for p in self.lanes)
-            return [(lane, start, end) for lane, start, end in spans if start < end]
+            ends = (
+                (p, lane_length(p, first, self._partitions), lane_length(p, stop, self._partitions)) for p in self.lanes
+            )
+            return [(lane, start, end) for lane, start, end in ends if start < end]
         low, high = self._cut(first, stop - (stop - first) % self._ranks.world_size)
-        spans = []
-        for lane in np.flatnonzero((low < high).any(axis=0)).tolist():
-            used = low[:, lane] < high[:, lane]
-            spans.append((int(self._row[lane]), int(low[used, lane].min()), int(high[used, lane].max())))
+        spans: list[Span] = []
+        for place in np.flatnonzero((low < high).any(axis=0)).tolist():
+            used = low[:, place] < high[:, place]
+            spans.append((int(self._row[place]), int(low[used, place].min()), int(high[used, place].max())))
         return spans
 
     def settled(self, first: int, step: int, covered: Mapping[int, int]) -> int:
