@@ -265,8 +265,9 @@ class EpochCursor:
         known = self._tally.at_least if self._levels is None else self._levels.total
         if self._given + self._group > known:
             return 0
-        settled = self._deal.settled(self._given, self._group, {p: lane.covered for p, lane in self._lanes.items()})
-        return (min(settled, known) - self._given) // self._group
+        reach = {number: lane.covered for number, lane in self._lanes.items()}
+        limit = self._given + (known - self._given) // self._group * self._group
+        return (self._deal.settled(self._given, limit, self._group, reach) - self._given) // self._group
 
     def _settle(self) -> list[BatchEntry]:
         entries: list[BatchEntry] = []

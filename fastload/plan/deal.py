@@ -31,6 +31,9 @@ from fastload.plan.ranks import Ranks, shared_lanes, turn_of
 
 Span = tuple[int, int, int]
 
+# Batches that are cut in one go: enough to share the cost of the calls, few enough to be small.
+_BATCHES_AT_ONCE = 64
+
 
 class Deal:
     """One rank's positions, and the lanes that its node reads.
@@ -79,14 +82,18 @@ class Deal:
             spans.append((int(self._row[place]), int(low[used, place].min()), int(high[used, place].max())))
         return spans
 
-    def settled(self, first: int, step: int, covered: Mapping[int, int]) -> int:
-        """Up to which position all is settled, where lanes are covered up to these numbers; `first` where the
-        next `step` positions are not.
+    def settled(self, first: int, limit: int, step: int, covered: Mapping[int, int]) -> int:
+        """Up to which position, at most `limit`, all is settled, where lanes are covered up to these numbers.
+
+        Where nodes cut batches, it is looked at some batches at a time, but no fewer than `step` positions.
         """
         if not self._pieces:
-            return max(first, min(covered[lane] * self._partitions + lane for lane in self.lanes))
-        stop = first + step
-        return stop if all(covered[lane] >= end for lane, _, end in self.needs(first, stop)) else first
+            return max(first, min(limit, *(covered[lane] * self._partitions + lane for lane in self.lanes)))
+        batches = min((limit - first) // self._global_batch, max(_BATCHES_AT_ONCE, step // self._global_batch))
+        low, high = self._cut(first, first + batches * self._global_batch)
+        reach = np.array([covered[lane] for lane in self._row.tolist()], np.int64)
+        is_short = ((low < high) & (high > reach)).any(axis=1)
+        return first + self._global_batch * (int(is_short.argmax()) if is_short.any() else batches)
 
     def positions(self, first: int, stop: int) -> NDArray[np.int64]:
         """The rank's positions from `first`, where a global batch begins, up to `stop`, int64, rising; whole

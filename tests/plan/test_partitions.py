@@ -4,6 +4,7 @@ size, equal counts, exact resume, whatever was known of sample counts and when.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -178,6 +179,21 @@ def test_workers_share_a_ranks_samples(cluster, worker_count, split, data):
             assert [sample for batch in got for sample in batch] == mine[worker::worker_count]
 
 
+def test_more_workers_than_batches_are_cut_at_a_time():
+    cluster = Cluster((100,) * 9, (100,) * 9, 3, 2, 1, 1, window_bytes=1000, tail="uneven")
+    runs = [cluster.run(0, worker=(w, 100), split="samples") for w in range(100)]
+    assert [run.samples[0] for run in runs] == cluster.reference_batches(0)[:100]
+    given_out = [sample for run in runs for batch in run.samples for sample in batch]
+    assert len(given_out) == len(set(given_out)) == 450
+
+
+def test_the_line_is_fixed_for_ever():
+    """If this fails, every run that was saved before would go on with other samples: do not update the digest."""
+    cluster = Cluster(*UNEVEN_SHARDS, partitions=4, batch_size=32, window_bytes=400, seed=7, epoch=3)
+    samples = np.array([sample for batch in cluster.run().samples for sample in batch], "<i8")
+    assert hashlib.blake2b(samples.tobytes(), digest_size=16).hexdigest() == GOLDEN_DIGEST
+
+
 @settings(max_examples=50, deadline=None)
 @given(clusters(nodes_divide=True))
 def test_a_node_reads_its_own_partitions_until_one_ends(cluster):
@@ -246,6 +262,8 @@ def test_a_node_reads_beyond_its_own_partitions_only_where_lanes_end(nodes, told
         lacking = sum(sizes) // 8 // 10  # counts a byte differ by up to a tenth from shard to shard
         assert bytes_of(run) <= own + 8 // nodes * (lacking + 2 * cluster.window_bytes)
 
+
+GOLDEN_DIGEST = "ea842834f83c2c29d4dce023ab60b708"
 
 # Sizes of 80 to 119, and counts that differ from them by up to a tenth.
 UNEVEN_SHARDS = (
