@@ -179,6 +179,36 @@ def test_workers_share_a_ranks_samples(cluster, worker_count, split, data):
             assert [sample for batch in got for sample in batch] == mine[worker::worker_count]
 
 
+@settings(max_examples=80, deadline=None)
+@given(clusters(), st.randoms(use_true_random=False))
+def test_nodes_that_only_tell_each_other_what_they_counted_never_wait_for_ever(cluster, random):
+    """Each counts what it opens, and what somebody asks of the partitions that it reads; nothing else is known."""
+    runs = [Run(cluster, cluster.cursor(rank)) for rank in range(0, cluster.world_size, cluster.local)]
+    counted: set[int] = set()
+    asked: set[int] = set()
+    going = list(runs)
+    while going:
+        before = len(counted), len(asked), sum(len(run.opened) for run in runs), len(going)
+        for run in random.sample(going, len(going)):
+            own = objects_in_use_order(cluster.manifest, cluster.options, cluster.epoch, None, run.cursor.ranks)
+            counted |= asked & set(own.tolist())
+            wanted = set(run.cursor.counts_wanted.tolist())
+            asked |= wanted
+            if run.cursor.next_window is not None:
+                run.step()
+                counted |= set(run.cursor.objects_of(run.opened[-1]).tolist())
+            elif wanted:
+                run.tell(np.array(sorted(wanted & counted), np.int32))
+            else:
+                run.to_the_end()
+                going.remove(run)
+        after = len(counted), len(asked), sum(len(run.opened) for run in runs), len(going)
+        told = any(set(run.cursor.counts_wanted.tolist()) & counted for run in going)
+        assert after != before or told or any(run.cursor.next_window for run in going)
+    for run in runs:
+        assert run.samples == cluster.reference_batches(run.cursor.ranks.rank)
+
+
 def test_more_workers_than_batches_are_cut_at_a_time():
     cluster = Cluster((100,) * 9, (100,) * 9, 3, 2, 1, 1, window_bytes=1000, tail="uneven")
     runs = [cluster.run(0, worker=(w, 100), split="samples") for w in range(100)]
