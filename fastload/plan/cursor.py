@@ -42,7 +42,9 @@ class EpochCursor:
 
     `orders` are those of all partitions. Until `next_window` is None, open that window and `add` it; where
     `counts_wanted` names objects, `tell` their sample counts first (any that are known may be told at any time);
-    at last `finish`. Windows that are not among `needed` may be closed; one of them may be asked for again.
+    at last `finish`. Windows that are not among `needed` may be closed once the batches given out so far are made;
+    one of them may be asked for again. Nodes never wait for one another for ever if each counts the windows that it
+    opens, and those of the partitions that it reads which another node wants.
 
     `worker=(w, n)` is one of n workers that share the rank's samples. With `split="batches"` it gets every
     n-th batch, beginning with its own number, which is the order in which torch's DataLoader asks its
@@ -113,7 +115,9 @@ class EpochCursor:
 
         They are the next windows of other nodes, where these may have too few samples for the batch that is due,
         all that has no count where a lane has come to the end of its partition, and windows that lie before the
-        first sample that is needed. A count of any other object helps too.
+        first sample that is needed. A count of any other object helps too. Without counts, a node can be sure of
+        no more samples in all than are counted, so it needs to hear of the others' windows about as often as it
+        opens one of its own; where all counts are told at the start, it never asks.
         """
         if self._levels is not None or self.next_window is not None:
             return np.empty(0, np.int32)
