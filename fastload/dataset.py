@@ -14,13 +14,14 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch.utils.data
 
 from fastload.config import parse_bytes
 from fastload.decode import Decoder
+from fastload.engine import agreement
 from fastload.engine.assemble import Assembler
 from fastload.engine.columns import ColumnSet
 from fastload.engine.epochs import EpochCounter
@@ -132,6 +133,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         self._rank_given = (rank, world_size)
         self._ranks: Ranks | None = resolve_ranks(rank, world_size) if rank is not None else None
         self._epochs = EpochCounter()
+        self._has_agreed = False
         self._source_here = self._new_source(None)
 
     @property
@@ -208,6 +210,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         Raises `StateError` where `start` belongs to another run.
         """
         settings, source = self._settings, self._source
+        self._agree(batch_size)
         session = source.open()
         try:
             manifest = source.manifest
@@ -229,6 +232,17 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         feed = Feed(session.consumer, cursor, source.shards, source.first_chunk)
         gatherer = Gatherer(session.consumer, int(source.first_chunk[-1]), session.consumer.chunk_bytes)
         return Pass(session, cursor, feed, Assembler(manifest, settings.columns, feed.live, gatherer, source.slots))
+
+    def _agree(self, batch_size: int) -> None:
+        """Once, before the first batch: all ranks take rank 0's list of shards, and make sure that they are one job."""
+        if self._has_agreed or torch.utils.data.get_worker_info() is not None:
+            return
+        if agreement.is_collective(self.ranks):
+            settings, source = self._settings, self._source
+            source.adopt(agreement.share_manifest(self.ranks, source.list_shards))
+            order = asdict(settings.order)
+            agreement.check_same(self.ranks, {**order, "tail": settings.tail, "batch_size": batch_size})
+        self._has_agreed = True
 
     def end(self, current: Pass) -> None:
         """A pass is over, finished or not: its windows are given back, and its session may serve another."""

@@ -76,6 +76,15 @@ class Source:
         """The manifest, once a session has been opened."""
         return self._manifest
 
+    def adopt(self, manifest: Manifest) -> None:
+        """Take this manifest for the data from now on."""
+        with self._lock:
+            if self._manifest is not None and manifest.fingerprint == self._manifest.fingerprint:
+                return
+            _close_all(self._idle)  # they are attached to another
+            self._manifest = manifest
+            self._first_chunk = self._shards = self._sample_counts = None
+
     @property
     def first_chunk(self) -> npt.NDArray[np.int64]:
         """int64[objects + 1]: each object's first chunk number."""
@@ -87,6 +96,12 @@ class Source:
         """The shards' indexes."""
         assert self._shards is not None, "no session was opened yet"
         return self._shards
+
+    def list_shards(self) -> Manifest:
+        """The manifest, which is listed where it is not known yet."""
+        self.give_back(self.open())
+        assert self._manifest is not None
+        return self._manifest
 
     def open(self) -> Session:
         """An idle session or a new one; the first lists the shards."""
