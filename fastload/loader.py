@@ -10,6 +10,7 @@ is in flight, and a loader that loads it goes on exactly there.
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -193,14 +194,18 @@ class _Stream:
 
 
 class _Epoch(Iterator[Any]):
-    """The iterator over one epoch. Ends what it started when it is exhausted, fails, is closed or is dropped."""
+    """The iterator over one epoch. Ends what it started when it is exhausted, fails, is closed or is dropped.
+
+    Dropping is the usual case (a `break` out of a for loop), and so is a script that ends in mid-epoch: a finalizer
+    serves both, and runs before those of the threads, which would wait for work that is not given up.
+    """
 
     def __init__(self, stream: _Stream, current: Pass, run: ThreadedRun | InlineRun, *, is_batched: bool) -> None:
         self._stream, self._current, self._run, self._is_batched = stream, current, run, is_batched
-        self._is_open = True
+        self._finish = weakref.finalize(self, _finish, stream, current, run, os.getpid())
 
     def __next__(self) -> Any:
-        if not self._is_open:
+        if not self._finish.alive:
             raise StopIteration
         try:
             entry, made = next(self._run)
@@ -216,19 +221,18 @@ class _Epoch(Iterator[Any]):
 
     def close(self) -> None:
         """Stop. May be called twice."""
-        if not self._is_open:
-            return
-        self._is_open = False
-        try:
-            with self._current.session.consumer.interrupted():
-                self._run.close()
-        finally:
-            self._stream.ended(self._current)
+        self._finish()
 
-    def __del__(self) -> None:
-        # A `break` out of a for loop drops the iterator: nobody else will close it.
-        if getattr(self, "_is_open", False):
-            self.close()
+
+def _finish(stream: _Stream, current: Pass, run: ThreadedRun | InlineRun, pid: int) -> None:
+    """End a run and give back what it used; in a forked child both are the parent's."""
+    if os.getpid() != pid:
+        return
+    try:
+        with current.session.consumer.interrupted():
+            run.close()
+    finally:
+        stream.ended(current)
 
 
 def _maker(loader: DataLoader[Any], current: Pass) -> Callable[[BatchEntry], Any]:
@@ -250,7 +254,7 @@ def _unpinned_maker(loader: DataLoader[Any], current: Pass) -> Callable[[BatchEn
 
 def _is_custom(collate: Any) -> bool:
     """Whether `collate_fn` is the user's: torch fills in one of its own where none was given."""
-    return collate not in (default_collate, default_convert)
+    return collate is not default_collate and collate is not default_convert
 
 
 def _size_of_entries(loader: DataLoader[Any]) -> int:

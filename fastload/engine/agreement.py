@@ -2,8 +2,8 @@
 
 Rank 0 lists the shards, and the others take its list: a listing of each rank's own may differ where objects come and
 go, and then samples would be lost or doubled without a sign. Then every rank says what its order depends on, and they
-fail together, naming both values, where two differ. Both happen once, when a data set is first iterated, which all ranks
-do. Without torch.distributed each rank lists for itself.
+fail together, naming both values, where two differ. Both happen once, when a data set is first iterated, which all
+ranks do. Without torch.distributed each rank lists for itself.
 """
 
 from __future__ import annotations
