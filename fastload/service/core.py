@@ -190,7 +190,7 @@ class Core:
         self._turn_due = False
         if self._closed:
             return
-        slots = Slots(self._loader.reads.idle, self._loader.fetches.idle)
+        slots = Slots(self._loader.reads.idle, self._loader.free_fetches)
         quick = self._disk_is_quick()
         actions = scheduler.decide(
             self._wishes.candidates(), self._table, slots, coming=self._coming(quick), disk_is_quick=quick

@@ -20,6 +20,9 @@ from fastload.service.writing import write_threads
 
 # Requests in flight: eight 8 MiB ranges hide 20 ms at 800 MB/s; twice that for slower stores.
 FETCH_THREADS = 16
+# After a pause so many are let go at once, and one more for each that ends: what is needed first, which is about one
+# shard, does not share a slow link with what is needed later.
+FETCHES_AT_FIRST = 8
 # A direct read of 8 MiB runs at 1.6 GB/s in one thread.
 DISK_READ_THREADS = 4
 
@@ -47,6 +50,7 @@ class Loader:
         self._loaded, self._given_up = loaded, given_up
         self.fetches = pools.make("fetch", FETCH_THREADS)
         self.reads = watch.pool("disk-read", read_threads(arena.buffer_count))
+        self._fetches_max = FETCHES_AT_FIRST
         self.order = 0  # loads begun
         self.in_flight: set[Chunk] = set()
         self.counters: Counter[str] = Counter(
@@ -89,8 +93,15 @@ class Loader:
         key = chunk.entry.key(chunk.index)
         self.reads.submit(self._disk.read_into, key, self._arena.buffer(chunk.buffer), done=done, hung=hung)
 
+    @property
+    def free_fetches(self) -> int:
+        """How many more fetches may be started now."""
+        return max(0, min(self.fetches.idle, self._fetches_max - len(self.fetches.under_way)))
+
     def _fetch(self, chunk: Chunk) -> None:
         def done(_: None, error: BaseException | None) -> None:
+            under_way = len(self.fetches.under_way)
+            self._fetches_max = min(FETCH_THREADS, self._fetches_max + 1) if under_way else FETCHES_AT_FIRST
             if error is None:
                 self.counters["fetched_chunks"] += 1
                 self.counters["fetched_bytes"] += chunk.length
