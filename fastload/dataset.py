@@ -10,11 +10,13 @@ each of its workers); `fastload.DataLoader` asks for whole batches through `begi
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch.utils.data
@@ -27,6 +29,7 @@ from fastload.engine.columns import ColumnSet
 from fastload.engine.epochs import EpochCounter
 from fastload.engine.feed import Feed
 from fastload.engine.gather import Gatherer
+from fastload.engine.iteration import Iteration
 from fastload.engine.run import InlineRun
 from fastload.engine.session import Session, Source
 from fastload.errors import ConfigError
@@ -117,8 +120,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        if batch_size is not None and batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size} must be at least 1, or None")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ConfigError(f"batch_size={batch_size!r} must be an integer of at least 1, or None")
         cache = cache if cache is not None else Cache()
         self._has_auto_window = shuffle_window == "auto"
         self._settings = _Settings(
@@ -131,7 +134,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
             batch_size,
         )
         self._rank_given = (rank, world_size)
-        self._ranks: Ranks | None = resolve_ranks(rank, world_size) if rank is not None else None
+        is_given = rank is not None or world_size is not None
+        self._ranks: Ranks | None = resolve_ranks(rank, world_size) if is_given else None
         self._epochs = EpochCounter()
         self._has_agreed = False
         self._source_here = self._new_source(None)
@@ -164,9 +168,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
     @property
     def ranks(self) -> Ranks:
         """Which share of the samples is this process's; settled at the first iteration."""
-        if self._ranks is None:
-            self._ranks = resolve_ranks(*self._rank_given)
-        return self._ranks
+        return self._ranks if self._ranks is not None else resolve_ranks(*self._rank_given)
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is epoch `epoch`, also in worker processes that exist already."""
@@ -177,23 +179,18 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         """The samples of this rank (in a torch worker: that worker's part of them), and the next epoch each time."""
         worker = torch.utils.data.get_worker_info()
-        base_seed = None if worker is None else worker.seed - worker.id
-        epoch = self._epochs.begin(base_seed)
-        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
         batch_size = self._settings.batch_size
-        return self._samples(
-            epoch, batch_size or _SAMPLES_AT_ONCE, (number, count), "batches" if batch_size else "samples"
-        )
-
-    def _samples(self, epoch: int, batch_size: int, worker: tuple[int, int], split: Split) -> Iterator[Any]:
-        current = self.begin(epoch, batch_size, worker=worker, split=split)
+        split: Split = "batches" if batch_size else "samples"
+        size = batch_size or _SAMPLES_AT_ONCE
+        if worker is None:
+            current = self.begin(self.next_epoch(), size)
+            self.begin_epoch()
+        else:
+            epoch = self._epochs.begin(worker.seed - worker.id, worker.num_workers)
+            current = self.begin(epoch, size, worker=(worker.id, worker.num_workers), split=split)
         run = InlineRun(current.feed, lambda entry: list(current.assembler.samples(entry)))
-        try:
-            for _, samples in run:
-                yield from samples
-        finally:
-            run.close()
-            self.end(current)
+        groups = Iteration(run, current.session.consumer, partial(self.end, current))
+        return itertools.chain.from_iterable(groups)
 
     def begin(
         self,
@@ -210,6 +207,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         Raises `StateError` where `start` belongs to another run.
         """
         settings, source = self._settings, self._source
+        self._ranks = self.ranks
         self._agree(batch_size)
         session = source.open()
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastload.decode import Decoder, raw
@@ -38,10 +38,6 @@ class ColumnSet:
         if as_tuple and names is None:
             raise ConfigError("as_tuple=True needs columns or decode, which give the order of the tuple")
         return cls(names, decoders, as_tuple)
-
-    def of_batch(self, present: Iterable[str]) -> tuple[str, ...]:
-        """The columns of a batch from windows that have the columns `present`."""
-        return self.names if self.names is not None else tuple(present)
 
     def kernel_modules(self) -> tuple[str, ...]:
         """The modules of `fastload.kernels` that the decoders use."""
