@@ -11,6 +11,7 @@ each of its workers); `fastload.DataLoader` asks for whole batches through `begi
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 import sys
 import warnings
@@ -123,6 +124,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ConfigError(f"batch_size={batch_size!r} must be an integer of at least 1, or None")
         cache = cache if cache is not None else Cache()
+        if not isinstance(cache, Cache):
+            raise ConfigError(f"cache={cache!r} must be a fastload.Cache, such as fastload.Cache({str(cache)!r})")
         self._has_auto_window = shuffle_window == "auto"
         self._settings = _Settings(
             _checked_urls(urls),
@@ -172,9 +175,9 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is epoch `epoch`, also in worker processes that exist already."""
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+        if isinstance(epoch, bool) or not hasattr(epoch, "__index__") or epoch < 0:
             raise ConfigError(f"epoch={epoch!r} must be an integer from 0 on")
-        self._epochs.set(epoch)
+        self._epochs.set(operator.index(epoch))
 
     def __iter__(self) -> Iterator[Any]:
         """The samples of this rank (in a torch worker: that worker's part of them), and the next epoch each time."""
@@ -188,7 +191,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         else:
             epoch = self._epochs.begin(worker.seed - worker.id, worker.num_workers)
             current = self.begin(epoch, size, worker=(worker.id, worker.num_workers), split=split)
-        run = InlineRun(current.feed, lambda entry: list(current.assembler.samples(entry)))
+        run = InlineRun(current.feed, lambda entry: list(current.assembler.samples(entry)), current.session.waits)
         groups = Iteration(run, current.session.consumer, partial(self.end, current))
         return itertools.chain.from_iterable(groups)
 
@@ -320,11 +323,14 @@ def _order_options(shuffle: bool | str, seed: int, shuffle_window: int | str, ra
     }
     if not isinstance(shuffle, bool | str) or shuffle not in ways:
         raise ConfigError(f'shuffle={shuffle!r} must be False, True, "window" or "shards"')
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise ConfigError(f"seed={seed!r} must be an integer")
+    seed = operator.index(seed)
     if shuffle_window == "auto":
         return OrderOptions(seed=seed, shuffle=ways[shuffle], window_bytes=auto_window_bytes(ram_bytes))
     window_bytes = parse_bytes(shuffle_window, "shuffle_window")
+    if window_bytes < 1:
+        raise ConfigError(f'shuffle_window={shuffle_window!r} must be at least 1 byte, or "auto"')
     if ways[shuffle] == "window" and window_bytes > ram_bytes // 2:
         warnings.warn(
             f"shuffle_window={shuffle_window!r} is above half of ram_bytes={ram_bytes}: while a window is read, parts "

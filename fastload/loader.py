@@ -10,6 +10,7 @@ is in flight, and a loader that loads it goes on exactly there.
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -38,7 +39,8 @@ class DataLoader(torch.utils.data.DataLoader[T]):
     """torch's `DataLoader`, with its arguments. For a `StreamingDataset`:
 
     `batch_size` samples are one batch: a dict of column -> tensor, `fastload.Ragged` or list, or a tuple (see
-    `StreamingDataset`). With `batch_size=None` it yields samples. A `collate_fn` of the user's gets the list of
+    `StreamingDataset`). With `batch_size=None` it yields samples, each gathered by itself: for many small ones iterate
+    the data set instead. A `collate_fn` of the user's gets the list of
     samples, as in torch. `num_workers` is a number of decode threads; `prefetch_factor` batches are ahead for each.
     `worker_init_fn`, `multiprocessing_context`, `generator`, `timeout` and `in_order=False` have no meaning for threads
     that share the process, use no random state and end by themselves, and are ignored with a warning.
@@ -132,11 +134,16 @@ class _Stream:
         self._pool: DecodePool | None = None
         self._loaded: Position | None = None  # where the next iteration begins, if a state was loaded
         self._latest: _Progress | None = None
+        self._changing = threading.Lock()  # held while an iteration begins, and while all are ended
         self._iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()
         _check_arguments(loader, self._dataset)
 
     def iterate(self) -> Iteration:
         """Begin an epoch: where a loaded state says, else the data set's next."""
+        with self._changing:
+            return self._iterate()
+
+    def _iterate(self) -> Iteration:
         loader = self._loader()
         assert loader is not None, "a loader outlives the call of its __iter__"
         start, epoch = self._loaded, self._dataset.next_epoch()
@@ -178,11 +185,12 @@ class _Stream:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         epoch, position = _read_state(state)
-        self._close_iterations()
-        self._dataset.set_epoch(epoch)
-        if position is not None:
-            self._dataset.adopt(position)
-        self._latest, self._loaded = None, position
+        with self._changing:
+            self._close_iterations()
+            self._dataset.set_epoch(epoch)
+            if position is not None:
+                self._dataset.adopt(position)
+            self._latest, self._loaded = None, position
 
     def stats(self) -> dict[str, Any]:
         if self._latest is None:
@@ -197,15 +205,16 @@ class _Stream:
         )
 
     def close(self) -> None:
-        try:
-            self._close_iterations()
-            if self._latest is not None:
-                self._latest.meter.stop()
-        finally:
-            if self._pool is not None:
-                self._pool.close()
-                self._pool = None
-            self._dataset.close()
+        with self._changing:
+            try:
+                self._close_iterations()
+                if self._latest is not None:
+                    self._latest.meter.stop()
+            finally:
+                if self._pool is not None:
+                    self._pool.close()
+                    self._pool = None
+                self._dataset.close()
 
     def _close_iterations(self) -> None:
         for iteration in list(self._iterations):
@@ -214,7 +223,7 @@ class _Stream:
     def _start(self, loader: DataLoader[Any], current: Pass) -> ThreadedRun | InlineRun:
         make = _maker(loader, current)
         if not loader.num_workers:
-            return InlineRun(current.feed, make)
+            return InlineRun(current.feed, make, current.session.waits)
         pool = self._pool
         if pool is None or pool.is_foreign or pool.thread_count != loader.num_workers:
             if pool is not None:

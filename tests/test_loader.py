@@ -1,5 +1,6 @@
 """The main job, end to end: shards in a real object store, through the cache service, into batches."""
 
+import contextlib
 import copy
 import gc
 import json
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import fastload
+from fastload.engine.run import RunClosedError
 from tests.processes import until
 from tests.shards import Corpus, check_samples, corpus, samples_of, tar_of
 
@@ -337,6 +339,19 @@ def test_close_in_mid_epoch_keeps_the_place(s3, cache, data: Corpus) -> None:
         assert loader.state_dict()["position"]["batches"] == 1
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_close_while_an_iteration_begins(s3, cache, data: Corpus, num_workers: int) -> None:
+    dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=True)
+    loader = fastload.DataLoader(dataset, batch_size=4, num_workers=num_workers)
+    for number in range(15):
+        closing = threading.Timer(0.002 * number, loader.close)
+        closing.start()
+        with contextlib.suppress(RunClosedError):
+            assert sum(len(batch["__key__"]) for batch in loader) == len(data.samples)
+        closing.join()
+    loader.close()
+
+
 def test_what_could_not_begin_is_begun_again(s3, cache, data: Corpus) -> None:
     url = data.put(s3)
     loader = fastload.DataLoader(fastload.StreamingDataset(url, cache=cache, shuffle=True), batch_size=8)
@@ -522,3 +537,28 @@ def test_other_data_sets_are_torchs(tmp_path: Path) -> None:
     loader.close()
     with pytest.raises(TypeError, match=r"stats\(\) needs a fastload.StreamingDataset"):
         loader.stats()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"cache": "/nvme"}, r"cache='/nvme' must be a fastload.Cache"),
+        ({"decode": ["bin"]}, r"decode=\['bin'\] is not a dict"),
+        ({"decode": {"jpg": "pil"}}, r"decode\['jpg'\]='pil' is not a decoder"),
+        ({"columns": "jpg"}, r"columns='jpg' is one string"),
+        ({"columns": [".jpg"]}, r"'.jpg' is not a name such as 'jpg'"),
+        ({"as_tuple": True}, "as_tuple=True needs columns or decode"),
+        ({"shuffle": "global"}, 'shuffle=.global. must be False, True, "window" or "shards"'),
+        ({"shuffle_window": 0}, "shuffle_window=0 must be at least 1"),
+        ({"seed": "x"}, "seed='x' must be an integer"),
+        ({"tail": "cut"}, "tail='cut' must be"),
+        ({"batch_size": "16"}, "batch_size='16' must be an integer"),
+        ({"world_size": 2}, "world_size is set but rank is not"),
+        ({"rank": 2, "world_size": 2}, "rank=2 must be from 0 to 1"),
+        ({"urls": []}, "names no shard"),
+    ],
+)
+def test_arguments_that_cannot_be_used(cache, options: dict, says: str) -> None:
+    arguments = {"urls": "s3://bucket/x.tar", "cache": cache, **options}
+    with pytest.raises(fastload.ConfigError, match=says):
+        fastload.StreamingDataset(**arguments)

@@ -177,8 +177,9 @@ class Assembler:
         missing = np.flatnonzero(values.offset < 0)
         if len(missing):
             raise MissingColumnError(
-                f"{self._where(located, name)(int(missing[0]))}: the sample has no such column; its shard has "
-                f"{located.present()}. Name the columns that every sample has with columns=[...] or decode={{...}}"
+                f"{self._where(located, name)(int(missing[0]))}: the sample has no such column; the shards read "
+                f"with it have {located.present()}. Name the columns that every sample has with columns=[...] "
+                "or decode={...}"
             )
         return values
 

@@ -27,6 +27,11 @@ class ColumnSet:
         decoders = _checked_decoders(decode)
         if isinstance(columns, str):
             raise ConfigError(f"columns={columns!r} is one string; give a list of column names")
+        wrong = [name for name in columns or () if not isinstance(name, str) or name[:1] in ("", ".")]
+        if wrong:
+            raise ConfigError(
+                f"columns={list(columns or ())!r}: {wrong[0]!r} is not a name such as 'jpg', without a dot"
+            )
         names = tuple(columns) if columns is not None else tuple(decoders) or None
         if names is not None and len(set(names)) < len(names):
             raise ConfigError(f"columns={list(names)!r} names a column twice")
@@ -49,6 +54,8 @@ class ColumnSet:
 
 
 def _checked_decoders(decode: Mapping[str, Decoder] | None) -> dict[str, Decoder]:
+    if decode is not None and not isinstance(decode, Mapping):
+        raise ConfigError(f"decode={decode!r} is not a dict of column -> decoder")
     decoders = dict(decode or {})
     for name, decoder in decoders.items():
         if not isinstance(decoder, Decoder):

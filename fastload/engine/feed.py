@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from fastload.engine.shards import ShardTable
 from fastload.engine.windows import Ints, LiveWindows, Window, window_chunks
+from fastload.errors import ServiceError
 from fastload.plan import BatchEntry, RankCursor
 from fastload.service.client import Consumer
 
@@ -57,8 +58,14 @@ class Feed:
 
     def close(self) -> None:
         """Give back whatever is still held, and end the plan if it was not read to its end."""
-        if self._consumer.is_ended:
-            return  # and with it all that it held
+        try:
+            self._let_go()
+        except ServiceError:
+            if not self._consumer.is_ended:
+                raise
+            # It was closed meanwhile, and with it all that it held.
+
+    def _let_go(self) -> None:
         self._give_back(self.live.close_all())
         if self._opening is not None:
             self._consumer.release(self._opening)

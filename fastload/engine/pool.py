@@ -14,6 +14,8 @@ import threading
 import weakref
 from collections.abc import Callable
 
+from fastload.errors import ServiceError
+
 Job = Callable[[], None]
 
 
@@ -34,7 +36,12 @@ class DecodePool:
         self._stop.atexit = False
 
     def submit(self, job: Job) -> None:
-        """Run `job` in one of the threads. It must not raise, and must not wait for another job."""
+        """Run `job` in one of the threads. It must not raise, and must not wait for another job.
+
+        ServiceError after `close()`.
+        """
+        if not self._stop.alive:
+            raise ServiceError("the loader's threads have ended, since it was closed; iterate it again")
         self._jobs.put(job)
 
     @property

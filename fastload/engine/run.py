@@ -124,7 +124,10 @@ class ThreadedRun:
                 return False
             self._line.append(place)
             self._jobs += 1
-        self._pool.submit(lambda: self._run_job(place))
+        try:
+            self._pool.submit(lambda: self._run_job(place))
+        except ServiceError as error:  # the pool was closed under us: no job will run
+            self._end_job(place, error)
         return True
 
     def _run_job(self, place: _Place) -> None:
@@ -137,8 +140,11 @@ class ThreadedRun:
             self._feed.done(place.entry)
         except BaseException as error:
             place.error = place.error or error
+        self._end_job(place, place.error)
+
+    def _end_job(self, place: _Place, error: BaseException | None) -> None:
         with self._changed:
-            place.is_done = True
+            place.error, place.is_done = error, True
             self._jobs -= 1
             self._changed.notify_all()
 
@@ -146,8 +152,8 @@ class ThreadedRun:
 class InlineRun:
     """The same iterator without threads: each batch is made when it is asked for."""
 
-    def __init__(self, feed: Feed, make: Callable[[BatchEntry], Any]) -> None:
-        self._feed, self._make = feed, make
+    def __init__(self, feed: Feed, make: Callable[[BatchEntry], Any], waits: Waits) -> None:
+        self._feed, self._make, self._waits = feed, make, waits
         self._entries = feed.entries()
         self._is_closed = False
 
@@ -155,6 +161,18 @@ class InlineRun:
         return self
 
     def __next__(self) -> Made:
+        # The consumer waits for all of it, as it does for a batch that threads make.
+        with self._waits.measure("batch"):
+            try:
+                return self._next()
+            except StopIteration:
+                raise
+            except BaseException as error:
+                if self._is_closed:  # under the batch in the making: whatever went wrong then is no news
+                    raise RunClosedError from error
+                raise
+
+    def _next(self) -> Made:
         if self._is_closed:
             raise RunClosedError
         entry = next(self._entries)

@@ -7,6 +7,7 @@ import pytest
 
 from fastload.engine.pool import DecodePool
 from fastload.engine.run import InlineRun, RunClosedError, ThreadedRun
+from fastload.errors import ServiceError
 from fastload.waiting import Waits
 from tests.processes import until
 
@@ -92,7 +93,7 @@ def test_a_stop_iteration_of_the_users_is_no_end(pool: DecodePool, threaded: boo
     def stop(number: int) -> int:
         return next(iter(()))
 
-    run = ThreadedRun(Feed(3), stop, pool, 2, Waits()) if threaded else InlineRun(Feed(3), stop)
+    run = ThreadedRun(Feed(3), stop, pool, 2, Waits()) if threaded else InlineRun(Feed(3), stop, Waits())
     with pytest.raises(RuntimeError, match="raised StopIteration"):
         next(run)
     run.close()
@@ -127,7 +128,7 @@ def test_close_from_another_thread_is_not_the_end_of_the_epoch(pool: DecodePool)
 
 def test_inline_is_the_same_without_threads() -> None:
     feed = Feed(5)
-    run = InlineRun(feed, slow_for_even)
+    run = InlineRun(feed, slow_for_even, Waits())
     before = threading.active_count()
     assert list(run) == [(number, number * 10) for number in range(5)]
     assert threading.active_count() == before
@@ -135,7 +136,7 @@ def test_inline_is_the_same_without_threads() -> None:
 
 
 def test_inline_close() -> None:
-    run = InlineRun(Feed(10), lambda number: number)
+    run = InlineRun(Feed(10), lambda number: number, Waits())
     next(run)
     run.close()
     run.close()
@@ -148,3 +149,12 @@ def test_a_forgotten_pool_ends_its_threads() -> None:
     pool.submit(lambda: None)
     del pool
     until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("forgotten")])
+
+
+def test_a_pool_that_was_closed_fails_the_run() -> None:
+    pool = DecodePool(1)
+    pool.close()
+    run = ThreadedRun(Feed(10), lambda number: number, pool, depth=2, waits=Waits())
+    with pytest.raises(ServiceError, match="threads have ended"):
+        next(run)
+    run.close()
