@@ -11,12 +11,10 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench.data import DataSet
-
-if TYPE_CHECKING:
-    from bench.peers import Batch, Settings
+from bench.settings import BATCH_SIZE, WORKERS, Batch, Settings
 
 SHARD_BYTES = 64 << 20
 COLUMNS = {"key": "str", "jpg": "bytes", "cls": "bytes"}
@@ -121,8 +119,6 @@ class Streaming(_Torch):
     def _build(self) -> Any:
         from torch.utils.data import DataLoader
 
-        from bench.peers import BATCH_SIZE, WORKERS
-
         dataset = self._streaming.StreamingDataset(
             remote=f"s3://{self._settings.bucket}/mds",
             local=os.path.join(self._settings.folder, "mds"),
@@ -149,7 +145,6 @@ class LitData(_Torch):
         self._litdata = litdata
 
     def _build(self) -> Any:
-        from bench.peers import BATCH_SIZE, WORKERS
 
         dataset = self._litdata.StreamingDataset(
             f"s3://{self._settings.bucket}/litdata",

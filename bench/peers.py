@@ -15,59 +15,16 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
 from bench import measure, others, rawget
 from bench.data import DataSet, Tally
+from bench.settings import BATCH_SIZE, WORKERS, Batch, Settings
 
-BATCH_SIZE = 256
-WORKERS = 2
 SETTLE_S = 1.0
-
-# A batch as its consumer sees it: key, picture and label of each sample.
-Batch = Iterable[tuple[str, bytes | memoryview, bytes | memoryview]]
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a run reads and where it may cache.
-
-    `processes` are those whose CPU-seconds are taken beside its own, by name.
-    """
-
-    system: str
-    data_set: DataSet
-    bucket: str
-    folder: str
-    epochs: int = 1
-    ram_bytes: int = 2 << 30
-    disk_bytes: int = 8 << 30
-    starts_at: float = 0.0  # on the monotonic clock, for runs side by side
-    processes: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def urls(self) -> list[str]:
-        """The shards in S3."""
-        return [f"s3://{self.bucket}/{name}" for name in self.data_set.shards]
-
-    @property
-    def pattern(self) -> str:
-        """The same as a brace pattern, as one writes it by hand."""
-        return f"s3://{self.bucket}/train-{{000000..{len(self.data_set.shards) - 1:06d}}}.tar"
-
-    @classmethod
-    def from_json(cls, text: str) -> Settings:
-        """The settings that `to_json` wrote."""
-        fields = json.loads(text)
-        data_set = fields.pop("data_set")
-        return cls(**fields, data_set=DataSet(**{**data_set, "shards": tuple(data_set["shards"])}))
-
-    def to_json(self) -> str:
-        """As one line."""
-        return json.dumps(asdict(self))
 
 
 @dataclass(frozen=True, slots=True)

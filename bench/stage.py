@@ -24,8 +24,9 @@ from typing import Any
 
 from bench import measure, others
 from bench.data import DataSet
-from bench.peers import Epoch, Settings
+from bench.peers import Epoch
 from bench.proxy import Profile, Proxy
+from bench.settings import Settings
 from fastload.demo.weed import WeedServer
 
 BUCKET = "bench"

@@ -10,22 +10,27 @@ each of its workers); `fastload.DataLoader` asks for whole batches through `begi
 
 from __future__ import annotations
 
+import itertools
+import operator
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch.utils.data
 
 from fastload.config import parse_bytes
 from fastload.decode import Decoder
+from fastload.engine import agreement
 from fastload.engine.assemble import Assembler
 from fastload.engine.columns import ColumnSet
 from fastload.engine.epochs import EpochCounter
 from fastload.engine.feed import Feed
 from fastload.engine.gather import Gatherer
+from fastload.engine.iteration import Iteration
 from fastload.engine.run import InlineRun
 from fastload.engine.session import Session, Source
 from fastload.errors import ConfigError
@@ -116,9 +121,11 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        if batch_size is not None and batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size} must be at least 1, or None")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ConfigError(f"batch_size={batch_size!r} must be an integer of at least 1, or None")
         cache = cache if cache is not None else Cache()
+        if not isinstance(cache, Cache):
+            raise ConfigError(f"cache={cache!r} must be a fastload.Cache, such as fastload.Cache({str(cache)!r})")
         self._has_auto_window = shuffle_window == "auto"
         self._settings = _Settings(
             _checked_urls(urls),
@@ -130,8 +137,10 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
             batch_size,
         )
         self._rank_given = (rank, world_size)
-        self._ranks: Ranks | None = resolve_ranks(rank, world_size) if rank is not None else None
+        is_given = rank is not None or world_size is not None
+        self._ranks: Ranks | None = resolve_ranks(rank, world_size) if is_given else None
         self._epochs = EpochCounter()
+        self._has_agreed = False
         self._source_here = self._new_source(None)
 
     @property
@@ -162,36 +171,29 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
     @property
     def ranks(self) -> Ranks:
         """Which share of the samples is this process's; settled at the first iteration."""
-        if self._ranks is None:
-            self._ranks = resolve_ranks(*self._rank_given)
-        return self._ranks
+        return self._ranks if self._ranks is not None else resolve_ranks(*self._rank_given)
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is epoch `epoch`, also in worker processes that exist already."""
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+        if isinstance(epoch, bool) or not hasattr(epoch, "__index__") or epoch < 0:
             raise ConfigError(f"epoch={epoch!r} must be an integer from 0 on")
-        self._epochs.set(epoch)
+        self._epochs.set(operator.index(epoch))
 
     def __iter__(self) -> Iterator[Any]:
         """The samples of this rank (in a torch worker: that worker's part of them), and the next epoch each time."""
         worker = torch.utils.data.get_worker_info()
-        base_seed = None if worker is None else worker.seed - worker.id
-        epoch = self._epochs.begin(base_seed)
-        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
         batch_size = self._settings.batch_size
-        return self._samples(
-            epoch, batch_size or _SAMPLES_AT_ONCE, (number, count), "batches" if batch_size else "samples"
-        )
-
-    def _samples(self, epoch: int, batch_size: int, worker: tuple[int, int], split: Split) -> Iterator[Any]:
-        current = self.begin(epoch, batch_size, worker=worker, split=split)
-        run = InlineRun(current.feed, lambda entry: list(current.assembler.samples(entry)))
-        try:
-            for _, samples in run:
-                yield from samples
-        finally:
-            run.close()
-            self.end(current)
+        split: Split = "batches" if batch_size else "samples"
+        size = batch_size or _SAMPLES_AT_ONCE
+        if worker is None:
+            current = self.begin(self.next_epoch(), size)
+            self.begin_epoch()
+        else:
+            epoch = self._epochs.begin(worker.seed - worker.id, worker.num_workers)
+            current = self.begin(epoch, size, worker=(worker.id, worker.num_workers), split=split)
+        run = InlineRun(current.feed, lambda entry: list(current.assembler.samples(entry)), current.session.waits)
+        groups = Iteration(run, current.session.consumer, partial(self.end, current))
+        return itertools.chain.from_iterable(groups)
 
     def begin(
         self,
@@ -208,6 +210,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         Raises `StateError` where `start` belongs to another run.
         """
         settings, source = self._settings, self._source
+        self._ranks = self.ranks
+        self._agree(batch_size)
         session = source.open()
         try:
             manifest = source.manifest
@@ -229,6 +233,17 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         feed = Feed(session.consumer, cursor, source.shards, source.first_chunk)
         gatherer = Gatherer(session.consumer, int(source.first_chunk[-1]), session.consumer.chunk_bytes)
         return Pass(session, cursor, feed, Assembler(manifest, settings.columns, feed.live, gatherer, source.slots))
+
+    def _agree(self, batch_size: int) -> None:
+        """Once, before the first batch: all ranks take rank 0's list of shards, and make sure that they are one job."""
+        if self._has_agreed or torch.utils.data.get_worker_info() is not None:
+            return
+        if agreement.is_collective(self.ranks):
+            settings, source = self._settings, self._source
+            source.adopt(agreement.share_manifest(self.ranks, source.list_shards))
+            order = asdict(settings.order)
+            agreement.check_same(self.ranks, {**order, "tail": settings.tail, "batch_size": batch_size})
+        self._has_agreed = True
 
     def end(self, current: Pass) -> None:
         """A pass is over, finished or not: its windows are given back, and its session may serve another."""
@@ -308,11 +323,14 @@ def _order_options(shuffle: bool | str, seed: int, shuffle_window: int | str, ra
     }
     if not isinstance(shuffle, bool | str) or shuffle not in ways:
         raise ConfigError(f'shuffle={shuffle!r} must be False, True, "window" or "shards"')
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise ConfigError(f"seed={seed!r} must be an integer")
+    seed = operator.index(seed)
     if shuffle_window == "auto":
         return OrderOptions(seed=seed, shuffle=ways[shuffle], window_bytes=auto_window_bytes(ram_bytes))
     window_bytes = parse_bytes(shuffle_window, "shuffle_window")
+    if window_bytes < 1:
+        raise ConfigError(f'shuffle_window={shuffle_window!r} must be at least 1 byte, or "auto"')
     if ways[shuffle] == "window" and window_bytes > ram_bytes // 2:
         warnings.warn(
             f"shuffle_window={shuffle_window!r} is above half of ram_bytes={ram_bytes}: while a window is read, parts "

@@ -10,9 +10,12 @@ is in flight, and a loader that loads it goes on exactly there.
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch.utils.data
@@ -20,11 +23,12 @@ from torch.utils.data import default_collate, default_convert
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from fastload.dataset import Pass, StreamingDataset
+from fastload.engine.iteration import Iteration
 from fastload.engine.pool import DecodePool
 from fastload.engine.run import InlineRun, ThreadedRun
 from fastload.errors import ConfigError, StateError
 from fastload.metrics import EpochMeter, empty_stats
-from fastload.plan import BatchEntry, Position, batch_count_of_rank
+from fastload.plan import BatchEntry, Position, RankCursor, batch_count_of_rank
 
 T = TypeVar("T", covariant=True)
 
@@ -35,17 +39,26 @@ class DataLoader(torch.utils.data.DataLoader[T]):
     """torch's `DataLoader`, with its arguments. For a `StreamingDataset`:
 
     `batch_size` samples are one batch: a dict of column -> tensor, `fastload.Ragged` or list, or a tuple (see
-    `StreamingDataset`). With `batch_size=None` it yields samples. A `collate_fn` of the user's gets the list of
+    `StreamingDataset`). With `batch_size=None` it yields samples, each gathered by itself: for many small ones iterate
+    the data set instead. A `collate_fn` of the user's gets the list of
     samples, as in torch. `num_workers` is a number of decode threads; `prefetch_factor` batches are ahead for each.
-    `worker_init_fn`, `multiprocessing_context` and `generator` have no meaning for threads that share the process
-    and use no random state, and are ignored with a warning.
+    `worker_init_fn`, `multiprocessing_context`, `generator`, `timeout` and `in_order=False` have no meaning for threads
+    that share the process, use no random state and end by themselves, and are ignored with a warning.
 
     Raises `ConfigError` where `batch_size` is not the data set's, if that names one.
     """
 
     def __init__(self, dataset: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(dataset, *args, **kwargs)
-        self._stream = _Stream(self) if isinstance(dataset, StreamingDataset) else None
+        self._stream = _Stream(self) if _is_ours(dataset) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy starts with no iteration, no state and no threads."""
+        return {**self.__dict__, "_stream": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._stream = _Stream(self) if _is_ours(self.dataset) else None
 
     def __iter__(self) -> Any:
         if self._stream is None:
@@ -77,7 +90,7 @@ class DataLoader(torch.utils.data.DataLoader[T]):
 
     def check_worker_number_rationality(self) -> None:
         """torch's advice is about processes; ours are threads."""
-        if not isinstance(self.dataset, StreamingDataset):
+        if not _is_ours(self.dataset):
             super().check_worker_number_rationality()
 
     def _of_stream(self, method: str) -> _Stream:
@@ -88,80 +101,101 @@ class DataLoader(torch.utils.data.DataLoader[T]):
         return self._stream
 
 
+@dataclass(slots=True, eq=False)
+class _Progress:
+    """How far one iteration is. `position` is that after the last batch delivered; None at either end of the epoch."""
+
+    epoch: int
+    position: Position | None
+    meter: EpochMeter
+    is_running: bool = True
+
+    def delivered(self, cursor: RankCursor, entry: BatchEntry) -> None:
+        """A batch has reached the user."""
+        self.position = cursor.position(entry)
+        self.meter.delivered(len(entry), entry.repeats)
+
+    def exhausted(self) -> None:
+        """The epoch is over."""
+        self.position, self.is_running = None, False
+
+
 class _Stream:
     """What a loader of one of our data sets has beside torch's attributes: position, threads, figures.
 
     It reads the loader's attributes when an iteration begins, since frameworks set them late, and refers to the loader
-    only weakly, so that a loader that is dropped ends its threads at once.
+    only weakly, so that a loader that is dropped ends its threads at once. Iterations that run side by side each have
+    their progress; the loader's state and figures are those of the one that began last.
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._loader = weakref.ref(loader)
         self._dataset: StreamingDataset = loader.dataset  # type: ignore[assignment]
         self._pool: DecodePool | None = None
-        self._epoch = self._dataset.next_epoch()
-        self._position: Position | None = None  # None: the start of `_epoch`
-        self._is_loaded = False
-        self._meter: EpochMeter | None = None
-        self._runs: weakref.WeakSet[_Epoch] = weakref.WeakSet()
+        self._loaded: Position | None = None  # where the next iteration begins, if a state was loaded
+        self._latest: _Progress | None = None
+        self._changing = threading.Lock()  # held while an iteration begins, and while all are ended
+        self._iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()
         _check_arguments(loader, self._dataset)
 
-    def iterate(self) -> _Epoch:
+    def iterate(self) -> Iteration:
         """Begin an epoch: where a loaded state says, else the data set's next."""
+        with self._changing:
+            return self._iterate()
+
+    def _iterate(self) -> Iteration:
         loader = self._loader()
         assert loader is not None, "a loader outlives the call of its __iter__"
-        start = self._position if self._is_loaded else None
-        self._is_loaded = False
-        self._epoch, self._position = self._dataset.begin_epoch(), start
-        current = self._dataset.begin(self._epoch, _size_of_entries(loader), drop_last=loader.drop_last, start=start)
+        start, epoch = self._loaded, self._dataset.next_epoch()
+        current = self._dataset.begin(epoch, _size_of_entries(loader), drop_last=loader.drop_last, start=start)
         try:
-            self._meter = EpochMeter(self._epoch, current.session.consumer, current.session.waits)
-            run = _Epoch(self, current, self._start(loader, current), is_batched=loader.batch_size is not None)
+            progress = _Progress(epoch, start, EpochMeter(epoch, current.session.consumer, current.session.waits))
+            run = self._start(loader, current)
         except BaseException:
             self._dataset.end(current)
             raise
-        self._runs.add(run)
-        return run
-
-    def delivered(self, current: Pass, entry: BatchEntry) -> None:
-        """A batch has reached the user."""
-        self._position = current.cursor.position(entry)
-        assert self._meter is not None
-        self._meter.delivered(len(entry), entry.repeats)
-
-    def exhausted(self, epoch: int) -> None:
-        """An epoch is over."""
-        self._epoch, self._position = epoch + 1, None
-
-    def ended(self, current: Pass) -> None:
-        """A run is over, exhausted or not."""
-        if self._meter is not None:
-            self._meter.stop()
-        self._dataset.end(current)
+        # Only now: what could not begin is begun again by the next try.
+        self._dataset.begin_epoch()
+        self._loaded, self._latest = None, progress
+        iteration = Iteration(
+            run,
+            current.session.consumer,
+            partial(_release, self._dataset, current, progress),
+            partial(progress.delivered, current.cursor),
+            progress.exhausted,
+        )
+        self._iterations.add(iteration)
+        return iteration
 
     def state_dict(self) -> dict[str, Any]:
-        position = self._position
-        if position is None and not self._runs:
-            self._epoch = self._dataset.next_epoch()
+        epoch, position = self._place()
         return {
             "version": STATE_VERSION,
-            "epoch": self._epoch,
+            "epoch": epoch,
             "position": None if position is None else position.to_state(),
         }
 
+    def _place(self) -> tuple[int, Position | None]:
+        if self._loaded is not None:
+            return self._loaded.epoch, self._loaded
+        latest = self._latest
+        if latest is not None and (latest.is_running or latest.position is not None):
+            return latest.epoch, latest.position
+        return self._dataset.next_epoch(), None
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         epoch, position = _read_state(state)
-        for run in list(self._runs):
-            run.close()
-        self._dataset.set_epoch(epoch)
-        if position is not None:
-            self._dataset.adopt(position)
-        self._epoch, self._position, self._is_loaded = epoch, position, position is not None
+        with self._changing:
+            self._close_iterations()
+            self._dataset.set_epoch(epoch)
+            if position is not None:
+                self._dataset.adopt(position)
+            self._latest, self._loaded = None, position
 
     def stats(self) -> dict[str, Any]:
-        if self._meter is None:
-            return empty_stats(self._epoch)
-        return self._meter.stats()
+        if self._latest is None:
+            return empty_stats(self._dataset.next_epoch())
+        return self._latest.meter.stats()
 
     def batch_count(self) -> int:
         loader, dataset = self._loader(), self._dataset
@@ -171,69 +205,50 @@ class _Stream:
         )
 
     def close(self) -> None:
-        for run in list(self._runs):
-            run.close()
-        if self._meter is not None:
-            self._meter.stop()
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
-        self._dataset.close()
+        with self._changing:
+            try:
+                self._close_iterations()
+                if self._latest is not None:
+                    self._latest.meter.stop()
+            finally:
+                if self._pool is not None:
+                    self._pool.close()
+                    self._pool = None
+                self._dataset.close()
+
+    def _close_iterations(self) -> None:
+        for iteration in list(self._iterations):
+            iteration.close()
 
     def _start(self, loader: DataLoader[Any], current: Pass) -> ThreadedRun | InlineRun:
         make = _maker(loader, current)
         if not loader.num_workers:
-            return InlineRun(current.feed, make)
-        if self._pool is None or self._pool.thread_count != loader.num_workers:
-            if self._pool is not None:
-                self._pool.close()
-            self._pool = DecodePool(loader.num_workers)
+            return InlineRun(current.feed, make, current.session.waits)
+        pool = self._pool
+        if pool is None or pool.is_foreign or pool.thread_count != loader.num_workers:
+            if pool is not None:
+                pool.close()
+            pool = self._pool = DecodePool(loader.num_workers)
         depth = max(2, loader.num_workers * (loader.prefetch_factor or 2))
-        return ThreadedRun(current.feed, make, self._pool, depth, current.session.waits)
+        return ThreadedRun(current.feed, make, pool, depth, current.session.waits)
 
 
-class _Epoch(Iterator[Any]):
-    """The iterator over one epoch. Ends what it started when it is exhausted, fails, is closed or is dropped."""
+def _release(dataset: StreamingDataset, current: Pass, progress: _Progress) -> None:
+    """An iteration is over: its figures are final, and its session may serve another."""
+    progress.is_running = False
+    progress.meter.stop()
+    dataset.end(current)
 
-    def __init__(self, stream: _Stream, current: Pass, run: ThreadedRun | InlineRun, *, is_batched: bool) -> None:
-        self._stream, self._current, self._run, self._is_batched = stream, current, run, is_batched
-        self._is_open = True
 
-    def __next__(self) -> Any:
-        if not self._is_open:
-            raise StopIteration
-        try:
-            entry, made = next(self._run)
-        except StopIteration:
-            self._stream.exhausted(self._current.cursor.order.epoch)
-            self.close()
-            raise
-        except BaseException:
-            self.close()
-            raise
-        self._stream.delivered(self._current, entry)
-        return made if self._is_batched else made[0]
-
-    def close(self) -> None:
-        """Stop. May be called twice."""
-        if not self._is_open:
-            return
-        self._is_open = False
-        try:
-            with self._current.session.consumer.interrupted():
-                self._run.close()
-        finally:
-            self._stream.ended(self._current)
-
-    def __del__(self) -> None:
-        # A `break` out of a for loop drops the iterator: nobody else will close it.
-        if getattr(self, "_is_open", False):
-            self.close()
+def _is_ours(dataset: Any) -> bool:
+    """Whether we make the batches. A subclass that yields samples of its own making keeps torch's way."""
+    return isinstance(dataset, StreamingDataset) and type(dataset).__iter__ is StreamingDataset.__iter__
 
 
 def _maker(loader: DataLoader[Any], current: Pass) -> Callable[[BatchEntry], Any]:
     """What makes a batch (or the one sample) of an entry, and pins it where torch's loader would."""
-    make = _unpinned_maker(loader, current)
+    unpinned = _unpinned_maker(loader, current)
+    make = unpinned if loader.batch_size is not None else lambda entry: unpinned(entry)[0]
     if not (loader.pin_memory and torch.cuda.is_available()):
         return make
     return lambda entry: pin_memory(make(entry))  # type: ignore[no-untyped-call]  # torch has no types here
@@ -250,7 +265,7 @@ def _unpinned_maker(loader: DataLoader[Any], current: Pass) -> Callable[[BatchEn
 
 def _is_custom(collate: Any) -> bool:
     """Whether `collate_fn` is the user's: torch fills in one of its own where none was given."""
-    return collate not in (default_collate, default_convert)
+    return collate is not default_collate and collate is not default_convert
 
 
 def _size_of_entries(loader: DataLoader[Any]) -> int:

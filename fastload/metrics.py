@@ -2,7 +2,8 @@
 
 Everything counts the current epoch of this loader (the last one, once it is over). Waits are seconds of all of the
 loader's threads, by what was waited for; `wait_batch_s` alone is the trainer's own stall. What the service counts is
-read from it when it is asked for and when the epoch ends; a service that was replaced begins at zero again.
+read from it when it is asked for and when the epoch ends; a service that was replaced begins at zero again, and one
+that does not answer costs these figures and nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from fastload.errors import ServiceError, WaitTimeoutError
 from fastload.waiting import REASONS, Waits
+
+# An answer takes a millisecond. An epoch does not begin or end later for the sake of figures.
+_ANSWER_S = 5.0
 
 SOURCES = ("ram", "disk", "remote")
 
@@ -35,7 +40,7 @@ STATS_KEYS = (
 class Account(Protocol):
     """What a meter needs of a consumer."""
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self, deadline_s: float) -> dict[str, Any]:
         """`"consumer"`, `"node"` and `"store"` figures of the service."""
         ...
 
@@ -49,7 +54,7 @@ class EpochMeter:
         self._epoch, self._account, self._waits, self._now = epoch, account, waits, now
         self._batches = self._samples = self._repeats = 0
         self._waits_before = waits.seconds()
-        self._service_before = account.stats()
+        self._service_before = self._service()
         self._began_s = now()
         self._first_batch_s = 0.0
         self._last_batch_s = 0.0
@@ -72,7 +77,7 @@ class EpochMeter:
         """The figures, under `STATS_KEYS`."""
         if self._final is not None:
             return dict(self._final)
-        service = self._account.stats()
+        service = self._service()
         since = {
             name: _since(self._service_before.get(name, {}), service.get(name, {}))
             for name in ("consumer", "node", "store")
@@ -95,6 +100,12 @@ class EpochMeter:
             **{f"wait_{name}_s": seconds - self._waits_before[name] for name, seconds in waited.items()},
             "node": service.get("node", {}),
         }
+
+    def _service(self) -> dict[str, Any]:
+        try:
+            return self._account.stats(deadline_s=_ANSWER_S)
+        except (ServiceError, WaitTimeoutError):  # it is being replaced, or was closed: no figures of it
+            return {}
 
 
 def empty_stats(epoch: int) -> dict[str, Any]:

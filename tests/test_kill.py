@@ -106,6 +106,15 @@ def test_a_job_that_was_killed_resumes_from_the_cache(s3, tmp_path: Path) -> Non
         loader.close()
 
 
+def test_a_script_that_fails_in_mid_epoch_ends_promptly(s3, tmp_path: Path) -> None:
+    code = CONSUMER.replace("sys.stdin.readline()", "raise RuntimeError('mine')")
+    command = [sys.executable, "-c", code, corpus().put(s3), str(tmp_path / "cache"), json.dumps(SMALL)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("RuntimeError: mine")
+    until(lambda: not service_pids(tmp_path / "cache"))
+
+
 def test_ctrl_c_ends_a_job_promptly(s3, tmp_path: Path) -> None:
     data = corpus()
     job = start_consumer(data.put(s3), tmp_path / "cache")

@@ -1,7 +1,11 @@
 """The main job, end to end: shards in a real object store, through the cache service, into batches."""
 
+import contextlib
+import copy
 import gc
 import json
+import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -12,7 +16,9 @@ import pytest
 import torch
 
 import fastload
-from tests.shards import Corpus, check_samples, corpus, samples_of
+from fastload.engine.run import RunClosedError
+from tests.processes import until
+from tests.shards import Corpus, check_samples, corpus, samples_of, tar_of
 
 SMALL = {"ram_bytes": "16MiB", "disk_bytes": "64MiB", "chunk_bytes": "64KiB"}
 
@@ -284,17 +290,174 @@ def train_and_fail(loader: fastload.DataLoader) -> None:
         raise RuntimeError("the user's own")
 
 
+def feeders() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "fastload-feed"]
+
+
 def test_break_and_drop_leave_nothing(s3, cache, data: Corpus) -> None:
     dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=True)
     loader = fastload.DataLoader(dataset, batch_size=4, num_workers=2)
     for _ in range(3):
         for _batch in loader:
             break
-    assert not [thread for thread in threading.enumerate() if thread.name == "fastload-feed"]
+    until(lambda: not feeders())
     with pytest.raises(RuntimeError, match="the user's own"):
         train_and_fail(loader)
+    for _sample in dataset:
+        break
     del loader, dataset
     gc.collect()
+
+
+def test_an_iterator_in_a_cycle_is_collected_in_any_thread(s3, cache, data: Corpus) -> None:
+    dataset = fastload.StreamingDataset(data.put(s3), cache=cache)
+
+    def collate(samples: list[dict]) -> int:
+        if len(samples) < 4 or samples[0]["cls"] == b"0":
+            gc.collect()  # in a decode thread, where the iterator's end would wait for itself
+        return len(samples)
+
+    loader = fastload.DataLoader(dataset, batch_size=4, num_workers=2, collate_fn=collate)
+    for _ in range(3):
+        cycle = [iter(loader)]
+        next(cycle[0])
+        cycle.append(cycle)
+        del cycle
+        assert sum(loader) == len(data.samples)
+    loader.close()
+
+
+def test_close_in_mid_epoch_keeps_the_place(s3, cache, data: Corpus) -> None:
+    dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=True)
+    for num_workers in (0, 2):
+        loader = fastload.DataLoader(dataset, batch_size=4, num_workers=num_workers)
+        batches = iter(loader)
+        next(batches)
+        loader.close()
+        with pytest.raises(fastload.ServiceError, match="closed in mid-epoch"):
+            next(batches)
+        assert loader.state_dict()["position"]["batches"] == 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_close_while_an_iteration_begins(s3, cache, data: Corpus, num_workers: int) -> None:
+    dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=True)
+    loader = fastload.DataLoader(dataset, batch_size=4, num_workers=num_workers)
+    for number in range(15):
+        closing = threading.Timer(0.002 * number, loader.close)
+        closing.start()
+        with contextlib.suppress(RunClosedError):
+            assert sum(len(batch["__key__"]) for batch in loader) == len(data.samples)
+        closing.join()
+    loader.close()
+
+
+def test_what_could_not_begin_is_begun_again(s3, cache, data: Corpus) -> None:
+    url = data.put(s3)
+    loader = fastload.DataLoader(fastload.StreamingDataset(url, cache=cache, shuffle=True), batch_size=8)
+    expected = [batch["__key__"] for batch in loader]
+    loader.close()
+    loader = fastload.DataLoader(fastload.StreamingDataset(url, cache=cache, shuffle=True), batch_size=8)
+    next(iter(loader))
+    state = loader.state_dict()
+    loader.close()
+    wrong = fastload.DataLoader(fastload.StreamingDataset(url, cache=cache, shuffle=True), batch_size=7)
+    wrong.load_state_dict(state)
+    for _ in range(2):
+        with pytest.raises(fastload.StateError, match="batch_size=7"):
+            iter(wrong)
+    assert wrong.state_dict() == state
+    wrong.close()
+    absent = fastload.StreamingDataset(f"{s3.url}/later/", cache=cache, shuffle=True)
+    loader = fastload.DataLoader(absent, batch_size=8)
+    for _ in range(2):
+        with pytest.raises(fastload.ObjectMissingError):
+            iter(loader)
+    data.put(s3, "later")
+    assert [batch["__key__"] for batch in loader] != []
+    assert absent.next_epoch() == 1
+    assert len(expected) == len(loader)
+    loader.close()
+
+
+def test_a_cache_that_was_closed_is_opened_again(s3, cache, data: Corpus) -> None:
+    loader = fastload.DataLoader(fastload.StreamingDataset(data.put(s3), cache=cache), batch_size=8, num_workers=1)
+    assert len(keys_of(loader, data)) == len(data.samples)
+    cache.close()
+    assert len(keys_of(loader, data)) == len(data.samples)
+    batches = iter(loader)
+    next(batches)
+    cache.close()
+    loader.close()
+    assert len(keys_of(loader, data)) == len(data.samples)
+    loader.close()
+
+
+def test_iterations_side_by_side_have_their_own_progress(s3, cache, data: Corpus) -> None:
+    dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=True)
+    loader = fastload.DataLoader(dataset, batch_size=8)
+    old = iter(loader)
+    next(old)
+    new = iter(loader)
+    del old
+    for _ in range(2):
+        next(new)
+    assert loader.stats()["batches"] == 2
+    assert loader.state_dict()["epoch"] == 1
+    assert loader.state_dict()["position"]["batches"] == 2
+    loader.close()
+
+
+def test_a_subclass_with_samples_of_its_own(s3, cache, data: Corpus) -> None:
+    class Named(fastload.StreamingDataset):
+        def __iter__(self):
+            return ({"name": sample["__key__"]} for sample in super().__iter__())
+
+    dataset = Named(data.put(s3), cache=cache)
+    loader = fastload.DataLoader(dataset, batch_size=8)
+    assert [name for batch in loader for name in batch["name"]] == list(data.samples)
+    dataset.close()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda loader: pickle.loads(pickle.dumps(loader))])
+def test_copies_of_a_loader(s3, cache, data: Corpus, copied) -> None:
+    loader = fastload.DataLoader(fastload.StreamingDataset(data.put(s3), cache=cache), batch_size=8, num_workers=1)
+    next(iter(loader))
+    twin = copied(loader)
+    loader.close()
+    del loader
+    twin.dataset.set_epoch(0)
+    assert keys_of(twin, data) == list(data.samples)
+    twin.close()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_iterates_a_loader_in_use(s3, cache, data: Corpus) -> None:
+    loader = fastload.DataLoader(fastload.StreamingDataset(data.put(s3), cache=cache), batch_size=8, num_workers=2)
+    batches = iter(loader)
+    next(batches)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            loader.dataset.set_epoch(0)
+            status = 0 if keys_of(loader, data) == list(data.samples) else 2
+            loader.close()
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert sum(len(batch["__key__"]) for batch in batches) == len(data.samples) - 8
+    loader.close()
+
+
+def test_shards_with_other_columns_are_refused(s3, cache) -> None:
+    s3.put("mixed/0.tar", tar_of({"a/0": {"x": b"0", "y": b"0"}}))
+    s3.put("mixed/1.tar", tar_of({"b/0": {"x": b"1"}}))
+    for batch_size in (1, 2):
+        loader = fastload.DataLoader(fastload.StreamingDataset(f"{s3.url}/mixed/", cache=cache), batch_size=batch_size)
+        with pytest.raises(fastload.MissingColumnError, match="columns="):
+            list(loader)
+        loader.close()
 
 
 def test_stats(s3, cache, data: Corpus) -> None:
@@ -374,3 +537,28 @@ def test_other_data_sets_are_torchs(tmp_path: Path) -> None:
     loader.close()
     with pytest.raises(TypeError, match=r"stats\(\) needs a fastload.StreamingDataset"):
         loader.stats()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"cache": "/nvme"}, r"cache='/nvme' must be a fastload.Cache"),
+        ({"decode": ["bin"]}, r"decode=\['bin'\] is not a dict"),
+        ({"decode": {"jpg": "pil"}}, r"decode\['jpg'\]='pil' is not a decoder"),
+        ({"columns": "jpg"}, r"columns='jpg' is one string"),
+        ({"columns": [".jpg"]}, r"'.jpg' is not a name such as 'jpg'"),
+        ({"as_tuple": True}, "as_tuple=True needs columns or decode"),
+        ({"shuffle": "global"}, 'shuffle=.global. must be False, True, "window" or "shards"'),
+        ({"shuffle_window": 0}, "shuffle_window=0 must be at least 1"),
+        ({"seed": "x"}, "seed='x' must be an integer"),
+        ({"tail": "cut"}, "tail='cut' must be"),
+        ({"batch_size": "16"}, "batch_size='16' must be an integer"),
+        ({"world_size": 2}, "world_size is set but rank is not"),
+        ({"rank": 2, "world_size": 2}, "rank=2 must be from 0 to 1"),
+        ({"urls": []}, "names no shard"),
+    ],
+)
+def test_arguments_that_cannot_be_used(cache, options: dict, says: str) -> None:
+    arguments = {"urls": "s3://bucket/x.tar", "cache": cache, **options}
+    with pytest.raises(fastload.ConfigError, match=says):
+        fastload.StreamingDataset(**arguments)

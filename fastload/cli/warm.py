@@ -28,7 +28,7 @@ EXIT_PARTIAL = 3
 def warm(
     urls: Annotated[list[str], typer.Argument(help="Brace patterns, prefixes that end in '/', or single shards.")],
     cache: Annotated[
-        Path | None, typer.Option(help="Cache directory [default: $FASTLOAD_CACHE or ~/.cache/fastload]")
+        Path | None, typer.Option(help="Cache directory; else $FASTLOAD_CACHE, or ~/.cache/fastload.")
     ] = None,
     shuffle: Annotated[bool, typer.Option(help="The job shuffles.")] = True,
     seed: Annotated[int, typer.Option(help="The job's seed.")] = 0,

@@ -101,11 +101,12 @@ class Assembler:
         self._gatherer = gatherer
         self._slots = slots
         self._staging = _Staging()
+        self._present: tuple[str, ...] | None = None  # of the first batch, where all columns are asked for
 
     def batch(self, entry: BatchEntry) -> Batch:
         """The batch of an entry: a dict with `__key__` and `__url__`, or a tuple of the columns alone."""
         located = _Located(entry, self._live)
-        names = self._columns.of_batch(located.present())
+        names = self._names(located)
         gathered = self._gather(located, names)
         values = [self._decode(located, name, *gathered[name]) for name in names]
         if self._columns.as_tuple:
@@ -119,7 +120,7 @@ class Assembler:
     def samples(self, entry: BatchEntry) -> Iterator[Batch]:
         """The samples of an entry, one by one, decoded as they are asked for."""
         located = _Located(entry, self._live)
-        names = self._columns.of_batch(located.present())
+        names = self._names(located)
         gathered = self._gather(located, names, reuse=False)
         columns = [
             (name, self._columns.decoder(name), memoryview(values.data), offsets.tolist())
@@ -132,6 +133,21 @@ class Assembler:
                 for name, decoder, view, offsets in columns
             }
             yield tuple(sample.values()) if self._columns.as_tuple else {KEY: key, URL: url, **sample}
+
+    def _names(self, located: _Located) -> tuple[str, ...]:
+        """The columns of these samples: those that were named, or all, which have to be the same in all shards."""
+        if self._columns.names is not None:
+            return self._columns.names
+        present = tuple(located.present())
+        if self._present is None:
+            self._present = present
+        if set(present) != set(self._present):
+            url = self._urls[located.entry.object_no[0]]
+            raise MissingColumnError(
+                f"{url}: its window of shards has the columns {sorted(present)}, and earlier ones have "
+                f"{sorted(self._present)}; name the columns that every sample has with columns=[...] or decode={{...}}"
+            )
+        return self._present
 
     def _gather(
         self, located: _Located, names: tuple[str, ...], *, reuse: bool = True
@@ -161,8 +177,9 @@ class Assembler:
         missing = np.flatnonzero(values.offset < 0)
         if len(missing):
             raise MissingColumnError(
-                f"{self._where(located, name)(int(missing[0]))}: the sample has no such column; its shard has "
-                f"{located.present()}. Name the columns that every sample has with columns=[...] or decode={{...}}"
+                f"{self._where(located, name)(int(missing[0]))}: the sample has no such column; the shards read "
+                f"with it have {located.present()}. Name the columns that every sample has with columns=[...] "
+                "or decode={...}"
             )
         return values
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastload.decode import Decoder, raw
@@ -27,6 +27,11 @@ class ColumnSet:
         decoders = _checked_decoders(decode)
         if isinstance(columns, str):
             raise ConfigError(f"columns={columns!r} is one string; give a list of column names")
+        wrong = [name for name in columns or () if not isinstance(name, str) or name[:1] in ("", ".")]
+        if wrong:
+            raise ConfigError(
+                f"columns={list(columns or ())!r}: {wrong[0]!r} is not a name such as 'jpg', without a dot"
+            )
         names = tuple(columns) if columns is not None else tuple(decoders) or None
         if names is not None and len(set(names)) < len(names):
             raise ConfigError(f"columns={list(names)!r} names a column twice")
@@ -39,10 +44,6 @@ class ColumnSet:
             raise ConfigError("as_tuple=True needs columns or decode, which give the order of the tuple")
         return cls(names, decoders, as_tuple)
 
-    def of_batch(self, present: Iterable[str]) -> tuple[str, ...]:
-        """The columns of a batch from windows that have the columns `present`."""
-        return self.names if self.names is not None else tuple(present)
-
     def kernel_modules(self) -> tuple[str, ...]:
         """The modules of `fastload.kernels` that the decoders use."""
         return tuple(dict.fromkeys(name for each in self.decoders.values() for name in each.kernel_modules()))
@@ -53,6 +54,8 @@ class ColumnSet:
 
 
 def _checked_decoders(decode: Mapping[str, Decoder] | None) -> dict[str, Decoder]:
+    if decode is not None and not isinstance(decode, Mapping):
+        raise ConfigError(f"decode={decode!r} is not a dict of column -> decoder")
     decoders = dict(decode or {})
     for name, decoder in decoders.items():
         if not isinstance(decoder, Decoder):

@@ -4,11 +4,12 @@ Each `iter()` begins the next epoch unless `set_epoch` was called since. In one 
 DataLoader the iterations happen in worker processes, which are made anew for each epoch, each with a copy of the
 data set: a number of their own would always say epoch 0. So the number lives in a small anonymous file that every
 copy of the data set shares, and the first worker of an epoch moves it on. All workers of one epoch know each other by
-torch's base seed, and by how many iterations each of them has begun.
+torch's base seed, and by how many iterations each of them has begun; once all of them have joined an epoch, the next
+to come begins another, also where the seed is the same again.
 
-The file holds 3 + 2·16 int64: the next epoch, the number of `set_epoch` calls, the row to write next, and then the last
-sixteen beginnings as (base seed mixed with the iteration's number, epoch). It is read and written under a POSIX record
-lock, which the kernel drops with its process.
+The file holds 3 + 3·16 int64: the next epoch, the number of `set_epoch` calls, the row to write next, and then the last
+sixteen beginnings as (base seed mixed with the iteration's number, epoch, workers that have joined). It is read and
+written under a POSIX record lock, which the kernel drops with its process.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from contextlib import contextmanager
 from typing import Any
 
 _ROWS = 16
-_FORMAT = struct.Struct(f"<{3 + 2 * _ROWS}q")
+_FORMAT = struct.Struct(f"<{3 + 3 * _ROWS}q")
 
 
 class EpochCounter:
@@ -47,21 +48,22 @@ class EpochCounter:
         with self._values() as values:
             return values[0]
 
-    def begin(self, base_seed: int | None = None) -> int:
-        """The epoch of an iteration that begins now; `base_seed` is that of torch's workers, in one of them."""
+    def begin(self, base_seed: int | None = None, workers: int = 1) -> int:
+        """The epoch of an iteration that begins now; in one of torch's `workers`, `base_seed` is theirs."""
         self._begun += 1
         with self._values() as values:
             if base_seed is None:
                 return self._advance(values)
             token = (base_seed * 0x9E3779B1 + self._begun + (values[1] << 40)) % (1 << 62) + 1
-            rows = range(3, 3 + 2 * _ROWS, 2)
+            rows = range(3, 3 + 3 * _ROWS, 3)
             for row in rows:
-                if values[row] == token:
+                if values[row] == token and values[row + 2] < workers:
+                    values[row + 2] += 1
                     return values[row + 1]
             epoch = self._advance(values)
             row = rows[values[2] % _ROWS]
             values[2] += 1
-            values[row], values[row + 1] = token, epoch
+            values[row : row + 3] = token, epoch, 1
             return epoch
 
     @staticmethod

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from fastload.engine.shards import ShardTable
 from fastload.engine.windows import Ints, LiveWindows, Window, window_chunks
+from fastload.errors import ServiceError
 from fastload.plan import BatchEntry, RankCursor
 from fastload.service.client import Consumer
 
@@ -30,6 +31,8 @@ class Feed:
         self._shards = shards
         self._first_chunk = first_chunk
         self.live = LiveWindows(len(first_chunk) - 1)
+        self._opening: Ints | None = None  # the chunks of a window that is wanted and not open yet
+        self._is_exhausted = False
         self._plan_end: dict[int, int] = {}  # per open window: the position in the plan after its last chunk
 
     def entries(self) -> Iterator[BatchEntry]:
@@ -47,25 +50,37 @@ class Feed:
             self._give_back(self.live.retire_before(self._cursor.oldest_window))
         yield from self._held(self._cursor.finish())
         self._give_back(self.live.retire_before(order.window_count))
+        self._is_exhausted = True
 
     def done(self, entry: BatchEntry) -> None:
         """The entry's batch is made, or given up."""
         self._give_back(self.live.done(entry.window_first))
 
     def close(self) -> None:
-        """Give back whatever is still open, and end the plan."""
-        abandoned = self.live.close_all()
-        if abandoned:
-            self._give_back(abandoned)
+        """Give back whatever is still held, and end the plan if it was not read to its end."""
+        try:
+            self._let_go()
+        except ServiceError:
+            if not self._consumer.is_ended:
+                raise
+            # It was closed meanwhile, and with it all that it held.
+
+    def _let_go(self) -> None:
+        self._give_back(self.live.close_all())
+        if self._opening is not None:
+            self._consumer.release(self._opening)
+            self._opening = None
+        if not self._is_exhausted:
             self._consumer.set_plan([], self._cursor.order.epoch)
 
     def _window(self, number: int) -> Window:
         object_nos = self._cursor.window_objects(number).astype("int64")
-        chunk_nos = window_chunks(self._first_chunk, object_nos)
+        self._opening = chunk_nos = window_chunks(self._first_chunk, object_nos)
         self._consumer.want(chunk_nos)
         indexes = self._shards.get(self._consumer, object_nos.tolist())
         window = Window(number, object_nos, indexes, self._first_chunk[object_nos], chunk_nos)
         self.live.open(window)
+        self._opening = None
         return window
 
     def _held(self, entries: list[BatchEntry]) -> Iterator[BatchEntry]:

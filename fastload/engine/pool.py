@@ -1,16 +1,20 @@
 """The threads that decode.
 
 They live as long as their loader: thread-local workspaces (decoders, staging memory) are worth keeping, and starting
-threads per epoch is not. Jobs are plain callables that handle their own errors. A pool is closed by its owner; a pool
-that was forgotten is closed when it is collected or the interpreter ends, so its threads hold no reference to it.
+threads per epoch is not. Jobs are plain callables that handle their own errors. A pool is closed by its owner, at the
+latest when the interpreter ends. A pool that was forgotten is told to end when it is collected, which may happen in any
+thread and under any lock: nothing is waited for then. Its threads hold no reference to it.
 """
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import weakref
 from collections.abc import Callable
+
+from fastload.errors import ServiceError
 
 Job = Callable[[], None]
 
@@ -27,15 +31,31 @@ class DecodePool:
         ]
         for thread in self._threads:
             thread.start()
-        self._finalizer = weakref.finalize(self, _stop, self._jobs, self._threads)
+        self._pid = os.getpid()
+        self._stop = weakref.finalize(self, _stop, self._jobs, thread_count)
+        self._stop.atexit = False
 
     def submit(self, job: Job) -> None:
-        """Run `job` in one of the threads. It must not raise, and must not wait for another job."""
+        """Run `job` in one of the threads. It must not raise, and must not wait for another job.
+
+        ServiceError after `close()`.
+        """
+        if not self._stop.alive:
+            raise ServiceError("the loader's threads have ended, since it was closed; iterate it again")
         self._jobs.put(job)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether its threads stayed behind in a process that this one was forked from."""
+        return self._pid != os.getpid()
 
     def close(self) -> None:
         """End the threads after the jobs that were submitted, and wait for them. May be called twice."""
-        self._finalizer()
+        self._stop()
+        if not self.is_foreign:
+            for thread in self._threads:
+                if thread is not threading.current_thread():
+                    thread.join()
 
 
 def _work(jobs: queue.SimpleQueue[Job | None]) -> None:
@@ -44,9 +64,6 @@ def _work(jobs: queue.SimpleQueue[Job | None]) -> None:
         del job  # else the last batch would live until the next one comes
 
 
-def _stop(jobs: queue.SimpleQueue[Job | None], threads: list[threading.Thread]) -> None:
-    for _ in threads:
+def _stop(jobs: queue.SimpleQueue[Job | None], thread_count: int) -> None:
+    for _ in range(thread_count):
         jobs.put(None)
-    for thread in threads:
-        if thread is not threading.current_thread():
-            thread.join()

@@ -5,13 +5,15 @@ the consumer: queued, in the making, or made and waiting. Batches come out in pl
 failure comes out where its batch would have been, with the traceback of the thread in which it happened. Without
 threads the same is done in the consumer's own.
 
-A run ends by being exhausted, by a failure, or by `close()`; in each case its feeder has ended, no job of it is in the
-pool, and its windows are given back.
+A run ends by being exhausted (StopIteration), by a failure, or by `close()`, which any thread may call: whoever waits
+for a batch then gets `RunClosedError`, so that an epoch that was cut off never looks finished. In each case its feeder
+has ended, and no job of it is in the pool.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,10 +22,21 @@ from typing import Any
 
 from fastload.engine.feed import Feed
 from fastload.engine.pool import DecodePool
+from fastload.errors import ServiceError
 from fastload.plan import BatchEntry
 from fastload.waiting import Waits, wait
 
 Made = tuple[BatchEntry, Any]
+
+# A batch may take as long as its bytes do. What it waits for has deadlines of its own, and ends with an error.
+_NO_DEADLINE_S = math.inf
+
+
+class RunClosedError(ServiceError):
+    """A batch was asked for after `close()`."""
+
+    def __init__(self, message: str = "the loader was closed in mid-epoch; iterate it again to begin another") -> None:
+        super().__init__(message)
 
 
 @dataclass(slots=True)
@@ -57,13 +70,21 @@ class ThreadedRun:
 
     def __next__(self) -> Made:
         with self._changed:
-            wait(self._changed, self._can_answer, "batch", what="the next batch", waits=self._waits)
-            if not self._line:
-                self._end()
-            place = self._line.popleft()
+            wait(
+                self._changed,
+                self._can_answer,
+                "batch",
+                what="the next batch",
+                waits=self._waits,
+                deadline_s=_NO_DEADLINE_S,
+            )
+            if self._is_closed:
+                raise RunClosedError
+            place = self._line.popleft() if self._line else None
             self._changed.notify_all()
+        if place is None:
+            raise self._feed_error or StopIteration
         if place.error is not None:
-            self.close()
             raise place.error
         return place.entry, place.batch
 
@@ -73,22 +94,12 @@ class ThreadedRun:
             self._is_closed = True
             self._changed.notify_all()
             wait(self._changed, lambda: self._jobs == 0, "shutdown", what="batches in the making")
-            for place in self._line:
-                self._feed.done(place.entry) if not place.is_done else None
             self._line.clear()
         if self._feeder is not threading.current_thread():
             self._feeder.join()
 
     def _can_answer(self) -> bool:
-        return self._line[0].is_done if self._line else self._is_fed or self._is_closed
-
-    def _end(self) -> None:
-        """Nothing is ahead: either the epoch is over or the feeder failed."""
-        self._feeder.join()
-        if self._feed_error is not None and not self._is_closed:
-            self._is_closed = True
-            raise self._feed_error
-        raise StopIteration
+        return self._is_closed or (self._line[0].is_done if self._line else self._is_fed)
 
     def _feed_line(self) -> None:
         try:
@@ -97,7 +108,7 @@ class ThreadedRun:
                     if not self._enqueue(entry):
                         break
         except BaseException as error:  # handed to the consumer, whatever it is
-            self._feed_error = error
+            self._feed_error = _not_an_end(error)
         finally:
             with self._changed:
                 self._is_fed = True
@@ -113,7 +124,10 @@ class ThreadedRun:
                 return False
             self._line.append(place)
             self._jobs += 1
-        self._pool.submit(lambda: self._run_job(place))
+        try:
+            self._pool.submit(lambda: self._run_job(place))
+        except ServiceError as error:  # the pool was closed under us: no job will run
+            self._end_job(place, error)
         return True
 
     def _run_job(self, place: _Place) -> None:
@@ -121,13 +135,16 @@ class ThreadedRun:
             if not self._is_closed:
                 place.batch = self._make(place.entry)
         except BaseException as error:  # handed to the consumer, whatever it is
-            place.error = error
+            place.error = _not_an_end(error)
         try:
             self._feed.done(place.entry)
         except BaseException as error:
             place.error = place.error or error
+        self._end_job(place, place.error)
+
+    def _end_job(self, place: _Place, error: BaseException | None) -> None:
         with self._changed:
-            place.is_done = True
+            place.error, place.is_done = error, True
             self._jobs -= 1
             self._changed.notify_all()
 
@@ -135,21 +152,47 @@ class ThreadedRun:
 class InlineRun:
     """The same iterator without threads: each batch is made when it is asked for."""
 
-    def __init__(self, feed: Feed, make: Callable[[BatchEntry], Any]) -> None:
-        self._feed, self._make = feed, make
+    def __init__(self, feed: Feed, make: Callable[[BatchEntry], Any], waits: Waits) -> None:
+        self._feed, self._make, self._waits = feed, make, waits
         self._entries = feed.entries()
+        self._is_closed = False
 
     def __iter__(self) -> Iterator[Made]:
         return self
 
     def __next__(self) -> Made:
+        # The consumer waits for all of it, as it does for a batch that threads make.
+        with self._waits.measure("batch"):
+            try:
+                return self._next()
+            except StopIteration:
+                raise
+            except BaseException as error:
+                if self._is_closed:  # under the batch in the making: whatever went wrong then is no news
+                    raise RunClosedError from error
+                raise
+
+    def _next(self) -> Made:
+        if self._is_closed:
+            raise RunClosedError
         entry = next(self._entries)
         try:
             batch = self._make(entry)
+        except StopIteration as error:
+            raise _not_an_end(error) from error
         finally:
             self._feed.done(entry)
         return entry, batch
 
     def close(self) -> None:
-        """Give up what is ahead. May be called twice."""
-        self._entries.close()  # type: ignore[attr-defined]
+        """Give up what is ahead; a batch in the making is left to whoever makes it. May be called twice."""
+        self._is_closed = True
+
+
+def _not_an_end(error: BaseException) -> BaseException:
+    """`error`; or, for a StopIteration out of a user's function, what does not look like the end of the epoch."""
+    if isinstance(error, StopIteration):
+        wrapped = RuntimeError("a function that makes batches raised StopIteration")
+        wrapped.__cause__ = error
+        return wrapped
+    return error

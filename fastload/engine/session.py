@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastload.engine.deferred import call_later
 from fastload.engine.shards import ShardTable
 from fastload.engine.slots import SlotPool
 from fastload.formats import SHARD_ENDINGS
@@ -59,7 +60,8 @@ class Source:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._idle: list[Session] = []
-        weakref.finalize(self, _close_all, self._idle)  # a data set that is dropped leaves no connection
+        # A data set that is dropped leaves no connection. It may be dropped under any lock, so another thread does it.
+        weakref.finalize(self, call_later, _close_all, self._idle).atexit = False
         self._manifest = manifest
         self._first_chunk: npt.NDArray[np.int64] | None = None
         self._shards: ShardTable | None = None
@@ -76,6 +78,15 @@ class Source:
         """The manifest, once a session has been opened."""
         return self._manifest
 
+    def adopt(self, manifest: Manifest) -> None:
+        """Take this manifest for the data from now on."""
+        with self._lock:
+            if self._manifest is not None and manifest.fingerprint == self._manifest.fingerprint:
+                return
+            _close_all(self._idle)  # they are attached to another
+            self._manifest = manifest
+            self._first_chunk = self._shards = self._sample_counts = None
+
     @property
     def first_chunk(self) -> npt.NDArray[np.int64]:
         """int64[objects + 1]: each object's first chunk number."""
@@ -88,15 +99,26 @@ class Source:
         assert self._shards is not None, "no session was opened yet"
         return self._shards
 
+    def list_shards(self) -> Manifest:
+        """The manifest, which is listed where it is not known yet."""
+        self.give_back(self.open())
+        assert self._manifest is not None
+        return self._manifest
+
     def open(self) -> Session:
         """An idle session or a new one; the first lists the shards."""
         with self._lock:
-            return self._idle.pop() if self._idle else self._connect()
+            while self._idle:
+                session = self._idle.pop()
+                if not session.consumer.is_ended:  # by Cache.close(), or because its service could not be replaced
+                    return session
+            return self._connect()
 
     def give_back(self, session: Session) -> None:
         """The session is idle again."""
         with self._lock:
-            self._idle.append(session)
+            if not session.consumer.is_ended:
+                self._idle.append(session)
 
     def close(self) -> None:
         """Disconnect the idle sessions. May be called twice; the source stays usable."""

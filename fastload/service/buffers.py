@@ -16,10 +16,10 @@ from fastload.service.plans import Plan
 
 Int64 = npt.NDArray[np.int64]
 
-FREE, LOADING, IDLE, QUEUED, WRITING, LEASED, STUCK = range(7)
+FREE, LOADING, IDLE, QUEUED, WRITING, LEASED, STUCK, STRANDED = range(8)
 """What is in a buffer: nothing; a chunk being filled in; a chunk that may go at once; one whose write has not begun;
 one being written; a leased one whose lease may be asked back; a leased one for which that has been done or would not
-help."""
+help; a chunk, or nothing any more, under a read or write that hangs."""
 
 NEVER = np.iinfo(np.int64).max
 
@@ -35,13 +35,20 @@ class BufferTable:
         self._covered = np.zeros(count, bool)  # a live plan names its object
         self._positions: dict[Plan, Int64] = {}  # per plan, -1 where the buffer's chunk is not in it
         self._clock = 0
-        # Buffers are used again last in, first out: those are touched already, which fresh memory is not.
+        self.used_count = 0  # no buffer from this number on was ever used
+        # Buffers are used again last in, first out, and fresh ones from the lowest up: used memory is touched already,
+        # and what lies beyond need never be (see `populate`).
         self._free = list(range(count))[::-1]
 
     @property
     def free_count(self) -> int:
         """How many buffers hold nothing."""
         return len(self._free)
+
+    @property
+    def stranded_count(self) -> int:
+        """How many buffers cannot be used because a read or write hangs."""
+        return int(np.count_nonzero(self.status == STRANDED))
 
     def free(self) -> list[int]:
         """The buffers that hold nothing; the one to use next is the last."""
@@ -54,6 +61,7 @@ class BufferTable:
             self._free.pop()
         else:
             self._free.remove(buffer)
+        self.used_count = max(self.used_count, buffer + 1)
         self.chunks[buffer] = chunk
         chunk.buffer = buffer
         self.touch(chunk)
@@ -64,8 +72,17 @@ class BufferTable:
 
     def clear(self, chunk: Chunk) -> None:
         """Take the chunk's buffer back."""
+        self.reclaim(self.strand(chunk))
+
+    def strand(self, chunk: Chunk) -> int:
+        """Part the chunk from its buffer, which cannot be used until `reclaim`; returns it."""
         buffer, chunk.buffer = chunk.buffer, -1
         self.chunks[buffer] = None
+        self.status[buffer] = STRANDED
+        return buffer
+
+    def reclaim(self, buffer: int) -> None:
+        """The buffer holds nothing, and nobody writes to it any more."""
         self.status[buffer] = FREE
         self._free.append(buffer)
 
@@ -133,6 +150,8 @@ class BufferTable:
 def _status(chunk: Chunk) -> int:
     if chunk.state is State.LOADING:
         return LOADING
+    if chunk.write is Write.HUNG:
+        return STRANDED
     if chunk.lessees:
         ready = chunk.recalled is Recalled.NO and chunk.write is not Write.RUNNING
         return LEASED if ready else STUCK

@@ -14,32 +14,35 @@ The core knows no sockets: a consumer is a `send` function, so tests drive it di
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from fastload.cache import Arena, CacheDirectory, DiskTier, object_id
-from fastload.errors import AccessDeniedError
-from fastload.service import buffers, protocol, scheduler
+from fastload.errors import AccessDeniedError, CacheError
+from fastload.service import buffers, figures, protocol, scheduler
 from fastload.service.buffers import BufferTable
 from fastload.service.consumers import ConsumerState
 from fastload.service.diskorder import DiskOrder
 from fastload.service.indexes import Indexes
 from fastload.service.ledger import Ledger
-from fastload.service.loads import FETCH_THREADS, Loader
+from fastload.service.loads import Loader
 from fastload.service.model import Chunk, ObjectEntry, Objects, State, Write
 from fastload.service.plans import Plan
 from fastload.service.planset import PlanSet
+from fastload.service.pools import Done, Pools
+from fastload.service.populate import Populator
+from fastload.service.quota import Quota
 from fastload.service.requests import Requests
-from fastload.service.scheduler import Candidate, Drop, Load, Need, Recall, Slots
+from fastload.service.scheduler import Candidate, Drop, Load, Recall, Slots
+from fastload.service.stalls import DISK_DEADLINE_S, DiskWatch
 from fastload.service.stores import Opener, StoreTable
 from fastload.service.warm import WarmPlan
+from fastload.service.warming import Warming
+from fastload.service.wishes import Wishes
 from fastload.service.writing import WriteBehind
 
 Send = Callable[[protocol.Message], None]
@@ -51,9 +54,16 @@ class Core:
     """See the module's text. All methods are for the loop's thread."""
 
     def __init__(
-        self, directory: CacheDirectory, loop: asyncio.AbstractEventLoop, opener: Opener | None = None
+        self,
+        directory: CacheDirectory,
+        loop: asyncio.AbstractEventLoop,
+        opener: Opener | None = None,
+        disk_deadline_s: float = DISK_DEADLINE_S,
     ) -> None:
-        """Open the arena and the disk tier of `directory`, whose lock the caller holds; CacheError where that fails."""
+        """Open the arena and the disk tier of `directory`, whose lock the caller holds; CacheError where that fails.
+
+        `disk_deadline_s`: after so long without an answer the disk is bypassed (see `stalls`).
+        """
         limits = directory.limits
         self._loop = loop
         self._closed = False
@@ -66,30 +76,28 @@ class Core:
         self.disk = DiskTier(
             directory.path, limits.disk_bytes, limits.chunk_bytes, on_trouble=self._trouble_from_thread
         )
-        self._stop = threading.Event()
+        self._pools = Pools(loop)
+        self._watch = DiskWatch(self.disk, self._pools, disk_deadline_s, self._disk_stalled, self._wake)
         self._stores = StoreTable(opener)
         self._objects = Objects(limits.chunk_bytes)
         self._table = BufferTable(self.arena.buffer_count)
         self._ledger = Ledger(self._table)
         self._disk_order = DiskOrder(self.disk.keys())
-        self._loader = Loader(self.arena, self.disk, self._stores, loop, self._loaded)
-        self._writer = WriteBehind(self.arena, self.disk, self._disk_order, loop, self._table.refresh, self._written)
-        self._requests = Requests(self._stores, Indexes(self.disk, self._disk_order, loop), self._stats, loop)
+        self._loader = Loader(
+            self.arena, self.disk, self._stores, self._pools, self._watch, self._loaded, self._read_given_up
+        )
+        self._writer = WriteBehind(
+            self.arena, self.disk, self._disk_order, self._watch, self._table.refresh, self._written
+        )
+        indexes = Indexes(self.disk, self._disk_order, self._watch)
+        self._requests = Requests(self._stores, indexes, self._stats, self._pools)
+        self._quota = Quota(self.disk, self._disk_order, self._pools)
         self.consumers: set[ConsumerState] = set()
         self._plans = PlanSet(self.consumers, self._table, self._disk_order)
+        self._warming = Warming(self.consumers, self._plans, self._table, self._writer, self._on_disk)
         self._counters: Counter[str] = Counter(dropped_chunks=0)
-        # How far prefetching may displace what will be used later (see plans): two rounds of requests, or a quarter of
-        # a large arena, but never most of a small one.
-        count = self.arena.buffer_count
-        self._transit = min(max(2 * FETCH_THREADS, count // 4), max(1, count // 2))
-        self._populating = threading.Thread(target=self._populate, name="fastload-populate", daemon=True)
-        self._populating.start()
-
-    def _populate(self) -> None:
-        """In a thread: touch the arena ahead of its use, without taking time from anybody."""
-        with contextlib.suppress(OSError):  # where threads have no niceness of their own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        self.arena.populate(self._stop)
+        self._wishes = Wishes(self._ledger, self._plans, self._warming, self.arena.buffer_count, self._on_disk)
+        self._populator = Populator(self.arena)
 
     # Consumers
 
@@ -98,6 +106,8 @@ class Core:
         consumer = ConsumerState(hello, self._stores.add(hello.store), send)
         consumer.load_order = self._loader.order
         self.consumers.add(consumer)
+        if "disk_bytes" in hello.limits:
+            self._quota.change(hello.limits["disk_bytes"])
         return consumer
 
     def disconnect(self, consumer: ConsumerState) -> None:
@@ -160,16 +170,7 @@ class Core:
         consumer.load_order = self._loader.order
         plan = self._plans.set(consumer, message, to_disk=self.disk.writable)
         if isinstance(plan, WarmPlan) and plan.to_disk:
-            self._write_resident(plan)
-
-    def _write_resident(self, plan: WarmPlan) -> None:
-        """Chunks that a warm plan finds in RAM need no fetching, only writing."""
-        for chunk in list(plan.resident()):
-            if chunk.write is not Write.NONE:
-                plan.taken(chunk)
-            elif not self._on_disk(chunk.entry, chunk.index) and self._writer.admit(chunk, patient=True):
-                plan.taken(chunk)
-                self._table.refresh(chunk)
+            self._warming.write_resident(plan)
 
     def _advance(self, consumer: ConsumerState, position: int) -> None:
         plan = consumer.plan
@@ -189,34 +190,22 @@ class Core:
         self._turn_due = False
         if self._closed:
             return
-        slots = Slots(self._loader.reads.idle, self._loader.fetches.idle)
+        slots = Slots(self._loader.reads.idle, self._loader.free_fetches)
         quick = self._disk_is_quick()
         actions = scheduler.decide(
-            self._candidates(), self._table, slots, coming=self._coming(quick), disk_is_quick=quick
+            self._wishes.candidates(), self._table, slots, coming=self._coming(quick), disk_is_quick=quick
         )
         for action in actions:
             self._carry_out(action)
+        self._populator.used(self._table.used_count)
+        if self._watch.stalled and self._table.stranded_count == self._table.count:
+            self._refuse_demands()
         self._ledger.grant_deferred()
-        self._tend_warm_plans()
+        wait_s = self._warming.tend()
+        if wait_s is not None:
+            self._loop.call_later(wait_s, self._wake)
         for consumer in self.consumers:
             consumer.flush()
-
-    def _candidates(self) -> Iterator[Candidate]:
-        """What should be in RAM and is not, in order of need."""
-        return chain(
-            (self._wish(chunk, Need.DEMANDED) for chunk in self._ledger.demanded),
-            (self._wish(chunk, Need.WANTED) for chunk in self._ledger.wanted),
-            scheduler.upcoming(self._plans.to_read(), self._transit, self._on_disk),
-            *(plan.candidates(self._on_disk) for plan in self._plans.warm() if not self._no_room_for(plan)),
-        )
-
-    def _wish(self, chunk: Chunk, need: Need) -> Candidate:
-        distance = 0
-        consumer, _ = next(iter(chunk.wanters))
-        if consumer.plan is not None:
-            distance = max(0, consumer.plan.position(chunk.entry, chunk.index) - consumer.plan.cursor)
-        on_disk = self._on_disk(chunk.entry, chunk.index)
-        return Candidate(chunk.entry, chunk.index, need, distance, on_disk, consumer.plan)
 
     def _on_disk(self, entry: ObjectEntry, index: int) -> bool:
         return self.disk.readable and self.disk.contains(entry.key(index))
@@ -287,6 +276,10 @@ class Core:
         assert chunk.write is Write.NONE, "a buffer that is being written cannot go"
         assert not chunk.lessees, "a leased buffer cannot go"
         self._table.clear(chunk)
+        self._gone(chunk)
+
+    def _gone(self, chunk: Chunk) -> None:
+        """It lies in no buffer any more."""
         chunk.state = State.ABSENT
         for plan in self._plans.all():
             plan.dropped(chunk.entry, chunk.index)
@@ -323,17 +316,12 @@ class Core:
         self._objects.forget_if_idle(chunk.entry)
 
     def _write_behind(self, chunk: Chunk) -> None:
-        warm = [plan for plan in self._plans.warm() if plan.position(chunk.entry, chunk.index) >= 0]
-        for plan in warm:
-            plan.came(chunk)
+        warm = self._warming.came(chunk)
         queued = False
         if chunk.source == protocol.SOURCE_REMOTE and not self._on_disk(chunk.entry, chunk.index):
             queued = self._writer.admit(chunk, patient=bool(warm))
         if not queued:
-            for plan in warm:
-                held = not plan.to_disk or self._on_disk(chunk.entry, chunk.index)
-                plan.settle(chunk, held=held)
-                plan.full |= not held
+            self._warming.not_written(chunk, warm)
 
     def _written(self, chunk: Chunk, written: bool) -> None:
         self._table.refresh(chunk)
@@ -341,48 +329,48 @@ class Core:
             plan.settle(chunk, held=written or not plan.to_disk)
         self._wake()
 
-    # Warming
+    # A disk that hangs
 
-    def _tend_warm_plans(self) -> None:
-        for consumer in self.consumers:
-            plan = consumer.plan
-            if isinstance(plan, WarmPlan):
-                self._tend(consumer, plan)
+    @property
+    def disk_hangs(self) -> bool:
+        """Whether reads or writes of the disk were given up and have not returned."""
+        return self._watch.stalled
 
-    def _tend(self, consumer: ConsumerState, plan: WarmPlan) -> None:
-        if plan.more_to_look_at:
+    def _disk_stalled(self) -> None:
+        self._writer.give_up_all()
+        self._wake()
+
+    def _read_given_up(self, chunk: Chunk) -> Done:
+        """Its buffer is lost until the read returns, and it is loaded anew, if only for those who want it."""
+        buffer = self._table.strand(chunk)
+        self._gone(chunk)
+
+        def returned(length: int | None, error: BaseException | None) -> None:
+            self._table.reclaim(buffer)
             self._wake()
-        elif plan.in_hand_count == 0 and not plan.finished and self._no_room_for(plan):
-            plan.end_here()
-        news, wait_s = plan.news()
-        if news is not None:
-            consumer.send(news)
-        elif wait_s:
-            self._loop.call_later(wait_s, self._wake)
 
-    def _no_room_for(self, plan: WarmPlan) -> bool:
-        """Whether there is no use in fetching anything more for it."""
-        return plan.full or (self._writer.full if plan.to_disk else self._table.free_count == 0)
+        return returned
+
+    def _refuse_demands(self) -> None:
+        error = CacheError(
+            f"the disk cache {self.disk.directory} does not answer, and reads and writes that wait for it hold all "
+            f"{self._table.count} chunks of ram_bytes; raise ram_bytes, or set disk_bytes=0"
+        )
+        for chunk in list(self._ledger.demanded):
+            self._ledger.failed(chunk, error)
 
     # Figures
 
     def _stats(self, consumer: ConsumerState) -> dict[str, Any]:
         """All figures; docs/protocol.md says what they mean."""
-        status = np.bincount(self._table.status, minlength=7)
-        disk = self.disk.counters
+        counted = {**self._counters, **self._loader.counters, **self._writer.counters}
+        counted["recalls"] = self._ledger.recall_count
         node = {
-            **self._counters,
-            **self._loader.counters,
-            **self._writer.counters,
+            **counted,
+            **figures.of_buffers(self._table),
+            **figures.of_disk(self.disk),
+            "arena_touched_bytes": self.arena.touched_bytes,
             "pid": os.getpid(),
-            "recalls": self._ledger.recall_count,
-            "buffers": self._table.count,
-            "buffers_free": int(status[buffers.FREE]),
-            "buffers_leased": int(status[buffers.LEASED] + status[buffers.STUCK]),
-            "disk_used_bytes": self.disk.used_bytes,
-            "disk_quota_bytes": self.disk.quota_bytes,
-            "disk_damaged": disk["damaged"],
-            "disk_errors": disk["errors"],
             "troubles": list(self.troubles),
         }
         return {
@@ -409,9 +397,9 @@ class Core:
     def close(self, deadline_s: float) -> bool:
         """Let go of everything; waits so long for reads and writes under way. Whether all of them have ended."""
         self._closed = True
-        self._stop.set()
         self._stores.close()
-        ended = [each.close(deadline_s) for each in (self._loader, self._writer, self._requests)]
-        self._populating.join()
+        self._watch.close()
+        ended = self._pools.close(deadline_s)
+        self._populator.close()
         self.arena.close()
-        return all(ended)
+        return ended

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
 
+import msgspec
+
 from fastload.cache import CacheDirectory
 from fastload.config import default_cache_dir, format_bytes, parse_bytes
 from fastload.errors import ConfigError, ServiceError
@@ -34,7 +36,8 @@ class Cache:
     """A node's cache: a directory, and the service that the first consumer starts there.
 
     `ram_bytes`, `disk_bytes` and `chunk_bytes` (ints, or strings such as `"8GiB"`) belong to the directory: None
-    takes what it has, or in a new directory the defaults; a value that differs changes it, with a warning.
+    takes what it has, or in a new directory the defaults; a value that differs changes it, with a warning. A running
+    service follows a change of `disk_bytes` at the first connection; the others hold from its next start on.
     `disk_bytes=0` keeps everything in RAM. `service="inprocess"` runs the service in threads of this process, where
     none may be started.
 
@@ -61,6 +64,7 @@ class Cache:
     def _begin(self, path: Path, service: ServiceMode, idle_s: float, explicit: dict[str, int]) -> None:
         self._path, self._service_mode, self._idle_s = path, service, idle_s
         self._explicit_ram = "ram_bytes" in explicit
+        self._to_tell = explicit  # once: by a later connection somebody else may have changed them again
         self._directory = CacheDirectory.open(path, **explicit)
         self._consumers: weakref.WeakSet[Consumer] = weakref.WeakSet()
         self._forget_service()
@@ -140,12 +144,14 @@ class Cache:
 
     def connect(self, hello: protocol.Hello, stop: threading.Event) -> Connection:
         """A connection to the directory's service, started where there is none; gives up when `stop` is set."""
+        hello = msgspec.structs.replace(hello, limits=self._to_tell)
         connection = election.connect(self._directory, hello, self._start, stop)
         try:
             self._compare_limits(connection.welcome)
         except BaseException:
             connection.close()
             raise
+        self._to_tell = {}
         return connection
 
     def warn(self, message: str) -> bool:

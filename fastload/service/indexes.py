@@ -6,7 +6,6 @@ whole shard, so it is worth more than any chunk: where the quota is full, chunks
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable
 from itertools import chain, islice
 
@@ -15,10 +14,13 @@ from cachetools import LRUCache
 from fastload.cache import ChunkKey, DiskTier
 from fastload.config import MIB
 from fastload.service.diskorder import DiskOrder
-from fastload.service.pools import Pool
+from fastload.service.pools import Done
+from fastload.service.stalls import DiskWatch
 
 _RAM_BYTES = 256 * MIB
 _VICTIMS_MAX = 4
+# Indexes read in one go: each is a small file, a few milliseconds on a slow disk.
+_READ_AT_ONCE = 64
 
 Found = Callable[[dict[bytes, bytes]], None]
 
@@ -26,10 +28,10 @@ Found = Callable[[dict[bytes, bytes]], None]
 class Indexes:
     """Used by the loop's thread only, except for `_read` and `_write`."""
 
-    def __init__(self, disk: DiskTier, order: DiskOrder, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, disk: DiskTier, order: DiskOrder, watch: DiskWatch) -> None:
         self._disk, self._order = disk, order
         self._ram: LRUCache[bytes, bytes] = LRUCache(_RAM_BYTES, getsizeof=len)
-        self._pool = Pool("index", 1, loop)
+        self._pool = watch.pool("index", 1)
 
     def get(self, object_ids: Iterable[bytes], found: Found) -> None:
         """Call `found` with those indexes that there are: now, or when the disk has been read."""
@@ -41,16 +43,28 @@ class Indexes:
                 here[object_id] = data
             else:
                 elsewhere.append(object_id)
-        if not elsewhere or not self._disk.readable:
+        self._look_up(elsewhere, here, found)
+
+    def _look_up(self, object_ids: list[bytes], here: dict[bytes, bytes], found: Found) -> None:
+        """Add to `here` what the disk has, some at a time, and call `found` with it."""
+        if not object_ids or not self._disk.readable:
             found(here)
             return
 
-        def done(more: dict[bytes, bytes] | None, error: BaseException | None) -> None:
+        def take(more: dict[bytes, bytes] | None, error: BaseException | None) -> None:
             for object_id, data in (more or {}).items():
                 self._remember(object_id, data)
-            found({**here, **(more or {})})
+                here[object_id] = data
 
-        self._pool.submit(self._read, elsewhere, done=done)
+        def done(more: dict[bytes, bytes] | None, error: BaseException | None) -> None:
+            take(more, error)
+            self._look_up(object_ids[_READ_AT_ONCE:], here, found)
+
+        def hung() -> Done:
+            found(dict(here))
+            return take
+
+        self._pool.submit(self._read, object_ids[:_READ_AT_ONCE], done=done, hung=hung)
 
     def put(self, object_id: bytes, data: bytes) -> None:
         """Keep an index."""
@@ -63,7 +77,7 @@ class Indexes:
             for key in removed or ():
                 self._order.discard(key)
 
-        self._pool.submit(self._write, object_id, data, victims, done=done)
+        self._pool.submit(self._write, object_id, data, victims, done=done, hung=lambda: done)
 
     def _remember(self, object_id: bytes, data: bytes) -> None:
         if len(data) <= self._ram.maxsize:
@@ -81,7 +95,3 @@ class Indexes:
             self._disk.remove(removed[-1])
         self._disk.put_blob(object_id.hex(), data)
         return removed
-
-    def close(self, deadline_s: float) -> bool:
-        """Start nothing more, wait for what runs; whether all of it has ended."""
-        return self._pool.close(deadline_s)

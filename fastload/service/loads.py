@@ -1,43 +1,65 @@
 """Filling buffers: reads from the store and from the disk tier, each in threads of its own.
 
 One load per chunk at a time, whoever wants it. A chunk that the disk turns out not to have, or to have damaged (which
-it puts out of use by itself), is fetched from the store into the same buffer.
+it puts out of use by itself), is fetched from the store into the same buffer. One whose read hangs is given up together
+with the buffer, which the read may yet fill.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable
 
 from fastload.cache import Arena, DiskTier
 from fastload.service import protocol
 from fastload.service.model import Chunk, State
-from fastload.service.pools import Pool
+from fastload.service.pools import Done, Pools
+from fastload.service.stalls import DiskWatch
 from fastload.service.stores import StoreTable
+from fastload.service.writing import write_threads
 
 # Requests in flight: eight 8 MiB ranges hide 20 ms at 800 MB/s; twice that for slower stores.
 FETCH_THREADS = 16
+# After a pause so many are let go at once, and one more for each that ends: what is needed first, which is about one
+# shard, does not share a slow link with what is needed later.
+FETCHES_AT_FIRST = 8
 # A direct read of 8 MiB runs at 1.6 GB/s in one thread.
 DISK_READ_THREADS = 4
 
 Loaded = Callable[[Chunk, BaseException | None], None]
+GivenUp = Callable[[Chunk], Done]
 
 
 class Loader:
     """Used by the loop's thread only."""
 
     def __init__(
-        self, arena: Arena, disk: DiskTier, stores: StoreTable, loop: asyncio.AbstractEventLoop, loaded: Loaded
+        self,
+        arena: Arena,
+        disk: DiskTier,
+        stores: StoreTable,
+        pools: Pools,
+        watch: DiskWatch,
+        loaded: Loaded,
+        given_up: GivenUp,
     ) -> None:
+        """`loaded(chunk, error)` is called at the end; or `given_up(chunk)`, which returns what to do when its read
+        returns after all.
+        """
         self._arena, self._disk, self._stores = arena, disk, stores
-        self._loaded = loaded
-        self.fetches = Pool("fetch", FETCH_THREADS, loop)
-        self.reads = Pool("disk-read", DISK_READ_THREADS, loop)
+        self._loaded, self._given_up = loaded, given_up
+        self.fetches = pools.make("fetch", FETCH_THREADS)
+        self.reads = watch.pool("disk-read", read_threads(arena.buffer_count))
+        self._fetches_max = FETCHES_AT_FIRST
         self.order = 0  # loads begun
         self.in_flight: set[Chunk] = set()
         self.counters: Counter[str] = Counter(
-            fetched_chunks=0, fetched_bytes=0, disk_read_chunks=0, disk_read_bytes=0, failed_fetches=0
+            fetched_chunks=0,
+            fetched_bytes=0,
+            disk_read_chunks=0,
+            disk_read_bytes=0,
+            disk_reads_hung=0,
+            failed_fetches=0,
         )
 
     def start(self, chunk: Chunk, on_disk: bool, options_key: str) -> None:
@@ -62,12 +84,24 @@ class Loader:
             else:
                 self._fetch(chunk)
 
+        def hung() -> Done:
+            self.counters["disk_reads_hung"] += 1
+            self.in_flight.discard(chunk)
+            return self._given_up(chunk)
+
         chunk.source = protocol.SOURCE_DISK
         key = chunk.entry.key(chunk.index)
-        self.reads.submit(self._disk.read_into, key, self._arena.buffer(chunk.buffer), done=done)
+        self.reads.submit(self._disk.read_into, key, self._arena.buffer(chunk.buffer), done=done, hung=hung)
+
+    @property
+    def free_fetches(self) -> int:
+        """How many more fetches may be started now."""
+        return max(0, min(self.fetches.idle, self._fetches_max - len(self.fetches.under_way)))
 
     def _fetch(self, chunk: Chunk) -> None:
         def done(_: None, error: BaseException | None) -> None:
+            under_way = len(self.fetches.under_way)
+            self._fetches_max = min(FETCH_THREADS, self._fetches_max + 1) if under_way else FETCHES_AT_FIRST
             if error is None:
                 self.counters["fetched_chunks"] += 1
                 self.counters["fetched_bytes"] += chunk.length
@@ -84,7 +118,7 @@ class Loader:
         self.in_flight.discard(chunk)
         self._loaded(chunk, error)
 
-    def close(self, deadline_s: float) -> bool:
-        """Start nothing more, wait for what runs; whether all of it has ended."""
-        ended = [pool.close(deadline_s) for pool in (self.fetches, self.reads)]
-        return all(ended)
+
+def read_threads(buffer_count: int) -> int:
+    """How many may read from disk: so few that a disk that hangs leaves a small arena two buffers, if it has four."""
+    return max(1, min(DISK_READ_THREADS, buffer_count - 2 - write_threads(buffer_count)))

@@ -34,6 +34,7 @@ class Write(enum.Enum):
     NONE = "none"
     QUEUED = "queued"
     RUNNING = "running"
+    HUNG = "hung"  # given up, but it does not return, and keeps the buffer
 
 
 class Recalled(enum.Enum):

@@ -3,6 +3,8 @@
 A pool runs functions and hands what came of them back to the loop, where all state lives. Its threads are made when
 there is work for them, and are daemons: a read that hangs in a dead disk must not keep the process alive.
 (`concurrent.futures` joins its threads at exit, and makes a future for each call, which nobody here would look at.)
+
+`Pools` is all of them, which end together: first none starts anything more, then all are waited for at once.
 """
 
 from __future__ import annotations
@@ -12,45 +14,57 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 Done = Callable[[Any, BaseException | None], None]
-_Job = tuple[Callable[..., Any], tuple[Any, ...], Done]
+Hung = Callable[[], Done]
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One call. `hung`, for who watches the time (see `stalls`): give up on it; returns what `done` shall be then."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    done: Done
+    hung: Hung | None
+    began: float = 0.0  # when a thread took it; 0 before
 
 
 class Pool:
-    """At most `count` threads. All methods are called by the loop's thread."""
+    """At most `count` threads. All methods are called by the loop's thread. Made by `Pools`."""
 
-    def __init__(self, name: str, count: int, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, name: str, count: int, loop: asyncio.AbstractEventLoop, submitted: Callable[[], None]) -> None:
         self.name, self.count = name, count
-        self.pending = 0  # jobs handed in whose `done` has not been called
+        self.under_way: set[Job] = set()  # those whose `done` has not been called
         self._loop = loop
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._submitted = submitted
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._closed = False
 
     @property
     def idle(self) -> int:
         """How many more jobs would start at once."""
-        return max(0, self.count - self.pending)
+        return max(0, self.count - len(self.under_way))
 
-    def submit(self, function: Callable[..., Any], *arguments: Any, done: Done) -> None:
+    def submit(self, function: Callable[..., Any], *arguments: Any, done: Done, hung: Hung | None = None) -> None:
         """Run `function(*arguments)` in a thread, then `done(result, error)` in the loop."""
         if self._closed:
             return
-        self.pending += 1
-        if self.pending > len(self._threads) and len(self._threads) < self.count:
+        job = Job(function, arguments, done, hung)
+        self.under_way.add(job)
+        if len(self.under_way) > len(self._threads) and len(self._threads) < self.count:
             name = f"fastload-{self.name}-{len(self._threads)}"
             thread = threading.Thread(target=self._run, name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
-        self._jobs.put((function, arguments, done))
+        self._jobs.put(job)
+        self._submitted()
 
-    def close(self, deadline_s: float) -> bool:
-        """Start nothing more; wait for what runs, at most so long. Whether all threads have ended.
-
-        What had not begun is dropped, and no `done` is called any more.
-        """
+    def stop(self) -> None:
+        """Start nothing more. What had not begun is dropped, and no `done` is called any more."""
         self._closed = True
         while not self._jobs.empty():
             try:
@@ -59,26 +73,50 @@ class Pool:
                 break
         for _ in self._threads:
             self._jobs.put(None)
-        deadline = time.monotonic() + deadline_s
+
+    def join(self, deadline: float) -> bool:
+        """After `stop`: wait until `deadline` (of the monotonic clock) at most. Whether all threads have ended."""
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            function, arguments, done = job
+            job.began = time.monotonic()
             result, error = None, None
             try:
-                result = function(*arguments)
+                result = job.function(*job.arguments)
             except Exception as caught:  # handed on whole; the loop's side decides what it means
                 error = caught
             try:
-                self._loop.call_soon_threadsafe(self._finish, done, result, error)
+                self._loop.call_soon_threadsafe(self._finish, job, result, error)
             except RuntimeError:  # the loop was closed while the job ran: nobody is left to be told
                 return
-            del job, function, arguments, done, result, error
+            del job, result, error
 
-    def _finish(self, done: Done, result: Any, error: BaseException | None) -> None:
-        self.pending -= 1
+    def _finish(self, job: Job, result: Any, error: BaseException | None) -> None:
+        self.under_way.discard(job)
         if not self._closed:
-            done(result, error)
+            job.done(result, error)
+
+
+class Pools:
+    """All pools of a service."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._pools: list[Pool] = []
+
+    def make(self, name: str, count: int, submitted: Callable[[], None] = lambda: None) -> Pool:
+        """A pool of at most `count` threads; `submitted` is called whenever it was given a job."""
+        pool = Pool(name, count, self.loop, submitted)
+        self._pools.append(pool)
+        return pool
+
+    def close(self, deadline_s: float) -> bool:
+        """Start nothing more anywhere, and wait so long for what runs; whether all of it has ended."""
+        for pool in self._pools:
+            pool.stop()
+        deadline = time.monotonic() + deadline_s
+        ended = [pool.join(deadline) for pool in self._pools]
+        return all(ended)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -77,12 +77,16 @@ class ObjectRows(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
 
 class Hello(Message, tag="hello"):
-    """The first message. `store` is what the consumer's environment says of stores; it never touches a disk."""
+    """The first message. `store` is what the consumer's environment says of stores; it never touches a disk.
+
+    `limits` are those of the directory that its user has just set, by name (see `CacheLimits`).
+    """
 
     version: int
     pid: int
     name: str
     store: dict[str, Any]
+    limits: dict[str, Annotated[int, msgspec.Meta(ge=0)]] = {}
 
 
 class Credentials(Message, tag="credentials"):

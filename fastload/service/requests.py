@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ from fastload.errors import ServiceError, to_wire
 from fastload.service import protocol
 from fastload.service.consumers import ConsumerState
 from fastload.service.indexes import Indexes
-from fastload.service.pools import Pool
+from fastload.service.pools import Pools
 from fastload.service.stores import StoreTable
 from fastload.store.types import ObjectInfo
 
@@ -26,10 +25,10 @@ class Requests:
         stores: StoreTable,
         indexes: Indexes,
         stats: Callable[[ConsumerState], dict[str, Any]],
-        loop: asyncio.AbstractEventLoop,
+        pools: Pools,
     ) -> None:
         self._stores, self._indexes, self._stats = stores, indexes, stats
-        self._listings = Pool("listing", _LISTING_THREADS, loop)
+        self._listings = pools.make("listing", _LISTING_THREADS)
 
     def take(self, consumer: ConsumerState, message: protocol.FromConsumer) -> None:
         """Answer, now or later; ServiceError for a message that is no request."""
@@ -66,11 +65,6 @@ class Requests:
                 consumer.send(piece)
 
         self._indexes.get(ids.values(), found)
-
-    def close(self, deadline_s: float) -> bool:
-        """Start nothing more, wait for what runs; whether all of it has ended."""
-        ended = [pool.close(deadline_s) for pool in (self._indexes, self._listings)]
-        return all(ended)
 
 
 def _pieces(request: int, indexes: list[tuple[int, bytes]]) -> list[protocol.Indexes]:

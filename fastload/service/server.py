@@ -238,8 +238,10 @@ class Server:
         self._idle_s = None
         if self._listener is not None:
             self._loop.remove_reader(self._listener.fileno())
-            with contextlib.suppress(FileNotFoundError):  # somebody emptied the directory
-                self._directory.socket_path.unlink()
+            # Not on a disk that hangs: whoever serves next removes it.
+            if not self._core.disk_hangs:
+                with contextlib.suppress(FileNotFoundError):  # somebody emptied the directory
+                    self._directory.socket_path.unlink()
             self._listener.close()
         for peer in list(self._peers):
             peer.close()

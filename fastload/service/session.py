@@ -103,6 +103,11 @@ class Session:
 
     # Life
 
+    @property
+    def is_ended(self) -> bool:
+        """Whether it was closed, or ended by an error: every call raises that."""
+        return self._ended is not None
+
     def close(self) -> None:
         """Let go of everything. Waiting callers get a ServiceError. May be called twice."""
         with self._changed:

@@ -79,16 +79,18 @@ class StoreTable:
     def resolve(self, key: str, urls: Sequence[str], endings: Sequence[str]) -> list[ObjectInfo]:
         """The objects that `urls` stand for; the store's errors."""
         options = self._get_options(key)
-        opened: list[Store] = []
+        opened: dict[str, Store] = {}
 
         def opener(url: str) -> Store:
-            opened.append(self._opener(url, options))
-            return opened[-1]
+            root = store_root(url)
+            if root not in opened:
+                opened[root] = self._opener(url, options)
+            return opened[root]
 
         try:
             return resolve(urls, opener, endings=tuple(endings))
         finally:
-            for store in opened:
+            for store in opened.values():
                 store.close()
 
     def close(self) -> None:

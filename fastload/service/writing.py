@@ -3,14 +3,13 @@
 A chunk keeps its buffer until it is written. So with a slow disk the queue is bounded, to three quarters of the arena:
 that may cost the cache some chunks, which the next epoch fetches again, but not the training its buffers. A demanded
 chunk that finds no room waits for a quick write, and takes the buffer of one that has not begun where the disk is slow
-(`give_up`).
+(`give_up`). A write that hangs is left to itself: its chunk is readable as before, and its buffer comes back with it.
 
 Admission pins: chunks are taken until the quota is full; then room is made only by what no live plan names.
 """
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections import Counter
@@ -20,7 +19,8 @@ from itertools import islice
 from fastload.cache import Arena, ChunkKey, DiskTier
 from fastload.service.diskorder import DiskOrder
 from fastload.service.model import Chunk, Write
-from fastload.service.pools import Pool
+from fastload.service.pools import Done
+from fastload.service.stalls import DiskWatch
 
 DISK_WRITE_THREADS = 2
 
@@ -38,7 +38,7 @@ class WriteBehind:
         arena: Arena,
         disk: DiskTier,
         order: DiskOrder,
-        loop: asyncio.AbstractEventLoop,
+        watch: DiskWatch,
         changed: Callable[[Chunk], None],
         written: Written,
     ) -> None:
@@ -46,18 +46,18 @@ class WriteBehind:
         self._arena, self._disk, self._order = arena, disk, order
         self._changed, self._written = changed, written
         self._queue: dict[Chunk, None] = {}
-        # At most half of the arena is ever out of reach for being written.
-        self._pool = Pool("disk-write", min(DISK_WRITE_THREADS, max(1, arena.buffer_count // 2)), loop)
+        self._pool = watch.pool("disk-write", write_threads(arena.buffer_count))
         self._queue_max = max(1, arena.buffer_count * 3 // 4)
         self._running: dict[Chunk, float] = {}  # when each began
         self.counters: Counter[str] = Counter(
-            written_chunks=0, written_bytes=0, writes_refused=0, writes_skipped=0, writes_given_up=0, evicted=0
+            written_chunks=0,
+            written_bytes=0,
+            writes_refused=0,
+            writes_skipped=0,
+            writes_given_up=0,
+            writes_hung=0,
+            evicted=0,
         )
-
-    @property
-    def running_count(self) -> int:
-        """Writes under way."""
-        return len(self._running)
 
     def quick_for_s(self) -> float:
         """For how many seconds the writes under way may yet be called quick; 0 where the disk is slow, or none runs."""
@@ -96,6 +96,12 @@ class WriteBehind:
         chunk.write = Write.NONE
         self.counters["writes_given_up"] += 1
 
+    def give_up_all(self) -> None:
+        """None of the queued writes shall begin."""
+        for chunk in list(self._queue):
+            self.give_up(chunk)
+            self._written(chunk, False)
+
     def pump(self) -> None:
         """Begin writes while there are threads for them."""
         while self._queue and self._pool.idle:
@@ -113,8 +119,15 @@ class WriteBehind:
         def done(written: bool | None, error: BaseException | None) -> None:
             self._settle(chunk, key, bool(written), victims)
 
+        def hung() -> Done:
+            self.counters["writes_hung"] += 1
+            del self._running[chunk]
+            chunk.write = Write.HUNG
+            self._written(chunk, False)
+            return done
+
         buffer = self._arena.buffer(chunk.buffer)
-        self._pool.submit(self._make_room_and_write, key, buffer, chunk.length, victims, done=done)
+        self._pool.submit(self._make_room_and_write, key, buffer, chunk.length, victims, done=done, hung=hung)
 
     def _victims(self, need: int) -> list[ChunkKey]:
         """As many as free the room if they are whole chunks; where they are short ones the write is tried again."""
@@ -137,7 +150,7 @@ class WriteBehind:
                 self._order.add(victim)
             else:
                 self.counters["evicted"] += 1
-        del self._running[chunk]
+        self._running.pop(chunk, None)
         if not written and victims and self._has_room(self._disk.file_bytes(chunk.length)):
             chunk.write = Write.QUEUED
             self._queue[chunk] = None
@@ -154,6 +167,7 @@ class WriteBehind:
         self._written(chunk, written)
         self.pump()
 
-    def close(self, deadline_s: float) -> bool:
-        """Start nothing more, wait for what runs; whether all of it has ended."""
-        return self._pool.close(deadline_s)
+
+def write_threads(buffer_count: int) -> int:
+    """How many may write: see `loads.read_threads`."""
+    return min(DISK_WRITE_THREADS, max(1, (buffer_count - 2) // 2))

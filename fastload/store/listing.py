@@ -1,8 +1,9 @@
 """From what a user wrote to the list of objects: patterns, prefixes, plain URLs.
 
 A pattern of ten thousand shards must not cost ten thousand requests. What a pattern's URLs have in common
-is listed, 1000 keys a request, and gives sizes and ETags for all of them. Only web servers, which have no
-listing, are asked for each object.
+is listed, 1000 keys a request, and gives sizes and ETags for all of them. So it is with plain URLs, where a
+list of them names many of one folder. The others, and those of web servers, which have no listing, are asked
+for one by one, many at a time.
 
 Nothing is left out silently: a member of a pattern that is not there is an error, and so is a prefix
 without shards.
@@ -10,18 +11,21 @@ without shards.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from braceexpand import braceexpand
 
-from fastload.errors import ConfigError, ObjectMissingError
+from fastload.errors import AccessDeniedError, ConfigError, ObjectMissingError
 from fastload.store import httpstore
 from fastload.store.types import ObjectInfo, Store
 from fastload.store.urls import normalise, scheme, store_root
 
 _HEADS_AT_ONCE = 16
+# Plain URLs of one folder for which it is listed, however much else may be in it. Fewer take no longer one by one.
+_LISTED_FROM = _HEADS_AT_ONCE + 1
 _SHOWN = 3
 
 
@@ -31,7 +35,8 @@ def resolve(
     """The objects that `urls` name, in their order; each may be a brace pattern, a prefix with "/" at its
     end, or a plain URL or path.
 
-    `open_store(url)` gives the store that serves a URL; it stays the caller's. `endings` are the names'
+    `open_store(url)` gives the store that serves a URL; it stays the caller's, is only called by this thread, and may
+    give the same one for several URLs of a root. `endings` are the names'
     ends by which a prefix knows shards. An object that is named twice comes twice.
 
     Raises `ObjectMissingError` for a pattern with missing members (naming the first) and for a prefix
@@ -40,22 +45,26 @@ def resolve(
     """
     if not urls:
         raise ConfigError("no URL was given; name at least one shard, pattern or prefix")
+    expanded = [(url, _expand(url)) for url in map(_text, urls)]
+    plain = _plain([names[0] for _, names in expanded if len(names) == 1], open_store)
     found: list[ObjectInfo] = []
-    for url in urls:
-        if not isinstance(url, str | os.PathLike) or not os.fspath(url):
-            raise ConfigError(
-                f"{url!r} is not a URL or path; write s3://bucket/prefix/ or /data/train-{{000..123}}.tar"
-            )
-        text = os.fspath(url)
-        names = _expand(text)
+    for text, names in expanded:
         prefixes = [name for name in names if name.endswith("/")]
         if prefixes:
             for name in names:
-                one = _under(name, open_store, endings) if name.endswith("/") else _members(name, [name], open_store)
+                one = _under(name, open_store, endings) if name.endswith("/") else _one_by_one([name], open_store)
                 found += one
+        elif len(names) == 1:
+            found.append(plain[names[0]])
         else:
             found += _members(text, names, open_store)
     return found
+
+
+def _text(url: object) -> str:
+    if not isinstance(url, str | os.PathLike) or not os.fspath(url):
+        raise ConfigError(f"{url!r} is not a URL or path; write s3://bucket/prefix/ or /data/train-{{000..123}}.tar")
+    return str(os.fspath(url))
 
 
 def _expand(url: str) -> list[str]:
@@ -81,14 +90,9 @@ def _under(prefix: str, open_store: Callable[[str], Store], endings: Sequence[st
 
 def _members(pattern: str, names: list[str], open_store: Callable[[str], Store]) -> list[ObjectInfo]:
     """The objects called `names`, which `pattern` expands to, in that order."""
-    if scheme(names[0]) in httpstore.SCHEMES or len(names) == 1:
+    if scheme(names[0]) in httpstore.SCHEMES:
         return _one_by_one(names, open_store)
-    there: dict[str, ObjectInfo] = {}
-    wanted = set(names)
-    for prefix in _common_prefixes(names):
-        for info in open_store(prefix).list(prefix):
-            if info.url in wanted:
-                there[info.url] = info
+    there = _listed(names, open_store)
     missing = [name for name in names if name not in there]
     if missing:
         first = ", ".join(missing[:_SHOWN])
@@ -97,6 +101,33 @@ def _members(pattern: str, names: list[str], open_store: Callable[[str], Store])
             "correct the range, or upload what is missing"
         )
     return [there[name] for name in names]
+
+
+def _plain(names: list[str], open_store: Callable[[str], Store]) -> dict[str, ObjectInfo]:
+    """The objects called `names`, prefixes among them left out, by name."""
+    folders: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        if not name.endswith("/"):
+            folders.setdefault(name.rpartition("/")[0], []).append(name)
+    there: dict[str, ObjectInfo] = {}
+    for group in folders.values():
+        if len(group) >= _LISTED_FROM and scheme(group[0]) not in (*httpstore.SCHEMES, "file"):
+            with contextlib.suppress(AccessDeniedError):  # who may not list may still read, and is told below if not
+                there |= _listed(group, open_store)
+    # What a listing did not show is asked for as well: its own answer says best what is wrong with it.
+    left = [name for group in folders.values() for name in group if name not in there]
+    return there | dict(zip(left, _one_by_one(left, open_store), strict=True))
+
+
+def _listed(names: list[str], open_store: Callable[[str], Store]) -> dict[str, ObjectInfo]:
+    """Those of the objects called `names` that are there, by name."""
+    wanted = set(names)
+    return {
+        info.url: info
+        for prefix in _common_prefixes(names)
+        for info in open_store(prefix).list(prefix)
+        if info.url in wanted
+    }
 
 
 def _common_prefixes(names: Iterable[str]) -> list[str]:
@@ -109,10 +140,16 @@ def _common_prefixes(names: Iterable[str]) -> list[str]:
 
 
 def _one_by_one(names: list[str], open_store: Callable[[str], Store]) -> list[ObjectInfo]:
-    def head(name: str) -> ObjectInfo:
-        return open_store(name).head(name)
+    stores: dict[str, Store] = {}
+    for name in names:
+        root = store_root(name)
+        if root not in stores:
+            stores[root] = open_store(name)
 
-    if len(names) == 1:
-        return [head(names[0])]
+    def head(name: str) -> ObjectInfo:
+        return stores[store_root(name)].head(name)
+
+    if len(names) <= 1:
+        return [head(name) for name in names]
     with ThreadPoolExecutor(min(_HEADS_AT_ONCE, len(names)), "fastload-head") as pool:
         return list(pool.map(head, names))

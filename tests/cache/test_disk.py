@@ -181,7 +181,7 @@ def test_counters(place: Place) -> None:
     place.get(tier, key(1))
     tier.put_blob("a", b"123")
     tier.get_blob("a")
-    expected = dict.fromkeys(("refused", "damaged", "errors", "swept"), 0)
+    expected = dict.fromkeys(("refused", "damaged", "errors", "swept", "stalls"), 0)
     assert tier.counters == {"reads": 2, "read_bytes": 5003, "writes": 2, "written_bytes": 5003, **expected}
 
 
@@ -430,3 +430,16 @@ def test_temp_names_are_drawn_by_many_threads() -> None:
         drawn = list(pool.map(lambda _: next(names), range(2000)))
     assert len(set(drawn)) == 2000
     assert not any(owner.is_stale(name) for name in drawn[:10])
+
+
+def test_a_writer_that_is_a_zombie_is_gone() -> None:
+    """It has its number and its entry in /proc until its parent looks."""
+    code = "from fastload.cache import owner; print(next(owner.temp_names()), flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        name = writer.stdout.readline().decode().strip()
+        assert not owner.is_stale(name)
+        writer.kill()
+        os.waitid(os.P_PID, writer.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays a zombie
+        assert Path(f"/proc/{writer.pid}").exists()
+        assert owner.is_stale(name)

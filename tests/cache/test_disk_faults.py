@@ -213,3 +213,27 @@ def test_a_disk_that_does_not_let_go_keeps_its_room(tmp_path: Path, buffer: memo
         assert not tier.remove(KEY)
     assert tier.used_bytes == used
     assert tier.read_into(KEY, buffer) == CHUNK_BYTES
+
+
+def test_a_disk_that_hangs_is_bypassed_until_it_answers(tmp_path: Path, buffer: memoryview) -> None:
+    troubles: list[str] = []
+    tier = filled(tmp_path / "cache", buffer, troubles)
+    for _ in range(2):
+        tier.stalled(20)
+        assert not any((tier.readable, tier.writable, tier.contains(KEY)))
+        with failing() as calls:
+            assert tier.read_into(KEY, buffer) is None
+            assert not tier.write(OTHER, buffer, CHUNK_BYTES)
+        assert calls.names == []
+        tier.answered()
+        check(tier, buffer)
+    assert len(troubles) == 1
+    assert f"{tier.directory} has not answered for 20 s" in troubles[0]
+    # The third time it is given up, until somebody sets it going again.
+    tier.stalled(20)
+    tier.answered()
+    assert not any((tier.readable, tier.writable))
+    assert "stalled 3 times" in troubles[1]
+    tier.set_quota(QUOTA_BYTES)
+    check(tier, buffer)
+    assert tier.counters["stalls"] == 3

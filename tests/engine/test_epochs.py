@@ -11,7 +11,7 @@ from fastload.engine.epochs import EpochCounter
 
 
 def begin_in_worker(counter: EpochCounter, base_seed: int, begins: int, answers) -> None:
-    answers.put([counter.begin(base_seed) for _ in range(begins)])
+    answers.put([counter.begin(base_seed, workers=3) for _ in range(begins)])
 
 
 def epochs_of_workers(counter: EpochCounter, method: str, base_seed: int, begins: int = 1) -> list[list[int]]:
@@ -47,6 +47,12 @@ def test_workers_of_one_epoch_agree(method: str) -> None:
     assert counter.next() == 7
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_the_same_seed_again_is_another_epoch() -> None:
+    counter = EpochCounter()
+    assert [epochs_of_workers(counter, "fork", base_seed=11) for _ in range(3)] == [[[0]] * 3, [[1]] * 3, [[2]] * 3]
+
+
 def test_set_epoch_reaches_persistent_workers() -> None:
     parent = EpochCounter()
     assert parent.begin(99) == 0
@@ -61,13 +67,13 @@ def test_two_loaders_over_one_data_set_do_not_mix() -> None:
     for twin in (one, other):
         twin._own(os.dup(counter._fd))
         twin._begun = 0
-    assert counter.begin(1) == 0
-    assert one.begin(2) == 1
+    assert counter.begin(1, workers=2) == 0
+    assert one.begin(2, workers=2) == 1
     fresh = EpochCounter.__new__(EpochCounter)
     fresh._own(os.dup(counter._fd))
     fresh._begun = 0
-    assert fresh.begin(1) == 0
-    assert other.begin(2) == 1
+    assert fresh.begin(1, workers=2) == 0
+    assert other.begin(2, workers=2) == 1
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda counter: pickle.loads(pickle.dumps(counter))])

@@ -2,13 +2,14 @@
 
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 
 from fastload.engine.pool import DecodePool
-from fastload.engine.run import InlineRun, ThreadedRun
+from fastload.engine.run import InlineRun, RunClosedError, ThreadedRun
+from fastload.errors import ServiceError
 from fastload.waiting import Waits
+from tests.processes import until
 
 
 class Feed:
@@ -47,9 +48,9 @@ def test_batches_come_in_order(pool: DecodePool) -> None:
     run = ThreadedRun(feed, slow_for_even, pool, depth=6, waits=Waits())
     assert list(run) == [(number, number * 10) for number in range(50)]
     assert sorted(feed.finished) == list(range(50))
-    run.close()
     with pytest.raises(StopIteration):
         next(run)
+    run.close()
 
 
 def test_the_depth_bounds_what_is_ahead(pool: DecodePool) -> None:
@@ -76,8 +77,7 @@ def test_a_failure_comes_where_its_batch_would_have(pool: DecodePool) -> None:
     with pytest.raises(ValueError, match="sample 5 is broken") as caught:
         next(run)
     assert "fail_at_five" in [entry.name for entry in caught.traceback]
-    with pytest.raises(StopIteration):
-        next(run)
+    run.close()
 
 
 def test_a_failure_of_the_feed_comes_after_its_entries(pool: DecodePool) -> None:
@@ -85,8 +85,18 @@ def test_a_failure_of_the_feed_comes_after_its_entries(pool: DecodePool) -> None
     assert [next(run)[1] for _ in range(3)] == [0, 1, 2]
     with pytest.raises(RuntimeError, match="no entry 3"):
         next(run)
-    with pytest.raises(StopIteration):
+    run.close()
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+def test_a_stop_iteration_of_the_users_is_no_end(pool: DecodePool, threaded: bool) -> None:
+    def stop(number: int) -> int:
+        return next(iter(()))
+
+    run = ThreadedRun(Feed(3), stop, pool, 2, Waits()) if threaded else InlineRun(Feed(3), stop, Waits())
+    with pytest.raises(RuntimeError, match="raised StopIteration"):
         next(run)
+    run.close()
 
 
 def test_close_in_the_middle(pool: DecodePool) -> None:
@@ -96,37 +106,55 @@ def test_close_in_the_middle(pool: DecodePool) -> None:
     run.close()
     run.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "fastload-feed"]
-    with pytest.raises(StopIteration):
+    with pytest.raises(RunClosedError):
         next(run)
+
+
+def test_close_from_another_thread_is_not_the_end_of_the_epoch(pool: DecodePool) -> None:
+    blocked = threading.Event()
+
+    def block(number: int) -> int:
+        blocked.wait(20)
+        return number
+
+    run = ThreadedRun(Feed(10), block, pool, depth=8, waits=Waits())
+    closing = threading.Thread(target=run.close)
+    threading.Timer(0.1, closing.start).start()
+    threading.Timer(0.2, blocked.set).start()
+    with pytest.raises(RunClosedError, match="closed in mid-epoch"):
+        next(run)
+    closing.join()
 
 
 def test_inline_is_the_same_without_threads() -> None:
     feed = Feed(5)
-    run = InlineRun(feed, slow_for_even)
+    run = InlineRun(feed, slow_for_even, Waits())
     before = threading.active_count()
     assert list(run) == [(number, number * 10) for number in range(5)]
     assert threading.active_count() == before
     assert feed.finished == list(range(5))
 
 
-def test_inline_close_ends_the_feed() -> None:
-    ended = []
-
-    def entries():
-        try:
-            yield from range(10)
-        finally:
-            ended.append(True)
-
-    run = InlineRun(SimpleNamespace(entries=entries, done=lambda entry: None), lambda number: number)
+def test_inline_close() -> None:
+    run = InlineRun(Feed(10), lambda number: number, Waits())
     next(run)
     run.close()
     run.close()
-    assert ended == [True]
+    with pytest.raises(RunClosedError):
+        next(run)
 
 
 def test_a_forgotten_pool_ends_its_threads() -> None:
     pool = DecodePool(2, name="forgotten")
     pool.submit(lambda: None)
     del pool
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("forgotten")]
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("forgotten")])
+
+
+def test_a_pool_that_was_closed_fails_the_run() -> None:
+    pool = DecodePool(1)
+    pool.close()
+    run = ThreadedRun(Feed(10), lambda number: number, pool, depth=2, waits=Waits())
+    with pytest.raises(ServiceError, match="threads have ended"):
+        next(run)
+    run.close()

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastload.demo.weed import WeedServer
 from fastload.service import Cache
 from tests.conftest import Bucket
 from tests.service.helpers import CHUNK_BYTES, random_bytes
 
 OBJECT_COUNT = 6
+
+
+@pytest.fixture(scope="session")
+def bucket_name(weed: WeedServer) -> str:
+    """One bucket for all these tests: the first object in a new one takes the server a quarter of a second."""
+    weed.make_bucket("service-tests")
+    return "service-tests"
+
+
+@pytest.fixture
+def s3(s3: Bucket, bucket_name: str) -> Bucket:
+    """That bucket. It holds nothing but `shards`, which are put right for each test."""
+    return replace(s3, name=bucket_name)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fastload.errors import FastloadError
-from fastload.service import Cache, Consumer, Held
+from fastload.service import Consumer, Held
 from fastload.service.session import chunk_starts
 from fastload.store.types import ObjectInfo
 
@@ -114,12 +114,6 @@ def eventually(true: Callable[[], bool], what: str, deadline_s: float = 20.0) ->
 def service_pid(consumer: Consumer) -> int:
     """The process that serves."""
     return int(consumer.stats()["node"]["pid"])
-
-
-def sweep(cache: Cache) -> None:
-    """Have what a killed service was writing swept, as the next to start does."""
-    eventually(lambda: not (cache.directory / "socket").exists(), "the service has ended")
-    cache.consumer().close()
 
 
 def kill_service(consumer: Consumer) -> int:

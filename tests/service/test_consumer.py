@@ -13,6 +13,7 @@ import pytest
 
 from fastload.errors import ObjectMissingError, ServiceError, WaitTimeoutError
 from fastload.service import Cache, Consumer
+from fastload.service.session import WaitInterruptedError
 from tests.conftest import Bucket
 from tests.service.helpers import (
     CHUNK_BYTES,
@@ -183,6 +184,43 @@ def test_closing_ends_waits(cache: Cache, s3: Bucket, shards: dict[str, bytes]) 
         consumer.wait_progress(None)
     with pytest.raises(ServiceError, match="closed"):
         consumer.want([])
+
+
+def test_interrupted_waits_end_and_the_consumer_goes_on(tmp_path: Path, s3: Bucket, shards: dict[str, bytes]) -> None:
+    with (
+        Cache(tmp_path / "cache", ram_bytes=2 * CHUNK_BYTES, disk_bytes=0, chunk_bytes=CHUNK_BYTES) as cache,
+        cache.consumer() as consumer,
+        cache.consumer() as other,
+    ):
+        objects = consumer.resolve([f"{s3.url}/"], ENDINGS)
+        for each in (consumer, other):
+            each.attach(objects)
+        read(other, [0, 1])
+        with other.acquire([0]), other.acquire([1]):
+            errors: list[BaseException] = []
+
+            def work() -> None:
+                try:
+                    consumer.acquire([2])
+                except WaitInterruptedError as error:
+                    errors.append(error)
+
+            thread = threading.Thread(target=work)
+            thread.start()
+            eventually(lambda: other.stats()["node"]["recalls"] > 0, "it waits for room")
+            with consumer.interrupted():
+                thread.join()
+                assert "shard-0.tar from byte 131072" in str(errors[0])
+                with pytest.raises(WaitInterruptedError, match="Stats"):
+                    consumer.stats()
+                with consumer.interrupted():
+                    pass
+                with pytest.raises(WaitInterruptedError):  # the outer block has not ended
+                    consumer.wait_progress(None)
+        assert read_object(consumer, objects, 0) == shards[objects[0].url]
+        (chunk,) = read(consumer, [0])
+        with consumer.interrupted(), consumer.acquire([chunk]) as held:  # what is here needs no wait
+            assert held.chunk_nos.tolist() == [chunk]
 
 
 def test_a_wait_names_what_it_waited_for(tmp_path: Path, s3: Bucket, shards: dict[str, bytes]) -> None:

@@ -38,7 +38,6 @@ from tests.service.helpers import (
     read_epoch,
     read_object,
     service_pid,
-    sweep,
 )
 
 ENDINGS = (".tar",)
@@ -61,7 +60,6 @@ def test_a_killed_service_is_replaced(cache: Cache, s3: Bucket, shards: dict[str
         assert [read_object(consumer, objects, number) for number in range(6)] == list(shards.values())
         assert read_object(other, objects, 5) == shards[objects[5].url]
         assert service_pid(consumer) == service_pid(other) != killed
-    sweep(cache)
 
 
 def test_old_and_new_arena_at_once(cache: Cache, s3: Bucket, shards: dict[str, bytes]) -> None:
@@ -77,7 +75,6 @@ def test_old_and_new_arena_at_once(cache: Cache, s3: Bucket, shards: dict[str, b
             found = contents(held)
         assert found[0] + found[1] == shards[objects[0].url][: 2 * CHUNK_BYTES]
         consumer.release([0, 1])
-    sweep(cache)
 
 
 def test_a_service_that_is_told_to_end_ends_clean(cache: Cache, s3: Bucket, shards: dict[str, bytes]) -> None:

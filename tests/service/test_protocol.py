@@ -15,7 +15,7 @@ from fastload.store.types import ObjectInfo
 
 MESSAGES = [
     protocol.Want([1, 2**40], 3, True),
-    protocol.Hello(1, 2, "train", {"extra": [["a", "b"]]}),
+    protocol.Hello(1, 2, "train", {"extra": [["a", "b"]]}, {"disk_bytes": 5}),
     protocol.Attach(True, True, ObjectRows.of([ObjectInfo("s3://b/k", 5, "e"), ObjectInfo("/p", 6, None, 7)])),
     protocol.PutIndex(0, b"\0" * 1000),
     protocol.SetPlan([], 0, False, 0),

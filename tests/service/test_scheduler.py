@@ -150,3 +150,28 @@ def test_a_plan_remembers_where_it_was() -> None:
     plan.advance(2)
     assert [position for position, _, _ in plan.missing()] == [4]
     assert plan.position(a, 1) == 4
+
+
+def test_used_buffers_are_used_again_before_fresh_ones() -> None:
+    table = BufferTable(8)
+    a = entry("a", 8)
+    assert [put(table, a, index) for index in range(3)] == [0, 1, 2]
+    table.clear(a.chunk(1))
+    table.clear(a.chunk(0))
+    assert sorted(put(table, a, index) for index in range(2)) == [0, 1]
+    assert table.used_count == 3
+    assert put(table, a, 3) == 3
+    assert table.used_count == 4
+
+
+def test_a_stranded_buffer_is_nobodys() -> None:
+    table = BufferTable(2)
+    a = entry("a", 4)
+    first, hung = a.chunk(0), put(table, a, 1, write=Write.HUNG)
+    put(table, a, 0)
+    lost = table.strand(first)
+    assert {lost, hung} == {0, 1}
+    assert table.stranded_count == 2
+    assert decide([demand(a, 2)], table, Slots(1, 1)) == []
+    table.reclaim(lost)
+    assert shown(decide([demand(a, 2)], table, Slots(1, 1))) == [("load", "a", 2)]

@@ -10,7 +10,7 @@ from fastload.errors import ObjectMissingError
 from fastload.service import Cache, Consumer, Progress
 from fastload.service.loads import FETCH_THREADS
 from tests.conftest import Bucket
-from tests.service.helpers import CHUNK_BYTES, chunks_of, eventually, kill_service, read, read_epoch, sweep
+from tests.service.helpers import CHUNK_BYTES, chunks_of, eventually, kill_service, read, read_epoch
 
 ENDINGS = (".tar",)
 
@@ -119,4 +119,3 @@ def test_it_outlives_the_service(cache: Cache, s3: Bucket, shards: dict[str, byt
         while not progress.finished:
             progress = consumer.wait_progress(progress)
         assert progress.held_bytes == sum(map(len, shards.values()))
-    sweep(cache)

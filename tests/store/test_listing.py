@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from fastload.errors import ConfigError, ObjectMissingError
+from fastload.errors import AccessDeniedError, ConfigError, ObjectMissingError
 from fastload.store import ObjectInfo, StoreOptions, StorePool, resolve
+from tests.conftest import Bucket
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -61,6 +63,52 @@ def test_a_prefix(names: Names) -> None:
 
 def test_plain_urls_in_their_order_and_as_often_as_named(names: Names) -> None:
     assert names("u/x.tar", "t/train-002.tar", "u/x.tar") == ["u/x.tar", "t/train-002.tar", "u/x.tar"]
+
+
+def test_many_plain_urls_of_one_folder_are_listed(s3: Bucket) -> None:
+    keys = [f"many/train-{number:03}.tar" for number in range(40)]
+    for key in [*keys, "few/a.tar", "few/b.tar"]:
+        s3.put(key, b"x")
+    urls = [f"{s3.url}/{key}" for key in ["few/b.tar", *reversed(keys), keys[7], "few/a.tar"]]
+    pool = StorePool()
+    assert [info.url for info in resolve(urls, lambda url: pool.get(url, s3.options))] == urls
+    assert pool.counters.values()["requests"] == 3  # one listing, and two of the other folder
+    with pytest.raises(ObjectMissingError, match=r"many/train-040\.tar"):
+        resolve([*urls, f"{s3.url}/many/train-040.tar"], lambda url: pool.get(url, s3.options))
+    pool.close()
+
+
+class ReadOnly:
+    """Objects that may be read and not listed, as some buckets have it. Notes who asks at once."""
+
+    def __init__(self, together: int) -> None:
+        self.barrier = threading.Barrier(together)
+        self.opened = 0
+
+    def open(self, url: str) -> ReadOnly:
+        self.opened += 1
+        return self
+
+    def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
+        raise AccessDeniedError(f"{prefix_url}: may not be listed")
+
+    def head(self, url: str) -> ObjectInfo:
+        self.barrier.wait(20)
+        return ObjectInfo(url, 1)
+
+    def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
+        raise AssertionError("nothing is read")
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("count", [8, 32])
+def test_plain_urls_that_are_not_listed_are_asked_for_together(count: int) -> None:
+    store = ReadOnly(together=min(count, 16))
+    urls = [f"s3://bucket/t/{number}.tar" for number in range(count)]
+    assert [info.url for info in resolve(urls, store.open)] == urls
+    assert store.opened <= 2
 
 
 def test_missing_members(names: Names, root: str) -> None:

@@ -1,0 +1,88 @@
+"""An iteration as its user sees it: an iterator that ends what it started.
+
+It ends when it is exhausted, when it fails, when it is closed, when the interpreter exits, and, which is the usual
+case (`break` out of a for loop), when it is dropped. The last is done in another thread, soon (see `deferred`); the
+other ends are complete when the call that brings them returns.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fastload.engine.deferred import call_later
+from fastload.engine.run import InlineRun, RunClosedError, ThreadedRun
+from fastload.plan import BatchEntry
+from fastload.service.client import Consumer
+
+Run = ThreadedRun | InlineRun
+
+
+class Iteration(Iterator[Any]):
+    """Yields what `run` makes. `delivered(entry)` is called for each, `exhausted()` at the end of the epoch.
+
+    `release()` is called once, when the run has ended in whatever way; it may be called in another thread.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        consumer: Consumer,
+        release: Callable[[], None],
+        delivered: Callable[[BatchEntry], None] = lambda entry: None,
+        exhausted: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._run, self._delivered, self._exhausted = run, delivered, exhausted
+        self._is_over = False
+        self._dropped = weakref.finalize(self, call_later, _finish, run, consumer, release, os.getpid())
+        self._dropped.atexit = False
+        _live.add(self)
+
+    def __next__(self) -> Any:
+        if self._is_over:
+            raise StopIteration
+        try:
+            entry, made = next(self._run)
+        except RunClosedError:
+            raise
+        except BaseException as error:
+            self._is_over = True
+            if isinstance(error, StopIteration):
+                self._exhausted()
+            self.close()
+            raise
+        self._delivered(entry)
+        return made
+
+    def close(self) -> None:
+        """End it, and wait for that. May be called twice, and by any thread."""
+        finish = self._dropped.detach()
+        if finish is not None:
+            _, _, (function, *arguments), _ = finish
+            function(*arguments)
+
+
+def _finish(run: Run, consumer: Consumer, release: Callable[[], None], pid: int) -> None:
+    """End a run and let go of what it used; in a forked child both are the parent's."""
+    if os.getpid() != pid:
+        return
+    try:
+        with consumer.interrupted():
+            run.close()
+    finally:
+        release()
+
+
+_live: weakref.WeakSet[Iteration] = weakref.WeakSet()
+
+
+def _finish_all() -> None:
+    """A script has ended in mid-epoch: give up the work, so that no thread is in the middle of any at the exit."""
+    for iteration in list(_live):
+        iteration.close()
+
+
+atexit.register(_finish_all)
