@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tarfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def prepare(system: str, data_set: DataSet) -> tuple[str, Path] | None:
     return prefix, final
 
 
-class _Torch:
+class _Torch(ABC):
     """What both have in common: a torch loader with persistent workers, and batches that are lists of dicts."""
 
     def __init__(self, settings: Settings) -> None:
@@ -94,8 +95,9 @@ class _Torch:
         for batch in self._loader:
             yield ((sample["key"], sample["jpg"], sample["cls"]) for sample in batch)
 
+    @abstractmethod
     def _build(self) -> Any:
-        raise NotImplementedError
+        """The loader."""
 
     def processes(self) -> list[int]:
         """None: all it starts is below this process."""

@@ -16,7 +16,7 @@ from fastload.service.model import Chunk, ObjectEntry, State
 from fastload.service.plans import Plan, Step
 from fastload.service.scheduler import Candidate, Need, OnDisk
 
-TODO, HELD, NOT_HELD = range(3)
+OPEN, HELD, NOT_HELD = range(3)
 
 # Positions looked at in one turn: some milliseconds.
 _LOOKED_AT_MAX = 4000
@@ -72,7 +72,7 @@ class WarmPlan(Plan):
                 self._next = position + 1
 
     def _to_do(self, position: int) -> bool:
-        return self._states[position] == TODO and position not in self._in_hand
+        return self._states[position] == OPEN and position not in self._in_hand
 
     def resident(self) -> Iterator[Chunk]:
         """Chunks of the plan that are in RAM already and not on their way to the disk."""
@@ -130,7 +130,7 @@ class WarmPlan(Plan):
     def _mine(self, chunk: Chunk) -> int | None:
         """The chunk's position while it is to do, else None."""
         starts = self._starts_of.get(chunk.entry)
-        if starts is None or self._states[starts[0] + chunk.index] != TODO:
+        if starts is None or self._states[starts[0] + chunk.index] != OPEN:
             return None
         return starts[0] + chunk.index
 
