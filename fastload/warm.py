@@ -109,5 +109,7 @@ class _Indexing:
                 (index,) = self._shards.get(self._consumer, [number])
                 self._sample_count += index.sample_count
                 self._consumer.release(window_chunks(self._first_chunk, [number]))
+            # An answer to this says that the service has what was said before it, the last index too.
+            self._consumer.stats()
         except BaseException as error:  # raised by `result`
             self._error = error

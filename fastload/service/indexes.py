@@ -32,6 +32,8 @@ class Indexes:
         self._disk, self._order = disk, order
         self._ram: LRUCache[bytes, bytes] = LRUCache(_RAM_BYTES, getsizeof=len)
         self._pool = watch.pool("index", 1)
+        # The last index of a run comes just before its consumer leaves, and the service may end right then.
+        self._pool.finishes = True
 
     def get(self, object_ids: Iterable[bytes], found: Found) -> None:
         """Call `found` with those indexes that there are: now, or when the disk has been read."""

@@ -37,6 +37,7 @@ class Pool:
 
     def __init__(self, name: str, count: int, loop: asyncio.AbstractEventLoop, submitted: Callable[[], None]) -> None:
         self.name, self.count = name, count
+        self.finishes = False  # whether `stop` lets what was submitted be done
         self.under_way: set[Job] = set()  # those whose `done` has not been called
         self._loop = loop
         self._submitted = submitted
@@ -64,9 +65,9 @@ class Pool:
         self._submitted()
 
     def stop(self) -> None:
-        """Start nothing more. What had not begun is dropped, and no `done` is called any more."""
+        """Take nothing more. What had not begun is dropped, unless the pool `finishes`; `done` is called no more."""
         self._closed = True
-        while not self._jobs.empty():
+        while not self.finishes and not self._jobs.empty():
             try:
                 self._jobs.get_nowait()
             except queue.Empty:  # a thread was quicker
