@@ -1,15 +1,14 @@
 """Ranged GETs over plain sockets, received straight into the caller's buffer.
 
-The store's CPU cost is the cost of moving bytes, and here they are moved once: from the socket into `out`,
-with the GIL released. Measured on two cores shared with the server, 8 MiB ranges, 8 threads, CPU-seconds a
-GB of the client: 0.26 for a bare socket, 0.33 for http.client (this), 0.50 for obstore without any copy,
-0.58 for obstore's stream copied into `out` (256 KiB pieces; 0.63 with 1 MiB, 0.69-0.83 with 64 KiB, 10 MiB
-or the whole body at once).
-Over TLS (same place, another hour): 0.84-1.08 this, 2.0-2.4 obstore's stream.
+The store's CPU cost is the cost of moving bytes, and here they are moved once: from the socket into `out`, with the
+GIL released. Measured on two cores shared with the server, 8 MiB ranges, 8 threads, CPU-seconds a GB of the client
+(runs differ by a fifth): 0.26 for a bare socket, 0.34 to 0.36 for http.client (this), 0.50 for obstore without any
+copy, 0.58 to 0.62 for obstore's stream copied into `out` (256 KiB pieces; other sizes cost more).
+Over TLS: 0.84-1.08 this, 2.0-2.4 obstore's stream.
 
-What did not help over http.client: MSG_WAITALL (0.25-0.28) and a receive buffer of 4 MiB (0.25-0.28)
-against a bare socket's 0.26. SO_RCVLOWAT stalls for good once it is above what the receive window lets the
-server send. A bare socket saves the parsing of the headers only, for which http.client's handling of odd
+What did not help: MSG_WAITALL a MiB a call (0.33 against 0.34, through a delaying proxy, five runs each, in turn) and a
+receive buffer of 4 MiB. A run with SO_RCVLOWAT hung, which was not looked into.
+A bare socket saves the parsing of the headers only, for which http.client's handling of odd
 answers is worth having.
 """
 
