@@ -91,6 +91,16 @@ class EpochCursor:
         """The epoch that is walked through."""
         return self.orders[0].epoch
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether all sample counts are known, so that `windows_ahead` is exact and nothing is wanted any more."""
+        return self._levels is not None
+
+    @property
+    def home(self) -> Sequence[int]:
+        """The partitions that this node reads until some of them end."""
+        return self._deal.home
+
     def objects_of(self, key: WindowKey) -> NDArray[np.int32]:
         """The object numbers of a window, int32; `add` wants one count for each."""
         return self.orders[key.partition].window_objects(key.window)
