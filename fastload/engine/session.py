@@ -65,7 +65,7 @@ class Source:
         self._manifest = manifest
         self._first_chunk: npt.NDArray[np.int64] | None = None
         self._shards: ShardTable | None = None
-        self._sample_counts: npt.NDArray[np.int64] | None = None
+        self._counts: npt.NDArray[np.int64] | None = None  # by object; -1: not known here
         self.slots = SlotPool(_SLOTS_RETAINED_BYTES)
 
     @property
@@ -85,7 +85,7 @@ class Source:
                 return
             _close_all(self._idle)  # they are attached to another
             self._manifest = manifest
-            self._first_chunk = self._shards = self._sample_counts = None
+            self._first_chunk = self._shards = self._counts = None
 
     @property
     def first_chunk(self) -> npt.NDArray[np.int64]:
@@ -125,15 +125,35 @@ class Source:
         with self._lock:
             _close_all(self._idle)
 
+    def counts_in_memory(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """The objects whose sample counts this process has learnt, and their counts. Asks nobody."""
+        with self._lock:
+            known = np.flatnonzero(self._counts_here() >= 0)
+            return known.astype(np.int32), self._counts_here()[known]
+
+    def learn_counts(self, object_nos: npt.NDArray[np.int32], counts: npt.NDArray[np.int64]) -> None:
+        """Remember the sample counts of these objects."""
+        with self._lock:
+            self._counts_here()[object_nos] = counts
+
     def sample_counts(self) -> npt.NDArray[np.int64] | None:
         """int64[objects]: samples of each shard, or None where a shard has not been indexed yet."""
-        if self._sample_counts is None:
-            session = self.open()
-            try:
-                self._sample_counts = self.shards.known_counts(session.consumer)
-            finally:
-                self.give_back(session)
-        return self._sample_counts
+        session = self.open()
+        try:
+            counts = self._counts_here()
+            if (counts < 0).any():
+                stored = self.shards.known_counts(session.consumer)
+                if stored is not None:
+                    self.learn_counts(np.arange(len(stored), dtype=np.int32), stored)
+        finally:
+            self.give_back(session)
+        return counts if (counts >= 0).all() else None
+
+    def _counts_here(self) -> npt.NDArray[np.int64]:
+        assert self._manifest is not None, "no session was opened yet"
+        if self._counts is None:
+            self._counts = np.full(len(self._manifest), -1, np.int64)
+        return self._counts
 
     def _connect(self) -> Session:
         if self._first_chunk is None:
