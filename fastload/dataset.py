@@ -13,10 +13,8 @@ from __future__ import annotations
 import itertools
 import operator
 import os
-import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -24,26 +22,27 @@ import torch.utils.data
 
 from fastload.config import parse_bytes
 from fastload.decode import Decoder
-from fastload.engine import agreement
 from fastload.engine.assemble import Assembler
 from fastload.engine.columns import ColumnSet
 from fastload.engine.epochs import EpochCounter
 from fastload.engine.feed import Feed
 from fastload.engine.gather import Gatherer
 from fastload.engine.iteration import Iteration
+from fastload.engine.job import Job
+from fastload.engine.reader import WindowReader
 from fastload.engine.run import InlineRun
 from fastload.engine.session import Session, Source
 from fastload.errors import ConfigError
 from fastload.plan import (
-    OrderOptions,
+    EpochCursor,
+    OrderWish,
     Position,
-    RankCursor,
     Ranks,
+    Shuffle,
     Split,
     Tail,
-    auto_window_bytes,
-    epoch_order,
-    resolve_ranks,
+    epoch_orders,
+    first_objects,
     sample_count_of_rank,
 )
 from fastload.plan.tail import check_tail
@@ -53,6 +52,10 @@ from fastload.service.handle import Cache
 # enough that the first comes at once.
 _SAMPLES_AT_ONCE = 32
 
+# Of the next epoch, what is fetched ahead when one has been read to its end: some windows, since the user may be about
+# to do something else.
+_NEXT_EPOCH_BYTES = 512 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class _Settings:
@@ -60,7 +63,6 @@ class _Settings:
 
     urls: tuple[str, ...]
     cache: Cache
-    order: OrderOptions
     columns: ColumnSet
     tail: Tail
     storage_options: Mapping[str, Any] | None
@@ -72,7 +74,7 @@ class Pass:
     """One pass over a rank's share of an epoch, ready to be run: see `StreamingDataset.begin`."""
 
     session: Session
-    cursor: RankCursor
+    cursor: EpochCursor
     feed: Feed
     assembler: Assembler
 
@@ -93,8 +95,14 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
     only its columns are read. `as_tuple`: tuples in that order, not dicts.
 
     `tail`: what to do where ranks do not divide the samples: "pad" (a few are repeated, and counted), "drop",
-    "uneven". `rank`, `world_size`: from torch.distributed or the launcher's environment unless given. `batch_size`:
-    for use in torch's own DataLoader, so that its batches are the same for any number of workers.
+    "uneven". `rank`, `world_size`: from torch.distributed or the launcher's environment unless given. `replicas`: so
+    many ranks that follow one another read the same samples (a tensor- or context-parallel group; with a `DeviceMesh`
+    whose last dimensions these are, their size). `batch_size`: for use in torch's own DataLoader, so that its batches
+    are the same for any number of workers.
+
+    `partitions`: parts of the data that each stay with one node, and of which every global batch takes an equal share;
+    the number of nodes unless given. Where the number of nodes will change, give one that all of them divide: global
+    batches then stay the same.
 
     `storage_options`: endpoint and credentials, where the environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...)
     does not say them.
@@ -118,6 +126,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         storage_options: Mapping[str, Any] | None = None,
         rank: int | None = None,
         world_size: int | None = None,
+        replicas: int = 1,
+        partitions: int | None = None,
         batch_size: int | None = None,
     ) -> None:
         super().__init__()
@@ -126,21 +136,17 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         cache = cache if cache is not None else Cache()
         if not isinstance(cache, Cache):
             raise ConfigError(f"cache={cache!r} must be a fastload.Cache, such as fastload.Cache({str(cache)!r})")
-        self._has_auto_window = shuffle_window == "auto"
         self._settings = _Settings(
             _checked_urls(urls),
             cache,
-            _order_options(shuffle, seed, shuffle_window, cache.ram_bytes),
             ColumnSet.of(columns, decode, as_tuple),
             check_tail(tail),
             storage_options,
             batch_size,
         )
-        self._rank_given = (rank, world_size)
-        is_given = rank is not None or world_size is not None
-        self._ranks: Ranks | None = resolve_ranks(rank, world_size) if is_given else None
+        wish = _order_wish(shuffle, seed, shuffle_window, partitions)
+        self._job = Job((rank, world_size), _checked_count(replicas, "replicas"), wish, cache.ram_bytes)
         self._epochs = EpochCounter()
-        self._has_agreed = False
         self._source_here = self._new_source(None)
 
     @property
@@ -166,12 +172,17 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
 
     def __len__(self) -> int:
         """Samples of this rank, repeats included. TypeError, with the cure, while shards are not indexed."""
-        return sample_count_of_rank(self.sample_count, self.ranks, self._settings.tail)
+        return sample_count_of_rank(self.sample_count, self.ranks, self._settings.tail, self.partitions)
 
     @property
     def ranks(self) -> Ranks:
         """Which share of the samples is this process's; settled at the first iteration."""
-        return self._ranks if self._ranks is not None else resolve_ranks(*self._rank_given)
+        return self._job.ranks
+
+    @property
+    def partitions(self) -> int:
+        """Into how many partitions the data is dealt."""
+        return self._job.partition_count
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is epoch `epoch`, also in worker processes that exist already."""
@@ -210,40 +221,30 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         Raises `StateError` where `start` belongs to another run.
         """
         settings, source = self._settings, self._source
-        self._ranks = self.ranks
-        self._agree(batch_size)
+        self._job.settle(
+            source,
+            {"tail": settings.tail, "batch_size": batch_size},
+            in_worker=torch.utils.data.get_worker_info() is not None,
+        )
         session = source.open()
         try:
-            manifest = source.manifest
-            assert manifest is not None
-            order = epoch_order(manifest, settings.order, epoch)
-            cursor = RankCursor(
-                order,
-                self.ranks,
-                batch_size,
-                drop_last=drop_last,
-                tail=settings.tail,
-                start=start,
-                worker=worker,
-                split=split,
-            )
+            cursor = self._cursor(epoch, batch_size, drop_last=drop_last, start=start, worker=worker, split=split)
+            counts = self._job.counts(source, session.waits)
         except BaseException:
             source.give_back(session)
             raise
-        feed = Feed(session.consumer, cursor, source.shards, source.first_chunk)
+        manifest, order = cursor.orders[0].manifest, self._job.order
+        reader = WindowReader(session.consumer, source.shards, source.first_chunk)
+        expected_next = partial(first_objects, manifest, order, epoch + 1, self.ranks, _NEXT_EPOCH_BYTES)
+        feed = Feed(cursor, reader, counts, expected_next)
         gatherer = Gatherer(session.consumer, int(source.first_chunk[-1]), session.consumer.chunk_bytes)
-        return Pass(session, cursor, feed, Assembler(manifest, settings.columns, feed.live, gatherer, source.slots))
+        return Pass(session, cursor, feed, Assembler(manifest, settings.columns, reader.live, gatherer, source.slots))
 
-    def _agree(self, batch_size: int) -> None:
-        """Once, before the first batch: all ranks take rank 0's list of shards, and make sure that they are one job."""
-        if self._has_agreed or torch.utils.data.get_worker_info() is not None:
-            return
-        if agreement.is_collective(self.ranks):
-            settings, source = self._settings, self._source
-            source.adopt(agreement.share_manifest(self.ranks, source.list_shards))
-            order = asdict(settings.order)
-            agreement.check_same(self.ranks, {**order, "tail": settings.tail, "batch_size": batch_size})
-        self._has_agreed = True
+    def _cursor(self, epoch: int, batch_size: int, **options: Any) -> EpochCursor:
+        manifest = self._source.manifest
+        assert manifest is not None, "a session is open"
+        orders = epoch_orders(manifest, self._job.order, epoch)
+        return EpochCursor(orders, self.ranks, batch_size, tail=self._settings.tail, **options)
 
     def end(self, current: Pass) -> None:
         """A pass is over, finished or not: its windows are given back, and its session may serve another."""
@@ -253,10 +254,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
             self._source.give_back(current.session)
 
     def adopt(self, position: Position) -> None:
-        """Go on with the window of a saved position, where it was left to us: the order is that of its run."""
-        if self._has_auto_window:
-            order = replace(self._settings.order, window_bytes=position.options.window_bytes)
-            self._settings = replace(self._settings, order=order)
+        """Go on in the order of a saved position, where it was left to us."""
+        self._job.adopt(position)
 
     def begin_epoch(self) -> int:
         """The epoch of an iteration that begins now, for loaders."""
@@ -268,6 +267,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
 
     def close(self) -> None:
         """Disconnect from the cache. The data set can still be used, and connects again."""
+        self._job.close()
         self._source.close()
 
     @property
@@ -283,23 +283,12 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         return Source(settings.urls, settings.cache, settings.storage_options, kernels, manifest)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process needs; ranks too, since a worker cannot ask torch.distributed."""
-        state = dict(self.__dict__)
-        state["_ranks"] = self._ranks or _ranks_of_this_job(self._rank_given)
-        state["_source_here"] = self._source_here.manifest
-        return state
+        """What another process needs."""
+        return {**self.__dict__, "_source_here": self._source_here.manifest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._source_here = self._new_source(state["_source_here"])
-
-
-def _ranks_of_this_job(given: tuple[int | None, int | None]) -> Ranks | None:
-    """The ranks if torch.distributed knows them now; else it is left to the process that iterates."""
-    torch_distributed = sys.modules.get("torch.distributed")
-    if torch_distributed is None or not torch_distributed.is_available() or not torch_distributed.is_initialized():
-        return None
-    return resolve_ranks(*given)
 
 
 def _checked_urls(urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
@@ -314,8 +303,8 @@ def _checked_urls(urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     return found
 
 
-def _order_options(shuffle: bool | str, seed: int, shuffle_window: int | str, ram_bytes: int) -> OrderOptions:
-    ways: dict[bool | str, Literal["none", "window", "shards"]] = {
+def _order_wish(shuffle: bool | str, seed: int, shuffle_window: int | str, partitions: int | None) -> OrderWish:
+    ways: dict[bool | str, Shuffle] = {
         False: "none",
         True: "window",
         "window": "window",
@@ -325,16 +314,15 @@ def _order_options(shuffle: bool | str, seed: int, shuffle_window: int | str, ra
         raise ConfigError(f'shuffle={shuffle!r} must be False, True, "window" or "shards"')
     if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise ConfigError(f"seed={seed!r} must be an integer")
-    seed = operator.index(seed)
-    if shuffle_window == "auto":
-        return OrderOptions(seed=seed, shuffle=ways[shuffle], window_bytes=auto_window_bytes(ram_bytes))
-    window_bytes = parse_bytes(shuffle_window, "shuffle_window")
-    if window_bytes < 1:
+    if partitions is not None:
+        partitions = _checked_count(partitions, "partitions")
+    window_bytes = None if shuffle_window == "auto" else parse_bytes(shuffle_window, "shuffle_window")
+    if window_bytes is not None and window_bytes < 1:
         raise ConfigError(f'shuffle_window={shuffle_window!r} must be at least 1 byte, or "auto"')
-    if ways[shuffle] == "window" and window_bytes > ram_bytes // 2:
-        warnings.warn(
-            f"shuffle_window={shuffle_window!r} is above half of ram_bytes={ram_bytes}: while a window is read, parts "
-            "of it are dropped from RAM and read from disk, or fetched, again; raise ram_bytes or lower shuffle_window",
-            stacklevel=3,
-        )
-    return OrderOptions(seed=seed, shuffle=ways[shuffle], window_bytes=window_bytes)
+    return OrderWish(operator.index(seed), ways[shuffle], window_bytes, partitions)
+
+
+def _checked_count(value: int, name: str) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise ConfigError(f"{name}={value!r} must be an integer of at least 1")
+    return operator.index(value)

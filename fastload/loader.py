@@ -28,7 +28,7 @@ from fastload.engine.pool import DecodePool
 from fastload.engine.run import InlineRun, ThreadedRun
 from fastload.errors import ConfigError, StateError
 from fastload.metrics import EpochMeter, empty_stats
-from fastload.plan import BatchEntry, Position, RankCursor, batch_count_of_rank
+from fastload.plan import BatchEntry, EpochCursor, Position, batch_count_of_rank
 
 T = TypeVar("T", covariant=True)
 
@@ -110,7 +110,7 @@ class _Progress:
     meter: EpochMeter
     is_running: bool = True
 
-    def delivered(self, cursor: RankCursor, entry: BatchEntry) -> None:
+    def delivered(self, cursor: EpochCursor, entry: BatchEntry) -> None:
         """A batch has reached the user."""
         self.position = cursor.position(entry)
         self.meter.delivered(len(entry), entry.repeats)
@@ -201,7 +201,12 @@ class _Stream:
         loader, dataset = self._loader(), self._dataset
         assert loader is not None, "a loader outlives the call of its __len__"
         return batch_count_of_rank(
-            dataset.sample_count, dataset.ranks, dataset.tail, _size_of_entries(loader), loader.drop_last
+            dataset.sample_count,
+            dataset.ranks,
+            dataset.tail,
+            _size_of_entries(loader),
+            loader.drop_last,
+            dataset.partitions,
         )
 
     def close(self) -> None:

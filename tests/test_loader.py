@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -261,8 +262,36 @@ def test_an_auto_window_goes_on_as_it_was_saved(s3, tmp_path: Path, data: Corpus
     with pytest.raises(fastload.StateError, match=r"shuffle_window 131072.*262144"):
         next(iter(fixed))
     fixed.close()
-    with pytest.warns(UserWarning, match=r"shuffle_window='16MiB' is above half of ram_bytes"):
-        loader_with("large", "16MiB", window="16MiB")
+
+
+def test_a_window_that_does_not_fit_is_made_smaller_with_one_warning(s3, tmp_path: Path, data: Corpus) -> None:
+    url = data.put(s3)
+
+    def loader_with(name: str, ram_bytes: str, window: str) -> fastload.DataLoader:
+        cache = fastload.Cache(tmp_path / name, ram_bytes=ram_bytes, disk_bytes="64MiB", chunk_bytes="64KiB")
+        dataset = fastload.StreamingDataset(url, cache=cache, shuffle=True, shuffle_window=window)
+        return fastload.DataLoader(dataset, batch_size=8)
+
+    fits = loader_with("a", "1MiB", "256KiB")
+    expected = [batch["__key__"] for batch in fits]
+    fits.close()
+    shrunk = loader_with("a", "1MiB", "1MiB")
+    with pytest.warns(UserWarning, match=r"shuffle_window=1.0 MiB .*it is 256.0 KiB now. Raise ram_bytes to 4.0 MiB"):
+        assert [batch["__key__"] for batch in shrunk] == expected
+    with warnings.catch_warnings(action="error"):
+        list(shrunk)
+    shrunk.close()
+    roomy = loader_with("b", "16MiB", "1MiB")
+    batches = iter(roomy)
+    next(batches)
+    state = roomy.state_dict()
+    rest = [batch["__key__"] for batch in batches]
+    roomy.close()
+    small = loader_with("a", "1MiB", "1MiB")
+    small.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"the saved run has it, so it stays"):
+        assert [batch["__key__"] for batch in small] == rest
+    small.close()
 
 
 def test_epochs(s3, cache, data: Corpus) -> None:

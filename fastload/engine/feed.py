@@ -1,19 +1,37 @@
-"""From the plan to plan entries: walks the windows of an epoch, indexes them, and keeps the service informed.
+"""From the plan to plan entries: walks the windows of an epoch, indexes them, and finds the counts that it needs.
 
-The feed is what ties a pass over the data to its consumer: it sends the plan, asks for the chunks of the window that it
-opens, and gives them back when the last batch from that window is made. It runs ahead of the batches by as many
-entries as its user lets it, in his thread or in one of its own; nothing here starts a thread.
+It runs ahead of the batches by as many entries as its user lets it, in his thread or in one of its own; nothing here
+starts a thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
-from fastload.engine.shards import ShardTable
-from fastload.engine.windows import Ints, LiveWindows, Window, window_chunks
-from fastload.errors import ServiceError
-from fastload.plan import BatchEntry, RankCursor
-from fastload.service.client import Consumer
+import numpy as np
+import numpy.typing as npt
+
+from fastload.engine.reader import WindowReader
+from fastload.plan import BatchEntry, EpochCursor, WindowKey
+
+Counts = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
+
+
+class CountSource(Protocol):
+    """Where the feed asks how many samples shards hold that it has not opened."""
+
+    def known(self) -> Counts:
+        """What is known before anything is read: object numbers and their counts."""
+        ...
+
+    def counted(self, object_nos: npt.NDArray[np.int32], counts: npt.NDArray[np.int64]) -> None:
+        """The feed has counted these."""
+        ...
+
+    def ask(self, object_nos: npt.NDArray[np.int32]) -> Counts:
+        """The counts of some of these, at least of one. May wait."""
+        ...
 
 
 class Feed:
@@ -21,75 +39,57 @@ class Feed:
 
     def __init__(
         self,
-        consumer: Consumer,
-        cursor: RankCursor,
-        shards: ShardTable,
-        first_chunk: Ints,
+        cursor: EpochCursor,
+        reader: WindowReader,
+        counts: CountSource,
+        expected_next: Callable[[], npt.NDArray[np.int32]],
     ) -> None:
-        self._consumer = consumer
-        self._cursor = cursor
-        self._shards = shards
-        self._first_chunk = first_chunk
-        self.live = LiveWindows(len(first_chunk) - 1)
-        self._opening: Ints | None = None  # the chunks of a window that is wanted and not open yet
-        self._is_exhausted = False
-        self._plan_end: dict[int, int] = {}  # per open window: the position in the plan after its last chunk
+        """`expected_next`: the objects with which the next epoch begins, if it is the one after this."""
+        self._cursor, self._reader, self._counts, self._expected_next = cursor, reader, counts, expected_next
 
     def entries(self) -> Iterator[BatchEntry]:
         """Every entry in order; each is held until `done` is called with it."""
-        order = self._cursor.order
-        first_window = self._cursor.windows.start
-        plan = order.object_order[order.window_start[min(first_window, order.window_count)] :]
-        self._consumer.set_plan(plan, order.epoch)
-        position = 0
-        for number in self._cursor.windows:
-            window = self._window(number)
-            position += len(window.chunk_nos)
-            self._plan_end[number] = position
-            yield from self._held(self._cursor.add_window(number, window.counts))
-            self._give_back(self.live.retire_before(self._cursor.oldest_window))
-        yield from self._held(self._cursor.finish())
-        self._give_back(self.live.retire_before(order.window_count))
-        self._is_exhausted = True
+        cursor = self._cursor
+        entries = cursor.tell(*self._counts.known())
+        self._plan()
+        is_exact = cursor.is_counted
+        while True:
+            yield from self._held(entries)
+            self._reader.retire_all_but(cursor.needed)
+            if cursor.is_counted and not is_exact:
+                is_exact = True
+                if len(cursor.orders) > 1:  # windows have changed their nodes
+                    self._plan()
+            if (key := cursor.next_window) is not None:
+                entries = self._open(key)
+            elif len(wanted := cursor.counts_wanted):
+                entries = cursor.tell(*self._counts.ask(wanted))
+            else:
+                break
+        yield from self._held(cursor.finish())
+        self._reader.retire_all_but(())
+        self._reader.exhausted(self._expected_next(), cursor.epoch + 1)
 
     def done(self, entry: BatchEntry) -> None:
         """The entry's batch is made, or given up."""
-        self._give_back(self.live.done(entry.window_first))
+        self._reader.done(entry.windows)
 
     def close(self) -> None:
         """Give back whatever is still held, and end the plan if it was not read to its end."""
-        try:
-            self._let_go()
-        except ServiceError:
-            if not self._consumer.is_ended:
-                raise
-            # It was closed meanwhile, and with it all that it held.
+        self._reader.close()
 
-    def _let_go(self) -> None:
-        self._give_back(self.live.close_all())
-        if self._opening is not None:
-            self._consumer.release(self._opening)
-            self._opening = None
-        if not self._is_exhausted:
-            self._consumer.set_plan([], self._cursor.order.epoch)
+    def _plan(self) -> None:
+        windows = [(key, self._cursor.objects_of(key)) for key in self._cursor.windows_ahead()]
+        self._reader.plan(windows, self._cursor.epoch)
 
-    def _window(self, number: int) -> Window:
-        object_nos = self._cursor.window_objects(number).astype("int64")
-        self._opening = chunk_nos = window_chunks(self._first_chunk, object_nos)
-        self._consumer.want(chunk_nos)
-        indexes = self._shards.get(self._consumer, object_nos.tolist())
-        window = Window(number, object_nos, indexes, self._first_chunk[object_nos], chunk_nos)
-        self.live.open(window)
-        self._opening = None
-        return window
+    def _open(self, key: WindowKey) -> list[BatchEntry]:
+        object_nos = self._cursor.objects_of(key)
+        counts = self._reader.open(key, object_nos)
+        self._counts.counted(object_nos, counts)
+        return self._cursor.add(key, counts)
 
     def _held(self, entries: list[BatchEntry]) -> Iterator[BatchEntry]:
         # All are held before the first is out, so that none of their windows closes while later ones wait here.
         for entry in entries:
-            self.live.hold(entry.window_first)
+            self._reader.hold(entry.windows)
         yield from entries
-
-    def _give_back(self, closed: list[Window]) -> None:
-        for window in closed:
-            self._consumer.release(window.chunk_nos)
-            self._consumer.advance(self._plan_end.pop(window.number))

@@ -2,13 +2,13 @@
 
 A window's shards are indexed when it opens; from then on, a sample is a row in arrays that cover the whole window, so
 that a batch finds its bytes with a few vector operations and no Python per sample. Its chunks are leased while it is
-live and given back once no batch can need them: windows open and close in order.
+live and given back once no batch can need them.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,11 +23,12 @@ Ints = npt.NDArray[np.int64]
 class Window:
     """Some whole shards and where each of their samples lies."""
 
-    number: int
+    key: Hashable
     object_nos: Ints
     indexes: list[ShardIndex]
     first_chunk: Ints
     chunk_nos: Ints
+    number: int = field(init=False, default=-1)  # of its opening, given by `LiveWindows`
     counts: Ints = field(init=False)
     _base: Ints = field(init=False)
     _key_bytes: npt.NDArray[np.uint8] = field(init=False)
@@ -84,71 +85,100 @@ class Window:
 
 
 class LiveWindows:
-    """The open windows of one pass over the data, and how many batches still need each.
+    """The open windows of one pass over the data, and how many batches in the making need each.
 
-    `open` and `retire_before` are called by the feeder, `find` and `done` by the threads that make batches. A window is
-    handed to `closed` (the caller gives its leases back) once the feeder has retired it and no batch holds it.
+    `open`, `hold` and `retire_all_but` are called by the feeder, `find` and `done` by the threads that make batches. A
+    window is handed back to be closed (the caller gives its leases back) once the feeder has retired it and no batch
+    holds it. A shard may be in two open windows, those of two epochs; either serves its samples.
     """
 
     def __init__(self, object_count: int) -> None:
         self._lock = threading.Lock()
-        self._open: dict[int, Window] = {}
-        self._window_of = np.full(object_count, -1, np.int64)
+        self._open: dict[Hashable, Window] = {}
+        self._by_number: dict[int, Window] = {}
+        self._opened_count = 0
+        self._window_of = np.full(object_count, -1, np.int64)  # by object: the number of a window that is open
         self._place_of = np.zeros(object_count, np.int64)
-        self._holders: dict[int, int] = {}  # first window of a batch in the making -> how many such batches
-        self._retired_before = 0
+        self._holders: dict[Hashable, int] = {}  # window -> how many batches in the making need it
+        self._retired: set[Hashable] = set()
+
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether a window is open."""
+        return key in self._open
 
     def open(self, window: Window) -> None:
         """Make a window's samples available."""
         with self._lock:
-            self._window_of[window.object_nos] = window.number
-            self._place_of[window.object_nos] = np.arange(len(window.object_nos))
-            self._open[window.number] = window
+            window.number = self._opened_count
+            self._opened_count += 1
+            self._show(window)
+            self._open[window.key] = self._by_number[window.number] = window
+            self._retired.discard(window.key)
 
     def find(self, object_nos: Ints) -> list[tuple[Window, npt.NDArray[np.bool_] | None, Ints]]:
         """The windows of these samples' shards: (window, which of the samples or None for all, places in it)."""
-        numbers = self._window_of[object_nos]
-        places = self._place_of[object_nos]
-        if len(numbers) and (numbers == numbers[0]).all():
-            return [(self._open[int(numbers[0])], None, places)]
-        parts = []
-        for number in np.unique(numbers):
-            chosen = numbers == number
-            parts.append((self._open[int(number)], chosen, places[chosen]))
-        return parts
-
-    def hold(self, window_first: int) -> None:
-        """A batch whose oldest window is `window_first` is in the making."""
         with self._lock:
-            self._holders[window_first] = self._holders.get(window_first, 0) + 1
+            numbers = self._window_of[object_nos]
+            places = self._place_of[object_nos]
+            if len(numbers) and (numbers == numbers[0]).all():
+                return [(self._by_number[int(numbers[0])], None, places)]
+            parts = []
+            for number in np.unique(numbers):
+                chosen = numbers == number
+                parts.append((self._by_number[int(number)], chosen, places[chosen]))
+            return parts
 
-    def done(self, window_first: int) -> list[Window]:
+    def hold(self, windows: Iterable[Hashable]) -> None:
+        """A batch whose samples lie in these windows is in the making."""
+        with self._lock:
+            for key in windows:
+                self._holders[key] = self._holders.get(key, 0) + 1
+
+    def done(self, windows: Iterable[Hashable]) -> list[Window]:
         """That batch is made (or given up); returns the windows that may be closed now."""
         with self._lock:
-            self._holders[window_first] -= 1
-            if not self._holders[window_first]:
-                del self._holders[window_first]
+            for key in windows:
+                self._holders[key] -= 1
+                if not self._holders[key]:
+                    del self._holders[key]
             return self._close()
 
-    def retire_before(self, window: int) -> list[Window]:
-        """No batch that is still to come needs a window before this one; returns those that may be closed now."""
+    def retire_all_but(self, needed: Collection[Hashable]) -> list[Window]:
+        """No batch that is still to come needs a window that is not in `needed`; returns those to be closed now."""
         with self._lock:
-            self._retired_before = max(self._retired_before, window)
+            self._retired = {key for key in self._open if key not in needed}
             return self._close()
 
     def close_all(self) -> list[Window]:
         """The pass is given up: all open windows."""
         with self._lock:
-            closed = [self._open[number] for number in sorted(self._open)]
+            closed = list(self._open.values())
             self._open.clear()
+            self._by_number.clear()
+            self._retired.clear()
             return closed
 
+    def _show(self, window: Window) -> None:
+        self._window_of[window.object_nos] = window.number
+        self._place_of[window.object_nos] = np.arange(len(window.object_nos))
+
     def _close(self) -> list[Window]:
-        limit = min([self._retired_before, *self._holders])
-        closed = [self._open[number] for number in sorted(self._open) if number < limit]
+        closed = [self._open.pop(key) for key in sorted(self._retired - self._holders.keys(), key=repr)]
         for window in closed:
-            del self._open[window.number]
+            self._retired.discard(window.key)
+            del self._by_number[window.number]
+        for window in closed:
+            self._hide(window)
         return closed
+
+    def _hide(self, window: Window) -> None:
+        """Where another window that is open has some of its shards, that one serves them from now on."""
+        mine = window.object_nos[self._window_of[window.object_nos] == window.number]
+        self._window_of[mine] = -1
+        for other in self._by_number.values():
+            places = np.flatnonzero(np.isin(other.object_nos, mine))
+            self._window_of[other.object_nos[places]] = other.number
+            self._place_of[other.object_nos[places]] = places
 
 
 def window_chunks(first_chunk: Ints, object_nos: Sequence[int] | Ints) -> Ints:

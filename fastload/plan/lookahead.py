@@ -45,6 +45,15 @@ def objects_in_use_order(
     return np.concatenate(found) if found else np.empty(0, np.int32)
 
 
+def first_objects(
+    manifest: Manifest, options: OrderOptions, epoch: int, ranks: Ranks, byte_count: int
+) -> NDArray[np.int32]:
+    """The objects with which a node begins an epoch, int32: the first, and as many more as `byte_count` holds."""
+    objects = objects_in_use_order(manifest, options, epoch, None, ranks)
+    fitting = int(np.searchsorted(np.cumsum(manifest.sizes[objects]), byte_count, side="right"))
+    return objects[: max(1, fitting)]
+
+
 def windows_by_bytes(
     orders: Sequence[EpochOrder], partitions: Sequence[int], places: Sequence[Place]
 ) -> list[WindowKey]:

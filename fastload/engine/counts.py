@@ -1,0 +1,282 @@
+"""How many samples shards hold that this node has not opened, and how nodes tell one another.
+
+Where all ranks are on one node it counts a shard by indexing it. Several nodes each count the windows that they open;
+what one of them needs of another's, near the end of the epoch and about once a window, goes over the key-value store
+of torch.distributed: a log of counts, which all read, and a log of requests. A request is served by the nodes that read
+the shards in question, from a thread of its own there: the trainer of such a node may be waiting for the one that asks.
+Counts that somebody has before the first batch are shared by a collective call instead, and where all are known the
+store is never used.
+
+Store keys, below a prefix that is new for each data set and version of its manifest: `counts` and `requests` are the
+lengths of the two logs, `counts/<i>` and `requests/<i>` their records, from 1 on. A record of counts is JSON:
+`[[object number, ...], [count, ...], error]`, where error is null or the `[type, message]` of what kept the node from
+counting these; a record of requests is `[object number, ...]`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from fastload import errors
+from fastload.engine.session import Source
+from fastload.engine.windows import window_chunks
+from fastload.errors import ConfigError, FastloadError, ServiceError, WaitTimeoutError
+from fastload.waiting import DEADLINE_S, Waits
+
+ObjectNos = npt.NDArray[np.int32]
+Counts = tuple[ObjectNos, npt.NDArray[np.int64]]
+
+# Shards that are indexed for their counts alone in one go, so that a feed can go on with the first of them.
+_INDEXED_AT_ONCE = 16
+# A count that another node will open anyway comes by itself soon; asking for it would have it read twice.
+_ASK_AFTER_S = 0.5
+_POLL_S = 0.02
+_SERVE_POLL_S = 0.1
+_RECORDS_AT_ONCE = 256
+
+_Record = tuple[list[int], list[int], tuple[str, str] | None]
+
+
+class LocalCounts:
+    """Counts of shards that this node reads itself."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def known(self) -> Counts:
+        """What this process has counted, or has been told."""
+        return self._source.counts_in_memory()
+
+    def counted(self, object_nos: ObjectNos, counts: npt.NDArray[np.int64]) -> None:
+        """Remember these for the next epoch."""
+        self._source.learn_counts(object_nos, counts)
+
+    def ask(self, object_nos: ObjectNos) -> Counts:
+        """The counts of the first of these, by indexing them."""
+        object_nos = object_nos[:_INDEXED_AT_ONCE]
+        counts = count_by_indexing(self._source, object_nos)
+        self.counted(object_nos, counts)
+        return object_nos, counts
+
+
+class StoredCounts(LocalCounts):
+    """Where nodes cannot ask each other: what is stored here must be enough."""
+
+    def __init__(self, source: Source, node_count: int, own: ObjectNos) -> None:
+        super().__init__(source)
+        self._node_count, self._own = node_count, own
+
+    def known(self) -> Counts:
+        """What this process has counted, and what this node's cache has indexes of."""
+        self._source.sample_counts()
+        return super().known()
+
+    def ask(self, object_nos: ObjectNos) -> Counts:
+        """The counts of those that this node reads. `ConfigError` where none is."""
+        mine = object_nos[np.isin(object_nos, self._own)]
+        if len(mine):
+            return super().ask(mine)
+        assert self._source.manifest is not None
+        url = self._source.manifest.objects[int(object_nos[0])].url
+        raise ConfigError(
+            f"{self._node_count} nodes read partitions of their own, and this one has no way to learn how many samples "
+            f"the others' shards hold (such as {url}): call torch.distributed.init_process_group before iterating, "
+            "or run `fastload index` once and give every node its file with index=..., or use partitions=1, with which "
+            "every node reads all shards"
+        )
+
+
+def count_by_indexing(source: Source, object_nos: ObjectNos) -> npt.NDArray[np.int64]:
+    """int64[objects]: counts, from indexes; parses the shards that have none yet. Keeps no chunk."""
+    session = source.open()
+    try:
+        numbers = object_nos.astype(np.int64)
+        try:
+            indexes = source.shards.get(session.consumer, numbers.tolist())
+        finally:
+            session.consumer.release(window_chunks(source.first_chunk, numbers))
+    finally:
+        source.give_back(session)
+    return np.array([index.sample_count for index in indexes], np.int64)
+
+
+class Store(Protocol):
+    """What is used of torch.distributed's store. Safe to use from several threads."""
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a number, 0 at first; the sum."""
+        ...
+
+    def set(self, key: str, value: bytes) -> None:
+        """Write a value."""
+        ...
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all these keys are there."""
+        ...
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """Their values."""
+        ...
+
+
+class _Log:
+    """Records that any rank appends and every rank reads, each in the same order."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._name = store, name
+        self._read = 0
+
+    def append(self, record: Any) -> None:
+        number = self._store.add(self._name, 1)
+        self._store.set(f"{self._name}/{number}", msgspec.json.encode(record))
+
+    def more(self) -> list[bytes]:
+        """The records after those that were read. One that is only being written ends the list."""
+        end = min(self._store.add(self._name, 0), self._read + _RECORDS_AT_ONCE)
+        keys = [f"{self._name}/{number}" for number in range(self._read + 1, end + 1)]
+        # Never a blocking get: a writer may have died between its two calls.
+        while keys and not self._store.check(keys):
+            keys = keys[: len(keys) // 2]
+        self._read += len(keys)
+        return self._store.multi_get(keys) if keys else []
+
+
+class Exchange:
+    """The counts of one manifest over all nodes: this rank's end of it, for as long as the data set is used.
+
+    `own` are the objects that this node reads; `serves` says whether this rank answers for them. `common` are the
+    objects whose counts all ranks were told before. `close` ends the thread that answers.
+    """
+
+    def __init__(self, source: Source, store: Store, own: ObjectNos, common: ObjectNos, *, serves: bool) -> None:
+        self._source, self._own = source, frozenset(own.tolist())
+        self._counts, self._requests = _Log(store, "counts"), _Log(store, "requests")
+        self._publishing, self._reading = threading.Lock(), threading.Lock()
+        self._published = set(common.tolist())
+        self._failed: dict[int, tuple[str, str]] = {}
+        self._is_closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        if serves:
+            arguments = weakref.WeakMethod(self._serve_once), self._is_closed, os.getpid()
+            self._thread = threading.Thread(target=_serve, args=arguments, name="fastload-counts", daemon=True)
+            self._thread.start()
+
+    def known(self) -> Counts:
+        """What this process knows. What is ours of it and others may not know goes into the log."""
+        object_nos, counts = self._source.counts_in_memory()
+        if self._thread is not None:
+            ours = np.array([number in self._own for number in object_nos.tolist()], bool)
+            self._publish(object_nos[ours], counts[ours])
+        return object_nos, counts
+
+    def counted(self, object_nos: ObjectNos, counts: npt.NDArray[np.int64]) -> None:
+        """This node has opened a window: whoever wants to know finds it in the log."""
+        self._source.learn_counts(object_nos, counts)
+        if self._thread is not None:
+            self._publish(object_nos, counts)
+
+    def ask(self, object_nos: ObjectNos) -> Counts:
+        """Some of these counts, as soon as a node has said them. Raises what kept a node from counting."""
+        began, is_asked = time.monotonic(), False
+        while True:
+            self._read_news(object_nos)
+            found = self._in_memory(object_nos)
+            if len(found[0]):
+                return found
+            waited = time.monotonic() - began
+            if waited > DEADLINE_S:
+                raise WaitTimeoutError(
+                    f"gave up after {DEADLINE_S:g} s waiting for another node to say how many samples "
+                    f"{self._url(object_nos)} holds; see whether all ranks of the job are alive and iterate this data"
+                )
+            if waited > _ASK_AFTER_S and not is_asked:
+                self._requests.append(object_nos.tolist())
+                is_asked = True
+            if self._is_closed.wait(_POLL_S):
+                raise ServiceError("the data set was closed while it waited for another node's sample counts")
+
+    def close(self) -> None:
+        """End the thread, and whoever waits in `ask`. May be called twice."""
+        self._is_closed.set()
+        if self._thread is not None and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _in_memory(self, object_nos: ObjectNos) -> Counts:
+        known, counts = self._source.counts_in_memory()
+        chosen = np.isin(known, object_nos)
+        return known[chosen], counts[chosen]
+
+    def _read_news(self, wanted: ObjectNos) -> None:
+        """Learn what has been added to the log; raises what kept a node from counting what is wanted."""
+        with self._reading:
+            while records := self._counts.more():
+                for record in records:
+                    numbers, counts, error = msgspec.json.decode(record, type=_Record)
+                    if error is None:
+                        self._source.learn_counts(np.array(numbers, np.int32), np.array(counts, np.int64))
+                    else:
+                        self._failed.update(dict.fromkeys(numbers, error))
+            for number in wanted.tolist():
+                if number in self._failed:  # the next to ask has it tried again
+                    raise errors.from_wire(*self._failed.pop(number))
+
+    def _serve_once(self) -> None:
+        """Count what was asked for and is ours."""
+        for record in self._requests.more():
+            asked = msgspec.json.decode(record, type=list[int])
+            ours = [number for number in asked if number in self._own and number not in self._published]
+            for start in range(0, len(ours), _INDEXED_AT_ONCE):
+                self._count_and_publish(np.array(ours[start : start + _INDEXED_AT_ONCE], np.int32))
+
+    def _count_and_publish(self, object_nos: ObjectNos) -> None:
+        try:
+            counts = count_by_indexing(self._source, object_nos)
+        except FastloadError as error:
+            self._counts.append((object_nos.tolist(), [], errors.to_wire(error)))
+            return
+        self.counted(object_nos, counts)
+
+    def _publish(self, object_nos: ObjectNos, counts: npt.NDArray[np.int64]) -> None:
+        with self._publishing:
+            pairs = zip(object_nos.tolist(), counts.tolist(), strict=True)
+            fresh = {number: count for number, count in pairs if number not in self._published}
+            self._published.update(fresh)
+        if fresh:
+            self._counts.append((list(fresh), list(fresh.values()), None))
+
+    def _url(self, object_nos: ObjectNos) -> str:
+        assert self._source.manifest is not None
+        return self._source.manifest.objects[int(object_nos[0])].url
+
+
+class ExchangedCounts:
+    """An exchange as one pass uses it: what the pass waits for is booked as its own."""
+
+    def __init__(self, exchange: Exchange, waits: Waits) -> None:
+        self._exchange, self._waits = exchange, waits
+        self.known, self.counted = exchange.known, exchange.counted
+
+    def ask(self, object_nos: ObjectNos) -> Counts:
+        """Some of these counts, as soon as a node has said them."""
+        with self._waits.measure("index"):
+            return self._exchange.ask(object_nos)
+
+
+def _serve(target: weakref.WeakMethod[Callable[[], None]], is_closed: threading.Event, pid: int) -> None:
+    """Serve requests until the exchange is closed or dropped."""
+    while not is_closed.wait(_SERVE_POLL_S) and os.getpid() == pid:
+        serve_once = target()
+        if serve_once is None:
+            return
+        serve_once()
+        del serve_once

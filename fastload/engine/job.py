@@ -1,0 +1,166 @@
+"""The job that a data set is read by: which share this process has, in which order, and who is asked for counts.
+
+It is settled once, when the data set is first iterated: frameworks initialise torch.distributed late. Worker processes
+of torch's loader get what their parent knows, and cannot ask the other ranks.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastload.config import format_bytes
+from fastload.engine import agreement
+from fastload.engine.counts import Exchange, ExchangedCounts, LocalCounts, StoredCounts
+from fastload.engine.feed import CountSource
+from fastload.engine.session import Source
+from fastload.plan import (
+    OrderOptions,
+    OrderWish,
+    Position,
+    Ranks,
+    default_partitions,
+    epoch_orders,
+    lanes_of_node,
+    ram_bytes_for,
+    resolve_ranks,
+)
+from fastload.waiting import Waits
+
+
+class Job:
+    """`given`: rank and world size as the user said them. `ram_bytes`: the arena of this node."""
+
+    def __init__(self, given: tuple[int | None, int | None], replicas: int, wish: OrderWish, ram_bytes: int) -> None:
+        self._given, self._replicas, self._wish, self._ram_bytes = given, replicas, wish, ram_bytes
+        # What was given is checked at once; what launchers and torch say comes later.
+        self._processes: Ranks | None = None if given == (None, None) else resolve_ranks(*given)
+        self._order: OrderOptions | None = None
+        self._saved_window_bytes: int | None = None  # of the state that was loaded
+        self._begin()
+        if self._processes is not None:
+            self._processes.with_replicas(replicas)
+
+    def _begin(self) -> None:
+        self._settling = threading.Lock()
+        self._exchange: Exchange | None = None
+        self._has_agreed = False
+
+    @property
+    def ranks(self) -> Ranks:
+        """The share of this process; settled at the first iteration."""
+        return self._ranks_of_processes().with_replicas(self._replicas)
+
+    @property
+    def partition_count(self) -> int:
+        """Into how many partitions the data is dealt."""
+        return self._wish.partition_count(self.ranks)
+
+    @property
+    def order(self) -> OrderOptions:
+        """The order. Only after `settle`."""
+        assert self._order is not None, "the job is not settled"
+        return self._order
+
+    def settle(self, source: Source, settings: Mapping[str, Any], *, in_worker: bool) -> None:
+        """Before a pass begins: all ranks take rank 0's list of shards, and make sure that they are one job.
+
+        `settings` are compared beside those of the order.
+        """
+        with self._settling:
+            self._processes = self._ranks_of_processes()
+            if self._has_agreed:
+                return
+            if in_worker or not agreement.is_collective(self._processes):
+                self._order = self._settled_order(self._ram_bytes)
+            else:
+                self._agree(self._processes, source, settings)
+            self._has_agreed = True
+
+    def adopt(self, position: Position) -> None:
+        """Go on in the order of a saved run, where the user left it to us."""
+        with self._settling:
+            self._wish = self._wish.adopted(position.options)
+            self._saved_window_bytes = position.options.window_bytes
+            if self._order is not None:
+                self._order = self._settled_order(self._ram_bytes)
+
+    def counts(self, source: Source, waits: Waits) -> CountSource:
+        """Where a pass learns how many samples the shards hold that it has not opened. Only after `settle`."""
+        if self._exchange is not None:
+            return ExchangedCounts(self._exchange, waits)
+        nodes = default_partitions(self.ranks)
+        if nodes == 1 or self.order.partitions == 1:
+            return LocalCounts(source)
+        return StoredCounts(source, nodes, self._own_objects(source))
+
+    def close(self) -> None:
+        """End what answers other nodes."""
+        if self._exchange is not None:
+            self._exchange.close()
+
+    def _ranks_of_processes(self) -> Ranks:
+        return self._processes if self._processes is not None else resolve_ranks(*self._given)
+
+    def _agree(self, processes: Ranks, source: Source, settings: Mapping[str, Any]) -> None:
+        manifest, name = agreement.share_manifest(processes, source.list_shards)
+        source.adopt(manifest)
+        wish = {key: value for key, value in asdict(self._wish).items() if key != "partitions"}
+        told = {**wish, "partitions": self.partition_count, "replicas": self._replicas, **settings}
+        least = agreement.compare(told, {"ram_bytes": self._ram_bytes})
+        self._order = self._settled_order(least["ram_bytes"])
+        if self._order.partitions > 1 and default_partitions(self.ranks) > 1:
+            self._begin_exchange(processes, source, name)
+
+    def _begin_exchange(self, processes: Ranks, source: Source, name: str) -> None:
+        own, serves = self._own_objects(source), processes.local_rank == 0
+        nothing = np.empty(0, np.int32), np.empty(0, np.int64)
+        if serves:
+            source.sample_counts()  # what this node's cache has indexes of
+        common, counts = agreement.share_counts(source.counts_in_memory() if serves else nothing)
+        source.learn_counts(common, counts)
+        if self._exchange is not None:
+            self._exchange.close()
+        self._exchange = Exchange(source, agreement.store(name), own, common, serves=serves)
+
+    def _own_objects(self, source: Source) -> npt.NDArray[np.int32]:
+        """The objects of the partitions that this node reads."""
+        assert source.manifest is not None
+        orders = epoch_orders(source.manifest, self.order, 0)
+        home = lanes_of_node(self.ranks, self.order.partitions)
+        return np.concatenate([orders[partition].object_order for partition in home])
+
+    def _settled_order(self, ram_bytes: int) -> OrderOptions:
+        wish, ranks = self._wish, self.ranks
+        order = wish.settled(ranks, ram_bytes)
+        wanted = wish.window_bytes
+        if order.shuffle != "window" or wanted is None or order.window_bytes == wanted:
+            return order
+        lanes = len(lanes_of_node(ranks, order.partitions))
+        is_saved = wanted == self._saved_window_bytes  # then the order is settled, whatever the memory
+        warnings.warn(
+            f"shuffle_window={format_bytes(wanted)} is too large for ram_bytes={format_bytes(ram_bytes)}: the live "
+            f"windows of {lanes} partition(s) a node must fit in half of it, or parts of them are read again; "
+            + ("the saved run has it, so it stays. " if is_saved else f"it is {format_bytes(order.window_bytes)} now. ")
+            + f"Raise ram_bytes to {format_bytes(ram_bytes_for(lanes, wanted))}, or lower shuffle_window in a new run",
+            stacklevel=2,
+        )
+        return replace(order, window_bytes=wanted) if is_saved else order
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs; ranks too, since a worker cannot ask torch.distributed."""
+        state = dict(self.__dict__)
+        del state["_settling"], state["_exchange"], state["_has_agreed"]
+        if self._processes is None and agreement.is_initialised():
+            state["_processes"] = self._ranks_of_processes()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
