@@ -36,15 +36,19 @@ from fastload.plan.tally import Tally, WindowKey
 
 Split = Literal["batches", "samples"]
 
+# What is planned in one go where windows are as large as partitions: enough to share the cost of the calls.
+_SAMPLES_AT_ONCE = 1 << 16
+
 
 class EpochCursor:
     """The batches of one rank in one epoch. One user at a time; made anew for each epoch.
 
     `orders` are those of all partitions. Until `next_window` is None, open that window and `add` it; where
     `counts_wanted` names objects, `tell` their sample counts first (any that are known may be told at any time);
-    at last `finish`. Windows that are not among `needed` may be closed once the batches given out so far are made;
-    one of them may be asked for again. Nodes never wait for one another for ever if each counts the windows that it
-    opens, and those of the partitions that it reads which another node wants.
+    at last `finish`. With `shuffle="global"`, where a window holds very many samples, each of these gives only the
+    first batches, and `settled` more until it gives none. Windows that are not among `needed` may be closed once the
+    batches given out so far are made; one of them may be asked for again. Nodes never wait for one another for ever if
+    each counts the windows that it opens, and those of the partitions that it reads which another node wants.
 
     `worker=(w, n)` is one of n workers that share the rank's samples. With `split="batches"` it gets every
     n-th batch, beginning with its own number, which is the order in which torch's DataLoader asks its
@@ -76,6 +80,9 @@ class EpochCursor:
         # Batches are dealt to workers; or each worker takes its part of a group as large as a batch for every
         # worker.
         self._group = self._global_batch * (worker[1] if split == "samples" else 1)
+        # How many groups to give out at a time, among them one of each worker; 0: all, since windows are small.
+        at_once = max(worker[1], _SAMPLES_AT_ONCE // (self._group // ranks.world_size))
+        self._groups_at_once = at_once if self.orders[0].options.shuffle == "global" else 0
         self._number_start = -(-self.start.samples // self._global_batch)
         self._groups_given = 0
         self._given = self.start.samples  # positions of the line that are given out
@@ -183,9 +190,16 @@ class EpochCursor:
         self._level()
         return self._settle()
 
+    def settled(self) -> list[BatchEntry]:
+        """The next batches that are settled already. Only with `shuffle="global"` are there any that were not given
+        out at once.
+        """
+        return self._settle()
+
     def finish(self) -> list[BatchEntry]:
         """After the last window: what the tail leaves, at most one batch (one a worker). Called once."""
         assert self._levels is not None, "not all sample counts are known"
+        assert not self._groups_ready(), "there are more batches that are settled"
         assert self.next_window is None, f"window {self.next_window} has not been added"
         total, source = self._levels.total, self._tail_source
         whole = total - (total - self._given) % self.ranks.world_size
@@ -286,27 +300,27 @@ class EpochCursor:
     def _settle(self) -> list[BatchEntry]:
         entries: list[BatchEntry] = []
         self._extend()
-        while groups := self._groups_ready():
-            entries += self._give(groups)
+        while (groups := self._groups_ready()) and not (entries and self._groups_at_once):
+            entries += self._give(min(groups, self._groups_at_once or groups))
             self._extend()
         self._close_windows()
         return entries
 
     def _give(self, groups: int) -> list[BatchEntry]:
-        """The batches of the next groups."""
-        stop, size = self._given + groups * self._group, self._group // self.ranks.world_size
-        samples = self._samples_at(self._deal.positions(self._given, stop))
-        entries = [
-            self._entry(
-                self._groups_given + i,
-                samples.part(i * size, (i + 1) * size),
-                0,
-                self._given + (i + 1) * self._group,
-            )
-            for i in range(groups)
-        ]
-        self._given, self._groups_given = stop, self._groups_given + groups
-        return [entry for entry in entries if entry is not None]
+        """The worker's batches of the next groups."""
+        (worker, stride), given, first = self._worker, self._given, self._groups_given
+        stop, mine = given + groups * self._group, range(groups)
+        positions = self._deal.positions(given, stop).reshape(groups, -1)
+        if self._split == "batches":
+            mine = mine[(worker - first) % stride :: stride]
+            positions, worker, stride = positions[mine.start :: stride], 0, 1
+        samples = self._samples_at(positions[:, worker::stride].ravel())
+        self._given, self._groups_given = stop, first + groups
+        return samples.batches(
+            self.batch_size,
+            (self._number_start + (first + i) * stride + worker for i in mine),
+            (given + (i + 1) * self._group for i in mine),
+        )
 
     def _close_windows(self) -> None:
         """Forget what no batch to come needs."""

@@ -9,38 +9,38 @@
   and so their number is known. The order of the partition is its windows, one after the other.
 
 Without `shuffle` shards keep their numbers' order, each is a window and its samples stay as they are;
-`"shards"` shuffles shards only.
+`"shards"` shuffles shards only. With `"global"` a partition is one window, of its shards in their numbers' order, and
+its permutation a bijection that is asked place by place, so that neither time nor memory grows with the samples.
 
-Every permutation is keyed by a text such as `fastload order 1 samples seed=0 epoch=3 partition=0 window=7`,
-whose blake2b-256 gives the four little-endian words of `kernels.permute`. No permutation depends on another,
-so that any window of any epoch can be had without those before it. Rejected: numpy's generators, whose
-`permutation` may change between versions; one stream for the whole epoch, which would tie a window to the
-counts of all before it.
+Every permutation is keyed by a text such as `fastload order 1 samples seed=0 epoch=3 partition=0 window=7` (see
+`permutation`). None depends on another, so that any window of any epoch can be had without those before it. Rejected:
+numpy's generators, whose `permutation` may change between versions; one stream for the whole epoch, which would tie a
+window to the counts of all before it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import heapq
-from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastload.errors import ConfigError
-from fastload.kernels.permute import PERMUTATION_ITEMS_MAX, permute
+from fastload.kernels.dealing import cut, deal
 from fastload.plan.manifest import Manifest
+from fastload.plan.permutation import Bijection, Permutation, keyed_permutation
 
-Shuffle = Literal["none", "window", "shards"]
+Shuffle = Literal["none", "window", "shards", "global"]
 
 
 def check_shuffle(shuffle: str) -> Shuffle:
-    """`shuffle` if it is one of the three ways. Raises `ConfigError`."""
+    """`shuffle` if it is one of the four ways. Raises `ConfigError`."""
     if shuffle not in get_args(Shuffle):
-        raise ConfigError(f"shuffle={shuffle!r} must be 'none', 'window' or 'shards'")
+        raise ConfigError(f"shuffle={shuffle!r} must be 'none', 'window', 'shards' or 'global'")
     return cast(Shuffle, shuffle)
 
 
@@ -104,15 +104,17 @@ class EpochOrder:
         np.cumsum(self.manifest.sizes[self.object_order], out=ends[1:])
         return np.diff(ends[self.window_start])
 
-    def window_permutation(self, window: int, sample_count: int) -> NDArray[np.int64]:
-        """int64[sample_count]: which of the window's samples comes first, second, ...
+    def window_permutation(self, window: int, sample_count: int) -> Permutation:
+        """Which of the window's samples comes first, second, ...; an array unless `shuffle` is "global".
 
         Samples are numbered through the window's shards in the order of `window_objects`.
         """
-        if self.options.shuffle != "window":
-            return np.arange(sample_count, dtype=np.int64)
         key = _key("samples", self.options.seed, self.epoch, self.partition, window)
-        return keyed_permutation(key, sample_count)
+        if self.options.shuffle == "global":
+            return Bijection(key, sample_count)
+        if self.options.shuffle == "window":
+            return keyed_permutation(key, sample_count)
+        return np.arange(sample_count, dtype=np.int64)
 
 
 def epoch_order(manifest: Manifest, options: OrderOptions, epoch: int, partition: int = 0) -> EpochOrder:
@@ -120,68 +122,57 @@ def epoch_order(manifest: Manifest, options: OrderOptions, epoch: int, partition
     if not 0 <= partition < options.partitions:
         raise ConfigError(f"partition={partition} must be from 0 to {options.partitions - 1}")
     dealt = deal_to_partitions(manifest.sizes, options.partitions)
-    return _partition_order(manifest, options, epoch, partition, dealt)
+    return _partition_order(manifest, options, epoch, partition, np.flatnonzero(dealt == partition).astype(np.int32))
 
 
 def epoch_orders(manifest: Manifest, options: OrderOptions, epoch: int) -> tuple[EpochOrder, ...]:
     """The orders of all partitions in `epoch`, for the cost of dealing the shards once."""
     dealt = deal_to_partitions(manifest.sizes, options.partitions)
-    partitions = range(options.partitions)
-    return tuple(_partition_order(manifest, options, epoch, partition, dealt) for partition in partitions)
+    # numpy sorts small integers by their digits, in a tenth of the time.
+    by_partition = np.argsort(dealt.astype(np.min_scalar_type(options.partitions)), kind="stable").astype(np.int32)
+    ends = np.cumsum(np.bincount(dealt, minlength=options.partitions))
+    parts = np.split(by_partition, ends[:-1])
+    return tuple(_partition_order(manifest, options, epoch, partition, part) for partition, part in enumerate(parts))
 
 
 def _partition_order(
-    manifest: Manifest, options: OrderOptions, epoch: int, partition: int, dealt: NDArray[np.int32]
+    manifest: Manifest, options: OrderOptions, epoch: int, partition: int, objects: NDArray[np.int32]
 ) -> EpochOrder:
-    objects = np.flatnonzero(dealt == partition).astype(np.int32)
-    if options.shuffle != "none":
+    """The order of a partition that holds `objects`, given in the order of their numbers."""
+    if options.shuffle in ("window", "shards"):
         objects = objects[keyed_permutation(_key("shards", options.seed, epoch, partition), len(objects))]
     if options.shuffle == "window":
         starts = cut_windows(manifest.sizes[objects], options.window_bytes)
+    elif options.shuffle == "global":
+        starts = np.unique([0, len(objects)])  # no window where there is no shard
     else:
         starts = np.arange(len(objects) + 1, dtype=np.int64)
     objects.flags.writeable = starts.flags.writeable = False
     return EpochOrder(manifest, options, epoch, partition, objects, starts)
 
 
-def deal_to_partitions(sizes: NDArray[np.int64], partitions: int) -> NDArray[np.int32]:
+def deal_to_partitions(sizes: NDArray[np.int64], partitions: int, starts: Sequence[int] = ()) -> NDArray[np.int32]:
     """int32[objects]: the partition of each object.
 
     Largest first, each to the partition with the fewest bytes so far (then the fewest objects, then the
-    lowest number): no two partitions differ by more than the largest object.
+    lowest number): no two partitions differ by more than the largest object. Objects from each of `starts` on came
+    later, and are dealt when those before them are: these stay where they were.
     """
     dealt = np.zeros(len(sizes), np.int32)
-    if partitions == 1:
-        return dealt
-    loads = [(0, 0, partition) for partition in range(partitions)]
-    for object_no in np.argsort(-sizes, kind="stable").tolist():
-        byte_count, count, partition = loads[0]
-        dealt[object_no] = partition
-        heapq.heapreplace(loads, (byte_count + int(sizes[object_no]), count + 1, partition))
+    load_bytes, load_counts = np.zeros((2, partitions), np.int64)
+    if partitions > 1:
+        for first, stop in pairwise((0, *starts, len(sizes))):
+            turns = first + np.argsort(-sizes[first:stop], kind="stable")
+            of_turn = np.empty(len(turns), np.int32)
+            deal(sizes[turns], np.lexsort((load_counts, load_bytes)), load_bytes, load_counts, of_turn)
+            dealt[turns] = of_turn
     return dealt
 
 
 def cut_windows(sizes: NDArray[np.int64], window_bytes: int) -> NDArray[np.int64]:
     """int64[windows + 1]: where windows begin among shards of these sizes, and last the number of shards."""
-    ends = np.cumsum(sizes).tolist()
-    starts, start, shards_max = [0], 0, 1
-    while start < len(ends):
-        budget = (ends[start - 1] if start else 0) + window_bytes
-        fitting = bisect_right(ends, budget, start, min(start + shards_max, len(ends)))
-        start = max(fitting, start + 1)
-        starts.append(start)
-        shards_max *= 2
-    return np.array(starts, np.int64)
-
-
-def keyed_permutation(key: str, count: int) -> NDArray[np.int64]:
-    """int64[count]: the permutation of 0 ... count-1 that belongs to `key`."""
-    if count > PERMUTATION_ITEMS_MAX:
-        raise ConfigError(f"cannot shuffle {count} samples in one window; lower shuffle_window so that it holds fewer")
-    words = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=32).digest(), "<u8").astype(np.uint64)
-    out = np.empty(count, np.int64)
-    permute(words, out)
-    return out
+    starts = np.empty(len(sizes) + 1, np.int64)
+    return starts[: cut(sizes, window_bytes, starts)].copy()
 
 
 def _key(what: str, seed: int, epoch: int, partition: int, window: int | None = None) -> str:

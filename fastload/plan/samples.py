@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastload.kernels.locate import fill_buckets, locate
+from fastload.plan.permutation import Permutation
 from fastload.plan.tally import WindowKey
 
 
@@ -45,21 +47,22 @@ class BatchEntry:
 _WINDOWS = 1 << 40  # above any window's number, so that partition and window fit one int64
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class OpenWindow:
-    """The samples of a window in their order, `line`, int64, numbered through its `objects`."""
+    """The samples of a window in their order, `line`, numbered through its `objects`, which hold `counts` each."""
 
-    line: NDArray[np.int64]
-    objects: NDArray[np.int32]
-    counts: NDArray[np.int64]
+    def __init__(self, line: Permutation, objects: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
+        self.line, self.objects = line, objects
+        self._ends = np.cumsum(counts)
+        self._bucket_shift = max(0, (len(line) // max(1, len(objects))).bit_length() - 1)
+        self._buckets = np.empty((len(line) >> self._bucket_shift) + 2, np.int64)
+        fill_buckets(self._ends, self._bucket_shift, self._buckets)
 
     def located(self, offsets: NDArray[np.int64], key: WindowKey) -> Samples:
         """The samples at some offsets in the window's order."""
-        line, ends = self.line[offsets], np.cumsum(self.counts)
-        # "right" steps over objects without samples.
-        place = np.searchsorted(ends, line, side="right")
-        code = key.partition * _WINDOWS + key.window
-        return Samples(self.objects[place], line - (ends - self.counts)[place], np.full(len(line), code, np.int64))
+        numbers = np.ascontiguousarray(self.line[offsets])
+        object_no, sample_no = np.empty(len(numbers), np.int32), np.empty(len(numbers), np.int64)
+        locate(self._ends, self._buckets, self._bucket_shift, self.objects, numbers, object_no, sample_no)
+        return Samples(object_no, sample_no, np.full(len(numbers), key.partition * _WINDOWS + key.window, np.int64))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +91,33 @@ class Samples:
 
     def windows(self) -> tuple[WindowKey, ...]:
         """The windows in which they lie, each once, rising."""
-        return tuple(WindowKey(*divmod(code, _WINDOWS)) for code in np.unique(self.window).tolist())
+        return tuple(_keys(np.unique(self.window)))
+
+    def batches(self, size: int, numbers: Iterable[int], samples_after: Iterable[int]) -> list[BatchEntry]:
+        """Whole batches of `size` one after the other, without repeats; given for each are its number and
+        `samples_after`.
+        """
+        starts = range(0, len(self), size)
+        return [
+            BatchEntry(number, self.object_no[i : i + size], self.sample_no[i : i + size], 0, windows, after)
+            for i, number, windows, after in zip(
+                starts, numbers, self._windows_of_batches(size), samples_after, strict=True
+            )
+        ]
+
+    def _windows_of_batches(self, size: int) -> list[tuple[WindowKey, ...]]:
+        """`windows` of every `size` samples. Few of them differ, and each is made once."""
+        codes, count = np.unique(self.window), len(self) // size
+        is_in = np.zeros((count, len(codes)), np.bool_)
+        is_in[np.repeat(np.arange(count), size), np.searchsorted(codes, self.window)] = True
+        rows, made = is_in.tobytes(), dict[bytes, tuple[WindowKey, ...]]()
+        windows = []
+        for i in range(count):
+            row = rows[i * len(codes) : (i + 1) * len(codes)]
+            if row not in made:
+                made[row] = tuple(_keys(codes[is_in[i]]))
+            windows.append(made[row])
+        return windows
 
     def part(self, start: int, stop: int, step: int = 1) -> Samples:
         """Those from `start` to `stop`, or every `step`-th of them; views."""
@@ -102,6 +131,10 @@ class Samples:
     def then(self, more: Samples) -> Samples:
         """These and `more` after them; a copy."""
         return Samples.joined((self, more))
+
+
+def _keys(codes: NDArray[np.int64]) -> list[WindowKey]:
+    return [WindowKey(*divmod(code, _WINDOWS)) for code in codes.tolist()]
 
 
 NO_SAMPLES = Samples(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int64))

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from fastload.errors import ConfigError
 from fastload.plan import Manifest, OrderOptions, epoch_order, objects_in_use_order
-from fastload.plan.order import cut_windows, deal_to_partitions, keyed_permutation
+from fastload.plan.order import cut_windows, deal_to_partitions
+from fastload.plan.permutation import keyed_permutation
 from fastload.store.types import ObjectInfo
 from tests.plan import reference
 from tests.plan.world import World, worlds
@@ -147,8 +148,8 @@ def test_the_whole_epoch_is_read_ahead_from_its_start():
 
 
 def test_options_that_cannot_be_are_refused():
-    with pytest.raises(ConfigError, match="shuffle='global'"):
-        OrderOptions(shuffle="global")
+    with pytest.raises(ConfigError, match="shuffle='all' must be 'none', 'window', 'shards' or 'global'"):
+        OrderOptions(shuffle="all")
     with pytest.raises(ConfigError, match="window_bytes=0"):
         OrderOptions(window_bytes=0)
     with pytest.raises(ConfigError, match="partitions=0"):
