@@ -15,7 +15,7 @@ from typing import Any
 from fastload.engine.shards import ShardTable
 from fastload.engine.windows import window_chunks
 from fastload.formats import SHARD_ENDINGS
-from fastload.plan import Manifest, OrderOptions, Ranks, epoch_order
+from fastload.plan import Manifest, OrderWish, Ranks, objects_in_use_order
 from fastload.service.client import Consumer
 from fastload.service.handle import Cache
 from fastload.service.protocol import Progress
@@ -40,22 +40,21 @@ class Warmed:
 def warm(
     urls: Sequence[str],
     cache: Cache,
-    order: OrderOptions,
+    order: OrderWish,
     *,
     epoch: int = 0,
-    ranks: Ranks | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008  # immutable
     storage_options: Mapping[str, Any] | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Warmed:
     """Fill `cache` for one epoch of a job. Blocks until everything is there, or the cache is full.
 
-    All ranks of a node read the same shards, so `ranks` changes nothing as long as one partition serves the job.
-    Raises the errors of listing, fetching and indexing, as a job would.
+    `ranks` are those of any rank of this node: they say which partitions the node reads. Raises the errors of listing, fetching and indexing, as a job would.
     """
     with cache.consumer(storage_options, "warm") as consumer:
         manifest = Manifest(consumer.resolve(list(urls), SHARD_ENDINGS))
         consumer.attach(manifest.objects)
-        plan = epoch_order(manifest, order, epoch).object_order
+        plan = objects_in_use_order(manifest, order.settled(ranks, cache.ram_bytes), epoch, ranks=ranks)
         consumer.set_plan(plan, epoch, warm=True)
         indexing = _Indexing(consumer, manifest, plan.tolist())
         try:

@@ -33,8 +33,9 @@ def warm(
     shuffle: Annotated[bool, typer.Option(help="The job shuffles.")] = True,
     seed: Annotated[int, typer.Option(help="The job's seed.")] = 0,
     epoch: Annotated[int, typer.Option(help="The epoch that the job begins with.")] = 0,
-    rank: Annotated[int, typer.Option(help="The job's rank.")] = 0,
-    world_size: Annotated[int, typer.Option(help="The job's number of ranks.")] = 1,
+    node: Annotated[int, typer.Option(help="This node's number in the job, from 0.")] = 0,
+    nodes: Annotated[int, typer.Option(help="The job's number of nodes.")] = 1,
+    partitions: Annotated[int | None, typer.Option(help="The job's partitions, if it names them.")] = None,
     shuffle_window: Annotated[str, typer.Option(help="The job's shuffle window, such as 1GiB.")] = "auto",
     ram_bytes: Annotated[str | None, typer.Option(help="Size of the RAM tier, such as 8GiB.")] = None,
     disk_bytes: Annotated[str | None, typer.Option(help="Size of the disk tier, such as 500GiB.")] = None,
@@ -43,7 +44,7 @@ def warm(
     """Fill the cache for a job, so that it fetches nothing: same URLs, seed and shuffle as the job."""
     from fastload import warm as warming
     from fastload.config import parse_bytes
-    from fastload.plan import OrderOptions, Ranks, auto_window_bytes
+    from fastload.plan import OrderWish, Ranks
     from fastload.service.handle import Cache
 
     console = Console(stderr=True)
@@ -51,9 +52,8 @@ def warm(
         Cache(cache, ram_bytes=ram_bytes, disk_bytes=disk_bytes, chunk_bytes=chunk_bytes) as opened,
         _bar(console) as bar,
     ):
-        given = None if shuffle_window == "auto" else parse_bytes(shuffle_window, "shuffle_window")
-        window_bytes = auto_window_bytes(opened.ram_bytes) if given is None else given
-        order = OrderOptions(seed=seed, shuffle="window" if shuffle else "none", window_bytes=window_bytes)
+        window_bytes = None if shuffle_window == "auto" else parse_bytes(shuffle_window, "shuffle_window")
+        order = OrderWish(seed, "window" if shuffle else "none", window_bytes, partitions)
         task = bar.add_task("listing", total=None)
 
         def show(progress: service.protocol.Progress) -> None:
@@ -64,7 +64,7 @@ def warm(
             opened,
             order,
             epoch=epoch,
-            ranks=Ranks(rank, world_size, rank, world_size),
+            ranks=Ranks(node, nodes, 0, 1),  # how many ranks share a node's partitions does not matter
             on_progress=show,
         )
     console.print(

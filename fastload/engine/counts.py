@@ -155,7 +155,7 @@ class Exchange:
     """The counts of one manifest over all nodes: this rank's end of it, for as long as the data set is used.
 
     `own` are the objects that this node reads; `serves` says whether this rank answers for them. `common` are the
-    objects whose counts all ranks were told before. `close` ends the thread that answers.
+    objects whose counts all ranks were told before. A thread answers from `open` to `close`.
     """
 
     def __init__(self, source: Source, store: Store, own: ObjectNos, common: ObjectNos, *, serves: bool) -> None:
@@ -164,9 +164,17 @@ class Exchange:
         self._publishing, self._reading = threading.Lock(), threading.Lock()
         self._published = set(common.tolist())
         self._failed: dict[int, tuple[str, str]] = {}
+        self._serves = serves
         self._is_closed = threading.Event()
+        self._is_closed.set()
         self._thread: threading.Thread | None = None
-        if serves:
+
+    def open(self) -> None:
+        """Begin to answer, or go on with it after `close`."""
+        if not self._is_closed.is_set():
+            return
+        self._is_closed = threading.Event()
+        if self._serves:
             arguments = weakref.WeakMethod(self._serve_once), self._is_closed, os.getpid()
             self._thread = threading.Thread(target=_serve, args=arguments, name="fastload-counts", daemon=True)
             self._thread.start()
@@ -174,7 +182,7 @@ class Exchange:
     def known(self) -> Counts:
         """What this process knows. What is ours of it and others may not know goes into the log."""
         object_nos, counts = self._source.counts_in_memory()
-        if self._thread is not None:
+        if self._serves:
             ours = np.array([number in self._own for number in object_nos.tolist()], bool)
             self._publish(object_nos[ours], counts[ours])
         return object_nos, counts
@@ -182,7 +190,7 @@ class Exchange:
     def counted(self, object_nos: ObjectNos, counts: npt.NDArray[np.int64]) -> None:
         """This node has opened a window: whoever wants to know finds it in the log."""
         self._source.learn_counts(object_nos, counts)
-        if self._thread is not None:
+        if self._serves:
             self._publish(object_nos, counts)
 
     def ask(self, object_nos: ObjectNos) -> Counts:
@@ -206,7 +214,7 @@ class Exchange:
                 raise ServiceError("the data set was closed while it waited for another node's sample counts")
 
     def close(self) -> None:
-        """End the thread, and whoever waits in `ask`. May be called twice."""
+        """End the thread, and whoever waits in `ask`. May be called twice, and before `open`."""
         self._is_closed.set()
         if self._thread is not None and threading.current_thread() is not self._thread:
             self._thread.join()

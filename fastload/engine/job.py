@@ -6,6 +6,7 @@ of torch's loader get what their parent knows, and cannot ask the other ranks.
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Mapping
@@ -48,6 +49,7 @@ class Job:
             self._processes.with_replicas(replicas)
 
     def _begin(self) -> None:
+        self._pid = os.getpid()
         self._settling = threading.Lock()
         self._exchange: Exchange | None = None
         self._has_agreed = False
@@ -77,10 +79,10 @@ class Job:
             self._processes = self._ranks_of_processes()
             if self._has_agreed:
                 return
-            if in_worker or not agreement.is_collective(self._processes):
-                self._order = self._settled_order(self._ram_bytes)
-            else:
+            if not in_worker and agreement.is_collective(self._processes):
                 self._agree(self._processes, source, settings)
+            elif not in_worker or self._order is None:  # a worker may have it from its parent
+                self._order = self._settled_order(self._ram_bytes)
             self._has_agreed = True
 
     def adopt(self, position: Position) -> None:
@@ -93,17 +95,20 @@ class Job:
 
     def counts(self, source: Source, waits: Waits) -> CountSource:
         """Where a pass learns how many samples the shards hold that it has not opened. Only after `settle`."""
-        if self._exchange is not None:
-            return ExchangedCounts(self._exchange, waits)
+        with self._settling:
+            if self._exchange is not None and self._pid == os.getpid():
+                self._exchange.open()
+                return ExchangedCounts(self._exchange, waits)
         nodes = default_partitions(self.ranks)
         if nodes == 1 or self.order.partitions == 1:
             return LocalCounts(source)
         return StoredCounts(source, nodes, self._own_objects(source))
 
     def close(self) -> None:
-        """End what answers other nodes."""
-        if self._exchange is not None:
-            self._exchange.close()
+        """End what answers other nodes; it begins again with the next pass."""
+        with self._settling:
+            if self._exchange is not None and self._pid == os.getpid():
+                self._exchange.close()
 
     def _ranks_of_processes(self) -> Ranks:
         return self._processes if self._processes is not None else resolve_ranks(*self._given)
@@ -156,7 +161,7 @@ class Job:
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs; ranks too, since a worker cannot ask torch.distributed."""
         state = dict(self.__dict__)
-        del state["_settling"], state["_exchange"], state["_has_agreed"]
+        del state["_pid"], state["_settling"], state["_exchange"], state["_has_agreed"]
         if self._processes is None and agreement.is_initialised():
             state["_processes"] = self._ranks_of_processes()
         return state

@@ -2,17 +2,21 @@
 
 A rank here is a *data-parallel* rank: processes with the same rank read the same samples. It is settled once,
 when an iteration begins, from the first of: what the user said, torch.distributed where it is initialised,
-the environment that launchers such as torchrun set, and otherwise one process alone. torch is asked only if
-the program has imported it already.
+`RANK` and `WORLD_SIZE` as torchrun and others set them, and otherwise one process alone. torch is asked only if
+the program has imported it already. Which ranks share a node is what the launcher says (torchrun, Open MPI, Slurm),
+if it speaks of the same ranks. Open MPI and Slurm are not asked for the rank itself: what they set is also in
+the environment of single processes.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
+from typing import NamedTuple
 
 from fastload.errors import ConfigError
 
@@ -87,7 +91,7 @@ def resolve_ranks(
     if found[0] is None or found[1] is None:
         known, missing = source if found[1] is None else source[::-1]
         raise ConfigError(f"{known} is set but {missing} is not; set both, or neither for a single process")
-    return _with_node(found[0], found[1], launched, environ).with_replicas(replicas)
+    return _with_node(found[0], found[1], environ).with_replicas(replicas)
 
 
 def default_partitions(ranks: Ranks) -> int:
@@ -122,15 +126,51 @@ def turn_of(ranks: Ranks, partitions: int) -> int:
     return node % shared + shared * (node // shared * ranks.local_world_size + local_rank)
 
 
-def _with_node(
-    rank: int, world_size: int, launched: tuple[int | None, int | None], environ: Mapping[str, str]
-) -> Ranks:
+class _Launcher(NamedTuple):
+    """The names under which a launcher says rank, world size, local rank and local world size."""
+
+    rank: str
+    world_size: str
+    local_rank: str
+    local_world_size: str
+
+
+_TORCHRUN = _Launcher("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_OPEN_MPI = _Launcher(
+    "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
+)
+_SLURM = _Launcher("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+
+
+def _with_node(rank: int, world_size: int, environ: Mapping[str, str]) -> Ranks:
     """Adds the place on the node, which the launcher's environment gives if it speaks of the same ranks."""
     _check("rank", rank, "world_size", world_size)
-    local_rank, local_world_size = _integer(environ, "LOCAL_RANK"), _integer(environ, "LOCAL_WORLD_SIZE")
-    if local_rank is None or local_world_size is None or launched not in ((rank, world_size), (None, None)):
-        return Ranks(rank, world_size, rank, world_size)
-    return Ranks(rank, world_size, local_rank, local_world_size)
+    for launcher in (_TORCHRUN, _OPEN_MPI, _SLURM):
+        spoken_of = _integer(environ, launcher.rank), _integer(environ, launcher.world_size)
+        local_rank = _integer(environ, launcher.local_rank)
+        local_world_size = _node_size(environ, launcher)
+        if local_rank is None or local_world_size is None:
+            continue
+        if spoken_of == (rank, world_size) or (launcher is _TORCHRUN and spoken_of == (None, None)):
+            return Ranks(rank, world_size, local_rank, local_world_size)
+    return Ranks(rank, world_size, rank, world_size)
+
+
+def _node_size(environ: Mapping[str, str], launcher: _Launcher) -> int | None:
+    if launcher is not _SLURM:
+        return _integer(environ, launcher.local_world_size)
+    text, node = environ.get(launcher.local_world_size), _integer(environ, "SLURM_NODEID")
+    if text is None or node is None:
+        return None
+    # "4(x2),3": two nodes with 4 tasks each, then one with 3.
+    parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")]
+    sizes = [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))]
+    if not all(parts) or node >= len(sizes):
+        raise ConfigError(
+            f"{launcher.local_world_size}={text!r} in the environment does not say how many tasks node {node} has; "
+            "correct or unset it"
+        )
+    return sizes[node]
 
 
 def _from_torch() -> tuple[int, int] | None:

@@ -31,6 +31,32 @@ def test_the_launchers_environment():
     assert resolve_ranks(environ={"RANK": "5", "WORLD_SIZE": "8"}) == Ranks(5, 8, 5, 8)
 
 
+def test_other_launchers_say_which_ranks_share_a_node():
+    mpi = {
+        "OMPI_COMM_WORLD_RANK": "5",
+        "OMPI_COMM_WORLD_SIZE": "8",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+    }
+    slurm = {
+        "SLURM_PROCID": "5",
+        "SLURM_NTASKS": "8",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    }
+    for environ in (mpi, slurm):
+        assert resolve_ranks(5, 8, environ) == Ranks(5, 8, 1, 4)
+        assert resolve_ranks(environ={"RANK": "5", "WORLD_SIZE": "8", **environ}) == Ranks(5, 8, 1, 4)
+        assert resolve_ranks(1, 2, environ) == Ranks(1, 2, 1, 2)
+        assert resolve_ranks(environ=environ) == Ranks()  # a single process in an allocation
+    uneven = {**slurm, "SLURM_STEP_TASKS_PER_NODE": "4,3,1", "SLURM_NODEID": "1"}
+    assert resolve_ranks(5, 8, uneven) == Ranks(5, 8, 1, 3)
+    for broken in ({"SLURM_STEP_TASKS_PER_NODE": "4(y2)"}, {"SLURM_NODEID": "2"}):
+        with pytest.raises(ConfigError, match="SLURM_STEP_TASKS_PER_NODE="):
+            resolve_ranks(5, 8, {**slurm, **broken})
+
+
 def test_the_process_environment_is_read_by_default(monkeypatch):
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
