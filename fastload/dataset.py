@@ -22,7 +22,7 @@ import torch.utils.data
 
 from fastload.config import parse_bytes
 from fastload.decode import Decoder
-from fastload.engine.assemble import Assembler
+from fastload.engine.assemble import Assembler, Skips
 from fastload.engine.columns import ColumnSet
 from fastload.engine.epochs import EpochCounter
 from fastload.engine.feed import Feed
@@ -67,6 +67,7 @@ class _Settings:
     tail: Tail
     storage_options: Mapping[str, Any] | None
     batch_size: int | None
+    skips_errors: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,7 @@ class Pass:
     cursor: EpochCursor
     feed: Feed
     assembler: Assembler
+    skips: Skips | None  # counts the samples that cannot be read, if they are left out
 
 
 class StreamingDataset(torch.utils.data.IterableDataset[Any]):
@@ -104,6 +106,10 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
     the number of nodes unless given. Where the number of nodes will change, give one that all of them divide: global
     batches then stay the same.
 
+    `on_error`: what to do where a sample cannot be decoded or lacks a column: "raise", or "skip", which leaves it out
+    of its batch with one warning an epoch, and counts it in `stats()`; batches get shorter by that, never fewer. What
+    is wrong with a whole shard, or with the store, is always raised.
+
     `storage_options`: endpoint and credentials, where the environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...)
     does not say them.
 
@@ -129,6 +135,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         replicas: int = 1,
         partitions: int | None = None,
         batch_size: int | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
         super().__init__()
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
@@ -143,6 +150,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
             check_tail(tail),
             storage_options,
             batch_size,
+            _checked_on_error(on_error) == "skip",
         )
         wish = _order_wish(shuffle, seed, shuffle_window, partitions)
         self._job = Job((rank, world_size), _checked_count(replicas, "replicas"), wish, cache.ram_bytes)
@@ -238,7 +246,9 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         expected_next = partial(first_objects, manifest, order, epoch + 1, self.ranks, _NEXT_EPOCH_BYTES)
         feed = Feed(cursor, reader, counts, expected_next)
         gatherer = Gatherer(session.consumer, int(source.first_chunk[-1]), session.consumer.chunk_bytes)
-        return Pass(session, cursor, feed, Assembler(manifest, settings.columns, reader.live, gatherer, source.slots))
+        skips = Skips() if settings.skips_errors else None
+        assembler = Assembler(manifest, settings.columns, reader.live, gatherer, source.slots, skips)
+        return Pass(session, cursor, feed, assembler, skips)
 
     def _cursor(self, epoch: int, batch_size: int, **options: Any) -> EpochCursor:
         manifest = self._source.manifest
@@ -320,6 +330,12 @@ def _order_wish(shuffle: bool | str, seed: int, shuffle_window: int | str, parti
     if window_bytes is not None and window_bytes < 1:
         raise ConfigError(f'shuffle_window={shuffle_window!r} must be at least 1 byte, or "auto"')
     return OrderWish(operator.index(seed), ways[shuffle], window_bytes, partitions)
+
+
+def _checked_on_error(on_error: str) -> str:
+    if on_error not in ("raise", "skip"):
+        raise ConfigError(f'on_error={on_error!r} must be "raise" or "skip"')
+    return on_error
 
 
 def _checked_count(value: int, name: str) -> int:

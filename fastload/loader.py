@@ -23,7 +23,8 @@ from torch.utils.data import default_collate, default_convert
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from fastload.dataset import Pass, StreamingDataset
-from fastload.engine.iteration import Iteration
+from fastload.engine.assemble import Skips
+from fastload.engine.iteration import NOTHING, Iteration
 from fastload.engine.pool import DecodePool
 from fastload.engine.run import InlineRun, ThreadedRun
 from fastload.errors import ConfigError, StateError
@@ -110,10 +111,11 @@ class _Progress:
     meter: EpochMeter
     is_running: bool = True
 
-    def delivered(self, cursor: EpochCursor, entry: BatchEntry) -> None:
+    def delivered(self, cursor: EpochCursor, skips: Skips | None, entry: BatchEntry) -> None:
         """A batch has reached the user."""
         self.position = cursor.position(entry)
-        self.meter.delivered(len(entry), entry.repeats)
+        skipped = 0 if skips is None else skips.take(entry)
+        self.meter.delivered(len(entry) - skipped, entry.repeats, skipped)
 
     def exhausted(self) -> None:
         """The epoch is over."""
@@ -161,7 +163,7 @@ class _Stream:
             run,
             current.session.consumer,
             partial(_release, self._dataset, current, progress),
-            partial(progress.delivered, current.cursor),
+            partial(progress.delivered, current.cursor, current.skips),
             progress.exhausted,
         )
         self._iterations.add(iteration)
@@ -253,10 +255,10 @@ def _is_ours(dataset: Any) -> bool:
 def _maker(loader: DataLoader[Any], current: Pass) -> Callable[[BatchEntry], Any]:
     """What makes a batch (or the one sample) of an entry, and pins it where torch's loader would."""
     unpinned = _unpinned_maker(loader, current)
-    make = unpinned if loader.batch_size is not None else lambda entry: unpinned(entry)[0]
+    make = unpinned if loader.batch_size is not None else lambda entry: next(iter(unpinned(entry)), NOTHING)
     if not (loader.pin_memory and torch.cuda.is_available()):
         return make
-    return lambda entry: pin_memory(make(entry))  # type: ignore[no-untyped-call]  # torch has no types here
+    return lambda entry: made if (made := make(entry)) is NOTHING else pin_memory(made)  # type: ignore[no-untyped-call]  # torch has no types here
 
 
 def _unpinned_maker(loader: DataLoader[Any], current: Pass) -> Callable[[BatchEntry], Any]:

@@ -25,6 +25,7 @@ STATS_KEYS = (
     "batches",
     "samples",
     "repeats",
+    "skipped",
     "elapsed_s",
     "first_batch_s",
     *(f"{source}_bytes" for source in SOURCES),
@@ -52,7 +53,7 @@ class EpochMeter:
         self, epoch: int, account: Account, waits: Waits, *, now: Callable[[], float] = time.monotonic
     ) -> None:
         self._epoch, self._account, self._waits, self._now = epoch, account, waits, now
-        self._batches = self._samples = self._repeats = 0
+        self._batches = self._samples = self._repeats = self._skipped = 0
         self._waits_before = waits.seconds()
         self._service_before = self._service()
         self._began_s = now()
@@ -60,13 +61,14 @@ class EpochMeter:
         self._last_batch_s = 0.0
         self._final: dict[str, Any] | None = None
 
-    def delivered(self, samples: int, repeats: int) -> None:
+    def delivered(self, samples: int, repeats: int, skipped: int = 0) -> None:
         """A batch has reached the user."""
         self._last_batch_s = self._now() - self._began_s
         self._first_batch_s = self._first_batch_s or self._last_batch_s
         self._batches += 1
         self._samples += samples
         self._repeats += repeats
+        self._skipped += skipped
 
     def stop(self) -> None:
         """The epoch is over: what is counted from now on belongs to another."""
@@ -90,6 +92,7 @@ class EpochMeter:
             "batches": self._batches,
             "samples": self._samples,
             "repeats": self._repeats,
+            "skipped": self._skipped,
             "elapsed_s": self._last_batch_s,
             "first_batch_s": self._first_batch_s,
             **{f"{source}_bytes": count for source, count in source_bytes.items()},

@@ -3,12 +3,17 @@
 Everything is done for all samples of an entry at once: find their rows in the live windows, gather the columns' bytes,
 one decoder call a column. Raw bytes are gathered straight into the slot that becomes the user's; bytes that will be
 decoded go through memory that the thread keeps.
+
+Where the user lets bad samples be skipped, an entry that fails is looked at sample by sample, and made again without
+those that cannot be read. Its batch is shorter then, and may be empty; which samples others get does not change.
 """
 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,10 +26,13 @@ from fastload.engine.columns import KEY, URL, ColumnSet
 from fastload.engine.gather import Gatherer, Values
 from fastload.engine.slots import SlotPool
 from fastload.engine.windows import LiveWindows, Window
-from fastload.errors import MissingColumnError
+from fastload.errors import DecodeError, MissingColumnError
 from fastload.plan import BatchEntry, Manifest
 
 Ints = npt.NDArray[np.int64]
+# What is wrong with one sample, and nothing else.
+SAMPLE_ERRORS = (DecodeError, MissingColumnError)
+
 Batch = Any  # dict of column -> value, or a tuple of values
 
 
@@ -73,6 +81,9 @@ class _Located:
         return listed
 
     def _column_parts(self, column: str) -> list[tuple[Ints, Ints, Ints]]:
+        if not self._parts:
+            nothing = np.empty(0, np.int64)
+            return [(nothing, nothing, nothing)]
         found = []
         for window, _, rows in self._parts:
             first_chunk, offset, size = window.values_of(column)
@@ -89,22 +100,72 @@ class _Located:
         return joined
 
 
+class Skips:
+    """Counts the samples that were left out, by entry, and says of the first why. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[int, int] = {}
+        self._is_told = False
+
+    def add(self, entry: BatchEntry, error: Exception) -> None:
+        """A sample of this entry cannot be read."""
+        with self._lock:
+            self._counts[entry.number] = self._counts.get(entry.number, 0) + 1
+            is_first, self._is_told = not self._is_told, True
+        if is_first:
+            warnings.warn(
+                f'skipped a sample, and will skip others without a word, since on_error="skip": {error}', stacklevel=2
+            )
+
+    def take(self, entry: BatchEntry) -> int:
+        """How many samples this entry, which has been delivered, was made without."""
+        with self._lock:
+            return self._counts.pop(entry.number, 0)
+
+
 class Assembler:
     """Makes batches of one data set. Safe to use from several threads."""
 
     def __init__(
-        self, manifest: Manifest, columns: ColumnSet, live: LiveWindows, gatherer: Gatherer, slots: SlotPool
+        self,
+        manifest: Manifest,
+        columns: ColumnSet,
+        live: LiveWindows,
+        gatherer: Gatherer,
+        slots: SlotPool,
+        skips: Skips | None = None,
     ) -> None:
         self._urls = np.array([info.url for info in manifest.objects], object)
         self._columns = columns
         self._live = live
         self._gatherer = gatherer
         self._slots = slots
+        self._skips = skips
         self._staging = _Staging()
         self._present: tuple[str, ...] | None = None  # of the first batch, where all columns are asked for
 
     def batch(self, entry: BatchEntry) -> Batch:
         """The batch of an entry: a dict with `__key__` and `__url__`, or a tuple of the columns alone."""
+        try:
+            return self._batch(entry)
+        except SAMPLE_ERRORS:
+            if self._skips is None:
+                raise
+            return self._batch(self._readable(entry, self._skips))
+
+    def samples(self, entry: BatchEntry) -> Iterator[Batch]:
+        """The samples of an entry, one by one, decoded as they are asked for."""
+        if self._skips is None:
+            yield from self._samples(entry)
+            return
+        try:
+            found = list(self._samples(entry))
+        except SAMPLE_ERRORS:
+            found = list(self._samples(self._readable(entry, self._skips)))
+        yield from found
+
+    def _batch(self, entry: BatchEntry) -> Batch:
         located = _Located(entry, self._live)
         names = self._names(located)
         gathered = self._gather(located, names)
@@ -117,8 +178,7 @@ class Assembler:
             **dict(zip(names, values, strict=True)),
         }
 
-    def samples(self, entry: BatchEntry) -> Iterator[Batch]:
-        """The samples of an entry, one by one, decoded as they are asked for."""
+    def _samples(self, entry: BatchEntry) -> Iterator[Batch]:
         located = _Located(entry, self._live)
         names = self._names(located)
         gathered = self._gather(located, names, reuse=False)
@@ -134,11 +194,25 @@ class Assembler:
             }
             yield tuple(sample.values()) if self._columns.as_tuple else {KEY: key, URL: url, **sample}
 
+    def _readable(self, entry: BatchEntry, skips: Skips) -> BatchEntry:
+        """The entry without the samples that cannot be read."""
+        kept = []
+        for number in range(len(entry)):
+            try:
+                list(self._samples(_part(entry, [number])))
+            except SAMPLE_ERRORS as error:
+                skips.add(entry, error)
+            else:
+                kept.append(number)
+        return _part(entry, kept)
+
     def _names(self, located: _Located) -> tuple[str, ...]:
         """The columns of these samples: those that were named, or all, which have to be the same in all shards."""
         if self._columns.names is not None:
             return self._columns.names
         present = tuple(located.present())
+        if not present:  # no sample is left
+            return self._present or ()
         if self._present is None:
             self._present = present
         if set(present) != set(self._present):
@@ -203,6 +277,10 @@ class Assembler:
             return _place(self._urls[located.entry.object_no[number]], located.keys()[number], name)
 
         return where
+
+
+def _part(entry: BatchEntry, numbers: list[int]) -> BatchEntry:
+    return replace(entry, object_no=entry.object_no[numbers], sample_no=entry.sample_no[numbers])
 
 
 def _place(url: str, key: str, column: str) -> str:

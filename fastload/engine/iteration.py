@@ -20,6 +20,9 @@ from fastload.service.client import Consumer
 
 Run = ThreadedRun | InlineRun
 
+# What is made of an entry that has nothing for the user.
+NOTHING: Any = object()
+
 
 class Iteration(Iterator[Any]):
     """Yields what `run` makes. `delivered(entry)` is called for each, `exhausted()` at the end of the epoch.
@@ -44,6 +47,12 @@ class Iteration(Iterator[Any]):
     def __next__(self) -> Any:
         if self._is_over:
             raise StopIteration
+        made = NOTHING
+        while made is NOTHING:
+            made = self._next()
+        return made
+
+    def _next(self) -> Any:
         try:
             entry, made = next(self._run)
         except RunClosedError:
