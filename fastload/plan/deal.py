@@ -38,11 +38,11 @@ _BATCHES_AT_ONCE = 64
 class Deal:
     """One rank's positions, and the lanes that its node reads.
 
-    `lanes` are all that it may ever need, `home` those that it reads throughout.
+    `lanes` are all that it may ever need of all `partitions`, `home` those that it reads throughout.
     """
 
     def __init__(self, ranks: Ranks, partitions: int, global_batch: int) -> None:
-        self._partitions, self._ranks, self._global_batch = partitions, ranks, global_batch
+        self.partitions, self._ranks, self._global_batch = partitions, ranks, global_batch
         self.turn = turn_of(ranks, partitions)
         shared = shared_lanes(ranks, partitions)
         node_count = max(1, ranks.world_size // ranks.local_world_size)
@@ -72,7 +72,7 @@ class Deal:
         """
         if not self._pieces:
             ends = (
-                (p, lane_length(p, first, self._partitions), lane_length(p, stop, self._partitions)) for p in self.lanes
+                (p, lane_length(p, first, self.partitions), lane_length(p, stop, self.partitions)) for p in self.lanes
             )
             return [(lane, start, end) for lane, start, end in ends if start < end]
         low, high = self._cut(first, stop - (stop - first) % self._ranks.world_size)
@@ -88,7 +88,7 @@ class Deal:
         Where nodes cut batches, it is looked at some batches at a time, but no fewer than `step` positions.
         """
         if not self._pieces:
-            return max(first, min(limit, *(covered[lane] * self._partitions + lane for lane in self.lanes)))
+            return max(first, min(limit, *(covered[lane] * self.partitions + lane for lane in self.lanes)))
         batches = min((limit - first) // self._global_batch, max(_BATCHES_AT_ONCE, step // self._global_batch))
         low, high = self._cut(first, first + batches * self._global_batch)
         reach = np.array([covered[lane] for lane in self._row.tolist()], np.int64)
@@ -107,7 +107,7 @@ class Deal:
         numbers = np.repeat(low.ravel() - (ends - sizes), sizes) + np.arange(ends[-1] if len(ends) else 0)
         lanes = np.repeat(np.broadcast_to(self._row, low.shape).ravel(), sizes)
         # Batches follow one another, and each gives every rank of the node as many.
-        return np.sort(numbers * self._partitions + lanes)[self._ranks.local_rank :: self._ranks.local_world_size]
+        return np.sort(numbers * self.partitions + lanes)[self._ranks.local_rank :: self._ranks.local_world_size]
 
     def _cut(self, first: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """From which number up to which the node needs each lane of the row, int64[batches, lanes] each; none
@@ -115,8 +115,8 @@ class Deal:
         """
         starts = np.arange(first, stop, self._global_batch, dtype=np.int64)
         stops = np.minimum(starts + self._global_batch, stop)
-        begin = _lengths(starts, self._row, self._partitions)
-        size = _lengths(stops, self._row, self._partitions) - begin
+        begin = _lengths(starts, self._row, self.partitions)
+        size = _lengths(stops, self._row, self.partitions) - begin
         before = np.cumsum(size, axis=1) - size
         piece = size.sum(axis=1, keepdims=True) // self._pieces
         low = np.maximum(self._piece * piece - before, 0)

@@ -93,6 +93,10 @@ class Samples:
         """The windows in which they lie, each once, rising."""
         return tuple(_keys(np.unique(self.window)))
 
+    def batch(self, number: int, repeats: int, samples_after: int) -> BatchEntry:
+        """All of them as one batch, whose last `repeats` are repeats."""
+        return BatchEntry(number, self.object_no, self.sample_no, repeats, self.windows(), samples_after)
+
     def batches(self, size: int, numbers: Iterable[int], samples_after: Iterable[int]) -> list[BatchEntry]:
         """Whole batches of `size` one after the other, without repeats; given for each are its number and
         `samples_after`.

@@ -160,6 +160,19 @@ def test_a_position_in_the_middle_of_a_run_is_one_to_go_on_from(cluster, data):
     assert cluster.run(0, start).samples == run.to_the_end().samples[start.batches :]
 
 
+@settings(max_examples=100, deadline=None)
+@given(clusters(), st.sampled_from(TOLD), st.data())
+def test_a_position_where_no_batch_of_this_worker_ends(cluster, told, data):
+    """A data set in one of torch's workers saves where a round of all workers' batches ends."""
+    workers = data.draw(st.integers(1, 4))
+    run = cluster.run(0, told=told, worker=(data.draw(st.integers(0, workers - 1)), workers))
+    samples = data.draw(st.integers(0, cluster.total // (cluster.global_batch * workers)))
+    samples = data.draw(st.sampled_from([samples * cluster.global_batch * workers, cluster.total]))
+    start = saved_and_loaded(run.cursor.position_at(samples))
+    for rank in range(min(2, cluster.world_size)):
+        assert cluster.run(rank, start, told).samples == cluster.reference_batches(rank, samples)
+
+
 def saved_and_loaded(position: Position) -> Position:
     return Position.from_state(json.loads(json.dumps(position.to_state())))
 

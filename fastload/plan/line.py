@@ -1,0 +1,226 @@
+"""The line of one data set in one epoch, as far as it is known.
+
+What is known are sample counts that were told and windows that are open; from these follows how far each lane reaches,
+which windows or counts it needs to reach further, and which samples stand at its numbers. Nothing here knows who reads
+the line, or how far he is; he says which windows may be closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastload.errors import StateError
+from fastload.plan.deal import Span
+from fastload.plan.lanes import Lane, Levels, Stop
+from fastload.plan.lookahead import windows_by_bytes
+from fastload.plan.order import EpochOrder
+from fastload.plan.position import Place
+from fastload.plan.samples import NO_SAMPLES, OpenWindow, Samples
+from fastload.plan.tally import Tally, WindowKey
+
+
+class Line:
+    """`orders` are those of all partitions. `starts` are the lanes that are walked through, and from which number.
+
+    What lies before `places` is not counted: `taken` says how many samples of each partition that is, or more where it
+    has fewer.
+    """
+
+    def __init__(
+        self,
+        orders: Sequence[EpochOrder],
+        starts: Mapping[int, int],
+        places: Sequence[Place],
+        taken: Sequence[int],
+    ) -> None:
+        self.orders = tuple(orders)
+        self._partitions, self._places = len(orders), places
+        self._tally = Tally(orders, places, taken)
+        self._lanes = {lane: Lane(lane, number) for lane, number in starts.items()}
+        self._open: dict[WindowKey, OpenWindow] = {}
+        self._levels: Levels | None = None
+        self._level()
+
+    @property
+    def total(self) -> int | None:
+        """Its samples; None while not all are counted."""
+        return None if self._levels is None else self._levels.total
+
+    @property
+    def known(self) -> int:
+        """It has this many samples at least."""
+        return self._tally.at_least if self._levels is None else self._levels.total
+
+    @property
+    def open_windows(self) -> Collection[WindowKey]:
+        """The windows that are open."""
+        return self._open.keys()
+
+    def objects_of(self, key: WindowKey) -> NDArray[np.int32]:
+        """The object numbers of a window, int32."""
+        return self.orders[key.partition].window_objects(key.window)
+
+    def tell(self, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
+        """The sample counts of some objects. Raises `StateError` where one was told otherwise."""
+        self._tally.tell(object_nos, counts)
+        self._level()
+
+    def add(self, key: WindowKey, counts: NDArray[np.int64]) -> None:
+        """A window is open, and these are the counts of its objects. Raises `StateError` as `tell` does, and where the
+        line starts beyond the window's samples.
+        """
+        objects = self.objects_of(key)
+        assert len(counts) == len(objects), f"{len(counts)} counts for {len(objects)} objects"
+        assert not len(counts) or counts.min() >= 0, "a sample count is negative"
+        total = int(counts.sum())
+        self._check_start(key, total)
+        permutation = self.orders[key.partition].window_permutation(key.window, total)
+        self._tally.tell(objects, counts)
+        self._open[key] = OpenWindow(permutation, objects, counts)
+        self._level()
+
+    def close_all_but(self, kept: WindowKey | None) -> None:
+        """Close the windows that no lane needs from where it was forgotten on, but for `kept`."""
+        needed = {leg.key for lane in self._lanes.values() for leg in lane.legs} | {kept}
+        self._open = {key: window for key, window in self._open.items() if key in needed}
+
+    def skip_to(self, lane: int, number: int) -> None:
+        """Nobody here needs what `lane` holds before `number`."""
+        self._lanes[lane].skip_to(number)
+
+    def forget_before(self, lane: int, number: int) -> None:
+        """What `lane` holds before `number` is not needed any more."""
+        self._lanes[lane].forget_before(number)
+
+    def extend(self) -> None:
+        """Let lanes go on through windows that are open."""
+        for lane in self._lanes.values():
+            while (stop := lane.stop(self._tally)) is not None and stop.key in self._open:
+                lane.take(stop)
+
+    def reach(self, lane: int) -> int:
+        """Up to which number the windows of `lane` are open."""
+        return self._lanes[lane].covered
+
+    def due(self, lane: int, end: int) -> list[tuple[int, WindowKey]]:
+        """The window, if any, that has to be opened for `lane` to reach `end`, and the number from which it is needed;
+        none where a count must be told before.
+        """
+        found = self._lanes[lane]
+        stop = found.stop(self._tally) if found.covered < end else None
+        return [(found.covered, stop.key)] if stop is not None and self._is_due(found, stop) else []
+
+    def wanted(self, spans: Sequence[Span]) -> NDArray[np.int32]:
+        """Objects whose counts must be told before lanes can go on to the ends of their `spans`; those of the next
+        windows, or all where a lane has come to the end of its partition.
+        """
+        missing = [self._lanes[lane] for lane, _, end in spans if self._lanes[lane].covered < end]
+        if any(lane.stop(self._tally) is None for lane in missing):
+            return self._tally.uncounted_objects()
+        return self._tally.next_uncounted([lane.number for lane in missing])
+
+    def next_uncounted(self, partitions: Sequence[int]) -> NDArray[np.int32]:
+        """The objects without counts of the next window that has any, of each of `partitions`, int32."""
+        return self._tally.next_uncounted(partitions)
+
+    def samples(self, positions: NDArray[np.int64]) -> Samples:
+        """The samples at some positions, rising, that lanes have reached."""
+        if self._partitions == 1:
+            return self.samples_of(0, positions)
+        lanes = (positions % self._partitions).astype(np.int32)
+        by_lane = np.argsort(lanes, kind="stable")
+        bounds = np.searchsorted(lanes[by_lane], np.arange(self._partitions + 1))
+        parts = [
+            self.samples_of(p, positions[by_lane[bounds[p] : bounds[p + 1]]] // self._partitions)
+            for p in np.flatnonzero(np.diff(bounds)).tolist()
+        ]
+        return Samples.joined(parts).part_at(np.argsort(by_lane, kind="stable")) if parts else NO_SAMPLES
+
+    def samples_of(self, lane: int, numbers: NDArray[np.int64]) -> Samples:
+        """The samples at rising numbers of one lane."""
+        legs = self._lanes[lane].legs
+        bounds = np.searchsorted(numbers, [leg.start for leg in legs] + [leg.stop for leg in legs[-1:]])
+        parts = [
+            self._open[leg.key].located(numbers[first:stop] - (leg.start - leg.offset), leg.key)
+            for leg, first, stop in zip(legs, bounds, bounds[1:], strict=False)
+            if first < stop
+        ]
+        return Samples.joined(parts) if parts else NO_SAMPLES
+
+    def find(self, lane: int, number: int) -> tuple[WindowKey, int, int] | None:
+        """Window, offset and the window's samples, of a number of a lane, whoever reads it; None where counts that
+        are still missing could move it.
+        """
+        if self._levels is None:
+            return None
+        piece = self._levels.pieces(lane, number, number + 1)[0]
+        found = self._tally.find(piece.partition, piece.start)
+        assert found is not None, "a number below the quota lies in a window"
+        return WindowKey(piece.partition, found[0]), found[1], found[2]
+
+    def sample_at(self, key: WindowKey, offset: int) -> Samples:
+        """The one sample at an offset in an open window."""
+        return self._open[key].located(np.array([offset]), key)
+
+    def taken(self, lengths: Sequence[int]) -> list[int]:
+        """How many of each partition's samples lanes of some lengths have taken from its front; all that there are
+        where that is known to be fewer.
+        """
+        counted = (self._tally.length(partition) for partition in range(self._partitions))
+        return [length if of is None else min(length, of) for length, of in zip(lengths, counted, strict=True)]
+
+    def totals(self) -> list[int]:
+        """The samples of each partition. Only once all are counted."""
+        return [int(count) for count in self._tally.totals()]
+
+    def places(self, taken: Sequence[int]) -> tuple[Place, ...]:
+        """The place in each partition after so many of its samples."""
+        return tuple(self._tally.place(partition, number) for partition, number in enumerate(taken))
+
+    def windows_ahead(self, starts: Mapping[int, int], places: Sequence[Place]) -> list[WindowKey]:
+        """The windows that lanes need from `starts` on, in the order in which positions come to them, each once.
+
+        Before all counts are known, partitions are taken from `places` on, and to hold as many samples a byte.
+        """
+        if self._levels is None:
+            return windows_by_bytes(self.orders, list(starts), places)
+        first: dict[WindowKey, int] = {}
+        for lane, number in starts.items():
+            for at, key in self.windows_of(lane, number):
+                position = at * self._partitions + lane
+                first[key] = min(position, first.get(key, position))
+        return sorted(first, key=lambda key: (first[key], key))
+
+    def windows_of(self, lane: int, start: int) -> list[tuple[int, WindowKey]]:
+        """From `start` on, where `lane` comes to a window, and which. Only once all is counted."""
+        assert self._levels is not None, "not all sample counts are known"
+        found = []
+        for piece in self._levels.pieces(lane, start, int(self._levels.quota[lane])):
+            for key, sample in self._tally.windows(*piece):
+                found.append((start + sample - piece.start, key))
+            start += piece.stop - piece.start
+        return found
+
+    def _is_due(self, lane: Lane, stop: Stop) -> bool:
+        """Whether a lane needs a window, or may lie beyond its end, which only a count can tell."""
+        is_start = lane.covered == lane.first and stop.key.window == self._places[lane.number].window
+        return stop.length > 0 or stop.offset == 0 or is_start
+
+    def _check_start(self, key: WindowKey, count: int) -> None:
+        window, offset = self._places[key.partition]
+        # With several partitions an offset may reach beyond its window, and the whole partition is looked at.
+        if self._partitions == 1 and key.window == window and offset and offset >= count:
+            raise StateError(
+                f"the state is at sample {offset} of window {window}, which has {count} samples: "
+                "the shards are not those it was saved with; load another state"
+            )
+
+    def _level(self) -> None:
+        """Once everything is counted: settle where lanes end."""
+        if self._levels is None and self._tally.is_complete:
+            self._levels = Levels(self._tally.totals())
+            for lane in self._lanes.values():
+                lane.level(self._levels)
