@@ -22,27 +22,21 @@ import torch.utils.data
 
 from fastload.config import parse_bytes
 from fastload.decode import Decoder
-from fastload.engine.assemble import Assembler, Skips
 from fastload.engine.columns import ColumnSet
 from fastload.engine.epochs import EpochCounter
-from fastload.engine.feed import Feed
-from fastload.engine.gather import Gatherer
 from fastload.engine.iteration import Iteration
 from fastload.engine.job import Job
-from fastload.engine.reader import WindowReader
+from fastload.engine.passes import Pass, PassOptions, begin_pass
 from fastload.engine.run import InlineRun
-from fastload.engine.session import Session, Source
+from fastload.engine.session import Source
 from fastload.errors import ConfigError
 from fastload.plan import (
-    EpochCursor,
     OrderWish,
     Position,
     Ranks,
     Shuffle,
     Split,
     Tail,
-    epoch_orders,
-    first_objects,
     sample_count_of_rank,
 )
 from fastload.plan.tail import check_tail
@@ -52,33 +46,15 @@ from fastload.service.handle import Cache
 # enough that the first comes at once.
 _SAMPLES_AT_ONCE = 32
 
-# Of the next epoch, what is fetched ahead when one has been read to its end: some windows, since the user may be about
-# to do something else.
-_NEXT_EPOCH_BYTES = 512 << 20
-
 
 @dataclass(frozen=True, slots=True)
 class _Settings:
     """What the user said, checked."""
 
     urls: tuple[str, ...]
-    cache: Cache
-    columns: ColumnSet
-    tail: Tail
     storage_options: Mapping[str, Any] | None
     batch_size: int | None
-    skips_errors: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """One pass over a rank's share of an epoch, ready to be run: see `StreamingDataset.begin`."""
-
-    session: Session
-    cursor: EpochCursor
-    feed: Feed
-    assembler: Assembler
-    skips: Skips | None  # counts the samples that cannot be read, if they are left out
+    passes: PassOptions
 
 
 class StreamingDataset(torch.utils.data.IterableDataset[Any]):
@@ -88,9 +64,10 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
     paths; one or a list. `cache`: a `fastload.Cache`; without one, `$FASTLOAD_CACHE` or the user's cache directory.
 
     `shuffle`: False; True or "window", which shuffles shards and then the samples of several shards together;
-    "shards", which shuffles shards only. `shuffle_window` is the size of such a window; "auto" is 512 MiB, or less
-    where the cache's arena is below 2 GiB, and what a state says where one is loaded. The order is a function of the
-    data, `seed`, the window and the epoch, on every machine.
+    "shards", which shuffles shards only; "global", which takes every sample from anywhere, and needs a cache that holds
+    the data and its index (see docs/shuffling.md). `shuffle_window` is the size of such a window; "auto" is 512 MiB, or
+    less where the cache's arena is below 2 GiB, and what a state says where one is loaded. The order is a function of
+    the data, `seed`, the window and the epoch, on every machine.
 
     `columns`: the columns of a sample, by name (the part of a member's name after the first dot). `decode`: a decoder
     of `fastload.decode` a column; columns without one are raw bytes, and where `decode` is given and `columns` is not,
@@ -122,7 +99,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
         cache: Cache | None = None,
-        shuffle: bool | Literal["window", "shards"] = False,
+        shuffle: bool | Literal["window", "shards", "global"] = False,
         seed: int = 0,
         shuffle_window: int | str = "auto",
         columns: Sequence[str] | None = None,
@@ -145,12 +122,11 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
             raise ConfigError(f"cache={cache!r} must be a fastload.Cache, such as fastload.Cache({str(cache)!r})")
         self._settings = _Settings(
             _checked_urls(urls),
-            cache,
-            ColumnSet.of(columns, decode, as_tuple),
-            check_tail(tail),
             storage_options,
             batch_size,
-            _checked_on_error(on_error) == "skip",
+            PassOptions(
+                cache, ColumnSet.of(columns, decode, as_tuple), check_tail(tail), _checked_on_error(on_error) == "skip"
+            ),
         )
         wish = _order_wish(shuffle, seed, shuffle_window, partitions)
         self._job = Job((rank, world_size), _checked_count(replicas, "replicas"), wish, cache.ram_bytes)
@@ -165,7 +141,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
     @property
     def tail(self) -> Tail:
         """What is done where ranks do not divide the samples."""
-        return self._settings.tail
+        return self._settings.passes.tail
 
     @property
     def sample_count(self) -> int:
@@ -180,7 +156,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
 
     def __len__(self) -> int:
         """Samples of this rank, repeats included. TypeError, with the cure, while shards are not indexed."""
-        return sample_count_of_rank(self.sample_count, self.ranks, self._settings.tail, self.partitions)
+        return sample_count_of_rank(self.sample_count, self.ranks, self._settings.passes.tail, self.partitions)
 
     @property
     def ranks(self) -> Ranks:
@@ -231,30 +207,26 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         settings, source = self._settings, self._source
         self._job.settle(
             source,
-            {"tail": settings.tail, "batch_size": batch_size},
+            {"tail": settings.passes.tail, "batch_size": batch_size},
             in_worker=torch.utils.data.get_worker_info() is not None,
         )
         session = source.open()
         try:
-            cursor = self._cursor(epoch, batch_size, drop_last=drop_last, start=start, worker=worker, split=split)
-            counts = self._job.counts(source, session.waits)
+            return begin_pass(
+                session,
+                source,
+                self._job,
+                settings.passes,
+                epoch,
+                batch_size,
+                drop_last=drop_last,
+                start=start,
+                worker=worker,
+                split=split,
+            )
         except BaseException:
             source.give_back(session)
             raise
-        manifest, order = cursor.orders[0].manifest, self._job.order
-        reader = WindowReader(session.consumer, source.shards, source.first_chunk)
-        expected_next = partial(first_objects, manifest, order, epoch + 1, self.ranks, _NEXT_EPOCH_BYTES)
-        feed = Feed(cursor, reader, counts, expected_next)
-        gatherer = Gatherer(session.consumer, int(source.first_chunk[-1]), session.consumer.chunk_bytes)
-        skips = Skips() if settings.skips_errors else None
-        assembler = Assembler(manifest, settings.columns, reader.live, gatherer, source.slots, skips)
-        return Pass(session, cursor, feed, assembler, skips)
-
-    def _cursor(self, epoch: int, batch_size: int, **options: Any) -> EpochCursor:
-        manifest = self._source.manifest
-        assert manifest is not None, "a session is open"
-        orders = epoch_orders(manifest, self._job.order, epoch)
-        return EpochCursor(orders, self.ranks, batch_size, tail=self._settings.tail, **options)
 
     def end(self, current: Pass) -> None:
         """A pass is over, finished or not: its windows are given back, and its session may serve another."""
@@ -289,8 +261,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
 
     def _new_source(self, manifest: Any) -> Source:
         settings = self._settings
-        kernels = settings.columns.kernel_modules()
-        return Source(settings.urls, settings.cache, settings.storage_options, kernels, manifest)
+        kernels = settings.passes.columns.kernel_modules()
+        return Source(settings.urls, settings.passes.cache, settings.storage_options, kernels, manifest)
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs."""
@@ -319,9 +291,10 @@ def _order_wish(shuffle: bool | str, seed: int, shuffle_window: int | str, parti
         True: "window",
         "window": "window",
         "shards": "shards",
+        "global": "global",
     }
     if not isinstance(shuffle, bool | str) or shuffle not in ways:
-        raise ConfigError(f'shuffle={shuffle!r} must be False, True, "window" or "shards"')
+        raise ConfigError(f'shuffle={shuffle!r} must be False, True, "window", "shards" or "global"')
     if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise ConfigError(f"seed={seed!r} must be an integer")
     if partitions is not None:

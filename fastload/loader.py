@@ -22,9 +22,10 @@ import torch.utils.data
 from torch.utils.data import default_collate, default_convert
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from fastload.dataset import Pass, StreamingDataset
+from fastload.dataset import StreamingDataset
 from fastload.engine.assemble import Skips
 from fastload.engine.iteration import NOTHING, Iteration
+from fastload.engine.passes import Pass
 from fastload.engine.pool import DecodePool
 from fastload.engine.run import InlineRun, ThreadedRun
 from fastload.errors import ConfigError, StateError

@@ -32,7 +32,7 @@ def data_set(url: str, tmp_path: Path, **options: Any) -> fastload.StreamingData
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_get_shorter_and_not_fewer(url: str, tmp_path: Path, num_workers: int) -> None:
     loader = fastload.DataLoader(data_set(url, tmp_path), batch_size=2, num_workers=num_workers)
-    with pytest.warns(UserWarning, match=r"skipped a sample.*0\.tar: sample 's/003', column 'cls'") as told:
+    with pytest.warns(UserWarning, match=r"skipped a sample.*\.tar: sample 's/0\d\d'") as told:
         batches = [batch["cls"].tolist() for batch in loader]
     assert len(told) == 1
     assert batches == [[n for n in (first, first + 1) if n not in BAD] for first in range(0, COUNT, 2)]

@@ -165,6 +165,12 @@ class Assembler:
             found = list(self._samples(self._readable(entry, self._skips)))
         yield from found
 
+    def chunks_of(self, entry: BatchEntry) -> Ints:
+        """The chunks that an entry needs. Values that are missing need none: the batch will say what is wrong."""
+        located = _Located(entry, self._live)
+        names = located.present() if self._columns.names is None else self._columns.names
+        return self._gatherer.needed([located.values_of(name) for name in names])
+
     def _batch(self, entry: BatchEntry) -> Batch:
         located = _Located(entry, self._live)
         names = self._names(located)

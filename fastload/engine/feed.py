@@ -72,7 +72,7 @@ class Feed:
 
     def done(self, entry: BatchEntry) -> None:
         """The entry's batch is made, or given up."""
-        self._reader.done(entry.windows)
+        self._reader.done(entry)
 
     def close(self) -> None:
         """Give back whatever is still held, and end the plan if it was not read to its end."""
@@ -91,5 +91,5 @@ class Feed:
     def _held(self, entries: list[BatchEntry]) -> Iterator[BatchEntry]:
         # All are held before the first is out, so that none of their windows closes while later ones wait here.
         for entry in entries:
-            self._reader.hold(entry.windows)
+            self._reader.hold(entry)
         yield from entries

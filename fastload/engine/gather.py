@@ -58,8 +58,7 @@ class Gatherer:
 
     def fill(self, columns: list[tuple[Values, Ints, Bytes]]) -> None:
         """Copy each column's values to `out_offsets` of its output; waits for the chunks that they need."""
-        self._scratch.reserve(self._chunk_count)
-        remaining = self._needed([values for values, _, _ in columns])
+        remaining = self.needed([values for values, _, _ in columns])
         copied = 0
         while len(remaining):
             with self._consumer.acquire(remaining) as held:
@@ -70,7 +69,9 @@ class Gatherer:
         expected = sum(int(values.size.sum()) for values, _, _ in columns)
         assert copied == expected, f"gathered {copied} of {expected} bytes"
 
-    def _needed(self, columns: list[Values]) -> Ints:
+    def needed(self, columns: list[Values]) -> Ints:
+        """The chunks in which these values lie, each once, rising."""
+        self._scratch.reserve(self._chunk_count)
         parts = [
             needed_chunks(values.first_chunk, values.offset, values.size, self._chunk_bytes, self._scratch.seen)
             for values in columns

@@ -9,7 +9,7 @@ before the first window that is not closed.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from fastload.engine.shards import ShardTable
 from fastload.engine.windows import Ints, LiveWindows, Window, window_chunks
 from fastload.errors import ServiceError
+from fastload.plan import BatchEntry
 from fastload.service.client import Consumer
 
 Objects = npt.NDArray[np.integer]
@@ -52,21 +53,22 @@ class WindowReader:
     def open(self, key: Hashable, object_nos: Objects) -> npt.NDArray[np.int64]:
         """Open a window; the sample counts of its shards, int64[objects]. Waits for what must be parsed."""
         numbers = object_nos.astype(np.int64)
-        self._opening = chunk_nos = window_chunks(self._first_chunk, numbers)
+        self._opening = chunk_nos = self._chunks_to_lease(numbers)
         self._consumer.want(chunk_nos)
         indexes = self._shards.get(self._consumer, numbers.tolist())
+        self._indexed(numbers)
         window = Window(key, numbers, indexes, self._first_chunk[numbers], chunk_nos)
         self.live.open(window)
         self._opening = None
         return window.counts
 
-    def hold(self, windows: Iterable[Hashable]) -> None:
-        """A batch from these windows is in the making."""
-        self.live.hold(windows)
+    def hold(self, entry: BatchEntry) -> None:
+        """The batch of this entry is in the making."""
+        self.live.hold(entry.windows)
 
-    def done(self, windows: Iterable[Hashable]) -> None:
-        """That batch is made, or given up."""
-        self._give_back(self.live.done(windows))
+    def done(self, entry: BatchEntry) -> None:
+        """It is made, or given up."""
+        self._give_back(self.live.done(entry.windows))
 
     def retire_all_but(self, needed: Collection[Hashable]) -> None:
         """No batch to come needs any other window that is open."""
@@ -88,6 +90,16 @@ class WindowReader:
                 raise
             # It was closed meanwhile, and with it all that it held.
 
+    def _chunks_to_lease(self, numbers: Ints) -> Ints:
+        """The chunks of a window's objects that are leased while it is open."""
+        return self._chunks_of_objects(numbers)
+
+    def _indexed(self, numbers: Ints) -> None:
+        """The objects of a window that is being opened are indexed."""
+
+    def _chunks_of_objects(self, numbers: Ints) -> Ints:
+        return window_chunks(self._first_chunk, numbers)
+
     def _let_go(self) -> None:
         with self._planning:
             self._planned = []
@@ -102,7 +114,8 @@ class WindowReader:
         if not closed:
             return
         for window in closed:
-            self._consumer.release(window.chunk_nos)
+            if len(window.chunk_nos):
+                self._consumer.release(window.chunk_nos)
         with self._planning:
             self._closed.update(window.key for window in closed)
             before = self._behind

@@ -143,8 +143,8 @@ class Source:
             counts = self._counts_here()
             if (counts < 0).any():
                 stored = self.shards.known_counts(session.consumer)
-                if stored is not None:
-                    self.learn_counts(np.arange(len(stored), dtype=np.int32), stored)
+                known = np.flatnonzero(stored >= 0).astype(np.int32)
+                self.learn_counts(known, stored[known])
         finally:
             self.give_back(session)
         return counts if (counts >= 0).all() else None

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import cachetools
 import numpy as np
+import numpy.typing as npt
 
 from fastload.errors import ShardError
 from fastload.formats import ShardIndex, indexer_for
@@ -19,8 +20,6 @@ from fastload.service.client import Consumer
 
 # Indexes take about 80 bytes a sample. Windows hold the ones in use; this is for those that come again next epoch.
 _MEMORY_BYTES = 256 << 20
-# Indexes asked for in one message when only their counts are wanted.
-_COUNTS_AT_ONCE = 256
 
 
 class ShardTable:
@@ -49,17 +48,11 @@ class ShardTable:
                     self._known[number] = index
         return [found[number] for number in object_nos]
 
-    def known_counts(self, consumer: Consumer) -> np.ndarray | None:
-        """int64[objects]: how many samples each shard has; None where one has no index yet. Parses nothing."""
-        counts = np.zeros(len(self._manifest), np.int64)
-        for start in range(0, len(counts), _COUNTS_AT_ONCE):
-            numbers = list(range(start, min(start + _COUNTS_AT_ONCE, len(counts))))
-            known = self._in_memory(numbers)
-            stored = consumer.get_indexes([number for number in numbers if number not in known])
-            for number in numbers:
-                index = known.get(number) or self._stored_index(number, stored.get(number))
-                if index is None:
-                    return None
+    def known_counts(self, consumer: Consumer) -> npt.NDArray[np.int64]:
+        """int64[objects]: how many samples each shard has, -1 where nobody knows yet. Parses nothing."""
+        counts = consumer.get_counts(range(len(self._manifest)))
+        with self._lock:  # the service keeps no index above 64 MiB
+            for number, index in self._known.items():
                 counts[number] = index.sample_count
         return counts
 
