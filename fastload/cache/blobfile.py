@@ -63,14 +63,39 @@ def read(path: Path, name: str) -> bytes:
     return data
 
 
+def read_head(path: Path, name: str, head_bytes: int) -> tuple[bytes, int]:
+    """The first `head_bytes` of the blob's data, or all that it has, and the length of all its data.
+
+    Only the trailer is verified, so that not all has to be read: whoever uses the head has to expect anything in it.
+    """
+    fd = syscalls.open(path, os.O_RDONLY)
+    try:
+        status = syscalls.fstat(fd)
+        length = status.st_size - TRAILER_BYTES
+        if not stat.S_ISREG(status.st_mode) or length < 0:
+            raise ChunkDamagedError(f"no blob has a file of {status.st_size} bytes")
+        head, trailer = bytearray(min(head_bytes, length)), bytearray(TRAILER_BYTES)
+        transfer(syscalls.preadv, fd, (memoryview(head),), "read")
+        transfer(syscalls.preadv, fd, (memoryview(trailer),), "read", start=length)
+    finally:
+        syscalls.close(fd)
+    _check_trailer(bytes(trailer), name, length)
+    return bytes(head), length
+
+
 def _check(trailer: bytes, name: str, data: bytes) -> None:
+    if _check_trailer(trailer, name, len(data)) != xxh3_64_intdigest(data):
+        raise ChunkDamagedError("the data's checksum differs")
+
+
+def _check_trailer(trailer: bytes, name: str, data_bytes: int) -> int:
+    """The checksum that the data should have."""
     head = trailer[: _TRAILER.size]
     if _CHECKSUM.pack(xxh3_64_intdigest(head)) != trailer[_TRAILER.size :]:
         raise ChunkDamagedError("the trailer's checksum differs")
     magic, length, name_hash, data_hash = _TRAILER.unpack(head)
-    if magic != MAGIC or length != len(data):
-        raise ChunkDamagedError(f"it is no blob of {len(data)} bytes")
+    if magic != MAGIC or length != data_bytes:
+        raise ChunkDamagedError(f"it is no blob of {data_bytes} bytes")
     if name_hash != xxh3_64_intdigest(name.encode()):
         raise ChunkDamagedError("it is another blob")
-    if data_hash != xxh3_64_intdigest(data):
-        raise ChunkDamagedError("the data's checksum differs")
+    return int(data_hash)

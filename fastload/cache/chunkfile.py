@@ -242,13 +242,17 @@ def _check_blocks(data: memoryview, expected: Sequence[int]) -> None:
 
 
 def transfer(
-    call: Callable[[int, Sequence[memoryview], int], int], fd: int, parts: Sequence[memoryview], verb: str
+    call: Callable[[int, Sequence[memoryview], int], int],
+    fd: int,
+    parts: Sequence[memoryview],
+    verb: str,
+    start: int = 0,
 ) -> None:
-    """Move all of `parts` from or to the start of the file, however little the call moves at a time."""
+    """Move all of `parts` from or to the file's bytes from `start`, however little the call moves at a time."""
     left = [part for part in parts if len(part)]
     done = 0
     while left:
-        moved = call(fd, left, done)
+        moved = call(fd, left, start + done)
         if moved == 0:
             raise OSError(errno.EIO, f"could {verb} only {done} bytes")
         done += moved

@@ -161,6 +161,17 @@ class DiskTier:
         """The value under `name`, verified, or None where it is not to be had."""
         return self._get(_checked(name), lambda path: blobfile.read(path, name), len)
 
+    def has_blob(self, name: str) -> bool:
+        """Whether there is a value under `name`, as far as is known. Never blocks."""
+        return self._health.readable and name in self._held
+
+    def get_blob_head(self, name: str, head_bytes: int) -> tuple[bytes, int] | None:
+        """The first bytes of the value under `name`, and how long all of it is; None where it is not to be had.
+
+        The head itself is not verified: see `blobfile.read_head`.
+        """
+        return self._get(_checked(name), lambda path: blobfile.read_head(path, name, head_bytes), lambda _: head_bytes)
+
     def put_blob(self, name: str, data: bytes) -> bool:
         """Keep `data` under `name`, in place of what was there; False where there is no room, or no disk."""
         need = blobfile.file_bytes(len(data))

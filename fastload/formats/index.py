@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from fastload.errors import ShardError
 
-__all__ = ["ShardIndex"]
+__all__ = ["HEADER_BYTES", "ShardIndex", "stored_sample_count"]
 
 Number = TypeVar("Number", bound=np.generic)
 
@@ -36,6 +36,7 @@ VERSION = 1
 # bytes.
 _HEADER = struct.Struct("<8sQIIQQQQQ")
 _CHECKED_FROM = 16
+HEADER_BYTES = _HEADER.size
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +147,22 @@ class ShardIndex:
         return _Reader(bytes(data), url, object_size).read()
 
 
+def stored_sample_count(header: bytes, length: int) -> int:
+    """How many samples a stored index has, from its first `HEADER_BYTES` and the length of all of it; -1 where that is
+    no index. Its checksum is not looked at: the counts have to add up to the length.
+    """
+    if len(header) < _HEADER.size:
+        return -1
+    magic, _, version, columns, _, samples, members, keys, names = _HEADER.unpack_from(header)
+    fits = length == _stored_bytes(columns, samples, members, keys, names)
+    return int(samples) if magic == MAGIC and version == VERSION and fits else -1
+
+
+def _stored_bytes(columns: int, samples: int, members: int, keys: int, names: int) -> int:
+    # Python's integers: counts of any size cannot overflow here.
+    return _HEADER.size + 16 * (samples + 1) + 20 * members + keys + 4 * columns + names
+
+
 class _Reader:
     """Reads a stored index, believing nothing."""
 
@@ -192,8 +209,7 @@ class _Reader:
         found = xxhash.xxh3_64_intdigest(memoryview(data)[_CHECKED_FROM:])
         self._require(found == checksum, f"checksum {found:016x} where {checksum:016x} is stored")
         self._require(size == self._object_size, f"of an object of {size} bytes, not {self._object_size}")
-        # Python's integers: counts of any size cannot overflow here.
-        length = _HEADER.size + 16 * (samples + 1) + 20 * members + keys + 4 * columns + names
+        length = _stored_bytes(columns, samples, members, keys, names)
         self._require(len(data) == length, f"{len(data)} bytes where its counts need {length}")
         return columns, samples, members, keys, names
 

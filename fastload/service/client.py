@@ -31,6 +31,7 @@ from fastload.service.leases import Lease, offsets_by_arena
 from fastload.service.protocol import Progress
 from fastload.service.session import Connector, Int64, Session, chunk_starts
 from fastload.store import normalise
+from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
 from fastload.waiting import DEADLINE_S, Reason, Waits
 
@@ -90,14 +91,25 @@ class Consumer(Session):
 
     # What is in the store
 
-    def resolve(self, urls: Sequence[str], endings: Sequence[str], deadline_s: float = DEADLINE_S) -> list[ObjectInfo]:
-        """The objects that `urls` (patterns, prefixes, plain URLs) stand for; the store's errors come as they are."""
+    def resolve(
+        self,
+        urls: Sequence[str],
+        endings: Sequence[str],
+        deadline_s: float = DEADLINE_S,
+        *,
+        beside: Sequence[str] = (),
+    ) -> ObjectTable:
+        """The objects that `urls` (patterns, prefixes, plain URLs) stand for; the store's errors come as they are.
+
+        A prefix stands for what is under it and ends in one of `endings`, and for all there that is called one of
+        `beside`.
+        """
         # Made absolute here: the service has another working directory.
         names = [normalise(url) if url else url for url in map(os.fspath, urls)]
         parts = self._ask_service(
-            lambda request: protocol.Resolve(request, names, list(endings)), "listing", deadline_s
+            lambda request: protocol.Resolve(request, names, list(endings), list(beside)), "listing", deadline_s
         )
-        return [info for part in parts if isinstance(part, protocol.Resolved) for info in part.rows.objects()]
+        return ObjectTable.joined([part.rows.table() for part in parts if isinstance(part, protocol.Resolved)])
 
     def attach(self, objects: Sequence[ObjectInfo]) -> None:
         """Say which objects chunk numbers refer to; ends all leases, wants and the plan of the ones before."""
@@ -105,8 +117,8 @@ class Consumer(Session):
         with self._changed:
             if self._table.counts()["pinned"]:
                 raise ServiceError("attach() while chunks are pinned: end every `with acquire(...)` first")
-            self._objects = list(objects)
-            self._first_chunk = chunk_starts([info.size for info in self._objects], self.chunk_bytes)
+            self._objects = ObjectTable.of(objects)
+            self._first_chunk = chunk_starts(self._objects.sizes, self.chunk_bytes)
             self._plan = self._progress = None
             self._table.clear()
             self._tell_objects()
@@ -237,6 +249,22 @@ class Consumer(Session):
         if len(data) <= protocol.INDEX_BYTES_MAX:
             with self._changed:
                 self._send(protocol.PutIndex(int(object_no), bytes(data)))
+
+    def get_counts(self, object_nos: Ints, deadline_s: float = DEADLINE_S) -> Int64:
+        """int64[n]: how many samples these objects hold, -1 for those without a stored index."""
+        numbers = [int(number) for number in object_nos]
+        counts = [np.empty(0, np.int64)]
+        for start in range(0, len(numbers), protocol.COUNTS_PER_REQUEST):
+            asked = numbers[start : start + protocol.COUNTS_PER_REQUEST]
+            counts.append(self._get_counts(asked, deadline_s))
+        return np.concatenate(counts)
+
+    def _get_counts(self, numbers: list[int], deadline_s: float) -> Int64:
+        (part,) = self._ask_service(lambda request: protocol.GetCounts(request, numbers), "index", deadline_s)
+        assert isinstance(part, protocol.Counts)
+        if len(part.counts) != 8 * len(numbers):
+            raise ServiceError(f"the cache service answered {len(part.counts)} bytes for {len(numbers)} sample counts")
+        return np.frombuffer(part.counts, "<i8").astype(np.int64)
 
     # Figures
 

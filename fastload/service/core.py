@@ -89,8 +89,8 @@ class Core:
         self._writer = WriteBehind(
             self.arena, self.disk, self._disk_order, self._watch, self._table.refresh, self._written
         )
-        indexes = Indexes(self.disk, self._disk_order, self._watch)
-        self._requests = Requests(self._stores, indexes, self._stats, self._pools)
+        self._indexes = Indexes(self.disk, self._disk_order, self._watch)
+        self._requests = Requests(self._stores, self._indexes, self._stats, self._pools)
         self._quota = Quota(self.disk, self._disk_order, self._pools)
         self.consumers: set[ConsumerState] = set()
         self._plans = PlanSet(self.consumers, self._table, self._disk_order)
@@ -115,6 +115,7 @@ class Core:
         self.consumers.discard(consumer)
         self._detach(consumer)
         self._stores.remove(consumer.options_key)
+        self._indexes.flush()
         self._wake()
 
     def receive(self, consumer: ConsumerState, message: protocol.FromConsumer) -> None:
@@ -144,7 +145,7 @@ class Core:
         if message.first:
             self._detach(consumer)
         endpoint = self._stores.endpoint(consumer.options_key)
-        infos = message.rows.objects()
+        infos = message.rows.table()
         consumer.append([self._objects.use(info, object_id(info, self.chunk_bytes, endpoint)) for info in infos])
 
     def _detach(self, consumer: ConsumerState) -> None:

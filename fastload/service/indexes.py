@@ -2,17 +2,22 @@
 
 What is in an index is the consumers' business, who check it when they get it. An index is small and saves reading its
 whole shard, so it is worth more than any chunk: where the quota is full, chunks go for it.
+
+The one thing that is read here is how many samples an index has, which `SampleCounts` keeps: a consumer that wants to
+know how long an epoch is would otherwise get all indexes, 80 bytes a sample, for 8 bytes a shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
 
 from cachetools import LRUCache
 
 from fastload.cache import ChunkKey, DiskTier
 from fastload.config import MIB
+from fastload.formats.index import HEADER_BYTES, stored_sample_count
+from fastload.service.counts import SampleCounts
 from fastload.service.diskorder import DiskOrder
 from fastload.service.pools import Done
 from fastload.service.stalls import DiskWatch
@@ -21,12 +26,14 @@ _RAM_BYTES = 256 * MIB
 _VICTIMS_MAX = 4
 # Indexes read in one go: each is a small file, a few milliseconds on a slow disk.
 _READ_AT_ONCE = 64
+# The same where only their heads are read.
+_HEADS_AT_ONCE = 512
 
 Found = Callable[[dict[bytes, bytes]], None]
 
 
 class Indexes:
-    """Used by the loop's thread only, except for `_read` and `_write`."""
+    """Used by the loop's thread only, except for what the pool runs."""
 
     def __init__(self, disk: DiskTier, order: DiskOrder, watch: DiskWatch) -> None:
         self._disk, self._order = disk, order
@@ -34,6 +41,7 @@ class Indexes:
         self._pool = watch.pool("index", 1)
         # The last index of a run comes just before its consumer leaves, and the service may end right then.
         self._pool.finishes = True
+        self._counts = SampleCounts()
 
     def get(self, object_ids: Iterable[bytes], found: Found) -> None:
         """Call `found` with those indexes that there are: now, or when the disk has been read."""
@@ -73,27 +81,100 @@ class Indexes:
         self._remember(object_id, data)
         if not self._disk.writable:
             return
+        self._write(object_id.hex(), data)
+
+    def _remember(self, object_id: bytes, data: bytes) -> None:
+        self._counts.add(object_id, stored_sample_count(data[:HEADER_BYTES], len(data)))
+        if len(data) <= self._ram.maxsize:
+            self._ram[object_id] = data
+
+    # Sample counts
+
+    def counts(self, object_ids: Sequence[bytes], found: Callable[[list[int]], None]) -> None:
+        """Call `found` with the sample counts of these objects, -1 for those without an index: now, or when the disk
+        has been read.
+        """
+        if self._counts.is_loaded or not self._disk.has_blob(SampleCounts.NAME):
+            self._look_up_counts(object_ids, found)
+            return
+
+        def done(stored: bytes | None, error: BaseException | None) -> None:
+            take(stored, error)
+            self._look_up_counts(object_ids, found)
+
+        def take(stored: bytes | None, error: BaseException | None) -> None:
+            self._counts.load(stored or b"")
+
+        def hung() -> Done:
+            found(self._counts.of(object_ids))
+            return take
+
+        self._pool.submit(self._disk.get_blob, SampleCounts.NAME, done=done, hung=hung)
+
+    def _look_up_counts(self, object_ids: Sequence[bytes], found: Callable[[list[int]], None]) -> None:
+        counts = self._counts.of(object_ids)
+        places = [place for place, count in enumerate(counts) if count < 0]
+        places = [place for place in places if self._disk.has_blob(object_ids[place].hex())]
+        self._look_into_heads(object_ids, counts, places, found)
+
+    def _look_into_heads(
+        self, object_ids: Sequence[bytes], counts: list[int], places: list[int], found: Callable[[list[int]], None]
+    ) -> None:
+        """Put the counts for `places` into `counts`, some at a time, and call `found` with them."""
+        if not places or not self._disk.readable:
+            found(counts)
+            return
+        some, rest = places[:_HEADS_AT_ONCE], places[_HEADS_AT_ONCE:]
+
+        def take(more: list[int] | None, error: BaseException | None) -> None:
+            for place, count in zip(some, more or (), strict=False):
+                self._counts.add(object_ids[place], count)
+                counts[place] = count
+
+        def done(more: list[int] | None, error: BaseException | None) -> None:
+            take(more, error)
+            self._look_into_heads(object_ids, counts, rest, found)
+
+        def hung() -> Done:
+            found(list(counts))
+            return take
+
+        self._pool.submit(self._read_heads, [object_ids[place] for place in some], done=done, hung=hung)
+
+    def flush(self) -> None:
+        """Write down the counts that came since the last time."""
+        if self._counts.is_changed and self._disk.writable:
+            self._write(SampleCounts.NAME, self._counts.to_bytes(), adds=not self._counts.is_loaded)
+
+    # In the pool's thread
+
+    def _read(self, object_ids: list[bytes]) -> dict[bytes, bytes]:
+        blobs = ((object_id, self._disk.get_blob(object_id.hex())) for object_id in object_ids)
+        return {object_id: data for object_id, data in blobs if data is not None}
+
+    def _read_heads(self, object_ids: list[bytes]) -> list[int]:
+        heads = (self._disk.get_blob_head(object_id.hex(), HEADER_BYTES) for object_id in object_ids)
+        return [-1 if head is None else stored_sample_count(*head) for head in heads]
+
+    def _write(self, name: str, data: bytes, *, adds: bool = False) -> None:
         victims = list(islice(chain(self._order.idle(), self._order.covered()), _VICTIMS_MAX))
 
         def done(removed: list[ChunkKey] | None, error: BaseException | None) -> None:
             for key in removed or ():
                 self._order.discard(key)
 
-        self._pool.submit(self._write, object_id, data, victims, done=done, hung=lambda: done)
+        self._pool.submit(self._put_blob, name, data, victims, adds, done=done, hung=lambda: done)
 
-    def _remember(self, object_id: bytes, data: bytes) -> None:
-        if len(data) <= self._ram.maxsize:
-            self._ram[object_id] = data
+    def _put_blob(self, name: str, data: bytes, victims: list[ChunkKey], adds: bool) -> list[ChunkKey]:
+        """Write, behind what is there where it `adds`; where the quota is full (not the disk), drop chunks for it.
 
-    def _read(self, object_ids: list[bytes]) -> dict[bytes, bytes]:
-        blobs = ((object_id, self._disk.get_blob(object_id.hex())) for object_id in object_ids)
-        return {object_id: data for object_id, data in blobs if data is not None}
-
-    def _write(self, object_id: bytes, data: bytes, victims: list[ChunkKey]) -> list[ChunkKey]:
-        """Write, and where the quota is full (not the disk), drop chunks for it; returns the dropped ones."""
+        Returns the dropped ones.
+        """
+        if adds:
+            data = SampleCounts.added(self._disk.get_blob(name) or b"", data)
         removed: list[ChunkKey] = []
         while self._disk.writable and self._disk.free_bytes < len(data) + 8192 and victims:
             removed.append(victims.pop(0))
             self._disk.remove(removed[-1])
-        self._disk.put_blob(object_id.hex(), data)
+        self._disk.put_blob(name, data)
         return removed

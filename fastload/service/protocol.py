@@ -18,15 +18,18 @@ Two rules keep leases exact although both sides speak at once:
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from fastload.errors import ServiceError
+from fastload.store.table import ObjectTable, Texts
 from fastload.store.types import ObjectInfo
 
-VERSION = 1
+VERSION = 2
 FRAME_BYTES_MAX = 64 << 20
 
 # Rows of objects in one piece: some megabytes of msgpack, a few tens of milliseconds of work for the receiver.
@@ -34,6 +37,9 @@ OBJECTS_PER_PIECE = 10_000
 # Index bytes in one piece; one index alone may be larger, up to `INDEX_BYTES_MAX`.
 INDEX_BYTES_PER_PIECE = 8 << 20
 INDEX_BYTES_MAX = FRAME_BYTES_MAX - 4096
+
+# Sample counts asked for in one message: a fraction of a second's work for the service.
+COUNTS_PER_REQUEST = 100_000
 
 # Where a granted chunk had to come from.
 SOURCE_RAM, SOURCE_DISK, SOURCE_REMOTE = 0, 1, 2
@@ -47,30 +53,44 @@ class Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
 
 class ObjectRows(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """`ObjectInfo`s by column."""
+    """`ObjectInfo`s by column: integers in little-endian, texts one after the other in UTF-8.
 
-    urls: list[str]
-    sizes: list[int]
-    etags: list[str | None]
-    mtimes_ns: list[int]
+    `sizes` and `mtimes_ns` are int64; `url_bytes` and `etag_bytes`, int32, say how long a text is, -1: it is missing.
+    """
+
+    urls: bytes
+    url_bytes: bytes
+    sizes: bytes
+    etags: bytes
+    etag_bytes: bytes
+    mtimes_ns: bytes
 
     @classmethod
-    def of(cls, objects: Sequence[ObjectInfo]) -> ObjectRows:
+    def of(cls, objects: Iterable[ObjectInfo]) -> ObjectRows:
         """The rows of `objects`."""
-        return cls(
-            [info.url for info in objects],
-            [info.size for info in objects],
-            [info.etag for info in objects],
-            [info.mtime_ns for info in objects],
-        )
+        table = ObjectTable.of(objects)
+        urls, etags = table.urls, table.etags
+        columns = urls.lengths(), table.sizes, etags.lengths(), table.mtimes_ns
+        url_bytes, sizes, etag_bytes, mtimes_ns = (_stored(column) for column in columns)
+        return cls(urls.raw(), url_bytes, sizes, etags.raw(), etag_bytes, mtimes_ns)
 
-    def objects(self) -> list[ObjectInfo]:
-        """The objects of the rows; `ServiceError` where the columns are not of one length or a size is negative."""
-        if not len(self.urls) == len(self.sizes) == len(self.etags) == len(self.mtimes_ns):
+    def table(self) -> ObjectTable:
+        """The objects of the rows; `ServiceError` where the columns do not fit or a size is negative."""
+        try:
+            urls = Texts.checked(self.urls, np.frombuffer(self.url_bytes, "<i4"))
+            etags = Texts.checked(self.etags, np.frombuffer(self.etag_bytes, "<i4"))
+            sizes, mtimes_ns = (np.frombuffer(each, "<i8").astype(np.int64) for each in (self.sizes, self.mtimes_ns))
+        except ValueError as error:  # UnicodeDecodeError among them
+            raise ServiceError(f"a message about objects cannot be read: {error}") from error
+        if not len(urls) == len(sizes) == len(etags) == len(mtimes_ns):
             raise ServiceError("a message about objects has columns of different lengths")
-        if self.sizes and min(self.sizes) < 0:
-            raise ServiceError(f"a message about objects has a negative size ({min(self.sizes)})")
-        return list(map(ObjectInfo, self.urls, self.sizes, self.etags, self.mtimes_ns))
+        if urls.missing.any() or (sizes < 0).any():
+            raise ServiceError("a message about objects has one without a URL, or a negative size")
+        return ObjectTable(urls, sizes, etags, mtimes_ns)
+
+
+def _stored(column: npt.NDArray[np.integer[Any]]) -> bytes:
+    return column.astype(column.dtype.newbyteorder("<")).tobytes()
 
 
 # From the consumer
@@ -96,11 +116,15 @@ class Credentials(Message, tag="credentials"):
 
 
 class Resolve(Message, tag="resolve"):
-    """Which objects are these? Answered by `Resolved` or `RequestFailed`."""
+    """Which objects are these? Answered by `Resolved` or `RequestFailed`.
+
+    Under a prefix, those whose names end in one of `endings`, and of what else is listed those called one of `beside`.
+    """
 
     request: int
     urls: list[str]
     endings: list[str]
+    beside: list[str]
 
 
 class Attach(Message, tag="attach"):
@@ -158,6 +182,13 @@ class PutIndex(Message, tag="put_index"):
 
     object_no: int
     data: bytes
+
+
+class GetCounts(Message, tag="get_counts"):
+    """How many samples these objects hold; answered by `Counts`."""
+
+    request: int
+    objects: list[int]
 
 
 class Stats(Message, tag="stats"):
@@ -234,6 +265,15 @@ class Indexes(Message, tag="indexes"):
     last: bool
 
 
+class Counts(Message, tag="counts"):
+    """Answers `GetCounts`: one number for each object, as it was asked for, -1 for one without a stored index; int64 in
+    little-endian.
+    """
+
+    request: int
+    counts: bytes
+
+
 class StatsReply(Message, tag="stats_reply"):
     """Answers `Stats`."""
 
@@ -282,11 +322,23 @@ FromConsumer = (
     | Pinned
     | GetIndexes
     | PutIndex
+    | GetCounts
     | Stats
     | Report
 )
 FromService = (
-    Welcome | Refused | Grants | Failed | Recall | Resolved | Indexes | StatsReply | RequestFailed | Trouble | Progress
+    Welcome
+    | Refused
+    | Grants
+    | Failed
+    | Recall
+    | Resolved
+    | Indexes
+    | Counts
+    | StatsReply
+    | RequestFailed
+    | Trouble
+    | Progress
 )
 
 _encoder = msgspec.msgpack.Encoder()

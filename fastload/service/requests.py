@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from fastload.errors import ServiceError, to_wire
 from fastload.service import protocol
 from fastload.service.consumers import ConsumerState
 from fastload.service.indexes import Indexes
 from fastload.service.pools import Pools
 from fastload.service.stores import StoreTable
-from fastload.store.types import ObjectInfo
+from fastload.store.table import ObjectTable
 
 # A listing of a million objects takes minutes; another consumer's small one need not wait for it.
 _LISTING_THREADS = 2
@@ -39,13 +41,19 @@ class Requests:
                 self._get_indexes(consumer, message)
             case protocol.PutIndex():
                 self._indexes.put(consumer.entry(message.object_no).id, message.data)
+            case protocol.GetCounts():
+                self._get_counts(consumer, message)
             case protocol.Stats():
                 consumer.send(protocol.StatsReply(message.request, self._stats(consumer)))
             case _:
                 raise ServiceError(f"an unexpected {type(message).__name__} message from a consumer")
 
     def _resolve(self, consumer: ConsumerState, message: protocol.Resolve) -> None:
-        def done(objects: list[ObjectInfo], error: BaseException | None) -> None:
+        def resolve() -> ObjectTable:
+            found = self._stores.resolve(consumer.options_key, message.urls, message.endings, message.beside)
+            return ObjectTable.of(found)
+
+        def done(objects: ObjectTable, error: BaseException | None) -> None:
             if error is not None:
                 consumer.send(protocol.RequestFailed(message.request, *to_wire(error)))
                 return
@@ -54,7 +62,7 @@ class Requests:
                 rows = protocol.ObjectRows.of(objects[start : start + step])
                 consumer.send(protocol.Resolved(message.request, rows, start + step >= len(objects)))
 
-        self._listings.submit(self._stores.resolve, consumer.options_key, message.urls, message.endings, done=done)
+        self._listings.submit(resolve, done=done)
 
     def _get_indexes(self, consumer: ConsumerState, message: protocol.GetIndexes) -> None:
         ids = {number: consumer.entry(number).id for number in message.objects}
@@ -65,6 +73,12 @@ class Requests:
                 consumer.send(piece)
 
         self._indexes.get(ids.values(), found)
+
+    def _get_counts(self, consumer: ConsumerState, message: protocol.GetCounts) -> None:
+        def found(counts: list[int]) -> None:
+            consumer.send(protocol.Counts(message.request, np.array(counts, "<i8").tobytes()))
+
+        self._indexes.counts([consumer.entry(number).id for number in message.objects], found)
 
 
 def _pieces(request: int, indexes: list[tuple[int, bytes]]) -> list[protocol.Indexes]:

@@ -18,7 +18,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -33,7 +33,7 @@ from fastload.service.channel import Channel, Connection
 from fastload.service.leases import LeaseTable, MappedArena
 from fastload.service.protocol import ObjectRows, Progress
 from fastload.store import StoreOptions
-from fastload.store.types import ObjectInfo
+from fastload.store.table import ObjectTable
 from fastload.waiting import Reason, Waits, wait
 
 Int64 = npt.NDArray[np.int64]
@@ -77,7 +77,7 @@ class Session:
         self._cache = cache
         self._storage_options = dict(storage_options or {})
         self._waits = waits
-        self._objects: list[ObjectInfo] = []
+        self._objects = ObjectTable.of([])
         self._first_chunk: Int64 = np.zeros(1, np.int64)
         self._plan: protocol.SetPlan | None = None
         self._report: dict[str, float] = {}
@@ -221,7 +221,7 @@ class Session:
                 self._troubles.append(message.message)
             case protocol.RequestFailed():
                 self._take_request_failed(message)
-            case protocol.Resolved() | protocol.Indexes() | protocol.StatsReply():
+            case protocol.Resolved() | protocol.Indexes() | protocol.Counts() | protocol.StatsReply():
                 self._take_part(message)
             case _:
                 raise ServiceError(f"an unexpected {type(message).__name__} message from the cache service")
@@ -251,11 +251,11 @@ class Session:
         request.error = errors.from_wire(message.name, message.message)
         request.done = True
 
-    def _take_part(self, message: protocol.Resolved | protocol.Indexes | protocol.StatsReply) -> None:
+    def _take_part(self, message: protocol.Resolved | protocol.Indexes | protocol.Counts | protocol.StatsReply) -> None:
         request = self._requests.get(message.request)
         if request is not None and not request.done:
             request.parts.append(message)
-            request.done = isinstance(message, protocol.StatsReply) or message.last
+            request.done = isinstance(message, protocol.StatsReply | protocol.Counts) or message.last
 
     def _renew_credentials(self) -> bool:
         """Read the environment again; True where that changed anything, which the service has then been told."""
@@ -323,7 +323,7 @@ class Session:
             self._changed.notify_all()
 
     def _tell_everything(self) -> None:
-        if self._objects:
+        if len(self._objects):
             self._tell_objects()
         if self._plan is not None:
             self._send(self._plan)
@@ -356,9 +356,9 @@ class Session:
         self._ended = ended
 
 
-def chunk_starts(sizes: Iterable[int], chunk_bytes: int) -> Int64:
+def chunk_starts(sizes: Sequence[int] | Int64, chunk_bytes: int) -> Int64:
     """int64[n + 1]: the number of each object's first chunk, and last how many chunks there are."""
-    counts = -(-np.fromiter(sizes, np.int64) // chunk_bytes)
+    counts = -(-np.asarray(sizes, np.int64) // chunk_bytes)
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 

@@ -76,7 +76,9 @@ class StoreTable:
         with self._use(key, info.url) as store:
             store.read_into(info, start, out)
 
-    def resolve(self, key: str, urls: Sequence[str], endings: Sequence[str]) -> list[ObjectInfo]:
+    def resolve(
+        self, key: str, urls: Sequence[str], endings: Sequence[str], beside: Sequence[str] = ()
+    ) -> list[ObjectInfo]:
         """The objects that `urls` stand for; the store's errors."""
         options = self._get_options(key)
         opened: dict[str, Store] = {}
@@ -88,7 +90,7 @@ class StoreTable:
             return opened[root]
 
         try:
-            return resolve(urls, opener, endings=tuple(endings))
+            return resolve(urls, opener, endings=tuple(endings), beside=beside)
         finally:
             for store in opened.values():
                 store.close()

@@ -30,14 +30,18 @@ _SHOWN = 3
 
 
 def resolve(
-    urls: Sequence[str], open_store: Callable[[str], Store], endings: Sequence[str] = (".tar",)
+    urls: Sequence[str],
+    open_store: Callable[[str], Store],
+    endings: Sequence[str] = (".tar",),
+    beside: Sequence[str] = (),
 ) -> list[ObjectInfo]:
     """The objects that `urls` name, in their order; each may be a brace pattern, a prefix with "/" at its
     end, or a plain URL or path.
 
     `open_store(url)` gives the store that serves a URL; it stays the caller's, is only called by this thread, and may
     give the same one for several URLs of a root. `endings` are the names'
-    ends by which a prefix knows shards. An object that is named twice comes twice.
+    ends by which a prefix knows shards; objects called one of `beside` come along with the shards of a prefix. An
+    object that is named twice comes twice.
 
     Raises `ObjectMissingError` for a pattern with missing members (naming the first) and for a prefix
     without shards (saying what was there), `ConfigError` for a pattern that cannot be read or that expands
@@ -52,8 +56,10 @@ def resolve(
         prefixes = [name for name in names if name.endswith("/")]
         if prefixes:
             for name in names:
-                one = _under(name, open_store, endings) if name.endswith("/") else _one_by_one([name], open_store)
-                found += one
+                if name.endswith("/"):
+                    found += _under(name, open_store, endings, beside)
+                else:
+                    found += _one_by_one([name], open_store)
         elif len(names) == 1:
             found.append(plain[names[0]])
         else:
@@ -77,15 +83,22 @@ def _expand(url: str) -> list[str]:
         raise ConfigError(f"{url!r}: its braces do not match; write {{000..123}} or {{a,b}}") from error
 
 
-def _under(prefix: str, open_store: Callable[[str], Store], endings: Sequence[str]) -> list[ObjectInfo]:
+def _under(
+    prefix: str, open_store: Callable[[str], Store], endings: Sequence[str], beside: Sequence[str]
+) -> list[ObjectInfo]:
     everything = list(open_store(prefix).list(prefix))
-    shards = [info for info in everything if info.url.endswith(tuple(endings))]
+    extra = [info for info in everything if _name(info) in beside]
+    shards = [info for info in everything if info.url.endswith(tuple(endings)) and _name(info) not in beside]
     if not shards:
         kinds = ", ".join(endings)
         there = ", ".join(info.url.removeprefix(prefix) for info in everything[:_SHOWN])
         held = f"{len(everything)} other objects, the first: {there}" if everything else "nothing at all"
         raise ObjectMissingError(f"{prefix}: no shards ({kinds}) under this prefix, which holds {held}; check its name")
-    return shards
+    return shards + extra
+
+
+def _name(info: ObjectInfo) -> str:
+    return info.url.rpartition("/")[2]
 
 
 def _members(pattern: str, names: list[str], open_store: Callable[[str], Store]) -> list[ObjectInfo]:

@@ -202,6 +202,29 @@ def test_blobs(place: Place, data: bytes) -> None:
     assert tier.used_bytes == 0
 
 
+@pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 40])
+def test_the_head_of_a_blob(place: Place, data: bytes) -> None:
+    tier = place.open()
+    assert not tier.has_blob("a")
+    assert tier.get_blob_head("a", 64) is None
+    tier.put_blob("a", data)
+    assert tier.has_blob("a")
+    assert tier.get_blob_head("a", 64) == (data[:64], len(data))
+    assert tier.get_blob("a") == data
+    place.file("a").rename(place.file("b"))
+    tier = place.open()
+    assert tier.get_blob_head("b", 64) is None, "it is another blob's"
+    assert not tier.has_blob("b")
+
+
+def test_a_cut_blob_has_no_head(place: Place) -> None:
+    tier = place.open()
+    for length in range(0, 140, 7):
+        tier.put_blob("a", bytes(100))
+        os.truncate(place.file("a"), length)
+        assert tier.get_blob_head("a", 64) is None
+
+
 def test_blobs_count_in_the_quota(place: Place) -> None:
     tier = place.open(quota_bytes=8192)
     assert tier.put_blob("a", bytes(4000))

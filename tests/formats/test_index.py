@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fastload.errors import ShardError
 from fastload.formats import ShardIndex
+from fastload.formats.index import stored_sample_count
 from tests.formats.archives import Member, index, write
 
 URL = "s3://bucket/a.tar"
@@ -73,6 +74,14 @@ def test_every_cut_is_found() -> None:
             read(sealed(STORED[: max(length, 16)]))
     with pytest.raises(ShardError, match=URL):
         read(sealed(STORED + b"\0"))
+
+
+def test_the_count_is_read_from_the_header_alone() -> None:
+    assert stored_sample_count(STORED[:HEADER_BYTES], len(STORED)) == 3
+    for length in (0, len(STORED) - 1, len(STORED) + 1):
+        assert stored_sample_count(STORED[:HEADER_BYTES], length) == -1
+    for header in (b"", STORED[: HEADER_BYTES - 1], b"X" + STORED[1:], STORED[:16] + b"\2" + STORED[17:]):
+        assert stored_sample_count(header[:HEADER_BYTES], len(STORED)) == -1
 
 
 def test_another_objects_index_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,8 +59,25 @@ def test_each_side_takes_only_the_other_sides_messages() -> None:
 
 def test_rows() -> None:
     objects = [ObjectInfo("s3://b/k", 5, "e"), ObjectInfo("/p", 6, None, 7)]
-    assert ObjectRows.of(objects).objects() == objects
-    with pytest.raises(ServiceError, match="different lengths"):
-        ObjectRows(["a"], [1, 2], [None], [0]).objects()
-    with pytest.raises(ServiceError, match="negative"):
-        ObjectRows(["a"], [-1], [None], [0]).objects()
+    rows = ObjectRows.of(objects)
+    assert list(rows.table()) == objects
+    assert list(ObjectRows.of(rows.table()[1:]).table()) == objects[1:]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"sizes": struct.pack("<q", 5)}, "different lengths"),
+        ({"sizes": struct.pack("<2q", 5, -1)}, "a negative size"),
+        ({"sizes": b"123"}, "cannot be read"),
+        ({"url_bytes": struct.pack("<2i", 7, -1), "urls": b"s3://b/"}, "without a URL"),
+        ({"url_bytes": struct.pack("<2i", 7, 3)}, "texts of 10 bytes in a column of 9"),
+        ({"url_bytes": struct.pack("<2i", -7, 9)}, "cannot be read"),
+        ({"urls": b"s3://b/k\xff"}, "cannot be read"),
+        ({"urls": "s3://b/é".encode(), "url_bytes": struct.pack("<2i", 8, 1)}, "in the middle of a character"),
+    ],
+)
+def test_rows_that_lie(changes: dict[str, bytes], says: str) -> None:
+    rows = ObjectRows.of([ObjectInfo("s3://b/", 5, "e"), ObjectInfo("/p", 6, None, 7)])
+    with pytest.raises(ServiceError, match=says):
+        msgspec.structs.replace(rows, **changes).table()

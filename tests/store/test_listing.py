@@ -56,6 +56,23 @@ def test_a_pattern(names: Names, pool: StorePool) -> None:
     assert names("t/{val-0,train-011}.tar") == ["t/val-0.tar", "t/train-011.tar"]
 
 
+def test_what_lies_beside_the_shards_of_a_prefix(root: str, pool: StorePool) -> None:
+    options = StoreOptions.from_environment()
+
+    def found(url: str, beside: tuple[str, ...]) -> list[str]:
+        infos = resolve([f"{root}/{url}"], lambda url: pool.get(url, options), beside=beside)
+        return [info.url.rpartition("/")[2] for info in infos]
+
+    shards = found("t/", ())
+    assert found("t/", ("README", "val-0.tar", "absent")) == [name for name in shards if name != "val-0.tar"] + [
+        "README",
+        "val-0.tar",
+    ]
+    assert found("t/train-{000..001}.tar", ("README",)) == ["train-000.tar", "train-001.tar"]
+    with pytest.raises(ObjectMissingError, match="no shards"):
+        found("w/", ("note.txt",))
+
+
 def test_a_prefix(names: Names) -> None:
     assert names("t/") == [f"t/train-{number:03}.tar" for number in range(12)] + ["t/val-0.tar"]
     assert names("{u,t}/")[:2] == ["u/x.tar", "t/train-000.tar"]
