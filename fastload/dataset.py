@@ -27,6 +27,7 @@ from fastload.engine.epochs import EpochCounter
 from fastload.engine.iteration import Iteration
 from fastload.engine.job import Job
 from fastload.engine.passes import Pass, PassOptions, begin_pass
+from fastload.engine.resume import Delivery, IterationState
 from fastload.engine.run import InlineRun
 from fastload.engine.session import Source
 from fastload.errors import ConfigError
@@ -131,6 +132,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         wish = _order_wish(shuffle, seed, shuffle_window, partitions)
         self._job = Job((rank, world_size), _checked_count(replicas, "replicas"), wish, cache.ram_bytes)
         self._epochs = EpochCounter()
+        self._resumed: IterationState | None = None  # where the next iteration over samples begins
+        self._delivery: Delivery | None = None  # how far the last of them is
         self._source_here = self._new_source(None)
 
     @property
@@ -169,26 +172,55 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         return self._job.partition_count
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration is epoch `epoch`, also in worker processes that exist already."""
+        """The next iteration is epoch `epoch`, from its beginning, also in worker processes that exist already."""
         if isinstance(epoch, bool) or not hasattr(epoch, "__index__") or epoch < 0:
             raise ConfigError(f"epoch={epoch!r} must be an integer from 0 on")
+        self._resumed = None
         self._epochs.set(operator.index(epoch))
 
     def __iter__(self) -> Iterator[Any]:
         """The samples of this rank (in a torch worker: that worker's part of them), and the next epoch each time."""
-        worker = torch.utils.data.get_worker_info()
+        info = torch.utils.data.get_worker_info()
+        worker = (0, 1) if info is None else (info.id, info.num_workers)
         batch_size = self._settings.batch_size
         split: Split = "batches" if batch_size else "samples"
-        size = batch_size or _SAMPLES_AT_ONCE
-        if worker is None:
-            current = self.begin(self.next_epoch(), size)
-            self.begin_epoch()
-        else:
-            epoch = self._epochs.begin(worker.seed - worker.id, worker.num_workers)
-            current = self.begin(epoch, size, worker=(worker.id, worker.num_workers), split=split)
+        resumed = self._resumed
+        if resumed is None:
+            # With workers they agree on the epoch; without, it is only taken once the pass has begun.
+            epoch = self.next_epoch() if info is None else self._epochs.begin(info.seed - info.id, info.num_workers)
+            resumed = IterationState(epoch, worker)
+        resumed.check_worker(worker)
+        start = resumed.position
+        current = self.begin(resumed.epoch, batch_size or _SAMPLES_AT_ONCE, start=start, worker=worker, split=split)
+        if info is None or self._resumed is not None:
+            self._epochs.go_on_after(resumed.epoch)
+        self._resumed = None
         run = InlineRun(current.feed, lambda entry: list(current.assembler.samples(entry)), current.session.waits)
-        groups = Iteration(run, current.session.consumer, partial(self.end, current))
-        return itertools.chain.from_iterable(groups)
+        entries = Iteration(run, current.session.consumer, partial(self.end, current))
+        self._delivery = Delivery(current.cursor, resumed, worker[1])
+        return itertools.chain.from_iterable(self._delivery.iterators(entries))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the iteration over samples that began last stands; JSON's own types.
+
+        In a worker of torch's loader, where that worker stands: torchdata's `StatefulDataLoader` calls this there. A
+        `fastload.DataLoader` has a state of its own, which is the one to save.
+        """
+        if self._resumed is not None:
+            return self._resumed.to_state()
+        if self._delivery is not None:
+            return self._delivery.state().to_state()
+        return IterationState(self.next_epoch()).to_state()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Begin the next iteration over samples where `state` was taken. Raises `StateError` for what is no such state.
+
+        It goes on as the same worker of as many.
+        """
+        resumed = IterationState.from_state(state)
+        if resumed.position is not None:
+            self.adopt(resumed.position)
+        self._resumed = resumed
 
     def begin(
         self,
@@ -266,7 +298,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs."""
-        return {**self.__dict__, "_source_here": self._source_here.manifest}
+        return {**self.__dict__, "_source_here": self._source_here.manifest, "_delivery": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -43,6 +43,13 @@ class EpochCounter:
             values[0] = epoch
             values[1] += 1
 
+    def go_on_after(self, epoch: int) -> None:
+        """An iteration goes on in `epoch`, which a saved state says; the next begins the one after. All workers of an
+        epoch say the same, so it is no call of `set_epoch`.
+        """
+        with self._values() as values:
+            values[0] = epoch + 1
+
     def next(self) -> int:
         """The epoch that the next iteration will be."""
         with self._values() as values:

@@ -60,6 +60,8 @@ class Feed:
                 is_exact = True
                 if len(cursor.orders) > 1:  # windows have changed their nodes
                     self._plan()
+            if entries := cursor.settled():
+                continue
             if (key := cursor.next_window) is not None:
                 entries = self._open(key)
             elif len(wanted := cursor.counts_wanted):

@@ -82,6 +82,11 @@ class EpochCursor(Walk[WindowKey, BatchEntry]):
         """Whether all sample counts are known, so that `windows_ahead` is exact and nothing is wanted any more."""
         return self._epoch_line.total is not None
 
+    @property
+    def total(self) -> int | None:
+        """The samples of the epoch, over all ranks and without repeats; None while not all are counted."""
+        return self._epoch_line.total
+
     def objects_of(self, key: WindowKey) -> NDArray[np.int32]:
         """The object numbers of a window, int32; `add` wants one count for each."""
         return self._epoch_line.objects_of(key)

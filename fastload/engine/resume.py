@@ -1,0 +1,113 @@
+"""Where an iteration over samples stands, for loaders of others that save data sets: torchdata's `StatefulDataLoader`.
+
+A worker process has a part of its rank's batches (or samples), and is only asked how far it has come itself. It has
+delivered so many whole entries and so many samples of the next; entries are dealt to workers in rounds, so after m
+entries it goes on where round m begins, and leaves out what it has delivered of its part of that round.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+from fastload.errors import StateError
+from fastload.plan import EpochCursor, Position
+
+STATE_VERSION = 1
+
+
+class _State(msgspec.Struct):
+    """The JSON form. Fields can be added: unknown ones are left alone."""
+
+    version: int
+    epoch: int
+    worker: int
+    workers: int
+    offset: int
+    position: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class IterationState:
+    """Begin `epoch` at `position` (None: at its beginning) as one of some workers, and leave out `offset` samples."""
+
+    epoch: int
+    worker: tuple[int, int] = (0, 1)
+    position: Position | None = None
+    offset: int = 0
+
+    def to_state(self) -> dict[str, Any]:
+        """In JSON's own types."""
+        position = None if self.position is None else self.position.to_state()
+        return msgspec.to_builtins(_State(STATE_VERSION, self.epoch, *self.worker, self.offset, position))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> IterationState:
+        """Reads what `to_state` wrote, also after a way through JSON. Raises `StateError`."""
+        try:
+            read = msgspec.convert(dict(state), _State)
+        except (msgspec.ValidationError, TypeError, ValueError) as error:
+            raise StateError(f"not a state of a fastload.StreamingDataset: {error}; load another one") from error
+        if read.version != STATE_VERSION:
+            raise StateError(
+                f"the data set's state has version {read.version}, and this fastload reads version {STATE_VERSION}; "
+                "load it with the fastload that saved it, or one that is newer"
+            )
+        if min(read.epoch, read.offset, read.worker) < 0 or read.worker >= read.workers:
+            raise StateError("the data set's state is damaged: a count is out of range; load another one")
+        position = None if read.position is None else Position.from_state(read.position)
+        if position is not None and position.epoch != read.epoch:
+            raise StateError(
+                f"the data set's state is of epoch {read.epoch} and of epoch {position.epoch}: it is "
+                "damaged; load another one"
+            )
+        return cls(read.epoch, (read.worker, read.workers), position, read.offset)
+
+    def check_worker(self, worker: tuple[int, int]) -> None:
+        """Raise `StateError` where another worker would go on."""
+        if worker != self.worker:
+            raise StateError(
+                f"the state was saved by worker {self.worker[0]} of {self.worker[1]}, and this is worker {worker[0]} "
+                f"of {worker[1]}: a data set's state belongs to one worker; load it with the number of workers that saved "
+                "it. (A fastload.DataLoader's own state can be loaded with any number.)"
+            )
+
+
+class Delivery:
+    """Counts what an iteration has handed out, at no cost a sample."""
+
+    def __init__(self, cursor: EpochCursor, resumed: IterationState, workers: int) -> None:
+        self._cursor, self._resumed = cursor, resumed
+        self._round = cursor.batch_size * cursor.ranks.world_size * workers
+        self._begun = 0  # entries that were begun
+        self._size = 0  # of the last of these
+        self._samples: Iterator[Any] = iter(())
+        self._is_over = False
+
+    def iterators(self, entries: Iterable[list[Any]]) -> Iterator[Iterator[Any]]:
+        """An iterator over the samples of each entry; they are to be exhausted one after the other."""
+        skipped = self._resumed.offset
+        for samples in entries:
+            self._begun, self._size = self._begun + 1, len(samples)
+            self._samples = iter(samples[skipped:])
+            skipped = 0
+            yield self._samples
+        self._is_over = True
+
+    def state(self) -> IterationState:
+        """Where to go on."""
+        resumed = self._resumed
+        if not self._begun and not self._is_over:
+            return resumed
+        left = operator.length_hint(self._samples)
+        whole, offset = (self._begun - 1, self._size - left) if left else (self._begun, 0)
+        samples, total = self._cursor.start.samples + whole * self._round, self._cursor.total
+        if total is not None and (self._is_over or samples > total):
+            samples = total
+        if samples == self._cursor.start.samples:
+            return replace(resumed, offset=offset)
+        return replace(resumed, position=self._cursor.position_at(samples), offset=offset)
