@@ -121,13 +121,13 @@ def epoch_order(manifest: Manifest, options: OrderOptions, epoch: int, partition
     """The order of `partition` in `epoch`. Time and memory are linear in shards, whatever they hold."""
     if not 0 <= partition < options.partitions:
         raise ConfigError(f"partition={partition} must be from 0 to {options.partitions - 1}")
-    dealt = deal_to_partitions(manifest.sizes, options.partitions)
+    dealt = deal_to_partitions(manifest.sizes, options.partitions, manifest.version_starts)
     return _partition_order(manifest, options, epoch, partition, np.flatnonzero(dealt == partition).astype(np.int32))
 
 
 def epoch_orders(manifest: Manifest, options: OrderOptions, epoch: int) -> tuple[EpochOrder, ...]:
     """The orders of all partitions in `epoch`, for the cost of dealing the shards once."""
-    dealt = deal_to_partitions(manifest.sizes, options.partitions)
+    dealt = deal_to_partitions(manifest.sizes, options.partitions, manifest.version_starts)
     # numpy sorts small integers by their digits, in a tenth of the time.
     by_partition = np.argsort(dealt.astype(np.min_scalar_type(options.partitions)), kind="stable").astype(np.int32)
     ends = np.cumsum(np.bincount(dealt, minlength=options.partitions))
@@ -138,7 +138,10 @@ def epoch_orders(manifest: Manifest, options: OrderOptions, epoch: int) -> tuple
 def _partition_order(
     manifest: Manifest, options: OrderOptions, epoch: int, partition: int, objects: NDArray[np.int32]
 ) -> EpochOrder:
-    """The order of a partition that holds `objects`, given in the order of their numbers."""
+    """The order of a partition that holds `objects`, given in the order of their numbers. Those that are gone were
+    dealt to it like the others, so that these stay where they were, and are left out.
+    """
+    objects = objects[manifest.is_there[objects]]
     if options.shuffle in ("window", "shards"):
         objects = objects[keyed_permutation(_key("shards", options.seed, epoch, partition), len(objects))]
     if options.shuffle == "window":

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastload.errors import ConfigError
-from fastload.plan import Manifest
+from fastload.plan import Manifest, OrderOptions, epoch_order, epoch_orders
 from fastload.plan.manifest import next_version
 from fastload.store.types import ObjectInfo
 
@@ -235,3 +235,21 @@ def test_what_is_said_of_objects_goes_with_them():
     assert third.promised is None
     assert len(third.sidecars) == 0
     assert next_version(third, Manifest([three, two])) is third
+
+
+@given(listings, st.integers(1, 3))
+def test_what_stays_keeps_its_partition_and_the_rest_of_a_listing_is_in_the_order(lists, partitions):
+    manifest = Manifest(lists[0])
+    options = OrderOptions(shuffle="shards", partitions=partitions)
+    where = {}
+    for infos in lists[1:]:
+        old, manifest = manifest, next_version(manifest, Manifest(infos))
+        orders = epoch_orders(manifest, options, epoch=1)
+        numbers = np.sort(np.concatenate([order.object_order for order in orders]))
+        assert numbers.tolist() == np.flatnonzero(manifest.is_there).tolist()
+        before = where if list(manifest.objects[: len(old)]) == list(old.objects) else {}
+        where = {number: order.partition for order in orders for number in order.object_order.tolist()}
+        assert {number: where[number] for number in before if number in where}.items() <= before.items()
+        assert epoch_order(manifest, options, 1, partitions - 1).object_order.tolist() == (
+            orders[-1].object_order.tolist()
+        )
