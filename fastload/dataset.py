@@ -15,7 +15,6 @@ import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch.utils.data
@@ -26,7 +25,7 @@ from fastload.engine.columns import ColumnSet
 from fastload.engine.epochs import EpochCounter
 from fastload.engine.iteration import Iteration
 from fastload.engine.job import Job
-from fastload.engine.passes import Pass, PassOptions, begin_pass
+from fastload.engine.passes import OnePass, PassOptions, begin_pass
 from fastload.engine.resume import Delivery, IterationState
 from fastload.engine.run import InlineRun
 from fastload.engine.session import Source
@@ -195,8 +194,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         if info is None or self._resumed is not None:
             self._epochs.go_on_after(resumed.epoch)
         self._resumed = None
-        run = InlineRun(current.feed, lambda entry: list(current.assembler.samples(entry)), current.session.waits)
-        entries = Iteration(run, current.session.consumer, partial(self.end, current))
+        run = InlineRun(current.feed, lambda entry: list(current.samples(entry)), current.waits)
+        entries = Iteration(run, current.interrupted, current.end)
         self._delivery = Delivery(current.cursor, resumed, worker[1])
         return itertools.chain.from_iterable(self._delivery.iterators(entries))
 
@@ -231,8 +230,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         start: Position | None = None,
         worker: tuple[int, int] = (0, 1),
         split: Split = "batches",
-    ) -> Pass:
-        """Prepare one pass over `epoch`, from `start` on; `end` must follow. For loaders.
+    ) -> OnePass:
+        """Prepare one pass over `epoch`, from `start` on; its `end` must follow. For loaders.
 
         Raises `StateError` where `start` belongs to another run.
         """
@@ -259,13 +258,6 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         except BaseException:
             source.give_back(session)
             raise
-
-    def end(self, current: Pass) -> None:
-        """A pass is over, finished or not: its windows are given back, and its session may serve another."""
-        try:
-            current.feed.close()
-        finally:
-            self._source.give_back(current.session)
 
     def adopt(self, position: Position) -> None:
         """Go on in the order of a saved position, where it was left to us."""

@@ -23,14 +23,13 @@ from torch.utils.data import default_collate, default_convert
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from fastload.dataset import StreamingDataset
-from fastload.engine.assemble import Skips
 from fastload.engine.iteration import NOTHING, Iteration
 from fastload.engine.passes import Pass
 from fastload.engine.pool import DecodePool
 from fastload.engine.run import InlineRun, ThreadedRun
 from fastload.errors import ConfigError, StateError
 from fastload.metrics import EpochMeter, empty_stats
-from fastload.plan import BatchEntry, EpochCursor, Position, batch_count_of_rank
+from fastload.plan import Position, batch_count_of_rank
 
 T = TypeVar("T", covariant=True)
 
@@ -112,10 +111,10 @@ class _Progress:
     meter: EpochMeter
     is_running: bool = True
 
-    def delivered(self, cursor: EpochCursor, skips: Skips | None, entry: BatchEntry) -> None:
+    def delivered(self, current: Pass, entry: Any) -> None:
         """A batch has reached the user."""
-        self.position = cursor.position(entry)
-        skipped = 0 if skips is None else skips.take(entry)
+        self.position = current.position(entry)
+        skipped = 0 if current.skips is None else current.skips.take(entry)
         self.meter.delivered(len(entry) - skipped, entry.repeats, skipped)
 
     def exhausted(self) -> None:
@@ -152,19 +151,19 @@ class _Stream:
         start, epoch = self._loaded, self._dataset.next_epoch()
         current = self._dataset.begin(epoch, _size_of_entries(loader), drop_last=loader.drop_last, start=start)
         try:
-            progress = _Progress(epoch, start, EpochMeter(epoch, current.session.consumer, current.session.waits))
+            progress = _Progress(epoch, start, EpochMeter(epoch, current.account, current.waits))
             run = self._start(loader, current)
         except BaseException:
-            self._dataset.end(current)
+            current.end()
             raise
         # Only now: what could not begin is begun again by the next try.
         self._dataset.begin_epoch()
         self._loaded, self._latest = None, progress
         iteration = Iteration(
             run,
-            current.session.consumer,
-            partial(_release, self._dataset, current, progress),
-            partial(progress.delivered, current.cursor, current.skips),
+            current.interrupted,
+            partial(_release, current, progress),
+            partial(progress.delivered, current),
             progress.exhausted,
         )
         self._iterations.add(iteration)
@@ -231,21 +230,21 @@ class _Stream:
     def _start(self, loader: DataLoader[Any], current: Pass) -> ThreadedRun | InlineRun:
         make = _maker(loader, current)
         if not loader.num_workers:
-            return InlineRun(current.feed, make, current.session.waits)
+            return InlineRun(current.feed, make, current.waits)
         pool = self._pool
         if pool is None or pool.is_foreign or pool.thread_count != loader.num_workers:
             if pool is not None:
                 pool.close()
             pool = self._pool = DecodePool(loader.num_workers)
         depth = max(2, loader.num_workers * (loader.prefetch_factor or 2))
-        return ThreadedRun(current.feed, make, pool, depth, current.session.waits)
+        return ThreadedRun(current.feed, make, pool, depth, current.waits)
 
 
-def _release(dataset: StreamingDataset, current: Pass, progress: _Progress) -> None:
+def _release(current: Pass, progress: _Progress) -> None:
     """An iteration is over: its figures are final, and its session may serve another."""
     progress.is_running = False
     progress.meter.stop()
-    dataset.end(current)
+    current.end()
 
 
 def _is_ours(dataset: Any) -> bool:
@@ -253,7 +252,7 @@ def _is_ours(dataset: Any) -> bool:
     return isinstance(dataset, StreamingDataset) and type(dataset).__iter__ is StreamingDataset.__iter__
 
 
-def _maker(loader: DataLoader[Any], current: Pass) -> Callable[[BatchEntry], Any]:
+def _maker(loader: DataLoader[Any], current: Pass) -> Callable[[Any], Any]:
     """What makes a batch (or the one sample) of an entry, and pins it where torch's loader would."""
     unpinned = _unpinned_maker(loader, current)
     make = unpinned if loader.batch_size is not None else lambda entry: next(iter(unpinned(entry)), NOTHING)
@@ -262,13 +261,13 @@ def _maker(loader: DataLoader[Any], current: Pass) -> Callable[[BatchEntry], Any
     return lambda entry: made if (made := make(entry)) is NOTHING else pin_memory(made)  # type: ignore[no-untyped-call]  # torch has no types here
 
 
-def _unpinned_maker(loader: DataLoader[Any], current: Pass) -> Callable[[BatchEntry], Any]:
-    assembler, collate = current.assembler, loader.collate_fn
+def _unpinned_maker(loader: DataLoader[Any], current: Pass) -> Callable[[Any], Any]:
+    collate = loader.collate_fn
     if loader.batch_size is None:
-        return lambda entry: [collate(sample) if _is_custom(collate) else sample for sample in assembler.samples(entry)]
+        return lambda entry: [collate(sample) if _is_custom(collate) else sample for sample in current.samples(entry)]
     if _is_custom(collate):
-        return lambda entry: collate(list(assembler.samples(entry)))
-    return assembler.batch
+        return lambda entry: collate(list(current.samples(entry)))
+    return current.batch
 
 
 def _is_custom(collate: Any) -> bool:

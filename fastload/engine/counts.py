@@ -19,7 +19,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import msgspec
@@ -27,9 +28,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload import errors
-from fastload.engine.session import Source
+from fastload.engine.session import Session, Source
 from fastload.engine.windows import window_chunks
 from fastload.errors import ConfigError, FastloadError, ServiceError, WaitTimeoutError
+from fastload.service.client import Consumer
 from fastload.waiting import DEADLINE_S, Waits
 
 ObjectNos = npt.NDArray[np.int32]
@@ -49,8 +51,8 @@ _Record = tuple[list[int], list[int], tuple[str, str] | None]
 class LocalCounts:
     """Counts of shards that this node reads itself."""
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    def __init__(self, source: Source, consumer: Consumer) -> None:
+        self._source, self._consumer = source, consumer
 
     def known(self) -> Counts:
         """What this process has counted, or has been told."""
@@ -60,10 +62,14 @@ class LocalCounts:
         """Remember these for the next epoch."""
         self._source.learn_counts(object_nos, counts)
 
+    def interrupted(self) -> AbstractContextManager[None]:
+        """Nothing here waits but for bytes, and that is the consumer's."""
+        return nullcontext()
+
     def ask(self, object_nos: ObjectNos) -> Counts:
         """The counts of the first of these, by indexing them."""
         object_nos = object_nos[:_INDEXED_AT_ONCE]
-        counts = count_by_indexing(self._source, object_nos)
+        counts = count_by_indexing(self._source, self._consumer, object_nos)
         self.counted(object_nos, counts)
         return object_nos, counts
 
@@ -71,8 +77,8 @@ class LocalCounts:
 class StoredCounts(LocalCounts):
     """Where nodes cannot ask each other: what is stored here must be enough."""
 
-    def __init__(self, source: Source, node_count: int, own: ObjectNos) -> None:
-        super().__init__(source)
+    def __init__(self, source: Source, consumer: Consumer, node_count: int, own: ObjectNos) -> None:
+        super().__init__(source, consumer)
         self._node_count, self._own = node_count, own
 
     def known(self) -> Counts:
@@ -95,17 +101,13 @@ class StoredCounts(LocalCounts):
         )
 
 
-def count_by_indexing(source: Source, object_nos: ObjectNos) -> npt.NDArray[np.int64]:
+def count_by_indexing(source: Source, consumer: Consumer, object_nos: ObjectNos) -> npt.NDArray[np.int64]:
     """int64[objects]: counts, from indexes; parses the shards that have none yet. Keeps no chunk."""
-    session = source.open()
+    numbers = object_nos.astype(np.int64)
     try:
-        numbers = object_nos.astype(np.int64)
-        try:
-            indexes = source.shards.get(session.consumer, numbers.tolist())
-        finally:
-            session.consumer.release(window_chunks(source.first_chunk, numbers))
+        indexes = source.shards.get(consumer, numbers.tolist())
     finally:
-        source.give_back(session)
+        consumer.release(window_chunks(source.first_chunk, numbers))
     return np.array([index.sample_count for index in indexes], np.int64)
 
 
@@ -168,6 +170,7 @@ class Exchange:
         self._is_closed = threading.Event()
         self._is_closed.set()
         self._thread: threading.Thread | None = None
+        self._session: Session | None = None  # with which the thread indexes something now
 
     def open(self) -> None:
         """Begin to answer, or go on with it after `close`."""
@@ -193,7 +196,7 @@ class Exchange:
         if self._serves:
             self._publish(object_nos, counts)
 
-    def ask(self, object_nos: ObjectNos) -> Counts:
+    def ask(self, object_nos: ObjectNos, is_interrupted: Callable[[], bool]) -> Counts:
         """Some of these counts, as soon as a node has said them. Raises what kept a node from counting."""
         began, is_asked = time.monotonic(), False
         while True:
@@ -210,14 +213,16 @@ class Exchange:
             if waited > _ASK_AFTER_S and not is_asked:
                 self._requests.append(object_nos.tolist())
                 is_asked = True
-            if self._is_closed.wait(_POLL_S):
+            if self._is_closed.wait(_POLL_S) or is_interrupted():
                 raise ServiceError("the data set was closed while it waited for another node's sample counts")
 
     def close(self) -> None:
         """End the thread, and whoever waits in `ask`. May be called twice, and before `open`."""
         self._is_closed.set()
-        if self._thread is not None and threading.current_thread() is not self._thread:
-            self._thread.join()
+        while self._thread is not None and self._thread is not threading.current_thread() and self._thread.is_alive():
+            session = self._session  # it may have one only now
+            with nullcontext() if session is None else session.consumer.interrupted():
+                self._thread.join(_SERVE_POLL_S)
 
     def _in_memory(self, object_nos: ObjectNos) -> Counts:
         known, counts = self._source.counts_in_memory()
@@ -248,11 +253,20 @@ class Exchange:
 
     def _count_and_publish(self, object_nos: ObjectNos) -> None:
         try:
-            counts = count_by_indexing(self._source, object_nos)
+            counts = self._count(object_nos)
         except FastloadError as error:
-            self._counts.append((object_nos.tolist(), [], errors.to_wire(error)))
+            if not self._is_closed.is_set():  # otherwise it is what closing did to it
+                self._counts.append((object_nos.tolist(), [], errors.to_wire(error)))
             return
         self.counted(object_nos, counts)
+
+    def _count(self, object_nos: ObjectNos) -> npt.NDArray[np.int64]:
+        self._session = self._source.open()
+        try:
+            return count_by_indexing(self._source, self._session.consumer, object_nos)
+        finally:
+            session, self._session = self._session, None
+            self._source.give_back(session)
 
     def _publish(self, object_nos: ObjectNos, counts: npt.NDArray[np.int64]) -> None:
         with self._publishing:
@@ -268,16 +282,26 @@ class Exchange:
 
 
 class ExchangedCounts:
-    """An exchange as one pass uses it: what the pass waits for is booked as its own."""
+    """An exchange as one pass uses it: what the pass waits for is booked as its own, and it can be interrupted."""
 
     def __init__(self, exchange: Exchange, waits: Waits) -> None:
         self._exchange, self._waits = exchange, waits
+        self._interruptions = 0
         self.known, self.counted = exchange.known, exchange.counted
 
     def ask(self, object_nos: ObjectNos) -> Counts:
         """Some of these counts, as soon as a node has said them."""
         with self._waits.measure("index"):
-            return self._exchange.ask(object_nos)
+            return self._exchange.ask(object_nos, lambda: self._interruptions > 0)
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """For the length of the block, `ask` waits no more."""
+        self._interruptions += 1
+        try:
+            yield
+        finally:
+            self._interruptions -= 1
 
 
 def _serve(target: weakref.WeakMethod[Callable[[], None]], is_closed: threading.Event, pid: int) -> None:

@@ -7,6 +7,7 @@ starts a thread.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +32,10 @@ class CountSource(Protocol):
 
     def ask(self, object_nos: npt.NDArray[np.int32]) -> Counts:
         """The counts of some of these, at least of one. May wait."""
+        ...
+
+    def interrupted(self) -> AbstractContextManager[None]:
+        """While it is entered, `ask` does not wait."""
         ...
 
 
@@ -79,6 +84,12 @@ class Feed:
     def close(self) -> None:
         """Give back whatever is still held, and end the plan if it was not read to its end."""
         self._reader.close()
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """While it is entered, whoever waits for bytes or counts gives up."""
+        with self._counts.interrupted(), self._reader.interrupted():
+            yield
 
     def _plan(self) -> None:
         windows = [(key, self._cursor.objects_of(key)) for key in self._cursor.windows_ahead()]

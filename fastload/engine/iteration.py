@@ -11,12 +11,11 @@ import atexit
 import os
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from fastload.engine.deferred import call_later
 from fastload.engine.run import InlineRun, RunClosedError, ThreadedRun
-from fastload.plan import BatchEntry
-from fastload.service.client import Consumer
 
 Run = ThreadedRun | InlineRun
 
@@ -27,20 +26,21 @@ NOTHING: Any = object()
 class Iteration(Iterator[Any]):
     """Yields what `run` makes. `delivered(entry)` is called for each, `exhausted()` at the end of the epoch.
 
-    `release()` is called once, when the run has ended in whatever way; it may be called in another thread.
+    While `interrupted()` is entered, whoever waits for bytes in the run gives up, so that it ends at once. `release()`
+    is called once, when the run has ended in whatever way; it may be called in another thread.
     """
 
     def __init__(
         self,
         run: Run,
-        consumer: Consumer,
+        interrupted: Callable[[], AbstractContextManager[None]],
         release: Callable[[], None],
-        delivered: Callable[[BatchEntry], None] = lambda entry: None,
+        delivered: Callable[[Any], None] = lambda entry: None,
         exhausted: Callable[[], None] = lambda: None,
     ) -> None:
         self._run, self._delivered, self._exhausted = run, delivered, exhausted
         self._is_over = False
-        self._dropped = weakref.finalize(self, call_later, _finish, run, consumer, release, os.getpid())
+        self._dropped = weakref.finalize(self, call_later, _finish, run, interrupted, release, os.getpid())
         self._dropped.atexit = False
         _live.add(self)
 
@@ -74,12 +74,14 @@ class Iteration(Iterator[Any]):
             function(*arguments)
 
 
-def _finish(run: Run, consumer: Consumer, release: Callable[[], None], pid: int) -> None:
+def _finish(
+    run: Run, interrupted: Callable[[], AbstractContextManager[None]], release: Callable[[], None], pid: int
+) -> None:
     """End a run and let go of what it used; in a forked child both are the parent's."""
     if os.getpid() != pid:
         return
     try:
-        with consumer.interrupted():
+        with interrupted():
             run.close()
     finally:
         release()

@@ -20,7 +20,7 @@ from fastload.config import format_bytes
 from fastload.engine import agreement
 from fastload.engine.counts import Exchange, ExchangedCounts, LocalCounts, StoredCounts
 from fastload.engine.feed import CountSource
-from fastload.engine.session import Source
+from fastload.engine.session import Session, Source
 from fastload.plan import (
     OrderOptions,
     OrderWish,
@@ -32,7 +32,6 @@ from fastload.plan import (
     ram_bytes_for,
     resolve_ranks,
 )
-from fastload.waiting import Waits
 
 
 class Job:
@@ -93,16 +92,16 @@ class Job:
             if self._order is not None:
                 self._order = self._settled_order(self._ram_bytes)
 
-    def counts(self, source: Source, waits: Waits) -> CountSource:
+    def counts(self, source: Source, session: Session) -> CountSource:
         """Where a pass learns how many samples the shards hold that it has not opened. Only after `settle`."""
         with self._settling:
             if self._exchange is not None and self._pid == os.getpid():
                 self._exchange.open()
-                return ExchangedCounts(self._exchange, waits)
+                return ExchangedCounts(self._exchange, session.waits)
         nodes = default_partitions(self.ranks)
         if nodes == 1 or self.order.partitions == 1:
-            return LocalCounts(source)
-        return StoredCounts(source, nodes, self._own_objects(source))
+            return LocalCounts(source, session.consumer)
+        return StoredCounts(source, session.consumer, nodes, self._own_objects(source))
 
     def close(self) -> None:
         """End what answers other nodes; it begins again with the next pass."""

@@ -1,10 +1,15 @@
-"""One pass over a rank's share of an epoch, put together: cursor, feed and assembler over one session."""
+"""One pass over a rank's share of an epoch, put together: cursor, feed and assembler over one session.
+
+`Pass` is what loaders see of it. A mixture of data sets has passes of its own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from fastload.engine.assemble import Assembler, Skips
 from fastload.engine.columns import ColumnSet
@@ -12,10 +17,13 @@ from fastload.engine.feed import Feed
 from fastload.engine.gather import Gatherer
 from fastload.engine.job import Job
 from fastload.engine.reader import WindowReader
+from fastload.engine.run import RunFeed
 from fastload.engine.scattered import ScatteredReader, check_allowed, holds
 from fastload.engine.session import Session, Source
-from fastload.plan import EpochCursor, Tail, epoch_orders, first_objects, objects_in_use_order
+from fastload.metrics import Account
+from fastload.plan import BatchEntry, EpochCursor, Position, Tail, epoch_orders, first_objects, objects_in_use_order
 from fastload.service.handle import Cache
+from fastload.waiting import Waits
 
 # Of the next epoch, what is fetched ahead when one has been read to its end: some windows, since the user may be about
 # to do something else.
@@ -32,20 +40,98 @@ class PassOptions:
     skips_errors: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """A pass that is ready to be run. `skips` counts the samples that cannot be read, if they are left out."""
+class Pass(Protocol):
+    """A pass that is ready to be run, once. `skips` counts the samples that cannot be read, if they are left out."""
 
+    @property
+    def waits(self) -> Waits:
+        """Where its waiting is booked."""
+        ...
+
+    @property
+    def account(self) -> Account:
+        """Whom to ask for the service's figures."""
+        ...
+
+    @property
+    def skips(self) -> Skips | None:
+        """What counts the samples that are left out."""
+        ...
+
+    @property
+    def feed(self) -> RunFeed:
+        """Its entries."""
+        ...
+
+    def batch(self, entry: Any) -> Any:
+        """The batch of an entry."""
+        ...
+
+    def samples(self, entry: Any) -> Iterator[Any]:
+        """The samples of an entry, one by one."""
+        ...
+
+    def position(self, entry: Any) -> Position:
+        """Where a run stands once an entry is delivered."""
+        ...
+
+    def interrupted(self) -> AbstractContextManager[None]:
+        """While it is entered, whoever waits for bytes gives up."""
+        ...
+
+    def end(self) -> None:
+        """It is over, finished or not: what it holds is given back, and its session may serve another."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class OnePass:
+    """A pass over one data set."""
+
+    source: Source
     session: Session
     cursor: EpochCursor
     feed: Feed
     assembler: Assembler
     skips: Skips | None
 
+    @property
+    def waits(self) -> Waits:
+        """Those of its session."""
+        return self.session.waits
+
+    @property
+    def account(self) -> Account:
+        """Its consumer."""
+        return self.session.consumer
+
+    def batch(self, entry: BatchEntry) -> Any:
+        """The batch of an entry."""
+        return self.assembler.batch(entry)
+
+    def samples(self, entry: BatchEntry) -> Iterator[Any]:
+        """The samples of an entry, one by one."""
+        return self.assembler.samples(entry)
+
+    def position(self, entry: BatchEntry) -> Position:
+        """Where a run stands once an entry is delivered."""
+        return self.cursor.position(entry)
+
+    def interrupted(self) -> AbstractContextManager[None]:
+        """While it is entered, whoever waits for bytes gives up."""
+        return self.feed.interrupted()
+
+    def end(self) -> None:
+        """It is over, finished or not: its windows are given back, and its session may serve another."""
+        try:
+            self.feed.close()
+        finally:
+            self.source.give_back(self.session)
+
 
 def begin_pass(
     session: Session, source: Source, job: Job, options: PassOptions, epoch: int, batch_size: int, **cursor_options: Any
-) -> Pass:
+) -> OnePass:
     """A pass over `epoch`. `cursor_options` are those of `EpochCursor`. Raises `ConfigError` and `StateError`."""
     manifest, order, ranks = source.manifest, job.order, job.ranks
     assert manifest is not None, "a session is open"
@@ -56,13 +142,13 @@ def begin_pass(
     kind = ScatteredReader if order.shuffle == "global" else WindowReader
     reader = kind(session.consumer, source.shards, source.first_chunk)
     expected_next = partial(first_objects, manifest, order, epoch + 1, ranks, _NEXT_EPOCH_BYTES)
-    feed = Feed(cursor, reader, job.counts(source, session.waits), expected_next)
+    feed = Feed(cursor, reader, job.counts(source, session), expected_next)
     gatherer = Gatherer(session.consumer, int(source.first_chunk[-1]), session.consumer.chunk_bytes)
     skips = Skips() if options.skips_errors else None
     assembler = Assembler(manifest, options.columns, reader.live, gatherer, source.slots, skips)
     if isinstance(reader, ScatteredReader):
         reader.chunks_of = assembler.chunks_of
-    return Pass(session, cursor, feed, assembler, skips)
+    return OnePass(source, session, cursor, feed, assembler, skips)
 
 
 def _check_scattered(source: Source, job: Job, cache: Cache) -> None:

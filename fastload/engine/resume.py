@@ -72,8 +72,8 @@ class IterationState:
         if worker != self.worker:
             raise StateError(
                 f"the state was saved by worker {self.worker[0]} of {self.worker[1]}, and this is worker {worker[0]} "
-                f"of {worker[1]}: a data set's state belongs to one worker; load it with the number of workers that saved "
-                "it. (A fastload.DataLoader's own state can be loaded with any number.)"
+                f"of {worker[1]}: a data set's state belongs to one worker; load it with the number of workers that "
+                "saved it. (A fastload.DataLoader's own state can be loaded with any number.)"
             )
 
 

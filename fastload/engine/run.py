@@ -18,15 +18,42 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from fastload.engine.feed import Feed
 from fastload.engine.pool import DecodePool
 from fastload.errors import ServiceError
-from fastload.plan import BatchEntry
 from fastload.waiting import Waits, wait
 
-Made = tuple[BatchEntry, Any]
+
+class Entry(Protocol):
+    """What a run needs to know of a planned batch."""
+
+    @property
+    def number(self) -> int:
+        """Which of the rank's batches it is."""
+        ...
+
+    @property
+    def repeats(self) -> int:
+        """How many of its samples are repeats."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+class RunFeed(Protocol):
+    """Where a run has its entries from."""
+
+    def entries(self) -> Iterator[Any]:
+        """Every entry in order; each is held until `done` is called with it."""
+        ...
+
+    def done(self, entry: Any) -> None:
+        """The entry's batch is made, or given up."""
+        ...
+
+
+Made = tuple[Any, Any]  # entry, batch
 
 # A batch may take as long as its bytes do. What it waits for has deadlines of its own, and ends with an error.
 _NO_DEADLINE_S = math.inf
@@ -43,7 +70,7 @@ class RunClosedError(ServiceError):
 class _Place:
     """The place of one batch in the line of those that are ahead of the consumer."""
 
-    entry: BatchEntry
+    entry: Entry
     batch: Any = None
     error: BaseException | None = None
     is_done: bool = False
@@ -52,9 +79,7 @@ class _Place:
 class ThreadedRun:
     """An iterator over (entry, batch), made by a feeder thread and a decode pool."""
 
-    def __init__(
-        self, feed: Feed, make: Callable[[BatchEntry], Any], pool: DecodePool, depth: int, waits: Waits
-    ) -> None:
+    def __init__(self, feed: RunFeed, make: Callable[[Any], Any], pool: DecodePool, depth: int, waits: Waits) -> None:
         self._feed, self._make, self._pool, self._depth, self._waits = feed, make, pool, depth, waits
         self._changed = threading.Condition()
         self._line: deque[_Place] = deque()
@@ -114,7 +139,7 @@ class ThreadedRun:
                 self._is_fed = True
                 self._changed.notify_all()
 
-    def _enqueue(self, entry: BatchEntry) -> bool:
+    def _enqueue(self, entry: Entry) -> bool:
         """Wait for room in the line, then give the entry to the pool; False when the run was closed."""
         place = _Place(entry)
         with self._changed:
@@ -152,7 +177,7 @@ class ThreadedRun:
 class InlineRun:
     """The same iterator without threads: each batch is made when it is asked for."""
 
-    def __init__(self, feed: Feed, make: Callable[[BatchEntry], Any], waits: Waits) -> None:
+    def __init__(self, feed: RunFeed, make: Callable[[Any], Any], waits: Waits) -> None:
         self._feed, self._make, self._waits = feed, make, waits
         self._entries = feed.entries()
         self._is_closed = False
