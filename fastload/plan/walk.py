@@ -72,8 +72,9 @@ class Walk(Generic[Key, Entry]):
         self.ranks, self.batch_size = reader.ranks, reader.batch_size
         self.drop_last, self.tail = reader.drop_last, reader.tail
         self._global_batch, self._group = reader.global_batch, reader.group
-        # How many groups to give out at a time, so that each worker has some; 0 where windows are small: all.
-        self._groups_at_once = max(1, _SAMPLES_AT_ONCE // reader.batch_size) * reader.worker[1] if by_parts else 0
+        # How many groups to give out at a time, among them one of each worker; 0: all, since windows are small.
+        at_once = max(reader.worker[1], _SAMPLES_AT_ONCE // (reader.group // self.ranks.world_size))
+        self._groups_at_once = at_once if by_parts else 0
         self._delivered = delivered
         self._number_start = -(-delivered // self._global_batch)
         self._groups_given = 0

@@ -121,6 +121,37 @@ def test_partitions_hold_every_object_once_and_are_even(sizes, partitions):
         assert [sorted(part) for part in parts] == [np.flatnonzero(dealt == p).tolist() for p in range(partitions)]
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from([0, 1, 2, 2, 3, 500]), max_size=40), st.integers(1, 9), st.data())
+def test_shards_are_dealt_largest_first_to_the_partition_with_least(sizes, partitions, data):
+    """Those of a later version when all of the former have been."""
+    starts = sorted(data.draw(st.lists(st.integers(0, len(sizes)), max_size=3)))
+    loads = [(0, 0, partition) for partition in range(partitions)]
+    expected = [0] * len(sizes)
+    for first, stop in itertools.pairwise([0, *starts, len(sizes)]):
+        for shard in sorted(range(first, stop), key=lambda shard: (-sizes[shard], shard)):
+            byte_count, count, expected[shard] = least = min(loads)
+            loads[loads.index(least)] = (byte_count + sizes[shard], count + 1, least[2])
+    assert deal_to_partitions(np.array(sizes, np.int64), partitions, starts).tolist() == expected
+
+
+def test_shards_that_come_later_leave_the_others_where_they_were():
+    sizes = np.random.default_rng(0).integers(1, 1000, 300)
+    before = deal_to_partitions(sizes[:200], 7)
+    assert (deal_to_partitions(sizes, 7, [200])[:200] == before).all()
+    assert (deal_to_partitions(sizes, 7, [200, 250])[:250] == deal_to_partitions(sizes[:250], 7, [200])).all()
+
+
+def test_many_shards_and_partitions_are_dealt_as_ever():
+    """If this fails, what nodes have cached would be of no use to them: do not update the digest."""
+    sizes = np.array([(i * 7919) % 10_007 for i in range(50_000)], np.int64)
+    dealt = deal_to_partitions(sizes, 300)
+    assert hashlib.blake2b(dealt.astype("<i4").tobytes(), digest_size=16).hexdigest() == GOLDEN_DEAL
+
+
+GOLDEN_DEAL = "c3803a1150ab24828d2269e74da3ca7a"
+
+
 @settings(max_examples=60, deadline=None)
 @given(worlds(), st.data())
 def test_what_is_read_ahead_is_what_the_rest_needs_in_the_order_of_first_use(world, data):
