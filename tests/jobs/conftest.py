@@ -1,0 +1,27 @@
+"""What the tests of jobs share: rank processes, and shards of all shapes in a bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from fastload.demo.weed import WeedServer
+from tests.jobs.pool import RankPool
+from tests.jobs.shelf import Shelf
+
+
+@pytest.fixture(scope="package")
+def pool() -> Iterator[RankPool]:
+    """Four ranks."""
+    pool = RankPool(4)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+@pytest.fixture(scope="package")
+def shelf(weed: WeedServer) -> Shelf:
+    """Shards from which corpora are drawn; uploaded once."""
+    return Shelf.uploaded(weed, "jobs")
