@@ -1,0 +1,176 @@
+"""Nodes that tell each other what they count, over a real store of torch.distributed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as distributed
+
+from fastload.engine.counts import Exchange, ExchangedCounts
+from fastload.errors import ServiceError, ShardError
+from fastload.waiting import Waits
+
+COUNTS = np.array([3, 1, 4, 1, 5, 9, 2, 6], np.int64)
+
+
+class Node:
+    """A node's source, whose shards are a list of counts; `broken` ones cannot be indexed."""
+
+    def __init__(self, broken: int | None = None) -> None:
+        self._counts = np.full(len(COUNTS), -1, np.int64)
+        self._broken = broken
+        self.indexed: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.first_chunk = np.arange(len(COUNTS) + 1)
+        self.shards = self.consumer = self
+        self.manifest = self
+        self.objects = [self] * len(COUNTS)
+        self.url = "s3://bucket/x.tar"
+        self.sample_count = 0
+
+    def counts_in_memory(self) -> tuple[Any, Any]:
+        known = np.flatnonzero(self._counts >= 0).astype(np.int32)
+        return known, self._counts[known]
+
+    def learn_counts(self, object_nos: Any, counts: Any) -> None:
+        self._counts[object_nos] = counts
+
+    def get(self, consumer: Any, numbers: list[int]) -> list[Any]:
+        assert self.gate.wait(30)
+        if self._broken in numbers:
+            raise ShardError(f"shard {self._broken} is no tar")
+        self.indexed += numbers
+        return [type("Index", (), {"sample_count": COUNTS[number]}) for number in numbers]
+
+    def open(self) -> Any:
+        return self
+
+    def give_back(self, session: Any) -> None:
+        pass
+
+    def release(self, chunks: Any) -> None:
+        pass
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        self.gate.set()
+        yield
+
+
+def nos(*numbers: int) -> Any:
+    return np.array(numbers, np.int32)
+
+
+NONE = nos()
+
+
+def never() -> bool:
+    return False
+
+
+@pytest.fixture
+def store() -> Any:
+    return distributed.PrefixStore("test", distributed.HashStore())
+
+
+@contextmanager
+def exchange(node: Node, store: Any, own: Any, common: Any = NONE, serves: bool = True) -> Iterator[Exchange]:
+    made = Exchange(node, store, own, common, serves=serves)  # type: ignore[arg-type]
+    made.open()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def test_a_count_comes_from_whoever_opens_the_shard(store: Any) -> None:
+    a, b = Node(), Node()
+    with exchange(a, store, nos(0, 1, 2, 3)) as of_a, exchange(b, store, nos(4, 5, 6, 7), serves=False) as of_b:
+        of_a.counted(nos(0, 1), COUNTS[:2])
+        found, counts = of_b.ask(nos(1, 2), never)
+        assert (found.tolist(), counts.tolist()) == ([1], [1])
+        assert b.counts_in_memory()[0].tolist() == [0, 1]  # all that was said is remembered
+        assert of_b.ask(nos(0), never)[1].tolist() == [3]  # also where it was heard before
+    assert a.indexed == b.indexed == []
+
+
+def test_a_count_that_nobody_has_is_asked_for_and_counted_by_its_node(store: Any) -> None:
+    a, b = Node(), Node()
+    with exchange(a, store, nos(0, 1, 2, 3)), exchange(b, store, nos(4, 5, 6, 7)) as of_b:
+        known: dict[int, int] = {}
+        while len(known) < 4:
+            found, counts = of_b.ask(nos(*(n for n in range(4) if n not in known)), never)
+            known.update(zip(found.tolist(), counts.tolist(), strict=True))
+    assert known == dict(enumerate(COUNTS[:4].tolist()))
+    assert sorted(a.indexed) == [0, 1, 2, 3]
+    assert b.indexed == []
+
+
+def test_what_a_node_knew_before_reaches_the_others_when_it_begins(store: Any) -> None:
+    a, b = Node(), Node()
+    a.learn_counts(nos(0, 2, 5), COUNTS[[0, 2, 5]])
+    with exchange(a, store, nos(0, 1, 2), common=nos(0)) as of_a, exchange(b, store, nos(5)) as of_b:
+        assert of_a.known()[0].tolist() == [0, 2, 5]
+        of_a.known()
+        assert of_b.ask(nos(2), never)[1].tolist() == [4]
+        # 0 was common knowledge, and 5 is not its to tell.
+        assert b.counts_in_memory()[0].tolist() == [2]
+        assert store.add("counts", 0) == 1
+
+
+def test_what_keeps_a_node_from_counting_reaches_whoever_asks(store: Any) -> None:
+    a, b = Node(broken=1), Node()
+    with exchange(a, store, nos(0, 1)), exchange(b, store, nos(2)) as of_b:
+        for _ in range(2):  # asking again has it tried again
+            with pytest.raises(ShardError, match="shard 1 is no tar"):
+                of_b.ask(nos(1), never)
+        assert of_b.ask(nos(0), never)[1].tolist() == [3]
+
+
+def test_a_record_that_is_never_written_keeps_nobody_waiting(store: Any) -> None:
+    a, b = Node(), Node()
+    with exchange(a, store, nos(0)) as of_a, exchange(b, store, nos(1)) as of_b:
+        of_a.counted(nos(0), COUNTS[:1])
+        store.add("counts", 1)  # somebody died after this
+        assert of_b.ask(nos(0), never)[1].tolist() == [3]
+        began = time.monotonic()
+        with pytest.raises(ServiceError, match="was closed while it waited"):
+            of_b.ask(nos(1), lambda: time.monotonic() > began + 0.2)
+
+
+def test_closing_ends_whoever_asks_and_whoever_counts(store: Any) -> None:
+    a, b = Node(), Node()
+    a.gate.clear()
+    of_a, of_b = (Exchange(node, store, own, nos(), serves=True) for node, own in ((a, nos(0)), (b, nos(1))))  # type: ignore[arg-type]
+    of_a.open()
+    of_b.open()
+    failures = []
+    passes = ExchangedCounts(of_b, Waits())
+
+    def ask() -> None:
+        try:
+            passes.ask(nos(0))
+        except ServiceError as error:
+            failures.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while of_a._session is None:  # until it counts
+        time.sleep(0.01)
+    with passes.interrupted():
+        asking.join(30)
+    assert len(failures) == 1
+    of_a.close()
+    of_b.close()
+    of_b.open()
+    of_a.open()
+    assert of_b.ask(nos(0), never)[1].tolist() == [3]
+    of_a.close()
+    of_b.close()
