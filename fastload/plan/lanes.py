@@ -101,6 +101,7 @@ class Lane:
         self.number, self.first, self.covered = number, start, start
         self.legs: list[Leg] = []
         self._pieces: list[Piece] | None = None  # None: its own partition, to an end that is not known yet
+        self._stop: Stop | None = None  # the next, where it is known for good
 
     def level(self, levels: Levels) -> None:
         """From now on the lane's end is known, and what it holds beyond its own partition."""
@@ -108,10 +109,15 @@ class Lane:
         if self.legs and self.covered > own:
             self.covered = own
             self.legs = [leg._replace(stop=min(leg.stop, own)) for leg in self.legs if leg.start < own]
-        self._pieces = levels.pieces(self.number, self.covered, int(levels.quota[self.number]))
+        self._pieces, self._stop = levels.pieces(self.number, self.covered, int(levels.quota[self.number])), None
 
     def stop(self, tally: Tally) -> Stop | None:
         """The next window that the lane needs open; None at its end, or while what follows is not known."""
+        if self._stop is None or not self._stop.length:
+            self._stop = self._find_stop(tally)
+        return self._stop
+
+    def _find_stop(self, tally: Tally) -> Stop | None:
         piece = Piece(self.number, self.covered, 1 << 62) if self._pieces is None else next(iter(self._pieces), None)
         found = None if piece is None else tally.find(piece.partition, piece.start)
         if piece is None or found is None:
@@ -136,7 +142,7 @@ class Lane:
         self.legs = [leg for leg in self.legs if leg.stop > number]
 
     def _move(self, length: int) -> None:
-        self.covered += length
+        self.covered, self._stop = self.covered + length, None
         if self._pieces is not None:
             first = self._pieces[0]
             rest = first._replace(start=first.start + length)

@@ -124,7 +124,7 @@ class Tally:
         part = self._parts[partition]
         if number < part.start[part.known]:
             starts = part.start[part.first : part.known + 1]
-            window = part.first + int(np.searchsorted(starts, number, side="right")) - 1
+            window = part.first + int(starts.searchsorted(number, side="right")) - 1
             return window, number - int(part.start[window]), int(part.count[window])
         return (part.known, number - int(part.start[part.known]), -1) if part.known < len(part.count) else None
 
