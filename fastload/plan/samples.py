@@ -13,7 +13,8 @@ from fastload.plan.permutation import Permutation
 from fastload.plan.tally import WindowKey
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+# Not frozen, which would take a microsecond more to make.
+@dataclass(slots=True, eq=False)
 class BatchEntry:
     """One batch of one rank (or of one of its workers), as numbers.
 
@@ -53,8 +54,9 @@ class OpenWindow:
     def __init__(self, line: Permutation, objects: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
         self.line, self.objects = line, objects
         self._ends = np.cumsum(counts)
-        self._bucket_shift = max(0, (len(line) // max(1, len(objects))).bit_length() - 1)
-        self._buckets = np.empty((len(line) >> self._bucket_shift) + 2, np.int64)
+        assert len(line) == counts.sum(), f"an order of {len(line)} samples for {counts.sum()}"
+        self._bucket_shift = (len(line) // max(1, len(objects))).bit_length()
+        self._buckets = np.empty((len(line) >> self._bucket_shift) + 2, np.int32)
         fill_buckets(self._ends, self._bucket_shift, self._buckets)
 
     def located(self, offsets: NDArray[np.int64], key: WindowKey) -> Samples:
@@ -102,18 +104,17 @@ class Samples:
         `samples_after`.
         """
         starts = range(0, len(self), size)
+        windows_of = self.windows_of_parts(np.full(len(starts), size))
         return [
             BatchEntry(number, self.object_no[i : i + size], self.sample_no[i : i + size], 0, windows, after)
-            for i, number, windows, after in zip(
-                starts, numbers, self._windows_of_batches(size), samples_after, strict=True
-            )
+            for i, number, windows, after in zip(starts, numbers, windows_of, samples_after, strict=True)
         ]
 
-    def _windows_of_batches(self, size: int) -> list[tuple[WindowKey, ...]]:
-        """`windows` of every `size` samples. Few of them differ, and each is made once."""
-        codes, count = np.unique(self.window), len(self) // size
+    def windows_of_parts(self, sizes: NDArray[np.int64]) -> list[tuple[WindowKey, ...]]:
+        """`windows` of parts of these sizes, one after the other. Few of them differ, and each is made once."""
+        codes, count = np.unique(self.window), len(sizes)
         is_in = np.zeros((count, len(codes)), np.bool_)
-        is_in[np.repeat(np.arange(count), size), np.searchsorted(codes, self.window)] = True
+        is_in[np.repeat(np.arange(count), sizes), np.searchsorted(codes, self.window)] = True
         rows, made = is_in.tobytes(), dict[bytes, tuple[WindowKey, ...]]()
         windows = []
         for i in range(count):
@@ -131,6 +132,13 @@ class Samples:
     def part_at(self, places: NDArray[np.int64]) -> Samples:
         """Those at `places`, in that order."""
         return Samples(self.object_no[places], self.sample_no[places], self.window[places])
+
+    def placed(self, places: NDArray[np.int64]) -> Samples:
+        """Each moved to its place; `places` has every number from 0 on once."""
+        moved = Samples(np.empty_like(self.object_no), np.empty_like(self.sample_no), np.empty_like(self.window))
+        moved.object_no[places], moved.sample_no[places] = self.object_no, self.sample_no
+        moved.window[places] = self.window
+        return moved
 
     def then(self, more: Samples) -> Samples:
         """These and `more` after them; a copy."""

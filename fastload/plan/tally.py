@@ -19,6 +19,10 @@ from fastload.plan.order import EpochOrder
 from fastload.plan.position import Place
 
 
+# Counts that are taken down in one go; a million would take 50 MB meanwhile.
+_OBJECTS_AT_ONCE = 1 << 16
+
+
 class WindowKey(NamedTuple):
     """A window of an epoch: which partition, and its number there."""
 
@@ -54,7 +58,7 @@ class Tally:
     def __init__(self, orders: Sequence[EpochOrder], places: Sequence[Place], taken: Sequence[int]) -> None:
         bases = np.cumsum([0, *(order.window_count for order in orders)])
         self._counts = np.full(len(orders[0].manifest), -1, np.int64)
-        self._window_of = np.full(len(self._counts), -1, np.int64)
+        self._window_of = np.full(len(self._counts), -1, np.int32)
         self._window_count, self._window_uncounted = np.zeros((2, int(bases[-1])), np.int64)
         self._parts = []
         self.at_least = 0  # the samples of the epoch are known to be no fewer
@@ -68,7 +72,7 @@ class Tally:
         sizes = np.diff(order.window_start)
         uncounted = self._window_uncounted[windows]
         uncounted[first:] = sizes[first:]
-        numbers = np.repeat(np.arange(base + first, windows.stop), sizes[first:])
+        numbers = np.repeat(np.arange(base + first, windows.stop, dtype=np.int32), sizes[first:])
         self._window_of[order.object_order[order.window_start[first] :]] = numbers
         start = np.zeros(order.window_count + 1, np.int64)
         start[first] = taken - place.offset
@@ -94,6 +98,12 @@ class Tally:
 
         Raises `StateError` where an object had another count before.
         """
+        for start in range(0, len(object_nos), _OBJECTS_AT_ONCE):
+            self._tell(object_nos[start : start + _OBJECTS_AT_ONCE], counts[start : start + _OBJECTS_AT_ONCE])
+        for part in self._parts:
+            part.advance()
+
+    def _tell(self, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
         before = self._counts[object_nos]
         wrong = np.flatnonzero((before >= 0) & (before != counts))
         if len(wrong):
@@ -112,8 +122,6 @@ class Tally:
         np.subtract.at(self._window_uncounted, windows, 1)
         self.at_least += int(counts.sum())
         self._uncounted -= len(windows)
-        for part in self._parts:
-            part.advance()
 
     def find(self, partition: int, number: int) -> tuple[int, int, int] | None:
         """Where sample `number` of a partition's order is: window, offset in it, samples of it.
