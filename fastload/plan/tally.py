@@ -18,7 +18,6 @@ from fastload.errors import StateError
 from fastload.plan.order import EpochOrder
 from fastload.plan.position import Place
 
-
 # Counts that are taken down in one go; a million would take 50 MB meanwhile.
 _OBJECTS_AT_ONCE = 1 << 16
 
