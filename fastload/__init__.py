@@ -59,6 +59,7 @@ if TYPE_CHECKING:
         WaitTimeoutError as WaitTimeoutError,
     )
     from fastload.loader import DataLoader as DataLoader
+    from fastload.mixture import Mixture as Mixture
     from fastload.ragged import Ragged as Ragged
     from fastload.service.handle import Cache as Cache
 
@@ -84,12 +85,13 @@ _ERRORS = (
 _HOMES = {
     "Cache": "fastload.service.handle",
     "DataLoader": "fastload.loader",
+    "Mixture": "fastload.mixture",
     "Ragged": "fastload.ragged",
     "StreamingDataset": "fastload.dataset",
     **dict.fromkeys(_ERRORS, "fastload.errors"),
 }
 
-__all__ = ["Cache", "DataLoader", "Ragged", "StreamingDataset", "decode", *_ERRORS]
+__all__ = ["Cache", "DataLoader", "Mixture", "Ragged", "StreamingDataset", "decode", *_ERRORS]
 
 
 def __getattr__(name: str) -> Any:

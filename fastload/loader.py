@@ -22,14 +22,14 @@ import torch.utils.data
 from torch.utils.data import default_collate, default_convert
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from fastload.dataset import StreamingDataset
 from fastload.engine.iteration import NOTHING, Iteration
-from fastload.engine.passes import Pass
+from fastload.engine.passes import AnyPosition, Pass
 from fastload.engine.pool import DecodePool
 from fastload.engine.run import InlineRun, ThreadedRun
 from fastload.errors import ConfigError, StateError
 from fastload.metrics import EpochMeter, empty_stats
-from fastload.plan import Position, batch_count_of_rank
+from fastload.plan import batch_count_of_rank
+from fastload.streaming import Streaming
 
 T = TypeVar("T", covariant=True)
 
@@ -104,22 +104,30 @@ class DataLoader(torch.utils.data.DataLoader[T]):
 
 @dataclass(slots=True, eq=False)
 class _Progress:
-    """How far one iteration is. `position` is that after the last batch delivered; None at either end of the epoch."""
+    """How far one iteration is. `last` is the last entry delivered; `begun_at` where it began."""
 
     epoch: int
-    position: Position | None
+    begun_at: AnyPosition | None
     meter: EpochMeter
+    current: Pass | None
+    last: Any = None
     is_running: bool = True
 
     def delivered(self, current: Pass, entry: Any) -> None:
         """A batch has reached the user."""
-        self.position = current.position(entry)
+        self.last = entry
         skipped = 0 if current.skips is None else current.skips.take(entry)
         self.meter.delivered(len(entry) - skipped, entry.repeats, skipped)
 
     def exhausted(self) -> None:
         """The epoch is over."""
-        self.position, self.is_running = None, False
+        self.last = self.begun_at = self.current = None
+        self.is_running = False
+
+    def position(self) -> AnyPosition | None:
+        """After the last batch delivered; None at either end of the epoch. Only now, since few ask."""
+        last, current = self.last, self.current
+        return self.begun_at if last is None or current is None else current.position(last)
 
 
 class _Stream:
@@ -132,9 +140,9 @@ class _Stream:
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._loader = weakref.ref(loader)
-        self._dataset: StreamingDataset = loader.dataset  # type: ignore[assignment]
+        self._dataset: Streaming = loader.dataset  # type: ignore[assignment]
         self._pool: DecodePool | None = None
-        self._loaded: Position | None = None  # where the next iteration begins, if a state was loaded
+        self._loaded: AnyPosition | None = None  # where the next iteration begins, if a state was loaded
         self._latest: _Progress | None = None
         self._changing = threading.Lock()  # held while an iteration begins, and while all are ended
         self._iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()
@@ -151,7 +159,7 @@ class _Stream:
         start, epoch = self._loaded, self._dataset.next_epoch()
         current = self._dataset.begin(epoch, _size_of_entries(loader), drop_last=loader.drop_last, start=start)
         try:
-            progress = _Progress(epoch, start, EpochMeter(epoch, current.account, current.waits))
+            progress = _Progress(epoch, start, EpochMeter(epoch, current.account, current.waits), current)
             run = self._start(loader, current)
         except BaseException:
             current.end()
@@ -177,16 +185,16 @@ class _Stream:
             "position": None if position is None else position.to_state(),
         }
 
-    def _place(self) -> tuple[int, Position | None]:
+    def _place(self) -> tuple[int, AnyPosition | None]:
         if self._loaded is not None:
             return self._loaded.epoch, self._loaded
         latest = self._latest
-        if latest is not None and (latest.is_running or latest.position is not None):
-            return latest.epoch, latest.position
+        if latest is not None and (latest.is_running or latest.current is not None):
+            return latest.epoch, latest.position()
         return self._dataset.next_epoch(), None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        epoch, position = _read_state(state)
+        epoch, position = _read_state(state, self._dataset)
         with self._changing:
             self._close_iterations()
             self._dataset.set_epoch(epoch)
@@ -249,7 +257,7 @@ def _release(current: Pass, progress: _Progress) -> None:
 
 def _is_ours(dataset: Any) -> bool:
     """Whether we make the batches. A subclass that yields samples of its own making keeps torch's way."""
-    return isinstance(dataset, StreamingDataset) and type(dataset).__iter__ is StreamingDataset.__iter__
+    return isinstance(dataset, Streaming) and type(dataset).__iter__ is Streaming.__iter__
 
 
 def _maker(loader: DataLoader[Any], current: Pass) -> Callable[[Any], Any]:
@@ -280,7 +288,7 @@ def _size_of_entries(loader: DataLoader[Any]) -> int:
     return loader.batch_size or 1
 
 
-def _check_arguments(loader: DataLoader[Any], dataset: StreamingDataset) -> None:
+def _check_arguments(loader: DataLoader[Any], dataset: Streaming) -> None:
     if dataset.batch_size is not None and loader.batch_size != dataset.batch_size:
         raise ConfigError(
             f"batch_size={loader.batch_size} of the loader is not batch_size={dataset.batch_size} of its data set; "
@@ -297,7 +305,7 @@ def _check_arguments(loader: DataLoader[Any], dataset: StreamingDataset) -> None
         )
 
 
-def _read_state(state: Mapping[str, Any]) -> tuple[int, Position | None]:
+def _read_state(state: Mapping[str, Any], dataset: Streaming) -> tuple[int, AnyPosition | None]:
     """The parts of a loader's state. Raises `StateError`."""
     version = state.get("version") if isinstance(state, Mapping) else None
     if version != STATE_VERSION or not {"epoch", "position"} <= set(state):
@@ -310,7 +318,7 @@ def _read_state(state: Mapping[str, Any]) -> tuple[int, Position | None]:
         raise StateError(f"the state's epoch is {epoch!r}: it is damaged; load another one")
     if position is None:
         return epoch, None
-    read = Position.from_state(position)
+    read = dataset.read_position(position)
     if read.epoch != epoch:
         raise StateError(f"the state is of epoch {epoch} and of epoch {read.epoch}: it is damaged; load another one")
     return epoch, read

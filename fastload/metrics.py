@@ -9,7 +9,7 @@ that does not answer costs these figures and nothing else.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from fastload.errors import ServiceError, WaitTimeoutError
@@ -44,6 +44,34 @@ class Account(Protocol):
     def stats(self, deadline_s: float) -> dict[str, Any]:
         """`"consumer"`, `"node"` and `"store"` figures of the service."""
         ...
+
+
+class JointAccount:
+    """Several consumers' figures as one's. Consumers of one cache see the same service, which is counted once."""
+
+    def __init__(self, accounts: Sequence[tuple[str, Account]]) -> None:
+        """`accounts`: the name of each one's cache, and the account."""
+        self._accounts = tuple(accounts)
+
+    def stats(self, deadline_s: float) -> dict[str, Any]:
+        """As of one: sums of the consumers' figures, and of those of each service."""
+        found = [(cache, account.stats(deadline_s)) for cache, account in self._accounts]
+        of_caches = dict(found).values()
+        return {
+            "consumer": _sums(stats.get("consumer", {}) for _, stats in found),
+            "node": _sums(stats.get("node", {}) for stats in of_caches),
+            "store": _sums(stats.get("store", {}) for stats in of_caches),
+        }
+
+
+def _sums(figures: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Numbers added up by name; of anything else the last."""
+    sums: dict[str, Any] = {}
+    for each in figures:
+        for name, value in each.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            sums[name] = sums.get(name, 0) + value if is_number else value
+    return sums
 
 
 class EpochMeter:

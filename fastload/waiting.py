@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -52,6 +52,19 @@ class Waits:
             yield
         finally:
             self.add(reason, time.monotonic() - began)
+
+
+class JointWaits(Waits):
+    """An account of its own, which shows what others hold as well: those of a loader with several consumers."""
+
+    def __init__(self, others: Sequence[Waits]) -> None:
+        super().__init__()
+        self._others = tuple(others)
+
+    def seconds(self) -> dict[str, float]:
+        """The sums."""
+        accounts = [super().seconds(), *(each.seconds() for each in self._others)]
+        return {reason: sum(account[reason] for account in accounts) for reason in accounts[0]}
 
 
 def wait(

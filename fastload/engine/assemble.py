@@ -24,6 +24,7 @@ from fastload.decode import Decoder
 from fastload.decode.plain import Raw
 from fastload.engine.columns import KEY, URL, ColumnSet
 from fastload.engine.gather import Gatherer, Values
+from fastload.engine.run import Entry
 from fastload.engine.slots import SlotPool
 from fastload.engine.windows import LiveWindows, Window
 from fastload.errors import DecodeError, MissingColumnError
@@ -118,7 +119,7 @@ class Skips:
                 f'skipped a sample, and will skip others without a word, since on_error="skip": {error}', stacklevel=2
             )
 
-    def take(self, entry: BatchEntry) -> int:
+    def take(self, entry: Entry) -> int:
         """How many samples this entry, which has been delivered, was made without."""
         with self._lock:
             return self._counts.pop(entry.number, 0)
@@ -147,23 +148,31 @@ class Assembler:
 
     def batch(self, entry: BatchEntry) -> Batch:
         """The batch of an entry: a dict with `__key__` and `__url__`, or a tuple of the columns alone."""
+        return self.batch_of(entry)[0]
+
+    def batch_of(self, entry: BatchEntry) -> tuple[Batch, list[int] | None]:
+        """The batch, and which samples of the entry it has, where not all."""
         try:
-            return self._batch(entry)
+            return self._batch(entry), None
         except SAMPLE_ERRORS:
             if self._skips is None:
                 raise
-            return self._batch(self._readable(entry, self._skips))
+            kept = self._readable(entry, self._skips)
+            return self._batch(_part(entry, kept)), kept
 
     def samples(self, entry: BatchEntry) -> Iterator[Batch]:
         """The samples of an entry, one by one, decoded as they are asked for."""
+        return self.samples_of(entry)[0]
+
+    def samples_of(self, entry: BatchEntry) -> tuple[Iterator[Batch], list[int] | None]:
+        """The samples, and which of the entry they are, where not all."""
         if self._skips is None:
-            yield from self._samples(entry)
-            return
+            return self._samples(entry), None
         try:
-            found = list(self._samples(entry))
+            return iter(list(self._samples(entry))), None
         except SAMPLE_ERRORS:
-            found = list(self._samples(self._readable(entry, self._skips)))
-        yield from found
+            kept = self._readable(entry, self._skips)
+            return self._samples(_part(entry, kept)), kept
 
     def chunks_of(self, entry: BatchEntry) -> Ints:
         """The chunks that an entry needs. Values that are missing need none: the batch will say what is wrong."""
@@ -200,8 +209,8 @@ class Assembler:
             }
             yield tuple(sample.values()) if self._columns.as_tuple else {KEY: key, URL: url, **sample}
 
-    def _readable(self, entry: BatchEntry, skips: Skips) -> BatchEntry:
-        """The entry without the samples that cannot be read."""
+    def _readable(self, entry: BatchEntry, skips: Skips) -> list[int]:
+        """Which samples of the entry can be read."""
         kept = []
         for number in range(len(entry)):
             try:
@@ -210,7 +219,7 @@ class Assembler:
                 skips.add(entry, error)
             else:
                 kept.append(number)
-        return _part(entry, kept)
+        return kept
 
     def _names(self, located: _Located) -> tuple[str, ...]:
         """The columns of these samples: those that were named, or all, which have to be the same in all shards."""

@@ -6,6 +6,7 @@ starts a thread.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload.engine.reader import WindowReader
-from fastload.plan import BatchEntry, EpochCursor, WindowKey
+from fastload.plan import BatchEntry, EpochCursor, Position, WindowKey
 
 Counts = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
 
@@ -51,39 +52,38 @@ class Feed:
     ) -> None:
         """`expected_next`: the objects with which the next epoch begins, if it is the one after this."""
         self._cursor, self._reader, self._counts, self._expected_next = cursor, reader, counts, expected_next
+        self._using_cursor = threading.Lock()  # the feeder walks, and others ask for positions
 
     def entries(self) -> Iterator[BatchEntry]:
         """Every entry in order; each is held until `done` is called with it."""
         cursor = self._cursor
-        entries = cursor.tell(*self._counts.known())
+        known = self._counts.known()
+        with self._using_cursor:
+            entries: list[BatchEntry] | None = cursor.tell(*known)
+            is_exact = cursor.is_counted
         self._plan()
-        is_exact = cursor.is_counted
-        while True:
+        while entries is not None:
             yield from self._held(entries)
             self._reader.retire_all_but(cursor.needed)
             if cursor.is_counted and not is_exact:
                 is_exact = True
                 if len(cursor.orders) > 1:  # windows have changed their nodes
                     self._plan()
-            if entries := cursor.settled():
-                continue
-            if (key := cursor.next_window) is not None:
-                entries = self._open(key)
-            elif len(wanted := cursor.counts_wanted):
-                entries = cursor.tell(*self._counts.ask(wanted))
-            else:
-                break
-        yield from self._held(cursor.finish())
+            entries = self._more()
+        with self._using_cursor:
+            entries = cursor.finish()
+        yield from self._held(entries)
         self._reader.retire_all_but(())
         self._reader.exhausted(self._expected_next(), cursor.epoch + 1)
 
+    def position(self, entry: BatchEntry) -> Position:
+        """Where a run stands once an entry is delivered. Any thread may ask."""
+        with self._using_cursor:
+            return self._cursor.position(entry)
+
     def done(self, entry: BatchEntry) -> None:
         """The entry's batch is made, or given up."""
-        self._reader.done(entry)
-
-    def close(self) -> None:
-        """Give back whatever is still held, and end the plan if it was not read to its end."""
-        self._reader.close()
+        self._reader.done(entry, entry.windows)
 
     @contextmanager
     def interrupted(self) -> Iterator[None]:
@@ -95,14 +95,31 @@ class Feed:
         windows = [(key, self._cursor.objects_of(key)) for key in self._cursor.windows_ahead()]
         self._reader.plan(windows, self._cursor.epoch)
 
+    def _more(self) -> list[BatchEntry] | None:
+        """What is settled next, by opening a window or hearing of counts; perhaps nothing yet. None at the end."""
+        with self._using_cursor:
+            entries = self._cursor.settled()
+            key = None if entries else self._cursor.next_window
+            wanted = None if entries or key is not None else self._cursor.counts_wanted
+        if key is not None:
+            return self._open(key)
+        if wanted is None:
+            return entries
+        if not len(wanted):
+            return None
+        told = self._counts.ask(wanted)
+        with self._using_cursor:
+            return self._cursor.tell(*told)
+
     def _open(self, key: WindowKey) -> list[BatchEntry]:
         object_nos = self._cursor.objects_of(key)
         counts = self._reader.open(key, object_nos)
         self._counts.counted(object_nos, counts)
-        return self._cursor.add(key, counts)
+        with self._using_cursor:
+            return self._cursor.add(key, counts)
 
     def _held(self, entries: list[BatchEntry]) -> Iterator[BatchEntry]:
         # All are held before the first is out, so that none of their windows closes while later ones wait here.
         for entry in entries:
-            self._reader.hold(entry)
+            self._reader.hold(entry, entry.windows)
         yield from entries

@@ -24,7 +24,6 @@ from fastload.engine.session import Session, Source
 from fastload.plan import (
     OrderOptions,
     OrderWish,
-    Position,
     Ranks,
     default_partitions,
     epoch_orders,
@@ -43,6 +42,7 @@ class Job:
         self._processes: Ranks | None = None if given == (None, None) else resolve_ranks(*given)
         self._order: OrderOptions | None = None
         self._saved_window_bytes: int | None = None  # of the state that was loaded
+        self._sharers = 1
         self._begin()
         if self._processes is not None:
             self._processes.with_replicas(replicas)
@@ -64,31 +64,38 @@ class Job:
         return self._wish.partition_count(self.ranks)
 
     @property
+    def is_settled(self) -> bool:
+        """Whether `settle` was called."""
+        return self._order is not None
+
+    @property
     def order(self) -> OrderOptions:
         """The order. Only after `settle`."""
         assert self._order is not None, "the job is not settled"
         return self._order
 
-    def settle(self, source: Source, settings: Mapping[str, Any], *, in_worker: bool) -> None:
+    def settle(self, source: Source, settings: Mapping[str, Any], *, in_worker: bool, sharers: int = 1) -> None:
         """Before a pass begins: all ranks take rank 0's list of shards, and make sure that they are one job.
 
-        `settings` are compared beside those of the order.
+        `settings` are compared beside those of the order. So many data sets as `sharers` are read at a time, and have
+        their windows in one arena.
         """
         with self._settling:
             self._processes = self._ranks_of_processes()
-            if self._has_agreed:
+            if self._has_agreed and sharers == self._sharers:
                 return
+            self._sharers = sharers
             if not in_worker and agreement.is_collective(self._processes):
                 self._agree(self._processes, source, settings)
             elif not in_worker or self._order is None:  # a worker may have it from its parent
                 self._order = self._settled_order(self._ram_bytes)
             self._has_agreed = True
 
-    def adopt(self, position: Position) -> None:
+    def adopt(self, saved: OrderOptions) -> None:
         """Go on in the order of a saved run, where the user left it to us."""
         with self._settling:
-            self._wish = self._wish.adopted(position.options)
-            self._saved_window_bytes = position.options.window_bytes
+            self._wish = self._wish.adopted(saved)
+            self._saved_window_bytes = saved.window_bytes
             if self._order is not None:
                 self._order = self._settled_order(self._ram_bytes)
 
@@ -141,7 +148,7 @@ class Job:
         return np.concatenate([orders[partition].object_order for partition in home])
 
     def _settled_order(self, ram_bytes: int) -> OrderOptions:
-        wish, ranks = self._wish, self.ranks
+        wish, ranks, ram_bytes = self._wish, self.ranks, ram_bytes // self._sharers
         order = wish.settled(ranks, ram_bytes)
         wanted = wish.window_bytes
         if order.shuffle != "window" or wanted is None or order.window_bytes == wanted:
@@ -149,10 +156,11 @@ class Job:
         lanes = len(lanes_of_node(ranks, order.partitions))
         is_saved = wanted == self._saved_window_bytes  # then the order is settled, whatever the memory
         warnings.warn(
-            f"shuffle_window={format_bytes(wanted)} is too large for ram_bytes={format_bytes(ram_bytes)}: the live "
-            f"windows of {lanes} partition(s) a node must fit in half of it, or parts of them are read again; "
+            f"shuffle_window={format_bytes(wanted)} is too large for {format_bytes(ram_bytes)} of ram_bytes: the live "
+            f"windows of {lanes} partition(s) a node must fit in half of that, or parts of them are read again; "
             + ("the saved run has it, so it stays. " if is_saved else f"it is {format_bytes(order.window_bytes)} now. ")
-            + f"Raise ram_bytes to {format_bytes(ram_bytes_for(lanes, wanted))}, or lower shuffle_window in a new run",
+            + f"Raise ram_bytes to {format_bytes(ram_bytes_for(lanes, wanted) * self._sharers)}, or lower "
+            "shuffle_window in a new run",
             stacklevel=2,
         )
         return replace(order, window_bytes=wanted) if is_saved else order

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from fastload.engine.assemble import Assembler, Skips
 from fastload.engine.columns import ColumnSet
-from fastload.engine.feed import Feed
+from fastload.engine.feed import CountSource, Feed
 from fastload.engine.gather import Gatherer
 from fastload.engine.job import Job
 from fastload.engine.reader import WindowReader
@@ -22,8 +22,11 @@ from fastload.engine.scattered import ScatteredReader, check_allowed, holds
 from fastload.engine.session import Session, Source
 from fastload.metrics import Account
 from fastload.plan import BatchEntry, EpochCursor, Position, Tail, epoch_orders, first_objects, objects_in_use_order
+from fastload.plan.mixture import MixtureCursor, MixturePosition
 from fastload.service.handle import Cache
 from fastload.waiting import Waits
+
+AnyPosition = Position | MixturePosition
 
 # Of the next epoch, what is fetched ahead when one has been read to its end: some windows, since the user may be about
 # to do something else.
@@ -63,6 +66,11 @@ class Pass(Protocol):
         """Its entries."""
         ...
 
+    @property
+    def cursor(self) -> EpochCursor | MixtureCursor:
+        """The plan."""
+        ...
+
     def batch(self, entry: Any) -> Any:
         """The batch of an entry."""
         ...
@@ -71,7 +79,7 @@ class Pass(Protocol):
         """The samples of an entry, one by one."""
         ...
 
-    def position(self, entry: Any) -> Position:
+    def position(self, entry: Any) -> AnyPosition:
         """Where a run stands once an entry is delivered."""
         ...
 
@@ -85,70 +93,107 @@ class Pass(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class OnePass:
-    """A pass over one data set."""
+class SourcePass:
+    """What a pass has of one data set."""
 
     source: Source
     session: Session
+    reader: WindowReader
+    counts: CountSource
+    assembler: Assembler
+
+    def end(self) -> None:
+        """The pass is over, finished or not: windows are given back, and the session may serve another."""
+        try:
+            self.reader.close()
+        finally:
+            self.source.give_back(self.session)
+
+
+@dataclass(frozen=True, slots=True)
+class OnePass:
+    """A pass over one data set."""
+
     cursor: EpochCursor
     feed: Feed
-    assembler: Assembler
+    source: SourcePass
     skips: Skips | None
 
     @property
     def waits(self) -> Waits:
         """Those of its session."""
-        return self.session.waits
+        return self.source.session.waits
 
     @property
     def account(self) -> Account:
         """Its consumer."""
-        return self.session.consumer
+        return self.source.session.consumer
 
     def batch(self, entry: BatchEntry) -> Any:
         """The batch of an entry."""
-        return self.assembler.batch(entry)
+        return self.source.assembler.batch(entry)
 
     def samples(self, entry: BatchEntry) -> Iterator[Any]:
         """The samples of an entry, one by one."""
-        return self.assembler.samples(entry)
+        return self.source.assembler.samples(entry)
 
     def position(self, entry: BatchEntry) -> Position:
         """Where a run stands once an entry is delivered."""
-        return self.cursor.position(entry)
+        return self.feed.position(entry)
 
     def interrupted(self) -> AbstractContextManager[None]:
         """While it is entered, whoever waits for bytes gives up."""
         return self.feed.interrupted()
 
     def end(self) -> None:
-        """It is over, finished or not: its windows are given back, and its session may serve another."""
-        try:
-            self.feed.close()
-        finally:
-            self.source.give_back(self.session)
+        """It is over, finished or not."""
+        self.source.end()
 
 
-def begin_pass(
-    session: Session, source: Source, job: Job, options: PassOptions, epoch: int, batch_size: int, **cursor_options: Any
-) -> OnePass:
-    """A pass over `epoch`. `cursor_options` are those of `EpochCursor`. Raises `ConfigError` and `StateError`."""
-    manifest, order, ranks = source.manifest, job.order, job.ranks
+def open_source(source: Source, job: Job, options: PassOptions, skips: Skips | None) -> SourcePass:
+    """Open a session for a pass over one data set. Its `end` must follow. Raises `ConfigError`."""
+    session = source.open()
+    try:
+        return _opened(session, source, job, options, skips)
+    except BaseException:
+        source.give_back(session)
+        raise
+
+
+def _opened(session: Session, source: Source, job: Job, options: PassOptions, skips: Skips | None) -> SourcePass:
+    manifest = source.manifest
     assert manifest is not None, "a session is open"
-    orders = epoch_orders(manifest, order, epoch)
-    cursor = EpochCursor(orders, ranks, batch_size, tail=options.tail, **cursor_options)
-    if order.shuffle == "global":
+    is_scattered = job.order.shuffle == "global"
+    if is_scattered:
         _check_scattered(source, job, options.cache)
-    kind = ScatteredReader if order.shuffle == "global" else WindowReader
-    reader = kind(session.consumer, source.shards, source.first_chunk)
-    expected_next = partial(first_objects, manifest, order, epoch + 1, ranks, _NEXT_EPOCH_BYTES)
-    feed = Feed(cursor, reader, job.counts(source, session), expected_next)
-    gatherer = Gatherer(session.consumer, int(source.first_chunk[-1]), session.consumer.chunk_bytes)
-    skips = Skips() if options.skips_errors else None
+    consumer = session.consumer
+    reader = (ScatteredReader if is_scattered else WindowReader)(consumer, source.shards, source.first_chunk)
+    gatherer = Gatherer(consumer, int(source.first_chunk[-1]), consumer.chunk_bytes)
     assembler = Assembler(manifest, options.columns, reader.live, gatherer, source.slots, skips)
     if isinstance(reader, ScatteredReader):
         reader.chunks_of = assembler.chunks_of
-    return OnePass(source, session, cursor, feed, assembler, skips)
+    return SourcePass(source, session, reader, job.counts(source, session), assembler)
+
+
+def begin_pass(
+    source: Source, job: Job, options: PassOptions, epoch: int, batch_size: int, **cursor_options: Any
+) -> OnePass:
+    """A pass over `epoch`; its `end` must follow. `cursor_options` are those of `EpochCursor`.
+
+    Raises `ConfigError`, and `StateError` where it cannot begin where it should.
+    """
+    skips = Skips() if options.skips_errors else None
+    opened = open_source(source, job, options, skips)
+    try:
+        manifest, order, ranks = source.manifest, job.order, job.ranks
+        assert manifest is not None, "a session is open"
+        orders = epoch_orders(manifest, order, epoch)
+        cursor = EpochCursor(orders, ranks, batch_size, tail=options.tail, **cursor_options)
+        expected_next = partial(first_objects, manifest, order, epoch + 1, ranks, _NEXT_EPOCH_BYTES)
+        return OnePass(cursor, Feed(cursor, opened.reader, opened.counts, expected_next), opened, skips)
+    except BaseException:
+        opened.end()
+        raise
 
 
 def _check_scattered(source: Source, job: Job, cache: Cache) -> None:

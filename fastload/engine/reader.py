@@ -63,13 +63,13 @@ class WindowReader:
         self._opening = None
         return window.counts
 
-    def hold(self, entry: BatchEntry) -> None:
-        """The batch of this entry is in the making."""
-        self.live.hold(entry.windows)
+    def hold(self, entry: BatchEntry, windows: Collection[Hashable]) -> None:
+        """The batch of this entry, whose samples lie in these windows, is in the making."""
+        self.live.hold(windows)
 
-    def done(self, entry: BatchEntry) -> None:
+    def done(self, entry: BatchEntry, windows: Collection[Hashable]) -> None:
         """It is made, or given up."""
-        self._give_back(self.live.done(entry.windows))
+        self._give_back(self.live.done(windows))
 
     def retire_all_but(self, needed: Collection[Hashable]) -> None:
         """No batch to come needs any other window that is open."""

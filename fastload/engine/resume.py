@@ -8,14 +8,16 @@ entries it goes on where round m begins, and leaves out what it has delivered of
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
+from fastload.engine.passes import AnyPosition
 from fastload.errors import StateError
-from fastload.plan import EpochCursor, Position
+from fastload.plan import EpochCursor
+from fastload.plan.mixture import MixtureCursor
 
 STATE_VERSION = 1
 
@@ -37,7 +39,7 @@ class IterationState:
 
     epoch: int
     worker: tuple[int, int] = (0, 1)
-    position: Position | None = None
+    position: AnyPosition | None = None
     offset: int = 0
 
     def to_state(self) -> dict[str, Any]:
@@ -46,7 +48,9 @@ class IterationState:
         return msgspec.to_builtins(_State(STATE_VERSION, self.epoch, *self.worker, self.offset, position))  # type: ignore[no-any-return]
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> IterationState:
+    def from_state(
+        cls, state: Mapping[str, Any], read_position: Callable[[Mapping[str, Any]], AnyPosition]
+    ) -> IterationState:
         """Reads what `to_state` wrote, also after a way through JSON. Raises `StateError`."""
         try:
             read = msgspec.convert(dict(state), _State)
@@ -59,7 +63,7 @@ class IterationState:
             )
         if min(read.epoch, read.offset, read.worker) < 0 or read.worker >= read.workers:
             raise StateError("the data set's state is damaged: a count is out of range; load another one")
-        position = None if read.position is None else Position.from_state(read.position)
+        position = None if read.position is None else read_position(read.position)
         if position is not None and position.epoch != read.epoch:
             raise StateError(
                 f"the data set's state is of epoch {read.epoch} and of epoch {position.epoch}: it is "
@@ -80,7 +84,7 @@ class IterationState:
 class Delivery:
     """Counts what an iteration has handed out, at no cost a sample."""
 
-    def __init__(self, cursor: EpochCursor, resumed: IterationState, workers: int) -> None:
+    def __init__(self, cursor: EpochCursor | MixtureCursor, resumed: IterationState, workers: int) -> None:
         self._cursor, self._resumed = cursor, resumed
         self._round = cursor.batch_size * cursor.ranks.world_size * workers
         self._begun = 0  # entries that were begun

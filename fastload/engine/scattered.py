@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,7 @@ class ScatteredReader(WindowReader):
         super().__init__(consumer, shards, first_chunk)
         self.chunks_of: Callable[[BatchEntry], Ints] = lambda entry: np.empty(0, np.int64)
         self._leasing = threading.Lock()
-        self._held: dict[int, Ints] = {}  # entry number -> its chunks
+        self._held: dict[int, tuple[BatchEntry, Ints]] = {}  # by identity: entries, and the chunks of each
         self._holders: Counter[int] = Counter()  # chunk -> how many entries hold it
 
     def plan(self, windows: Sequence[tuple[Hashable, Objects]], epoch: int) -> None:
@@ -48,19 +48,19 @@ class ScatteredReader(WindowReader):
         self._consumer.set_plan(np.concatenate(objects) if objects else [], epoch, warm=True)
         self._epoch = epoch
 
-    def hold(self, entry: BatchEntry) -> None:
+    def hold(self, entry: BatchEntry, windows: Collection[Hashable]) -> None:
         """Ask for the entry's chunks, before its batch is due."""
-        super().hold(entry)
+        super().hold(entry, windows)
         chunks = self.chunks_of(entry)
         with self._leasing:
-            self._held[entry.number] = chunks
+            self._held[id(entry)] = entry, chunks
             self._holders.update(chunks.tolist())
         self._consumer.want(chunks)
 
-    def done(self, entry: BatchEntry) -> None:
+    def done(self, entry: BatchEntry, windows: Collection[Hashable]) -> None:
         """Give back the chunks that no other entry holds."""
-        self._release(self._drop([entry.number]))
-        super().done(entry)
+        self._release(self._drop([id(entry)]))
+        super().done(entry, windows)
 
     def exhausted(self, next_objects: Objects, next_epoch: int) -> None:
         """The pass has been read to its end. What the next one begins with is as likely to be here as the rest."""
@@ -77,10 +77,10 @@ class ScatteredReader(WindowReader):
         self._release(self._drop(list(self._held)))
         super()._let_go()
 
-    def _drop(self, entry_numbers: list[int]) -> Ints:
+    def _drop(self, entry_ids: list[int]) -> Ints:
         """Forget what these entries hold; the chunks that nobody holds then."""
         with self._leasing:
-            held = [self._held.pop(number) for number in entry_numbers if number in self._held]
+            held = [self._held.pop(number)[1] for number in entry_ids if number in self._held]
             chunks: list[int] = np.concatenate(held).tolist() if held else []
             self._holders.subtract(chunks)
             free = [chunk for chunk in set(chunks) if self._holders[chunk] <= 0]

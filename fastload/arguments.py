@@ -1,0 +1,57 @@
+"""Checks of what users pass, shared by what takes the same arguments. All raise `ConfigError`."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Sequence
+
+from fastload.errors import ConfigError
+
+
+def checked_urls(urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
+    """One URL or path or several, as a tuple."""
+    if isinstance(urls, str | os.PathLike):
+        urls = [urls]
+    try:
+        found = tuple(os.fspath(url) for url in urls)
+    except TypeError as error:
+        raise ConfigError(f"urls={urls!r} must be a URL, a path, or a list of these") from error
+    if not found or not all(isinstance(url, str) and url for url in found):
+        raise ConfigError(f"urls={urls!r} names no shard; give at least one URL, pattern or prefix")
+    return found
+
+
+def checked_batch_size(batch_size: int | None) -> int | None:
+    """An integer of at least 1, or None."""
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ConfigError(f"batch_size={batch_size!r} must be an integer of at least 1, or None")
+    return batch_size
+
+
+def checked_count(value: int, name: str) -> int:
+    """An integer of at least 1."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise ConfigError(f"{name}={value!r} must be an integer of at least 1")
+    return operator.index(value)
+
+
+def checked_seed(seed: int) -> int:
+    """An integer."""
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise ConfigError(f"seed={seed!r} must be an integer")
+    return operator.index(seed)
+
+
+def checked_epoch(epoch: int) -> int:
+    """An integer of at least 0."""
+    if isinstance(epoch, bool) or not hasattr(epoch, "__index__") or epoch < 0:
+        raise ConfigError(f"epoch={epoch!r} must be an integer from 0 on")
+    return operator.index(epoch)
+
+
+def checked_on_error(on_error: str) -> str:
+    """What to do where a sample cannot be read."""
+    if on_error not in ("raise", "skip"):
+        raise ConfigError(f'on_error={on_error!r} must be "raise" or "skip"')
+    return on_error

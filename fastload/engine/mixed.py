@@ -1,0 +1,258 @@
+"""A pass over a mixture: the windows, counts and batches of each of its data sets, and one walk over all.
+
+Each source has a session, a plan and live windows of its own, as if it were read alone. A batch is made part by part,
+one for each source and epoch of it, and then put together.
+
+A line without end has a plan without end, so some windows ahead are told to the service, and more of them whenever half
+of these have been opened.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastload.engine.assemble import Assembler, Skips
+from fastload.engine.interleave import interleave, rows_of_parts
+from fastload.engine.passes import SourcePass
+from fastload.engine.slots import SlotPool
+from fastload.errors import ConfigError
+from fastload.metrics import Account, JointAccount
+from fastload.plan import Ranks
+from fastload.plan.mixture import (
+    MixtureCursor,
+    MixtureEntry,
+    MixtureKey,
+    MixtureOptions,
+    MixturePosition,
+    SourcePlan,
+)
+from fastload.waiting import JointWaits, Waits
+
+SOURCE = "__source__"
+
+_PLANNED_WINDOWS = 1024
+
+
+class MixedFeed:
+    """The entries of one rank (or worker) for one epoch of a mixture, from where its cursor starts."""
+
+    def __init__(self, cursor: MixtureCursor, sources: Sequence[SourcePass]) -> None:
+        self._cursor, self._sources = cursor, sources
+        self._using_cursor = threading.Lock()  # the feeder walks, and others ask for positions
+        self._opened = 0  # windows since the last plan
+
+    def entries(self) -> Iterator[MixtureEntry]:
+        """Every entry in order; each is held until `done` is called with it."""
+        cursor = self._cursor
+        entries: list[MixtureEntry] | None = []
+        for number, each in enumerate(self._sources):
+            known = each.counts.known()
+            with self._using_cursor:
+                entries = [*(entries or []), *cursor.tell(number, *known)]
+        is_exact = cursor.is_counted
+        self._plan()
+        while entries is not None:
+            yield from self._held(entries)
+            self._retire_all_but(cursor.needed)
+            if (cursor.is_counted and not is_exact) or self._opened > _PLANNED_WINDOWS // 2:
+                is_exact = cursor.is_counted
+                self._plan()
+            entries = self._more()
+        with self._using_cursor:
+            entries = cursor.finish()
+        yield from self._held(entries)
+        self._retire_all_but(frozenset())
+        for each in self._sources:
+            each.reader.exhausted(np.empty(0, np.int32), cursor.epoch + 1)
+
+    def position(self, entry: MixtureEntry) -> MixturePosition:
+        """Where a run stands once an entry is delivered. Any thread may ask."""
+        with self._using_cursor:
+            return self._cursor.position(entry)
+
+    def done(self, entry: MixtureEntry) -> None:
+        """The entry's batch is made, or given up."""
+        for part in entry.parts:
+            windows = [MixtureKey(part.source, part.epoch, *key) for key in part.entry.windows]
+            self._sources[part.source].reader.done(part.entry, windows)
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """While it is entered, whoever waits for bytes or counts gives up."""
+        with ExitStack() as entered:
+            for each in self._sources:
+                entered.enter_context(each.counts.interrupted())
+                entered.enter_context(each.reader.interrupted())
+            yield
+
+    def _plan(self) -> None:
+        windows: list[list[tuple[MixtureKey, Any]]] = [[] for _ in self._sources]
+        with self._using_cursor:
+            for key in islice(self._cursor.windows_ahead(), _PLANNED_WINDOWS):
+                windows[key.source].append((key, self._cursor.objects_of(key)))
+        for each, planned in zip(self._sources, windows, strict=True):
+            each.reader.plan(planned, self._cursor.epoch)
+        self._opened = 0
+
+    def _more(self) -> list[MixtureEntry] | None:
+        """What is settled next, by opening a window or hearing of counts; perhaps nothing yet. None at the end."""
+        with self._using_cursor:
+            entries = self._cursor.settled()
+            key = None if entries else self._cursor.next_window
+            wanted = [] if entries or key is not None else self._cursor.counts_wanted
+        if entries:
+            return entries
+        if key is not None:
+            return self._open(key)
+        # The counts of one source may be all that is needed.
+        number = next((number for number, objects in enumerate(wanted) if len(objects)), None)
+        if number is None:
+            return None
+        told = self._sources[number].counts.ask(wanted[number])
+        with self._using_cursor:
+            return self._cursor.tell(number, *told)
+
+    def _open(self, key: MixtureKey) -> list[MixtureEntry]:
+        with self._using_cursor:
+            object_nos = self._cursor.objects_of(key)
+        each = self._sources[key.source]
+        counts = each.reader.open(key, object_nos)
+        each.counts.counted(object_nos, counts)
+        self._opened += 1
+        with self._using_cursor:
+            return self._cursor.add(key, counts)
+
+    def _held(self, entries: list[MixtureEntry]) -> Iterator[MixtureEntry]:
+        for entry in entries:
+            for part in entry.parts:
+                windows = [MixtureKey(part.source, part.epoch, *key) for key in part.entry.windows]
+                self._sources[part.source].reader.hold(part.entry, windows)
+        yield from entries
+
+    def _retire_all_but(self, needed: frozenset[MixtureKey]) -> None:
+        for number, each in enumerate(self._sources):
+            each.reader.retire_all_but({key for key in needed if key.source == number})
+
+
+class MixedAssembler:
+    """Makes batches of a mixture. Safe to use from several threads."""
+
+    def __init__(self, assemblers: Sequence[Assembler], columns: Sequence[str] | None, slots: SlotPool) -> None:
+        """`columns` are the names of what is in a tuple; None where batches are dicts."""
+        self._assemblers, self._columns, self._slots = assemblers, columns, slots
+
+    def batch(self, entry: MixtureEntry) -> Any:
+        """The batch of an entry: a dict with `__key__`, `__url__` and `__source__`, or a tuple of the columns alone."""
+        made = [self._assemblers[part.source].batch_of(part.entry) for part in entry.parts]
+        part_of = _kept(entry, [kept for _, kept in made])
+        parts, rows = [batch for batch, _ in made], rows_of_parts(part_of, len(made))
+        if self._columns is not None:
+            columns = zip(self._columns, zip(*parts, strict=True), strict=True)
+            return tuple(interleave(name, values, rows, self._slots) for name, values in columns)
+        batch = {
+            name: interleave(name, [part[name] for part in parts], rows, self._slots)
+            for name in _common_columns(entry, parts)
+        }
+        sources = np.array([part.source for part in entry.parts], np.int64)[part_of]
+        return {**batch, SOURCE: torch.from_numpy(sources)}
+
+    def samples(self, entry: MixtureEntry) -> Iterator[Any]:
+        """The samples of an entry, one by one; dicts with `__source__`."""
+        made = [self._assemblers[part.source].samples_of(part.entry) for part in entry.parts]
+        for number in _kept(entry, [kept for _, kept in made]).tolist():
+            sample = next(made[number][0])
+            yield sample if self._columns is not None else {**sample, SOURCE: entry.parts[number].source}
+
+
+def _kept(entry: MixtureEntry, kept_of_parts: Sequence[list[int] | None]) -> Any:
+    """`part_of` of the samples that were not left out, int32."""
+    if all(kept is None for kept in kept_of_parts):
+        return entry.part_of
+    is_kept = np.zeros(len(entry), np.bool_)
+    for rows, kept in zip(rows_of_parts(entry.part_of, len(entry.parts)), kept_of_parts, strict=True):
+        is_kept[rows if kept is None else rows[kept]] = True
+    return entry.part_of[is_kept]
+
+
+def _common_columns(entry: MixtureEntry, parts: Sequence[dict[str, Any]]) -> list[str]:
+    """The columns of all parts, in the order of the first. Raises `ConfigError` where they differ."""
+    names = list(parts[0]) if parts else []
+    for part, batch in zip(entry.parts, parts, strict=True):
+        if set(batch) != set(names):
+            raise ConfigError(
+                f"source {part.source} of the mixture has the columns {sorted(batch)}, and source "
+                f"{entry.parts[0].source} has {sorted(names)}; give each the same with columns=[...] or decode={{...}}"
+            )
+    return names
+
+
+@dataclass(frozen=True, slots=True)
+class MixedPass:
+    """A pass over a mixture."""
+
+    cursor: MixtureCursor
+    feed: MixedFeed
+    assembler: MixedAssembler
+    sources: Sequence[SourcePass]
+    skips: Skips | None
+    _waits: Waits
+
+    @property
+    def waits(self) -> Waits:
+        """Those of all sessions; what is waited for in common is booked there too."""
+        return self._waits
+
+    @property
+    def account(self) -> Account:
+        """All consumers."""
+        return JointAccount([(each.source.cache_name, each.session.consumer) for each in self.sources])
+
+    def batch(self, entry: MixtureEntry) -> Any:
+        """The batch of an entry."""
+        return self.assembler.batch(entry)
+
+    def samples(self, entry: MixtureEntry) -> Iterator[Any]:
+        """The samples of an entry, one by one."""
+        return self.assembler.samples(entry)
+
+    def position(self, entry: MixtureEntry) -> MixturePosition:
+        """Where a run stands once an entry is delivered."""
+        return self.feed.position(entry)
+
+    def interrupted(self) -> AbstractContextManager[None]:
+        """While it is entered, whoever waits for bytes gives up."""
+        return self.feed.interrupted()
+
+    def end(self) -> None:
+        """It is over, finished or not."""
+        with ExitStack() as ending:
+            for each in self.sources:
+                ending.callback(each.end)
+
+
+def begin_mixed_pass(
+    sources: Sequence[SourcePass],
+    plans: Sequence[SourcePlan],
+    options: MixtureOptions,
+    names: Sequence[str] | None,
+    skips: Skips | None,
+    epoch: int,
+    ranks: Ranks,
+    batch_size: int,
+    **cursor_options: Any,
+) -> MixedPass:
+    """A pass over an epoch of a mixture of `sources`, which are open. `names`: of the columns of tuples, if it makes
+    tuples. `cursor_options` are those of `MixtureCursor`. Raises `ConfigError` and `StateError`.
+    """
+    cursor = MixtureCursor(plans, options, epoch, ranks, batch_size, **cursor_options)
+    assembler = MixedAssembler([each.assembler for each in sources], names, sources[0].source.slots)
+    waits = JointWaits([each.session.waits for each in sources])
+    return MixedPass(cursor, MixedFeed(cursor, sources), assembler, sources, skips, waits)

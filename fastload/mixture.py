@@ -1,0 +1,162 @@
+"""Mixture: several data sets read as one, by weights.
+
+Which source a sample is from is a function of weights, seed and epoch, and each source is read in its own order, by
+the same nodes as if it were read alone (see `plan.mixture`). So a mixture has what a data set has: the same global
+batches at every size, every sample of a source once in each of its epochs, and a state of a few integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from fastload.arguments import checked_batch_size, checked_seed
+from fastload.dataset import StreamingDataset
+from fastload.engine.assemble import Skips
+from fastload.engine.mixed import MixedPass, begin_mixed_pass
+from fastload.engine.passes import AnyPosition
+from fastload.errors import ConfigError
+from fastload.plan import Ranks, Tail, sample_count_of_rank
+from fastload.plan.mixture import MixtureCursor, MixtureOptions, MixturePosition, Stop, check_stop, check_weights
+from fastload.plan.tail import check_tail
+from fastload.streaming import Streaming
+
+Weight = float | Sequence[tuple[int, float]]
+
+
+class Mixture(Streaming):
+    """Samples of several data sets, each as often as its weight says.
+
+    `sources`: pairs of a `StreamingDataset` and its weight: a number, in proportion to the others', or a schedule
+    `[(0, 1.0), (1_000_000, 0.2)]`: from that many samples of the epoch on, over all ranks, that weight. Every run of
+    samples holds each source within about one sample of its share.
+
+    `stop`: when an epoch ends. "first": before the first source would begin a second time. "all": when every source has
+    been gone through; those that end sooner begin again, in another order. "never": it does not, and `len` is a
+    TypeError.
+
+    `seed` settles where sources come; their own seeds settle their orders. `tail` is as in `StreamingDataset`; those of
+    the sources are not used, nor are their epochs: `set_epoch` belongs to the mixture. `batch_size` is for use in
+    torch's own DataLoader.
+
+    Sources may have differing shards, formats, sizes, caches and decoders. What they yield must be alike: the same
+    columns, each of the same kind (and dtype, and shape where it has one), all dicts or all tuples; and all must have
+    the same ranks and `partitions`. A dict has `__source__` beside `__key__` and `__url__`: the number of the source,
+    in a batch an int64 tensor. Raises `ConfigError`.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[StreamingDataset, Weight]],
+        *,
+        seed: int = 0,
+        stop: Stop = "first",
+        tail: Tail = "pad",
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__(checked_batch_size(batch_size), check_tail(tail))
+        pairs = _checked_pairs(sources)
+        self._sources = [dataset for dataset, _ in pairs]
+        self._options = MixtureOptions(
+            check_weights([weight for _, weight in pairs]), checked_seed(seed), check_stop(stop)
+        )
+        self._names = _tuple_names(self._sources)
+
+    @property
+    def sources(self) -> list[StreamingDataset]:
+        """The data sets, by number."""
+        return list(self._sources)
+
+    @property
+    def sample_count(self) -> int:
+        """Samples of the next epoch, over all ranks and without repeats. TypeError while it is not known: see `len`."""
+        if self._options.stop == "never":
+            raise TypeError('a mixture with stop="never" has no end, and so no length')
+        counts = [dataset.known_counts() for dataset in self._sources]
+        plans = [dataset.plan() for dataset in self._sources]
+        cursor = MixtureCursor(plans, self._options, self.next_epoch(), Ranks(), 1)
+        for number, each in enumerate(counts):
+            cursor.tell(number, np.arange(len(each), dtype=np.int32), each)
+        assert cursor.total is not None, "all is counted"
+        return cursor.total
+
+    def __len__(self) -> int:
+        """Samples of this rank in the next epoch, repeats included. TypeError, with the cure, where it is not known."""
+        return sample_count_of_rank(self.sample_count, self.ranks, self.tail, self.partitions)
+
+    @property
+    def ranks(self) -> Ranks:
+        """Which share of the samples is this process's; settled at the first iteration."""
+        return self._sources[0].ranks
+
+    @property
+    def partitions(self) -> int:
+        """Into how many partitions each source is dealt."""
+        return self._sources[0].partitions
+
+    def begin(self, epoch: int, batch_size: int, **options: Any) -> MixedPass:
+        self._settle(batch_size)
+        skips = Skips() if any(dataset.skips_errors for dataset in self._sources) else None
+        with ExitStack() as undoing:
+            opened = []
+            for dataset in self._sources:
+                opened.append(dataset.open(skips if dataset.skips_errors else None))
+                undoing.callback(opened[-1].end)
+            plans = [dataset.plan() for dataset in self._sources]
+            options = {"tail": self.tail, **options}
+            begun = begin_mixed_pass(
+                opened, plans, self._options, self._names, skips, epoch, self.ranks, batch_size, **options
+            )
+            undoing.pop_all()
+        return begun
+
+    def adopt(self, position: AnyPosition) -> None:
+        assert isinstance(position, MixturePosition)
+        for dataset, order in zip(self._sources, position.orders, strict=False):  # another number is refused later
+            dataset.adopt_order(order)
+
+    def read_position(self, state: Mapping[str, Any]) -> MixturePosition:
+        return MixturePosition.from_state(state)
+
+    def close(self) -> None:
+        for dataset in self._sources:
+            dataset.close()
+
+    def _settle(self, batch_size: int) -> None:
+        options = {"stop": self._options.stop, "seed of the mixture": self._options.seed}
+        settings = {**options, "weights": self._options.weights, "tail": self.tail, "batch_size": batch_size}
+        for dataset in self._sources:
+            dataset.settle(settings, sharers=len(self._sources))
+        ranks = [dataset.ranks for dataset in self._sources]
+        if len(set(ranks)) > 1:
+            raise ConfigError(f"the sources of a mixture have the ranks {ranks}; give all the same rank and world_size")
+
+
+def _checked_pairs(sources: Any) -> list[tuple[StreamingDataset, Any]]:
+    pairs = list(sources) if isinstance(sources, Sequence) else []
+    if not pairs or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+        raise ConfigError(f"sources={sources!r} must be a list of (data set, weight), with one or more")
+    for number, (dataset, _) in enumerate(pairs):
+        if not isinstance(dataset, StreamingDataset):
+            raise ConfigError(f"source {number} is a {type(dataset).__name__}; it must be a fastload.StreamingDataset")
+        if any(dataset is other for other, _ in pairs[:number]):
+            raise ConfigError(f"source {number} is there twice; add up its weights, or make another data set of it")
+    return [(dataset, weight) for dataset, weight in pairs]
+
+
+def _tuple_names(sources: Sequence[StreamingDataset]) -> tuple[str, ...] | None:
+    """The columns of the tuples that all sources yield; None where all yield dicts."""
+    columns = [dataset.columns for dataset in sources]
+    names = [each.names for each in columns]
+    known = set(map(frozenset, filter(None, names)))
+    if len({each.as_tuple for each in columns}) > 1:
+        raise ConfigError("some sources of a mixture yield tuples and some dicts; give all the same as_tuple")
+    if len(known) > 1 or (columns[0].as_tuple and len(set(names)) > 1):
+        raise ConfigError(
+            f"the sources of a mixture have the columns {[list(each or ()) for each in names]}; give all the same, "
+            "with columns=[...] or decode={...}"
+        )
+    return names[0] if columns[0].as_tuple else None

@@ -1,0 +1,142 @@
+"""What our data sets have in common: iterations, epochs, and a state.
+
+Two ways to iterate share everything below: `iter(dataset)` gives samples, one by one (in torch's own DataLoader, in
+each of its workers); `fastload.DataLoader` asks for whole batches through `begin`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch.utils.data
+
+from fastload.arguments import checked_epoch
+from fastload.engine.epochs import EpochCounter
+from fastload.engine.iteration import Iteration
+from fastload.engine.passes import AnyPosition, Pass
+from fastload.engine.resume import Delivery, IterationState
+from fastload.engine.run import InlineRun
+from fastload.plan import Ranks, Split, Tail
+
+# Samples that are gathered together when they are asked for one by one: enough to share the cost of a gather, few
+# enough that the first comes at once.
+_SAMPLES_AT_ONCE = 32
+
+
+class Streaming(torch.utils.data.IterableDataset[Any]):
+    """The base of `StreamingDataset` and `Mixture`."""
+
+    def __init__(self, batch_size: int | None, tail: Tail) -> None:
+        super().__init__()
+        self._batch_size, self._tail = batch_size, tail
+        self._epochs = EpochCounter()
+        self._resumed: IterationState | None = None  # where the next iteration over samples begins
+        self._delivery: Delivery | None = None  # how far the last of them is
+
+    @property
+    def batch_size(self) -> int | None:
+        """The batch size that was given."""
+        return self._batch_size
+
+    @property
+    def tail(self) -> Tail:
+        """What is done where ranks do not divide the samples."""
+        return self._tail
+
+    @property
+    def sample_count(self) -> int:
+        """Samples of an epoch, over all ranks and without repeats. TypeError while it is not known."""
+        raise NotImplementedError
+
+    @property
+    def ranks(self) -> Ranks:
+        """Which share of the samples is this process's; settled at the first iteration."""
+        raise NotImplementedError
+
+    @property
+    def partitions(self) -> int:
+        """Into how many partitions the data is dealt."""
+        raise NotImplementedError
+
+    def begin(self, epoch: int, batch_size: int, **options: Any) -> Pass:
+        """Prepare one pass over `epoch`, from `start` on; its `end` must follow. For loaders.
+
+        `options`: drop_last, start, worker, split, as cursors have them. Raises `StateError` where `start` belongs to
+        another run.
+        """
+        raise NotImplementedError
+
+    def adopt(self, position: AnyPosition) -> None:
+        """Go on in the order of a saved position, where it was left to us."""
+        raise NotImplementedError
+
+    def read_position(self, state: Mapping[str, Any]) -> AnyPosition:
+        """The position that a loader saved. Raises `StateError`."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Disconnect from the cache. The data set can still be used, and connects again."""
+        raise NotImplementedError
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration is epoch `epoch`, from its beginning, also in worker processes that exist already."""
+        epoch = checked_epoch(epoch)
+        self._resumed = None
+        self._epochs.set(epoch)
+
+    def begin_epoch(self) -> int:
+        """The epoch of an iteration that begins now, for loaders."""
+        return self._epochs.begin()
+
+    def next_epoch(self) -> int:
+        """The epoch that the next iteration will be."""
+        return self._epochs.next()
+
+    def __iter__(self) -> Iterator[Any]:
+        """The samples of this rank (in a torch worker: that worker's part of them), and the next epoch each time."""
+        info = torch.utils.data.get_worker_info()
+        worker = (0, 1) if info is None else (info.id, info.num_workers)
+        split: Split = "batches" if self._batch_size else "samples"
+        resumed = self._resumed
+        if resumed is None:
+            # With workers they agree on the epoch; without, it is only taken once the pass has begun.
+            epoch = self.next_epoch() if info is None else self._epochs.begin(info.seed - info.id, info.num_workers)
+            resumed = IterationState(epoch, worker)
+        resumed.check_worker(worker)
+        size = self._batch_size or _SAMPLES_AT_ONCE
+        current = self.begin(resumed.epoch, size, start=resumed.position, worker=worker, split=split)
+        if info is None or self._resumed is not None:
+            self._epochs.go_on_after(resumed.epoch)
+        self._resumed = None
+        run = InlineRun(current.feed, lambda entry: list(current.samples(entry)), current.waits)
+        entries = Iteration(run, current.interrupted, current.end)
+        self._delivery = Delivery(current.cursor, resumed, worker[1])
+        return itertools.chain.from_iterable(self._delivery.iterators(entries))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the iteration over samples that began last stands; JSON's own types.
+
+        In a worker of torch's loader, where that worker stands: torchdata's `StatefulDataLoader` calls this there. A
+        `fastload.DataLoader` has a state of its own, which is the one to save.
+        """
+        if self._resumed is not None:
+            return self._resumed.to_state()
+        if self._delivery is not None:
+            return self._delivery.state().to_state()
+        return IterationState(self.next_epoch()).to_state()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Begin the next iteration over samples where `state` was taken. Raises `StateError` for what is no such state.
+
+        It goes on as the same worker of as many.
+        """
+        resumed = IterationState.from_state(state, self.read_position)
+        if resumed.position is not None:
+            self.adopt(resumed.position)
+        self._resumed = resumed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs."""
+        return {**self.__dict__, "_delivery": None}
