@@ -43,11 +43,12 @@ def epoch_line(orders: Sequence[EpochOrder], counts: NDArray[np.int64]) -> Sampl
     cursor = EpochCursor(orders, Ranks(), _STEP)
     entries = cursor.tell(np.arange(len(counts), dtype=np.int32), counts)
     while True:
-        key = cursor.next_window
-        more = cursor.settled() if key is None else cursor.add(key, counts[cursor.objects_of(key)])
-        if key is None and not more:
+        if more := cursor.settled():
+            entries += more
+        elif (key := cursor.next_window) is not None:
+            entries += cursor.add(key, counts[cursor.objects_of(key)])
+        else:
             break
-        entries += more
     entries += cursor.finish()
     return SampleLine(
         np.concatenate([entry.object_no for entry in entries] or [np.empty(0, np.int32)]),

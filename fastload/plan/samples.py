@@ -62,9 +62,11 @@ class OpenWindow:
     def located(self, offsets: NDArray[np.int64], key: WindowKey) -> Samples:
         """The samples at some offsets in the window's order."""
         numbers = np.ascontiguousarray(self.line[offsets])
-        object_no, sample_no = np.empty(len(numbers), np.int32), np.empty(len(numbers), np.int64)
+        object_no = np.empty(len(numbers), np.int32)
+        sample_no, window = np.empty_like(numbers), np.empty_like(numbers)
         locate(self._ends, self._buckets, self._bucket_shift, self.objects, numbers, object_no, sample_no)
-        return Samples(object_no, sample_no, np.full(len(numbers), key.partition * _WINDOWS + key.window, np.int64))
+        window.fill(key.partition * _WINDOWS + key.window)
+        return Samples(object_no, sample_no, window)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
