@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 from fastload.errors import ConfigError
 from fastload.formats.index import ShardIndex
 
-__all__ = ["SHARD_ENDINGS", "Indexer", "ShardIndex", "indexer_for"]
+__all__ = ["SHARD_ENDINGS", "SIDECAR_NAME", "Indexer", "ShardIndex", "indexer_for"]
 
 SHARD_ENDINGS = (".tar",)
 """How the names of objects end that are shards, where a prefix is given instead of names."""
+
+SIDECAR_NAME = "fastload-index.arrow"
+"""What a file of indexes is called that is found by itself beside the shards of a prefix (see `sidecar`)."""
 
 _UNPACK = {
     ".gz": "gunzip",
