@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastload.engine.listing import attach, list_shards
+from fastload.engine.manifests import shared_manifest
 from fastload.engine.shards import ShardTable
 from fastload.engine.windows import window_chunks
-from fastload.formats import SHARD_ENDINGS
 from fastload.plan import Manifest, OrderWish, Ranks, objects_in_use_order
 from fastload.service.client import Consumer
 from fastload.service.handle import Cache
@@ -45,15 +46,18 @@ def warm(
     epoch: int = 0,
     ranks: Ranks = Ranks(),  # noqa: B008  # immutable
     storage_options: Mapping[str, Any] | None = None,
+    index: str | None = None,
+    manifest_file: str | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Warmed:
     """Fill `cache` for one epoch of a job. Blocks until everything is there, or the cache is full.
 
-    `ranks` are those of any rank of this node: they say which partitions the node reads. Raises the errors of listing, fetching and indexing, as a job would.
+    `ranks` are those of any rank of this node: they say which partitions the node reads. `index` and `manifest_file`
+    are the job's, where it names them. Raises the errors of listing, fetching and indexing, as a job would.
     """
     with cache.consumer(storage_options, "warm") as consumer:
-        manifest = Manifest(consumer.resolve(list(urls), SHARD_ENDINGS))
-        consumer.attach(manifest.objects)
+        manifest = _manifest(consumer, urls, index, manifest_file)
+        attach(consumer, manifest)
         plan = objects_in_use_order(manifest, order.settled(ranks, cache.ram_bytes), epoch, ranks=ranks)
         consumer.set_plan(plan, epoch, warm=True)
         indexing = _Indexing(consumer, manifest, plan.tolist())
@@ -63,6 +67,13 @@ def warm(
         finally:
             indexing.stop()
     return Warmed(len(manifest), sample_count, progress.total_bytes, progress.held_bytes, progress.fetched_bytes)
+
+
+def _manifest(consumer: Consumer, urls: Sequence[str], index: str | None, manifest_file: str | None) -> Manifest:
+    """The list of shards that the job will read, which is frozen where it is in a file."""
+    if manifest_file is None:
+        return list_shards(consumer, urls, index)
+    return shared_manifest(manifest_file, urls, is_first=True, list_shards=lambda: list_shards(consumer, urls, index))
 
 
 def _follow(consumer: Consumer, on_progress: Callable[[Progress], None]) -> Progress:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from fastload.cli import demo, warm
+from fastload.cli import demo, index, warm
 from fastload.errors import FastloadError
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo.demo)
+app.command("index")(index.index)
 app.command("warm")(warm.warm)
 
 

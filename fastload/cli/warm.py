@@ -36,6 +36,8 @@ def warm(
     node: Annotated[int, typer.Option(help="This node's number in the job, from 0.")] = 0,
     nodes: Annotated[int, typer.Option(help="The job's number of nodes.")] = 1,
     partitions: Annotated[int | None, typer.Option(help="The job's partitions, if it names them.")] = None,
+    index: Annotated[str | None, typer.Option(help="The job's file of indexes, if it names one.")] = None,
+    manifest: Annotated[str | None, typer.Option(help="The job's file with the list of shards, if it has one.")] = None,
     shuffle_window: Annotated[str, typer.Option(help="The job's shuffle window, such as 1GiB.")] = "auto",
     ram_bytes: Annotated[str | None, typer.Option(help="Size of the RAM tier, such as 8GiB.")] = None,
     disk_bytes: Annotated[str | None, typer.Option(help="Size of the disk tier, such as 500GiB.")] = None,
@@ -65,6 +67,8 @@ def warm(
             order,
             epoch=epoch,
             ranks=Ranks(node, nodes, 0, 1),  # how many ranks share a node's partitions does not matter
+            index=index,
+            manifest_file=manifest,
             on_progress=show,
         )
     console.print(

@@ -9,18 +9,20 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fastload.engine import manifests
 from fastload.engine.deferred import call_later
+from fastload.engine.listing import attach, list_shards
 from fastload.engine.shards import ShardTable
 from fastload.engine.slots import SlotPool
-from fastload.formats import SHARD_ENDINGS
 from fastload.kernels import compile_in_background
 from fastload.plan import Manifest
+from fastload.plan.manifest import next_version
 from fastload.service.client import Consumer
 from fastload.service.handle import Cache
 from fastload.waiting import Waits
@@ -33,11 +35,17 @@ _SLOTS_RETAINED_BYTES = 1 << 30
 
 
 class Session:
-    """One consumer of a data set. Used by one iteration at a time."""
+    """One consumer of a data set, attached to `manifest`. Used by one iteration at a time."""
 
     def __init__(self, cache: Cache, storage_options: Mapping[str, Any] | None, name: str) -> None:
+        self.manifest: Manifest | None = None
         self.waits = Waits()
         self.consumer: Consumer = cache.consumer(storage_options, name, waits=self.waits)
+
+    def attach(self, manifest: Manifest) -> None:
+        """Attach the consumer to it."""
+        attach(self.consumer, manifest)
+        self.manifest = manifest
 
     def close(self) -> None:
         """Disconnect. May be called twice."""
@@ -45,7 +53,11 @@ class Session:
 
 
 class Source:
-    """The data of one data set in this process: its manifest, what is known of its shards, and its sessions."""
+    """The data of one data set in this process: its manifest, what is known of its shards, and its sessions.
+
+    `index` names a file with the shards' indexes, `manifest_file` where the user keeps the list of shards. Where the
+    data `grows`, that is where it is listed again between epochs, versions are kept for states that name them.
+    """
 
     def __init__(
         self,
@@ -54,8 +66,13 @@ class Source:
         storage_options: Mapping[str, Any] | None,
         decoder_kernels: Sequence[str],
         manifest: Manifest | None,
+        *,
+        index: str | None = None,
+        manifest_file: str | None = None,
+        grows: bool = False,
     ) -> None:
         self._urls, self._cache, self._storage_options = urls, cache, storage_options
+        self._index, self._manifest_file, self._grows = index, manifest_file, grows
         self._kernels = (*_KERNELS, *decoder_kernels)
         self._pid = os.getpid()
         self._lock = threading.Lock()
@@ -69,6 +86,21 @@ class Source:
         self.slots = SlotPool(_SLOTS_RETAINED_BYTES)
 
     @property
+    def grows(self) -> bool:
+        """Whether the data is listed again between epochs."""
+        return self._grows
+
+    @property
+    def has_file(self) -> bool:
+        """Whether the user keeps the list of shards in a file."""
+        return self._manifest_file is not None
+
+    @property
+    def cache_name(self) -> str:
+        """The directory of its cache."""
+        return str(self._cache.directory)
+
+    @property
     def is_foreign(self) -> bool:
         """Whether this was made in a process that this one was forked from."""
         return self._pid != os.getpid()
@@ -79,13 +111,43 @@ class Source:
         return self._manifest
 
     def adopt(self, manifest: Manifest) -> None:
-        """Take this manifest for the data from now on."""
+        """Take this manifest for the data from now on. Sessions that are open go on with the one before."""
         with self._lock:
-            if self._manifest is not None and manifest.fingerprint == self._manifest.fingerprint:
+            if self._manifest is not None and manifest.says_the_same_as(self._manifest):
                 return
             _close_all(self._idle)  # they are attached to another
             self._manifest = manifest
             self._first_chunk = self._shards = self._counts = None
+            self._keep()
+
+    def refresh(self, waits: Waits | None = None) -> Manifest:
+        """List the data again: the version that follows the manifest, or the manifest itself where nothing has
+        changed. It counts once it is adopted.
+        """
+        with self._cache.consumer(self._storage_options, self._urls[0], waits=waits) as consumer:
+            listed = list_shards(consumer, self._urls, self._index)
+        return listed if self._manifest is None else next_version(self._manifest, listed)
+
+    def manifest_of(self, fingerprint: str) -> Manifest:
+        """The version that a state names. `StateError` where it is not to be found."""
+        with self._lock:
+            if self._manifest is not None and self._manifest.fingerprint == fingerprint:
+                return self._manifest
+        return manifests.find(fingerprint, self._cache.directory, self._urls, self._manifest_file)
+
+    def shared_manifest(
+        self,
+        make: Callable[[], Manifest],
+        *,
+        is_first: bool,
+        epoch: int | None = None,
+        waits: Waits | None = None,
+    ) -> Manifest:
+        """The manifest in the user's file, which the first rank makes where there is none: see `manifests`."""
+        assert self._manifest_file is not None, "the user named no file"
+        return manifests.shared_manifest(
+            self._manifest_file, self._urls, is_first=is_first, list_shards=make, epoch=epoch, waits=waits
+        )
 
     @property
     def first_chunk(self) -> npt.NDArray[np.int64]:
@@ -117,7 +179,9 @@ class Source:
     def give_back(self, session: Session) -> None:
         """The session is idle again."""
         with self._lock:
-            if not session.consumer.is_ended:
+            if session.manifest is not self._manifest:
+                session.close()
+            elif not session.consumer.is_ended:
                 self._idle.append(session)
 
     def close(self) -> None:
@@ -152,8 +216,15 @@ class Source:
     def _counts_here(self) -> npt.NDArray[np.int64]:
         assert self._manifest is not None, "no session was opened yet"
         if self._counts is None:
-            self._counts = np.full(len(self._manifest), -1, np.int64)
+            promised = self._manifest.promised
+            self._counts = np.full(len(self._manifest), -1, np.int64) if promised is None else promised.copy()
+            self._counts[self._manifest.gone] = 0
         return self._counts
+
+    def _keep(self) -> None:
+        if self._grows:
+            assert self._manifest is not None, "no session was opened yet"
+            manifests.keep(self._cache.directory, self._urls, self._manifest)
 
     def _connect(self) -> Session:
         if self._first_chunk is None:
@@ -161,12 +232,13 @@ class Source:
         session = Session(self._cache, self._storage_options, name=self._urls[0])
         try:
             if self._manifest is None:
-                self._manifest = Manifest(session.consumer.resolve(self._urls, SHARD_ENDINGS))
+                self._manifest = list_shards(session.consumer, self._urls, self._index)
+                self._keep()
             if self._first_chunk is None:
                 chunk_bytes = session.consumer.chunk_bytes
                 self._first_chunk = self._manifest.first_chunk(chunk_bytes)
                 self._shards = ShardTable(self._manifest, self._first_chunk, chunk_bytes)
-            session.consumer.attach(self._manifest.objects)
+            session.attach(self._manifest)
         except BaseException:
             session.close()
             raise

@@ -3,9 +3,9 @@
 The files are attached behind the manifest's objects. Their summaries are read when the first count or index is asked
 for, and say which shards they speak of; an index is read when its shard is opened.
 
-They save work and nothing depends on them, so what is wrong with them is a warning, and the shard is read instead: a row
-for another version of its shard, an index that is damaged, a file that changed after it was listed. Only a file that is
-no sidecar at all is an error.
+They save work and nothing depends on them, so what is wrong with them is a warning, and the shard is read instead: a
+row for another version of its shard, an index that is damaged, a file that changed after it was listed. Only a file
+that is no sidecar at all is an error.
 """
 
 from __future__ import annotations

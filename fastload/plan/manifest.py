@@ -114,6 +114,14 @@ class Manifest:
             and np.array_equal(self.gone, other.gone)
         )
 
+    def says_the_same_as(self, other: Manifest) -> bool:
+        """Whether both are equal, also in what does not change the order."""
+        if self.promised is None or other.promised is None:
+            is_promised_alike = self.promised is other.promised
+        else:
+            is_promised_alike = np.array_equal(self.promised, other.promised)
+        return is_promised_alike and self == other and self.sidecars == other.sidecars
+
     def __hash__(self) -> int:
         return hash(self.fingerprint)
 
@@ -253,17 +261,12 @@ def _numbers_in(listed: Manifest, old: Manifest) -> NDArray[np.int64]:
 def _with_hints(old: Manifest, listed: Manifest, source: NDArray[np.int64]) -> Manifest:
     """`old`, with what `listed` says of its objects."""
     promised = _realigned(listed.promised, source)
-    if old.sidecars == listed.sidecars and np.array_equal(_or_none(old.promised), _or_none(promised)):
-        return old
-    return Manifest(old.objects, old.version_starts, old.gone, promised=promised, sidecars=listed.sidecars)
+    new = Manifest(old.objects, old.version_starts, old.gone, promised=promised, sidecars=listed.sidecars)
+    return old if new.says_the_same_as(old) else new
 
 
 def _realigned(promised: NDArray[np.int64] | None, source: NDArray[np.int64]) -> NDArray[np.int64] | None:
     return None if promised is None else np.where(source >= 0, promised[source], -1)
-
-
-def _or_none(promised: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    return np.empty(0, np.int64) if promised is None else promised
 
 
 def _read_only(values: Sequence[int] | NDArray[np.int64] | None) -> NDArray[np.int64]:
