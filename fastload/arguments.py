@@ -55,3 +55,10 @@ def checked_on_error(on_error: str) -> str:
     if on_error not in ("raise", "skip"):
         raise ConfigError(f'on_error={on_error!r} must be "raise" or "skip"')
     return on_error
+
+
+def checked_refresh(refresh: str) -> str:
+    """When to list the data again."""
+    if refresh not in ("never", "epoch"):
+        raise ConfigError(f'refresh={refresh!r} must be "never" or "epoch"')
+    return refresh

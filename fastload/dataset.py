@@ -16,12 +16,19 @@ import numpy as np
 import numpy.typing as npt
 import torch.utils.data
 
-from fastload.arguments import checked_batch_size, checked_count, checked_on_error, checked_seed, checked_urls
+from fastload.arguments import (
+    checked_batch_size,
+    checked_count,
+    checked_on_error,
+    checked_refresh,
+    checked_seed,
+    checked_urls,
+)
 from fastload.config import parse_bytes
 from fastload.decode import Decoder
 from fastload.engine.assemble import Skips
 from fastload.engine.columns import ColumnSet
-from fastload.engine.job import Job
+from fastload.engine.job import Beginning, Job
 from fastload.engine.passes import AnyPosition, OnePass, PassOptions, SourcePass, begin_pass, open_source
 from fastload.engine.session import Source
 from fastload.errors import ConfigError
@@ -39,6 +46,9 @@ class _Settings:
     urls: tuple[str, ...]
     storage_options: Mapping[str, Any] | None
     passes: PassOptions
+    index: str | None
+    manifest_file: str | None
+    grows: bool
 
 
 class StreamingDataset(Streaming):
@@ -71,6 +81,12 @@ class StreamingDataset(Streaming):
     of its batch with one warning an epoch, and counts it in `stats()`; batches get shorter by that, never fewer. What
     is wrong with a whole shard, or with the store, is always raised.
 
+    `manifest`: a file for the list of shards. It is made at the first iteration, by rank 0, and taken as it is wherever
+    it exists: so ranks that nothing else connects read the same, and so do runs at other times. `refresh`: "epoch"
+    lists the data again for each epoch, so that it can grow; what was there keeps its partition. `index`: a file made
+    by `fastload index`, with which no shard is parsed and all sample counts are known; without, one that lies beside
+    the shards is used.
+
     `storage_options`: endpoint and credentials, where the environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...)
     does not say them.
 
@@ -97,6 +113,9 @@ class StreamingDataset(Streaming):
         partitions: int | None = None,
         batch_size: int | None = None,
         on_error: Literal["raise", "skip"] = "raise",
+        manifest: str | os.PathLike[str] | None = None,
+        refresh: Literal["never", "epoch"] = "never",
+        index: str | os.PathLike[str] | None = None,
     ) -> None:
         cache = cache if cache is not None else Cache()
         if not isinstance(cache, Cache):
@@ -104,7 +123,14 @@ class StreamingDataset(Streaming):
         super().__init__(checked_batch_size(batch_size), check_tail(tail))
         skips_errors = checked_on_error(on_error) == "skip"
         passes = PassOptions(cache, ColumnSet.of(columns, decode, as_tuple), self.tail, skips_errors)
-        self._settings = _Settings(checked_urls(urls), storage_options, passes)
+        self._settings = _Settings(
+            checked_urls(urls),
+            storage_options,
+            passes,
+            index=None if index is None else os.fspath(index),
+            manifest_file=None if manifest is None else os.fspath(manifest),
+            grows=checked_refresh(refresh) == "epoch",
+        )
         wish = _order_wish(shuffle, seed, shuffle_window, partitions)
         self._job = Job((rank, world_size), checked_count(replicas, "replicas"), wish, cache.ram_bytes)
         self._source_here = self._new_source(None)
@@ -148,14 +174,16 @@ class StreamingDataset(Streaming):
         """Whether samples that cannot be read are left out."""
         return self._settings.passes.skips_errors
 
-    def begin(self, epoch: int, batch_size: int, **options: Any) -> OnePass:
-        self.settle({"tail": self.tail, "batch_size": batch_size})
+    def begin(self, epoch: int, batch_size: int, *, start: Any = None, **options: Any) -> OnePass:
+        fingerprint = None if start is None else start.fingerprint
+        self.settle({"tail": self.tail, "batch_size": batch_size}, Beginning(epoch, fingerprint))
+        options["start"] = start
         return begin_pass(self._source, self._job, self._settings.passes, epoch, batch_size, **options)
 
-    def settle(self, settings: Mapping[str, Any], sharers: int = 1) -> None:
-        """Agree with the other ranks of the job, once, on what is read in which order; see `Job.settle`."""
+    def settle(self, settings: Mapping[str, Any], begin: Beginning, sharers: int = 1) -> None:
+        """Agree with the other ranks of the job on what is read in which order; see `Job.settle`."""
         in_worker = torch.utils.data.get_worker_info() is not None
-        self._job.settle(self._source, settings, in_worker=in_worker, sharers=sharers)
+        self._job.settle(self._source, settings, begin, in_worker=in_worker, sharers=sharers)
 
     def open(self, skips: Skips | None) -> SourcePass:
         """Open a session for a pass over a mixture that this is a source of; its `end` must follow."""
@@ -164,7 +192,7 @@ class StreamingDataset(Streaming):
     def plan(self) -> SourcePlan:
         """What is read, and in which order; settled with the other ranks before, if there are any."""
         if not self._job.is_settled:
-            self.settle({})
+            self.settle({}, Beginning(self.next_epoch()))
         return SourcePlan(self._source.list_shards(), self._job.order)
 
     def adopt(self, position: AnyPosition) -> None:
@@ -192,7 +220,16 @@ class StreamingDataset(Streaming):
     def _new_source(self, manifest: Any) -> Source:
         settings = self._settings
         kernels = settings.passes.columns.kernel_modules()
-        return Source(settings.urls, settings.passes.cache, settings.storage_options, kernels, manifest)
+        return Source(
+            settings.urls,
+            settings.passes.cache,
+            settings.storage_options,
+            kernels,
+            manifest,
+            index=settings.index,
+            manifest_file=settings.manifest_file,
+            grows=settings.grows,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs."""

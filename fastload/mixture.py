@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from fastload.arguments import checked_batch_size, checked_seed
 from fastload.dataset import StreamingDataset
 from fastload.engine.assemble import Skips
+from fastload.engine.job import Beginning
 from fastload.engine.mixed import MixedPass, begin_mixed_pass
 from fastload.engine.passes import AnyPosition
 from fastload.errors import ConfigError
@@ -98,7 +100,7 @@ class Mixture(Streaming):
         return self._sources[0].partitions
 
     def begin(self, epoch: int, batch_size: int, **options: Any) -> MixedPass:
-        self._settle(batch_size)
+        self._settle(epoch, batch_size, options.get("start"))
         skips = Skips() if any(dataset.skips_errors for dataset in self._sources) else None
         with ExitStack() as undoing:
             opened = []
@@ -125,11 +127,12 @@ class Mixture(Streaming):
         for dataset in self._sources:
             dataset.close()
 
-    def _settle(self, batch_size: int) -> None:
+    def _settle(self, epoch: int, batch_size: int, start: MixturePosition | None) -> None:
         options = {"stop": self._options.stop, "seed of the mixture": self._options.seed}
         settings = {**options, "weights": self._options.weights, "tail": self.tail, "batch_size": batch_size}
-        for dataset in self._sources:
-            dataset.settle(settings, sharers=len(self._sources))
+        saved = () if start is None else start.fingerprints
+        for dataset, fingerprint in zip_longest(self._sources, saved[: len(self._sources)]):
+            dataset.settle(settings, Beginning(epoch, fingerprint), sharers=len(self._sources))
         ranks = [dataset.ranks for dataset in self._sources]
         if len(set(ranks)) > 1:
             raise ConfigError(f"the sources of a mixture have the ranks {ranks}; give all the same rank and world_size")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from fastload.engine import agreement
 from fastload.engine.counts import Exchange, ExchangedCounts, LocalCounts, StoredCounts
 from fastload.engine.feed import CountSource
 from fastload.engine.session import Session, Source
+from fastload.errors import ConfigError
 from fastload.plan import (
+    Manifest,
     OrderOptions,
     OrderWish,
     Ranks,
@@ -31,6 +34,14 @@ from fastload.plan import (
     ram_bytes_for,
     resolve_ranks,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """Where a pass begins: its epoch and, where a state is gone on from, the fingerprint of the list that it names."""
+
+    epoch: int
+    fingerprint: str | None = None
 
 
 class Job:
@@ -43,6 +54,7 @@ class Job:
         self._order: OrderOptions | None = None
         self._saved_window_bytes: int | None = None  # of the state that was loaded
         self._sharers = 1
+        self._settled_for: tuple[int, str | int | None] = (0, None)
         self._begin()
         if self._processes is not None:
             self._processes.with_replicas(replicas)
@@ -74,7 +86,15 @@ class Job:
         assert self._order is not None, "the job is not settled"
         return self._order
 
-    def settle(self, source: Source, settings: Mapping[str, Any], *, in_worker: bool, sharers: int = 1) -> None:
+    def settle(
+        self,
+        source: Source,
+        settings: Mapping[str, Any],
+        begin: Beginning,
+        *,
+        in_worker: bool,
+        sharers: int = 1,
+    ) -> None:
         """Before a pass begins: all ranks take rank 0's list of shards, and make sure that they are one job.
 
         `settings` are compared beside those of the order. So many data sets as `sharers` are read at a time, and have
@@ -82,14 +102,34 @@ class Job:
         """
         with self._settling:
             self._processes = self._ranks_of_processes()
-            if self._has_agreed and sharers == self._sharers:
+            version = (begin.fingerprint or begin.epoch) if source.grows else None
+            if self._has_agreed and (sharers, version) == self._settled_for:
                 return
+            if source.grows and in_worker:
+                raise ConfigError(
+                    'refresh="epoch" needs a loader whose process lists the shards for all ranks: use '
+                    "fastload.DataLoader, or make the data set anew for each epoch"
+                )
             self._sharers = sharers
+            choose = partial(self._choose, source, begin)
             if not in_worker and agreement.is_collective(self._processes):
-                self._agree(self._processes, source, settings)
-            elif not in_worker or self._order is None:  # a worker may have it from its parent
-                self._order = self._settled_order(self._ram_bytes)
-            self._has_agreed = True
+                self._agree(self._processes, source, choose, settings)
+            else:
+                source.adopt(choose())
+                if not in_worker or self._order is None:  # a worker may have it from its parent
+                    self._order = self._settled_order(self._ram_bytes)
+            self._has_agreed, self._settled_for = True, (sharers, version)
+
+    def _choose(self, source: Source, begin: Beginning) -> Manifest:
+        """The list of shards for a pass: the one that a state names, the user's file, or a new listing."""
+        assert self._processes is not None
+        if source.grows and begin.fingerprint is not None:
+            return source.manifest_of(begin.fingerprint)
+        make = source.refresh if source.grows and source.manifest is not None else source.list_shards
+        if not source.has_file:
+            return make()
+        epoch = begin.epoch if source.grows else None
+        return source.shared_manifest(make, is_first=self._processes.rank == 0, epoch=epoch)
 
     def adopt(self, saved: OrderOptions) -> None:
         """Go on in the order of a saved run, where the user left it to us."""
@@ -119,8 +159,10 @@ class Job:
     def _ranks_of_processes(self) -> Ranks:
         return self._processes if self._processes is not None else resolve_ranks(*self._given)
 
-    def _agree(self, processes: Ranks, source: Source, settings: Mapping[str, Any]) -> None:
-        manifest, name = agreement.share_manifest(processes, source.list_shards)
+    def _agree(
+        self, processes: Ranks, source: Source, choose: Callable[[], Manifest], settings: Mapping[str, Any]
+    ) -> None:
+        manifest, name = agreement.share_manifest(processes, choose)
         source.adopt(manifest)
         wish = {key: value for key, value in asdict(self._wish).items() if key != "partitions"}
         told = {**wish, "partitions": self.partition_count, "replicas": self._replicas, **settings}

@@ -189,7 +189,8 @@ def begin_pass(
         assert manifest is not None, "a session is open"
         orders = epoch_orders(manifest, order, epoch)
         cursor = EpochCursor(orders, ranks, batch_size, tail=options.tail, **cursor_options)
-        expected_next = partial(first_objects, manifest, order, epoch + 1, ranks, _NEXT_EPOCH_BYTES)
+        ahead_bytes = 0 if source.grows else _NEXT_EPOCH_BYTES  # the next epoch may have another list
+        expected_next = partial(first_objects, manifest, order, epoch + 1, ranks, ahead_bytes)
         return OnePass(cursor, Feed(cursor, opened.reader, opened.counts, expected_next), opened, skips)
     except BaseException:
         opened.end()

@@ -51,7 +51,7 @@ def first_objects(
     """The objects with which a node begins an epoch, int32: the first, and as many more as `byte_count` holds."""
     objects = objects_in_use_order(manifest, options, epoch, None, ranks)
     fitting = int(np.searchsorted(np.cumsum(manifest.sizes[objects]), byte_count, side="right"))
-    return objects[: max(1, fitting)]
+    return objects[: max(1, fitting) if byte_count else 0]
 
 
 def windows_by_bytes(
