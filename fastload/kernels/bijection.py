@@ -25,6 +25,7 @@ from numba import int64, uint64
 from numpy.typing import NDArray
 
 from fastload.kernels.jit import array_in, array_out, kernel
+from fastload.kernels.splitmix import splitmix
 
 __all__ = ["BIJECTION_ITEMS_MAX", "BIJECTION_ROUNDS", "biject"]
 
@@ -35,18 +36,7 @@ BIJECTION_ROUNDS = 16
 _BLOCK = 256
 
 # numba makes float64 of an int64 with an uint64, so every constant that meets a word is an uint64 too.
-_U1, _U20, _U27, _U30, _U31, _U44 = (np.uint64(n) for n in (1, 20, 27, 30, 31, 44))
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-
-
-@kernel(uint64(uint64, uint64))
-def _word(key: np.uint64, place: np.uint64) -> np.uint64:
-    """Word number `place` of splitmix64 from the seed `key`."""
-    word = key + place * _GOLDEN
-    word = (word ^ (word >> _U30)) * _MIX1
-    word = (word ^ (word >> _U27)) * _MIX2
-    return word ^ (word >> _U31)
+_U1, _U20, _U44 = (np.uint64(n) for n in (1, 20, 44))
 
 
 @kernel(int64(array_in(uint64), int64, array_in(int64), array_out(int64)))
@@ -74,8 +64,8 @@ def biject(keys: NDArray[np.uint64], count: int, places: NDArray[np.int64], out:
         while walking > 0:
             for r in range(0, keys.size, 2):
                 for i in range(walking):
-                    low[i] = (low[i] + _word(keys[r], high[i])) & mask
-                    moved = high[i] + (((_word(keys[r + 1], low[i]) >> _U20) * highs) >> _U44)
+                    low[i] = (low[i] + splitmix(keys[r], high[i])) & mask
+                    moved = high[i] + (((splitmix(keys[r + 1], low[i]) >> _U20) * highs) >> _U44)
                     high[i] = min(moved, moved - highs)  # the second is huge where it is below zero
             outside = 0
             for i in range(walking):

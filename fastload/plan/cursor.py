@@ -33,9 +33,10 @@ class EpochCursor(Walk[WindowKey, BatchEntry]):
     `orders` are those of all partitions. Until `next_window` is None, open that window and `add` it; where
     `counts_wanted` names objects, `tell` their sample counts first (any that are known may be told at any time);
     at last `finish`. With `shuffle="global"`, where a window holds very many samples, each of these gives only the
-    first batches, and `settled` more until it gives none. Windows that are not among `needed` may be closed once the
-    batches given out so far are made; one of them may be asked for again. Nodes never wait for one another for ever if
-    each counts the windows that it opens, and those of the partitions that it reads which another node wants.
+    first batches; then call `settled` until it gives none, and only then ask for what comes next. Windows that are
+    not among `needed` may be closed once the batches given out so far are made; one of them may be asked for again.
+    Nodes never wait for one another for ever if each counts the windows that it opens, and those of the partitions
+    that it reads which another node wants.
 
     `worker=(w, n)` is one of n workers that share the rank's samples. With `split="batches"` it gets every
     n-th batch, beginning with its own number, which is the order in which torch's DataLoader asks its
@@ -81,11 +82,6 @@ class EpochCursor(Walk[WindowKey, BatchEntry]):
     def is_counted(self) -> bool:
         """Whether all sample counts are known, so that `windows_ahead` is exact and nothing is wanted any more."""
         return self._epoch_line.total is not None
-
-    @property
-    def total(self) -> int | None:
-        """The samples of the epoch, over all ranks and without repeats; None while not all are counted."""
-        return self._epoch_line.total
 
     def objects_of(self, key: WindowKey) -> NDArray[np.int32]:
         """The object numbers of a window, int32; `add` wants one count for each."""
@@ -142,10 +138,7 @@ class EpochCursor(Walk[WindowKey, BatchEntry]):
         """
         if samples == self.start.samples:
             return self.start
-        total = self._epoch_line.total
-        assert samples > self.start.samples, f"{samples} samples lie before the start, at {self.start.samples}"
-        assert total is None or samples <= total, f"there are only {total} samples, not {samples}"
-        assert samples == total or samples % self._global_batch == 0, f"no global batch ends after {samples} samples"
+        self._assert_is_boundary(samples)
         return Position(
             epoch=self.epoch,
             batches=-(-samples // self._global_batch),

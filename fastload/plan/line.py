@@ -8,13 +8,14 @@ the line, or how far he is; he says which windows may be closed.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastload.errors import StateError
 from fastload.plan.deal import Span
-from fastload.plan.lanes import Lane, Levels, Stop
+from fastload.plan.lanes import Lane, Leg, Levels, Stop
 from fastload.plan.lookahead import windows_by_bytes
 from fastload.plan.order import EpochOrder
 from fastload.plan.position import Place
@@ -126,29 +127,41 @@ class Line:
         """The objects without counts of the next window that has any, of each of `partitions`, int32."""
         return self._tally.next_uncounted(partitions)
 
+    def uncounted_objects(self) -> NDArray[np.int32]:
+        """All objects whose counts are missing, int32."""
+        return self._tally.uncounted_objects()
+
     def samples(self, positions: NDArray[np.int64]) -> Samples:
         """The samples at some positions, rising, that lanes have reached."""
         if self._partitions == 1:
             return self.samples_of(0, positions)
-        lanes = (positions % self._partitions).astype(np.int32)
+        # numpy sorts small integers by their digits, in a tenth of the time.
+        lanes = (positions % self._partitions).astype(np.min_scalar_type(self._partitions))
         by_lane = np.argsort(lanes, kind="stable")
-        bounds = np.searchsorted(lanes[by_lane], np.arange(self._partitions + 1))
+        numbers = positions[by_lane] // self._partitions
+        ends = np.cumsum(np.bincount(lanes, minlength=self._partitions)).tolist()
         parts = [
-            self.samples_of(p, positions[by_lane[bounds[p] : bounds[p + 1]]] // self._partitions)
-            for p in np.flatnonzero(np.diff(bounds)).tolist()
+            self.samples_of(lane, numbers[start:end])
+            for lane, (start, end) in enumerate(pairwise((0, *ends)))
+            if start < end
         ]
-        return Samples.joined(parts).part_at(np.argsort(by_lane, kind="stable")) if parts else NO_SAMPLES
+        return Samples.joined(parts).placed(by_lane) if parts else NO_SAMPLES
 
     def samples_of(self, lane: int, numbers: NDArray[np.int64]) -> Samples:
         """The samples at rising numbers of one lane."""
         legs = self._lanes[lane].legs
+        if len(numbers) and numbers[-1] < legs[0].stop:  # mostly, and then there is nothing to look for
+            return self._samples_of_leg(legs[0], numbers)
         bounds = np.searchsorted(numbers, [leg.start for leg in legs] + [leg.stop for leg in legs[-1:]])
         parts = [
-            self._open[leg.key].located(numbers[first:stop] - (leg.start - leg.offset), leg.key)
+            self._samples_of_leg(leg, numbers[first:stop])
             for leg, first, stop in zip(legs, bounds, bounds[1:], strict=False)
             if first < stop
         ]
         return Samples.joined(parts) if parts else NO_SAMPLES
+
+    def _samples_of_leg(self, leg: Leg, numbers: NDArray[np.int64]) -> Samples:
+        return self._open[leg.key].located(numbers - (leg.start - leg.offset), leg.key)
 
     def find(self, lane: int, number: int) -> tuple[WindowKey, int, int] | None:
         """Window, offset and the window's samples, of a number of a lane, whoever reads it; None where counts that
@@ -169,8 +182,7 @@ class Line:
         """How many of each partition's samples lanes of some lengths have taken from its front; all that there are
         where that is known to be fewer.
         """
-        counted = (self._tally.length(partition) for partition in range(self._partitions))
-        return [length if of is None else min(length, of) for length, of in zip(lengths, counted, strict=True)]
+        return [self._taken(partition, length) for partition, length in enumerate(lengths)]
 
     def totals(self) -> list[int]:
         """The samples of each partition. Only once all are counted."""
@@ -204,10 +216,26 @@ class Line:
             start += piece.stop - piece.start
         return found
 
+    def windows_guessed(self, lane: int, start: int, quota: int) -> list[tuple[int, WindowKey]]:
+        """The same before all is counted, if `lane` has `quota` samples, its partition's alone, and a byte of it is as
+        many samples everywhere.
+        """
+        order = self.orders[lane]
+        first = self._tally.place(lane, self._taken(lane, start)).window
+        ends = np.cumsum(order.window_bytes)
+        numbers = (ends - order.window_bytes) * (quota / max(1, int(ends[-1]) if len(ends) else 1))
+        return [
+            (max(start, int(number)), WindowKey(lane, first + i)) for i, number in enumerate(numbers[first:].tolist())
+        ]
+
     def _is_due(self, lane: Lane, stop: Stop) -> bool:
         """Whether a lane needs a window, or may lie beyond its end, which only a count can tell."""
         is_start = lane.covered == lane.first and stop.key.window == self._places[lane.number].window
         return stop.length > 0 or stop.offset == 0 or is_start
+
+    def _taken(self, partition: int, length: int) -> int:
+        counted = self._tally.length(partition)
+        return length if counted is None else min(length, counted)
 
     def _check_start(self, key: WindowKey, count: int) -> None:
         window, offset = self._places[key.partition]

@@ -37,12 +37,23 @@ class Place(NamedTuple):
     offset: int
 
 
-class _OrderState(msgspec.Struct):
+class OrderState(msgspec.Struct):
+    """The JSON form of an order, and of the manifest that it is one of."""
+
     manifest: str
     seed: int
     shuffle: str
     window_bytes: int
     partitions: int
+
+    @classmethod
+    def of(cls, options: OrderOptions, fingerprint: str) -> OrderState:
+        """That of `options`."""
+        return cls(fingerprint, options.seed, options.shuffle, options.window_bytes, options.partitions)
+
+    def options(self) -> OrderOptions:
+        """What `of` was given. Raises `ConfigError`."""
+        return OrderOptions(self.seed, check_shuffle(self.shuffle), self.window_bytes, self.partitions)
 
 
 class _State(msgspec.Struct):
@@ -55,7 +66,7 @@ class _State(msgspec.Struct):
     batches: int
     samples: int
     places: list[tuple[int, int]]
-    order: _OrderState
+    order: OrderState
     world_size: int
     batch_size: int
     tail: str
@@ -98,15 +109,13 @@ class Position:
 
     def to_state(self) -> dict[str, Any]:
         """The position in JSON's own types; `from_state` reads it back."""
-        options = self.options
-        order = _OrderState(self.fingerprint, options.seed, options.shuffle, options.window_bytes, options.partitions)
         state = _State(
             version=STATE_VERSION,
             epoch=self.epoch,
             batches=self.batches,
             samples=self.samples,
             places=[(place.window, place.offset) for place in self.places],
-            order=order,
+            order=OrderState.of(self.options, self.fingerprint),
             world_size=self.world_size,
             batch_size=self.batch_size,
             tail=self.tail,
@@ -121,12 +130,9 @@ class Position:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Position:
         """Reads what `to_state` wrote, also after a way through JSON. Raises `StateError`."""
-        version = state.get("version") if isinstance(state, Mapping) else None
-        if version != STATE_VERSION or isinstance(version, bool):
-            raise StateError(
-                f"the state's version is {version!r}, and this fastload reads version {STATE_VERSION}; "
-                "load it with the fastload that saved it, or one that is newer"
-            )
+        check_version(state, STATE_VERSION)
+        if "sources" in state:
+            raise StateError("the state is that of a mixture; load it into one of the same sources")
         try:
             read = msgspec.convert(dict(state), _State)
             return _from_wire(read)
@@ -138,19 +144,13 @@ class Position:
         here. `orders` are those of all partitions.
         """
         order = orders[0]
-        saved, now = self.options, order.options
-        _same("epoch", self.epoch, order.epoch, "call set_epoch with the epoch of the state")
-        _same("seed", saved.seed, now.seed, "pass the seed that the run began with")
-        _same("shuffle", saved.shuffle, now.shuffle, "pass the shuffle that the run began with")
-        if now.shuffle == "window":  # otherwise the size of windows changes nothing
-            _same("shuffle_window", saved.window_bytes, now.window_bytes, "pass the one that the run began with")
-        _same("partitions", saved.partitions, now.partitions, "pass the number that the run began with")
-        _same("tail", self.tail, tail, "pass the tail that the run began with")
-        cure = "the list of shards, or a shard's size or version, has changed; restore it or begin an epoch anew"
-        _same("manifest fingerprint", self.fingerprint, order.manifest.fingerprint, cure)
+        check_same("epoch", self.epoch, order.epoch, "call set_epoch with the epoch of the state")
+        check_same("tail", self.tail, tail, "pass the tail that the run began with")
+        check_order(self.options, order.options, self.fingerprint, order.manifest.fingerprint)
         for each in orders:
-            self._check_place(each)
-        self._check_boundary(ranks, batch_size, self.is_at_end(orders))
+            check_place(self.places[each.partition], each.window_count)
+        if not self.is_at_end(orders):
+            check_boundary(self.samples, (self.batch_size, self.world_size), (batch_size, ranks.world_size))
 
     def is_at_end(self, orders: Sequence[EpochOrder]) -> bool:
         """Whether all is delivered."""
@@ -158,32 +158,12 @@ class Position:
             not self.taken or sum(self.taken) == self.samples
         )
 
-    def _check_place(self, order: EpochOrder) -> None:
-        place = self.places[order.partition]
-        if place.window > order.window_count or (place.window == order.window_count and place.offset):
-            raise StateError(
-                f"the state is at window {place.window}, offset {place.offset}, and this epoch has "
-                f"{order.window_count} windows: it is damaged; load another one"
-            )
-
-    def _check_boundary(self, ranks: Ranks, batch_size: int, is_at_end: bool) -> None:
-        global_batch = batch_size * ranks.world_size
-        if self.samples % global_batch and not is_at_end:
-            raise StateError(
-                f"the state was saved after {self.samples} samples with batch_size={self.batch_size} × "
-                f"world_size={self.world_size}, where no global batch of batch_size={batch_size} × "
-                f"world_size={ranks.world_size} begins; resume with {self.batch_size} × {self.world_size}, "
-                f"or from a state saved at a multiple of {global_batch} samples"
-            )
-
 
 def _from_wire(read: _State) -> Position:
     """A position from the fields of a state, each of the right type. Raises `ConfigError` and
     `ValidationError`.
     """
-    options = OrderOptions(
-        read.order.seed, check_shuffle(read.order.shuffle), read.order.window_bytes, read.order.partitions
-    )
+    options = read.order.options()
     places = tuple(Place(*place) for place in read.places)
     taken = tuple(read.taken or ())
     integers = [read.epoch, read.batches, read.samples, read.world_size - 1, read.batch_size - 1, *taken]
@@ -207,6 +187,51 @@ def _from_wire(read: _State) -> Position:
     )
 
 
-def _same(name: str, saved: object, now: object, cure: str) -> None:
+def check_version(state: object, readable: int) -> None:
+    """Raises `StateError` unless `state` is a mapping of the version that can be read."""
+    version = state.get("version") if isinstance(state, Mapping) else None
+    if version != readable or isinstance(version, bool):
+        raise StateError(
+            f"the state's version is {version!r}, and this fastload reads version {readable}; "
+            "load it with the fastload that saved it, or one that is newer"
+        )
+
+
+def check_same(name: str, saved: object, now: object, cure: str, of: str = "") -> None:
+    """Raises `StateError`, naming both values, where they differ. `of` says whose they are."""
     if saved != now:
-        raise StateError(f"the state was saved with {name} {saved!r}, but this run has {now!r}; {cure}")
+        raise StateError(f"the state was saved with {name} {saved!r}{of}, but this run has {now!r}; {cure}")
+
+
+def check_order(saved: OrderOptions, now: OrderOptions, saved_manifest: str, manifest: str, of: str = "") -> None:
+    """Raises `StateError`, naming both values, where the order or the data is another than was saved."""
+    check_same("seed", saved.seed, now.seed, "pass the seed that the run began with", of)
+    check_same("shuffle", saved.shuffle, now.shuffle, "pass the shuffle that the run began with", of)
+    if now.shuffle == "window":  # otherwise the size of windows changes nothing
+        cure = "pass the one that the run began with"
+        check_same("shuffle_window", saved.window_bytes, now.window_bytes, cure, of)
+    check_same("partitions", saved.partitions, now.partitions, "pass the number that the run began with", of)
+    cure = "the list of shards, or a shard's size or version, has changed; restore it or begin an epoch anew"
+    check_same("manifest fingerprint", saved_manifest, manifest, cure, of)
+
+
+def check_place(place: Place, window_count: int) -> None:
+    """Raises `StateError` for a place that an epoch of so many windows does not have."""
+    if place.window > window_count or (place.window == window_count and place.offset):
+        raise StateError(
+            f"the state is at window {place.window}, offset {place.offset}, and this epoch has "
+            f"{window_count} windows: it is damaged; load another one"
+        )
+
+
+def check_boundary(samples: int, saved: tuple[int, int], now: tuple[int, int]) -> None:
+    """Raises `StateError` unless a global batch begins after so many samples. Batches are given as their size on a
+    rank and the number of ranks.
+    """
+    global_batch = now[0] * now[1]
+    if samples % global_batch:
+        raise StateError(
+            f"the state was saved after {samples} samples with batch_size={saved[0]} × world_size={saved[1]}, where no "
+            f"global batch of batch_size={now[0]} × world_size={now[1]} begins; resume with {saved[0]} × {saved[1]}, "
+            f"or from a state saved at a multiple of {global_batch} samples"
+        )

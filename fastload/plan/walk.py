@@ -86,6 +86,11 @@ class Walk(Generic[Key, Entry]):
         return self._deal.home
 
     @property
+    def total(self) -> int | None:
+        """The samples of the line, over all ranks and without repeats; None while that is not known."""
+        return self._line.total
+
+    @property
     def next_window(self) -> Key | None:
         """The window to open next; None where all are open, and where `counts_wanted` must be told before."""
         missing = [
@@ -120,6 +125,13 @@ class Walk(Generic[Key, Entry]):
             repeats = int(whole + self._deal.turn >= total)
         self._given = total
         return self._last_batch(samples, repeats, total)
+
+    def _assert_is_boundary(self, samples: int) -> None:
+        """A run can begin after so many samples of the line, and this one ends there or comes by."""
+        total = self._line.total
+        assert samples > self._delivered, f"{samples} samples lie before the start, at {self._delivered}"
+        assert total is None or samples <= total, f"there are only {total} samples, not {samples}"
+        assert samples == total or samples % self._global_batch == 0, f"no global batch ends after {samples} samples"
 
     def _needs(self) -> list[Span]:
         """What the node needs of lanes for the next group; nothing where that depends on counts yet to come."""

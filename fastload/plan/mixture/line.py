@@ -1,0 +1,228 @@
+"""The line of a mixture's epoch, as far as it is known.
+
+It has the lanes of any line; what stands at a number of one, and which sample of its source that is, `Blend` says, and
+`Rounds` where in the source's epochs that lies. A position is settled once that is known of all positions before it,
+whoever reads them, and that the line does not end before: what a node saves then means the same to every other.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastload.errors import ConfigError
+from fastload.plan.deal import Span
+from fastload.plan.mixture.blend import NEVER, Blend
+from fastload.plan.mixture.options import Stop
+from fastload.plan.mixture.position import SourcePosition
+from fastload.plan.mixture.rounds import RoundKey, Rounds
+from fastload.plan.mixture.samples import MixedSamples, MixtureKey, origin_of
+from fastload.plan.samples import NO_SAMPLES, Samples
+from fastload.plan.tally import WindowKey
+
+
+class MixtureLine:
+    """`sources` begin with the epoch `first_epoch` of each."""
+
+    def __init__(self, blend: Blend, sources: Sequence[Rounds], stop: Stop, first_epoch: int) -> None:
+        self._blend, self._sources, self._stop, self._first_epoch = blend, sources, stop, first_epoch
+        self._partitions = len(blend.lanes)
+        self.known = 0
+        self.total: int | None = None
+        self._limits: list[int] = []  # of each source: the first position that is not settled
+        self.is_measured = False  # whether nothing more can become known of that
+        self._measure()
+
+    @property
+    def open_windows(self) -> Collection[MixtureKey]:
+        """The windows that are open."""
+        return {self._key(number, key) for number, source in enumerate(self._sources) for key in source.open_windows()}
+
+    def objects_of(self, key: MixtureKey) -> NDArray[np.int32]:
+        """The object numbers of a window in its source, int32."""
+        return self._sources[key.source].objects_of(self._round_key(key))
+
+    def tell(self, source: int, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
+        """The sample counts of some objects of a source."""
+        self._sources[source].tell(object_nos, counts)
+        self._measure()
+
+    def add(self, key: MixtureKey, counts: NDArray[np.int64]) -> None:
+        """A window is open, and these are the counts of its objects."""
+        self._sources[key.source].add(self._round_key(key), counts)
+        self._measure()
+
+    def skip_to(self, lane: int, number: int) -> None:
+        """Nobody here needs what `lane` holds before `number`."""
+        for source, sample in zip(self._sources, self._blend.share(lane, number), strict=True):
+            source.skip_to(lane, sample)
+
+    def extend(self) -> None:
+        """Let lanes go on through windows that are open."""
+        for source in self._sources:
+            source.extend()
+
+    def reach(self, lane: int) -> int:
+        """Up to which number the windows of `lane` are open."""
+        reached = np.array([[source.reach(lane) for source in self._sources]], np.int64)
+        return int(self._blend.numbers(np.array([lane]), reached).min())
+
+    def due(self, lane: int, end: int) -> list[tuple[int, MixtureKey]]:
+        """The windows that have to be opened for `lane` to reach `end`, each with the number from which it is needed;
+        without those for which a count must be told before.
+        """
+        return [
+            (int(self._blend.numbers_of(lane, number, np.array([sample]))[0]), self._key(number, key))
+            for number, sample_end in enumerate(self._blend.share(lane, end))
+            for sample, key in self._sources[number].due(lane, sample_end)
+        ]
+
+    def wanted(self, spans: Sequence[Span]) -> list[NDArray[np.int32]]:
+        """For each source, objects whose counts must be told before lanes can go on to the ends of their `spans`."""
+        lanes = [lane for lane, _, _ in spans]
+        ends = self._blend.shares(np.array(lanes, np.int64), np.array([end for _, _, end in spans], np.int64))
+        return [source.wanted(lanes, ends[:, number].tolist()) for number, source in enumerate(self._sources)]
+
+    def wanted_to_settle(self, end: int, others: Sequence[int], home: Sequence[int]) -> list[NDArray[np.int32]]:
+        """For each source, objects whose counts help to settle the line up to `end`: those of the next windows of
+        `others`, or of `home` where these have none.
+        """
+        open_ended = [number for number, source in enumerate(self._sources) if source.total is None]
+        short = [number for number in open_ended if self._limits[number] < end] or open_ended
+        wanted = [np.empty(0, np.int32) for _ in self._sources]
+        for number in short:
+            source = self._sources[number]
+            found = source.next_uncounted(others)
+            wanted[number] = found if len(found) else source.next_uncounted(home)
+        return wanted
+
+    def wanted_to_find(self, lane: int, number: int) -> list[NDArray[np.int32]]:
+        """For each source, objects whose counts must be told before `find` can answer."""
+        source, sample = self._at(lane, number)
+        wanted = [np.empty(0, np.int32) for _ in self._sources]
+        wanted[source] = self._sources[source].wanted_to_find(lane, sample)
+        return wanted
+
+    def forget_before(self, lane: int, number: int) -> None:
+        """What `lane` holds before `number` is not needed any more."""
+        for source, sample in zip(self._sources, self._blend.share(lane, number), strict=True):
+            source.forget_before(lane, sample)
+
+    def close_all_but(self, kept: MixtureKey | None) -> None:
+        """Close the windows that no lane needs from where it was forgotten on, but for `kept`."""
+        for number, source in enumerate(self._sources):
+            source.close_all_but(self._round_key(kept) if kept is not None and kept.source == number else None)
+
+    def samples(self, positions: NDArray[np.int64]) -> MixedSamples:
+        """The samples at some positions, rising, that lanes have reached."""
+        lanes = positions % self._partitions
+        by_lane = np.argsort(lanes, kind="stable")
+        bounds = np.searchsorted(lanes[by_lane], np.arange(self._partitions + 1))
+        places, parts, origins = [np.empty(0, np.int64)], [NO_SAMPLES], [np.empty(0, np.int64)]
+        for lane in np.flatnonzero(np.diff(bounds)).tolist():
+            of_lane = by_lane[bounds[lane] : bounds[lane + 1]]
+            source_of, sample_of = self._blend.sources(lane, positions[of_lane] // self._partitions)
+            for number in np.flatnonzero(np.bincount(source_of)).tolist():
+                mine = np.flatnonzero(source_of == number)
+                for round_no, which, samples in self._sources[number].samples_of(lane, sample_of[mine]):
+                    places.append(of_lane[mine[which]])
+                    parts.append(samples)
+                    origins.append(np.full(len(samples), origin_of(number, round_no), np.int64))
+        back = np.argsort(np.concatenate(places))
+        return MixedSamples(Samples.joined(parts).part_at(back), np.concatenate(origins)[back], self._first_epoch)
+
+    def find(self, lane: int, number: int) -> tuple[MixtureKey, int, int] | None:
+        """Window, offset and the window's samples, of a number of a lane, whoever reads it; None where counts that are
+        still missing could move it.
+        """
+        source, sample = self._at(lane, number)
+        found = self._sources[source].find(lane, sample)
+        return None if found is None else (self._key(source, found[0]), found[1], found[2])
+
+    def sample_at(self, key: MixtureKey, offset: int) -> MixedSamples:
+        """The one sample at an offset in an open window."""
+        round_no, window = self._round_key(key)
+        samples = self._sources[key.source].sample_at((round_no, window), offset)
+        return MixedSamples(samples, np.array([origin_of(key.source, round_no)]), self._first_epoch)
+
+    def position(self, numbers: NDArray[np.int64]) -> tuple[SourcePosition, ...]:
+        """Where each source stands when the first `numbers` of the lanes are delivered."""
+        shares = self._blend.shares(self._blend.lanes, numbers)
+        return tuple(source.position(shares[:, number].tolist()) for number, source in enumerate(self._sources))
+
+    def windows_ahead(self, starts: Sequence[tuple[int, int]]) -> Iterator[MixtureKey]:
+        """The windows that lanes need from some numbers on, in the order in which positions come to them, each once."""
+        densities = [source.samples_a_byte() for source in self._sources]
+        usual = float(np.mean([density for density in densities if density] or [1.0]))
+        windows = []
+        for number, source in enumerate(self._sources):
+            line_of = cache(source.line_ahead)
+            for lane, start in starts:
+                sample = self._blend.share(lane, start)[number]
+                rounds = source.windows_from(lane, sample, densities[number] or usual, line_of)
+                windows.append(self._in_positions(lane, number, rounds))
+        seen = set()
+        for _, key in heapq.merge(*windows):
+            if key not in seen:
+                seen.add(key)
+                yield key
+
+    def _in_positions(
+        self, lane: int, source: int, rounds: Iterable[list[tuple[int, RoundKey]]]
+    ) -> Iterator[tuple[int, MixtureKey]]:
+        """Windows with the samples where a lane comes to them, with positions instead; as far as the line goes."""
+        end = NEVER if self.total is None else self.total
+        for windows in rounds:
+            samples = np.array([sample for sample, _ in windows], np.int64)
+            positions = self._positions(lane, self._blend.numbers_of(lane, source, samples)).tolist()
+            for position, (_, key) in zip(positions, windows, strict=True):
+                if position >= end:
+                    return
+                yield position, self._key(source, key)
+            if not windows:  # nothing is known of a lane without a partition of its own
+                return
+
+    def _measure(self) -> None:
+        """How far the line is settled, and where it ends, by what is known of the sources."""
+        if self.is_measured:
+            return
+        lanes, quotas = self._blend.lanes, np.stack([source.quotas() for source in self._sources], axis=1)
+        is_counted = np.array([source.total is not None for source in self._sources])
+        beyond = self._positions(lanes[:, None], self._blend.numbers(lanes, quotas)).min(axis=0)
+        self._limits = beyond.tolist()
+        self.known = int(beyond[~is_counted | (self._stop == "first")].min(initial=NEVER))
+        if self._stop == "all":
+            last = self._positions(lanes[:, None], self._blend.numbers(lanes, np.maximum(quotas, 1) - 1))
+            self.known = min(self.known, self._end_of_all(np.where(quotas > 0, last, -1)))
+        self.is_measured = bool(is_counted.all())
+        if self.is_measured and self._stop != "never":
+            self.total = self.known
+
+    def _end_of_all(self, last: NDArray[np.int64]) -> int:
+        """Where all sources have been gone through, by the last position of each lane and source."""
+        never = np.flatnonzero((last == NEVER).any(axis=0))
+        if len(never):
+            raise ConfigError(
+                f"stop='all', but source {never[0]} of the mixture is never gone through, since its last weight is 0; "
+                "give it another, or use stop='first' or 'never'"
+            )
+        return int(last.max()) + 1
+
+    def _positions(self, lanes: NDArray[np.int64] | int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The positions of some numbers of lanes."""
+        return np.where(numbers == NEVER, NEVER, numbers % NEVER * self._partitions + lanes)
+
+    def _at(self, lane: int, number: int) -> tuple[int, int]:
+        """Source and sample at a number of a lane."""
+        source_of, sample_of = self._blend.sources(lane, np.array([number]))
+        return int(source_of[0]), int(sample_of[0])
+
+    def _key(self, source: int, key: RoundKey) -> MixtureKey:
+        return MixtureKey(source, self._first_epoch + key[0], *key[1])
+
+    def _round_key(self, key: MixtureKey) -> RoundKey:
+        return key.epoch - self._first_epoch, WindowKey(key.partition, key.window)
