@@ -5,14 +5,15 @@ Grants and recalls are gathered here and sent once per turn of the loop, so that
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import accumulate, count, islice
 
 from fastload.errors import ServiceError
 from fastload.service import protocol
-from fastload.service.model import Chunk, ObjectEntry
+from fastload.service.model import Chunk, ObjectEntry, Piece
 from fastload.service.plans import Plan
 
 _numbers = count(1)
@@ -36,7 +37,8 @@ class ConsumerState:
         self.send = send
         self.entries: list[ObjectEntry] = []
         self.attached = False  # the whole list has arrived
-        self._first_chunk: list[int] = [0]
+        self._pieces: list[Piece] = []
+        self._first_chunk = array("q", [0])
         self.plan: Plan | None = None
         self.load_order = 0  # loads that the service had counted when this plan began; those are found in RAM
         self.leases: dict[int, Chunk] = {}
@@ -48,16 +50,18 @@ class ConsumerState:
 
     # Numbering
 
-    def append(self, entries: list[ObjectEntry]) -> None:
+    def append(self, piece: Piece) -> None:
         """More objects, whose chunks get the next numbers."""
-        for entry in entries:
-            self.entries.append(entry)
-            self._first_chunk.append(self._first_chunk[-1] + entry.chunk_count)
+        self._pieces.append(piece)
+        self.entries += piece
+        starts = accumulate((entry.chunk_count for entry in piece), initial=self._first_chunk[-1])
+        self._first_chunk.extend(islice(starts, 1, None))
 
     def clear_objects(self) -> list[ObjectEntry]:
         """Forget the object list; returns what it named."""
         entries, self.entries = self.entries, []
-        self._first_chunk = [0]
+        self._pieces = []
+        self._first_chunk = array("q", [0])
         self.attached = False
         return entries
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from fastload.cache import Arena, CacheDirectory, DiskTier, object_id
+from fastload.cache import Arena, CacheDirectory, DiskTier
 from fastload.errors import AccessDeniedError, CacheError
 from fastload.service import buffers, figures, protocol, scheduler
 from fastload.service.buffers import BufferTable
@@ -145,8 +145,7 @@ class Core:
         if message.first:
             self._detach(consumer)
         endpoint = self._stores.endpoint(consumer.options_key)
-        infos = message.rows.table()
-        consumer.append([self._objects.use(info, object_id(info, self.chunk_bytes, endpoint)) for info in infos])
+        consumer.append(self._objects.use_rows(message.rows, endpoint))
 
     def _detach(self, consumer: ConsumerState) -> None:
         """End its leases, wants and plan, and forget its objects."""

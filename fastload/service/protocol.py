@@ -17,6 +17,7 @@ Two rules keep leases exact although both sides speak at once:
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
@@ -73,6 +74,10 @@ class ObjectRows(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
         columns = urls.lengths(), table.sizes, etags.lengths(), table.mtimes_ns
         url_bytes, sizes, etag_bytes, mtimes_ns = (_stored(column) for column in columns)
         return cls(urls.raw(), url_bytes, sizes, etags.raw(), etag_bytes, mtimes_ns)
+
+    def digest(self) -> bytes:
+        """Sixteen bytes that tell these rows from all others."""
+        return hashlib.blake2b(msgspec.msgpack.encode(self), digest_size=16).digest()
 
     def table(self) -> ObjectTable:
         """The objects of the rows; `ServiceError` where the columns do not fit or a size is negative."""
