@@ -6,7 +6,8 @@
   in `window_bytes` but at least one. The first windows hold at most 1, 2, 4 ... shards, so that an epoch
   starts at once.
 - The samples of a window, those of its shards one after the other, are permuted once its shards are indexed
-  and so their number is known. The order of the partition is its windows, one after the other.
+  and so their number is known (by a bijection, as below, where there are more than 2**22). The order of the
+  partition is its windows, one after the other.
 
 Without `shuffle` shards keep their numbers' order, each is a window and its samples stay as they are;
 `"shards"` shuffles shards only. With `"global"` a partition is one window, of its shards in their numbers' order, and
@@ -32,7 +33,7 @@ from numpy.typing import NDArray
 from fastload.errors import ConfigError
 from fastload.kernels.dealing import cut, deal
 from fastload.plan.manifest import Manifest
-from fastload.plan.permutation import Bijection, Permutation, keyed_permutation
+from fastload.plan.permutation import Bijection, Identity, Permutation, keyed_permutation
 
 Shuffle = Literal["none", "window", "shards", "global"]
 
@@ -45,6 +46,9 @@ def check_shuffle(shuffle: str) -> Shuffle:
 
 
 DEFAULT_WINDOW_BYTES = 512 << 20
+
+# Above this, a bijection permutes a window's samples: an array would cost time and memory before the first batch.
+WINDOW_ARRAY_SAMPLES_MAX = 1 << 22
 
 
 def auto_window_bytes(ram_bytes: int) -> int:
@@ -105,16 +109,16 @@ class EpochOrder:
         return np.diff(ends[self.window_start])
 
     def window_permutation(self, window: int, sample_count: int) -> Permutation:
-        """Which of the window's samples comes first, second, ...; an array unless `shuffle` is "global".
+        """Which of the window's samples comes first, second, ...
 
         Samples are numbered through the window's shards in the order of `window_objects`.
         """
+        if self.options.shuffle not in ("window", "global"):
+            return Identity(sample_count)
         key = _key("samples", self.options.seed, self.epoch, self.partition, window)
-        if self.options.shuffle == "global":
+        if self.options.shuffle == "global" or sample_count > WINDOW_ARRAY_SAMPLES_MAX:
             return Bijection(key, sample_count)
-        if self.options.shuffle == "window":
-            return keyed_permutation(key, sample_count)
-        return np.arange(sample_count, dtype=np.int64)
+        return keyed_permutation(key, sample_count)
 
 
 def epoch_order(manifest: Manifest, options: OrderOptions, epoch: int, partition: int = 0) -> EpochOrder:

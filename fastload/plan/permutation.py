@@ -55,6 +55,22 @@ class Bijection:
         return out
 
 
+class Identity:
+    """Things as they stand."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, places: NDArray[np.int64], /) -> NDArray[np.int64]:
+        """The places themselves."""
+        if len(places) and (int(places.min()) < 0 or int(places.max()) >= self._count):
+            raise IndexError(f"places from {places.min()} to {places.max()} of {self._count}")
+        return places
+
+
 def keyed_permutation(key: str, count: int) -> NDArray[np.int64]:
     """int64[count]: the permutation of 0 ... count-1 that belongs to `key`."""
     if count > PERMUTATION_ITEMS_MAX:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fastload.errors import ConfigError
 from fastload.plan import Manifest, OrderOptions, epoch_order, objects_in_use_order
-from fastload.plan.order import cut_windows, deal_to_partitions
+from fastload.plan.order import WINDOW_ARRAY_SAMPLES_MAX, cut_windows, deal_to_partitions
 from fastload.plan.permutation import keyed_permutation
 from fastload.store.types import ObjectInfo
 from tests.plan import reference
@@ -82,7 +82,7 @@ def test_without_shuffle_everything_keeps_its_order():
     order = epoch_order(manifest_of([5, 0, 7]), OrderOptions(shuffle="none"), epoch=9)
     assert order.object_order.tolist() == [0, 1, 2]
     assert order.window_start.tolist() == [0, 1, 2, 3]
-    assert order.window_permutation(1, 4).tolist() == [0, 1, 2, 3]
+    assert order.window_permutation(1, 4)[np.arange(4)].tolist() == [0, 1, 2, 3]
 
 
 def test_an_empty_manifest_has_no_windows():
@@ -189,3 +189,13 @@ def test_options_that_cannot_be_are_refused():
         epoch_order(manifest_of([1]), OrderOptions(partitions=2), 0, partition=2)
     with pytest.raises(ConfigError, match="4294967296 samples in one window"):
         keyed_permutation("key", 2**32)
+
+
+def test_a_window_of_many_samples_is_permuted_without_an_array():
+    order = epoch_order(manifest_of([5]), OrderOptions(), epoch=9)
+    assert isinstance(order.window_permutation(0, WINDOW_ARRAY_SAMPLES_MAX), np.ndarray)
+    count = WINDOW_ARRAY_SAMPLES_MAX + 1
+    line = order.window_permutation(0, count)
+    assert len(line) == count
+    assert np.array_equal(np.sort(line[np.arange(count)]), np.arange(count))
+    assert line[np.arange(3)].tolist() != [0, 1, 2]
