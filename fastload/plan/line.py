@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fastload.errors import StateError
 from fastload.plan.deal import Span
-from fastload.plan.lanes import Lane, Leg, Levels, Stop
+from fastload.plan.lanes import Lane, Leg, Levels, Stop, lane_length
 from fastload.plan.lookahead import windows_by_bytes
 from fastload.plan.order import EpochOrder
 from fastload.plan.position import Place
@@ -88,13 +88,28 @@ class Line:
         needed = {leg.key for lane in self._lanes.values() for leg in lane.legs} | {kept}
         self._open = {key: window for key, window in self._open.items() if key in needed}
 
+    def skip(self, spans: Sequence[Span]) -> None:
+        """Nobody here needs what lanes hold before their `spans`."""
+        for lane, start, _ in spans:
+            self._lanes[lane].skip_to(start)
+
     def skip_to(self, lane: int, number: int) -> None:
         """Nobody here needs what `lane` holds before `number`."""
         self._lanes[lane].skip_to(number)
 
+    def forget(self, position: int) -> None:
+        """What lies before `position` is not needed any more."""
+        for lane in self._lanes.values():
+            lane.forget_before(lane_length(lane.number, position, self._partitions))
+
     def forget_before(self, lane: int, number: int) -> None:
         """What `lane` holds before `number` is not needed any more."""
         self._lanes[lane].forget_before(number)
+
+    def end_of_first_window(self, lane: int) -> int:
+        """The number at which the first of the windows that `lane` goes through is over; 0 where none is open."""
+        legs = self._lanes[lane].legs
+        return legs[0].stop if legs else 0
 
     def extend(self) -> None:
         """Let lanes go on through windows that are open."""
@@ -102,9 +117,21 @@ class Line:
             while (stop := lane.stop(self._tally)) is not None and stop.key in self._open:
                 lane.take(stop)
 
+    def reaches(self) -> dict[int, int]:
+        """For each lane up to which number its windows are open."""
+        return {number: lane.covered for number, lane in self._lanes.items()}
+
     def reach(self, lane: int) -> int:
         """Up to which number the windows of `lane` are open."""
         return self._lanes[lane].covered
+
+    def due_in(self, spans: Sequence[Span]) -> list[tuple[int, WindowKey]]:
+        """The windows that have to be opened for lanes to reach the ends of their `spans`, each with the position from
+        which it is needed.
+        """
+        return [
+            (number * self._partitions + lane, key) for lane, _, end in spans for number, key in self.due(lane, end)
+        ]
 
     def due(self, lane: int, end: int) -> list[tuple[int, WindowKey]]:
         """The window, if any, that has to be opened for `lane` to reach `end`, and the number from which it is needed;

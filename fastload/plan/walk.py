@@ -78,7 +78,9 @@ class Walk(Generic[Key, Entry]):
         self._delivered = delivered
         self._number_start = -(-delivered // self._global_batch)
         self._groups_given = 0
-        self._given = delivered  # positions of the line that are given out
+        self._given = self._forgotten = delivered  # positions of the line that are given out; that need no window
+        self._next: Key | None = None
+        self._is_next_known = False
 
     @property
     def home(self) -> list[int]:
@@ -93,15 +95,9 @@ class Walk(Generic[Key, Entry]):
     @property
     def next_window(self) -> Key | None:
         """The window to open next; None where all are open, and where `counts_wanted` must be told before."""
-        missing = [
-            (number * self._partitions + lane, key)
-            for lane, _, end in self._needs()
-            for number, key in self._line.due(lane, end)
-        ]
-        if missing:
-            return min(missing, key=itemgetter(0))[1]
-        source = self._tail_source
-        return source[0] if source is not None and source[0] not in self._line.open_windows else None
+        if not self._is_next_known:
+            self._next, self._is_next_known = self._find_next(), True
+        return self._next
 
     @property
     def needed(self) -> frozenset[Key]:
@@ -133,6 +129,13 @@ class Walk(Generic[Key, Entry]):
         assert total is None or samples <= total, f"there are only {total} samples, not {samples}"
         assert samples == total or samples % self._global_batch == 0, f"no global batch ends after {samples} samples"
 
+    def _find_next(self) -> Key | None:
+        missing = self._line.due_in(self._needs())
+        if missing:
+            return min(missing, key=itemgetter(0))[1]
+        source = self._tail_source
+        return source[0] if source is not None and source[0] not in self._line.open_windows else None
+
     def _needs(self) -> list[Span]:
         """What the node needs of lanes for the next group; nothing where that depends on counts yet to come."""
         end, total = self._given + self._group, self._line.total
@@ -144,9 +147,8 @@ class Walk(Generic[Key, Entry]):
         known = self._line.known
         if self._given + self._group > known:
             return 0
-        reach = {lane: self._line.reach(lane) for lane in self._deal.lanes}
         limit = self._given + (known - self._given) // self._group * self._group
-        return (self._deal.settled(self._given, limit, self._group, reach) - self._given) // self._group
+        return (self._deal.settled(self._given, limit, self._group, self._line.reaches()) - self._given) // self._group
 
     def _settle(self) -> list[Entry]:
         total = self._line.total
@@ -155,6 +157,7 @@ class Walk(Generic[Key, Entry]):
                 f"the state has delivered {self._delivered} samples of the {total} that there are: "
                 "the shards are not those it was saved with; load another state"
             )
+        self._is_next_known = False
         entries: list[Entry] = []
         self._extend()
         while (groups := self._groups_ready()) and not (entries and self._groups_at_once):
@@ -165,8 +168,8 @@ class Walk(Generic[Key, Entry]):
 
     def _extend(self) -> None:
         """Let lanes go on through windows that are open."""
-        for lane, start, _ in self._needs():
-            self._line.skip_to(lane, start)
+        if self._deal.is_cut:  # otherwise every number of a lane is needed
+            self._line.skip(self._needs())
         self._line.extend()
 
     def _give(self, groups: int) -> list[Entry]:
@@ -201,8 +204,9 @@ class Walk(Generic[Key, Entry]):
 
     def _close_windows(self) -> None:
         """Forget what no batch to come needs."""
-        for lane in self._deal.lanes:
-            self._line.forget_before(lane, lane_length(lane, self._given, self._partitions))
+        if self._forgotten < self._given:
+            self._line.forget(self._given)
+            self._forgotten = self._given
         source = self._tail_source
         self._line.close_all_but(None if source is None else source[0])
 

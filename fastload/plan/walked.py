@@ -5,11 +5,13 @@ A line has lanes, one a partition; position q is number q // P of lane q mod P. 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastload.plan.deal import Span
 
 Key = TypeVar("Key")  # names a window
 Entry = TypeVar("Entry")  # a batch, as numbers
@@ -55,26 +57,26 @@ class WalkedLine(Protocol[Key, Entry]):
         """The windows that are open."""
         ...
 
-    def skip_to(self, lane: int, number: int) -> None:
-        """Nobody here needs what `lane` holds before `number`."""
+    def skip(self, spans: Sequence[Span]) -> None:
+        """Nobody here needs what lanes hold before their `spans`."""
         ...
 
     def extend(self) -> None:
         """Let lanes go on through windows that are open."""
         ...
 
-    def reach(self, lane: int) -> int:
-        """Up to which number the windows of `lane` are open."""
+    def reaches(self) -> Mapping[int, int]:
+        """For each lane up to which number its windows are open."""
         ...
 
-    def due(self, lane: int, end: int) -> list[tuple[int, Key]]:
-        """The windows that have to be opened for `lane` to reach `end`, each with the number from which it is needed;
-        without those for which a count must be told before.
+    def due_in(self, spans: Sequence[Span]) -> list[tuple[int, Key]]:
+        """The windows that have to be opened for lanes to reach the ends of their `spans`, each with the position from
+        which it is needed; without those for which a count must be told before.
         """
         ...
 
-    def forget_before(self, lane: int, number: int) -> None:
-        """What `lane` holds before `number` is not needed any more."""
+    def forget(self, position: int) -> None:
+        """What lies before `position` is not needed any more."""
         ...
 
     def close_all_but(self, kept: Key | None) -> None:

@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastload.errors import ConfigError, StateError
@@ -26,6 +26,7 @@ from fastload.plan import (
     sample_count_of_rank,
 )
 from tests.plan import reference
+from tests.plan.cases import cases
 from tests.plan.world import World, bare, samples, worlds
 
 SMALL_WORLDS = [
@@ -99,13 +100,13 @@ def test_small_worlds_are_right_at_every_rank_and_resume_point():
         check_all_ranks(world)
 
 
-@settings(max_examples=300, deadline=None)
+@cases(300)
 @given(worlds())
 def test_any_world_is_right_at_every_rank_and_resume_point(world):
     check_all_ranks(world)
 
 
-@settings(max_examples=200, deadline=None)
+@cases(200)
 @given(worlds(), st.integers(1, 4), st.sampled_from(["batches", "samples"]), st.data())
 def test_workers_share_a_ranks_samples(world, worker_count, split, data):
     rank = data.draw(st.integers(0, world.world_size - 1))
@@ -137,7 +138,7 @@ def position_after(world: World, batches: int) -> Position | None:
     return cursor.position(entries[batches - 1]) if batches else None
 
 
-@settings(max_examples=150, deadline=None)
+@cases(150)
 @given(worlds(), st.data())
 def test_repeats_come_last_and_from_the_last_window_with_samples(world, data):
     world = world.with_(tail="pad", drop_last=False)
@@ -149,7 +150,7 @@ def test_repeats_come_last_and_from_the_last_window_with_samples(world, data):
     assert sum(entry.repeats for entry in entries) == int(has_repeat)
 
 
-@settings(max_examples=200, deadline=None)
+@cases(200)
 @given(worlds(), st.data())
 def test_resume_at_another_world_and_batch_size_keeps_the_global_batches(world, data):
     """Where a global batch of the new run begins at the position; otherwise a clear error."""
@@ -177,7 +178,7 @@ def reference_windows(world: World):
     return reference.windows(world.sizes, world.seed, world.epoch, world.shuffle, world.window_bytes)
 
 
-@settings(max_examples=100, deadline=None)
+@cases(100)
 @given(worlds())
 def test_a_batch_is_given_out_as_soon_as_its_positions_are_known(world):
     cursor, known, given_out = world.cursor(), 0, 0
@@ -189,7 +190,7 @@ def test_a_batch_is_given_out_as_soon_as_its_positions_are_known(world):
         assert list(cursor.windows) == list(range(window + 1, len(reference_windows(world))))
 
 
-@settings(max_examples=100, deadline=None)
+@cases(100)
 @given(worlds(), st.data())
 def test_no_batch_needs_a_window_older_than_the_oldest(world, data):
     cursor, entries, oldest = world.cursor(data.draw(st.integers(0, world.world_size - 1))), [], 0

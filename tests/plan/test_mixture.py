@@ -267,7 +267,7 @@ def test_a_mixture_without_an_end_goes_through_many_epochs_with_little_kept():
     while not run.entries or run.entries[-1].samples_after < 10_000:
         run.step()
     assert {part.epoch for part in run.entries[-1].parts if part.source == 0} <= set(range(600, 640))
-    assert len(run.cursor._mixture._sources[0]._lines) <= 4
+    assert len(run.cursor._mixture._sources[0].epochs.lines) <= 4
     assert run.live_max <= 8
     start = saved_and_loaded(run.cursor.position(run.entries[-1]))
     again = Run(world, world.cursor(start=start))

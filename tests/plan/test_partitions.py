@@ -12,7 +12,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastload.errors import ConfigError, StateError
@@ -24,6 +24,7 @@ from fastload.plan import (
     repeat_count,
     sample_count_of_rank,
 )
+from tests.plan.cases import cases
 from tests.plan.cluster import Cluster, Run, clusters, global_batches
 
 TOLD = ("wanted", "some", "all")
@@ -80,13 +81,13 @@ def test_small_clusters_are_right_at_every_rank():
         check(cluster, TOLD[number % 3])
 
 
-@settings(max_examples=150, deadline=None)
+@cases(150)
 @given(clusters(), st.sampled_from(TOLD))
 def test_any_cluster_is_right_at_every_rank(cluster, told):
     check(cluster, told)
 
 
-@settings(max_examples=50, deadline=None)
+@cases(50)
 @given(clusters())
 def test_the_batches_do_not_depend_on_what_was_known_when(cluster):
     for rank in range(min(3, cluster.world_size)):
@@ -94,7 +95,7 @@ def test_the_batches_do_not_depend_on_what_was_known_when(cluster):
         assert runs[0].samples == runs[1].samples == runs[2].samples
 
 
-@settings(max_examples=80, deadline=None)
+@cases(80)
 @given(clusters(), st.data())
 def test_global_batches_are_the_same_at_every_world_size(cluster, data):
     """Wherever batch_size × world_size is the same; the last batch too, apart from repeats."""
@@ -107,7 +108,7 @@ def test_global_batches_are_the_same_at_every_world_size(cluster, data):
     assert global_batches(cluster.runs()) == global_batches(other.runs())
 
 
-@settings(max_examples=150, deadline=None)
+@cases(150)
 @given(clusters(), st.sampled_from(TOLD), st.sampled_from(TOLD), st.data())
 def test_resume_anywhere_with_any_change_of_nodes_ranks_and_batch_size(cluster, told, told_later, data):
     saver = data.draw(st.integers(0, cluster.world_size - 1))
@@ -132,7 +133,7 @@ def test_resume_anywhere_with_any_change_of_nodes_ranks_and_batch_size(cluster, 
         assert resumed.samples == other.reference_batches(rank, delivered)
 
 
-@settings(max_examples=60, deadline=None)
+@cases(60)
 @given(clusters(), st.sampled_from(TOLD), st.data())
 def test_resume_at_every_batch_in_the_same_cluster(cluster, told, data):
     rank = data.draw(st.integers(0, cluster.world_size - 1))
@@ -147,7 +148,7 @@ def test_resume_at_every_batch_in_the_same_cluster(cluster, told, data):
         assert [e.number for e in resumed.entries] == list(range(i + 1, len(run.entries)))
 
 
-@settings(max_examples=60, deadline=None)
+@cases(60)
 @given(clusters(), st.data())
 def test_a_position_in_the_middle_of_a_run_is_one_to_go_on_from(cluster, data):
     """Taken when the batch comes out, with no more known than then."""
@@ -160,7 +161,7 @@ def test_a_position_in_the_middle_of_a_run_is_one_to_go_on_from(cluster, data):
     assert cluster.run(0, start).samples == run.to_the_end().samples[start.batches :]
 
 
-@settings(max_examples=100, deadline=None)
+@cases(100)
 @given(clusters(), st.sampled_from(TOLD), st.data())
 def test_a_position_where_no_batch_of_this_worker_ends(cluster, told, data):
     """A data set in one of torch's workers saves where a round of all workers' batches ends."""
@@ -177,7 +178,7 @@ def saved_and_loaded(position: Position) -> Position:
     return Position.from_state(json.loads(json.dumps(position.to_state())))
 
 
-@settings(max_examples=50, deadline=None)
+@cases(50)
 @given(clusters(), st.integers(1, 4), st.sampled_from(["batches", "samples"]), st.data())
 def test_workers_share_a_ranks_samples(cluster, worker_count, split, data):
     cluster = cluster.with_(drop_last=False)
@@ -192,7 +193,7 @@ def test_workers_share_a_ranks_samples(cluster, worker_count, split, data):
             assert [sample for batch in got for sample in batch] == mine[worker::worker_count]
 
 
-@settings(max_examples=80, deadline=None)
+@cases(80)
 @given(clusters(), st.randoms(use_true_random=False))
 def test_nodes_that_only_tell_each_other_what_they_counted_never_wait_for_ever(cluster, random):
     """Each counts what it opens, and what somebody asks of the partitions that it reads; nothing else is known."""
@@ -241,7 +242,7 @@ def test_the_line_is_fixed_for_ever():
     assert hashlib.blake2b(samples.tobytes(), digest_size=16).hexdigest() == GOLDEN_DIGEST
 
 
-@settings(max_examples=50, deadline=None)
+@cases(50)
 @given(clusters(nodes_divide=True))
 def test_a_node_reads_its_own_partitions_until_one_ends(cluster):
     run = cluster.run(0)
@@ -257,7 +258,7 @@ def test_a_node_reads_its_own_partitions_until_one_ends(cluster):
             assert {key.partition for key in entry.windows} <= own or entry.repeats
 
 
-@settings(max_examples=50, deadline=None)
+@cases(50)
 @given(clusters(), st.sampled_from(TOLD))
 def test_windows_ahead_are_what_is_opened_in_that_order(cluster, told):
     cluster = cluster.with_(tail="uneven")
@@ -319,7 +320,7 @@ UNEVEN_SHARDS = (
 )
 
 
-@settings(max_examples=50, deadline=None)
+@cases(50)
 @given(clusters())
 def test_what_is_read_ahead_before_counts_are_known(cluster):
     """The plan of prefetch, without a cursor: that of the whole data set, and a node's own."""

@@ -117,23 +117,20 @@ class Blend:
         shares_at(*self._tables, lanes, numbers, found)
         return found
 
-    def share(self, lane: int, number: int) -> list[int]:
-        """How many samples of each source the first numbers of a lane hold."""
-        return [int(count) for count in self.shares(np.array([lane]), np.array([number]))[0]]
-
     def numbers(self, lanes: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """The numbers in `lanes` of sample samples[i, s] of source s, int64[lanes, sources]; `NEVER` where it does not
         come.
         """
-        (count, sources), found = samples.shape, np.empty(samples.size, np.int64)
-        of_source = np.tile(np.arange(sources), count)
-        numbers_of(*self._tables, np.repeat(lanes, sources), of_source, samples.ravel(), found)
+        (count, sources), of_source = samples.shape, np.arange(samples.shape[1])
+        found = self.numbers_of(np.repeat(lanes, sources), np.tile(of_source, count), samples.ravel())
         return found.reshape(samples.shape)
 
-    def numbers_of(self, lane: int, source: int, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The numbers in a lane of some samples of a source, int64, or `NEVER`."""
+    def numbers_of(
+        self, lanes: NDArray[np.int64], sources: NDArray[np.int64], samples: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """The numbers in `lanes` of samples of `sources`, int64, or `NEVER`."""
         found = np.empty(len(samples), np.int64)
-        numbers_of(*self._tables, np.full(len(samples), lane), np.full(len(samples), source), samples, found)
+        numbers_of(*self._tables, lanes, sources, samples, found)
         return found
 
     def sources(self, lane: int, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:

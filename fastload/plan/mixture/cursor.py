@@ -17,10 +17,11 @@ from fastload.errors import ConfigError
 from fastload.plan.deal import Deal
 from fastload.plan.lanes import lane_length, lane_lengths
 from fastload.plan.mixture.blend import Blend
+from fastload.plan.mixture.epochs import SourceEpochs, SourcePlan
 from fastload.plan.mixture.line import MixtureLine
 from fastload.plan.mixture.options import MixtureOptions
 from fastload.plan.mixture.position import MixturePosition, SourcePosition
-from fastload.plan.mixture.rounds import Rounds, SourcePlan
+from fastload.plan.mixture.rounds import Rounds
 from fastload.plan.mixture.samples import MixtureEntry, MixtureKey
 from fastload.plan.position import check_boundary
 from fastload.plan.ranks import Ranks
@@ -82,19 +83,14 @@ class MixtureCursor(Walk[MixtureKey, MixtureEntry]):
     def _line_from(self, start: MixturePosition, deal: Deal, blend: Blend) -> MixtureLine:
         shares = blend.shares(blend.lanes, lane_lengths(start.samples, deal.partitions))
         first_epoch, is_endless = self.options.source_epoch(self.epoch), self.options.stop != "first"
-        rounds = [
-            Rounds(
-                number,
-                source,
-                first_epoch,
-                deal.lanes,
-                shares[:, number].tolist(),
-                start.sources[number],
-                is_endless=is_endless,
+        rounds = []
+        for number, source in enumerate(self.sources):
+            samples = shares[:, number].tolist()
+            epochs = SourceEpochs(
+                number, source, first_epoch, deal.lanes, samples, start.sources[number], is_endless=is_endless
             )
-            for number, source in enumerate(self.sources)
-        ]
-        return MixtureLine(blend, rounds, self.options.stop, first_epoch)
+            rounds.append(Rounds(epochs, samples))
+        return MixtureLine(blend, rounds, deal.lanes, self.options.stop, first_epoch)
 
     @property
     def is_counted(self) -> bool:

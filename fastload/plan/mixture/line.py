@@ -8,14 +8,14 @@ whoever reads them, and that the line does not end before: what a node saves the
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from functools import cache
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastload.errors import ConfigError
 from fastload.plan.deal import Span
+from fastload.plan.lanes import lane_lengths
 from fastload.plan.mixture.blend import NEVER, Blend
 from fastload.plan.mixture.options import Stop
 from fastload.plan.mixture.position import SourcePosition
@@ -26,15 +26,20 @@ from fastload.plan.tally import WindowKey
 
 
 class MixtureLine:
-    """`sources` begin with the epoch `first_epoch` of each."""
+    """`sources` begin with the epoch `first_epoch` of each; `lanes` are those that this node may need."""
 
-    def __init__(self, blend: Blend, sources: Sequence[Rounds], stop: Stop, first_epoch: int) -> None:
+    def __init__(
+        self, blend: Blend, sources: Sequence[Rounds], lanes: Sequence[int], stop: Stop, first_epoch: int
+    ) -> None:
         self._blend, self._sources, self._stop, self._first_epoch = blend, sources, stop, first_epoch
         self._partitions = len(blend.lanes)
         self.known = 0
         self.total: int | None = None
         self._limits: list[int] = []  # of each source: the first position that is not settled
         self.is_measured = False  # whether nothing more can become known of that
+        self._row = {lane: row for row, lane in enumerate(lanes)}
+        self._reached = np.zeros((len(lanes), len(sources)), np.int64)  # up to which sample windows are open
+        self._reaches: dict[int, int] = {}
         self._measure()
 
     @property
@@ -56,42 +61,60 @@ class MixtureLine:
         self._sources[key.source].add(self._round_key(key), counts)
         self._measure()
 
-    def skip_to(self, lane: int, number: int) -> None:
-        """Nobody here needs what `lane` holds before `number`."""
-        for source, sample in zip(self._sources, self._blend.share(lane, number), strict=True):
-            source.skip_to(lane, sample)
+    def skip(self, spans: Sequence[Span]) -> None:
+        """Nobody here needs what lanes hold before their `spans`."""
+        lanes, starts, _ = _columns(spans)
+        for lane, samples in zip(lanes.tolist(), self._blend.shares(lanes, starts).tolist(), strict=True):
+            for source, sample in zip(self._sources, samples, strict=True):
+                source.skip_to(lane, sample)
 
     def extend(self) -> None:
         """Let lanes go on through windows that are open."""
-        for source in self._sources:
-            source.extend()
+        lanes, is_changed = list(self._row), False
+        for number, source in enumerate(self._sources):
+            if source.extend():
+                self._reached[:, number] = [source.reach(lane) for lane in lanes]
+                is_changed = True
+        if is_changed:
+            reaches = self._blend.numbers(np.array(lanes, np.int64), self._reached).min(axis=1)
+            self._reaches = dict(zip(lanes, reaches.tolist(), strict=True))
 
-    def reach(self, lane: int) -> int:
-        """Up to which number the windows of `lane` are open."""
-        reached = np.array([[source.reach(lane) for source in self._sources]], np.int64)
-        return int(self._blend.numbers(np.array([lane]), reached).min())
+    def reaches(self) -> Mapping[int, int]:
+        """For each lane up to which number its windows are open."""
+        return self._reaches
 
-    def due(self, lane: int, end: int) -> list[tuple[int, MixtureKey]]:
-        """The windows that have to be opened for `lane` to reach `end`, each with the number from which it is needed;
-        without those for which a count must be told before.
+    def due_in(self, spans: Sequence[Span]) -> list[tuple[int, MixtureKey]]:
+        """The windows that have to be opened for lanes to reach the ends of their `spans`, each with the position from
+        which it is needed; without those for which a count must be told before.
         """
-        return [
-            (int(self._blend.numbers_of(lane, number, np.array([sample]))[0]), self._key(number, key))
-            for number, sample_end in enumerate(self._blend.share(lane, end))
-            for sample, key in self._sources[number].due(lane, sample_end)
+        lanes, _, ends = _columns(spans)
+        samples = self._blend.shares(lanes, ends)
+        missing = np.argwhere(samples > self._reached[[self._row[lane] for lane in lanes.tolist()]])
+        found = [
+            (lane, number, sample, self._key(number, key))
+            for lane, number, end in zip(
+                lanes[missing[:, 0]].tolist(), missing[:, 1].tolist(), samples[tuple(missing.T)].tolist(), strict=True
+            )
+            for sample, key in self._sources[number].due(lane, end)
         ]
+        places = np.array([place[:3] for place in found], np.int64).reshape(-1, 3)
+        numbers = self._blend.numbers_of(*np.ascontiguousarray(places.T))
+        positions = self._positions(places[:, 0], numbers).tolist()
+        return [(position, key) for position, (*_, key) in zip(positions, found, strict=True)]
 
     def wanted(self, spans: Sequence[Span]) -> list[NDArray[np.int32]]:
         """For each source, objects whose counts must be told before lanes can go on to the ends of their `spans`."""
-        lanes = [lane for lane, _, _ in spans]
-        ends = self._blend.shares(np.array(lanes, np.int64), np.array([end for _, _, end in spans], np.int64))
-        return [source.wanted(lanes, ends[:, number].tolist()) for number, source in enumerate(self._sources)]
+        lanes, _, ends = _columns(spans)
+        samples = self._blend.shares(lanes, ends)
+        return [
+            source.wanted(lanes.tolist(), samples[:, number].tolist()) for number, source in enumerate(self._sources)
+        ]
 
     def wanted_to_settle(self, end: int, others: Sequence[int], home: Sequence[int]) -> list[NDArray[np.int32]]:
         """For each source, objects whose counts help to settle the line up to `end`: those of the next windows of
         `others`, or of `home` where these have none.
         """
-        open_ended = [number for number, source in enumerate(self._sources) if source.total is None]
+        open_ended = [number for number, source in enumerate(self._sources) if source.epochs.total is None]
         short = [number for number in open_ended if self._limits[number] < end] or open_ended
         wanted = [np.empty(0, np.int32) for _ in self._sources]
         for number in short:
@@ -107,10 +130,13 @@ class MixtureLine:
         wanted[source] = self._sources[source].wanted_to_find(lane, sample)
         return wanted
 
-    def forget_before(self, lane: int, number: int) -> None:
-        """What `lane` holds before `number` is not needed any more."""
-        for source, sample in zip(self._sources, self._blend.share(lane, number), strict=True):
-            source.forget_before(lane, sample)
+    def forget(self, position: int) -> None:
+        """What lies before `position` is not needed any more."""
+        lanes = np.array(list(self._row), np.int64)
+        shares = self._blend.shares(lanes, lane_lengths(position, self._partitions)[lanes])
+        for lane, samples in zip(lanes.tolist(), shares.tolist(), strict=True):
+            for source, sample in zip(self._sources, samples, strict=True):
+                source.forget_before(lane, sample)
 
     def close_all_but(self, kept: MixtureKey | None) -> None:
         """Close the windows that no lane needs from where it was forgotten on, but for `kept`."""
@@ -156,14 +182,13 @@ class MixtureLine:
 
     def windows_ahead(self, starts: Sequence[tuple[int, int]]) -> Iterator[MixtureKey]:
         """The windows that lanes need from some numbers on, in the order in which positions come to them, each once."""
-        densities = [source.samples_a_byte() for source in self._sources]
+        densities = [source.epochs.samples_a_byte() for source in self._sources]
         usual = float(np.mean([density for density in densities if density] or [1.0]))
         windows = []
         for number, source in enumerate(self._sources):
-            line_of = cache(source.line_ahead)
             for lane, start in starts:
-                sample = self._blend.share(lane, start)[number]
-                rounds = source.windows_from(lane, sample, densities[number] or usual, line_of)
+                sample = int(self._blend.shares(np.array([lane]), np.array([start]))[0, number])
+                rounds = source.windows_from(lane, sample, densities[number] or usual)
                 windows.append(self._in_positions(lane, number, rounds))
         seen = set()
         for _, key in heapq.merge(*windows):
@@ -174,24 +199,28 @@ class MixtureLine:
     def _in_positions(
         self, lane: int, source: int, rounds: Iterable[list[tuple[int, RoundKey]]]
     ) -> Iterator[tuple[int, MixtureKey]]:
-        """Windows with the samples where a lane comes to them, with positions instead; as far as the line goes."""
+        """Windows with the samples where a lane comes to them, with positions instead; as far as the line goes, and
+        the last of them where that is a guess.
+        """
+        is_guess = self._sources[source].epochs.total is None
         end = NEVER if self.total is None else self.total
         for windows in rounds:
             samples = np.array([sample for sample, _ in windows], np.int64)
-            positions = self._positions(lane, self._blend.numbers_of(lane, source, samples)).tolist()
+            numbers = self._blend.numbers_of(np.full(len(samples), lane), np.full(len(samples), source), samples)
+            positions = self._positions(lane, numbers).tolist()
             for position, (_, key) in zip(positions, windows, strict=True):
-                if position >= end:
-                    return
-                yield position, self._key(source, key)
-            if not windows:  # nothing is known of a lane without a partition of its own
+                if position < end or is_guess:
+                    yield position, self._key(source, key)
+            # A lane without a partition of its own has no windows to guess.
+            if not windows or positions[-1] >= end:
                 return
 
     def _measure(self) -> None:
         """How far the line is settled, and where it ends, by what is known of the sources."""
         if self.is_measured:
             return
-        lanes, quotas = self._blend.lanes, np.stack([source.quotas() for source in self._sources], axis=1)
-        is_counted = np.array([source.total is not None for source in self._sources])
+        lanes, quotas = self._blend.lanes, np.stack([source.epochs.quotas() for source in self._sources], axis=1)
+        is_counted = np.array([source.epochs.total is not None for source in self._sources])
         beyond = self._positions(lanes[:, None], self._blend.numbers(lanes, quotas)).min(axis=0)
         self._limits = beyond.tolist()
         self.known = int(beyond[~is_counted | (self._stop == "first")].min(initial=NEVER))
@@ -226,3 +255,8 @@ class MixtureLine:
 
     def _round_key(self, key: MixtureKey) -> RoundKey:
         return key.epoch - self._first_epoch, WindowKey(key.partition, key.window)
+
+
+def _columns(spans: Sequence[Span]) -> NDArray[np.int64]:
+    """Lanes, starts and ends, each of them contiguous."""
+    return np.ascontiguousarray(np.array(spans, np.int64).reshape(-1, 3).T)
