@@ -27,7 +27,7 @@ class Line:
     """`orders` are those of all partitions. `starts` are the lanes that are walked through, and from which number.
 
     What lies before `places` is not counted: `taken` says how many samples of each partition that is, or more where it
-    has fewer.
+    has fewer. `lanes` says how far each is; whoever reads them may let one skip, and forget, what he does not need.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Line:
         self.orders = tuple(orders)
         self._partitions, self._places = len(orders), places
         self._tally = Tally(orders, places, taken)
-        self._lanes = {lane: Lane(lane, number) for lane, number in starts.items()}
+        self.lanes = {lane: Lane(lane, number) for lane, number in starts.items()}
         self._open: dict[WindowKey, OpenWindow] = {}
         self._levels: Levels | None = None
         self._level()
@@ -85,45 +85,28 @@ class Line:
 
     def close_all_but(self, kept: WindowKey | None) -> None:
         """Close the windows that no lane needs from where it was forgotten on, but for `kept`."""
-        needed = {leg.key for lane in self._lanes.values() for leg in lane.legs} | {kept}
+        needed = {leg.key for lane in self.lanes.values() for leg in lane.legs} | {kept}
         self._open = {key: window for key, window in self._open.items() if key in needed}
 
     def skip(self, spans: Sequence[Span]) -> None:
         """Nobody here needs what lanes hold before their `spans`."""
         for lane, start, _ in spans:
-            self._lanes[lane].skip_to(start)
-
-    def skip_to(self, lane: int, number: int) -> None:
-        """Nobody here needs what `lane` holds before `number`."""
-        self._lanes[lane].skip_to(number)
+            self.lanes[lane].skip_to(start)
 
     def forget(self, position: int) -> None:
         """What lies before `position` is not needed any more."""
-        for lane in self._lanes.values():
+        for lane in self.lanes.values():
             lane.forget_before(lane_length(lane.number, position, self._partitions))
-
-    def forget_before(self, lane: int, number: int) -> None:
-        """What `lane` holds before `number` is not needed any more."""
-        self._lanes[lane].forget_before(number)
-
-    def end_of_first_window(self, lane: int) -> int:
-        """The number at which the first of the windows that `lane` goes through is over; 0 where none is open."""
-        legs = self._lanes[lane].legs
-        return legs[0].stop if legs else 0
 
     def extend(self) -> None:
         """Let lanes go on through windows that are open."""
-        for lane in self._lanes.values():
+        for lane in self.lanes.values():
             while (stop := lane.stop(self._tally)) is not None and stop.key in self._open:
                 lane.take(stop)
 
     def reaches(self) -> dict[int, int]:
         """For each lane up to which number its windows are open."""
-        return {number: lane.covered for number, lane in self._lanes.items()}
-
-    def reach(self, lane: int) -> int:
-        """Up to which number the windows of `lane` are open."""
-        return self._lanes[lane].covered
+        return {number: lane.covered for number, lane in self.lanes.items()}
 
     def due_in(self, spans: Sequence[Span]) -> list[tuple[int, WindowKey]]:
         """The windows that have to be opened for lanes to reach the ends of their `spans`, each with the position from
@@ -137,7 +120,7 @@ class Line:
         """The window, if any, that has to be opened for `lane` to reach `end`, and the number from which it is needed;
         none where a count must be told before.
         """
-        found = self._lanes[lane]
+        found = self.lanes[lane]
         stop = found.stop(self._tally) if found.covered < end else None
         return [(found.covered, stop.key)] if stop is not None and self._is_due(found, stop) else []
 
@@ -145,7 +128,7 @@ class Line:
         """Objects whose counts must be told before lanes can go on to the ends of their `spans`; those of the next
         windows, or all where a lane has come to the end of its partition.
         """
-        missing = [self._lanes[lane] for lane, _, end in spans if self._lanes[lane].covered < end]
+        missing = [self.lanes[lane] for lane, _, end in spans if self.lanes[lane].covered < end]
         if any(lane.stop(self._tally) is None for lane in missing):
             return self._tally.uncounted_objects()
         return self._tally.next_uncounted([lane.number for lane in missing])
@@ -176,7 +159,7 @@ class Line:
 
     def samples_of(self, lane: int, numbers: NDArray[np.int64]) -> Samples:
         """The samples at rising numbers of one lane."""
-        legs = self._lanes[lane].legs
+        legs = self.lanes[lane].legs
         if len(numbers) and numbers[-1] < legs[0].stop:  # mostly, and then there is nothing to look for
             return self._samples_of_leg(legs[0], numbers)
         bounds = np.searchsorted(numbers, [leg.start for leg in legs] + [leg.stop for leg in legs[-1:]])
@@ -277,5 +260,5 @@ class Line:
         """Once everything is counted: settle where lanes end."""
         if self._levels is None and self._tally.is_complete:
             self._levels = Levels(self._tally.totals())
-            for lane in self._lanes.values():
+            for lane in self.lanes.values():
                 lane.level(self._levels)

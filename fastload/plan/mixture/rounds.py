@@ -63,7 +63,7 @@ class Rounds:
         round_no, number = self.epochs.locate(lane, sample)
         self._round[lane] = max(round_no, self._round[lane])
         if round_no in self.epochs.lines:
-            self.epochs.lines[round_no].skip_to(lane, number)
+            self.epochs.lines[round_no].lanes[lane].skip_to(number)
 
     def extend(self) -> bool:
         """Let lanes go on through windows that are open; whether anything may have changed since the last time."""
@@ -77,13 +77,13 @@ class Rounds:
         """Up to which sample the windows of `lane` are open, and it is known in which round they are."""
         quota = self.epochs.quota(lane)
         if not self.epochs.has_rounds:
-            return min(quota, self.epochs.lines[0].reach(lane))
+            return min(quota, self.epochs.lines[0].lanes[lane].covered)
         round_no = self._round[lane]
-        while round_no in self.epochs.lines and self.epochs.lines[round_no].reach(lane) >= quota:
+        while round_no in self.epochs.lines and self.epochs.lines[round_no].lanes[lane].covered >= quota:
             round_no += 1
         self._round[lane] = round_no
         if round_no in self.epochs.lines:
-            return round_no * quota + self.epochs.lines[round_no].reach(lane)
+            return round_no * quota + self.epochs.lines[round_no].lanes[lane].covered
         return max(round_no * quota, self._skipped[lane])
 
     def due(self, lane: int, end: int) -> list[tuple[int, RoundKey]]:
@@ -117,10 +117,11 @@ class Rounds:
             return
         self._given[lane], number = self.epochs.locate(lane, sample)
         for round_no, line in self.epochs.lines.items():
-            if self.epochs.began[lane][0] <= round_no <= self._given[lane]:
-                line.forget_before(lane, number if round_no == self._given[lane] else _ALL)
+            if round_no <= self._given[lane] and lane in line.lanes:
+                line.lanes[lane].forget_before(number if round_no == self._given[lane] else _ALL)
         current, base = self.epochs.lines.get(self._given[lane]), sample - number
-        end = base + current.end_of_first_window(lane) if current is not None else 0
+        legs = current.lanes[lane].legs if current is not None else []
+        end = base + legs[0].stop if legs else 0
         self._over_at[lane] = min(end, base + self.epochs.quota(lane)) if self.epochs.has_rounds else end
 
     def close_all_but(self, kept: RoundKey | None) -> None:
@@ -205,5 +206,5 @@ class Rounds:
             for lane, sample in self._skipped.items():
                 skipped_round, number = self.epochs.locate(lane, sample)
                 if skipped_round == round_no:
-                    line.skip_to(lane, number)
+                    line.lanes[lane].skip_to(number)
         return self.epochs.lines[round_no]
