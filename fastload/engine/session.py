@@ -28,7 +28,7 @@ from fastload.service.handle import Cache
 from fastload.waiting import Waits
 
 # What the first batch needs of compiled code, beside its decoders': made while the first bytes are on their way.
-_KERNELS = ("dealing", "permute", "locate", "tarindex", "grouping", "gather")
+_KERNELS = ("dealing", "permute", "bijection", "locate", "tarindex", "grouping", "gather")
 
 # Free slots are kept for batches to come: two or three large ones for each of a few threads.
 _SLOTS_RETAINED_BYTES = 1 << 30
