@@ -92,7 +92,7 @@ class RankPool:
         return started.answers(deadline_s)
 
     def start(self, name: str, function: Callable[..., Any], ranks: Sequence[Rank], *arguments: Any) -> Started:
-        """The same without waiting; `answers` must follow, or `kill`."""
+        """The same without waiting; `answers` must follow, or `forget`."""
         assert len(ranks) <= len(self._ranks), f"{len(ranks)} ranks, and a pool of {len(self._ranks)}"
         self._runs += 1
         used = self._ranks[: len(ranks)]
@@ -114,12 +114,13 @@ class RankPool:
             one.process.join(_GRACE_S)
             one.kill()
         self._ranks.clear()
+        del self._store
 
     def _fork(self) -> _Process:
         here, there = multiprocessing.Pipe()
         descriptor, path = tempfile.mkstemp(prefix="fastload-rank-", suffix=".traces")
         os.close(descriptor)
-        process = self._context.Process(target=serve, args=(there, path, self._store.port), daemon=True)
+        process = self._context.Process(target=serve, args=(there, path, self._store.port), daemon=False)
         process.start()
         there.close()
         assert here.recv() == "ready"
@@ -176,8 +177,13 @@ class Started:
         answers = (found[i] for i in range(len(self._ranks)))
         return [answer if isinstance(answer, Failed) else answer[0] for answer in answers]
 
-    def kill(self) -> None:
-        """kill -9 all of them."""
+    @property
+    def pids(self) -> list[int]:
+        """The processes of the ranks."""
+        return [one.process.pid for one in self._ranks]
+
+    def forget(self) -> None:
+        """kill -9 all of them, if that has not been done; others take their places in the pool."""
         self._pool.replace(self._ranks)
 
     def _report(self, found: dict[int, Any], error: BaseException) -> str:
@@ -187,7 +193,7 @@ class Started:
                 lines.append(f"rank {i} has not answered:\n{one.whereabouts()}")
             elif isinstance(found[i], Failed):
                 lines.append(f"rank {i} failed:\n{found[i].trace}")
-        self.kill()
+        self.forget()
         return "\n".join(lines)
 
 

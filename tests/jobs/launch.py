@@ -1,0 +1,65 @@
+"""Scripts under torchrun, as users start them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+class Launched:
+    """`torchrun *arguments`, run in the root of the repository; ended, if it has not, with the block."""
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def __enter__(self) -> Launched:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def output(self, timeout_s: float = 80.0) -> str:
+        """What it printed, once it has ended well. AssertionError, with what it printed, otherwise."""
+        try:
+            output, _ = self._process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"torchrun did not end in {timeout_s:g} s:\n{self.end()}") from None
+        assert self._process.returncode == 0, output
+        return output
+
+    def read_until(self, words: str) -> str:
+        """What it prints up to a line with these words. AssertionError where it ends before."""
+        assert self._process.stdout is not None
+        lines = []
+        for line in self._process.stdout:
+            lines.append(line)
+            if words in line:
+                return "".join(lines)
+        raise AssertionError("".join(lines))
+
+    def end(self) -> str:
+        """End the launcher by SIGTERM, and with it its ranks; what was printed and not read. May be called twice."""
+        assert self._process.stdout is not None
+        if self._process.stdout.closed:
+            return ""
+        self._process.terminate()
+        output, _ = self._process.communicate(timeout=60)
+        return output

@@ -1,0 +1,97 @@
+"""What several nodes read: each its own part, ranks of one model-parallel group the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.jobs.pool import Rank, RankPool
+from tests.jobs.reading import SMALL, Read, Reading, read
+from tests.shards import Corpus, corpus, tar_of
+
+
+def even_corpus(shard_count: int, samples_per_shard: int = 8, value_bytes: int = 9_000) -> Corpus:
+    """Shards that are all alike in bytes and in samples, so that partitions are."""
+    keys = [[f"{shard:02}-{sample}" for sample in range(samples_per_shard)] for shard in range(shard_count)]
+    samples = {key: {"cls": key.encode(), "bin": bytes(value_bytes)} for of_shard in keys for key in of_shard}
+    shards = {f"{i:02}.tar": tar_of({key: samples[key] for key in of_shard}) for i, of_shard in enumerate(keys)}
+    return Corpus(shards, samples)
+
+
+def run(pool: RankPool, s3: Any, folder: Path, name: str, local: int, size: int, **how: Any) -> list[Read]:
+    ranks = [Rank(rank, size, local, "job") for rank in range(size)]
+    caches = [str(folder / f"cache-{node}") for node in range(size // local)]
+    cache = {**SMALL, "service": "inprocess"}
+    reading = Reading(caches=caches, environment=s3.server.environment(), cache=cache, **how)
+    found = pool.run(name, read, ranks, reading)
+    assert all(isinstance(one, Read) for one in found), found
+    return found
+
+
+def keys_of(batches: list[list[str]]) -> Counter[str]:
+    return Counter(chain.from_iterable(batches))
+
+
+def fetched(of_rank: Read, epoch: int) -> int:
+    """Bytes that the node had fetched by the end of an epoch."""
+    return int(of_rank.stats[epoch]["node"]["fetched_bytes"])
+
+
+def test_nodes_that_do_not_divide_the_partitions_fetch_few_of_them(s3, tmp_path: Path, pool: RankPool) -> None:
+    data = even_corpus(24)
+    urls, window_bytes = [data.put(s3)], 200_000
+    dataset = {"shuffle": True, "partitions": 4, "shuffle_window": window_bytes, "columns": ["cls"]}
+    found = run(
+        pool, s3, tmp_path, "3 nodes, 4 partitions", 1, 3,
+        urls=urls, dataset=dataset, loader={"batch_size": 4}, epochs=2,
+    )  # fmt: skip
+    for epoch in range(2):
+        assert keys_of(list(chain.from_iterable(one.epochs[epoch] for one in found))) == Counter(list(data.samples))
+        assert len({len(one.epochs[epoch]) for one in found}) == 1
+    # A third of every batch lies in two of four lanes, where batches divide by these.
+    for one in found:
+        assert fetched(one, 0) <= data.byte_count // 2 + window_bytes
+        assert fetched(one, 1) == fetched(one, 0)
+
+
+def test_uneven_partitions_cost_little_of_the_others(s3, tmp_path: Path, pool: RankPool) -> None:
+    """Two nodes; shards hold 20 to 22 samples, so that one partition ends first, and its node helps with the rest."""
+    data = corpus(shard_count=15, samples_per_shard=20, value_bytes=3000)
+    urls, window_bytes = [data.put(s3)], 150_000
+    found = run(
+        pool, s3, tmp_path, "uneven", 2, 4,
+        urls=urls, dataset={"shuffle": True, "shuffle_window": window_bytes}, loader={"batch_size": 3}, epochs=2,
+    )  # fmt: skip
+    for epoch in range(2):
+        given = keys_of(list(chain.from_iterable(one.epochs[epoch] for one in found)))
+        assert set(given) == set(data.samples)
+        assert sum(one.stats[epoch]["repeats"] for one in found) == given.total() - len(data.samples)
+        assert len({len(one.epochs[epoch]) for one in found}) == 1
+    sizes = [len(shard) for shard in data.shards.values()]
+    for one in (found[0], found[2]):
+        own = sum(sizes) // 2 + max(sizes)
+        # What one partition has more than the other: a shard's samples, and as many as bytes say nothing of.
+        assert fetched(one, 0) <= own + max(sizes) + 2 * window_bytes
+        assert fetched(one, 1) - fetched(one, 0) <= max(sizes) + 2 * window_bytes
+
+
+@pytest.mark.parametrize(("local", "replicas"), [(4, 2), (2, 2), (2, 4), (1, 2)])
+def test_ranks_of_one_group_read_the_same(s3, tmp_path: Path, pool: RankPool, local: int, replicas: int) -> None:
+    """Within a node, as a node, and over nodes."""
+    data = corpus(shard_count=6, samples_per_shard=7, value_bytes=300)
+    found = run(
+        pool, s3, tmp_path, f"replicas={replicas}, {local} ranks a node", local, 4,
+        urls=[data.put(s3)], dataset={"shuffle": True, "replicas": replicas}, loader={"batch_size": 3}, epochs=2,
+    )  # fmt: skip
+    for epoch in range(2):
+        batches = [one.epochs[epoch] for one in found]
+        groups = batches[::replicas]
+        for rank in range(4):
+            assert batches[rank] == groups[rank // replicas]
+        given = keys_of(list(chain.from_iterable(groups)))
+        assert set(given) == set(data.samples)
+        assert given.total() - len(data.samples) == -len(data.samples) % len(groups)
