@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,7 @@ from fastload.plan.mixture.blend import NEVER, Blend
 from fastload.plan.mixture.options import Stop
 from fastload.plan.mixture.position import SourcePosition
 from fastload.plan.mixture.rounds import RoundKey, Rounds
-from fastload.plan.mixture.samples import MixedSamples, MixtureKey, origin_of
-from fastload.plan.samples import NO_SAMPLES, Samples
+from fastload.plan.mixture.samples import MixedSamples, MixtureKey
 from fastload.plan.tally import WindowKey
 
 
@@ -145,21 +145,21 @@ class MixtureLine:
 
     def samples(self, positions: NDArray[np.int64]) -> MixedSamples:
         """The samples at some positions, rising, that lanes have reached."""
-        lanes = positions % self._partitions
+        lanes = (positions % self._partitions).astype(np.min_scalar_type(self._partitions))
         by_lane = np.argsort(lanes, kind="stable")
-        bounds = np.searchsorted(lanes[by_lane], np.arange(self._partitions + 1))
-        places, parts, origins = [np.empty(0, np.int64)], [NO_SAMPLES], [np.empty(0, np.int64)]
-        for lane in np.flatnonzero(np.diff(bounds)).tolist():
-            of_lane = by_lane[bounds[lane] : bounds[lane + 1]]
-            source_of, sample_of = self._blend.sources(lane, positions[of_lane] // self._partitions)
+        numbers = positions[by_lane] // self._partitions
+        ends = np.cumsum(np.bincount(lanes, minlength=self._partitions)).tolist()
+        parts, places = [], []
+        for lane, (start, end) in enumerate(pairwise((0, *ends))):
+            if start == end:
+                continue
+            source_of, sample_of = self._blend.sources(lane, numbers[start:end])
             for number in np.flatnonzero(np.bincount(source_of)).tolist():
                 mine = np.flatnonzero(source_of == number)
                 for round_no, which, samples in self._sources[number].samples_of(lane, sample_of[mine]):
-                    places.append(of_lane[mine[which]])
-                    parts.append(samples)
-                    origins.append(np.full(len(samples), origin_of(number, round_no), np.int64))
-        back = np.argsort(np.concatenate(places))
-        return MixedSamples(Samples.joined(parts).part_at(back), np.concatenate(origins)[back], self._first_epoch)
+                    parts.append(((number, self._first_epoch + round_no), samples))
+                    places.append(by_lane[start:end][mine[which]])
+        return MixedSamples.joined(parts, places)
 
     def find(self, lane: int, number: int) -> tuple[MixtureKey, int, int] | None:
         """Window, offset and the window's samples, of a number of a lane, whoever reads it; None where counts that are
@@ -171,9 +171,8 @@ class MixtureLine:
 
     def sample_at(self, key: MixtureKey, offset: int) -> MixedSamples:
         """The one sample at an offset in an open window."""
-        round_no, window = self._round_key(key)
-        samples = self._sources[key.source].sample_at((round_no, window), offset)
-        return MixedSamples(samples, np.array([origin_of(key.source, round_no)]), self._first_epoch)
+        samples = self._sources[key.source].sample_at(self._round_key(key), offset)
+        return MixedSamples(samples, np.zeros(1, np.int64), ((key.source, key.epoch),))
 
     def position(self, numbers: NDArray[np.int64]) -> tuple[SourcePosition, ...]:
         """Where each source stands when the first `numbers` of the lanes are delivered."""

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastload.plan.samples import BatchEntry, Samples
+from fastload.plan.samples import NO_SAMPLES, BatchEntry, Samples
+from fastload.plan.tally import WindowKey
 
 
 class MixtureKey(NamedTuple):
@@ -61,35 +62,44 @@ class MixtureEntry:
         return np.array([part.source for part in self.parts], np.int32)[self.part_of]
 
 
-_ROUNDS = 1 << 40  # above any round's number, so that source and round fit one int64
-
-
-def origin_of(source: int, round_no: int) -> int:
-    """Source and round as one number."""
-    return source * _ROUNDS + round_no
+Origin = tuple[int, int]  # a source, and an epoch of it
+_Part = tuple[Origin, Samples, tuple[WindowKey, ...]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MixedSamples:
-    """Samples of a mixture in order, and of each where it is from: source and round as one number, `origin` int64[n].
-    The first round of a source is its epoch `first_epoch`.
-    """
+    """Samples of a mixture in order, and where each is from: sample i from `origins[origin_of[i]]`. Origins rise."""
 
     samples: Samples
-    origin: NDArray[np.int64]
-    first_epoch: int
+    origin_of: NDArray[np.int64]
+    origins: tuple[Origin, ...]
+
+    @classmethod
+    def joined(cls, parts: Sequence[tuple[Origin, Samples]], places: Sequence[NDArray[np.int64]]) -> MixedSamples:
+        """Parts of one origin each, whose samples come at `places`, which are all from 0 on."""
+        origins = tuple(sorted({origin for origin, _ in parts}))
+        index = {origin: number for number, origin in enumerate(origins)}
+        samples = Samples.joined([NO_SAMPLES, *(samples for _, samples in parts)])
+        all_places = np.concatenate([np.empty(0, np.int64), *places])
+        origin_of = np.empty(len(samples), np.int64)
+        origin_of[all_places] = np.repeat(
+            np.array([index[origin] for origin, _ in parts], np.int64), [len(samples) for _, samples in parts]
+        )
+        return cls(samples.placed(all_places), origin_of, origins)
 
     def __len__(self) -> int:
-        return len(self.origin)
+        return len(self.origin_of)
 
     def part(self, start: int, stop: int, step: int = 1) -> MixedSamples:
         """Those from `start` to `stop`, or every `step`-th of them; views."""
-        return MixedSamples(self.samples.part(start, stop, step), self.origin[start:stop:step], self.first_epoch)
+        return MixedSamples(self.samples.part(start, stop, step), self.origin_of[start:stop:step], self.origins)
 
     def then(self, more: MixedSamples) -> MixedSamples:
         """These and `more` after them; a copy."""
-        origin = np.concatenate([self.origin, more.origin])
-        return MixedSamples(self.samples.then(more.samples), origin, self.first_epoch)
+        origins = tuple(sorted({*self.origins, *more.origins}))
+        of_each = [np.array([origins.index(origin) for origin in each.origins], np.int64) for each in (self, more)]
+        origin_of = np.concatenate([of_each[0][self.origin_of], of_each[1][more.origin_of]])
+        return MixedSamples(self.samples.then(more.samples), origin_of, origins)
 
     def batch(self, number: int, repeats: int, samples_after: int) -> MixtureEntry:
         """All of them as one batch, whose last `repeats` are repeats."""
@@ -105,31 +115,34 @@ class MixedSamples:
         self, size: int, numbers: Sequence[int], samples_after: Sequence[int], repeats: int
     ) -> list[MixtureEntry]:
         """Batches of `size`, each of which ends with so many repeats."""
-        batch_of = np.repeat(np.arange(len(numbers)), size)
-        # Parts one after the other, batch by batch; samples of a part keep their order.
-        by_part = np.lexsort((self.origin, batch_of))
-        origin, in_parts = self.origin[by_part], self.samples.part_at(by_part)
-        is_first = np.ones(len(origin), np.bool_)
-        is_first[1:] = (origin[1:] != origin[:-1]) | (batch_of[1:] != batch_of[:-1])
-        starts = np.flatnonzero(is_first)
-        sizes = np.diff(starts, append=len(origin))
-        part_of = np.empty(len(origin), np.int32)
-        first_part = np.searchsorted(starts, np.arange(0, len(origin), size))  # of each batch
-        part_of[by_part] = np.cumsum(is_first) - 1 - first_part[batch_of]
-        windows, spans = in_parts.windows_of_parts(sizes), zip(starts.tolist(), sizes.tolist(), strict=True)
-        parts = [
-            (*divmod(code, _ROUNDS), in_parts.object_no[i : i + n], in_parts.sample_no[i : i + n], keys)
-            for (i, n), code, keys in zip(spans, origin[starts].tolist(), windows, strict=True)
-        ]
-        entries, bounds = [], [*first_part.tolist(), len(parts)]
+        interleaved, parts, bounds = self._parts(size, len(numbers))
+        entries = []
         for i, (number, after) in enumerate(zip(numbers, samples_after, strict=True)):
-            interleaved = part_of[i * size : (i + 1) * size]
-            repeated = np.bincount(interleaved[size - repeats :], minlength=bounds[i + 1] - bounds[i]).tolist()
-            of_batch = tuple(
-                MixturePart(source, self.first_epoch + round_no, BatchEntry(number, objects, nos, again, keys, after))
-                for (source, round_no, objects, nos, keys), again in zip(
-                    parts[bounds[i] : bounds[i + 1]], repeated, strict=True
-                )
+            order, of_batch = interleaved[i * size : (i + 1) * size], parts[bounds[i] : bounds[i + 1]]
+            repeated = [0] * len(of_batch)
+            for part in order[size - repeats :].tolist():
+                repeated[part] += 1
+            made = tuple(
+                MixturePart(*origin, BatchEntry(number, samples.object_no, samples.sample_no, again, windows, after))
+                for (origin, samples, windows), again in zip(of_batch, repeated, strict=True)
             )
-            entries.append(MixtureEntry(number, of_batch, interleaved, repeats, after))
+            entries.append(MixtureEntry(number, made, order, repeats, after))
         return entries
+
+    def _parts(self, size: int, batches: int) -> tuple[NDArray[np.int32], list[_Part], list[int]]:
+        """For each sample its part of its batch, the parts of all batches, and which of them each batch begins with."""
+        count = len(self.origins)
+        # Places for a part of each origin in each batch; numpy sorts small integers by their digits.
+        place_of = np.repeat(np.arange(batches) * count, size) + self.origin_of
+        by_place = np.argsort(place_of.astype(np.min_scalar_type(batches * count)), kind="stable")
+        samples, sizes = self.samples.part_at(by_place), np.bincount(place_of, minlength=batches * count)
+        ends, windows = np.cumsum(sizes).tolist(), samples.windows_of_parts(sizes)
+        parts = [
+            (self.origins[place % count], samples.part(ends[place] - of_place, ends[place]), windows[place])
+            for place, of_place in enumerate(sizes.tolist())
+            if of_place
+        ]
+        # Not all places are taken, and a batch counts only those that are.
+        is_taken = sizes.reshape(batches, count) > 0
+        interleaved = (np.cumsum(is_taken, axis=1, dtype=np.int32) - 1).ravel()[place_of]
+        return interleaved, parts, [0, *np.cumsum(is_taken.sum(axis=1)).tolist()]
