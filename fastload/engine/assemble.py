@@ -137,7 +137,7 @@ class Assembler:
         slots: SlotPool,
         skips: Skips | None = None,
     ) -> None:
-        self._urls = np.array([info.url for info in manifest.objects], object)
+        self._urls_of = manifest.urls_of
         self._columns = columns
         self._live = live
         self._gatherer = gatherer
@@ -189,7 +189,7 @@ class Assembler:
             return tuple(values)
         return {
             KEY: located.keys(),
-            URL: self._urls[entry.object_no].tolist(),
+            URL: self._urls_of(entry.object_no),
             **dict(zip(names, values, strict=True)),
         }
 
@@ -201,8 +201,7 @@ class Assembler:
             (name, self._columns.decoder(name), memoryview(values.data), offsets.tolist())
             for name, (values, offsets) in gathered.items()
         ]
-        for number, (key, object_no) in enumerate(zip(located.keys(), entry.object_no.tolist(), strict=True)):
-            url = self._urls[object_no]
+        for number, (key, url) in enumerate(zip(located.keys(), self._urls_of(entry.object_no), strict=True)):
             sample = {
                 name: decoder.decode_one(view[offsets[number] : offsets[number + 1]], _place(url, key, name))
                 for name, decoder, view, offsets in columns
@@ -231,7 +230,7 @@ class Assembler:
         if self._present is None:
             self._present = present
         if set(present) != set(self._present):
-            url = self._urls[located.entry.object_no[0]]
+            (url,) = self._urls_of(located.entry.object_no[:1])
             raise MissingColumnError(
                 f"{url}: its window of shards has the columns {sorted(present)}, and earlier ones have "
                 f"{sorted(self._present)}; name the columns that every sample has with columns=[...] or decode={{...}}"
@@ -289,7 +288,8 @@ class Assembler:
         """Says where a value came from; only asked when something is wrong with it."""
 
         def where(number: int) -> str:
-            return _place(self._urls[located.entry.object_no[number]], located.keys()[number], name)
+            (url,) = self._urls_of(located.entry.object_no[number : number + 1])
+            return _place(url, located.keys()[number], name)
 
         return where
 
