@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastload.errors import ConfigError, StateError
-from fastload.plan import Position
-from fastload.plan.mixture import MixtureOptions, MixturePosition, check_weights
+from fastload.plan import Position, sample_count_of_rank
+from fastload.plan.mixture import MixtureOptions, MixturePosition, check_weights, sample_count
 from tests.plan.cases import cases
 from tests.plan.cluster import Cluster
 from tests.plan.mixtures import Run, World, samples_of, worlds
@@ -55,6 +55,20 @@ def check_entry(world, entry) -> None:
     assert {part.entry.number for part in entry.parts} == {entry.number}
     assert len(set(entry.windows)) == len(entry.windows)
     assert entry.source_of.tolist() == [entry.parts[number].source for number in entry.part_of]
+
+
+@cases(40)
+@given(worlds())
+def test_how_long_a_mixture_is_follows_from_how_long_its_sources_are(world):
+    counts = [source.total for source in world.sources]
+    expected = None if world.stop == "never" else world.total
+    assert sample_count(world.options, world.epoch, counts, world.partitions) == expected
+    cursor = world.run(told="some").cursor
+    assert cursor.total == expected
+    if expected is not None and not world.drop_last:
+        ranks = world.ranks(0)
+        given_out = sum(map(len, world.run().samples))
+        assert given_out == sample_count_of_rank(expected, ranks, world.tail, world.partitions)
 
 
 @cases(40)

@@ -133,6 +133,15 @@ class Blend:
         numbers_of(*self._tables, lanes, sources, samples, found)
         return found
 
+    def positions(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The positions in the line of sample samples[p, s] of source s in lane p, for all lanes; or `NEVER`."""
+        return self.positions_at(self.lanes[:, None], self.numbers(self.lanes, samples))
+
+    def positions_at(self, lanes: NDArray[np.int64] | int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The positions in the line of `numbers` of `lanes`; or `NEVER`."""
+        # The remainder, since the position of `NEVER` would not fit.
+        return np.where(numbers == NEVER, NEVER, numbers % NEVER * len(self.keys) + lanes)
+
     def sources(self, lane: int, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """The source of each of some rising numbers of a lane, int32, and which of its samples there, int64."""
         sources, samples = np.empty(len(numbers), np.int32), np.empty(len(numbers), np.int64)

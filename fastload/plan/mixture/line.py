@@ -14,10 +14,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from fastload.errors import ConfigError
 from fastload.plan.deal import Span
 from fastload.plan.lanes import lane_lengths
 from fastload.plan.mixture.blend import NEVER, Blend
+from fastload.plan.mixture.extent import extent_of
 from fastload.plan.mixture.options import Stop
 from fastload.plan.mixture.position import SourcePosition
 from fastload.plan.mixture.rounds import RoundKey, Rounds
@@ -35,7 +35,7 @@ class MixtureLine:
         self._partitions = len(blend.lanes)
         self.known = 0
         self.total: int | None = None
-        self._limits: list[int] = []  # of each source: the first position that is not settled
+        self._limits: tuple[int, ...] = ()  # of each source: the first position that is not settled
         self.is_measured = False  # whether nothing more can become known of that
         self._row = {lane: row for row, lane in enumerate(lanes)}
         self._reached = np.zeros((len(lanes), len(sources)), np.int64)  # up to which sample windows are open
@@ -99,7 +99,7 @@ class MixtureLine:
         ]
         places = np.array([place[:3] for place in found], np.int64).reshape(-1, 3)
         numbers = self._blend.numbers_of(*np.ascontiguousarray(places.T))
-        positions = self._positions(places[:, 0], numbers).tolist()
+        positions = self._blend.positions_at(places[:, 0], numbers).tolist()
         return [(position, key) for position, (*_, key) in zip(positions, found, strict=True)]
 
     def wanted(self, spans: Sequence[Span]) -> list[NDArray[np.int32]]:
@@ -206,7 +206,7 @@ class MixtureLine:
         for windows in rounds:
             samples = np.array([sample for sample, _ in windows], np.int64)
             numbers = self._blend.numbers_of(np.full(len(samples), lane), np.full(len(samples), source), samples)
-            positions = self._positions(lane, numbers).tolist()
+            positions = self._blend.positions_at(lane, numbers).tolist()
             for position, (_, key) in zip(positions, windows, strict=True):
                 if position < end or is_guess:
                     yield position, self._key(source, key)
@@ -218,31 +218,10 @@ class MixtureLine:
         """How far the line is settled, and where it ends, by what is known of the sources."""
         if self.is_measured:
             return
-        lanes, quotas = self._blend.lanes, np.stack([source.epochs.quotas() for source in self._sources], axis=1)
+        quotas = np.stack([source.epochs.quotas() for source in self._sources], axis=1)
         is_counted = np.array([source.epochs.total is not None for source in self._sources])
-        beyond = self._positions(lanes[:, None], self._blend.numbers(lanes, quotas)).min(axis=0)
-        self._limits = beyond.tolist()
-        self.known = int(beyond[~is_counted | (self._stop == "first")].min(initial=NEVER))
-        if self._stop == "all":
-            last = self._positions(lanes[:, None], self._blend.numbers(lanes, np.maximum(quotas, 1) - 1))
-            self.known = min(self.known, self._end_of_all(np.where(quotas > 0, last, -1)))
+        self.known, self._limits, self.total = extent_of(self._blend, quotas, is_counted, self._stop)
         self.is_measured = bool(is_counted.all())
-        if self.is_measured and self._stop != "never":
-            self.total = self.known
-
-    def _end_of_all(self, last: NDArray[np.int64]) -> int:
-        """Where all sources have been gone through, by the last position of each lane and source."""
-        never = np.flatnonzero((last == NEVER).any(axis=0))
-        if len(never):
-            raise ConfigError(
-                f"stop='all', but source {never[0]} of the mixture is never gone through, since its last weight is 0; "
-                "give it another, or use stop='first' or 'never'"
-            )
-        return int(last.max()) + 1
-
-    def _positions(self, lanes: NDArray[np.int64] | int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The positions of some numbers of lanes."""
-        return np.where(numbers == NEVER, NEVER, numbers % NEVER * self._partitions + lanes)
 
     def _at(self, lane: int, number: int) -> tuple[int, int]:
         """Source and sample at a number of a lane."""
