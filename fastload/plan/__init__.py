@@ -5,7 +5,6 @@ there.
 from fastload.plan.cursor import EpochCursor, Split
 from fastload.plan.lookahead import first_objects, objects_in_use_order
 from fastload.plan.manifest import Manifest
-from fastload.plan.onepartition import RankCursor
 from fastload.plan.order import EpochOrder, OrderOptions, Shuffle, auto_window_bytes, epoch_order, epoch_orders
 from fastload.plan.position import Place, Position
 from fastload.plan.ranks import Ranks, default_partitions, resolve_ranks, turn_of
@@ -23,7 +22,6 @@ __all__ = [
     "OrderWish",
     "Place",
     "Position",
-    "RankCursor",
     "Ranks",
     "Shuffle",
     "Split",

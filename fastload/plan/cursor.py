@@ -70,8 +70,7 @@ class EpochCursor(Walk[WindowKey, BatchEntry]):
             self.start.places,
             self.start.taken or self._lengths_at_start,
         )
-        is_global = self.orders[0].options.shuffle == "global"
-        super().__init__(self._epoch_line, deal, reader, delivered, by_parts=is_global)
+        super().__init__(self._epoch_line, deal, reader, delivered)
 
     @property
     def epoch(self) -> int:

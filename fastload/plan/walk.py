@@ -27,7 +27,7 @@ from fastload.plan.walked import Entry, Key, Row, WalkedLine
 
 Split = Literal["batches", "samples"]
 
-# What is planned in one go where windows are as large as partitions: enough to share the cost of the calls.
+# What is planned in one go, however large windows are: enough to share the cost of the calls.
 _SAMPLES_AT_ONCE = 1 << 16
 
 
@@ -65,16 +65,13 @@ class Reader:
 class Walk(Generic[Key, Entry]):
     """What the cursors over one data set and over a mixture have in common; see `EpochCursor` for how one is used."""
 
-    def __init__(
-        self, line: WalkedLine[Key, Entry], deal: Deal, reader: Reader, delivered: int, *, by_parts: bool
-    ) -> None:
+    def __init__(self, line: WalkedLine[Key, Entry], deal: Deal, reader: Reader, delivered: int) -> None:
         self._line, self._deal, self._reader, self._partitions = line, deal, reader, deal.partitions
         self.ranks, self.batch_size = reader.ranks, reader.batch_size
         self.drop_last, self.tail = reader.drop_last, reader.tail
         self._global_batch, self._group = reader.global_batch, reader.group
-        # How many groups to give out at a time, among them one of each worker; 0: all, since windows are small.
-        at_once = max(reader.worker[1], _SAMPLES_AT_ONCE // (reader.group // self.ranks.world_size))
-        self._groups_at_once = at_once if by_parts else 0
+        # How many groups to give out at a time, among them one of each worker: a window may hold any number.
+        self._groups_at_once = max(reader.worker[1], _SAMPLES_AT_ONCE // (reader.group // self.ranks.world_size))
         self._delivered = delivered
         self._number_start = -(-delivered // self._global_batch)
         self._groups_given = 0
@@ -160,8 +157,8 @@ class Walk(Generic[Key, Entry]):
         self._is_next_known = False
         entries: list[Entry] = []
         self._extend()
-        while (groups := self._groups_ready()) and not (entries and self._groups_at_once):
-            entries += self._give(min(groups, self._groups_at_once or groups))
+        if groups := self._groups_ready():
+            entries = self._give(min(groups, self._groups_at_once))
             self._extend()
         self._close_windows()
         return entries

@@ -135,7 +135,9 @@ class Run:
     def to_the_end(self) -> Run:
         while self.step():
             pass
-        self._give(self.cursor.finish())
+        last = self.cursor.finish()
+        assert all(set(entry.windows) <= self.needed for entry in last)
+        self.entries += last
         return self
 
     def step(self) -> bool:
@@ -157,11 +159,13 @@ class Run:
         self._give(self.cursor.tell(object_nos, self._counts(object_nos)))
 
     def _give(self, entries: list[BatchEntry]) -> None:
-        assert all(set(entry.windows) <= self.needed for entry in entries)
+        while entries:
+            assert all(set(entry.windows) <= self.needed for entry in entries)
+            self.entries += entries
+            entries = self.cursor.settled()
         assert self.cursor.needed <= self.needed
         self.needed = self.cursor.needed
         self.live_max = max(self.live_max, len(self.needed))
-        self.entries += entries
 
     def _counts(self, object_nos) -> np.ndarray:
         return np.array(self.cluster.counts, np.int64)[object_nos]

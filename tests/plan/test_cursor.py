@@ -18,7 +18,6 @@ from fastload.plan import (
     OrderOptions,
     Place,
     Position,
-    RankCursor,
     Ranks,
     batch_count_of_rank,
     epoch_order,
@@ -27,6 +26,7 @@ from fastload.plan import (
 )
 from tests.plan import reference
 from tests.plan.cases import cases
+from tests.plan.onepartition import RankCursor
 from tests.plan.world import World, bare, samples, worlds
 
 SMALL_WORLDS = [

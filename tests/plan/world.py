@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from hypothesis import strategies as st
 
-from fastload.plan import BatchEntry, Manifest, OrderOptions, Position, RankCursor, Ranks, epoch_order
+from fastload.plan import BatchEntry, Manifest, OrderOptions, Position, Ranks, epoch_order
 from fastload.store import types
 from tests.plan import reference
+from tests.plan.onepartition import RankCursor
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,7 @@ class MixtureCursor(Walk[MixtureKey, MixtureEntry]):
             check_boundary(
                 self.start.samples, (self.start.batch_size, self.start.world_size), (batch_size, ranks.world_size)
             )
-        is_global = any(source.options.shuffle == "global" for source in sources)
-        super().__init__(self._mixture, deal, reader, self.start.samples, by_parts=is_global)
+        super().__init__(self._mixture, deal, reader, self.start.samples)
 
     def _line_from(self, start: MixturePosition, deal: Deal, blend: Blend) -> MixtureLine:
         shares = blend.shares(blend.lanes, lane_lengths(start.samples, deal.partitions))

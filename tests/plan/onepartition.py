@@ -1,4 +1,6 @@
-"""The cursor where all ranks share one partition: windows are plain numbers, and come in their order."""
+"""The cursor where all ranks share one partition, as tests of that case drive it: windows are plain numbers, and come
+in their order.
+"""
 
 from __future__ import annotations
 
@@ -71,6 +73,8 @@ class RankCursor:
         """
         assert window == self._next_window, f"window {window} out of turn; next is {self._next_window}"
         entries = self._cursor.add(WindowKey(0, window), counts)
+        while more := self._cursor.settled():
+            entries += more
         self._next_window += 1
         return entries
 
