@@ -180,8 +180,6 @@ def start(quick: bool) -> Table:
         for shards in (10, 10_000, 1_000_000)
         for samples in (10**6, 10**8, 10**9)
         for partitions in ((1, 64) if shards == 1_000_000 and samples == 10**9 else (1,))
-        # A window holds whole shards, and its permutation is an array: not meant for shards of millions of samples.
-        if shuffle == "global" or samples // shards <= 100_000
     ]
     for shuffle, shards, samples, partitions in cases[1::4] if quick else cases:
         # Its memory is its own, whatever ran before.
