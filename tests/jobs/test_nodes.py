@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as distributed
 
-from tests.jobs.pool import Rank, RankPool
+import fastload
+from fastload.engine import counts
+from tests.jobs.case import Case, Size
+from tests.jobs.pool import Failed, Rank, RankPool
 from tests.jobs.reading import SMALL, Read, Reading, read
+from tests.jobs.shelf import Shelf
 from tests.shards import Corpus, corpus, tar_of
 
 
@@ -95,3 +101,47 @@ def test_ranks_of_one_group_read_the_same(s3, tmp_path: Path, pool: RankPool, lo
         given = keys_of(list(chain.from_iterable(groups)))
         assert set(given) == set(data.samples)
         assert given.total() - len(data.samples) == -len(data.samples) % len(groups)
+
+
+def take_and_close(rank: Rank, reading: Reading) -> list[list[str]]:
+    """Take the first batches; rank 0 before rank 1, and closes what it has."""
+    os.environ.update(reading.environment)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        fastload.Cache(reading.caches[rank.node], **reading.cache) as cache,
+    ):
+        patch.setattr(counts, "DEADLINE_S", 2.0)
+        dataset = fastload.StreamingDataset(reading.urls, cache=cache, **reading.dataset)
+        loader = fastload.DataLoader(dataset, **reading.loader)
+        batches = iter(loader)
+        try:
+            if rank.rank == 1:
+                distributed.barrier()
+            return [batch["__key__"] for batch in islice(batches, reading.take)]
+        finally:
+            loader.close()
+            if rank.rank == 0:
+                distributed.barrier()
+
+
+@pytest.mark.xfail(strict=True, reason="nobody says what the shards of a node hold that has closed its data set")
+def test_a_node_that_has_closed_after_as_many_batches_is_not_waited_for(
+    tmp_path: Path, pool: RankPool, shelf: Shelf
+) -> None:
+    """Node 0 has 24 samples and an empty shard that it has not come to; node 1 has 11, and asks what comes then."""
+    shards, size = (16, 6, 11, 8, 0), Size(2, 1, 3)
+    reading = Reading(
+        [shelf.urls[shard] for shard in shards],
+        [str(tmp_path / f"cache-{node}") for node in range(2)],
+        {"columns": ["cls"]},
+        {"batch_size": 3},
+        dict(shelf.environment),
+        {**SMALL, "service": "inprocess"},
+        take=4,
+    )
+    found = pool.run("closed early", take_and_close, size.ranks(), reading)
+    cluster = Case(shards, size, shuffle=False).cluster(size, 0)
+    cluster = cluster.with_(sizes=tuple(shelf.sizes[shard] for shard in shards))
+    for rank, batches in enumerate(found):
+        assert not isinstance(batches, Failed), batches.message
+        assert batches == shelf.names(shards, cluster.reference_batches(rank))[:4]
