@@ -68,7 +68,7 @@ def index(
     """
     with _writer(output) as writer, cache.consumer(storage_options, "index") as consumer:
         manifest = list_shards(consumer, urls)
-        attach(consumer, manifest)
+        attach(consumer, manifest, manifest.sidecars)
         counts = consumer.get_counts(range(len(manifest)))
         wanted = np.arange(len(counts)) if writer is not None else np.flatnonzero(counts < 0)
         known = np.delete(counts, wanted)
@@ -106,7 +106,7 @@ def _indexes(
 ) -> Generator[tuple[int, ShardIndex]]:
     """The indexes of these shards, in their order, made by several threads."""
     first_chunk = manifest.first_chunk(consumer.chunk_bytes)
-    shards = ShardTable(manifest, first_chunk, consumer.chunk_bytes)
+    shards = ShardTable(manifest, first_chunk, consumer.chunk_bytes, manifest.sidecars)
 
     def make(number: int) -> ShardIndex:
         try:

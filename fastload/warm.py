@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastload.engine.listing import attach, list_shards
+from fastload.engine.listing import attach, find_sidecars, list_shards
 from fastload.engine.manifests import shared_manifest
 from fastload.engine.shards import ShardTable
 from fastload.engine.windows import window_chunks
@@ -20,6 +20,7 @@ from fastload.plan import Manifest, OrderWish, Ranks, objects_in_use_order
 from fastload.service.client import Consumer
 from fastload.service.handle import Cache
 from fastload.service.protocol import Progress
+from fastload.store.table import ObjectTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +57,12 @@ def warm(
     are the job's, where it names them. Raises the errors of listing, fetching and indexing, as a job would.
     """
     with cache.consumer(storage_options, "warm") as consumer:
-        manifest = _manifest(consumer, urls, index, manifest_file)
-        attach(consumer, manifest)
+        manifest = _manifest(consumer, urls, manifest_file)
+        sidecars = find_sidecars(consumer, manifest, index)
+        attach(consumer, manifest, sidecars)
         plan = objects_in_use_order(manifest, order.settled(ranks, cache.ram_bytes), epoch, ranks=ranks)
         consumer.set_plan(plan, epoch, warm=True)
-        indexing = _Indexing(consumer, manifest, plan.tolist())
+        indexing = _Indexing(consumer, manifest, sidecars, plan.tolist())
         try:
             progress = _follow(consumer, on_progress)
             sample_count = indexing.result()
@@ -69,11 +71,11 @@ def warm(
     return Warmed(len(manifest), sample_count, progress.total_bytes, progress.held_bytes, progress.fetched_bytes)
 
 
-def _manifest(consumer: Consumer, urls: Sequence[str], index: str | None, manifest_file: str | None) -> Manifest:
+def _manifest(consumer: Consumer, urls: Sequence[str], manifest_file: str | None) -> Manifest:
     """The list of shards that the job will read, which is frozen where it is in a file."""
     if manifest_file is None:
-        return list_shards(consumer, urls, index)
-    return shared_manifest(manifest_file, urls, is_first=True, list_shards=lambda: list_shards(consumer, urls, index))
+        return list_shards(consumer, urls)
+    return shared_manifest(manifest_file, urls, is_first=True, list_shards=lambda: list_shards(consumer, urls))
 
 
 def _follow(consumer: Consumer, on_progress: Callable[[Progress], None]) -> Progress:
@@ -87,11 +89,11 @@ def _follow(consumer: Consumer, on_progress: Callable[[Progress], None]) -> Prog
 class _Indexing:
     """Indexes shards in plan order in a thread of its own, behind the fetching."""
 
-    def __init__(self, consumer: Consumer, manifest: Manifest, object_nos: list[int]) -> None:
+    def __init__(self, consumer: Consumer, manifest: Manifest, sidecars: ObjectTable, object_nos: list[int]) -> None:
         self._consumer = consumer
         self._object_nos = object_nos
         self._first_chunk = manifest.first_chunk(consumer.chunk_bytes)
-        self._shards = ShardTable(manifest, self._first_chunk, consumer.chunk_bytes)
+        self._shards = ShardTable(manifest, self._first_chunk, consumer.chunk_bytes, sidecars)
         self._sample_count = 0
         self._error: BaseException | None = None
         self._is_stopped = threading.Event()

@@ -325,3 +325,19 @@ def test_a_count_that_is_wrong_is_an_error_that_names_both(put: Any, url: str, c
         source.shards.known_counts(session.consumer)
     source.give_back(session)
     source.close()
+
+
+def test_each_node_may_have_its_own_copy_of_a_sidecar(
+    url: str, cache: Cache, tmp_path: Path, parsed: list[int]
+) -> None:
+    index = sidecar(url, tmp_path / "x.arrow")
+    first = Source([url], cache, None, (), None, index=str(index))
+    manifest = first.list_shards()
+    (tmp_path / "copy.arrow").write_bytes(index.read_bytes())
+    index.unlink()
+    parsed.clear()
+    second = Source([url], cache, None, (), None, index=str(tmp_path / "copy.arrow"))
+    second.adopt(manifest)
+    assert counts(second) == COUNTS
+    assert len(set(parsed)) == 1
+    first.close()

@@ -28,12 +28,11 @@ class _Listed(NamedTuple):
     sidecars: ObjectTable
 
 
-def list_shards(consumer: Consumer, urls: Sequence[str], index: str | None = None) -> Manifest:
+def list_shards(consumer: Consumer, urls: Sequence[str]) -> Manifest:
     """The manifest of `urls`, in their order. It ends whatever `consumer` was attached to.
 
-    A URL that ends in ".json" is a list of shards (see `wids`). `index` names the file with the shards' indexes;
-    without it, those that lie beside the shards of a prefix are taken. Raises the errors of the store, and
-    `ConfigError` for lists that cannot be used.
+    A URL that ends in ".json" is a list of shards (see `wids`). Raises the errors of the store, and `ConfigError` for
+    lists that cannot be used.
     """
     parts = [part for is_list, group in groupby(urls, wids.is_list) for part in _parts(consumer, list(group), is_list)]
     shards = ObjectTable.joined([part.shards for part in parts])
@@ -41,15 +40,20 @@ def list_shards(consumer: Consumer, urls: Sequence[str], index: str | None = Non
         raise ObjectMissingError(f"{', '.join(urls)}: no shards at all; name some, or correct the list")
     counts = np.concatenate([part.sample_counts for part in parts])
     sidecars = ObjectTable.joined([part.sidecars for part in parts])
-    if index is not None:
-        sidecars = consumer.resolve([index], ())
     return Manifest(shards, promised=counts if (counts >= 0).any() else None, sidecars=_each_once(sidecars))
 
 
-def attach(consumer: Consumer, manifest: Manifest) -> None:
-    """Number the chunks of a manifest's objects, and behind them those of its sidecars."""
-    parts = [manifest.objects, manifest.sidecars] if len(manifest.sidecars) else [manifest.objects]
-    consumer.attach(ObjectTable.joined(parts))
+def find_sidecars(consumer: Consumer, manifest: Manifest, index: str | None) -> ObjectTable:
+    """The files with indexes of the manifest's shards: `index`, or without it those that lie beside the shards.
+
+    `index` is looked up wherever it is used: it may be a local file, of which each node has a copy.
+    """
+    return manifest.sidecars if index is None else consumer.resolve([index], ())
+
+
+def attach(consumer: Consumer, manifest: Manifest, sidecars: ObjectTable) -> None:
+    """Number the chunks of a manifest's objects, and behind them those of the sidecars."""
+    consumer.attach(ObjectTable.joined([manifest.objects, sidecars]) if len(sidecars) else manifest.objects)
 
 
 def _parts(consumer: Consumer, urls: list[str], are_lists: bool) -> Iterator[_Listed]:

@@ -80,6 +80,11 @@ def shared_manifest(
     return found
 
 
+def frozen(path: str | os.PathLike[str], urls: Sequence[str]) -> Manifest | None:
+    """The manifest in the file at `path`; None where it is not there yet. Raises `ConfigError` as above."""
+    return _read(path_of(path), urls)
+
+
 def path_of(path: str | os.PathLike[str], epoch: int | None = None) -> Path:
     """Where the manifest of an epoch is, or the one of all epochs."""
     place = Path(path).expanduser().absolute()

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from fastload.engine import manifests
 from fastload.engine.deferred import call_later
-from fastload.engine.listing import attach, list_shards
+from fastload.engine.listing import attach, find_sidecars, list_shards
 from fastload.engine.shards import ShardTable
 from fastload.engine.slots import SlotPool
 from fastload.kernels import compile_in_background
@@ -25,6 +25,7 @@ from fastload.plan import Manifest
 from fastload.plan.manifest import next_version
 from fastload.service.client import Consumer
 from fastload.service.handle import Cache
+from fastload.store.table import ObjectTable
 from fastload.waiting import Waits
 
 # What the first batch needs of compiled code, beside its decoders': made while the first bytes are on their way.
@@ -42,9 +43,9 @@ class Session:
         self.waits = Waits()
         self.consumer: Consumer = cache.consumer(storage_options, name, waits=self.waits)
 
-    def attach(self, manifest: Manifest) -> None:
-        """Attach the consumer to it."""
-        attach(self.consumer, manifest)
+    def attach(self, manifest: Manifest, sidecars: ObjectTable) -> None:
+        """Attach the consumer to these."""
+        attach(self.consumer, manifest, sidecars)
         self.manifest = manifest
 
     def close(self) -> None:
@@ -81,6 +82,7 @@ class Source:
         weakref.finalize(self, call_later, _close_all, self._idle).atexit = False
         self._manifest = manifest
         self._first_chunk: npt.NDArray[np.int64] | None = None
+        self._sidecars = ObjectTable.of([])
         self._shards: ShardTable | None = None
         self._counts: npt.NDArray[np.int64] | None = None  # by object; -1: not known here
         self.slots = SlotPool(_SLOTS_RETAINED_BYTES)
@@ -125,7 +127,7 @@ class Source:
         changed. It counts once it is adopted.
         """
         with self._cache.consumer(self._storage_options, self._urls[0], waits=waits) as consumer:
-            listed = list_shards(consumer, self._urls, self._index)
+            listed = list_shards(consumer, self._urls)
         return listed if self._manifest is None else next_version(self._manifest, listed)
 
     def manifest_of(self, fingerprint: str) -> Manifest:
@@ -163,8 +165,9 @@ class Source:
 
     def list_shards(self) -> Manifest:
         """The manifest, which is listed where it is not known yet."""
-        self.give_back(self.open())
-        assert self._manifest is not None
+        if self._manifest is None:
+            self.give_back(self.open())
+        assert self._manifest is not None, "opening a session lists the shards"
         return self._manifest
 
     def open(self) -> Session:
@@ -221,6 +224,12 @@ class Source:
             self._counts[self._manifest.gone] = 0
         return self._counts
 
+    def _frozen(self) -> Manifest | None:
+        """The list in the user's file, where that is one for all epochs and has been made."""
+        if self._manifest_file is None or self._grows:
+            return None
+        return manifests.frozen(self._manifest_file, self._urls)
+
     def _keep(self) -> None:
         if self._grows:
             assert self._manifest is not None, "no session was opened yet"
@@ -232,13 +241,14 @@ class Source:
         session = Session(self._cache, self._storage_options, name=self._urls[0])
         try:
             if self._manifest is None:
-                self._manifest = list_shards(session.consumer, self._urls, self._index)
+                self._manifest = self._frozen() or list_shards(session.consumer, self._urls)
                 self._keep()
             if self._first_chunk is None:
                 chunk_bytes = session.consumer.chunk_bytes
                 self._first_chunk = self._manifest.first_chunk(chunk_bytes)
-                self._shards = ShardTable(self._manifest, self._first_chunk, chunk_bytes)
-            session.attach(self._manifest)
+                self._sidecars = find_sidecars(session.consumer, self._manifest, self._index)
+                self._shards = ShardTable(self._manifest, self._first_chunk, chunk_bytes, self._sidecars)
+            session.attach(self._manifest, self._sidecars)
         except BaseException:
             session.close()
             raise

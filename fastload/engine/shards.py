@@ -21,6 +21,7 @@ from fastload.errors import ShardError
 from fastload.formats import ShardIndex, indexer_for
 from fastload.plan import Manifest
 from fastload.service.client import Consumer
+from fastload.store.table import ObjectTable
 
 # Indexes take about 80 bytes a sample. Windows hold the ones in use; this is for those that come again next epoch.
 _MEMORY_BYTES = 256 << 20
@@ -29,7 +30,14 @@ _MEMORY_BYTES = 256 << 20
 class ShardTable:
     """The indexes of a data set's shards, by object number. Safe to use from several threads."""
 
-    def __init__(self, manifest: Manifest, first_chunk: np.ndarray, chunk_bytes: int) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        first_chunk: npt.NDArray[np.int64],
+        chunk_bytes: int,
+        sidecars: ObjectTable | None = None,
+    ) -> None:
+        """`sidecars` are attached behind the manifest's objects."""
         self._manifest = manifest
         self._first_chunk = first_chunk
         self._chunk_bytes = chunk_bytes
@@ -37,7 +45,7 @@ class ShardTable:
         self._known: cachetools.LRUCache[int, ShardIndex] = cachetools.LRUCache(
             _MEMORY_BYTES, getsizeof=lambda index: index.byte_count + 1024
         )
-        self._sidecars = Sidecars(manifest, int(first_chunk[-1]), chunk_bytes) if len(manifest.sidecars) else None
+        self._sidecars = Sidecars(manifest, sidecars, int(first_chunk[-1]), chunk_bytes) if sidecars else None
         self._promised = np.full(len(manifest), -1, np.int64) if manifest.promised is None else manifest.promised.copy()
 
     def get(self, consumer: Consumer, object_nos: Sequence[int]) -> list[ShardIndex]:

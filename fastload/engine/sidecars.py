@@ -22,6 +22,7 @@ from fastload.errors import ShardError, StoreError
 from fastload.formats import ShardIndex
 from fastload.plan import Manifest
 from fastload.service.client import Consumer
+from fastload.store.table import ObjectTable
 
 if TYPE_CHECKING:  # pyarrow takes a quarter of a second to import
     from fastload.formats.sidecar import Summary
@@ -30,11 +31,11 @@ Ints = npt.NDArray[np.int64]
 
 
 class Sidecars:
-    """The sidecars of a manifest, `first_chunk` of whose first is given. Safe to use from several threads."""
+    """The sidecars of a manifest; the first one's chunks begin at `first_chunk`. Safe to use from several threads."""
 
-    def __init__(self, manifest: Manifest, first_chunk: int, chunk_bytes: int) -> None:
-        self._manifest = manifest
-        self._chunk_counts: Ints = -(-manifest.sidecars.sizes // chunk_bytes)
+    def __init__(self, manifest: Manifest, files: ObjectTable, first_chunk: int, chunk_bytes: int) -> None:
+        self._manifest, self._files = manifest, files
+        self._chunk_counts: Ints = -(-files.sizes // chunk_bytes)
         self._first_chunk: Ints = first_chunk + np.cumsum(self._chunk_counts) - self._chunk_counts
         self._lock = threading.Lock()
         self._summaries: list[Summary] = []
@@ -58,7 +59,7 @@ class Sidecars:
         number = int(self._file_of[object_no])
         if number < 0 or number in self._lost:
             return None
-        info = self._manifest.sidecars[number]
+        info = self._files[number]
         try:
             row = int(self._row_of[object_no])
             return self._summaries[number].index(row, reader(consumer, int(self._first_chunk[number]), info.size))
@@ -81,7 +82,7 @@ class Sidecars:
 
         ends = self._ends()
         consumer.want(ends)
-        for info, first in zip(self._manifest.sidecars, self._first_chunk.tolist(), strict=True):
+        for info, first in zip(self._files, self._first_chunk.tolist(), strict=True):
             summary = read_summary(reader(consumer, first, info.size), info.size, info.url)
             rows, others = summary.rows_of(self._manifest.objects)
             self._warn_of_versions(info.url, others)

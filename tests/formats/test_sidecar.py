@@ -90,8 +90,19 @@ def test_no_shards(tmp_path: Path) -> None:
     assert summary.rows_of(OBJECTS)[0].tolist() == [-1] * COUNT
 
 
+def test_the_example_of_the_docs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "fastload-index.arrow").write_bytes(written(tmp_path, shards=SHARDS[3:5]))
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "index.md").read_text()
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    *urls, first, second, third = capsys.readouterr().out.splitlines()
+    assert urls == ["s3://bucket/3.tar 3", "s3://bucket/4.tar 4"]
+    assert (first, second, third) == ("0 [512] [3]", "1 [1536] [3]", "2 [2560] [3]")
+
+
 def test_others_can_read_it(tmp_path: Path, data: bytes) -> None:
-    """As docs/index.md says."""
     path = tmp_path / "x.arrow"
     path.write_bytes(data)
     with pa.memory_map(str(path)) as file:
