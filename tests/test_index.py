@@ -26,7 +26,12 @@ from tests.processes import service_pids, until
 from tests.shards import check_samples, corpus, samples_of, tar_of
 
 FASTLOAD = Path(sys.executable).parent / "fastload"
-LIMITS = {"ram_bytes": "2MiB", "disk_bytes": "64MiB", "chunk_bytes": "64KiB"}
+LIMITS: dict[str, Any] = {
+    "ram_bytes": "2MiB",
+    "disk_bytes": "64MiB",
+    "chunk_bytes": "64KiB",
+    "service": "inprocess",  # it starts in no time
+}
 DATA = corpus(shard_count=5)
 NAMES = list(DATA.shards)
 COUNTS = [20, 21, 22, 20, 21]
@@ -80,7 +85,6 @@ def sidecar(url: str, path: Path) -> Path:
     """Indexes in a file, made elsewhere."""
     with Cache(path.parent / "elsewhere", **LIMITS) as elsewhere:
         indexing.index([url], elsewhere, output=path)
-    until(lambda: not service_pids(path.parent / "elsewhere"))
     return path
 
 
@@ -135,7 +139,7 @@ def test_chunks_without_headers_are_not_fetched(put: Any, url: str, cache: Cache
 
 def test_more_shards_than_chunks_in_the_arena(tmp_path: Path) -> None:
     data = corpus(shard_count=100, samples_per_shard=3)
-    with Cache(tmp_path / "cache", ram_bytes="128KiB", disk_bytes=0, chunk_bytes="64KiB") as cache:
+    with Cache(tmp_path / "cache", **{**LIMITS, "ram_bytes": "128KiB", "disk_bytes": 0}) as cache:
         done = indexing.index([data.write(tmp_path / "data")], cache, output=tmp_path / "x.arrow")
     assert (done.shard_count, done.sample_count) == (100, len(data.samples))
 
@@ -146,7 +150,7 @@ def test_a_damaged_shard_ends_it(tmp_path: Path, bad: int) -> None:
     data.write(tmp_path / "data")
     (tmp_path / "data" / f"shard-{bad:04d}.tar").write_bytes(b"\x5a" * 20_000)
     with (
-        Cache(tmp_path / "cache", **LIMITS, service="inprocess") as cache,
+        Cache(tmp_path / "cache", **LIMITS) as cache,
         pytest.raises(ShardError, match=f"shard-{bad:04d}"),
     ):
         indexing.index([f"{tmp_path}/data/"], cache, output=tmp_path / "x.arrow")
@@ -233,7 +237,7 @@ def test_a_sidecar_with_damage_costs_no_more_than_a_warning(url: str, cache: Cac
 
 def test_a_sidecar_that_is_replaced_while_it_is_read(url: str, tmp_path: Path) -> None:
     index = sidecar(url, tmp_path / "x.arrow")
-    with Cache(tmp_path / "ram", ram_bytes="128KiB", disk_bytes=0, chunk_bytes="64KiB") as small:
+    with Cache(tmp_path / "ram", **{**LIMITS, "ram_bytes": "128KiB", "disk_bytes": 0}) as small:
         source = Source([url], small, None, (), None, index=str(index))
         assert counts(source) == COUNTS
         session = source.open()

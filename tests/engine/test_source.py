@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,12 @@ from tests.shards import corpus
 
 DATA = corpus(shard_count=4)
 NAMES = list(DATA.shards)
+LIMITS: dict[str, Any] = {
+    "ram_bytes": "1MiB",
+    "disk_bytes": "16MiB",
+    "chunk_bytes": "64KiB",
+    "service": "inprocess",
+}
 
 
 @pytest.fixture
@@ -41,7 +48,7 @@ def names(manifest: Manifest) -> list[str]:
 
 def test_a_corpus_that_grows_while_it_is_read(put: Callable[..., str], tmp_path: Path) -> None:
     url = put(1, 2)
-    with Cache(tmp_path / "cache", ram_bytes="1MiB", disk_bytes="16MiB", chunk_bytes="64KiB") as cache:
+    with Cache(tmp_path / "cache", **LIMITS) as cache:
         source = Source([url], cache, None, (), None, grows=True)
         first = source.list_shards()
         assert source.refresh() is first
@@ -93,7 +100,7 @@ def test_a_corpus_that_grows_while_it_is_read(put: Callable[..., str], tmp_path:
 
 
 def test_data_that_stays_keeps_nothing(put: Callable[..., str], tmp_path: Path) -> None:
-    with Cache(tmp_path / "cache", ram_bytes="1MiB", disk_bytes="16MiB", chunk_bytes="64KiB") as cache:
+    with Cache(tmp_path / "cache", **LIMITS) as cache:
         source = Source([put(0)], cache, None, (), None)
         source.list_shards()
         source.close()
@@ -102,7 +109,7 @@ def test_data_that_stays_keeps_nothing(put: Callable[..., str], tmp_path: Path) 
 
 def test_ranks_that_nothing_connects_share_a_file(put: Callable[..., str], tmp_path: Path) -> None:
     url, path = put(0, 1), str(tmp_path / "train.json")
-    with Cache(tmp_path / "cache", ram_bytes="1MiB", disk_bytes="16MiB", chunk_bytes="64KiB") as cache:
+    with Cache(tmp_path / "cache", **LIMITS) as cache:
         ranks = [Source([url], cache, None, (), None, manifest_file=path, grows=True) for _ in range(2)]
         for epoch, more in enumerate(((), (2,), (3,))):
             put(*more)
