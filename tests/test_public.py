@@ -12,9 +12,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def test_public_names() -> None:
-    assert sorted(fastload.__all__) == sorted(
-        ["Cache", "DataLoader", "Ragged", "StreamingDataset", "decode", *fastload._ERRORS]
-    )
+    names = ["Cache", "DataLoader", "Mixture", "Ragged", "StreamingDataset", "decode"]
+    assert sorted(fastload.__all__) == sorted([*names, *fastload._ERRORS])
     assert set(fastload.__all__) <= set(dir(fastload))
     for name in fastload.__all__:
         assert getattr(fastload, name).__doc__, name
