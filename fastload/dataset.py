@@ -29,7 +29,7 @@ from fastload.decode import Decoder
 from fastload.engine.assemble import Skips
 from fastload.engine.columns import ColumnSet
 from fastload.engine.job import Beginning, Job
-from fastload.engine.passes import AnyPosition, OnePass, PassOptions, SourcePass, begin_pass, open_source
+from fastload.engine.passes import AnyPosition, OnePass, PassOptions, SourcePass, begin_pass, open_source, place_of
 from fastload.engine.session import Source
 from fastload.errors import ConfigError
 from fastload.plan import OrderOptions, OrderWish, Position, Ranks, Shuffle, Tail, sample_count_of_rank
@@ -176,7 +176,8 @@ class StreamingDataset(Streaming):
 
     def begin(self, epoch: int, batch_size: int, *, start: Any = None, **options: Any) -> OnePass:
         fingerprint = None if start is None else start.fingerprint
-        self.settle({"tail": self.tail, "batch_size": batch_size}, Beginning(epoch, fingerprint))
+        settings = {"tail": self.tail, "batch_size": batch_size, **place_of(epoch, start)}
+        self.settle(settings, Beginning(epoch, fingerprint))
         options["start"] = start
         return begin_pass(self._source, self._job, self._settings.passes, epoch, batch_size, **options)
 
@@ -190,9 +191,7 @@ class StreamingDataset(Streaming):
         return open_source(self._source, self._job, self._settings.passes, skips)
 
     def plan(self) -> SourcePlan:
-        """What is read, and in which order; settled with the other ranks before, if there are any."""
-        if not self._job.is_settled:
-            self.settle({}, Beginning(self.next_epoch()))
+        """What is read, and in which order; before a pass has begun, as far as this process can say by itself."""
         return SourcePlan(self._source.list_shards(), self._job.order)
 
     def adopt(self, position: AnyPosition) -> None:

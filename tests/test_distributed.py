@@ -1,6 +1,7 @@
 """Ranks that are one torch.distributed job: one list of shards, and one error where they are not alike."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import fastload
 from tests.shards import corpus
 
 RANK = """
@@ -17,9 +19,15 @@ import fastload
 
 rank, settings = int(sys.argv[1]), json.loads(sys.argv[2])
 distributed.init_process_group("gloo", init_method="file://" + settings["meet"], rank=rank, world_size=2)
-cache = fastload.Cache(settings["cache"], ram_bytes="16MiB", disk_bytes="64MiB", chunk_bytes="64KiB")
+cache = fastload.Cache(settings["caches"][rank], ram_bytes="16MiB", disk_bytes="64MiB", chunk_bytes="64KiB")
 options = {"shuffle": True, **settings["options"][rank]}
 loader = fastload.DataLoader(fastload.StreamingDataset(settings["urls"][rank], cache=cache, **options), batch_size=4)
+if rank == settings["without_cache"]:
+    def broken(*arguments, **options):
+        raise fastload.CacheError("no room for the cache")
+    fastload.Cache.consumer = broken
+if settings["states"][rank]:
+    loader.load_state_dict(settings["states"][rank])
 try:
     print(json.dumps([batch["__key__"] for batch in loader]), flush=True)
 except fastload.FastloadError as error:
@@ -29,11 +37,18 @@ distributed.destroy_process_group()
 """
 
 
-def run_ranks(tmp_path: Path, urls: list[str], options: list[dict[str, Any]]) -> list[Any]:
-    settings = {"meet": str(tmp_path / "meet"), "cache": str(tmp_path / "cache"), "urls": urls, "options": options}
+def run_ranks(
+    tmp_path: Path, urls: list[str], options: list[dict[str, Any]], environ: dict[str, str] | None = None, **more: Any
+) -> list[Any]:
+    caches = [str(tmp_path / "cache")] * 2
+    settings = {"meet": str(tmp_path / "meet"), "caches": caches, "urls": urls, "options": options}
+    settings = {**settings, "states": [None, None], "without_cache": None, **more}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), json.dumps(settings)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", RANK, str(rank), json.dumps(settings)],
+            env={**os.environ, **(environ or {}), "RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]
@@ -64,3 +79,26 @@ def test_an_error_of_the_listing_reaches_every_rank(s3, tmp_path: Path) -> None:
     for name, message in run_ranks(tmp_path, [f"{s3.url}/none/"] * 2, [{}, {}]):
         assert name == "ObjectMissingError"
         assert "/none/" in message
+
+
+def test_a_rank_that_lacks_the_state_of_the_others_is_found_out(tmp_path: Path) -> None:
+    url = corpus(shard_count=1).write(tmp_path / "data")
+    cache = fastload.Cache(tmp_path / "cache", ram_bytes="16MiB", disk_bytes="64MiB", chunk_bytes="64KiB")
+    options = {"shuffle": True, "shuffle_window": "64KiB"}
+    dataset = fastload.StreamingDataset(url, cache=cache, rank=0, world_size=2, **options)
+    loader = fastload.DataLoader(dataset, batch_size=4)
+    next(iter(loader))
+    state = loader.state_dict()
+    loader.close()
+    for name, message in run_ranks(tmp_path, [url, url], [options, options], states=[state, None]):
+        assert name == "ConfigError"
+        assert "samples delivered before, which a loaded state says: 8 on rank 0 and 0 on rank 1" in message
+
+
+def test_a_node_without_a_cache_keeps_no_other_waiting(tmp_path: Path) -> None:
+    url = corpus(shard_count=2).write(tmp_path / "data")
+    nodes = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    caches = [str(tmp_path / "cache"), str(tmp_path / "other")]
+    (_, of_0), (name, of_1) = run_ranks(tmp_path, [url, url], [{}, {}], nodes, caches=caches, without_cache=1)
+    assert name == "CacheError"
+    assert of_0 == f"on rank 1: {of_1}"

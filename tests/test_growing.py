@@ -96,6 +96,9 @@ def test_a_file_of_the_users_freezes_the_list(folder: Path, cache: fastload.Cach
     again = loader_of(folder, cache, manifest=path)
     assert read(again) == first
     again.close()
+    before = loader_of(folder, cache, manifest=path)
+    assert len(before.dataset) == len(flat(first))  # also where nothing has been read yet
+    before.close()
     without = loader_of(folder, cache)
     assert flat(read(without)) == keys_of(NAMES[:5])
     without.close()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastload
+from fastload.engine import agreement
 from tests.shards import Corpus, corpus, tar_of
 
 WEIGHTS = (0.5, 0.3, 0.2)
@@ -209,6 +210,16 @@ def test_what_does_not_go_together_is_refused(urls, cache) -> None:
     loader = fastload.DataLoader(texts, batch_size=4)
     with pytest.raises(fastload.ConfigError, match=r"column 'cls' is a list and a tensor of int64\[\] in the sources"):
         next(iter(loader))
+    loader.close()
+
+
+def test_a_length_asks_no_other_rank(urls, cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = fastload.DataLoader(mixture(urls, cache), batch_size=10)
+    count = sum(1 for _ in whole)
+    whole.close()
+    monkeypatch.setattr(agreement, "is_collective", lambda processes: pytest.fail("only rank 0 may want to know"))
+    loader = fastload.DataLoader(mixture(urls, cache), batch_size=10)
+    assert len(loader) == count
     loader.close()
 
 

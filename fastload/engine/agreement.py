@@ -4,7 +4,8 @@ Rank 0 lists the shards, and the others take its list: a listing of each rank's 
 go, and then samples would be lost or doubled without a sign. Then every rank says what its order depends on, and they
 fail together, naming both values, where two differ. What differs by nature is brought to one: windows have to fit the
 smallest arena, and what one node knows of sample counts, all know. All of it happens once, when a data set is first
-iterated, which all ranks do. Without torch.distributed each rank lists for itself.
+iterated, which all ranks do. Whatever keeps a rank from having its say reaches all of them, so that none waits for a
+rank that has failed. Without torch.distributed each rank lists for itself.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import sys
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from fastload.errors import ConfigError, FastloadError
 from fastload.plan import Manifest, Ranks
 
 Counts = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
+T = TypeVar("T")
 
 
 def is_initialised() -> bool:
@@ -43,31 +45,17 @@ def share_manifest(processes: Ranks, list_shards: Callable[[], Manifest]) -> tup
 
     All ranks call this.
     """
-    import torch.distributed as distributed
-
-    message: list[Any] = [None]
-    if processes.rank == 0:
-        try:
-            message = [("manifest", (list_shards().to_json(), uuid.uuid4().hex))]
-        except FastloadError as error:
-            message = [("error", errors.to_wire(error))]
-    distributed.broadcast_object_list(message, src=0)
-    kind, (value, name) = message[0]
-    if kind == "error":
-        raise errors.from_wire(value, name)
+    value, name = _from_rank_0(processes.rank, lambda: (list_shards().to_json(), uuid.uuid4().hex))
     return Manifest.from_json(value, "the manifest from rank 0"), name
 
 
-def compare(settings: Mapping[str, Any], least: Mapping[str, int]) -> dict[str, int]:
-    """The smallest of each of `least` over all ranks. All ranks call this.
+def compare(tell: Callable[[], tuple[Mapping[str, Any], Mapping[str, int]]]) -> dict[str, int]:
+    """`tell` gives settings, and what the least of all ranks counts of: the smallest of each. All ranks call this.
 
-    Raises `ConfigError` on every rank where one of `settings` is not the same on all.
+    Raises `ConfigError` on every rank where one of the settings is not the same on all.
     """
-    import torch.distributed as distributed
-
-    of_ranks: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(of_ranks, (dict(settings), dict(least)))
-    first = of_ranks[0][0]
+    of_ranks = _from_all(tell)
+    first, least = of_ranks[0]
     for rank, (theirs, _) in enumerate(of_ranks):
         for name, value in first.items():
             if theirs.get(name) != value:
@@ -78,13 +66,20 @@ def compare(settings: Mapping[str, Any], least: Mapping[str, int]) -> dict[str, 
     return {name: min(values[name] for _, values in of_ranks) for name in least}
 
 
-def share_counts(counts: Counts) -> Counts:
-    """The sample counts that any rank knows, on every rank. All ranks call this."""
-    import torch.distributed as distributed
+def share_counts(processes: Ranks, known: Callable[[], Counts], own: npt.NDArray[np.int32]) -> Counts:
+    """On every rank, the sample counts that rank 0 knows, and those that another knows of its `own`. All call this.
 
-    of_ranks: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(of_ranks, counts)
-    return np.concatenate([numbers for numbers, _ in of_ranks]), np.concatenate([each for _, each in of_ranks])
+    What all say at once takes, on every rank, so many times the most that one says: so nobody repeats what rank 0 said.
+    """
+    of_first = _from_rank_0(processes.rank, known)
+
+    def news() -> Counts:
+        numbers, counts = known()
+        chosen = np.isin(numbers, own) & ~np.isin(numbers, of_first[0])
+        return numbers[chosen], counts[chosen]
+
+    told = [of_first, *_from_all(news)]
+    return np.concatenate([numbers for numbers, _ in told]), np.concatenate([counts for _, counts in told])
 
 
 def store(name: str) -> Any:
@@ -94,3 +89,47 @@ def store(name: str) -> Any:
     # There is no public way to it; launchers and torch's own packages take it from here too.
     default = distributed.distributed_c10d._get_default_store()
     return distributed.distributed_c10d.PrefixStore(f"fastload/{name}", default)
+
+
+def _from_rank_0(rank: int, make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0, on every rank; or what it raises there. All ranks call this."""
+    import torch.distributed as distributed
+
+    said, raised = _said(make) if rank == 0 else (None, None)
+    message: list[Any] = [said]
+    distributed.broadcast_object_list(message, src=0)
+    heard: T = _heard(0, message[0], raised)
+    return heard
+
+
+def _from_all(make: Callable[[], T]) -> list[T]:
+    """What `make` returns on each rank, on every rank; or what it raises on one. All ranks call this."""
+    import torch.distributed as distributed
+
+    said, raised = _said(make)
+    of_ranks: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(of_ranks, said)
+    if raised is not None:
+        raise raised
+    return [_heard(rank, each, None) for rank, each in enumerate(of_ranks)]
+
+
+def _said(make: Callable[[], Any]) -> tuple[tuple[Any, tuple[str, str] | None], Exception | None]:
+    """A message of what `make` returns, or of what it raises; and that itself."""
+    try:
+        return (make(), None), None
+    except FastloadError as error:
+        return (None, errors.to_wire(error)), error
+    except Exception as error:  # what is wrong here must not keep the others waiting, whatever it is
+        return (None, ("FastloadError", f"{type(error).__name__}: {error}")), error
+
+
+def _heard(rank: int, said: tuple[Any, tuple[str, str] | None], raised: Exception | None) -> Any:
+    """What a rank has said; raises what kept it from that, which was `raised` here if the rank is this one."""
+    value, failure = said
+    if raised is not None:
+        raise raised
+    if failure is not None:
+        name, message = failure
+        raise errors.from_wire(name, f"on rank {rank}: {message}")
+    return value

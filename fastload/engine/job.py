@@ -52,6 +52,7 @@ class Job:
         # What was given is checked at once; what launchers and torch say comes later.
         self._processes: Ranks | None = None if given == (None, None) else resolve_ranks(*given)
         self._order: OrderOptions | None = None
+        self._agreed_ram_bytes = ram_bytes  # the least of all nodes, once they have told it
         self._saved_window_bytes: int | None = None  # of the state that was loaded
         self._sharers = 1
         self._settled_for: tuple[int, str | int | None] = (0, None)
@@ -76,15 +77,9 @@ class Job:
         return self._wish.partition_count(self.ranks)
 
     @property
-    def is_settled(self) -> bool:
-        """Whether `settle` was called."""
-        return self._order is not None
-
-    @property
     def order(self) -> OrderOptions:
-        """The order. Only after `settle`."""
-        assert self._order is not None, "the job is not settled"
-        return self._order
+        """The order; before `settle`, the one that this process would settle on by itself."""
+        return self._order or self._wish.settled(self.ranks, self._ram_bytes)
 
     def settle(
         self,
@@ -117,7 +112,7 @@ class Job:
             else:
                 source.adopt(choose())
                 if not in_worker or self._order is None:  # a worker may have it from its parent
-                    self._order = self._settled_order(self._ram_bytes)
+                    self._order = self._settled_order()
             self._has_agreed, self._settled_for = True, (sharers, version)
 
     def _choose(self, source: Source, begin: Beginning) -> Manifest:
@@ -137,7 +132,7 @@ class Job:
             self._wish = self._wish.adopted(saved)
             self._saved_window_bytes = saved.window_bytes
             if self._order is not None:
-                self._order = self._settled_order(self._ram_bytes)
+                self._order = self._settled_order()
 
     def counts(self, source: Source, session: Session) -> CountSource:
         """Where a pass learns how many samples the shards hold that it has not opened. Only after `settle`."""
@@ -164,19 +159,30 @@ class Job:
     ) -> None:
         manifest, name = agreement.share_manifest(processes, choose)
         source.adopt(manifest)
-        wish = {key: value for key, value in asdict(self._wish).items() if key != "partitions"}
-        told = {**wish, "partitions": self.partition_count, "replicas": self._replicas, **settings}
-        least = agreement.compare(told, {"ram_bytes": self._ram_bytes})
-        self._order = self._settled_order(least["ram_bytes"])
+        least = agreement.compare(lambda: (self._told(settings), {"ram_bytes": self._ram_bytes}))
+        self._agreed_ram_bytes = least["ram_bytes"]
+        self._order = self._settled_order()
         if self._order.partitions > 1 and default_partitions(self.ranks) > 1:
             self._begin_exchange(processes, source, name)
 
+    def _told(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What has to be the same on all ranks. Raises `ConfigError` where the nodes of this one fit no partitions."""
+        ranks, partitions = self.ranks, self.partition_count
+        lanes_of_node(ranks, partitions)
+        wish = {key: value for key, value in asdict(self._wish).items() if key != "partitions"}
+        told = {**wish, "partitions": partitions, "replicas": self._replicas, **settings}
+        return told if partitions == 1 else {**told, "local_world_size": ranks.local_world_size}
+
     def _begin_exchange(self, processes: Ranks, source: Source, name: str) -> None:
         own, serves = self._own_objects(source), processes.local_rank == 0
-        nothing = np.empty(0, np.int32), np.empty(0, np.int64)
-        if serves:
+
+        def known() -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+            if not serves:
+                return np.empty(0, np.int32), np.empty(0, np.int64)
             source.sample_counts()  # what this node's cache has indexes of
-        common, counts = agreement.share_counts(source.counts_in_memory() if serves else nothing)
+            return source.counts_in_memory()
+
+        common, counts = agreement.share_counts(processes, known, own)
         source.learn_counts(common, counts)
         if self._exchange is not None:
             self._exchange.close()
@@ -189,8 +195,8 @@ class Job:
         home = lanes_of_node(self.ranks, self.order.partitions)
         return np.concatenate([orders[partition].object_order for partition in home])
 
-    def _settled_order(self, ram_bytes: int) -> OrderOptions:
-        wish, ranks, ram_bytes = self._wish, self.ranks, ram_bytes // self._sharers
+    def _settled_order(self) -> OrderOptions:
+        wish, ranks, ram_bytes = self._wish, self.ranks, self._agreed_ram_bytes // self._sharers
         order = wish.settled(ranks, ram_bytes)
         wanted = wish.window_bytes
         if order.shuffle != "window" or wanted is None or order.window_bytes == wanted:
