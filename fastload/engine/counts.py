@@ -30,7 +30,7 @@ import numpy.typing as npt
 from fastload import errors
 from fastload.engine.session import Session, Source
 from fastload.engine.windows import window_chunks
-from fastload.errors import ConfigError, FastloadError, ServiceError, WaitTimeoutError
+from fastload.errors import ConfigError, ServiceError, WaitTimeoutError
 from fastload.service.client import Consumer
 from fastload.waiting import DEADLINE_S, Waits
 
@@ -157,7 +157,7 @@ class Exchange:
     """The counts of one manifest over all nodes: this rank's end of it, for as long as the data set is used.
 
     `own` are the objects that this node reads; `serves` says whether this rank answers for them. `common` are the
-    objects whose counts all ranks were told before. A thread answers from `open` to `close`.
+    objects whose counts all ranks were told before. A thread answers from `open` to `close`, or until all is told.
     """
 
     def __init__(self, source: Source, store: Store, own: ObjectNos, common: ObjectNos, *, serves: bool) -> None:
@@ -165,6 +165,7 @@ class Exchange:
         self._counts, self._requests = _Log(store, "counts"), _Log(store, "requests")
         self._publishing, self._reading = threading.Lock(), threading.Lock()
         self._published = set(common.tolist())
+        self._untold = set(self._own - self._published)
         self._failed: dict[int, tuple[str, str]] = {}
         self._serves = serves
         self._is_closed = threading.Event()
@@ -177,7 +178,7 @@ class Exchange:
         if not self._is_closed.is_set():
             return
         self._is_closed = threading.Event()
-        if self._serves:
+        if self._serves and self._untold:
             arguments = weakref.WeakMethod(self._serve_once), self._is_closed, os.getpid()
             self._thread = threading.Thread(target=_serve, args=arguments, name="fastload-counts", daemon=True)
             self._thread.start()
@@ -198,6 +199,18 @@ class Exchange:
 
     def ask(self, object_nos: ObjectNos, is_interrupted: Callable[[], bool]) -> Counts:
         """Some of these counts, as soon as a node has said them. Raises what kept a node from counting."""
+        import torch.distributed as distributed
+
+        try:
+            return self._ask(object_nos, is_interrupted)
+        except distributed.DistError as error:
+            raise ServiceError(
+                f"the store of torch.distributed ended while this rank waited to hear how many samples "
+                f"{self._url(object_nos)} holds: {error}. Have the rank that holds it (rank 0, or torchrun's agent) "
+                "live until all have read their batches, with a torch.distributed.barrier() before it ends"
+            ) from error
+
+    def _ask(self, object_nos: ObjectNos, is_interrupted: Callable[[], bool]) -> Counts:
         began, is_asked = time.monotonic(), False
         while True:
             self._read_news(object_nos)
@@ -237,24 +250,27 @@ class Exchange:
                     numbers, counts, error = msgspec.json.decode(record, type=_Record)
                     if error is None:
                         self._source.learn_counts(np.array(numbers, np.int32), np.array(counts, np.int64))
+                        for number in numbers:  # whoever asked for it before may have had it tried again
+                            self._failed.pop(number, None)
                     else:
                         self._failed.update(dict.fromkeys(numbers, error))
             for number in wanted.tolist():
                 if number in self._failed:  # the next to ask has it tried again
                     raise errors.from_wire(*self._failed.pop(number))
 
-    def _serve_once(self) -> None:
-        """Count what was asked for and is ours."""
+    def _serve_once(self) -> bool:
+        """Count what was asked for and is ours. Whether there is anything left to ask us for."""
         for record in self._requests.more():
             asked = msgspec.json.decode(record, type=list[int])
             ours = [number for number in asked if number in self._own and number not in self._published]
             for start in range(0, len(ours), _INDEXED_AT_ONCE):
                 self._count_and_publish(np.array(ours[start : start + _INDEXED_AT_ONCE], np.int32))
+        return bool(self._untold)
 
     def _count_and_publish(self, object_nos: ObjectNos) -> None:
         try:
             counts = self._count(object_nos)
-        except FastloadError as error:
+        except Exception as error:  # whatever it is, the node that asks must not wait for it
             if not self._is_closed.is_set():  # otherwise it is what closing did to it
                 self._counts.append((object_nos.tolist(), [], errors.to_wire(error)))
             return
@@ -273,6 +289,7 @@ class Exchange:
             pairs = zip(object_nos.tolist(), counts.tolist(), strict=True)
             fresh = {number: count for number, count in pairs if number not in self._published}
             self._published.update(fresh)
+            self._untold.difference_update(fresh)
         if fresh:
             self._counts.append((list(fresh), list(fresh.values()), None))
 
@@ -304,11 +321,19 @@ class ExchangedCounts:
             self._interruptions -= 1
 
 
-def _serve(target: weakref.WeakMethod[Callable[[], None]], is_closed: threading.Event, pid: int) -> None:
-    """Serve requests until the exchange is closed or dropped."""
+def _serve(target: weakref.WeakMethod[Callable[[], bool]], is_closed: threading.Event, pid: int) -> None:
+    """Serve requests until the exchange is closed or dropped, or can be asked for nothing more."""
+    import torch.distributed as distributed
+
     while not is_closed.wait(_SERVE_POLL_S) and os.getpid() == pid:
         serve_once = target()
         if serve_once is None:
             return
-        serve_once()
+        try:
+            if not serve_once():
+                return
+        except distributed.DistError:
+            # The process that holds the store has ended, usually a moment before this one does. Nobody can ask any
+            # more, and who waits for an answer hears it from the store himself.
+            return
         del serve_once

@@ -134,6 +134,50 @@ def test_what_keeps_a_node_from_counting_reaches_whoever_asks(store: Any) -> Non
         assert of_b.ask(nos(0), never)[1].tolist() == [3]
 
 
+def test_a_failure_is_forgotten_by_all_once_the_shard_was_counted(store: Any) -> None:
+    a, b, c = Node(broken=1), Node(), Node()
+    with exchange(a, store, nos(0, 1)), exchange(b, store, nos(2)) as of_b, exchange(c, store, nos(3)) as of_c:
+        with pytest.raises(ShardError):
+            of_b.ask(nos(1), never)
+        a._broken = None
+        assert of_b.ask(nos(1), never)[1].tolist() == [1]
+        assert of_c.ask(nos(1), never)[1].tolist() == [1]  # which hears of both at once
+
+
+def test_whatever_keeps_a_node_from_counting_is_said(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = Node(), Node()
+    monkeypatch.setattr(a, "open", lambda: (_ for _ in ()).throw(OSError(28, "no space left")))
+    said = pytest.raises(ServiceError, match=r"OSError.*no space left")
+    with exchange(a, store, nos(0)), exchange(b, store, nos(1)) as of_b, said:
+        of_b.ask(nos(0), never)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_store_that_ends_ends_the_thread_quietly_and_whoever_asks_with_the_cure() -> None:
+    class Gone:
+        def add(self, key: str, amount: int) -> int:
+            raise distributed.DistNetworkError("connection reset by peer")
+
+    with exchange(Node(), Gone(), nos(0)) as ours:
+        with pytest.raises(ServiceError, match=r"store of torch.distributed ended .*barrier\(\)"):
+            ours.ask(nos(1), never)
+        assert ours._thread is not None
+        ours._thread.join(30)
+        assert not ours._thread.is_alive()
+
+
+def test_the_thread_ends_once_all_is_told(store: Any) -> None:
+    with exchange(Node(), store, nos(0, 1), common=nos(1)) as ours:
+        thread = ours._thread
+        assert thread is not None
+        ours.counted(nos(0), COUNTS[:1])
+        thread.join(30)
+        assert not thread.is_alive()
+        ours.close()
+        ours.open()
+        assert ours._thread is thread
+
+
 def test_a_record_that_is_never_written_keeps_nobody_waiting(store: Any) -> None:
     a, b = Node(), Node()
     with exchange(a, store, nos(0)) as of_a, exchange(b, store, nos(1)) as of_b:
