@@ -24,9 +24,7 @@ def checked_urls(urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 def checked_batch_size(batch_size: int | None) -> int | None:
     """An integer of at least 1, or None."""
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ConfigError(f"batch_size={batch_size!r} must be an integer of at least 1, or None")
-    return batch_size
+    return None if batch_size is None else checked_count(batch_size, "batch_size")
 
 
 def checked_count(value: int, name: str) -> int:
