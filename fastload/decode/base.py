@@ -11,6 +11,9 @@ one call:
   `decode_into` fills a part of it, so that a group is decoded into its final place.
 - `fixed()` is None: `decode` returns the group as a `Ragged`, a list, or an array with one row a sample.
 
+A decoder that makes random choices says so (`wants_keys`), and is then given a key a sample, from which it
+draws all of them: see `fastload.decode.keys`. Others take keys, and pay no heed to them.
+
 `values` and `offsets` belong to the caller and are used again, so nothing that is returned may share their
 memory; `decode_owned` is for a caller that gives them away. Whatever a decoder returns is writable and the
 user's own.
@@ -31,6 +34,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fastload.decode.keys import Keys
 from fastload.errors import ConfigError, DecodeError, FastloadError
 from fastload.ragged import Ragged
 
@@ -57,14 +61,25 @@ class Decoder(ABC):
         """Shape and dtype of every sample, or None where they differ."""
         return None
 
-    def decode_one(self, value: Bytes, where: str) -> Any:
+    def wants_keys(self) -> bool:
+        """Whether it makes random choices, so that each sample needs a key."""
+        return False
+
+    def decode_one(self, value: Bytes, where: str, key: int | None = None) -> Any:
         """One sample: `bytes`, `str`, `int`, an array, or what the column holds. Raises `DecodeError`."""
         try:
             return self._decode(memoryview(value))
         except _FAILURES as error:
             raise located(error, where) from error.__cause__
 
-    def decode_into(self, values: npt.NDArray[np.uint8], offsets: Offsets, out: npt.NDArray[Any], where: Where) -> None:
+    def decode_into(
+        self,
+        values: npt.NDArray[np.uint8],
+        offsets: Offsets,
+        out: npt.NDArray[Any],
+        where: Where,
+        keys: Keys | None = None,
+    ) -> None:
         """Decode the group into `out` (n, *shape), C-contiguous; only where `fixed()` is not None.
 
         `values`: uint8, 1-D, contiguous; sample i is `values[offsets[i]:offsets[i + 1]]`. Raises
@@ -79,7 +94,7 @@ class Decoder(ABC):
         each(values, offsets, where, place)
 
     def decode(
-        self, values: npt.NDArray[np.uint8], offsets: Offsets, where: Where
+        self, values: npt.NDArray[np.uint8], offsets: Offsets, where: Where, keys: Keys | None = None
     ) -> Ragged | list[Any] | npt.NDArray[Any]:
         """Decode the group into a `Ragged`, list or array of its own. Raises `DecodeError` for the first
         that fails.
@@ -87,17 +102,17 @@ class Decoder(ABC):
         fixed = self.fixed()
         if fixed is not None:
             out = np.empty((len(offsets) - 1, *fixed[0]), fixed[1])
-            self.decode_into(values, offsets, out, where)
+            self.decode_into(values, offsets, out, where, keys)
             return out
         decoded: list[Any] = []
         each(values, offsets, where, lambda _, value: decoded.append(self._decode(value)))
         return decoded
 
     def decode_owned(
-        self, values: npt.NDArray[np.uint8], offsets: Offsets, where: Where
+        self, values: npt.NDArray[np.uint8], offsets: Offsets, where: Where, keys: Keys | None = None
     ) -> Ragged | list[Any] | npt.NDArray[Any]:
         """As `decode`, from a caller that gives `values` (writable) and `offsets` (from 0) away for good."""
-        return self.decode(values, offsets, where)
+        return self.decode(values, offsets, where, keys)
 
     def kernel_modules(self) -> tuple[str, ...]:
         """The modules of `fastload.kernels` that this decoder calls, for whoever compiles ahead."""

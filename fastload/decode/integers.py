@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload.decode.base import Decoder, Fixed, Offsets, Where, located
+from fastload.decode.keys import Keys
 from fastload.errors import DecodeError
 from fastload.kernels.parse import parse_integers
 
@@ -31,7 +32,14 @@ class Integer(Decoder):
             raise _not_an_integer(value)
         return int(out[0])
 
-    def decode_into(self, values: npt.NDArray[np.uint8], offsets: Offsets, out: npt.NDArray[Any], where: Where) -> None:
+    def decode_into(
+        self,
+        values: npt.NDArray[np.uint8],
+        offsets: Offsets,
+        out: npt.NDArray[Any],
+        where: Where,
+        keys: Keys | None = None,
+    ) -> None:
         assert self.fixed() == (out.shape[1:], out.dtype), (out.shape, out.dtype)
         failed = parse_integers(values, offsets, out)
         if failed >= 0:

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload.decode.base import Decoder, Fixed, Offsets, Where, each, located
+from fastload.decode.keys import Keys
 from fastload.errors import ConfigError, DecodeError
 from fastload.ragged import Ragged
 
@@ -179,7 +180,14 @@ class Array(Decoder):
         found = self._read(value)
         return np.array(found, dtype=self.dtype or found.dtype.newbyteorder("="), order="C")
 
-    def decode_into(self, values: npt.NDArray[np.uint8], offsets: Offsets, out: npt.NDArray[Any], where: Where) -> None:
+    def decode_into(
+        self,
+        values: npt.NDArray[np.uint8],
+        offsets: Offsets,
+        out: npt.NDArray[Any],
+        where: Where,
+        keys: Keys | None = None,
+    ) -> None:
         assert (self.shape, self.dtype) == (out.shape[1:], out.dtype), (self, out.shape, out.dtype)
         rows = _alike(values, offsets)
         if rows is not None:
@@ -202,7 +210,7 @@ class Array(Decoder):
         np.copyto(out, found, casting="same_kind")
 
     def decode(
-        self, values: npt.NDArray[np.uint8], offsets: Offsets, where: Where
+        self, values: npt.NDArray[np.uint8], offsets: Offsets, where: Where, keys: Keys | None = None
     ) -> Ragged | list[Any] | npt.NDArray[Any]:
         if self.shape is None or self.dtype is not None:
             return super(Array, self).decode(values, offsets, where)

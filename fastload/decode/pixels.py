@@ -7,6 +7,8 @@ run other programs.
 Sizes are checked from the header, before any pixel is decoded: a picture of a few kilobytes can claim
 gigabytes.
 
+This is how JPEGs are decoded where there is no C unit (`fastload.decode.native`), and how all others always are.
+
 libjpeg calls some damage "recoverable" and paints the rest grey. Here that is an error, since a model should
 not learn from half a picture, except where no pixel can be wrong (`_HARMLESS`): cameras and web tools write
 such files, and other loaders take them.
@@ -15,17 +17,19 @@ such files, and other loaders take them.
 from __future__ import annotations
 
 import io
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
+from fastload.decode.view import View
 from fastload.decode.workspace import workspace
 from fastload.errors import ConfigError, DecodeError
 from fastload.kernels.resize import cmyk_to_rgbx
 
-__all__ = ["PILLOW_FORMATS", "SIDE_MAX", "read_rgbx"]
+__all__ = ["PILLOW_FORMATS", "SIDE_MAX", "check_size", "damaged_jpeg", "is_jpeg", "read_jpeg", "read_other"]
 
 PILLOW_FORMATS = ("PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
@@ -35,52 +39,72 @@ SIDE_MAX = 65_535
 _JPEG_START = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
 _START_OF_SCAN = b"\xff\xda"
+_SCANS_MAX = 500
+"""Progressive files repeat the whole picture scan by scan; more than this many is an attack on the processor."""
+_ORIENTATION_TAG = 0x112
 _HARMLESS = ("extraneous bytes before marker", "Invalid SOS parameters", "Unknown Adobe color transform code")
 
 
-def read_rgbx(value: memoryview, pixels_max: int) -> npt.NDArray[np.uint8]:
-    """The picture as (height, 4 * width), valid until the thread's next call. Raises `DecodeError`.
+def is_jpeg(value: memoryview) -> bool:
+    """Whether it begins as one."""
+    return bytes(value[:3]) == _JPEG_START
 
-    `pixels_max`: the most pixels (width times height) that are decoded.
+
+def read_jpeg(
+    value: memoryview, pixels_max: int, choose: Callable[[int, int, int], View], *, turn: bool
+) -> tuple[npt.NDArray[np.uint8], View]:
+    """The picture as (height, 4 * width), valid until the thread's next call, and what `choose` said of it. Raises
+    `DecodeError`.
+
+    `pixels_max`: the most pixels (width times height) that are decoded. `choose` is told width, height and, where
+    `turn`, the EXIF orientation.
     """
-    if len(value) == 0:
-        raise DecodeError("no bytes: not an image")
-    if bytes(value[:3]) == _JPEG_START:
-        return _read_jpeg(value, pixels_max)
-    return _read_other(value, pixels_max)
-
-
-def _read_jpeg(value: memoryview, pixels_max: int) -> npt.NDArray[np.uint8]:
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(value, strict=False)
     except KeyError as error:  # simplejpeg looks up the name of a chroma sampling that is not there
-        raise _damaged_jpeg(value, "its header is incomplete or names no known chroma sampling") from error
+        raise damaged_jpeg(value, "its header is incomplete or names no known chroma sampling") from error
     except ValueError as error:
-        raise _damaged_jpeg(value, error) from error
-    _check_size(width, height, pixels_max)
+        raise damaged_jpeg(value, error) from error
+    check_size(width, height, pixels_max)
+    if _scan_count(value) > _SCANS_MAX:
+        raise damaged_jpeg(value, f"more than {_SCANS_MAX} scans")
+    view = choose(width, height, jpeg_orientation(value) if turn else 1)
+    height, width = -(-height // view.denominator), -(-width // view.denominator)
     pixels = workspace.pixels(height * width * 4)
     cmyk = colorspace in ("CMYK", "YCCK")
-    _decode_jpeg(value, "CMYK" if cmyk else "RGBX", pixels)
+    # The smallest size that is not below this, which is this one; whole where none is asked for.
+    size = {"min_height": height, "min_width": width} if view.denominator > 1 else {}
+    shape = _decode_jpeg(value, "CMYK" if cmyk else "RGBX", pixels, size)
+    assert shape == (height, width, 4), f"simplejpeg made {shape} where {height, width, 4} was asked for"
     if cmyk:
         cmyk_to_rgbx(pixels)
-    return pixels.reshape(height, width * 4)
+    return pixels.reshape(height, width * 4), view
 
 
-def _decode_jpeg(value: memoryview, colorspace: str, pixels: npt.NDArray[np.uint8]) -> None:
+def _decode_jpeg(
+    value: memoryview, colorspace: str, pixels: npt.NDArray[np.uint8], size: dict[str, int]
+) -> tuple[int, ...]:
+    """Fill `pixels`; returns the shape."""
     try:
-        simplejpeg.decode_jpeg(value, colorspace, buffer=pixels)
+        found = simplejpeg.decode_jpeg(value, colorspace, buffer=pixels, **size)
     except ValueError as error:
         if not _is_harmless(str(error), value):
-            raise _damaged_jpeg(value, error) from error
-    else:
-        return
-    try:
-        simplejpeg.decode_jpeg(value, colorspace, buffer=pixels, strict=False)
-    except ValueError as error:
-        raise _damaged_jpeg(value, error) from error
+            raise damaged_jpeg(value, error) from error
+        try:
+            found = simplejpeg.decode_jpeg(value, colorspace, buffer=pixels, strict=False, **size)
+        except ValueError as fatal:
+            raise damaged_jpeg(value, fatal) from fatal
+    shape: tuple[int, ...] = found.shape
+    return shape
 
 
-def _damaged_jpeg(value: memoryview, reason: object) -> DecodeError:
+def _scan_count(value: memoryview) -> int:
+    data = np.frombuffer(value, np.uint8)
+    return int(np.count_nonzero((data[1:] == _START_OF_SCAN[1]) & (data[:-1] == _START_OF_SCAN[0])))
+
+
+def damaged_jpeg(value: memoryview, reason: object) -> DecodeError:
+    """What to raise for a JPEG that cannot be decoded."""
     return DecodeError(f"damaged JPEG of {len(value)} bytes: {reason}")
 
 
@@ -93,7 +117,43 @@ def _is_harmless(message: str, value: memoryview) -> bool:
     return any(text in message for text in _HARMLESS) and data.rfind(_JPEG_END) > data.rfind(_START_OF_SCAN)
 
 
-def _read_other(value: memoryview, pixels_max: int) -> npt.NDArray[np.uint8]:
+def jpeg_orientation(value: memoryview) -> int:
+    """EXIF orientation, 1 to 8; 1 (as it lies in the file) where the file says nothing that can be understood.
+
+    The twin of `orientation_of` in `native/jpeg.c`.
+    """
+    at = 2
+    while at + 4 <= len(value) and value[at] == 0xFF and value[at + 1] not in (0xD9, 0xDA):
+        length = int.from_bytes(value[at + 2 : at + 4], "big")
+        if length < 2 or length > len(value) - at - 2:
+            return 1
+        body = bytes(value[at + 4 : at + 2 + length])
+        if value[at + 1] == 0xE1 and len(body) >= 14 and body[:6] == b"Exif\0\0":
+            return _tiff_orientation(body[6:])
+        at += 2 + length
+    return 1
+
+
+def _tiff_orientation(tiff: bytes) -> int:
+    order: Literal["big", "little"] = "big" if tiff[:1] == b"M" else "little"
+
+    def number(at: int, size: int) -> int:  # 0 where there is none
+        return int.from_bytes(tiff[at : at + size], order) if at + size <= len(tiff) else 0
+
+    directory = number(4, 4)
+    for entry in range(directory + 2, directory + 2 + 12 * number(directory, 2), 12):
+        if number(entry, 2) == _ORIENTATION_TAG:
+            value = number(entry + 8, 2)
+            return value if number(entry + 2, 2) == 3 and 1 <= value <= 8 else 1
+    return 1
+
+
+def read_other(value: memoryview, pixels_max: int, *, turn: bool) -> tuple[npt.NDArray[np.uint8], int]:
+    """The picture as `read_jpeg` gives it, and its EXIF orientation (1 unless `turn`). Raises `DecodeError`, and
+    `ConfigError` where Pillow is missing.
+    """
+    if len(value) == 0:
+        raise DecodeError("no bytes: not an image")
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
@@ -103,8 +163,10 @@ def _read_other(value: memoryview, pixels_max: int) -> npt.NDArray[np.uint8]:
         ) from error
     try:
         with Image.open(io.BytesIO(value), formats=PILLOW_FORMATS) as picture:
-            _check_size(*picture.size, pixels_max)
+            check_size(*picture.size, pixels_max)
             picture.load()
+            found = picture.getexif().get(_ORIENTATION_TAG) if turn else None
+            orientation = found if isinstance(found, int) and 1 <= found <= 8 else 1
     except DecodeError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -113,7 +175,7 @@ def _read_other(value: memoryview, pixels_max: int) -> npt.NDArray[np.uint8]:
         raise DecodeError(f"not an image of a known format: it starts with {bytes(value[:16])!r}") from error
     except Exception as error:  # Pillow's parsers raise whatever they stumble over, and only they run here
         raise DecodeError(f"damaged image of {len(value)} bytes: {type(error).__name__}: {error}") from error
-    return _to_rgbx(picture)
+    return _to_rgbx(picture), orientation
 
 
 def _to_rgbx(picture: Any) -> npt.NDArray[np.uint8]:
@@ -132,7 +194,8 @@ def _to_rgbx(picture: Any) -> npt.NDArray[np.uint8]:
     return pixels.reshape(height, width * 4)
 
 
-def _check_size(width: int, height: int, pixels_max: int) -> None:
+def check_size(width: int, height: int, pixels_max: int) -> None:
+    """Raise `DecodeError` for a picture that is too large."""
     if width < 1 or height < 1:
         raise DecodeError(f"an image of {width} x {height} pixels")
     if width * height > pixels_max:

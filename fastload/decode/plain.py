@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload.decode.base import Decoder, Offsets, Where
+from fastload.decode.keys import Keys
 from fastload.errors import ConfigError, DecodeError
 from fastload.ragged import Ragged
 
@@ -29,10 +30,12 @@ class Raw(Decoder):
     def _decode(self, value: memoryview) -> bytes:
         return bytes(value)
 
-    def decode(self, values: npt.NDArray[np.uint8], offsets: Offsets, where: Where) -> Ragged:
+    def decode(self, values: npt.NDArray[np.uint8], offsets: Offsets, where: Where, keys: Keys | None = None) -> Ragged:
         return Ragged(values[offsets[0] : offsets[-1]].copy(), offsets - offsets[0])
 
-    def decode_owned(self, values: npt.NDArray[np.uint8], offsets: Offsets, where: Where) -> Ragged:
+    def decode_owned(
+        self, values: npt.NDArray[np.uint8], offsets: Offsets, where: Where, keys: Keys | None = None
+    ) -> Ragged:
         return Ragged(values[: offsets[-1]], offsets)
 
 

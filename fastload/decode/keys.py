@@ -1,0 +1,42 @@
+"""Keys: 64 bits a sample, from which a decoder that makes random choices draws all of them.
+
+A key says seed, epoch and sample, and nothing else: so the same sample of the same epoch looks the same whatever the
+number of workers, nodes and threads, in whichever batch it lies, and after a resume; and differently in each epoch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Keys", "sample_keys"]
+
+Keys: TypeAlias = npt.NDArray[np.uint64]
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def sample_keys(seed: int, epoch: int, object_no: npt.NDArray[Any], sample_no: npt.NDArray[Any]) -> Keys:
+    """A key for each sample, number `sample_no[i]` of object `object_no[i]`. Pure; any integers will do."""
+    run = _mixed(_mixed(seed & _MASK) + (epoch & _MASK))
+    objects = _mixed_all(np.uint64(run) + np.asarray(object_no).astype(np.uint64) * np.uint64(_GOLDEN))
+    return _mixed_all(objects + np.asarray(sample_no).astype(np.uint64) * np.uint64(_GOLDEN))
+
+
+def _mixed(word: int) -> int:
+    """What splitmix64 makes of a word: every bit depends on every other."""
+    word = (word + _GOLDEN) & _MASK
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK
+    return word ^ (word >> 31)
+
+
+def _mixed_all(words: Keys) -> Keys:
+    """The same of each word of an array."""
+    words = words + np.uint64(_GOLDEN)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))

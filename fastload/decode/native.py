@@ -1,0 +1,168 @@
+"""The C unit (`native/`), called through ctypes, which lets go of the GIL: one call for a group of images.
+
+It is there where a compiler and libjpeg-turbo's header were when fastload was installed, and in binary wheels.
+Elsewhere simplejpeg and numba do the same work, with the same results, more slowly; `FASTLOAD_NATIVE=0` asks for that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import logging
+import os
+import weakref
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastload.decode.base import Offsets
+from fastload.decode.keys import Keys
+from fastload.errors import ConfigError
+
+__all__ = ["DAMAGED", "NOT_JPEG", "NO_MEMORY", "REFUSED", "ROW_PADDING", "Context", "Report", "Settings", "library"]
+
+_ABI = 1
+"""Of the functions and structures below; must be that of `native/image.c`."""
+
+NOT_JPEG, DAMAGED, REFUSED, NO_MEMORY = 1, 2, 3, 4
+ROW_PADDING = 32
+"""Bytes behind pixels that are read, and do not count."""
+
+_log = logging.getLogger("fastload.decode")
+
+
+class Settings(ctypes.Structure):
+    """What is the same for all images of a column; `struct settings` of `native/view.h`."""
+
+    _fields_ = (
+        ("area_min", ctypes.c_double),
+        ("area_max", ctypes.c_double),
+        ("log_ratio_min", ctypes.c_double),
+        ("log_ratio_max", ctypes.c_double),
+        ("flip", ctypes.c_double),
+        ("pixels_max", ctypes.c_int64),
+        ("factor", ctypes.c_float * 3),
+        ("offset", ctypes.c_float * 3),
+        ("mode", ctypes.c_int32),
+        ("size", ctypes.c_int32),
+        ("resize", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("layout", ctypes.c_int32),
+        ("turn", ctypes.c_int32),
+        ("dct_scaling", ctypes.c_int32),
+    )
+
+
+class Report(ctypes.Structure):
+    """Why an image was not decoded; `struct report` of `native/image.c`."""
+
+    _fields_ = (
+        ("code", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("height", ctypes.c_int32),
+        ("message", ctypes.c_char * 200),
+    )
+    code: int
+    width: int
+    height: int
+    message: bytes
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The C unit, or None where it was not built. `ConfigError` where it is not the one that belongs to this code."""
+    if os.environ.get("FASTLOAD_NATIVE") == "0":
+        return None
+    # Python's own lookup finds it in every kind of installation; it is no module, and is not imported.
+    spec = importlib.util.find_spec("fastload.decode._native")
+    if spec is None or spec.origin is None:
+        _log.info("images are decoded by simplejpeg: fastload was installed without its C unit (see docs/decode.md)")
+        return None
+    return _load(Path(spec.origin))
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be loaded: {error}; reinstall fastload, or set FASTLOAD_NATIVE=0") from error
+    if found.fastload_abi() != _ABI:
+        raise ConfigError(f"{path} belongs to another version of fastload; reinstall it, or set FASTLOAD_NATIVE=0")
+    pointer, settings, report = ctypes.c_void_p, ctypes.POINTER(Settings), ctypes.POINTER(Report)
+    found.fastload_new.restype = pointer
+    found.fastload_free.argtypes = (pointer,)
+    found.fastload_free.restype = None
+    found.fastload_set_avx2.argtypes = (pointer, ctypes.c_int32)
+    found.fastload_decode.argtypes = (
+        (pointer, settings, pointer, pointer, pointer, ctypes.c_int64, ctypes.c_int64, pointer, report)
+    )  # fmt: skip
+    found.fastload_decode.restype = ctypes.c_int64
+    found.fastload_resize.argtypes = (
+        (pointer, settings, ctypes.c_uint64, pointer, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, pointer)
+    )  # fmt: skip
+    return found
+
+
+class Context:
+    """What one thread needs to call the C unit: its rows and tables."""
+
+    def __init__(self, unit: ctypes.CDLL) -> None:
+        self._unit = unit
+        self._pointer = unit.fastload_new()
+        if not self._pointer:
+            raise MemoryError("no memory for a JPEG decoder")
+        # At the interpreter's end other threads may still be decoding: the system takes the memory back.
+        weakref.finalize(self, unit.fastload_free, self._pointer).atexit = False
+
+    def set_avx2(self, wanted: bool) -> bool:
+        """Whether to use AVX2, for tests of the other path; returns whether the processor has it."""
+        return bool(self._unit.fastload_set_avx2(self._pointer, wanted))
+
+    def decode(
+        self,
+        settings: Settings,
+        values: npt.NDArray[np.uint8],
+        offsets: Offsets,
+        keys: Keys | None,
+        first: int,
+        out: npt.NDArray[Any],
+        report: Report,
+    ) -> int:
+        """Decode the JPEGs of a group from number `first` on into `out`. Returns the number of the first that is not
+        decoded, with the reason in `report`, or the number of images.
+        """
+        count = len(offsets) - 1
+        assert values.flags.c_contiguous and out.flags.c_contiguous and offsets.flags.c_contiguous  # noqa: PT018
+        assert offsets.dtype == np.int64 and len(out) == count, (offsets.dtype, out.shape)  # noqa: PT018
+        assert offsets[0] >= 0 and (offsets[1:] >= offsets[:-1]).all() and offsets[-1] <= len(values), "hostile offsets"  # noqa: PT018
+        assert keys is None or (keys.dtype == np.uint64 and len(keys) == count and keys.flags.c_contiguous)
+        done: int = self._unit.fastload_decode(
+            self._pointer,
+            settings,
+            values.ctypes.data,
+            offsets.ctypes.data,
+            None if keys is None else keys.ctypes.data,
+            first,
+            count,
+            out.ctypes.data,
+            report,
+        )
+        return done
+
+    def resize(
+        self, settings: Settings, key: int, pixels: npt.NDArray[np.uint8], orientation: int, out: npt.NDArray[Any]
+    ) -> None:
+        """Resize a picture (height, 4 * width; RGBX) that somebody else decoded; `ROW_PADDING` bytes behind it are
+        read.
+        """
+        assert out.flags.c_contiguous
+        height, width = pixels.shape[0], pixels.shape[1] // 4
+        code = self._unit.fastload_resize(
+            self._pointer, settings, key, pixels.ctypes.data, width, height, orientation, out.ctypes.data
+        )
+        if code:
+            assert code == NO_MEMORY, code
+            raise MemoryError(f"no memory to resize a picture of {width} x {height} pixels")
