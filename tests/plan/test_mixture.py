@@ -155,22 +155,22 @@ def test_workers_share_a_ranks_samples(world, worker_count, split, data):
 def test_nodes_that_only_tell_each_other_what_they_counted_never_wait_for_ever(world, random):
     """Each counts what it opens, and what somebody asks of the partitions that it reads; nothing else is known."""
     runs = [Run(world, world.cursor(rank)) for rank in range(0, world.world_size, world.local)]
-    owners = [owned(run) for run in runs]
+    owned = set().union(*map(owned_by, runs))
     counted: set[tuple[int, int]] = set()
     asked: set[tuple[int, int]] = set()
-    going, told = list(zip(runs, owners, strict=True)), 0
+    going, told = list(runs), 0
 
     def progress():
         return len(counted), len(asked), told, sum(len(run.opened) for run in runs), len(going)
 
     while going:
         before = progress()
-        for run, owns in random.sample(going, len(going)):
-            counted |= asked & owns
+        counted |= asked & owned
+        for run in random.sample(going, len(going)):
             wanted = {(s, n) for s, objects in enumerate(run.cursor.counts_wanted) for n in objects.tolist()}
             asked |= wanted
             if run.is_over:
-                going.remove((run, owns))
+                going.remove(run)
             elif run.cursor.next_window is not None:
                 run.step()
                 key = run.opened[-1]
@@ -181,13 +181,13 @@ def test_nodes_that_only_tell_each_other_what_they_counted_never_wait_for_ever(w
                     told += 1
             else:
                 run.to_the_end()
-                going.remove((run, owns))
+                going.remove(run)
         assert progress() != before
     for run in runs:
         assert run.samples == world.reference_batches(run.cursor.ranks.rank)
 
 
-def owned(run: Run) -> set[tuple[int, int]]:
+def owned_by(run: Run) -> set[tuple[int, int]]:
     """The objects of the partitions that a node reads, in each source."""
     return {
         (number, object_no)
