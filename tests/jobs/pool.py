@@ -28,6 +28,8 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 
+from fastload.plan import Ranks
+
 _PRELOADED = ["tests.jobs.reading", "tests.jobs.training"]
 _GRACE_S = 10.0  # for the others, once a rank has failed
 _ENDING_S = 5.0  # for threads of a rank to end after its work
@@ -47,6 +49,10 @@ class Rank:
     @property
     def node(self) -> int:
         return self.rank // self.local_world_size
+
+    def place(self) -> Ranks:
+        """The same for the plan."""
+        return Ranks(self.rank, self.world_size, self.rank % self.local_world_size, self.local_world_size)
 
     @property
     def environment(self) -> dict[str, str]:

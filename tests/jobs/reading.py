@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -22,7 +22,9 @@ class Reading:
     """What to read, and how. `caches` are the nodes' cache directories, one for each.
 
     Epochs from `epoch` on, `epochs` of them; or the first `take` batches (None: all) of one. `state` is loaded first;
-    it says the epoch itself.
+    it says the epoch itself. `dataset` has the arguments of the data set, and `skips`, whether to decode samples and
+    leave out those that cannot be. `mixture`: the weight of this data set, the URLs and weights of others, and the
+    arguments of the mixture.
     """
 
     urls: list[str]
@@ -31,10 +33,28 @@ class Reading:
     loader: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     cache: Mapping[str, Any] = field(default_factory=lambda: SMALL)
+    mixture: tuple[Any, list[tuple[list[str], Any]], Mapping[str, Any]] | None = None
     epoch: int | None = None
     epochs: int = 1
     take: int | None = None
     state: Mapping[str, Any] | None = None
+
+    def with_(self, **changes: Any) -> Reading:
+        return replace(self, **changes)
+
+    def open(self, cache: fastload.Cache) -> Any:
+        """The data set."""
+        if self.mixture is None:
+            return self._open(self.urls, cache)
+        weight, others, options = self.mixture
+        sources = [(self.urls, weight), *others]
+        return fastload.Mixture([(self._open(urls, cache), weight) for urls, weight in sources], **options)
+
+    def _open(self, urls: list[str], cache: fastload.Cache) -> fastload.StreamingDataset:
+        options = {"columns": ["cls"], **self.dataset}
+        if options.pop("skips", False):
+            options |= {"columns": None, "decode": {"cls": fastload.decode.integer()}, "on_error": "skip"}
+        return fastload.StreamingDataset(urls, cache=cache, **options)
 
 
 @dataclass(frozen=True)
@@ -57,12 +77,10 @@ def read(rank: Rank, reading: Reading) -> Read:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # windows that do not fit these arenas; tested elsewhere
         with fastload.Cache(reading.caches[rank.node], **reading.cache) as cache:
-            dataset = fastload.StreamingDataset(reading.urls, cache=cache, **reading.dataset)
-            return read_dataset(dataset, reading, rank)
+            return _read(reading.open(cache), reading, rank)
 
 
-def read_dataset(dataset: fastload.StreamingDataset, reading: Reading, rank: Rank) -> Read:
-    """Read this data set, and close it."""
+def _read(dataset: Any, reading: Reading, rank: Rank) -> Read:
     loader = fastload.DataLoader(dataset, **reading.loader)
     try:
         if reading.state is not None:

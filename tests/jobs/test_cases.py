@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 
-from tests.jobs.case import Case, Size, Trial, cases
+from tests.jobs.case import Case, Mix, Size, cases
 from tests.jobs.pool import RankPool
 from tests.jobs.shelf import HUGE, Shelf
+from tests.jobs.trial import Trial
 
 _COUNT = int(os.environ.get("FASTLOAD_JOB_CASES", "0"))
 
@@ -41,6 +42,18 @@ _COUNT = int(os.environ.get("FASTLOAD_JOB_CASES", "0"))
 # Fewer shards than nodes; more ranks than samples.
 @example(case=Case((HUGE - 1, 4), Size(4, 1, 3, 0, service="auto"), take=2, then=Size(2, 2, 3, 1, service="auto")))
 @example(case=Case((0, 2, 3), Size(2, 2, 4, 1), partitions=2, epochs=2))
+# Samples that cannot be read, in batches that get shorter and not fewer.
+@example(case=Case((13, 15, 17), Size(2, 1, 3, 2), skips=True, take=4, then=Size(1, 3, 2, 0)))
+# A mixture on two nodes, that goes on at one.
+@example(
+    case=Case(
+        (13, 15),
+        Size(2, 1, 4, 1),
+        take=3,
+        mix=Mix(((0, 1.0),), (((16, 12), ((0, 2.0), (30, 0.5))),), "all"),
+        then=Size(1, 2, 4, 0),
+    )
+)
 def test_any_job(case: Case, pool: RankPool, shelf: Shelf) -> None:
     with tempfile.TemporaryDirectory(prefix="fastload-job-", ignore_cleanup_errors=True) as folder:
         Trial(case, pool, shelf, Path(folder)).run()

@@ -29,10 +29,8 @@ SHARDS = tuple(range(4, 16))
 DATASET = {"shuffle": True, "columns": ["cls"]}
 
 
-def expected(shelf: Shelf, size: Size, rank: int, epoch: int, **changes: Any) -> list[list[str]]:
-    sizes = tuple(shelf.sizes[shard] for shard in SHARDS)
-    cluster = Case(SHARDS, size, **changes).cluster(size, epoch).with_(sizes=sizes)
-    return shelf.names(SHARDS, cluster.reference_batches(rank))
+def expected(size: Size, rank: int, epoch: int, **changes: Any) -> list[list[str]]:
+    return Case(SHARDS, size, **changes).model(size, epoch).batches(rank)
 
 
 def read_some_epochs(rank: Rank, reading: Reading) -> list[list[list[str]]]:
@@ -67,9 +65,9 @@ def test_each_iteration_is_the_next_epoch_unless_one_is_set(
     )
     found = pool.run("epochs", read_some_epochs, size.ranks(), reading)
     for rank, epochs in enumerate(found):
-        assert epochs[0] == expected(shelf, size, rank, 0)
-        assert epochs[1] == expected(shelf, size, rank, 1)[:1]
-        assert epochs[2:] == [expected(shelf, size, rank, epoch) for epoch in (7, 8)]
+        assert epochs[0] == expected(size, rank, 0)
+        assert epochs[1] == expected(size, rank, 1)[:1]
+        assert epochs[2:] == [expected(size, rank, epoch) for epoch in (7, 8)]
 
 
 @pytest.mark.xfail(strict=True, reason="a state without a position does not say which order the run has")
@@ -94,47 +92,36 @@ def test_a_state_between_batches_of_two_epochs_goes_on_in_the_order_of_the_run(
     assert state["epoch"] == epoch
     reading = replace(reading, loader={"batch_size": 8}, epoch=None, take=None, state=state)
     (resumed,) = pool.run("loaded", read, one.ranks(), reading)
-    assert resumed.batches == expected(shelf, one, 0, epoch, partitions=2)
+    assert resumed.batches == expected(one, 0, epoch, partitions=2)
 
 
 def keys(samples: list[dict[str, Any]]) -> list[str]:
     return [sample["__key__"] for sample in samples]
 
 
-def read_with_torch(rank: Rank, reading: Reading) -> list[list[list[str]]]:
-    """Epochs by torch's own DataLoader, whose workers live through all of them; then epoch 7."""
-    os.environ.update(reading.environment)
-    with fastload.Cache(reading.caches[rank.node], **reading.cache) as cache:
-        dataset = fastload.StreamingDataset(reading.urls, cache=cache, **reading.dataset)
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_workers_of_torch_that_persist_learn_the_epoch_on_every_node(
+    monkeypatch: pytest.MonkeyPatch, shelf: Shelf, tmp_path: Path, rank: int
+) -> None:
+    """Workers cannot ask other nodes for counts, so these are in the node's cache before."""
+    size, urls = Size(2, 1, 3), [shelf.urls[shard] for shard in SHARDS]
+    for name, value in {**shelf.environment, **Rank(rank, 2, 1).environment}.items():
+        monkeypatch.setenv(name, value)
+    with fastload.Cache(tmp_path / "cache", **SMALL) as cache:
+        indexing = fastload.StreamingDataset(urls, cache=cache, partitions=1, columns=["cls"])
+        assert sum(1 for _ in indexing) == len(indexing)
+        indexing.close()
+        dataset = fastload.StreamingDataset(urls, cache=cache, batch_size=3, **DATASET)
         loader: Any = torch.utils.data.DataLoader(
-            dataset, collate_fn=keys, num_workers=2, persistent_workers=True, timeout=30, **reading.loader
+            dataset, batch_size=3, collate_fn=keys, num_workers=2, persistent_workers=True, timeout=60
         )
         found = [list(loader) for _ in range(2)]
         dataset.set_epoch(7)
         found.append(list(loader))
         del loader
         dataset.close()
-    return found
-
-
-def test_workers_of_torch_that_persist_learn_the_epoch_on_every_node(
-    pool: RankPool, shelf: Shelf, tmp_path: Path
-) -> None:
-    """Workers cannot ask other nodes for counts, so these are in the nodes' caches before."""
-    size = Size(2, 1, 3)
-    reading = Reading(
-        [shelf.urls[shard] for shard in SHARDS],
-        [str(tmp_path / f"cache-{node}") for node in range(2)],
-        {**DATASET, "partitions": 1},
-        {"batch_size": 3},
-        dict(shelf.environment),
-    )
-    ranks = [Rank(rank, 2, 1) for rank in range(2)]
-    pool.run("index", read, ranks, reading)
-    reading = replace(reading, dataset={**DATASET, "batch_size": 3})
-    found = pool.run("persistent workers", read_with_torch, ranks, reading)
-    for rank, epochs in enumerate(found):
-        assert epochs == [expected(shelf, size, rank, epoch) for epoch in (0, 1, 7)]
+    assert found == [expected(size, rank, epoch) for epoch in (0, 1, 7)]
 
 
 @dataclass

@@ -140,8 +140,7 @@ def test_a_node_that_has_closed_after_as_many_batches_is_not_waited_for(
         take=4,
     )
     found = pool.run("closed early", take_and_close, size.ranks(), reading)
-    cluster = Case(shards, size, shuffle=False).cluster(size, 0)
-    cluster = cluster.with_(sizes=tuple(shelf.sizes[shard] for shard in shards))
+    model = Case(shards, size, shuffle=False).model(size, 0)
     for rank, batches in enumerate(found):
         assert not isinstance(batches, Failed), batches.message
-        assert batches == shelf.names(shards, cluster.reference_batches(rank))[:4]
+        assert batches == model.batches(rank)[:4]

@@ -63,12 +63,10 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_odd_shapes(
-    monkeypatch: pytest.MonkeyPatch, shelf: Shelf, urls: tuple[str, ...], tmp_path: Path, name: str
-) -> None:
+def test_odd_shapes(monkeypatch: pytest.MonkeyPatch, urls: tuple[str, ...], tmp_path: Path, name: str) -> None:
     """Each node has a cache of its own; where there are several, it knows all counts."""
     shards, size = SHAPES[name]
-    these, sizes = [urls[shard] for shard in shards], tuple(shelf.sizes[shard] for shard in shards)
+    these = [urls[shard] for shard in shards]
     for node in range(size.nodes):
         with fastload.Cache(tmp_path / f"cache-{node}", **SMALL, service="inprocess") as cache:
             index(these, cache)
@@ -77,8 +75,7 @@ def test_odd_shapes(
                     for variable, value in Rank(rank, size.world_size, size.local).environment.items():
                         patch.setenv(variable, value)
                     for tail in TAILS:
-                        cluster = Case(shards, size, tail=tail).cluster(size, 0).with_(sizes=sizes)
-                        expected = shelf.names(shards, cluster.reference_batches(rank))
+                        expected = Case(shards, size, tail=tail).model(size, 0).batches(rank)
                         assert read(these, cache, size.batch_size, tail) == expected
 
 
