@@ -276,7 +276,10 @@ def test_a_window_that_does_not_fit_is_made_smaller_with_one_warning(s3, tmp_pat
     expected = [batch["__key__"] for batch in fits]
     fits.close()
     shrunk = loader_with("a", "1MiB", "1MiB")
-    with pytest.warns(UserWarning, match=r"shuffle_window=1.0 MiB is too large for 1.0 MiB of ram_bytes.*it is 256.0 KiB now. Raise ram_bytes to 4.0 MiB"):
+    with pytest.warns(
+        UserWarning,
+        match=r"shuffle_window=1.0 MiB is too large for 1.0 MiB of ram_bytes.*it is 256.0 KiB now. Raise ram_bytes to 4.0 MiB",
+    ):
         assert [batch["__key__"] for batch in shrunk] == expected
     with warnings.catch_warnings(action="error"):
         list(shrunk)
@@ -469,6 +472,8 @@ def test_a_forked_child_iterates_a_loader_in_use(s3, cache, data: Corpus) -> Non
     if child == 0:
         status = 1
         try:
+            with pytest.raises(fastload.FastloadError, match=f"begun by process {os.getppid()}.*iterate anew"):
+                next(batches)
             loader.dataset.set_epoch(0)
             status = 0 if keys_of(loader, data) == list(data.samples) else 2
             loader.close()
@@ -477,6 +482,21 @@ def test_a_forked_child_iterates_a_loader_in_use(s3, cache, data: Corpus) -> Non
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert sum(len(batch["__key__"]) for batch in batches) == len(data.samples) - 8
     loader.close()
+
+
+def test_what_is_in_use_when_a_data_set_is_closed_is_disconnected_when_it_ends(tmp_path: Path, data: Corpus) -> None:
+    cache = fastload.Cache(tmp_path / "cache", service="inprocess", **SMALL)
+    dataset = fastload.StreamingDataset(data.write(tmp_path / "data"), cache=cache)
+    samples = iter(dataset)
+    next(samples)
+    dataset.close()
+    consumers = [thread for thread in threading.enumerate() if thread.name.startswith("fastload-consumer")]
+    assert consumers
+    assert sum(1 for _ in samples) == len(data.samples) - 1
+    for thread in consumers:
+        thread.join(10)
+        assert not thread.is_alive()
+    cache.close()
 
 
 def test_shards_with_other_columns_are_refused(s3, cache) -> None:

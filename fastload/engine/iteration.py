@@ -16,6 +16,7 @@ from typing import Any
 
 from fastload.engine.deferred import call_later
 from fastload.engine.run import InlineRun, RunClosedError, ThreadedRun
+from fastload.errors import ServiceError
 
 Run = ThreadedRun | InlineRun
 
@@ -39,7 +40,7 @@ class Iteration(Iterator[Any]):
         exhausted: Callable[[], None] = lambda: None,
     ) -> None:
         self._run, self._delivered, self._exhausted = run, delivered, exhausted
-        self._is_over = False
+        self._is_over, self._pid = False, os.getpid()
         self._dropped = weakref.finalize(self, call_later, _finish, run, interrupted, release, os.getpid())
         self._dropped.atexit = False
         _live.add(self)
@@ -47,6 +48,10 @@ class Iteration(Iterator[Any]):
     def __next__(self) -> Any:
         if self._is_over:
             raise StopIteration
+        if os.getpid() != self._pid:  # the threads that make its batches are not here, and its socket is the parent's
+            raise ServiceError(
+                f"this iteration was begun by process {self._pid}, from which this one was forked; iterate anew"
+            )
         made = NOTHING
         while made is NOTHING:
             made = self._next()

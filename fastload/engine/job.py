@@ -204,8 +204,10 @@ class Job:
         lanes = len(lanes_of_node(ranks, order.partitions))
         is_saved = wanted == self._saved_window_bytes  # then the order is settled, whatever the memory
         warnings.warn(
-            f"shuffle_window={format_bytes(wanted)} is too large for {format_bytes(ram_bytes)} of ram_bytes: the live "
-            f"windows of {lanes} partition(s) a node must fit in half of that, or parts of them are read again; "
+            f"shuffle_window={format_bytes(wanted)} is too large for {format_bytes(ram_bytes)} of ram_bytes"
+            + (f" (the share of one of {self._sharers} sources)" if self._sharers > 1 else "")
+            + f": the live windows of {lanes} partition(s) a node must fit in half of that, or parts of them are read "
+            "again; "
             + ("the saved run has it, so it stays. " if is_saved else f"it is {format_bytes(order.window_bytes)} now. ")
             + f"Raise ram_bytes to {format_bytes(ram_bytes_for(lanes, wanted) * self._sharers)}, or lower "
             "shuffle_window in a new run",

@@ -40,6 +40,7 @@ class Session:
 
     def __init__(self, cache: Cache, storage_options: Mapping[str, Any] | None, name: str) -> None:
         self.manifest: Manifest | None = None
+        self.closings = 0  # how often its source had been closed when it was opened
         self.waits = Waits()
         self.consumer: Consumer = cache.consumer(storage_options, name, waits=self.waits)
 
@@ -78,6 +79,7 @@ class Source:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._idle: list[Session] = []
+        self._closings = 0
         # A data set that is dropped leaves no connection. It may be dropped under any lock, so another thread does it.
         weakref.finalize(self, call_later, _close_all, self._idle).atexit = False
         self._manifest = manifest
@@ -180,16 +182,19 @@ class Source:
             return self._connect()
 
     def give_back(self, session: Session) -> None:
-        """The session is idle again."""
+        """The session is idle again; where the source was closed meanwhile, its turn to be closed is now."""
         with self._lock:
-            if session.manifest is not self._manifest:
+            if session.manifest is not self._manifest or session.closings != self._closings:
                 session.close()
             elif not session.consumer.is_ended:
                 self._idle.append(session)
 
     def close(self) -> None:
-        """Disconnect the idle sessions. May be called twice; the source stays usable."""
+        """Disconnect: the idle sessions now, those in use when they are given back. May be called twice; the source
+        stays usable.
+        """
         with self._lock:
+            self._closings += 1
             _close_all(self._idle)
 
     def counts_in_memory(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
@@ -239,6 +244,7 @@ class Source:
         if self._first_chunk is None:
             compile_in_background(*self._kernels)
         session = Session(self._cache, self._storage_options, name=self._urls[0])
+        session.closings = self._closings
         try:
             if self._manifest is None:
                 self._manifest = self._frozen() or list_shards(session.consumer, self._urls)
