@@ -278,7 +278,8 @@ def test_a_window_that_does_not_fit_is_made_smaller_with_one_warning(s3, tmp_pat
     shrunk = loader_with("a", "1MiB", "1MiB")
     with pytest.warns(
         UserWarning,
-        match=r"shuffle_window=1.0 MiB is too large for 1.0 MiB of ram_bytes.*it is 256.0 KiB now. Raise ram_bytes to 4.0 MiB",
+        match=r"shuffle_window=1.0 MiB is too large for 1.0 MiB of ram_bytes.*it is 256.0 KiB now. "
+        r"Raise ram_bytes to 4.0 MiB",
     ):
         assert [batch["__key__"] for batch in shrunk] == expected
     with warnings.catch_warnings(action="error"):
