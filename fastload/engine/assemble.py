@@ -4,6 +4,9 @@ Everything is done for all samples of an entry at once: find their rows in the l
 one decoder call a column. Raw bytes are gathered straight into the slot that becomes the user's; bytes that will be
 decoded go through memory that the thread keeps.
 
+Decoders that make random choices are given a key a sample, which follows from the data set's seed, the epoch and the
+sample alone.
+
 Where the user lets bad samples be skipped, an entry that fails is looked at sample by sample, and made again without
 those that cannot be read. Its batch is shorter then, and may be empty; which samples others get does not change.
 """
@@ -21,6 +24,7 @@ import numpy.typing as npt
 import torch
 
 from fastload.decode import Decoder
+from fastload.decode.keys import Keys, sample_keys
 from fastload.decode.plain import Raw
 from fastload.engine.columns import KEY, URL, ColumnSet
 from fastload.engine.gather import Gatherer, Values
@@ -49,10 +53,10 @@ class _Staging(threading.local):
 
 
 class _Located:
-    """The samples of one entry, with the window and row of each."""
+    """The samples of one entry, with the window and row of each, and their keys for decoders."""
 
-    def __init__(self, entry: BatchEntry, live: LiveWindows) -> None:
-        self.entry = entry
+    def __init__(self, entry: BatchEntry, live: LiveWindows, random_keys: Keys | None = None) -> None:
+        self.entry, self.random_keys = entry, random_keys
         self._parts: list[tuple[Window, Any, Ints]] = [
             (
                 window,
@@ -135,10 +139,12 @@ class Assembler:
         live: LiveWindows,
         gatherer: Gatherer,
         slots: SlotPool,
+        seed: int,
         skips: Skips | None = None,
     ) -> None:
         self._urls_of = manifest.urls_of
         self._columns = columns
+        self._seed = seed
         self._live = live
         self._gatherer = gatherer
         self._slots = slots
@@ -146,33 +152,33 @@ class Assembler:
         self._staging = _Staging()
         self._present: tuple[str, ...] | None = None  # of the first batch, where all columns are asked for
 
-    def batch(self, entry: BatchEntry) -> Batch:
+    def batch(self, entry: BatchEntry, epoch: int) -> Batch:
         """The batch of an entry: a dict with `__key__` and `__url__`, or a tuple of the columns alone."""
-        return self.batch_of(entry)[0]
+        return self.batch_of(entry, epoch)[0]
 
-    def batch_of(self, entry: BatchEntry) -> tuple[Batch, list[int] | None]:
+    def batch_of(self, entry: BatchEntry, epoch: int) -> tuple[Batch, list[int] | None]:
         """The batch, and which samples of the entry it has, where not all."""
         try:
-            return self._batch(entry), None
+            return self._batch(entry, epoch), None
         except SAMPLE_ERRORS:
             if self._skips is None:
                 raise
-            kept = self._readable(entry, self._skips)
-            return self._batch(_part(entry, kept)), kept
+            kept = self._readable(entry, epoch, self._skips)
+            return self._batch(_part(entry, kept), epoch), kept
 
-    def samples(self, entry: BatchEntry) -> Iterator[Batch]:
+    def samples(self, entry: BatchEntry, epoch: int) -> Iterator[Batch]:
         """The samples of an entry, one by one, decoded as they are asked for."""
-        return self.samples_of(entry)[0]
+        return self.samples_of(entry, epoch)[0]
 
-    def samples_of(self, entry: BatchEntry) -> tuple[Iterator[Batch], list[int] | None]:
+    def samples_of(self, entry: BatchEntry, epoch: int) -> tuple[Iterator[Batch], list[int] | None]:
         """The samples, and which of the entry they are, where not all."""
         if self._skips is None:
-            return self._samples(entry), None
+            return self._samples(entry, epoch), None
         try:
-            return iter(list(self._samples(entry))), None
+            return iter(list(self._samples(entry, epoch))), None
         except SAMPLE_ERRORS:
-            kept = self._readable(entry, self._skips)
-            return self._samples(_part(entry, kept)), kept
+            kept = self._readable(entry, epoch, self._skips)
+            return self._samples(_part(entry, kept), epoch), kept
 
     def chunks_of(self, entry: BatchEntry) -> Ints:
         """The chunks that an entry needs. Values that are missing need none: the batch will say what is wrong."""
@@ -180,8 +186,8 @@ class Assembler:
         names = located.present() if self._columns.names is None else self._columns.names
         return self._gatherer.needed([located.values_of(name) for name in names])
 
-    def _batch(self, entry: BatchEntry) -> Batch:
-        located = _Located(entry, self._live)
+    def _batch(self, entry: BatchEntry, epoch: int) -> Batch:
+        located = self._located(entry, epoch)
         names = self._names(located)
         gathered = self._gather(located, names)
         values = [self._decode(located, name, *gathered[name]) for name in names]
@@ -193,27 +199,37 @@ class Assembler:
             **dict(zip(names, values, strict=True)),
         }
 
-    def _samples(self, entry: BatchEntry) -> Iterator[Batch]:
-        located = _Located(entry, self._live)
+    def _samples(self, entry: BatchEntry, epoch: int) -> Iterator[Batch]:
+        located = self._located(entry, epoch)
         names = self._names(located)
         gathered = self._gather(located, names, reuse=False)
         columns = [
             (name, self._columns.decoder(name), memoryview(values.data), offsets.tolist())
             for name, (values, offsets) in gathered.items()
         ]
+        chosen = located.random_keys
+        random_keys = [None] * len(entry) if chosen is None else chosen.tolist()
         for number, (key, url) in enumerate(zip(located.keys(), self._urls_of(entry.object_no), strict=True)):
             sample = {
-                name: decoder.decode_one(view[offsets[number] : offsets[number + 1]], _place(url, key, name))
+                name: decoder.decode_one(
+                    view[offsets[number] : offsets[number + 1]], _place(url, key, name), random_keys[number]
+                )
                 for name, decoder, view, offsets in columns
             }
             yield tuple(sample.values()) if self._columns.as_tuple else {KEY: key, URL: url, **sample}
 
-    def _readable(self, entry: BatchEntry, skips: Skips) -> list[int]:
+    def _located(self, entry: BatchEntry, epoch: int) -> _Located:
+        random_keys = None
+        if self._columns.wants_keys():
+            random_keys = sample_keys(self._seed, epoch, entry.object_no, entry.sample_no)
+        return _Located(entry, self._live, random_keys)
+
+    def _readable(self, entry: BatchEntry, epoch: int, skips: Skips) -> list[int]:
         """Which samples of the entry can be read."""
         kept = []
         for number in range(len(entry)):
             try:
-                list(self._samples(_part(entry, [number])))
+                list(self._samples(_part(entry, [number]), epoch))
             except SAMPLE_ERRORS as error:
                 skips.add(entry, error)
             else:
@@ -279,9 +295,9 @@ class Assembler:
         fixed = decoder.fixed()
         if fixed is not None:
             out = self._slots.take_array((len(located.entry), *fixed[0]), fixed[1])
-            decoder.decode_into(values, offsets, out, where)
+            decoder.decode_into(values, offsets, out, where, located.random_keys)
             return torch.from_numpy(out)
-        decoded = decoder.decode(values, offsets, where)
+        decoded = decoder.decode(values, offsets, where, located.random_keys)
         return torch.from_numpy(decoded) if isinstance(decoded, np.ndarray) else decoded
 
     def _where(self, located: _Located, name: str) -> Callable[[int], str]:

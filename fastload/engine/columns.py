@@ -48,6 +48,10 @@ class ColumnSet:
         """The modules of `fastload.kernels` that the decoders use."""
         return tuple(dict.fromkeys(name for each in self.decoders.values() for name in each.kernel_modules()))
 
+    def wants_keys(self) -> bool:
+        """Whether a decoder makes random choices, so that samples need keys."""
+        return any(each.wants_keys() for each in self.decoders.values())
+
     def decoder(self, name: str) -> Decoder:
         """The decoder of a column."""
         return self.decoders.get(name, _RAW)

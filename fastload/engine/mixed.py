@@ -151,7 +151,7 @@ class MixedAssembler:
 
     def batch(self, entry: MixtureEntry) -> Any:
         """The batch of an entry: a dict with `__key__`, `__url__` and `__source__`, or a tuple of the columns alone."""
-        made = [self._assemblers[part.source].batch_of(part.entry) for part in entry.parts]
+        made = [self._assemblers[part.source].batch_of(part.entry, part.epoch) for part in entry.parts]
         part_of = _kept(entry, [kept for _, kept in made])
         parts, rows = [batch for batch, _ in made], rows_of_parts(part_of, len(made))
         if self._columns is not None:
@@ -166,7 +166,7 @@ class MixedAssembler:
 
     def samples(self, entry: MixtureEntry) -> Iterator[Any]:
         """The samples of an entry, one by one; dicts with `__source__`."""
-        made = [self._assemblers[part.source].samples_of(part.entry) for part in entry.parts]
+        made = [self._assemblers[part.source].samples_of(part.entry, part.epoch) for part in entry.parts]
         for number in _kept(entry, [kept for _, kept in made]).tolist():
             sample = next(made[number][0])
             yield sample if self._columns is not None else {**sample, SOURCE: entry.parts[number].source}

@@ -131,11 +131,11 @@ class OnePass:
 
     def batch(self, entry: BatchEntry) -> Any:
         """The batch of an entry."""
-        return self.source.assembler.batch(entry)
+        return self.source.assembler.batch(entry, self.cursor.epoch)
 
     def samples(self, entry: BatchEntry) -> Iterator[Any]:
         """The samples of an entry, one by one."""
-        return self.source.assembler.samples(entry)
+        return self.source.assembler.samples(entry, self.cursor.epoch)
 
     def position(self, entry: BatchEntry) -> Position:
         """Where a run stands once an entry is delivered."""
@@ -177,7 +177,7 @@ def _opened(session: Session, source: Source, job: Job, options: PassOptions, sk
     consumer = session.consumer
     reader = (ScatteredReader if is_scattered else WindowReader)(consumer, source.shards, source.first_chunk)
     gatherer = Gatherer(consumer, int(source.first_chunk[-1]), consumer.chunk_bytes)
-    assembler = Assembler(manifest, options.columns, reader.live, gatherer, source.slots, skips)
+    assembler = Assembler(manifest, options.columns, reader.live, gatherer, source.slots, job.order.seed, skips)
     if isinstance(reader, ScatteredReader):
         reader.chunks_of = assembler.chunks_of
     return SourcePass(source, session, reader, job.counts(source, session), assembler)
