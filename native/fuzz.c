@@ -112,6 +112,19 @@ static void *exactly(size_t size)
     return block;
 }
 
+/* A picture that somebody else decoded, with just the padding that is promised. */
+static void resize_something(struct decoder *decoder)
+{
+    struct settings settings = random_settings();
+    int32_t width = 1 + (int32_t)below(below(4) ? 60 : 2000), height = 1 + (int32_t)below(60);
+    size_t bytes = 4 * (size_t)width * (size_t)height + ROW_PADDING;
+    uint8_t *pixels = memset(exactly(bytes), 200, bytes);
+    char *out = exactly(output_bytes(&settings));
+    fastload_resize(decoder, &settings, draw_word(), pixels, width, height, 1 + (int32_t)below(8), out);
+    free(out);
+    free(pixels);
+}
+
 int main(int count, char **arguments)
 {
     if (count < 4)
@@ -136,15 +149,20 @@ int main(int count, char **arguments)
         long seed = (long)below((size_t)files);
         memcpy(damaged, seeds[seed], sizes[seed]);
         size_t size = damage(damaged, sizes[seed]);
-        uint8_t *file = exactly(size);
-        memcpy(file, damaged, size);
-        current = file, current_size = size;
+        uint8_t *file = memcpy(exactly(size), damaged, size);
         struct settings settings = random_settings();
         char *out = exactly(output_bytes(&settings));
         int64_t offsets[2] = {0, (int64_t)size};
         uint64_t key = draw_word();
         struct report report;
+        if (below(2)) { /* whose memory is just large enough for this file */
+            fastload_free(decoder);
+            decoder = fastload_new();
+        }
         fastload_set_avx2(decoder, below(4) != 0);
+        if (below(4) == 0)
+            resize_something(decoder);
+        current = file, current_size = size;
         decoded += fastload_decode(decoder, &settings, file, offsets, &key, 0, 1, out, &report);
         current = NULL;
         free(out);

@@ -12,51 +12,54 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from tests.decode import pictures
 
 NATIVE = Path(__file__).parents[2] / "native"
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+FLAGS = [
+    "-std=gnu11",
+    "-g",
+    "-O1",
+    "-ffp-contract=off",
+    "-DEXACT_ROOMS",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+]
 
 
 def main() -> None:
-    """Build, make files to damage, run."""
+    """Run, and keep what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fastload-fuzz-") as name:
-        place = Path(name)
-        program = place / "fuzz"
-        sources = [NATIVE / source for source in ("fuzz.c", "jpeg.c", "resize.c", "view.c")]
-        compiler = os.environ.get("CC", "cc")
-        subprocess.run(
-            [
-                compiler,
-                "-std=gnu11",
-                "-g",
-                "-O1",
-                *SANITIZERS,
-                "-ffp-contract=off",
-                *sources,
-                "-o",
-                program,
-                "-ljpeg",
-                "-lm",
-            ],
-            check=True,
-        )
-        files = [place / f"{number}.jpg" for number in range(len(seeds()))]
-        for path, data in zip(files, seeds(), strict=True):
-            path.write_bytes(data)
-        done = subprocess.run([program, str(options.seconds), str(options.seed), *files], cwd=place, check=False)
-        found = place / "found.jpg"
+        status = run(Path(name), options.seconds, options.seed)
+        found = Path(name) / "found.jpg"
         if found.exists():
-            kept = Path(__file__).parent / "found" / f"{abs(hash(found.read_bytes())) % 10**8}.jpg"
+            kept = Path(__file__).parent / "found" / f"{xxhash.xxh3_64_hexdigest(found.read_bytes())}.jpg"
             kept.parent.mkdir(exist_ok=True)
             kept.write_bytes(found.read_bytes())
             print(f"kept as {kept}")
-        raise SystemExit(done.returncode)
+    raise SystemExit(status)
+
+
+def run(place: Path, seconds: int, seed: int) -> int:
+    """Build it in `place`, make files to damage, run it; its exit status."""
+    program = place / "fuzz"
+    sources = [NATIVE / source for source in ("fuzz.c", "jpeg.c", "resize.c", "view.c")]
+    subprocess.run([compiler(), *FLAGS, *sources, "-o", program, "-ljpeg", "-lm"], check=True)
+    files = [place / f"{number}.jpg" for number in range(len(seeds()))]
+    for path, data in zip(files, seeds(), strict=True):
+        path.write_bytes(data)
+    return subprocess.run([program, str(seconds), str(seed), *files], cwd=place, check=False).returncode
+
+
+def compiler() -> str:
+    """Its name."""
+    return os.environ.get("CC", "cc")
 
 
 def seeds() -> list[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from fastload.decode.workspace import workspace
 from fastload.errors import ConfigError, DecodeError
 from tests.decode import pictures
 from tests.decode.helpers import decode, group, where
+from tests.native import fuzz
 
 pytestmark = pytest.mark.skipif(
     native.library() is None,
@@ -214,3 +216,11 @@ def test_the_environment_can_ask_for_the_fallback(monkeypatch: pytest.MonkeyPatc
     assert native.library.__wrapped__() is None
     monkeypatch.setenv("FASTLOAD_NATIVE", "1")
     assert native.library.__wrapped__() is not None
+
+
+@pytest.mark.slow
+def test_the_sanitizers_have_nothing_to_say(tmp_path: Path) -> None:
+    """Two seconds of what `make fuzz` does for ten minutes: some 15,000 damaged files."""
+    if shutil.which(fuzz.compiler()) is None:
+        pytest.skip("no compiler")
+    assert fuzz.run(tmp_path, seconds=2, seed=1) == 0
