@@ -57,7 +57,7 @@ class MixtureCursor(Walk[MixtureKey, MixtureEntry]):
         reader = Reader(ranks, batch_size, drop_last, tail, worker, split)
         partitions = _partitions(sources, options)
         self.sources, self.options, self.epoch = tuple(sources), options, epoch
-        beginning = MixturePosition(
+        self._beginning = MixturePosition(
             epoch,
             0,
             0,
@@ -69,8 +69,8 @@ class MixtureCursor(Walk[MixtureKey, MixtureEntry]):
             batch_size,
             tail,
         )
-        self.start = start if start is not None else beginning
-        self.start.check(beginning)
+        self.start = start if start is not None else self._beginning
+        self.start.check(self._beginning)
         deal = Deal(ranks, partitions, reader.global_batch)
         self._mixture = self._line_from(self.start, deal, Blend.of(options.weights, options.seed, epoch, partitions))
         if self.start.samples != self._mixture.total:
@@ -155,12 +155,10 @@ class MixtureCursor(Walk[MixtureKey, MixtureEntry]):
             return self.start
         self._assert_is_boundary(samples)
         return replace(
-            self.start,
+            self._beginning,
             batches=-(-samples // self._global_batch),
             samples=samples,
             sources=self._mixture.position(lane_lengths(samples, self._partitions)),
-            world_size=self.ranks.world_size,
-            batch_size=self.batch_size,
         )
 
 
