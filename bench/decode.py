@@ -12,6 +12,7 @@ the machine does falls on all; the figures are medians over rounds. CPU-seconds 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import os
 import statistics
@@ -154,6 +155,17 @@ def torchvision_work(files: list[bytes], threads: int = 1) -> Work:
     return in_parts(part, len(files), threads)
 
 
+def sha256_work(count: int, threads: int) -> Work:
+    """What needs nothing but a core, to see how many of them this machine had to spare; half a millisecond an image."""
+    block = bytes(1 << 20)
+
+    def part(begin: int, end: int) -> None:
+        for _ in range(begin, end):
+            hashlib.sha256(block).digest()
+
+    return in_parts(part, count, threads)
+
+
 def in_parts(part: Callable[[int, int], None], count: int, threads: int) -> Work:
     """`part(begin, end)` over all, by threads that live as long as the result, since a loader's do."""
     if threads == 1:
@@ -192,6 +204,8 @@ def measure(files: list[bytes], rounds: int) -> dict[str, list[Took]]:
             "fastload, dct_scaling": (fastload_work(files, scaled), True),
             "fastload, two threads": (fastload_work(files, plain, 2), True),
             "torchvision, two threads": (torchvision_work(files, 2), True),
+            "sha256": (sha256_work(len(files), 1), True),
+            "sha256, two threads": (sha256_work(len(files), 2), True),
         }
     took: dict[str, list[Took]] = {name: [] for name in works}
     for number in range(rounds + 1):
@@ -217,13 +231,16 @@ def report(took: dict[str, list[Took]]) -> None:
     """A table; ratios are medians over rounds of the ratio within a round."""
     print(f"{'':42} {'img/s':>8} {'CPU ms':>8} {'torchvision / it, CPU':>22} {'wall':>6}")
     for name, runs in took.items():
+        if name.startswith("sha256"):
+            continue
         peer = took["torchvision, two threads" if "two threads" in name else "torchvision"]
         print(
             f"{name:42} {1000 / middle([run.wall_ms for run in runs]):8.0f} {middle([run.cpu_ms for run in runs]):8.3f}"
             f" {ratio(peer, runs, 'cpu_ms'):22.2f} {ratio(peer, runs, 'wall_ms'):6.2f}"
         )
     if "fastload, two threads" in took:
-        print(f"two threads, of one: {ratio(took['fastload'], took['fastload, two threads'], 'wall_ms'):.2f}")
+        gains = [ratio(took[name], took[f"{name}, two threads"], "wall_ms") for name in ("fastload", "sha256")]
+        print(f"two threads, of one: {gains[0]:.2f}; of sha256, which needs a core and nothing else: {gains[1]:.2f}")
 
 
 def ratio(above: Sequence[Took], below: Sequence[Took], what: str) -> float:
