@@ -29,7 +29,7 @@ from fastload.decode import Decoder
 from fastload.engine.assemble import Skips
 from fastload.engine.columns import ColumnSet
 from fastload.engine.job import Beginning, Job
-from fastload.engine.passes import AnyPosition, OnePass, PassOptions, SourcePass, begin_pass, open_source, place_of
+from fastload.engine.passes import AnyPosition, OnePass, PassOptions, SourcePass, begin_pass, open_source
 from fastload.engine.session import Source
 from fastload.errors import ConfigError
 from fastload.plan import OrderOptions, OrderWish, Position, Ranks, Shuffle, Tail, sample_count_of_rank
@@ -170,14 +170,18 @@ class StreamingDataset(Streaming):
         return self._settings.passes.columns
 
     @property
+    def cache_name(self) -> str:
+        """The directory of its cache."""
+        return self._source.cache_name
+
+    @property
     def skips_errors(self) -> bool:
         """Whether samples that cannot be read are left out."""
         return self._settings.passes.skips_errors
 
     def begin(self, epoch: int, batch_size: int, *, start: Any = None, **options: Any) -> OnePass:
-        fingerprint = None if start is None else start.fingerprint
-        settings = {"tail": self.tail, "batch_size": batch_size, **place_of(epoch, start)}
-        self.settle(settings, Beginning(epoch, fingerprint))
+        begin = Beginning(epoch) if start is None else Beginning(epoch, start.fingerprint, start.samples)
+        self.settle({"tail": self.tail, "batch_size": batch_size}, begin)
         options["start"] = start
         return begin_pass(self._source, self._job, self._settings.passes, epoch, batch_size, **options)
 

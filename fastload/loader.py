@@ -104,14 +104,13 @@ class DataLoader(torch.utils.data.DataLoader[T]):
 
 @dataclass(slots=True, eq=False)
 class _Progress:
-    """How far one iteration is. `last` is the last entry delivered; `begun_at` where it began."""
+    """How far one iteration is. `last` is the last entry delivered; `ended_at` where the epoch ended, if it has."""
 
     epoch: int
-    begun_at: AnyPosition | None
     meter: EpochMeter
     current: Pass | None
     last: Any = None
-    is_running: bool = True
+    ended_at: AnyPosition | None = None
 
     def delivered(self, current: Pass, entry: Any) -> None:
         """A batch has reached the user."""
@@ -121,13 +120,19 @@ class _Progress:
 
     def exhausted(self) -> None:
         """The epoch is over."""
-        self.last = self.begun_at = self.current = None
-        self.is_running = False
+        self.ended_at = self.position(self.epoch)
+        self.last = self.current = None
 
-    def position(self) -> AnyPosition | None:
-        """After the last batch delivered; None at either end of the epoch. Only now, since few ask."""
-        last, current = self.last, self.current
-        return self.begun_at if last is None or current is None else current.position(last)
+    def position(self, next_epoch: int) -> AnyPosition:
+        """After the last batch delivered, or at the beginning of `next_epoch` where this one is over.
+
+        Made only now, since few ask.
+        """
+        last, current, ended_at = self.last, self.current, self.ended_at
+        if current is None:
+            assert ended_at is not None, "an epoch that is over has ended somewhere"
+            return ended_at.at_epoch(next_epoch)
+        return current.cursor.start if last is None else current.position(last)
 
 
 class _Stream:
@@ -157,9 +162,11 @@ class _Stream:
         loader = self._loader()
         assert loader is not None, "a loader outlives the call of its __iter__"
         start, epoch = self._loaded, self._dataset.next_epoch()
+        if start is not None and not start.samples:
+            start = start.at_epoch(epoch)  # at its beginning, another epoch is as good
         current = self._dataset.begin(epoch, _size_of_entries(loader), drop_last=loader.drop_last, start=start)
         try:
-            progress = _Progress(epoch, start, EpochMeter(epoch, current.account, current.waits), current)
+            progress = _Progress(epoch, EpochMeter(epoch, current.account, current.waits), current)
             run = self._start(loader, current)
         except BaseException:
             current.end()
@@ -188,9 +195,9 @@ class _Stream:
     def _place(self) -> tuple[int, AnyPosition | None]:
         if self._loaded is not None:
             return self._loaded.epoch, self._loaded
-        latest = self._latest
-        if latest is not None and (latest.is_running or latest.current is not None):
-            return latest.epoch, latest.position()
+        if self._latest is not None:
+            position = self._latest.position(self._dataset.next_epoch())
+            return position.epoch, position
         return self._dataset.next_epoch(), None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -250,7 +257,6 @@ class _Stream:
 
 def _release(current: Pass, progress: _Progress) -> None:
     """An iteration is over: its figures are final, and its session may serve another."""
-    progress.is_running = False
     progress.meter.stop()
     current.end()
 

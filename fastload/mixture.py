@@ -19,7 +19,7 @@ from fastload.dataset import StreamingDataset
 from fastload.engine.assemble import Skips
 from fastload.engine.job import Beginning
 from fastload.engine.mixed import MixedPass, begin_mixed_pass
-from fastload.engine.passes import AnyPosition, place_of
+from fastload.engine.passes import AnyPosition
 from fastload.errors import ConfigError
 from fastload.plan import Ranks, Tail, sample_count_of_rank
 from fastload.plan.mixture import MixtureCursor, MixtureOptions, MixturePosition, Stop, check_stop, check_weights
@@ -130,10 +130,10 @@ class Mixture(Streaming):
     def _settle(self, epoch: int, batch_size: int, start: MixturePosition | None) -> None:
         options = {"stop": self._options.stop, "seed of the mixture": self._options.seed}
         settings = {**options, "weights": self._options.weights, "tail": self.tail, "batch_size": batch_size}
-        settings |= place_of(epoch, start)
-        saved = () if start is None else start.fingerprints
-        for dataset, fingerprint in zip_longest(self._sources, saved[: len(self._sources)]):
-            dataset.settle(settings, Beginning(epoch, fingerprint), sharers=len(self._sources))
+        samples, saved = (0, ()) if start is None else (start.samples, start.fingerprints)
+        caches = [dataset.cache_name for dataset in self._sources]
+        for dataset, fingerprint, cache in zip_longest(self._sources, saved[: len(caches)], caches):
+            dataset.settle(settings, Beginning(epoch, fingerprint, samples), sharers=caches.count(cache))
         ranks = [dataset.ranks for dataset in self._sources]
         if len(set(ranks)) > 1:
             raise ConfigError(f"the sources of a mixture have the ranks {ranks}; give all the same rank and world_size")

@@ -81,9 +81,13 @@ class Streaming(torch.utils.data.IterableDataset[Any]):
         raise NotImplementedError
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration is epoch `epoch`, from its beginning, also in worker processes that exist already."""
+        """The next iteration is epoch `epoch`, also in worker processes that exist already.
+
+        It begins at the beginning, unless a state of that epoch was loaded: then it goes on there.
+        """
         epoch = checked_epoch(epoch)
-        self._resumed = None
+        if self._resumed is not None and self._resumed.epoch != epoch:
+            self._resumed = None
         self._epochs.set(epoch)
 
     def begin_epoch(self) -> int:

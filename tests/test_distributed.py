@@ -92,7 +92,9 @@ def test_a_rank_that_lacks_the_state_of_the_others_is_found_out(tmp_path: Path) 
     loader.close()
     for name, message in run_ranks(tmp_path, [url, url], [options, options], states=[state, None]):
         assert name == "ConfigError"
-        assert "samples delivered before, which a loaded state says: 8 on rank 0 and 0 on rank 1" in message
+        assert "ranks differ in where they begin" in message
+        assert "epoch 0, after 8 samples" in message
+        assert "epoch 0, after 0 samples" in message
 
 
 def test_a_node_without_a_cache_keeps_no_other_waiting(tmp_path: Path) -> None:

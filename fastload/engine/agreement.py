@@ -3,14 +3,17 @@
 Rank 0 lists the shards, and the others take its list: a listing of each rank's own may differ where objects come and
 go, and then samples would be lost or doubled without a sign. Then every rank says what its order depends on, and they
 fail together, naming both values, where two differ. What differs by nature is brought to one: windows have to fit the
-smallest arena, and what one node knows of sample counts, all know. All of it happens once, when a data set is first
-iterated, which all ranks do. Whatever keeps a rank from having its say reaches all of them, so that none waits for a
-rank that has failed. Without torch.distributed each rank lists for itself.
+smallest arena, and what one node knows of sample counts, all know. All of that happens once, when a data set is first
+iterated, which all ranks do; and whenever it is iterated, they meet first, and see that they begin at the same place.
+Whatever keeps a rank from having its say reaches all of them, so that none waits for a rank that has failed. Without
+torch.distributed each rank lists for itself.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -19,8 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload import errors
-from fastload.errors import ConfigError, FastloadError
+from fastload.errors import ConfigError, FastloadError, WaitTimeoutError
 from fastload.plan import Manifest, Ranks
+from fastload.waiting import DEADLINE_S
+
+_POLL_FIRST_S, _POLL_MAX_S = 0.005, 0.25
 
 Counts = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
 T = TypeVar("T")
@@ -40,13 +46,68 @@ def is_collective(processes: Ranks) -> bool:
     return (distributed.get_rank(), distributed.get_world_size()) == (processes.rank, processes.world_size)
 
 
+class Seat:
+    """A place in the process group, for one data set: ranks number theirs alike, in the order in which they begin."""
+
+    _group: Any = None
+    _taken = itertools.count()
+
+    def __init__(self) -> None:
+        import torch.distributed as distributed
+
+        if distributed.group.WORLD is not Seat._group:
+            Seat._group, Seat._taken = distributed.group.WORLD, itertools.count()
+        self._of, self._number, self._meetings = Seat._group, next(Seat._taken), itertools.count()
+
+    @property
+    def is_of_this_group(self) -> bool:
+        """Whether the process group is still the one in which the seat was taken."""
+        import torch.distributed as distributed
+
+        return distributed.group.WORLD is self._of
+
+    def next_meeting(self) -> str:
+        """The name of the next meeting of those who have this seat."""
+        return f"{self._number}/{next(self._meetings)}"
+
+
+def meet(processes: Ranks, meeting: str, place: str, deadline_s: float = DEADLINE_S) -> None:
+    """Wait until all ranks have come to a meeting, which each names alike; all call this.
+
+    Raises `ConfigError` on every rank where they do not all say the same `place`, and `WaitTimeoutError`, naming who
+    has not come: collective calls would wait for them without a word, or until the process group's own end.
+    """
+    at = store(f"meetings/{meeting}")
+    at.set(f"place/{processes.rank}", place)
+    at.add(f"at {place}", 1)
+    at.add("all", 1)
+    began, pause_s = time.monotonic(), _POLL_FIRST_S
+    while at.add("all", 0) < processes.world_size:
+        if time.monotonic() - began > deadline_s:
+            missing = [rank for rank in range(processes.world_size) if not at.check([f"place/{rank}"])]
+            raise WaitTimeoutError(
+                f"gave up after {deadline_s:g} s waiting for ranks {_shown(missing)}, which do not begin the iteration "
+                f"that rank {processes.rank} has begun ({place}). All ranks must iterate the data set equally often; "
+                "one that only some of them read needs rank=0, world_size=1"
+            )
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _POLL_MAX_S)
+    if at.add(f"at {place}", 0) != processes.world_size:
+        theirs = next(
+            (rank, each) for rank in range(processes.world_size) if (each := at.get(f"place/{rank}").decode()) != place
+        )
+        raise ConfigError(
+            f"ranks differ in where they begin: {place!r} on rank {processes.rank} and {theirs[1]!r} on rank "
+            f"{theirs[0]}; load the same state on all ranks, and iterate the data set equally often on each"
+        )
+
+
 def share_manifest(processes: Ranks, list_shards: Callable[[], Manifest]) -> tuple[Manifest, str]:
     """Rank 0's manifest, on every rank, and a name for this agreement that no other has; or rank 0's error.
 
     All ranks call this.
     """
-    value, name = _from_rank_0(processes.rank, lambda: (list_shards().to_json(), uuid.uuid4().hex))
-    return Manifest.from_json(value, "the manifest from rank 0"), name
+    return _from_rank_0(processes.rank, lambda: (list_shards(), uuid.uuid4().hex))
 
 
 def compare(tell: Callable[[], tuple[Mapping[str, Any], Mapping[str, int]]]) -> dict[str, int]:
@@ -89,6 +150,10 @@ def store(name: str) -> Any:
     # There is no public way to it; launchers and torch's own packages take it from here too.
     default = distributed.distributed_c10d._get_default_store()
     return distributed.distributed_c10d.PrefixStore(f"fastload/{name}", default)
+
+
+def _shown(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
 
 def _from_rank_0(rank: int, make: Callable[[], T]) -> T:

@@ -30,9 +30,9 @@ import numpy.typing as npt
 from fastload import errors
 from fastload.engine.session import Session, Source
 from fastload.engine.windows import window_chunks
-from fastload.errors import ConfigError, ServiceError, WaitTimeoutError
+from fastload.errors import ConfigError, ServiceError
 from fastload.service.client import Consumer
-from fastload.waiting import DEADLINE_S, Waits
+from fastload.waiting import Waits
 
 ObjectNos = npt.NDArray[np.int32]
 Counts = tuple[ObjectNos, npt.NDArray[np.int64]]
@@ -41,7 +41,9 @@ Counts = tuple[ObjectNos, npt.NDArray[np.int64]]
 _INDEXED_AT_ONCE = 16
 # A count that another node will open anyway comes by itself soon; asking for it would have it read twice.
 _ASK_AFTER_S = 0.5
-_POLL_S = 0.02
+# Whoever gets no answer (the node has closed its data set, or is slow) reads the shards for itself.
+_COUNT_OURSELVES_AFTER_S = 5.0
+_POLL_FIRST_S, _POLL_MAX_S = 0.02, 0.5  # all ranks ask one process
 _SERVE_POLL_S = 0.1
 _RECORDS_AT_ONCE = 256
 
@@ -161,7 +163,7 @@ class Exchange:
     """
 
     def __init__(self, source: Source, store: Store, own: ObjectNos, common: ObjectNos, *, serves: bool) -> None:
-        self._source, self._own = source, frozenset(own.tolist())
+        self._source, self._own, self._own_nos = source, frozenset(own.tolist()), own
         self._counts, self._requests = _Log(store, "counts"), _Log(store, "requests")
         self._publishing, self._reading = threading.Lock(), threading.Lock()
         self._published = set(common.tolist())
@@ -187,7 +189,7 @@ class Exchange:
         """What this process knows. What is ours of it and others may not know goes into the log."""
         object_nos, counts = self._source.counts_in_memory()
         if self._serves:
-            ours = np.array([number in self._own for number in object_nos.tolist()], bool)
+            ours = np.isin(object_nos, self._own_nos)
             self._publish(object_nos[ours], counts[ours])
         return object_nos, counts
 
@@ -197,12 +199,15 @@ class Exchange:
         if self._serves:
             self._publish(object_nos, counts)
 
-    def ask(self, object_nos: ObjectNos, is_interrupted: Callable[[], bool]) -> Counts:
-        """Some of these counts, as soon as a node has said them. Raises what kept a node from counting."""
+    def ask(self, object_nos: ObjectNos, consumer: Consumer, is_interrupted: Callable[[], bool]) -> Counts:
+        """Some of these counts, as soon as a node has said them, or by indexing them with `consumer` where none does.
+
+        Raises what kept a node from counting.
+        """
         import torch.distributed as distributed
 
         try:
-            return self._ask(object_nos, is_interrupted)
+            return self._ask(object_nos, consumer, is_interrupted)
         except distributed.DistError as error:
             raise ServiceError(
                 f"the store of torch.distributed ended while this rank waited to hear how many samples "
@@ -210,24 +215,28 @@ class Exchange:
                 "live until all have read their batches, with a torch.distributed.barrier() before it ends"
             ) from error
 
-    def _ask(self, object_nos: ObjectNos, is_interrupted: Callable[[], bool]) -> Counts:
-        began, is_asked = time.monotonic(), False
+    def _ask(self, object_nos: ObjectNos, consumer: Consumer, is_interrupted: Callable[[], bool]) -> Counts:
+        began, is_asked, pause_s = time.monotonic(), False, _POLL_FIRST_S
         while True:
             self._read_news(object_nos)
             found = self._in_memory(object_nos)
             if len(found[0]):
                 return found
             waited = time.monotonic() - began
-            if waited > DEADLINE_S:
-                raise WaitTimeoutError(
-                    f"gave up after {DEADLINE_S:g} s waiting for another node to say how many samples "
-                    f"{self._url(object_nos)} holds; see whether all ranks of the job are alive and iterate this data"
-                )
+            if waited > _COUNT_OURSELVES_AFTER_S:
+                return self._count_ourselves(object_nos[:_INDEXED_AT_ONCE], consumer)
             if waited > _ASK_AFTER_S and not is_asked:
                 self._requests.append(object_nos.tolist())
                 is_asked = True
-            if self._is_closed.wait(_POLL_S) or is_interrupted():
+            if self._is_closed.wait(pause_s) or is_interrupted():
                 raise ServiceError("the data set was closed while it waited for another node's sample counts")
+            pause_s = min(2 * pause_s, _POLL_MAX_S)
+
+    def _count_ourselves(self, object_nos: ObjectNos, consumer: Consumer) -> Counts:
+        counts = count_by_indexing(self._source, consumer, object_nos)
+        self._source.learn_counts(object_nos, counts)
+        self._publish(object_nos, counts)
+        return object_nos, counts
 
     def close(self) -> None:
         """End the thread, and whoever waits in `ask`. May be called twice, and before `open`."""
@@ -238,9 +247,8 @@ class Exchange:
                 self._thread.join(_SERVE_POLL_S)
 
     def _in_memory(self, object_nos: ObjectNos) -> Counts:
-        known, counts = self._source.counts_in_memory()
-        chosen = np.isin(known, object_nos)
-        return known[chosen], counts[chosen]
+        counts = self._source.counts_of(object_nos)
+        return object_nos[counts >= 0], counts[counts >= 0]
 
     def _read_news(self, wanted: ObjectNos) -> None:
         """Learn what has been added to the log; raises what kept a node from counting what is wanted."""
@@ -301,15 +309,15 @@ class Exchange:
 class ExchangedCounts:
     """An exchange as one pass uses it: what the pass waits for is booked as its own, and it can be interrupted."""
 
-    def __init__(self, exchange: Exchange, waits: Waits) -> None:
-        self._exchange, self._waits = exchange, waits
+    def __init__(self, exchange: Exchange, consumer: Consumer, waits: Waits) -> None:
+        self._exchange, self._consumer, self._waits = exchange, consumer, waits
         self._interruptions = 0
         self.known, self.counted = exchange.known, exchange.counted
 
     def ask(self, object_nos: ObjectNos) -> Counts:
         """Some of these counts, as soon as a node has said them."""
         with self._waits.measure("index"):
-            return self._exchange.ask(object_nos, lambda: self._interruptions > 0)
+            return self._exchange.ask(object_nos, self._consumer, lambda: self._interruptions > 0)
 
     @contextmanager
     def interrupted(self) -> Iterator[None]:

@@ -38,10 +38,21 @@ from fastload.plan import (
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """Where a pass begins: its epoch and, where a state is gone on from, the fingerprint of the list that it names."""
+    """Where a pass begins: its epoch, how many samples of it were delivered before, over all ranks, and the fingerprint
+    of the list of shards that these were from.
+    """
 
     epoch: int
     fingerprint: str | None = None
+    samples: int = 0
+
+    @property
+    def saved_list(self) -> str | None:
+        """The fingerprint of the list that must be gone on with."""
+        return self.fingerprint if self.samples else None
+
+    def __str__(self) -> str:
+        return f"epoch {self.epoch}, after {self.samples} samples"
 
 
 class Job:
@@ -62,6 +73,7 @@ class Job:
 
     def _begin(self) -> None:
         self._pid = os.getpid()
+        self._seat: agreement.Seat | None = None
         self._settling = threading.Lock()
         self._exchange: Exchange | None = None
         self._has_agreed = False
@@ -97,7 +109,10 @@ class Job:
         """
         with self._settling:
             self._processes = self._ranks_of_processes()
-            version = (begin.fingerprint or begin.epoch) if source.grows else None
+            is_collective = not in_worker and agreement.is_collective(self._processes)
+            if is_collective:
+                self._meet(self._processes, begin)
+            version = (begin.saved_list or begin.epoch) if source.grows else None
             if self._has_agreed and (sharers, version) == self._settled_for:
                 return
             if source.grows and in_worker:
@@ -107,7 +122,7 @@ class Job:
                 )
             self._sharers = sharers
             choose = partial(self._choose, source, begin)
-            if not in_worker and agreement.is_collective(self._processes):
+            if is_collective:
                 self._agree(self._processes, source, choose, settings)
             else:
                 source.adopt(choose())
@@ -115,11 +130,17 @@ class Job:
                     self._order = self._settled_order()
             self._has_agreed, self._settled_for = True, (sharers, version)
 
+    def _meet(self, processes: Ranks, begin: Beginning) -> None:
+        """Wait for the other ranks. In another process group than before, all is agreed on anew."""
+        if self._seat is None or not self._seat.is_of_this_group:
+            self._seat, self._has_agreed = agreement.Seat(), False
+        agreement.meet(processes, self._seat.next_meeting(), str(begin))
+
     def _choose(self, source: Source, begin: Beginning) -> Manifest:
         """The list of shards for a pass: the one that a state names, the user's file, or a new listing."""
         assert self._processes is not None
-        if source.grows and begin.fingerprint is not None:
-            return source.manifest_of(begin.fingerprint)
+        if source.grows and begin.saved_list is not None:
+            return source.manifest_of(begin.saved_list)
         make = source.refresh if source.grows and source.manifest is not None else source.list_shards
         if not source.has_file:
             return make()
@@ -139,7 +160,7 @@ class Job:
         with self._settling:
             if self._exchange is not None and self._pid == os.getpid():
                 self._exchange.open()
-                return ExchangedCounts(self._exchange, session.waits)
+                return ExchangedCounts(self._exchange, session.consumer, session.waits)
         nodes = default_partitions(self.ranks)
         if nodes == 1 or self.order.partitions == 1:
             return LocalCounts(source, session.consumer)
@@ -218,7 +239,7 @@ class Job:
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs; ranks too, since a worker cannot ask torch.distributed."""
         state = dict(self.__dict__)
-        del state["_pid"], state["_settling"], state["_exchange"], state["_has_agreed"]
+        del state["_pid"], state["_settling"], state["_exchange"], state["_has_agreed"], state["_seat"]
         if self._processes is None and agreement.is_initialised():
             state["_processes"] = self._ranks_of_processes()
         return state

@@ -150,14 +150,6 @@ class OnePass:
         self.source.end()
 
 
-def place_of(epoch: int, start: AnyPosition | None) -> dict[str, int]:
-    """Where a pass begins, by names under which ranks compare it: one that lacks the others' state would read what
-    they have read, and nobody would see it.
-    """
-    samples = 0 if start is None else start.samples
-    return {"epoch": epoch, "the samples delivered before, which a loaded state says": samples}
-
-
 def open_source(source: Source, job: Job, options: PassOptions, skips: Skips | None) -> SourcePass:
     """Open a session for a pass over one data set. Its `end` must follow. Raises `ConfigError`."""
     session = source.open()

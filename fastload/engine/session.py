@@ -203,6 +203,11 @@ class Source:
             known = np.flatnonzero(self._counts_here() >= 0)
             return known.astype(np.int32), self._counts_here()[known]
 
+    def counts_of(self, object_nos: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+        """The sample counts of these objects, int64; -1 where this process has not learnt it. Asks nobody."""
+        with self._lock:
+            return self._counts_here()[object_nos]
+
     def learn_counts(self, object_nos: npt.NDArray[np.int32], counts: npt.NDArray[np.int64]) -> None:
         """Remember the sample counts of these objects."""
         with self._lock:

@@ -146,7 +146,9 @@ class Position:
         order = orders[0]
         check_same("epoch", self.epoch, order.epoch, "call set_epoch with the epoch of the state")
         check_same("tail", self.tail, tail, "pass the tail that the run began with")
-        check_order(self.options, order.options, self.fingerprint, order.manifest.fingerprint)
+        check_order(self.options, order.options)
+        if self.samples:  # an epoch may begin with another list of shards
+            check_manifest(self.fingerprint, order.manifest.fingerprint)
         for each in orders:
             check_place(self.places[each.partition], each.window_count)
         if not self.is_at_end(orders):
@@ -203,16 +205,20 @@ def check_same(name: str, saved: object, now: object, cure: str, of: str = "") -
         raise StateError(f"the state was saved with {name} {saved!r}{of}, but this run has {now!r}; {cure}")
 
 
-def check_order(saved: OrderOptions, now: OrderOptions, saved_manifest: str, manifest: str, of: str = "") -> None:
-    """Raises `StateError`, naming both values, where the order or the data is another than was saved."""
+def check_order(saved: OrderOptions, now: OrderOptions, of: str = "") -> None:
+    """Raises `StateError`, naming both values, where the order is another than was saved."""
     check_same("seed", saved.seed, now.seed, "pass the seed that the run began with", of)
     check_same("shuffle", saved.shuffle, now.shuffle, "pass the shuffle that the run began with", of)
     if now.shuffle == "window":  # otherwise the size of windows changes nothing
         cure = "pass the one that the run began with"
         check_same("shuffle_window", saved.window_bytes, now.window_bytes, cure, of)
     check_same("partitions", saved.partitions, now.partitions, "pass the number that the run began with", of)
+
+
+def check_manifest(saved: str, now: str, of: str = "") -> None:
+    """Raises `StateError`, naming both fingerprints, where the data is another than was saved."""
     cure = "the list of shards, or a shard's size or version, has changed; restore it or begin an epoch anew"
-    check_same("manifest fingerprint", saved_manifest, manifest, cure, of)
+    check_same("manifest fingerprint", saved, now, cure, of)
 
 
 def check_place(place: Place, window_count: int) -> None:

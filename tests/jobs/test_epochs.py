@@ -70,7 +70,6 @@ def test_each_iteration_is_the_next_epoch_unless_one_is_set(
         assert epochs[2:] == [expected(size, rank, epoch) for epoch in (7, 8)]
 
 
-@pytest.mark.xfail(strict=True, reason="a state without a position does not say which order the run has")
 @pytest.mark.parametrize("delivered", ["none of an epoch", "all of an epoch"])
 def test_a_state_between_batches_of_two_epochs_goes_on_in_the_order_of_the_run(
     pool: RankPool, shelf: Shelf, tmp_path: Path, delivered: str

@@ -18,7 +18,7 @@ from fastload.errors import ConfigError, StateError
 from fastload.plan.mixture.blend import Weights, check_weights
 from fastload.plan.mixture.options import MixtureOptions, check_stop
 from fastload.plan.order import OrderOptions
-from fastload.plan.position import OrderState, Place, check_order, check_same, check_version
+from fastload.plan.position import OrderState, Place, check_manifest, check_order, check_same, check_version
 from fastload.plan.tail import Tail, check_tail
 
 MIXTURE_STATE_VERSION = 1
@@ -80,7 +80,7 @@ class MixturePosition:
 
     def at_epoch(self, epoch: int) -> MixturePosition:
         """The beginning of `epoch` in the same run: what to save when an epoch has ended."""
-        sources = tuple(SourcePosition.start(len(source.places), source.total) for source in self.sources)
+        sources = tuple(SourcePosition.start(len(source.places)) for source in self.sources)
         return replace(self, epoch=epoch, batches=0, samples=0, sources=sources)
 
     def to_state(self) -> dict[str, Any]:
@@ -130,7 +130,9 @@ class MixturePosition:
         check_same("sources", len(self.sources), len(now.sources), cure, " in number")
         check_same("weights", saved.weights, options.weights, "pass the weights that the run began with")
         for number, (order, saved_manifest) in enumerate(zip(self.orders, self.fingerprints, strict=True)):
-            check_order(order, now.orders[number], saved_manifest, now.fingerprints[number], f" of source {number}")
+            check_order(order, now.orders[number], f" of source {number}")
+            if self.samples:  # an epoch may begin with other lists of shards
+                check_manifest(saved_manifest, now.fingerprints[number], f" of source {number}")
 
 
 def _from_wire(read: _State) -> MixturePosition:
