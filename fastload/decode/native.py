@@ -92,17 +92,14 @@ def _load(path: Path) -> ctypes.CDLL:
     if found.fastload_abi() != _ABI:
         raise ConfigError(f"{path} belongs to another version of fastload; reinstall it, or set FASTLOAD_NATIVE=0")
     pointer, settings, report = ctypes.c_void_p, ctypes.POINTER(Settings), ctypes.POINTER(Report)
+    int32, int64, uint64 = ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
     found.fastload_new.restype = pointer
     found.fastload_free.argtypes = (pointer,)
     found.fastload_free.restype = None
-    found.fastload_set_avx2.argtypes = (pointer, ctypes.c_int32)
-    found.fastload_decode.argtypes = (
-        (pointer, settings, pointer, pointer, pointer, ctypes.c_int64, ctypes.c_int64, pointer, report)
-    )  # fmt: skip
-    found.fastload_decode.restype = ctypes.c_int64
-    found.fastload_resize.argtypes = (
-        (pointer, settings, ctypes.c_uint64, pointer, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, pointer)
-    )  # fmt: skip
+    found.fastload_set_avx2.argtypes = (pointer, int32)
+    found.fastload_decode.argtypes = (pointer, settings, pointer, pointer, pointer, int64, int64, pointer, report)
+    found.fastload_decode.restype = int64
+    found.fastload_resize.argtypes = (pointer, settings, uint64, pointer, int32, int32, int32, pointer)
     return found
 
 
@@ -135,10 +132,12 @@ class Context:
         decoded, with the reason in `report`, or the number of images.
         """
         count = len(offsets) - 1
-        assert values.flags.c_contiguous and out.flags.c_contiguous and offsets.flags.c_contiguous  # noqa: PT018
-        assert offsets.dtype == np.int64 and len(out) == count, (offsets.dtype, out.shape)  # noqa: PT018
-        assert offsets[0] >= 0 and (offsets[1:] >= offsets[:-1]).all() and offsets[-1] <= len(values), "hostile offsets"  # noqa: PT018
-        assert keys is None or (keys.dtype == np.uint64 and len(keys) == count and keys.flags.c_contiguous)
+        assert all(array.flags.c_contiguous for array in (values, offsets, out)), "arrays with gaps"
+        assert offsets.dtype == np.int64, offsets.dtype
+        assert 0 <= offsets[0] <= offsets[-1] <= len(values), f"offsets to {offsets[-1]} of {len(values)} bytes"
+        assert (offsets[1:] >= offsets[:-1]).all(), "offsets that fall"
+        assert len(out) == count, (out.shape, count)
+        assert keys is None or (keys.dtype == np.uint64 and keys.shape == (count,) and keys.flags.c_contiguous)
         done: int = self._unit.fastload_decode(
             self._pointer,
             settings,

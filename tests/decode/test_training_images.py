@@ -39,7 +39,7 @@ def test_random_crops_are_those_of_a_full_decode_within_a_level() -> None:
     rng = np.random.default_rng(20)
     decoder = fd.image(64, random_resized_crop=True)
     bytes_too = fd.image(64, random_resized_crop=True, dtype="uint8")
-    for key in KEYS[:250]:
+    for key in KEYS[:150]:
         data = pictures.random_jpeg(rng)
         pixels = pictures.full_decode(data)
         view = choose_view(geometry(decoder).cropping, int(key), pixels.shape[1], pixels.shape[0])
@@ -114,12 +114,12 @@ def test_every_other_picture_is_mirrored() -> None:
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "normalised"),
+    [("float32", False), ("float32", True), ("float16", False), ("float16", True), ("uint8", False)],
+)
 def test_types_layouts_and_normalisation(dtype: str, layout: str, normalised: bool) -> None:
-    if dtype == "uint8" and normalised:
-        pytest.skip("bytes cannot hold it, and image() says so")
     data = pictures.jpeg(pictures.photographs()[0][:90, :130], "420")
     options = {"mean": MEAN, "std": STD} if normalised else {}
     plain = decoded(fd.image(37), data).astype(np.float64)
