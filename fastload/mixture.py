@@ -21,6 +21,7 @@ from fastload.engine.job import Beginning
 from fastload.engine.mixed import MixedPass, begin_mixed_pass
 from fastload.engine.passes import AnyPosition
 from fastload.errors import ConfigError
+from fastload.kernels import compile_in_background
 from fastload.plan import Ranks, Tail, sample_count_of_rank
 from fastload.plan.mixture import MixtureCursor, MixtureOptions, MixturePosition, Stop, check_stop, check_weights
 from fastload.plan.tail import check_tail
@@ -66,6 +67,7 @@ class Mixture(Streaming):
             check_weights([weight for _, weight in pairs]), checked_seed(seed), check_stop(stop)
         )
         self._names = _tuple_names(self._sources)
+        self._is_compiling = False
 
     @property
     def sources(self) -> list[StreamingDataset]:
@@ -100,6 +102,9 @@ class Mixture(Streaming):
         return self._sources[0].partitions
 
     def begin(self, epoch: int, batch_size: int, **options: Any) -> MixedPass:
+        if not self._is_compiling:
+            self._is_compiling = True
+            compile_in_background("mixing")
         self._settle(epoch, batch_size, options.get("start"))
         skips = Skips() if any(dataset.skips_errors for dataset in self._sources) else None
         with ExitStack() as undoing:

@@ -68,7 +68,7 @@ def warm(
             sample_count = indexing.result()
         finally:
             indexing.stop()
-    return Warmed(len(manifest), sample_count, progress.total_bytes, progress.held_bytes, progress.fetched_bytes)
+    return Warmed(len(plan), sample_count, progress.total_bytes, progress.held_bytes, progress.fetched_bytes)
 
 
 def _manifest(consumer: Consumer, urls: Sequence[str], manifest_file: str | None) -> Manifest:

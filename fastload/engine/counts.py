@@ -29,7 +29,8 @@ import numpy.typing as npt
 
 from fastload import errors
 from fastload.engine.session import Session, Source
-from fastload.engine.windows import window_chunks
+from fastload.engine.shards import ShardTable
+from fastload.engine.windows import Ints, window_chunks
 from fastload.errors import ConfigError, ServiceError
 from fastload.service.client import Consumer
 from fastload.waiting import Waits
@@ -55,6 +56,8 @@ class LocalCounts:
 
     def __init__(self, source: Source, consumer: Consumer) -> None:
         self._source, self._consumer = source, consumer
+        # Of this pass, whatever list of shards the source has by and by.
+        self._manifest, self._shards, self._first_chunk = source.manifest, source.shards, source.first_chunk
 
     def known(self) -> Counts:
         """What this process has counted, or has been told."""
@@ -62,7 +65,7 @@ class LocalCounts:
 
     def counted(self, object_nos: ObjectNos, counts: npt.NDArray[np.int64]) -> None:
         """Remember these for the next epoch."""
-        self._source.learn_counts(object_nos, counts)
+        self._source.learn_counts(object_nos, counts, of=self._manifest)
 
     def interrupted(self) -> AbstractContextManager[None]:
         """Nothing here waits but for bytes, and that is the consumer's."""
@@ -71,7 +74,7 @@ class LocalCounts:
     def ask(self, object_nos: ObjectNos) -> Counts:
         """The counts of the first of these, by indexing them."""
         object_nos = object_nos[:_INDEXED_AT_ONCE]
-        counts = count_by_indexing(self._source, self._consumer, object_nos)
+        counts = count_by_indexing(self._shards, self._first_chunk, self._consumer, object_nos)
         self.counted(object_nos, counts)
         return object_nos, counts
 
@@ -103,13 +106,15 @@ class StoredCounts(LocalCounts):
         )
 
 
-def count_by_indexing(source: Source, consumer: Consumer, object_nos: ObjectNos) -> npt.NDArray[np.int64]:
+def count_by_indexing(
+    shards: ShardTable, first_chunk: Ints, consumer: Consumer, object_nos: ObjectNos
+) -> npt.NDArray[np.int64]:
     """int64[objects]: counts, from indexes; parses the shards that have none yet. Keeps no chunk."""
     numbers = object_nos.astype(np.int64)
     try:
-        indexes = source.shards.get(consumer, numbers.tolist())
+        indexes = shards.get(consumer, numbers.tolist())
     finally:
-        consumer.release(window_chunks(source.first_chunk, numbers))
+        consumer.release(window_chunks(first_chunk, numbers))
     return np.array([index.sample_count for index in indexes], np.int64)
 
 
@@ -233,7 +238,7 @@ class Exchange:
             pause_s = min(2 * pause_s, _POLL_MAX_S)
 
     def _count_ourselves(self, object_nos: ObjectNos, consumer: Consumer) -> Counts:
-        counts = count_by_indexing(self._source, consumer, object_nos)
+        counts = count_by_indexing(self._source.shards, self._source.first_chunk, consumer, object_nos)
         self._source.learn_counts(object_nos, counts)
         self._publish(object_nos, counts)
         return object_nos, counts
@@ -287,7 +292,8 @@ class Exchange:
     def _count(self, object_nos: ObjectNos) -> npt.NDArray[np.int64]:
         self._session = self._source.open()
         try:
-            return count_by_indexing(self._source, self._session.consumer, object_nos)
+            source, consumer = self._source, self._session.consumer
+            return count_by_indexing(source.shards, source.first_chunk, consumer, object_nos)
         finally:
             session, self._session = self._session, None
             self._source.give_back(session)

@@ -43,11 +43,12 @@ class WindowReader:
 
     def plan(self, windows: Sequence[tuple[Hashable, Objects]], epoch: int) -> None:
         """From now on these windows, with their object numbers, are what will be needed, in this order."""
-        objects = [object_nos for _, object_nos in windows]
-        chunks = np.cumsum([int(self._chunk_counts(object_nos).sum()) for object_nos in objects], dtype=np.int64)
+        objects = np.concatenate([np.empty(0, np.int32), *(object_nos for _, object_nos in windows)])
+        chunks = np.concatenate([[0], np.cumsum(self._chunk_counts(objects))])
+        ends = np.cumsum([len(object_nos) for _, object_nos in windows], dtype=np.int64)
         with self._planning:
-            self._consumer.set_plan(np.concatenate(objects) if objects else [], epoch)
-            self._planned, self._plan_ends = [key for key, _ in windows], chunks.tolist()
+            self._consumer.set_plan(objects, epoch)
+            self._planned, self._plan_ends = [key for key, _ in windows], chunks[ends].tolist()
             self._behind, self._epoch = 0, epoch
             self._closed.clear()
 

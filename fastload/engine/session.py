@@ -208,10 +208,13 @@ class Source:
         with self._lock:
             return self._counts_here()[object_nos]
 
-    def learn_counts(self, object_nos: npt.NDArray[np.int32], counts: npt.NDArray[np.int64]) -> None:
-        """Remember the sample counts of these objects."""
+    def learn_counts(
+        self, object_nos: npt.NDArray[np.int32], counts: npt.NDArray[np.int64], of: Manifest | None = None
+    ) -> None:
+        """Remember the sample counts of these objects; of another list of shards than the present one, nothing."""
         with self._lock:
-            self._counts_here()[object_nos] = counts
+            if of is None or of is self._manifest:
+                self._counts_here()[object_nos] = counts
 
     def sample_counts(self) -> npt.NDArray[np.int64] | None:
         """int64[objects]: samples of each shard, or None where a shard has not been indexed yet."""

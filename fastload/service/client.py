@@ -131,7 +131,7 @@ class Consumer(Session):
         With `warm`, fill the cache with them instead of the arena only; see `progress` and `wait_progress`.
         """
         self._enter()
-        order = [int(number) for number in object_order]
+        order = np.asarray(object_order, np.int64).tolist()
         if order and not (min(order) >= 0 and max(order) < len(self._objects)):
             raise ValueError(f"a plan names object {max(order)} (or a negative one) of {len(self._objects)}")
         with self._changed:
