@@ -176,7 +176,7 @@ def corpora(draw: st.DrawFn) -> Shards:
     huge = st.permutations([*range(4, 11), HUGE]).map(tuple)
     few = st.lists(st.integers(0, HUGE), min_size=1, max_size=2, unique=True).map(tuple)
     empty = st.sampled_from([(0,), (0, 1), (0, 2, 1)])
-    return draw(st.one_of(some, many, huge, few, empty))
+    return draw(st.one_of(some, many, many, huge, huge, few, st.one_of(few, empty)))
 
 
 @st.composite

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,9 @@ _LEARNING_RATE = 2.0**-12
 
 @dataclass(frozen=True)
 class Training:
-    """What to train on, and where: `folder` gets the checkpoint and a log of each rank."""
+    """What to train on, and where: `folder` gets the checkpoint and a log of each rank. After `held_after` steps ranks
+    do nothing more, so that they are still there when they are killed.
+    """
 
     urls: list[str]
     caches: list[str]
@@ -36,6 +39,7 @@ class Training:
     environment: Mapping[str, str]
     num_workers: int = 2
     save_every: int = 3
+    held_after: int | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -92,6 +96,8 @@ def _trained(rank: Rank, training: Training, loader: Any) -> list[float]:
                 os.write(log, json.dumps([step, batch["__key__"]]).encode() + b"\n")
                 if rank.rank == 0 and step % training.save_every == 0:
                     _save(training.checkpoint, step, weights, loader)
+                if step == training.held_after:
+                    time.sleep(60)
     finally:
         os.close(log)
     return weights.tolist()
