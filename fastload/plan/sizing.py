@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fastload.errors import ConfigError
 from fastload.plan.deal import Deal
 from fastload.plan.order import DEFAULT_WINDOW_BYTES, OrderOptions, Shuffle
 from fastload.plan.ranks import Ranks, default_partitions
@@ -37,7 +38,14 @@ class OrderWish:
         )
 
     def partition_count(self, ranks: Ranks) -> int:
-        """How many partitions there will be."""
+        """How many partitions there will be. Raises `ConfigError` where that is left to us and nodes are not alike."""
+        if self.partitions is None and ranks.world_size % ranks.local_world_size:
+            # Each node would find another number of nodes, and deal the data otherwise than the others.
+            raise ConfigError(
+                f"world_size={ranks.world_size} is not a multiple of local_world_size={ranks.local_world_size}: nodes "
+                "have different numbers of ranks, so that none can say how many nodes there are; give every rank "
+                "partitions=1, with which nodes do not matter, or as many ranks to each node"
+            )
         return self.partitions or default_partitions(ranks)
 
     def settled(self, ranks: Ranks, ram_bytes: int) -> OrderOptions:

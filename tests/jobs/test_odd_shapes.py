@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 import fastload
+from fastload.errors import ConfigError
 from fastload.plan import Tail
 from tests.jobs.case import Case, Size
 from tests.jobs.pool import Rank
 from tests.jobs.reading import SMALL
-from tests.jobs.shelf import HUGE, Shelf
+from tests.jobs.shelf import HUGE, KEYS, Shelf
 
 ONE, TWO, EMPTY, FEW, OTHER = 2, 4, 0, 5, 6
 
@@ -92,3 +93,23 @@ def test_no_sample_at_all_is_no_batch_in_any_epoch(urls: tuple[str, ...], tmp_pa
         loader.load_state_dict(loader.state_dict())
         assert list(loader) == []
         loader.close()
+
+
+def test_nodes_with_different_numbers_of_ranks_need_one_partition(
+    monkeypatch: pytest.MonkeyPatch, urls: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Three ranks, two of them on one node: a rank cannot see how many nodes there are."""
+    these = [urls[shard] for shard in (FEW, OTHER, 12)]
+    given: list[str] = []
+    with fastload.Cache(tmp_path / "cache", **SMALL, service="inprocess") as cache:
+        for rank, local_rank, local_world_size in ((0, 0, 2), (1, 1, 2), (2, 0, 1)):
+            where = {"RANK": rank, "WORLD_SIZE": 3, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_world_size}
+            for name, value in where.items():
+                monkeypatch.setenv(name, str(value))
+            if local_world_size == 2:
+                with pytest.raises(ConfigError, match="world_size=3 is not a multiple of local_world_size=2"):
+                    next(iter(fastload.StreamingDataset(these, cache=cache)))
+            dataset = fastload.StreamingDataset(these, cache=cache, partitions=1, tail="uneven", columns=["cls"])
+            given += [sample["__key__"] for sample in dataset]
+            dataset.close()
+    assert sorted(given) == sorted(key for shard in (FEW, OTHER, 12) for key in KEYS[shard])
