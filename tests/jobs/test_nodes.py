@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections import Counter
 from itertools import chain, islice
 from pathlib import Path
@@ -101,6 +102,39 @@ def test_ranks_of_one_group_read_the_same(s3, tmp_path: Path, pool: RankPool, lo
         given = keys_of(list(chain.from_iterable(groups)))
         assert set(given) == set(data.samples)
         assert given.total() - len(data.samples) == -len(data.samples) % len(groups)
+
+
+def read_until_it_fails(rank: Rank, reading: Reading) -> tuple[str, str]:
+    """The error's type and message."""
+    os.environ.update(reading.environment)
+    with fastload.Cache(reading.caches[rank.node], **reading.cache) as cache:
+        loader = fastload.DataLoader(reading.open(cache), **reading.loader)
+        try:
+            with pytest.raises(fastload.FastloadError) as error:
+                list(loader)
+            distributed.barrier()  # a rank that is gone could not say what is wrong
+            return type(error.value).__name__, str(error.value)
+        finally:
+            loader.close()
+
+
+def test_a_shard_that_cannot_be_read_fails_every_rank_by_name(s3, tmp_path: Path, pool: RankPool) -> None:
+    """Those of the other node too, which only want to know how many samples it holds."""
+    data = corpus(shard_count=6, samples_per_shard=7, value_bytes=300)
+    prefix = data.put(s3)
+    s3.put("data/shard-0003.tar", random.Random(0).randbytes(30_000))
+    reading = Reading(
+        [prefix],
+        [str(tmp_path / f"cache-{node}") for node in range(2)],
+        {"shuffle": True},
+        {"batch_size": 3, "num_workers": 1},
+        s3.server.environment(),
+        {**SMALL, "service": "inprocess"},
+    )
+    ranks = [Rank(rank, 4, 2, "job") for rank in range(4)]
+    for kind, message in pool.run("a bad shard", read_until_it_fails, ranks, reading):
+        assert kind == "ShardError"
+        assert f"{prefix}shard-0003.tar, offset 0" in message
 
 
 def take_and_close(rank: Rank, reading: Reading) -> list[list[str]]:
