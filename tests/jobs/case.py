@@ -60,9 +60,9 @@ class Mix:
 
 @dataclass(frozen=True)
 class Case:
-    """`take` batches of one epoch (None: all of `epochs` epochs), and where `then` is given, the rest of it at that
-    size, from the state of rank `saver`; `in_same_caches` or in new ones. `skips`: samples that cannot be decoded are
-    left out, where otherwise nobody looks at them.
+    """`take` batches of one epoch (None: all of `epochs` epochs), and where `then` is given, the rest of it (or the
+    next epoch) at that size, from the state of rank `saver`; `in_same_caches` or in new ones. `skips`: samples that
+    cannot be decoded are left out, where otherwise nobody looks at them.
     """
 
     shards: Shards
@@ -221,13 +221,10 @@ def _resumed(draw: st.DrawFn, case: Case) -> Case:
     then = draw(sizes(case.partitions or case.first.nodes))
     if draw(st.sampled_from([True, True, False])) and case.first.global_batch % then.world_size == 0:
         then = replace(then, batch_size=case.first.global_batch // then.world_size)  # it fits everywhere
-    # Before the first batch a state does not say how many partitions there are.
-    least, most = 0 if case.partitions else 1, _batch_count(case)
-    if most < least:
-        return case
+    take = st.integers(0, _batch_count(case))
     return replace(
         case,
-        take=draw(st.integers(least, most)),
+        take=draw(take if case.is_endless else st.one_of(take, take, take, st.none())),
         then=then,
         saver=draw(st.integers(0, 3)),
         in_same_caches=draw(st.booleans()),

@@ -40,24 +40,33 @@ class Trial:
             self._go_on(case.then, found)
 
     def _go_on(self, then: Size, found: list[Read]) -> None:
-        case, model = self._case, self._case.model(then, self._case.epoch)
-        assert case.take is not None
+        case = self._case
         state = json.loads(json.dumps(found[case.saver % len(found)].state))
+        folder = "first" if case.in_same_caches else "then"
+        if case.take is None:
+            self._go_on_in(case.epoch + case.epochs, 0, [], then, folder, state)
+            return
+        model = case.model(then, case.epoch)
         delivered = case.take * case.first.global_batch
         if not case.is_endless:
             delivered = min(delivered, model.total)
-        folder = "first" if case.in_same_caches else "then"
         if delivered % then.global_batch and (delivered < model.total or case.is_endless):
             self._check_refused(self._answers(then, folder, state=state), delivered)
             return
+        self._go_on_in(case.epoch, delivered, [one.batches for one in found], then, folder, state)
+
+    def _go_on_in(
+        self, epoch: int, delivered: int, before: list[Batches], then: Size, folder: str, state: dict[str, Any]
+    ) -> None:
+        """Read the rest of an epoch, of which so many samples were delivered, in the batches `before`."""
+        case, model = self._case, self._case.model(then, epoch)
         take = (SAMPLES_MAX - delivered) // then.global_batch if case.is_endless else None
         rest = self._read(then, folder, state=state, take=take)
         for rank, one in enumerate(rest):
             self._compare(rank, one.batches, model.batches(rank, delivered)[:take])
         if not case.is_endless:
             self._check_repeats(then, rest, 0, model.total - delivered)
-            world_size = max(case.first.world_size, then.world_size)
-            self._check_once([one.batches for one in [*found, *rest]], world_size)
+            self._check_once([*before, *(one.batches for one in rest)], max(case.first.world_size, then.world_size))
 
     def _read(self, size: Size, folder: str, **how: Any) -> list[Read]:
         answers = self._answers(size, folder, **how)
