@@ -8,6 +8,7 @@ import gc
 import os
 import re
 import shutil
+import signal
 import stat
 import tempfile
 import threading
@@ -24,6 +25,10 @@ from fastload.store.options import StoreOptions
 
 # Set for the whole run, child processes included: a cache service ends with its last consumer.
 os.environ["FASTLOAD_IDLE_S"] = "0"
+
+# Whoever runs the tests in the background may have had SIGINT ignored, and children that tests interrupt inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long things may take to end that nobody waits for: a service after its last consumer, an idle
 # connection.

@@ -55,9 +55,13 @@ class InProcessService:
         finally:
             self._ready.set()
 
+    def _is_ready(self) -> bool:
+        self._ready.set()
+        return True
+
     async def _serve(self) -> None:
         self._server = Server(self._directory, idle_s=None)
-        if not await self._server.run(self._ready.set):
+        if not await self._server.run(self._is_ready):
             raise ServiceError("reads or writes of the cache service did not end in time")
 
     def _abandon(self) -> None:

@@ -59,9 +59,9 @@ async def _serve(directory: CacheDirectory, idle_s: float, starter: _Starter) ->
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stop)
 
-    def ready() -> None:
+    def ready() -> bool:
         log.info("serving %s with %s", directory.path, directory.limits)
-        starter.tell({"status": "ready"})
+        return starter.tell({"status": "ready"})
 
     return await server.run(ready)
 
@@ -74,13 +74,15 @@ class _Starter:
         if fd >= 0:
             os.set_inheritable(fd, False)
 
-    def tell(self, word: dict[str, object]) -> None:
+    def tell(self, word: dict[str, object]) -> bool:
+        """Whether it did not go away meanwhile."""
         fd, self._fd = self._fd, -1
         if fd < 0:
-            return
+            return True
         try:
             os.write(fd, json.dumps(word).encode() + b"\n")
-        except BrokenPipeError:  # it did not wait
-            pass
+        except BrokenPipeError:
+            return False
         finally:
             os.close(fd)
+        return True

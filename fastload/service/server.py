@@ -161,8 +161,9 @@ class Server:
         self._listener: socket.socket | None = None
         self._stopped = asyncio.Event()
 
-    async def run(self, ready: Callable[[], None]) -> bool:
-        """Serve until told to stop, or idle; `ready()` is called once consumers can connect.
+    async def run(self, ready: Callable[[], bool]) -> bool:
+        """Serve until told to stop, or idle; `ready()` is called once consumers can connect, and says whether whoever
+        started this is still about to.
 
         Returns whether all threads have ended. CacheError where the cache cannot be opened.
         """
@@ -171,8 +172,8 @@ class Server:
         try:
             self._listener = self._listen()
             self._loop.add_reader(self._listener.fileno(), self._accept)
-            self._wait_for_consumers(None if self._idle_s is None else max(self._idle_s, _FIRST_CONSUMER_S))
-            ready()
+            first_s = max(self._idle_s or 0.0, _FIRST_CONSUMER_S if ready() else 0.0)
+            self._wait_for_consumers(None if self._idle_s is None else first_s)
             await self._stopped.wait()
         finally:
             ended = self._end()
