@@ -65,7 +65,7 @@ def main() -> None:
     if options.check:
         check(options.check)
         return
-    print(f"C unit: {'there' if native.library() is not None else 'not built'}; load before: {os.getloadavg()[0]:.1f}")
+    print(f"C unit: {'there' if native.c_unit() is not None else 'not built'}; load before: {os.getloadavg()[0]:.1f}")
     for title, files in file_sets(options.photos, options.images):
         mean_bytes = statistics.mean(map(len, files))
         print(f"\n{title}: {len(files)} files, {mean_bytes / 1000:.0f} kB on average\n")
@@ -109,12 +109,12 @@ def crops(shape: tuple[int, int], quality: int, count: int) -> list[bytes]:
 def without_unit() -> Iterator[None]:
     """As an installation without a compiler works."""
     os.environ["FASTLOAD_NATIVE"] = "0"
-    native.library.cache_clear()
+    native.c_unit.cache_clear()
     try:
         yield
     finally:
         del os.environ["FASTLOAD_NATIVE"]
-        native.library.cache_clear()
+        native.c_unit.cache_clear()
 
 
 def fastload_work(files: list[bytes], decoder: Decoder, threads: int = 1) -> Work:
@@ -198,7 +198,7 @@ def measure(files: list[bytes], rounds: int) -> dict[str, list[Took]]:
         "fastload without the C unit": (fastload_work(files, plain), False),
         "fastload without the C unit, dct_scaling": (fastload_work(files, scaled), False),
     }
-    if native.library() is not None:
+    if native.c_unit() is not None:
         works |= {
             "fastload": (fastload_work(files, plain), True),
             "fastload, dct_scaling": (fastload_work(files, scaled), True),

@@ -7,6 +7,7 @@ each of its workers); `fastload.DataLoader` asks for whole batches through `begi
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -46,39 +47,39 @@ class Streaming(torch.utils.data.IterableDataset[Any]):
         return self._tail
 
     @property
+    @abstractmethod
     def sample_count(self) -> int:
         """Samples of an epoch, over all ranks and without repeats. TypeError while it is not known."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def ranks(self) -> Ranks:
         """Which share of the samples is this process's; settled at the first iteration."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def partitions(self) -> int:
         """Into how many partitions the data is dealt."""
-        raise NotImplementedError
 
+    @abstractmethod
     def begin(self, epoch: int, batch_size: int, **options: Any) -> Pass:
         """Prepare one pass over `epoch`, from `start` on; its `end` must follow. For loaders.
 
         `options`: drop_last, start, worker, split, as cursors have them. Raises `StateError` where `start` belongs to
         another run.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def adopt(self, position: AnyPosition) -> None:
         """Go on in the order of a saved position, where it was left to us."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_position(self, state: Mapping[str, Any]) -> AnyPosition:
         """The position that a loader saved. Raises `StateError`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Disconnect from the cache. The data set can still be used, and connects again."""
-        raise NotImplementedError
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is epoch `epoch`, also in worker processes that exist already.

@@ -22,7 +22,7 @@ from fastload.decode.base import Offsets
 from fastload.decode.keys import Keys
 from fastload.errors import ConfigError
 
-__all__ = ["DAMAGED", "NOT_JPEG", "NO_MEMORY", "REFUSED", "ROW_PADDING", "Context", "Report", "Settings", "library"]
+__all__ = ["DAMAGED", "NOT_JPEG", "NO_MEMORY", "REFUSED", "ROW_PADDING", "Context", "Report", "Settings", "c_unit"]
 
 _ABI = 1
 """Of the functions and structures below; must be that of `native/image.c`."""
@@ -72,7 +72,7 @@ class Report(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def c_unit() -> ctypes.CDLL | None:
     """The C unit, or None where it was not built. `ConfigError` where it is not the one that belongs to this code."""
     if os.environ.get("FASTLOAD_NATIVE") == "0":
         return None

@@ -63,7 +63,7 @@ class Image(Decoder):
         return self.cropping.is_random
 
     def kernel_modules(self) -> tuple[str, ...]:
-        return () if native.library() is not None else ("resize",)
+        return () if native.c_unit() is not None else ("resize",)
 
     def _decode(self, value: memoryview) -> npt.NDArray[Any]:
         return self.decode_one(value, "")

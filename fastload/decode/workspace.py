@@ -71,7 +71,7 @@ class Workspace(threading.local):
 
     def context(self) -> native.Context | None:
         """The thread's means to call the C unit, where there is one."""
-        unit = native.library()
+        unit = native.c_unit()
         if unit is None:
             return None
         if self._context is None:

@@ -11,8 +11,8 @@ from fastload.decode import native
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test with each of them."""
     if request.param == "numba":
-        monkeypatch.setattr(native, "library", lambda: None)
-    elif native.library() is None:
+        monkeypatch.setattr(native, "c_unit", lambda: None)
+    elif native.c_unit() is None:
         pytest.skip("the C unit was not built: no compiler or no libjpeg-turbo header when fastload was installed")
     name: str = request.param
     return name

@@ -25,7 +25,7 @@ from tests.decode.helpers import decode, group, where
 from tests.native import fuzz
 
 pytestmark = pytest.mark.skipif(
-    native.library() is None,
+    native.c_unit() is None,
     reason="the C unit was not built: no compiler or no libjpeg-turbo header when fastload was installed",
 )
 
@@ -56,7 +56,7 @@ def random_decoder(rng: np.random.Generator) -> Decoder:
 
 def without_unit(monkeypatch: pytest.MonkeyPatch, decoder: Decoder, data: bytes, key: int) -> np.ndarray:
     with monkeypatch.context() as patch:
-        patch.setattr(native, "library", lambda: None)
+        patch.setattr(native, "c_unit", lambda: None)
         found: np.ndarray = decoder.decode_one(data, "here", key)
     return found
 
@@ -196,7 +196,7 @@ def test_threads_have_contexts_of_their_own_and_give_them_back() -> None:
 
 def test_a_unit_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_ABI", 999)
-    unit = native.library()
+    unit = native.c_unit()
     assert unit is not None
     with pytest.raises(ConfigError, match="another version of fastload; reinstall"):
         native._load(Path(unit._name))
@@ -213,9 +213,9 @@ def test_structures_have_the_size_that_c_gives_them() -> None:
 
 def test_the_environment_can_ask_for_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTLOAD_NATIVE", "0")
-    assert native.library.__wrapped__() is None
+    assert native.c_unit.__wrapped__() is None
     monkeypatch.setenv("FASTLOAD_NATIVE", "1")
-    assert native.library.__wrapped__() is not None
+    assert native.c_unit.__wrapped__() is not None
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ import numpy as np
 import fastload
 from fastload.decode import image, native
 assert fastload.__file__.startswith(sys.prefix), fastload.__file__
-assert native.library() is not None
+assert native.c_unit() is not None
 data = open(sys.argv[1], "rb").read()
 made = image(64, random_resized_crop=True, hflip=0.5).decode_one(data, "here", 5)
 libraries = {line.split()[-1] for line in open("/proc/self/maps") if "libjpeg" in line}
