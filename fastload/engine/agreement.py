@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload import errors
-from fastload.errors import ConfigError, FastloadError, WaitTimeoutError
+from fastload.errors import ConfigError, FastloadError, ServiceError, WaitTimeoutError
 from fastload.plan import Manifest, Ranks
 from fastload.waiting import DEADLINE_S
 
@@ -74,9 +74,22 @@ class Seat:
 def meet(processes: Ranks, meeting: str, place: str, deadline_s: float = DEADLINE_S) -> None:
     """Wait until all ranks have come to a meeting, which each names alike; all call this.
 
-    Raises `ConfigError` on every rank where they do not all say the same `place`, and `WaitTimeoutError`, naming who
-    has not come: collective calls would wait for them without a word, or until the process group's own end.
+    Raises `ConfigError` on every rank where they do not all say the same `place`, `ServiceError` where the store has
+    ended, and `WaitTimeoutError`, naming who has not come: collective calls would wait for them without a word, or until
+    the process group's own end.
     """
+    import torch.distributed as distributed
+
+    try:
+        _meet(processes, meeting, place, deadline_s)
+    except distributed.DistError as error:
+        raise ServiceError(
+            f"the store of torch.distributed ended while rank {processes.rank} waited for the others to begin "
+            f"({place}): {error}. See why the rank that holds it (rank 0, or torchrun's agent) has ended"
+        ) from error
+
+
+def _meet(processes: Ranks, meeting: str, place: str, deadline_s: float) -> None:
     at = store(f"meetings/{meeting}")
     at.set(f"place/{processes.rank}", place)
     at.add(f"at {place}", 1)

@@ -100,9 +100,9 @@ class StoredCounts(LocalCounts):
         url = self._source.manifest.objects[int(object_nos[0])].url
         raise ConfigError(
             f"{self._node_count} nodes read partitions of their own, and this one has no way to learn how many samples "
-            f"the others' shards hold (such as {url}): call torch.distributed.init_process_group before iterating, "
-            "or run `fastload index` once and give every node its file with index=..., or use partitions=1, with which "
-            "every node reads all shards"
+            f"the others' shards hold (such as {url}): run `fastload index` once and give every node its file with "
+            "index=..., or use partitions=1, with which every node reads all shards; or, where it is not a worker "
+            "process of torch's own DataLoader, call torch.distributed.init_process_group before iterating"
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as distributed
 
 from fastload.engine import agreement
-from fastload.errors import ConfigError, FastloadError, WaitTimeoutError
+from fastload.errors import ConfigError, FastloadError, ServiceError, WaitTimeoutError
 from fastload.plan import Ranks
 
 
@@ -55,3 +55,13 @@ def test_a_rank_that_does_not_come_is_named(store: Any) -> None:
     for error in all_meet(["epoch 3"] * 2, 12, deadline_s=0.2):
         assert isinstance(error, WaitTimeoutError)
         assert "for ranks 2, 3, 4, 5, 6, 7, 8, 9 and 2 more, which do not begin" in str(error)
+
+
+def test_a_store_that_ends_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        def set(self, key: str, value: str) -> None:
+            raise distributed.DistNetworkError("connection reset by peer")
+
+    monkeypatch.setattr(agreement, "store", lambda name: Gone())
+    with pytest.raises(ServiceError, match=r"store .* ended while rank 1 waited .*\(epoch 3\)"):
+        agreement.meet(Ranks(1, 2, 1, 2), "0/1", "epoch 3")
