@@ -75,8 +75,8 @@ def meet(processes: Ranks, meeting: str, place: str, deadline_s: float = DEADLIN
     """Wait until all ranks have come to a meeting, which each names alike; all call this.
 
     Raises `ConfigError` on every rank where they do not all say the same `place`, `ServiceError` where the store has
-    ended, and `WaitTimeoutError`, naming who has not come: collective calls would wait for them without a word, or until
-    the process group's own end.
+    ended, and `WaitTimeoutError`, naming who has not come: collective calls would wait for them without a word, or
+    until the process group's own end.
     """
     import torch.distributed as distributed
 
