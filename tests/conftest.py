@@ -19,12 +19,18 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from fastload.demo.weed import REGION, WeedServer
 from fastload.store.options import StoreOptions
 
 # Set for the whole run, child processes included: a cache service ends with its last consumer.
 os.environ["FASTLOAD_IDLE_S"] = "0"
+
+# All tests try the same cases everywhere, so that what passes for one passes for all; `--hypothesis-profile=default`
+# (as `tests.plan.many` has it) looks for others.
+settings.register_profile("repeatable", derandomize=True, database=None)
+settings.load_profile("repeatable")
 
 # Whoever runs the tests in the background may have had SIGINT ignored, and children that tests interrupt inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

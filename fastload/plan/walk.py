@@ -70,8 +70,8 @@ class Walk(Generic[Key, Entry]):
         self.ranks, self.batch_size = reader.ranks, reader.batch_size
         self.drop_last, self.tail = reader.drop_last, reader.tail
         self._global_batch, self._group = reader.global_batch, reader.group
-        # How many groups to give out at a time, among them one of each worker: a window may hold any number.
-        self._groups_at_once = max(reader.worker[1], _SAMPLES_AT_ONCE // (reader.group // self.ranks.world_size))
+        # How many groups to give out at a time: a window may hold any number.
+        self._groups_at_once = max(1, _SAMPLES_AT_ONCE // (reader.group // self.ranks.world_size))
         self._delivered = delivered
         self._number_start = -(-delivered // self._global_batch)
         self._groups_given = 0
@@ -157,7 +157,8 @@ class Walk(Generic[Key, Entry]):
         self._is_next_known = False
         entries: list[Entry] = []
         self._extend()
-        if groups := self._groups_ready():
+        # Another worker's groups give none, and what lies behind them may be open already.
+        while not entries and (groups := self._groups_ready()):
             entries = self._give(min(groups, self._groups_at_once))
             self._extend()
         self._close_windows()

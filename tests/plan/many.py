@@ -26,7 +26,16 @@ def main() -> int:
     seed = [] if options.seed is None else [f"--hypothesis-seed={options.seed}"]
     print(f"{len(cases.counts)} properties, {scale:.2f} times the cases of each")
     return subprocess.call(
-        [sys.executable, "-m", "pytest", "-q", "--timeout=3600", *seed, *(f"tests/plan/{name}.py" for name in MODULES)],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--timeout=3600",
+            "--hypothesis-profile=default",
+            *seed,
+            *(f"tests/plan/{name}.py" for name in MODULES),
+        ],
         env=os.environ | {cases.SCALE_VARIABLE: str(scale)},
     )
 

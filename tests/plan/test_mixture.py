@@ -150,6 +150,16 @@ def test_workers_share_a_ranks_samples(world, worker_count, split, data):
             assert [sample for batch in got for sample in batch] == mine[worker::worker_count]
 
 
+@pytest.mark.parametrize("counts", [(0, 0, 0, 7, 0), (0, 0, 0, 1, 3)])
+def test_a_worker_comes_to_its_own_groups_past_those_of_others(counts):
+    """With one partition a node more than nodes, a group is open only once the one before it is given out."""
+    four = Cluster((0,), (4,), window_bytes=1)
+    uneven = Cluster((0, 0, 0, 1, 0), counts, window_bytes=1)
+    world = World((four, uneven, four), (((0, 1),),) * 3, partitions=4, nodes=3, epoch=1)
+    for worker in range(3):
+        assert world.run(0, worker=(worker, 3)).samples == world.reference_batches(0)[worker::3]
+
+
 @cases(60)
 @given(worlds(), st.randoms(use_true_random=False))
 def test_nodes_that_only_tell_each_other_what_they_counted_never_wait_for_ever(world, random):
