@@ -29,7 +29,7 @@ from fastload.decode.plain import Raw
 from fastload.engine.columns import KEY, URL, ColumnSet
 from fastload.engine.gather import Gatherer, Values
 from fastload.engine.run import Entry
-from fastload.engine.slots import SlotPool
+from fastload.transport.slots import SlotPool
 from fastload.engine.windows import LiveWindows, Window
 from fastload.errors import DecodeError, MissingColumnError
 from fastload.plan import BatchEntry, Manifest

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastload.engine.slots import SlotPool
+from fastload.transport.slots import SlotPool
 from fastload.errors import ConfigError
 from fastload.kernels.gather import gather
 from fastload.ragged import Ragged

@@ -22,7 +22,7 @@ import torch
 from fastload.engine.assemble import Assembler, Skips
 from fastload.engine.interleave import interleave, rows_of_parts
 from fastload.engine.passes import SourcePass
-from fastload.engine.slots import SlotPool
+from fastload.transport.slots import SlotPool
 from fastload.errors import ConfigError
 from fastload.metrics import Account, JointAccount
 from fastload.plan import Ranks

@@ -19,7 +19,7 @@ from fastload.engine import manifests
 from fastload.engine.deferred import call_later
 from fastload.engine.listing import attach, find_sidecars, list_shards
 from fastload.engine.shards import ShardTable
-from fastload.engine.slots import SlotPool
+from fastload.transport.slots import SlotPool
 from fastload.kernels import compile_in_background
 from fastload.plan import Manifest
 from fastload.plan.manifest import next_version

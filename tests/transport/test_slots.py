@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastload.engine.slots import SMALL_BYTES, SlotPool, _size_class
+from fastload.transport.slots import SMALL_BYTES, SlotPool, size_class
 
 SIZE = 4 * SMALL_BYTES
 
@@ -66,10 +66,10 @@ def test_typed_arrays() -> None:
 
 
 def test_free_memory_is_bounded() -> None:
-    pool = SlotPool(retained_bytes=3 * _size_class(SIZE))
+    pool = SlotPool(retained_bytes=3 * size_class(SIZE))
     arrays = [pool.take(SIZE) for _ in range(10)]
     del arrays
-    assert pool.free_bytes() == 3 * _size_class(SIZE)
+    assert pool.free_bytes() == 3 * size_class(SIZE)
 
 
 def test_a_much_smaller_batch_does_not_take_a_large_slot() -> None:
@@ -82,7 +82,7 @@ def test_a_much_smaller_batch_does_not_take_a_large_slot() -> None:
 
 @pytest.mark.parametrize("byte_count", [SMALL_BYTES, 100_000, 1 << 20, (1 << 20) + 1, 38_535_168])
 def test_size_classes_waste_little(byte_count: int) -> None:
-    assert byte_count <= _size_class(byte_count) <= byte_count * 9 / 8 + 4096
+    assert byte_count <= size_class(byte_count) <= byte_count * 9 / 8 + 4096
 
 
 def test_threads_share_a_pool() -> None:

@@ -26,18 +26,13 @@ Bytes = npt.NDArray[np.uint8]
 SMALL_BYTES = 64 * 1024
 
 
-class _Owner:
-    """What a lent array is based on; dies with the last view of it."""
+class Owner:
+    """What an array over memory at `address` is based on; dies with the last view of it."""
 
     __slots__ = ("__array_interface__", "__weakref__")
 
-    def __init__(self, memory: Bytes, byte_count: int) -> None:
-        self.__array_interface__ = {
-            "data": (memory.ctypes.data, False),
-            "shape": (byte_count,),
-            "typestr": "|u1",
-            "version": 3,
-        }
+    def __init__(self, address: int, byte_count: int) -> None:
+        self.__array_interface__ = {"data": (address, False), "shape": (byte_count,), "typestr": "|u1", "version": 3}
 
 
 class SlotPool:
@@ -55,8 +50,8 @@ class SlotPool:
             return np.empty(byte_count, np.uint8)
         memory = self._reuse(byte_count)
         if memory is None:
-            memory = np.empty(_size_class(byte_count), np.uint8)
-        owner = _Owner(memory, byte_count)
+            memory = np.empty(size_class(byte_count), np.uint8)
+        owner = Owner(memory.ctypes.data, byte_count)
         weakref.finalize(owner, self._returned.append, memory).atexit = False
         return np.asarray(owner)
 
@@ -76,7 +71,7 @@ class SlotPool:
         """The smallest free slot that fits without wasting more than half of it."""
         with self._lock:
             self._collect()
-            fitting = [m for m in self._free if byte_count <= m.size <= 2 * _size_class(byte_count)]
+            fitting = [m for m in self._free if byte_count <= m.size <= 2 * size_class(byte_count)]
             if not fitting:
                 return None
             best = min(fitting, key=lambda memory: memory.size)
@@ -91,7 +86,7 @@ class SlotPool:
             self._free.pop(0)
 
 
-def _size_class(byte_count: int) -> int:
+def size_class(byte_count: int) -> int:
     """`byte_count` rounded up to one of eight sizes an octave, so that batches of nearly one size share slots."""
     step = 1 << max(12, byte_count.bit_length() - 4)
     return -(-byte_count // step) * step

@@ -1,0 +1,239 @@
+"""One end of a connection between two processes, over which Python objects pass whose large arrays are not copied.
+
+A message is a pickle (protocol 5) and its buffers. A buffer of 64 KiB or more crosses in shared memory: where it lies
+in a slot already, by name; otherwise it is copied into one. Small ones follow the pickle. tensors are pickled as their
+memory, whichever way they are laid out; what torch can do that this cannot (sparse, quantised and nested tensors,
+subclasses) is pickled as torch does, down to the plain tensors inside. Whatever arrives is writable, and the receiver's
+own.
+
+On the wire, all integers little-endian uint64: the length of a head, the length of what follows it; the head, which is
+a pickled `_Head`; the object's pickle; the small buffers end to end. Descriptors of slots that the other end has not
+seen come with the first bytes.
+
+Both ends are processes of one user, one of which started the other; so they trust each other's pickles. Each end is
+used by one thread at a time.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastload.transport.memory import PeerMemory, SharedPool, Slot
+from fastload.transport.slots import SMALL_BYTES
+
+Bytes = npt.NDArray[np.uint8]
+
+_LENGTHS = struct.Struct("<QQ")
+# The kernel takes no more descriptors with one message (SCM_MAX_FD).
+_FDS_MAX = 253
+# Nothing that belongs here comes near to it: a length beyond is not one of ours.
+_MESSAGE_BYTES_MAX = 1 << 40
+
+
+class LinkClosedError(ConnectionError):
+    """The other end has gone."""
+
+
+class _Place(NamedTuple):
+    """Where a buffer of a message lies."""
+
+    kind: str  # "small": after the pickle; "mine": in a slot of the sender; "yours": in one of the receiver
+    number: int
+    offset: int
+    byte_count: int
+
+
+class _Head(NamedTuple):
+    pickle_bytes: int
+    places: list[_Place]
+    new_slots: list[int]  # whose descriptors come with this message
+    collected: list[int]  # slots of the receiver that the sender uses no more
+    dropped: list[int]  # slots of the sender that are no more
+
+
+class Link:
+    """See the module. `pool` is where this end's large buffers go, and where to take memory from that will be sent."""
+
+    def __init__(self, sock: socket.socket, pool: SharedPool) -> None:
+        self._sock, self.pool = sock, pool
+        self._peer = PeerMemory()
+
+    def fileno(self) -> int:
+        """The socket's, to wait for."""
+        return self._sock.fileno()
+
+    def send(self, message: Any) -> None:
+        """Send; whatever pickling raises is raised before anything is sent. `LinkClosedError` where nobody is there."""
+        buffers: list[pickle.PickleBuffer] = []
+        stream = io.BytesIO()
+        _Pickler(stream, buffers.append).dump(message)
+        places, small, new_slots = self._placed(buffers)
+        data, numbers = stream.getbuffer(), [slot.number for slot in new_slots]
+        head = _Head(len(data), places, numbers, self._peer.take_collected(), self.pool.take_dropped())
+        self._send(pickle.dumps(tuple(head), 5), [data, *small], [slot.fd for slot in new_slots])
+        for slot in new_slots:
+            slot.close_fd()
+
+    def receive(self) -> Any:
+        """The next message; waits for it. `LinkClosedError` where the other end has gone."""
+        head_bytes, body_bytes, fds = self._first()
+        try:
+            head = _Head(*pickle.loads(self._exactly(head_bytes)))
+            for number in head.new_slots:
+                self._peer.map(number, fds.pop(0))
+        finally:
+            for fd in fds:
+                os.close(fd)
+        body = memoryview(self._exactly(body_bytes))
+        self._peer.drop(head.dropped)
+        buffers = list(self._buffers(head.places, body[head.pickle_bytes :]))
+        self.pool.let_go(head.collected)  # after what lies in them was taken again
+        return pickle.loads(body[: head.pickle_bytes], buffers=buffers)
+
+    def close(self) -> None:
+        """Close this end; the other one finds out. May be called twice."""
+        self._sock.close()
+        self.pool.close()
+        self._peer.close()
+
+    def _placed(self, buffers: list[pickle.PickleBuffer]) -> tuple[list[_Place], list[memoryview], list[Slot]]:
+        """Where each buffer goes, the small ones, and slots that are new to the other end."""
+        places, small, new_slots = [], [], []
+        for raw in (buffer.raw() for buffer in buffers):
+            if raw.nbytes < SMALL_BYTES:
+                small.append(raw)
+                places.append(_Place("small", 0, 0, raw.nbytes))
+            elif (there := self._peer.find(data := np.frombuffer(raw, np.uint8))) is not None:
+                places.append(_Place("yours", *there, raw.nbytes))
+            else:
+                slot, offset = self.pool.tell(data) or self._copied(data)
+                if slot.fd >= 0 and slot not in new_slots:
+                    new_slots.append(slot)
+                places.append(_Place("mine", slot.number, offset, raw.nbytes))
+        return places, small, new_slots
+
+    def _copied(self, data: Bytes) -> tuple[Slot, int]:
+        copy = self.pool.take(data.size)
+        copy[:] = data
+        told = self.pool.tell(copy)
+        assert told is not None, "it was just taken from the pool"
+        return told
+
+    def _send(self, head: bytes, body: list[memoryview], fds: list[int]) -> None:
+        try:
+            self._send_first(_LENGTHS.pack(len(head), sum(each.nbytes for each in body)), fds)
+            self._sock.sendall(head)
+            for part in body:
+                self._sock.sendall(part)
+        except OSError as error:
+            raise LinkClosedError("the other process has gone") from error
+
+    def _send_first(self, lengths: bytes, fds: list[int]) -> None:
+        """The lengths, with the descriptors: a byte at a time carries as many as the kernel takes."""
+        while len(fds) > _FDS_MAX:
+            socket.send_fds(self._sock, [lengths[:1]], fds[:_FDS_MAX])
+            lengths, fds = lengths[1:], fds[_FDS_MAX:]
+        sent = socket.send_fds(self._sock, [lengths], fds) if fds else 0
+        self._sock.sendall(lengths[sent:])
+
+    def _first(self) -> tuple[int, int, list[int]]:
+        data, fds = b"", []
+        while len(data) < _LENGTHS.size:
+            try:
+                part, received, _, _ = socket.recv_fds(self._sock, _LENGTHS.size - len(data), _FDS_MAX)
+            except OSError as error:
+                raise LinkClosedError("the other process has gone") from error
+            fds += received
+            if not part:
+                for fd in fds:
+                    os.close(fd)
+                raise LinkClosedError("the other process has gone")
+            data += part
+        head_bytes, body_bytes = _LENGTHS.unpack(data)
+        assert max(head_bytes, body_bytes) < _MESSAGE_BYTES_MAX, "what came is not a message"
+        return head_bytes, body_bytes, fds
+
+    def _exactly(self, byte_count: int) -> bytearray:
+        data = bytearray(byte_count)
+        view = memoryview(data)
+        while len(view):
+            try:
+                count = self._sock.recv_into(view)
+            except OSError as error:
+                raise LinkClosedError("the other process has gone") from error
+            if not count:
+                raise LinkClosedError("the other process has gone")
+            view = view[count:]
+        return data
+
+    def _buffers(self, places: list[_Place], small: memoryview) -> Iterator[Any]:
+        """The buffers of a message, writable; the small ones lie end to end in `small`."""
+        for kind, number, offset, byte_count in places:
+            if kind == "small":
+                yield bytearray(small[:byte_count])
+                small = small[byte_count:]
+            elif kind == "mine":
+                yield self._peer.view(number, offset, byte_count)
+            else:
+                yield self.pool.returned(number, offset, byte_count)
+
+
+class _Pickler(pickle.Pickler):
+    """Takes tensors apart into their memory, which may go out of band, and what is needed to see it as they did."""
+
+    def __init__(self, stream: io.BytesIO, buffer_callback: Callable[[pickle.PickleBuffer], Any]) -> None:
+        super().__init__(stream, 5, buffer_callback=buffer_callback)
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is torch.Tensor and is_plain(value):
+            return tensor_parts(value)
+        if type(value) is np.ndarray and not value.flags.writeable:
+            return value.copy().__reduce_ex__(5)  # a buffer that may not be written to would arrive as one
+        return NotImplemented
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it is no more than memory of this machine, seen in some order."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and not tensor.is_quantized
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and not tensor.requires_grad
+    )
+
+
+def tensor_parts(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """For pickle: how to make this plain tensor again from its memory. Dense ones keep their strides."""
+    dense = tensor if _is_dense(tensor) else tensor.contiguous()
+    flat = dense.as_strided((dense.numel(),), (1,)) if dense.numel() else dense.new_empty(0)
+    memory = flat.view(torch.uint8) if flat.numel() else flat.to(torch.uint8)
+    return _tensor_of, (pickle.PickleBuffer(memory.numpy().data), dense.dtype, tuple(dense.shape), dense.stride())
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements lie next to each other, in whatever order (channels_last, a transposed matrix)."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _tensor_of(memory: Any, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+    array = np.frombuffer(memory, np.uint8) if not isinstance(memory, np.ndarray) else memory
+    if not array.size:
+        return torch.empty_strided(shape, stride, dtype=dtype)
+    return torch.from_numpy(array).view(dtype).as_strided(shape, stride)

@@ -1,0 +1,226 @@
+"""Memory that two processes share, used again and again: slots, as in `engine.slots`, over anonymous files.
+
+What crosses from one process to another in fresh memory costs more in page faults, and in names that outlive crashes,
+than in copying. So each end of a link has a pool of slots of its own, each over a memfd whose descriptor the other end
+is sent once. A slot is lent out as an array; it may be used again when
+
+- the last array or tensor over it has been collected in the process that owns it, and
+- the other process, if it was told of the slot, has said as often as it was told that nothing there uses it any more.
+
+Both are heard of late and never missed: a finalizer, which may run in any thread at any point, appends to a deque, and
+the other process's word comes with its next message. So what a user keeps stays as it is, and whatever a process
+forgets to let go costs memory, not a wrong value.
+
+Free slots beyond `retained_bytes` are dropped, and the other end is told to drop them too.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from fastload.transport.mapping import map_shared
+from fastload.transport.slots import SMALL_BYTES, Owner, size_class
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """Memory of one process, which the other maps. `number` is never used again."""
+
+    number: int
+    base: Bytes
+    fd: int = -1  # until the other end has it
+    address: int = field(init=False)
+    lent: int = 0  # arrays of this process that are in use
+    told: int = 0  # buffers that the other end was told of, and has not let go of
+
+    def __post_init__(self) -> None:
+        self.address = int(self.base.ctypes.data)
+
+    def offset_of(self, address: int, byte_count: int) -> int | None:
+        """Where in it so many bytes at an address lie; None where they do not."""
+        offset = address - self.address
+        return offset if offset >= 0 and offset + byte_count <= self.base.size else None
+
+    def close_fd(self) -> None:
+        """The descriptor is not needed any more."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class SharedPool:
+    """The slots of one end of a link. Safe to use from several threads."""
+
+    def __init__(self, retained_bytes: int) -> None:
+        self._retained_bytes = retained_bytes
+        self._lock = threading.Lock()
+        self._slots: dict[int, Slot] = {}
+        self._free: list[Slot] = []
+        self._collected: deque[int] = deque()  # slots of which an array was collected
+        self._dropped: list[int] = []  # since the last message
+        self._next_number = 0
+
+    def take(self, byte_count: int) -> Bytes:
+        """A writable uint8 array whose content is undefined: over a slot, unless it is small."""
+        if byte_count < SMALL_BYTES:
+            return np.empty(byte_count, np.uint8)
+        with self._lock:
+            self._collect()
+            slot = self._reuse(byte_count) or self._new(byte_count)
+            return self._lend(slot, 0, byte_count)
+
+    def take_array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
+        """A writable C-contiguous array over a slot."""
+        kind = np.dtype(dtype)
+        byte_count = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+        return self.take(byte_count).view(kind).reshape(shape)
+
+    def tell(self, data: Bytes) -> tuple[Slot, int] | None:
+        """The slot in which `data` lies, and where; the other end is about to be told. None where it is in none."""
+        address = int(data.ctypes.data)
+        with self._lock:
+            for slot in self._slots.values():
+                if (offset := slot.offset_of(address, data.size)) is not None:
+                    slot.told += 1
+                    return slot, offset
+        return None
+
+    def returned(self, number: int, offset: int, byte_count: int) -> Bytes:
+        """What the other end has sent back, which lies in a slot of ours that it was sent."""
+        with self._lock:
+            return self._lend(self._slots[number], offset, byte_count)
+
+    def let_go(self, numbers: Iterable[int]) -> None:
+        """The other end uses these no more, each as often as it was told of it."""
+        with self._lock:
+            for number in numbers:
+                slot = self._slots[number]
+                slot.told -= 1
+                self._free_if_unused(slot)
+
+    def take_dropped(self) -> list[int]:
+        """Slots that are no more, for the other end to hear once."""
+        with self._lock:
+            self._collect()
+            dropped, self._dropped = self._dropped, []
+            return dropped
+
+    def close(self) -> None:
+        """Let go of all slots; arrays over them stay valid as long as they live."""
+        with self._lock:
+            for slot in self._slots.values():
+                slot.close_fd()
+            self._slots.clear()
+            self._free.clear()
+
+    @property
+    def free_bytes(self) -> int:
+        """How much memory is waiting to be used again."""
+        with self._lock:
+            self._collect()
+            return sum(slot.base.size for slot in self._free)
+
+    def _reuse(self, byte_count: int) -> Slot | None:
+        """The smallest free slot that fits without wasting more than half of it."""
+        fitting = [slot for slot in self._free if byte_count <= slot.base.size <= 2 * size_class(byte_count)]
+        if not fitting:
+            return None
+        best = min(fitting, key=lambda slot: slot.base.size)
+        self._free.remove(best)
+        return best
+
+    def _new(self, byte_count: int) -> Slot:
+        fd = os.memfd_create("fastload-slot", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, size_class(byte_count))
+            slot = Slot(self._next_number, map_shared(fd, size_class(byte_count)), fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._next_number += 1
+        self._slots[slot.number] = slot
+        return slot
+
+    def _lend(self, slot: Slot, offset: int, byte_count: int) -> Bytes:
+        slot.lent += 1
+        return lent(slot.base[offset : offset + byte_count], self._collected, slot.number)
+
+    def _collect(self) -> None:
+        while self._collected:
+            slot = self._slots.get(self._collected.popleft())
+            if slot is not None:  # the pool was not closed meanwhile
+                slot.lent -= 1
+                self._free_if_unused(slot)
+        while sum(slot.base.size for slot in self._free) > self._retained_bytes:
+            slot = self._free.pop(0)
+            slot.close_fd()
+            del self._slots[slot.number]
+            self._dropped.append(slot.number)
+
+    def _free_if_unused(self, slot: Slot) -> None:
+        if not slot.lent and not slot.told:
+            self._free.append(slot)
+
+
+class PeerMemory:
+    """The slots of the other end, as this one sees them. Used by one thread at a time, but for finalizers."""
+
+    def __init__(self) -> None:
+        self._mapped: dict[int, Slot] = {}
+        self._collected: deque[int] = deque()
+
+    def map(self, number: int, fd: int) -> None:
+        """A new slot; takes over `fd`."""
+        try:
+            self._mapped[number] = Slot(number, map_shared(fd, os.fstat(fd).st_size))
+        finally:
+            os.close(fd)
+
+    def view(self, number: int, offset: int, byte_count: int) -> Bytes:
+        """A writable array over a part of a slot, which is let go of when the last view of it is collected."""
+        return lent(self._mapped[number].base[offset : offset + byte_count], self._collected, number)
+
+    def find(self, data: Bytes) -> tuple[int, int] | None:
+        """The slot in which `data` lies, and where."""
+        address = int(data.ctypes.data)
+        for number, slot in self._mapped.items():
+            if (offset := slot.offset_of(address, data.size)) is not None:
+                return number, offset
+        return None
+
+    def drop(self, numbers: Iterable[int]) -> None:
+        """The other end has dropped these."""
+        for number in numbers:
+            del self._mapped[number]
+
+    def close(self) -> None:
+        """Let go of all; arrays over them stay valid as long as they live."""
+        self._mapped.clear()
+
+    def take_collected(self) -> list[int]:
+        """The slots of which a view is used no more, each as often as that."""
+        collected = []
+        while self._collected:
+            collected.append(self._collected.popleft())
+        return collected
+
+
+def lent(memory: Bytes, collected: deque[int], number: int) -> Bytes:
+    """An array over `memory`; when the last view of it is gone, `number` is appended to `collected`."""
+    owner = Owner(int(memory.ctypes.data), memory.size)
+    weakref.finalize(owner, _append, collected, number, memory).atexit = False
+    return np.asarray(owner)
+
+
+def _append(collected: deque[int], number: int, memory: Bytes) -> None:
+    collected.append(number)  # and only now may `memory` be unmapped
