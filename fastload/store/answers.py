@@ -35,6 +35,7 @@ _TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "ServiceUnavailable", "Interna
 _WRONG_REGION = {
     "PermanentRedirect",
     "AuthorizationHeaderMalformed",
+    "AuthorizationQueryParametersError",
     "TemporaryRedirect",
     "IllegalLocationConstraintException",
 }
@@ -69,6 +70,10 @@ class Refusal:
         if self.status == 401:
             return AccessDeniedError(
                 f"{url}: the store wants credentials; set them in the environment or storage_options{where}"
+            )
+        if self.status == 407:
+            return AccessDeniedError(
+                f"{url}: the proxy wants credentials; write them into its address, as http://user:password@host{where}"
             )
         if self.status == 403:
             return AccessDeniedError(

@@ -15,19 +15,24 @@ answers is worth having.
 from __future__ import annotations
 
 import http.client
+import os
+import socket
 import ssl
 import threading
 import time
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from fastload.errors import StoreError
 from fastload.store.answers import Refusal, truncated, unreachable
+from fastload.store.proxies import Proxy
 
 _CONNECT_S = 10.0
 # The longest silence within an answer. A busy store may think for seconds, and is then retried anyway.
 _SILENCE_S = 30.0
+# The longest answer: one that drips must not hold its buffer for ever.
+_ANSWER_S = 300.0
 # Servers close idle connections after a minute or more; one that is younger is most likely alive.
 _IDLE_S = 45.0
 _BODY_MAX = 64 * 1024
@@ -44,13 +49,17 @@ class HttpReader:
     threads.
     """
 
-    def __init__(self, base_url: str, root_certificate: str | None = None) -> None:
-        """`base_url` is scheme, host and port; `root_certificate` (PEM) is trusted beside the system's."""
+    def __init__(self, base_url: str, root_certificate: str | None = None, proxy: Proxy | None = None) -> None:
+        """`base_url` is scheme, host and port; `root_certificate` (PEM) is trusted beside the system's. A `proxy` is an
+        http one.
+        """
+        assert proxy is None or proxy.is_http, "proxies of other kinds are not spoken to"
         parts = urllib.parse.urlsplit(base_url)
         self.endpoint = base_url
         self._secure = parts.scheme == "https"
         self._host, self._port = parts.hostname or "", parts.port
         self.host = parts.netloc.rpartition("@")[2]  # as it stands in the Host header
+        self._proxy = proxy
         self._context = ssl.create_default_context() if self._secure else None
         if self._context is not None and root_certificate is not None:
             self._context.load_verify_locations(cadata=root_certificate)
@@ -76,10 +85,13 @@ class HttpReader:
                 raise Refusal(200, message="it does not serve ranges").error(url, self.endpoint)
             if response.length is not None and response.length != len(out):
                 raise truncated(url, response.length, len(out), start)
-            got = _fill(response, out)
+            # Where nothing says how long the body is, or the connection ends with it, it is the response's to read.
+            sock = connection.sock if response.length is not None else None
+            got = _fill(response, sock, out)
             if got != len(out):
                 raise truncated(url, got, len(out), start)
-            keep = response.read(1) == b"" and not response.will_close
+            keep = not response.will_close and (sock is not None or response.read(1) == b"")
+            response.close()
             return {name.lower(): value for name, value in response.getheaders()}
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, StoreError):
@@ -103,7 +115,7 @@ class HttpReader:
         kept = self._take()
         if kept is not None:
             try:
-                return _exchange(kept, target, headers), kept
+                return self._exchange(kept, target, headers), kept
             except (OSError, http.client.HTTPException):
                 # The server closed it while it lay idle: no failure of the store, and said nowhere.
                 kept.close()
@@ -112,7 +124,7 @@ class HttpReader:
                 raise
         connection = self._connect()
         try:
-            return _exchange(connection, target, headers), connection
+            return self._exchange(connection, target, headers), connection
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             raise unreachable(url, self.endpoint, _reason(error)) from error
@@ -120,10 +132,27 @@ class HttpReader:
             connection.close()
             raise
 
+    def _exchange(
+        self, connection: http.client.HTTPConnection, target: str, headers: Mapping[str, str]
+    ) -> http.client.HTTPResponse:
+        if connection.sock is None:
+            connection.connect()
+            assert connection.sock is not None
+            connection.sock.settimeout(_SILENCE_S)
+        headers = {"Host": self.host, **headers}
+        if self._proxy is not None and not self._secure:
+            target, headers = f"http://{self.host}{target}", {**headers, **self._proxy.headers}
+        connection.request("GET", target, headers=headers)
+        return connection.getresponse()
+
     def _connect(self) -> http.client.HTTPConnection:
-        if self._context is not None:
-            return http.client.HTTPSConnection(self._host, self._port, timeout=_CONNECT_S, context=self._context)
-        return http.client.HTTPConnection(self._host, self._port, timeout=_CONNECT_S)
+        host, port = (self._proxy.host, self._proxy.port) if self._proxy else (self._host, self._port)
+        if self._context is None:
+            return http.client.HTTPConnection(host, port, timeout=_CONNECT_S)
+        connection = http.client.HTTPSConnection(host, port, timeout=_CONNECT_S, context=self._context)
+        if self._proxy is not None:
+            connection.set_tunnel(self._host, self._port, self._proxy.headers)
+        return connection
 
     def _take(self) -> http.client.HTTPConnection | None:
         """The connection used last: it is the least likely to have been closed, and the others may age
@@ -147,27 +176,33 @@ class HttpReader:
             connection.close()
 
 
-def _exchange(
-    connection: http.client.HTTPConnection, target: str, headers: Mapping[str, str]
-) -> http.client.HTTPResponse:
-    if connection.sock is None:
-        connection.connect()
-        assert connection.sock is not None
-        connection.sock.settimeout(_SILENCE_S)
-    connection.request("GET", target, headers=dict(headers))
-    return connection.getresponse()
-
-
-def _fill(response: http.client.HTTPResponse, out: memoryview) -> int:
-    """Receive into `out` until it is full or the body ends; the bytes received."""
+def _fill(response: http.client.HTTPResponse, sock: socket.socket | None, out: memoryview) -> int:
+    """Receive into `out` until it is full or the body ends; the bytes received. From `sock`, if it is known to hold the
+    body of `response`, straight to their place.
+    """
+    deadline = time.monotonic() + _ANSWER_S
     got = 0
+    receive: Callable[[memoryview], int] = response.readinto
+    if sock is not None:
+        got = response.readinto(out[: len(response.peek())])  # what came with the head
+        receive = sock.recv_into
     while got < len(out):
-        count = response.readinto(out[got:])
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"only {got} of {len(out)} bytes came within {_ANSWER_S:g} s")
+        count = receive(out[got:])
         if count == 0:
             break
         got += count
     return got
 
 
+def trusts_somebody() -> bool:
+    """Whether Python's OpenSSL knows of any certificates; builds that look in the wrong place have none."""
+    paths = ssl.get_default_verify_paths()
+    return paths.cafile is not None or (paths.capath is not None and bool(os.listdir(paths.capath)))
+
+
 def _reason(error: BaseException) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its TLS certificate is not accepted ({error.verify_message}; root_certificate names another issuer)"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import email.utils
 import re
+import ssl
 from collections.abc import Iterator, Mapping
 
 from fastload.errors import ConfigError, StoreError
 from fastload.store.answers import changed, is_strong, same_etag
 from fastload.store.httpreader import HttpReader
+from fastload.store.options import StoreOptions
+from fastload.store.proxies import proxy_for
 from fastload.store.sigv4 import encode_path
 from fastload.store.types import ObjectInfo
 from fastload.store.urls import key_of
@@ -23,8 +26,17 @@ _SIGNED = re.compile(r"[?&](X-Amz-Signature|X-Goog-Signature|Signature|sig)=", r
 class HttpStore:
     """One web server; `root` is `https://host:port`. See `Store` for the contract."""
 
-    def __init__(self, root: str) -> None:
-        self._reader = HttpReader(root)
+    def __init__(self, root: str, options: StoreOptions) -> None:
+        settings = dict(options.extra)
+        proxy = proxy_for(root, settings.get("proxy_url"))
+        if proxy is not None and not proxy.is_http:
+            raise ConfigError(
+                f"{root}: a proxy of the kind {proxy.scheme}:// is not supported; name an http:// one, or set no_proxy"
+            )
+        try:
+            self._reader = HttpReader(root, settings.get("root_certificate"), proxy)
+        except ssl.SSLError as error:
+            raise ConfigError("root_certificate is not a certificate in PEM; pass its text, not its path") from error
 
     def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
         """Web servers have no listing: always a `ConfigError`."""

@@ -42,7 +42,7 @@ def _bare(root: str, options: StoreOptions) -> Store:
     if kind in local.SCHEMES:
         return local.LocalStore()
     if kind in httpstore.SCHEMES:
-        return httpstore.HttpStore(root)
+        return httpstore.HttpStore(root, options)
     if kind in objectstore.SCHEMES:
         return objectstore.ObjectStore(root, options)
     return fsspecstore.FsspecStore(root, options)

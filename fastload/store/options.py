@@ -184,6 +184,8 @@ class StoreOptions:
             found.append(_profile_fields(name or "default", environ, required=name is not None))
         merged = _merge(found)
         by_variable = {setting: environ[name] for name, setting in _FROM_VARIABLES.items() if environ.get(name)}
+        if "root_certificate" not in extra and environ.get("AWS_CA_BUNDLE"):
+            by_variable["root_certificate"] = _text_of(environ["AWS_CA_BUNDLE"])
         merged["extra"] = tuple(sorted({**by_variable, **extra}.items()))
         return cls(**merged)
 
@@ -211,7 +213,7 @@ def _sort(storage_options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
             profile = str(value)
         elif key in _FIELD_OF:
             field = _FIELD_OF[key]
-            given[field] = _as_bool(value) if field == "anonymous" else str(value)
+            given[field] = as_bool(value) if field == "anonymous" else str(value)
         elif key == "deadline_s":
             given[key] = _as_seconds(value)
         elif key in _PASSED_ON or key.removeprefix("aws_") in _PASSED_ON:
@@ -263,7 +265,7 @@ def _variable_fields(environ: Mapping[str, str]) -> dict[str, Any]:
             found[field] = value
     if "access_key_id" not in found:  # a token alone is left over from something else
         found.pop("session_token", None)
-    if _as_bool(environ.get("AWS_SKIP_SIGNATURE", "")):
+    if as_bool(environ.get("AWS_SKIP_SIGNATURE", "")):
         found["anonymous"] = True
     return found
 
@@ -300,7 +302,15 @@ def _section(path: Path, section: str) -> dict[str, str]:
     return dict(parser.items(section)) if parser.has_section(section) else {}
 
 
-def _as_bool(value: object) -> bool:
+def _text_of(bundle: str) -> str:
+    try:
+        return Path(bundle).expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read AWS_CA_BUNDLE={bundle}: {error.__class__.__name__}; mend or unset it") from None
+
+
+def as_bool(value: object) -> bool:
+    """Whether a setting or variable says yes."""
     return value is True or str(value).strip().lower() in ("1", "true", "yes", "on")
 
 

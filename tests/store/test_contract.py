@@ -1,6 +1,4 @@
-"""One suite for every store: local files, the real S3 server by both of its ways, fsspec, and wrapped
-stores.
-"""
+"""One suite for every store: local files, the real S3 server by all ways to it, fsspec, and wrapped stores."""
 
 from __future__ import annotations
 
@@ -47,15 +45,26 @@ def _local(request: pytest.FixtureRequest) -> World:
 def _s3_direct(request: pytest.FixtureRequest) -> World:
     bucket: Bucket = request.getfixturevalue("s3")
     store = ObjectStore(bucket.url, bucket.options)
-    assert store._reader is not None
+    assert store._direct is not None
     return World(store, bucket.url, bucket.put)
 
 
 def _s3_obstore(request: pytest.FixtureRequest) -> World:
     bucket: Bucket = request.getfixturevalue("s3")
     # Any setting of obstore's own is a reason to read through obstore.
-    store = ObjectStore(bucket.url, replace(bucket.options, extra=(("virtual_hosted_style_request", "false"),)))
-    assert store._reader is None
+    store = ObjectStore(bucket.url, replace(bucket.options, extra=(("read_timeout", "30s"),)))
+    assert store._direct is None
+    return World(store, bucket.url, bucket.put)
+
+
+def _s3_signed_url(request: pytest.FixtureRequest) -> World:
+    bucket: Bucket = request.getfixturevalue("s3")
+    # obstore finds the credentials, in the environment here, and signs.
+    store = ObjectStore(
+        bucket.url, StoreOptions(endpoint_url=bucket.options.endpoint_url, region=bucket.options.region)
+    )
+    assert store._direct is not None
+    assert store._direct.signs_urls
     return World(store, bucket.url, bucket.put)
 
 
@@ -76,7 +85,10 @@ def _wrapped(request: pytest.FixtureRequest) -> World:
     return World(open_store(bucket.url, bucket.options, RequestOptions(requests_max=2)), bucket.url, bucket.put)
 
 
-@pytest.fixture(params=[_local, _s3_direct, _s3_obstore, _fsspec, _wrapped], ids=lambda make: make.__name__.strip("_"))
+WORLDS = [_local, _s3_direct, _s3_signed_url, _s3_obstore, _fsspec, _wrapped]
+
+
+@pytest.fixture(params=WORLDS, ids=lambda make: make.__name__.strip("_"))
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     made: World = request.param(request)
     yield made

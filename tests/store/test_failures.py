@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import http.server
 import shutil
-import ssl
-import subprocess
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,16 +15,27 @@ from fastload.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from fastload.store import Counters, ObjectInfo, RequestOptions, RetryOptions, StoreOptions, open_store
+from fastload.store import Counters, ObjectInfo, RequestOptions, RetryOptions, StoreOptions, direct, open_store
 from fastload.store.objectstore import ObjectStore
 from tests.conftest import Bucket
+from tests.store.servers import Behaviour, answer, certify, good, hang_up, server
 
-SLOW_WAY = (("virtual_hosted_style_request", "false"),)  # through obstore instead of our own requests
+SLOW_WAY = (("read_timeout", "30s"),)  # through obstore instead of our own requests
+WAYS = ["direct", "signed-url", "obstore"]
 OPERATIONS = ["list", "head", "read"]
 
 
-def attempt(operation: str, url: str, options: StoreOptions) -> None:
-    store = ObjectStore("/".join(url.split("/")[:3]), options)
+def opened(root: str, options: StoreOptions, way: str) -> ObjectStore:
+    """A store whose reads go that way; by signed URLs as if the credentials had been found elsewhere."""
+    store = ObjectStore(root, replace(options, extra=SLOW_WAY) if way == "obstore" else options)
+    if way == "signed-url":
+        assert store._direct is not None
+        store._direct._ask, store._direct.signs_urls = direct._in_url(store._opened()), True
+    return store
+
+
+def attempt(operation: str, url: str, options: StoreOptions, way: str = "direct") -> None:
+    store = opened("/".join(url.split("/")[:3]), options, way)
     try:
         if operation == "list":
             list(store.list(url))
@@ -42,10 +47,15 @@ def attempt(operation: str, url: str, options: StoreOptions) -> None:
         store.close()
 
 
-@pytest.fixture(params=[(), SLOW_WAY], ids=["direct", "obstore"])
-def options(request: pytest.FixtureRequest, s3: Bucket) -> StoreOptions:
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def options(s3: Bucket) -> StoreOptions:
     s3.put("a.tar", b"hello")
-    return replace(s3.options, extra=request.param)
+    return s3.options
 
 
 def refused(error: pytest.ExceptionInfo[StoreError], options: StoreOptions, *words: str) -> None:
@@ -57,54 +67,54 @@ def refused(error: pytest.ExceptionInfo[StoreError], options: StoreOptions, *wor
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_missing_bucket(operation: str, options: StoreOptions) -> None:
+def test_missing_bucket(operation: str, options: StoreOptions, way: str) -> None:
     with pytest.raises(ObjectMissingError) as error:
-        attempt(operation, "s3://no-such-bucket/a.tar", options)
+        attempt(operation, "s3://no-such-bucket/a.tar", options, way)
     refused(error, options, "s3://no-such-bucket/a.tar", "no such bucket", "NoSuchBucket")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS[1:])
-def test_missing_key(operation: str, options: StoreOptions, s3: Bucket) -> None:
+def test_missing_key(operation: str, options: StoreOptions, way: str, s3: Bucket) -> None:
     with pytest.raises(ObjectMissingError) as error:
-        attempt(operation, f"{s3.url}/b.tar", options)
+        attempt(operation, f"{s3.url}/b.tar", options, way)
     refused(error, options, f"{s3.url}/b.tar", "no such object", "NoSuchKey")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_denied(operation: str, options: StoreOptions, s3: Bucket) -> None:
-    denied = replace(s3.denied_options, extra=options.extra)
+def test_denied(operation: str, options: StoreOptions, way: str, s3: Bucket) -> None:
+    denied = s3.denied_options
     with pytest.raises(AccessDeniedError) as error:
-        attempt(operation, f"{s3.url}/a.tar", denied)
+        attempt(operation, f"{s3.url}/a.tar", denied, way)
     refused(error, denied, f"{s3.url}/a.tar", "access denied", "AccessDenied")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_wrong_secret(operation: str, options: StoreOptions, s3: Bucket) -> None:
+def test_wrong_secret(operation: str, options: StoreOptions, way: str, s3: Bucket) -> None:
     wrong = replace(options, secret_access_key="not-the-secret")
     with pytest.raises(AccessDeniedError) as error:
-        attempt(operation, f"{s3.url}/a.tar", wrong)
+        attempt(operation, f"{s3.url}/a.tar", wrong, way)
     refused(error, wrong, f"{s3.url}/a.tar", "wrong credentials", "AWS_SECRET_ACCESS_KEY")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_unknown_access_key(operation: str, options: StoreOptions, s3: Bucket) -> None:
+def test_unknown_access_key(operation: str, options: StoreOptions, way: str, s3: Bucket) -> None:
     wrong = replace(options, access_key_id="NOBODY")
     with pytest.raises(AccessDeniedError) as error:
-        attempt(operation, f"{s3.url}/a.tar", wrong)
+        attempt(operation, f"{s3.url}/a.tar", wrong, way)
     refused(error, wrong, f"{s3.url}/a.tar", "no such access key", "AWS_ACCESS_KEY_ID")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1", "http://no-such-host.invalid"])
-def test_unreachable_endpoint(operation: str, endpoint: str, options: StoreOptions, s3: Bucket) -> None:
+def test_unreachable_endpoint(operation: str, endpoint: str, options: StoreOptions, way: str, s3: Bucket) -> None:
     away = replace(options, endpoint_url=endpoint)
     with pytest.raises(StoreUnavailableError) as error:
-        attempt(operation, f"{s3.url}/a.tar", away)
+        attempt(operation, f"{s3.url}/a.tar", away, way)
     refused(error, away, f"{s3.url}/a.tar", "cannot reach the store")
 
 
-def test_changed_since_listing(options: StoreOptions, s3: Bucket) -> None:
-    store = ObjectStore(s3.url, options)
+def test_changed_since_listing(options: StoreOptions, way: str, s3: Bucket) -> None:
+    store = opened(s3.url, options, way)
     (info,) = store.list(f"{s3.url}/a.tar")
     s3.put("a.tar", b"world")
     with pytest.raises(ObjectChangedError, match=r"a\.tar.*list again"):
@@ -112,78 +122,21 @@ def test_changed_since_listing(options: StoreOptions, s3: Bucket) -> None:
     store.close()
 
 
-def test_anonymous_is_refused_by_a_private_bucket(options: StoreOptions, s3: Bucket) -> None:
-    unsigned = StoreOptions(endpoint_url=options.endpoint_url, anonymous=True, extra=options.extra)
+@pytest.mark.parametrize("way", ["direct", "obstore"])
+def test_anonymous_is_refused_by_a_private_bucket(options: StoreOptions, way: str, s3: Bucket) -> None:
+    unsigned = StoreOptions(endpoint_url=options.endpoint_url, anonymous=True)
     with pytest.raises(AccessDeniedError, match="access denied"):
-        attempt("read", f"{s3.url}/a.tar", unsigned)
+        attempt("read", f"{s3.url}/a.tar", unsigned, way)
 
 
-# What a healthy server never does: a server of ours, on a real socket, that does it.
+# What a healthy server never does.
 
-Behaviour = Callable[[http.server.BaseHTTPRequestHandler, int], None]
-
-
-@contextmanager
-def server(*behaviours: Behaviour, certificate: Path | None = None) -> Iterator[StoreOptions]:
-    """Answers request n as the nth of `behaviours` does, the last one for ever; over TLS with a
-    certificate.
-    """
-    number = iter(range(1 << 30))
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            behaviours[min(next(number), len(behaviours) - 1)](self, 5)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    listening = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    if certificate is not None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate)
-        listening.socket = context.wrap_socket(listening.socket, server_side=True)
-    thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        kind = "http" if certificate is None else "https"
-        yield StoreOptions(
-            endpoint_url=f"{kind}://127.0.0.1:{listening.server_port}", access_key_id="K", secret_access_key="S"
-        )
-    finally:
-        listening.shutdown()
-        thread.join()
-        listening.server_close()
-
-
-def answer(status: int, body: bytes, **more: str) -> Behaviour:
-    def behave(handler: http.server.BaseHTTPRequestHandler, _: int) -> None:
-        handler.send_response(status)
-        headers = {"Content-Length": str(len(body)), "Content-Range": "bytes 0-4/5", "ETag": '"e"', **more}
-        headers.setdefault("Last-Modified", "Tue, 01 Jan 2030 00:00:00 GMT")
-        for name, value in headers.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-        handler.wfile.write(body)
-        if int(headers["Content-Length"]) != len(body):
-            handler.close_connection = True
-
-    return behave
-
-
-def hang_up(handler: http.server.BaseHTTPRequestHandler, _: int) -> None:
-    handler.close_connection = True
-
-
-good = answer(206, b"hello")
 cut_short = answer(206, b"he", Content_Length="5")
 too_short = answer(206, b"he")
 too_long = answer(206, b"hello, world")
 slow_down = answer(503, b"<Error><Code>SlowDown</Code><Message>Please.</Message></Error>")
 
 
-@pytest.mark.parametrize("extra", [(), SLOW_WAY], ids=["direct", "obstore"])
 @pytest.mark.parametrize(
     ("behaviour", "words"),
     [
@@ -197,9 +150,9 @@ slow_down = answer(503, b"<Error><Code>SlowDown</Code><Message>Please.</Message>
     ],
     ids=["cut-short", "too-short", "too-long", "slow-down", "500", "429", "hang-up"],
 )
-def test_for_the_moment(behaviour: Behaviour, words: str, extra: tuple[tuple[str, str], ...]) -> None:
+def test_for_the_moment(behaviour: Behaviour, words: str, way: str) -> None:
     with server(behaviour) as options, pytest.raises(StoreUnavailableError, match=rf"s3://b/a\.tar.*({words})"):
-        attempt("read", "s3://b/a.tar", replace(options, extra=extra))
+        attempt("read", "s3://b/a.tar", options, way)
 
 
 def test_a_server_without_ranges_is_not_asked_again() -> None:
@@ -207,11 +160,10 @@ def test_a_server_without_ranges_is_not_asked_again() -> None:
         attempt("read", "s3://b/a.tar", options)
 
 
-@pytest.mark.parametrize("extra", [(), SLOW_WAY], ids=["direct", "obstore"])
-def test_another_version_than_asked_for(extra: tuple[tuple[str, str], ...]) -> None:
+def test_another_version_than_asked_for(way: str) -> None:
     """A server that ignores If-Match."""
     with server(answer(206, b"hello", ETag='"new"')) as options:
-        store = ObjectStore("s3://b", replace(options, extra=extra))
+        store = opened("s3://b", options, way)
         with pytest.raises(ObjectChangedError, match='ETag was "old" and is "new"'):
             store.read_into(ObjectInfo("s3://b/a.tar", 5, '"old"'), 0, memoryview(bytearray(5)))
         store.close()
@@ -249,19 +201,19 @@ def test_a_web_server() -> None:
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
-def test_tls(tmp_path: Path) -> None:
-    path = tmp_path / "both.pem"
-    command = (
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1"
-    )
-    subprocess.run([*command.split(), "-keyout", path, "-out", tmp_path / "c"], check=True, capture_output=True)
-    certificate = (tmp_path / "c").read_text()
-    path.write_text(path.read_text() + certificate)
+@pytest.mark.parametrize("way", ["direct", "obstore"])
+def test_tls(tmp_path: Path, way: str) -> None:
+    both, authority = certify(tmp_path)
     info, out = ObjectInfo("s3://b/a.tar", 5, '"e"'), bytearray(5)
-    with server(good, certificate=path) as options:
-        with pytest.raises(StoreUnavailableError, match="certificate"):
-            attempt("read", info.url, options)
-        store = ObjectStore("s3://b", replace(options, extra=(("root_certificate", certificate),)))
+    with server(good, certificate=both) as options:
+        with pytest.raises(StoreUnavailableError, match=r"TLS certificate is not accepted.*root_certificate"):
+            attempt("read", info.url, options, way)
+        trusting = StoreOptions.from_environment(
+            {"endpoint": options.endpoint, "key": "K", "secret": "S"},
+            {"AWS_CA_BUNDLE": str(authority), "HOME": "/none"},
+        )
+        trusting = replace(trusting, extra=(*trusting.extra, *(SLOW_WAY if way == "obstore" else ())))
+        store = ObjectStore("s3://b", trusting)
         store.read_into(info, 0, memoryview(out))
         store.close()
     assert bytes(out) == b"hello"

@@ -1,0 +1,152 @@
+"""Ranges of objects by requests of our own: who is asked, who signs, and which buckets are not read this way.
+
+Receiving is where a store's CPU time goes, and HttpReader does it for two thirds of what obstore takes (its figures
+stand there). It needs to be told what to ask for. In S3 that is:
+- with a key at hand, or as nobody: SigV4 in the headers, by `sigv4`;
+- with credentials that the machine hands out for a while (instance roles, containers, web identities): a URL that
+  obstore signs, since it finds and refreshes them and gives them to nobody. That takes 14 us and no request.
+
+obstore reads what is left: Google (who signs URLs there needs a key file, which few have, or a request for each),
+Azure, S3 Express with its sessions, and buckets for which something special is asked.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ssl
+import threading
+import urllib.parse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import obstore
+from obstore.store import S3Store
+
+from fastload.errors import ConfigError
+from fastload.store.answers import is_strong
+from fastload.store.httpreader import HttpReader, trusts_somebody
+from fastload.store.options import StoreOptions, as_bool
+from fastload.store.proxies import proxy_for
+from fastload.store.sigv4 import encode_path, sign
+from fastload.store.types import ObjectInfo
+from fastload.store.urls import key_of
+
+DEFAULT_REGION = "us-east-1"
+
+# Long enough for a clock that is wrong by minutes, short enough for policies that refuse URLs that are good for long.
+_URL_LASTS = datetime.timedelta(minutes=5)
+# How credentials are found is obstore's affair, whoever reads.
+_FINDING_CREDENTIALS = frozenset(
+    {
+        "role_arn",
+        "role_session_name",
+        "web_identity_token_file",
+        "sts_endpoint",
+        "container_credentials_relative_uri",
+        "container_credentials_full_uri",
+        "container_authorization_token_file",
+        "metadata_endpoint",
+        "imdsv1_fallback",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _Request:
+    """`origin` is scheme, host and port. Its repr would show a signature."""
+
+    origin: str
+    target: str
+    headers: Mapping[str, str]
+
+
+_Ask = Callable[[str, Mapping[str, str]], _Request]
+
+
+class DirectReader:
+    """Reads ranges of the objects of one bucket. Safe to use from several threads."""
+
+    def __init__(self, ask: _Ask, make_reader: Callable[[str], HttpReader], origin: str, *, signs_urls: bool) -> None:
+        """`ask(key, headers)` addresses and signs a request, as a rule to `origin`; `make_reader(origin)` sends it."""
+        self._ask, self._make_reader = ask, make_reader
+        self.signs_urls = signs_urls
+        self._lock = threading.Lock()
+        self._readers = {origin: make_reader(origin)}
+
+    def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> Mapping[str, str]:
+        """Fill `out` from `start`, if the object is still that version; the answer's headers. Errors of `HttpReader`,
+        and of obstore where it signs.
+        """
+        headers = {"Range": f"bytes={start}-{start + len(out) - 1}"}
+        if is_strong(info.etag):
+            headers["If-Match"] = str(info.etag)
+        request = self._ask(key_of(info.url), headers)
+        return self._reader(request.origin).get_range(info.url, request.target, request.headers, start, out)
+
+    def close(self) -> None:
+        """Close the connections, those in use as they come back."""
+        with self._lock:
+            readers = list(self._readers.values())
+        for reader in readers:
+            reader.close()
+
+    def _reader(self, origin: str) -> HttpReader:
+        with self._lock:
+            if origin not in self._readers:
+                self._readers[origin] = self._make_reader(origin)
+            return self._readers[origin]
+
+
+def direct_s3_reader(bucket: str, options: StoreOptions, store: S3Store) -> DirectReader | None:
+    """A reader for an S3 bucket that `store` lists; None where obstore has to read it."""
+    settings = {name: value for name, value in options.extra if name not in _FINDING_CREDENTIALS}
+    certificate, proxy_url = settings.pop("root_certificate", None), settings.pop("proxy_url", None)
+    virtual_host = as_bool(settings.pop("virtual_hosted_style_request", ""))
+    origin, path = _place(bucket, options, virtual_host)
+    proxy = proxy_for(origin, proxy_url)
+    if settings or bucket.endswith("--x-s3") or (proxy is not None and not proxy.is_http):
+        return None
+    if origin.startswith("https:") and certificate is None and not trusts_somebody():
+        return None
+
+    def make_reader(origin: str) -> HttpReader:
+        return HttpReader(origin, certificate, proxy)
+
+    known = options.anonymous or options.access_key_id is not None
+    ask = _in_headers(origin, path, options) if known else _in_url(store)
+    try:
+        return DirectReader(ask, make_reader, origin, signs_urls=not known)
+    except ssl.SSLError as error:
+        raise ConfigError("root_certificate is not a certificate in PEM; pass its text, not its path") from error
+
+
+def _place(bucket: str, options: StoreOptions, virtual_host: bool) -> tuple[str, str]:
+    """Where the bucket is: scheme, host and port, and the path that comes before its keys."""
+    endpoint = options.endpoint
+    if not endpoint:
+        host = f"s3.{options.region or DEFAULT_REGION}.amazonaws.com"
+        endpoint = f"https://{bucket}.{host}" if virtual_host else f"https://{host}"
+    parts = urllib.parse.urlsplit(endpoint)
+    return f"{parts.scheme}://{parts.netloc}", parts.path + ("" if virtual_host else f"/{bucket}")
+
+
+def _in_headers(origin: str, path: str, options: StoreOptions) -> _Ask:
+    host = urllib.parse.urlsplit(origin).netloc
+    region = options.region or DEFAULT_REGION
+
+    def ask(key: str, headers: Mapping[str, str]) -> _Request:
+        target = encode_path(f"{path}/{key}")
+        if not options.anonymous:
+            now = datetime.datetime.now(datetime.UTC)
+            headers = sign(target, {"Host": host, **headers}, options, region, now)
+        return _Request(origin, target, headers)
+
+    return ask
+
+
+def _in_url(store: S3Store) -> _Ask:
+    def ask(key: str, headers: Mapping[str, str]) -> _Request:
+        parts = urllib.parse.urlsplit(obstore.sign(store, "GET", key, _URL_LASTS))
+        return _Request(f"{parts.scheme}://{parts.netloc}", f"{parts.path}?{parts.query}", headers)
+
+    return ask
