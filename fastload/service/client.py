@@ -191,8 +191,9 @@ class Consumer(Session):
         with self._changed:
             waiter = self._table.add_waiter(chunks)
             try:
-                self._wait_for_any(chunks, waiter.got, reason, deadline_s)
-                self._table.pin_available(waiter)
+                if not waiter.got:  # mostly they are here
+                    self._wait_for_any(chunks, waiter.got, reason, deadline_s)
+                    self._table.pin_available(waiter)
             except BaseException:
                 self._send_release(self._table.unpin(waiter.got))
                 self._changed.notify_all()
