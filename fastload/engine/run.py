@@ -81,7 +81,9 @@ class ThreadedRun:
 
     def __init__(self, feed: RunFeed, make: Callable[[Any], Any], pool: DecodePool, depth: int, waits: Waits) -> None:
         self._feed, self._make, self._pool, self._depth, self._waits = feed, make, pool, depth, waits
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)  # something that whoever takes batches may wait for
+        self._has_room = threading.Condition(lock)  # what the feeder waits for
         self._line: deque[_Place] = deque()
         self._jobs = 0
         self._is_fed = False
@@ -106,7 +108,7 @@ class ThreadedRun:
             if self._is_closed:
                 raise RunClosedError
             place = self._line.popleft() if self._line else None
-            self._changed.notify_all()
+            self._has_room.notify()
         if place is None:
             raise self._feed_error or StopIteration
         if place.error is not None:
@@ -118,6 +120,7 @@ class ThreadedRun:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+            self._has_room.notify()
             wait(self._changed, lambda: self._jobs == 0, "shutdown", what="batches in the making")
             self._line.clear()
         if self._feeder is not threading.current_thread():
@@ -144,7 +147,7 @@ class ThreadedRun:
         place = _Place(entry)
         with self._changed:
             # No deadline but the consumer's: a trainer may take as long as it likes for a step.
-            self._changed.wait_for(lambda: self._is_closed or len(self._line) < self._depth)
+            self._has_room.wait_for(lambda: self._is_closed or len(self._line) < self._depth)
             if self._is_closed:
                 return False
             self._line.append(place)

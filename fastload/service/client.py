@@ -221,8 +221,9 @@ class Consumer(Session):
     def _unpin(self, held: dict[int, Lease]) -> None:
         with self._changed:
             lost = any(lease.arena.lost for lease in held.values())
+            if any(lease.recalled for lease in held.values()):  # it leaves now, and may be asked for again
+                self._changed.notify_all()
             self._send_release(self._table.unpin(held))
-            self._changed.notify_all()
         if lost:
             raise ServiceError("the cache service dropped this consumer while it was reading; what it read is void")
 
