@@ -162,10 +162,13 @@ class LeaseTable:
 
     def pin_available(self, waiter: Waiter) -> None:
         """Pin everything that the waiter asked for and that is leased now."""
-        for chunk in waiter.chunks:
-            lease = self._leases.get(chunk)
-            if lease is not None and not lease.recalled and chunk not in waiter.got:
-                self._pin(waiter, chunk, lease)
+        leases, got = self._leases, waiter.got
+        # Done for every chunk of every batch, so without a call for any of them.
+        for chunk in waiter.chunks & leases.keys():
+            lease = leases[chunk]
+            if not lease.recalled and chunk not in got:
+                lease.pins += 1
+                got[chunk] = lease
 
     def _pin(self, waiter: Waiter, chunk: int, lease: Lease) -> None:
         lease.pins += 1
@@ -247,9 +250,10 @@ class LeaseTable:
 
 def offsets_by_arena(held: dict[int, Lease]) -> Sequence[tuple[MappedArena, list[int], list[int]]]:
     """`held`, split by arena: (arena, chunk numbers, byte offsets)."""
-    groups: dict[int, tuple[MappedArena, list[int], list[int]]] = {}
-    for chunk, lease in held.items():
-        arena, chunks, offsets = groups.setdefault(id(lease.arena), (lease.arena, [], []))
-        chunks.append(chunk)
-        offsets.append(lease.buffer * arena.chunk_bytes)
-    return list(groups.values())
+    groups = []
+    while held:
+        arena = next(iter(held.values())).arena
+        mine = {chunk: lease for chunk, lease in held.items() if lease.arena is arena}
+        groups.append((arena, list(mine), [lease.buffer * arena.chunk_bytes for lease in mine.values()]))
+        held = {chunk: lease for chunk, lease in held.items() if lease.arena is not arena}
+    return groups
