@@ -3,7 +3,8 @@
 from fastload.decode.base import Decoder
 from fastload.decode.integers import integer
 from fastload.decode.npy import array
+from fastload.decode.numbers import number
 from fastload.decode.pictures import image
 from fastload.decode.plain import json, raw, text
 
-__all__ = ["Decoder", "array", "image", "integer", "json", "raw", "text"]
+__all__ = ["Decoder", "array", "image", "integer", "json", "number", "raw", "text"]

@@ -51,10 +51,14 @@ class Integer(Decoder):
 
 
 def _not_an_integer(value: memoryview) -> DecodeError:
-    shown = repr(bytes(value[:40])) + (f"... ({len(value)} bytes)" if len(value) > 40 else "")
     if re.fullmatch(rb"[+-]?[0-9]+", bytes(value).strip()):
-        return DecodeError(f"{shown} does not fit a 64-bit integer")
-    return DecodeError(f"{shown} is not a decimal integer")
+        return DecodeError(f"{shown(value)} does not fit a 64-bit integer")
+    return DecodeError(f"{shown(value)} is not a decimal integer")
+
+
+def shown(value: memoryview) -> str:
+    """A value for an error, which may be of any length."""
+    return repr(bytes(value[:40])) + (f"... ({len(value)} bytes)" if len(value) > 40 else "")
 
 
 def integer() -> Decoder:
