@@ -8,6 +8,9 @@ sequence: `batch[3]` is item 3. Two kinds:
 - `"array"`: `values` is of any number type, and an item is an array: a view, so writing into it writes into
   the batch. `shapes` gives the items' shapes where they are not one-dimensional.
 
+Other libraries get the same memory, not a copy: numpy (`values`, `to_numpy`, `np.asarray` where all items are of one
+shape), torch (`to_nested`) and pyarrow (`to_arrow`). What is written through one of them shows in all.
+
 It is deliberately not registered as a `collections.abc.Sequence`: torch and Lightning take any such sequence
 apart, item by item, to move it to a device and then rebuild it; what has a `pin_memory` method or is of an
 unknown type they keep whole.
@@ -21,7 +24,7 @@ from typing import Any, Literal, TypeAlias, overload
 import numpy as np
 import numpy.typing as npt
 
-from fastload.errors import ConfigError
+from fastload.errors import ConfigError, DecodeError
 
 __all__ = ["Ragged"]
 
@@ -124,10 +127,13 @@ class Ragged:
         if not -len(self) <= number < len(self):
             raise IndexError(f"item {number} of a Ragged of {len(self)} items")
         number %= len(self)
-        part = self._values[self._offsets[number] : self._offsets[number + 1]]
+        part = self._part(number)
         if self._kind == "bytes":
             return part.tobytes()
         return part if self._shapes is None else part.reshape(self._shapes[number])
+
+    def _part(self, number: int) -> npt.NDArray[Any]:
+        return self._values[self._offsets[number] : self._offsets[number + 1]]
 
     def _slice(self, numbers: range) -> Ragged:
         shapes = None if self._shapes is None else [self._shapes[number] for number in numbers]
@@ -135,7 +141,7 @@ class Ragged:
             stop = max(numbers.start, numbers.stop)
             offsets = self._offsets[numbers.start : stop + 1]
             return Ragged(self._values[offsets[0] : offsets[-1]], offsets - offsets[0], shapes, self._kind)
-        parts = [self._values[self._offsets[number] : self._offsets[number + 1]] for number in numbers]
+        parts = [self._part(number) for number in numbers]
         return Ragged(_joined(parts, self._values.dtype), _offsets_of(parts), shapes, self._kind)
 
     def __iter__(self) -> Iterator[Item]:
@@ -166,20 +172,73 @@ class Ragged:
         """The items, as a list."""
         return list(self)
 
-    def to_arrow(self) -> Any:
-        """A pyarrow array over the same memory: `large_binary`, or `large_list` of numbers. The shapes must
-        be 1-D.
+    def to_numpy(self) -> list[npt.NDArray[Any]]:
+        """An array for each item, over the same memory; of uint8 where items are bytes."""
+        shapes = self._item_shapes()
+        return [self._part(number).reshape(shape) for number, shape in enumerate(shapes)]
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        """What `np.asarray` gives: one array (n, *shape) over the same memory. ConfigError where shapes differ."""
+        shapes = set(self._item_shapes())
+        if len(shapes) > 1:
+            raise ConfigError(
+                f"items of {len(shapes)} shapes are no one array; use .values and .offsets, to_numpy() or to_nested()"
+            )
+        whole = self._values.reshape(len(self), *(shapes.pop() if shapes else (0,)))
+        return np.array(whole, dtype, copy=copy)
+
+    def to_nested(self) -> Any:
+        """A nested tensor of torch (layout `torch.jagged`) over the same memory; of uint8 where items are bytes.
+
+        Of several dimensions, items may differ in the first. ConfigError where they do in others, and for a torch that
+        is too old to have such tensors.
+        """
+        import torch
+
+        make = getattr(torch.nested, "nested_tensor_from_jagged", None)
+        if make is None:
+            raise ConfigError(f"torch {torch.__version__} has no jagged nested tensors; install a later one")
+        rest = self._rest()
+        rows = self._offsets // max(1, _product(rest)) if rest else self._offsets
+        values = self._values.reshape(rows[-1], *rest)
+        return make(torch.from_numpy(values), torch.from_numpy(rows))
+
+    def _rest(self) -> tuple[int, ...]:
+        """All but the first length of the items' shapes, which must be the same."""
+        rests = {shape[1:] for shape in self._shapes or () if shape}
+        if len(rests) > 1 or () in (self._shapes or ()) or any(0 in rest for rest in rests):
+            raise ConfigError(
+                f"items of shapes such as {list(dict.fromkeys(self._shapes or ()))[:3]} are no nested tensor: they may "
+                "differ in the first dimension only; use to_numpy()"
+            )
+        return rests.pop() if rests else ()
+
+    def to_arrow(self, *, text: bool = False) -> Any:
+        """A pyarrow array over the same memory: `large_binary`; with `text`, `large_string`, where the items are UTF-8
+        (DecodeError where one is not); or a `large_list` of numbers, which must be 1-D. Only booleans are copied,
+        since arrow packs them.
         """
         import pyarrow as pa
 
-        if self._shapes is not None:
-            raise ConfigError("items of several dimensions have no arrow type here; use .values, .offsets, .shapes")
+        if text and self._kind != "bytes":
+            raise ConfigError(f"text=True is for items that are bytes, and these are arrays of {self._values.dtype}")
+        if self._shapes is not None or self._values.dtype.kind not in "biuf":
+            raise ConfigError(
+                "items of several dimensions, and of complex numbers, have no arrow type here; use .values, .offsets "
+                "and .shapes"
+            )
         offsets = pa.py_buffer(self._offsets)
-        if self._kind == "bytes":
-            return pa.Array.from_buffers(pa.large_binary(), len(self), [None, offsets, pa.py_buffer(self._values)])
-        return pa.LargeListArray.from_arrays(
-            pa.Array.from_buffers(pa.int64(), len(self._offsets), [None, offsets]), pa.array(self._values)
-        )
+        if self._kind == "array":
+            places = pa.Array.from_buffers(pa.int64(), len(self._offsets), [None, offsets])
+            return pa.LargeListArray.from_arrays(places, pa.array(self._values))
+        kind = pa.large_string() if text else pa.large_binary()
+        made = pa.Array.from_buffers(kind, len(self), [None, offsets, pa.py_buffer(self._values)])
+        if text:
+            try:
+                made.validate(full=True)
+            except pa.ArrowInvalid as error:
+                raise DecodeError(f"{error}; to_arrow() gives the bytes") from error
+        return made
 
     def pin_memory(self, device: Any = None) -> Ragged:
         """A copy in page-locked memory; torch calls this where a loader has `pin_memory=True`."""

@@ -12,12 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fastload.errors import ConfigError
+from fastload.errors import ConfigError, DecodeError
 from fastload.ragged import Ragged
 
 _bytes = st.lists(st.binary(max_size=8), max_size=8)
 _rows = st.lists(hnp.arrays(np.int32, st.integers(0, 4)), min_size=1, max_size=6)
 _shaped = st.lists(hnp.arrays(np.int16, hnp.array_shapes(min_side=0, max_side=3)), min_size=1, max_size=5)
+_same_but_first = st.lists(st.integers(0, 3), min_size=1, max_size=5).map(
+    lambda lengths: [np.arange(6 * length).reshape(length, 2, 3) for length in lengths]
+)
 _index = st.integers(-10, 10) | st.none()
 
 
@@ -93,9 +96,9 @@ def test_equality() -> None:
 
 
 @settings(deadline=None)
-@given(_bytes)
-def test_bytes_to_arrow_without_a_copy(items: list[bytes]) -> None:
-    batch = Ragged.from_items(items)
+@given(_bytes, _index, _index)
+def test_bytes_to_arrow_without_a_copy(items: list[bytes], start: int | None, stop: int | None) -> None:
+    batch, items = Ragged.from_items(items)[start:stop], items[start:stop]
     arrow = batch.to_arrow()
     arrow.validate(full=True)
     assert arrow.type == pa.large_binary()
@@ -105,9 +108,9 @@ def test_bytes_to_arrow_without_a_copy(items: list[bytes]) -> None:
 
 
 @settings(deadline=None)
-@given(_rows)
-def test_arrays_to_arrow_without_a_copy(items: list[np.ndarray]) -> None:
-    batch = Ragged.from_items(items)
+@given(_rows, _index, _index)
+def test_arrays_to_arrow_without_a_copy(items: list[np.ndarray], start: int | None, stop: int | None) -> None:
+    batch, items = Ragged.from_items(items)[start:stop], items[start:stop]
     arrow = batch.to_arrow()
     arrow.validate(full=True)
     assert arrow.type == pa.large_list(pa.int32())
@@ -116,9 +119,73 @@ def test_arrays_to_arrow_without_a_copy(items: list[np.ndarray]) -> None:
         assert arrow.values.buffers()[1].address == batch.values.ctypes.data
 
 
-def test_shapes_have_no_arrow_type() -> None:
-    with pytest.raises(ConfigError, match="several dimensions"):
-        Ragged.from_items([np.zeros((2, 2))]).to_arrow()
+def test_text_to_arrow_without_a_copy() -> None:
+    batch = Ragged.from_items([text.encode() for text in ("é", "", "ab", "é")])[1:]
+    arrow = batch.to_arrow(text=True)
+    assert arrow.type == pa.large_string()
+    assert arrow.to_pylist() == ["", "ab", "é"]
+    assert arrow.buffers()[2].address == batch.values.ctypes.data
+    with pytest.raises(DecodeError, match="string index 1; to_arrow\\(\\) gives the bytes"):
+        Ragged.from_items([b"a", b"\xff"]).to_arrow(text=True)
+    with pytest.raises(ConfigError, match="arrays of float64"):
+        Ragged.from_items([np.zeros(2)]).to_arrow(text=True)
+
+
+def test_what_has_no_arrow_type() -> None:
+    for item in (np.zeros((2, 2)), np.zeros(2, complex)):
+        with pytest.raises(ConfigError, match="several dimensions, and of complex"):
+            Ragged.from_items([item]).to_arrow()
+
+
+@settings(deadline=None)
+@given(_bytes | _rows | _same_but_first, _index, _index)
+def test_to_nested_without_a_copy(items: list[bytes] | list[np.ndarray], start: int | None, stop: int | None) -> None:
+    batch = Ragged.from_items(items)[start:stop]
+    nested = batch.to_nested()
+    assert nested.is_nested
+    assert nested.layout == torch.jagged
+    parts = nested.unbind()
+    assert len(parts) == len(batch)
+    for mine, part in zip(batch.to_numpy(), parts, strict=True):
+        np.testing.assert_array_equal(part.numpy(), mine)
+        assert part.dtype == torch.from_numpy(batch.values).dtype
+    if len(batch.values):
+        assert nested.values().data_ptr() == batch.values.ctypes.data
+        nested.values().fill_(1)
+        assert (batch.values == 1).all()
+
+
+@pytest.mark.parametrize("shapes", [[(2, 3), (2, 2)], [(2,), (1, 2)], [()], [(2, 0)]])
+def test_what_is_no_nested_tensor(shapes: list[tuple[int, ...]]) -> None:
+    batch = Ragged.from_items([*map(np.zeros, shapes), np.zeros((1, 1))])
+    with pytest.raises(ConfigError, match="no nested tensor"):
+        batch.to_nested()
+
+
+@settings(deadline=None)
+@given(_bytes | _rows | _shaped)
+def test_to_numpy_without_a_copy(items: list[bytes] | list[np.ndarray]) -> None:
+    batch = Ragged.from_items(items)
+    arrays = batch.to_numpy()
+    assert len(arrays) == len(items)
+    for array, item in zip(arrays, items, strict=True):
+        expected = np.frombuffer(item, np.uint8) if isinstance(item, bytes) else item
+        np.testing.assert_array_equal(array, expected)
+        assert not array.size or np.shares_memory(array, batch.values)
+
+
+def test_items_of_one_shape_are_one_array_without_a_copy() -> None:
+    batch = Ragged.from_items([b"ab", b"cd", b"ef"])
+    whole = np.asarray(batch[1:])
+    assert whole.tolist() == [[99, 100], [101, 102]]
+    whole[:] = 65
+    assert batch == [b"ab", b"AA", b"AA"]
+    assert not np.shares_memory(np.array(batch), batch.values)
+    assert np.asarray(batch, np.float32).dtype == np.float32
+    assert np.asarray(Ragged.from_items([np.zeros((2, 3))] * 4)).shape == (4, 2, 3)
+    assert np.asarray(Ragged.from_items([])).shape == (0, 0)
+    with pytest.raises(ConfigError, match="2 shapes"):
+        np.asarray(Ragged.from_items([b"a", b"bc"]))
 
 
 @pytest.mark.parametrize(
