@@ -58,6 +58,9 @@ if TYPE_CHECKING:
     from fastload.errors import (
         WaitTimeoutError as WaitTimeoutError,
     )
+    from fastload.errors import (
+        WorkerError as WorkerError,
+    )
     from fastload.loader import DataLoader as DataLoader
     from fastload.mixture import Mixture as Mixture
     from fastload.ragged import Ragged as Ragged
@@ -80,6 +83,7 @@ _ERRORS = (
     "StoreError",
     "StoreUnavailableError",
     "WaitTimeoutError",
+    "WorkerError",
 )
 
 _HOMES = {

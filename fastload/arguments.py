@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from fastload.errors import ConfigError
 
@@ -60,3 +61,11 @@ def checked_refresh(refresh: str) -> str:
     if refresh not in ("never", "epoch"):
         raise ConfigError(f'refresh={refresh!r} must be "never" or "epoch"')
     return refresh
+
+
+def checked_function(function: Any, name: str) -> Callable[[Any], Any]:
+    """What `map` and `map_batch` were given."""
+    if not callable(function):
+        raise ConfigError(f"{name}({function!r}): give a function of one argument")
+    checked: Callable[[Any], Any] = function
+    return checked

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -183,7 +183,7 @@ class StreamingDataset(Streaming):
         begin = Beginning(epoch) if start is None else Beginning(epoch, start.fingerprint, start.samples)
         self.settle({"tail": self.tail, "batch_size": batch_size}, begin)
         options["start"] = start
-        return begin_pass(self._source, self._job, self._settings.passes, epoch, batch_size, **options)
+        return begin_pass(self._source, self._job, self._passes, epoch, batch_size, **options)
 
     def settle(self, settings: Mapping[str, Any], begin: Beginning, sharers: int = 1) -> None:
         """Agree with the other ranks of the job on what is read in which order; see `Job.settle`."""
@@ -192,7 +192,7 @@ class StreamingDataset(Streaming):
 
     def open(self, skips: Skips | None) -> SourcePass:
         """Open a session for a pass over a mixture that this is a source of; its `end` must follow."""
-        return open_source(self._source, self._job, self._settings.passes, skips)
+        return open_source(self._source, self._job, self._passes, skips)
 
     def plan(self) -> SourcePlan:
         """What is read, and in which order; before a pass has begun, as far as this process can say by itself."""
@@ -212,6 +212,10 @@ class StreamingDataset(Streaming):
     def close(self) -> None:
         self._job.close()
         self._source.close()
+
+    @property
+    def _passes(self) -> PassOptions:
+        return replace(self._settings.passes, functions=self._on_samples)
 
     @property
     def _source(self) -> Source:

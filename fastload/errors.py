@@ -3,7 +3,8 @@
 The types are split by what the caller does next: mend the call (`ConfigError`), look at the bucket
 (`ObjectMissingError`, `AccessDeniedError`), wait (`StoreUnavailableError`), list again (`ObjectChangedError`), look at
 the data (`ShardError`, `DecodeError`, `MissingColumnError`), look at the node (`CacheError`, `ServiceError`,
-`WaitTimeoutError`), or load another state (`StateError`). Each is also the builtin that a caller would already catch.
+`WorkerError`, `WaitTimeoutError`), or load another state (`StateError`). Each is also the builtin that a caller would
+already catch.
 
 An error crosses the socket between service and consumer as its type's name and its message, so every type is made from
 one string. The message carries the value, the place and the cure.
@@ -64,6 +65,10 @@ class ServiceError(FastloadError, RuntimeError):
     """The cache service could not be started or reached, or broke the protocol."""
 
 
+class WorkerError(FastloadError, RuntimeError):
+    """A worker process of a loader died, or raised what cannot be told; the message names the signal and the cure."""
+
+
 class WaitTimeoutError(FastloadError, TimeoutError):
     """A wait reached its deadline; the message names what was waited for."""
 
@@ -87,6 +92,7 @@ _BY_NAME: dict[str, type[FastloadError]] = {
         MissingColumnError,
         CacheError,
         ServiceError,
+        WorkerError,
         WaitTimeoutError,
         StateError,
     )

@@ -13,19 +13,22 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch.utils.data
 from torch.utils.data import default_collate, default_convert
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from fastload.engine.finish import Finish
 from fastload.engine.iteration import NOTHING, Iteration
-from fastload.engine.passes import AnyPosition, Pass
+from fastload.engine.passes import AnyPosition, Pass, made
 from fastload.engine.pool import DecodePool
 from fastload.engine.run import InlineRun, ThreadedRun
+from fastload.engine.workers import WorkerOptions, Workers
 from fastload.errors import ConfigError, StateError
 from fastload.metrics import EpochMeter, empty_stats
 from fastload.plan import batch_count_of_rank
@@ -35,6 +38,8 @@ T = TypeVar("T", covariant=True)
 
 STATE_VERSION = 1
 
+WorkersMode = Literal["auto", "thread", "process", "side"]
+
 
 class DataLoader(torch.utils.data.DataLoader[T]):
     """torch's `DataLoader`, with its arguments. For a `StreamingDataset`:
@@ -42,14 +47,21 @@ class DataLoader(torch.utils.data.DataLoader[T]):
     `batch_size` samples are one batch: a dict of column -> tensor, `fastload.Ragged` or list, or a tuple (see
     `StreamingDataset`). With `batch_size=None` it yields samples, each gathered by itself: for many small ones iterate
     the data set instead. A `collate_fn` of the user's gets the list of
-    samples, as in torch. `num_workers` is a number of decode threads; `prefetch_factor` batches are ahead for each.
-    `worker_init_fn`, `multiprocessing_context`, `generator`, `timeout` and `in_order=False` have no meaning for threads
-    that share the process, use no random state and end by themselves, and are ignored with a warning.
+    samples, as in torch.
+
+    `num_workers` decode threads make the batches (0: the calling thread); `prefetch_factor` batches are ahead for each.
+    Where functions of the user's are part of it (`map`, `map_batch`, `collate_fn`), as many worker processes do, so
+    that they leave the trainer alone. `workers` says otherwise: "thread" for functions that spend their time outside
+    Python or have to share its memory, "process", or "side" for one process with so many threads. Whichever it is,
+    batches, order and state are the same. `worker_init_fn`, `multiprocessing_context` and `timeout` are for processes:
+    threads, which share the trainer's, use no random state and end by themselves, ignore them, `generator` and
+    `in_order=False` with a warning.
 
     Raises `ConfigError` where `batch_size` is not the data set's, if that names one.
     """
 
-    def __init__(self, dataset: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, dataset: Any, *args: Any, workers: WorkersMode = "auto", **kwargs: Any) -> None:
+        self.workers = _checked_workers(workers)
         super().__init__(dataset, *args, **kwargs)
         self._stream = _Stream(self) if _is_ours(dataset) else None
 
@@ -147,6 +159,7 @@ class _Stream:
         self._loader = weakref.ref(loader)
         self._dataset: Streaming = loader.dataset  # type: ignore[assignment]
         self._pool: DecodePool | None = None
+        self._workers: Workers | None = None
         self._loaded: AnyPosition | None = None  # where the next iteration begins, if a state was loaded
         self._latest: _Progress | None = None
         self._changing = threading.Lock()  # held while an iteration begins, and while all are ended
@@ -176,7 +189,7 @@ class _Stream:
         self._loaded, self._latest = None, progress
         iteration = Iteration(
             run,
-            current.interrupted,
+            partial(_interrupted, current, self._workers),
             partial(_release, current, progress),
             partial(progress.delivered, current),
             progress.exhausted,
@@ -236,6 +249,9 @@ class _Stream:
                 if self._pool is not None:
                     self._pool.close()
                     self._pool = None
+                if self._workers is not None:
+                    self._workers.close()
+                    self._workers = None
                 self._dataset.close()
 
     def _close_iterations(self) -> None:
@@ -243,8 +259,11 @@ class _Stream:
             iteration.close()
 
     def _start(self, loader: DataLoader[Any], current: Pass) -> ThreadedRun | InlineRun:
-        make = _maker(loader, current)
-        if not loader.num_workers:
+        finish = _finish(loader, self._dataset, current)
+        where = where_batches_are_made(loader.workers, loader.num_workers, has_functions=finish.has_functions)
+        self._workers = self._workers_for(loader, finish, where)
+        make = _maker(loader, current, finish, self._workers)
+        if where == "caller":
             return InlineRun(current.feed, make, current.waits)
         pool = self._pool
         if pool is None or pool.is_foreign or pool.thread_count != loader.num_workers:
@@ -253,6 +272,23 @@ class _Stream:
             pool = self._pool = DecodePool(loader.num_workers)
         depth = max(2, loader.num_workers * (loader.prefetch_factor or 2))
         return ThreadedRun(current.feed, make, pool, depth, current.waits)
+
+    def _workers_for(self, loader: DataLoader[Any], finish: Finish, where: str) -> Workers | None:
+        """Those that there are, if they still fit; otherwise others, or none."""
+        workers, self._workers = self._workers, None
+        wanted = None if where not in ("process", "side") else _worker_options(loader, finish, where)
+        if workers is not None and wanted == workers.options and workers.is_usable:
+            return workers
+        if workers is not None:
+            workers.close()
+        return None if wanted is None else Workers(wanted)
+
+
+@contextmanager
+def _interrupted(current: Pass, workers: Workers | None) -> Iterator[None]:
+    """While it is entered, whoever waits for bytes or for workers gives up."""
+    with current.interrupted(), workers.interrupted() if workers is not None else nullcontext():
+        yield
 
 
 def _release(current: Pass, progress: _Progress) -> None:
@@ -266,22 +302,52 @@ def _is_ours(dataset: Any) -> bool:
     return isinstance(dataset, Streaming) and type(dataset).__iter__ is Streaming.__iter__
 
 
-def _maker(loader: DataLoader[Any], current: Pass) -> Callable[[Any], Any]:
-    """What makes a batch (or the one sample) of an entry, and pins it where torch's loader would."""
-    unpinned = _unpinned_maker(loader, current)
-    make = unpinned if loader.batch_size is not None else lambda entry: next(iter(unpinned(entry)), NOTHING)
-    if not (loader.pin_memory and torch.cuda.is_available()):
-        return make
-    return lambda entry: made if (made := make(entry)) is NOTHING else pin_memory(made)  # type: ignore[no-untyped-call]  # torch has no types here
+def where_batches_are_made(workers: str, num_workers: int, *, has_functions: bool) -> str:
+    """In the "caller", a "thread", a "process" or on the "side"; `has_functions`: the user's Python is part of it."""
+    if not num_workers:
+        return "caller"
+    if workers == "auto":
+        return "process" if has_functions else "thread"
+    return workers
 
 
-def _unpinned_maker(loader: DataLoader[Any], current: Pass) -> Callable[[Any], Any]:
-    collate = loader.collate_fn
+def _finish(loader: DataLoader[Any], dataset: Streaming, current: Pass) -> Finish:
+    """What is done with gathered samples, as loader and data set say."""
+    collate = loader.collate_fn if _is_custom(loader.collate_fn) else None
     if loader.batch_size is None:
-        return lambda entry: [collate(sample) if _is_custom(collate) else sample for sample in current.samples(entry)]
-    if _is_custom(collate):
-        return lambda entry: collate(list(current.samples(entry)))
-    return current.batch
+        if dataset.on_batches:
+            raise ConfigError("map_batch() functions need batches; give the loader a batch_size")
+        return Finish(current.maker, "samples", collate)
+    return Finish(current.maker, "batch", collate, dataset.on_batches)
+
+
+def _worker_options(loader: DataLoader[Any], finish: Finish, where: str) -> WorkerOptions:
+    context = loader.multiprocessing_context
+    if context is None or isinstance(context, str):
+        context = torch.multiprocessing.get_context(context)
+    processes, lanes = (loader.num_workers, 1) if where == "process" else (1, loader.num_workers)
+    return WorkerOptions(finish, processes, lanes, loader.worker_init_fn, context, loader.timeout)
+
+
+def _maker(loader: DataLoader[Any], current: Pass, finish: Finish, workers: Workers | None) -> Callable[[Any], Any]:
+    """What makes a batch (or the one sample) of an entry, and pins it where torch's loader would."""
+    here = partial(finish, slots=current.slots)
+    pins = loader.pin_memory and torch.cuda.is_available()
+    is_keyed = finish.has_functions
+
+    def make(entry: Any) -> Any:
+        if workers is None:
+            batch = made(current, entry, here, current.memory, is_keyed=is_keyed)
+        else:
+            with workers.lend() as lane:
+                batch = made(current, entry, lane.call, lane.memory, is_keyed=is_keyed)
+        if finish.gives == "samples":
+            if not batch:
+                return NOTHING
+            (batch,) = batch
+        return pin_memory(batch) if pins else batch  # type: ignore[no-untyped-call]  # torch has no types here
+
+    return make
 
 
 def _is_custom(collate: Any) -> bool:
@@ -294,12 +360,21 @@ def _size_of_entries(loader: DataLoader[Any]) -> int:
     return loader.batch_size or 1
 
 
+def _checked_workers(workers: Any) -> WorkersMode:
+    if workers not in get_args(WorkersMode):
+        raise ConfigError(f'workers={workers!r} must be "auto", "thread", "process" or "side"')
+    checked: WorkersMode = workers
+    return checked
+
+
 def _check_arguments(loader: DataLoader[Any], dataset: Streaming) -> None:
     if dataset.batch_size is not None and loader.batch_size != dataset.batch_size:
         raise ConfigError(
             f"batch_size={loader.batch_size} of the loader is not batch_size={dataset.batch_size} of its data set; "
             "give both the same, or the data set none"
         )
+    if loader.workers in ("process", "side") or dataset.has_functions or _is_custom(loader.collate_fn):
+        return  # they are for worker processes
     ignored = [
         name for name in ("worker_init_fn", "multiprocessing_context", "generator") if getattr(loader, name) is not None
     ]

@@ -75,6 +75,11 @@ class Mixture(Streaming):
         return list(self._sources)
 
     @property
+    def has_functions(self) -> bool:
+        """Whether functions of the user's are applied to samples of a source, or to its own samples or batches."""
+        return super().has_functions or any(dataset.has_functions for dataset in self._sources)
+
+    @property
     def sample_count(self) -> int:
         """Samples of the next epoch, over all ranks and without repeats. TypeError while it is not known: see `len`."""
         if self._options.stop == "never":
@@ -114,9 +119,8 @@ class Mixture(Streaming):
                 undoing.callback(opened[-1].end)
             plans = [dataset.plan() for dataset in self._sources]
             options = {"tail": self.tail, **options}
-            begun = begin_mixed_pass(
-                opened, plans, self._options, self._names, skips, epoch, self.ranks, batch_size, **options
-            )
+            made_of = opened, plans, self._options, self._names, self._on_samples, skips
+            begun = begin_mixed_pass(*made_of, epoch, self.ranks, batch_size, **options)
             undoing.pop_all()
         return begun
 
@@ -151,6 +155,10 @@ def _checked_pairs(sources: Any) -> list[tuple[StreamingDataset, Any]]:
     for number, (dataset, _) in enumerate(pairs):
         if not isinstance(dataset, StreamingDataset):
             raise ConfigError(f"source {number} is a {type(dataset).__name__}; it must be a fastload.StreamingDataset")
+        if dataset.on_batches:
+            raise ConfigError(
+                f"source {number} has map_batch() functions; give them to the mixture, whose batches they are"
+            )
         if any(dataset is other for other, _ in pairs[:number]):
             raise ConfigError(f"source {number} is there twice; add up its weights, or make another data set of it")
     return [(dataset, weight) for dataset, weight in pairs]

@@ -6,19 +6,23 @@ each of its workers); `fastload.DataLoader` asks for whole batches through `begi
 
 from __future__ import annotations
 
+import copy
 import itertools
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import torch.utils.data
 
-from fastload.arguments import checked_epoch
+from fastload.arguments import checked_epoch, checked_function
 from fastload.engine.epochs import EpochCounter
+from fastload.engine.finish import Finish, Function
 from fastload.engine.iteration import Iteration
-from fastload.engine.passes import AnyPosition, Pass
+from fastload.engine.passes import AnyPosition, Pass, made
 from fastload.engine.resume import Delivery, IterationState
 from fastload.engine.run import InlineRun
+from fastload.errors import ConfigError
 from fastload.plan import Ranks, Split, Tail
 
 # Samples that are gathered together when they are asked for one by one: enough to share the cost of a gather, few
@@ -32,6 +36,8 @@ class Streaming(torch.utils.data.IterableDataset[Any]):
     def __init__(self, batch_size: int | None, tail: Tail) -> None:
         super().__init__()
         self._batch_size, self._tail = batch_size, tail
+        self._on_samples: tuple[Function, ...] = ()
+        self._on_batches: tuple[Function, ...] = ()
         self._epochs = EpochCounter()
         self._resumed: IterationState | None = None  # where the next iteration over samples begins
         self._delivery: Delivery | None = None  # how far the last of them is
@@ -45,6 +51,41 @@ class Streaming(torch.utils.data.IterableDataset[Any]):
     def tail(self) -> Tail:
         """What is done where ranks do not divide the samples."""
         return self._tail
+
+    def map(self, function: Function) -> Self:
+        """This data set with `function` applied to each sample, after those that are applied already.
+
+        It is given what iterating yields (a dict or a tuple, decoded), and what it returns takes its place. A
+        `fastload.DataLoader` calls it in its worker processes, unless it is told `workers="thread"`; the function has
+        to pickle where these are not forked. There the generators of Python, numpy and torch are seeded before each
+        sample, from the data set's seed, the epoch and the sample: what they give is the same with any number of
+        workers, and after a resume. Batches of samples that were mapped are collated by torch's `default_collate`, or
+        by the loader's `collate_fn`. Raises `ConfigError`.
+        """
+        if self._on_batches:
+            raise ConfigError("map() after map_batch(): functions on samples come first; call map() before")
+        return self._with_functions((*self._on_samples, checked_function(function, "map")), ())
+
+    def map_batch(self, function: Function) -> Self:
+        """This data set with `function` applied to each batch of a `fastload.DataLoader`, where and as `map` says."""
+        return self._with_functions(self._on_samples, (*self._on_batches, checked_function(function, "map_batch")))
+
+    @property
+    def on_batches(self) -> tuple[Function, ...]:
+        """The functions that are applied to batches."""
+        return self._on_batches
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether functions of the user's are applied to its samples or batches."""
+        return bool(self._on_samples or self._on_batches)
+
+    def _with_functions(self, on_samples: tuple[Function, ...], on_batches: tuple[Function, ...]) -> Self:
+        mapped = copy.copy(self)
+        mapped._on_samples, mapped._on_batches = on_samples, on_batches
+        mapped._epochs = EpochCounter()  # it is iterated by itself
+        mapped._epochs.set(self.next_epoch())
+        return mapped
 
     @property
     @abstractmethod
@@ -101,6 +142,8 @@ class Streaming(torch.utils.data.IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         """The samples of this rank (in a torch worker: that worker's part of them), and the next epoch each time."""
+        if self._on_batches:
+            raise ConfigError("map_batch() functions need batches, and this iterates samples; use fastload.DataLoader")
         info = torch.utils.data.get_worker_info()
         worker = (0, 1) if info is None else (info.id, info.num_workers)
         split: Split = "batches" if self._batch_size else "samples"
@@ -115,7 +158,8 @@ class Streaming(torch.utils.data.IterableDataset[Any]):
         if info is None or self._resumed is not None:
             self._epochs.go_on_after(resumed.epoch)
         self._resumed = None
-        run = InlineRun(current.feed, lambda entry: list(current.samples(entry)), current.waits)
+        finish = partial(Finish(current.maker, "samples"), slots=current.slots)
+        run = InlineRun(current.feed, lambda entry: made(current, entry, finish, current.memory), current.waits)
         entries = Iteration(run, current.interrupted, current.end)
         self._delivery = Delivery(current.cursor, resumed, worker[1])
         return itertools.chain.from_iterable(self._delivery.iterators(entries))

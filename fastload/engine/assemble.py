@@ -1,11 +1,8 @@
-"""From a plan entry to what the user gets: one batch, or the samples of one.
+"""From a plan entry to the bytes of its samples.
 
-Everything is done for all samples of an entry at once: find their rows in the live windows, gather the columns' bytes,
-one decoder call a column. Raw bytes are gathered straight into the slot that becomes the user's; bytes that will be
-decoded go through memory that the thread keeps.
-
-Decoders that make random choices are given a key a sample, which follows from the data set's seed, the epoch and the
-sample alone.
+Everything is done for all samples of an entry at once: find their rows in the live windows, and gather the columns'
+bytes. Raw bytes are gathered straight into the memory that becomes the user's; bytes that will be decoded go through
+memory that is used again. What is made of them is another matter: see `finish`.
 
 Where the user lets bad samples be skipped, an entry that fails is looked at sample by sample, and made again without
 those that cannot be read. Its batch is shorter then, and may be empty; which samples others get does not change.
@@ -15,94 +12,72 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from fastload.decode import Decoder
 from fastload.decode.keys import Keys, sample_keys
 from fastload.decode.plain import Raw
-from fastload.engine.columns import KEY, URL, ColumnSet
+from fastload.engine.finish import SAMPLE_ERRORS, Gathered, Names, OneMaker
 from fastload.engine.gather import Gatherer, Values
+from fastload.engine.located import Located
 from fastload.engine.run import Entry
-from fastload.transport.slots import SlotPool
-from fastload.engine.windows import LiveWindows, Window
-from fastload.errors import DecodeError, MissingColumnError
+from fastload.engine.windows import LiveWindows
+from fastload.errors import MissingColumnError
 from fastload.plan import BatchEntry, Manifest
+from fastload.transport import SharedPool
+from fastload.transport.slots import SlotPool
 
 Ints = npt.NDArray[np.int64]
-# What is wrong with one sample, and nothing else.
-SAMPLE_ERRORS = (DecodeError, MissingColumnError)
-
-Batch = Any  # dict of column -> value, or a tuple of values
+Bytes = npt.NDArray[np.uint8]
 
 
-class _Staging(threading.local):
-    """Per thread: bytes on their way to a decoder, used again for every batch."""
+class Memory(Protocol):
+    """Where gathered bytes go."""
 
-    memory: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+    def begin(self) -> None:
+        """A batch begins: what this thread staged before is used no more."""
+        ...
 
-    def take(self, byte_count: int) -> npt.NDArray[np.uint8]:
-        if len(self.memory) < byte_count:
-            self.memory = np.empty(byte_count + byte_count // 4, np.uint8)
-        return self.memory[:byte_count]
+    def stage(self, byte_count: int) -> Bytes:
+        """For bytes that will be decoded."""
+        ...
+
+    def give(self, byte_count: int) -> Bytes:
+        """For bytes that the user will own."""
+        ...
 
 
-class _Located:
-    """The samples of one entry, with the window and row of each, and their keys for decoders."""
+class LocalMemory(threading.local):
+    """For batches that are made in this process: per thread, staged bytes go where those of the last batch went."""
 
-    def __init__(self, entry: BatchEntry, live: LiveWindows, random_keys: Keys | None = None) -> None:
-        self.entry, self.random_keys = entry, random_keys
-        self._parts: list[tuple[Window, Any, Ints]] = [
-            (
-                window,
-                chosen,
-                window.rows(places, entry.sample_no if chosen is None else entry.sample_no[chosen]),
-            )
-            for window, chosen, places in live.find(entry.object_no.astype(np.int64))
-        ]
+    def __init__(self, slots: SlotPool) -> None:
+        self._slots = slots
+        self._staging, self._used = np.empty(0, np.uint8), 0
 
-    def present(self) -> list[str]:
-        """The columns that their windows have."""
-        return list(dict.fromkeys(name for window, _, _ in self._parts for name in window.columns()))
+    def begin(self) -> None:
+        self._used = 0
 
-    def values_of(self, column: str) -> Values:
-        """Where the column's values lie; offset -1 where a sample has none."""
-        return Values(*(self._spread(part) for part in zip(*self._column_parts(column), strict=True)))
+    def stage(self, byte_count: int) -> Bytes:
+        if self._used + byte_count > len(self._staging):
+            self._staging, self._used = np.empty(self._used + byte_count + byte_count // 4, np.uint8), 0
+        self._used += byte_count
+        return self._staging[self._used - byte_count : self._used]
 
-    def keys(self) -> list[str]:
-        """The samples' keys."""
-        if len(self._parts) == 1:
-            window, _, rows = self._parts[0]
-            return window.keys(rows)
-        keys = np.empty(len(self.entry), object)
-        for window, chosen, rows in self._parts:
-            keys[chosen] = window.keys(rows)
-        listed: list[str] = keys.tolist()
-        return listed
+    def give(self, byte_count: int) -> Bytes:
+        return self._slots.take(byte_count)
 
-    def _column_parts(self, column: str) -> list[tuple[Ints, Ints, Ints]]:
-        if not self._parts:
-            nothing = np.empty(0, np.int64)
-            return [(nothing, nothing, nothing)]
-        found = []
-        for window, _, rows in self._parts:
-            first_chunk, offset, size = window.values_of(column)
-            found.append((first_chunk[rows], offset[rows], size[rows]))
-        return found
 
-    def _spread(self, parts: tuple[Ints, ...]) -> Ints:
-        """Join what was looked up by window, in the order of the samples."""
-        if len(parts) == 1:
-            return parts[0]
-        joined = np.empty(len(self.entry), np.int64)
-        for (_, chosen, _), part in zip(self._parts, parts, strict=True):
-            joined[chosen] = part
-        return joined
+class SharedMemory:
+    """For batches that another process makes."""
+
+    def __init__(self, pool: SharedPool) -> None:
+        self.stage = self.give = pool.take
+
+    def begin(self) -> None:
+        """Each block is used again by itself."""
 
 
 class Skips:
@@ -130,113 +105,58 @@ class Skips:
 
 
 class Assembler:
-    """Makes batches of one data set. Safe to use from several threads."""
+    """Gathers the samples of entries of one data set. Safe to use from several threads."""
 
     def __init__(
         self,
         manifest: Manifest,
-        columns: ColumnSet,
+        maker: OneMaker,
         live: LiveWindows,
         gatherer: Gatherer,
-        slots: SlotPool,
         seed: int,
         skips: Skips | None = None,
     ) -> None:
+        self.maker = maker
         self._urls_of = manifest.urls_of
-        self._columns = columns
+        self._columns = maker.columns
         self._seed = seed
         self._live = live
         self._gatherer = gatherer
-        self._slots = slots
         self._skips = skips
-        self._staging = _Staging()
         self._present: tuple[str, ...] | None = None  # of the first batch, where all columns are asked for
 
-    def batch(self, entry: BatchEntry, epoch: int) -> Batch:
-        """The batch of an entry: a dict with `__key__` and `__url__`, or a tuple of the columns alone."""
-        return self.batch_of(entry, epoch)[0]
-
-    def batch_of(self, entry: BatchEntry, epoch: int) -> tuple[Batch, list[int] | None]:
-        """The batch, and which samples of the entry it has, where not all."""
-        try:
-            return self._batch(entry, epoch), None
-        except SAMPLE_ERRORS:
-            if self._skips is None:
-                raise
-            kept = self._readable(entry, epoch, self._skips)
-            return self._batch(_part(entry, kept), epoch), kept
-
-    def samples(self, entry: BatchEntry, epoch: int) -> Iterator[Batch]:
-        """The samples of an entry, one by one, decoded as they are asked for."""
-        return self.samples_of(entry, epoch)[0]
-
-    def samples_of(self, entry: BatchEntry, epoch: int) -> tuple[Iterator[Batch], list[int] | None]:
-        """The samples, and which of the entry they are, where not all."""
-        if self._skips is None:
-            return self._samples(entry, epoch), None
-        try:
-            return iter(list(self._samples(entry, epoch))), None
-        except SAMPLE_ERRORS:
-            kept = self._readable(entry, epoch, self._skips)
-            return self._samples(_part(entry, kept), epoch), kept
-
-    def chunks_of(self, entry: BatchEntry) -> Ints:
-        """The chunks that an entry needs. Values that are missing need none: the batch will say what is wrong."""
-        located = _Located(entry, self._live)
-        names = located.present() if self._columns.names is None else self._columns.names
-        return self._gatherer.needed([located.values_of(name) for name in names])
-
-    def _batch(self, entry: BatchEntry, epoch: int) -> Batch:
-        located = self._located(entry, epoch)
-        names = self._names(located)
-        gathered = self._gather(located, names)
-        values = [self._decode(located, name, *gathered[name]) for name in names]
-        if self._columns.as_tuple:
-            return tuple(values)
-        return {
-            KEY: located.keys(),
-            URL: self._urls_of(entry.object_no),
-            **dict(zip(names, values, strict=True)),
-        }
-
-    def _samples(self, entry: BatchEntry, epoch: int) -> Iterator[Batch]:
-        located = self._located(entry, epoch)
-        names = self._names(located)
-        gathered = self._gather(located, names, reuse=False)
-        columns = [
-            (name, self._columns.decoder(name), memoryview(values.data), offsets.tolist())
-            for name, (values, offsets) in gathered.items()
-        ]
-        chosen = located.random_keys
-        random_keys = [None] * len(entry) if chosen is None else chosen.tolist()
-        for number, (key, url) in enumerate(zip(located.keys(), self._urls_of(entry.object_no), strict=True)):
-            sample = {
-                name: decoder.decode_one(
-                    view[offsets[number] : offsets[number + 1]], _place(url, key, name), random_keys[number]
-                )
-                for name, decoder, view, offsets in columns
-            }
-            yield tuple(sample.values()) if self._columns.as_tuple else {KEY: key, URL: url, **sample}
-
-    def _located(self, entry: BatchEntry, epoch: int) -> _Located:
-        random_keys = None
-        if self._columns.wants_keys():
+    def gather(self, entry: BatchEntry, epoch: int, memory: Memory, *, is_keyed: bool = False) -> Gathered:
+        """The bytes of an entry's samples, and a key for each where decoders want them or `is_keyed`."""
+        random_keys: Keys | None = None
+        if is_keyed or self._columns.wants_keys():
             random_keys = sample_keys(self._seed, epoch, entry.object_no, entry.sample_no)
-        return _Located(entry, self._live, random_keys)
+        located = Located(entry, self._live, self._urls_of)
+        names = Names(located.keys, located.urls)
+        return Gathered(len(entry), names, self._gather(located, self._names(located), memory), random_keys)
 
-    def _readable(self, entry: BatchEntry, epoch: int, skips: Skips) -> list[int]:
-        """Which samples of the entry can be read."""
+    def readable(self, entry: BatchEntry, epoch: int, memory: Memory) -> list[int]:
+        """Which samples of the entry can be read; all of them where the user does not let any be skipped."""
+        if self._skips is None:
+            return list(range(len(entry)))
         kept = []
         for number in range(len(entry)):
+            memory.begin()
             try:
-                list(self._samples(_part(entry, [number]), epoch))
+                gathered = self.gather(part_of_entry(entry, [number]), epoch, memory)
+                list(OneMaker(self._columns).samples(gathered, lambda key: None))
             except SAMPLE_ERRORS as error:
-                skips.add(entry, error)
+                self._skips.add(entry, error)
             else:
                 kept.append(number)
         return kept
 
-    def _names(self, located: _Located) -> tuple[str, ...]:
+    def chunks_of(self, entry: BatchEntry) -> Ints:
+        """The chunks that an entry needs. Values that are missing need none: the batch will say what is wrong."""
+        located = Located(entry, self._live, self._urls_of)
+        names = located.present() if self._columns.names is None else self._columns.names
+        return self._gatherer.needed([located.values_of(name) for name in names])
+
+    def _names(self, located: Located) -> tuple[str, ...]:
         """The columns of these samples: those that were named, or all, which have to be the same in all shards."""
         if self._columns.names is not None:
             return self._columns.names
@@ -253,66 +173,32 @@ class Assembler:
             )
         return self._present
 
-    def _gather(
-        self, located: _Located, names: tuple[str, ...], *, reuse: bool = True
-    ) -> dict[str, tuple[npt.NDArray[np.uint8], Ints]]:
-        """The bytes of each column: values end to end, and their offsets.
-
-        With `reuse`, what will be decoded lies in memory that this thread's next call overwrites.
-        """
+    def _gather(self, located: Located, names: tuple[str, ...], memory: Memory) -> dict[str, tuple[Bytes, Ints]]:
+        """The bytes of each column: values end to end, and their offsets."""
         found = {name: self._values(located, name) for name in names}
         offsets = {name: values.out_offsets() for name, values in found.items()}
-        staged = [name for name in names if not isinstance(self._columns.decoder(name), Raw)]
-        staged_bytes = sum(int(offsets[name][-1]) for name in staged)
-        staging = self._staging.take(staged_bytes) if reuse else np.empty(staged_bytes, np.uint8)
-        out, used = {}, 0
+        out = {}
         for name in names:
-            byte_count = int(offsets[name][-1])
-            if name in staged:
-                out[name] = staging[used : used + byte_count]
-                used += byte_count
-            else:
-                out[name] = self._slots.take(byte_count)
+            take = memory.give if isinstance(self._columns.decoder(name), Raw) else memory.stage
+            out[name] = take(int(offsets[name][-1]))
         self._gatherer.fill([(found[name], offsets[name], out[name]) for name in names])
         return {name: (out[name], offsets[name]) for name in names}
 
-    def _values(self, located: _Located, name: str) -> Values:
+    def _values(self, located: Located, name: str) -> Values:
         values = located.values_of(name)
         missing = np.flatnonzero(values.offset < 0)
         if len(missing):
             raise MissingColumnError(
-                f"{self._where(located, name)(int(missing[0]))}: the sample has no such column; the shards read "
+                f"{self._place(located, name, int(missing[0]))}: the sample has no such column; the shards read "
                 f"with it have {located.present()}. Name the columns that every sample has with columns=[...] "
                 "or decode={...}"
             )
         return values
 
-    def _decode(self, located: _Located, name: str, values: npt.NDArray[np.uint8], offsets: Ints) -> Any:
-        decoder: Decoder = self._columns.decoder(name)
-        where = self._where(located, name)
-        if isinstance(decoder, Raw):
-            return decoder.decode_owned(values, offsets, where)
-        fixed = decoder.fixed()
-        if fixed is not None:
-            out = self._slots.take_array((len(located.entry), *fixed[0]), fixed[1])
-            decoder.decode_into(values, offsets, out, where, located.random_keys)
-            return torch.from_numpy(out)
-        decoded = decoder.decode(values, offsets, where, located.random_keys)
-        return torch.from_numpy(decoded) if isinstance(decoded, np.ndarray) else decoded
-
-    def _where(self, located: _Located, name: str) -> Callable[[int], str]:
-        """Says where a value came from; only asked when something is wrong with it."""
-
-        def where(number: int) -> str:
-            (url,) = self._urls_of(located.entry.object_no[number : number + 1])
-            return _place(url, located.keys()[number], name)
-
-        return where
+    def _place(self, located: Located, name: str, number: int) -> str:
+        return Names(located.keys, located.urls).place(number, name)
 
 
-def _part(entry: BatchEntry, numbers: list[int]) -> BatchEntry:
+def part_of_entry(entry: BatchEntry, numbers: list[int]) -> BatchEntry:
+    """The entry with some of its samples alone."""
     return replace(entry, object_no=entry.object_no[numbers], sample_no=entry.sample_no[numbers])
-
-
-def _place(url: str, key: str, column: str) -> str:
-    return f"{url}: sample {key!r}, column {column!r}"

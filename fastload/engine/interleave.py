@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastload.transport.slots import SlotPool
 from fastload.errors import ConfigError
 from fastload.kernels.gather import gather
 from fastload.ragged import Ragged
+from fastload.transport.slots import Slots
 
 Ints = npt.NDArray[np.int64]
 
@@ -29,7 +29,7 @@ def rows_of_parts(part_of: npt.NDArray[np.int32], part_count: int) -> list[Ints]
     return [by_part[first:stop] for first, stop in pairwise(bounds)]
 
 
-def interleave(name: str, parts: Sequence[Any], rows: Sequence[Ints], slots: SlotPool) -> Any:
+def interleave(name: str, parts: Sequence[Any], rows: Sequence[Ints], slots: Slots) -> Any:
     """The values of column `name`. Raises `ConfigError` where parts are not alike."""
     kinds = {_kind(part) for part in parts}
     if len(kinds) > 1:
@@ -52,14 +52,14 @@ def _kind(value: Any) -> str:
     return "a list"
 
 
-def _tensors(parts: Sequence[npt.NDArray[Any]], rows: Sequence[Ints], slots: SlotPool) -> torch.Tensor:
+def _tensors(parts: Sequence[npt.NDArray[Any]], rows: Sequence[Ints], slots: Slots) -> torch.Tensor:
     out = slots.take_array((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
     for part, places in zip(parts, rows, strict=True):
         out[places] = part
     return torch.from_numpy(out)
 
 
-def _ragged(parts: Sequence[Ragged], rows: Sequence[Ints], slots: SlotPool) -> Ragged:
+def _ragged(parts: Sequence[Ragged], rows: Sequence[Ints], slots: Slots) -> Ragged:
     lengths = np.empty(sum(map(len, parts)), np.int64)
     for part, places in zip(parts, rows, strict=True):
         lengths[places] = part.lengths

@@ -1,7 +1,7 @@
 """A pass over a mixture: the windows, counts and batches of each of its data sets, and one walk over all.
 
-Each source has a session, a plan and live windows of its own, as if it were read alone. A batch is made part by part,
-one for each source and epoch of it, and then put together.
+Each source has a session, a plan and live windows of its own, as if it were read alone. A batch is gathered part by
+part, one for each source and epoch of it.
 
 A line without end has a plan without end, so some windows ahead are told to the service, and more of them whenever half
 of these have been opened.
@@ -12,18 +12,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
-import torch
 
-from fastload.engine.assemble import Assembler, Skips
-from fastload.engine.interleave import interleave, rows_of_parts
+from fastload.engine.assemble import Assembler, LocalMemory, Memory, Skips, part_of_entry
+from fastload.engine.finish import Function, GatheredParts, MixedMaker
+from fastload.engine.interleave import rows_of_parts
 from fastload.engine.passes import SourcePass
-from fastload.transport.slots import SlotPool
-from fastload.errors import ConfigError
 from fastload.metrics import Account, JointAccount
 from fastload.plan import Ranks
 from fastload.plan.mixture import (
@@ -34,9 +32,8 @@ from fastload.plan.mixture import (
     MixturePosition,
     SourcePlan,
 )
+from fastload.transport.slots import SlotPool
 from fastload.waiting import JointWaits, Waits
-
-SOURCE = "__source__"
 
 _PLANNED_WINDOWS = 1024
 
@@ -143,55 +140,28 @@ class MixedFeed:
 
 
 class MixedAssembler:
-    """Makes batches of a mixture. Safe to use from several threads."""
+    """Gathers the samples of entries of a mixture. Safe to use from several threads."""
 
-    def __init__(self, assemblers: Sequence[Assembler], columns: Sequence[str] | None, slots: SlotPool) -> None:
-        """`columns` are the names of what is in a tuple; None where batches are dicts."""
-        self._assemblers, self._columns, self._slots = assemblers, columns, slots
+    def __init__(self, assemblers: Sequence[Assembler]) -> None:
+        self._assemblers = assemblers
 
-    def batch(self, entry: MixtureEntry) -> Any:
-        """The batch of an entry: a dict with `__key__`, `__url__` and `__source__`, or a tuple of the columns alone."""
-        made = [self._assemblers[part.source].batch_of(part.entry, part.epoch) for part in entry.parts]
-        part_of = _kept(entry, [kept for _, kept in made])
-        parts, rows = [batch for batch, _ in made], rows_of_parts(part_of, len(made))
-        if self._columns is not None:
-            columns = zip(self._columns, zip(*parts, strict=True), strict=True)
-            return tuple(interleave(name, values, rows, self._slots) for name, values in columns)
-        batch = {
-            name: interleave(name, [part[name] for part in parts], rows, self._slots)
-            for name in _common_columns(entry, parts)
-        }
-        sources = np.array([part.source for part in entry.parts], np.int64)[part_of]
-        return {**batch, SOURCE: torch.from_numpy(sources)}
+    def gather(self, entry: MixtureEntry, memory: Memory, *, is_keyed: bool = False) -> GatheredParts:
+        """The bytes of an entry's samples, part by part."""
+        memory.begin()
+        parts = [
+            self._assemblers[part.source].gather(part.entry, part.epoch, memory, is_keyed=is_keyed)
+            for part in entry.parts
+        ]
+        return GatheredParts(parts, entry.part_of, [part.source for part in entry.parts])
 
-    def samples(self, entry: MixtureEntry) -> Iterator[Any]:
-        """The samples of an entry, one by one; dicts with `__source__`."""
-        made = [self._assemblers[part.source].samples_of(part.entry, part.epoch) for part in entry.parts]
-        for number in _kept(entry, [kept for _, kept in made]).tolist():
-            sample = next(made[number][0])
-            yield sample if self._columns is not None else {**sample, SOURCE: entry.parts[number].source}
-
-
-def _kept(entry: MixtureEntry, kept_of_parts: Sequence[list[int] | None]) -> Any:
-    """`part_of` of the samples that were not left out, int32."""
-    if all(kept is None for kept in kept_of_parts):
-        return entry.part_of
-    is_kept = np.zeros(len(entry), np.bool_)
-    for rows, kept in zip(rows_of_parts(entry.part_of, len(entry.parts)), kept_of_parts, strict=True):
-        is_kept[rows if kept is None else rows[kept]] = True
-    return entry.part_of[is_kept]
-
-
-def _common_columns(entry: MixtureEntry, parts: Sequence[dict[str, Any]]) -> list[str]:
-    """The columns of all parts, in the order of the first. Raises `ConfigError` where they differ."""
-    names = list(parts[0]) if parts else []
-    for part, batch in zip(entry.parts, parts, strict=True):
-        if set(batch) != set(names):
-            raise ConfigError(
-                f"source {part.source} of the mixture has the columns {sorted(batch)}, and source "
-                f"{entry.parts[0].source} has {sorted(names)}; give each the same with columns=[...] or decode={{...}}"
-            )
-    return names
+    def readable(self, entry: MixtureEntry, memory: Memory) -> MixtureEntry:
+        """The entry without those of its samples that cannot be read and may be left out."""
+        parts, is_kept = [], np.zeros(len(entry), np.bool_)
+        for part, rows in zip(entry.parts, rows_of_parts(entry.part_of, len(entry.parts)), strict=True):
+            kept = self._assemblers[part.source].readable(part.entry, part.epoch, memory)
+            parts.append(part._replace(entry=part_of_entry(part.entry, kept)))
+            is_kept[rows[kept]] = True
+        return replace(entry, parts=tuple(parts), part_of=entry.part_of[is_kept])
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +171,8 @@ class MixedPass:
     cursor: MixtureCursor
     feed: MixedFeed
     assembler: MixedAssembler
+    maker: MixedMaker
+    memory: Memory
     sources: Sequence[SourcePass]
     skips: Skips | None
     _waits: Waits
@@ -211,17 +183,22 @@ class MixedPass:
         return self._waits
 
     @property
+    def slots(self) -> SlotPool:
+        """Where batches go that this process makes."""
+        return self.sources[0].source.slots
+
+    @property
     def account(self) -> Account:
         """All consumers."""
         return JointAccount([(each.source.cache_name, each.session.consumer) for each in self.sources])
 
-    def batch(self, entry: MixtureEntry) -> Any:
-        """The batch of an entry."""
-        return self.assembler.batch(entry)
+    def gather(self, entry: MixtureEntry, memory: Memory, *, is_keyed: bool = False) -> GatheredParts:
+        """The bytes of an entry's samples."""
+        return self.assembler.gather(entry, memory, is_keyed=is_keyed)
 
-    def samples(self, entry: MixtureEntry) -> Iterator[Any]:
-        """The samples of an entry, one by one."""
-        return self.assembler.samples(entry)
+    def readable(self, entry: MixtureEntry, memory: Memory) -> MixtureEntry:
+        """The entry without those of its samples that cannot be read and may be left out."""
+        return self.assembler.readable(entry, memory)
 
     def position(self, entry: MixtureEntry) -> MixturePosition:
         """Where a run stands once an entry is delivered."""
@@ -242,7 +219,8 @@ def begin_mixed_pass(
     sources: Sequence[SourcePass],
     plans: Sequence[SourcePlan],
     options: MixtureOptions,
-    names: Sequence[str] | None,
+    names: tuple[str, ...] | None,
+    functions: tuple[Function, ...],
     skips: Skips | None,
     epoch: int,
     ranks: Ranks,
@@ -250,9 +228,13 @@ def begin_mixed_pass(
     **cursor_options: Any,
 ) -> MixedPass:
     """A pass over an epoch of a mixture of `sources`, which are open. `names`: of the columns of tuples, if it makes
-    tuples. `cursor_options` are those of `MixtureCursor`. Raises `ConfigError` and `StateError`.
+    tuples; `functions` are applied to its samples. `cursor_options` are those of `MixtureCursor`. Raises `ConfigError`
+    and `StateError`.
     """
     cursor = MixtureCursor(plans, options, epoch, ranks, batch_size, **cursor_options)
-    assembler = MixedAssembler([each.assembler for each in sources], names, sources[0].source.slots)
-    waits = JointWaits([each.session.waits for each in sources])
-    return MixedPass(cursor, MixedFeed(cursor, sources), assembler, sources, skips, waits)
+    assemblers = [each.assembler for each in sources]
+    maker = MixedMaker(tuple(each.maker for each in assemblers), names, functions)
+    memory, waits = LocalMemory(sources[0].source.slots), JointWaits([each.session.waits for each in sources])
+    return MixedPass(
+        cursor, MixedFeed(cursor, sources), MixedAssembler(assemblers), maker, memory, sources, skips, waits
+    )

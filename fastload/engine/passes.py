@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from fastload.engine.assemble import Assembler, Skips
+from fastload.engine.assemble import Assembler, LocalMemory, Memory, Skips, part_of_entry
 from fastload.engine.columns import ColumnSet
 from fastload.engine.feed import CountSource, Feed
+from fastload.engine.finish import SAMPLE_ERRORS, Function, Gathered, Maker, OneMaker
 from fastload.engine.gather import Gatherer
 from fastload.engine.job import Job
 from fastload.engine.reader import WindowReader
@@ -24,6 +25,7 @@ from fastload.metrics import Account
 from fastload.plan import BatchEntry, EpochCursor, Position, Tail, epoch_orders, first_objects, objects_in_use_order
 from fastload.plan.mixture import MixtureCursor, MixturePosition
 from fastload.service.handle import Cache
+from fastload.transport.slots import SlotPool
 from fastload.waiting import Waits
 
 AnyPosition = Position | MixturePosition
@@ -41,6 +43,7 @@ class PassOptions:
     columns: ColumnSet
     tail: Tail
     skips_errors: bool
+    functions: tuple[Function, ...] = ()  # applied to samples
 
 
 class Pass(Protocol):
@@ -71,12 +74,27 @@ class Pass(Protocol):
         """The plan."""
         ...
 
-    def batch(self, entry: Any) -> Any:
-        """The batch of an entry."""
+    @property
+    def maker(self) -> Maker:
+        """What is made of gathered samples."""
         ...
 
-    def samples(self, entry: Any) -> Iterator[Any]:
-        """The samples of an entry, one by one."""
+    @property
+    def memory(self) -> Memory:
+        """Where gathered bytes go that this process makes something of."""
+        ...
+
+    @property
+    def slots(self) -> SlotPool:
+        """Where batches go that this process makes."""
+        ...
+
+    def gather(self, entry: Any, memory: Memory, *, is_keyed: bool = False) -> Any:
+        """The bytes of an entry's samples, and keys for them if `is_keyed`."""
+        ...
+
+    def readable(self, entry: Any, memory: Memory) -> Any:
+        """The entry without those of its samples that cannot be read and may be left out."""
         ...
 
     def position(self, entry: Any) -> AnyPosition:
@@ -116,6 +134,7 @@ class OnePass:
 
     cursor: EpochCursor
     feed: Feed
+    memory: Memory
     source: SourcePass
     skips: Skips | None
 
@@ -129,13 +148,24 @@ class OnePass:
         """Its consumer."""
         return self.source.session.consumer
 
-    def batch(self, entry: BatchEntry) -> Any:
-        """The batch of an entry."""
-        return self.source.assembler.batch(entry, self.cursor.epoch)
+    @property
+    def maker(self) -> OneMaker:
+        """Decodes, and applies the user's functions to samples."""
+        return self.source.assembler.maker
 
-    def samples(self, entry: BatchEntry) -> Iterator[Any]:
-        """The samples of an entry, one by one."""
-        return self.source.assembler.samples(entry, self.cursor.epoch)
+    @property
+    def slots(self) -> SlotPool:
+        """Those of its source, which outlive it."""
+        return self.source.source.slots
+
+    def gather(self, entry: BatchEntry, memory: Memory, *, is_keyed: bool = False) -> Gathered:
+        """The bytes of an entry's samples."""
+        memory.begin()
+        return self.source.assembler.gather(entry, self.cursor.epoch, memory, is_keyed=is_keyed)
+
+    def readable(self, entry: BatchEntry, memory: Memory) -> BatchEntry:
+        """The entry without those of its samples that cannot be read and may be left out."""
+        return part_of_entry(entry, self.source.assembler.readable(entry, self.cursor.epoch, memory))
 
     def position(self, entry: BatchEntry) -> Position:
         """Where a run stands once an entry is delivered."""
@@ -148,6 +178,16 @@ class OnePass:
     def end(self) -> None:
         """It is over, finished or not."""
         self.source.end()
+
+
+def made(current: Pass, entry: Any, finish: Callable[[Any], Any], memory: Memory, *, is_keyed: bool = False) -> Any:
+    """What `finish` makes of an entry's samples, or of those that can be read, where others may be left out."""
+    try:
+        return finish(current.gather(entry, memory, is_keyed=is_keyed))
+    except SAMPLE_ERRORS:
+        if current.skips is None:
+            raise
+        return finish(current.gather(current.readable(entry, current.memory), memory, is_keyed=is_keyed))
 
 
 def open_source(source: Source, job: Job, options: PassOptions, skips: Skips | None) -> SourcePass:
@@ -169,7 +209,8 @@ def _opened(session: Session, source: Source, job: Job, options: PassOptions, sk
     consumer = session.consumer
     reader = (ScatteredReader if is_scattered else WindowReader)(consumer, source.shards, source.first_chunk)
     gatherer = Gatherer(consumer, int(source.first_chunk[-1]), consumer.chunk_bytes)
-    assembler = Assembler(manifest, options.columns, reader.live, gatherer, source.slots, job.order.seed, skips)
+    maker = OneMaker(options.columns, options.functions)
+    assembler = Assembler(manifest, maker, reader.live, gatherer, job.order.seed, skips)
     if isinstance(reader, ScatteredReader):
         reader.chunks_of = assembler.chunks_of
     return SourcePass(source, session, reader, job.counts(source, session), assembler)
@@ -191,7 +232,8 @@ def begin_pass(
         cursor = EpochCursor(orders, ranks, batch_size, tail=options.tail, **cursor_options)
         ahead_bytes = 0 if source.grows else _NEXT_EPOCH_BYTES  # the next epoch may have another list
         expected_next = partial(first_objects, manifest, order, epoch + 1, ranks, ahead_bytes)
-        return OnePass(cursor, Feed(cursor, opened.reader, opened.counts, expected_next), opened, skips)
+        feed = Feed(cursor, opened.reader, opened.counts, expected_next)
+        return OnePass(cursor, feed, LocalMemory(source.slots), opened, skips)
     except BaseException:
         opened.end()
         raise

@@ -125,6 +125,7 @@ class ThreadedRun:
             self._line.clear()
         if self._feeder is not threading.current_thread():
             self._feeder.join()
+            self._feed_error = None  # its traceback holds this run, and so all that the run uses
 
     def _can_answer(self) -> bool:
         return self._is_closed or (self._line[0].is_done if self._line else self._is_fed)

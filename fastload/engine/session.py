@@ -19,17 +19,17 @@ from fastload.engine import manifests
 from fastload.engine.deferred import call_later
 from fastload.engine.listing import attach, find_sidecars, list_shards
 from fastload.engine.shards import ShardTable
-from fastload.transport.slots import SlotPool
 from fastload.kernels import compile_in_background
 from fastload.plan import Manifest
 from fastload.plan.manifest import next_version
 from fastload.service.client import Consumer
 from fastload.service.handle import Cache
 from fastload.store.table import ObjectTable
+from fastload.transport.slots import SlotPool
 from fastload.waiting import Waits
 
 # What the first batch needs of compiled code, beside its decoders': made while the first bytes are on their way.
-_KERNELS = ("dealing", "permute", "bijection", "locate", "tarindex", "grouping", "gather")
+_KERNELS = ("dealing", "permute", "bijection", "locate", "tarindex", "grouping", "gather", "rows")
 
 # Free slots are kept for batches to come: two or three large ones for each of a few threads.
 _SLOTS_RETAINED_BYTES = 1 << 30

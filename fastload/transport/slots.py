@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,18 @@ Bytes = npt.NDArray[np.uint8]
 
 # Below this, malloc is as good and a slot is only overhead.
 SMALL_BYTES = 64 * 1024
+
+
+class Slots(Protocol):
+    """Where batches are written into."""
+
+    def take(self, byte_count: int) -> Bytes:
+        """A writable uint8 array whose content is undefined."""
+        ...
+
+    def take_array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
+        """A writable C-contiguous array over such."""
+        ...
 
 
 class Owner:

@@ -1,0 +1,290 @@
+"""From gathered bytes to what the user gets: decoding, the user's functions, collating.
+
+All that a batch needs of cache and plan is done when its bytes are gathered (`assemble`). What is left needs nothing
+but them, so it can be done in the trainer's threads or in another process: a `Finish` pickles where the user's
+functions do, and a `Gathered` always does.
+
+Decoders that make random choices are given a key a sample, which follows from the data set's seed, the epoch and the
+sample alone. The user's functions draw from the generators of Python, numpy and torch as they always do; where a
+process is there for nothing else, these are seeded from the same keys before each call, so that what comes out does not
+depend on which worker makes a batch, nor on how many there are, nor on where a run was resumed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import repeat
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import default_collate
+
+from fastload.decode import Decoder
+from fastload.decode.keys import Keys
+from fastload.decode.plain import Raw
+from fastload.engine.columns import KEY, URL, ColumnSet
+from fastload.engine.interleave import interleave, rows_of_parts
+from fastload.errors import ConfigError, DecodeError, MissingColumnError
+from fastload.transport.slots import Slots
+
+Ints = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
+Function = Callable[[Any], Any]
+Reseed = Callable[[int], None]
+Batch = Any  # dict of column -> value, or a tuple of values; or what the user's functions make of it
+
+# What is wrong with one sample, and nothing else.
+SAMPLE_ERRORS = (DecodeError, MissingColumnError)
+SOURCE = "__source__"
+
+
+class Names:
+    """Keys and URLs of some samples, looked up once somebody asks."""
+
+    def __init__(self, keys: Callable[[], list[str]], urls: Callable[[], list[str]]) -> None:
+        self._keys, self._urls = keys, urls
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """The samples' keys."""
+        return self._keys()
+
+    @cached_property
+    def urls(self) -> list[str]:
+        """The URLs of their shards."""
+        return self._urls()
+
+    def place(self, number: int, column: str) -> str:
+        """Where a value is, for an error."""
+        return f"{self.urls[number]}: sample {self.keys[number]!r}, column {column!r}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _names, (self.keys, self.urls)
+
+
+def _names(keys: list[str], urls: list[str]) -> Names:
+    return Names(lambda: keys, lambda: urls)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gathered:
+    """`count` samples of one data set: for each column its values end to end, and their offsets int64[count + 1].
+
+    `random_keys`: uint64[count], where something asks for them.
+    """
+
+    count: int
+    names: Names
+    columns: dict[str, tuple[Bytes, Ints]]
+    random_keys: Keys | None
+
+    @property
+    def seed(self) -> int | None:
+        """A number that says which samples these are, and in which epoch; None where nothing asks for it."""
+        return None if self.random_keys is None or not self.count else int(self.random_keys[0]) ^ self.count
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GatheredParts:
+    """Samples of several data sets: sample i is the next one of part `part_of[i]`; part k is of source `sources[k]`."""
+
+    parts: list[Gathered]
+    part_of: npt.NDArray[np.int32]
+    sources: list[int]
+
+    @property
+    def seed(self) -> int | None:
+        """As of one data set."""
+        seeds = [part.seed for part in self.parts if part.seed is not None]
+        return seeds[0] ^ len(self.part_of) if seeds else None
+
+
+class Maker(Protocol):
+    """What is made of gathered samples."""
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether samples go through functions."""
+        ...
+
+    def batch(self, gathered: Any, slots: Slots) -> Batch:
+        """All of them, as columns."""
+        ...
+
+    def samples(self, gathered: Any, reseed: Reseed) -> Iterator[Any]:
+        """Each of them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class OneMaker:
+    """Makes batches of one data set, decoded, and samples that functions were applied to."""
+
+    columns: ColumnSet
+    functions: tuple[Function, ...] = ()
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether samples go through functions."""
+        return bool(self.functions)
+
+    def batch(self, gathered: Gathered, slots: Slots) -> Batch:
+        """A dict with `__key__` and `__url__`, or a tuple of the columns alone."""
+        values = [self._decoded(gathered, name, slots) for name in gathered.columns]
+        if self.columns.as_tuple:
+            return tuple(values)
+        return {
+            KEY: gathered.names.keys,
+            URL: gathered.names.urls,
+            **dict(zip(gathered.columns, values, strict=True)),
+        }
+
+    def samples(self, gathered: Gathered, reseed: Reseed) -> Iterator[Any]:
+        """The samples, one by one."""
+        names = gathered.names
+        columns = [
+            (name, self.columns.decoder(name), memoryview(values.data), offsets.tolist())
+            for name, (values, offsets) in gathered.columns.items()
+        ]
+        keys = [None] * gathered.count if gathered.random_keys is None else gathered.random_keys.tolist()
+        for number, (key, url, random_key) in enumerate(zip(names.keys, names.urls, keys, strict=True)):
+            sample = {
+                name: decoder.decode_one(
+                    view[offsets[number] : offsets[number + 1]], names.place(number, name), random_key
+                )
+                for name, decoder, view, offsets in columns
+            }
+            made = tuple(sample.values()) if self.columns.as_tuple else {KEY: key, URL: url, **sample}
+            yield apply(self.functions, made, f"sample {key!r} of {url}", random_key, reseed)
+
+    def _decoded(self, gathered: Gathered, name: str, slots: Slots) -> Any:
+        values, offsets = gathered.columns[name]
+        decoder: Decoder = self.columns.decoder(name)
+
+        def where(number: int) -> str:
+            return gathered.names.place(number, name)
+
+        if isinstance(decoder, Raw):
+            return decoder.decode_owned(values, offsets, where)
+        fixed = decoder.fixed()
+        if fixed is not None:
+            out = slots.take_array((gathered.count, *fixed[0]), fixed[1])
+            decoder.decode_into(values, offsets, out, where, gathered.random_keys)
+            return torch.from_numpy(out)
+        decoded = decoder.decode(values, offsets, where, gathered.random_keys)
+        return torch.from_numpy(decoded) if isinstance(decoded, np.ndarray) else decoded
+
+
+@dataclass(frozen=True, slots=True)
+class MixedMaker:
+    """Makes batches of a mixture. `names`: of the columns of tuples, if its sources make tuples."""
+
+    makers: tuple[OneMaker, ...]
+    names: tuple[str, ...] | None
+    functions: tuple[Function, ...] = ()
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether samples of a source, or all, go through functions."""
+        return bool(self.functions) or any(maker.is_mapped for maker in self.makers)
+
+    def batch(self, gathered: GatheredParts, slots: Slots) -> Batch:
+        """A dict with `__key__`, `__url__` and `__source__`, or a tuple of the columns alone."""
+        sources = gathered.sources
+        parts = [self.makers[n].batch(part, slots) for n, part in zip(sources, gathered.parts, strict=True)]
+        rows = rows_of_parts(gathered.part_of, len(parts))
+        if self.names is not None:
+            columns = zip(self.names, zip(*parts, strict=True), strict=True)
+            return tuple(interleave(name, values, rows, slots) for name, values in columns)
+        batch = {
+            name: interleave(name, [part[name] for part in parts], rows, slots)
+            for name in _common_columns(sources, parts)
+        }
+        return {**batch, SOURCE: torch.from_numpy(np.array(sources, np.int64)[gathered.part_of])}
+
+    def samples(self, gathered: GatheredParts, reseed: Reseed) -> Iterator[Any]:
+        """The samples, one by one; dicts with `__source__`."""
+        sources = gathered.sources
+        parts = [self.makers[n].samples(part, reseed) for n, part in zip(sources, gathered.parts, strict=True)]
+        keys = [
+            repeat(None) if part.random_keys is None else iter(part.random_keys.tolist()) for part in gathered.parts
+        ]
+        for number in gathered.part_of.tolist():
+            sample, key = next(parts[number]), next(keys[number])
+            if isinstance(sample, dict):
+                sample = {**sample, SOURCE: sources[number]}
+            yield apply(self.functions, sample, f"a sample of source {sources[number]}", key, reseed)
+
+
+def _common_columns(sources: Sequence[int], parts: Sequence[dict[str, Any]]) -> list[str]:
+    """The columns of all parts, in the order of the first. Raises `ConfigError` where they differ."""
+    names = list(parts[0]) if parts else []
+    for source, batch in zip(sources, parts, strict=True):
+        if set(batch) != set(names):
+            raise ConfigError(
+                f"source {source} of the mixture has the columns {sorted(batch)}, and source "
+                f"{sources[0]} has {sorted(names)}; give each the same with columns=[...] or decode={{...}}"
+            )
+    return names
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """What is done with gathered samples; call it.
+
+    `gives`: "batch"; or "samples", a list of those that there are, which `collate`, if any, is applied to one by one.
+    Batches of samples that functions or a `collate` of the user's are applied to are collated, by torch's
+    `default_collate` where no other is given; `on_batches` are applied to batches in the end.
+    """
+
+    maker: Maker
+    gives: Literal["batch", "samples"] = "batch"
+    collate: Function | None = None
+    on_batches: tuple[Function, ...] = field(default=())
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether anything of it is the user's."""
+        return self.maker.is_mapped or self.collate is not None or bool(self.on_batches)
+
+    def __call__(self, gathered: Any, slots: Slots, reseed: Reseed = lambda key: None) -> Any:
+        """The batch, or the samples."""
+        if self.gives == "samples":
+            samples = self.maker.samples(gathered, reseed)
+            return [sample if self.collate is None else self.collate(sample) for sample in samples]
+        seed = gathered.seed
+        batch = self._batch(gathered, slots, seed, reseed)
+        return apply(self.on_batches, batch, "a batch", None if seed is None else seed + 1, reseed)
+
+    def _batch(self, gathered: Any, slots: Slots, seed: int | None, reseed: Reseed) -> Any:
+        if not self.maker.is_mapped and self.collate is None:
+            return self.maker.batch(gathered, slots)
+        samples = list(self.maker.samples(gathered, reseed))
+        if self.collate is not None:
+            return apply((self.collate,), samples, "the samples of a batch", seed, reseed)
+        return default_collate(samples) if samples else []
+
+
+def apply(functions: Sequence[Function], value: Any, what: str, key: int | None, reseed: Reseed) -> Any:
+    """What the functions make of a value; where one fails, its error says of what."""
+    if functions and key is not None:
+        reseed(key)
+    for function in functions:
+        try:
+            value = function(value)
+        except Exception as error:
+            error.add_note(f"in {getattr(function, '__qualname__', function)!s}, called with {what}")
+            raise
+    return value
+
+
+def reseed_all(key: int) -> None:
+    """Seed the generators of Python, numpy and torch; for processes that are there for nothing else."""
+    random.seed(key)
+    np.random.seed(key & 0xFFFFFFFF)  # it is this global generator that users' functions draw from
+    torch.manual_seed(key & 0x7FFFFFFFFFFFFFFF)
