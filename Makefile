@@ -36,9 +36,13 @@ wheel: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/fastload-*.whl
 	FASTLOAD_WHEEL="$$(echo dist/fastload-*.whl)" $(BIN)/python -m pytest tests/native/test_wheel.py
 
-# Ten minutes of damaged JPEGs through the C unit, under the address sanitizer. Needs a compiler.
+# Ten minutes of damaged JPEGs through the C unit, under the address sanitizer; needs a compiler. Then ten minutes of
+# damaged archives through the tar index, with every index checked and then with guarded memory, and two of damaged
+# indexes.
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.native.fuzz
+	$(BIN)/python -m tests.formats.fuzz_tar
+	$(BIN)/python -m tests.formats.fuzz_readers --seconds 120
 
 $(STAMP): pyproject.toml $(wildcard native/*.c native/*.h native/CMakeLists.txt)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastload needs Python 3.11 or later; set PYTHON=")'

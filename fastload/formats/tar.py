@@ -137,8 +137,7 @@ class TarIndexer:
             for magic, tool in _COMPRESSED.items():
                 if chunk[: len(magic)].tobytes() == magic:
                     return f"{self._url}: compressed shards are not supported yet; unpack it with {tool}"
-        name_at = int(state[tarindex.NAME_BYTES])
-        name = _text(self._names[name_at : name_at + int(state[tarindex.NAME_SHOWN])])
+        name = self._shown_name() if code != tarindex.TRUNCATED_HEADER else ""  # which has none that is whole
         if code == tarindex.PASSES_END:
             size = int(state[tarindex.SIZE_SHOWN])
             member = f"member {name!r}" if name else "a long name or pax header"
@@ -147,6 +146,11 @@ class TarIndexer:
                 "the archive is truncated or this length lies; write it again"
             )
         return f"{where}: {_WORDS[code]}" + (f" (member {name!r})" if name else "")
+
+    def _shown_name(self) -> str:
+        """The name of the member whose header was read last, if that had one and was not taken over."""
+        at = int(self._state[tarindex.NAME_BYTES])
+        return _text(self._names[at : at + int(self._state[tarindex.NAME_SHOWN])])
 
     def finish(self) -> ShardIndex:
         """The index; raises ShardError where a column is doubled. Only once `done`."""
@@ -205,7 +209,7 @@ class _Grouping:
         if samples < 0:
             raise self._doubled(-1 - samples, int(offsets[-1 - samples]))
         kept = self._kept[: self._kept[-1]]
-        columns, member_column = self._columns(offsets, kept)
+        columns, member_column = self._columns(offsets, kept, samples)
         return ShardIndex(
             columns=columns,
             key_bytes=self._key_bytes[: self._key_offsets[samples]].copy(),
@@ -218,7 +222,7 @@ class _Grouping:
         )
 
     def _columns(
-        self, offsets: NDArray[np.int64], kept: NDArray[np.int64]
+        self, offsets: NDArray[np.int64], kept: NDArray[np.int64], samples: int
     ) -> tuple[tuple[str, ...], NDArray[np.int32]]:
         """Names of columns and their number per member; unlike the kernel, lower-cases all of Unicode."""
         ends = self._column_ends[: np.count_nonzero(self._column_ends >= 0)]
@@ -228,23 +232,22 @@ class _Grouping:
         members = self._member_column[: len(kept)]
         if len(numbers) < len(spelled):
             members = merged[members]
-            self._check_doubled(members, offsets, kept)
+            self._check_doubled(members, offsets, kept, samples)
         for name in _RESERVED:
             if name in numbers:
                 raise ShardError(f"{self._url}: a member's column is {name!r}, which is reserved; rename it")
         return tuple(numbers), members.copy()
 
-    def _check_doubled(self, columns: NDArray[np.int32], offsets: NDArray[np.int64], kept: NDArray[np.int64]) -> None:
+    def _check_doubled(
+        self, columns: NDArray[np.int32], offsets: NDArray[np.int64], kept: NDArray[np.int64], samples: int
+    ) -> None:
         """The kernel's check again, for names that only Unicode's lower case makes equal."""
-        sample = np.searchsorted(self._member_start[: self._samples(kept) + 1], np.arange(len(kept)), side="right")
+        sample = np.searchsorted(self._member_start[: samples + 1], np.arange(len(kept)), side="right")
         order = np.lexsort((columns, sample))
         same = (np.diff(columns[order]) == 0) & (np.diff(sample[order]) == 0)
         if np.any(same):
             number = int(kept[order[1:][same].min()])
             raise self._doubled(number, int(offsets[number]))
-
-    def _samples(self, kept: NDArray[np.int64]) -> int:
-        return int(np.searchsorted(self._member_start, len(kept)))
 
     def _doubled(self, number: int, offset: int) -> ShardError:
         start = int(self._ends[number - 1]) if number else 0

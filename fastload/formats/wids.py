@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import posixpath
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 
@@ -21,6 +22,9 @@ ENDING = ".json"
 
 # Other formats call the file the same, and lead to this message when somebody passes it.
 _OTHERS = {"shards": "MosaicML's streaming", "chunks": "LitData", "features": "Hugging Face"}
+
+
+_Kind = TypeVar("_Kind")
 
 
 class _Shard(msgspec.Struct):
@@ -64,10 +68,7 @@ def is_list(url: str) -> bool:
 
 def parse(data: bytes, url: str) -> list[Shards | Source]:
     """The parts of the list at `url`, in order. Raises ConfigError, naming `url`, where it is none."""
-    try:
-        read = msgspec.json.decode(data, type=_List)
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"{url} is no wids list of shards: {error}; write it again, or name the shards") from error
+    read = _decode(data, url, _List)
     if read.wids_version != 1:
         raise ConfigError(f"{url} has wids_version {read.wids_version}; this fastload reads version 1")
     if read.shardlist is None and not read.datasets:
@@ -81,8 +82,16 @@ def parse(data: bytes, url: str) -> list[Shards | Source]:
     return parts
 
 
+def _decode(data: bytes, url: str, kind: type[_Kind]) -> _Kind:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    # The latter two where names of fields are not UTF-8, and where brackets are a thousand deep.
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{url} is no wids list of shards: {error}; write it again, or name the shards") from error
+
+
 def _explain(data: bytes, url: str) -> str:
-    names = msgspec.json.decode(data)
+    names = _decode(data, url, dict[str, object])
     for name, format_name in _OTHERS.items():
         if name in names:
             return f"{url} is an index of {format_name}, which is not supported; write the samples as .tar shards"
