@@ -65,6 +65,8 @@ class Gatherer:
                 here = held.chunk_nos
                 for arena, chunk_nos, offsets in held.groups:
                     copied += self._copy(columns, arena, chunk_nos, offsets)
+            if len(here) == len(remaining):
+                break
             remaining = np.setdiff1d(remaining, here, assume_unique=True)
         expected = sum(int(values.size.sum()) for values, _, _ in columns)
         assert copied == expected, f"gathered {copied} of {expected} bytes"
@@ -76,6 +78,8 @@ class Gatherer:
             needed_chunks(values.first_chunk, values.offset, values.size, self._chunk_bytes, self._scratch.seen)
             for values in columns
         ]
+        if len(parts) == 1:
+            return parts[0]
         return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.int64)
 
     def _copy(self, columns: list[tuple[Values, Ints, Bytes]], arena: Bytes, chunk_nos: Ints, offsets: Ints) -> int:

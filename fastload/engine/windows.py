@@ -8,15 +8,20 @@ live and given back once no batch can need them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastload.formats import ShardIndex
+from fastload.kernels.rows import fill_places, key_lengths, look_up, write_keys
 
 Ints = npt.NDArray[np.int64]
+
+# Shards of a window whose URLs are kept as Python's strings: a million would take 100 MB.
+_URLS_KEPT = 4096
 
 
 @dataclass(slots=True)
@@ -33,7 +38,8 @@ class Window:
     _base: Ints = field(init=False)
     _key_bytes: npt.NDArray[np.uint8] = field(init=False)
     _key_starts: Ints = field(init=False)
-    _columns: dict[str, tuple[Ints, Ints, Ints]] = field(init=False, default_factory=dict)
+    _places: dict[str, Ints] = field(init=False, default_factory=dict)
+    _urls: npt.NDArray[np.object_] | None = field(init=False, default=None)
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -49,39 +55,56 @@ class Window:
         """The names of all columns in these shards, in the order in which they first appear."""
         return tuple(dict.fromkeys(name for index in self.indexes for name in index.columns))
 
+    # Rows are what the following know samples by; `samples` says which of a batch's they are.
+
     def rows(self, places: Ints, sample_nos: Ints) -> Ints:
         """The rows of samples, given as places in `object_nos` and numbers within the shard."""
-        return self._base[places] + sample_nos
+        return self._base.take(places) + sample_nos
 
-    def keys(self, rows: Ints) -> list[str]:
-        """The keys of these rows. One text cut at NUL, which no key holds: no Python call a sample."""
-        if not len(rows):
-            return []
-        starts, sizes = self._key_starts[rows], self._key_starts[rows + 1] - self._key_starts[rows]
-        ends = np.cumsum(sizes + 1)
-        text = np.zeros(int(ends[-1]), np.uint8)
-        shift = np.repeat(starts - (ends - sizes - 1), sizes)
-        places = np.delete(np.arange(ends[-1]), ends - 1)
-        text[places] = self._key_bytes[places + shift]
-        return text[:-1].tobytes().decode("utf-8", "backslashreplace").split("\0")
-
-    def values_of(self, column: str) -> tuple[Ints, Ints, Ints]:
-        """For each row: the first chunk of its shard, and offset and size of its value there (-1 and 0: none)."""
+    def look_up(self, column: str, rows: Ints, samples: Ints, first_chunk: Ints, offset: Ints, size: Ints) -> None:
+        """Write to `samples` of the last three: the first chunk of the shard, and offset and size of the value there
+        (-1 and 0: none).
+        """
         with self._lock:
-            if column not in self._columns:
-                self._columns[column] = self._values_of(column)
-            return self._columns[column]
+            if column not in self._places:
+                self._places[column] = self._places_of(column)
+            places = self._places[column]
+        _check_rows(rows, look_up(places, rows, samples, first_chunk, offset, size))
 
-    def _values_of(self, column: str) -> tuple[Ints, Ints, Ints]:
-        offsets, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for index in self.indexes:
-            members = index.members_of(column)
-            there = members >= 0
-            safe = np.where(there, members, 0)
-            if len(index.member_offset):
-                offsets.append(np.where(there, index.member_offset[safe], -1))
-                sizes.append(np.where(there, index.member_size[safe], 0))
-        return np.repeat(self.first_chunk, self.counts), np.concatenate(offsets), np.concatenate(sizes)
+    def key_lengths(self, rows: Ints, samples: Ints, lengths: Ints) -> None:
+        """Write how many bytes their keys have to `samples` of `lengths`."""
+        _check_rows(rows, key_lengths(self._key_starts, rows, samples, lengths))
+
+    def write_keys(self, rows: Ints, samples: Ints, at: Ints, text: npt.NDArray[np.uint8]) -> None:
+        """Write their keys, whose lengths were asked for, to where each of `samples` begins in `text`: `at`."""
+        write_keys(self._key_bytes, self._key_starts, rows, samples, at, text)
+
+    def urls(self, places: Ints, urls_of: Callable[[Ints], list[str]]) -> npt.NDArray[np.object_]:
+        """The URLs of shards at `places` in `object_nos`."""
+        if len(self.object_nos) > _URLS_KEPT:
+            return np.array(urls_of(self.object_nos.take(places)), object)
+        if self._urls is None:
+            self._urls = np.array(urls_of(self.object_nos), object)
+        return self._urls.take(places)
+
+    def _places_of(self, column: str) -> Ints:
+        table = np.empty((int(self._base[-1]), 3), np.int64)
+        for index, first_chunk, base in zip(self.indexes, self.first_chunk.tolist(), self._base.tolist(), strict=False):
+            fill_places(
+                index.member_start,
+                index.member_column,
+                index.member_offset,
+                index.member_size,
+                index.columns.index(column) if column in index.columns else -1,
+                first_chunk,
+                table[base : base + index.sample_count],
+            )
+        return table
+
+
+def _check_rows(rows: Ints, wrong: int) -> None:
+    if wrong >= 0:
+        raise IndexError(f"row {rows[wrong]} is none of the window's, or sample {wrong} none of the batch's")
 
 
 class LiveWindows:
@@ -115,17 +138,17 @@ class LiveWindows:
             self._open[window.key] = self._by_number[window.number] = window
             self._retired.discard(window.key)
 
-    def find(self, object_nos: Ints) -> list[tuple[Window, npt.NDArray[np.bool_] | None, Ints]]:
-        """The windows of these samples' shards: (window, which of the samples or None for all, places in it)."""
+    def find(self, object_nos: npt.NDArray[np.integer[Any]]) -> list[tuple[Window, Ints, Ints]]:
+        """The windows of these samples' shards: (window, which of the samples, their shards' places in it)."""
         with self._lock:
-            numbers = self._window_of[object_nos]
-            places = self._place_of[object_nos]
+            numbers = self._window_of.take(object_nos)
+            places = self._place_of.take(object_nos)
             if len(numbers) and (numbers == numbers[0]).all():
-                return [(self._by_number[int(numbers[0])], None, places)]
+                return [(self._by_number[int(numbers[0])], np.arange(len(numbers)), places)]
             parts = []
-            for number in np.unique(numbers):
-                chosen = numbers == number
-                parts.append((self._by_number[int(number)], chosen, places[chosen]))
+            for number in np.unique(numbers).tolist():
+                samples = np.flatnonzero(numbers == number)
+                parts.append((self._by_number[number], samples, places[samples]))
             return parts
 
     def hold(self, windows: Iterable[Hashable]) -> None:
