@@ -17,6 +17,7 @@ record's size, and copies from there.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import mmap
 import os
@@ -446,7 +447,8 @@ def place_fields(place: Place) -> dict[str, Any]:
 
 def compare(tls: bool, options: argparse.Namespace) -> None:
     """Every client in turn, and a table."""
-    names = options.clients or list(CLIENTS)
+    have_urllib3 = importlib.util.find_spec("urllib3") is not None
+    names = options.clients or [name for name in CLIENTS if have_urllib3 or not name.startswith("urllib3")]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     served: list[float] = []
     with server(tls, options.write_bytes) as (place, pid):
