@@ -10,33 +10,16 @@ is in flight, and a loader that loads it goes on exactly there.
 
 from __future__ import annotations
 
-import threading
-import warnings
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
 import torch.utils.data
-from torch.utils.data import default_collate, default_convert
-from torch.utils.data._utils.pin_memory import pin_memory
 
-from fastload.engine.finish import Finish
-from fastload.engine.iteration import NOTHING, Iteration
-from fastload.engine.passes import AnyPosition, Pass, made
-from fastload.engine.pool import DecodePool
-from fastload.engine.run import InlineRun, ThreadedRun
-from fastload.engine.workers import WorkerOptions, Workers
-from fastload.errors import ConfigError, StateError
-from fastload.metrics import EpochMeter, empty_stats
-from fastload.plan import batch_count_of_rank
+from fastload.errors import ConfigError
+from fastload.streamed import Stream
 from fastload.streaming import Streaming
 
 T = TypeVar("T", covariant=True)
-
-STATE_VERSION = 1
 
 WorkersMode = Literal["auto", "thread", "process", "side"]
 
@@ -63,7 +46,7 @@ class DataLoader(torch.utils.data.DataLoader[T]):
     def __init__(self, dataset: Any, *args: Any, workers: WorkersMode = "auto", **kwargs: Any) -> None:
         self.workers = _checked_workers(workers)
         super().__init__(dataset, *args, **kwargs)
-        self._stream = _Stream(self) if _is_ours(dataset) else None
+        self._stream = Stream(self) if _is_ours(dataset) else None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts with no iteration, no state and no threads."""
@@ -71,7 +54,7 @@ class DataLoader(torch.utils.data.DataLoader[T]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._stream = _Stream(self) if _is_ours(self.dataset) else None
+        self._stream = Stream(self) if _is_ours(self.dataset) else None
 
     def __iter__(self) -> Any:
         if self._stream is None:
@@ -106,7 +89,7 @@ class DataLoader(torch.utils.data.DataLoader[T]):
         if not _is_ours(self.dataset):
             super().check_worker_number_rationality()
 
-    def _of_stream(self, method: str) -> _Stream:
+    def _of_stream(self, method: str) -> Stream:
         if self._stream is None:
             raise TypeError(
                 f"{method}() needs a fastload.StreamingDataset; this loader's data set is {type(self.dataset).__name__}"
@@ -114,250 +97,9 @@ class DataLoader(torch.utils.data.DataLoader[T]):
         return self._stream
 
 
-@dataclass(slots=True, eq=False)
-class _Progress:
-    """How far one iteration is. `last` is the last entry delivered; `ended_at` where the epoch ended, if it has."""
-
-    epoch: int
-    meter: EpochMeter
-    current: Pass | None
-    last: Any = None
-    ended_at: AnyPosition | None = None
-
-    def delivered(self, current: Pass, entry: Any) -> None:
-        """A batch has reached the user."""
-        self.last = entry
-        skipped = 0 if current.skips is None else current.skips.take(entry)
-        self.meter.delivered(len(entry) - skipped, entry.repeats, skipped)
-
-    def exhausted(self) -> None:
-        """The epoch is over."""
-        self.ended_at = self.position(self.epoch)
-        self.last = self.current = None
-
-    def position(self, next_epoch: int) -> AnyPosition:
-        """After the last batch delivered, or at the beginning of `next_epoch` where this one is over.
-
-        Made only now, since few ask.
-        """
-        last, current, ended_at = self.last, self.current, self.ended_at
-        if current is None:
-            assert ended_at is not None, "an epoch that is over has ended somewhere"
-            return ended_at.at_epoch(next_epoch)
-        return current.cursor.start if last is None else current.position(last)
-
-
-class _Stream:
-    """What a loader of one of our data sets has beside torch's attributes: position, threads, figures.
-
-    It reads the loader's attributes when an iteration begins, since frameworks set them late, and refers to the loader
-    only weakly, so that a loader that is dropped ends its threads at once. Iterations that run side by side each have
-    their progress; the loader's state and figures are those of the one that began last.
-    """
-
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self._loader = weakref.ref(loader)
-        self._dataset: Streaming = loader.dataset  # type: ignore[assignment]
-        self._pool: DecodePool | None = None
-        self._workers: Workers | None = None
-        self._loaded: AnyPosition | None = None  # where the next iteration begins, if a state was loaded
-        self._latest: _Progress | None = None
-        self._changing = threading.Lock()  # held while an iteration begins, and while all are ended
-        self._iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()
-        _check_arguments(loader, self._dataset)
-
-    def iterate(self) -> Iteration:
-        """Begin an epoch: where a loaded state says, else the data set's next."""
-        with self._changing:
-            return self._iterate()
-
-    def _iterate(self) -> Iteration:
-        loader = self._loader()
-        assert loader is not None, "a loader outlives the call of its __iter__"
-        start, epoch = self._loaded, self._dataset.next_epoch()
-        if start is not None and not start.samples:
-            start = start.at_epoch(epoch)  # at its beginning, another epoch is as good
-        current = self._dataset.begin(epoch, _size_of_entries(loader), drop_last=loader.drop_last, start=start)
-        try:
-            progress = _Progress(epoch, EpochMeter(epoch, current.account, current.waits), current)
-            run = self._start(loader, current)
-        except BaseException:
-            current.end()
-            raise
-        # Only now: what could not begin is begun again by the next try.
-        self._dataset.begin_epoch()
-        self._loaded, self._latest = None, progress
-        iteration = Iteration(
-            run,
-            partial(_interrupted, current, self._workers),
-            partial(_release, current, progress),
-            partial(progress.delivered, current),
-            progress.exhausted,
-        )
-        self._iterations.add(iteration)
-        return iteration
-
-    def state_dict(self) -> dict[str, Any]:
-        epoch, position = self._place()
-        return {
-            "version": STATE_VERSION,
-            "epoch": epoch,
-            "position": None if position is None else position.to_state(),
-        }
-
-    def _place(self) -> tuple[int, AnyPosition | None]:
-        if self._loaded is not None:
-            return self._loaded.epoch, self._loaded
-        if self._latest is not None:
-            position = self._latest.position(self._dataset.next_epoch())
-            return position.epoch, position
-        return self._dataset.next_epoch(), None
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        epoch, position = _read_state(state, self._dataset)
-        with self._changing:
-            self._close_iterations()
-            self._dataset.set_epoch(epoch)
-            if position is not None:
-                self._dataset.adopt(position)
-            self._latest, self._loaded = None, position
-
-    def stats(self) -> dict[str, Any]:
-        if self._latest is None:
-            return empty_stats(self._dataset.next_epoch())
-        return self._latest.meter.stats()
-
-    def batch_count(self) -> int:
-        loader, dataset = self._loader(), self._dataset
-        assert loader is not None, "a loader outlives the call of its __len__"
-        return batch_count_of_rank(
-            dataset.sample_count,
-            dataset.ranks,
-            dataset.tail,
-            _size_of_entries(loader),
-            loader.drop_last,
-            dataset.partitions,
-        )
-
-    def close(self) -> None:
-        with self._changing:
-            try:
-                self._close_iterations()
-                if self._latest is not None:
-                    self._latest.meter.stop()
-            finally:
-                if self._pool is not None:
-                    self._pool.close()
-                    self._pool = None
-                if self._workers is not None:
-                    self._workers.close()
-                    self._workers = None
-                self._dataset.close()
-
-    def _close_iterations(self) -> None:
-        for iteration in list(self._iterations):
-            iteration.close()
-
-    def _start(self, loader: DataLoader[Any], current: Pass) -> ThreadedRun | InlineRun:
-        finish = _finish(loader, self._dataset, current)
-        where = where_batches_are_made(loader.workers, loader.num_workers, has_functions=finish.has_functions)
-        self._workers = self._workers_for(loader, finish, where)
-        make = _maker(loader, current, finish, self._workers)
-        if where == "caller":
-            return InlineRun(current.feed, make, current.waits)
-        pool = self._pool
-        if pool is None or pool.is_foreign or pool.thread_count != loader.num_workers:
-            if pool is not None:
-                pool.close()
-            pool = self._pool = DecodePool(loader.num_workers)
-        depth = max(2, loader.num_workers * (loader.prefetch_factor or 2))
-        return ThreadedRun(current.feed, make, pool, depth, current.waits)
-
-    def _workers_for(self, loader: DataLoader[Any], finish: Finish, where: str) -> Workers | None:
-        """Those that there are, if they still fit; otherwise others, or none."""
-        workers, self._workers = self._workers, None
-        wanted = None if where not in ("process", "side") else _worker_options(loader, finish, where)
-        if workers is not None and wanted == workers.options and workers.is_usable:
-            return workers
-        if workers is not None:
-            workers.close()
-        return None if wanted is None else Workers(wanted)
-
-
-@contextmanager
-def _interrupted(current: Pass, workers: Workers | None) -> Iterator[None]:
-    """While it is entered, whoever waits for bytes or for workers gives up."""
-    with current.interrupted(), workers.interrupted() if workers is not None else nullcontext():
-        yield
-
-
-def _release(current: Pass, progress: _Progress) -> None:
-    """An iteration is over: its figures are final, and its session may serve another."""
-    progress.meter.stop()
-    current.end()
-
-
 def _is_ours(dataset: Any) -> bool:
     """Whether we make the batches. A subclass that yields samples of its own making keeps torch's way."""
     return isinstance(dataset, Streaming) and type(dataset).__iter__ is Streaming.__iter__
-
-
-def where_batches_are_made(workers: str, num_workers: int, *, has_functions: bool) -> str:
-    """In the "caller", a "thread", a "process" or on the "side"; `has_functions`: the user's Python is part of it."""
-    if not num_workers:
-        return "caller"
-    if workers == "auto":
-        return "process" if has_functions else "thread"
-    return workers
-
-
-def _finish(loader: DataLoader[Any], dataset: Streaming, current: Pass) -> Finish:
-    """What is done with gathered samples, as loader and data set say."""
-    collate = loader.collate_fn if _is_custom(loader.collate_fn) else None
-    if loader.batch_size is None:
-        if dataset.on_batches:
-            raise ConfigError("map_batch() functions need batches; give the loader a batch_size")
-        return Finish(current.maker, "samples", collate)
-    return Finish(current.maker, "batch", collate, dataset.on_batches)
-
-
-def _worker_options(loader: DataLoader[Any], finish: Finish, where: str) -> WorkerOptions:
-    context = loader.multiprocessing_context
-    if context is None or isinstance(context, str):
-        context = torch.multiprocessing.get_context(context)
-    processes, lanes = (loader.num_workers, 1) if where == "process" else (1, loader.num_workers)
-    return WorkerOptions(finish, processes, lanes, loader.worker_init_fn, context, loader.timeout)
-
-
-def _maker(loader: DataLoader[Any], current: Pass, finish: Finish, workers: Workers | None) -> Callable[[Any], Any]:
-    """What makes a batch (or the one sample) of an entry, and pins it where torch's loader would."""
-    here = partial(finish, slots=current.slots)
-    pins = loader.pin_memory and torch.cuda.is_available()
-    is_keyed = finish.has_functions
-
-    def make(entry: Any) -> Any:
-        if workers is None:
-            batch = made(current, entry, here, current.memory, is_keyed=is_keyed)
-        else:
-            with workers.lend() as lane:
-                batch = made(current, entry, lane.call, lane.memory, is_keyed=is_keyed)
-        if finish.gives == "samples":
-            if not batch:
-                return NOTHING
-            (batch,) = batch
-        return pin_memory(batch) if pins else batch  # type: ignore[no-untyped-call]  # torch has no types here
-
-    return make
-
-
-def _is_custom(collate: Any) -> bool:
-    """Whether `collate_fn` is the user's: torch fills in one of its own where none was given."""
-    return collate is not default_collate and collate is not default_convert
-
-
-def _size_of_entries(loader: DataLoader[Any]) -> int:
-    """Samples an entry: a batch, or one where samples are delivered, so that the position is exact."""
-    return loader.batch_size or 1
 
 
 def _checked_workers(workers: Any) -> WorkersMode:
@@ -365,41 +107,3 @@ def _checked_workers(workers: Any) -> WorkersMode:
         raise ConfigError(f'workers={workers!r} must be "auto", "thread", "process" or "side"')
     checked: WorkersMode = workers
     return checked
-
-
-def _check_arguments(loader: DataLoader[Any], dataset: Streaming) -> None:
-    if dataset.batch_size is not None and loader.batch_size != dataset.batch_size:
-        raise ConfigError(
-            f"batch_size={loader.batch_size} of the loader is not batch_size={dataset.batch_size} of its data set; "
-            "give both the same, or the data set none"
-        )
-    if loader.workers in ("process", "side") or dataset.has_functions or _is_custom(loader.collate_fn):
-        return  # they are for worker processes
-    ignored = [
-        name for name in ("worker_init_fn", "multiprocessing_context", "generator") if getattr(loader, name) is not None
-    ]
-    if ignored:
-        warnings.warn(
-            f"{', '.join(ignored)}: ignored for a StreamingDataset, whose batches are made by threads of this process "
-            "that use no random state of Python, numpy or torch",
-            stacklevel=4,
-        )
-
-
-def _read_state(state: Mapping[str, Any], dataset: Streaming) -> tuple[int, AnyPosition | None]:
-    """The parts of a loader's state. Raises `StateError`."""
-    version = state.get("version") if isinstance(state, Mapping) else None
-    if version != STATE_VERSION or not {"epoch", "position"} <= set(state):
-        raise StateError(
-            f"not a state of a fastload.DataLoader of version {STATE_VERSION} (version {version!r}); "
-            "pass what its state_dict() returned"
-        )
-    epoch, position = state["epoch"], state["position"]
-    if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
-        raise StateError(f"the state's epoch is {epoch!r}: it is damaged; load another one")
-    if position is None:
-        return epoch, None
-    read = dataset.read_position(position)
-    if read.epoch != epoch:
-        raise StateError(f"the state is of epoch {epoch} and of epoch {read.epoch}: it is damaged; load another one")
-    return epoch, read
