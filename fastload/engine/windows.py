@@ -104,7 +104,7 @@ class Window:
 
 def _check_rows(rows: Ints, wrong: int) -> None:
     if wrong >= 0:
-        raise IndexError(f"row {rows[wrong]} is none of the window's, or sample {wrong} none of the batch's")
+        raise IndexError(f"row {rows[wrong]} is none of its window's")
 
 
 class LiveWindows:
