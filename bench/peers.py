@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ SETTLE_S = 1.0
 class Epoch:
     """What one epoch took. `began` is on the monotonic clock; `cpu_s` by process: "client" is the runner with its cache
     service, "service" the part of that which is the service's. `service_cpu_s_before` is what the service had taken
-    when the epoch began: before the first one, its start.
+    when the epoch began: before the first one, its start. `slots_bytes` is memory of batches, lent or kept for later.
     """
 
     began: float
@@ -41,6 +41,7 @@ class Epoch:
     bytes: int
     cpu_s: dict[str, float]
     service_cpu_s_before: float
+    slots_bytes: int = 0
 
 
 class Peer(Protocol):
@@ -114,8 +115,13 @@ class Fastload:
         measure.wait_until_idle(self.processes())
 
     def _build(self) -> Any:
-        dataset = self._data_set_class(self._settings.pattern, cache=self._cache, shuffle=True, seed=0)
-        return self._loader_class(dataset, batch_size=BATCH_SIZE, num_workers=WORKERS)
+        self._dataset = self._data_set_class(self._settings.pattern, cache=self._cache, shuffle=True, seed=0)
+        return self._loader_class(self._dataset, batch_size=BATCH_SIZE, num_workers=WORKERS)
+
+    def slots_bytes(self) -> int:
+        """Memory of batches, in use and kept for later."""
+        held: int = self._dataset._source.slots.held_bytes
+        return held
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """Keys, and two `Ragged` columns."""
@@ -158,7 +164,10 @@ def run(settings: Settings) -> list[Epoch]:
     try:
         time.sleep(max(0.0, settings.starts_at - time.monotonic()))
         return [
-            _timed(settings, peer.processes, lambda: _read(peer, number, settings.data_set))  # noqa: B023 (called at once)
+            replace(
+                _timed(settings, peer.processes, lambda: _read(peer, number, settings.data_set)),  # noqa: B023 (called at once)
+                slots_bytes=peer.slots_bytes() if isinstance(peer, Fastload) else 0,
+            )
             for number in range(settings.epochs)
         ]
     finally:

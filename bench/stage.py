@@ -41,7 +41,7 @@ class Measured:
 
     `requests` are those answered, in order, with their times on the clock of `epoch.began`. `data_bytes` are those of
     the shards, headers included: all rates count them, so that they compare with the store's. `peak_memory_bytes` is
-    that of the whole run, all its runners together.
+    that of the whole run, all its runners together; `ram_bytes` is what its arena may take of it.
     """
 
     system: str
@@ -49,6 +49,7 @@ class Measured:
     requests: list[dict[str, Any]]
     data_bytes: int
     peak_memory_bytes: int
+    ram_bytes: int
 
     @property
     def remote_bytes(self) -> int:
@@ -184,7 +185,10 @@ class Stage:
         log = [request for request in proxy.log() if _is_object(request)]
         size = self.data_set.bytes
         measured = [
-            [Measured(system, epoch, _during(log, epoch), size, memory.peak_bytes) for epoch in of_one]
+            [
+                Measured(system, epoch, _during(log, epoch), size, memory.peak_bytes, settings.ram_bytes)
+                for epoch in of_one
+            ]
             for of_one in epochs
         ]
         return Run(system, measured, sum(request["body_bytes"] for request in log))

@@ -56,6 +56,7 @@ class SlotPool:
         self._lock = threading.Lock()
         self._free: list[Bytes] = []
         self._returned: deque[Bytes] = deque()
+        self._held_bytes = 0
 
     def take(self, byte_count: int) -> Bytes:
         """A writable uint8 array of `byte_count` bytes whose content is undefined."""
@@ -64,6 +65,8 @@ class SlotPool:
         memory = self._reuse(byte_count)
         if memory is None:
             memory = np.empty(size_class(byte_count), np.uint8)
+            with self._lock:
+                self._held_bytes += memory.size
         owner = Owner(memory.ctypes.data, byte_count)
         weakref.finalize(owner, self._returned.append, memory).atexit = False
         return np.asarray(owner)
@@ -73,6 +76,13 @@ class SlotPool:
         kind = np.dtype(dtype)
         byte_count = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
         return self.take(byte_count).view(kind).reshape(shape)
+
+    @property
+    def held_bytes(self) -> int:
+        """All memory of its slots, lent or free."""
+        with self._lock:
+            self._collect()
+            return self._held_bytes
 
     def free_bytes(self) -> int:
         """How much memory is waiting to be used again."""
@@ -96,7 +106,7 @@ class SlotPool:
         while self._returned:
             self._free.append(self._returned.popleft())
         while sum(memory.size for memory in self._free) > self._retained_bytes:
-            self._free.pop(0)
+            self._held_bytes -= self._free.pop(0).size
 
 
 def size_class(byte_count: int) -> int:
