@@ -354,3 +354,14 @@ def test_workers_end_with_the_loader_that_is_dropped(new):
     pids = [process.pid for process in loader._stream._workers._processes]
     del loader, iterator
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+def test_workers_end_at_once_also_while_another_loader_has_some(new, monkeypatch):
+    """Whoever is forked later has inherited the ends of those before."""
+    loaders = [closing(new().map(measured), num_workers=1) for _ in range(2)]
+    iterators = [iter(loader) for loader in loaders]
+    for iterator in iterators:
+        next(iterator)
+    monkeypatch.setattr("fastload.engine.workers._END_S", 60.0)
+    for loader in loaders:
+        loader.close()

@@ -44,7 +44,7 @@ from fastload.errors import WaitTimeoutError, WorkerError
 from fastload.transport import Link, LinkClosedError, SharedPool
 
 # Free memory that each end of a lane keeps for batches to come.
-_RETAINED_BYTES = 512 << 20
+_RETAINED_BYTES = 256 << 20
 # How long a worker that is to end may take, before it is told by signals.
 _END_S = 5.0
 # How often whoever waits for a worker looks whether that is still wanted.

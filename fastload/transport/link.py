@@ -16,6 +16,7 @@ used by one thread at a time.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
@@ -101,7 +102,9 @@ class Link:
         return pickle.loads(body[: head.pickle_bytes], buffers=buffers)
 
     def close(self) -> None:
-        """Close this end; the other one finds out. May be called twice."""
+        """Close this end; the other one finds out, whoever else a fork has handed it to. May be called twice."""
+        with contextlib.suppress(OSError):  # it is closed, or the other end is
+            self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
         self.pool.close()
         self._peer.close()
