@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from fastload.cli import compile as kernels
 from fastload.cli import demo, index, warm
 from fastload.errors import FastloadError
 
@@ -15,6 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("compile")(kernels.compile_kernels)
 app.command("demo")(demo.demo)
 app.command("index")(index.index)
 app.command("warm")(warm.warm)

@@ -19,7 +19,7 @@ from fastload.engine import manifests
 from fastload.engine.deferred import call_later
 from fastload.engine.listing import attach, find_sidecars, list_shards
 from fastload.engine.shards import ShardTable
-from fastload.kernels import compile_in_background
+from fastload.kernels import FIRST_BATCH, compile_in_background
 from fastload.plan import Manifest
 from fastload.plan.manifest import next_version
 from fastload.service.client import Consumer
@@ -27,9 +27,6 @@ from fastload.service.handle import Cache
 from fastload.store.table import ObjectTable
 from fastload.transport.slots import SlotPool
 from fastload.waiting import Waits
-
-# What the first batch needs of compiled code, beside its decoders': made while the first bytes are on their way.
-_KERNELS = ("dealing", "permute", "bijection", "locate", "tarindex", "grouping", "gather", "rows")
 
 # Free slots are kept for batches to come: two or three large ones for each of a few threads.
 _SLOTS_RETAINED_BYTES = 1 << 30
@@ -75,7 +72,7 @@ class Source:
     ) -> None:
         self._urls, self._cache, self._storage_options = urls, cache, storage_options
         self._index, self._manifest_file, self._grows = index, manifest_file, grows
-        self._kernels = (*_KERNELS, *decoder_kernels)
+        self._kernels = (*FIRST_BATCH, *decoder_kernels)
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._idle: list[Session] = []

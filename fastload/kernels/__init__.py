@@ -1,43 +1,79 @@
-"""Kernels: free functions over arrays, compiled by numba, run without the GIL.
+"""Kernels: free functions over arrays, compiled by numba, run without the GIL. How: `fastload.kernels.jit`.
 
-Import what you need from its module (`fastload.kernels.gather`, ...); this page does not, since numba takes 0.2 s
-to import. Compiling the kernels of the tar index takes two to three seconds the first time on a machine and a third of
-one from the cache on disk, so whoever knows that they will be needed says so early:
+Import what you need from its module (`fastload.kernels.gather`, ...). Loading the kernels of a first batch takes 30 ms;
+where nobody has compiled them yet, three seconds. So whoever knows that they will be needed says so early:
 
-    compilation = compile_in_background("tarindex", "gather")     # while the first bytes are on their way
+    preparation = prepare_in_background("tarindex", "gather")     # while the first bytes are on their way
     ...
-    compilation.join()
+    preparation.join()
 
-The thread is joined by whoever started it, by the interpreter's end, and before any fork: a child that is
-forked in the middle of a compilation would inherit numba's lock held by a thread that it does not have.
+The thread is joined by whoever started it, or by the interpreter's end. A fork waits until it is between two modules.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import threading
-import weakref
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
-__all__ = ["Compilation", "compile_in_background", "warm_up"]
+__all__ = [
+    "FIRST_BATCH",
+    "OF_DECODERS",
+    "Compilation",
+    "compile_in_background",
+    "compile_into",
+    "module_names",
+    "warm_up",
+]
+
+FIRST_BATCH = ("dealing", "permute", "bijection", "locate", "tarindex", "grouping", "gather", "rows")
+"""What the first batch needs of compiled code, beside its decoders'."""
+OF_DECODERS = {"image": ("resize",), "integer": ("parse",), "number": ("floats",)}
+"""What these decoders may need: images only where there is no C unit."""
+
+
+def module_names() -> list[str]:
+    """All modules of this package, some of which hold kernels."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
 
 
 def warm_up(*modules: str) -> int:
-    """Import these modules of `fastload.kernels` and compile all that they define; returns the number of
-    kernels.
-
-    Also run when an image is built, so that jobs find everything in numba's cache.
+    """Import these modules of `fastload.kernels` and load all their kernels, compiling what nobody has compiled yet;
+    returns the number of kernels.
     """
-    from fastload.kernels.jit import Kernel
+    from fastload.kernels import jit
+
+    return sum(jit.prepare(_imported(name)) for name in modules)
+
+
+def compile_into(
+    folder: Path,
+    modules: Iterable[str],
+    levels: Sequence[str] = (),
+    *,
+    is_public: bool = True,
+    on_unit: Callable[[str], None] = lambda _: None,
+) -> int:
+    """Compile these modules' kernels for these levels of processor, or all that this kind of machine has, into a folder
+    for object files; returns how many were not there yet.
+    """
+    from fastload.kernels import compiler, jit, loading, objects
 
     count = 0
-    for name in modules:
-        module = importlib.import_module(f"{__name__}.{name}")
-        for member in list(vars(module).values()):
-            if isinstance(member, Kernel):
-                member.prepare()
-                count += 1
+    for unit in jit.units(*map(_imported, modules)):
+        on_unit(unit.module)
+        names = {level: unit.object_name(level) for level in levels or loading.LEVELS}
+        missing = [level for level, name in names.items() if objects.find_in(folder, name) is None]
+        if missing:
+            for level, code in compiler.compile_unit(unit, missing).items():
+                objects.write(folder, names[level], code, is_public=is_public)
+        count += len(missing)
     return count
+
+
+def _imported(name: str) -> str:
+    return importlib.import_module(f"{__name__}.{name}").__name__
 
 
 class Compilation:
@@ -67,20 +103,6 @@ class Compilation:
             raise self._error
 
 
-_running: weakref.WeakSet[Compilation] = weakref.WeakSet()
-
-
 def compile_in_background(*modules: str) -> Compilation:
-    """Start `warm_up(*modules)` in a thread. Who calls a kernel meanwhile waits for the compiler."""
-    compilation = Compilation(modules)
-    _running.add(compilation)
-    return compilation
-
-
-def _finish_before_fork() -> None:
-    for compilation in list(_running):
-        if compilation._thread is not threading.current_thread():
-            compilation._thread.join()
-
-
-os.register_at_fork(before=_finish_before_fork)
+    """Start `warm_up(*modules)` in a thread. Who calls a kernel meanwhile waits for its module."""
+    return Compilation(modules)

@@ -21,10 +21,10 @@ the inner one, which numba turns into vector instructions: 10 ns a number, where
 from __future__ import annotations
 
 import numpy as np
-from numba import int64, uint64
 from numpy.typing import NDArray
 
-from fastload.kernels.jit import array_in, array_out, kernel
+from fastload.kernels.copying import scratch
+from fastload.kernels.jit import array_in, array_out, int64, kernel, uint64
 from fastload.kernels.splitmix import splitmix
 
 __all__ = ["BIJECTION_ITEMS_MAX", "BIJECTION_ROUNDS", "biject"]
@@ -52,8 +52,8 @@ def biject(keys: NDArray[np.uint64], count: int, places: NDArray[np.int64], out:
     bits = np.uint64((width + 1) // 2)
     mask, below = (_U1 << bits) - _U1, np.uint64(count)
     highs = ((below - _U1) >> bits) + _U1
-    low, high = np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)
-    index = np.empty(_BLOCK, np.int64)  # of each number of the block in `out`
+    low, high = scratch(_BLOCK, np.uint64), scratch(_BLOCK, np.uint64)
+    index = scratch(_BLOCK, np.int64)  # of each number of the block in `out`
     for start in range(0, places.size, _BLOCK):
         walking = min(_BLOCK, places.size - start)
         for i in range(walking):

@@ -6,11 +6,9 @@ In Python a million shards took 0.8 s to deal to 64 partitions, and up to 0.5 s 
 from __future__ import annotations
 
 import numpy as np
-from numba import int64, void
-from numba.core.types import int32
 from numpy.typing import NDArray
 
-from fastload.kernels.jit import array_in, array_out, kernel
+from fastload.kernels.jit import array_in, array_out, boolean, helper, int32, int64, kernel, void
 
 __all__ = ["cut", "deal"]
 
@@ -41,7 +39,7 @@ def deal(sizes: Int64s, heap: Int64s, load_bytes: Int64s, load_counts: Int64s, p
         heap[place] = moved
 
 
-@kernel()
+@helper(boolean(int64, int64, array_out(int64), array_out(int64)))
 def _has_less(one: int, other: int, load_bytes: Int64s, load_counts: Int64s) -> bool:
     """Whether partition `one` comes before `other`."""
     if load_bytes[one] != load_bytes[other]:

@@ -15,10 +15,8 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from numba import int64, uint8, uint64
-from numba.types import UniTuple
 
-from fastload.kernels.jit import array_in, array_out, kernel
+from fastload.kernels.jit import array_in, array_out, helper, int64, kernel, tuple_of, uint8, uint64
 from fastload.kernels.parse import is_space
 
 __all__ = ["MALFORMED", "UNDECIDED", "parse_floats", "powers_of_five"]
@@ -81,7 +79,7 @@ def parse_floats(values: Bytes, offsets: Int64s, powers: Words, first: int, out:
     return -1
 
 
-@kernel(uint64(array_in(uint8), array_in(uint64, 2), array_out(int64)))
+@helper(uint64(array_in(uint8), array_in(uint64, 2), array_out(int64)))
 def _magnitude(text: Bytes, powers: Words, stopped: Int64s) -> np.uint64:
     """The bits of an unsigned number; _NO_BITS, and why in `stopped`, where there are none."""
     stopped[0] = MALFORMED
@@ -120,7 +118,7 @@ def _magnitude(text: Bytes, powers: Words, stopped: Int64s) -> np.uint64:
 _EXPONENT_BAD = -(1 << 62)
 
 
-@kernel(int64(array_in(uint8)))
+@helper(int64(array_in(uint8)))
 def _exponent(text: Bytes) -> int:
     """What stands after the digits: e or E, a sign or none, digits."""
     if text[0] != 101 and text[0] != 69:
@@ -139,7 +137,7 @@ def _exponent(text: Bytes) -> int:
     return -value if negative else value
 
 
-@kernel(uint64(array_in(uint8)))
+@helper(uint64(array_in(uint8)))
 def _word(text: Bytes) -> np.uint64:
     """inf, infinity or nan, in any case of letters."""
     letters = _ZERO
@@ -152,7 +150,7 @@ def _word(text: Bytes) -> np.uint64:
     return _NAN if letters == np.uint64(0x6E616E) else _NO_BITS
 
 
-@kernel(UniTuple(uint64, 2)(uint64, uint64))
+@helper(tuple_of(uint64, 2)(uint64, uint64))
 def _product(a: np.uint64, b: np.uint64) -> tuple[np.uint64, np.uint64]:
     """The upper and the lower half of a * b."""
     a_high, a_low, b_high, b_low = a >> _HALF, a & _LOW_HALF, b >> _HALF, b & _LOW_HALF
@@ -161,7 +159,7 @@ def _product(a: np.uint64, b: np.uint64) -> tuple[np.uint64, np.uint64]:
     return a_high * b_high + (middle >> _HALF) + (carry >> _HALF), carry << _HALF | low & _LOW_HALF
 
 
-@kernel(uint64(uint64, int64, array_in(uint64, 2)))
+@helper(uint64(uint64, int64, array_in(uint64, 2)))
 def _nearest(mantissa: np.uint64, exponent: int, powers: Words) -> np.uint64:
     """The bits of the float64 nearest to mantissa * 10**exponent; of two that are as near, the even one."""
     if mantissa == _ZERO or exponent < _EXPONENT_MIN:

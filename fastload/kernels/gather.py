@@ -19,12 +19,10 @@ in order, 32 no better than 16; a line a value is not enough, since a processor 
 from __future__ import annotations
 
 import numpy as np
-from numba import int64, uint8
-from numba.types import UniTuple
 from numpy.typing import NDArray
 
-from fastload.kernels.copying import copy_range, prefetch
-from fastload.kernels.jit import array_in, array_out, kernel
+from fastload.kernels.copying import copy_range, prefetch, scratch
+from fastload.kernels.jit import array_in, array_out, helper, int64, kernel, tuple_of, uint8
 
 __all__ = ["gather", "needed_chunks"]
 
@@ -90,7 +88,7 @@ def gather_pieces(
     copied = 0
     count = value_offset.size
     # Of the values ahead: the chunk in which each begins, and where in it.
-    first_chunk, first_within = np.empty(_AHEAD, np.int64), np.empty(_AHEAD, np.int64)
+    first_chunk, first_within = scratch(_AHEAD, np.int64), scratch(_AHEAD, np.int64)
     for number in range(count + _AHEAD):
         slot, value = number & (_AHEAD - 1), number - _AHEAD
         if value >= 0 and value_size[value] > 0:
@@ -120,7 +118,7 @@ def gather_pieces(
     return copied
 
 
-@kernel(int64(_bytes, _ints, int64, UniTuple(int64, 2), int64, array_out(uint8), int64))
+@helper(int64(_bytes, _ints, int64, tuple_of(int64, 2), int64, array_out(uint8), int64))
 def copy_value(
     arena: Bytes, chunk_offset: Int64s, chunk_bytes: int, whence: tuple[int, int], size: int, out: Bytes, to: int
 ) -> int:
@@ -143,7 +141,7 @@ def copy_value(
     return copied
 
 
-@kernel(int64(int64, int64))
+@helper(int64(int64, int64))
 def quotient(number: int, by: int) -> np.int64:
     """`number // by`, neither of them negative: as such a division takes half the time."""
     return np.int64(np.uint64(number) // np.uint64(by))

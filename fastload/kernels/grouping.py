@@ -9,12 +9,10 @@ equal or different keys within the first bytes, so keys are compared directly.
 from __future__ import annotations
 
 import numpy as np
-from numba import boolean, int64, uint8
-from numba.core.types import int32
 from numpy.typing import NDArray
 
 from fastload.kernels.copying import copy_bytes
-from fastload.kernels.jit import array_in, array_out, kernel
+from fastload.kernels.jit import array_in, array_out, boolean, helper, int32, int64, kernel, uint8
 
 __all__ = ["group"]
 
@@ -24,7 +22,7 @@ Bytes = NDArray[np.uint8]
 _bytes_in, _bytes_out, _ints_out = array_in(uint8), array_out(uint8), array_out(int64)
 
 
-@kernel(boolean(_bytes_in))
+@helper(boolean(_bytes_in))
 def is_metadata(name: Bytes) -> bool:
     """Whether a name's first part is `__like_this__`: webdataset keeps notes about a shard there."""
     end = 0
@@ -33,7 +31,7 @@ def is_metadata(name: Bytes) -> bool:
     return end >= 4 and name[0] == 95 and name[1] == 95 and name[end - 1] == 95 and name[end - 2] == 95
 
 
-@kernel(int64(_bytes_in))
+@helper(int64(_bytes_in))
 def column_at(name: Bytes) -> int:
     """Where the column starts in a member's name: after the first dot of the base name. -1: in no sample."""
     base = name.size
@@ -45,7 +43,7 @@ def column_at(name: Bytes) -> int:
     return -1
 
 
-@kernel(boolean(_bytes_in, _bytes_in))
+@helper(boolean(_bytes_in, _bytes_in))
 def same_bytes(a: Bytes, b: Bytes) -> bool:
     """Whether two texts are equal."""
     if a.size != b.size:
@@ -56,7 +54,7 @@ def same_bytes(a: Bytes, b: Bytes) -> bool:
     return True
 
 
-@kernel(int64(_bytes_out, _ints_out, int64, array_out(int32)))
+@helper(int64(_bytes_out, _ints_out, int64, array_out(int32)))
 def column_number(name: Bytes, column_ends: Int64s, columns: int, table: NDArray[np.int32]) -> int:
     """The number of the column whose name follows those that `column_ends` covers; `columns` where it is new.
 

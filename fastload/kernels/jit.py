@@ -1,218 +1,333 @@
-"""How fastload compiles its kernels: once per kernel, when first needed, and kept on disk per user.
+"""Kernels: how they are written, and what happens when one is called.
 
-A *kernel* is a free function over arrays, compiled by numba without the GIL. What numba does by default costs
-a loader dearly, so five things are settled here:
+A *kernel* is a free function over arrays, written in the part of Python that numba compiles, and run without the GIL:
 
-- *One compilation per kernel.* numba compiles a function again for every combination of argument types, and a
-  read-only array is another type than a writable one. A kernel states its signature; read-only parameters
-  (`array_in`) take both.
-- *Not at import.* numba compiles a function with a signature where it is decorated, 0.3-0.5 s each. A kernel
-  is compiled when it is first called, or ahead of that by `fastload.kernels.compile_in_background`.
-- *numba's own libraries at import.* It loads them (and scipy, where that is installed) when it first compiles or
-  loads anything: a third of a second of imports under the GIL, which would stand in the way of the first batch.
-- *A cache that cannot return the wrong code.* numba's index file is rewritten without a lock, so that two
-  processes which save different entries of one function may leave the one's code under the other's key. Here
-  a folder belongs to one processor type and one version of numba, and a function has one entry. An entry is
-  stale when any source file beside the kernel has changed, since numba copies called functions into their
-  callers and looks only at the caller's file.
-- *A cache that cannot do harm.* Entries are unpickled, so the folder must be ours and closed to others;
-  otherwise, and where it cannot be written, kernels are compiled afresh in each process and a log line says
-  so.
+    @kernel(int64(array_in(uint8), int64))
+    def count(values, of): ...
 
-`$NUMBA_CACHE_DIR` names another folder, `$NUMBA_DISABLE_JIT=1` leaves kernels plain Python functions.
+numba is a compiler here, and is not needed to run what it has compiled. Compiling the kernels of a first batch takes
+three seconds, importing numba half a second of every start, and its cache on disk can hand one function's code to
+another (its issues 4807 and 10128). So a module of kernels is compiled once into an *object file* of machine code,
+which needs nothing but the C library and Python's stable interface (`compiler`); this page has it found (`objects`) and
+loaded (`loading`), after which a kernel is a builtin function. Where object files come from, the first that has it:
+
+- the installation: pip builds them where it builds fastload, and binary wheels carry them, for each *level* of
+  processor (x86-64-v3 and so on). Then nothing is ever compiled, numba is not imported, no cache is written.
+- a folder of the user's (`objects`), also filled by `fastload compile` when an image is built.
+- numba, here and now: in the background, while the first bytes are on their way. What it made is kept in that folder.
+
+Rejected: numba's own cache in the wheel, which fits one version of numba, one of Python and one type of processor;
+shared libraries, which need a linker wherever something is compiled; plain Python until the compiler is done, which
+takes minutes for what a first batch needs; and writing kernels in C, which takes a compiler where there is no wheel.
+
+What a kernel is called with is checked in machine code, too: each array must be of exactly the type that the signature
+says. A call takes 0.2 us, half of what numba takes for it, where ctypes takes 1-2.
+
+`$NUMBA_DISABLE_JIT=1` leaves kernels plain Python functions, `$NUMBA_BOUNDSCHECK=1` has their indexes checked.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
-import logging
 import os
-import pickle
-import stat
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-import llvmlite  # type: ignore[import-untyped]
-import numba
-from llvmlite import binding
-from numba.core.caching import CompileResultCacheImpl, FunctionCache
-from numba.core.compiler_lock import global_compiler_lock
-from numba.core.registry import CPUDispatcher, cpu_target
-from numba.core.types import Array, Type
+import numpy as np
 
-__all__ = ["Kernel", "array_in", "array_out", "kernel"]
+from fastload.kernels import objects
+
+__all__ = [
+    "Generated",
+    "Kernel",
+    "Unit",
+    "array_in",
+    "array_out",
+    "boolean",
+    "float32",
+    "float64",
+    "generated",
+    "helper",
+    "int32",
+    "int64",
+    "kernel",
+    "tuple_of",
+    "uint8",
+    "uint64",
+    "void",
+]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_log = logging.getLogger("fastload.kernels")
+IS_PLAIN = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+CHECKS_BOUNDS = os.environ.get("NUMBA_BOUNDSCHECK", "0") not in ("", "0")
 
-cpu_target.typing_context.refresh()
-cpu_target.target_context.refresh()
-
-
-def array_in(element: Type, dimensions: int = 1) -> Type:
-    """The type of a C-contiguous array that a kernel only reads; takes writable and read-only ones alike."""
-    return Array(element, dimensions, "C", readonly=True)
+# What the code of entries relies on, beside Python's stable interface. Part of an object's name.
+_CONVENTION = f"1 {object.__basicsize__} {sys.byteorder} {CHECKS_BOUNDS}"
 
 
-def array_out(element: Type, dimensions: int = 1) -> Type:
-    """The type of a C-contiguous array that a kernel writes into."""
-    return Array(element, dimensions, "C")
+# Types. Numba has them too, and takes a fifth of a second to import.
 
 
-class Kernel(CPUDispatcher):  # type: ignore[misc]  # numba has no types
-    """A numba function with at most one signature, compiled when first called. Any thread may call it."""
-
-    signature: Any = None
-    _ready = False
-
-    def prepare(self) -> None:
-        """Compile now, or load from the cache; returns at once when that is done.
-
-        Does nothing for a kernel without a signature.
-        """
-        if self.signature is None or self._ready:
-            return
-        # numba's own lock, since a second one would be taken in the other order by kernels that call kernels.
-        with global_compiler_lock:
-            if not self._ready:
-                self.compile(self.signature)
-                self.disable_compile()
-                self._ready = True
-
-    def _compile_for_args(self, *args: Any, **kws: Any) -> Any:
-        """Called by numba where no compiled version takes the arguments."""
-        if self.signature is None:
-            return super()._compile_for_args(*args, **kws)
-        self.prepare()
-        # Not a compiled entry point: numba calls this again, and checks the arguments against the signature.
-        return self
-
-    def get_call_template(self, args: Any, kws: Any) -> Any:
-        """Called by numba where another kernel that it compiles calls this one."""
-        self.prepare()
-        return super().get_call_template(args, kws)
-
-    def enable_caching(self) -> None:
-        """Keep compiled code on disk, where that can be done safely."""
-        try:
-            self._cache = _KernelCache(self.py_func)
-        except _NoCacheError as error:
-            _say_once(f"compiled kernels are not kept: {error}")
-
-
-def kernel(signature: Any = None, /, **options: Any) -> Callable[[Function], Function]:
-    """Make a function a `Kernel`: `@kernel(int64(array_in(uint8), int64))`.
-
-    Without a signature (`@kernel()`) it is compiled for whatever types it is called with, which suits small
-    helpers that other kernels call. `options` are those of `numba.njit`, such as `fastmath=True`. `nogil` and
-    the cache are always on.
+@dataclass(frozen=True, slots=True)
+class Scalar:
+    """A number, or nothing. Called with types, it is the signature of a function that takes these and returns it; with
+    a number, in a kernel, it makes that one of its kind.
     """
-    assert not isinstance(signature, FunctionType), "write @kernel(), with parentheses"
-    return lambda function: _make(function, signature, options)
+
+    name: str
+
+    def __call__(self, *arguments: Any) -> Any:
+        if arguments and not isinstance(arguments[0], (Scalar, Array, Tuple)):
+            return np.dtype(self.name).type(*arguments)
+        return Signature(self, arguments)
+
+    def __str__(self) -> str:
+        return self.name
 
 
-def _make(function: Function, signature: Any, options: dict[str, Any]) -> Function:
-    if numba.config.DISABLE_JIT:
-        return function
-    made = Kernel(py_func=function, targetoptions={"nopython": True, "nogil": True, "boundscheck": None, **options})
-    made.signature = signature
-    made.enable_caching()
-    return made
+@dataclass(frozen=True, slots=True)
+class Array:
+    """A C-contiguous array."""
+
+    element: Scalar
+    dimensions: int
+    is_writable: bool
+
+    def __str__(self) -> str:
+        return f"{'writable ' if self.is_writable else ''}array({self.element}, {self.dimensions}d)"
 
 
-_CURE = "set NUMBA_CACHE_DIR to a folder of yours"
+@dataclass(frozen=True, slots=True)
+class Tuple:
+    """Several numbers of one type, which a helper returns."""
+
+    element: Scalar
+    count: int
+
+    def __call__(self, *arguments: Type) -> Signature:
+        return Signature(self, arguments)
+
+    def __str__(self) -> str:
+        return f"{self.element} x {self.count}"
 
 
-class _NoCacheError(Exception):
-    """Why there can be no cache for compiled code."""
+Type: TypeAlias = Scalar | Array | Tuple
 
 
-def cache_directory() -> Path:
-    """Where compiled code of this processor type and numba version is kept. Not created here."""
-    if numba.config.CACHE_DIR:
-        base = Path(numba.config.CACHE_DIR)
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastload-kernels"
-    processor = f"{binding.get_host_cpu_name()} {sorted(binding.get_host_cpu_features().items())}"
-    versions = f"{numba.__version__} {llvmlite.__version__} {sys.implementation.cache_tag}"
-    versions += f" {numba.config.BOUNDSCHECK} {numba.config.OPT}"
-    return base / hashlib.blake2b(f"{processor} {versions}".encode(), digest_size=8).hexdigest()
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a kernel returns and takes."""
+
+    returns: Type
+    arguments: tuple[Type, ...]
+
+    def __str__(self) -> str:
+        return f"{self.returns}({', '.join(map(str, self.arguments))})"
 
 
-class _Locator:
-    """Tells numba where one function's compiled code lies and when it is stale."""
-
-    def __init__(self, source: Path, line: int) -> None:
-        self._source = source
-        self._line = line
-        # Installations at different paths must not overwrite each other's entries in turn.
-        place = hashlib.blake2b(str(source.parent.resolve()).encode(), digest_size=8).hexdigest()
-        self._path = cache_directory() / place
-
-    @classmethod
-    def from_function(cls, function: Any, source: str) -> _Locator:
-        self = cls(Path(source), function.__code__.co_firstlineno)
-        self.ensure_cache_path()
-        return self
-
-    def ensure_cache_path(self) -> None:
-        try:
-            self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = self._path.stat()
-        except OSError as error:
-            raise _NoCacheError(f"{self._path}: {error.strerror}; set NUMBA_CACHE_DIR to a folder of yours") from error
-        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise _NoCacheError(f"{self._path} belongs to, or can be written by, another user; chmod 700, or remove it")
-        if not os.access(self._path, os.W_OK | os.X_OK):
-            raise _NoCacheError(f"{self._path} cannot be written; {_CURE}")
-
-    def get_cache_path(self) -> str:
-        return str(self._path)
-
-    def get_source_stamp(self) -> bytes:
-        return source_stamp(self._source.parent)
-
-    def get_disambiguator(self) -> str:
-        return str(self._line)
+boolean, float32, float64, int32, int64, uint8, uint64, void = map(
+    Scalar, ("boolean", "float32", "float64", "int32", "int64", "uint8", "uint64", "void")
+)
+tuple_of = Tuple
 
 
-def source_stamp(folder: Path) -> bytes:
-    """A hash of all Python source in `folder`."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(folder.glob("*.py")):
-        content = path.read_bytes()
-        digest.update(f"{path.name} {len(content)} ".encode())
-        digest.update(content)
-    return digest.digest()
+def array_in(element: Scalar, dimensions: int = 1) -> Array:
+    """A C-contiguous array that a kernel only reads; takes writable and read-only ones alike."""
+    return Array(element, dimensions, is_writable=False)
 
 
-class _KernelCacheImpl(CompileResultCacheImpl):  # type: ignore[misc]  # numba has no types
-    _locator_classes = (_Locator,)
+def array_out(element: Scalar, dimensions: int = 1) -> Array:
+    """A C-contiguous array that a kernel writes into."""
+    return Array(element, dimensions, is_writable=True)
 
 
-class _KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
-    """numba's cache for one function; trouble with its files costs a compilation, never the run."""
-
-    _impl_class = _KernelCacheImpl
-
-    @contextlib.contextmanager
-    def _guard_against_spurious_io_errors(self) -> Iterator[None]:
-        """Wraps numba's loading and saving; loading that ends here counts as "not there"."""
-        try:
-            yield
-        except (OSError, EOFError, pickle.UnpicklingError, _NoCacheError) as error:
-            _say_once(f"a kernel is compiled afresh, since its cache fails: {error!r}")
+# Kernels
 
 
-_said: set[str] = set()
+class Kernel:
+    """A compiled function. Called first, it is loaded, and compiled where it has to be. Any thread may call it."""
+
+    def __init__(self, function: FunctionType, signature: Signature, options: dict[str, Any]) -> None:
+        assert isinstance(signature, Signature), f"{function.__name__}: a signature of this page's types is needed"
+        functools.update_wrapper(self, function)
+        self.function, self.signature, self.options = function, signature, options
+
+    def __call__(self, *args: Any) -> Any:
+        raise TypeError(f"{self.function.__qualname__} is a helper: kernels call it, and Python cannot")
 
 
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        _log.warning(message)
+class Entry(Kernel):
+    """A kernel that Python calls."""
+
+    def __init__(self, function: FunctionType, signature: Signature, options: dict[str, Any]) -> None:
+        super().__init__(function, signature, options)
+        takes = all(isinstance(each, Array) or each in (boolean, float64, int64) for each in signature.arguments)
+        is_for_python = takes and signature.returns in (boolean, int64, void)
+        assert is_for_python, f"{function.__name__} is one for @helper"
+        self._run: Callable[..., Any] = self._run_first
+        _entries.setdefault(function.__module__, []).append(self)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has been loaded."""
+        return self._run != self._run_first
+
+    def __call__(self, *args: Any) -> Any:
+        return self._run(*args)
+
+    def bind(self, builtin: Callable[..., Any]) -> None:
+        """Be this function from now on."""
+        self._run = builtin
+
+    def refuse(self, place: int, given: object) -> None:
+        """Called by the machine code: argument `place` is not what it has to be."""
+        name, wanted = self.function.__qualname__, self.signature.arguments
+        if place < 0:
+            raise RuntimeError(f"{name} failed: an index out of bounds, or an error in what numba compiled for it")
+        if place >= len(wanted):
+            raise TypeError(f"{name} takes {len(wanted)} arguments: {', '.join(map(str, wanted))}")
+        shown = type(given).__name__
+        if isinstance(given, np.ndarray):
+            access = "writable" if given.flags.writeable else "read-only"
+            shown = f"{access} {given.dtype} {shown}, shape {given.shape}, strides {given.strides}"
+        raise TypeError(f"{name}: argument {place} has to be a C-contiguous {wanted[place]}; it is a {shown}")
+
+    def _run_first(self, *args: Any) -> Any:
+        prepare(self.function.__module__)
+        assert self.is_ready, f"{self.function.__qualname__} was not among what was compiled"
+        return self._run(*args)
+
+
+class Generated:
+    """See `generated`."""
+
+    def __init__(self, function: FunctionType) -> None:
+        functools.update_wrapper(self, function)  # type: ignore[arg-type]  # nobody calls it
+        self.name = function.__name__
+
+
+def kernel(signature: Signature, /, **options: Any) -> Callable[[Function], Function]:
+    """Make a function a kernel: `@kernel(int64(array_in(uint8), int64))`. Python can call those that return int64,
+    boolean or nothing and take arrays, int64, float64 and boolean.
+
+    `options` are those of `numba.njit`, such as `fastmath=True`. Kernels raise nothing: a division by zero is whatever
+    the processor makes of it. They allocate nothing, either: scratch comes from the caller.
+    """
+    return lambda function: _made(Entry, function, signature, options)
+
+
+def helper(signature: Signature, /, **options: Any) -> Callable[[Function], Function]:
+    """Make a function one that kernels call: as `kernel`, of any types, and compiled into each module that uses it."""
+    return lambda function: _made(Kernel, function, signature, options)
+
+
+def generated(function: Function) -> Function:
+    """Make a function one that kernels call and whose code is that of `fastload.kernels.intrinsics`, under its name.
+    The decorated function says the same in Python, as far as that can.
+    """
+    assert isinstance(function, FunctionType), function
+    return function if IS_PLAIN else Generated(function)  # type: ignore[return-value]
+
+
+def _made(kind: type[Kernel], function: Function, signature: Signature, options: dict[str, Any]) -> Function:
+    assert isinstance(function, FunctionType), function
+    return function if IS_PLAIN else kind(function, signature, options)  # type: ignore[return-value]
+
+
+# Compiling and loading
+
+_entries: dict[str, list[Entry]] = {}  # by module
+_lock = threading.RLock()
+
+# A child that is forked while another thread compiles would find numba half imported, and its locks held by nobody.
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is compiled in one go: kernels of a module, which Python calls, with all that they call."""
+
+    module: str
+    kernels: tuple[Entry, ...]
+
+    def object_name(self, level: str) -> str:
+        """The name of its object file: another one for each change of what the code is made of."""
+        digest = hashlib.blake2b(_CONVENTION.encode(), digest_size=12)
+        for each in self.kernels:
+            digest.update(f" {each.function.__qualname__} {each.signature} {each.options}".encode())
+        ingredients: set[Path | str] = {Path(__file__).parent / name for name in _COMPILER}
+        for each in self.kernels:
+            _add_ingredients(each, ingredients)
+        for one in sorted(_file_digest(each) if isinstance(each, Path) else each for each in ingredients):
+            digest.update(f" {one}".encode())
+        return f"{self.module.rpartition('.')[2]}-{digest.hexdigest()}.{level}.o"
+
+
+# What decides about the code of any kernel.
+_COMPILER = ("compiler.py", "entries.py", "intrinsics.py", "jit.py", "layout.py", "loading.py")
+
+
+def _add_ingredients(kernel: Kernel, found: set[Path | str]) -> None:
+    """The source files of a kernel and of those that it calls, and the constants that they take from elsewhere."""
+    code, names = kernel.function.__code__, kernel.function.__globals__
+    found.add(Path(code.co_filename))
+    for name in code.co_names:
+        value = names.get(name)
+        if isinstance(value, Kernel):
+            _add_ingredients(value, found)
+        elif isinstance(value, (int, float, np.generic)):
+            plain = value.item() if isinstance(value, np.generic) else value  # numpy's words for it have changed
+            found.add(f"{name}={type(value).__name__} {plain!r}")
+
+
+@functools.cache
+def _file_digest(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def units(*modules: str) -> list[Unit]:
+    """What these modules, imported, have to be compiled."""
+    return [Unit(module, tuple(_entries[module])) for module in modules if module in _entries]
+
+
+def prepare(module: str) -> int:
+    """Load the kernels of a module, compiling them where they are not found; returns how many the module has."""
+    entries = _entries.get(module, [])
+    if all(each.is_ready for each in entries):
+        return len(entries)
+    with _lock:
+        pending = tuple(each for each in entries if not each.is_ready)
+        if pending:
+            _load(Unit(module, pending))
+    return len(entries)
+
+
+def _load(unit: Unit) -> None:
+    from fastload.kernels import loading  # llvmlite takes 20 ms to import
+
+    level = loading.level_here()
+    name = unit.object_name(level)
+    code = objects.find(name)
+    if code is None:
+        with objects.alone():
+            code = objects.find(name)  # somebody else's, for whom we have waited
+            if code is None:
+                from fastload.kernels import compiler
+
+                code = compiler.compile_unit(unit, [level])[level]
+                objects.keep(name, code)
+    addresses = loading.load(code, [symbol(each) for each in unit.kernels])
+    for each, address in zip(unit.kernels, addresses, strict=True):
+        each.bind(loading.builtin(each.function.__name__, address, (np.ndarray, each.refuse)))
+
+
+def symbol(entry: Entry) -> str:
+    """Its name in the object file."""
+    return f"fastload.{entry.function.__qualname__}"

@@ -8,11 +8,9 @@ that ends beyond its beginning, and the search goes on between two of these: 20 
 from __future__ import annotations
 
 import numpy as np
-from numba import int64, void
-from numba.core.types import int32
 from numpy.typing import NDArray
 
-from fastload.kernels.jit import array_in, array_out, kernel
+from fastload.kernels.jit import array_in, array_out, int32, int64, kernel, void
 
 __all__ = ["fill_buckets", "locate"]
 

@@ -29,10 +29,9 @@ float64[lanes, steps, sources] (how many samples of each source come before a st
 from __future__ import annotations
 
 import numpy as np
-from numba import float64, int32, int64, uint64, void
 from numpy.typing import NDArray
 
-from fastload.kernels.jit import array_in, array_out, kernel
+from fastload.kernels.jit import array_in, array_out, boolean, float64, helper, int32, int64, kernel, uint64, void
 from fastload.kernels.splitmix import splitmix
 
 __all__ = ["NEVER", "fill_steps", "mix", "numbers_of", "shares_at"]
@@ -45,7 +44,7 @@ _PER_53_BITS = 2.0**-53
 _NEVER_TIME = np.inf
 
 
-@kernel()
+@helper(float64(uint64, int64, float64, float64, int64))
 def _time(key: np.uint64, count: int, lag: float, rate: float, ordinal: int) -> float:
     """When sample `ordinal` of a step comes, before which the lane has had `count` of the source."""
     if rate == 0.0:
@@ -54,7 +53,7 @@ def _time(key: np.uint64, count: int, lag: float, rate: float, ordinal: int) -> 
     return (np.float64(ordinal) + jitter - lag) / rate
 
 
-@kernel()
+@helper(int64(uint64, int64, float64, float64, float64, boolean))
 def _count_before(key: np.uint64, count: int, lag: float, rate: float, time: float, or_at: bool) -> int:
     """How many samples of the step come before a time, or at it."""
     if rate == 0.0:
@@ -72,7 +71,16 @@ def _count_before(key: np.uint64, count: int, lag: float, rate: float, time: flo
         ordinal += 1
 
 
-@kernel()
+@helper(
+    int64(
+        array_in(uint64),
+        array_in(int64),
+        array_in(float64),
+        array_in(float64),
+        array_out(int64),
+        array_out(float64),
+    )
+)
 def _take(
     keys: NDArray[np.uint64],
     counts: NDArray[np.int64],
@@ -91,7 +99,17 @@ def _take(
     return soonest
 
 
-@kernel()
+@helper(
+    void(
+        array_in(uint64),
+        array_in(int64),
+        array_in(float64),
+        array_in(float64),
+        int64,
+        array_out(int64),
+        array_out(float64),
+    )
+)
 def _seek(
     keys: NDArray[np.uint64],
     counts: NDArray[np.int64],
@@ -125,7 +143,7 @@ def _seek(
         found += 1
 
 
-@kernel()
+@helper(int64(array_in(int64), int64))
 def _step_at(starts: NDArray[np.int64], number: int) -> int:
     """The step that a number is in; the last of those that begin there."""
     low, high = 0, starts.size
@@ -138,20 +156,31 @@ def _step_at(starts: NDArray[np.int64], number: int) -> int:
     return low
 
 
-@kernel(void(array_in(uint64, 2), array_in(float64, 2), array_in(int64, 2), array_out(int64, 3), array_out(float64, 3)))
+@kernel(
+    void(
+        array_in(uint64, 2),
+        array_in(float64, 2),
+        array_in(int64, 2),
+        array_out(int64),
+        array_out(float64),
+        array_out(int64, 3),
+        array_out(float64, 3),
+    )
+)
 def fill_steps(
     keys: NDArray[np.uint64],
     rates: NDArray[np.float64],
     starts: NDArray[np.int64],
+    ordinals: NDArray[np.int64],
+    times: NDArray[np.float64],
     counts: NDArray[np.int64],
     lags: NDArray[np.float64],
 ) -> None:
-    """Fill `counts` and `lags`."""
+    """Fill `counts` and `lags`. Scratch, here and below: `ordinals` and `times`, [sources]."""
     lanes, steps, sources = counts.shape
-    ordinals, times = np.empty(sources, np.int64), np.empty(sources, np.float64)
     for lane in range(lanes):
-        counts[lane, 0, :] = 0
-        lags[lane, 0, :] = 0.0
+        for source in range(sources):
+            counts[lane, 0, source], lags[lane, 0, source] = 0, 0.0
         for step in range(1, steps):
             length = starts[lane, step] - starts[lane, step - 1]
             _seek(keys[lane], counts[lane, step - 1], lags[lane, step - 1], rates[step - 1], length, ordinals, times)
@@ -171,6 +200,7 @@ def fill_steps(
         array_in(float64, 3),
         array_in(int64),
         array_in(int64),
+        array_out(float64),
         array_out(int64, 2),
     )
 )
@@ -182,10 +212,10 @@ def shares_at(
     lags: NDArray[np.float64],
     lanes: NDArray[np.int64],
     numbers: NDArray[np.int64],
+    times: NDArray[np.float64],
     out: NDArray[np.int64],
 ) -> None:
     """Fill out[i, s] with how many of the first numbers[i] numbers of lanes[i] are of source s."""
-    times = np.empty(rates.shape[1], np.float64)
     for i in range(lanes.size):
         lane = lanes[i]
         step = _step_at(starts[lane], numbers[i])
@@ -247,6 +277,8 @@ def numbers_of(
         array_in(float64, 3),
         int64,
         array_in(int64),
+        array_out(int64),
+        array_out(float64),
         array_out(int32),
         array_out(int64),
     )
@@ -259,12 +291,13 @@ def mix(
     lags: NDArray[np.float64],
     lane: int,
     numbers: NDArray[np.int64],
+    ordinals: NDArray[np.int64],
+    times: NDArray[np.float64],
     source_of: NDArray[np.int32],
     sample_of: NDArray[np.int64],
 ) -> None:
     """For each of `numbers` of a lane, rising: its source, and how many samples of it the lane has before."""
     steps, sources = rates.shape
-    ordinals, times = np.empty(sources, np.int64), np.empty(sources, np.float64)
     key, step, within = keys[lane], -1, 0
     count, lag, rate = counts[lane, 0], lags[lane, 0], rates[0]
     for i in range(numbers.size):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import boolean, int64, uint8
 
-from fastload.kernels.jit import array_in, array_out, kernel
+from fastload.kernels.jit import array_in, array_out, boolean, helper, int64, kernel, uint8
 
 __all__ = ["parse_integers"]
 
@@ -14,7 +13,7 @@ _LIMIT = np.uint64(1 << 63)
 _TENTH = np.uint64((1 << 63) // 10)
 
 
-@kernel(boolean(uint8))
+@helper(boolean(uint8))
 def is_space(byte: int) -> bool:
     """The six that `bytes.strip()` strips."""
     return byte == 32 or 9 <= byte <= 13

@@ -12,10 +12,9 @@ and is written down here:
 from __future__ import annotations
 
 import numpy as np
-from numba import int64, uint64, void
 from numpy.typing import NDArray
 
-from fastload.kernels.jit import array_in, array_out, kernel
+from fastload.kernels.jit import array_in, array_out, int64, kernel, uint64, void
 
 # A draw has 32 bits, so this is how many things can be permuted at once.
 PERMUTATION_ITEMS_MAX = 2**32 - 1

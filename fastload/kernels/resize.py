@@ -23,9 +23,8 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import boolean, float32, float64, int64, uint8, void
 
-from fastload.kernels.jit import array_in, array_out, kernel
+from fastload.kernels.jit import array_in, array_out, boolean, float32, float64, helper, int64, kernel, uint8, void
 
 __all__ = ["FRACTION_BITS", "cmyk_to_rgbx", "fill_table", "resize_rgbx", "taps_max"]
 
@@ -91,7 +90,7 @@ def fill_table(
     return bits
 
 
-@kernel(
+@helper(
     void(array_in(uint8, 2), int64, int64, int64, array_in(float64), int64, array_out(float32), array_out(float64)),
     fastmath=True,
     error_model="numpy",
@@ -134,7 +133,7 @@ def _sum_rows(
         row[i] = np.floor(sums[i] * scale)
 
 
-@kernel(
+@helper(
     void(array_in(float64), int64, array_in(int64), array_in(int64), array_in(float64, 2), array_out(float64, 2)),
     fastmath=True,
     error_model="numpy",

@@ -10,12 +10,10 @@ numpy takes 80, keys 25 where it takes 180.
 from __future__ import annotations
 
 import numpy as np
-from numba import int64, uint8, void
-from numba.core.types import int32
 from numpy.typing import NDArray
 
 from fastload.kernels.copying import copy_bytes
-from fastload.kernels.jit import array_in, array_out, kernel
+from fastload.kernels.jit import array_in, array_out, int32, int64, kernel, uint8, void
 
 __all__ = ["fill_places", "key_lengths", "look_up", "write_keys"]
 

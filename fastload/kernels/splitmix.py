@@ -6,9 +6,8 @@ A helper of other kernels: 64 well-mixed bits for a key and a place, without a s
 from __future__ import annotations
 
 import numpy as np
-from numba import uint64
 
-from fastload.kernels.jit import kernel
+from fastload.kernels.jit import helper, uint64
 
 __all__ = ["splitmix"]
 
@@ -18,7 +17,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
-@kernel(uint64(uint64, uint64))
+@helper(uint64(uint64, uint64))
 def splitmix(key: np.uint64, place: np.uint64) -> np.uint64:
     """Word number `place` of splitmix64 from the seed `key`."""
     word = key + place * _GOLDEN

@@ -23,11 +23,10 @@ the checksum, since no index can be negative.
 from __future__ import annotations
 
 import numpy as np
-from numba import boolean, int64, uint8
 from numpy.typing import NDArray
 
 from fastload.kernels.copying import copy_bytes
-from fastload.kernels.jit import array_in, array_out, kernel
+from fastload.kernels.jit import array_in, array_out, boolean, helper, int64, kernel, uint8
 
 __all__ = ["STATE_SIZE", "scan"]
 
@@ -172,7 +171,7 @@ def read_pax(payload: Bytes, state: Int64s, name: Bytes) -> int:
     return MORE
 
 
-@kernel(int64(_bytes_in, _ints_out, _bytes_out, _bytes_out, _bytes_out))
+@helper(int64(_bytes_in, _ints_out, _bytes_out, _bytes_out, _bytes_out))
 def take_payload(data: Bytes, state: Int64s, payload: Bytes, pending: Bytes, shared: Bytes) -> int:
     """Collect what `data` holds of a long name or pax header, and read it once it is whole."""
     n = min(state[LEFT], data.size)
@@ -202,7 +201,7 @@ def take_payload(data: Bytes, state: Int64s, payload: Bytes, pending: Bytes, sha
     return code
 
 
-@kernel(int64(_bytes_in, _ints_out, _bytes_in, _bytes_in, _bytes_out))
+@helper(int64(_bytes_in, _ints_out, _bytes_in, _bytes_in, _bytes_out))
 def write_name(header: Bytes, state: Int64s, pending: Bytes, shared: Bytes, out: Bytes) -> int:
     """Write the member's name to the start of `out`, which has room for any; returns its length."""
     if state[PENDING_NAME] >= 0:
@@ -224,7 +223,7 @@ def write_name(header: Bytes, state: Int64s, pending: Bytes, shared: Bytes, out:
     return at + length
 
 
-@kernel(int64(_bytes_in, int64, _ints_out, int64, _bytes_in, _bytes_in, _bytes_out, _ints_out, _ints_out, _ints_out))
+@helper(int64(_bytes_in, int64, _ints_out, int64, _bytes_in, _bytes_in, _bytes_out, _ints_out, _ints_out, _ints_out))
 def take_header(
     header: Bytes,
     object_size: int,

@@ -1,138 +1,159 @@
-"""How kernels are compiled and kept."""
+"""How kernels are called, compiled and loaded."""
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
 import os
-import stat
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from fastload.kernels import compile_in_background, warm_up
+from fastload.kernels import compile_in_background, jit, loading, warm_up
+from fastload.kernels.bijection import BIJECTION_ROUNDS, biject
 from fastload.kernels.copying import copy_bytes
 from fastload.kernels.gather import gather_pieces
+from fastload.kernels.locate import fill_buckets
+from fastload.kernels.resize import fill_table
+from tests.kernels.example import SOURCE, run
 
-# A kernel that calls another, in a folder of its own.
-SOURCE = """
-import sys, logging
-logging.basicConfig(level=logging.WARNING, format="%(message)s")
-import numpy as np
-from numba import int64, uint8
-from fastload.kernels.jit import array_in, kernel
-
-@kernel()
-def add(a, b):
-    return a + b
-
-@kernel(int64(array_in(uint8), int64))
-def first(data, more):
-    return add(data[0], more) + SOMETHING
-
-data = np.ones(4, np.uint8)
-frozen = data.view()
-frozen.flags.writeable = False
-assert not first.overloads
-print(first(data, 1), first(frozen, np.int32(2)), len(first.signatures), sum(first.stats.cache_hits.values()))
-"""
+READ_ONLY = np.arange(4)
+READ_ONLY.flags.writeable = False
 
 
-def run(folder: Path, cache: Path, something: int = 0, **environ: str) -> tuple[str, str]:
-    """Output and log of a fresh process that compiles or loads the kernel."""
-    folder.mkdir(exist_ok=True)
-    (folder / "example.py").write_text(SOURCE.replace("SOMETHING", str(something)))
-    done = subprocess.run(
-        [sys.executable, str(folder / "example.py")],
-        env={**os.environ, "XDG_CACHE_HOME": str(cache), **environ},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.strip(), done.stderr.strip()
+class Subclass(np.ndarray):
+    """An array that may mean something else by its elements."""
 
 
-def test_one_signature_kept_on_disk_for_this_user(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((READ_ONLY, 1), "takes 3 arguments"),
+        ((READ_ONLY, 1, np.zeros(2, np.int32), 2), "takes 3 arguments"),
+        ((None, 1, np.zeros(2, np.int32)), r"argument 0 has to be a C-contiguous array\(int64, 1d\); it is a NoneType"),
+        (([1, 2], 1, np.zeros(2, np.int32)), "argument 0 .* it is a list"),
+        ((READ_ONLY.view(Subclass), 1, np.zeros(2, np.int32)), "argument 0 .* int64 Subclass"),
+        ((np.arange(4.0), 1, np.zeros(2, np.int32)), "argument 0 .* float64 ndarray"),
+        ((READ_ONLY.astype(">i8"), 1, np.zeros(2, np.int32)), "argument 0 .* >i8"),
+        ((np.zeros((2, 2), np.int64), 1, np.zeros(2, np.int32)), r"argument 0 .* shape \(2, 2\)"),
+        ((np.zeros(33, np.uint8)[1:].view(np.int64), 1, np.zeros(2, np.int32)), "argument 0"),
+        ((READ_ONLY, 1, np.zeros(4, np.int32)[::2]), r"argument 2 has to be .* strides \(8,\)"),
+        ((READ_ONLY, 1, READ_ONLY.view(np.int32)), "argument 2 has to be a C-contiguous writable .* read-only"),
+        ((READ_ONLY, 1.0, np.zeros(2, np.int32)), "'float' object cannot be interpreted as an integer"),
+        ((READ_ONLY, "1", np.zeros(2, np.int32)), "'str' object cannot be interpreted as an integer"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(arguments: tuple[Any, ...], says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        fill_buckets(*arguments)
+
+
+def test_numbers_are_taken_whole_or_not_at_all() -> None:
+    buckets = np.zeros(3, np.int32)
+    fill_buckets(READ_ONLY, np.int32(1), buckets)
+    assert buckets.tolist() == [1, 3, 4]
+    for number in (1 << 63, -(1 << 63) - 1):
+        with pytest.raises(OverflowError, match="too big"):
+            fill_buckets(READ_ONLY, number, buckets)
+    table = np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros((1, 4))
+    assert fill_table(-1.0, 1, 0, 1, False, *table) > 0  # -1, which is also what Python says where it fails
+    with pytest.raises(TypeError, match="must be real number"):
+        fill_table("0", 1.0, 0, 1, False, *table)
+
+
+def test_calls_keep_no_argument() -> None:
+    array = np.arange(4)
+    counts = sys.getrefcount(array), sys.getrefcount(None)
+    for _ in range(1000):
+        fill_buckets(array, 1, np.zeros(3, np.int32))
+        with pytest.raises(TypeError):
+            fill_buckets(array, 1, array)
+    assert sys.getrefcount(array) == counts[0]
+    assert abs(sys.getrefcount(None) - counts[1]) < 500
+
+
+def test_helpers_are_for_kernels() -> None:
+    with pytest.raises(TypeError, match="copy_bytes is a helper"):
+        copy_bytes(np.zeros(8, np.uint8), np.zeros(8, np.uint8))
+
+
+def test_compiled_once_and_loaded_without_numba(tmp_path: Path) -> None:
     source, cache = tmp_path / "source", tmp_path / "cache"
-    assert run(source, cache) == ("2 3 1 0", "")
-    assert run(source, cache) == ("2 3 1 1", "")
-    for folder in (cache / "fastload-kernels").rglob("*"):
-        if folder.is_dir() and any(folder.glob("*.nbi")):
-            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    # Any change beside the kernel makes what was kept stale, and only there.
-    (source / "other.py").write_text("# called by the kernel, for all that is known")
-    assert run(source, cache) == ("2 3 1 0", "")
-    assert run(source, cache, something=5) == ("7 8 1 0", "")
-    assert run(source, cache, something=5) == ("7 8 1 1", "")
+    assert run(source, cache) == ("7 8 compiled", "")
+    assert run(source, cache) == ("7 8 loaded", "")
+    # What does not belong to the kernel does not matter; its source, and constants of other modules, do.
+    (source / "other.py").write_text("# nothing to do with it")
+    assert run(source, cache) == ("7 8 loaded", "")
+    (source / "constants.py").write_text("MORE = 6")
+    assert run(source, cache) == ("8 9 compiled", "")
+    assert run(source, cache, SOURCE.replace("+ MORE", "+ MORE + 1")) == ("9 10 compiled", "")
 
 
-def test_what_cannot_be_kept_is_compiled_and_said_once(tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file where the folder should be")
-    output, log = run(tmp_path / "source", tmp_path / "cache")
-    assert output == "2 3 1 0"
-    assert log.count("compiled kernels are not kept") == 1
-    assert "NUMBA_CACHE_DIR" in log
+def test_what_runs_out_of_an_array_is_found_where_that_is_asked_for(tmp_path: Path) -> None:
+    out_of_bounds = SOURCE.replace("data[0]", "data[4]")
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        run(tmp_path / "source", tmp_path / "cache", out_of_bounds, NUMBA_BOUNDSCHECK="1")
+    assert "RuntimeError: first failed: an index out of bounds" in caught.value.stderr
 
 
-def test_a_folder_open_to_others_is_not_unpickled(tmp_path: Path) -> None:
-    source, cache = tmp_path / "source", tmp_path / "cache"
-    run(source, cache)
-    (folder,) = {path.parent for path in cache.rglob("*.nbi")}
-    folder.chmod(0o770)
-    output, log = run(source, cache)
-    assert output == "2 3 1 0"
-    assert "can be written by, another user" in log
+def test_code_for_every_level_gives_the_same() -> None:
+    """Also that this process runs what is meant for older processors."""
+    from fastload.kernels import compiler
+
+    keys = np.arange(BIJECTION_ROUNDS, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    wanted = np.empty(1000, np.int64)
+    biject(keys, 10**9, np.arange(1000), wanted)
+    levels = loading.LEVELS[loading.LEVELS.index(loading.level_here()) :]
+    (unit,) = jit.units("fastload.kernels.bijection")
+    assert len({unit.object_name(level) for level in levels}) == len(levels)
+    for code in compiler.compile_unit(unit, levels).values():
+        (address,) = loading.load(code, [jit.symbol(unit.kernels[0])])
+        of_level = loading.builtin("biject", address, (np.ndarray, unit.kernels[0].refuse))
+        found = np.empty(1000, np.int64)
+        assert of_level(keys, 10**9, np.arange(1000), found) == -1
+        np.testing.assert_array_equal(found, wanted)
 
 
-def test_a_damaged_entry_is_compiled_again(tmp_path: Path) -> None:
-    source, cache = tmp_path / "source", tmp_path / "cache"
-    run(source, cache)
-    for path in cache.rglob("*.nbc"):
-        path.write_bytes(path.read_bytes()[:100])
-    output, log = run(source, cache)
-    assert output == "2 3 1 0"
-    assert "compiled afresh" in log
-    assert run(source, cache) == ("2 3 1 1", "")
+def test_kernels_may_not_need_numba() -> None:
+    from fastload.kernels import compiler
+
+    @jit.kernel(jit.int64(jit.int64))
+    def allocates(count: int) -> int:
+        return int(np.zeros(count, np.int64).sum())
+
+    (unit,) = jit.units(__name__)
+    with pytest.raises(Exception, match="zeros"):
+        compiler.compile_unit(unit, [loading.level_here()])
+    jit._entries.pop(__name__)
 
 
 def test_kernels_stay_plain_functions_where_numba_is_off(tmp_path: Path) -> None:
+    assert run(tmp_path / "source", tmp_path / "cache", NUMBA_DISABLE_JIT="1") == ("7 8 loaded", "")
     code = "from fastload.kernels.gather import gather_pieces as g; print(type(g).__name__)"
     environ = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "function"
 
 
-def test_arguments_of_another_kind_are_refused() -> None:
-    with pytest.raises(TypeError, match="No matching definition"):
-        copy_bytes(np.zeros(8, np.uint8)[::2], np.zeros(8, np.uint8))
-    frozen = np.zeros(8, np.uint8)
-    frozen.flags.writeable = False
-    with pytest.raises(TypeError, match="No matching definition"):
-        copy_bytes(frozen, frozen)
-
-
-def test_threads_may_call_first(tmp_path: Path) -> None:
-    """Several threads meet an uncompiled kernel, which is compiled once."""
-    from numba import int64
-
-    from fastload.kernels.jit import kernel
-
-    @kernel(int64(int64))
-    def double(value: int) -> int:
-        return 2 * value
-
-    found: list[int] = []
-    threads = [threading.Thread(target=lambda n=n: found.append(double(n))) for n in range(4)]
+def test_threads_may_call_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several threads meet a kernel that nobody has loaded, which is loaded once."""
+    loads: list[str] = []
+    load = jit._load
+    monkeypatch.setattr(jit, "_load", lambda unit: (loads.append(unit.module), load(unit)))
+    monkeypatch.setattr(fill_buckets, "_run", fill_buckets._run_first)  # type: ignore[attr-defined]
+    found = [np.zeros(3, np.int32) for _ in range(4)]
+    threads = [threading.Thread(target=fill_buckets, args=(READ_ONLY, 1, each)) for each in found]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(found) == [0, 2, 4, 6]
-    assert len(double.signatures) == 1  # type: ignore[attr-defined]
+    assert [each.tolist() for each in found] == [[1, 3, 4]] * 4
+    assert loads == ["fastload.kernels.locate"]
 
 
 def test_compiling_in_the_background() -> None:
@@ -140,7 +161,7 @@ def test_compiling_in_the_background() -> None:
     compilation.join()
     compilation.join()
     assert compilation.done
-    assert gather_pieces.overloads  # type: ignore[attr-defined]
+    assert gather_pieces.is_ready  # type: ignore[attr-defined]
     assert warm_up("gather") >= 2
 
 
@@ -150,12 +171,27 @@ def test_what_goes_wrong_in_the_background_is_raised() -> None:
         compilation.join()
 
 
-def test_a_fork_waits_for_the_compiler(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fork_waits_until_nothing_is_half_loaded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.WARNING)
-    compilation = compile_in_background("gather", "tarindex", "grouping")
+    is_inside, may_end = threading.Event(), threading.Event()
+
+    def load(unit: jit.Unit) -> None:
+        is_inside.set()
+        may_end.wait(60)
+
+    monkeypatch.setattr(jit, "_load", load)
+    monkeypatch.setattr(fill_buckets, "_run", fill_buckets._run_first)  # type: ignore[attr-defined]
+    compilation = compile_in_background("locate")
+    is_inside.wait(60)
     child = multiprocessing.get_context("fork").Process(target=_compiles)
-    child.start()
-    assert compilation.done
+    forking = threading.Thread(target=child.start)
+    forking.start()
+    forking.join(0.2)
+    assert forking.is_alive()
+    may_end.set()
+    forking.join()
     child.join(60)
     assert child.exitcode == 0
     child.close()
@@ -163,4 +199,5 @@ def test_a_fork_waits_for_the_compiler(caplog: pytest.LogCaptureFixture) -> None
 
 
 def _compiles() -> None:
-    warm_up("gather", "tarindex", "grouping")
+    with jit._lock:
+        assert warm_up("gather", "tarindex", "grouping") >= 4

@@ -103,7 +103,7 @@ class Blend:
         starts = np.array([[lane_length(lane, first, partitions) for first, _ in steps] for lane in lanes], np.int64)
         counts = np.empty((partitions, *rates.shape), np.int64)
         lags = np.empty(counts.shape, np.float64)
-        fill_steps(keys, rates, starts, counts, lags)
+        fill_steps(keys, rates, starts, *_scratch(len(keys[0])), counts, lags)
         return cls(keys, rates, starts, counts, lags)
 
     @property
@@ -114,7 +114,7 @@ class Blend:
     def shares(self, lanes: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """How many samples of each source the first `numbers` of `lanes` hold, int64[lanes, sources]."""
         found = np.empty((len(lanes), self.keys.shape[1]), np.int64)
-        shares_at(*self._tables, lanes, numbers, found)
+        shares_at(*self._tables, lanes, numbers, *_scratch(found.shape[1])[1:], found)
         return found
 
     def numbers(self, lanes: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -145,7 +145,7 @@ class Blend:
     def sources(self, lane: int, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """The source of each of some rising numbers of a lane, int32, and which of its samples there, int64."""
         sources, samples = np.empty(len(numbers), np.int32), np.empty(len(numbers), np.int64)
-        mix(*self._tables, lane, np.ascontiguousarray(numbers), sources, samples)
+        mix(*self._tables, lane, np.ascontiguousarray(numbers), *_scratch(self.keys.shape[1]), sources, samples)
         return sources, samples
 
     @property
@@ -153,6 +153,10 @@ class Blend:
         self,
     ) -> tuple[NDArray[np.uint64], NDArray[np.float64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
         return self.keys, self.rates, self.starts, self.counts, self.lags
+
+
+def _scratch(sources: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    return np.empty(sources, np.int64), np.empty(sources, np.float64)
 
 
 def _key(seed: int, epoch: int, lane: int, source: int) -> int:

@@ -1,0 +1,64 @@
+"""The code of functions that kernels call and that cannot be said in Python; see `jit.generated`. For the compiler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
+
+__all__ = ["copy_range", "prefetch", "scratch"]
+
+_READ, _SECOND_LEVEL, _DATA = 0, 2, 1  # LLVM's words for what is fetched, and how near
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def copy_range(typing: Any, source: Any, at: Any, out: Any, to: Any, size: Any) -> Any:
+    """The C library's memcpy."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        from_, into = _pointer(context, builder, signature, args, 0), _pointer(context, builder, signature, args, 2)
+        cgutils.raw_memcpy(builder, into, from_, args[4], 1)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, out, types.intp, types.intp), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(typing: Any, source: Any, at: Any) -> Any:
+    """The processor's own instruction."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, signature, args, 0)
+        word = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, word, word, word])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
+        builder.call(function, [pointer, word(_READ), word(_SECOND_LEVEL), word(_DATA)])
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp), generate
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def scratch(typing: Any, length: Any, dtype: Any) -> Any:
+    """An array in the frame of the function that calls this."""
+    count = length.literal_value  # it is a constant, and not large
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = context.get_data_type(dtype.dtype)
+        array = context.make_array(signature.return_type)(context, builder)
+        data = builder.bitcast(cgutils.alloca_once(builder, ir.ArrayType(kind, count)), kind.as_pointer())
+        item_bytes = context.get_abi_sizeof(kind)
+        intp = context.get_value_type(types.intp)
+        populate_array(array, data, [intp(count)], [intp(item_bytes)], item_bytes, meminfo=None)
+        return array._getvalue()
+
+    return types.Array(dtype.dtype, 1, "C")(length, dtype), generate
+
+
+def _pointer(context: Any, builder: Any, signature: Any, args: Any, number: int) -> Any:
+    """The address of the element that argument `number`, an array, and the index after it name."""
+    array = context.make_array(signature.args[number])(context, builder, args[number])
+    return builder.gep(array.data, [args[number + 1]])
