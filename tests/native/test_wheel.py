@@ -1,5 +1,5 @@
 """What `make wheel` has made, installed into a bare venv on a PATH without a compiler: it decodes with a libjpeg of its
-own.
+own, and has its kernels compiled.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from fastload.decode import image
+from fastload.kernels import loading, module_names
 from tests.decode import pictures
 
 WHEEL = Path(os.environ.get("FASTLOAD_WHEEL", ""))
@@ -27,6 +28,9 @@ PROGRAM = """
 import sys
 import numpy as np
 import fastload
+sys.modules["numba"] = None  # importing it fails
+from fastload.kernels import FIRST_BATCH, OF_DECODERS, warm_up
+assert warm_up(*FIRST_BATCH, "mixing", *(name for names in OF_DECODERS.values() for name in names)) > 10
 from fastload.decode import image, native
 assert fastload.__file__.startswith(sys.prefix), fastload.__file__
 assert native.c_unit() is not None
@@ -46,6 +50,10 @@ def test_it_is_for_every_python_on_any_linux_of_some_age() -> None:
         names = archive.namelist()
     assert [name for name in names if name.startswith("fastload.libs/libjpeg")]
     assert "fastload/decode/_native.so" in names
+    for module in module_names():
+        kernels = [name for name in names if name.startswith(f"fastload/kernels/compiled/{module}-")]
+        levels = sorted(name.split(".", 1)[1] for name in kernels)
+        assert levels == (sorted(f"{level}.o" for level in loading.LEVELS) if kernels else []), kernels
 
 
 def test_an_image_runs_through_it_where_there_is_no_compiler(tmp_path: Path) -> None:
