@@ -10,10 +10,12 @@ is in flight, and a loader that loads it goes on exactly there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar, get_args
 
 import torch.utils.data
+from torch.utils.data import Dataset, Sampler
 
 from fastload.errors import ConfigError
 from fastload.streamed import Stream
@@ -22,6 +24,8 @@ from fastload.streaming import Streaming
 T = TypeVar("T", covariant=True)
 
 WorkersMode = Literal["auto", "thread", "process", "side"]
+
+_TORCH_KNOWS_IN_ORDER = "in_order" in inspect.signature(torch.utils.data.DataLoader).parameters
 
 
 class DataLoader(torch.utils.data.DataLoader[T]):
@@ -43,9 +47,50 @@ class DataLoader(torch.utils.data.DataLoader[T]):
     Raises `ConfigError` where `batch_size` is not the data set's, if that names one.
     """
 
-    def __init__(self, dataset: Any, *args: Any, workers: WorkersMode = "auto", **kwargs: Any) -> None:
-        self.workers = _checked_workers(workers)
-        super().__init__(dataset, *args, **kwargs)
+    def __init__(
+        self,
+        dataset: Dataset[T],
+        batch_size: int | None = 1,
+        shuffle: bool | None = None,
+        sampler: Sampler[Any] | Iterable[Any] | None = None,
+        batch_sampler: Sampler[list[Any]] | Iterable[list[Any]] | None = None,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        generator: torch.Generator | None = None,
+        *,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+        pin_memory_device: str = "",
+        in_order: bool = True,
+        workers: WorkersMode = "auto",
+    ) -> None:
+        # Each name is spelt out: frameworks read the signature, and make a loader again from its attributes.
+        self.workers = _checked_workers(workers, dataset)
+        self.in_order = in_order
+        super().__init__(
+            dataset,
+            batch_size,
+            shuffle,
+            sampler,
+            batch_sampler,
+            num_workers,
+            collate_fn,
+            pin_memory,
+            drop_last,
+            timeout,
+            worker_init_fn,
+            multiprocessing_context,
+            generator,
+            prefetch_factor=prefetch_factor,
+            persistent_workers=persistent_workers,
+            pin_memory_device=pin_memory_device,
+            **_in_order(in_order),
+        )
         self._stream = Stream(self) if _is_ours(dataset) else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -85,8 +130,8 @@ class DataLoader(torch.utils.data.DataLoader[T]):
             self._stream.close()
 
     def check_worker_number_rationality(self) -> None:
-        """torch's advice is about processes; ours are threads."""
-        if not _is_ours(self.dataset):
+        """torch's advice is about processes, not about threads."""
+        if not _is_ours(self.dataset) and self.workers != "thread":
             super().check_worker_number_rationality()
 
     def _of_stream(self, method: str) -> Stream:
@@ -102,8 +147,18 @@ def _is_ours(dataset: Any) -> bool:
     return isinstance(dataset, Streaming) and type(dataset).__iter__ is Streaming.__iter__
 
 
-def _checked_workers(workers: Any) -> WorkersMode:
+def _checked_workers(workers: Any, dataset: Any) -> WorkersMode:
     if workers not in get_args(WorkersMode):
         raise ConfigError(f'workers={workers!r} must be "auto", "thread", "process" or "side"')
+    if workers == "side" and not _is_ours(dataset):
+        raise ConfigError(
+            f'workers="side" is for a StreamingDataset or a Mixture, not for {type(dataset).__name__}; '
+            'give "process" or "thread"'
+        )
     checked: WorkersMode = workers
     return checked
+
+
+def _in_order(in_order: bool) -> dict[str, Any]:
+    """The argument for torch's constructor: releases before 2.6 know it not."""
+    return {"in_order": in_order} if _TORCH_KNOWS_IN_ORDER else {}
