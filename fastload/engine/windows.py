@@ -77,7 +77,7 @@ class Window:
 
     def write_keys(self, rows: Ints, samples: Ints, at: Ints, text: npt.NDArray[np.uint8]) -> None:
         """Write their keys, whose lengths were asked for, to where each of `samples` begins in `text`: `at`."""
-        write_keys(self._key_bytes, self._key_starts, rows, samples, at, text)
+        _check_rows(rows, write_keys(self._key_bytes, self._key_starts, rows, samples, at, text))
 
     def urls(self, places: Ints, urls_of: Callable[[Ints], list[str]]) -> npt.NDArray[np.object_]:
         """The URLs of shards at `places` in `object_nos`."""
@@ -104,7 +104,7 @@ class Window:
 
 def _check_rows(rows: Ints, wrong: int) -> None:
     if wrong >= 0:
-        raise IndexError(f"row {rows[wrong]} is none of its window's")
+        raise IndexError(f"row {rows[wrong]} is none of its window's, or has no room in the batch")
 
 
 class LiveWindows:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fastload.kernels.copying import copy_bytes
+from fastload.kernels.copying import copy_range
 from fastload.kernels.jit import array_in, array_out, int32, int64, kernel, uint8, void
 
 __all__ = ["fill_places", "key_lengths", "look_up", "write_keys"]
@@ -65,9 +65,15 @@ def key_lengths(key_starts: Int64s, rows: Int64s, samples: Int64s, lengths: Int6
     return -1
 
 
-@kernel(void(array_in(uint8), _ints_in, _ints_in, _ints_in, _ints_in, array_out(uint8)))
-def write_keys(key_bytes: Bytes, key_starts: Int64s, rows: Int64s, samples: Int64s, at: Int64s, text: Bytes) -> None:
-    """Copy the keys of these rows, which `key_lengths` has checked, to where `at` has each of `samples` in `text`."""
+@kernel(int64(array_in(uint8), _ints_in, _ints_in, _ints_in, _ints_in, array_out(uint8)))
+def write_keys(key_bytes: Bytes, key_starts: Int64s, rows: Int64s, samples: Int64s, at: Int64s, text: Bytes) -> int:
+    """Copy the keys of these rows, which `key_lengths` has checked, to where `at` has each of `samples` in `text`.
+    Returns which does not fit there, or -1.
+    """
     for number in range(rows.size):
-        row = rows[number]
-        copy_bytes(key_bytes[key_starts[row] : key_starts[row + 1]], text[at[samples[number]] :])
+        row, to = rows[number], at[samples[number]]
+        size = key_starts[row + 1] - key_starts[row]
+        if not 0 <= to <= text.size - size:
+            return number
+        copy_range(key_bytes, key_starts[row], text, to, size)
+    return -1
