@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from fastload.transport.memory import PeerMemory, SharedPool, Slot
+from fastload.transport.pickling import reduced
 from fastload.transport.slots import SMALL_BYTES
 
 Bytes = npt.NDArray[np.uint8]
@@ -192,51 +192,10 @@ class Link:
 
 
 class _Pickler(pickle.Pickler):
-    """Takes tensors apart into their memory, which may go out of band, and what is needed to see it as they did."""
+    """Large buffers go out of band."""
 
     def __init__(self, stream: io.BytesIO, buffer_callback: Callable[[pickle.PickleBuffer], Any]) -> None:
         super().__init__(stream, 5, buffer_callback=buffer_callback)
 
     def reducer_override(self, value: Any) -> Any:
-        if type(value) is torch.Tensor and is_plain(value):
-            return tensor_parts(value)
-        if type(value) is np.ndarray and not value.flags.writeable:
-            return value.copy().__reduce_ex__(5)  # a buffer that may not be written to would arrive as one
-        return NotImplemented
-
-
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether it is no more than memory of this machine, seen in some order."""
-    return (
-        tensor.device.type == "cpu"
-        and tensor.layout is torch.strided
-        and not tensor.is_quantized
-        and not tensor.is_conj()
-        and not tensor.is_neg()
-        and not tensor.requires_grad
-    )
-
-
-def tensor_parts(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """For pickle: how to make this plain tensor again from its memory. Dense ones keep their strides."""
-    dense = tensor if _is_dense(tensor) else tensor.contiguous()
-    flat = dense.as_strided((dense.numel(),), (1,)) if dense.numel() else dense.new_empty(0)
-    memory = flat.view(torch.uint8) if flat.numel() else flat.to(torch.uint8)
-    return _tensor_of, (pickle.PickleBuffer(memory.numpy().data), dense.dtype, tuple(dense.shape), dense.stride())
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether its elements lie next to each other, in whatever order (channels_last, a transposed matrix)."""
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _tensor_of(memory: Any, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
-    array = np.frombuffer(memory, np.uint8) if not isinstance(memory, np.ndarray) else memory
-    if not array.size:
-        return torch.empty_strided(shape, stride, dtype=dtype)
-    return torch.from_numpy(array).view(dtype).as_strided(shape, stride)
+        return reduced(value)

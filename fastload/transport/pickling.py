@@ -1,0 +1,62 @@
+"""Pickling in which tensors and arrays are taken apart into their memory, which may cross beside the pickle.
+
+A tensor is pickled as its memory, whichever way it is laid out, and as what is needed to see it as it was. What torch
+can do that this cannot (sparse, quantised and nested tensors, subclasses) is left to torch, down to the plain tensors
+inside. Whatever is made again is writable, where the buffers that it is made from are.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def reduced(value: Any) -> Any:
+    """For `reducer_override` of a pickler of protocol 5: tensors and arrays as their memory, the rest as ever."""
+    if type(value) is torch.Tensor and is_plain(value):
+        return tensor_parts(value)
+    if isinstance(value, np.ndarray) and not value.flags.writeable:
+        return value.copy().__reduce_ex__(5)  # a buffer that may not be written to would arrive as one
+    return NotImplemented
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it is no more than memory of this machine, seen in some order."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and not tensor.is_quantized
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and not tensor.requires_grad
+    )
+
+
+def tensor_parts(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """For pickle: how to make this plain tensor again from its memory. Dense ones keep their strides."""
+    dense = tensor if _is_dense(tensor) else tensor.contiguous()
+    flat = dense.as_strided((dense.numel(),), (1,)) if dense.numel() else dense.new_empty(0)
+    memory = flat.view(torch.uint8) if flat.numel() else flat.to(torch.uint8)
+    return _tensor_of, (pickle.PickleBuffer(memory.numpy().data), dense.dtype, tuple(dense.shape), dense.stride())
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements lie next to each other, in whatever order (channels_last, a transposed matrix)."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _tensor_of(memory: Any, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+    array = np.frombuffer(memory, np.uint8) if not isinstance(memory, np.ndarray) else memory
+    if not array.size:
+        return torch.empty_strided(shape, stride, dtype=dtype)
+    return torch.from_numpy(array).view(dtype).as_strided(shape, stride)
