@@ -18,6 +18,7 @@ import torch.utils.data
 from torch.utils.data import Dataset, Sampler
 
 from fastload.errors import ConfigError
+from fastload.foreign.threads import ThreadIter
 from fastload.streamed import Stream
 from fastload.streaming import Streaming
 
@@ -105,6 +106,11 @@ class DataLoader(torch.utils.data.DataLoader[T]):
         if self._stream is None:
             return super().__iter__()
         return self._stream.iterate()
+
+    def _get_iterator(self) -> Any:
+        if self.num_workers and self.workers == "thread":
+            return ThreadIter(self)
+        return super()._get_iterator()
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch. TypeError, with the cure, while shards are not indexed."""

@@ -1,0 +1,98 @@
+"""`torch.utils.data.get_worker_info()` in worker threads.
+
+torch keeps what it gives in a global of a module, one for a whole process. Worker threads have one each, and the
+threads of the trainer none. Users hold the function itself (`from torch.utils.data import get_worker_info`), so putting
+another in its place would miss them; and what it gives where there is no worker has to be None, so the global cannot
+hold something that tells threads apart. So while there are worker threads, the function has other *code*, which looks
+at the thread that calls it before it looks at the global; with the last of them it gets its own back.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import CodeType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data._utils import worker as torch_worker
+
+_changing = threading.Lock()
+_threads = 0  # that have an info now
+_original: CodeType | None = None  # the function's own code, while it has ours
+
+# As in torch's module, whose globals `_of_thread_or_process` sees once it is the code of torch's function.
+_worker_info: Any = None
+_fastload_thread = threading.local()
+
+
+def _of_thread_or_process() -> Any:
+    return getattr(_fastload_thread, "info", _worker_info)
+
+
+@contextmanager
+def worker_thread(info: Any) -> Iterator[None]:
+    """While it is entered, `get_worker_info()` gives `info` in this thread."""
+    _look_at_threads()
+    _fastload_thread.info = info
+    try:
+        yield
+    finally:
+        del _fastload_thread.info
+        _one_thread_less()
+
+
+def info_of_thread(number: int, count: int, base_seed: int, dataset: Any) -> Any:
+    """torch's `WorkerInfo`, as a worker process has it, and generators where this torch has a place for them.
+
+    The global generators of Python, numpy and torch are the trainer's, so a thread does not seed them.
+    """
+    seed = base_seed + number
+    more: dict[str, Any] = {}
+    if hasattr(torch_worker, "_RNG"):
+        generator = torch.Generator()
+        generator.manual_seed(seed)
+        numpy_seed = torch_worker._generate_state(base_seed, number)  # type: ignore[no-untyped-call]
+        rng = torch_worker._RNG(random.Random(seed), generator, np.random.default_rng(numpy_seed))
+        more = {"rng": rng, "worker_method": "thread"}
+    return torch_worker.WorkerInfo(id=number, num_workers=count, seed=seed, dataset=dataset, **more)
+
+
+def _look_at_threads() -> None:
+    global _threads, _original
+    with _changing:
+        if not _threads:
+            vars(torch_worker)["_fastload_thread"] = _fastload_thread
+            _original = torch_worker.get_worker_info.__code__
+            torch_worker.get_worker_info.__code__ = _of_thread_or_process.__code__
+        _threads += 1
+
+
+def _one_thread_less() -> None:
+    global _threads
+    with _changing:
+        _threads -= 1
+        if not _threads:
+            _restore()
+
+
+def _restore() -> None:
+    global _original
+    if _original is not None:
+        torch_worker.get_worker_info.__code__ = _original
+        _original = None  # the name in torch's module stays: somebody may be about to look it up
+
+
+def _begin_as_child() -> None:
+    """A process that a worker thread forked is no worker, and the others stayed where they were."""
+    global _changing, _threads, _fastload_thread
+    _changing, _threads = threading.Lock(), 0
+    _fastload_thread = threading.local()
+    _restore()
+
+
+os.register_at_fork(after_in_child=_begin_as_child)

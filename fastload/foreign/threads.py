@@ -1,0 +1,378 @@
+"""Worker threads for data sets that are not ours: `DataLoader(workers="thread")`.
+
+They do what torch's worker processes do, in this process: nothing is pickled, started or copied from process to
+process, and a data set that is large, or that cannot be pickled, is there once. They share one interpreter lock with
+the trainer, so they are for data sets that spend their time outside Python (reading, decoding, numpy).
+
+What a worker process has of its own, a thread has where that matters and can be: `get_worker_info()`, with a seed; the
+data set, `collate_fn` and `worker_init_fn`, copied together so that they still refer to each other, if the data set is
+iterable (each worker has to be somewhere else in it) or there is a `worker_init_fn` (which is there to make the copies
+differ); otherwise all share what the user gave. Not the global generators of Python, numpy and torch: they stay the
+trainer's, and unseeded.
+
+Batches are dealt to workers in turn, as torch deals them. Each task has exactly one answer: a batch, an error, or that
+the worker's iterable data set has ended. With `in_order`, answers are taken in the order of their tasks, that last kind
+too, so that the order does not depend on who was faster.
+
+Threads refer to their inbox and the board, not to the iterator: one that is dropped tells them to end, and waits for
+nothing. At exit they are waited for, for a while, since a thread that is inside of torch's C++ when the interpreter
+goes away may take the process with it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import functools
+import os
+import queue
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils.data.graph_settings
+from torch._utils import ExceptionWrapper
+from torch.utils.data import IterDataPipe, MapDataPipe
+from torch.utils.data._utils.pin_memory import pin_memory
+from torch.utils.data.dataloader import _BaseDataLoaderIter, _DatasetKind, _sharding_worker_init_fn
+
+from fastload.errors import WorkerError
+from fastload.foreign.info import info_of_thread, worker_thread
+
+# How long threads that are to end are waited for, all together, where they are waited for.
+_END_S = 5.0
+
+_NO_EPOCH = -1
+
+
+class ThreadIter(_BaseDataLoaderIter):
+    """One pass over a foreign data set, or one pass after another with `persistent_workers`, by worker threads."""
+
+    def __init__(self, loader: Any) -> None:
+        super().__init__(loader)
+        self._prefetch_factor = loader.prefetch_factor
+        self._in_order = loader.in_order
+        self._worker_init_fn = loader.worker_init_fn
+        if isinstance(self._dataset, (IterDataPipe, MapDataPipe)):
+            self._worker_init_fn = functools.partial(
+                _sharding_worker_init_fn, self._worker_init_fn, self._world_size, self._rank
+            )
+        self._epoch = _NO_EPOCH
+        self._hire()
+        self._reset(loader, first_iter=True)
+
+    def _hire(self) -> None:
+        self._crew = _Crew(self._jobs())
+        self._end = weakref.finalize(self, self._crew.dismiss)
+        self._end.atexit = False  # `_end_workers` does more
+
+    def _jobs(self) -> list[_Job]:
+        parts = (self._dataset, self._collate_fn, self._worker_init_fn)
+        needs_own = self._dataset_kind == _DatasetKind.Iterable or self._worker_init_fn is not None
+        pin = _pinning(self._pin_memory_device) if self._pin_memory else None
+        return [
+            _Job(
+                info_of_thread(number, self._num_workers, int(self._base_seed), dataset),
+                functools.partial(
+                    _DatasetKind.create_fetcher,
+                    self._dataset_kind,
+                    dataset,
+                    self._auto_collation,
+                    collate,
+                    self._drop_last,
+                ),
+                init,
+                pin,
+            )
+            for number, (dataset, collate, init) in enumerate(_for_workers(parts, self._num_workers, needs_own))
+        ]
+
+    def _reset(self, loader: Any, first_iter: bool = False) -> None:
+        super()._reset(loader, first_iter)
+        if self._crew.is_foreign:
+            self._hire()
+        self._epoch += 1
+        self._crew.begin(self._epoch, self._shared_seed)
+        self._next_task = 0  # the number of the next to be given to a worker
+        self._next_answer = 0  # with in_order: the task whose answer is to be taken next
+        self._early: dict[int, _Answer] = {}  # with in_order: answers to later tasks
+        self._loads = [0] * self._num_workers  # tasks of each worker whose answers were not taken
+        self._has_more = [True] * self._num_workers
+        self._turn = 0
+        for _ in range(self._prefetch_factor * self._num_workers):
+            self._give_task()
+
+    def _next_data(self) -> Any:
+        while sum(self._loads):
+            answer = self._take()
+            self._loads[answer.worker] -= 1
+            if answer.data is _EXHAUSTED:
+                self._has_more[answer.worker] = False
+            self._give_task()
+            if answer.data is _EXHAUSTED:
+                continue
+            if isinstance(answer.data, ExceptionWrapper):
+                answer.data.reraise()  # type: ignore[no-untyped-call]  # torch has no types here
+            return answer.data
+        if not self._persistent_workers:
+            self._crew.dismiss()
+        raise StopIteration
+
+    def _take(self) -> _Answer:
+        if not self._in_order:
+            return self._receive()
+        while self._next_answer not in self._early:
+            answer = self._receive()
+            self._early[answer.task] = answer
+        self._next_answer += 1
+        return self._early.pop(self._next_answer - 1)
+
+    def _receive(self) -> _Answer:
+        if self._crew.is_foreign:
+            raise RuntimeError(
+                "this iterator's worker threads stayed in the process that this one was forked from; "
+                "iterate the DataLoader anew"
+            )
+        while True:
+            try:
+                answer = self._crew.answers.get(timeout=self._timeout or None)
+            except queue.Empty:
+                raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds") from None
+            if answer.epoch == self._epoch:
+                return answer
+
+    def _give_task(self) -> None:
+        worker = self._next_worker()
+        if worker is None:
+            return
+        try:
+            index = self._next_index()  # type: ignore[no-untyped-call]
+        except StopIteration:
+            return
+        self._turn = (worker + 1) % self._num_workers
+        self._loads[worker] += 1
+        self._crew.give(worker, _Task(self._epoch, self._next_task, index))
+        self._next_task += 1
+
+    def _next_worker(self) -> int | None:
+        """Whose turn it is; without `in_order`, workers with their share of tasks are passed over."""
+        share = self._prefetch_factor * self._num_workers // max(1, sum(self._has_more))
+        for step in range(self._num_workers):
+            worker = (self._turn + step) % self._num_workers
+            if self._has_more[worker] and (self._in_order or self._loads[worker] < share):
+                return worker
+        return None
+
+    def _shutdown_workers(self) -> None:
+        """End the threads and wait for them, unless one does not come back from the user's code."""
+        self._crew.dismiss()
+        self._crew.wait()
+
+
+_EXHAUSTED = object()  # what a worker answers whose iterable data set has ended
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    epoch: int
+    number: int
+    index: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    epoch: int
+    task: int
+    worker: int
+    data: Any  # a batch, an ExceptionWrapper or _EXHAUSTED
+
+
+@dataclass(frozen=True, slots=True)
+class _Begin:
+    """An epoch begins. Data pipes are seeded by `shared_seed`."""
+
+    shared_seed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What one worker needs."""
+
+    info: Any
+    fetcher: Callable[[], Any]  # for one epoch
+    init: Callable[[int], None] | None
+    pin: Callable[[Any], Any] | None
+
+
+@dataclass(slots=True)
+class _Board:
+    """What all workers of a crew see."""
+
+    epoch: int = _NO_EPOCH  # tasks of others are skipped
+    answers: queue.SimpleQueue[_Answer] = field(default_factory=queue.SimpleQueue)
+    started: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)
+
+
+class _Crew:
+    """A thread for each job."""
+
+    def __init__(self, jobs: list[_Job]) -> None:
+        self._pid = os.getpid()
+        self._board = _Board()
+        self.answers = self._board.answers
+        self._workers = [_Worker(job, self._board) for job in jobs]
+        own_threads = torch.get_num_threads()
+        for worker in self._workers:
+            worker.start()
+        for _ in self._workers:
+            self._board.started.get()
+        # They gave torch one thread each, which holds for themselves, but for any thread that begins later too.
+        torch.set_num_threads(own_threads)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the threads stayed behind in a process that this one was forked from."""
+        return self._pid != os.getpid()
+
+    def begin(self, epoch: int, shared_seed: int | None) -> None:
+        """Tasks of earlier epochs are of no use any more."""
+        self._board.epoch = epoch
+        for worker in self._workers:
+            worker.inbox.put(_Begin(shared_seed))
+
+    def give(self, worker: int, task: _Task) -> None:
+        """Its answer comes to `answers`, after those of the worker's earlier tasks."""
+        self._workers[worker].inbox.put(task)
+
+    def dismiss(self) -> None:
+        """Each thread ends after the task that it is at. May be called often, in any thread and under any lock."""
+        for worker in self._workers:
+            worker.dismiss()
+
+    def wait(self) -> None:
+        """Until all have ended, or they take too long."""
+        _wait_for(self._workers)
+
+
+class _Worker(threading.Thread):
+    """Prepares itself, then does what comes into its inbox, until that is None."""
+
+    def __init__(self, job: _Job, board: _Board) -> None:
+        super().__init__(name=f"fastload-worker-{job.info.id}", daemon=True)
+        self.inbox: queue.SimpleQueue[_Task | _Begin | None] = queue.SimpleQueue()
+        self._job, self._board = job, board
+        self._where = f"in DataLoader worker thread {job.info.id}"
+        self._fetcher: Any = None
+        self._failure: ExceptionWrapper | None = None  # of `worker_init_fn`, or of the beginning of an epoch
+        self._is_exhausted = False
+
+    def dismiss(self) -> None:
+        self._board.epoch = _NO_EPOCH
+        self.inbox.put(None)
+
+    def run(self) -> None:
+        """torch's threads of a thread begin as those of the process, when they are first asked for: so ask before."""
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+        self._board.started.put(None)
+        with worker_thread(self._job.info):
+            init_failure = self._caught(self._init)
+            while (order := self.inbox.get()) is not None:
+                if isinstance(order, _Begin):
+                    self._failure = init_failure or self._caught(functools.partial(self._begin, order))
+                elif order.epoch == self._board.epoch:
+                    # Nothing here refers to the batch once it is on its way: the next may be long in coming.
+                    self._board.answers.put(
+                        _Answer(order.epoch, order.number, self._job.info.id, self._answer(order.index))
+                    )
+
+    def _init(self) -> None:
+        if self._job.init is not None:
+            self._job.init(self._job.info.id)
+
+    def _begin(self, order: _Begin) -> None:
+        dataset = self._job.info.dataset
+        if isinstance(dataset, IterDataPipe) and order.shared_seed is not None:
+            generator = torch.Generator()
+            generator.manual_seed(order.shared_seed)
+            torch.utils.data.graph_settings.apply_random_seed(dataset, generator)
+        self._is_exhausted = False
+        self._fetcher = self._job.fetcher()
+
+    def _answer(self, index: Any) -> Any:
+        if self._failure is not None:
+            return self._failure
+        if self._is_exhausted:
+            return _EXHAUSTED
+        return self._caught(functools.partial(self._fetch, index))
+
+    def _fetch(self, index: Any) -> Any:
+        try:
+            batch = self._fetcher.fetch(index)
+        except StopIteration:
+            if not isinstance(self._job.info.dataset, torch.utils.data.IterableDataset):
+                raise
+            self._is_exhausted = True
+            return _EXHAUSTED
+        return batch if self._job.pin is None else self._job.pin(batch)
+
+    def _caught(self, call: Callable[[], Any]) -> Any:
+        """What `call` gives; or what it raises, as torch's workers send it."""
+        try:
+            return call()
+        except Exception:
+            return ExceptionWrapper(where=self._where)  # type: ignore[no-untyped-call]
+        except BaseException as error:
+            # A SystemExit in the data set, say: the trainer is neither to end nor to wait for ever.
+            return ExceptionWrapper(  # type: ignore[no-untyped-call]
+                (WorkerError, error, error.__traceback__), where=self._where
+            )
+
+
+def _for_workers(parts: tuple[Any, ...], count: int, needs_own: bool) -> list[tuple[Any, ...]]:
+    """The parts for each worker: copies, each made as a whole, or `parts` themselves."""
+    if not needs_own:
+        return [parts] * count
+    try:
+        return [copy.deepcopy(parts) for _ in range(count)]
+    except Exception as error:  # whatever the user's objects raise
+        warnings.warn(
+            f"{type(parts[0]).__name__}, collate_fn and worker_init_fn could not be copied for each worker thread, so "
+            f'that all share them ({type(error).__name__}: {error}); workers="process" keeps them apart',
+            stacklevel=2,
+        )
+        return [parts] * count
+
+
+def _pinning(device: Any) -> Callable[[Any], Any]:
+    """Pins for the device that is current here: each thread has one of its own, and it begins with the first."""
+    current = torch.accelerator.current_device_index() if hasattr(torch, "accelerator") else torch.cuda.current_device()
+
+    def pin(batch: Any) -> Any:
+        if hasattr(torch, "accelerator"):
+            torch.accelerator.set_device_index(current)
+        else:
+            torch.cuda.set_device(current)
+        return pin_memory(batch, device)  # type: ignore[no-untyped-call]
+
+    return pin
+
+
+def _wait_for(workers: list[_Worker]) -> None:
+    deadline = time.monotonic() + _END_S
+    for worker in workers:
+        if worker is not threading.current_thread():
+            worker.join(max(0.0, deadline - time.monotonic()))
+
+
+@atexit.register
+def _end_workers() -> None:
+    workers = [thread for thread in threading.enumerate() if isinstance(thread, _Worker)]
+    for worker in workers:
+        worker.dismiss()
+    _wait_for(workers)
