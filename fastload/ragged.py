@@ -252,6 +252,18 @@ class Ragged:
         return Ragged(pinned(self._values), pinned(self._offsets), self._shapes, self._kind)
 
 
+def unchecked(
+    values: npt.NDArray[Any],
+    offsets: npt.NDArray[np.int64],
+    shapes: list[tuple[int, ...]] | None = None,
+    kind: Kind = "bytes",
+) -> Ragged:
+    """A `Ragged` of what is known to fit, since we made it: nothing is looked at, and what is given is kept."""
+    made = Ragged.__new__(Ragged)
+    made._values, made._offsets, made._shapes, made._kind = values, offsets, shapes, kind
+    return made
+
+
 def _check(
     values: npt.NDArray[Any],
     offsets: npt.NDArray[np.int64],

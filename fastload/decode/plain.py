@@ -18,7 +18,7 @@ import numpy.typing as npt
 from fastload.decode.base import Decoder, Offsets, Where
 from fastload.decode.keys import Keys
 from fastload.errors import ConfigError, DecodeError
-from fastload.ragged import Ragged
+from fastload.ragged import Ragged, unchecked
 
 __all__ = ["Json", "Raw", "Text", "json", "raw", "text"]
 
@@ -36,7 +36,7 @@ class Raw(Decoder):
     def decode_owned(
         self, values: npt.NDArray[np.uint8], offsets: Offsets, where: Where, keys: Keys | None = None
     ) -> Ragged:
-        return Ragged(values[: offsets[-1]], offsets)
+        return unchecked(values[: offsets[-1]], offsets)
 
 
 @dataclass(frozen=True, slots=True)

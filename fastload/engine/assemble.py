@@ -153,8 +153,8 @@ class Assembler:
     def chunks_of(self, entry: BatchEntry) -> Ints:
         """The chunks that an entry needs. Values that are missing need none: the batch will say what is wrong."""
         located = Located(entry, self._live, self._urls_of)
-        names = located.present() if self._columns.names is None else self._columns.names
-        return self._gatherer.needed([located.values_of(name) for name in names])
+        names = tuple(located.present()) if self._columns.names is None else self._columns.names
+        return self._gatherer.lay_out(located.values_of(names)[0]).chunk_nos
 
     def _names(self, located: Located) -> tuple[str, ...]:
         """The columns of these samples: those that were named, or all, which have to be the same in all shards."""
@@ -175,21 +175,20 @@ class Assembler:
 
     def _gather(self, located: Located, names: tuple[str, ...], memory: Memory) -> dict[str, tuple[Bytes, Ints]]:
         """The bytes of each column: values end to end, and their offsets."""
-        found = {name: self._values(located, name) for name in names}
-        offsets = {name: values.out_offsets() for name, values in found.items()}
-        out = {}
-        for name in names:
+        layout = self._gatherer.lay_out(self._values(located, names))
+        out = []
+        for name, byte_count in zip(names, layout.out_offset[:, -1].tolist(), strict=True):
             take = memory.give if isinstance(self._columns.decoder(name), Raw) else memory.stage
-            out[name] = take(int(offsets[name][-1]))
-        self._gatherer.fill([(found[name], offsets[name], out[name]) for name in names])
-        return {name: (out[name], offsets[name]) for name in names}
+            out.append(take(byte_count))
+        self._gatherer.fill(layout, out)
+        return dict(zip(names, zip(out, layout.out_offset, strict=True), strict=True))
 
-    def _values(self, located: Located, name: str) -> Values:
-        values = located.values_of(name)
-        missing = np.flatnonzero(values.offset < 0)
-        if len(missing):
+    def _values(self, located: Located, names: tuple[str, ...]) -> Values:
+        values, missing = located.values_of(names)
+        if missing:
+            column, number = (int(found[0]) for found in np.nonzero(values.offset < 0))
             raise MissingColumnError(
-                f"{self._place(located, name, int(missing[0]))}: the sample has no such column; the shards read "
+                f"{self._place(located, names[column], number)}: the sample has no such column; the shards read "
                 f"with it have {located.present()}. Name the columns that every sample has with columns=[...] "
                 "or decode={...}"
             )

@@ -28,7 +28,7 @@ from fastload.decode import Decoder
 from fastload.decode.keys import Keys
 from fastload.decode.plain import Raw
 from fastload.engine.columns import KEY, URL, ColumnSet
-from fastload.engine.interleave import interleave, rows_of_parts
+from fastload.engine.interleave import interleave
 from fastload.errors import ConfigError, DecodeError, MissingColumnError
 from fastload.transport.slots import Slots
 
@@ -135,6 +135,10 @@ class OneMaker:
 
     def batch(self, gathered: Gathered, slots: Slots) -> Batch:
         """A dict with `__key__` and `__url__`, or a tuple of the columns alone."""
+        return _in_torch(self.arrays(gathered, slots))
+
+    def arrays(self, gathered: Gathered, slots: Slots) -> Batch:
+        """The same with arrays in place of tensors, each of which takes the GIL once more when it goes."""
         values = [self._decoded(gathered, name, slots) for name in gathered.columns]
         if self.columns.as_tuple:
             return tuple(values)
@@ -175,9 +179,19 @@ class OneMaker:
         if fixed is not None:
             out = slots.take_array((gathered.count, *fixed[0]), fixed[1])
             decoder.decode_into(values, offsets, out, where, gathered.random_keys)
-            return torch.from_numpy(out)
-        decoded = decoder.decode(values, offsets, where, gathered.random_keys)
-        return torch.from_numpy(decoded) if isinstance(decoded, np.ndarray) else decoded
+            return out
+        return decoder.decode(values, offsets, where, gathered.random_keys)
+
+
+def _in_torch(batch: Batch) -> Batch:
+    """Arrays become tensors."""
+    if isinstance(batch, tuple):
+        return tuple(map(_value_in_torch, batch))
+    return {name: _value_in_torch(value) for name, value in batch.items()}
+
+
+def _value_in_torch(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,16 +210,16 @@ class MixedMaker:
     def batch(self, gathered: GatheredParts, slots: Slots) -> Batch:
         """A dict with `__key__`, `__url__` and `__source__`, or a tuple of the columns alone."""
         sources = gathered.sources
-        parts = [self.makers[n].batch(part, slots) for n, part in zip(sources, gathered.parts, strict=True)]
-        rows = rows_of_parts(gathered.part_of, len(parts))
+        parts = [self.makers[n].arrays(part, slots) for n, part in zip(sources, gathered.parts, strict=True)]
+        part_of = gathered.part_of
         if self.names is not None:
             columns = zip(self.names, zip(*parts, strict=True), strict=True)
-            return tuple(interleave(name, values, rows, slots) for name, values in columns)
+            return _in_torch(tuple(interleave(name, values, part_of, slots) for name, values in columns))
         batch = {
-            name: interleave(name, [part[name] for part in parts], rows, slots)
+            name: interleave(name, [part[name] for part in parts], part_of, slots)
             for name in _common_columns(sources, parts)
         }
-        return {**batch, SOURCE: torch.from_numpy(np.array(sources, np.int64)[gathered.part_of])}
+        return _in_torch({**batch, SOURCE: np.array(sources, np.int64)[part_of]})
 
     def samples(self, gathered: GatheredParts, reseed: Reseed) -> Iterator[Any]:
         """The samples, one by one; dicts with `__source__`."""

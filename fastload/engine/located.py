@@ -23,39 +23,32 @@ class Located:
     def __init__(self, entry: BatchEntry, live: LiveWindows, urls_of: Callable[[Ints], list[str]]) -> None:
         self.entry = entry
         self._urls_of = urls_of
-        self._parts = [
-            (window, samples, places, window.rows(places, entry.sample_no.take(samples)))
-            for window, samples, places in live.find(entry.object_no)
-        ]
+        self._parts = live.find(entry.object_no, entry.sample_no)
 
     def present(self) -> list[str]:
         """The columns that their windows have."""
         return list(dict.fromkeys(name for window, _, _, _ in self._parts for name in window.columns()))
 
-    def values_of(self, column: str) -> Values:
-        """Where the column's values lie; offset -1 where a sample has none."""
-        values = Values(*np.empty((3, len(self.entry)), np.int64))
-        for window, samples, _, rows in self._parts:
-            window.look_up(column, rows, samples, values.first_chunk, values.offset, values.size)
-        return values
+    def values_of(self, columns: tuple[str, ...]) -> tuple[Values, int]:
+        """Where the values of these columns lie, offset -1 where a sample has none, and how many of these there are."""
+        values = Values.room(len(columns), len(self.entry))
+        missing = [window.look_up(columns, rows, samples, values) for window, samples, _, rows in self._parts]
+        return values, sum(missing)
 
     def keys(self) -> list[str]:
-        """The samples' keys. Written as one text and cut at NUL, which no key holds: no Python a sample."""
-        if not len(self.entry):
-            return []
-        lengths = np.empty(len(self.entry), np.int64)
-        for window, samples, _, rows in self._parts:
-            window.key_lengths(rows, samples, lengths)
-        ends = np.cumsum(lengths + 1)
-        text = np.zeros(int(ends[-1]), np.uint8)
-        for window, samples, _, rows in self._parts:
-            window.write_keys(rows, samples, ends - lengths - 1, text)
-        return str(text.data[:-1], "utf-8", "backslashreplace").split("\0")
+        """The samples' keys."""
+        return self._in_order([window.keys(rows) for window, _, _, rows in self._parts])
 
     def urls(self) -> list[str]:
         """The URLs of their shards. Those of one shard are one object."""
-        urls = np.empty(len(self.entry), object)
-        for window, samples, places, _ in self._parts:
-            urls[samples] = window.urls(places, self._urls_of)
-        listed: list[str] = urls.tolist()
+        return self._in_order([window.urls(places, self._urls_of) for window, _, places, _ in self._parts])
+
+    def _in_order(self, texts: list[list[str]]) -> list[str]:
+        """What is known of the samples by window, in the order of the entry."""
+        if len(texts) == 1:
+            return texts[0]
+        joined = np.empty(len(self.entry), object)
+        for (_, samples, _, _), part in zip(self._parts, texts, strict=True):
+            joined[samples] = part
+        listed: list[str] = joined.tolist()
         return listed

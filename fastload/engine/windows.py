@@ -10,13 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from fastload.engine.gather import Values
 from fastload.formats import ShardIndex
-from fastload.kernels.rows import fill_places, key_lengths, look_up, write_keys
+from fastload.kernels.rows import fill_places, find_rows, look_up, write_keys
 
 Ints = npt.NDArray[np.int64]
 
@@ -38,8 +39,9 @@ class Window:
     _base: Ints = field(init=False)
     _key_bytes: npt.NDArray[np.uint8] = field(init=False)
     _key_starts: Ints = field(init=False)
-    _places: dict[str, Ints] = field(init=False, default_factory=dict)
-    _urls: npt.NDArray[np.object_] | None = field(init=False, default=None)
+    _key_bytes_max: int = field(init=False)
+    _places: dict[tuple[str, ...], Ints] = field(init=False, default_factory=dict)
+    _urls: list[str] | None = field(init=False, default=None)
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -50,61 +52,64 @@ class Window:
         shifts = np.concatenate([[0], np.cumsum([len(index.key_bytes) for index in self.indexes])]).astype(np.int64)
         starts = [index.key_offsets[:-1] + shift for index, shift in zip(self.indexes, shifts, strict=False)]
         self._key_starts = np.concatenate([*starts, shifts[-1:]])
+        self._key_bytes_max = int(np.diff(self._key_starts).max(initial=0))
 
     def columns(self) -> tuple[str, ...]:
         """The names of all columns in these shards, in the order in which they first appear."""
         return tuple(dict.fromkeys(name for index in self.indexes for name in index.columns))
 
-    # Rows are what the following know samples by; `samples` says which of a batch's they are.
+    # Rows are what the following know samples by: one for each, those of a shard behind those of the shard before.
 
-    def rows(self, places: Ints, sample_nos: Ints) -> Ints:
-        """The rows of samples, given as places in `object_nos` and numbers within the shard."""
-        return self._base.take(places) + sample_nos
+    @property
+    def first_rows(self) -> Ints:
+        """The row of each shard's first sample."""
+        return self._base[:-1]
 
-    def look_up(self, column: str, rows: Ints, samples: Ints, first_chunk: Ints, offset: Ints, size: Ints) -> None:
-        """Write to `samples` of the last three: the first chunk of the shard, and offset and size of the value there
-        (-1 and 0: none).
+    def look_up(self, columns: tuple[str, ...], rows: Ints, samples: Ints, values: Values) -> int:
+        """Write to `samples` of `values`, which has these columns, where their values lie (offset -1 and size 0:
+        nowhere). Returns how many are nowhere.
         """
         with self._lock:
-            if column not in self._places:
-                self._places[column] = self._places_of(column)
-            places = self._places[column]
-        _check_rows(rows, look_up(places, rows, samples, first_chunk, offset, size))
+            if columns not in self._places:
+                self._places[columns] = self._places_of(columns)
+            places = self._places[columns]
+        missing: int = look_up(places, rows, samples, values.first_chunk, values.offset, values.size)
+        if missing < 0:
+            row, sample = rows[-1 - missing], samples[-1 - missing]
+            raise IndexError(f"row {row} is none of {len(places)}, or sample {sample} none of {values.size.shape[1]}")
+        return missing
 
-    def key_lengths(self, rows: Ints, samples: Ints, lengths: Ints) -> None:
-        """Write how many bytes their keys have to `samples` of `lengths`."""
-        _check_rows(rows, key_lengths(self._key_starts, rows, samples, lengths))
+    def keys(self, rows: Ints) -> list[str]:
+        """Their keys. Written as one text and cut at NUL, which no key holds: no Python a sample."""
+        if not len(rows):
+            return []
+        text = np.empty(len(rows) * (self._key_bytes_max + 1), np.uint8)
+        byte_count = write_keys(self._key_bytes, self._key_starts, rows, text)
+        if byte_count < 0:
+            raise IndexError(f"row {rows[-1 - byte_count]} is none of {len(self._key_starts) - 1}")
+        return str(text.data[: byte_count - 1], "utf-8", "backslashreplace").split("\0")
 
-    def write_keys(self, rows: Ints, samples: Ints, at: Ints, text: npt.NDArray[np.uint8]) -> None:
-        """Write their keys, whose lengths were asked for, to where each of `samples` begins in `text`: `at`."""
-        _check_rows(rows, write_keys(self._key_bytes, self._key_starts, rows, samples, at, text))
-
-    def urls(self, places: Ints, urls_of: Callable[[Ints], list[str]]) -> npt.NDArray[np.object_]:
+    def urls(self, places: Ints, urls_of: Callable[[Ints], list[str]]) -> list[str]:
         """The URLs of shards at `places` in `object_nos`."""
         if len(self.object_nos) > _URLS_KEPT:
-            return np.array(urls_of(self.object_nos.take(places)), object)
+            return urls_of(self.object_nos.take(places))
         if self._urls is None:
-            self._urls = np.array(urls_of(self.object_nos), object)
-        return self._urls.take(places)
+            self._urls = urls_of(self.object_nos)
+        return list(map(self._urls.__getitem__, places.tolist()))
 
-    def _places_of(self, column: str) -> Ints:
-        table = np.empty((int(self._base[-1]), 3), np.int64)
+    def _places_of(self, columns: tuple[str, ...]) -> Ints:
+        table = np.empty((int(self._base[-1]), 1 + 2 * len(columns)), np.int64)
         for index, first_chunk, base in zip(self.indexes, self.first_chunk.tolist(), self._base.tolist(), strict=False):
             fill_places(
                 index.member_start,
                 index.member_column,
                 index.member_offset,
                 index.member_size,
-                index.columns.index(column) if column in index.columns else -1,
+                np.array([columns.index(name) if name in columns else -1 for name in index.columns], np.int64),
                 first_chunk,
                 table[base : base + index.sample_count],
             )
         return table
-
-
-def _check_rows(rows: Ints, wrong: int) -> None:
-    if wrong >= 0:
-        raise IndexError(f"row {rows[wrong]} is none of its window's, or has no room in the batch")
 
 
 class LiveWindows:
@@ -122,6 +127,7 @@ class LiveWindows:
         self._opened_count = 0
         self._window_of = np.full(object_count, -1, np.int64)  # by object: the number of a window that is open
         self._place_of = np.zeros(object_count, np.int64)
+        self._first_row_of = np.zeros(object_count, np.int64)
         self._holders: dict[Hashable, int] = {}  # window -> how many batches in the making need it
         self._retired: set[Hashable] = set()
 
@@ -138,18 +144,18 @@ class LiveWindows:
             self._open[window.key] = self._by_number[window.number] = window
             self._retired.discard(window.key)
 
-    def find(self, object_nos: npt.NDArray[np.integer[Any]]) -> list[tuple[Window, Ints, Ints]]:
-        """The windows of these samples' shards: (window, which of the samples, their shards' places in it)."""
+    def find(self, object_no: npt.NDArray[np.int32], sample_no: Ints) -> list[tuple[Window, Ints, Ints, Ints]]:
+        """The windows of these samples: (window, which of the samples, their shards' places in it, their rows)."""
+        object_no, sample_no = np.ascontiguousarray(object_no), np.ascontiguousarray(sample_no)
+        found = np.empty((3, len(object_no)), np.int64)
         with self._lock:
-            numbers = self._window_of.take(object_nos)
-            places = self._place_of.take(object_nos)
-            if len(numbers) and (numbers == numbers[0]).all():
-                return [(self._by_number[int(numbers[0])], np.arange(len(numbers)), places)]
-            parts = []
-            for number in np.unique(numbers).tolist():
-                samples = np.flatnonzero(numbers == number)
-                parts.append((self._by_number[number], samples, places[samples]))
-            return parts
+            numbers, ends = np.empty((2, len(self._by_number)), np.int64)
+            by_object = self._window_of, self._place_of, self._first_row_of
+            count = find_rows(*by_object, object_no, sample_no, numbers, ends, found)
+            assert count >= 0, f"object {object_no[-1 - count]} is in no open window"
+            windows = [self._by_number[number] for number in numbers[:count].tolist()]
+        bounds = pairwise([0, *ends[:count].tolist()])
+        return [(window, *found[:, start:end]) for window, (start, end) in zip(windows, bounds, strict=True)]
 
     def hold(self, windows: Iterable[Hashable]) -> None:
         """A batch whose samples lie in these windows is in the making."""
@@ -184,6 +190,7 @@ class LiveWindows:
     def _show(self, window: Window) -> None:
         self._window_of[window.object_nos] = window.number
         self._place_of[window.object_nos] = np.arange(len(window.object_nos))
+        self._first_row_of[window.object_nos] = window.first_rows
 
     def _close(self) -> list[Window]:
         closed = [self._open.pop(key) for key in sorted(self._retired - self._holders.keys(), key=repr)]
@@ -202,6 +209,7 @@ class LiveWindows:
             places = np.flatnonzero(np.isin(other.object_nos, mine))
             self._window_of[other.object_nos[places]] = other.number
             self._place_of[other.object_nos[places]] = places
+            self._first_row_of[other.object_nos[places]] = other.first_rows[places]
 
 
 def window_chunks(first_chunk: Ints, object_nos: Sequence[int] | Ints) -> Ints:

@@ -6,11 +6,13 @@ machinery for broadcasting and overlap: 1.8 s the first time in a process and 0.
 
 `copy_range` is the C library's memcpy, a third faster from a few hundred bytes on; whoever calls it has checked
 everything. `prefetch` asks for a cache line that will be read soon, into the second cache level; it never faults.
-`scratch` is on the stack, since kernels have no other memory of their own.
+`scratch` is on the stack, since kernels have no other memory of their own. `array_at` is what lies at an address: a
+signature says how many arrays a kernel takes, so this is how one call serves any number. Its caller holds on to them.
 """
 
 from __future__ import annotations
 
+import ctypes
 from typing import TypeVar
 
 import numpy as np
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from fastload.kernels.jit import array_in, array_out, generated, helper, uint8, void
 
-__all__ = ["copy_bytes", "copy_range", "prefetch", "scratch"]
+__all__ = ["array_at", "copy_bytes", "copy_range", "prefetch", "scratch"]
 
 Bytes = NDArray[np.uint8]
 Number = TypeVar("Number", bound=np.generic)
@@ -40,6 +42,13 @@ def copy_range(source: Bytes, at: int, out: Bytes, to: int, size: int) -> None:
 @generated
 def prefetch(source: Bytes, at: int) -> None:
     """Ask for the cache line of `source[at]`."""
+
+
+@generated
+def array_at(address: int, length: int, dtype: type[Number]) -> NDArray[Number]:
+    """The array of `length` that begins at `address`."""
+    data = (ctypes.c_uint8 * (int(length) * np.dtype(dtype).itemsize)).from_address(int(address))
+    return np.ctypeslib.as_array(data).view(dtype)
 
 
 @generated

@@ -18,18 +18,20 @@ in order, 32 no better than 16; a line a value is not enough, since a processor 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-from fastload.kernels.copying import copy_range, prefetch, scratch
+from fastload.kernels.copying import array_at, copy_range, prefetch, scratch
 from fastload.kernels.jit import array_in, array_out, helper, int64, kernel, tuple_of, uint8
 
-__all__ = ["gather", "needed_chunks"]
+__all__ = ["gather", "gather_columns", "lay_out"]
 
 Int64s = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 
-_ints, _bytes = array_in(int64), array_in(uint8)
+_ints, _tables, _bytes = array_in(int64), array_in(int64, 2), array_in(uint8)
 
 _AHEAD = 16  # values whose bytes have been asked for; a power of two
 _LINE_BYTES = 64
@@ -147,38 +149,97 @@ def quotient(number: int, by: int) -> np.int64:
     return np.int64(np.uint64(number) // np.uint64(by))
 
 
-def needed_chunks(
+def gather_columns(
+    arena: Bytes,
+    chunk_offset: Int64s,
+    chunk_bytes: int,
+    value_first_chunk: Int64s,
+    value_offset: Int64s,
+    value_size: Int64s,
+    out_offset: Int64s,
+    outs: Sequence[Bytes],
+) -> int:
+    """`gather` for C columns in one call: arrays int64[C, V], but `out_offset` int64[C, V + 1], and C outputs."""
+    shape = value_size.shape
+    if not (value_first_chunk.shape == value_offset.shape == shape and out_offset.shape == (len(outs), shape[1] + 1)):
+        raise IndexError(f"arrays of {shape} values for {len(outs)} outputs differ in shape")
+    assert chunk_bytes > 0, chunk_bytes
+    assert all(out.flags.c_contiguous and out.flags.writeable and out.dtype == np.uint8 for out in outs), "outputs"
+    ends = np.array([(out.ctypes.data, out.size) for out in outs], np.int64).reshape(-1, 2)
+    tables = value_first_chunk, value_offset, value_size, out_offset
+    copied: int = gather_all_pieces(arena, chunk_offset, chunk_bytes, *tables, ends)
+    if copied < 0:
+        column = (-1 - copied) // shape[1]
+        first_chunk, offset, size, to = (table[column, : shape[1]] for table in tables)
+        gather(arena, chunk_offset, chunk_bytes, first_chunk, offset, size, to, outs[column])
+        raise AssertionError(f"column {column} fits alone, and did not with others")
+    return copied
+
+
+@kernel(int64(_bytes, _ints, int64, _tables, _tables, _tables, _tables, _tables))
+def gather_all_pieces(
+    arena: Bytes,
+    chunk_offset: Int64s,
+    chunk_bytes: int,
+    value_first_chunk: Int64s,
+    value_offset: Int64s,
+    value_size: Int64s,
+    out_offset: Int64s,
+    outs: Int64s,
+) -> int:
+    """`gather_columns` without its checks; the outputs by address and size. Returns -1 - c * V - v where value v of
+    column c does not fit.
+    """
+    copied, count = 0, value_size.shape[1]
+    for column in range(value_size.shape[0]):
+        pieces = gather_pieces(
+            arena,
+            chunk_offset,
+            chunk_bytes,
+            value_first_chunk[column],
+            value_offset[column],
+            value_size[column],
+            out_offset[column, :count],
+            array_at(outs[column, 0], outs[column, 1], np.uint8),
+        )
+        if pieces < 0:
+            wrong: int = pieces - column * count
+            return wrong
+        copied += pieces
+    return copied
+
+
+@kernel(int64(int64, _ints, _ints, _ints, int64, array_out(uint8), array_out(int64), array_out(int64)))
+def lay_out(
+    columns: int,
     value_first_chunk: Int64s,
     value_offset: Int64s,
     value_size: Int64s,
     chunk_bytes: int,
     seen: Bytes,
-) -> Int64s:
-    """The chunk numbers that V values touch, each once, ascending (int64). Runs without the GIL.
+    chunks: Int64s,
+    out_offset: Int64s,
+) -> int:
+    """Where values go when those of a column are put end to end, and which chunks all of them touch.
 
-    seen: scratch, as long as there are chunks, all zero; zero again on return, so that it can serve the next
-    call. It makes the cost that of the values, not of all chunks of a data set.
+    The values of all columns, one column after the other and as many of each; `out_offset` has room for one more a
+    column, where it ends.
 
-    Raises IndexError where a value lies outside of these chunks.
+    `seen` and `chunks`: scratch, as long as there are chunks, and `seen` all zero; zero again on return, so that it can
+    serve the next call. It makes the cost that of the values, not of all chunks of a data set. Writes the chunks to
+    `chunks`, each once, as first touched; returns how many, or -1 - v where value v lies outside of these chunks.
     """
-    assert chunk_bytes > 0, chunk_bytes
-    count = value_offset.size
-    if not value_first_chunk.size == value_size.size == count:
-        raise IndexError(f"arrays of {count} values differ in length")
-    # A value of n bytes touches at most n // chunk_bytes + 2 chunks. Nonsense sizes must not ask for nonsense
-    # memory, nor overflow.
-    room = int(min(value_size.sum(dtype=np.float64) / chunk_bytes + 2 * count + 1, seen.size))
-    out = np.empty(max(room, 0), np.int64)
-    found: int = mark_chunks(value_first_chunk, value_offset, value_size, chunk_bytes, seen, out)
+    found = mark_chunks(value_first_chunk, value_offset, value_size, chunk_bytes, seen, chunks)
     if found < 0:
-        value = -1 - found
-        raise IndexError(
-            f"value {value} (first chunk {value_first_chunk[value]}, offset {value_offset[value]}, "
-            f"{value_size[value]} bytes) lies outside of {seen.size} chunks of {chunk_bytes} bytes"
-        )
-    out = out[:found]
-    out.sort()
-    return out
+        return found
+    count = value_size.size // max(1, columns)
+    for column in range(columns):
+        first, end = column * count, 0
+        for value in range(count):
+            out_offset[first + column + value] = end
+            end += value_size[first + value]
+        out_offset[first + column + count] = end
+    return found
 
 
 @kernel(int64(_ints, _ints, _ints, int64, array_out(uint8), array_out(int64)))

@@ -9,7 +9,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
-__all__ = ["copy_range", "prefetch", "scratch"]
+__all__ = ["array_at", "copy_range", "prefetch", "scratch"]
 
 _READ, _SECOND_LEVEL, _DATA = 0, 2, 1  # LLVM's words for what is fetched, and how near
 
@@ -39,6 +39,21 @@ def prefetch(typing: Any, source: Any, at: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(source, types.intp), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def array_at(typing: Any, address: Any, length: Any, dtype: Any) -> Any:
+    """An array over memory that is somebody else's."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = context.get_data_type(dtype.dtype)
+        array = context.make_array(signature.return_type)(context, builder)
+        item_bytes = context.get_value_type(types.intp)(context.get_abi_sizeof(kind))
+        data = builder.inttoptr(args[0], kind.as_pointer())
+        populate_array(array, data, [args[1]], [item_bytes], item_bytes, meminfo=None)
+        return array._getvalue()
+
+    return types.Array(dtype.dtype, 1, "C")(types.intp, types.intp, dtype), generate
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]

@@ -1,8 +1,11 @@
-"""From the rows of a window (see `fastload.engine.windows`) to what is known of its samples.
+"""From the samples of a batch to the rows of their windows (see `fastload.engine.windows`), and what is known there.
 
 A batch has its samples from anywhere in a window, whose tables are larger than the processor's caches; numpy goes over
 them once a table and again for each step of arithmetic. Here each is one walk: places of values 10 ns a sample where
 numpy takes 80, keys 25 where it takes 180.
+
+And numpy lets go of the GIL in each step over more than 500 samples, and wants it back. What is done here in one call
+for a batch or for each of its windows would be sixty steps, at each of which a trainer's thread may have to wait.
 
 `samples` says which samples of the batch the rows are, since those of one batch may lie in several windows.
 """
@@ -15,65 +18,118 @@ from numpy.typing import NDArray
 from fastload.kernels.copying import copy_range
 from fastload.kernels.jit import array_in, array_out, int32, int64, kernel, uint8, void
 
-__all__ = ["fill_places", "key_lengths", "look_up", "write_keys"]
+__all__ = ["fill_places", "find_rows", "look_up", "write_keys"]
 
 Int64s = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 
-_ints_in, _ints_out = array_in(int64), array_out(int64)
+_ints_in, _ints_out, _tables_out = array_in(int64), array_out(int64), array_out(int64, 2)
 
 
-@kernel(void(_ints_in, array_in(int32), _ints_in, _ints_in, int64, int64, array_out(int64, 2)))
+@kernel(void(_ints_in, array_in(int32), _ints_in, _ints_in, _ints_in, int64, _tables_out))
 def fill_places(
     member_start: Int64s,
     member_column: NDArray[np.int32],
     member_offset: Int64s,
     member_size: Int64s,
-    column: int,
+    wanted: Int64s,
     first_chunk: int,
     places: Int64s,
 ) -> None:
-    """For each sample of a shard whose first chunk is `first_chunk`, where its value in `column` lies: `places`,
-    int64[samples, 3], is first chunk, offset and size; offset -1 and size 0 where it has none.
+    """For each sample of a shard whose first chunk is `first_chunk`, where its values in C columns lie: `places`,
+    int64[samples, 1 + 2 * C], is first chunk, and offset and size of each column; -1 and 0 where there is none.
+
+    `wanted`: for each column of the shard which of the C it is, or -1.
     """
     for sample in range(places.shape[0]):
-        places[sample, 0], places[sample, 1], places[sample, 2] = first_chunk, -1, 0
+        places[sample, 0] = first_chunk
+        for at in range(1, places.shape[1], 2):
+            places[sample, at], places[sample, at + 1] = -1, 0
         for member in range(member_start[sample], member_start[sample + 1]):
-            if member_column[member] == column:
-                places[sample, 1], places[sample, 2] = member_offset[member], member_size[member]
+            column = wanted[member_column[member]]
+            if column >= 0:
+                places[sample, 1 + 2 * column] = member_offset[member]
+                places[sample, 2 + 2 * column] = member_size[member]
 
 
-@kernel(int64(array_in(int64, 2), _ints_in, _ints_in, _ints_out, _ints_out, _ints_out))
-def look_up(places: Int64s, rows: Int64s, samples: Int64s, first_chunk: Int64s, offset: Int64s, size: Int64s) -> int:
-    """Write the `places` of these rows to `samples` of the other three. Returns which is no row, or -1."""
-    for number in range(rows.size):
-        row, sample = rows[number], samples[number]
-        if not (0 <= row < places.shape[0] and 0 <= sample < size.size):
-            return number
-        first_chunk[sample], offset[sample], size[sample] = places[row, 0], places[row, 1], places[row, 2]
-    return -1
+@kernel(int64(_ints_in, _ints_in, _ints_in, array_in(int32), _ints_in, _ints_out, _ints_out, _tables_out))
+def find_rows(
+    window_of: Int64s,
+    place_of: Int64s,
+    first_row_of: Int64s,
+    object_no: NDArray[np.int32],
+    sample_no: Int64s,
+    distinct: Int64s,
+    ends: Int64s,
+    found: Int64s,
+) -> int:
+    """Sort the samples of a batch by their windows. Of each object: its window (-1: none), its place there, and the row
+    of its first sample.
 
-
-@kernel(int64(_ints_in, _ints_in, _ints_in, _ints_out))
-def key_lengths(key_starts: Int64s, rows: Int64s, samples: Int64s, lengths: Int64s) -> int:
-    """Write the lengths of these rows' keys to `samples` of `lengths`. Returns which is no row, or -1."""
-    for number in range(rows.size):
-        row, sample = rows[number], samples[number]
-        if not (0 <= row < key_starts.size - 1 and 0 <= sample < lengths.size):
-            return number
-        lengths[sample] = key_starts[row + 1] - key_starts[row]
-    return -1
-
-
-@kernel(int64(array_in(uint8), _ints_in, _ints_in, _ints_in, _ints_in, array_out(uint8)))
-def write_keys(key_bytes: Bytes, key_starts: Int64s, rows: Int64s, samples: Int64s, at: Int64s, text: Bytes) -> int:
-    """Copy the keys of these rows, which `key_lengths` has checked, to where `at` has each of `samples` in `text`.
-    Returns which does not fit there, or -1.
+    `distinct` takes the windows as they first come, and `ends` where each one's samples end in `found`, int64[3, n]:
+    which sample, the place of its object, and its row. Returns how many windows there are, or -1 - i where sample i
+    lies in none.
     """
+    count, at = 0, 0
+    for i in range(object_no.size):
+        number = object_no[i]
+        if not 0 <= number < window_of.size or window_of[number] < 0:
+            return -1 - i
+        if count == 0 or window_of[number] != distinct[at]:
+            at = 0
+            while at < count and distinct[at] != window_of[number]:
+                at += 1
+            if at == count:
+                distinct[count], ends[count] = window_of[number], 0
+                count += 1
+        found[2, i] = at
+        ends[at] += 1
+    start = 0
+    for at in range(count):
+        start, ends[at] = start + ends[at], start
+    for i in range(object_no.size):
+        at = found[2, i]
+        to = ends[at]
+        ends[at] += 1
+        found[0, to], found[1, to] = i, place_of[object_no[i]]
+    for to in range(object_no.size):
+        i = found[0, to]
+        found[2, to] = first_row_of[object_no[i]] + sample_no[i]
+    return count
+
+
+@kernel(int64(array_in(int64, 2), _ints_in, _ints_in, _tables_out, _tables_out, _tables_out))
+def look_up(places: Int64s, rows: Int64s, samples: Int64s, first_chunk: Int64s, offset: Int64s, size: Int64s) -> int:
+    """Write the `places` of these rows to `samples` of the other three, int64[C, n]. Returns how many of the values are
+    nowhere, or -1 - i where number i is no row.
+    """
+    missing = 0
     for number in range(rows.size):
-        row, to = rows[number], at[samples[number]]
+        row, sample = rows[number], samples[number]
+        if not (0 <= row < places.shape[0] and 0 <= sample < size.shape[1]):
+            return -1 - number
+        for column in range(size.shape[0]):
+            first_chunk[column, sample] = places[row, 0]
+            offset[column, sample], size[column, sample] = places[row, 1 + 2 * column], places[row, 2 + 2 * column]
+            if offset[column, sample] < 0:
+                missing += 1
+    return missing
+
+
+@kernel(int64(array_in(uint8), _ints_in, _ints_in, array_out(uint8)))
+def write_keys(key_bytes: Bytes, key_starts: Int64s, rows: Int64s, text: Bytes) -> int:
+    """Write the keys of these rows to `text`, a NUL after each. Returns how many bytes that are, or -1 - i where number
+    i is no row, or too long.
+    """
+    to = 0
+    for number in range(rows.size):
+        row = rows[number]
+        if not 0 <= row < key_starts.size - 1:
+            return -1 - number
         size = key_starts[row + 1] - key_starts[row]
-        if not 0 <= to <= text.size - size:
-            return number
+        if not 0 <= size < text.size - to:
+            return -1 - number
         copy_range(key_bytes, key_starts[row], text, to, size)
-    return -1
+        text[to + size] = 0
+        to += size + 1
+    return to

@@ -66,9 +66,11 @@ def test_they_are_those_of_the_indexes(shards: list[list[Any]], data: st.DataObj
     assert located.keys() == [indexes[shard].key(number) for shard, number in chosen]
     assert located.urls() == [f"s3://b/{shard}" for shard, _ in chosen]
     assert set(located.present()) <= set(COLUMNS)
-    for column in (*COLUMNS, "not there"):
-        values = located.values_of(column)
-        assert values.first_chunk.tolist() == [10 * shard for shard, _ in chosen]
+    names = (*data.draw(st.permutations(COLUMNS)), "not there")
+    values, missing = located.values_of(names)
+    assert missing == (values.offset < 0).sum()
+    for column, first_chunk, offset, size in zip(names, values.first_chunk, values.offset, values.size, strict=True):
+        assert first_chunk.tolist() == [10 * shard for shard, _ in chosen]
         members = [indexes[shard].members_of(column)[number] for shard, number in chosen]
         places = [
             (int(indexes[shard].member_offset[member]), int(indexes[shard].member_size[member]))
@@ -76,7 +78,7 @@ def test_they_are_those_of_the_indexes(shards: list[list[Any]], data: st.DataObj
             else (-1, 0)
             for (shard, _), member in zip(chosen, members, strict=True)
         ]
-        assert list(zip(values.offset.tolist(), values.size.tolist(), strict=True)) == places
+        assert list(zip(offset.tolist(), size.tolist(), strict=True)) == places
 
 
 def test_the_urls_of_very_many_shards_are_not_kept() -> None:
@@ -97,6 +99,6 @@ def test_the_urls_of_very_many_shards_are_not_kept() -> None:
 def test_a_sample_that_is_not_there_is_an_error(number: int) -> None:
     live = open_windows([index_of([(b"k", {"cls"})] * 3, COLUMNS)], [0])
     located = Located(entry_of([(0, 2), (0, number)]), live, urls_of)
-    for look in (located.keys, lambda: located.values_of("cls")):
+    for look in (located.keys, lambda: located.values_of(("cls",))):
         with pytest.raises(IndexError, match=f"row {number}"):
             look()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastload.kernels.gather import gather, needed_chunks
+from fastload.kernels.gather import gather, gather_columns, lay_out
 
 CHUNK = 64
 Int64s = np.ndarray
@@ -52,7 +52,7 @@ class World:
         return copied
 
     def touched(self) -> list[int]:
-        """`needed_chunks`, byte by byte."""
+        """The chunks of `lay_out`, byte by byte."""
         return sorted(
             {
                 int(first + at // CHUNK)
@@ -86,12 +86,24 @@ def test_gather_is_its_twin(world: World) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(WORLDS)
-def test_needed_chunks_are_those_touched(world: World) -> None:
-    seen = np.zeros(len(world.chunk_offset), np.uint8)
+def test_columns_are_laid_out_and_gathered_together(world: World) -> None:
+    """The values as one column, and in another order as a second."""
+    columns = [(array, array[::-1]) for array in (world.first, world.offset, world.size)]
+    first, offset, size = (np.concatenate(pair).reshape(2, -1) for pair in columns)
+    seen, chunks = np.zeros(len(world.chunk_offset), np.uint8), np.empty(len(world.chunk_offset), np.int64)
+    ends = np.full((2, size.shape[1] + 1), -1)
     for _ in range(2):
-        found = needed_chunks(world.first, world.offset, world.size, CHUNK, seen)
-        assert found.tolist() == world.touched()
+        found = lay_out(2, first.ravel(), offset.ravel(), size.ravel(), CHUNK, seen, chunks, ends.reshape(-1))
+        assert sorted(chunks[:found].tolist()) == world.touched()
         assert not seen.any()
+    assert ends.tolist() == [[0, *np.cumsum(row)] for row in size.tolist()]
+
+    together = [np.full(ends[0, -1], 7, np.uint8) for _ in range(2)]
+    alone = [out.copy() for out in together]
+    place = world.arena, world.chunk_offset, CHUNK
+    copied = gather_columns(*place, first, offset, size, ends, together)
+    assert copied == sum(gather(*place, first[c], offset[c], size[c], ends[c, :-1], out) for c, out in enumerate(alone))
+    assert all(map(np.array_equal, together, alone))
 
 
 def test_two_passes_make_a_whole() -> None:
@@ -158,15 +170,26 @@ def test_what_lies_outside_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", BAD)
 def test_chunks_outside_are_refused(name: str) -> None:
     changed = arguments(BAD[name])
-    seen = np.zeros(4, np.uint8)
-    with pytest.raises(IndexError, match="value 1 "):
-        needed_chunks(changed["value_first_chunk"], changed["value_offset"], changed["value_size"], CHUNK, seen)
+    seen, chunks, ends = np.zeros(4, np.uint8), np.zeros(4, np.int64), np.zeros(3, np.int64)
+    values = changed["value_first_chunk"], changed["value_offset"], changed["value_size"]
+    assert lay_out(1, *values, CHUNK, seen, chunks, ends) == -2
     assert not seen.any()
+
+
+@pytest.mark.parametrize("name", BAD | BAD_OUT)
+def test_a_column_of_what_lies_outside_is_refused(name: str) -> None:
+    """Beside one that is as it should be."""
+    good, bad = arguments({}), arguments((BAD | BAD_OUT)[name])
+    tables = [np.array([good[n], bad[n]]) for n in ("value_first_chunk", "value_offset", "value_size")]
+    ends = np.array([[*each["out_offset"], 16] for each in (good, bad)])
+    outs = [np.zeros(16, np.uint8), np.zeros(16, np.uint8)]
+    with pytest.raises(IndexError, match="value 1 "):
+        gather_columns(np.zeros(4 * CHUNK, np.uint8), bad["chunk_offset"], CHUNK, *tables, ends, outs)
 
 
 def test_lengths_must_agree() -> None:
     one, two = np.zeros(1, np.int64), np.zeros(2, np.int64)
     with pytest.raises(IndexError, match="differ in length"):
         gather(np.zeros(1, np.uint8), one, CHUNK, one, two, one, one, np.zeros(1, np.uint8))
-    with pytest.raises(IndexError, match="differ in length"):
-        needed_chunks(one, one, two, CHUNK, np.zeros(1, np.uint8))
+    with pytest.raises(IndexError, match="differ in shape"):
+        gather_columns(np.zeros(1, np.uint8), one, CHUNK, *(a.reshape(1, -1) for a in (one, two, one, two)), [])
