@@ -1,0 +1,88 @@
+"""`install()`: whoever makes torch's `DataLoader` gets ours.
+
+Some frameworks make loaders by the name that they imported from torch: transformers' Trainer makes its own, and
+accelerate makes another of each that it is given. Putting another class in place of that name would help only in the
+modules that are known here and that were imported already, and with two classes of one name `isinstance` says what
+nobody expects. So there stays one class, and it is what is made of it that changes: an object that is constructed as
+torch's `DataLoader` itself becomes a `fastload.DataLoader`, which is a subclass, before anybody has seen it. This holds
+for every name of the class, wherever and whenever it was imported. Subclasses of it, torchdata's for example, are what
+they were.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, get_args
+
+import torch.utils.data
+
+from fastload.errors import ConfigError
+from fastload.loader import DataLoader, WorkersMode
+
+_TorchLoader = torch.utils.data.DataLoader
+
+_changing = threading.Lock()
+_ours: Any = None  # the constructor that torch's class was given last
+_workers: WorkersMode = "auto"  # of loaders whose maker does not say
+
+
+def install(workers: WorkersMode = "auto") -> None:
+    """From now on `torch.utils.data.DataLoader(...)` makes a `fastload.DataLoader`, in all of this process.
+
+    `workers` is for loaders whose maker does not name it: frameworks never do. To be called where a script begins;
+    called again, it changes `workers`. Loaders that there are already, and subclasses of torch's, stay what they are.
+    """
+    global _ours, _workers
+    if workers not in get_args(WorkersMode) or workers == "side":
+        raise ConfigError(f'install(workers={workers!r}): "auto", "process" or "thread" suit any data set')
+    with _changing:
+        _workers = workers
+        if not _is_installed():
+            _ours = _making_ours(_constructor())
+            _set_constructor(_ours)
+
+
+def uninstall() -> None:
+    """torch's class makes its own objects again; those made meanwhile stay what they are. May be called twice.
+
+    RuntimeError where somebody has wrapped the constructor since `install()` and not put it back.
+    """
+    with _changing:
+        if not _is_installed():
+            return
+        found = _constructor()
+        if found is not _ours:
+            raise RuntimeError(
+                f"the constructor of torch's DataLoader was wrapped after install(), by {found!r}; undo that first"
+            )
+        _set_constructor(found.__wrapped__)
+
+
+def _making_ours(constructor: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(constructor)
+    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+        if type(self) is not _TorchLoader:  # a subclass's call of its base
+            constructor(self, *args, **kwargs)
+            return
+        self.__class__ = DataLoader
+        self.__init__(*args, **{"workers": _workers, **kwargs})
+
+    return made
+
+
+def _is_installed() -> bool:
+    """Whether torch's class has our constructor, or one that somebody (Lightning, for a while) wrapped around it."""
+    constructor = _constructor()
+    while constructor is not None and constructor is not _ours:
+        constructor = getattr(constructor, "__wrapped__", None)
+    return constructor is not None
+
+
+def _constructor() -> Any:
+    return vars(_TorchLoader)["__init__"]
+
+
+def _set_constructor(constructor: Callable[..., None]) -> None:
+    setattr(_TorchLoader, "__init__", constructor)  # noqa: B010  # mypy takes the plain form for a mistake
