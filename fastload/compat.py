@@ -67,7 +67,7 @@ def _making_ours(constructor: Callable[..., None]) -> Callable[..., None]:
             constructor(self, *args, **kwargs)
             return
         self.__class__ = DataLoader
-        self.__init__(*args, **{"workers": _workers, **kwargs})
+        DataLoader.__init__(self, *args, **{"workers": _workers, **kwargs})
 
     return made
 
