@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -33,10 +33,12 @@ from fastload.engine.passes import AnyPosition, OnePass, PassOptions, SourcePass
 from fastload.engine.session import Source
 from fastload.errors import ConfigError
 from fastload.plan import OrderOptions, OrderWish, Position, Ranks, Shuffle, Tail, sample_count_of_rank
-from fastload.plan.mixture import SourcePlan
 from fastload.plan.tail import check_tail
 from fastload.service.handle import Cache
 from fastload.streaming import Streaming
+
+if TYPE_CHECKING:
+    from fastload.plan.mixture import SourcePlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +198,8 @@ class StreamingDataset(Streaming):
 
     def plan(self) -> SourcePlan:
         """What is read, and in which order; before a pass has begun, as far as this process can say by itself."""
+        from fastload.plan.mixture import SourcePlan
+
         return SourcePlan(self._source.list_shards(), self._job.order)
 
     def adopt(self, position: AnyPosition) -> None:

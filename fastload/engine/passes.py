@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from fastload.engine.assemble import Assembler, LocalMemory, Memory, Skips, part_of_entry
 from fastload.engine.columns import ColumnSet
@@ -23,12 +23,14 @@ from fastload.engine.scattered import ScatteredReader, check_allowed, holds
 from fastload.engine.session import Session, Source
 from fastload.metrics import Account
 from fastload.plan import BatchEntry, EpochCursor, Position, Tail, epoch_orders, first_objects, objects_in_use_order
-from fastload.plan.mixture import MixtureCursor, MixturePosition
 from fastload.service.handle import Cache
 from fastload.transport.slots import SlotPool
 from fastload.waiting import Waits
 
-AnyPosition = Position | MixturePosition
+if TYPE_CHECKING:  # most jobs read one data set, and start the sooner without
+    from fastload.plan.mixture import MixtureCursor, MixturePosition
+
+AnyPosition: TypeAlias = "Position | MixturePosition"
 
 # Of the next epoch, what is fetched ahead when one has been read to its end: some windows, since the user may be about
 # to do something else.

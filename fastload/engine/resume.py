@@ -10,14 +10,16 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from fastload.engine.passes import AnyPosition
 from fastload.errors import StateError
 from fastload.plan import EpochCursor
-from fastload.plan.mixture import MixtureCursor
+
+if TYPE_CHECKING:
+    from fastload.plan.mixture import MixtureCursor
 
 STATE_VERSION = 1
 

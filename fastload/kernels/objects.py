@@ -32,12 +32,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["INSTALLED", "UntrustedError", "alone", "find", "find_in", "keep", "users_folder", "write"]
+__all__ = ["INSTALLED", "VARIABLE", "UntrustedError", "alone", "find", "find_in", "keep", "users_folder", "write"]
 
 INSTALLED = Path(__file__).parent / "compiled"
 
-_VARIABLE = "FASTLOAD_KERNELS"
-_CURE = f"set {_VARIABLE} to a folder of yours, or to one that `fastload compile --to FOLDER` has filled"
+VARIABLE = "FASTLOAD_KERNELS"
+_CURE = f"set {VARIABLE} to a folder of yours, or to one that `fastload compile --to FOLDER` has filled"
 
 _DIGEST_BYTES = 16
 _CODE_BYTES_MAX = 64 << 20
@@ -62,7 +62,7 @@ class UntrustedError(Exception):
 
 def users_folder() -> Path:
     """Where this user's object files are; it need not exist. UntrustedError where there is no place for one."""
-    named = os.environ.get(_VARIABLE)
+    named = os.environ.get(VARIABLE)
     if named:
         return Path(named).absolute()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -172,7 +172,7 @@ def _check(path: Path, status: os.stat_result) -> None:
         raise UntrustedError(f"others can write {path} (if none has: chmod -R go-w {path})")
     if status.st_uid in (os.geteuid(), _ROOT):
         return
-    if not os.environ.get(_VARIABLE):
+    if not os.environ.get(VARIABLE):
         raise UntrustedError(f"{path} belongs to user {status.st_uid}")
     for parent in path.resolve().parents:
         above = parent.stat()

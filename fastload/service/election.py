@@ -71,11 +71,11 @@ def connect(
             silent_ends += 1
             if silent_ends == _SILENT_ENDS_MAX:
                 raise
-        stop.wait(_TRY_AGAIN_S * (1 + random.random()))
-        # Try the socket before starting yet another one.
+        # It serves now, or another is about to: try the socket before starting yet another one.
         connection = _try(directory, hello)
         if connection is not None:
             return connection
+        stop.wait(_TRY_AGAIN_S * (1 + random.random()))
     raise ServiceError(f"connecting to the cache service for {directory.path} was given up: the consumer is closed")
 
 

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import msgspec
 
@@ -24,8 +24,10 @@ from fastload.errors import ConfigError, ServiceError
 from fastload.service import election, protocol
 from fastload.service.channel import Connection
 from fastload.service.client import Consumer
-from fastload.service.inprocess import InProcessService
 from fastload.waiting import Waits
+
+if TYPE_CHECKING:
+    from fastload.service.inprocess import InProcessService
 
 ServiceMode = Literal["auto", "inprocess"]
 
@@ -170,6 +172,8 @@ class Cache:
             election.start_process(self._directory, self._idle_s, stop)
 
     def _start_here(self) -> None:
+        from fastload.service.inprocess import InProcessService  # all of the service, which is mostly elsewhere
+
         with self._lock:
             if self._service is not None and not self._service.alive:
                 self._service.close()
