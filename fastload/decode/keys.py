@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fastload.kernels.keys import fill_keys
+
 __all__ = ["Keys", "sample_keys"]
 
 Keys: TypeAlias = npt.NDArray[np.uint64]
@@ -21,9 +23,10 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 def sample_keys(seed: int, epoch: int, object_no: npt.NDArray[Any], sample_no: npt.NDArray[Any]) -> Keys:
     """A key for each sample, number `sample_no[i]` of object `object_no[i]`. Pure; any integers will do."""
-    run = _mixed(_mixed(seed & _MASK) + (epoch & _MASK))
-    objects = _mixed_all(np.uint64(run) + np.asarray(object_no).astype(np.uint64) * np.uint64(_GOLDEN))
-    return _mixed_all(objects + np.asarray(sample_no).astype(np.uint64) * np.uint64(_GOLDEN))
+    run = np.array([_mixed(_mixed(seed & _MASK) + (epoch & _MASK)) & _MASK], np.uint64)
+    keys = np.empty(len(object_no), np.uint64)
+    fill_keys(run, np.ascontiguousarray(object_no, np.int64), np.ascontiguousarray(sample_no, np.int64), keys)
+    return keys
 
 
 def _mixed(word: int) -> int:
@@ -32,11 +35,3 @@ def _mixed(word: int) -> int:
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK
     return word ^ (word >> 31)
-
-
-def _mixed_all(words: Keys) -> Keys:
-    """The same of each word of an array."""
-    words = words + np.uint64(_GOLDEN)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))

@@ -63,7 +63,8 @@ class Image(Decoder):
         return self.cropping.is_random
 
     def kernel_modules(self) -> tuple[str, ...]:
-        return () if native.c_unit() is not None else ("resize",)
+        own = () if native.c_unit() is not None else ("resize",)
+        return (*own, "keys") if self.wants_keys() else own
 
     def _decode(self, value: memoryview) -> npt.NDArray[Any]:
         return self.decode_one(value, "")

@@ -29,7 +29,7 @@ __all__ = [
 
 FIRST_BATCH = ("dealing", "permute", "bijection", "locate", "tarindex", "grouping", "gather", "rows")
 """What the first batch needs of compiled code, beside its decoders'."""
-OF_DECODERS = {"image": ("resize",), "integer": ("parse",), "number": ("floats",)}
+OF_DECODERS = {"image": ("keys", "resize"), "integer": ("parse",), "number": ("floats",)}
 """What these decoders may need: images only where there is no C unit."""
 
 
