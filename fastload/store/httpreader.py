@@ -23,6 +23,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from fastload.errors import StoreError
 from fastload.store.answers import Refusal, truncated, unreachable
@@ -182,18 +183,28 @@ def _fill(response: http.client.HTTPResponse, sock: socket.socket | None, out: m
     """
     deadline = time.monotonic() + _ANSWER_S
     got = 0
-    receive: Callable[[memoryview], int] = response.readinto
     if sock is not None:
         got = response.readinto(out[: len(response.peek())])  # what came with the head
-        receive = sock.recv_into
-    while got < len(out):
+    receive = _receiver(response, sock)
+    while (left := len(out) - got) > 0:
         if time.monotonic() > deadline:
             raise TimeoutError(f"only {got} of {len(out)} bytes came within {_ANSWER_S:g} s")
-        count = receive(out[got:])
+        count = receive(left, out[got:])
         if count == 0:
             break
         got += count
     return got
+
+
+def _receiver(response: http.client.HTTPResponse, sock: socket.socket | None) -> Callable[[int, memoryview], int]:
+    """What receives at most so many bytes into a buffer."""
+    if sock is None:
+        return lambda _, out: response.readinto(out)
+    if isinstance(sock, ssl.SSLSocket):
+        # Called for each record of 16 KiB. `recv_into` comes to the same by one more call of Python, http.client's
+        # `readinto` by two.
+        return cast(Callable[[int, memoryview], int], sock.read)
+    return lambda _, out: sock.recv_into(out)
 
 
 def trusts_somebody() -> bool:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fastload.errors import AccessDeniedError, ConfigError, StoreUnavailableError
@@ -21,6 +22,8 @@ from fastload.store.direct import _place
 from fastload.store.objectstore import ObjectStore
 from fastload.store.proxies import Proxy, proxy_for
 from tests.store.servers import Behaviour, Handler, answer, certify, good, server
+
+needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
 
 INFO = ObjectInfo("s3://bucket/a b.tar", 5, '"e"')
 
@@ -231,25 +234,39 @@ def test_bodies_of_all_kinds_and_the_connection_after_them(behave: Behaviour, co
     assert len(seen.connections) == connections
 
 
-def test_nothing_is_copied_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but what came with the head is received where it belongs: `out` is what the socket is given."""
-    size, step = 1 << 20, 1 << 16
-    given: list[int] = []
-    receive = socket.socket.recv_into
+@pytest.mark.parametrize("tls", [False, pytest.param(True, marks=needs_openssl)], ids=["plain", "tls"])
+def test_bytes_are_received_where_they_belong(tls: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All but what came with the head: sockets, and OpenSSL, are given addresses within `out`."""
+    size, with_head_max = 1 << 20, 1 << 15
+    out = np.zeros(size, np.uint8)
+    received = 0
 
-    def spy(self: socket.socket, buffer: memoryview, *more: int) -> int:
-        count = receive(self, buffer, *more)
-        if len(buffer) > step:
-            given.append(count)
-        return count
+    def count(buffer: memoryview | None, length: int) -> int:
+        nonlocal received
+        at = np.frombuffer(buffer, np.uint8).ctypes.data - out.ctypes.data if buffer is not None else -1
+        received += length if 0 <= at < size else 0
+        return length
 
-    monkeypatch.setattr(socket.socket, "recv_into", spy)
+    plain_receive, tls_read = socket.socket.recv_into, ssl.SSLSocket.read
+    monkeypatch.setattr(
+        socket.socket, "recv_into", lambda sock, buffer, *more: count(buffer, plain_receive(sock, buffer, *more))
+    )
+    monkeypatch.setattr(
+        ssl.SSLSocket,
+        "read",
+        lambda sock, length=1024, buffer=None: (
+            tls_read(sock, length) if buffer is None else count(buffer, tls_read(sock, length, buffer))
+        ),
+    )
+    both, authority = certify(tmp_path) if tls else (None, None)
+    extra = (("root_certificate", authority.read_text()),) if authority is not None else ()
     data = bytes(range(256)) * (size // 256)
-    with server(answer(206, data, Content_Range=f"bytes 0-{size - 1}/{size}")) as options:
-        store = ObjectStore("s3://bucket", options)
-        assert read(store, ObjectInfo("s3://bucket/a", size, '"e"')) == data
+    with server(answer(206, data, Content_Range=f"bytes 0-{size - 1}/{size}"), certificate=both) as options:
+        store = ObjectStore("s3://bucket", replace(options, extra=extra))
+        store.read_into(ObjectInfo("s3://bucket/a", size, '"e"'), 0, memoryview(out))
         store.close()
-    assert sum(given) >= size - 2 * step
+    assert out.tobytes() == data
+    assert size - with_head_max <= received <= size
 
 
 def test_an_answer_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +324,7 @@ def test_a_proxy_before_a_plain_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {headers["proxy-authorization"] for headers in seen.headers} == {"Basic dXNlcjpwYXNzIQ=="}
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+@needs_openssl
 def test_a_proxy_before_a_server_with_tls(tmp_path: Path) -> None:
     both, authority = certify(tmp_path)
     requests: list[str] = []
