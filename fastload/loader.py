@@ -18,6 +18,7 @@ import torch.utils.data
 from torch.utils.data import Dataset, Sampler
 
 from fastload.errors import ConfigError
+from fastload.foreign.reading import Reading
 from fastload.foreign.threads import ThreadIter
 from fastload.streamed import Stream
 from fastload.streaming import Streaming
@@ -93,14 +94,16 @@ class DataLoader(torch.utils.data.DataLoader[T]):
             **_in_order(in_order),
         )
         self._stream = Stream(self) if _is_ours(dataset) else None
+        self._reading = Reading()  # of a data set that is not ours
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts with no iteration, no state and no threads."""
-        return {**self.__dict__, "_stream": None}
+        return {**self.__dict__, "_stream": None, "_reading": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._stream = Stream(self) if _is_ours(self.dataset) else None
+        self._reading = Reading()
 
     def __iter__(self) -> Any:
         if self._stream is None:
@@ -110,7 +113,8 @@ class DataLoader(torch.utils.data.DataLoader[T]):
     def _get_iterator(self) -> Any:
         if self.num_workers and self.workers == "thread":
             return ThreadIter(self)
-        return super()._get_iterator()
+        self.check_worker_number_rationality()
+        return self._reading.iterator(self)
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch. TypeError, with the cure, while shards are not indexed."""
@@ -119,21 +123,30 @@ class DataLoader(torch.utils.data.DataLoader[T]):
         return self._stream.batch_count()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this loader stands, after the last batch that it delivered; JSON's own types."""
-        return self._of_stream("state_dict").state_dict()
+        """Where this loader stands, after the last batch that it delivered; JSON's own types.
+
+        Of a data set that is not ours, in the layout of torchdata's StatefulDataLoader; what a data set or sampler says
+        of itself is in it as it is.
+        """
+        return self._reading.state_dict(self) if self._stream is None else self._stream.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Begin the next iteration where `state` was taken. Raises `StateError` for what is no such state."""
-        self._of_stream("load_state_dict").load_state_dict(state)
+        if self._stream is None:
+            self._reading.load_state_dict(self, state)
+        else:
+            self._stream.load_state_dict(state)
 
     def stats(self) -> dict[str, Any]:
         """Where samples came from and time went in this epoch; the keys are listed in docs/stats.md."""
         return self._of_stream("stats").stats()
 
     def close(self) -> None:
-        """End the threads and the connection. May be called twice; iterating again starts them anew."""
+        """End threads, processes and connection. May be called twice; iterating again starts them anew."""
         if self._stream is not None:
             self._stream.close()
+        else:
+            self._reading.close(self)
 
     def check_worker_number_rationality(self) -> None:
         """torch's advice is about processes, not about threads."""

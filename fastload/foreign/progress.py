@@ -1,0 +1,182 @@
+"""How far an iteration is, counted in batches that were delivered; it outlives the iteration, whose state it can tell.
+
+With worker processes, batches are on their way that are not delivered. Of each index that a worker was given, the
+`Mark` of the order is remembered until all before it were delivered; of each worker, the state that came with the last
+batch of its that was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastload.foreign import saved as keys
+from fastload.foreign.order import Mark, OrderIterator, SavedOrder
+from fastload.foreign.randomness import Generators, Randomness
+from fastload.foreign.saved import Saved, State
+
+
+@dataclass(slots=True)
+class Progress:
+    """Of an iteration without worker processes: data set and sampler are here, and are asked when the state is."""
+
+    generators: Generators
+    order: OrderIterator | None = None  # of a map-style data set
+    fetcher: Any = None
+    num_yielded: int = 0
+    length: int | None = None
+    shared_seed: int | None = None
+    base_seed: int | None = None
+    is_finished: bool = False
+
+    def state(self) -> State:
+        """Where it is."""
+        return {
+            **self._main(),
+            keys.NUM_YIELDED: self.num_yielded,
+            **self._dataset(),
+            keys.FINISHED: self.is_finished,
+            **self._next(),
+        }
+
+    def _main(self) -> State:
+        return {
+            **keys.order_state(self._order()),
+            keys.LENGTH: self.length,
+            keys.SHARED_SEED: self.shared_seed,
+            keys.BASE_SEED: self.base_seed,
+        }
+
+    def _order(self) -> SavedOrder:
+        if self.order is None:
+            return SavedOrder(Mark(self.num_yielded))
+        self.order.settle()
+        return SavedOrder(self.order.mark(), self.order.at_iter, self.order.at_first)
+
+    def _dataset(self) -> State:
+        iterator = getattr(self.fetcher, "dataset_iter", None)
+        ended = bool(getattr(self.fetcher, "ended", False))
+        told = keys.worker_state(0, self.fetcher.dataset, iterator, ended, self.num_yielded)
+        told = told or keys.silent_state(0, iterator is not None, self.num_yielded)
+        return {key: told[key] for key in (keys.FETCHER, keys.DATASET, keys.BATCHES)}
+
+    def _next(self) -> State:
+        return {keys.NEXT: Randomness.now(self.generators).to_json()} if self.is_finished else {}
+
+
+@dataclass(slots=True)
+class WorkersProgress(Progress):
+    """Of one with worker processes."""
+
+    is_iterable: bool = False
+    num_workers: int = 0
+    last_worker: int = 0
+    marks: Marks = field(default_factory=lambda: Marks(Mark()))
+    workers: list[WorkerProgress] = field(default_factory=list)
+
+    def begin(self, order: OrderIterator | None, saved: Saved | None) -> None:
+        """An epoch begins, where one was that was saved."""
+        self.order = order
+        self.is_finished = False
+        self.num_yielded = 0 if saved is None else saved.num_yielded
+        same_count = saved is not None and saved.num_workers == self.num_workers
+        self.last_worker = saved.last_worker if saved is not None and same_count else self.num_workers - 1
+        self.marks = Marks(
+            Mark() if saved is None else saved.order.mark, frozenset() if saved is None else saved.order.ahead
+        )
+        if saved is not None and same_count:
+            self.workers = [WorkerProgress.of(n, worker, self.is_iterable) for n, worker in enumerate(saved.workers)]
+        elif self.workers and not self.is_iterable:
+            self.workers = [WorkerProgress(initial=worker.state()) for worker in self.workers]  # they live on
+        else:
+            self.workers = [WorkerProgress() for _ in range(self.num_workers)]
+
+    def delivered(self, worker: int, state: State | None, outstanding: Container[int]) -> None:
+        """A batch has come from a worker; indexes that are `outstanding` have not."""
+        self.last_worker = worker
+        self.marks.settle(outstanding)
+        self.workers[worker].delivered(state)
+
+    def state(self) -> State:
+        """Where it is."""
+        workers = {}
+        for number, worker in enumerate(self.workers):
+            told = worker.state() or keys.silent_state(number, self.is_iterable, worker.batches)
+            workers[keys.worker_key(number)] = {**told, keys.BATCHES: worker.batches}
+        return {
+            keys.SNAPSHOT: {
+                keys.SNAPSHOT_STEP: self.num_yielded,
+                keys.LAST_WORKER: self.last_worker,
+                keys.MAIN: {keys.NUM_WORKERS: self.num_workers, **self._main()},
+                keys.WORKERS: workers,
+            },
+            keys.STEPS_SINCE: 0,
+            keys.FINISHED: self.is_finished,
+            **self._next(),
+        }
+
+    def _order(self) -> SavedOrder:
+        if self.order is None:
+            return SavedOrder(Mark(self.num_yielded))
+        return SavedOrder(self.marks.last, self.order.at_iter, self.order.at_first, self.marks.ahead())
+
+
+@dataclass(slots=True)
+class WorkerProgress:
+    """One worker's. `initial`: its state before its first batch; `last`: after the last that was delivered; `end`: when
+    its iterable data set had ended.
+    """
+
+    batches: int = 0
+    initial: State | None = None
+    last: State | None = None
+    end: State | None = None
+
+    @classmethod
+    def of(cls, worker: int, saved: keys.SavedWorker, is_iterable: bool) -> WorkerProgress:
+        """Of one that begins where another was."""
+        batches = saved.batches or 0
+        if saved.is_silent:
+            return cls(batches)
+        fetcher = {keys.DATASET_ITER: saved.iterator_state, keys.FETCHER_ENDED: saved.has_ended}
+        told = keys.silent_state(worker, is_iterable, batches)
+        return cls(batches, {**told, keys.FETCHER: fetcher if is_iterable else None, keys.DATASET: saved.dataset_state})
+
+    def delivered(self, state: State | None) -> None:
+        """A batch, with the state after it."""
+        self.batches += 1
+        self.last = state
+
+    def state(self) -> State | None:
+        """The last that counts; None where nothing is known."""
+        if self.end is not None and self.end[keys.BATCHES] == self.batches:
+            return self.end
+        return self.last or self.initial
+
+
+class Marks:
+    """How far an order is, of which indexes are on their way; their numbers are those of torch's iterator."""
+
+    def __init__(self, start: Mark, ahead: frozenset[int] = frozenset()) -> None:
+        self.last = start  # all before it was delivered
+        self._ahead = ahead
+        self._marks: dict[int, Mark] = {}
+        self._settled: set[int] = set()
+
+    def sent(self, number: int, mark: Mark) -> None:
+        """An index was given to a worker, after which the order is at `mark`."""
+        self._marks[number] = mark
+
+    def settle(self, outstanding: Container[int]) -> None:
+        """Those that are not outstanding were delivered."""
+        self._settled = {number for number in self._marks if number not in outstanding}
+        for number in list(self._marks):
+            if number not in self._settled:
+                break
+            self.last = self._marks.pop(number)
+
+    def ahead(self) -> frozenset[int]:
+        """Which indexes beyond `last` were delivered, by their place in the order."""
+        settled = {self._marks[number].yielded - 1 for number in self._settled if number in self._marks}
+        return frozenset(place for place in settled | self._ahead if place >= self.last.yielded)

@@ -1,0 +1,98 @@
+"""How a `DataLoader` reads a data set that is not ours: what the loader holds of it, beside torch's attributes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.utils.data.dataloader import _DatasetKind
+
+from fastload.foreign.processes import Processes
+from fastload.foreign.progress import Progress
+from fastload.foreign.randomness import Randomness, generators_of, global_kept
+from fastload.foreign.resuming import Resuming
+from fastload.foreign.saved import Saved, State, read
+from fastload.foreign.single import Single
+
+
+class Reading:
+    """The position of a loader over a foreign data set, which is that of the iteration that began last.
+
+    It does not keep that one alive, so that workers end as soon as the user has let go of it; its progress it does.
+    """
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._latest: Callable[[], Resuming | None] = lambda: None
+        self._loaded: tuple[State, Saved] | None = None  # where the next iteration begins
+        self._prepared: Resuming | None = None  # the next iteration, which was begun for its state
+
+    def iterator(self, loader: Any) -> Any:
+        """Begin an iteration."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            return prepared
+        loaded, self._loaded = self._loaded, None
+        iterator = _begun(loader, None if loaded is None else loaded[1])
+        self._progress, self._latest = iterator.progress, weakref.ref(iterator)
+        return iterator
+
+    def state_dict(self, loader: Any) -> State:
+        """Where the last iteration is; where the next will begin, if a state was loaded or there was none."""
+        if self._loaded is not None:
+            return self._loaded[0]
+        if self._progress is None:
+            self._prepared = self.iterator(loader)
+        assert self._progress is not None, "there was an iteration"
+        latest = self._latest()
+        if isinstance(latest, Processes):
+            latest.tell_states()
+        return self._progress.state()
+
+    def load_state_dict(self, loader: Any, state: Mapping[str, Any]) -> None:
+        """Begin the next iteration where `state` was taken."""
+        self._prepared = self._loaded = None
+        if state != {}:  # as torchdata: which is to begin at the beginning
+            is_iterable = bool(loader._dataset_kind == _DatasetKind.Iterable)
+            self._loaded = dict(state), read(state, loader.dataset, is_iterable, loader.num_workers)
+        loader._iterator = None  # with persistent workers: they cannot be told
+
+    def close(self, loader: Any) -> None:
+        """End workers that wait for the next epoch."""
+        waiting, loader._iterator = (self._prepared, loader._iterator), None
+        self._prepared = None
+        for iterator in waiting:
+            if isinstance(iterator, Processes):
+                iterator._shutdown_workers()
+
+
+def _begun(loader: Any, saved: Saved | None) -> Resuming:
+    kind = Processes if loader.num_workers else Single
+    if saved is None:
+        return kind(loader)
+    if not saved.is_finished:
+        with global_kept():
+            return kind(loader, saved)
+    if loader.num_workers and not loader.persistent_workers:
+        return _of_next_epoch(loader, saved, lambda: Processes(loader))
+    if loader.num_workers:
+        return _of_next_epoch(loader, saved, lambda: Processes(loader, saved))
+    with global_kept():
+        Single(loader, saved)  # the data set is told where it was
+    return _of_next_epoch(loader, saved, lambda: Single(loader))
+
+
+def _of_next_epoch(loader: Any, saved: Saved, begin: Callable[[], Resuming]) -> Resuming:
+    """The epoch after one that was over, in the order in which it would have followed."""
+    if saved.next_epoch is None:
+        return begin()
+    generators = generators_of(loader)
+    before = Randomness.now(generators)
+    saved.next_epoch.restore(generators)
+    iterator = begin()
+    if iterator.order is not None:
+        iterator.order.settle()
+    # Where the user's numbers were those that the order was drawn from, they go on from there.
+    before.restore_global_where_not(saved.next_epoch)
+    return iterator

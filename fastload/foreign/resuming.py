@@ -1,0 +1,64 @@
+"""What the iterators over a foreign data set have in common: they begin where another was, and tell where they are.
+
+`Resuming` lies between torch's iterators and their base, whose methods they call, so it acts at the right moments:
+after the base has drawn the seed, before a worker is started; after it has asked for the sampler's iterator, before
+that is asked for an index.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data.dataloader import _BaseDataLoaderIter, _InfiniteConstantSampler
+
+from fastload.foreign.order import Order, OrderIterator
+from fastload.foreign.progress import Progress
+from fastload.foreign.randomness import generators_of
+from fastload.foreign.saved import Saved
+
+
+class View:
+    """A loader as torch's iterators see it: some of its attributes are others, and its sampler is its `Order`."""
+
+    def __init__(self, loader: Any, **others: Any) -> None:
+        self._loader = loader
+        if not isinstance(loader.sampler, _InfiniteConstantSampler):
+            self._index_sampler = Order(loader._index_sampler, generators_of(loader))
+        vars(self).update(others)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+class Resuming(_BaseDataLoaderIter):
+    """An iteration. `saved`, where to begin, and `progress` have to be set before torch's constructor runs."""
+
+    saved: Saved | None
+    progress: Progress
+
+    def __init__(self, loader: Any) -> None:
+        super().__init__(loader)
+        self._base_seed: int
+        if self.saved is not None and self.saved.base_seed is not None:
+            self._base_seed = self.saved.base_seed
+        if self.saved is not None and self.saved.shared_seed is not None:
+            self._shared_seed = self.saved.shared_seed
+
+    def __next__(self) -> Any:
+        try:
+            batch = super().__next__()
+        except StopIteration:
+            self.progress.is_finished = True
+            raise
+        self.progress.num_yielded = self._num_yielded
+        return batch
+
+    @property
+    def order(self) -> OrderIterator | None:
+        """The sampler's iterator; None for an iterable data set, which has none worth the name."""
+        return self._sampler_iter if isinstance(self._sampler_iter, OrderIterator) else None
+
+    def note_seeds(self) -> None:
+        """What the progress tells of the iteration as a whole."""
+        self.progress.length = self._IterableDataset_len_called
+        self.progress.base_seed, self.progress.shared_seed = self._base_seed, self._shared_seed

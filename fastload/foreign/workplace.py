@@ -1,0 +1,217 @@
+"""What runs in a worker process beside torch's loop: packing batches, and knowing where the data set is.
+
+torch's loop calls three things of the user's: `worker_init_fn`, the data set and `collate_fn`. Each is wrapped, and the
+three share a `Workplace`, which is pickled with them where a process is spawned. The user's code sees its own data set,
+also in `get_worker_info()`.
+
+Two names in torch's module of the worker loop are replaced, in the worker's process only: the class of the message that
+an iterable data set has ended, so that it can carry the data set's last state; and the wrapper of errors, so that one
+that cannot be pickled is told by its message, where torch's loop would leave the trainer waiting for ever.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch._utils import ExceptionWrapper
+from torch.utils.data import IterableDataset, IterDataPipe
+from torch.utils.data._utils import collate as torch_collate
+from torch.utils.data._utils import worker as torch_worker
+
+from fastload.errors import WorkerError
+from fastload.foreign.ledger import Ledger
+from fastload.foreign.order import is_stateful, load_state
+from fastload.foreign.packing import Arrived, Packed, Packer
+from fastload.foreign.saved import SavedWorker, State, worker_state
+from fastload.transport.pickling import is_plain
+
+
+@dataclass(frozen=True)
+class Ended(torch_worker._IterableDatasetStopIteration):
+    """A worker's iterable data set has ended; pickled, its state, and that `before`, if no batch came of it."""
+
+    pickled: bytes = b""
+
+
+@dataclass
+class Workplace:
+    """What the wrappers of one iteration share; each worker has a copy. `batch_size`: of an iterable data set."""
+
+    ledger: Ledger | None
+    receiver: int
+    retained_bytes: int
+    is_iterable: bool
+    batch_size: int | None
+    saved: Sequence[SavedWorker] = ()
+    is_next_epoch: bool = False  # what is saved is over
+
+    # In the worker:
+    worker: int = -1
+    dataset: Any = None
+    packer: Packer | None = None
+    reading: _Reading | None = None
+    before: State | None = None
+    batches: int = 0
+
+    def open(self, worker: int, user_init: Callable[[int], None] | None) -> None:
+        """The worker's process has begun; the user's `worker_init_fn` is called in it."""
+        info = torch_worker._worker_info
+        assert info is not None, "torch's loop has set it"
+        self.worker, self.dataset = worker, info.dataset
+        if isinstance(self.dataset, Watched):
+            self.dataset = self.dataset.source
+            torch_worker._worker_info = torch_worker.WorkerInfo(
+                id=info.id, num_workers=info.num_workers, seed=info.seed, dataset=self.dataset
+            )
+        if self.ledger is not None:
+            self.packer = Packer(self.ledger, self.receiver, worker, self.retained_bytes)
+            _stack_into(self.packer)
+        vars(torch_worker)["_IterableDatasetStopIteration"] = self._ended
+        vars(torch_worker)["ExceptionWrapper"] = _told
+        if user_init is not None:
+            user_init(worker)
+        if self.saved:
+            load_state(self.dataset, self.saved[worker].dataset_state, "data set")
+            self.batches = 0 if self.is_next_epoch else self.saved[worker].batches or 0
+        if not self.is_iterable and (not self.saved or self.is_next_epoch):
+            self.before = self._state()
+
+    def send(self, batch: Any) -> Packed | Arrived:
+        """What to put on torch's queue."""
+        self.batches += 1
+        before, self.before = self.before, None
+        arrived = Arrived(batch, self._state(), before)
+        return arrived if self.packer is None else self.packer.pack(arrived)
+
+    def read(self, source: Any) -> Iterator[Any]:
+        """An iteration of the data set: where a saved one was, the first time."""
+        saved, self.saved = (self.saved[self.worker] if self.saved else None), ()
+        if saved is None or self.is_next_epoch:
+            self.batches = 0
+        iterator = iter(source)
+        has_ended = False
+        if saved is not None:
+            load_state(iterator, saved.iterator_state, "data set's iterator")
+            if self.is_next_epoch:
+                iterator = iter(source)
+            elif saved.is_silent:
+                self._skip(iterator, saved.batches or 0)
+            else:
+                has_ended = saved.has_ended
+        if not is_stateful(source) and not is_stateful(iterator):
+            self.reading = None
+            return iterator  # type: ignore[no-any-return]  # whatever the user's is
+        self.reading = _Reading(iterator, has_ended)
+        if saved is None or self.is_next_epoch:
+            self.before = self._state()
+        return self.reading
+
+    def _skip(self, iterator: Iterator[Any], batches: int) -> None:
+        """Without collating what is skipped."""
+        for _ in islice(iterator, batches * (self.batch_size or 1)):
+            pass
+
+    def _state(self) -> State | None:
+        reading = self.reading
+        if self.is_iterable:
+            if reading is None:
+                return None
+            return worker_state(self.worker, self.dataset, reading.iterator, reading.has_ended, self.batches)
+        return worker_state(self.worker, self.dataset, None, False, self.batches)
+
+    def _ended(self, worker: int) -> Ended:
+        """In the place of torch's class."""
+        before, self.before = self.before, None
+        if self.reading is not None:
+            self.reading.has_ended = True
+        return Ended(worker, pickle.dumps((self._state(), before)))
+
+
+@dataclass
+class _Reading:
+    """An iterator of the user's, which notices that it has ended: its state may be that of a new beginning then."""
+
+    iterator: Iterator[Any]
+    has_ended: bool = False
+
+    def __iter__(self) -> _Reading:
+        return self
+
+    def __next__(self) -> Any:
+        if self.has_ended:
+            raise StopIteration
+        try:
+            return next(self.iterator)
+        except StopIteration:
+            self.has_ended = True
+            raise
+
+
+class Watched(IterableDataset[Any]):
+    """An iterable data set of the user's whose iterations the workplace knows."""
+
+    def __init__(self, workplace: Workplace, source: Any) -> None:
+        self._workplace, self.source = workplace, source
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._workplace.read(self.source)
+
+
+@dataclass(frozen=True)
+class Init:
+    """In the place of `worker_init_fn`."""
+
+    workplace: Workplace
+    user_init: Callable[[int], None] | None
+
+    def __call__(self, worker: int) -> None:
+        self.workplace.open(worker, self.user_init)
+
+
+@dataclass(frozen=True)
+class Collate:
+    """In the place of `collate_fn`."""
+
+    workplace: Workplace
+    user_collate: Callable[[Any], Any]
+
+    def __call__(self, samples: Any) -> Packed | Arrived:
+        return self.workplace.send(self.user_collate(samples))
+
+
+def wrapped_dataset(workplace: Workplace, dataset: Any) -> Any:
+    """What torch is given in the place of the data set. A data pipe stays what it is: torch takes it apart."""
+    if not workplace.is_iterable or isinstance(dataset, IterDataPipe):
+        return dataset
+    return Watched(workplace, dataset)
+
+
+def _stack_into(packer: Packer) -> None:
+    """Let `default_collate` stack tensors where they will be read, in this process."""
+    collate_map = torch_collate.default_collate_fn_map
+    plain = collate_map[torch.Tensor]
+    if plain is torch_collate.collate_tensor_fn:  # and not the user's, who may put one there
+        collate_map[torch.Tensor] = partial(_stacked, packer)
+
+
+def _stacked(packer: Packer, batch: Any, *, collate_fn_map: Any = None) -> torch.Tensor:
+    first = batch[0]
+    if type(first) is not torch.Tensor or not is_plain(first):
+        return torch_collate.collate_tensor_fn(batch, collate_fn_map=collate_fn_map)  # type: ignore[no-any-return]
+    return torch.stack(batch, out=packer.take_tensor((len(batch), *first.shape), first.dtype))
+
+
+def _told(exc_info: Any = None, where: str = "in background") -> ExceptionWrapper:
+    """In the place of torch's class."""
+    wrapper = ExceptionWrapper(exc_info, where)  # type: ignore[no-untyped-call]
+    try:
+        pickle.dumps(wrapper.exc_type)
+    except Exception:  # whatever a class of the user's makes of it
+        wrapper.exc_type = WorkerError
+    return wrapper
