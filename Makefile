@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format bench wheel fuzz clean
+.PHONY: demo test lint format bench frameworks wheel fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/fastload demo
@@ -26,6 +26,11 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/pip install --quiet -e '.[bench]'
 	$(BIN)/python -m bench.throughput
+
+# Lightning, accelerate and transformers train the same weights with our loader as with torch's.
+frameworks: $(STAMP)
+	$(BIN)/pip install --quiet -e '.[frameworks]'
+	$(BIN)/python -m pytest tests/foreign/test_frameworks.py
 
 # A binary wheel that carries libjpeg-turbo, for any Linux as old as this one's libraries allow, and what it does in a
 # venv that has no compiler. `auditwheel` refuses a wheel without the C unit.

@@ -66,8 +66,9 @@ def _making_ours(constructor: Callable[..., None]) -> Callable[..., None]:
         if type(self) is not _TorchLoader:  # a subclass's call of its base
             constructor(self, *args, **kwargs)
             return
-        self.__class__ = DataLoader
-        DataLoader.__init__(self, *args, **{"workers": _workers, **kwargs})
+        ours: Any = DataLoader
+        self.__class__ = ours
+        ours.__init__(self, *args, **{"workers": _workers, **kwargs})
 
     return made
 
