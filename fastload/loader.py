@@ -19,7 +19,6 @@ from torch.utils.data import Dataset, Sampler
 
 from fastload.errors import ConfigError
 from fastload.foreign.reading import Reading
-from fastload.foreign.threads import ThreadIter
 from fastload.streamed import Stream
 from fastload.streaming import Streaming
 
@@ -111,8 +110,6 @@ class DataLoader(torch.utils.data.DataLoader[T]):
         return self._stream.iterate()
 
     def _get_iterator(self) -> Any:
-        if self.num_workers and self.workers == "thread":
-            return ThreadIter(self)
         self.check_worker_number_rationality()
         return self._reading.iterator(self)
 

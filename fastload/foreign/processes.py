@@ -8,59 +8,43 @@ delivered, which is where a state counts it.
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import warnings
 from typing import Any
 
-from torch.utils.data import IterDataPipe
 from torch.utils.data._utils import MP_STATUS_CHECK_INTERVAL
 from torch.utils.data._utils.worker import _IterableDatasetStopIteration
-from torch.utils.data.dataloader import _DatasetKind, _MultiProcessingDataLoaderIter
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from fastload.errors import WorkerError
 from fastload.foreign.ledger import Ledger
 from fastload.foreign.order import is_stateful
 from fastload.foreign.packing import Arrived, Receiver
-from fastload.foreign.progress import WorkersProgress
-from fastload.foreign.randomness import generators_of
-from fastload.foreign.resuming import Resuming, View
-from fastload.foreign.saved import WORKER_ID, Saved
-from fastload.foreign.workplace import Collate, Ended, Init, Workplace, wrapped_dataset
+from fastload.foreign.resuming import View
+from fastload.foreign.saved import WORKER_ID, Saved, State
+from fastload.foreign.working import Working
+from fastload.foreign.workplace import Collate, Init, wrapped_dataset
 
 # Free memory that the workers of an iteration keep for batches to come, all together, and one at least.
 _RETAINED_BYTES = 1 << 30
 _RETAINED_BYTES_EACH = 256 << 20
 
 
-class Processes(_MultiProcessingDataLoaderIter, Resuming):
+class Processes(_MultiProcessingDataLoaderIter, Working):
     """One pass over a foreign data set, or one after another with `persistent_workers`, from where `saved` was taken;
     if that one was over, from the beginning, with workers that know what those knew then.
     """
 
-    progress: WorkersProgress
     _shutdown = True  # until torch has something to shut down
 
     def __init__(self, loader: Any, saved: Saved | None = None) -> None:
-        self.saved = saved
-        self._user_dataset = loader.dataset
-        is_iterable = loader._dataset_kind == _DatasetKind.Iterable
-        self.progress = WorkersProgress(generators_of(loader), is_iterable=is_iterable, num_workers=loader.num_workers)
-        self._discard = 0 if saved is None or saved.is_finished else saved.discard
-        if saved is not None and is_iterable and self._is_to_be_repeated(saved):
-            self._discard += saved.num_yielded
-            self.saved = saved = None
+        saved = self._set_out(loader, saved)
         ledger = _ledger(loader.num_workers)
         self._receiver = None if ledger is None else Receiver(ledger)
-        workplace = Workplace(
-            ledger,
-            -1 if self._receiver is None else self._receiver.number,
-            max(_RETAINED_BYTES_EACH, _RETAINED_BYTES // loader.num_workers),
-            is_iterable,
-            loader.batch_size,
-            () if saved is None or saved.num_workers != loader.num_workers else saved.workers,
-            saved is not None and saved.is_finished,
-        )
+        workplace = self._workplace(loader, saved)
+        workplace.ledger = ledger
+        workplace.receiver = -1 if self._receiver is None else self._receiver.number
+        workplace.retained_bytes = max(_RETAINED_BYTES_EACH, _RETAINED_BYTES // loader.num_workers)
         view = View(
             loader,
             dataset=wrapped_dataset(workplace, loader.dataset),
@@ -72,12 +56,7 @@ class Processes(_MultiProcessingDataLoaderIter, Resuming):
         finally:
             if ledger is not None:
                 ledger.close_fd()
-        if saved is not None and not saved.is_finished:
-            self._num_yielded = saved.num_yielded
-            self._IterableDataset_len_called = saved.length  # type: ignore[assignment]
-            self.note_seeds()
-        for _ in range(self._discard):
-            next(self)
+        self._catch_up(saved)
 
     def tell_states(self) -> None:
         """Wait until it is known where the data set of each worker was at first, if that can be known."""
@@ -88,33 +67,17 @@ class Processes(_MultiProcessingDataLoaderIter, Resuming):
             ):
                 self._receive_early()
 
-    def _is_to_be_repeated(self, saved: Saved) -> bool:
-        """Whether all has to be made again and thrown away, since no worker can skip what is behind it."""
-        if saved.is_finished or not all(worker.is_silent for worker in saved.workers):
-            return False
-        return isinstance(self._user_dataset, IterDataPipe) or any(worker.batches is None for worker in saved.workers)
-
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         if first_iter:
             self._open_descriptors()
         self._is_beginning = True
         super()._reset(loader, first_iter)
 
-    def _begin(self) -> None:
-        """The sampler's iterator is there, and no worker was given an index."""
-        saved, self.saved = self.saved, None
-        is_continued = saved is not None and not saved.is_finished
-        if is_continued and saved is not None and self.order is not None:
-            self.order.resume(saved.order)
-        self.progress.begin(self.order, saved if is_continued else None)
-        self.note_seeds()
-        for _ in range((self.progress.last_worker + 1) % self._num_workers):
-            next(self._worker_queue_idx_cycle)
-
     def _try_put_index(self) -> None:
         if self._is_beginning:
             self._is_beginning = False
-            self._begin()
+            for _ in range(self._begin()):
+                next(self._worker_queue_idx_cycle)
         number = self._send_idx
         super()._try_put_index()
         if self.order is not None and self._send_idx > number:
@@ -122,24 +85,15 @@ class Processes(_MultiProcessingDataLoaderIter, Resuming):
 
     def _get_data(self) -> Any:
         number, data = super()._get_data()  # type: ignore[no-untyped-call]
-        if isinstance(data, Ended):
-            self._note_end(data)
-        elif isinstance(data, Arrived):
-            self._note_arrival(data)
+        self._note(data)
+        if self._is_beginning and isinstance(data, Arrived) and data.state is not None:
+            self._note_left_over(data.state)
         return number, data
 
-    def _note_end(self, ended: Ended) -> None:
-        state, before = pickle.loads(ended.pickled)
-        worker = self.progress.workers[ended.worker_id]
-        worker.end = state
-        worker.initial = worker.initial if before is None else before
-
-    def _note_arrival(self, arrived: Arrived) -> None:
-        if arrived.before is not None:
-            self.progress.workers[arrived.before[WORKER_ID]].initial = arrived.before
-        if self._is_beginning and arrived.state is not None and not self.progress.is_iterable:
-            # Left from an epoch that was broken off: this is where a worker that lives on begins the next.
-            self.progress.workers[arrived.state[WORKER_ID]].last = arrived.state
+    def _note_left_over(self, state: State) -> None:
+        """From an epoch that was broken off: this is where a worker that lives on begins the next."""
+        if not self.progress.is_iterable:
+            self.progress.workers[state[WORKER_ID]].last = state
 
     def _receive_early(self) -> None:
         """Take an answer that nobody asked for yet, and do with it what torch does."""
@@ -155,7 +109,12 @@ class Processes(_MultiProcessingDataLoaderIter, Resuming):
         self._try_put_index()
 
     def _process_data(self, data: Any, worker_idx: int) -> Any:
-        arrived = super()._process_data(data, worker_idx)  # type: ignore[no-untyped-call]  # raises what it raised
+        try:
+            arrived = super()._process_data(data, worker_idx)  # type: ignore[no-untyped-call]
+        except Exception as error:  # what the worker raised
+            # torch's frame refers to the error that refers to it, so that the workers, which end with the iteration,
+            # would live until the garbage collector comes by, and then not hear that they are to end.
+            raise error.with_traceback(None)
         self.progress.delivered(worker_idx, arrived.state, outstanding=self._task_info)
         return arrived.batch
 

@@ -14,6 +14,8 @@ from fastload.foreign.randomness import Randomness, generators_of, global_kept
 from fastload.foreign.resuming import Resuming
 from fastload.foreign.saved import Saved, State, read
 from fastload.foreign.single import Single
+from fastload.foreign.threads import Threads
+from fastload.foreign.working import Working
 
 
 class Reading:
@@ -46,7 +48,7 @@ class Reading:
             self._prepared = self.iterator(loader)
         assert self._progress is not None, "there was an iteration"
         latest = self._latest()
-        if isinstance(latest, Processes):
+        if isinstance(latest, Working):
             latest.tell_states()
         return self._progress.state()
 
@@ -63,24 +65,30 @@ class Reading:
         waiting, loader._iterator = (self._prepared, loader._iterator), None
         self._prepared = None
         for iterator in waiting:
-            if isinstance(iterator, Processes):
+            if isinstance(iterator, Working):
                 iterator._shutdown_workers()
 
 
 def _begun(loader: Any, saved: Saved | None) -> Resuming:
-    kind = Processes if loader.num_workers else Single
+    kind = _kind(loader)
     if saved is None:
         return kind(loader)
     if not saved.is_finished:
         with global_kept():
             return kind(loader, saved)
     if loader.num_workers and not loader.persistent_workers:
-        return _of_next_epoch(loader, saved, lambda: Processes(loader))
+        return _of_next_epoch(loader, saved, lambda: kind(loader))
     if loader.num_workers:
-        return _of_next_epoch(loader, saved, lambda: Processes(loader, saved))
+        return _of_next_epoch(loader, saved, lambda: kind(loader, saved))
     with global_kept():
         Single(loader, saved)  # the data set is told where it was
     return _of_next_epoch(loader, saved, lambda: Single(loader))
+
+
+def _kind(loader: Any) -> type[Single] | type[Processes] | type[Threads]:
+    if not loader.num_workers:
+        return Single
+    return Threads if loader.workers == "thread" else Processes
 
 
 def _of_next_epoch(loader: Any, saved: Saved, begin: Callable[[], Resuming]) -> Resuming:

@@ -6,9 +6,9 @@ the trainer, so they are for data sets that spend their time outside Python (rea
 
 What a worker process has of its own, a thread has where that matters and can be: `get_worker_info()`, with a seed; the
 data set, `collate_fn` and `worker_init_fn`, copied together so that they still refer to each other, if the data set is
-iterable (each worker has to be somewhere else in it) or there is a `worker_init_fn` (which is there to make the copies
-differ); otherwise all share what the user gave. Not the global generators of Python, numpy and torch: they stay the
-trainer's, and unseeded.
+iterable or has a state (each worker is somewhere else in it) or there is a `worker_init_fn` (which is there to make the
+copies differ); otherwise all share what the user gave. Not the global generators of Python, numpy and torch: they stay
+the trainer's, and unseeded.
 
 Batches are dealt to workers in turn, as torch deals them. Each task has exactly one answer: a batch, an error, or that
 the worker's iterable data set has ended. With `in_order`, answers are taken in the order of their tasks, that last kind
@@ -30,6 +30,7 @@ import threading
 import time
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,10 +40,16 @@ import torch.utils.data.graph_settings
 from torch._utils import ExceptionWrapper
 from torch.utils.data import IterDataPipe, MapDataPipe
 from torch.utils.data._utils.pin_memory import pin_memory
-from torch.utils.data.dataloader import _BaseDataLoaderIter, _DatasetKind, _sharding_worker_init_fn
+from torch.utils.data.dataloader import _DatasetKind, _sharding_worker_init_fn
 
 from fastload.errors import WorkerError
 from fastload.foreign.info import info_of_thread, worker_thread
+from fastload.foreign.order import is_stateful
+from fastload.foreign.packing import Arrived
+from fastload.foreign.resuming import View
+from fastload.foreign.saved import Saved
+from fastload.foreign.working import Working
+from fastload.foreign.workplace import Collate, Ended, Workplace, wrapped_dataset
 
 # How long threads that are to end are waited for, all together, where they are waited for.
 _END_S = 5.0
@@ -50,11 +57,14 @@ _END_S = 5.0
 _NO_EPOCH = -1
 
 
-class ThreadIter(_BaseDataLoaderIter):
-    """One pass over a foreign data set, or one pass after another with `persistent_workers`, by worker threads."""
+class Threads(Working):
+    """One pass over a foreign data set, or one after another with `persistent_workers`, from where `saved` was taken;
+    if that one was over, from the beginning, with workers that know what those knew then.
+    """
 
-    def __init__(self, loader: Any) -> None:
-        super().__init__(loader)
+    def __init__(self, loader: Any, saved: Saved | None = None) -> None:
+        saved = self._set_out(loader, saved)
+        super().__init__(View(loader))
         self._prefetch_factor = loader.prefetch_factor
         self._in_order = loader.in_order
         self._worker_init_fn = loader.worker_init_fn
@@ -63,88 +73,99 @@ class ThreadIter(_BaseDataLoaderIter):
                 _sharding_worker_init_fn, self._worker_init_fn, self._world_size, self._rank
             )
         self._epoch = _NO_EPOCH
-        self._hire()
+        self._hire(loader, saved)
         self._reset(loader, first_iter=True)
+        self._catch_up(saved)
 
-    def _hire(self) -> None:
-        self._crew = _Crew(self._jobs())
+    def _hire(self, loader: Any, saved: Saved | None = None) -> None:
+        self._crew = _Crew(self._jobs(loader, saved))
         self._end = weakref.finalize(self, self._crew.dismiss)
         self._end.atexit = False  # `_end_workers` does more
 
-    def _jobs(self) -> list[_Job]:
+    def _jobs(self, loader: Any, saved: Saved | None) -> list[_Job]:
         parts = (self._dataset, self._collate_fn, self._worker_init_fn)
-        needs_own = self._dataset_kind == _DatasetKind.Iterable or self._worker_init_fn is not None
+        needs_own = self.progress.is_iterable or self._worker_init_fn is not None or is_stateful(self._dataset)
         pin = _pinning(self._pin_memory_device) if self._pin_memory else None
-        return [
-            _Job(
-                info_of_thread(number, self._num_workers, int(self._base_seed), dataset),
-                functools.partial(
-                    _DatasetKind.create_fetcher,
-                    self._dataset_kind,
-                    dataset,
-                    self._auto_collation,
-                    collate,
-                    self._drop_last,
-                ),
-                init,
-                pin,
+        jobs = []
+        for number, (dataset, collate, init) in enumerate(_for_workers(parts, self._num_workers, needs_own)):
+            workplace = self._workplace(loader, saved)
+            fetcher = functools.partial(
+                _DatasetKind.create_fetcher,
+                self._dataset_kind,
+                wrapped_dataset(workplace, dataset),
+                self._auto_collation,
+                Collate(workplace, collate),
+                self._drop_last,
             )
-            for number, (dataset, collate, init) in enumerate(_for_workers(parts, self._num_workers, needs_own))
-        ]
+            info = info_of_thread(number, self._num_workers, int(self._base_seed), dataset)
+            jobs.append(_Job(info, workplace, fetcher, init, pin))
+        return jobs
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
-        super()._reset(loader, first_iter)
+        super()._reset(View(loader), first_iter)
         if self._crew.is_foreign:
-            self._hire()
+            self._hire(loader)
         self._epoch += 1
+        self._turn = self._begin()
         self._crew.begin(self._epoch, self._shared_seed)
         self._next_task = 0  # the number of the next to be given to a worker
-        self._next_answer = 0  # with in_order: the task whose answer is to be taken next
-        self._early: dict[int, _Answer] = {}  # with in_order: answers to later tasks
+        self._awaited = deque[int]()  # tasks whose batches were not delivered, in the order in which they were given
+        self._early: dict[int, _Answer] = {}  # answers that came and were not taken
         self._loads = [0] * self._num_workers  # tasks of each worker whose answers were not taken
         self._has_more = [True] * self._num_workers
-        self._turn = 0
         for _ in range(self._prefetch_factor * self._num_workers):
             self._give_task()
+        if not first_iter and not self.progress.is_iterable and is_stateful(self._user_dataset):
+            for worker, load in zip(self.progress.workers, self._loads, strict=True):
+                if load:
+                    worker.initial = None  # it says itself where it is, after what it did for the last epoch in vain
 
     def _next_data(self) -> Any:
-        while sum(self._loads):
+        while self._awaited:
             answer = self._take()
-            self._loads[answer.worker] -= 1
-            if answer.data is _EXHAUSTED:
-                self._has_more[answer.worker] = False
+            worker, data = answer.worker, answer.data
+            self._loads[worker] -= 1
+            self._has_more[worker] = not isinstance(data, Ended)
             self._give_task()
-            if answer.data is _EXHAUSTED:
-                continue
-            if isinstance(answer.data, ExceptionWrapper):
-                answer.data.reraise()  # type: ignore[no-untyped-call]  # torch has no types here
-            return answer.data
+            if isinstance(data, ExceptionWrapper):
+                data.reraise()  # type: ignore[no-untyped-call]  # torch has no types here
+            elif isinstance(data, Arrived):
+                self.progress.delivered(worker, data.state, outstanding=self._awaited)
+                return data.batch
         if not self._persistent_workers:
             self._crew.dismiss()
         raise StopIteration
 
-    def _take(self) -> _Answer:
-        if not self._in_order:
-            return self._receive()
-        while self._next_answer not in self._early:
-            answer = self._receive()
-            self._early[answer.task] = answer
-        self._next_answer += 1
-        return self._early.pop(self._next_answer - 1)
+    def tell_states(self) -> None:
+        """Wait until it is known where the data set of each worker was at first, if that can be known."""
+        if not is_stateful(self._user_dataset) or self._crew.is_foreign:
+            return
+        while len(self._early) < len(self._awaited) and any(
+            worker.state() is None and load for worker, load in zip(self.progress.workers, self._loads, strict=True)
+        ):
+            self._receive()
 
-    def _receive(self) -> _Answer:
+    def _take(self) -> _Answer:
+        """The answer whose turn it is, which is awaited no more."""
+        while self._awaited[0] not in self._early if self._in_order else not self._early:
+            self._receive()
+        number = self._awaited[0] if self._in_order else next(iter(self._early))
+        self._awaited.remove(number)
+        return self._early.pop(number)
+
+    def _receive(self) -> None:
         if self._crew.is_foreign:
             raise RuntimeError(
                 "this iterator's worker threads stayed in the process that this one was forked from; "
                 "iterate the DataLoader anew"
             )
-        while True:
-            try:
-                answer = self._crew.answers.get(timeout=self._timeout or None)
-            except queue.Empty:
-                raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds") from None
-            if answer.epoch == self._epoch:
-                return answer
+        try:
+            answer = self._crew.answers.get(timeout=self._timeout or None)
+        except queue.Empty:
+            raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds") from None
+        if answer.epoch == self._epoch:
+            self._note(answer.data)
+            self._early[answer.task] = answer
 
     def _give_task(self) -> None:
         worker = self._next_worker()
@@ -154,10 +175,13 @@ class ThreadIter(_BaseDataLoaderIter):
             index = self._next_index()  # type: ignore[no-untyped-call]
         except StopIteration:
             return
+        number, self._next_task = self._next_task, self._next_task + 1
+        if self.order is not None:
+            self.progress.marks.sent(number, self.order.mark())
         self._turn = (worker + 1) % self._num_workers
         self._loads[worker] += 1
-        self._crew.give(worker, _Task(self._epoch, self._next_task, index))
-        self._next_task += 1
+        self._awaited.append(number)
+        self._crew.give(worker, _Task(self._epoch, number, index))
 
     def _next_worker(self) -> int | None:
         """Whose turn it is; without `in_order`, workers with their share of tasks are passed over."""
@@ -174,9 +198,6 @@ class ThreadIter(_BaseDataLoaderIter):
         self._crew.wait()
 
 
-_EXHAUSTED = object()  # what a worker answers whose iterable data set has ended
-
-
 @dataclass(frozen=True, slots=True)
 class _Task:
     epoch: int
@@ -189,7 +210,7 @@ class _Answer:
     epoch: int
     task: int
     worker: int
-    data: Any  # a batch, an ExceptionWrapper or _EXHAUSTED
+    data: Arrived | Ended | ExceptionWrapper
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +225,7 @@ class _Job:
     """What one worker needs."""
 
     info: Any
+    workplace: Workplace
     fetcher: Callable[[], Any]  # for one epoch
     init: Callable[[int], None] | None
     pin: Callable[[Any], Any] | None
@@ -269,7 +291,7 @@ class _Worker(threading.Thread):
         self._where = f"in DataLoader worker thread {job.info.id}"
         self._fetcher: Any = None
         self._failure: ExceptionWrapper | None = None  # of `worker_init_fn`, or of the beginning of an epoch
-        self._is_exhausted = False
+        self._ended: Ended | None = None  # what is answered once the data set has ended
 
     def dismiss(self) -> None:
         self._board.epoch = _NO_EPOCH
@@ -281,7 +303,7 @@ class _Worker(threading.Thread):
         torch.set_num_threads(1)
         self._board.started.put(None)
         with worker_thread(self._job.info):
-            init_failure = self._caught(self._init)
+            init_failure = self._caught(self._prepare)
             while (order := self.inbox.get()) is not None:
                 if isinstance(order, _Begin):
                     self._failure = init_failure or self._caught(functools.partial(self._begin, order))
@@ -291,35 +313,36 @@ class _Worker(threading.Thread):
                         _Answer(order.epoch, order.number, self._job.info.id, self._answer(order.index))
                     )
 
-    def _init(self) -> None:
-        if self._job.init is not None:
-            self._job.init(self._job.info.id)
+    def _prepare(self) -> None:
+        self._job.workplace.prepare(self._job.info.id, self._job.info.dataset, self._job.init)
 
     def _begin(self, order: _Begin) -> None:
+        if self._fetcher is not None:
+            self._job.workplace.begin_again()
         dataset = self._job.info.dataset
         if isinstance(dataset, IterDataPipe) and order.shared_seed is not None:
             generator = torch.Generator()
             generator.manual_seed(order.shared_seed)
             torch.utils.data.graph_settings.apply_random_seed(dataset, generator)
-        self._is_exhausted = False
+        self._ended = None
         self._fetcher = self._job.fetcher()
 
     def _answer(self, index: Any) -> Any:
         if self._failure is not None:
             return self._failure
-        if self._is_exhausted:
-            return _EXHAUSTED
-        return self._caught(functools.partial(self._fetch, index))
+        return self._ended or self._caught(functools.partial(self._fetch, index))
 
-    def _fetch(self, index: Any) -> Any:
+    def _fetch(self, index: Any) -> Arrived | Ended:
         try:
-            batch = self._fetcher.fetch(index)
+            arrived: Arrived = self._fetcher.fetch(index)
         except StopIteration:
-            if not isinstance(self._job.info.dataset, torch.utils.data.IterableDataset):
+            if not self._job.workplace.is_iterable:
                 raise
-            self._is_exhausted = True
-            return _EXHAUSTED
-        return batch if self._job.pin is None else self._job.pin(batch)
+            self._ended = self._job.workplace.ended(self._job.info.id)
+            return self._ended
+        # In a state of the data set may be what it goes on to change.
+        arrived.state, arrived.before = copy.deepcopy((arrived.state, arrived.before))
+        return arrived if self._job.pin is None else self._job.pin(arrived)
 
     def _caught(self, call: Callable[[], Any]) -> Any:
         """What `call` gives; or what it raises, as torch's workers send it."""

@@ -11,11 +11,13 @@ that cannot be pickled is told by its message, where torch's loop would leave th
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -43,13 +45,15 @@ class Ended(torch_worker._IterableDatasetStopIteration):
 class Workplace:
     """What the wrappers of one iteration share; each worker has a copy. `batch_size`: of an iterable data set."""
 
-    ledger: Ledger | None
-    receiver: int
-    retained_bytes: int
     is_iterable: bool
     batch_size: int | None
     saved: Sequence[SavedWorker] = ()
     is_next_epoch: bool = False  # what is saved is over
+
+    # Of processes: how their batches cross.
+    ledger: Ledger | None = None
+    receiver: int = -1
+    retained_bytes: int = 0
 
     # In the worker:
     worker: int = -1
@@ -69,17 +73,28 @@ class Workplace:
             torch_worker._worker_info = torch_worker.WorkerInfo(
                 id=info.id, num_workers=info.num_workers, seed=info.seed, dataset=self.dataset
             )
+        Finalize(None, _leave_if_orphaned, args=(os.getppid(),), exitpriority=100)  # before queues are waited for
         if self.ledger is not None:
             self.packer = Packer(self.ledger, self.receiver, worker, self.retained_bytes)
             _stack_into(self.packer)
-        vars(torch_worker)["_IterableDatasetStopIteration"] = self._ended
+        vars(torch_worker)["_IterableDatasetStopIteration"] = self.ended
         vars(torch_worker)["ExceptionWrapper"] = _told
+        self.prepare(worker, self.dataset, user_init)
+
+    def prepare(self, worker: int, dataset: Any, user_init: Callable[[int], None] | None) -> None:
+        """A worker has begun; the data set is told where it was, after the user's `worker_init_fn`."""
+        self.worker, self.dataset = worker, dataset
         if user_init is not None:
             user_init(worker)
         if self.saved:
-            load_state(self.dataset, self.saved[worker].dataset_state, "data set")
+            load_state(dataset, self.saved[worker].dataset_state, "data set")
             self.batches = 0 if self.is_next_epoch else self.saved[worker].batches or 0
         if not self.is_iterable and (not self.saved or self.is_next_epoch):
+            self.before = self._state()
+
+    def begin_again(self) -> None:
+        """Another epoch begins in a worker that lives on."""
+        if not self.is_iterable:
             self.before = self._state()
 
     def send(self, batch: Any) -> Packed | Arrived:
@@ -125,7 +140,7 @@ class Workplace:
             return worker_state(self.worker, self.dataset, reading.iterator, reading.has_ended, self.batches)
         return worker_state(self.worker, self.dataset, None, False, self.batches)
 
-    def _ended(self, worker: int) -> Ended:
+    def ended(self, worker: int) -> Ended:
         """In the place of torch's class."""
         before, self.before = self.before, None
         if self.reading is not None:
@@ -162,6 +177,9 @@ class Watched(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         return self._workplace.read(self.source)
 
+    def __repr__(self) -> str:
+        return str(self.source)  # in torch's warnings
+
 
 @dataclass(frozen=True)
 class Init:
@@ -190,6 +208,12 @@ def wrapped_dataset(workplace: Workplace, dataset: Any) -> Any:
     if not workplace.is_iterable or isinstance(dataset, IterDataPipe):
         return dataset
     return Watched(workplace, dataset)
+
+
+def _leave_if_orphaned(parent: int) -> None:
+    """Nobody will read what is still to be sent, and other workers, who could, keep the pipe open: do not wait."""
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _stack_into(packer: Packer) -> None:
