@@ -1,15 +1,26 @@
 """Ranged GETs over plain sockets, received straight into the caller's buffer.
 
-The store's CPU cost is the cost of moving bytes, and here they are moved once: from the socket into `out`, with the
-GIL released. Measured on two cores shared with the server, 8 MiB ranges, 8 threads, CPU-seconds a GB of the client
-(runs differ by a fifth): 0.26 for a bare socket, 0.34 to 0.36 for http.client (this), 0.50 for obstore without any
-copy, 0.58 to 0.62 for obstore's stream copied into `out` (256 KiB pieces; other sizes cost more).
-Over TLS: 0.84-1.08 this, 2.0-2.4 obstore's stream.
+The store's CPU cost is the cost of moving bytes, and here they are moved once: from the socket into `out`, or over TLS
+into OpenSSL's buffer of one record, decrypted there, and from that into `out`; always with the GIL released. Measured
+by `bench.fetch` on two cores shared with the server (and, in these runs, with others), 8 MiB ranges, 8 at a time,
+CPU-seconds a GB of the receiving process, medians of five runs in turn:
 
-What did not help: MSG_WAITALL a MiB a call (0.33 against 0.34, through a delaying proxy, five runs each, in turn) and a
-receive buffer of 4 MiB. A run with SO_RCVLOWAT hung, which was not looked into.
-A bare socket saves the parsing of the headers only, for which http.client's handling of odd
-answers is worth having.
+|                   | plain | TLS  | TLS, records of 4 KiB |
+|-------------------|-------|------|-----------------------|
+| this              | 0.26  | 0.91 | 1.54                  |
+| http.client       | 0.25  | 1.02 | 1.81                  |
+| urllib3, readinto | 0.40  | 1.25 |                       |
+| obstore, stream   | 0.58  | 1.43 | 2.91                  |
+| a bare socket     | 0.22  | 0.86 |                       |
+
+urllib3's `readinto` reads bytes and copies them; around http.client's it comes to the same as http.client. With the
+cores to themselves both ways take about a tenth less over TLS. A bare socket saves the parsing of headers only, for
+which http.client's handling of odd answers is worth having.
+
+What did not help: feeding OpenSSL through memory by large receives (half the system calls, two copies more: 0.89);
+MSG_WAITALL a MiB a call (plain, 0.33 against 0.34) and a receive buffer of 4 MiB. SO_RCVLOWAT hangs at the end of a
+body: a socket with a timeout is polled first, and never readable for less than the mark. TLS in the kernel could not be
+tried (this one has no tls module), and OpenSSL's reading ahead cannot be turned on from Python.
 """
 
 from __future__ import annotations
