@@ -340,8 +340,6 @@ class _Worker(threading.Thread):
                 raise
             self._ended = self._job.workplace.ended(self._job.info.id)
             return self._ended
-        # In a state of the data set may be what it goes on to change.
-        arrived.state, arrived.before = copy.deepcopy((arrived.state, arrived.before))
         return arrived if self._job.pin is None else self._job.pin(arrived)
 
     def _caught(self, call: Callable[[], Any]) -> Any:

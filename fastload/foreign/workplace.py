@@ -11,6 +11,7 @@ that cannot be pickled is told by its message, where torch's loop would leave th
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -90,19 +91,20 @@ class Workplace:
             load_state(dataset, self.saved[worker].dataset_state, "data set")
             self.batches = 0 if self.is_next_epoch else self.saved[worker].batches or 0
         if not self.is_iterable and (not self.saved or self.is_next_epoch):
-            self.before = self._state()
+            self.before = self._kept_state()
 
     def begin_again(self) -> None:
         """Another epoch begins in a worker that lives on."""
         if not self.is_iterable:
-            self.before = self._state()
+            self.before = self._kept_state()
 
     def send(self, batch: Any) -> Packed | Arrived:
         """What to put on torch's queue."""
         self.batches += 1
         before, self.before = self.before, None
-        arrived = Arrived(batch, self._state(), before)
-        return arrived if self.packer is None else self.packer.pack(arrived)
+        if self.packer is None:
+            return Arrived(batch, self._kept_state(), before)
+        return self.packer.pack(Arrived(batch, self._state(), before))
 
     def read(self, source: Any) -> Iterator[Any]:
         """An iteration of the data set: where a saved one was, the first time."""
@@ -124,13 +126,17 @@ class Workplace:
             return iterator  # type: ignore[no-any-return]  # whatever the user's is
         self.reading = _Reading(iterator, has_ended)
         if saved is None or self.is_next_epoch:
-            self.before = self._state()
+            self.before = self._kept_state()
         return self.reading
 
     def _skip(self, iterator: Iterator[Any], batches: int) -> None:
         """Without collating what is skipped."""
         for _ in islice(iterator, batches * (self.batch_size or 1)):
             pass
+
+    def _kept_state(self) -> State | None:
+        """What is told later: there may be in it what the data set goes on to change."""
+        return copy.deepcopy(self._state())
 
     def _state(self) -> State | None:
         reading = self.reading

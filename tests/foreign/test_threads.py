@@ -331,6 +331,109 @@ def test_data_pipes_are_sharded_and_shuffled_alike() -> None:
     assert epochs[0] != epochs[1]
 
 
+class Counting(Dataset):
+    """Says how many samples were asked of this copy; the value of a sample is that number."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> int:
+        self.asked += 1
+        return 1000 * index + self.asked
+
+    def state_dict(self) -> dict:
+        return vars(self)  # which it goes on to change
+
+    def load_state_dict(self, state: dict) -> None:
+        self.asked = state["asked"]
+
+
+class Stateful(Uneven):
+    """Its iterations can say where they are."""
+
+    def __init__(self, count: int = 9) -> None:
+        self.count, self.next = count, 0
+
+    def __iter__(self) -> Iterator[int]:
+        worker = get_worker_info()
+        while self.next < self.count + worker.id:
+            self.next += 1
+            yield 100 * worker.id + self.next
+        self.next = 0
+
+    def state_dict(self) -> dict:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.next = state["next"]
+
+
+@given(
+    dataset=st.sampled_from([Squares, Counting, Stateful, Uneven]),
+    batch_size=st.one_of(st.none(), st.integers(1, 4)),
+    num_workers=st.integers(1, 3),
+    prefetch=st.integers(1, 3),
+    stop=st.integers(0, 8),
+    persistent=st.booleans(),
+    epoch=st.integers(0, 1),
+)
+def test_a_loader_goes_on_where_another_was(
+    dataset, batch_size, num_workers, prefetch, stop, persistent, epoch
+) -> None:
+    def loader() -> fastload.DataLoader:
+        options = {"shuffle": True} if issubclass(dataset, (Squares, Counting)) else {}
+        return threaded(
+            dataset(),
+            num_workers,
+            batch_size=batch_size,
+            prefetch_factor=prefetch,
+            persistent_workers=persistent,
+            **options,
+        )
+
+    torch.manual_seed(stop)
+    whole = loader()
+    for _ in range(epoch):
+        list(whole)
+    batches = iter(whole)
+    for _ in zip(range(stop), batches, strict=False):
+        pass  # to the end of the epoch, it may be
+    state = whole.state_dict()
+    expected = values(whole if state["_iterator_finished"] else batches)
+    other = loader()
+    other.load_state_dict(state)
+    assert values(other) == expected
+    whole.close()
+    other.close()
+
+
+@FORKS
+def test_states_are_the_same_for_threads_and_processes() -> None:
+    for first, second in (("thread", "process"), ("process", "thread")):
+        options = {"num_workers": 2, "batch_size": 2}
+        batches = iter(loader := fastload.DataLoader(Stateful(), workers=first, **options))
+        for _ in range(3):
+            next(batches)
+        state = loader.state_dict()
+        other = fastload.DataLoader(Stateful(), workers=second, **options)
+        other.load_state_dict(state)
+        assert values(other) == values(batches)
+
+
+def test_batches_out_of_order_are_not_given_again() -> None:
+    gate = threading.Event()
+    batches = iter(loader := threaded(Squares(8, {0: gate}), in_order=False, batch_size=None))
+    early = [next(batches) for _ in range(4)]
+    other = threaded(Squares(8), in_order=False, batch_size=None)
+    other.load_state_dict(loader.state_dict())
+    assert sorted([*early, *other]) == [k**2 for k in range(8)]
+    gate.set()
+    list(batches)
+
+
 def test_the_loader_says_what_it_cannot_do() -> None:
     with pytest.raises(fastload.ConfigError, match=r'workers="side" is for a StreamingDataset.*not for Squares'):
         fastload.DataLoader(Squares(), num_workers=1, workers="side")
