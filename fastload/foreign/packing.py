@@ -206,12 +206,15 @@ class _Slots:
     def place(self, buffers: list[Bytes]) -> tuple[list[_Place], list[_Slot]]:
         """Where in slots the buffers lie, or were copied to, and which slots those are. The trainer will be told."""
         in_place = [self._find(buffer) for buffer in buffers]
-        copies = iter(self._copied([b for b, there in zip(buffers, in_place, strict=True) if there is None]))
-        there = [each or next(copies) for each in in_place]
+        # The arrays that were copied to are kept until their slots are counted as sent: till then they are in use.
+        copies = self._copied([b for b, there in zip(buffers, in_place, strict=True) if there is None])
+        rest = iter(copies)
+        there = [each or next(rest)[:2] for each in in_place]
         places = [_Place(slot.index, at, b.size) for (slot, at), b in zip(there, buffers, strict=True)]
         used = list(dict.fromkeys(slot for slot, _ in there))
         for slot, _ in there:
             slot.sent += 1
+        copies.clear()
         self._open = [slot for slot in self._open if not slot.sent]
         return places, used
 
@@ -229,7 +232,7 @@ class _Slots:
                 return slot, offset
         return None
 
-    def _copied(self, buffers: list[Bytes]) -> list[tuple[_Slot, int]]:
+    def _copied(self, buffers: list[Bytes]) -> list[tuple[_Slot, int, Bytes]]:
         own_bytes = sum(buffer.size for buffer in buffers) // _OWN_SLOT_PART
         shared = [buffer for buffer in buffers if buffer.size < own_bytes]
         offsets = np.cumsum([0] + [-(-b.size // _ALIGNMENT) * _ALIGNMENT for b in shared]).tolist()
@@ -244,7 +247,7 @@ class _Slots:
                 memory = self.take(buffer.size)
                 slot, offset = self._open[-1], 0
             memory[offset : offset + buffer.size] = buffer
-            copied.append((slot, offset))
+            copied.append((slot, offset, memory))
         return copied
 
     def _reuse(self, byte_count: int) -> _Slot | None:
