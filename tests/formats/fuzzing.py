@@ -2,7 +2,7 @@
 
 A reader runs in a process of its own, since it may die of what it reads. Code that numba compiles cannot be built with
 a sanitizer of addresses, so two other things stand in for one, each in a process:
-- *bounds*: numba checks every index against its array (NUMBA_BOUNDSCHECK=1), and a wrong one is an IndexError;
+- *bounds*: numba checks every index against its array (NUMBA_BOUNDSCHECK=1), and a wrong one is an error;
 - *pages*: what trains people's models, compiled as always. Every array that the reader is given or makes ends where a
   page begins that nobody may touch, or begins where one ends, so that what reads or writes past it dies there. What an
   array holds at first is noise, so that who relies on it is found out by what comes of it.

@@ -70,3 +70,25 @@ def test_guards_guard() -> None:
         )
         assert done.stdout == b"16500\n"
         assert done.returncode == -11, done
+
+
+def test_checked_indexes_are_checked() -> None:
+    """The kernel is given an array of one number where it writes two."""
+    code = (
+        "import numpy as np; from fastload.kernels.tarindex import STATE_SIZE, scan; "
+        "from tests.formats.archives import header; data = np.frombuffer(header(b'a.x') + header(b'b.x'), np.uint8); "
+        "state = np.zeros(STATE_SIZE, np.int64); state[[5, 6, 8]] = -1; "
+        "texts = [np.zeros(size, np.uint8) for size in (512, 256, 256, 2000)]; "
+        "numbers = [np.zeros(size, np.int64) for size in (10, 1, 10)]; "
+        "scan(data, 0, len(data), state, *texts, *numbers)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **fuzzing.MODES["bounds"]},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "bounds" in done.stderr.splitlines()[-1]
