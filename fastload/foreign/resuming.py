@@ -43,6 +43,9 @@ class Resuming(_BaseDataLoaderIter):
             self._base_seed = self.saved.base_seed
         if self.saved is not None and self.saved.shared_seed is not None:
             self._shared_seed = self.saved.shared_seed
+        if self.saved is not None and self.saved.is_finished and self.saved.next_epoch is not None:
+            # Workers that live on draw no seed for another epoch.
+            self.saved.next_epoch.restore(generators_of(loader))
 
     def __next__(self) -> Any:
         try:
