@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass, field
+from inspect import GEN_CREATED, getgeneratorstate, isgenerator
 from typing import Any
 
 from fastload.foreign import saved as keys
@@ -24,6 +25,7 @@ class Progress:
     generators: Generators
     order: OrderIterator | None = None  # of a map-style data set
     fetcher: Any = None
+    begun_at: keys.SavedWorker | None = None
     num_yielded: int = 0
     length: int | None = None
     shared_seed: int | None = None
@@ -56,6 +58,13 @@ class Progress:
 
     def _dataset(self) -> State:
         iterator = getattr(self.fetcher, "dataset_iter", None)
+        if self.begun_at is not None and isgenerator(iterator) and getgeneratorstate(iterator) == GEN_CREATED:
+            # One that has not begun has not read where its data set was told to begin, so that does not know either.
+            return {
+                keys.FETCHER: {keys.DATASET_ITER: None, keys.FETCHER_ENDED: self.begun_at.has_ended},
+                keys.DATASET: self.begun_at.dataset_state,
+                keys.BATCHES: self.num_yielded,
+            }
         ended = bool(getattr(self.fetcher, "ended", False))
         told = keys.worker_state(0, self.fetcher.dataset, iterator, ended, self.num_yielded)
         told = told or keys.silent_state(0, iterator is not None, self.num_yielded)

@@ -25,6 +25,7 @@ class Single(_SingleProcessDataLoaderIter, Resuming):
         super().__init__(View(loader))
         if saved is not None:
             self._resume(saved, saved.workers[0], loader.batch_size)
+            self.progress.begun_at = saved.workers[0]
         self.progress.order, self.progress.fetcher = self.order, self._dataset_fetcher
         self.progress.num_yielded = self._num_yielded
         self.note_seeds()
