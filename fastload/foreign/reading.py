@@ -15,6 +15,7 @@ from fastload.foreign.resuming import Resuming
 from fastload.foreign.saved import Saved, State, read
 from fastload.foreign.single import Single
 from fastload.foreign.threads import Threads
+from fastload.foreign.unbegun import is_known_unbegun, unbegun_state
 from fastload.foreign.working import Working
 
 
@@ -44,6 +45,8 @@ class Reading:
         """Where the last iteration is; where the next will begin, if a state was loaded or there was none."""
         if self._loaded is not None:
             return self._loaded[0]
+        if self._progress is None and is_known_unbegun(loader):
+            return unbegun_state(loader)
         if self._progress is None:
             self._prepared = self.iterator(loader)
         assert self._progress is not None, "there was an iteration"
@@ -57,7 +60,8 @@ class Reading:
         self._prepared = self._loaded = None
         if state != {}:  # as torchdata: which is to begin at the beginning
             is_iterable = bool(loader._dataset_kind == _DatasetKind.Iterable)
-            self._loaded = dict(state), read(state, loader.dataset, is_iterable, loader.num_workers)
+            saved = read(state, loader.dataset, is_iterable, loader.num_workers)
+            self._loaded = dict(state), saved
         loader._iterator = None  # with persistent workers: they cannot be told
 
     def close(self, loader: Any) -> None:

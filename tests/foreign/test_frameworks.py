@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -139,7 +140,7 @@ def test_lightning_makes_a_loader_again_with_another_sampler(hook: bool) -> None
 
     options = {"num_workers": 1, "drop_last": True, "prefetch_factor": 3, "in_order": False, "workers": "thread"}
     dataset = list(range(10))
-    loader = made(fastload.DataLoader, dataset, 2, True, **options)
+    loader = made(fastload.DataLoader, dataset, batch_size=2, shuffle=True, **options)
     sampler = DistributedSampler(dataset, 2, 1, shuffle=False)
     again = _update_dataloader(loader, sampler)
     assert type(again) is fastload.DataLoader
@@ -243,6 +244,27 @@ def test_the_signature_is_torchs() -> None:
     assert list(ours) == list(expected)
     for name, parameter in expected.items():
         assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default), name
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_state_of_a_loader_that_was_not_iterated_costs_nothing(num_workers: int) -> None:
+    """accelerate asks for it of each loader that it is given."""
+
+    def loader() -> fastload.DataLoader[Any]:
+        return fastload.DataLoader(range(20), batch_size=3, shuffle=True, num_workers=num_workers, workers="thread")
+
+    torch.manual_seed(6)
+    before, threads = torch.get_rng_state(), threading.active_count()
+    asked = loader()
+    state = asked.state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert threading.active_count() == threads
+    expected = [batch.tolist() for batch in TorchLoader(range(20), batch_size=3, shuffle=True, num_workers=0)]
+    torch.set_rng_state(before)
+    assert [batch.tolist() for batch in asked] == expected
+    other = loader()
+    other.load_state_dict(state)
+    assert [batch.tolist() for batch in other] == expected
 
 
 class Numbers(IterableDataset):
