@@ -1,8 +1,8 @@
-"""DataLoader: torch's, with a faster way for our own data sets.
+"""DataLoader: torch's, faster.
 
 A generic subclass of `torch.utils.data.DataLoader`, which is what frameworks test for and rebuild from its attributes.
 For a `StreamingDataset` it makes whole batches in threads (`num_workers` of them; 0: in the calling thread), in plan
-order, from the node's cache; for any other data set it is torch's loader unchanged.
+order, from the node's cache (`streamed`); any other data set is read in torch's own way (`foreign`).
 
 The loader owns the position: `state_dict()` says which sample comes after the last batch that was *delivered*, whatever
 is in flight, and a loader that loads it goes on exactly there.
@@ -30,22 +30,31 @@ _TORCH_KNOWS_IN_ORDER = "in_order" in inspect.signature(torch.utils.data.DataLoa
 
 
 class DataLoader(torch.utils.data.DataLoader[T]):
-    """torch's `DataLoader`, with its arguments. For a `StreamingDataset`:
+    """torch's `DataLoader`, with its arguments and checks, for any data set; and `workers`, `state_dict()` and
+    `close()`.
 
-    `batch_size` samples are one batch: a dict of column -> tensor, `fastload.Ragged` or list, or a tuple (see
-    `StreamingDataset`). With `batch_size=None` it yields samples, each gathered by itself: for many small ones iterate
-    the data set instead. A `collate_fn` of the user's gets the list of
+    Data sets that are not ours, map-style or iterable, are read as torch reads them: the same batches, order, seeds and
+    `get_worker_info()`. `workers="process"`, which "auto" means for them, is `num_workers` processes, from which
+    batches cross in memory that is used again. `workers="thread"` is as many threads of this process, for data sets
+    that spend their time outside Python, are too large for each worker to have, or cannot be pickled. They share
+    `dataset` and `collate_fn`; of an iterable or stateful data set, or with a `worker_init_fn`, each has a copy of all
+    three. Threads leave Python's, numpy's and torch's global random numbers alone: `get_worker_info()` has a seed.
+
+    For a `StreamingDataset` or a `Mixture`, `batch_size` samples are one batch: a dict of column -> tensor,
+    `fastload.Ragged` or list, or a tuple (see `StreamingDataset`). With `batch_size=None` it yields samples, each
+    gathered by itself: for many small ones iterate the data set instead. A `collate_fn` of the user's gets the list of
     samples, as in torch.
 
-    `num_workers` decode threads make the batches (0: the calling thread); `prefetch_factor` batches are ahead for each.
-    Where functions of the user's are part of it (`map`, `map_batch`, `collate_fn`), as many worker processes do, so
-    that they leave the trainer alone. `workers` says otherwise: "thread" for functions that spend their time outside
+    `num_workers` decode threads make these batches (0: the calling thread); `prefetch_factor` batches are ahead for
+    each. Where functions of the user's are part of it (`map`, `map_batch`, `collate_fn`), as many worker processes do,
+    so that they leave the trainer alone. `workers` says otherwise: "thread" for functions that spend their time outside
     Python or have to share its memory, "process", or "side" for one process with so many threads. Whichever it is,
     batches, order and state are the same. `worker_init_fn`, `multiprocessing_context` and `timeout` are for processes:
     threads, which share the trainer's, use no random state and end by themselves, ignore them, `generator` and
     `in_order=False` with a warning.
 
-    Raises `ConfigError` where `batch_size` is not the data set's, if that names one.
+    Raises `ConfigError` for `workers="side"` with a data set that is not ours, and where `batch_size` is not the data
+    set's, if that names one.
     """
 
     def __init__(

@@ -63,6 +63,8 @@ class Threads(Working):
     """
 
     def __init__(self, loader: Any, saved: Saved | None = None) -> None:
+        if loader.multiprocessing_context is not None:
+            warnings.warn('multiprocessing_context: ignored with workers="thread"', stacklevel=2)
         saved = self._set_out(loader, saved)
         super().__init__(View(loader))
         self._prefetch_factor = loader.prefetch_factor

@@ -439,6 +439,8 @@ def test_the_loader_says_what_it_cannot_do() -> None:
         fastload.DataLoader(Squares(), num_workers=1, workers="side")
     with pytest.raises(fastload.ConfigError, match="workers='threads' must be"):
         fastload.DataLoader(Squares(), workers="threads")
+    with pytest.warns(UserWarning, match="multiprocessing_context: ignored"):
+        assert values(threaded(Squares(2), multiprocessing_context="fork", batch_size=None)) == [0, 1]
     cores = len(os.sched_getaffinity(0))
     threaded(Squares(), cores + 1)  # torch's warning is about processes
     with pytest.warns(UserWarning, match="worker processes"):
