@@ -75,12 +75,12 @@ def test_guards_guard() -> None:
 def test_checked_indexes_are_checked() -> None:
     """The kernel is given an array of one number where it writes two."""
     code = (
-        "import numpy as np; from fastload.kernels.tarindex import STATE_SIZE, scan; "
+        "import numpy as np; from fastload.kernels import tarindex as t; "
         "from tests.formats.archives import header; data = np.frombuffer(header(b'a.x') + header(b'b.x'), np.uint8); "
-        "state = np.zeros(STATE_SIZE, np.int64); state[[5, 6, 8]] = -1; "
+        "state = np.zeros(t.STATE_SIZE, np.int64); state[[t.PENDING_NAME, t.PENDING_SIZE, t.GLOBAL_NAME]] = -1; "
         "texts = [np.zeros(size, np.uint8) for size in (512, 256, 256, 2000)]; "
         "numbers = [np.zeros(size, np.int64) for size in (10, 1, 10)]; "
-        "scan(data, 0, len(data), state, *texts, *numbers)"
+        "t.scan(data, 0, len(data), state, *texts, *numbers)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
