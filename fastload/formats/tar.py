@@ -116,8 +116,9 @@ class TarIndexer:
             )
             if code < 0:
                 raise ShardError(self._explain(code, chunk, start))
-            self._drain()
             self._ended = code == tarindex.END
+            if self._ended or code == tarindex.FULL:
+                self._drain()
 
     def _drain(self) -> None:
         """Take over what the kernel found."""
