@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format bench frameworks wheel fuzz clean
+.PHONY: demo test lint format bench frameworks starts wheel fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/fastload demo
@@ -31,6 +31,10 @@ bench: $(STAMP)
 frameworks: $(STAMP)
 	$(BIN)/pip install --quiet -e '.[frameworks]'
 	$(BIN)/python -m pytest tests/foreign/test_frameworks.py
+
+# Our data set in torch's own loader: workers are started fifty times by each of fork, spawn and forkserver.
+starts: $(STAMP)
+	FASTLOAD_STARTS=50 $(BIN)/python -m pytest tests/test_torch_workers.py -k start_every_time
 
 # A binary wheel that carries libjpeg-turbo, for any Linux as old as this one's libraries allow, and what it does in a
 # venv that has no compiler. `auditwheel` refuses a wheel without the C unit.

@@ -11,12 +11,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastload
 
 
-def train(epochs: int = 2) -> nn.Module:
+def train(accelerator: Accelerator, epochs: int = 2) -> nn.Module:
     """The trained network, the same in every process."""
     torch.manual_seed(0)
     points = torch.randn(1000, 8)
     dataset = TensorDataset(points, (points.sum(dim=1) > 0).long())
-    accelerator = Accelerator(cpu=True)
     network = nn.Linear(8, 2)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     loader = DataLoader(dataset, batch_size=20, shuffle=True, num_workers=2)
@@ -28,11 +27,12 @@ def train(epochs: int = 2) -> nn.Module:
             accelerator.backward(loss)
             optimizer.step()
         accelerator.print(f"epoch {epoch} loss {loss.item():.4f}")
-    accelerator.end_training()
     trained: nn.Module = accelerator.unwrap_model(network)
     return trained
 
 
 if __name__ == "__main__":
     fastload.install()
-    train()
+    accelerator = Accelerator(cpu=True)
+    train(accelerator)
+    accelerator.end_training()

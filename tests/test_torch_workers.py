@@ -1,5 +1,7 @@
 """Our data set in torch's own DataLoader, with worker processes that share one cache service."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,12 @@ import torch.utils.data
 import fastload
 from tests.shards import Corpus, check_samples, corpus
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
-    pytest.mark.parametrize("method", ["fork", "spawn"]),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+each_method = pytest.mark.parametrize("method", ["fork", "spawn"])
+
+# `make starts` sets how often workers are started in each way; 0 leaves that out.
+STARTS = int(os.environ.get("FASTLOAD_STARTS", "0"))
+START_S = 60.0  # what one may take, from the first process to the end of the last
 
 
 def first(samples: list) -> list:
@@ -41,6 +45,7 @@ def torch_loader(dataset, method: str, workers: int, batch_size: int = 8, **opti
     )
 
 
+@each_method
 def test_every_sample_once_and_each_byte_fetched_once(s3, cache, data: Corpus, method: str) -> None:
     dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=True)
     keys = [key for batch in torch_loader(dataset, method, 2) for key in check_samples(data, batch)]
@@ -50,6 +55,7 @@ def test_every_sample_once_and_each_byte_fetched_once(s3, cache, data: Corpus, m
     dataset.close()
 
 
+@each_method
 def test_batches_are_the_same_for_any_number_of_workers(s3, cache, data: Corpus, method: str) -> None:
     url = data.put(s3)
     ours = fastload.DataLoader(fastload.StreamingDataset(url, cache=cache, shuffle=True), batch_size=8)
@@ -61,6 +67,7 @@ def test_batches_are_the_same_for_any_number_of_workers(s3, cache, data: Corpus,
         assert found == expected
 
 
+@each_method
 def test_epochs_advance_in_workers(s3, cache, data: Corpus, method: str) -> None:
     dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=True, batch_size=50)
     orders = [[sample["__key__"] for sample in dataset] for _ in range(3)]
@@ -77,6 +84,7 @@ def test_epochs_advance_in_workers(s3, cache, data: Corpus, method: str) -> None
         assert [sample["__key__"] for batch in loader for sample in batch] == orders[epoch]
 
 
+@each_method
 def test_a_parent_that_is_connected_already(s3, cache, data: Corpus, method: str) -> None:
     dataset = fastload.StreamingDataset(data.put(s3), cache=cache)
     samples = iter(dataset)
@@ -88,6 +96,7 @@ def test_a_parent_that_is_connected_already(s3, cache, data: Corpus, method: str
     dataset.close()
 
 
+@each_method
 def test_an_inprocess_service_serves_workers(s3, tmp_path: Path, data: Corpus, method: str) -> None:
     with fastload.Cache(
         tmp_path / "cache", ram_bytes="16MiB", disk_bytes="64MiB", chunk_bytes="64KiB", service="inprocess"
@@ -98,3 +107,23 @@ def test_an_inprocess_service_serves_workers(s3, tmp_path: Path, data: Corpus, m
         keys = [key for batch in torch_loader(dataset, method, 2) for key in check_samples(data, batch)]
         assert sorted(keys) == sorted(data.samples)
         dataset.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * STARTS * START_S + 60)
+@pytest.mark.skipif(not STARTS, reason="`make starts` runs it: it takes minutes")
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_start_every_time(s3, cache, data: Corpus, method: str) -> None:
+    """Also where the parent has threads and a connection of its own, as in every other start."""
+    url = data.put(s3)
+    for start in range(STARTS):
+        began = time.monotonic()
+        dataset = fastload.StreamingDataset(url, cache=cache, shuffle=True)
+        if start % 2:
+            next(iter(dataset))
+            dataset.set_epoch(0)
+        keys = [key for batch in torch_loader(dataset, method, 2) for key in check_samples(data, batch)]
+        assert sorted(keys) == sorted(data.samples), f"start {start}"
+        dataset.close()
+        taken_s = time.monotonic() - began
+        assert taken_s < START_S, f"start {start} took {taken_s:.1f} s"

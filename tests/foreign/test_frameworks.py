@@ -22,6 +22,7 @@ from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, 
 
 import fastload
 from examples import train_ddp
+from fastload.loader import WorkersMode
 from tests.jobs.pool import Failed, Rank, RankPool
 
 TorchLoader = torch.utils.data.DataLoader
@@ -153,7 +154,7 @@ def trained_by_accelerate(module: ModuleType) -> list[torch.Tensor]:
     from accelerate.state import AcceleratorState
 
     try:
-        return weights(module.train())
+        return weights(module.train(module.Accelerator(cpu=True)))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -170,6 +171,26 @@ def test_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
         finally:
             fastload.uninstall()
     assert iterations.count == 4
+
+
+def accelerate_rank(rank: Rank, workers: WorkersMode | None) -> list[list[float]]:
+    if workers is not None:
+        fastload.install(workers)
+    try:
+        trained = trained_by_accelerate(example("train_accelerate"))
+    finally:
+        fastload.uninstall()
+    return [weight.flatten().tolist() for weight in trained]
+
+
+@FRAMEWORK
+def test_accelerate_in_two_processes(pool: RankPool) -> None:
+    example("train_accelerate", "accelerate")
+    ranks = [Rank(rank, 2, 2, meets="accelerate") for rank in range(2)]
+    expected = pool.run("torch", accelerate_rank, ranks, None)
+    assert not [answer for answer in expected if isinstance(answer, Failed)], expected
+    assert expected[0] == expected[1]
+    assert pool.run("threads", accelerate_rank, ranks, "thread") == expected
 
 
 @FRAMEWORK
