@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch.utils.data.dataloader import _DatasetKind
@@ -78,14 +79,13 @@ def _begun(loader: Any, saved: Saved | None) -> Resuming:
     if saved is None:
         return kind(loader)
     if not saved.is_finished:
-        with global_kept():
+        with nullcontext() if kind is Single else global_kept():  # that one knows what to keep
             return kind(loader, saved)
     if loader.num_workers and not loader.persistent_workers:
         return _of_next_epoch(loader, saved, lambda: kind(loader))
     if loader.num_workers:
         return _of_next_epoch(loader, saved, lambda: kind(loader, saved))
-    with global_kept():
-        Single(loader, saved)  # the data set is told where it was
+    Single(loader, saved)  # the data set is told where it was
     return _of_next_epoch(loader, saved, lambda: Single(loader))
 
 

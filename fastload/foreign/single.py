@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
 from fastload.foreign.order import load_state
 from fastload.foreign.progress import Progress
-from fastload.foreign.randomness import generators_of
+from fastload.foreign.randomness import generators_of, global_kept
 from fastload.foreign.resuming import Resuming, View
 from fastload.foreign.saved import Saved, SavedWorker
 
@@ -22,7 +23,10 @@ class Single(_SingleProcessDataLoaderIter, Resuming):
         self.progress = Progress(generators_of(loader))
         if saved is not None:
             load_state(loader.dataset, saved.workers[0].dataset_state, "data set")
-        super().__init__(View(loader))
+        # What torch draws was drawn for the saved one; but a data set that sets the random numbers where they were is
+        # not undone.
+        with nullcontext() if saved is None else global_kept():
+            super().__init__(View(loader))
         if saved is not None:
             self._resume(saved, saved.workers[0], loader.batch_size)
             self.progress.begun_at = saved.workers[0]

@@ -40,6 +40,23 @@ class StatefulMapped(Mapped):
         self.calls = state["calls"]
 
 
+class RandomMapped(Mapped):
+    """Draws from the global generator, whose state is its own."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count, drawn)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": torch.get_rng_state().tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        torch.set_rng_state(torch.tensor(state["generator"], dtype=torch.uint8))
+
+
+def drawn(index: int) -> tuple[int, int]:
+    return index, int(torch.randint(1000, ()))
+
+
 class Ranges(IterableDataset[int]):
     """Each worker's range of integers; `sizes` of them, of unequal length. No state."""
 
