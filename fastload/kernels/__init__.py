@@ -1,11 +1,11 @@
 """Kernels: free functions over arrays, compiled by numba, run without the GIL. How: `fastload.kernels.jit`.
 
-Import what you need from its module (`fastload.kernels.gather`, ...). Loading the kernels of a first batch takes 30 ms;
-where nobody has compiled them yet, three seconds. So whoever knows that they will be needed says so early:
+Import what you need from its module (`fastload.kernels.gather`, ...). Loading the kernels of a first batch takes 60 ms;
+where nobody has compiled them yet, some seconds. So whoever knows that they will be needed says so early:
 
-    preparation = prepare_in_background("tarindex", "gather")     # while the first bytes are on their way
+    compilation = compile_in_background("tarindex", "gather")     # while the first bytes are on their way
     ...
-    preparation.join()
+    compilation.join()
 
 The thread is joined by whoever started it, or by the interpreter's end. A fork waits until it is between two modules.
 """
@@ -27,7 +27,7 @@ __all__ = [
     "warm_up",
 ]
 
-FIRST_BATCH = ("dealing", "permute", "bijection", "locate", "tarindex", "grouping", "gather", "rows")
+FIRST_BATCH = ("dealing", "permute", "tarindex", "grouping", "rows", "gather", "locate", "bijection")
 """What the first batch needs of compiled code, beside its decoders'."""
 OF_DECODERS = {"image": ("keys", "resize"), "integer": ("parse",), "number": ("floats",)}
 """What these decoders may need: images only where there is no C unit."""

@@ -6,7 +6,7 @@ A *kernel* is a free function over arrays, written in the part of Python that nu
     def count(values, of): ...
 
 numba is a compiler here, and is not needed to run what it has compiled. Compiling the kernels of a first batch takes
-three seconds, importing numba half a second of every start, and its cache on disk can hand one function's code to
+some five seconds, importing numba half a second of every start, and its cache on disk can hand one function's code to
 another (its issues 4807 and 10128). So a module of kernels is compiled once into an *object file* of machine code,
 which needs nothing but the C library and Python's stable interface (`compiler`); this page has it found (`objects`) and
 loaded (`loading`), after which a kernel is a builtin function. Where object files come from, the first that has it:
@@ -18,7 +18,8 @@ loaded (`loading`), after which a kernel is a builtin function. Where object fil
 
 Rejected: numba's own cache in the wheel, which fits one version of numba, one of Python and one type of processor;
 shared libraries, which need a linker wherever something is compiled; plain Python until the compiler is done, which
-takes minutes for what a first batch needs; and writing kernels in C, which takes a compiler where there is no wheel.
+holds the GIL and needs as long for one image or one shard of records; writing kernels in C, which takes a C compiler
+where there is no wheel.
 
 What a kernel is called with is checked in machine code, too: each array must be of exactly the type that the signature
 says. A call takes 0.2 us, half of what numba takes for it, where ctypes takes 1-2.
@@ -33,6 +34,7 @@ import hashlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,6 +248,9 @@ def _made(kind: type[Kernel], function: Function, signature: Signature, options:
 _entries: dict[str, list[Entry]] = {}  # by module
 _lock = threading.RLock()
 
+# After a compilation the lock is left alone for so long: who waits for it has called a kernel, and is to have the next.
+_TURN_S = 0.01
+
 # A child that is forked while another thread compiles would find numba half imported, and its locks held by nobody.
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
@@ -302,30 +307,35 @@ def prepare(module: str) -> int:
     entries = _entries.get(module, [])
     if all(each.is_ready for each in entries):
         return len(entries)
+    was_compiled = False
     with _lock:
         pending = tuple(each for each in entries if not each.is_ready)
         if pending:
-            _load(Unit(module, pending))
+            was_compiled = _load(Unit(module, pending))
+    if was_compiled:
+        time.sleep(_TURN_S)
     return len(entries)
 
 
-def _load(unit: Unit) -> None:
+def _load(unit: Unit) -> bool:
+    """Whether it had to be compiled."""
     from fastload.kernels import loading  # llvmlite takes 20 ms to import
 
     level = loading.level_here()
     name = unit.object_name(level)
-    code = objects.find(name)
+    code, is_new = objects.find(name), False
     if code is None:
         with objects.alone():
             code = objects.find(name)  # somebody else's, for whom we have waited
             if code is None:
                 from fastload.kernels import compiler
 
-                code = compiler.compile_unit(unit, [level])[level]
+                code, is_new = compiler.compile_unit(unit, [level])[level], True
                 objects.keep(name, code)
     addresses = loading.load(code, [symbol(each) for each in unit.kernels])
     for each, address in zip(unit.kernels, addresses, strict=True):
         each.bind(loading.builtin(each.function.__name__, address, (np.ndarray, each.refuse)))
+    return is_new
 
 
 def symbol(entry: Entry) -> str:

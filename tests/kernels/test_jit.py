@@ -144,7 +144,7 @@ def test_threads_may_call_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several threads meet a kernel that nobody has loaded, which is loaded once."""
     loads: list[str] = []
     load = jit._load
-    monkeypatch.setattr(jit, "_load", lambda unit: (loads.append(unit.module), load(unit)))
+    monkeypatch.setattr(jit, "_load", lambda unit: (loads.append(unit.module), load(unit))[1])
     monkeypatch.setattr(fill_buckets, "_run", fill_buckets._run_first)  # type: ignore[attr-defined]
     found = [np.zeros(3, np.int32) for _ in range(4)]
     threads = [threading.Thread(target=fill_buckets, args=(READ_ONLY, 1, each)) for each in found]
@@ -177,9 +177,10 @@ def test_a_fork_waits_until_nothing_is_half_loaded(
     caplog.set_level(logging.WARNING)
     is_inside, may_end = threading.Event(), threading.Event()
 
-    def load(unit: jit.Unit) -> None:
+    def load(unit: jit.Unit) -> bool:
         is_inside.set()
         may_end.wait(60)
+        return False
 
     monkeypatch.setattr(jit, "_load", load)
     monkeypatch.setattr(fill_buckets, "_run", fill_buckets._run_first)  # type: ignore[attr-defined]
