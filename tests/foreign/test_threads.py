@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.utils.data
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torch.utils.data._utils import worker as torch_worker
@@ -62,6 +62,7 @@ def infos(batch: list) -> list:
     return [get_worker_info(), *batch]
 
 
+@settings(deadline=None)
 @given(
     count=st.integers(0, 30),
     batch_size=st.one_of(st.none(), st.integers(1, 7)),
@@ -319,6 +320,35 @@ def test_a_process_ends_cleanly_with_threads_at_work(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+class Pinnable:
+    def __init__(self, samples: list) -> None:
+        self.samples, self.pinned_in = samples, ""
+
+    def pin_memory(self) -> "Pinnable":
+        self.pinned_in = threading.current_thread().name
+        return self
+
+
+@pytest.mark.skipif(not hasattr(torch, "accelerator"), reason="this torch asks for CUDA itself")
+def test_workers_pin_for_the_device_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they would beside an accelerator, which need not be there."""
+    used = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 5)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", used.append)
+    batches = list(threaded(Squares(4), collate_fn=Pinnable, pin_memory=True))
+    assert [batch.samples for batch in batches] == [[0], [1], [4], [9]]
+    assert [batch.pinned_in for batch in batches] == ["fastload-worker-0", "fastload-worker-1"] * 2
+    assert used == [5] * 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_are_pinned() -> None:
+    for batch in threaded(Squares(4), pin_memory=True):
+        assert batch.is_pinned()
+
+
 def test_data_pipes_are_sharded_and_shuffled_alike() -> None:
     pipes = torch.utils.data.datapipes.iter
     pipe = pipes.IterableWrapper(range(20)).shuffle().sharding_filter()
@@ -371,6 +401,7 @@ class Stateful(Uneven):
         self.next = state["next"]
 
 
+@settings(deadline=None)
 @given(
     dataset=st.sampled_from([Squares, Counting, Stateful, Uneven]),
     batch_size=st.one_of(st.none(), st.integers(1, 4)),
