@@ -10,14 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from fastload.engine.gather import Values
 from fastload.formats import ShardIndex
-from fastload.kernels.rows import fill_places, find_rows, look_up, write_keys
+from fastload.kernels.rows import append_keys, fill_places, find_rows, look_up, write_keys
 
 Ints = npt.NDArray[np.int64]
 
@@ -47,12 +47,17 @@ class Window:
     def __post_init__(self) -> None:
         self.counts = np.array([index.sample_count for index in self.indexes], np.int64)
         self._base = np.concatenate([[0], np.cumsum(self.counts)])
-        self._key_bytes = np.concatenate([np.empty(0, np.uint8), *(index.key_bytes for index in self.indexes)])
         # Ends fall together with the next start, so one array of S + 1 offsets serves the whole window.
-        shifts = np.concatenate([[0], np.cumsum([len(index.key_bytes) for index in self.indexes])]).astype(np.int64)
-        starts = [index.key_offsets[:-1] + shift for index, shift in zip(self.indexes, shifts, strict=False)]
-        self._key_starts = np.concatenate([*starts, shifts[-1:]])
-        self._key_bytes_max = int(np.diff(self._key_starts).max(initial=0))
+        first_bytes = np.cumsum([0, *(len(index.key_bytes) for index in self.indexes)]).tolist()
+        self._key_bytes = np.empty(first_bytes[-1], np.uint8)
+        self._key_starts = np.empty(int(self._base[-1]) + 1, np.int64)
+        self._key_starts[-1] = first_bytes[-1]
+        self._key_bytes_max = 0
+        for index, row, first_byte in zip(self.indexes, self._base.tolist(), first_bytes, strict=False):
+            starts = self._key_starts[row : row + index.sample_count]
+            longest = append_keys(index.key_offsets, index.key_bytes, first_byte, starts, self._key_bytes)
+            assert longest >= 0, f"keys of {index.sample_count} samples do not fit their window"
+            self._key_bytes_max = max(self._key_bytes_max, longest)
 
     def columns(self) -> tuple[str, ...]:
         """The names of all columns in these shards, in the order in which they first appear."""
@@ -214,5 +219,6 @@ class LiveWindows:
 
 def window_chunks(first_chunk: Ints, object_nos: Sequence[int] | Ints) -> Ints:
     """All chunk numbers of these objects, in order."""
-    runs = [np.arange(first_chunk[number], first_chunk[number + 1], dtype=np.int64) for number in object_nos]
-    return np.concatenate(runs) if runs else np.empty(0, np.int64)
+    numbers = np.asarray(object_nos, np.int64)
+    runs = map(range, first_chunk[numbers].tolist(), first_chunk[numbers + 1].tolist())
+    return np.fromiter(chain.from_iterable(runs), np.int64)

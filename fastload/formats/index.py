@@ -119,23 +119,28 @@ class ShardIndex:
     def to_bytes(self) -> bytes:
         """The stored form."""
         names = [name.encode() for name in self.columns]
-        body = [array.astype(array.dtype.newbyteorder("<")).tobytes() for array in self._arrays()]
-        body.append(np.array([len(name) for name in names], "<u4").tobytes())
-        body += names
-        header = _HEADER.pack(
-            MAGIC,
-            0,
-            VERSION,
-            len(names),
-            self.object_size,
-            self.sample_count,
-            self.member_count,
-            len(self.key_bytes),
-            sum(map(len, names)),
+        stored = (array.astype(array.dtype.newbyteorder("<"), copy=False).view(np.uint8) for array in self._arrays())
+        lengths = np.array([len(name) for name in names], "<u4").tobytes()
+        body: list[bytes | memoryview] = [*(array.data for array in stored), lengths, *names]
+        header = bytearray(
+            _HEADER.pack(
+                MAGIC,
+                0,
+                VERSION,
+                len(names),
+                self.object_size,
+                self.sample_count,
+                self.member_count,
+                len(self.key_bytes),
+                sum(map(len, names)),
+            )
         )
-        data = bytearray(b"".join([header, *body]))
-        struct.pack_into("<Q", data, 8, xxhash.xxh3_64_intdigest(memoryview(data)[_CHECKED_FROM:]))
-        return bytes(data)
+        # Summed up where it lies: an index may have some megabytes, which are copied once, at the end.
+        digest = xxhash.xxh3_64(memoryview(header)[_CHECKED_FROM:])
+        for part in body:
+            digest.update(part)
+        struct.pack_into("<Q", header, 8, digest.intdigest())
+        return b"".join([header, *body])
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview, url: str, object_size: int) -> ShardIndex:

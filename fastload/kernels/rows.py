@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fastload.kernels.copying import copy_range
 from fastload.kernels.jit import array_in, array_out, int32, int64, kernel, uint8, void
 
-__all__ = ["fill_places", "find_rows", "look_up", "write_keys"]
+__all__ = ["append_keys", "fill_places", "find_rows", "look_up", "write_keys"]
 
 Int64s = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -50,6 +50,21 @@ def fill_places(
             if column >= 0:
                 places[sample, 1 + 2 * column] = member_offset[member]
                 places[sample, 2 + 2 * column] = member_size[member]
+
+
+@kernel(int64(_ints_in, array_in(uint8), int64, _ints_out, array_out(uint8)))
+def append_keys(key_offsets: Int64s, key_bytes: Bytes, first_byte: int, key_starts: Int64s, all_bytes: Bytes) -> int:
+    """Write a shard's part of a window's keys: where each begins, and from `first_byte` on their bytes. Returns the
+    size of the longest, or -1 where they do not fit.
+    """
+    if key_offsets.size != key_starts.size + 1 or not 0 <= first_byte <= all_bytes.size - key_bytes.size:
+        return -1
+    longest = 0
+    for sample in range(key_starts.size):
+        key_starts[sample] = first_byte + key_offsets[sample]
+        longest = max(longest, key_offsets[sample + 1] - key_offsets[sample])
+    copy_range(key_bytes, 0, all_bytes, first_byte, key_bytes.size)
+    return longest
 
 
 @kernel(int64(_ints_in, _ints_in, _ints_in, array_in(int32), _ints_in, _ints_out, _ints_out, _tables_out))

@@ -351,15 +351,18 @@ _decoder_of_service: msgspec.msgpack.Decoder[FromConsumer] = msgspec.msgpack.Dec
 _decoder_of_consumer: msgspec.msgpack.Decoder[FromService] = msgspec.msgpack.Decoder(FromService)
 
 
-def frame(message: Message) -> bytes:
+def frame(message: Message) -> bytearray:
     """`message`, ready for the socket; `ServiceError` where it is larger than a frame may be."""
-    payload = _encoder.encode(message)
-    if len(payload) > FRAME_BYTES_MAX:
+    data = bytearray(_LENGTH.size)
+    _encoder.encode_into(message, data, _LENGTH.size)
+    payload_bytes = len(data) - _LENGTH.size
+    if payload_bytes > FRAME_BYTES_MAX:
         raise ServiceError(
-            f"a {type(message).__name__} message of {len(payload)} bytes is more than a frame may hold "
+            f"a {type(message).__name__} message of {payload_bytes} bytes is more than a frame may hold "
             f"({FRAME_BYTES_MAX})"
         )
-    return _LENGTH.pack(len(payload)) + payload
+    _LENGTH.pack_into(data, 0, payload_bytes)
+    return data
 
 
 def from_consumer(payload: bytes | memoryview) -> FromConsumer:

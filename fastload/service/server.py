@@ -56,7 +56,7 @@ class Peer:
         if not self._closed:
             self._send(protocol.frame(message))
 
-    def _send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+    def _send(self, data: bytearray, fds: Sequence[int] = ()) -> None:
         sent = 0
         if not self._unsent:
             try:
