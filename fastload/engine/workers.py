@@ -42,6 +42,7 @@ from fastload.engine.deferred import call_later
 from fastload.engine.finish import Finish, Reseed, reseed_all
 from fastload.errors import WaitTimeoutError, WorkerError
 from fastload.transport import Link, LinkClosedError, SharedPool
+from fastload.transport.ends import how_it_ended
 
 # Free memory that each end of a lane keeps for batches to come.
 _RETAINED_BYTES = 256 << 20
@@ -202,15 +203,7 @@ class _Lane:
         what = f"worker process {self._process.pid} of the loader "
         if code is None:
             return what + "closed its connection, and lives; did a function of yours close descriptors?"
-        if code >= 0:
-            return what + f"ended with status {code} while it made a batch; did a function of yours call os._exit()?"
-        name = signal.Signals(-code).name
-        cure = {
-            "SIGKILL": "killed, as when memory runs out: lower num_workers or batch_size",
-            "SIGBUS": "shared memory ran out: raise the container's memory, or lower num_workers or batch_size",
-            "SIGSEGV": 'crashed in compiled code that a function of yours calls: try multiprocessing_context="spawn"',
-        }.get(name, "somebody sent it that signal")
-        return what + f"was ended by {name} while it made a batch ({cure})"
+        return what + how_it_ended(code, "a function of yours")
 
 
 def _end(lanes: list[_Lane], processes: list[BaseProcess]) -> None:

@@ -8,7 +8,6 @@ delivered, which is where a state counts it.
 from __future__ import annotations
 
 import os
-import signal
 import warnings
 from typing import Any
 
@@ -24,6 +23,7 @@ from fastload.foreign.resuming import View
 from fastload.foreign.saved import WORKER_ID, Saved, State
 from fastload.foreign.working import Working
 from fastload.foreign.workplace import Collate, Init, wrapped_dataset
+from fastload.transport.ends import how_it_ended
 
 # Free memory that the workers of an iteration keep for batches to come, all together, and one at least.
 _RETAINED_BYTES = 1 << 30
@@ -125,7 +125,8 @@ class Processes(_MultiProcessingDataLoaderIter, Working):
             dead = [worker for worker in self._workers if worker.exitcode is not None and str(worker.pid) in str(error)]
             if not dead:
                 raise
-            raise WorkerError(f"{error}: {'; '.join(_obituary(worker) for worker in dead)}") from error
+            ends = [f"worker {worker.pid} {how_it_ended(worker.exitcode, 'the data set')}" for worker in dead]
+            raise WorkerError(f"{error}: {'; '.join(ends)}") from error
 
     def _open_descriptors(self) -> None:
         """See whether this process may open what its workers have open; else batches cross in torch's way."""
@@ -155,17 +156,3 @@ def _warn(error: OSError) -> None:
         RuntimeWarning,
         stacklevel=2,
     )
-
-
-def _obituary(worker: Any) -> str:
-    """What is known of how a worker ended, and what may help."""
-    code = worker.exitcode
-    if code >= 0:
-        return f"worker {worker.pid} ended with status {code}; does the data set call os._exit() or sys.exit()?"
-    name = signal.Signals(-code).name
-    cure = {
-        "SIGKILL": "killed, as when memory runs out: lower num_workers, prefetch_factor or batch_size",
-        "SIGBUS": "shared memory ran out: raise the container's memory, or lower num_workers or batch_size",
-        "SIGSEGV": 'crashed in compiled code that the data set calls: try multiprocessing_context="spawn"',
-    }.get(name, "somebody sent it that signal")
-    return f"worker {worker.pid} was ended by {name} ({cure})"
