@@ -219,7 +219,8 @@ class MixedMaker:
             name: interleave(name, [part[name] for part in parts], part_of, slots)
             for name in _common_columns(sources, parts)
         }
-        return _in_torch({**batch, SOURCE: np.array(sources, np.int64)[part_of]})
+        # Not by numpy's indexing, which lets go of the GIL.
+        return _in_torch({**batch, SOURCE: np.array(list(map(sources.__getitem__, part_of.tolist())), np.int64)})
 
     def samples(self, gathered: GatheredParts, reseed: Reseed) -> Iterator[Any]:
         """The samples, one by one; dicts with `__source__`."""
@@ -232,7 +233,7 @@ class MixedMaker:
             sample, key = next(parts[number]), next(keys[number])
             if isinstance(sample, dict):
                 sample = {**sample, SOURCE: sources[number]}
-            yield apply(self.functions, sample, f"a sample of source {sources[number]}", key, reseed)
+            yield apply(self.functions, sample, f"a sample of source {sources[number]}", _of_step(key, 1), reseed)
 
 
 def _common_columns(sources: Sequence[int], parts: Sequence[dict[str, Any]]) -> list[str]:
@@ -268,12 +269,13 @@ class Finish:
 
     def __call__(self, gathered: Any, slots: Slots, reseed: Reseed = lambda key: None) -> Any:
         """The batch, or the samples."""
-        if self.gives == "samples":
-            samples = self.maker.samples(gathered, reseed)
-            return [sample if self.collate is None else self.collate(sample) for sample in samples]
         seed = gathered.seed
-        batch = self._batch(gathered, slots, seed, reseed)
-        return apply(self.on_batches, batch, "a batch", None if seed is None else seed + 1, reseed)
+        if self.gives == "samples":
+            collate = () if self.collate is None else (self.collate,)
+            samples = self.maker.samples(gathered, reseed)
+            return [apply(collate, sample, "a sample", _of_step(seed, 2), reseed) for sample in samples]
+        batch = self._batch(gathered, slots, _of_step(seed, 2), reseed)
+        return apply(self.on_batches, batch, "a batch", _of_step(seed, 3), reseed)
 
     def _batch(self, gathered: Any, slots: Slots, seed: int | None, reseed: Reseed) -> Any:
         if not self.maker.is_mapped and self.collate is None:
@@ -282,6 +284,11 @@ class Finish:
         if self.collate is not None:
             return apply((self.collate,), samples, "the samples of a batch", seed, reseed)
         return default_collate(samples) if samples else []
+
+
+def _of_step(key: int | None, step: int) -> int | None:
+    """What to seed with before a later step, which would else draw what the functions on samples have drawn."""
+    return None if key is None else (key + step * 0x9E3779B97F4A7C15) % (1 << 64)
 
 
 def apply(functions: Sequence[Function], value: Any, what: str, key: int | None, reseed: Reseed) -> Any:

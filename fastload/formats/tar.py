@@ -14,7 +14,8 @@ alone: a truncated shard fails when it is indexed, before a batch is made from i
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, takewhile
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +28,12 @@ from fastload.kernels.tarindex import STATE_SIZE, scan
 
 __all__ = ["TarIndexer"]
 
+Number = TypeVar("Number", bound=np.generic)
+
 # A name is at most 4 KiB on Linux; a pax header may also carry access lists and extended attributes.
 NAME_BYTES_MAX = 64 << 10
 PAYLOAD_BYTES_MAX = 1 << 20
-# Members per call of the kernel. Enough to make the call cheap; a batch of its output stays in the
+# Members that the kernel has room for. Most shards have fewer; otherwise a batch of its output stays in the
 # processor's cache.
 _MEMBERS = 4096
 
@@ -168,10 +171,17 @@ def _join(
     if not found:
         none = np.empty(0, np.int64)
         return np.empty(0, np.uint8), none, none, none
+    if len(found) == 1:
+        return found[0]
     names, ends, offsets, sizes = zip(*found, strict=True)
     starts = np.cumsum([0] + [len(part) for part in names[:-1]])
     shifted = [part + start for part, start in zip(ends, starts, strict=True)]
     return np.concatenate(names), np.concatenate(shifted), np.concatenate(offsets), np.concatenate(sizes)
+
+
+def _trimmed(array: NDArray[Number], length: int) -> NDArray[Number]:
+    """The beginning of an array, which does not keep the rest of it."""
+    return array if length == len(array) else array[:length].copy()
 
 
 def _text(raw: NDArray[np.uint8]) -> str:
@@ -188,9 +198,9 @@ class _Grouping:
         self._ends = ends
         self._key_bytes, self._column_bytes = np.empty_like(names), np.empty_like(names)
         self._key_offsets, self._member_start = np.empty(count + 1, np.int64), np.empty(count + 1, np.int64)
-        self._column_ends, self._last_seen = np.full(count + 2, -1, np.int64), np.full(count, -1, np.int64)
+        self._column_ends, self._last_seen = np.empty(count + 2, np.int64), np.empty(count, np.int64)
         self._member_column, self._kept = np.empty(count, np.int32), np.empty(count + 1, np.int64)
-        self._table = np.full(1 << (2 * count + 1).bit_length(), -1, np.int32)
+        self._table = np.empty(1 << (2 * count + 1).bit_length(), np.int32)
 
     def index(self, offsets: NDArray[np.int64], sizes: NDArray[np.int64], object_size: int) -> ShardIndex:
         """The index, with the members' `offsets` and `sizes` as found in the archive."""
@@ -214,11 +224,11 @@ class _Grouping:
         return ShardIndex(
             columns=columns,
             key_bytes=self._key_bytes[: self._key_offsets[samples]].copy(),
-            key_offsets=self._key_offsets[: samples + 1].copy(),
-            member_start=self._member_start[: samples + 1].copy(),
+            key_offsets=_trimmed(self._key_offsets, samples + 1),
+            member_start=_trimmed(self._member_start, samples + 1),
             member_column=member_column,
-            member_offset=offsets[kept],
-            member_size=sizes[kept],
+            member_offset=offsets if len(kept) == len(offsets) else offsets[kept],
+            member_size=sizes if len(kept) == len(sizes) else sizes[kept],
             object_size=object_size,
         )
 
@@ -226,18 +236,18 @@ class _Grouping:
         self, offsets: NDArray[np.int64], kept: NDArray[np.int64], samples: int
     ) -> tuple[tuple[str, ...], NDArray[np.int32]]:
         """Names of columns and their number per member; unlike the kernel, lower-cases all of Unicode."""
-        ends = self._column_ends[: np.count_nonzero(self._column_ends >= 0)]
+        ends = takewhile(lambda end: end >= 0, self._column_ends)
         numbers: dict[str, int] = {}
         spelled = [_text(self._column_bytes[a:b]).lower() for a, b in pairwise(ends)]
         merged = np.array([numbers.setdefault(name, len(numbers)) for name in spelled], np.int32)
-        members = self._member_column[: len(kept)]
+        members = _trimmed(self._member_column, len(kept))
         if len(numbers) < len(spelled):
             members = merged[members]
             self._check_doubled(members, offsets, kept, samples)
         for name in _RESERVED:
             if name in numbers:
                 raise ShardError(f"{self._url}: a member's column is {name!r}, which is reserved; rename it")
-        return tuple(numbers), members.copy()
+        return tuple(numbers), members
 
     def _check_doubled(
         self, columns: NDArray[np.int32], offsets: NDArray[np.int64], kept: NDArray[np.int64], samples: int

@@ -108,11 +108,16 @@ def group(
 
     names, name_ends: as `scan` wrote them.
     key_bytes: as long as `names`. key_offsets, member_start: int64[n + 1]; [S + 1] are written.
-    column_bytes: as long as `names`. column_ends: int64[n + 2], of which [0] and then one per column are
-    written; the rest is left at -1. Columns are lower-cased (ASCII). last_seen: int64[n], all -1.
-    member_column: int32[n]; kept: int64[n + 1]: the members that are part of a sample, and their number in
-    kept[n]. table: int32, all -1; its size is a power of two larger than n.
+    column_bytes: as long as `names`. column_ends: int64[n + 2]: 0, then one per column; the rest is -1. Columns are
+    lower-cased (ASCII). member_column: int32[n]; kept: int64[n + 1]: the members that are part of a sample, and their
+    number in kept[n]. Scratch: last_seen, int64[n]; table, int32, of a size that is a power of two larger than n.
     """
+    for i in range(column_ends.size):
+        column_ends[i] = -1
+    for i in range(last_seen.size):
+        last_seen[i] = -1
+    for i in range(table.size):
+        table[i] = -1
     samples, columns, members, key_end = 0, 0, 0, 0
     column_ends[0], key_offsets[0] = 0, 0
     start = 0
