@@ -1,8 +1,8 @@
 """From chunks in the arena to values in a row: the copy that every byte of a sample makes.
 
-The values of a batch lie in many chunks. Those that are leased now are pinned together and copied from in one call a
-column; the rest are waited for and copied in a later pass. Nothing is pinned while waiting, so however small the arena
-is and however many threads and processes share it, somebody can always go on.
+The values of a batch lie in many chunks. Those that are leased now are pinned together and copied from in one call for
+all columns; the rest are waited for and copied in a later pass. Nothing is pinned while waiting, so however small the
+arena is and however many threads and processes share it, somebody can always go on.
 """
 
 from __future__ import annotations
