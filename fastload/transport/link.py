@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastload.transport.memory import PeerMemory, SharedPool, Slot
+from fastload.transport.memory import Collected, PeerMemory, SharedPool, Slot
 from fastload.transport.pickling import reduced
 from fastload.transport.slots import SMALL_BYTES
 
@@ -58,7 +58,7 @@ class _Head(NamedTuple):
     pickle_bytes: int
     places: list[_Place]
     new_slots: list[int]  # whose descriptors come with this message
-    collected: list[int]  # slots of the receiver that the sender uses no more
+    collected: list[Collected]  # over slots of the receiver
     dropped: list[int]  # slots of the sender that are no more
 
 
@@ -153,7 +153,9 @@ class Link:
         data, fds = b"", []
         while len(data) < _LENGTHS.size:
             try:
-                part, received, _, _ = socket.recv_fds(self._sock, _LENGTHS.size - len(data), _FDS_MAX)
+                part, received, _, _ = socket.recv_fds(
+                    self._sock, _LENGTHS.size - len(data), _FDS_MAX, socket.MSG_CMSG_CLOEXEC
+                )
             except OSError as error:
                 raise LinkClosedError("the other process has gone") from error
             fds += received

@@ -4,8 +4,11 @@ What crosses from one process to another in fresh memory costs more in page faul
 than in copying. So each end of a link has a pool of slots of its own, each over a memfd whose descriptor the other end
 is sent once. A slot is lent out as an array; it may be used again when
 
-- the last array or tensor over it has been collected in the process that owns it, and
-- the other process, if it was told of the slot, has said as often as it was told that nothing there uses it any more.
+- the last array or tensor over it has been collected in the process that owns it,
+- the other process, if it was told of the slot, has said as often as it was told that nothing there uses it any more,
+  and
+- neither of them was forked meanwhile: the child has what its parent held, and says nothing when it lets go of it. Such
+  a slot is dropped, and its memory goes with the last process that sees it.
 
 Both are heard of late and never missed: a finalizer, which may run in any thread at any point, appends to a deque, and
 the other process's word comes with its next message. So what a user keeps stays as it is, and whatever a process
@@ -22,6 +25,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +34,13 @@ from fastload.transport.mapping import map_shared
 from fastload.transport.slots import SMALL_BYTES, Owner, size_class
 
 Bytes = npt.NDArray[np.uint8]
+
+
+class Collected(NamedTuple):
+    """An array over a slot is no more."""
+
+    number: int  # the slot's
+    was_forked: bool  # while the array was there, so that a child may still look at it
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +53,7 @@ class Slot:
     address: int = field(init=False)
     lent: int = 0  # arrays of this process that are in use
     told: int = 0  # buffers that the other end was told of, and has not let go of
+    was_forked: bool = False  # while somebody used it
 
     def __post_init__(self) -> None:
         self.address = int(self.base.ctypes.data)
@@ -66,7 +78,7 @@ class SharedPool:
         self._lock = threading.Lock()
         self._slots: dict[int, Slot] = {}
         self._free: list[Slot] = []
-        self._collected: deque[int] = deque()  # slots of which an array was collected
+        self._collected: deque[Collected] = deque()
         self._dropped: list[int] = []  # since the last message
         self._next_number = 0
 
@@ -100,12 +112,13 @@ class SharedPool:
         with self._lock:
             return self._lend(self._slots[number], offset, byte_count)
 
-    def let_go(self, numbers: Iterable[int]) -> None:
+    def let_go(self, collected: Iterable[Collected]) -> None:
         """The other end uses these no more, each as often as it was told of it."""
         with self._lock:
-            for number in numbers:
+            for number, was_forked in collected:
                 slot = self._slots[number]
                 slot.told -= 1
+                slot.was_forked |= was_forked
                 self._free_if_unused(slot)
 
     def take_dropped(self) -> list[int]:
@@ -157,19 +170,28 @@ class SharedPool:
 
     def _collect(self) -> None:
         while self._collected:
-            slot = self._slots.get(self._collected.popleft())
+            number, was_forked = self._collected.popleft()
+            slot = self._slots.get(number)
             if slot is not None:  # the pool was not closed meanwhile
                 slot.lent -= 1
+                slot.was_forked |= was_forked
                 self._free_if_unused(slot)
         while sum(slot.base.size for slot in self._free) > self._retained_bytes:
-            slot = self._free.pop(0)
-            slot.close_fd()
-            del self._slots[slot.number]
-            self._dropped.append(slot.number)
+            self._drop(self._free.pop(0))
 
     def _free_if_unused(self, slot: Slot) -> None:
-        if not slot.lent and not slot.told:
+        if slot.lent or slot.told:
+            return
+        if slot.was_forked:
+            self._drop(slot)
+        else:
             self._free.append(slot)
+
+    def _drop(self, slot: Slot) -> None:
+        if slot.fd < 0:  # else the other end has never heard of it
+            self._dropped.append(slot.number)
+        slot.close_fd()
+        del self._slots[slot.number]
 
 
 class PeerMemory:
@@ -177,7 +199,7 @@ class PeerMemory:
 
     def __init__(self) -> None:
         self._mapped: dict[int, Slot] = {}
-        self._collected: deque[int] = deque()
+        self._collected: deque[Collected] = deque()
 
     def map(self, number: int, fd: int) -> None:
         """A new slot; takes over `fd`."""
@@ -207,7 +229,7 @@ class PeerMemory:
         """Let go of all; arrays over them stay valid as long as they live."""
         self._mapped.clear()
 
-    def take_collected(self) -> list[int]:
+    def take_collected(self) -> list[Collected]:
         """The slots of which a view is used no more, each as often as that."""
         collected = []
         while self._collected:
@@ -215,12 +237,24 @@ class PeerMemory:
         return collected
 
 
-def lent(memory: Bytes, collected: deque[int], number: int) -> Bytes:
-    """An array over `memory`; when the last view of it is gone, `number` is appended to `collected`."""
+def lent(memory: Bytes, collected: deque[Collected], number: int) -> Bytes:
+    """An array over `memory`; when the last view of it is gone, `collected` is told of slot `number`."""
     owner = Owner(int(memory.ctypes.data), memory.size)
-    weakref.finalize(owner, _append, collected, number, memory).atexit = False
+    weakref.finalize(owner, _append, collected, number, memory, _forks).atexit = False
     return np.asarray(owner)
 
 
-def _append(collected: deque[int], number: int, memory: Bytes) -> None:
-    collected.append(number)  # and only now may `memory` be unmapped
+def _append(collected: deque[Collected], number: int, memory: Bytes, forks: int) -> None:
+    collected.append(Collected(number, forks != _forks))  # and only now may `memory` be unmapped
+
+
+# How often this process was about to be forked, or just had been.
+_forks = 0
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(before=_count_fork, after_in_parent=_count_fork)

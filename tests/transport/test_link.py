@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from fastload.ragged import Ragged
 from fastload.transport import Link, LinkClosedError, SharedPool
+from fastload.transport.memory import Collected
 
 LARGE = 100_000
 Pair = tuple[Link, Link]
@@ -129,7 +130,7 @@ def test_memory_is_used_again_once_both_sides_have_let_go(pair):
         block = mine.pool.take(LARGE)
         block[:] = value
         slot, _ = mine.pool.tell(block)
-        mine.pool.let_go([slot.number])
+        mine.pool.let_go([Collected(slot.number, was_forked=False)])
         numbers.add(slot.number)
         arrived = passed(pair, block)
         assert arrived[0] == value
@@ -153,6 +154,28 @@ def test_what_is_kept_stays_as_it_is(pair):
     gc.collect()
     passed((other, mine), None)
     assert sum(slot.told for slot in mine.pool._slots.values()) == 0
+
+
+def test_memory_that_a_child_may_see_is_not_used_again(pair):
+    """A child has what its parent held when it was forked, whoever lets go of it afterwards."""
+    mine, other = pair
+    arrived, kept = passed(pair, torch.ones(LARGE)), mine.pool.take(LARGE)
+    kept[:] = 0
+    told = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(told[1])  # so that it ends with its parent, too
+        os.read(told[0], 1)
+        os._exit(0 if (arrived.numpy() == 1).all() and not kept.any() else 1)
+    del arrived, kept
+    passed((other, mine), None)
+    again = passed(pair, torch.full((LARGE,), 2.0)), mine.pool.take(LARGE)
+    again[1][:] = 3
+    os.write(told[1], b"-")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert not mine.pool.free_bytes
+    for fd in told:
+        os.close(fd)
 
 
 def test_what_lies_in_shared_memory_already_is_not_copied_there_or_back(pair):
@@ -182,6 +205,14 @@ def test_memory_beyond_what_is_kept_is_given_back_on_both_sides():
     assert not arrived
     mine.close()
     other.close()
+
+
+def test_memory_that_was_never_sent_is_dropped_in_silence():
+    mine, other = new_pair(retained_bytes=0)
+    with closing(mine), closing(other):
+        mine.pool.take(LARGE)
+        assert passed((mine, other), "the next message") == "the next message"
+        assert not mine.pool._slots
 
 
 def test_more_new_slots_than_the_kernel_passes_at_once(pair):
