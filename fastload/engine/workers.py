@@ -9,9 +9,9 @@ workers as they do with threads, and a worker that is killed holds nothing that 
 `lanes` is how many batches one worker makes at a time, each in a thread of its own: one, where there are several
 processes; all, where one process is to make everything that the trainer's would ("side").
 
-A worker ends when the trainer's end of a lane is closed, or with the trainer's process, whatever became of it. It seeds
-the generators of Python, numpy and torch before it calls the user's functions (see `finish`), leaves Ctrl-C to the
-trainer, and gives torch one thread, as torch's own workers do.
+A worker ends when the trainer's end of a lane is closed, or with the trainer's process, whatever became of it, and
+whatever a function is doing meanwhile. It seeds the generators of Python, numpy and torch before it calls the user's
+functions (see `finish`), leaves Ctrl-C to the trainer, and gives torch one thread, as torch's own workers do.
 """
 
 from __future__ import annotations
@@ -48,8 +48,13 @@ from fastload.transport.ends import how_it_ended
 _RETAINED_BYTES = 256 << 20
 # How long a worker that is to end may take, before it is told by signals.
 _END_S = 5.0
-# How often whoever waits for a worker looks whether that is still wanted.
+# How often whoever waits for a worker looks whether that is still wanted, and a worker whether its trainer lives.
 _LOOK_UP_MS = 500
+
+# Held while a worker is started. Whoever is forked meanwhile, by another thread, would get ends of connections that it
+# does not know of: with them held open, nobody would hear of this worker's death.
+_starting = threading.RLock()
+os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_starting.release)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +83,14 @@ class Workers:
         self._idle: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
         self._lanes: list[_Lane] = []
         self._processes: list[BaseProcess] = []
+        self._interrupting = threading.Lock()
+        self._interruptions = 0
         self._stop = weakref.finalize(self, _drop, self._lanes, self._processes, self._pid)
         self._stop.atexit = False
         try:
             for number in range(options.processes):
-                self._start(number)
+                with _starting:
+                    self._start(number)
         except BaseException:
             self.close()
             raise
@@ -109,14 +117,21 @@ class Workers:
     @contextlib.contextmanager
     def interrupted(self) -> Iterator[None]:
         """While it is entered, a worker that does not come to an end with its batch soon is killed."""
-        end = time.monotonic() + _END_S
-        for lane in self._lanes:
-            lane.give_up_at = end
+        with self._interrupting:
+            self._interruptions += 1
+            if self._interruptions == 1:
+                self._give_up_at(time.monotonic() + _END_S)
         try:
             yield
         finally:
-            for lane in self._lanes:
-                lane.give_up_at = None
+            with self._interrupting:
+                self._interruptions -= 1
+                if not self._interruptions:  # others may be waiting still for what they have interrupted
+                    self._give_up_at(None)
+
+    def _give_up_at(self, when: float | None) -> None:
+        for lane in self._lanes:
+            lane.give_up_at = when
 
     def close(self) -> None:
         """End them, and wait for that. May be called twice."""
@@ -154,9 +169,10 @@ class _Lane:
 
     def __init__(self, sock: socket.socket, process: BaseProcess, timeout_s: float) -> None:
         self.sock, self._process, self._timeout_s = sock, process, timeout_s
+        self._pid = process.pid  # a process that was closed does not say
         self._link = Link(sock, SharedPool(_RETAINED_BYTES))
         self.memory = SharedMemory(self._link.pool)
-        self.is_broken = False
+        self.is_broken = self._is_out_of_step = self._is_closed = False
         self.give_up_at: float | None = None
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
@@ -164,6 +180,8 @@ class _Lane:
 
     def call(self, gathered: Any) -> Any:
         """What the worker makes of it. Raises what it raised there, or `WorkerError` where it has died."""
+        if self._is_out_of_step:
+            raise WorkerError(f"worker process {self._pid} of the loader failed before; iterate anew, with another")
         try:
             self._link.send(gathered)
             self._wait()
@@ -172,7 +190,7 @@ class _Lane:
             self.is_broken = True
             raise WorkerError(self._obituary()) from error
         except BaseException:
-            self.is_broken = True  # what it may still answer is no answer to the next call
+            self.is_broken = self._is_out_of_step = True  # what it may still answer is no answer to the next call
             raise
         if not is_made:
             raise _rebuilt(*made)
@@ -180,6 +198,7 @@ class _Lane:
 
     def close(self) -> None:
         """Let the worker's thread end."""
+        self._is_closed = True
         self._link.close()
 
     def _wait(self) -> None:
@@ -189,7 +208,7 @@ class _Lane:
             if self._timeout_s and now - began > self._timeout_s:
                 self._process.kill()
                 raise WaitTimeoutError(
-                    f"gave up after timeout={self._timeout_s:g} s waiting for worker process {self._process.pid} to "
+                    f"gave up after timeout={self._timeout_s:g} s waiting for worker process {self._pid} to "
                     "make a batch; raise timeout, or find what it waits for"
                 )
             if self.give_up_at is not None and now > self.give_up_at:
@@ -198,9 +217,11 @@ class _Lane:
             raise LinkClosedError("its process has ended")
 
     def _obituary(self) -> str:
+        what = f"worker process {self._pid} of the loader "
+        if self._is_closed:
+            return what + "was let go while it made a batch, for the loader was closed, or begun with other workers"
         self._process.join(_END_S)
         code = self._process.exitcode
-        what = f"worker process {self._process.pid} of the loader "
         if code is None:
             return what + "closed its connection, and lives; did a function of yours close descriptors?"
         return what + how_it_ended(code, "a function of yours")
@@ -264,6 +285,7 @@ def _work(
         sock.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_trainer, args=(socks, os.getppid()), daemon=True).start()
     torch.set_num_threads(1)
     number, count = number_of
     torch_worker._worker_info = torch_worker.WorkerInfo(
@@ -285,6 +307,24 @@ def _work(
     _serve(socks[0], finish, reseed, failure)
     for thread in threads:
         thread.join()
+
+
+def _end_with_trainer(socks: list[socket.socket], forked_from: int) -> None:
+    """End this process once the trainer's has ended, after whatever it is doing, or in the midst of that.
+
+    The sentinel is not enough: processes that were forked after this one hold its other end open.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has been started by somebody"
+    poll = select.poll()
+    poll.register(parent.sentinel, select.POLLIN)
+    while os.getppid() == forked_from and not poll.poll(_LOOK_UP_MS):
+        pass
+    for sock in socks:
+        with contextlib.suppress(OSError):  # it is closed already
+            sock.shutdown(socket.SHUT_RDWR)
+    time.sleep(_END_S)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _serve(sock: socket.socket, finish: Finish, reseed: Reseed, failure: tuple[Any, ...] | None) -> None:
