@@ -163,6 +163,23 @@ def test_what_functions_draw_is_the_same_with_any_number_of_workers_and_after_a_
     loader.close()
 
 
+def test_what_a_collate_fn_draws_for_single_samples_is_the_same_with_any_number_of_workers(new):
+    dataset = new()
+    options = {"batch_size": None, "collate_fn": lambda sample: random.random()}
+    expected = run(dataset, num_workers=1, **options)
+    dataset.set_epoch(0)
+    assert run(dataset, num_workers=3, **options) == expected
+    assert len(set(expected)) == len(expected)
+
+
+def test_later_steps_draw_other_numbers(new):
+    source = new().map(lambda sample: random.random())
+    mixed = fastload.Mixture([(source, 1)]).map(lambda drawn: (drawn, random.random()))
+    mixed = mixed.map_batch(lambda batch: [*batch, random.random()])
+    for first, second, third in run(mixed, num_workers=1, batch_size=1):
+        assert len({float(first), float(second), third}) == 3
+
+
 def test_the_trainers_generators_are_left_alone(new):
     dataset = new()
     torch.manual_seed(1)
