@@ -190,6 +190,7 @@ class LiveWindows:
             self._open.clear()
             self._by_number.clear()
             self._retired.clear()
+            self._window_of.fill(-1)  # a batch that is in the making finds none
             return closed
 
     def _show(self, window: Window) -> None:

@@ -83,7 +83,7 @@ def find_rows(
 
     `distinct` takes the windows as they first come, and `ends` where each one's samples end in `found`, int64[3, n]:
     which sample, the place of its object, and its row. Returns how many windows there are, or -1 - i where sample i
-    lies in none.
+    lies in none, or in one more than `distinct` has room for.
     """
     count, at = 0, 0
     for i in range(object_no.size):
@@ -95,6 +95,8 @@ def find_rows(
             while at < count and distinct[at] != window_of[number]:
                 at += 1
             if at == count:
+                if count == min(distinct.size, ends.size):
+                    return -1 - i
                 distinct[count], ends[count] = window_of[number], 0
                 count += 1
         found[2, i] = at

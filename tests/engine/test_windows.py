@@ -102,3 +102,10 @@ def test_a_sample_that_is_not_there_is_an_error(number: int) -> None:
     for look in (located.keys, lambda: located.values_of(("cls",))):
         with pytest.raises(IndexError, match=f"row {number}"):
             look()
+
+
+def test_a_batch_in_the_making_when_all_is_closed_finds_nothing() -> None:
+    live = open_windows([index_of([(b"k", {"jpg"})], ("jpg",)) for _ in range(2)], [0, 1])
+    live.close_all()
+    with pytest.raises(AssertionError, match="in no open window"):
+        live.find(np.array([0, 1], np.int32), np.zeros(2, np.int64))
