@@ -17,6 +17,7 @@ import pytest
 
 import fastload
 from tests.cache.faults import failing
+from tests.processes import service_pids, until
 from tests.shards import check_samples, corpus, samples_of, tar_of
 
 LIMITS = {"ram_bytes": "1MiB", "disk_bytes": "16MiB", "chunk_bytes": "64KiB"}
@@ -250,6 +251,7 @@ def test_a_damaged_chunk_is_fetched_again(s3, tmp_path: Path) -> None:
     directory = tmp_path / "cache"
     with fastload.Cache(directory, **LIMITS) as cache:
         assert load_all(url, cache) == list(data.samples)
+    until(lambda: not service_pids(directory))  # whose arena is not damaged
     chunks = sorted(path for path in directory.rglob("*") if path.is_file() and path.stat().st_size > 60_000)
     for path in chunks[::2]:
         damaged = bytearray(path.read_bytes())

@@ -71,7 +71,7 @@ def test_resume(s3, tmp_path: Path) -> None:
     )
     after = losses(done.stdout)
     assert min(after)[1] % 4 == 1
-    assert min(after)[1] <= last[1] + 1
+    assert min(after)[1] <= last[1] + 2  # the last step that was saved may not have been printed
     # 45 samples are six steps an epoch.
     assert [epoch for epoch, step in sorted(after)] == [(step - 1) // 6 for epoch, step in sorted(after)]
     assert max(after) == (last[0] + 1, 6 * (last[0] + 2))
