@@ -47,9 +47,11 @@ dataset = fastload.StreamingDataset(
     shuffle=True,
     decode={{"jpg": decode.image(224, random_resized_crop=True, hflip=0.5), "cls": decode.integer()}},
 )
-batch = next(iter(fastload.DataLoader(dataset, batch_size={BATCH_SIZE}, num_workers=2)))
+loader = fastload.DataLoader(dataset, batch_size={BATCH_SIZE}, num_workers=2)
+batch = next(iter(loader))
 assert batch["jpg"].shape == ({BATCH_SIZE}, 3, 224, 224)
 print("{READY}", time.process_time(), flush=True)
+loader.close()
 """
 # As where neither pip nor this user has compiled anything: the folder of the installation is looked for elsewhere.
 UNCOMPILED = "from pathlib import Path\nfrom fastload.kernels import objects\nobjects.INSTALLED = Path('/nowhere')\n"
