@@ -48,7 +48,8 @@ dataset = fastload.StreamingDataset(
     decode={{"jpg": decode.image(224, random_resized_crop=True, hflip=0.5), "cls": decode.integer()}},
 )
 loader = fastload.DataLoader(dataset, batch_size={BATCH_SIZE}, num_workers=2)
-batch = next(iter(loader))
+iterator = iter(loader)
+batch = next(iterator)
 assert batch["jpg"].shape == ({BATCH_SIZE}, 3, 224, 224)
 print("{READY}", time.process_time(), flush=True)
 loader.close()
