@@ -14,11 +14,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from fastload.engine.deferred import call_later
+from fastload.engine.deferred import call_later, finish
+from fastload.engine.pool import end_all
 from fastload.engine.run import InlineRun, RunClosedError, ThreadedRun
 from fastload.errors import ServiceError
 
 Run = ThreadedRun | InlineRun
+
+# How long the end of a script waits for work that was dropped, and for threads.
+_END_S = 10.0
 
 # What is made of an entry that has nothing for the user.
 NOTHING: Any = object()
@@ -96,9 +100,11 @@ _live: weakref.WeakSet[Iteration] = weakref.WeakSet()
 
 
 def _finish_all() -> None:
-    """A script has ended in mid-epoch: give up the work, so that no thread is in the middle of any at the exit."""
+    """A script has ended: give up the work, so that no thread is in the middle of any, or of letting go of tensors."""
     for iteration in list(_live):
         iteration.close()
+    finish(_END_S)
+    end_all(_END_S)
 
 
 atexit.register(_finish_all)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable
 
@@ -31,8 +32,10 @@ class DecodePool:
         ]
         for thread in self._threads:
             thread.start()
+            _threads.add(thread)
         self._pid = os.getpid()
         self._stop = weakref.finalize(self, _stop, self._jobs, thread_count)
+        _pools.add(self)
         self._stop.atexit = False
 
     def submit(self, job: Job) -> None:
@@ -67,3 +70,16 @@ def _work(jobs: queue.SimpleQueue[Job | None]) -> None:
 def _stop(jobs: queue.SimpleQueue[Job | None], thread_count: int) -> None:
     for _ in range(thread_count):
         jobs.put(None)
+
+
+_pools: weakref.WeakSet[DecodePool] = weakref.WeakSet()
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # also of pools that are no more
+
+
+def end_all(deadline_s: float) -> None:
+    """The interpreter ends: no thread is to be in the middle of anything then. Waits for all, or until the deadline."""
+    for pool in list(_pools):
+        pool._stop()
+    end = time.monotonic() + deadline_s
+    for thread in list(_threads):
+        thread.join(max(0.0, end - time.monotonic()))
