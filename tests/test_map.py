@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -294,9 +295,10 @@ def test_an_iteration_that_is_left_does_not_wait_for_a_function_for_ever(new, mo
     monkeypatch.setattr("fastload.engine.workers._END_S", 0.2)
     loader = closing(dataset.map_batch(sleepy))
     iterator = iter(loader)
-    until(lambda: loader._stream._workers._lanes[0]._link.pool is not None)
+    pids = [process.pid for process in loader._stream._workers._processes]
     iterator.close()
     loader.close()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def started(number: int) -> None:
@@ -371,6 +373,7 @@ def test_workers_end_with_the_loader_that_is_dropped(new):
     pids = [process.pid for process in loader._stream._workers._processes]
     del loader, iterator
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    assert len(pids) == 2
 
 
 def test_workers_end_at_once_also_while_another_loader_has_some(new, monkeypatch):
@@ -379,6 +382,9 @@ def test_workers_end_at_once_also_while_another_loader_has_some(new, monkeypatch
     iterators = [iter(loader) for loader in loaders]
     for iterator in iterators:
         next(iterator)
-    monkeypatch.setattr("fastload.engine.workers._END_S", 60.0)
+    terminated: list[BaseProcess] = []
+    monkeypatch.setattr("fastload.engine.workers._END_S", 30.0)
+    monkeypatch.setattr(BaseProcess, "terminate", terminated.append)
     for loader in loaders:
         loader.close()
+    assert not terminated

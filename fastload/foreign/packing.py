@@ -37,7 +37,7 @@ from torch.utils.data._utils import pin_memory
 from fastload.foreign.ledger import SLOTS_MAX, Ledger
 from fastload.transport.mapping import map_shared
 from fastload.transport.pickling import reduced
-from fastload.transport.slots import SMALL_BYTES, Owner, size_class
+from fastload.transport.slots import SMALL_BYTES, Owner, size_class, take_fitting
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -198,7 +198,7 @@ class _Slots:
     def take(self, byte_count: int) -> Bytes:
         """A writable array over a slot. Raises `OSError` where there can be none."""
         self._collect()
-        slot = self._reuse(byte_count) or self._new(byte_count)
+        slot = take_fitting(self._free, byte_count, lambda slot: slot.base.size) or self._new(byte_count)
         slot.lent += 1
         self._open.append(slot)
         return lent(slot.base[:byte_count], self._collected, slot)
@@ -249,15 +249,6 @@ class _Slots:
             memory[offset : offset + buffer.size] = buffer
             copied.append((slot, offset, memory))
         return copied
-
-    def _reuse(self, byte_count: int) -> _Slot | None:
-        """The smallest free slot that fits without wasting more than half of it."""
-        fitting = [slot for slot in self._free if byte_count <= slot.base.size <= 2 * size_class(byte_count)]
-        if not fitting:
-            return None
-        best = min(fitting, key=lambda slot: slot.base.size)
-        self._free.remove(best)
-        return best
 
     def _new(self, byte_count: int) -> _Slot:
         index = self._unused.pop() if self._unused else len(self._by_index)

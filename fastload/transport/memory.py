@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload.transport.mapping import map_shared
-from fastload.transport.slots import SMALL_BYTES, Owner, size_class
+from fastload.transport.slots import SMALL_BYTES, Owner, size_class, take_fitting
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -88,7 +88,7 @@ class SharedPool:
             return np.empty(byte_count, np.uint8)
         with self._lock:
             self._collect()
-            slot = self._reuse(byte_count) or self._new(byte_count)
+            slot = take_fitting(self._free, byte_count, lambda slot: slot.base.size) or self._new(byte_count)
             return self._lend(slot, 0, byte_count)
 
     def take_array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
@@ -142,15 +142,6 @@ class SharedPool:
         with self._lock:
             self._collect()
             return sum(slot.base.size for slot in self._free)
-
-    def _reuse(self, byte_count: int) -> Slot | None:
-        """The smallest free slot that fits without wasting more than half of it."""
-        fitting = [slot for slot in self._free if byte_count <= slot.base.size <= 2 * size_class(byte_count)]
-        if not fitting:
-            return None
-        best = min(fitting, key=lambda slot: slot.base.size)
-        self._free.remove(best)
-        return best
 
     def _new(self, byte_count: int) -> Slot:
         fd = os.memfd_create("fastload-slot", os.MFD_CLOEXEC)

@@ -16,12 +16,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
+T = TypeVar("T")
 
 # Below this, malloc is as good and a slot is only overhead.
 SMALL_BYTES = 64 * 1024
@@ -94,12 +96,7 @@ class SlotPool:
         """The smallest free slot that fits without wasting more than half of it."""
         with self._lock:
             self._collect()
-            fitting = [m for m in self._free if byte_count <= m.size <= 2 * size_class(byte_count)]
-            if not fitting:
-                return None
-            best = min(fitting, key=lambda memory: memory.size)
-            self._free = [memory for memory in self._free if memory is not best]
-            return best
+            return take_fitting(self._free, byte_count, len)
 
     def _collect(self) -> None:
         """Take in what the finalizers have returned; drop the oldest when it is more than is worth keeping."""
@@ -107,6 +104,13 @@ class SlotPool:
             self._free.append(self._returned.popleft())
         while sum(memory.size for memory in self._free) > self._retained_bytes:
             self._held_bytes -= self._free.pop(0).size
+
+
+def take_fitting(free: list[T], byte_count: int, size_of: Callable[[T], int]) -> T | None:
+    """Take out of `free` the smallest that fits without wasting more than half of it, if there is one."""
+    sizes = [size_of(each) for each in free]
+    fitting = [i for i, size in enumerate(sizes) if byte_count <= size <= 2 * size_class(byte_count)]
+    return free.pop(min(fitting, key=sizes.__getitem__)) if fitting else None
 
 
 def size_class(byte_count: int) -> int:

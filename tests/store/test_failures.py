@@ -185,7 +185,9 @@ def test_a_kept_connection_that_the_server_closed_is_no_failure() -> None:
     with server(good, hang_up, good) as options:
         store = ObjectStore("s3://b", options)
         for _ in range(2):
-            store.read_into(ObjectInfo("s3://b/a.tar", 5, '"e"'), 0, memoryview(bytearray(5)))
+            out = bytearray(5)
+            store.read_into(ObjectInfo("s3://b/a.tar", 5, '"e"'), 0, memoryview(out))
+            assert bytes(out) == b"hello"
         store.close()
 
 
