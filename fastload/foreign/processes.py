@@ -11,6 +11,8 @@ import os
 import warnings
 from typing import Any
 
+import torch.multiprocessing
+from torch.utils.data import IterDataPipe, MapDataPipe
 from torch.utils.data._utils import MP_STATUS_CHECK_INTERVAL
 from torch.utils.data._utils.worker import _IterableDatasetStopIteration
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -24,6 +26,7 @@ from fastload.foreign.saved import WORKER_ID, Saved, State
 from fastload.foreign.working import Working
 from fastload.foreign.workplace import Collate, Init, wrapped_dataset
 from fastload.transport.ends import how_it_ended
+from fastload.transport.once import Once
 
 # Free memory that the workers of an iteration keep for batches to come, all together, and one at least.
 _RETAINED_BYTES = 1 << 30
@@ -45,17 +48,26 @@ class Processes(_MultiProcessingDataLoaderIter, Working):
         workplace.ledger = ledger
         workplace.receiver = -1 if self._receiver is None else self._receiver.number
         workplace.retained_bytes = max(_RETAINED_BYTES_EACH, _RETAINED_BYTES // loader.num_workers)
+        given: tuple[Any, ...] = (
+            wrapped_dataset(workplace, loader.dataset),
+            Collate(workplace, loader.collate_fn),
+            Init(workplace, loader.worker_init_fn),
+        )
+        once = _once(loader, ledger, given)
+        dataset, collate_fn, worker_init_fn = given if once is None else once.parts()
         view = View(
             loader,
-            dataset=wrapped_dataset(workplace, loader.dataset),
-            collate_fn=Collate(workplace, loader.collate_fn),
-            worker_init_fn=Init(workplace, loader.worker_init_fn),
+            dataset=dataset,
+            collate_fn=collate_fn,
+            worker_init_fn=worker_init_fn,
         )
         try:
             super().__init__(view)
         finally:
             if ledger is not None:
                 ledger.close_fd()
+            if once is not None:
+                once.close()
         self._catch_up(saved)
 
     def tell_states(self) -> None:
@@ -147,6 +159,14 @@ def _ledger(workers: int) -> Ledger | None:
     except OSError as error:
         _warn(error)
         return None
+
+
+def _once(loader: Any, ledger: Ledger | None, given: tuple[Any, ...]) -> Once | None:
+    """How a data set, and what goes with it, gets to workers; None where they are forked, or in torch's way."""
+    context = loader.multiprocessing_context or torch.multiprocessing
+    if ledger is None or context.get_start_method() == "fork" or isinstance(given[0], IterDataPipe | MapDataPipe):
+        return None
+    return Once(given, beside=(ledger,))
 
 
 def _warn(error: OSError) -> None:

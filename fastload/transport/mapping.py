@@ -27,7 +27,16 @@ _FAILED = ctypes.c_void_p(-1).value
 
 def map_shared(fd: int, byte_count: int) -> npt.NDArray[np.uint8]:
     """The first bytes of a memfd as a writable array; unmapped when the last view of it is gone. Raises `OSError`."""
-    address = _libc.mmap(None, byte_count, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+    return _mapped(fd, byte_count, mmap.MAP_SHARED)
+
+
+def map_private(fd: int, byte_count: int) -> npt.NDArray[np.uint8]:
+    """The same, but what is written to it is seen by this process only."""
+    return _mapped(fd, byte_count, mmap.MAP_PRIVATE)
+
+
+def _mapped(fd: int, byte_count: int, flags: int) -> npt.NDArray[np.uint8]:
+    address = _libc.mmap(None, byte_count, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
     if address == _FAILED:
         number = ctypes.get_errno()
         raise OSError(number, f"cannot map {byte_count} bytes of shared memory: {os.strerror(number)}")

@@ -1,0 +1,222 @@
+"""Objects that several processes are started with, pickled once, where each would be sent a copy of its own.
+
+A process that is spawned is sent its arguments through a pipe, and reads them only when it has imported what they need.
+So eight workers with a large data set are started one after another, each after a pickling of its own, and the data is
+there eight times. Here it is pickled once, into an anonymous file; what goes through the pipe is small, so that all
+processes begin at once, and each maps the file.
+
+What the memory of numpy's arrays is made of is written to the file once and mapped privately: a process sees it as its
+own and may write to it, and has a copy of the pages that it has written to. Tensors cross in torch's way, which shares
+them already. Where the pickle itself names something that is of one process only (descriptors, as queues, connections
+and torch's tensors have), it is made for each of them; arrays are written once all the same.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import pickle
+from collections.abc import Sequence
+from functools import partial
+from multiprocessing import context, reduction
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastload.transport.mapping import map_private
+from fastload.transport.slots import SMALL_BYTES
+
+Bytes = npt.NDArray[np.uint8]
+Place = tuple[int, int]  # offset and length in the file
+
+# Where arrays begin: a page, so that a write to one copies nothing of another.
+_ALIGNMENT = mmap.PAGESIZE
+
+
+class Once:
+    """The objects, until the processes have been started. Used by one thread; a copy that was pickled for a process is
+    the tuple of the objects.
+    """
+
+    def __init__(self, objects: Sequence[Any], beside: Sequence[Any] = ()) -> None:
+        """`beside`: what the objects refer to and each process is sent by itself. Raises `OSError` where the kernel has
+        no anonymous files.
+        """
+        self._objects, self._beside = tuple(objects), tuple(beside)
+        self._file = _File()
+        self._arrays = _Arrays(self._file)
+        self._pickled: tuple[Place, list[Place]] | None = None  # where it is the same for every process
+
+    def parts(self) -> tuple[Part, ...]:
+        """What to give to processes in the place of the objects, each of which it is there."""
+        return tuple(Part(self, number) for number in range(len(self._objects)))
+
+    def __getitem__(self, number: int) -> Any:
+        return self._objects[number]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        popen = context.get_spawning_popen()
+        assert popen is not None, "it is pickled for a process that is being started"
+        pickled = self._pickled or self._pickle(popen)
+        return _loaded, (reduction.DupFd(self._file.fd), self._file.byte_count, *pickled, self._beside)
+
+    def close(self) -> None:
+        """No more processes are started. May be called twice."""
+        self._file.close()
+        self._arrays.clear()
+
+    def _pickle(self, popen: Any) -> tuple[Place, list[Place]]:
+        noticing: Any = _Noticing(popen)
+        stream, places = io.BytesIO(), list[Place]()
+        context.set_spawning_popen(noticing)
+        try:
+            _Pickler(stream, places, self._arrays, self._beside).dump(self._objects)
+        finally:
+            context.set_spawning_popen(popen)
+        pickled = self._file.append(stream.getbuffer()), places
+        if not noticing.is_of_one_process:
+            self._pickled = pickled
+        return pickled
+
+
+class Part:
+    """One of the objects, as a process that is started gets it."""
+
+    def __init__(self, once: Once, number: int) -> None:
+        self._once, self._number = once, number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _part, (self._once, self._number)
+
+    def __repr__(self) -> str:
+        return repr(self._once[self._number])  # in messages
+
+
+class _File:
+    """An anonymous file that grows."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("fastload-start", os.MFD_CLOEXEC)
+        self.byte_count = 0
+
+    def append(self, data: memoryview) -> Place:
+        """Write, from the next page on."""
+        offset = -(-self.byte_count // _ALIGNMENT) * _ALIGNMENT
+        written = 0
+        while written < data.nbytes:
+            written += os.pwrite(self.fd, data[written:], offset + written)
+        self.byte_count = offset + data.nbytes
+        return offset, data.nbytes
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class _Arrays:
+    """Where the memory of arrays lies in the file. It is kept until the end, so that an address says which it is."""
+
+    def __init__(self, file: _File) -> None:
+        self._file = file
+        self._places: dict[tuple[int, int], Place] = {}
+        self._kept: list[pickle.PickleBuffer] = []
+        self._writable: dict[int, tuple[Any, Any]] = {}
+
+    def place(self, buffer: pickle.PickleBuffer) -> Place:
+        """Of this memory, which is written to the file if it is not there."""
+        raw = buffer.raw()
+        where = np.frombuffer(raw, np.uint8).ctypes.data, raw.nbytes
+        if where not in self._places:
+            self._places[where] = self._file.append(raw)
+            self._kept.append(buffer)
+        return self._places[where]
+
+    def writable(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """An array that may not be written to arrives as one that may, as it does in a plain pickle."""
+        if id(array) not in self._writable:
+            self._writable[id(array)] = array, array.copy()
+        return self._writable[id(array)][1]  # type: ignore[no-any-return]
+
+    def clear(self) -> None:
+        self._places.clear()
+        self._kept.clear()
+        self._writable.clear()
+
+
+class _Pickler(reduction.ForkingPickler):
+    """Arrays of some size are put aside; `places` says where they lie, in order."""
+
+    def __init__(self, stream: io.BytesIO, places: list[Place], arrays: _Arrays, beside: tuple[Any, ...]) -> None:
+        super().__init__(stream, 5, True, partial(_put_aside, places, arrays))
+        self._arrays = arrays
+        self._beside = {id(each): number for number, each in enumerate(beside)}
+
+    def reducer_override(self, value: Any) -> Any:
+        if (number := self._beside.get(id(value))) is not None:
+            return _given, (number,)  # a persistent id would cost a call for each string and number
+        if type(value) is np.ndarray and not value.flags.writeable and value.nbytes >= SMALL_BYTES:
+            return self._arrays.writable(value).__reduce_ex__(5)
+        return NotImplemented
+
+
+def _put_aside(places: list[Place], arrays: _Arrays, buffer: pickle.PickleBuffer) -> bool:
+    """Whether it is small, and stays in the pickle."""
+    if buffer.raw().nbytes < SMALL_BYTES:
+        return True
+    places.append(arrays.place(buffer))
+    return False
+
+
+class _Noticing:
+    """The starting of a process, as multiprocessing knows it; notices whether something is made for this one only."""
+
+    def __init__(self, popen: Any) -> None:
+        self._popen = popen
+        self.is_of_one_process = False
+
+    def duplicate_for_child(self, fd: int) -> Any:
+        self.is_of_one_process = True
+        return self._popen.duplicate_for_child(fd)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._popen, name)
+
+
+# In the process that is started
+
+
+# What came beside the objects that are being made.
+_came_beside: tuple[Any, ...] = ()
+
+
+def _loaded(fd: Any, byte_count: int, pickled: Place, places: list[Place], beside: tuple[Any, ...]) -> tuple[Any, ...]:
+    global _came_beside
+    descriptor = fd.detach()
+    try:
+        memory = map_private(descriptor, byte_count)
+    finally:
+        os.close(descriptor)
+    _came_beside = beside
+    try:
+        objects: tuple[Any, ...] = pickle.loads(
+            _at(memory, pickled).data, buffers=[_at(memory, place) for place in places]
+        )
+    finally:
+        _came_beside = ()
+    return objects
+
+
+def _given(number: int) -> Any:
+    return _came_beside[number]
+
+
+def _at(memory: Bytes, place: Place) -> Bytes:
+    offset, byte_count = place
+    return memory[offset : offset + byte_count]
+
+
+def _part(objects: tuple[Any, ...], number: int) -> Any:
+    return objects[number]
