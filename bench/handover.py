@@ -1,65 +1,69 @@
-"""Handing batches over from worker processes: torch's DataLoader beside fastload's, and what a state costs.
-
-    python -m bench.handover                     # two minutes
-    python -m bench.handover --workers 2 --rounds 5
+"""Handing batches over from a worker process, and what that costs beyond making them.
 
 The data set only copies what it has, so what is timed is the way to the trainer. (Without that copy torch's loader
-would send one and the same memory again and again, which no data set has that makes anything.) Batches of 38.5 MB
-(256 x 3 x 224 x 224, uint8) and of 200 kB are given whole (`batch_size=None`) or stacked by the default `collate_fn`.
-The two loaders take turns within a round; figures are medians over rounds, of the wall clock and of the CPU of
-trainer and workers together. The trainer touches one value of each page, as whoever copies it to a device touches
-all.
+would send one and the same memory again and again, which no data set has that makes anything.) Batches of
+256 x 3 x 224 x 224, uint8 and float32, are given whole (`batch_size=None`) or stacked by the default `collate_fn`. The
+trainer touches one value of each page, as whoever copies it to a device touches all.
+
+*latency* is from the moment at which a worker begins to hand over a small part of nothing else, the trainer waiting,
+until the trainer has the batch: what is beyond a copy of so many bytes, from and into memory that is used already.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import resource
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader as TorchLoader
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
+from bench.loaders import cpu_s, in_turn
+from bench.targets import Figure
 from fastload import DataLoader
 
-LARGE, SMALL = (256, 3, 224, 224), (200_000,)
+SHAPE = (256, 3, 224, 224)
 PAGE_BYTES = 4096
+TIMES = 6.0
+LATENCY_MS = 0.3
+# The trainer of the latencies is to wait for every batch.
+PAUSE_S = 0.02
+
+Kind = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`count` batches of a shape, each stacked of so many samples; of one: given as it is."""
+    """`count` batches of a type, each stacked of so many samples; of one: given as it is."""
 
     title: str
-    shape: tuple[int, ...]
+    dtype: torch.dtype
     count: int
-    samples: int = 1
+    samples: int
 
     @property
     def batch_bytes(self) -> int:
         """Of one batch."""
-        return torch.Size(self.shape).numel()
+        return torch.Size(SHAPE).numel() * self.dtype.itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class Took:
-    """Of one batch."""
-
-    wall_s: float
-    cpu_s: float
+CASES = (
+    Case("uint8, stacked of 256", torch.uint8, 60, SHAPE[0]),
+    Case("float32, stacked of 256", torch.float32, 20, SHAPE[0]),
+    Case("uint8, given whole", torch.uint8, 60, 1),
+    Case("float32, given whole", torch.float32, 20, 1),
+)
 
 
 class Same(Dataset[torch.Tensor]):
     """Copies of one sample."""
 
     def __init__(self, case: Case) -> None:
-        whole = torch.randint(0, 255, case.shape, dtype=torch.uint8)
+        whole = torch.ones(SHAPE, dtype=case.dtype)
         self.is_whole = case.samples == 1
         self.count, self.sample = case.count * case.samples, whole if self.is_whole else whole[0]
 
@@ -70,41 +74,39 @@ class Same(Dataset[torch.Tensor]):
         return self.sample.clone() if self.is_whole else self.sample
 
 
-CASES = (
-    Case("38.5 MB, given whole", LARGE, 60),
-    Case("38.5 MB, stacked of 256", LARGE, 60, 256),
-    Case("200 kB, given whole", SMALL, 3000),
-)
+@dataclass(frozen=True, slots=True)
+class Took:
+    """Of one batch."""
+
+    wall_s: float
+    cpu_s: float
 
 
-def main() -> None:
-    """Time, and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"{options.workers} worker(s), {os.cpu_count()} cores; load before: {os.getloadavg()[0]:.1f}\n")
-    print(f"{'':26}{'GB/s':>8}{'torch':>8}{'times':>8}{'CPU ms':>10}{'torch':>8}")
+def figures(rounds: int) -> list[Figure]:
+    """Rates as ratios within a round, CPU time, latencies."""
+    found = []
     for case in CASES:
-        report(case, *measure(case, options.workers, options.rounds))
-    print(f"\nstate_dict(): {state_cost_us(0):.0f} us without workers, {state_cost_us(1):.0f} us with one")
+        ours, theirs = in_turn(rounds, partial(one_epoch, case))
+        both = list(zip(ours, theirs, strict=True))
+        found += [
+            Figure(f"{case.title}: MB/s", "", [case.batch_bytes / 1e6 / took.wall_s for took in ours]),
+            Figure(f"{case.title}: times torch's MB/s", "", [b.wall_s / a.wall_s for a, b in both], at_least=TIMES),
+            Figure(f"{case.title}: CPU time, of torch's", "", [a.cpu_s / b.cpu_s for a, b in both]),
+        ]
+    ours_ms, theirs_ms = in_turn(rounds, latency_beyond_copy_ms)
+    return [
+        *found,
+        Figure("stacked, latency of a hand-over beyond a copy", "ms", ours_ms, at_most=LATENCY_MS),
+        Figure("the same, torch's", "ms", theirs_ms),
+        Figure("state_dict() with a worker", "us", [state_cost_us() for _ in range(rounds)]),
+    ]
 
 
-def measure(case: Case, workers: int, rounds: int) -> tuple[list[Took], list[Took]]:
-    """Ours and torch's, a round each."""
-    ours, theirs = [], []
-    for _ in range(rounds):
-        ours.append(one_epoch(DataLoader, case, workers))
-        theirs.append(one_epoch(TorchLoader, case, workers))
-    return ours, theirs
-
-
-def one_epoch(kind: Callable[..., Any], case: Case, workers: int) -> Took:
+def one_epoch(case: Case, kind: Kind) -> Took:
     """What a batch takes, once it has begun."""
     batch_size = None if case.samples == 1 else case.samples
     cpu_before = cpu_s()
-    loader = iter(kind(Same(case), batch_size=batch_size, num_workers=workers))
+    loader = iter(kind(Same(case), batch_size=batch_size, num_workers=1))
     touch(next(loader))
     began = time.perf_counter()
     for batch in loader:
@@ -116,37 +118,48 @@ def one_epoch(kind: Callable[..., Any], case: Case, workers: int) -> Took:
 
 def touch(batch: torch.Tensor) -> None:
     """Read a value of each page."""
-    batch.view(-1)[::PAGE_BYTES].sum()
+    batch.view(-1)[:: PAGE_BYTES // batch.element_size()].sum()
 
 
-def cpu_s() -> float:
-    """Of this process and of children that have ended."""
-    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+def stamped(samples: list[torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """A batch, and when it was ready; the clock is that of the machine."""
+    batch = default_collate(samples)
+    time.sleep(PAUSE_S)
+    return batch, time.monotonic()
 
 
-def report(case: Case, ours: list[Took], theirs: list[Took]) -> None:
-    """A line."""
-    walls = [statistics.median(took.wall_s for took in all_) for all_ in (ours, theirs)]
-    cpus = [1000 * statistics.median(took.cpu_s for took in all_) for all_ in (ours, theirs)]
-    rates = [case.batch_bytes / wall_s / 1e9 for wall_s in walls]
-    times = rates[0] / rates[1]
-    print(f"{case.title:26}{rates[0]:8.2f}{rates[1]:8.2f}{times:8.1f}{cpus[0]:10.2f}{cpus[1]:8.2f}")
+def latency_beyond_copy_ms(kind: Kind) -> float:
+    """The median over an epoch, of batches that `default_collate` has stacked; less a copy, as the trainer has it."""
+    case = CASES[0]
+    late_s = []
+    for batch, ready in kind(Same(case), batch_size=case.samples, num_workers=1, collate_fn=stamped):
+        late_s.append(time.monotonic() - ready)
+        touch(batch)
+    copy_s = copying_s(case.batch_bytes) if kind is TorchLoader else 0.0  # ours are stacked where they are read
+    beyond_s: float = statistics.median(late_s[3:]) - copy_s
+    return 1e3 * beyond_s
 
 
-def state_cost_us(workers: int) -> float:
-    """Of one call in the middle of an epoch."""
-    loader = DataLoader(Same(CASES[2]), batch_size=None, shuffle=True, num_workers=workers)
-    iterator = iter(loader)
+def copying_s(byte_count: int) -> float:
+    """Of memory that is used already."""
+    source, target = torch.ones(byte_count, dtype=torch.uint8), torch.ones(byte_count, dtype=torch.uint8)
+    took = []
     for _ in range(10):
+        began = time.perf_counter()
+        target.copy_(source)
+        took.append(time.perf_counter() - began)
+    return statistics.median(took)
+
+
+def state_cost_us() -> float:
+    """Of one call in the middle of an epoch."""
+    loader = DataLoader(Same(CASES[2]), batch_size=None, shuffle=True, num_workers=1)
+    iterator = iter(loader)
+    for _ in range(3):
         next(iterator)
     took = []
-    for _ in range(200):
+    for _ in range(100):
         began = time.perf_counter()
         loader.state_dict()
         took.append(time.perf_counter() - began)
     return 1e6 * statistics.median(took)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,113 @@
+"""Map-style data sets as they are: small tensors from memory, and a folder of pictures with torchvision's transforms.
+
+Both loaders read the same data set with the same settings and the default `collate_fn`. CPU time is that of the trainer
+and its workers.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from bench.decode import MEAN, SIZE, SMALL, STD, crops
+from bench.loaders import cpu_s, in_turn
+from bench.targets import Figure
+
+SAMPLE_FLOATS = 256  # 1 kB
+SMALL_COUNT, SMALL_BATCH = 200 * 1024, 1024
+PICTURES, PICTURE_BATCH, CLASSES = 2048, 128, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Took:
+    """Of one epoch."""
+
+    wall_s: float
+    cpu_s: float
+
+
+class Small(Dataset[torch.Tensor]):
+    """Rows of a tensor."""
+
+    def __init__(self) -> None:
+        self.rows = torch.ones(SMALL_COUNT, SAMPLE_FLOATS)
+
+    def __len__(self) -> int:
+        return SMALL_COUNT
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.rows[index]
+
+
+def small_figures(rounds: int) -> list[Figure]:
+    """Without workers, with one, with two."""
+    dataset = Small()
+    found = []
+    for workers, times in ((0, 1.0), (1, 1.5), (2, 1.5)):
+
+        def epoch(kind: Callable[..., Any], workers: int = workers) -> Took:
+            return one_epoch(kind(dataset, batch_size=SMALL_BATCH, shuffle=True, num_workers=workers))
+
+        found += ratios(f"1 kB tensors, {workers} workers", *in_turn(rounds, epoch), times=times)
+    return found
+
+
+def folder_figures(rounds: int, folder: Path) -> list[Figure]:
+    """torchvision's `ImageFolder` with its usual transforms, two workers."""
+    from torchvision import datasets, transforms
+
+    write_pictures(folder)
+    dataset = datasets.ImageFolder(
+        str(folder),
+        transforms.Compose(
+            [
+                transforms.RandomResizedCrop(SIZE),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(MEAN, STD),
+            ]
+        ),
+    )
+
+    def epoch(kind: Callable[..., Any]) -> Took:
+        return one_epoch(kind(dataset, batch_size=PICTURE_BATCH, shuffle=True, num_workers=2))
+
+    return ratios("image folder, 2 workers", *in_turn(rounds, epoch), times=1.1, cpu=1.0)
+
+
+def one_epoch(loader: Any) -> Took:
+    """From the first batch to the last, and all of its CPU time."""
+    cpu_before = cpu_s()
+    batches = iter(loader)
+    next(batches)
+    began = time.perf_counter()
+    for _ in batches:
+        pass
+    wall_s = time.perf_counter() - began
+    del batches  # its workers are waited for
+    return Took(wall_s, cpu_s() - cpu_before)
+
+
+def ratios(title: str, ours: list[Took], theirs: list[Took], *, times: float, cpu: float | None = None) -> list[Figure]:
+    """Within a round."""
+    both = list(zip(ours, theirs, strict=True))
+    return [
+        Figure(f"{title}: times torch's rate", "", [b.wall_s / a.wall_s for a, b in both], at_least=times),
+        Figure(f"{title}: CPU time, of torch's", "", [a.cpu_s / b.cpu_s for a, b in both], at_most=cpu),
+    ]
+
+
+def write_pictures(folder: Path) -> None:
+    """JPEGs of 500 x 375, in a folder a class."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for number, file in enumerate(crops(SMALL, 93, PICTURES)):
+        place = folder / str(number % CLASSES)
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number}.jpg").write_bytes(file)
