@@ -5,9 +5,11 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 from fastload.errors import ConfigError
+
+CachePolicy = Literal["auto", "pin", "future", "sieve", "lru"]
 
 
 def checked_urls(urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
@@ -54,6 +56,13 @@ def checked_on_error(on_error: str) -> str:
     if on_error not in ("raise", "skip"):
         raise ConfigError(f'on_error={on_error!r} must be "raise" or "skip"')
     return on_error
+
+
+def checked_cache_policy(policy: str) -> CachePolicy:
+    """How the cache chooses what it keeps."""
+    if policy not in get_args(CachePolicy):
+        raise ConfigError(f'cache_policy={policy!r} must be "auto", "pin", "future", "sieve" or "lru"')
+    return cast(CachePolicy, policy)
 
 
 def checked_refresh(refresh: str) -> str:

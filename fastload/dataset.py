@@ -17,7 +17,9 @@ import numpy.typing as npt
 import torch.utils.data
 
 from fastload.arguments import (
+    CachePolicy,
     checked_batch_size,
+    checked_cache_policy,
     checked_count,
     checked_on_error,
     checked_refresh,
@@ -89,6 +91,10 @@ class StreamingDataset(Streaming):
     by `fastload index`, with which no shard is parsed and all sample counts are known; without, one that lies beside
     the shards is used.
 
+    `cache_policy`: what the cache keeps where it cannot keep all. "auto" is "pin" (a fixed part of each shard, which
+    moves on slowly), and with `shuffle="global"` "future" (in RAM, what is needed soonest); "sieve" and "lru" make
+    nothing of the known order, and are there to be compared with (docs/tuning.md).
+
     `storage_options`: endpoint and credentials, where the environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...)
     does not say them.
 
@@ -118,13 +124,20 @@ class StreamingDataset(Streaming):
         manifest: str | os.PathLike[str] | None = None,
         refresh: Literal["never", "epoch"] = "never",
         index: str | os.PathLike[str] | None = None,
+        cache_policy: CachePolicy = "auto",
     ) -> None:
         cache = cache if cache is not None else Cache()
         if not isinstance(cache, Cache):
             raise ConfigError(f"cache={cache!r} must be a fastload.Cache, such as fastload.Cache({str(cache)!r})")
         super().__init__(checked_batch_size(batch_size), check_tail(tail))
         skips_errors = checked_on_error(on_error) == "skip"
-        passes = PassOptions(cache, ColumnSet.of(columns, decode, as_tuple), self.tail, skips_errors)
+        passes = PassOptions(
+            cache,
+            ColumnSet.of(columns, decode, as_tuple),
+            self.tail,
+            skips_errors,
+            cache_policy=checked_cache_policy(cache_policy),
+        )
         self._settings = _Settings(
             checked_urls(urls),
             storage_options,

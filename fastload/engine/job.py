@@ -164,7 +164,7 @@ class Job:
         nodes = default_partitions(self.ranks)
         if nodes == 1 or self.order.partitions == 1:
             return LocalCounts(source, session.consumer)
-        return StoredCounts(source, session.consumer, nodes, self._own_objects(source))
+        return StoredCounts(source, session.consumer, nodes, self.own_objects(source))
 
     def close(self) -> None:
         """End what answers other nodes; it begins again with the next pass."""
@@ -195,7 +195,7 @@ class Job:
         return told if partitions == 1 else {**told, "local_world_size": ranks.local_world_size}
 
     def _begin_exchange(self, processes: Ranks, source: Source, name: str) -> None:
-        own, serves = self._own_objects(source), processes.local_rank == 0
+        own, serves = self.own_objects(source), processes.local_rank == 0
 
         def known() -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
             if not serves:
@@ -209,9 +209,11 @@ class Job:
             self._exchange.close()
         self._exchange = Exchange(source, agreement.store(name), own, common, serves=serves)
 
-    def _own_objects(self, source: Source) -> npt.NDArray[np.int32]:
+    def own_objects(self, source: Source) -> npt.NDArray[np.int32]:
         """The objects of the partitions that this node reads."""
         assert source.manifest is not None
+        if self.order.partitions == 1:
+            return np.flatnonzero(source.manifest.is_there).astype(np.int32)
         orders = epoch_orders(source.manifest, self.order, 0)
         home = lanes_of_node(self.ranks, self.order.partitions)
         return np.concatenate([orders[partition].object_order for partition in home])

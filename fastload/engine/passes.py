@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from fastload.arguments import CachePolicy
+from fastload.cache.policy import PolicyName
 from fastload.engine.assemble import Assembler, LocalMemory, Memory, Skips, part_of_entry
 from fastload.engine.columns import ColumnSet
 from fastload.engine.feed import CountSource, Feed
@@ -46,6 +48,13 @@ class PassOptions:
     tail: Tail
     skips_errors: bool
     functions: tuple[Function, ...] = ()  # applied to samples
+    cache_policy: CachePolicy = "auto"
+
+    def policy(self, *, is_global: bool) -> PolicyName:
+        """The cache policy, for one of two ways to read: each chunk once an epoch, or many times."""
+        if self.cache_policy != "auto":
+            return self.cache_policy
+        return "future" if is_global else "pin"
 
 
 class Pass(Protocol):
@@ -209,6 +218,7 @@ def _opened(session: Session, source: Source, job: Job, options: PassOptions, sk
     if is_scattered:
         _check_scattered(source, job, options.cache)
     consumer = session.consumer
+    consumer.keep(job.own_objects(source), options.policy(is_global=is_scattered))
     reader = (ScatteredReader if is_scattered else WindowReader)(consumer, source.shards, source.first_chunk)
     gatherer = Gatherer(consumer, int(source.first_chunk[-1]), consumer.chunk_bytes)
     maker = OneMaker(options.columns, options.functions)

@@ -6,33 +6,43 @@ chunk records: whoever changes a chunk's state, leases or write calls `refresh`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
-import numpy.typing as npt
 
+from fastload.cache.policy.sieve import SieveSlots
 from fastload.service.model import Chunk, Recalled, State, Write
-from fastload.service.plans import Plan
-
-Int64 = npt.NDArray[np.int64]
+from fastload.service.plans import NEVER, Int64, Plan
 
 FREE, LOADING, IDLE, QUEUED, WRITING, LEASED, STUCK, STRANDED = range(8)
 """What is in a buffer: nothing; a chunk being filled in; a chunk that may go at once; one whose write has not begun;
 one being written; a leased one whose lease may be asked back; a leased one for which that has been done or would not
 help; a chunk, or nothing any more, under a read or write that hangs."""
 
-NEVER = np.iinfo(np.int64).max
+LATER = NEVER - 1
+"""The next use of what no plan names ahead, but will be read again, and would have to be fetched."""
+
+# Of the chunk in a buffer: no live plan or claim names it; one does, whose policy makes nothing of a known order; one
+# does, with an order.
+_IDLE, _BY_SIEVE, _BY_LRU, _COVERED = range(4)
+_STANDINGS = {"sieve": _BY_SIEVE, "lru": _BY_LRU}
+
+Pinned = Callable[[Chunk], bool]
 
 
 class BufferTable:
     """Changed by the loop's thread only."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, is_pinned: Pinned = lambda chunk: False) -> None:
+        """`is_pinned(chunk)`: whether a chunk that the disk does not hold should rather stay than others."""
+        self.count, self._is_pinned = count, is_pinned
         self.status = np.full(count, FREE, np.uint8)
         self.chunks: list[Chunk | None] = [None] * count
         self._released = np.zeros(count, np.int64)  # when it was last let go of, in `_clock` ticks
-        self._covered = np.zeros(count, bool)  # a live plan names its object
+        self._standing = np.zeros(count, np.uint8)
+        self._pinned = np.zeros(count, bool)
+        self._on_disk = np.zeros(count, bool)  # as far as was said: it may have gone there since
+        self._sieve = SieveSlots(count)
         self._positions: dict[Plan, Int64] = {}  # per plan, -1 where the buffer's chunk is not in it
         self._clock = 0
         self.used_count = 0  # no buffer from this number on was ever used
@@ -54,8 +64,8 @@ class BufferTable:
         """The buffers that hold nothing; the one to use next is the last."""
         return self._free.copy()
 
-    def place(self, chunk: Chunk, buffer: int) -> None:
-        """Give the free `buffer` to `chunk`."""
+    def place(self, chunk: Chunk, buffer: int, *, on_disk: bool = False) -> None:
+        """Give the free `buffer` to `chunk`, which the disk holds as well, or does not."""
         assert self.chunks[buffer] is None, "a buffer was given away twice"
         if self._free[-1] == buffer:
             self._free.pop()
@@ -65,7 +75,9 @@ class BufferTable:
         self.chunks[buffer] = chunk
         chunk.buffer = buffer
         self.touch(chunk)
-        self._covered[buffer] = chunk.entry.plan_count > 0
+        self._sieve.came(buffer)
+        self._on_disk[buffer] = on_disk
+        self._regard(chunk)
         for plan, positions in self._positions.items():
             positions[buffer] = plan.position(chunk.entry, chunk.index)
         self.refresh(chunk)
@@ -91,6 +103,20 @@ class BufferTable:
         self._clock += 1
         self._released[chunk.buffer] = self._clock
 
+    def use(self, chunk: Chunk) -> None:
+        """The chunk was here when it was asked for."""
+        self._sieve.use(chunk.buffer)
+
+    def written(self, chunk: Chunk) -> None:
+        """The disk holds the chunk as well."""
+        if chunk.buffer >= 0:
+            self._on_disk[chunk.buffer] = True
+
+    def evicted(self, chunk: Chunk) -> None:
+        """The chunk is about to go, because others need its buffer more."""
+        if self._standing[chunk.buffer] in (_IDLE, _BY_SIEVE):
+            self._sieve.evicted(chunk.buffer)
+
     def refresh(self, chunk: Chunk) -> None:
         """The chunk's record has changed."""
         if chunk.buffer >= 0:
@@ -102,12 +128,12 @@ class BufferTable:
         """A plan begins; its objects are counted already."""
         self._positions[plan] = np.full(self.count, -1, np.int64)
         self.replan(plan)
-        self._recover()
+        self.recover()
 
     def remove_plan(self, plan: Plan) -> None:
         """A plan has ended; its objects are discounted already."""
         del self._positions[plan]
-        self._recover()
+        self.recover()
 
     def replan(self, plan: Plan) -> None:
         """The next positions of a plan's chunks have changed."""
@@ -116,9 +142,17 @@ class BufferTable:
             if chunk is not None:
                 positions[buffer] = plan.position(chunk.entry, chunk.index)
 
-    def _recover(self) -> None:
-        for buffer, chunk in enumerate(self.chunks):
-            self._covered[buffer] = chunk is not None and chunk.entry.plan_count > 0
+    def recover(self) -> None:
+        """Which objects are covered has changed."""
+        for chunk in self.chunks:
+            if chunk is not None:
+                self._regard(chunk)
+
+    def _regard(self, chunk: Chunk) -> None:
+        entry = chunk.entry
+        is_covered = entry.plan_count > 0
+        self._standing[chunk.buffer] = _STANDINGS.get(entry.policy, _COVERED) if is_covered else _IDLE
+        self._pinned[chunk.buffer] = is_covered and self._is_pinned(chunk)
 
     # Choosing
 
@@ -126,23 +160,30 @@ class BufferTable:
         """int64[count]: how many chunks ahead the nearest use of each buffer is, over all plans; `NEVER` for none."""
         nearest = np.full(self.count, NEVER, np.int64)
         for plan, positions in self._positions.items():
-            ahead = positions - plan.cursor
-            np.minimum(nearest, np.where(ahead >= 0, ahead, NEVER), out=nearest)
-        return nearest
+            np.minimum(nearest, plan.ahead(positions), out=nearest)
+        is_kept = self._pinned & ~self._on_disk & (self._standing == _COVERED)
+        return np.where(is_kept & (nearest == NEVER), LATER, nearest)
 
     def by_usefulness(self, statuses: Iterable[int]) -> tuple[list[int], list[int]]:
         """Buffers with one of these statuses, the least useful first, and the next use of each.
 
-        First what no live plan names, longest unused first. Then what a live plan names but has no use for any more,
-        the last used first: what is left of an epoch is as good as what goes, and the next epoch finds it (a pin, where
-        dropping the oldest would leave nothing to find). Last what will be used, the farthest use first.
+        First what nobody names, by SIEVE, in which what is not used any more goes in the order in which it came. Then
+        what is read in an unknown order, by its policy. Then what is named but has no use ahead any more, the last used
+        first: what is left of an epoch is as good as what goes, and the next epoch finds it (a pin, where dropping the
+        oldest would leave nothing to find); of these, first what is on disk, so that the two hold different chunks, and
+        last what should be pinned here. In the end what will be used, the farthest use first.
         """
         (buffers,) = np.nonzero(np.isin(self.status, list(statuses)))
-        next_use = self.next_use()[buffers]
-        covered, released = self._covered[buffers], self._released[buffers]
-        spent = next_use == NEVER
-        rank = np.where(~spent, 2, np.where(covered, 1, 0))
-        within = np.where(~spent, -next_use, np.where(covered, -released, released))
+        next_use, standing = self.next_use()[buffers], self._standing[buffers]
+        released, is_ahead = self._released[buffers], next_use < LATER
+        is_covered = standing == _COVERED
+        rank = standing + np.where(is_covered, 2 * (next_use == LATER) + ~self._on_disk[buffers], 0)
+        rank[is_ahead] = _COVERED + 4
+        within = np.where(is_covered, -released, released)
+        by_sieve = standing < _BY_LRU
+        if (by_sieve & ~is_ahead).any():
+            within[by_sieve] = self._sieve.order(buffers[by_sieve])
+        within[is_ahead] = -next_use[is_ahead]
         order = np.lexsort((within, rank))
         return buffers[order].tolist(), next_use[order].tolist()
 

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload import errors
+from fastload.cache.policy import PolicyName
 from fastload.errors import FastloadError, ServiceError
 from fastload.service import protocol
 from fastload.service.leases import Lease, offsets_by_arena
@@ -119,11 +120,24 @@ class Consumer(Session):
                 raise ServiceError("attach() while chunks are pinned: end every `with acquire(...)` first")
             self._objects = ObjectTable.of(objects)
             self._first_chunk = chunk_starts(self._objects.sizes, self.chunk_bytes)
-            self._plan = self._progress = None
+            self._plan = self._keep = self._progress = None
             self._table.clear()
             self._tell_objects()
 
     # The plan
+
+    def keep(self, object_nos: Ints, policy: PolicyName) -> None:
+        """These objects (numbers, int[n]) will be read again and again; `policy` says how the service keeps them.
+
+        They stay before what nobody names, also while a plan names only some of them; until this is called again, or
+        the consumer ends. It costs nothing to say the same twice.
+        """
+        self._enter()
+        keep = protocol.Keep(self._checked_objects(object_nos), policy)
+        with self._changed:
+            if keep != self._keep:
+                self._keep = keep
+                self._send(keep)
 
     def set_plan(self, object_order: Ints, epoch: int = 0, warm: bool = False) -> None:
         """All chunks of these objects (numbers, int[n]) in this order will be needed; replaces the plan before.
@@ -131,9 +145,7 @@ class Consumer(Session):
         With `warm`, fill the cache with them instead of the arena only; see `progress` and `wait_progress`.
         """
         self._enter()
-        order = np.asarray(object_order, np.int64).tolist()
-        if order and not (min(order) >= 0 and max(order) < len(self._objects)):
-            raise ValueError(f"a plan names object {max(order)} (or a negative one) of {len(self._objects)}")
+        order = self._checked_objects(object_order)
         with self._changed:
             self._progress = None
             self._plan = protocol.SetPlan(order, epoch, warm, 0)
@@ -299,6 +311,12 @@ class Consumer(Session):
         self.close()
 
     # Inside
+
+    def _checked_objects(self, object_nos: Ints) -> list[int]:
+        numbers: list[int] = np.asarray(object_nos, np.int64).tolist()
+        if numbers and not (min(numbers) >= 0 and max(numbers) < len(self._objects)):
+            raise ValueError(f"a plan names object {max(numbers)} (or a negative one) of {len(self._objects)}")
+        return numbers
 
     def _checked(self, chunk_nos: Ints) -> list[int]:
         chunks = [int(chunk) for chunk in chunk_nos]

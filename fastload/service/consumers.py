@@ -40,6 +40,7 @@ class ConsumerState:
         self._pieces: list[Piece] = []
         self._first_chunk = array("q", [0])
         self.plan: Plan | None = None
+        self.kept: list[ObjectEntry] = []  # its claim
         self.load_order = 0  # loads that the service had counted when this plan began; those are found in RAM
         self.leases: dict[int, Chunk] = {}
         self.wants: dict[int, Chunk] = {}

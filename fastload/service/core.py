@@ -31,12 +31,14 @@ from fastload.service.indexes import Indexes
 from fastload.service.ledger import Ledger
 from fastload.service.loads import Loader
 from fastload.service.model import Chunk, ObjectEntry, Objects, State, Write
+from fastload.service.pins import Pins
 from fastload.service.plans import Plan
 from fastload.service.planset import PlanSet
 from fastload.service.pools import Done, Pools
 from fastload.service.populate import Populator
 from fastload.service.quota import Quota
 from fastload.service.requests import Requests
+from fastload.service.room import Room
 from fastload.service.scheduler import Candidate, Drop, Load, Recall, Slots
 from fastload.service.stalls import DISK_DEADLINE_S, DiskWatch
 from fastload.service.stores import Opener, StoreTable
@@ -80,20 +82,24 @@ class Core:
         self._watch = DiskWatch(self.disk, self._pools, disk_deadline_s, self._disk_stalled, self._wake)
         self._stores = StoreTable(opener)
         self._objects = Objects(limits.chunk_bytes)
-        self._table = BufferTable(self.arena.buffer_count)
-        self._ledger = Ledger(self._table)
+        self._pins = Pins(self.disk, limits.ram_bytes)
+        self._table = BufferTable(
+            self.arena.buffer_count, lambda chunk: self._pins.belongs_in_ram(chunk.entry, chunk.index)
+        )
+        self._ledger = Ledger(self._table, self._used)
         self._disk_order = DiskOrder(self.disk.keys())
         self._loader = Loader(
             self.arena, self.disk, self._stores, self._pools, self._watch, self._loaded, self._read_given_up
         )
+        room = Room(self._disk_order, self._pins, lambda: self._plans.to_read())
         self._writer = WriteBehind(
-            self.arena, self.disk, self._disk_order, self._watch, self._table.refresh, self._written
+            self.arena, self.disk, self._disk_order, room, self._watch, self._table.refresh, self._written
         )
         self._indexes = Indexes(self.disk, self._disk_order, self._watch)
         self._requests = Requests(self._stores, self._indexes, self._stats, self._pools)
         self._quota = Quota(self.disk, self._disk_order, self._pools)
         self.consumers: set[ConsumerState] = set()
-        self._plans = PlanSet(self.consumers, self._table, self._disk_order)
+        self._plans = PlanSet(self.consumers, self._table, self._disk_order, self._pins)
         self._warming = Warming(self.consumers, self._plans, self._table, self._writer, self._on_disk)
         self._counters: Counter[str] = Counter(dropped_chunks=0)
         self._wishes = Wishes(self._ledger, self._plans, self._warming, self.arena.buffer_count, self._on_disk)
@@ -131,6 +137,8 @@ class Core:
                 self._advance(consumer, message.position)
             case protocol.SetPlan():
                 self._set_plan(consumer, message)
+            case protocol.Keep():
+                self._plans.keep(consumer, message)
             case protocol.Attach():
                 self._attach(consumer, message)
             case protocol.Credentials():
@@ -207,6 +215,11 @@ class Core:
         for consumer in self.consumers:
             consumer.flush()
 
+    def _used(self, chunk: Chunk) -> None:
+        """It was in RAM when it was asked for."""
+        self._table.use(chunk)
+        self._disk_order.use(chunk.entry.key(chunk.index))
+
     def _on_disk(self, entry: ObjectEntry, index: int) -> bool:
         return self.disk.readable and self.disk.contains(entry.key(index))
 
@@ -246,7 +259,9 @@ class Core:
     def _load(self, candidate: Candidate, buffer: int) -> None:
         chunk = candidate.entry.chunk(candidate.index)
         options_key = self._options_for(chunk, candidate.plan)
-        self._table.place(chunk, buffer)
+        self._table.place(chunk, buffer, on_disk=candidate.on_disk)
+        if candidate.on_disk:
+            self._disk_order.use(chunk.entry.key(chunk.index))
         self._loader.start(chunk, candidate.on_disk, options_key)
         self._ledger.loading(chunk)
         self._table.refresh(chunk)
@@ -267,6 +282,7 @@ class Core:
             self._writer.give_up(chunk)
             for plan in self._plans.warm():
                 plan.put_back(chunk)
+        self._table.evicted(chunk)
         self._empty(chunk)
         self._counters["dropped_chunks"] += 1
 
@@ -325,6 +341,8 @@ class Core:
 
     def _written(self, chunk: Chunk, written: bool) -> None:
         self._table.refresh(chunk)
+        if written:
+            self._table.written(chunk)
         for plan in self._plans.warm():
             plan.settle(chunk, held=written or not plan.to_disk)
         self._wake()

@@ -9,7 +9,7 @@ first; the core takes it from there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from fastload.errors import AccessDeniedError, to_wire
 from fastload.service import protocol
@@ -21,8 +21,9 @@ from fastload.service.model import Chunk, Recalled, State, Want
 class Ledger:
     """Changed by the loop's thread only."""
 
-    def __init__(self, table: BufferTable) -> None:
-        self._table = table
+    def __init__(self, table: BufferTable, used: Callable[[Chunk], None]) -> None:
+        """`used(chunk)` is called when a chunk is here already as it is asked for."""
+        self._table, self._used = table, used
         self.demanded: dict[Chunk, None] = {}
         self.wanted: dict[Chunk, None] = {}
         self._deferred: dict[Chunk, None] = {}
@@ -42,6 +43,7 @@ class Ledger:
                 # It asked again before our grant reached it, which it ignored therefore, and the recall too.
                 self._undo_lease(chunk, consumer, chunk_no)
             if chunk.state is State.RESIDENT and not recalled:
+                self._used(chunk)
                 self._grant(chunk, consumer, chunk_no, message.serial)
                 continue
             consumer.wants[chunk_no] = chunk

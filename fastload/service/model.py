@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from fastload.cache import ChunkKey, object_id
+from fastload.cache.policy import PolicyName
 from fastload.service.protocol import ObjectRows
 from fastload.store.types import ObjectInfo
 
@@ -64,7 +65,9 @@ class ObjectEntry:
     chunk_bytes: int
     chunks: dict[int, Chunk]
     user_count: int = 0  # consumers' object lists that name it
-    plan_count: int = 0  # live plans that name it
+    plan_count: int = 0  # live plans and claims that name it
+    policy: PolicyName = "pin"  # by which its chunks stay and go while one does
+    epoch: int = 0  # of the last plan that named it
 
     @property
     def chunk_count(self) -> int:

@@ -9,6 +9,10 @@ plan moves it back (`dropped`).
 transit, prefetching takes only room that no plan has a use for. Without that bound it would run ahead until the whole
 arena held just the next chunks, dropping ones that later positions would have found there, each of which would have to
 be fetched again: of an arena of half the data, a quarter would be left to hit instead of half.
+
+`swept` is how far what was read has been looked through for chunks to give up (see `room`). A plan that `is_blind` is
+of data whose user wants a policy for unknown orders: it is fetched ahead within the transit, and what lies beyond is as
+good as unknown.
 """
 
 from __future__ import annotations
@@ -17,9 +21,15 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
+
 from fastload.service.model import ObjectEntry, State
 
 Step = tuple[int, ObjectEntry, int]  # position, object, chunk index
+Int64 = npt.NDArray[np.int64]
+
+NEVER = np.iinfo(np.int64).max
 
 
 class Plan:
@@ -29,7 +39,9 @@ class Plan:
         self.entries = list(entries)
         self.options_key = options_key
         self.epoch = epoch
-        self.cursor = self.frontier = self.reach = cursor
+        self.cursor = self.frontier = self.reach = self.swept = cursor
+        self.is_blind = False
+        self.sight = cursor  # of a blind plan, up to where it was fetched ahead
         self.failed: set[int] = set()  # positions that prefetching leaves alone: only a demand tries them again
         self._starts = [0, *accumulate(entry.chunk_count for entry in entries)]
         self._starts_of: dict[ObjectEntry, list[int]] = {}
@@ -59,6 +71,19 @@ class Plan:
             if start + index >= self.cursor:
                 return start + index
         return starts[-1] + index
+
+    def ahead(self, positions: Int64) -> Int64:
+        """How many chunks ahead of the cursor these positions are, `NEVER` for what is behind it or -1."""
+        ahead = positions - self.cursor
+        is_needed = (ahead >= 0) & (positions < self.sight) if self.is_blind else ahead >= 0
+        return np.where(is_needed, ahead, NEVER)
+
+    def swept_steps(self) -> Iterator[Step]:
+        """What was read and has not been looked through; whoever has done so moves `swept` on."""
+        for step in self._steps(self.swept):
+            if step[0] >= self.cursor:
+                return
+            yield step
 
     def at(self, position: int) -> tuple[ObjectEntry, int]:
         """The chunk at a position."""

@@ -26,11 +26,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from fastload.cache.policy import PolicyName
 from fastload.errors import ServiceError
 from fastload.store.table import ObjectTable, Texts
 from fastload.store.types import ObjectInfo
 
-VERSION = 2
+VERSION = 3
 FRAME_BYTES_MAX = 64 << 20
 
 # Rows of objects in one piece: some megabytes of msgpack, a few tens of milliseconds of work for the receiver.
@@ -147,6 +148,15 @@ class SetPlan(Message, tag="plan"):
     epoch: int
     warm: bool
     position: int
+
+
+class Keep(Message, tag="keep"):
+    """These are the objects that I read again and again, and by which policy to keep them; replaces the claim before.
+    Empty: none.
+    """
+
+    objects: list[int]
+    policy: PolicyName
 
 
 class Advance(Message, tag="advance"):
@@ -321,6 +331,7 @@ FromConsumer = (
     | Resolve
     | Attach
     | SetPlan
+    | Keep
     | Advance
     | Want
     | Release

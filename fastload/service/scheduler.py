@@ -11,7 +11,8 @@ Whose room a chunk may take depends on how much it is needed:
     demanded    free, any idle buffer (the least useful first), where the disk is slow one whose write has not begun;
                 failing those, leases are recalled
     wanted      free, idle ones without a use ahead, and idle ones whose use is farther off than this one
-    prefetched  the same, within the plan's transit; beyond it only free ones and ones without a use ahead
+    prefetched  the same, within the plan's transit; beyond it only free ones and, where it has to be fetched from afar,
+                ones without a use ahead
     warming     free ones and ones without a use ahead
 
 A candidate that has room but no free connection still keeps its room: what is behind it may not take that.
@@ -25,9 +26,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from fastload.service import buffers
-from fastload.service.buffers import NEVER, BufferTable
+from fastload.service.buffers import LATER, BufferTable
 from fastload.service.model import ObjectEntry
-from fastload.service.plans import Plan
+from fastload.service.plans import NEVER, Plan
 
 # Whether the disk tier holds a chunk (an object and an index in it); answers at once.
 OnDisk = Callable[[ObjectEntry, int], bool]
@@ -57,6 +58,11 @@ class Candidate:
     on_disk: bool
     plan: Plan | None = None
     may_displace: bool = True  # chunks that have a later use
+
+    @property
+    def is_handy(self) -> bool:
+        """Whether it is on disk and far ahead: what is dropped for it may have to be fetched, and it need not be."""
+        return self.on_disk and self.need is Need.PREFETCHED and not self.may_displace
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,15 +136,18 @@ class _Room:
         return buffer
 
     def _take_idle(self, candidate: Candidate) -> int | None:
+        if candidate.is_handy:
+            return None
         if self.idle is None:
             found, next_use = self.table.by_usefulness([buffers.IDLE])
             self.idle = list(zip(found, next_use, strict=True))[::-1]
         if not self.idle:
             return None
         buffer, next_use_of = self.idle[-1]
-        spent = next_use_of == NEVER
+        is_warming = candidate.need is Need.WARMING
+        spent = next_use_of == NEVER or (is_warming and next_use_of == LATER)
         farther = candidate.may_displace and next_use_of > candidate.distance
-        if candidate.need is Need.DEMANDED or spent or (farther and candidate.need is not Need.WARMING):
+        if candidate.need is Need.DEMANDED or spent or (farther and not is_warming):
             self.idle.pop()
             return buffer
         return None
@@ -174,6 +183,8 @@ def decide(
         buffer = room.take(candidate)
         if buffer is None and candidate.need is Need.DEMANDED:
             starved += 1
+        elif buffer is None and candidate.is_handy:
+            passed_over += 1
         elif buffer is None and candidate.need >= Need.PREFETCHED:
             break  # what follows is needed even less
         elif buffer is not None and slots.take(candidate.on_disk):
@@ -199,8 +210,12 @@ def upcoming(plans: Iterable[Plan], transit: int, on_disk: OnDisk) -> Iterator[C
 
 
 def _of_plan(plan: Plan, transit: int, on_disk: OnDisk) -> Iterator[Candidate]:
+    end = max(plan.reach, plan.cursor) + transit
+    plan.sight = max(plan.sight, end)
     for position, entry, index in plan.missing():
-        within = position < max(plan.reach, plan.cursor) + transit
+        within = position < end
+        if plan.is_blind and not within:
+            return
         distance = position - plan.cursor
         held = on_disk(entry, index)
         yield Candidate(entry, index, Need.PREFETCHED, distance, held, plan, may_displace=within)

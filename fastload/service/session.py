@@ -80,6 +80,7 @@ class Session:
         self._objects = ObjectTable.of([])
         self._first_chunk: Int64 = np.zeros(1, np.int64)
         self._plan: protocol.SetPlan | None = None
+        self._keep: protocol.Keep | None = None
         self._report: dict[str, float] = {}
         self._store_wire = self._read_store_options()
         self._begin()
@@ -325,6 +326,8 @@ class Session:
     def _tell_everything(self) -> None:
         if len(self._objects):
             self._tell_objects()
+        if self._keep is not None:
+            self._send(self._keep)
         if self._plan is not None:
             self._send(self._plan)
         self._tell_wants(self._table.ask_again())

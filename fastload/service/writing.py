@@ -5,7 +5,7 @@ that may cost the cache some chunks, which the next epoch fetches again, but not
 chunk that finds no room waits for a quick write, and takes the buffer of one that has not begun where the disk is slow
 (`give_up`). A write that hangs is left to itself: its chunk is readable as before, and its buffer comes back with it.
 
-Admission pins: chunks are taken until the quota is full; then room is made only by what no live plan names.
+Admission pins: chunks are taken until the quota is full; whose room others may take then is `room`'s to say.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from itertools import islice
 
 from fastload.cache import Arena, ChunkKey, DiskTier
 from fastload.service.diskorder import DiskOrder
 from fastload.service.model import Chunk, Write
 from fastload.service.pools import Done
+from fastload.service.room import Room
 from fastload.service.stalls import DiskWatch
 
 DISK_WRITE_THREADS = 2
@@ -38,12 +38,13 @@ class WriteBehind:
         arena: Arena,
         disk: DiskTier,
         order: DiskOrder,
+        room: Room,
         watch: DiskWatch,
         changed: Callable[[Chunk], None],
         written: Written,
     ) -> None:
         """`changed(chunk)` is called when its write begins, or has to begin again; `written` when that is settled."""
-        self._arena, self._disk, self._order = arena, disk, order
+        self._arena, self._disk, self._order, self._room = arena, disk, order, room
         self._changed, self._written = changed, written
         self._queue: dict[Chunk, None] = {}
         self._pool = watch.pool("disk-write", write_threads(arena.buffer_count))
@@ -67,11 +68,12 @@ class WriteBehind:
     @property
     def full(self) -> bool:
         """Whether the disk takes no further chunk: switched off, failed, or filled with what live plans name."""
-        return not self._disk.writable or not self._has_room(self._disk.file_bytes(self._arena.chunk_bytes))
+        whole = self._disk.file_bytes(self._arena.chunk_bytes)
+        return not self._disk.writable or not (self._has_free_room(whole) or self._room.is_spare)
 
     def admit(self, chunk: Chunk, *, patient: bool) -> bool:
         """Queue the chunk's write; False where it will not be written. `patient`: never because the queue is long."""
-        if not self._has_room(self._disk.file_bytes(chunk.length)):
+        if not self._has_room(chunk):
             self.counters["writes_refused"] += self._disk.quota_bytes > 0
             return False
         if len(self._queue) >= self._queue_max and not patient and not self.quick_for_s():
@@ -82,10 +84,13 @@ class WriteBehind:
         self.pump()
         return True
 
-    def _has_room(self, need: int) -> bool:
+    def _has_room(self, chunk: Chunk) -> bool:
         if not self._disk.writable:
             return False
-        return self._disk.free_bytes - self._queued_bytes() >= need or next(self._order.idle(), None) is not None
+        return self._has_free_room(self._disk.file_bytes(chunk.length)) or self._room.can_be_made(chunk)
+
+    def _has_free_room(self, need: int) -> bool:
+        return self._disk.writable and self._disk.free_bytes - self._queued_bytes() >= need
 
     def _queued_bytes(self) -> int:
         return sum(self._disk.file_bytes(chunk.length) for chunk in self._queue)
@@ -114,7 +119,7 @@ class WriteBehind:
         self._running[chunk] = time.monotonic()
         self._changed(chunk)
         key = chunk.entry.key(chunk.index)
-        victims = self._victims(self._disk.file_bytes(chunk.length))
+        victims = self._victims(chunk)
 
         def done(written: bool | None, error: BaseException | None) -> None:
             self._settle(chunk, key, bool(written), victims)
@@ -129,14 +134,12 @@ class WriteBehind:
         buffer = self._arena.buffer(chunk.buffer)
         self._pool.submit(self._make_room_and_write, key, buffer, chunk.length, victims, done=done, hung=hung)
 
-    def _victims(self, need: int) -> list[ChunkKey]:
+    def _victims(self, chunk: Chunk) -> list[ChunkKey]:
         """As many as free the room if they are whole chunks; where they are short ones the write is tried again."""
-        lacking = max(0, need - self._disk.free_bytes)
+        lacking = max(0, self._disk.file_bytes(chunk.length) - self._disk.free_bytes)
         count = -(-lacking // self._disk.file_bytes(self._arena.chunk_bytes))
-        victims = list(islice(self._order.idle(), count))
-        for key in victims:  # nobody else may choose them meanwhile
-            self._order.discard(key)
-        return victims
+        victims = (self._room.make(chunk) for _ in range(count))
+        return [key for key in victims if key is not None]
 
     def _make_room_and_write(self, key: ChunkKey, buffer: memoryview, length: int, victims: list[ChunkKey]) -> bool:
         """In a thread."""
@@ -151,7 +154,7 @@ class WriteBehind:
             else:
                 self.counters["evicted"] += 1
         self._running.pop(chunk, None)
-        if not written and victims and self._has_room(self._disk.file_bytes(chunk.length)):
+        if not written and victims and self._has_room(chunk):
             chunk.write = Write.QUEUED
             self._queue[chunk] = None
             self._changed(chunk)
