@@ -40,6 +40,11 @@ class DataLoader(torch.utils.data.DataLoader[T]):
     `dataset` and `collate_fn`; of an iterable or stateful data set, or with a `worker_init_fn`, each has a copy of all
     three. Threads leave Python's, numpy's and torch's global random numbers alone: `get_worker_info()` has a seed.
 
+    Of data sets with a state of their own, workers tell it every `snapshot_every_n_steps` batches at least (0 or None:
+    only at first): for states that are too large to be copied with each. `state_dict()` is as exact, but loading one
+    makes the batches since the last again. With `in_order=False`, or persistent workers for a map-style data set, they
+    tell it with each all the same. Without workers, and for data sets of fastload's, it has no effect.
+
     For a `StreamingDataset` or a `Mixture`, `batch_size` samples are one batch: a dict of column -> tensor,
     `fastload.Ragged` or list, or a tuple (see `StreamingDataset`). With `batch_size=None` it yields samples, each
     gathered by itself: for many small ones iterate the data set instead. A `collate_fn` of the user's gets the list of
@@ -78,9 +83,11 @@ class DataLoader(torch.utils.data.DataLoader[T]):
         pin_memory_device: str = "",
         in_order: bool = True,
         workers: WorkersMode = "auto",
+        snapshot_every_n_steps: int | None = 1,
     ) -> None:
         # Each name is spelt out: frameworks read the signature, and make a loader again from its attributes.
         self.workers = _checked_workers(workers, dataset)
+        self.snapshot_every_n_steps = _checked_interval(snapshot_every_n_steps)
         self.in_order = in_order
         super().__init__(
             dataset,
@@ -182,6 +189,13 @@ def _checked_workers(workers: Any, dataset: Any) -> WorkersMode:
         )
     checked: WorkersMode = workers
     return checked
+
+
+def _checked_interval(snapshot_every_n_steps: Any) -> int | None:
+    steps: int | None = snapshot_every_n_steps
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
+        raise ConfigError(f"snapshot_every_n_steps={steps!r} must be a number of batches, or None")
+    return steps
 
 
 def _in_order(in_order: bool) -> dict[str, Any]:

@@ -49,7 +49,10 @@ _OWN_SLOT_PART = 8
 
 @dataclass(slots=True)
 class Arrived:
-    """What a worker sent: a batch, and the worker's state after it (and `before` it, if it is the first), or None."""
+    """What a worker sent: a batch, and the worker's state after it (and `before` it, if it is the first), or None.
+
+    `state` is `UNTOLD` where there is one, and it was not the batch to tell it with.
+    """
 
     batch: Any
     state: Any = None

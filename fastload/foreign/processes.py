@@ -126,6 +126,7 @@ class Processes(_MultiProcessingDataLoaderIter, Working):
         except Exception as error:  # what the worker raised
             # torch's frame refers to the error that refers to it, so that the workers, which end with the iteration,
             # would live until the garbage collector comes by, and then not hear that they are to end.
+            self.progress.failed()
             raise error.with_traceback(None)  # noqa: B904  # it is the same error
         self.progress.delivered(worker_idx, arrived.state, outstanding=self._task_info)
         return arrived.batch

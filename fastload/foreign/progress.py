@@ -2,7 +2,8 @@
 
 With worker processes, batches are on their way that are not delivered. Of each index that a worker was given, the
 `Mark` of the order is remembered until all before it were delivered; of each worker, the state that came with the last
-batch of its that was.
+batch of its that was. Where a batch came without (see `telling`), what was known before it is kept as a `Snapshot`
+until all is known again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fastload.foreign import saved as keys
 from fastload.foreign.order import Mark, OrderIterator, SavedOrder
 from fastload.foreign.randomness import Generators, Randomness
 from fastload.foreign.saved import Saved, State
+from fastload.foreign.telling import UNTOLD, Untold
 
 
 @dataclass(slots=True)
@@ -83,11 +85,14 @@ class WorkersProgress(Progress):
     last_worker: int = 0
     marks: Marks = field(default_factory=lambda: Marks(Mark()))
     workers: list[WorkerProgress] = field(default_factory=list)
+    snapshot: Snapshot | None = None  # None: all is known now
+    failures: int = 0  # errors since the last batch, which a state does not count
 
     def begin(self, order: OrderIterator | None, saved: Saved | None) -> None:
         """An epoch begins, where one was that was saved."""
         self.order = order
         self.is_finished = False
+        self.snapshot, self.failures = None, 0
         self.num_yielded = 0 if saved is None else saved.num_yielded
         same_count = saved is not None and saved.num_workers == self.num_workers
         self.last_worker = saved.last_worker if saved is not None and same_count else self.num_workers - 1
@@ -101,34 +106,86 @@ class WorkersProgress(Progress):
         else:
             self.workers = [WorkerProgress() for _ in range(self.num_workers)]
 
-    def delivered(self, worker: int, state: State | None, outstanding: Container[int]) -> None:
+    def delivered(self, worker: int, state: State | Untold | None, outstanding: Container[int]) -> None:
         """A batch has come from a worker; indexes that are `outstanding` have not."""
+        if state is UNTOLD and self.snapshot is None:
+            self.snapshot = self._now()
+        if self.snapshot is not None:
+            self.snapshot.passed(self.failures)
+        self.failures = 0
         self.last_worker = worker
         self.marks.settle(outstanding)
         self.workers[worker].delivered(state)
+        self._let_go_if_known()
+
+    def failed(self) -> None:
+        """An error has come in the place of a batch. It is behind once another batch has come."""
+        self.failures += 1
 
     def state(self) -> State:
         """Where it is."""
+        at = self._last_known()
         workers = {}
-        for number, worker in enumerate(self.workers):
-            told = worker.state() or keys.silent_state(number, self.is_iterable, worker.batches)
-            workers[keys.worker_key(number)] = {**told, keys.BATCHES: worker.batches}
+        for number, (worker, place) in enumerate(zip(self.workers, at.places, strict=True)):
+            told = worker.state_at(place) or keys.silent_state(number, self.is_iterable, place.batches)
+            workers[keys.worker_key(number)] = {**told, keys.BATCHES: place.batches}
         return {
             keys.SNAPSHOT: {
-                keys.SNAPSHOT_STEP: self.num_yielded,
-                keys.LAST_WORKER: self.last_worker,
+                keys.SNAPSHOT_STEP: at.num_yielded,
+                keys.LAST_WORKER: at.last_worker,
                 keys.MAIN: {keys.NUM_WORKERS: self.num_workers, **self._main()},
                 keys.WORKERS: workers,
             },
-            keys.STEPS_SINCE: 0,
+            keys.STEPS_SINCE: self.num_yielded - at.num_yielded,
+            **({keys.FAILED: at.failed.copy()} if at.failed else {}),
             keys.FINISHED: self.is_finished,
             **self._next(),
         }
 
     def _order(self) -> SavedOrder:
+        at = self._last_known()
         if self.order is None:
-            return SavedOrder(Mark(self.num_yielded))
-        return SavedOrder(self.marks.last, self.order.at_iter, self.order.at_first, self.marks.ahead())
+            return SavedOrder(Mark(at.num_yielded))
+        return SavedOrder(at.mark, self.order.at_iter, self.order.at_first, at.ahead)
+
+    def _last_known(self) -> Snapshot:
+        self._let_go_if_known()
+        return self.snapshot or self._now()
+
+    def _let_go_if_known(self) -> None:
+        """Nobody needs a snapshot while all is known."""
+        if self.snapshot is not None and all(worker.is_known for worker in self.workers):
+            self.snapshot = None
+
+    def _now(self) -> Snapshot:
+        places = [worker.place for worker in self.workers]
+        return Snapshot(self.num_yielded, self.last_worker, self.marks.last, self.marks.ahead(), places)
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """Where an iteration was when all workers' states were known last. `failed`: which turns since were errors."""
+
+    num_yielded: int
+    last_worker: int
+    mark: Mark
+    ahead: frozenset[int]
+    places: list[Place]
+    turns: int = 0
+    failed: list[int] = field(default_factory=list)
+
+    def passed(self, failures: int) -> None:
+        """So many errors have come since the last batch, and now another batch."""
+        self.failed += range(self.turns, self.turns + failures)
+        self.turns += failures + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """How many batches of a worker were delivered, and the state that came with the last of them."""
+
+    batches: int
+    told: State | Untold | None
 
 
 @dataclass(slots=True)
@@ -139,7 +196,7 @@ class WorkerProgress:
 
     batches: int = 0
     initial: State | None = None
-    last: State | None = None
+    last: State | Untold | None = None
     end: State | None = None
 
     @classmethod
@@ -152,16 +209,33 @@ class WorkerProgress:
         told = keys.silent_state(worker, is_iterable, batches)
         return cls(batches, {**told, keys.FETCHER: fetcher if is_iterable else None, keys.DATASET: saved.dataset_state})
 
-    def delivered(self, state: State | None) -> None:
+    @property
+    def place(self) -> Place:
+        """Where it is."""
+        return Place(self.batches, self.last)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it told its last state, if it has any."""
+        return self.last is not UNTOLD or self._has_ended_at(self.place)
+
+    def delivered(self, state: State | Untold | None) -> None:
         """A batch, with the state after it."""
         self.batches += 1
         self.last = state
 
+    def state_at(self, place: Place) -> State | None:
+        """Its state where it is or was; None where that has none, or is not known."""
+        if self._has_ended_at(place):
+            return self.end
+        return (None if isinstance(place.told, Untold) else place.told) or self.initial
+
     def state(self) -> State | None:
         """The last that counts; None where nothing is known."""
-        if self.end is not None and self.end[keys.BATCHES] == self.batches:
-            return self.end
-        return self.last or self.initial
+        return self.state_at(self.place)
+
+    def _has_ended_at(self, place: Place) -> bool:
+        return self.end is not None and bool(self.end[keys.BATCHES] == place.batches)
 
 
 class Marks:

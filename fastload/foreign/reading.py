@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from torch.utils.data.dataloader import _DatasetKind
@@ -83,6 +84,8 @@ def _begun(loader: Any, saved: Saved | None) -> Resuming:
             return kind(loader, saved)
     if loader.num_workers and not loader.persistent_workers:
         return _of_next_epoch(loader, saved, lambda: kind(loader))
+    if loader.num_workers and saved.discard and saved.num_workers == loader.num_workers:
+        return _of_next_epoch(loader, saved, lambda: _led_to_its_end(loader, saved, kind))
     if loader.num_workers:
         return _of_next_epoch(loader, saved, lambda: kind(loader, saved))
     Single(loader, saved)  # the data set is told where it was
@@ -93,6 +96,17 @@ def _kind(loader: Any) -> type[Single] | type[Processes] | type[Threads]:
     if not loader.num_workers:
         return Single
     return Threads if loader.workers == "thread" else Processes
+
+
+def _led_to_its_end(loader: Any, saved: Saved, kind: Callable[[Any, Saved], Any]) -> Any:
+    """The epoch after one that was over, with workers whose last states were not told: they go there again."""
+    before = Randomness.now(generators_of(loader))
+    iterator = kind(loader, replace(saved, is_finished=False))
+    for _ in iterator:  # nothing comes any more
+        pass
+    before.restore(generators_of(loader))
+    iterator._reset(loader)
+    return iterator
 
 
 def _of_next_epoch(loader: Any, saved: Saved, begin: Callable[[], Resuming]) -> Resuming:

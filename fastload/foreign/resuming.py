@@ -7,10 +7,12 @@ that is asked for an index.
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _InfiniteConstantSampler
 
+from fastload.errors import StateError
 from fastload.foreign.order import Order, OrderIterator
 from fastload.foreign.progress import Progress
 from fastload.foreign.randomness import generators_of
@@ -55,6 +57,21 @@ class Resuming(_BaseDataLoaderIter):
             raise
         self.progress.num_yielded = self._num_yielded
         return batch
+
+    def discard(self, batches: int, failed: frozenset[int]) -> None:
+        """Make that many batches, and nothing of them. In the turns that `failed`, errors are what was there then.
+
+        Raises `StateError` where there are not so many.
+        """
+        for turn in range(batches + len(failed)):
+            with suppress(Exception) if turn in failed else nullcontext():
+                try:
+                    next(self)
+                except StopIteration:
+                    raise StateError(
+                        f"the state was taken {batches} batches after its snapshot, and only {turn} are left there: "
+                        "it belongs to another data set, sampler or batch size"
+                    ) from None
 
     @property
     def order(self) -> OrderIterator | None:

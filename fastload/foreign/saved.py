@@ -3,8 +3,8 @@
 So its checkpoints are read here, and who looks into a state finds what is there in torchdata's. Without worker
 processes a state is one dict; with them, one of the trainer's part (`_snapshot`, `_main_snapshot`) and one for each
 worker. Beside torchdata's keys there are ours: `_order`, which is what an order is drawn from (see `order`);
-`_batches`, how many batches of a worker were delivered; and `_next`, what the next epoch's order is drawn from, once
-one is over.
+`_batches`, how many batches of a worker were delivered; `_failed`, which of those that came since the snapshot were
+errors; and `_next`, what the next epoch's order is drawn from, once one is over.
 
 This module only reads and writes; nothing here has an effect.
 """
@@ -32,7 +32,7 @@ SAMPLER_STATE, SAMPLER_ITER_STATE, SAMPLER_YIELDED = (
 NUM_YIELDED, LENGTH, FINISHED = "_num_yielded", "_IterableDataset_len_called", "_iterator_finished"
 WORKER_ID, FETCHER, DATASET = "worker_id", "fetcher_state", "dataset_state"
 DATASET_ITER, FETCHER_ENDED = "dataset_iter_state", "fetcher_ended"
-ORDER, BATCHES, NEXT = "_order", "_batches", "_next"
+ORDER, BATCHES, FAILED, NEXT = "_order", "_batches", "_failed", "_next"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,8 @@ class SavedWorker:
 class Saved:
     """A state that was read. `num_workers`: of the loader that it was taken from; then `workers` has so many, or one.
 
-    `discard`: batches to make and throw away, where the snapshot is older than the state.
+    `discard`: batches to make and throw away, where the snapshot is older than the state; `failed`: which turns on the
+    way there are not such batches, but errors that were raised then.
     """
 
     order: SavedOrder
@@ -68,6 +69,7 @@ class Saved:
     discard: int
     is_finished: bool
     next_epoch: Randomness | None
+    failed: frozenset[int] = frozenset()
 
 
 def worker_state(worker: int, dataset: Any, iterator: Any, has_ended: bool, batches: int) -> State | None:
@@ -157,6 +159,7 @@ def _of_processes(state: Mapping[str, Any]) -> Saved:
         discard=state.get(STEPS_SINCE, 0),
         is_finished=state[FINISHED],
         next_epoch=_next(state),
+        failed=frozenset(state.get(FAILED, ())),
     )
 
 

@@ -33,6 +33,8 @@ class Single(_SingleProcessDataLoaderIter, Resuming):
         self.progress.order, self.progress.fetcher = self.order, self._dataset_fetcher
         self.progress.num_yielded = self._num_yielded
         self.note_seeds()
+        if saved is not None and not saved.is_finished:
+            self.discard(saved.discard, saved.failed)
 
     def _resume(self, saved: Saved, worker: SavedWorker, batch_size: int | None) -> None:
         self._num_yielded = saved.num_yielded

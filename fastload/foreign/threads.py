@@ -130,6 +130,7 @@ class Threads(Working):
             self._has_more[worker] = not isinstance(data, Ended)
             self._give_task()
             if isinstance(data, ExceptionWrapper):
+                self.progress.failed()
                 data.reraise()  # type: ignore[no-untyped-call]  # torch has no types here
             elif isinstance(data, Arrived):
                 self.progress.delivered(worker, data.state, outstanding=self._awaited)
@@ -342,6 +343,9 @@ class _Worker(threading.Thread):
                 raise
             self._ended = self._job.workplace.ended(self._job.info.id)
             return self._ended
+        except BaseException:
+            self._job.workplace.failed()
+            raise
         return arrived if self._job.pin is None else self._job.pin(arrived)
 
     def _caught(self, call: Callable[[], Any]) -> Any:

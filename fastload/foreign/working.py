@@ -14,6 +14,7 @@ from fastload.foreign.progress import WorkersProgress
 from fastload.foreign.randomness import generators_of
 from fastload.foreign.resuming import Resuming
 from fastload.foreign.saved import WORKER_ID, Saved
+from fastload.foreign.telling import turns_between_states
 from fastload.foreign.workplace import Ended, Workplace
 
 
@@ -36,6 +37,7 @@ class Working(Resuming):
         is_iterable = loader._dataset_kind == _DatasetKind.Iterable
         self.progress = WorkersProgress(generators_of(loader), is_iterable=is_iterable, num_workers=loader.num_workers)
         self._discard = 0 if saved is None or saved.is_finished else saved.discard
+        self._failed = frozenset[int]() if saved is None else saved.failed
         if saved is not None and is_iterable and self._is_to_be_repeated(saved):
             self._discard += saved.num_yielded
             saved = None
@@ -49,6 +51,12 @@ class Working(Resuming):
             batch_size=loader.batch_size,
             saved=() if saved is None or saved.num_workers != loader.num_workers else saved.workers,
             is_next_epoch=saved is not None and saved.is_finished,
+            tells_every=turns_between_states(
+                loader.snapshot_every_n_steps,
+                loader.num_workers,
+                # A worker for a map-style data set does not hear that an epoch begins.
+                are_in_step=loader.in_order and (self.progress.is_iterable or not loader.persistent_workers),
+            ),
         )
 
     def _catch_up(self, saved: Saved | None) -> None:
@@ -57,8 +65,7 @@ class Working(Resuming):
             self._num_yielded = saved.num_yielded
             self._IterableDataset_len_called = saved.length  # type: ignore[assignment]
             self.note_seeds()
-        for _ in range(self._discard):
-            next(self)
+        self.discard(self._discard, self._failed)
 
     def _is_to_be_repeated(self, saved: Saved) -> bool:
         """Whether no worker can skip what is behind it."""

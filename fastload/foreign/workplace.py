@@ -32,6 +32,7 @@ from fastload.foreign.ledger import Ledger
 from fastload.foreign.order import is_stateful, load_state
 from fastload.foreign.packing import Arrived, Packed, Packer
 from fastload.foreign.saved import SavedWorker, State, worker_state
+from fastload.foreign.telling import UNTOLD, Untold
 from fastload.transport.pickling import is_plain
 
 
@@ -44,12 +45,16 @@ class Ended(torch_worker._IterableDatasetStopIteration):
 
 @dataclass
 class Workplace:
-    """What the wrappers of one iteration share; each worker has a copy. `batch_size`: of an iterable data set."""
+    """What the wrappers of one iteration share; each worker has a copy. `batch_size`: of an iterable data set.
+
+    `tells_every`: after how many turns a worker tells its state (see `telling`).
+    """
 
     is_iterable: bool
     batch_size: int | None
     saved: Sequence[SavedWorker] = ()
     is_next_epoch: bool = False  # what is saved is over
+    tells_every: int | None = 1
 
     # Of processes: how their batches cross.
     ledger: Ledger | None = None
@@ -63,6 +68,7 @@ class Workplace:
     reading: _Reading | None = None
     before: State | None = None
     batches: int = 0
+    turns: int = 0  # in this epoch: batches, and errors in the place of one
 
     def open(self, worker: int, user_init: Callable[[int], None] | None) -> None:
         """The worker's process has begun; the user's `worker_init_fn` is called in it."""
@@ -79,7 +85,7 @@ class Workplace:
             self.packer = Packer(self.ledger, self.receiver, worker, self.retained_bytes)
             _stack_into(self.packer)
         vars(torch_worker)["_IterableDatasetStopIteration"] = self.ended
-        vars(torch_worker)["ExceptionWrapper"] = _told
+        vars(torch_worker)["ExceptionWrapper"] = self.told
         self.prepare(worker, self.dataset, user_init)
 
     def prepare(self, worker: int, dataset: Any, user_init: Callable[[int], None] | None) -> None:
@@ -101,14 +107,31 @@ class Workplace:
     def send(self, batch: Any) -> Packed | Arrived:
         """What to put on torch's queue."""
         self.batches += 1
-        before, self.before = self.before, None
-        if self.packer is None:
-            return Arrived(batch, self._kept_state(), before)
-        return self.packer.pack(Arrived(batch, self._state(), before))
+        try:
+            if self.packer is None:
+                sent: Packed | Arrived = Arrived(batch, copy.deepcopy(self._told_state()), self.before)
+            else:
+                sent = self.packer.pack(Arrived(batch, self._told_state(), self.before))
+        except BaseException:
+            self.batches -= 1  # an error goes in its place
+            raise
+        self.turns += 1
+        self.before = None
+        return sent
+
+    def failed(self) -> None:
+        """An error is sent in the place of a batch."""
+        self.turns += 1
+
+    def told(self, exc_info: Any = None, where: str = "in background") -> ExceptionWrapper:
+        """In the place of torch's class."""
+        self.failed()
+        return _told(exc_info, where)
 
     def read(self, source: Any) -> Iterator[Any]:
         """An iteration of the data set: where a saved one was, the first time."""
         saved, self.saved = (self.saved[self.worker] if self.saved else None), ()
+        self.turns = 0
         if saved is None or self.is_next_epoch:
             self.batches = 0
         iterator = iter(source)
@@ -137,6 +160,14 @@ class Workplace:
     def _kept_state(self) -> State | None:
         """What is told later: there may be in it what the data set goes on to change."""
         return copy.deepcopy(self._state())
+
+    def _told_state(self) -> State | Untold | None:
+        """What goes with the batch of this turn."""
+        is_silent = self.reading is None if self.is_iterable else not is_stateful(self.dataset)
+        if is_silent:
+            return None
+        is_due = self.tells_every is not None and (self.turns + 1) % self.tells_every == 0
+        return self._state() if is_due else UNTOLD
 
     def _state(self) -> State | None:
         reading = self.reading
@@ -237,8 +268,7 @@ def _stacked(packer: Packer, batch: Any, *, collate_fn_map: Any = None) -> torch
     return torch.stack(batch, out=packer.take_tensor((len(batch), *first.shape), first.dtype))
 
 
-def _told(exc_info: Any = None, where: str = "in background") -> ExceptionWrapper:
-    """In the place of torch's class."""
+def _told(exc_info: Any, where: str) -> ExceptionWrapper:
     wrapper = ExceptionWrapper(exc_info, where)  # type: ignore[no-untyped-call]
     try:
         pickle.dumps(wrapper.exc_type)

@@ -260,6 +260,7 @@ def test_a_constructor_that_was_wrapped_since_is_not_lost() -> None:
 def test_the_signature_is_torchs() -> None:
     ours = dict(inspect.signature(fastload.DataLoader).parameters)
     assert ours.pop("workers").default == "auto"
+    assert ours.pop("snapshot_every_n_steps").default == 1  # as torchdata has it
     expected = dict(inspect.signature(TorchLoader).parameters)
     expected.setdefault("in_order", inspect.Parameter("in_order", inspect.Parameter.KEYWORD_ONLY, default=True))
     assert list(ours) == list(expected)
