@@ -28,6 +28,7 @@ from torch.utils.data._utils import collate as torch_collate
 from torch.utils.data._utils import worker as torch_worker
 
 from fastload.errors import WorkerError
+from fastload.foreign.heap import keep_freed_memory
 from fastload.foreign.ledger import Ledger
 from fastload.foreign.order import is_stateful, load_state
 from fastload.foreign.packing import Arrived, Packed, Packer
@@ -82,6 +83,7 @@ class Workplace:
             )
         Finalize(None, _leave_if_orphaned, args=(os.getppid(),), exitpriority=100)  # before queues are waited for
         if self.ledger is not None:
+            keep_freed_memory(self.retained_bytes)
             self.packer = Packer(self.ledger, self.receiver, worker, self.retained_bytes)
             _stack_into(self.packer)
         vars(torch_worker)["_IterableDatasetStopIteration"] = self.ended

@@ -1,0 +1,46 @@
+"""What a worker's large arrays are made of is used again, and only in workers."""
+
+from __future__ import annotations
+
+import os
+import resource
+
+import pytest
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+import fastload
+
+BYTES = 24 << 20
+
+
+class Faults(Dataset[int]):
+    """Makes a large array and throws it away; says how many pages that took from the kernel."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> int:
+        torch.ones(2 * BYTES, dtype=torch.uint8)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2 * BYTES, dtype=torch.uint8)
+        assert get_worker_info() is not None
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def faults() -> list[int]:
+    return [int(batch) for batch in fastload.DataLoader(Faults(), batch_size=None, num_workers=1)]
+
+
+@pytest.mark.skipif("glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="another C library")
+def test_what_is_freed_is_used_again(monkeypatch):
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    assert max(faults()[1:]) < 200  # of 12,288 pages, or 24 where they are large
+
+
+def test_what_the_user_says_of_it_holds(monkeypatch):
+    from fastload.foreign import heap
+
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    assert not heap.keep_freed_memory(1 << 28)
