@@ -257,7 +257,7 @@ def _worker_options(loader: LoaderSettings, finish: Finish, where: str) -> Worke
     if context is None or isinstance(context, str):
         context = torch.multiprocessing.get_context(context)
     processes, lanes = (loader.num_workers, 1) if where == "process" else (1, loader.num_workers)
-    return WorkerOptions(finish, processes, lanes, loader.worker_init_fn, context, loader.timeout)
+    return WorkerOptions(finish, processes, lanes, loader.worker_init_fn, context, loader.timeout, loader.dataset)
 
 
 def _maker(loader: LoaderSettings, current: Pass, finish: Finish, workers: Workers | None) -> Callable[[Any], Any]:
@@ -282,7 +282,11 @@ def _maker(loader: LoaderSettings, current: Pass, finish: Finish, workers: Worke
 
 
 def _is_custom(collate: Any) -> bool:
-    """Whether `collate_fn` is the user's: torch fills in one of its own where none was given."""
+    """Whether `collate_fn` is the user's: torch fills in one of its own where none was given.
+
+    One that the user gives by its name counts as none, too. It could be told apart here, but frameworks that make a
+    loader again hand over the attribute, which names it in any case; and of batches of equal shape it makes the same.
+    """
     return collate is not default_collate and collate is not default_convert
 
 

@@ -325,6 +325,26 @@ def test_other_ways_to_start_workers(new, data, method):
     assert sorted(n for batch in batches for n in batch["cls"].tolist()) == list(range(len(data.samples)))
 
 
+def looked_up(sample: Any) -> tuple[str, str, int]:
+    info = get_worker_info()
+    assert info is not None
+    return type(info.dataset).__name__, info.dataset.label, info.num_workers
+
+
+@pytest.mark.parametrize("options", [{}, {"workers": "side"}, {"multiprocessing_context": "spawn"}])
+def test_functions_find_the_data_set_in_the_worker_info(new, options):
+    mapped = new().map(looked_up)
+    mapped.label = "mine"
+    found = {seen for batch in run(mapped, collate_fn=list, **options) for seen in batch}
+    assert found == {("StreamingDataset", "mine", 1 if "workers" in options else 2)}
+
+
+def test_torchs_own_collate_given_by_name_is_as_none(new):
+    named = run(new(), "auto", collate_fn=torch.utils.data.default_collate)
+    assert [batch["cls"].tolist() for batch in named] == [batch["cls"].tolist() for batch in run(new(), "auto")]
+    assert all(isinstance(batch["bin"], fastload.Ragged) for batch in named)
+
+
 def test_bad_samples_are_left_out_before_functions_see_them(cache, tmp_path):
     samples = {f"{n:03d}": {"cls": b"x" if n % 5 == 2 else str(n).encode(), "bin": b""} for n in range(30)}
     (tmp_path / "a.tar").write_bytes(tar_of(samples))

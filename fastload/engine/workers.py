@@ -62,7 +62,7 @@ class WorkerOptions:
     """How batches are made: by `processes` workers, `lanes` at a time in each.
 
     `init` is called with a worker's number when it starts. A batch that takes longer than `timeout_s`, if that is not
-    0, is an error.
+    0, is an error. `dataset` is what the user's functions find in `get_worker_info()`: a copy, which makes no batch.
     """
 
     finish: Finish
@@ -71,6 +71,7 @@ class WorkerOptions:
     init: Callable[[int], None] | None = None
     context: BaseContext | None = None
     timeout_s: float = 0.0
+    dataset: Any = None
 
 
 class Workers:
@@ -148,7 +149,7 @@ class Workers:
         try:
             process = context.Process(  # type: ignore[attr-defined]  # the contexts' common base does not declare it
                 target=_work,
-                args=(theirs, others, options.finish, (number, options.processes), options.init),
+                args=(theirs, others, options.finish, (number, options.processes), options.init, options.dataset),
                 name=f"fastload-worker-{number}",
                 daemon=True,
             )
@@ -280,6 +281,7 @@ def _work(
     finish: Finish,
     number_of: tuple[int, int],
     init: Callable[[int], None] | None,
+    dataset: Any,
 ) -> None:
     for sock in others:
         sock.close()
@@ -292,7 +294,7 @@ def _work(
         id=number,
         num_workers=count,
         seed=torch.initial_seed(),
-        dataset=None,  # type: ignore[arg-type]  # there is none here
+        dataset=dataset,
     )
     failure: tuple[Any, ...] | None = None
     try:
