@@ -21,6 +21,7 @@ from fastload.errors import ConfigError
 from fastload.foreign.reading import Reading
 from fastload.streamed import Stream
 from fastload.streaming import Streaming
+from fastload.transfer import checked_device
 
 T = TypeVar("T", covariant=True)
 
@@ -58,8 +59,12 @@ class DataLoader(torch.utils.data.DataLoader[T]):
     threads, which share the trainer's, use no random state and end by themselves, ignore them, `generator` and
     `in_order=False` with a warning.
 
-    Raises `ConfigError` for `workers="side"` with a data set that is not ours, and where `batch_size` is not the data
-    set's, if that names one.
+    With a CUDA `device`, "cuda" for the current one, batches arrive there: they are pinned, as by `pin_memory`, and
+    copied ahead of their delivery on a stream of their own. For the stream that is current on delivery they are like
+    any other tensors. At most two are ahead on the device. docs/dataloader.md says what is moved. "cpu" is as None.
+
+    Raises `ConfigError` for `workers="side"` with a data set that is not ours, where `batch_size` is not the data
+    set's, if that names one, and for a `device` that is not here or is no CUDA device.
     """
 
     def __init__(
@@ -83,10 +88,13 @@ class DataLoader(torch.utils.data.DataLoader[T]):
         pin_memory_device: str = "",
         in_order: bool = True,
         workers: WorkersMode = "auto",
+        device: torch.device | str | None = None,
         snapshot_every_n_steps: int | None = 1,
     ) -> None:
         # Each name is spelt out: frameworks read the signature, and make a loader again from its attributes.
         self.workers = _checked_workers(workers, dataset)
+        checked_device(device)
+        self.device = device
         self.snapshot_every_n_steps = _checked_interval(snapshot_every_n_steps)
         self.in_order = in_order
         super().__init__(

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import torch.multiprocessing
 from torch.utils.data import default_collate, default_convert
-from torch.utils.data._utils.pin_memory import pin_memory
 
 from fastload.engine.finish import Finish
 from fastload.engine.iteration import NOTHING, Iteration
@@ -29,6 +28,7 @@ from fastload.errors import ConfigError, StateError
 from fastload.metrics import EpochMeter, empty_stats
 from fastload.plan import batch_count_of_rank
 from fastload.streaming import Streaming
+from fastload.transfer import mover_to, pinned
 
 STATE_VERSION = 1
 
@@ -44,6 +44,7 @@ class LoaderSettings(Protocol):
     drop_last: bool
     collate_fn: Any
     pin_memory: bool
+    device: Any
     timeout: float
     worker_init_fn: Any
     multiprocessing_context: Any
@@ -116,7 +117,8 @@ class Stream:
         current = self._dataset.begin(epoch, _size_of_entries(loader), drop_last=loader.drop_last, start=start)
         try:
             progress = _Progress(epoch, EpochMeter(epoch, current.account, current.waits), current)
-            run = self._start(loader, current)
+            mover = mover_to(loader.device)
+            run = self._start(loader, current, _pinning(loader) if mover is None else mover.begin)
         except BaseException:
             current.end()
             raise
@@ -129,6 +131,7 @@ class Stream:
             partial(_release, current, progress),
             partial(progress.delivered, current),
             progress.exhausted,
+            _as_is if mover is None else mover.deliver,
         )
         self._iterations.add(iteration)
         return iteration
@@ -194,11 +197,11 @@ class Stream:
         for iteration in list(self._iterations):
             iteration.close()
 
-    def _start(self, loader: LoaderSettings, current: Pass) -> ThreadedRun | InlineRun:
+    def _start(self, loader: LoaderSettings, current: Pass, prepare: Callable[[Any], Any]) -> ThreadedRun | InlineRun:
         finish = _finish(loader, self._dataset, current)
         where = where_batches_are_made(loader.workers, loader.num_workers, has_functions=finish.has_functions)
         self._workers = self._workers_for(loader, finish, where)
-        make = _maker(loader, current, finish, self._workers)
+        make = _maker(current, finish, self._workers, prepare)
         if where == "caller":
             return InlineRun(current.feed, make, current.waits)
         pool = self._pool
@@ -260,10 +263,11 @@ def _worker_options(loader: LoaderSettings, finish: Finish, where: str) -> Worke
     return WorkerOptions(finish, processes, lanes, loader.worker_init_fn, context, loader.timeout, loader.dataset)
 
 
-def _maker(loader: LoaderSettings, current: Pass, finish: Finish, workers: Workers | None) -> Callable[[Any], Any]:
-    """What makes a batch (or the one sample) of an entry, and pins it where torch's loader would."""
+def _maker(
+    current: Pass, finish: Finish, workers: Workers | None, prepare: Callable[[Any], Any]
+) -> Callable[[Any], Any]:
+    """What makes a batch (or the one sample) of an entry, and then prepares it for its delivery."""
     here = partial(finish, slots=current.slots)
-    pins = loader.pin_memory and torch.cuda.is_available()
     is_keyed = finish.has_functions
 
     def make(entry: Any) -> Any:
@@ -276,9 +280,26 @@ def _maker(loader: LoaderSettings, current: Pass, finish: Finish, workers: Worke
             if not batch:
                 return NOTHING
             (batch,) = batch
-        return pin_memory(batch) if pins else batch  # type: ignore[no-untyped-call]  # torch has no types here
+        return prepare(batch)
 
     return make
+
+
+def _pinning(loader: LoaderSettings) -> Callable[[Any], Any]:
+    """What pins a batch, where torch's loader would."""
+    if not loader.pin_memory:
+        return _as_is
+    if torch.cuda.is_available():
+        return pinned
+    warnings.warn(
+        "pin_memory=True: there is no CUDA device here, so batches are not pinned; leave it out to lose this warning",
+        stacklevel=5,
+    )
+    return _as_is
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
 
 
 def _is_custom(collate: Any) -> bool:

@@ -29,7 +29,8 @@ NOTHING: Any = object()
 
 
 class Iteration(Iterator[Any]):
-    """Yields what `run` makes. `delivered(entry)` is called for each, `exhausted()` at the end of the epoch.
+    """Yields what `run` makes, after `deliver`, if it is given, has had it. `delivered(entry)` is called for each,
+    `exhausted()` at the end of the epoch.
 
     While `interrupted()` is entered, whoever waits for bytes in the run gives up, so that it ends at once. `release()`
     is called once, when the run has ended in whatever way; it may be called in another thread.
@@ -42,8 +43,9 @@ class Iteration(Iterator[Any]):
         release: Callable[[], None],
         delivered: Callable[[Any], None] = lambda entry: None,
         exhausted: Callable[[], None] = lambda: None,
+        deliver: Callable[[Any], Any] = lambda made: made,
     ) -> None:
-        self._run, self._delivered, self._exhausted = run, delivered, exhausted
+        self._run, self._delivered, self._exhausted, self._deliver = run, delivered, exhausted, deliver
         self._is_over, self._pid = False, os.getpid()
         self._dropped = weakref.finalize(self, call_later, _finish, run, interrupted, release, os.getpid())
         self._dropped.atexit = False
@@ -64,6 +66,8 @@ class Iteration(Iterator[Any]):
     def _next(self) -> Any:
         try:
             entry, made = next(self._run)
+            if made is not NOTHING:
+                made = self._deliver(made)
         except RunClosedError:
             raise
         except BaseException as error:

@@ -24,7 +24,7 @@ import pickle
 import warnings
 import weakref
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import reduction
 from typing import Any, NamedTuple
@@ -32,9 +32,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data._utils import pin_memory
 
 from fastload.foreign.ledger import SLOTS_MAX, Ledger
+from fastload.transfer import NO_MOVER, mover_of, pinned
 from fastload.transport.mapping import map_shared
 from fastload.transport.pickling import reduced
 from fastload.transport.slots import SMALL_BYTES, Owner, size_class, take_fitting
@@ -57,10 +57,13 @@ class Arrived:
     batch: Any
     state: Any = None
     before: Any = None
+    mover: int = NO_MOVER
 
     def pin_memory(self) -> Arrived:
-        """For torch's thread that copies into pinned memory."""
-        return Arrived(pin_memory.pin_memory(self.batch), self.state, self.before)  # type: ignore[no-untyped-call]
+        """For threads that copy into pinned memory: torch's, and ours. Where there is a mover, the batch is begun."""
+        mover = mover_of(self.mover)
+        batch = pinned(self.batch) if mover is None else mover.begin(self.batch)
+        return replace(self, batch=batch)
 
 
 class _Place(NamedTuple):
@@ -129,7 +132,7 @@ class Packer:
             return arrived
         buffers: list[Bytes] = []
         stream = io.BytesIO()
-        _Pickler(stream, buffers).dump((arrived.batch, arrived.state, arrived.before))
+        _Pickler(stream, buffers).dump((arrived.batch, arrived.state, arrived.before, arrived.mover))
         try:
             placed = self._slots.place(buffers)
         except OSError as error:

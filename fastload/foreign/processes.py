@@ -60,6 +60,7 @@ class Processes(_MultiProcessingDataLoaderIter, Working):
             dataset=dataset,
             collate_fn=collate_fn,
             worker_init_fn=worker_init_fn,
+            pin_memory=self._pins(loader),
         )
         try:
             super().__init__(view)
@@ -128,8 +129,9 @@ class Processes(_MultiProcessingDataLoaderIter, Working):
             # would live until the garbage collector comes by, and then not hear that they are to end.
             self.progress.failed()
             raise error.with_traceback(None)  # noqa: B904  # it is the same error
+        batch = self.delivered(arrived.batch)
         self.progress.delivered(worker_idx, arrived.state, outstanding=self._task_info)
-        return arrived.batch
+        return batch
 
     def _try_get_data(self, timeout: float = MP_STATUS_CHECK_INTERVAL) -> Any:
         try:

@@ -17,6 +17,7 @@ from fastload.foreign.order import Order, OrderIterator
 from fastload.foreign.progress import Progress
 from fastload.foreign.randomness import generators_of
 from fastload.foreign.saved import Saved
+from fastload.transfer import Mover
 
 
 class View:
@@ -33,10 +34,11 @@ class View:
 
 
 class Resuming(_BaseDataLoaderIter):
-    """An iteration. `saved`, where to begin, and `progress` have to be set before torch's constructor runs."""
+    """An iteration. `saved`, where to begin, `progress` and `mover` have to be set before torch's constructor runs."""
 
     saved: Saved | None
     progress: Progress
+    mover: Mover | None  # if batches are to arrive on a device
 
     def __init__(self, loader: Any) -> None:
         super().__init__(loader)
@@ -72,6 +74,10 @@ class Resuming(_BaseDataLoaderIter):
                         f"the state was taken {batches} batches after its snapshot, and only {turn} are left there: "
                         "it belongs to another data set, sampler or batch size"
                     ) from None
+
+    def delivered(self, batch: Any) -> Any:
+        """What the user gets of a batch whose turn it is, before it counts as delivered."""
+        return batch if self.mover is None else self.mover.deliver(batch)
 
     @property
     def order(self) -> OrderIterator | None:

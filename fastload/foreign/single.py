@@ -13,6 +13,7 @@ from fastload.foreign.progress import Progress
 from fastload.foreign.randomness import generators_of, global_kept
 from fastload.foreign.resuming import Resuming, View
 from fastload.foreign.saved import Saved, SavedWorker
+from fastload.transfer import mover_to
 
 
 class Single(_SingleProcessDataLoaderIter, Resuming):
@@ -20,6 +21,7 @@ class Single(_SingleProcessDataLoaderIter, Resuming):
 
     def __init__(self, loader: Any, saved: Saved | None = None) -> None:
         self.saved = saved
+        self.mover = mover_to(loader.device)
         self.progress = Progress(generators_of(loader))
         if saved is not None:
             load_state(loader.dataset, saved.workers[0].dataset_state, "data set")
@@ -35,6 +37,10 @@ class Single(_SingleProcessDataLoaderIter, Resuming):
         self.note_seeds()
         if saved is not None and not saved.is_finished:
             self.discard(saved.discard, saved.failed)
+
+    def _next_data(self) -> Any:
+        batch = super()._next_data()  # type: ignore[no-untyped-call]
+        return self.delivered(batch if self.mover is None else self.mover.begin(batch))
 
     def _resume(self, saved: Saved, worker: SavedWorker, batch_size: int | None) -> None:
         self._num_yielded = saved.num_yielded

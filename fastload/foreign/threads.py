@@ -66,7 +66,7 @@ class Threads(Working):
         if loader.multiprocessing_context is not None:
             warnings.warn('multiprocessing_context: ignored with workers="thread"', stacklevel=2)
         saved = self._set_out(loader, saved)
-        super().__init__(View(loader))
+        super().__init__(View(loader, pin_memory=self._pins(loader)))
         self._prefetch_factor = loader.prefetch_factor
         self._in_order = loader.in_order
         self._worker_init_fn = loader.worker_init_fn
@@ -133,8 +133,9 @@ class Threads(Working):
                 self.progress.failed()
                 data.reraise()  # type: ignore[no-untyped-call]  # torch has no types here
             elif isinstance(data, Arrived):
+                batch = self.delivered(data.batch)
                 self.progress.delivered(worker, data.state, outstanding=self._awaited)
-                return data.batch
+                return batch
         if not self._persistent_workers:
             self._crew.dismiss()
         raise StopIteration

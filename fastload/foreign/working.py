@@ -16,6 +16,7 @@ from fastload.foreign.resuming import Resuming
 from fastload.foreign.saved import WORKER_ID, Saved
 from fastload.foreign.telling import turns_between_states
 from fastload.foreign.workplace import Ended, Workplace
+from fastload.transfer import NO_MOVER, mover_to
 
 
 class Working(Resuming):
@@ -34,6 +35,7 @@ class Working(Resuming):
     def _set_out(self, loader: Any, saved: Saved | None) -> Saved | None:
         """What workers can begin with: None where all has to be made again and thrown away."""
         self._user_dataset = loader.dataset
+        self.mover = mover_to(loader.device)
         is_iterable = loader._dataset_kind == _DatasetKind.Iterable
         self.progress = WorkersProgress(generators_of(loader), is_iterable=is_iterable, num_workers=loader.num_workers)
         self._discard = 0 if saved is None or saved.is_finished else saved.discard
@@ -51,6 +53,7 @@ class Working(Resuming):
             batch_size=loader.batch_size,
             saved=() if saved is None or saved.num_workers != loader.num_workers else saved.workers,
             is_next_epoch=saved is not None and saved.is_finished,
+            mover=NO_MOVER if self.mover is None else self.mover.number,
             tells_every=turns_between_states(
                 loader.snapshot_every_n_steps,
                 loader.num_workers,
@@ -58,6 +61,17 @@ class Working(Resuming):
                 are_in_step=loader.in_order and (self.progress.is_iterable or not loader.persistent_workers),
             ),
         )
+
+    def delivered(self, batch: Any) -> Any:
+        try:
+            return super().delivered(batch)
+        except BaseException:
+            self.progress.failed()
+            raise
+
+    def _pins(self, loader: Any) -> bool:
+        """Whether batches go through pinned memory."""
+        return self.mover is not None or loader.pin_memory
 
     def _catch_up(self, saved: Saved | None) -> None:
         """Go to where `saved` was taken."""

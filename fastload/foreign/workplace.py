@@ -34,6 +34,7 @@ from fastload.foreign.order import is_stateful, load_state
 from fastload.foreign.packing import Arrived, Packed, Packer
 from fastload.foreign.saved import SavedWorker, State, worker_state
 from fastload.foreign.telling import UNTOLD, Untold
+from fastload.transfer import NO_MOVER
 from fastload.transport.pickling import is_plain
 
 
@@ -55,6 +56,7 @@ class Workplace:
     batch_size: int | None
     saved: Sequence[SavedWorker] = ()
     is_next_epoch: bool = False  # what is saved is over
+    mover: int = NO_MOVER  # of the trainer, for what is sent
     tells_every: int | None = 1
 
     # Of processes: how their batches cross.
@@ -111,9 +113,9 @@ class Workplace:
         self.batches += 1
         try:
             if self.packer is None:
-                sent: Packed | Arrived = Arrived(batch, copy.deepcopy(self._told_state()), self.before)
+                sent: Packed | Arrived = Arrived(batch, copy.deepcopy(self._told_state()), self.before, self.mover)
             else:
-                sent = self.packer.pack(Arrived(batch, self._told_state(), self.before))
+                sent = self.packer.pack(Arrived(batch, self._told_state(), self.before, self.mover))
         except BaseException:
             self.batches -= 1  # an error goes in its place
             raise

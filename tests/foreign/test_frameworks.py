@@ -231,6 +231,7 @@ def test_torchs_name_makes_ours_once_installed_and_no_more_after() -> None:
         fastload.install("thread")
         assert TorchLoader([1]).workers == "thread"
         assert TorchLoader([1], workers="process").workers == "process"
+        assert TorchLoader([1], device="cpu").device == "cpu"
         with pytest.raises(fastload.ConfigError, match=r"install\(workers='side'\)"):
             fastload.install("side")
     finally:
@@ -260,6 +261,7 @@ def test_a_constructor_that_was_wrapped_since_is_not_lost() -> None:
 def test_the_signature_is_torchs() -> None:
     ours = dict(inspect.signature(fastload.DataLoader).parameters)
     assert ours.pop("workers").default == "auto"
+    assert ours.pop("device").default is None
     assert ours.pop("snapshot_every_n_steps").default == 1  # as torchdata has it
     expected = dict(inspect.signature(TorchLoader).parameters)
     expected.setdefault("in_order", inspect.Parameter("in_order", inspect.Parameter.KEYWORD_ONLY, default=True))
