@@ -31,6 +31,7 @@ _WRONG_CREDENTIALS = {
     "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
     "AuthenticationFailed": "the account's key or token is not accepted; check the credentials",
 }
+_THROTTLING_CODES = {"SlowDown", "ServerBusy", "TooManyRequests", "RequestLimitExceeded", "Throttling"}
 _TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "ServiceUnavailable", "InternalError", "ServerBusy"}
 _WRONG_REGION = {
     "PermanentRedirect",
@@ -39,6 +40,13 @@ _WRONG_REGION = {
     "TemporaryRedirect",
     "IllegalLocationConstraintException",
 }
+
+
+class ThrottledError(StoreUnavailableError):
+    """The store could serve it, and wants to be asked less.
+
+    Of this layer only: what is tried again ends as a `StoreUnavailableError`.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +67,10 @@ class Refusal:
         """The exception that this answer to a request for `url` is."""
         said = f"{self.status} {self.code}".rstrip()
         where = f" (at {endpoint}: {said})" if endpoint else f" ({said})"
-        if self.status in (408, 425, 429) or self.status >= 500 or self.code in _TRANSIENT_CODES:
-            return StoreUnavailableError(
-                f"{url}: the store cannot serve it now{where}; it is retried until the deadline"
-            )
+        throttled = self.status in (429, 503) or self.code in _THROTTLING_CODES
+        if throttled or self.status in (408, 425) or self.status >= 500 or self.code in _TRANSIENT_CODES:
+            kind = ThrottledError if throttled else StoreUnavailableError
+            return kind(f"{url}: the store cannot serve it now{where}; it is retried until the deadline")
         if self.code in _WRONG_CREDENTIALS:
             return AccessDeniedError(f"{url}: wrong credentials: {_WRONG_CREDENTIALS[self.code]}{where}")
         if self.code in _WRONG_REGION or self.status in (301, 307):

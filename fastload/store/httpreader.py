@@ -37,6 +37,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from fastload.errors import StoreError
+from fastload.store import watch
 from fastload.store.answers import Refusal, truncated, unreachable
 from fastload.store.proxies import Proxy
 
@@ -110,6 +111,7 @@ class HttpReader:
                 raise
             raise unreachable(url, self.endpoint, _reason(error)) from error
         finally:
+            watch.through(None)
             self._put_back(connection, keep)
 
     def close(self) -> None:
@@ -130,18 +132,20 @@ class HttpReader:
                 return self._exchange(kept, target, headers), kept
             except (OSError, http.client.HTTPException):
                 # The server closed it while it lay idle: no failure of the store, and said nowhere.
-                kept.close()
+                _close(kept)
             except BaseException:
-                kept.close()
+                _close(kept)
                 raise
+        if watch.cancelled():
+            raise watch.given_up()
         connection = self._connect()
         try:
             return self._exchange(connection, target, headers), connection
         except (OSError, http.client.HTTPException) as error:
-            connection.close()
+            _close(connection)
             raise unreachable(url, self.endpoint, _reason(error)) from error
         except BaseException:
-            connection.close()
+            _close(connection)
             raise
 
     def _exchange(
@@ -151,11 +155,14 @@ class HttpReader:
             connection.connect()
             assert connection.sock is not None
             connection.sock.settimeout(_SILENCE_S)
+        watch.through(connection.sock)
         headers = {"Host": self.host, **headers}
         if self._proxy is not None and not self._secure:
             target, headers = f"http://{self.host}{target}", {**headers, **self._proxy.headers}
         connection.request("GET", target, headers=headers)
-        return connection.getresponse()
+        response = connection.getresponse()
+        watch.first_byte()
+        return response
 
     def _connect(self) -> http.client.HTTPConnection:
         host, port = (self._proxy.host, self._proxy.port) if self._proxy else (self._host, self._port)
@@ -170,10 +177,8 @@ class HttpReader:
         """The connection used last: it is the least likely to have been closed, and the others may age
         away.
         """
-        too_old = time.monotonic() - _IDLE_S
         with self._lock:
-            old = [pooled for pooled in self._idle if pooled.used_at < too_old]
-            self._idle = [pooled for pooled in self._idle if pooled.used_at >= too_old]
+            old = self._aged()
             taken = self._idle.pop() if self._idle else None
         for pooled in old:
             pooled.connection.close()
@@ -181,11 +186,27 @@ class HttpReader:
 
     def _put_back(self, connection: http.client.HTTPConnection, keep: bool) -> None:
         with self._lock:
+            old = self._aged()
             keep = keep and not self._closed
             if keep:
                 self._idle.append(_Pooled(connection))
+        for pooled in old:
+            pooled.connection.close()
         if not keep:
             connection.close()
+
+    def _aged(self) -> list[_Pooled]:
+        """Those that have lain idle for too long, which are ours no more. Under the lock."""
+        too_old = time.monotonic() - _IDLE_S
+        count = next((at for at, pooled in enumerate(self._idle) if pooled.used_at >= too_old), len(self._idle))
+        old, self._idle = self._idle[:count], self._idle[count:]
+        return old
+
+
+def _close(connection: http.client.HTTPConnection) -> None:
+    """One whose request failed."""
+    watch.through(None)
+    connection.close()
 
 
 def _fill(response: http.client.HTTPResponse, sock: socket.socket | None, out: memoryview) -> int:

@@ -20,6 +20,7 @@ from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionErr
 from obstore.store import S3Store, from_url
 
 from fastload.errors import AccessDeniedError, ConfigError, StoreError, StoreUnavailableError
+from fastload.store import watch
 from fastload.store.answers import Refusal, changed, is_strong, same_etag, truncated, unreachable
 from fastload.store.direct import DEFAULT_REGION, DirectReader, direct_s3_reader
 from fastload.store.options import StoreOptions
@@ -145,8 +146,11 @@ class ObjectStore:
         got = 0
         try:
             result = obstore.get(self._opened(), key_of(info.url), options=options)  # type: ignore[arg-type]
+            watch.first_byte()
             _check_version(info, result.meta["size"], result.meta["e_tag"])
             for piece in result.stream(min_chunk_size=_PIECE_BYTES):
+                if watch.cancelled():
+                    raise watch.given_up()
                 view = memoryview(piece)
                 if got + len(view) > len(out):
                     raise truncated(info.url, got + len(view), len(out), start)

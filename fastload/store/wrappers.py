@@ -1,7 +1,7 @@
-"""Stores around a store: retrying, limiting, counting. Each changes one thing and passes on the rest.
+"""Stores around a store: retrying, limiting, counting, watching. Each changes one thing and passes on the rest.
 
-`Retrying(Limited(Counted(store)))` is the order that works: who sleeps before a retry holds no place among
-the requests in flight, and every attempt is counted.
+`Retrying(Limited(Counted(Watched(store))))` is the order that works: who sleeps before a retry holds no place among
+the requests in flight, and every attempt is counted, and timed without its wait for a place.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from fastload import waiting
 from fastload.errors import StoreError, StoreUnavailableError
+from fastload.store import watch
 from fastload.store.types import ObjectInfo, Store
 
 _Result = TypeVar("_Result")
@@ -78,7 +79,8 @@ class Retrying(_Around):
     """Tries again what failed with `StoreUnavailableError`, until the deadline; `close()` ends the patience
     at once.
 
-    A listing is tried as a whole, so that no object comes twice.
+    A listing is tried as a whole, so that no object comes twice. A read that was cancelled (see `watch`) is not tried
+    again.
     """
 
     def __init__(
@@ -119,6 +121,8 @@ class Retrying(_Around):
             try:
                 return request()
             except StoreUnavailableError as error:
+                if watch.cancelled():
+                    raise
                 delay = self._delay(attempt)
                 spent = self._now() - began
                 if self._closed.is_set() or spent + delay > self._options.deadline_s:
@@ -196,3 +200,20 @@ class Counted(_Around):
         except StoreError:
             self._counters.add(errors=1)
             raise
+
+
+class Watched(_Around):
+    """Tells the watch over a read, if there is one, how each attempt went."""
+
+    def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
+        over = watch.current()
+        if over is None:
+            self._inner.read_into(info, start, out)
+            return
+        over.attempt_begins()
+        try:
+            self._inner.read_into(info, start, out)
+        except StoreError as error:
+            over.attempt_ended(0, watch.outcome_of(error))
+            raise
+        over.attempt_ended(len(out), watch.Outcome.GOOD)
