@@ -1,0 +1,330 @@
+"""How many requests one endpoint of a store should be sent at a time: found by measuring, while it serves.
+
+Pure: told what came of each request and when there was nothing to ask for, it has a `limit`; time is passed in.
+
+What is compared is goodput, the bytes that come a second. While `limit` requests are in flight all the time, Little's
+law gives it as limit x bytes / seconds of a request, and averages over requests settle much sooner than counts of bytes
+over time do. So a *round* takes requests that began under the present limit, and only those during which there was
+always more to ask for: with slack nothing is learnt, and nothing changes.
+
+    start    Four requests tell first byte and duration. Of a duration T the body takes T - t, so keeping on the wire
+             what was on it takes T / (T - t) times as many requests.
+    trials   In turn, the limit is raised by a quarter and lowered by a fifth for a round. A raise stays if a third or
+             more of it shows up as goodput, and then more is tried at once; a cut stays if next to nothing is lost. So
+             the limit comes to rest where goodput bends, and what hides in a store's queues alone is given back.
+    change   Where the first byte, or goodput at an unchanged limit, is not what it was, the start's rule gives the new
+             limit from the bodies that were on the wire before, and trials begin at once.
+    refusal  On throttling and timeouts the limit falls to 0.7 of itself, once for all requests that were under way.
+             Just below where a store throttled there is a ceiling for a while, longer each time.
+
+What was rejected: the least duration ever seen as the measure of what is needed (as congestion control by delay has
+it). One quick answer of a store whose answers vary would hold the limit down.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastload.store.watch import Attempt, Outcome
+
+# About one shard: what is needed first does not share a slow link with what is needed later.
+AT_FIRST = 8
+# Threads, sockets and buffers are cheap up to here, and no store asks for more.
+REQUESTS_MAX = 256
+
+_START_COUNT = 4
+_START_FACTOR_MAX = 4.0
+_ROUND_COUNT_MIN = 8
+_RAISE, _CUT = 1.25, 0.8
+# When a raise paid in full: more at a time. Less than double, so that no trial is far above what is needed.
+_RAISE_FAST = 1.5
+_CUT_FAST = 0.5
+# A connection that is slower is held up by others: no store is so slow by itself.
+_SLOW_BYTES_PER_S = 20e6
+_PAYS, _PAYS_FULLY = 0.3, 0.6
+_LOSES = 0.1
+_RAISE_EVERY_S, _CUT_EVERY_S = 3.0, 6.0
+_OF_USE = 1.4
+# For how long a connection's rate counts as possible.
+_RATES_S, _RATES_COUNT = 30.0, 100
+_CHANGED, _FIRST_BYTE_CHANGED = 0.25, 0.5
+_FIRST_BYTE_NOISE_S = 0.01
+_REFUSED = 0.7
+_CEILING = 0.9
+_CEILING_S, _CEILING_S_MAX = 5.0, 60.0
+# How long after a refusal a store counts as throttling.
+_THROTTLING_S = 5.0
+
+
+class _Mode(enum.Enum):
+    START = "start"
+    BASE = "base"  # measuring the limit that stands
+    RAISED = "raised"
+    CUT = "cut"
+
+
+@dataclass(frozen=True, slots=True)
+class Learnt:
+    """What is known of an endpoint, for figures and for a later start. `first_byte_s` is None where stores do not say.
+
+    `throttled_at` is the least limit at which it throttled, 0 for never.
+    """
+
+    limit: int
+    bytes_per_s: float
+    first_byte_s: float | None
+    connection_bytes_per_s: float
+    throttled_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """What the requests of a round say."""
+
+    bytes_per_s: float
+    seconds: float  # of a request
+    body_seconds: float  # of those, from its first byte on
+    byte_count: float  # of a request
+    first_byte_s: float | None  # the median
+    first_byte_error_s: float  # of that median
+
+    @property
+    def on_the_wire(self) -> float:
+        """What part of a request's time its body takes."""
+        return max(1.0 / _START_FACTOR_MAX, self.body_seconds / self.seconds)
+
+    @property
+    def connection_bytes_per_s(self) -> float:
+        """The rate of a body."""
+        return self.byte_count / max(1e-6, self.body_seconds)
+
+
+class Controller:
+    """Of one endpoint. `limit` is how many requests may be in flight now."""
+
+    def __init__(self, requests_max: int = REQUESTS_MAX, *, fixed: int = 0, start: int = AT_FIRST) -> None:
+        """`fixed`: the limit, for good. `start`: the first one, where an earlier run knows better."""
+        self._max = max(1, requests_max)
+        self._fixed = fixed
+        self.limit = min(fixed or start, self._max)
+        self.throttled_count = self.timed_out_count = 0
+        self._mode = _Mode.START
+        self._round: list[Attempt] = []
+        self._since = float("-inf")  # requests that began earlier belong to another limit, or had slack
+        self._base: _Round | None = None
+        self._base_limit = self.limit
+        self._step, self._cut = _RAISE, _CUT
+        self._rates: deque[tuple[float, float]] = deque(maxlen=_RATES_COUNT)
+        self._raise_at = self._cut_at = float("-inf")
+        self._refused_at = self._throttled_at = float("-inf")
+        self._ceiling, self._ceiling_until, self._ceiling_s = self._max, float("-inf"), _CEILING_S
+        self._least_throttled = 0
+
+    # What is told
+
+    def slack(self, now: float) -> None:
+        """Fewer requests are in flight than may be, since there is nothing more to ask for."""
+        self._since = now
+        self._round.clear()
+
+    def ended(self, attempt: Attempt, now: float) -> None:
+        """A request has come to its end."""
+        match attempt.outcome:
+            case Outcome.GOOD:
+                self._good(attempt, now)
+            case Outcome.THROTTLED:
+                self.throttled_count += 1
+                self._throttled_at = now
+                self._refused(attempt, now)
+            case Outcome.TIMED_OUT:
+                self.timed_out_count += 1
+                self._refused(attempt, now)
+            case Outcome.FAILED | Outcome.CANCELLED:  # says nothing of how much the store can take
+                pass
+
+    # What is known
+
+    def throttling(self, now: float) -> bool:
+        """Whether the store has refused requests just now."""
+        return now < self._throttled_at + _THROTTLING_S
+
+    def learnt(self) -> Learnt:
+        """See `Learnt`; zeros before the first round."""
+        base, limit = self._base, self._base_limit
+        if base is None:
+            return Learnt(limit, 0.0, None, 0.0, self._least_throttled)
+        return Learnt(limit, base.bytes_per_s, base.first_byte_s, base.connection_bytes_per_s, self._least_throttled)
+
+    # Rounds
+
+    def _good(self, attempt: Attempt, now: float) -> None:
+        if attempt.began_s < self._since or not attempt.byte_count:
+            return
+        self._round.append(attempt)
+        if len(self._round) >= self._round_count():
+            found = _summary(self._round, self.limit)
+            self._round.clear()
+            self._decide(found, now)
+
+    def _round_count(self) -> int:
+        if self._mode is _Mode.START:
+            return _START_COUNT
+        each = 1 if self._step > _RAISE else 2
+        return max(_ROUND_COUNT_MIN, each * self.limit)
+
+    def _decide(self, found: _Round, now: float) -> None:
+        self._rates.append((now, found.connection_bytes_per_s))
+        if self._mode is _Mode.START:
+            self._settle(round(self.limit / found.on_the_wire), None, now)
+            self._try_first(cut=found.connection_bytes_per_s < _SLOW_BYTES_PER_S, now=now)
+        elif self._changed(found):
+            self._follow(found, now)
+        elif self._mode is _Mode.BASE:
+            self._base = found
+            self._try(now)
+        else:
+            self._judge(found, now)
+
+    def _try(self, now: float) -> None:
+        """The standing limit has been measured: try another, if it is time to."""
+        ceiling = min(self._ceiling_now(now), self._of_use(now))
+        raised = min(max(self.limit + 1, round(self.limit * self._step)), ceiling)
+        cut = min(self.limit - 1, int(self.limit * self._cut))
+        if now >= self._raise_at and raised > self.limit:
+            self._set(raised, _Mode.RAISED, now)
+        elif now >= self._cut_at and cut >= 1:
+            self._set(cut, _Mode.CUT, now)
+
+    def _of_use(self, now: float) -> int:
+        """By Little's law, how many would do for the present goodput were no connection held up by the others, and
+        half as many more. Where connections hold each other up a little that is an estimate from above.
+        """
+        assert self._base is not None, "nothing was measured"
+        fastest = max(rate for at, rate in self._rates if at >= now - _RATES_S)
+        first_byte_s = self._base.seconds - self._base.body_seconds
+        seconds = first_byte_s + self._base.byte_count / fastest
+        return math.ceil(_OF_USE * self._base.bytes_per_s * seconds / self._base.byte_count)
+
+    def _judge(self, found: _Round, now: float) -> None:
+        """A trial has been measured."""
+        assert self._base is not None, "a trial without anything to compare it with"
+        gain = found.bytes_per_s / self._base.bytes_per_s - 1.0
+        change = self.limit / self._base_limit - 1.0
+        if self._mode is _Mode.RAISED and gain >= _PAYS * change:
+            self._step = _RAISE_FAST if gain >= _PAYS_FULLY * change else _RAISE
+            self._settle(self.limit, found, now)
+            self._cut_at = now + _CUT_EVERY_S
+            self._try(now)
+        elif self._mode is _Mode.RAISED:
+            # Between a large step and none there may be a small one.
+            self._raise_at = now if self._step > _RAISE else now + _RAISE_EVERY_S
+            self._step = _RAISE
+            self._settle(self._base_limit, self._base, now)
+        elif gain >= _LOSES * change:
+            self._raise_at = now + _RAISE_EVERY_S
+            self._settle(self.limit, found, now)
+            self._try(now)
+        else:
+            self._cut_at = now + _CUT_EVERY_S
+            if self._cut < _CUT:  # between a large step and none there may be a small one
+                self._cut_at = self._raise_at = now
+            self._cut = _CUT
+            self._settle(self._base_limit, self._base, now)
+
+    def _changed(self, found: _Round) -> bool:
+        """Whether the store is not what it was."""
+        base = self._base
+        if base is None:
+            return False
+        if base.first_byte_s is not None and found.first_byte_s is not None:
+            off_s = abs(found.first_byte_s - base.first_byte_s)
+            noise_s = _FIRST_BYTE_NOISE_S + 3 * (base.first_byte_error_s + found.first_byte_error_s)
+            if off_s > max(noise_s, _FIRST_BYTE_CHANGED * base.first_byte_s):
+                return True
+        off = abs(found.bytes_per_s / base.bytes_per_s - 1.0)
+        return self._mode is _Mode.BASE and off > _CHANGED
+
+    def _follow(self, found: _Round, now: float) -> None:
+        """Keep as many bodies on the wire as there were before the change, and begin to try at once."""
+        assert self._base is not None, "nothing to compare with"
+        last = self._rates.pop()
+        self._rates.clear()
+        self._rates.append(last)
+        bodies = self._base_limit * self._base.on_the_wire
+        self._try_first(cut=found.connection_bytes_per_s < _SLOW_BYTES_PER_S, now=now)
+        limit = round(bodies / found.on_the_wire)
+        if self._mode is _Mode.BASE and abs(limit - self.limit) <= 1:
+            self._settle(self.limit, found, now)
+            self._try(now)
+        else:
+            self._settle(limit, None, now)
+
+    def _try_first(self, *, cut: bool, now: float) -> None:
+        """Nothing is known of other limits. With `cut` a connection is slow, perhaps since there are too many."""
+        self._step = _RAISE
+        self._cut = _CUT_FAST if cut else _CUT
+        self._cut_at = now
+        self._raise_at = now + _RAISE_EVERY_S if cut else now
+
+    # The limit
+
+    def _settle(self, limit: int, base: _Round | None, now: float) -> None:
+        """This limit stands; `base`: it has been measured."""
+        self._base = base
+        self._set(max(1, min(limit, self._ceiling_now(now))), _Mode.BASE, now)
+        self._base_limit = self.limit
+
+    def _set(self, limit: int, mode: _Mode, now: float) -> None:
+        if limit != self.limit:
+            self._since = now
+        self._round.clear()
+        self._mode = mode
+        if not self._fixed:
+            self.limit = limit
+
+    def _ceiling_now(self, now: float) -> int:
+        return min(self._ceiling, self._max) if now < self._ceiling_until else self._max
+
+    def _refused(self, attempt: Attempt, now: float) -> None:
+        if attempt.began_s < self._refused_at:
+            return
+        at = self.limit
+        if attempt.outcome is Outcome.THROTTLED:
+            again = now < self._ceiling_until + self._ceiling_s
+            self._ceiling_s = min(_CEILING_S_MAX, 2 * self._ceiling_s) if again else _CEILING_S
+            self._ceiling, self._ceiling_until = max(1, int(at * _CEILING)), now + self._ceiling_s
+            self._least_throttled = min(at, self._least_throttled or at)
+        self._refused_at, self._step = now, _RAISE
+        self._settle(int(at * _REFUSED), None, now)
+        self._raise_at = self._cut_at = now + _RAISE_EVERY_S
+
+
+def _summary(attempts: Sequence[Attempt], in_flight: int) -> _Round:
+    """Of these, without the slowest eighth: a few answers that hang are no news of the store."""
+    kept = sorted(attempts, key=lambda each: each.seconds / each.byte_count)
+    kept = kept[: len(kept) - len(kept) // 8]
+    byte_count = statistics.fmean(each.byte_count for each in kept)
+    seconds = statistics.fmean(each.seconds for each in kept)
+    first_bytes = [each.first_byte_s for each in kept if each.first_byte_s is not None]
+    middle_s, error_s = _median(first_bytes)
+    return _Round(
+        bytes_per_s=in_flight * byte_count / seconds,
+        seconds=seconds,
+        body_seconds=seconds - sum(first_bytes) / len(kept),
+        byte_count=byte_count,
+        first_byte_s=middle_s,
+        first_byte_error_s=error_s,
+    )
+
+
+def _median(values: Sequence[float]) -> tuple[float | None, float]:
+    """The median, None of nothing, and its standard error from the middle half's width."""
+    if len(values) < 2:
+        return (values[0] if values else None), 0.0
+    low, middle, high = statistics.quantiles(values, n=4)
+    return middle, 0.93 * (high - low) / math.sqrt(len(values))

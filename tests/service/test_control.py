@@ -1,0 +1,127 @@
+"""How many requests at once a controller comes to allow, against stores in virtual time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastload.service.control import AT_FIRST, Controller
+from fastload.store.watch import Attempt, Outcome
+from tests.service.virtual import CHUNK_BYTES, Profile, Store
+
+NEAR, MIDDLE, FAR = (Profile(first_byte_s=first_byte_s, noise=0.3) for first_byte_s in (0.02, 0.1, 0.2))
+
+
+def run(profile: Profile, seconds: float = 20.0, seed: int = 0) -> Store:
+    """A store with a controller, after so much time."""
+    store = Store(profile, Controller(), seed=seed)
+    store.run(seconds)
+    return store
+
+
+def best(profile: Profile) -> float:
+    """What the best fixed setting gets in MB/s."""
+    found = []
+    for fixed in (4, 6, 8, 12, 16, 24, 32):
+        store = Store(profile, fixed=fixed)
+        store.run(6.0)
+        found.append(store.mb_per_s(1.0, 6.0))
+    return max(found)
+
+
+@pytest.mark.parametrize("profile", [NEAR, MIDDLE, FAR], ids=["20ms", "100ms", "200ms"])
+@pytest.mark.parametrize("seed", range(3))
+def test_most_of_what_the_best_setting_gets_without_far_too_many(profile: Profile, seed: int) -> None:
+    store = run(profile, 25.0, seed)
+    assert store.mb_per_s(5.0, 25.0) >= 0.9 * best(profile)
+    assert store.most_in_flight(0.0, 25.0) <= 2 * profile.needed
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (NEAR, FAR),
+        (FAR, NEAR),
+        (MIDDLE, replace(MIDDLE, total_bytes_per_s=1200e6)),
+        (MIDDLE, replace(MIDDLE, total_bytes_per_s=150e6)),
+    ],
+    ids=["farther", "nearer", "wider", "narrower"],
+)
+def test_it_follows_a_store_that_changes(before: Profile, after: Profile) -> None:
+    store = run(before, 12.0)
+    store.profile = after
+    store.run(30.0)
+    attainable = min(after.total_bytes_per_s / 1e6, best(after) if after.total_bytes_per_s <= 400e6 else 1200.0)
+    assert store.mb_per_s(22.0, 42.0) >= 0.9 * attainable
+
+
+@pytest.mark.parametrize("above", [3, 6, 10])
+def test_a_store_that_throttles_is_asked_less_than_it_minds(above: int) -> None:
+    store = run(replace(MIDDLE, throttles_above=above), 90.0)
+    assert store.most_in_flight(60.0, 90.0) <= 1.5 * above  # it asks now and then whether that has changed
+    assert len([at for at in store.refused_s if at > 60.0]) <= 5
+    alone = Store(MIDDLE, fixed=above)
+    alone.run(10.0)
+    assert store.mb_per_s(60.0, 90.0) >= 0.75 * alone.mb_per_s(1.0, 10.0)
+
+
+def test_a_few_answers_that_hang_are_no_news() -> None:
+    profile = replace(MIDDLE, slow_share=0.01, slow_times=20.0)
+    store = run(profile, 40.0)
+    assert store.most_in_flight(0.0, 40.0) <= 2.5 * profile.needed
+    assert store.mb_per_s(5.0, 40.0) >= 0.8 * best(MIDDLE)
+
+
+def test_nothing_changes_while_there_is_slack() -> None:
+    controller = Controller()
+    store = Store(MIDDLE, controller, wanted_max=AT_FIRST - 1)
+    store.run(20.0)
+    assert {limit for _, limit in store.limits} == {AT_FIRST}
+
+
+def test_a_fixed_limit_stays() -> None:
+    store = Store(replace(MIDDLE, throttles_above=10), Controller(fixed=32))
+    store.run(5.0)
+    assert {limit for _, limit in store.limits} == {32}
+    assert store.controller is not None
+    assert store.controller.throttled_count == len(store.refused_s) > 0
+
+
+def test_a_burst_of_refusals_counts_once_and_a_timeout_too() -> None:
+    controller = Controller(start=20)
+    for _ in range(10):
+        controller.ended(Attempt(0.0, 1.0, outcome=Outcome.THROTTLED), 1.0)
+    assert controller.limit == 14
+    assert controller.throttling(1.0)
+    assert not controller.throttling(10.0)
+    controller.ended(Attempt(2.0, 32.0, outcome=Outcome.TIMED_OUT), 32.0)
+    assert controller.limit == 9
+    controller.ended(Attempt(33.0, 34.0, outcome=Outcome.FAILED), 34.0)
+    assert controller.limit == 9
+
+
+@given(
+    limit_max=st.integers(1, 300),
+    ends=st.lists(
+        st.tuples(st.floats(0.001, 5.0), st.floats(0.0, 1.0), st.integers(0, CHUNK_BYTES), st.sampled_from(Outcome)),
+        max_size=300,
+    ),
+    slack=st.sets(st.integers(0, 300)),
+)
+def test_the_limit_is_always_within_its_bounds(
+    limit_max: int, ends: list[tuple[float, float, int, Outcome]], slack: set[int]
+) -> None:
+    controller = Controller(limit_max)
+    now = 0.0
+    for number, (seconds, first_byte, byte_count, outcome) in enumerate(ends):
+        if number in slack:
+            controller.slack(now)
+        now += 0.1 * seconds
+        good = outcome is Outcome.GOOD
+        attempt = Attempt(now - seconds, now, byte_count if good else 0, first_byte * seconds, outcome)
+        controller.ended(attempt, now)
+        assert 1 <= controller.limit <= limit_max
+    assert controller.learnt().limit <= limit_max
