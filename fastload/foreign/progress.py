@@ -203,7 +203,7 @@ class WorkerProgress:
     def of(cls, worker: int, saved: keys.SavedWorker, is_iterable: bool) -> WorkerProgress:
         """Of one that begins where another was."""
         batches = saved.batches or 0
-        if saved.is_silent:
+        if saved.is_silent and not saved.has_ended:
             return cls(batches)
         fetcher = {keys.DATASET_ITER: saved.iterator_state, keys.FETCHER_ENDED: saved.has_ended}
         told = keys.silent_state(worker, is_iterable, batches)

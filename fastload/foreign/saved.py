@@ -84,9 +84,9 @@ def worker_state(worker: int, dataset: Any, iterator: Any, has_ended: bool, batc
     return {WORKER_ID: worker, FETCHER: fetcher, DATASET: dataset_state, BATCHES: batches}
 
 
-def silent_state(worker: int, is_iterable: bool, batches: int) -> State:
+def silent_state(worker: int, is_iterable: bool, batches: int, has_ended: bool = False) -> State:
     """What is written of a worker of which nothing is known but that."""
-    fetcher = {DATASET_ITER: None, FETCHER_ENDED: False} if is_iterable else None
+    fetcher = {DATASET_ITER: None, FETCHER_ENDED: has_ended} if is_iterable else None
     return {WORKER_ID: worker, FETCHER: fetcher, DATASET: None, BATCHES: batches}
 
 

@@ -32,7 +32,7 @@ from fastload.foreign.heap import keep_freed_memory
 from fastload.foreign.ledger import Ledger
 from fastload.foreign.order import is_stateful, load_state
 from fastload.foreign.packing import Arrived, Packed, Packer
-from fastload.foreign.saved import SavedWorker, State, worker_state
+from fastload.foreign.saved import SavedWorker, State, silent_state, worker_state
 from fastload.foreign.telling import UNTOLD, Untold
 from fastload.transfer import NO_MOVER
 from fastload.transport.pickling import is_plain
@@ -186,7 +186,8 @@ class Workplace:
         before, self.before = self.before, None
         if self.reading is not None:
             self.reading.has_ended = True
-        return Ended(worker, pickle.dumps((self._state(), before)))
+        state = self._state() or silent_state(self.worker, is_iterable=True, batches=self.batches, has_ended=True)
+        return Ended(worker, pickle.dumps((state, before)))
 
 
 @dataclass

@@ -196,6 +196,19 @@ def test_a_state_outlives_an_iteration_that_was_broken_off():
         assert sorted(chain(*epoch, *other)) == list(range(COUNT))
 
 
+@pytest.mark.parametrize("workers", ["process", "thread"])
+def test_a_state_says_which_workers_have_ended_though_nothing_else_is_known_of_them(workers):
+    loader = DataLoader(Ranges((2, 5)), num_workers=2, batch_size=None, workers=workers)
+    iterator = iter(loader)
+    for _ in range(6):
+        next(iterator)
+    parts = loader.state_dict()["_snapshot"]["_worker_snapshots"]
+    assert [parts[f"worker_{n}"]["fetcher_state"]["fetcher_ended"] for n in range(2)] == [True, False]
+    other = DataLoader(Ranges((2, 5)), num_workers=2, batch_size=None, workers=workers)
+    other.load_state_dict(loader.state_dict())
+    assert list(other) == list(iterator) == [6]
+
+
 def first_is_slow(index: int) -> int:
     if index == 0:
         torch.utils.data.get_worker_info().dataset.waits.wait(20)
