@@ -381,14 +381,15 @@ def main() -> int:
     for question in (quality,) if arguments.quality else QUESTIONS:
         with console.status(f"{question.__name__}: {question.__doc__}"):
             tables.append(question(arguments.quick))
-        console.print(_printed(tables[-1]))
+        console.print(printed(tables[-1]))
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps([asdict(table) for table in tables], indent=1))
     console.print(f"every figure is in {arguments.json}")
     return int(any(table.misses for table in tables))
 
 
-def _printed(table: Table) -> Printed:
+def printed(table: Table) -> Printed:
+    """As the console shows it."""
     printed = Printed(title=table.title, title_justify="left")
     printed.add_column(table.label)
     for column in table.columns:

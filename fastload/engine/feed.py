@@ -7,6 +7,7 @@ starts a thread.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -53,6 +54,8 @@ class Feed:
         """`expected_next`: the objects with which the next epoch begins, if it is the one after this."""
         self._cursor, self._reader, self._counts, self._expected_next = cursor, reader, counts, expected_next
         self._using_cursor = threading.Lock()  # the feeder walks, and others ask for positions
+        self._waiting: deque[BatchEntry] = deque()  # held, and not due yet
+        self._waiting_samples = self._given_samples = 0
 
     def entries(self) -> Iterator[BatchEntry]:
         """Every entry in order; each is held until `done` is called with it."""
@@ -73,6 +76,7 @@ class Feed:
         with self._using_cursor:
             entries = cursor.finish()
         yield from self._held(entries)
+        yield from self._due(0)
         self._reader.retire_all_but(())
         self._reader.exhausted(self._expected_next(), cursor.epoch + 1)
 
@@ -122,4 +126,16 @@ class Feed:
         # All are held before the first is out, so that none of their windows closes while later ones wait here.
         for entry in entries:
             self._reader.hold(entry, entry.windows)
-        yield from entries
+            self._waiting.append(entry)
+            self._waiting_samples += len(entry)
+        # What waits grows with what was given, so that the first batch does not wait for all of it.
+        yield from self._due(self._reader.lookahead)
+
+    def _due(self, lookahead: int) -> Iterator[BatchEntry]:
+        """Entries, as long as more than `lookahead` samples wait, or than were given before."""
+        while self._waiting and self._waiting_samples > min(lookahead, 2 * self._given_samples):
+            entry = self._waiting.popleft()
+            self._waiting_samples -= len(entry)
+            self._given_samples += len(entry)
+            self._reader.due(entry)
+            yield entry

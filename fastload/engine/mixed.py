@@ -132,7 +132,10 @@ class MixedFeed:
             for part in entry.parts:
                 windows = [MixtureKey(part.source, part.epoch, *key) for key in part.entry.windows]
                 self._sources[part.source].reader.hold(part.entry, windows)
-        yield from entries
+        for entry in entries:
+            for part in entry.parts:
+                self._sources[part.source].reader.due(part.entry)
+            yield entry
 
     def _retire_all_but(self, needed: frozenset[MixtureKey]) -> None:
         for number, each in enumerate(self._sources):

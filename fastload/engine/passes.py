@@ -218,13 +218,15 @@ def _opened(session: Session, source: Source, job: Job, options: PassOptions, sk
     if is_scattered:
         _check_scattered(source, job, options.cache)
     consumer = session.consumer
-    consumer.keep(job.own_objects(source), options.policy(is_global=is_scattered))
+    policy = options.policy(is_global=is_scattered)
+    consumer.keep(job.own_objects(source), policy)
     reader = (ScatteredReader if is_scattered else WindowReader)(consumer, source.shards, source.first_chunk)
     gatherer = Gatherer(consumer, int(source.first_chunk[-1]), consumer.chunk_bytes)
     maker = OneMaker(options.columns, options.functions)
     assembler = Assembler(manifest, maker, reader.live, gatherer, job.order.seed, skips)
     if isinstance(reader, ScatteredReader):
         reader.chunks_of = assembler.chunks_of
+        reader.foresees = policy == "future"
     return SourcePass(source, session, reader, job.counts(source, session), assembler)
 
 

@@ -68,6 +68,14 @@ class WindowReader:
         """The batch of this entry, whose samples lie in these windows, is in the making."""
         self.live.hold(windows)
 
+    def due(self, entry: BatchEntry) -> None:
+        """The entry is next: its batch may be made from now on."""
+
+    @property
+    def lookahead(self) -> int:
+        """How many samples are held before they are due, so that the service knows what comes."""
+        return 0
+
     def done(self, entry: BatchEntry, windows: Collection[Hashable]) -> None:
         """It is made, or given up."""
         self._give_back(self.live.done(windows))

@@ -1,9 +1,9 @@
 """Reading where every batch takes its samples from anywhere: `shuffle="global"`.
 
 A window is then a whole partition. Its shards are indexed and its chunks are not leased: each entry wants the chunks of
-its own samples as soon as it is planned, and gives them back when its batch is made. In use order, the plan is of no
-help to the service (whatever it would fetch next is no more likely to be needed than the rest), so what it is told is
-to fill the cache with all of it: the disk tier holds the data after the first epoch, and reads go there.
+its own samples when it is due, and gives them back when its batch is made. The plan tells the service to fill the cache
+with all of it: the disk tier holds the data after the first epoch, and reads go there. Which chunks entries will read
+is told beforehand (*foreseen*), some hundred thousand samples ahead, so that the arena keeps what is needed soonest.
 
 That is allowed where the cache holds the data, or where samples are so large that fetching the chunks of each costs
 little more than the samples themselves; otherwise an epoch would fetch the data many times over.
@@ -14,10 +14,12 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from fastload.cache.policy.future import lookahead
 from fastload.config import format_bytes
 from fastload.engine.reader import Objects, WindowReader
 from fastload.engine.shards import ShardTable
@@ -32,30 +34,62 @@ _DISK_SHARE = 0.97
 _AMPLIFICATION_MAX = 1.25
 
 
+@dataclass(slots=True, eq=False)
+class _Held:
+    """An entry, the chunks that it reads, and the number of its first use."""
+
+    entry: BatchEntry
+    chunks: Ints
+    is_leased: bool = False
+    first_use: int = 0
+
+
 class ScatteredReader(WindowReader):
     """A reader that leases by entry. `chunks_of` gives the chunk numbers that an entry's samples lie in."""
 
     def __init__(self, consumer: Consumer, shards: ShardTable, first_chunk: Ints) -> None:
         super().__init__(consumer, shards, first_chunk)
         self.chunks_of: Callable[[BatchEntry], Ints] = lambda entry: np.empty(0, np.int64)
+        self.foresees = False
         self._leasing = threading.Lock()
-        self._held: dict[int, tuple[BatchEntry, Ints]] = {}  # by identity: entries, and the chunks of each
+        self._held: dict[int, _Held] = {}  # by identity, in the order in which they are read
+        self._position_of = np.full(int(first_chunk[-1]), -1, np.int32)  # of each chunk in the plan
+        self._told = self._passed = 0  # uses
         self._holders: Counter[int] = Counter()  # chunk -> how many entries hold it
 
     def plan(self, windows: Sequence[tuple[Hashable, Objects]], epoch: int) -> None:
         """All of these windows' objects are to be kept."""
-        objects = [object_nos for _, object_nos in windows]
-        self._consumer.set_plan(np.concatenate(objects) if objects else [], epoch, warm=True)
+        objects = np.concatenate([np.empty(0, np.int32), *(object_nos for _, object_nos in windows)])
+        self._consumer.set_plan(objects, epoch, warm=True)
         self._epoch = epoch
+        _, first = np.unique(objects, return_index=True)
+        chunks = self._chunks_of_objects(objects[np.sort(first)].astype(np.int64))
+        with self._leasing:
+            self._position_of.fill(-1)
+            self._position_of[chunks] = np.arange(len(chunks), dtype=np.int32)
+            for held in self._held.values():  # told to the plan before
+                self._foresee(held)
+
+    @property
+    def lookahead(self) -> int:
+        """See `cache.policy.future`; uses, taken for samples."""
+        return lookahead(len(self._position_of)) if self.foresees else 0
 
     def hold(self, entry: BatchEntry, windows: Collection[Hashable]) -> None:
-        """Ask for the entry's chunks, before its batch is due."""
+        """Tell which chunks the entry will read."""
         super().hold(entry, windows)
-        chunks = self.chunks_of(entry)
+        held = _Held(entry, self.chunks_of(entry))
         with self._leasing:
-            self._held[id(entry)] = entry, chunks
-            self._holders.update(chunks.tolist())
-        self._consumer.want(chunks)
+            self._held[id(entry)] = held
+            self._foresee(held)
+
+    def due(self, entry: BatchEntry) -> None:
+        """Ask for the entry's chunks, before they are needed."""
+        with self._leasing:
+            held = self._held[id(entry)]
+            held.is_leased = True
+            self._holders.update(held.chunks.tolist())
+        self._consumer.want(held.chunks)
 
     def done(self, entry: BatchEntry, windows: Collection[Hashable]) -> None:
         """Give back the chunks that no other entry holds."""
@@ -80,13 +114,32 @@ class ScatteredReader(WindowReader):
     def _drop(self, entry_ids: list[int]) -> Ints:
         """Forget what these entries hold; the chunks that nobody holds then."""
         with self._leasing:
-            held = [self._held.pop(number)[1] for number in entry_ids if number in self._held]
-            chunks: list[int] = np.concatenate(held).tolist() if held else []
+            held = [self._held.pop(number) for number in entry_ids if number in self._held]
+            leased = [each.chunks for each in held if each.is_leased]
+            self._pass()
+            chunks: list[int] = np.concatenate(leased).tolist() if leased else []
             self._holders.subtract(chunks)
             free = [chunk for chunk in set(chunks) if self._holders[chunk] <= 0]
             for chunk in free:
                 del self._holders[chunk]
         return np.array(free, np.int64)
+
+    def _foresee(self, held: _Held) -> None:
+        """Tell the uses of an entry, which follow those of the entries before."""
+        if not self.foresees:
+            return
+        positions = self._position_of[held.chunks]
+        positions = positions[positions >= 0]
+        held.first_use = self._told
+        self._told += len(positions)
+        self._consumer.foresee(held.first_use, positions)
+
+    def _pass(self) -> None:
+        """Tell that uses have been made: those before the first entry that is held."""
+        first = next((held.first_use for held in self._held.values()), self._told)
+        if self.foresees and first > self._passed:
+            self._passed = first
+            self._consumer.advance(first)
 
     def _release(self, chunks: Ints) -> None:
         if len(chunks):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import numpy as np
+import numpy.typing as npt
 
 from fastload.cache.policy.sieve import SieveSlots
 from fastload.service.model import Chunk, Recalled, State, Write
@@ -164,8 +165,8 @@ class BufferTable:
         is_kept = self._pinned & ~self._on_disk & (self._standing == _COVERED)
         return np.where(is_kept & (nearest == NEVER), LATER, nearest)
 
-    def by_usefulness(self, statuses: Iterable[int]) -> tuple[list[int], list[int]]:
-        """Buffers with one of these statuses, the least useful first, and the next use of each.
+    def by_usefulness(self, statuses: Iterable[int], at_most: int = 1 << 62) -> tuple[list[int], list[int]]:
+        """Buffers with one of these statuses, the least useful first and no more than these, and the next use of each.
 
         First what nobody names, by SIEVE, in which what is not used any more goes in the order in which it came. Then
         what is read in an unknown order, by its policy. Then what is named but has no use ahead any more, the last used
@@ -184,8 +185,23 @@ class BufferTable:
         if (by_sieve & ~is_ahead).any():
             within[by_sieve] = self._sieve.order(buffers[by_sieve])
         within[is_ahead] = -next_use[is_ahead]
-        order = np.lexsort((within, rank))
+        some = _least(rank, within, at_most)
+        order = some[np.lexsort((within[some], rank[some]))]
         return buffers[order].tolist(), next_use[order].tolist()
+
+
+def _least(rank: npt.NDArray[np.uint8], within: Int64, count: int) -> Int64:
+    """Which are the first `count` by rank and within each, in no order: sorting all of a large arena takes too long."""
+    if len(rank) <= count:
+        return np.arange(len(rank))
+    found = np.empty(0, np.int64)
+    for each in range(int(rank.max()) + 1):
+        (places,) = np.nonzero(rank == each)
+        missing = count - len(found)
+        if len(places) > missing:
+            return np.concatenate([found, places[np.argpartition(within[places], missing)[:missing]]])
+        found = np.concatenate([found, places])
+    return found
 
 
 def _status(chunk: Chunk) -> int:

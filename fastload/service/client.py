@@ -151,6 +151,17 @@ class Consumer(Session):
             self._plan = protocol.SetPlan(order, epoch, warm, 0)
             self._send(self._plan)
 
+    def foresee(self, first: int, positions: npt.NDArray[np.integer[Any]]) -> None:
+        """Chunks of the warm plan, by their positions in it, will be read in this order, the first as use number
+        `first`.
+
+        Each call goes on where the one before ended. `advance` then counts uses. A service that replaces this one
+        learns what is told from then on.
+        """
+        with self._changed:
+            if self._plan is not None:
+                self._send(protocol.Uses(first, positions.astype("<i4").tobytes()))
+
     def advance(self, plan_position: int) -> None:
         """Nothing of the plan below this position, counted in chunks, is needed any more."""
         with self._changed:

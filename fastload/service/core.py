@@ -137,6 +137,9 @@ class Core:
                 self._advance(consumer, message.position)
             case protocol.SetPlan():
                 self._set_plan(consumer, message)
+            case protocol.Uses():
+                if consumer.plan is not None:  # otherwise it has ended, as this was said
+                    consumer.plan.foresee(message)
             case protocol.Keep():
                 self._plans.keep(consumer, message)
             case protocol.Attach():
@@ -182,7 +185,9 @@ class Core:
 
     def _advance(self, consumer: ConsumerState, position: int) -> None:
         plan = consumer.plan
-        if plan is not None and not isinstance(plan, WarmPlan):
+        if plan is not None and plan.uses is not None:
+            plan.uses.advance(position)
+        elif plan is not None and not isinstance(plan, WarmPlan):
             plan.advance(position)
             if plan.repeats:
                 self._table.replan(plan)

@@ -10,6 +10,8 @@ transit, prefetching takes only room that no plan has a use for. Without that bo
 arena held just the next chunks, dropping ones that later positions would have found there, each of which would have to
 be fetched again: of an arena of half the data, a quarter would be left to hit instead of half.
 
+A warm plan's chunks may be read too, in an order of their own, many times each: its `uses`, which are told bit by bit.
+
 `swept` is how far what was read has been looked through for chunks to give up (see `room`). A plan that `is_blind` is
 of data whose user wants a policy for unknown orders: it is fetched ahead within the transit, and what lies beyond is as
 good as unknown.
@@ -24,6 +26,9 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
+from fastload.cache.policy.future import FAR, NextUses
+from fastload.errors import ServiceError
+from fastload.service import protocol
 from fastload.service.model import ObjectEntry, State
 
 Step = tuple[int, ObjectEntry, int]  # position, object, chunk index
@@ -40,6 +45,7 @@ class Plan:
         self.options_key = options_key
         self.epoch = epoch
         self.cursor = self.frontier = self.reach = self.swept = cursor
+        self.uses: NextUses | None = None
         self.is_blind = False
         self.sight = cursor  # of a blind plan, up to where it was fetched ahead
         self.failed: set[int] = set()  # positions that prefetching leaves alone: only a demand tries them again
@@ -74,9 +80,21 @@ class Plan:
 
     def ahead(self, positions: Int64) -> Int64:
         """How many chunks ahead of the cursor these positions are, `NEVER` for what is behind it or -1."""
+        if self.uses is not None:
+            next_uses = self.uses.of(positions)
+            return np.where(next_uses < FAR, next_uses - self.uses.cursor, NEVER)
         ahead = positions - self.cursor
         is_needed = (ahead >= 0) & (positions < self.sight) if self.is_blind else ahead >= 0
         return np.where(is_needed, ahead, NEVER)
+
+    def foresee(self, message: protocol.Uses) -> None:
+        """More of its uses are told; `ServiceError` where one is of no chunk of the plan."""
+        positions = np.frombuffer(message.positions, "<i4").astype(np.int32)
+        if len(positions) and not (positions.min() >= 0 and positions.max() < self.chunk_count):
+            raise ServiceError(f"a message names position {positions.max()} (or less than 0) of {self.chunk_count}")
+        if self.uses is None:
+            self.uses = NextUses(self.chunk_count)
+        self.uses.tell(message.first, positions)
 
     def swept_steps(self) -> Iterator[Step]:
         """What was read and has not been looked through; whoever has done so moves `swept` on."""

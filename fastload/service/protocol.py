@@ -159,8 +159,17 @@ class Keep(Message, tag="keep"):
     policy: PolicyName
 
 
+class Uses(Message, tag="uses"):
+    """Which chunks of a warm plan will be read, in this order: their positions in it, int32 in little-endian. The first
+    of them is use number `first`; they follow the ones told before.
+    """
+
+    first: Annotated[int, msgspec.Meta(ge=0)]
+    positions: bytes
+
+
 class Advance(Message, tag="advance"):
-    """Nothing of the plan below this chunk position is needed any more."""
+    """Nothing of the plan below this chunk position is needed any more; of a plan whose uses are told, no use below."""
 
     position: int
 
@@ -332,6 +341,7 @@ FromConsumer = (
     | Attach
     | SetPlan
     | Keep
+    | Uses
     | Advance
     | Want
     | Release

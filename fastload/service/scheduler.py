@@ -119,6 +119,7 @@ class _Room:
 
     table: BufferTable
     free: list[int]  # the next to use last
+    at_most: int  # as many as can be looked for
     idle: list[tuple[int, int]] | None = None  # (buffer, next use), the least useful last
     unwritten: list[int] | None = None
     disk_is_quick: bool = False  # so that a write is waited for rather than given up
@@ -139,7 +140,7 @@ class _Room:
         if candidate.is_handy:
             return None
         if self.idle is None:
-            found, next_use = self.table.by_usefulness([buffers.IDLE])
+            found, next_use = self.table.by_usefulness([buffers.IDLE], self.at_most)
             self.idle = list(zip(found, next_use, strict=True))[::-1]
         if not self.idle:
             return None
@@ -170,7 +171,8 @@ def decide(
 
     `coming` buffers will be idle without any recall.
     """
-    room = _Room(table, table.free(), disk_is_quick=disk_is_quick)
+    at_most = slots.disk + slots.remote + _PASSED_OVER_MAX + 2
+    room = _Room(table, table.free(), at_most, disk_is_quick=disk_is_quick)
     actions: list[Action] = []
     starved = passed_over = 0
     considered: set[tuple[ObjectEntry, int]] = set()  # a wanted chunk is usually a plan's as well
