@@ -50,13 +50,27 @@ def small_figures(rounds: int) -> list[Figure]:
     """Without workers, with one, with two."""
     dataset = Small()
     found = []
+    samples_s = [samples_alone_s(dataset) for _ in range(rounds)]
     for workers, times in ((0, 1.0), (1, 1.5), (2, 1.5)):
 
         def epoch(kind: Callable[..., Any], workers: int = workers) -> Took:
             return one_epoch(kind(dataset, batch_size=SMALL_BATCH, shuffle=True, num_workers=workers))
 
-        found += ratios(f"1 kB tensors, {workers} workers", *in_turn(rounds, epoch), times=times)
+        ours, theirs = in_turn(rounds, epoch)
+        found += ratios(f"1 kB tensors, {workers} workers", ours, theirs, times=times)
+        if workers == 1:
+            limit = [b.wall_s / alone_s for b, alone_s in zip(theirs, samples_s, strict=True)]
+            found.append(Figure("1 kB tensors, taking the samples alone: times torch's rate", "", limit))
     return found
+
+
+def samples_alone_s(dataset: Small) -> float:
+    """What no worker can go below: the data set's own calls."""
+    order = torch.randperm(SMALL_COUNT).tolist()
+    began = time.perf_counter()
+    for first in range(0, SMALL_COUNT, SMALL_BATCH):
+        _ = [dataset[index] for index in order[first : first + SMALL_BATCH]]
+    return time.perf_counter() - began
 
 
 def folder_figures(rounds: int, folder: Path) -> list[Figure]:
