@@ -281,5 +281,8 @@ def _side_stream(index: int) -> torch.cuda.Stream:
 
 
 def _takes(function: Any, name: str) -> bool:
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # one that is not Python's may have none
+        return False
     return name in parameters or any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())

@@ -601,7 +601,7 @@ def test_objects_are_moved_without_waiting_where_they_can_be(monkeypatch: pytest
     assert (cuda.copied(Plain()), cuda.copied(Patient())) == ("blocking", "non_blocking=True")
 
 
-# With a device
+# Many batches, with a device and without
 
 BATCHES = 10_000
 SLEEP_CYCLES = 50_000  # some ten microseconds
@@ -615,16 +615,25 @@ class SlowCuda(transfer.Cuda):
         return super().copied(part)
 
 
-def torn_count(loader: Any, numbers_in: Callable[[Any], tuple[torch.Tensor, int]], is_consumer_slow: bool) -> int:
+@pytest.fixture(scope="module", autouse=True)
+def _driver_is_up() -> None:
+    """What the driver has open it keeps: it is to be there before the first test looks for what is left behind."""
+    if torch.cuda.is_available():
+        torch.zeros(1, device="cuda")
+
+
+def torn_count(
+    loader: Any, numbers_in: Callable[[Any], tuple[torch.Tensor, int]], is_consumer_slow: bool, on: str = "cuda"
+) -> int:
     """How many elements were not what they were to be; `numbers_in` a batch: a tensor, and what it is full of.
 
     Nothing waits for the device before the end, and each batch is dropped as soon as its check is queued, so that its
     memory is used again for others while the check is still to run.
     """
-    torn = torch.zeros((), dtype=torch.int64, device="cuda")
+    torn = torch.zeros((), dtype=torch.int64, device=on)
     for batch in loader:
         found, expected = numbers_in(batch)
-        assert found.is_cuda
+        assert found.device.type == on
         if is_consumer_slow:
             torch.cuda._sleep(SLEEP_CYCLES)
         torn += (found != expected).sum()
@@ -634,6 +643,29 @@ def torn_count(loader: Any, numbers_in: Callable[[Any], tuple[torch.Tensor, int]
 
 def large(number: int) -> tuple[torch.Tensor, int]:
     return full(number, 1 << 18), number
+
+
+def small(number: int) -> tuple[torch.Tensor, int]:
+    return full(number), number
+
+
+def numbers_in_ours(batch: Any) -> tuple[torch.Tensor, int]:
+    return batch["cls"], int(batch["__key__"][0].rpartition("/")[2])
+
+
+@pytest.mark.parametrize("kind", KINDS[:3], ids=str)
+def test_no_batch_of_a_foreign_data_set_is_torn(device: str, side: LateSide, kind: dict[str, Any]) -> None:
+    loader = fastload.DataLoader(Mapped(500, small), batch_size=None, device=device, **kind)
+    assert torn_count(loader, lambda batch: batch, is_consumer_slow=False, on="cpu") == 0
+    assert side.done == len(side.queued) == 500
+
+
+@pytest.mark.usefixtures("no_pinning")
+def test_no_batch_of_ours_is_torn(device: str, side: LateSide, streamed: Callable[..., Any]) -> None:
+    loader = streamed(batch_size=1, num_workers=3, device=device)
+    assert torn_count(loader, numbers_in_ours, is_consumer_slow=False, on="cpu") == 0
+    assert side.done == len(side.queued) == len(loader)
+    loader.close()
 
 
 @needs_cuda
@@ -662,11 +694,7 @@ def test_on_cuda_batches_of_our_data_sets_are_whole(
     with fastload.Cache(tmp_path / "cache", ram_bytes="64MiB", disk_bytes=0) as cache:
         dataset = fastload.StreamingDataset(url, cache=cache, shuffle=True, decode=DECODE)
         loader = fastload.DataLoader(dataset, batch_size=1, num_workers=num_workers, device="cuda")
-
-        def numbers_in(batch: Any) -> tuple[torch.Tensor, int]:
-            return batch["cls"], int(batch["__key__"][0].rpartition("/")[2])
-
-        assert torn_count(loader, numbers_in, slow == "consumer") == 0
+        assert torn_count(loader, numbers_in_ours, slow == "consumer") == 0
         loader.close()
 
 
