@@ -94,6 +94,13 @@ class BufferTable:
         self.status[buffer] = STRANDED
         return buffer
 
+    def borrow(self) -> int:
+        """A free buffer for a read that may turn out to be for nothing; it cannot be used until `reclaim`."""
+        buffer = self._free.pop()
+        self.used_count = max(self.used_count, buffer + 1)
+        self.status[buffer] = STRANDED
+        return buffer
+
     def reclaim(self, buffer: int) -> None:
         """The buffer holds nothing, and nobody writes to it any more."""
         self.status[buffer] = FREE

@@ -1,4 +1,4 @@
-"""Filling buffers: reads from the store and from the disk tier, each in threads of its own.
+"""Filling buffers: from the store (`fetches`), or from the disk tier, in threads of its own.
 
 One load per chunk at a time, whoever wants it. A chunk that the disk turns out not to have, or to have damaged (which
 it puts out of use by itself), is fetched from the store into the same buffer. One whose read hangs is given up together
@@ -12,17 +12,12 @@ from collections.abc import Callable
 
 from fastload.cache import Arena, DiskTier
 from fastload.service import protocol
+from fastload.service.fetches import Fetches
 from fastload.service.model import Chunk, State
-from fastload.service.pools import Done, Pools
+from fastload.service.pools import Done
 from fastload.service.stalls import DiskWatch
-from fastload.service.stores import StoreTable
 from fastload.service.writing import write_threads
 
-# Requests in flight: eight 8 MiB ranges hide 20 ms at 800 MB/s; twice that for slower stores.
-FETCH_THREADS = 16
-# After a pause so many are let go at once, and one more for each that ends: what is needed first, which is about one
-# shard, does not share a slow link with what is needed later.
-FETCHES_AT_FIRST = 8
 # A direct read of 8 MiB runs at 1.6 GB/s in one thread.
 DISK_READ_THREADS = 4
 
@@ -37,20 +32,17 @@ class Loader:
         self,
         arena: Arena,
         disk: DiskTier,
-        stores: StoreTable,
-        pools: Pools,
         watch: DiskWatch,
+        fetches: Fetches,
         loaded: Loaded,
         given_up: GivenUp,
     ) -> None:
         """`loaded(chunk, error)` is called at the end; or `given_up(chunk)`, which returns what to do when its read
         returns after all.
         """
-        self._arena, self._disk, self._stores = arena, disk, stores
+        self._arena, self._disk, self._fetches = arena, disk, fetches
         self._loaded, self._given_up = loaded, given_up
-        self.fetches = pools.make("fetch", FETCH_THREADS)
         self.reads = watch.pool("disk-read", read_threads(arena.buffer_count))
-        self._fetches_max = FETCHES_AT_FIRST
         self.order = 0  # loads begun
         self.in_flight: set[Chunk] = set()
         self.counters: Counter[str] = Counter(
@@ -93,26 +85,17 @@ class Loader:
         key = chunk.entry.key(chunk.index)
         self.reads.submit(self._disk.read_into, key, self._arena.buffer(chunk.buffer), done=done, hung=hung)
 
-    @property
-    def free_fetches(self) -> int:
-        """How many more fetches may be started now."""
-        return max(0, min(self.fetches.idle, self._fetches_max - len(self.fetches.under_way)))
-
     def _fetch(self, chunk: Chunk) -> None:
-        def done(_: None, error: BaseException | None) -> None:
-            under_way = len(self.fetches.under_way)
-            self._fetches_max = min(FETCH_THREADS, self._fetches_max + 1) if under_way else FETCHES_AT_FIRST
-            if error is None:
-                self.counters["fetched_chunks"] += 1
-                self.counters["fetched_bytes"] += chunk.length
-            else:
-                self.counters["failed_fetches"] += 1
-            self._finish(chunk, error)
-
         chunk.source = protocol.SOURCE_REMOTE
-        start = chunk.index * self._arena.chunk_bytes
-        out = self._arena.buffer(chunk.buffer)[: chunk.length]
-        self.fetches.submit(self._stores.read_into, chunk.fetched_as, chunk.entry.info, start, out, done=done)
+        self._fetches.start(chunk, self._fetched)
+
+    def _fetched(self, chunk: Chunk, error: BaseException | None) -> None:
+        if error is None:
+            self.counters["fetched_chunks"] += 1
+            self.counters["fetched_bytes"] += chunk.length
+        else:
+            self.counters["failed_fetches"] += 1
+        self._finish(chunk, error)
 
     def _finish(self, chunk: Chunk, error: BaseException | None) -> None:
         self.in_flight.discard(chunk)

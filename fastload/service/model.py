@@ -16,6 +16,7 @@ from fastload.cache import ChunkKey, object_id
 from fastload.cache.policy import PolicyName
 from fastload.service.protocol import ObjectRows
 from fastload.store.types import ObjectInfo
+from fastload.store.urls import store_root
 
 if TYPE_CHECKING:
     from fastload.service.consumers import ConsumerState
@@ -64,10 +65,16 @@ class ObjectEntry:
     id: bytes
     chunk_bytes: int
     chunks: dict[int, Chunk]
+    endpoint: str = ""  # of the store, as its options have it
     user_count: int = 0  # consumers' object lists that name it
     plan_count: int = 0  # live plans and claims that name it
     policy: PolicyName = "pin"  # by which its chunks stay and go while one does
     epoch: int = 0  # of the last plan that named it
+
+    @property
+    def origin(self) -> str:
+        """Who serves it: an endpoint of its own, or a bucket, host or machine."""
+        return self.endpoint or store_root(self.info.url)
 
     @property
     def chunk_count(self) -> int:
@@ -160,18 +167,18 @@ class Objects:
         piece = self._pieces.get(key)
         if piece is None:
             infos = rows.table()
-            piece = Piece(self.use(info, object_id(info, self._chunk_bytes, endpoint)) for info in infos)
+            piece = Piece(self.use(info, object_id(info, self._chunk_bytes, endpoint), endpoint) for info in infos)
             self._pieces[key] = piece
         else:
             for entry in piece:
                 entry.user_count += 1
         return piece
 
-    def use(self, info: ObjectInfo, object_id: bytes) -> ObjectEntry:
+    def use(self, info: ObjectInfo, object_id: bytes, endpoint: str = "") -> ObjectEntry:
         """The entry of an object that one more list names."""
         entry = self._entries.get(object_id)
         if entry is None:
-            entry = self._entries[object_id] = ObjectEntry(info, object_id, self._chunk_bytes, {})
+            entry = self._entries[object_id] = ObjectEntry(info, object_id, self._chunk_bytes, {}, endpoint)
         entry.user_count += 1
         return entry
 

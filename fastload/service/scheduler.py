@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import enum
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -92,19 +93,24 @@ Action = Load | Drop | Recall
 
 @dataclass(slots=True)
 class Slots:
-    """Threads free to read from either tier."""
+    """Threads free to read from either tier. `free_at(endpoint)` is how many requests that may be sent now."""
 
     disk: int
     remote: int
+    free_at: Callable[[str], int] = lambda endpoint: 1 << 30
+    _taken: Counter[str] = field(default_factory=Counter)
 
-    def take(self, on_disk: bool) -> bool:
+    def take(self, candidate: Candidate) -> bool:
         """Use one, if there is one."""
-        if on_disk and self.disk > 0:
+        if candidate.on_disk and self.disk > 0:
             self.disk -= 1
             return True
-        if not on_disk and self.remote > 0:
-            self.remote -= 1
-            return True
+        if not candidate.on_disk and self.remote > 0:
+            endpoint = candidate.entry.origin
+            if self._taken[endpoint] < self.free_at(endpoint):
+                self._taken[endpoint] += 1
+                self.remote -= 1
+                return True
         return False
 
     @property
@@ -189,7 +195,7 @@ def decide(
             passed_over += 1
         elif buffer is None and candidate.need >= Need.PREFETCHED:
             break  # what follows is needed even less
-        elif buffer is not None and slots.take(candidate.on_disk):
+        elif buffer is not None and slots.take(candidate):
             actions += room.dropped
             actions.append(Load(candidate, buffer))
         elif buffer is not None:

@@ -17,8 +17,12 @@ from typing import Any
 import msgspec
 
 from fastload.errors import ServiceError
-from fastload.store import Counters, RequestOptions, StoreOptions, open_store, resolve, store_root
+from fastload.service import control
+from fastload.store import Counters, RequestOptions, StoreOptions, Watched, open_store, resolve, store_root
 from fastload.store.types import ObjectInfo, Store
+
+# No limit: how many are sent at a time is for `control`, and what lists and reads besides is little.
+_REQUESTS_MAX = 4 * control.REQUESTS_MAX
 
 Opener = Callable[[str, StoreOptions], Store]
 
@@ -36,8 +40,8 @@ class StoreTable:
     def __init__(self, opener: Opener | None = None) -> None:
         """`opener` stands in for the real stores in tests."""
         self.counters = Counters()
-        self._requests = RequestOptions(counters=self.counters)
-        self._opener = opener or self._open
+        self._requests = RequestOptions(_REQUESTS_MAX, counters=self.counters)
+        self._opener = self._open if opener is None else lambda url, options: Watched(opener(url, options))
         self._lock = threading.Lock()
         self._options: dict[str, StoreOptions] = {}
         self._consumers: Counter[str] = Counter()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastload.store.wrappers import Limited as Limited
     from fastload.store.wrappers import Retrying as Retrying
     from fastload.store.wrappers import RetryOptions as RetryOptions
+    from fastload.store.wrappers import Watched as Watched
 
 _HOMES = {
     "Counted": "wrappers",
@@ -35,6 +36,7 @@ _HOMES = {
     "Store": "types",
     "StoreOptions": "options",
     "StorePool": "opening",
+    "Watched": "wrappers",
     "normalise": "urls",
     "open_store": "opening",
     "resolve": "listing",

@@ -1,0 +1,239 @@
+"""Requests to stores: as many at a time as each endpoint's controller allows, and some of them twice.
+
+A fetch runs in a thread, under a watch (`store.watch`) through which the controller hears of each attempt, retries
+included. One that is late for a chunk that somebody wants is sent again, on another connection and into another buffer,
+since two writers cannot share one: whichever comes first gives the chunk its buffer. The other is cancelled, and the
+buffer that it may still write to is free when its thread has left it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from fastload.cache import Arena
+from fastload.service.buffers import BufferTable
+from fastload.service.control import REQUESTS_MAX, Controller
+from fastload.service.hedging import Hedger
+from fastload.service.model import Chunk
+from fastload.service.pools import Pools
+from fastload.service.stores import StoreTable
+from fastload.store.watch import Attempt, Watch
+
+# Threads for second requests, beside those that the limits allow.
+_HEDGES_MAX = 16
+_LOOK_S_MIN, _LOOK_S_MAX = 0.01, 1.0
+
+Ended = Callable[[Chunk, BaseException | None], None]
+
+
+@dataclass(slots=True)
+class _Endpoint:
+    controller: Controller
+    hedger: Hedger = field(default_factory=Hedger)
+    in_flight: int = 0
+
+    @property
+    def free(self) -> int:
+        """How many more requests may be started."""
+        return max(0, self.controller.limit - self.in_flight)
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    chunk: Chunk
+    buffer: int
+    endpoint: _Endpoint
+    watch: Watch
+    began_s: float
+    is_hedge: bool
+    lost: bool = False  # another one was quicker
+
+
+class Fetches:
+    """Used by the loop's thread only, except for `_read` and what the watches call."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        table: BufferTable,
+        stores: StoreTable,
+        pools: Pools,
+        spare: Callable[[], int | None],
+        freed: Callable[[], None],
+        fixed: int = 0,
+    ) -> None:
+        """`spare()` lends a buffer for a second request, if there is one to be had; `freed()` is told when one has come
+        back. `fixed`: see `Controller`.
+        """
+        self._arena, self._table, self._stores, self._loop = arena, table, stores, pools.loop
+        self._spare, self._freed, self._fixed = spare, freed, fixed
+        self._max = fixed or requests_max(arena.buffer_count)
+        self._pool = pools.make("fetch", self._max + _HEDGES_MAX)
+        self._endpoints: dict[str, _Endpoint] = {}
+        self._requests: dict[Chunk, list[_Request]] = {}
+        self._ended: dict[Chunk, Ended] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self.counters: Counter[str] = Counter(hedged_requests=0, hedges_won=0)
+
+    # How many
+
+    @property
+    def limit(self) -> int:
+        """How many requests may be in flight, over all endpoints."""
+        return sum(each.controller.limit for each in self._endpoints.values()) or self._new().controller.limit
+
+    @property
+    def idle(self) -> int:
+        """How many threads are free for first requests."""
+        return max(0, self._max - len(self._pool.under_way))
+
+    def free_at(self, endpoint: str) -> int:
+        """How many more requests may be sent to an endpoint now."""
+        found = self._endpoints.get(endpoint)
+        return self._new().controller.limit if found is None else found.free
+
+    def settled(self) -> None:
+        """All that there is to ask for now has been started."""
+        now = time.monotonic()
+        for endpoint in self._endpoints.values():
+            if endpoint.free:
+                endpoint.controller.slack(now)
+
+    def _new(self) -> _Endpoint:
+        return _Endpoint(Controller(self._max, fixed=self._fixed))
+
+    # Requests
+
+    def start(self, chunk: Chunk, ended: Ended) -> None:
+        """Fill the chunk's buffer from its store; `ended(chunk, error)` follows."""
+        self._ended[chunk] = ended
+        self._begin(chunk, chunk.buffer, is_hedge=False)
+        if self._timer is None:
+            self._timer = self._loop.call_later(_LOOK_S_MIN, self._look)
+
+    def _begin(self, chunk: Chunk, buffer: int, *, is_hedge: bool) -> None:
+        endpoint = self._endpoints.setdefault(chunk.entry.origin, self._new())
+        watch = Watch(partial(self._tell, endpoint))
+        request = _Request(chunk, buffer, endpoint, watch, time.monotonic(), is_hedge)
+        self._requests.setdefault(chunk, []).append(request)
+        endpoint.in_flight += 1
+        endpoint.hedger.request_count += 1
+
+        def done(_: None, error: BaseException | None) -> None:
+            self._done(request, error)
+
+        out = self._arena.buffer(buffer)[: chunk.length]
+        self._pool.submit(self._read, watch, chunk, chunk.fetched_as, out, done=done)
+
+    def _read(self, watch: Watch, chunk: Chunk, options_key: str, out: memoryview) -> None:
+        """In a thread."""
+        with watch.over():
+            self._stores.read_into(options_key, chunk.entry.info, chunk.index * self._arena.chunk_bytes, out)
+
+    def _tell(self, endpoint: _Endpoint, attempt: Attempt) -> None:
+        """In a thread."""
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody is left to be told
+            self._loop.call_soon_threadsafe(self._attempted, endpoint, attempt)
+
+    @staticmethod
+    def _attempted(endpoint: _Endpoint, attempt: Attempt) -> None:
+        endpoint.controller.ended(attempt, time.monotonic())
+        endpoint.hedger.ended(attempt)
+
+    def _done(self, request: _Request, error: BaseException | None) -> None:
+        request.endpoint.in_flight -= 1
+        if request.lost:
+            self._give_back(request.buffer)
+            return
+        chunk, others = request.chunk, self._requests[request.chunk]
+        others.remove(request)
+        if error is not None and others:  # it is not lost yet
+            self._take(chunk, others[0].buffer)
+            self._give_back(request.buffer)
+            return
+        del self._requests[chunk]
+        for other in others:
+            other.lost = True
+            other.watch.cancel()
+        if error is None:
+            self._take(chunk, request.buffer)
+            self.counters["hedges_won"] += request.is_hedge
+        self._ended.pop(chunk)(chunk, error)
+
+    def _take(self, chunk: Chunk, buffer: int) -> None:
+        """The chunk is in `buffer` from now on; the one that it had is that of a request which will give it back."""
+        if chunk.buffer != buffer:
+            self._table.strand(chunk)
+            self._table.reclaim(buffer)
+            self._table.place(chunk, buffer)
+
+    def _give_back(self, buffer: int) -> None:
+        self._table.reclaim(buffer)
+        self._freed()
+
+    # Second requests
+
+    def _look(self) -> None:
+        """Send again what is late; look again when the next may be."""
+        self._timer = None
+        if not self._requests:
+            return
+        soonest_s = _LOOK_S_MAX
+        for requests in list(self._requests.values()):
+            late_after_s = requests[0].endpoint.hedger.late_after_s(requests[0].chunk.length)
+            if late_after_s is not None:
+                soonest_s = min(soonest_s, late_after_s / 4)
+                self._consider(requests, late_after_s)
+        self._timer = self._loop.call_later(max(_LOOK_S_MIN, soonest_s), self._look)
+
+    def _consider(self, requests: list[_Request], late_after_s: float) -> None:
+        first, now = requests[0], time.monotonic()
+        endpoint, chunk = first.endpoint, first.chunk
+        late = len(requests) == 1 and chunk.wanters and now - first.began_s > late_after_s
+        if not late or not self._pool.idle or not endpoint.hedger.has_budget or endpoint.controller.throttling(now):
+            return
+        buffer = self._spare()
+        if buffer is not None:
+            endpoint.hedger.hedge_count += 1
+            self.counters["hedged_requests"] += 1
+            self._begin(chunk, buffer, is_hedge=True)
+
+    # Figures
+
+    def figures(self) -> dict[str, Any]:
+        """Of all endpoints together, and of each."""
+        controllers = [endpoint.controller for endpoint in self._endpoints.values()]
+        return {
+            "requests_allowed": self.limit,
+            "requests_in_flight": sum(endpoint.in_flight for endpoint in self._endpoints.values()),
+            "throttled_requests": sum(each.throttled_count for each in controllers),
+            "timed_out_requests": sum(each.timed_out_count for each in controllers),
+            "endpoints": {name: _figures(endpoint) for name, endpoint in self._endpoints.items()},
+        }
+
+
+def _figures(endpoint: _Endpoint) -> dict[str, float]:
+    learnt = endpoint.controller.learnt()
+    return {
+        "requests_allowed": endpoint.controller.limit,
+        "requests_in_flight": endpoint.in_flight,
+        "requests": endpoint.hedger.request_count,
+        "bytes_per_s": learnt.bytes_per_s,
+        "connection_bytes_per_s": learnt.connection_bytes_per_s,
+        "first_byte_s": -1.0 if learnt.first_byte_s is None else learnt.first_byte_s,
+        "throttled_at": learnt.throttled_at,
+    }
+
+
+def requests_max(buffer_count: int) -> int:
+    """The most requests at a time: a quarter of the descriptors that this process may open, and each needs a buffer."""
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, min(REQUESTS_MAX, descriptors // 4, buffer_count))

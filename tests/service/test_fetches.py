@@ -1,0 +1,197 @@
+"""Requests in flight as controllers allow, and second requests for what is late, over a store that tests hold back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastload.service import protocol
+from fastload.service.control import AT_FIRST
+from fastload.service.core import Core
+from fastload.service.hedging import SHARE_MAX, Hedger
+from fastload.store.answers import ThrottledError
+from fastload.store.watch import Attempt, Outcome
+from tests.service.helpers import CHUNK_BYTES, random_bytes
+from tests.service.world import Side, World, settle, until
+
+
+def node(core: Core, side: Side) -> dict[str, Any]:
+    figures = core._stats(side.state)["node"]
+    assert isinstance(figures, dict)
+    return figures
+
+
+@contextmanager
+def first_read_hangs(world: World, *urls: str) -> Iterator[threading.Event]:
+    """The first read of each of these objects waits until the event is set, at the end of the block at the latest."""
+    gate, seen, lock = threading.Event(), set(), threading.Lock()
+
+    def before_read(url: str, start: int) -> None:
+        with lock:
+            hangs = url in urls and url not in seen
+            seen.add(url)
+        if hangs:
+            assert gate.wait(20)
+
+    world.store.before_read = before_read
+    try:
+        yield gate
+    finally:
+        gate.set()
+
+
+async def read(side: Side, *chunks: int) -> None:
+    for chunk in chunks:
+        side.want(chunk)
+        await until(lambda chunk=chunk: side.granted[-1:] == [chunk], "it is granted")  # type: ignore[misc]
+        side.release(chunk)
+
+
+def test_what_is_late_and_wanted_is_asked_for_again(tmp_path: Path) -> None:
+    """The chunk gets the buffer of the quicker one, and the slower one's is free when its thread has left."""
+    world = World(tmp_path, 8)
+    world.add(*[1] * 30)
+
+    async def work(core: Core) -> None:
+        side = Side(core, world.objects)
+        await read(side, *range(29))
+        with first_read_hangs(world, "s3://fake/29") as gate:
+            side.want(29)
+            await until(lambda: side.granted[-1:] == [29], "the second request has brought it")
+            figures = node(core, side)
+            assert (figures["hedged_requests"], figures["hedges_won"], figures["buffers_stranded"]) == (1, 1, 1)
+            buffer = side.all(protocol.Grants)[-1].buffers[-1]
+            gate.set()
+            await until(lambda: node(core, side)["buffers_stranded"] == 0, "the first request has left")
+        assert bytes(core.arena.buffer(buffer)) == random_bytes(29, CHUNK_BYTES)
+        assert world.store.reads.count(("s3://fake/29", 0)) == 2
+        assert node(core, side)["fetched_chunks"] == 30
+        await read(side, *range(8))
+
+    world.run(work)
+
+
+def test_what_nobody_wants_yet_is_waited_for(tmp_path: Path) -> None:
+    world = World(tmp_path, 40)
+    world.add(*[1] * 30)
+
+    async def work(core: Core) -> None:
+        side = Side(core, world.objects)
+        await read(side, *range(29))
+        with first_read_hangs(world, "s3://fake/29") as gate:
+            side.plan(29)
+            await settle()
+            await settle()
+            assert node(core, side)["hedged_requests"] == 0
+            gate.set()
+        await until(lambda: node(core, side)["fetched_chunks"] == 30, "it is here")
+
+    world.run(work)
+
+
+def test_a_second_request_that_fails_costs_nothing(tmp_path: Path) -> None:
+    world = World(tmp_path, 8)
+    world.add(*[1] * 30)
+
+    async def work(core: Core) -> None:
+        side = Side(core, world.objects)
+        await read(side, *range(29))
+        with first_read_hangs(world, "s3://fake/29") as gate:
+            held_back = world.store.before_read
+
+            def before_read(url: str, start: int) -> None:
+                if url == "s3://fake/29" and world.store.reads.count((url, start)) == 2:
+                    raise ThrottledError("slow down")
+                held_back(url, start)
+
+            world.store.before_read = before_read
+            side.want(29)
+            await until(lambda: node(core, side)["hedged_requests"] == 1, "it is asked for again")
+            await until(lambda: node(core, side)["requests_in_flight"] == 1, "that has failed")
+            assert side.all(protocol.Failed) == []
+            assert node(core, side)["throttled_requests"] == 1
+            gate.set()
+        await until(lambda: side.granted[-1:] == [29], "the first request has brought it")
+        assert node(core, side)["buffers_stranded"] == 0
+
+    world.run(work)
+
+
+def test_the_first_one_may_fail_while_the_second_goes_on(tmp_path: Path) -> None:
+    world = World(tmp_path, 8)
+    world.add(*[1] * 30)
+    gates = [threading.Event(), threading.Event()]
+
+    async def work(core: Core) -> None:
+        side = Side(core, world.objects)
+        await read(side, *range(29))
+
+        def before_read(url: str, start: int) -> None:
+            number = world.store.reads.count((url, start)) - 1
+            assert gates[number].wait(20)
+            if number == 0:
+                raise ThrottledError("slow down")
+
+        world.store.before_read = before_read
+        side.want(29)
+        await until(lambda: node(core, side)["hedged_requests"] == 1, "it is asked for again")
+        gates[0].set()
+        await until(lambda: node(core, side)["requests_in_flight"] == 1, "the first has failed")
+        assert node(core, side)["buffers_stranded"] == 0
+        gates[1].set()
+        await until(lambda: side.granted[-1:] == [29], "the second has brought it")
+        buffer = side.all(protocol.Grants)[-1].buffers[-1]
+        assert bytes(core.arena.buffer(buffer)) == random_bytes(29, CHUNK_BYTES)
+
+    world.run(work)
+
+
+def test_each_endpoint_has_a_limit_of_its_own(tmp_path: Path) -> None:
+    """One that hangs with all that it may be sent leaves the other free."""
+    world = World(tmp_path, 60)
+    world.add(20)
+    other = world.store.head("s3://fake/0")
+    world.store.contents["s3://other/0"] = random_bytes(7, CHUNK_BYTES)
+    objects = [other, world.store.head("s3://other/0")]
+
+    async def work(core: Core) -> None:
+        side = Side(core, objects)
+        gate = threading.Event()
+        world.store.before_read = lambda url, start: gate.wait(20) and None if "fake" in url else None  # type: ignore[assignment]
+        try:
+            side.plan(0)
+            side.want(20)
+            await until(lambda: side.granted == [20], "the other one's is here")
+            endpoints = node(core, side)["endpoints"]
+            assert endpoints["s3://fake"]["requests_in_flight"] == AT_FIRST
+            assert endpoints["s3://other"]["requests_in_flight"] == 0
+        finally:
+            gate.set()
+
+    world.run(work)
+
+
+def test_late_is_what_takes_far_longer_than_its_peers() -> None:
+    hedger = Hedger()
+    assert hedger.late_after_s(1000) is None
+    for number in range(100):
+        hedger.ended(Attempt(0.0, 5.0 if number % 50 == 0 else 0.1, 1000))
+        hedger.ended(Attempt(0.0, 0.001, outcome=Outcome.FAILED))
+    late_after_s = hedger.late_after_s(1000)
+    assert late_after_s is not None
+    assert 0.29 < late_after_s < 0.31
+    assert hedger.late_after_s(2000) == 2 * late_after_s
+    assert hedger.late_after_s(10) == late_after_s
+
+
+def test_the_budget_is_a_share_of_the_requests() -> None:
+    hedger = Hedger()
+    assert not hedger.has_budget
+    for count in range(1, 1000):
+        hedger.request_count = count
+        while hedger.has_budget:
+            hedger.hedge_count += 1
+        assert hedger.hedge_count < SHARE_MAX * count + 1
