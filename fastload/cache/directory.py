@@ -50,6 +50,7 @@ class CacheDirectory:
         ram_bytes: int | None = None,
         disk_bytes: int | None = None,
         chunk_bytes: int | None = None,
+        disk_write_bytes_per_s: int | None = None,
     ) -> CacheDirectory:
         """Make the directory if need be, check whose it is, and settle its limits.
 
@@ -58,7 +59,12 @@ class CacheDirectory:
         limits cannot.
         """
         place = Path(os.path.abspath(path))
-        given = {"ram_bytes": ram_bytes, "disk_bytes": disk_bytes, "chunk_bytes": chunk_bytes}
+        given = {
+            "ram_bytes": ram_bytes,
+            "disk_bytes": disk_bytes,
+            "chunk_bytes": chunk_bytes,
+            "disk_write_bytes_per_s": disk_write_bytes_per_s,
+        }
         explicit = {name: value for name, value in given.items() if value is not None}
         try:
             _make(place)

@@ -37,11 +37,12 @@ _IDLE_S = 30.0
 class Cache:
     """A node's cache: a directory, and the service that the first consumer starts there.
 
-    `ram_bytes`, `disk_bytes` and `chunk_bytes` (ints, or strings such as `"8GiB"`) belong to the directory: None
-    takes what it has, or in a new directory the defaults; a value that differs changes it, with a warning. A running
-    service follows a change of `disk_bytes` at the first connection; the others hold from its next start on.
-    `disk_bytes=0` keeps everything in RAM. `service="inprocess"` runs the service in threads of this process, where
-    none may be started.
+    `ram_bytes`, `disk_bytes`, `chunk_bytes` and `disk_write_bytes_per_s` (ints, or strings such as `"8GiB"`) belong to
+    the directory: None takes what it has, or in a new directory the defaults; a value that differs changes it, with a
+    warning. A running service follows a change of `disk_bytes` and of `disk_write_bytes_per_s` at the first connection;
+    the others hold from its next start on. `disk_bytes=0` keeps everything in RAM. `disk_write_bytes_per_s` spares
+    flash: what would be written above it, on average, is not cached on disk this time; 0 is no bound.
+    `service="inprocess"` runs the service in threads of this process, where none may be started.
 
     `close()` ends what was made through it; it may be used again afterwards. Safe to use from several threads.
     """
@@ -53,13 +54,19 @@ class Cache:
         ram_bytes: int | str | None = None,
         disk_bytes: int | str | None = None,
         chunk_bytes: int | str | None = None,
+        disk_write_bytes_per_s: int | str | None = None,
         service: ServiceMode = "auto",
     ) -> None:
         """Open the directory; CacheError where it cannot be used, ConfigError where an argument cannot."""
         if service not in get_args(ServiceMode):
             raise ConfigError(f'service={service!r} must be "auto" or "inprocess"')
         path = default_cache_dir() if directory is None else Path(directory).expanduser()
-        given = {"ram_bytes": ram_bytes, "disk_bytes": disk_bytes, "chunk_bytes": chunk_bytes}
+        given = {
+            "ram_bytes": ram_bytes,
+            "disk_bytes": disk_bytes,
+            "chunk_bytes": chunk_bytes,
+            "disk_write_bytes_per_s": disk_write_bytes_per_s,
+        }
         explicit = {name: parse_bytes(value, name) for name, value in given.items() if value is not None}
         self._begin(Path(os.path.abspath(path)), service, _idle_s(), explicit)
 

@@ -54,6 +54,14 @@ class Warming:
         """Whether there is no use in fetching anything more for it."""
         return plan.full or (self._writer.full if plan.to_disk else self._table.free_count == 0)
 
+    def may_fetch_for(self, plan: WarmPlan) -> bool:
+        """Whether to fetch more for it now."""
+        return not self.no_room_for(plan) and self._pause_s(plan) == 0
+
+    def _pause_s(self, plan: WarmPlan) -> float:
+        """For how many seconds it waits, because no more may be written."""
+        return self._writer.wait_s() if plan.to_disk and not plan.finished else 0.0
+
     def tend(self) -> float | None:
         """End plans that have no more room, and tell their consumers how far they are.
 
@@ -70,6 +78,9 @@ class Warming:
         news, wait_s = plan.news()
         if news is not None:
             consumer.send(news)
+        pause_s = self._pause_s(plan)
+        if pause_s:
+            return min(pause_s, wait_s or pause_s)
         if plan.more_to_look_at:
             return 0.0
         return wait_s if news is None and wait_s else None

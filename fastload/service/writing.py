@@ -5,6 +5,9 @@ that may cost the cache some chunks, which the next epoch fetches again, but not
 chunk that finds no room waits for a quick write, and takes the buffer of one that has not begun where the disk is slow
 (`give_up`). A write that hangs is left to itself: its chunk is readable as before, and its buffer comes back with it.
 
+What is written may have a limit (see `budget`): a chunk that is above it is not cached on disk this time, and warming
+waits.
+
 Admission pins: chunks are taken until the quota is full; whose room others may take then is `room`'s to say.
 """
 
@@ -16,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from fastload.cache import Arena, ChunkKey, DiskTier
+from fastload.service.budget import WriteBudget
 from fastload.service.diskorder import DiskOrder
 from fastload.service.model import Chunk, Write
 from fastload.service.pools import Done
@@ -50,11 +54,13 @@ class WriteBehind:
         self._pool = watch.pool("disk-write", write_threads(arena.buffer_count))
         self._queue_max = max(1, arena.buffer_count * 3 // 4)
         self._running: dict[Chunk, float] = {}  # when each began
+        self._budget = WriteBudget(0, time.monotonic())
         self.counters: Counter[str] = Counter(
             written_chunks=0,
             written_bytes=0,
             writes_refused=0,
             writes_skipped=0,
+            writes_over_budget=0,
             writes_given_up=0,
             writes_hung=0,
             evicted=0,
@@ -72,12 +78,17 @@ class WriteBehind:
         return not self._disk.writable or not (self._has_free_room(whole) or self._room.is_spare)
 
     def admit(self, chunk: Chunk, *, patient: bool) -> bool:
-        """Queue the chunk's write; False where it will not be written. `patient`: never because the queue is long."""
+        """Queue the chunk's write; False where it will not be written. `patient`: never because the queue is long, or
+        more was written than should be.
+        """
         if not self._has_room(chunk):
             self.counters["writes_refused"] += self._disk.quota_bytes > 0
             return False
         if len(self._queue) >= self._queue_max and not patient and not self.quick_for_s():
             self.counters["writes_skipped"] += 1
+            return False
+        if not self._budget.take(self._disk.file_bytes(chunk.length), time.monotonic(), on_credit=patient):
+            self.counters["writes_over_budget"] += 1
             return False
         chunk.write = Write.QUEUED
         self._queue[chunk] = None
@@ -95,10 +106,19 @@ class WriteBehind:
     def _queued_bytes(self) -> int:
         return sum(self._disk.file_bytes(chunk.length) for chunk in self._queue)
 
+    def limit(self, bytes_per_s: int) -> None:
+        """Write so much on average from now on; 0: whatever comes."""
+        self._budget.change(bytes_per_s, time.monotonic())
+
+    def wait_s(self) -> float:
+        """In how many seconds the limit lets the next chunk through."""
+        return self._budget.wait_s(time.monotonic())
+
     def give_up(self, chunk: Chunk) -> None:
         """The chunk's write has not begun, and shall not."""
         del self._queue[chunk]
         chunk.write = Write.NONE
+        self._budget.give_back(self._disk.file_bytes(chunk.length))
         self.counters["writes_given_up"] += 1
 
     def give_up_all(self) -> None:
@@ -164,8 +184,9 @@ class WriteBehind:
             self._order.add(key)
             self.counters["written_chunks"] += 1
             self.counters["written_bytes"] += chunk.length
-        elif self._disk.quota_bytes:
-            self.counters["writes_refused"] += 1
+        else:
+            self._budget.give_back(self._disk.file_bytes(chunk.length))
+            self.counters["writes_refused"] += self._disk.quota_bytes > 0
         chunk.write = Write.NONE
         self._written(chunk, written)
         self.pump()
