@@ -27,6 +27,7 @@ _UNITS = {
     "gib": GIB,
     "tib": 1 << 40,
 }
+_REQUESTS_IN_FLIGHT_MAX = 1024
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
@@ -56,15 +57,22 @@ class CacheLimits:
     `ram_bytes` is the arena, per node. `disk_bytes` counts allocated blocks; 0 switches the disk tier off.
     `chunk_bytes` is the unit of fetching: 8 MiB is where an object store's per-request cost no longer shows and eight
     requests in flight hide 20 ms; a multiple of 4 KiB, for direct I/O. `disk_write_bytes_per_s` bounds what is written
-    to disk on average; 0: no bound.
+    to disk on average; 0: no bound. `requests_in_flight` is how many requests each endpoint of a store is sent at a
+    time; 0: as measuring finds.
     """
 
     ram_bytes: int
     disk_bytes: int
     chunk_bytes: int = 8 * MIB
     disk_write_bytes_per_s: int = 0
+    requests_in_flight: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.requests_in_flight <= _REQUESTS_IN_FLIGHT_MAX:
+            raise ConfigError(
+                f"requests_in_flight={self.requests_in_flight} must be between 1 and {_REQUESTS_IN_FLIGHT_MAX}, "
+                "or 0 to leave it to measurement"
+            )
         if self.chunk_bytes < 64 * KIB or self.chunk_bytes > GIB or self.chunk_bytes % 4096:
             raise ConfigError(
                 f"chunk_bytes={self.chunk_bytes} must be a multiple of 4096 between 64 KiB and 1 GiB; "

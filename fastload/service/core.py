@@ -27,6 +27,7 @@ from fastload.service import buffers, figures, protocol, scheduler
 from fastload.service.buffers import BufferTable
 from fastload.service.consumers import ConsumerState
 from fastload.service.diskorder import DiskOrder
+from fastload.service.fetches import Fetches
 from fastload.service.indexes import Indexes
 from fastload.service.ledger import Ledger
 from fastload.service.loads import Loader
@@ -88,9 +89,16 @@ class Core:
         )
         self._ledger = Ledger(self._table, self._used)
         self._disk_order = DiskOrder(self.disk.keys())
-        self._loader = Loader(
-            self.arena, self.disk, self._stores, self._pools, self._watch, self._loaded, self._read_given_up
+        self._fetches = Fetches(
+            self.arena,
+            self._table,
+            self._stores,
+            self._pools,
+            self._spare_buffer,
+            self._wake,
+            limits.requests_in_flight,
         )
+        self._loader = Loader(self.arena, self.disk, self._watch, self._fetches, self._loaded, self._read_given_up)
         room = Room(self._disk_order, self._pins, lambda: self._plans.to_read())
         self._writer = WriteBehind(
             self.arena, self.disk, self._disk_order, room, self._watch, self._table.refresh, self._written
@@ -103,7 +111,14 @@ class Core:
         self._plans = PlanSet(self.consumers, self._table, self._disk_order, self._pins)
         self._warming = Warming(self.consumers, self._plans, self._table, self._writer, self._on_disk)
         self._counters: Counter[str] = Counter(dropped_chunks=0)
-        self._wishes = Wishes(self._ledger, self._plans, self._warming, self.arena.buffer_count, self._on_disk)
+        self._wishes = Wishes(
+            self._ledger,
+            self._plans,
+            self._warming,
+            self.arena.buffer_count,
+            self._on_disk,
+            lambda: self._fetches.limit,
+        )
         self._populator = Populator(self.arena)
 
     # Consumers
@@ -206,13 +221,14 @@ class Core:
         self._turn_due = False
         if self._closed:
             return
-        slots = Slots(self._loader.reads.idle, self._loader.free_fetches)
+        slots = Slots(self._loader.reads.idle, self._fetches.idle, self._fetches.free_at)
         quick = self._disk_is_quick()
         actions = scheduler.decide(
             self._wishes.candidates(), self._table, slots, coming=self._coming(quick), disk_is_quick=quick
         )
         for action in actions:
             self._carry_out(action)
+        self._fetches.settled()
         self._populator.used(self._table.used_count)
         if self._watch.stalled and self._table.stranded_count == self._table.count:
             self._refuse_demands()
@@ -284,6 +300,15 @@ class Core:
             return wanters[0][0][0].options_key
         assert plan is not None, "nobody wants this chunk"
         return plan.options_key
+
+    def _spare_buffer(self) -> int | None:
+        """A buffer for a second request for a chunk that somebody wants: free, or the least useful idle one."""
+        if not self._table.free_count:
+            idle, _ = self._table.by_usefulness([buffers.IDLE])
+            if not idle:
+                return None
+            self._drop(self._chunk_in(idle[0]))
+        return self._table.borrow()
 
     def _drop(self, chunk: Chunk) -> None:
         if chunk.write is Write.QUEUED:
@@ -389,12 +414,13 @@ class Core:
 
     def _stats(self, consumer: ConsumerState) -> dict[str, Any]:
         """All figures; docs/protocol.md says what they mean."""
-        counted = {**self._counters, **self._loader.counters, **self._writer.counters}
+        counted = {**self._counters, **self._loader.counters, **self._fetches.counters, **self._writer.counters}
         counted["recalls"] = self._ledger.recall_count
         node = {
             **counted,
             **figures.of_buffers(self._table),
             **figures.of_disk(self.disk),
+            **self._fetches.figures(),
             "arena_touched_bytes": self.arena.touched_bytes,
             "pid": os.getpid(),
             "troubles": list(self.troubles),
