@@ -11,6 +11,7 @@ A batch sampler that torch made is taken apart, as torchdata takes it, since it 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -225,7 +226,9 @@ def state_of(thing: Any) -> Any:
 
 
 def load_state(thing: Any, state: Any, what: str) -> None:
-    """Tell it. Raises `StateError` where there is something to tell, and it does not listen."""
+    """Tell it, a copy, which it may go on to change. Raises `StateError` where there is something to tell, and it does
+    not listen.
+    """
     if state is None:
         return
     if not is_stateful(thing):
@@ -233,7 +236,7 @@ def load_state(thing: Any, state: Any, what: str) -> None:
             f"the state holds one of the {what}, and this {what} ({type(thing).__name__}) has no load_state_dict; "
             "it was taken with another"
         )
-    thing.load_state_dict(state)
+    thing.load_state_dict(copy.deepcopy(state))
 
 
 def _innermost(sampler: Any) -> Any:

@@ -4,6 +4,7 @@ where it is; also from checkpoints of torchdata's StatefulDataLoader, beside whi
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from itertools import chain
@@ -207,6 +208,42 @@ def test_a_state_says_which_workers_have_ended_though_nothing_else_is_known_of_t
     other = DataLoader(Ranges((2, 5)), num_workers=2, batch_size=None, workers=workers)
     other.load_state_dict(loader.state_dict())
     assert list(other) == list(iterator) == [6]
+
+
+class KeepsWhatItIsTold(RangesWithStatefulIterator):
+    """Its state is a list that it goes on with."""
+
+    def __init__(self) -> None:
+        super().__init__((9, 4))
+        self.given: list[int] = []
+
+    def __iter__(self) -> Any:
+        for number in self.part()[len(self.given) :]:
+            self.given.append(number)
+            yield list(self.given)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.given = state["given"]
+
+
+@pytest.mark.parametrize(("workers", "num_workers"), [("auto", 0), ("process", 2), ("thread", 2)])
+def test_a_state_can_be_loaded_often(workers, num_workers):
+    def make() -> Any:
+        return DataLoader(KeepsWhatItIsTold(), num_workers=num_workers, batch_size=None, workers=workers)
+
+    loader = make()
+    iterator = iter(loader)
+    for _ in range(5):
+        next(iterator)
+    state = copy.deepcopy(loader.state_dict())  # without workers, it is the data set's own list
+    rest = list(iterator)
+    for _ in range(2):
+        other = make()
+        other.load_state_dict(state)
+        assert list(other) == rest
 
 
 def first_is_slow(index: int) -> int:
