@@ -31,7 +31,8 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,7 @@ from fastload.errors import WorkerError
 from fastload.foreign.info import info_of_thread, worker_thread
 from fastload.foreign.order import is_stateful
 from fastload.foreign.packing import Arrived
+from fastload.foreign.randomness import global_kept
 from fastload.foreign.resuming import View
 from fastload.foreign.saved import Saved
 from fastload.foreign.working import Working
@@ -242,6 +244,7 @@ class _Board:
     epoch: int = _NO_EPOCH  # tasks of others are skipped
     answers: queue.SimpleQueue[_Answer] = field(default_factory=queue.SimpleQueue)
     started: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)
+    prepared: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)
 
 
 class _Crew:
@@ -252,13 +255,31 @@ class _Crew:
         self._board = _Board()
         self.answers = self._board.answers
         self._workers = [_Worker(job, self._board) for job in jobs]
-        own_threads = torch.get_num_threads()
-        for worker in self._workers:
-            worker.start()
-        for _ in self._workers:
-            self._board.started.get()
-        # They gave torch one thread each, which holds for themselves, but for any thread that begins later too.
-        torch.set_num_threads(own_threads)
+        with self._generators_kept(jobs):
+            own_threads = torch.get_num_threads()
+            for worker in self._workers:
+                worker.start()
+            for _ in self._workers:
+                self._board.started.get()
+            # They gave torch one thread each, which holds for themselves, but for any thread that begins later too.
+            torch.set_num_threads(own_threads)
+
+    @contextmanager
+    def _generators_kept(self, jobs: list[_Job]) -> Iterator[None]:
+        """Wait until `worker_init_fn` was called everywhere, and put the global generators back: a function made
+        for worker processes seeds them, and here they are the trainer's.
+        """
+        if all(job.init is None for job in jobs):
+            yield
+            return
+        with global_kept():
+            try:
+                yield
+                for _ in self._workers:
+                    self._board.prepared.get()
+            except BaseException:
+                self.dismiss()
+                raise
 
     @property
     def is_foreign(self) -> bool:
@@ -308,6 +329,7 @@ class _Worker(threading.Thread):
         self._board.started.put(None)
         with worker_thread(self._job.info):
             init_failure = self._caught(self._prepare)
+            self._board.prepared.put(None)
             while (order := self.inbox.get()) is not None:
                 if isinstance(order, _Begin):
                     self._failure = init_failure or self._caught(functools.partial(self._begin, order))

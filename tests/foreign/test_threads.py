@@ -2,13 +2,16 @@
 
 import inspect
 import os
+import random
 import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.data
@@ -507,3 +510,35 @@ def test_the_private_parts_of_torch_that_threads_use() -> None:
         *("_persistent_workers", "_sampler_iter", "_next_index"),
     }
     assert expected <= set(dir(batches))
+
+
+def seed_all(worker: int) -> None:
+    """As frameworks' functions for worker processes do."""
+    random.seed(worker)
+    np.random.seed(worker)
+    torch.manual_seed(worker)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_an_init_function_that_seeds_leaves_the_callers_generators_alone(persistent: bool) -> None:
+    """The sampler's order comes from them, and so does what the trainer draws."""
+
+    def drawn(workers: str) -> list[Any]:
+        seed_all(7)
+        loader = fastload.DataLoader(
+            range(40),
+            batch_size=4,
+            shuffle=True,
+            num_workers=2,
+            worker_init_fn=seed_all,
+            persistent_workers=persistent,
+            workers=workers,
+        )
+        found: list[Any] = []
+        for _ in range(2):
+            for batch in loader:
+                found += [batch.tolist(), random.random(), float(np.random.rand()), float(torch.rand(()))]
+        loader.close()
+        return found
+
+    assert drawn("thread") == drawn("process")
