@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from fastload.errors import (
         WorkerError as WorkerError,
     )
+    from fastload.files import open as open  # noqa: A004
     from fastload.loader import DataLoader as DataLoader
     from fastload.mixture import Mixture as Mixture
     from fastload.ragged import Ragged as Ragged
@@ -96,11 +97,14 @@ _HOMES = {
     "Ragged": "fastload.ragged",
     "StreamingDataset": "fastload.dataset",
     "install": "fastload.compat",
+    "open": "fastload.files.opening",
     "uninstall": "fastload.compat",
     **dict.fromkeys(_ERRORS, "fastload.errors"),
 }
 
-__all__ = ["Cache", "DataLoader", "Mixture", "Ragged", "StreamingDataset", "decode", "install", "uninstall", *_ERRORS]
+_NAMES = ("Cache", "DataLoader", "Mixture", "Ragged", "StreamingDataset", "decode", "install", "open", "uninstall")
+
+__all__ = [*_NAMES, *_ERRORS]
 
 
 def __getattr__(name: str) -> Any:

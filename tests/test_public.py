@@ -12,7 +12,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def test_public_names() -> None:
-    names = ["Cache", "DataLoader", "Mixture", "Ragged", "StreamingDataset", "decode", "install", "uninstall"]
+    names = ["Cache", "DataLoader", "Mixture", "Ragged", "StreamingDataset", "decode", "install", "open", "uninstall"]
     assert sorted(fastload.__all__) == sorted([*names, *fastload._ERRORS])
     assert set(fastload.__all__) <= set(dir(fastload))
     for name in fastload.__all__:

@@ -118,8 +118,8 @@ class Consumer(Session):
         with self._changed:
             if self._table.counts()["pinned"]:
                 raise ServiceError("attach() while chunks are pinned: end every `with acquire(...)` first")
-            self._objects = ObjectTable.of(objects)
-            self._first_chunk = chunk_starts(self._objects.sizes, self.chunk_bytes)
+            self._objects = table = ObjectTable.of(objects)
+            self._first_chunk = chunk_starts(table.sizes, self.chunk_bytes)
             self._plan = self._keep = self._progress = None
             self._table.clear()
             self._tell_objects()

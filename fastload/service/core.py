@@ -32,6 +32,7 @@ from fastload.service.indexes import Indexes
 from fastload.service.ledger import Ledger
 from fastload.service.loads import Loader
 from fastload.service.model import Chunk, ObjectEntry, Objects, State, Write
+from fastload.service.openings import Openings
 from fastload.service.pins import Pins
 from fastload.service.plans import Plan
 from fastload.service.planset import PlanSet
@@ -108,6 +109,7 @@ class Core:
         self._requests = Requests(self._stores, self._indexes, self._stats, self._pools)
         self._quota = Quota(self.disk, self._disk_order, self._pools)
         self.consumers: set[ConsumerState] = set()
+        self._openings = Openings(self.consumers, self._objects, self._stores, self._pools)
         self._plans = PlanSet(self.consumers, self._table, self._disk_order, self._pins)
         self._warming = Warming(self.consumers, self._plans, self._table, self._writer, self._on_disk)
         self._counters: Counter[str] = Counter(dropped_chunks=0)
@@ -162,6 +164,8 @@ class Core:
                 self._plans.keep(consumer, message)
             case protocol.Attach():
                 self._attach(consumer, message)
+            case protocol.Open():
+                self._openings.open(consumer, message)
             case protocol.Credentials():
                 self._change_credentials(consumer, message)
             case protocol.Report():
@@ -359,6 +363,7 @@ class Core:
                 plan.failed.add(position)
             if isinstance(plan, WarmPlan) and position >= 0:
                 plan.fail(error)
+        self._openings.failed(chunk, error)
         self._table.clear(chunk)
         chunk.state = State.ABSENT
         self._ledger.failed(chunk, error)

@@ -11,10 +11,10 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import msgspec
 
@@ -24,10 +24,13 @@ from fastload.errors import ConfigError, ServiceError
 from fastload.service import election, protocol
 from fastload.service.channel import Connection
 from fastload.service.client import Consumer
+from fastload.service.opener import Opener
 from fastload.waiting import Waits
 
 if TYPE_CHECKING:
     from fastload.service.inprocess import InProcessService
+
+Shared = TypeVar("Shared")
 
 ServiceMode = Literal["auto", "inprocess"]
 
@@ -85,6 +88,7 @@ class Cache:
     def _forget_service(self) -> None:
         self._lock = threading.Lock()
         self._service: InProcessService | None = None
+        self._shared: dict[Hashable, Any] = {}
 
     @property
     def directory(self) -> Path:
@@ -117,11 +121,30 @@ class Cache:
         self._consumers.add(consumer)
         return consumer
 
+    def opener(self, storage_options: Mapping[str, Any] | None = None, name: str = "") -> Opener:
+        """A new connection as `consumer` makes one, for objects that are opened one by one. It does not keep this
+        handle, without which it cannot connect again.
+        """
+        opener = Opener(_Weakly(self), storage_options, name)
+        self._consumers.add(opener)
+        return opener
+
+    def shared(self, key: Hashable, make: Callable[[], Shared]) -> Shared:
+        """What all who use this handle in this process share under `key`; made if it is not there. A child that is
+        forked begins without, and so does the handle once it was closed.
+        """
+        with self._lock:
+            if key not in self._shared:
+                self._shared[key] = make()
+            value: Shared = self._shared[key]
+            return value
+
     def close(self) -> None:
         """End all consumers made through this handle in this process, and the service if it runs in this process."""
         for consumer in list(self._consumers):
             consumer.close()
         with self._lock:
+            self._shared.clear()
             service, self._service = self._service, None
         if service is not None:
             service.close()
@@ -207,9 +230,32 @@ class Cache:
                 warnings.warn(message, RuntimeWarning, stacklevel=5)
 
     def _forget_after_fork(self) -> None:
+        _inherited.append(self._shared)
         self._forget_service()
         # The same file, but the lock and its descriptor stay the parent's.
         self._consumers = weakref.WeakSet(self._consumers)
+
+
+class _Weakly:
+    """What a consumer needs of a handle, as long as somebody else keeps that."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = weakref.ref(cache)
+        self._path = cache.directory
+
+    def connect(self, hello: protocol.Hello, stop: threading.Event) -> Connection:
+        """As the handle does."""
+        return self._get().connect(hello, stop)
+
+    def warn(self, message: str) -> bool:
+        """As the handle does."""
+        return self._get().warn(message)
+
+    def _get(self) -> Cache:
+        cache = self._cache()
+        if cache is None:
+            raise ServiceError(f"the Cache({str(self._path)!r}) that this connection was made through is gone; keep it")
+        return cache
 
 
 def _idle_s() -> float:
@@ -223,6 +269,8 @@ def _idle_s() -> float:
 _warned: set[tuple[Path, str]] = set()
 _warned_lock = threading.Lock()
 _live_caches: weakref.WeakSet[Cache] = weakref.WeakSet()
+# In a forked child: what the parent shared, which is not to be taken apart there.
+_inherited: list[dict[Hashable, Any]] = []
 
 
 def _forget_all_after_fork() -> None:

@@ -167,12 +167,16 @@ class Objects:
         piece = self._pieces.get(key)
         if piece is None:
             infos = rows.table()
-            piece = Piece(self.use(info, object_id(info, self._chunk_bytes, endpoint), endpoint) for info in infos)
+            piece = Piece(self.use_info(info, endpoint) for info in infos)
             self._pieces[key] = piece
         else:
             for entry in piece:
                 entry.user_count += 1
         return piece
+
+    def use_info(self, info: ObjectInfo, endpoint: str) -> ObjectEntry:
+        """The entry of an object that one more list names, and that is at `endpoint`."""
+        return self.use(info, object_id(info, self._chunk_bytes, endpoint), endpoint)
 
     def use(self, info: ObjectInfo, object_id: bytes, endpoint: str = "") -> ObjectEntry:
         """The entry of an object that one more list names."""

@@ -133,6 +133,13 @@ class Resolve(Message, tag="resolve"):
     beside: list[str]
 
 
+class Open(Message, tag="open"):
+    """Which version of the object is there? It joins the end of my list. Answered by `Opened` or `RequestFailed`."""
+
+    request: int
+    url: str
+
+
 class Attach(Message, tag="attach"):
     """A piece of the consumer's object list, which numbers its chunks."""
 
@@ -280,6 +287,17 @@ class Resolved(Message, tag="resolved"):
     last: bool
 
 
+class Opened(Message, tag="opened"):
+    """Answers `Open`: the object is number `object_no` of the consumer's list."""
+
+    request: int
+    object_no: int
+    url: str
+    size: Annotated[int, msgspec.Meta(ge=0)]
+    etag: str | None
+    mtime_ns: int
+
+
 class Indexes(Message, tag="indexes"):
     """A piece of the answer to `GetIndexes`; objects without a stored index are left out."""
 
@@ -338,6 +356,7 @@ FromConsumer = (
     Hello
     | Credentials
     | Resolve
+    | Open
     | Attach
     | SetPlan
     | Keep
@@ -359,6 +378,7 @@ FromService = (
     | Failed
     | Recall
     | Resolved
+    | Opened
     | Indexes
     | Counts
     | StatsReply

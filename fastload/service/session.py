@@ -34,6 +34,7 @@ from fastload.service.leases import LeaseTable, MappedArena
 from fastload.service.protocol import ObjectRows, Progress
 from fastload.store import StoreOptions
 from fastload.store.table import ObjectTable
+from fastload.store.types import ObjectInfo
 from fastload.waiting import Reason, Waits, wait
 
 Int64 = npt.NDArray[np.int64]
@@ -77,7 +78,7 @@ class Session:
         self._cache = cache
         self._storage_options = dict(storage_options or {})
         self._waits = waits
-        self._objects = ObjectTable.of([])
+        self._objects: Sequence[ObjectInfo] = ObjectTable.of([])
         self._first_chunk: Int64 = np.zeros(1, np.int64)
         self._plan: protocol.SetPlan | None = None
         self._keep: protocol.Keep | None = None
@@ -252,11 +253,14 @@ class Session:
         request.error = errors.from_wire(message.name, message.message)
         request.done = True
 
-    def _take_part(self, message: protocol.Resolved | protocol.Indexes | protocol.Counts | protocol.StatsReply) -> None:
+    def _take_part(
+        self,
+        message: protocol.Resolved | protocol.Opened | protocol.Indexes | protocol.Counts | protocol.StatsReply,
+    ) -> None:
         request = self._requests.get(message.request)
         if request is not None and not request.done:
             request.parts.append(message)
-            request.done = isinstance(message, protocol.StatsReply | protocol.Counts) or message.last
+            request.done = message.last if isinstance(message, protocol.Resolved | protocol.Indexes) else True
 
     def _renew_credentials(self) -> bool:
         """Read the environment again; True where that changed anything, which the service has then been told."""

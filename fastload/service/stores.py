@@ -80,6 +80,11 @@ class StoreTable:
         with self._use(key, info.url) as store:
             store.read_into(info, start, out)
 
+    def head(self, key: str, url: str) -> ObjectInfo:
+        """The object at `url`; the store's errors."""
+        with self._use(key, url) as store:
+            return store.head(url)
+
     def resolve(
         self, key: str, urls: Sequence[str], endings: Sequence[str], beside: Sequence[str] = ()
     ) -> list[ObjectInfo]:

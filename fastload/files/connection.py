@@ -1,0 +1,162 @@
+"""One process's connection for all its open files: what is opened through it, what is leased, what is on its way.
+
+A lease is pinned while bytes are copied. It is kept longer only where a file has stopped in the middle of a chunk,
+since it will mostly go on there; a few of these at most, in the order of their use. Chunks that files expect to need
+are asked for ahead, within a budget that all files of the process share. What is kept can be recalled by the service.
+
+Safe to use from several threads. Files that are dropped may be collected under any lock, so what they leave is given
+back by another thread.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastload.engine.deferred import call_later
+from fastload.errors import ObjectChangedError, ServiceError
+from fastload.service.client import Held
+from fastload.service.handle import Cache
+from fastload.service.opener import OpenedObject
+from fastload.store.urls import scheme
+
+Bytes = npt.NDArray[np.uint8]
+
+# Objects on a connection's list. Each costs the service about a kilobyte while the list is in use; a new list costs a
+# millisecond.
+_OBJECTS_MAX = 16_384
+# How long the version of an object is taken as known without asking the service, which may ask the store.
+_KNOWN_S = 60.0
+# Chunks that stay leased because a file has stopped in the middle of them.
+_KEPT_MAX = 8
+# Chunks asked for ahead, for all files together; and of the arena at most this part.
+_AHEAD_MAX = 32
+_AHEAD_SHARE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    opened: OpenedObject
+    until_s: float
+
+
+class Connection:
+    """See the module's text. It is closed when nobody refers to it any more."""
+
+    def __init__(
+        self, cache: Cache, storage_options: Mapping[str, Any] | None, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Connect; the errors of `Cache.opener`."""
+        self._now = now
+        self._cache = cache  # which the opener does not keep
+        self._opener = cache.opener(storage_options, name="fastload.open")
+        weakref.finalize(self, call_later, self._opener.close).atexit = False
+        self.chunk_bytes = self._opener.chunk_bytes
+        self._ahead_max = max(1, min(_AHEAD_MAX, self._opener.buffer_count // _AHEAD_SHARE))
+        self._known: dict[str, _Known] = {}
+        self._begin()
+        _live_connections.add(self)
+
+    def _begin(self) -> None:
+        """What belongs to this process's leases."""
+        self._lock = threading.Lock()
+        self._kept: dict[int, None] = {}  # the one that was used last is the last
+        self._ahead: set[int] = set()
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether files to come need another one."""
+        return self._opener.is_ended or self._opener.opened_count >= _OBJECTS_MAX
+
+    def open(self, url: str) -> OpenedObject:
+        """The object at `url`, which is normalised; the store's errors."""
+        known = self._known.get(url)
+        if known is not None and self._now() < known.until_s:
+            return known.opened
+        opened = self._opener.open(url)
+        if known is not None and known.opened.info == opened.info:
+            opened = known.opened  # so that its chunks have one number
+        is_local = scheme(url) == "file"  # looking at a file costs nothing, and files are written to more often
+        self._known[url] = _Known(opened, self._now() + (0 if is_local else _KNOWN_S))
+        return opened
+
+    def acquire(self, opened: OpenedObject, index: int) -> Held:
+        """Wait for a chunk of an object and pin it."""
+        chunk = opened.first_chunk + index
+        try:
+            held = self._opener.acquire([chunk])
+        except ObjectChangedError:
+            self._known.pop(opened.info.url, None)
+            raise
+        with self._lock:
+            self._ahead.discard(chunk)
+        return held
+
+    def keep(self, opened: OpenedObject, index: int) -> None:
+        """A file has stopped in the middle of this chunk."""
+        chunk = opened.first_chunk + index
+        with self._lock:
+            self._kept.pop(chunk, None)
+            self._kept[chunk] = None
+            spare = next(iter(self._kept)) if len(self._kept) > _KEPT_MAX else None
+            if spare is not None:
+                del self._kept[spare]
+        if spare is not None:
+            self._opener.release([spare])
+
+    def want(self, opened: OpenedObject, indexes: Iterable[int]) -> set[int]:
+        """Have these on their way, as far as the budget goes; those that are."""
+        with self._lock:
+            wanted, asked = set(), []
+            for index in indexes:
+                chunk = opened.first_chunk + index
+                if chunk not in self._ahead and chunk not in self._kept:
+                    if len(self._ahead) >= self._ahead_max:
+                        break
+                    self._ahead.add(chunk)
+                    asked.append(chunk)
+                wanted.add(index)
+        if asked:
+            self._opener.want(asked)
+        return wanted
+
+    def release(self, opened: OpenedObject, indexes: Iterable[int]) -> None:
+        """Give these back, and want them no more."""
+        chunks = [opened.first_chunk + index for index in indexes]
+        with self._lock:
+            for chunk in chunks:
+                self._kept.pop(chunk, None)
+                self._ahead.discard(chunk)
+        if chunks:
+            self._opener.release(chunks)
+
+    def abandon(self, opened: OpenedObject, indexes: set[int]) -> None:
+        """Release these soon. Takes no lock and never waits: for files that are collected."""
+        call_later(self._release_left, opened, indexes)
+
+    def _release_left(self, opened: OpenedObject, indexes: set[int]) -> None:
+        try:
+            self.release(opened, indexes)
+        except ServiceError:
+            if not self._opener.is_ended:
+                raise
+            # It was closed meanwhile, and with it all that it held.
+
+
+_live_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def _forget_all_after_fork() -> None:
+    for connection in list(_live_connections):
+        connection._begin()
+
+
+os.register_at_fork(after_in_child=_forget_all_after_fork)

@@ -1,0 +1,99 @@
+"""`fastload.open`: which connection a file goes through.
+
+A process has one for each cache and set of storage options, made at the first file and shared by all threads. It is
+found again through the cache's handle; where a directory or nothing was given, through a handle that is kept here for
+the life of the process. A forked child makes its own.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from fastload.config import default_cache_dir
+from fastload.errors import ConfigError
+from fastload.files.connection import Connection
+from fastload.files.file import ObjectFile, RawObject
+from fastload.service.handle import Cache
+from fastload.store.urls import normalise
+
+
+def open(  # noqa: A001  # as those of gzip and tarfile
+    url: str | os.PathLike[str],
+    cache: Cache | str | os.PathLike[str] | None = None,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+) -> ObjectFile:
+    """One object as a file that is read through the node's cache: binary, read-only, seekable.
+
+    `url`: of one object, taken as it is (no patterns), or a local path. `cache`: a `fastload.Cache`, or its directory;
+    without one, `$FASTLOAD_CACHE` or the user's cache directory. `storage_options`: as for `StreamingDataset`.
+
+    It reads the version of the object that was there when it was opened: `ObjectChangedError` where bytes that are not
+    cached are of another by then. A node asks the store for an object's version once an hour at most. Opening costs a
+    message to the cache service, and nothing where this process opened the object in the last minute; so a map-style
+    data set may open one in each `__getitem__`, also in worker processes, however they are started.
+
+    An object takes whole chunks of the cache's memory, a small one as much as a large one's part. While it is read in
+    some order (forward, backward, in steps, several of these at once) what follows is fetched ahead.
+
+    `size` is the object's size, and `url` its URL. Any number of files may be open, in any thread, also of one object.
+    Raises `ObjectMissingError`, which is a `FileNotFoundError`, and the other errors of `fastload.errors`.
+    """
+    handle = cache if isinstance(cache, Cache) else _handle(cache)
+    name = _checked(url)
+    place: _Place = handle.shared(("fastload.open", _options_key(storage_options)), _Place)
+    connection = place.connection(handle, storage_options)
+    return ObjectFile(RawObject(connection, connection.open(name)))
+
+
+class _Place:
+    """Where a handle keeps its connection for one set of options."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._connection: Connection | None = None
+
+    def connection(self, cache: Cache, storage_options: Mapping[str, Any] | None) -> Connection:
+        """The connection, or another where it is spent; files that are open keep the one they have."""
+        with self._lock:
+            if self._connection is None or self._connection.is_spent:
+                self._connection = Connection(cache, storage_options)
+            return self._connection
+
+
+def _checked(url: str | os.PathLike[str]) -> str:
+    if not isinstance(url, str | os.PathLike) or not os.fspath(url):
+        raise ConfigError(f"{url!r} is not a URL or path; write s3://bucket/key or /data/file")
+    name = normalise(str(os.fspath(url)))
+    if name.endswith("/"):
+        raise ConfigError(f"{os.fspath(url)}: a folder cannot be opened; name one object in it")
+    return name
+
+
+def _options_key(storage_options: Mapping[str, Any] | None) -> str:
+    return repr(sorted(storage_options.items())) if storage_options else ""
+
+
+def _handle(directory: str | os.PathLike[str] | None) -> Cache:
+    if directory is not None and not isinstance(directory, str | os.PathLike):
+        raise ConfigError(f"cache={directory!r} must be a fastload.Cache, or the directory of one")
+    path = os.path.abspath(os.path.expanduser(default_cache_dir() if directory is None else directory))
+    with _lock:
+        if path not in _handles:
+            _handles[path] = Cache(path)
+        return _handles[path]
+
+
+_handles: dict[str, Cache] = {}
+_lock = threading.Lock()
+
+
+def _unlock_after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_unlock_after_fork)

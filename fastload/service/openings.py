@@ -1,0 +1,75 @@
+"""Objects that consumers open one by one: their version is found out, and they join the consumer's list.
+
+Each is asked for once, however many consumers open it at the same time, and its answer is remembered (`versions`).
+Files of this machine are looked at each time, which costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from fastload.errors import ObjectChangedError, to_wire
+from fastload.service import protocol
+from fastload.service.consumers import ConsumerState
+from fastload.service.model import Chunk, Objects, Piece
+from fastload.service.pools import Pools
+from fastload.service.stores import StoreTable
+from fastload.service.versions import Versions
+from fastload.store.types import ObjectInfo
+from fastload.store.urls import scheme
+
+# As many as there are fetches: readers that open what is not cached wait for one of each.
+_HEAD_THREADS = 16
+
+
+class Openings:
+    """Used by the loop's thread only."""
+
+    def __init__(
+        self, consumers: Collection[ConsumerState], objects: Objects, stores: StoreTable, pools: Pools
+    ) -> None:
+        """`consumers` are those that are connected."""
+        self._consumers, self._objects, self._stores = consumers, objects, stores
+        self._heads = pools.make("head", _HEAD_THREADS)
+        self._versions = Versions()
+        self._waiting: dict[tuple[str, str], list[tuple[ConsumerState, int]]] = {}  # by options and URL
+
+    def open(self, consumer: ConsumerState, message: protocol.Open) -> None:
+        """Answer, now or later."""
+        url = message.url
+        known = self._versions.get(self._stores.endpoint(consumer.options_key), url)
+        if known is not None:
+            self._answer(consumer, message.request, known)
+            return
+        place = consumer.options_key, url
+        self._waiting.setdefault(place, []).append((consumer, message.request))
+        if len(self._waiting[place]) == 1:
+            self._ask(*place)
+
+    def failed(self, chunk: Chunk, error: BaseException) -> None:
+        """A chunk could not be had: whoever opens its object again is not told of the version that is gone."""
+        if isinstance(error, ObjectChangedError):
+            self._versions.forget(chunk.entry.info.url)
+
+    def _ask(self, options_key: str, url: str) -> None:
+        endpoint = self._stores.endpoint(options_key)  # the consumer may be gone when the answer is here
+
+        def done(info: ObjectInfo | None, error: BaseException | None) -> None:
+            waiting = self._waiting.pop((options_key, url))
+            if info is not None and info.url == url and scheme(url) != "file":
+                self._versions.learn(endpoint, info)
+            for consumer, request in waiting:
+                if info is not None:
+                    self._answer(consumer, request, info)
+                elif error is not None:
+                    consumer.send(protocol.RequestFailed(request, *to_wire(error)))
+
+        self._heads.submit(self._stores.head, options_key, url, done=done)
+
+    def _answer(self, consumer: ConsumerState, request: int, info: ObjectInfo) -> None:
+        if consumer not in self._consumers:  # it has gone meanwhile, and nobody would take the object off its list
+            return
+        endpoint = self._stores.endpoint(consumer.options_key)
+        object_no = len(consumer.entries)
+        consumer.append(Piece([self._objects.use_info(info, endpoint)]))
+        consumer.send(protocol.Opened(request, object_no, info.url, info.size, info.etag, info.mtime_ns))

@@ -1,0 +1,131 @@
+"""Objects that consumers open one by one: asked for once, remembered, numbered."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from fastload.errors import ObjectChangedError
+from fastload.service import protocol
+from fastload.service.core import Core
+from fastload.service.versions import FRESH_S, Versions
+from fastload.store.types import ObjectInfo
+from tests.service.helpers import CHUNK_BYTES, random_bytes
+from tests.service.world import Side, World, settle, until
+
+
+def test_versions_are_known_for_an_hour() -> None:
+    now = 100.0
+    versions = Versions(lambda: now)
+    infos = [ObjectInfo("s3://b/a", 5, '"etag"', 7), ObjectInfo("s3://b/b", 0, None, -1), ObjectInfo("s3://b/c", 1, "")]
+    for info in infos:
+        versions.learn("endpoint", info)
+    assert [versions.get("endpoint", info.url) for info in infos] == infos
+    assert versions.get("another", "s3://b/a") is None
+    now += FRESH_S
+    assert versions.get("endpoint", "s3://b/a") == infos[0]
+    versions.forget("s3://b/a")
+    versions.forget("s3://b/a")
+    assert versions.get("endpoint", "s3://b/a") is None
+    now += 1
+    assert versions.get("endpoint", "s3://b/b") is None
+
+
+def test_versions_are_bounded() -> None:
+    versions = Versions(count_max=32)
+    infos = [ObjectInfo(f"s3://b/{number}", number, "e") for number in range(100)]
+    for info in infos:
+        versions.learn("", info)
+    known = [info for info in infos if versions.get("", info.url) is not None]
+    assert 16 <= len(known) <= 32
+    assert known == infos[-len(known) :]
+
+
+class Heads:
+    """Counts what a world's store is asked, and holds the answers back."""
+
+    def __init__(self, world: World) -> None:
+        self.asked: list[str] = []
+        self.gate = threading.Event()
+        head = world.store.head
+
+        def held(url: str) -> ObjectInfo:
+            self.asked.append(url)
+            self.gate.wait(20)
+            return head(url)
+
+        world.store.head = held  # type: ignore[method-assign]
+
+
+def test_one_question_for_all_who_open_it(tmp_path: Path) -> None:
+    world = World(tmp_path, buffer_count=4)
+    world.add(1, 2)
+    heads = Heads(world)
+    urls = [info.url for info in world.objects]
+
+    async def work(core: Core) -> None:
+        sides = [Side(core, []) for _ in range(3)]
+        for side in sides:
+            side.say(protocol.Open(1, urls[1]))
+        core.disconnect(sides[2].state)  # before the answer is here
+        heads.gate.set()
+        await until(lambda: all(side.all(protocol.Opened) for side in sides[:2]), "both are told")
+        assert heads.asked == [urls[1]]
+        assert not sides[2].all(protocol.Opened)
+        sides[0].say(protocol.Open(2, urls[1]))
+        sides[0].say(protocol.Open(3, urls[0]))
+        await until(lambda: len(sides[0].all(protocol.Opened)) == 3, "the third is there")
+        assert [(each.request, each.object_no, each.url) for each in sides[0].all(protocol.Opened)] == [
+            (1, 0, urls[1]),
+            (2, 1, urls[1]),
+            (3, 2, urls[0]),
+        ]
+        assert heads.asked == urls[::-1]
+        sides[0].want(0, 3, 4)  # of two chunks each, the third of one
+        await until(lambda: len(sides[0].granted) == 3, "they are granted")
+        for side in sides[:2]:
+            core.disconnect(side.state)
+        await settle()
+        # The arena may hold their chunks; no list does.
+        assert all(entry.user_count == 0 for entry in core._objects._entries.values())
+
+    world.run(work)
+
+
+def test_what_changed_is_asked_for_again(tmp_path: Path) -> None:
+    world = World(tmp_path, buffer_count=4)
+    world.add(1)
+    (info,) = world.objects
+    heads = Heads(world)
+    heads.gate.set()
+
+    async def work(core: Core) -> None:
+        side = Side(core, [])
+        side.say(protocol.Open(1, info.url))
+        await until(lambda: bool(side.all(protocol.Opened)), "it is opened")
+        world.store.put("0", random_bytes(9, CHUNK_BYTES))
+        world.store.errors[info.url] = ObjectChangedError("another")
+        heads.asked.clear()
+        side.want(0)
+        await until(lambda: bool(side.all(protocol.Failed)), "it has failed")
+        side.say(protocol.Open(2, info.url))
+        await until(lambda: len(side.all(protocol.Opened)) == 2, "it is opened again")
+        first, second = side.all(protocol.Opened)
+        assert first.etag != second.etag
+        assert len(heads.asked) == 1
+
+    world.run(work)
+
+
+def test_what_is_missing_is_said_and_not_remembered(tmp_path: Path) -> None:
+    world = World(tmp_path, buffer_count=4)
+
+    async def work(core: Core) -> None:
+        side = Side(core, [])
+        side.say(protocol.Open(1, "s3://fake/0"))
+        await until(lambda: bool(side.all(protocol.RequestFailed)), "it has failed")
+        world.add(1)
+        side.say(protocol.Open(2, "s3://fake/0"))
+        await until(lambda: bool(side.all(protocol.Opened)), "it is opened")
+
+    world.run(work)
