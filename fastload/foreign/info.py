@@ -5,12 +5,16 @@ threads of the trainer none. Users hold the function itself (`from torch.utils.d
 another in its place would miss them; and what it gives where there is no worker has to be None, so the global cannot
 hold something that tells threads apart. So while there are worker threads, the function has other *code*, which looks
 at the thread that calls it before it looks at the global; with the last of them it gets its own back.
+
+torch's collate asks it too, and stacks tensors into shared memory where it is in a worker, since they are to cross to
+another process. Those of a thread are not; so collate is told that there is no worker.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +23,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data._utils import collate as torch_collate
 from torch.utils.data._utils import worker as torch_worker
+
+
+class _Thread(threading.local):
+    """The info of each thread, if it has one."""
+
+    info: Any = None
+
+    def seen(self, otherwise: Any) -> Any:
+        """What `get_worker_info()` gives to whoever has called it."""
+        if self.info is None:
+            return otherwise
+        caller = sys._getframe(2)
+        return None if caller.f_code is torch_collate.collate_tensor_fn.__code__ else self.info
+
 
 _changing = threading.Lock()
 _threads = 0  # that have an info now
@@ -27,11 +46,11 @@ _original: CodeType | None = None  # the function's own code, while it has ours
 
 # As in torch's module, whose globals `_of_thread_or_process` sees once it is the code of torch's function.
 _worker_info: Any = None
-_fastload_thread = threading.local()
+_fastload_thread = _Thread()
 
 
 def _of_thread_or_process() -> Any:
-    return getattr(_fastload_thread, "info", _worker_info)
+    return _fastload_thread.seen(_worker_info)
 
 
 @contextmanager
@@ -42,7 +61,7 @@ def worker_thread(info: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        del _fastload_thread.info
+        _fastload_thread.info = None
         _one_thread_less()
 
 
@@ -91,7 +110,7 @@ def _begin_as_child() -> None:
     """A process that a worker thread forked is no worker, and the others stayed where they were."""
     global _changing, _threads, _fastload_thread
     _changing, _threads = threading.Lock(), 0
-    _fastload_thread = threading.local()
+    _fastload_thread = _Thread()
     _restore()
 
 

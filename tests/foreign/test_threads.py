@@ -164,6 +164,13 @@ def test_what_fails_at_the_start_fails_at_the_first_batch() -> None:
         next(iter(threaded(NoIterator())))
 
 
+@pytest.mark.parametrize("make", [torch.tensor, np.array])
+def test_batches_of_threads_are_not_stacked_into_memory_for_another_process(make) -> None:
+    dataset = [make([n, n]) for n in range(4)]
+    for batch in threaded(dataset, batch_size=2):
+        assert not batch.is_shared()
+
+
 def test_worker_info_is_of_the_thread_that_asks_and_gone_with_the_last() -> None:
     own_code = get_worker_info.__code__
     dataset = Squares(4)

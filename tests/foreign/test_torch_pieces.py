@@ -55,6 +55,7 @@ def test_functions_take_what_they_took(function, parameters):
         (MANY._next_data, "self._workers_status isinstance(data, _utils.worker._IterableDatasetStopIteration)"),
         (worker._worker_loop, "_worker_info = WorkerInfo( init_fn(worker_id) _DatasetKind.create_fetcher("),
         (worker._worker_loop, "_IterableDatasetStopIteration(worker_id) ExceptionWrapper( "),
+        (collate.collate_tensor_fn, "torch.utils.data.get_worker_info() _new_shared("),
         (fetch._IterableDatasetFetcher, "self.dataset_iter = iter(dataset) self.ended self.collate_fn(data)"),
     ],
 )
