@@ -244,7 +244,7 @@ class Core:
             consumer.flush()
 
     def _used(self, chunk: Chunk) -> None:
-        """It was in RAM when it was asked for."""
+        """It was read before, and is again, from RAM."""
         self._table.use(chunk)
         self._disk_order.use(chunk.entry.key(chunk.index))
 

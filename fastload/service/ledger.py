@@ -22,7 +22,7 @@ class Ledger:
     """Changed by the loop's thread only."""
 
     def __init__(self, table: BufferTable, used: Callable[[Chunk], None]) -> None:
-        """`used(chunk)` is called when a chunk is here already as it is asked for."""
+        """`used(chunk)` is called when a chunk is here that was read before."""
         self._table, self._used = table, used
         self.demanded: dict[Chunk, None] = {}
         self.wanted: dict[Chunk, None] = {}
@@ -43,7 +43,8 @@ class Ledger:
                 # It asked again before our grant reached it, which it ignored therefore, and the recall too.
                 self._undo_lease(chunk, consumer, chunk_no)
             if chunk.state is State.RESIDENT and not recalled:
-                self._used(chunk)
+                if chunk.granted_to:  # what was fetched ahead is read for the first time
+                    self._used(chunk)
                 self._grant(chunk, consumer, chunk_no, message.serial)
                 continue
             consumer.wants[chunk_no] = chunk
