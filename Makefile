@@ -27,10 +27,11 @@ bench: $(STAMP)
 	$(BIN)/pip install --quiet -e '.[bench]'
 	$(BIN)/python -m bench.throughput
 
-# Lightning, accelerate and transformers train the same weights with our loader as with torch's.
+# Lightning, accelerate and transformers train the same weights with our loader as with torch's, and go on in our data
+# sets where they were stopped.
 frameworks: $(STAMP)
 	$(BIN)/pip install --quiet -e '.[frameworks]'
-	$(BIN)/python -m pytest tests/foreign/test_frameworks.py
+	$(BIN)/python -m pytest tests/foreign/test_frameworks.py tests/foreign/test_frameworks_streaming.py
 
 # Our data set in torch's own loader: workers are started fifty times by each of fork, spawn and forkserver.
 starts: $(STAMP)
