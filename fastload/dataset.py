@@ -30,10 +30,13 @@ from fastload.config import parse_bytes
 from fastload.decode import Decoder
 from fastload.engine.assemble import Skips
 from fastload.engine.columns import ColumnSet
+from fastload.engine.finish import Finish, OneMaker
 from fastload.engine.job import Beginning, Job
+from fastload.engine.lookup import Lookup
 from fastload.engine.passes import AnyPosition, OnePass, PassOptions, SourcePass, begin_pass, open_source
 from fastload.engine.session import Source
 from fastload.errors import ConfigError
+from fastload.indexed import IndexedDataset, checked_number, checked_numbers
 from fastload.plan import OrderOptions, OrderWish, Position, Ranks, Shuffle, Tail, sample_count_of_rank
 from fastload.plan.tail import check_tail
 from fastload.service.handle import Cache
@@ -41,6 +44,12 @@ from fastload.streaming import Streaming
 
 if TYPE_CHECKING:
     from fastload.plan.mixture import SourcePlan
+
+
+_UNKNOWN_COUNTS = (
+    "the number of samples is not known before every shard has been read once; iterate one epoch, or run "
+    "`fastload index` or `fastload warm` on the same URLs and cache"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +158,7 @@ class StreamingDataset(Streaming):
         wish = _order_wish(shuffle, seed, shuffle_window, partitions)
         self._job = Job((rank, world_size), checked_count(replicas, "replicas"), wish, cache.ram_bytes)
         self._source_here = self._new_source(None)
+        self._lookup_here: Lookup | None = None
 
     @property
     def sample_count(self) -> int:
@@ -159,11 +169,43 @@ class StreamingDataset(Streaming):
         """int64[shards]: samples of each shard. TypeError while they are not known: see `len`."""
         counts = self._source.sample_counts()
         if counts is None:
-            raise TypeError(
-                "the number of samples is not known before every shard has been read once; iterate one epoch, or run "
-                "`fastload index` or `fastload warm` on the same URLs and cache"
-            )
+            raise TypeError(_UNKNOWN_COUNTS)
         return counts
+
+    def __getitem__(self, number: Any) -> Any:
+        """Sample `number` of all (not of this rank's), as iterating gives it: a dict, or a tuple.
+
+        Shards count in the order in which they are listed, and samples in the order in which they lie in their shard;
+        negative numbers count from the end. Random choices of decoders are those of the epoch that the next iteration
+        will be (`set_epoch`). A sample that cannot be read is an error here, also with `on_error="skip"`. TypeError
+        while the counts of samples are not known (see `len`), IndexError for a number beyond them. See docs/open.md.
+        """
+        if self._on_batches:
+            raise ConfigError("map_batch() functions need batches, and this is one sample; use take()")
+        starts = self._starts()
+        (sample,) = self._make([checked_number(number, int(starts[-1]))], starts, "samples")
+        return sample
+
+    def take(self, numbers: Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor) -> Any:
+        """The samples with these numbers (see `dataset[number]`) as one batch, as a `fastload.DataLoader` makes it: in
+        the order of `numbers`, which may name a sample twice. All that they need is fetched at once.
+        """
+        starts = self._starts()
+        return self._make(checked_numbers(numbers, int(starts[-1])), starts, "batch")
+
+    def samples(self, numbers: Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor) -> list[Any]:
+        """The samples with these numbers, as a list; read together, as `take` does."""
+        if self._on_batches:
+            raise ConfigError("map_batch() functions need batches, and these are samples; use take()")
+        starts = self._starts()
+        found: list[Any] = self._make(checked_numbers(numbers, int(starts[-1])), starts, "samples")
+        return found
+
+    def indexed(self) -> IndexedDataset:
+        """The same samples as a map-style data set, for samplers and torch's worker processes. TypeError while the
+        counts of samples are not known: see `len`.
+        """
+        return IndexedDataset(self)
 
     def __len__(self) -> int:
         """Samples of this rank, repeats included. TypeError, with the cure, while shards are not indexed."""
@@ -241,6 +283,27 @@ class StreamingDataset(Streaming):
             self._source_here = self._new_source(self._source_here.manifest)
         return self._source_here
 
+    def _starts(self) -> npt.NDArray[np.int64]:
+        """The number of each shard's first sample, and last that of all. TypeError while they are not known."""
+        starts = self._lookup.starts()
+        if starts is None:
+            raise TypeError(_UNKNOWN_COUNTS)
+        return starts
+
+    def _make(self, numbers: Any, starts: npt.NDArray[np.int64], gives: Literal["batch", "samples"]) -> Any:
+        on_batches = self._on_batches if gives == "batch" else ()
+        finish = Finish(OneMaker(self.columns, self._on_samples), gives, on_batches=on_batches)
+        return self._lookup.make(np.asarray(numbers, np.int64), starts, self.next_epoch(), finish)
+
+    @property
+    def _lookup(self) -> Lookup:
+        """What finds samples by number, in this process."""
+        lookup, source = self._lookup_here, self._source
+        if lookup is None or lookup.source is not source:
+            maker = OneMaker(self.columns, self._on_samples)
+            lookup = self._lookup_here = Lookup(source, maker, self._job.order.seed)
+        return lookup
+
     def _new_source(self, manifest: Any) -> Source:
         settings = self._settings
         kernels = settings.passes.columns.kernel_modules()
@@ -257,7 +320,7 @@ class StreamingDataset(Streaming):
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs."""
-        return {**super().__getstate__(), "_source_here": self._source_here.manifest}
+        return {**super().__getstate__(), "_source_here": self._source_here.manifest, "_lookup_here": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -134,3 +135,13 @@ def test_a_directory_or_the_environment_names_the_cache(
     directory = str(cache.directory)
     assert json.loads(run(code, json.dumps(urls), directory)) == sizes
     assert json.loads(run(code, json.dumps(urls), FASTLOAD_CACHE=directory)) == sizes
+
+
+def test_the_example(tmp_path: Path, objects: dict[str, bytes]) -> None:
+    example = Path(__file__).parents[2] / "examples" / "open_objects.py"
+    command = [sys.executable, example, *objects]
+    environment = {**os.environ, "FASTLOAD_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=100)
+    total = sum(map(len, objects.values()))
+    expected = rf"epoch 0: {total} bytes in \S+ s; fetched so far: {total} bytes\nepoch 1: {total} bytes in \S+ s; "
+    assert re.match(expected + rf"fetched so far: {total} bytes\n$", done.stdout), done.stdout
