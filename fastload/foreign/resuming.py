@@ -71,8 +71,8 @@ class Resuming(_BaseDataLoaderIter):
                     next(self)
                 except StopIteration:
                     raise StateError(
-                        f"the state was taken {batches} batches after its snapshot, and only {turn} are left there: "
-                        "it belongs to another data set, sampler or batch size"
+                        f"{batches} batches have to be made again to come to where the state was taken, and there are "
+                        f"only {turn}: it belongs to another data set, sampler or batch size"
                     ) from None
 
     def delivered(self, batch: Any) -> Any:

@@ -190,7 +190,7 @@ def test_a_data_set_that_has_become_too_short_is_told_of():
     state, _ = taken(make(StatefulMapped(16), None, batch_size=None, shuffle=False, workers="thread"), 7)
     other = make(StatefulMapped(5), None, batch_size=None, shuffle=False, workers="thread")
     other.load_state_dict(state)
-    with pytest.raises(StateError, match="7 batches after its snapshot, and only 5 are left"):
+    with pytest.raises(StateError, match=r"7 batches have to be made again to .* and there are only 5"):
         iter(other)
 
 
