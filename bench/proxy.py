@@ -17,6 +17,7 @@ ends when standard input does, and so with whoever started it, or on SIGTERM:
     counters   connections, requests, request_bytes, response_bytes (heads included), body_bytes, cpu_s
     log        the requests that were answered since the last `log`: began and done (seconds, time.monotonic()),
                method, path, range (as asked), body_bytes
+    change     followed by a profile as JSON: be like that from now on
 """
 
 from __future__ import annotations
@@ -48,11 +49,16 @@ SLACK_S = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What the way to the store is like: seconds held back a request, bytes a second in all and a connection."""
+    """What the way to the store is like: seconds held back a request, bytes a second in all and a connection.
+
+    Of every `slow_every` requests one is held back for `slow_s` instead; 0 for none.
+    """
 
     delay_s: float = 0.02
     total_bytes_per_s: float | None = None
     connection_bytes_per_s: float | None = None
+    slow_every: int = 0
+    slow_s: float = 0.0
 
 
 class RateClock:
@@ -61,6 +67,10 @@ class RateClock:
     def __init__(self, bytes_per_s: float | None) -> None:
         self._bytes_per_s = bytes_per_s
         self._booked_until = 0.0
+
+    def change(self, bytes_per_s: float | None) -> None:
+        """Run at another rate from now on; what is booked stays."""
+        self._bytes_per_s = bytes_per_s
 
     def book(self, count: int, now: float) -> float:
         """Speak for `count` bytes; the time at which they may move."""
@@ -125,7 +135,8 @@ class Connection:
             while True:
                 head, received = yield from self._read_head(self._client, received)
                 began = time.monotonic()
-                yield began + self._server.profile.delay_s
+                self._clocks[1].change(self._server.profile.connection_bytes_per_s)
+                yield began + self._server.delay_s()
                 store = yield from self._send_request(head, received)
                 received = b""
                 body_bytes = yield from self._pass_response(store, head)
@@ -248,9 +259,23 @@ class Server:
         self.profile, self.loop, self.counters = profile, Loop(), Counters()
         self.clock = RateClock(profile.total_bytes_per_s)
         self._store_address = store_address
+        self._delayed = 0
         self._listener = socket.create_server(("127.0.0.1", port), backlog=512)
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
+
+    def delay_s(self) -> float:
+        """How long the next request is held back."""
+        self._delayed += 1
+        profile = self.profile
+        slow = profile.slow_every and self._delayed % profile.slow_every == 0
+        return profile.slow_s if slow else profile.delay_s
+
+    def change(self, profile: Profile) -> dict[str, object]:
+        """Be like this from now on; a connection keeps its own rate until the next request on it."""
+        self.profile = profile
+        self.clock.change(profile.total_bytes_per_s)
+        return {}
 
     def accept(self) -> Task[None]:
         """The task that takes connections."""
@@ -261,7 +286,7 @@ class Server:
                 self.counters.connections += 1
                 self.loop.spawn(Connection(_connection(client), self._store_address, self).serve())
 
-    def answer(self, commands: dict[str, Callable[[], object]]) -> Task[None]:
+    def answer(self, commands: dict[str, Callable[..., object]]) -> Task[None]:
         """The task that serves standard input, and ends the loop with it."""
         pending = b""
         while not self.loop.stopped:
@@ -270,7 +295,9 @@ class Server:
             self.loop.stopped = not data
             *lines, pending = (pending + data).split(b"\n")
             for line in lines:
-                print(json.dumps(commands[line.decode()]()), flush=True)
+                name, _, argument = line.decode().partition(" ")
+                given = [Profile(**json.loads(argument))] if argument else []
+                print(json.dumps(commands[name](*given)), flush=True)
 
 
 def _connection(end: socket.socket) -> socket.socket:
@@ -331,6 +358,10 @@ class Proxy:
         """The requests answered since the last call."""
         return list(self._ask("log"))
 
+    def change(self, profile: Profile) -> None:
+        """Be like this from now on."""
+        self._ask(f"change {json.dumps(asdict(profile))}")
+
     def _ask(self, command: str) -> Any:
         assert self._process.stdin is not None
         self._process.stdin.write(command + "\n")
@@ -370,7 +401,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the starter closes standard input
     server.loop.spawn(server.accept())
-    server.loop.spawn(server.answer({"counters": server.counters.as_dict, "log": server.counters.take_log}))
+    commands: dict[str, Callable[..., object]] = {
+        "counters": server.counters.as_dict,
+        "log": server.counters.take_log,
+        "change": server.change,
+    }
+    server.loop.spawn(server.answer(commands))
     print(json.dumps({"port": server.port}), flush=True)
     server.loop.run()
 

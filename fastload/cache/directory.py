@@ -51,6 +51,7 @@ class CacheDirectory:
         disk_bytes: int | None = None,
         chunk_bytes: int | None = None,
         disk_write_bytes_per_s: int | None = None,
+        requests_in_flight: int | None = None,
     ) -> CacheDirectory:
         """Make the directory if need be, check whose it is, and settle its limits.
 
@@ -64,6 +65,7 @@ class CacheDirectory:
             "disk_bytes": disk_bytes,
             "chunk_bytes": chunk_bytes,
             "disk_write_bytes_per_s": disk_write_bytes_per_s,
+            "requests_in_flight": requests_in_flight,
         }
         explicit = {name: value for name, value in given.items() if value is not None}
         try:

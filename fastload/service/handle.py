@@ -45,7 +45,9 @@ class Cache:
     warning. A running service follows a change of `disk_bytes` and of `disk_write_bytes_per_s` at the first connection;
     the others hold from its next start on. `disk_bytes=0` keeps everything in RAM. `disk_write_bytes_per_s` spares
     flash: what would be written above it, on average, is not cached on disk this time; 0 is no bound.
-    `service="inprocess"` runs the service in threads of this process, where none may be started.
+    `requests_in_flight` belongs to the directory as well: so many requests at a time to each endpoint of a store, where
+    0, the default, is as many as measuring finds. `service="inprocess"` runs the service in threads of this process,
+    where none may be started.
 
     `close()` ends what was made through it; it may be used again afterwards. Safe to use from several threads.
     """
@@ -58,6 +60,7 @@ class Cache:
         disk_bytes: int | str | None = None,
         chunk_bytes: int | str | None = None,
         disk_write_bytes_per_s: int | str | None = None,
+        requests_in_flight: int | None = None,
         service: ServiceMode = "auto",
     ) -> None:
         """Open the directory; CacheError where it cannot be used, ConfigError where an argument cannot."""
@@ -71,6 +74,8 @@ class Cache:
             "disk_write_bytes_per_s": disk_write_bytes_per_s,
         }
         explicit = {name: parse_bytes(value, name) for name, value in given.items() if value is not None}
+        if requests_in_flight is not None:
+            explicit["requests_in_flight"] = requests_in_flight
         self._begin(Path(os.path.abspath(path)), service, _idle_s(), explicit)
 
     def _begin(self, path: Path, service: ServiceMode, idle_s: float, explicit: dict[str, int]) -> None:

@@ -121,6 +121,17 @@ def test_a_cap_is_kept(s3: Bucket, profile: Profile) -> None:
         assert request["done"] - request["began"] >= (size - GRANT_BYTES) / 8e6 - SLACK_S
 
 
+def test_it_changes_in_mid_run_and_holds_some_requests_back_for_longer(s3: Bucket, proxy: Proxy) -> None:
+    s3.put("a", b"x")
+    store = _store(s3, proxy.url)
+    obstore.get(store, "a").bytes()
+    proxy.change(Profile(delay_s=0.0, slow_every=2, slow_s=0.2))
+    proxy.log()
+    for _ in range(4):
+        obstore.get(store, "a").bytes()
+    assert sum(request["done"] - request["began"] >= 0.2 for request in proxy.log()) == 2
+
+
 def test_a_rate_clock_books_at_its_rate() -> None:
     clock = RateClock(1000.0)
     assert clock.book(500, 10.0) == pytest.approx(10.0 - SLACK_S)

@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastload.service import protocol
+import pytest
+
+from fastload.errors import ConfigError
+from fastload.service import Cache, protocol
 from fastload.service.control import AT_FIRST
 from fastload.service.core import Core
 from fastload.service.hedging import SHARE_MAX, Hedger
@@ -195,3 +198,13 @@ def test_the_budget_is_a_share_of_the_requests() -> None:
         while hedger.has_budget:
             hedger.hedge_count += 1
         assert hedger.hedge_count < SHARE_MAX * count + 1
+
+
+def test_a_fixed_number_belongs_to_the_directory(tmp_path: Path) -> None:
+    with (
+        Cache(tmp_path / "cache", ram_bytes=16 << 20, disk_bytes=0, requests_in_flight=3, service="inprocess") as cache,
+        cache.consumer() as consumer,
+    ):
+        assert consumer.stats()["node"]["requests_allowed"] == 3
+    with pytest.raises(ConfigError, match=r"requests_in_flight=2000 must be between 1 and 1024, or 0"):
+        Cache(tmp_path / "cache", requests_in_flight=2000)
