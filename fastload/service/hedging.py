@@ -18,7 +18,7 @@ SHARE_MAX = 0.03
 _PEERS, _PEERS_MIN = 200, 8
 _TIMES_MIDDLE, _TIMES_LAST = 3.0, 1.5
 # Below this, waiting on is cheaper than asking again.
-_LATE_S_MIN = 0.02
+_LATE_S_MIN = 0.1
 
 
 class Hedger:
