@@ -11,6 +11,7 @@ back by another thread.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import weakref
@@ -140,7 +141,8 @@ class Connection:
 
     def abandon(self, opened: OpenedObject, indexes: set[int]) -> None:
         """Release these soon. Takes no lock and never waits: for files that are collected."""
-        call_later(self._release_left, opened, indexes)
+        if not sys.is_finalizing():  # else the connection ends as well, and no thread may be started
+            call_later(self._release_left, opened, indexes)
 
     def _release_left(self, opened: OpenedObject, indexes: set[int]) -> None:
         try:

@@ -127,6 +127,9 @@ def test_a_directory_or_the_environment_names_the_cache(
         "urls = json.loads(sys.argv[1])\n"
         "files = [fastload.open(url, *sys.argv[2:]) for url in urls]\n"
         "sizes = [len(file.read(100)) + len(file.read()) for file in files]\n"
+        "for file in files:\n"
+        "    file.raw.seek(0)\n"
+        "    file.raw.readinto(bytearray(10))\n"  # in the middle of a chunk
         "assert 'torch' not in sys.modules and 'numba' not in sys.modules\n"
         "print(json.dumps(sizes))\n"
     )
