@@ -28,6 +28,7 @@ from rich.console import Console
 from bench.plan import Column, Table, printed, walk
 from fastload.cache import CacheDirectory, DiskTier
 from fastload.cache.policy import PolicyName
+from fastload.cache.policy.choosing import least
 from fastload.cache.policy.future import FAR, NextUses, lookahead
 from fastload.cache.policy.pin import Arc, places
 from fastload.plan import EpochCursor, Manifest, OrderOptions, Ranks, epoch_order, epoch_orders
@@ -225,7 +226,7 @@ class _Arena:
             far = next_use(self._unit_in[: self._used - fresh])
             far[self._slot_of[units[self._slot_of[units] >= 0]]] = -1
             count = len(missing) - fresh
-            victims = np.argpartition(far, len(far) - count)[len(far) - count :]
+            victims = least(-far, count)
             self._slot_of[self._unit_in[victims]] = -1
             slots = np.concatenate([slots, victims])
         self._slot_of[missing], self._unit_in[slots] = slots, missing

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import numpy.typing as npt
 
+from fastload.cache.policy.choosing import least
 from fastload.cache.policy.sieve import SieveSlots
 from fastload.service.model import Chunk, Recalled, State, Write
 from fastload.service.plans import NEVER, Int64, Plan
@@ -206,7 +207,7 @@ def _least(rank: npt.NDArray[np.uint8], within: Int64, count: int) -> Int64:
         (places,) = np.nonzero(rank == each)
         missing = count - len(found)
         if len(places) > missing:
-            return np.concatenate([found, places[np.argpartition(within[places], missing)[:missing]]])
+            return np.concatenate([found, places[least(within[places], missing)]])
         found = np.concatenate([found, places])
     return found
 

@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastload.cache.policy.choosing import least
 from fastload.cache.policy.future import FAR, NextUses, lookahead
 
 
@@ -58,6 +59,18 @@ def test_a_long_order_in_many_pieces() -> None:
         asked = random.integers(0, 500, 5)
         known = [place if (place := model.next_use(unit)) < told else FAR for unit in asked.tolist()]
         assert uses.of(asked).tolist() == known
+
+
+@given(
+    values=st.lists(st.integers(-5, 2000), max_size=600),
+    count=st.integers(0, 40),
+    times=st.sampled_from([1, 7]),
+)
+def test_the_few_least_of_many(values: list[int], count: int, times: int) -> None:
+    array = np.array(values * times, np.int64)
+    found = least(array, count)
+    assert len(set(found.tolist())) == len(found) == min(count, len(array))
+    assert sorted(array[found].tolist()) == sorted(array.tolist())[:count]
 
 
 def test_how_far_ahead() -> None:

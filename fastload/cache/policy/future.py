@@ -38,17 +38,17 @@ class NextUses:
 
     def __init__(self, count: int) -> None:
         self.cursor = self.end = 0
-        self._next = np.full(count, FAR, np.int64)
+        self._next = np.full(count + 1, FAR, np.int64)  # the last is that of unit -1
         self._last = np.full(count, -1, np.int64)  # the last use told of each unit
         self._units = np.empty(_RING_AT_FIRST, np.int32)  # by place, around
         self._gaps = np.zeros(_RING_AT_FIRST, np.int32)  # how far it is to the next use of the same unit; 0: not told
 
     def __len__(self) -> int:
-        return len(self._next)
+        return len(self._last)
 
     def of(self, units: Int64) -> Int64:
         """The next use of each of these units, `FAR` for none that is known; -1 is a unit that is never used."""
-        return np.where(units >= 0, self._next[units], FAR)
+        return self._next.take(units)
 
     def tell(self, first: int, units: npt.NDArray[np.int32]) -> None:
         """From place `first` on these units are used, in this order. A gap after what was told makes that void, and so
@@ -61,14 +61,15 @@ class NextUses:
         self._units[places & self._mask] = units
         order = np.argsort(units, kind="stable")
         sorted_units, sorted_places = units[order], places[order]
-        is_new = np.ones(len(units), bool)
-        is_new[1:] = sorted_units[1:] != sorted_units[:-1]
-        before = np.where(is_new, self._last[sorted_units], np.roll(sorted_places, 1))
+        bounds = np.ones(len(units) + 1, bool)  # where another unit begins, and the end
+        np.not_equal(sorted_units[1:], sorted_units[:-1], out=bounds[1:-1])
+        before = self._last.take(sorted_units)
+        np.copyto(before[1:], sorted_places[:-1], where=~bounds[1:-1])
         is_linked = before >= self.cursor
         before, after = before[is_linked], sorted_places[is_linked]
         self._gaps[before & self._mask] = after - before
         self._next[sorted_units[~is_linked]] = sorted_places[~is_linked]
-        is_last = np.roll(is_new, -1)
+        is_last = bounds[1:]
         self._last[sorted_units[is_last]] = sorted_places[is_last]
         self.end = first + len(units)
 
