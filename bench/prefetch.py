@@ -116,13 +116,14 @@ def _read(
     at: tuple[float, Callable[[], None]] | None,
 ) -> Reading:
     began = due = time.monotonic()
-    read_bytes, waited_s, counted_from, position = 0, 0.0, 0.0, 0
+    fetched_before, waited_s, counted_from, position = 0.0, 0.0, 0.0, 0
     while (now := time.monotonic()) - began < seconds:
         if at is not None and now - began >= at[0]:
             at[1]()
             at = None
         if not counted_from and now - began >= from_s:
-            counted_from, read_bytes, waited_s = now, 0, 0.0
+            # What came is counted, not what was read: some of that had come before.
+            counted_from, fetched_before, waited_s = now, consumer.stats()["node"]["fetched_bytes"], 0.0
         consumer.want(range(position, position + depth))
         left = set(range(position, position + BATCH_CHUNKS))
         waiting = time.monotonic()
@@ -133,12 +134,12 @@ def _read(
         consumer.release(range(position, position + BATCH_CHUNKS))
         position += BATCH_CHUNKS
         consumer.advance(position)
-        read_bytes += BATCH_CHUNKS * chunk_bytes
         if mb_per_s is not None:
             due = max(due, waiting) + BATCH_CHUNKS * chunk_bytes / (mb_per_s * 1e6)
             time.sleep(max(0.0, due - time.monotonic()))
     took_s = time.monotonic() - counted_from
-    return Reading(read_bytes / took_s / 1e6, waited_s / took_s, waited_s, consumer.stats()["node"])
+    node = consumer.stats()["node"]
+    return Reading((node["fetched_bytes"] - fetched_before) / took_s / 1e6, waited_s / took_s, waited_s, node)
 
 
 class Report:
