@@ -2,8 +2,9 @@
 
 A worker has no other way to hear from the trainer than torch's queue of indexes, which is torch's. So the trainer makes
 a small anonymous file before it starts them, which they inherit. It has, for each worker: whether its descriptors can
-be opened by the trainer; and for each slot of that worker, how often the trainer has mapped it, and how often it has
-let go of a buffer in it. Counters only grow (modulo 2^32), so a worker that looks late has missed nothing.
+be opened by the trainer; and for each slot of that worker, how often the trainer has mapped it, how often it has let go
+of a buffer in it, and how often of one that it had when it was forked, which its child may look at still. Counters only
+grow (modulo 2^32), so a worker that looks late has missed nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Counters = npt.NDArray[np.uint32]
 # Slots that one worker can have: the kernel maps no more into a process (vm.max_map_count). The file is sparse.
 SLOTS_MAX = 1 << 16
 _HEAD = 16
-_ROW = _HEAD + 2 * SLOTS_MAX
+_ROW = _HEAD + 3 * SLOTS_MAX
 
 
 class Ledger:
@@ -66,11 +67,19 @@ class Ledger:
 
     def mapped(self, worker: int) -> Counters:
         """For each slot, how often the trainer has mapped it."""
-        return self._table[worker, _HEAD : _HEAD + SLOTS_MAX]
+        return self._of(worker, 0)
 
     def released(self, worker: int) -> Counters:
         """For each slot, how many buffers in it the trainer has let go of."""
-        return self._table[worker, _HEAD + SLOTS_MAX :]
+        return self._of(worker, 1)
+
+    def forked(self, worker: int) -> Counters:
+        """For each slot, how many of those it had when it was forked."""
+        return self._of(worker, 2)
+
+    def _of(self, worker: int, kind: int) -> Counters:
+        begin = _HEAD + kind * SLOTS_MAX
+        return self._table[worker, begin : begin + SLOTS_MAX]
 
     def _mapped(self) -> Counters:
         table: Counters = map_shared(self._fd, self._workers * _ROW * 4).view(np.uint32).reshape(self._workers, _ROW)

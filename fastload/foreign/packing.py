@@ -7,10 +7,10 @@ where `default_collate` stacked them; a large one has a slot to itself, the othe
 opens `/proc/<worker>/fd/<n>` and maps the slot once; then the worker closes its descriptor.
 
 The arrays that the trainer makes of a slot are writable and belong to the user. A slot is used again when nothing in
-the worker uses it and the trainer's `Ledger` says that as many buffers were let go of as were sent. A finalizer, which
-may run in any thread at any point, only appends to a deque, and the next batch's unpacking carries that into the
-ledger. So what is kept stays as it is, for as long as it is kept, and nobody waits for memory: where no slot is free, a
-new one is made. Free slots beyond a budget are dropped.
+the worker uses it and the trainer's `Ledger` says that as many buffers were let go of as were sent. What was let go of
+is noted in a deque (see `lending`), and the next batch's unpacking carries that into the ledger. So what is kept stays
+as it is, for as long as it is kept, and nobody waits for memory: where no slot is free, a new one is made. Free slots
+beyond a budget are dropped, and so are those that a child of the trainer or the worker may still look at.
 
 Where a slot cannot be had (no memory, no descriptors), a batch crosses in torch's way.
 """
@@ -33,11 +33,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastload.foreign.ledger import SLOTS_MAX, Ledger
+from fastload.foreign.ledger import SLOTS_MAX, Counters, Ledger
 from fastload.transfer import NO_MOVER, mover_of, pinned
+from fastload.transport.lending import Collected, lent
 from fastload.transport.mapping import map_shared
 from fastload.transport.pickling import reduced
-from fastload.transport.slots import SMALL_BYTES, Owner, size_class, take_fitting
+from fastload.transport.slots import SMALL_BYTES, size_class, take_fitting
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -45,6 +46,7 @@ Bytes = npt.NDArray[np.uint8]
 _ALIGNMENT = 64
 # A buffer of at least this part of a batch has a slot to itself, so that keeping it keeps little else.
 _OWN_SLOT_PART = 8
+_NOTHING: Bytes = np.empty(0, np.uint8)
 
 
 @dataclass(slots=True)
@@ -111,6 +113,7 @@ class _Slot:
     fd: int
     lent: int = 0  # arrays of this process that are in use
     sent: int = 0  # buffers that the trainer was sent and has not let go of
+    was_forked: bool = False  # a process that did it while it used this, so that a child may see it
 
     def close_fd(self) -> None:
         if self.fd >= 0:
@@ -123,7 +126,7 @@ class Packer:
 
     def __init__(self, ledger: Ledger, receiver: int, worker: int, retained_bytes: int) -> None:
         self._ledger, self._receiver, self._worker = ledger, receiver, worker
-        self._slots = _Slots(ledger.mapped(worker), ledger.released(worker), retained_bytes)
+        self._slots = _Slots(ledger, worker, retained_bytes)
         self._has_warned = False
 
     def pack(self, arrived: Arrived) -> Packed | Arrived:
@@ -189,16 +192,16 @@ def _put_aside(buffers: list[Bytes], buffer: pickle.PickleBuffer) -> bool:
 class _Slots:
     """A worker's slots: those that are free, those that are being filled, and those that somebody uses."""
 
-    def __init__(self, mapped: npt.NDArray[np.uint32], released: npt.NDArray[np.uint32], retained_bytes: int) -> None:
+    def __init__(self, ledger: Ledger, worker: int, retained_bytes: int) -> None:
         self._retained_bytes = retained_bytes
-        self._mapped, self._released = mapped, released
-        self._mapped_seen, self._released_seen = np.zeros_like(mapped), np.zeros_like(released)
+        self._mapped, self._forked = _Counted(ledger.mapped(worker)), _Counted(ledger.forked(worker))
+        self._released = _Counted(ledger.released(worker))
         self._by_index: dict[int, _Slot] = {}
         self._free: list[_Slot] = []
         self._open: list[_Slot] = []  # lent out, and not sent since
         self._unused: list[int] = []  # indexes
         self._generations = itertools.count()
-        self._collected: deque[_Slot] = deque()
+        self._collected: deque[Collected[_Slot]] = deque()
         self._dropped: list[int] = []
 
     def take(self, byte_count: int) -> Bytes:
@@ -274,13 +277,17 @@ class _Slots:
     def _collect(self) -> None:
         """Hear of what is not used any more, here and there."""
         while self._collected:
-            slot = self._collected.popleft()
+            slot, was_forked = self._collected.popleft()
             slot.lent -= 1
+            slot.was_forked |= was_forked
             self._free_if_unused(slot)
-        # Looked at in this order: what was let go of has been mapped before, and its descriptor is not needed.
-        released = _news(self._released, self._released_seen, len(self._by_index))
-        for index, _ in _news(self._mapped, self._mapped_seen, len(self._by_index)):
+        # Looked at in this order: what was let go of has been mapped before, so that its descriptor is not needed, and
+        # it was said before whether a child may see it.
+        released = self._released.news(len(self._by_index))
+        for index, _ in self._mapped.news(len(self._by_index)):
             self._by_index[index].close_fd()
+        for index, _ in self._forked.news(len(self._by_index)):
+            self._by_index[index].was_forked = True
         for index, count in released:
             slot = self._by_index[index]
             slot.sent -= count
@@ -289,24 +296,34 @@ class _Slots:
             self._drop(self._free.pop(0))
 
     def _free_if_unused(self, slot: _Slot) -> None:
-        if not slot.lent and not slot.sent:
-            self._open = [each for each in self._open if each is not slot]
+        if slot.lent or slot.sent:
+            return
+        self._open = [each for each in self._open if each is not slot]
+        if slot.was_forked:
+            self._drop(slot)
+        else:
             self._free.append(slot)
 
     def _drop(self, slot: _Slot) -> None:
         slot.close_fd()
-        slot.base = slot.base[:0]
+        slot.base = _NOTHING  # no view of it, which would keep the memory
         self._unused.append(slot.index)
         self._dropped.append(slot.index)
 
 
-def _news(counters: npt.NDArray[np.uint32], seen: npt.NDArray[np.uint32], count: int) -> list[tuple[int, int]]:
-    """Which of the first `count` counters have grown since, and by how much."""
-    now = counters[:count].copy()
-    grown = now - seen[:count]
-    seen[:count] = now
-    changed = np.flatnonzero(grown)
-    return list(zip(changed.tolist(), grown[changed].tolist(), strict=True))
+class _Counted:
+    """Counters of the ledger, and what was seen of them."""
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters, self._seen = counters, np.zeros_like(counters)
+
+    def news(self, count: int) -> list[tuple[int, int]]:
+        """Which of the first `count` have grown since, and by how much."""
+        now = self._counters[:count].copy()
+        grown = now - self._seen[:count]
+        self._seen[:count] = now
+        changed = np.flatnonzero(grown)
+        return list(zip(changed.tolist(), grown[changed].tolist(), strict=True))
 
 
 # In the trainer
@@ -322,7 +339,7 @@ class Receiver:
         self.number = next(_receiver_numbers)
         self.ledger = ledger
         self._bases: dict[tuple[int, int], tuple[int, Bytes]] = {}  # (worker, index) -> generation, memory
-        self._collected: deque[tuple[int, int]] = deque()
+        self._collected: deque[Collected[tuple[int, int]]] = deque()
         _receivers[self.number] = self
 
     def unpack(self, packed: Packed) -> Arrived:
@@ -352,7 +369,8 @@ class Receiver:
 
     def _tell(self) -> None:
         while self._collected:
-            worker, index = self._collected.popleft()
+            (worker, index), was_forked = self._collected.popleft()
+            self.ledger.forked(worker)[index] += was_forked  # before the worker may use it again
             self.ledger.released(worker)[index] += 1
 
 
@@ -362,14 +380,3 @@ def _unpacked(*fields: Any) -> Arrived:
     if receiver is None:
         raise RuntimeError("a batch came for an iteration that is over")
     return receiver.unpack(packed)
-
-
-def lent(memory: Bytes, collected: deque[Any], what: Any) -> Bytes:
-    """An array over `memory`; when the last view of it is gone, `what` is appended to `collected`."""
-    owner = Owner(int(memory.ctypes.data), memory.size)
-    weakref.finalize(owner, _append, collected, what, memory).atexit = False
-    return np.asarray(owner)
-
-
-def _append(collected: deque[Any], what: Any, memory: Bytes) -> None:
-    collected.append(what)  # and only now may `memory` be unmapped

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastload.transport.memory import Collected, PeerMemory, SharedPool, Slot
+from fastload.transport.lending import Collected
+from fastload.transport.memory import PeerMemory, SharedPool, Slot
 from fastload.transport.pickling import reduced
 from fastload.transport.slots import SMALL_BYTES
 
@@ -58,7 +59,7 @@ class _Head(NamedTuple):
     pickle_bytes: int
     places: list[_Place]
     new_slots: list[int]  # whose descriptors come with this message
-    collected: list[Collected]  # over slots of the receiver
+    collected: list[Collected[int]]  # over slots of the receiver
     dropped: list[int]  # slots of the sender that are no more
 
 

@@ -21,26 +21,18 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from fastload.transport.lending import Collected, lent
 from fastload.transport.mapping import map_shared
-from fastload.transport.slots import SMALL_BYTES, Owner, size_class, take_fitting
+from fastload.transport.slots import SMALL_BYTES, size_class, take_fitting
 
 Bytes = npt.NDArray[np.uint8]
-
-
-class Collected(NamedTuple):
-    """An array over a slot is no more."""
-
-    number: int  # the slot's
-    was_forked: bool  # while the array was there, so that a child may still look at it
 
 
 @dataclass(slots=True, eq=False)
@@ -78,7 +70,7 @@ class SharedPool:
         self._lock = threading.Lock()
         self._slots: dict[int, Slot] = {}
         self._free: list[Slot] = []
-        self._collected: deque[Collected] = deque()
+        self._collected: deque[Collected[int]] = deque()
         self._dropped: list[int] = []  # since the last message
         self._next_number = 0
 
@@ -112,7 +104,7 @@ class SharedPool:
         with self._lock:
             return self._lend(self._slots[number], offset, byte_count)
 
-    def let_go(self, collected: Iterable[Collected]) -> None:
+    def let_go(self, collected: Iterable[Collected[int]]) -> None:
         """The other end uses these no more, each as often as it was told of it."""
         with self._lock:
             for number, was_forked in collected:
@@ -190,7 +182,7 @@ class PeerMemory:
 
     def __init__(self) -> None:
         self._mapped: dict[int, Slot] = {}
-        self._collected: deque[Collected] = deque()
+        self._collected: deque[Collected[int]] = deque()
 
     def map(self, number: int, fd: int) -> None:
         """A new slot; takes over `fd`."""
@@ -220,32 +212,9 @@ class PeerMemory:
         """Let go of all; arrays over them stay valid as long as they live."""
         self._mapped.clear()
 
-    def take_collected(self) -> list[Collected]:
+    def take_collected(self) -> list[Collected[int]]:
         """The slots of which a view is used no more, each as often as that."""
         collected = []
         while self._collected:
             collected.append(self._collected.popleft())
         return collected
-
-
-def lent(memory: Bytes, collected: deque[Collected], number: int) -> Bytes:
-    """An array over `memory`; when the last view of it is gone, `collected` is told of slot `number`."""
-    owner = Owner(int(memory.ctypes.data), memory.size)
-    weakref.finalize(owner, _append, collected, number, memory, _forks).atexit = False
-    return np.asarray(owner)
-
-
-def _append(collected: deque[Collected], number: int, memory: Bytes, forks: int) -> None:
-    collected.append(Collected(number, forks != _forks))  # and only now may `memory` be unmapped
-
-
-# How often this process was about to be forked, or just had been.
-_forks = 0
-
-
-def _count_fork() -> None:
-    global _forks
-    _forks += 1
-
-
-os.register_at_fork(before=_count_fork, after_in_parent=_count_fork)

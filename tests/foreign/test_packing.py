@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,34 @@ def test_free_memory_beyond_the_budget_is_dropped_on_both_sides():
             passed(ends, filled(LARGE, 0))  # carries the word that they are free; then that they are no more
         assert sum(slot.base.size for slot in ends[0]._slots._by_index.values()) <= 250_000 + 2 * LARGE
         assert len(ends[1]._bases) <= 3
+        used = {slot.base.ctypes.data for slot in ends[0]._slots._by_index.values() if slot.base.size}
+        # This process is both ends: each slot is mapped twice, and none is that was dropped.
+        assert mapped_here() == len(used) + len(ends[1]._bases)
+
+
+def mapped_here() -> int:
+    return Path("/proc/self/maps").read_text().count("fastload-slot")
+
+
+def test_memory_that_a_child_may_see_is_not_used_again(ends):
+    """A child has what its parent held when it was forked, whoever lets go of it afterwards."""
+    arrived, made = passed(ends, filled(LARGE, 1)), ends[0].take_tensor((LARGE,), torch.uint8).fill_(2)
+    told = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(told[1])  # so that it ends with its parent, too
+        os.read(told[0], 1)
+        os._exit(0 if (arrived.numpy() == 1).all() and (made.numpy() == 2).all() else 1)
+    del arrived, made
+    kept = [passed(ends, filled(LARGE, 3)) for _ in range(4)]
+    os.write(told[1], b"-")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    del kept
+    for _ in range(4):
+        passed(ends, filled(LARGE, 4))
+    assert not any(slot.was_forked and slot.base.size for slot in ends[0]._slots._by_index.values())  # it is dropped
+    for fd in told:
+        os.close(fd)
 
 
 def test_descriptors_are_closed_once_the_trainer_has_mapped_what_they_are_of(ends):

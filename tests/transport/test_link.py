@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from fastload.ragged import Ragged
 from fastload.transport import Link, LinkClosedError, SharedPool
-from fastload.transport.memory import Collected
+from fastload.transport.lending import Collected
 
 LARGE = 100_000
 Pair = tuple[Link, Link]

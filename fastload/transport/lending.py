@@ -1,0 +1,51 @@
+"""Memory that is lent out as an array, and is heard of again when the last view of that array is gone.
+
+A finalizer, which may run in any thread at any point, only appends to a deque. It says too whether this process was
+forked while the array was there: the child has what its parent held, says nothing when it lets go of it, and would see
+whatever is written to that memory. So memory of which a child may still hold a view must not be used again.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections import deque
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fastload.transport.slots import Owner
+
+Bytes = npt.NDArray[np.uint8]
+T = TypeVar("T")
+
+
+class Collected(NamedTuple, Generic[T]):
+    """An array is no more."""
+
+    what: T  # that was lent
+    was_forked: bool  # while the array was there, so that a child may still look at it
+
+
+def lent(memory: Bytes, collected: deque[Collected[T]], what: T) -> Bytes:
+    """An array over `memory`; when the last view of it is gone, `collected` is told of `what`."""
+    owner = Owner(int(memory.ctypes.data), memory.size)
+    weakref.finalize(owner, _append, collected, what, memory, _forks).atexit = False
+    return np.asarray(owner)
+
+
+def _append(collected: deque[Collected[T]], what: T, memory: Bytes, forks: int) -> None:
+    collected.append(Collected(what, forks != _forks))  # and only now may `memory` be unmapped
+
+
+# How often this process was about to be forked, or just had been.
+_forks = 0
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(before=_count_fork, after_in_parent=_count_fork)
