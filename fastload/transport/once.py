@@ -7,8 +7,9 @@ processes begin at once, and each maps the file.
 
 What the memory of numpy's arrays is made of is written to the file once and mapped privately: a process sees it as its
 own and may write to it, and has a copy of the pages that it has written to. Tensors cross in torch's way, which shares
-them already. Where the pickle itself names something that is of one process only (descriptors, as queues, connections
-and torch's tensors have), it is made for each of them; arrays are written once all the same.
+them already. Where the pickle itself names something that is of one process only (a descriptor, as queues have, and
+connections), it is made for each of them; arrays are written once all the same. So it is where there are tensors: torch
+shares their memory by a descriptor, or by a name (of a file, or of CUDA's) of which it counts how often it was given.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from fastload.transport.mapping import map_private
 from fastload.transport.slots import SMALL_BYTES
@@ -33,6 +35,8 @@ Place = tuple[int, int]  # offset and length in the file
 
 # Where arrays begin: a page, so that a write to one copies nothing of another.
 _ALIGNMENT = mmap.PAGESIZE
+# What torch pickles as the name of shared memory.
+_OF_TORCH = (torch.Tensor, torch.UntypedStorage, torch.TypedStorage)
 
 
 class Once:
@@ -72,7 +76,7 @@ class Once:
         stream, places = io.BytesIO(), list[Place]()
         context.set_spawning_popen(noticing)
         try:
-            _Pickler(stream, places, self._arrays, self._beside).dump(self._objects)
+            _Pickler(stream, places, self._arrays, self._beside, noticing).dump(self._objects)
         finally:
             context.set_spawning_popen(popen)
         pickled = self._file.append(stream.getbuffer()), places
@@ -149,14 +153,23 @@ class _Arrays:
 class _Pickler(reduction.ForkingPickler):
     """Arrays of some size are put aside; `places` says where they lie, in order."""
 
-    def __init__(self, stream: io.BytesIO, places: list[Place], arrays: _Arrays, beside: tuple[Any, ...]) -> None:
+    def __init__(
+        self,
+        stream: io.BytesIO,
+        places: list[Place],
+        arrays: _Arrays,
+        beside: tuple[Any, ...],
+        noticing: _Noticing,
+    ) -> None:
         super().__init__(stream, 5, True, partial(_put_aside, places, arrays))
-        self._arrays = arrays
+        self._arrays, self._noticing = arrays, noticing
         self._beside = {id(each): number for number, each in enumerate(beside)}
 
     def reducer_override(self, value: Any) -> Any:
         if (number := self._beside.get(id(value))) is not None:
             return _given, (number,)  # a persistent id would cost a call for each string and number
+        if isinstance(value, _OF_TORCH):
+            self._noticing.is_of_one_process = True
         if type(value) is np.ndarray and not value.flags.writeable and value.nbytes >= SMALL_BYTES:
             return self._arrays.writable(value).__reduce_ex__(5)
         return NotImplemented

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +137,40 @@ def test_what_cannot_be_pickled_is_an_error_where_it_is_started():
         once.close()
         once.close()
     assert multiprocessing.context.get_spawning_popen() is None
+
+
+BY_NAME = """
+import torch
+from fastload.transport.once import Once
+
+
+class Copying:
+    def __init__(self):
+        self.tensor = torch.ones(100_000)
+
+    def __setstate__(self, state):  # it does not keep the shared memory that its tensor came in
+        self.tensor = state["tensor"].clone()
+
+
+def check(copying):
+    assert copying.tensor.sum() == 100_000
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    context = torch.multiprocessing.get_context("spawn")
+    once = Once((Copying(),))
+    for _ in range(3):  # one after another, so that each has let go before the next looks
+        process = context.Process(target=check, args=once.parts())
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+    once.close()
+"""
+
+
+def test_tensors_that_are_shared_by_name_are_there_for_the_last_process_too(tmp_path):
+    """torch counts how often it gave such a name, and removes the file once so many have let go of it."""
+    script = tmp_path / "by_name.py"
+    script.write_text(BY_NAME)
+    subprocess.run([sys.executable, script], check=True, timeout=300)
