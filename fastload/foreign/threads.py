@@ -255,11 +255,22 @@ class _Crew:
         self._board = _Board()
         self.answers = self._board.answers
         self._workers = [_Worker(job, self._board) for job in jobs]
-        with self._generators_kept(jobs):
-            own_threads = torch.get_num_threads()
+        try:
+            with self._generators_kept(jobs):
+                self._start()
+        except BaseException:  # no more threads can be had, say: those that began are not to wait for ever
+            self.dismiss()
+            raise
+
+    def _start(self) -> None:
+        own_threads = torch.get_num_threads()
+        begun = 0
+        try:
             for worker in self._workers:
                 worker.start()
-            for _ in self._workers:
+                begun += 1
+        finally:
+            for _ in range(begun):
                 self._board.started.get()
             # They gave torch one thread each, which holds for themselves, but for any thread that begins later too.
             torch.set_num_threads(own_threads)
@@ -273,13 +284,9 @@ class _Crew:
             yield
             return
         with global_kept():
-            try:
-                yield
-                for _ in self._workers:
-                    self._board.prepared.get()
-            except BaseException:
-                self.dismiss()
-                raise
+            yield
+            for _ in self._workers:
+                self._board.prepared.get()
 
     @property
     def is_foreign(self) -> bool:

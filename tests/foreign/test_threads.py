@@ -22,7 +22,7 @@ from torch.utils.data._utils import worker as torch_worker
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 import fastload
-from fastload.foreign import info
+from fastload.foreign import info, threads
 from tests.processes import until
 
 FORKS = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -280,6 +280,21 @@ def test_torch_has_one_thread_in_a_worker_and_elsewhere_what_it_had() -> None:
         assert (found, torch.get_num_threads(), of_another_thread()) == ([1, 1], 3, 3)
     finally:
         torch.set_num_threads(before)
+
+
+def test_where_no_more_threads_can_be_had_those_that_began_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(worker: Any) -> None:
+        if worker.name.endswith("-2"):
+            raise RuntimeError("can't start new thread")
+        start_thread(worker)
+
+    start_thread = threading.Thread.start
+    before = torch.get_num_threads()
+    monkeypatch.setattr(threads._Worker, "start", start)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        iter(threaded(Squares(), num_workers=3))
+    until(lambda: not any(isinstance(thread, threads._Worker) for thread in threading.enumerate()))
+    assert torch.get_num_threads() == before
 
 
 @FORKS
