@@ -370,7 +370,8 @@ class Receiver:
     def _tell(self) -> None:
         while self._collected:
             (worker, index), was_forked = self._collected.popleft()
-            self.ledger.forked(worker)[index] += was_forked  # before the worker may use it again
+            if was_forked:  # to be said before the worker may use it again
+                self.ledger.forked(worker)[index] += 1
             self.ledger.released(worker)[index] += 1
 
 
