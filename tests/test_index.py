@@ -242,9 +242,9 @@ def test_a_sidecar_that_is_replaced_while_it_is_read(url: str, tmp_path: Path) -
         assert counts(source) == COUNTS
         session = source.open()
         os.utime(index, (1, 1))
-        for chunk in range(4):  # two fill the arena
-            session.consumer.acquire([chunk]).close()
-            session.consumer.release([chunk])
+        with session.consumer.acquire([0]), session.consumer.acquire([1]):  # two fill the arena
+            pass
+        session.consumer.release([0, 1])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             indexes = source.shards.get(session.consumer, range(5))
