@@ -34,7 +34,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils.data.graph_settings
@@ -57,6 +57,8 @@ from fastload.foreign.workplace import Collate, Ended, Workplace, wrapped_datase
 _END_S = 5.0
 
 _NO_EPOCH = -1
+
+T = TypeVar("T")
 
 
 class Threads(Working):
@@ -82,7 +84,7 @@ class Threads(Working):
         self._catch_up(saved)
 
     def _hire(self, loader: Any, saved: Saved | None = None) -> None:
-        self._crew = _Crew(self._jobs(loader, saved))
+        self._crew = _Crew(self._jobs(loader, saved), self._timeout)
         self._end = weakref.finalize(self, self._crew.dismiss)
         self._end.atexit = False  # `_end_workers` does more
 
@@ -165,10 +167,7 @@ class Threads(Working):
                 "this iterator's worker threads stayed in the process that this one was forked from; "
                 "iterate the DataLoader anew"
             )
-        try:
-            answer = self._crew.answers.get(timeout=self._timeout or None)
-        except queue.Empty:
-            raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds") from None
+        answer = _next_of(self._crew.answers, self._timeout)
         if answer.epoch == self._epoch:
             self._note(answer.data)
             self._early[answer.task] = answer
@@ -250,8 +249,10 @@ class _Board:
 class _Crew:
     """A thread for each job."""
 
-    def __init__(self, jobs: list[_Job]) -> None:
+    def __init__(self, jobs: list[_Job], timeout_s: float) -> None:
+        """`timeout_s`: how long a `worker_init_fn` may take, as long as it likes where that is 0."""
         self._pid = os.getpid()
+        self._timeout_s = timeout_s
         self._board = _Board()
         self.answers = self._board.answers
         self._workers = [_Worker(job, self._board) for job in jobs]
@@ -286,7 +287,7 @@ class _Crew:
         with global_kept():
             yield
             for _ in self._workers:
-                self._board.prepared.get()
+                _next_of(self._board.prepared, self._timeout_s)
 
     @property
     def is_foreign(self) -> bool:
@@ -311,6 +312,14 @@ class _Crew:
     def wait(self) -> None:
         """Until all have ended, or they take too long."""
         _wait_for(self._workers)
+
+
+def _next_of(answers: queue.SimpleQueue[T], timeout_s: float) -> T:
+    """What comes next, as torch waits for it."""
+    try:
+        return answers.get(timeout=timeout_s or None)
+    except queue.Empty:
+        raise RuntimeError(f"DataLoader timed out after {timeout_s} seconds") from None
 
 
 class _Worker(threading.Thread):

@@ -256,6 +256,13 @@ def test_persistent_workers_go_on_from_epoch_to_epoch() -> None:
     assert values(stream) == values(stream) == [0, 10, 1, 11, 12]
 
 
+def test_a_worker_init_fn_that_takes_too_long_is_an_error() -> None:
+    gate = threading.Event()
+    with pytest.raises(RuntimeError, match=r"DataLoader timed out after 0\.05 seconds"):
+        iter(threaded(Squares(3), timeout=0.05, worker_init_fn=lambda _: gate.wait(60)))
+    gate.set()
+
+
 def test_a_batch_that_takes_too_long_is_an_error() -> None:
     gate = threading.Event()
     batches = iter(threaded(Squares(3, {0: gate}), timeout=0.05))
