@@ -120,7 +120,9 @@ class Fetches:
             self._timer = self._loop.call_later(_LOOK_S_MIN, self._look)
 
     def _begin(self, chunk: Chunk, buffer: int, *, is_hedge: bool) -> None:
-        endpoint = self._endpoints.setdefault(chunk.entry.origin, self._new())
+        endpoint = self._endpoints.get(chunk.entry.origin)
+        if endpoint is None:
+            endpoint = self._endpoints[chunk.entry.origin] = self._new()
         watch = Watch(partial(self._tell, endpoint))
         request = _Request(chunk, buffer, endpoint, watch, time.monotonic(), is_hedge)
         self._requests.setdefault(chunk, []).append(request)

@@ -60,6 +60,8 @@ def test_readable_by_others_is_their_owners_business(place: Path) -> None:
     place.mkdir(parents=True)
     place.chmod(0o755)
     CacheDirectory.open(place, **LIMITS)
+    assert (place / "cache.json").exists()
+    assert place.stat().st_mode & 0o777 == 0o755
 
 
 def test_a_foreign_one_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,5 +127,8 @@ def test_what_is_missing_is_said_and_not_remembered(tmp_path: Path) -> None:
         world.add(1)
         side.say(protocol.Open(2, "s3://fake/0"))
         await until(lambda: bool(side.all(protocol.Opened)), "it is opened")
+        (failed,), (opened,) = side.all(protocol.RequestFailed), side.all(protocol.Opened)
+        assert (failed.request, failed.name) == (1, "ObjectMissingError")
+        assert (opened.request, opened.url) == (2, "s3://fake/0")
 
     world.run(work)
