@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fastload.errors import FastloadError
+from fastload.errors import FastloadError, ObjectMissingError
 from fastload.service import Consumer, Held
 from fastload.service.session import chunk_starts
 from fastload.store.types import ObjectInfo
@@ -44,6 +44,8 @@ class FakeStore:
 
     def head(self, url: str) -> ObjectInfo:
         """The object."""
+        if url not in self.contents:
+            raise ObjectMissingError(f"{url} is not there")
         return ObjectInfo(url, len(self.contents[url]), etag=f'"{hash(self.contents[url]):x}"')
 
     def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
