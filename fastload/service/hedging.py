@@ -9,8 +9,8 @@ times as long does not change the middle, and hardly the last twentieth.
 from __future__ import annotations
 
 import math
-import statistics
-from collections import deque
+
+import numpy as np
 
 from fastload.store.watch import Attempt, Outcome
 
@@ -26,21 +26,32 @@ class Hedger:
 
     def __init__(self) -> None:
         self.request_count = self.hedge_count = 0
-        self._peers: deque[Attempt] = deque(maxlen=_PEERS)
+        # How many seconds each took, and for how many bytes; around.
+        self._seconds, self._byte_counts = np.zeros(_PEERS), np.ones(_PEERS)
+        self._peer_count = 0
+        self._usual: dict[int, float] = {}  # what was found, by size, until the next request has ended
 
     def ended(self, attempt: Attempt) -> None:
         """A request has come to its end."""
         if attempt.outcome is Outcome.GOOD and attempt.byte_count:
-            self._peers.append(attempt)
+            place = self._peer_count % _PEERS
+            self._seconds[place], self._byte_counts[place] = attempt.seconds, attempt.byte_count
+            self._peer_count += 1
+            self._usual.clear()
 
     def late_after_s(self, byte_count: int) -> float | None:
         """After how long a request for so many bytes is late; None while there are too few to compare with."""
-        if len(self._peers) < _PEERS_MIN:
+        if self._peer_count < _PEERS_MIN:
             return None
+        if byte_count not in self._usual:  # all that is in flight is asked about, many times a second
+            self._usual[byte_count] = self._usual_s(byte_count)
+        return max(_LATE_S_MIN, self._usual[byte_count])
+
+    def _usual_s(self, byte_count: int) -> float:
         # A smaller peer's time is stretched to this size, a larger one's taken as it is: late is never said too early.
-        times = sorted(each.seconds * max(1.0, byte_count / each.byte_count) for each in self._peers)
+        times = np.sort((self._seconds * np.maximum(1.0, byte_count / self._byte_counts))[: self._peer_count])
         last = times[int(0.95 * (len(times) - 1))]
-        return max(_LATE_S_MIN, _TIMES_MIDDLE * statistics.median(times), _TIMES_LAST * last)
+        return float(max(_TIMES_MIDDLE * np.median(times), _TIMES_LAST * last))
 
     @property
     def has_budget(self) -> bool:

@@ -193,6 +193,19 @@ def test_late_is_what_takes_far_longer_than_its_peers() -> None:
     assert hedger.late_after_s(10) == late_after_s
 
 
+def test_the_peers_are_looked_through_once_for_all_that_is_in_flight() -> None:
+    """Whoever serves all consumers of a node asks of each request in flight, again and again."""
+    hedger = Hedger()
+    for _ in range(10):
+        hedger.ended(Attempt(0.0, 0.5, 1000))
+    with mock.patch.object(hedger, "_usual_s", wraps=hedger._usual_s) as looked_through:
+        assert {hedger.late_after_s(1000) for _ in range(256)} == {1.5}
+        assert looked_through.call_count == 1
+        for _ in range(200):
+            hedger.ended(Attempt(0.0, 1.0, 1000))
+        assert hedger.late_after_s(1000) == 3.0
+
+
 def test_the_budget_is_a_share_of_the_requests() -> None:
     hedger = Hedger()
     assert not hedger.has_budget
