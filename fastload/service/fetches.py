@@ -38,7 +38,7 @@ Ended = Callable[[Chunk, BaseException | None], None]
 class _Endpoint:
     controller: Controller
     hedger: Hedger = field(default_factory=Hedger)
-    in_flight: int = 0
+    in_flight: int = 0  # those that lost to another one do not count: they may hang for long, and nobody waits
 
     @property
     def free(self) -> int:
@@ -93,7 +93,8 @@ class Fetches:
     @property
     def idle(self) -> int:
         """How many threads are free for first requests."""
-        return max(0, self._max - len(self._pool.under_way))
+        in_flight = sum(endpoint.in_flight for endpoint in self._endpoints.values())
+        return max(0, min(self._max - in_flight, self._pool.idle))
 
     def free_at(self, endpoint: str) -> int:
         """How many more requests may be sent to an endpoint now."""
@@ -151,10 +152,10 @@ class Fetches:
         endpoint.hedger.ended(attempt)
 
     def _done(self, request: _Request, error: BaseException | None) -> None:
-        request.endpoint.in_flight -= 1
         if request.lost:
             self._give_back(request.buffer)
             return
+        request.endpoint.in_flight -= 1
         chunk, others = request.chunk, self._requests[request.chunk]
         others.remove(request)
         if error is not None and others:  # it is not lost yet
@@ -164,6 +165,7 @@ class Fetches:
         del self._requests[chunk]
         for other in others:
             other.lost = True
+            other.endpoint.in_flight -= 1
             other.watch.cancel()
         if error is None:
             self._take(chunk, request.buffer)

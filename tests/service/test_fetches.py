@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 
+from fastload.cache import CacheDirectory
 from fastload.errors import ConfigError
 from fastload.service import Cache, hedging, protocol
 from fastload.service.control import AT_FIRST
@@ -76,6 +77,25 @@ def test_what_is_late_and_wanted_is_asked_for_again(tmp_path: Path) -> None:
         assert world.store.reads.count(("s3://fake/29", 0)) == 2
         assert node(core, side)["fetched_chunks"] == 30
         await read(side, *range(8))
+
+    world.run(work)
+
+
+def test_one_that_lost_and_hangs_keeps_no_other_from_being_sent(tmp_path: Path) -> None:
+    """Not every store's reads can be ended from outside."""
+    world = World(tmp_path, 8)
+    world.directory = CacheDirectory.open(world.directory.path, requests_in_flight=1)
+    world.add(*[1] * 31)
+
+    async def work(core: Core) -> None:
+        side = Side(core, world.objects)
+        await read(side, *range(29))
+        with first_read_hangs(world, "s3://fake/29"):
+            side.want(29)
+            await until(lambda: side.granted[-1:] == [29], "the second request has brought it")
+            side.want(30)
+            await until(lambda: side.granted[-1:] == [30], "the only one that may be in flight is sent")
+            assert node(core, side)["requests_in_flight"] == 0
 
     world.run(work)
 
