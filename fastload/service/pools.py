@@ -1,8 +1,9 @@
 """Threads that do what blocks, for a loop thread that must not.
 
 A pool runs functions and hands what came of them back to the loop, where all state lives. Its threads are made when
-there is work for them, and are daemons: a read that hangs in a dead disk must not keep the process alive.
-(`concurrent.futures` joins its threads at exit, and makes a future for each call, which nobody here would look at.)
+there is work for them, or where no more can be made the ones it has do it all. They are daemons: a read that hangs in a
+dead disk must not keep the process alive. (`concurrent.futures` joins its threads at exit, and makes a future for each
+call, which nobody here would look at.)
 
 `Pools` is all of them, which end together: first none starts anything more, then all are waited for at once.
 """
@@ -16,6 +17,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from fastload.errors import ServiceError
 
 Done = Callable[[Any, BaseException | None], None]
 Hung = Callable[[], Done]
@@ -57,12 +60,20 @@ class Pool:
         job = Job(function, arguments, done, hung)
         self.under_way.add(job)
         if len(self.under_way) > len(self._threads) and len(self._threads) < self.count:
-            name = f"fastload-{self.name}-{len(self._threads)}"
-            thread = threading.Thread(target=self._run, name=name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            try:
+                self._start_thread()
+            except RuntimeError as error:  # the machine or a container allows no more
+                if not self._threads:
+                    self._loop.call_soon(self._finish, job, None, _no_thread(self.name, error))
+                    return
         self._jobs.put(job)
         self._submitted()
+
+    def _start_thread(self) -> None:
+        name = f"fastload-{self.name}-{len(self._threads)}"
+        thread = threading.Thread(target=self._run, name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
 
     def stop(self) -> None:
         """Take nothing more. What had not begun is dropped, unless the pool `finishes`; `done` is called no more."""
@@ -99,6 +110,13 @@ class Pool:
         self.under_way.discard(job)
         if not self._closed:
             job.done(result, error)
+
+
+def _no_thread(name: str, error: RuntimeError) -> ServiceError:
+    return ServiceError(
+        f"the cache service cannot start a thread ({name}): {error}; allow it more of them (ulimit -u, or the "
+        "container's pids limit)"
+    )
 
 
 class Pools:
