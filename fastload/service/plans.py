@@ -88,7 +88,9 @@ class Plan:
         return np.where(is_needed, ahead, NEVER)
 
     def foresee(self, message: protocol.Uses) -> None:
-        """More of its uses are told; `ServiceError` where one is of no chunk of the plan."""
+        """More of its uses are told; `ServiceError` where one is of no chunk of the plan, or they are no numbers."""
+        if len(message.positions) % 4:
+            raise ServiceError(f"a message names positions in {len(message.positions)} bytes, not four for each")
         positions = np.frombuffer(message.positions, "<i4").astype(np.int32)
         if len(positions) and not (positions.min() >= 0 and positions.max() < self.chunk_count):
             raise ServiceError(f"a message names position {positions.max()} (or less than 0) of {self.chunk_count}")

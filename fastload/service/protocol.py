@@ -171,7 +171,7 @@ class Uses(Message, tag="uses"):
     of them is use number `first`; they follow the ones told before.
     """
 
-    first: Annotated[int, msgspec.Meta(ge=0)]
+    first: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
     positions: bytes
 
 

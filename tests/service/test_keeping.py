@@ -203,3 +203,20 @@ def test_uses_of_no_chunk_are_refused(tmp_path: Path) -> None:
                 side.say(protocol.Uses(0, np.array([wrong], "<i4").tobytes()))
 
     world.run(work)
+
+
+def test_uses_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    """Whoever says so is cut off; nothing else would do with what was said after it."""
+    world = World(tmp_path, 8)
+    world.add(4)
+
+    async def work(core: Core) -> None:
+        side = Side(core, world.objects)
+        side.plan(0, warm=True)
+        with pytest.raises(ServiceError, match="positions in 3 bytes, not four for each"):
+            side.say(protocol.Uses(0, b"abc"))
+        side.say(protocol.Uses(1 << 62, b"\0\0\0\0"))
+        with pytest.raises(ServiceError, match="Expected `int` <= 4611686018427387904"):
+            protocol.from_consumer(protocol.frame(protocol.Uses(1 << 63, b""))[4:])
+
+    world.run(work)
