@@ -306,11 +306,13 @@ class Core:
         return plan.options_key
 
     def _spare_buffer(self) -> int | None:
-        """A buffer for a second request for a chunk that somebody wants: free, or the least useful idle one."""
+        """A buffer for a second request for a chunk that somebody wants: free, or the least useful idle one. Never the
+        last, since both requests may hang: whoever waits for another chunk next finds room.
+        """
+        idle, _ = self._table.by_usefulness([buffers.IDLE], 2)
+        if self._table.free_count + len(idle) < 2:
+            return None
         if not self._table.free_count:
-            idle, _ = self._table.by_usefulness([buffers.IDLE])
-            if not idle:
-                return None
             self._drop(self._chunk_in(idle[0]))
         return self._table.borrow()
 

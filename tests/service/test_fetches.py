@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,6 +97,32 @@ def test_one_that_lost_and_hangs_keeps_no_other_from_being_sent(tmp_path: Path) 
             side.want(30)
             await until(lambda: side.granted[-1:] == [30], "the only one that may be in flight is sent")
             assert node(core, side)["requests_in_flight"] == 0
+
+    world.run(work)
+
+
+@pytest.mark.parametrize("buffer_count", [2, 3])
+def test_the_last_buffer_is_for_another_chunk(tmp_path: Path, buffer_count: int) -> None:
+    """A store that hangs on a chunk and on the second request for it keeps nobody from reading what another has."""
+    world = World(tmp_path, buffer_count)
+    world.add(*[1] * 30)
+    world.store.contents["s3://other/0"] = random_bytes(7, CHUNK_BYTES)
+    objects = [*world.objects, world.store.head("s3://other/0")]
+
+    async def work(core: Core) -> None:
+        side = Side(core, objects)
+        await read(side, *range(29))
+        gate = threading.Event()
+        world.store.before_read = lambda url, start: gate.wait(20) and None if url == "s3://fake/29" else None  # type: ignore[assignment]
+        try:
+            side.want(29)
+            await until(lambda: node(core, side)["requests_in_flight"] == buffer_count - 1, "what may be asked is")
+            await asyncio.sleep(0.3)  # late by now, also where there is no room
+            side.want(30)
+            await until(lambda: side.granted[-1:] == [30], "the other one's is here")
+            assert node(core, side)["hedged_requests"] == buffer_count - 2
+        finally:
+            gate.set()
 
     world.run(work)
 
