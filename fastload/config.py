@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from fastload.errors import ConfigError
@@ -28,17 +29,25 @@ _UNITS = {
     "tib": 1 << 40,
 }
 _REQUESTS_IN_FLIGHT_MAX = 1024
+# What a signed number of 64 bits holds, which is what messages and the system take.
+_BYTES_MAX = (1 << 63) - 1
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_bytes(value: int | str, name: str) -> int:
     """`"8GiB"`, `"500 MB"` or an int, as bytes; `name` is the argument's name, for the error."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
+        return _bounded(value, value, name)
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if match is None or match[2].lower() not in _UNITS:
         raise ConfigError(f'{name}={value!r} is not a size; give bytes as an int, or a string such as "8GiB"')
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    return _bounded(int(Fraction(match[1]) * _UNITS[match[2].lower()]), value, name)
+
+
+def _bounded(count: int, value: int | str, name: str) -> int:
+    if count > _BYTES_MAX:
+        raise ConfigError(f"{name}={value!r} is more bytes than any machine has (8 EiB and above); give what is meant")
+    return count
 
 
 def format_bytes(count: float) -> str:
@@ -68,9 +77,9 @@ class CacheLimits:
     requests_in_flight: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.requests_in_flight <= _REQUESTS_IN_FLIGHT_MAX:
+        if not _is_count(self.requests_in_flight) or not 0 <= self.requests_in_flight <= _REQUESTS_IN_FLIGHT_MAX:
             raise ConfigError(
-                f"requests_in_flight={self.requests_in_flight} must be between 1 and {_REQUESTS_IN_FLIGHT_MAX}, "
+                f"requests_in_flight={self.requests_in_flight!r} must be between 1 and {_REQUESTS_IN_FLIGHT_MAX}, "
                 "or 0 to leave it to measurement"
             )
         if self.chunk_bytes < 64 * KIB or self.chunk_bytes > GIB or self.chunk_bytes % 4096:
@@ -88,6 +97,11 @@ class CacheLimits:
                 f"disk_bytes={self.disk_bytes} is below one chunk on disk ({self.chunk_bytes + 8192} bytes); "
                 "raise disk_bytes, or set it to 0 to cache in RAM only"
             )
+
+
+def _is_count(value: object) -> bool:
+    """Whether it is a whole number, as messages carry one: not 1.5, not True."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def default_cache_dir() -> Path:

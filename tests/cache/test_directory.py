@@ -18,6 +18,7 @@ import pytest
 from fastload.cache import CacheDirectory, syscalls
 from fastload.config import CacheLimits
 from fastload.errors import CacheError, ConfigError
+from fastload.service import Cache
 from tests.cache.faults import failing
 
 MIB = 1 << 20
@@ -152,6 +153,22 @@ def test_impossible_limits_are_refused_and_not_kept(place: Path) -> None:
     with pytest.raises(ConfigError, match="ram_bytes=1 is below two chunks"):
         CacheDirectory.open(place, ram_bytes=1)
     assert CacheDirectory.open(place).limits == CacheLimits(**LIMITS)
+
+
+@pytest.mark.parametrize("value", [1.5, "8", True, float("nan"), -1])
+def test_requests_in_flight_are_a_whole_number(place: Path, value: object) -> None:
+    """What no message carries is not kept: every later job would inherit it."""
+    with pytest.raises(ConfigError, match=f"requests_in_flight={value!r} must be between 1 and 1024"):
+        Cache(place, requests_in_flight=value)
+    assert not (place / "cache.json").exists()
+
+
+@pytest.mark.parametrize("name", ["ram_bytes", "disk_bytes", "disk_write_bytes_per_s"])
+@pytest.mark.parametrize("value", [1 << 63, 1 << 80, "9" * 400, "99999999 TiB"])
+def test_sizes_that_no_machine_has_are_refused(place: Path, name: str, value: int | str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}={value!r} is more bytes than any machine has"):
+        Cache(place, **{name: value})
+    assert not place.exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"format": 1, "ram_bytes": "x"}', "\xff"])
