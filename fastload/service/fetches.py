@@ -27,6 +27,8 @@ from fastload.service.pools import Pools
 from fastload.service.stores import StoreTable
 from fastload.store.watch import Attempt, Watch
 
+# Single objects may come from any number of hosts, and each turn looks at all that are known.
+_ENDPOINTS_MAX = 64
 # Threads for second requests, beside those that the limits allow.
 _HEDGES_MAX = 16
 _LOOK_S_MIN, _LOOK_S_MAX = 0.01, 1.0
@@ -77,7 +79,8 @@ class Fetches:
         self._spare, self._freed, self._fixed = spare, freed, fixed
         self._max = fixed or requests_max(arena.buffer_count)
         self._pool = pools.make("fetch", self._max + _HEDGES_MAX)
-        self._endpoints: dict[str, _Endpoint] = {}
+        self._endpoints: dict[str, _Endpoint] = {}  # the one used last is the last
+        self._forgotten: Counter[str] = Counter()  # what was refused by those that are not known any more
         self._requests: dict[Chunk, list[_Request]] = {}
         self._ended: dict[Chunk, Ended] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -108,6 +111,16 @@ class Fetches:
             if endpoint.free:
                 endpoint.controller.slack(now)
 
+    def _use(self, name: str) -> _Endpoint:
+        """The endpoint, which was used last from now on. Of many, the one that was used longest ago is forgotten."""
+        endpoint = self._endpoints.pop(name, None) or self._new()
+        if len(self._endpoints) >= _ENDPOINTS_MAX:
+            idle = next((other for other, each in self._endpoints.items() if not each.in_flight), None)
+            if idle is not None:
+                self._forgotten.update(_refusals(self._endpoints.pop(idle)))
+        self._endpoints[name] = endpoint
+        return endpoint
+
     def _new(self) -> _Endpoint:
         return _Endpoint(Controller(self._max, fixed=self._fixed))
 
@@ -121,9 +134,7 @@ class Fetches:
             self._timer = self._loop.call_later(_LOOK_S_MIN, self._look)
 
     def _begin(self, chunk: Chunk, buffer: int, *, is_hedge: bool) -> None:
-        endpoint = self._endpoints.get(chunk.entry.origin)
-        if endpoint is None:
-            endpoint = self._endpoints[chunk.entry.origin] = self._new()
+        endpoint = self._use(chunk.entry.origin)
         watch = Watch(partial(self._tell, endpoint))
         request = _Request(chunk, buffer, endpoint, watch, time.monotonic(), is_hedge)
         self._requests.setdefault(chunk, []).append(request)
@@ -214,14 +225,20 @@ class Fetches:
 
     def figures(self) -> dict[str, Any]:
         """Of all endpoints together, and of each."""
-        controllers = [endpoint.controller for endpoint in self._endpoints.values()]
+        refusals = self._forgotten.copy()
+        for endpoint in self._endpoints.values():
+            refusals.update(_refusals(endpoint))
         return {
             "requests_allowed": self.limit,
             "requests_in_flight": sum(endpoint.in_flight for endpoint in self._endpoints.values()),
-            "throttled_requests": sum(each.throttled_count for each in controllers),
-            "timed_out_requests": sum(each.timed_out_count for each in controllers),
+            "throttled_requests": refusals["throttled"],
+            "timed_out_requests": refusals["timed_out"],
             "endpoints": {name: _figures(endpoint) for name, endpoint in self._endpoints.items()},
         }
+
+
+def _refusals(endpoint: _Endpoint) -> dict[str, int]:
+    return {"throttled": endpoint.controller.throttled_count, "timed_out": endpoint.controller.timed_out_count}
 
 
 def _figures(endpoint: _Endpoint) -> dict[str, float]:

@@ -227,6 +227,40 @@ def test_each_endpoint_has_a_limit_of_its_own(tmp_path: Path) -> None:
     world.run(work)
 
 
+def test_of_very_many_endpoints_those_used_last_are_known(tmp_path: Path) -> None:
+    """Single objects may each come from a host of their own; what is in flight counts all the same."""
+    world = World(tmp_path, 8)
+    world.add(*[1] * 2)
+    for number in range(100):
+        world.store.contents[f"s3://host{number}/0"] = random_bytes(number, CHUNK_BYTES)
+    objects = [*world.objects, *(world.store.head(f"s3://host{number}/0") for number in range(100))]
+
+    async def work(core: Core) -> None:
+        side = Side(core, objects)
+        with first_read_hangs(world, "s3://fake/0") as gate:
+            side.want(0)
+            await until(lambda: node(core, side)["requests_in_flight"] == 1, "it is asked for")
+            held_back, refused = world.store.before_read, threading.Event()
+
+            def before_read(url: str, start: int) -> None:
+                if url == "s3://host0/0" and not refused.is_set():
+                    refused.set()
+                    raise ThrottledError("slow down")
+                held_back(url, start)
+
+            world.store.before_read = before_read
+            side.want(2)
+            await until(lambda: bool(side.all(protocol.Failed)), "the first host refuses")
+            await read(side, *range(2, 102))
+            assert node(core, side)["throttled_requests"] == 1
+            endpoints = node(core, side)["endpoints"]
+            assert list(endpoints) == ["s3://fake", *(f"s3://host{number}" for number in range(37, 100))]
+            gate.set()
+            await until(lambda: side.granted[-1:] == [0], "it is here")
+
+    world.run(work)
+
+
 def test_late_is_what_takes_far_longer_than_its_peers() -> None:
     hedger = Hedger()
     assert hedger.late_after_s(1000) is None
