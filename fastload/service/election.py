@@ -24,7 +24,7 @@ from typing import Any
 
 from fastload import errors
 from fastload.cache import CacheDirectory
-from fastload.errors import ServiceError
+from fastload.errors import CacheError, FastloadError, ServiceError
 from fastload.service import protocol
 from fastload.service.channel import Connection, greet
 
@@ -52,8 +52,33 @@ def connect(
 
     `start(stop)` is to start one, and need not succeed where another was quicker.
 
-    Raises what `start` raises, and ServiceError at the deadline or when `stop` is set.
+    Raises what `start` raises, ServiceError at the deadline or when `stop` is set, and CacheError where the system
+    refuses what either needs: no other OSError, so that whoever connects again can tell those who wait.
     """
+    try:
+        return _connect(directory, hello, start, stop, deadline_s)
+    except FastloadError:
+        raise
+    except OSError as error:
+        raise CacheError(_refused(directory, error)) from error
+
+
+def _refused(directory: CacheDirectory, error: OSError) -> str:
+    if not directory.path.exists():
+        return f"the cache directory {directory.path} was removed while it was in use; make its Cache anew"
+    return (
+        f"no cache service for {directory.path} can be started or reached: {error}; "
+        "look at the rights in the directory, and at the limits of this process (ulimit -a)"
+    )
+
+
+def _connect(
+    directory: CacheDirectory,
+    hello: protocol.Hello,
+    start: Callable[[threading.Event], None],
+    stop: threading.Event,
+    deadline_s: float,
+) -> Connection:
     deadline = time.monotonic() + deadline_s
     silent_ends = 0
     while not stop.is_set():
