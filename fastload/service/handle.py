@@ -66,7 +66,7 @@ class Cache:
         """Open the directory; CacheError where it cannot be used, ConfigError where an argument cannot."""
         if service not in get_args(ServiceMode):
             raise ConfigError(f'service={service!r} must be "auto" or "inprocess"')
-        path = default_cache_dir() if directory is None else Path(directory).expanduser()
+        path = default_cache_dir() if directory is None else _checked(directory)
         given = {
             "ram_bytes": ram_bytes,
             "disk_bytes": disk_bytes,
@@ -261,6 +261,14 @@ class _Weakly:
         if cache is None:
             raise ServiceError(f"the Cache({str(self._path)!r}) that this connection was made through is gone; keep it")
         return cache
+
+
+def _checked(directory: object) -> Path:
+    """A folder of this machine: not "", which would be the working directory, and no URL, which would be one in it."""
+    text = os.fspath(directory) if isinstance(directory, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "://" in text or "\0" in text:
+        raise ConfigError(f"directory={directory!r} is not a local directory; give a path, such as /nvme/fastload")
+    return Path(text).expanduser()
 
 
 def _idle_s() -> float:

@@ -155,6 +155,17 @@ def test_impossible_limits_are_refused_and_not_kept(place: Path) -> None:
     assert CacheDirectory.open(place).limits == CacheLimits(**LIMITS)
 
 
+@pytest.mark.parametrize("directory", ["", 5, b"cache", [], "s3://bucket/cache", "a\0b"])
+def test_what_is_no_local_directory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: object
+) -> None:
+    """An empty name would make a cache of the working directory, and a URL a folder in it."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="is not a local directory; give a path"):
+        Cache(directory)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("value", [1.5, "8", True, float("nan"), -1])
 def test_requests_in_flight_are_a_whole_number(place: Path, value: object) -> None:
     """What no message carries is not kept: every later job would inherit it."""
