@@ -74,7 +74,9 @@ def _checked(url: str | os.PathLike[str]) -> str:
 
 
 def _options_key(storage_options: Mapping[str, Any] | None) -> str:
-    return repr(sorted(storage_options.items())) if storage_options else ""
+    if not isinstance(storage_options, Mapping):  # what is none either is refused where it is read
+        return "" if not storage_options else repr(storage_options)
+    return repr(sorted(storage_options.items(), key=repr)) if storage_options else ""
 
 
 def _handle(directory: str | os.PathLike[str] | None) -> Cache:

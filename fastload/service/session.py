@@ -32,7 +32,7 @@ from fastload.service import protocol
 from fastload.service.channel import Channel, Connection
 from fastload.service.leases import LeaseTable, MappedArena
 from fastload.service.protocol import ObjectRows, Progress
-from fastload.store import StoreOptions
+from fastload.store import StoreOptions, options
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
 from fastload.waiting import Reason, Waits, wait
@@ -76,7 +76,7 @@ class Session:
         self.name = name
         self.chunk_bytes = 0
         self._cache = cache
-        self._storage_options = dict(storage_options or {})
+        self._storage_options = options.checked(storage_options)
         self._waits = waits
         self._objects: Sequence[ObjectInfo] = ObjectTable.of([])
         self._first_chunk: Int64 = np.zeros(1, np.int64)

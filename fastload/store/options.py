@@ -172,7 +172,7 @@ class StoreOptions:
         not there.
         """
         environ = os.environ if environ is None else environ
-        given, extra, profile = _sort(storage_options or {})
+        given, extra, profile = _sort(checked(storage_options))
         found = [given]
         # A profile that was asked for by name in the call goes before the variables, one from AWS_PROFILE
         # after.
@@ -224,6 +224,17 @@ def _sort(storage_options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
                 f"unknown key {name!r} in storage_options; known are {known}, deadline_s, profile, and obstore's names"
             )
     return given, extra, profile
+
+
+def checked(storage_options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options as a dict, empty for none; ConfigError, without a value that may be secret, for what is none."""
+    given = {} if storage_options is None else storage_options
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise ConfigError(
+            f"storage_options is of type {type(given).__name__}, or has keys that are no strings; "
+            'give a mapping such as {"endpoint_url": "http://host:port"}'
+        )
+    return dict(given)
 
 
 def _flat(storage_options: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import fastload
 from fastload.errors import ConfigError
 from fastload.store import StoreOptions
 
@@ -92,3 +93,12 @@ def test_the_wire() -> None:
 def test_needs_neither_torch_nor_numba() -> None:
     code = "import sys, fastload.store; sys.exit(any(name in sys.modules for name in ('torch', 'numba', 'fsspec')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("given", [5, "endpoint", ["key"], {1: 2}, {1: 2, "key": "secret"}])
+def test_options_that_are_no_mapping_are_refused(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(ConfigError, match="give a mapping such as"):
+        options(given)
+    cache = fastload.Cache(tmp_path / "cache", ram_bytes="16MiB", disk_bytes=0)
+    with pytest.raises(ConfigError, match="give a mapping such as"):
+        fastload.open("s3://bucket/key", cache, storage_options=given)
