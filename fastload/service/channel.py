@@ -109,6 +109,9 @@ class Channel:
         except FastloadError as error:
             if not self._stop.is_set():
                 self._ended(error)
+        except Exception as error:  # a defect, of whatever kind: whoever waits is told all the same
+            self._ended(ServiceError(f"the connection to the cache service ended with {error!r}; make a new Cache"))
+            raise
         finally:
             if self._sock is not None:
                 self._sock.close()

@@ -1,0 +1,39 @@
+"""The thread that hears the service: whatever ends it, whoever waits is told."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from typing import Any, cast
+
+import pytest
+
+from fastload.errors import FastloadError, ServiceError
+from fastload.service import protocol
+from fastload.service.channel import Channel, Connection
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_defect_while_a_message_is_taken_ends_the_wait() -> None:
+    ours, theirs = socket.socketpair()
+    ended: list[FastloadError] = []
+    told = threading.Event()
+
+    def end(error: FastloadError) -> None:
+        ended.append(error)
+        told.set()
+
+    def take(message: protocol.FromService) -> None:
+        raise ZeroDivisionError("a defect")
+
+    connection = Connection(ours, cast(Any, None), cast(Any, None), protocol.FrameReader())
+    channel = Channel(
+        lambda stop: connection, lambda channel, found: channel.adopt(found), lambda: None, take, end, "test"
+    )
+    channel.start()
+    theirs.sendall(protocol.frame(protocol.RequestFailed(1, "ServiceError", "no")))
+    assert told.wait(60)
+    channel._thread.join(60)
+    theirs.close()
+    assert isinstance(ended[0], ServiceError)
+    assert "ZeroDivisionError('a defect')" in str(ended[0])
