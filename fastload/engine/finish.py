@@ -15,7 +15,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import repeat
 from typing import Any, Literal, Protocol
 
@@ -24,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import default_collate
 
+from fastload.computed import computed
 from fastload.decode import Decoder
 from fastload.decode.keys import Keys
 from fastload.decode.plain import Raw
@@ -49,12 +49,12 @@ class Names:
     def __init__(self, keys: Callable[[], list[str]], urls: Callable[[], list[str]]) -> None:
         self._keys, self._urls = keys, urls
 
-    @cached_property
+    @computed
     def keys(self) -> list[str]:
         """The samples' keys."""
         return self._keys()
 
-    @cached_property
+    @computed
     def urls(self) -> list[str]:
         """The URLs of their shards."""
         return self._urls()

@@ -23,13 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastload.computed import computed
 from fastload.errors import ConfigError
 from fastload.kernels.dealing import cut, deal
 from fastload.plan.manifest import Manifest
@@ -101,7 +101,7 @@ class EpochOrder:
         """The object numbers of one window, int32[shards of the window]; read-only."""
         return self.object_order[self.window_start[window] : self.window_start[window + 1]]
 
-    @cached_property
+    @computed
     def window_bytes(self) -> NDArray[np.int64]:
         """Bytes of each window's shards, int64[window_count]."""
         ends = np.zeros(len(self.object_order) + 1, np.int64)

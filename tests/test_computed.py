@@ -1,0 +1,52 @@
+"""What is computed once holds nobody up: not another object's threads, and not a process that is forked meanwhile."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from fastload.computed import computed
+
+
+class Slow:
+    """`value` waits for an event, if it has one."""
+
+    def __init__(self, gate: threading.Event | None = None) -> None:
+        self.gate, self.count = gate, 0
+        self.begun = threading.Event()
+
+    @computed
+    def value(self) -> int:
+        """Seven."""
+        self.count += 1
+        self.begun.set()
+        assert self.gate is None or self.gate.wait(60)
+        return 7
+
+
+def test_it_is_computed_once_and_stays() -> None:
+    slow = Slow()
+    assert (slow.value, slow.value, slow.count) == (7, 7, 1)
+    assert Slow.value.__doc__ == "Seven."
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_neither_threads_nor_a_child_wait_for_another_objects() -> None:
+    gate = threading.Event()
+    held = Slow(gate)
+    thread = threading.Thread(target=lambda: held.value)
+    thread.start()
+    try:
+        assert held.begun.wait(60)
+        child = os.fork()
+        if child == 0:
+            asking = threading.Thread(target=lambda: Slow().value, daemon=True)
+            asking.start()
+            asking.join(20)
+            os._exit(asking.is_alive())
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        gate.set()
+        thread.join()
