@@ -43,6 +43,7 @@ def test_neither_threads_nor_a_child_wait_for_another_objects() -> None:
         assert held.begun.wait(60)
         child = os.fork()
         if child == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(20)  # not in a thread: it may get the number of the one that holds a lock
             os._exit(Slow().value != 7)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
