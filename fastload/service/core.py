@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from fastload.cache import Arena, CacheDirectory, DiskTier
+from fastload.cache import CacheDirectory
 from fastload.errors import AccessDeniedError, CacheError
 from fastload.service import buffers, figures, protocol, scheduler
 from fastload.service.buffers import BufferTable
@@ -33,25 +33,23 @@ from fastload.service.ledger import Ledger
 from fastload.service.loads import Loader
 from fastload.service.model import Chunk, ObjectEntry, Objects, State, Write
 from fastload.service.openings import Openings
+from fastload.service.parts import Parts
 from fastload.service.pins import Pins
 from fastload.service.plans import Plan
 from fastload.service.planset import PlanSet
-from fastload.service.pools import Done, Pools
-from fastload.service.populate import Populator
+from fastload.service.pools import Done
 from fastload.service.quota import Quota
 from fastload.service.requests import Requests
 from fastload.service.room import Room
 from fastload.service.scheduler import Candidate, Drop, Load, Recall, Slots
 from fastload.service.stalls import DISK_DEADLINE_S, DiskWatch
-from fastload.service.stores import Opener, StoreTable
+from fastload.service.stores import Opener
 from fastload.service.warm import WarmPlan
 from fastload.service.warming import Warming
 from fastload.service.wishes import Wishes
 from fastload.service.writing import WriteBehind
 
 Send = Callable[[protocol.Message], None]
-
-_TROUBLES_MAX = 16
 
 
 class Core:
@@ -68,21 +66,33 @@ class Core:
 
         `disk_deadline_s`: after so long without an answer the disk is bypassed (see `stalls`).
         """
-        limits = directory.limits
-        self._loop = loop
+        self._begin(Parts.of_directory(directory, loop, opener), disk_deadline_s)
+
+    @classmethod
+    def of_parts(cls, parts: Parts, disk_deadline_s: float = DISK_DEADLINE_S) -> Core:
+        """A core that is built on other parts than a directory's."""
+        core = cls.__new__(cls)
+        core._begin(parts, disk_deadline_s)
+        return core
+
+    def _begin(self, parts: Parts, disk_deadline_s: float) -> None:
+        self._parts, self._loop = parts, parts.pools.loop
         self._closed = False
         self._turn_due = False
         self._looking_again = False
-        self.troubles: list[str] = []
         self.service_id = os.urandom(16)
-        self.chunk_bytes = limits.chunk_bytes
-        self.arena = Arena(limits.ram_bytes, limits.chunk_bytes)
-        self.disk = DiskTier(
-            directory.path, limits.disk_bytes, limits.chunk_bytes, on_trouble=self._trouble_from_thread
-        )
-        self._pools = Pools(loop)
-        self._watch = DiskWatch(self.disk, self._pools, disk_deadline_s, self._disk_stalled, self._wake)
-        self._stores = StoreTable(opener)
+        self.chunk_bytes = parts.limits.chunk_bytes
+        self.arena, self.disk = parts.arena, parts.disk
+        self.consumers: dict[ConsumerState, None] = {}  # in the order in which they came
+        self._counters: Counter[str] = Counter(dropped_chunks=0)
+        parts.troubles.tell = self._tell_trouble
+        self._make_records()
+        self._make_tiers(DiskWatch(self.disk, parts.pools, disk_deadline_s, self._disk_stalled, self._wake, parts.now))
+        self._make_services()
+
+    def _make_records(self) -> None:
+        """What is where, and who wants it."""
+        limits = self._parts.limits
         self._objects = Objects(limits.chunk_bytes)
         self._pins = Pins(self.disk, limits.ram_bytes)
         self._table = BufferTable(
@@ -90,29 +100,37 @@ class Core:
         )
         self._ledger = Ledger(self._table, self._used)
         self._disk_order = DiskOrder(self.disk.keys())
+        self._plans = PlanSet(self.consumers, self._table, self._disk_order, self._pins)
+
+    def _make_tiers(self, watch: DiskWatch) -> None:
+        """What fills buffers and writes them down."""
+        parts, limits, arena, disk = self._parts, self._parts.limits, self.arena, self.disk
+        self._watch = watch
         self._fetches = Fetches(
-            self.arena,
+            arena,
             self._table,
-            self._stores,
-            self._pools,
+            parts.stores,
+            parts.pools,
             self._spare_buffer,
             self._wake,
+            parts.now,
             limits.requests_in_flight,
         )
-        self._loader = Loader(self.arena, self.disk, self._watch, self._fetches, self._loaded, self._read_given_up)
-        room = Room(self._disk_order, self._pins, lambda: self._plans.to_read())
+        self._loader = Loader(arena, disk, watch, self._fetches, self._loaded, self._read_given_up)
+        room = Room(self._disk_order, self._pins, self._plans.to_read)
         self._writer = WriteBehind(
-            self.arena, self.disk, self._disk_order, room, self._watch, self._table.refresh, self._written
+            arena, disk, self._disk_order, room, watch, self._table.refresh, self._written, parts.now
         )
         self._writer.limit(limits.disk_write_bytes_per_s)
+
+    def _make_services(self) -> None:
+        """What consumers ask for besides chunks, and what chunks they ask for."""
+        stores, pools = self._parts.stores, self._parts.pools
         self._indexes = Indexes(self.disk, self._disk_order, self._watch)
-        self._requests = Requests(self._stores, self._indexes, self._stats, self._pools)
-        self._quota = Quota(self.disk, self._disk_order, self._pools)
-        self.consumers: set[ConsumerState] = set()
-        self._openings = Openings(self.consumers, self._objects, self._stores, self._pools)
-        self._plans = PlanSet(self.consumers, self._table, self._disk_order, self._pins)
+        self._requests = Requests(stores, self._indexes, self._stats, pools)
+        self._quota = Quota(self.disk, self._disk_order, pools)
+        self._openings = Openings(self.consumers, self._objects, stores, pools)
         self._warming = Warming(self.consumers, self._plans, self._table, self._writer, self._on_disk)
-        self._counters: Counter[str] = Counter(dropped_chunks=0)
         self._wishes = Wishes(
             self._ledger,
             self._plans,
@@ -121,15 +139,14 @@ class Core:
             self._on_disk,
             lambda: self._fetches.limit,
         )
-        self._populator = Populator(self.arena)
 
     # Consumers
 
     def connect(self, hello: protocol.Hello, send: Send) -> ConsumerState:
         """A consumer has come."""
-        consumer = ConsumerState(hello, self._stores.add(hello.store), send)
+        consumer = ConsumerState(hello, self._parts.stores.add(hello.store), send)
         consumer.load_order = self._loader.order
-        self.consumers.add(consumer)
+        self.consumers[consumer] = None
         if "disk_bytes" in hello.limits:
             self._quota.change(hello.limits["disk_bytes"])
         if "disk_write_bytes_per_s" in hello.limits:
@@ -138,9 +155,9 @@ class Core:
 
     def disconnect(self, consumer: ConsumerState) -> None:
         """It has gone, and with it all that it held and wanted."""
-        self.consumers.discard(consumer)
+        self.consumers.pop(consumer, None)
         self._detach(consumer)
-        self._stores.remove(consumer.options_key)
+        self._parts.stores.remove(consumer.options_key)
         self._indexes.flush()
         self._wake()
 
@@ -177,7 +194,7 @@ class Core:
     def _attach(self, consumer: ConsumerState, message: protocol.Attach) -> None:
         if message.first:
             self._detach(consumer)
-        endpoint = self._stores.endpoint(consumer.options_key)
+        endpoint = self._parts.stores.endpoint(consumer.options_key)
         consumer.append(self._objects.use_rows(message.rows, endpoint))
 
     def _detach(self, consumer: ConsumerState) -> None:
@@ -187,8 +204,8 @@ class Core:
         self._objects.unuse(consumer.clear_objects())
 
     def _change_credentials(self, consumer: ConsumerState, message: protocol.Credentials) -> None:
-        before, consumer.options_key = consumer.options_key, self._stores.add(message.store)
-        self._stores.remove(before)
+        before, consumer.options_key = consumer.options_key, self._parts.stores.add(message.store)
+        self._parts.stores.remove(before)
         plan = consumer.plan
         if plan is not None:
             plan.options_key = consumer.options_key
@@ -233,11 +250,11 @@ class Core:
         for action in actions:
             self._carry_out(action)
         self._fetches.settled()
-        self._populator.used(self._table.used_count)
+        self._parts.populator.used(self._table.used_count)
         if self._watch.stalled and self._table.stranded_count == self._table.count:
             self._refuse_demands()
         self._ledger.grant_deferred()
-        wait_s = self._warming.tend()
+        wait_s = self._warming.tend(self._parts.now())
         if wait_s is not None:
             self._loop.call_later(wait_s, self._wake)
         for consumer in self.consumers:
@@ -436,29 +453,28 @@ class Core:
             "consumer": consumer.stats(),
             "consumers": [each.stats() for each in self.consumers],
             "node": node,
-            "store": self._stores.counters.values(),
+            "store": self._parts.stores.counters.values(),
         }
 
     # Trouble and the end
 
-    def _trouble_from_thread(self, message: str) -> None:
-        if not self._closed:
-            self._loop.call_soon_threadsafe(self.trouble, message)
+    @property
+    def troubles(self) -> list[str]:
+        """What consumers should know of, those to come as well."""
+        return self._parts.troubles.messages
 
-    def trouble(self, message: str) -> None:
-        """Tell all consumers, those to come as well."""
-        if message in self.troubles or len(self.troubles) >= _TROUBLES_MAX or self._closed:
-            return
-        self.troubles.append(message)
+    def _tell_trouble(self, message: str) -> None:
         for consumer in self.consumers:
             consumer.send(protocol.Trouble(message))
 
     def close(self, deadline_s: float) -> bool:
         """Let go of everything; waits so long for reads and writes under way. Whether all of them have ended."""
         self._closed = True
-        self._stores.close()
+        parts = self._parts
+        parts.troubles.close()
+        parts.stores.close()
         self._watch.close()
-        ended = self._pools.close(deadline_s)
-        self._populator.close()
-        self.arena.close()
+        ended = parts.pools.close(deadline_s)
+        parts.populator.close()
+        parts.arena.close()
         return ended

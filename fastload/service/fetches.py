@@ -11,20 +11,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import resource
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from fastload.cache import Arena
 from fastload.service.buffers import BufferTable
 from fastload.service.control import REQUESTS_MAX, Controller
 from fastload.service.hedging import Hedger
 from fastload.service.model import Chunk
 from fastload.service.pools import Pools
 from fastload.service.stores import StoreTable
+from fastload.service.tiers import Ram
 from fastload.store.watch import Attempt, Watch
 
 # Single objects may come from any number of hosts, and each turn looks at all that are known.
@@ -60,23 +59,24 @@ class _Request:
 
 
 class Fetches:
-    """Used by the loop's thread only, except for `_read` and what the watches call."""
+    """Used by the loop's thread only, except for what the watches call."""
 
     def __init__(
         self,
-        arena: Arena,
+        arena: Ram,
         table: BufferTable,
         stores: StoreTable,
         pools: Pools,
         spare: Callable[[], int | None],
         freed: Callable[[], None],
+        now: Callable[[], float],
         fixed: int = 0,
     ) -> None:
         """`spare()` lends a buffer for a second request, if there is one to be had; `freed()` is told when one has come
         back. `fixed`: see `Controller`.
         """
         self._arena, self._table, self._stores, self._loop = arena, table, stores, pools.loop
-        self._spare, self._freed, self._fixed = spare, freed, fixed
+        self._spare, self._freed, self._now, self._fixed = spare, freed, now, fixed
         self._max = fixed or requests_max(arena.buffer_count)
         self._pool = pools.make("fetch", self._max + _HEDGES_MAX)
         self._endpoints: dict[str, _Endpoint] = {}  # the one used last is the last
@@ -106,7 +106,7 @@ class Fetches:
 
     def settled(self) -> None:
         """All that there is to ask for now has been started."""
-        now = time.monotonic()
+        now = self._now()
         for endpoint in self._endpoints.values():
             if endpoint.free:
                 endpoint.controller.slack(now)
@@ -135,8 +135,8 @@ class Fetches:
 
     def _begin(self, chunk: Chunk, buffer: int, *, is_hedge: bool) -> None:
         endpoint = self._use(chunk.entry.origin)
-        watch = Watch(partial(self._tell, endpoint))
-        request = _Request(chunk, buffer, endpoint, watch, time.monotonic(), is_hedge)
+        watch = Watch(partial(self._tell, endpoint), self._now)
+        request = _Request(chunk, buffer, endpoint, watch, self._now(), is_hedge)
         self._requests.setdefault(chunk, []).append(request)
         endpoint.in_flight += 1
         endpoint.hedger.request_count += 1
@@ -145,21 +145,16 @@ class Fetches:
             self._done(request, error)
 
         out = self._arena.buffer(buffer)[: chunk.length]
-        self._pool.submit(self._read, watch, chunk, chunk.fetched_as, out, done=done)
-
-    def _read(self, watch: Watch, chunk: Chunk, options_key: str, out: memoryview) -> None:
-        """In a thread."""
-        with watch.over():
-            self._stores.read_into(options_key, chunk.entry.info, chunk.index * self._arena.chunk_bytes, out)
+        start = chunk.index * self._arena.chunk_bytes
+        self._pool.submit(self._stores.read_watched, watch, chunk.fetched_as, chunk.entry.info, start, out, done=done)
 
     def _tell(self, endpoint: _Endpoint, attempt: Attempt) -> None:
         """In a thread."""
         with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody is left to be told
             self._loop.call_soon_threadsafe(self._attempted, endpoint, attempt)
 
-    @staticmethod
-    def _attempted(endpoint: _Endpoint, attempt: Attempt) -> None:
-        endpoint.controller.ended(attempt, time.monotonic())
+    def _attempted(self, endpoint: _Endpoint, attempt: Attempt) -> None:
+        endpoint.controller.ended(attempt, self._now())
         endpoint.hedger.ended(attempt)
 
     def _done(self, request: _Request, error: BaseException | None) -> None:
@@ -210,7 +205,7 @@ class Fetches:
         self._timer = self._loop.call_later(max(_LOOK_S_MIN, soonest_s), self._look)
 
     def _consider(self, requests: list[_Request], late_after_s: float) -> None:
-        first, now = requests[0], time.monotonic()
+        first, now = requests[0], self._now()
         endpoint, chunk = first.endpoint, first.chunk
         late = len(requests) == 1 and chunk.wanters and now - first.began_s > late_after_s
         if not late or not self._pool.idle or not endpoint.hedger.has_budget or endpoint.controller.throttling(now):

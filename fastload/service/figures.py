@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastload.cache import DiskTier
 from fastload.service import buffers
 from fastload.service.buffers import BufferTable
+from fastload.service.tiers import Disk
 
 
 def of_buffers(table: BufferTable) -> dict[str, int]:
@@ -20,7 +20,7 @@ def of_buffers(table: BufferTable) -> dict[str, int]:
     }
 
 
-def of_disk(disk: DiskTier) -> dict[str, int]:
+def of_disk(disk: Disk) -> dict[str, int]:
     """What the disk tier holds, and what went wrong with it."""
     counters = disk.counters
     return {

@@ -14,13 +14,14 @@ from itertools import chain, islice
 
 from cachetools import LRUCache
 
-from fastload.cache import ChunkKey, DiskTier
+from fastload.cache import ChunkKey
 from fastload.config import MIB
 from fastload.formats.index import HEADER_BYTES, stored_sample_count
 from fastload.service.counts import SampleCounts
 from fastload.service.diskorder import DiskOrder
 from fastload.service.pools import Done
 from fastload.service.stalls import DiskWatch
+from fastload.service.tiers import Disk
 
 _RAM_BYTES = 256 * MIB
 _VICTIMS_MAX = 4
@@ -35,7 +36,7 @@ Found = Callable[[dict[bytes, bytes]], None]
 class Indexes:
     """Used by the loop's thread only, except for what the pool runs."""
 
-    def __init__(self, disk: DiskTier, order: DiskOrder, watch: DiskWatch) -> None:
+    def __init__(self, disk: Disk, order: DiskOrder, watch: DiskWatch) -> None:
         self._disk, self._order = disk, order
         self._ram: LRUCache[bytes, bytes] = LRUCache(_RAM_BYTES, getsizeof=len)
         self._pool = watch.pool("index", 1)

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from fastload.cache import Arena, DiskTier
 from fastload.service import protocol
 from fastload.service.fetches import Fetches
 from fastload.service.model import Chunk, State
 from fastload.service.pools import Done
 from fastload.service.stalls import DiskWatch
+from fastload.service.tiers import Disk, Ram
 from fastload.service.writing import write_threads
 
 # A direct read of 8 MiB runs at 1.6 GB/s in one thread.
@@ -30,8 +30,8 @@ class Loader:
 
     def __init__(
         self,
-        arena: Arena,
-        disk: DiskTier,
+        arena: Ram,
+        disk: Disk,
         watch: DiskWatch,
         fetches: Fetches,
         loaded: Loaded,

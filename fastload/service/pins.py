@@ -6,9 +6,9 @@ lie is a matter of the epoch in which an object is read, so all ranks of a node 
 
 from __future__ import annotations
 
-from fastload.cache import DiskTier
 from fastload.cache.policy.pin import Arc, place
 from fastload.service.model import ObjectEntry
+from fastload.service.tiers import Disk
 
 # Of the disk's quota, what chunks can be sure of: indexes lie there too. The rest is filled with what comes.
 _DISK_SHARE = 0.97
@@ -19,7 +19,7 @@ _RAM_SHARE = 0.5
 class Pins:
     """Changed by the loop's thread only."""
 
-    def __init__(self, disk: DiskTier, ram_bytes: int) -> None:
+    def __init__(self, disk: Disk, ram_bytes: int) -> None:
         self._disk, self._ram_bytes = disk, ram_bytes
         self._whole_file_bytes = disk.file_bytes(disk.chunk_bytes)
         self._covered_bytes = self._covered_file_bytes = 0

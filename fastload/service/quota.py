@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from itertools import chain
 
-from fastload.cache import ChunkKey, DiskTier
+from fastload.cache import ChunkKey
 from fastload.service.diskorder import DiskOrder
 from fastload.service.pools import Pools
+from fastload.service.tiers import Disk
 
 
 class Quota:
     """Used by the loop's thread only, except for `_apply`."""
 
-    def __init__(self, disk: DiskTier, order: DiskOrder, pools: Pools) -> None:
+    def __init__(self, disk: Disk, order: DiskOrder, pools: Pools) -> None:
         self._disk, self._order = disk, order
         self._pool = pools.make("quota", 1)  # one thread: of two changes the later one holds
         self._wanted = disk.quota_bytes

@@ -14,13 +14,12 @@ be small for that: a chunk, or a few indexes.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from fastload.cache import DiskTier
 from fastload.service.pools import Done, Job, Pool, Pools
+from fastload.service.tiers import Disk
 
 # A disk under load answers within a second or two, a drive that retries a bad spot within ten.
 DISK_DEADLINE_S = 20.0
@@ -31,15 +30,16 @@ class DiskWatch:
 
     def __init__(
         self,
-        disk: DiskTier,
+        disk: Disk,
         pools: Pools,
         deadline_s: float,
         stalled: Callable[[], None],
         answered: Callable[[], None],
+        now: Callable[[], float],
     ) -> None:
         """`stalled` is called when everything under way was given up, `answered` when all of it has come back."""
         self._disk, self._pools, self._deadline_s = disk, pools, deadline_s
-        self._on_stall, self._on_answer = stalled, answered
+        self._on_stall, self._on_answer, self._now = stalled, answered, now
         self._watched: list[Pool] = []
         self._hanging: set[Job] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -70,8 +70,8 @@ class DiskWatch:
         jobs = [job for pool in self._watched for job in pool.under_way if job not in self._hanging]
         if not jobs:
             return
-        oldest = min((job.began for job in jobs if job.began), default=time.monotonic())
-        left_s = oldest + self._deadline_s - time.monotonic()
+        oldest = min((job.began for job in jobs if job.began), default=self._now())
+        left_s = oldest + self._deadline_s - self._now()
         if left_s > 0:
             self._timer = self._pools.loop.call_later(left_s, self._look)
         else:

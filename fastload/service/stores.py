@@ -20,6 +20,7 @@ from fastload.errors import ServiceError
 from fastload.service import control
 from fastload.store import Counters, RequestOptions, StoreOptions, Watched, open_store, resolve, store_root
 from fastload.store.types import ObjectInfo, Store
+from fastload.store.watch import Watch
 
 # No limit: how many are sent at a time is for `control`, and what lists and reads besides is little.
 _REQUESTS_MAX = 4 * control.REQUESTS_MAX
@@ -79,6 +80,11 @@ class StoreTable:
         """Fill `out` from the object; the store's errors."""
         with self._use(key, info.url) as store:
             store.read_into(info, start, out)
+
+    def read_watched(self, watch: Watch, key: str, info: ObjectInfo, start: int, out: memoryview) -> None:
+        """The same under a watch, which hears of each attempt."""
+        with watch.over():
+            self.read_into(key, info, start, out)
 
     def head(self, key: str, url: str) -> ObjectInfo:
         """The object at `url`; the store's errors."""

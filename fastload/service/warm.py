@@ -7,7 +7,6 @@ Positions are settled one by one, in any order, and the figures of that are the 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 
 from fastload.errors import to_wire
@@ -146,15 +145,15 @@ class WarmPlan(Plan):
 
     # News
 
-    def news(self) -> tuple[protocol.Progress | None, float]:
+    def news(self, now: float) -> tuple[protocol.Progress | None, float]:
         """What to tell the consumer now, or else in how many seconds to look again (0: when something happens)."""
         figures = (self.done_chunks, self.finished)
         if figures == self._told:
             return None, 0.0
-        wait_s = self._told_at + _NEWS_S - time.monotonic()
+        wait_s = self._told_at + _NEWS_S - now
         if wait_s > 0 and not self.finished:
             return None, wait_s
-        self._told, self._told_at = figures, time.monotonic()
+        self._told, self._told_at = figures, now
         return self._progress(), 0.0
 
     def _progress(self) -> protocol.Progress:

@@ -62,20 +62,22 @@ class Warming:
         """For how many seconds it waits, because no more may be written."""
         return self._writer.wait_s() if plan.to_disk and not plan.finished else 0.0
 
-    def tend(self) -> float | None:
+    def tend(self, now: float) -> float | None:
         """End plans that have no more room, and tell their consumers how far they are.
 
         Returns in how many seconds to look again; None: when something happens.
         """
         waits_s = [
-            self._tend(consumer, consumer.plan) for consumer in self._consumers if isinstance(consumer.plan, WarmPlan)
+            self._tend(consumer, consumer.plan, now)
+            for consumer in self._consumers
+            if isinstance(consumer.plan, WarmPlan)
         ]
         return min((wait_s for wait_s in waits_s if wait_s is not None), default=None)
 
-    def _tend(self, consumer: ConsumerState, plan: WarmPlan) -> float | None:
+    def _tend(self, consumer: ConsumerState, plan: WarmPlan, now: float) -> float | None:
         if plan.in_hand_count == 0 and not plan.more_to_look_at and not plan.finished and self.no_room_for(plan):
             plan.end_here()
-        news, wait_s = plan.news()
+        news, wait_s = plan.news(now)
         if news is not None:
             consumer.send(news)
         pause_s = self._pause_s(plan)

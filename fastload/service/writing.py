@@ -14,17 +14,17 @@ Admission pins: chunks are taken until the quota is full; whose room others may 
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from collections.abc import Callable
 
-from fastload.cache import Arena, ChunkKey, DiskTier
+from fastload.cache import ChunkKey
 from fastload.service.budget import WriteBudget
 from fastload.service.diskorder import DiskOrder
 from fastload.service.model import Chunk, Write
 from fastload.service.pools import Done
 from fastload.service.room import Room
 from fastload.service.stalls import DiskWatch
+from fastload.service.tiers import Disk, Ram
 
 DISK_WRITE_THREADS = 2
 
@@ -39,22 +39,23 @@ class WriteBehind:
 
     def __init__(
         self,
-        arena: Arena,
-        disk: DiskTier,
+        arena: Ram,
+        disk: Disk,
         order: DiskOrder,
         room: Room,
         watch: DiskWatch,
         changed: Callable[[Chunk], None],
         written: Written,
+        now: Callable[[], float],
     ) -> None:
         """`changed(chunk)` is called when its write begins, or has to begin again; `written` when that is settled."""
         self._arena, self._disk, self._order, self._room = arena, disk, order, room
-        self._changed, self._written = changed, written
+        self._changed, self._written, self._now = changed, written, now
         self._queue: dict[Chunk, None] = {}
         self._pool = watch.pool("disk-write", write_threads(arena.buffer_count))
         self._queue_max = max(1, arena.buffer_count * 3 // 4)
         self._running: dict[Chunk, float] = {}  # when each began
-        self._budget = WriteBudget(0, time.monotonic())
+        self._budget = WriteBudget(0, self._now())
         self.counters: Counter[str] = Counter(
             written_chunks=0,
             written_bytes=0,
@@ -69,7 +70,7 @@ class WriteBehind:
     def quick_for_s(self) -> float:
         """For how many seconds the writes under way may yet be called quick; 0 where the disk is slow, or none runs."""
         oldest = min(self._running.values(), default=-math.inf)
-        return max(0.0, oldest + _QUICK_S - time.monotonic())
+        return max(0.0, oldest + _QUICK_S - self._now())
 
     @property
     def full(self) -> bool:
@@ -87,7 +88,7 @@ class WriteBehind:
         if len(self._queue) >= self._queue_max and not patient and not self.quick_for_s():
             self.counters["writes_skipped"] += 1
             return False
-        if not self._budget.take(self._disk.file_bytes(chunk.length), time.monotonic(), on_credit=patient):
+        if not self._budget.take(self._disk.file_bytes(chunk.length), self._now(), on_credit=patient):
             self.counters["writes_over_budget"] += 1
             return False
         chunk.write = Write.QUEUED
@@ -108,11 +109,11 @@ class WriteBehind:
 
     def limit(self, bytes_per_s: int) -> None:
         """Write so much on average from now on; 0: whatever comes."""
-        self._budget.change(bytes_per_s, time.monotonic())
+        self._budget.change(bytes_per_s, self._now())
 
     def wait_s(self) -> float:
         """In how many seconds the limit lets the next chunk through."""
-        return self._budget.wait_s(time.monotonic())
+        return self._budget.wait_s(self._now())
 
     def give_up(self, chunk: Chunk) -> None:
         """The chunk's write has not begun, and shall not."""
@@ -136,7 +137,7 @@ class WriteBehind:
 
     def _begin(self, chunk: Chunk) -> None:
         chunk.write = Write.RUNNING
-        self._running[chunk] = time.monotonic()
+        self._running[chunk] = self._now()
         self._changed(chunk)
         key = chunk.entry.key(chunk.index)
         victims = self._victims(chunk)

@@ -1,0 +1,55 @@
+"""What a core is built on: its tiers, its threads, its stores and its clock. The real ones are made from a directory;
+a simulation brings its own, and decides by them as the service would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from fastload.cache import Arena, CacheDirectory, DiskTier
+from fastload.config import CacheLimits
+from fastload.service.pools import Pools
+from fastload.service.populate import Populator
+from fastload.service.stores import Opener, StoreTable
+from fastload.service.tiers import Disk, Ram
+from fastload.service.troubles import Troubles
+
+
+class Touching(Protocol):
+    """Has the arena's memory ready before it is used. See `Populator`."""
+
+    def used(self, buffer_count: int) -> None:
+        """The first `buffer_count` buffers have been used."""
+        ...
+
+    def close(self) -> None:
+        """Touch no more."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """See the module's text. `now` is the clock of all of them, in seconds; times of different ones can be compared."""
+
+    limits: CacheLimits
+    arena: Ram
+    disk: Disk
+    pools: Pools
+    stores: StoreTable
+    populator: Touching
+    troubles: Troubles
+    now: Callable[[], float] = time.monotonic
+
+    @classmethod
+    def of_directory(
+        cls, directory: CacheDirectory, loop: asyncio.AbstractEventLoop, opener: Opener | None = None
+    ) -> Parts:
+        """The real ones. CacheError where arena or disk tier cannot be opened."""
+        limits, troubles = directory.limits, Troubles(loop)
+        arena = Arena(limits.ram_bytes, limits.chunk_bytes)
+        disk = DiskTier(directory.path, limits.disk_bytes, limits.chunk_bytes, on_trouble=troubles.add_from_thread)
+        return cls(limits, arena, disk, Pools(loop), StoreTable(opener), Populator(arena), troubles)

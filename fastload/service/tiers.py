@@ -1,0 +1,143 @@
+"""What the service needs of its two tiers. `cache.Arena` and `cache.DiskTier` are the real ones, whose text holds the
+contract; a simulation has others, which hold no bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from fastload.cache import ChunkKey
+
+
+class Ram(Protocol):
+    """See `cache.Arena`."""
+
+    @property
+    def chunk_bytes(self) -> int:
+        """The size of a buffer."""
+        ...
+
+    @property
+    def buffer_count(self) -> int:
+        """How many there are."""
+        ...
+
+    @property
+    def byte_count(self) -> int:
+        """The size of all of them."""
+        ...
+
+    @property
+    def fd(self) -> int:
+        """The descriptor that consumers map it by."""
+        ...
+
+    @property
+    def touched_bytes(self) -> int:
+        """How much memory it takes up."""
+        ...
+
+    def buffer(self, number: int) -> memoryview:
+        """Buffer `number`."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        ...
+
+
+class Disk(Protocol):
+    """See `cache.DiskTier`. What takes time is called in the pools' threads."""
+
+    @property
+    def directory(self) -> Path:
+        """Where it is."""
+        ...
+
+    @property
+    def chunk_bytes(self) -> int:
+        """The size of a whole chunk."""
+        ...
+
+    @property
+    def readable(self) -> bool:
+        """Whether chunks are looked for here at all."""
+        ...
+
+    @property
+    def writable(self) -> bool:
+        """Whether `write` may succeed, given room."""
+        ...
+
+    @property
+    def used_bytes(self) -> int:
+        """What all that is held takes up."""
+        ...
+
+    @property
+    def quota_bytes(self) -> int:
+        """What may be held."""
+        ...
+
+    @property
+    def free_bytes(self) -> int:
+        """What the quota has left beside writes under way."""
+        ...
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What went well and wrong."""
+        ...
+
+    def file_bytes(self, length: int) -> int:
+        """The room that a chunk of `length` bytes takes."""
+        ...
+
+    def contains(self, key: ChunkKey) -> bool:
+        """Whether the chunk is held. Never blocks."""
+        ...
+
+    def keys(self) -> list[ChunkKey]:
+        """The chunks held."""
+        ...
+
+    def read_into(self, key: ChunkKey, out: memoryview) -> int | None:
+        """Fill the start of `out` with the chunk; its length, or None for no chunk."""
+        ...
+
+    def write(self, key: ChunkKey, buffer: memoryview, length: int) -> bool:
+        """Keep the first `length` bytes of `buffer` as the chunk; False where it is not kept."""
+        ...
+
+    def remove(self, key: ChunkKey) -> bool:
+        """Drop the chunk."""
+        ...
+
+    def get_blob(self, name: str) -> bytes | None:
+        """The value under `name`, or None."""
+        ...
+
+    def has_blob(self, name: str) -> bool:
+        """Whether there is one. Never blocks."""
+        ...
+
+    def get_blob_head(self, name: str, head_bytes: int) -> tuple[bytes, int] | None:
+        """The first bytes of the value under `name`, and how long all of it is."""
+        ...
+
+    def put_blob(self, name: str, data: bytes) -> bool:
+        """Keep `data` under `name`."""
+        ...
+
+    def set_quota(self, quota_bytes: int) -> None:
+        """Change the quota while running."""
+        ...
+
+    def stalled(self, seconds: float) -> None:
+        """A call has not returned for `seconds`."""
+        ...
+
+    def answered(self) -> None:
+        """The calls that hung have returned."""
+        ...
