@@ -67,7 +67,7 @@ class CacheLimits:
     `chunk_bytes` is the unit of fetching: 8 MiB is where an object store's per-request cost no longer shows and eight
     requests in flight hide 20 ms; a multiple of 4 KiB, for direct I/O. `disk_write_bytes_per_s` bounds what is written
     to disk on average; 0: no bound. `requests_in_flight` is how many requests each endpoint of a store is sent at a
-    time; 0: as measuring finds.
+    time; 0: as measuring finds. `history_bytes` is what the history of runs may take on disk; 0: none is kept or used.
     """
 
     ram_bytes: int
@@ -75,6 +75,7 @@ class CacheLimits:
     chunk_bytes: int = 8 * MIB
     disk_write_bytes_per_s: int = 0
     requests_in_flight: int = 0
+    history_bytes: int = 64 * MIB
 
     def __post_init__(self) -> None:
         if not _is_count(self.requests_in_flight) or not 0 <= self.requests_in_flight <= _REQUESTS_IN_FLIGHT_MAX:

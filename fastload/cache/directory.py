@@ -5,6 +5,7 @@
     socket         where the service listens
     service.log    what it has to say
     chunks/ index/ the disk tier (see `disk`)
+    history/       what earlier runs read (see `fastload.history`)
 
 A cache hands out bytes that later become batches, so who may write here may poison a training run, and who
 may read here may read what only the bucket's credentials should show. The directory is made 0700, and one
@@ -52,6 +53,7 @@ class CacheDirectory:
         chunk_bytes: int | None = None,
         disk_write_bytes_per_s: int | None = None,
         requests_in_flight: int | None = None,
+        history_bytes: int | None = None,
     ) -> CacheDirectory:
         """Make the directory if need be, check whose it is, and settle its limits.
 
@@ -66,6 +68,7 @@ class CacheDirectory:
             "chunk_bytes": chunk_bytes,
             "disk_write_bytes_per_s": disk_write_bytes_per_s,
             "requests_in_flight": requests_in_flight,
+            "history_bytes": history_bytes,
         }
         explicit = {name: value for name, value in given.items() if value is not None}
         try:

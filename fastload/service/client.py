@@ -299,6 +299,12 @@ class Consumer(Session):
         assert isinstance(part, protocol.StatsReply)
         return part.values
 
+    def clear(self, *, history: bool, deadline_s: float = DEADLINE_S) -> int:
+        """Empty the cache: see `Cache.clear`."""
+        (part,) = self._ask_service(lambda request: protocol.Clear(request, history), "service", deadline_s)
+        assert isinstance(part, protocol.Cleared)
+        return part.byte_count
+
     def report(self, **values: float) -> None:
         """Figures of ours for the service to show beside its own."""
         with self._changed:

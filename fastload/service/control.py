@@ -8,7 +8,8 @@ over time do. So a *round* takes requests that began under the present limit, an
 always more to ask for: with slack nothing is learnt, and nothing changes.
 
     start    Four requests tell first byte and duration. Of a duration T the body takes T - t, so keeping on the wire
-             what was on it takes T / (T - t) times as many requests.
+             what was on it takes T / (T - t) times as many requests. Where an earlier run knew the store, it begins
+             with what that came to, and stays there if the four answers are like those.
     trials   In turn, the limit is raised by a quarter and lowered by a fifth for a round. A raise stays if a third or
              more of it shows up as goodput, and then more is tried at once; a cut stays if next to nothing is lost. So
              the limit comes to rest where goodput bends, and what hides in a store's queues alone is given back.
@@ -54,6 +55,8 @@ _OF_USE = 1.4
 _RATES_S, _RATES_COUNT = 30.0, 100
 _CHANGED, _FIRST_BYTE_CHANGED = 0.25, 0.5
 _FIRST_BYTE_NOISE_S = 0.01
+# Four answers that came with others say little of a rate.
+_LIKE = 2.0
 _REFUSED = 0.7
 _CEILING = 0.9
 _CEILING_S, _CEILING_S_MAX = 5.0, 60.0
@@ -81,6 +84,17 @@ class Learnt:
     connection_bytes_per_s: float
     throttled_at: int
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether it was measured, and makes sense: it may come from a file."""
+        rates = self.bytes_per_s, self.connection_bytes_per_s
+        return self.limit >= 1 and all(math.isfinite(rate) and rate > 0 for rate in rates)
+
+    @property
+    def limit_to_start(self) -> int:
+        """The limit for a start: below the one at which the store throttled."""
+        return max(1, min(self.limit, int(self.throttled_at * _CEILING))) if self.throttled_at > 0 else self.limit
+
 
 @dataclass(frozen=True, slots=True)
 class _Round:
@@ -107,11 +121,14 @@ class _Round:
 class Controller:
     """Of one endpoint. `limit` is how many requests may be in flight now."""
 
-    def __init__(self, requests_max: int = REQUESTS_MAX, *, fixed: int = 0, start: int = AT_FIRST) -> None:
-        """`fixed`: the limit, for good. `start`: the first one, where an earlier run knows better."""
+    def __init__(
+        self, requests_max: int = REQUESTS_MAX, *, fixed: int = 0, start: int = AT_FIRST, known: Learnt | None = None
+    ) -> None:
+        """`fixed`: the limit, for good. `start`: the first one. `known`: what an earlier run learnt, if it did."""
         self._max = max(1, requests_max)
-        self._fixed = fixed
-        self.limit = min(fixed or start, self._max)
+        self._fixed, self._start = fixed, start
+        self._known = known if known is not None and known.is_usable else None
+        self.limit = max(1, min(fixed or (self._known.limit_to_start if self._known else start), self._max))
         self.throttled_count = self.timed_out_count = 0
         self._mode = _Mode.START
         self._round: list[Attempt] = []
@@ -179,8 +196,13 @@ class Controller:
 
     def _decide(self, found: _Round, now: float) -> None:
         self._rates.append((now, found.connection_bytes_per_s))
-        if self._mode is _Mode.START:
-            self._settle(round(self.limit / found.on_the_wire), None, now)
+        if self._mode is _Mode.START and self._known is not None and _is_like(found, self._known):
+            self._settle(self.limit, found, now)
+            self._cut_at = now
+            self._try(now)
+        elif self._mode is _Mode.START:
+            limit = self.limit if self._known is None else min(self.limit, self._start)
+            self._settle(round(limit / found.on_the_wire), None, now)
             self._try_first(cut=found.connection_bytes_per_s < _SLOW_BYTES_PER_S, now=now)
         elif self._changed(found):
             self._follow(found, now)
@@ -319,6 +341,18 @@ def _summary(attempts: Sequence[Attempt], in_flight: int) -> _Round:
         byte_count=byte_count,
         first_byte_s=middle_s,
         first_byte_error_s=error_s,
+    )
+
+
+def _is_like(found: _Round, known: Learnt) -> bool:
+    """Whether the store answers as an earlier run knew it: at half to twice the rate, and the first byte as soon."""
+    rate = found.connection_bytes_per_s / known.connection_bytes_per_s
+    if not 1 / _LIKE <= rate <= _LIKE:
+        return False
+    if found.first_byte_s is None or known.first_byte_s is None:
+        return found.first_byte_s is known.first_byte_s
+    return (
+        abs(found.first_byte_s - known.first_byte_s) <= _FIRST_BYTE_NOISE_S + _FIRST_BYTE_CHANGED * known.first_byte_s
     )
 
 

@@ -25,6 +25,7 @@ from fastload.cache import CacheDirectory
 from fastload.errors import AccessDeniedError, CacheError
 from fastload.service import buffers, figures, protocol, scheduler
 from fastload.service.buffers import BufferTable
+from fastload.service.clearing import Clearing
 from fastload.service.consumers import ConsumerState
 from fastload.service.diskorder import DiskOrder
 from fastload.service.fetches import Fetches
@@ -39,11 +40,14 @@ from fastload.service.plans import Plan
 from fastload.service.planset import PlanSet
 from fastload.service.pools import Done
 from fastload.service.quota import Quota
+from fastload.service.remembering import Remembering
+from fastload.service.replay import Replay
 from fastload.service.requests import Requests
 from fastload.service.room import Room
 from fastload.service.scheduler import Candidate, Drop, Load, Recall, Slots
 from fastload.service.stalls import DISK_DEADLINE_S, DiskWatch
 from fastload.service.stores import Opener
+from fastload.service.versions import Versions
 from fastload.service.warm import WarmPlan
 from fastload.service.warming import Warming
 from fastload.service.wishes import Wishes
@@ -87,6 +91,15 @@ class Core:
         self._counters: Counter[str] = Counter(dropped_chunks=0)
         parts.troubles.tell = self._tell_trouble
         self._make_records()
+        self._history = Remembering(
+            parts.history,
+            parts.limits.history_bytes,
+            parts.limits.chunk_bytes,
+            parts.pools,
+            lambda: self._fetches.learnt(),
+            parts.now,
+            parts.wall,
+        )
         self._make_tiers(DiskWatch(self.disk, parts.pools, disk_deadline_s, self._disk_stalled, self._wake, parts.now))
         self._make_services()
 
@@ -115,6 +128,7 @@ class Core:
             self._wake,
             parts.now,
             limits.requests_in_flight,
+            self._history.known,
         )
         self._loader = Loader(arena, disk, watch, self._fetches, self._loaded, self._read_given_up)
         room = Room(self._disk_order, self._pins, self._plans.to_read)
@@ -129,7 +143,14 @@ class Core:
         self._indexes = Indexes(self.disk, self._disk_order, self._watch)
         self._requests = Requests(stores, self._indexes, self._stats, pools)
         self._quota = Quota(self.disk, self._disk_order, pools)
-        self._openings = Openings(self.consumers, self._objects, stores, pools)
+        versions = Versions(self._parts.now)
+        self._openings = Openings(self.consumers, self._objects, stores, versions, pools)
+        self._replay = Replay(
+            self._plans, self._objects, stores, versions, self._history.load, self._table.replan, self._wake
+        )
+        self._clearing = Clearing(
+            self.disk, self._disk_order, self._indexes, versions, self._history, pools, self._drop_idle
+        )
         self._warming = Warming(self.consumers, self._plans, self._table, self._writer, self._on_disk)
         self._wishes = Wishes(
             self._ledger,
@@ -147,6 +168,7 @@ class Core:
         consumer = ConsumerState(hello, self._parts.stores.add(hello.store), send)
         consumer.load_order = self._loader.order
         self.consumers[consumer] = None
+        self._history.connect(consumer, hello)
         if "disk_bytes" in hello.limits:
             self._quota.change(hello.limits["disk_bytes"])
         if "disk_write_bytes_per_s" in hello.limits:
@@ -157,6 +179,7 @@ class Core:
         """It has gone, and with it all that it held and wanted."""
         self.consumers.pop(consumer, None)
         self._detach(consumer)
+        self._history.disconnect(consumer)
         self._parts.stores.remove(consumer.options_key)
         self._indexes.flush()
         self._wake()
@@ -166,6 +189,7 @@ class Core:
         match message:
             case protocol.Want():
                 self._ledger.want(consumer, message)
+                self._read(consumer, message.chunks)
             case protocol.Release():
                 self._ledger.release(consumer, message.chunks)
             case protocol.Pinned():
@@ -183,6 +207,9 @@ class Core:
                 self._attach(consumer, message)
             case protocol.Open():
                 self._openings.open(consumer, message)
+                self._replay.opening(consumer, message.url)
+            case protocol.Clear():
+                self._clearing.clear(consumer, message)
             case protocol.Credentials():
                 self._change_credentials(consumer, message)
             case protocol.Report():
@@ -197,8 +224,16 @@ class Core:
         endpoint = self._parts.stores.endpoint(consumer.options_key)
         consumer.append(self._objects.use_rows(message.rows, endpoint))
 
+    def _read(self, consumer: ConsumerState, chunk_nos: list[int]) -> None:
+        """What the history hears of it."""
+        for chunk_no in chunk_nos:
+            entry, index = consumer.locate(chunk_no)
+            if self._history.read(consumer, entry, index):
+                self._replay.read(consumer, entry.history_key, index)
+
     def _detach(self, consumer: ConsumerState) -> None:
         """End its leases, wants and plan, and forget its objects."""
+        self._replay.left(consumer)
         self._ledger.drop_consumer(consumer)
         self._plans.end(consumer)
         self._objects.unuse(consumer.clear_objects())
@@ -342,6 +377,14 @@ class Core:
         self._empty(chunk)
         self._counters["dropped_chunks"] += 1
 
+    def _drop_idle(self) -> int:
+        """Empty all buffers that may be; how many bytes were in them."""
+        buffers_held, _ = self._table.by_usefulness([buffers.IDLE, buffers.QUEUED])
+        chunks = [self._chunk_in(buffer) for buffer in buffers_held]
+        for chunk in chunks:
+            self._drop(chunk)
+        return sum(chunk.length for chunk in chunks)
+
     def _empty(self, chunk: Chunk) -> None:
         """Its buffer holds it no more."""
         assert chunk.state is State.RESIDENT, "only what is here can go"
@@ -363,6 +406,8 @@ class Core:
     def _loaded(self, chunk: Chunk, error: BaseException | None) -> None:
         if error is None:
             chunk.state = State.RESIDENT
+            if chunk.source == protocol.SOURCE_REMOTE:
+                self._replay.fetched(chunk)
             self._table.touch(chunk)
             self._write_behind(chunk)
             self._ledger.loaded(chunk)
@@ -439,6 +484,7 @@ class Core:
     def _stats(self, consumer: ConsumerState) -> dict[str, Any]:
         """All figures; docs/protocol.md says what they mean."""
         counted = {**self._counters, **self._loader.counters, **self._fetches.counters, **self._writer.counters}
+        counted |= self._replay.counters
         counted["recalls"] = self._ledger.recall_count
         node = {
             **counted,

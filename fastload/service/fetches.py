@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from fastload.service.buffers import BufferTable
-from fastload.service.control import REQUESTS_MAX, Controller
+from fastload.service.control import REQUESTS_MAX, Controller, Learnt
 from fastload.service.hedging import Hedger
 from fastload.service.model import Chunk
 from fastload.service.pools import Pools
@@ -71,12 +71,13 @@ class Fetches:
         freed: Callable[[], None],
         now: Callable[[], float],
         fixed: int = 0,
+        known: Callable[[str], Learnt | None] = lambda endpoint: None,
     ) -> None:
         """`spare()` lends a buffer for a second request, if there is one to be had; `freed()` is told when one has come
-        back. `fixed`: see `Controller`.
+        back. `fixed`: see `Controller`. `known(endpoint)`: what an earlier run learnt of it.
         """
         self._arena, self._table, self._stores, self._loop = arena, table, stores, pools.loop
-        self._spare, self._freed, self._now, self._fixed = spare, freed, now, fixed
+        self._spare, self._freed, self._now, self._fixed, self._known = spare, freed, now, fixed, known
         self._max = fixed or requests_max(arena.buffer_count)
         self._pool = pools.make("fetch", self._max + _HEDGES_MAX)
         self._endpoints: dict[str, _Endpoint] = {}  # the one used last is the last
@@ -91,7 +92,7 @@ class Fetches:
     @property
     def limit(self) -> int:
         """How many requests may be in flight, over all endpoints."""
-        return sum(each.controller.limit for each in self._endpoints.values()) or self._new().controller.limit
+        return sum(each.controller.limit for each in self._endpoints.values()) or self._new("").controller.limit
 
     @property
     def idle(self) -> int:
@@ -102,7 +103,7 @@ class Fetches:
     def free_at(self, endpoint: str) -> int:
         """How many more requests may be sent to an endpoint now."""
         found = self._endpoints.get(endpoint)
-        return self._new().controller.limit if found is None else found.free
+        return self._new(endpoint).controller.limit if found is None else found.free
 
     def settled(self) -> None:
         """All that there is to ask for now has been started."""
@@ -113,7 +114,7 @@ class Fetches:
 
     def _use(self, name: str) -> _Endpoint:
         """The endpoint, which was used last from now on. Of many, the one that was used longest ago is forgotten."""
-        endpoint = self._endpoints.pop(name, None) or self._new()
+        endpoint = self._endpoints.pop(name, None) or self._new(name)
         if len(self._endpoints) >= _ENDPOINTS_MAX:
             idle = next((other for other, each in self._endpoints.items() if not each.in_flight), None)
             if idle is not None:
@@ -121,8 +122,12 @@ class Fetches:
         self._endpoints[name] = endpoint
         return endpoint
 
-    def _new(self) -> _Endpoint:
-        return _Endpoint(Controller(self._max, fixed=self._fixed))
+    def _new(self, name: str) -> _Endpoint:
+        return _Endpoint(Controller(self._max, fixed=self._fixed, known=self._known(name)))
+
+    def learnt(self) -> dict[str, tuple[Learnt, int]]:
+        """What is known of each endpoint by now, and how many requests it was sent."""
+        return {name: (each.controller.learnt(), each.hedger.request_count) for name, each in self._endpoints.items()}
 
     # Requests
 

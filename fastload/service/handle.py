@@ -46,8 +46,9 @@ class Cache:
     the others hold from its next start on. `disk_bytes=0` keeps everything in RAM. `disk_write_bytes_per_s` spares
     flash: what would be written above it, on average, is not cached on disk this time; 0 is no bound.
     `requests_in_flight` belongs to the directory as well: so many requests at a time to each endpoint of a store, where
-    0, the default, is as many as measuring finds. `service="inprocess"` runs the service in threads of this process,
-    where none may be started.
+    0, the default, is as many as measuring finds. `history_bytes` bounds what is kept of what runs read (64 MiB), by
+    which a later run that reads alike is fetched ahead; 0 keeps and uses none. `service="inprocess"` runs the service
+    in threads of this process, where none may be started.
 
     `close()` ends what was made through it; it may be used again afterwards. Safe to use from several threads.
     """
@@ -61,6 +62,7 @@ class Cache:
         chunk_bytes: int | str | None = None,
         disk_write_bytes_per_s: int | str | None = None,
         requests_in_flight: int | None = None,
+        history_bytes: int | str | None = None,
         service: ServiceMode = "auto",
     ) -> None:
         """Open the directory; CacheError where it cannot be used, ConfigError where an argument cannot."""
@@ -72,6 +74,7 @@ class Cache:
             "disk_bytes": disk_bytes,
             "chunk_bytes": chunk_bytes,
             "disk_write_bytes_per_s": disk_write_bytes_per_s,
+            "history_bytes": history_bytes,
         }
         explicit = {name: parse_bytes(value, name) for name, value in given.items() if value is not None}
         if requests_in_flight is not None:
@@ -143,6 +146,15 @@ class Cache:
                 self._shared[key] = make()
             value: Shared = self._shared[key]
             return value
+
+    def clear(self, *, history: bool = False) -> int:
+        """Empty the cache, RAM and disk, save for what is in use just now; with `history`, forget what runs read too.
+
+        Jobs that use it go on, and fetch again what they need. Returns how many bytes that freed. CacheError or
+        ServiceError where the service cannot be reached.
+        """
+        with self.consumer(name="clear") as consumer:
+            return consumer.clear(history=history)
 
     def close(self) -> None:
         """End all consumers made through this handle in this process, and the service if it runs in this process."""

@@ -147,6 +147,11 @@ class Indexes:
         if self._counts.is_changed and self._disk.writable:
             self._write(SampleCounts.NAME, self._counts.to_bytes(), adds=not self._counts.is_loaded)
 
+    def clear(self) -> None:
+        """Forget all of them. Those on disk are removed by whoever asks for this."""
+        self._ram.clear()
+        self._counts = SampleCounts()
+
     # In the pool's thread
 
     def _read(self, object_ids: list[bytes]) -> dict[bytes, bytes]:

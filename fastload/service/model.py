@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 
 from fastload.cache import ChunkKey, object_id
 from fastload.cache.policy import PolicyName
+from fastload.history.keys import object_key
 from fastload.service.protocol import ObjectRows
 from fastload.store.types import ObjectInfo
 from fastload.store.urls import store_root
@@ -70,6 +71,14 @@ class ObjectEntry:
     plan_count: int = 0  # live plans and claims that name it
     policy: PolicyName = "pin"  # by which its chunks stay and go while one does
     epoch: int = 0  # of the last plan that named it
+    _history_key: int | None = None
+
+    @property
+    def history_key(self) -> int:
+        """What stands for it in histories of reads, whatever its version."""
+        if self._history_key is None:
+            self._history_key = object_key(self.info.url)
+        return self._history_key
 
     @property
     def origin(self) -> str:

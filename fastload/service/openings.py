@@ -26,12 +26,17 @@ class Openings:
     """Used by the loop's thread only."""
 
     def __init__(
-        self, consumers: Collection[ConsumerState], objects: Objects, stores: StoreTable, pools: Pools
+        self,
+        consumers: Collection[ConsumerState],
+        objects: Objects,
+        stores: StoreTable,
+        versions: Versions,
+        pools: Pools,
     ) -> None:
         """`consumers` are those that are connected."""
         self._consumers, self._objects, self._stores = consumers, objects, stores
         self._heads = pools.make("head", _HEAD_THREADS)
-        self._versions = Versions()
+        self._versions = versions
         self._waiting: dict[tuple[str, str], list[tuple[ConsumerState, int]]] = {}  # by options and URL
 
     def open(self, consumer: ConsumerState, message: protocol.Open) -> None:

@@ -12,6 +12,8 @@ from typing import Protocol
 
 from fastload.cache import Arena, CacheDirectory, DiskTier
 from fastload.config import CacheLimits
+from fastload.history.archive import Archive
+from fastload.service.hedging import Hedger
 from fastload.service.pools import Pools
 from fastload.service.populate import Populator
 from fastload.service.stores import Opener, StoreTable
@@ -43,6 +45,9 @@ class Parts:
     populator: Touching
     troubles: Troubles
     now: Callable[[], float] = time.monotonic
+    hedger: Callable[[], Hedger] = Hedger  # for each endpoint of a store
+    wall: Callable[[], float] = time.time  # seconds since 1970, for people
+    history: Archive | None = None  # None: none is kept or used
 
     @classmethod
     def of_directory(
@@ -52,4 +57,5 @@ class Parts:
         limits, troubles = directory.limits, Troubles(loop)
         arena = Arena(limits.ram_bytes, limits.chunk_bytes)
         disk = DiskTier(directory.path, limits.disk_bytes, limits.chunk_bytes, on_trouble=troubles.add_from_thread)
-        return cls(limits, arena, disk, Pools(loop), StoreTable(opener), Populator(arena), troubles)
+        history = Archive(directory.path) if limits.history_bytes else None
+        return cls(limits, arena, disk, Pools(loop), StoreTable(opener), Populator(arena), troubles, history=history)

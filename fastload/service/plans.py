@@ -36,9 +36,14 @@ Int64 = npt.NDArray[np.int64]
 
 NEVER = np.iinfo(np.int64).max
 
+_ANY_DEPTH = 1 << 62
+
 
 class Plan:
     """Changed by the loop's thread only."""
+
+    # Whether its objects count as covered (see `planset`).
+    covers = True
 
     def __init__(self, entries: Sequence[ObjectEntry], options_key: str, epoch: int, cursor: int = 0) -> None:
         self.entries = list(entries)
@@ -48,6 +53,7 @@ class Plan:
         self.uses: NextUses | None = None
         self.is_blind = False
         self.sight = cursor  # of a blind plan, up to where it was fetched ahead
+        self.depth = _ANY_DEPTH  # of a blind plan, how far ahead at most
         self.failed: set[int] = set()  # positions that prefetching leaves alone: only a demand tries them again
         self._starts = [0, *accumulate(entry.chunk_count for entry in entries)]
         self._starts_of: dict[ObjectEntry, list[int]] = {}

@@ -50,6 +50,14 @@ class PlanSet:
             self._forget(before)
         return consumer.plan
 
+    def replay(self, consumer: ConsumerState, plan: Plan | None) -> None:
+        """Give a consumer that tells no plans another prediction, or none."""
+        before, consumer.plan = consumer.plan, plan
+        if plan is not None:
+            self._table.add_plan(plan)
+        if before is not None:
+            self._forget(before)
+
     def keep(self, consumer: ConsumerState, message: protocol.Keep) -> None:
         """Give the consumer another claim, or none."""
         before = consumer.kept
@@ -82,7 +90,8 @@ class PlanSet:
         return plan
 
     def _forget(self, plan: Plan) -> None:
-        self._uncover(plan.objects())
+        if plan.covers:
+            self._uncover(plan.objects())
         self._table.remove_plan(plan)
 
     def _cover(self, entry: ObjectEntry, policy: PolicyName) -> None:

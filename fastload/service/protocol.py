@@ -17,21 +17,17 @@ Two rules keep leases exact although both sides speak at once:
 
 from __future__ import annotations
 
-import hashlib
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from fastload.cache.policy import PolicyName
 from fastload.errors import ServiceError
-from fastload.store.table import ObjectTable, Texts
-from fastload.store.types import ObjectInfo
+from fastload.store.rows import ObjectRows as ObjectRows
 
-VERSION = 3
+VERSION = 4
 FRAME_BYTES_MAX = 64 << 20
 
 # Rows of objects in one piece: some megabytes of msgpack, a few tens of milliseconds of work for the receiver.
@@ -54,58 +50,14 @@ class Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """The base of all messages."""
 
 
-class ObjectRows(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """`ObjectInfo`s by column: integers in little-endian, texts one after the other in UTF-8.
-
-    `sizes` and `mtimes_ns` are int64; `url_bytes` and `etag_bytes`, int32, say how long a text is, -1: it is missing.
-    """
-
-    urls: bytes
-    url_bytes: bytes
-    sizes: bytes
-    etags: bytes
-    etag_bytes: bytes
-    mtimes_ns: bytes
-
-    @classmethod
-    def of(cls, objects: Iterable[ObjectInfo]) -> ObjectRows:
-        """The rows of `objects`."""
-        table = ObjectTable.of(objects)
-        urls, etags = table.urls, table.etags
-        columns = urls.lengths(), table.sizes, etags.lengths(), table.mtimes_ns
-        url_bytes, sizes, etag_bytes, mtimes_ns = (_stored(column) for column in columns)
-        return cls(urls.raw(), url_bytes, sizes, etags.raw(), etag_bytes, mtimes_ns)
-
-    def digest(self) -> bytes:
-        """Sixteen bytes that tell these rows from all others."""
-        return hashlib.blake2b(msgspec.msgpack.encode(self), digest_size=16).digest()
-
-    def table(self) -> ObjectTable:
-        """The objects of the rows; `ServiceError` where the columns do not fit or a size is negative."""
-        try:
-            urls = Texts.checked(self.urls, np.frombuffer(self.url_bytes, "<i4"))
-            etags = Texts.checked(self.etags, np.frombuffer(self.etag_bytes, "<i4"))
-            sizes, mtimes_ns = (np.frombuffer(each, "<i8").astype(np.int64) for each in (self.sizes, self.mtimes_ns))
-        except ValueError as error:  # UnicodeDecodeError among them
-            raise ServiceError(f"a message about objects cannot be read: {error}") from error
-        if not len(urls) == len(sizes) == len(etags) == len(mtimes_ns):
-            raise ServiceError("a message about objects has columns of different lengths")
-        if urls.missing.any() or (sizes < 0).any():
-            raise ServiceError("a message about objects has one without a URL, or a negative size")
-        return ObjectTable(urls, sizes, etags, mtimes_ns)
-
-
-def _stored(column: npt.NDArray[np.integer[Any]]) -> bytes:
-    return column.astype(column.dtype.newbyteorder("<")).tobytes()
-
-
 # From the consumer
 
 
 class Hello(Message, tag="hello"):
     """The first message. `store` is what the consumer's environment says of stores; it never touches a disk.
 
-    `limits` are those of the directory that its user has just set, by name (see `CacheLimits`).
+    `limits` are those of the directory that its user has just set, by name (see `CacheLimits`). Consumers with the same
+    `group`, which is the process group, count as one run in the history; `program` is the name of what runs.
     """
 
     version: int
@@ -113,6 +65,8 @@ class Hello(Message, tag="hello"):
     name: str
     store: dict[str, Any]
     limits: dict[str, Annotated[int, msgspec.Meta(ge=0)]] = {}
+    group: int = 0
+    program: Annotated[str, msgspec.Meta(max_length=255)] = ""
 
 
 class Credentials(Message, tag="credentials"):
@@ -222,6 +176,13 @@ class GetCounts(Message, tag="get_counts"):
     objects: list[int]
 
 
+class Clear(Message, tag="clear"):
+    """Empty the cache, save for what is in use, and with `history` that as well. Answered by `Cleared`."""
+
+    request: int
+    history: bool
+
+
 class Stats(Message, tag="stats"):
     """Answered by `StatsReply`."""
 
@@ -316,6 +277,13 @@ class Counts(Message, tag="counts"):
     counts: bytes
 
 
+class Cleared(Message, tag="cleared"):
+    """Answers `Clear`: how many bytes that freed in RAM and on disk."""
+
+    request: int
+    byte_count: int
+
+
 class StatsReply(Message, tag="stats_reply"):
     """Answers `Stats`."""
 
@@ -368,6 +336,7 @@ FromConsumer = (
     | GetIndexes
     | PutIndex
     | GetCounts
+    | Clear
     | Stats
     | Report
 )
@@ -381,6 +350,7 @@ FromService = (
     | Opened
     | Indexes
     | Counts
+    | Cleared
     | StatsReply
     | RequestFailed
     | Trouble

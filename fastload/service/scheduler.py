@@ -218,7 +218,7 @@ def upcoming(plans: Iterable[Plan], transit: int, on_disk: OnDisk) -> Iterator[C
 
 
 def _of_plan(plan: Plan, transit: int, on_disk: OnDisk) -> Iterator[Candidate]:
-    end = max(plan.reach, plan.cursor) + transit
+    end = max(plan.reach, plan.cursor) + min(transit, plan.depth)
     plan.sight = max(plan.sight, end)
     for position, entry, index in plan.missing():
         within = position < end

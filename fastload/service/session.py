@@ -15,6 +15,7 @@ same objects and plan.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import warnings
 import weakref
@@ -223,7 +224,13 @@ class Session:
                 self._troubles.append(message.message)
             case protocol.RequestFailed():
                 self._take_request_failed(message)
-            case protocol.Resolved() | protocol.Indexes() | protocol.Counts() | protocol.StatsReply():
+            case (
+                protocol.Resolved()
+                | protocol.Indexes()
+                | protocol.Counts()
+                | protocol.Cleared()
+                | protocol.StatsReply()
+            ):
                 self._take_part(message)
             case _:
                 raise ServiceError(f"an unexpected {type(message).__name__} message from the cache service")
@@ -255,7 +262,12 @@ class Session:
 
     def _take_part(
         self,
-        message: protocol.Resolved | protocol.Opened | protocol.Indexes | protocol.Counts | protocol.StatsReply,
+        message: protocol.Resolved
+        | protocol.Opened
+        | protocol.Indexes
+        | protocol.Counts
+        | protocol.Cleared
+        | protocol.StatsReply,
     ) -> None:
         request = self._requests.get(message.request)
         if request is not None and not request.done:
@@ -284,7 +296,10 @@ class Session:
         channel.start()
 
     def _open(self, stop: threading.Event) -> Connection:
-        hello = protocol.Hello(protocol.VERSION, os.getpid(), self.name, self._store_wire)
+        program = os.path.basename(sys.argv[0])[:255] if getattr(sys, "argv", None) else ""
+        hello = protocol.Hello(
+            protocol.VERSION, os.getpid(), self.name, self._store_wire, group=os.getpgrp(), program=program
+        )
         return self._cache.connect(hello, stop)
 
     def _on_connected(self, channel: Channel, connection: Connection) -> None:

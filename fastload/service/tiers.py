@@ -126,6 +126,14 @@ class Disk(Protocol):
         """The first bytes of the value under `name`, and how long all of it is."""
         ...
 
+    def blob_names(self) -> list[str]:
+        """The names of all blobs."""
+        ...
+
+    def remove_blob(self, name: str) -> bool:
+        """Remove a blob; whether it was there."""
+        ...
+
     def put_blob(self, name: str, data: bytes) -> bool:
         """Keep `data` under `name`."""
         ...

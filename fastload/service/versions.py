@@ -47,6 +47,10 @@ class Versions:
         self.forget(info.url)  # what was learnt last is the youngest
         self._by_url[_digest(info.url, 16)] = head + (info.etag or "").encode()
 
+    def clear(self) -> None:
+        """None is."""
+        self._by_url.clear()
+
     def forget(self, url: str) -> None:
         """It is not to be believed any more."""
         self._by_url.pop(_digest(url, 16), None)

@@ -1,0 +1,118 @@
+"""The reads of earlier runs, laid out so that what is being read finds its place among them.
+
+All lanes of all runs stand one after the other, the newest run first, in one array of keys; a *place* is an index in
+it. Beside it the same keys sorted, each with its place, so that a key's places are a binary search away.
+
+What comes after a place is the rest of its lane; and after the lane's end, what the whole run read from then on. So
+where worker processes are made anew for each epoch, the next epoch's beginning is what follows the end of this one's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastload.history.keys import UInt64, chunk_keys
+from fastload.history.runfile import Run
+from fastload.store.table import ObjectTable
+from fastload.store.types import ObjectInfo
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """Where one reader's reads stand: places from `start` up to `end`. `number` counts lanes over all runs."""
+
+    number: int
+    start: int
+    end: int
+
+
+class Library:
+    """Immutable; made in any thread. Takes 28 bytes a read, and what the objects take."""
+
+    def __init__(self, runs: Sequence[Run], chunk_bytes: int) -> None:
+        """Of these runs, the newest first, those whose chunks are of the same size."""
+        shelves = [_Shelf(run) for run in runs if run.summary.chunk_bytes == chunk_bytes and len(run.reads)]
+        self._shelves = shelves
+        counts = [len(shelf) for shelf in shelves]
+        self._shelf_starts: Int64 = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        lane_starts = [
+            shelf.lane_starts[:-1] + start for shelf, start in zip(shelves, self._shelf_starts, strict=False)
+        ]
+        self._lane_starts: Int64 = np.concatenate([*lane_starts, self._shelf_starts[-1:]]).astype(np.int64)
+        self.keys: UInt64 = np.concatenate([np.empty(0, np.uint64), *(shelf.keys for shelf in shelves)])
+        order = np.argsort(self.keys, kind="stable")
+        self._sorted_keys, self._places = self.keys[order], order.astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def places(self, key: int, at_most: int) -> list[int]:
+        """Where the key stands, in the newest runs first."""
+        wanted = np.uint64(key)
+        first = int(np.searchsorted(self._sorted_keys, wanted))
+        last = int(np.searchsorted(self._sorted_keys[first : first + at_most], wanted, side="right"))
+        return [int(place) for place in self._places[first : first + last]]
+
+    def lane(self, place: int) -> Lane:
+        """The lane that a place is in."""
+        number = int(np.searchsorted(self._lane_starts, place, side="right")) - 1
+        return Lane(number, int(self._lane_starts[number]), int(self._lane_starts[number + 1]))
+
+    def after(self, place: int, count: int) -> Int64:
+        """The places that follow this one, in the order of their reads; at most `count`."""
+        lane = self.lane(place)
+        rest = np.arange(place + 1, min(lane.end, place + 1 + count), dtype=np.int64)
+        if len(rest) == count:
+            return rest
+        number = self._shelf_of(place)
+        start = int(self._shelf_starts[number])
+        later = self._shelves[number].read_after(lane.end - 1 - start, count - len(rest))
+        return np.concatenate([rest, later + start])
+
+    def chunk(self, place: int) -> tuple[ObjectInfo, int]:
+        """The object that was read at a place, as it was then, and which chunk of it."""
+        number = self._shelf_of(place)
+        return self._shelves[number].chunk(place - int(self._shelf_starts[number]))
+
+    def _shelf_of(self, place: int) -> int:
+        return int(np.searchsorted(self._shelf_starts, place, side="right")) - 1
+
+
+class _Shelf:
+    """One run. Its places begin at 0."""
+
+    def __init__(self, run: Run) -> None:
+        reads = run.reads
+        by_lane = np.argsort(reads.lanes, kind="stable")
+        self._objects: ObjectTable = run.objects
+        self._object_nos, self._chunks = reads.objects[by_lane], reads.chunks[by_lane]
+        self.keys = chunk_keys(run.keys[self._object_nos], self._chunks)
+        _, firsts = np.unique(reads.lanes[by_lane], return_index=True)
+        self.lane_starts: Int64 = np.append(firsts, len(reads)).astype(np.int64)
+        self._in_time: Int32 = _inverse(by_lane)  # the place of each read, in the order of reading
+        self._when: Int32 = by_lane.astype(np.int32)  # and the other way round
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read_after(self, place: int, count: int) -> Int64:
+        """The places of what all lanes read after this place was."""
+        when = int(self._when[place]) + 1
+        return self._in_time[when : when + count].astype(np.int64)
+
+    def chunk(self, place: int) -> tuple[ObjectInfo, int]:
+        return self._objects[int(self._object_nos[place])], int(self._chunks[place])
+
+
+def _inverse(permutation: npt.NDArray[np.integer[Any]]) -> Int32:
+    inverse = np.empty(len(permutation), np.int32)
+    inverse[permutation] = np.arange(len(permutation), dtype=np.int32)
+    return inverse

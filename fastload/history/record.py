@@ -1,0 +1,164 @@
+"""What one run reads, gathered until it is written: a log of (reader, object, chunk, time).
+
+A *lane* is one reader, a consumer's connection; reads of a lane are in its order, and all of them in the order in which
+the service heard of them. A chunk that a lane has only just asked for is not noted again: it was fetched ahead, then
+waited for, or read in pieces.
+
+Bounded: beyond so many reads or objects only figures go on. URLs that may carry secrets are left out: those with a user
+and password, and of web servers those with a query, where signatures stand.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fastload.history import runfile
+from fastload.history.numbering import Numbering
+from fastload.history.runfile import EndpointSummary, Reads, Summary
+from fastload.store.rows import ObjectRows
+from fastload.store.types import ObjectInfo
+from fastload.store.urls import scheme
+
+READS_MAX, OBJECTS_MAX = 1 << 22, 1 << 21
+LANES_MAX = 1 << 16
+# Reads of a lane in which a chunk is the same read still.
+_SAME_WITHIN = 16
+_TICK_S = 0.1
+_TICKS_MAX = (1 << 32) - 1
+
+
+def may_keep(url: str) -> bool:
+    """Whether the URL holds nothing that looks like a secret."""
+    kind = scheme(url)
+    if kind == "file":
+        return True
+    authority = url.split("://", 1)[1].split("/", 1)[0]
+    user = authority.rpartition("@")[0]
+    if kind in ("http", "https"):
+        return not user and "?" not in url
+    return ":" not in user
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """What came up since the last one."""
+
+    keys: array[int] = field(default_factory=lambda: array("Q"))
+    infos: list[ObjectInfo] = field(default_factory=list)
+    objects: array[int] = field(default_factory=lambda: array("I"))
+    chunks: array[int] = field(default_factory=lambda: array("I"))
+    lanes: array[int] = field(default_factory=lambda: array("H"))
+    ticks: array[int] = field(default_factory=lambda: array("I"))
+    summary: Summary | None = None
+
+    def pieces(self) -> list[bytes]:
+        """It as pieces of a file. Takes milliseconds: for a thread."""
+        found = []
+        keys = np.frombuffer(self.keys, np.uint64) if self.keys else np.empty(0, np.uint64)
+        for start in range(0, len(self.infos), runfile.OBJECTS_MAX):
+            part = slice(start, start + runfile.OBJECTS_MAX)
+            found.append(runfile.objects_piece(keys[part], ObjectRows.of(self.infos[part])))
+        columns = [np.array(column) for column in (self.objects, self.chunks, self.lanes, self.ticks)]
+        for start in range(0, len(self.objects), runfile.READS_MAX):
+            part = slice(start, start + runfile.READS_MAX)
+            found.append(runfile.reads_piece(Reads(*(column[part] for column in columns))))
+        if self.summary is not None:
+            found.append(runfile.summary_piece(self.summary))
+        return found
+
+
+class Recorder:
+    """Of one run. Times are in seconds since it began. Not for several threads."""
+
+    def __init__(self, program: str, began: float, chunk_bytes: int) -> None:
+        """`began`: in seconds since 1970."""
+        self._program, self._began, self._chunk_bytes = program, began, chunk_bytes
+        self._numbering = Numbering()
+        self._batch = Batch()
+        self._last: list[deque[int] | None] = []
+        self._lane_names: dict[str, int] = {}
+        self._read_count = self._read_bytes = self._left_out = self._object_bytes = 0
+        self._seconds = 0.0
+        self.is_full = False  # no reads are kept any more
+
+    @property
+    def read_count(self) -> int:
+        """Reads that were noted."""
+        return self._read_count
+
+    def lane(self, name: str) -> int:
+        """A new lane's number; `name` says what kind of reader it is. -1: there are too many."""
+        self._lane_names[name] = self._lane_names.get(name, 0) + 1
+        if len(self._last) == LANES_MAX:
+            return -1
+        self._last.append(deque(maxlen=_SAME_WITHIN))
+        return len(self._last) - 1
+
+    def lane_ended(self, lane: int) -> None:
+        """It reads no more."""
+        if lane >= 0:
+            self._last[lane] = None
+
+    def read(self, lane: int, key: int, info: ObjectInfo, index: int, seconds: float) -> bool:
+        """A lane reads a chunk of an object, whose key is `key`. Whether that is news."""
+        last = self._last[lane] if lane >= 0 else None
+        place = key ^ (index << 64)
+        if last is not None:
+            if place in last:
+                return False
+            last.append(place)
+        self._seconds = max(self._seconds, seconds)
+        self._read_bytes += min(self._chunk_bytes, info.size - index * self._chunk_bytes)
+        if last is None or not self._note(lane, key, info, index, seconds):
+            self._left_out += 1
+        return True
+
+    def _note(self, lane: int, key: int, info: ObjectInfo, index: int, seconds: float) -> bool:
+        if self.is_full or self._read_count >= READS_MAX or not may_keep(info.url):
+            return False
+        if self._numbering.count >= OBJECTS_MAX and self._numbering.get(key) is None:
+            return False
+        number, is_new = self._numbering.number(key)
+        batch = self._batch
+        if is_new:
+            batch.keys.append(key)
+            batch.infos.append(info)
+            self._object_bytes += info.size
+        batch.objects.append(number)
+        batch.chunks.append(index)
+        batch.lanes.append(lane)
+        batch.ticks.append(min(_TICKS_MAX, int(seconds / _TICK_S)))
+        self._read_count += 1
+        return True
+
+    def summary(self, seconds: float, endpoints: Mapping[str, EndpointSummary]) -> Summary:
+        """The run in figures, when so many seconds have passed."""
+        return Summary(
+            began=self._began,
+            seconds=seconds,
+            program=self._program,
+            chunk_bytes=self._chunk_bytes,
+            lane_count=len(self._last),
+            read_count=self._read_count,
+            read_bytes=self._read_bytes,
+            left_out=self._left_out,
+            object_count=self._numbering.count,
+            object_bytes=self._object_bytes,
+            lanes=dict(self._lane_names),
+            endpoints={name: each for name, each in endpoints.items() if may_keep(_as_url(name))},
+        )
+
+    def take(self, seconds: float, endpoints: Mapping[str, EndpointSummary]) -> Batch:
+        """What came up since this was called last, with a summary."""
+        batch, self._batch = self._batch, Batch()
+        batch.summary = self.summary(seconds, endpoints)
+        return batch
+
+
+def _as_url(endpoint: str) -> str:
+    return endpoint if "://" in endpoint else f"https://{endpoint}"

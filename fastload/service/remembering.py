@@ -1,0 +1,244 @@
+"""Keeping history: what consumers read goes into the run that they belong to, and what was learnt goes with it.
+
+Consumers of one process group are one run: the ranks of a job, and its worker processes, which come and go with each
+epoch. It ends when none of them has been connected for a minute. What came up is written every half minute, and when a
+consumer goes, so that a run that follows soon finds it; in a thread, since it is packed for that.
+
+When the folder cannot be written to, nothing more is kept, with one word in the service's log: history is a help, no
+part of the cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from fastload.history import archive as archives
+from fastload.history.archive import Archive
+from fastload.history.library import Library
+from fastload.history.record import Batch, Recorder
+from fastload.history.runfile import EndpointSummary
+from fastload.service import protocol
+from fastload.service.consumers import ConsumerState
+from fastload.service.control import Learnt
+from fastload.service.model import ObjectEntry
+from fastload.service.pools import Pools
+
+log = logging.getLogger("fastload.service")
+
+_WRITE_EVERY_S = 30.0
+_RUN_ENDS_S = 60.0
+# Reads of earlier runs that are kept in reach: 28 bytes each, and their objects.
+_LIBRARY_READS_MAX = 1 << 21
+# Runs whose endpoints are looked at for a start.
+_LEARNT_RUNS = 8
+
+# What is learnt of each endpoint by now, and how many requests it was sent.
+Endpoints = Callable[[], Mapping[str, tuple[Learnt, int]]]
+
+
+@dataclass(slots=True, eq=False)
+class _LiveRun:
+    name: str
+    began_s: float
+    recorder: Recorder
+    reader_count: int = 0  # its consumers that are connected
+    left_s: float = 0.0  # when the last of them went
+    written_count: int = 0  # reads that are in the file
+
+
+class Remembering:
+    """Used by the loop's thread only, except for what it gives to its pool."""
+
+    def __init__(
+        self,
+        archive: Archive | None,
+        bytes_max: int,
+        chunk_bytes: int,
+        pools: Pools,
+        endpoints: Endpoints,
+        now: Callable[[], float],
+        wall: Callable[[], float],
+    ) -> None:
+        """`archive` None: nothing is kept, and nothing known. `endpoints()`: what is learnt of each by now. `wall`: a
+        clock that shows seconds since 1970.
+        """
+        self._archive, self._bytes_max, self._chunk_bytes = archive, bytes_max, chunk_bytes
+        self._endpoints, self._now, self._wall, self._loop = endpoints, now, wall, pools.loop
+        self._pool = pools.make("history", 1)  # one thread: pieces are written in their order
+        self._pool.finishes = True
+        self._runs: dict[int, _LiveRun] = {}  # by process group
+        self._lanes: dict[ConsumerState, tuple[_LiveRun, int]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._known: dict[str, EndpointSummary] = {}
+        self._version = 0  # of what is on disk
+        self._loaded_version = -1
+        self._is_loading = False
+        if archive is not None:
+            self._pool.submit(_learnt, archive, done=self._learnt)
+
+    # Endpoints
+
+    def known(self, endpoint: str) -> Learnt | None:
+        """What an earlier run learnt of an endpoint."""
+        found = self._known.get(endpoint)
+        if found is None:
+            return None
+        first_byte_s = None if found.first_byte_s < 0 else found.first_byte_s
+        return Learnt(found.limit, found.bytes_per_s, first_byte_s, found.connection_bytes_per_s, found.throttled_at)
+
+    def _learnt(self, known: dict[str, EndpointSummary] | None, error: BaseException | None) -> None:
+        if error is not None:
+            self._give_up(error)
+        self._known = known or {}
+
+    # Recording
+
+    def connect(self, consumer: ConsumerState, hello: protocol.Hello) -> None:
+        """A consumer has come."""
+        if self._archive is None:
+            return
+        run = self._runs.get(hello.group)
+        if run is None:
+            began = self._wall()
+            recorder = Recorder(hello.program, began, self._chunk_bytes)
+            run = self._runs[hello.group] = _LiveRun(self._archive.new_name(began), self._now(), recorder)
+        run.reader_count += 1
+        self._lanes[consumer] = run, run.recorder.lane(hello.name)
+        self._wait()
+
+    def read(self, consumer: ConsumerState, entry: ObjectEntry, index: int) -> bool:
+        """A consumer wants a chunk of an object. Whether that is news."""
+        at = self._lanes.get(consumer)
+        if at is None:
+            return False
+        run, lane = at
+        return run.recorder.read(lane, entry.history_key, entry.info, index, self._now() - run.began_s)
+
+    def disconnect(self, consumer: ConsumerState) -> None:
+        """It has gone."""
+        at = self._lanes.pop(consumer, None)
+        if at is None:
+            return
+        run, lane = at
+        run.recorder.lane_ended(lane)
+        run.reader_count -= 1
+        run.left_s = self._now()
+        self._write(run)
+
+    def close(self) -> None:
+        """Write what there is; the pool does so before it ends."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for run in self._runs.values():
+            self._write(run)
+
+    def _wait(self) -> None:
+        if self._timer is None:
+            self._timer = self._loop.call_later(_WRITE_EVERY_S, self._look)
+
+    def _look(self) -> None:
+        """Write what came up, and end the runs that nobody is of any more."""
+        self._timer = None
+        for group, run in list(self._runs.items()):
+            self._write(run)
+            if not run.reader_count and self._now() - run.left_s > _RUN_ENDS_S:
+                del self._runs[group]
+        if self._runs:
+            self._wait()
+
+    def _write(self, run: _LiveRun) -> None:
+        if self._archive is None or run.recorder.read_count == run.written_count:
+            return
+        run.written_count = run.recorder.read_count
+        learnt = {name: _summary(*each) for name, each in self._endpoints().items()}
+        batch = run.recorder.take(self._now() - run.began_s, learnt)
+        keep = frozenset(each.name for each in self._runs.values())
+
+        def done(size: int | None, error: BaseException | None) -> None:
+            if error is not None or size is None:
+                self._give_up(error)
+                return
+            self._version += 1
+            run.recorder.is_full = size > self._bytes_max // 2
+
+        self._pool.submit(_append, self._archive, run.name, batch, self._bytes_max, keep, done=done)
+
+    def _give_up(self, error: BaseException | None) -> None:
+        """Keep nothing any more."""
+        if self._archive is not None:
+            log.warning("no history is kept any more: %s: %s", self._archive.folder, error)
+        self._archive = None
+        self._runs.clear()
+        self._lanes.clear()
+
+    # For predictions
+
+    def load(self, done: Callable[[Library], None]) -> None:
+        """Read what earlier runs, and this one so far, have read; `done(library)` follows if that is news."""
+        if self._archive is None or self._is_loading or self._loaded_version == self._version:
+            return
+        self._is_loading, self._loaded_version = True, self._version
+
+        def loaded(library: Library | None, error: BaseException | None) -> None:
+            self._is_loading = False
+            if library is None:
+                self._give_up(error)
+            elif len(library):
+                done(library)
+
+        self._pool.submit(_read, self._archive, self._chunk_bytes, done=loaded)
+
+    def clear(self, done: Callable[[int, BaseException | None], None]) -> None:
+        """Forget everything; `done` is told how many bytes it took."""
+        archive = self._archive
+        if archive is None:
+            done(0, None)
+            return
+        for run in self._runs.values():
+            run.recorder.take(0.0, {})
+            run.written_count = run.recorder.read_count
+            run.recorder.is_full = True
+        self._known = {}
+
+        def cleared(byte_count: int | None, error: BaseException | None) -> None:
+            self._version += 1
+            done(byte_count or 0, error)
+
+        self._pool.submit(archive.clear, done=cleared)
+
+
+def _summary(learnt: Learnt, request_count: int) -> EndpointSummary:
+    first_byte_s = -1.0 if learnt.first_byte_s is None else learnt.first_byte_s
+    return EndpointSummary(
+        limit=learnt.limit,
+        bytes_per_s=learnt.bytes_per_s,
+        first_byte_s=first_byte_s,
+        connection_bytes_per_s=learnt.connection_bytes_per_s,
+        throttled_at=learnt.throttled_at,
+        request_count=request_count,
+    )
+
+
+def _append(archive: Archive, name: str, batch: Batch, bytes_max: int, keep: frozenset[str]) -> int:
+    """In a thread."""
+    size = archive.append(name, batch.pieces())
+    archive.prune(bytes_max, keep)
+    return size
+
+
+def _read(archive: Archive, chunk_bytes: int) -> Library:
+    """In a thread."""
+    return Library(archives.read_all(archive, _LIBRARY_READS_MAX), chunk_bytes)
+
+
+def _learnt(archive: Archive) -> dict[str, EndpointSummary]:
+    """In a thread: what the newest run that met an endpoint learnt of it."""
+    known: dict[str, EndpointSummary] = {}
+    for run in archive.runs()[:_LEARNT_RUNS]:
+        summary = archive.summary(run)
+        if summary is not None:
+            known = dict(summary.endpoints) | known
+    return known

@@ -1,0 +1,232 @@
+"""Readers whose order nobody told, and that read as an earlier run did: what they read next is fetched ahead.
+
+Each consumer that opens objects has a follower (`history.follow`). While it is found in the history, it has a
+`ReplayPlan`, the next reads from its place on, which the scheduler treats as it treats a plan that was told: by
+distance, among all others, and no further ahead than the follower is to be believed. The plan is made anew when it has
+been used up by half.
+
+A prediction names the version of the object that was read then. A fetch of it is answered only if it is still the one,
+so whoever opens the object afterwards is told so without another question to the store. Where it has changed, the fetch
+fails, nobody hears of it, and the reader finds the new version as it would have.
+
+The history is read in a thread, when the first object is opened and when there is more of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from fastload.history.follow import Follower
+from fastload.history.keys import chunk_key, object_key
+from fastload.history.library import Library
+from fastload.service.consumers import ConsumerState
+from fastload.service.model import Chunk, ObjectEntry, Objects
+from fastload.service.plans import Plan, Step
+from fastload.service.planset import PlanSet
+from fastload.service.stores import StoreTable
+from fastload.service.versions import Versions
+from fastload.store.urls import scheme
+
+# Reads of a plan; making one costs ten microseconds a read.
+_READS_MAX = 512
+_READS_MIN = 8
+# Reads that came before the history was there, or a newer one.
+_EARLY_MAX = 16
+
+# Reads the history, in a thread; `done(library)` follows, once, if there is any.
+Load = Callable[[Callable[[Library], None]], None]
+
+
+class ReplayPlan(Plan):
+    """The next reads of one consumer, by prediction. Position i is the i-th; an object's chunks need not follow on each
+    other. Its entries count as used while it lives.
+    """
+
+    covers = False
+
+    def __init__(self, steps: list[tuple[ObjectEntry, int]], options_key: str, lane: range, asked: int) -> None:
+        """`lane`: the places of the first of these reads, as far as they are one lane's. `asked`: how many reads were
+        wished for; fewer steps mean that the history ends there.
+        """
+        super().__init__([], options_key, 0)
+        self.is_blind = True
+        self.first_place, self._lane, self._is_last = lane.start, lane, len(steps) < asked
+        self._list = steps
+        self._positions: dict[tuple[ObjectEntry, int], list[int]] = {}
+        for position, step in enumerate(steps):
+            self._positions.setdefault(step, []).append(position)
+
+    @property
+    def chunk_count(self) -> int:
+        """How many reads it has."""
+        return len(self._list)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a chunk occurs more than once."""
+        return len(self._positions) < len(self._list)
+
+    def position(self, entry: ObjectEntry, index: int) -> int:
+        """The next position of a chunk: the first at or after the cursor, else its last; -1 if it has none."""
+        positions = self._positions.get((entry, index))
+        if positions is None:
+            return -1
+        return next((position for position in positions if position >= self.cursor), positions[-1])
+
+    def at(self, position: int) -> tuple[ObjectEntry, int]:
+        """The chunk at a position."""
+        return self._list[position]
+
+    def leads_from(self, place: int) -> bool:
+        """Whether what follows the place is in the plan."""
+        return place + 1 == self.first_place or place in self._lane
+
+    def lasts(self, done: int, ahead: int) -> bool:
+        """Whether, when so many of its reads are done, it need not be made anew for looking so far ahead."""
+        return self._is_last or self.chunk_count - done >= min(_READS_MAX // 2, ahead)
+
+    def entries_used(self) -> list[ObjectEntry]:
+        """The entry of each read."""
+        return [entry for entry, _ in self._list]
+
+    def objects(self) -> Iterator[ObjectEntry]:
+        """Its objects, each once."""
+        return iter(dict.fromkeys(self.entries_used()))
+
+    def _steps(self, position: int) -> Iterator[Step]:
+        for at in range(position, len(self._list)):
+            yield at, *self._list[at]
+
+
+@dataclass(slots=True)
+class _Reader:
+    follower: Follower | None = None
+    plan: ReplayPlan | None = None
+    unconfirmed: set[ObjectEntry] = field(default_factory=set)  # of the plan, versions that nobody asked for
+    early: deque[int] = field(default_factory=lambda: deque(maxlen=_EARLY_MAX))
+
+
+class Replay:
+    """Used by the loop's thread only."""
+
+    def __init__(
+        self,
+        plans: PlanSet,
+        objects: Objects,
+        stores: StoreTable,
+        versions: Versions,
+        load: Load,
+        replan: Callable[[Plan], None],
+        wake: Callable[[], None],
+    ) -> None:
+        """`wake()` is called when there is something to fetch that no message brought."""
+        self._plans, self._objects, self._stores, self._versions = plans, objects, stores, versions
+        self._load, self._replan, self._wake = load, replan, wake
+        self._library: Library | None = None
+        self._readers: dict[ConsumerState, _Reader] = {}
+        self.counters: Counter[str] = Counter(replayed_reads=0)
+
+    # What happens
+
+    def opening(self, consumer: ConsumerState, url: str) -> None:
+        """A consumer opens an object, which is mostly read from its start."""
+        if consumer not in self._readers:
+            self._readers[consumer] = self._begin(_Reader())
+            self._load(self._loaded)
+        reader = self._readers[consumer]
+        if reader.follower is not None and reader.follower.expect(object_key(url)):
+            self._update(consumer, reader)
+
+    def read(self, consumer: ConsumerState, key: int, index: int) -> None:
+        """A consumer reads a chunk of the object with this key."""
+        reader = self._readers.get(consumer)
+        if reader is None:
+            return
+        place = chunk_key(key, index)
+        reader.early.append(place)
+        if reader.follower is None:
+            return
+        self.counters["replayed_reads"] += reader.follower.saw(place) and reader.plan is not None
+        self._update(consumer, reader)
+
+    def fetched(self, chunk: Chunk) -> None:
+        """A chunk has come from its store, so that the version it was expected to be of is the present one."""
+        entry = chunk.entry
+        if not any(entry in reader.unconfirmed for reader in self._readers.values()):
+            return
+        for reader in self._readers.values():
+            reader.unconfirmed.discard(entry)
+        if entry.info.etag is not None and scheme(entry.info.url) != "file":
+            self._versions.learn(entry.endpoint, entry.info)
+
+    def left(self, consumer: ConsumerState) -> None:
+        """A consumer has gone, or begins anew."""
+        reader = self._readers.pop(consumer, None)
+        if reader is not None:
+            self._set_plan(consumer, reader, None)
+
+    # The history
+
+    def _loaded(self, library: Library) -> None:
+        self._library = library
+        for consumer, reader in self._readers.items():
+            if reader.plan is None:
+                self._begin(reader)
+                self._update(consumer, reader)
+        self._wake()
+
+    def _begin(self, reader: _Reader) -> _Reader:
+        """Have the reader followed by what is known now."""
+        if self._library is not None and len(self._library):
+            reader.follower = Follower(self._library)
+            for place in reader.early:
+                reader.follower.saw(place)
+        return reader
+
+    # Plans
+
+    def _update(self, consumer: ConsumerState, reader: _Reader) -> None:
+        follower, plan = reader.follower, reader.plan
+        if follower is None or follower.place is None:
+            self._set_plan(consumer, reader, None)
+            return
+        if plan is not None:
+            done = follower.place + 1 - plan.first_place
+            if plan.leads_from(follower.place) and plan.lasts(done, follower.ahead_max):
+                plan.depth = follower.ahead_max
+                plan.advance(done)
+                if plan.repeats:
+                    self._replan(plan)
+                return
+        self._set_plan(consumer, reader, self._predict(consumer, reader, follower, follower.place))
+
+    def _predict(self, consumer: ConsumerState, reader: _Reader, follower: Follower, place: int) -> ReplayPlan:
+        library, endpoint = follower.library, self._stores.endpoint(consumer.options_key)
+        count = max(_READS_MIN, min(_READS_MAX, 4 * follower.ahead_max))
+        steps: list[tuple[ObjectEntry, int]] = []
+        reader.unconfirmed = set()
+        for at in library.after(place, count).tolist():
+            info, index = library.chunk(at)
+            known = self._versions.get(endpoint, info.url)
+            entry = self._objects.use_info(known or info, endpoint)
+            if index >= entry.chunk_count:  # it is shorter by now, and what was read there is no more
+                self._objects.unuse([entry])
+                break
+            steps.append((entry, index))
+            if known is None:
+                reader.unconfirmed.add(entry)
+        plan = ReplayPlan(steps, consumer.options_key, range(place + 1, library.lane(place).end), count)
+        plan.depth = follower.ahead_max
+        return plan
+
+    def _set_plan(self, consumer: ConsumerState, reader: _Reader, plan: ReplayPlan | None) -> None:
+        before, reader.plan = reader.plan, plan
+        if before is None and plan is None:
+            return
+        self._plans.replay(consumer, plan)
+        if plan is None:
+            reader.unconfirmed = set()
+        if before is not None:  # last, so that what both name stays
+            self._objects.unuse(before.entries_used())
