@@ -19,6 +19,8 @@ good as unknown.
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -48,6 +50,8 @@ class Plan:
     def __init__(self, entries: Sequence[ObjectEntry], options_key: str, epoch: int, cursor: int = 0) -> None:
         self.entries = list(entries)
         self.options_key = options_key
+        # The same for plans that name the same objects in the same order, for the same credentials.
+        self.likeness = options_key, hashlib.blake2b(array("Q", map(id, self.entries)), digest_size=16).digest()
         self.epoch = epoch
         self.cursor = self.frontier = self.reach = self.swept = cursor
         self.uses: NextUses | None = None

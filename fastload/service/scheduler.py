@@ -214,15 +214,29 @@ def _recalls(table: BufferTable, count: int) -> list[Action]:
 
 def upcoming(plans: Iterable[Plan], transit: int, on_disk: OnDisk) -> Iterator[Candidate]:
     """The chunks that plans will need, nearest first over all of them."""
-    return heapq.merge(*(_of_plan(plan, transit, on_disk) for plan in plans), key=_distance)
+    each = [_of_plan(plan, transit, on_disk, up_to) for plan, up_to in _apart(list(plans))]
+    return heapq.merge(*each, key=_distance)
 
 
-def _of_plan(plan: Plan, transit: int, on_disk: OnDisk) -> Iterator[Candidate]:
+def _apart(plans: list[Plan]) -> list[tuple[Plan, int]]:
+    """Each plan, and up to where it has something to add: of plans that are alike, as those of a node's ranks are, the
+    one that is farthest on names what lies ahead of it, at the least distance, and one behind it what lies between.
+    """
+    up_to: dict[Plan, int] = {}
+    nearest: dict[object, int] = {}
+    for plan in sorted(plans, key=lambda plan: -plan.cursor):
+        likeness = plan if plan.is_blind else plan.likeness
+        up_to[plan] = nearest.get(likeness, plan.chunk_count)
+        nearest[likeness] = plan.cursor
+    return [(plan, up_to[plan]) for plan in plans]
+
+
+def _of_plan(plan: Plan, transit: int, on_disk: OnDisk, up_to: int) -> Iterator[Candidate]:
     end = max(plan.reach, plan.cursor) + min(transit, plan.depth)
     plan.sight = max(plan.sight, end)
     for position, entry, index in plan.missing():
         within = position < end
-        if plan.is_blind and not within:
+        if position >= up_to or (plan.is_blind and not within):
             return
         distance = position - plan.cursor
         held = on_disk(entry, index)
