@@ -41,7 +41,7 @@ from fastload.service.planset import PlanSet
 from fastload.service.pools import Done
 from fastload.service.quota import Quota
 from fastload.service.remembering import Remembering
-from fastload.service.replay import Replay
+from fastload.service.replay import Replay, ReplayPlan
 from fastload.service.requests import Requests
 from fastload.service.room import Room
 from fastload.service.scheduler import Candidate, Drop, Load, Recall, Slots
@@ -129,6 +129,7 @@ class Core:
             parts.now,
             limits.requests_in_flight,
             self._history.known,
+            parts.hedger,
         )
         self._loader = Loader(arena, disk, watch, self._fetches, self._loaded, self._read_given_up)
         room = Room(self._disk_order, self._pins, self._plans.to_read)
@@ -228,7 +229,8 @@ class Core:
         """What the history hears of it."""
         for chunk_no in chunk_nos:
             entry, index = consumer.locate(chunk_no)
-            if self._history.read(consumer, entry, index):
+            is_news = self._history.read(consumer, entry, index)
+            if is_news and (consumer.plan is None or isinstance(consumer.plan, ReplayPlan)):
                 self._replay.read(consumer, entry.history_key, index)
 
     def _detach(self, consumer: ConsumerState) -> None:
@@ -252,6 +254,7 @@ class Core:
     # Plans
 
     def _set_plan(self, consumer: ConsumerState, message: protocol.SetPlan) -> None:
+        self._replay.left(consumer)
         consumer.load_order = self._loader.order
         plan = self._plans.set(consumer, message, to_disk=self.disk.writable)
         if isinstance(plan, WarmPlan) and plan.to_disk:

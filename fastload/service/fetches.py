@@ -13,7 +13,7 @@ import contextlib
 import resource
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -38,7 +38,7 @@ Ended = Callable[[Chunk, BaseException | None], None]
 @dataclass(slots=True)
 class _Endpoint:
     controller: Controller
-    hedger: Hedger = field(default_factory=Hedger)
+    hedger: Hedger
     in_flight: int = 0  # those that lost to another one do not count: they may hang for long, and nobody waits
 
     @property
@@ -72,12 +72,14 @@ class Fetches:
         now: Callable[[], float],
         fixed: int = 0,
         known: Callable[[str], Learnt | None] = lambda endpoint: None,
+        hedger: Callable[[], Hedger] = Hedger,
     ) -> None:
         """`spare()` lends a buffer for a second request, if there is one to be had; `freed()` is told when one has come
         back. `fixed`: see `Controller`. `known(endpoint)`: what an earlier run learnt of it.
         """
         self._arena, self._table, self._stores, self._loop = arena, table, stores, pools.loop
-        self._spare, self._freed, self._now, self._fixed, self._known = spare, freed, now, fixed, known
+        self._spare, self._freed, self._now, self._fixed = spare, freed, now, fixed
+        self._known, self._hedger = known, hedger
         self._max = fixed or requests_max(arena.buffer_count)
         self._pool = pools.make("fetch", self._max + _HEDGES_MAX)
         self._endpoints: dict[str, _Endpoint] = {}  # the one used last is the last
@@ -123,7 +125,7 @@ class Fetches:
         return endpoint
 
     def _new(self, name: str) -> _Endpoint:
-        return _Endpoint(Controller(self._max, fixed=self._fixed, known=self._known(name)))
+        return _Endpoint(Controller(self._max, fixed=self._fixed, known=self._known(name)), self._hedger())
 
     def learnt(self) -> dict[str, tuple[Learnt, int]]:
         """What is known of each endpoint by now, and how many requests it was sent."""
