@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -86,7 +86,8 @@ def run(job: Job) -> Outcome:
             data, batch_size=BATCH, num_workers=WORKERS, sampler=_changed(order, job) if job.leave_out else order
         )
         began = time.monotonic()
-        waits_s, read = [], 0
+        waits_s: list[float] = []
+        read = 0
         for batch in _timed(loader, waits_s):
             read += int(batch.sum())
             time.sleep(STEP_S)
@@ -98,7 +99,7 @@ def run(job: Job) -> Outcome:
         return Outcome(waits_s[0], sum(waits_s[1:]), replayed, cpu_s)
 
 
-def _timed(loader, waits_s):  # type: ignore[no-untyped-def]
+def _timed(loader: Iterable[torch.Tensor], waits_s: list[float]) -> Iterator[torch.Tensor]:
     batches = iter(loader)
     while True:
         began = time.monotonic()

@@ -431,6 +431,7 @@ class Core:
             if isinstance(plan, WarmPlan) and position >= 0:
                 plan.fail(error)
         self._openings.failed(chunk, error)
+        self._replay.failed(chunk)
         self._table.clear(chunk)
         chunk.state = State.ABSENT
         self._ledger.failed(chunk, error)

@@ -1,15 +1,15 @@
 """Readers whose order nobody told, and that read as an earlier run did: what they read next is fetched ahead.
 
-Each consumer that opens objects has a follower (`history.follow`). While it is found in the history, it has a
+Each consumer without a plan of its own has a follower (`history.follow`). While it is found in the history, it has a
 `ReplayPlan`, the next reads from its place on, which the scheduler treats as it treats a plan that was told: by
 distance, among all others, and no further ahead than the follower is to be believed. The plan is made anew when it has
 been used up by half.
 
 A prediction names the version of the object that was read then. A fetch of it is answered only if it is still the one,
 so whoever opens the object afterwards is told so without another question to the store. Where it has changed, the fetch
-fails, nobody hears of it, and the reader finds the new version as it would have.
+fails once, nobody hears of it, and the reader finds the new version as it would have.
 
-The history is read in a thread, when the first object is opened and when there is more of it.
+The history is read in a thread, when such a consumer begins and there is more of it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from fastload.store.urls import scheme
 # Reads of a plan; making one costs ten microseconds a read.
 _READS_MAX = 512
 _READS_MIN = 8
+# Versions of objects that are not tried again.
+_STALE_MAX = 1 << 16
 # Reads that came before the history was there, or a newer one.
 _EARLY_MAX = 16
 
@@ -126,24 +128,20 @@ class Replay:
         self._load, self._replan, self._wake = load, replan, wake
         self._library: Library | None = None
         self._readers: dict[ConsumerState, _Reader] = {}
+        self._stale: set[bytes] = set()  # versions that were fetched in vain
         self.counters: Counter[str] = Counter(replayed_reads=0)
 
     # What happens
 
     def opening(self, consumer: ConsumerState, url: str) -> None:
         """A consumer opens an object, which is mostly read from its start."""
-        if consumer not in self._readers:
-            self._readers[consumer] = self._begin(_Reader())
-            self._load(self._loaded)
-        reader = self._readers[consumer]
+        reader = self._reader(consumer)
         if reader.follower is not None and reader.follower.expect(object_key(url)):
             self._update(consumer, reader)
 
     def read(self, consumer: ConsumerState, key: int, index: int) -> None:
-        """A consumer reads a chunk of the object with this key."""
-        reader = self._readers.get(consumer)
-        if reader is None:
-            return
+        """A consumer that told no plan reads a chunk of the object with this key."""
+        reader = self._reader(consumer)
         place = chunk_key(key, index)
         reader.early.append(place)
         if reader.follower is None:
@@ -161,11 +159,25 @@ class Replay:
         if entry.info.etag is not None and scheme(entry.info.url) != "file":
             self._versions.learn(entry.endpoint, entry.info)
 
+    def failed(self, chunk: Chunk) -> None:
+        """A chunk could not be had; what is there now is not what was read then."""
+        if not chunk.wanters:
+            if len(self._stale) >= _STALE_MAX:
+                self._stale.clear()
+            self._stale.add(chunk.entry.id)
+
     def left(self, consumer: ConsumerState) -> None:
         """A consumer has gone, or begins anew."""
         reader = self._readers.pop(consumer, None)
         if reader is not None:
             self._set_plan(consumer, reader, None)
+
+    def _reader(self, consumer: ConsumerState) -> _Reader:
+        reader = self._readers.get(consumer)
+        if reader is None:
+            reader = self._readers[consumer] = self._begin(_Reader())
+            self._load(self._loaded)
+        return reader
 
     # The history
 
@@ -219,6 +231,7 @@ class Replay:
                 reader.unconfirmed.add(entry)
         plan = ReplayPlan(steps, consumer.options_key, range(place + 1, library.lane(place).end), count)
         plan.depth = follower.ahead_max
+        plan.failed.update(at for at, (entry, _) in enumerate(steps) if entry.id in self._stale)
         return plan
 
     def _set_plan(self, consumer: ConsumerState, reader: _Reader, plan: ReplayPlan | None) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fastload.errors import FastloadError, ObjectMissingError
+from fastload.errors import FastloadError, ObjectChangedError, ObjectMissingError
 from fastload.service import Consumer, Held
 from fastload.service.session import chunk_starts
 from fastload.store.types import ObjectInfo
@@ -54,6 +54,8 @@ class FakeStore:
         self.before_read(info.url, start)
         if info.url in self.errors:
             raise self.errors[info.url]
+        if info.etag is not None and info != FakeStore.head(self, info.url):
+            raise ObjectChangedError(f"{info.url} is another by now")
         out[:] = self.contents[info.url][start : start + len(out)]
 
     def close(self) -> None:

@@ -1,0 +1,247 @@
+"""A core that remembers: what an earlier run read is fetched ahead for one that reads alike, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastload.cache import CacheDirectory
+from fastload.errors import ObjectMissingError
+from fastload.history.archive import Archive
+from fastload.service import protocol
+from fastload.service.core import Core
+from tests.service.helpers import CHUNK_BYTES, random_bytes
+from tests.service.world import Side, World, settle, until
+
+COUNT = 30
+
+
+class Reader:
+    """A consumer that opens objects one by one and reads each whole, as `fastload.open` has it."""
+
+    def __init__(self, core: Core, world: World, group: int = 1) -> None:
+        self.side = Side(core, [])
+        core.disconnect(self.side.state)
+        hello = protocol.Hello(protocol.VERSION, 1, "fastload.open", {}, group=group, program="train.py")
+        self.side.state = core.connect(hello, self.side.sent.append)
+        self._world, self._requests, self._chunks = world, 0, 0
+
+    async def read(self, number: int) -> None:
+        """Open, wait, read, give back."""
+        self._requests += 1
+        self.side.say(protocol.Open(self._requests, self._world.objects[number].url))
+        opened = await self._answer(protocol.Opened)
+        chunks = range(self._chunks, self._chunks - (-opened.size // CHUNK_BYTES))
+        self._chunks = chunks.stop
+        for chunk in chunks:
+            self.side.want(chunk)
+            await until(lambda chunk=chunk: chunk in self.side.granted, f"chunk {chunk} is granted")  # type: ignore[misc]
+            self.side.release(chunk)
+
+    async def _answer(self, kind: type[protocol.Opened]) -> protocol.Opened:
+        def answers() -> list[protocol.Opened]:
+            return [message for message in self.side.all(kind) if message.request == self._requests]
+
+        await until(lambda: bool(answers()), "it is opened")
+        return answers()[0]
+
+    def leave(self) -> None:
+        """Go away."""
+        self.side.core.disconnect(self.side.state)
+
+
+def world(tmp_path: Path, buffer_count: int = 40, **limits: int) -> World:
+    """Objects of a chunk each, but every tenth of three."""
+    made = World(tmp_path, buffer_count)
+    if limits:
+        made.directory = CacheDirectory.open(tmp_path / "cache", **limits)
+    made.add(*(3 if number % 10 == 9 else 1 for number in range(COUNT)))
+    return made
+
+
+def run(world: World, work: Callable[[Core], Coroutine[Any, Any, None]]) -> None:
+    """A service's life, with nothing in its RAM at first."""
+    world.store.reads.clear()
+    world.run(work)
+
+
+def read_all(world: World, order: list[int], settled: Callable[[Core, Reader], None] | None = None) -> None:
+    """A run that reads in this order; `settled` looks at what there is after each read."""
+
+    async def work(core: Core) -> None:
+        reader = Reader(core, world)
+        for number in order:
+            await reader.read(number)
+            if settled is not None:
+                await settle()
+                settled(core, reader)
+        reader.leave()
+
+    run(world, work)
+
+
+ORDER = [(7 * number + 3) % COUNT for number in range(COUNT)]
+
+
+def test_the_next_reads_are_there_before_they_are_asked_for(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    read_all(here, ORDER)
+    ahead = []
+
+    def look(core: Core, reader: Reader) -> None:
+        ahead.append(len(here.store.reads) - reader.side.state.granted.chunks[0] - len(ahead))
+
+    read_all(here, ORDER, look)
+    assert ahead[0] >= 1
+    assert ahead[4] >= 8
+    chunks = sum(info.size // CHUNK_BYTES for info in here.objects)
+    assert len(here.store.reads) == chunks  # each once, whoever asked for it
+
+
+def test_a_version_that_was_fetched_is_not_asked_for(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    asked: list[str] = []
+    head = here.store.head
+    here.store.head = lambda url: asked.append(url) or head(url)  # type: ignore[method-assign,func-returns-value]
+    read_all(here, ORDER)
+    assert len(asked) == COUNT
+    asked.clear()
+    read_all(here, ORDER, lambda core, reader: None)
+    assert len(asked) <= 2
+
+
+def test_an_object_that_changed_is_read_in_its_new_version(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    read_all(here, ORDER)
+    changed = ORDER[10]
+    here.objects[changed] = here.store.put(str(changed), random_bytes(999, CHUNK_BYTES))
+    read_all(here, ORDER)
+    assert [url for url, _ in here.store.reads].count(here.objects[changed].url) == 2  # in vain, and then as it is
+
+
+def test_an_object_that_vanished_is_nobodys_error(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    read_all(here, ORDER)
+    url = here.objects[ORDER[10]].url
+    here.store.errors[url] = ObjectMissingError(f"{url} is gone")
+    read_all(here, [number for number in ORDER if number != ORDER[10]])
+
+
+def test_switched_off_nothing_is_kept_or_used(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    read_all(here, ORDER)
+    here.directory = CacheDirectory.open(tmp_path / "cache", history_bytes=0)
+    seen = []
+    read_all(here, ORDER, lambda core, reader: seen.append(len(here.store.reads)))
+    assert seen[:5] == [1, 2, 3, 4, 5]
+    assert len(Archive(tmp_path / "cache").runs()) == 1
+
+
+def test_epochs_of_one_run_in_the_same_order_are_known_too(tmp_path: Path) -> None:
+    here = world(tmp_path, buffer_count=8)
+    replayed = []
+
+    async def work(core: Core) -> None:
+        for _ in range(2):
+            reader = Reader(core, here)
+            for number in ORDER:
+                await reader.read(number)
+            reader.leave()
+            await settle()
+            other = Side(core, [])
+            other.say(protocol.Stats(1))
+            replayed.append(other.all(protocol.StatsReply)[0].values["node"]["replayed_reads"])
+            core.disconnect(other.state)
+
+    run(here, work)
+    assert replayed[0] == 0
+    assert replayed[1] >= COUNT - 5
+
+
+def test_jobs_side_by_side_are_runs_of_their_own(tmp_path: Path) -> None:
+    here = world(tmp_path)
+
+    async def work(core: Core) -> None:
+        readers = [Reader(core, here, group) for group in (1, 2, 2)]
+        for number in range(9):
+            await readers[number % 3].read(number)
+        for reader in readers:
+            reader.leave()
+
+    run(here, work)
+    archive = Archive(tmp_path / "cache")
+    found = {archive.read(each).summary.lane_count: archive.read(each) for each in archive.runs()}
+    assert set(found) == {1, 2}
+    assert [len(found[count].reads) for count in (1, 2)] == [3, 6]
+    assert {each.summary.program for each in found.values()} == {"train.py"}
+
+
+def test_it_is_there_when_the_service_was_killed(tmp_path: Path) -> None:
+    """What was read until a consumer went is on disk then."""
+    here = world(tmp_path)
+    kept = []
+
+    async def work(core: Core) -> None:
+        reader = Reader(core, here)
+        for number in ORDER[:10]:
+            await reader.read(number)
+        reader.leave()
+        archive = Archive(tmp_path / "cache")
+        await until(lambda: bool(archive.runs()), "it is written")
+        kept.extend(len(archive.read(each).reads) for each in archive.runs())
+
+    run(here, work)
+    assert kept == [sum(here.objects[number].size // CHUNK_BYTES for number in ORDER[:10])]
+
+
+def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    here = world(tmp_path)
+    (tmp_path / "cache" / "history").write_text("in the way")
+    read_all(here, ORDER[:5])
+    read_all(here, ORDER[:5])
+    assert "no history is kept any more" in caplog.text
+
+
+def test_damaged_history_stops_nothing(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    read_all(here, ORDER)
+    path = Archive(tmp_path / "cache").runs()[0].path
+    path.write_bytes(path.read_bytes()[:100] + b"\xff" * 100)
+    read_all(here, ORDER)
+
+
+def test_clearing_empties_all_but_what_is_in_use(tmp_path: Path) -> None:
+    here = World(tmp_path, 20, disk_bytes=50 * CHUNK_BYTES)
+    here.add(*[1] * 10)
+    kept = []
+
+    async def work(core: Core) -> None:
+        reader = Reader(core, here)
+        for number in range(8):
+            await reader.read(number)
+        holder = Side(core, here.objects)
+        holder.want(3)
+        await until(lambda: holder.granted == [3], "it is granted")
+        await settle()
+        holder.say(protocol.PutIndex(0, b"index"))
+        await settle()
+        holder.say(protocol.Clear(1, False))
+        await until(lambda: bool(holder.all(protocol.Cleared)), "it is empty")
+        assert holder.all(protocol.Cleared)[0].byte_count >= 7 * CHUNK_BYTES
+        holder.say(protocol.Stats(2))
+        node = holder.all(protocol.StatsReply)[0].values["node"]
+        kept.append((node["disk_used_bytes"], len(core.disk.blob_names())))
+        reads = len(here.store.reads)
+        await reader.read(3)  # in use, so it was there
+        await reader.read(4)
+        assert len(here.store.reads) == reads + 1
+        reader.leave()
+        holder.say(protocol.Clear(3, True))
+        await until(lambda: len(holder.all(protocol.Cleared)) == 2, "the history is gone")
+        assert Archive(tmp_path / "cache").runs() == []
+
+    run(here, work)
+    assert kept == [(0, 0)]
