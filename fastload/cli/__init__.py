@@ -7,7 +7,7 @@ import sys
 import typer
 
 from fastload.cli import compile as kernels
-from fastload.cli import demo, index, warm
+from fastload.cli import demo, history, index, warm
 from fastload.errors import FastloadError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command("compile")(kernels.compile_kernels)
 app.command("demo")(demo.demo)
+app.add_typer(history.app, name="history")
 app.command("index")(index.index)
 app.command("warm")(warm.warm)
 

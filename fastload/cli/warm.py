@@ -17,16 +17,23 @@ from rich.progress import (
 )
 
 from fastload.config import format_bytes
+from fastload.errors import ConfigError
 
 if TYPE_CHECKING:
     from fastload import service
+    from fastload.service.handle import Cache
 
 # Exit code where the cache is too small for the job: not an error, and not what was asked for.
 EXIT_PARTIAL = 3
 
 
 def warm(
-    urls: Annotated[list[str], typer.Argument(help="Brace patterns, prefixes that end in '/', or single shards.")],
+    urls: Annotated[
+        list[str] | None, typer.Argument(help="Brace patterns, prefixes that end in '/', or single shards.")
+    ] = None,
+    from_history: Annotated[
+        str | None, typer.Option(help="Instead: what this run read, in its order; `latest`, or see `fastload history`.")
+    ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Cache directory; else $FASTLOAD_CACHE, or ~/.cache/fastload.")
     ] = None,
@@ -43,13 +50,22 @@ def warm(
     disk_bytes: Annotated[str | None, typer.Option(help="Size of the disk tier, such as 500GiB.")] = None,
     chunk_bytes: Annotated[str | None, typer.Option(help="Size of a chunk, such as 8MiB.")] = None,
 ) -> None:
-    """Fill the cache for a job, so that it fetches nothing: same URLs, seed and shuffle as the job."""
+    """Fill the cache for a job, so that it fetches nothing: same URLs, seed and shuffle as the job.
+
+    Or with --from-history, for one that reads what an earlier run read, whatever its order.
+    """
     from fastload import warm as warming
     from fastload.config import parse_bytes
     from fastload.plan import OrderWish, Ranks
     from fastload.service.handle import Cache
 
+    if bool(urls) == bool(from_history):
+        raise ConfigError("name either URLs or --from-history=RUN, and not both")
     console = Console(stderr=True)
+    if from_history:
+        with Cache(cache, ram_bytes=ram_bytes, disk_bytes=disk_bytes, chunk_bytes=chunk_bytes) as opened:
+            _warm_run(from_history, opened, console)
+        return
     with (
         Cache(cache, ram_bytes=ram_bytes, disk_bytes=disk_bytes, chunk_bytes=chunk_bytes) as opened,
         _bar(console) as bar,
@@ -62,7 +78,7 @@ def warm(
             bar.update(task, description="warming", total=progress.total_bytes, completed=progress.done_bytes)
 
         warmed = warming.warm(
-            urls,
+            urls or [],
             opened,
             order,
             epoch=epoch,
@@ -76,7 +92,34 @@ def warm(
         f"{format_bytes(warmed.held_bytes)} of {format_bytes(warmed.total_bytes)} cached, "
         f"{format_bytes(warmed.fetched_bytes)} fetched"
     )
-    if not warmed.is_complete:
+    _end(console, is_complete=warmed.is_complete)
+
+
+def _warm_run(name: str, cache: Cache, console: Console) -> None:
+    """Warm what an earlier run read."""
+    from fastload import warm as warming
+    from fastload.history.archive import Archive
+
+    archive = Archive(cache.directory)
+    run = archive.read(archive.find(name))
+    urls = [url for rows in run.objects.rows() for url, *_ in rows]
+    with _bar(console) as bar:
+        task = bar.add_task("listing", total=None)
+
+        def show(progress: service.protocol.Progress) -> None:
+            bar.update(task, description="warming", total=progress.total_bytes, completed=progress.done_bytes)
+
+        warmed = warming.warm_run(urls, cache, on_progress=show)
+    gone = f", {warmed.missing_count} are gone" if warmed.missing_count else ""
+    console.print(
+        f"{run.name}: {warmed.object_count} objects{gone}: {format_bytes(warmed.held_bytes)} of "
+        f"{format_bytes(warmed.total_bytes)} cached, {format_bytes(warmed.fetched_bytes)} fetched"
+    )
+    _end(console, is_complete=warmed.is_complete)
+
+
+def _end(console: Console, *, is_complete: bool) -> None:
+    if not is_complete:
         console.print("The cache is full: raise disk_bytes, or expect the job to fetch the rest itself.")
         raise typer.Exit(EXIT_PARTIAL)
 
