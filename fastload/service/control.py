@@ -197,9 +197,8 @@ class Controller:
     def _decide(self, found: _Round, now: float) -> None:
         self._rates.append((now, found.connection_bytes_per_s))
         if self._mode is _Mode.START and self._known is not None and _is_like(found, self._known):
-            self._settle(self.limit, found, now)
-            self._cut_at = now
-            self._try(now)
+            self._settle(self.limit, None, now)
+            self._raise_at, self._cut_at = now + 2 * _CUT_EVERY_S, now + _CUT_EVERY_S
         elif self._mode is _Mode.START:
             limit = self.limit if self._known is None else min(self.limit, self._start)
             self._settle(round(limit / found.on_the_wire), None, now)
@@ -345,9 +344,10 @@ def _summary(attempts: Sequence[Attempt], in_flight: int) -> _Round:
 
 
 def _is_like(found: _Round, known: Learnt) -> bool:
-    """Whether the store answers as an earlier run knew it: at half to twice the rate, and the first byte as soon."""
-    rate = found.connection_bytes_per_s / known.connection_bytes_per_s
-    if not 1 / _LIKE <= rate <= _LIKE:
+    """Whether the store answers as an earlier run knew it: the first byte as soon, and at half the rate at least. More
+    is no news: the first answers have the link for themselves.
+    """
+    if found.connection_bytes_per_s < known.connection_bytes_per_s / _LIKE:
         return False
     if found.first_byte_s is None or known.first_byte_s is None:
         return found.first_byte_s is known.first_byte_s

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastload.service.control import AT_FIRST, Controller
+from fastload.service.control import AT_FIRST, Controller, Learnt
 from fastload.store.watch import Attempt, Outcome
 from tests.service.virtual import CHUNK_BYTES, Profile, Store
 
@@ -66,6 +66,52 @@ def test_a_store_that_throttles_is_asked_less_than_it_minds(above: int) -> None:
     alone = Store(MIDDLE, fixed=above)
     alone.run(10.0)
     assert store.mb_per_s(60.0, 90.0) >= 0.75 * alone.mb_per_s(1.0, 10.0)
+
+
+@pytest.mark.parametrize("profile", [NEAR, MIDDLE, FAR], ids=["20ms", "100ms", "200ms"])
+def test_a_store_that_is_known_is_asked_enough_from_the_first_second(profile: Profile) -> None:
+    first = run(profile, 25.0)
+    assert first.controller is not None
+    known = first.controller.learnt()
+    again = Store(profile, Controller(known=known), seed=1)
+    again.run(20.0)
+    assert again.limits[0][1] == known.limit
+    # What is needed begins all at once, and takes some seconds to spread out.
+    assert again.mb_per_s(5.0, 20.0) >= 0.9 * best(profile)
+    assert again.mb_per_s(0.0, 2.0) >= 0.95 * first.mb_per_s(0.0, 2.0)
+    assert again.most_in_flight(0.0, 20.0) <= 2 * profile.needed
+
+
+@pytest.mark.parametrize(("before", "after"), [(NEAR, FAR), (FAR, NEAR)], ids=["farther", "nearer"])
+def test_a_store_that_is_not_as_it_was_known_is_learnt_anew(before: Profile, after: Profile) -> None:
+    first = run(before, 25.0)
+    assert first.controller is not None
+    store = Store(after, Controller(known=first.controller.learnt()))
+    store.run(25.0)
+    assert store.mb_per_s(10.0, 25.0) >= 0.9 * best(after)
+    assert store.most_in_flight(10.0, 25.0) <= 2.2 * after.needed
+
+
+@given(
+    limit=st.integers(-5, 10**9),
+    rates=st.tuples(st.floats(), st.floats()),
+    first_byte_s=st.none() | st.floats(),
+    throttled_at=st.integers(-5, 10**9),
+)
+def test_what_is_known_may_be_nonsense(
+    limit: int, rates: tuple[float, float], first_byte_s: float | None, throttled_at: int
+) -> None:
+    controller = Controller(64, known=Learnt(limit, rates[0], first_byte_s, rates[1], throttled_at))
+    assert 1 <= controller.limit <= 64
+    for number in range(40):
+        controller.ended(Attempt(number, number + 0.5, 1000, 0.1), number + 0.5)
+        assert 1 <= controller.limit <= 64
+
+
+def test_a_store_that_throttled_is_asked_less_at_first() -> None:
+    known = Learnt(40, 4e8, 0.02, 8e7, throttled_at=20)
+    assert Controller(known=known).limit == 18
+    assert Controller(known=known, fixed=5).limit == 5
 
 
 def test_a_few_answers_that_hang_are_no_news() -> None:
