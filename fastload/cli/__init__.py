@@ -7,7 +7,7 @@ import sys
 import typer
 
 from fastload.cli import compile as kernels
-from fastload.cli import demo, history, index, warm
+from fastload.cli import demo, history, index, simulate, warm
 from fastload.errors import FastloadError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app.command("compile")(kernels.compile_kernels)
 app.command("demo")(demo.demo)
 app.add_typer(history.app, name="history")
 app.command("index")(index.index)
+app.command("simulate")(simulate.simulate)
 app.command("warm")(warm.warm)
 
 

@@ -1,0 +1,136 @@
+"""`fastload simulate`: how large a cache to buy, found out in virtual time."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from fastload.config import parse_bytes
+from fastload.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fastload.simulate.options import StoreProfile
+
+_PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+
+
+def simulate(
+    data_bytes: Annotated[str, typer.Option(help="Size of the data set.")] = "10TB",
+    sample_bytes: Annotated[str, typer.Option(help="Size of a sample.")] = "100kB",
+    shard_bytes: Annotated[str, typer.Option(help="Size of a shard.")] = "256MB",
+    nodes: Annotated[int, typer.Option(help="Nodes of the job.")] = 1000,
+    ranks: Annotated[int, typer.Option(help="Ranks of a node.")] = 8,
+    cache_bytes: Annotated[
+        str,
+        typer.Option(help="Disk caches of a node to try: sizes, or percent of the data that a node reads."),
+    ] = "10%,25%,50%,100%",
+    ram_bytes: Annotated[str, typer.Option(help="RAM tier of a node.")] = "2GiB",
+    chunk_bytes: Annotated[str, typer.Option(help="Size of a chunk.")] = "8MiB",
+    store: Annotated[str, typer.Option(help="near (20 ms to the first byte), far (100 ms) or slow (200 ms).")] = "near",
+    first_byte_ms: Annotated[float | None, typer.Option(help="Instead of the store's.")] = None,
+    connection_rate: Annotated[str | None, typer.Option(help="Bytes a second of one connection.")] = None,
+    store_rate: Annotated[str | None, typer.Option(help="Bytes a second that the store gives to all nodes.")] = None,
+    throttles_above: Annotated[float | None, typer.Option(help="Requests at a time, over all nodes.")] = None,
+    slow_share: Annotated[float, typer.Option(help="The part of the requests that take --slow-times as long.")] = 0.0,
+    slow_times: Annotated[float, typer.Option(help="See --slow-share.")] = 50.0,
+    link_rate: Annotated[str, typer.Option(help="Bytes a second of a node's network.")] = "3GB",
+    rate: Annotated[float, typer.Option(help="Samples a second that a rank trains on when it never waits.")] = 1000.0,
+    batch_size: Annotated[int, typer.Option(help="Samples of a rank's batch.")] = 256,
+    epochs: Annotated[int, typer.Option(help="Epochs; the first one fills the cache.")] = 3,
+    shuffle: Annotated[str, typer.Option(help="window, shards, global or none.")] = "window",
+    policy: Annotated[str, typer.Option(help="auto, pin, future, sieve or lru.")] = "auto",
+    in_step: Annotated[bool, typer.Option(help="All ranks wait for each other after each batch.")] = True,
+    hedging: Annotated[bool, typer.Option(help="What is late is asked for twice.")] = True,
+    simulated_nodes: Annotated[int | None, typer.Option(help="Nodes that stand for all; else two.")] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="All of a node's data, however long that takes.")] = False,
+    seed: Annotated[int, typer.Option(help="The same seed, the same figures.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a plot there, as SVG.")] = None,
+) -> None:
+    """How much a disk cache of some sizes would hit, and how long a job would wait: the cache service's own decisions,
+    against a store and disks in virtual time.
+    """
+    from fastload.arguments import checked_cache_policy
+    from fastload.plan.order import check_shuffle
+    from fastload.simulate import Job, Node, sweep
+    from fastload.simulate.report import about, as_json, as_svg, as_table, refusals
+    from fastload.simulate.run import CHUNKS_MAX
+
+    job = Job(
+        data_bytes=parse_bytes(data_bytes, "--data-bytes"),
+        sample_bytes=parse_bytes(sample_bytes, "--sample-bytes"),
+        shard_bytes=parse_bytes(shard_bytes, "--shard-bytes"),
+        nodes=nodes,
+        ranks_per_node=ranks,
+        batch_size=batch_size,
+        samples_per_s=rate,
+        epochs=epochs,
+        shuffle=check_shuffle(shuffle),
+        policy=checked_cache_policy(policy),
+        in_step=in_step,
+        hedging=hedging,
+    )
+    profile = _store(store, first_byte_ms, connection_rate, store_rate, throttles_above, (slow_share, slow_times))
+    caches = [
+        Node(
+            ram_bytes=parse_bytes(ram_bytes, "--ram-bytes"),
+            disk_bytes=size,
+            chunk_bytes=parse_bytes(chunk_bytes, "--chunk-bytes"),
+            link_bytes_per_s=parse_bytes(link_rate, "--link-rate"),
+        )
+        for size in _sizes(cache_bytes, job.data_bytes / job.nodes)
+    ]
+    chunks_max = None if whole else CHUNKS_MAX
+    runs = sweep(job, caches, profile, seed=seed, simulated_nodes=simulated_nodes, chunks_max=chunks_max)
+    console = Console()
+    console.print(as_table(job, runs))
+    for line in [*refusals(runs), about(job, runs)]:
+        console.print(line, highlight=False)
+    if json_file is not None:
+        json_file.write_text(json.dumps(as_json(job, profile, seed, runs), indent=1) + "\n")
+    if plot_file is not None and any(not run.refused for run in runs):
+        plot_file.write_text(as_svg(job, runs))
+
+
+def _sizes(text: str, node_bytes: float) -> list[int]:
+    """The caches, in bytes, the smallest first."""
+    sizes = []
+    for part in text.split(","):
+        percent = _PERCENT.fullmatch(part)
+        sizes.append(
+            int(float(percent[1]) / 100 * node_bytes) if percent else parse_bytes(part.strip(), "--cache-bytes")
+        )
+    return sorted(set(sizes))
+
+
+def _store(
+    name: str,
+    first_byte_ms: float | None,
+    connection_rate: str | None,
+    store_rate: str | None,
+    throttles_above: float | None,
+    slow: tuple[float, float],
+) -> StoreProfile:
+    from fastload.simulate.options import STORES, StoreProfile
+
+    if name not in STORES:
+        raise ConfigError(f"--store={name} is none of {', '.join(STORES)}; or name one and change it with the options")
+    known = STORES[name]
+    return StoreProfile(
+        first_byte_s=known.first_byte_s if first_byte_ms is None else first_byte_ms / 1000,
+        connection_bytes_per_s=(
+            known.connection_bytes_per_s
+            if connection_rate is None
+            else parse_bytes(connection_rate, "--connection-rate")
+        ),
+        total_bytes_per_s=math.inf if store_rate is None else parse_bytes(store_rate, "--store-rate"),
+        throttles_above=throttles_above or math.inf,
+        slow_share=slow[0],
+        slow_times=slow[1],
+    )

@@ -1,0 +1,99 @@
+"""The service's pools in virtual time: a job begins as soon as one of the pool's threads is free, and lasts as long as
+what it does takes.
+
+A job's function is called when it begins. The job ends at once, unless something that the function calls has said, by
+`Jobs.suspend`, that it goes on: a disk that takes a while, a request that is on its way. What the function returned is
+handed on when the job ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from fastload.service.pools import Done, Hung, Job, Pool, Pools
+from fastload.simulate.clock import VirtualLoop
+
+Resume = Callable[[BaseException | None], None]
+
+
+class _Running:
+    """A job that has begun, and ends by being resumed or, where nothing suspends it, by itself."""
+
+    __slots__ = ("_end", "is_suspended", "job", "result")
+
+    def __init__(self, job: Job, end: Callable[[Job, Any, BaseException | None], None]) -> None:
+        self.job, self._end = job, end
+        self.result: Any = None
+        self.is_suspended = False
+
+    def resume(self, error: BaseException | None) -> None:
+        self._end(self.job, None if error is not None else self.result, error)
+
+
+class Jobs(Pools):
+    """All pools of one simulated service."""
+
+    def __init__(self, loop: VirtualLoop) -> None:
+        super().__init__(loop.for_service)
+        self._running: _Running | None = None
+
+    def make(self, name: str, count: int, submitted: Callable[[], None] = lambda: None) -> Pool:
+        """See `Pools.make`."""
+        pool = _VirtualPool(name, count, self, submitted)
+        self._pools.append(pool)
+        return pool
+
+    def suspend(self) -> Resume:
+        """The job that begins now goes on until what this returns is called, with an error or None: once, and later."""
+        assert self._running is not None, "no job begins"
+        self._running.is_suspended = True
+        return self._running.resume
+
+    def begin(self, job: Job, end: Callable[[Job, Any, BaseException | None], None]) -> None:
+        """Call the job's function; `end` follows, now or later."""
+        running = self._running = _Running(job, end)
+        try:
+            running.result = job.function(*job.arguments)
+        finally:
+            self._running = None
+        if not running.is_suspended:
+            running.resume(None)
+
+
+class _VirtualPool(Pool):
+    """A pool of `Jobs`. What its functions raise ends the run: they are the simulation's own."""
+
+    def __init__(self, name: str, count: int, jobs: Jobs, submitted: Callable[[], None]) -> None:
+        super().__init__(name, count, jobs.loop, submitted)
+        self._all = jobs
+        self._queue: deque[Job] = deque()
+        self._busy = 0
+
+    def submit(self, function: Callable[..., Any], *arguments: Any, done: Done, hung: Hung | None = None) -> None:
+        """See `Pool.submit`."""
+        if self._closed:
+            return
+        job = Job(function, arguments, done, hung)
+        self.under_way.add(job)
+        self._queue.append(job)
+        self._submitted()
+        self._pump()
+
+    def stop(self) -> None:
+        """See `Pool.stop`."""
+        self._closed = True
+        self._queue.clear()
+
+    def _pump(self) -> None:
+        while self._queue and self._busy < self.count:
+            self._busy += 1
+            job = self._queue.popleft()
+            job.began = self._loop.time()
+            self._all.begin(job, self._end)
+
+    def _end(self, job: Job, result: Any, error: BaseException | None) -> None:
+        self._busy -= 1
+        self._loop.call_soon(self._finish, job, result, error)
+        self._pump()

@@ -1,0 +1,115 @@
+"""What a sweep found, for people and for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from fastload.config import format_bytes
+from fastload.simulate.options import Job, StoreProfile
+from fastload.simulate.plot import Line, sweep_svg
+from fastload.simulate.run import Run
+
+HIT_COLOUR, STALL_COLOUR = "#1b6ca8", "#c4511b"
+
+
+def as_table(job: Job, runs: Sequence[Run]) -> Table:
+    """A row for each cache: its first epoch, which fills it, and the mean of those after."""
+    table = Table(header_style="bold", padding=(0, 1))
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for run in runs:
+        if not run.refused:
+            table.add_row(*_row(run))
+    return table
+
+
+def refusals(runs: Sequence[Run]) -> list[str]:
+    """Why the loader would not run with some caches, a line for each."""
+    return [f"disk cache of {format_bytes(run.node.disk_bytes)}: {run.refused}" for run in runs if run.refused]
+
+
+_HEADINGS = (
+    "disk",
+    "of data",
+    "hit %",
+    "RAM %",
+    "disk %",
+    "fetched",
+    "stall %",
+    "first %",
+    "samples/s",
+    "flights",
+)
+
+
+def _row(run: Run) -> list[str]:
+    return [
+        format_bytes(run.node.disk_bytes),
+        f"{run.node.disk_bytes / run.data_bytes_per_node:.0%}",
+        _percent(run.mean("hit_share")),
+        _percent(run.mean("ram_share")),
+        _percent(run.mean("disk_share")),
+        format_bytes(run.mean("remote_bytes_per_node")),
+        _percent(run.mean("stall_share")),
+        _percent(run.epochs[0].stall_share),
+        _count(run.mean("samples_per_s")),
+        f"{run.mean('requests_in_flight'):.1f}",
+    ]
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e6:.2f} M" if number >= 1e6 else f"{number:,.0f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def about(job: Job, runs: Sequence[Run]) -> str:
+    """What was simulated of what was asked for."""
+    run = next((run for run in runs if not run.refused), runs[0])
+    epochs = "the first epoch" if job.epochs == 1 else f"epochs 2 to {job.epochs}"
+    text = (
+        f"{format_bytes(run.data_bytes_per_node)} of data for each of {job.nodes} nodes with {job.ranks_per_node} ranks. "
+        f"Figures are those of {epochs}: hit: not fetched, by RAM and by disk; fetched: by a node, an epoch; stall: of "
+        "the time, and in the first epoch; flights: requests in flight from a node. "
+        f"Simulated were {run.simulated_nodes} of {job.nodes} nodes, with their share of the store"
+    )
+    if run.scale < 1:
+        text += f", and {run.scale:.1%} of their data and caches"
+    return text + "."
+
+
+def as_json(job: Job, store: StoreProfile, seed: int, runs: Sequence[Run]) -> dict[str, Any]:
+    """All of it; numbers without an end are null."""
+    found: dict[str, Any] = _finite(
+        {"job": asdict(job), "store": asdict(store), "seed": seed, "runs": [asdict(run) for run in runs]}
+    )
+    return found
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+
+
+def as_svg(job: Job, runs: Sequence[Run]) -> str:
+    """The plot, of those caches that the loader would run with."""
+    good = sorted((run for run in runs if not run.refused), key=lambda run: run.node.disk_bytes)
+    what = "first epoch" if job.epochs == 1 else f"epochs 2 to {job.epochs}"
+    subtitle = (
+        f"{what}, {format_bytes(job.data_bytes / job.nodes)} of data and {format_bytes(good[0].node.ram_bytes)} of RAM "
+        f"a node, policy {job.cache_policy}"
+    )
+    lines = [
+        Line("hit share", HIT_COLOUR, [run.mean("hit_share") for run in good]),
+        Line("stall share", STALL_COLOUR, [run.mean("stall_share") for run in good]),
+    ]
+    return sweep_svg("What a cache of this size would do", subtitle, [run.node.disk_bytes for run in good], lines)
