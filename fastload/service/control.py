@@ -40,7 +40,8 @@ REQUESTS_MAX = 256
 
 _START_COUNT = 4
 _START_FACTOR_MAX = 4.0
-_ROUND_COUNT_MIN = 8
+# A few requests go on in the step in which they began, which says too much of a low limit.
+_ROUND_COUNT_MIN, _TRIAL_COUNT_MIN = 8, 16
 _RAISE, _CUT = 1.25, 0.8
 # When a raise paid in full: more at a time. Less than double, so that no trial is far above what is needed.
 _RAISE_FAST = 1.5
@@ -49,8 +50,11 @@ _CUT_FAST = 0.5
 _SLOW_BYTES_PER_S = 20e6
 _PAYS, _PAYS_FULLY = 0.3, 0.6
 _LOSES = 0.1
+# What cuts may cost together, of the best that was measured.
+_LOSES_IN_ALL = 0.03
 _RAISE_EVERY_S, _CUT_EVERY_S = 3.0, 6.0
-_OF_USE = 1.4
+# Connections that wait for their next request are no use either: a few more than Little's law has it.
+_OF_USE, _OF_USE_MORE = 1.2, 3
 # For how long a connection's rate counts as possible.
 _RATES_S, _RATES_COUNT = 30.0, 100
 _CHANGED, _FIRST_BYTE_CHANGED = 0.25, 0.5
@@ -135,7 +139,10 @@ class Controller:
         self._since = float("-inf")  # requests that began earlier belong to another limit, or had slack
         self._base: _Round | None = None
         self._base_limit = self.limit
+        self._measured: tuple[int, _Round] | None = None  # the limit that stood last and was measured
         self._step, self._cut = _RAISE, _CUT
+        self._best_bytes_per_s, self._best_limit = 0.0, 0  # of the limits that stood
+        self._floor, self._floor_until = 1, float("-inf")
         self._rates: deque[tuple[float, float]] = deque(maxlen=_RATES_COUNT)
         self._raise_at = self._cut_at = float("-inf")
         self._refused_at = self._throttled_at = float("-inf")
@@ -172,9 +179,9 @@ class Controller:
 
     def learnt(self) -> Learnt:
         """See `Learnt`; zeros before the first round."""
-        base, limit = self._base, self._base_limit
-        if base is None:
-            return Learnt(limit, 0.0, None, 0.0, self._least_throttled)
+        if self._measured is None:
+            return Learnt(self._base_limit, 0.0, None, 0.0, self._least_throttled)
+        limit, base = self._measured
         return Learnt(limit, base.bytes_per_s, base.first_byte_s, base.connection_bytes_per_s, self._least_throttled)
 
     # Rounds
@@ -192,7 +199,7 @@ class Controller:
         if self._mode is _Mode.START:
             return _START_COUNT
         each = 1 if self._step > _RAISE else 2
-        return max(_ROUND_COUNT_MIN, each * self.limit)
+        return max(_ROUND_COUNT_MIN if self._mode is _Mode.BASE else _TRIAL_COUNT_MIN, each * self.limit)
 
     def _decide(self, found: _Round, now: float) -> None:
         self._rates.append((now, found.connection_bytes_per_s))
@@ -206,10 +213,25 @@ class Controller:
         elif self._changed(found):
             self._follow(found, now)
         elif self._mode is _Mode.BASE:
-            self._base = found
-            self._try(now)
+            self._base, self._measured = found, (self.limit, found)
+            if not self._fell_below(found, now):
+                self._try(now)
         else:
             self._judge(found, now)
+
+    def _fell_below(self, found: _Round, now: float) -> bool:
+        """Whether cuts, each of which seemed to lose nothing, have lost something together. If so they are undone, and
+        for a while there is a floor.
+        """
+        if self.limit >= self._best_limit:  # as much as can be had, whatever it was once
+            self._best_limit, self._best_bytes_per_s = self.limit, found.bytes_per_s
+            return False
+        if found.bytes_per_s >= (1.0 - _LOSES_IN_ALL) * self._best_bytes_per_s:
+            return False
+        self._floor, self._floor_until = self.limit + 1, now + _CEILING_S_MAX
+        self._settle(self._best_limit, None, now)
+        self._cut_at = self._raise_at = now + _RAISE_EVERY_S
+        return True
 
     def _try(self, now: float) -> None:
         """The standing limit has been measured: try another, if it is time to."""
@@ -218,18 +240,18 @@ class Controller:
         cut = min(self.limit - 1, int(self.limit * self._cut))
         if now >= self._raise_at and raised > self.limit:
             self._set(raised, _Mode.RAISED, now)
-        elif now >= self._cut_at and cut >= 1:
+        elif now >= self._cut_at and cut >= (self._floor if now < self._floor_until else 1):
             self._set(cut, _Mode.CUT, now)
 
     def _of_use(self, now: float) -> int:
         """By Little's law, how many would do for the present goodput were no connection held up by the others, and
-        half as many more. Where connections hold each other up a little that is an estimate from above.
+        some more. Where connections hold each other up a little that is an estimate from above.
         """
         assert self._base is not None, "nothing was measured"
         fastest = max(rate for at, rate in self._rates if at >= now - _RATES_S)
         first_byte_s = self._base.seconds - self._base.body_seconds
         seconds = first_byte_s + self._base.byte_count / fastest
-        return math.ceil(_OF_USE * self._base.bytes_per_s * seconds / self._base.byte_count)
+        return _OF_USE_MORE + math.ceil(_OF_USE * self._base.bytes_per_s * seconds / self._base.byte_count)
 
     def _judge(self, found: _Round, now: float) -> None:
         """A trial has been measured."""
@@ -246,7 +268,7 @@ class Controller:
             self._raise_at = now if self._step > _RAISE else now + _RAISE_EVERY_S
             self._step = _RAISE
             self._settle(self._base_limit, self._base, now)
-        elif gain >= _LOSES * change:
+        elif gain >= _LOSES * change and found.bytes_per_s >= (1.0 - _LOSES_IN_ALL) * self._best_bytes_per_s:
             self._raise_at = now + _RAISE_EVERY_S
             self._settle(self.limit, found, now)
             self._try(now)
@@ -287,6 +309,7 @@ class Controller:
 
     def _try_first(self, *, cut: bool, now: float) -> None:
         """Nothing is known of other limits. With `cut` a connection is slow, perhaps since there are too many."""
+        self._best_bytes_per_s, self._best_limit, self._floor = 0.0, 0, 1
         self._step = _RAISE
         self._cut = _CUT_FAST if cut else _CUT
         self._cut_at = now

@@ -40,6 +40,15 @@ def test_most_of_what_the_best_setting_gets_without_far_too_many(profile: Profil
     assert store.most_in_flight(0.0, 25.0) <= 2 * profile.needed
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_cuts_that_seem_to_lose_nothing_do_not_lose_much_together(seed: int) -> None:
+    """A store near by, whose link two connections nearly fill: what is missing is the time between their requests."""
+    profile = Profile(connection_bytes_per_s=500e6, total_bytes_per_s=200e6, noise=0.05)
+    store = run(profile, 60.0, seed)
+    assert store.mb_per_s(0.0, 60.0) >= 0.97 * best(profile)
+    assert store.most_in_flight(30.0, 60.0) <= AT_FIRST + 2
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
