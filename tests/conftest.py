@@ -5,6 +5,7 @@ behind.
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import re
 import shutil
@@ -32,6 +33,12 @@ os.environ["FASTLOAD_IDLE_S"] = "0"
 # (as `tests.plan.many` has it) looks for others.
 settings.register_profile("repeatable", derandomize=True, database=None)
 settings.load_profile("repeatable")
+
+# A process of the fork server has nothing of its parent's, like one that is spawned, and has all of this imported from
+# the start: most tests of that take this way. Spawned ones, which take seconds, are where the way itself matters.
+multiprocessing.set_forkserver_preload(
+    ["pytest", "hypothesis", "tests.shards", "tests.jobs.reading", "tests.jobs.training"]
+)
 
 # Whoever runs the tests in the background may have had SIGINT ignored, and children that tests interrupt inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

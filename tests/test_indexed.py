@@ -147,7 +147,7 @@ def as_they_are(samples):
     return samples
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_samplers_in_torchs_worker_processes(s3, cache, data: Corpus, method: str) -> None:
     dataset = indexed(data, s3, cache).indexed()
     assert len(dataset) == len(data.samples)

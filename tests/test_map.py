@@ -331,7 +331,7 @@ def looked_up(sample: Any) -> tuple[str, str, int]:
     return type(info.dataset).__name__, info.dataset.label, info.num_workers
 
 
-@pytest.mark.parametrize("options", [{}, {"workers": "side"}, {"multiprocessing_context": "spawn"}])
+@pytest.mark.parametrize("options", [{}, {"workers": "side"}, {"multiprocessing_context": "forkserver"}])
 def test_functions_find_the_data_set_in_the_worker_info(new, options):
     mapped = new().map(looked_up)
     mapped.label = "mine"

@@ -144,7 +144,7 @@ def test_samples_one_by_one_and_in_workers(urls, cache) -> None:
     expected = [sample["__key__"] for sample in dataset]
     dataset.set_epoch(0)
     loader = torch.utils.data.DataLoader(
-        dataset, batch_size=10, num_workers=2, collate_fn=list, multiprocessing_context="spawn"
+        dataset, batch_size=10, num_workers=2, collate_fn=list, multiprocessing_context="forkserver"
     )
     samples = [sample for batch in loader for sample in batch]
     assert [sample["__key__"] for sample in samples] == expected

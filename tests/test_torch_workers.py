@@ -11,7 +11,7 @@ import fastload
 from tests.shards import Corpus, check_samples, corpus
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-each_method = pytest.mark.parametrize("method", ["fork", "spawn"])
+each_method = pytest.mark.parametrize("method", ["fork", "forkserver"])
 
 # `make starts` sets how often workers are started in each way; 0 leaves that out.
 STARTS = int(os.environ.get("FASTLOAD_STARTS", "0"))
@@ -45,7 +45,7 @@ def torch_loader(dataset, method: str, workers: int, batch_size: int = 8, **opti
     )
 
 
-@each_method
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_every_sample_once_and_each_byte_fetched_once(s3, cache, data: Corpus, method: str) -> None:
     dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=True)
     keys = [key for batch in torch_loader(dataset, method, 2) for key in check_samples(data, batch)]

@@ -35,7 +35,7 @@ def test_each_iteration_is_the_next_epoch() -> None:
     assert [counter.begin(), counter.begin()] == [7, 8]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_workers_of_one_epoch_agree(method: str) -> None:
     counter = EpochCounter()

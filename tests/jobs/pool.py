@@ -1,7 +1,7 @@
 """Rank processes for tests: a few that live long, so that torch and fastload are imported once.
 
-They are forked from multiprocessing's fork server, which has imported all that a rank needs; a rank that has died or
-hung is replaced in no time. A rank runs one function after the other and sends back what it returns. All ranks use one
+They are forked from multiprocessing's fork server, which has imported all that a rank needs (see `tests.conftest`); a
+rank that has died or hung is replaced in no time. A rank runs one function after the other and sends back what it returns. All ranks use one
 store of torch.distributed, which lives here, as it lives in torchrun's agent: no rank's end takes it away.
 
 Nothing may hang: who is not done at the deadline is asked where it is, killed, and named in the failure.
@@ -30,7 +30,6 @@ import torch.distributed as distributed
 
 from fastload.plan import Ranks
 
-_PRELOADED = ["tests.jobs.reading", "tests.jobs.training"]
 _GRACE_S = 10.0  # for the others, once a rank has failed
 _ENDING_S = 5.0  # for threads of a rank to end after its work
 
@@ -82,7 +81,6 @@ class RankPool:
 
     def __init__(self, size: int) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOADED)
         self._store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._runs = 0
         self._ranks = [self._fork() for _ in range(size)]
