@@ -1,8 +1,9 @@
 """Rank processes for tests: a few that live long, so that torch and fastload are imported once.
 
 They are forked from multiprocessing's fork server, which has imported all that a rank needs (see `tests.conftest`); a
-rank that has died or hung is replaced in no time. A rank runs one function after the other and sends back what it returns. All ranks use one
-store of torch.distributed, which lives here, as it lives in torchrun's agent: no rank's end takes it away.
+rank that has died or hung is replaced in no time. A rank runs one function after the other and sends back what it
+returns. All ranks use one store of torch.distributed, which lives here, as it lives in torchrun's agent: no rank's end
+takes it away.
 
 Nothing may hang: who is not done at the deadline is asked where it is, killed, and named in the failure.
 """
