@@ -6,6 +6,7 @@ Files of this machine are looked at each time, which costs nothing.
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Collection
 
 from fastload.errors import ObjectChangedError, to_wire
@@ -16,10 +17,11 @@ from fastload.service.pools import Pools
 from fastload.service.stores import StoreTable
 from fastload.service.versions import Versions
 from fastload.store.types import ObjectInfo
-from fastload.store.urls import scheme
+from fastload.store.urls import scheme, store_root
 
-# As many as there are fetches: readers that open what is not cached wait for one of each.
-_HEAD_THREADS = 16
+# Readers that open what is not cached wait for one question and one fetch each, so as many of either are under way; of
+# one endpoint no more than this, since one that hangs should hold up no others.
+_HEADS_MAX, _HEAD_THREADS = 32, 96
 
 
 class Openings:
@@ -38,6 +40,8 @@ class Openings:
         self._heads = pools.make("head", _HEAD_THREADS)
         self._versions = versions
         self._waiting: dict[tuple[str, str], list[tuple[ConsumerState, int]]] = {}  # by options and URL
+        self._under_way: Counter[str] = Counter()  # by endpoint
+        self._queued: dict[str, deque[tuple[str, str]]] = {}
 
     def open(self, consumer: ConsumerState, message: protocol.Open) -> None:
         """Answer, now or later."""
@@ -58,18 +62,38 @@ class Openings:
 
     def _ask(self, options_key: str, url: str) -> None:
         endpoint = self._stores.endpoint(options_key)  # the consumer may be gone when the answer is here
+        origin = endpoint or store_root(url)
+        if self._under_way[origin] >= _HEADS_MAX:
+            self._queued.setdefault(origin, deque()).append((options_key, url))
+            return
+        self._under_way[origin] += 1
 
         def done(info: ObjectInfo | None, error: BaseException | None) -> None:
-            waiting = self._waiting.pop((options_key, url))
+            self._answered(origin)
             if info is not None and info.url == url and scheme(url) != "file":
                 self._versions.learn(endpoint, info)
-            for consumer, request in waiting:
+            for consumer, request in self._waiting.pop((options_key, url)):
                 if info is not None:
                     self._answer(consumer, request, info)
                 elif error is not None:
                     consumer.send(protocol.RequestFailed(request, *to_wire(error)))
 
         self._heads.submit(self._stores.head, options_key, url, done=done)
+
+    def _answered(self, origin: str) -> None:
+        """One question less is under way there: the next, of those that somebody still waits for."""
+        self._under_way[origin] -= 1
+        queue = self._queued.get(origin)
+        while queue:
+            options_key, url = queue.popleft()
+            if any(consumer in self._consumers for consumer, _ in self._waiting[options_key, url]):
+                self._ask(options_key, url)
+                break
+            del self._waiting[options_key, url]
+        if not queue:
+            self._queued.pop(origin, None)
+        if not self._under_way[origin]:
+            del self._under_way[origin]
 
     def _answer(self, consumer: ConsumerState, request: int, info: ObjectInfo) -> None:
         if consumer not in self._consumers:  # it has gone meanwhile, and nobody would take the object off its list

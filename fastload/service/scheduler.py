@@ -15,7 +15,8 @@ Whose room a chunk may take depends on how much it is needed:
                 ones without a use ahead
     warming     free ones and ones without a use ahead
 
-A candidate that has room but no free connection still keeps its room: what is behind it may not take that.
+A candidate that has room but no free connection still keeps its room: what is behind it may not take that, unless
+somebody waits for it too.
 """
 
 from __future__ import annotations
@@ -35,8 +36,11 @@ from fastload.service.plans import NEVER, Plan
 OnDisk = Callable[[ObjectEntry, int], bool]
 
 # Candidates passed over in one decision because their tier has no free thread: enough to find work for the other tier,
-# little enough to cost nothing.
+# little enough to cost nothing. Of what somebody waits for all are looked at, so that a store that hangs holds up no
+# other; this many of each keep their room.
 _PASSED_OVER_MAX = 32
+# Buffers to look for beyond those that can be filled now: for what is passed over.
+_LOOKED_FOR = 4 * _PASSED_OVER_MAX
 
 
 class Need(enum.IntEnum):
@@ -59,6 +63,11 @@ class Candidate:
     on_disk: bool
     plan: Plan | None = None
     may_displace: bool = True  # chunks that have a later use
+
+    @property
+    def tier(self) -> str:
+        """Where it has to come from: the endpoint of a store, or "" for the disk."""
+        return "" if self.on_disk else self.entry.origin
 
     @property
     def is_handy(self) -> bool:
@@ -177,20 +186,28 @@ def decide(
 
     `coming` buffers will be idle without any recall.
     """
-    at_most = slots.disk + slots.remote + _PASSED_OVER_MAX + 2
+    at_most = slots.disk + slots.remote + _LOOKED_FOR + 2
     room = _Room(table, table.free(), at_most, disk_is_quick=disk_is_quick)
     actions: list[Action] = []
     starved = passed_over = 0
     considered: set[tuple[ObjectEntry, int]] = set()  # a wanted chunk is usually a plan's as well
+    passed_over_at: Counter[str] = Counter()
+    kept: list[tuple[int, list[Drop]]] = []  # the room of those that were passed over
     for candidate in candidates:
-        if slots.none or passed_over > _PASSED_OVER_MAX:
+        if slots.none or (passed_over > _PASSED_OVER_MAX and candidate.need >= Need.PREFETCHED):
             break
+        if passed_over_at[candidate.tier] > _PASSED_OVER_MAX:
+            continue
         if (candidate.entry, candidate.index) in considered:
             continue
         considered.add((candidate.entry, candidate.index))
         buffer = room.take(candidate)
         if buffer is None and candidate.need is Need.DEMANDED:
-            starved += 1
+            if kept and slots.take(candidate):
+                buffer, drops = kept.pop()
+                actions += [*drops, Load(candidate, buffer)]
+            else:
+                starved += 1
         elif buffer is None and candidate.is_handy:
             passed_over += 1
         elif buffer is None and candidate.need >= Need.PREFETCHED:
@@ -200,6 +217,8 @@ def decide(
             actions.append(Load(candidate, buffer))
         elif buffer is not None:
             passed_over += 1
+            passed_over_at[candidate.tier] += 1
+            kept.append((buffer, room.dropped.copy()))
         room.dropped.clear()
     return actions + _recalls(table, starved - coming)
 

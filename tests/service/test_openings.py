@@ -132,3 +132,34 @@ def test_what_is_missing_is_said_and_not_remembered(tmp_path: Path) -> None:
         assert (opened.request, opened.url) == (2, "s3://fake/0")
 
     world.run(work)
+
+
+def test_a_store_that_hangs_holds_up_no_other(tmp_path: Path) -> None:
+    world = World(tmp_path, 4)
+    world.add(1)
+    gate, head, hanging = threading.Event(), world.store.head, []
+
+    def held(url: str) -> ObjectInfo:
+        if url.startswith("s3://hangs/"):
+            hanging.append(url)
+            gate.wait(20)
+        return head(url)
+
+    world.store.head = held  # type: ignore[method-assign]
+
+    async def work(core: Core) -> None:
+        side, other = Side(core, []), Side(core, [])
+        for number in range(200):
+            side.say(protocol.Open(number, f"s3://hangs/{number}"))
+        other.say(protocol.Open(1, world.objects[0].url))
+        await until(lambda: bool(other.all(protocol.Opened)), "the other store has answered")
+        assert len(hanging) <= 32
+        core.disconnect(side.state)  # nobody waits for what was not asked yet
+        gate.set()
+        await settle()
+        asked = len(hanging)
+        other.say(protocol.Open(2, "s3://hangs/999"))
+        await until(lambda: bool(other.all(protocol.RequestFailed)), "the question is answered")
+        assert len(hanging) == asked + 1 <= 33
+
+    world.run(work)

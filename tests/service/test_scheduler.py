@@ -175,3 +175,35 @@ def test_a_stranded_buffer_is_nobodys() -> None:
     assert decide([demand(a, 2)], table, Slots(1, 1)) == []
     table.reclaim(lost)
     assert shown(decide([demand(a, 2)], table, Slots(1, 1))) == [("load", "a", 2)]
+
+
+def stored(at: str, index: int, chunk_count: int = 200) -> Candidate:
+    """Demanded of an object at the endpoint `at`."""
+    found = ENTRIES.setdefault(
+        at, ObjectEntry(ObjectInfo(f"s3://{at}/x", chunk_count * CHUNK), at.encode().ljust(16), CHUNK, {}, at)
+    )
+    return demand(found, index)
+
+
+ENTRIES: dict[str, ObjectEntry] = {}
+
+
+def free_at(**free: int) -> Slots:
+    return Slots(0, 8, lambda endpoint: free.get(endpoint, 0))
+
+
+def test_a_store_that_hangs_holds_up_no_other() -> None:
+    table = BufferTable(300)
+    waiting = [stored("hangs", index) for index in range(200)]
+    found = decide([*waiting, stored("answers", 0)], table, free_at(answers=8))
+    assert shown(found) == [("load", "s3://answers/x", 0)]
+
+
+def test_what_waits_for_a_store_that_hangs_keeps_no_room_from_what_is_demanded_of_another() -> None:
+    table, resident = BufferTable(4), entry("resident", 4)
+    held = [put(table, resident, index) for index in range(4)]
+    waiting = [stored("hangs", index) for index in range(10)]
+    found = decide([*waiting, stored("answers", 0)], table, free_at(answers=8))
+    assert shown(found)[:2] == [("drop", held[3]), ("load", "s3://answers/x", 0)]
+    ahead = Candidate(stored("answers", 1).entry, 1, Need.PREFETCHED, 1, False, begin(table, entry("p", 1)))
+    assert shown(decide([*waiting, ahead], table, free_at(answers=8))) == []
