@@ -25,3 +25,13 @@ def pool() -> Iterator[RankPool]:
 def shelf(weed: WeedServer) -> Shelf:
     """Shards from which corpora are drawn; uploaded once."""
     return Shelf.uploaded(weed, "jobs")
+
+
+@pytest.fixture
+def mortals() -> Iterator[RankPool]:
+    """Four ranks that end with the test: what they do may leave something behind, or they may be killed."""
+    pool = RankPool(4)
+    try:
+        yield pool
+    finally:
+        pool.close()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
-import subprocess
-import sys
+import runpy
+from collections.abc import Mapping
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import simplejpeg
 
-from tests.jobs.launch import ROOT, Launched
+from tests.jobs.launch import ROOT, Launched, free_port
+from tests.jobs.pool import Rank, RankPool
 from tests.shards import Corpus, tar_of
 
 
@@ -35,16 +39,33 @@ def environment(s3, tmp_path: Path, data: Corpus, **more: object) -> dict[str, s
         "SHARDS": data.put(s3),
         "FASTLOAD_CACHE": str(tmp_path / "cache"),
         "CLASSES": "10",
+        **s3.server.environment(),
         **{name: str(value) for name, value in more.items()},
     }
 
 
-def test_device_mesh(s3, tmp_path: Path) -> None:
-    data = pictures()
-    arguments = ["--standalone", "--nproc-per-node", "4", "examples/device_mesh.py"]
-    with Launched(arguments, environment(s3, tmp_path, data, BATCH=4)) as job:
-        output = job.output()
-    # Lines of several ranks may run into one another.
+def run_example(rank: Rank, name: str, variables: Mapping[str, str]) -> str:
+    """What it prints, in a process that has torch already; one that is alone has no launcher's variables."""
+    left_out = rank.environment if rank.world_size == 1 else {}
+    outside = {name: value for name, value in os.environ.items() if name not in left_out}
+    printed = io.StringIO()
+    with mock.patch.dict(os.environ, {**outside, **variables}, clear=True), contextlib.redirect_stdout(printed):
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    return printed.getvalue()
+
+
+def outputs(pool: RankPool, world_size: int, name: str, variables: Mapping[str, str]) -> list[str]:
+    """Of an example in each rank."""
+    ranks = [Rank(rank, world_size, world_size) for rank in range(world_size)]
+    found = pool.run(name, run_example, ranks, name, variables)
+    assert all(isinstance(one, str) for one in found), found
+    return found
+
+
+def test_device_mesh(s3, tmp_path: Path, mortals: RankPool) -> None:
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    variables = environment(s3, tmp_path, pictures(), BATCH=4, **meeting)
+    output = "".join(outputs(mortals, 4, "device_mesh.py", variables))
     began = dict(re.findall(r"(dp \d tp \d) begins with (\S+, loss \d+\.\d{4})", output))
     assert len(began) == 4, output
     for group in range(2):
@@ -55,7 +76,7 @@ def test_device_mesh(s3, tmp_path: Path) -> None:
     assert re.findall(r"has read (\d+) samples", output) == ["23"] * 4
 
 
-def test_resume(s3, tmp_path: Path) -> None:
+def test_resume(s3, tmp_path: Path, mortals: RankPool) -> None:
     """Two processes are stopped, and one goes on: where both have trained a step, the losses are the same."""
     variables = environment(
         s3, tmp_path, pictures(), CHECKPOINT=tmp_path / "checkpoint.pt", GLOBAL_BATCH=8, SAVE_EVERY=4, EPOCHS=1000
@@ -65,11 +86,8 @@ def test_resume(s3, tmp_path: Path) -> None:
         before = losses(printed + job.end())
     last = max(before)
     variables["EPOCHS"] = str(last[0] + 2)
-    command = [sys.executable, "examples/resume.py"]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60, check=True
-    )
-    after = losses(done.stdout)
+    (output,) = outputs(mortals, 1, "resume.py", variables)
+    after = losses(output)
     assert min(after)[1] % 4 == 1
     assert min(after)[1] <= last[1] + 2  # the last step that was saved may not have been printed
     # 45 samples are six steps an epoch.

@@ -7,11 +7,8 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-
-import pytest
 
 from tests.jobs.pool import Rank, RankPool, Started
 from tests.jobs.training import Training, train
@@ -33,16 +30,6 @@ def kill_all(job: Started, caches: list[str]) -> None:
         with contextlib.suppress(ProcessLookupError):  # a service's starter, which ends by itself
             os.kill(pid, signal.SIGKILL)
     job.forget()
-
-
-@pytest.fixture
-def mortals() -> Iterator[RankPool]:
-    """Ranks that may be killed."""
-    pool = RankPool(4)
-    try:
-        yield pool
-    finally:
-        pool.close()
 
 
 def test_a_killed_training_goes_on_at_other_sizes_as_if_nothing_had_been(s3, tmp_path: Path, mortals: RankPool) -> None:
