@@ -13,6 +13,7 @@ from xml.sax.saxutils import escape
 
 _WIDTH, _HEIGHT = 760, 440
 _LEFT, _RIGHT, _TOP, _BOTTOM = 72, 150, 64, 66
+_FONT = "font-family='Helvetica, Arial, DejaVu Sans, sans-serif'"
 _UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("B", 1.0))
 
 
@@ -109,7 +110,5 @@ def _text(
     turned: bool = False,
 ) -> str:
     turn = f" transform='rotate(-90 {x:.1f} {y:.1f})'" if turned else ""
-    return (
-        f"<text x='{x:.1f}' y='{y:.1f}' font-family='system-ui, sans-serif' font-size='{size}' font-weight='{weight}' "
-        f"fill='{colour}' text-anchor='{anchor}'{turn}>{escape(text)}</text>"
-    )
+    style = f"{_FONT} font-size='{size}' font-weight='{weight}' fill='{colour}' text-anchor='{anchor}'"
+    return f"<text x='{x:.1f}' y='{y:.1f}' {style}{turn}>{escape(text)}</text>"

@@ -1,0 +1,210 @@
+"""What the service's core does for whole jobs, in virtual time: what is hit, who waits, and what is fetched."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+
+from fastload.cache.policy import PolicyName
+from fastload.config import GIB, MIB
+from fastload.engine.windows import window_chunks
+from fastload.errors import ConfigError
+from fastload.simulate import STORES, Job, Node, Run, StoreProfile, World, simulate, sweep
+
+# A chunk on disk takes its data and a trailer.
+FILE_BYTES = MIB + 8192
+
+
+def small(**options: object) -> Job:
+    """512 chunks of 1 MiB in shards of eight, sixteen samples each, windows of eight chunks."""
+    job = Job(
+        data_bytes=512 * MIB,
+        sample_bytes=MIB // 16,
+        shard_bytes=8 * MIB,
+        batch_size=64,
+        samples_per_s=2000.0,
+        window_bytes=8 * MIB,
+        is_indexed=True,
+    )
+    return replace(job, **options)  # type: ignore[arg-type]
+
+
+def cache(share: float = 0.0, ram_chunks: int = 32) -> Node:
+    """With a disk for a share of those 512 chunks, and RAM for little more than what is on its way."""
+    return Node(ram_bytes=ram_chunks * MIB, disk_bytes=int(share * 512 * FILE_BYTES), chunk_bytes=MIB)
+
+
+def run(job: Job, node: Node, store: StoreProfile | None = None, **options: int) -> Run:
+    """All of the job."""
+    return simulate(job, node, store or StoreProfile(), chunks_max=None, **options)
+
+
+# One seed replays everything
+
+
+def test_the_same_seed_gives_the_same_figures_and_another_does_not() -> None:
+    job = small(ranks_per_node=2, nodes=2, data_bytes=256 * MIB)
+    store = StoreProfile(first_byte_s=0.05, slow_share=0.02, throttles_above=12, total_bytes_per_s=150e6)
+    first, again = (asdict(run(job, cache(0.3), store, seed=3)) for _ in range(2))
+    assert first == again
+    assert asdict(run(job, cache(0.3), store, seed=4)) != first
+
+
+# Everything is read, and nothing is fetched for nothing
+
+
+@pytest.mark.parametrize("shuffle", ["window", "shards", "none"])
+def test_each_epoch_reads_every_chunk_once_and_fetches_none_twice(shuffle: str) -> None:
+    job = small(ranks_per_node=2, nodes=2, shuffle=shuffle, is_indexed=False)
+    world = World(job, cache(0.3), StoreProfile())
+    world.run()
+    samples = job.data_bytes // job.sample_bytes
+    for node in world.nodes:
+        own = window_chunks(world.data.first_chunk, node.own.astype(np.int64))
+        own_bytes = int(world.data.manifest.sizes[node.own].sum())
+        assert np.array_equal(np.flatnonzero(node.chunks_read[0]), np.sort(own))
+        assert (node.chunks_read == node.chunks_read[0]).all()
+        assert (node.remote_bytes <= own_bytes).all()
+        assert node.remote_bytes[0] == own_bytes
+        assert node.remote_bytes[-1] == 0
+    for epoch in range(job.epochs):
+        assert sum(rank.epochs[epoch].samples for rank in world.ranks) == samples
+    assert len({rank.epochs[0].batches for rank in world.ranks}) == 1
+
+
+def test_global_shuffle_fetches_the_data_once_and_reads_from_the_disk_then() -> None:
+    found = run(small(data_bytes=64 * MIB, shuffle="global", epochs=2), cache(0.2))
+    assert [round(each.remote_share, 6) for each in found.epochs] == [1.0, 0.0]
+    assert found.epochs[1].disk_share + found.epochs[1].ram_share == pytest.approx(1.0)
+    assert found.epochs[1].ram_share > 0.1
+
+
+def test_what_the_loader_refuses_is_refused_with_its_words() -> None:
+    job = small(data_bytes=64 * MIB, shuffle="global", epochs=1)
+    small_one, good = sweep(job, [cache(0.05), cache(0.2)], STORES["near"])
+    assert "an epoch would fetch" in small_one.refused
+    assert not good.refused
+    assert good.epochs
+
+
+# What is hit
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75])
+def test_pinning_hits_what_the_cache_holds_of_the_data(share: float) -> None:
+    found = run(small(epochs=5), cache(share))
+    assert found.mean("hit_share") == pytest.approx(share, abs=0.01)
+    assert max(epoch.remote_share for epoch in found.later) <= 1 - share + 0.02
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.75])
+def test_lru_keeps_next_to_nothing_of_what_is_read_in_rounds(share: float) -> None:
+    found = run(small(policy="lru", shuffle="none"), cache(share))
+    assert found.mean("hit_share") < 0.02
+
+
+@pytest.mark.parametrize(("policy", "least"), [("pin", 0.49), ("sieve", 0.1), ("lru", 0.1)])
+def test_of_a_shuffled_order_the_others_keep_some(policy: PolicyName, least: float) -> None:
+    hit_share = run(small(policy=policy), cache(0.5)).mean("hit_share")
+    assert least <= hit_share <= 0.51
+    assert (hit_share > 0.3) == (policy == "pin")
+
+
+# Who waits
+
+
+def loaded(store: StoreProfile, share_of_rate: float, **options: object) -> Run:
+    """6 GB an epoch through a cache that holds next to none of it, at a part of what the store gives: 400 MB/s."""
+    job = Job(
+        data_bytes=6_000_000_000,
+        shard_bytes=32_000_000,
+        samples_per_s=share_of_rate * 4000,
+        epochs=2,
+        is_indexed=True,
+    )
+    node = Node(ram_bytes=GIB)
+    return run(replace(job, **options), node, replace(store, total_bytes_per_s=400e6))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", list(STORES))
+def test_at_seven_tenths_of_what_can_be_had_nobody_waits(name: str) -> None:
+    found = loaded(STORES[name], 0.7, epochs=3)
+    assert found.epochs[1].remote_share > 0.8
+    (rank,) = found.ranks
+    assert rank.stall_share < 0.02
+    assert found.epochs[1].stall_share < 0.005
+
+
+@pytest.mark.parametrize("name", ["far", "slow"])
+def test_few_answers_that_hang_cost_a_third_of_what_they_would_or_less(name: str) -> None:
+    store = replace(STORES[name], slow_share=0.01, slow_times=50.0)
+    hedged, waited = (loaded(store, 0.7, hedging=hedging).ranks[0].stall_s for hedging in (True, False))
+    assert waited > 3.0
+    assert hedged <= waited / 3
+
+
+def four_ranks(**options: object) -> Job:
+    """Each at 100 MB/s, of 4 GB."""
+    job = Job(
+        data_bytes=4_000_000_000,
+        shard_bytes=32_000_000,
+        ranks_per_node=4,
+        samples_per_s=1000.0,
+        epochs=2,
+        is_indexed=True,
+        in_step=False,
+    )
+    return replace(job, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("node", [Node(ram_bytes=GIB), Node(ram_bytes=GIB, disk_bytes=5 * GIB)], ids=["ram", "disk"])
+def test_one_slow_rank_of_four_starves_nobody(node: Node) -> None:
+    job = four_ranks(rate_factors=(1.0, 1.0, 1.0, 0.25))
+    store = replace(STORES["near"], total_bytes_per_s=1600e6)
+    found = run(job, node, store)
+    alike = run(four_ranks(), node, store)
+    assert {rank.samples for rank in found.ranks} == {20_000}
+    for rank, usual in zip(found.ranks, alike.ranks, strict=True):
+        assert rank.stall_s <= usual.stall_s + 0.5
+        assert rank.stall_share < 0.05
+    *fast, slow = found.ranks
+    assert slow.seconds > 3.5 * max(rank.seconds for rank in fast)
+
+
+def test_a_step_that_all_wait_for_takes_as_long_as_the_slowest_trainer() -> None:
+    found = run(four_ranks(rate_factors=(1.0, 0.9, 0.8, 0.5), in_step=True), Node(ram_bytes=GIB), STORES["near"])
+    # 10,000 samples a rank and epoch, of which the slowest takes 500 a second.
+    assert found.epochs[1].seconds == pytest.approx(20.0, rel=0.02)
+
+
+def test_a_step_that_all_wait_for_takes_as_long_as_the_slowest_link() -> None:
+    job = four_ranks(nodes=4, ranks_per_node=1, samples_per_s=2000.0, link_factors=(1.0, 1.0, 1.0, 0.25), in_step=True)
+    node = Node(ram_bytes=256 * MIB, link_bytes_per_s=400e6)
+    found = run(job, node, STORES["near"], simulated_nodes=4)
+    # 1 GB a node and epoch: 5 s of steps, 10 s of the slow node's link, and not the sum.
+    remote_share = sum(epoch.remote_share for epoch in found.epochs)
+    assert 0.97 * 10.0 * remote_share <= sum(epoch.seconds for epoch in found.epochs) <= 1.15 * 10.0 * remote_share
+    *fast, slow = found.ranks
+    assert slow.stall_s > 5 * max(rank.stall_s for rank in fast)
+    assert min(rank.peers_s for rank in fast) > 0.7 * slow.stall_s
+
+
+# What is simulated of what was asked for
+
+
+def test_two_nodes_and_a_part_of_their_data_stand_for_all() -> None:
+    job = small(data_bytes=2048 * MIB * 20, nodes=20, ranks_per_node=2)
+    node = replace(cache(), disk_bytes=1024 * FILE_BYTES, ram_bytes=128 * MIB)
+    part = simulate(job, node, replace(STORES["near"], total_bytes_per_s=20 * 400e6), chunks_max=512)
+    assert (part.simulated_nodes, part.scale) == (2, 0.25)
+    assert part.data_bytes_per_node == 2048 * MIB
+    # The arena has a floor of 64 chunks, of which half may be pins.
+    assert 0.49 <= part.mean("hit_share") <= 0.5 + 32 / 512
+    assert part.epochs[1].samples_per_s == pytest.approx(20 * 2 * 2000, rel=0.02)
+
+
+def test_too_little_data_is_refused() -> None:
+    with pytest.raises(ConfigError, match="less than a batch for each of its 8 ranks"):
+        run(small(ranks_per_node=8, nodes=4, data_bytes=8 * MIB), cache())
