@@ -39,6 +39,8 @@ Int64 = npt.NDArray[np.int64]
 NEVER = np.iinfo(np.int64).max
 
 _ANY_DEPTH = 1 << 62
+# Uses that are told and not made: 16 bytes each. Nobody looks so far ahead (see `cache.policy.future`).
+_USES_MAX = 1 << 24
 
 
 class Plan:
@@ -106,6 +108,9 @@ class Plan:
             raise ServiceError(f"a message names position {positions.max()} (or less than 0) of {self.chunk_count}")
         if self.uses is None:
             self.uses = NextUses(self.chunk_count)
+        ahead = message.first + len(positions) - self.uses.cursor
+        if message.first == self.uses.end and ahead > _USES_MAX:
+            raise ServiceError(f"a message tells {ahead} uses ahead, more than {_USES_MAX}")
         self.uses.tell(message.first, positions)
 
     def swept_steps(self) -> Iterator[Step]:

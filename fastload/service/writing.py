@@ -30,6 +30,8 @@ DISK_WRITE_THREADS = 2
 
 # A write that takes no longer is worth waiting for by whoever needs its buffer (8 MiB: 6 ms on a good disk).
 _QUICK_S = 0.1
+# Writes of one chunk, each of which found less room than its victims were to leave.
+_TRIES_MAX = 4
 
 Written = Callable[[Chunk, bool], None]
 
@@ -52,9 +54,11 @@ class WriteBehind:
         self._arena, self._disk, self._order, self._room = arena, disk, order, room
         self._changed, self._written, self._now = changed, written, now
         self._queue: dict[Chunk, None] = {}
+        self._queued_bytes = 0  # of these
         self._pool = watch.pool("disk-write", write_threads(arena.buffer_count))
         self._queue_max = max(1, arena.buffer_count * 3 // 4)
         self._running: dict[Chunk, float] = {}  # when each began
+        self._tries: dict[Chunk, int] = {}  # of those that are tried again
         self._budget = WriteBudget(0, self._now())
         self.counters: Counter[str] = Counter(
             written_chunks=0,
@@ -91,8 +95,7 @@ class WriteBehind:
         if not self._budget.take(self._disk.file_bytes(chunk.length), self._now(), on_credit=patient):
             self.counters["writes_over_budget"] += 1
             return False
-        chunk.write = Write.QUEUED
-        self._queue[chunk] = None
+        self._enqueue(chunk)
         self.pump()
         return True
 
@@ -102,10 +105,16 @@ class WriteBehind:
         return self._has_free_room(self._disk.file_bytes(chunk.length)) or self._room.can_be_made(chunk)
 
     def _has_free_room(self, need: int) -> bool:
-        return self._disk.writable and self._disk.free_bytes - self._queued_bytes() >= need
+        return self._disk.writable and self._disk.free_bytes - self._queued_bytes >= need
 
-    def _queued_bytes(self) -> int:
-        return sum(self._disk.file_bytes(chunk.length) for chunk in self._queue)
+    def _enqueue(self, chunk: Chunk) -> None:
+        chunk.write = Write.QUEUED
+        self._queue[chunk] = None
+        self._queued_bytes += self._disk.file_bytes(chunk.length)
+
+    def _dequeue(self, chunk: Chunk) -> None:
+        del self._queue[chunk]
+        self._queued_bytes -= self._disk.file_bytes(chunk.length)
 
     def limit(self, bytes_per_s: int) -> None:
         """Write so much on average from now on; 0: whatever comes."""
@@ -117,8 +126,9 @@ class WriteBehind:
 
     def give_up(self, chunk: Chunk) -> None:
         """The chunk's write has not begun, and shall not."""
-        del self._queue[chunk]
+        self._dequeue(chunk)
         chunk.write = Write.NONE
+        self._tries.pop(chunk, None)
         self._budget.give_back(self._disk.file_bytes(chunk.length))
         self.counters["writes_given_up"] += 1
 
@@ -132,7 +142,7 @@ class WriteBehind:
         """Begin writes while there are threads for them."""
         while self._queue and self._pool.idle:
             chunk = next(iter(self._queue))
-            del self._queue[chunk]
+            self._dequeue(chunk)
             self._begin(chunk)
 
     def _begin(self, chunk: Chunk) -> None:
@@ -175,9 +185,10 @@ class WriteBehind:
             else:
                 self.counters["evicted"] += 1
         self._running.pop(chunk, None)
-        if not written and victims and self._has_room(chunk):
-            chunk.write = Write.QUEUED
-            self._queue[chunk] = None
+        tries = self._tries.pop(chunk, 0) + 1
+        if not written and victims and tries < _TRIES_MAX and self._has_room(chunk):
+            self._tries[chunk] = tries
+            self._enqueue(chunk)
             self._changed(chunk)
             self.pump()
             return
