@@ -30,7 +30,7 @@ def sweep_svg(title: str, subtitle: str, cache_bytes: Sequence[int], lines: Sequ
     """The plot of some lines, each with a value for every cache size (which rise)."""
     unit, unit_bytes = next((name, size) for name, size in _UNITS if max(cache_bytes) >= size or size == 1.0)
     xs = [size / unit_bytes for size in cache_bytes]
-    x_ticks = _ticks(max(xs))
+    x_ticks = _ticks(max(xs) or 1.0)
     x_end = max(x_ticks[-1], max(xs))
     parts = [
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {_WIDTH} {_HEIGHT}' width='{_WIDTH}' "

@@ -26,6 +26,10 @@ _READS_PER_CHUNK = 10
 _BUFFERS_MIN = 64
 
 
+class RefusedError(ConfigError):
+    """The loader would not run this job with this cache."""
+
+
 @dataclass(frozen=True, slots=True)
 class EpochFigures:
     """An epoch, over all simulated nodes: means of nodes and ranks.
@@ -133,7 +137,7 @@ def sweep(
     for node in nodes:
         try:
             run = simulate(job, node, store, seed=seed, simulated_nodes=simulated_nodes, chunks_max=chunks_max)
-        except ConfigError as error:
+        except RefusedError as error:
             run = Run(node, 0, 1.0, job.data_bytes / job.nodes, (), (), 0, 0, 0, str(error))
         runs.append(run)
     return runs
@@ -181,10 +185,14 @@ class World:
 
     def _check(self) -> None:
         """What the loader does not do."""
-        own_bytes = int(self.data.manifest.sizes.sum()) // self.node_count
+        own = self.data.own_objects(0)
+        own_bytes = int(self.data.manifest.sizes[own].sum())
         limits = self.node.ram_bytes, self.node.disk_bytes
         if self.job.shuffle == "global" and not holds(own_bytes, *limits):
-            check_allowed(own_bytes, *limits, self.node.chunk_bytes, self.data.counts // self.node_count)
+            try:
+                check_allowed(own_bytes, *limits, self.node.chunk_bytes, self.data.counts[own])
+            except ConfigError as error:
+                raise RefusedError(str(error)) from error
 
     @property
     def ranks(self) -> list[Rank]:

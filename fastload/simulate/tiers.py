@@ -93,7 +93,8 @@ class VirtualDisk:
         """See `DiskTier.free_bytes`."""
         return self.quota_bytes - self.used_bytes - self._reserved_bytes
 
-    def file_bytes(self, length: int) -> int:
+    @staticmethod
+    def file_bytes(length: int) -> int:
         """As in a real one."""
         return DiskTier.file_bytes(length)
 

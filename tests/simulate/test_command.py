@@ -1,0 +1,66 @@
+"""`fastload simulate`: its table, its files, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from typer.testing import CliRunner
+
+from fastload.cli import app
+from fastload.cli.simulate import _sizes
+from fastload.errors import ConfigError
+
+ARGUMENTS = """
+    simulate --data-bytes 4GB --nodes 2 --ranks 2 --shard-bytes 32MB --rate 500 --epochs 2 --ram-bytes 256MiB
+    --cache-bytes 50%,500MB
+"""
+
+
+def command(*arguments: str) -> str:
+    """Run it; its output."""
+    result = CliRunner().invoke(app, [*ARGUMENTS.split(), *arguments], env={"COLUMNS": "100"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.output
+
+
+def test_a_table_and_files_of_the_same_figures(tmp_path: Path) -> None:
+    json_file, plot_file = tmp_path / "found.json", tmp_path / "found.svg"
+    output = command("--json", str(json_file), "--plot", str(plot_file))
+    found = json.loads(json_file.read_text())
+    runs = found["runs"]
+    assert [run["node"]["disk_bytes"] for run in runs] == [500_000_000, 1_000_000_000]
+    assert found["job"]["nodes"] == 2
+    assert found["store"]["total_bytes_per_s"] is None
+    for run, share in zip(runs, ("25%", "50%"), strict=True):
+        (line,) = (line for line in output.splitlines() if share in line.split())
+        assert f"{100 * run['epochs'][1]['hit_share']:.1f}" in line.split()
+    assert "Simulated: 2 of 2 nodes" in " ".join(output.split())
+    ElementTree.fromstring(plot_file.read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--store", "mars"], "--store=mars is none of near, far, slow"),
+        (["--cache-bytes", "much"], "--cache-bytes='much' is not a size"),
+        (["--policy", "best"], "cache_policy='best'"),
+        (["--shuffle", "some"], "shuffle='some'"),
+        (["--data-bytes", "1MB"], "less than a batch"),
+        (["--ram-bytes", "1MiB"], "ram_bytes=1048576 is below two chunks"),
+        (["--rate", "0"], "samples_per_s=0.0 must be above 0"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        command(*arguments)
+    assert message in str(caught.value)
+
+
+def test_caches_are_sizes_or_percent_of_what_a_node_reads() -> None:
+    assert _sizes("50%, 1GB,10 %", 1e10) == [10**9, 5 * 10**9]
+    assert math.isclose(_sizes("12.5%", 8e9)[0], 1e9)
