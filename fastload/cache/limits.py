@@ -36,6 +36,7 @@ def settle(directory: Path, explicit: dict[str, int]) -> tuple[CacheLimits, tupl
     OSError as the calls give it, CacheError for a directory of a later format, ConfigError for limits that
     cannot be.
     """
+    _check_memory(explicit.get("ram_bytes", 0))
     stored, warning = read(directory)
     warnings: tuple[str, ...] = (warning,) if warning else ()
     if stored is None:
@@ -48,6 +49,18 @@ def settle(directory: Path, explicit: dict[str, int]) -> tuple[CacheLimits, tupl
         _publish(directory, changed, replaces=True)
         warnings += (_change(directory, stored, changed),)
     return changed, warnings
+
+
+def _check_memory(ram_bytes: int) -> None:
+    """Refuse an arena that could not be filled: it takes its memory bit by bit, and the machine would end somebody for
+    it in the middle of a job.
+    """
+    there = config.memory_limit_bytes()
+    if ram_bytes > there:
+        raise ConfigError(
+            f"ram_bytes={ram_bytes} ({config.format_bytes(ram_bytes)}) is more memory than this process may use "
+            f"({config.format_bytes(there)}); a quarter of that is the default"
+        )
 
 
 def read(directory: Path) -> tuple[CacheLimits | None, str]:

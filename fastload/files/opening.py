@@ -67,6 +67,8 @@ class _Place:
 def _checked(url: str | os.PathLike[str]) -> str:
     if not isinstance(url, str | os.PathLike) or not os.fspath(url):
         raise ConfigError(f"{url!r} is not a URL or path; write s3://bucket/key or /data/file")
+    if "\0" in str(os.fspath(url)):
+        raise ConfigError(f"{os.fspath(url)!r} has a zero byte in it, which no object's name has")
     name = normalise(str(os.fspath(url)))
     if name.endswith("/"):
         raise ConfigError(f"{os.fspath(url)}: a folder cannot be opened; name one object in it")

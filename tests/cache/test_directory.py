@@ -152,6 +152,8 @@ def test_impossible_limits_are_refused_and_not_kept(place: Path) -> None:
     CacheDirectory.open(place, **LIMITS)
     with pytest.raises(ConfigError, match="ram_bytes=1 is below two chunks"):
         CacheDirectory.open(place, ram_bytes=1)
+    with pytest.raises(ConfigError, match=r"1024\.0 TiB\) is more memory than this process may use"):
+        CacheDirectory.open(place, ram_bytes=1 << 50)
     assert CacheDirectory.open(place).limits == CacheLimits(**LIMITS)
 
 

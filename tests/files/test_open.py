@@ -94,6 +94,8 @@ def test_what_cannot_be_opened(s3: Bucket, cache: fastload.Cache, tmp_path: Path
         fastload.open(tmp_path / "nothing", cache)
     with pytest.raises(fastload.ConfigError, match="a folder"):
         fastload.open(f"{s3.url}/folder/", cache)
+    with pytest.raises(fastload.ConfigError, match="zero byte"):
+        fastload.open("s3://bucket/\0", cache)
     with pytest.raises(fastload.ConfigError, match="is not a URL"):
         fastload.open("", cache)
     with pytest.raises(fastload.ConfigError, match="or the directory of one"):
