@@ -176,3 +176,30 @@ def test_samplers_in_our_loader(s3, cache, data: Corpus, workers: str) -> None:
     assert keys != list(data.samples)
     loader.close()
     dataset.close()
+
+
+def test_a_sampler_in_the_order_of_an_earlier_run_is_fetched_ahead(s3, tmp_path: Path) -> None:
+    data = corpus(4, 40, 60_000)
+    url, order = data.put(s3), random.Random(1).sample(range(len(data.samples)), len(data.samples))
+
+    def run() -> tuple[list[bytes], int]:
+        """A job whose arena holds little of the data; the service begins and ends with it."""
+        with fastload.Cache(
+            tmp_path / "cache", ram_bytes="1MiB", disk_bytes="64MiB", chunk_bytes="64KiB", service="inprocess"
+        ) as cache:
+            view = fastload.StreamingDataset(url, cache=cache).indexed()
+            keys = [
+                key
+                for at in range(0, len(order), 8)
+                for key in check_samples(data, samples_of(view[order[at : at + 8]]))
+            ]
+            view.close()
+            with cache.consumer() as consumer:
+                return keys, consumer.stats()["node"]["replayed_reads"]
+
+    with fastload.Cache(tmp_path / "cache", ram_bytes="1MiB", disk_bytes="64MiB", chunk_bytes="64KiB") as cache:
+        for _ in fastload.StreamingDataset(url, cache=cache):
+            pass
+    (first, before), (second, after) = run(), run()
+    assert first == second == [list(data.samples)[number] for number in order]
+    assert before < len(order) // 4 < len(order) // 2 < after
