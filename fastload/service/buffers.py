@@ -165,6 +165,16 @@ class BufferTable:
 
     # Choosing
 
+    def count_of(self, statuses: Iterable[int]) -> int:
+        """How many buffers have one of these statuses."""
+        return int(np.count_nonzero(self._has(statuses)))
+
+    def _has(self, statuses: Iterable[int]) -> npt.NDArray[np.bool_]:
+        """Which have one of these; twice a turn, so not `np.isin`, which takes 30 us whatever there is."""
+        wanted = np.zeros(STRANDED + 1, bool)
+        wanted[list(statuses)] = True
+        return wanted[self.status]
+
     def next_use(self) -> Int64:
         """int64[count]: how many chunks ahead the nearest use of each buffer is, over all plans; `NEVER` for none."""
         nearest = np.full(self.count, NEVER, np.int64)
@@ -182,7 +192,7 @@ class BufferTable:
         oldest would leave nothing to find); of these, first what is on disk, so that the two hold different chunks, and
         last what should be pinned here. In the end what will be used, the farthest use first.
         """
-        (buffers,) = np.nonzero(np.isin(self.status, list(statuses)))
+        (buffers,) = np.nonzero(self._has(statuses))
         next_use, standing = self.next_use()[buffers], self._standing[buffers]
         released, is_ahead = self._released[buffers], next_use < LATER
         is_covered = standing == _COVERED

@@ -19,8 +19,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from fastload.cache import CacheDirectory
 from fastload.errors import AccessDeniedError, CacheError
 from fastload.service import buffers, figures, protocol, scheduler
@@ -321,7 +319,7 @@ class Core:
     def _coming(self, quick: bool) -> int:
         """Buffers that will be idle without any recall: being written, filled for nobody who waits, or asked back."""
         waiting = [buffers.WRITING, buffers.QUEUED] if quick else [buffers.WRITING]
-        written = int(np.count_nonzero(np.isin(self._table.status, waiting)))
+        written = self._table.count_of(waiting)
         unwanted = sum(not chunk.wanters for chunk in self._loader.in_flight)
         return written + unwanted + len(self._ledger.asked)
 
