@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from fastload.plan import (
     BatchEntry,
     EpochCursor,
+    EpochOrder,
     Manifest,
     OrderOptions,
     Position,
@@ -53,7 +55,7 @@ class Cluster:
 
     @property
     def manifest(self) -> Manifest:
-        return Manifest(ObjectInfo(f"s3://bucket/{i:06}.tar", size, "a") for i, size in enumerate(self.sizes))
+        return _manifest(self.sizes)
 
     @property
     def options(self) -> OrderOptions:
@@ -66,7 +68,7 @@ class Cluster:
         return Ranks(rank, self.world_size, rank % self.local, self.local)
 
     def cursor(self, rank: int = 0, start: Position | None = None, **kwargs) -> EpochCursor:
-        orders = epoch_orders(self.manifest, self.options, self.epoch)
+        orders = _orders(self.sizes, self.options, self.epoch)
         settings = {"drop_last": self.drop_last, "tail": self.tail, "start": start} | kwargs
         return EpochCursor(orders, self.ranks(rank), self.batch_size, **settings)
 
@@ -83,14 +85,7 @@ class Cluster:
 
     def reference_line(self):
         """Each (partition, window, offset, object, sample)."""
-        lines = []
-        for partition, objects in enumerate(reference.dealt(self.sizes, self.partitions)):
-            cut = reference.windows(
-                self.sizes, self.seed, self.epoch, self.shuffle, self.window_bytes, partition, objects
-            )
-            line = reference.line(cut, self.counts, self.seed, self.epoch, self.shuffle, partition)
-            lines.append([(partition, *sample) for sample in line])
-        return reference.one_line(lines), [sample for line in lines for sample in line]
+        return _reference_line(self.with_(nodes=1, local=1, batch_size=1, tail="pad", drop_last=False))
 
     def reference_batches(self, rank: int, delivered: int = 0) -> list[list[tuple[int, int]]]:
         """A rank's batches after so many samples of the line, each a list of (object, sample)."""
@@ -116,6 +111,31 @@ class Cluster:
         return [
             [sample[3:] for sample in batch] for batch in batches if len(batch) == self.batch_size or not self.drop_last
         ]
+
+
+# What follows from a data set and not from who reads it is made once for all ranks and positions; nothing changes it.
+
+
+@lru_cache(maxsize=16)
+def _manifest(sizes: tuple[int, ...]) -> Manifest:
+    return Manifest(ObjectInfo(f"s3://bucket/{i:06}.tar", size, "a") for i, size in enumerate(sizes))
+
+
+@lru_cache(maxsize=16)
+def _orders(sizes: tuple[int, ...], options: OrderOptions, epoch: int) -> tuple[EpochOrder, ...]:
+    return epoch_orders(_manifest(sizes), options, epoch)
+
+
+@lru_cache(maxsize=16)
+def _reference_line(cluster: Cluster):
+    lines = []
+    for partition, objects in enumerate(reference.dealt(cluster.sizes, cluster.partitions)):
+        cut = reference.windows(
+            cluster.sizes, cluster.seed, cluster.epoch, cluster.shuffle, cluster.window_bytes, partition, objects
+        )
+        line = reference.line(cut, cluster.counts, cluster.seed, cluster.epoch, cluster.shuffle, partition)
+        lines.append([(partition, *sample) for sample in line])
+    return reference.one_line(lines), [sample for line in lines for sample in line]
 
 
 @dataclass

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 from hypothesis import strategies as st
 
-from fastload.plan import BatchEntry, Manifest, OrderOptions, Position, Ranks, epoch_order
+from fastload.plan import BatchEntry, EpochOrder, Manifest, OrderOptions, Position, Ranks, epoch_order
 from fastload.store import types
 from tests.plan import reference
 from tests.plan.onepartition import RankCursor
@@ -31,8 +32,7 @@ class World:
 
     @property
     def manifest(self) -> Manifest:
-        urls = (f"s3://bucket/{i:03}.tar" for i in range(len(self.sizes)))
-        return Manifest(types.ObjectInfo(url, size, self.etag) for url, size in zip(urls, self.sizes, strict=True))
+        return _manifest(self.sizes, self.etag)
 
     @property
     def options(self) -> OrderOptions:
@@ -46,7 +46,7 @@ class World:
         return replace(self, **changes)
 
     def cursor(self, rank=0, start: Position | None = None, **kwargs) -> RankCursor:
-        order = epoch_order(self.manifest, self.options, self.epoch)
+        order = _order(self.sizes, self.etag, self.options, self.epoch)
         ranks = Ranks(rank, self.world_size, rank, self.world_size)
         return RankCursor(
             order, ranks, self.batch_size, drop_last=self.drop_last, tail=self.tail, start=start, **kwargs
@@ -64,12 +64,32 @@ class World:
         return np.array(self.counts, np.int64)[cursor.window_objects(window)]
 
     def reference_line(self) -> list[tuple[int, int, int, int]]:
-        cut = reference.windows(self.sizes, self.seed, self.epoch, self.shuffle, self.window_bytes)
-        return reference.line(cut, self.counts, self.seed, self.epoch, self.shuffle)
+        return _reference_line(self.sizes, self.counts, self.seed, self.epoch, self.shuffle, self.window_bytes)
 
     def reference_batches(self, rank=0, delivered=0) -> list[list[tuple[int, int, int, int]]]:
         rest, _ = reference.with_tail(self.reference_line(), delivered, self.world_size, self.tail)
         return reference.rank_batches(rest, rank, self.world_size, self.batch_size, self.drop_last)
+
+
+# What follows from a data set and not from who reads it is made once for all ranks and positions; nothing changes it.
+
+
+@lru_cache(maxsize=16)
+def _manifest(sizes: tuple[int, ...], etag: str) -> Manifest:
+    urls = (f"s3://bucket/{i:03}.tar" for i in range(len(sizes)))
+    return Manifest(types.ObjectInfo(url, size, etag) for url, size in zip(urls, sizes, strict=True))
+
+
+@lru_cache(maxsize=16)
+def _order(sizes: tuple[int, ...], etag: str, options: OrderOptions, epoch: int) -> EpochOrder:
+    return epoch_order(_manifest(sizes, etag), options, epoch)
+
+
+@lru_cache(maxsize=16)
+def _reference_line(
+    sizes: tuple[int, ...], counts: tuple[int, ...], seed: int, epoch: int, shuffle: str, window_bytes: int
+) -> list[tuple[int, int, int, int]]:
+    return reference.line(reference.windows(sizes, seed, epoch, shuffle, window_bytes), counts, seed, epoch, shuffle)
 
 
 def samples(entries: list[BatchEntry]) -> list[list[tuple[int, int]]]:
