@@ -5,8 +5,8 @@ pinning thread. What it hands to its workers is wrapped (see `workplace`), and w
 delivered, which is where a state counts it.
 
 What did not help: queues without feeder threads, where a worker writes small messages itself. The kernel takes a write
-to a pipe for the writer's last act and wakes the reader on the same core, where it waits until the worker pauses: 1.7 ms
-instead of 1.3 for a batch of 38 MB, and half as many batches of small tensors.
+to a pipe for the writer's last act and wakes the reader on the same core, where it waits until the worker pauses: 1.7
+ms instead of 1.3 for a batch of 38 MB, and half as many batches of small tensors.
 """
 
 from __future__ import annotations
