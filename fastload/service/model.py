@@ -72,6 +72,7 @@ class ObjectEntry:
     policy: PolicyName = "pin"  # by which its chunks stay and go while one does
     epoch: int = 0  # of the last plan that named it
     _history_key: int | None = None
+    _origin: str = ""
 
     @property
     def history_key(self) -> int:
@@ -83,7 +84,9 @@ class ObjectEntry:
     @property
     def origin(self) -> str:
         """Who serves it: an endpoint of its own, or a bucket, host or machine."""
-        return self.endpoint or store_root(self.info.url)
+        if not self._origin:  # each turn asks for that of each candidate
+            self._origin = self.endpoint or store_root(self.info.url)
+        return self._origin
 
     @property
     def chunk_count(self) -> int:
