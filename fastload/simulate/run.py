@@ -184,13 +184,12 @@ class World:
         ]
 
     def _check(self) -> None:
-        """What the loader does not do."""
-        own = self.data.own_objects(0)
-        own_bytes = int(self.data.manifest.sizes[own].sum())
-        limits = self.node.ram_bytes, self.node.disk_bytes
-        if self.job.shuffle == "global" and not holds(own_bytes, *limits):
+        """What the loader does not do; of all the data and caches, as it would say it."""
+        node, data_bytes = self.asked_for, int(self._bytes_per_node)
+        if self.job.shuffle == "global" and not holds(data_bytes, node.ram_bytes, node.disk_bytes):
+            samples = np.array([data_bytes // self.job.sample_bytes])
             try:
-                check_allowed(own_bytes, *limits, self.node.chunk_bytes, self.data.counts[own])
+                check_allowed(data_bytes, node.ram_bytes, node.disk_bytes, node.chunk_bytes, samples)
             except ConfigError as error:
                 raise RefusedError(str(error)) from error
 

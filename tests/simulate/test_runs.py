@@ -45,7 +45,7 @@ def run(job: Job, node: Node, store: StoreProfile | None = None, **options: int)
 
 
 def test_the_same_seed_gives_the_same_figures_and_another_does_not() -> None:
-    job = small(ranks_per_node=2, nodes=2, data_bytes=256 * MIB)
+    job = small(ranks_per_node=2, nodes=2, data_bytes=128 * MIB)
     store = StoreProfile(first_byte_s=0.05, slow_share=0.02, throttles_above=12, total_bytes_per_s=150e6)
     first, again = (asdict(run(job, cache(0.3), store, seed=3)) for _ in range(2))
     assert first == again
@@ -94,7 +94,7 @@ def test_what_the_loader_refuses_is_refused_with_its_words() -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75])
 def test_pinning_hits_what_the_cache_holds_of_the_data(share: float) -> None:
-    found = run(small(epochs=5), cache(share))
+    found = run(small(epochs=4), cache(share))
     assert found.mean("hit_share") == pytest.approx(share, abs=0.01)
     assert max(epoch.remote_share for epoch in found.later) <= 1 - share + 0.02
 
