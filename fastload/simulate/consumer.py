@@ -108,12 +108,14 @@ class SimulatedConsumer(Consumer):
     def _on_message(self, message: protocol.FromService) -> None:
         with self._changed:
             self._take(message)
-            served = self._look()
+            served = self._look(is_grant=isinstance(message, protocol.Grants))
         for each in served:
             self._serve(each.waiter, each.got)
 
-    def _look(self) -> list[_Waiting]:
-        """Those that wait no more; the others ask again where they have to, as `Consumer.acquire` does."""
+    def _look(self, *, is_grant: bool) -> list[_Waiting]:
+        """Those that wait no more; the others ask again where they have to, as `Consumer.acquire` does. A grant gives
+        nobody a reason to.
+        """
         served, waiting = [], []
         for each in self._waiting:
             if each.waiter.got:
@@ -121,10 +123,12 @@ class SimulatedConsumer(Consumer):
                 self._table.remove_waiter(each.waiter)
                 served.append(each)
                 continue
+            waiting.append(each)
+            if is_grant:
+                continue
             failure = self._table.take_failure(each.chunks)
             if failure is not None:
                 raise failure
             self._ask_for(each.chunks, urgent=True)
-            waiting.append(each)
         self._waiting = waiting
         return served
