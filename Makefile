@@ -6,13 +6,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format bench frameworks starts wheel fuzz clean
+.PHONY: demo test thorough lint format bench frameworks starts wheel fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/fastload demo
 
+# One process more than there are cores, each of which takes tests from whoever has most of them left.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
+	$(BIN)/python -m pytest -n auto --dist=worksteal
+
+# What `make test` tries on few cases, which are always the same, on many and other ones: the better part of an hour.
+thorough: $(STAMP)
+	$(BIN)/python -m tests.plan.many
+	FASTLOAD_JOB_CASES=200 $(BIN)/python -m pytest tests/jobs/test_cases.py
+	$(BIN)/python -m pytest -n auto --dist=worksteal -m hypothesis --hypothesis-profile=thorough --timeout=1200 \
+		--ignore=tests/plan --ignore=tests/jobs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import stat
+import sys
 import tempfile
 import threading
 import time
@@ -23,6 +24,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from fastload.config import cpu_count
 from fastload.demo.weed import REGION, WeedServer
 from fastload.store.options import StoreOptions
 
@@ -30,9 +32,14 @@ from fastload.store.options import StoreOptions
 os.environ["FASTLOAD_IDLE_S"] = "0"
 
 # All tests try the same cases everywhere, so that what passes for one passes for all; `--hypothesis-profile=default`
-# (as `tests.plan.many` has it) looks for others.
+# (as `tests.plan.many` has it) and `make thorough` look for others.
 settings.register_profile("repeatable", derandomize=True, database=None)
+settings.register_profile("thorough", max_examples=2000, database=None, print_blob=True)
 settings.load_profile("repeatable")
+
+# Where nothing may be written beside the sources, each of a thousand processes would compile them again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # A process of the fork server has nothing of its parent's, like one that is spawned, and has all of this imported from
 # the start: most tests of that take this way. Spawned ones, which take seconds, are where the way itself matters.
@@ -47,6 +54,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # How long things may take to end that nobody waits for: a service after its last consumer, an idle
 # connection.
 _GRACE_S = 5.0
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """For `-n auto`: tests wait half of their time, so that there is work for one more than there are cores."""
+    return min(5, max(2, cpu_count() + 1))
+
 
 _bucket_numbers = count()
 # Processes that live as long as the run, whichever test asked for them first.
@@ -157,28 +171,36 @@ def s3(weed: WeedServer, bucket_names: Iterator[str], monkeypatch: pytest.Monkey
 @pytest.fixture(autouse=True)
 def nothing_left_behind(tmp_path: Path) -> Iterator[None]:
     """After every test: no new thread, process, socket, memfd, open file of the test or temp file."""
-    before = _leavings(tmp_path)
+    there = _process_ids()
+    before = _leavings(tmp_path, there)
     yield
     deadline = time.monotonic() + _GRACE_S
-    while left := _leavings(tmp_path) - before:
+    while left := _leavings(tmp_path, there) - before:
         gc.collect()  # an error's traceback may hold what the test let go of
         if time.monotonic() > deadline:
             pytest.fail("left behind:\n" + "\n".join(sorted(left)))
         time.sleep(0.02)
 
 
-def _leavings(tmp_path: Path) -> set[str]:
+def _leavings(tmp_path: Path, there: set[str]) -> set[str]:
     found = {f"thread {thread.name} ({thread.ident})" for thread in threading.enumerate()}
-    found |= _processes(tmp_path) | _descriptors(tmp_path)
+    found |= _processes(tmp_path, there) | _descriptors(tmp_path)
     found |= {f"temp file {path}" for path in tmp_path.rglob(".tmp-*")}
     return found
 
 
-def _processes(tmp_path: Path) -> set[str]:
-    """Children of ours, and processes in sessions of their own that work in the test's directory."""
+def _process_ids() -> set[str]:
+    return {name for name in os.listdir("/proc") if name.isdigit()}
+
+
+def _processes(tmp_path: Path, there: set[str]) -> set[str]:
+    """Children of ours, and processes in sessions of their own that work in the test's directory; none of those that
+    were `there` before.
+    """
     found = set()
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit() or int(folder.name) in {os.getpid(), *_lasting}:
+    for number in _process_ids() - there:
+        folder = Path("/proc") / number
+        if int(number) in _lasting:
             continue
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
@@ -189,7 +211,7 @@ def _processes(tmp_path: Path) -> set[str]:
         if "resource_tracker" in command or "forkserver" in command:
             continue
         if parent == os.getpid() or str(tmp_path) in command:
-            found.add(f"process {folder.name}: {command[:200]}")
+            found.add(f"process {number}: {command[:200]}")
     return found
 
 

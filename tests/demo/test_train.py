@@ -39,7 +39,7 @@ def test_the_second_epoch_fetches_nothing_and_the_network_learns(temp_folder: Pa
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    code = "from fastload.demo import train; train.run(samples=2000, epochs=100)"
+    code = "from fastload.demo import train; train.run(samples=320, epochs=1000)"
     environment = {**os.environ, "TMPDIR": str(tmp_path), "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

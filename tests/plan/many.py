@@ -12,7 +12,7 @@ import sys
 
 from tests.plan import cases
 
-MODULES = ("test_cursor", "test_partitions", "test_mixture")
+MODULES = ("test_cursor", "test_global", "test_partitions", "test_mixture")
 
 
 def main() -> int:

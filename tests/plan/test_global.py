@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastload.errors import StateError
@@ -32,6 +32,7 @@ from fastload.plan import (
 from fastload.store.types import ObjectInfo
 from tests.kernels.test_bijection import plain
 from tests.plan import reference
+from tests.plan.cases import cases
 from tests.plan.cluster import Cluster, Run, clusters
 from tests.plan.test_partitions import TOLD, UNEVEN_SHARDS, check
 
@@ -79,14 +80,14 @@ def global_clusters(draw: st.DrawFn) -> GlobalCluster:
     return GlobalCluster(**fields, at_once=draw(st.sampled_from([1, 10, 1 << 16])))
 
 
-@settings(max_examples=150, deadline=None)
+@cases(150)
 @given(global_clusters(), st.sampled_from(TOLD))
 def test_any_cluster_is_right_at_every_rank(cluster, told):
     for run in check(cluster, told):
         assert set(run.opened) <= {WindowKey(partition, 0) for partition in range(cluster.partitions)}
 
 
-@settings(max_examples=150, deadline=None)
+@cases(150)
 @given(global_clusters(), st.sampled_from(TOLD), st.sampled_from(TOLD), st.data())
 def test_resume_anywhere_with_any_change_of_nodes_ranks_and_batch_size(cluster, told, told_later, data):
     run = cluster.run(data.draw(st.integers(0, cluster.world_size - 1)), told=told)
@@ -108,7 +109,7 @@ def test_resume_anywhere_with_any_change_of_nodes_ranks_and_batch_size(cluster, 
         assert resumed.samples == other.reference_batches(rank, start.samples)
 
 
-@settings(max_examples=40, deadline=None)
+@cases(40)
 @given(global_clusters(), st.integers(1, 4), st.sampled_from(["batches", "samples"]), st.data())
 def test_workers_share_a_ranks_samples(cluster, worker_count, split, data):
     cluster = cluster.with_(drop_last=False)

@@ -55,8 +55,7 @@ def memory_name(array: Any) -> str:
     return ""
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-@pytest.mark.parametrize("has_queue", [False, True])
+@pytest.mark.parametrize(("method", "has_queue"), [("spawn", True), ("forkserver", True), ("forkserver", False)])
 def test_each_process_has_everything_and_large_arrays_are_written_once(method, has_queue):
     Counted.pickled = 0
     context = multiprocessing.get_context(method)
@@ -106,7 +105,7 @@ def test_each_process_has_everything_and_large_arrays_are_written_once(method, h
 
 
 def test_what_is_beside_goes_to_each_process_by_itself():
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     answers = context.SimpleQueue()
     once = Once(({"queue": answers, "counted": Counted()},), beside=(answers,))
     Counted.pickled = 0
@@ -158,7 +157,8 @@ def check(copying):
 
 if __name__ == "__main__":
     torch.multiprocessing.set_sharing_strategy("file_system")
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "fastload.transport.once"])
     once = Once((Copying(),))
     for _ in range(3):  # one after another, so that each has let go before the next looks
         process = context.Process(target=check, args=once.parts())
