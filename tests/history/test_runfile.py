@@ -178,6 +178,7 @@ def test_a_full_one_counts_on() -> None:
 def test_numbers_are_those_of_a_dict(keys: list[int], recent_max: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastload.history.numbering._RECENT_MAX", recent_max)
+        patch.setattr("fastload.history.numbering._PARTS", 3)
         numbering, expected = Numbering(), {}
         for each in [*keys, *keys]:
             is_new = each not in expected
