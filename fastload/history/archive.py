@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastload.cache import syscalls
@@ -94,14 +94,23 @@ class Archive:
         """A name for a run that began then, in seconds since 1970."""
         return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(began))}-{os.urandom(4).hex()}"
 
-    def append(self, name: str, pieces: list[bytes]) -> int:
-        """Add pieces to a run's file, made if need be; its bytes afterwards. OSError as the system gives it."""
+    def append(self, name: str, pieces: list[bytes], after: int = 0) -> int | None:
+        """Add pieces to a run's file, which has `after` bytes; 0: there is none yet, and it is made. Its bytes
+        afterwards; None where it is not as it was left, since somebody forgot the run. OSError as the system gives it.
+        """
         path = self.folder / (name + _ENDING)
         with contextlib.suppress(FileExistsError):
             syscalls.mkdir(self.folder, 0o700)
-        fd = syscalls.open(path, os.O_WRONLY | os.O_CREAT)
+        try:
+            fd = syscalls.open(path, os.O_WRONLY | (0 if after else os.O_CREAT))
+        except FileNotFoundError:
+            if after:
+                return None
+            raise
         try:
             end = syscalls.fstat(fd).st_size
+            if end != after:
+                return None
             content = b"".join([b"" if end else runfile.MAGIC, *pieces])
             transfer(syscalls.pwritev, fd, (memoryview(content),), "write", end)
             return end + len(content)
@@ -117,19 +126,20 @@ class Archive:
                 self.remove(run)
 
 
-def read_all(archive: Archive, reads_max: int, except_for: frozenset[str] = frozenset()) -> list[Run]:
-    """The newest runs, until their reads are so many; those that are damaged are left out."""
-    found, left = [], reads_max
+def read_all(archive: Archive, reads_max: int) -> list[Run]:
+    """The newest runs, until their reads are so many; of the last one what it began with, since who reads it again
+    begins there. Those that are damaged, or cannot be read, are left out.
+    """
+    found: list[Run] = []
+    left = reads_max
     for run in archive.runs():
-        if run.name in except_for:
-            continue
         try:
             read = archive.read(run)
-        except (CacheError, FileNotFoundError):  # as good as none; `fastload history show` says what is wrong
+        except (CacheError, OSError):  # as good as none; `fastload history show` says what is wrong
             continue
-        left -= len(read.reads)
-        if left < 0:
-            break
         if len(read.reads):
-            found.append(read)
+            found.append(replace(read, reads=read.reads.first(left)))
+            left -= len(found[-1].reads)
+        if not left:
+            break
     return found

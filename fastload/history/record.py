@@ -24,8 +24,9 @@ from fastload.store.rows import ObjectRows
 from fastload.store.types import ObjectInfo
 from fastload.store.urls import scheme
 
-READS_MAX, OBJECTS_MAX = 1 << 22, 1 << 21
 LANES_MAX = 1 << 16
+# Kinds of readers that are told apart, and of the name of one.
+_NAMES_MAX, _NAME_MAX = 64, 100
 # Reads of a lane in which a chunk is the same read still.
 _SAME_WITHIN = 16
 _TICK_S = 0.1
@@ -93,7 +94,8 @@ class Recorder:
 
     def lane(self, name: str) -> int:
         """A new lane's number; `name` says what kind of reader it is. -1: there are too many."""
-        self._lane_names[name] = self._lane_names.get(name, 0) + 1
+        known = name[:_NAME_MAX] if len(self._lane_names) < _NAMES_MAX or name in self._lane_names else "others"
+        self._lane_names[known] = self._lane_names.get(known, 0) + 1
         if len(self._last) == LANES_MAX:
             return -1
         self._last.append(deque(maxlen=_SAME_WITHIN))
@@ -119,9 +121,9 @@ class Recorder:
         return True
 
     def _note(self, lane: int, key: int, info: ObjectInfo, index: int, seconds: float) -> bool:
-        if self.is_full or self._read_count >= READS_MAX or not may_keep(info.url):
+        if self.is_full or self._read_count >= runfile.RUN_READS_MAX or not may_keep(info.url):
             return False
-        if self._numbering.count >= OBJECTS_MAX and self._numbering.get(key) is None:
+        if self._numbering.count >= runfile.RUN_OBJECTS_MAX and self._numbering.get(key) is None:
             return False
         number, is_new = self._numbering.number(key)
         batch = self._batch

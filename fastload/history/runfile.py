@@ -33,12 +33,13 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from fastload.cache import syscalls
 from fastload.errors import CacheError, ServiceError
 from fastload.store.rows import ObjectRows
 from fastload.store.table import ObjectTable
@@ -50,6 +51,9 @@ PAYLOAD_BYTES_MAX = 16 << 20
 _UNPACKED_BYTES_MAX = 64 << 20
 # Rows of a piece, so that one costs a few milliseconds to make.
 OBJECTS_MAX, READS_MAX = 4096, 65536
+# What a run may keep; and all of its pieces once unpacked, which is more than these take with long URLs.
+RUN_OBJECTS_MAX, RUN_READS_MAX = 1 << 21, 1 << 22
+_RUN_BYTES_MAX = 1 << 30
 
 _HEAD = struct.Struct("<II16s")
 # Level 3 is a quarter slower than level 1 and a tenth smaller; beyond it only time is added.
@@ -59,15 +63,21 @@ UInt32 = npt.NDArray[np.uint32]
 UInt64 = npt.NDArray[np.uint64]
 
 
+# Figures that a file may hold: others cannot be shown, nor reckoned with.
+_Figure = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e11)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+
+
 class EndpointSummary(msgspec.Struct, frozen=True):
     """What was learnt of one endpoint of a store: see `service.control.Learnt`. `first_byte_s` -1: it does not say."""
 
-    limit: int
-    bytes_per_s: float
-    first_byte_s: float
-    connection_bytes_per_s: float
-    throttled_at: int
-    request_count: int = 0
+    limit: _Count
+    bytes_per_s: _Figure
+    first_byte_s: Annotated[float, msgspec.Meta(ge=-1, le=1e11)]
+    connection_bytes_per_s: _Figure
+    throttled_at: _Count
+    request_count: _Count = 0
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -76,17 +86,17 @@ class Summary(msgspec.Struct, frozen=True):
     `left_out` counts reads that are not in the file: beyond what a run may keep, or of URLs that may hold secrets.
     """
 
-    began: float = 0.0
-    seconds: float = 0.0
+    began: _Seconds = 0.0
+    seconds: _Seconds = 0.0
     program: str = ""
-    chunk_bytes: int = 0
-    lane_count: int = 0
-    read_count: int = 0
-    read_bytes: int = 0
-    left_out: int = 0
-    object_count: int = 0
-    object_bytes: int = 0
-    lanes: dict[str, int] = {}
+    chunk_bytes: _Count = 0
+    lane_count: _Count = 0
+    read_count: _Count = 0
+    read_bytes: _Count = 0
+    left_out: _Count = 0
+    object_count: _Count = 0
+    object_bytes: _Count = 0
+    lanes: dict[str, _Count] = {}
     endpoints: dict[str, EndpointSummary] = {}
 
 
@@ -113,6 +123,10 @@ class Reads:
 
     def __len__(self) -> int:
         return len(self.objects)
+
+    def first(self, count: int) -> Reads:
+        """So many of them, from the beginning."""
+        return Reads(self.objects[:count], self.chunks[:count], self.lanes[:count], self.ticks[:count])
 
     @classmethod
     def joined(cls, parts: list[Reads]) -> Reads:
@@ -184,37 +198,60 @@ def read_summary(path: Path) -> Summary | None:
 
 def read(path: Path) -> Run:
     """The run in this file; `CacheError` where it is damaged, OSError as the system gives it."""
-    objects, reads, summary = _Gathered(), [], Summary()
+    gathered, summary = _Gathered(), Summary()
     with _open(path) as file:
         for kind, payload in _pieces(file, frozenset({OBJECTS, READS, SUMMARY})):
             try:
                 if kind == OBJECTS:
-                    objects.add(msgspec.msgpack.decode(_unpacked(payload), type=_ObjectsPiece))
+                    gathered.add_objects(msgspec.msgpack.decode(gathered.unpacked(payload), type=_ObjectsPiece))
                 elif kind == READS:
-                    reads.append(_reads(msgspec.msgpack.decode(_unpacked(payload), type=_ReadsPiece), objects.count))
+                    gathered.add_reads(msgspec.msgpack.decode(gathered.unpacked(payload), type=_ReadsPiece))
                 else:
                     summary = _decoded_summary(payload) or summary
             except (msgspec.MsgspecError, zlib.error, ValueError, ServiceError) as error:
                 raise CacheError(f"the history of a run in {path} is damaged: {error}; remove the file") from error
-    return Run(path.stem, summary, objects.keys(), ObjectTable.joined(objects.tables), Reads.joined(reads))
+    return Run(path.stem, summary, gathered.keys(), ObjectTable.joined(gathered.tables), Reads.joined(gathered.reads))
 
 
 @dataclass(slots=True)
 class _Gathered:
+    """What a file has held so far, within bounds: ValueError beyond them."""
+
     tables: list[ObjectTable] = field(default_factory=list)
     key_parts: list[UInt64] = field(default_factory=list)
-    count: int = 0
+    reads: list[Reads] = field(default_factory=list)
+    object_count: int = 0
+    read_count: int = 0
+    byte_count: int = 0  # once unpacked
 
-    def add(self, piece: _ObjectsPiece) -> None:
+    def unpacked(self, payload: bytes) -> bytes:
+        data = _unpacked(payload)
+        self.byte_count += len(data)
+        _bound(self.byte_count, _RUN_BYTES_MAX, "bytes once unpacked")
+        return data
+
+    def add_objects(self, piece: _ObjectsPiece) -> None:
         table, keys = piece.rows.table(), np.frombuffer(piece.keys, "<u8").astype(np.uint64)
         if len(keys) != len(table):
             raise ValueError(f"{len(keys)} keys of {len(table)} objects")
         self.tables.append(table)
         self.key_parts.append(keys)
-        self.count += len(table)
+        self.object_count += len(table)
+        _bound(self.object_count, RUN_OBJECTS_MAX, "objects")
+
+    def add_reads(self, piece: _ReadsPiece) -> None:
+        reads = _reads(piece, self.object_count)
+        self.reads.append(reads)
+        self.read_count += len(reads)
+        _bound(self.read_count, RUN_READS_MAX, "reads")
 
     def keys(self) -> UInt64:
         return np.concatenate([np.empty(0, np.uint64), *self.key_parts])
+
+
+def _bound(count: int, at_most: int, what: str) -> None:
+    if count > at_most:
+        raise ValueError(f"more than {at_most} {what}")
 
 
 def _reads(piece: _ReadsPiece, object_count: int) -> Reads:
@@ -247,7 +284,7 @@ def _unpacked(payload: bytes) -> bytes:
 
 
 def _open(path: Path) -> BinaryIO:
-    return open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "rb")
+    return open(syscalls.open(path, os.O_RDONLY), "rb")
 
 
 def _pieces(file: BinaryIO, kinds: frozenset[int]) -> Iterator[tuple[int, bytes]]:
@@ -257,7 +294,7 @@ def _pieces(file: BinaryIO, kinds: frozenset[int]) -> Iterator[tuple[int, bytes]
     """
     if file.read(len(MAGIC)) != MAGIC:
         return
-    end = os.fstat(file.fileno()).st_size
+    end = syscalls.fstat(file.fileno()).st_size
     while len(head := file.read(_HEAD.size)) == _HEAD.size:
         kind, length, digest = _HEAD.unpack(head)
         if length > PAYLOAD_BYTES_MAX or file.tell() + length > end:

@@ -518,6 +518,7 @@ class Core:
     def close(self, deadline_s: float) -> bool:
         """Let go of everything; waits so long for reads and writes under way. Whether all of them have ended."""
         self._closed = True
+        self._history.close()
         parts = self._parts
         parts.troubles.close()
         parts.stores.close()

@@ -5,7 +5,8 @@ epoch. It ends when none of them has been connected for a minute. What came up i
 consumer goes, so that a run that follows soon finds it; in a thread, since it is packed for that.
 
 When the folder cannot be written to, nothing more is kept, with one word in the service's log: history is a help, no
-part of the cache.
+part of the cache. What was read of it serves on. A run that is forgotten while it goes on (`fastload history rm`,
+`Cache.clear(history=True)`) is not kept on: its objects are numbered in what is gone.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ _WRITE_EVERY_S = 30.0
 _RUN_ENDS_S = 60.0
 # Reads of earlier runs that are kept in reach: 28 bytes each, and their objects.
 _LIBRARY_READS_MAX = 1 << 21
-# Runs whose endpoints are looked at for a start.
-_LEARNT_RUNS = 8
+# Runs whose endpoints are looked at for a start: small jobs between large ones measure nothing.
+_LEARNT_RUNS = 32
+# Reading the history may take so much of a processor's time, where it takes longer than a moment.
+_LOAD_SHARE, _MOMENT_S = 0.05, 0.1
 
 # What is learnt of each endpoint by now, and how many requests it was sent.
 Endpoints = Callable[[], Mapping[str, tuple[Learnt, int]]]
@@ -47,6 +50,14 @@ class _LiveRun:
     reader_count: int = 0  # its consumers that are connected
     left_s: float = 0.0  # when the last of them went
     written_count: int = 0  # reads that are in the file
+    file_bytes: int = 0  # known to the pool's thread only
+    is_forgotten: bool = False
+
+    def forget(self) -> None:
+        """Keep no more of it."""
+        self.is_forgotten = self.recorder.is_full = True
+        self.recorder.take(0.0, {})
+        self.written_count = self.recorder.read_count
 
 
 class Remembering:
@@ -76,6 +87,7 @@ class Remembering:
         self._version = 0  # of what is on disk
         self._loaded_version = -1
         self._is_loading = False
+        self._load_again_s = float("-inf")
         if archive is not None:
             self._pool.submit(_learnt, archive, done=self._learnt)
 
@@ -158,21 +170,24 @@ class Remembering:
         keep = frozenset(each.name for each in self._runs.values())
 
         def done(size: int | None, error: BaseException | None) -> None:
-            if error is not None or size is None:
+            if error is not None:
                 self._give_up(error)
                 return
             self._version += 1
-            run.recorder.is_full = size > self._bytes_max // 2
+            if size is None:
+                run.forget()
+            elif size > self._bytes_max // 2:
+                run.recorder.is_full = True
 
-        self._pool.submit(_append, self._archive, run.name, batch, self._bytes_max, keep, done=done)
+        self._pool.submit(_append, self._archive, run, batch, self._bytes_max, keep, done=done)
 
     def _give_up(self, error: BaseException | None) -> None:
-        """Keep nothing any more."""
+        """Keep nothing any more. Runs go on as they are: what their readers ask for is still news or not."""
         if self._archive is not None:
             log.warning("no history is kept any more: %s: %s", self._archive.folder, error)
         self._archive = None
-        self._runs.clear()
-        self._lanes.clear()
+        for run in self._runs.values():
+            run.forget()
 
     # For predictions
 
@@ -180,10 +195,15 @@ class Remembering:
         """Read what earlier runs, and this one so far, have read; `done(library)` follows if that is news."""
         if self._archive is None or self._is_loading or self._loaded_version == self._version:
             return
+        began_s = self._now()
+        if began_s < self._load_again_s:
+            return
         self._is_loading, self._loaded_version = True, self._version
 
         def loaded(library: Library | None, error: BaseException | None) -> None:
             self._is_loading = False
+            took_s = self._now() - began_s
+            self._load_again_s = self._now() + max(0.0, took_s - _MOMENT_S) / _LOAD_SHARE
             if library is None:
                 self._give_up(error)
             elif len(library):
@@ -198,9 +218,7 @@ class Remembering:
             done(0, None)
             return
         for run in self._runs.values():
-            run.recorder.take(0.0, {})
-            run.written_count = run.recorder.read_count
-            run.recorder.is_full = True
+            run.forget()
         self._known = {}
 
         def cleared(byte_count: int | None, error: BaseException | None) -> None:
@@ -222,9 +240,11 @@ def _summary(learnt: Learnt, request_count: int) -> EndpointSummary:
     )
 
 
-def _append(archive: Archive, name: str, batch: Batch, bytes_max: int, keep: frozenset[str]) -> int:
+def _append(archive: Archive, run: _LiveRun, batch: Batch, bytes_max: int, keep: frozenset[str]) -> int | None:
     """In a thread."""
-    size = archive.append(name, batch.pieces())
+    size = archive.append(run.name, batch.pieces(), run.file_bytes)
+    if size is not None:
+        run.file_bytes = size
     archive.prune(bytes_max, keep)
     return size
 
@@ -235,10 +255,13 @@ def _read(archive: Archive, chunk_bytes: int) -> Library:
 
 
 def _learnt(archive: Archive) -> dict[str, EndpointSummary]:
-    """In a thread: what the newest run that met an endpoint learnt of it."""
+    """In a thread: what the newest run that measured an endpoint learnt of it."""
     known: dict[str, EndpointSummary] = {}
     for run in archive.runs()[:_LEARNT_RUNS]:
-        summary = archive.summary(run)
+        try:
+            summary = archive.summary(run)
+        except OSError:  # removed meanwhile, or another user's: as good as none
+            continue
         if summary is not None:
-            known = dict(summary.endpoints) | known
+            known = {name: each for name, each in summary.endpoints.items() if each.bytes_per_s > 0} | known
     return known

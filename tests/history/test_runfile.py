@@ -31,14 +31,15 @@ def test_what_is_recorded_comes_back(reads: list[tuple[int, int]], cuts: set[int
     with tempfile.TemporaryDirectory() as folder:
         archive, recorder, lanes = Archive(Path(folder)), Recorder("train.py", 1.8e9, CHUNK_BYTES), {}
         expected = []
+        end = 0
         for at, (lane, number) in enumerate(reads):
             if lane not in lanes:
                 lanes[lane] = recorder.lane("reader")
-            if recorder.read(lanes[lane], key(number), info(number), number % 3, at * 0.1):
-                expected.append((lanes[lane], info(number), number % 3))
+            if recorder.read(lanes[lane], key(number), info(number, 3), number % 3, at * 0.1):
+                expected.append((lanes[lane], info(number, 3), number % 3))
             if at in cuts:
-                archive.append(NAME, recorder.take(at * 0.1, {}).pieces())
-        archive.append(NAME, recorder.take(99.0, {"https://store": LEARNT}).pieces())
+                end = archive.append(NAME, recorder.take(at * 0.1, {}).pieces(), end) or 0
+        assert archive.append(NAME, recorder.take(99.0, {"https://store": LEARNT}).pieces(), end)
         found = archive.read(archive.find(NAME))
         assert [
             (int(lane), found.objects[int(number)], int(chunk))
@@ -67,7 +68,8 @@ def test_a_file_of_other_times_reads_the_same(tmp_path: Path) -> None:
 def test_a_torn_end_costs_what_was_torn(tmp_path: Path) -> None:
     recorder, archive = record([(0, number) for number in range(50)]), Archive(tmp_path)
     whole = archive.append(NAME, recorder.take(1.0, {}).pieces())
-    archive.append(NAME, record([(0, number) for number in range(50, 90)], recorder).take(2.0, {}).pieces())
+    assert whole is not None
+    archive.append(NAME, record([(0, number) for number in range(50, 90)], recorder).take(2.0, {}).pieces(), whole)
     path = archive.find(NAME).path
     data = path.read_bytes()
     for end in range(whole, len(data), 7):
@@ -126,6 +128,48 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
         archive.read(archive.find(NAME))
 
 
+@pytest.mark.parametrize(("bound", "says"), [("RUN_OBJECTS_MAX", "objects"), ("RUN_READS_MAX", "reads")])
+def test_a_run_is_bounded_over_all_its_pieces(
+    bound: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = Archive(tmp_path)
+    archive.append(NAME, 5 * _piece([0], 2))
+    assert len(archive.read(archive.find(NAME)).objects) == 10
+    monkeypatch.setattr(runfile, bound, 4)
+    with pytest.raises(CacheError, match=f"more than 4 {says}"):
+        archive.read(archive.find(NAME))
+
+
+def test_all_that_is_unpacked_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = Archive(tmp_path)
+    rows = ObjectRows.of([ObjectInfo("s3://b/" + "a" * 1000, 1, None, 0)])
+    archive.append(NAME, 5 * [runfile.objects_piece(np.zeros(1, np.uint64), rows)])
+    monkeypatch.setattr(runfile, "_RUN_BYTES_MAX", 4000)
+    with pytest.raises(CacheError, match="more than 4000 bytes"):
+        archive.read(archive.find(NAME))
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [{"seconds": float("inf")}, {"began": float("nan")}, {"began": 1e300}, {"read_count": -1}, {"program": 5}],
+)
+def test_figures_that_make_no_sense_are_none(figures: dict[str, float], tmp_path: Path) -> None:
+    archive = Archive(tmp_path)
+    archive.append(NAME, [runfile.summary_piece(Summary(**figures))])  # type: ignore[arg-type]
+    assert archive.summary(archive.find(NAME)) is None
+
+
+def test_a_run_that_was_forgotten_is_not_gone_on_with(tmp_path: Path) -> None:
+    archive, recorder = Archive(tmp_path), record([(0, 1)])
+    end = archive.append(NAME, recorder.take(1.0, {}).pieces())
+    assert end == archive.find(NAME).size
+    archive.remove(archive.find(NAME))
+    assert archive.append(NAME, [], end) is None
+    assert archive.runs() == []
+    archive.append(NAME, record([(0, 2)]).take(1.0, {}).pieces())
+    assert archive.append(NAME, [], end + 1) is None  # another one of the name
+
+
 @pytest.mark.parametrize(
     ("url", "kept"),
     [
@@ -179,7 +223,8 @@ def test_numbers_are_those_of_a_dict(keys: list[int], recent_max: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastload.history.numbering._RECENT_MAX", recent_max)
         patch.setattr("fastload.history.numbering._PARTS", 3)
-        numbering, expected = Numbering(), {}
+        numbering = Numbering()
+        expected: dict[int, int] = {}
         for each in [*keys, *keys]:
             is_new = each not in expected
             assert numbering.number(each) == (expected.setdefault(each, len(expected)), is_new)
@@ -198,7 +243,12 @@ def test_the_oldest_go_first_and_live_ones_stay(tmp_path: Path) -> None:
     size = archive.runs()[0].size
     archive.prune(3 * size, frozenset({names[0]}))
     assert [each.name for each in archive.runs()] == [*names[:2:-1], names[0]]
-    assert [each.name for each in read_all(archive, 250)] == names[:3:-1]
+    assert [(each.name, len(each.reads)) for each in read_all(archive, 250)] == [
+        (names[5], 100),
+        (names[4], 100),
+        (names[3], 50),
+    ]
+    assert len(read_all(archive, 70)[0].reads) == 70  # of a run that is longer, what it began with
     assert archive.clear() == 4 * size
     assert archive.runs() == []
     assert (tmp_path / "history" / "notes.txt").exists()

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastload.cache import CacheDirectory
+from fastload.cache import CacheDirectory, syscalls
 from fastload.errors import ObjectMissingError
+from fastload.history import runfile
 from fastload.history.archive import Archive
+from fastload.history.runfile import EndpointSummary, Summary
 from fastload.service import protocol
 from fastload.service.core import Core
+from fastload.service.remembering import _learnt
+from tests.cache.faults import failing
 from tests.service.helpers import CHUNK_BYTES, random_bytes
 from tests.service.world import Side, World, settle, until
 
@@ -203,6 +209,109 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: p
     read_all(here, ORDER[:5])
     read_all(here, ORDER[:5])
     assert "no history is kept any more" in caplog.text
+
+
+def test_a_full_disk_ends_the_keeping_and_not_the_use(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    here = world(tmp_path, buffer_count=8)
+    read_all(here, ORDER)
+    ahead = []
+
+    async def work(core: Core) -> None:
+        reader = Reader(core, here)
+        for number in ORDER[:5]:
+            await reader.read(number)
+        other = Reader(core, here)
+        await other.read(1)
+        with failing(0, errno.ENOSPC, frozenset({"pwritev"})):
+            other.leave()
+            await until(lambda: "no history is kept" in caplog.text, "the disk is full")
+        for number in ORDER[5:20]:
+            await reader.read(number)
+            await settle()
+            ahead.append(len(here.store.reads))
+        reader.leave()
+        assert all(plan is None for plan in (each.plan for each in core.consumers))
+
+    run(here, work)
+    chunks = sum(here.objects[number].size // CHUNK_BYTES for number in ORDER[:20])
+    assert ahead[-1] > chunks  # what follows was fetched ahead still
+
+
+def test_a_run_that_is_forgotten_as_it_goes_on_is_not_kept_on(tmp_path: Path) -> None:
+    here = world(tmp_path)
+
+    async def work(core: Core) -> None:
+        archive = Archive(tmp_path / "cache")
+        for number in range(3):
+            reader = Reader(core, here)
+            await reader.read(number)
+            reader.leave()
+            await settle()
+            if number == 0:
+                archive.remove(archive.find("latest"))
+        assert archive.runs() == []
+
+    run(here, work)
+
+
+def test_what_is_cleared_does_not_come_back_damaged(tmp_path: Path) -> None:
+    """Also where a piece was being written when somebody said so."""
+    here = world(tmp_path)
+    began, gate = threading.Event(), threading.Event()
+
+    async def work(core: Core) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            append = Archive.append
+            patch.setattr(
+                Archive,
+                "append",
+                lambda *args: (began.set(), gate.wait(10), append(*args))[-1],  # type: ignore[func-returns-value]
+            )
+            readers = [Reader(core, here), Reader(core, here)]
+            await readers[0].read(0)
+            readers[0].leave()
+            await until(began.is_set, "it is being written")
+            readers[1].side.say(protocol.Clear(1, True))
+            await settle()
+            gate.set()
+            await until(lambda: bool(readers[1].side.all(protocol.Cleared)), "it is gone")
+            await settle()
+            await readers[1].read(1)
+            readers[1].leave()
+        await settle()
+
+    run(here, work)
+    archive = Archive(tmp_path / "cache")
+    assert [len(archive.read(each).reads) for each in archive.runs()] == []
+
+
+def test_history_that_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
+    """Such as another user's: the others serve."""
+    here = world(tmp_path)
+    read_all(here, ORDER)
+    archive = Archive(tmp_path / "cache")
+    archive.append(archive.new_name(4e9), [])
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        opened = syscalls.open
+
+        def refuse(path: Path | str, flags: int, mode: int = 0o600) -> int:
+            if "20961002" in str(path):
+                raise PermissionError(errno.EACCES, "no", str(path))
+            return opened(path, flags, mode)
+
+        patch.setattr(syscalls, "open", refuse)
+        read_all(here, ORDER, lambda core, reader: seen.append(len(here.store.reads)))
+    assert seen[4] >= 8
+    assert len(archive.runs()) == 3
+
+
+def test_a_run_that_measured_nothing_hides_no_earlier_one(tmp_path: Path) -> None:
+    archive = Archive(tmp_path)
+    measured, unmeasured = EndpointSummary(24, 4e8, 0.02, 8e7, 0, 100), EndpointSummary(8, 0.0, -1.0, 0.0, 0, 3)
+    for began, learnt in ((1e9, measured), (2e9, unmeasured)):
+        archive.append(archive.new_name(began), [runfile.summary_piece(Summary(endpoints={"s3://b": learnt}))])
+    assert _learnt(archive) == {"s3://b": measured}
 
 
 def test_damaged_history_stops_nothing(tmp_path: Path) -> None:
