@@ -18,7 +18,7 @@ HIT_COLOUR, STALL_COLOUR = "#1b6ca8", "#c4511b"
 
 def as_table(job: Job, runs: Sequence[Run]) -> Table:
     """A row for each cache: its first epoch, which fills it, and the mean of those after."""
-    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
+    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for heading in _HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
@@ -32,7 +32,14 @@ def refusals(runs: Sequence[Run]) -> list[str]:
     return [f"disk cache of {format_bytes(run.node.disk_bytes)}: {run.refused}" for run in runs if run.refused]
 
 
-_HEADINGS = ("cache", "of data", "hit", "RAM", "disk", "fetched", "stall", "first", "samples/s", "flights")
+_HEADINGS = ("cache", "data", "hit", "RAM", "disk", "fetched", "stall", "first", "samples/s", "flights")
+
+
+_LEGEND = (
+    ", shares in %: data is that of it which the cache holds; hit is what was not fetched, from RAM and from disk; "
+    "fetched is by a node in an epoch; stall is of the time, and first that of the first epoch; flights are requests in "
+    "flight from a node."
+)
 
 
 def _row(run: Run) -> list[str]:
@@ -64,9 +71,8 @@ def about(job: Job, runs: Sequence[Run]) -> str:
     epochs = "the first epoch" if job.epochs == 1 else f"epochs 2 to {job.epochs}"
     text = (
         f"{format_bytes(run.data_bytes_per_node)} of data on each of {job.nodes} nodes of {job.ranks_per_node} ranks. "
-        f"{epochs.capitalize()}, shares in %: hit is what was not fetched, from RAM and from disk; fetched is by a "
-        "node in an epoch; stall is of the time, and first that of the first epoch; flights are requests in flight "
-        f"from a node.\nSimulated: {run.simulated_nodes} of {job.nodes} nodes, with their share of the store"
+        f"{epochs.capitalize()}{_LEGEND}\n"
+        f"Simulated: {run.simulated_nodes} of {job.nodes} nodes, with their share of the store"
     )
     if run.scale < 1:
         text += f", and {run.scale:.1%} of their data and caches"
