@@ -37,8 +37,8 @@ _HEADINGS = ("cache", "data", "hit", "RAM", "disk", "fetched", "stall", "first",
 
 _LEGEND = (
     ", shares in %: data is that of it which the cache holds; hit is what was not fetched, from RAM and from disk; "
-    "fetched is by a node in an epoch; stall is of the time, and first that of the first epoch; flights are requests in "
-    "flight from a node."
+    "fetched is by a node in an epoch; stall is of the time, and first that of the first epoch; flights are requests "
+    "in flight from a node."
 )
 
 
