@@ -60,6 +60,25 @@ _NO_EPOCH = -1
 
 T = TypeVar("T")
 
+# torch looks through data pipes by pickling them with a hook of their class, of which there is one in the process.
+_torchs_hooks = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _torchs_hooks
+    _torchs_hooks = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)  # whoever held it is not there
+
+
+def _shard(user_init: Callable[[int], None] | None, world_size: int, rank: int, worker: int) -> None:
+    """What torch does in a worker whose data set is a data pipe."""
+    with _torchs_hooks:
+        _sharding_worker_init_fn(None, world_size, rank, worker)
+    if user_init is not None:
+        user_init(worker)
+
 
 class Threads(Working):
     """One pass over a foreign data set, or one after another with `persistent_workers`, from where `saved` was taken;
@@ -75,9 +94,7 @@ class Threads(Working):
         self._in_order = loader.in_order
         self._worker_init_fn = loader.worker_init_fn
         if isinstance(self._dataset, (IterDataPipe, MapDataPipe)):
-            self._worker_init_fn = functools.partial(
-                _sharding_worker_init_fn, self._worker_init_fn, self._world_size, self._rank
-            )
+            self._worker_init_fn = functools.partial(_shard, self._worker_init_fn, self._world_size, self._rank)
         self._epoch = _NO_EPOCH
         self._hire(loader, saved)
         self._reset(loader, first_iter=True)
@@ -365,7 +382,8 @@ class _Worker(threading.Thread):
         if isinstance(dataset, IterDataPipe) and order.shared_seed is not None:
             generator = torch.Generator()
             generator.manual_seed(order.shared_seed)
-            torch.utils.data.graph_settings.apply_random_seed(dataset, generator)
+            with _torchs_hooks:
+                torch.utils.data.graph_settings.apply_random_seed(dataset, generator)
         self._ended = None
         self._fetcher = self._job.fetcher()
 

@@ -1,13 +1,15 @@
 """Worker threads do what torch's worker processes do."""
 
+import functools
 import inspect
 import os
 import random
 import subprocess
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -391,6 +393,28 @@ def test_data_pipes_are_sharded_and_shuffled_alike() -> None:
         epochs = [values(loader), values(loader)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(20))] * 2
     assert epochs[0] != epochs[1]
+
+
+def test_data_pipes_are_looked_through_by_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch sets a hook of their class for that, and fails where another thread has set it."""
+    alone = threading.Lock()
+
+    def looked_through(look: Callable[..., Any], *arguments: Any) -> Any:
+        assert alone.acquire(blocking=False)
+        time.sleep(0.01)  # the others come meanwhile, if they may
+        try:
+            return look(*arguments)
+        finally:
+            alone.release()
+
+    for name in ("apply_random_seed", "apply_sharding"):
+        look = getattr(torch.utils.data.graph_settings, name)
+        monkeypatch.setattr(torch.utils.data.graph_settings, name, functools.partial(looked_through, look))
+    pipe = torch.utils.data.datapipes.iter.IterableWrapper(range(20)).shuffle().sharding_filter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about data pipes
+        loader = threaded(pipe, batch_size=None, shuffle=True, num_workers=4)
+        assert sorted(values(loader)) == list(range(20))
 
 
 class Counting(Dataset):
