@@ -136,20 +136,22 @@ class BufferTable:
     def add_plan(self, plan: Plan) -> None:
         """A plan begins; its objects are counted already."""
         self._positions[plan] = np.full(self.count, -1, np.int64)
-        self.replan(plan)
-        self.recover()
+        self.replan(plan, plan.chunks_known())
+        if plan.covers:
+            self.recover()
 
     def remove_plan(self, plan: Plan) -> None:
         """A plan has ended; its objects are discounted already."""
         del self._positions[plan]
-        self.recover()
+        if plan.covers:
+            self.recover()
 
-    def replan(self, plan: Plan) -> None:
-        """The next positions of a plan's chunks have changed."""
+    def replan(self, plan: Plan, chunks: Iterable[Chunk | None] | None = None) -> None:
+        """The next positions of a plan's chunks have changed: of these, or of any."""
         positions = self._positions[plan]
-        for buffer, chunk in enumerate(self.chunks):
-            if chunk is not None:
-                positions[buffer] = plan.position(chunk.entry, chunk.index)
+        for chunk in self.chunks if chunks is None else chunks:
+            if chunk is not None and chunk.buffer >= 0:
+                positions[chunk.buffer] = plan.position(chunk.entry, chunk.index)
 
     def recover(self) -> None:
         """Which objects are covered has changed."""

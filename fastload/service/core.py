@@ -209,6 +209,8 @@ class Core:
                 self._replay.opening(consumer, message.url)
             case protocol.Clear():
                 self._clearing.clear(consumer, message)
+                if message.history:
+                    self._replay.forget()
             case protocol.Credentials():
                 self._change_credentials(consumer, message)
             case protocol.Report():
@@ -227,8 +229,7 @@ class Core:
         """What the history hears of it."""
         for chunk_no in chunk_nos:
             entry, index = consumer.locate(chunk_no)
-            is_news = self._history.read(consumer, entry, index)
-            if is_news and (consumer.plan is None or isinstance(consumer.plan, ReplayPlan)):
+            if self._history.read(consumer, entry, index):
                 self._replay.read(consumer, entry.history_key, index)
 
     def _detach(self, consumer: ConsumerState) -> None:
@@ -241,8 +242,9 @@ class Core:
     def _change_credentials(self, consumer: ConsumerState, message: protocol.Credentials) -> None:
         before, consumer.options_key = consumer.options_key, self._parts.stores.add(message.store)
         self._parts.stores.remove(before)
+        self._replay.credentials_changed(consumer)
         plan = consumer.plan
-        if plan is not None:
+        if plan is not None and not isinstance(plan, ReplayPlan):
             plan.options_key = consumer.options_key
             plan.failed.clear()
             plan.frontier = plan.cursor

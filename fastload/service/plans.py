@@ -31,7 +31,7 @@ import numpy.typing as npt
 from fastload.cache.policy.future import FAR, NextUses
 from fastload.errors import ServiceError
 from fastload.service import protocol
-from fastload.service.model import ObjectEntry, State
+from fastload.service.model import Chunk, ObjectEntry, State
 
 Step = tuple[int, ObjectEntry, int]  # position, object, chunk index
 Int64 = npt.NDArray[np.int64]
@@ -79,6 +79,10 @@ class Plan:
     def objects(self) -> Iterator[ObjectEntry]:
         """Its objects, each once."""
         return iter(self._starts_of)
+
+    def chunks_known(self) -> list[Chunk] | None:
+        """Its chunks of which there is a record; None: looking through the arena for them is quicker."""
+        return None
 
     def position(self, entry: ObjectEntry, index: int) -> int:
         """The next position of a chunk: the first at or after the cursor, else its last; -1 if it has none."""

@@ -87,6 +87,7 @@ class Remembering:
         self._version = 0  # of what is on disk
         self._loaded_version = -1
         self._is_loading = False
+        self._clear_count = 0
         self._load_again_s = float("-inf")
         if archive is not None:
             self._pool.submit(_learnt, archive, done=self._learnt)
@@ -199,6 +200,7 @@ class Remembering:
         if began_s < self._load_again_s:
             return
         self._is_loading, self._loaded_version = True, self._version
+        clear_count = self._clear_count
 
         def loaded(library: Library | None, error: BaseException | None) -> None:
             self._is_loading = False
@@ -206,7 +208,7 @@ class Remembering:
             self._load_again_s = self._now() + max(0.0, took_s - _MOMENT_S) / _LOAD_SHARE
             if library is None:
                 self._give_up(error)
-            elif len(library):
+            elif len(library) and clear_count == self._clear_count:
                 done(library)
 
         self._pool.submit(_read, self._archive, self._chunk_bytes, done=loaded)
@@ -220,6 +222,7 @@ class Remembering:
         for run in self._runs.values():
             run.forget()
         self._known = {}
+        self._clear_count += 1
 
         def cleared(byte_count: int | None, error: BaseException | None) -> None:
             self._version += 1

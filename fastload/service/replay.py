@@ -14,8 +14,9 @@ The history is read in a thread, when such a consumer begins and there is more o
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from fastload.history.follow import Follower
@@ -75,7 +76,25 @@ class ReplayPlan(Plan):
         positions = self._positions.get((entry, index))
         if positions is None:
             return -1
-        return next((position for position in positions if position >= self.cursor), positions[-1])
+        return positions[min(bisect_left(positions, self.cursor), len(positions) - 1)]
+
+    def chunks_known(self) -> list[Chunk] | None:
+        """Its chunks of which there is a record: a plan is short, an arena may be large, and plans change often."""
+        return self.records(self._positions)
+
+    def reached(self, entry: ObjectEntry, index: int) -> None:
+        """Says nothing: `advance` follows the reader, and a chunk may be read again much later in the plan."""
+
+    def passed(self, position: int) -> list[Chunk]:
+        """Advance; the chunks of the plan whose next positions are others now."""
+        before = self.cursor
+        self.advance(position)
+        return self.records(self._list[before : self.cursor])
+
+    @staticmethod
+    def records(steps: Iterable[tuple[ObjectEntry, int]]) -> list[Chunk]:
+        """Of these, those that there are."""
+        return [chunk for entry, index in steps if (chunk := entry.chunks.get(index)) is not None]
 
     def at(self, position: int) -> tuple[ObjectEntry, int]:
         """The chunk at a position."""
@@ -87,7 +106,7 @@ class ReplayPlan(Plan):
 
     def lasts(self, done: int, ahead: int) -> bool:
         """Whether, when so many of its reads are done, it need not be made anew for looking so far ahead."""
-        return self._is_last or self.chunk_count - done >= min(_READS_MAX // 2, ahead)
+        return done >= self.cursor and (self._is_last or self.chunk_count - done >= min(_READS_MAX // 2, ahead))
 
     def entries_used(self) -> list[ObjectEntry]:
         """The entry of each read."""
@@ -120,10 +139,12 @@ class Replay:
         stores: StoreTable,
         versions: Versions,
         load: Load,
-        replan: Callable[[Plan], None],
+        replan: Callable[[Plan, list[Chunk]], None],
         wake: Callable[[], None],
     ) -> None:
-        """`wake()` is called when there is something to fetch that no message brought."""
+        """`replan(plan, chunks)` is called when the next positions of these are others; `wake()` when there is
+        something to fetch that no message brought.
+        """
         self._plans, self._objects, self._stores, self._versions = plans, objects, stores, versions
         self._load, self._replan, self._wake = load, replan, wake
         self._library: Library | None = None
@@ -135,12 +156,16 @@ class Replay:
 
     def opening(self, consumer: ConsumerState, url: str) -> None:
         """A consumer opens an object, which is mostly read from its start."""
+        if _tells(consumer):
+            return
         reader = self._reader(consumer)
         if reader.follower is not None and reader.follower.expect(object_key(url)):
             self._update(consumer, reader)
 
     def read(self, consumer: ConsumerState, key: int, index: int) -> None:
-        """A consumer that told no plan reads a chunk of the object with this key."""
+        """A consumer reads a chunk of the object with this key."""
+        if _tells(consumer):
+            return
         reader = self._reader(consumer)
         place = chunk_key(key, index)
         reader.early.append(place)
@@ -151,13 +176,13 @@ class Replay:
 
     def fetched(self, chunk: Chunk) -> None:
         """A chunk has come from its store, so that the version it was expected to be of is the present one."""
-        entry = chunk.entry
-        if not any(entry in reader.unconfirmed for reader in self._readers.values()):
-            return
-        for reader in self._readers.values():
-            reader.unconfirmed.discard(entry)
-        if entry.info.etag is not None and scheme(entry.info.url) != "file":
-            self._versions.learn(entry.endpoint, entry.info)
+        info = chunk.entry.info
+        for consumer, reader in self._readers.items():
+            if chunk.entry not in reader.unconfirmed:
+                continue
+            reader.unconfirmed.discard(chunk.entry)
+            if info.etag is not None and scheme(info.url) != "file" and consumer.options_key == chunk.fetched_as:
+                self._versions.learn(self._stores.endpoint(consumer.options_key), info)
 
     def failed(self, chunk: Chunk) -> None:
         """A chunk could not be had; what is there now is not what was read then."""
@@ -170,6 +195,20 @@ class Replay:
         """A consumer has gone, or begins anew."""
         reader = self._readers.pop(consumer, None)
         if reader is not None:
+            self._set_plan(consumer, reader, None)
+
+    def credentials_changed(self, consumer: ConsumerState) -> None:
+        """What is predicted for a consumer is to be had with others now, and may be elsewhere."""
+        reader = self._readers.get(consumer)
+        if reader is not None:
+            self._set_plan(consumer, reader, None)
+            self._update(consumer, reader)
+
+    def forget(self) -> None:
+        """The history is gone."""
+        self._library = None
+        for consumer, reader in self._readers.items():
+            reader.follower = None
             self._set_plan(consumer, reader, None)
 
     def _reader(self, consumer: ConsumerState) -> _Reader:
@@ -208,9 +247,9 @@ class Replay:
             done = follower.place + 1 - plan.first_place
             if plan.leads_from(follower.place) and plan.lasts(done, follower.ahead_max):
                 plan.depth = follower.ahead_max
-                plan.advance(done)
+                passed = plan.passed(done)
                 if plan.repeats:
-                    self._replan(plan)
+                    self._replan(plan, passed)
                 return
         self._set_plan(consumer, reader, self._predict(consumer, reader, follower, follower.place))
 
@@ -218,20 +257,20 @@ class Replay:
         library, endpoint = follower.library, self._stores.endpoint(consumer.options_key)
         count = max(_READS_MIN, min(_READS_MAX, 4 * follower.ahead_max))
         steps: list[tuple[ObjectEntry, int]] = []
+        gone = set()  # positions of what is there no more, since the object is shorter by now
         reader.unconfirmed = set()
         for at in library.after(place, count).tolist():
             info, index = library.chunk(at)
             known = self._versions.get(endpoint, info.url)
             entry = self._objects.use_info(known or info, endpoint)
-            if index >= entry.chunk_count:  # it is shorter by now, and what was read there is no more
-                self._objects.unuse([entry])
-                break
+            if index >= entry.chunk_count:
+                gone.add(len(steps))
             steps.append((entry, index))
             if known is None:
                 reader.unconfirmed.add(entry)
         plan = ReplayPlan(steps, consumer.options_key, range(place + 1, library.lane(place).end), count)
         plan.depth = follower.ahead_max
-        plan.failed.update(at for at, (entry, _) in enumerate(steps) if entry.id in self._stale)
+        plan.failed = gone.union(at for at, (entry, _) in enumerate(steps) if entry.id in self._stale)
         return plan
 
     def _set_plan(self, consumer: ConsumerState, reader: _Reader, plan: ReplayPlan | None) -> None:
@@ -243,3 +282,8 @@ class Replay:
             reader.unconfirmed = set()
         if before is not None:  # last, so that what both name stays
             self._objects.unuse(before.entries_used())
+
+
+def _tells(consumer: ConsumerState) -> bool:
+    """Whether a consumer has told what it reads next."""
+    return consumer.plan is not None and not isinstance(consumer.plan, ReplayPlan)

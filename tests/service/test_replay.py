@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import random
 import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -18,6 +19,7 @@ from fastload.history.runfile import EndpointSummary, Summary
 from fastload.service import protocol
 from fastload.service.core import Core
 from fastload.service.remembering import _learnt
+from fastload.service.replay import ReplayPlan
 from tests.cache.faults import failing
 from tests.service.helpers import CHUNK_BYTES, random_bytes
 from tests.service.world import Side, World, settle, until
@@ -53,6 +55,11 @@ class Reader:
 
         await until(lambda: bool(answers()), "it is opened")
         return answers()[0]
+
+    def attach(self) -> None:
+        """Begin anew, with a whole list, which ends all that was."""
+        self.side.say(protocol.Attach(True, True, protocol.ObjectRows.of(self._world.objects[:5])))
+        self._chunks = 5
 
     def leave(self) -> None:
         """Go away."""
@@ -215,6 +222,136 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: p
     read_all(here, ORDER[:5])
     read_all(here, ORDER[:5])
     assert "no history is kept any more" in caplog.text
+
+
+def test_a_consumer_that_tells_its_plan_keeps_it(tmp_path: Path) -> None:
+    """Also where it opens what an earlier run began with."""
+    here = world(tmp_path)
+    read_all(here, ORDER)
+
+    async def work(core: Core) -> None:
+        first = Reader(core, here)
+        await first.read(ORDER[0])  # so that the history is there
+        side = Side(core, here.objects)
+        side.plan(20, 21, 22)
+        told = side.state.plan
+        side.say(protocol.Open(1, here.objects[ORDER[0]].url))
+        await settle()
+        assert side.state.plan is told
+        core.disconnect(side.state)
+        first.leave()
+
+    run(here, work)
+
+
+def test_an_object_that_is_shorter_by_now_ends_no_prediction(tmp_path: Path) -> None:
+    here = world(tmp_path, buffer_count=60)
+    order = list(range(COUNT))
+    read_all(here, order)
+    here.objects[9] = here.store.put("9", random_bytes(999, CHUNK_BYTES))
+    ahead: list[str] = []
+
+    async def work(core: Core) -> None:
+        knows = Reader(core, here)
+        await knows.read(9)  # so that its version is known
+        reader = Reader(core, here)
+        for number in order[:9]:
+            await reader.read(number)
+        await settle()
+        ahead.extend(url.rpartition("/")[2] for url, _ in here.store.reads)
+        knows.leave()
+        reader.leave()
+
+    run(here, work)
+    assert {"12", "14"} <= set(ahead)
+
+
+def test_how_far_ahead_is_fetched_does_not_grow_with_what_is_read_again(tmp_path: Path) -> None:
+    here = world(tmp_path, buffer_count=80)
+    epoch = [number for number in range(COUNT) if number % 10 != 9]
+    read_all(here, epoch * 3)
+    seen: list[int] = []
+    read_all(here, epoch[:4], lambda core, reader: seen.append(len(here.store.reads)))
+    assert seen[2] <= 12
+
+
+def test_credentials_that_change_leave_a_prediction_that_has_them(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    read_all(here, ORDER)
+
+    async def work(core: Core) -> None:
+        reader = Reader(core, here)
+        for number in ORDER[:3]:
+            await reader.read(number)
+        reader.side.say(protocol.Credentials({"endpoint_url": "http://elsewhere"}))
+        plan = reader.side.state.plan
+        assert isinstance(plan, ReplayPlan)
+        assert plan.options_key == reader.side.state.options_key
+        reader.leave()
+
+    run(here, work)
+
+
+def test_what_is_forgotten_is_predicted_no_more(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    read_all(here, ORDER)
+
+    async def work(core: Core) -> None:
+        reader = Reader(core, here)
+        for number in ORDER[:3]:
+            await reader.read(number)
+        assert reader.side.state.plan is not None
+        reader.side.say(protocol.Clear(1, True))
+        await until(lambda: bool(reader.side.all(protocol.Cleared)), "it is gone")
+        other = Reader(core, here)
+        for each in (reader, other):
+            await each.read(ORDER[4])
+            assert each.side.state.plan is None
+            each.leave()
+
+    run(here, work)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_is_left_when_all_have_gone(seed: int, tmp_path: Path) -> None:
+    """Whatever consumers do: read as before or not, open what has changed, tell plans, attach anew, go."""
+    here = world(tmp_path, buffer_count=6)
+    read_all(here, ORDER)
+    here.objects[ORDER[5]] = here.store.put(str(ORDER[5]), random_bytes(999, CHUNK_BYTES))
+    chance = random.Random(seed)
+
+    async def work(core: Core) -> None:
+        readers = [Reader(core, here) for _ in range(3)]
+        at = [0, 0, 0]
+        for _ in range(60):
+            who = chance.randrange(3)
+            reader = readers[who]
+            match chance.choice(["read"] * 12 + ["other", "plan", "attach", "credentials", "leave", "clear"]):
+                case "read":
+                    await reader.read(ORDER[at[who] % COUNT])
+                    at[who] += 1
+                case "other":
+                    await reader.read(chance.randrange(COUNT))
+                case "plan":
+                    reader.side.plan(*range(chance.randrange(len(reader.side.state.entries) + 1)))
+                case "attach":
+                    reader.attach()
+                case "credentials":
+                    reader.side.say(protocol.Credentials({"region": chance.choice(["a", "b"])}))
+                case "clear":
+                    reader.side.say(protocol.Clear(1, chance.random() < 0.2))
+                case "leave":
+                    reader.leave()
+                    readers[who], at[who] = Reader(core, here), chance.randrange(COUNT)
+        for reader in readers:
+            reader.leave()
+        await settle()
+        core._drop_idle()
+        assert core._objects._entries == {}
+        assert core._table._positions == {}
+        assert core._table.free_count == core._table.count
+
+    run(here, work)
 
 
 def test_a_full_disk_ends_the_keeping_and_not_the_use(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
