@@ -88,6 +88,7 @@ class Processes(_MultiProcessingDataLoaderIter, Working):
         if first_iter:
             self._open_descriptors()
         self._is_beginning = True
+        self._worker_of: dict[int, int] = {}  # whose turn each batch on its way is
         super()._reset(loader, first_iter)
 
     def _try_put_index(self) -> None:
@@ -97,8 +98,10 @@ class Processes(_MultiProcessingDataLoaderIter, Working):
                 next(self._worker_queue_idx_cycle)
         number = self._send_idx
         super()._try_put_index()
-        if self.order is not None and self._send_idx > number:
-            self.progress.marks.sent(number, self.order.mark())
+        if self._send_idx > number:
+            self._worker_of[number] = self._task_info[number][0]
+            if self.order is not None:
+                self.progress.marks.sent(number, self.order.mark())
 
     def _get_data(self) -> Any:
         number, data = super()._get_data()  # type: ignore[no-untyped-call]
@@ -125,16 +128,19 @@ class Processes(_MultiProcessingDataLoaderIter, Working):
             self._mark_worker_as_unavailable(data.worker_id)
         self._try_put_index()
 
-    def _process_data(self, data: Any, worker_idx: int) -> Any:
+    def _process_data(self, data: Any, *worker_idx: int) -> Any:
+        # Older releases do not say whose it is, but it is the one that is due.
+        worker = worker_idx[0] if worker_idx else self._worker_of[self._rcvd_idx]
+        self._worker_of = {number: each for number, each in self._worker_of.items() if number in self._task_info}
         try:
-            arrived = super()._process_data(data, worker_idx)  # type: ignore[no-untyped-call]
+            arrived = super()._process_data(data, *worker_idx)  # type: ignore[no-untyped-call]
         except Exception as error:  # what the worker raised
             # torch's frame refers to the error that refers to it, so that the workers, which end with the iteration,
             # would live until the garbage collector comes by, and then not hear that they are to end.
             self.progress.failed()
             raise error.with_traceback(None)  # noqa: B904  # it is the same error
         batch = self.delivered(arrived.batch)
-        self.progress.delivered(worker_idx, arrived.state, outstanding=self._task_info)
+        self.progress.delivered(worker, arrived.state, outstanding=self._task_info)
         return batch
 
     def _try_get_data(self, timeout: float = MP_STATUS_CHECK_INTERVAL) -> Any:

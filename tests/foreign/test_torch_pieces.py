@@ -31,7 +31,6 @@ BASE, SINGLE, MANY = _BaseDataLoaderIter, _SingleProcessDataLoaderIter, _MultiPr
         (MANY._try_put_index, ["self"]),
         (MANY._try_get_data, ["self", "timeout"]),
         (MANY._get_data, ["self"]),
-        (MANY._process_data, ["self", "data", "worker_idx"]),
         (MANY._mark_worker_as_unavailable, ["self", "worker_id", "shutdown"]),
         (MANY._shutdown_workers, ["self"]),
         (ExceptionWrapper.__init__, ["self", "exc_info", "where"]),
@@ -42,6 +41,11 @@ BASE, SINGLE, MANY = _BaseDataLoaderIter, _SingleProcessDataLoaderIter, _MultiPr
 )
 def test_functions_take_what_they_took(function, parameters):
     assert list(inspect.signature(function).parameters) == parameters
+
+
+def test_an_answer_is_processed_with_or_without_whose_it_is():
+    """With, since torch 2.6."""
+    assert list(inspect.signature(MANY._process_data).parameters) in (["self", "data"], ["self", "data", "worker_idx"])
 
 
 @pytest.mark.parametrize(
