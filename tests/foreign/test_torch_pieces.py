@@ -44,7 +44,7 @@ def test_functions_take_what_they_took(function, parameters):
 
 
 def test_an_answer_is_processed_with_or_without_whose_it_is():
-    """With, since torch 2.6."""
+    """With, in newer releases."""
     assert list(inspect.signature(MANY._process_data).parameters) in (["self", "data"], ["self", "data", "worker_idx"])
 
 
