@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count, repeat
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -84,12 +85,31 @@ def weed() -> Iterator[WeedServer]:
         with WeedServer(directory) as server:
             assert server.pid is not None
             _lasting.add(server.pid)
+            _start_fork_server(server)
             yield server
             # Nobody needs its data. In good order it takes two seconds to end, and up to fifteen where a client has
             # left in the middle of an object.
             os.kill(server.pid, signal.SIGKILL)
     finally:
         shutil.rmtree(directory)
+
+
+def _start_fork_server(weed: WeedServer) -> None:
+    """Its processes have the environment that it was started in, where spawned ones have their parent's: let that lead
+    to our store, whichever test is the first to need one.
+    """
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # one of before, if any
+    with pytest.MonkeyPatch.context() as patch:
+        _lead_to(weed, patch)
+        forkserver.ensure_running()
+
+
+def _lead_to(weed: WeedServer, patch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("AWS_"):
+            patch.delenv(name)
+    for name, value in weed.environment().items():
+        patch.setenv(name, value)
 
 
 @pytest.fixture(scope="session")
@@ -160,11 +180,7 @@ class Bucket:
 @pytest.fixture
 def s3(weed: WeedServer, bucket_names: Iterator[str], monkeypatch: pytest.MonkeyPatch) -> Bucket:
     """A fresh bucket on the real server, found through plain AWS_* variables too."""
-    for name in list(os.environ):
-        if name.startswith("AWS_"):
-            monkeypatch.delenv(name)
-    for name, value in weed.environment().items():
-        monkeypatch.setenv(name, value)
+    _lead_to(weed, monkeypatch)
     return Bucket(weed, next(bucket_names))
 
 

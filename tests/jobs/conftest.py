@@ -12,8 +12,8 @@ from tests.jobs.shelf import Shelf
 
 
 @pytest.fixture(scope="package")
-def pool() -> Iterator[RankPool]:
-    """Four ranks."""
+def pool(weed: WeedServer) -> Iterator[RankPool]:
+    """Four ranks, of the fork server that is there when the store is."""
     pool = RankPool(4)
     try:
         yield pool
