@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+import numpy as np
+
 from fastload.engine.feed import Feed
 from fastload.engine.reader import WindowReader
 from fastload.engine.scattered import ScatteredReader
@@ -28,9 +30,13 @@ OnClosed = Callable[[Window], None]
 
 
 class _WindowReader(WindowReader):
-    """Tells of windows that are closed."""
+    """Tells of windows that are closed, and hears late of shards that were parsed."""
 
     on_closed: OnClosed
+
+    def parsed(self, object_nos: list[int]) -> None:
+        """What these were leased for is over."""
+        self._indexed(np.array(object_nos, np.int64))
 
     def _give_back(self, closed: list[Window]) -> None:
         super()._give_back(closed)
@@ -42,6 +48,10 @@ class _ScatteredReader(ScatteredReader):
     """The same."""
 
     on_closed: OnClosed
+
+    def parsed(self, object_nos: list[int]) -> None:
+        """What these were leased for is over."""
+        self._indexed(np.array(object_nos, np.int64))
 
     def _give_back(self, closed: list[Window]) -> None:
         super()._give_back(closed)
@@ -183,8 +193,7 @@ class Rank:
                 self._loop.call_soon(self._take)
             elif self._shards.to_parse:
                 self._is_parsing = True
-                to_parse, self._shards.to_parse = self._shards.to_parse, []
-                self._parse(deque((number, self._data.chunks_of_object(number)) for number in to_parse), entry)
+                self._parse(deque((no, self._data.chunks_of_object(no)) for no in self._shards.to_parse), entry)
             else:
                 self._append(entry)
 
@@ -197,6 +206,8 @@ class Rank:
                 self._consumer.acquire_later([chunks[0]], partial(self._parse_on, shards, entry))
                 return
             self._shards.parsed(number)
+        self._reader.parsed(self._shards.to_parse)
+        self._shards.to_parse = []
         self._is_parsing = False
         self._append(entry)
         self._fill()

@@ -69,13 +69,19 @@ def test_each_epoch_reads_every_chunk_once_and_fetches_none_twice(shuffle: str) 
         assert (node.remote_bytes <= own_bytes).all()
         assert node.remote_bytes[0] == own_bytes
         assert node.remote_bytes[-1] == 0
+        assert not any(consumer.leases or consumer.wants for consumer in node.core.consumers)
     for epoch in range(job.epochs):
         assert sum(rank.epochs[epoch].samples for rank in world.ranks) == samples
     assert len({rank.epochs[0].batches for rank in world.ranks}) == 1
 
 
-def test_global_shuffle_fetches_the_data_once_and_reads_from_the_disk_then() -> None:
-    found = run(small(data_bytes=64 * MIB, shuffle="global", epochs=2), cache(0.2))
+@pytest.mark.parametrize("is_indexed", [True, False])
+def test_global_shuffle_fetches_the_data_once_and_reads_from_the_disk_then(is_indexed: bool) -> None:
+    job = small(data_bytes=64 * MIB, shuffle="global", epochs=2, is_indexed=is_indexed)
+    world = World(job, cache(0.2), StoreProfile())
+    world.run()
+    assert not any(consumer.leases or consumer.wants for consumer in world.nodes[0].core.consumers)
+    found = world.figures()
     assert [round(each.remote_share, 6) for each in found.epochs] == [1.0, 0.0]
     assert found.epochs[1].disk_share + found.epochs[1].ram_share == pytest.approx(1.0)
     assert found.epochs[1].ram_share > 0.1
