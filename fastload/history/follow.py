@@ -1,13 +1,18 @@
 """Whether a reader goes the way of an earlier one: where in the library it is, and how far ahead to believe that.
 
-It is *found* by the read at hand and the few before it: at a place where most of them stand close before. A reader
-that has only begun is found by its first read, where a lane began so. From then on each read is looked for a little
-ahead of where the reader is, so that it may leave some out; one that is not there is an insertion. *Trust* grows by one
-with each read that came as predicted and falls by two with each that did not: below zero the reader has departed, and
-is looked for anew, also where the earlier run went on otherwise after a common beginning.
+It is *found* by the read at hand and the few before it: at a place close before which some of them stand, in their
+order. A reader that has only begun is found by its first read, where a lane began so. From then on each read is looked
+for a little ahead of where the reader is, so that it may leave some out; one that is not there is an insertion. *Trust*
+grows by one with each read that came as predicted and falls by two with each that did not: below zero the reader has
+departed, and is looked for anew, also where the earlier run went on otherwise after a common beginning.
 
 As in the detection of sequences within a file, what is expected grows with what has come true: 2 to the power of trust.
 So a wrong beginning has cost two chunks.
+
+That an object's next chunk is read proves nothing: whoever reads objects of many chunks in an order of its own would
+soon be believed to read the next objects as before, all in vain. So only *jumps*, reads of anything else, find a place
+and gain trust. And as jumps within an object say nothing of which object comes next, trust beyond the object at hand is
+counted apart, by jumps to other objects.
 
 Pure: no clock, no bytes. Not for several threads.
 """
@@ -19,14 +24,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastload.history.keys import chunk_key
 from fastload.history.library import Lane, Library
 
 # Reads that may be left out from one to the next: a sampler that skips what was trained on, a batch that is dropped.
 _SKIP_MAX = 64
-# Reads by which a place is found, and how far back they may be spread: some may be insertions, some left out.
-_RECENT, _SPREAD = 8, 16
-# Of a reader that did not begin like an earlier one, so many reads of the recent ones have to fit besides the last.
+# Jumps by which a place is found, and how far back they may be spread: some may be insertions, some left out. With
+# twice as many, a reader of 200 objects in an order of its own was taken for one of eight earlier ones all the time.
+_RECENT, _SPREAD = 4, 6
+# Of a reader that did not begin like an earlier one, so many of the recent ones have to fit besides the last.
 _FITTING_MIN = 2
+# Jumps in which a chunk that is read again says nothing.
+_AGAIN = 8
 # Places of one key that are looked at; the newest runs are the first.
 _PLACES_MAX = 8
 # After so many reads without a place, only every eighth is looked for: most readers of an order of their own find none.
@@ -37,8 +46,11 @@ _DEPARTED = 2
 
 @dataclass(frozen=True, slots=True)
 class _Found:
+    """How well a place fits: of the recent jumps so many, and to so many objects besides the one at hand."""
+
     place: int
     fitting: int
+    objects: int
 
 
 class Follower:
@@ -46,30 +58,41 @@ class Follower:
 
     def __init__(self, library: Library) -> None:
         self.library = library
-        self._recent: deque[int] = deque(maxlen=_RECENT)
-        self._read_count = 0
-        self._lost_count = 0  # reads since there was a place
+        self._recent: deque[tuple[int, int]] = deque(maxlen=_RECENT)  # jumps: key of the chunk, of the object
+        self._lately: deque[int] = deque(maxlen=_AGAIN)
+        self._last: tuple[int, int] | None = None  # object and chunk that were read last
+        self._jump_count = 0
+        self._lost_count = 0  # jumps since there was a place
         self._trust = 0
+        self._beyond = 0  # trust beyond the object at hand
         self._lane: Lane | None = None
         self.place: int | None = None  # of the read that came last as predicted; None: not found
 
     @property
     def ahead_max(self) -> int:
         """How many reads ahead the prediction is to be believed."""
-        return 0 if self.place is None else 1 << self._trust
+        if self.place is None:
+            return 0
+        return min(1 << self._trust, self.library.rest_of_object(self.place) + (1 << self._beyond))
 
-    def expect(self, key: int) -> bool:
-        """This is probably what is read next, and no read yet. Whether the reader's place was found by it."""
-        return self._find(key)
+    def expect(self, of_object: int) -> bool:
+        """This object is probably what is read next, and no read yet. Whether the reader's place was found by it."""
+        return self._find(of_object, of_object)
 
-    def saw(self, key: int) -> bool:
-        """A read. Whether it was at a place that follows, or the reader's place was found by it."""
-        came = self._follow(key) or self._find(key)
-        self._recent.append(key)
-        self._read_count += 1
+    def saw(self, of_object: int, index: int = 0) -> bool:
+        """A chunk of an object is read. Whether that was at a place that follows, or the reader's place was found."""
+        key, last, self._last = chunk_key(of_object, index), self._last, (of_object, index)
+        if last == (of_object, index - 1):
+            return self._follow(key, gain=0, gain_beyond=0)
+        came = self._follow(key, gain=1, gain_beyond=int(last is None or last[0] != of_object))
+        came = came or self._find(key, of_object)
+        if key not in self._lately:
+            self._recent.append((key, of_object))
+            self._lately.append(key)
+            self._jump_count += 1
         return came
 
-    def _follow(self, key: int) -> bool:
+    def _follow(self, key: int, *, gain: int, gain_beyond: int) -> bool:
         if self.place is None or self._lane is None:
             return False
         if int(self.library.keys[self.place]) == key:
@@ -79,17 +102,19 @@ class Follower:
         (found,) = np.nonzero(ahead == np.uint64(key))
         if len(found):
             self.place = start + int(found[0])
-            self._trust = min(_TRUST_MAX, self._trust + 1)
+            self._trust = min(_TRUST_MAX, self._trust + gain)
+            self._beyond = min(_TRUST_MAX, self._beyond + gain_beyond)
             return True
-        if key in self._recent:  # again
+        if key in self._lately:  # again
             return False
         self._trust -= _DEPARTED
+        self._beyond = max(0, self._beyond - _DEPARTED * gain_beyond)
         if self._trust < 0:
             self.place = self._lane = None
-            self._trust = 0
+            self._trust = self._beyond = 0
         return False
 
-    def _find(self, key: int) -> bool:
+    def _find(self, key: int, of_object: int) -> bool:
         """Look for the reader's place, unless it has one."""
         if self.place is not None:
             return False
@@ -97,18 +122,24 @@ class Follower:
         if self._lost_count > _EAGER_MAX and self._lost_count % _SELDOM:
             return False
         places = self.library.places(key, _PLACES_MAX)
-        best = max((self._fit(place) for place in places), key=lambda each: each.fitting, default=None)
+        best = max((self._fit(place, of_object) for place in places), key=lambda each: each.fitting, default=None)
         if best is None or best.fitting < 0:
             return False
         self.place, self._lane = best.place, self.library.lane(best.place)
-        self._trust = 1 + best.fitting
+        self._trust, self._beyond = max(1, best.fitting), max(1, best.objects)
         self._lost_count = 0
         return True
 
-    def _fit(self, place: int) -> _Found:
-        """How many of the recent reads stand close before a place; -1 where that is too few."""
+    def _fit(self, place: int, of_object: int) -> _Found:
+        """How well a place fits the recent jumps; -1 where too few do."""
         lane = self.library.lane(place)
-        before = set(self.library.keys[max(lane.start, place - _SPREAD) : place].tolist())
-        fitting = sum(key in before for key in self._recent)
-        has_begun_so = place - lane.start <= self._read_count + 1 and fitting == self._read_count < _FITTING_MIN
-        return _Found(place, fitting if has_begun_so or fitting >= _FITTING_MIN else -1)
+        before = self.library.jumps_before(place, _SPREAD)
+        at, objects, fitting = -1, set(), 0
+        for key, its_object in self._recent:
+            if key in before[at + 1 :]:
+                at = before.index(key, at + 1)
+                fitting += 1
+                objects.add(its_object)
+        has_begun_so = len(before) <= self._jump_count + 1 and fitting == self._jump_count < _FITTING_MIN
+        fits = fitting >= _FITTING_MIN or (has_begun_so and place - lane.start <= _SKIP_MAX)
+        return _Found(place, fitting if fits else -1, len(objects - {of_object}))

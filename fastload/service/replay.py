@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from fastload.history.follow import Follower
-from fastload.history.keys import chunk_key, object_key
+from fastload.history.keys import object_key
 from fastload.history.library import Library
 from fastload.service.consumers import ConsumerState
 from fastload.service.model import Chunk, ObjectEntry, Objects
@@ -126,7 +126,7 @@ class _Reader:
     follower: Follower | None = None
     plan: ReplayPlan | None = None
     unconfirmed: set[ObjectEntry] = field(default_factory=set)  # of the plan, versions that nobody asked for
-    early: deque[int] = field(default_factory=lambda: deque(maxlen=_EARLY_MAX))
+    early: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=_EARLY_MAX))
 
 
 class Replay:
@@ -167,11 +167,10 @@ class Replay:
         if _tells(consumer):
             return
         reader = self._reader(consumer)
-        place = chunk_key(key, index)
-        reader.early.append(place)
+        reader.early.append((key, index))
         if reader.follower is None:
             return
-        self.counters["replayed_reads"] += reader.follower.saw(place) and reader.plan is not None
+        self.counters["replayed_reads"] += reader.follower.saw(key, index) and reader.plan is not None
         self._update(consumer, reader)
 
     def fetched(self, chunk: Chunk) -> None:
@@ -232,8 +231,8 @@ class Replay:
         """Have the reader followed by what is known now."""
         if self._library is not None and len(self._library):
             reader.follower = Follower(self._library)
-            for place in reader.early:
-                reader.follower.saw(place)
+            for key, index in reader.early:
+                reader.follower.saw(key, index)
         return reader
 
     # Plans

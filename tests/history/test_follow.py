@@ -6,13 +6,16 @@ import random
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastload.history.archive import Archive
 from fastload.history.follow import Follower
 from fastload.history.keys import chunk_key, chunk_keys
 from fastload.history.library import Library
-from tests.history.runs import CHUNK_BYTES, key, run
+from fastload.history.record import Recorder
+from tests.history.runs import CHUNK_BYTES, info, key, run
 
 NAMES = [f"2026112{number}-120000-00000000" for number in range(6, 0, -1)]  # the newest first
 
@@ -21,6 +24,19 @@ def library(*runs: list[tuple[int, int]], chunk_bytes: int = CHUNK_BYTES) -> Lib
     """Of runs of (lane, object number), the newest first."""
     with tempfile.TemporaryDirectory() as folder:
         return Library([run(Path(folder), reads, name) for reads, name in zip(runs, NAMES, strict=False)], chunk_bytes)
+
+
+def library_of_chunks(reads: list[tuple[int, int, int]], chunks: int) -> Library:
+    """Of one run of (lane, object number, chunk), of objects of so many chunks."""
+    recorder = Recorder("train.py", 1.8e9, CHUNK_BYTES)
+    for _ in range(1 + max(lane for lane, _, _ in reads)):
+        recorder.lane("reader")
+    for lane, number, index in reads:
+        recorder.read(lane, key(number), info(number, chunks), index, 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        archive = Archive(Path(folder))
+        archive.append(NAMES[0], recorder.take(1.0, {}).pieces())
+        return Library([archive.read(archive.find("latest"))], CHUNK_BYTES)
 
 
 def shuffled(count: int, seed: int) -> list[int]:
@@ -125,6 +141,39 @@ def test_another_order_is_not_taken_for_one() -> None:
         follower.saw(key(number))
         wrong += follower.place is not None
     assert wrong < 40
+
+
+@pytest.mark.parametrize(("count", "chunks", "epochs"), [(200, 1, 8), (500, 4, 3), (200, 12, 5), (60, 50, 2)])
+def test_another_order_each_epoch_is_hardly_ever_taken_for_an_earlier_one(count: int, chunks: int, epochs: int) -> None:
+    """Also not where objects have many chunks, whose order within the object is the same each time."""
+    orders = [[(number, index) for number in shuffled(count, seed) for index in range(chunks)] for seed in range(9)]
+    follower = Follower(library_of_chunks([(lane, *each) for lane in range(epochs) for each in orders[lane]], chunks))
+    in_vain: set[int] = set()
+    for at, (number, index) in enumerate(orders[8]):
+        follower.saw(key(number), index)
+        soon = {chunk_key(key(*each[:1]), each[1]) for each in orders[8][at : at + 2 * follower.ahead_max + chunks]}
+        if follower.place is not None:
+            ahead = follower.library.keys[follower.library.after(follower.place, follower.ahead_max)]
+            in_vain |= {int(each) for each in ahead} - soon
+    assert len(in_vain) <= 0.15 * len(orders[8])
+
+
+def test_the_order_of_objects_is_believed_by_objects() -> None:
+    order = [(number, index) for number in shuffled(100, 1) for index in range(8)]
+    follower = Follower(library_of_chunks([(0, *each) for each in order], 8))
+    beyond = []
+    for number, index in order:
+        assert follower.saw(key(number), index)
+        if index == 3:
+            beyond.append(follower.ahead_max - 4)
+    assert beyond[:6] == [-2, 0, 4, 12, 28, 60]
+
+
+def test_a_file_that_is_read_here_and_there_is_followed_too() -> None:
+    order = [(0, index) for index in shuffled(300, 1)]
+    follower = Follower(library_of_chunks([(0, *each) for each in order], 300))
+    assert [follower.saw(key(0), index) for _, index in order[100:110]] == [False, False, *[True] * 8]
+    assert follower.ahead_max == 192  # what is left of the file, and two
 
 
 def test_it_departs_and_is_found_on_another_way() -> None:
