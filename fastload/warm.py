@@ -7,22 +7,18 @@ they come in, so that the job that follows neither fetches nor parses, and knows
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 from fastload.engine.listing import attach, find_sidecars, list_shards
 from fastload.engine.manifests import shared_manifest
 from fastload.engine.shards import ShardTable
 from fastload.engine.windows import window_chunks
-from fastload.errors import ObjectMissingError
 from fastload.plan import Manifest, OrderWish, Ranks, objects_in_use_order
 from fastload.service.client import Consumer
 from fastload.service.handle import Cache
-from fastload.service.opener import Opener
 from fastload.service.protocol import Progress
 from fastload.store.table import ObjectTable
 
@@ -103,11 +99,8 @@ def warm_run(
     Blocks until everything is there, or the cache is full. Objects that are gone are left out; other errors of the
     store are raised.
     """
-    with (
-        cache.consumer(storage_options, "warm") as consumer,
-        contextlib.closing(cache.opener(storage_options, "warm")) as opener,
-    ):
-        objects = _present(consumer, opener, list(urls))
+    with cache.consumer(storage_options, "warm") as consumer:
+        objects = consumer.present(urls)
         if not len(objects):
             return RunWarmed(0, len(urls), 0, 0, 0)
         consumer.attach(objects)
@@ -116,33 +109,6 @@ def warm_run(
     return RunWarmed(
         len(objects), len(urls) - len(objects), progress.total_bytes, progress.held_bytes, progress.fetched_bytes
     )
-
-
-def _present(consumer: Consumer, opener: Opener, urls: list[str]) -> ObjectTable:
-    """Those that are there, in this order. A name with a brace is not a pattern here, so it is opened instead."""
-    parts = [
-        _opened(opener, list(group)) if has_brace else _resolved(consumer, list(group))
-        for has_brace, group in groupby(urls, lambda url: "{" in url)
-    ]
-    return ObjectTable.joined(parts)
-
-
-def _resolved(consumer: Consumer, urls: list[str]) -> ObjectTable:
-    try:
-        return consumer.resolve(urls, ())
-    except ObjectMissingError:
-        if len(urls) == 1:
-            return ObjectTable.of([])
-        half = len(urls) // 2
-        return ObjectTable.joined([_resolved(consumer, urls[:half]), _resolved(consumer, urls[half:])])
-
-
-def _opened(opener: Opener, urls: list[str]) -> ObjectTable:
-    found = []
-    for url in urls:
-        with contextlib.suppress(ObjectMissingError):
-            found.append(opener.open(url).info)
-    return ObjectTable.of(found)
 
 
 def _manifest(consumer: Consumer, urls: Sequence[str], manifest_file: str | None) -> Manifest:

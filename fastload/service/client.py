@@ -17,7 +17,7 @@ until they are released, or until the service needs their room (`leases`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -111,6 +111,20 @@ class Consumer(Session):
             lambda request: protocol.Resolve(request, names, list(endings), list(beside)), "listing", deadline_s
         )
         return ObjectTable.joined([part.rows.table() for part in parts if isinstance(part, protocol.Resolved)])
+
+    def present(self, names: Sequence[str], deadline_s: float = DEADLINE_S) -> ObjectTable:
+        """Those of the objects at these URLs (normalised, and no patterns) that are there, in this order; the store's
+        errors come as they are.
+        """
+        found = [ObjectTable.of([])]
+        for some in _by_bytes(names, protocol.FRAME_BYTES_MAX // 2):
+            parts = self._ask_service(
+                lambda request, some=some: protocol.Resolve(request, some, [], [], present=True),  # type: ignore[misc]
+                "listing",
+                deadline_s,
+            )
+            found += [part.rows.table() for part in parts if isinstance(part, protocol.Resolved)]
+        return ObjectTable.joined(found)
 
     def attach(self, objects: Sequence[ObjectInfo]) -> None:
         """Say which objects chunk numbers refer to; ends all leases, wants and the plan of the ones before."""
@@ -345,3 +359,18 @@ class Consumer(Session):
         number = int(np.searchsorted(self._first_chunk, chunk, side="right")) - 1
         start = (chunk - int(self._first_chunk[number])) * self.chunk_bytes
         return f"{self._objects[number].url} from byte {start}"
+
+
+def _by_bytes(names: Sequence[str], bytes_max: int) -> Iterator[list[str]]:
+    """The names in parts of so many bytes."""
+    some: list[str] = []
+    byte_count = 0
+    for name in names:
+        name_bytes = len(name.encode("utf-8", "surrogateescape")) + 8  # and its length
+        if some and byte_count + name_bytes > bytes_max:
+            yield some
+            some, byte_count = [], 0
+        some.append(name)
+        byte_count += name_bytes
+    if some:
+        yield some

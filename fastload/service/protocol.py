@@ -79,12 +79,14 @@ class Resolve(Message, tag="resolve"):
     """Which objects are these? Answered by `Resolved` or `RequestFailed`.
 
     Under a prefix, those whose names end in one of `endings`, and of what else is listed those called one of `beside`.
+    With `present`, `urls` are names of objects, and those that are not there are left out.
     """
 
     request: int
     urls: list[str]
     endings: list[str]
     beside: list[str]
+    present: bool = False
 
 
 class Open(Message, tag="open"):

@@ -50,6 +50,8 @@ class Requests:
 
     def _resolve(self, consumer: ConsumerState, message: protocol.Resolve) -> None:
         def resolve() -> ObjectTable:
+            if message.present:
+                return ObjectTable.of(self._stores.present(consumer.options_key, message.urls))
             found = self._stores.resolve(consumer.options_key, message.urls, message.endings, message.beside)
             return ObjectTable.of(found)
 

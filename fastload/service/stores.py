@@ -19,6 +19,7 @@ import msgspec
 from fastload.errors import ServiceError
 from fastload.service import control
 from fastload.store import Counters, RequestOptions, StoreOptions, Watched, open_store, resolve, store_root
+from fastload.store.listing import present
 from fastload.store.types import ObjectInfo, Store
 from fastload.store.watch import Watch
 
@@ -95,6 +96,17 @@ class StoreTable:
         self, key: str, urls: Sequence[str], endings: Sequence[str], beside: Sequence[str] = ()
     ) -> list[ObjectInfo]:
         """The objects that `urls` stand for; the store's errors."""
+        with self._opening(key) as opener:
+            return resolve(urls, opener, endings=tuple(endings), beside=beside)
+
+    def present(self, key: str, names: Sequence[str]) -> list[ObjectInfo]:
+        """Those of the objects called `names` that are there; the store's errors."""
+        with self._opening(key) as opener:
+            return present(names, opener)
+
+    @contextmanager
+    def _opening(self, key: str) -> Iterator[Callable[[str], Store]]:
+        """Stores for a listing, which last as long."""
         options = self._get_options(key)
         opened: dict[str, Store] = {}
 
@@ -105,7 +117,7 @@ class StoreTable:
             return opened[root]
 
         try:
-            return resolve(urls, opener, endings=tuple(endings), beside=beside)
+            yield opener
         finally:
             for store in opened.values():
                 store.close()

@@ -59,12 +59,24 @@ def resolve(
                 if name.endswith("/"):
                     found += _under(name, open_store, endings, beside)
                 else:
-                    found += _one_by_one([name], open_store)
+                    found += _heads([name], open_store)
         elif len(names) == 1:
             found.append(plain[names[0]])
         else:
             found += _members(text, names, open_store)
     return found
+
+
+def present(names: Sequence[str], open_store: Callable[[str], Store]) -> list[ObjectInfo]:
+    """Those of the objects called `names` that are there, in this order. Names are taken as they are, also with braces;
+    what the store raises besides is raised.
+    """
+    there = _in_listings(list(dict.fromkeys(names)), open_store)
+    left = [name for name in dict.fromkeys(names) if name not in there]
+    for name, info in zip(left, _one_by_one(left, open_store, may_miss=True), strict=True):
+        if info is not None:
+            there[name] = info
+    return [there[name] for name in names if name in there]
 
 
 def _text(url: object) -> str:
@@ -104,7 +116,7 @@ def _name(info: ObjectInfo) -> str:
 def _members(pattern: str, names: list[str], open_store: Callable[[str], Store]) -> list[ObjectInfo]:
     """The objects called `names`, which `pattern` expands to, in that order."""
     if scheme(names[0]) in httpstore.SCHEMES:
-        return _one_by_one(names, open_store)
+        return _heads(names, open_store)
     there = _listed(names, open_store)
     missing = [name for name in names if name not in there]
     if missing:
@@ -118,18 +130,24 @@ def _members(pattern: str, names: list[str], open_store: Callable[[str], Store])
 
 def _plain(names: list[str], open_store: Callable[[str], Store]) -> dict[str, ObjectInfo]:
     """The objects called `names`, prefixes among them left out, by name."""
+    names = [name for name in dict.fromkeys(names) if not name.endswith("/")]
+    there = _in_listings(names, open_store)
+    # What a listing did not show is asked for as well: its own answer says best what is wrong with it.
+    left = [name for name in names if name not in there]
+    return there | dict(zip(left, _heads(left, open_store), strict=True))
+
+
+def _in_listings(names: list[str], open_store: Callable[[str], Store]) -> dict[str, ObjectInfo]:
+    """Of the objects called `names` those that are found by listing a folder of many, by name."""
     folders: dict[str, list[str]] = {}
-    for name in dict.fromkeys(names):
-        if not name.endswith("/"):
-            folders.setdefault(name.rpartition("/")[0], []).append(name)
+    for name in names:
+        folders.setdefault(name.rpartition("/")[0], []).append(name)
     there: dict[str, ObjectInfo] = {}
     for group in folders.values():
         if len(group) >= _LISTED_FROM and scheme(group[0]) not in (*httpstore.SCHEMES, "file"):
             with contextlib.suppress(AccessDeniedError):  # who may not list may still read, and is told below if not
                 there |= _listed(group, open_store)
-    # What a listing did not show is asked for as well: its own answer says best what is wrong with it.
-    left = [name for group in folders.values() for name in group if name not in there]
-    return there | dict(zip(left, _one_by_one(left, open_store), strict=True))
+    return there
 
 
 def _listed(names: list[str], open_store: Callable[[str], Store]) -> dict[str, ObjectInfo]:
@@ -152,15 +170,27 @@ def _common_prefixes(names: Iterable[str]) -> list[str]:
     return [os.path.commonprefix(group) for group in groups.values()]  # noqa: RUF071
 
 
-def _one_by_one(names: list[str], open_store: Callable[[str], Store]) -> list[ObjectInfo]:
+def _heads(names: list[str], open_store: Callable[[str], Store]) -> list[ObjectInfo]:
+    return [info for info in _one_by_one(names, open_store) if info is not None]
+
+
+def _one_by_one(
+    names: list[str], open_store: Callable[[str], Store], *, may_miss: bool = False
+) -> list[ObjectInfo | None]:
+    """Each asked for; with `may_miss`, None for one that is not there."""
     stores: dict[str, Store] = {}
     for name in names:
         root = store_root(name)
         if root not in stores:
             stores[root] = open_store(name)
 
-    def head(name: str) -> ObjectInfo:
-        return stores[store_root(name)].head(name)
+    def head(name: str) -> ObjectInfo | None:
+        try:
+            return stores[store_root(name)].head(name)
+        except ObjectMissingError:
+            if may_miss:
+                return None
+            raise
 
     if len(names) <= 1:
         return [head(name) for name in names]

@@ -10,6 +10,7 @@ import pytest
 
 from fastload.errors import AccessDeniedError, ConfigError, ObjectMissingError
 from fastload.store import ObjectInfo, StoreOptions, StorePool, resolve
+from fastload.store.listing import present
 from tests.conftest import Bucket
 
 
@@ -93,6 +94,21 @@ def test_many_plain_urls_of_one_folder_are_listed(s3: Bucket) -> None:
     with pytest.raises(ObjectMissingError, match=r"many/train-040\.tar"):
         resolve([*urls, f"{s3.url}/many/train-040.tar"], lambda url: pool.get(url, s3.options))
     pool.close()
+
+
+def test_of_names_those_that_are_there(s3: Bucket) -> None:
+    """One request more for each that is not, however many are: a run of long ago may have read much that is gone."""
+    keys = [f"many/{number:03}" for number in range(40)] + ["many/a {b,c}"]
+    for key in keys:
+        s3.put(key, b"x")
+    gone = [f"{s3.url}/many/gone-{number}" for number in range(5)]
+    urls = [f"{s3.url}/{key}" for key in keys]
+    pool = StorePool()
+    found = present([gone[0], *urls, *gone, urls[3]], lambda url: pool.get(url, s3.options))
+    assert [info.url for info in found] == [*urls, urls[3]]
+    assert pool.counters.values()["requests"] <= 1 + len(gone) + 1
+    pool.close()
+    assert present([], lambda url: pool.get(url, s3.options)) == []
 
 
 class ReadOnly:
