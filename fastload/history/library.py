@@ -21,9 +21,6 @@ from fastload.history.runfile import Run
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
 
-# Reads of one object that are looked through for its end: nobody fetches farther ahead.
-_REST_MAX = 512
-
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
@@ -38,7 +35,7 @@ class Lane:
 
 
 class Library:
-    """Immutable; made in any thread. Takes 32 bytes a read, and what the objects take."""
+    """Immutable; made in any thread. Takes 36 bytes a read, and what the objects take."""
 
     def __init__(self, runs: Sequence[Run], chunk_bytes: int) -> None:
         """Of these runs, the newest first, those whose chunks are of the same size."""
@@ -53,6 +50,8 @@ class Library:
         self.keys: UInt64 = np.concatenate([np.empty(0, np.uint64), *(shelf.keys for shelf in shelves)])
         jumps = [shelf.jumps + start for shelf, start in zip(shelves, self._shelf_starts, strict=False)]
         self._jumps: Int32 = np.concatenate([np.empty(0, np.int32), *jumps]).astype(np.int32)
+        heads = [shelf.heads + start for shelf, start in zip(shelves, self._shelf_starts, strict=False)]
+        self._heads: Int32 = np.concatenate([*heads, self._shelf_starts[-1:]]).astype(np.int32)
         order = np.argsort(self.keys, kind="stable")
         self._sorted_keys, self._places = self.keys[order], order.astype(np.int32)
 
@@ -62,27 +61,26 @@ class Library:
     def places(self, key: int, at_most: int) -> list[int]:
         """Where the key stands, in the newest runs first."""
         wanted = np.uint64(key)
-        first = int(np.searchsorted(self._sorted_keys, wanted))
-        last = int(np.searchsorted(self._sorted_keys[first : first + at_most], wanted, side="right"))
+        first = int(self._sorted_keys.searchsorted(wanted))
+        last = int(self._sorted_keys[first : first + at_most].searchsorted(wanted, side="right"))
         return [int(place) for place in self._places[first : first + last]]
 
     def lane(self, place: int) -> Lane:
         """The lane that a place is in."""
-        number = int(np.searchsorted(self._lane_starts, place, side="right")) - 1
+        number = int(self._lane_starts.searchsorted(place, side="right")) - 1
         return Lane(number, int(self._lane_starts[number]), int(self._lane_starts[number + 1]))
 
     def jumps_before(self, place: int, at_most: int) -> list[int]:
         """Keys of the last reads of the lane before this place that were not of the next chunk of the same object."""
-        end = int(np.searchsorted(self._jumps, place))
+        end = int(self._jumps.searchsorted(np.int32(place)))
         jumps = self._jumps[max(0, end - at_most) : end]
         found: list[int] = self.keys[jumps[jumps >= self.lane(place).start]].tolist()
         return found
 
     def rest_of_object(self, place: int) -> int:
         """How many reads of the lane follow until another object is read."""
-        shelf = self._shelf_of(place)
-        start = int(self._shelf_starts[shelf])
-        return self._shelves[shelf].rest_of_object(place - start, self.lane(place).end - start)
+        # Of the array's own type: for any other the whole array would be converted each time.
+        return int(self._heads[self._heads.searchsorted(np.int32(place), side="right")]) - place - 1
 
     def after(self, place: int, count: int) -> Int64:
         """The places that follow this one, in the order of their reads; at most `count`."""
@@ -101,7 +99,7 @@ class Library:
         return self._shelves[number].chunk(place - int(self._shelf_starts[number]))
 
     def _shelf_of(self, place: int) -> int:
-        return int(np.searchsorted(self._shelf_starts, place, side="right")) - 1
+        return int(self._shelf_starts.searchsorted(place, side="right")) - 1
 
 
 class _Shelf:
@@ -115,7 +113,7 @@ class _Shelf:
         self.keys = chunk_keys(run.keys[self._object_nos], self._chunks)
         _, firsts = np.unique(reads.lanes[by_lane], return_index=True)
         self.lane_starts: Int64 = np.append(firsts, len(reads)).astype(np.int64)
-        self.jumps: Int32 = _jumps(reads.lanes[by_lane], self._object_nos, self._chunks)
+        self.heads, self.jumps = _heads_and_jumps(reads.lanes[by_lane], self._object_nos, self._chunks)
         self._in_time: Int32 = _inverse(by_lane)  # the place of each read, in the order of reading
         self._when: Int32 = by_lane.astype(np.int32)  # and the other way round
 
@@ -127,20 +125,21 @@ class _Shelf:
         when = int(self._when[place]) + 1
         return self._in_time[when : when + count].astype(np.int64)
 
-    def rest_of_object(self, place: int, lane_end: int) -> int:
-        """Looked for no farther than anybody fetches ahead."""
-        rest = self._object_nos[place + 1 : min(lane_end, place + 1 + _REST_MAX)]
-        others = rest != self._object_nos[place]
-        return int(others.argmax()) if others.any() else len(rest)
-
     def chunk(self, place: int) -> tuple[ObjectInfo, int]:
         return self._objects[int(self._object_nos[place])], int(self._chunks[place])
 
 
-def _jumps(lanes: npt.NDArray[np.uint16], objects: npt.NDArray[np.uint32], chunks: npt.NDArray[np.uint32]) -> Int32:
-    """The places whose reads are not of the chunk that follows on the one before."""
-    is_next = (lanes[1:] == lanes[:-1]) & (objects[1:] == objects[:-1]) & (chunks[1:] == chunks[:-1] + np.uint32(1))
-    return np.flatnonzero(np.concatenate([[True], ~is_next])).astype(np.int32)
+def _heads_and_jumps(
+    lanes: npt.NDArray[np.uint16], objects: npt.NDArray[np.uint32], chunks: npt.NDArray[np.uint32]
+) -> tuple[Int32, Int32]:
+    """The places where another object is read than before, and those whose reads are not of the chunk that follows on
+    the one before.
+    """
+    is_head = np.ones(len(lanes), bool)
+    is_head[1:] = (lanes[1:] != lanes[:-1]) | (objects[1:] != objects[:-1])
+    is_jump = is_head.copy()
+    is_jump[1:] |= chunks[1:] != chunks[:-1] + np.uint32(1)
+    return np.flatnonzero(is_head).astype(np.int32), np.flatnonzero(is_jump).astype(np.int32)
 
 
 def _inverse(permutation: npt.NDArray[np.integer[Any]]) -> Int32:

@@ -242,10 +242,11 @@ class Replay:
         if follower is None or follower.place is None:
             self._set_plan(consumer, reader, None)
             return
+        ahead = follower.ahead_max
         if plan is not None:
             done = follower.place + 1 - plan.first_place
-            if plan.leads_from(follower.place) and plan.lasts(done, follower.ahead_max):
-                plan.depth = follower.ahead_max
+            if plan.leads_from(follower.place) and plan.lasts(done, ahead):
+                plan.depth = ahead
                 passed = plan.passed(done)
                 if plan.repeats:
                     self._replan(plan, passed)
