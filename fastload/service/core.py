@@ -148,7 +148,7 @@ class Core:
             self._plans, self._objects, stores, versions, self._history.load, self._table.replan, self._wake
         )
         self._clearing = Clearing(
-            self.disk, self._disk_order, self._indexes, versions, self._history, pools, self._drop_idle
+            self.disk, self._disk_order, self._indexes, versions, self._history, self._watch, self._drop_idle
         )
         self._warming = Warming(self.consumers, self._plans, self._table, self._writer, self._on_disk)
         self._wishes = Wishes(

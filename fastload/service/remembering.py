@@ -35,6 +35,8 @@ _RUN_ENDS_S = 60.0
 _LIBRARY_READS_MAX = 1 << 21
 # Runs whose endpoints are looked at for a start: small jobs between large ones measure nothing.
 _LEARNT_RUNS = 32
+# A write that takes longer will not end: nothing more is gathered for it.
+_HANGS_S = 60.0
 # Reading the history may take so much of a processor's time, where it takes longer than a moment.
 _LOAD_SHARE, _MOMENT_S = 0.05, 0.1
 
@@ -164,6 +166,9 @@ class Remembering:
 
     def _write(self, run: _LiveRun) -> None:
         if self._archive is None or run.recorder.read_count == run.written_count:
+            return
+        if any(job.began and self._now() - job.began > _HANGS_S for job in self._pool.under_way):
+            self._give_up(TimeoutError(f"the disk has not answered for {_HANGS_S:.0f} s"))
             return
         run.written_count = run.recorder.read_count
         learnt = {name: _summary(*each) for name, each in self._endpoints().items()}

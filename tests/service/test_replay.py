@@ -375,6 +375,26 @@ def test_a_full_disk_ends_the_keeping_and_not_the_use(tmp_path: Path, caplog: py
     run(here, work)
 
 
+def test_history_is_not_gathered_for_a_disk_that_hangs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = world(tmp_path)
+    gate = threading.Event()
+    monkeypatch.setattr("fastload.service.remembering._HANGS_S", 0.02)
+    monkeypatch.setattr(Archive, "append", lambda *arguments: gate.wait(10) and None)
+
+    async def work(core: Core) -> None:
+        for number in range(3):
+            reader = Reader(core, here)
+            await reader.read(number)
+            reader.leave()
+            await settle()
+        gate.set()
+
+    run(here, work)
+    assert "the disk has not answered" in caplog.text
+
+
 def test_a_run_that_is_forgotten_as_it_goes_on_is_not_kept_on(tmp_path: Path) -> None:
     here = world(tmp_path)
 

@@ -29,8 +29,8 @@ class Disk:
         for name in ("preadv", "pwritev"):
             monkeypatch.setattr(syscalls, name, self._hanging(getattr(syscalls, name)))
 
-    def _hanging(self, call: Callable[..., int]) -> Callable[..., int]:
-        def made(*arguments: Any) -> int:
+    def _hanging(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*arguments: Any) -> Any:
             assert self._answers.wait(60)
             return call(*arguments)
 
@@ -66,6 +66,32 @@ def fill_disk(world: World) -> None:
 
     world.run(work)
     world.store.reads.clear()
+
+
+def test_a_cache_on_a_disk_that_hangs_is_not_cleared(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks is told, then and as long as it hangs; when it answers, it can be cleared."""
+    world = World(tmp_path, 12, DISK_BYTES)
+    world.add(6, 2)
+    fill_disk(world)
+    monkeypatch.setattr(syscalls, "unlink", disk._hanging(syscalls.unlink))
+
+    async def work(core: Core) -> None:
+        side = Side(core, world.objects)
+        disk.hang()
+        for request in (1, 2):
+            side.say(protocol.Clear(request, True))
+            await until(lambda request=request: len(side.all(protocol.RequestFailed)) == request, "it is refused")  # type: ignore[misc]
+        assert "does not answer" in side.all(protocol.RequestFailed)[0].message
+        disk.answer()
+        await until(lambda: not core.disk_hangs, "the disk is back")
+        assert not side.all(protocol.Cleared)
+        side.say(protocol.Clear(3, True))
+        await until(lambda: bool(side.all(protocol.Cleared)), "it is empty")
+        assert core.disk.keys() == []
+
+    world.run(work, DEADLINE_S)
 
 
 def test_chunks_whose_reads_hang_come_from_the_store(tmp_path: Path, disk: Disk) -> None:
