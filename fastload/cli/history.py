@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from fastload.config import default_cache_dir, format_bytes
-from fastload.errors import ConfigError
+from fastload.errors import CacheError, ConfigError
 from fastload.history.archive import Archive, RunFile
 from fastload.history.runfile import Run, Summary
 
@@ -21,6 +21,9 @@ app = typer.Typer(help="Runs that a cache remembers: what they read, and what th
 
 CacheOption = Annotated[Path | None, typer.Option(help="Cache directory; else $FASTLOAD_CACHE, or ~/.cache/fastload.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
+
+# What does not fit a narrow terminal is wrapped by it: figures that are cut say nothing.
+_WIDTH_MIN = 110
 
 
 @app.command("ls")
@@ -31,34 +34,39 @@ def list_runs(cache: CacheOption = None, as_json: JsonOption = False) -> None:
     if as_json:
         _print_json([_as_dict(run, summary) for run, summary in runs])
         return
-    table = Table(Column("run", no_wrap=True), "program", "took", "reads", "objects", "read", "file", box=None)
+    console = _console()
+    if not runs:
+        console.print(f"No runs are remembered in {archive.folder}.", soft_wrap=True)
+        return
+    table = _table("run", "program", "took", "reads", "objects", "read", "file")
     for run, summary in runs:
         table.add_row(run.name, *_row(summary), format_bytes(run.size))
-    Console().print(table if runs else f"No runs are remembered in {archive.folder}.")
+    console.print(table)
 
 
 @app.command("show")
 def show_run(
     name: Annotated[str, typer.Argument(help="A run, the beginning of its name, or `latest`.")],
     cache: CacheOption = None,
-    reads: Annotated[int, typer.Option(help="Show its first so many reads as well.")] = 0,
+    reads: Annotated[int, typer.Option(min=0, help="Show its first so many reads as well.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """One run: its figures, its readers, and the stores that it met."""
     archive = _archive(cache)
     file = archive.find(name)
     run = archive.read(file)
+    if archive.summary(file) is None:
+        raise CacheError(
+            f"the history of a run in {file.path} is damaged; `fastload history rm {file.name}` removes it"
+        )
     if as_json:
         first = {"reads": [list(each) for each in _reads(run, reads)]} if reads else {}
         _print_json(_as_dict(file, run.summary) | first)
         return
-    console = Console()
+    console = _console()
     _show(console, run)
-    if reads:
-        table = Table("after", "reader", "chunk", "object", box=None)
-        for seconds, reader, chunk, url in _reads(run, reads):
-            table.add_row(f"{seconds:.1f} s", str(reader), str(chunk), url)
-        console.print(table)
+    for seconds, reader, chunk, url in _reads(run, reads):
+        console.print(f"  after {seconds:.1f} s reader {reader}: chunk {chunk} of {_plain(url)}", soft_wrap=True)
 
 
 @app.command("rm")
@@ -71,10 +79,27 @@ def remove_runs(
     if bool(names) == everything:
         raise ConfigError("name the runs to forget, or --all, and not both")
     archive = _archive(cache)
-    runs = archive.runs() if everything else [archive.find(name) for name in names or ()]
+    found = archive.runs() if everything else [archive.find(name) for name in names or ()]
+    runs = list(dict.fromkeys(found))
     for run in runs:
         archive.remove(run)
     Console(stderr=True).print(f"{len(runs)} runs forgotten, {format_bytes(sum(run.size for run in runs))}")
+
+
+def _console() -> Console:
+    """Takes what it prints as it is: names and URLs may hold brackets."""
+    console = Console(markup=False, highlight=False)
+    console.width = max(console.width, _WIDTH_MIN)
+    return console
+
+
+def _table(*columns: str) -> Table:
+    return Table(*(Column(name, no_wrap=True) for name in columns), box=None)
+
+
+def _plain(text: str) -> str:
+    """Without characters that a terminal would obey."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _archive(cache: Path | None) -> Archive:
@@ -85,7 +110,7 @@ def _row(summary: Summary | None) -> list[str]:
     if summary is None:
         return ["(damaged)", *[""] * 4]
     return [
-        summary.program,
+        _plain(summary.program),
         _took(summary.seconds),
         f"{summary.read_count + summary.left_out:,}",
         f"{summary.object_count:,}",
@@ -96,21 +121,20 @@ def _row(summary: Summary | None) -> list[str]:
 def _show(console: Console, run: Run) -> None:
     summary = run.summary
     rate = summary.read_bytes / summary.seconds if summary.seconds else 0.0
-    readers = ", ".join(f"{count} of {name or '(no name)'}" for name, count in summary.lanes.items())
-    console.print(f"{run.name}: {summary.program or '(unknown program)'}, {_when(summary.began)}", highlight=False)
-    console.print(f"  {summary.read_count:,} reads of {summary.object_count:,} objects", highlight=False)
+    readers = ", ".join(f"{count} of {_plain(name) or '(no name)'}" for name, count in summary.lanes.items())
+    console.print(f"{run.name}: {_plain(summary.program) or '(unknown program)'}, {_when(summary.began)}")
+    console.print(f"  {summary.read_count:,} reads of {summary.object_count:,} objects")
     if summary.left_out:
-        console.print(f"  {summary.left_out:,} more were counted only", highlight=False)
+        console.print(f"  {summary.left_out:,} more were counted only")
     console.print(
         f"  {format_bytes(summary.read_bytes)} in {_took(summary.seconds)}, {format_bytes(rate)}/s on average; "
-        f"the objects are {format_bytes(summary.object_bytes)}",
-        highlight=False,
+        f"the objects are {format_bytes(summary.object_bytes)}"
     )
-    console.print(f"  readers: {readers or 'none'}", highlight=False, soft_wrap=True)
-    table = Table("store", "requests", "at a time", "goodput", "a connection", "first byte", "throttled at")
+    console.print(f"  readers: {readers or 'none'}", soft_wrap=True)
+    table = _table("store", "requests", "at a time", "goodput", "a connection", "first byte", "throttled at")
     for name, each in summary.endpoints.items():
         table.add_row(
-            name,
+            _plain(name),
             f"{each.request_count:,}",
             str(each.limit),
             f"{format_bytes(each.bytes_per_s)}/s" if each.bytes_per_s else "(too few requests)",

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 import fastload
+from fastload.history.archive import Archive
+from fastload.history.record import Recorder
+from fastload.store.types import ObjectInfo
 from tests.conftest import Bucket
 from tests.files.test_open import content
 from tests.processes import service_pids, until
@@ -121,6 +124,27 @@ def test_clearing_leaves_history_unless_told(urls: list[str], tmp_path: Path, mo
         assert cache.clear(history=True) > 0
         assert json.loads(history(tmp_path, "ls", "--json")) == []
         assert cache.clear() == 0
+
+
+def test_names_are_shown_as_they_are_and_damage_is_named(tmp_path: Path) -> None:
+    url = "s3://bucket/[bold]" + "a" * 100
+    recorder = Recorder("[red]train\x1b[31m.py", 1.8e9, 65536)
+    recorder.read(recorder.lane("reader"), 1, ObjectInfo(url, 10, "e", -1), 0, 0.0)
+    archive = Archive(tmp_path / "cache")
+    archive.append("20270115-080000-00000000", recorder.take(9.0, {}).pieces())
+    archive.append("20270116-080000-00000000", [b"damaged"])
+    listed = history(tmp_path, "ls")
+    assert "(damaged)" in listed
+    assert "[red]train\N{REPLACEMENT CHARACTER}[31m.py" in listed
+    shown = history(tmp_path, "show", "20270115", "--reads", "1")
+    assert url in shown
+    assert "\x1b" not in listed + shown
+    command = [str(FASTLOAD), "history", "show", "latest", "--cache", str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "is damaged; `fastload history rm 20270116-080000-00000000` removes it" in done.stderr
+    history(tmp_path, "rm", "latest", "20270115", "20270115-080000-00000000")
+    assert archive.runs() == []
 
 
 @pytest.mark.parametrize(
