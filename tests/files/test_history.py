@@ -130,6 +130,7 @@ def test_names_are_shown_as_they_are_and_damage_is_named(tmp_path: Path) -> None
     url = "s3://bucket/[bold]" + "a" * 100
     recorder = Recorder("[red]train\x1b[31m.py", 1.8e9, 65536)
     recorder.read(recorder.lane("reader"), 1, ObjectInfo(url, 10, "e", -1), 0, 0.0)
+    (tmp_path / "cache").mkdir()
     archive = Archive(tmp_path / "cache")
     archive.append("20270115-080000-00000000", recorder.take(9.0, {}).pieces())
     archive.append("20270116-080000-00000000", [b"damaged"])
