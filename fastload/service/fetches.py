@@ -2,8 +2,9 @@
 
 A fetch runs in a thread, under a watch (`store.watch`) through which the controller hears of each attempt, retries
 included. One that is late for a chunk that somebody wants is sent again, on another connection and into another buffer,
-since two writers cannot share one: whichever comes first gives the chunk its buffer. The other is cancelled, and the
-buffer that it may still write to is free when its thread has left it.
+since two writers cannot share one, and once more where that is late too: whichever comes first gives the chunk its
+buffer. The others are cancelled, and the buffers that they may still write to are free when their threads have left
+them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from fastload.store.watch import Attempt, Watch
 
 # Single objects may come from any number of hosts, and each turn looks at all that are known.
 _ENDPOINTS_MAX = 64
+# A second request hangs as often as a first one does. Where many nodes wait for each other, one always does.
+_REQUESTS_OF_CHUNK_MAX = 3
 # Threads for second requests, beside those that the limits allow.
 _HEDGES_MAX = 16
 _LOOK_S_MIN, _LOOK_S_MAX = 0.01, 1.0
@@ -212,9 +215,9 @@ class Fetches:
         self._timer = self._loop.call_later(max(_LOOK_S_MIN, soonest_s), self._look)
 
     def _consider(self, requests: list[_Request], late_after_s: float) -> None:
-        first, now = requests[0], self._now()
-        endpoint, chunk = first.endpoint, first.chunk
-        late = len(requests) == 1 and chunk.wanters and now - first.began_s > late_after_s
+        newest, now = requests[-1], self._now()
+        endpoint, chunk = newest.endpoint, newest.chunk
+        late = len(requests) < _REQUESTS_OF_CHUNK_MAX and chunk.wanters and now - newest.began_s > late_after_s
         if not late or not self._pool.idle or not endpoint.hedger.has_budget or endpoint.controller.throttling(now):
             return
         buffer = self._spare()

@@ -151,6 +151,14 @@ def test_few_answers_that_hang_cost_a_third_of_what_they_would_or_less(name: str
     assert hedged <= waited / 3
 
 
+@pytest.mark.parametrize("seed", [13, 33, 35])
+def test_a_second_request_that_hangs_too_is_not_waited_for(seed: int) -> None:
+    job = Job(data_bytes=2_000_000_000, shard_bytes=32_000_000, samples_per_s=2000.0, epochs=1, is_indexed=True)
+    store = StoreProfile(first_byte_s=0.2, total_bytes_per_s=400e6, slow_share=0.02, slow_times=50.0)
+    found = run(job, Node(ram_bytes=GIB), store, seed=seed)
+    assert found.epochs[0].stall_s < 5.0  # what hangs takes ten
+
+
 def four_ranks(**options: object) -> Job:
     """Each at 100 MB/s, of 4 GB."""
     job = Job(
