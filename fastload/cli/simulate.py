@@ -46,6 +46,7 @@ def simulate(
     shuffle: Annotated[str, typer.Option(help="window, shards, global or none.")] = "window",
     policy: Annotated[str, typer.Option(help="auto, pin, future, sieve or lru.")] = "auto",
     in_step: Annotated[bool, typer.Option(help="All ranks wait for each other after each batch.")] = True,
+    indexed: Annotated[bool, typer.Option(help="`fastload index` has been run: nothing is parsed.")] = False,
     hedging: Annotated[bool, typer.Option(help="What is late is asked for twice.")] = True,
     simulated_nodes: Annotated[int | None, typer.Option(help="Nodes that stand for all; else two.")] = None,
     whole: Annotated[bool, typer.Option("--whole", help="All of a node's data, however long that takes.")] = False,
@@ -74,6 +75,7 @@ def simulate(
         shuffle=check_shuffle(shuffle),
         policy=checked_cache_policy(policy),
         in_step=in_step,
+        is_indexed=indexed,
         hedging=hedging,
     )
     profile = _store(store, first_byte_ms, connection_rate, store_rate, throttles_above, (slow_share, slow_times))
