@@ -2,9 +2,10 @@
 
 It is *found* by the read at hand and the few before it: at a place close before which some of them stand, in their
 order. A reader that has only begun is found by its first read, where a lane began so. From then on each read is looked
-for a little ahead of where the reader is, so that it may leave some out; one that is not there is an insertion. *Trust*
-grows by one with each read that came as predicted and falls by two with each that did not: below zero the reader has
-departed, and is looked for anew, also where the earlier run went on otherwise after a common beginning.
+for a little ahead of where the reader is, so that it may leave some out, and then in what other lanes read at the time;
+one that is not there is an insertion. *Trust* grows by one with each read that came as predicted, falls by one where
+the reader moves to another lane, and by two with each read that did not come: below zero the reader has departed, and
+is looked for anew, also where the earlier run went on otherwise after a common beginning.
 
 As in the detection of sequences within a file, what is expected grows with what has come true: 2 to the power of trust.
 So a wrong beginning has cost two chunks.
@@ -32,8 +33,15 @@ _SKIP_MAX = 64
 # Jumps by which a place is found, and how far back they may be spread: some may be insertions, some left out. With
 # twice as many, a reader of 200 objects in an order of its own was taken for one of eight earlier ones all the time.
 _RECENT, _SPREAD = 4, 6
-# Of a reader that did not begin like an earlier one, so many of the recent ones have to fit besides the last.
-_FITTING_MIN = 2
+# Of a reader that did not begin like an earlier one, so many of the recent ones have to fit besides the last; among few
+# chunks, which stand close to each other by chance, one more.
+_FITTING_MIN, _FEW = 2, 500
+# How many reads before or after, of all lanes, a reader may go on in another lane: with batches of another size workers
+# share the samples in another way, in about the same order.
+_LANES_WITHIN = 128
+# Whoever has moved just now will soon again, and what was predicted is then made anew: so little of it until so many
+# reads have come in one lane.
+_TRUST_MOVED, _STAYS = 5, 32
 # Jumps in which a chunk that is read again says nothing.
 _AGAIN = 8
 # Places of one key that are looked at; the newest runs are the first.
@@ -41,7 +49,7 @@ _PLACES_MAX = 8
 # After so many reads without a place, only every eighth is looked for: most readers of an order of their own find none.
 _EAGER_MAX, _SELDOM = 64, 8
 _TRUST_MAX = 12
-_DEPARTED = 2
+_DEPARTED, _MOVED = 2, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,7 @@ class Follower:
         self._jump_count = 0
         self._lost_count = 0  # jumps since there was a place
         self._trust = 0
+        self._stayed = 0  # reads that came in the lane it is in
         self._beyond = 0  # trust beyond the object at hand
         self._lane: Lane | None = None
         self.place: int | None = None  # of the read that came last as predicted; None: not found
@@ -102,11 +111,20 @@ class Follower:
         (found,) = np.nonzero(ahead == np.uint64(key))
         if len(found):
             self.place = start + int(found[0])
-            self._trust = min(_TRUST_MAX, self._trust + gain)
-            self._beyond = min(_TRUST_MAX, self._beyond + gain_beyond)
+            self._stayed += 1
+            most = _TRUST_MAX if self._stayed >= _STAYS else _TRUST_MOVED
+            self._trust = min(most, self._trust + gain)
+            self._beyond = min(most, self._beyond + gain_beyond)
             return True
         if key in self._lately:  # again
             return False
+        elsewhere = self.library.at_the_time(self.place, key, _LANES_WITHIN) if gain else None
+        if elsewhere is not None and self._trust >= _MOVED and self._lane.number != self.library.lane(elsewhere).number:
+            self.place, self._lane = elsewhere, self.library.lane(elsewhere)
+            self._trust = min(_TRUST_MOVED, self._trust) - _MOVED
+            self._beyond = max(0, min(_TRUST_MOVED, self._beyond) - _MOVED)
+            self._stayed = 0
+            return True
         self._trust -= _DEPARTED
         self._beyond = max(0, self._beyond - _DEPARTED * gain_beyond)
         if self._trust < 0:
@@ -127,7 +145,7 @@ class Follower:
             return False
         self.place, self._lane = best.place, self.library.lane(best.place)
         self._trust, self._beyond = max(1, best.fitting), max(1, best.objects)
-        self._lost_count = 0
+        self._lost_count, self._stayed = 0, _STAYS
         return True
 
     def _fit(self, place: int, of_object: int) -> _Found:
@@ -140,6 +158,7 @@ class Follower:
                 at = before.index(key, at + 1)
                 fitting += 1
                 objects.add(its_object)
-        has_begun_so = len(before) <= self._jump_count + 1 and fitting == self._jump_count < _FITTING_MIN
-        fits = fitting >= _FITTING_MIN or (has_begun_so and place - lane.start <= _SKIP_MAX)
+        least = _FITTING_MIN + (self.library.key_count < _FEW)
+        has_begun_so = len(before) <= self._jump_count + 1 and fitting == self._jump_count < least
+        fits = fitting >= least or (has_begun_so and place - lane.start <= _SKIP_MAX)
         return _Found(place, fitting if fits else -1, len(objects - {of_object}))

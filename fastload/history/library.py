@@ -54,6 +54,7 @@ class Library:
         self._heads: Int32 = np.concatenate([*heads, self._shelf_starts[-1:]]).astype(np.int32)
         order = np.argsort(self.keys, kind="stable")
         self._sorted_keys, self._places = self.keys[order], order.astype(np.int32)
+        self.key_count = int(np.count_nonzero(np.diff(self._sorted_keys))) + bool(len(order))  # different ones
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -81,6 +82,13 @@ class Library:
         """How many reads of the lane follow until another object is read."""
         # Of the array's own type: for any other the whole array would be converted each time.
         return int(self._heads[self._heads.searchsorted(np.int32(place), side="right")]) - place - 1
+
+    def at_the_time(self, place: int, key: int, within: int) -> int | None:
+        """The nearest place of the key among what all lanes of the run read so many reads before and after this one."""
+        number = self._shelf_of(place)
+        start = int(self._shelf_starts[number])
+        found = self._shelves[number].at_the_time(place - start, key, within)
+        return None if found is None else start + found
 
     def after(self, place: int, count: int) -> Int64:
         """The places that follow this one, in the order of their reads; at most `count`."""
@@ -124,6 +132,13 @@ class _Shelf:
         """The places of what all lanes read after this place was."""
         when = int(self._when[place]) + 1
         return self._in_time[when : when + count].astype(np.int64)
+
+    def at_the_time(self, place: int, key: int, within: int) -> int | None:
+        when = int(self._when[place])
+        first = max(0, when - within)
+        places = self._in_time[first : when + within]
+        (found,) = np.nonzero(self.keys[places] == np.uint64(key))
+        return int(places[found[np.abs(found + first - when).argmin()]]) if len(found) else None
 
     def chunk(self, place: int) -> tuple[ObjectInfo, int]:
         return self._objects[int(self._object_nos[place])], int(self._chunks[place])

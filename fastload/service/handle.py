@@ -150,8 +150,8 @@ class Cache:
     def clear(self, *, history: bool = False) -> int:
         """Empty the cache, RAM and disk, save for what is in use just now; with `history`, forget what runs read too.
 
-        Jobs that use it go on, and fetch again what they need. Returns how many bytes that freed. CacheError or
-        ServiceError where the service cannot be reached.
+        Jobs that use it go on, and fetch again what they need. Returns how many bytes that freed. CacheError where the
+        disk does not answer, CacheError or ServiceError where the service cannot be reached.
         """
         with self.consumer(name="clear") as consumer:
             return consumer.clear(history=history)
