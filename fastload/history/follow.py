@@ -4,8 +4,8 @@ It is *found* by the read at hand and the few before it: at a place close before
 order. A reader that has only begun is found by its first read, where a lane began so. From then on each read is looked
 for a little ahead of where the reader is, so that it may leave some out, and then in what other lanes read at the time;
 one that is not there is an insertion. *Trust* grows by one with each read that came as predicted, falls by one where
-the reader moves to another lane, and by two with each read that did not come: below zero the reader has departed, and
-is looked for anew, also where the earlier run went on otherwise after a common beginning.
+the reader leaves out many or moves to another lane, and by two with each read that did not come: below zero the reader
+has departed, and is looked for anew, also where the earlier run went on otherwise after a common beginning.
 
 As in the detection of sequences within a file, what is expected grows with what has come true: 2 to the power of trust.
 So a wrong beginning has cost two chunks.
@@ -30,6 +30,8 @@ from fastload.history.library import Lane, Library
 
 # Reads that may be left out from one to the next: a sampler that skips what was trained on, a batch that is dropped.
 _SKIP_MAX = 64
+# One that is farther ahead than this may be there by chance.
+_NEAR = 8
 # Jumps by which a place is found, and how far back they may be spread: some may be insertions, some left out. With
 # twice as many, a reader of 200 objects in an order of its own was taken for one of eight earlier ones all the time.
 _RECENT, _SPREAD = 4, 6
@@ -109,8 +111,11 @@ class Follower:
         start = self.place + 1
         ahead = self.library.keys[start : min(self._lane.end, start + _SKIP_MAX)]
         (found,) = np.nonzero(ahead == np.uint64(key))
-        if len(found):
+        if len(found) and (found[0] < _NEAR or not gain or self._trust >= _MOVED):
             self.place = start + int(found[0])
+            if gain and found[0] >= _NEAR:
+                self._lose(_MOVED)
+                return True
             self._stayed += 1
             most = _TRUST_MAX if self._stayed >= _STAYS else _TRUST_MOVED
             self._trust = min(most, self._trust + gain)
@@ -121,8 +126,8 @@ class Follower:
         elsewhere = self.library.at_the_time(self.place, key, _LANES_WITHIN) if gain else None
         if elsewhere is not None and self._trust >= _MOVED and self._lane.number != self.library.lane(elsewhere).number:
             self.place, self._lane = elsewhere, self.library.lane(elsewhere)
-            self._trust = min(_TRUST_MOVED, self._trust) - _MOVED
-            self._beyond = max(0, min(_TRUST_MOVED, self._beyond) - _MOVED)
+            self._trust, self._beyond = min(_TRUST_MOVED, self._trust), min(_TRUST_MOVED, self._beyond)
+            self._lose(_MOVED)
             self._stayed = 0
             return True
         self._trust -= _DEPARTED
@@ -131,6 +136,10 @@ class Follower:
             self.place = self._lane = None
             self._trust = self._beyond = 0
         return False
+
+    def _lose(self, trust: int) -> None:
+        self._trust -= trust
+        self._beyond = max(0, self._beyond - trust)
 
     def _find(self, key: int, of_object: int) -> bool:
         """Look for the reader's place, unless it has one."""
