@@ -94,52 +94,64 @@ class Follower:
         """A chunk of an object is read. Whether that was at a place that follows, or the reader's place was found."""
         key, last, self._last = chunk_key(of_object, index), self._last, (of_object, index)
         if last == (of_object, index - 1):
-            return self._follow(key, gain=0, gain_beyond=0)
-        came = self._follow(key, gain=1, gain_beyond=int(last is None or last[0] != of_object))
-        came = came or self._find(key, of_object)
+            return self._come(key) is not None
+        is_other = last is None or last[0] != of_object
+        came = self._follow(key, int(is_other)) or self._find(key, of_object)
         if key not in self._lately:
             self._recent.append((key, of_object))
             self._lately.append(key)
             self._jump_count += 1
         return came
 
-    def _follow(self, key: int, *, gain: int, gain_beyond: int) -> bool:
+    def _come(self, key: int) -> int | None:
+        """Go on to where the key follows in the lane; how many reads that left out, None where it does not follow."""
         if self.place is None or self._lane is None:
-            return False
-        if int(self.library.keys[self.place]) == key:
-            return True
+            return None
         start = self.place + 1
         ahead = self.library.keys[start : min(self._lane.end, start + _SKIP_MAX)]
         (found,) = np.nonzero(ahead == np.uint64(key))
-        if len(found) and (found[0] < _NEAR or not gain or self._trust >= _MOVED):
-            self.place = start + int(found[0])
-            if gain and found[0] >= _NEAR:
-                self._lose(_MOVED)
-                return True
+        if not len(found):
+            return None
+        self.place = start + int(found[0])
+        return int(found[0])
+
+    def _follow(self, key: int, gain_beyond: int) -> bool:
+        """A jump: whether it came as predicted, and what that does to trust."""
+        if self.place is None:
+            return False
+        if int(self.library.keys[self.place]) == key:
+            return True
+        left_out = self._come(key)
+        if left_out is not None and left_out < _NEAR:
             self._stayed += 1
             most = _TRUST_MAX if self._stayed >= _STAYS else _TRUST_MOVED
-            self._trust = min(most, self._trust + gain)
-            self._beyond = min(most, self._beyond + gain_beyond)
+            self._trust, self._beyond = min(most, self._trust + 1), min(most, self._beyond + gain_beyond)
             return True
-        if key in self._lately:  # again
+        if left_out is None and key in self._lately:  # again
             return False
-        elsewhere = self.library.at_the_time(self.place, key, _LANES_WITHIN) if gain else None
-        if elsewhere is not None and self._trust >= _MOVED and self._lane.number != self.library.lane(elsewhere).number:
-            self.place, self._lane = elsewhere, self.library.lane(elsewhere)
-            self._trust, self._beyond = min(_TRUST_MOVED, self._trust), min(_TRUST_MOVED, self._beyond)
-            self._lose(_MOVED)
-            self._stayed = 0
-            return True
-        self._trust -= _DEPARTED
-        self._beyond = max(0, self._beyond - _DEPARTED * gain_beyond)
+        if left_out is not None or self._move(key):
+            self._lose(_MOVED, _MOVED)
+            return self.place is not None
+        self._lose(_DEPARTED, _DEPARTED * gain_beyond)
+        return False
+
+    def _move(self, key: int) -> bool:
+        """Go on in another lane, where that read the chunk at about the time."""
+        assert self.place is not None, "a reader that is nowhere"
+        place = self.library.at_the_time(self.place, key, _LANES_WITHIN)
+        lane = None if place is None else self.library.lane(place)
+        if lane is None or lane == self._lane:
+            return False
+        self.place, self._lane, self._stayed = place, lane, 0
+        self._trust, self._beyond = min(_TRUST_MOVED, self._trust), min(_TRUST_MOVED, self._beyond)
+        return True
+
+    def _lose(self, trust: int, beyond: int) -> None:
+        self._trust -= trust
+        self._beyond = max(0, self._beyond - beyond)
         if self._trust < 0:
             self.place = self._lane = None
             self._trust = self._beyond = 0
-        return False
-
-    def _lose(self, trust: int) -> None:
-        self._trust -= trust
-        self._beyond = max(0, self._beyond - trust)
 
     def _find(self, key: int, of_object: int) -> bool:
         """Look for the reader's place, unless it has one."""

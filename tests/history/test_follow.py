@@ -176,6 +176,15 @@ def test_a_file_that_is_read_here_and_there_is_followed_too() -> None:
     assert follower.ahead_max == 492  # what is left of the file, and two
 
 
+def test_who_reads_objects_farther_than_before_is_followed() -> None:
+    order = shuffled(600, 1)
+    follower = Follower(library_of_chunks([(0, number, index) for number in order for index in range(2)], 20))
+    for number in order[:50]:
+        assert follower.saw(key(number), 0)
+        for index in range(1, 20):
+            assert follower.saw(key(number), index) == (index < 2)
+
+
 def test_batches_of_another_size_are_followed_from_lane_to_lane() -> None:
     """Two workers read batches in turn, each a lane of its own."""
     order = shuffled(640, 1)
