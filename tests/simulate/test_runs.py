@@ -182,7 +182,8 @@ def test_one_slow_rank_of_four_starves_nobody(node: Node) -> None:
     assert {rank.samples for rank in found.ranks} == {10_000}
     for rank, usual in zip(found.ranks, alike.ranks, strict=True):
         assert rank.stall_s <= usual.stall_s + 0.5
-    assert found.epochs[1].stall_share < 0.01  # the first one begins with nothing
+    # Ranks in different windows, or epochs, share an arena that is meant for two windows.
+    assert found.epochs[1].stall_share < 0.03
     *fast, slow = found.ranks
     assert slow.seconds > 3.5 * max(rank.seconds for rank in fast)
 
