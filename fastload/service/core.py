@@ -226,7 +226,9 @@ class Core:
         consumer.append(self._objects.use_rows(message.rows, endpoint))
 
     def _read(self, consumer: ConsumerState, chunk_nos: list[int]) -> None:
-        """What the history hears of it."""
+        """What the history hears of it: all but what is read for indexes while the cache is warmed."""
+        if isinstance(consumer.plan, WarmPlan):
+            return
         for chunk_no in chunk_nos:
             entry, index = consumer.locate(chunk_no)
             if self._history.read(consumer, entry, index):

@@ -354,6 +354,21 @@ def test_nothing_is_left_when_all_have_gone(seed: int, tmp_path: Path) -> None:
     run(here, work)
 
 
+def test_warming_is_no_run(tmp_path: Path) -> None:
+    """Though it reads, for its indexes: `latest` stays the job that ran last."""
+    here = world(tmp_path, disk_bytes=64 << 20)
+
+    async def work(core: Core) -> None:
+        side = Side(core, here.objects)
+        side.plan(0, 1, 2, warm=True)
+        side.want(1)
+        await until(lambda: side.granted == [1], "it is granted")
+        core.disconnect(side.state)
+
+    run(here, work)
+    assert Archive(tmp_path / "cache").runs() == []
+
+
 def test_a_full_disk_ends_the_keeping_and_not_the_use(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     here = world(tmp_path, buffer_count=8)
     read_all(here, ORDER)
