@@ -47,7 +47,7 @@ class Parts:
     now: Callable[[], float] = time.monotonic
     hedger: Callable[[], Hedger] = Hedger  # for each endpoint of a store
     wall: Callable[[], float] = time.time  # seconds since 1970, for people
-    history: Archive | None = None  # None: none is kept or used
+    history: Archive | None = None  # None: none is kept or used; with `history_bytes=0` it can only be cleared
 
     @classmethod
     def of_directory(
@@ -57,5 +57,5 @@ class Parts:
         limits, troubles = directory.limits, Troubles(loop)
         arena = Arena(limits.ram_bytes, limits.chunk_bytes)
         disk = DiskTier(directory.path, limits.disk_bytes, limits.chunk_bytes, on_trouble=troubles.add_from_thread)
-        history = Archive(directory.path) if limits.history_bytes else None
+        history = Archive(directory.path)
         return cls(limits, arena, disk, Pools(loop), StoreTable(opener), Populator(arena), troubles, history=history)

@@ -75,10 +75,12 @@ class Remembering:
         now: Callable[[], float],
         wall: Callable[[], float],
     ) -> None:
-        """`archive` None: nothing is kept, and nothing known. `endpoints()`: what is learnt of each by now. `wall`: a
-        clock that shows seconds since 1970.
+        """Without `archive`, or with `bytes_max` 0, nothing is kept, and nothing known. `endpoints()`: what is learnt
+        of each by now. `wall`: a clock that shows seconds since 1970.
         """
-        self._archive, self._bytes_max, self._chunk_bytes = archive, bytes_max, chunk_bytes
+        self._there = archive  # to be cleared, also where it is not used
+        self._archive = archive if bytes_max else None
+        self._bytes_max, self._chunk_bytes = bytes_max, chunk_bytes
         self._endpoints, self._now, self._wall, self._loop = endpoints, now, wall, pools.loop
         self._pool = pools.make("history", 1)  # one thread: pieces are written in their order
         self._pool.finishes = True
@@ -91,8 +93,8 @@ class Remembering:
         self._is_loading = False
         self._clear_count = 0
         self._load_again_s = float("-inf")
-        if archive is not None:
-            self._pool.submit(_learnt, archive, done=self._learnt)
+        if self._archive is not None:
+            self._pool.submit(_learnt, self._archive, done=self._learnt)
 
     # Endpoints
 
@@ -220,8 +222,7 @@ class Remembering:
 
     def clear(self, done: Callable[[int, BaseException | None], None]) -> None:
         """Forget everything; `done` is told how many bytes it took."""
-        archive = self._archive
-        if archive is None:
+        if self._there is None:
             done(0, None)
             return
         for run in self._runs.values():
@@ -233,7 +234,7 @@ class Remembering:
             self._version += 1
             done(byte_count or 0, error)
 
-        self._pool.submit(archive.clear, done=cleared)
+        self._pool.submit(self._there.clear, done=cleared)
 
 
 def _summary(learnt: Learnt, request_count: int) -> EndpointSummary:

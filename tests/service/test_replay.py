@@ -369,6 +369,24 @@ def test_warming_is_no_run(tmp_path: Path) -> None:
     assert Archive(tmp_path / "cache").runs() == []
 
 
+@pytest.mark.parametrize("is_off", [True, False], ids=["off", "given up"])
+def test_history_that_is_not_used_is_cleared_too(is_off: bool, tmp_path: Path) -> None:
+    here = world(tmp_path)
+    read_all(here, ORDER[:5])
+    if is_off:
+        here.directory = CacheDirectory.open(tmp_path / "cache", history_bytes=0)
+
+    async def work(core: Core) -> None:
+        core._history._give_up(OSError("no room"))
+        reader = Reader(core, here)
+        reader.side.say(protocol.Clear(1, True))
+        await until(lambda: bool(reader.side.all(protocol.Cleared)), "it is gone")
+        assert Archive(tmp_path / "cache").runs() == []
+        reader.leave()
+
+    run(here, work)
+
+
 def test_a_full_disk_ends_the_keeping_and_not_the_use(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     here = world(tmp_path, buffer_count=8)
     read_all(here, ORDER)
