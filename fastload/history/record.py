@@ -115,7 +115,7 @@ class Recorder:
                 return False
             last.append(place)
         self._seconds = max(self._seconds, seconds)
-        self._read_bytes += min(self._chunk_bytes, info.size - index * self._chunk_bytes)
+        self._read_bytes += max(0, min(self._chunk_bytes, info.size - index * self._chunk_bytes))
         if last is None or not self._note(lane, key, info, index, seconds):
             self._left_out += 1
         return True

@@ -28,7 +28,7 @@ from fastload.service.plans import Plan, Step
 from fastload.service.planset import PlanSet
 from fastload.service.stores import StoreTable
 from fastload.service.versions import Versions
-from fastload.store.urls import scheme
+from fastload.store.urls import scheme, store_root
 
 # Reads of a plan; making one costs ten microseconds a read.
 _READS_MAX = 512
@@ -262,7 +262,11 @@ class Replay:
         for at in library.after(place, count).tolist():
             info, index = library.chunk(at)
             known = self._versions.get(endpoint, info.url)
-            entry = self._objects.use_info(known or info, endpoint)
+            try:
+                store_root(info.url)
+                entry = self._objects.use_info(known or info, endpoint)
+            except ValueError:  # no URL at all: nobody can have read it, so nothing of this run is to be believed
+                break
             if index >= entry.chunk_count:
                 gone.add(len(steps))
             steps.append((entry, index))

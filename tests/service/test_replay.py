@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from fastload.cache import CacheDirectory, syscalls
 from fastload.errors import ObjectMissingError
 from fastload.history import runfile
 from fastload.history.archive import Archive
+from fastload.history.keys import object_key
+from fastload.history.record import Recorder
 from fastload.history.runfile import EndpointSummary, Summary
 from fastload.service import protocol
 from fastload.service.core import Core
 from fastload.service.remembering import _learnt
 from fastload.service.replay import ReplayPlan
+from fastload.store.types import ObjectInfo
 from tests.cache.faults import failing
 from tests.service.helpers import CHUNK_BYTES, random_bytes
 from tests.service.world import Side, World, settle, until
@@ -312,10 +316,28 @@ def test_what_is_forgotten_is_predicted_no_more(tmp_path: Path) -> None:
     run(here, work)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_nothing_is_left_when_all_have_gone(seed: int, tmp_path: Path) -> None:
+def test_history_that_nobody_can_have_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """URLs that are none, chunks that objects do not have."""
+    here = world(tmp_path)
+    recorder = Recorder("train.py", 1.8e9, CHUNK_BYTES)
+    lane = recorder.lane("fastload.open")
+    odd = [
+        ObjectInfo(url, 5 * CHUNK_BYTES, '"e"', -1) for url in ("s3:///x", "http://[x/y", "odd://x/y", "s3://fake/99")
+    ]
+    first = [here.objects[number] for number in ORDER[:3]]
+    for info, index in [(first[0], 0), (odd[3], 9), (first[1], 7), *((each, 0) for each in [*first[1:], *odd])]:
+        recorder.read(lane, object_key(info.url), info, index, 0.0)
+    Archive(tmp_path / "cache").append("20270115-080000-00000000", recorder.take(1.0, {}).pieces())
+    read_all(here, ORDER[:3] * 2 + ORDER[3:6])
+    counts = Counter(url for url, _ in here.store.reads)
+    assert all(counts[here.objects[number].url] == 1 for number in ORDER[:3])
+    assert "Exception" not in caplog.text
+
+
+@pytest.mark.parametrize(("seed", "buffer_count"), [(0, 6), (1, 6), (2, 2), (3, 2)])
+def test_nothing_is_left_when_all_have_gone(seed: int, buffer_count: int, tmp_path: Path) -> None:
     """Whatever consumers do: read as before or not, open what has changed, tell plans, attach anew, go."""
-    here = world(tmp_path, buffer_count=6)
+    here = world(tmp_path, buffer_count)
     read_all(here, ORDER)
     here.objects[ORDER[5]] = here.store.put(str(ORDER[5]), random_bytes(999, CHUNK_BYTES))
     chance = random.Random(seed)
