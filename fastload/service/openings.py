@@ -50,15 +50,18 @@ class Openings:
         if known is not None:
             self._answer(consumer, message.request, known)
             return
-        place = consumer.options_key, url
-        self._waiting.setdefault(place, []).append((consumer, message.request))
-        if len(self._waiting[place]) == 1:
-            self._ask(*place)
+        self._wait(consumer, message.request, url)
 
     def failed(self, chunk: Chunk, error: BaseException) -> None:
         """A chunk could not be had: whoever opens its object again is not told of the version that is gone."""
         if isinstance(error, ObjectChangedError):
             self._versions.forget(chunk.entry.info.url)
+
+    def _wait(self, consumer: ConsumerState, request: int, url: str) -> None:
+        place = consumer.options_key, url
+        self._waiting.setdefault(place, []).append((consumer, request))
+        if len(self._waiting[place]) == 1:
+            self._ask(*place)
 
     def _ask(self, options_key: str, url: str) -> None:
         endpoint = self._stores.endpoint(options_key)  # the consumer may be gone when the answer is here
@@ -84,12 +87,15 @@ class Openings:
         """One question less is under way there: the next, of those that somebody still waits for."""
         self._under_way[origin] -= 1
         queue = self._queued.get(origin)
-        while queue:
+        while queue and self._under_way[origin] < _HEADS_MAX:
             options_key, url = queue.popleft()
-            if any(consumer in self._consumers for consumer, _ in self._waiting[options_key, url]):
+            waiting = [each for each in self._waiting[options_key, url] if each[0] in self._consumers]
+            if any(consumer.options_key == options_key for consumer, _ in waiting):
                 self._ask(options_key, url)
-                break
+                continue
             del self._waiting[options_key, url]
+            for consumer, request in waiting:  # their credentials have changed meanwhile, and the old ones are gone
+                self._wait(consumer, request, url)
         if not queue:
             self._queued.pop(origin, None)
         if not self._under_way[origin]:

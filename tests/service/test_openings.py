@@ -163,3 +163,21 @@ def test_a_store_that_hangs_holds_up_no_other(tmp_path: Path) -> None:
         assert len(hanging) == asked + 1 <= 33
 
     world.run(work)
+
+
+def test_what_is_queued_is_asked_with_credentials_that_came_meanwhile(tmp_path: Path) -> None:
+    world = World(tmp_path, 4)
+    heads = Heads(world)
+
+    async def work(core: Core) -> None:
+        side = Side(core, [])
+        for number in range(40):
+            side.say(protocol.Open(number, f"s3://b/{number}"))
+        await until(lambda: len(heads.asked) == 32, "as many are asked for as may be")
+        side.say(protocol.Credentials({"region": "elsewhere"}))
+        heads.gate.set()
+        await until(lambda: len(side.all(protocol.RequestFailed)) == 40, "all are answered")
+        assert {answer.name for answer in side.all(protocol.RequestFailed)} == {"ObjectMissingError"}
+        assert len(heads.asked) == 40
+
+    world.run(work)
