@@ -426,6 +426,7 @@ class Core:
         denied = isinstance(error, AccessDeniedError)
         for plan in self._plans.all():
             if denied and plan.options_key != chunk.fetched_as:
+                plan.dropped(chunk.entry, chunk.index)  # it may have looked past it while it was on its way
                 continue
             position = plan.position(chunk.entry, chunk.index)
             if position >= 0:

@@ -1,0 +1,141 @@
+"""Whatever consumers, the store and the disk do: counts are what a recount gives, and everything comes back."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from fastload.service import protocol
+from fastload.service.consumers import ConsumerState
+from fastload.store.types import ObjectInfo
+from tests.service.virtual_core import CHUNK_BYTES, VirtualCore
+
+OPTIONS: list[dict[str, Any]] = [{}, {"region": "elsewhere"}, {"endpoint_url": "http://store:1"}]
+OBJECTS = [ObjectInfo(f"s3://b/{size}", size, "etag") for size in range(3 * CHUNK_BYTES - 4, 3 * CHUNK_BYTES + 4)]
+
+
+class Someone:
+    """A consumer that does anything."""
+
+    def __init__(self, world: VirtualCore, draw: random.Random, options: dict[str, Any]) -> None:
+        self.world, self.draw = world, draw
+        self.held: dict[int, None] = {}
+        self.wanted: dict[int, None] = {}
+        self.serial = self.position = 0
+        self.has_left = False
+        hello = protocol.Hello(protocol.VERSION, 1, "someone", options)
+        self.state: ConsumerState = world.core.connect(hello, self.hear)
+        self.say(protocol.Attach(True, True, protocol.ObjectRows.of(OBJECTS)))
+        self.chunk_count = sum(-(-info.size // CHUNK_BYTES) for info in OBJECTS)
+
+    def say(self, message: protocol.FromConsumer) -> None:
+        if not self.has_left:
+            self.world.core.receive(self.state, message)
+
+    def hear(self, message: protocol.Message) -> None:
+        match message:
+            case protocol.Grants():
+                for chunk in message.chunks:
+                    if chunk in self.wanted:
+                        del self.wanted[chunk]
+                        self.held[chunk] = None
+            case protocol.Failed():
+                for chunk in message.chunks:
+                    self.wanted.pop(chunk, None)
+            case protocol.Recall():
+                self.world.loop.call_later(self.draw.choice([0.0, 0.1, 1.0]), self.answer, message.chunks)
+
+    def answer(self, recalled: list[int]) -> None:
+        pinned = [chunk for chunk in recalled if self.draw.random() < 0.3]
+        self.say(protocol.Pinned(pinned))
+        self.release([chunk for chunk in recalled if chunk not in pinned])
+
+    def release(self, chunks: list[int]) -> None:
+        for chunk in chunks:
+            self.held.pop(chunk, None)
+            self.wanted.pop(chunk, None)
+        self.say(protocol.Release(chunks))
+
+    def act(self) -> None:
+        """Do something."""
+        doings = [self.want, self.give_back, self.plan, self.go_on, self.keep, self.renew, self.open, self.clear]
+        self.draw.choices(doings, [35, 35, 8, 10, 3, 2, 2, 1])[0]()
+
+    def some(self, numbers: list[int]) -> list[int]:
+        return self.draw.sample(numbers, self.draw.randint(1, min(4, len(numbers)))) if numbers else []
+
+    def want(self) -> None:
+        self.serial += 1
+        chunks = [chunk for chunk in self.some([*range(self.chunk_count)]) if chunk not in self.held]
+        self.wanted |= dict.fromkeys(chunks)
+        self.say(protocol.Want(chunks, self.serial, self.draw.random() < 0.6))
+
+    def give_back(self) -> None:
+        self.release(self.some([*self.held]) + self.some([*self.wanted])[:1])
+
+    def plan(self) -> None:
+        self.position = 0
+        objects = self.draw.sample(range(len(OBJECTS)), self.draw.randint(0, len(OBJECTS)))
+        self.say(protocol.SetPlan(objects, self.draw.randint(0, 3), self.draw.random() < 0.3, 0))
+
+    def go_on(self) -> None:
+        self.position += self.draw.randint(1, 5)
+        self.say(protocol.Advance(self.position))
+
+    def keep(self) -> None:
+        policy = self.draw.choice(["pin", "lru", "sieve", "future"])
+        self.say(protocol.Keep(self.some([*range(len(OBJECTS))]), policy))  # type: ignore[arg-type]
+
+    def renew(self) -> None:
+        self.say(protocol.Credentials(self.draw.choice(OPTIONS)))
+
+    def open(self) -> None:
+        self.say(protocol.Open(1, f"s3://b/{self.draw.randint(0, 50)}"))
+
+    def clear(self) -> None:
+        self.say(protocol.Clear(1, False))
+
+    def leave(self) -> None:
+        self.world.core.disconnect(self.state)
+        self.has_left = True
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_counts_are_what_a_recount_gives_and_everything_comes_back(seed: int) -> None:
+    draw = random.Random(seed)
+    world = VirtualCore(draw, draw.choice([2, 3, 4, 8, 16]), draw.choice([0, 2, 12, 40]), draw.choice([1e5, 1e8]))
+    world.stores.fail_share, world.disk.fail_share = draw.choice([0.0, 0.1]), draw.choice([0.0, 0.1])
+    present: list[Someone] = []
+    for _ in range(250):
+        if len(present) < 3 and draw.random() < 0.3:
+            present.append(Someone(world, draw, draw.choice(OPTIONS)))
+        if present and draw.random() < 0.02:
+            present.pop(draw.randrange(len(present))).leave()
+        for each in present:
+            each.act()
+        world.run(draw.choice([0.0, 0.01, 0.1, 1.0, 5.0]))
+    world.stores.fail_share = 0.0
+    for each in present:
+        each.leave()
+    world.run(5000.0)
+    core = world.core
+    assert core._table.stranded_count == core._writer._queued_bytes == 0
+    assert not core._loader.in_flight
+    assert not core._openings._waiting
+    assert not core._openings._under_way
+    assert not world.stores._options
+    assert all(entry.user_count == entry.plan_count == 0 for entry in core._objects._entries.values())
+
+
+def test_what_others_were_denied_is_fetched_ahead_all_the_same() -> None:
+    world = VirtualCore(random.Random(0), 16, 0)
+    denied, planner = (Someone(world, random.Random(0), options) for options in OPTIONS[:2])
+    world.stores.denied.add(denied.state.options_key)
+    denied.say(protocol.Want([1], 1, True))
+    world.run(1e-4)  # it is on its way
+    planner.say(protocol.SetPlan([0], 0, False, 1))
+    world.run(100.0)
+    entry, _ = planner.state.locate(1)
+    assert sorted(entry.chunks) == [1, 2]
