@@ -125,6 +125,7 @@ class Core:
             self._spare_buffer,
             self._wake,
             parts.now,
+            parts.requests_max,
             limits.requests_in_flight,
             self._history.known,
             parts.hedger,

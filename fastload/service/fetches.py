@@ -73,17 +73,19 @@ class Fetches:
         spare: Callable[[], int | None],
         freed: Callable[[], None],
         now: Callable[[], float],
+        most: int = REQUESTS_MAX,
         fixed: int = 0,
         known: Callable[[str], Learnt | None] = lambda endpoint: None,
         hedger: Callable[[], Hedger] = Hedger,
     ) -> None:
         """`spare()` lends a buffer for a second request, if there is one to be had; `freed()` is told when one has come
-        back. `fixed`: see `Controller`. `known(endpoint)`: what an earlier run learnt of it.
+        back. `most`: at a time, if there are as many buffers. `fixed`: see `Controller`. `known(endpoint)`: what an
+        earlier run learnt of it.
         """
         self._arena, self._table, self._stores, self._loop = arena, table, stores, pools.loop
         self._spare, self._freed, self._now, self._fixed = spare, freed, now, fixed
         self._known, self._hedger = known, hedger
-        self._max = fixed or requests_max(arena.buffer_count)
+        self._max = fixed or max(1, min(most, arena.buffer_count))
         self._pool = pools.make("fetch", self._max + _HEDGES_MAX)
         self._endpoints: dict[str, _Endpoint] = {}  # the one used last is the last
         self._forgotten: Counter[str] = Counter()  # what was refused by those that are not known any more
@@ -259,7 +261,7 @@ def _figures(endpoint: _Endpoint) -> dict[str, float]:
     }
 
 
-def requests_max(buffer_count: int) -> int:
-    """The most requests at a time: a quarter of the descriptors that this process may open, and each needs a buffer."""
+def requests_max() -> int:
+    """The most requests at a time: a quarter of the descriptors that this process may open."""
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(1, min(REQUESTS_MAX, descriptors // 4, buffer_count))
+    return max(1, min(REQUESTS_MAX, descriptors // 4))

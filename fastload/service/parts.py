@@ -13,6 +13,8 @@ from typing import Protocol
 from fastload.cache import Arena, CacheDirectory, DiskTier
 from fastload.config import CacheLimits
 from fastload.history.archive import Archive
+from fastload.service.control import REQUESTS_MAX
+from fastload.service.fetches import requests_max
 from fastload.service.hedging import Hedger
 from fastload.service.pools import Pools
 from fastload.service.populate import Populator
@@ -47,6 +49,7 @@ class Parts:
     now: Callable[[], float] = time.monotonic
     hedger: Callable[[], Hedger] = Hedger  # for each endpoint of a store
     wall: Callable[[], float] = time.time  # seconds since 1970, for people
+    requests_max: int = REQUESTS_MAX  # at a time, over all endpoints
     history: Archive | None = None  # None: none is kept or used; with `history_bytes=0` it can only be cleared
 
     @classmethod
@@ -57,5 +60,14 @@ class Parts:
         limits, troubles = directory.limits, Troubles(loop)
         arena = Arena(limits.ram_bytes, limits.chunk_bytes)
         disk = DiskTier(directory.path, limits.disk_bytes, limits.chunk_bytes, on_trouble=troubles.add_from_thread)
-        history = Archive(directory.path)
-        return cls(limits, arena, disk, Pools(loop), StoreTable(opener), Populator(arena), troubles, history=history)
+        return cls(
+            limits,
+            arena,
+            disk,
+            Pools(loop),
+            StoreTable(opener),
+            Populator(arena),
+            troubles,
+            requests_max=requests_max(),
+            history=Archive(directory.path),
+        )
