@@ -19,6 +19,13 @@ def _check_positive(options: object, *names: str) -> None:
             raise ConfigError(f"{name}={value} must be above 0")
 
 
+def _check_finite(options: object, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{name}={value} must be a number from 0 on, and not infinite")
+
+
 @dataclass(frozen=True, slots=True)
 class StoreProfile:
     """How a store answers.
@@ -39,6 +46,7 @@ class StoreProfile:
 
     def __post_init__(self) -> None:
         _check_positive(self, "connection_bytes_per_s", "total_bytes_per_s", "throttles_above")
+        _check_finite(self, "first_byte_s", "connection_bytes_per_s", "slow_times")
         for name in ("noise", "slow_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} of a store must be between 0 and 1")
@@ -111,6 +119,7 @@ class Job:
             *("data_bytes", "sample_bytes", "shard_bytes", "nodes", "ranks_per_node", "batch_size"),
             *("samples_per_s", "epochs", "threads"),
         )
+        _check_finite(self, "samples_per_s")
         if self.rate_factors and (len(self.rate_factors) != self.ranks_per_node or min(self.rate_factors) <= 0):
             raise ConfigError(
                 f"rate_factors={self.rate_factors} must hold a positive number for each of {self.ranks_per_node} ranks"

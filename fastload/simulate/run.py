@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fastload.config import CacheLimits
 from fastload.engine.scattered import check_allowed, holds
 from fastload.errors import ConfigError
+from fastload.plan import ram_bytes_for
+from fastload.plan.order import DEFAULT_WINDOW_BYTES
 from fastload.service.protocol import SOURCE_DISK, SOURCE_RAM
 from fastload.simulate.clock import VirtualLoop
 from fastload.simulate.data import Data
@@ -24,6 +27,8 @@ CHUNKS_MAX = 2000
 _READS_PER_CHUNK = 10
 # However small the part, an arena has room for what is on its way.
 _BUFFERS_MIN = 64
+# And so much more data than that is simulated: what an arena that is not made smaller holds too much is a few percent.
+_DATA_OF_ARENA = 16
 
 
 class RefusedError(ConfigError):
@@ -78,7 +83,8 @@ class RankFigures:
 class Run:
     """What came of one simulation.
 
-    `node` is the one that was asked for. `scale` is the part of a node's data and caches that was simulated.
+    `node` is the one that was asked for. `scale` is the part of a node's data and caches that was simulated, with an
+    arena of `simulated_ram_bytes`, which may be more than that part.
     `requests_allowed`: what the first node's controller had come to at the end.
     """
 
@@ -92,6 +98,7 @@ class Run:
     hedged_requests: int
     throttled_requests: int
     refused: str = ""  # why the loader would not run at all
+    simulated_ram_bytes: int = 0
 
     @property
     def later(self) -> Sequence[EpochFigures]:
@@ -162,11 +169,9 @@ class World:
         if self.node_count < 1:
             raise ConfigError(f"simulated_nodes={simulated_nodes} must be at least 1")
         self._bytes_per_node = job.data_bytes / job.nodes
-        chunk_count = self._bytes_per_node / node.chunk_bytes
-        if job.shuffle == "global":
-            chunk_count = max(chunk_count, self._bytes_per_node / job.sample_bytes / _READS_PER_CHUNK)
-        self.scale = 1.0 if chunks_max is None else min(1.0, chunks_max / chunk_count)
-        self.node = _part(node, self.scale)
+        CacheLimits(node.ram_bytes, 0, node.chunk_bytes)  # says what cannot be
+        self.scale = 1.0 if chunks_max is None else _scale(job, node, chunks_max)
+        self.node = _part(job, node, self.scale)
         samples = int(self._bytes_per_node * self.scale / job.sample_bytes) * self.node_count
         if samples < job.batch_size * job.ranks_per_node * self.node_count:
             raise ConfigError(
@@ -186,6 +191,10 @@ class World:
     def _check(self) -> None:
         """What the loader does not do; of all the data and caches, as it would say it."""
         node, data_bytes = self.asked_for, int(self._bytes_per_node)
+        try:
+            CacheLimits(node.ram_bytes, node.disk_bytes, node.chunk_bytes)
+        except ConfigError as error:
+            raise RefusedError(str(error)) from error
         if self.job.shuffle == "global" and not holds(data_bytes, node.ram_bytes, node.disk_bytes):
             samples = np.array([data_bytes // self.job.sample_bytes])
             try:
@@ -220,6 +229,7 @@ class World:
             requests_allowed=first._fetches.limit,
             hedged_requests=sum(each["hedged_requests"] for each in counters),
             throttled_requests=self.link.throttled_count,
+            simulated_ram_bytes=self.node.ram_bytes,
         )
 
     def _epoch(self, epoch: int) -> EpochFigures:
@@ -261,13 +271,32 @@ class World:
         )
 
 
-def _part(node: Node, scale: float) -> Node:
+def _scale(job: Job, node: Node, chunks_max: int) -> float:
+    """The part that is simulated of a node's data."""
+    chunk_count = job.data_bytes / job.nodes / node.chunk_bytes
+    if job.shuffle == "global":
+        chunk_count = max(chunk_count, job.data_bytes / job.nodes / job.sample_bytes / _READS_PER_CHUNK)
+    else:
+        chunks_max = max(chunks_max, _DATA_OF_ARENA * _ram_bytes_min(job, node) // node.chunk_bytes)
+    return min(1.0, chunks_max / chunk_count)
+
+
+def _ram_bytes_min(job: Job, node: Node) -> int:
+    """The least arena for a part: where batches are made from windows, what these need. In less they would be read
+    again and again, and what is fetched ahead would not last as long as a late answer takes.
+    """
+    least = _BUFFERS_MIN * node.chunk_bytes
+    if job.shuffle != "global":
+        least = max(least, ram_bytes_for(1, max(job.window_bytes or DEFAULT_WINDOW_BYTES, job.shard_bytes)))
+    return min(node.ram_bytes, least)
+
+
+def _part(job: Job, node: Node, scale: float) -> Node:
     """A part of a node's caches."""
-    floor = min(node.ram_bytes, _BUFFERS_MIN * node.chunk_bytes)
     disk_bytes = int(node.disk_bytes * scale)
     return replace(
         node,
-        ram_bytes=max(floor, int(node.ram_bytes * scale)),
+        ram_bytes=max(_ram_bytes_min(job, node), int(node.ram_bytes * scale)),
         disk_bytes=disk_bytes if disk_bytes >= node.chunk_bytes + 8192 else 0,
     )
 

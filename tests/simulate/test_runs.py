@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import resource
 from dataclasses import asdict, replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -50,6 +53,12 @@ def test_the_same_seed_gives_the_same_figures_and_another_does_not() -> None:
     first, again = (asdict(run(job, cache(0.3), store, seed=3)) for _ in range(2))
     assert first == again
     assert asdict(run(job, cache(0.3), store, seed=4)) != first
+
+
+def test_a_machine_that_opens_few_files_finds_the_same() -> None:
+    with mock.patch.object(resource, "getrlimit", return_value=(16, 16)):
+        core = World(small(), cache(ram_chunks=32), StoreProfile()).nodes[0].core
+    assert core._fetches.idle == 32
 
 
 # Everything is read, and nothing is fetched for nothing
@@ -217,14 +226,42 @@ def test_a_step_that_all_wait_for_takes_as_long_as_the_slowest_link() -> None:
 
 
 def test_two_nodes_and_a_part_of_their_data_stand_for_all() -> None:
-    job = small(data_bytes=2048 * MIB * 20, nodes=20, ranks_per_node=2)
-    node = replace(cache(), disk_bytes=1024 * FILE_BYTES, ram_bytes=128 * MIB)
+    job = small(data_bytes=1024 * MIB * 20, nodes=20, ranks_per_node=2)
+    node = replace(cache(), disk_bytes=512 * FILE_BYTES)
     part = simulate(job, node, replace(STORES["near"], total_bytes_per_s=20 * 400e6), chunks_max=256)
-    assert (part.simulated_nodes, part.scale) == (2, 0.125)
-    assert part.data_bytes_per_node == 2048 * MIB
-    # The arena has a floor of 64 chunks, of which half may be pins.
-    assert 0.48 <= part.mean("hit_share") <= 0.5 + 32 / 256
+    # The arena is not made smaller, so more data is simulated.
+    assert (part.simulated_nodes, part.scale, part.simulated_ram_bytes) == (2, 0.5, 32 * MIB)
+    assert part.data_bytes_per_node == 1024 * MIB
+    assert 0.48 <= part.mean("hit_share") <= 0.5 + 16 / 512
     assert part.epochs[1].samples_per_s == pytest.approx(20 * 2 * 2000, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("ram_bytes", "shard_bytes", "least"),
+    [(8 * GIB, 256_000_000, 2 * GIB), (GIB, 256_000_000, GIB), (16 * GIB, 2**30, 4 * GIB)],
+)
+def test_the_arena_of_a_part_has_room_for_what_batches_are_made_from(
+    ram_bytes: int, shard_bytes: int, least: int
+) -> None:
+    """With less it read windows again, and had nothing ahead while an answer was late: stalls of 29 % instead of 0."""
+    job = Job(data_bytes=10**14, nodes=100, shard_bytes=shard_bytes)
+    world = World(job, Node(ram_bytes=ram_bytes), StoreProfile(), chunks_max=1)
+    assert world.node.ram_bytes == least
+    assert world.scale == pytest.approx(16 * least / 1e12)
+
+
+def test_a_cache_below_one_chunk_is_refused_as_the_loader_would() -> None:
+    (found,) = sweep(small(), [replace(cache(), disk_bytes=1000)], StoreProfile())
+    assert "disk_bytes=1000 is below one chunk on disk" in found.refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"first_byte_s": -1.0}, "first_byte_s=-1.0"), ({"slow_times": math.inf}, "slow_times=inf")],
+)
+def test_a_store_that_cannot_be_is_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        StoreProfile(**options)
 
 
 def test_too_little_data_is_refused() -> None:
