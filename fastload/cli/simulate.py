@@ -60,13 +60,20 @@ def simulate(
     from fastload.arguments import checked_cache_policy
     from fastload.plan.order import check_shuffle
     from fastload.simulate import Job, Node, sweep
-    from fastload.simulate.report import about, as_json, as_svg, as_table, refusals
+    from fastload.simulate.report import about, advice, as_json, as_svg, as_table, refusals
     from fastload.simulate.run import CHUNKS_MAX
 
+    _check_above_zero({"--nodes": nodes, "--ranks": ranks, "--batch-size": batch_size, "--epochs": epochs})
+    _check_above_zero({"--rate": rate, "--throttles-above": throttles_above, "--simulated-nodes": simulated_nodes})
+    _check_above_zero({"--first-byte-ms": first_byte_ms, "--slow-times": slow_times})
+    if not 0 <= slow_share <= 1:
+        raise ConfigError(f"--slow-share={slow_share} must be between 0 and 1; 0.01 is one request in a hundred")
+    for option, file in (("--json", json_file), ("--plot", plot_file)):
+        _check_file(option, file)
     job = Job(
-        data_bytes=parse_bytes(data_bytes, "--data-bytes"),
-        sample_bytes=parse_bytes(sample_bytes, "--sample-bytes"),
-        shard_bytes=parse_bytes(shard_bytes, "--shard-bytes"),
+        data_bytes=_size(data_bytes, "--data-bytes"),
+        sample_bytes=_size(sample_bytes, "--sample-bytes"),
+        shard_bytes=_size(shard_bytes, "--shard-bytes"),
         nodes=nodes,
         ranks_per_node=ranks,
         batch_size=batch_size,
@@ -84,20 +91,49 @@ def simulate(
             ram_bytes=parse_bytes(ram_bytes, "--ram-bytes"),
             disk_bytes=size,
             chunk_bytes=parse_bytes(chunk_bytes, "--chunk-bytes"),
-            link_bytes_per_s=parse_bytes(link_rate, "--link-rate"),
+            link_bytes_per_s=_size(link_rate, "--link-rate"),
         )
         for size in _sizes(cache_bytes, job.data_bytes / job.nodes)
     ]
     chunks_max = None if whole else CHUNKS_MAX
     runs = sweep(job, caches, profile, seed=seed, simulated_nodes=simulated_nodes, chunks_max=chunks_max)
     console = Console()
-    console.print(as_table(job, runs))
-    for line in [*refusals(runs), about(job, runs)]:
+    is_any = any(not run.refused for run in runs)
+    if is_any:
+        console.print(as_table(job, runs))
+    for line in [*refusals(runs), *advice(job, runs), about(job, runs)]:
         console.print(line, highlight=False)
     if json_file is not None:
-        json_file.write_text(json.dumps(as_json(job, profile, seed, runs), indent=1) + "\n")
-    if plot_file is not None and any(not run.refused for run in runs):
-        plot_file.write_text(as_svg(job, runs))
+        _write("--json", json_file, json.dumps(as_json(job, profile, seed, runs), indent=1) + "\n")
+    if plot_file is not None and is_any:
+        _write("--plot", plot_file, as_svg(job, runs))
+
+
+def _check_above_zero(options: dict[str, float | None]) -> None:
+    for option, value in options.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{option}={value} must be above 0, and not infinite")
+
+
+def _size(text: str, option: str) -> int:
+    """More than no bytes."""
+    size = parse_bytes(text, option)
+    _check_above_zero({option: size})
+    return size
+
+
+def _check_file(option: str, file: Path | None) -> None:
+    """Said before a simulation that may take minutes."""
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        why = "is a directory" if file.is_dir() else f"lies in {file.parent}, which is no directory"
+        raise ConfigError(f"{option}={file} {why}; give the path of a file")
+
+
+def _write(option: str, file: Path, text: str) -> None:
+    try:
+        file.write_text(text, "utf-8")
+    except OSError as error:
+        raise ConfigError(f"{option}={file} cannot be written: {error}; give the path of another file") from error
 
 
 def _sizes(text: str, node_bytes: float) -> list[int]:
@@ -127,12 +163,10 @@ def _store(
     return StoreProfile(
         first_byte_s=known.first_byte_s if first_byte_ms is None else first_byte_ms / 1000,
         connection_bytes_per_s=(
-            known.connection_bytes_per_s
-            if connection_rate is None
-            else parse_bytes(connection_rate, "--connection-rate")
+            known.connection_bytes_per_s if connection_rate is None else _size(connection_rate, "--connection-rate")
         ),
-        total_bytes_per_s=math.inf if store_rate is None else parse_bytes(store_rate, "--store-rate"),
-        throttles_above=throttles_above or math.inf,
+        total_bytes_per_s=math.inf if store_rate is None else _size(store_rate, "--store-rate"),
+        throttles_above=math.inf if throttles_above is None else throttles_above,
         slow_share=slow[0],
         slow_times=slow[1],
     )

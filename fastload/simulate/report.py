@@ -9,9 +9,15 @@ from typing import Any
 from rich.table import Table
 
 from fastload.config import format_bytes
+from fastload.plan import ram_bytes_for
 from fastload.simulate.options import Job, StoreProfile
 from fastload.simulate.plot import Line, sweep_svg
 from fastload.simulate.run import Run
+
+# As much of an arena may be pins: see `service.pins`.
+_PINNED = 0.5
+# Chunks that come so many times an epoch are read again for want of room.
+_AGAIN = 1.1
 
 HIT_COLOUR, STALL_COLOUR = "#1b6ca8", "#c4511b"
 
@@ -36,9 +42,9 @@ _HEADINGS = ("cache", "data", "hit", "RAM", "disk", "fetched", "stall", "first",
 
 
 _LEGEND = (
-    ", shares in %: data is that of it which the cache holds; hit is what was not fetched, from RAM and from disk; "
-    "fetched is by a node in an epoch; stall is of the time, and first that of the first epoch; flights are requests "
-    "in flight from a node."
+    ", in % of a node's data: data is what the disk cache has room for; hit is what was not fetched, from RAM and from "
+    "disk. fetched is by a node in an epoch; stall is in % of the time, and first that of the first epoch; flights are "
+    "requests in flight from a node."
 )
 
 
@@ -67,16 +73,43 @@ def _percent(share: float) -> str:
 
 def about(job: Job, runs: Sequence[Run]) -> str:
     """What was simulated of what was asked for."""
-    run = next((run for run in runs if not run.refused), runs[0])
-    epochs = "the first epoch" if job.epochs == 1 else f"epochs 2 to {job.epochs}"
+    run = next((run for run in runs if not run.refused), None)
+    if run is None:
+        return "Nothing was simulated."
     text = (
         f"{format_bytes(run.data_bytes_per_node)} of data on each of {job.nodes} nodes of {job.ranks_per_node} ranks. "
-        f"{epochs.capitalize()}{_LEGEND}\n"
+        f"{_epochs(job).capitalize()}{_LEGEND}\n"
         f"Simulated: {run.simulated_nodes} of {job.nodes} nodes, with their share of the store"
     )
     if run.scale < 1:
-        text += f", and {run.scale:.1%} of their data and caches"
+        text += (
+            f", and {run.scale:.1%} of their data and disk caches, with {format_bytes(run.simulated_ram_bytes)} of RAM"
+        )
+        excess = _PINNED * (run.simulated_ram_bytes / run.scale - run.node.ram_bytes) / run.data_bytes_per_node
+        if excess >= 0.001:
+            text += f", which may hit {excess:.1%} of the data more than the same part of it would"
     return text + "."
+
+
+def _epochs(job: Job) -> str:
+    """Those whose means are shown."""
+    return {1: "the first epoch", 2: "epoch 2"}.get(job.epochs, f"epochs 2 to {job.epochs}")
+
+
+def advice(job: Job, runs: Sequence[Run]) -> list[str]:
+    """What explains more than all of the data."""
+    found = []
+    for run in runs:
+        times = max((each.remote_share + each.disk_share for each in run.epochs), default=0.0)
+        enough = ram_bytes_for(1, job.shard_bytes)
+        if job.shuffle != "global" and times > _AGAIN and run.node.ram_bytes < enough:
+            found.append(
+                f"disk cache of {format_bytes(run.node.disk_bytes)}: chunks came into RAM {times:.1f} times an epoch, "
+                f"since two shards of {format_bytes(job.shard_bytes)} at a time are too much for "
+                f"{format_bytes(run.node.ram_bytes)}; give --ram-bytes {format_bytes(enough).replace(' ', '')}, or "
+                "smaller shards"
+            )
+    return found
 
 
 def as_json(job: Job, store: StoreProfile, seed: int, runs: Sequence[Run]) -> dict[str, Any]:
@@ -98,11 +131,8 @@ def _finite(value: Any) -> Any:
 def as_svg(job: Job, runs: Sequence[Run]) -> str:
     """The plot, of those caches that the loader would run with."""
     good = sorted((run for run in runs if not run.refused), key=lambda run: run.node.disk_bytes)
-    what = "first epoch" if job.epochs == 1 else f"epochs 2 to {job.epochs}"
-    subtitle = (
-        f"{what}, {format_bytes(job.data_bytes / job.nodes)} of data and {format_bytes(good[0].node.ram_bytes)} of RAM "
-        f"a node, policy {job.cache_policy}"
-    )
+    data, ram = format_bytes(job.data_bytes / job.nodes), format_bytes(good[0].node.ram_bytes)
+    subtitle = f"{_epochs(job)}, {data} of data and {ram} of RAM a node, policy {job.cache_policy}"
     lines = [
         Line("hit share", HIT_COLOUR, [run.mean("hit_share") for run in good]),
         Line("stall share", STALL_COLOUR, [run.mean("stall_share") for run in good]),

@@ -52,13 +52,33 @@ def test_a_table_and_files_of_the_same_figures(tmp_path: Path) -> None:
         (["--shuffle", "some"], "shuffle='some'"),
         (["--data-bytes", "1MB"], "less than a batch"),
         (["--ram-bytes", "1MiB"], "ram_bytes=1048576 is below two chunks"),
-        (["--rate", "0"], "samples_per_s=0.0 must be above 0"),
+        (["--rate", "0"], "--rate=0.0 must be above 0"),
+        (["--rate", "inf"], "--rate=inf must be above 0"),
+        (["--nodes", "0"], "--nodes=0 must be above 0"),
+        (["--throttles-above", "0"], "--throttles-above=0.0 must be above 0"),
+        (["--first-byte-ms", "-1"], "--first-byte-ms=-1.0 must be above 0"),
+        (["--slow-share", "2"], "--slow-share=2.0 must be between 0 and 1"),
+        (["--chunk-bytes", "0"], "chunk_bytes=0 must be a multiple of 4096"),
+        (["--link-rate", "0"], "--link-rate=0 must be above 0"),
+        (["--json", "/no/where"], "--json=/no/where lies in /no, which is no directory"),
+        (["--plot", "/"], "--plot=/ is a directory"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         command(*arguments)
     assert message in str(caught.value)
+
+
+def test_what_has_too_little_ram_for_its_shards_is_told_so() -> None:
+    output = " ".join(command("--ram-bytes", "64MiB", "--data-bytes", "1GB", "--shard-bytes", "256MB").split())
+    assert "two shards of 244.1 MiB at a time are too much for 64.0 MiB; give --ram-bytes 976.6MiB" in output
+
+
+def test_nothing_is_shown_of_caches_that_are_all_refused() -> None:
+    output = " ".join(command("--cache-bytes", "1MB", "--plot", "not written").split())
+    assert "disk_bytes=1000000 is below one chunk on disk" in output
+    assert output.endswith("Nothing was simulated.")
 
 
 def test_caches_are_sizes_or_percent_of_what_a_node_reads() -> None:
