@@ -40,6 +40,8 @@ def simulate(
     slow_share: Annotated[float, typer.Option(help="The part of the requests that take --slow-times as long.")] = 0.0,
     slow_times: Annotated[float, typer.Option(help="See --slow-share.")] = 50.0,
     link_rate: Annotated[str, typer.Option(help="Bytes a second of a node's network.")] = "3GB",
+    disk_read_rate: Annotated[str, typer.Option(help="Bytes a second that a node's disk gives.")] = "3GB",
+    disk_write_rate: Annotated[str, typer.Option(help="Bytes a second that a node's disk takes.")] = "1.5GB",
     rate: Annotated[float, typer.Option(help="Samples a second that a rank trains on when it never waits.")] = 1000.0,
     batch_size: Annotated[int, typer.Option(help="Samples of a rank's batch.")] = 256,
     epochs: Annotated[int, typer.Option(help="Epochs; the first one fills the cache.")] = 3,
@@ -92,6 +94,8 @@ def simulate(
             disk_bytes=size,
             chunk_bytes=parse_bytes(chunk_bytes, "--chunk-bytes"),
             link_bytes_per_s=_size(link_rate, "--link-rate"),
+            disk_read_bytes_per_s=_size(disk_read_rate, "--disk-read-rate"),
+            disk_write_bytes_per_s=_size(disk_write_rate, "--disk-write-rate"),
         )
         for size in _sizes(cache_bytes, job.data_bytes / job.nodes)
     ]

@@ -81,6 +81,14 @@ def test_nothing_is_shown_of_caches_that_are_all_refused() -> None:
     assert output.endswith("Nothing was simulated.")
 
 
+def test_a_slow_disk_is_waited_for(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    command("--cache-bytes", "100%", "--disk-read-rate", "50MB", "--disk-write-rate", "1GB", "--json", str(file))
+    (run,) = json.loads(file.read_text())["runs"]
+    assert run["node"]["disk_read_bytes_per_s"] == 50_000_000
+    assert run["epochs"][1]["stall_share"] > 0.3  # of 100 MB/s, few come from RAM
+
+
 def test_caches_are_sizes_or_percent_of_what_a_node_reads() -> None:
     assert _sizes("50%, 1GB,10 %", 1e10) == [10**9, 5 * 10**9]
     assert math.isclose(_sizes("12.5%", 8e9)[0], 1e9)
