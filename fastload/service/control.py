@@ -343,6 +343,8 @@ class Controller:
             self._ceiling_s = min(_CEILING_S_MAX, 2 * self._ceiling_s) if again else _CEILING_S
             self._ceiling, self._ceiling_until = max(1, int(at * _CEILING)), now + self._ceiling_s
             self._least_throttled = min(at, self._least_throttled or at)
+        else:  # no ceiling keeps the limit from going back at once to what was best
+            self._best_bytes_per_s, self._best_limit = 0.0, 0
         self._refused_at, self._step = now, _RAISE
         self._settle(int(at * _REFUSED), None, now)
         self._raise_at = self._cut_at = now + _RAISE_EVERY_S

@@ -158,6 +158,18 @@ def test_a_burst_of_refusals_counts_once_and_a_timeout_too() -> None:
     assert controller.limit == 9
 
 
+@pytest.mark.parametrize("profile", [NEAR, MIDDLE, FAR], ids=["20ms", "100ms", "200ms"])
+def test_what_was_had_before_a_timeout_brings_the_limit_back_no_sooner(profile: Profile) -> None:
+    """Fewer requests get less, but not because something was lost by cutting too much."""
+    store = run(profile, 30.0)
+    controller = store.controller
+    assert controller is not None
+    controller.ended(Attempt(store.now_s, store.now_s, outcome=Outcome.TIMED_OUT), store.now_s)
+    refused = controller.limit
+    store.run(2.5)
+    assert controller.limit <= refused
+
+
 @given(
     limit_max=st.integers(1, 300),
     ends=st.lists(
