@@ -5,6 +5,8 @@ would send one and the same memory again and again, which no data set has that m
 256 x 3 x 224 x 224, uint8 and float32, are given whole (`batch_size=None`) or stacked by the default `collate_fn`. The
 trainer touches one value of each page, as whoever copies it to a device touches all.
 
+*making it alone* is the limit: what the batch costs whoever makes it, with no way to go at all.
+
 *latency* is from the moment at which a worker begins to hand over a small part of nothing else, the trainer waiting,
 until the trainer has the batch: what is beyond a copy of so many bytes, from and into memory that is used already.
 """
@@ -32,6 +34,8 @@ TIMES = 6.0
 LATENCY_MS = 0.3
 # The trainer of the latencies is to wait for every batch.
 PAUSE_S = 0.02
+# With two batches fetched ahead, one in the making and one with the trainer.
+UNDER_WAY = 4
 
 Kind = Callable[..., Any]
 
@@ -91,6 +95,9 @@ def figures(rounds: int) -> list[Figure]:
         found += [
             Figure(f"{case.title}: MB/s", "", [case.batch_bytes / 1e6 / took.wall_s for took in ours]),
             Figure(f"{case.title}: times torch's MB/s", "", [b.wall_s / a.wall_s for a, b in both], at_least=TIMES),
+            Figure(
+                f"{case.title}: making it alone, times torch's MB/s", "", [b.wall_s / making_s(case) for b in theirs]
+            ),
             Figure(f"{case.title}: CPU time, of torch's", "", [a.cpu_s / b.cpu_s for a, b in both]),
         ]
     ours_ms, theirs_ms = in_turn(rounds, latency_beyond_copy_ms)
@@ -138,6 +145,24 @@ def latency_beyond_copy_ms(kind: Kind) -> float:
     copy_s = copying_s(case.batch_bytes) if kind is TorchLoader else 0.0  # ours are stacked where they are read
     beyond_s: float = statistics.median(late_s[3:]) - copy_s
     return 1e3 * beyond_s
+
+
+def making_s(case: Case) -> float:
+    """What a worker cannot go below: a batch written to memory that is used already, in turn to as many places as there
+    are batches under way. One that is given whole is made by the data set and copied to where it is sent.
+    """
+    dataset = Same(case)
+    places = [torch.ones(SHAPE, dtype=case.dtype) for _ in range(UNDER_WAY)]
+    took = []
+    for turn in range(6 * UNDER_WAY):
+        place = places[turn % UNDER_WAY]
+        began = time.perf_counter()
+        if dataset.is_whole:
+            place.copy_(dataset[0])
+        else:
+            torch.stack([dataset[index] for index in range(case.samples)], out=place)
+        took.append(time.perf_counter() - began)
+    return statistics.median(took[UNDER_WAY:])
 
 
 def copying_s(byte_count: int) -> float:
