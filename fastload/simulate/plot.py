@@ -1,7 +1,7 @@
 """A plot of a sweep, as SVG written by hand: what was hit, and what of the time was spent waiting, over cache size.
 
 Both are shares, so they have one axis, and the reader compares them at the same place. Colours are told apart by
-lightness too, lines are named where they end, and the background is white, for pages of any colour.
+lightness too, lines are named at the right, and the background is white, for pages of any colour.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from xml.sax.saxutils import escape
 _WIDTH, _HEIGHT = 760, 440
 _LEFT, _RIGHT, _TOP, _BOTTOM = 72, 150, 64, 66
 _FONT = "font-family='Helvetica, Arial, DejaVu Sans, sans-serif'"
-_UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("B", 1.0))
+_UNITS = (("TiB", 2.0**40), ("GiB", 2.0**30), ("MiB", 2.0**20), ("B", 1.0))  # as in `format_bytes`
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def sweep_svg(title: str, subtitle: str, cache_bytes: Sequence[int], lines: Sequ
         points = [(_x(x, x_end), _y(value)) for x, value in zip(xs, line.values, strict=True)]
         parts += _drawn(points, line)
         ends.append((points[-1][1], line))
-    parts += _names(ends, _x(xs[-1], x_end) + 12)
+    parts += _names(ends, _x(x_end, x_end) + 12)
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -90,7 +90,7 @@ def _drawn(points: Sequence[tuple[float, float]], line: Line) -> list[str]:
 
 
 def _names(ends: Sequence[tuple[float, Line]], x: float) -> list[str]:
-    """Each line's name beside its end, from the lowest up, apart from each other."""
+    """Each line's name at the right, as high as its end, from the lowest up, apart from each other."""
     parts, below = [], math.inf
     for y, line in sorted(ends, key=lambda end: -end[0]):
         below = min(y, below - 17)

@@ -82,13 +82,24 @@ def about(job: Job, runs: Sequence[Run]) -> str:
         f"Simulated: {run.simulated_nodes} of {job.nodes} nodes, with their share of the store"
     )
     if run.scale < 1:
+        ram = format_bytes(run.simulated_ram_bytes)
         text += (
-            f", and {run.scale:.1%} of their data and disk caches, with {format_bytes(run.simulated_ram_bytes)} of RAM"
+            f", and {100 * run.scale:.2g}% of their data and disk caches, with {ram} of RAM{_error_of_part(job, run)}"
         )
-        excess = _PINNED * (run.simulated_ram_bytes / run.scale - run.node.ram_bytes) / run.data_bytes_per_node
-        if excess >= 0.001:
-            text += f", which may hit {excess:.1%} of the data more than the same part of it would"
     return text + "."
+
+
+def _error_of_part(job: Job, run: Run) -> str:
+    """How what was found of a part differs from what would be found of all."""
+    if job.shuffle == "global":
+        return (
+            ". Of a part, a batch reads fewer chunks than of all, since more of its samples share one: its disk has "
+            "less to do, and the job waits less, than they really would. --whole says how long, and takes as long"
+        )
+    excess = _PINNED * (run.simulated_ram_bytes / run.scale - run.node.ram_bytes) / run.data_bytes_per_node
+    if excess < 0.001:
+        return ""
+    return f", which may hit {excess:.1%} of the data more than the same part of it would"
 
 
 def _epochs(job: Job) -> str:

@@ -81,6 +81,25 @@ def test_nothing_is_shown_of_caches_that_are_all_refused() -> None:
     assert output.endswith("Nothing was simulated.")
 
 
+def test_of_a_part_it_is_said_how_far_it_is_off() -> None:
+    part = (
+        "--data-bytes",
+        "2TB",
+        "--cache-bytes",
+        "0",
+        "--ram-bytes",
+        "128MiB",
+        "--epochs",
+        "1",
+        "--simulated-nodes",
+        "1",
+    )
+    output = " ".join(command(*part).split())
+    assert (
+        "and 1.7% of their data and disk caches, with 128.0 MiB of RAM, which may hit 0.4% of the data more" in output
+    )
+
+
 def test_a_slow_disk_is_waited_for(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     command("--cache-bytes", "100%", "--disk-read-rate", "50MB", "--disk-write-rate", "1GB", "--json", str(file))

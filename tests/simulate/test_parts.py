@@ -201,10 +201,10 @@ def test_a_disk_has_its_rates_and_its_quota() -> None:
 
 def test_a_plot_is_well_formed_and_says_what_it_shows() -> None:
     lines = [Line("hit share", "#1b6ca8", [0.1, 0.5, 1.0]), Line("stall share", "#c4511b", [0.9, 0.2, 0.0])]
-    root = ElementTree.fromstring(sweep_svg("Caches & more", "two < three", [10**11, 5 * 10**11, 10**12], lines))
+    root = ElementTree.fromstring(sweep_svg("Caches & more", "two < three", [2**37, 2**39, 2**40], lines))
     name = "{http://www.w3.org/2000/svg}"
     texts = [text.text for text in root.iter(f"{name}text")]
-    assert {"Caches & more", "two < three", "disk cache of a node, TB", "share, %", "hit share", "stall share"} <= {
+    assert {"Caches & more", "two < three", "disk cache of a node, TiB", "share, %", "hit share", "stall share"} <= {
         *texts
     }
     assert {"0", "20", "40", "60", "80", "100", "0.2", "1"} <= {*texts}
