@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from fastload.errors import ServiceError
+from fastload.errors import AccessDeniedError
 from fastload.service import control
 from fastload.store import Counters, RequestOptions, StoreOptions, Watched, open_store, resolve, store_root
 from fastload.store.listing import present
@@ -134,7 +134,7 @@ class StoreTable:
         with self._lock:
             options = self._options.get(key)
         if options is None:
-            raise ServiceError("the consumer whose credentials these were has gone")
+            raise options_gone()
         return options
 
     @contextmanager
@@ -160,3 +160,8 @@ class StoreTable:
         entry = self._opened.pop(place)
         entry.retired = True
         return entry.store if entry.user_count == 0 else None
+
+
+def options_gone() -> AccessDeniedError:
+    """A read comes too late for the options that it was to use. As good as denied: who has others tries with those."""
+    return AccessDeniedError("the consumer whose credentials these were has gone, or has got others")

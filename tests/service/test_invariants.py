@@ -139,3 +139,21 @@ def test_what_others_were_denied_is_fetched_ahead_all_the_same() -> None:
     world.run(100.0)
     entry, _ = planner.state.locate(1)
     assert sorted(entry.chunks) == [1, 2]
+
+
+def test_what_is_fetched_for_one_who_has_gone_is_fetched_again_for_who_still_waits() -> None:
+    draw = random.Random(0)
+    world = VirtualCore(draw, 8, 12)
+    leaver, waiter = (Someone(world, draw, options) for options in OPTIONS[:2])
+    waiter.say(protocol.Want([0], 1, True))
+    world.run(100.0)
+    waiter.release([0])
+    world.core._drop_idle()
+    world.disk.fail_share = 1.0  # the chunk turns out to be damaged, once its reader has gone
+    for someone in (leaver, waiter):
+        someone.wanted[0] = None
+        someone.say(protocol.Want([0], 2, True))
+    world.run(0.0)
+    leaver.leave()
+    world.run(100.0)
+    assert 0 in waiter.held

@@ -15,6 +15,7 @@ from fastload.service.core import Core
 from fastload.service.hedging import SHARE_MAX
 from fastload.service.model import Chunk, Recalled, State, Write
 from fastload.service.parts import Parts
+from fastload.service.stores import options_gone
 from fastload.service.troubles import Troubles
 from fastload.simulate.clock import VirtualLoop
 from fastload.simulate.link import Connections, Link, VirtualStores
@@ -41,6 +42,8 @@ class Stores(VirtualStores):
         error: Exception | None = None
         if key in self.denied:
             error = AccessDeniedError("denied")
+        elif key not in self._options:
+            error = options_gone()
         elif self._draw.random() < self.fail_share:
             errors = AccessDeniedError("denied"), StoreUnavailableError("away"), ObjectChangedError("changed")
             error = self._draw.choice(errors)
