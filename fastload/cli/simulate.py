@@ -15,7 +15,9 @@ from fastload.config import parse_bytes
 from fastload.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fastload.simulate.options import StoreProfile
+    from collections.abc import Sequence
+
+    from fastload.simulate import Job, Run, StoreProfile
 
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
@@ -62,14 +64,11 @@ def simulate(
     from fastload.arguments import checked_cache_policy
     from fastload.plan.order import check_shuffle
     from fastload.simulate import Job, Node, sweep
-    from fastload.simulate.report import about, advice, as_json, as_svg, as_table, refusals
+    from fastload.simulate.report import as_json, as_svg
     from fastload.simulate.run import CHUNKS_MAX
 
     _check_above_zero({"--nodes": nodes, "--ranks": ranks, "--batch-size": batch_size, "--epochs": epochs})
-    _check_above_zero({"--rate": rate, "--throttles-above": throttles_above, "--simulated-nodes": simulated_nodes})
-    _check_above_zero({"--first-byte-ms": first_byte_ms, "--slow-times": slow_times})
-    if not 0 <= slow_share <= 1:
-        raise ConfigError(f"--slow-share={slow_share} must be between 0 and 1; 0.01 is one request in a hundred")
+    _check_above_zero({"--rate": rate, "--simulated-nodes": simulated_nodes})
     for option, file in (("--json", json_file), ("--plot", plot_file)):
         _check_file(option, file)
     job = Job(
@@ -101,16 +100,21 @@ def simulate(
     ]
     chunks_max = None if whole else CHUNKS_MAX
     runs = sweep(job, caches, profile, seed=seed, simulated_nodes=simulated_nodes, chunks_max=chunks_max)
+    _print(job, runs)
+    if json_file is not None:
+        _write("--json", json_file, json.dumps(as_json(job, profile, seed, runs), indent=1) + "\n")
+    if plot_file is not None and any(not run.refused for run in runs):
+        _write("--plot", plot_file, as_svg(job, runs))
+
+
+def _print(job: Job, runs: Sequence[Run]) -> None:
+    from fastload.simulate.report import about, advice, as_table, refusals
+
     console = Console()
-    is_any = any(not run.refused for run in runs)
-    if is_any:
+    if any(not run.refused for run in runs):
         console.print(as_table(job, runs))
     for line in [*refusals(runs), *advice(job, runs), about(job, runs)]:
         console.print(line, highlight=False)
-    if json_file is not None:
-        _write("--json", json_file, json.dumps(as_json(job, profile, seed, runs), indent=1) + "\n")
-    if plot_file is not None and is_any:
-        _write("--plot", plot_file, as_svg(job, runs))
 
 
 def _check_above_zero(options: dict[str, float | None]) -> None:
@@ -163,6 +167,11 @@ def _store(
 
     if name not in STORES:
         raise ConfigError(f"--store={name} is none of {', '.join(STORES)}; or name one and change it with the options")
+    _check_above_zero({"--throttles-above": throttles_above, "--slow-times": slow[1]})
+    if first_byte_ms is not None and not 0 <= first_byte_ms < math.inf:
+        raise ConfigError(f"--first-byte-ms={first_byte_ms} must be 0 or more, and not infinite")
+    if not 0 <= slow[0] <= 1:
+        raise ConfigError(f"--slow-share={slow[0]} must be between 0 and 1; 0.01 is one request in a hundred")
     known = STORES[name]
     return StoreProfile(
         first_byte_s=known.first_byte_s if first_byte_ms is None else first_byte_ms / 1000,
