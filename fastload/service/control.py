@@ -46,6 +46,8 @@ _RAISE, _CUT = 1.25, 0.8
 # When a raise paid in full: more at a time. Less than double, so that no trial is far above what is needed.
 _RAISE_FAST = 1.5
 _CUT_FAST = 0.5
+# To try fewer costs what they lack for a second or two, and from here on would save nobody anything.
+_CUT_TO_MIN = 3
 # A connection that is slower is held up by others: no store is so slow by itself.
 _SLOW_BYTES_PER_S = 20e6
 _PAYS, _PAYS_FULLY = 0.3, 0.6
@@ -240,7 +242,7 @@ class Controller:
         cut = min(self.limit - 1, int(self.limit * self._cut))
         if now >= self._raise_at and raised > self.limit:
             self._set(raised, _Mode.RAISED, now)
-        elif now >= self._cut_at and cut >= (self._floor if now < self._floor_until else 1):
+        elif now >= self._cut_at and cut >= max(_CUT_TO_MIN, self._floor if now < self._floor_until else 1):
             self._set(cut, _Mode.CUT, now)
 
     def _of_use(self, now: float) -> int:
