@@ -5,8 +5,7 @@ so there is no lock and no half-changed state. Each event (a message, a finished
 and asks for a *turn*; a turn, run once for any number of events, lets the scheduler look at what is wanted and at the
 buffers, carries out what it decides, and sends the mail that came up.
 
-A chunk's life in RAM: absent, loading (from disk or store), resident; then leased and given back any number of times,
-perhaps written to disk meanwhile; dropped when its buffer is needed more elsewhere.
+What becomes of a chunk, from its loading to its end, is carried out by `residency`.
 
 The core knows no sockets: a consumer is a `send` function, so tests drive it directly.
 """
@@ -15,41 +14,30 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from fastload.cache import CacheDirectory
-from fastload.errors import AccessDeniedError, CacheError
-from fastload.service import buffers, figures, protocol, scheduler
-from fastload.service.buffers import BufferTable
+from fastload.errors import CacheError
+from fastload.service import figures, protocol, scheduler
 from fastload.service.clearing import Clearing
 from fastload.service.consumers import ConsumerState
-from fastload.service.diskorder import DiskOrder
-from fastload.service.fetches import Fetches
 from fastload.service.indexes import Indexes
-from fastload.service.ledger import Ledger
-from fastload.service.loads import Loader
-from fastload.service.model import Chunk, ObjectEntry, Objects, State, Write
+from fastload.service.model import Chunk
 from fastload.service.openings import Openings
 from fastload.service.parts import Parts
-from fastload.service.pins import Pins
-from fastload.service.plans import Plan
-from fastload.service.planset import PlanSet
-from fastload.service.pools import Done
 from fastload.service.quota import Quota
+from fastload.service.records import Records
 from fastload.service.remembering import Remembering
 from fastload.service.replay import Replay, ReplayPlan
 from fastload.service.requests import Requests
-from fastload.service.room import Room
-from fastload.service.scheduler import Candidate, Drop, Load, Recall, Slots
+from fastload.service.residency import Heard, Residency
+from fastload.service.scheduler import Drop, Load, Recall, Slots
 from fastload.service.stalls import DISK_DEADLINE_S, DiskWatch
 from fastload.service.stores import Opener
 from fastload.service.versions import Versions
 from fastload.service.warm import WarmPlan
-from fastload.service.warming import Warming
 from fastload.service.wishes import Wishes
-from fastload.service.writing import WriteBehind
 
 Send = Callable[[protocol.Message], None]
 
@@ -86,9 +74,7 @@ class Core:
         self.chunk_bytes = parts.limits.chunk_bytes
         self.arena, self.disk = parts.arena, parts.disk
         self.consumers: dict[ConsumerState, None] = {}  # in the order in which they came
-        self._counters: Counter[str] = Counter(dropped_chunks=0)
         parts.troubles.tell = self._tell_trouble
-        self._make_records()
         self._history = Remembering(
             parts.history,
             parts.limits.history_bytes,
@@ -98,44 +84,21 @@ class Core:
             parts.now,
             parts.wall,
         )
-        self._make_tiers(DiskWatch(self.disk, parts.pools, disk_deadline_s, self._disk_stalled, self._wake, parts.now))
+        self._watch = DiskWatch(self.disk, parts.pools, disk_deadline_s, self._disk_stalled, self._wake, parts.now)
+        self._make_records()
         self._make_services()
 
     def _make_records(self) -> None:
-        """What is where, and who wants it."""
-        limits = self._parts.limits
-        self._objects = Objects(limits.chunk_bytes)
-        self._pins = Pins(self.disk, limits.ram_bytes)
-        self._table = BufferTable(
-            self.arena.buffer_count, lambda chunk: self._pins.belongs_in_ram(chunk.entry, chunk.index)
+        """What is where, who wants it, and what becomes of it."""
+        records = self._records = Records.of_parts(self._parts, self.consumers)
+        self._objects, self._table, self._disk_order = records.objects, records.table, records.disk_order
+        self._ledger, self._plans, self._pins = records.ledger, records.plans, records.pins
+        heard = Heard(lambda chunk: self._replay.fetched(chunk), self._load_failed, self._wake)
+        residency = self._residency = Residency(
+            self._parts, records, self._watch, self.consumers, self._history.known, heard
         )
-        self._ledger = Ledger(self._table, self._used)
-        self._disk_order = DiskOrder(self.disk.keys())
-        self._plans = PlanSet(self.consumers, self._table, self._disk_order, self._pins)
-
-    def _make_tiers(self, watch: DiskWatch) -> None:
-        """What fills buffers and writes them down."""
-        parts, limits, arena, disk = self._parts, self._parts.limits, self.arena, self.disk
-        self._watch = watch
-        self._fetches = Fetches(
-            arena,
-            self._table,
-            parts.stores,
-            parts.pools,
-            self._spare_buffer,
-            self._wake,
-            parts.now,
-            parts.requests_max,
-            limits.requests_in_flight,
-            self._history.known,
-            parts.hedger,
-        )
-        self._loader = Loader(arena, disk, watch, self._fetches, self._loaded, self._read_given_up)
-        room = Room(self._disk_order, self._pins, self._plans.to_read)
-        self._writer = WriteBehind(
-            arena, disk, self._disk_order, room, watch, self._table.refresh, self._written, parts.now
-        )
-        self._writer.limit(limits.disk_write_bytes_per_s)
+        self._fetches, self._loader, self._writer = residency.fetches, residency.loader, residency.writer
+        self._warming = residency.warming
 
     def _make_services(self) -> None:
         """What consumers ask for besides chunks, and what chunks they ask for."""
@@ -149,15 +112,20 @@ class Core:
             self._plans, self._objects, stores, versions, self._history.load, self._table.replan, self._wake
         )
         self._clearing = Clearing(
-            self.disk, self._disk_order, self._indexes, versions, self._history, self._watch, self._drop_idle
+            self.disk,
+            self._disk_order,
+            self._indexes,
+            versions,
+            self._history,
+            self._watch,
+            self._residency.drop_idle,
         )
-        self._warming = Warming(self.consumers, self._plans, self._table, self._writer, self._on_disk)
         self._wishes = Wishes(
             self._ledger,
             self._plans,
             self._warming,
             self.arena.buffer_count,
-            self._on_disk,
+            self._records.on_disk,
             lambda: self._fetches.limit,
         )
 
@@ -286,7 +254,7 @@ class Core:
         slots = Slots(self._loader.reads.idle, self._fetches.idle, self._fetches.free_at)
         quick = self._disk_is_quick()
         actions = scheduler.decide(
-            self._wishes.candidates(), self._table, slots, coming=self._coming(quick), disk_is_quick=quick
+            self._wishes.candidates(), self._table, slots, coming=self._residency.coming(quick), disk_is_quick=quick
         )
         for action in actions:
             self._carry_out(action)
@@ -301,14 +269,6 @@ class Core:
         for consumer in self.consumers:
             consumer.flush()
 
-    def _used(self, chunk: Chunk) -> None:
-        """It was read before, and is again, from RAM."""
-        self._table.use(chunk)
-        self._disk_order.use(chunk.entry.key(chunk.index))
-
-    def _on_disk(self, entry: ObjectEntry, index: int) -> bool:
-        return self.disk.readable and self.disk.contains(entry.key(index))
-
     def _disk_is_quick(self) -> bool:
         """Whether writes are worth waiting for; if somebody does, we look again when this one turns out to be slow."""
         quick_for_s = self._writer.quick_for_s()
@@ -321,141 +281,18 @@ class Core:
         self._looking_again = False
         self._wake()
 
-    def _coming(self, quick: bool) -> int:
-        """Buffers that will be idle without any recall: being written, filled for nobody who waits, or asked back."""
-        waiting = [buffers.WRITING, buffers.QUEUED] if quick else [buffers.WRITING]
-        written = self._table.count_of(waiting)
-        unwanted = sum(not chunk.wanters for chunk in self._loader.in_flight)
-        return written + unwanted + len(self._ledger.asked)
-
     def _carry_out(self, action: scheduler.Action) -> None:
         match action:
             case Load():
-                self._load(action.candidate, action.buffer)
+                self._residency.load(action.candidate, action.buffer)
             case Drop():
-                self._drop(self._chunk_in(action.buffer))
+                self._residency.drop(self._records.chunk_in(action.buffer))
             case Recall():
-                self._ledger.recall(self._chunk_in(action.buffer))
-
-    def _chunk_in(self, buffer: int) -> Chunk:
-        chunk = self._table.chunks[buffer]
-        assert chunk is not None, f"buffer {buffer} is empty"
-        return chunk
-
-    def _load(self, candidate: Candidate, buffer: int) -> None:
-        chunk = candidate.entry.chunk(candidate.index)
-        options_key = self._options_for(chunk, candidate.plan)
-        self._table.place(chunk, buffer, on_disk=candidate.on_disk)
-        if candidate.on_disk:
-            self._disk_order.use(chunk.entry.key(chunk.index))
-        self._loader.start(chunk, candidate.on_disk, options_key)
-        self._ledger.loading(chunk)
-        self._table.refresh(chunk)
-        if isinstance(candidate.plan, WarmPlan):
-            candidate.plan.taken(chunk)
-
-    @staticmethod
-    def _options_for(chunk: Chunk, plan: Plan | None) -> str:
-        """The credentials of whoever wants the chunk most."""
-        wanters = sorted(chunk.wanters.items(), key=lambda item: not item[1].urgent)
-        if wanters:
-            return wanters[0][0][0].options_key
-        assert plan is not None, "nobody wants this chunk"
-        return plan.options_key
-
-    def _spare_buffer(self) -> int | None:
-        """A buffer for a second request for a chunk that somebody wants: free, or the least useful idle one. Never the
-        last, since both requests may hang: whoever waits for another chunk next finds room.
-        """
-        idle, _ = self._table.by_usefulness([buffers.IDLE], 2)
-        if self._table.free_count + len(idle) < 2:
-            return None
-        if not self._table.free_count:
-            self._drop(self._chunk_in(idle[0]))
-        return self._table.borrow()
-
-    def _drop(self, chunk: Chunk) -> None:
-        if chunk.write is Write.QUEUED:
-            self._writer.give_up(chunk)
-            for plan in self._plans.warm():
-                plan.put_back(chunk)
-        self._table.evicted(chunk)
-        self._empty(chunk)
-        self._counters["dropped_chunks"] += 1
-
-    def _drop_idle(self) -> int:
-        """Empty all buffers that may be; how many bytes were in them."""
-        buffers_held, _ = self._table.by_usefulness([buffers.IDLE, buffers.QUEUED])
-        chunks = [self._chunk_in(buffer) for buffer in buffers_held]
-        for chunk in chunks:
-            self._drop(chunk)
-        return sum(chunk.length for chunk in chunks)
-
-    def _empty(self, chunk: Chunk) -> None:
-        """Its buffer holds it no more."""
-        assert chunk.state is State.RESIDENT, "only what is here can go"
-        assert chunk.write is Write.NONE, "a buffer that is being written cannot go"
-        assert not chunk.lessees, "a leased buffer cannot go"
-        self._table.clear(chunk)
-        self._gone(chunk)
-
-    def _gone(self, chunk: Chunk) -> None:
-        """It lies in no buffer any more."""
-        chunk.state = State.ABSENT
-        for plan in self._plans.all():
-            plan.dropped(chunk.entry, chunk.index)
-        self._ledger.dropped(chunk)
-        self._objects.forget_if_idle(chunk.entry)
-
-    # What pools report
-
-    def _loaded(self, chunk: Chunk, error: BaseException | None) -> None:
-        if error is None:
-            chunk.state = State.RESIDENT
-            if chunk.source == protocol.SOURCE_REMOTE:
-                self._replay.fetched(chunk)
-            self._table.touch(chunk)
-            self._write_behind(chunk)
-            self._ledger.loaded(chunk)
-            self._table.refresh(chunk)
-        else:
-            self._load_failed(chunk, error)
-        self._wake()
+                self._ledger.recall(self._records.chunk_in(action.buffer))
 
     def _load_failed(self, chunk: Chunk, error: BaseException) -> None:
-        """Those who want the chunk now are told; plans leave it alone until somebody wants it."""
-        denied = isinstance(error, AccessDeniedError)
-        for plan in self._plans.all():
-            if denied and plan.options_key != chunk.fetched_as:
-                plan.dropped(chunk.entry, chunk.index)  # it may have looked past it while it was on its way
-                continue
-            position = plan.position(chunk.entry, chunk.index)
-            if position >= 0:
-                plan.failed.add(position)
-            if isinstance(plan, WarmPlan) and position >= 0:
-                plan.fail(error)
         self._openings.failed(chunk, error)
         self._replay.failed(chunk)
-        self._table.clear(chunk)
-        chunk.state = State.ABSENT
-        self._ledger.failed(chunk, error)
-        self._objects.forget_if_idle(chunk.entry)
-
-    def _write_behind(self, chunk: Chunk) -> None:
-        warm = self._warming.came(chunk)
-        queued = False
-        if chunk.source == protocol.SOURCE_REMOTE and not self._on_disk(chunk.entry, chunk.index):
-            queued = self._writer.admit(chunk, patient=bool(warm))
-        if not queued:
-            self._warming.not_written(chunk, warm)
-
-    def _written(self, chunk: Chunk, written: bool) -> None:
-        self._table.refresh(chunk)
-        if written:
-            self._table.written(chunk)
-        for plan in self._plans.warm():
-            plan.settle(chunk, held=written or not plan.to_disk)
-        self._wake()
 
     # A disk that hangs
 
@@ -467,17 +304,6 @@ class Core:
     def _disk_stalled(self) -> None:
         self._writer.give_up_all()
         self._wake()
-
-    def _read_given_up(self, chunk: Chunk) -> Done:
-        """Its buffer is lost until the read returns, and it is loaded anew, if only for those who want it."""
-        buffer = self._table.strand(chunk)
-        self._gone(chunk)
-
-        def returned(length: int | None, error: BaseException | None) -> None:
-            self._table.reclaim(buffer)
-            self._wake()
-
-        return returned
 
     def _refuse_demands(self) -> None:
         error = CacheError(
@@ -491,7 +317,12 @@ class Core:
 
     def _stats(self, consumer: ConsumerState) -> dict[str, Any]:
         """All figures; docs/protocol.md says what they mean."""
-        counted = {**self._counters, **self._loader.counters, **self._fetches.counters, **self._writer.counters}
+        counted = {
+            **self._residency.counters,
+            **self._loader.counters,
+            **self._fetches.counters,
+            **self._writer.counters,
+        }
         counted |= self._replay.counters
         counted["recalls"] = self._ledger.recall_count
         node = {

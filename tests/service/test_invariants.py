@@ -148,7 +148,7 @@ def test_what_is_fetched_for_one_who_has_gone_is_fetched_again_for_who_still_wai
     waiter.say(protocol.Want([0], 1, True))
     world.run(100.0)
     waiter.release([0])
-    world.core._drop_idle()
+    world.core._residency.drop_idle()
     world.disk.fail_share = 1.0  # the chunk turns out to be damaged, once its reader has gone
     for someone in (leaver, waiter):
         someone.wanted[0] = None

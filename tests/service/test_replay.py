@@ -368,7 +368,7 @@ def test_nothing_is_left_when_all_have_gone(seed: int, buffer_count: int, tmp_pa
         for reader in readers:
             reader.leave()
         await settle()
-        core._drop_idle()
+        core._residency.drop_idle()
         assert core._objects._entries == {}
         assert core._table._positions == {}
         assert core._table.free_count == core._table.count
