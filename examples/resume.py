@@ -6,9 +6,11 @@
 
 Three things make it so: the loader's state is saved with the model's, in one file; a global batch has the same size
 whatever the number of processes, so that each has its part of it; and `partitions` says into how many parts the data
-is dealt, where otherwise the number of nodes would. `python examples/resume.py` is one process. S3 is configured as for
-any other tool, by the AWS_* variables or a profile; a sample is one member `KEY.jpg` and one `KEY.cls` (the label, as
-digits) in a shard.
+is dealt, where otherwise the number of nodes would. An epoch's last batch may be short and shared unevenly, and DDP
+takes the mean of the ranks' means: where the last digit counts, give the loader `drop_last=True`.
+
+`python examples/resume.py` is one process. S3 is configured as for any other tool, by the AWS_* variables or a profile;
+a sample is one member `KEY.jpg` and one `KEY.cls` (the label, as digits) in a shard.
 """
 
 import os
