@@ -1,8 +1,8 @@
 """Keeping history: what consumers read goes into the run that they belong to, and what was learnt goes with it.
 
 Consumers of one process group are one run: the ranks of a job, and its worker processes, which come and go with each
-epoch. It ends when none of them has been connected for a minute. What came up is written every half minute, and when a
-consumer goes, so that a run that follows soon finds it; in a thread, since it is packed for that.
+epoch. It ends when none of them has been connected for a minute. What came up is written every half minute, a
+second after a consumer went, and before somebody looks for a place in it; in a thread, since it is packed for that.
 
 When the folder cannot be written to, nothing more is kept, with one word in the service's log: history is a help, no
 part of the cache. What was read of it serves on. A run that is forgotten while it goes on (`fastload history rm`,
@@ -29,7 +29,7 @@ from fastload.service.pools import Pools
 
 log = logging.getLogger("fastload.service")
 
-_WRITE_EVERY_S = 30.0
+_WRITE_EVERY_S, _WRITE_AFTER_S = 30.0, 1.0
 _RUN_ENDS_S = 60.0
 # Reads of earlier runs that are kept in reach: 28 bytes each, and their objects.
 _LIBRARY_READS_MAX = 1 << 21
@@ -88,7 +88,7 @@ class Remembering:
         self._lanes: dict[ConsumerState, tuple[_LiveRun, int]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._known: dict[str, EndpointSummary] = {}
-        self._version = 0  # of what is on disk
+        self._version = 0  # of what is on disk, when the pool has done what it was given
         self._loaded_version = -1
         self._is_loading = False
         self._clear_count = 0
@@ -143,7 +143,8 @@ class Remembering:
         run.recorder.lane_ended(lane)
         run.reader_count -= 1
         run.left_s = self._now()
-        self._write(run)
+        # Not at once: a job that ends may take its cache's directory along, and would meet a file that comes into it.
+        self._wait(_WRITE_AFTER_S)
 
     def close(self) -> None:
         """Write what there is; the pool does so before it ends."""
@@ -152,9 +153,13 @@ class Remembering:
         for run in self._runs.values():
             self._write(run)
 
-    def _wait(self) -> None:
+    def _wait(self, seconds: float = _WRITE_EVERY_S) -> None:
+        due_s = self._loop.time() + seconds
+        if self._timer is not None and self._timer.when() > due_s:
+            self._timer.cancel()
+            self._timer = None
         if self._timer is None:
-            self._timer = self._loop.call_later(_WRITE_EVERY_S, self._look)
+            self._timer = self._loop.call_later(seconds, self._look)
 
     def _look(self) -> None:
         """Write what came up, and end the runs that nobody is of any more."""
@@ -181,12 +186,12 @@ class Remembering:
             if error is not None:
                 self._give_up(error)
                 return
-            self._version += 1
             if size is None:
                 run.forget()
             elif size > self._bytes_max // 2:
                 run.recorder.is_full = True
 
+        self._version += 1
         self._pool.submit(_append, self._archive, run, batch, self._bytes_max, keep, done=done)
 
     def _give_up(self, error: BaseException | None) -> None:
@@ -201,6 +206,8 @@ class Remembering:
 
     def load(self, done: Callable[[Library], None]) -> None:
         """Read what earlier runs, and this one so far, have read; `done(library)` follows if that is news."""
+        for run in list(self._runs.values()):
+            self._write(run)
         if self._archive is None or self._is_loading or self._loaded_version == self._version:
             return
         began_s = self._now()

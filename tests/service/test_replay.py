@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -218,6 +219,21 @@ def test_it_is_there_when_the_service_was_killed(tmp_path: Path) -> None:
 
     run(here, work)
     assert kept == [sum(here.objects[number].size // CHUNK_BYTES for number in ORDER[:10])]
+
+
+def test_a_directory_may_go_with_the_job_that_made_it(tmp_path: Path) -> None:
+    """The service is still there then, and does not put anything into it."""
+    here = world(tmp_path)
+
+    async def work(core: Core) -> None:
+        reader = Reader(core, here)
+        await reader.read(0)
+        reader.leave()
+        await settle()
+        shutil.rmtree(tmp_path / "cache")
+
+    run(here, work)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -452,19 +468,20 @@ def test_history_is_not_gathered_for_a_disk_that_hangs(
 
 def test_a_run_that_is_forgotten_as_it_goes_on_is_not_kept_on(tmp_path: Path) -> None:
     here = world(tmp_path)
+    archive = Archive(tmp_path / "cache")
 
     async def work(core: Core) -> None:
-        archive = Archive(tmp_path / "cache")
         for number in range(3):
             reader = Reader(core, here)
             await reader.read(number)
             reader.leave()
-            await settle()
             if number == 0:
+                await until(lambda: bool(archive.runs()), "it is written")
                 archive.remove(archive.find("latest"))
-        assert archive.runs() == []
+            await settle()
 
     run(here, work)
+    assert archive.runs() == []
 
 
 def test_what_is_cleared_does_not_come_back_damaged(tmp_path: Path) -> None:
