@@ -61,8 +61,9 @@ def test_what_a_state_skips_stays_cached(s3, tmp_path: Path, data: Corpus) -> No
     batches.close()
     loader.load_state_dict(state)
     list(loader)
-    shares, _ = shares_fetched(loader, data, 2)
-    assert sum(shares) / 2 < 0.75, shares
+    shares, _ = shares_fetched(loader, data, 4)
+    # One that forgot what was skipped fetches 0.83 or more in each. Where the disk is busy, not all is written at once.
+    assert min(shares) < 0.7, shares
     loader.close()
 
 
