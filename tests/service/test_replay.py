@@ -154,7 +154,14 @@ def test_an_object_that_vanished_is_nobodys_error(tmp_path: Path) -> None:
     read_all(here, ORDER)
     url = here.objects[ORDER[10]].url
     here.store.errors[url] = ObjectMissingError(f"{url} is gone")
-    read_all(here, [number for number in ORDER if number != ORDER[10]])
+    failures: list[protocol.Message] = []
+
+    def look(core: Core, reader: Reader) -> None:
+        failures.extend([*reader.side.all(protocol.Failed), *reader.side.all(protocol.RequestFailed)])
+
+    read_all(here, [number for number in ORDER if number != ORDER[10]], look)
+    assert failures == []
+    assert [each for each, _ in here.store.reads].count(url) == 1  # in vain, and once
 
 
 def test_switched_off_nothing_is_kept_or_used(tmp_path: Path) -> None:
@@ -549,7 +556,13 @@ def test_damaged_history_stops_nothing(tmp_path: Path) -> None:
     read_all(here, ORDER)
     path = Archive(tmp_path / "cache").runs()[0].path
     path.write_bytes(path.read_bytes()[:100] + b"\xff" * 100)
-    read_all(here, ORDER)
+    ahead: list[int] = []
+    read_all(
+        here, ORDER, lambda core, reader: ahead.append(len(here.store.reads) - reader.side.state.granted.chunks[2])
+    )
+    assert len(ahead) == COUNT  # all was read, and nothing was predicted
+    assert set(ahead) == {0}
+    assert {len(Archive(tmp_path / "cache").read(each).reads) for each in Archive(tmp_path / "cache").runs()} >= {0}
 
 
 def test_clearing_empties_all_but_what_is_in_use(tmp_path: Path) -> None:
