@@ -29,7 +29,7 @@ from fastload.simulate.data import Data, KnownCounts, SimulatedShards
 OnClosed = Callable[[Window], None]
 
 
-class _WindowReader(WindowReader):
+class _Reader(WindowReader):
     """Tells of windows that are closed, and hears late of shards that were parsed."""
 
     on_closed: OnClosed
@@ -44,19 +44,8 @@ class _WindowReader(WindowReader):
             self.on_closed(window)
 
 
-class _ScatteredReader(ScatteredReader):
-    """The same."""
-
-    on_closed: OnClosed
-
-    def parsed(self, object_nos: list[int]) -> None:
-        """What these were leased for is over."""
-        self._indexed(np.array(object_nos, np.int64))
-
-    def _give_back(self, closed: list[Window]) -> None:
-        super()._give_back(closed)
-        for window in closed:
-            self.on_closed(window)
+class _ScatteredReader(_Reader, ScatteredReader):
+    """The same of one that leases by entry."""
 
 
 class Pace:
@@ -170,15 +159,15 @@ class Rank:
     def _leased(self) -> list[int]:
         return list(self._consumer.state.granted.byte_counts)
 
-    def _make_reader(self) -> _WindowReader | _ScatteredReader:
+    def _make_reader(self) -> _Reader:
         arguments = self._consumer, self._shards, self._data.first_chunk
-        reader: _WindowReader | _ScatteredReader
+        reader: _Reader
         if self._job.shuffle == "global":
             reader = _ScatteredReader(*arguments)
             reader.chunks_of = self._data.chunks_of
             reader.foresees = self._job.cache_policy == "future"
         else:
-            reader = _WindowReader(*arguments)
+            reader = _Reader(*arguments)
         reader.on_closed = partial(self._observer.has_closed, self)
         return reader
 
