@@ -24,67 +24,67 @@ from fastload.store.table import ObjectTable
 
 
 @dataclass(frozen=True, slots=True)
-class Warmed:
-    """What came of it. `held_bytes` of `total_bytes` are cached; `sample_count` is the number of samples."""
+class Job:
+    """What a job was told of its data. `ranks` are those of any rank of this node: they say which partitions the node
+    reads. `index` and `manifest_file` are the job's, where it names them.
+    """
 
-    shard_count: int
-    sample_count: int
-    total_bytes: int
-    held_bytes: int
-    fetched_bytes: int
+    urls: Sequence[str]
+    order: OrderWish
+    epoch: int = 0
+    ranks: Ranks = Ranks()  # noqa: RUF009  # immutable
+    index: str | None = None
+    manifest_file: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Warmed:
+    """What came of it: `held_bytes` of `total_bytes` are cached.
+
+    `sample_count` is that of a job's shards, and 0 where a run's objects were warmed, which nobody parses;
+    `missing_count` of what the run had read are not there any more.
+    """
+
+    object_count: int
+    total_bytes: int = 0
+    held_bytes: int = 0
+    fetched_bytes: int = 0
+    sample_count: int = 0
+    missing_count: int = 0
 
     @property
     def is_complete(self) -> bool:
-        """Whether a job that follows will fetch nothing."""
+        """Whether the job, or the same run, would fetch nothing now."""
         return self.held_bytes >= self.total_bytes
 
 
 def warm(
-    urls: Sequence[str],
+    job: Job,
     cache: Cache,
-    order: OrderWish,
     *,
-    epoch: int = 0,
-    ranks: Ranks = Ranks(),  # noqa: B008  # immutable
     storage_options: Mapping[str, Any] | None = None,
-    index: str | None = None,
-    manifest_file: str | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Warmed:
     """Fill `cache` for one epoch of a job. Blocks until everything is there, or the cache is full.
 
-    `ranks` are those of any rank of this node: they say which partitions the node reads. `index` and `manifest_file`
-    are the job's, where it names them. Raises the errors of listing, fetching and indexing, as a job would.
+    Raises the errors of listing, fetching and indexing, as a job would.
     """
     with cache.consumer(storage_options, "warm") as consumer:
-        manifest = _manifest(consumer, urls, manifest_file)
-        sidecars = find_sidecars(consumer, manifest, index)
+        manifest = _manifest(consumer, job)
+        sidecars = find_sidecars(consumer, manifest, job.index)
         attach(consumer, manifest, sidecars)
-        plan = objects_in_use_order(manifest, order.settled(ranks, cache.ram_bytes), epoch, ranks=ranks)
-        consumer.set_plan(plan, epoch, warm=True)
+        order = job.order.settled(job.ranks, cache.ram_bytes)
+        plan = objects_in_use_order(manifest, order, job.epoch, ranks=job.ranks)
+        consumer.set_plan(plan, job.epoch, warm=True)
         indexing = _Indexing(consumer, manifest, sidecars, plan.tolist())
         try:
             progress = _follow(consumer, on_progress)
             sample_count = indexing.result()
         finally:
             indexing.stop()
-    return Warmed(len(plan), sample_count, progress.total_bytes, progress.held_bytes, progress.fetched_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class RunWarmed:
-    """What came of warming what a run had read. `missing_count` of its objects are not there any more."""
-
-    object_count: int
-    missing_count: int
-    total_bytes: int
-    held_bytes: int
-    fetched_bytes: int
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the same run would fetch nothing."""
-        return self.held_bytes >= self.total_bytes
+    return Warmed(
+        len(plan), progress.total_bytes, progress.held_bytes, progress.fetched_bytes, sample_count=sample_count
+    )
 
 
 def warm_run(
@@ -93,7 +93,7 @@ def warm_run(
     *,
     storage_options: Mapping[str, Any] | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> RunWarmed:
+) -> Warmed:
     """Fill `cache` with the objects at `urls`, as they are now and in this order: those that an earlier run read.
 
     Blocks until everything is there, or the cache is full. Objects that are gone are left out; other errors of the
@@ -101,21 +101,28 @@ def warm_run(
     """
     with cache.consumer(storage_options, "warm") as consumer:
         objects = consumer.present(urls)
+        missing_count = len(urls) - len(objects)
         if not len(objects):
-            return RunWarmed(0, len(urls), 0, 0, 0)
+            return Warmed(0, missing_count=missing_count)
         consumer.attach(objects)
         consumer.set_plan(range(len(objects)), 0, warm=True)
         progress = _follow(consumer, on_progress)
-    return RunWarmed(
-        len(objects), len(urls) - len(objects), progress.total_bytes, progress.held_bytes, progress.fetched_bytes
+    return Warmed(
+        len(objects),
+        progress.total_bytes,
+        progress.held_bytes,
+        progress.fetched_bytes,
+        missing_count=missing_count,
     )
 
 
-def _manifest(consumer: Consumer, urls: Sequence[str], manifest_file: str | None) -> Manifest:
+def _manifest(consumer: Consumer, job: Job) -> Manifest:
     """The list of shards that the job will read, which is frozen where it is in a file."""
-    if manifest_file is None:
-        return list_shards(consumer, urls)
-    return shared_manifest(manifest_file, urls, is_first=True, list_shards=lambda: list_shards(consumer, urls))
+    if job.manifest_file is None:
+        return list_shards(consumer, job.urls)
+    return shared_manifest(
+        job.manifest_file, job.urls, is_first=True, list_shards=lambda: list_shards(consumer, job.urls)
+    )
 
 
 def _follow(consumer: Consumer, on_progress: Callable[[Progress], None]) -> Progress:

@@ -1,13 +1,17 @@
 """`fastload warm` fills a cache for exactly one job, which then fetches nothing."""
 
+import io
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.progress import MofNCompleteColumn
 
 import fastload
+from fastload.cli.caching import shown
 from tests.processes import service_pids, until
 from tests.shards import check_samples, corpus, samples_of
 
@@ -67,3 +71,12 @@ def test_a_damaged_shard_is_an_error_and_not_a_hang(s3, tmp_path: Path) -> None:
     done = warm(f"{s3.url}/bad/", tmp_path / "cache", "--disk-bytes=1MiB")
     assert done.returncode == 1
     assert "ShardError" in done.stderr
+
+
+def test_a_bar_says_what_is_done_once_its_size_is_known() -> None:
+    drawn = io.StringIO()
+    with shown(Console(file=drawn, force_terminal=True, width=80), "warming", MofNCompleteColumn()) as bar:
+        bar.show(3, 7)
+    before, _, after = drawn.getvalue().partition("warming")
+    assert "listing" in before
+    assert "3/7" in after

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import DownloadColumn, TransferSpeedColumn
 
-from fastload.config import format_bytes
+from fastload.cli.caching import CacheDirectory, CacheOptions, ChunkBytes, DiskBytes, RamBytes, shown
+from fastload.config import format_bytes, parse_bytes
 from fastload.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fastload import service
-    from fastload.service.handle import Cache
+    from collections.abc import Callable, Iterator
+
+    from fastload.service.protocol import Progress
+    from fastload.warm import Job, Warmed
 
 # Exit code where the cache is too small for the job: not an error, and not what was asked for.
 EXIT_PARTIAL = 3
@@ -34,9 +30,7 @@ def warm(
     from_history: Annotated[
         str | None, typer.Option(help="Instead: what this run read, in its order; `latest`, or see `fastload history`.")
     ] = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="Cache directory; else $FASTLOAD_CACHE, or ~/.cache/fastload.")
-    ] = None,
+    cache: CacheDirectory = None,
     shuffle: Annotated[bool, typer.Option(help="The job shuffles.")] = True,
     seed: Annotated[int, typer.Option(help="The job's seed.")] = 0,
     epoch: Annotated[int, typer.Option(help="The epoch that the job begins with.")] = 0,
@@ -46,90 +40,62 @@ def warm(
     index: Annotated[str | None, typer.Option(help="The job's file of indexes, if it names one.")] = None,
     manifest: Annotated[str | None, typer.Option(help="The job's file with the list of shards, if it has one.")] = None,
     shuffle_window: Annotated[str, typer.Option(help="The job's shuffle window, such as 1GiB.")] = "auto",
-    ram_bytes: Annotated[str | None, typer.Option(help="Size of the RAM tier, such as 8GiB.")] = None,
-    disk_bytes: Annotated[str | None, typer.Option(help="Size of the disk tier, such as 500GiB.")] = None,
-    chunk_bytes: Annotated[str | None, typer.Option(help="Size of a chunk, such as 8MiB.")] = None,
+    ram_bytes: RamBytes = None,
+    disk_bytes: DiskBytes = None,
+    chunk_bytes: ChunkBytes = None,
 ) -> None:
     """Fill the cache for a job, so that it fetches nothing: same URLs, seed and shuffle as the job.
 
     Or with --from-history, for one that reads what an earlier run read, whatever its order.
     """
-    from fastload import warm as warming
-    from fastload.config import parse_bytes
     from fastload.plan import OrderWish, Ranks
-    from fastload.service.handle import Cache
+    from fastload.warm import Job
 
     if bool(urls) == bool(from_history):
         raise ConfigError("name either URLs or --from-history=RUN, and not both")
-    console = Console(stderr=True)
+    options, console = CacheOptions(cache, ram_bytes, disk_bytes, chunk_bytes), Console(stderr=True)
     if from_history:
-        with Cache(cache, ram_bytes=ram_bytes, disk_bytes=disk_bytes, chunk_bytes=chunk_bytes) as opened:
-            _warm_run(from_history, opened, console)
-        return
-    with (
-        Cache(cache, ram_bytes=ram_bytes, disk_bytes=disk_bytes, chunk_bytes=chunk_bytes) as opened,
-        _bar(console) as bar,
-    ):
+        what, warmed = _warm_run(from_history, options, console)
+    else:
         window_bytes = None if shuffle_window == "auto" else parse_bytes(shuffle_window, "shuffle_window")
         order = OrderWish(seed, "window" if shuffle else "none", window_bytes, partitions)
-        task = bar.add_task("listing", total=None)
-
-        def show(progress: service.protocol.Progress) -> None:
-            bar.update(task, description="warming", total=progress.total_bytes, completed=progress.done_bytes)
-
-        warmed = warming.warm(
-            urls or [],
-            opened,
-            order,
-            epoch=epoch,
-            ranks=Ranks(node, nodes, 0, 1),  # how many ranks share a node's partitions does not matter
-            index=index,
-            manifest_file=manifest,
-            on_progress=show,
-        )
+        ranks = Ranks(node, nodes, 0, 1)  # how many ranks share a node's partitions does not matter
+        what, warmed = _warm_job(Job(urls or [], order, epoch, ranks, index, manifest), options, console)
     console.print(
-        f"{warmed.shard_count} shards, {warmed.sample_count} samples: "
-        f"{format_bytes(warmed.held_bytes)} of {format_bytes(warmed.total_bytes)} cached, "
+        f"{what}: {format_bytes(warmed.held_bytes)} of {format_bytes(warmed.total_bytes)} cached, "
         f"{format_bytes(warmed.fetched_bytes)} fetched"
     )
-    _end(console, is_complete=warmed.is_complete)
-
-
-def _warm_run(name: str, cache: Cache, console: Console) -> None:
-    """Warm what an earlier run read."""
-    from fastload import warm as warming
-    from fastload.history.archive import Archive
-
-    archive = Archive(cache.directory)
-    run = archive.read(archive.find(name))
-    urls = [url for rows in run.objects.rows() for url, *_ in rows]
-    with _bar(console) as bar:
-        task = bar.add_task("listing", total=None)
-
-        def show(progress: service.protocol.Progress) -> None:
-            bar.update(task, description="warming", total=progress.total_bytes, completed=progress.done_bytes)
-
-        warmed = warming.warm_run(urls, cache, on_progress=show)
-    gone = f", {warmed.missing_count} are gone" if warmed.missing_count else ""
-    console.print(
-        f"{run.name}: {warmed.object_count} objects{gone}: {format_bytes(warmed.held_bytes)} of "
-        f"{format_bytes(warmed.total_bytes)} cached, {format_bytes(warmed.fetched_bytes)} fetched"
-    )
-    _end(console, is_complete=warmed.is_complete)
-
-
-def _end(console: Console, *, is_complete: bool) -> None:
-    if not is_complete:
+    if not warmed.is_complete:
         console.print("The cache is full: raise disk_bytes, or expect the job to fetch the rest itself.")
         raise typer.Exit(EXIT_PARTIAL)
 
 
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+def _warm_job(job: Job, options: CacheOptions, console: Console) -> tuple[str, Warmed]:
+    """Warm what a job will read: that in words, and what came of it."""
+    from fastload import warm as warming
+
+    with options.open() as cache, _progress(console) as on_progress:
+        warmed = warming.warm(job, cache, on_progress=on_progress)
+    return f"{warmed.object_count} shards, {warmed.sample_count} samples", warmed
+
+
+def _warm_run(name: str, options: CacheOptions, console: Console) -> tuple[str, Warmed]:
+    """Warm what an earlier run read: that in words, and what came of it."""
+    from fastload import warm as warming
+    from fastload.history.archive import Archive
+
+    with options.open() as cache:
+        archive = Archive(cache.directory)
+        run = archive.read(archive.find(name))
+        urls = [url for rows in run.objects.rows() for url, *_ in rows]
+        with _progress(console) as on_progress:
+            warmed = warming.warm_run(urls, cache, on_progress=on_progress)
+    gone = f", {warmed.missing_count} are gone" if warmed.missing_count else ""
+    return f"{run.name}: {warmed.object_count} objects{gone}", warmed
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[Progress], None]]:
+    """What the service says of its progress is shown while the block runs."""
+    with shown(console, "warming", DownloadColumn(binary_units=True), TransferSpeedColumn()) as bar:
+        yield lambda progress: bar.show(progress.done_bytes, progress.total_bytes)
