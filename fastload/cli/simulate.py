@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from fastload.config import parse_bytes
-from fastload.errors import ConfigError
+from fastload.cli.simulation import ExtentOptions, JobOptions, NodeOptions, Output, StoreOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fastload.simulate import Job, Run, StoreProfile
-
-_PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+    from fastload.simulate import Job, Run
 
 
 def simulate(
@@ -61,50 +56,48 @@ def simulate(
     """How much a disk cache of some sizes would hit, and how long a job would wait: the cache service's own decisions,
     against a store and disks in virtual time.
     """
-    from fastload.arguments import checked_cache_policy
-    from fastload.plan.order import check_shuffle
-    from fastload.simulate import Job, Node, sweep
     from fastload.simulate.report import as_json, as_svg
-    from fastload.simulate.run import CHUNKS_MAX
 
-    _check_above_zero({"--nodes": nodes, "--ranks": ranks, "--batch-size": batch_size, "--epochs": epochs})
-    _check_above_zero({"--rate": rate, "--simulated-nodes": simulated_nodes})
-    for option, file in (("--json", json_file), ("--plot", plot_file)):
-        _check_file(option, file)
-    job = Job(
-        data_bytes=_size(data_bytes, "--data-bytes"),
-        sample_bytes=_size(sample_bytes, "--sample-bytes"),
-        shard_bytes=_size(shard_bytes, "--shard-bytes"),
+    # What an option cannot be is said before anything is simulated, which may take minutes.
+    extent = ExtentOptions(simulated_nodes, whole, seed)
+    figures, plot = Output("--json", json_file), Output("--plot", plot_file)
+    job = JobOptions(
+        data_bytes=data_bytes,
+        sample_bytes=sample_bytes,
+        shard_bytes=shard_bytes,
         nodes=nodes,
-        ranks_per_node=ranks,
+        ranks=ranks,
+        rate=rate,
         batch_size=batch_size,
-        samples_per_s=rate,
         epochs=epochs,
-        shuffle=check_shuffle(shuffle),
-        policy=checked_cache_policy(policy),
+        shuffle=shuffle,
+        policy=policy,
         in_step=in_step,
-        is_indexed=indexed,
+        indexed=indexed,
         hedging=hedging,
-    )
-    profile = _store(store, first_byte_ms, connection_rate, store_rate, throttles_above, (slow_share, slow_times))
-    caches = [
-        Node(
-            ram_bytes=parse_bytes(ram_bytes, "--ram-bytes"),
-            disk_bytes=size,
-            chunk_bytes=parse_bytes(chunk_bytes, "--chunk-bytes"),
-            link_bytes_per_s=_size(link_rate, "--link-rate"),
-            disk_read_bytes_per_s=_size(disk_read_rate, "--disk-read-rate"),
-            disk_write_bytes_per_s=_size(disk_write_rate, "--disk-write-rate"),
-        )
-        for size in _sizes(cache_bytes, job.data_bytes / job.nodes)
-    ]
-    chunks_max = None if whole else CHUNKS_MAX
-    runs = sweep(job, caches, profile, seed=seed, simulated_nodes=simulated_nodes, chunks_max=chunks_max)
+    ).job()
+    profile = StoreOptions(
+        store=store,
+        first_byte_ms=first_byte_ms,
+        connection_rate=connection_rate,
+        store_rate=store_rate,
+        throttles_above=throttles_above,
+        slow_share=slow_share,
+        slow_times=slow_times,
+    ).profile()
+    caches = NodeOptions(
+        cache_bytes=cache_bytes,
+        ram_bytes=ram_bytes,
+        chunk_bytes=chunk_bytes,
+        link_rate=link_rate,
+        disk_read_rate=disk_read_rate,
+        disk_write_rate=disk_write_rate,
+    ).nodes(job.data_bytes / job.nodes)
+    runs = extent.sweep(job, caches, profile)
     _print(job, runs)
-    if json_file is not None:
-        _write("--json", json_file, json.dumps(as_json(job, profile, seed, runs), indent=1) + "\n")
-    if plot_file is not None and any(not run.refused for run in runs):
-        _write("--plot", plot_file, as_svg(job, runs))
+    figures.write(json.dumps(as_json(job, profile, seed, runs), indent=1) + "\n")
+    if any(not run.refused for run in runs):
+        plot.write(as_svg(job, runs))
 
 
 def _print(job: Job, runs: Sequence[Run]) -> None:
@@ -115,71 +108,3 @@ def _print(job: Job, runs: Sequence[Run]) -> None:
         console.print(as_table(job, runs))
     for line in [*refusals(runs), *advice(job, runs), about(job, runs)]:
         console.print(line, highlight=False)
-
-
-def _check_above_zero(options: dict[str, float | None]) -> None:
-    for option, value in options.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"{option}={value} must be above 0, and not infinite")
-
-
-def _size(text: str, option: str) -> int:
-    """More than no bytes."""
-    size = parse_bytes(text, option)
-    _check_above_zero({option: size})
-    return size
-
-
-def _check_file(option: str, file: Path | None) -> None:
-    """Said before a simulation that may take minutes."""
-    if file is not None and (file.is_dir() or not file.parent.is_dir()):
-        why = "is a directory" if file.is_dir() else f"lies in {file.parent}, which is no directory"
-        raise ConfigError(f"{option}={file} {why}; give the path of a file")
-
-
-def _write(option: str, file: Path, text: str) -> None:
-    try:
-        file.write_text(text, "utf-8")
-    except OSError as error:
-        raise ConfigError(f"{option}={file} cannot be written: {error}; give the path of another file") from error
-
-
-def _sizes(text: str, node_bytes: float) -> list[int]:
-    """The caches, in bytes, the smallest first."""
-    sizes = []
-    for part in text.split(","):
-        percent = _PERCENT.fullmatch(part)
-        sizes.append(
-            int(float(percent[1]) / 100 * node_bytes) if percent else parse_bytes(part.strip(), "--cache-bytes")
-        )
-    return sorted(set(sizes))
-
-
-def _store(
-    name: str,
-    first_byte_ms: float | None,
-    connection_rate: str | None,
-    store_rate: str | None,
-    throttles_above: float | None,
-    slow: tuple[float, float],
-) -> StoreProfile:
-    from fastload.simulate.options import STORES, StoreProfile
-
-    if name not in STORES:
-        raise ConfigError(f"--store={name} is none of {', '.join(STORES)}; or name one and change it with the options")
-    _check_above_zero({"--throttles-above": throttles_above, "--slow-times": slow[1]})
-    if first_byte_ms is not None and not 0 <= first_byte_ms < math.inf:
-        raise ConfigError(f"--first-byte-ms={first_byte_ms} must be 0 or more, and not infinite")
-    if not 0 <= slow[0] <= 1:
-        raise ConfigError(f"--slow-share={slow[0]} must be between 0 and 1; 0.01 is one request in a hundred")
-    known = STORES[name]
-    return StoreProfile(
-        first_byte_s=known.first_byte_s if first_byte_ms is None else first_byte_ms / 1000,
-        connection_bytes_per_s=(
-            known.connection_bytes_per_s if connection_rate is None else _size(connection_rate, "--connection-rate")
-        ),
-        total_bytes_per_s=math.inf if store_rate is None else _size(store_rate, "--store-rate"),
-        throttles_above=math.inf if throttles_above is None else throttles_above,
-        slow_share=slow[0],
-        slow_times=slow[1],
-    )

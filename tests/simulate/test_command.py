@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fastload.cli import app
-from fastload.cli.simulate import _sizes
+from fastload.cli.simulation import cache_sizes
 from fastload.errors import ConfigError
 
 ARGUMENTS = """
@@ -55,6 +55,7 @@ def test_a_table_and_files_of_the_same_figures(tmp_path: Path) -> None:
         (["--rate", "0"], "--rate=0.0 must be above 0"),
         (["--rate", "inf"], "--rate=inf must be above 0"),
         (["--nodes", "0"], "--nodes=0 must be above 0"),
+        (["--simulated-nodes", "0"], "--simulated-nodes=0 must be above 0"),
         (["--throttles-above", "0"], "--throttles-above=0.0 must be above 0"),
         (["--first-byte-ms", "-1"], "--first-byte-ms=-1.0 must be 0 or more"),
         (["--slow-share", "2"], "--slow-share=2.0 must be between 0 and 1"),
@@ -109,5 +110,5 @@ def test_a_slow_disk_is_waited_for(tmp_path: Path) -> None:
 
 
 def test_caches_are_sizes_or_percent_of_what_a_node_reads() -> None:
-    assert _sizes("50%, 1GB,10 %", 1e10) == [10**9, 5 * 10**9]
-    assert math.isclose(_sizes("12.5%", 8e9)[0], 1e9)
+    assert cache_sizes("50%, 1GB,10 %", 1e10) == [10**9, 5 * 10**9]
+    assert math.isclose(cache_sizes("12.5%", 8e9)[0], 1e9)
