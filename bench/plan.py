@@ -7,24 +7,23 @@ how well each way to shuffle does (docs/shuffling.md).
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table as Printed
 
+from bench import tables
 from bench.measure import median
+from bench.tables import Column, Question, Table
 from fastload.plan import BatchEntry, EpochCursor, Manifest, OrderOptions, Position, Ranks, Shuffle, epoch_orders
 from fastload.plan.quality import (
     DISTANCE_MOVED_PERFECT,
@@ -39,42 +38,6 @@ from fastload.store.types import ObjectInfo
 
 SHARD_BYTES = 64 << 20  # so that a default window holds eight
 MB = 1e6
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A heading, and what its figures must not exceed."""
-
-    name: str
-    at_most: float | None = None
-
-
-@dataclass(slots=True)
-class Table:
-    """One question's answer. A row that is not `judged` is shown for comparison."""
-
-    title: str
-    label: str
-    columns: Sequence[Column]
-    rows: list[tuple[str, list[float], bool]] = field(default_factory=list)
-
-    def add(self, label: str, *values: float, judged: bool = True) -> None:
-        """A row."""
-        self.rows.append((label, list(values), judged))
-
-    def is_missed(self, column: Column, value: float, judged: bool) -> bool:
-        """Whether a figure is above its target."""
-        return judged and column.at_most is not None and value > column.at_most
-
-    @property
-    def misses(self) -> int:
-        """How many figures are above their targets."""
-        cells = (
-            (column, value, judged)
-            for _, values, judged in self.rows
-            for column, value in zip(self.columns, values, strict=True)
-        )
-        return sum(self.is_missed(*cell) for cell in cells)
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,46 +330,16 @@ QUALITY_CASES: tuple[tuple[Shuffle, int, int], ...] = (
     ("global", 512, 8),
 )
 
-QUESTIONS: tuple[Callable[[bool], Table], ...] = (cost, start, state, resume, nodes)
+QUESTIONS: tuple[Question, ...] = (cost, start, state, resume, nodes)
 
 
 def main() -> int:
     """Measure what the arguments ask for."""
-    parser = argparse.ArgumentParser(prog="bench.plan", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="less of everything: a look, not a figure")
+    parser = tables.parser("plan", __doc__)
     parser.add_argument("--quality", action="store_true", help="how well orders are shuffled, and nothing else")
-    parser.add_argument("--json", type=Path, default=Path("bench/results/plan.json"))
     arguments = parser.parse_args()
-    console, tables = Console(), []
-    for question in (quality,) if arguments.quality else QUESTIONS:
-        with console.status(f"{question.__name__}: {question.__doc__}"):
-            tables.append(question(arguments.quick))
-        console.print(printed(tables[-1]))
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps([asdict(table) for table in tables], indent=1))
-    console.print(f"every figure is in {arguments.json}")
-    return int(any(table.misses for table in tables))
-
-
-def printed(table: Table) -> Printed:
-    """As the console shows it."""
-    printed = Printed(title=table.title, title_justify="left")
-    printed.add_column(table.label)
-    for column in table.columns:
-        target = "" if column.at_most is None else f"\n<= {column.at_most:g}"
-        printed.add_column(column.name + target, justify="right")
-    for label, values, judged in table.rows:
-        cells = []
-        for column, value in zip(table.columns, values, strict=True):
-            colour = "red" if table.is_missed(column, value, judged) else "green"
-            is_judged = judged and column.at_most is not None
-            cells.append(f"[{colour}]{_number(value)}[/]" if is_judged else _number(value))
-        printed.add_row(label, *cells)
-    return printed
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    questions = (quality,) if arguments.quality else QUESTIONS
+    return tables.answer(questions, quick=arguments.quick, json_file=arguments.json)
 
 
 def _counted(count: int, what: str) -> str:

@@ -7,25 +7,23 @@ with status 1 where one is missed.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import hashlib
-import json
 import sys
 import tempfile
 import time
 import tracemalloc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
 
-from bench.plan import Column, Table, printed, walk
+from bench import tables
+from bench.plan import walk
+from bench.tables import Column, Question, Table
 from fastload.cache import CacheDirectory, DiskTier
 from fastload.cache.policy import PolicyName
 from fastload.cache.policy.choosing import least
@@ -314,24 +312,13 @@ def cost(quick: bool) -> Table:
     return table
 
 
-QUESTIONS: tuple[Callable[[bool], Table], ...] = (epochs, evenness, future, cost)
+QUESTIONS: tuple[Question, ...] = (epochs, evenness, future, cost)
 
 
 def main() -> int:
     """Measure what the arguments ask for."""
-    parser = argparse.ArgumentParser(prog="bench.policy", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="less of everything: a look, not a figure")
-    parser.add_argument("--json", type=Path, default=Path("bench/results/policy.json"))
-    arguments = parser.parse_args()
-    console, tables = Console(), []
-    for question in QUESTIONS:
-        with console.status(f"{question.__name__}: {question.__doc__}"):
-            tables.append(question(arguments.quick))
-        console.print(printed(tables[-1]))
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps([asdict(table) for table in tables], indent=1))
-    console.print(f"every figure is in {arguments.json}")
-    return int(any(table.misses for table in tables))
+    arguments = tables.parser("policy", __doc__).parse_args()
+    return tables.answer(QUESTIONS, quick=arguments.quick, json_file=arguments.json)
 
 
 if __name__ == "__main__":

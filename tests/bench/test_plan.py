@@ -1,10 +1,10 @@
-"""What `bench.plan` measures with: whole epochs, bytes of nodes, and what counts as a miss."""
+"""What `bench.plan` measures with: whole epochs and bytes of nodes."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from bench.plan import Column, Data, Table, remote_shares, walk
+from bench.plan import Data, remote_shares, walk
 from fastload.plan import EpochCursor, OrderOptions, Ranks, epoch_orders
 
 DATA = Data(64, 50)
@@ -32,11 +32,3 @@ def test_with_one_partition_every_node_fetches_everything_again() -> None:
     first, second = remote_shares(MANIFEST, COUNTS, OrderOptions(window_bytes=1), nodes=4)
     assert first == 4
     assert 3 <= second < 3.2  # a cache holds whole shards
-
-
-def test_only_what_is_judged_can_miss() -> None:
-    table = Table("", "", [Column("a", 1), Column("b")])
-    table.add("met", 1, 9)
-    table.add("missed", 1.1, 9)
-    table.add("for comparison", 2, 9, judged=False)
-    assert table.misses == 1
