@@ -15,6 +15,7 @@ from fastload.cache.policy.choosing import least
 from fastload.cache.policy.sieve import SieveSlots
 from fastload.service.model import Chunk, Recalled, State, Write
 from fastload.service.plans import NEVER, Int64, Plan
+from fastload.service.shortplans import ShortPlans
 
 FREE, LOADING, IDLE, QUEUED, WRITING, LEASED, STUCK, STRANDED = range(8)
 """What is in a buffer: nothing; a chunk being filled in; a chunk that may go at once; one whose write has not begun;
@@ -45,7 +46,8 @@ class BufferTable:
         self._pinned = np.zeros(count, bool)
         self._on_disk = np.zeros(count, bool)  # as far as was said: it may have gone there since
         self._sieve = SieveSlots(count)
-        self._positions: dict[Plan, Int64] = {}  # per plan, -1 where the buffer's chunk is not in it
+        self._positions: dict[Plan, Int64] = {}  # per long plan, -1 where the buffer's chunk is not in it
+        self._short_plans = ShortPlans()
         self._clock = 0
         self.used_count = 0  # no buffer from this number on was ever used
         # Buffers are used again last in, first out, and fresh ones from the lowest up: used memory is touched already,
@@ -82,6 +84,7 @@ class BufferTable:
         self._regard(chunk)
         for plan, positions in self._positions.items():
             positions[buffer] = plan.position(chunk.entry, chunk.index)
+        self._short_plans.lies(chunk, buffer)
         self.refresh(chunk)
 
     def clear(self, chunk: Chunk) -> None:
@@ -93,6 +96,7 @@ class BufferTable:
         buffer, chunk.buffer = chunk.buffer, -1
         self.chunks[buffer] = None
         self.status[buffer] = STRANDED
+        self._short_plans.lies(chunk, -1)
         return buffer
 
     def borrow(self) -> int:
@@ -135,23 +139,29 @@ class BufferTable:
 
     def add_plan(self, plan: Plan) -> None:
         """A plan begins; its objects are counted already."""
-        self._positions[plan] = np.full(self.count, -1, np.int64)
-        self.replan(plan, plan.chunks_known())
+        if plan.places is not None:
+            self._short_plans.add(plan)
+        else:
+            self._positions[plan] = np.full(self.count, -1, np.int64)
+            self.replan(plan)
         if plan.covers:
             self.recover()
 
     def remove_plan(self, plan: Plan) -> None:
         """A plan has ended; its objects are discounted already."""
-        del self._positions[plan]
+        if plan.places is not None:
+            self._short_plans.remove(plan)
+        else:
+            del self._positions[plan]
         if plan.covers:
             self.recover()
 
-    def replan(self, plan: Plan, chunks: Iterable[Chunk | None] | None = None) -> None:
-        """The next positions of a plan's chunks have changed: of these, or of any."""
+    def replan(self, plan: Plan) -> None:
+        """The next positions of a long plan's chunks have changed."""
         positions = self._positions[plan]
-        for chunk in self.chunks if chunks is None else chunks:
-            if chunk is not None and chunk.buffer >= 0:
-                positions[chunk.buffer] = plan.position(chunk.entry, chunk.index)
+        for buffer, chunk in enumerate(self.chunks):
+            if chunk is not None:
+                positions[buffer] = plan.position(chunk.entry, chunk.index)
 
     def recover(self) -> None:
         """Which objects are covered has changed."""
@@ -182,6 +192,7 @@ class BufferTable:
         nearest = np.full(self.count, NEVER, np.int64)
         for plan, positions in self._positions.items():
             np.minimum(nearest, plan.ahead(positions), out=nearest)
+        self._short_plans.lower(nearest)
         is_kept = self._pinned & ~self._on_disk & (self._standing == _COVERED)
         return np.where(is_kept & (nearest == NEVER), LATER, nearest)
 

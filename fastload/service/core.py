@@ -108,9 +108,7 @@ class Core:
         self._quota = Quota(self.disk, self._disk_order, pools)
         versions = Versions(self._parts.now)
         self._openings = Openings(self.consumers, self._objects, stores, versions, pools)
-        self._replay = Replay(
-            self._plans, self._objects, stores, versions, self._history.load, self._table.replan, self._wake
-        )
+        self._replay = Replay(self._plans, self._objects, stores, versions, self._history.load, self._wake)
         self._clearing = Clearing(
             self.disk,
             self._disk_order,

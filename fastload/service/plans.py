@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -31,7 +31,7 @@ import numpy.typing as npt
 from fastload.cache.policy.future import FAR, NextUses
 from fastload.errors import ServiceError
 from fastload.service import protocol
-from fastload.service.model import Chunk, ObjectEntry, State
+from fastload.service.model import ObjectEntry, State
 
 Step = tuple[int, ObjectEntry, int]  # position, object, chunk index
 Int64 = npt.NDArray[np.int64]
@@ -48,6 +48,8 @@ class Plan:
 
     # Whether its objects count as covered (see `planset`).
     covers = True
+    # Of a short plan, which is a blind one, the positions of each chunk, in order; None: it is long (see `shortplans`).
+    places: Mapping[tuple[ObjectEntry, int], list[int]] | None = None
 
     def __init__(self, entries: Sequence[ObjectEntry], options_key: str, epoch: int, cursor: int = 0) -> None:
         self.entries = list(entries)
@@ -79,10 +81,6 @@ class Plan:
     def objects(self) -> Iterator[ObjectEntry]:
         """Its objects, each once."""
         return iter(self._starts_of)
-
-    def chunks_known(self) -> list[Chunk] | None:
-        """Its chunks of which there is a record; None: looking through the arena for them is quicker."""
-        return None
 
     def position(self, entry: ObjectEntry, index: int) -> int:
         """The next position of a chunk: the first at or after the cursor, else its last; -1 if it has none."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from fastload.history.follow import Follower
@@ -57,44 +57,24 @@ class ReplayPlan(Plan):
         self.is_blind = True
         self.first_place, self._lane, self._is_last = lane.start, lane, len(steps) < asked
         self._list = steps
-        self._positions: dict[tuple[ObjectEntry, int], list[int]] = {}
+        self.places: dict[tuple[ObjectEntry, int], list[int]] = {}
         for position, step in enumerate(steps):
-            self._positions.setdefault(step, []).append(position)
+            self.places.setdefault(step, []).append(position)
 
     @property
     def chunk_count(self) -> int:
         """How many reads it has."""
         return len(self._list)
 
-    @property
-    def repeats(self) -> bool:
-        """Whether a chunk occurs more than once."""
-        return len(self._positions) < len(self._list)
-
     def position(self, entry: ObjectEntry, index: int) -> int:
         """The next position of a chunk: the first at or after the cursor, else its last; -1 if it has none."""
-        positions = self._positions.get((entry, index))
+        positions = self.places.get((entry, index))
         if positions is None:
             return -1
         return positions[min(bisect_left(positions, self.cursor), len(positions) - 1)]
 
-    def chunks_known(self) -> list[Chunk] | None:
-        """Its chunks of which there is a record: a plan is short, an arena may be large, and plans change often."""
-        return self.records(self._positions)
-
     def reached(self, entry: ObjectEntry, index: int) -> None:
         """Says nothing: `advance` follows the reader, and a chunk may be read again much later in the plan."""
-
-    def passed(self, position: int) -> list[Chunk]:
-        """Advance; the chunks of the plan whose next positions are others now."""
-        before = self.cursor
-        self.advance(position)
-        return self.records(self._list[before : self.cursor])
-
-    @staticmethod
-    def records(steps: Iterable[tuple[ObjectEntry, int]]) -> list[Chunk]:
-        """Of these, those that there are."""
-        return [chunk for entry, index in steps if (chunk := entry.chunks.get(index)) is not None]
 
     def at(self, position: int) -> tuple[ObjectEntry, int]:
         """The chunk at a position."""
@@ -139,14 +119,11 @@ class Replay:
         stores: StoreTable,
         versions: Versions,
         load: Load,
-        replan: Callable[[Plan, list[Chunk]], None],
         wake: Callable[[], None],
     ) -> None:
-        """`replan(plan, chunks)` is called when the next positions of these are others; `wake()` when there is
-        something to fetch that no message brought.
-        """
+        """`wake()` is called when there is something to fetch that no message brought."""
         self._plans, self._objects, self._stores, self._versions = plans, objects, stores, versions
-        self._load, self._replan, self._wake = load, replan, wake
+        self._load, self._wake = load, wake
         self._library: Library | None = None
         self._readers: dict[ConsumerState, _Reader] = {}
         self._stale: set[bytes] = set()  # versions that were fetched in vain
@@ -247,9 +224,7 @@ class Replay:
             done = follower.place + 1 - plan.first_place
             if plan.leads_from(follower.place) and plan.lasts(done, ahead):
                 plan.depth = ahead
-                passed = plan.passed(done)
-                if plan.repeats:
-                    self._replan(plan, passed)
+                plan.advance(done)
                 return
         self._set_plan(consumer, reader, self._predict(consumer, reader, follower, follower.place))
 

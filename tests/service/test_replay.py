@@ -394,6 +394,8 @@ def test_nothing_is_left_when_all_have_gone(seed: int, buffer_count: int, tmp_pa
         core._residency.drop_idle()
         assert core._objects._entries == {}
         assert core._table._positions == {}
+        assert core._table._short_plans._buffers == {}
+        assert core._table._short_plans._naming == {}
         assert core._table.free_count == core._table.count
 
     run(here, work)

@@ -26,6 +26,9 @@ __all__ = ["Sieve", "SieveSlots"]
 
 Int64 = npt.NDArray[np.int64]
 
+# More than all comings.
+_ROUND = 1 << 60
+
 
 @dataclass(slots=True, eq=False)
 class _Node(Generic[Key]):
@@ -111,11 +114,13 @@ class SieveSlots:
         self._used[slot] = True
 
     def order(self, slots: Int64) -> Int64:
-        """How early each of these would go if no others were there: its place, int64[slots]; changes nothing."""
-        came, used = self._came[slots], self._used[slots]
-        places = np.empty(len(slots), np.int64)
-        places[np.lexsort((came, came < self._hand, used))] = np.arange(len(slots))
-        return places
+        """Numbers, int64[slots], by which these would go if no others were there, the least first; changes nothing.
+
+        Their places in that order would take a millisecond for 16,000, and only the first few are looked at.
+        """
+        came = self._came[slots]
+        found: Int64 = came + (came < self._hand) * _ROUND + self._used[slots] * (2 * _ROUND)
+        return found
 
     def evicted(self, slot: int) -> None:
         """What it held has gone to make room: the hand has come up to it, and what it passed has lost its mark."""

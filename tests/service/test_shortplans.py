@@ -1,0 +1,103 @@
+"""The next use of what lies in the arena, by many short plans that come and go: against looking at each of them."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastload.service.buffers import BufferTable
+from fastload.service.model import Chunk, ObjectEntry, State
+from fastload.service.plans import NEVER, Plan
+from fastload.service.replay import ReplayPlan
+from fastload.store.types import ObjectInfo
+
+BUFFERS, OBJECTS, CHUNKS = 6, 3, 4
+
+
+def entry(name: str) -> ObjectEntry:
+    return ObjectEntry(ObjectInfo(f"s3://bucket/{name}", CHUNKS * 100, "etag"), name.encode().ljust(16), 100, {})
+
+
+def expected(table: BufferTable, plans: list[Plan]) -> list[int]:
+    """The slow twin: of each buffer's chunk, the nearest position ahead in any plan's sight."""
+    found = [NEVER] * table.count
+    for buffer, chunk in enumerate(table.chunks):
+        if chunk is not None:
+            found[buffer] = min(distance(plan, chunk) for plan in plans)
+    return found
+
+
+def distance(plan: Plan, chunk: Chunk) -> int:
+    position = plan.position(chunk.entry, chunk.index)
+    in_sight = position < plan.sight or not plan.is_blind
+    return position - plan.cursor if position >= plan.cursor and in_sight else NEVER
+
+
+class World:
+    """A table, and what is done to it."""
+
+    def __init__(self) -> None:
+        self.table = BufferTable(BUFFERS)
+        self.entries = [entry(str(number)) for number in range(OBJECTS)]
+        self.told = Plan(self.entries[:2], "options", 0)
+        self.table.add_plan(self.told)
+        self.short: list[ReplayPlan] = []
+
+    def chunk(self, number: int) -> Chunk:
+        return self.entries[number // CHUNKS].chunk(number % CHUNKS)
+
+    def begin(self, numbers: list[int]) -> None:
+        steps = [(self.entries[number // CHUNKS], number % CHUNKS) for number in numbers]
+        self.short.append(ReplayPlan(steps, "options", range(len(steps)), len(steps)))
+        self.table.add_plan(self.short[-1])
+
+    def load(self, number: int) -> None:
+        chunk = self.chunk(number)
+        if chunk.buffer >= 0:
+            self.table.clear(chunk)
+            chunk.state = State.ABSENT
+        elif self.table.free_count:
+            self.table.place(chunk, self.table.free()[-1])
+            chunk.state = State.RESIDENT
+
+
+numbers = st.integers(0, OBJECTS * CHUNKS - 1)
+steps = st.one_of(
+    st.tuples(st.just("begin"), st.lists(numbers, max_size=12)),
+    st.tuples(st.just("load"), numbers),
+    st.tuples(st.just("end"), st.integers(0, 9)),
+    st.tuples(st.just("advance"), st.tuples(st.integers(0, 9), st.integers(0, 12), st.integers(0, 12))),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(steps, max_size=40))
+def test_the_next_use_is_the_nearest_of_all_plans(does: list[tuple[str, object]]) -> None:
+    world = World()
+    for what, value in does:
+        match what, value:
+            case "begin", list():
+                world.begin(value)
+            case "load", int():
+                world.load(value)
+            case "end", int() if world.short:
+                world.table.remove_plan(world.short.pop(value % len(world.short)))
+            case "advance", (int(which), int(cursor), int(sight)) if world.short:
+                plan = world.short[which % len(world.short)]
+                plan.advance(cursor)
+                plan.sight = sight
+        found = world.table.next_use()
+        found[[chunk is None for chunk in world.table.chunks]] = NEVER  # nobody asks for those
+        assert found.tolist() == expected(world.table, [world.told, *world.short])
+    for plan in world.short:
+        world.table.remove_plan(plan)
+    assert not world.table._short_plans._buffers
+    assert not world.table._short_plans._naming
+
+
+def test_a_reader_more_costs_what_its_prediction_names_and_not_what_the_arena_holds() -> None:
+    table, one = BufferTable(10_000), entry("one")
+    for _ in range(3):
+        table.add_plan(ReplayPlan([(one, 0), (one, 1)], "options", range(2), 2))
+    assert table._positions == {}
+    assert [len(buffers) for buffers in table._short_plans._buffers.values()] == [2, 2, 2]
