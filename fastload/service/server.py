@@ -6,7 +6,8 @@ not ours is closed without a word, one of another version with a word.
 
 A service ends `idle_s` after its last consumer, at SIGTERM, or when whoever runs it says so (`stop`). At the end
 nothing is loaded into any buffer after the sockets are closed, so that consumers may go on reading what they hold.
-The socket file goes before the lock: whoever gets the lock next finds the place clean.
+The socket file goes before the lock: whoever gets the lock next finds the place clean. A service whose directory was
+removed ends with its last consumer, since nobody finds it any more, and leaves alone what is at that path by now.
 """
 
 from __future__ import annotations
@@ -225,7 +226,7 @@ class Server:
     def _left(self, peer: Peer) -> None:
         self._peers.discard(peer)
         if not self._peers:
-            self._wait_for_consumers(self._idle_s)
+            self._wait_for_consumers(self._idle_s if self._directory.is_ours else 0.0)
 
     def _wait_for_consumers(self, seconds: float | None) -> None:
         if self._idle_timer is not None:
@@ -239,8 +240,8 @@ class Server:
         self._idle_s = None
         if self._listener is not None:
             self._loop.remove_reader(self._listener.fileno())
-            # Not on a disk that hangs: whoever serves next removes it.
-            if not self._core.disk_hangs:
+            # Not on a disk that hangs: whoever serves next removes it. And not another service's.
+            if not self._core.disk_hangs and self._directory.is_ours:
                 with contextlib.suppress(FileNotFoundError):  # somebody emptied the directory
                     self._directory.socket_path.unlink()
             self._listener.close()

@@ -114,6 +114,38 @@ def test_a_directory_that_is_gone_is_an_error_for_those_who_wait(tmp_path: Path)
         assert opened.size == 8 * CHUNK_BYTES
 
 
+def test_a_service_whose_directory_was_removed_leaves_the_next_one_its_socket(tmp_path: Path) -> None:
+    """The next job's processes looked for it in vain for a minute."""
+
+    def cache() -> Cache:
+        return Cache(tmp_path / "cache", ram_bytes=4 * CHUNK_BYTES, disk_bytes=0, chunk_bytes=CHUNK_BYTES)
+
+    with cache() as first:
+        first._service_mode = "inprocess"  # it ends with the handle
+        first.consumer().close()
+        shutil.rmtree(first.directory)
+        with cache() as second, second.consumer() as consumer:
+            first.close()
+            assert second._directory.socket_path.exists()
+            with cache() as third, third.consumer() as other:
+                assert service_pid(other) == service_pid(consumer) != os.getpid()
+
+
+def test_a_service_whose_directory_was_removed_ends_with_its_last_consumer(tmp_path: Path) -> None:
+    """It holds the arena, and nobody finds it any more."""
+    cache = Cache(
+        tmp_path / "cache", ram_bytes=4 * CHUNK_BYTES, disk_bytes=0, chunk_bytes=CHUNK_BYTES, service="inprocess"
+    )
+    with cache:
+        consumer = cache.consumer()
+        service = cache._service
+        assert service is not None
+        shutil.rmtree(cache.directory)
+        assert service.alive
+        consumer.close()
+        until(lambda: not service.alive)
+
+
 def test_what_the_system_refuses_is_an_error_of_the_cache(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache", ram_bytes=4 * CHUNK_BYTES, disk_bytes=0, chunk_bytes=CHUNK_BYTES)
     hello = protocol.Hello(protocol.VERSION, os.getpid(), "", {})
