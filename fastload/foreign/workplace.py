@@ -28,13 +28,14 @@ from torch.utils.data._utils import collate as torch_collate
 from torch.utils.data._utils import worker as torch_worker
 
 from fastload.errors import WorkerError
-from fastload.foreign.heap import keep_freed_memory
 from fastload.foreign.ledger import Ledger
 from fastload.foreign.order import is_stateful, load_state
 from fastload.foreign.packing import Arrived, Packed, Packer
 from fastload.foreign.saved import SavedWorker, State, silent_state, worker_state
 from fastload.foreign.telling import UNTOLD, Untold
 from fastload.transfer import NO_MOVER
+from fastload.transport.filling import stack_into
+from fastload.transport.heap import keep_freed_memory, spare_what_is_here
 from fastload.transport.pickling import is_plain
 
 
@@ -83,6 +84,7 @@ class Workplace:
             torch_worker._worker_info = torch_worker.WorkerInfo(
                 id=info.id, num_workers=info.num_workers, seed=info.seed, dataset=self.dataset
             )
+        spare_what_is_here()
         Finalize(None, _leave_if_orphaned, args=(os.getppid(),), exitpriority=100)  # before queues are waited for
         if self.ledger is not None:
             keep_freed_memory(self.retained_bytes)
@@ -270,7 +272,7 @@ def _stacked(packer: Packer, batch: Any, *, collate_fn_map: Any = None) -> torch
     first = batch[0]
     if type(first) is not torch.Tensor or not is_plain(first):
         return torch_collate.collate_tensor_fn(batch, collate_fn_map=collate_fn_map)  # type: ignore[no-any-return]
-    return torch.stack(batch, out=packer.take_tensor((len(batch), *first.shape), first.dtype))
+    return stack_into(packer.take_tensor((len(batch), *first.shape), first.dtype), batch)
 
 
 def _told(exc_info: Any, where: str) -> ExceptionWrapper:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 
@@ -40,7 +41,30 @@ def test_what_is_freed_is_used_again(monkeypatch):
 
 
 def test_what_the_user_says_of_it_holds(monkeypatch):
-    from fastload.foreign import heap
+    from fastload.transport import heap
 
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
     assert not heap.keep_freed_memory(1 << 28)
+
+
+class Collected(Dataset[list[int]]):
+    """Makes a cycle; how many objects the collector has set aside, and whether the cycle was garbage to it."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> list[int]:
+        cycle: list[object] = []
+        cycle.append(cycle)
+        del cycle
+        return [gc.get_freeze_count(), gc.collect()]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_the_collector_leaves_alone_what_a_worker_began_with(method):
+    before = gc.get_freeze_count()
+    loader = fastload.DataLoader(Collected(), batch_size=None, num_workers=1, multiprocessing_context=method)
+    for spared, garbage in loader:
+        assert spared > 10_000
+        assert garbage >= 1
+    assert gc.get_freeze_count() == before
