@@ -35,6 +35,7 @@ import torch
 
 from fastload.foreign.ledger import SLOTS_MAX, Counters, Ledger
 from fastload.transfer import NO_MOVER, mover_of, pinned
+from fastload.transport.filling import copy_into
 from fastload.transport.lending import Collected, lent
 from fastload.transport.mapping import map_shared
 from fastload.transport.pickling import reduced
@@ -255,7 +256,7 @@ class _Slots:
             else:
                 memory = self.take(buffer.size)
                 slot, offset = self._open[-1], 0
-            memory[offset : offset + buffer.size] = buffer
+            copy_into(memory[offset : offset + buffer.size], buffer)
             copied.append((slot, offset, memory))
         return copied
 

@@ -6,6 +6,8 @@ machinery for broadcasting and overlap: 1.8 s the first time in a process and 0.
 
 `copy_range` is the C library's memcpy, a third faster from a few hundred bytes on; whoever calls it has checked
 everything. `prefetch` asks for a cache line that will be read soon, into the second cache level; it never faults.
+`copy_line_past_caches` writes a cache line to memory without reading it first and without keeping it: for what is too
+large to be found in a cache by whoever reads it. Such writes are in no order with others until `order_writes`.
 `scratch` is on the stack, since kernels have no other memory of their own. `array_at` is what lies at an address: a
 signature says how many arrays a kernel takes, so this is how one call serves any number. Its caller holds on to them.
 """
@@ -20,7 +22,19 @@ from numpy.typing import NDArray
 
 from fastload.kernels.jit import array_in, array_out, generated, helper, uint8, void
 
-__all__ = ["array_at", "copy_bytes", "copy_range", "prefetch", "scratch"]
+__all__ = [
+    "LINE_BYTES",
+    "array_at",
+    "copy_bytes",
+    "copy_line_past_caches",
+    "copy_range",
+    "order_writes",
+    "prefetch",
+    "scratch",
+]
+
+# A cache line, or a part of one: no processor that there are kernels for has smaller ones.
+LINE_BYTES = 64
 
 Bytes = NDArray[np.uint8]
 Number = TypeVar("Number", bound=np.generic)
@@ -37,6 +51,17 @@ def copy_bytes(source: Bytes, out: Bytes) -> None:
 def copy_range(source: Bytes, at: int, out: Bytes, to: int, size: int) -> None:
     """Copy `size` bytes from `source[at]` to `out[to]`."""
     out[to : to + size] = source[at : at + size]
+
+
+@generated
+def copy_line_past_caches(source: Bytes, at: int, out: Bytes, to: int) -> None:
+    """Copy `LINE_BYTES` from `source[at]` to `out[to]`, whose address has to be a multiple of that."""
+    out[to : to + LINE_BYTES] = source[at : at + LINE_BYTES]
+
+
+@generated
+def order_writes() -> None:
+    """Whoever sees a write after this, by whichever way, sees all before it."""
 
 
 @generated

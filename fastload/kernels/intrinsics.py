@@ -9,7 +9,9 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
-__all__ = ["array_at", "copy_range", "prefetch", "scratch"]
+from fastload.kernels.copying import LINE_BYTES
+
+__all__ = ["array_at", "copy_line_past_caches", "copy_range", "order_writes", "prefetch", "scratch"]
 
 _READ, _SECOND_LEVEL, _DATA = 0, 2, 1  # LLVM's words for what is fetched, and how near
 
@@ -24,6 +26,32 @@ def copy_range(typing: Any, source: Any, at: Any, out: Any, to: Any, size: Any) 
         return context.get_dummy_value()
 
     return types.void(source, types.intp, out, types.intp, types.intp), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def copy_line_past_caches(typing: Any, source: Any, at: Any, out: Any, to: Any) -> Any:
+    """Plain loads, and stores that LLVM calls non-temporal, which it takes to be aligned by what they write."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        from_, into = _pointer(context, builder, signature, args, 0), _pointer(context, builder, signature, args, 2)
+        line = ir.VectorType(ir.IntType(64), LINE_BYTES // 8)
+        value = builder.load(builder.bitcast(from_, line.as_pointer()), align=1)
+        store = builder.store(value, builder.bitcast(into, line.as_pointer()), align=LINE_BYTES)
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, out, types.intp), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def order_writes(typing: Any) -> Any:
+    """The strongest fence that there is."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

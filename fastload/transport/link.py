@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastload.transport.filling import copy_into
 from fastload.transport.lending import Collected
 from fastload.transport.memory import PeerMemory, SharedPool, Slot
 from fastload.transport.pickling import reduced
@@ -128,7 +129,7 @@ class Link:
 
     def _copied(self, data: Bytes) -> tuple[Slot, int]:
         copy = self.pool.take(data.size)
-        copy[:] = data
+        copy_into(copy, data)
         told = self.pool.tell(copy)
         assert told is not None, "it was just taken from the pool"
         return told
