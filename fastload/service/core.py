@@ -28,7 +28,7 @@ from fastload.service.openings import Openings
 from fastload.service.parts import Parts
 from fastload.service.quota import Quota
 from fastload.service.records import Records
-from fastload.service.remembering import Remembering
+from fastload.service.remembering import WRITE_AFTER_S, Remembering
 from fastload.service.replay import Replay, ReplayPlan
 from fastload.service.requests import Requests
 from fastload.service.residency import Heard, Residency
@@ -68,7 +68,7 @@ class Core:
     def _begin(self, parts: Parts, disk_deadline_s: float) -> None:
         self._parts, self._loop = parts, parts.pools.loop
         self._closed = False
-        self._turn_due = False
+        self._turn_due = self._flush_due = False
         self._looking_again = False
         self.service_id = os.urandom(16)
         self.chunk_bytes = parts.limits.chunk_bytes
@@ -147,8 +147,19 @@ class Core:
         self._detach(consumer)
         self._history.disconnect(consumer)
         self._parts.stores.remove(consumer.options_key)
-        self._indexes.flush()
+        self._flush_soon()
         self._wake()
+
+    def _flush_soon(self) -> None:
+        """Not at once: whoever removes a cache's directory as its job ends would meet a file that comes into it."""
+        if not self._flush_due:
+            self._flush_due = True
+            self._loop.call_later(WRITE_AFTER_S, self._flush)
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        if not self._closed:
+            self._indexes.flush()
 
     def receive(self, consumer: ConsumerState, message: protocol.FromConsumer) -> None:
         """Take a message; ServiceError for one that makes no sense, after which the consumer should be cut off."""
@@ -354,6 +365,7 @@ class Core:
         """Let go of everything; waits so long for reads and writes under way. Whether all of them have ended."""
         self._closed = True
         self._history.close()
+        self._indexes.flush()
         parts = self._parts
         parts.troubles.close()
         parts.stores.close()

@@ -29,7 +29,9 @@ from fastload.service.pools import Pools
 
 log = logging.getLogger("fastload.service")
 
-_WRITE_EVERY_S, _WRITE_AFTER_S = 30.0, 1.0
+_WRITE_EVERY_S = 30.0
+# What a consumer leaves behind is written so long after it went.
+WRITE_AFTER_S = 1.0
 _RUN_ENDS_S = 60.0
 # Reads of earlier runs that are kept in reach: 28 bytes each, and their objects.
 _LIBRARY_READS_MAX = 1 << 21
@@ -144,7 +146,7 @@ class Remembering:
         run.reader_count -= 1
         run.left_s = self._now()
         # Not at once: a job that ends may take its cache's directory along, and would meet a file that comes into it.
-        self._wait(_WRITE_AFTER_S)
+        self._wait(WRITE_AFTER_S)
 
     def close(self) -> None:
         """Write what there is; the pool does so before it ends."""

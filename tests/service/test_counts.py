@@ -17,7 +17,7 @@ from fastload.service.counts import SampleCounts
 from tests.conftest import Bucket
 from tests.formats.archives import Member, index, write
 from tests.service.helpers import eventually
-from tests.service.world import Side, World, until
+from tests.service.world import Side, World, settle, until
 
 DISK_BYTES = 8 << 20
 
@@ -53,6 +53,36 @@ def test_counts_of_indexes_that_are_kept(tmp_path: Path, disk_bytes: int) -> Non
         assert await counts(side, 2) == [5]
 
     world.run(work)
+
+
+def test_nothing_comes_into_the_directory_when_a_consumer_goes(tmp_path: Path) -> None:
+    """A job that ends may remove it just then. What is left to write comes a second later, or when the service ends."""
+    world = World(tmp_path, 4, DISK_BYTES)
+    world.add(1)
+    table = tmp_path / "cache" / "index" / f"{SampleCounts.NAME}.blob"
+
+    def files() -> set[Path]:
+        return {path for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+
+    async def work(core: Core) -> None:
+        side = Side(core, world.objects)
+        side.say(protocol.PutIndex(0, index_of(7)))
+        await until(lambda: core.disk.blob_names() != [], "the index is written")
+        before = files()
+        core.disconnect(side.state)
+        await settle()
+        assert files() == before
+        await until(table.exists, "the counts are written")
+        side = Side(core, world.objects)
+        side.say(protocol.PutIndex(0, index_of(8)))
+        core.disconnect(side.state)
+
+    world.run(work)
+
+    async def look(core: Core) -> None:
+        assert await counts(Side(core, world.objects), 0) == [8]
+
+    world.run(look)
 
 
 @pytest.mark.parametrize("lost", ["nothing", "the table", "the indexes"])
