@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import os
 import pickle
 import warnings
 import weakref
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import reduction
 from typing import Any, NamedTuple
@@ -38,8 +39,8 @@ from fastload.transfer import NO_MOVER, mover_of, pinned
 from fastload.transport.filling import copy_into
 from fastload.transport.lending import Collected, lent
 from fastload.transport.mapping import map_shared
-from fastload.transport.pickling import reduced
-from fastload.transport.slots import SMALL_BYTES, size_class, take_fitting
+from fastload.transport.pickling import is_plain, reduced, tensor_over
+from fastload.transport.slots import SMALL_BYTES, address_of, size_class, take_fitting
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -47,6 +48,7 @@ Bytes = npt.NDArray[np.uint8]
 _ALIGNMENT = 64
 # A buffer of at least this part of a batch has a slot to itself, so that keeping it keeps little else.
 _OWN_SLOT_PART = 8
+_COUNTERS_WRAP = 1 << 32  # they are uint32
 _NOTHING: Bytes = np.empty(0, np.uint8)
 
 
@@ -112,9 +114,13 @@ class _Slot:
     generation: int
     base: Bytes
     fd: int
+    address: int = field(init=False)
     lent: int = 0  # arrays of this process that are in use
     sent: int = 0  # buffers that the trainer was sent and has not let go of
     was_forked: bool = False  # a process that did it while it used this, so that a child may see it
+
+    def __post_init__(self) -> None:
+        self.address = address_of(self.base)
 
     def close_fd(self) -> None:
         if self.fd >= 0:
@@ -136,7 +142,7 @@ class Packer:
             return arrived
         buffers: list[Bytes] = []
         stream = io.BytesIO()
-        _Pickler(stream, buffers).dump((arrived.batch, arrived.state, arrived.before, arrived.mover))
+        _Pickler(stream, buffers, self._slots).dump((arrived.batch, arrived.state, arrived.before, arrived.mover))
         try:
             placed = self._slots.place(buffers)
         except OSError as error:
@@ -149,7 +155,7 @@ class Packer:
 
     def take_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An empty tensor to make a batch in, over a slot where it is large enough to lie in one."""
-        byte_count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        byte_count = math.prod(shape) * dtype.itemsize
         if byte_count < SMALL_BYTES or not self._ledger.is_open(self._worker):
             return torch.empty(shape, dtype=dtype)
         try:
@@ -157,7 +163,7 @@ class Packer:
         except OSError as error:
             self._warn(error)
             return torch.empty(shape, dtype=dtype)
-        return torch.from_numpy(memory).view(dtype).view(shape)
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
 
     def _warn(self, error: OSError) -> None:
         if not self._has_warned:
@@ -173,11 +179,16 @@ class Packer:
 class _Pickler(reduction.ForkingPickler):
     """torch's, but that plain tensors and arrays give their memory; large buffers are put aside."""
 
-    def __init__(self, stream: io.BytesIO, buffers: list[Bytes]) -> None:
+    def __init__(self, stream: io.BytesIO, buffers: list[Bytes], slots: _Slots) -> None:
         # Not a method: a cycle would keep the batch, which the pickler remembers, until the collector comes by.
         super().__init__(stream, 5, True, partial(_put_aside, buffers))
+        self._slots = slots
 
     def reducer_override(self, value: Any) -> Any:
+        if type(value) is torch.Tensor and is_plain(value) and value.is_contiguous():
+            made_in = self._slots.holding(value.data_ptr(), value.nbytes)
+            if made_in is not None:
+                return tensor_over(made_in, value)
         return reduced(value)
 
 
@@ -215,7 +226,7 @@ class _Slots:
 
     def place(self, buffers: list[Bytes]) -> tuple[list[_Place], list[_Slot]]:
         """Where in slots the buffers lie, or were copied to, and which slots those are. The trainer will be told."""
-        in_place = [self._find(buffer) for buffer in buffers]
+        in_place = [self._find(address_of(buffer), buffer.size) for buffer in buffers]
         # The arrays that were copied to are kept until their slots are counted as sent: till then they are in use.
         copies = self._copied([b for b, there in zip(buffers, in_place, strict=True) if there is None])
         rest = iter(copies)
@@ -233,19 +244,23 @@ class _Slots:
         dropped, self._dropped = self._dropped, []
         return dropped
 
-    def _find(self, buffer: Bytes) -> tuple[_Slot, int] | None:
+    def holding(self, address: int, byte_count: int) -> Bytes | None:
+        """The memory of a slot that a batch was made in, if it lies there."""
+        found = self._find(address, byte_count)
+        return None if found is None else found[0].base[found[1] : found[1] + byte_count]
+
+    def _find(self, address: int, byte_count: int) -> tuple[_Slot, int] | None:
         """The slot that a batch was made in; older ones, which a data set may have kept, are copied from."""
-        address = int(buffer.ctypes.data)
         for slot in self._open:
-            offset = address - int(slot.base.ctypes.data)
-            if offset >= 0 and offset + buffer.size <= slot.base.size:
+            offset = address - slot.address
+            if offset >= 0 and offset + byte_count <= slot.base.size:
                 return slot, offset
         return None
 
     def _copied(self, buffers: list[Bytes]) -> list[tuple[_Slot, int, Bytes]]:
         own_bytes = sum(buffer.size for buffer in buffers) // _OWN_SLOT_PART
         shared = [buffer for buffer in buffers if buffer.size < own_bytes]
-        offsets = np.cumsum([0] + [-(-b.size // _ALIGNMENT) * _ALIGNMENT for b in shared]).tolist()
+        offsets = list(itertools.accumulate((-(-b.size // _ALIGNMENT) * _ALIGNMENT for b in shared), initial=0))
         together = self.take(offsets[-1]) if shared else np.empty(0, np.uint8)
         common = self._open[-1] if shared else None
         rest, copied = iter(offsets), []
@@ -316,15 +331,18 @@ class _Counted:
     """Counters of the ledger, and what was seen of them."""
 
     def __init__(self, counters: Counters) -> None:
-        self._counters, self._seen = counters, np.zeros_like(counters)
+        # Plain numbers: there are a few slots mostly, and numpy takes longer to be asked than to look.
+        self._counters, self._seen = counters.data, list[int]()
 
     def news(self, count: int) -> list[tuple[int, int]]:
         """Which of the first `count` have grown since, and by how much."""
-        now = self._counters[:count].copy()
-        grown = now - self._seen[:count]
-        self._seen[:count] = now
-        changed = np.flatnonzero(grown)
-        return list(zip(changed.tolist(), grown[changed].tolist(), strict=True))
+        now = self._counters[:count].tolist()
+        seen = self._seen + [0] * (count - len(self._seen))
+        self._seen = now + seen[count:]
+        if now == seen:
+            return []
+        pairs = enumerate(zip(now, seen, strict=False))
+        return [(index, (new - old) % _COUNTERS_WRAP) for index, (new, old) in pairs if new != old]
 
 
 # In the trainer

@@ -17,6 +17,7 @@ import torch
 
 from fastload.kernels.stacking import stack
 from fastload.transport.pickling import is_plain
+from fastload.transport.slots import address_of
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -42,7 +43,7 @@ def copy_into(out: Bytes, source: Bytes) -> None:
     if source.size < _PAST_CACHES_BYTES:
         out[...] = source
     else:
-        stack(np.array([source.ctypes.data], np.int64), source.size, out)
+        stack(np.array([address_of(source)], np.int64), source.size, out)
 
 
 def stack_into(out: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:

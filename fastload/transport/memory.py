@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from fastload.transport.lending import Collected, lent
 from fastload.transport.mapping import map_shared
-from fastload.transport.slots import SMALL_BYTES, size_class, take_fitting
+from fastload.transport.slots import SMALL_BYTES, address_of, size_class, take_fitting
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -48,7 +48,7 @@ class Slot:
     was_forked: bool = False  # while somebody used it
 
     def __post_init__(self) -> None:
-        self.address = int(self.base.ctypes.data)
+        self.address = address_of(self.base)
 
     def offset_of(self, address: int, byte_count: int) -> int | None:
         """Where in it so many bytes at an address lie; None where they do not."""
@@ -91,7 +91,7 @@ class SharedPool:
 
     def tell(self, data: Bytes) -> tuple[Slot, int] | None:
         """The slot in which `data` lies, and where; the other end is about to be told. None where it is in none."""
-        address = int(data.ctypes.data)
+        address = address_of(data)
         with self._lock:
             for slot in self._slots.values():
                 if (offset := slot.offset_of(address, data.size)) is not None:
@@ -197,7 +197,7 @@ class PeerMemory:
 
     def find(self, data: Bytes) -> tuple[int, int] | None:
         """The slot in which `data` lies, and where."""
-        address = int(data.ctypes.data)
+        address = address_of(data)
         for number, slot in self._mapped.items():
             if (offset := slot.offset_of(address, data.size)) is not None:
                 return number, offset

@@ -11,7 +11,14 @@ import pickle
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+
+Bytes = npt.NDArray[np.uint8]
+
+# By name, since pickle looks through all modules for what a type of torch's may be a part of.
+_DTYPES = {name: kind for name, kind in vars(torch).items() if isinstance(kind, torch.dtype)}
+_NAMES = {kind: name for name, kind in _DTYPES.items()}
 
 
 def reduced(value: Any) -> Any:
@@ -40,7 +47,13 @@ def tensor_parts(tensor: torch.Tensor) -> tuple[Any, ...]:
     dense = tensor if _is_dense(tensor) else tensor.contiguous()
     flat = dense.as_strided((dense.numel(),), (1,)) if dense.numel() else dense.new_empty(0)
     memory = flat.view(torch.uint8) if flat.numel() else flat.to(torch.uint8)
-    return _tensor_of, (pickle.PickleBuffer(memory.numpy().data), dense.dtype, tuple(dense.shape), dense.stride())
+    return tensor_over(memory.numpy(), dense)
+
+
+def tensor_over(memory: Bytes, tensor: torch.Tensor) -> tuple[Any, ...]:
+    """The same, of a dense tensor whose memory this is."""
+    name = _NAMES.get(tensor.dtype, tensor.dtype)
+    return _tensor_of, (pickle.PickleBuffer(memory.data), name, tuple(tensor.shape), tensor.stride())
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
@@ -55,8 +68,8 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _tensor_of(memory: Any, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
-    array = np.frombuffer(memory, np.uint8) if not isinstance(memory, np.ndarray) else memory
-    if not array.size:
-        return torch.empty_strided(shape, stride, dtype=dtype)
-    return torch.from_numpy(array).view(dtype).as_strided(shape, stride)
+def _tensor_of(memory: Any, dtype: str | torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+    kind = _DTYPES[dtype] if isinstance(dtype, str) else dtype
+    if not memoryview(memory).nbytes:
+        return torch.empty_strided(shape, stride, dtype=kind)
+    return torch.frombuffer(memory, dtype=kind).as_strided(shape, stride)

@@ -50,6 +50,12 @@ class Owner:
         self.__array_interface__ = {"data": (address, False), "shape": (byte_count,), "typestr": "|u1", "version": 3}
 
 
+def address_of(memory: Bytes) -> int:
+    """Where it begins; `ctypes.data` takes a longer way there."""
+    address: int = memory.__array_interface__["data"][0]
+    return address
+
+
 class SlotPool:
     """Lends byte arrays and takes them back by itself. Safe to use from several threads."""
 
@@ -69,7 +75,7 @@ class SlotPool:
             memory = np.empty(size_class(byte_count), np.uint8)
             with self._lock:
                 self._held_bytes += memory.size
-        owner = Owner(memory.ctypes.data, byte_count)
+        owner = Owner(address_of(memory), byte_count)
         weakref.finalize(owner, self._returned.append, memory).atexit = False
         return np.asarray(owner)
 
