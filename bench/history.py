@@ -1,4 +1,4 @@
-"""What history is worth: `python -m bench.history [--rounds N] [--first-byte-ms N]`.
+"""What history is worth: `python -m bench.history [--rounds N] [--first-byte-ms N] [--costs]`.
 
 A plain map-style data set that opens one object a sample with `fastload.open`, a seeded random sampler, two torch
 worker processes and a training step of a set length, against a store that is far away (`weed mini` behind a proxy).
@@ -11,6 +11,8 @@ Each run is a process of its own, and begins with an empty cache and another ser
 
 Printed are the seconds that the training waited for batches, after the first one and in all, medians of the rounds, and
 the CPU-seconds of everything but the store. Nothing else should run meanwhile.
+
+`python -m bench.history --costs` shows instead what history costs the service, without a store (`bench.remembering`).
 """
 
 from __future__ import annotations
@@ -32,8 +34,10 @@ from pathlib import Path
 import torch.utils.data
 
 import fastload
+from bench import remembering
 from bench.prefetch import Report
 from bench.proxy import Profile, Proxy
+from bench.targets import show
 from fastload.demo.weed import WeedServer
 
 BUCKET = "bench"
@@ -139,8 +143,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--first-byte-ms", type=float, default=50.0)
+    parser.add_argument("--costs", action="store_true", help="what it costs the service, and nothing else; two minutes")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.costs:
+        return int(show("What history costs", remembering.figures(options.rounds)))
     if options.job:
         print(json.dumps(asdict(run(Job(**json.loads(options.job))))))
         return 0
