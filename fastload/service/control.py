@@ -54,6 +54,8 @@ _PAYS, _PAYS_FULLY = 0.3, 0.6
 _LOSES = 0.1
 # What cuts may cost together, of the best that was measured.
 _LOSES_IN_ALL = 0.03
+# Where they have, two of them are undone, and then two more: all of them may be far too many.
+_UNDO = 1 / _CUT**2
 _RAISE_EVERY_S, _CUT_EVERY_S = 3.0, 6.0
 # Connections that wait for their next request are no use either: a few more than Little's law has it.
 _OF_USE, _OF_USE_MORE = 1.2, 3
@@ -81,7 +83,7 @@ class _Mode(enum.Enum):
 class Learnt:
     """What is known of an endpoint, for figures and for a later start. `first_byte_s` is None where stores do not say.
 
-    `throttled_at` is the least limit at which it throttled, 0 for never.
+    `throttled_at` is the least limit at which it throttled, 0 where it never did, or has taken as much since.
     """
 
     limit: int
@@ -216,13 +218,15 @@ class Controller:
             self._follow(found, now)
         elif self._mode is _Mode.BASE:
             self._base, self._measured = found, (self.limit, found)
+            if self.limit >= self._least_throttled and now > self._throttled_at + _CEILING_S_MAX:
+                self._least_throttled = 0  # it takes that by now
             if not self._fell_below(found, now):
                 self._try(now)
         else:
             self._judge(found, now)
 
     def _fell_below(self, found: _Round, now: float) -> bool:
-        """Whether cuts, each of which seemed to lose nothing, have lost something together. If so they are undone, and
+        """Whether cuts, each of which seemed to lose nothing, have lost something together. If so some are undone, and
         for a while there is a floor.
         """
         if self.limit >= self._best_limit:  # as much as can be had, whatever it was once
@@ -231,7 +235,7 @@ class Controller:
         if found.bytes_per_s >= (1.0 - _LOSES_IN_ALL) * self._best_bytes_per_s:
             return False
         self._floor, self._floor_until = self.limit + 1, now + _CEILING_S_MAX
-        self._settle(self._best_limit, None, now)
+        self._settle(min(self._best_limit, max(self.limit + 1, round(self.limit * _UNDO))), None, now)
         self._cut_at = self._raise_at = now + _RAISE_EVERY_S
         return True
 
@@ -240,9 +244,12 @@ class Controller:
         ceiling = min(self._ceiling_now(now), self._of_use(now))
         raised = min(max(self.limit + 1, round(self.limit * self._step)), ceiling)
         cut = min(self.limit - 1, int(self.limit * self._cut))
-        if now >= self._raise_at and raised > self.limit:
+        may_raise = now >= self._raise_at and raised > self.limit
+        may_cut = now >= self._cut_at and cut >= max(_CUT_TO_MIN, self._floor if now < self._floor_until else 1)
+        # Of both the one that has waited longer: where a round takes seconds, a raise would always be due again.
+        if may_raise and not (may_cut and self._cut_at < self._raise_at):
             self._set(raised, _Mode.RAISED, now)
-        elif now >= self._cut_at and cut >= max(_CUT_TO_MIN, self._floor if now < self._floor_until else 1):
+        elif may_cut:
             self._set(cut, _Mode.CUT, now)
 
     def _of_use(self, now: float) -> int:

@@ -123,6 +123,30 @@ def test_a_store_that_throttled_is_asked_less_at_first() -> None:
     assert Controller(known=known, fixed=5).limit == 5
 
 
+def test_a_store_that_throttled_once_is_not_asked_less_for_ever() -> None:
+    """A run that began as it had throttled, long after, took a minute for what it could have had at once."""
+    store = run(replace(MIDDLE, throttles_above=2), 20.0)
+    assert 0 < store.controller.learnt().throttled_at < AT_FIRST
+    store.profile = MIDDLE
+    store.run(150.0)
+    learnt = store.controller.learnt()
+    assert learnt.throttled_at == 0
+    assert learnt.limit_to_start == learnt.limit > AT_FIRST
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_far_too_many_are_given_back_although_rounds_take_long(seed: int) -> None:
+    """A raise was due again after each of them, and no cut was ever tried; then all cuts were undone at the first that
+    lost something.
+    """
+    slow = replace(MIDDLE, connection_bytes_per_s=5e6)
+    store = run(slow, 60.0, seed)
+    store.profile = MIDDLE
+    store.run(200.0)
+    assert store.most_in_flight(160.0, 260.0) <= 4 * MIDDLE.needed
+    assert store.mb_per_s(160.0, 260.0) >= 0.97 * best(MIDDLE)
+
+
 def test_a_few_answers_that_hang_are_no_news() -> None:
     profile = replace(MIDDLE, slow_share=0.01, slow_times=20.0)
     store = run(profile, 40.0)
