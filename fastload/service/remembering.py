@@ -4,9 +4,10 @@ Consumers of one process group are one run: the ranks of a job, and its worker p
 epoch. It ends when none of them has been connected for a minute. What came up is written every half minute, a
 second after a consumer went, and before somebody looks for a place in it; in a thread, since it is packed for that.
 
-When the folder cannot be written to, nothing more is kept, with one word in the service's log: history is a help, no
-part of the cache. What was read of it serves on. A run that is forgotten while it goes on (`fastload history rm`,
-`Cache.clear(history=True)`) is not kept on: its objects are numbered in what is gone.
+When the folder cannot be written to, nothing is kept for ten minutes, and nothing more of the runs that go on by then,
+with a word in the service's log: history is a help, no part of the cache. What was read of it serves on. A run that is
+forgotten while it goes on (`fastload history rm`, `Cache.clear(history=True)`) is not kept on: its objects are numbered
+in what is gone.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ _LIBRARY_READS_MAX = 1 << 21
 _LEARNT_RUNS = 32
 # A write that takes longer will not end: nothing more is gathered for it.
 _HANGS_S = 60.0
+# A daemon lives for weeks, and somebody makes room on a full disk.
+_TRY_AGAIN_S = 600.0
 # Reading the history may take so much of a processor's time, where it takes longer than a moment.
 _LOAD_SHARE, _MOMENT_S = 0.05, 0.1
 
@@ -81,7 +84,8 @@ class Remembering:
         of each by now. `wall`: a clock that shows seconds since 1970.
         """
         self._there = archive  # to be cleared, also where it is not used
-        self._archive = archive if bytes_max else None
+        self._used = archive if bytes_max else None
+        self._given_up_until_s = float("-inf")
         self._bytes_max, self._chunk_bytes = bytes_max, chunk_bytes
         self._endpoints, self._now, self._wall, self._loop = endpoints, now, wall, pools.loop
         self._pool = pools.make("history", 1)  # one thread: pieces are written in their order
@@ -97,6 +101,11 @@ class Remembering:
         self._load_again_s = float("-inf")
         if self._archive is not None:
             self._pool.submit(_learnt, self._archive, done=self._learnt)
+
+    @property
+    def _archive(self) -> Archive | None:
+        """Where to write and read now, if anywhere."""
+        return self._used if self._now() >= self._given_up_until_s else None
 
     # Endpoints
 
@@ -117,13 +126,15 @@ class Remembering:
 
     def connect(self, consumer: ConsumerState, hello: protocol.Hello) -> None:
         """A consumer has come."""
-        if self._archive is None:
+        if self._used is None:
             return
         run = self._runs.get(hello.group)
         if run is None:
             began = self._wall()
             recorder = Recorder(hello.program, began, self._chunk_bytes)
-            run = self._runs[hello.group] = _LiveRun(self._archive.new_name(began), self._now(), recorder)
+            run = self._runs[hello.group] = _LiveRun(self._used.new_name(began), self._now(), recorder)
+            if self._archive is None:
+                run.forget()
         run.reader_count += 1
         self._lanes[consumer] = run, run.recorder.lane(hello.name)
         self._wait()
@@ -197,10 +208,11 @@ class Remembering:
         self._pool.submit(_append, self._archive, run, batch, self._bytes_max, keep, done=done)
 
     def _give_up(self, error: BaseException | None) -> None:
-        """Keep nothing any more. Runs go on as they are: what their readers ask for is still news or not."""
+        """Keep nothing for a while. Runs go on as they are: what their readers ask for is still news or not."""
         if self._archive is not None:
-            log.warning("no history is kept any more: %s: %s", self._archive.folder, error)
-        self._archive = None
+            minutes = round(_TRY_AGAIN_S / 60)
+            log.warning("no history is kept for %d minutes: %s: %s", minutes, self._archive.folder, error)
+            self._given_up_until_s = self._now() + _TRY_AGAIN_S
         for run in self._runs.values():
             run.forget()
 

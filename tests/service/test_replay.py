@@ -248,7 +248,7 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: p
     (tmp_path / "cache" / "history").write_text("in the way")
     read_all(here, ORDER[:5])
     read_all(here, ORDER[:5])
-    assert "no history is kept any more" in caplog.text
+    assert "no history is kept for 10 minutes" in caplog.text
 
 
 def test_a_consumer_that_tells_its_plan_keeps_it(tmp_path: Path) -> None:
@@ -453,6 +453,43 @@ def test_a_full_disk_ends_the_keeping_and_not_the_use(tmp_path: Path, caplog: py
         reader.leave()
 
     run(here, work)
+
+
+def test_those_who_come_while_nothing_is_kept_are_served_from_what_was_read(tmp_path: Path) -> None:
+    here = world(tmp_path, buffer_count=8)
+    read_all(here, ORDER)
+
+    async def work(core: Core) -> None:
+        first = Reader(core, here)
+        await first.read(ORDER[0])
+        await until(lambda: core._replay._library is not None, "the history is there")
+        core._history._give_up(OSError("no room"))
+        first.leave()
+        reader = Reader(core, here, group=2)
+        for number in ORDER[:20]:
+            await reader.read(number)
+        assert replayed(core) >= 15
+        reader.leave()
+
+    run(here, work)
+    assert len(Archive(tmp_path / "cache").runs()) == 1
+
+
+def test_a_daemon_keeps_history_again_when_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = world(tmp_path)
+    archive = Archive(tmp_path / "cache")
+
+    async def work(core: Core) -> None:
+        core._history._give_up(OSError("no room"))
+        for group, later_s in enumerate((0.0, 599.0, 601.0)):
+            now_s = core._history._given_up_until_s - 600.0 + later_s
+            monkeypatch.setattr(core._history, "_now", lambda now_s=now_s: now_s)
+            reader = Reader(core, here, group)
+            await reader.read(0)
+            reader.leave()
+
+    run(here, work)
+    assert [len(archive.read(each).reads) for each in archive.runs()] == [1]
 
 
 def test_history_is_not_gathered_for_a_disk_that_hangs(
