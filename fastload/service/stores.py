@@ -1,4 +1,5 @@
-"""The service's stores: one per bucket and set of credentials, opened at first use, forgotten with their users.
+"""The service's stores: one per bucket and set of credentials, opened at first use, forgotten with their users, or when
+many others were used since.
 
 Used by the pools' threads, hence the lock. Credentials live in this table and nowhere else: they come over the socket
 and are gone when the last consumer that brought them is. A set of options is known by its `key`, a string that holds
@@ -26,6 +27,10 @@ from fastload.store.watch import Watch
 # No limit: how many are sent at a time is for `control`, and what lists and reads besides is little.
 _REQUESTS_MAX = 4 * control.REQUESTS_MAX
 
+# Open at a time, besides those in use: each keeps its last connection, and single objects may come from any number of
+# hosts.
+_OPENED_MAX = 64
+
 Opener = Callable[[str, StoreOptions], Store]
 
 
@@ -47,7 +52,7 @@ class StoreTable:
         self._lock = threading.Lock()
         self._options: dict[str, StoreOptions] = {}
         self._consumers: Counter[str] = Counter()
-        self._opened: dict[tuple[str, str], _Opened] = {}
+        self._opened: dict[tuple[str, str], _Opened] = {}  # the one used last is the last
 
     def _open(self, url: str, options: StoreOptions) -> Store:
         return open_store(url, options, self._requests)
@@ -142,10 +147,12 @@ class StoreTable:
         place = key, store_root(url)
         options = self._get_options(key)
         with self._lock:
-            entry = self._opened.get(place)
-            if entry is None:
-                entry = self._opened[place] = _Opened(self._opener(url, options))
+            entry = self._opened.pop(place, None) or _Opened(self._opener(url, options))
+            self._opened[place] = entry
             entry.user_count += 1
+            left_over = self._retire_left_over()
+        for store in left_over:
+            store.close()
         try:
             yield entry.store
         finally:
@@ -154,6 +161,15 @@ class StoreTable:
                 done = entry.retired and entry.user_count == 0
             if done:
                 entry.store.close()
+
+    def _retire_left_over(self) -> list[Store]:
+        """Take out of use what was used longest ago, where there are too many; returns it."""
+        excess = len(self._opened) - _OPENED_MAX
+        if excess <= 0:
+            return []
+        idle = [place for place, entry in self._opened.items() if entry.user_count == 0]
+        retired = (self._retire(place) for place in idle[:excess])
+        return [store for store in retired if store is not None]
 
     def _retire(self, place: tuple[str, str]) -> Store | None:
         """Take a store out of use; returns it if nobody is reading from it (else the last reader closes it)."""
