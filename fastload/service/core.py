@@ -301,7 +301,7 @@ class Core:
 
     def _load_failed(self, chunk: Chunk, error: BaseException) -> None:
         self._openings.failed(chunk, error)
-        self._replay.failed(chunk)
+        self._replay.failed(chunk, error)
 
     # A disk that hangs
 

@@ -19,6 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from fastload.errors import AccessDeniedError, StoreUnavailableError
 from fastload.history.follow import Follower
 from fastload.history.keys import object_key
 from fastload.history.library import Library
@@ -106,6 +107,7 @@ class _Reader:
     follower: Follower | None = None
     plan: ReplayPlan | None = None
     unconfirmed: set[ObjectEntry] = field(default_factory=set)  # of the plan, versions that nobody asked for
+    denied: set[bytes] = field(default_factory=set)  # versions that its credentials do not show
     early: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=_EARLY_MAX))
 
 
@@ -160,12 +162,18 @@ class Replay:
             if info.etag is not None and scheme(info.url) != "file" and consumer.options_key == chunk.fetched_as:
                 self._versions.learn(self._stores.endpoint(consumer.options_key), info)
 
-    def failed(self, chunk: Chunk) -> None:
-        """A chunk could not be had; what is there now is not what was read then."""
-        if not chunk.wanters:
-            if len(self._stale) >= _STALE_MAX:
-                self._stale.clear()
-            self._stale.add(chunk.entry.id)
+    def failed(self, chunk: Chunk, error: BaseException) -> None:
+        """A chunk could not be had: what is there now is not what was read then. Or these credentials do not do, or the
+        store is away, which passes: a service may live for weeks.
+        """
+        if chunk.wanters or isinstance(error, StoreUnavailableError):
+            return
+        if isinstance(error, AccessDeniedError):
+            for consumer, reader in self._readers.items():
+                if consumer.options_key == chunk.fetched_as:
+                    _add(reader.denied, chunk.entry.id)
+        else:
+            _add(self._stale, chunk.entry.id)
 
     def left(self, consumer: ConsumerState) -> None:
         """A consumer has gone, or begins anew."""
@@ -177,6 +185,7 @@ class Replay:
         """What is predicted for a consumer is to be had with others now, and may be elsewhere."""
         reader = self._readers.get(consumer)
         if reader is not None:
+            reader.denied.clear()
             self._set_plan(consumer, reader, None)
             self._update(consumer, reader)
 
@@ -249,7 +258,8 @@ class Replay:
                 reader.unconfirmed.add(entry)
         plan = ReplayPlan(steps, consumer.options_key, range(place + 1, library.lane(place).end), count)
         plan.depth = follower.ahead_max
-        plan.failed = gone.union(at for at, (entry, _) in enumerate(steps) if entry.id in self._stale)
+        in_vain = (self._stale, reader.denied)
+        plan.failed = gone.union(at for at, (entry, _) in enumerate(steps) if any(entry.id in each for each in in_vain))
         return plan
 
     def _set_plan(self, consumer: ConsumerState, reader: _Reader, plan: ReplayPlan | None) -> None:
@@ -261,6 +271,12 @@ class Replay:
             reader.unconfirmed = set()
         if before is not None:  # last, so that what both name stays
             self._objects.unuse(before.entries_used())
+
+
+def _add(versions: set[bytes], version: bytes) -> None:
+    if len(versions) >= _STALE_MAX:
+        versions.clear()
+    versions.add(version)
 
 
 def _tells(consumer: ConsumerState) -> bool:

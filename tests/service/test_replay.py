@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fastload.cache import CacheDirectory, syscalls
-from fastload.errors import ObjectMissingError
+from fastload.errors import AccessDeniedError, ObjectMissingError, StoreError, StoreUnavailableError
 from fastload.history import runfile
 from fastload.history.archive import Archive
 from fastload.history.keys import object_key
@@ -162,6 +162,32 @@ def test_an_object_that_vanished_is_nobodys_error(tmp_path: Path) -> None:
     read_all(here, [number for number in ORDER if number != ORDER[10]], look)
     assert failures == []
     assert [each for each, _ in here.store.reads].count(url) == 1  # in vain, and once
+
+
+@pytest.mark.parametrize("error", [StoreUnavailableError, AccessDeniedError])
+def test_what_was_away_for_a_while_is_predicted_again(error: type[StoreError], tmp_path: Path) -> None:
+    """Or was denied to somebody else, or asked for with credentials that had gone with their consumer."""
+    here = world(tmp_path, buffer_count=8)
+    read_all(here, ORDER)
+    url = here.objects[ORDER[10]].url
+    ahead: list[bool] = []
+
+    async def work(core: Core) -> None:
+        for is_away in (True, False):
+            if is_away:
+                here.store.errors[url] = error(f"{url} is not to be had")
+            else:
+                del here.store.errors[url]
+            reader = Reader(core, here)
+            for number in ORDER[:10]:
+                await reader.read(number)
+                await settle()
+            ahead.append(url in [each for each, _ in here.store.reads])
+            reader.leave()
+            here.store.reads.clear()
+
+    run(here, work)
+    assert ahead == [True, True]
 
 
 def test_switched_off_nothing_is_kept_or_used(tmp_path: Path) -> None:
