@@ -26,6 +26,7 @@ from fastload.service.indexes import Indexes
 from fastload.service.model import Chunk
 from fastload.service.openings import Openings
 from fastload.service.parts import Parts
+from fastload.service.plans import Plan
 from fastload.service.quota import Quota
 from fastload.service.records import Records
 from fastload.service.remembering import WRITE_AFTER_S, Remembering
@@ -176,8 +177,9 @@ class Core:
             case protocol.SetPlan():
                 self._set_plan(consumer, message)
             case protocol.Uses():
-                if consumer.plan is not None:  # otherwise it has ended, as this was said
-                    consumer.plan.foresee(message)
+                plan = _told(consumer)
+                if plan is not None:
+                    plan.foresee(message)
             case protocol.Keep():
                 self._plans.keep(consumer, message)
             case protocol.Attach():
@@ -241,7 +243,7 @@ class Core:
             self._warming.write_resident(plan)
 
     def _advance(self, consumer: ConsumerState, position: int) -> None:
-        plan = consumer.plan
+        plan = _told(consumer)
         if plan is not None and plan.uses is not None:
             plan.uses.advance(position)
         elif plan is not None and not isinstance(plan, WarmPlan):
@@ -374,3 +376,8 @@ class Core:
         parts.populator.close()
         parts.arena.close()
         return ended
+
+
+def _told(consumer: ConsumerState) -> Plan | None:
+    """The plan that a consumer speaks of; None where that has ended, also where something was predicted since."""
+    return None if isinstance(consumer.plan, ReplayPlan) else consumer.plan

@@ -297,6 +297,25 @@ def test_a_consumer_that_tells_its_plan_keeps_it(tmp_path: Path) -> None:
     run(here, work)
 
 
+def test_what_is_said_of_a_plan_that_has_ended_moves_no_prediction(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    read_all(here, ORDER)
+
+    async def work(core: Core) -> None:
+        reader = Reader(core, here)
+        for number in ORDER[:5]:
+            await reader.read(number)
+        plan = reader.side.state.plan
+        assert isinstance(plan, ReplayPlan)
+        before = plan.cursor
+        reader.side.say(protocol.Advance(20))
+        reader.side.say(protocol.Uses(0, (10**6).to_bytes(4, "little")))
+        assert (plan.cursor, plan.uses) == (before, None)
+        reader.leave()
+
+    run(here, work)
+
+
 def test_an_object_that_is_shorter_by_now_ends_no_prediction(tmp_path: Path) -> None:
     here = world(tmp_path, buffer_count=60)
     order = list(range(COUNT))
