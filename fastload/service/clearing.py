@@ -50,14 +50,19 @@ class Clearing:
         history: Remembering,
         watch: DiskWatch,
         drop_idle: Callable[[], int],
+        forget: Callable[[], None],
     ) -> None:
-        """`drop_idle()` empties the buffers that nobody uses, and says how many bytes were in them."""
+        """`drop_idle()` empties the buffers that nobody uses, and says how many bytes were in them. `forget()` ends all
+        predictions.
+        """
         self._disk, self._order, self._indexes, self._versions = disk, order, indexes, versions
-        self._history, self._watch, self._drop_idle = history, watch, drop_idle
+        self._history, self._watch, self._drop_idle, self._forget = history, watch, drop_idle, forget
         self._pool = watch.pool("clear", 1)
 
     def clear(self, consumer: ConsumerState, message: protocol.Clear) -> None:
         """Do so, and answer."""
+        if message.history:
+            self._forget()  # now, so that nothing more is fetched for it
         freed = self._drop_idle()
         self._indexes.clear()
         self._versions.clear()
@@ -109,6 +114,7 @@ class Clearing:
             return
         freed = clearing.freed + max(0, clearing.before - self._disk.used_bytes)
         if clearing.message.history:
+            self._forget()  # somebody may have looked into it since
             self._history.clear(lambda byte_count, failed: self._answer(clearing, freed + byte_count, failed))
         else:
             self._answer(clearing, freed, None)

@@ -118,6 +118,7 @@ class Core:
             self._history,
             self._watch,
             self._residency.drop_idle,
+            self._replay.forget,
         )
         self._wishes = Wishes(
             self._ledger,
@@ -189,8 +190,6 @@ class Core:
                 self._replay.opening(consumer, message.url)
             case protocol.Clear():
                 self._clearing.clear(consumer, message)
-                if message.history:
-                    self._replay.forget()
             case protocol.Credentials():
                 self._change_credentials(consumer, message)
             case protocol.Report():

@@ -606,6 +606,30 @@ def test_what_is_cleared_does_not_come_back_damaged(tmp_path: Path) -> None:
     assert [len(archive.read(each).reads) for each in archive.runs()] == []
 
 
+def test_nothing_is_predicted_from_what_was_read_of_a_history_while_it_was_cleared(tmp_path: Path) -> None:
+    """A large disk takes its time, and somebody begins to read meanwhile."""
+    here = World(tmp_path, 40, disk_bytes=64 << 20)
+    here.add(*[1] * COUNT)
+    read_all(here, ORDER)
+    gate = threading.Event()
+
+    async def work(core: Core) -> None:
+        blob_names = core.disk.blob_names
+        core.disk.blob_names = lambda: (gate.wait(10), blob_names())[-1]  # type: ignore[method-assign]
+        clears = Side(core, [])
+        clears.say(protocol.Clear(1, True))
+        reader = Reader(core, here)
+        await reader.read(ORDER[0])
+        await until(lambda: core._replay._library is not None, "it has been looked into")
+        gate.set()
+        await until(lambda: bool(clears.all(protocol.Cleared)), "it is gone")
+        assert core._replay._library is None
+        assert reader.side.state.plan is None
+        reader.leave()
+
+    run(here, work)
+
+
 def test_history_that_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
     """Such as another user's: the others serve."""
     here = world(tmp_path)
