@@ -1,0 +1,181 @@
+"""Objects arrive, each whole and once, whoever puts them, however long they are, and whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from fastload.transport.queue import Queue
+from tests.processes import until
+
+FORK, SPAWN = multiprocessing.get_context("fork"), multiprocessing.get_context("spawn")
+LIMIT_S = 30.0
+# More than the kernel holds for a reader that does not read.
+LONG = 5 << 20
+
+
+def put_all(into: Queue, name: str, sizes: list[int]) -> None:
+    for number, size in enumerate(sizes):
+        into.put((name, number, bytes(size)))
+
+
+def taken(source: Queue, count: int) -> list[Any]:
+    return [source.get(timeout=LIMIT_S) for _ in range(count)]
+
+
+@pytest.mark.parametrize("processes", [FORK, SPAWN])
+def test_each_senders_objects_come_in_order_and_whole(processes: Any) -> None:
+    objects = Queue(processes)
+    sizes = [10, LONG, 0, 40_000, 100, LONG // 3, 1]
+    senders = [processes.Process(target=put_all, args=(objects, str(i), sizes)) for i in range(3)]
+    for sender in senders:
+        sender.start()
+    arrived = taken(objects, len(sizes) * len(senders))
+    for sender in senders:
+        sender.join(LIMIT_S)
+        assert sender.exitcode == 0
+    for name in "012":
+        assert [(number, len(data)) for who, number, data in arrived if who == name] == list(enumerate(sizes))
+    with pytest.raises(queue.Empty):
+        objects.get(timeout=0.01)
+    objects.close()
+
+
+def test_nobody_waits_for_a_reader_that_does_not_read() -> None:
+    objects = Queue(FORK)
+    for number in range(2_000):  # more than the socket holds
+        objects.put((number, bytes(1_000)))
+    objects.put((2_000, bytes(LONG)))
+    assert [number for number, _ in taken(objects, 2_001)] == list(range(2_001))
+    until(lambda: not any(each.name == "fastload-queue" for each in threading.enumerate()))
+    objects.close()
+
+
+def test_an_object_that_cannot_be_pickled_is_an_error_where_it_was_put() -> None:
+    objects = Queue(FORK)
+    with pytest.raises(Exception, match="lambda"):
+        objects.put(lambda: None)
+    objects.put("next")
+    assert objects.get(timeout=LIMIT_S) == "next"
+    objects.close()
+    with pytest.raises(ValueError, match="closed"):
+        objects.put(1)
+    objects.close()
+
+
+def test_a_message_that_was_not_counted_is_found() -> None:
+    """As of a sender that was killed before it could count it."""
+    objects = Queue(FORK)
+    objects.put("first")
+    assert objects._count.acquire(False)
+    assert objects.get(timeout=0.01) == "first"
+    objects.put("second")
+    assert objects.get(timeout=LIMIT_S) == "second"
+    objects.close()
+
+
+def put_until_killed(into: Queue, size: int) -> None:
+    while True:
+        into.put((os.getpid(), bytes(size)))
+
+
+@pytest.mark.parametrize("size", [100, LONG])
+def test_senders_that_are_killed_leave_the_queue_to_others(size: int) -> None:
+    objects = Queue(FORK)
+    for _ in range(5):
+        sender = FORK.Process(target=put_until_killed, args=(objects, size), daemon=True)
+        sender.start()
+        taken(objects, 3)
+        os.kill(sender.pid, signal.SIGKILL)
+        sender.join(LIMIT_S)
+    put_all(objects, "last", [10, LONG])
+    seen: list[Any] = []
+    while len(seen) < 2:
+        seen += [each for each in taken(objects, 1) if each[0] == "last"]
+    assert [number for _, number, _ in seen] == [0, 1]
+    objects.close()
+
+
+def test_what_is_waiting_is_sent_before_a_process_ends_unless_it_is_dispensable() -> None:
+    for is_dispensable in (False, True):
+        objects = Queue(FORK)
+        sender = FORK.Process(target=put_and_leave, args=(objects, is_dispensable))
+        sender.start()
+        if is_dispensable:
+            sender.join(LIMIT_S)
+            assert sender.exitcode == 0
+        else:
+            assert [len(each) for each in taken(objects, 3)] == [LONG] * 3
+            sender.join(LIMIT_S)
+        objects.close()
+
+
+def put_and_leave(into: Queue, is_dispensable: bool) -> None:
+    for _ in range(3):
+        into.put(bytes(LONG))
+    if is_dispensable:
+        into.cancel_join_thread()
+        into.close()
+
+
+def test_closing_ends_the_thread_of_a_queue_that_nobody_reads() -> None:
+    objects = Queue(FORK)
+    objects.put(bytes(LONG))
+    thread = objects._thread
+    assert thread is not None
+    objects.cancel_join_thread()
+    objects.close()
+    thread.join(LIMIT_S)
+    assert not thread.is_alive()
+    assert objects._writer.closed
+
+
+def test_a_time_limit_and_a_signal_end_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = Queue(FORK)
+    began = time.monotonic()
+    with pytest.raises(queue.Empty):
+        objects.get(timeout=0.05)
+    assert time.monotonic() - began >= 0.05
+    with pytest.raises(queue.Empty):
+        objects.get(block=False)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            objects.get(timeout=LIMIT_S)
+        timer.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    objects.put("after")
+    assert objects.get(timeout=LIMIT_S) == "after"
+    objects.close()
+
+
+def test_a_queue_that_nobody_closes_leaves_nothing() -> None:
+    script = """
+import multiprocessing, os
+from fastload.transport.queue import Queue
+before = len(os.listdir("/proc/self/fd"))
+for _ in range(50):
+    objects = Queue(multiprocessing.get_context("fork"))
+    objects.put(1)
+del objects
+print(len(os.listdir("/proc/self/fd")) - before)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
+    assert not done.stderr
