@@ -54,8 +54,8 @@ _PAYS, _PAYS_FULLY = 0.3, 0.6
 _LOSES = 0.1
 # What cuts may cost together, of the best that was measured.
 _LOSES_IN_ALL = 0.03
-# Where they have, two of them are undone, and then two more: all of them may be far too many.
-_UNDO = 1 / _CUT**2
+# Where they have, the limit is at most doubled, and again if that was not enough: all of them may be far too many.
+_UNDO = 2.0
 _RAISE_EVERY_S, _CUT_EVERY_S = 3.0, 6.0
 # Connections that wait for their next request are no use either: a few more than Little's law has it.
 _OF_USE, _OF_USE_MORE = 1.2, 3
