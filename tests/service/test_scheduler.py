@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from fastload.service import buffers
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastload.service import buffers, scheduler
 from fastload.service.buffers import BufferTable
 from fastload.service.model import ObjectEntry, State, Write
 from fastload.service.plans import Plan
@@ -207,3 +211,55 @@ def test_what_waits_for_a_store_that_hangs_keeps_no_room_from_what_is_demanded_o
     assert shown(found)[:2] == [("drop", held[3]), ("load", "s3://answers/x", 0)]
     ahead = Candidate(stored("answers", 1).entry, 1, Need.PREFETCHED, 1, False, begin(table, entry("p", 1)))
     assert shown(decide([*waiting, ahead], table, free_at(answers=8))) == []
+
+
+def test_no_order_of_usefulness_is_made_while_nothing_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most turns with a busy store and a full arena are so, and over a large one it takes half a millisecond."""
+    table, resident = BufferTable(2), entry("resident", 2)
+    for index in range(2):
+        put(table, resident, index)
+    plan = begin(table, entry("ahead", 100))
+    monkeypatch.setattr(table, "by_usefulness", lambda *arguments: pytest.fail("an order was made"))
+    candidates = list(upcoming([plan], 100, nowhere))
+    assert decide(candidates, table, Slots(4, 8, lambda endpoint: 0)) == []
+    assert decide(candidates[:3], table, Slots(4, 8, lambda endpoint: 0)) == []
+
+
+@pytest.mark.parametrize("waiting", range(25, 40))
+def test_how_many_are_passed_over_for_one_that_can_start(waiting: int) -> None:
+    table = BufferTable(300)
+    ahead = [("hangs", index) for index in range(waiting)] + [("answers", 0)]
+    candidates = [Candidate(stored(at, index).entry, index, Need.PREFETCHED, index, False) for at, index in ahead]
+    found = decide(candidates, table, free_at(answers=8))
+    assert shown(found) == ([("load", "s3://answers/x", 0)] if waiting <= 32 else [])
+
+
+wishes = st.lists(
+    st.tuples(
+        st.sampled_from(Need), st.sampled_from(["one", "other"]), st.integers(0, 50), st.booleans(), st.booleans()
+    ),
+    max_size=120,
+)
+
+
+@settings(deadline=None)
+@given(wishes, st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.lists(st.booleans(), max_size=6))
+def test_what_is_decided_does_not_hang_on_that(
+    wished: list[tuple[Need, str, int, bool, bool]], disk: int, one: int, other: int, held: list[bool]
+) -> None:
+    table, resident = BufferTable(8), entry("resident", 8)
+    for index, is_queued in enumerate(held):
+        put(table, resident, index, write=Write.QUEUED if is_queued else Write.NONE)
+    objects = {name: stored(name, 0).entry for name in ("one", "other")}
+    candidates = [
+        Candidate(objects[name], index, need, index, on_disk, may_displace=displaces)
+        for need, name, index, on_disk, displaces in sorted(wished)
+    ]
+
+    def decided() -> list[Action]:
+        return decide(iter(candidates), table, Slots(disk, 4, lambda endpoint: one if "one" in endpoint else other))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "_if_any_can_start", lambda candidates, slots: candidates)
+        expected = decided()
+    assert decided() == expected
