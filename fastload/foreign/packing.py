@@ -27,7 +27,6 @@ import weakref
 from collections import deque
 from dataclasses import dataclass, field, replace
 from functools import partial
-from multiprocessing import reduction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +38,7 @@ from fastload.transfer import NO_MOVER, mover_of, pinned
 from fastload.transport.filling import copy_into
 from fastload.transport.lending import Collected, lent
 from fastload.transport.mapping import map_shared
-from fastload.transport.pickling import is_plain, reduced, tensor_over
+from fastload.transport.pickling import forking_table, is_plain, reduced, tensor_over
 from fastload.transport.slots import SMALL_BYTES, address_of, size_class, take_fitting
 
 Bytes = npt.NDArray[np.uint8]
@@ -100,7 +99,9 @@ class Packed(NamedTuple):
     dropped: list[int]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpacked, tuple(self)
+        # Plain tuples: a class has to be looked up wherever one of its is unpickled.
+        places, new_slots = list(map(tuple, self.places)), list(map(tuple, self.new_slots))
+        return _unpacked, (*self[:4], places, new_slots, self.dropped)
 
 
 # In the worker
@@ -176,12 +177,13 @@ class Packer:
             )
 
 
-class _Pickler(reduction.ForkingPickler):
+class _Pickler(pickle.Pickler):
     """torch's, but that plain tensors and arrays give their memory; large buffers are put aside."""
 
     def __init__(self, stream: io.BytesIO, buffers: list[Bytes], slots: _Slots) -> None:
         # Not a method: a cycle would keep the batch, which the pickler remembers, until the collector comes by.
-        super().__init__(stream, 5, True, partial(_put_aside, buffers))
+        super().__init__(stream, 5, buffer_callback=partial(_put_aside, buffers))
+        self.dispatch_table = forking_table()
         self._slots = slots
 
     def reducer_override(self, value: Any) -> Any:
@@ -366,9 +368,9 @@ class Receiver:
         for index in packed.dropped:
             self._bases.pop((packed.worker, index), None)
         for slot in packed.new_slots:
-            self._map(packed.worker, packed.pid, slot)
+            self._map(packed.worker, packed.pid, _NewSlot(*slot))
         self._tell()
-        buffers = [self._view(packed.worker, place) for place in packed.places]
+        buffers = [self._view(packed.worker, _Place(*place)) for place in packed.places]
         return Arrived(*pickle.loads(packed.data, buffers=buffers))
 
     def _map(self, worker: int, pid: int, slot: _NewSlot) -> None:

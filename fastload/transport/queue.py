@@ -25,6 +25,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import pickle
 import queue
 import select
 import socket
@@ -33,9 +34,10 @@ import threading
 from collections import deque
 from multiprocessing import context
 from multiprocessing.connection import Connection
-from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
 from typing import Any
+
+from fastload.transport.pickling import forking_dumps
 
 _HEAD = struct.Struct("<IIQ")
 # Of a message; the kernel holds some 200 KB that nobody has read yet.
@@ -81,7 +83,7 @@ class Queue:
 
     def put(self, value: Any) -> None:
         """Put an object. Raises what pickling raises, `ValueError` where this process has closed the queue."""
-        pieces = self._pieces(ForkingPickler.dumps(value))
+        pieces = self._pieces(forking_dumps(value))
         with self._putting:
             if self._is_closed:
                 raise ValueError("the queue was closed by this process")
@@ -98,7 +100,7 @@ class Queue:
             with self._reading:
                 data = self._receive()
                 if data is not None:
-                    return ForkingPickler.loads(data)
+                    return pickle.loads(data)
 
     def close(self) -> None:
         """This process will not put or get any more; what was put is still sent. May be called twice."""
@@ -115,7 +117,7 @@ class Queue:
             if self._at_exit is not None:
                 self._at_exit.cancel()
 
-    def _pieces(self, data: memoryview) -> list[bytes]:
+    def _pieces(self, data: bytes) -> list[bytes]:
         number, count = next(self._numbers) & 0xFFFFFFFF, max(1, -(-len(data) // _PIECE_BYTES))
         return [
             _HEAD.pack(number, count - 1 - i, os.getpid()) + data[i * _PIECE_BYTES : (i + 1) * _PIECE_BYTES]
