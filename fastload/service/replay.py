@@ -9,7 +9,8 @@ A prediction names the version of the object that was read then. A fetch of it i
 so whoever opens the object afterwards is told so without another question to the store. Where it has changed, the fetch
 fails once, nobody hears of it, and the reader finds the new version as it would have.
 
-The history is read in a thread, when such a consumer begins and there is more of it.
+The history is read in a thread, when such a consumer begins and there is more of it; and again when it has read so many
+chunks that nobody predicted, twice as many, and so on: one that stays over epochs finds its own earlier ones there.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ _READS_MIN = 8
 _STALE_MAX = 1 << 16
 # Reads that came before the history was there, or a newer one.
 _EARLY_MAX = 16
+# After so many reads that were not predicted the history is looked into again.
+_LOOK_AGAIN_AFTER = 32
 
 # Reads the history, in a thread; `done(library)` follows, once, if there is any.
 Load = Callable[[Callable[[Library], None]], None]
@@ -108,6 +111,8 @@ class _Reader:
     plan: ReplayPlan | None = None
     unconfirmed: set[ObjectEntry] = field(default_factory=set)  # of the plan, versions that nobody asked for
     denied: set[bytes] = field(default_factory=set)  # versions that its credentials do not show
+    lost_count: int = 0  # reads that came while it had no plan
+    look_again_at: int = _LOOK_AGAIN_AFTER  # of these
     early: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=_EARLY_MAX))
 
 
@@ -147,10 +152,11 @@ class Replay:
             return
         reader = self._reader(consumer)
         reader.early.append((key, index))
-        if reader.follower is None:
-            return
-        self.counters["replayed_reads"] += reader.follower.saw(key, index) and reader.plan is not None
-        self._update(consumer, reader)
+        if reader.follower is not None:
+            self.counters["replayed_reads"] += reader.follower.saw(key, index) and reader.plan is not None
+            self._update(consumer, reader)
+        if reader.plan is None:
+            self._lost(reader)
 
     def fetched(self, chunk: Chunk) -> None:
         """A chunk has come from its store, so that the version it was expected to be of is the present one."""
@@ -212,6 +218,13 @@ class Replay:
                 self._begin(reader)
                 self._update(consumer, reader)
         self._wake()
+
+    def _lost(self, reader: _Reader) -> None:
+        """A read was not predicted."""
+        reader.lost_count += 1
+        if reader.lost_count >= reader.look_again_at:
+            reader.look_again_at *= 2
+            self._load(self._loaded)
 
     def _begin(self, reader: _Reader) -> _Reader:
         """Have the reader followed by what is known now."""

@@ -218,6 +218,44 @@ def test_epochs_of_one_run_in_the_same_order_are_known_too(tmp_path: Path) -> No
     assert counts[1] >= COUNT - 5
 
 
+@pytest.mark.parametrize("is_shuffled", [False, True])
+def test_a_reader_that_stays_is_known_from_its_third_epoch_on(is_shuffled: bool, tmp_path: Path) -> None:
+    """As persistent workers do, or none."""
+    here = world(tmp_path, buffer_count=8)
+    counts: list[int] = []
+    draw = random.Random(1)
+
+    async def work(core: Core) -> None:
+        reader = Reader(core, here)
+        for _ in range(3):
+            for number in draw.sample(ORDER, COUNT) if is_shuffled else ORDER:
+                await reader.read(number)
+            await settle()
+            counts.append(replayed(core))
+        reader.leave()
+
+    run(here, work)
+    came = counts[2] - counts[1]
+    assert came < COUNT // 4 if is_shuffled else came >= COUNT - 5
+
+
+def test_a_history_is_not_looked_into_all_the_time(tmp_path: Path) -> None:
+    """Most orders are drawn anew each epoch."""
+    here = world(tmp_path, buffer_count=8)
+    looks: list[float] = []
+
+    async def work(core: Core) -> None:
+        replay = core._replay
+        replay._load = lambda done: looks.append(0.0)
+        reader = Reader(core, here)
+        for key in range(100_000):
+            replay.read(reader.side.state, key, 0)
+        reader.leave()
+
+    run(here, work)
+    assert len(looks) == 1 + 12  # at first, and after 32, 64, ... 65,536
+
+
 def test_jobs_side_by_side_are_runs_of_their_own(tmp_path: Path) -> None:
     here = world(tmp_path)
 
