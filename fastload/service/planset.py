@@ -73,8 +73,9 @@ class PlanSet:
         if plan is not None:
             self._forget(plan)
         kept, consumer.kept = consumer.kept, []
-        self._uncover(kept)
-        self._table.recover()
+        if kept:  # of workers that come and go, most have made no claim
+            self._uncover(kept)
+            self._table.recover()
 
     def _begin(self, consumer: ConsumerState, message: protocol.SetPlan, to_disk: bool) -> Plan:
         entries = [consumer.entry(number) for number in message.objects]

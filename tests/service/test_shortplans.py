@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastload.service.buffers import BufferTable
+from fastload.service.core import Core
 from fastload.service.model import Chunk, ObjectEntry, State
 from fastload.service.plans import NEVER, Plan
 from fastload.service.replay import ReplayPlan
 from fastload.store.types import ObjectInfo
+from tests.service import world
 
 BUFFERS, OBJECTS, CHUNKS = 6, 3, 4
 
@@ -33,7 +38,7 @@ def distance(plan: Plan, chunk: Chunk) -> int:
     return position - plan.cursor if position >= plan.cursor and in_sight else NEVER
 
 
-class World:
+class Arena:
     """A table, and what is done to it."""
 
     def __init__(self) -> None:
@@ -73,26 +78,43 @@ steps = st.one_of(
 @settings(deadline=None)
 @given(st.lists(steps, max_size=40))
 def test_the_next_use_is_the_nearest_of_all_plans(does: list[tuple[str, object]]) -> None:
-    world = World()
+    arena = Arena()
     for what, value in does:
         match what, value:
             case "begin", list():
-                world.begin(value)
+                arena.begin(value)
             case "load", int():
-                world.load(value)
-            case "end", int() if world.short:
-                world.table.remove_plan(world.short.pop(value % len(world.short)))
-            case "advance", (int(which), int(cursor), int(sight)) if world.short:
-                plan = world.short[which % len(world.short)]
+                arena.load(value)
+            case "end", int() if arena.short:
+                arena.table.remove_plan(arena.short.pop(value % len(arena.short)))
+            case "advance", (int(which), int(cursor), int(sight)) if arena.short:
+                plan = arena.short[which % len(arena.short)]
                 plan.advance(cursor)
                 plan.sight = sight
-        found = world.table.next_use()
-        found[[chunk is None for chunk in world.table.chunks]] = NEVER  # nobody asks for those
-        assert found.tolist() == expected(world.table, [world.told, *world.short])
-    for plan in world.short:
-        world.table.remove_plan(plan)
-    assert not world.table._short_plans._buffers
-    assert not world.table._short_plans._naming
+        found = arena.table.next_use()
+        found[[chunk is None for chunk in arena.table.chunks]] = NEVER  # nobody asks for those
+        assert found.tolist() == expected(arena.table, [arena.told, *arena.short])
+    for plan in arena.short:
+        arena.table.remove_plan(plan)
+    assert not arena.table._short_plans._buffers
+    assert not arena.table._short_plans._naming
+
+
+def test_a_reader_that_goes_costs_nothing_of_what_the_arena_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the workers that come and go had all buffers looked through as it went."""
+    here = world.World(tmp_path, 8)
+    here.add(2)
+
+    async def work(core: Core) -> None:
+        side = world.Side(core, here.objects)
+        side.want(0)
+        await world.until(lambda: side.granted == [0], "it is granted")
+        monkeypatch.setattr(core._table, "recover", lambda: pytest.fail("all buffers were looked through"))
+        core.disconnect(side.state)
+
+    here.run(work)
 
 
 def test_a_reader_more_costs_what_its_prediction_names_and_not_what_the_arena_holds() -> None:
