@@ -30,7 +30,8 @@ DISK_WRITE_THREADS = 2
 
 # A write that takes no longer is worth waiting for by whoever needs its buffer (8 MiB: 6 ms on a good disk).
 _QUICK_S = 0.1
-# Writes of one chunk, each of which found less room than its victims were to leave.
+# Writes of one chunk, each of which found less room than its victims were to leave, or than another one had made for
+# itself just then.
 _TRIES_MAX = 4
 
 Written = Callable[[Chunk, bool], None]
@@ -186,7 +187,7 @@ class WriteBehind:
                 self.counters["evicted"] += 1
         self._running.pop(chunk, None)
         tries = self._tries.pop(chunk, 0) + 1
-        if not written and victims and tries < _TRIES_MAX and self._has_room(chunk):
+        if not written and tries < _TRIES_MAX and self._has_room(chunk):
             self._tries[chunk] = tries
             self._enqueue(chunk)
             self._changed(chunk)

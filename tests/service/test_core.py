@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fastload.cache import ChunkKey
 from fastload.errors import ObjectMissingError, ServiceError, StoreUnavailableError
 from fastload.service import protocol
 from fastload.service.core import Core
@@ -222,6 +223,27 @@ def test_eviction_from_disk_spares_live_plans(tmp_path: Path) -> None:
         side.plan(1, 2, 3)
         await settle()
         assert on_disk() == {1, 2}
+
+    world.run(work)
+
+
+def test_a_write_whose_room_another_took_is_tried_again(tmp_path: Path) -> None:
+    """Two begin at once: one sees the room that the other has just made for itself, and makes none."""
+    world = World(tmp_path, 16, disk_bytes=8 * (CHUNK_BYTES + 4096))
+    world.add(2)
+
+    async def work(core: Core) -> None:
+        write, tried = core.disk.write, set[ChunkKey]()
+
+        def find_it_taken_once(key: ChunkKey, buffer: memoryview, length: int) -> bool:
+            if key in tried:
+                return write(key, buffer, length)
+            tried.add(key)
+            return False
+
+        core.disk.write = find_it_taken_once  # type: ignore[method-assign]
+        Side(core, world.objects).plan(0)
+        await until(lambda: len(core.disk.keys()) == 2, "both are on disk")
 
     world.run(work)
 
