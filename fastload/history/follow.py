@@ -86,6 +86,11 @@ class Follower:
             return 0
         return min(1 << self._trust, self.library.rest_of_object(self.place) + (1 << self._beyond))
 
+    @property
+    def is_at_end(self) -> bool:
+        """Whether the earlier reader read nothing more."""
+        return self.place is not None and self._lane is not None and self.place + 1 == self._lane.end
+
     def expect(self, of_object: int) -> bool:
         """This object is probably what is read next, and no read yet. Whether the reader's place was found by it."""
         return self._find(of_object, of_object)

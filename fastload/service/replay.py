@@ -232,6 +232,8 @@ class Replay:
             reader.follower = Follower(self._library)
             for key, index in reader.early:
                 reader.follower.saw(key, index)
+            if reader.follower.is_at_end:  # these are its own reads so far: what others read then is no news of it
+                reader.follower = Follower(self._library)
         return reader
 
     # Plans

@@ -239,6 +239,25 @@ def test_a_reader_that_stays_is_known_from_its_third_epoch_on(is_shuffled: bool,
     assert came < COUNT // 4 if is_shuffled else came >= COUNT - 5
 
 
+def test_a_reader_does_not_follow_itself(tmp_path: Path) -> None:
+    """When the history is read, its own reads so far are in it, and what others read then followed on them."""
+    here = world(tmp_path, buffer_count=4)
+
+    async def work(core: Core) -> None:
+        readers = [Reader(core, here) for _ in range(2)]
+        for number in range(0, 16, 2):
+            for reader in readers:
+                await reader.read(number + readers.index(reader))
+        late = Reader(core, here)
+        await late.read(20)
+        await until(lambda: core._replay._library is not None, "the history is there")
+        assert [core._replay._readers[reader.side.state].plan for reader in readers] == [None, None]
+        for reader in [*readers, late]:
+            reader.leave()
+
+    run(here, work)
+
+
 def test_a_history_is_not_looked_into_all_the_time(tmp_path: Path) -> None:
     """Most orders are drawn anew each epoch."""
     here = world(tmp_path, buffer_count=8)
