@@ -24,8 +24,13 @@ class SampleCounts:
 
     def __init__(self) -> None:
         self._by_id: dict[bytes, int] = {}
+        self._news: dict[bytes, int] = {}  # of these, what has yet to be written down
         self.is_loaded = False
-        self.is_changed = False
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether something has yet to be written down."""
+        return bool(self._news)
 
     def of(self, object_ids: Sequence[bytes]) -> list[int]:
         """The counts of these, -1 where there is none."""
@@ -35,11 +40,11 @@ class SampleCounts:
         """Learn a count; -1 is none."""
         if count < 0 or self._by_id.get(object_id) == count:
             return
-        self._by_id[object_id] = count
-        self.is_changed = True
-        if len(self._by_id) > _COUNTS_MAX:
-            for oldest in list(islice(self._by_id, _COUNTS_MAX // 16)):
-                del self._by_id[oldest]
+        for counts in (self._by_id, self._news):
+            counts[object_id] = count
+            if len(counts) > _COUNTS_MAX:
+                for oldest in list(islice(counts, _COUNTS_MAX // 16)):
+                    del counts[oldest]
 
     def load(self, data: bytes) -> None:
         """Add what `to_bytes` gave; what was learnt since counts more."""
@@ -50,13 +55,22 @@ class SampleCounts:
 
     def to_bytes(self) -> bytes:
         """All of them, 24 bytes each: the id, and the count in little-endian. They count as written down."""
-        records = np.empty(len(self._by_id), _RECORD)
-        records["object_id"] = np.frombuffer(b"".join(self._by_id), "V16")
-        records["count"] = np.fromiter(self._by_id.values(), np.int64, len(self._by_id))
-        self.is_changed = False
-        return records.tobytes()
+        self._news = {}
+        return _to_bytes(self._by_id)
+
+    def take_news(self) -> bytes:
+        """The same of those that have yet to be written down."""
+        news, self._news = self._news, {}
+        return _to_bytes(news)
 
     @staticmethod
     def added(stored: bytes, more: bytes) -> bytes:
-        """What `to_bytes` gives where `stored` was loaded and `more` learnt since; the last of a count counts."""
+        """What `to_bytes` gives where `stored` was loaded and `more` are the news since; the last of a count counts."""
         return (stored[: len(stored) // _RECORD.itemsize * _RECORD.itemsize] + more)[-_COUNTS_MAX * _RECORD.itemsize :]
+
+
+def _to_bytes(counts: dict[bytes, int]) -> bytes:
+    records = np.empty(len(counts), _RECORD)
+    records["object_id"] = np.frombuffer(b"".join(counts), "V16")
+    records["count"] = np.fromiter(counts.values(), np.int64, len(counts))
+    return records.tobytes()

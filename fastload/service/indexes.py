@@ -144,8 +144,12 @@ class Indexes:
 
     def flush(self) -> None:
         """Write down the counts that came since the last time."""
-        if self._counts.is_changed and self._disk.writable:
-            self._write(SampleCounts.NAME, self._counts.to_bytes(), adds=not self._counts.is_loaded)
+        if not self._counts.is_changed or not self._disk.writable:
+            return
+        if self._counts.is_loaded:
+            self._write(SampleCounts.NAME, self._counts.to_bytes())
+        else:
+            self._write(SampleCounts.NAME, self._counts.take_news(), adds=True)
 
     def clear(self) -> None:
         """Forget all of them. Those on disk are removed by whoever asks for this."""

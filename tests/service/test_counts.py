@@ -188,10 +188,32 @@ def test_the_table_is_what_was_added_last(added: list[tuple[bytes, int]]) -> Non
     assert again.of(list(expected)) == list(expected.values())
 
 
+def test_what_is_written_down_is_written_once(tmp_path: Path) -> None:
+    """Where nobody asks for counts: the table grew by all that was known whenever a consumer went."""
+    world = World(tmp_path, 4, DISK_BYTES)
+    world.add(*[1] * 6)
+
+    async def work(core: Core) -> None:
+        side = Side(core, world.objects)
+        for number in range(6):
+            side.say(protocol.PutIndex(number, index_of(number)))
+            core._indexes.flush()
+        core._indexes.flush()
+
+    world.run(work)
+
+    async def look(core: Core) -> None:
+        assert len(core.disk.get_blob(SampleCounts.NAME) or b"") == 6 * 24
+        assert await counts(Side(core, world.objects), *range(6)) == [*range(6)]
+
+    world.run(look)
+
+
 def test_the_table_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastload.service.counts._COUNTS_MAX", 32)
     table = SampleCounts()
     for number in range(100):
         table.add(number.to_bytes(16, "big"), number)
+    assert len(table.take_news()) <= 32 * 24
     assert len(table.to_bytes()) <= 32 * 24
     assert table.of([(99).to_bytes(16, "big"), bytes(16)]) == [99, -1]
