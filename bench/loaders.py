@@ -1,14 +1,18 @@
-"""Two loaders that take turns, and the CPU time of a process and of its workers."""
+"""Two loaders that take turns, what one of ours could do at best, and the CPU time of a process and of its workers."""
 
 from __future__ import annotations
 
+import multiprocessing
 import resource
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
+import torch
 from torch.utils.data import DataLoader as TorchLoader
 
 from fastload import DataLoader
+from fastload.transport.heap import keep_freed_memory, spare_what_is_here
 
 T = TypeVar("T")
 
@@ -22,6 +26,25 @@ def in_turn(rounds: int, measure: Callable[[Callable[..., Any]], T]) -> tuple[li
         for kind, values in turns if number % 2 == 0 else turns[::-1]:
             values.append(measure(kind))
     return ours, theirs
+
+
+def as_a_worker(measure: Callable[[], float]) -> float:
+    """What is measured in a forked process whose heap is a worker's."""
+    context = multiprocessing.get_context("fork")
+    there, here = context.Pipe()
+    process = context.Process(target=_as_a_worker, args=(measure, here))
+    process.start()
+    here.close()
+    found: float = there.recv()
+    process.join()
+    return found
+
+
+def _as_a_worker(measure: Callable[[], float], answer: Connection) -> None:
+    torch.set_num_threads(1)
+    spare_what_is_here()
+    keep_freed_memory(1 << 30)
+    answer.send(measure())
 
 
 def cpu_s() -> float:
