@@ -15,18 +15,21 @@ signature says how many arrays a kernel takes, so this is how one call serves an
 from __future__ import annotations
 
 import ctypes
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastload.kernels.jit import array_in, array_out, generated, helper, uint8, void
+from fastload.kernels.jit import array_in, array_out, generated, helper, int64, uint8, void
 
 __all__ = [
     "LINE_BYTES",
+    "PAST_CACHES_BYTES",
+    "address_of",
     "array_at",
     "copy_bytes",
     "copy_line_past_caches",
+    "copy_past_caches",
     "copy_range",
     "order_writes",
     "prefetch",
@@ -35,6 +38,9 @@ __all__ = [
 
 # A cache line, or a part of one: no processor that there are kernels for has smaller ones.
 LINE_BYTES = 64
+# A batch from here on is found in no cache by whoever reads it: two or three are on their way, and the trainer has its
+# own data. Where smaller ones are written past the caches, reading them takes twice as long.
+PAST_CACHES_BYTES = 16 << 20
 
 Bytes = NDArray[np.uint8]
 Number = TypeVar("Number", bound=np.generic)
@@ -48,6 +54,12 @@ def copy_bytes(source: Bytes, out: Bytes) -> None:
 
 
 @generated
+def address_of(array: NDArray[Any]) -> int:
+    """Where it begins."""
+    return int(array.ctypes.data)
+
+
+@generated
 def copy_range(source: Bytes, at: int, out: Bytes, to: int, size: int) -> None:
     """Copy `size` bytes from `source[at]` to `out[to]`."""
     out[to : to + size] = source[at : at + size]
@@ -57,6 +69,19 @@ def copy_range(source: Bytes, at: int, out: Bytes, to: int, size: int) -> None:
 def copy_line_past_caches(source: Bytes, at: int, out: Bytes, to: int) -> None:
     """Copy `LINE_BYTES` from `source[at]` to `out[to]`, whose address has to be a multiple of that."""
     out[to : to + LINE_BYTES] = source[at : at + LINE_BYTES]
+
+
+@helper(void(array_in(uint8), int64, array_out(uint8), int64, int64))
+def copy_past_caches(source: Bytes, at: int, out: Bytes, to: int, size: int) -> None:
+    """Copy `size` bytes from `source[at]` to `out[to]`: whole lines past the caches, what is around them by the caches.
+    To be followed by `order_writes`.
+    """
+    head = min(size, (-(address_of(out) + to)) % LINE_BYTES)
+    copy_range(source, at, out, to, head)
+    lines_end = head + (size - head) // LINE_BYTES * LINE_BYTES
+    for passed in range(head, lines_end, LINE_BYTES):
+        copy_line_past_caches(source, at + passed, out, to + passed)
+    copy_range(source, at + lines_end, out, to + lines_end, size - lines_end)
 
 
 @generated

@@ -11,9 +11,20 @@ from numba.np.arrayobj import populate_array
 
 from fastload.kernels.copying import LINE_BYTES
 
-__all__ = ["array_at", "copy_line_past_caches", "copy_range", "order_writes", "prefetch", "scratch"]
+__all__ = ["address_of", "array_at", "copy_line_past_caches", "copy_range", "order_writes", "prefetch", "scratch"]
 
 _READ, _SECOND_LEVEL, _DATA = 0, 2, 1  # LLVM's words for what is fetched, and how near
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def address_of(typing: Any, array: Any) -> Any:
+    """Where it begins."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.ptrtoint(data, context.get_value_type(types.intp))
+
+    return types.intp(array), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fastload.kernels.copying import LINE_BYTES, array_at, copy_line_past_caches, copy_range, order_writes
-from fastload.kernels.jit import array_in, array_out, helper, int64, kernel, uint8, void
+from fastload.kernels.copying import array_at, copy_past_caches, order_writes
+from fastload.kernels.jit import array_in, array_out, int64, kernel, uint8, void
 
 __all__ = ["stack"]
 
@@ -28,25 +28,13 @@ def stack(addresses: Int64s, piece_bytes: int, out: Bytes) -> None:
     """
     if piece_bytes < 0 or addresses.size * piece_bytes != out.size:
         raise IndexError(f"{addresses.size} pieces of {piece_bytes} bytes do not fill {out.size}")
-    stack_pieces(addresses, piece_bytes, int(out.ctypes.data) % LINE_BYTES, out)
+    stack_pieces(addresses, piece_bytes, out)
 
 
-@kernel(void(array_in(int64), int64, int64, array_out(uint8)))
-def stack_pieces(addresses: Int64s, piece_bytes: int, out_within_line: int, out: Bytes) -> None:
-    """`stack` without its check; `out` begins so many bytes after a multiple of a line."""
+@kernel(void(array_in(int64), int64, array_out(uint8)))
+def stack_pieces(addresses: Int64s, piece_bytes: int, out: Bytes) -> None:
+    """`stack` without its check."""
     for piece in range(addresses.size):
         source = array_at(addresses[piece], piece_bytes, np.uint8)
-        copy_past_caches(source, out_within_line, out, piece * piece_bytes)
+        copy_past_caches(source, 0, out, piece * piece_bytes, piece_bytes)
     order_writes()
-
-
-@helper(void(array_in(uint8), int64, array_out(uint8), int64))
-def copy_past_caches(source: Bytes, out_within_line: int, out: Bytes, to: int) -> None:
-    """Copy all of `source` to `out[to]`: whole lines past the caches, what is before and after them by the caches."""
-    size = source.size
-    head = min(size, (-(out_within_line + to)) % LINE_BYTES)
-    copy_range(source, 0, out, to, head)
-    lines_end = head + (size - head) // LINE_BYTES * LINE_BYTES
-    for at in range(head, lines_end, LINE_BYTES):
-        copy_line_past_caches(source, at, out, to + at)
-    copy_range(source, lines_end, out, to + lines_end, size - lines_end)

@@ -1,8 +1,7 @@
 """Writing what another process will read.
 
-A batch that no cache holds is written past them (`fastload.kernels.stacking`): with two or three on their way, and the
-trainer's own data, that is anything from 16 MiB on. There a worker that stacks tensors needs 0.4 to 0.9 of the time. At
-8 MiB it gained nothing, and a trainer that reads all of it took twice as long, from memory instead of a cache.
+A batch that no cache holds is written past them (`fastload.kernels.stacking`). A worker that stacks tensors then needs
+0.4 to 0.9 of the time; at 8 MiB it gained nothing, and a trainer that reads all of it took twice as long.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastload.kernels.copying import PAST_CACHES_BYTES
 from fastload.kernels.stacking import stack
 from fastload.transport.pickling import is_plain
 from fastload.transport.slots import address_of
 
 Bytes = npt.NDArray[np.uint8]
 
-_PAST_CACHES_BYTES = 16 << 20
 # Looking at a tensor from Python takes as long as copying so much.
 _PIECE_BYTES_MIN = 16 << 10
 
@@ -40,7 +39,7 @@ _LOOKS: tuple[Callable[[torch.Tensor], Any], ...] = (
 
 def copy_into(out: Bytes, source: Bytes) -> None:
     """Copy all of `source`, contiguous and as long, to `out`."""
-    if source.size < _PAST_CACHES_BYTES:
+    if source.size < PAST_CACHES_BYTES:
         out[...] = source
     else:
         stack(np.array([address_of(source)], np.int64), source.size, out)
@@ -48,7 +47,7 @@ def copy_into(out: Bytes, source: Bytes) -> None:
 
 def stack_into(out: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """`torch.stack(tensors, out=out)`, where `out` is plain, contiguous, and of the right shape and type."""
-    if out.nbytes < _PAST_CACHES_BYTES or out.nbytes < _PIECE_BYTES_MIN * len(tensors) or not _are_alike(tensors):
+    if out.nbytes < PAST_CACHES_BYTES or out.nbytes < _PIECE_BYTES_MIN * len(tensors) or not _are_alike(tensors):
         return torch.stack(tuple(tensors), out=out)
     addresses = np.fromiter(map(torch.Tensor.data_ptr, tensors), np.int64, len(tensors))
     stack(addresses, tensors[0].nbytes, out.view(-1).view(torch.uint8).numpy())

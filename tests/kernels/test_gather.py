@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastload.kernels.copying import PAST_CACHES_BYTES
 from fastload.kernels.gather import gather, gather_columns, lay_out
 
 CHUNK = 64
@@ -104,6 +105,28 @@ def test_columns_are_laid_out_and_gathered_together(world: World) -> None:
     copied = gather_columns(*place, first, offset, size, ends, together)
     assert copied == sum(gather(*place, first[c], offset[c], size[c], ends[c, :-1], out) for c, out in enumerate(alone))
     assert all(map(np.array_equal, together, alone))
+
+
+@pytest.mark.parametrize("at", range(0, 80, 13))
+def test_large_values_of_a_large_batch(at: int) -> None:
+    """They are written past the caches, line by line, wherever they and the batch begin."""
+    random = np.random.default_rng(at)
+    arena = random.integers(0, 256, 1 << 20, np.uint8)
+    chunk_bytes, count = 100_003, 600
+    size = random.integers(0, 60_000, count)
+    size[:9] = [0, 1, 4095, 4096, 4097, 63, 64, 65, 300_000]
+    offset = random.integers(0, 10 * chunk_bytes - size)
+    to = np.cumsum(size) - size
+    memory = np.zeros(at + int(size.sum()) + 100, np.uint8)
+    out = memory[at : memory.size - 100]
+    assert out.size >= PAST_CACHES_BYTES
+    chunk_offset = np.arange(10, dtype=np.int64) * chunk_bytes
+    copied = gather(arena, chunk_offset, chunk_bytes, np.zeros(count, np.int64), offset, size, to, out)
+    assert copied == out.size
+    expected = [arena[begin : begin + length] for begin, length in zip(offset, size, strict=True)]
+    assert np.array_equal(out, np.concatenate(expected))
+    assert not memory[:at].any()
+    assert not memory[memory.size - 100 :].any()
 
 
 def test_two_passes_make_a_whole() -> None:

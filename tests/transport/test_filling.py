@@ -25,7 +25,7 @@ def stacked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         plain(addresses, piece_bytes, out)
 
     monkeypatch.setattr(filling, "stack", stack)
-    monkeypatch.setattr(filling, "_PAST_CACHES_BYTES", 64 << 10)
+    monkeypatch.setattr(filling, "PAST_CACHES_BYTES", 64 << 10)
     return seen
 
 
