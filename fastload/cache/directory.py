@@ -139,16 +139,17 @@ class CacheDirectory:
         return locked
 
     @property
-    def is_ours(self) -> bool:
-        """Whether this object holds the lock, and the directory is still the one in which it took it: somebody may have
-        emptied or removed it, and another service may be at its path by now.
+    def is_lost(self) -> bool:
+        """Whether this object holds the lock of a directory that was emptied or removed since, or is being removed.
+        Another service may be at its path by now.
         """
-        if self._lock_fd < 0:
+        fd = self._lock_fd
+        if fd < 0:
             return False
         try:
-            return os.path.samestat(syscalls.fstat(self._lock_fd), syscalls.stat(self.lock_path))
+            return not os.path.samestat(syscalls.fstat(fd), syscalls.stat(self.lock_path))
         except OSError:  # it is gone, or cannot be looked at
-            return False
+            return True
 
     def unlock(self) -> None:
         """Give the lock back. May be called twice, and without it."""

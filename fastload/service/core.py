@@ -84,6 +84,7 @@ class Core:
             lambda: self._fetches.learnt(),
             parts.now,
             parts.wall,
+            parts.is_lost,
         )
         self._watch = DiskWatch(self.disk, parts.pools, disk_deadline_s, self._disk_stalled, self._wake, parts.now)
         self._make_records()
@@ -104,7 +105,7 @@ class Core:
     def _make_services(self) -> None:
         """What consumers ask for besides chunks, and what chunks they ask for."""
         stores, pools = self._parts.stores, self._parts.pools
-        self._indexes = Indexes(self.disk, self._disk_order, self._watch)
+        self._indexes = Indexes(self.disk, self._disk_order, self._watch, self._parts.is_lost)
         self._requests = Requests(stores, self._indexes, self._stats, pools)
         self._quota = Quota(self.disk, self._disk_order, pools)
         versions = Versions(self._parts.now)

@@ -36,8 +36,9 @@ Found = Callable[[dict[bytes, bytes]], None]
 class Indexes:
     """Used by the loop's thread only, except for what the pool runs."""
 
-    def __init__(self, disk: Disk, order: DiskOrder, watch: DiskWatch) -> None:
-        self._disk, self._order = disk, order
+    def __init__(self, disk: Disk, order: DiskOrder, watch: DiskWatch, is_lost: Callable[[], bool]) -> None:
+        """`is_lost()`, from a thread: the directory is being removed, and would be there again."""
+        self._disk, self._order, self._is_lost = disk, order, is_lost
         self._ram: LRUCache[bytes, bytes] = LRUCache(_RAM_BYTES, getsizeof=len)
         self._pool = watch.pool("index", 1)
         # The last index of a run comes just before its consumer leaves, and the service may end right then.
@@ -180,6 +181,8 @@ class Indexes:
 
         Returns the dropped ones.
         """
+        if self._is_lost():
+            return []
         if adds:
             data = SampleCounts.added(self._disk.get_blob(name) or b"", data)
         removed: list[ChunkKey] = []

@@ -50,6 +50,7 @@ class Parts:
     hedger: Callable[[], Hedger] = Hedger  # for each endpoint of a store
     wall: Callable[[], float] = time.time  # seconds since 1970, for people
     requests_max: int = REQUESTS_MAX  # at a time, over all endpoints
+    is_lost: Callable[[], bool] = lambda: False  # the directory is gone: nothing more may be written. From any thread
     history: Archive | None = None  # None: none is kept or used; with `history_bytes=0` it can only be cleared
 
     @classmethod
@@ -69,5 +70,6 @@ class Parts:
             Populator(arena),
             troubles,
             requests_max=requests_max(),
+            is_lost=lambda: directory.is_lost,
             history=Archive(directory.path),
         )

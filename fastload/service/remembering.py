@@ -79,10 +79,13 @@ class Remembering:
         endpoints: Endpoints,
         now: Callable[[], float],
         wall: Callable[[], float],
+        is_lost: Callable[[], bool],
     ) -> None:
         """Without `archive`, or with `bytes_max` 0, nothing is kept, and nothing known. `endpoints()`: what is learnt
-        of each by now. `wall`: a clock that shows seconds since 1970.
+        of each by now. `wall`: a clock that shows seconds since 1970. `is_lost()`, from a thread: the directory is
+        being removed, and would be there again.
         """
+        self._is_lost = is_lost
         self._there = archive  # to be cleared, also where it is not used
         self._used = archive if bytes_max else None
         self._given_up_until_s = float("-inf")
@@ -205,7 +208,7 @@ class Remembering:
                 run.recorder.is_full = True
 
         self._version += 1
-        self._pool.submit(_append, self._archive, run, batch, self._bytes_max, keep, done=done)
+        self._pool.submit(_append, self._archive, run, batch, self._bytes_max, keep, self._is_lost, done=done)
 
     def _give_up(self, error: BaseException | None) -> None:
         """Keep nothing for a while. Runs go on as they are: what their readers ask for is still news or not."""
@@ -270,8 +273,17 @@ def _summary(learnt: Learnt, request_count: int) -> EndpointSummary:
     )
 
 
-def _append(archive: Archive, run: _LiveRun, batch: Batch, bytes_max: int, keep: frozenset[str]) -> int | None:
+def _append(
+    archive: Archive,
+    run: _LiveRun,
+    batch: Batch,
+    bytes_max: int,
+    keep: frozenset[str],
+    is_lost: Callable[[], bool],
+) -> int | None:
     """In a thread."""
+    if is_lost():
+        return None
     size = archive.append(run.name, batch.pieces(), run.file_bytes)
     if size is not None:
         run.file_bytes = size

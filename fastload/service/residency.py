@@ -74,7 +74,15 @@ class Residency:
         self.loader = Loader(parts.arena, parts.disk, watch, self.fetches, self._loaded, self._read_given_up)
         room = Room(records.disk_order, records.pins, self._plans.to_read)
         self.writer = WriteBehind(
-            parts.arena, parts.disk, records.disk_order, room, watch, self._table.refresh, self._written, parts.now
+            parts.arena,
+            parts.disk,
+            records.disk_order,
+            room,
+            watch,
+            self._table.refresh,
+            self._written,
+            parts.now,
+            parts.is_lost,
         )
         self.writer.limit(parts.limits.disk_write_bytes_per_s)
         self.warming = Warming(consumers, self._plans, self._table, self.writer, records.on_disk)

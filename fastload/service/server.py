@@ -7,7 +7,8 @@ not ours is closed without a word, one of another version with a word.
 A service ends `idle_s` after its last consumer, at SIGTERM, or when whoever runs it says so (`stop`). At the end
 nothing is loaded into any buffer after the sockets are closed, so that consumers may go on reading what they hold.
 The socket file goes before the lock: whoever gets the lock next finds the place clean. A service whose directory was
-removed ends with its last consumer, since nobody finds it any more, and leaves alone what is at that path by now.
+removed ends with its last consumer, since nobody finds it any more, and writes nothing there: the removal may be under
+way, or another service at that path by now.
 """
 
 from __future__ import annotations
@@ -226,7 +227,7 @@ class Server:
     def _left(self, peer: Peer) -> None:
         self._peers.discard(peer)
         if not self._peers:
-            self._wait_for_consumers(self._idle_s if self._directory.is_ours else 0.0)
+            self._wait_for_consumers(0.0 if self._directory.is_lost else self._idle_s)
 
     def _wait_for_consumers(self, seconds: float | None) -> None:
         if self._idle_timer is not None:
@@ -241,7 +242,7 @@ class Server:
         if self._listener is not None:
             self._loop.remove_reader(self._listener.fileno())
             # Not on a disk that hangs: whoever serves next removes it. And not another service's.
-            if not self._core.disk_hangs and self._directory.is_ours:
+            if not self._core.disk_hangs and not self._directory.is_lost:
                 with contextlib.suppress(FileNotFoundError):  # somebody emptied the directory
                     self._directory.socket_path.unlink()
             self._listener.close()

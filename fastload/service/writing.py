@@ -50,10 +50,13 @@ class WriteBehind:
         changed: Callable[[Chunk], None],
         written: Written,
         now: Callable[[], float],
+        is_lost: Callable[[], bool],
     ) -> None:
-        """`changed(chunk)` is called when its write begins, or has to begin again; `written` when that is settled."""
+        """`changed(chunk)` is called when its write begins, or has to begin again; `written` when that is settled.
+        `is_lost()`, from a thread: the directory is being removed, and would be there again.
+        """
         self._arena, self._disk, self._order, self._room = arena, disk, order, room
-        self._changed, self._written, self._now = changed, written, now
+        self._changed, self._written, self._now, self._is_lost = changed, written, now, is_lost
         self._queue: dict[Chunk, None] = {}
         self._queued_bytes = 0  # of these
         self._pool = watch.pool("disk-write", write_threads(arena.buffer_count))
@@ -175,6 +178,8 @@ class WriteBehind:
 
     def _make_room_and_write(self, key: ChunkKey, buffer: memoryview, length: int, victims: list[ChunkKey]) -> bool:
         """In a thread."""
+        if self._is_lost():
+            return False
         for victim in victims:
             self._disk.remove(victim)
         return self._disk.write(key, buffer, length)

@@ -326,6 +326,30 @@ def test_a_directory_may_go_with_the_job_that_made_it(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
+def test_nothing_is_written_into_a_directory_that_is_being_removed(tmp_path: Path) -> None:
+    """The service ended as its lock was gone, and its history came in between what was removed and the directory."""
+    here = world(tmp_path, disk_bytes=64 << 20)
+    assert here.directory.try_lock()
+
+    def files() -> set[Path]:
+        return {path for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+
+    async def work(core: Core) -> None:
+        before = files()
+        here.directory.lock_path.unlink()
+        reader = Reader(core, here)
+        for number in range(5):
+            await reader.read(number)
+        reader.side.say(protocol.PutIndex(0, b"index"))
+        reader.leave()
+        await settle()
+        assert files() == before - {here.directory.lock_path}
+
+    run(here, work)
+    assert not list((tmp_path / "cache").glob("*/*"))
+    here.directory.unlock()
+
+
 def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     here = world(tmp_path)
     (tmp_path / "cache" / "history").write_text("in the way")
