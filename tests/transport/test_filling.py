@@ -69,6 +69,18 @@ def test_small_batches_and_small_pieces_are_left_to_torch(stacked: list[int]) ->
     assert not stacked
 
 
+def test_what_is_stacked_is_an_ordinary_tensor(stacked: list[int]) -> None:
+    few = [torch.ones(4), torch.ones(4, requires_grad=True)]
+    out = filling.stack_into(torch.empty(2, 4), few)
+    assert not out.requires_grad
+    assert not out.is_inference()
+    weight = torch.ones(4, requires_grad=True)
+    (out * weight).sum().backward()  # which remembers it
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [2.0] * 4
+    assert not stacked
+
+
 def test_what_cannot_be_stacked_is_told_in_torchs_words(stacked: list[int]) -> None:
     batch = rows()
     batch[2] = batch[2][1:]
