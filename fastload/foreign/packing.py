@@ -135,11 +135,11 @@ class Packer:
     def __init__(self, ledger: Ledger, receiver: int, worker: int, retained_bytes: int) -> None:
         self._ledger, self._receiver, self._worker = ledger, receiver, worker
         self._slots = _Slots(ledger, worker, retained_bytes)
-        self._has_warned = False
+        self._is_open, self._has_warned = False, False
 
     def pack(self, arrived: Arrived) -> Packed | Arrived:
         """What to put on torch's queue. Raises what pickling raises."""
-        if not self._ledger.is_open(self._worker):
+        if not self._may_send():
             return arrived
         buffers: list[Bytes] = []
         stream = io.BytesIO()
@@ -157,7 +157,7 @@ class Packer:
     def take_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An empty tensor to make a batch in, over a slot where it is large enough to lie in one."""
         byte_count = math.prod(shape) * dtype.itemsize
-        if byte_count < SMALL_BYTES or not self._ledger.is_open(self._worker):
+        if byte_count < SMALL_BYTES or not self._may_send():
             return torch.empty(shape, dtype=dtype)
         try:
             memory = self._slots.take(byte_count)
@@ -165,6 +165,11 @@ class Packer:
             self._warn(error)
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+    def _may_send(self) -> bool:
+        """Whether the trainer can open what this process has open. Where it can, it will."""
+        self._is_open = self._is_open or self._ledger.is_open(self._worker)
+        return self._is_open
 
     def _warn(self, error: OSError) -> None:
         if not self._has_warned:
