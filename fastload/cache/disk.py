@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ class DiskTier:
         *,
         on_trouble: Callable[[str], None] | None = None,
         margin_bytes: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Open the tier and take stock of what it holds; with `quota_bytes` 0 it stays off, and off the disk.
 
@@ -68,7 +70,7 @@ class DiskTier:
         """
         self.directory = directory
         self.chunk_bytes = chunk_bytes
-        self._health = Health(directory, on_trouble or (lambda message: None))
+        self._health = Health(directory, on_trouble or (lambda message: None), clock)
         self._margin_bytes = margin_bytes
         self._lock = threading.Lock()
         self._quota_bytes = 0

@@ -1,10 +1,10 @@
 """How a disk tier is doing: what it counts, what still works, and what the user has been told.
 
-A disk fails in few ways that matter. *Full or read-only*: no more writes, what is there is still good. *One
-bad file*: that one is lost. *Read after read fails*: the disk is dead, and asking it again costs each chunk
-its timeout. *No answer at all*: it is left alone until it answers, and for good where that happens again and
-again. *We are short* (of descriptors, of memory): not the disk's fault, and over in a moment. Each is told once,
-in a sentence that says what happens now and what to do; training goes on in all of them.
+A disk fails in few ways that matter. *Full*: no writes for ten minutes, since room may be made; what is there is still
+good. *Read-only*: no more writes at all. *One bad file*: that one is lost. *Read after read fails*: the disk is dead,
+and asking it again costs each chunk its timeout. *No answer at all*: it is left alone until it answers, and for good
+where that happens again and again. *We are short* (of descriptors, of memory): not the disk's fault, and over in a
+moment. Each is told once, in a sentence that says what happens now and what to do; training goes on in all of them.
 
 A call that does not return cannot notice that itself: whoever made it watches the time, and says `stalled`
 and `answered`.
@@ -13,7 +13,9 @@ and `answered`.
 from __future__ import annotations
 
 import errno
+import math
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ from fastload.config import format_bytes
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN)
 # So many reads in a row that fail with an I/O error mean a dead disk, not a bad spot.
 _READ_ERRORS_MAX = 8
+# How long a full disk is not written to: a service lives for weeks, and asking costs a write that fails.
+_FULL_S = 600.0
 # So many stalls, each of which has cost somebody the deadline, are enough.
 _STALLS_MAX = 3
 
@@ -49,11 +53,14 @@ class Health:
     `on_trouble` gets each kind of trouble once, from the thread that met it.
     """
 
-    def __init__(self, directory: Path, on_trouble: Callable[[str], None]) -> None:
+    def __init__(
+        self, directory: Path, on_trouble: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._readable = False
         self._writable = False
         self._stalled = False
-        self._directory = directory
+        self._full_until_s = -math.inf
+        self._directory, self._clock = directory, clock
         self._on_trouble = on_trouble
         self._lock = threading.Lock()
         self._counters = DiskCounters()
@@ -69,7 +76,7 @@ class Health:
     @property
     def writable(self) -> bool:
         """Whether it takes more."""
-        return self._writable and not self._stalled
+        return self._writable and not self._stalled and self._clock() >= self._full_until_s
 
     @property
     def off(self) -> bool:
@@ -82,6 +89,7 @@ class Health:
             self._readable = self._writable = on
             self._told.clear()
             self._read_errors = self._stall_count = 0
+            self._full_until_s = -math.inf
 
     def stalled(self, seconds: float) -> None:
         """An operation has not returned for so long: the tier is left alone until `answered`."""
@@ -163,13 +171,20 @@ class Health:
                 f"a write to the disk cache {self._directory} failed ({error}) and was left out",
             )
             return
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            self._full_until_s = self._clock() + _FULL_S
+            self._tell(
+                "full",
+                f"the disk cache {self._directory} is full ({error}); what it holds is still used, the rest is "
+                f"fetched again, and writing is tried again every {_FULL_S / 60:g} minutes: free some space there, "
+                "or lower disk_bytes",
+            )
+            return
         self._writable = False
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        cure = "free some space there, or lower disk_bytes" if full else "check the disk and its rights"
         self._tell(
             "write",
             f"the disk cache {self._directory} takes no more data in this run ({error}); what it holds is "
-            f"still used, the rest is fetched again: {cure}",
+            "still used, the rest is fetched again: check the disk and its rights",
         )
 
     def scan_failed(self, error: OSError, times: int) -> None:

@@ -153,6 +153,26 @@ def test_a_disk_that_cannot_be_written_is_still_read(tmp_path: Path, buffer: mem
     assert tier.write(OTHER, buffer, CHUNK_BYTES)
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_was_full_is_tried_again(tmp_path: Path, buffer: memoryview, number: int) -> None:
+    now = [0.0]
+    troubles: list[str] = []
+    tier = DiskTier(
+        tmp_path, QUOTA_BYTES, CHUNK_BYTES, on_trouble=troubles.append, margin_bytes=0, clock=lambda: now[0]
+    )
+    with failing(0, number, frozenset({"pwritev"}), times=100):
+        for now[0] in (0.0, 601.0):
+            assert not tier.write(KEY, buffer, CHUNK_BYTES)
+            assert not tier.writable
+    now[0] = 1200.0
+    assert not tier.write(KEY, buffer, CHUNK_BYTES)
+    now[0] = 1202.0
+    assert tier.writable
+    assert tier.write(KEY, buffer, CHUNK_BYTES)
+    assert len(troubles) == 1
+    assert "10 minutes" in troubles[0]
+
+
 def test_a_disk_that_cannot_be_read_is_given_up(tmp_path: Path, buffer: memoryview) -> None:
     troubles: list[str] = []
     tier = filled(tmp_path / "cache", buffer, troubles)
