@@ -34,7 +34,7 @@ _WRITE_EVERY_S = 30.0
 # What a consumer leaves behind is written so long after it went.
 WRITE_AFTER_S = 1.0
 _RUN_ENDS_S = 60.0
-# Reads of earlier runs that are kept in reach: 28 bytes each, and their objects.
+# Reads of earlier runs that are kept in reach: 44 bytes each, and their objects.
 _LIBRARY_READS_MAX = 1 << 21
 # Runs whose endpoints are looked at for a start: small jobs between large ones measure nothing.
 _LEARNT_RUNS = 32
