@@ -43,7 +43,7 @@ from fastload.engine.finish import Finish, Reseed, reseed_all
 from fastload.errors import WaitTimeoutError, WorkerError
 from fastload.transport import Link, LinkClosedError, SharedPool
 from fastload.transport.ends import how_it_ended
-from fastload.transport.heap import spare_what_is_here
+from fastload.transport.heap import keep_freed_memory, spare_what_is_here
 
 # Free memory that each end of a lane keeps for batches to come.
 _RETAINED_BYTES = 256 << 20
@@ -291,6 +291,7 @@ def _work(
     threading.Thread(target=_end_with_trainer, args=(socks, os.getppid()), daemon=True).start()
     torch.set_num_threads(1)
     spare_what_is_here()
+    keep_freed_memory(_RETAINED_BYTES)
     number, count = number_of
     torch_worker._worker_info = torch_worker.WorkerInfo(
         id=number,
