@@ -24,7 +24,7 @@ from torch.utils.data._utils import worker as torch_worker
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 import fastload
-from fastload.foreign import info, threads
+from fastload.foreign import crew, info
 from tests.processes import until
 
 FORKS = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -299,10 +299,10 @@ def test_where_no_more_threads_can_be_had_those_that_began_end(monkeypatch: pyte
 
     start_thread = threading.Thread.start
     before = torch.get_num_threads()
-    monkeypatch.setattr(threads._Worker, "start", start)
+    monkeypatch.setattr(crew._Worker, "start", start)
     with pytest.raises(RuntimeError, match="can't start new thread"):
         iter(threaded(Squares(), num_workers=3))
-    until(lambda: not any(isinstance(thread, threads._Worker) for thread in threading.enumerate()))
+    until(lambda: not any(isinstance(thread, crew._Worker) for thread in threading.enumerate()))
     assert torch.get_num_threads() == before
 
 
