@@ -350,7 +350,7 @@ class Consumer(Session):
         return numbers
 
     def _checked(self, chunk_nos: Ints) -> list[int]:
-        chunks = [int(chunk) for chunk in chunk_nos]
+        chunks: list[int] = np.asarray(chunk_nos, np.int64).tolist()
         if chunks and not (min(chunks) >= 0 and max(chunks) < self._first_chunk[-1]):
             raise ValueError(f"chunk {max(chunks)} (or a negative one) of {self._first_chunk[-1]} attached chunks")
         return chunks
