@@ -11,12 +11,13 @@ has to fetch it, and again from the service's memory. `work` is processor time, 
 thread of ours kept the GIL.
 
 Wake-up gaps are those of a Python thread that sleeps half a millisecond again and again, and of one that computes in
-steps of a tenth of that, while another takes batches as fast as they come; idle and loaded spells alternate within a
-process. `later` is the median over rounds of how much later than idle one wake-up in a thousand comes, and `GIL` how
-long it waits for the GIL alone: what else the machine does is in `later`, unless `--first` gives our processes
-real-time priority, and the thread that wakes up the highest. For comparison: a thread that hashes, which needs a core
-and hardly the GIL, and one that decodes with Pillow, image by image, as loaders do whose threads run Python for each
-sample.
+steps of a tenth of that, while another takes batches: as fast as they come, where decoding them is what takes time;
+else as fast as eight GPUs train on them, and once more as fast as they come, which has no target, since all threads
+then run Python hundreds of times a second. Idle and loaded spells alternate within a process. `later` is the median
+over rounds of how much later than idle one wake-up in a thousand comes, and `GIL` how long it waits for the GIL alone:
+what else the machine does is in `later`, unless `--first` gives our processes real-time priority, and the thread that
+wakes up the highest. For comparison: a thread that hashes, which needs a core and hardly the GIL, and one that decodes
+with Pillow, image by image, as loaders do whose threads run Python for each sample.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ def main() -> int:
     return int(not all(met))
 
 
-def _run(options: Options, kind: str, name: str, threads: str, how: str = "") -> dict[str, object]:
+def _run(options: Options, kind: str, name: str, threads: str, how: str = "", per_s: str = "inf") -> dict[str, object]:
     """What a process of ours does."""
     if kind == "count":
         return {source: asdict(found) for source, found in counts.run(options, name, int(threads)).items()}
-    return asdict(gaps.run(options, name, int(threads), how))
+    return asdict(gaps.run(options, name, int(threads), how, float(per_s)))
 
 
 def _arguments() -> argparse.Namespace:

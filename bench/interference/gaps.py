@@ -34,15 +34,17 @@ class Gaps:
     per_s: float
 
 
-def run(options: Options, name: str, threads: int, how: str) -> Gaps:
-    """Gaps of the main thread, which `how` says sleeps or computes, by turns alone and beside a load."""
+def run(options: Options, name: str, threads: int, how: str, per_s: float) -> Gaps:
+    """Gaps of the main thread, which `how` says sleeps or computes, by turns alone and beside a load, which does its
+    work at most so often a second.
+    """
     if options.first:
         come_first(1)  # as will the threads that are started from here on
     counter = gil.Counter() if gil.is_there() else None
     measure = sleeping if how == "sleeps" else computing
     idle, loaded = list[list[float]](), list[list[float]]()
     waits_ms = list[float]()
-    with running(options.folder, name, threads) as load:
+    with running(options.folder, name, threads, per_s) as load:
         if options.first:
             come_first(2)
         for _ in range(ROUNDS):

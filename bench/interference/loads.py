@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import tarfile
 import threading
 import time
@@ -55,8 +56,8 @@ class Load:
 
 
 @contextmanager
-def running(folder: Path, name: str, threads: int) -> Iterator[Load]:
-    """A load by the name of a case, or one of `PEERS`."""
+def running(folder: Path, name: str, threads: int, per_s: float = math.inf) -> Iterator[Load]:
+    """A load by the name of a case, at most so often a second, or one of `PEERS`."""
     work: Callable[[], object]
     with ExitStack() as stack:
         if name == "hash":
@@ -64,7 +65,7 @@ def running(folder: Path, name: str, threads: int) -> Iterator[Load]:
         elif name == "pillow":
             work = pillow_decoding(folder)
         else:
-            work = taking(stack.enter_context(loader(folder, name, threads)))
+            work = paced(taking(stack.enter_context(loader(folder, name, threads))), per_s)
         load = Load(work)
         stack.callback(load.close)
         yield load
@@ -81,6 +82,20 @@ def taking(loader: Any) -> Callable[[], object]:
 
     batches = endless()
     return lambda: next(batches)
+
+
+def paced(work: Callable[[], object], per_s: float) -> Callable[[], object]:
+    """`work`, at most so often a second."""
+    due_s = time.monotonic()
+
+    def next_one() -> None:
+        nonlocal due_s
+        now_s = time.monotonic()
+        due_s = max(due_s + 1 / per_s, now_s)
+        time.sleep(due_s - now_s)
+        work()
+
+    return work if per_s == math.inf else next_one
 
 
 def hashing() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 from bench.interference.cases import CASES, Case
 from bench.interference.counts import ROLES, SERVED, WARM, Counts
@@ -66,18 +68,24 @@ def gaps_met(options: Options, environment: Mapping[str, str]) -> bool:
         )
         heads = "  ".join(f"{f'{which} p{100 * q:g}':>12}" for which in ("idle", "loaded") for q in QUANTILES)
         print(f"{'':42} {'threads':7} {'batch/s':>8} {heads} {'later':>7} {'GIL p99.9':>10}")
-        cases = [(name, threads) for name in options.cases for threads in options.threads]
-        for name, threads in [*cases, *((peer, 1) for peer in PEERS)]:
-            extra = CASES[name].environment if name in CASES else {}
-            found = options.process({**environment, **extra}, "gaps", name, str(threads), how)
-            met &= _print_gaps(name, threads, Gaps(**found))
+        for name in options.cases:
+            for threads, per_s in product(options.threads, paces(CASES[name])):
+                environ = {**environment, **CASES[name].environment}
+                found = options.process(environ, "gaps", name, str(threads), how, str(per_s))
+                has_target = CASES[name].has_target and threads == 1 and per_s == paces(CASES[name])[0]
+                met &= _print_gaps(CASES[name].what, threads, Gaps(**found), has_target=has_target)
+        for name, what in PEERS.items():
+            _print_gaps(what, 1, Gaps(**options.process(environment, "gaps", name, "1", how)), has_target=False)
     return met
 
 
-def _print_gaps(name: str, threads: int, found: Gaps) -> bool:
-    has_target = name in CASES and CASES[name].has_target and threads == 1
+def paces(case: Case) -> list[float]:
+    """How often a second batches are taken at most; the target is for the first."""
+    return [math.inf] if case.trained_per_s is None else [case.trained_per_s, math.inf]
+
+
+def _print_gaps(what: str, threads: int, found: Gaps, *, has_target: bool) -> bool:
     is_met = found.later_ms <= LATER_MS_MAX
-    what = CASES[name].what if name in CASES else PEERS[name]
     cells = "  ".join(f"{gap:12.2f}" for gap in (*found.idle_ms, *found.loaded_ms))
     waits = "" if found.gil_ms is None else f"{found.gil_ms:10.2f}"
     print(

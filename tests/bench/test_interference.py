@@ -57,11 +57,16 @@ def test_what_the_trainer_takes_is_not_ours(capsys, taken: int, is_met: bool) ->
 
 
 @pytest.mark.parametrize(("later_ms", "is_met"), [(report.LATER_MS_MAX, True), (report.LATER_MS_MAX + 0.1, False)])
-def test_peers_are_shown_and_not_judged(capsys, later_ms: float, is_met: bool) -> None:
+def test_gaps_are_judged_and_peers_are_not(capsys, later_ms: float, is_met: bool) -> None:
     found = Gaps([0.5, 0.6, 0.7], [0.5, 0.7, 1.7], later_ms, None, 30.0)
-    assert report.gaps_met(measured({"gaps": asdict(found)}), {}) is is_met
+    asked: Asked = []
+    assert report.gaps_met(measured({"gaps": asdict(found)}, asked), {}) is is_met
     lines = capsys.readouterr().out.splitlines()
-    assert [line.endswith("met") for line in lines if line.startswith(CASES["records"].what)] == [is_met] * 2
+    # As fast as they are trained on, which is judged, and as fast as they come, which is not.
+    verdict = "met" if is_met else "missed"
+    of_records = [line for line in lines if line.startswith(CASES["records"].what)]
+    assert [line.endswith(verdict) for line in of_records] == [True, False] * 2
+    assert [arguments[-1] for _, arguments in asked if "records" in arguments] == ["200", "inf"] * 2
     assert not any(line.endswith(("met", "missed")) for line in lines if line.startswith("Pillow"))
 
 
