@@ -47,6 +47,8 @@ Bytes = npt.NDArray[np.uint8]
 _ALIGNMENT = 64
 # A buffer of at least this part of a batch has a slot to itself, so that keeping it keeps little else.
 _OWN_SLOT_PART = 8
+# A longer pickle lies in a slot, too: the queue carries long messages in pieces, and a pipe would copy it twice.
+_PICKLE_BYTES_MAX = 16 << 10
 _COUNTERS_WRAP = 1 << 32  # they are uint32
 _NOTHING: Bytes = np.empty(0, np.uint8)
 
@@ -93,7 +95,7 @@ class Packed(NamedTuple):
     receiver: int
     worker: int
     pid: int
-    data: bytes
+    data: bytes  # the pickle; where this is empty, it lies in the last of the places
     places: list[_Place]
     new_slots: list[_NewSlot]
     dropped: list[int]
@@ -144,6 +146,10 @@ class Packer:
         buffers: list[Bytes] = []
         stream = io.BytesIO()
         _Pickler(stream, buffers, self._slots).dump((arrived.batch, arrived.state, arrived.before, arrived.mover))
+        data = stream.getvalue()
+        if len(data) > _PICKLE_BYTES_MAX:
+            buffers.append(np.frombuffer(data, np.uint8))
+            data = b""
         try:
             placed = self._slots.place(buffers)
         except OSError as error:
@@ -152,7 +158,7 @@ class Packer:
         places, used = placed
         new = [_NewSlot(s.index, s.generation, s.fd, s.base.size) for s in used if s.fd >= 0]
         dropped = self._slots.take_dropped()
-        return Packed(self._receiver, self._worker, os.getpid(), stream.getvalue(), places, new, dropped)
+        return Packed(self._receiver, self._worker, os.getpid(), data, places, new, dropped)
 
     def take_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An empty tensor to make a batch in, over a slot where it is large enough to lie in one."""
@@ -376,7 +382,8 @@ class Receiver:
             self._map(packed.worker, packed.pid, _NewSlot(*slot))
         self._tell()
         buffers = [self._view(packed.worker, _Place(*place)) for place in packed.places]
-        return Arrived(*pickle.loads(packed.data, buffers=buffers))
+        data = packed.data or buffers.pop().data
+        return Arrived(*pickle.loads(data, buffers=buffers))
 
     def _map(self, worker: int, pid: int, slot: _NewSlot) -> None:
         key = worker, slot.slot

@@ -96,6 +96,24 @@ def test_buffers_of_a_batch_share_a_slot_unless_they_are_a_large_part_of_it(ends
     ends[1].unpack(packed)
 
 
+@pytest.mark.parametrize("with_buffer", [False, True])
+def test_a_long_pickle_lies_in_a_slot_which_is_used_again(ends, with_buffer):
+    bases = set()
+    for number in range(6):
+        batch = [[f"{number} {i}" for i in range(20_000)], np.full(100, number), filled(LARGE * with_buffer, number)]
+        packed = ends[0].pack(Arrived(batch))
+        assert not packed.data
+        assert len(packed.places) == 1 + with_buffer
+        texts, small, large = ends[1].unpack(packed).batch
+        assert texts == batch[0]
+        assert (small == number).all()
+        small[:] = 7  # it is the user's
+        assert (large == number).all()
+        del large
+        bases.add(packed.places[-1].slot)
+    assert len(bases) <= 2
+
+
 def test_free_memory_beyond_the_budget_is_dropped_on_both_sides():
     with new_ends(retained_bytes=250_000) as ends:
         arrived = [passed(ends, filled(LARGE, n)) for n in range(8)]
