@@ -12,7 +12,8 @@ have taken along. What is too long for one is sent in pieces.
 The reader waits for a semaphore that counts them, not for the socket: the kernel takes the sending for the sender's
 last act, and wakes who waits for it on the sender's core, where it waits until the sender pauses (with pipes: half as
 many batches of small tensors; with the semaphore a sixth more than with Python's queue). What a sender was killed
-before it could count is found when the reader's time limit is over. Where all cores are busy, the reader would wait for
+before it could count, or has not counted yet, is found when the reader's time limit is over; what is counted then, and
+was read already, is waited for once more. Where all cores are busy, the reader would wait for
 the end of the sender's turn, 3 ms; so processes that were started for the reader's sake let others run when they have
 sent (a quarter of the hand-overs of large batches took 2.5 ms, and takes 0.9).
 
@@ -31,10 +32,11 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from multiprocessing import context
 from multiprocessing.connection import Connection
-from multiprocessing.util import Finalize
+from multiprocessing.util import Finalize, register_after_fork
 from typing import Any
 
 from fastload.transport.pickling import forking_dumps
@@ -44,6 +46,8 @@ _HEAD = struct.Struct("<IIQ")
 _PIECE_BYTES = 32 << 10
 # How often a thread that cannot send looks whether that is still wanted.
 _LOOK_UP_MS = 500
+# How long the kernel is left to find memory.
+_NO_MEMORY_S = 0.001
 
 
 class Queue:
@@ -55,31 +59,40 @@ class Queue:
 
     def __init__(self, processes: Any) -> None:
         ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ends[1].setblocking(False)
+        for end in ends:
+            end.setblocking(False)
+        # The kernel refuses what is longer than the buffer, which may be small (net.core.wmem_default).
+        self._piece_bytes = min(_PIECE_BYTES, ends[1].getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2)
         # What holds a descriptor, can be pickled for a new process, and closes it without a warning.
         self._reader, self._writer = (Connection(end.detach()) for end in ends)
         self._count = processes.Semaphore(0)
         self._made_in = os.getpid()
+        self._arrive()
+
+    def _arrive(self) -> None:
+        """The queue is new in this process."""
+        self._is_closed = False
         self._begin()
+        register_after_fork(self, Queue._begin)
 
     def _begin(self) -> None:
-        """What is of this process."""
+        """What is of this process, and not of one that it was forked from: threads, locks, what they were at."""
         self._reading, self._putting = threading.Lock(), threading.RLock()
         self._room = bytearray(_HEAD.size + _PIECE_BYTES)
         self._begun: dict[tuple[int, int], list[bytes]] = {}
         self._numbers = itertools.count()
         self._waiting: deque[bytes] = deque()
         self._thread: threading.Thread | None = None
-        self._at_exit: Finalize | None = None  # while there is a thread
-        self._is_closed, self._is_dispensable = False, False
+        self._at_exit: Finalize | None = None  # while something is waiting that is not dispensable
+        self._is_dispensable = False
 
     def __getstate__(self) -> tuple[Any, ...]:
         context.assert_spawning(self)
-        return self._reader, self._writer, self._count, self._made_in
+        return self._reader, self._writer, self._count, self._made_in, self._piece_bytes
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self._reader, self._writer, self._count, self._made_in = state
-        self._begin()
+        self._reader, self._writer, self._count, self._made_in, self._piece_bytes = state
+        self._arrive()
 
     def put(self, value: Any) -> None:
         """Put an object. Raises what pickling raises, `ValueError` where this process has closed the queue."""
@@ -107,7 +120,7 @@ class Queue:
         with self._putting:
             self._is_closed = True
             self._reader.close()
-            if self._thread is None:
+            if not self._waiting:
                 self._writer.close()
 
     def cancel_join_thread(self) -> None:
@@ -118,10 +131,10 @@ class Queue:
                 self._at_exit.cancel()
 
     def _pieces(self, data: bytes) -> list[bytes]:
-        number, count = next(self._numbers) & 0xFFFFFFFF, max(1, -(-len(data) // _PIECE_BYTES))
+        number, begins = next(self._numbers) & 0xFFFFFFFF, range(0, len(data), self._piece_bytes)
         return [
-            _HEAD.pack(number, count - 1 - i, os.getpid()) + data[i * _PIECE_BYTES : (i + 1) * _PIECE_BYTES]
-            for i in range(count)
+            _HEAD.pack(number, remaining, os.getpid()) + data[begin : begin + self._piece_bytes]
+            for begin, remaining in zip(begins, reversed(range(len(begins))), strict=True)
         ]
 
     def _send(self, piece: bytes) -> bool:
@@ -133,47 +146,64 @@ class Queue:
         except ConnectionError:  # there is nobody who could read it
             return True
         except OSError as error:
-            if error.errno == errno.ENOBUFS:  # the kernel has no memory for it now
-                return False
-            raise
+            if error.errno not in (errno.ENOBUFS, errno.ENOMEM):
+                raise
+            time.sleep(_NO_MEMORY_S)  # the kernel has none for it now
+            return False
         self._count.release()
         return True
 
     def _leave_to_thread(self, pieces: list[bytes]) -> None:
         self._waiting += pieces
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._send_waiting, name="fastload-queue", daemon=True)
+        if self._at_exit is None and not self._is_dispensable:
             # At the end of this process, when Python's own queues wait, too.
-            self._at_exit = Finalize(None, self._thread.join, exitpriority=-5)
+            self._at_exit = Finalize(None, self._send_waiting, exitpriority=-5)
+        if self._is_sending():
+            return
+        self._thread = threading.Thread(target=self._send_waiting, name="fastload-queue", daemon=True)
+        try:
             self._thread.start()
+        except RuntimeError:  # there can be no more threads: whoever put hears of it, and nobody gets a part
+            for _ in pieces:
+                self._waiting.pop()
+            raise
+
+    def _is_sending(self) -> bool:
+        """Whether a thread is known to. Where a signal's handler raises, one may not have begun, or be taken for dead;
+        several do no harm.
+        """
+        return self._thread is not None and self._thread.is_alive()
 
     def _receive(self) -> Any:
-        """A pickle, if that was its last piece."""
-        size = os.readv(self._reader.fileno(), [self._room])
-        number, remaining, process = _HEAD.unpack_from(self._room)
-        piece = memoryview(self._room)[_HEAD.size : size]
+        """A pickle, if there is a piece, and that was its last."""
+        try:
+            size = os.readv(self._reader.fileno(), [self._room])
+        except BlockingIOError:  # it was found before it was counted
+            return None
+        message = memoryview(self._room)[:size]
+        (number, remaining, process), piece = _HEAD.unpack_from(message), message[_HEAD.size :]
         if not remaining and (process, number) not in self._begun:
             return piece
         self._begun.setdefault((process, number), []).append(bytes(piece))
         return None if remaining else b"".join(self._begun.pop((process, number)))
 
     def _send_waiting(self) -> None:
-        """In a thread: send until nothing is waiting."""
-        writable = select.poll()
-        writable.register(self._writer, select.POLLOUT)
+        """In a thread, and at the end of this process: send until nothing is waiting."""
         while True:
-            was_sent = self._send(self._waiting[0])
             with self._putting:
-                if was_sent:
-                    self._waiting.popleft()
                 if not self._waiting or (self._is_closed and self._is_dispensable):
                     return self._end_thread()
-            if not was_sent:
-                writable.poll(_LOOK_UP_MS)
+                if self._send(self._waiting[0]):
+                    self._waiting.popleft()
+                    continue
+                writable = select.poll()
+                writable.register(self._writer, select.POLLOUT)
+            writable.poll(_LOOK_UP_MS)
 
     def _end_thread(self) -> None:
         self._thread = None
         if self._at_exit is not None:
             self._at_exit.cancel()
+            self._at_exit = None
         if self._is_closed:
             self._writer.close()

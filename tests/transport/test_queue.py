@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -83,6 +84,93 @@ def test_a_message_that_was_not_counted_is_found() -> None:
     objects.close()
 
 
+def test_what_was_found_before_it_was_counted_is_not_waited_for() -> None:
+    """As of a sender that was stopped in between, and went on when its message had been read."""
+    objects = Queue(FORK)
+    objects._count.release()
+    late = threading.Timer(1.0, objects.put, ("late",))
+    late.start()
+    with pytest.raises(queue.Empty):
+        objects.get(timeout=0.05)
+    objects._count.release()
+    with pytest.raises(queue.Empty):
+        objects.get(block=False)
+    assert objects.get(timeout=LIMIT_S) == "late"
+    late.join()
+    objects.close()
+
+
+def test_a_process_that_is_forked_while_something_is_waiting_sends_its_own() -> None:
+    objects = Queue(FORK)
+    objects.put(("parent", bytes(LONG)))
+    sender = FORK.Process(target=put_all, args=(objects, "child", [10, LONG]))
+    sender.start()
+    assert sorted((each[0], len(each[-1])) for each in taken(objects, 3)) == [
+        ("child", 10),
+        ("child", LONG),
+        ("parent", LONG),
+    ]
+    sender.join(LIMIT_S)
+    assert sender.exitcode == 0
+    objects.close()
+
+
+def test_where_the_kernel_takes_short_messages_only_pieces_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = socket.socketpair
+
+    def small(*args: Any) -> Any:
+        ends = plain(*args)
+        for end in ends:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel makes the least of it
+        return ends
+
+    monkeypatch.setattr(socket, "socketpair", small)
+    objects = Queue(FORK)
+    put_all(objects, "one", [10, 200_000, 20_000, 1])
+    assert [len(data) for _, _, data in taken(objects, 4)] == [10, 200_000, 20_000, 1]
+    objects.close()
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_what_is_raised_while_a_thread_begins_neither_loses_nor_doubles(
+    monkeypatch: pytest.MonkeyPatch, has_begun: bool
+) -> None:
+    """A signal's handler may raise there; such a thread may be taken for dead, too."""
+    objects, start = Queue(FORK), threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        monkeypatch.undo()
+        if has_begun:
+            start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        objects.put((0, bytes(LONG)))
+    monkeypatch.setattr(objects, "_is_sending", lambda: False)
+    for number in (1, 2, 3):
+        objects.put((number, bytes(LONG)))
+    assert [number for number, _ in taken(objects, 4)] == [0, 1, 2, 3]
+    with pytest.raises(queue.Empty):
+        objects.get(block=False)
+    objects.close()
+
+
+def test_where_no_thread_can_be_had_whoever_puts_hears_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = Queue(FORK)
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(RuntimeError, match="thread"):
+        objects.put(bytes(LONG))
+    monkeypatch.undo()
+    put_all(objects, "one", [10, LONG])
+    assert [len(data) for _, _, data in taken(objects, 2)] == [10, LONG]
+    objects.close()
+
+
 def put_until_killed(into: Queue, size: int) -> None:
     while True:
         into.put((os.getpid(), bytes(size)))
@@ -105,25 +193,28 @@ def test_senders_that_are_killed_leave_the_queue_to_others(size: int) -> None:
     objects.close()
 
 
-def test_what_is_waiting_is_sent_before_a_process_ends_unless_it_is_dispensable() -> None:
-    for is_dispensable in (False, True):
-        objects = Queue(FORK)
-        sender = FORK.Process(target=put_and_leave, args=(objects, is_dispensable))
-        sender.start()
-        if is_dispensable:
-            sender.join(LIMIT_S)
-            assert sender.exitcode == 0
-        else:
-            assert [len(each) for each in taken(objects, 3)] == [LONG] * 3
-            sender.join(LIMIT_S)
-        objects.close()
+@pytest.mark.parametrize("dispensable", ["", "first", "last", "last, and closed"])
+def test_what_is_waiting_is_sent_before_a_process_ends_unless_it_is_dispensable(dispensable: str) -> None:
+    objects = Queue(FORK)
+    sender = FORK.Process(target=put_and_leave, args=(objects, dispensable))
+    sender.start()
+    if not dispensable:
+        assert [len(each) for each in taken(objects, 3)] == [LONG] * 3
+    sender.join(LIMIT_S / 3)
+    exit_code = sender.exitcode
+    sender.kill()
+    assert exit_code == 0
+    objects.close()
 
 
-def put_and_leave(into: Queue, is_dispensable: bool) -> None:
+def put_and_leave(into: Queue, dispensable: str) -> None:
+    if dispensable == "first":
+        into.cancel_join_thread()
     for _ in range(3):
         into.put(bytes(LONG))
-    if is_dispensable:
+    if "last" in dispensable:
         into.cancel_join_thread()
+    if "closed" in dispensable:
         into.close()
 
 
