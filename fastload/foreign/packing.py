@@ -161,15 +161,17 @@ class Packer:
         return Packed(self._receiver, self._worker, os.getpid(), data, places, new, dropped)
 
     def take_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """An empty tensor to make a batch in, over a slot where it is large enough to lie in one."""
+        """An empty tensor to make a batch in, over a slot where it is large enough to lie in one; here, whatever device
+        the user has torch make tensors on.
+        """
         byte_count = math.prod(shape) * dtype.itemsize
         if byte_count < SMALL_BYTES or not self._may_send():
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         try:
             memory = self._slots.take(byte_count)
         except OSError as error:
             self._warn(error)
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         return torch.frombuffer(memory, dtype=dtype).view(shape)
 
     def _may_send(self) -> bool:

@@ -25,19 +25,13 @@ _DTYPES = {name: kind for name, kind in vars(torch).items() if isinstance(kind, 
 _NAMES = {kind: name for name, kind in _DTYPES.items()}
 
 
-_tables: dict[tuple[int, int], dict[type, Callable[[Any], Any]]] = {}
-
-
 def forking_table() -> dict[type, Callable[[Any], Any]]:
-    """How `ForkingPickler` pickles what Python cannot, torch's tensors among that. It makes a table for each pickle, of
-    several that are looked through in Python for each object.
+    """How `ForkingPickler` pickles what Python cannot, torch's tensors among that. Its own table is several that are
+    looked through in Python for each object; making one of them takes a microsecond or two. Users add to them at any
+    time, and replace what there is.
     """
     others: dict[type, Callable[[Any], Any]] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
-    size = len(copyreg.dispatch_table), len(others)
-    if size not in _tables:  # they only grow
-        _tables.clear()
-        _tables[size] = {**copyreg.dispatch_table, **others}
-    return _tables[size]
+    return {**copyreg.dispatch_table, **others}
 
 
 def forking_dumps(value: Any) -> bytes:
@@ -99,5 +93,5 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 def _tensor_of(memory: Any, dtype: str | torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
     kind = _DTYPES[dtype] if isinstance(dtype, str) else dtype
     if not memoryview(memory).nbytes:
-        return torch.empty_strided(shape, stride, dtype=kind)
+        return torch.empty_strided(shape, stride, dtype=kind, device="cpu")
     return torch.frombuffer(memory, dtype=kind).as_strided(shape, stride)

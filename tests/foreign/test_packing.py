@@ -174,3 +174,10 @@ def test_arrays_in_the_pickle_are_writable_too(ends):
     large += 1
     assert small.tolist() == [1, 2, 3]
     assert large[-1] == LARGE
+
+
+def test_batches_are_made_here_whatever_device_is_the_default(ends):
+    with torch.device("meta"):
+        batch = [ends[0].take_tensor((length,), torch.uint8) for length in (0, 10, LARGE)]
+        arrived = passed(ends, batch)
+    assert {each.device.type for each in batch + arrived} == {"cpu"}
