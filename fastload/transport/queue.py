@@ -12,10 +12,12 @@ have taken along. What is too long for one is sent in pieces.
 The reader waits for a semaphore that counts them, not for the socket: the kernel takes the sending for the sender's
 last act, and wakes who waits for it on the sender's core, where it waits until the sender pauses (with pipes: half as
 many batches of small tensors; with the semaphore a sixth more than with Python's queue). What a sender was killed
-before it could count, or has not counted yet, is found when the reader's time limit is over; what is counted then, and
-was read already, is waited for once more. Where all cores are busy, the reader would wait for
-the end of the sender's turn, 3 ms; so processes that were started for the reader's sake let others run when they have
-sent (a quarter of the hand-overs of large batches took 2.5 ms, and takes 0.9).
+before it could count, or has not counted yet, is found when the reader looks, which it does before it waits and when
+its time limit is over. What is counted after that is one too many, which does no harm.
+
+Where all cores are busy, the reader would wait for the end of the sender's turn, 3 ms; so processes that were started
+for the reader's sake let others run when they have sent (a quarter of the hand-overs of large batches took 2.5 ms, and
+takes 0.9).
 
 A message: uint32 which one of its process, uint32 pieces after this one, uint64 the process, all little-endian; then a
 pickle, or a piece of one. Both ends are processes of one user, one of which started the other, and trust each other's.
@@ -107,13 +109,20 @@ class Queue:
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """The next object. Raises `queue.Empty` where there is none, or no more of one for `timeout` seconds."""
+        is_counted = False
         while True:
-            if not self._count.acquire(block, timeout) and not self._reader.poll(0):
-                raise queue.Empty
             with self._reading:
-                data = self._receive()
-                if data is not None:
-                    return pickle.loads(data)
+                piece = self._read()
+                if piece is not None:
+                    if not is_counted:
+                        self._count.acquire(False)
+                    is_counted, data = False, self._joined(*piece)
+                    if data is not None:
+                        return pickle.loads(data)
+                    continue
+            is_counted = self._count.acquire(block, timeout)
+            if not is_counted and not self._reader.poll(0):
+                raise queue.Empty
 
     def close(self) -> None:
         """This process will not put or get any more; what was put is still sent. May be called twice."""
@@ -150,6 +159,9 @@ class Queue:
                 raise
             time.sleep(_NO_MEMORY_S)  # the kernel has none for it now
             return False
+        except BaseException:  # of a signal's handler; it may be sent, and one too many does no harm
+            self._count.release()
+            raise
         self._count.release()
         return True
 
@@ -174,14 +186,17 @@ class Queue:
         """
         return self._thread is not None and self._thread.is_alive()
 
-    def _receive(self) -> Any:
-        """A pickle, if there is a piece, and that was its last."""
+    def _read(self) -> tuple[int, int, int, memoryview] | None:
+        """What is there, counted or not: a head, and a pickle or a piece of one."""
         try:
             size = os.readv(self._reader.fileno(), [self._room])
-        except BlockingIOError:  # it was found before it was counted
+        except BlockingIOError:
             return None
         message = memoryview(self._room)[:size]
-        (number, remaining, process), piece = _HEAD.unpack_from(message), message[_HEAD.size :]
+        return *_HEAD.unpack_from(message), message[_HEAD.size :]
+
+    def _joined(self, number: int, remaining: int, process: int, piece: memoryview) -> Any:
+        """A pickle, if that was its last piece."""
         if not remaining and (process, number) not in self._begun:
             return piece
         self._begun.setdefault((process, number), []).append(bytes(piece))

@@ -33,18 +33,18 @@ def taken(source: Queue, count: int) -> list[Any]:
     return [source.get(timeout=LIMIT_S) for _ in range(count)]
 
 
-@pytest.mark.parametrize("processes", [FORK, SPAWN])
-def test_each_senders_objects_come_in_order_and_whole(processes: Any) -> None:
+@pytest.mark.parametrize(("processes", "names"), [(FORK, "012"), (SPAWN, "0")])
+def test_each_senders_objects_come_in_order_and_whole(processes: Any, names: str) -> None:
     objects = Queue(processes)
     sizes = [10, LONG, 0, 40_000, 100, LONG // 3, 1]
-    senders = [processes.Process(target=put_all, args=(objects, str(i), sizes)) for i in range(3)]
+    senders = [processes.Process(target=put_all, args=(objects, name, sizes)) for name in names]
     for sender in senders:
         sender.start()
     arrived = taken(objects, len(sizes) * len(senders))
     for sender in senders:
         sender.join(LIMIT_S)
         assert sender.exitcode == 0
-    for name in "012":
+    for name in names:
         assert [(number, len(data)) for who, number, data in arrived if who == name] == list(enumerate(sizes))
     with pytest.raises(queue.Empty):
         objects.get(timeout=0.01)
@@ -153,6 +153,40 @@ def test_what_is_raised_while_a_thread_begins_neither_loses_nor_doubles(
     assert [number for number, _ in taken(objects, 4)] == [0, 1, 2, 3]
     with pytest.raises(queue.Empty):
         objects.get(block=False)
+    objects.close()
+
+
+def interrupted_after(call: Any) -> Any:
+    """A call that is interrupted as soon as it is done."""
+
+    def run(*args: Any) -> None:
+        call(*args)
+        raise KeyboardInterrupt
+
+    return run
+
+
+def test_what_is_raised_between_sending_or_reading_and_counting_delays_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = Queue(FORK)
+    acquire = objects._count.acquire
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", interrupted_after(os.write))
+        with pytest.raises(KeyboardInterrupt):
+            objects.put("one")
+    assert objects._count.get_value() == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(objects, "_read", lambda: None)  # it looked before it was there
+        patch.setattr(objects._count, "acquire", interrupted_after(acquire))
+        with pytest.raises(KeyboardInterrupt):
+            objects.get(timeout=LIMIT_S)
+    objects.put("two")
+
+    def counted(block: bool = True, timeout: float | None = None) -> bool:
+        assert not block, "there was something, and it was waited for"
+        return acquire(False)
+
+    monkeypatch.setattr(objects._count, "acquire", counted)
+    assert taken(objects, 2) == ["one", "two"]
     objects.close()
 
 
