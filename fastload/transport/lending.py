@@ -38,8 +38,9 @@ class _Lent(Owner, Generic[T]):
     __slots__ = ("_collected", "_forks", "_memory", "_what")
 
     def __init__(self, memory: Bytes, collected: deque[Collected[T]], what: T) -> None:
-        super().__init__(address_of(memory), memory.size)
+        # First, so that it is told of also where a signal's handler raises before there is an array.
         self._memory, self._collected, self._what, self._forks = memory, collected, what, _forks
+        super().__init__(address_of(memory), memory.size)
 
     def __del__(self) -> None:
         self._collected.append(Collected(self._what, self._forks != _forks))  # and only now may the memory be unmapped
