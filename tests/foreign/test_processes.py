@@ -61,6 +61,7 @@ def of_kinds_that_are_not_collated(number: int) -> Any:
         Pinnable(number),
         torch.eye(300).to_sparse() * number,
         torch.nested.nested_tensor([torch.full((100, 200), 1.0 * number), torch.ones(2, 200)], layout=torch.jagged),
+        torch.nested.nested_tensor([torch.full((100, 200), 1.0 * number), torch.ones(2, 9)]),
         torch.full((300, 200), number).t(),
         frozen,
         np.array(["a", None], object),
@@ -88,6 +89,7 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's, of what it makes itself
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_batches_are_those_that_torch_gives(method):
     cases = [(of_any_kind, None, 4), (of_any_kind, None, None), (of_kinds_that_are_not_collated, as_is, 3)]
