@@ -173,7 +173,13 @@ class _Context:
     def Queue(self) -> Any:  # noqa: N802  # its name there
         try:
             return Queue(self._context)
-        except OSError:  # a kernel without such sockets
+        except OSError as error:
+            warnings.warn(
+                f"worker processes are talked to through Python's queues, which is slower: {error}. The faster ones "
+                "need Unix sockets of the type SOCK_SEQPACKET, and free descriptors (ulimit -n)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
             return self._context.Queue()
 
     def __getattr__(self, name: str) -> Any:

@@ -4,9 +4,10 @@ torch's loop calls three things of the user's: `worker_init_fn`, the data set an
 three share a `Workplace`, which is pickled with them where a process is spawned. The user's code sees its own data set,
 also in `get_worker_info()`.
 
-Two names in torch's module of the worker loop are replaced, in the worker's process only: the class of the message that
-an iterable data set has ended, so that it can carry the data set's last state; and the wrapper of errors, so that one
-that cannot be pickled is told by its message, where torch's loop would leave the trainer waiting for ever.
+Three names in torch's module of the worker loop are replaced, in the worker's process only: the class of the message
+that an iterable data set has ended, so that it can carry the data set's last state; the wrapper of errors, so that one
+that cannot be pickled is told by its message, where torch's loop would leave the trainer waiting for ever; and who
+watches the trainer (see `watching`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from fastload.foreign.order import is_stateful, load_state
 from fastload.foreign.packing import Arrived, Packed, Packer
 from fastload.foreign.saved import SavedWorker, State, silent_state, worker_state
 from fastload.foreign.telling import UNTOLD, Untold
+from fastload.foreign.watching import Watchdog
 from fastload.transfer import NO_MOVER
 from fastload.transport.filling import stack_into
 from fastload.transport.heap import keep_freed_memory, spare_what_is_here
@@ -85,7 +87,9 @@ class Workplace:
                 id=info.id, num_workers=info.num_workers, seed=info.seed, dataset=self.dataset
             )
         spare_what_is_here()
-        Finalize(None, _leave_if_orphaned, args=(os.getppid(),), exitpriority=100)  # before queues are waited for
+        watchdog = Watchdog()
+        Finalize(None, _leave_if_orphaned, args=(watchdog,), exitpriority=100)  # before queues are waited for
+        vars(torch_worker)["ManagerWatchdog"] = lambda: watchdog
         if self.ledger is not None:
             keep_freed_memory(self.retained_bytes)
             self.packer = Packer(self.ledger, self.receiver, worker, self.retained_bytes)
@@ -254,9 +258,9 @@ def wrapped_dataset(workplace: Workplace, dataset: Any) -> Any:
     return Watched(workplace, dataset)
 
 
-def _leave_if_orphaned(parent: int) -> None:
-    """Nobody will read what is still to be sent, and other workers, who could, keep the pipe open: do not wait."""
-    if os.getppid() != parent:
+def _leave_if_orphaned(watchdog: Watchdog) -> None:
+    """Nobody will read what is still to be sent, and other workers, who could, keep the sockets open: do not wait."""
+    if not watchdog.is_alive():
         os._exit(1)
 
 

@@ -329,7 +329,9 @@ def test_where_the_kernel_refuses_batches_cross_in_torchs_way(monkeypatch, call)
 def test_where_the_kernel_refuses_our_queues_pythons_serve(monkeypatch):
     monkeypatch.setattr(socket, "socketpair", refused)
     loader = fastload.DataLoader(Mapped(6, of_any_kind), num_workers=1)
-    assert [batch["large"][0, -1].item() for batch in loader] == list(range(6))
+    with pytest.warns(RuntimeWarning, match="Python's queues"):
+        batches = list(loader)
+    assert [batch["large"][0, -1].item() for batch in batches] == list(range(6))
 
 
 def no_more_memory(worker: int) -> None:
@@ -342,7 +344,8 @@ def test_a_worker_without_memory_sends_in_torchs_way():
     assert [batch["large"][0, -1].item() for batch in loader] == list(range(6))
 
 
-def test_nothing_is_left_when_the_trainer_is_killed(tmp_path):
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_nothing_is_left_when_the_trainer_is_killed(tmp_path, method):
     script = tmp_path / "train.py"
     script.write_text(
         "import os, signal, sys, time, torch\n"
@@ -352,18 +355,19 @@ def test_nothing_is_left_when_the_trainer_is_killed(tmp_path):
         "class Many(torch.utils.data.Dataset):\n"
         "    def __len__(self): return 100\n"
         "    def __getitem__(self, i): return [torch.zeros(20_000, dtype=torch.uint8) for _ in range(20)]\n"
-        "loader = fastload.DataLoader(Many(), num_workers=3, prefetch_factor=4, collate_fn=list)\n"
-        "iterator = iter(loader)\n"
-        "next(iterator)\n"
-        "print(*[w.pid for w in iterator._workers], flush=True)\n"
-        "time.sleep(1000)\n"
+        "if __name__ == '__main__':\n"
+        "    options = dict(num_workers=2, prefetch_factor=4, multiprocessing_context=sys.argv[1])\n"
+        "    iterator = iter(fastload.DataLoader(Many(), collate_fn=list, **options))\n"
+        "    next(iterator)\n"
+        "    print(*[w.pid for w in iterator._workers], flush=True)\n"
+        "    time.sleep(1000)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(fastload.__file__).parents[1])}
-    trainer = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, env=environment)
+    trainer = subprocess.Popen([sys.executable, str(script), method], stdout=subprocess.PIPE, env=environment)
     assert trainer.stdout is not None
     pids = trainer.stdout.readline().split()
     trainer.kill()
     trainer.wait()
     trainer.stdout.close()
-    assert len(pids) == 3
+    assert len(pids) == 2
     until(lambda: not any(Path(f"/proc/{int(pid)}").exists() for pid in pids))

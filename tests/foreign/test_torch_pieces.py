@@ -59,6 +59,7 @@ def test_an_answer_is_processed_with_or_without_whose_it_is():
         (MANY._next_data, "self._workers_status isinstance(data, _utils.worker._IterableDatasetStopIteration)"),
         (worker._worker_loop, "_worker_info = WorkerInfo( init_fn(worker_id) _DatasetKind.create_fetcher("),
         (worker._worker_loop, "_IterableDatasetStopIteration(worker_id) ExceptionWrapper( "),
+        (worker._worker_loop, "watchdog = ManagerWatchdog() watchdog.is_alive() MP_STATUS_CHECK_INTERVAL"),
         (collate.collate_tensor_fn, "torch.utils.data.get_worker_info() _new_shared("),
         (fetch._IterableDatasetFetcher, "self.dataset_iter = iter(dataset) self.ended self.collate_fn(data)"),
     ],
