@@ -1,4 +1,4 @@
-"""Map-style data sets as they are: small tensors from memory, and a folder of pictures with torchvision's transforms.
+"""Map-style data sets as they are: small tensors, texts, and a folder of pictures with torchvision's transforms.
 
 Both loaders read the same data set with the same settings and the default `collate_fn`. CPU time is that of the trainer
 and its workers.
@@ -25,6 +25,7 @@ from bench.targets import Figure
 
 SAMPLE_FLOATS = 256  # 1 kB
 SMALL_COUNT, SMALL_BATCH = 200 * 1024, 1024
+TEXT_BYTES, TEXT_COUNT, TEXT_BATCH = 1000, 3000 * 64, 64
 # Without workers both run the same code, but for a microsecond a batch.
 AS_FAST = 0.98
 PICTURES, PICTURE_BATCH, CLASSES = 4096, 128, 8
@@ -51,8 +52,18 @@ class Small(Dataset[torch.Tensor]):
         return self.rows[index]
 
 
+class Texts(Dataset[str]):
+    """Strings: nothing that shared memory is made for, and hardly any work."""
+
+    def __len__(self) -> int:
+        return TEXT_COUNT
+
+    def __getitem__(self, index: int) -> str:
+        return str(index).ljust(TEXT_BYTES)
+
+
 def small_figures(rounds: int) -> list[Figure]:
-    """Without workers, with one, with two."""
+    """Tensors without workers, with one, with two; texts with one."""
     dataset = Small()
     found = []
     samples_s = [as_a_worker(partial(samples_alone_s, dataset)) for _ in range(rounds)]
@@ -67,7 +78,9 @@ def small_figures(rounds: int) -> list[Figure]:
         if workers == 1:
             limit = [b.wall_s / alone_s for b, alone_s in zip(theirs, samples_s, strict=True)]
             found.append(Figure("1 kB tensors, taking the samples alone: times torch's rate", "", limit))
-    return found
+    texts = Texts()
+    both = in_turn(rounds, lambda kind: one_epoch(kind(texts, batch_size=TEXT_BATCH, num_workers=1)))
+    return found + ratios("1 kB texts, 1 worker", *both, times=AS_FAST)
 
 
 @contextmanager

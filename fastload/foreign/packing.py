@@ -47,8 +47,9 @@ Bytes = npt.NDArray[np.uint8]
 _ALIGNMENT = 64
 # A buffer of at least this part of a batch has a slot to itself, so that keeping it keeps little else.
 _OWN_SLOT_PART = 8
-# A longer pickle lies in a slot, too: the queue carries long messages in pieces, and a pipe would copy it twice.
-_PICKLE_BYTES_MAX = 16 << 10
+# A longer pickle lies in a slot, too: the queue would carry it in pieces. For shorter ones a slot is more to do than a
+# few copies (64 kB: 15 to 30 us a batch more).
+_PICKLE_BYTES_MAX = 90 << 10
 _COUNTERS_WRAP = 1 << 32  # they are uint32
 _NOTHING: Bytes = np.empty(0, np.uint8)
 

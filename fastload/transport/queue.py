@@ -39,13 +39,14 @@ from collections import deque
 from multiprocessing import context
 from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize, register_after_fork
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastload.transport.pickling import forking_dumps
 
 _HEAD = struct.Struct("<IIQ")
-# Of a message; the kernel holds some 200 KB that nobody has read yet.
-_PIECE_BYTES = 32 << 10
+_Piece: TypeAlias = tuple[bytes, memoryview]  # a head, and what follows it
+# Of a message; the kernel holds twice the buffer's size that nobody has read yet, where it may be so large.
+_PIECE_BYTES, _BUFFER_BYTES = 96 << 10, 512 << 10
 # How often a thread that cannot send looks whether that is still wanted.
 _LOOK_UP_MS = 500
 # How long the kernel is left to find memory.
@@ -63,6 +64,7 @@ class Queue:
         ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in ends:
             end.setblocking(False)
+        ends[1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
         # The kernel refuses what is longer than the buffer, which may be small (net.core.wmem_default).
         self._piece_bytes = min(_PIECE_BYTES, ends[1].getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2)
         # What holds a descriptor, can be pickled for a new process, and closes it without a warning.
@@ -83,7 +85,7 @@ class Queue:
         self._room = bytearray(_HEAD.size + _PIECE_BYTES)
         self._begun: dict[tuple[int, int], list[bytes]] = {}
         self._numbers = itertools.count()
-        self._waiting: deque[bytes] = deque()
+        self._waiting: deque[_Piece] = deque()
         self._thread: threading.Thread | None = None
         self._at_exit: Finalize | None = None  # while something is waiting that is not dispensable
         self._is_dispensable = False
@@ -139,17 +141,18 @@ class Queue:
             if self._at_exit is not None:
                 self._at_exit.cancel()
 
-    def _pieces(self, data: bytes) -> list[bytes]:
+    def _pieces(self, data: bytes) -> list[_Piece]:
         number, begins = next(self._numbers) & 0xFFFFFFFF, range(0, len(data), self._piece_bytes)
+        whole = memoryview(data)
         return [
-            _HEAD.pack(number, remaining, os.getpid()) + data[begin : begin + self._piece_bytes]
+            (_HEAD.pack(number, remaining, os.getpid()), whole[begin : begin + self._piece_bytes])
             for begin, remaining in zip(begins, reversed(range(len(begins))), strict=True)
         ]
 
-    def _send(self, piece: bytes) -> bool:
+    def _send(self, piece: _Piece) -> bool:
         """Whether there was room for it."""
         try:
-            os.write(self._writer.fileno(), piece)
+            os.writev(self._writer.fileno(), piece)
         except BlockingIOError:
             return False
         except ConnectionError:  # there is nobody who could read it
@@ -165,7 +168,7 @@ class Queue:
         self._count.release()
         return True
 
-    def _leave_to_thread(self, pieces: list[bytes]) -> None:
+    def _leave_to_thread(self, pieces: list[_Piece]) -> None:
         self._waiting += pieces
         if self._at_exit is None and not self._is_dispensable:
             # At the end of this process, when Python's own queues wait, too.

@@ -100,7 +100,7 @@ def test_buffers_of_a_batch_share_a_slot_unless_they_are_a_large_part_of_it(ends
 def test_a_long_pickle_lies_in_a_slot_which_is_used_again(ends, with_buffer):
     bases = set()
     for number in range(6):
-        batch = [[f"{number} {i}" for i in range(20_000)], np.full(100, number), filled(LARGE * with_buffer, number)]
+        batch = [[f"{number} {i}" for i in range(40_000)], np.full(100, number), filled(LARGE * with_buffer, number)]
         packed = ends[0].pack(Arrived(batch))
         assert not packed.data
         assert len(packed.places) == 1 + with_buffer

@@ -170,7 +170,7 @@ def test_what_is_raised_between_sending_or_reading_and_counting_delays_nothing(m
     objects = Queue(FORK)
     acquire = objects._count.acquire
     with monkeypatch.context() as patch:
-        patch.setattr(os, "write", interrupted_after(os.write))
+        patch.setattr(os, "writev", interrupted_after(os.writev))
         with pytest.raises(KeyboardInterrupt):
             objects.put("one")
     assert objects._count.get_value() == 1
