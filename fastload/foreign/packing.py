@@ -38,7 +38,7 @@ from fastload.transfer import NO_MOVER, mover_of, pinned
 from fastload.transport.filling import copy_into
 from fastload.transport.lending import Collected, lent
 from fastload.transport.mapping import map_shared
-from fastload.transport.pickling import forking_table, is_plain, reduced, tensor_over
+from fastload.transport.pickling import FORKING_TABLE, is_plain, reduced, tensor_over
 from fastload.transport.slots import SMALL_BYTES, address_of, size_class, take_fitting
 
 Bytes = npt.NDArray[np.uint8]
@@ -197,7 +197,7 @@ class _Pickler(pickle.Pickler):
     def __init__(self, stream: io.BytesIO, buffers: list[Bytes], slots: _Slots) -> None:
         # Not a method: a cycle would keep the batch, which the pickler remembers, until the collector comes by.
         super().__init__(stream, 5, buffer_callback=partial(_put_aside, buffers))
-        self.dispatch_table = forking_table()
+        self.dispatch_table = FORKING_TABLE
         self._slots = slots
 
     def reducer_override(self, value: Any) -> Any:

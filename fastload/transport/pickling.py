@@ -25,20 +25,25 @@ _DTYPES = {name: kind for name, kind in vars(torch).items() if isinstance(kind, 
 _NAMES = {kind: name for name, kind in _DTYPES.items()}
 
 
-def forking_table() -> dict[type, Callable[[Any], Any]]:
-    """How `ForkingPickler` pickles what Python cannot, torch's tensors among that. Its own table is several that are
-    looked through in Python for each object; making one of them takes a microsecond or two. Users add to them at any
-    time, and replace what there is.
+class _ForkingTable:
+    """How `ForkingPickler` pickles what Python cannot, torch's tensors among that, as a `dispatch_table`. It copies its
+    own for each pickle, which brings a hundred objects into the caches that a pickle has no use for. Users add to what
+    there is and replace it at any time.
     """
-    others: dict[type, Callable[[Any], Any]] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
-    return {**copyreg.dispatch_table, **others}
+
+    def __getitem__(self, kind: type) -> Callable[[Any], Any]:
+        others: dict[type, Callable[[Any], Any]] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
+        return others[kind] if kind in others else copyreg.dispatch_table[kind]
+
+
+FORKING_TABLE: Any = _ForkingTable()
 
 
 def forking_dumps(value: Any) -> bytes:
     """What `ForkingPickler.dumps` gives."""
     stream = io.BytesIO()
     pickler = pickle.Pickler(stream, pickle.DEFAULT_PROTOCOL)
-    pickler.dispatch_table = forking_table()
+    pickler.dispatch_table = FORKING_TABLE
     pickler.dump(value)
     return stream.getvalue()
 
