@@ -77,7 +77,11 @@ CASES = {
 def loader(folder: Path, name: str, threads: int) -> Iterator[Any]:
     """A loader over a cache of its own, which is empty, and as large as all the data, which lies in `folder`."""
     case = CASES[name]
-    with tempfile.TemporaryDirectory() as place, fastload.Cache(place, ram_bytes="2GiB", disk_bytes=0) as cache:
+    with (
+        # The service may end, and write down what was read, while its directory is removed.
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place,
+        fastload.Cache(place, ram_bytes="2GiB", disk_bytes=0) as cache,
+    ):
         dataset = case.dataset(folder, cache)
         made: Any = fastload.DataLoader(dataset, batch_size=case.batch_size, num_workers=threads)
         try:
