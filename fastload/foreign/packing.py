@@ -1,4 +1,4 @@
-"""How a batch crosses from a worker process to the trainer: a pickle on torch's queue, large buffers beside it.
+"""How a batch crosses from a worker process to the trainer: a pickle on a queue, large buffers beside it.
 
 A *slot* is shared memory of the worker (an anonymous file) that is used again and again, which saves what torch's way
 costs: a new file, its page faults and a socket for every tensor. The worker packs a batch in the thread that made it,
@@ -91,7 +91,7 @@ class _NewSlot(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """What is put on torch's queue; when it is taken from there, it is an `Arrived`."""
+    """What is put on the queue; when it is taken from there, it is an `Arrived`."""
 
     receiver: int
     worker: int
@@ -141,7 +141,7 @@ class Packer:
         self._is_open, self._has_warned = False, False
 
     def pack(self, arrived: Arrived) -> Packed | Arrived:
-        """What to put on torch's queue. Raises what pickling raises."""
+        """What to put on the queue. Raises what pickling raises."""
         if not self._may_send():
             return arrived
         buffers: list[Bytes] = []

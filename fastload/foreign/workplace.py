@@ -115,7 +115,7 @@ class Workplace:
             self.before = self._kept_state()
 
     def send(self, batch: Any) -> Packed | Arrived:
-        """What to put on torch's queue."""
+        """What to put on the queue."""
         self.batches += 1
         try:
             if self.packer is None:
