@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable
 
 from fastload.errors import ServiceError
+from fastload.turns import take_long_turns
 
 Job = Callable[[], None]
 
@@ -62,6 +63,7 @@ class DecodePool:
 
 
 def _work(jobs: queue.SimpleQueue[Job | None]) -> None:
+    take_long_turns()
     while (job := jobs.get()) is not None:
         job()
         del job  # else the last batch would live until the next one comes

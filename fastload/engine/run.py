@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from fastload.engine.pool import DecodePool
 from fastload.errors import ServiceError
+from fastload.turns import take_long_turns
 from fastload.waiting import Waits, wait
 
 
@@ -131,6 +132,7 @@ class ThreadedRun:
         return self._is_closed or (self._line[0].is_done if self._line else self._is_fed)
 
     def _feed_line(self) -> None:
+        take_long_turns()
         try:
             with contextlib.closing(self._feed.entries()) as entries:  # type: ignore[type-var]
                 for entry in entries:

@@ -32,7 +32,9 @@ from fastload.kernels.jit import Array, Generated, Kernel, Scalar, Tuple, Unit, 
 __all__ = ["compile_unit"]
 
 # What an object may call beside Python's functions: it is there in every process.
-_C_LIBRARY = frozenset(("ceil", "floor", "memcpy", "memmove", "memset", "round", "rint", "sqrt", "trunc"))
+_C_LIBRARY = frozenset(
+    ("ceil", "clock_gettime", "floor", "memcpy", "memmove", "memset", "round", "rint", "sched_yield", "sqrt", "trunc")
+)
 
 
 @global_compiler_lock  # type: ignore[untyped-decorator]

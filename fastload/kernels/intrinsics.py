@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -11,7 +12,17 @@ from numba.np.arrayobj import populate_array
 
 from fastload.kernels.copying import LINE_BYTES
 
-__all__ = ["address_of", "array_at", "copy_line_past_caches", "copy_range", "order_writes", "prefetch", "scratch"]
+__all__ = [
+    "address_of",
+    "array_at",
+    "copy_line_past_caches",
+    "copy_range",
+    "monotonic_ns",
+    "order_writes",
+    "prefetch",
+    "scratch",
+    "yield_processor",
+]
 
 _READ, _SECOND_LEVEL, _DATA = 0, 2, 1  # LLVM's words for what is fetched, and how near
 
@@ -110,6 +121,37 @@ def scratch(typing: Any, length: Any, dtype: Any) -> Any:
         return array._getvalue()
 
     return types.Array(dtype.dtype, 1, "C")(length, dtype), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def monotonic_ns(typing: Any) -> Any:
+    """The C library's clock_gettime, whose struct timespec is two numbers: seconds and nanoseconds."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        number, clock = ir.IntType(64), ir.IntType(32)
+        kind = ir.LiteralStructType([number, number])
+        now = cgutils.alloca_once(builder, kind)
+        function = ir.FunctionType(clock, [clock, kind.as_pointer()])
+        builder.call(
+            cgutils.get_or_insert_function(builder.module, function, "clock_gettime"),
+            [clock(time.CLOCK_MONOTONIC), now],
+        )
+        second, nanosecond = (builder.load(cgutils.gep_inbounds(builder, now, 0, part)) for part in range(2))
+        return builder.add(builder.mul(second, number(1_000_000_000)), nanosecond)
+
+    return types.int64(), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def yield_processor(typing: Any) -> Any:
+    """The C library's sched_yield."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        function = ir.FunctionType(ir.IntType(32), [])
+        builder.call(cgutils.get_or_insert_function(builder.module, function, "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 def _pointer(context: Any, builder: Any, signature: Any, args: Any, number: int) -> Any:

@@ -14,6 +14,7 @@ import weakref
 from fastload.cache import CacheDirectory
 from fastload.errors import ServiceError
 from fastload.service.server import Server
+from fastload.turns import take_long_turns
 
 
 class InProcessService:
@@ -48,6 +49,7 @@ class InProcessService:
         self._directory.unlock()
 
     def _main(self) -> None:
+        take_long_turns()  # and threads that are started from here
         try:
             asyncio.run(self._serve())
         except Exception as error:  # to be raised in the thread that waits for us

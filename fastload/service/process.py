@@ -15,12 +15,14 @@ from pathlib import Path
 from fastload.cache import CacheDirectory
 from fastload.errors import FastloadError, to_wire
 from fastload.service.server import Server
+from fastload.turns import take_long_turns
 
 log = logging.getLogger("fastload.service")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the service; the exit status."""
+    take_long_turns()  # and all threads of this process, which begin as the one that starts them
     options = _parser().parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s {os.getpid()} %(levelname)s %(message)s", stream=sys.stderr

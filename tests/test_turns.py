@@ -1,0 +1,67 @@
+"""Threads of ours take long turns at the processor, in which others come first: what the kernel is told."""
+
+import os
+import platform
+import threading
+
+import numpy as np
+import pytest
+
+from fastload import turns
+from fastload.turns import scheduling, take_long_turns
+
+HAS_TURNS = tuple(map(int, platform.release().split(".")[:2])) >= (6, 12) if platform.system() == "Linux" else False
+
+
+def in_a_thread(work):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(work()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.mark.skipif(not HAS_TURNS, reason="this kernel has turns of one length")
+def test_a_threads_turns_become_longer_and_nothing_else_changes():
+    before, is_told, after, others = *in_a_thread(lambda: (scheduling(), take_long_turns(), scheduling())), scheduling()
+    assert is_told
+    assert before.runtime_ns < after.runtime_ns == turns._TURN_NS
+    assert others.runtime_ns == before.runtime_ns
+    for name in ("policy", "flags", "nice", "priority"):
+        assert getattr(before, name) == getattr(after, name), name
+
+
+@pytest.mark.skipif(not HAS_TURNS, reason="this kernel has turns of one length")
+def test_a_niceness_is_kept():
+    def nice() -> tuple[bool, int, int]:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 7)
+        return take_long_turns(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), scheduling().runtime_ns
+
+    assert in_a_thread(nice) == (True, 7, turns._TURN_NS)
+
+
+@pytest.mark.skipif(not HAS_TURNS, reason="this kernel has turns of one length")
+def test_another_policy_is_the_users():
+    def idle() -> tuple[bool, int]:
+        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+        return take_long_turns(), os.sched_getscheduler(threading.get_native_id())
+
+    assert in_a_thread(idle) == (False, os.SCHED_IDLE)
+
+
+def test_what_is_no_linux_of_these_is_left_alone(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "mips")
+    assert scheduling() is None
+    assert in_a_thread(take_long_turns) is False
+
+
+def test_only_threads_of_ours_give_way():
+    def ours() -> np.ndarray | None:
+        take_long_turns()
+        return turns.not_before_ns()
+
+    assert turns.not_before_ns() is None
+    assert in_a_thread(turns.not_before_ns) is None
+    first, second = in_a_thread(ours), in_a_thread(ours)
+    assert first.tolist() == second.tolist() == [0]
+    assert not np.shares_memory(first, second)
