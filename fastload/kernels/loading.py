@@ -128,6 +128,6 @@ def _prepare() -> None:
 def _engine() -> Any:
     """One for each object, so that names of one cannot meet those of another."""
     machine = binding.Target.from_default_triple().create_target_machine(jit=True)
-    # On aarch64 code and constants may otherwise come to lie further apart than their references reach.
-    options = {"use_lmm": True} if platform.machine() == "aarch64" else {}
-    return binding.create_mcjit_compiler(binding.parse_assembly(""), machine, **options)
+    # Code and constants in one piece of memory. They may otherwise come to lie further apart than their references
+    # reach, which ends the process: a mapped arena is larger than that, and constants fit where code does not.
+    return binding.create_mcjit_compiler(binding.parse_assembly(""), machine, use_lmm=True)

@@ -119,6 +119,25 @@ def test_code_for_every_level_gives_the_same() -> None:
         np.testing.assert_array_equal(found, wanted)
 
 
+FAR_APART = """
+import mmap
+from fastload.kernels import module_names, warm_up
+# Memory as it is beside a large arena: above it there is room for a page here and there, and for more only below.
+pages = [mmap.mmap(-1, mmap.PAGESIZE) for _ in range(1000)]
+arena = mmap.mmap(-1, 5 << 30, prot=mmap.PROT_READ)
+for page in pages[::2]:
+    page.close()
+print(warm_up(*module_names()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is given out from the top down")
+def test_code_and_constants_are_near_each_other_wherever_there_is_room() -> None:
+    done = subprocess.run([sys.executable, "-c", FAR_APART], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) > 20
+
+
 def test_kernels_may_not_need_numba() -> None:
     from fastload.kernels import compiler
 
