@@ -11,7 +11,7 @@ way, 15 with long turns, 4 with both, which is as often as with threads that onl
   since Linux 6.12). Who is woken and asks for shorter ones, as all do that say nothing, then comes at once, wherever it
   is its turn by the time that it has used; nobody's share changes. Older kernels ignore it.
 - *Giving way.* It is not its turn, by some microseconds, where it has just been woken twice: Python wakes who waits for
-  the GIL while it still holds the lock around it. So a kernel that copies for long gives way once, when it begins
+  the GIL while it still holds the lock around it. So kernels that take their time give way when they begin
   (`fastload.kernels.yielding`).
 
 Rejected: SCHED_IDLE and a higher niceness, with which whoever else computes leaves a loader no time at all; short turns
@@ -23,12 +23,8 @@ from __future__ import annotations
 
 import ctypes
 import platform
-import threading
 
-import numpy as np
-from numpy.typing import NDArray
-
-__all__ = ["not_before_ns", "take_long_turns"]
+__all__ = ["take_long_turns"]
 
 # Longer than the default, which is 0.7 to 3 ms, and no longer than it has to be.
 _TURN_NS = 5_000_000
@@ -61,7 +57,6 @@ def take_long_turns() -> bool:
     Returns whether the kernel was told so. It is not where the user has given this process another policy, where the
     system is not Linux, and where a sandbox forbids it: nothing but others' wake-ups depends on it.
     """
-    _this_thread.not_before_ns = np.zeros(1, np.int64)
     attributes = scheduling()
     if attributes is None or attributes.policy not in _NORMAL_POLICIES:
         return False
@@ -77,17 +72,3 @@ def scheduling() -> Attributes | None:
     size = ctypes.sizeof(attributes)
     failed = _libc.syscall(_CALLS[platform.machine()][1], 0, ctypes.byref(attributes), size, 0)
     return None if failed else attributes
-
-
-def not_before_ns() -> NDArray[np.int64] | None:
-    """What a kernel is given (int64[1], see `fastload.kernels.yielding`) by a thread that takes long turns, so that it
-    gives way. There is none for other threads, such as the user's: they just go on.
-    """
-    return _this_thread.not_before_ns
-
-
-class _ThisThread(threading.local):
-    not_before_ns: NDArray[np.int64] | None = None
-
-
-_this_thread = _ThisThread()

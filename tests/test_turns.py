@@ -4,7 +4,6 @@ import os
 import platform
 import threading
 
-import numpy as np
 import pytest
 
 from fastload import turns
@@ -53,15 +52,3 @@ def test_what_is_no_linux_of_these_is_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "mips")
     assert scheduling() is None
     assert in_a_thread(take_long_turns) is False
-
-
-def test_only_threads_of_ours_give_way():
-    def ours() -> np.ndarray | None:
-        take_long_turns()
-        return turns.not_before_ns()
-
-    assert turns.not_before_ns() is None
-    assert in_a_thread(turns.not_before_ns) is None
-    first, second = in_a_thread(ours), in_a_thread(ours)
-    assert first.tolist() == second.tolist() == [0]
-    assert not np.shares_memory(first, second)

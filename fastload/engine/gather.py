@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fastload import turns
 from fastload.kernels.gather import gather_columns, lay_out
 from fastload.service.client import Consumer
 
@@ -105,6 +104,6 @@ class Gatherer:
         table[chunk_nos] = offsets
         places = values.first_chunk, values.offset, values.size, layout.out_offset
         try:
-            return gather_columns(arena, table, self._chunk_bytes, *places, out, turns.not_before_ns())
+            return gather_columns(arena, table, self._chunk_bytes, *places, out)
         finally:
             table[chunk_nos] = -1

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable
 
 from fastload.errors import ServiceError
+from fastload.kernels.yielding import start_giving_way
 from fastload.turns import take_long_turns
 
 Job = Callable[[], None]
@@ -25,6 +26,7 @@ class DecodePool:
     """`thread_count` threads that run jobs in the order in which they were submitted."""
 
     def __init__(self, thread_count: int, name: str = "fastload-decode") -> None:
+        start_giving_way()
         self.thread_count = thread_count
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._threads = [

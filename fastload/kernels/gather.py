@@ -36,7 +36,6 @@ from fastload.kernels.copying import (
     scratch,
 )
 from fastload.kernels.jit import array_in, array_out, helper, int64, kernel, tuple_of, uint8
-from fastload.kernels.yielding import NEVER, give_way
 
 __all__ = ["gather", "gather_columns", "lay_out"]
 
@@ -49,9 +48,6 @@ _AHEAD = 16  # values whose bytes have been asked for; a power of two
 _LINE_BYTES = 64
 _LARGE_BYTES = 4096
 _AHEAD_BYTES_MAX = 16 * _LINE_BYTES  # of a value; the processor foresees the rest by itself
-# What takes a tenth of a millisecond and more to copy: who wakes up for a moment is not to wait for that.
-_LONG_BYTES = 1 << 20
-_GOES_ON = np.array([NEVER])
 
 
 def gather(
@@ -179,13 +175,8 @@ def gather_columns(
     value_size: Int64s,
     out_offset: Int64s,
     outs: Sequence[Bytes],
-    not_before_ns: Int64s | None = None,
 ) -> int:
-    """`gather` for C columns in one call: arrays int64[C, V], but `out_offset` int64[C, V + 1], and C outputs.
-
-    `not_before_ns`, int64[1]: where it is given, and much is to be copied, others have the processor first (see
-    `yielding`).
-    """
+    """`gather` for C columns in one call: arrays int64[C, V], but `out_offset` int64[C, V + 1], and C outputs."""
     shape = value_size.shape
     if not (value_first_chunk.shape == value_offset.shape == shape and out_offset.shape == (len(outs), shape[1] + 1)):
         raise IndexError(f"arrays of {shape} values for {len(outs)} outputs differ in shape")
@@ -193,8 +184,7 @@ def gather_columns(
     assert all(out.flags.c_contiguous and out.flags.writeable and out.dtype == np.uint8 for out in outs), "outputs"
     ends = np.array([(out.ctypes.data, out.size) for out in outs], np.int64).reshape(-1, 2)
     tables = value_first_chunk, value_offset, value_size, out_offset
-    way = _GOES_ON if not_before_ns is None or sum(map(len, outs)) < _LONG_BYTES else not_before_ns
-    copied: int = gather_all_pieces(arena, chunk_offset, chunk_bytes, *tables, ends, way)
+    copied: int = gather_all_pieces(arena, chunk_offset, chunk_bytes, *tables, ends)
     if copied < 0:
         column = (-1 - copied) // shape[1]
         first_chunk, offset, size, to = (table[column, : shape[1]] for table in tables)
@@ -203,7 +193,7 @@ def gather_columns(
     return copied
 
 
-@kernel(int64(_bytes, _ints, int64, _tables, _tables, _tables, _tables, _tables, array_out(int64)))
+@kernel(int64(_bytes, _ints, int64, _tables, _tables, _tables, _tables, _tables), gives_way=True)
 def gather_all_pieces(
     arena: Bytes,
     chunk_offset: Int64s,
@@ -213,12 +203,10 @@ def gather_all_pieces(
     value_size: Int64s,
     out_offset: Int64s,
     outs: Int64s,
-    not_before_ns: Int64s,
 ) -> int:
     """`gather_columns` without its checks; the outputs by address and size. Returns -1 - c * V - v where value v of
     column c does not fit.
     """
-    give_way(not_before_ns)
     copied, count = 0, value_size.shape[1]
     for column in range(value_size.shape[0]):
         pieces = gather_pieces(

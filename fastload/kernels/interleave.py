@@ -49,7 +49,7 @@ def interleave_rows(
     return -1
 
 
-@kernel(int64(_numbers, _ints, _ints, _ints, int64, _scratch, array_out(uint8)))
+@kernel(int64(_numbers, _ints, _ints, _ints, int64, _scratch, array_out(uint8)), gives_way=True)
 def interleave_values(
     part_of: Numbers,
     addresses: Int64s,

@@ -168,8 +168,11 @@ class Kernel:
 class Entry(Kernel):
     """A kernel that Python calls."""
 
-    def __init__(self, function: FunctionType, signature: Signature, options: dict[str, Any]) -> None:
+    def __init__(
+        self, function: FunctionType, signature: Signature, options: dict[str, Any], gives_way: bool = False
+    ) -> None:
         super().__init__(function, signature, options)
+        self.gives_way = gives_way
         takes = all(isinstance(each, Array) or each in (boolean, float64, int64) for each in signature.arguments)
         is_for_python = takes and signature.returns in (boolean, int64, void)
         assert is_for_python, f"{function.__name__} is one for @helper"
@@ -215,14 +218,15 @@ class Generated:
         self.name = function.__name__
 
 
-def kernel(signature: Signature, /, **options: Any) -> Callable[[Function], Function]:
+def kernel(signature: Signature, /, *, gives_way: bool = False, **options: Any) -> Callable[[Function], Function]:
     """Make a function a kernel: `@kernel(int64(array_in(uint8), int64))`. Python can call those that return int64,
     boolean or nothing and take arrays, int64, float64 and boolean.
 
     `options` are those of `numba.njit`, such as `fastmath=True`. Kernels raise nothing: a division by zero is whatever
-    the processor makes of it. They allocate nothing, either: scratch comes from the caller.
+    the processor makes of it. They allocate nothing, either: scratch comes from the caller. One that `gives_way` first
+    lets others have the processor (see `yielding`), once the GIL is let go of: for those that take their time.
     """
-    return lambda function: _made(Entry, function, signature, options)
+    return lambda function: _made(functools.partial(Entry, gives_way=gives_way), function, signature, options)
 
 
 def helper(signature: Signature, /, **options: Any) -> Callable[[Function], Function]:
@@ -238,9 +242,9 @@ def generated(function: Function) -> Function:
     return function if IS_PLAIN else Generated(function)  # type: ignore[return-value]
 
 
-def _made(kind: type[Kernel], function: Function, signature: Signature, options: dict[str, Any]) -> Function:
+def _made(kind: Callable[..., Any], function: Function, signature: Signature, options: dict[str, Any]) -> Function:
     assert isinstance(function, FunctionType), function
-    return function if IS_PLAIN else kind(function, signature, options)  # type: ignore[return-value]
+    return function if IS_PLAIN else kind(function, signature, options)
 
 
 # Compiling and loading
@@ -266,7 +270,7 @@ class Unit:
         """The name of its object file: another one for each change of what the code is made of."""
         digest = hashlib.blake2b(_CONVENTION.encode(), digest_size=12)
         for each in self.kernels:
-            digest.update(f" {each.function.__qualname__} {each.signature} {each.options}".encode())
+            digest.update(f" {each.function.__qualname__} {each.signature} {each.options} {each.gives_way}".encode())
         ingredients: set[Path | str] = {Path(__file__).parent / name for name in _COMPILER}
         for each in self.kernels:
             _add_ingredients(each, ingredients)
@@ -276,7 +280,7 @@ class Unit:
 
 
 # What decides about the code of any kernel.
-_COMPILER = ("compiler.py", "entries.py", "intrinsics.py", "jit.py", "layout.py", "loading.py")
+_COMPILER = ("compiler.py", "entries.py", "intrinsics.py", "jit.py", "layout.py", "loading.py", "yielding.py")
 
 
 def _add_ingredients(kernel: Kernel, found: set[Path | str]) -> None:
@@ -319,7 +323,7 @@ def prepare(module: str) -> int:
 
 def _load(unit: Unit) -> bool:
     """Whether it had to be compiled."""
-    from fastload.kernels import loading  # llvmlite takes 20 ms to import
+    from fastload.kernels import loading, yielding  # llvmlite takes 20 ms to import
 
     level = loading.level_here()
     name = unit.object_name(level)
@@ -334,7 +338,7 @@ def _load(unit: Unit) -> bool:
                 objects.keep(name, code)
     addresses = loading.load(code, [symbol(each) for each in unit.kernels])
     for each, address in zip(unit.kernels, addresses, strict=True):
-        each.bind(loading.builtin(each.function.__name__, address, (np.ndarray, each.refuse)))
+        each.bind(loading.builtin(each.function.__name__, address, (np.ndarray, each.refuse, yielding.not_before_ns)))
     return is_new
 
 

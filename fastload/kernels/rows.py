@@ -115,7 +115,7 @@ def find_rows(
     return count
 
 
-@kernel(int64(array_in(int64, 2), _ints_in, _ints_in, _tables_out, _tables_out, _tables_out))
+@kernel(int64(array_in(int64, 2), _ints_in, _ints_in, _tables_out, _tables_out, _tables_out), gives_way=True)
 def look_up(places: Int64s, rows: Int64s, samples: Int64s, first_chunk: Int64s, offset: Int64s, size: Int64s) -> int:
     """Write the `places` of these rows to `samples` of the other three, int64[C, n]. Returns how many of the values are
     nowhere, or -1 - i where number i is no row.
@@ -133,7 +133,7 @@ def look_up(places: Int64s, rows: Int64s, samples: Int64s, first_chunk: Int64s, 
     return missing
 
 
-@kernel(int64(array_in(uint8), _ints_in, _ints_in, array_out(uint8)))
+@kernel(int64(array_in(uint8), _ints_in, _ints_in, array_out(uint8)), gives_way=True)
 def write_keys(key_bytes: Bytes, key_starts: Int64s, rows: Int64s, text: Bytes) -> int:
     """Write the keys of these rows to `text`, a NUL after each. Returns how many bytes that are, or -1 - i where number
     i is no row, or too long.

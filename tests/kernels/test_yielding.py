@@ -1,19 +1,20 @@
 """Kernels that give way: compiled and in Python, with time passed in and with the real one."""
 
+import subprocess
+import sys
 import threading
 import time
 
 import numpy as np
-import pytest
 
 from fastload.kernels import yielding
-from fastload.kernels.jit import array_out, boolean, int64, kernel, void
+from fastload.kernels.jit import boolean, int64, kernel
 from fastload.kernels.yielding import LATE_NS, NEVER, PAUSE_NS, give_way, monotonic_ns
 
 
-@kernel(void(array_out(int64)))
-def compiled_give_way(not_before_ns):
-    give_way(not_before_ns)
+@kernel(int64(int64), gives_way=True)
+def twice(number):
+    return 2 * number
 
 
 @kernel(int64(boolean))
@@ -32,16 +33,7 @@ def test_the_clock_is_pythons():
         assert before <= now <= after
 
 
-@pytest.mark.parametrize("function", [compiled_give_way, in_python(give_way)])
-def test_before_its_time_nothing_is_done(function, monkeypatch):
-    monkeypatch.setattr(yielding, "monotonic_ns", time.monotonic_ns)
-    monkeypatch.setattr(yielding, "yield_processor", lambda: pytest.fail("it gave way"))
-    never = np.array([NEVER])
-    function(never)
-    assert never.tolist() == [NEVER]
-
-
-def test_a_kernel_that_gives_way_comes_back():
+def test_a_kernel_that_gives_way_does_what_it_does():
     """With others at work on every processor: it is given way to them, and not for ever."""
     is_over = threading.Event()
 
@@ -54,14 +46,30 @@ def test_a_kernel_that_gives_way_comes_back():
     for other in others:
         other.start()
     try:
-        not_before_ns = np.zeros(1, np.int64)
-        for _ in range(50):
-            compiled_give_way(not_before_ns)
+        assert [twice(number) for number in range(100)] == list(range(0, 200, 2))
     finally:
         is_over.set()
         for other in others:
             other.join()
-    assert not_before_ns[0] <= time.monotonic_ns() + PAUSE_NS
+
+
+def test_only_a_process_that_has_begun_to_gives_way():
+    code = """
+import time
+from fastload.kernels import yielding
+from tests.kernels.test_yielding import twice
+assert yielding.not_before_ns.tolist() == [yielding.NEVER]
+twice(1)
+assert yielding.not_before_ns.tolist() == [yielding.NEVER]
+yielding.start_giving_way()
+assert yielding.not_before_ns.tolist() == [0]
+twice(1)
+found = yielding.not_before_ns[0]
+assert found == 0 or found > time.monotonic_ns()
+yielding.start_giving_way()
+assert yielding.not_before_ns[0] == found
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 class Processor:
@@ -77,14 +85,16 @@ class Processor:
 
 def test_who_keeps_the_processor_is_not_offered_it_for_a_while(monkeypatch):
     processor = Processor()
+    monkeypatch.setattr(yielding, "array_at", in_python(yielding.array_at))
     monkeypatch.setattr(yielding, "monotonic_ns", lambda: processor.now_ns)
     monkeypatch.setattr(yielding, "yield_processor", processor.yield_processor)
     not_before_ns = np.zeros(1, np.int64)
+    address = not_before_ns.ctypes.data
 
     def offers(times: int) -> int:
         before = processor.offers
         for _ in range(times):
-            in_python(give_way)(not_before_ns)
+            in_python(give_way)(address)
         return processor.offers - before
 
     assert offers(5) == 5  # nobody is there
@@ -99,3 +109,5 @@ def test_who_keeps_the_processor_is_not_offered_it_for_a_while(monkeypatch):
     processor.now_ns += PAUSE_NS
     processor.others_ns = 0
     assert offers(5) == 5
+    not_before_ns[0] = NEVER
+    assert offers(5) == 0
