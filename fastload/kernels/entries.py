@@ -2,7 +2,7 @@
 
 An entry looks at what it is given, lets go of the GIL, calls the kernel, takes the GIL back and returns what the kernel
 did. It is written in LLVM's language here, once for each signature. Its `self` is (numpy.ndarray, refuse,
-not_before_ns), so that there is no address in it; `refuse(place, given)` raises what is to be said about an argument,
+yielding_state), so that there is no address in it; `refuse(place, given)` raises what is to be said about an argument,
 and `yielding` has the other.
 """
 
@@ -49,11 +49,11 @@ def add_entry(library: Any, context: Any, entry: Entry, made: Any, give_way: Any
     call = _Call(module, symbol(entry))
     call.refuse_unless(call.builder.icmp_signed("==", call.count, _INT64(len(wanted))), len(wanted))
     taken = [_taken(context, call, place, *each) for place, each in enumerate(zip(wanted, made.argtypes, strict=True))]
-    not_before_ns = call.not_before_ns() if entry.gives_way else None
+    yielding_state = call.yielding_state() if entry.gives_way else None
     state = call.python(_POINTER, "PyEval_SaveThread")
-    if not_before_ns is not None:
+    if yielding_state is not None:
         function = _declared(module, conventions, give_way)
-        conventions.call_function(call.builder, function, give_way.restype, give_way.argtypes, [not_before_ns])
+        conventions.call_function(call.builder, function, give_way.restype, give_way.argtypes, [yielding_state])
     status, result = conventions.call_function(call.builder, callee, made.restype, made.argtypes, taken)
     call.python(ir.VoidType(), "PyEval_RestoreThread", state)
     call.refuse_unless(call.builder.not_(status.is_error), -1)
@@ -129,8 +129,8 @@ class _Call:
         self.builder = ir.IRBuilder(function.append_basic_block())
         self.array_type = self.python(_POINTER, "PyTuple_GetItem", self.context, _INT64(0))
 
-    def not_before_ns(self) -> ir.Value:
-        """The address of the number that `yielding` says this of."""
+    def yielding_state(self) -> ir.Value:
+        """The address of `yielding.state`."""
         array = self.python(_POINTER, "PyTuple_GetItem", self.context, _INT64(2))
         return self.builder.ptrtoint(self.field(array, layout.Header, "data", _POINTER), _INT64)
 

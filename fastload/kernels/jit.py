@@ -338,7 +338,7 @@ def _load(unit: Unit) -> bool:
                 objects.keep(name, code)
     addresses = loading.load(code, [symbol(each) for each in unit.kernels])
     for each, address in zip(unit.kernels, addresses, strict=True):
-        each.bind(loading.builtin(each.function.__name__, address, (np.ndarray, each.refuse, yielding.not_before_ns)))
+        each.bind(loading.builtin(each.function.__name__, address, (np.ndarray, each.refuse, yielding.state)))
     return is_new
 
 

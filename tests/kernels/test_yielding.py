@@ -9,7 +9,7 @@ import numpy as np
 
 from fastload.kernels import yielding
 from fastload.kernels.jit import boolean, int64, kernel
-from fastload.kernels.yielding import LATE_NS, NEVER, PAUSE_NS, give_way, monotonic_ns
+from fastload.kernels.yielding import LATE_NS, NEVER, PAUSE_MAX_NS, PAUSE_MIN_NS, give_way, monotonic_ns
 
 
 @kernel(int64(int64), gives_way=True)
@@ -58,16 +58,16 @@ def test_only_a_process_that_has_begun_to_gives_way():
 import time
 from fastload.kernels import yielding
 from tests.kernels.test_yielding import twice
-assert yielding.not_before_ns.tolist() == [yielding.NEVER]
+assert yielding.state.tolist() == [yielding.NEVER, yielding.PAUSE_MIN_NS]
 twice(1)
-assert yielding.not_before_ns.tolist() == [yielding.NEVER]
+assert yielding.state.tolist() == [yielding.NEVER, yielding.PAUSE_MIN_NS]
 yielding.start_giving_way()
-assert yielding.not_before_ns.tolist() == [0]
+assert yielding.state.tolist() == [0, yielding.PAUSE_MIN_NS]
 twice(1)
-found = yielding.not_before_ns[0]
+found = yielding.state[0]
 assert found == 0 or found > time.monotonic_ns()
 yielding.start_giving_way()
-assert yielding.not_before_ns[0] == found
+assert yielding.state[0] == found
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -88,26 +88,30 @@ def test_who_keeps_the_processor_is_not_offered_it_for_a_while(monkeypatch):
     monkeypatch.setattr(yielding, "array_at", in_python(yielding.array_at))
     monkeypatch.setattr(yielding, "monotonic_ns", lambda: processor.now_ns)
     monkeypatch.setattr(yielding, "yield_processor", processor.yield_processor)
-    not_before_ns = np.zeros(1, np.int64)
-    address = not_before_ns.ctypes.data
+    state = np.array([0, PAUSE_MIN_NS])
 
     def offers(times: int) -> int:
         before = processor.offers
         for _ in range(times):
-            in_python(give_way)(address)
+            in_python(give_way)(state.ctypes.data)
         return processor.offers - before
 
     assert offers(5) == 5  # nobody is there
     processor.others_ns = LATE_NS
     assert offers(5) == 5  # for a moment only
     processor.others_ns = LATE_NS + 1
-    assert offers(5) == 1
-    processor.now_ns += PAUSE_NS - 1
-    assert offers(1) == 0
-    processor.now_ns += 1
-    assert offers(5) == 1
-    processor.now_ns += PAUSE_NS
+    pauses_ns = [10_000_000, 20_000_000, 40_000_000, 80_000_000, 160_000_000, 160_000_000]
+    assert (pauses_ns[0], pauses_ns[-1]) == (PAUSE_MIN_NS, PAUSE_MAX_NS)
+    for pause_ns in pauses_ns:
+        assert offers(5) == 1
+        processor.now_ns += pause_ns - 1
+        assert offers(1) == 0
+        processor.now_ns += 1
     processor.others_ns = 0
     assert offers(5) == 5
-    not_before_ns[0] = NEVER
+    processor.others_ns = LATE_NS + 1
+    assert offers(5) == 1
+    processor.now_ns += PAUSE_MIN_NS
+    assert offers(5) == 1
+    state[0] = NEVER
     assert offers(5) == 0
