@@ -24,8 +24,8 @@ PAUSE_MIN_NS, PAUSE_MAX_NS = 10_000_000, 160_000_000
 NEVER = np.iinfo(np.int64).max
 
 state = np.array([NEVER, PAUSE_MIN_NS])
-"""int64[2]: when this process may give way again, on the clock of `time.monotonic_ns`, and how long a pause follows where
-it gets the processor back late then. Threads write it as they please: what one has found out is news to all."""
+"""int64[2]: when this process may give way again, on the clock of `time.monotonic_ns`, and how long a pause follows
+where it gets the processor back late then. Threads write it as they please: what one has found out is news to all."""
 
 
 def start_giving_way() -> None:
