@@ -40,3 +40,11 @@ def until(ready: Callable[[], object], timeout_s: float = 20.0) -> None:
     while not ready():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    """Not so for a zombie, which waits for whoever inherited it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

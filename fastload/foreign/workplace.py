@@ -34,11 +34,11 @@ from fastload.foreign.order import is_stateful, load_state
 from fastload.foreign.packing import Arrived, Packed, Packer
 from fastload.foreign.saved import SavedWorker, State, silent_state, worker_state
 from fastload.foreign.telling import UNTOLD, Untold
-from fastload.foreign.watching import Watchdog
 from fastload.transfer import NO_MOVER
 from fastload.transport.filling import stack_into
 from fastload.transport.heap import keep_freed_memory, spare_what_is_here
 from fastload.transport.pickling import is_plain
+from fastload.transport.watching import Watchdog
 
 
 @dataclass(frozen=True)

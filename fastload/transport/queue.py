@@ -42,6 +42,7 @@ from multiprocessing.util import Finalize, register_after_fork
 from typing import Any, TypeAlias
 
 from fastload.transport.pickling import forking_dumps
+from fastload.transport.watching import Watchdog
 
 _HEAD = struct.Struct("<IIQ")
 _Piece: TypeAlias = tuple[bytes, memoryview]  # a head, and what follows it
@@ -89,6 +90,7 @@ class Queue:
         self._thread: threading.Thread | None = None
         self._at_exit: Finalize | None = None  # while something is waiting that is not dispensable
         self._is_dispensable = False
+        self._watchdog: Watchdog | None = None  # in a process that was started for the reader's sake
 
     def __getstate__(self) -> tuple[Any, ...]:
         context.assert_spawning(self)
@@ -104,6 +106,8 @@ class Queue:
         with self._putting:
             if self._is_closed:
                 raise ValueError("the queue was closed by this process")
+            if self._watchdog is None and os.getpid() != self._made_in:
+                self._watchdog = Watchdog()
             if len(pieces) > 1 or self._waiting or not self._send(pieces[0]):
                 self._leave_to_thread(pieces)
         if os.getpid() != self._made_in:
@@ -206,9 +210,13 @@ class Queue:
         return None if remaining else b"".join(self._begun.pop((process, number)))
 
     def _send_waiting(self) -> None:
-        """In a thread, and at the end of this process: send until nothing is waiting."""
+        """In a thread, and at the end of this process: send until nothing is waiting, or nobody is there to read it.
+        Other processes that were started for the reader's sake may hold its end when it is gone.
+        """
         while True:
             with self._putting:
+                if self._watchdog is not None and not self._watchdog.is_alive():
+                    self._waiting.clear()
                 if not self._waiting or (self._is_closed and self._is_dispensable):
                     return self._end_thread()
                 if self._send(self._waiting[0]):

@@ -8,14 +8,13 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastload.engine.workers import WorkerOptions, Workers
 from fastload.errors import WorkerError
-from tests.processes import until
+from tests.processes import is_running, until
 
 
 def sleeping(gathered: Any, slots: Any, reseed: Any) -> Any:
@@ -42,14 +41,6 @@ def calls(workers: Workers, count: int) -> list[threading.Thread]:
     for thread in threads:
         thread.start()
     return threads
-
-
-def is_running(pid: int) -> bool:
-    """Not so for a zombie, which waits for whoever inherited it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def _train(told: int) -> None:

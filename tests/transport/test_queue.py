@@ -11,12 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastload.transport.queue import Queue
-from tests.processes import until
+from tests.processes import is_running, until
 
 FORK, SPAWN = multiprocessing.get_context("fork"), multiprocessing.get_context("spawn")
 LIMIT_S = 30.0
@@ -250,6 +251,35 @@ def put_and_leave(into: Queue, dispensable: str) -> None:
         into.cancel_join_thread()
     if "closed" in dispensable:
         into.close()
+
+
+READER = """
+import multiprocessing, os, time
+from fastload.transport.queue import Queue
+context = multiprocessing.get_context("{method}")
+
+def put(into):
+    into.put(bytes(5 << 20))  # does not fit, and is sent at this process's end at the latest
+    print(os.getpid(), flush=True)
+
+if __name__ == "__main__":
+    objects = Queue(context)
+    for _ in range(2):
+        context.Process(target=put, args=(objects,)).start()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_senders_that_end_do_not_wait_for_a_reader_that_was_killed(method: str, tmp_path: Path) -> None:
+    """Each of them may hold the end that the reader had."""
+    script = tmp_path / "reader.py"
+    script.write_text(READER.format(method=method))
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout is not None
+        senders = [int(reader.stdout.readline()) for _ in range(2)]
+        reader.kill()
+        until(lambda: not any(map(is_running, senders)))
 
 
 def test_closing_ends_the_thread_of_a_queue_that_nobody_reads() -> None:
