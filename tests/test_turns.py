@@ -52,3 +52,18 @@ def test_what_is_no_linux_of_these_is_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "mips")
     assert scheduling() is None
     assert in_a_thread(take_long_turns) is False
+
+
+def test_only_threads_that_take_long_turns_pause_for_breath(monkeypatch):
+    slept = []
+    monkeypatch.setattr(turns.time, "sleep", slept.append)
+
+    def ours() -> None:
+        take_long_turns()
+        turns.breathe()
+
+    turns.breathe()
+    in_a_thread(turns.breathe)
+    assert not slept
+    in_a_thread(ours)
+    assert slept == [turns._BREATH_S]

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from fastload.engine.reader import WindowReader
 from fastload.plan import BatchEntry, EpochCursor, Position, WindowKey
+from fastload.turns import breathe
 
 Counts = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
 
@@ -68,6 +69,7 @@ class Feed:
         while entries is not None:
             yield from self._held(entries)
             self._reader.retire_all_but(cursor.needed)
+            breathe()
             if cursor.is_counted and not is_exact:
                 is_exact = True
                 if len(cursor.orders) > 1:  # windows have changed their nodes
@@ -118,11 +120,14 @@ class Feed:
     def _open(self, key: WindowKey) -> list[BatchEntry]:
         object_nos = self._cursor.objects_of(key)
         counts = self._reader.open(key, object_nos)
+        breathe()
         self._counts.counted(object_nos, counts)
+        breathe()
         with self._using_cursor:
             return self._cursor.add(key, counts)
 
     def _held(self, entries: list[BatchEntry]) -> Iterator[BatchEntry]:
+        breathe()
         # All are held before the first is out, so that none of their windows closes while later ones wait here.
         for entry in entries:
             self._reader.hold(entry, entry.windows)

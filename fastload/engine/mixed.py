@@ -33,6 +33,7 @@ from fastload.plan.mixture import (
     SourcePlan,
 )
 from fastload.transport.slots import SlotPool
+from fastload.turns import breathe
 from fastload.waiting import JointWaits, Waits
 
 _PLANNED_WINDOWS = 1024
@@ -59,6 +60,7 @@ class MixedFeed:
         while entries is not None:
             yield from self._held(entries)
             self._retire_all_but(cursor.needed)
+            breathe()
             if (cursor.is_counted and not is_exact) or self._opened > _PLANNED_WINDOWS // 2:
                 is_exact = cursor.is_counted
                 self._plan()
@@ -122,12 +124,15 @@ class MixedFeed:
             object_nos = self._cursor.objects_of(key)
         each = self._sources[key.source]
         counts = each.reader.open(key, object_nos)
+        breathe()
         each.counts.counted(object_nos, counts)
+        breathe()
         self._opened += 1
         with self._using_cursor:
             return self._cursor.add(key, counts)
 
     def _held(self, entries: list[MixtureEntry]) -> Iterator[MixtureEntry]:
+        breathe()
         for entry in entries:
             for part in entry.parts:
                 windows = [MixtureKey(part.source, part.epoch, *key) for key in part.entry.windows]
