@@ -30,8 +30,8 @@ from torch.utils.data.dataloader import _sharding_worker_init_fn
 
 from fastload.errors import WorkerError
 from fastload.foreign.info import worker_thread
-from fastload.foreign.packing import Arrived
 from fastload.foreign.randomness import global_kept
+from fastload.foreign.unpacking import Arrived
 from fastload.foreign.workplace import Ended, Workplace
 
 NO_EPOCH = -1

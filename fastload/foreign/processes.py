@@ -20,9 +20,9 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from fastload.errors import WorkerError
 from fastload.foreign.ledger import Ledger
 from fastload.foreign.order import is_stateful
-from fastload.foreign.packing import Arrived, Receiver
 from fastload.foreign.resuming import View
 from fastload.foreign.saved import WORKER_ID, Saved, State
+from fastload.foreign.unpacking import Arrived, Receiver
 from fastload.foreign.working import Working
 from fastload.foreign.workplace import Collate, Init, wrapped_dataset
 from fastload.transport.ends import how_it_ended

@@ -30,9 +30,9 @@ from torch.utils.data.dataloader import _DatasetKind
 from fastload.foreign.crew import NO_EPOCH, Answer, Crew, Job, Task, next_of, pinning, shard
 from fastload.foreign.info import info_of_thread
 from fastload.foreign.order import is_stateful
-from fastload.foreign.packing import Arrived
 from fastload.foreign.resuming import View
 from fastload.foreign.saved import Saved
+from fastload.foreign.unpacking import Arrived
 from fastload.foreign.working import Working
 from fastload.foreign.workplace import Collate, Ended, wrapped_dataset
 

@@ -9,12 +9,12 @@ from typing import Any
 from torch.utils.data import IterDataPipe
 from torch.utils.data.dataloader import _DatasetKind
 
-from fastload.foreign.packing import Arrived
 from fastload.foreign.progress import WorkersProgress
 from fastload.foreign.randomness import generators_of
 from fastload.foreign.resuming import Resuming
 from fastload.foreign.saved import WORKER_ID, Saved
 from fastload.foreign.telling import turns_between_states
+from fastload.foreign.unpacking import Arrived
 from fastload.foreign.workplace import Ended, Workplace
 from fastload.transfer import NO_MOVER, mover_to
 

@@ -31,9 +31,10 @@ from torch.utils.data._utils import worker as torch_worker
 from fastload.errors import WorkerError
 from fastload.foreign.ledger import Ledger
 from fastload.foreign.order import is_stateful, load_state
-from fastload.foreign.packing import Arrived, Packed, Packer
+from fastload.foreign.packing import Packer
 from fastload.foreign.saved import SavedWorker, State, silent_state, worker_state
 from fastload.foreign.telling import UNTOLD, Untold
+from fastload.foreign.unpacking import Arrived, Packed
 from fastload.transfer import NO_MOVER
 from fastload.transport.filling import stack_into
 from fastload.transport.heap import keep_freed_memory, spare_what_is_here

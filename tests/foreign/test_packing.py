@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastload.foreign.ledger import Ledger
-from fastload.foreign.packing import Arrived, Packed, Packer, Receiver
+from fastload.foreign.packing import Packer
+from fastload.foreign.unpacking import Arrived, Packed, Receiver
 
 LARGE = 100_000
 Ends = tuple[Packer, Receiver]

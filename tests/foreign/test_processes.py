@@ -22,8 +22,8 @@ from torch.utils.data import IterDataPipe, get_worker_info
 
 import fastload
 from fastload.errors import WorkerError
-from fastload.foreign.packing import Arrived
 from fastload.foreign.processes import Processes
+from fastload.foreign.unpacking import Arrived
 from tests.foreign.datasets import Mapped, Ranges, as_is
 from tests.processes import until
 
