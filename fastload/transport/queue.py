@@ -42,7 +42,7 @@ from multiprocessing.util import Finalize, register_after_fork
 from typing import Any, TypeAlias
 
 from fastload.transport.pickling import forking_dumps
-from fastload.transport.watching import Watchdog
+from fastload.transport.watching import Watchdog, watchdog_of
 
 _HEAD = struct.Struct("<IIQ")
 _Piece: TypeAlias = tuple[bytes, memoryview]  # a head, and what follows it
@@ -90,7 +90,7 @@ class Queue:
         self._thread: threading.Thread | None = None
         self._at_exit: Finalize | None = None  # while something is waiting that is not dispensable
         self._is_dispensable = False
-        self._watchdog: Watchdog | None = None  # in a process that was started for the reader's sake
+        self._watchdog: Watchdog | None = None  # in a process that the reader has started
 
     def __getstate__(self) -> tuple[Any, ...]:
         context.assert_spawning(self)
@@ -106,8 +106,8 @@ class Queue:
         with self._putting:
             if self._is_closed:
                 raise ValueError("the queue was closed by this process")
-            if self._watchdog is None and os.getpid() != self._made_in:
-                self._watchdog = Watchdog()
+            if self._watchdog is None:
+                self._watchdog = watchdog_of(self._made_in)
             if len(pieces) > 1 or self._waiting or not self._send(pieces[0]):
                 self._leave_to_thread(pieces)
         if os.getpid() != self._made_in:

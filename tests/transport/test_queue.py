@@ -260,7 +260,7 @@ context = multiprocessing.get_context("{method}")
 
 def put(into):
     into.put(bytes(5 << 20))  # does not fit, and is sent at this process's end at the latest
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())  # at once: print() may leave the end of its line until another has begun one
 
 if __name__ == "__main__":
     objects = Queue(context)
@@ -277,9 +277,53 @@ def test_senders_that_end_do_not_wait_for_a_reader_that_was_killed(method: str, 
     script.write_text(READER.format(method=method))
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as reader:
         assert reader.stdout is not None
-        senders = [int(reader.stdout.readline()) for _ in range(2)]
-        reader.kill()
+        try:
+            senders = [int(reader.stdout.readline()) for _ in range(2)]
+        finally:
+            reader.kill()
         until(lambda: not any(map(is_running, senders)))
+
+
+def put_from_a_child(into: Queue, is_put: Any) -> None:
+    FORK.Process(target=lambda: (into.put(bytes(LONG)), is_put.set())).start()
+    is_put.wait()
+    os._exit(0)
+
+
+def test_what_a_sender_sends_outlives_who_started_it() -> None:
+    """Its parent has ended, and the reader, which is another process, has not."""
+    objects, is_put = Queue(FORK), FORK.Event()
+    starter = FORK.Process(target=put_from_a_child, args=(objects, is_put))
+    starter.start()
+    until(lambda: starter.exitcode is not None)  # its child has what one that joins it waits for
+    assert [len(each) for each in taken(objects, 1)] == [LONG]
+    objects.close()
+
+
+WITHOUT_SERVER = """
+import multiprocessing, os, signal
+from multiprocessing import forkserver
+from fastload.transport.queue import Queue
+context = multiprocessing.get_context("forkserver")
+
+def put(into, is_put):
+    into.put(bytes(5 << 20))
+    is_put.set()
+
+if __name__ == "__main__":
+    objects, is_put = Queue(context), context.Event()
+    context.Process(target=put, args=(objects, is_put)).start()
+    is_put.wait()
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+    forkserver._forkserver._forkserver_pid = None
+    print(len(objects.get(timeout=10)))
+"""
+
+
+def test_what_a_sender_sends_outlives_its_fork_server(tmp_path: Path) -> None:
+    script = tmp_path / "without_server.py"
+    script.write_text(WITHOUT_SERVER)
+    assert subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True).stdout == f"{LONG}\n"
 
 
 def test_closing_ends_the_thread_of_a_queue_that_nobody_reads() -> None:
