@@ -124,7 +124,7 @@ import mmap
 from fastload.kernels import module_names, warm_up
 # Memory as it is beside a large arena: above it there is room for a page here and there, and for more only below.
 pages = [mmap.mmap(-1, mmap.PAGESIZE) for _ in range(1000)]
-arena = mmap.mmap(-1, 5 << 30, prot=mmap.PROT_READ)
+arena = mmap.mmap(-1, 5 << 30, mmap.MAP_PRIVATE, mmap.PROT_READ)  # which takes no memory, nor the promise of any
 for page in pages[::2]:
     page.close()
 print(warm_up(*module_names()))

@@ -6,6 +6,7 @@ import threading
 import time
 
 import numpy as np
+import pytest
 
 from fastload.kernels import yielding
 from fastload.kernels.jit import boolean, int64, kernel
@@ -22,6 +23,15 @@ def compiled_monotonic_ns(_):
     return monotonic_ns()
 
 
+@pytest.fixture
+def giving_way():
+    """This process gives way, and is afterwards as it was before."""
+    before = yielding.state.copy()
+    yielding.state[:] = 0, PAUSE_MIN_NS
+    yield
+    yielding.state[:] = before
+
+
 def in_python(function):
     """The Python of a kernel, helper or generated function."""
     return getattr(function, "__wrapped__", function)
@@ -33,6 +43,19 @@ def test_the_clock_is_pythons():
         assert before <= now <= after
 
 
+@pytest.mark.usefixtures("giving_way")
+def test_a_kernel_gives_way_each_time_that_it_is_called():
+    some_ns = 12_345
+    for first_ns, is_given in ((0, True), (NEVER, False)):
+        yielding.state[:] = first_ns, some_ns
+        assert twice(1) == 2
+        assert (yielding.state[1] != some_ns) == is_given  # it has been early, and there is no pause, or late
+        yielding.state[:] = first_ns, some_ns
+        compiled_monotonic_ns(False)
+        assert yielding.state.tolist() == [first_ns, some_ns]  # others do not
+
+
+@pytest.mark.usefixtures("giving_way")
 def test_a_kernel_that_gives_way_does_what_it_does():
     """With others at work on every processor: it is given way to them, and not for ever."""
     is_over = threading.Event()
@@ -63,9 +86,10 @@ twice(1)
 assert yielding.state.tolist() == [yielding.NEVER, yielding.PAUSE_MIN_NS]
 yielding.start_giving_way()
 assert yielding.state.tolist() == [0, yielding.PAUSE_MIN_NS]
+began_ns = time.monotonic_ns()
 twice(1)
 found = yielding.state[0]
-assert found == 0 or found > time.monotonic_ns()
+assert found == 0 or found > began_ns
 yielding.start_giving_way()
 assert yielding.state[0] == found
 """
