@@ -2,8 +2,7 @@
 
 An entry looks at what it is given, lets go of the GIL, calls the kernel, takes the GIL back and returns what the kernel
 did. It is written in LLVM's language here, once for each signature. Its `self` is (numpy.ndarray, refuse,
-yielding_state), so that there is no address in it; `refuse(place, given)` raises what is to be said about an argument,
-and `yielding` has the other.
+yielding.state), so that there is no address in it; `refuse(place, given)` raises what is to be said about an argument.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastload.kernels import yielding
-from fastload.kernels.jit import boolean, int64, kernel
+from fastload.kernels.jit import IS_PLAIN, boolean, int64, kernel
 from fastload.kernels.yielding import LATE_NS, NEVER, PAUSE_MAX_NS, PAUSE_MIN_NS, give_way, monotonic_ns
 
 
@@ -43,6 +43,7 @@ def test_the_clock_is_pythons():
         assert before <= now <= after
 
 
+@pytest.mark.skipif(IS_PLAIN, reason="kernels are plain Python functions, which never do")
 @pytest.mark.usefixtures("giving_way")
 def test_a_kernel_gives_way_each_time_that_it_is_called():
     some_ns = 12_345
