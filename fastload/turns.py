@@ -13,7 +13,6 @@ way, 15 with long turns, 4 with both, which is as often as with threads that onl
 - *Giving way.* It is not its turn, by some microseconds, where it has just been woken twice: Python wakes who waits for
   the GIL while it still holds the lock around it. So kernels that take their time give way when they begin
   (`fastload.kernels.yielding`).
-
 - *Breath.* Nor does it help to be woken where the GIL is gone again by then: that takes tens of microseconds, and a
   thread that goes through its Python a call at a time, as the one that plans batches does for a millisecond a window,
   lets go for a few, again and again (it is made to wait for others after 5 ms). As that one is ahead of what is needed,
@@ -64,13 +63,15 @@ class Attributes(ctypes.Structure):
 def take_long_turns() -> bool:
     """Have the calling thread, one of ours, take long turns, in which those that wake up for a short one come first.
 
-    Returns whether the kernel was told so. It is not where the user has given this process another policy, where the
-    system is not Linux, and where a sandbox forbids it: nothing but others' wake-ups depends on it.
+    Returns whether the kernel knows it: not where the user has given this process another policy, where the system is
+    not Linux, and where a sandbox forbids it. Nothing but others' wake-ups depends on it.
     """
     _this_thread.is_ours = True
     attributes = scheduling()
     if attributes is None or attributes.policy not in _NORMAL_POLICIES:
         return False
+    if attributes.runtime_ns >= _TURN_NS:  # all turns are on this machine, or the user has asked for it
+        return True
     attributes.runtime_ns = _TURN_NS
     return bool(_libc.syscall(_CALLS[platform.machine()][0], 0, ctypes.byref(attributes), 0) == 0)
 

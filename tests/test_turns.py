@@ -40,6 +40,19 @@ def test_a_niceness_is_kept():
 
 
 @pytest.mark.skipif(not HAS_TURNS, reason="this kernel has turns of one length")
+def test_turns_that_are_longer_already_do_not_become_shorter(monkeypatch):
+    def twice() -> list[int]:
+        found = []
+        for turn_ns in (20_000_000, 5_000_000):
+            monkeypatch.setattr(turns, "_TURN_NS", turn_ns)
+            assert take_long_turns()
+            found.append(scheduling().runtime_ns)
+        return found
+
+    assert in_a_thread(twice) == [20_000_000, 20_000_000]
+
+
+@pytest.mark.skipif(not HAS_TURNS, reason="this kernel has turns of one length")
 def test_another_policy_is_the_users():
     def idle() -> tuple[bool, int]:
         os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
