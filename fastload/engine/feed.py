@@ -65,7 +65,9 @@ class Feed:
         with self._using_cursor:
             entries: list[BatchEntry] | None = cursor.tell(*known)
             is_exact = cursor.is_counted
+        breathe()
         self._plan()
+        breathe()
         while entries is not None:
             yield from self._held(entries)
             self._reader.retire_all_but(cursor.needed)

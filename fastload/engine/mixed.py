@@ -55,8 +55,10 @@ class MixedFeed:
             known = each.counts.known()
             with self._using_cursor:
                 entries = [*(entries or []), *cursor.tell(number, *known)]
+            breathe()
         is_exact = cursor.is_counted
         self._plan()
+        breathe()
         while entries is not None:
             yield from self._held(entries)
             self._retire_all_but(cursor.needed)
