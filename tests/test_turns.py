@@ -3,6 +3,7 @@
 import os
 import platform
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,7 +70,7 @@ def test_what_is_no_linux_of_these_is_left_alone(monkeypatch):
 
 def test_only_threads_that_take_long_turns_pause_for_breath(monkeypatch):
     slept = []
-    monkeypatch.setattr(turns.time, "sleep", slept.append)
+    monkeypatch.setattr(turns, "time", SimpleNamespace(sleep=slept.append))
 
     def ours() -> None:
         take_long_turns()
