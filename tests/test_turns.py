@@ -2,6 +2,8 @@
 
 import os
 import platform
+import re
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -10,7 +12,8 @@ import pytest
 from fastload import turns
 from fastload.turns import scheduling, take_long_turns
 
-HAS_TURNS = tuple(map(int, platform.release().split(".")[:2])) >= (6, 12) if platform.system() == "Linux" else False
+RELEASE = re.match(r"(\d+)\.(\d+)", platform.release())
+HAS_TURNS = sys.platform == "linux" and RELEASE is not None and tuple(map(int, RELEASE.groups())) >= (6, 12)
 
 
 def in_a_thread(work):
@@ -68,16 +71,18 @@ def test_what_is_no_linux_of_these_is_left_alone(monkeypatch):
     assert in_a_thread(take_long_turns) is False
 
 
-def test_only_threads_that_take_long_turns_pause_for_breath(monkeypatch):
+def test_only_who_is_ahead_pauses_for_breath(monkeypatch):
     slept = []
     monkeypatch.setattr(turns, "time", SimpleNamespace(sleep=slept.append))
 
     def ours() -> None:
-        take_long_turns()
+        turns.breathe()
+        turns.let_breathe(True)
+        turns.breathe()
+        turns.breathe()
+        turns.let_breathe(False)
         turns.breathe()
 
-    turns.breathe()
-    in_a_thread(turns.breathe)
-    assert not slept
     in_a_thread(ours)
-    assert slept == [turns._BREATH_S]
+    turns.breathe()
+    assert slept == [turns._BREATH_S] * 2

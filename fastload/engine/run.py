@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from fastload.engine.pool import DecodePool
 from fastload.errors import ServiceError
-from fastload.turns import take_long_turns
+from fastload.turns import let_breathe, take_long_turns
 from fastload.waiting import Waits, wait
 
 
@@ -132,8 +132,9 @@ class ThreadedRun:
         return self._is_closed or (self._line[0].is_done if self._line else self._is_fed)
 
     def _feed_line(self) -> None:
-        take_long_turns()
         try:
+            take_long_turns()
+            let_breathe(True)
             with contextlib.closing(self._feed.entries()) as entries:  # type: ignore[type-var]
                 for entry in entries:
                     if not self._enqueue(entry):
@@ -153,6 +154,7 @@ class ThreadedRun:
             self._has_room.wait_for(lambda: self._is_closed or len(self._line) < self._depth)
             if self._is_closed:
                 return False
+            let_breathe(bool(self._line))  # else the pool may have nothing to do
             self._line.append(place)
             self._jobs += 1
         try:

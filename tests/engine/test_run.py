@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from fastload.engine import run as run_module
 from fastload.engine.pool import DecodePool
 from fastload.engine.run import InlineRun, RunClosedError, ThreadedRun
 from fastload.errors import ServiceError
@@ -64,6 +65,25 @@ def test_the_depth_bounds_what_is_ahead(pool: DecodePool) -> None:
     assert len(feed.given) <= 6  # one delivered, four ahead, one in the feeder's hand
     run.close()
     assert set(feed.finished) >= set(feed.given[:-1])
+
+
+def test_the_feeder_pauses_for_breath_only_while_it_is_ahead(pool: DecodePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(run_module, "let_breathe", told.append)
+    may_make = threading.Semaphore(0)
+
+    def wait(number: int) -> int:
+        assert may_make.acquire(timeout=20)
+        return number
+
+    run = ThreadedRun(Feed(5), wait, pool, depth=3, waits=Waits())
+    until(lambda: len(told) == 4)
+    assert told == [True, False, True, True]  # it begins, and the line grows
+    for number in range(5):
+        may_make.release()
+        assert next(run) == (number, number)
+    assert len(told) == 6
+    run.close()
 
 
 def test_a_failure_comes_where_its_batch_would_have(pool: DecodePool) -> None:
