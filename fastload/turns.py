@@ -3,9 +3,10 @@
 A thread that trains sleeps most of the time, and its steps are short: a transfer is done, the next batch is taken. When
 it wakes up where a thread of ours has begun to copy a batch, Linux may leave it there until that thread's turn is over,
 which is 3 to 4 ms later, even with another processor idle (in a virtual machine, an idle one looks as if it was taken
-away). Three things help, of which the first two need each other: on two processors, with 100 batches of 23 MB a second gathered by one
-thread, one that sleeps for half a millisecond at a time came more than 1.2 ms late 38 times a second; 19 with giving
-way, 15 with long turns, 4 with both, which is as often as with threads that only run when nothing else does.
+away). Three things help, of which the first two need each other: on two processors, with 100 batches of 23 MB a second
+gathered by one thread, one that sleeps for half a millisecond at a time came more than 1.2 ms late 38 times a second;
+19 with giving way, 15 with long turns, 4 with both, which is as often as with threads that only run when nothing else
+does.
 
 - *Long turns.* A thread may say how long its turns are to be (sched_setattr(2), "sched_runtime" of a normal policy,
   since Linux 6.12). Who is woken and asks for shorter ones, as all do that say nothing, then comes at once, wherever it

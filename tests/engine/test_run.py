@@ -70,18 +70,17 @@ def test_the_depth_bounds_what_is_ahead(pool: DecodePool) -> None:
 def test_the_feeder_pauses_for_breath_only_while_it_is_ahead(pool: DecodePool, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[bool] = []
     monkeypatch.setattr(run_module, "let_breathe", told.append)
-    may_make = threading.Semaphore(0)
+    may_make = threading.Event()
 
     def wait(number: int) -> int:
-        assert may_make.acquire(timeout=20)
+        assert may_make.wait(20)
         return number
 
     run = ThreadedRun(Feed(5), wait, pool, depth=3, waits=Waits())
     until(lambda: len(told) == 4)
     assert told == [True, False, True, True]  # it begins, and the line grows
-    for number in range(5):
-        may_make.release()
-        assert next(run) == (number, number)
+    may_make.set()
+    assert list(run) == [(number, number) for number in range(5)]
     assert len(told) == 6
     run.close()
 
