@@ -23,10 +23,12 @@ _UNITS = {
     "mb": 10**6,
     "gb": 10**9,
     "tb": 10**12,
+    "pb": 10**15,
     "kib": KIB,
     "mib": MIB,
     "gib": GIB,
     "tib": 1 << 40,
+    "pib": 1 << 50,
 }
 _REQUESTS_IN_FLIGHT_MAX = 1024
 # What a signed number of 64 bits holds, which is what messages and the system take.

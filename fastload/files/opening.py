@@ -17,7 +17,7 @@ from fastload.errors import ConfigError
 from fastload.files.connection import Connection
 from fastload.files.file import ObjectFile, RawObject
 from fastload.service.handle import Cache
-from fastload.store.urls import normalise
+from fastload.store.urls import check_key, normalise
 
 
 def open(  # noqa: A001  # as those of gzip and tarfile
@@ -69,6 +69,7 @@ def _checked(url: str | os.PathLike[str]) -> str:
         raise ConfigError(f"{url!r} is not a URL or path; write s3://bucket/key or /data/file")
     if "\0" in str(os.fspath(url)):
         raise ConfigError(f"{os.fspath(url)!r} has a zero byte in it, which no object's name has")
+    check_key(str(os.fspath(url)))
     name = normalise(str(os.fspath(url)))
     if name.endswith("/"):
         raise ConfigError(f"{os.fspath(url)}: a folder cannot be opened; name one object in it")
@@ -84,6 +85,11 @@ def _options_key(storage_options: Mapping[str, Any] | None) -> str:
 def _handle(directory: str | os.PathLike[str] | None) -> Cache:
     if directory is not None and not isinstance(directory, str | os.PathLike):
         raise ConfigError(f"cache={directory!r} must be a fastload.Cache, or the directory of one")
+    if directory in _MODES:  # what `open` of Python takes second would become a directory here
+        raise ConfigError(
+            f"cache={directory!r} looks like a mode, and none is taken: files are binary and read-only; "
+            f"leave it out, or write a cache directory of that name as ./{directory}"
+        )
     path = os.path.abspath(os.path.expanduser(default_cache_dir() if directory is None else directory))
     with _lock:
         if path not in _handles:
@@ -91,6 +97,7 @@ def _handle(directory: str | os.PathLike[str] | None) -> Cache:
         return _handles[path]
 
 
+_MODES = frozenset({"r", "rb", "rt", "r+", "rb+", "r+b", "w", "wb", "wt", "w+", "wb+", "w+b", "a", "ab", "x", "xb"})
 _handles: dict[str, Cache] = {}
 _lock = threading.Lock()
 

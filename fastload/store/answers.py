@@ -19,6 +19,7 @@ from fastload.errors import (
     StoreError,
     StoreUnavailableError,
 )
+from fastload.store.urls import how_to_name
 
 _CODE = re.compile(r"<Code>([^<]{1,100})</Code>")
 _MESSAGE = re.compile(r"<Message>([^<]{1,300})</Message>")
@@ -90,7 +91,7 @@ class Refusal:
         if self.code in ("NoSuchBucket", "ContainerNotFound"):
             return ObjectMissingError(f"{url}: there is no such bucket; check its name and the endpoint{where}")
         if self.status in (404, 410):
-            return ObjectMissingError(f"{url}: there is no such object; check its name{where}")
+            return ObjectMissingError(f"{url}: there is no such object; {how_to_name(url)}{where}")
         if self.status in (412, 416, 304):
             return changed(url)
         return StoreError(f"{url}: the store refused: {self.message or 'it gave no reason'}{where}")

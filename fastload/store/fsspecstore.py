@@ -15,7 +15,7 @@ from fastload.errors import AccessDeniedError, ConfigError, ObjectMissingError, 
 from fastload.store.answers import changed, truncated
 from fastload.store.options import StoreOptions
 from fastload.store.types import ObjectInfo
-from fastload.store.urls import scheme
+from fastload.store.urls import how_to_name, scheme
 
 
 class FsspecStore:
@@ -91,7 +91,7 @@ def _nanoseconds(time: object) -> int:
 
 def _explain(error: OSError, url: str) -> StoreError:
     if isinstance(error, FileNotFoundError):
-        return ObjectMissingError(f"{url}: there is no such object; check its name")
+        return ObjectMissingError(f"{url}: there is no such object; {how_to_name(url)}")
     if isinstance(error, PermissionError):
         return AccessDeniedError(f"{url}: access denied; check the credentials")
     return StoreUnavailableError(f"{url}: {error}; it is retried until the deadline")

@@ -21,7 +21,7 @@ from braceexpand import braceexpand
 from fastload.errors import AccessDeniedError, ConfigError, ObjectMissingError
 from fastload.store import httpstore
 from fastload.store.types import ObjectInfo, Store
-from fastload.store.urls import normalise, scheme, store_root
+from fastload.store.urls import check_key, normalise, scheme, store_root
 
 _HEADS_AT_ONCE = 16
 # Plain URLs of one folder for which it is listed, however much else may be in it. Fewer take no longer one by one.
@@ -87,6 +87,7 @@ def _text(url: object) -> str:
 
 def _expand(url: str) -> list[str]:
     """The URLs of a brace pattern, as webdataset expands it."""
+    check_key(url)
     if "{" not in url:
         return [normalise(url)]
     try:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fastload.errors import AccessDeniedError, ObjectMissingError, StoreError, StoreUnavailableError
 from fastload.store.answers import changed, truncated
 from fastload.store.types import ObjectInfo
-from fastload.store.urls import normalise
+from fastload.store.urls import how_to_name, normalise
 
 SCHEMES = frozenset({"file"})
 
@@ -86,7 +86,7 @@ def _refuse_unless_missing(error: OSError) -> None:
 
 def _explain(error: OSError, path: str) -> StoreError:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return ObjectMissingError(f"{path}: there is no such file; check its name")
+        return ObjectMissingError(f"{path}: there is no such file; {how_to_name(path)}")
     if isinstance(error, PermissionError):
         return AccessDeniedError(f"{path}: this user may not read it; change its mode or owner")
     return StoreUnavailableError(f"{path}: {error.strerror or error}; it is retried until the deadline")

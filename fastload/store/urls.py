@@ -14,6 +14,9 @@ from fastload.errors import ConfigError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 LOCAL_ROOT = "file://"
+_BUCKETS = ("s3", "s3a", "gs", "az")
+# What is left of "s3:/bucket/key", which is a local path, once it has been made absolute.
+_SINGLE_SLASH = re.compile(r"(?:^|/)(s3a?|gs|az|https?):/([^/].*)")
 
 
 def scheme(url: str) -> str:
@@ -42,9 +45,26 @@ def store_root(url: str) -> str:
     if kind == "file":
         return LOCAL_ROOT
     authority = url.split("://", 1)[1].split("/", 1)[0]
-    if not authority and kind in ("s3", "s3a", "gs", "az", "http", "https"):
+    if not authority and kind in (*_BUCKETS, "http", "https"):
         raise ConfigError(f"{url!r} names no bucket or host; write it as {kind}://name/key")
     return f"{kind}://{authority}"
+
+
+def check_key(url: str) -> None:
+    """Raises `ConfigError` for a bucket that is named as if it were an object."""
+    if scheme(url) in _BUCKETS and not url.split("://", 1)[1].partition("/")[2] and not url.endswith("/"):
+        raise ConfigError(f'{url} is a bucket, not an object; for all shards in it write it with "/" at the end')
+
+
+def how_to_name(url: str) -> str:
+    """What to do about an object that is not there: most often its name is wrong in one of a few ways."""
+    single = _SINGLE_SLASH.search(url)
+    if single is not None:
+        return f"a URL has two slashes; write {single[1]}://{single[2]}"
+    wild = next((character for character in "*?[" if character in url), None)
+    if wild is not None:
+        return f'"{wild}" stands for itself; write {{000000..000123}}, or the folder with "/" at the end'
+    return "check its name"
 
 
 def key_of(url: str) -> str:

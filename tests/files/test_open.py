@@ -100,6 +100,10 @@ def test_what_cannot_be_opened(s3: Bucket, cache: fastload.Cache, tmp_path: Path
         fastload.open("", cache)
     with pytest.raises(fastload.ConfigError, match="or the directory of one"):
         fastload.open(f"{s3.url}/x", 17)  # type: ignore[arg-type]
+    with pytest.raises(fastload.ConfigError, match="looks like a mode"):
+        fastload.open(f"{s3.url}/x", "rb")
+    with pytest.raises(fastload.ConfigError, match="is a bucket, not an object"):
+        fastload.open("s3://bucket", cache)
     url = s3.put("private", b"data")
     denied = {"key": s3.denied_options.access_key_id, "secret": s3.denied_options.secret_access_key}
     with pytest.raises(PermissionError, match="private"):

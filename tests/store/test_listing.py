@@ -160,6 +160,22 @@ def test_nothing_there(names: Names, root: str) -> None:
         names("t/none.tar")
 
 
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [("train-*.tar", r'"\*" stands for itself; write \{0'), ("s3:/bucket/a.tar", "write s3://bucket/a.tar")],
+)
+def test_wrong_names_that_are_easily_mended(name: str, cure: str, names: Names) -> None:
+    with pytest.raises(ObjectMissingError, match=cure):
+        names(name)
+
+
+def test_a_bucket_is_no_shard() -> None:
+    pool = StorePool()
+    with pytest.raises(ConfigError, match=r's3://bucket is a bucket, not an object; .* with "/" at the end'):
+        resolve(["s3://bucket"], lambda url: pool.get(url, StoreOptions()))
+    pool.close()
+
+
 def test_what_is_no_url(names: Names) -> None:
     with pytest.raises(ConfigError, match="braces do not match"):
         names("t/train-{000..001.tar")
