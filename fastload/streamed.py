@@ -46,6 +46,7 @@ class LoaderSettings(Protocol):
     pin_memory: bool
     device: Any
     timeout: float
+    in_order: bool
     worker_init_fn: Any
     multiprocessing_context: Any
     generator: Any
@@ -322,15 +323,21 @@ def _check_arguments(loader: LoaderSettings, dataset: Streaming) -> None:
             f"batch_size={loader.batch_size} of the loader is not batch_size={dataset.batch_size} of its data set; "
             "give both the same, or the data set none"
         )
-    if loader.workers in ("process", "side") or dataset.has_functions or _is_custom(loader.collate_fn):
+    has_functions = dataset.has_functions or _is_custom(loader.collate_fn)
+    if loader.workers in ("process", "side") or (loader.workers == "auto" and has_functions):
         return  # they are for worker processes
     ignored = [
         name for name in ("worker_init_fn", "multiprocessing_context", "generator") if getattr(loader, name) is not None
     ]
+    if loader.timeout:
+        ignored.append(f"timeout={loader.timeout}")
+    if not loader.in_order:
+        ignored.append("in_order=False")
     if ignored:
         warnings.warn(
             f"{', '.join(ignored)}: ignored for a StreamingDataset, whose batches are made by threads of this process "
-            "that use no random state of Python, numpy or torch",
+            "that use no random state of Python, numpy or torch and keep their order; worker_init_fn, "
+            'multiprocessing_context and timeout are heeded with workers="process"',
             stacklevel=4,
         )
 

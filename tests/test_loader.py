@@ -141,6 +141,17 @@ def test_columns_and_tuples(s3, cache, data: Corpus) -> None:
     dataset.close()
 
 
+def test_threads_say_what_they_ignore(cache) -> None:
+    dataset = fastload.StreamingDataset("s3://bucket/a.tar", cache=cache)
+    settings = {"num_workers": 1, "timeout": 5, "worker_init_fn": print, "in_order": False}
+    ignored = r"worker_init_fn, timeout=5, in_order=False: ignored .* are heeded with workers=\"process\""
+    with pytest.warns(UserWarning, match=ignored):
+        fastload.DataLoader(dataset, **settings)
+    with pytest.warns(UserWarning, match=ignored):
+        fastload.DataLoader(dataset.map(dict), workers="thread", **settings)
+    fastload.DataLoader(dataset.map(dict), **settings)  # processes heed them, and no warning comes
+
+
 def test_a_users_collate_fn_gets_samples(s3, cache, data: Corpus) -> None:
     dataset = fastload.StreamingDataset(data.put(s3), cache=cache)
     loader = fastload.DataLoader(
