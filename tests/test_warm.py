@@ -66,6 +66,14 @@ def test_errors_are_one_line(s3, tmp_path: Path, url: str, says: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_node_that_the_job_does_not_have_and_an_epoch_that_never_is(tmp_path: Path) -> None:
+    done = warm("s3://bucket/", tmp_path / "cache", "--nodes=2", "--node=2")
+    assert "fastload: ConfigError: --node=2 must be from 0 to 1, since --nodes=2" in done.stderr
+    done = warm("s3://bucket/", tmp_path / "cache", "--epoch=-1")
+    assert done.returncode == 2
+    assert "--epoch" in done.stderr
+
+
 def test_a_damaged_shard_is_an_error_and_not_a_hang(s3, tmp_path: Path) -> None:
     s3.put("bad/0.tar", b"\x5a" * 200_000)
     done = warm(f"{s3.url}/bad/", tmp_path / "cache", "--disk-bytes=1MiB")

@@ -33,9 +33,9 @@ def warm(
     cache: CacheDirectory = None,
     shuffle: Annotated[bool, typer.Option(help="The job shuffles.")] = True,
     seed: Annotated[int, typer.Option(help="The job's seed.")] = 0,
-    epoch: Annotated[int, typer.Option(help="The epoch that the job begins with.")] = 0,
-    node: Annotated[int, typer.Option(help="This node's number in the job, from 0.")] = 0,
-    nodes: Annotated[int, typer.Option(help="The job's number of nodes.")] = 1,
+    epoch: Annotated[int, typer.Option(min=0, help="The epoch that the job begins with.")] = 0,
+    node: Annotated[int, typer.Option(min=0, help="This node's number in the job, from 0.")] = 0,
+    nodes: Annotated[int, typer.Option(min=1, help="The job's number of nodes.")] = 1,
     partitions: Annotated[int | None, typer.Option(help="The job's partitions, if it names them.")] = None,
     index: Annotated[str | None, typer.Option(help="The job's file of indexes, if it names one.")] = None,
     manifest: Annotated[str | None, typer.Option(help="The job's file with the list of shards, if it has one.")] = None,
@@ -53,6 +53,8 @@ def warm(
 
     if bool(urls) == bool(from_history):
         raise ConfigError("name either URLs or --from-history=RUN, and not both")
+    if node >= nodes:
+        raise ConfigError(f"--node={node} must be from 0 to {nodes - 1}, since --nodes={nodes}")
     options, console = CacheOptions(cache, ram_bytes, disk_bytes, chunk_bytes), Console(stderr=True)
     if from_history:
         what, warmed = _warm_run(from_history, options, console)
