@@ -8,7 +8,7 @@ import typer
 
 
 def demo(
-    epochs: Annotated[int, typer.Option(help="Epochs to train.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs to train.")] = 3,
 ) -> None:
     """Start an object store, upload photographs, and train a small network from it for three epochs."""
     from fastload.demo import train

@@ -86,7 +86,8 @@ class Refusal:
             )
         if self.status == 403:
             return AccessDeniedError(
-                f"{url}: access denied: these credentials may not read it; ask for the right to read and list{where}"
+                f"{url}: access denied: the credentials that were found, if any were, may not read it; set them in the "
+                f"environment or storage_options, or ask for the right to read and list{where}"
             )
         if self.code in ("NoSuchBucket", "ContainerNotFound"):
             return ObjectMissingError(f"{url}: there is no such bucket; check its name and the endpoint{where}")

@@ -37,6 +37,14 @@ def test_the_second_epoch_fetches_nothing_and_the_network_learns(temp_folder: Pa
     assert all(len(line.rstrip()) <= 80 for line in text.splitlines())
 
 
+def test_no_epochs_are_no_demo() -> None:
+    done = subprocess.run(
+        [Path(sys.executable).parent / "fastload", "demo", "--epochs=0"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "--epochs" in done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     code = "from fastload.demo import train; train.run(samples=320, epochs=1000)"
