@@ -9,7 +9,9 @@ without a dot, members whose base name starts with a dot, and anything in a top 
 passed over.
 
 The object's size is known from the listing, so a member that passes the object's end is found from its header
-alone: a truncated shard fails when it is indexed, before a batch is made from it.
+alone: a truncated shard fails when it is indexed, before a batch is made from it. So does one with more after its end
+mark than zeros up to the next record of tar's: a copy into a file that was made large enough first, and was
+interrupted, leaves many zeros, and archives that were joined leave another one. Readers stop there without a word.
 """
 
 from __future__ import annotations
@@ -36,6 +38,10 @@ PAYLOAD_BYTES_MAX = 1 << 20
 # Members that the kernel has room for. Most shards have fewer; otherwise a batch of its output stays in the
 # processor's cache.
 _MEMBERS = 4096
+
+# Archives are padded to whole records: of 20 blocks mostly, or as many as tar was told, which is a power of two then.
+_RECORDS_BYTES = (10_240, *(1 << power for power in range(14, 21)))
+_END_MARK_BYTES = 1024
 
 # What a sample's dict already has under these names.
 _RESERVED = ("__key__", "__url__")
@@ -75,12 +81,13 @@ class TarIndexer:
         self._names = np.empty(_MEMBERS * 128 + NAME_BYTES_MAX, np.uint8)
         self._ends, self._offsets, self._sizes = (np.empty(_MEMBERS, np.int64) for _ in range(3))
         self._found: list[tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = []
+        self._tail: int | None = None  # up to where there is nothing but zeros after the end mark, once that was seen
         self._ended = False
 
     @property
     def next_offset(self) -> int:
         """The offset in the object of the next byte that is needed; the object's size once none is."""
-        return self._size if self._ended else int(self._state[tarindex.POSITION])
+        return int(self._state[tarindex.POSITION]) if self._tail is None else self._tail
 
     @property
     def done(self) -> bool:
@@ -103,7 +110,7 @@ class TarIndexer:
             )
         if start > self.next_offset:
             raise ValueError(f"{self._url}: byte {self.next_offset} is needed next, not {start}")
-        while not self._ended and end > self.next_offset:
+        while self._tail is None and end > self.next_offset:
             code = scan(
                 chunk,
                 start,
@@ -119,9 +126,31 @@ class TarIndexer:
             )
             if code < 0:
                 raise ShardError(self._explain(code, chunk, start))
-            self._ended = code == tarindex.END
-            if self._ended or code == tarindex.FULL:
+            if code in (tarindex.END, tarindex.FULL):
                 self._drain()
+            if code == tarindex.END:
+                self._tail = min(int(self._state[tarindex.POSITION]), self._size)
+                self._check_length_of_tail(self._tail)
+        if self._tail is not None and end > self._tail:
+            self._take_tail(chunk[self._tail - start :], end)
+        self._ended = self._tail == self._size
+
+    def _check_length_of_tail(self, mark: int) -> None:
+        record_bytes = max((each for each in _RECORDS_BYTES if self._size % each == 0 and self._found), default=10_240)
+        if self._size - mark > record_bytes + _END_MARK_BYTES:
+            raise ShardError(
+                f"{self._url}, offset {mark}: an end mark with {self._size - mark} bytes after it, where the object "
+                "should end: a copy that was interrupted, or archives that were joined; write it again"
+            )
+
+    def _take_tail(self, rest: NDArray[np.uint8], end: int) -> None:
+        if rest.any():
+            at = end - len(rest) + int((rest != 0).argmax())
+            raise ShardError(
+                f"{self._url}, offset {at}: data after the archive's end mark, which readers pass over: archives that "
+                "were joined, or an older and longer one below this; write it again, or cut it off there"
+            )
+        self._tail = end
 
     def _drain(self) -> None:
         """Take over what the kernel found."""

@@ -174,10 +174,39 @@ def test_a_missing_end_mark_is_accepted_where_nothing_is_cut_off() -> None:
     assert len(from_tarfile(data)) == 1
 
 
-def test_what_follows_the_end_is_ignored() -> None:
-    data = write([Member("a.x", b"1")]) + b"garbage" * 1000
+@pytest.mark.parametrize("piece_bytes", [512, 4096, 1 << 20])
+def test_what_follows_the_end_is_not_lost_without_a_word(piece_bytes: int) -> None:
+    one = write([Member("a.x", b"1")])
+    assert len(one) == 10_240
+    with pytest.raises(
+        ShardError, match=r"offset 1024: an end mark with 19456 bytes after it.*archives that were joined"
+    ):
+        index(one + one, piece_bytes)
+    with pytest.raises(ShardError, match="offset 2048: data after the archive's end mark"):
+        index(header(b"a.x", 1) + padded(b"1") + END + header(b"b.x", 1) + padded(b"2") + END, piece_bytes)
+    with pytest.raises(ShardError, match="offset 10247: data after"):
+        index(one + b"\0" * 7 + b"garbage", piece_bytes)
+    with pytest.raises(ShardError, match="offset 1024: data after"):
+        index(header(b"a.x") + b"\0" * 512 + header(b"b.x"), piece_bytes)
+
+
+def test_an_archive_that_ends_in_many_zeros_was_cut_off() -> None:
+    data = write([Member(f"{number:03}.x", b"1" * 1000) for number in range(100)])
+    assert names(index(data))[-1] == ("099", ["x"])
+    whole = 1536 * 50
+    with pytest.raises(ShardError, match=f"offset {whole}: an end mark with {len(data) - whole} bytes after it"):
+        index(data[:whole] + bytes(len(data) - whole))
+    with pytest.raises(ShardError, match=f"offset 0: an end mark with {len(data)} bytes after it"):
+        index(bytes(len(data)))
+
+
+@pytest.mark.parametrize("record_bytes", [512, 10_240, 1 << 14, 1 << 16, 1 << 20])
+def test_archives_are_padded_to_whole_records(record_bytes: int) -> None:
+    data = header(b"a.x", 600) + padded(b"v" * 600) + END
+    data += bytes(-len(data) % record_bytes)
     assert names(index(data)) == [("a", ["x"])]
-    assert names(index(header(b"a.x") + b"\0" * 512 + header(b"b.x"))) == [("a", ["x"])]
+    assert len(from_tarfile(data)) == 1
+    assert index(END + bytes(10_240 - len(END))).sample_count == 0
 
 
 def test_only_chunks_with_headers_are_needed() -> None:
@@ -188,6 +217,9 @@ def test_only_chunks_with_headers_are_needed() -> None:
     assert not indexer.done
     start = indexer.next_offset // 4096 * 4096
     indexer.feed(np.frombuffer(data, np.uint8)[start : start + 8192], start)
+    assert not indexer.done  # what follows the end mark is looked at
+    start = indexer.next_offset
+    indexer.feed(np.frombuffer(data, np.uint8)[start:], start)
     assert indexer.done
     assert indexer.next_offset == len(data)
     assert indexer.finish().sample_count == 2

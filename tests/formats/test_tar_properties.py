@@ -10,6 +10,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -61,16 +62,26 @@ def index_or_error(data: bytes, chunk_bytes: int, skip: bool = True) -> ShardInd
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(MEMBERS, max_size=12), FORMS, CHUNKS, st.booleans(), st.binary(max_size=600))
+@given(st.lists(MEMBERS, max_size=12), FORMS, CHUNKS, st.booleans(), st.integers(0, 500))
 def test_samples_are_those_of_webdataset(
-    members: list[Member], form: int, chunk_bytes: int, skip: bool, trailing: bytes
+    members: list[Member], form: int, chunk_bytes: int, skip: bool, zeros: int
 ) -> None:
-    data = archive(members, form) + trailing
+    data = archive(members, form) + bytes(zeros)
     found, expected = index_or_error(data, chunk_bytes, skip), webdataset_or_error(data)
     assert (found is None) == (expected is None)
     if found is not None:
         assert as_samples(found, data) == expected
         assert ShardIndex.from_bytes(found.to_bytes(), "u", len(data)) == found
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(MEMBERS, max_size=5), FORMS, CHUNKS, st.booleans(), st.binary(min_size=1, max_size=500).filter(any))
+def test_data_after_the_end_is_no_end(
+    members: list[Member], form: int, chunk_bytes: int, skip: bool, more: bytes
+) -> None:
+    data = archive(members, form)
+    with pytest.raises(ShardError, match="data after the archive's end mark"):
+        index(data + more, chunk_bytes, skip)
 
 
 @settings(max_examples=100, deadline=None)
