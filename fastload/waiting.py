@@ -7,6 +7,7 @@ what it was waiting for. `Waits` belongs to one loader and may be shared by its 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +23,16 @@ REASONS: tuple[Reason, ...] = get_args(Reason)
 # (retries included) answers well before.
 DEADLINE_S = 600.0
 
+# After so long whoever waits for something outside of this process is told what it is, and where to read more; after
+# that not for as long, whatever is waited for.
+_NOTICE_AFTER_S, _NOTICE_EVERY_S = 10.0, 60.0
+
 # How often a waiting main thread looks up, so that Ctrl-C is served: a lock wait without timeout is not interruptible
 # on every platform, and one that is costs nothing at this rate.
 _LOOK_UP_S = 1.0
+
+
+log = logging.getLogger("fastload")
 
 
 class Waits:
@@ -75,10 +83,12 @@ def wait(
     what: str,
     waits: Waits | None = None,
     deadline_s: float = DEADLINE_S,
+    more: str = "",
 ) -> None:
     """Block until `ready()` is true; the caller holds `condition`, and whoever changes the answer notifies it.
 
-    `what` completes the sentence "gave up after 600 s waiting for ..." of the `WaitTimeoutError`. Anything that can
+    `what` completes the sentence "gave up after 600 s waiting for ..." of the `WaitTimeoutError`, and `more` says where
+    to read why it takes so long: then the log has it after ten seconds. Anything that can
     make the wait pointless (a dead worker, a closed socket, close()) has to make `ready()` true, and the caller looks
     at what it got.
     """
@@ -91,6 +101,24 @@ def wait(
             if left <= 0:
                 raise WaitTimeoutError(f"gave up after {deadline_s:g} s waiting for {what}")
             condition.wait(min(left, _LOOK_UP_S))
+            if more:
+                _notices.consider(time.monotonic() - began, f"{what}; {more}")
     finally:
         if waits is not None:
             waits.add(reason, time.monotonic() - began)
+
+
+class _Notices:
+    """What the log is told of waits. For all threads, which may each tell it once too often."""
+
+    def __init__(self) -> None:
+        self._last_s = -_NOTICE_EVERY_S
+
+    def consider(self, waited_s: float, text: str) -> None:
+        now_s = time.monotonic()
+        if waited_s >= _NOTICE_AFTER_S and now_s - self._last_s >= _NOTICE_EVERY_S:
+            self._last_s = now_s
+            log.warning("has been waiting for %.0f s for %s", waited_s, text)
+
+
+_notices = _Notices()

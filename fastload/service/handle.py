@@ -203,6 +203,11 @@ class Cache:
         self._to_tell = {}
         return connection
 
+    @property
+    def reading(self) -> str:
+        """Where to read why something takes long."""
+        return f"the service's log may say why: {self._directory.log_path}"
+
     def warn(self, message: str) -> bool:
         """Whether `message` has yet to be raised as a warning in this process; from now on it has been."""
         key = self._path, message
@@ -263,6 +268,11 @@ class _Weakly:
     def connect(self, hello: protocol.Hello, stop: threading.Event) -> Connection:
         """As the handle does."""
         return self._get().connect(hello, stop)
+
+    @property
+    def reading(self) -> str:
+        """As the handle has it."""
+        return self._get().reading
 
     def warn(self, message: str) -> bool:
         """As the handle does."""

@@ -59,6 +59,11 @@ class Connector(Protocol):
         """Whether `message` has yet to be raised as a warning in this process."""
         ...
 
+    @property
+    def reading(self) -> str:
+        """Where to read why something takes long, for who waits."""
+        ...
+
 
 @dataclass(slots=True, eq=False)
 class _Request:
@@ -76,7 +81,7 @@ class Session:
     ) -> None:
         self.name = name
         self.chunk_bytes = 0
-        self._cache = cache
+        self._cache, self._more = cache, cache.reading
         self._storage_options = options.checked(storage_options)
         self._waits = waits
         self._objects: Sequence[ObjectInfo] = ObjectTable.of([])
@@ -184,6 +189,7 @@ class Session:
             what=what,
             waits=self._waits,
             deadline_s=deadline_s,
+            more=self._more,
         )
         if self._ended is not None:
             raise self._ended

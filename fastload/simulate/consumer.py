@@ -52,6 +52,8 @@ class _NoService:
         """Never called."""
         raise ServiceError("a simulated consumer is connected to its core from the beginning")
 
+    reading = ""  # nobody really waits
+
     def warn(self, message: str) -> bool:
         """A simulation has no troubles."""
         return False

@@ -6,6 +6,7 @@ the requests in flight, and every attempt is counted, and timed without its wait
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -19,7 +20,12 @@ from fastload.errors import StoreError, StoreUnavailableError
 from fastload.store import watch
 from fastload.store.types import ObjectInfo, Store
 
+log = logging.getLogger("fastload.store")
+
 _Result = TypeVar("_Result")
+
+# So long nobody needs to hear of a store that does not answer, and so often who waits for it is told.
+_NOTICE_AFTER_S, _NOTICE_EVERY_S = 5.0, 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +82,8 @@ class _Around:
 
 
 class Retrying(_Around):
-    """Tries again what failed with `StoreUnavailableError`, until the deadline; `close()` ends the patience
-    at once.
+    """Tries again what failed with `StoreUnavailableError`, until the deadline, and says so in the log; `close()` ends
+    the patience at once.
 
     A listing is tried as a whole, so that no object comes twice. A read that was cancelled (see `watch`) is not tried
     again.
@@ -100,6 +106,7 @@ class Retrying(_Around):
         self._sleep = sleep or self._closed.wait
         self._now = now
         self._uniform = uniform
+        self._noticed_s = -_NOTICE_EVERY_S  # when the log was told last, by any thread
 
     def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
         yield from self._patiently(lambda: list(self._inner.list(prefix_url)))
@@ -129,9 +136,16 @@ class Retrying(_Around):
                     raise StoreUnavailableError(
                         f"{error} [gave up after {attempt + 1} attempts in {spent:.1f} s]"
                     ) from error
+                self._notice(error, spent)
             self._sleep(delay)
             attempt += 1
             self._counters.add(retries=1)
+
+    def _notice(self, error: StoreUnavailableError, spent_s: float) -> None:
+        now_s = self._now()
+        if spent_s >= _NOTICE_AFTER_S and now_s - self._noticed_s >= _NOTICE_EVERY_S:
+            self._noticed_s = now_s
+            log.warning("%s [for %.0f s; tried again for up to %.0f s]", error, spent_s, self._options.deadline_s)
 
     def _delay(self, attempt: int) -> float:
         most = min(self._options.delay_s_max, self._options.delay_s * 2 ** min(attempt, 30))

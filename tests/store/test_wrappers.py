@@ -76,6 +76,15 @@ def test_gives_up_at_the_deadline() -> None:
     assert clock.now_s <= 10
 
 
+def test_the_log_hears_of_long_patience_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    store = patient(Fails(100), RetryOptions(deadline_s=60, delay_s=1, delay_s_max=4), clock)
+    with pytest.raises(StoreUnavailableError):
+        store.head("s3://b/k")
+    said = [each.getMessage() for each in caplog.records]
+    assert said == [f"s3://b/k: no [for {seconds} s; tried again for up to 60 s]" for seconds in (7, 39)]
+
+
 def test_what_will_not_pass_is_not_tried_again() -> None:
     inner = Fails(1, AccessDeniedError)
     with pytest.raises(AccessDeniedError):
