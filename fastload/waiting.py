@@ -88,9 +88,8 @@ def wait(
     """Block until `ready()` is true; the caller holds `condition`, and whoever changes the answer notifies it.
 
     `what` completes the sentence "gave up after 600 s waiting for ..." of the `WaitTimeoutError`, and `more` says where
-    to read why it takes so long: then the log has it after ten seconds. Anything that can
-    make the wait pointless (a dead worker, a closed socket, close()) has to make `ready()` true, and the caller looks
-    at what it got.
+    to read why it takes so long: then the log has it after ten seconds. Anything that can make the wait pointless (a
+    dead worker, a closed socket, close()) has to make `ready()` true, and the caller looks at what it got.
     """
     if ready():
         return

@@ -200,7 +200,7 @@ def test_an_archive_that_ends_in_many_zeros_was_cut_off() -> None:
         index(bytes(len(data)))
 
 
-@pytest.mark.parametrize("record_bytes", [512, 10_240, 1 << 14, 1 << 16, 1 << 20])
+@pytest.mark.parametrize("record_bytes", [512, 10_240, 1 << 14, 40_960, 1 << 16, 1 << 20])
 def test_archives_are_padded_to_whole_records(record_bytes: int) -> None:
     data = header(b"a.x", 600) + padded(b"v" * 600) + END
     data += bytes(-len(data) % record_bytes)
