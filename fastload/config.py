@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from fastload.cgroups import cpu_quotas, memory_limits, read_file
 from fastload.errors import ConfigError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -31,6 +33,8 @@ _UNITS = {
     "pib": 1 << 50,
 }
 _REQUESTS_IN_FLIGHT_MAX = 1024
+# What an arena takes by default also where hardly anything is left just now: below it, nothing works well.
+_RAM_BYTES_LEAST = 64 * MIB
 # What a signed number of 64 bits holds, which is what messages and the system take.
 _BYTES_MAX = (1 << 63) - 1
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
@@ -117,8 +121,12 @@ def default_cache_dir() -> Path:
 
 
 def default_ram_bytes() -> int:
-    """8 GiB or a quarter of the memory that this process may use, whichever is less."""
-    return min(8 * GIB, memory_limit_bytes() // 4)
+    """8 GiB or a quarter of the memory that this process may use, whichever is less; less again where its control
+    groups have little left.
+    """
+    limit = memory_limit_bytes()
+    left = min((each.limit_bytes - each.used_bytes for each in memory_limits(read_file)), default=limit)
+    return min(8 * GIB, limit // 4, max(left // 2, _RAM_BYTES_LEAST))
 
 
 def default_disk_bytes(directory: Path) -> int:
@@ -130,39 +138,13 @@ def default_disk_bytes(directory: Path) -> int:
 
 
 def memory_limit_bytes() -> int:
-    """The machine's memory, or the cgroup's limit (v2 or v1) where that is lower."""
-    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for path in _cgroup_files("memory.max", "memory/memory.limit_in_bytes"):
-        text = _read(path)
-        if text.isdigit():
-            limit = min(limit, int(text))
-    return limit
+    """The machine's memory, or what a control group or `ulimit -v` leaves of it to this process."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [each.limit_bytes for each in memory_limits(read_file)]
+    return min(machine, *limits, addresses if addresses != resource.RLIM_INFINITY else machine)
 
 
 def cpu_count() -> int:
-    """The CPUs that this process may use: its affinity, cut down to the cgroup's quota."""
-    count = len(os.sched_getaffinity(0))
-    for path in _cgroup_files("cpu.max", None):
-        fields = _read(path).split()
-        if len(fields) == 2 and fields[0].isdigit():
-            count = min(count, max(1, int(fields[0]) // int(fields[1])))
-    return count
-
-
-def _cgroup_files(v2_name: str, v1_path: str | None) -> list[Path]:
-    """Where the limits of this process's cgroup and of its parents are written."""
-    root = Path("/sys/fs/cgroup")
-    files = [root / v1_path] if v1_path else []
-    for line in _read(Path("/proc/self/cgroup")).splitlines():
-        hierarchy, _, path = line.split(":", 2)
-        if hierarchy == "0":
-            group = root / path.lstrip("/")
-            files += [folder / v2_name for folder in (group, *group.parents) if folder.is_relative_to(root)]
-    return files
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:  # no such limit here: another cgroup version, or none
-        return ""
+    """The CPUs that this process may use: its affinity, cut down to the quotas of its control groups."""
+    return max(1, int(min([len(os.sched_getaffinity(0)), *cpu_quotas(read_file)])))

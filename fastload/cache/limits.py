@@ -48,7 +48,23 @@ def settle(directory: Path, explicit: dict[str, int]) -> tuple[CacheLimits, tupl
     if changed != stored:
         _publish(directory, changed, replaces=True)
         warnings += (_change(directory, stored, changed),)
-    return changed, warnings
+    fitting, warning = _fitting(directory, changed)
+    return fitting, warnings + ((warning,) if warning else ())
+
+
+def _fitting(directory: Path, found: CacheLimits) -> tuple[CacheLimits, str]:
+    """The limits as they can hold here, and a warning where they cannot as they are: they may be those of a larger
+    machine or control group, for which they stay as they are.
+    """
+    there = config.memory_limit_bytes()
+    if found.ram_bytes <= there:
+        return found, ""
+    fitting = config.default_ram_bytes()
+    return replace(found, ram_bytes=fitting), (
+        f"the cache {directory} has ram_bytes={found.ram_bytes} ({config.format_bytes(found.ram_bytes)}), more memory "
+        f"than this process may use ({config.format_bytes(there)}); it has {config.format_bytes(fitting)} here. "
+        "Name ram_bytes to change that"
+    )
 
 
 def _check_memory(ram_bytes: int) -> None:

@@ -62,6 +62,8 @@ async def _serve(directory: CacheDirectory, idle_s: float, starter: _Starter) ->
         loop.add_signal_handler(number, server.stop)
 
     def ready() -> bool:
+        for warning in directory.warnings:
+            log.warning("%s", warning)
         log.info("serving %s with %s", directory.path, directory.limits)
         return starter.tell({"status": "ready"})
 

@@ -244,15 +244,12 @@ def test_a_directory_that_cannot_be_used(tmp_path: Path) -> None:
         Cache(tmp_path / "other", service="thread")  # type: ignore[arg-type]
 
 
-def test_a_start_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_fails_says_why(tmp_path: Path) -> None:
     """The service's own error reaches whoever started it."""
-    too_much = 1 << 60
-    monkeypatch.setattr("fastload.config.memory_limit_bytes", lambda: too_much)
-    with (
-        Cache(tmp_path / "cache", ram_bytes=too_much, disk_bytes=0) as cache,
-        pytest.raises(CacheError, match="ram_bytes"),
-    ):
-        cache.consumer()
+    with Cache(tmp_path / "cache", ram_bytes="16MiB", disk_bytes=0) as cache:
+        (cache.directory / "cache.json").write_text('{"format": 2}')
+        with pytest.raises(CacheError, match="format 2"):
+            cache.consumer()
 
 
 def test_garbage_on_the_socket_harms_nobody(cache: Cache, s3: Bucket, shards: dict[str, bytes]) -> None:
