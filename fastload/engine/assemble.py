@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from fastload.decode.keys import Keys, sample_keys
 from fastload.decode.plain import Raw
+from fastload.engine.columns import shown
 from fastload.engine.finish import SAMPLE_ERRORS, Gathered, Names, OneMaker
 from fastload.engine.gather import Gatherer, Values
 from fastload.engine.located import Located
@@ -153,23 +154,24 @@ class Assembler:
     def chunks_of(self, entry: BatchEntry) -> Ints:
         """The chunks that an entry needs. Values that are missing need none: the batch will say what is wrong."""
         located = Located(entry, self._live, self._urls_of)
-        names = tuple(located.present()) if self._columns.names is None else self._columns.names
+        names = located.all_columns() if self._columns.names is None else self._columns.names
         return self._gatherer.lay_out(located.values_of(names)[0]).chunk_nos
 
     def _names(self, located: Located) -> tuple[str, ...]:
         """The columns of these samples: those that were named, or all, which have to be the same in all shards."""
         if self._columns.names is not None:
             return self._columns.names
-        present = tuple(located.present())
+        present = located.all_columns()
         if not present:  # no sample is left
             return self._present or ()
         if self._present is None:
             self._present = present
-        if set(present) != set(self._present):
+        if present is not self._present and set(present) != set(self._present):
             (url,) = self._urls_of(located.entry.object_no[:1])
             raise MissingColumnError(
-                f"{url}: its window of shards has the columns {sorted(present)}, and earlier ones have "
-                f"{sorted(self._present)}; name the columns that every sample has with columns=[...] or decode={{...}}"
+                f"{url}: its window of shards has the columns {shown(sorted(present))}, and earlier ones "
+                f"have {shown(sorted(self._present))}; name the columns that every sample has with columns=[...] or "
+                "decode={...}"
             )
         return self._present
 
@@ -189,7 +191,7 @@ class Assembler:
             column, number = (int(found[0]) for found in np.nonzero(values.offset < 0))
             raise MissingColumnError(
                 f"{self._place(located, names[column], number)}: the sample has no such column; the shards read "
-                f"with it have {located.present()}. Name the columns that every sample has with columns=[...] "
+                f"with it have {shown(located.present())}. Name the columns that every sample has with columns=[...] "
                 "or decode={...}"
             )
         return values

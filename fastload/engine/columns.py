@@ -11,6 +11,8 @@ from fastload.errors import ConfigError
 KEY, URL = "__key__", "__url__"
 
 _RAW = raw()
+# Columns that a message names.
+_SHOWN_MAX = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,12 @@ class ColumnSet:
     def decoder(self, name: str) -> Decoder:
         """The decoder of a column."""
         return self.decoders.get(name, _RAW)
+
+
+def shown(names: Sequence[str]) -> str:
+    """Names of columns for a message, which may be of any number."""
+    more = len(names) - _SHOWN_MAX
+    return f"{list(names[:_SHOWN_MAX])}" + (f" and {more} more" if more > 0 else "")
 
 
 def _checked_decoders(decode: Mapping[str, Decoder] | None) -> dict[str, Decoder]:

@@ -10,8 +10,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from fastload.engine.columns import shown
 from fastload.engine.gather import Values
 from fastload.engine.windows import Ints, LiveWindows
+from fastload.errors import MissingColumnError
 from fastload.plan import BatchEntry
 
 __all__ = ["Located"]
@@ -25,9 +27,24 @@ class Located:
         self._urls_of = urls_of
         self._parts = live.find(entry.object_no, entry.sample_no)
 
-    def present(self) -> list[str]:
+    def present(self) -> tuple[str, ...]:
         """The columns that their windows have."""
-        return list(dict.fromkeys(name for window, _, _, _ in self._parts for name in window.columns()))
+        if len(self._parts) == 1:
+            return self._parts[0][0].columns()
+        return tuple(dict.fromkeys(name for window, _, _, _ in self._parts for name in window.columns()))
+
+    def all_columns(self) -> tuple[str, ...]:
+        """Those that are present, to read all of them. MissingColumnError where most samples lack most of them."""
+        for window, _, places, _ in self._parts:
+            if window.is_sparse:
+                (url,) = window.urls(places[:1], self._urls_of)
+                raise MissingColumnError(
+                    f"{url}: its window of shards has {len(window.columns())} columns, and most samples lack most of "
+                    f"them: {shown(window.columns())}. A column is what follows the first dot of a member's name, so "
+                    "dots within keys make columns of their own. Name the columns that every sample has with "
+                    "columns=[...] or decode={...}"
+                )
+        return self.present()
 
     def values_of(self, columns: tuple[str, ...]) -> tuple[Values, int]:
         """Where the values of these columns lie, offset -1 where a sample has none, and how many of these there are."""

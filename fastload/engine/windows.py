@@ -23,6 +23,8 @@ Ints = npt.NDArray[np.int64]
 
 # Shards of a window whose URLs are kept as Python's strings: a million would take 100 MB.
 _URLS_KEPT = 4096
+# Places of values, 16 bytes each, in a table of all columns.
+_PLACES_MAX, _PLACES_A_MEMBER_MAX = 1 << 20, 16
 
 
 @dataclass(slots=True)
@@ -36,16 +38,19 @@ class Window:
     chunk_nos: Ints
     number: int = field(init=False, default=-1)  # of its opening, given by `LiveWindows`
     counts: Ints = field(init=False)
+    _member_count: int = field(init=False)
     _base: Ints = field(init=False)
     _key_bytes: npt.NDArray[np.uint8] = field(init=False)
     _key_starts: Ints = field(init=False)
     _key_bytes_max: int = field(init=False)
     _places: dict[tuple[str, ...], Ints] = field(init=False, default_factory=dict)
+    _columns: tuple[str, ...] | None = field(init=False, default=None)
     _urls: list[str] | None = field(init=False, default=None)
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.counts = np.array([index.sample_count for index in self.indexes], np.int64)
+        self._member_count = sum(index.member_count for index in self.indexes)
         self._base = np.concatenate([[0], np.cumsum(self.counts)])
         # Ends fall together with the next start, so one array of S + 1 offsets serves the whole window.
         first_bytes = np.cumsum([0, *(len(index.key_bytes) for index in self.indexes)]).tolist()
@@ -61,7 +66,17 @@ class Window:
 
     def columns(self) -> tuple[str, ...]:
         """The names of all columns in these shards, in the order in which they first appear."""
-        return tuple(dict.fromkeys(name for index in self.indexes for name in index.columns))
+        with self._lock:
+            if self._columns is None:
+                self._columns = tuple(dict.fromkeys(name for index in self.indexes for name in index.columns))
+            return self._columns
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether most samples have few of the columns, so that a table of all would take far more memory than the
+        shards' own indexes.
+        """
+        return int(self._base[-1]) * len(self.columns()) > _PLACES_MAX + _PLACES_A_MEMBER_MAX * self._member_count
 
     # Rows are what the following know samples by: one for each, those of a shard behind those of the shard before.
 
@@ -104,13 +119,14 @@ class Window:
 
     def _places_of(self, columns: tuple[str, ...]) -> Ints:
         table = np.empty((int(self._base[-1]), 1 + 2 * len(columns)), np.int64)
+        numbers = {name: number for number, name in enumerate(columns)}
         for index, first_chunk, base in zip(self.indexes, self.first_chunk.tolist(), self._base.tolist(), strict=False):
             fill_places(
                 index.member_start,
                 index.member_column,
                 index.member_offset,
                 index.member_size,
-                np.array([columns.index(name) if name in columns else -1 for name in index.columns], np.int64),
+                np.array([numbers.get(name, -1) for name in index.columns], np.int64),
                 first_chunk,
                 table[base : base + index.sample_count],
             )

@@ -16,6 +16,7 @@ interrupted, leaves many zeros, and archives that were joined leave another one.
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise, takewhile
 from typing import TypeVar
 
@@ -43,6 +44,9 @@ _MEMBERS = 4096
 # power of two, 40 or 80 then. With any more, an archive that was cut off and ends in zeros would seem whole.
 _RECORDS_BYTES = (*(10_240 << power for power in range(3)), *(1 << power for power in range(14, 21)))
 _END_MARK_BYTES = 1024
+
+# Where the hashes of columns begin.
+_SEED = int.from_bytes(os.urandom(8), "little") >> 1
 
 # What a sample's dict already has under these names.
 _RESERVED = ("__key__", "__url__")
@@ -82,6 +86,7 @@ class TarIndexer:
         self._names = np.empty(_MEMBERS * 128 + NAME_BYTES_MAX, np.uint8)
         self._ends, self._offsets, self._sizes = (np.empty(_MEMBERS, np.int64) for _ in range(3))
         self._found: list[tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = []
+        self._name_bytes = 0
         self._tail: int | None = None  # up to where there is nothing but zeros after the end mark, once that was seen
         self._ended = False
 
@@ -161,6 +166,9 @@ class TarIndexer:
             outputs = (self._ends, self._offsets, self._sizes)
             ends, offsets, sizes = (array[:count].copy() for array in outputs)
             self._found.append((self._names[:name_bytes].copy(), ends, offsets, sizes))
+        self._name_bytes += name_bytes
+        if self._name_bytes > self._size:  # only where all members have one name, of any length
+            raise ShardError(f"{self._url}: a global pax header names all members; pack it again")
         state[[tarindex.MEMBERS, tarindex.NAME_BYTES]] = 0
 
     def _explain(self, code: int, chunk: NDArray[np.uint8], start: int) -> str:
@@ -246,6 +254,7 @@ class _Grouping:
             self._member_column,
             self._table,
             self._kept,
+            _SEED,
         )
         if samples < 0:
             raise self._doubled(-1 - samples, int(offsets[-1 - samples]))

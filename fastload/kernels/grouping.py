@@ -3,7 +3,8 @@
 webdataset's convention: a sample is a run of members with the same key, the name up to the first dot of its
 last part; what follows that dot is the column. Names come as bytes, all in one array, and keys and columns
 are compared as such. The few distinct columns are found through a hash table; consecutive members mostly have
-equal or different keys within the first bytes, so keys are compared directly.
+equal or different keys within the first bytes, so keys are compared directly. The hash begins with a number that the
+caller draws, so that nobody can make an archive whose columns all have the same.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def same_bytes(a: Bytes, b: Bytes) -> bool:
     return True
 
 
-@helper(int64(_bytes_out, _ints_out, int64, array_out(int32)))
-def column_number(name: Bytes, column_ends: Int64s, columns: int, table: NDArray[np.int32]) -> int:
+@helper(int64(_bytes_out, _ints_out, int64, array_out(int32), int64))
+def column_number(name: Bytes, column_ends: Int64s, columns: int, table: NDArray[np.int32], seed: int) -> int:
     """The number of the column whose name follows those that `column_ends` covers; `columns` where it is new.
 
     name: all columns' names and then the one to look up. table: a hash table of column numbers, -1 where
@@ -63,7 +64,7 @@ def column_number(name: Bytes, column_ends: Int64s, columns: int, table: NDArray
     """
     start = column_ends[columns]
     wanted = name[start:]
-    code = np.uint64(14695981039346656037)
+    code = np.uint64(14695981039346656037) ^ np.uint64(seed)
     for i in range(wanted.size):
         code = (code ^ np.uint64(wanted[i])) * np.uint64(1099511628211)
     slot = int64((code >> np.uint64(20)) & np.uint64(table.size - 1))
@@ -89,6 +90,7 @@ def column_number(name: Bytes, column_ends: Int64s, columns: int, table: NDArray
         array_out(int32),
         array_out(int32),
         _ints_out,
+        int64,
     )
 )
 def group(
@@ -103,6 +105,7 @@ def group(
     member_column: NDArray[np.int32],
     table: NDArray[np.int32],
     kept: Int64s,
+    seed: int,
 ) -> int:
     """Group n members into samples; returns the number S of samples, or -1 - m where m doubles a column.
 
@@ -111,6 +114,7 @@ def group(
     column_bytes: as long as `names`. column_ends: int64[n + 2]: 0, then one per column; the rest is -1. Columns are
     lower-cased (ASCII). member_column: int32[n]; kept: int64[n + 1]: the members that are part of a sample, and their
     number in kept[n]. Scratch: last_seen, int64[n]; table, int32, of a size that is a power of two larger than n.
+    seed: any number that archives cannot know.
     """
     for i in range(column_ends.size):
         column_ends[i] = -1
@@ -139,7 +143,7 @@ def group(
         for i in range(name.size - at):
             letter = name[at + i]
             column_bytes[column_start + i] = letter + 32 if 65 <= letter <= 90 else letter
-        column = column_number(column_bytes[:column_end], column_ends, columns, table)
+        column = column_number(column_bytes[:column_end], column_ends, columns, table, seed)
         if column == columns:
             columns += 1
             column_ends[columns] = column_end

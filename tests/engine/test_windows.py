@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fastload.engine.located import Located
 from fastload.engine.windows import LiveWindows, Window
+from fastload.errors import MissingColumnError
 from fastload.formats import ShardIndex
 from fastload.plan import BatchEntry
 
@@ -109,3 +110,39 @@ def test_a_batch_in_the_making_when_all_is_closed_finds_nothing() -> None:
     live.close_all()
     with pytest.raises(AssertionError, match="in no open window"):
         live.find(np.array([0, 1], np.int32), np.zeros(2, np.int64))
+
+
+def test_many_columns_take_no_longer_than_many_members() -> None:
+    """A shard may have any number of columns. Looked up one in all the others, these take minutes."""
+    columns = tuple(f"c{number}" for number in range(100_000))
+    live = open_windows([index_of_columns(columns, 1)], [0])
+    located = Located(entry_of([(0, 0)]), live, urls_of)
+    assert located.all_columns() == columns
+    values, missing = located.values_of(columns)
+    assert missing == 0
+    assert values.offset.tolist() == [[number] for number in range(100_000)]
+
+
+def test_columns_that_most_samples_lack_take_no_table_of_all() -> None:
+    """Such as come from dots within keys: a table of all columns of all samples would have 10 ** 10 places."""
+    columns = tuple(f"{number}.jpg" for number in range(100_000))
+    live = open_windows([index_of_columns(columns, len(columns))], [0])
+    located = Located(entry_of([(0, 5)]), live, urls_of)
+    with pytest.raises(
+        MissingColumnError, match=r"s3://b/0: .* 100000 columns, .* and 99980 more\. .*columns=\["
+    ) as told:
+        located.all_columns()
+    assert len(str(told.value)) < 1000
+    # Those that are named are found all the same.
+    values, missing = located.values_of(("5.jpg",))
+    assert (missing, values.offset.tolist()) == (0, [[5]])
+
+
+def index_of_columns(columns: tuple[str, ...], samples: int) -> ShardIndex:
+    """A shard of one member a column, in so many samples: one, or one for each."""
+    count = len(columns)
+    starts = np.linspace(0, count, samples + 1).astype(np.int64)
+    numbers = np.arange(count, dtype=np.int64)
+    sizes = np.ones(count, np.int64)
+    keys = np.frombuffer(b"k" * samples, np.uint8).copy()
+    return ShardIndex(columns, keys, np.arange(samples + 1), starts, numbers.astype(np.int32), numbers, sizes, count)

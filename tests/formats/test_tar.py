@@ -264,6 +264,10 @@ FAULTS = {
     ),
     "pax record without =": (header(b"p", 9, b"x") + padded(b"9 patha.\n") + END, "offset 0: a pax header's records"),
     "pax record without end": (header(b"p", 9, b"x") + padded(b"9 path=ab") + END, "offset 0: a pax header's records"),
+    "one long name for all": (
+        pax({"path": "n" * 60_000 + ".x"}, b"g") + header(b"a.x") * 5000 + END,
+        "global pax header names all members",
+    ),
     "pax size for all": (pax({"size": "3"}, b"g") + header(b"a.x") + END, "global pax header sets one size"),
     "sparse, GNU": (header(b"a.x", 0, b"S") + END, "sparse .*'a.x'"),
     "sparse, pax": (pax({"GNU.sparse.major": "1"}) + header(b"a.x") + END, "offset 1024: sparse"),

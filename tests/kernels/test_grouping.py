@@ -42,7 +42,7 @@ def plain(names: list[bytes]) -> Grouped | int:
     return samples, columns, kept
 
 
-def by_kernel(names: list[bytes]) -> Grouped | int:
+def by_kernel(names: list[bytes], seed: int = 5) -> Grouped | int:
     """The same by `group`."""
     count, text = len(names), np.frombuffer(b"".join(names), np.uint8)
     key_bytes, column_bytes = np.empty_like(text), np.empty_like(text)
@@ -62,6 +62,7 @@ def by_kernel(names: list[bytes]) -> Grouped | int:
         member_column,
         table,
         kept,
+        seed,
     )
     if found < 0:
         return found
@@ -86,4 +87,5 @@ def test_the_kernel_is_its_plain_twin(names: list[bytes]) -> None:
 def test_more_columns_than_a_few_and_all_in_one_sample() -> None:
     names = [b"key.column%d" % (number * 7919 % 1000) for number in range(1000)]
     assert by_kernel(names) == plain(names)
+    assert by_kernel(names, seed=(1 << 62) + 12345) == plain(names)
     assert by_kernel([*names, b"key.COLUMN5"]) == -1001
