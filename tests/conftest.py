@@ -54,7 +54,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # How long things may take to end that nobody waits for: a service after its last consumer, an idle
 # connection.
-_GRACE_S = 5.0
+_GRACE_S = 60.0
 
 
 @pytest.hookimpl(optionalhook=True)

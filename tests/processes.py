@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.patience import PATIENCE_S
+
 
 def service_pids(directory: Path) -> list[int]:
     """The cache services of a directory."""
@@ -34,7 +36,7 @@ def kill_service(directory: Path) -> None:
     until(lambda: not set(found) & set(service_pids(directory)))
 
 
-def until(ready: Callable[[], object], timeout_s: float = 20.0) -> None:
+def until(ready: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
     """Wait for something outside of this process."""
     deadline = time.monotonic() + timeout_s
     while not ready():

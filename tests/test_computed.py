@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from fastload.computed import computed
+from tests.patience import PATIENCE_S
 
 
 class Slow:
@@ -23,7 +24,7 @@ class Slow:
         """Seven."""
         self.count += 1
         self.begun.set()
-        assert self.gate is None or self.gate.wait(60)
+        assert self.gate is None or self.gate.wait(PATIENCE_S)
         return 7
 
 
@@ -40,7 +41,7 @@ def test_neither_threads_nor_a_child_wait_for_another_objects() -> None:
     thread = threading.Thread(target=lambda: held.value)
     thread.start()
     try:
-        assert held.begun.wait(60)
+        assert held.begun.wait(PATIENCE_S)
         child = os.fork()
         if child == 0:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import fastload
+from tests.patience import PATIENCE_S
 from tests.processes import kill_service, service_pids, until
 from tests.shards import check_samples, corpus, samples_of
 
@@ -109,7 +110,7 @@ def test_a_job_that_was_killed_resumes_from_the_cache(s3, tmp_path: Path) -> Non
 def test_a_script_that_fails_in_mid_epoch_ends_promptly(s3, tmp_path: Path) -> None:
     code = CONSUMER.replace("sys.stdin.readline()", "raise RuntimeError('mine')")
     command = [sys.executable, "-c", code, corpus().put(s3), str(tmp_path / "cache"), json.dumps(SMALL)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 1
     assert done.stderr.strip().endswith("RuntimeError: mine")
     until(lambda: not service_pids(tmp_path / "cache"))
@@ -122,5 +123,5 @@ def test_ctrl_c_ends_a_job_promptly(s3, tmp_path: Path) -> None:
     with job:
         assert job.stdout.readline()
         os.kill(job.pid, signal.SIGINT)
-        assert job.wait(timeout=20) != 0
+        assert job.wait(timeout=PATIENCE_S) != 0
     until(lambda: not service_pids(tmp_path / "cache"))

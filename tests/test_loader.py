@@ -18,6 +18,7 @@ import torch
 
 import fastload
 from fastload.engine.run import RunClosedError
+from tests.patience import PATIENCE_S
 from tests.processes import until
 from tests.shards import Corpus, check_samples, corpus, samples_of, tar_of
 
@@ -506,7 +507,7 @@ def test_what_is_in_use_when_a_data_set_is_closed_is_disconnected_when_it_ends(t
     assert consumers
     assert sum(1 for _ in samples) == len(data.samples) - 1
     for thread in consumers:
-        thread.join(10)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive()
     cache.close()
 

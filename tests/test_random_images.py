@@ -10,6 +10,7 @@ import torch
 import fastload
 from fastload import decode
 from tests.decode import pictures
+from tests.patience import PATIENCE_S
 from tests.shards import tar_of
 
 RANDOM = decode.image(24, random_resized_crop=True, hflip=0.5)
@@ -93,7 +94,7 @@ def test_the_same_sample_by_sample_and_in_torchs_own_loader(shards, cache) -> No
     assert found == expected
     dataset = fastload.StreamingDataset(shards, batch_size=4, **options)
     workers = torch.utils.data.DataLoader(
-        dataset, batch_size=4, num_workers=2, multiprocessing_context="fork", collate_fn=list, timeout=60
+        dataset, batch_size=4, num_workers=2, multiprocessing_context="fork", collate_fn=list, timeout=PATIENCE_S
     )
     found = {sample["__key__"]: np.asarray(sample["jpg"]).tobytes() for batch in workers for sample in batch}
     dataset.close()

@@ -8,6 +8,7 @@ import pytest
 import torch.utils.data
 
 import fastload
+from tests.patience import PATIENCE_S
 from tests.shards import Corpus, check_samples, corpus
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -40,7 +41,7 @@ def torch_loader(dataset, method: str, workers: int, batch_size: int = 8, **opti
         num_workers=workers,
         multiprocessing_context=method,
         collate_fn=first,
-        timeout=60,
+        timeout=PATIENCE_S,
         **options,
     )
 

@@ -669,7 +669,6 @@ def test_no_batch_of_ours_is_torn(device: str, side: LateSide, streamed: Callabl
 
 
 @needs_cuda
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("slow", ["side", "consumer"])
 @pytest.mark.parametrize("kind", KINDS[:3], ids=str)
 def test_on_cuda_no_batch_of_ten_thousand_is_torn(
@@ -682,7 +681,6 @@ def test_on_cuda_no_batch_of_ten_thousand_is_torn(
 
 
 @needs_cuda
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("slow", ["side", "consumer"])
 @pytest.mark.parametrize("num_workers", [0, 4])
 def test_on_cuda_batches_of_our_data_sets_are_whole(

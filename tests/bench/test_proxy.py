@@ -17,6 +17,7 @@ from obstore.store import S3Store
 
 from bench.proxy import GRANT_BYTES, SLACK_S, Profile, Proxy, RateClock
 from tests.conftest import Bucket
+from tests.patience import PATIENCE_S
 
 NEAR = Profile(delay_s=0.0)
 
@@ -166,7 +167,7 @@ def test_it_ends_with_sigterm_and_with_its_starter(s3: Bucket) -> None:
         assert b"port" in started.stdout.readline()
         assert started.stdin is not None
         started.stdin.close()
-        assert started.wait(timeout=10) == 0
+        assert started.wait(timeout=PATIENCE_S) == 0
 
 
 def _minute() -> object:

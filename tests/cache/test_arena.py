@@ -18,6 +18,7 @@ import pytest
 from fastload.cache import Arena, ArenaView, syscalls
 from fastload.errors import CacheError
 from tests.cache.faults import failing
+from tests.patience import PATIENCE_S
 
 CHUNK_BYTES = 64 << 10
 
@@ -150,7 +151,7 @@ def test_close_while_populating() -> None:
         thread = threading.Thread(target=arena.populate, args=(0, 64 << 20, threading.Event()))
         thread.start()
         arena.close()
-        thread.join(10)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive()
 
 

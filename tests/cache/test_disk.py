@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from fastload.cache import ChunkKey, DiskTier, inventory, owner, syscalls
 from tests.cache.faults import no_direct_io
+from tests.patience import PATIENCE_S
 
 CHUNK_BYTES = 128 << 10
 QUOTA_BYTES = 4 << 20
@@ -390,7 +391,7 @@ def test_two_writers_of_one_chunk(place: Place) -> None:
     rename = syscalls.rename
 
     def together(source: Path, target: Path) -> None:
-        barrier.wait(10)
+        barrier.wait(PATIENCE_S)
         rename(source, target)
 
     place.buffer[:] = content(1)

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from fastload.demo import train
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture
@@ -57,5 +58,5 @@ def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None
             if "accuracy" in line:
                 break
         demo.send_signal(number)
-        assert demo.wait(timeout=60) != 0
+        assert demo.wait(timeout=PATIENCE_S) != 0
     assert list(tmp_path.glob("fastload-*")) == []

@@ -11,6 +11,7 @@ import torch.distributed as distributed
 from fastload.engine import agreement
 from fastload.errors import ConfigError, FastloadError, ServiceError, WaitTimeoutError
 from fastload.plan import Ranks
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Any:
     return shared
 
 
-def all_meet(places: list[str], world_size: int, deadline_s: float = 60.0, meeting: str = "0/1") -> list[Any]:
+def all_meet(places: list[str], world_size: int, deadline_s: float = PATIENCE_S, meeting: str = "0/1") -> list[Any]:
     """What came of it for each rank that comes."""
     found: list[Any] = [None] * len(places)
 

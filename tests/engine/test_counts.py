@@ -16,6 +16,7 @@ from fastload.engine import counts as counts_module
 from fastload.engine.counts import Exchange, ExchangedCounts
 from fastload.errors import ServiceError, ShardError
 from fastload.waiting import Waits
+from tests.patience import PATIENCE_S
 
 COUNTS = np.array([3, 1, 4, 1, 5, 9, 2, 6], np.int64)
 
@@ -47,7 +48,7 @@ class Node:
         self._counts[object_nos] = counts
 
     def get(self, consumer: Any, numbers: list[int]) -> list[Any]:
-        assert self.gate.wait(30)
+        assert self.gate.wait(PATIENCE_S)
         if self._broken in numbers:
             raise ShardError(f"shard {self._broken} is no tar")
         self.indexed += numbers
@@ -167,7 +168,7 @@ def test_a_store_that_ends_ends_the_thread_quietly_and_whoever_asks_with_the_cur
         with pytest.raises(ServiceError, match=r"store of torch.distributed ended .*barrier\(\)"):
             ours.ask(nos(1), READS_NOTHING, never)
         assert ours._thread is not None
-        ours._thread.join(30)
+        ours._thread.join(PATIENCE_S)
         assert not ours._thread.is_alive()
 
 
@@ -176,7 +177,7 @@ def test_the_thread_ends_once_all_is_told(store: Any) -> None:
         thread = ours._thread
         assert thread is not None
         ours.counted(nos(0), COUNTS[:1])
-        thread.join(30)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive()
         ours.close()
         ours.open()
@@ -214,7 +215,7 @@ def test_closing_ends_whoever_asks_and_whoever_counts(store: Any) -> None:
     while of_a._session is None:  # until it counts
         time.sleep(0.01)
     with passes.interrupted():
-        asking.join(30)
+        asking.join(PATIENCE_S)
     assert len(failures) == 1
     of_a.close()
     of_b.close()

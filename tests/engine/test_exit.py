@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from tests.patience import PATIENCE_S
+
 SCRIPT = """
 import time
 import torch
@@ -31,7 +33,9 @@ kept.submit(lambda thing=Slow("a job of a pool that is there"): use(thing))
 
 
 def test_what_threads_hold_is_let_go_of_before_the_interpreter_ends() -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=PATIENCE_S, check=True
+    )
     assert sorted(done.stdout.splitlines()) == [
         "a job of a pool that is there",
         "a job of a pool that was dropped",

@@ -17,6 +17,7 @@ from fastload.errors import ConfigError, ObjectMissingError, StateError, WaitTim
 from fastload.plan import Manifest
 from fastload.store.types import ObjectInfo
 from fastload.waiting import Waits
+from tests.patience import PATIENCE_S
 
 URLS = ["s3://user:secret@bucket/train/", "s3://bucket/more-{0..3}.tar"]
 
@@ -43,7 +44,7 @@ def test_the_first_rank_writes_it_and_the_others_wait(tmp_path: Path) -> None:
         thread.start()
     assert shared_manifest(path, URLS, is_first=True, list_shards=lambda: TWO) == TWO
     for thread in threads:
-        thread.join(20)
+        thread.join(PATIENCE_S)
     assert [each.says_the_same_as(TWO) for each in found] == [True] * 3
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert os.listdir(tmp_path) == ["train.json"]

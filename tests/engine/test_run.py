@@ -10,6 +10,7 @@ from fastload.engine.pool import DecodePool
 from fastload.engine.run import InlineRun, RunClosedError, ThreadedRun
 from fastload.errors import ServiceError
 from fastload.waiting import Waits
+from tests.patience import PATIENCE_S
 from tests.processes import until
 
 
@@ -58,7 +59,7 @@ def test_the_depth_bounds_what_is_ahead(pool: DecodePool) -> None:
     feed = Feed(100)
     run = ThreadedRun(feed, lambda number: number, pool, depth=4, waits=Waits())
     next(run)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE_S
     while len(feed.given) < 6 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05)
@@ -73,7 +74,7 @@ def test_the_feeder_pauses_for_breath_only_while_it_is_ahead(pool: DecodePool, m
     may_make = threading.Event()
 
     def wait(number: int) -> int:
-        assert may_make.wait(20)
+        assert may_make.wait(PATIENCE_S)
         return number
 
     run = ThreadedRun(Feed(5), wait, pool, depth=3, waits=Waits())
@@ -133,7 +134,7 @@ def test_close_from_another_thread_is_not_the_end_of_the_epoch(pool: DecodePool)
     blocked = threading.Event()
 
     def block(number: int) -> int:
-        blocked.wait(20)
+        blocked.wait(PATIENCE_S)
         return number
 
     run = ThreadedRun(Feed(10), block, pool, depth=8, waits=Waits())

@@ -14,6 +14,7 @@ import pytest
 
 from fastload.engine.workers import WorkerOptions, Workers
 from fastload.errors import WorkerError
+from tests.patience import PATIENCE_S
 from tests.processes import is_running, until
 
 
@@ -80,7 +81,7 @@ def test_whoever_gives_up_is_not_held_up_by_others_who_did_so_sooner(monkeypatch
         with workers.interrupted():
             pass
         for thread in threads:
-            thread.join(30)
+            thread.join(PATIENCE_S)
             assert not thread.is_alive()
     workers.close()
 
@@ -119,5 +120,5 @@ def test_a_batch_whose_workers_are_let_go_says_so(monkeypatch):
     thread.start()
     until(workers._idle.empty)
     workers.close()
-    thread.join(30)
+    thread.join(PATIENCE_S)
     assert "was let go while it made a batch" in str(told[0])

@@ -18,6 +18,7 @@ import fastload
 from tests.conftest import Bucket
 from tests.files.conftest import CHUNK_BYTES
 from tests.files.test_open import content, node
+from tests.patience import PATIENCE_S
 from tests.service.test_fork import in_child
 
 pytestmark = [
@@ -56,7 +57,7 @@ def read(dataset: Objects, method: str, workers: int = 2) -> list[bytes]:
         num_workers=workers,
         multiprocessing_context=method,
         collate_fn=as_they_are,
-        timeout=100,
+        timeout=PATIENCE_S,
     )
     return [data for batch in loader for data in batch]
 
@@ -113,7 +114,7 @@ def test_a_service_in_this_process(s3: Bucket, tmp_path: Path, objects: dict[str
 def run(code: Callable[[], object] | str, *arguments: object, **environment: str) -> str:
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}, timeout=100
+        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}, timeout=PATIENCE_S
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return done.stdout
@@ -145,7 +146,7 @@ def test_the_example(tmp_path: Path, objects: dict[str, bytes]) -> None:
     example = Path(__file__).parents[2] / "examples" / "open_objects.py"
     command = [sys.executable, example, *objects]
     environment = {**os.environ, "FASTLOAD_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=PATIENCE_S)
     total = sum(map(len, objects.values()))
     expected = rf"epoch 0: {total} bytes in \S+ s; fetched so far: {total} bytes\nepoch 1: {total} bytes in \S+ s; "
     assert re.match(expected + rf"fetched so far: {total} bytes\n$", done.stdout), done.stdout

@@ -28,7 +28,7 @@ POINTS = 44  # eleven batches of four; five or six for each of two processes
 SHARDS = 4
 
 # Frameworks take long to be imported, in each process.
-pytestmark = [FRAMEWORK, pytest.mark.timeout(400)]
+pytestmark = FRAMEWORK
 
 
 def needs(*packages: str) -> pytest.MarkDecorator:

@@ -29,6 +29,7 @@ from tests.foreign.datasets import (
     StatefulSampler,
     as_is,
 )
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # which torchdata calls
 
@@ -249,7 +250,7 @@ def test_a_state_can_be_loaded_often(workers, num_workers):
 
 def first_is_slow(index: int) -> int:
     if index == 0:
-        torch.utils.data.get_worker_info().dataset.waits.wait(20)
+        torch.utils.data.get_worker_info().dataset.waits.wait(PATIENCE_S)
     return index
 
 

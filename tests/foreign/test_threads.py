@@ -25,6 +25,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 import fastload
 from fastload.foreign import crew, info
+from tests.patience import PATIENCE_S
 from tests.processes import until
 
 FORKS = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -261,7 +262,7 @@ def test_persistent_workers_go_on_from_epoch_to_epoch() -> None:
 def test_a_worker_init_fn_that_takes_too_long_is_an_error() -> None:
     gate = threading.Event()
     with pytest.raises(RuntimeError, match=r"DataLoader timed out after 0\.05 seconds"):
-        iter(threaded(Squares(3), timeout=0.05, worker_init_fn=lambda _: gate.wait(60)))
+        iter(threaded(Squares(3), timeout=0.05, worker_init_fn=lambda _: gate.wait(PATIENCE_S)))
     gate.set()
 
 
@@ -350,7 +351,7 @@ def test_a_process_ends_cleanly_with_threads_at_work(tmp_path: Path) -> None:
         "next(batches)\n"
         "next(iter(fastload.DataLoader(Endless(), num_workers=2, workers='thread')))\n"
     )
-    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=PATIENCE_S)
     assert (ended.returncode, ended.stderr) == (0, "")
 
 

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tests.patience import PATIENCE_S
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -36,7 +38,7 @@ class Launched:
     def __exit__(self, *_: object) -> None:
         self.end()
 
-    def output(self, timeout_s: float = 80.0) -> str:
+    def output(self, timeout_s: float = PATIENCE_S) -> str:
         """What it printed, once it has ended well. AssertionError, with what it printed, otherwise."""
         try:
             output, _ = self._process.communicate(timeout=timeout_s)
@@ -61,5 +63,7 @@ class Launched:
         if self._process.stdout.closed:
             return ""
         self._process.terminate()
-        output, _ = self._process.communicate(timeout=60)
+        with self._process.stdout:
+            output = self._process.stdout.read()  # not by `communicate`, which loses what `read_until` has buffered
+        self._process.wait(PATIENCE_S)
         return output

@@ -30,9 +30,10 @@ import torch
 import torch.distributed as distributed
 
 from fastload.plan import Ranks
+from tests.patience import PATIENCE_S
 
-_GRACE_S = 10.0  # for the others, once a rank has failed
-_ENDING_S = 5.0  # for threads of a rank to end after its work
+_GRACE_S = 60.0  # for the others, once a rank has failed
+_ENDING_S = 60.0  # for threads of a rank to end after its work
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,12 @@ class RankPool:
         self._ranks = [self._fork() for _ in range(size)]
 
     def run(
-        self, name: str, function: Callable[..., Any], ranks: Sequence[Rank], *arguments: Any, deadline_s: float = 60.0
+        self,
+        name: str,
+        function: Callable[..., Any],
+        ranks: Sequence[Rank],
+        *arguments: Any,
+        deadline_s: float = PATIENCE_S,
     ) -> list[Any]:
         """`function(rank, *arguments)` in every rank at the same time; what each returns, or `Failed`.
 
@@ -160,7 +166,7 @@ class Started:
     def __init__(self, pool: RankPool, name: str, ranks: list[_Process]) -> None:
         self._pool, self._name, self._ranks = pool, name, ranks
 
-    def answers(self, deadline_s: float = 60.0) -> list[Any]:
+    def answers(self, deadline_s: float = PATIENCE_S) -> list[Any]:
         """What each rank returned; see `RankPool.run`."""
         found: dict[int, Any] = {}
         deadline = time.monotonic() + deadline_s
@@ -236,7 +242,7 @@ def _in_place(rank: Rank, run: int, store: Any) -> Iterator[None]:
         yield
         return
     meeting = distributed.PrefixStore(f"{run}/{rank.meets}", store)
-    timeout = timedelta(seconds=60)
+    timeout = timedelta(seconds=PATIENCE_S)
     distributed.init_process_group("gloo", store=meeting, rank=rank.rank, world_size=rank.world_size, timeout=timeout)
     try:
         yield

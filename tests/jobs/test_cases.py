@@ -21,7 +21,7 @@ from tests.jobs.trial import Trial
 _COUNT = int(os.environ.get("FASTLOAD_JOB_CASES", "0"))
 
 
-@pytest.mark.timeout(120 + 10 * _COUNT)
+@pytest.mark.timeout(600 + 10 * _COUNT)
 @settings(
     max_examples=_COUNT or 10,
     derandomize=not _COUNT,

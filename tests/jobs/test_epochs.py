@@ -21,6 +21,7 @@ from tests.jobs.case import Case, Size
 from tests.jobs.pool import Rank, RankPool
 from tests.jobs.reading import SMALL, Reading, read
 from tests.jobs.shelf import Shelf
+from tests.patience import PATIENCE_S
 from tests.plan.cluster import Cluster
 from tests.processes import until
 from tests.shards import tar_of
@@ -113,7 +114,7 @@ def test_workers_of_torch_that_persist_learn_the_epoch_on_every_node(
         indexing.close()
         dataset = fastload.StreamingDataset(urls, cache=cache, batch_size=3, **DATASET)
         loader: Any = torch.utils.data.DataLoader(
-            dataset, batch_size=3, collate_fn=keys, num_workers=2, persistent_workers=True, timeout=60
+            dataset, batch_size=3, collate_fn=keys, num_workers=2, persistent_workers=True, timeout=PATIENCE_S
         )
         found = [list(loader) for _ in range(2)]
         dataset.set_epoch(7)

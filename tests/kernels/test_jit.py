@@ -21,6 +21,7 @@ from fastload.kernels.gather import gather_pieces
 from fastload.kernels.locate import fill_buckets
 from fastload.kernels.resize import fill_table
 from tests.kernels.example import SOURCE, run
+from tests.patience import PATIENCE_S
 
 READ_ONLY = np.arange(4)
 READ_ONLY.flags.writeable = False
@@ -198,13 +199,13 @@ def test_a_fork_waits_until_nothing_is_half_loaded(
 
     def load(unit: jit.Unit) -> bool:
         is_inside.set()
-        may_end.wait(60)
+        may_end.wait(PATIENCE_S)
         return False
 
     monkeypatch.setattr(jit, "_load", load)
     monkeypatch.setattr(fill_buckets, "_run", fill_buckets._run_first)  # type: ignore[attr-defined]
     compilation = compile_in_background("locate")
-    is_inside.wait(60)
+    is_inside.wait(PATIENCE_S)
     child = multiprocessing.get_context("fork").Process(target=_compiles)
     forking = threading.Thread(target=child.start)
     forking.start()
@@ -212,7 +213,7 @@ def test_a_fork_waits_until_nothing_is_half_loaded(
     assert forking.is_alive()
     may_end.set()
     forking.join()
-    child.join(60)
+    child.join(PATIENCE_S)
     assert child.exitcode == 0
     child.close()
     compilation.join()

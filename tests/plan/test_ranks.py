@@ -18,6 +18,7 @@ from fastload.plan import (
     turn_of,
 )
 from fastload.plan.tail import check_tail
+from tests.patience import PATIENCE_S
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 
@@ -101,7 +102,7 @@ assert resolve_ranks(environ={"RANK": "1", "WORLD_SIZE": "4"}) == Ranks(0, 1, 0,
 assert resolve_ranks(1, 3, {}) == Ranks(1, 3, 1, 3)
 distributed.destroy_process_group()
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=PATIENCE_S)
 
 
 def test_counts_of_a_rank():

@@ -14,6 +14,7 @@ from fastload.errors import FastloadError, ObjectChangedError, ObjectMissingErro
 from fastload.service import Consumer, Held
 from fastload.service.session import chunk_starts
 from fastload.store.types import ObjectInfo
+from tests.patience import PATIENCE_S
 
 CHUNK_BYTES = 64 << 10
 
@@ -77,7 +78,7 @@ def contents(held: Held, chunk_bytes: int = CHUNK_BYTES) -> dict[int, bytes]:
     return found
 
 
-def read(consumer: Consumer, chunk_nos: Iterable[int], deadline_s: float = 30.0) -> dict[int, bytes]:
+def read(consumer: Consumer, chunk_nos: Iterable[int], deadline_s: float = PATIENCE_S) -> dict[int, bytes]:
     """Acquire chunks until all have been here once; they stay leased."""
     left = set(chunk_nos)
     found: dict[int, bytes] = {}
@@ -107,7 +108,7 @@ def read_epoch(consumer: Consumer, objects: Sequence[ObjectInfo], order: Sequenc
     return found
 
 
-def eventually(true: Callable[[], bool], what: str, deadline_s: float = 20.0) -> None:
+def eventually(true: Callable[[], bool], what: str, deadline_s: float = PATIENCE_S) -> None:
     """Wait for something that no event tells of."""
     deadline = time.monotonic() + deadline_s
     while not true():

@@ -11,6 +11,7 @@ import pytest
 from fastload.errors import FastloadError, ServiceError
 from fastload.service import protocol
 from fastload.service.channel import Channel, Connection
+from tests.patience import PATIENCE_S
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -32,8 +33,8 @@ def test_a_defect_while_a_message_is_taken_ends_the_wait() -> None:
     )
     channel.start()
     theirs.sendall(protocol.frame(protocol.RequestFailed(1, "ServiceError", "no")))
-    assert told.wait(60)
-    channel._thread.join(60)
+    assert told.wait(PATIENCE_S)
+    channel._thread.join(PATIENCE_S)
     theirs.close()
     assert isinstance(ended[0], ServiceError)
     assert "ZeroDivisionError('a defect')" in str(ended[0])

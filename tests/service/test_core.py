@@ -11,6 +11,7 @@ from fastload.cache import ChunkKey
 from fastload.errors import ObjectMissingError, ServiceError, StoreUnavailableError
 from fastload.service import protocol
 from fastload.service.core import Core
+from tests.patience import PATIENCE_S
 from tests.service.helpers import CHUNK_BYTES
 from tests.service.world import Side, World, settle, until
 
@@ -297,7 +298,7 @@ def test_a_slow_disk_costs_the_cache_and_not_the_reader(tmp_path: Path, monkeypa
 
     async def work(core: Core) -> None:
         write = core.disk.write
-        monkeypatch.setattr(core.disk, "write", lambda *arguments: gate.wait(20) and write(*arguments))
+        monkeypatch.setattr(core.disk, "write", lambda *arguments: gate.wait(PATIENCE_S) and write(*arguments))
         side = Side(core, world.objects)
         try:
             for chunk in range(6):

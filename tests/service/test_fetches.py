@@ -20,6 +20,7 @@ from fastload.service.core import Core
 from fastload.service.hedging import SHARE_MAX, Hedger
 from fastload.store.answers import ThrottledError
 from fastload.store.watch import Attempt, Outcome
+from tests.patience import PATIENCE_S
 from tests.service.helpers import CHUNK_BYTES, random_bytes
 from tests.service.world import Side, World, settle, until
 
@@ -40,7 +41,7 @@ def first_read_hangs(world: World, *urls: str) -> Iterator[threading.Event]:
             hangs = url in urls and url not in seen
             seen.add(url)
         if hangs:
-            assert gate.wait(20)
+            assert gate.wait(PATIENCE_S)
 
     world.store.before_read = before_read
     try:
@@ -113,7 +114,7 @@ def test_the_last_buffer_is_for_another_chunk(tmp_path: Path, buffer_count: int)
         side = Side(core, objects)
         await read(side, *range(29))
         gate = threading.Event()
-        world.store.before_read = lambda url, start: gate.wait(20) and None if url == "s3://fake/29" else None  # type: ignore[assignment]
+        world.store.before_read = lambda url, start: gate.wait(PATIENCE_S) and None if url == "s3://fake/29" else None  # type: ignore[assignment]
         try:
             side.want(29)
             await until(lambda: node(core, side)["requests_in_flight"] == buffer_count - 1, "what may be asked is")
@@ -213,7 +214,7 @@ def test_each_endpoint_has_a_limit_of_its_own(tmp_path: Path) -> None:
     async def work(core: Core) -> None:
         side = Side(core, objects)
         gate = threading.Event()
-        world.store.before_read = lambda url, start: gate.wait(20) and None if "fake" in url else None  # type: ignore[assignment]
+        world.store.before_read = lambda url, start: gate.wait(PATIENCE_S) and None if "fake" in url else None  # type: ignore[assignment]
         try:
             side.plan(0)
             side.want(20)

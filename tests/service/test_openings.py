@@ -10,6 +10,7 @@ from fastload.service import protocol
 from fastload.service.core import Core
 from fastload.service.versions import FRESH_S, Versions
 from fastload.store.types import ObjectInfo
+from tests.patience import PATIENCE_S
 from tests.service.helpers import CHUNK_BYTES, random_bytes
 from tests.service.world import Side, World, settle, until
 
@@ -51,7 +52,7 @@ class Heads:
 
         def held(url: str) -> ObjectInfo:
             self.asked.append(url)
-            self.gate.wait(20)
+            self.gate.wait(PATIENCE_S)
             return head(url)
 
         world.store.head = held  # type: ignore[method-assign]
@@ -142,7 +143,7 @@ def test_a_store_that_hangs_holds_up_no_other(tmp_path: Path) -> None:
     def held(url: str) -> ObjectInfo:
         if url.startswith("s3://hangs/"):
             hanging.append(url)
-            gate.wait(20)
+            gate.wait(PATIENCE_S)
         return head(url)
 
     world.store.head = held  # type: ignore[method-assign]

@@ -26,6 +26,7 @@ from fastload.service.remembering import _learnt
 from fastload.service.replay import ReplayPlan
 from fastload.store.types import ObjectInfo
 from tests.cache.faults import failing
+from tests.patience import PATIENCE_S
 from tests.service.helpers import CHUNK_BYTES, random_bytes
 from tests.service.world import Side, World, settle, until
 
@@ -624,7 +625,7 @@ def test_history_is_not_gathered_for_a_disk_that_hangs(
     here = world(tmp_path)
     gate = threading.Event()
     monkeypatch.setattr("fastload.service.remembering._HANGS_S", 0.02)
-    monkeypatch.setattr(Archive, "append", lambda *arguments: gate.wait(10) and None)
+    monkeypatch.setattr(Archive, "append", lambda *arguments: gate.wait(PATIENCE_S) and None)
 
     async def work(core: Core) -> None:
         for number in range(3):
@@ -667,7 +668,7 @@ def test_what_is_cleared_does_not_come_back_damaged(tmp_path: Path) -> None:
             patch.setattr(
                 Archive,
                 "append",
-                lambda *args: (began.set(), gate.wait(10), append(*args))[-1],  # type: ignore[func-returns-value]
+                lambda *args: (began.set(), gate.wait(PATIENCE_S), append(*args))[-1],  # type: ignore[func-returns-value]
             )
             readers = [Reader(core, here), Reader(core, here)]
             await readers[0].read(0)
@@ -696,7 +697,7 @@ def test_nothing_is_predicted_from_what_was_read_of_a_history_while_it_was_clear
 
     async def work(core: Core) -> None:
         blob_names = core.disk.blob_names
-        core.disk.blob_names = lambda: (gate.wait(10), blob_names())[-1]  # type: ignore[method-assign]
+        core.disk.blob_names = lambda: (gate.wait(PATIENCE_S), blob_names())[-1]  # type: ignore[method-assign]
         clears = Side(core, [])
         clears.say(protocol.Clear(1, True))
         reader = Reader(core, here)

@@ -13,6 +13,7 @@ import pytest
 from fastload.cache import syscalls
 from fastload.service import Cache, protocol, server
 from fastload.service.core import Core
+from tests.patience import PATIENCE_S
 from tests.service.helpers import CHUNK_BYTES, FakeStore, eventually, random_bytes, read_epoch
 from tests.service.world import Side, World, settle, until
 
@@ -31,7 +32,7 @@ class Disk:
 
     def _hanging(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def made(*arguments: Any) -> Any:
-            assert self._answers.wait(60)
+            assert self._answers.wait(PATIENCE_S)
             return call(*arguments)
 
         return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from fastload.service import protocol, stalls
 from fastload.service.consumers import ConsumerState
 from fastload.service.core import Core
 from fastload.store.types import ObjectInfo
+from tests.patience import PATIENCE_S
 from tests.service.helpers import CHUNK_BYTES, FakeStore, random_bytes
 
 Kind = TypeVar("Kind")
@@ -63,17 +65,31 @@ class Side:
 
 async def until(true: Callable[[], bool], what: str) -> None:
     """Let the loop run until something holds."""
-    for _ in range(1000):
-        if true():
-            return
+    deadline = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < deadline, f"gave up waiting until {what}"
         await asyncio.sleep(0.005)
-    raise AssertionError(f"gave up waiting until {what}")
 
 
 async def settle() -> None:
-    """Let everything that is under way come to rest."""
-    for _ in range(20):
+    """Let everything that is under way come to rest: twenty looks in a row find each other thread of this process
+    asleep, however long a busy machine keeps one from running.
+    """
+    looks = 0
+    while looks < 20:
         await asyncio.sleep(0.002)
+        looks = 0 if _others_run() else looks + 1
+
+
+def _others_run() -> bool:
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            return True
+        if state != "S" and int(task.name) != threading.get_native_id():
+            return True
+    return False
 
 
 class World:
@@ -115,7 +131,7 @@ class World:
     def held_back(self) -> Iterator[threading.Event]:
         """Reads wait until the event is set, at the end of the block at the latest."""
         gate = threading.Event()
-        self.store.before_read = lambda url, start: gate.wait(20) and None  # type: ignore[assignment]
+        self.store.before_read = lambda url, start: gate.wait(PATIENCE_S) and None  # type: ignore[assignment]
         try:
             yield gate
         finally:

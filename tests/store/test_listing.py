@@ -12,6 +12,7 @@ from fastload.errors import AccessDeniedError, ConfigError, ObjectMissingError
 from fastload.store import ObjectInfo, StoreOptions, StorePool, resolve
 from fastload.store.listing import present
 from tests.conftest import Bucket
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -126,7 +127,7 @@ class ReadOnly:
         raise AccessDeniedError(f"{prefix_url}: may not be listed")
 
     def head(self, url: str) -> ObjectInfo:
-        self.barrier.wait(20)
+        self.barrier.wait(PATIENCE_S)
         return ObjectInfo(url, 1)
 
     def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:

@@ -11,6 +11,7 @@ import pytest
 from fastload.errors import StoreUnavailableError
 from fastload.store import ObjectInfo, RequestOptions, RetryOptions, StoreOptions, open_store
 from fastload.store.watch import Attempt, Outcome, Watch
+from tests.patience import PATIENCE_S
 from tests.store.servers import Handler, answer, good, hang_up, server
 
 INFO = ObjectInfo("s3://b/a.tar", 5, '"e"')
@@ -65,7 +66,7 @@ def test_a_read_that_hangs_is_ended_at_once_and_not_tried_again(when: str) -> No
             handler.end_headers()
             handler.wfile.write(b"he")
         arrived.set()
-        go_on.wait(20)
+        go_on.wait(PATIENCE_S)
         handler.close_connection = True
 
     attempts: list[Attempt] = []
@@ -74,9 +75,9 @@ def test_a_read_that_hangs_is_ended_at_once_and_not_tried_again(when: str) -> No
     with server(hang) as options:
         reading = threading.Thread(target=_catching(lambda: watched(options, watch), errors))
         reading.start()
-        assert arrived.wait(20)
+        assert arrived.wait(PATIENCE_S)
         watch.cancel()
-        reading.join(20)
+        reading.join(PATIENCE_S)
         assert not reading.is_alive()
         go_on.set()
     assert [each.outcome for each in attempts] == [Outcome.CANCELLED]

@@ -11,6 +11,7 @@ import pytest
 from fastload.errors import AccessDeniedError, StoreUnavailableError
 from fastload.store import Counters, Limited, ObjectInfo, Retrying, RetryOptions
 from fastload.store.types import Store
+from tests.patience import PATIENCE_S
 
 INFO = ObjectInfo("s3://b/k", 1)
 
@@ -103,7 +104,7 @@ def test_close_ends_the_patience() -> None:
         waiting = pool.submit(store.head, "s3://b/k")
         store.close()
         with pytest.raises(StoreUnavailableError):
-            waiting.result(timeout=10)
+            waiting.result(timeout=PATIENCE_S)
 
 
 def test_no_more_requests_than_the_limit() -> None:
@@ -118,7 +119,7 @@ def test_no_more_requests_than_the_limit() -> None:
                 most = max(most, here)
                 if here == 3:
                     full.set()
-            assert full.wait(10)
+            assert full.wait(PATIENCE_S)
             with lock:
                 here -= 1
             return INFO

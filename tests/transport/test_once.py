@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastload.transport.once import Once
+from tests.patience import PATIENCE_S
 
 LARGE = 1 << 20
 
@@ -173,4 +174,4 @@ def test_tensors_that_are_shared_by_name_are_there_for_the_last_process_too(tmp_
     """torch counts how often it gave such a name, and removes the file once so many have let go of it."""
     script = tmp_path / "by_name.py"
     script.write_text(BY_NAME)
-    subprocess.run([sys.executable, script], check=True, timeout=300)
+    subprocess.run([sys.executable, script], check=True, timeout=PATIENCE_S)

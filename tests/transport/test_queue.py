@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 
 from fastload.transport.queue import Queue
+from tests.patience import PATIENCE_S
 from tests.processes import is_running, until
 
 FORK, SPAWN = multiprocessing.get_context("fork"), multiprocessing.get_context("spawn")
-LIMIT_S = 30.0
+LIMIT_S = PATIENCE_S
 # More than the kernel holds for a reader that does not read.
 LONG = 5 << 20
 
@@ -316,7 +317,7 @@ if __name__ == "__main__":
     is_put.wait()
     os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
     forkserver._forkserver._forkserver_pid = None
-    print(len(objects.get(timeout=10)))
+    print(len(objects.get(timeout=300)))
 """
 
 
