@@ -7,10 +7,11 @@ it pickles, and survives a fork.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ from fastload.arguments import (
     checked_seed,
     checked_urls,
 )
+from fastload.cache import url_without_credentials
 from fastload.config import parse_bytes
 from fastload.decode import Decoder
 from fastload.engine.assemble import Skips
@@ -45,6 +47,9 @@ from fastload.streaming import Streaming
 if TYPE_CHECKING:
     from fastload.plan.mixture import SourcePlan
 
+
+# Of a long list of URLs, how many are enough to know it by.
+_URLS_SHOWN = 2
 
 _UNKNOWN_COUNTS = (
     "the number of samples is not known before every shard has been read once; iterate one epoch, or run "
@@ -70,11 +75,11 @@ class StreamingDataset(Streaming):
     `urls`: brace patterns (`s3://bucket/train-{000000..001023}.tar`), prefixes that end in "/", plain URLs or local
     paths; one or a list. `cache`: a `fastload.Cache`; without one, `$FASTLOAD_CACHE` or the user's cache directory.
 
-    `shuffle`: False; True or "window", which shuffles shards and then the samples of several shards together;
-    "shards", which shuffles shards only; "global", which takes every sample from anywhere, and needs a cache that holds
-    the data and its index (see docs/shuffling.md). `shuffle_window` is the size of such a window; "auto" is 512 MiB, or
-    less where the cache's arena is below 2 GiB, and what a state says where one is loaded. The order is a function of
-    the data, `seed`, the window and the epoch, on every machine.
+    `shuffle`: False (where nothing is said, a loader's `shuffle=True` counts); True or "window", which shuffles shards
+    and then the samples of several shards together; "shards", which shuffles shards only; "global", which takes every
+    sample from anywhere, and needs a cache that holds the data and its index (see docs/shuffling.md). `shuffle_window`
+    is the size of such a window; "auto" is 512 MiB, or less where the cache's arena is below 2 GiB, and what a state
+    says where one is loaded. The order is a function of the data, `seed`, the window and the epoch, on every machine.
 
     `columns`: the columns of a sample, by name (the part of a member's name after the first dot). `decode`: a decoder
     of `fastload.decode` a column; columns without one are raw bytes, and where `decode` is given and `columns` is not,
@@ -116,7 +121,7 @@ class StreamingDataset(Streaming):
         urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
         cache: Cache | None = None,
-        shuffle: bool | Literal["window", "shards", "global"] = False,
+        shuffle: bool | Literal["window", "shards", "global"] | None = None,
         seed: int = 0,
         shuffle_window: int | str = "auto",
         columns: Sequence[str] | None = None,
@@ -156,6 +161,7 @@ class StreamingDataset(Streaming):
             grows=checked_refresh(refresh) == "epoch",
         )
         wish = _order_wish(shuffle, seed, shuffle_window, partitions)
+        self._shuffle = shuffle
         self._job = Job((rank, world_size), checked_count(replicas, "replicas"), wish, cache.ram_bytes)
         self._source_here = self._new_source(None)
         self._lookup_here: Lookup | None = None
@@ -210,6 +216,43 @@ class StreamingDataset(Streaming):
     def __len__(self) -> int:
         """Samples of this rank, repeats included. TypeError, with the cure, while shards are not indexed."""
         return sample_count_of_rank(self.sample_count, self.ranks, self.tail, self.partitions)
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """What was named: patterns, prefixes, URLs, paths."""
+        return self._settings.urls
+
+    @property
+    def shuffle(self) -> bool | Literal["window", "shards", "global"]:
+        """How it shuffles, as it was given; False where nothing was said. A loader's `shuffle=True` changes nothing
+        here.
+        """
+        return self._shuffle or False
+
+    @property
+    def seed(self) -> int:
+        """The seed of its order."""
+        return self._job.seed
+
+    def shuffled(self) -> Self:
+        if self._shuffle:
+            return self
+        if self._shuffle is not None:
+            raise ConfigError(
+                f"shuffle=True of the loader contradicts shuffle=False of {self!r}; leave one of the two out"
+            )
+        dataset = copy.copy(self)
+        dataset._shuffle, dataset._job, dataset._source_here = True, self._job.shuffled(), self._source
+        return dataset
+
+    def __repr__(self) -> str:
+        urls = [url_without_credentials(url) for url in self.urls[:_URLS_SHOWN]]
+        more = f" and {len(self.urls) - len(urls)} more" if len(self.urls) > len(urls) else ""
+        columns = "" if self.columns.names is None else f", columns={list(self.columns.names)}"
+        return (
+            f"{type(self).__name__}({urls[0] if len(self.urls) == 1 else urls!r}{more}, shuffle={self.shuffle!r}, "
+            f"seed={self.seed}, epoch={self.epoch}{columns}, cache={self._settings.passes.cache.directory})"
+        )
 
     @property
     def ranks(self) -> Ranks:
@@ -327,15 +370,16 @@ class StreamingDataset(Streaming):
         self._source_here = self._new_source(state["_source_here"])
 
 
-def _order_wish(shuffle: bool | str, seed: int, shuffle_window: int | str, partitions: int | None) -> OrderWish:
-    ways: dict[bool | str, Shuffle] = {
+def _order_wish(shuffle: bool | str | None, seed: int, shuffle_window: int | str, partitions: int | None) -> OrderWish:
+    ways: dict[bool | str | None, Shuffle] = {
+        None: "none",
         False: "none",
         True: "window",
         "window": "window",
         "shards": "shards",
         "global": "global",
     }
-    if not isinstance(shuffle, bool | str) or shuffle not in ways:
+    if not isinstance(shuffle, bool | str | None) or shuffle not in ways:
         raise ConfigError(f'shuffle={shuffle!r} must be False, True, "window", "shards" or "global"')
     window_bytes = None if shuffle_window == "auto" else parse_bytes(shuffle_window, "shuffle_window")
     if window_bytes is not None and window_bytes < 1:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TypeVar, get_args
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import torch.utils.data
 from torch.utils.data import Dataset, Sampler
@@ -65,6 +66,12 @@ class DataLoader(torch.utils.data.DataLoader[T]):
 
     Raises `ConfigError` for `workers="side"` with a data set that is not ours, where `batch_size` is not the data
     set's, if that names one, and for a `device` that is not here or is no CUDA device.
+
+    For fastload's data sets `shuffle=True` is the data set's `shuffle=True`, where that says nothing of it: order and
+    state are the same. False and None leave it to the data set. A `sampler` or `batch_sampler` is a `ConfigError`:
+    samplers are for `dataset.indexed()`.
+
+    With `with`, it is closed in the end.
     """
 
     def __init__(
@@ -97,6 +104,10 @@ class DataLoader(torch.utils.data.DataLoader[T]):
         self.device = device
         self.snapshot_every_n_steps = _checked_interval(snapshot_every_n_steps)
         self.in_order = in_order
+        if isinstance(dataset, Streaming):
+            _check_samplers(sampler, batch_sampler)
+            self.shuffle = _checked_shuffle(shuffle, dataset)
+            shuffle = None  # torch refuses it for any iterable data set
         super().__init__(
             dataset,
             batch_size,
@@ -158,6 +169,20 @@ class DataLoader(torch.utils.data.DataLoader[T]):
         else:
             self._stream.load_state_dict(state)
 
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration is epoch `epoch`; it goes on in the middle where a state from there was loaded.
+
+        Of a data set that is not ours, this is told to the data set and the sampler, those of them that have a
+        `set_epoch`.
+        """
+        if self._stream is not None:
+            self._stream.set_epoch(epoch)
+            return
+        for each in (self.dataset, self.sampler, self.batch_sampler, getattr(self.batch_sampler, "sampler", None)):
+            tell = getattr(each, "set_epoch", None)
+            if callable(tell):
+                tell(epoch)
+
     def stats(self) -> dict[str, Any]:
         """Where samples came from and time went in this epoch; the keys are listed in docs/stats.md."""
         return self._of_stream("stats").stats()
@@ -168,6 +193,21 @@ class DataLoader(torch.utils.data.DataLoader[T]):
             self._stream.close()
         else:
             self._reading.close(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        of = f"<{type(self.dataset).__name__}>" if self._stream is None else self._stream.dataset
+        said = {"batch_size": self.batch_size, "num_workers": self.num_workers}
+        others = {"workers": "auto", "drop_last": False, "device": None}
+        said |= {name: getattr(self, name) for name, usual in others.items() if getattr(self, name) != usual}
+        return f"DataLoader({of}, {', '.join(f'{name}={value!r}' for name, value in said.items())})"
 
     def check_worker_number_rationality(self) -> None:
         """torch's advice is about processes, not about threads."""
@@ -185,6 +225,30 @@ class DataLoader(torch.utils.data.DataLoader[T]):
 def _is_ours(dataset: Any) -> bool:
     """Whether we make the batches. A subclass that yields samples of its own making keeps torch's way."""
     return isinstance(dataset, Streaming) and type(dataset).__iter__ is Streaming.__iter__
+
+
+def _checked_shuffle(shuffle: Any, dataset: Streaming) -> bool | None:
+    if not isinstance(shuffle, bool | None):
+        raise ConfigError(
+            f"shuffle={shuffle!r} of a loader must be True, False or None; write "
+            f"{type(dataset).__name__}(..., shuffle={shuffle!r}), where the ways to shuffle are told"
+        )
+    if shuffle and not _is_ours(dataset):
+        raise ConfigError(
+            f"shuffle=True: {type(dataset).__name__} has an __iter__ of its own, which a loader cannot shuffle; "
+            "give shuffle=True where the data set is made"
+        )
+    return shuffle
+
+
+def _check_samplers(sampler: Any, batch_sampler: Any) -> None:
+    for name, given in (("sampler", sampler), ("batch_sampler", batch_sampler)):
+        if given is not None:
+            raise ConfigError(
+                f"{name}={type(given).__name__}: a data set of fastload's has an order of its own, and divides itself "
+                f"among ranks and workers; leave {name} out and say shuffle=True, or read samples by number with "
+                f"DataLoader(dataset.indexed(), {name}=...)"
+            )
 
 
 def _checked_workers(workers: Any, dataset: Any) -> WorkersMode:

@@ -7,10 +7,11 @@ batches at every size, every sample of a source once in each of its epochs, and 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -73,6 +74,21 @@ class Mixture(Streaming):
     def sources(self) -> list[StreamingDataset]:
         """The data sets, by number."""
         return list(self._sources)
+
+    @property
+    def seed(self) -> int:
+        """What settles where sources come; their own seeds settle their orders."""
+        return self._options.seed
+
+    def shuffled(self) -> Self:
+        mixture = copy.copy(self)
+        mixture._sources = [dataset.shuffled() for dataset in self._sources]
+        return mixture
+
+    def __repr__(self) -> str:
+        weights = [steps[0][1] if len(steps) == 1 else list(steps) for steps in self._options.weights]
+        sources = list(zip(self._sources, weights, strict=True))
+        return f"Mixture({sources}, seed={self.seed}, stop={self._options.stop!r}, epoch={self.epoch})"
 
     @property
     def has_functions(self) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch.multiprocessing
 from torch.utils.data import default_collate, default_convert
 
+from fastload.arguments import checked_epoch
 from fastload.engine.finish import Finish
 from fastload.engine.iteration import NOTHING, Iteration
 from fastload.engine.passes import AnyPosition, Pass, made
@@ -42,6 +43,7 @@ class LoaderSettings(Protocol):
     workers: Any
     prefetch_factor: int | None
     drop_last: bool
+    shuffle: Any
     collate_fn: Any
     pin_memory: bool
     device: Any
@@ -95,7 +97,7 @@ class Stream:
 
     def __init__(self, loader: LoaderSettings) -> None:
         self._loader = weakref.ref(loader)
-        self._dataset: Streaming = loader.dataset
+        self._dataset: Streaming = loader.dataset.shuffled() if loader.shuffle else loader.dataset
         self._pool: DecodePool | None = None
         self._workers: Workers | None = None
         self._loaded: AnyPosition | None = None  # where the next iteration begins, if a state was loaded
@@ -103,6 +105,11 @@ class Stream:
         self._changing = threading.Lock()  # held while an iteration begins, and while all are ended
         self._iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()
         _check_arguments(loader, self._dataset)
+
+    @property
+    def dataset(self) -> Streaming:
+        """The data set that is read: the loader's, or one that shuffles, if the loader has it so."""
+        return self._dataset
 
     def iterate(self) -> Iteration:
         """Begin an epoch: where a loaded state says, else the data set's next."""
@@ -161,6 +168,19 @@ class Stream:
             if position is not None:
                 self._dataset.adopt(position)
             self._latest, self._loaded = None, position
+
+    def set_epoch(self, epoch: int) -> None:
+        epoch = checked_epoch(epoch)
+        with self._changing:
+            loaded = self._loaded
+            if loaded is not None and loaded.samples and loaded.epoch != epoch:
+                warnings.warn(
+                    f"set_epoch({epoch}): the state that was loaded is from the middle of epoch {loaded.epoch}, which "
+                    f"is gone on with; call set_epoch({loaded.epoch}), or none until that is over",
+                    stacklevel=3,
+                )
+                return
+            self._dataset.set_epoch(epoch)
 
     def stats(self) -> dict[str, Any]:
         if self._latest is None:

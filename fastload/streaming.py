@@ -52,6 +52,22 @@ class Streaming(torch.utils.data.IterableDataset[Any]):
         """What is done where ranks do not divide the samples."""
         return self._tail
 
+    @property
+    @abstractmethod
+    def seed(self) -> int:
+        """The seed of its order."""
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the iteration that began last; before the first, and after `set_epoch`, of the next."""
+        return self._epochs.current()
+
+    @abstractmethod
+    def shuffled(self) -> Self:
+        """As a loader's `shuffle=True` means it: itself where it shuffles anyhow; where nothing was said of that, one
+        that does, with the same epochs. Raises `ConfigError` where it was told not to.
+        """
+
     def map(self, function: Function) -> Self:
         """This data set with `function` applied to each sample, after those that are applied already.
 

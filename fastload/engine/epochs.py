@@ -7,9 +7,9 @@ copy of the data set shares, and the first worker of an epoch moves it on. All w
 torch's base seed, and by how many iterations each of them has begun; once all of them have joined an epoch, the next
 to come begins another, also where the seed is the same again.
 
-The file holds 3 + 3·16 int64: the next epoch, the number of `set_epoch` calls, the row to write next, and then the last
-sixteen beginnings as (base seed mixed with the iteration's number, epoch, workers that have joined). It is read and
-written under a POSIX record lock, which the kernel drops with its process.
+The file holds 4 + 3·16 int64: the next epoch, the number of `set_epoch` calls, the row to write next, the epoch that
+was begun or set last, and then the last sixteen beginnings as (base seed mixed with the iteration's number, epoch,
+workers that have joined). It is read and written under a POSIX record lock, which the kernel drops with its process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from contextlib import contextmanager
 from typing import Any
 
 _ROWS = 16
-_FORMAT = struct.Struct(f"<{3 + 3 * _ROWS}q")
+_HEAD = 4
+_FORMAT = struct.Struct(f"<{_HEAD + 3 * _ROWS}q")
 
 
 class EpochCounter:
@@ -35,12 +36,12 @@ class EpochCounter:
         self._own(os.memfd_create("fastload-epoch", os.MFD_CLOEXEC))
         self._begun = 0
         with self._values() as values:
-            values[0] = epoch
+            values[0] = values[3] = epoch
 
     def set(self, epoch: int) -> None:
         """The next iteration is `epoch`."""
         with self._values() as values:
-            values[0] = epoch
+            values[0] = values[3] = epoch
             values[1] += 1
 
     def go_on_after(self, epoch: int) -> None:
@@ -48,12 +49,17 @@ class EpochCounter:
         epoch say the same, so it is no call of `set_epoch`.
         """
         with self._values() as values:
-            values[0] = epoch + 1
+            values[0], values[3] = epoch + 1, epoch
 
     def next(self) -> int:
         """The epoch that the next iteration will be."""
         with self._values() as values:
             return values[0]
+
+    def current(self) -> int:
+        """The epoch of the iteration that began last; before the first, and after `set`, of the next."""
+        with self._values() as values:
+            return values[3]
 
     def begin(self, base_seed: int | None = None, workers: int = 1) -> int:
         """The epoch of an iteration that begins now; in one of torch's `workers`, `base_seed` is theirs."""
@@ -62,7 +68,7 @@ class EpochCounter:
             if base_seed is None:
                 return self._advance(values)
             token = (base_seed * 0x9E3779B1 + self._begun + (values[1] << 40)) % (1 << 62) + 1
-            rows = range(3, 3 + 3 * _ROWS, 3)
+            rows = range(_HEAD, _HEAD + 3 * _ROWS, 3)
             for row in rows:
                 if values[row] == token and values[row + 2] < workers:
                     values[row + 2] += 1
@@ -75,8 +81,9 @@ class EpochCounter:
 
     @staticmethod
     def _advance(values: list[int]) -> int:
+        values[3] = values[0]
         values[0] += 1
-        return values[0] - 1
+        return values[3]
 
     @contextmanager
     def _values(self) -> Iterator[list[int]]:

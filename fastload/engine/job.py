@@ -6,6 +6,7 @@ of torch's loader get what their parent knows, and cannot ask the other ranks.
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import warnings
@@ -77,6 +78,17 @@ class Job:
         self._settling = threading.Lock()
         self._exchange: Exchange | None = None
         self._has_agreed = False
+
+    def shuffled(self) -> Job:
+        """A job that was told the same, but to shuffle in windows, and that has agreed on nothing yet."""
+        job = copy.copy(self)
+        job._wish, job._order = replace(self._wish, shuffle="window"), None
+        return job
+
+    @property
+    def seed(self) -> int:
+        """What the order is drawn from."""
+        return self._wish.seed
 
     @property
     def ranks(self) -> Ranks:
