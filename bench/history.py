@@ -96,8 +96,7 @@ def run(job: Job) -> Outcome:
             read += int(batch.sum())
             time.sleep(STEP_S)
         assert read == OBJECTS * OBJECT_BYTES, f"{read} bytes came in {time.monotonic() - began:.1f} s"
-        with cache.consumer(name="stats") as consumer:
-            replayed = consumer.stats()["node"]["replayed_reads"]
+        replayed = cache.stats()["replayed_reads"]
         usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         cpu_s = sum(each.ru_utime + each.ru_stime for each in usage)
         return Outcome(waits_s[0], sum(waits_s[1:]), replayed, cpu_s)

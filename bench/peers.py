@@ -102,6 +102,7 @@ class Fastload:
 
     def __init__(self, settings: Settings) -> None:
         import fastload
+        from fastload.node import handle_of
 
         # Names of fastload are imported when they are first used: now, before the clock starts.
         self._data_set_class, self._loader_class = fastload.StreamingDataset, fastload.DataLoader
@@ -111,7 +112,7 @@ class Fastload:
         self._cache = fastload.Cache(self._directory, ram_bytes=settings.ram_bytes, disk_bytes=settings.disk_bytes)
         # Starts the service and keeps it. "Up" means that its arena is populated too, which it does in the background
         # when it starts, once in its life; what that costs is a figure of its own.
-        self._keeper = self._cache.consumer(name="keeper")
+        self._keeper = handle_of(self._cache).consumer(name="keeper")
         measure.wait_until_idle(self.processes())
 
     def _build(self) -> Any:

@@ -29,7 +29,8 @@ from unittest import mock
 from bench.proxy import Profile, Proxy
 from fastload.config import MIB
 from fastload.demo.weed import WeedServer
-from fastload.service import Cache, Consumer, hedging
+from fastload.service import Consumer, hedging
+from fastload.service import Handle as Cache
 from fastload.store.types import ObjectInfo
 
 BUCKET = "bench"

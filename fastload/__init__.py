@@ -67,8 +67,8 @@ if TYPE_CHECKING:
     from fastload.files import open as open  # noqa: A004
     from fastload.loader import DataLoader as DataLoader
     from fastload.mixture import Mixture as Mixture
+    from fastload.node import Cache as Cache
     from fastload.ragged import Ragged as Ragged
-    from fastload.service.handle import Cache as Cache
 
 __version__ = "0.1.0"
 
@@ -91,7 +91,7 @@ _ERRORS = (
 )
 
 _HOMES = {
-    "Cache": "fastload.service.handle",
+    "Cache": "fastload.node",
     "DataLoader": "fastload.loader",
     "Mixture": "fastload.mixture",
     "Ragged": "fastload.ragged",

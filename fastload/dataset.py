@@ -39,9 +39,9 @@ from fastload.engine.passes import AnyPosition, OnePass, PassOptions, SourcePass
 from fastload.engine.session import Source
 from fastload.errors import ConfigError
 from fastload.indexed import IndexedDataset, checked_number, checked_numbers
+from fastload.node import AnyCache, handle_of
 from fastload.plan import OrderOptions, OrderWish, Position, Ranks, Shuffle, Tail, sample_count_of_rank
 from fastload.plan.tail import check_tail
-from fastload.service.handle import Cache
 from fastload.streaming import Streaming
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ class StreamingDataset(Streaming):
     """Samples from shards in object storage, through the node's cache.
 
     `urls`: brace patterns (`s3://bucket/train-{000000..001023}.tar`), prefixes that end in "/", plain URLs or local
-    paths; one or a list. `cache`: a `fastload.Cache`; without one, `$FASTLOAD_CACHE` or the user's cache directory.
+    paths; one or a list. `cache`: a `fastload.Cache`, or its directory; without one, `$FASTLOAD_CACHE` or the user's
+    cache directory.
 
     `shuffle`: False (where nothing is said, a loader's `shuffle=True` counts); True or "window", which shuffles shards
     and then the samples of several shards together; "shards", which shuffles shards only; "global", which takes every
@@ -120,7 +121,7 @@ class StreamingDataset(Streaming):
         self,
         urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
-        cache: Cache | None = None,
+        cache: AnyCache = None,
         shuffle: bool | Literal["window", "shards", "global"] | None = None,
         seed: int = 0,
         shuffle_window: int | str = "auto",
@@ -140,13 +141,11 @@ class StreamingDataset(Streaming):
         index: str | os.PathLike[str] | None = None,
         cache_policy: CachePolicy = "auto",
     ) -> None:
-        cache = cache if cache is not None else Cache()
-        if not isinstance(cache, Cache):
-            raise ConfigError(f"cache={cache!r} must be a fastload.Cache, such as fastload.Cache({str(cache)!r})")
+        handle = handle_of(cache)
         super().__init__(checked_batch_size(batch_size), check_tail(tail))
         skips_errors = checked_on_error(on_error) == "skip"
         passes = PassOptions(
-            cache,
+            handle,
             ColumnSet.of(columns, decode, as_tuple),
             self.tail,
             skips_errors,
@@ -162,7 +161,7 @@ class StreamingDataset(Streaming):
         )
         wish = _order_wish(shuffle, seed, shuffle_window, partitions)
         self._shuffle = shuffle
-        self._job = Job((rank, world_size), checked_count(replicas, "replicas"), wish, cache.ram_bytes)
+        self._job = Job((rank, world_size), checked_count(replicas, "replicas"), wish, handle.ram_bytes)
         self._source_here = self._new_source(None)
         self._lookup_here: Lookup | None = None
 

@@ -22,9 +22,10 @@ from fastload.engine.shards import ShardTable
 from fastload.engine.windows import window_chunks
 from fastload.errors import ConfigError
 from fastload.formats import ShardIndex
+from fastload.node import AnyCache, handle_of
 from fastload.plan import Manifest
 from fastload.service.client import Consumer
-from fastload.service.handle import Cache
+from fastload.service.handle import Handle
 
 if TYPE_CHECKING:
     from fastload.formats.sidecar import SidecarWriter
@@ -56,7 +57,7 @@ class Indexed:
 
 def index(
     urls: Sequence[str],
-    cache: Cache,
+    cache: AnyCache,
     *,
     output: str | os.PathLike[str] | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -66,7 +67,8 @@ def index(
 
     Raises the errors of listing, fetching and indexing, as a job would, and `ConfigError` for `output`.
     """
-    with _writer(output) as writer, cache.consumer(storage_options, "index") as consumer:
+    handle = handle_of(cache)
+    with _writer(output) as writer, handle.consumer(storage_options, "index") as consumer:
         manifest = list_shards(consumer, urls)
         attach(consumer, manifest, manifest.sidecars)
         counts = consumer.get_counts(range(len(manifest)))
@@ -74,7 +76,7 @@ def index(
         known = np.delete(counts, wanted)
         done_count, sample_count = len(known), int(known.sum())
         on_progress(Progress(done_count, len(manifest), sample_count))
-        with closing(_indexes(consumer, manifest, wanted.tolist(), cache)) as indexes:
+        with closing(_indexes(consumer, manifest, wanted.tolist(), handle)) as indexes:
             for number, found in indexes:
                 if writer is not None:
                     writer.add(manifest.objects[number], found)
@@ -102,7 +104,7 @@ def _writer(output: str | os.PathLike[str] | None) -> AbstractContextManager[Sid
 
 
 def _indexes(
-    consumer: Consumer, manifest: Manifest, object_nos: list[int], cache: Cache
+    consumer: Consumer, manifest: Manifest, object_nos: list[int], handle: Handle
 ) -> Generator[tuple[int, ShardIndex]]:
     """The indexes of these shards, in their order, made by several threads."""
     first_chunk = manifest.first_chunk(consumer.chunk_bytes)
@@ -116,7 +118,7 @@ def _indexes(
             consumer.release(window_chunks(first_chunk, [number]))
 
     # Half of the arena is left for chunks that are on their way.
-    threads = max(1, min(_THREADS_MAX, cache.ram_bytes // cache.chunk_bytes // 2))
+    threads = max(1, min(_THREADS_MAX, handle.ram_bytes // handle.chunk_bytes // 2))
     pool = ThreadPoolExecutor(threads, "fastload-index")
     ahead: deque[tuple[int, Future[ShardIndex]]] = deque()
     try:

@@ -16,9 +16,9 @@ from fastload.engine.listing import attach, find_sidecars, list_shards
 from fastload.engine.manifests import shared_manifest
 from fastload.engine.shards import ShardTable
 from fastload.engine.windows import window_chunks
+from fastload.node import AnyCache, handle_of
 from fastload.plan import Manifest, OrderWish, Ranks, objects_in_use_order
 from fastload.service.client import Consumer
-from fastload.service.handle import Cache
 from fastload.service.protocol import Progress
 from fastload.store.table import ObjectTable
 
@@ -60,7 +60,7 @@ class Warmed:
 
 def warm(
     job: Job,
-    cache: Cache,
+    cache: AnyCache,
     *,
     storage_options: Mapping[str, Any] | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -69,11 +69,12 @@ def warm(
 
     Raises the errors of listing, fetching and indexing, as a job would.
     """
-    with cache.consumer(storage_options, "warm") as consumer:
+    handle = handle_of(cache)
+    with handle.consumer(storage_options, "warm") as consumer:
         manifest = _manifest(consumer, job)
         sidecars = find_sidecars(consumer, manifest, job.index)
         attach(consumer, manifest, sidecars)
-        order = job.order.settled(job.ranks, cache.ram_bytes)
+        order = job.order.settled(job.ranks, handle.ram_bytes)
         plan = objects_in_use_order(manifest, order, job.epoch, ranks=job.ranks)
         consumer.set_plan(plan, job.epoch, warm=True)
         indexing = _Indexing(consumer, manifest, sidecars, plan.tolist())
@@ -89,7 +90,7 @@ def warm(
 
 def warm_run(
     urls: Sequence[str],
-    cache: Cache,
+    cache: AnyCache,
     *,
     storage_options: Mapping[str, Any] | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -99,7 +100,7 @@ def warm_run(
     Blocks until everything is there, or the cache is full. Objects that are gone are left out; other errors of the
     store are raised.
     """
-    with cache.consumer(storage_options, "warm") as consumer:
+    with handle_of(cache).consumer(storage_options, "warm") as consumer:
         objects = consumer.present(urls)
         missing_count = len(urls) - len(objects)
         if not len(objects):

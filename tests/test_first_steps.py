@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,10 @@ import torch
 from torch.utils.data import DistributedSampler, RandomSampler, TensorDataset
 
 import fastload
+from fastload import indexing, node
+from fastload import warm as warming
+from fastload.plan import OrderWish
+from tests.processes import service_pids, until
 from tests.shards import check_samples, corpus, samples_of
 
 LIMITS = {"ram_bytes": "16MiB", "disk_bytes": "64MiB", "chunk_bytes": "64KiB"}
@@ -128,6 +133,57 @@ def test_the_error_about_a_sampler_says_what_works(url: str, cache: fastload.Cac
         assert sampler.epoch == 1
         assert [sample["__key__"] for batch in loader for sample in batch] != first
     view.close()
+
+
+# A directory in the place of a cache
+
+
+def test_a_directory_is_taken_where_a_cache_is(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All who name one share a handle; a path counts as it is meant, whatever way it is written."""
+    directory = tmp_path / "cache"
+    fastload.Cache(directory, **LIMITS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTLOAD_CACHE", str(directory))
+    handles = {node.handle_of(each) for each in (directory, str(directory), "cache", f"{directory}/", None)}
+    assert len(handles) == 1
+    dataset = fastload.StreamingDataset(url, cache=directory)
+    with fastload.DataLoader(dataset, batch_size=16) as loader:
+        assert keys_of(loader) == list(DATA.samples)
+    path = Path(url) / "shard-0000.tar"
+    with fastload.open(path, "cache") as file:
+        assert file.read() == path.read_bytes()
+    job = warming.Job([url], OrderWish())
+    assert warming.warm(job, directory).sample_count == indexing.index([url], directory).sample_count
+    node.handle_of(directory).close()
+
+
+def test_a_directory_that_was_removed_is_a_cache_anew(url: str, tmp_path: Path) -> None:
+    directory = tmp_path / "cache"
+    for _ in range(2):
+        fastload.Cache(directory, **LIMITS)
+        dataset = fastload.StreamingDataset(url, cache=directory)
+        with fastload.DataLoader(dataset, batch_size=16) as loader:
+            assert keys_of(loader) == list(DATA.samples)
+        until(lambda: not service_pids(directory))
+        shutil.rmtree(directory)
+
+
+def test_what_is_no_directory_of_a_cache(url: str) -> None:
+    with pytest.raises(fastload.ConfigError, match=r"cache=3 must be a fastload\.Cache, or the directory of one"):
+        fastload.StreamingDataset(url, cache=3)  # type: ignore[arg-type]
+    with pytest.raises(fastload.ConfigError, match="the cache directory 's3://b/cache' is not a local directory"):
+        fastload.StreamingDataset(url, cache="s3://b/cache")
+
+
+def test_a_cache_shows_what_its_users_need(url: str, tmp_path: Path, cache: fastload.Cache) -> None:
+    shown = {name for name in dir(cache) if not name.startswith("_")}
+    assert shown == {"chunk_bytes", "clear", "close", "directory", "disk_bytes", "ram_bytes", "stats"}
+    assert repr(cache).startswith(f"Cache('{tmp_path / 'cache'}', ram_bytes='16.0 MiB', ")
+    with pickle.loads(pickle.dumps(cache)) as copy:
+        assert repr(copy) == repr(cache)
+        with fastload.DataLoader(dataset_of(url, copy), batch_size=16) as loader:
+            list(loader)
+            assert cache.stats()["fetched_bytes"] == DATA.byte_count
 
 
 # What data sets and loaders say of themselves

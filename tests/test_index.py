@@ -20,7 +20,8 @@ from fastload import indexing
 from fastload.demo.weed import WeedServer
 from fastload.engine.session import Source
 from fastload.errors import ConfigError, FastloadError, ObjectMissingError, ShardError
-from fastload.service import Cache, Consumer
+from fastload.service import Consumer
+from fastload.service import Handle as Cache
 from tests.conftest import Bucket
 from tests.processes import service_pids, until
 from tests.shards import check_samples, corpus, samples_of, tar_of

@@ -14,6 +14,7 @@ import torch
 import torch.utils.data
 
 import fastload
+from fastload.node import handle_of
 from tests.shards import Corpus, check_samples, corpus, samples_of, tar_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -66,7 +67,7 @@ def test_samples_by_number(s3, cache, data: Corpus) -> None:
     for wrong in (3, [[1, 2]], [0.5], "12"):
         with pytest.raises(TypeError, match="whole numbers"):
             dataset.take(wrong)
-    with cache.consumer() as consumer:
+    with handle_of(cache).consumer() as consumer:
         stats = consumer.stats()
         assert stats["node"]["fetched_bytes"] == data.byte_count
         assert all(each["leases"] == 0 for each in stats["consumers"])
@@ -194,8 +195,7 @@ def test_a_sampler_in_the_order_of_an_earlier_run_is_fetched_ahead(s3, tmp_path:
                 for key in check_samples(data, samples_of(view[order[at : at + 8]]))
             ]
             view.close()
-            with cache.consumer() as consumer:
-                return keys, consumer.stats()["node"]["replayed_reads"]
+            return keys, cache.stats()["replayed_reads"]
 
     with fastload.Cache(tmp_path / "cache", ram_bytes="1MiB", disk_bytes="64MiB", chunk_bytes="64KiB") as cache:
         for _ in fastload.StreamingDataset(url, cache=cache):

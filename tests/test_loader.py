@@ -604,7 +604,7 @@ def test_other_data_sets_are_torchs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"cache": "/nvme"}, r"cache='/nvme' must be a fastload.Cache"),
+        ({"cache": 3}, r"cache=3 must be a fastload.Cache, or the directory of one"),
         ({"decode": ["bin"]}, r"decode=\['bin'\] is not a dict"),
         ({"decode": {"jpg": "pil"}}, r"decode\['jpg'\]='pil' is not a decoder"),
         ({"columns": "jpg"}, r"columns='jpg' is one string"),

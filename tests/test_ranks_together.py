@@ -46,8 +46,8 @@ def test_ranks_at_once_read_everything_once_and_fetch_each_byte_once(s3, tmp_pat
         rank.stdin.write("\n")
         rank.stdin.flush()
     batches = [json.loads(rank.stdout.readline()) for rank in ranks if rank.stdout is not None]
-    with fastload.Cache(directory) as cache, cache.consumer() as consumer:
-        node = consumer.stats()["node"]
+    with fastload.Cache(directory) as cache:
+        node = cache.stats()
     for rank in ranks:
         rank.communicate("\n")
     keys = [key for batches_of_rank in batches for batch in batches_of_rank for key in batch]

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from fastload.service.handle import Cache
+    from fastload.node import Cache
 
 CacheDirectory = Annotated[
     Path | None, typer.Option(help="Cache directory; else $FASTLOAD_CACHE, or ~/.cache/fastload.")
@@ -34,7 +34,7 @@ class CacheOptions:
 
     def open(self) -> Cache:
         """The cache; to be closed."""
-        from fastload.service.handle import Cache
+        from fastload.node import Cache
 
         return Cache(self.directory, ram_bytes=self.ram_bytes, disk_bytes=self.disk_bytes, chunk_bytes=self.chunk_bytes)
 

@@ -25,7 +25,7 @@ from fastload.engine.scattered import ScatteredReader, check_allowed, holds
 from fastload.engine.session import Session, Source
 from fastload.metrics import Account
 from fastload.plan import BatchEntry, EpochCursor, Position, Tail, epoch_orders, first_objects, objects_in_use_order
-from fastload.service.handle import Cache
+from fastload.service.handle import Handle
 from fastload.transport.slots import SlotPool
 from fastload.waiting import Waits
 
@@ -43,7 +43,7 @@ _NEXT_EPOCH_BYTES = 512 << 20
 class PassOptions:
     """What a data set says about its passes, beside the order."""
 
-    cache: Cache
+    cache: Handle
     columns: ColumnSet
     tail: Tail
     skips_errors: bool
@@ -253,7 +253,7 @@ def begin_pass(
         raise
 
 
-def _check_scattered(source: Source, job: Job, cache: Cache) -> None:
+def _check_scattered(source: Source, job: Job, cache: Handle) -> None:
     manifest = source.manifest
     assert manifest is not None
     own = objects_in_use_order(manifest, job.order, 0, ranks=job.ranks)

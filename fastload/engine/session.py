@@ -23,7 +23,7 @@ from fastload.kernels import FIRST_BATCH, compile_in_background
 from fastload.plan import Manifest
 from fastload.plan.manifest import next_version
 from fastload.service.client import Consumer
-from fastload.service.handle import Cache
+from fastload.service.handle import Handle
 from fastload.store.table import ObjectTable
 from fastload.transport.slots import SlotPool
 from fastload.waiting import Waits
@@ -35,7 +35,7 @@ _SLOTS_RETAINED_BYTES = 1 << 30
 class Session:
     """One consumer of a data set, attached to `manifest`. Used by one iteration at a time."""
 
-    def __init__(self, cache: Cache, storage_options: Mapping[str, Any] | None, name: str) -> None:
+    def __init__(self, cache: Handle, storage_options: Mapping[str, Any] | None, name: str) -> None:
         self.manifest: Manifest | None = None
         self.closings = 0  # how often its source had been closed when it was opened
         self.waits = Waits()
@@ -61,7 +61,7 @@ class Source:
     def __init__(
         self,
         urls: Sequence[str],
-        cache: Cache,
+        cache: Handle,
         storage_options: Mapping[str, Any] | None,
         decoder_kernels: Sequence[str],
         manifest: Manifest | None,

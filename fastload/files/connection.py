@@ -25,7 +25,7 @@ import numpy.typing as npt
 from fastload.engine.deferred import call_later
 from fastload.errors import ObjectChangedError, ServiceError
 from fastload.service.client import Held
-from fastload.service.handle import Cache
+from fastload.service.handle import Handle
 from fastload.service.opener import OpenedObject
 from fastload.store.urls import scheme
 
@@ -53,9 +53,9 @@ class Connection:
     """See the module's text. It is closed when nobody refers to it any more."""
 
     def __init__(
-        self, cache: Cache, storage_options: Mapping[str, Any] | None, now: Callable[[], float] = time.monotonic
+        self, cache: Handle, storage_options: Mapping[str, Any] | None, now: Callable[[], float] = time.monotonic
     ) -> None:
-        """Connect; the errors of `Cache.opener`."""
+        """Connect; the errors of `Handle.opener`."""
         self._now = now
         self._cache = cache  # which the opener does not keep
         self._opener = cache.opener(storage_options, name="fastload.open")

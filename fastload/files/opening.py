@@ -1,8 +1,7 @@
 """`fastload.open`: which connection a file goes through.
 
 A process has one for each cache and set of storage options, made at the first file and shared by all threads. It is
-found again through the cache's handle; where a directory or nothing was given, through a handle that is kept here for
-the life of the process. A forked child makes its own.
+found again through the cache's handle. A forked child makes its own.
 """
 
 from __future__ import annotations
@@ -12,17 +11,17 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from fastload.config import default_cache_dir
 from fastload.errors import ConfigError
 from fastload.files.connection import Connection
 from fastload.files.file import ObjectFile, RawObject
-from fastload.service.handle import Cache
+from fastload.node import AnyCache, handle_of
+from fastload.service.handle import Handle
 from fastload.store.urls import check_key, normalise
 
 
 def open(  # noqa: A001  # as those of gzip and tarfile
     url: str | os.PathLike[str],
-    cache: Cache | str | os.PathLike[str] | None = None,
+    cache: AnyCache = None,
     *,
     storage_options: Mapping[str, Any] | None = None,
 ) -> ObjectFile:
@@ -42,7 +41,7 @@ def open(  # noqa: A001  # as those of gzip and tarfile
     `size` is the object's size, and `url` its URL. Any number of files may be open, in any thread, also of one object.
     Raises `ObjectMissingError`, which is a `FileNotFoundError`, and the other errors of `fastload.errors`.
     """
-    handle = cache if isinstance(cache, Cache) else _handle(cache)
+    handle = handle_of(_checked_cache(cache))
     name = _checked(url)
     place: _Place = handle.shared(("fastload.open", _options_key(storage_options)), _Place)
     connection = place.connection(handle, storage_options)
@@ -56,7 +55,7 @@ class _Place:
         self._lock = threading.Lock()
         self._connection: Connection | None = None
 
-    def connection(self, cache: Cache, storage_options: Mapping[str, Any] | None) -> Connection:
+    def connection(self, cache: Handle, storage_options: Mapping[str, Any] | None) -> Connection:
         """The connection, or another where it is spent; files that are open keep the one they have."""
         with self._lock:
             if self._connection is None or self._connection.is_spent:
@@ -82,29 +81,13 @@ def _options_key(storage_options: Mapping[str, Any] | None) -> str:
     return repr(sorted(storage_options.items(), key=repr)) if storage_options else ""
 
 
-def _handle(directory: str | os.PathLike[str] | None) -> Cache:
-    if directory is not None and not isinstance(directory, str | os.PathLike):
-        raise ConfigError(f"cache={directory!r} must be a fastload.Cache, or the directory of one")
-    if directory in _MODES:  # what `open` of Python takes second would become a directory here
+def _checked_cache(cache: AnyCache) -> AnyCache:
+    if isinstance(cache, str) and cache in _MODES:  # what `open` of Python takes second would become a directory here
         raise ConfigError(
-            f"cache={directory!r} looks like a mode, and none is taken: files are binary and read-only; "
-            f"leave it out, or write a cache directory of that name as ./{directory}"
+            f"cache={cache!r} looks like a mode, and none is taken: files are binary and read-only; "
+            f"leave it out, or write a cache directory of that name as ./{cache}"
         )
-    path = os.path.abspath(os.path.expanduser(default_cache_dir() if directory is None else directory))
-    with _lock:
-        if path not in _handles:
-            _handles[path] = Cache(path)
-        return _handles[path]
+    return cache
 
 
 _MODES = frozenset({"r", "rb", "rt", "r+", "rb+", "r+b", "w", "wb", "wt", "w+", "wb+", "w+b", "a", "ab", "x", "xb"})
-_handles: dict[str, Cache] = {}
-_lock = threading.Lock()
-
-
-def _unlock_after_fork() -> None:
-    global _lock
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_unlock_after_fork)

@@ -1,7 +1,7 @@
 """The node's cache service and its clients: the one owner of what is in RAM and on disk, for all processes of a node.
 
-`Cache` is the handle that people make, `Consumer` a data set's connection through it. Names are imported when they are
-first used, since the service process forks before it imports anything that may have threads.
+`Handle` is what a `fastload.Cache` stands for, `Consumer` a data set's connection through it. Names are imported when
+they are first used, since the service process forks before it imports anything that may have threads.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastload.service.client import Consumer as Consumer
     from fastload.service.client import Held as Held
-    from fastload.service.handle import Cache as Cache
+    from fastload.service.handle import Handle as Handle
     from fastload.service.protocol import Progress as Progress
 
 _HOMES = {
-    "Cache": "fastload.service.handle",
+    "Handle": "fastload.service.handle",
     "Consumer": "fastload.service.client",
     "Held": "fastload.service.client",
     "Progress": "fastload.service.protocol",
 }
 
-__all__ = ["Cache", "Consumer", "Held", "Progress"]
+__all__ = ["Consumer", "Handle", "Held", "Progress"]
 
 
 def __getattr__(name: str) -> Any:

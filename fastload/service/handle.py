@@ -1,4 +1,4 @@
-"""`fastload.Cache`: which cache directory to use, with which limits, served how.
+"""What is behind a `fastload.Cache`: which cache directory to use, with which limits, served how.
 
 A handle is settings, and what was made from them in this process: consumers, and with `service="inprocess"` the
 service. Pickling takes the settings only, and a forked child starts from the settings too, so that worker processes
@@ -37,18 +37,8 @@ ServiceMode = Literal["auto", "inprocess"]
 _IDLE_S = 30.0
 
 
-class Cache:
-    """A node's cache: a directory, and the service that the first consumer starts there.
-
-    `ram_bytes`, `disk_bytes`, `chunk_bytes` and `disk_write_bytes_per_s` (ints, or strings such as `"8GiB"`) belong to
-    the directory: None takes what it has, or in a new directory the defaults; a value that differs changes it, with a
-    warning. A running service follows a change of `disk_bytes` and of `disk_write_bytes_per_s` at the first connection;
-    the others hold from its next start on. `disk_bytes=0` keeps everything in RAM. `disk_write_bytes_per_s` spares
-    flash: what would be written above it, on average, is not cached on disk this time; 0 is no bound.
-    `requests_in_flight` belongs to the directory as well: so many requests at a time to each endpoint of a store, where
-    0, the default, is as many as measuring finds. `history_bytes` bounds what is kept of what runs read (64 MiB), by
-    which a later run that reads alike is fetched ahead; 0 keeps and uses none. `service="inprocess"` runs the service
-    in threads of this process, where none may be started.
+class Handle:
+    """What a `fastload.Cache` stands for, in this process; its arguments are described there.
 
     `close()` ends what was made through it; it may be used again afterwards. Safe to use from several threads.
     """
@@ -68,7 +58,7 @@ class Cache:
         """Open the directory; CacheError where it cannot be used, ConfigError where an argument cannot."""
         if service not in get_args(ServiceMode):
             raise ConfigError(f'service={service!r} must be "auto" or "inprocess"')
-        path = default_cache_dir() if directory is None else _checked(directory)
+        path = self.path_of(default_cache_dir() if directory is None else directory)
         given = {
             "ram_bytes": ram_bytes,
             "disk_bytes": disk_bytes,
@@ -79,7 +69,7 @@ class Cache:
         explicit = {name: parse_bytes(value, name) for name, value in given.items() if value is not None}
         if requests_in_flight is not None:
             explicit["requests_in_flight"] = requests_in_flight
-        self._begin(Path(os.path.abspath(path)), service, _idle_s(), explicit)
+        self._begin(path, service, _idle_s(), explicit)
 
     def _begin(self, path: Path, service: ServiceMode, idle_s: float, explicit: dict[str, int]) -> None:
         self._path, self._service_mode, self._idle_s = path, service, idle_s
@@ -97,6 +87,11 @@ class Cache:
         self._lock = threading.Lock()
         self._service: InProcessService | None = None
         self._shared: dict[Hashable, Any] = {}
+
+    @staticmethod
+    def path_of(directory: str | os.PathLike[str]) -> Path:
+        """The directory, absolute. Raises `ConfigError` for what is none."""
+        return Path(os.path.abspath(_checked(directory)))
 
     @property
     def directory(self) -> Path:
@@ -166,7 +161,7 @@ class Cache:
         if service is not None:
             service.close()
 
-    def __enter__(self) -> Cache:
+    def __enter__(self) -> Handle:
         return self
 
     def __exit__(
@@ -261,7 +256,7 @@ class Cache:
 class _Weakly:
     """What a consumer needs of a handle, as long as somebody else keeps that."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Handle) -> None:
         self._cache = weakref.ref(cache)
         self._path = cache.directory
 
@@ -278,7 +273,7 @@ class _Weakly:
         """As the handle does."""
         return self._get().warn(message)
 
-    def _get(self) -> Cache:
+    def _get(self) -> Handle:
         cache = self._cache()
         if cache is None:
             raise ServiceError(f"the Cache({str(self._path)!r}) that this connection was made through is gone; keep it")
@@ -289,7 +284,9 @@ def _checked(directory: object) -> Path:
     """A folder of this machine: not "", which would be the working directory, and no URL, which would be one in it."""
     text = os.fspath(directory) if isinstance(directory, str | os.PathLike) else None
     if not isinstance(text, str) or not text or "://" in text or "\0" in text:
-        raise ConfigError(f"directory={directory!r} is not a local directory; give a path, such as /nvme/fastload")
+        raise ConfigError(
+            f"the cache directory {directory!r} is not a local directory; give a path, such as /nvme/fastload"
+        )
     return Path(text).expanduser()
 
 
@@ -303,7 +300,7 @@ def _idle_s() -> float:
 
 _warned: set[tuple[Path, str]] = set()
 _warned_lock = threading.Lock()
-_live_caches: weakref.WeakSet[Cache] = weakref.WeakSet()
+_live_caches: weakref.WeakSet[Handle] = weakref.WeakSet()
 # In a forked child: what the parent shared, which is not to be taken apart there.
 _inherited: list[dict[Hashable, Any]] = []
 

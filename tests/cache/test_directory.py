@@ -18,7 +18,7 @@ import pytest
 from fastload.cache import CacheDirectory, syscalls
 from fastload.config import CacheLimits
 from fastload.errors import CacheError, ConfigError
-from fastload.service import Cache
+from fastload.service import Handle as Cache
 from tests.cache.faults import failing
 
 MIB = 1 << 20

@@ -13,7 +13,7 @@ from fastload.demo.weed import WeedServer
 from fastload.engine.session import Source
 from fastload.errors import StateError
 from fastload.plan import Manifest
-from fastload.service import Cache
+from fastload.service import Handle as Cache
 from tests.conftest import Bucket
 from tests.shards import corpus
 

@@ -42,8 +42,7 @@ if __name__ == "__main__":
     order = torch.randperm(len(urls), generator=torch.Generator().manual_seed(3)).tolist()
     loader = torch.utils.data.DataLoader(Objects(urls, cache), batch_size=4, num_workers=2, sampler=order)
     read = sum(int(batch.sum()) for batch in loader)
-    with cache.consumer() as consumer:
-        node = consumer.stats()["node"]
+    node = cache.stats()
     print(json.dumps({"read": read, **{name: node[name] for name in ("replayed_reads", "fetched_chunks")}}))
 """
 
@@ -109,8 +108,7 @@ def test_a_cache_is_warmed_with_what_a_run_read(
     left = [url for url in [*urls, odd] if url != urls[7]]
     with fastload.Cache(tmp_path / "cache") as cache:
         assert sum(len(fastload.open(url, cache).read()) for url in left) > 0
-        with cache.consumer() as consumer:
-            assert consumer.stats()["node"]["fetched_chunks"] == 0
+        assert cache.stats()["fetched_chunks"] == 0
 
 
 def test_clearing_leaves_history_unless_told(urls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,8 +116,7 @@ def test_clearing_leaves_history_unless_told(urls: list[str], tmp_path: Path, mo
     job(tmp_path, urls, disk_bytes="64MiB")
     with fastload.Cache(tmp_path / "cache") as cache:
         assert cache.clear() >= 3000 * COUNT
-        with cache.consumer() as consumer:
-            assert consumer.stats()["node"]["disk_used_bytes"] == 0
+        assert cache.stats()["disk_used_bytes"] == 0
         assert len(json.loads(history(tmp_path, "ls", "--json"))) == 1
         assert cache.clear(history=True) > 0
         assert json.loads(history(tmp_path, "ls", "--json")) == []

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastload
+from fastload.node import handle_of
 from tests.conftest import Bucket
 from tests.files.conftest import CHUNK_BYTES
 from tests.processes import kill_service, until
@@ -30,7 +31,7 @@ def content(size: int, seed: int = 0) -> bytes:
 
 def node(cache: fastload.Cache) -> dict:
     """The service's figures."""
-    with cache.consumer() as consumer:
+    with handle_of(cache).consumer() as consumer:
         return consumer.stats()
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch.utils.data
 
 import fastload
+from fastload.node import handle_of
 from tests.conftest import Bucket
 from tests.files.conftest import CHUNK_BYTES
 from tests.files.test_open import content, node
@@ -66,7 +67,7 @@ def read(dataset: Objects, method: str, workers: int = 2) -> list[bytes]:
 def test_worker_processes(cache: fastload.Cache, objects: dict[str, bytes], method: str) -> None:
     dataset = Objects(list(objects), cache)
     workers = 1 if method == "spawn" else 2  # a start takes seconds
-    with cache.consumer():  # so that one service serves both epochs
+    with handle_of(cache).consumer():  # so that one service serves both epochs
         assert read(dataset, method, workers) == list(objects.values())
         fetched = node(cache)["node"]["fetched_bytes"]
         assert read(dataset, method, workers) == list(objects.values())

@@ -29,8 +29,7 @@ def main() -> None:
     for _ in range(2):
         epochs.append([batch["__key__"] for batch in loader])
         distributed.barrier()
-        with cache.consumer() as consumer:
-            fetched_bytes.append(consumer.stats()["node"]["fetched_bytes"])
+        fetched_bytes.append(cache.stats()["fetched_bytes"])
         distributed.barrier()
     found = {"node": node, "epochs": epochs, "fetched_bytes": fetched_bytes}
     (folder / f"rank-{distributed.get_rank()}.json").write_text(json.dumps(found))

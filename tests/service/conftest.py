@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fastload.demo.weed import WeedServer
-from fastload.service import Cache
+from fastload.service import Handle as Cache
 from tests.conftest import Bucket
 from tests.service.helpers import CHUNK_BYTES, random_bytes
 

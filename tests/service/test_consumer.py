@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from fastload.errors import ObjectMissingError, ServiceError, WaitTimeoutError
-from fastload.service import Cache, Consumer
+from fastload.service import Consumer
+from fastload.service import Handle as Cache
 from fastload.service.session import WaitInterruptedError
 from tests.conftest import Bucket
 from tests.service.helpers import (

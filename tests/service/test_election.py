@@ -13,7 +13,8 @@ import pytest
 
 import fastload
 from fastload.errors import CacheError, ServiceError
-from fastload.service import Cache, election, protocol
+from fastload.service import Handle as Cache
+from fastload.service import election, protocol
 from fastload.service.election import EndedSilentlyError
 from tests.processes import kill_service, until
 from tests.service.helpers import CHUNK_BYTES, service_pid

@@ -23,7 +23,8 @@ from fastload.errors import (
     ObjectMissingError,
     ServiceError,
 )
-from fastload.service import Cache, protocol
+from fastload.service import Handle as Cache
+from fastload.service import protocol
 from fastload.service.channel import greet
 from tests.cache.faults import failing
 from tests.conftest import Bucket
@@ -92,7 +93,7 @@ def test_a_service_that_is_told_to_end_ends_clean(cache: Cache, s3: Bucket, shar
 
 _HOLD = """
 import sys
-from fastload.service import Cache
+from fastload.service import Handle as Cache
 cache = Cache(sys.argv[1])
 consumer = cache.consumer(name="holder")
 objects = consumer.resolve([sys.argv[2]], (".tar",))

@@ -14,7 +14,8 @@ import pytest
 
 from fastload.cache import CacheDirectory
 from fastload.errors import ConfigError
-from fastload.service import Cache, hedging, protocol
+from fastload.service import Handle as Cache
+from fastload.service import hedging, protocol
 from fastload.service.control import AT_FIRST
 from fastload.service.core import Core
 from fastload.service.hedging import SHARE_MAX, Hedger

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from fastload.cache import DiskTier
-from fastload.service import Cache, protocol
+from fastload.service import Handle as Cache
+from fastload.service import protocol
 from fastload.service.core import Core
 from tests.service.helpers import CHUNK_BYTES, eventually
 from tests.service.world import Side, World, settle, until

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from fastload.cache import syscalls
-from fastload.service import Cache, protocol, server
+from fastload.service import Handle as Cache
+from fastload.service import protocol, server
 from fastload.service.core import Core
 from tests.patience import PATIENCE_S
 from tests.service.helpers import CHUNK_BYTES, FakeStore, eventually, random_bytes, read_epoch

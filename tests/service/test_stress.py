@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastload.service import Cache, Consumer, server
+from fastload.service import Consumer, server
+from fastload.service import Handle as Cache
 from fastload.service.core import Core
 from tests.service.helpers import CHUNK_BYTES, FakeStore, chunks_of, random_bytes, read
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fastload.errors import ObjectMissingError
-from fastload.service import Cache, Consumer, Progress
+from fastload.service import Consumer, Progress
+from fastload.service import Handle as Cache
 from tests.conftest import Bucket
 from tests.service.helpers import CHUNK_BYTES, chunks_of, eventually, kill_service, read, read_epoch
 
