@@ -13,6 +13,7 @@ import weakref
 
 from fastload.cache import CacheDirectory
 from fastload.errors import ServiceError
+from fastload.service.logs import limited
 from fastload.service.server import Server
 from fastload.turns import take_long_turns
 
@@ -51,7 +52,8 @@ class InProcessService:
     def _main(self) -> None:
         take_long_turns()  # and threads that are started from here
         try:
-            asyncio.run(self._serve())
+            with limited("fastload.service", "fastload.store"):
+                asyncio.run(self._serve())
         except Exception as error:  # to be raised in the thread that waits for us
             self._error = error
         finally:

@@ -8,12 +8,12 @@ import json
 import logging
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastload.cache import CacheDirectory
 from fastload.errors import FastloadError, to_wire
+from fastload.service.logs import ServiceLog
 from fastload.service.server import Server
 from fastload.turns import take_long_turns
 
@@ -24,8 +24,9 @@ def main(arguments: Sequence[str]) -> int:
     """Run the service; the exit status."""
     take_long_turns()  # and all threads of this process, which begin as the one that starts them
     options = _parser().parse_args(arguments)
+    service_log = ServiceLog()
     logging.basicConfig(
-        level=logging.INFO, format=f"%(asctime)s {os.getpid()} %(levelname)s %(message)s", stream=sys.stderr
+        level=logging.INFO, format=f"%(asctime)s {os.getpid()} %(levelname)s %(message)s", handlers=[service_log]
     )
     starter = _Starter(options.ready_fd)
     try:
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         if not directory.try_lock():
             starter.tell({"status": "taken"})
             return 0
+        service_log.keep_small(lambda: None if directory.is_lost else directory.log_path)
         ended = asyncio.run(_serve(directory, options.idle_s, starter))
     except FastloadError as error:
         log.error("%s", error)

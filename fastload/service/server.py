@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -33,6 +34,11 @@ log = logging.getLogger("fastload.service")
 _UNSENT_BYTES_MAX = 4 * protocol.FRAME_BYTES_MAX
 # A service that nobody connects to at all, although somebody started it for that.
 _FIRST_CONSUMER_S = 10.0
+# Whoever connects says so long nothing at most. It says hello at once, but may be one of hundreds on a busy machine.
+_HELLO_S = 20.0
+# Without descriptors or memory for another connection, the next look is so much later; who waits is in the queue.
+_ACCEPT_AGAIN_S = 0.5
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # How long reads and writes under way may take to end.
 _END_S = 5.0
 
@@ -43,15 +49,30 @@ class Peer:
     """One consumer's socket. For the loop's thread."""
 
     def __init__(
-        self, sock: socket.socket, core: Core, loop: asyncio.AbstractEventLoop, gone: Callable[[Peer], None]
+        self,
+        sock: socket.socket,
+        core: Core,
+        loop: asyncio.AbstractEventLoop,
+        welcomed: Callable[[], None],
+        gone: Callable[[Peer], None],
     ) -> None:
-        self._sock, self._core, self._loop, self._gone = sock, core, loop, gone
+        self._sock, self._core, self._loop, self._welcomed, self._gone = sock, core, loop, welcomed, gone
         self._frames = protocol.FrameReader()
         self._unsent = bytearray()
         self._consumer: ConsumerState | None = None
         self._closed = False
         sock.setblocking(False)
         loop.add_reader(sock.fileno(), self._readable)
+        self._deadline = loop.call_later(_HELLO_S, self._said_nothing)
+
+    @property
+    def is_consumer(self) -> bool:
+        """Whether it has said hello."""
+        return self._consumer is not None
+
+    def _said_nothing(self) -> None:
+        log.error("a connection was closed that said no hello for %.0f s", _HELLO_S)
+        self.close()
 
     def send(self, message: protocol.Message) -> None:
         """Send, now or as the peer takes it."""
@@ -66,6 +87,8 @@ class Peer:
             except BlockingIOError:
                 pass
             except OSError:  # it has gone; the reader will say so
+                if fds:  # or more descriptors are on their way than the system allows: it would wait for the rest
+                    self._loop.call_soon(self.close)
                 return
             if sent == len(data):
                 return
@@ -80,6 +103,7 @@ class Peer:
         if self._closed:
             return
         self._closed = True
+        self._deadline.cancel()
         self._loop.remove_reader(self._sock.fileno())
         self._loop.remove_writer(self._sock.fileno())
         self._sock.close()
@@ -126,6 +150,8 @@ class Peer:
             return
         core = self._core
         self._consumer = core.connect(hello, self.send)
+        self._deadline.cancel()
+        self._welcomed()
         welcome = protocol.Welcome(
             version=protocol.VERSION,
             service_id=core.service_id,
@@ -160,6 +186,8 @@ class Server:
         self._directory, self._idle_s = directory, idle_s
         self._peers: set[Peer] = set()
         self._idle_timer: asyncio.TimerHandle | None = None
+        self._accept_timer: asyncio.TimerHandle | None = None
+        self._is_ending = False
         self._listener: socket.socket | None = None
         self._stopped = asyncio.Event()
 
@@ -211,8 +239,12 @@ class Server:
         assert self._listener is not None
         try:
             sock, _ = self._listener.accept()
-        except OSError as error:  # the peer has gone again, or there are no descriptors left
+        except BlockingIOError:  # the peer has gone again
+            return
+        except OSError as error:
             log.warning("accepting a consumer failed: %s", error)
+            if error.errno in _SHORTAGES:
+                self._accept_later()
             return
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
         _, uid, _ = _PEER_CREDENTIALS.unpack(credentials)
@@ -220,24 +252,46 @@ class Server:
             log.error("a connection of user %d was refused", uid)
             sock.close()
             return
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
-        self._peers.add(Peer(sock, self._core, self._loop, self._left))
+        try:
+            self._peers.add(Peer(sock, self._core, self._loop, self._wait_for_consumers, self._left))
+        except OSError as error:  # the system watches no more descriptors for us
+            log.warning("accepting a consumer failed: %s", error)
+            sock.close()
+
+    def _accept_later(self) -> None:
+        """Trying at once would find the same, as fast as the processor can."""
+        assert self._listener is not None
+        fd = self._listener.fileno()
+        self._loop.remove_reader(fd)
+        self._accept_timer = self._loop.call_later(_ACCEPT_AGAIN_S, self._loop.add_reader, fd, self._accept)
 
     def _left(self, peer: Peer) -> None:
         self._peers.discard(peer)
-        if not self._peers:
+        if self._is_ending and not self._peers:
+            self.stop()
+        elif peer.is_consumer and not self._core.consumers:
             self._wait_for_consumers(0.0 if self._directory.is_lost else self._idle_s)
 
-    def _wait_for_consumers(self, seconds: float | None) -> None:
+    def _wait_for_consumers(self, seconds: float | None = None) -> None:
+        """End in so many seconds if none has come by then; None: one is here, or need not come."""
+        self._is_ending = False
         if self._idle_timer is not None:
             self._idle_timer.cancel()
         if seconds is not None:
-            self._idle_timer = self._loop.call_later(seconds, self.stop)
+            self._idle_timer = self._loop.call_later(seconds, self._end_of_idleness)
+
+    def _end_of_idleness(self) -> None:
+        """Who has just connected and is about to say hello may; that is all that holds up the end."""
+        self._is_ending = True
+        if not self._peers:
+            self.stop()
+            return
+        self._idle_timer = self._loop.call_later(_HELLO_S, self.stop)
 
     def _end(self) -> bool:
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
+        for timer in (self._idle_timer, self._accept_timer):
+            if timer is not None:
+                timer.cancel()
         self._idle_s = None
         if self._listener is not None:
             self._loop.remove_reader(self._listener.fileno())
