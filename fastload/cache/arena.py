@@ -31,6 +31,8 @@ from fastload.errors import CacheError
 
 # One piece of populating: 4 MiB takes 1-12 ms, which bounds how long a stop or a close has to wait.
 _PIECE_BYTES = 4 * MIB
+# An arena keeps its size: a mapping of memory that was cut off ends its user with SIGBUS.
+_FIXED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _CURE = "lower ram_bytes, or raise the limit on memory or open files of this process"
 
 
@@ -102,12 +104,16 @@ class ArenaView:
     """A consumer's side: the arena, mapped read-only."""
 
     def __init__(self, fd: int, byte_count: int) -> None:
-        """Map `byte_count` bytes of the arena `fd`, which stays the caller's to close.
+        """Map the arena `fd` of `byte_count` bytes; the descriptor stays the caller's to close.
 
-        CacheError where `fd` is not a sealed arena of that size.
+        CacheError where `fd` is not a sealed arena of that size, or another user's.
         """
         try:
-            if syscalls.fstat(fd).st_size < byte_count or not syscalls.get_seals(fd) & fcntl.F_SEAL_SHRINK:
+            status = syscalls.fstat(fd)
+            # Whoever owns it may write to it, and so to what is trained on.
+            if status.st_uid != syscalls.geteuid():
+                raise CacheError(f"the arena received belongs to user {status.st_uid}; restart the service")
+            if status.st_size != byte_count or syscalls.get_seals(fd) & _FIXED != _FIXED:
                 raise CacheError(f"the arena received is not a sealed one of {byte_count} bytes; restart the service")
             self._map: mmap.mmap | None = syscalls.mmap_shared(fd, byte_count, writable=False)
         except (OSError, ValueError) as error:
@@ -125,13 +131,12 @@ class ArenaView:
 
 
 def _seal(fd: int) -> None:
-    fixed = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
     try:
-        syscalls.add_seals(fd, fixed | syscalls.F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
+        syscalls.add_seals(fd, _FIXED | syscalls.F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        syscalls.add_seals(fd, fixed)  # before Linux 5.1 only consumers' good manners keep them from writing
+        syscalls.add_seals(fd, _FIXED)  # before Linux 5.1 only consumers' good manners keep them from writing
 
 
 def _populate(mapping: mmap.mmap, start: int, size: int) -> bool:

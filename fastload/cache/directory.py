@@ -11,6 +11,11 @@ A cache hands out bytes that later become batches, so who may write here may poi
 may read here may read what only the bucket's credentials should show. The directory is made 0700, and one
 that belongs to somebody else or that others may write to is refused.
 
+Others may be able to write to a folder above it, and so to put another directory in its place at any moment. So a name
+is followed once: the directory is opened, what was opened is checked, and all that is in it is reached through that
+descriptor (`opened`), by the service for as long as it holds the lock. Whatever the name leads to by then is checked
+when it is followed again.
+
 Election: the lock is a flock, so it ends with its holder, however that ends. A forked child would inherit the
 descriptor and keep the lock alive past its holder's death; so a child closes it first thing. Closing does not
 unlock for the parent.
@@ -30,8 +35,11 @@ from fastload.cache import limits, owner, syscalls
 from fastload.config import CacheLimits
 from fastload.errors import CacheError
 
-# sockaddr_un holds 108 bytes, with the zero at the end.
-_SOCKET_PATH_BYTES_MAX = 107
+# Where an open directory has a name that nobody can lead elsewhere. It is short enough for a socket's address, too.
+_DESCRIPTORS = Path("/proc/self/fd")
+_HAS_DESCRIPTORS = _DESCRIPTORS.is_dir()
+# Opening it again where it was emptied or removed under way.
+_OPEN_TRIES = 5
 
 
 class CacheDirectory:
@@ -41,7 +49,7 @@ class CacheDirectory:
         self.path = path
         self.limits = settled
         self.warnings = warnings
-        self._lock_fd = -1
+        self._lock_fd = self._fd = -1
 
     @classmethod
     def open(
@@ -71,19 +79,26 @@ class CacheDirectory:
             "history_bytes": history_bytes,
         }
         explicit = {name: value for name, value in given.items() if value is not None}
-        try:
-            _make(place)
-            _check_owner(place)
-            _sweep(place)
-            settled, warnings = limits.settle(place, explicit)
-        except CacheError:
-            raise
-        except OSError as error:
-            raise CacheError(
-                f"the cache directory {place} cannot be used: {error.strerror or error}; "
-                "name another one (Cache(directory), or FASTLOAD_CACHE), or mend its rights"
-            ) from error
-        return cls(place, settled, warnings)
+        return cls(place, *_settle(place, explicit))
+
+    @property
+    def root(self) -> Path:
+        """Where the holder of the lock reaches the directory: under a name that stays its own whatever becomes of its
+        path. Without the lock that is the path.
+        """
+        return self.path if self._fd < 0 else _name_of(self._fd, self.path)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Path]:
+        """The same for who has no lock, valid within the block.
+
+        CacheError where the directory is not ours, OSError as the system gives it.
+        """
+        if self._fd >= 0:
+            yield self.root
+            return
+        with _opened(self.path) as root:
+            yield root
 
     @property
     def socket_path(self) -> Path:
@@ -107,29 +122,27 @@ class CacheDirectory:
 
     @contextlib.contextmanager
     def socket_address(self) -> Iterator[str]:
-        """The socket's path in a form that fits a Unix address, valid within the block.
-
-        A path of more than 107 bytes is named through a descriptor of the directory, in /proc/self/fd.
+        """The socket's path in a form that fits a Unix address, whatever its length, and that leads into a directory
+        which was checked; valid within the block. Raises as `opened`.
         """
-        if len(os.fsencode(self.socket_path)) <= _SOCKET_PATH_BYTES_MAX:
-            yield str(self.socket_path)
-            return
-        fd = syscalls.open_directory(self.path)
-        try:
-            yield f"/proc/self/fd/{fd}/{self.socket_path.name}"
-        finally:
-            syscalls.close(fd)
+        with self.opened() as root:
+            yield str(root / self.socket_path.name)
 
     def try_lock(self) -> bool:
         """Become the directory's service, if nobody is; whether this object holds the lock. Never blocks."""
         if self._lock_fd >= 0:
             return True
         try:
-            self._lock_fd = syscalls.open(self.lock_path, os.O_RDWR | os.O_CREAT)
+            self._fd = _open_checked(self.path)
             _lock_holders.add(self)
+            self._lock_fd = syscalls.open(self.root / self.lock_path.name, os.O_RDWR | os.O_CREAT)
             locked = _lock(self._lock_fd, self.lock_path)
+        except FileNotFoundError:  # removed meanwhile: who looks again makes it again
+            locked = False
         except OSError as error:
             self.unlock()
+            if isinstance(error, CacheError):
+                raise
             raise CacheError(
                 f"cannot lock {self.lock_path}: {error.strerror or error}; "
                 "the cache needs a directory of your own on a local disk"
@@ -153,10 +166,11 @@ class CacheDirectory:
 
     def unlock(self) -> None:
         """Give the lock back. May be called twice, and without it."""
-        fd, self._lock_fd = self._lock_fd, -1
+        fds, self._lock_fd, self._fd = (self._lock_fd, self._fd), -1, -1
         _lock_holders.discard(self)
-        if fd >= 0:
-            syscalls.close(fd)
+        for fd in fds:
+            if fd >= 0:
+                syscalls.close(fd)
 
 
 _lock_holders: weakref.WeakSet[CacheDirectory] = weakref.WeakSet()
@@ -182,6 +196,26 @@ def _lock(fd: int, path: Path) -> bool:
         return False
 
 
+def _settle(path: Path, explicit: dict[str, int]) -> tuple[CacheLimits, tuple[str, ...]]:
+    """See `open`."""
+    for tries_left in reversed(range(_OPEN_TRIES)):
+        try:
+            _make(path)
+            with _opened(path) as root:
+                _sweep(root)
+                return limits.settle(path, root, explicit)
+        except CacheError:
+            raise
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and tries_left:  # removed meanwhile
+                continue
+            raise CacheError(
+                f"the cache directory {path} cannot be used: {error.strerror or error}; "
+                "name another one (Cache(directory), or FASTLOAD_CACHE), or mend its rights"
+            ) from error
+    raise AssertionError("unreachable")
+
+
 def _make(path: Path) -> None:
     if not path.parent.exists():
         _make_parents(path.parent)
@@ -196,12 +230,32 @@ def _make_parents(path: Path) -> None:
         syscalls.mkdir(path, 0o777)  # as mkdir -p does; the user's umask decides
 
 
-def _check_owner(path: Path) -> None:
-    fd = syscalls.open_directory(path)
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Path]:
+    fd = _open_checked(path)
     try:
-        status = syscalls.fstat(fd)
+        yield _name_of(fd, path)
     finally:
         syscalls.close(fd)
+
+
+def _name_of(fd: int, path: Path) -> Path:
+    """A name of the open directory. Without /proc that is its path, which others may lead elsewhere."""
+    return _DESCRIPTORS / str(fd) if _HAS_DESCRIPTORS else path
+
+
+def _open_checked(path: Path) -> int:
+    """A descriptor of the directory, which is ours alone to write to; CacheError where it is not."""
+    fd = syscalls.open_directory(path)
+    try:
+        _check_owner(syscalls.fstat(fd), path)
+    except BaseException:
+        syscalls.close(fd)
+        raise
+    return fd
+
+
+def _check_owner(status: os.stat_result, path: Path) -> None:
     if status.st_uid != syscalls.geteuid():
         raise CacheError(
             f"the cache directory {path} belongs to user {status.st_uid}, and this process runs as user "

@@ -59,18 +59,22 @@ class DiskTier:
         quota_bytes: int,
         chunk_bytes: int,
         *,
+        root: Path | None = None,
         on_trouble: Callable[[str], None] | None = None,
         margin_bytes: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Open the tier and take stock of what it holds; with `quota_bytes` 0 it stays off, and off the disk.
 
-        `margin_bytes` of the file system are left free (default: 2 % of it, at most 4 GiB). `on_trouble` gets
+        `root` is where the directory is reached, if not by its name (see `CacheDirectory.opened`). `margin_bytes` of
+        the file system are left free (default: 2 % of it, at most 4 GiB). `on_trouble` gets
         each kind of trouble once, as a sentence, from whichever thread met it.
         """
         self.directory = directory
         self.chunk_bytes = chunk_bytes
-        self._health = Health(directory, on_trouble or (lambda message: None), clock)
+        self._root = root or directory
+        self._on_trouble = on_trouble or (lambda message: None)
+        self._health = Health(directory, self._tell, clock)
         self._margin_bytes = margin_bytes
         self._lock = threading.Lock()
         self._quota_bytes = 0
@@ -210,12 +214,16 @@ class DiskTier:
 
     # Inside
 
+    def _tell(self, message: str) -> None:
+        """Trouble in files, by the names that people know."""
+        self._on_trouble(message.replace(str(self._root), str(self.directory)))
+
     def _take_stock(self) -> None:
         """Make the table, and only then switch on. What a write still under way has entered meanwhile stays."""
         with self._lock:
             self._held.clear()
             self._used_bytes = 0
-        found = inventory.take(self.directory)
+        found = inventory.take(self._root)
         with self._lock:
             held = {name: _Entry(took) for _, name, took in found.held} | self._held
             self._held = held
@@ -229,7 +237,7 @@ class DiskTier:
         entry = self._held.get(name)
         if not self._health.readable or entry is None:
             return None
-        path = inventory.path_of(self.directory, name)
+        path = inventory.path_of(self._root, name)
         try:
             found = read(path)
         except FileNotFoundError:  # removed meanwhile, by another thread or by somebody's hand
@@ -251,7 +259,7 @@ class DiskTier:
             return False
         took = None
         try:
-            took = self._publish(inventory.path_of(self.directory, name), write)
+            took = self._publish(inventory.path_of(self._root, name), write)
         except OSError as error:
             self._health.write_failed(error)
         finally:
@@ -282,7 +290,7 @@ class DiskTier:
     def _leaves_margin(self, need: int) -> bool:
         """Whether the file system has room for `need` more bytes, besides the margin that is everybody's."""
         try:
-            status = syscalls.statvfs(self.directory)
+            status = syscalls.statvfs(self._root)
         except OSError as error:
             self._health.write_failed(error)
             return False
@@ -313,7 +321,7 @@ class DiskTier:
     def _make_directories(self, directory: Path) -> None:
         """`directory` and what lacks above it, down from the tier's own, which has to be there."""
         for missing in (directory.parent, directory):
-            if self.directory in missing.parents:
+            if self._root in missing.parents:
                 with contextlib.suppress(FileExistsError):
                     syscalls.mkdir(missing)
 
@@ -322,7 +330,7 @@ class DiskTier:
         if entry is None or not self._forget(name, entry):
             return False
         try:
-            syscalls.unlink(inventory.path_of(self.directory, name))
+            syscalls.unlink(inventory.path_of(self._root, name))
         except FileNotFoundError:
             pass
         except OSError as error:

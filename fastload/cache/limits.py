@@ -30,23 +30,26 @@ def path_of(directory: Path) -> Path:
     return directory / "cache.json"
 
 
-def settle(directory: Path, explicit: dict[str, int]) -> tuple[CacheLimits, tuple[str, ...]]:
-    """The limits of `directory` once the `explicit` ones hold, and warnings for the user.
+def settle(
+    directory: Path, root: Path, explicit: dict[str, int], otherwise: CacheLimits | None = None
+) -> tuple[CacheLimits, tuple[str, ...]]:
+    """The limits of `directory` once the `explicit` ones hold, and warnings for the user. Where none are written, those
+    of `otherwise` hold, or defaults. `root` is where the directory is reached.
 
     OSError as the calls give it, CacheError for a directory of a later format, ConfigError for limits that
     cannot be.
     """
     _check_memory(explicit.get("ram_bytes", 0))
-    stored, warning = read(directory)
+    stored, warning = _read(directory, root)
     warnings: tuple[str, ...] = (warning,) if warning else ()
     if stored is None:
-        wanted = _first(directory, explicit)
-        if _publish(directory, wanted, replaces=bool(warning)):
+        wanted = _first(root, explicit) if otherwise is None else replace(otherwise, **explicit)
+        if _publish(root, wanted, replaces=bool(warning)):
             return wanted, warnings
-        stored = read(directory)[0] or wanted  # another process made the directory's limits first
+        stored = _read(directory, root)[0] or wanted  # another process made the directory's limits first
     changed = replace(stored, **explicit)
     if changed != stored:
-        _publish(directory, changed, replaces=True)
+        _publish(root, changed, replaces=True)
         warnings += (_change(directory, stored, changed),)
     fitting, warning = _fitting(directory, changed)
     return fitting, warnings + ((warning,) if warning else ())
@@ -79,11 +82,11 @@ def _check_memory(ram_bytes: int) -> None:
         )
 
 
-def read(directory: Path) -> tuple[CacheLimits | None, str]:
+def _read(directory: Path, root: Path) -> tuple[CacheLimits | None, str]:
     """The limits as written, or None where there are none; and a warning about what makes no sense."""
     path = path_of(directory)
     try:
-        content = syscalls.read_file(path)
+        content = syscalls.read_file(path_of(root))
     except FileNotFoundError:
         return None, ""
     try:

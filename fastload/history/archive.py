@@ -38,13 +38,15 @@ class RunFile:
 class Archive:
     """Of one cache directory. Any process may look; one at a time, the service, writes."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, root: Path | None = None) -> None:
+        """`root` is where the directory is reached, if not by its name (see `CacheDirectory.opened`)."""
         self.folder = directory / FOLDER
+        self._place = (root or directory) / FOLDER
 
     def runs(self) -> list[RunFile]:
         """All that there are, the newest first. OSError as the system gives it."""
         try:
-            entries = syscalls.scandir(self.folder)
+            entries = syscalls.scandir(self._place)
         except FileNotFoundError:
             return []
         found = []
@@ -98,9 +100,9 @@ class Archive:
         """Add pieces to a run's file, which has `after` bytes; 0: there is none yet, and it is made. Its bytes
         afterwards; None where it is not as it was left, since somebody forgot the run. OSError as the system gives it.
         """
-        path = self.folder / (name + _ENDING)
+        path = self._place / (name + _ENDING)
         with contextlib.suppress(FileExistsError):
-            syscalls.mkdir(self.folder, 0o700)
+            syscalls.mkdir(self._place, 0o700)
         try:
             fd = syscalls.open(path, os.O_WRONLY | (0 if after else os.O_CREAT))
         except FileNotFoundError:

@@ -20,6 +20,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,7 +29,13 @@ from fastload.errors import FastloadError, ServiceError
 from fastload.service import protocol
 
 # A service that takes no bytes for so long is as good as gone: its loop never blocks on anything.
-_SEND_DEADLINE_S = 60
+_SEND_DEADLINE_S = 20
+# A service that runs answers a hello at once; on a machine that is loaded heavily, after some seconds.
+HELLO_DEADLINE_S = 15.0
+# How often whoever waits for it looks whether it should still.
+_LOOK_UP_S = 0.2
+
+_PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
 @dataclass(slots=True)
@@ -141,15 +148,23 @@ def _shut_down(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_RDWR)
 
 
-def greet(sock: socket.socket, hello: protocol.Hello, where: str) -> Connection | None:
-    """Say hello on a fresh socket, which is closed unless this succeeds. None: the service was just ending.
+def greet(
+    sock: socket.socket,
+    hello: protocol.Hello,
+    where: str,
+    stop: threading.Event | None = None,
+    deadline_s: float = HELLO_DEADLINE_S,
+) -> Connection | None:
+    """Say hello on a fresh socket, which is closed unless this succeeds. None: the service was just ending, or `stop`
+    was set.
 
-    ServiceError where the service refuses or is another version.
+    ServiceError where the service refuses, is another version, another user's, or does not answer within `deadline_s`.
     """
     fds: list[int] = []
     try:
+        _check_peer(sock, where)
         frames = protocol.FrameReader()
-        payload = _first_frame(sock, hello, frames, fds)
+        payload = _first_frame(sock, hello, frames, fds, where, stop or threading.Event(), deadline_s)
         if payload is None:
             sock.close()
             return None
@@ -162,20 +177,57 @@ def greet(sock: socket.socket, hello: protocol.Hello, where: str) -> Connection 
             os.close(fd)
 
 
+def _check_peer(sock: socket.socket, where: str) -> None:
+    """Before anything is said: the hello holds credentials."""
+    uid = peer_uid(sock)
+    if uid != os.geteuid():
+        raise ServiceError(
+            f"the process that listens at {where} belongs to user {uid}, and this process runs as user "
+            f"{os.geteuid()}: it was told nothing; name a directory of your own (Cache(directory), or FASTLOAD_CACHE)"
+        )
+
+
+def peer_uid(sock: socket.socket) -> int:
+    """The user at the other end of a connected Unix socket."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    uid: int = _PEER_CREDENTIALS.unpack(credentials)[1]
+    return uid
+
+
 def _first_frame(
-    sock: socket.socket, hello: protocol.Hello, frames: protocol.FrameReader, fds: list[int]
+    sock: socket.socket,
+    hello: protocol.Hello,
+    frames: protocol.FrameReader,
+    fds: list[int],
+    where: str,
+    stop: threading.Event,
+    deadline_s: float,
 ) -> bytes | None:
+    deadline = time.monotonic() + deadline_s
     try:
+        sock.settimeout(deadline_s)
         sock.sendall(protocol.frame(hello))
-        while True:
-            data, received, _, _ = socket.recv_fds(sock, 1 << 16, 1)
+        sock.settimeout(min(deadline_s, _LOOK_UP_S))
+        while not stop.is_set() and time.monotonic() < deadline:
+            try:
+                data, received, flags, _ = socket.recv_fds(sock, 1 << 16, 1, socket.MSG_CMSG_CLOEXEC)
+            except TimeoutError:
+                continue
             fds += received
             if not data:
                 return None
+            if len(fds) > 1 or flags & socket.MSG_CTRUNC:  # the kernel has closed those that were cut off
+                raise ServiceError(f"the cache service at {where} sent more descriptors than one")
             for payload in frames.feed(data):
+                sock.settimeout(None)
                 return payload
-    except (ConnectionError, TimeoutError):  # it went away between accepting and answering
+    except ConnectionError:  # it went away between accepting and answering
         return None
+    except TimeoutError:  # it takes no bytes
+        pass
+    if stop.is_set():
+        return None
+    raise ServiceError(f"the cache service at {where} has not answered for {deadline_s:g} s")
 
 
 def _welcomed(
@@ -184,6 +236,11 @@ def _welcomed(
     message = protocol.from_service(payload)
     if isinstance(message, protocol.Refused):
         raise ServiceError(f"{message.message} (cache {where})")
+    if isinstance(message, protocol.Welcome) and message.version != protocol.VERSION:
+        raise ServiceError(
+            f"the cache service at {where} (process {message.pid}) speaks protocol {message.version}, this fastload "
+            f"{protocol.VERSION}: let its jobs end, or use another cache directory"
+        )
     if not isinstance(message, protocol.Welcome) or len(fds) != 1:
         raise ServiceError(f"the cache service at {where} answered with {type(message).__name__}, without its arena")
     view = ArenaView(fds[0], message.buffer_count * message.chunk_bytes)

@@ -9,6 +9,7 @@ Between tries there is nothing to wait on but time: the file system tells nobody
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -30,6 +31,7 @@ from fastload.service.channel import Connection, greet
 
 DEADLINE_S = 60.0
 _TRY_AGAIN_S = 0.02
+_END_S = 5.0
 # A service that ends before it serves, without a word: killed, most likely, which happens to be survived. One that does
 # so again and again will not serve at the next try either.
 _SILENT_ENDS_MAX = 3
@@ -82,7 +84,7 @@ def _connect(
     deadline = time.monotonic() + deadline_s
     silent_ends = 0
     while not stop.is_set():
-        connection = _try(directory, hello)
+        connection = _try(directory, hello, stop)
         if connection is not None:
             return connection
         if time.monotonic() > deadline:
@@ -97,35 +99,36 @@ def _connect(
             if silent_ends == _SILENT_ENDS_MAX:
                 raise
         # It serves now, or another is about to: try the socket before starting yet another one.
-        connection = _try(directory, hello)
+        connection = _try(directory, hello, stop)
         if connection is not None:
             return connection
         stop.wait(_TRY_AGAIN_S * (1 + random.random()))
     raise ServiceError(f"connecting to the cache service for {directory.path} was given up: the consumer is closed")
 
 
-def _try(directory: CacheDirectory, hello: protocol.Hello) -> Connection | None:
+def _try(directory: CacheDirectory, hello: protocol.Hello, stop: threading.Event) -> Connection | None:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.settimeout(DEADLINE_S)
+        sock.setblocking(False)  # a Unix socket connects at once, or not
         with directory.socket_address() as address:
             sock.connect(address)
-        sock.settimeout(None)
-    except (FileNotFoundError, ConnectionError, TimeoutError):  # nobody there
+    except (FileNotFoundError, ConnectionError, BlockingIOError):  # nobody there, or more before us than it takes
         sock.close()
         return None
     except BaseException:
         sock.close()
         raise
-    return greet(sock, hello, str(directory.path))
+    return greet(sock, hello, str(directory.path), stop)
 
 
-def start_process(directory: CacheDirectory, idle_s: float, stop: threading.Event) -> None:
-    """Start a service process; returns when it serves, or when it found another one in its place.
+def start_process(
+    directory: CacheDirectory, idle_s: float, stop: threading.Event, deadline_s: float = DEADLINE_S
+) -> None:
+    """Start a service process; returns when it serves, when it found another one in its place, or at the deadline.
 
     Raises what kept it from serving, in its own words.
     """
-    word = _run(directory, idle_s, stop)
+    word = _run(directory, idle_s, stop, deadline_s)
     if word is None:
         raise EndedSilentlyError(
             f"the cache service for {directory.path} ended while starting; its log ({directory.log_path}) ends "
@@ -136,11 +139,11 @@ def start_process(directory: CacheDirectory, idle_s: float, stop: threading.Even
         raise errors.from_wire(str(name), str(message))
 
 
-def _run(directory: CacheDirectory, idle_s: float, stop: threading.Event) -> dict[str, Any] | None:
+def _run(directory: CacheDirectory, idle_s: float, stop: threading.Event, deadline_s: float) -> dict[str, Any] | None:
     reading, writing = os.pipe()
     try:
         try:
-            with _open_log(directory.log_path) as log:
+            with directory.opened() as root, _open_log(root / directory.log_path.name) as log:
                 command = [sys.executable, "-m", "fastload.service", "--detach", f"--ready-fd={writing}"]
                 command += [f"--directory={directory.path}", f"--idle-s={idle_s}"]
                 process = subprocess.Popen(
@@ -154,10 +157,22 @@ def _run(directory: CacheDirectory, idle_s: float, stop: threading.Event) -> dic
                 )
         finally:
             os.close(writing)
-        process.wait()  # it forks and ends; the service is not our child
-        return _read_word(reading, stop)
+        try:
+            return _read_word(reading, stop, deadline_s)
+        finally:
+            _reap(process)
     finally:
         os.close(reading)
+
+
+def _reap(process: subprocess.Popen[bytes]) -> None:
+    """It forks and ends; the service is not our child. One that was stopped in between never does."""
+    for kills in (True, False):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_END_S)
+            return
+        if kills:
+            process.kill()
 
 
 def _environment() -> dict[str, str]:
@@ -176,10 +191,10 @@ def _open_log(path: Path) -> Any:
     return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab")
 
 
-def _read_word(fd: int, stop: threading.Event) -> dict[str, Any] | None:
+def _read_word(fd: int, stop: threading.Event, deadline_s: float) -> dict[str, Any] | None:
     """What the service says, None where it ended without a word."""
     data = b""
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + deadline_s
     while not data.endswith(b"\n"):
         if stop.is_set() or time.monotonic() > deadline:
             return {"status": "taken"}  # the caller looks at `stop` and at its own deadline

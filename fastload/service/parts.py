@@ -60,7 +60,13 @@ class Parts:
         """The real ones. CacheError where arena or disk tier cannot be opened."""
         limits, troubles = directory.limits, Troubles(loop)
         arena = Arena(limits.ram_bytes, limits.chunk_bytes)
-        disk = DiskTier(directory.path, limits.disk_bytes, limits.chunk_bytes, on_trouble=troubles.add_from_thread)
+        disk = DiskTier(
+            directory.path,
+            limits.disk_bytes,
+            limits.chunk_bytes,
+            root=directory.root,
+            on_trouble=troubles.add_from_thread,
+        )
         return cls(
             limits,
             arena,
@@ -71,5 +77,5 @@ class Parts:
             troubles,
             requests_max=requests_max(),
             is_lost=lambda: directory.is_lost,
-            history=Archive(directory.path),
+            history=Archive(directory.path, directory.root),
         )

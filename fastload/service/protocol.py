@@ -27,7 +27,7 @@ from fastload.cache.policy import PolicyName
 from fastload.errors import ServiceError
 from fastload.store.rows import ObjectRows as ObjectRows
 
-VERSION = 4
+VERSION = 5
 FRAME_BYTES_MAX = 64 << 20
 
 # Rows of objects in one piece: some megabytes of msgpack, a few tens of milliseconds of work for the receiver.
@@ -44,6 +44,10 @@ SOURCE_RAM, SOURCE_DISK, SOURCE_REMOTE = 0, 1, 2
 SOURCES = ("ram", "disk", "remote")
 
 _LENGTH = struct.Struct("<I")
+
+
+class ConversationError(ServiceError):
+    """What the other side sent makes no sense here: it runs another fastload, or is none."""
 
 
 class Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -212,7 +216,7 @@ class Welcome(Message, tag="welcome"):
 
 
 class Refused(Message, tag="refused"):
-    """Answers `Hello`; the socket closes after it."""
+    """Answers `Hello`, or whatever the service cannot take; the socket closes after it."""
 
     name: str
     message: str
@@ -361,6 +365,7 @@ FromService = (
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder_of_service: msgspec.msgpack.Decoder[FromConsumer] = msgspec.msgpack.Decoder(FromConsumer)
+_raw_decoder: msgspec.msgpack.Decoder[list[msgspec.Raw]] = msgspec.msgpack.Decoder(list[msgspec.Raw])
 _decoder_of_consumer: msgspec.msgpack.Decoder[FromService] = msgspec.msgpack.Decoder(FromService)
 
 
@@ -378,20 +383,29 @@ def frame(message: Message) -> bytearray:
     return data
 
 
+def hello_version(payload: bytes | memoryview) -> int | None:
+    """The version of a hello of whatever version; None where it is none."""
+    try:
+        tag, version, *_ = _raw_decoder.decode(payload)
+        return msgspec.msgpack.decode(version, type=int) if msgspec.msgpack.decode(tag, type=str) == "hello" else None
+    except (msgspec.MsgspecError, ValueError):
+        return None
+
+
 def from_consumer(payload: bytes | memoryview) -> FromConsumer:
-    """The consumer's message; `ServiceError` where it is none."""
+    """The consumer's message; `ConversationError` where it is none."""
     try:
         return _decoder_of_service.decode(payload)
     except msgspec.MsgspecError as error:
-        raise ServiceError(f"not a message of a consumer: {error}") from error
+        raise ConversationError(f"not a message of a consumer: {error}") from error
 
 
 def from_service(payload: bytes | memoryview) -> FromService:
-    """The service's message; `ServiceError` where it is none."""
+    """The service's message; `ConversationError` where it is none."""
     try:
         return _decoder_of_consumer.decode(payload)
     except msgspec.MsgspecError as error:
-        raise ServiceError(f"not a message of the cache service: {error}") from error
+        raise ConversationError(f"not a message of the cache service: {error}") from error
 
 
 class FrameReader:
@@ -401,14 +415,14 @@ class FrameReader:
         self._bytes = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """The payloads that `data` completes; `ServiceError` for a length beyond the maximum."""
+        """The payloads that `data` completes; `ConversationError` for a length beyond the maximum."""
         self._bytes += data
         start = 0
         try:
             while len(self._bytes) - start >= _LENGTH.size:
                 (length,) = _LENGTH.unpack_from(self._bytes, start)
                 if length > FRAME_BYTES_MAX:
-                    raise ServiceError(f"a frame of {length} bytes, more than may be ({FRAME_BYTES_MAX})")
+                    raise ConversationError(f"a frame of {length} bytes, more than may be ({FRAME_BYTES_MAX})")
                 end = start + _LENGTH.size + length
                 if len(self._bytes) < end:
                     break

@@ -19,12 +19,12 @@ import errno
 import logging
 import os
 import socket
-import struct
 from collections.abc import Callable, Sequence
 
 from fastload.cache import CacheDirectory
-from fastload.errors import ServiceError
+from fastload.errors import FastloadError, ServiceError
 from fastload.service import protocol
+from fastload.service.channel import peer_uid
 from fastload.service.consumers import ConsumerState
 from fastload.service.core import Core
 
@@ -41,8 +41,6 @@ _ACCEPT_AGAIN_S = 0.5
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # How long reads and writes under way may take to end.
 _END_S = 5.0
-
-_PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
 class Peer:
@@ -124,30 +122,36 @@ class Peer:
         try:
             for payload in self._frames.feed(data):
                 if not self._closed:
-                    self._take(protocol.from_consumer(payload))
-        except ServiceError as error:
+                    self._take(payload)
+        except FastloadError as error:
             log.error("a consumer was cut off: %s", error)
-            self.close()
+            self._refuse(str(error))
+        except Exception as error:  # a defect; whoever waits for an answer is told
+            log.exception("a consumer was cut off")
+            self._refuse(repr(error))
 
-    def _take(self, message: protocol.FromConsumer) -> None:
+    def _refuse(self, why: str) -> None:
+        """Say so before the end: without a word it would look as if the service had died."""
+        message = f"the running cache service (process {os.getpid()}) ended the conversation: {why}"
+        self.send(protocol.Refused("ServiceError", message))
+        self.close()
+
+    def _take(self, payload: bytes) -> None:
         if self._consumer is not None:
-            self._core.receive(self._consumer, message)
-        elif isinstance(message, protocol.Hello):
-            self._welcome(message)
-        else:
+            self._core.receive(self._consumer, protocol.from_consumer(payload))
+            return
+        version = protocol.hello_version(payload)
+        if version not in (protocol.VERSION, None):  # then its other fields may be any
+            raise ServiceError(
+                f"it speaks protocol {protocol.VERSION}, this fastload {version}: let its jobs end, or use another "
+                "cache directory"
+            )
+        message = protocol.from_consumer(payload)
+        if not isinstance(message, protocol.Hello):
             raise ServiceError(f"it began with {type(message).__name__}")
+        self._welcome(message)
 
     def _welcome(self, hello: protocol.Hello) -> None:
-        if hello.version != protocol.VERSION:
-            self.send(
-                protocol.Refused(
-                    "ServiceError",
-                    f"the running cache service (process {os.getpid()}) speaks protocol {protocol.VERSION}, this "
-                    f"fastload {hello.version}: let its jobs end, or use another cache directory",
-                )
-            )
-            self.close()
-            return
         core = self._core
         self._consumer = core.connect(hello, self.send)
         self._deadline.cancel()
@@ -225,10 +229,10 @@ class Server:
                 os.close(sock.detach())
 
     def _listen(self) -> socket.socket:
-        with contextlib.suppress(FileNotFoundError):  # left by a service that was killed
-            self._directory.socket_path.unlink()
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with self._directory.socket_address() as address:
+            with contextlib.suppress(FileNotFoundError):  # left by a service that was killed
+                os.unlink(address)
             sock.bind(address)
             os.chmod(address, 0o600)
         sock.listen(128)
@@ -246,8 +250,7 @@ class Server:
             if error.errno in _SHORTAGES:
                 self._accept_later()
             return
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-        _, uid, _ = _PEER_CREDENTIALS.unpack(credentials)
+        uid = peer_uid(sock)
         if uid != os.geteuid():
             log.error("a connection of user %d was refused", uid)
             sock.close()
@@ -297,8 +300,8 @@ class Server:
             self._loop.remove_reader(self._listener.fileno())
             # Not on a disk that hangs: whoever serves next removes it. And not another service's.
             if not self._core.disk_hangs and not self._directory.is_lost:
-                with contextlib.suppress(FileNotFoundError):  # somebody emptied the directory
-                    self._directory.socket_path.unlink()
+                with contextlib.suppress(FileNotFoundError), self._directory.socket_address() as address:
+                    os.unlink(address)  # if nobody emptied the directory
             self._listener.close()
         for peer in list(self._peers):
             peer.close()

@@ -227,7 +227,7 @@ def test_a_socket_path_of_any_length(tmp_path: Path, length: int) -> None:
         server.bind(address)
         server.listen(1)
         assert directory.socket_path.is_socket()
-        assert address.startswith("/proc/self/fd/") == (len(os.fsencode(directory.socket_path)) > 107)
+        assert address.startswith("/proc/self/fd/")
         with directory.socket_address() as other, socket.socket(socket.AF_UNIX) as client:
             client.connect(other)
     directory.socket_path.unlink()

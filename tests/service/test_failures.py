@@ -260,6 +260,7 @@ def test_garbage_on_the_socket_harms_nobody(cache: Cache, s3: Bucket, shards: di
                 sock.connect(str(cache.directory / "socket"))
                 sock.sendall(garbage)
                 sock.settimeout(10)
+                assert b"ended the conversation" in sock.recv(1000)
                 assert sock.recv(100) == b""
         objects = consumer.resolve([f"{s3.url}/"], ENDINGS)
         consumer.attach(objects)
