@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from fastload.cache import Arena, CacheDirectory, syscalls
 from fastload.errors import CacheError, FastloadError, ServiceError
-from fastload.service import Cache, election, protocol
+from fastload.service import Handle as Cache
+from fastload.service import election, protocol
 from fastload.service.channel import greet
 from tests.service.helpers import CHUNK_BYTES, service_pid
 

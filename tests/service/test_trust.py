@@ -14,7 +14,8 @@ import pytest
 
 from fastload.cache import Arena, ArenaView, CacheDirectory, syscalls
 from fastload.errors import CacheError, ServiceError
-from fastload.service import Cache, protocol
+from fastload.service import Handle as Cache
+from fastload.service import protocol
 from fastload.service.channel import greet
 from tests.service.helpers import CHUNK_BYTES
 
