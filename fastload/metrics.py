@@ -33,6 +33,7 @@ STATS_KEYS = (
     "fetched_bytes",
     "requests",
     "retries",
+    "bad_replies",
     *(f"wait_{reason}_s" for reason in REASONS),
     "node",
 )
@@ -128,6 +129,7 @@ class EpochMeter:
             "fetched_bytes": int(since["node"].get("fetched_bytes", 0)),
             "requests": int(since["store"].get("requests", 0)),
             "retries": int(since["store"].get("retries", 0)),
+            "bad_replies": int(since["store"].get("bad_replies", 0)),
             **{f"wait_{name}_s": seconds - self._waits_before[name] for name, seconds in waited.items()},
             "node": service.get("node", {}),
         }

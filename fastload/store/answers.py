@@ -50,6 +50,10 @@ class ThrottledError(StoreUnavailableError):
     """
 
 
+class BadReplyError(StoreUnavailableError):
+    """A reply that is not what was asked for (`replies`), and says nothing of the object. Of this layer only."""
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """An answer that is not the object: HTTP status, and what the body said (empty where it had none)."""
@@ -96,6 +100,11 @@ class Refusal:
         if self.status in (412, 416, 304):
             return changed(url)
         return StoreError(f"{url}: the store refused: {self.message or 'it gave no reason'}{where}")
+
+
+def is_doubtful(error: StoreError) -> bool:
+    """Whether a reply is to be believed only when another connection gives it, too."""
+    return isinstance(error, BadReplyError) or not isinstance(error, StoreUnavailableError)
 
 
 def changed(url: str, detail: str = "") -> ObjectChangedError:

@@ -73,15 +73,15 @@ class DirectReader:
         self._lock = threading.Lock()
         self._readers = {origin: make_reader(origin)}
 
-    def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> Mapping[str, str]:
-        """Fill `out` from `start`, if the object is still that version; the answer's headers. Errors of `HttpReader`,
-        and of obstore where it signs.
+    def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
+        """Fill `out` from `start`, if the object is still that version. Errors of `HttpReader`, and of obstore where it
+        signs.
         """
         headers = {"Range": f"bytes={start}-{start + len(out) - 1}"}
         if is_strong(info.etag):
             headers["If-Match"] = str(info.etag)
         request = self._ask(key_of(info.url), headers)
-        return self._reader(request.origin).get_range(info.url, request.target, request.headers, start, out)
+        self._reader(request.origin).get_range(info, request.target, request.headers, start, out)
 
     def close(self) -> None:
         """Close the connections, those in use as they come back."""

@@ -1,7 +1,7 @@
 """Every other scheme, through fsspec: hdfs, sftp, memory, and whatever else has a file system there.
 
-For reach, not for speed: fsspec hands out fresh bytes, which are copied, and has no conditional read, so
-that each read first asks for the object's size, ETag and time.
+For reach, not for speed: fsspec hands out fresh bytes, which are copied, and has no conditional read, so that each read
+asks for the object's size, ETag and time, before and after: it says nothing of the reply that the bytes came with.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from fastload.errors import AccessDeniedError, ConfigError, ObjectMissingError, StoreError, StoreUnavailableError
 from fastload.store.answers import changed, truncated
 from fastload.store.options import StoreOptions
+from fastload.store.replies import other_version
 from fastload.store.types import ObjectInfo
 from fastload.store.urls import how_to_name, scheme
 
@@ -63,18 +64,23 @@ class FsspecStore:
 
     def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
         """Fill `out` with the object's bytes from `start`."""
-        if self.head(info.url) != info:
-            raise changed(info.url)
+        self._check_version(info)
         try:
             data = self._system.cat_file(info.url, start=start, end=start + len(out))
         except OSError as error:
             raise _explain(error, info.url) from error
         if len(data) != len(out):
             raise truncated(info.url, len(data), len(out), start)
+        self._check_version(info)
         out[:] = data
 
     def close(self) -> None:
         """Nothing: fsspec closes what it opened when the file system is collected."""
+
+    def _check_version(self, info: ObjectInfo) -> None:
+        now = self.head(info.url)
+        if other := other_version(info, now.size, now.etag, now.mtime_ns):
+            raise changed(info.url, other)
 
     def _info(self, url: str, detail: Mapping[str, Any]) -> ObjectInfo:
         etag = detail.get("ETag") or detail.get("etag")

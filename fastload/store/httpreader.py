@@ -25,21 +25,25 @@ tried (this one has no tls module), and OpenSSL's reading ahead cannot be turned
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
+import select
 import socket
 import ssl
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
 from fastload.errors import StoreError
 from fastload.store import watch
-from fastload.store.answers import Refusal, truncated, unreachable
+from fastload.store.answers import Refusal, is_doubtful, truncated, unreachable
 from fastload.store.proxies import Proxy
+from fastload.store.replies import Reply, asked, bad_reply, misfit, size_told
+from fastload.store.types import ObjectInfo
 
 _CONNECT_S = 10.0
 # The longest silence within an answer. A busy store may think for seconds, and is then retried anyway.
@@ -80,47 +84,80 @@ class HttpReader:
         self._idle: list[_Pooled] = []
         self._closed = False
 
-    def get_range(
-        self, url: str, target: str, headers: Mapping[str, str], start: int, out: memoryview
-    ) -> Mapping[str, str]:
-        """Fill `out` with the bytes of `target` (path and query, encoded) from `start`; the answer's headers.
+    def get_range(self, info: ObjectInfo, target: str, headers: Mapping[str, str], start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of that version of the object from `start`.
 
-        `headers` must ask for that range. `url` is for messages. Raises what `Refusal.error` gives, and
-        `StoreUnavailableError` for a connection that fails or a body of another length than `out`.
+        `target` is its path and query, encoded; `headers` must ask for that range. Raises what `Refusal.error` and
+        `misfit` give, and `StoreUnavailableError` for a connection that fails or a body that ends early. After a reply
+        that does not fit, the next request goes over a new connection.
         """
-        response, connection = self._ask(url, target, headers)
-        keep = False
-        try:
-            if response.status not in (200, 206):
+        with self._asked(info.url, target, headers) as (response, connection, reply):
+            if reply.status >= 300 and reply.status != 304:
                 body = response.read(_BODY_MAX).decode(errors="replace")
-                raise Refusal.from_body(response.status, body).error(url, self.endpoint)
-            if response.status == 200 and (start != 0 or response.length != len(out)):
-                raise Refusal(200, message="it does not serve ranges").error(url, self.endpoint)
-            if response.length is not None and response.length != len(out):
-                raise truncated(url, response.length, len(out), start)
+                raise Refusal.from_body(reply.status, body).error(info.url, self.endpoint)
+            if (error := misfit(reply, info, start, len(out), self.endpoint)) is not None:
+                raise error
             # Where nothing says how long the body is, or the connection ends with it, it is the response's to read.
             sock = connection.sock if response.length is not None else None
             got = _fill(response, sock, out)
             if got != len(out):
-                raise truncated(url, got, len(out), start)
-            keep = not response.will_close and (sock is not None or response.read(1) == b"")
-            response.close()
-            return {name.lower(): value for name, value in response.getheaders()}
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, StoreError):
-                raise
-            raise unreachable(url, self.endpoint, _reason(error)) from error
-        finally:
-            watch.through(None)
-            self._put_back(connection, keep)
+                raise truncated(info.url, got, len(out), start)
+            if sock is None and response.read(1) != b"":
+                came = f"{reply}, and a body that goes on behind them"
+                raise bad_reply(info.url, self.endpoint, asked(info, start, len(out)), came)
+
+    def first_byte(self, url: str, target: str) -> Reply:
+        """What the reply to a request for the object's first byte says: as a rule of what size it is, or else that the
+        server serves no ranges. Errors as of `get_range`.
+        """
+        with self._asked(url, target, {"Range": "bytes=0-0"}) as (response, _, reply):
+            if reply.status >= 300 and reply.status not in (304, 416):
+                body = response.read(_BODY_MAX).decode(errors="replace")
+                raise Refusal.from_body(reply.status, body).error(url, self.endpoint)
+            is_odd = size_told(reply) is None
+            if is_odd and reply.status != 200:
+                raise bad_reply(url, self.endpoint, "the first byte", str(reply))
+            if is_odd or response.length is None:
+                response.will_close = True
+            else:
+                response.read(_BODY_MAX)
+            return reply
+
+    def renew(self) -> None:
+        """What comes next goes over new connections."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for pooled in idle:
+            pooled.connection.close()
 
     def close(self) -> None:
         """Close idle connections, and those in use as they come back."""
         with self._lock:
             self._closed = True
-            idle, self._idle = self._idle, []
-        for pooled in idle:
-            pooled.connection.close()
+        self.renew()
+
+    @contextlib.contextmanager
+    def _asked(
+        self, url: str, target: str, headers: Mapping[str, str]
+    ) -> Iterator[tuple[http.client.HTTPResponse, http.client.HTTPConnection, Reply]]:
+        """The reply, whose body is read within the block. Its connection is kept where the block ends without an error,
+        and one whose reply is not to be trusted takes the idle ones along: they lead through the same machines.
+        """
+        response, connection = self._ask(url, target, headers)
+        keep = False
+        try:
+            yield response, connection, Reply.of(response.status, response.getheaders(), response.length)
+            keep = not response.will_close
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, StoreError):
+                if is_doubtful(error):
+                    self.renew()
+                raise
+            raise unreachable(url, self.endpoint, _reason(error)) from error
+        finally:
+            watch.through(None)
+            response.close()
+            self._put_back(connection, keep)
 
     def _ask(
         self, url: str, target: str, headers: Mapping[str, str]
@@ -174,12 +211,14 @@ class HttpReader:
         return connection
 
     def _take(self) -> http.client.HTTPConnection | None:
-        """The connection used last: it is the least likely to have been closed, and the others may age
-        away.
+        """The connection used last: it is the least likely to have been closed, and the others may age away. One that
+        has something to say while nobody asks has been closed, or the reply before was longer than it said: what comes
+        next would be taken for the answer.
         """
         with self._lock:
             old = self._aged()
-            taken = self._idle.pop() if self._idle else None
+            while (taken := self._idle.pop() if self._idle else None) is not None and _speaks(taken.connection.sock):
+                old.append(taken)
         for pooled in old:
             pooled.connection.close()
         return taken.connection if taken is not None else None
@@ -203,6 +242,14 @@ class HttpReader:
         return old
 
 
+def _speaks(sock: socket.socket) -> bool:
+    if isinstance(sock, ssl.SSLSocket) and sock.pending():
+        return True
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def _close(connection: http.client.HTTPConnection) -> None:
     """One whose request failed."""
     watch.through(None)
@@ -216,7 +263,10 @@ def _fill(response: http.client.HTTPResponse, sock: socket.socket | None, out: m
     deadline = time.monotonic() + _ANSWER_S
     got = 0
     if sock is not None:
-        got = response.readinto(out[: len(response.peek())])  # what came with the head
+        came_with_head = len(response.peek())
+        if came_with_head > len(out):  # the body is longer than was said; what follows it is no reply
+            response.will_close = True
+        got = response.readinto(out[:came_with_head])
     receive = _receiver(response, sock)
     while (left := len(out) - got) > 0:
         if time.monotonic() > deadline:

@@ -119,6 +119,8 @@ def _members(pattern: str, names: list[str], open_store: Callable[[str], Store])
     if scheme(names[0]) in httpstore.SCHEMES:
         return _heads(names, open_store)
     there = _listed(names, open_store)
+    if any(name not in there for name in names):
+        there |= _listed(names, open_store)  # one listing, which may have been cut short, ends no job
     missing = [name for name in names if name not in there]
     if missing:
         first = ", ".join(missing[:_SHOWN])

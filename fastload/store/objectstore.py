@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +22,15 @@ from obstore.store import S3Store, from_url
 
 from fastload.errors import AccessDeniedError, ConfigError, StoreError, StoreUnavailableError
 from fastload.store import watch
-from fastload.store.answers import Refusal, changed, is_strong, same_etag, truncated, unreachable
+from fastload.store.answers import BadReplyError, Refusal, changed, is_doubtful, is_strong, truncated, unreachable
 from fastload.store.direct import DEFAULT_REGION, DirectReader, direct_s3_reader
 from fastload.store.options import StoreOptions
+from fastload.store.replies import Reply, asked, bad_reply, misfit
 from fastload.store.types import ObjectInfo
 from fastload.store.urls import key_of, scheme
 
 if TYPE_CHECKING:
-    from obstore import ObjectMeta
+    from obstore import GetResult, ObjectMeta
     from obstore.store import ObjectStore as ObstoreStore
 
 _log = logging.getLogger("fastload.store")
@@ -41,6 +43,11 @@ _LIST_PAGE = 1000
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _CAUSE = re.compile(r'(?:message|error): "([^"]{1,200})"')
+# What obstore calls replies that do not fit the request, or that it cannot read: they are the network's fault.
+_BAD_REPLY = re.compile(
+    r"\b(NotPartial|NoContentRange|ParseContentRange|InvalidContentRange|UnexpectedRange|InvalidListResponse"
+    r"|MissingContentLength|InvalidContentLength|MissingLastModified|InvalidLastModified|MissingEtag)\b"
+)
 _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
 _KINDS: tuple[tuple[type[BaseException], int], ...] = (
     (FileNotFoundError, 404),
@@ -60,6 +67,7 @@ class ObjectStore:
         self._options = options
         self._endpoint = options.endpoint
         store = _open(root, options)
+        self._lock = threading.Lock()
         self._store: ObstoreStore | None = store
         bucket = root.partition("://")[2]
         self._direct = direct_s3_reader(bucket, options, store) if isinstance(store, S3Store) else None
@@ -73,15 +81,27 @@ class ObjectStore:
         folder = prefix.rpartition("/")[0]
         ordered = not self._endpoint and not self._root.endswith("--x-s3")
         offset = prefix[:-1] if ordered and len(prefix) > len(folder) + 1 else None
-        found = []
+        found: dict[str, ObjectInfo] = {}
+        wanted = f"what is in {folder or 'the bucket'}"
+        within = "".join(f"{part}/" for part in folder.split("/") if part)  # as obstore writes it
         try:
             for page in obstore.list(self._opened(), folder or None, offset=offset, chunk_size=_LIST_PAGE):
-                found += [self._info(meta) for meta in page if meta["path"].startswith(prefix)]
+                for meta in page:
+                    path, info = meta["path"], self._info(meta)
+                    if not path.startswith(within) or found.get(path, info) != info:
+                        raise bad_reply(
+                            prefix_url, self._endpoint, wanted, f"{path[:200]}, which it is not or is twice"
+                        )
+                    if path.startswith(prefix):
+                        found[path] = info
                 if ordered and page and page[-1]["path"] > prefix and not page[-1]["path"].startswith(prefix):
                     break
         except (BaseError, OSError) as error:
-            raise self._explain(error, prefix_url) from error
-        yield from sorted(found, key=lambda info: info.url)
+            explained = self._explain(error, prefix_url, wanted)
+            if isinstance(explained, BadReplyError):
+                self._renew()
+            raise explained from error
+        yield from sorted(found.values(), key=lambda info: info.url)
 
     def head(self, url: str) -> ObjectInfo:
         """The object at `url`."""
@@ -90,6 +110,8 @@ class ObjectStore:
             return self._info(obstore.head(self._opened(), key))
         except (BaseError, OSError, ValueError) as error:
             explained = self._explain(error, url)
+            if isinstance(explained, BadReplyError):
+                self._renew()
         # A HEAD's answer has no body to tell a missing bucket from a missing key, or a wrong secret from a
         # lacking right. A GET's has one.
         try:
@@ -104,32 +126,41 @@ class ObjectStore:
             raise ConfigError(f"{info.url}: bytes {start}-{start + len(out)} are beyond its end ({info.size})")
         if len(out) == 0:
             return
-        if (direct := self._direct) is None:
-            self._read_through_obstore(info, start, out)
-        elif direct.signs_urls:
-            self._read_by_signed_url(direct, info, start, out)
-        else:
-            self._read_directly(direct, info, start, out)
+        try:
+            if (direct := self._direct) is None:
+                self._read_through_obstore(info, start, out)
+            elif direct.signs_urls:
+                self._read_by_signed_url(direct, info, start, out)
+            else:
+                direct.read_into(info, start, out)
+        except StoreError as error:
+            if is_doubtful(error):
+                self._renew()
+            raise
 
     def close(self) -> None:
         """Let go of connections; obstore's go with its store, when the last request has ended."""
-        self._store, direct, self._direct = None, self._direct, None
+        with self._lock:
+            self._store, direct, self._direct = None, self._direct, None
         if direct is not None:
             direct.close()
+
+    def _renew(self) -> None:
+        """What obstore asks next goes over new connections: only a store of its own has them."""
+        store = _open(self._root, self._options)
+        with self._lock:
+            if self._store is not None:
+                self._store = store
 
     def _opened(self) -> ObstoreStore:
         if self._store is None:
             raise StoreUnavailableError(f"{self._root}: this store is closed")
         return self._store
 
-    def _read_directly(self, direct: DirectReader, info: ObjectInfo, start: int, out: memoryview) -> None:
-        answer = direct.read_into(info, start, out)
-        _check_version(info, _total(answer.get("content-range")), answer.get("etag"))
-
     def _read_by_signed_url(self, direct: DirectReader, info: ObjectInfo, start: int, out: memoryview) -> None:
         """There are buckets whose policy refuses signed URLs (s3:authType) and nothing else."""
         try:
-            self._read_directly(direct, info, start, out)
+            direct.read_into(info, start, out)
         except BaseError as error:  # of obstore, which looked for credentials
             raise self._explain(error, info.url) from error
         except AccessDeniedError:
@@ -143,31 +174,32 @@ class ObjectStore:
         options: dict[str, Any] = {"range": (start, start + len(out))}
         if is_strong(info.etag):
             options["if_match"] = info.etag
-        got = 0
+        wanted, got = asked(info, start, len(out)), 0
         try:
             result = obstore.get(self._opened(), key_of(info.url), options=options)  # type: ignore[arg-type]
             watch.first_byte()
-            _check_version(info, result.meta["size"], result.meta["e_tag"])
+            if (error := misfit(_reply(result), info, start, len(out), self._endpoint)) is not None:
+                raise error
             for piece in result.stream(min_chunk_size=_PIECE_BYTES):
                 if watch.cancelled():
                     raise watch.given_up()
                 view = memoryview(piece)
                 if got + len(view) > len(out):
-                    raise truncated(info.url, got + len(view), len(out), start)
+                    came = f"{_reply(result)}, and a body that goes on behind them"
+                    raise bad_reply(info.url, self._endpoint, wanted, came)
                 out[got : got + len(view)] = view
                 got += len(view)
         except (BaseError, OSError, ValueError) as error:
-            raise self._explain(error, info.url) from error
+            raise self._explain(error, info.url, wanted) from error
         if got != len(out):
             raise truncated(info.url, got, len(out), start)
 
     def _info(self, meta: ObjectMeta) -> ObjectInfo:
-        mtime_ns = int(meta["last_modified"].timestamp()) * 10**9
-        return ObjectInfo(f"{self._root}/{meta['path']}", meta["size"], meta["e_tag"], mtime_ns)
+        return ObjectInfo(f"{self._root}/{meta['path']}", meta["size"], meta["e_tag"], _mtime_ns(meta))
 
-    def _explain(self, error: BaseException, url: str) -> StoreError:
-        """An exception of obstore as ours: its type or the status it quotes, and the code in the body it
-        quotes.
+    def _explain(self, error: BaseException, url: str, wanted: str = "its size and version") -> StoreError:
+        """An exception of obstore as ours: its type or the status it quotes, and the code in the body it quotes.
+        `wanted` is what was asked for.
         """
         if isinstance(error, StoreError):
             return error
@@ -180,6 +212,14 @@ class ObjectStore:
         if certificate := _CERTIFICATE.search(text):
             reason = f"its TLS certificate is not accepted ({certificate[1]}; root_certificate names another issuer)"
             return unreachable(url, self._endpoint, reason)
+        if bad := _BAD_REPLY.search(text):
+            came = f"what obstore calls {bad[1]} ({text.splitlines()[0]})"
+            # All of an object in place of a range: it may be another by now, which the reply would say.
+            return (
+                changed(url, f"asked for {wanted}, came {came}")
+                if bad[1] == "NotPartial"
+                else bad_reply(url, self._endpoint, wanted, came)
+            )
         causes = _CAUSE.findall(text)
         if causes or "HTTP error" in text or "TimedOut" in text:
             return unreachable(url, self._endpoint, causes[-1] if causes else "the connection failed or timed out")
@@ -242,14 +282,11 @@ def _open_s3(bucket: str, options: StoreOptions, config: dict[str, str], clients
     return S3Store(bucket, client_options=clients, retry_config=retries, **settings)
 
 
-def _check_version(info: ObjectInfo, size: int | None, etag: str | None) -> None:
-    if size is not None and size != info.size:
-        raise changed(info.url, f"its size was {info.size} and is {size}")
-    if not same_etag(info.etag, etag):
-        raise changed(info.url, f"its ETag was {info.etag} and is {etag}")
+def _reply(result: GetResult) -> Reply:
+    """What obstore says of a reply to a ranged request: it takes none but 206."""
+    (start, end), meta = result.range, result.meta
+    return Reply(206, start, end, meta["size"], None, meta["e_tag"], _mtime_ns(meta))
 
 
-def _total(content_range: str | None) -> int | None:
-    """The object's size in `bytes 0-99/1234`."""
-    total = (content_range or "").rpartition("/")[2]
-    return int(total) if total.isdigit() else None
+def _mtime_ns(meta: ObjectMeta) -> int:
+    return int(meta["last_modified"].timestamp()) * 10**9

@@ -9,7 +9,7 @@ from fastload.store import fsspecstore, httpstore, local, objectstore
 from fastload.store.options import StoreOptions
 from fastload.store.types import Store
 from fastload.store.urls import scheme, store_root
-from fastload.store.wrappers import Counted, Counters, Limited, Retrying, RetryOptions, Watched
+from fastload.store.wrappers import Counted, Counters, Limited, Retrying, RetryOptions, SecondLook, Watched
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,8 @@ def open_store(url: str, options: StoreOptions, requests: RequestOptions | None 
     requests = requests or RequestOptions()
     retry = requests.retry or RetryOptions(deadline_s=options.deadline_s)
     counted = Counted(Watched(_bare(store_root(url), options)), requests.counters)
-    return Retrying(Limited(counted, requests.requests_max), retry, counters=requests.counters)
+    limited = Limited(SecondLook(counted), requests.requests_max)
+    return Retrying(limited, retry, counters=requests.counters)
 
 
 def _bare(root: str, options: StoreOptions) -> Store:

@@ -1,7 +1,8 @@
-"""Stores around a store: retrying, limiting, counting, watching. Each changes one thing and passes on the rest.
+"""Stores around a store: retrying, limiting, looking twice, counting, watching. Each changes one thing and passes the
+rest on.
 
-`Retrying(Limited(Counted(Watched(store))))` is the order that works: who sleeps before a retry holds no place among
-the requests in flight, and every attempt is counted, and timed without its wait for a place.
+`Retrying(Limited(SecondLook(Counted(Watched(store)))))` is the order that works: who sleeps before a retry holds no
+place among the requests in flight, and every attempt is counted, and timed without its wait for a place.
 """
 
 from __future__ import annotations
@@ -16,8 +17,16 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from fastload import waiting
-from fastload.errors import StoreError, StoreUnavailableError
+from fastload.errors import (
+    AccessDeniedError,
+    ObjectChangedError,
+    ObjectMissingError,
+    StoreError,
+    StoreUnavailableError,
+)
 from fastload.store import watch
+from fastload.store.answers import BadReplyError, changed, is_strong
+from fastload.store.replies import asked, bad_reply, other_version
 from fastload.store.types import ObjectInfo, Store
 
 log = logging.getLogger("fastload.store")
@@ -46,17 +55,17 @@ class Counters:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._values = {"requests": 0, "bytes": 0, "retries": 0, "errors": 0}
+        self._values = {"requests": 0, "bytes": 0, "retries": 0, "bad_replies": 0, "errors": 0}
 
     def add(self, **changes: int) -> None:
-        """Add to any of requests, bytes, retries, errors."""
+        """Add to any of requests, bytes, retries, bad_replies, errors."""
         with self._lock:
             for name, change in changes.items():
                 self._values[name] += change
 
     def values(self) -> dict[str, int]:
-        """`requests` sent (a listing counts as one), `bytes` of objects received whole, `retries`, failed
-        `errors`.
+        """`requests` sent (a listing counts as one), `bytes` of objects received whole, `retries`, among what they
+        repeat the `bad_replies`, which were not what was asked for, and `errors`, requests that failed.
         """
         with self._lock:
             return dict(self._values)
@@ -130,22 +139,25 @@ class Retrying(_Around):
             except StoreUnavailableError as error:
                 if watch.cancelled():
                     raise
+                is_bad_reply = isinstance(error, BadReplyError)
+                self._counters.add(bad_replies=is_bad_reply)
                 delay = self._delay(attempt)
                 spent = self._now() - began
                 if self._closed.is_set() or spent + delay > self._options.deadline_s:
                     raise StoreUnavailableError(
                         f"{error} [gave up after {attempt + 1} attempts in {spent:.1f} s]"
                     ) from error
-                self._notice(error, spent)
+                self._notice(error, spent, _NOTICE_AFTER_S if not is_bad_reply else 0.0)
             self._sleep(delay)
             attempt += 1
             self._counters.add(retries=1)
 
-    def _notice(self, error: StoreUnavailableError, spent_s: float) -> None:
+    def _notice(self, error: StoreUnavailableError, spent_s: float, after_s: float) -> None:
         now_s = self._now()
-        if spent_s >= _NOTICE_AFTER_S and now_s - self._noticed_s >= _NOTICE_EVERY_S:
+        if spent_s >= after_s and now_s - self._noticed_s >= _NOTICE_EVERY_S:
             self._noticed_s = now_s
-            log.warning("%s [for %.0f s; tried again for up to %.0f s]", error, spent_s, self._options.deadline_s)
+            # Its text alone: who keeps the record would keep the connections, by way of the traceback.
+            log.warning("%s [for %.0f s; tried again for up to %.0f s]", str(error), spent_s, self._options.deadline_s)
 
     def _delay(self, attempt: int) -> float:
         most = min(self._options.delay_s_max, self._options.delay_s * 2 ** min(attempt, 30))
@@ -184,6 +196,48 @@ class Limited(_Around):
             with self._changed:
                 self._free += 1
                 self._changed.notify()
+
+
+class SecondLook(_Around):
+    """Believes no single reply that would end a job: the store is asked once more, over another connection.
+
+    Another version, or none, of an object that was listed: its head decides. A denial, or nothing under a prefix: the
+    same again. Where the second reply takes back the first, that is a bad reply, which is retried.
+    """
+
+    def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
+        found = _twice(lambda: list(self._inner.list(prefix_url)))
+        yield from found or self._inner.list(prefix_url)
+
+    def head(self, url: str) -> ObjectInfo:
+        return _twice(lambda: self._inner.head(url))
+
+    def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
+        try:
+            _twice(lambda: self._inner.read_into(info, start, out))
+        except (ObjectChangedError, ObjectMissingError) as error:
+            raise self._verdict(info, start, len(out), error) from error
+
+    def _verdict(self, info: ObjectInfo, start: int, length: int, error: StoreError) -> StoreError:
+        try:
+            now = self._inner.head(info.url)
+        except (StoreUnavailableError, ObjectMissingError, AccessDeniedError) as second:
+            return second
+        except StoreError as second:
+            found = str(second)
+        else:
+            other = other_version(info, now.size, now.etag, now.mtime_ns)
+            if other and not (is_strong(info.etag) and now.etag is None):
+                return changed(info.url, other)
+            found = "the object as it was listed" if not other else f"a reply without an ETag, as if {other}"
+        return bad_reply(info.url, "", asked(info, start, length), f'"{error}", and at a second look {found}')
+
+
+def _twice(request: Callable[[], _Result]) -> _Result:
+    try:
+        return request()
+    except AccessDeniedError:
+        return request()
 
 
 class Counted(_Around):

@@ -8,6 +8,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastload.store import StoreOptions
@@ -26,6 +27,8 @@ def server(*behaviours: Behaviour, certificate: Path | None = None) -> Iterator[
 
         def do_GET(self) -> None:
             behaviours[min(next(number), len(behaviours) - 1)](self)
+
+        do_HEAD = do_GET  # noqa: N815  # http.server's name
 
         def log_message(self, *_: object) -> None:
             pass
@@ -48,18 +51,20 @@ def server(*behaviours: Behaviour, certificate: Path | None = None) -> Iterator[
         listening.server_close()
 
 
-def answer(status: int, body: bytes, **more: str) -> Behaviour:
-    """With that body, and headers more or other than a good answer's."""
+def answer(status: int, body: bytes, *again: tuple[str, str], **more: str) -> Behaviour:
+    """With that body, headers other than a good answer's (`ETag=`, `Content_Range=`; "" for none), and some `again`."""
+    headers = {"Content-Length": str(len(body)), "Content-Range": "bytes 0-4/5", "ETag": '"e"'}
+    headers["Last-Modified"] = "Tue, 01 Jan 2030 00:00:00 GMT"
+    headers |= {name.replace("_", "-"): value for name, value in more.items()}
 
     def behave(handler: Handler) -> None:
         handler.send_response(status)
-        headers = {"Content-Length": str(len(body)), "Content-Range": "bytes 0-4/5", "ETag": '"e"', **more}
-        headers.setdefault("Last-Modified", "Tue, 01 Jan 2030 00:00:00 GMT")
-        for name, value in headers.items():
+        for name, value in (*headers.items(), *again):
             if value:
-                handler.send_header(name.replace("_", "-"), value)
+                handler.send_header(name, value)
         handler.end_headers()
-        handler.wfile.write(body)
+        if handler.command != "HEAD":
+            handler.wfile.write(body)
         if headers["Content-Length"] not in ("", str(len(body))):
             handler.close_connection = True
 
@@ -86,3 +91,46 @@ def certify(folder: Path) -> tuple[Path, Path]:
     both = folder / "both.pem"
     both.write_text((folder / "key.pem").read_text() + (folder / "server.pem").read_text())
     return both, folder / "authority.pem"
+
+
+def whole(data: bytes, etag: str = '"e"', **more: str) -> Behaviour:
+    """A good server of one object: ranges, HEAD, If-Match; `more` headers than needed, or others."""
+
+    def behave(handler: Handler) -> None:
+        wanted, condition = handler.headers.get("Range"), handler.headers.get("If-Match")
+        if condition not in (None, etag):
+            return answer(412, b"", Content_Range="")(handler)
+        if wanted is None:
+            return answer(200, data, ETag=etag, Content_Range="", **more)(handler)
+        first, last = wanted.removeprefix("bytes=").split("-")
+        start, end = int(first), min(int(last) + 1, len(data))
+        told = f"bytes {start}-{end - 1}/{len(data)}"
+        return answer(206, data[start:end], **{"ETag": etag, "Content_Range": told, **more})(handler)
+
+    return behave
+
+
+@dataclass
+class Liar:
+    """Answers the first reads (not: second looks, by HEAD or for the first byte alone) by a lie, `lies` times, and all
+    else truly. Remembers the connections: those that lied, and all that were used after.
+    """
+
+    lie: Behaviour
+    truth: Behaviour
+    lies: int = 1
+    lied_over: list[tuple[str, int]] = field(default_factory=list)
+    used_after: list[tuple[str, int]] = field(default_factory=list)
+    second_looks: int = 0
+
+    def __call__(self, handler: Handler) -> None:
+        is_read = handler.command == "GET" and handler.headers.get("Range") not in (None, "bytes=0-0")
+        if self.lied_over:
+            self.used_after.append(handler.client_address)
+            self.second_looks += not is_read
+        if is_read and self.lies:
+            self.lies -= 1
+            self.lied_over.append(handler.client_address)
+            self.lie(handler)
+        else:
+            self.truth(handler)

@@ -170,7 +170,7 @@ def test_wrappers_count(s3: Bucket) -> None:
     list(store.list(s3.url + "/"))
     with pytest.raises(StoreError):
         store.head(s3.url + "/no")
-    assert counters.values() == {"requests": 4, "bytes": 1000, "retries": 0, "errors": 1}
+    assert counters.values() == {"requests": 4, "bytes": 1000, "retries": 0, "bad_replies": 0, "errors": 1}
     store.close()
 
 

@@ -141,8 +141,8 @@ slow_down = answer(503, b"<Error><Code>SlowDown</Code><Message>Please.</Message>
     ("behaviour", "words"),
     [
         (cut_short, "truncated answer|cannot reach the store"),
-        (too_short, "truncated answer|cannot reach the store"),
-        (too_long, "truncated answer"),
+        (too_short, "a bad reply.*a body of 2|truncated answer|cannot reach the store"),
+        (too_long, "a bad reply.*a body of 12|a bad reply.*goes on"),
         (slow_down, "cannot serve it now.*SlowDown"),
         (answer(500, b"oops"), "cannot serve it now.*500"),
         (answer(429, b""), "cannot serve it now.*429"),
@@ -155,9 +155,14 @@ def test_for_the_moment(behaviour: Behaviour, words: str, way: str) -> None:
         attempt("read", "s3://b/a.tar", options, way)
 
 
-def test_a_server_without_ranges_is_not_asked_again() -> None:
-    with server(answer(200, b"hello, world")) as options, pytest.raises(StoreError, match="does not serve ranges"):
-        attempt("read", "s3://b/a.tar", options)
+def test_a_store_without_ranges() -> None:
+    with server(answer(200, b"hello", Content_Range="")) as options:
+        store = ObjectStore("s3://b", options)
+        with pytest.raises(
+            StoreUnavailableError, match=r"came 200 with no range and 5 bytes.*the server must serve ranges"
+        ):
+            store.read_into(ObjectInfo("s3://b/a.tar", 5, '"e"'), 0, memoryview(bytearray(3)))
+        store.close()
 
 
 def test_another_version_than_asked_for(way: str) -> None:
@@ -178,7 +183,7 @@ def test_what_passes_is_tried_again() -> None:
         store.read_into(ObjectInfo("s3://b/a.tar", 5, '"e"'), 0, memoryview(out))
         store.close()
     assert bytes(out) == b"hello"
-    assert counters.values() == {"requests": 4, "bytes": 5, "retries": 3, "errors": 3}
+    assert counters.values() == {"requests": 4, "bytes": 5, "retries": 3, "bad_replies": 0, "errors": 3}
 
 
 def test_a_kept_connection_that_the_server_closed_is_no_failure() -> None:

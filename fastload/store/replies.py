@@ -1,0 +1,149 @@
+"""Whether a reply is what was asked for: the one place that decides it, for every way a byte comes in.
+
+A server, or a proxy or cache before it, may answer with another range, another object, the whole of it, or a page that
+says sorry, under a status that says all is well. Bytes are taken only from a reply whose head names the very range, the
+size and the version that were asked for. What else comes is either a *bad reply*, a fault that passes: it is tried
+again on another connection. Or it says that the object is another by now, which one reply alone is not believed
+(`wrappers.SecondLook`).
+
+What is decided about the oddities:
+- a 206 without Content-Range, with another range, with `*` for the size, or in several parts: a bad reply;
+- a 200 is taken where the whole object was asked for; in place of a range it is a bad reply;
+- the same header twice with two values, where one of them must be right: a bad reply;
+- Content-Encoding says nothing here: objects are stored compressed, too, and are taken as they are stored, while one
+  that was compressed on the way has another length;
+- an ETag that is absent, or weak, speaks for nothing: size and range must fit, and where the listing had no strong one
+  either, the time of the last change.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fastload.errors import StoreError
+from fastload.store.answers import BadReplyError, changed, is_strong, same_etag
+from fastload.store.types import ObjectInfo
+
+_CONTENT_RANGE = re.compile(r"bytes[ \t]+(?:([0-9]{1,19})-([0-9]{1,19})|\*)/([0-9]{1,19}|\*)", re.IGNORECASE)
+_NUMBER = re.compile(r"[0-9]{1,19}")
+# Of these two values cannot both be right.
+_SINGLE = frozenset({"content-length", "content-range", "etag", "last-modified"})
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the head of a reply says. `start` and `end` are those of its range, `total` the object's size, `length` the
+    body's; None where it does not say. `modified` is the time of the last change: nanoseconds, or as HTTP writes it.
+    `contradiction` says in what it contradicts itself.
+    """
+
+    status: int
+    start: int | None = None
+    end: int | None = None
+    total: int | None = None
+    length: int | None = None
+    etag: str | None = None
+    modified: int | str = 0
+    contradiction: str = ""
+
+    @classmethod
+    def of(cls, status: int, headers: Iterable[tuple[str, str]], length: int | None) -> Reply:
+        """From the headers of HTTP; `length` of the body as far as it is known."""
+        found: dict[str, str] = {}
+        contradiction = ""
+        for name, value in headers:
+            lower = name.lower()
+            if lower in _SINGLE and found.setdefault(lower, value) != value:
+                contradiction = f"two of {name}: {found[lower][:100]!r} and {value[:100]!r}"
+        told_length, content_range = found.get("content-length"), found.get("content-range")
+        if told_length is not None and not _NUMBER.fullmatch(told_length.strip()):
+            contradiction = f"a Content-Length of {told_length[:100]!r}"
+        start = end = total = None
+        if content_range is not None:
+            match = _CONTENT_RANGE.fullmatch(content_range.strip())
+            if match is None:
+                contradiction = contradiction or f"a Content-Range of {content_range[:100]!r}"
+            else:
+                start, end = (int(match[1]), int(match[2]) + 1) if match[1] else (None, None)
+                total = None if match[3] == "*" else int(match[3])
+        modified = found.get("last-modified", 0)
+        return cls(status, start, end, total, length, found.get("etag"), modified, contradiction)
+
+    @property
+    def mtime_ns(self) -> int:
+        """When the object was changed last; 0 where the server does not say, or not in a way that is understood."""
+        if isinstance(self.modified, int):
+            return self.modified
+        try:
+            return int(email.utils.parsedate_to_datetime(self.modified).timestamp()) * 10**9
+        except (ValueError, OverflowError):
+            return 0
+
+    def __str__(self) -> str:
+        if self.contradiction:
+            return f"{self.status} with {self.contradiction}"
+        if self.start is None:
+            said = "no range" if self.length is None else f"no range and {self.length} bytes"
+        else:
+            total = "an unknown size" if self.total is None else self.total
+            said = f"bytes {self.start}-{(self.end or 0) - 1} of {total}"
+            if self.length is not None and self.end is not None and self.length != self.end - self.start:
+                said += f" and a body of {self.length}"
+        return f"{self.status} with {said}" + (f", ETag {self.etag}" if self.etag else "")
+
+
+def misfit(reply: Reply, info: ObjectInfo, start: int, length: int, endpoint: str) -> StoreError | None:
+    """None where `reply` holds `length` bytes of this version of the object from `start`; else the error that it is:
+    `ObjectChangedError` where it speaks of another version, which a second look has to confirm, or `BadReplyError`.
+    """
+    whole = reply.status == 200
+    if not reply.contradiction and reply.status in (200, 206):
+        size = reply.length if whole else reply.total
+        mtime_ns = 0 if is_strong(info.etag) else reply.mtime_ns
+        if other := other_version(info, size, reply.etag, mtime_ns):
+            return changed(info.url, f"{other}: {endpoint or 'the store'} answered {reply}")
+        is_range = (reply.start, reply.end) == (start, start + length) and reply.total is not None
+        is_all = whole and (start, length) == (0, info.size)
+        if (is_all or (is_range and not whole)) and reply.length in (None, length):
+            return None
+    cure = "; the server must serve ranges, as nginx and S3 do" if whole and not reply.contradiction else ""
+    return bad_reply(info.url, endpoint, asked(info, start, length), f"{reply}{cure}")
+
+
+def size_told(reply: Reply) -> int | None:
+    """The object's size, by the reply to a request for its first byte alone; None where that is not what it is."""
+    if reply.contradiction:
+        return None
+    if reply.status == 206 and (reply.start, reply.end) == (0, 1) and reply.length in (None, 1):
+        return reply.total
+    if reply.status == 200 and reply.length in (0, 1):  # all of it
+        return reply.length
+    return 0 if reply.status == 416 and reply.start is None and reply.total == 0 else None
+
+
+def other_version(info: ObjectInfo, size: int | None, etag: str | None, mtime_ns: int) -> str:
+    """How what a store says of an object differs from the version that was listed; "" where it does not."""
+    if size is not None and size != info.size:
+        return f"its size was {info.size} and is {size}"
+    if not same_etag(info.etag, etag):
+        return f"its ETag was {info.etag} and is {etag}"
+    if not is_strong(info.etag) and info.mtime_ns and mtime_ns != info.mtime_ns:
+        return "it was written again"
+    return ""
+
+
+def asked(info: ObjectInfo, start: int, length: int) -> str:
+    """What was asked for, for messages."""
+    version = f", ETag {info.etag}" if info.etag else ""
+    return f"bytes {start}-{start + length - 1} of {info.size}{version}"
+
+
+def bad_reply(url: str, endpoint: str, asked: str, came: str) -> BadReplyError:
+    """Something else came than was asked for."""
+    return BadReplyError(
+        f"{url}: a bad reply{f' from {endpoint}' if endpoint else ''}: asked for {asked}; came {came}. It is retried "
+        "on a new connection until the deadline; if it stays, look at what stands between here and the store"
+    )
