@@ -82,9 +82,10 @@ class StreamingDataset(Streaming):
     is the size of such a window; "auto" is 512 MiB, or less where the cache's arena is below 2 GiB, and what a state
     says where one is loaded. The order is a function of the data, `seed`, the window and the epoch, on every machine.
 
-    `columns`: the columns of a sample, by name (the part of a member's name after the first dot). `decode`: a decoder
-    of `fastload.decode` a column; columns without one are raw bytes, and where `decode` is given and `columns` is not,
-    only its columns are read. `as_tuple`: tuples in that order, not dicts.
+    `columns`: the columns of a sample, by name (the part of a member's name after the first dot, in any case);
+    `"txt?"` is one that samples may lack (docs/decode.md). `decode`: a decoder of `fastload.decode` a column; columns
+    without one are raw bytes, and where `decode` is given and `columns` is not, only its columns are read. `as_tuple`:
+    tuples in that order, not dicts.
 
     `tail`: what to do where ranks do not divide the samples: "pad" (a few are repeated, and counted), "drop",
     "uneven". `rank`, `world_size`: from torch.distributed or the launcher's environment unless given. `replicas`: so

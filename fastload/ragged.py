@@ -8,6 +8,9 @@ sequence: `batch[3]` is item 3. Two kinds:
 - `"array"`: `values` is of any number type, and an item is an array: a view, so writing into it writes into
   the batch. `shapes` gives the items' shapes where they are not one-dimensional.
 
+Where samples may lack a value, `present` says which are there; the others are empty: `b""`, or an array without
+elements.
+
 Other libraries get the same memory, not a copy: numpy (`values`, `to_numpy`, `np.asarray` where all items are of one
 shape), torch (`to_nested`) and pyarrow (`to_arrow`). What is written through one of them shows in all.
 
@@ -29,6 +32,7 @@ from fastload.errors import ConfigError, DecodeError
 __all__ = ["Ragged"]
 
 Item: TypeAlias = "bytes | npt.NDArray[Any]"
+Present: TypeAlias = "npt.NDArray[np.bool_] | None"
 Kind: TypeAlias = Literal["bytes", "array"]
 
 
@@ -36,11 +40,11 @@ class Ragged:
     """A sequence of `bytes` or of arrays, held in one array; see the module.
 
     `values`: 1-D, C-contiguous; `offsets`: int64[n + 1], from 0, never falling, ending at `len(values)`:
-    item i is `values[offsets[i]:offsets[i + 1]]`. Neither is copied. Raises `ConfigError` where they do not
-    fit together.
+    item i is `values[offsets[i]:offsets[i + 1]]`. `present`: bool[n], False for items that are missing, which must be
+    empty; None: none can be. Nothing is copied. Raises `ConfigError` where they do not fit together.
     """
 
-    __slots__ = ("_kind", "_offsets", "_shapes", "_values")
+    __slots__ = ("_kind", "_offsets", "_present", "_shapes", "_values")
 
     def __init__(
         self,
@@ -48,22 +52,28 @@ class Ragged:
         offsets: npt.NDArray[np.int64],
         shapes: Sequence[tuple[int, ...]] | None = None,
         kind: Kind = "bytes",
+        present: Present = None,
     ) -> None:
         self._values = values
         self._offsets = np.asarray(offsets, dtype=np.int64)
         self._shapes = None if shapes is None else [tuple(shape) for shape in shapes]
         self._kind = kind
+        self._present = None if present is None else np.asarray(present)
         _check(self._values, self._offsets, self._shapes, kind)
+        _check_present(self._present, self._offsets)
 
     @classmethod
-    def from_items(cls, items: Sequence[bytes] | Sequence[npt.NDArray[Any]]) -> Ragged:
-        """One batch of these items: all `bytes`, or all arrays of one dtype. Copies. No items: kind
-        `"bytes"`.
+    def from_items(cls, items: Sequence[bytes | None] | Sequence[npt.NDArray[Any] | None]) -> Ragged:
+        """One batch of these items: all `bytes`, or all arrays of one dtype; None: one that is missing. Copies. No
+        items: kind `"bytes"`.
         """
-        if all(isinstance(item, bytes | bytearray | memoryview) for item in items):
-            arrays = [np.frombuffer(item, np.uint8) for item in items]
+        there: list[Any] = [item for item in items if item is not None]
+        if len(there) < len(items):
+            return cls.from_items(there).spread(np.array([item is not None for item in items], np.bool_))
+        if all(isinstance(item, bytes | bytearray | memoryview) for item in there):
+            arrays = [np.frombuffer(item, np.uint8) for item in there]
             return cls(_joined(arrays, np.uint8), _offsets_of(arrays))
-        arrays = [np.asarray(item) for item in items]
+        arrays = [np.asarray(item) for item in there]
         if len({array.dtype for array in arrays}) > 1:
             raise ConfigError(f"items of dtypes {sorted({str(array.dtype) for array in arrays})}; give one dtype")
         shapes = None if all(array.ndim == 1 for array in arrays) else [array.shape for array in arrays]
@@ -82,7 +92,29 @@ class Ragged:
         shapes = None
         if any(part.shapes is not None for part in parts):
             shapes = [shape for part in parts for shape in part._item_shapes()]
-        return cls(np.concatenate([part.values for part in parts]), offsets, shapes, parts[0].kind)
+        present = None
+        if any(part.present is not None for part in parts):
+            present = np.concatenate([presence(part) for part in parts])
+        return cls(np.concatenate([part.values for part in parts]), offsets, shapes, parts[0].kind, present)
+
+    def spread(self, present: npt.NDArray[np.bool_]) -> Ragged:
+        """The same items, in order, where `present` (bool[n]) is True, and missing ones where it is not. Shares
+        `values`. ConfigError where the number of items differs.
+        """
+        if present.dtype != np.bool_ or np.count_nonzero(present) != len(self):
+            raise ConfigError(f"present={present!r} does not say where {len(self)} items go, with as many times True")
+        there = present if self._present is None else np.zeros(len(present), np.bool_)
+        offsets, shapes = np.zeros(len(present) + 1, np.int64), None
+        offsets[1:][present] = self.lengths
+        np.cumsum(offsets, out=offsets)
+        if self._present is not None:
+            there[present] = self._present
+        if self._shapes is not None:
+            # As the others but for the first length, so that they may still be a nested tensor.
+            shapes = [(0, *next(iter(self._shapes), ())[1:])] * len(present)
+            for number, shape in zip(np.flatnonzero(present).tolist(), self._shapes, strict=True):
+                shapes[number] = shape
+        return Ragged(self._values, offsets, shapes, self._kind, there)
 
     def _item_shapes(self) -> list[tuple[int, ...]]:
         return self._shapes if self._shapes is not None else [(length,) for length in self.lengths.tolist()]
@@ -106,6 +138,11 @@ class Ragged:
     def shapes(self) -> list[tuple[int, ...]] | None:
         """The items' shapes; None where items are bytes or one-dimensional."""
         return self._shapes
+
+    @property
+    def present(self) -> Present:
+        """Which items there are, bool[n]: the others are missing, and empty. None where none can be missing."""
+        return self._present
 
     @property
     def kind(self) -> Kind:
@@ -137,12 +174,14 @@ class Ragged:
 
     def _slice(self, numbers: range) -> Ragged:
         shapes = None if self._shapes is None else [self._shapes[number] for number in numbers]
+        present = None if self._present is None else self._present[list(numbers)]
         if numbers.step == 1:
             stop = max(numbers.start, numbers.stop)
             offsets = self._offsets[numbers.start : stop + 1]
-            return Ragged(self._values[offsets[0] : offsets[-1]], offsets - offsets[0], shapes, self._kind)
+            values = self._values[offsets[0] : offsets[-1]]
+            return Ragged(values, offsets - offsets[0], shapes, self._kind, present)
         parts = [self._part(number) for number in numbers]
-        return Ragged(_joined(parts, self._values.dtype), _offsets_of(parts), shapes, self._kind)
+        return Ragged(_joined(parts, self._values.dtype), _offsets_of(parts), shapes, self._kind, present)
 
     def __iter__(self) -> Iterator[Item]:
         return (self[number] for number in range(len(self)))
@@ -151,26 +190,35 @@ class Ragged:
         return (self[number] for number in range(len(self) - 1, -1, -1))
 
     def __contains__(self, item: object) -> bool:
-        return any(_same(mine, item) for mine in self)
+        return any(_same(mine, item, there) for mine, there in zip(self, presence(self).tolist(), strict=True))
 
     def __eq__(self, other: object) -> bool:
-        """True where `other` (a `Ragged`, list or tuple) has equal items in the same order."""
+        """True where `other` (a `Ragged`, list or tuple) has equal items in the same order. In another `Ragged` the
+        same must be missing; in a list, what is missing here may be None, or empty as the item is.
+        """
         if not isinstance(other, Ragged | list | tuple):
             return NotImplemented
-        return len(self) == len(other) and all(map(_same, self, other))
+        there = presence(self)
+        if isinstance(other, Ragged) and not np.array_equal(there, presence(other)):
+            return False
+        return len(self) == len(other) and all(map(_same, self, other, there.tolist()))
 
     __hash__ = None  # type: ignore[assignment]  # mutable, as a list is
 
     def __repr__(self) -> str:
         what = f"{self._kind}, {self._values.dtype}" if self._kind == "array" else self._kind
-        return f"Ragged({len(self)} items, {what}, {self._values.nbytes} bytes)"
+        lacking = 0 if self._present is None else len(self) - np.count_nonzero(self._present)
+        missing = f", {lacking} missing" if lacking else ""
+        return f"Ragged({len(self)} items{missing}, {what}, {self._values.nbytes} bytes)"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Ragged, (self._values, self._offsets, self._shapes, self._kind)
+        return Ragged, (self._values, self._offsets, self._shapes, self._kind, self._present)
 
-    def tolist(self) -> list[Item]:
-        """The items, as a list."""
-        return list(self)
+    def tolist(self) -> list[Item | None]:
+        """The items, as a list; None where one is missing."""
+        if self._present is None:
+            return list(self)
+        return [item if there else None for item, there in zip(self, self._present.tolist(), strict=True)]
 
     def to_numpy(self) -> list[npt.NDArray[Any]]:
         """An array for each item, over the same memory; of uint8 where items are bytes."""
@@ -188,7 +236,8 @@ class Ragged:
         return np.array(whole, dtype, copy=copy)
 
     def to_nested(self) -> Any:
-        """A nested tensor of torch (layout `torch.jagged`) over the same memory; of uint8 where items are bytes.
+        """A nested tensor of torch (layout `torch.jagged`) over the same memory; of uint8 where items are bytes. What
+        is missing is empty there; `present` says where.
 
         Of several dimensions, items may differ in the first. ConfigError where they do in others, and for a torch that
         is too old to have such tensors.
@@ -215,8 +264,8 @@ class Ragged:
 
     def to_arrow(self, *, text: bool = False) -> Any:
         """A pyarrow array over the same memory: `large_binary`; with `text`, `large_string`, where the items are UTF-8
-        (DecodeError where one is not); or a `large_list` of numbers, which must be 1-D. Only booleans are copied,
-        since arrow packs them.
+        (DecodeError where one is not); or a `large_list` of numbers, which must be 1-D. What is missing is null. Only
+        booleans, and which items are missing, are copied, since arrow packs them.
         """
         import pyarrow as pa
 
@@ -228,11 +277,15 @@ class Ragged:
                 "and .shapes"
             )
         offsets = pa.py_buffer(self._offsets)
+        valid = None
+        if self._present is not None:
+            valid = pa.py_buffer(np.packbits(self._present, bitorder="little"))
         if self._kind == "array":
-            places = pa.Array.from_buffers(pa.int64(), len(self._offsets), [None, offsets])
-            return pa.LargeListArray.from_arrays(places, pa.array(self._values))
+            elements = pa.array(self._values)
+            kind = pa.large_list(elements.type)
+            return pa.Array.from_buffers(kind, len(self), [valid, offsets], children=[elements])
         kind = pa.large_string() if text else pa.large_binary()
-        made = pa.Array.from_buffers(kind, len(self), [None, offsets, pa.py_buffer(self._values)])
+        made = pa.Array.from_buffers(kind, len(self), [valid, offsets, pa.py_buffer(self._values)])
         if text:
             try:
                 made.validate(full=True)
@@ -249,7 +302,7 @@ class Ragged:
             held: npt.NDArray[Any] = (tensor.pin_memory(device) if device else tensor.pin_memory()).numpy()
             return held
 
-        return Ragged(pinned(self._values), pinned(self._offsets), self._shapes, self._kind)
+        return Ragged(pinned(self._values), pinned(self._offsets), self._shapes, self._kind, self._present)
 
 
 def unchecked(
@@ -257,11 +310,17 @@ def unchecked(
     offsets: npt.NDArray[np.int64],
     shapes: list[tuple[int, ...]] | None = None,
     kind: Kind = "bytes",
+    present: Present = None,
 ) -> Ragged:
     """A `Ragged` of what is known to fit, since we made it: nothing is looked at, and what is given is kept."""
     made = Ragged.__new__(Ragged)
-    made._values, made._offsets, made._shapes, made._kind = values, offsets, shapes, kind
+    made._values, made._offsets, made._shapes, made._kind, made._present = values, offsets, shapes, kind, present
     return made
+
+
+def presence(ragged: Ragged) -> npt.NDArray[np.bool_]:
+    """Which items there are, bool[n], also where none can be missing."""
+    return np.ones(len(ragged), np.bool_) if ragged.present is None else ragged.present
 
 
 def _check(
@@ -284,6 +343,17 @@ def _check(
         raise ConfigError("offsets must never fall")
     if shapes is not None and (kind == "bytes" or [_product(s) for s in shapes] != np.diff(offsets).tolist()):
         raise ConfigError('shapes must have one shape an item, as large as the item, and kind="array"')
+
+
+def _check_present(present: Present, offsets: npt.NDArray[np.int64]) -> None:
+    if present is None:
+        return
+    if present.dtype != np.bool_ or present.shape != (len(offsets) - 1,):
+        raise ConfigError(
+            f"present must be bool[{len(offsets) - 1}], one for each item, not {present.dtype}{list(present.shape)}"
+        )
+    if np.diff(offsets)[~present].any():
+        raise ConfigError("an item that is missing (present is False) must be empty")
 
 
 def _describe(values: object) -> str:
@@ -315,7 +385,9 @@ def _offsets_of(parts: list[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
     return offsets
 
 
-def _same(mine: Item, other: object) -> bool:
+def _same(mine: Item, other: object, there: bool) -> bool:
+    if other is None:
+        return not there
     if isinstance(mine, bytes):
         return isinstance(other, bytes | bytearray | memoryview) and mine == other
     return isinstance(other, np.ndarray | list | tuple) and np.array_equal(mine, other)

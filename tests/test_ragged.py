@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fastload.errors import ConfigError, DecodeError
-from fastload.ragged import Ragged
+from fastload.ragged import Ragged, presence
 
 _bytes = st.lists(st.binary(max_size=8), max_size=8)
 _rows = st.lists(hnp.arrays(np.int32, st.integers(0, 4)), min_size=1, max_size=6)
@@ -54,6 +56,61 @@ def test_reads_as_the_list_of_its_arrays(items: list[np.ndarray]) -> None:
         assert mine.flags.writeable
     assert batch[::2] == Ragged.from_items(items[::2])
     assert Ragged.concatenate([batch, batch]) == [*batch, *batch]
+
+
+_some_missing = st.lists(st.none() | st.binary(max_size=4), max_size=8)
+_arrays_missing = st.lists(st.none() | hnp.arrays(np.int32, st.integers(0, 3)), min_size=1, max_size=6)
+_shaped_missing = st.lists(st.none() | hnp.arrays(np.int16, st.tuples(st.integers(0, 2), st.just(2))), max_size=5)
+
+
+@settings(deadline=None)
+@given(_some_missing | _arrays_missing | _shaped_missing, _index, _index, st.sampled_from([None, 1, 2, -1, -3]))
+def test_items_that_are_missing_are_empty_and_stay_marked(items: list[Any], start: Any, stop: Any, step: Any) -> None:
+    batch = Ragged.from_items(items)
+    there = [item is not None for item in items]
+    assert (batch.present is None) == all(there)
+    assert np.array_equal(presence(batch), there)
+    for mine, item in zip(batch, items, strict=True):
+        assert len(mine) == 0 if item is None else np.array_equal(mine, item)
+    assert [item is not None for item in batch.tolist()] == there
+    assert (None in batch) == (not all(there))
+    assert batch == items
+    assert batch == batch.tolist()
+    assert batch == list(batch)
+    for made, same in (
+        (batch[start:stop:step], items[start:stop:step]),
+        (Ragged.concatenate([batch, batch[:0], batch]), items * 2),
+        (pickle.loads(pickle.dumps(batch)), items),
+        (copy.deepcopy(batch), items),
+    ):
+        assert made == same
+        assert np.array_equal(presence(made), [item is not None for item in same])
+    if batch.present is not None:
+        assert f", {there.count(False)} missing, " in repr(batch)
+        filled = Ragged(batch.values, batch.offsets, batch.shapes, batch.kind)
+        assert filled != batch
+        assert filled == list(batch)
+        assert filled != items
+    if batch.shapes is None:
+        arrow = batch.to_arrow()
+        arrow.validate(full=True)
+        assert arrow.to_pylist() == [item.tolist() if hasattr(item, "tolist") else item for item in batch.tolist()]
+    if items:
+        assert [len(part) for part in batch.to_nested().unbind()] == [0 if i is None else len(i) for i in items]
+
+
+def test_a_pickle_from_before_there_was_a_mask() -> None:
+    arguments = Ragged.from_items([b"a", b""]).__reduce__()[1]
+    assert Ragged(*arguments[:4]).present is None
+
+
+def test_what_is_spread_goes_where_it_is_said() -> None:
+    batch = Ragged.from_items([b"a", None]).spread(np.array([False, True, False, True]))
+    assert batch.tolist() == [None, b"a", None, None]
+    assert np.shares_memory(batch.spread(np.ones(4, np.bool_)).values, batch.values)
+    for present in ([True] * 3, [1, 1, 1, 1]):
+        with pytest.raises(ConfigError, match="4 items"):
+            batch.spread(np.array(present))
 
 
 def test_array_items_are_views_and_bytes_items_are_not() -> None:
@@ -212,6 +269,15 @@ def test_what_does_not_fit_together(
         Ragged(values, np.array(offsets, np.int64), shapes, kind)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("present", "message"),
+    [([True], r"bool\[2\]"), ([1, 0], r"not int64\[2\]"), ([[True, True]], r"bool\[1, 2\]"), ([True, False], "empty")],
+)
+def test_masks_that_do_not_fit(present: list[Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Ragged(np.zeros(2, np.uint8), np.array([0, 1, 2]), present=np.array(present))
+
+
 def test_items_and_parts_must_be_of_one_kind() -> None:
     with pytest.raises(ConfigError, match="dtypes"):
         Ragged.from_items([np.zeros(1), np.zeros(1, np.int8)])
@@ -223,7 +289,7 @@ def test_torchs_pinning_keeps_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils.data._utils.pin_memory import pin_memory
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *device: self.clone())
-    batch = Ragged.from_items([b"a", b"bc"])
+    batch = Ragged.from_items([b"a", None, b"bc"])
     pinned = pin_memory({"txt": batch})["txt"]
     assert isinstance(pinned, Ragged)
     assert pinned == batch

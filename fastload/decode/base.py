@@ -18,6 +18,9 @@ draws all of them: see `fastload.decode.keys`. Others take keys, and pay no heed
 memory; `decode_owned` is for a caller that gives them away. Whatever a decoder returns is writable and the
 user's own.
 
+Where samples may lack the column, decoders are given only the values that there are; `missing()` says what
+stands for one that is not (see `fastload.decode.optional`).
+
 A decoder's own work is `_decode`, which knows one value and nothing of where it came from. It raises
 `DecodeError` (or `ConfigError`, where something is to be installed) with what is wrong; the callers here put
 the place before it. `where(i)`, which may be slow, is
@@ -64,6 +67,17 @@ class Decoder(ABC):
     def wants_keys(self) -> bool:
         """Whether it makes random choices, so that each sample needs a key."""
         return False
+
+    def missing(self) -> Any:
+        """What stands for the value of a sample that lacks the column, made anew each time; None where nothing does.
+
+        It is of the kind that `decode_one` gives and, where batches are arrays, fits a row of them.
+        """
+        return None
+
+    def takes_missing(self) -> bool:
+        """Whether batches can hold what stands for a missing value: lists and `Ragged` can, tensors need a default."""
+        return self.fixed() is None or self.missing() is not None
 
     def decode_one(self, value: Bytes, where: str, key: int | None = None) -> Any:
         """One sample: `bytes`, `str`, `int`, an array, or what the column holds. Raises `DecodeError`."""

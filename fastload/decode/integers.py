@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fastload.decode.base import Decoder, Fixed, Offsets, Where, located
 from fastload.decode.keys import Keys
-from fastload.errors import DecodeError
+from fastload.errors import ConfigError, DecodeError
 from fastload.kernels.parse import parse_integers
 
 __all__ = ["Integer", "integer"]
@@ -22,6 +22,11 @@ __all__ = ["Integer", "integer"]
 @dataclass(frozen=True, slots=True)
 class Integer(Decoder):
     """See `integer`."""
+
+    default: int | None = None
+
+    def missing(self) -> int | None:
+        return self.default
 
     def fixed(self) -> Fixed:
         return (), np.dtype(np.int64)
@@ -61,9 +66,15 @@ def shown(value: memoryview) -> str:
     return repr(bytes(value[:40])) + (f"... ({len(value)} bytes)" if len(value) > 40 else "")
 
 
-def integer() -> Decoder:
+def integer(default: int | None = None) -> Decoder:
     """A decimal integer as text, spaces around it allowed: `int` a sample, an int64 tensor a batch.
 
-    Anything else, and what does not fit 64 bits, is a `DecodeError`.
+    Anything else, and what does not fit 64 bits, is a `DecodeError`. `default` stands for the value of samples that
+    lack an optional column.
     """
-    return Integer()
+    if default is None:
+        return Integer()
+    try:
+        return Integer(int(np.array(default.__index__(), np.int64)))
+    except (AttributeError, TypeError, OverflowError) as error:
+        raise ConfigError(f"default={default!r} is not an integer of 64 bits") from error

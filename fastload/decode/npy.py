@@ -16,8 +16,9 @@ group in which all are alike is converted by one numpy call.
 
 from __future__ import annotations
 
+import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -161,6 +162,13 @@ class Array(Decoder):
 
     shape: tuple[int, ...] | None = None
     dtype: np.dtype[Any] | None = None
+    default: bytes | None = None  # in the npy format, so that decoders compare and no two samples share it
+
+    def missing(self) -> npt.NDArray[Any] | None:
+        return None if self.default is None else self._decode(memoryview(self.default))
+
+    def takes_missing(self) -> bool:
+        return self.shape is None or self.default is not None
 
     def fixed(self) -> Fixed | None:
         return (self.shape, self.dtype) if self.shape is not None and self.dtype is not None else None
@@ -238,15 +246,52 @@ def _alike(values: npt.NDArray[np.uint8], offsets: Offsets) -> npt.NDArray[np.ui
     return rows if same and not header.fortran_order else None
 
 
-def array(shape: int | tuple[int, ...] | None = None, dtype: npt.DTypeLike | None = None) -> Decoder:
+def array(
+    shape: int | tuple[int, ...] | None = None,
+    dtype: npt.DTypeLike | None = None,
+    *,
+    default: npt.ArrayLike | None = None,
+) -> Decoder:
     """A numpy array in the npy format, of numbers or booleans.
 
     Without `shape`: arrays of any shape; a batch is a list of them. With `shape`: each must have it, and a
     batch is one array (n, *shape), of `dtype` or, without it, of the dtype that all files of the batch have.
     `dtype` converts, within a kind and from integers to floats. Anything else is a `DecodeError`; arguments
     that are no shape or number type are a `ConfigError`. Pickle is never run.
+
+    `default` stands for the value of samples that lack an optional column: an array, or a number that fills `shape`.
+    With `shape` it needs `dtype`, too. Without a default, samples and lists have None there.
     """
-    return Array(None if shape is None else _declared_shape(shape), _declared_dtype(dtype))
+    declared = Array(None if shape is None else _declared_shape(shape), _declared_dtype(dtype))
+    return declared if default is None else replace(declared, default=_declared_default(default, declared))
+
+
+def _declared_default(default: npt.ArrayLike, declared: Array) -> bytes:
+    if declared.shape is not None and declared.dtype is None:
+        raise ConfigError(
+            f"default={default!r} needs dtype=, which a batch has where all of its samples lack the array"
+        )
+    try:
+        given = np.asarray(default)
+        shape = given.shape if declared.shape is None else declared.shape
+        found = np.array(np.broadcast_to(_converted(given, declared.dtype or given.dtype), shape), order="C")
+    except (TypeError, ValueError) as error:
+        wanted = "numbers" if declared.shape is None else f"{declared.dtype} of shape {declared.shape}"
+        raise ConfigError(f"default={default!r} is no array of {wanted}: {error}") from error
+    out = io.BytesIO()
+    np.save(out, found, allow_pickle=False)
+    return out.getvalue()
+
+
+def _converted(given: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The numbers as `dtype`. TypeError where that changes more than rounding floats does."""
+    if not _NUMBER.fullmatch(given.dtype.str) or given.dtype.kind == "c" != dtype.kind:
+        raise TypeError(f"{given.dtype} is not {dtype}")
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = given.astype(dtype)
+    if dtype.kind not in "fc" and not np.array_equal(found, given):
+        raise TypeError(f"{given} is not {dtype}")
+    return found
 
 
 def _declared_shape(shape: object) -> tuple[int, ...]:

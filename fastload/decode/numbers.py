@@ -28,6 +28,10 @@ class Number(Decoder):
     """See `number`."""
 
     dtype: np.dtype[Any]
+    default: float | None = None
+
+    def missing(self) -> float | None:
+        return self.default
 
     def fixed(self) -> Fixed:
         return (), self.dtype
@@ -73,11 +77,13 @@ def _not_a_number(value: memoryview) -> DecodeError:
     return DecodeError(f"{shown(value)} is not a decimal number")
 
 
-def number(dtype: npt.DTypeLike = "float64") -> Decoder:
+def number(dtype: npt.DTypeLike = "float64", *, default: float | None = None) -> Decoder:
     """A decimal number as text, such as `-12`, `0.5`, `1e-7`, `inf` or `nan`, spaces around it allowed: `float` a
     sample, a tensor of `dtype` (`"float64"` or `"float32"`) a batch.
 
     The value is that of Python's `float`, for `"float32"` rounded to that. Anything else is a `DecodeError`.
+    `default` stands for the value of samples that lack an optional column; `float("nan")` is one that can be told from
+    others.
     """
     try:
         found = np.dtype(dtype)
@@ -85,4 +91,7 @@ def number(dtype: npt.DTypeLike = "float64") -> Decoder:
         found = None
     if found is None or found.name not in _DTYPES:
         raise ConfigError(f'dtype={dtype!r} is neither "float32" nor "float64"; integer() gives int64')
-    return Number(found.newbyteorder("="))
+    if default is not None and not isinstance(default, int | float | np.integer | np.floating):
+        raise ConfigError(f"default={default!r} is not a number")
+    with np.errstate(over="ignore"):
+        return Number(found.newbyteorder("="), None if default is None else float(np.array(default, found)))

@@ -54,6 +54,15 @@ class Image(Decoder):
     layout: Layout = "NCHW"
     exif_orientation: bool = False
     pixels_max: int = PIXELS_MAX
+    default: Channels | None = None
+
+    def missing(self) -> npt.NDArray[Any] | None:
+        if self.default is None:
+            return None
+        shape, dtype = self.fixed()
+        filled = np.empty(shape, dtype)
+        filled[...] = np.reshape(self.default, (3, 1, 1) if self.layout == "NCHW" else (1, 1, 3))
+        return filled
 
     def fixed(self) -> Fixed:
         size = self.cropping.size
@@ -212,6 +221,7 @@ def image(
     dct_scaling: bool = False,
     exif_orientation: bool = False,
     pixels_max: int = PIXELS_MAX,
+    default: float | Channels | None = None,
 ) -> Decoder:
     """An image as RGB of `size` x `size` pixels, resized with antialias: float32 in [0, 1], (3, size, size).
 
@@ -224,6 +234,9 @@ def image(
     "uint8" (levels, without `mean` and `std`). `layout`: "NCHW" or "NHWC". `dct_scaling` lets libjpeg shrink a JPEG by
     2, 4 or 8 while it decodes it, where it has to shrink by more than that anyway: twice as fast for large pictures,
     and not the same pixels as decoding and then resizing gives. `exif_orientation` turns pictures as their EXIF says.
+
+    `default` stands for the picture of samples that lack an optional column: a number, or three for red, green and
+    blue, as they are in the output; with `mean` and `std`, 0 is the mean.
 
     Grey becomes RGB, transparency is dropped. JPEG is decoded by libjpeg-turbo; PNG, WebP, GIF, BMP, TIFF, PPM and
     JPEG 2000 by Pillow, where it is installed (`ConfigError` where not). Damage, even where libjpeg would paint over
@@ -250,7 +263,15 @@ def image(
         layout,
         bool(exif_orientation),
         pixels_max,
+        None if default is None else _default(default, dtype),
     )
+
+
+def _default(default: float | Channels, dtype: Dtype) -> Channels:
+    found = _channels("default", (default,) * 3 if _is_number(default) else default, 0.0)  # type: ignore[arg-type]
+    if dtype == "uint8" and not all(level in range(256) for level in found):
+        raise ConfigError(f'default={default!r} is none of the levels of dtype="uint8", 0 to 255')
+    return found
 
 
 def _sizes(size: int | None, resize: int | None, center_crop: int | None) -> tuple[int, int | None]:

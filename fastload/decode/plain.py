@@ -27,6 +27,11 @@ __all__ = ["Json", "Raw", "Text", "json", "raw", "text"]
 class Raw(Decoder):
     """See `raw`."""
 
+    default: bytes | None = None
+
+    def missing(self) -> bytes | None:
+        return self.default
+
     def _decode(self, value: memoryview) -> bytes:
         return bytes(value)
 
@@ -44,6 +49,10 @@ class Text(Decoder):
     """See `text`."""
 
     encoding: str = "utf-8"
+    default: str | None = None
+
+    def missing(self) -> str | None:
+        return self.default
 
     def __post_init__(self) -> None:
         try:
@@ -64,7 +73,12 @@ class Text(Decoder):
 
 @dataclass(frozen=True, slots=True)
 class Json(Decoder):
-    """See `json`."""
+    """See `json`. The default is kept as JSON, so that no two samples share it."""
+
+    default: bytes | None = None
+
+    def missing(self) -> Any:
+        return None if self.default is None else self._decode(memoryview(self.default))
 
     def _decode(self, value: memoryview) -> Any:
         try:
@@ -82,16 +96,34 @@ def _standard_json(value: memoryview) -> Any:
         raise DecodeError(f"not JSON: {error}; it starts with {bytes(value[:40])!r}") from error
 
 
-def raw() -> Decoder:
-    """The bytes as they are: `bytes` a sample, a `fastload.Ragged` a batch."""
-    return Raw()
+def raw(*, default: bytes | None = None) -> Decoder:
+    """The bytes as they are: `bytes` a sample, a `fastload.Ragged` a batch.
+
+    `default` stands for the value of samples that lack an optional column. Without, it is None, and in a batch an empty
+    item that `Ragged.present` tells from others.
+    """
+    if not isinstance(default, bytes | None):
+        raise ConfigError(f"default={default!r} is not bytes")
+    return Raw(default)
 
 
-def text(encoding: str = "utf-8") -> Decoder:
-    """Text: `str` a sample, a list a batch. Bytes that `encoding` does not know are a `DecodeError`."""
-    return Text(encoding)
+def text(encoding: str = "utf-8", *, default: str | None = None) -> Decoder:
+    """Text: `str` a sample, a list a batch. Bytes that `encoding` does not know are a `DecodeError`.
+
+    `default` stands for the value of samples that lack an optional column; without, it is None.
+    """
+    if not isinstance(default, str | None):
+        raise ConfigError(f"default={default!r} is not a str")
+    return Text(encoding, default)
 
 
-def json() -> Decoder:
-    """JSON: what it holds (dict, list, number, ...) a sample, a list of these a batch."""
-    return Json()
+def json(*, default: Any = None) -> Decoder:
+    """JSON: what it holds (dict, list, number, ...) a sample, a list of these a batch.
+
+    `default`, which JSON must be able to hold, stands for the value of samples that lack an optional column; each gets
+    one of its own.
+    """
+    try:
+        return Json(None if default is None else json_module.dumps(default).encode())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"default={default!r} is nothing that JSON can hold: {error}") from error

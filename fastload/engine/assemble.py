@@ -26,7 +26,7 @@ from fastload.engine.gather import Gatherer, Values
 from fastload.engine.located import Located
 from fastload.engine.run import Entry
 from fastload.engine.windows import LiveWindows
-from fastload.errors import MissingColumnError
+from fastload.errors import ConfigError, MissingColumnError
 from fastload.plan import BatchEntry, Manifest
 from fastload.transport import SharedPool
 from fastload.transport.slots import SlotPool
@@ -132,8 +132,13 @@ class Assembler:
         if is_keyed or self._columns.wants_keys():
             random_keys = sample_keys(self._seed, epoch, entry.object_no, entry.sample_no)
         located = Located(entry, self._live, self._urls_of)
-        names = Names(located.keys, located.urls)
-        return Gathered(len(entry), names, self._gather(located, self._names(located), memory), random_keys)
+        names = self._names(located)
+        values = self._values(located, names)
+        present = {
+            name: values.offset[number] >= 0 for number, name in enumerate(names) if name in self._columns.optional
+        }
+        of_samples = Names(located.keys, located.urls)
+        return Gathered(len(entry), of_samples, self._gather(values, names, memory), random_keys, present)
 
     def readable(self, entry: BatchEntry, epoch: int, memory: Memory) -> list[int]:
         """Which samples of the entry can be read; all of them where the user does not let any be skipped."""
@@ -154,8 +159,8 @@ class Assembler:
     def chunks_of(self, entry: BatchEntry) -> Ints:
         """The chunks that an entry needs. Values that are missing need none: the batch will say what is wrong."""
         located = Located(entry, self._live, self._urls_of)
-        names = located.all_columns() if self._columns.names is None else self._columns.names
-        return self._gatherer.lay_out(located.values_of(names)[0]).chunk_nos
+        members = located.all_columns() if self._columns.members is None else self._columns.members
+        return self._gatherer.lay_out(located.values_of(members)[0]).chunk_nos
 
     def _names(self, located: Located) -> tuple[str, ...]:
         """The columns of these samples: those that were named, or all, which have to be the same in all shards."""
@@ -170,14 +175,14 @@ class Assembler:
             (url,) = self._urls_of(located.entry.object_no[:1])
             raise MissingColumnError(
                 f"{url}: its window of shards has the columns {shown(sorted(present))}, and earlier ones "
-                f"have {shown(sorted(self._present))}; name the columns that every sample has with columns=[...] or "
-                "decode={...}"
+                f"have {shown(sorted(self._present))}; name the columns with columns=[...] or decode={{...}}, and "
+                "write 'txt?' for one that samples may lack"
             )
         return self._present
 
-    def _gather(self, located: Located, names: tuple[str, ...], memory: Memory) -> dict[str, tuple[Bytes, Ints]]:
+    def _gather(self, values: Values, names: tuple[str, ...], memory: Memory) -> dict[str, tuple[Bytes, Ints]]:
         """The bytes of each column: values end to end, and their offsets."""
-        layout = self._gatherer.lay_out(self._values(located, names))
+        layout = self._gatherer.lay_out(values)
         out = []
         for name, byte_count in zip(names, layout.out_offset[:, -1].tolist(), strict=True):
             take = memory.give if isinstance(self._columns.decoder(name), Raw) else memory.stage
@@ -186,18 +191,33 @@ class Assembler:
         return dict(zip(names, zip(out, layout.out_offset, strict=True), strict=True))
 
     def _values(self, located: Located, names: tuple[str, ...]) -> Values:
-        values, missing = located.values_of(names)
+        columns = self._columns
+        values, missing = located.values_of(names if columns.members is None else columns.members)
+        if columns.optional:
+            self._check_marks(located, names)
         if missing:
-            column, number = (int(found[0]) for found in np.nonzero(values.offset < 0))
-            raise MissingColumnError(
-                f"{self._place(located, names[column], number)}: the sample has no such column; the shards read "
-                f"with it have {shown(located.present())}. Name the columns that every sample has with columns=[...] "
-                "or decode={...}"
-            )
+            lacking = [number for number, name in enumerate(names) if name not in columns.optional]
+            found = np.argwhere(values.offset[lacking] < 0)
+            if len(found):
+                name, number = names[lacking[found[0, 0]]], int(found[0, 1])
+                told = "" if columns.names is not None else " name the columns with columns=[...], and"
+                place = Names(located.keys, located.urls).place(number, name)
+                raise MissingColumnError(
+                    f"{place}: the sample has no such column; the shards read with it have "
+                    f"{shown(located.present())}. Where samples may lack it,{told} write {name + '?'!r}"
+                )
         return values
 
-    def _place(self, located: Located, name: str, number: int) -> str:
-        return Names(located.keys, located.urls).place(number, name)
+    def _check_marks(self, located: Located, names: tuple[str, ...]) -> None:
+        """Raise `ConfigError` where what the user wrote for an optional column is also the name of another."""
+        members = self._columns.members or ()
+        for name, member in zip(names, members, strict=True):
+            marked = member + "?"
+            if name in self._columns.optional and marked not in members and located.have(marked):
+                raise ConfigError(
+                    f"{located.urls()[0]}: its window of shards has a column whose name is {marked!r}, and "
+                    f"{name + '?'!r} means {name!r}, which samples may lack; write {name + '??'!r} for the other one"
+                )
 
 
 def part_of_entry(entry: BatchEntry, numbers: list[int]) -> BatchEntry:

@@ -1,11 +1,17 @@
-"""Which columns a batch has, and how each is decoded: what the user said, put in one form."""
+"""Which columns a batch has, and how each is decoded: what the user said, put in one form.
+
+Shard indexes have the names of columns in lower case, so a name is looked up like that; a batch has it as the user
+writes it. A "?" behind a name is no part of it: it says that samples may lack the column.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastload.decode import Decoder, raw
+from fastload.decode.optional import check_missing
 from fastload.errors import ConfigError
 
 KEY, URL = "__key__", "__url__"
@@ -17,34 +23,41 @@ _SHOWN_MAX = 20
 
 @dataclass(frozen=True, slots=True)
 class ColumnSet:
-    """The columns of every sample: `names` in order, or None for all that a shard has, as raw bytes."""
+    """The columns of every sample: `names` in order, or None for all that a shard has, as raw bytes.
+
+    `members`: the same as shard indexes have them. `optional`: those of `names` that samples may lack.
+    """
 
     names: tuple[str, ...] | None
     decoders: Mapping[str, Decoder]
     as_tuple: bool
+    members: tuple[str, ...] | None = None
+    optional: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, columns: Sequence[str] | None, decode: Mapping[str, Decoder] | None, as_tuple: bool) -> ColumnSet:
         """From the arguments of a data set; raises `ConfigError` where they do not fit together."""
-        decoders = _checked_decoders(decode)
         if isinstance(columns, str):
             raise ConfigError(f"columns={columns!r} is one string; give a list of column names")
-        wrong = [name for name in columns or () if not isinstance(name, str) or name[:1] in ("", ".")]
-        if wrong:
-            raise ConfigError(
-                f"columns={list(columns or ())!r}: {wrong[0]!r} is not a name such as 'jpg', without a dot"
-            )
-        names = tuple(columns) if columns is not None else tuple(decoders) or None
-        if names is not None and len(set(names)) < len(names):
-            raise ConfigError(f"columns={list(names)!r} names a column twice")
-        unused = [name for name in decoders if names is not None and name not in names]
+        decoders = _checked_decoders(decode)
+        if columns is None and not decoders:
+            if as_tuple:
+                raise ConfigError("as_tuple=True needs columns or decode, which give the order of the tuple")
+            return cls(None, {}, as_tuple)
+        decoded = _columns("decode", decoders)
+        wanted = decoded if columns is None else _columns("columns", columns)
+        unused = [column.text for member, column in decoded.items() if member not in wanted]
         if unused:
             raise ConfigError(
-                f"decode names {unused!r}, which columns={list(names or ())!r} leaves out; name it in both"
+                f"decode names {unused!r}, which columns={list(columns or ())!r} leaves out; name it in both"
             )
-        if as_tuple and names is None:
-            raise ConfigError("as_tuple=True needs columns or decode, which give the order of the tuple")
-        return cls(names, decoders, as_tuple)
+        by_name = {}
+        for member, column in decoded.items():
+            _check(column, wanted[member], decoders[column.text])
+            by_name[wanted[member].name] = decoders[column.text]
+        names = tuple(column.name for column in wanted.values())
+        optional = frozenset(column.name for column in wanted.values() if column.is_optional)
+        return cls(names, by_name, as_tuple, tuple(wanted), optional)
 
     def kernel_modules(self) -> tuple[str, ...]:
         """The modules of `fastload.kernels` that the decoders use."""
@@ -63,6 +76,57 @@ def shown(names: Sequence[str]) -> str:
     """Names of columns for a message, which may be of any number."""
     more = len(names) - _SHOWN_MAX
     return f"{list(names[:_SHOWN_MAX])}" + (f" and {more} more" if more > 0 else "")
+
+
+class _Column(NamedTuple):
+    """What the user wrote, and the name in it."""
+
+    text: str
+    name: str
+
+    @property
+    def is_optional(self) -> bool:
+        return self.text != self.name
+
+
+def _columns(argument: str, texts: Iterable[object]) -> dict[str, _Column]:
+    """What is written in an argument, by the column that indexes know."""
+    texts, columns = list(texts), dict[str, _Column]()
+    for text in texts:
+        name = text.removesuffix("?") if isinstance(text, str) else ""
+        if not isinstance(text, str) or name[:1] in ("", "."):
+            raise ConfigError(f"{argument}={texts!r}: {text!r} is not a name such as 'jpg', without a dot")
+        member = name.lower()
+        if member in columns:
+            other = columns[member].text
+            raise ConfigError(
+                f"{argument}={texts!r} names a column twice"
+                + ("" if text == other else f": {other!r} and {text!r} are the same, whatever their case and mark")
+            )
+        columns[member] = _Column(text, name)
+    return columns
+
+
+def _check(decoded: _Column, wanted: _Column, decoder: Decoder) -> None:
+    """Raise `ConfigError` where a decoder does not suit a column."""
+    if decoded.is_optional and not wanted.is_optional:
+        raise ConfigError(
+            f"decode[{decoded.text!r}]: columns has {wanted.text!r}, which every sample must have; write "
+            f"{wanted.text + '?'!r} there, too, where samples may lack it"
+        )
+    if wanted.is_optional:
+        try:
+            check_missing(decoder)
+        except ConfigError as error:
+            raise ConfigError(
+                f"decode[{decoded.text!r}]={decoder!r}: samples may lack {wanted.text!r}, and {error}; give the "
+                "decoder a default="
+            ) from error
+    elif decoder.missing() is not None:
+        raise ConfigError(
+            f"decode[{decoded.text!r}] has a default, and every sample must have {wanted.text!r}; write "
+            f"{wanted.text + '?'!r} where samples may lack it"
+        )
 
 
 def _checked_decoders(decode: Mapping[str, Decoder] | None) -> dict[str, Decoder]:

@@ -22,10 +22,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import default_collate
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from fastload.computed import computed
 from fastload.decode import Decoder
 from fastload.decode.keys import Keys
+from fastload.decode.optional import Present, decode_optional
 from fastload.decode.plain import Raw
 from fastload.engine.columns import KEY, URL, ColumnSet
 from fastload.engine.interleave import interleave
@@ -41,6 +43,11 @@ Batch = Any  # dict of column -> value, or a tuple of values; or what the user's
 # What is wrong with one sample, and nothing else.
 SAMPLE_ERRORS = (DecodeError, MissingColumnError)
 SOURCE = "__source__"
+
+
+def _as_list(values: list[Any], *, collate_fn_map: Any = None) -> list[Any]:
+    """What becomes of values the first of which is missing, as of bytes and text."""
+    return values
 
 
 class Names:
@@ -75,13 +82,15 @@ def _names(keys: list[str], urls: list[str]) -> Names:
 class Gathered:
     """`count` samples of one data set: for each column its values end to end, and their offsets int64[count + 1].
 
-    `random_keys`: uint64[count], where something asks for them.
+    `random_keys`: uint64[count], where something asks for them. `present`: of each optional column, bool[count]: which
+    samples have it; its values are empty where they do not.
     """
 
     count: int
     names: Names
     columns: dict[str, tuple[Bytes, Ints]]
     random_keys: Keys | None
+    present: dict[str, Present] = field(default_factory=dict)
 
     @property
     def seed(self) -> int | None:
@@ -112,6 +121,11 @@ class Maker(Protocol):
         """Whether samples go through functions."""
         ...
 
+    @property
+    def has_optional(self) -> bool:
+        """Whether samples may lack a column."""
+        ...
+
     def batch(self, gathered: Any, slots: Slots) -> Batch:
         """All of them, as columns."""
         ...
@@ -133,6 +147,11 @@ class OneMaker:
         """Whether samples go through functions."""
         return bool(self.functions)
 
+    @property
+    def has_optional(self) -> bool:
+        """Whether samples may lack a column."""
+        return bool(self.columns.optional)
+
     def batch(self, gathered: Gathered, slots: Slots) -> Batch:
         """A dict with `__key__` and `__url__`, or a tuple of the columns alone."""
         return _in_torch(self.arrays(gathered, slots))
@@ -152,7 +171,7 @@ class OneMaker:
         """The samples, one by one."""
         names = gathered.names
         columns = [
-            (name, self.columns.decoder(name), memoryview(values.data), offsets.tolist())
+            (name, self.columns.decoder(name), memoryview(values.data), offsets.tolist(), gathered.present.get(name))
             for name, (values, offsets) in gathered.columns.items()
         ]
         keys = [None] * gathered.count if gathered.random_keys is None else gathered.random_keys.tolist()
@@ -161,7 +180,9 @@ class OneMaker:
                 name: decoder.decode_one(
                     view[offsets[number] : offsets[number + 1]], names.place(number, name), random_key
                 )
-                for name, decoder, view, offsets in columns
+                if present is None or present[number]
+                else decoder.missing()
+                for name, decoder, view, offsets, present in columns
             }
             made = tuple(sample.values()) if self.columns.as_tuple else {KEY: key, URL: url, **sample}
             yield apply(self.functions, made, f"sample {key!r} of {url}", random_key, reseed)
@@ -173,6 +194,9 @@ class OneMaker:
         def where(number: int) -> str:
             return gathered.names.place(number, name)
 
+        present = gathered.present.get(name)
+        if present is not None:
+            return decode_optional(decoder, values, offsets, present, where, gathered.random_keys, slots.take_array)
         if isinstance(decoder, Raw):
             return decoder.decode_owned(values, offsets, where)
         fixed = decoder.fixed()
@@ -206,6 +230,11 @@ class MixedMaker:
     def is_mapped(self) -> bool:
         """Whether samples of a source, or all, go through functions."""
         return bool(self.functions) or any(maker.is_mapped for maker in self.makers)
+
+    @property
+    def has_optional(self) -> bool:
+        """Whether samples of a source may lack a column."""
+        return any(maker.has_optional for maker in self.makers)
 
     def batch(self, gathered: GatheredParts, slots: Slots) -> Batch:
         """A dict with `__key__`, `__url__` and `__source__`, or a tuple of the columns alone."""
@@ -283,7 +312,11 @@ class Finish:
         samples = list(self.maker.samples(gathered, reseed))
         if self.collate is not None:
             return apply((self.collate,), samples, "the samples of a batch", seed, reseed)
-        return default_collate(samples) if samples else []
+        if not samples:
+            return []
+        if self.maker.has_optional and samples[0] is not None:  # a function that returns None is torch's to refuse
+            return collate(samples, collate_fn_map={**default_collate_fn_map, type(None): _as_list})
+        return default_collate(samples)
 
 
 def _of_step(key: int | None, step: int) -> int | None:

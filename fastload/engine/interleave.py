@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from fastload.errors import ConfigError
 from fastload.kernels.interleave import interleave_offsets, interleave_rows, interleave_values
-from fastload.ragged import Ragged, unchecked
+from fastload.ragged import Ragged, presence, unchecked
 from fastload.transport.slots import Slots
 
 Ints = npt.NDArray[np.int64]
@@ -76,7 +76,10 @@ def _ragged(parts: Sequence[Ragged], part_of: PartOf, slots: Slots) -> Ragged:
     shapes = None
     if any(part.shapes is not None for part in parts):
         shapes = _list([part.shapes or [(length,) for length in part.lengths.tolist()] for part in parts], part_of)
-    return unchecked(out.view(dtype), offsets, shapes, parts[0].kind)
+    present = None
+    if any(part.present is not None for part in parts):
+        present = _rows(list(map(presence, parts)), part_of, slots)
+    return unchecked(out.view(dtype), offsets, shapes, parts[0].kind, present)
 
 
 def _places(arrays: Sequence[npt.NDArray[Any]]) -> tuple[Ints, Ints]:

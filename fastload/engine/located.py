@@ -27,6 +27,10 @@ class Located:
         self._urls_of = urls_of
         self._parts = live.find(entry.object_no, entry.sample_no)
 
+    def have(self, column: str) -> bool:
+        """Whether a shard of their windows has the column."""
+        return any(column in window.columns() for window, _, _, _ in self._parts)
+
     def present(self) -> tuple[str, ...]:
         """The columns that their windows have."""
         if len(self._parts) == 1:
@@ -41,8 +45,8 @@ class Located:
                 raise MissingColumnError(
                     f"{url}: its window of shards has {len(window.columns())} columns, and most samples lack most of "
                     f"them: {shown(window.columns())}. A column is what follows the first dot of a member's name, so "
-                    "dots within keys make columns of their own. Name the columns that every sample has with "
-                    "columns=[...] or decode={...}"
+                    "dots within keys make columns of their own. Name the columns with columns=[...] or "
+                    "decode={...}, and write 'txt?' for one that samples may lack"
                 )
         return self.present()
 
