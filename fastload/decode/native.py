@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
+import multiprocessing
 import os
 import weakref
 from functools import cache
@@ -22,7 +23,18 @@ from fastload.decode.base import Offsets
 from fastload.decode.keys import Keys
 from fastload.errors import ConfigError
 
-__all__ = ["DAMAGED", "NOT_JPEG", "NO_MEMORY", "REFUSED", "ROW_PADDING", "Context", "Report", "Settings", "c_unit"]
+__all__ = [
+    "DAMAGED",
+    "NOT_JPEG",
+    "NO_MEMORY",
+    "REFUSED",
+    "ROW_PADDING",
+    "Context",
+    "Report",
+    "Settings",
+    "c_unit",
+    "why_not",
+]
 
 _ABI = 1
 """Of the functions and structures below; must be that of `native/image.c`."""
@@ -31,6 +43,7 @@ NOT_JPEG, DAMAGED, REFUSED, NO_MEMORY = 1, 2, 3, 4
 ROW_PADDING = 32
 """Bytes behind pixels that are read, and do not count."""
 
+_NOTE = Path(__file__).with_name("_native.txt")
 _log = logging.getLogger("fastload.decode")
 
 
@@ -79,9 +92,29 @@ def c_unit() -> ctypes.CDLL | None:
     # Python's own lookup finds it in every kind of installation; it is no module, and is not imported.
     spec = importlib.util.find_spec("fastload.decode._native")
     if spec is None or spec.origin is None:
-        _log.info("images are decoded by simplejpeg: fastload was installed without its C unit (see docs/decode.md)")
+        if _speaks_for_its_node():
+            _log.warning("images are decoded by simplejpeg, more slowly: fastload has no C unit here, %s", why_not())
         return None
     return _load(Path(spec.origin))
+
+
+def why_not() -> str:
+    """Why there is no C unit, as its build has left word, and the cure."""
+    try:
+        reason = f"since {_NOTE.read_text()} when it was installed"
+    except FileNotFoundError:
+        reason = "since pip has not installed it"
+    return (
+        f"{reason}. Install gcc and libjpeg-turbo's headers (`apt install gcc libjpeg62-turbo-dev`), then fastload "
+        "again; FASTLOAD_NATIVE=0 says that simplejpeg is wanted"
+    )
+
+
+def _speaks_for_its_node() -> bool:
+    """Whether other processes of the same job leave it to this one to say what is true for all of them."""
+    ranks = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+    is_worker = multiprocessing.current_process().daemon
+    return not is_worker and all(os.environ.get(name, "0") == "0" for name in ranks)
 
 
 def _load(path: Path) -> ctypes.CDLL:

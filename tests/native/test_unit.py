@@ -218,6 +218,25 @@ def test_the_environment_can_ask_for_the_fallback(monkeypatch: pytest.MonkeyPatc
     assert native.c_unit.__wrapped__() is not None
 
 
+def test_where_it_is_missing_one_process_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(native, "_NOTE", tmp_path / "_native.txt")
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    assert native.c_unit.__wrapped__() is None
+    native._NOTE.write_text("there was no working C compiler")
+    for rank in range(4):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert native.c_unit.__wrapped__() is None
+    monkeypatch.setenv("FASTLOAD_NATIVE", "0")
+    assert native.c_unit.__wrapped__() is None
+    first, second = caplog.messages
+    assert "fastload has no C unit here, since pip has not installed it. Install gcc and libjpeg-turbo's" in first
+    assert "since there was no working C compiler when it was installed. Install gcc" in second
+
+
 @pytest.mark.slow
 def test_the_sanitizers_have_nothing_to_say(tmp_path: Path) -> None:
     """Two seconds of what `make fuzz` does for ten minutes: some 15,000 damaged files."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sysconfig
 import venv
 import zipfile
 from pathlib import Path
@@ -66,7 +65,7 @@ def test_an_image_runs_through_it_where_there_is_no_compiler(tmp_path: Path) -> 
     )
     # Its dependencies are those of this environment, behind its own packages; editable installs there do not count.
     (here,) = place.glob("lib/python*/site-packages")
-    (here / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    (here / "dependencies.pth").write_text(str(Path(np.__file__).parents[1]))
     picture, made = tmp_path / "picture.jpg", tmp_path / "made.npy"
     picture.write_bytes(pictures.jpeg(pictures.photographs()[4][:120, :160], "420"))
     subprocess.run([python, "-c", PROGRAM, picture, made], env=nowhere, cwd=tmp_path, check=True)
