@@ -7,9 +7,8 @@ invalidated. The object id is a hash of everything that can make the bytes diffe
   signed anew
   finds what an earlier one brought;
 - the version: a strong ETag with the size, or, where the store has none, the size, the modification time and
-  the
-  endpoint. With a strong ETag the endpoint is left out: a replica behind another address holds the same
-  bytes;
+  the endpoint. The endpoint is left out where the ETag is made of the bytes (an MD5, or one of the parts' MD5s): a
+  replica behind another address holds the same. Of other ETags in S3 each endpoint may give one like it to other bytes;
 - the size of a chunk, since chunk 3 of 8 MiB chunks is not chunk 3 of 4 MiB ones.
 
 Each field is hashed with its length before it, so that no two different sets of fields give one input.
@@ -28,6 +27,7 @@ if TYPE_CHECKING:  # a consumer that only maps the arena need not load the objec
 
 OBJECT_ID_BYTES = 16
 _INDEX_MAX = (1 << 63) - 1
+_OF_BYTES = re.compile(r"[0-9a-fA-F]{32}(-[0-9]+)?")
 _NAME = re.compile(r"([0-9a-f]{32})-([0-9a-f]{8,16})")
 
 # What signed URLs carry. The first kind is told by its prefix; the others have names so short that they only
@@ -74,8 +74,8 @@ class ChunkKey:
 def object_id(info: ObjectInfo, chunk_bytes: int, endpoint: str) -> bytes:
     """The 16 bytes that stand for this version of the object, cut into chunks of `chunk_bytes`.
 
-    `endpoint` is the address that serves it ("" for local files); it counts only where there is no strong
-    ETag.
+    `endpoint` is the address that serves it ("" for local files and the provider's own); it counts only where there is
+    no strong ETag, or in S3 one that the bytes do not give.
     """
     digest = hashlib.blake2b(digest_size=OBJECT_ID_BYTES, person=b"fastload-object1")
     for field in (url_without_credentials(info.url), *_version(info, endpoint), str(chunk_bytes)):
@@ -115,5 +115,8 @@ def _without_signature(url: str) -> str:
 def _version(info: ObjectInfo, endpoint: str) -> tuple[str, ...]:
     etag = (info.etag or "").strip()
     if etag and not etag.startswith(("W/", "w/")):
-        return "etag", etag.strip('"'), str(info.size)
+        etag = etag.strip('"')
+        # Elsewhere the URL names the host, or the provider's ETags are unlike each other.
+        is_of_place = endpoint and info.url.startswith(("s3://", "s3a://")) and not _OF_BYTES.fullmatch(etag)
+        return "etag", etag, str(info.size), *([endpoint] if is_of_place else [])
     return "mtime", str(info.size), str(info.mtime_ns), endpoint

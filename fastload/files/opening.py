@@ -1,7 +1,7 @@
 """`fastload.open`: which connection a file goes through.
 
-A process has one for each cache and set of storage options, made at the first file and shared by all threads. It is
-found again through the cache's handle. A forked child makes its own.
+A process has one for each cache, set of storage options and environment (what variables say of stores), made at the
+first file and shared by all threads. It is found again through the cache's handle. A forked child makes its own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from fastload.files.connection import Connection
 from fastload.files.file import ObjectFile, RawObject
 from fastload.node import AnyCache, handle_of
 from fastload.service.handle import Handle
+from fastload.store.environment import fingerprint
 from fastload.store.urls import check_key, normalise
 
 
@@ -43,7 +44,7 @@ def open(  # noqa: A001  # as those of gzip and tarfile
     """
     handle = handle_of(_checked_cache(cache))
     name = _checked(url)
-    place: _Place = handle.shared(("fastload.open", _options_key(storage_options)), _Place)
+    place: _Place = handle.shared(("fastload.open", _options_key(storage_options), fingerprint(os.environ)), _Place)
     connection = place.connection(handle, storage_options)
     return ObjectFile(RawObject(connection, connection.open(name)))
 

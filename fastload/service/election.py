@@ -14,12 +14,13 @@ import json
 import os
 import random
 import select
+import site
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def _run(directory: CacheDirectory, idle_s: float, stop: threading.Event, deadli
                     stdout=log,
                     stderr=log,
                     pass_fds=(writing,),
-                    env=_environment(),
+                    env=_environment(os.environ),
                     cwd="/",
                 )
         finally:
@@ -175,14 +176,26 @@ def _reap(process: subprocess.Popen[bytes]) -> None:
             process.kill()
 
 
-def _environment() -> dict[str, str]:
-    """Ours, with this very package in reach and without what a service has no use for."""
-    environment = dict(os.environ)
+# What of a job's environment its service begins with: where programs, libraries and temporary files are, languages and
+# time zones, numbers of threads, and settings of Python, of memory and of fastload. Nothing that says which store to
+# ask, through whom, or as whom: the service has other jobs' requests to make, too, and each brings its own.
+_KEPT = {"PATH", "TMPDIR", "LANG", "LANGUAGE", "TZ", "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "LD_PRELOAD"}
+_KEPT |= {"GLIBC_TUNABLES", "OPENSSL_CONF", "OPENSSL_MODULES", "RUST_BACKTRACE", "TOKIO_WORKER_THREADS"}
+_KEPT |= {"JAVA_HOME", "HADOOP_HOME", "CLASSPATH", "ARROW_LIBHDFS_DIR"}  # fsspec's hdfs
+_KEPT_BEGIN = ("LC_", "PYTHON", "FASTLOAD_", "MALLOC_", "ASAN_", "COVERAGE_", "OMP_", "OPENBLAS_", "MKL_", "NUMBA_")
+# Tools that look for credentials and settings in the home directory find those of whoever began there.
+_NO_HOME = "/nonexistent"
+
+
+def _environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """That of the service, which has this very package in reach, made of ours."""
+    kept = {name: value for name, value in environ.items() if name in _KEPT or name.startswith(_KEPT_BEGIN)}
     package = str(Path(__file__).resolve().parents[2])
-    path = environment.get("PYTHONPATH")
-    environment["PYTHONPATH"] = package if not path else f"{package}{os.pathsep}{path}"
-    environment["OPENBLAS_NUM_THREADS"] = "1"  # numpy only sorts here
-    return environment
+    path = kept.get("PYTHONPATH")
+    kept["PYTHONPATH"] = package if not path else f"{package}{os.pathsep}{path}"
+    if site.ENABLE_USER_SITE and site.USER_BASE:  # packages of the user's are found by the home directory
+        kept.setdefault("PYTHONUSERBASE", site.USER_BASE)
+    return {**kept, "HOME": _NO_HOME, "OPENBLAS_NUM_THREADS": "1"}  # numpy only sorts here
 
 
 def _open_log(path: Path) -> Any:

@@ -46,7 +46,7 @@ class Openings:
     def open(self, consumer: ConsumerState, message: protocol.Open) -> None:
         """Answer, now or later."""
         url = message.url
-        known = self._versions.get(self._stores.endpoint(consumer.options_key), url)
+        known = self._versions.get(consumer.options_key, url)
         if known is not None:
             self._answer(consumer, message.request, known)
             return
@@ -55,7 +55,7 @@ class Openings:
     def failed(self, chunk: Chunk, error: BaseException) -> None:
         """A chunk could not be had: whoever opens its object again is not told of the version that is gone."""
         if isinstance(error, ObjectChangedError):
-            self._versions.forget(chunk.entry.info.url)
+            self._versions.forget(chunk.fetched_as, chunk.entry.info.url)
 
     def _wait(self, consumer: ConsumerState, request: int, url: str) -> None:
         place = consumer.options_key, url
@@ -74,7 +74,7 @@ class Openings:
         def done(info: ObjectInfo | None, error: BaseException | None) -> None:
             self._answered(origin)
             if info is not None and info.url == url and scheme(url) != "file":
-                self._versions.learn(endpoint, info)
+                self._versions.learn(options_key, info)
             for consumer, request in self._waiting.pop((options_key, url)):
                 if info is not None:
                     self._answer(consumer, request, info)

@@ -166,7 +166,7 @@ class Replay:
                 continue
             reader.unconfirmed.discard(chunk.entry)
             if info.etag is not None and scheme(info.url) != "file" and consumer.options_key == chunk.fetched_as:
-                self._versions.learn(self._stores.endpoint(consumer.options_key), info)
+                self._versions.learn(consumer.options_key, info)
 
     def failed(self, chunk: Chunk, error: BaseException) -> None:
         """A chunk could not be had: what is there now is not what was read then. Or these credentials do not do, or the
@@ -260,7 +260,7 @@ class Replay:
         reader.unconfirmed = set()
         for at in library.after(place, count).tolist():
             info, index = library.chunk(at)
-            known = self._versions.get(endpoint, info.url)
+            known = self._versions.get(consumer.options_key, info.url)
             try:
                 store_root(info.url)
                 entry = self._objects.use_info(known or info, endpoint)

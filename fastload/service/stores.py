@@ -2,12 +2,14 @@
 many others were used since.
 
 Used by the pools' threads, hence the lock. Credentials live in this table and nowhere else: they come over the socket
-and are gone when the last consumer that brought them is. A set of options is known by its `key`, a string that holds
-secrets itself and must never be logged.
+and are gone when the last consumer that brought them is. A set of options is known by its `key`, a hash of all that the
+consumer resolved: nobody shares a store, or what was asked of it, with somebody of other settings.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +49,7 @@ class StoreTable:
     def __init__(self, opener: Opener | None = None) -> None:
         """`opener` stands in for the real stores in tests."""
         self.counters = Counters()
+        self._salt = os.urandom(16)  # so that a key tells nobody whether a guess at a secret is right
         self._requests = RequestOptions(_REQUESTS_MAX, counters=self.counters)
         self._opener = self._open if opener is None else lambda url, options: Watched(opener(url, options))
         self._lock = threading.Lock()
@@ -60,7 +63,9 @@ class StoreTable:
     def add(self, wire: dict[str, Any]) -> str:
         """One more consumer has these options; returns their key."""
         options = StoreOptions.from_wire(wire)
-        key = msgspec.json.encode(wire, order="deterministic").decode()
+        key = hashlib.blake2b(
+            msgspec.json.encode(wire, order="deterministic"), digest_size=16, key=self._salt
+        ).hexdigest()
         with self._lock:
             self._options[key] = options
             self._consumers[key] += 1

@@ -2,7 +2,8 @@
 
 Asking costs a request, as much as a small object itself, and a data set of single objects opens each of them in every
 epoch and from any of its processes. So an answer holds for an hour, or until the store says that the object is another
-by now. About 200 bytes each, and at most a million.
+by now; and only for those who would ask the same store as the same person, by their store options: others may not see
+the object, or see another. About 200 bytes each, and at most a million.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fastload.store.types import ObjectInfo
 
 FRESH_S = 3600.0
 _COUNT_MAX = 1 << 20
-_HEAD = struct.Struct("<8sqqd?")  # endpoint, size, modification time, when it was asked for, whether there is an ETag
+_HEAD = struct.Struct("<qqd?")  # size, modification time, when it was asked for, whether there is an ETag
 
 
 class Versions:
@@ -27,34 +28,33 @@ class Versions:
         self._now, self._count_max = now, count_max
         self._by_url: dict[bytes, bytes] = {}
 
-    def get(self, endpoint: str, url: str) -> ObjectInfo | None:
-        """The version, where `endpoint` was asked for it, and not too long ago."""
-        packed = self._by_url.get(_digest(url, 16))
+    def get(self, options_key: str, url: str) -> ObjectInfo | None:
+        """The version, where it was asked for with these store options, and not too long ago."""
+        packed = self._by_url.get(_digest(options_key, url))
         if packed is None:
             return None
-        asked_of, size, mtime_ns, asked, has_etag = _HEAD.unpack_from(packed)
-        if asked_of != _digest(endpoint, 8) or self._now() - asked > FRESH_S:
+        size, mtime_ns, asked, has_etag = _HEAD.unpack_from(packed)
+        if self._now() - asked > FRESH_S:
             return None
         return ObjectInfo(url, size, packed[_HEAD.size :].decode() if has_etag else None, mtime_ns)
 
-    def learn(self, endpoint: str, info: ObjectInfo) -> None:
+    def learn(self, options_key: str, info: ObjectInfo) -> None:
         """The store has said this just now."""
         if len(self._by_url) >= self._count_max:
             for oldest in list(islice(self._by_url, self._count_max // 16 + 1)):
                 del self._by_url[oldest]
-        asked_of, has_etag = _digest(endpoint, 8), info.etag is not None
-        head = _HEAD.pack(asked_of, info.size, info.mtime_ns, self._now(), has_etag)
-        self.forget(info.url)  # what was learnt last is the youngest
-        self._by_url[_digest(info.url, 16)] = head + (info.etag or "").encode()
+        head = _HEAD.pack(info.size, info.mtime_ns, self._now(), info.etag is not None)
+        self.forget(options_key, info.url)  # what was learnt last is the youngest
+        self._by_url[_digest(options_key, info.url)] = head + (info.etag or "").encode()
 
     def clear(self) -> None:
         """None is."""
         self._by_url.clear()
 
-    def forget(self, url: str) -> None:
+    def forget(self, options_key: str, url: str) -> None:
         """It is not to be believed any more."""
-        self._by_url.pop(_digest(url, 16), None)
+        self._by_url.pop(_digest(options_key, url), None)
 
 
-def _digest(text: str, size: int) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=size).digest()
+def _digest(options_key: str, url: str) -> bytes:
+    return hashlib.blake2b(url.encode("utf-8", "surrogateescape"), digest_size=16, key=options_key.encode()).digest()

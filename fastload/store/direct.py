@@ -13,6 +13,7 @@ Azure, S3 Express with its sessions, and buckets for which something special is 
 from __future__ import annotations
 
 import datetime
+import re
 import ssl
 import threading
 import urllib.parse
@@ -23,32 +24,23 @@ import obstore
 from obstore.store import S3Store
 
 from fastload.errors import ConfigError
+from fastload.store import settings
 from fastload.store.answers import is_strong
+from fastload.store.environment import as_bool
 from fastload.store.httpreader import HttpReader, trusts_somebody
-from fastload.store.options import StoreOptions, as_bool
+from fastload.store.options import StoreOptions
 from fastload.store.proxies import proxy_for
 from fastload.store.sigv4 import encode_path, sign
 from fastload.store.types import ObjectInfo
 from fastload.store.urls import key_of
 
 DEFAULT_REGION = "us-east-1"
+_EXPRESS_ZONE = re.compile(r"--([a-z0-9-]+)--x-s3$")
 
 # Long enough for a clock that is wrong by minutes, short enough for policies that refuse URLs that are good for long.
 _URL_LASTS = datetime.timedelta(minutes=5)
-# How credentials are found is obstore's affair, whoever reads.
-_FINDING_CREDENTIALS = frozenset(
-    {
-        "role_arn",
-        "role_session_name",
-        "web_identity_token_file",
-        "sts_endpoint",
-        "container_credentials_relative_uri",
-        "container_credentials_full_uri",
-        "container_authorization_token_file",
-        "metadata_endpoint",
-        "imdsv1_fallback",
-    }
-)
+# Settings that are heeded here, and those of how credentials are found, which is obstore's affair, whoever reads.
+_UNDERSTOOD = settings.S3_FINDING | settings.PROXIES | {"root_certificate", "proxy_url", "virtual_hosted_style_request"}
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -99,12 +91,11 @@ class DirectReader:
 
 def direct_s3_reader(bucket: str, options: StoreOptions, store: S3Store) -> DirectReader | None:
     """A reader for an S3 bucket that `store` lists; None where obstore has to read it."""
-    settings = {name: value for name, value in options.extra if name not in _FINDING_CREDENTIALS}
-    certificate, proxy_url = settings.pop("root_certificate", None), settings.pop("proxy_url", None)
-    virtual_host = as_bool(settings.pop("virtual_hosted_style_request", ""))
-    origin, path = _place(bucket, options, virtual_host)
-    proxy = proxy_for(origin, proxy_url)
-    if settings or bucket.endswith("--x-s3") or (proxy is not None and not proxy.is_http):
+    said = dict(options.extra)
+    certificate, virtual_host = said.get("root_certificate"), as_bool(said.get("virtual_hosted_style_request"))
+    origin, path = place(bucket, options, virtual_host)
+    proxy = proxy_for(origin, said)
+    if not said.keys() <= _UNDERSTOOD or bucket.endswith("--x-s3") or (proxy is not None and not proxy.is_http):
         return None
     if origin.startswith("https:") and certificate is None and not trusts_somebody():
         return None
@@ -120,10 +111,13 @@ def direct_s3_reader(bucket: str, options: StoreOptions, store: S3Store) -> Dire
         raise ConfigError("root_certificate is not a certificate in PEM; pass its text, not its path") from error
 
 
-def _place(bucket: str, options: StoreOptions, virtual_host: bool) -> tuple[str, str]:
-    """Where the bucket is: scheme, host and port, and the path that comes before its keys."""
+def place(bucket: str, options: StoreOptions, virtual_host: bool) -> tuple[str, str]:
+    """Where a bucket of S3 is: scheme, host and port, and the path that comes before its keys."""
     endpoint = options.endpoint
-    if not endpoint:
+    if not endpoint and (zone := _EXPRESS_ZONE.search(bucket)):
+        virtual_host = True
+        endpoint = f"https://{bucket}.s3express-{zone[1]}.{options.region or DEFAULT_REGION}.amazonaws.com"
+    elif not endpoint:
         host = f"s3.{options.region or DEFAULT_REGION}.amazonaws.com"
         endpoint = f"https://{bucket}.{host}" if virtual_host else f"https://{host}"
     parts = urllib.parse.urlsplit(endpoint)

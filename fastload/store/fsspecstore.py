@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import importlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastload.errors import AccessDeniedError, ConfigError, ObjectMissingError, 
 from fastload.store.answers import changed, truncated
 from fastload.store.options import StoreOptions
 from fastload.store.replies import other_version
+from fastload.store.settings import FSSPEC
 from fastload.store.types import ObjectInfo
 from fastload.store.urls import how_to_name, scheme
 
@@ -32,7 +34,7 @@ class FsspecStore:
             ) from error
         try:
             # Listings are not cached: a listing is asked for to learn what is there now.
-            settings = {"use_listings_cache": False, "skip_instance_cache": True, **dict(options.extra)}
+            settings = {"use_listings_cache": False, "skip_instance_cache": True, **_arguments(self._scheme, options)}
             self._system, path = fsspec.core.url_to_fs(root + "/", **settings)
             self._root, self._root_path = root, path.rstrip("/")
         except (ImportError, ValueError, TypeError) as error:
@@ -86,6 +88,14 @@ class FsspecStore:
         etag = detail.get("ETag") or detail.get("etag")
         times = (detail.get(name) for name in ("mtime", "LastModified", "last_modified", "created"))
         return ObjectInfo(url, int(detail["size"]), etag, next((_nanoseconds(time) for time in times if time), 0))
+
+
+def _arguments(protocol: str, options: StoreOptions) -> dict[str, Any]:
+    """What the consumer found for this file system, and what was given without a protocol's name."""
+    extra, sources = dict(options.extra), dict(options.sources)
+    given = {name: value for name, value in extra.items() if sources.get(name) == "storage_options"}
+    for_fsspec = json.loads(given.pop(FSSPEC, extra.get(FSSPEC, "{}")))
+    return {**for_fsspec.get(protocol, {}), **given, **for_fsspec.get("*", {})}
 
 
 def _nanoseconds(time: object) -> int:

@@ -77,9 +77,7 @@ class HttpReader:
         self._host, self._port = parts.hostname or "", parts.port
         self.host = parts.netloc.rpartition("@")[2]  # as it stands in the Host header
         self._proxy = proxy
-        self._context = ssl.create_default_context() if self._secure else None
-        if self._context is not None and root_certificate is not None:
-            self._context.load_verify_locations(cadata=root_certificate)
+        self._context = _context(root_certificate) if self._secure else None
         self._lock = threading.Lock()
         self._idle: list[_Pooled] = []
         self._closed = False
@@ -289,10 +287,23 @@ def _receiver(response: http.client.HTTPResponse, sock: socket.socket | None) ->
     return lambda _, out: sock.recv_into(out)
 
 
+def _context(root_certificate: str | None) -> ssl.SSLContext:
+    """Named one by one, since `ssl` by itself heeds the variables of this process's environment."""
+    file, folder = _authorities()
+    return ssl.create_default_context(cafile=file, capath=folder, cadata=root_certificate)
+
+
 def trusts_somebody() -> bool:
     """Whether Python's OpenSSL knows of any certificates; builds that look in the wrong place have none."""
+    file, folder = _authorities()
+    return file is not None or (folder is not None and bool(os.listdir(folder)))
+
+
+def _authorities() -> tuple[str | None, str | None]:
+    """The machine's file and folder of certificates, where there are any."""
     paths = ssl.get_default_verify_paths()
-    return paths.cafile is not None or (paths.capath is not None and bool(os.listdir(paths.capath)))
+    file, folder = paths.openssl_cafile, paths.openssl_capath
+    return file if os.path.isfile(file) else None, folder if os.path.isdir(folder) else None
 
 
 def _reason(error: BaseException) -> str:

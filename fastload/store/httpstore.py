@@ -31,7 +31,7 @@ class HttpStore:
 
     def __init__(self, root: str, options: StoreOptions) -> None:
         settings = dict(options.extra)
-        proxy = proxy_for(root, settings.get("proxy_url"))
+        proxy = proxy_for(root, settings)
         if proxy is not None and not proxy.is_http:
             raise ConfigError(
                 f"{root}: a proxy of the kind {proxy.scheme}:// is not supported; name an http:// one, or set no_proxy"

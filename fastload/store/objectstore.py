@@ -11,6 +11,7 @@ copied, piece by piece, so that answers in flight do not pile up.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -21,10 +22,12 @@ from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionErr
 from obstore.store import S3Store, from_url
 
 from fastload.errors import AccessDeniedError, ConfigError, StoreError, StoreUnavailableError
-from fastload.store import watch
+from fastload.store import settings, watch
 from fastload.store.answers import BadReplyError, Refusal, changed, is_doubtful, is_strong, truncated, unreachable
-from fastload.store.direct import DEFAULT_REGION, DirectReader, direct_s3_reader
+from fastload.store.direct import DEFAULT_REGION, DirectReader, direct_s3_reader, place
+from fastload.store.environment import as_bool
 from fastload.store.options import StoreOptions
+from fastload.store.proxies import for_obstore, proxy_for
 from fastload.store.replies import Reply, asked, bad_reply, misfit
 from fastload.store.types import ObjectInfo
 from fastload.store.urls import key_of, scheme
@@ -65,8 +68,8 @@ class ObjectStore:
     def __init__(self, root: str, options: StoreOptions) -> None:
         self._root = root
         self._options = options
-        self._endpoint = options.endpoint
-        store = _open(root, options)
+        self._endpoint = _endpoint(root, options)
+        store = _open(root, options, self._endpoint)
         self._lock = threading.Lock()
         self._store: ObstoreStore | None = store
         bucket = root.partition("://")[2]
@@ -79,7 +82,7 @@ class ObjectStore:
         # providers' own endpoints list in the order of the keys: there it begins just before the prefix and
         # ends behind it. Others (SeaweedFS) put `a/x` before `a-`, so there all of the folder is read.
         folder = prefix.rpartition("/")[0]
-        ordered = not self._endpoint and not self._root.endswith("--x-s3")
+        ordered = not self._options.endpoint and not self._root.endswith("--x-s3")
         offset = prefix[:-1] if ordered and len(prefix) > len(folder) + 1 else None
         found: dict[str, ObjectInfo] = {}
         wanted = f"what is in {folder or 'the bucket'}"
@@ -147,7 +150,7 @@ class ObjectStore:
 
     def _renew(self) -> None:
         """What obstore asks next goes over new connections: only a store of its own has them."""
-        store = _open(self._root, self._options)
+        store = _open(self._root, self._options, self._endpoint)
         with self._lock:
             if self._store is not None:
                 self._store = store
@@ -226,23 +229,27 @@ class ObjectStore:
         return StoreError(f"{url}: {text.splitlines()[0]}; check the credentials and settings of this store")
 
 
-def _open(root: str, options: StoreOptions) -> ObstoreStore:
+def _open(root: str, options: StoreOptions, endpoint: str) -> ObstoreStore:
+    """`endpoint`: where it is, said or the provider's own."""
+    kind = scheme(root)
+    extra = dict(options.extra)
+    _refuse_foreign(root, options, extra)
     client = {"timeout": "300s", "read_timeout": "30s", "connect_timeout": "10s"}
-    config = dict(options.extra)
-    for name in list(config):
-        if name in _CLIENT_SETTINGS:
-            client[name] = config.pop(name)
+    client |= {name: value for name, value in extra.items() if name in settings.CLIENT}
+    client |= for_obstore(proxy_for(endpoint, extra), extra)
     clients: Any = {**client, "allow_http": True}
     retries: Any = {"max_retries": 0}
+    apart = settings.CLIENT | settings.PROXIES | {"metadata_disabled"}
+    config = {name: value for name, value in extra.items() if name not in apart}
     try:
-        if scheme(root) in ("s3", "s3a"):
+        if kind in ("s3", "s3a"):
             return _open_s3(root.partition("://")[2], options, config, clients, retries)
         if options.endpoint:
-            config["endpoint"] = options.endpoint
+            config["google_base_url" if kind == "gs" else "azure_endpoint"] = options.endpoint
         if options.anonymous:
             config["skip_signature"] = "true"
-        settings: Any = config
-        return from_url(root, config=settings, client_options=clients, retry_config=retries)
+        said: Any = config
+        return from_url(root, config=said, client_options=clients, retry_config=retries)
     except (BaseError, ValueError, OSError) as error:
         if "No CA certificates" in str(error):
             raise ConfigError(
@@ -251,25 +258,32 @@ def _open(root: str, options: StoreOptions) -> ObstoreStore:
         raise ConfigError(f"cannot open {root}: {str(error).splitlines()[0]}; check storage_options") from error
 
 
-_CLIENT_SETTINGS = frozenset(
-    {
-        "allow_invalid_certificates",
-        "connect_timeout",
-        "read_timeout",
-        "timeout",
-        "proxy_url",
-        "root_certificate",
-        "user_agent",
-    }
-)
+def _refuse_foreign(root: str, options: StoreOptions, extra: dict[str, str]) -> None:
+    """obstore takes what is not said from the variables of its process. The cache service has none of them; one that
+    runs in a user's process may have those of another data set, or later ones.
+    """
+    has_keys = options.anonymous or options.access_key_id is not None
+    names = settings.foreign(scheme(root), extra, os.environ, has_keys=has_keys)
+    if names:
+        raise ConfigError(
+            f"cannot open {root}: {', '.join(names)} in the environment of this process would be used where the data "
+            'set\'s own settings are others; unset it, or use a Cache without service="inprocess"'
+        )
 
 
 def _open_s3(bucket: str, options: StoreOptions, config: dict[str, str], clients: Any, retries: Any) -> S3Store:
-    settings: dict[str, Any] = {**config, "region": options.region or DEFAULT_REGION}
-    settings["skip_signature"] = options.anonymous
-    if options.endpoint:
-        # Both names: the second one would otherwise come from this process's environment, and win.
-        settings["endpoint"] = settings["aws_endpoint_url_s3"] = options.endpoint
+    """Everything that a variable could say is said."""
+    known: dict[str, Any] = {**config, "region": options.region or DEFAULT_REGION, "skip_signature": options.anonymous}
+    if "sts_endpoint" in known:
+        known["aws_endpoint_url_sts"] = known.pop("sts_endpoint")
+    express = bucket.endswith("--x-s3")
+    virtual = as_bool(known.get("virtual_hosted_style_request")) or (express and not options.endpoint)
+    origin, path = place(bucket, options, virtual)
+    # Both names: the second one goes before the first.
+    known["endpoint"] = known["aws_endpoint_url_s3"] = origin + path.removesuffix(f"/{bucket}")
+    known["virtual_hosted_style_request"] = virtual
+    known.setdefault("s3_express", express)
+    known.setdefault("request_payer", False)
     if options.access_key_id is not None:
         # As a provider, so that no session token of this process's environment is added to somebody's key.
         credential = {
@@ -278,8 +292,22 @@ def _open_s3(bucket: str, options: StoreOptions, config: dict[str, str], clients
             "token": options.session_token,
             "expires_at": None,
         }
-        settings["credential_provider"] = lambda: credential
-    return S3Store(bucket, client_options=clients, retry_config=retries, **settings)
+        known["credential_provider"] = lambda: credential
+    return S3Store(bucket, client_options=clients, retry_config=retries, **known)
+
+
+def _endpoint(root: str, options: StoreOptions) -> str:
+    """Where requests go: also the provider's own endpoint has a name."""
+    kind, extra = scheme(root), dict(options.extra)
+    if options.endpoint:
+        return options.endpoint
+    if kind in ("s3", "s3a"):
+        return place(root.partition("://")[2], options, as_bool(extra.get("virtual_hosted_style_request")))[0]
+    if kind == "gs":
+        return extra.get("google_base_url", "https://storage.googleapis.com")
+    account = re.search(r"@([^/]+)", root)  # abfss://container@account.dfs.core.windows.net
+    host = account[1] if account else f"{extra.get('account_name', 'ACCOUNT')}.blob.core.windows.net"
+    return extra.get("azure_endpoint", f"https://{host}")
 
 
 def _reply(result: GetResult) -> Reply:

@@ -43,9 +43,9 @@ def _bare(root: str, options: StoreOptions) -> Store:
     if kind in local.SCHEMES:
         return local.LocalStore()
     if kind in httpstore.SCHEMES:
-        return httpstore.HttpStore(root, options)
+        return httpstore.HttpStore(root, options.of_scheme(kind))
     if kind in objectstore.SCHEMES:
-        return objectstore.ObjectStore(root, options)
+        return objectstore.ObjectStore(root, options.of_scheme(kind))
     return fsspecstore.FsspecStore(root, options)
 
 

@@ -3,25 +3,26 @@
 People configure S3 once, for every tool: by AWS_* variables, by a profile in `~/.aws`, or by a mapping in
 whatever spelling their last library wanted. All of that is read here, once, where a data set is made, and
 becomes one frozen value, which crosses the socket to the cache service and is the key under which it keeps
-its stores. Nothing further down looks at the environment.
+its stores. Nothing further down looks at the environment: the service that fetches was started by some job or other,
+whose settings are nobody else's.
 
-What wins: `storage_options`, then the AWS_* variables, then the profile. Credentials are taken whole from
+What wins: `storage_options`, then the variables, then the profile. Credentials are taken whole from
 one place: a key from one and a session token from another would be refused by the store with a message that
-helps nobody. Where none are found the provider's own ways (web identity, container, instance metadata) are
-left to obstore.
+helps nobody. Where none are found the machine's (instance metadata) are left to obstore. Files that somebody renews
+(tokens of web identities) cross as their paths, which the service can read as well, being the same user's.
 """
 
 from __future__ import annotations
 
-import configparser
 import os
 import urllib.parse
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from fastload.errors import ConfigError
+from fastload.store import environment, settings
+from fastload.store.environment import Found, Profile, as_bool
 
 # Spellings of our own fields in obstore, boto3, s3fs, pyarrow, polars and the AWS variables, in lower case.
 _ALIASES = {
@@ -40,69 +41,9 @@ _ALIASES = {
     "anonymous": ("anonymous", "anon", "skip_signature", "aws_skip_signature", "no_sign_request"),
 }
 _FIELD_OF = {alias: field for field, aliases in _ALIASES.items() for alias in aliases}
-_CREDENTIALS = ("access_key_id", "secret_access_key", "session_token")
-
-# Settings that go to obstore as they are. Those of other providers, and what S3 needs in special places.
-_PASSED_ON = frozenset(
-    {
-        # S3
-        "virtual_hosted_style_request",
-        "request_payer",
-        "s3_express",
-        "role_arn",
-        "role_session_name",
-        "web_identity_token_file",
-        "sts_endpoint",
-        "container_credentials_relative_uri",
-        "container_credentials_full_uri",
-        "container_authorization_token_file",
-        "metadata_endpoint",
-        "imdsv1_fallback",
-        "sse_customer_key_base64",
-        "server_side_encryption",
-        # Google
-        "service_account",
-        "service_account_key",
-        "service_account_path",
-        "application_credentials",
-        # Azure
-        "account_name",
-        "account_key",
-        "sas_key",
-        "client_id",
-        "client_secret",
-        "tenant_id",
-        "federated_token_file",
-        "use_azure_cli",
-        # the HTTP client
-        "allow_invalid_certificates",
-        "connect_timeout",
-        "read_timeout",
-        "timeout",
-        "proxy_url",
-        "root_certificate",
-        "user_agent",
-    }
-)
-# Variables that say how credentials are got, by the name of the setting that they stand for.
-_FROM_VARIABLES = {
-    "AWS_ROLE_ARN": "role_arn",
-    "AWS_ROLE_SESSION_NAME": "role_session_name",
-    "AWS_WEB_IDENTITY_TOKEN_FILE": "web_identity_token_file",
-    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "container_credentials_relative_uri",
-    "AWS_CONTAINER_CREDENTIALS_FULL_URI": "container_credentials_full_uri",
-    "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE": "container_authorization_token_file",
-    "AWS_REQUEST_PAYER": "request_payer",
-    "AWS_VIRTUAL_HOSTED_STYLE_REQUEST": "virtual_hosted_style_request",
-    "GOOGLE_APPLICATION_CREDENTIALS": "application_credentials",
-    "GOOGLE_SERVICE_ACCOUNT": "service_account",
-    "AZURE_STORAGE_ACCOUNT_NAME": "account_name",
-    "AZURE_STORAGE_ACCOUNT_KEY": "account_key",
-    "AZURE_STORAGE_SAS_KEY": "sas_key",
-    "AZURE_CLIENT_ID": "client_id",
-    "AZURE_CLIENT_SECRET": "client_secret",
-    "AZURE_TENANT_ID": "tenant_id",
-}
+_GIVEN = "storage_options"
+_CREDENTIALS = frozenset({"access_key_id", "secret_access_key", "session_token"})
+_WHOLE = (_CREDENTIALS, settings.GOOGLE_WAYS, settings.AZURE_WAYS)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -111,7 +52,8 @@ class StoreOptions:
 
     `endpoint_url` None is the provider's own. `anonymous` sends unsigned requests.
     `deadline_s` is how long a request that fails for the moment is tried again. `extra` holds settings of
-    obstore under obstore's names, as (name, value) pairs in the order of the names.
+    obstore under obstore's names and some of ours (see `settings`), as (name, value) pairs in the order of the names.
+    `sources` says of each that was found somewhere where that was, for messages, and is no part of what is equal.
     """
 
     endpoint_url: str | None = None
@@ -122,6 +64,7 @@ class StoreOptions:
     anonymous: bool = False
     deadline_s: float = 60.0
     extra: tuple[tuple[str, str], ...] = ()
+    sources: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if self.endpoint_url is not None:
@@ -143,12 +86,30 @@ class StoreOptions:
         """The endpoint without a slash at its end, "" for the provider's own: part of an object's identity."""
         return (self.endpoint_url or "").rstrip("/")
 
+    def of_scheme(self, kind: str) -> StoreOptions:
+        """What of these is for stores of this scheme. What is said of S3 by the AWS variables or a profile is nobody
+        else's: neither an endpoint nor that requests are unsigned.
+        """
+        extra = tuple(settings.of_scheme(kind, self.extra).items())
+        if kind in ("s3", "s3a"):
+            return replace(self, extra=extra)
+        sources = dict(self.sources)
+        general = {name for name in ("endpoint_url", "anonymous") if sources.get(name, _GIVEN) == _GIVEN}
+        return StoreOptions(
+            endpoint_url=self.endpoint_url if "endpoint_url" in general else None,
+            anonymous=self.anonymous and "anonymous" in general,
+            deadline_s=self.deadline_s,
+            extra=extra,
+            sources=self.sources,
+        )
+
     def to_wire(self) -> dict[str, Any]:
         """Plain values for msgpack or JSON, secrets included: for a private socket, never for a file or
         log.
         """
         wire: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         wire["extra"] = [list(pair) for pair in self.extra]
+        wire["sources"] = [list(pair) for pair in self.sources]
         return {name: value for name, value in wire.items() if value is not None}
 
     @classmethod
@@ -159,35 +120,35 @@ class StoreOptions:
             raise ConfigError(
                 f"unknown store options {sorted(unknown)}: the other side runs another version of fastload"
             )
-        extra = tuple((str(name), str(value)) for name, value in wire.get("extra", ()))
-        return cls(**{**wire, "extra": extra})
+        pairs = {
+            which: tuple((str(name), str(value)) for name, value in wire.get(which, ()))
+            for which in ("extra", "sources")
+        }
+        return cls(**{**wire, **pairs})
 
     @classmethod
     def from_environment(
         cls, storage_options: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
     ) -> StoreOptions:
-        """What `storage_options` says, filled up from AWS_* variables and the profile.
+        """What `storage_options` says, filled up from variables, the profile, and the files of Google's tools.
 
-        Raises `ConfigError` that names a key of `storage_options` which is not known, or a profile that is
-        not there.
+        Raises `ConfigError` that names a key of `storage_options` which is not known, a profile that is not there or
+        that only the AWS tools can use, or a file of certificates that cannot be read.
         """
         environ = os.environ if environ is None else environ
-        given, extra, profile = _sort(checked(storage_options))
-        found = [given]
-        # A profile that was asked for by name in the call goes before the variables, one from AWS_PROFILE
-        # after.
-        if profile is not None:
-            found.append(_profile_fields(profile, environ, required=True))
-        found.append(_variable_fields(environ))
-        if profile is None:
-            name = environ.get("AWS_PROFILE") or environ.get("AWS_DEFAULT_PROFILE")
-            found.append(_profile_fields(name or "default", environ, required=name is not None))
-        merged = _merge(found)
-        by_variable = {setting: environ[name] for name, setting in _FROM_VARIABLES.items() if environ.get(name)}
-        if "root_certificate" not in extra and environ.get("AWS_CA_BUNDLE"):
-            by_variable["root_certificate"] = _text_of(environ["AWS_CA_BUNDLE"])
-        merged["extra"] = tuple(sorted({**by_variable, **extra}.items()))
-        return cls(**merged)
+        given, profile_name, for_fsspec = _sort(checked(storage_options))
+        profile = _profile(profile_name, environ)
+        variables = {**environment.of_variables(environ), **settings.of_variables(environ)}
+        # A profile that was asked for by name in the call goes before the variables, one from AWS_PROFILE after.
+        found = [given, variables, profile.found()] if profile_name is None else [given, profile.found(), variables]
+        merged = _merge([*found, environment.besides(environ, for_fsspec)])
+        own = {each.name for each in fields(cls)}
+        sources = {name: where for name, (_, where) in merged.items()}
+        return cls(
+            **{name: value for name, (value, _) in merged.items() if name in own},
+            extra=tuple(sorted((name, value) for name, (value, _) in merged.items() if name not in own)),
+            sources=tuple(sorted({"profile": profile.place, **sources}.items())),
+        )
 
     def __repr__(self) -> str:
         shown = [
@@ -195,35 +156,54 @@ class StoreOptions:
             f"region={self.region!r}",
             f"anonymous={self.anonymous}",
         ]
-        shown += [f"{name}=<hidden>" for name in _CREDENTIALS if getattr(self, name) is not None]
-        shown += [f"{name}=..." for name, _ in self.extra]
+        shown += [f"{name}=<hidden>" for name in sorted(_CREDENTIALS) if getattr(self, name) is not None]
+        shown += [f"{name}=<hidden>" for name, _ in self.extra]
         return f"StoreOptions({', '.join(shown)})"
 
 
-def _sort(storage_options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], str | None]:
-    """A user's mapping as our fields, settings to pass on, and a profile's name."""
-    given: dict[str, Any] = {}
-    extra: dict[str, str] = {}
+def _sort(storage_options: Mapping[str, Any]) -> tuple[Found, str | None, Mapping[str, Any]]:
+    """A user's mapping as our fields and settings to pass on, a profile's name, and what is for fsspec."""
+    given: Found = {}
     profile: str | None = None
+    for_fsspec: Mapping[str, Any] = {}
     for name, value in _flat(storage_options):
         key = name.lower()
         if value is None:
             continue
         if key in ("profile", "aws_profile"):
             profile = str(value)
+        elif key == settings.FSSPEC and isinstance(value, Mapping):
+            for_fsspec = value
         elif key in _FIELD_OF:
-            field = _FIELD_OF[key]
-            given[field] = as_bool(value) if field == "anonymous" else str(value)
+            field_name = _FIELD_OF[key]
+            given[field_name] = (as_bool(value) if field_name == "anonymous" else str(value)), _GIVEN
         elif key == "deadline_s":
-            given[key] = _as_seconds(value)
-        elif key in _PASSED_ON or key.removeprefix("aws_") in _PASSED_ON:
-            extra[key if key in _PASSED_ON else key.removeprefix("aws_")] = str(value)
+            given[key] = _as_seconds(value), _GIVEN
+        elif key in settings.PASSED_ON or key.removeprefix("aws_") in settings.PASSED_ON:
+            given[key if key in settings.PASSED_ON else key.removeprefix("aws_")] = str(value), _GIVEN
         else:
             known = ", ".join(sorted(_ALIASES))
             raise ConfigError(
-                f"unknown key {name!r} in storage_options; known are {known}, deadline_s, profile, and obstore's names"
+                f"unknown key {name!r} in storage_options; known are {known}, deadline_s, profile, fsspec (a mapping, "
+                "for the file systems of fsspec), and obstore's names"
             )
-    return given, extra, profile
+    return given, profile, for_fsspec
+
+
+def _profile(name: str | None, environ: Mapping[str, str]) -> Profile:
+    """The profile of that name, or the one that the environment names; ConfigError where it is not there, or where it
+    was asked for by name and only the AWS tools can use it.
+    """
+    named = name or environ.get("AWS_PROFILE") or environ.get("AWS_DEFAULT_PROFILE")
+    profile = Profile(named or "default", environ)
+    if named and not profile.values:
+        raise ConfigError(f"profile {named!r} is in neither {' nor '.join(profile.files)}; name one that is")
+    if name and profile.not_followed:
+        raise ConfigError(
+            f"profile {name!r} gets its credentials by {profile.not_followed}, which fastload does not follow; have "
+            f"them put into the environment: eval $(aws configure export-credentials --profile {name} --format env)"
+        )
+    return profile
 
 
 def checked(storage_options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -248,81 +228,28 @@ def _flat(storage_options: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
             yield name, value
 
 
-def _merge(sources: list[dict[str, Any]]) -> dict[str, Any]:
-    """First come, first served; but the three parts of the credentials all from the first source that has
-    any.
-    """
-    merged: dict[str, Any] = {}
+def _merge(sources: Iterable[Found]) -> Found:
+    """First come, first served, but credentials of a provider all from the first source that has any."""
+    merged: Found = {}
     for source in sources:
-        has_credentials = merged.get("anonymous") or any(name in merged for name in _CREDENTIALS)
-        for name, value in source.items():
-            if name not in merged and not (has_credentials and name in _CREDENTIALS):
-                merged[name] = value
+        closed = {name for whole in _WHOLE if whole & merged.keys() for name in whole}
+        if _is_unsigned(merged) or _has_way(merged):
+            closed |= _CREDENTIALS
+        merged = {**{name: each for name, each in source.items() if name not in closed}, **merged}
+    if _is_unsigned(merged) or _CREDENTIALS & merged.keys():
+        merged = {name: each for name, each in merged.items() if name not in settings.S3_WAYS}
     return merged
 
 
-def _variable_fields(environ: Mapping[str, str]) -> dict[str, Any]:
-    names = {
-        "endpoint_url": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
-        "access_key_id": ("AWS_ACCESS_KEY_ID",),
-        "secret_access_key": ("AWS_SECRET_ACCESS_KEY",),
-        "session_token": ("AWS_SESSION_TOKEN",),
-        "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
-    }
-    found: dict[str, Any] = {}
-    for field, variables in names.items():
-        value = next((environ[name] for name in variables if environ.get(name)), None)
-        if value is not None:
-            found[field] = value
-    if "access_key_id" not in found:  # a token alone is left over from something else
-        found.pop("session_token", None)
-    if as_bool(environ.get("AWS_SKIP_SIGNATURE", "")):
-        found["anonymous"] = True
-    return found
+def _is_unsigned(found: Found) -> bool:
+    return bool(found.get("anonymous", (False, ""))[0])
 
 
-def _profile_fields(profile: str, environ: Mapping[str, str], required: bool) -> dict[str, Any]:
-    """A profile of the AWS tools; what only they can do (SSO, assumed roles, helper programs) is not
-    followed.
-    """
-    home = Path(environ.get("HOME") or Path.home())
-    credentials = Path(environ.get("AWS_SHARED_CREDENTIALS_FILE") or home / ".aws" / "credentials")
-    config = Path(environ.get("AWS_CONFIG_FILE") or home / ".aws" / "config")
-    section = profile if profile == "default" else f"profile {profile}"
-    values = {**_section(config, section), **_section(credentials, profile)}
-    if not values and required:
-        raise ConfigError(f"profile {profile!r} is in neither {credentials} nor {config}; name one that is")
-    names = {
-        "endpoint_url": "endpoint_url",
-        "aws_access_key_id": "access_key_id",
-        "aws_secret_access_key": "secret_access_key",
-        "aws_session_token": "session_token",
-        "region": "region",
-    }
-    return {names[name]: value for name, value in values.items() if name in names and value}
-
-
-def _section(path: Path, section: str) -> dict[str, str]:
-    parser = configparser.RawConfigParser()
-    try:
-        parser.read_string(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, UnicodeDecodeError, configparser.Error) as error:
-        raise ConfigError(f"cannot read {path}: {error.__class__.__name__}; mend it or unset AWS_PROFILE") from None
-    return dict(parser.items(section)) if parser.has_section(section) else {}
-
-
-def _text_of(bundle: str) -> str:
-    try:
-        return Path(bundle).expanduser().read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read AWS_CA_BUNDLE={bundle}: {error.__class__.__name__}; mend or unset it") from None
-
-
-def as_bool(value: object) -> bool:
-    """Whether a setting or variable says yes."""
-    return value is True or str(value).strip().lower() in ("1", "true", "yes", "on")
+def _has_way(found: Found) -> bool:
+    """Whether it is said how S3's credentials are to be found out, by the call or completely."""
+    ways = settings.S3_WAYS & found.keys()
+    complete = {"role_arn", "web_identity_token_file"} <= ways or any("credentials" in name for name in ways)
+    return complete or any(found[name][1] == _GIVEN for name in ways)
 
 
 def _as_seconds(value: object) -> float:

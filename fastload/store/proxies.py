@@ -1,8 +1,8 @@
 """Which proxy stands before a server, by the variables that every tool reads.
 
 `https_proxy`, `http_proxy` and `all_proxy` name it, in small letters or capitals, and `no_proxy` names who is reached
-without: hosts, ends of hosts, or networks as 10.0.0.0/8. obstore reads the same variables by itself, and what it lists
-must be read the same way.
+without: hosts, ends of hosts, or networks as 10.0.0.0/8. They come with the store's settings, as the consumer found
+them. obstore, which would read them from its own process's environment, is told what to use.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import base64
 import ipaddress
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastload.errors import ConfigError
@@ -23,6 +24,7 @@ class Proxy:
     scheme: str
     host: str
     port: int | None
+    url: str
     authorization: str | None = None
 
     @property
@@ -38,7 +40,8 @@ class Proxy:
     @classmethod
     def parse(cls, text: str, source: str) -> Proxy:
         """The proxy at `text`, as `source` (a variable or setting) gives it; ConfigError where it is no address."""
-        parts = urllib.parse.urlsplit(text if "://" in text else f"http://{text}")
+        url = text if "://" in text else f"http://{text}"
+        parts = urllib.parse.urlsplit(url)
         try:
             host, port = parts.hostname, parts.port
         except ValueError:
@@ -49,23 +52,35 @@ class Proxy:
         if parts.username is not None:
             names = (urllib.parse.unquote(part or "") for part in (parts.username, parts.password))
             authorization = f"Basic {base64.b64encode(':'.join(names).encode()).decode()}"
-        return cls(parts.scheme, host, port, authorization)
+        return cls(parts.scheme, host, port, url, authorization)
 
 
-def proxy_for(base_url: str, proxy_url: str | None = None) -> Proxy | None:
-    """The proxy before the server at `base_url`: `proxy_url`, or else what the environment says; None for none."""
-    if proxy_url is not None:
-        return Proxy.parse(proxy_url, "proxy_url")
+# Who hands out credentials on this machine is on no network that a proxy leads to.
+_MACHINE = ("169.254.169.254", "169.254.170.2", "169.254.170.23", "metadata.google.internal", "metadata")
+
+
+def proxy_for(base_url: str, settings: Mapping[str, str]) -> Proxy | None:
+    """The proxy before the server at `base_url`: `proxy_url`, or else what the variables say; None for none."""
+    if "proxy_url" in settings:
+        return Proxy.parse(settings["proxy_url"], "proxy_url")
     parts = urllib.parse.urlsplit(base_url)
-    proxies = urllib.request.getproxies()
-    name = next((name for name in (parts.scheme, "all") if proxies.get(name)), None)
-    if name is None or _goes_without(parts.hostname or "", proxies.get("no", "")):
+    name = next((name for name in (f"{parts.scheme}_proxy", "all_proxy") if settings.get(name)), None)
+    if name is None or _goes_without(parts.hostname or "", settings.get("no_proxy", "")):
         return None
-    return Proxy.parse(proxies[name], f"{name}_proxy")
+    return Proxy.parse(settings[name], name)
+
+
+def for_obstore(proxy: Proxy | None, settings: Mapping[str, str]) -> dict[str, str]:
+    """Client options by which obstore uses that proxy, or none whatever its process's environment says."""
+    if proxy is None:
+        return {"proxy_url": "http://127.0.0.1:9", "proxy_excludes": "*,0.0.0.0/0,::/0"}
+    machine = (*_MACHINE, urllib.parse.urlsplit(settings.get("metadata_endpoint", "")).hostname or "")
+    spared = (*machine, "" if "proxy_url" in settings else settings.get("no_proxy", ""))
+    return {"proxy_url": proxy.url, "proxy_excludes": ",".join(filter(None, spared))}
 
 
 def _goes_without(host: str, no_proxy: str) -> bool:
-    if urllib.request.proxy_bypass(host):
+    if urllib.request.proxy_bypass_environment(host, {"no": no_proxy}):  # type: ignore[attr-defined]
         return True
     try:
         address = ipaddress.ip_address(host)

@@ -12,6 +12,7 @@ from fastload.cache import ChunkKey, object_id, url_without_credentials
 from fastload.store.types import ObjectInfo
 
 INFO = ObjectInfo("s3://bucket/train-0.tar", 1000, '"abc"', 5)
+OF_BYTES = replace(INFO, etag='"900150983cd24fb0d6963f7d28e17f72"')
 
 keys = st.builds(ChunkKey, st.binary(min_size=16, max_size=16), st.integers(0, (1 << 63) - 1))
 
@@ -45,7 +46,8 @@ def test_impossible_keys_are_refused(object_bytes: bytes, index: int) -> None:
 
 def test_object_id_is_pinned() -> None:
     # What is on disk is found by it: a change loses every cache.
-    assert object_id(INFO, 8 << 20, "http://a").hex() == "fa67858aa75ab581752cee665819fd2a"
+    assert object_id(INFO, 8 << 20, "").hex() == "fa67858aa75ab581752cee665819fd2a"
+    assert object_id(OF_BYTES, 8 << 20, "http://a").hex() == "b909b46fcef08e708df4a727097a5b13"
 
 
 def test_every_field_counts() -> None:
@@ -61,11 +63,21 @@ def test_every_field_counts() -> None:
         for chunk_bytes in (1 << 20, 8 << 20)
         for endpoint in ("http://a", "http://b")
     }
-    assert len(ids) == 4 * 2 + 4 * 2 * 2
+    assert len(ids) == 4 * 2 * 2 + 4 * 2 * 2
 
 
-def test_endpoint_and_time_do_not_count_beside_a_strong_etag() -> None:
-    assert object_id(INFO, 4096, "http://a") == object_id(replace(INFO, mtime_ns=9), 4096, "http://b")
+def test_endpoint_and_time_do_not_count_beside_an_etag_made_of_the_bytes() -> None:
+    for info in (OF_BYTES, replace(OF_BYTES, etag=f'"{"0a" * 16}-12"')):
+        assert object_id(info, 4096, "http://a") == object_id(replace(info, mtime_ns=9), 4096, "http://b")
+        assert object_id(info, 4096, "http://a") == object_id(info, 4096, "")
+
+
+def test_two_stores_may_give_other_bytes_the_same_etag() -> None:
+    """One that counts versions, say. A web server's place is in the URL."""
+    assert object_id(INFO, 4096, "http://a") == object_id(replace(INFO, mtime_ns=9), 4096, "http://a")
+    assert len({object_id(INFO, 4096, endpoint) for endpoint in ("", "http://a", "http://b")}) == 3
+    web = replace(INFO, url="https://host/a.tar")
+    assert object_id(web, 4096, "") == object_id(web, 4096, "http://a")
     assert object_id(INFO, 4096, "") == object_id(replace(INFO, etag="abc"), 4096, "")
 
 

@@ -20,16 +20,16 @@ def test_versions_are_known_for_an_hour() -> None:
     versions = Versions(lambda: now)
     infos = [ObjectInfo("s3://b/a", 5, '"etag"', 7), ObjectInfo("s3://b/b", 0, None, -1), ObjectInfo("s3://b/c", 1, "")]
     for info in infos:
-        versions.learn("endpoint", info)
-    assert [versions.get("endpoint", info.url) for info in infos] == infos
+        versions.learn("options", info)
+    assert [versions.get("options", info.url) for info in infos] == infos
     assert versions.get("another", "s3://b/a") is None
     now += FRESH_S
-    assert versions.get("endpoint", "s3://b/a") == infos[0]
-    versions.forget("s3://b/a")
-    versions.forget("s3://b/a")
-    assert versions.get("endpoint", "s3://b/a") is None
+    assert versions.get("options", "s3://b/a") == infos[0]
+    versions.forget("options", "s3://b/a")
+    versions.forget("options", "s3://b/a")
+    assert versions.get("options", "s3://b/a") is None
     now += 1
-    assert versions.get("endpoint", "s3://b/b") is None
+    assert versions.get("options", "s3://b/b") is None
 
 
 def test_versions_are_bounded() -> None:

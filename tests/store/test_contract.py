@@ -13,7 +13,7 @@ import obstore
 import pytest
 
 from fastload.errors import AccessDeniedError, ObjectChangedError, ObjectMissingError, StoreError
-from fastload.store import Counters, ObjectInfo, RequestOptions, Store, StoreOptions, open_store
+from fastload.store import Counters, ObjectInfo, RequestOptions, Store, StoreOptions, direct, open_store
 from fastload.store.local import LocalStore
 from fastload.store.objectstore import ObjectStore
 from tests.conftest import Bucket
@@ -59,12 +59,10 @@ def _s3_obstore(request: pytest.FixtureRequest) -> World:
 
 def _s3_signed_url(request: pytest.FixtureRequest) -> World:
     bucket: Bucket = request.getfixturevalue("s3")
-    # obstore finds the credentials, in the environment here, and signs.
-    store = ObjectStore(
-        bucket.url, StoreOptions(endpoint_url=bucket.options.endpoint_url, region=bucket.options.region)
-    )
+    store = ObjectStore(bucket.url, bucket.options)
     assert store._direct is not None
-    assert store._direct.signs_urls
+    # As if obstore had found the credentials by itself.
+    store._direct._ask, store._direct.signs_urls = direct._in_url(store._opened()), True
     return World(store, bucket.url, bucket.put)
 
 

@@ -18,10 +18,10 @@ import pytest
 
 from fastload.errors import AccessDeniedError, ConfigError, StoreUnavailableError
 from fastload.store import ObjectInfo, Store, StoreOptions, httpreader, open_store
-from fastload.store.direct import _place
+from fastload.store.direct import place
 from fastload.store.objectstore import ObjectStore
 from fastload.store.proxies import Proxy, proxy_for
-from tests.store.servers import Behaviour, Handler, answer, certify, good, server
+from tests.store.servers import Behaviour, Handler, answer, certify, good, handed_out, server
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
 
@@ -78,7 +78,7 @@ def read_once(options: StoreOptions) -> bytes:
     ],
 )
 def test_where_a_bucket_is(bucket: str, options: StoreOptions, virtual_host: bool, origin: str, path: str) -> None:
-    assert _place(bucket, options, virtual_host) == (origin, path)
+    assert place(bucket, options, virtual_host) == (origin, path)
 
 
 @pytest.mark.parametrize(
@@ -122,54 +122,46 @@ def test_a_machine_without_certificates(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ObjectStore("s3://b", StoreOptions("http://h", "K", "S"))
 
 
-def test_addresses_as_obstore_writes_them() -> None:
+def test_addresses_as_obstore_writes_them(tmp_path: Path) -> None:
     """Paths before the bucket, buckets in the host's name, odd keys: both ways ask for the same."""
     seen = Seen()
-    with server(seen) as known:
+    with server(seen) as known, handed_out(tmp_path) as found:
         gateway = replace(known, endpoint_url=f"{known.endpoint_url}/gate")
         virtual = replace(known, extra=(("virtual_hosted_style_request", "true"),))
         for options in (known, gateway, virtual):
-            found = replace(options, access_key_id=None, secret_access_key=None)
-            with pytest.MonkeyPatch.context() as environment:
-                environment.setenv("AWS_ACCESS_KEY_ID", "K")
-                environment.setenv("AWS_SECRET_ACCESS_KEY", "S")
-                assert read_once(options) == read_once(found) == b"hello"
-    ours, theirs = seen.targets[::2], seen.targets[1::2]
+            theirs = replace(found, endpoint_url=options.endpoint_url, extra=(*found.extra, *options.extra))
+            assert read_once(options) == read_once(theirs) == b"hello"
+    ours, signed = seen.targets[::2], seen.targets[1::2]
     assert ours == ["/bucket/a%20b.tar", "/gate/bucket/a%20b.tar", "/a%20b.tar"]
-    assert [target.partition("?")[0] for target in theirs] == ours
-    assert all("X-Amz-Signature=" in target for target in theirs)
+    assert [target.partition("?")[0] for target in signed] == ours
+    assert all("X-Amz-Signature=" in target for target in signed)
     assert all("authorization" in headers for headers in seen.headers[::2])
     assert all("authorization" not in headers for headers in seen.headers[1::2])
     assert {(headers["range"], headers["if-match"]) for headers in seen.headers} == {("bytes=0-4", '"e"')}
 
 
-def test_a_session_token_is_sent_by_both_signatures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "K")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "S")
-    monkeypatch.setenv("AWS_SESSION_TOKEN", "to/ken")
+def test_a_session_token_is_sent_by_both_signatures(tmp_path: Path) -> None:
     seen = Seen()
-    with server(seen) as options:
+    with server(seen) as options, handed_out(tmp_path, "to/ken") as found:
         read_once(replace(options, session_token="to/ken"))
-        read_once(StoreOptions(options.endpoint_url))
+        read_once(replace(found, endpoint_url=options.endpoint_url))
     assert seen.headers[0]["x-amz-security-token"] == "to/ken"
     assert "X-Amz-Security-Token=to%2Fken" in seen.targets[1]
 
 
-def test_a_bucket_that_refuses_signed_urls(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "K")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "S")
+def test_a_bucket_that_refuses_signed_urls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     refused = answer(403, b"<Error><Code>AccessDenied</Code><Message>No.</Message></Error>")
     seen = Seen(lambda handler: (refused if "X-Amz-Signature" in handler.path else good)(handler))
-    with server(seen) as options, caplog.at_level(logging.WARNING):
-        store = ObjectStore("s3://bucket", StoreOptions(options.endpoint_url))
+    with server(seen) as options, handed_out(tmp_path) as found, caplog.at_level(logging.WARNING):
+        store = ObjectStore("s3://bucket", replace(found, endpoint_url=options.endpoint_url))
         assert read(store) == read(store) == b"hello"
         store.close()
         assert ["X-Amz-Signature" in target for target in seen.targets] == [True, False, False]
         assert [record.getMessage() for record in caplog.records if "signed URLs" in record.getMessage()] == [
             "s3://bucket refuses signed URLs and is read through obstore, for more CPU time"
         ]
-    with server(refused) as options:
-        store = ObjectStore("s3://bucket", StoreOptions(options.endpoint_url))
+    with server(refused) as options, handed_out(tmp_path) as found:
+        store = ObjectStore("s3://bucket", replace(found, endpoint_url=options.endpoint_url))
         with pytest.raises(AccessDeniedError, match=r"a b\.tar: access denied"):
             read(store)
         assert store._direct is not None
@@ -311,12 +303,12 @@ def tunnels(requests: list[str]) -> Iterator[int]:
         thread.join()
 
 
-def test_a_proxy_before_a_plain_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_before_a_plain_server() -> None:
     seen = Seen()
     with server(seen) as proxy:
-        monkeypatch.setenv("http_proxy", str(proxy.endpoint_url).replace("//", "//user:pass%21@"))
-        assert read_once(StoreOptions("http://store.invalid:81", "K", "S")) == b"hello"
-        web = open_store("http://web.invalid/x/a.tar", StoreOptions())
+        extra = (("http_proxy", str(proxy.endpoint_url).replace("//", "//user:pass%21@")),)
+        assert read_once(StoreOptions("http://store.invalid:81", "K", "S", extra=extra)) == b"hello"
+        web = open_store("http://web.invalid/x/a.tar", StoreOptions(extra=extra))
         assert read(web, ObjectInfo("http://web.invalid/x/a.tar", 5, '"e"', 1893456000 * 10**9)) == b"hello"
         web.close()
     assert seen.targets == ["http://store.invalid:81/bucket/a%20b.tar", "http://web.invalid/x/a.tar"]
@@ -354,23 +346,20 @@ def test_a_proxy_before_a_server_with_tls(tmp_path: Path) -> None:
         ({"http_proxy": "p", "no_proxy": "*"}, "http://h", None),
     ],
 )
-def test_which_proxy(environment: dict[str, str], url: str, host: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    proxy = proxy_for(url)
+def test_which_proxy(environment: dict[str, str], url: str, host: str | None) -> None:
+    said = dict(StoreOptions.from_environment(None, {"HOME": "/none", **environment}).extra)
+    proxy = proxy_for(url, said)
     assert (proxy.host if proxy is not None else None) == host
 
 
-def test_proxies_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxies_that_cannot_be_used() -> None:
     assert "secret" not in repr(Proxy.parse("http://user:secret@h", "proxy_url"))
     for text in ("http://", "http://user:secret@h:port"):
         with pytest.raises(ConfigError, match="proxy_url names no proxy") as error:
             Proxy.parse(text, "proxy_url")
         assert "secret" not in str(error.value)
-    monkeypatch.setenv("http_proxy", "socks5://user:secret@h")
     with pytest.raises(ConfigError, match=r"the kind socks5:// is not supported") as error:
-        open_store("http://web.invalid/a.tar", StoreOptions())
+        open_store("http://web.invalid/a.tar", StoreOptions(extra=(("http_proxy", "socks5://user:secret@h"),)))
     assert "secret" not in str(error.value)
-    monkeypatch.delenv("http_proxy")
     with server(answer(407, b"")) as proxy, pytest.raises(AccessDeniedError, match="the proxy wants credentials"):
         read_once(StoreOptions("http://store.invalid", "K", "S", extra=(("proxy_url", str(proxy.endpoint_url)),)))

@@ -57,6 +57,92 @@ def test_profiles(tmp_path: Path) -> None:
         options({"profile": "none"}, **home)
 
 
+def test_profiles_that_only_the_aws_tools_can_use(tmp_path: Path) -> None:
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws" / "config").write_text(
+        "[default]\nsso_session=s\n[profile role]\nrole_arn=r\nweb_identity_token_file=/t\n"
+    )
+    home = {"HOME": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"profile 'default' gets its credentials by sso_session.*export-credentials"):
+        options({"profile": "default"}, **home)
+    assert options(None, **home) == StoreOptions()  # whoever reads local files only needs none
+    assert options({"profile": "role"}, **home, **KEYS).extra == (("role_arn", "r"), ("web_identity_token_file", "/t"))
+    elsewhere = {"AWS_CONFIG_FILE": str(tmp_path / ".aws" / "config"), "AWS_PROFILE": "role"}
+    assert options(None, **elsewhere).extra == (("role_arn", "r"), ("web_identity_token_file", "/t"))
+
+
+def test_credentials_of_each_provider_come_whole_from_one_place(tmp_path: Path) -> None:
+    role = {"AWS_ROLE_ARN": "r", "AWS_WEB_IDENTITY_TOKEN_FILE": "/t"}
+    assert options(None, **role, **KEYS).extra == ()
+    assert options({"role_arn": "mine", "web_identity_token_file": "/u"}, **role, **KEYS) == StoreOptions(
+        extra=(("role_arn", "mine"), ("web_identity_token_file", "/u"))
+    )
+    assert options({"anonymous": True}, **role, **KEYS) == StoreOptions(anonymous=True)
+    shared = {"AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "file")}
+    (tmp_path / "file").write_text("[default]\naws_access_key_id=D\naws_secret_access_key=DS\n")
+    assert options(None, AWS_ROLE_ARN="alone", **shared) == StoreOptions(None, "D", "DS")
+    assert options(None, **role, **shared).access_key_id is None
+    azure = {"AZURE_STORAGE_ACCOUNT_NAME": "a", "AZURE_STORAGE_SAS_TOKEN": "s", "AZURE_CLIENT_ID": "c"}
+    assert options({"account_key": "k"}, **azure).extra == (("account_key", "k"), ("account_name", "a"))
+    google = {"GOOGLE_SERVICE_ACCOUNT": "/a", "GOOGLE_APPLICATION_CREDENTIALS": "/b"}
+    assert dict(options({"service_account_key": "{}"}, **google).extra).keys() == {"service_account_key", "fsspec"}
+
+
+def test_what_the_tools_of_other_stores_would_find(tmp_path: Path) -> None:
+    gcloud = tmp_path / ".config" / "gcloud" / "application_default_credentials.json"
+    gcloud.parent.mkdir(parents=True)
+    gcloud.write_text("{}")
+    (tmp_path / ".config" / "fsspec").mkdir()
+    (tmp_path / ".config" / "fsspec" / "mine.json").write_text('{"ftp": {"host": "h", "port": 1}}')
+    found = dict(options({"fsspec": {"timeout": 5}}, HOME=str(tmp_path), FSSPEC_FTP_PORT="21", HF_TOKEN="t").extra)
+    assert found.pop("application_credentials") == str(gcloud)
+    assert json.loads(found.pop("fsspec")) == {
+        "ftp": {"host": "h", "port": 21},
+        "hf": {"token": "t"},
+        "*": {"timeout": 5},
+    }
+    assert found == {}
+    assert "application_credentials" not in dict(
+        options(None, GOOGLE_SERVICE_ACCOUNT_KEY="{}", HOME=str(tmp_path)).extra
+    )
+    with pytest.raises(ConfigError, match="FSSPEC_FTP is not a JSON object"):
+        options(None, FSSPEC_FTP="secret")
+
+
+def test_proxies_and_authorities(tmp_path: Path) -> None:
+    found = options(None, HTTP_PROXY="a", http_proxy="b", ALL_PROXY="c", NO_PROXY="d", REQUEST_METHOD="GET")
+    assert found.extra == (("all_proxy", "c"), ("http_proxy", "b"), ("no_proxy", "d"))
+    assert options(None, HTTP_PROXY="a", REQUEST_METHOD="GET").extra == ()
+    pem = "-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----"
+    (tmp_path / "certificates").mkdir()
+    for name in ("one", "two", "three"):
+        (tmp_path / "certificates" / name).write_text(pem.format(name[0]))
+    one = str(tmp_path / "certificates" / "one")
+    for variables, names in (
+        ({"AWS_CA_BUNDLE": one, "REQUESTS_CA_BUNDLE": "/other", "SSL_CERT_FILE": one}, "o"),
+        ({"REQUESTS_CA_BUNDLE": one}, "o"),
+        ({"CURL_CA_BUNDLE": one}, "o"),
+        ({"SSL_CERT_DIR": str(tmp_path / "certificates")}, "ot"),
+    ):
+        assert options(None, **variables).extra == (("root_certificate", "\n".join(map(pem.format, names))),)
+    for name in ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"):
+        with pytest.raises(ConfigError, match=f"cannot read {name}=/nonexistent"):
+            options(None, **{name: "/nonexistent"})
+
+
+def test_each_provider_is_told_what_is_its_own() -> None:
+    found = options({"timeout": "9s"}, AWS_ENDPOINT_URL="http://e", AZURE_STORAGE_ACCOUNT_NAME="a", **KEYS)
+    found = StoreOptions.from_wire(json.loads(json.dumps(found.to_wire())))
+    assert found.of_scheme("s3") == StoreOptions(
+        "http://e", "ENVKEY", "ENVSECRET", "ENVTOKEN", extra=(("timeout", "9s"),)
+    )
+    assert found.of_scheme("az") == StoreOptions(extra=(("account_name", "a"), ("timeout", "9s")))
+    assert found.of_scheme("gs") == found.of_scheme("https") == StoreOptions(extra=(("timeout", "9s"),))
+    assert options({"endpoint": "http://e", "anon": True}, **KEYS).of_scheme("gs") == StoreOptions(
+        "http://e", anonymous=True
+    )
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -7,7 +7,7 @@ import random
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from fastload.errors import AccessDeniedError, ObjectChangedError, ObjectMissing
 from fastload.store import Counters, ObjectInfo, RequestOptions, RetryOptions, Store, StoreOptions, open_store
 from fastload.store.httpreader import _speaks
 from fastload.store.replies import Reply, misfit, size_told
-from tests.store.servers import Behaviour, Handler, Liar, answer, certify, server, whole
+from tests.store.servers import Behaviour, Handler, Liar, answer, certify, handed_out, server, whole
 
 SIZE, START, LENGTH = 4096, 1000, 1000
 DATA = random.Random(1).randbytes(SIZE)
@@ -136,8 +136,8 @@ def opened(
 ) -> Iterator[World]:
     """A store that is reached that way and asks `liar`."""
     both, authority = request.getfixturevalue("certificate") if way == "tls" else (None, None)
-    monkeypatch: pytest.MonkeyPatch = request.getfixturevalue("monkeypatch")
-    with server(liar, certificate=both) as options:
+    with ExitStack() as stack:
+        options = stack.enter_context(server(liar, certificate=both))
         url = "s3://b/a.tar"
         if way == "http":
             url, options = f"{options.endpoint_url}/a.tar", StoreOptions()
@@ -149,9 +149,8 @@ def opened(
         elif way == "obstore":
             options = replace(options, extra=(("read_timeout", "30s"),))
         elif way == "signed-url":
-            monkeypatch.setenv("AWS_ACCESS_KEY_ID", "K")
-            monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "S")
-            options = StoreOptions(options.endpoint_url)
+            found = stack.enter_context(handed_out(request.getfixturevalue("tmp_path")))
+            options = replace(found, endpoint_url=options.endpoint_url)
         counters = Counters()
         retry = RetryOptions(deadline_s=deadline_s, delay_s=0.001, delay_s_max=0.01)
         store = open_store(url, options, RequestOptions(retry=retry, counters=counters))

@@ -1,0 +1,208 @@
+"""What a user's environment says of stores: variables, profiles of the AWS tools, certificates, proxies.
+
+Read in the consumer's process only. Each value comes with where it was found, for messages: a variable's or profile's
+name, never a value.
+"""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import importlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastload.errors import ConfigError
+from fastload.store import settings
+
+Found = dict[str, tuple[Any, str]]  # (value, where it was found) by field or setting
+
+_FIELDS = {
+    "endpoint_url": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+    "access_key_id": ("AWS_ACCESS_KEY_ID",),
+    "secret_access_key": ("AWS_SECRET_ACCESS_KEY",),
+    "session_token": ("AWS_SESSION_TOKEN",),
+    "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
+}
+_PROFILE = {
+    "endpoint_url": "endpoint_url",
+    "aws_access_key_id": "access_key_id",
+    "aws_secret_access_key": "secret_access_key",
+    "aws_session_token": "session_token",
+    "region": "region",
+    "role_arn": "role_arn",
+    "web_identity_token_file": "web_identity_token_file",
+    "role_session_name": "role_session_name",
+}
+# What only the AWS tools can do with a profile, by the key that says so.
+_NOT_FOLLOWED = ("sso_session", "sso_start_url", "credential_process", "source_profile", "credential_source")
+
+# Authorities for TLS. The first three stand in for each other in the tools that read them; what the others name is for
+# everything on the machine.
+_BUNDLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+_PEM = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
+
+# Variables that file systems of fsspec read by themselves, by protocol and argument.
+_FSSPEC = {"hf": {"token": "HF_TOKEN", "endpoint": "HF_ENDPOINT"}, "gcs": {"token": "GOOGLE_APPLICATION_CREDENTIALS"}}
+
+# All that is read here, besides what begins as these do.
+_NAMES = frozenset({"HOME", "CLOUDSDK_CONFIG", "IDENTITY_ENDPOINT", *_BUNDLES, "SSL_CERT_FILE", "SSL_CERT_DIR"})
+_NAMES |= settings.PROXIES | {name.upper() for name in settings.PROXIES}
+_BEGIN = ("AWS_", "GOOGLE_", "AZURE_", "FSSPEC_", "HF_")
+
+
+def fingerprint(environ: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """The variables that matter here: while these stay the same, `StoreOptions.from_environment` gives the same, but
+    for what was changed in files.
+    """
+    return tuple(sorted((name, environ[name]) for name in environ if name in _NAMES or name.startswith(_BEGIN)))
+
+
+def of_variables(environ: Mapping[str, str]) -> Found:
+    """Fields of `StoreOptions` that AWS_* variables give."""
+    found: Found = {}
+    for field, variables in _FIELDS.items():
+        variable = next((name for name in variables if environ.get(name)), None)
+        if variable is not None:
+            found[field] = environ[variable], variable
+    if "access_key_id" not in found:  # a token alone is left over from something else
+        found.pop("session_token", None)
+    if as_bool(environ.get("AWS_SKIP_SIGNATURE", "")):
+        found["anonymous"] = True, "AWS_SKIP_SIGNATURE"
+    return found
+
+
+class Profile:
+    """A profile of the AWS tools; what only they can do (SSO, assumed roles, helper programs) is not followed."""
+
+    def __init__(self, name: str, environ: Mapping[str, str]) -> None:
+        """Read it; one that is not there says nothing. ConfigError for files that cannot be read."""
+        home = Path(environ.get("HOME") or Path.home())
+        credentials = Path(environ.get("AWS_SHARED_CREDENTIALS_FILE") or home / ".aws" / "credentials").expanduser()
+        config = Path(environ.get("AWS_CONFIG_FILE") or home / ".aws" / "config").expanduser()
+        section = name if name == "default" else f"profile {name}"
+        kept, more = _section(credentials, name), _section(config, section)
+        self.values = {**more, **kept}
+        self.files = str(credentials), str(config)
+        self.not_followed = ""  # the key by which it says how to get credentials, where that is for the AWS tools only
+        if "aws_access_key_id" not in self.values:
+            self.not_followed = next((key for key in _NOT_FOLLOWED if self.values.get(key)), "")
+        self.place = f"profile {name!r} of {credentials if 'aws_access_key_id' in kept else config}"
+
+    def found(self) -> Found:
+        """The fields and settings that it gives."""
+        return {_PROFILE[key]: (value, self.place) for key, value in self.values.items() if value and key in _PROFILE}
+
+
+def besides(environ: Mapping[str, str], for_fsspec: Mapping[str, Any]) -> Found:
+    """What is neither S3's nor in one variable: certificates, proxies, the file that `gcloud` makes, fsspec's."""
+    found: Found = {name: (value, name) for name, value in _proxies(environ).items()}
+    home = Path(environ.get("HOME") or Path.home())
+    gcloud = (
+        Path(environ.get("CLOUDSDK_CONFIG") or home / ".config" / "gcloud") / "application_default_credentials.json"
+    )
+    if gcloud.is_file():
+        found["application_credentials"] = str(gcloud), str(gcloud)
+    certificates = _root_certificate(environ)
+    if certificates is not None:
+        found["root_certificate"] = certificates
+    arguments = _fsspec(environ, for_fsspec)
+    if arguments is not None:
+        found[settings.FSSPEC] = arguments, "storage_options" if for_fsspec else "FSSPEC_*"
+    return found
+
+
+def _root_certificate(environ: Mapping[str, str]) -> tuple[str, str] | None:
+    """The certificates (PEM) of the authorities that variables name; ConfigError where they cannot be read."""
+    bundle = next((name for name in _BUNDLES if environ.get(name)), None)
+    files = [bundle] if bundle else []
+    if environ.get("SSL_CERT_FILE") and not any(environ["SSL_CERT_FILE"] == environ[name] for name in files):
+        files.append("SSL_CERT_FILE")
+    texts = {name: _text_of(name, Path(environ[name]).expanduser()) for name in files}
+    if environ.get("SSL_CERT_DIR"):
+        texts["SSL_CERT_DIR"] = _text_of_folders(environ["SSL_CERT_DIR"])
+    text = "\n".join(text for text in texts.values() if text)
+    return (text, ", ".join(texts)) if text else None
+
+
+def _proxies(environ: Mapping[str, str]) -> dict[str, str]:
+    """`http_proxy`, `https_proxy`, `all_proxy` and `no_proxy`; one in small letters goes before one in capitals."""
+    found = {name: environ.get(name) or environ.get(name.upper()) for name in sorted(settings.PROXIES)}
+    if "REQUEST_METHOD" in environ:  # in CGI, capitals may come from a header of a request
+        found["http_proxy"] = environ.get("http_proxy")
+    return {name: value for name, value in found.items() if value}
+
+
+def _fsspec(environ: Mapping[str, str], given: Mapping[str, Any]) -> str | None:
+    """Arguments for file systems of fsspec, as JSON by protocol: `given` (under "*", for all), and what fsspec or one
+    of its file systems would read by itself from variables and the home directory.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    home = Path(environ.get("HOME") or Path.home())
+    folder = Path(environ.get("FSSPEC_CONFIG_DIR") or home / ".config" / "fsspec")
+    if folder.is_dir():
+        with contextlib.suppress(ImportError):  # then nobody reads what is there
+            importlib.import_module("fsspec.config").set_conf_files(str(folder), found)
+    for protocol, arguments in _FSSPEC.items():
+        for argument, variable in arguments.items():
+            if environ.get(variable):
+                found.setdefault(protocol, {})[argument] = environ[variable]
+    for name in sorted(environ):  # FSSPEC_FTP, a JSON object, before FSSPEC_FTP_HOST
+        protocol, _, argument = name.removeprefix("FSSPEC_").lower().partition("_")
+        if name.startswith("FSSPEC_") and protocol and protocol != "config":
+            value = _from_json(environ[name])
+            if not argument and not isinstance(value, dict):
+                raise ConfigError(f"{name} is not a JSON object, as fsspec wants it; mend or unset it")
+            found.setdefault(protocol, {}).update({argument: value} if argument else value)
+    if given:
+        found["*"] = dict(given)
+    try:
+        return json.dumps(found, sort_keys=True) if found else None
+    except TypeError:
+        raise ConfigError("storage_options['fsspec'] holds what is neither text, number, list nor mapping") from None
+
+
+def as_bool(value: object) -> bool:
+    """Whether a setting or variable says yes."""
+    return value is True or str(value).strip().lower() in ("1", "true", "yes", "on")
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _section(path: Path, section: str) -> dict[str, str]:
+    parser = configparser.RawConfigParser()
+    try:
+        parser.read_string(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, UnicodeDecodeError, configparser.Error) as error:
+        raise ConfigError(f"cannot read {path}: {error.__class__.__name__}; mend it or unset AWS_PROFILE") from None
+    return dict(parser.items(section)) if parser.has_section(section) else {}
+
+
+def _text_of(variable: str, path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {variable}={path}: {type(error).__name__}; mend or unset it") from None
+
+
+def _text_of_folders(folders: str) -> str:
+    """The certificates in folders, each once: they are there under several names."""
+    found: dict[str, None] = {}
+    for folder in filter(None, folders.split(":")):
+        try:
+            paths = sorted(path for path in Path(folder).iterdir() if path.is_file())
+            texts = [path.read_text(errors="replace") for path in {path.resolve() for path in paths}]
+        except OSError as error:
+            raise ConfigError(f"cannot read SSL_CERT_DIR={folder}: {type(error).__name__}; mend or unset it") from None
+        found |= dict.fromkeys(sorted(each for text in texts for each in _PEM.findall(text)))
+    return "\n".join(found)
