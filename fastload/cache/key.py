@@ -8,7 +8,9 @@ invalidated. The object id is a hash of everything that can make the bytes diffe
   finds what an earlier one brought;
 - the version: a strong ETag with the size, or, where the store has none, the size, the modification time and
   the endpoint. The endpoint is left out where the ETag is made of the bytes (an MD5, or one of the parts' MD5s): a
-  replica behind another address holds the same. Of other ETags in S3 each endpoint may give one like it to other bytes;
+  replica behind another address holds the same. Of other ETags in S3 each endpoint may give one like it to other bytes.
+  Of a local file the size and the modification time, and, where that was set by somebody, so that the status changed at
+  another time than the bytes, its inode and that time: without these another file could have the same;
 - the size of a chunk, since chunk 3 of 8 MiB chunks is not chunk 3 of 4 MiB ones.
 
 Each field is hashed with its length before it, so that no two different sets of fields give one input.
@@ -21,6 +23,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+from fastload.store import localversion
 
 if TYPE_CHECKING:  # a consumer that only maps the arena need not load the object stores
     from fastload.store.types import ObjectInfo
@@ -113,6 +117,9 @@ def _without_signature(url: str) -> str:
 
 
 def _version(info: ObjectInfo, endpoint: str) -> tuple[str, ...]:
+    status = localversion.parse(info.url, info.etag)
+    if status is not None and status[1] != info.mtime_ns:
+        return "status", str(info.size), str(info.mtime_ns), *map(str, status)
     etag = (info.etag or "").strip()
     if etag and not etag.startswith(("W/", "w/")):
         etag = etag.strip('"')

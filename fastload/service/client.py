@@ -31,7 +31,7 @@ from fastload.service import protocol
 from fastload.service.leases import Lease, offsets_by_arena
 from fastload.service.protocol import Progress
 from fastload.service.session import Connector, Int64, Session, chunk_starts
-from fastload.store import normalise
+from fastload.store import localversion, normalise
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
 from fastload.waiting import DEADLINE_S, Reason, Waits
@@ -110,7 +110,8 @@ class Consumer(Session):
         parts = self._ask_service(
             lambda request: protocol.Resolve(request, names, list(endings), list(beside)), "listing", deadline_s
         )
-        return ObjectTable.joined([part.rows.table() for part in parts if isinstance(part, protocol.Resolved)])
+        found = ObjectTable.joined([part.rows.table() for part in parts if isinstance(part, protocol.Resolved)])
+        return localversion.untagged(found)
 
     def present(self, names: Sequence[str], deadline_s: float = DEADLINE_S) -> ObjectTable:
         """Those of the objects at these URLs (normalised, and no patterns) that are there, in this order; the store's
@@ -124,15 +125,16 @@ class Consumer(Session):
                 deadline_s,
             )
             found += [part.rows.table() for part in parts if isinstance(part, protocol.Resolved)]
-        return ObjectTable.joined(found)
+        return localversion.untagged(ObjectTable.joined(found))
 
     def attach(self, objects: Sequence[ObjectInfo]) -> None:
         """Say which objects chunk numbers refer to; ends all leases, wants and the plan of the ones before."""
         self._enter()
+        table = localversion.tagged(ObjectTable.of(objects))
         with self._changed:
             if self._table.counts()["pinned"]:
                 raise ServiceError("attach() while chunks are pinned: end every `with acquire(...)` first")
-            self._objects = table = ObjectTable.of(objects)
+            self._objects = table
             self._first_chunk = chunk_starts(table.sizes, self.chunk_bytes)
             self._plan = self._keep = self._progress = None
             self._table.clear()

@@ -1,12 +1,14 @@
-"""Files of this machine, or of what is mounted on it. A version is a size and a modification time."""
+"""Files of this machine, or of what is mounted on it. What a version is of: `localversion`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 from fastload.errors import AccessDeniedError, ObjectMissingError, StoreError, StoreUnavailableError
 from fastload.store.answers import changed, truncated
+from fastload.store.localversion import tag_of
 from fastload.store.types import ObjectInfo
 from fastload.store.urls import how_to_name, normalise
 
@@ -36,7 +38,7 @@ class LocalStore:
             raise _explain(error, path) from error
         if not os.path.isfile(path):
             raise ObjectMissingError(f'{path}: not a file; for all shards in a directory write it with "/" at the end')
-        return ObjectInfo(path, stat.st_size, None, stat.st_mtime_ns)
+        return _info(path, stat)
 
     def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
         """Fill `out` with the file's bytes from `start`."""
@@ -45,10 +47,13 @@ class LocalStore:
         except OSError as error:
             raise _explain(error, info.url) from error
         try:
-            _check_version(info, descriptor)
+            before = _info(info.url, os.fstat(descriptor))
+            if info != (before if info.etag is not None else replace(before, etag=None)):
+                raise changed(info.url, _differences(info, before))
             got = _fill(descriptor, start, out)
             # Again, since it may have been written to in the meantime.
-            _check_version(info, descriptor)
+            if (after := _info(info.url, os.fstat(descriptor))) != before:
+                raise changed(info.url, _differences(before, after))
         except OSError as error:
             if isinstance(error, StoreError):
                 raise
@@ -72,10 +77,16 @@ def _fill(descriptor: int, start: int, out: memoryview) -> int:
     return got
 
 
-def _check_version(info: ObjectInfo, descriptor: int) -> None:
-    stat = os.fstat(descriptor)
-    if (stat.st_size, stat.st_mtime_ns) != (info.size, info.mtime_ns):
-        raise changed(info.url, f"it was {info.size} bytes and is {stat.st_size}, or was written again")
+def _info(path: str, stat: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(path, stat.st_size, tag_of(stat), stat.st_mtime_ns)
+
+
+def _differences(was: ObjectInfo, now: ObjectInfo) -> str:
+    if was.size != now.size:
+        return f"it was {was.size} bytes and is {now.size}"
+    if was.mtime_ns != now.mtime_ns:
+        return "it was written again"
+    return "size and time are the same, but it was written to or replaced, or got another mode, owner or name"
 
 
 def _refuse_unless_missing(error: OSError) -> None:

@@ -128,6 +128,8 @@ def other_version(info: ObjectInfo, size: int | None, etag: str | None, mtime_ns
     """How what a store says of an object differs from the version that was listed; "" where it does not."""
     if size is not None and size != info.size:
         return f"its size was {info.size} and is {size}"
+    if not same_etag(info.etag, etag) and info.url.startswith("/"):
+        return "it was written to or replaced, or got another mode, owner or name"
     if not same_etag(info.etag, etag):
         return f"its ETag was {info.etag} and is {etag}"
     if not is_strong(info.etag) and info.mtime_ns and mtime_ns != info.mtime_ns:

@@ -11,7 +11,8 @@ from typing import Protocol, runtime_checkable
 class ObjectInfo:
     """One version of one remote object, as a listing gave it. `url` holds no credentials.
 
-    `etag` is None where the store has none; then size and `mtime_ns` say which version it is.
+    `etag` is None where the store has none; then size and `mtime_ns` say which version it is. That of a local file is
+    made up (`localversion`).
     """
 
     url: str
