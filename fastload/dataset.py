@@ -28,6 +28,7 @@ from fastload.arguments import (
     checked_urls,
 )
 from fastload.cache import url_without_credentials
+from fastload.callers import public
 from fastload.config import parse_bytes
 from fastload.decode import Decoder
 from fastload.engine.assemble import Skips
@@ -118,6 +119,7 @@ class StreamingDataset(Streaming):
     the errors of `fastload.errors`.
     """
 
+    @public
     def __init__(
         self,
         urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
@@ -167,10 +169,12 @@ class StreamingDataset(Streaming):
         self._lookup_here: Lookup | None = None
 
     @property
+    @public
     def sample_count(self) -> int:
         """Samples in all shards, over all ranks and without repeats. TypeError while it is not known: see `len`."""
         return int(self.known_counts().sum())
 
+    @public
     def known_counts(self) -> npt.NDArray[np.int64]:
         """int64[shards]: samples of each shard. TypeError while they are not known: see `len`."""
         counts = self._source.sample_counts()
@@ -178,6 +182,7 @@ class StreamingDataset(Streaming):
             raise TypeError(_UNKNOWN_COUNTS)
         return counts
 
+    @public
     def __getitem__(self, number: Any) -> Any:
         """Sample `number` of all (not of this rank's), as iterating gives it: a dict, or a tuple.
 
@@ -192,6 +197,7 @@ class StreamingDataset(Streaming):
         (sample,) = self._make([checked_number(number, int(starts[-1]))], starts, "samples")
         return sample
 
+    @public
     def take(self, numbers: Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor) -> Any:
         """The samples with these numbers (see `dataset[number]`) as one batch, as a `fastload.DataLoader` makes it: in
         the order of `numbers`, which may name a sample twice. All that they need is fetched at once.
@@ -199,6 +205,7 @@ class StreamingDataset(Streaming):
         starts = self._starts()
         return self._make(checked_numbers(numbers, int(starts[-1])), starts, "batch")
 
+    @public
     def samples(self, numbers: Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor) -> list[Any]:
         """The samples with these numbers, as a list; read together, as `take` does."""
         if self._on_batches:
@@ -207,12 +214,14 @@ class StreamingDataset(Streaming):
         found: list[Any] = self._make(checked_numbers(numbers, int(starts[-1])), starts, "samples")
         return found
 
+    @public
     def indexed(self) -> IndexedDataset:
         """The same samples as a map-style data set, for samplers and torch's worker processes. TypeError while the
         counts of samples are not known: see `len`.
         """
         return IndexedDataset(self)
 
+    @public
     def __len__(self) -> int:
         """Samples of this rank, repeats included. TypeError, with the cure, while shards are not indexed."""
         return sample_count_of_rank(self.sample_count, self.ranks, self.tail, self.partitions)
@@ -255,11 +264,13 @@ class StreamingDataset(Streaming):
         )
 
     @property
+    @public
     def ranks(self) -> Ranks:
         """Which share of the samples is this process's; settled at the first iteration."""
         return self._job.ranks
 
     @property
+    @public
     def partitions(self) -> int:
         """Into how many partitions the data is dealt."""
         return self._job.partition_count

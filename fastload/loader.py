@@ -18,6 +18,7 @@ from typing import Any, Literal, Self, TypeVar, get_args
 import torch.utils.data
 from torch.utils.data import Dataset, Sampler
 
+from fastload.callers import public
 from fastload.errors import ConfigError
 from fastload.foreign.reading import Reading
 from fastload.streamed import Stream
@@ -74,6 +75,7 @@ class DataLoader(torch.utils.data.DataLoader[T]):
     With `with`, it is closed in the end.
     """
 
+    @public
     def __init__(
         self,
         dataset: Dataset[T],
@@ -139,6 +141,7 @@ class DataLoader(torch.utils.data.DataLoader[T]):
         self._stream = Stream(self) if _is_ours(self.dataset) else None
         self._reading = Reading()
 
+    @public
     def __iter__(self) -> Any:
         if self._stream is None:
             return super().__iter__()
@@ -148,12 +151,14 @@ class DataLoader(torch.utils.data.DataLoader[T]):
         self.check_worker_number_rationality()
         return self._reading.iterator(self)
 
+    @public
     def __len__(self) -> int:
         """Batches of this rank in an epoch. TypeError, with the cure, while shards are not indexed."""
         if self._stream is None:
             return super().__len__()
         return self._stream.batch_count()
 
+    @public
     def state_dict(self) -> dict[str, Any]:
         """Where this loader stands, after the last batch that it delivered; JSON's own types.
 
@@ -162,6 +167,7 @@ class DataLoader(torch.utils.data.DataLoader[T]):
         """
         return self._reading.state_dict(self) if self._stream is None else self._stream.state_dict()
 
+    @public
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Begin the next iteration where `state` was taken. Raises `StateError` for what is no such state."""
         if self._stream is None:
@@ -169,6 +175,7 @@ class DataLoader(torch.utils.data.DataLoader[T]):
         else:
             self._stream.load_state_dict(state)
 
+    @public
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is epoch `epoch`; it goes on in the middle where a state from there was loaded.
 
@@ -183,10 +190,12 @@ class DataLoader(torch.utils.data.DataLoader[T]):
             if callable(tell):
                 tell(epoch)
 
+    @public
     def stats(self) -> dict[str, Any]:
         """Where samples came from and time went in this epoch; the keys are listed in docs/stats.md."""
         return self._of_stream("stats").stats()
 
+    @public
     def close(self) -> None:
         """End threads, processes and connection. May be called twice; iterating again starts them anew."""
         if self._stream is not None:

@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from fastload.arguments import checked_batch_size, checked_seed
+from fastload.callers import public
 from fastload.dataset import StreamingDataset
 from fastload.engine.assemble import Skips
 from fastload.engine.job import Beginning
@@ -52,6 +53,7 @@ class Mixture(Streaming):
     in a batch an int64 tensor. Raises `ConfigError`.
     """
 
+    @public
     def __init__(
         self,
         sources: Sequence[tuple[StreamingDataset, Weight]],
@@ -96,6 +98,7 @@ class Mixture(Streaming):
         return super().has_functions or any(dataset.has_functions for dataset in self._sources)
 
     @property
+    @public
     def sample_count(self) -> int:
         """Samples of the next epoch, over all ranks and without repeats. TypeError while it is not known: see `len`."""
         if self._options.stop == "never":
@@ -108,6 +111,7 @@ class Mixture(Streaming):
         assert cursor.total is not None, "all is counted"
         return cursor.total
 
+    @public
     def __len__(self) -> int:
         """Samples of this rank in the next epoch, repeats included. TypeError, with the cure, where it is not known."""
         return sample_count_of_rank(self.sample_count, self.ranks, self.tail, self.partitions)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
+from fastload.callers import public
 from fastload.config import default_cache_dir
 from fastload.errors import ConfigError
 from fastload.service.handle import Handle, ServiceMode
@@ -33,6 +34,7 @@ class Cache:
     `close()` ends what was made through it; it may be used again afterwards. Safe to use from several threads.
     """
 
+    @public
     def __init__(
         self,
         directory: str | os.PathLike[str] | None = None,
@@ -77,6 +79,7 @@ class Cache:
         """The quota of the disk tier, as the directory has it."""
         return self._handle.disk_bytes
 
+    @public
     def clear(self, *, history: bool = False) -> int:
         """Empty the cache, RAM and disk, save for what is in use just now; with `history`, forget what runs read too.
 
@@ -85,6 +88,7 @@ class Cache:
         """
         return self._handle.clear(history=history)
 
+    @public
     def stats(self) -> dict[str, Any]:
         """What its service has done since it began, for all its users: bytes fetched, from disk, and the like.
 

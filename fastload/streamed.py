@@ -7,7 +7,6 @@ flight, and a loader that loads it goes on exactly there.
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 import torch.multiprocessing
 from torch.utils.data import default_collate, default_convert
 
+from fastload import callers
 from fastload.arguments import checked_epoch
 from fastload.engine.finish import Finish
 from fastload.engine.iteration import NOTHING, Iteration
@@ -174,10 +174,9 @@ class Stream:
         with self._changing:
             loaded = self._loaded
             if loaded is not None and loaded.samples and loaded.epoch != epoch:
-                warnings.warn(
+                callers.warn(
                     f"set_epoch({epoch}): the state that was loaded is from the middle of epoch {loaded.epoch}, which "
-                    f"is gone on with; call set_epoch({loaded.epoch}), or none until that is over",
-                    stacklevel=3,
+                    f"is gone on with; call set_epoch({loaded.epoch}), or none until that is over"
                 )
                 return
             self._dataset.set_epoch(epoch)
@@ -312,9 +311,8 @@ def _pinning(loader: LoaderSettings) -> Callable[[Any], Any]:
         return _as_is
     if torch.cuda.is_available():
         return pinned
-    warnings.warn(
-        "pin_memory=True: there is no CUDA device here, so batches are not pinned; leave it out to lose this warning",
-        stacklevel=5,
+    callers.warn(
+        "pin_memory=True: there is no CUDA device here, so batches are not pinned; leave it out to lose this warning"
     )
     return _as_is
 
@@ -354,11 +352,10 @@ def _check_arguments(loader: LoaderSettings, dataset: Streaming) -> None:
     if not loader.in_order:
         ignored.append("in_order=False")
     if ignored:
-        warnings.warn(
+        callers.warn(
             f"{', '.join(ignored)}: ignored for a StreamingDataset, whose batches are made by threads of this process "
             "that use no random state of Python, numpy or torch and keep their order; worker_init_fn, "
-            'multiprocessing_context and timeout are heeded with workers="process"',
-            stacklevel=4,
+            'multiprocessing_context and timeout are heeded with workers="process"'
         )
 
 

@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch.utils.data
 
 from fastload.arguments import checked_epoch, checked_function
+from fastload.callers import public
 from fastload.engine.epochs import EpochCounter
 from fastload.engine.finish import Finish, Function
 from fastload.engine.iteration import Iteration
@@ -68,6 +69,7 @@ class Streaming(torch.utils.data.IterableDataset[Any]):
         that does, with the same epochs. Raises `ConfigError` where it was told not to.
         """
 
+    @public
     def map(self, function: Function) -> Self:
         """This data set with `function` applied to each sample, after those that are applied already.
 
@@ -82,6 +84,7 @@ class Streaming(torch.utils.data.IterableDataset[Any]):
             raise ConfigError("map() after map_batch(): functions on samples come first; call map() before")
         return self._with_functions((*self._on_samples, checked_function(function, "map")), ())
 
+    @public
     def map_batch(self, function: Function) -> Self:
         """This data set with `function` applied to each batch of a `fastload.DataLoader`, where and as `map` says."""
         return self._with_functions(self._on_samples, (*self._on_batches, checked_function(function, "map_batch")))
@@ -138,6 +141,7 @@ class Streaming(torch.utils.data.IterableDataset[Any]):
     def close(self) -> None:
         """Disconnect from the cache. The data set can still be used, and connects again."""
 
+    @public
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is epoch `epoch`, also in worker processes that exist already.
 
@@ -156,6 +160,7 @@ class Streaming(torch.utils.data.IterableDataset[Any]):
         """The epoch that the next iteration will be."""
         return self._epochs.next()
 
+    @public
     def __iter__(self) -> Iterator[Any]:
         """The samples of this rank (in a torch worker: that worker's part of them), and the next epoch each time."""
         if self._on_batches:
@@ -180,6 +185,7 @@ class Streaming(torch.utils.data.IterableDataset[Any]):
         self._delivery = Delivery(current.cursor, resumed, worker[1])
         return itertools.chain.from_iterable(self._delivery.iterators(entries))
 
+    @public
     def state_dict(self) -> dict[str, Any]:
         """Where the iteration over samples that began last stands; JSON's own types.
 
@@ -192,6 +198,7 @@ class Streaming(torch.utils.data.IterableDataset[Any]):
             return self._delivery.state().to_state()
         return IterationState(self.next_epoch()).to_state()
 
+    @public
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Begin the next iteration over samples where `state` was taken. Raises `StateError` for what is no such state.
 

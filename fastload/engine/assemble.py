@@ -11,13 +11,13 @@ those that cannot be read. Its batch is shorter then, and may be empty; which sa
 from __future__ import annotations
 
 import threading
-import warnings
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from fastload import callers
 from fastload.decode.keys import Keys, sample_keys
 from fastload.decode.plain import Raw
 from fastload.engine.columns import shown
@@ -88,6 +88,7 @@ class Skips:
         self._lock = threading.Lock()
         self._counts: dict[int, int] = {}
         self._is_told = False
+        self._line = callers.line()  # that began the pass: threads of ours have none of the user's
 
     def add(self, entry: BatchEntry, error: Exception) -> None:
         """A sample of this entry cannot be read."""
@@ -95,9 +96,8 @@ class Skips:
             self._counts[entry.number] = self._counts.get(entry.number, 0) + 1
             is_first, self._is_told = not self._is_told, True
         if is_first:
-            warnings.warn(
-                f'skipped a sample, and will skip others without a word, since on_error="skip": {error}', stacklevel=2
-            )
+            message = f'skipped a sample, and will skip others without a word, since on_error="skip": {error}'
+            callers.warn(message, at=self._line)
 
     def take(self, entry: Entry) -> int:
         """How many samples this entry, which has been delivered, was made without."""

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+from fastload import callers
 from fastload.engine.deferred import call_later, finish
 from fastload.engine.pool import end_all
 from fastload.engine.run import InlineRun, RunClosedError, ThreadedRun
-from fastload.errors import ServiceError
+from fastload.errors import FastloadError, ServiceError
 
 Run = ThreadedRun | InlineRun
 
@@ -75,6 +76,8 @@ class Iteration(Iterator[Any]):
             if isinstance(error, StopIteration):
                 self._exhausted()
             self.close()
+            if isinstance(error, FastloadError):
+                raise callers.shortened(error)  # noqa: B904  # it is the same error
             raise
         self._delivered(entry)
         return made

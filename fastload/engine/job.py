@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import os
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastload import callers
 from fastload.config import format_bytes
 from fastload.engine import agreement
 from fastload.engine.counts import Exchange, ExchangedCounts, LocalCounts, StoredCounts
@@ -238,15 +238,14 @@ class Job:
             return order
         lanes = len(lanes_of_node(ranks, order.partitions))
         is_saved = wanted == self._saved_window_bytes  # then the order is settled, whatever the memory
-        warnings.warn(
+        callers.warn(
             f"shuffle_window={format_bytes(wanted)} is too large for {format_bytes(ram_bytes)} of ram_bytes"
             + (f" (the share of one of {self._sharers} sources)" if self._sharers > 1 else "")
             + f": the live windows of {lanes} partition(s) a node must fit in half of that, or parts of them are read "
             "again; "
             + ("the saved run has it, so it stays. " if is_saved else f"it is {format_bytes(order.window_bytes)} now. ")
             + f"Raise ram_bytes to {format_bytes(ram_bytes_for(lanes, wanted) * self._sharers)}, or lower "
-            "shuffle_window in a new run",
-            stacklevel=2,
+            "shuffle_window in a new run"
         )
         return replace(order, window_bytes=wanted) if is_saved else order
 

@@ -22,12 +22,12 @@ import hashlib
 import os
 import re
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
+from fastload import callers
 from fastload.cache import syscalls, url_without_credentials
 from fastload.cache.owner import is_stale, temp_names
 from fastload.errors import ConfigError, StateError
@@ -108,12 +108,11 @@ def keep(directory: Path, urls: Sequence[str], manifest: Manifest) -> None:
             _publish(place, _encode(urls, manifest))
         _drop_old(folder, mine)
     except OSError as error:
-        warnings.warn(
+        callers.warn(
             f"the list of shards cannot be kept in {folder} ({error.strerror or error}): a job that is to go on in the "
             "middle of this epoch after the data has changed will not find it. Mend the directory, or name a file with "
             "manifest=...",
             RuntimeWarning,
-            stacklevel=2,
         )
 
 

@@ -11,12 +11,12 @@ that is no sidecar at all is an error.
 from __future__ import annotations
 
 import threading
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from fastload import callers
 from fastload.engine.objects import reader
 from fastload.errors import ShardError, StoreError
 from fastload.formats import ShardIndex
@@ -107,4 +107,4 @@ class Sidecars:
 
 def _warn(what: str, consequence: str) -> None:
     message = f"{what}: {consequence}. Write it again with: fastload index URL --output FILE"
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    callers.warn(message, RuntimeWarning)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastload.callers import public
 from fastload.files.connection import Bytes, Connection
 from fastload.files.sequential import Streams
 from fastload.service.opener import OpenedObject
@@ -72,6 +73,7 @@ class RawObject(io.RawIOBase):
         self._position = position
         return position
 
+    @public
     def readinto(self, buffer: Buffer, /) -> int:
         """Fill the buffer, or what of it the object fills; the errors of the store."""
         self._check_open()

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from fastload.callers import public
 from fastload.errors import ConfigError
 from fastload.files.connection import Connection
 from fastload.files.file import ObjectFile, RawObject
@@ -20,6 +21,7 @@ from fastload.store.environment import fingerprint
 from fastload.store.urls import check_key, normalise
 
 
+@public
 def open(  # noqa: A001  # as those of gzip and tarfile
     url: str | os.PathLike[str],
     cache: AnyCache = None,

@@ -21,7 +21,6 @@ import io
 import math
 import os
 import pickle
-import warnings
 from functools import partial
 from typing import Any
 
@@ -29,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastload import callers
 from fastload.foreign.ledger import Ledger
 from fastload.foreign.unpacking import Arrived, NewSlot, Packed
 from fastload.foreign.workslots import Slots
@@ -95,11 +95,10 @@ class Packer:
     def _warn(self, error: OSError) -> None:
         if not self._has_warned:
             self._has_warned = True
-            warnings.warn(
+            callers.warn(
                 f"worker {self._worker} of the loader has no shared memory for a batch ({error}); it and others may "
                 "cross more slowly. Raise the memory or the descriptors (ulimit -n) that a process may have",
                 RuntimeWarning,
-                stacklevel=2,
             )
 
 

@@ -8,7 +8,6 @@ delivered, which is where a state counts it. Its queues are ours (see `fastload.
 from __future__ import annotations
 
 import os
-import warnings
 from typing import Any
 
 import torch.multiprocessing
@@ -17,6 +16,7 @@ from torch.utils.data._utils import MP_STATUS_CHECK_INTERVAL
 from torch.utils.data._utils.worker import _IterableDatasetStopIteration
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from fastload import callers
 from fastload.errors import WorkerError
 from fastload.foreign.ledger import Ledger
 from fastload.foreign.order import is_stateful
@@ -174,11 +174,10 @@ class _Context:
         try:
             return Queue(self._context)
         except OSError as error:
-            warnings.warn(
+            callers.warn(
                 f"worker processes are talked to through Python's queues, which is slower: {error}. The faster ones "
                 "need Unix sockets of the type SOCK_SEQPACKET, and free descriptors (ulimit -n)",
                 RuntimeWarning,
-                stacklevel=2,
             )
             return self._context.Queue()
 
@@ -210,9 +209,8 @@ def _once(loader: Any, ledger: Ledger | None, given: tuple[Any, ...]) -> Once | 
 
 
 def _warn(error: OSError) -> None:
-    warnings.warn(
+    callers.warn(
         f"batches cross from worker processes in torch's way, which is slower: {error}. The faster one needs "
         "memfd_create and /proc, which a container may have been denied",
         RuntimeWarning,
-        stacklevel=2,
     )

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
 import weakref
 from collections import deque
 from typing import Any
@@ -27,6 +26,7 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import IterDataPipe, MapDataPipe
 from torch.utils.data.dataloader import _DatasetKind
 
+from fastload import callers
 from fastload.foreign.crew import NO_EPOCH, Answer, Crew, Job, Task, next_of, pinning, shard
 from fastload.foreign.info import info_of_thread
 from fastload.foreign.order import is_stateful
@@ -44,7 +44,7 @@ class Threads(Working):
 
     def __init__(self, loader: Any, saved: Saved | None = None) -> None:
         if loader.multiprocessing_context is not None:
-            warnings.warn('multiprocessing_context: ignored with workers="thread"', stacklevel=2)
+            callers.warn('multiprocessing_context: ignored with workers="thread"')
         saved = self._set_out(loader, saved)
         super().__init__(View(loader, pin_memory=self._pins(loader)))
         self._prefetch_factor = loader.prefetch_factor
@@ -184,9 +184,8 @@ def _for_workers(parts: tuple[Any, ...], count: int, needs_own: bool) -> list[tu
     try:
         return [copy.deepcopy(parts) for _ in range(count)]
     except Exception as error:  # whatever the user's objects raise
-        warnings.warn(
+        callers.warn(
             f"{type(parts[0]).__name__}, collate_fn and worker_init_fn could not be copied for each worker thread, so "
-            f'that all share them ({type(error).__name__}: {error}); workers="process" keeps them apart',
-            stacklevel=2,
+            f'that all share them ({type(error).__name__}: {error}); workers="process" keeps them apart'
         )
         return [parts] * count

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import msgspec
 
+from fastload import callers
 from fastload.cache import CacheDirectory
 from fastload.config import default_cache_dir, format_bytes, parse_bytes
 from fastload.errors import ConfigError, ServiceError
@@ -81,7 +81,7 @@ class Handle:
         _live_caches.add(self)
         for message in self._directory.warnings:
             if self.warn(message):
-                warnings.warn(message, RuntimeWarning, stacklevel=3)
+                callers.warn(message, RuntimeWarning)
 
     def _forget_service(self) -> None:
         self._lock = threading.Lock()
@@ -244,7 +244,7 @@ class Handle:
                 f"ram_bytes={limits.ram_bytes} holds from its next start on"
             )
             if self.warn(message):
-                warnings.warn(message, RuntimeWarning, stacklevel=5)
+                callers.warn(message, RuntimeWarning)
 
     def _forget_after_fork(self) -> None:
         _inherited.append(self._shared)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fastload import errors
+from fastload import callers, errors
 from fastload.errors import FastloadError, ServiceError
 from fastload.service import protocol
 from fastload.service.channel import Channel, Connection
@@ -153,7 +152,7 @@ class Session:
         while self._troubles:
             message = self._troubles.pop(0)
             if self._cache.warn(message):
-                warnings.warn(message, RuntimeWarning, stacklevel=3)
+                callers.warn(message, RuntimeWarning)
         if self._ended is not None:
             raise self._ended
 

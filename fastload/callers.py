@@ -1,0 +1,104 @@
+"""Where the user's code meets ours: which line an error and a warning point at.
+
+A traceback through a dozen frames of ours says nothing that the message does not, and hides the user's line, which is
+what has to be mended. So what is public lets our own errors out without the frames of ours below it; those of users'
+functions stay, and other exceptions, which may be defects, are let out as they are. The logger `fastload.callers` has
+the whole at level DEBUG, and `FASTLOAD_TRACEBACK=full` in the environment leaves all frames in.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+from fastload.errors import FastloadError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Error = TypeVar("Error", bound=BaseException)
+
+_log = logging.getLogger(__name__)
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+# What stands between our frames, and between them and the user's.
+_STANDARD = os.path.dirname(os.path.abspath(os.__file__))
+_BETWEEN = tuple(
+    os.path.join(_STANDARD, name)
+    for name in ("contextlib.py", "threading.py", f"concurrent{os.sep}", f"multiprocessing{os.sep}")
+)
+
+
+def public(function: Callable[P, R]) -> Callable[P, R]:
+    """For what users call: errors of ours leave it with few frames of ours."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except FastloadError as error:
+            raise shortened(error)  # noqa: B904  # it is the same error
+
+    return called
+
+
+def shortened(error: Error) -> Error:
+    """The error without frames of ours, also in what it was caused by."""
+    if os.environ.get("FASTLOAD_TRACEBACK") == "full":
+        return error
+    _log.debug("an error that the user is told of", exc_info=error)
+    chain: list[BaseException] = [error]
+    for each in chain:
+        each.__traceback__ = _without_ours(each.__traceback__)
+        chain += [other for other in (each.__cause__, each.__context__) if other is not None and other not in chain]
+    return error
+
+
+class Line(NamedTuple):
+    """A line of code, for warnings."""
+
+    path: str
+    number: int
+    module: str
+    warned: dict[Any, Any]  # what Python keeps of the warnings that it has shown there
+
+
+def line() -> Line:
+    """The line of the user's that led here; in a thread of ours, where none did, the one that asks."""
+    frame = here = sys._getframe(1)
+    while frame.f_back is not None and _is_ours(frame):
+        frame = frame.f_back
+    if _is_ours(frame):
+        frame = here
+    names = frame.f_globals
+    warned = names.setdefault("__warningregistry__", {})
+    return Line(frame.f_code.co_filename, frame.f_lineno, names.get("__name__", "<unknown>"), warned)
+
+
+def warn(message: str, category: type[Warning] = UserWarning, at: Line | None = None) -> None:
+    """Warn, at the line of the user's that led here, or led to the work that goes on in a thread of ours."""
+    at = at or line()
+    warnings.warn_explicit(message, category, at.path, at.number, at.module, at.warned)
+
+
+def _without_ours(traceback: types.TracebackType | None) -> types.TracebackType | None:
+    entries = []
+    while traceback is not None:
+        entries.append(traceback)
+        traceback = traceback.tb_next
+    kept: types.TracebackType | None = None
+    for entry in reversed(entries):
+        if not _is_ours(entry.tb_frame):
+            kept = types.TracebackType(kept, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
+    return kept
+
+
+def _is_ours(frame: types.FrameType) -> bool:
+    """Whether it is of fastload, or of torch or Python's library as they stand around what is."""
+    path = frame.f_code.co_filename
+    return path.startswith((_PACKAGE + os.sep, *_BETWEEN)) or f"{os.sep}torch{os.sep}" in path
