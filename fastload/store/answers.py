@@ -10,7 +10,9 @@ and of the answer only code and message.
 from __future__ import annotations
 
 import re
+import urllib.parse
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fastload.errors import (
     AccessDeniedError,
@@ -43,11 +45,45 @@ _WRONG_REGION = {
 }
 
 
+_WHAT_NAMES_A_HOST = {
+    "s3": "endpoint_url (AWS_ENDPOINT_URL), the region, and the bucket where it is part of the name, for a typo",
+    "http": "the URL",
+    "https": "the URL",
+}
+
+
 class ThrottledError(StoreUnavailableError):
     """The store could serve it, and wants to be asked less.
 
     Of this layer only: what is tried again ends as a `StoreUnavailableError`.
     """
+
+
+class UnreachableError(StoreUnavailableError):
+    """No answer came, or it broke off. Of this layer only."""
+
+
+class HopelessError(UnreachableError):
+    """What most likely will not pass, unless the store has answered before. Of this layer only.
+
+    It is tried again for `patience_s` at most, and ends as an `ends_as`.
+    """
+
+    patience_s: ClassVar[float] = 3.0
+    ends_as: ClassVar[type[StoreError]] = StoreUnavailableError
+
+
+class ResolverError(HopelessError):
+    """Whether there is such a host could not be found out just now."""
+
+    patience_s = 15.0
+
+
+class NoCredentialsError(HopelessError):
+    """Nobody said as whom to ask, or who hands out the credentials does not."""
+
+    patience_s = 5.0
+    ends_as = AccessDeniedError
 
 
 class BadReplyError(StoreUnavailableError):
@@ -118,7 +154,33 @@ def changed(url: str, detail: str = "") -> ObjectChangedError:
 def unreachable(url: str, endpoint: str, reason: str) -> StoreUnavailableError:
     """No answer came, or it broke off."""
     where = f" at {endpoint}" if endpoint else ""
-    return StoreUnavailableError(f"{url}: cannot reach the store{where}: {reason}; check the endpoint and the network")
+    return UnreachableError(f"{url}: cannot reach the store{where}: {reason}; check the endpoint and the network")
+
+
+def unresolved(url: str, endpoint: str, *, for_now: bool, proxy: str = "") -> HopelessError:
+    """There is no host of the endpoint's name (or the proxy's); `for_now`: that is not known just now."""
+    host = proxy or urllib.parse.urlsplit(endpoint).hostname
+    whose = "the proxy's name" if proxy else "the host's name"
+    cure = (
+        "the proxy's address" if proxy else _WHAT_NAMES_A_HOST.get(url.partition("://")[0], "endpoint_url and account")
+    )
+    if for_now:
+        return ResolverError(
+            f"{url}: cannot reach the store at {endpoint}: {whose} {host} cannot be looked up now, no name server "
+            "answers; check this machine's DNS and network"
+        )
+    return HopelessError(
+        f"{url}: cannot reach the store at {endpoint}: {whose} {host} does not resolve; check {cure}, and this "
+        "machine's DNS"
+    )
+
+
+def without_credentials(url: str, endpoint: str, who: str, reason: str) -> NoCredentialsError:
+    """There are none to ask with; `who` is whose they would be."""
+    return NoCredentialsError(
+        f"{url}: no credentials for the store at {endpoint}: it is to be asked with {who}, and getting them failed: "
+        f"{reason}; set credentials in the environment or storage_options, or anonymous=True for public data"
+    )
 
 
 def truncated(url: str, got: int, wanted: int, start: int) -> StoreUnavailableError:

@@ -91,6 +91,10 @@ class Profile:
         if "aws_access_key_id" not in self.values:
             self.not_followed = next((key for key in _NOT_FOLLOWED if self.values.get(key)), "")
         self.place = f"profile {name!r} of {credentials if 'aws_access_key_id' in kept else config}"
+        if not self.values:
+            self.place = f"profile {name!r} ({credentials}, {config})"
+        elif self.not_followed:
+            self.place += f", whose {self.not_followed} is not followed"
 
     def found(self) -> Found:
         """The fields and settings that it gives."""

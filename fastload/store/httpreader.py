@@ -38,9 +38,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
-from fastload.errors import StoreError
+from fastload.errors import StoreError, StoreUnavailableError
 from fastload.store import watch
-from fastload.store.answers import Refusal, is_doubtful, truncated, unreachable
+from fastload.store.answers import Refusal, is_doubtful, truncated, unreachable, unresolved
 from fastload.store.proxies import Proxy
 from fastload.store.replies import Reply, asked, bad_reply, misfit, size_told
 from fastload.store.types import ObjectInfo
@@ -151,7 +151,7 @@ class HttpReader:
                 if is_doubtful(error):
                     self.renew()
                 raise
-            raise unreachable(url, self.endpoint, _reason(error)) from error
+            raise self._failed(url, error) from error
         finally:
             watch.through(None)
             response.close()
@@ -178,10 +178,16 @@ class HttpReader:
             return self._exchange(connection, target, headers), connection
         except (OSError, http.client.HTTPException) as error:
             _close(connection)
-            raise unreachable(url, self.endpoint, _reason(error)) from error
+            raise self._failed(url, error) from error
         except BaseException:
             _close(connection)
             raise
+
+    def _failed(self, url: str, error: Exception) -> StoreUnavailableError:
+        if isinstance(error, socket.gaierror):
+            proxy = self._proxy.host if self._proxy is not None else ""
+            return unresolved(url, self.endpoint, for_now=error.errno == socket.EAI_AGAIN, proxy=proxy)
+        return unreachable(url, self.endpoint, _reason(error))
 
     def _exchange(
         self, connection: http.client.HTTPConnection, target: str, headers: Mapping[str, str]

@@ -10,11 +10,13 @@ copied, piece by piece, so that answers in flight do not pile up.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import threading
-from collections.abc import Iterator
+import urllib.parse
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import obstore
@@ -23,9 +25,22 @@ from obstore.store import S3Store, from_url
 
 from fastload.errors import AccessDeniedError, ConfigError, StoreError, StoreUnavailableError
 from fastload.store import settings, watch
-from fastload.store.answers import BadReplyError, Refusal, changed, is_doubtful, is_strong, truncated, unreachable
+from fastload.store.answers import (
+    BadReplyError,
+    NoCredentialsError,
+    Refusal,
+    UnreachableError,
+    changed,
+    is_doubtful,
+    is_strong,
+    truncated,
+    unreachable,
+    unresolved,
+    without_credentials,
+)
 from fastload.store.direct import DEFAULT_REGION, DirectReader, direct_s3_reader, place
 from fastload.store.environment import as_bool
+from fastload.store.identity import credentials_of
 from fastload.store.options import StoreOptions
 from fastload.store.proxies import for_obstore, proxy_for
 from fastload.store.replies import Reply, asked, bad_reply, misfit
@@ -44,6 +59,8 @@ SCHEMES = frozenset({"s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss"})
 _PIECE_BYTES = 256 * 1024
 _LIST_PAGE = 1000
 
+_ASKED = re.compile(r"(?P<token>token request: )?Error performing (?P<method>[A-Z]+) (?P<url>\S+) in ")
+_NO_TOKEN = re.compile(r"(Failed to read (EKS )?token file .*|AWS_EC2_METADATA_DISABLED .*)")
 _STATUS = re.compile(r"status code: (\d{3})")
 _CAUSE = re.compile(r'(?:message|error): "([^"]{1,200})"')
 # What obstore calls replies that do not fit the request, or that it cannot read: they are the network's fault.
@@ -51,6 +68,7 @@ _BAD_REPLY = re.compile(
     r"\b(NotPartial|NoContentRange|ParseContentRange|InvalidContentRange|UnexpectedRange|InvalidListResponse"
     r"|MissingContentLength|InvalidContentLength|MissingLastModified|InvalidLastModified|MissingEtag)\b"
 )
+_RESOLVER = re.compile(r"Temporary failure|[Tt]ry again")  # glibc's words and musl's for EAI_AGAIN
 _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
 _KINDS: tuple[tuple[type[BaseException], int], ...] = (
     (FileNotFoundError, 404),
@@ -69,14 +87,21 @@ class ObjectStore:
         self._root = root
         self._options = options
         self._endpoint = _endpoint(root, options)
+        self._who = credentials_of(scheme(root), options)
         store = _open(root, options, self._endpoint)
         self._lock = threading.Lock()
         self._store: ObstoreStore | None = store
         bucket = root.partition("://")[2]
         self._direct = direct_s3_reader(bucket, options, store) if isinstance(store, S3Store) else None
+        self._proxy = proxy_for(self._endpoint, dict(options.extra))
 
     def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
         """All objects whose URL starts with `prefix_url`, in the order of their keys."""
+        with self._saying_who():
+            found = self._list(prefix_url)
+        yield from sorted(found, key=lambda info: info.url)
+
+    def _list(self, prefix_url: str) -> Iterable[ObjectInfo]:
         prefix = key_of(prefix_url)
         # obstore's prefixes are whole folders, so one that ends within a name lists its folder. The
         # providers' own endpoints list in the order of the keys: there it begins just before the prefix and
@@ -104,15 +129,21 @@ class ObjectStore:
             if isinstance(explained, BadReplyError):
                 self._renew()
             raise explained from error
-        yield from sorted(found.values(), key=lambda info: info.url)
+        return found.values()
 
     def head(self, url: str) -> ObjectInfo:
         """The object at `url`."""
+        with self._saying_who():
+            return self._head(url)
+
+    def _head(self, url: str) -> ObjectInfo:
         key = key_of(url)
         try:
             return self._info(obstore.head(self._opened(), key))
         except (BaseError, OSError, ValueError) as error:
             explained = self._explain(error, url)
+            if isinstance(explained, UnreachableError):
+                raise explained from error
             if isinstance(explained, BadReplyError):
                 self._renew()
         # A HEAD's answer has no body to tell a missing bucket from a missing key, or a wrong secret from a
@@ -129,17 +160,18 @@ class ObjectStore:
             raise ConfigError(f"{info.url}: bytes {start}-{start + len(out)} are beyond its end ({info.size})")
         if len(out) == 0:
             return
-        try:
-            if (direct := self._direct) is None:
-                self._read_through_obstore(info, start, out)
-            elif direct.signs_urls:
-                self._read_by_signed_url(direct, info, start, out)
-            else:
-                direct.read_into(info, start, out)
-        except StoreError as error:
-            if is_doubtful(error):
-                self._renew()
-            raise
+        with self._saying_who():
+            try:
+                if (direct := self._direct) is None:
+                    self._read_through_obstore(info, start, out)
+                elif direct.signs_urls:
+                    self._read_by_signed_url(direct, info, start, out)
+                else:
+                    direct.read_into(info, start, out)
+            except StoreError as error:
+                if is_doubtful(error):
+                    self._renew()
+                raise
 
     def close(self) -> None:
         """Let go of connections; obstore's go with its store, when the last request has ended."""
@@ -154,6 +186,16 @@ class ObjectStore:
         with self._lock:
             if self._store is not None:
                 self._store = store
+
+    @contextlib.contextmanager
+    def _saying_who(self) -> Iterator[None]:
+        """Within the block, who is denied, or gets no answer, is told with which credentials that was."""
+        try:
+            yield
+        except NoCredentialsError:
+            raise
+        except (AccessDeniedError, UnreachableError) as error:
+            raise type(error)(f"{error}; asked with {self._who}") from error.__cause__
 
     def _opened(self) -> ObstoreStore:
         if self._store is None:
@@ -207,6 +249,8 @@ class ObjectStore:
         if isinstance(error, StoreError):
             return error
         text = str(error)
+        if (reason := self._lacks_credentials(text)) is not None:
+            return without_credentials(url, self._endpoint, self._who, reason)
         quoted = _STATUS.search(text)
         status = next((status for kind, status in _KINDS if isinstance(error, kind)), 0)
         status = int(quoted[1]) if quoted else status
@@ -223,10 +267,31 @@ class ObjectStore:
                 if bad[1] == "NotPartial"
                 else bad_reply(url, self._endpoint, wanted, came)
             )
+        if "dns error" in text:
+            proxy = self._proxy.host if self._proxy is not None else ""
+            return unresolved(url, self._endpoint, for_now=_RESOLVER.search(text) is not None, proxy=proxy)
         causes = _CAUSE.findall(text)
         if causes or "HTTP error" in text or "TimedOut" in text:
             return unreachable(url, self._endpoint, causes[-1] if causes else "the connection failed or timed out")
         return StoreError(f"{url}: {text.splitlines()[0]}; check the credentials and settings of this store")
+
+    def _lacks_credentials(self, text: str) -> str | None:
+        """What went wrong where obstore did not ask the store, but for credentials; None where it did ask the store."""
+        if (told := _NO_TOKEN.search(text)) is not None:
+            return told[1]
+        asked_at = _ASKED.search(text)
+        if asked_at is None:
+            return None
+        method, url = asked_at["method"], asked_at["url"]
+        of_store = (
+            url == "REDACTED" or urllib.parse.urlsplit(url).netloc == urllib.parse.urlsplit(self._endpoint).netloc
+        )
+        if method in ("GET", "HEAD") and of_store and not asked_at["token"]:
+            return None
+        whom = urllib.parse.urlsplit(url)
+        quoted, causes = _STATUS.search(text), _CAUSE.findall(text)
+        reason = quoted[0] if quoted else causes[-1] if causes else "the connection failed or timed out"
+        return f"{whom.scheme}://{whom.hostname}: {reason}" if whom.hostname else reason
 
 
 def _open(root: str, options: StoreOptions, endpoint: str) -> ObstoreStore:
@@ -293,7 +358,13 @@ def _open_s3(bucket: str, options: StoreOptions, config: dict[str, str], clients
             "expires_at": None,
         }
         known["credential_provider"] = lambda: credential
+    elif not settings.S3_WAYS & known.keys() and as_bool(dict(options.extra).get("metadata_disabled")):
+        known["credential_provider"] = _nobody
     return S3Store(bucket, client_options=clients, retry_config=retries, **known)
+
+
+def _nobody() -> Any:
+    raise RuntimeError("AWS_EC2_METADATA_DISABLED says not to ask this machine")
 
 
 def _endpoint(root: str, options: StoreOptions) -> str:

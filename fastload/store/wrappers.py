@@ -25,7 +25,7 @@ from fastload.errors import (
     StoreUnavailableError,
 )
 from fastload.store import watch
-from fastload.store.answers import BadReplyError, changed, is_strong
+from fastload.store.answers import BadReplyError, HopelessError, changed, is_strong
 from fastload.store.replies import asked, bad_reply, other_version
 from fastload.store.types import ObjectInfo, Store
 
@@ -115,6 +115,7 @@ class Retrying(_Around):
         self._sleep = sleep or self._closed.wait
         self._now = now
         self._uniform = uniform
+        self._has_answered = False  # the store, with anything
         self._noticed_s = -_NOTICE_EVERY_S  # when the log was told last, by any thread
 
     def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
@@ -135,7 +136,9 @@ class Retrying(_Around):
         attempt = 0
         while True:
             try:
-                return request()
+                result = request()
+                self._has_answered = True
+                return result
             except StoreUnavailableError as error:
                 if watch.cancelled():
                     raise
@@ -143,14 +146,22 @@ class Retrying(_Around):
                 self._counters.add(bad_replies=is_bad_reply)
                 delay = self._delay(attempt)
                 spent = self._now() - began
-                if self._closed.is_set() or spent + delay > self._options.deadline_s:
-                    raise StoreUnavailableError(
-                        f"{error} [gave up after {attempt + 1} attempts in {spent:.1f} s]"
-                    ) from error
+                if self._closed.is_set() or spent + delay > self._patience_s(error):
+                    ends_as = error.ends_as if isinstance(error, HopelessError) else StoreUnavailableError
+                    raise ends_as(f"{error} [gave up after {attempt + 1} attempts in {spent:.1f} s]") from error
                 self._notice(error, spent, _NOTICE_AFTER_S if not is_bad_reply else 0.0)
+            except StoreError:
+                self._has_answered = True
+                raise
             self._sleep(delay)
             attempt += 1
             self._counters.add(retries=1)
+
+    def _patience_s(self, error: StoreUnavailableError) -> float:
+        """How long this is tried again: what a first request meets may be a typo, which no patience mends."""
+        if isinstance(error, HopelessError) and not self._has_answered:
+            return min(error.patience_s, self._options.deadline_s)
+        return self._options.deadline_s
 
     def _notice(self, error: StoreUnavailableError, spent_s: float, after_s: float) -> None:
         now_s = self._now()

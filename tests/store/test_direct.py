@@ -18,6 +18,7 @@ import pytest
 
 from fastload.errors import AccessDeniedError, ConfigError, StoreUnavailableError
 from fastload.store import ObjectInfo, Store, StoreOptions, httpreader, open_store
+from fastload.store.answers import NoCredentialsError
 from fastload.store.direct import place
 from fastload.store.objectstore import ObjectStore
 from fastload.store.proxies import Proxy, proxy_for
@@ -168,12 +169,19 @@ def test_a_bucket_that_refuses_signed_urls(tmp_path: Path, caplog: pytest.LogCap
         store.close()
 
 
-def test_no_credentials_to_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    elsewhere = (("metadata_endpoint", "http://127.0.0.1:1"),)
-    with pytest.raises(StoreUnavailableError, match=r"a b\.tar: cannot reach the store"):
-        read_once(StoreOptions("http://127.0.0.1:2", extra=elsewhere))
+def test_no_credentials_to_be_found() -> None:
+    for more, reason in (
+        ({"metadata_endpoint": "http://127.0.0.1:1"}, "http://127.0.0.1: Connection refused"),
+        ({"AWS_EC2_METADATA_DISABLED": "true"}, "AWS_EC2_METADATA_DISABLED says not to ask"),
+        ({"role_arn": "r", "web_identity_token_file": "/nonexistent"}, "Failed to read token file '/nonexistent'"),
+    ):
+        environ = {"HOME": "/none", **{name: value for name, value in more.items() if name.isupper()}}
+        given = {"endpoint_url": "http://127.0.0.1:2", **{n: v for n, v in more.items() if not n.isupper()}}
+        with pytest.raises(NoCredentialsError, match=r"a b\.tar: no credentials .* http://127.0.0.1:2") as error:
+            read_once(StoreOptions.from_environment(given, environ).of_scheme("s3"))
+        assert reason in str(error.value)
+        whose = "web identity of storage_options" if "role_arn" in more else "profile 'default' (/none/.aws/credentials"
+        assert whose in str(error.value)
 
 
 # How the body comes.

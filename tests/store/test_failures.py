@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
 import shutil
+import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import obstore
 import pytest
+from obstore.exceptions import GenericError
 
 from fastload.errors import (
     AccessDeniedError,
@@ -16,6 +22,8 @@ from fastload.errors import (
     StoreUnavailableError,
 )
 from fastload.store import Counters, ObjectInfo, RequestOptions, RetryOptions, StoreOptions, direct, open_store
+from fastload.store.answers import HopelessError, ResolverError
+from fastload.store.identity import credentials_of
 from fastload.store.objectstore import ObjectStore
 from tests.conftest import Bucket
 from tests.store.servers import Behaviour, answer, certify, good, hang_up, server
@@ -85,7 +93,7 @@ def test_denied(operation: str, options: StoreOptions, way: str, s3: Bucket) -> 
     denied = s3.denied_options
     with pytest.raises(AccessDeniedError) as error:
         attempt(operation, f"{s3.url}/a.tar", denied, way)
-    refused(error, denied, f"{s3.url}/a.tar", "access denied", "AccessDenied")
+    refused(error, denied, f"{s3.url}/a.tar", "access denied", "AccessDenied", "the keys from storage_options")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -110,7 +118,78 @@ def test_unreachable_endpoint(operation: str, endpoint: str, options: StoreOptio
     away = replace(options, endpoint_url=endpoint)
     with pytest.raises(StoreUnavailableError) as error:
         attempt(operation, f"{s3.url}/a.tar", away, way)
-    refused(error, away, f"{s3.url}/a.tar", "cannot reach the store")
+    refused(error, away, f"{s3.url}/a.tar", "cannot reach the store", "asked with the keys from storage_options")
+    if endpoint.endswith("invalid"):
+        assert re.search(r"name no-such-host.invalid (does not resolve|cannot be looked up now)", str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "words"),
+    [
+        (socket.EAI_AGAIN, ResolverError, "host's name h.example cannot be looked up now"),
+        (socket.EAI_NONAME, HopelessError, "host's name h.example does not resolve; check endpoint_url"),
+        (socket.EAI_NODATA, HopelessError, "host's name h.example does not resolve"),
+    ],
+)
+def test_a_name_that_does_not_resolve(
+    number: int, kind: type[HopelessError], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By our own requests, and in obstore's words, which are the C library's."""
+    said = ctypes.CDLL(None)
+    said.gai_strerror.restype = ctypes.c_char_p
+    text = f"failed to lookup address information: {said.gai_strerror(number).decode()}"
+    debug = f'source: ConnectError("dns error", Custom {{ kind: Uncategorized, error: "{text}" }})'
+
+    def fails(*_: object, **__: object) -> None:
+        raise socket.gaierror(number, text)
+
+    monkeypatch.setattr(socket, "getaddrinfo", fails)
+
+    def fails_in_obstore(*_: object, **__: object) -> None:
+        raise GenericError(f"Error performing HEAD http://h.example/b/a in 1ms\n{debug}")
+
+    monkeypatch.setattr(obstore, "head", fails_in_obstore)
+    options = StoreOptions("http://h.example", "K", "S")
+    for operation in ("head", "read"):
+        with pytest.raises(HopelessError, match=words) as error:
+            attempt(operation, "s3://b/a", options)
+        assert type(error.value) is kind
+    proxied = replace(options, extra=(("proxy_url", "http://user:secret@proxy.example:1"),))
+    with pytest.raises(HopelessError, match=r"the proxy's name proxy\.example") as error:
+        attempt("read", "s3://b/a", proxied)
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "environ", "words"),
+    [
+        ("s3", {}, {"AWS_ACCESS_KEY_ID": "K", "AWS_SECRET_ACCESS_KEY": "S"}, "the keys from AWS_ACCESS_KEY_ID"),
+        ("s3", {"key": "K", "secret": "S", "token": "T"}, {}, "the keys and the session token from storage_options"),
+        ("s3", {"anon": True}, {}, "no signature, as storage_options says"),
+        ("s3", {}, {"AWS_SKIP_SIGNATURE": "1"}, "no signature, as AWS_SKIP_SIGNATURE says"),
+        (
+            "s3",
+            {},
+            {"AWS_ROLE_ARN": "S", "AWS_WEB_IDENTITY_TOKEN_FILE": "S"},
+            "identity of AWS_WEB_IDENTITY_TOKEN_FILE",
+        ),
+        ("s3", {}, {"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "S"}, "from AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"),
+        ("s3", {}, {}, "this machine's role, since no keys are in .*AWS_ACCESS_KEY_ID or profile 'default'"),
+        ("gs", {}, {"GOOGLE_APPLICATION_CREDENTIALS": "S"}, "default credentials from GOOGLE_APPLICATION_CREDENTIALS"),
+        ("gs", {"service_account_key": "S"}, {}, "the service account's key from storage_options"),
+        ("gs", {}, {"AWS_SKIP_SIGNATURE": "1"}, "this machine's identity, since"),
+        ("az", {}, {"AZURE_STORAGE_SAS_TOKEN": "S"}, "the shared access signature from AZURE_STORAGE_SAS_TOKEN"),
+        (
+            "az",
+            {},
+            {"AZURE_CLIENT_ID": "S"},
+            r"this machine's identity, since neither storage_options nor AZURE_\* names",
+        ),
+    ],
+)
+def test_who_asked(kind: str, given: dict[str, Any], environ: dict[str, str], words: str) -> None:
+    options = StoreOptions.from_environment(given, {"HOME": "/none", **environ}).of_scheme(kind)
+    assert re.search(words, credentials_of(kind, options))
 
 
 def test_changed_since_listing(options: StoreOptions, way: str, s3: Bucket) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from fastload.errors import AccessDeniedError, StoreUnavailableError
 from fastload.store import Counters, Limited, ObjectInfo, Retrying, RetryOptions
+from fastload.store.answers import HopelessError, NoCredentialsError, ResolverError
 from fastload.store.types import Store
 from tests.patience import PATIENCE_S
 
@@ -67,6 +68,29 @@ def test_waits_twice_as_long_each_time_up_to_a_limit() -> None:
     assert store.head("s3://b/k") == INFO
     assert clock.slept == [1, 2, 4, 8, 10, 10]
     assert counters.values()["retries"] == 6
+
+
+@pytest.mark.parametrize(
+    ("error", "ends_as", "patience_s"),
+    [
+        (HopelessError, StoreUnavailableError, 3),
+        (ResolverError, StoreUnavailableError, 15),
+        (NoCredentialsError, AccessDeniedError, 5),
+    ],
+)
+def test_what_is_most_likely_a_typo_is_given_up_soon_unless_it_worked_before(
+    error: type[HopelessError], ends_as: type[Exception], patience_s: float
+) -> None:
+    for answers, most_s in ((False, patience_s), (True, 60)):
+        clock, fails = Clock(), Fails(0, error)
+        store = patient(fails, RetryOptions(), clock)
+        if answers:
+            store.head("s3://b/k")
+        fails.left = 1000
+        with pytest.raises(ends_as, match="gave up after") as raised:
+            store.head("s3://b/k")
+        assert type(raised.value) is ends_as  # one that crosses the socket
+        assert most_s / 3 < clock.now_s <= most_s
 
 
 def test_gives_up_at_the_deadline() -> None:
