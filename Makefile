@@ -1,22 +1,22 @@
 # The two commands: `make demo` runs the main job on real input, `make test` passes the tests.
-# Both set up .venv first, and only when pyproject.toml has changed since.
+# Both set up .venv first, and only when what it is built of has changed since; and compile the kernels that have.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test thorough lint format bench frameworks starts wheel fuzz clean
+.PHONY: ready demo test thorough lint format bench frameworks starts wheel fuzz clean
 
-demo: $(STAMP)
+demo: ready
 	$(BIN)/fastload demo
 
 # One process more than there are cores, each of which takes tests from whoever has most of them left.
-test: $(STAMP)
+test: ready
 	$(BIN)/python -m pytest -n auto --dist=worksteal
 
 # What `make test` tries on few cases, which are always the same, on many and other ones: the better part of an hour.
-thorough: $(STAMP)
+thorough: ready
 	$(BIN)/python -m tests.plan.many
 	FASTLOAD_JOB_CASES=200 $(BIN)/python -m pytest tests/jobs/test_cases.py
 	$(BIN)/python -m pytest -n auto --dist=worksteal -m hypothesis --hypothesis-profile=thorough --timeout=1200 \
@@ -31,18 +31,18 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)
+bench: ready
 	$(BIN)/pip install --quiet -e '.[bench]'
 	$(BIN)/python -m bench.throughput
 
 # Lightning, accelerate and transformers train the same weights with our loader as with torch's, and go on in our data
 # sets where they were stopped.
-frameworks: $(STAMP)
+frameworks: ready
 	$(BIN)/pip install --quiet -e '.[frameworks]'
 	$(BIN)/python -m pytest tests/foreign/test_frameworks.py tests/foreign/test_frameworks_streaming.py
 
 # Our data set in torch's own loader: workers are started fifty times by each of fork, spawn and forkserver.
-starts: $(STAMP)
+starts: ready
 	FASTLOAD_STARTS=50 $(BIN)/python -m pytest tests/test_torch_workers.py -k start_every_time
 
 # A binary wheel that carries libjpeg-turbo and compiled kernels, for any Linux as old as this one's libraries allow, and
@@ -57,10 +57,14 @@ wheel: $(STAMP)
 # Ten minutes of damaged JPEGs through the C unit, under the address sanitizer; needs a compiler. Then ten minutes of
 # damaged archives through the tar index, with every index checked and then with guarded memory, and two of damaged
 # indexes.
-fuzz: $(STAMP)
+fuzz: ready
 	$(BIN)/python -m tests.native.fuzz
 	$(BIN)/python -m tests.formats.fuzz_tar
 	$(BIN)/python -m tests.formats.fuzz_readers --seconds 120
+
+# Half a second where nothing has changed. The kernels may be of another source, or for another machine.
+ready: $(STAMP)
+	@$(BIN)/python -m fastload.kernels fastload/kernels/compiled here
 
 $(STAMP): pyproject.toml $(wildcard native/*.c native/*.h native/CMakeLists.txt)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastload needs Python 3.11 or later; set PYTHON=")'
@@ -70,3 +74,6 @@ $(STAMP): pyproject.toml $(wildcard native/*.c native/*.h native/CMakeLists.txt)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf fastload/kernels/compiled fastload/decode/_native.so fastload/decode/_native.txt
+	cd native && rm -rf .cmake .ninja_* .skbuild-info.json CMakeCache.txt CMakeFiles CMakeInit.txt build.ninja \
+		cmake_install.cmake

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from fastload.errors import ConfigError
-from fastload.kernels import FIRST_BATCH, OF_DECODERS, compile_into, module_names
+from fastload.kernels import FIRST_BATCH, OF_DECODERS, compile_into, module_names, object_names
 
 
 def compile_kernels(
@@ -25,10 +25,19 @@ def compile_kernels(
         list[str] | None,
         typer.Option(help="Only for this level of processor, such as x86-64-v3, or here for this one's; several."),
     ] = None,
+    status: Annotated[
+        bool,
+        typer.Option("--status", help="Only say what is compiled for this machine; exits with 3 where a job would."),
+    ] = False,
 ) -> None:
     """Compile all kernels, for every level of processor, into a folder that may be put into an image."""
     from fastload.kernels import loading, objects
 
+    if status:
+        if to or decode or everything or level:
+            raise ConfigError("--status compiles nothing, and takes no other option")
+        _show_status()
+        return
     if everything and decode:
         raise ConfigError(f"--all and --decode={decode[0]} exclude each other: leave one out")
     modules = _modules(decode) if decode else module_names()
@@ -39,10 +48,10 @@ def compile_kernels(
     console = Console(stderr=True)
     try:
         folder = objects.users_folder() if to is None else to.resolve()
-        with console.status("") as status:
+        with console.status("") as line:
 
             def show(module: str) -> None:
-                status.update(f"compiling {module}")
+                line.update(f"compiling {module}")
 
             count = compile_into(folder, modules, levels, is_public=to is not None, on_unit=show)
     except (OSError, objects.UntrustedError) as error:
@@ -50,6 +59,26 @@ def compile_kernels(
     console.print(f"{folder}: {count} object files compiled, for {', '.join(levels)}", soft_wrap=True)
     if to is not None:
         console.print(f"Set FASTLOAD_KERNELS={folder} where they are to be used", soft_wrap=True)
+
+
+def _show_status() -> None:
+    """The kernels of this machine's level, and the C unit: where they are, or why not and what helps."""
+    from fastload.decode import native
+    from fastload.kernels import loading, objects
+
+    level, names = loading.level_here(), object_names(module_names(), loading.level_here())
+    missing = [name for name in names if objects.find(name) is None]
+    installed = sum((objects.INSTALLED / name).exists() for name in names)
+    kept = len(names) - installed - len(missing)
+    print(f"kernels: of {len(names)} modules for {level}, {installed} are compiled in {objects.INSTALLED}", end="")
+    print(f", {kept} in {objects.users_folder()}" if kept else "")
+    if missing:
+        print(f"    the first job compiles {len(missing)}, since {objects.why_not_installed(missing[0])};")
+        print("    `fastload compile` does it now")
+    unit = native.path()
+    print(f"C unit: {unit}" if unit is not None else f"C unit: none, {native.why_not()}")
+    if missing:
+        raise typer.Exit(3)
 
 
 def _modules(decoders: list[str]) -> list[str]:

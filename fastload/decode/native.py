@@ -33,6 +33,7 @@ __all__ = [
     "Report",
     "Settings",
     "c_unit",
+    "path",
     "why_not",
 ]
 
@@ -89,13 +90,17 @@ def c_unit() -> ctypes.CDLL | None:
     """The C unit, or None where it was not built. `ConfigError` where it is not the one that belongs to this code."""
     if os.environ.get("FASTLOAD_NATIVE") == "0":
         return None
+    found = path()
+    if found is None and _speaks_for_its_node():
+        _log.warning("images are decoded by simplejpeg, more slowly: fastload has no C unit here, %s", why_not())
+    return None if found is None else _load(found)
+
+
+def path() -> Path | None:
+    """Where the C unit is, if it is anywhere."""
     # Python's own lookup finds it in every kind of installation; it is no module, and is not imported.
     spec = importlib.util.find_spec("fastload.decode._native")
-    if spec is None or spec.origin is None:
-        if _speaks_for_its_node():
-            _log.warning("images are decoded by simplejpeg, more slowly: fastload has no C unit here, %s", why_not())
-        return None
-    return _load(Path(spec.origin))
+    return None if spec is None or spec.origin is None else Path(spec.origin)
 
 
 def why_not() -> str:

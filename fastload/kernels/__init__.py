@@ -24,6 +24,7 @@ __all__ = [
     "compile_in_background",
     "compile_into",
     "module_names",
+    "object_names",
     "warm_up",
 ]
 
@@ -44,7 +45,7 @@ def warm_up(*modules: str) -> int:
     """
     from fastload.kernels import jit
 
-    return sum(jit.prepare(_imported(name)) for name in modules)
+    return jit.prepare(*map(_imported, modules))
 
 
 def compile_into(
@@ -58,7 +59,7 @@ def compile_into(
     """Compile these modules' kernels for these levels of processor, or all that this kind of machine has, into a folder
     for object files; returns how many were not there yet.
     """
-    from fastload.kernels import compiler, jit, loading, objects
+    from fastload.kernels import jit, loading, objects
 
     count = 0
     for unit in jit.units(*map(_imported, modules)):
@@ -66,10 +67,19 @@ def compile_into(
         names = {level: unit.object_name(level) for level in levels or loading.LEVELS}
         missing = [level for level, name in names.items() if objects.find_in(folder, name) is None]
         if missing:
+            from fastload.kernels import compiler  # which imports numba
+
             for level, code in compiler.compile_unit(unit, missing).items():
                 objects.write(folder, names[level], code, is_public=is_public)
         count += len(missing)
     return count
+
+
+def object_names(modules: Iterable[str], level: str) -> list[str]:
+    """The names of these modules' object files for a level of processor; modules without kernels have none."""
+    from fastload.kernels import jit
+
+    return [unit.object_name(level) for unit in jit.units(*map(_imported, modules))]
 
 
 def _imported(name: str) -> str:

@@ -31,11 +31,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
@@ -254,6 +255,9 @@ _lock = threading.RLock()
 
 # After a compilation the lock is left alone for so long: who waits for it has called a kernel, and is to have the next.
 _TURN_S = 0.01
+_PROGRESS_S = 5.0
+
+_log = logging.getLogger("fastload.kernels")
 
 # A child that is forked while another thread compiles would find numba half imported, and its locks held by nobody.
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
@@ -306,40 +310,78 @@ def units(*modules: str) -> list[Unit]:
     return [Unit(module, tuple(_entries[module])) for module in modules if module in _entries]
 
 
-def prepare(module: str) -> int:
-    """Load the kernels of a module, compiling them where they are not found; returns how many the module has."""
-    entries = _entries.get(module, [])
-    if all(each.is_ready for each in entries):
-        return len(entries)
-    was_compiled = False
-    with _lock:
-        pending = tuple(each for each in entries if not each.is_ready)
-        if pending:
-            was_compiled = _load(Unit(module, pending))
-    if was_compiled:
-        time.sleep(_TURN_S)
-    return len(entries)
+def prepare(*modules: str) -> int:
+    """Load the kernels of these modules, compiling those that are not found; returns how many the modules have."""
+    missing = []
+    for module in modules:
+        with _lock:
+            unit = _pending(module)
+            if unit is not None and not _load(unit):
+                missing.append(module)
+    if missing:
+        _compile(missing)
+    return sum(len(_entries.get(module, ())) for module in modules)
+
+
+def _pending(module: str) -> Unit | None:
+    """What is not loaded yet of a module, if anything."""
+    kernels = tuple(each for each in _entries.get(module, ()) if not each.is_ready)
+    return Unit(module, kernels) if kernels else None
 
 
 def _load(unit: Unit) -> bool:
-    """Whether it had to be compiled."""
-    from fastload.kernels import loading, yielding  # llvmlite takes 20 ms to import
+    """Whether it was found."""
+    from fastload.kernels import loading  # llvmlite takes 20 ms to import
+
+    code = objects.find(unit.object_name(loading.level_here()))
+    if code is not None:
+        _bind(unit, code)
+    return code is not None
+
+
+def _compile(modules: Sequence[str]) -> None:
+    """Compile and load what these have that is not loaded yet; one process says so at once, and how far it is."""
+    from fastload.kernels import loading
 
     level = loading.level_here()
-    name = unit.object_name(level)
-    code, is_new = objects.find(name), False
-    if code is None:
-        with objects.alone():
-            code = objects.find(name)  # somebody else's, for whom we have waited
-            if code is None:
-                from fastload.kernels import compiler
+    began = said = time.monotonic()
+    speaks = False
+    for number, module in enumerate(modules, 1):
+        with _lock, objects.alone():
+            unit = _pending(module)
+            if unit is None or _load(unit):
+                continue  # by another thread or process, for which we have waited
+            from fastload.kernels import compiler
 
-                code, is_new = compiler.compile_unit(unit, [level])[level], True
-                objects.keep(name, code)
+            name = unit.object_name(level)
+            speaks = speaks or objects.is_first_to_compile()
+            if speaks:
+                _announce("NUMBA_BOUNDSCHECK is set" if CHECKS_BOUNDS else objects.why_not_installed(name))
+            code = compiler.compile_unit(unit, [level])[level]
+            objects.keep(name, code)
+            _bind(unit, code)
+        now = time.monotonic()
+        if speaks and now - said > _PROGRESS_S:
+            _log.warning("%d of %d modules of kernels are ready, after %.0f s", number, len(modules), now - began)
+            said = now
+        time.sleep(_TURN_S)
+
+
+@functools.cache  # once in a process
+def _announce(reason: str) -> None:
+    _log.warning(
+        "fastload compiles its kernels now, some ten seconds in all, since %s. `fastload compile` does that before a "
+        "job starts; pip does it for all users where it installs fastload",
+        reason,
+    )
+
+
+def _bind(unit: Unit, code: bytes) -> None:
+    from fastload.kernels import loading, yielding
+
     addresses = loading.load(code, [symbol(each) for each in unit.kernels])
     for each, address in zip(unit.kernels, addresses, strict=True):
         each.bind(loading.builtin(each.function.__name__, address, (np.ndarray, each.refuse, yielding.state)))
-    return is_new
 
 
 def symbol(entry: Entry) -> str:

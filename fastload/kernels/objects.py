@@ -32,7 +32,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["INSTALLED", "VARIABLE", "UntrustedError", "alone", "find", "find_in", "keep", "users_folder", "write"]
+__all__ = [
+    "INSTALLED",
+    "VARIABLE",
+    "UntrustedError",
+    "alone",
+    "find",
+    "find_in",
+    "is_first_to_compile",
+    "keep",
+    "users_folder",
+    "why_not_installed",
+    "write",
+]
 
 INSTALLED = Path(__file__).parent / "compiled"
 
@@ -49,6 +61,9 @@ _TEMP_AGE_S_MAX = 3600.0
 # How long to wait for another process that compiles the same; all kernels together take some seconds.
 _ALONE_S_MAX = 60.0
 _LOOK_AGAIN_S = 0.02
+_PATIENCE_S = 20.0
+# What others have made since then is of this job, and they have said so.
+_JUST_NOW_S = 60.0
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _ROOT = 0
@@ -89,6 +104,20 @@ def find(name: str) -> bytes | None:
         except (OSError, UntrustedError) as error:
             _say_once(f"kernels are compiled anew, since those that were kept cannot be used: {_words(error)}")
             return None
+
+
+def why_not_installed(name: str) -> str:
+    """Why the installation has no object of this name that can be used."""
+    names = os.listdir(INSTALLED) if INSTALLED.is_dir() else []
+    level = _series(name)[1]
+    found = {_series(each) for each in names}
+    if name in names:
+        return f"{INSTALLED / name} is damaged"
+    if not found:
+        return f"pip has not installed it ({INSTALLED} has none)"
+    if level not in (of for _, of in found):
+        return f"it was installed for other processors than this one, which is of level {level}"
+    return "its source has changed since it was installed"
 
 
 def find_in(folder: Path, name: str) -> bytes | None:
@@ -132,10 +161,24 @@ def alone() -> Iterator[None]:
             folder = users_folder()
             _make(folder, 0o700)
             fd = stack.enter_context(_opened(folder))
-            deadline = time.monotonic() + _ALONE_S_MAX
-            while not _try_lock(fd) and time.monotonic() < deadline:
+            began = time.monotonic()
+            while not _try_lock(fd) and time.monotonic() < began + _ALONE_S_MAX:
+                if time.monotonic() > began + _PATIENCE_S:
+                    _say_once(f"waiting for another process that compiles kernels (it has locked {folder})")
                 time.sleep(_LOOK_AGAIN_S)
         yield
+
+
+def is_first_to_compile() -> bool:
+    """Whether this process, which is `alone`, has to say that it compiles: of the processes of a job, which begin at
+    once and take turns, one does. Where nothing can be kept, each compiles all, and says so.
+    """
+    try:
+        with _opened(users_folder()) as fd, os.scandir(fd) as entries:
+            latest = max((entry.stat(follow_symlinks=False).st_mtime for entry in entries), default=0.0)
+    except (OSError, UntrustedError):
+        return True
+    return time.time() - latest > _JUST_NOW_S
 
 
 def _try_lock(fd: int) -> bool:
@@ -223,7 +266,7 @@ def _drop_old(folder: int, name: str) -> None:
 def _series(name: str) -> tuple[str, str]:
     """An object's module and level."""
     start, _, level = name.partition(".")
-    return start.rpartition("-")[0], level
+    return start.rpartition("-")[0], level.removesuffix(".o")
 
 
 def _words(error: Exception) -> str:

@@ -9,10 +9,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from fastload import decode
+from fastload.cli import app
 from fastload.decode import native
-from fastload.kernels import FIRST_BATCH, OF_DECODERS, jit, loading, warm_up
+from fastload.kernels import (
+    FIRST_BATCH,
+    OF_DECODERS,
+    compile_into,
+    jit,
+    loading,
+    module_names,
+    object_names,
+    objects,
+    warm_up,
+)
 from tests.decode import pictures
 from tests.shards import tar_of
 
@@ -74,12 +86,32 @@ def test_a_first_batch_out_of_a_folder_that_was_filled_before(tmp_path: Path) ->
     assert done.stderr == ""
 
 
+def test_what_is_compiled_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLOAD_KERNELS", str(tmp_path / "kernels"))
+    monkeypatch.setattr(objects, "INSTALLED", tmp_path / "compiled")
+    level = loading.level_here()
+    count = len(object_names(module_names(), level))
+    before = CliRunner().invoke(app, ["compile", "--status"])
+    assert before.exit_code == 3
+    assert f"of {count} modules for {level}, 0 are compiled in {tmp_path / 'compiled'}\n" in before.output
+    assert f"the first job compiles {count}, since pip has not installed it" in before.output
+    assert "C unit: " in before.output
+
+    compile_into(tmp_path / "compiled", ["parse"], [level])
+    compile_into(tmp_path / "kernels", ["keys"], [level])
+    after = CliRunner().invoke(app, ["compile", "--status"])
+    assert after.exit_code == 3
+    assert f"1 are compiled in {tmp_path / 'compiled'}, 1 in {tmp_path / 'kernels'}\n" in after.output
+    assert f"the first job compiles {count - 2}, since its source has changed" in after.output
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (["--all", "--decode=image"], "--all and --decode=image exclude each other"),
         (["--decode=jpeg"], "--decode=jpeg is none of the decoders with kernels: image, integer, number"),
         (["--level=z80"], f"--level=z80 is none of this machine's: {', '.join(loading.LEVELS)}"),
+        (["--status", "--level=here"], "--status compiles nothing, and takes no other option"),
         (["--to=/dev/null"], "no kernels can be kept there: "),
     ],
 )

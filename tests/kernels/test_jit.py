@@ -85,14 +85,16 @@ def test_helpers_are_for_kernels() -> None:
 
 def test_compiled_once_and_loaded_without_numba(tmp_path: Path) -> None:
     source, cache = tmp_path / "source", tmp_path / "cache"
-    assert run(source, cache) == ("7 8 compiled", "")
+    output, log = run(source, cache)
+    assert output == "7 8 compiled"
+    assert log.startswith("fastload compiles its kernels now")
     assert run(source, cache) == ("7 8 loaded", "")
     # What does not belong to the kernel does not matter; its source, and constants of other modules, do.
     (source / "other.py").write_text("# nothing to do with it")
     assert run(source, cache) == ("7 8 loaded", "")
     (source / "constants.py").write_text("MORE = 6")
-    assert run(source, cache) == ("8 9 compiled", "")
-    assert run(source, cache, SOURCE.replace("+ MORE", "+ MORE + 1")) == ("9 10 compiled", "")
+    assert run(source, cache)[0] == "8 9 compiled"
+    assert run(source, cache, SOURCE.replace("+ MORE", "+ MORE + 1"))[0] == "9 10 compiled"
 
 
 def test_what_runs_out_of_an_array_is_found_where_that_is_asked_for(tmp_path: Path) -> None:
@@ -163,8 +165,8 @@ def test_kernels_stay_plain_functions_where_numba_is_off(tmp_path: Path) -> None
 def test_threads_may_call_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several threads meet a kernel that nobody has loaded, which is loaded once."""
     loads: list[str] = []
-    load = jit._load
-    monkeypatch.setattr(jit, "_load", lambda unit: (loads.append(unit.module), load(unit))[1])
+    bind = jit._bind
+    monkeypatch.setattr(jit, "_bind", lambda unit, code: (loads.append(unit.module), bind(unit, code))[1])
     monkeypatch.setattr(fill_buckets, "_run", fill_buckets._run_first)  # type: ignore[attr-defined]
     found = [np.zeros(3, np.int32) for _ in range(4)]
     threads = [threading.Thread(target=fill_buckets, args=(READ_ONLY, 1, each)) for each in found]
@@ -183,6 +185,34 @@ def test_compiling_in_the_background() -> None:
     assert compilation.done
     assert gather_pieces.is_ready  # type: ignore[attr-defined]
     assert warm_up("gather") >= 2
+
+
+PROGRESS = """
+import sys
+from pathlib import Path
+from fastload.kernels import jit, objects, warm_up
+jit._PROGRESS_S, objects.INSTALLED = 0, Path(sys.argv[1])
+warm_up("keys", "parse")
+warm_up("splitmix", "locate")
+"""
+
+
+def test_a_process_that_compiles_says_so_and_how_far_it_is(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PROGRESS, tmp_path / "compiled"]
+    environ = {**os.environ, "FASTLOAD_KERNELS": "/dev/null"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    first, *others = [line for line in done.stderr.splitlines() if "cannot be kept" not in line]
+    assert first == (
+        "fastload compiles its kernels now, some ten seconds in all, since pip has not installed it "
+        f"({tmp_path / 'compiled'} has none). `fastload compile` does that before a job starts; pip does it for all "
+        "users where it installs fastload"
+    )
+    said = [line.partition(", after")[0] for line in others]
+    assert said == [
+        "1 of 2 modules of kernels are ready",
+        "2 of 2 modules of kernels are ready",
+        "1 of 1 modules of kernels are ready",
+    ]
 
 
 def test_what_goes_wrong_in_the_background_is_raised() -> None:

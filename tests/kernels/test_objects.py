@@ -16,6 +16,7 @@ import pytest
 from fastload.kernels import objects
 from tests.kernels.example import command, run
 
+ANNOUNCED = "fastload compiles its kernels now, some ten seconds in all, since "
 NAME = "example-0123.x86-64-v3.o"
 
 
@@ -47,7 +48,7 @@ def test_a_damaged_object_is_compiled_again(tmp_path: Path) -> None:
         assert objects.find_in(cache, kept.name) is None
     output, log = run(source, cache)
     assert output == "7 8 compiled"
-    assert log == "kernels are compiled anew, since a file of those that were kept is damaged"
+    assert "kernels are compiled anew, since a file of those that were kept is damaged" in log
     assert kept.read_bytes() == whole
     assert run(source, cache) == ("7 8 loaded", "")
 
@@ -56,7 +57,8 @@ def test_what_cannot_be_kept_is_compiled_and_said_once(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     output, log = run(tmp_path / "source", tmp_path / "cache")
     assert output == "7 8 compiled"
-    (line,) = log.splitlines()
+    announced, line = log.splitlines()
+    assert announced.startswith(ANNOUNCED)
     assert str(tmp_path / "cache") in line
     assert "Not a directory; set FASTLOAD_KERNELS to a folder of yours, or to one that `fastload compile" in line
 
@@ -159,9 +161,39 @@ def test_many_processes_that_begin_at_once(tmp_path: Path) -> None:
     ]
     said = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0] * 20
-    # One has compiled while the others waited for it.
-    assert sorted(said) == [("7 8 compiled\n", ""), *[("7 8 loaded\n", "")] * 19]
+    # One has compiled while the others waited for it, and one has said so.
+    assert sorted(output for output, _ in said) == ["7 8 compiled\n", *["7 8 loaded\n"] * 19]
+    lines = [line for _, log in said for line in log.splitlines()]
+    assert [line.startswith(ANNOUNCED) for line in lines if not line.startswith("waiting for another process")] == [
+        True
+    ]
     assert len(list(cache.iterdir())) == 1
+
+
+def test_one_process_of_a_job_says_that_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a job whose processes begin at once, and which compile one after another."""
+    monkeypatch.setenv("FASTLOAD_KERNELS", str(tmp_path / "cache"))
+    with objects.alone():
+        assert objects.is_first_to_compile()
+        objects.keep("example-1.x86-64-v3.o", b"code")
+        assert not objects.is_first_to_compile()
+    os.utime(tmp_path / "cache/example-1.x86-64-v3.o", (1, 1))
+    assert objects.is_first_to_compile()
+    monkeypatch.setenv("FASTLOAD_KERNELS", "/dev/null")  # nobody can keep anything: all compile all
+    assert objects.is_first_to_compile()
+
+
+def test_why_the_installation_does_not_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "INSTALLED", tmp_path / "compiled")
+    assert objects.why_not_installed(NAME) == f"pip has not installed it ({tmp_path / 'compiled'} has none)"
+    objects.write(objects.INSTALLED, NAME.replace("v3", "v4"), b"code")
+    assert objects.why_not_installed(NAME) == (
+        "it was installed for other processors than this one, which is of level x86-64-v3"
+    )
+    objects.write(objects.INSTALLED, NAME.replace("0123", "4567"), b"code")
+    assert objects.why_not_installed(NAME) == "its source has changed since it was installed"
+    objects.write(objects.INSTALLED, NAME, b"code")
+    assert objects.why_not_installed(NAME) == f"{objects.INSTALLED / NAME} is damaged"
 
 
 def test_whoever_compiles_may_be_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,14 +9,14 @@ import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fastload.decode import native
-from fastload.kernels import jit, loading, module_names, warm_up
+from fastload.kernels import loading, module_names, object_names
 from tests.decode import pictures
 from tests.jobs.launch import ROOT
 from tests.kernels.test_compile import FIRST
@@ -95,11 +95,9 @@ def environment(tmp_path: Path) -> Environment:
     return Environment(tmp_path / "environment")
 
 
-def has_everything(environment: Environment, fastload: Path, levels: Iterable[str]) -> None:
+def has_everything(environment: Environment, fastload: Path, levels: Sequence[str]) -> None:
     """Kernels for these levels, the C unit (where this checkout has it), and a first batch at once."""
-    warm_up(*module_names())
-    units = jit.units(*(f"fastload.kernels.{name}" for name in module_names()))
-    wanted = {unit.object_name(level) for unit in units for level in levels}
+    wanted = {name for level in levels for name in object_names(module_names(), level)}
     assert len(wanted) > 10
     assert {path.name for path in (fastload / "kernels/compiled").iterdir()} == wanted
     expected = "_native.txt" if native.c_unit() is None else "_native.so"
@@ -111,7 +109,10 @@ def has_everything(environment: Environment, fastload: Path, levels: Iterable[st
     (home / "shard.tar").write_bytes(tar_of(shard))
     done = environment.run("-c", FIRST, home / "shard.tar", home / "cache", FASTLOAD_IDLE_S="0")
     assert done.stdout.strip() == "torch.Size([8, 3, 32, 32]) [0, 1, 2, 3, 4, 5, 6, 7] 4.0"
+    assert done.stderr == ""
     assert not (home / ".cache/fastload-kernels").exists()
+    status = environment.run("-m", "fastload", "compile", "--status")  # which fails where anything is missing
+    assert f"{len(wanted) // len(levels)} are compiled in {fastload / 'kernels/compiled'}" in status.stdout
 
 
 def test_pip_install_in_a_checkout_that_was_used_before(source: Path, environment: Environment) -> None:
