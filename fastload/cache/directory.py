@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import socket
 import stat
 import weakref
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ from fastload.errors import CacheError
 # Where an open directory has a name that nobody can lead elsewhere. It is short enough for a socket's address, too.
 _DESCRIPTORS = Path("/proc/self/fd")
 _HAS_DESCRIPTORS = _DESCRIPTORS.is_dir()
+# Consumers that connect at one time.
+_BACKLOG = 128
 # Opening it again where it was emptied or removed under way.
 _OPEN_TRIES = 5
 
@@ -62,12 +65,16 @@ class CacheDirectory:
         disk_write_bytes_per_s: int | None = None,
         requests_in_flight: int | None = None,
         history_bytes: int | None = None,
+        otherwise: CacheLimits | None = None,
     ) -> CacheDirectory:
         """Make the directory if need be, check whose it is, and settle its limits.
 
-        A limit that is None is the directory's; in a new directory, the default. What the caller should pass
-        on to the user is in `.warnings`. CacheError where the directory cannot be used, ConfigError where the
-        limits cannot.
+        A limit that is None is the directory's; in a new or emptied directory, that of `otherwise`, or the default.
+        What the caller should pass on to the user is in `.warnings`. CacheError where the directory cannot be used,
+        ConfigError where the limits cannot.
+
+        `otherwise` is also for whoever goes on with what was begun: its `chunk_bytes` holds in any case, and is not
+        written down.
         """
         place = Path(os.path.abspath(path))
         given = {
@@ -79,7 +86,11 @@ class CacheDirectory:
             "history_bytes": history_bytes,
         }
         explicit = {name: value for name, value in given.items() if value is not None}
-        return cls(place, *_settle(place, explicit))
+        return cls(place, *_settle(place, explicit, otherwise))
+
+    def renewed(self) -> CacheDirectory:
+        """The same directory, made again with these limits where it was removed or emptied; raises as `open`."""
+        return CacheDirectory.open(self.path, otherwise=self.limits)
 
     @property
     def root(self) -> Path:
@@ -151,6 +162,26 @@ class CacheDirectory:
             self.unlock()
         return locked
 
+    def listen(self) -> socket.socket:
+        """The socket at which consumers find the service, which holds the lock. OSError as the system gives it."""
+        self.remove_socket()  # left by a service that was killed
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with self.socket_address() as address:
+                sock.bind(address)
+                os.chmod(address, 0o600)
+            sock.listen(_BACKLOG)
+            sock.setblocking(False)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def remove_socket(self) -> None:
+        """Leave the place clean; the lock is still held."""
+        with contextlib.suppress(FileNotFoundError):  # somebody emptied the directory
+            syscalls.unlink(self.root / self.socket_path.name)
+
     @property
     def is_lost(self) -> bool:
         """Whether this object holds the lock of a directory that was emptied or removed since, or is being removed.
@@ -196,14 +227,14 @@ def _lock(fd: int, path: Path) -> bool:
         return False
 
 
-def _settle(path: Path, explicit: dict[str, int]) -> tuple[CacheLimits, tuple[str, ...]]:
+def _settle(path: Path, explicit: dict[str, int], otherwise: CacheLimits | None) -> tuple[CacheLimits, tuple[str, ...]]:
     """See `open`."""
     for tries_left in reversed(range(_OPEN_TRIES)):
         try:
             _make(path)
             with _opened(path) as root:
                 _sweep(root)
-                return limits.settle(path, root, explicit)
+                return limits.settle(path, root, explicit, otherwise)
         except CacheError:
             raise
         except OSError as error:

@@ -34,7 +34,7 @@ def settle(
     directory: Path, root: Path, explicit: dict[str, int], otherwise: CacheLimits | None = None
 ) -> tuple[CacheLimits, tuple[str, ...]]:
     """The limits of `directory` once the `explicit` ones hold, and warnings for the user. Where none are written, those
-    of `otherwise` hold, or defaults. `root` is where the directory is reached.
+    of `otherwise` hold, or defaults; its `chunk_bytes` holds here in any case. `root`: where the directory is reached.
 
     OSError as the calls give it, CacheError for a directory of a later format, ConfigError for limits that
     cannot be.
@@ -51,8 +51,18 @@ def settle(
     if changed != stored:
         _publish(root, changed, replaces=True)
         warnings += (_change(directory, stored, changed),)
+    if otherwise is not None:
+        changed = _in_chunks_of(otherwise, changed)
     fitting, warning = _fitting(directory, changed)
     return fitting, warnings + ((warning,) if warning else ())
+
+
+def _in_chunks_of(ours: CacheLimits, changed: CacheLimits) -> CacheLimits:
+    """What somebody changed since, for those who go on with chunks of our size."""
+    try:
+        return replace(changed, chunk_bytes=ours.chunk_bytes)
+    except ConfigError:  # too small for chunks of that size
+        return ours
 
 
 def _fitting(directory: Path, found: CacheLimits) -> tuple[CacheLimits, str]:

@@ -27,6 +27,7 @@ from fastload.service.model import Chunk
 from fastload.service.openings import Openings
 from fastload.service.parts import Parts
 from fastload.service.plans import Plan
+from fastload.service.pools import Pool
 from fastload.service.quota import Quota
 from fastload.service.records import Records
 from fastload.service.remembering import WRITE_AFTER_S, Remembering
@@ -306,6 +307,10 @@ class Core:
         self._replay.failed(chunk, error)
 
     # A disk that hangs
+
+    def pool(self, name: str) -> Pool:
+        """A thread for what may hang, which ends with the core."""
+        return self._parts.pools.make(name, 1)
 
     @property
     def disk_hangs(self) -> bool:

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,6 @@ def connect(
 
 
 def _refused(directory: CacheDirectory, error: OSError) -> str:
-    if not directory.path.exists():
-        return f"the cache directory {directory.path} was removed while it was in use; make its Cache anew"
     return (
         f"no cache service for {directory.path} can be started or reached: {error}; "
         "look at the rights in the directory, and at the limits of this process (ulimit -a)"
@@ -99,6 +98,8 @@ def _connect(
             silent_ends += 1
             if silent_ends == _SILENT_ENDS_MAX:
                 raise
+        except FileNotFoundError:  # the directory was removed just now; the next try makes it again
+            pass
         # It serves now, or another is about to: try the socket before starting yet another one.
         connection = _try(directory, hello, stop)
         if connection is not None:
@@ -129,7 +130,7 @@ def start_process(
 
     Raises what kept it from serving, in its own words.
     """
-    word = _run(directory, idle_s, stop, deadline_s)
+    word = _run(directory.renewed(), idle_s, stop, deadline_s)
     if word is None:
         raise EndedSilentlyError(
             f"the cache service for {directory.path} ended while starting; its log ({directory.log_path}) ends "
@@ -147,6 +148,7 @@ def _run(directory: CacheDirectory, idle_s: float, stop: threading.Event, deadli
             with directory.opened() as root, _open_log(root / directory.log_path.name) as log:
                 command = [sys.executable, "-m", "fastload.service", "--detach", f"--ready-fd={writing}"]
                 command += [f"--directory={directory.path}", f"--idle-s={idle_s}"]
+                command += [f"--limits={json.dumps(asdict(directory.limits))}"]
                 process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
@@ -207,11 +209,13 @@ def _open_log(path: Path) -> Any:
 def _read_word(fd: int, stop: threading.Event, deadline_s: float) -> dict[str, Any] | None:
     """What the service says, None where it ended without a word."""
     data = b""
+    poll = select.poll()  # unlike select(), for any descriptor
+    poll.register(fd, select.POLLIN)
     deadline = time.monotonic() + deadline_s
     while not data.endswith(b"\n"):
         if stop.is_set() or time.monotonic() > deadline:
             return {"status": "taken"}  # the caller looks at `stop` and at its own deadline
-        if select.select([fd], [], [], 0.1)[0]:
+        if poll.poll(100):
             piece = os.read(fd, 4096)
             if not piece:
                 return None

@@ -19,7 +19,7 @@ import msgspec
 
 from fastload import callers
 from fastload.cache import CacheDirectory
-from fastload.config import default_cache_dir, format_bytes, parse_bytes
+from fastload.config import CacheLimits, default_cache_dir, format_bytes, parse_bytes
 from fastload.errors import ConfigError, ServiceError
 from fastload.service import election, protocol
 from fastload.service.channel import Connection
@@ -71,11 +71,18 @@ class Handle:
             explicit["requests_in_flight"] = requests_in_flight
         self._begin(path, service, _idle_s(), explicit)
 
-    def _begin(self, path: Path, service: ServiceMode, idle_s: float, explicit: dict[str, int]) -> None:
+    def _begin(
+        self,
+        path: Path,
+        service: ServiceMode,
+        idle_s: float,
+        explicit: dict[str, int],
+        otherwise: CacheLimits | None = None,
+    ) -> None:
         self._path, self._service_mode, self._idle_s = path, service, idle_s
         self._explicit_ram = "ram_bytes" in explicit
         self._to_tell = explicit  # once: by a later connection somebody else may have changed them again
-        self._directory = CacheDirectory.open(path, **explicit)
+        self._directory = CacheDirectory.open(path, otherwise=otherwise, **explicit)
         self._consumers: weakref.WeakSet[Consumer] = weakref.WeakSet()
         self._forget_service()
         _live_caches.add(self)
@@ -178,11 +185,12 @@ class Handle:
         return f"Cache({str(self._path)!r}, {sizes}, service={self._service_mode!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # The limits are settled and in the directory; another process takes them from there.
-        return {"path": self._path, "service": self._service_mode, "idle_s": self._idle_s}
+        # The limits are settled and in the directory; another process takes them from there, unless it was emptied.
+        limits = self._directory.limits
+        return {"path": self._path, "service": self._service_mode, "idle_s": self._idle_s, "limits": limits}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._begin(state["path"], state["service"], state["idle_s"], {})
+        self._begin(state["path"], state["service"], state["idle_s"], {}, state["limits"])
 
     # For consumers
 
@@ -225,8 +233,9 @@ class Handle:
             if self._service is not None and not self._service.alive:
                 self._service.close()
                 self._service = None
-            if self._service is None and self._directory.try_lock():
-                self._service = InProcessService(self._directory)
+            directory = self._directory.renewed()
+            if self._service is None and directory.try_lock():
+                self._service = InProcessService(directory)
 
     def _compare_limits(self, welcome: protocol.Welcome) -> None:
         """A service that runs already keeps the arena that it has."""

@@ -19,7 +19,7 @@ from fastload.turns import take_long_turns
 
 
 class InProcessService:
-    """A running service. The directory's lock is held by the caller's `directory`, and given back by `close`."""
+    """A running service. It gives the lock of `directory`, which the caller took, back when it ends."""
 
     def __init__(self, directory: CacheDirectory) -> None:
         """Start, and wait until consumers can connect; raises what stopped it from that."""
@@ -32,7 +32,6 @@ class InProcessService:
         self._ready.wait()
         if self._error is not None:
             self._thread.join()
-            directory.unlock()
             raise self._error
         _running.add(self)
 
@@ -47,7 +46,6 @@ class InProcessService:
         if self._server is not None:
             self._server.stop_from_thread()
         self._thread.join()
-        self._directory.unlock()
 
     def _main(self) -> None:
         take_long_turns()  # and threads that are started from here
@@ -57,6 +55,7 @@ class InProcessService:
         except Exception as error:  # to be raised in the thread that waits for us
             self._error = error
         finally:
+            self._directory.unlock()
             self._ready.set()
 
     def _is_ready(self) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastload.cache import CacheDirectory
+from fastload.config import CacheLimits
 from fastload.errors import FastloadError, to_wire
 from fastload.service.logs import ServiceLog
 from fastload.service.server import Server
@@ -30,7 +31,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     starter = _Starter(options.ready_fd)
     try:
-        directory = CacheDirectory.open(Path(options.directory))
+        limits = None if options.limits is None else CacheLimits(**json.loads(options.limits))
+        directory = CacheDirectory.open(Path(options.directory), otherwise=limits)
         if not directory.try_lock():
             starter.tell({"status": "taken"})
             return 0
@@ -40,6 +42,10 @@ def main(arguments: Sequence[str]) -> int:
         log.error("%s", error)
         starter.tell({"status": "error", "error": list(to_wire(error))})
         return 1
+    except FileNotFoundError:  # the directory was removed while we began: whoever started us makes it again
+        log.exception("the directory was removed")
+        starter.tell({"status": "taken"})
+        return 0
     directory.unlock()
     log.info("ended")
     if not ended:
@@ -51,6 +57,7 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fastload.service", description="The cache service of a directory.")
     parser.add_argument("--directory", required=True, help="the cache directory")
+    parser.add_argument("--limits", help="those of whoever starts this, for a directory that has none; as JSON")
     parser.add_argument("--idle-s", type=float, default=30.0, help="seconds to live after the last consumer")
     parser.add_argument("--ready-fd", type=int, default=-1, help="a pipe on which to report how the start went")
     parser.add_argument("--detach", action="store_true", help="be nobody's child")

@@ -7,8 +7,9 @@ not ours is closed without a word, one of another version with a word.
 A service ends `idle_s` after its last consumer, at SIGTERM, or when whoever runs it says so (`stop`). At the end
 nothing is loaded into any buffer after the sockets are closed, so that consumers may go on reading what they hold.
 The socket file goes before the lock: whoever gets the lock next finds the place clean. A service whose directory was
-removed ends with its last consumer, since nobody finds it any more, and writes nothing there: the removal may be under
-way, or another service at that path by now.
+removed or emptied writes nothing there any more: the removal may be under way, or another service at that path by now.
+Nobody new finds it, so it ends, after some seconds in which the removal may come to its end; its consumers then elect
+another one, which makes the directory anew.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ _ACCEPT_AGAIN_S = 0.5
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # How long reads and writes under way may take to end.
 _END_S = 5.0
+# How often is looked whether the directory is still there; one that is missed twice is given up.
+_LOOK_S = 2.0
 
 
 class Peer:
@@ -193,6 +196,8 @@ class Server:
         self._accept_timer: asyncio.TimerHandle | None = None
         self._is_ending = False
         self._listener: socket.socket | None = None
+        self._look_timer: asyncio.TimerHandle | None = None
+        self._was_lost = False
         self._stopped = asyncio.Event()
 
     async def run(self, ready: Callable[[], bool]) -> bool:
@@ -204,7 +209,9 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self._core = Core(self._directory, self._loop)
         try:
-            self._listener = self._listen()
+            self._listener = self._directory.listen()
+            self._look_pool = self._core.pool("directory")
+            self._look_again()
             self._loop.add_reader(self._listener.fileno(), self._accept)
             first_s = max(self._idle_s or 0.0, _FIRST_CONSUMER_S if ready() else 0.0)
             self._wait_for_consumers(None if self._idle_s is None else first_s)
@@ -228,16 +235,23 @@ class Server:
             if sock is not None and sock.fileno() >= 0:
                 os.close(sock.detach())
 
-    def _listen(self) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with self._directory.socket_address() as address:
-            with contextlib.suppress(FileNotFoundError):  # left by a service that was killed
-                os.unlink(address)
-            sock.bind(address)
-            os.chmod(address, 0o600)
-        sock.listen(128)
-        sock.setblocking(False)
-        return sock
+    # The directory may go
+
+    def _look_again(self) -> None:
+        self._look_timer = self._loop.call_later(_LOOK_S, self._look)
+
+    def _look(self) -> None:
+        """In a thread, since the disk may hang."""
+        self._look_pool.submit(lambda: self._directory.is_lost, done=self._looked)
+
+    def _looked(self, is_lost: bool | None, error: BaseException | None) -> None:
+        if is_lost and self._was_lost:
+            log.warning(
+                "%s was removed or emptied; whoever needs it makes it anew, and a service with it", self._directory.path
+            )
+            self.stop()
+        self._was_lost = bool(is_lost)
+        self._look_again()
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -292,7 +306,7 @@ class Server:
         self._idle_timer = self._loop.call_later(_HELLO_S, self.stop)
 
     def _end(self) -> bool:
-        for timer in (self._idle_timer, self._accept_timer):
+        for timer in (self._idle_timer, self._accept_timer, self._look_timer):
             if timer is not None:
                 timer.cancel()
         self._idle_s = None
@@ -300,8 +314,7 @@ class Server:
             self._loop.remove_reader(self._listener.fileno())
             # Not on a disk that hangs: whoever serves next removes it. And not another service's.
             if not self._core.disk_hangs and not self._directory.is_lost:
-                with contextlib.suppress(FileNotFoundError), self._directory.socket_address() as address:
-                    os.unlink(address)  # if nobody emptied the directory
+                self._directory.remove_socket()
             self._listener.close()
         for peer in list(self._peers):
             peer.close()

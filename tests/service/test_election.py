@@ -7,16 +7,14 @@ import os
 import shutil
 import threading
 from pathlib import Path
-from typing import BinaryIO
 
 import pytest
 
-import fastload
 from fastload.errors import CacheError, ServiceError
 from fastload.service import Handle as Cache
 from fastload.service import election, protocol
 from fastload.service.election import EndedSilentlyError
-from tests.processes import kill_service, until
+from tests.processes import until
 from tests.service.helpers import CHUNK_BYTES, service_pid
 
 # Python runs this in every process that it starts: a service dies at once while there is a file left to take.
@@ -86,33 +84,6 @@ def test_a_consumer_that_is_closed_does_not_go_on_starting(tmp_path: Path) -> No
 
     with pytest.raises(ServiceError, match="the consumer is closed"):
         election.connect(cache._directory, hello, start, closed)
-
-
-def test_a_directory_that_is_gone_is_an_error_for_those_who_wait(tmp_path: Path) -> None:
-    """Its service lives on without it; once that has died too, nobody waits for another."""
-    cache = Cache(tmp_path / "cache", ram_bytes=4 * CHUNK_BYTES, disk_bytes=0, chunk_bytes=CHUNK_BYTES)
-    path = tmp_path / "object"
-    path.write_bytes(bytes(8 * CHUNK_BYTES))
-    answers: list[object] = []
-
-    def read(file: BinaryIO) -> None:
-        try:
-            answers.append(file.read(1))
-        except CacheError as error:
-            answers.append(str(error))
-
-    with cache, fastload.open(path, cache) as file:
-        assert file.read(1) == b"\0"
-        shutil.rmtree(cache.directory)
-        kill_service(cache.directory)
-        file.seek(6 * CHUNK_BYTES)
-        threading.Thread(target=read, args=(file,), daemon=True).start()
-        until(lambda: answers)
-        assert f"{cache.directory} was removed while it was in use" in str(answers[0])
-        with pytest.raises(CacheError, match="was removed while it was in use; make its Cache anew"):
-            fastload.open(path, cache)
-    with Cache(cache.directory) as again, fastload.open(path, again) as opened:
-        assert opened.size == 8 * CHUNK_BYTES
 
 
 def test_a_service_whose_directory_was_removed_leaves_the_next_one_its_socket(tmp_path: Path) -> None:
