@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from fastload.cache import CacheDirectory
-from fastload.service import Cache, protocol, server
+from fastload.service import Handle as Cache
+from fastload.service import protocol, server
 from fastload.service.server import Server
 from tests.service.helpers import CHUNK_BYTES, eventually
 
