@@ -110,8 +110,7 @@ class Fastload:
         self._loader: Any = None
         self._directory = os.path.join(settings.folder, "fastload")
         self._cache = fastload.Cache(self._directory, ram_bytes=settings.ram_bytes, disk_bytes=settings.disk_bytes)
-        # Starts the service and keeps it. "Up" means that its arena is populated too, which it does in the background
-        # when it starts, once in its life; what that costs is a figure of its own.
+        # Starts the service and keeps it. What that costs is a figure of its own.
         self._keeper = handle_of(self._cache).consumer(name="keeper")
         measure.wait_until_idle(self.processes())
 

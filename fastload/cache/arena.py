@@ -10,6 +10,8 @@ First touch of fresh memory runs at about 1 GB/s, use of touched memory at 20. S
 of use, in pieces, by an madvise that lets go of the GIL: MAP_POPULATE would hold it for half a second a GiB. How
 far ahead is the caller's to say: what is never touched costs no memory.
 
+Memory that is sealed cannot be given back in parts, so an arena that nobody uses goes over to fresh memory (`renew`).
+
 The arena knows nothing of which chunk lies where; that is the service's state. A view that outlives `close()`
 keeps its mapping until it is gone itself.
 """
@@ -21,6 +23,8 @@ import errno
 import fcntl
 import mmap
 import threading
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -51,10 +55,10 @@ class Arena:
         self._map: mmap.mmap | None = None
         self._view = memoryview(b"")
         try:
-            self._make()
+            self.fd, self._map = _new_memory(self.byte_count)
         except (OSError, ValueError, OverflowError) as error:  # the latter: more than can be addressed
-            self.close()
             raise CacheError(f"cannot make an arena of ram_bytes={ram_bytes}: {error}; {_CURE}") from error
+        self._view = memoryview(self._map)
 
     def buffer(self, number: int) -> memoryview:
         """Buffer `number`: `chunk_bytes` writable bytes that start on a page."""
@@ -82,22 +86,24 @@ class Arena:
                     return piece
         return end
 
+    def renew(self) -> Callable[[], None]:
+        """Go over to fresh memory, which takes up nothing; what the old holds is lost.
+
+        Returns what lets go of the old, for a thread: it takes up to half a second for each GiB that was touched.
+        OSError where the system has no other to give, and then nothing has changed.
+        """
+        fd, mapping = _new_memory(self.byte_count)
+        with self._closing:
+            old = self.fd, self._map, self._view
+            self.fd, self._map, self._view = fd, mapping, memoryview(mapping)
+        return partial(_let_go, *old)
+
     def close(self) -> None:
         """Let go of the memory, at once or when the last buffer in use goes. May be called twice."""
         with self._closing:
-            mapping, self._map = self._map, None
-            if mapping is not None:
-                _close_mapping(mapping, self._view)
-            fd, self.fd = self.fd, -1
-            if fd >= 0:
-                syscalls.close(fd)
-
-    def _make(self) -> None:
-        self.fd = syscalls.memfd_create("fastload-arena")
-        syscalls.ftruncate(self.fd, self.byte_count)
-        self._map = syscalls.mmap_shared(self.fd, self.byte_count, writable=True)
-        self._view = memoryview(self._map)
-        _seal(self.fd)
+            old = self.fd, self._map, self._view
+            self.fd, self._map = -1, None
+            _let_go(*old)
 
 
 class ArenaView:
@@ -128,6 +134,26 @@ class ArenaView:
         self.array = np.empty(0, np.uint8)
         if mapping is not None:
             _close_mapping(mapping, self._view)
+
+
+def _new_memory(byte_count: int) -> tuple[int, mmap.mmap]:
+    """Shared memory that keeps its size: its descriptor, and how we see it."""
+    fd = syscalls.memfd_create("fastload-arena")
+    try:
+        syscalls.ftruncate(fd, byte_count)
+        mapping = syscalls.mmap_shared(fd, byte_count, writable=True)
+        _seal(fd)
+    except BaseException:
+        syscalls.close(fd)
+        raise
+    return fd, mapping
+
+
+def _let_go(fd: int, mapping: mmap.mmap | None, view: memoryview) -> None:
+    if mapping is not None:
+        _close_mapping(mapping, view)
+    if fd >= 0:
+        syscalls.close(fd)
 
 
 def _seal(fd: int) -> None:

@@ -111,6 +111,16 @@ class BufferTable:
         self.status[buffer] = FREE
         self._free.append(buffer)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no chunk lies in any buffer."""
+        return not any(self.chunks)
+
+    def renewed(self) -> None:
+        """No buffer was ever used, since all have fresh memory; they are empty."""
+        self.used_count = 0
+        self._free.sort(reverse=True)
+
     def touch(self, chunk: Chunk) -> None:
         """The chunk was let go of just now."""
         self._clock += 1

@@ -13,6 +13,7 @@ The core knows no sockets: a consumer is a `send` function, so tests drive it di
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,13 @@ from fastload.service.stores import Opener
 from fastload.service.versions import Versions
 from fastload.service.warm import WarmPlan
 from fastload.service.wishes import Wishes
+
+log = logging.getLogger("fastload.service")
+
+# The arena's memory is given back so long after the last consumer went: the next job, or the next epoch's workers, may
+# be about to come for what it holds.
+RELEASE_AFTER_S = 10.0
+_RELEASE_AGAIN_S = 1.0
 
 Send = Callable[[protocol.Message], None]
 
@@ -72,6 +80,9 @@ class Core:
         self._closed = False
         self._turn_due = self._flush_due = False
         self._looking_again = False
+        self._release_timer: asyncio.TimerHandle | None = None
+        self._memory_pool = parts.pools.make("memory", 1)
+        self._memory_pool.finishes = True
         self.service_id = os.urandom(16)
         self.chunk_bytes = parts.limits.chunk_bytes
         self.arena, self.disk = parts.arena, parts.disk
@@ -138,6 +149,8 @@ class Core:
         consumer = ConsumerState(hello, self._parts.stores.add(hello.store), send)
         consumer.load_order = self._loader.order
         self.consumers[consumer] = None
+        if self._release_timer is not None:
+            self._release_timer.cancel()
         self._history.connect(consumer, hello)
         if "disk_bytes" in hello.limits:
             self._quota.change(hello.limits["disk_bytes"])
@@ -152,7 +165,26 @@ class Core:
         self._history.disconnect(consumer)
         self._parts.stores.remove(consumer.options_key)
         self._flush_soon()
+        if not self.consumers:
+            self._release_timer = self._loop.call_later(RELEASE_AFTER_S, self._release)
         self._wake()
+
+    def _release(self) -> None:
+        """Nobody has come again: give back the memory of the arena, once nothing is on its way into it or out of it."""
+        if self._closed or not self.arena.touched_bytes:
+            return
+        self._residency.drop_idle()
+        if not self._table.is_empty:
+            self._release_timer = self._loop.call_later(_RELEASE_AGAIN_S, self._release)
+            return
+        try:
+            let_go = self.arena.renew()
+        except OSError as error:
+            log.warning("the arena's memory cannot be given back: %s", error)
+            return
+        self._table.renewed()
+        self._parts.populator.renewed()
+        self._memory_pool.submit(let_go, done=_gone)
 
     def _flush_soon(self) -> None:
         """Not at once: whoever removes a cache's directory as its job ends would meet a file that comes into it."""
@@ -271,7 +303,7 @@ class Core:
         for action in actions:
             self._carry_out(action)
         self._fetches.settled()
-        self._parts.populator.used(self._table.used_count)
+        self._parts.populator.need(self._table.used_count, self._pins.buffers_needed)
         if self._watch.stalled and self._table.stranded_count == self._table.count:
             self._refuse_demands()
         self._ledger.grant_deferred()
@@ -381,6 +413,11 @@ class Core:
         parts.populator.close()
         parts.arena.close()
         return ended
+
+
+def _gone(_: None, error: BaseException | None) -> None:
+    if error is not None:
+        log.warning("the arena's memory was not given back: %s", error)
 
 
 def _told(consumer: ConsumerState) -> Plan | None:

@@ -26,8 +26,12 @@ from fastload.service.troubles import Troubles
 class Touching(Protocol):
     """Has the arena's memory ready before it is used. See `Populator`."""
 
-    def used(self, buffer_count: int) -> None:
-        """The first `buffer_count` buffers have been used."""
+    def need(self, used_count: int, needed_count: int) -> None:
+        """The first `used_count` buffers have been used, and `needed_count` will be."""
+        ...
+
+    def renewed(self) -> None:
+        """The arena has fresh memory, and nothing is needed of it yet."""
         ...
 
     def close(self) -> None:

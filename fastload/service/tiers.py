@@ -4,6 +4,7 @@ contract; a simulation has others, which hold no bytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -40,6 +41,10 @@ class Ram(Protocol):
 
     def buffer(self, number: int) -> memoryview:
         """Buffer `number`."""
+        ...
+
+    def renew(self) -> Callable[[], None]:
+        """Go over to fresh memory; what the old holds is lost. Returns what lets go of it, for a thread."""
         ...
 
     def close(self) -> None:

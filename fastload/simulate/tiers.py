@@ -27,6 +27,10 @@ class VirtualArena:
         """Nothing."""
         return _NOTHING
 
+    def renew(self) -> Callable[[], None]:
+        """Nothing to go over to."""
+        return lambda: None
+
     def close(self) -> None:
         """Nothing to let go of."""
 
@@ -34,7 +38,10 @@ class VirtualArena:
 class Untouched:
     """Memory that costs nothing needs no touching."""
 
-    def used(self, buffer_count: int) -> None:
+    def need(self, used_count: int, needed_count: int) -> None:
+        """Nothing to do."""
+
+    def renewed(self) -> None:
         """Nothing to do."""
 
     def close(self) -> None:
