@@ -304,6 +304,11 @@ def test_lists_in_lists_and_beside_shards(put: Any, url: str, cache: Cache) -> N
         (wids([1], ["absent.tar"]), ObjectMissingError, "absent.tar"),
         (wids([1], ["shard-{0000..0001}.tar"]), ConfigError, "a pattern or prefix"),
         (wids([1], ["./"]), ConfigError, "a pattern or prefix"),
+        (
+            json.dumps({"shardlist": [{"url": NAMES[0], "filesize": 5}]}).encode(),
+            ConfigError,
+            f"{NAMES[0]} has 5 bytes, and it has {len(DATA.shards[NAMES[0]])}",
+        ),
         (wids([], [], datasets=[{"source_url": "index.json"}]), ConfigError, "is named by a list and names another"),
     ],
 )

@@ -96,6 +96,14 @@ def _named(consumer: Consumer, part: wids.Shards, list_url: str) -> _Listed:
         raise ConfigError(f"{list_url} names {odd}, a pattern or prefix; a list names each shard by itself")
     none = ObjectTable.of([])
     shards = consumer.resolve(part.urls, SHARD_ENDINGS) if part.urls else none
+    promised = np.array(part.sizes, np.int64)
+    wrong = np.flatnonzero((promised >= 0) & (promised != shards.sizes))
+    if len(wrong):
+        url, promise, size = part.urls[wrong[0]], promised[wrong[0]], shards.sizes[wrong[0]]
+        raise ConfigError(
+            f"{list_url} says that {url} has {promise} bytes, and it has {size}: it was cut short, or is another one; "
+            "upload it again, or correct the list"
+        )
     return _Listed(shards, np.array(part.sample_counts, np.int64), none)
 
 

@@ -30,6 +30,7 @@ _Kind = TypeVar("_Kind")
 class _Shard(msgspec.Struct):
     url: str
     nsamples: int = -1
+    filesize: object = None
 
 
 class _Dataset(msgspec.Struct):
@@ -47,10 +48,13 @@ class _List(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """Some shards of a list: their URLs, and how many samples they should hold; -1: it does not say."""
+    """Some shards of a list: their URLs, how many samples they should hold and of how many bytes they should be; -1: it
+    does not say.
+    """
 
     urls: list[str]
     sample_counts: list[int]
+    sizes: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +107,13 @@ def _shards(shards: list[_Shard], base: str | None, url: str) -> Shards:
     for shard in shards:
         if shard.nsamples < -1:
             raise ConfigError(f"{url} says that {shard.url} has {shard.nsamples} samples; correct the list")
-    return Shards([_joined(place, shard.url, url) for shard in shards], [shard.nsamples for shard in shards])
+    urls = [_joined(place, shard.url, url) for shard in shards]
+    return Shards(urls, [shard.nsamples for shard in shards], [_size(shard.filesize) for shard in shards])
+
+
+def _size(told: object) -> int:
+    """Lists that others made may have anything there."""
+    return told if isinstance(told, int) and 0 <= told < 1 << 63 else -1
 
 
 def _joined(place: str, name: str, url: str) -> str:

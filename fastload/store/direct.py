@@ -26,6 +26,7 @@ from obstore.store import S3Store
 from fastload.errors import ConfigError
 from fastload.store import settings
 from fastload.store.answers import is_strong
+from fastload.store.checksums import ASK
 from fastload.store.environment import as_bool
 from fastload.store.httpreader import HttpReader, trusts_somebody
 from fastload.store.options import StoreOptions
@@ -62,6 +63,7 @@ class DirectReader:
         """`ask(key, headers)` addresses and signs a request, as a rule to `origin`; `make_reader(origin)` sends it."""
         self._ask, self._make_reader = ask, make_reader
         self.signs_urls = signs_urls
+        self._is_plain = origin.startswith("http:")
         self._lock = threading.Lock()
         self._readers = {origin: make_reader(origin)}
 
@@ -69,7 +71,10 @@ class DirectReader:
         """Fill `out` from `start`, if the object is still that version. Errors of `HttpReader`, and of obstore where it
         signs.
         """
-        headers = {"Range": f"bytes={start}-{start + len(out) - 1}"}
+        # A checksum comes with the whole object only, and only for a request without a range. A signed URL would have
+        # to be signed for the header, too.
+        is_checked = self._is_plain and not self.signs_urls and len(out) == info.size
+        headers = dict(ASK) if is_checked else {"Range": f"bytes={start}-{start + len(out) - 1}"}
         if is_strong(info.etag):
             headers["If-Match"] = str(info.etag)
         request = self._ask(key_of(info.url), headers)

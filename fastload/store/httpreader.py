@@ -41,6 +41,7 @@ from typing import cast
 from fastload.errors import StoreError, StoreUnavailableError
 from fastload.store import watch
 from fastload.store.answers import Refusal, is_doubtful, truncated, unreachable, unresolved
+from fastload.store.checksums import told
 from fastload.store.proxies import Proxy
 from fastload.store.replies import Reply, asked, bad_reply, misfit, size_told
 from fastload.store.types import ObjectInfo
@@ -102,6 +103,12 @@ class HttpReader:
                 raise truncated(info.url, got, len(out), start)
             if sock is None and response.read(1) != b"":
                 came = f"{reply}, and a body that goes on behind them"
+                raise bad_reply(info.url, self.endpoint, asked(info, start, len(out)), came)
+            if self._secure:
+                return
+            checksum = told(response.getheaders(), reply.etag, is_whole=len(out) == info.size)
+            if checksum is not None and not checksum.is_of(out):
+                came = f"{reply}, whose bytes are not those of its {checksum.algorithm}"
                 raise bad_reply(info.url, self.endpoint, asked(info, start, len(out)), came)
 
     def first_byte(self, url: str, target: str) -> Reply:

@@ -25,7 +25,7 @@ def parse_one(url: str = URL, **fields: object) -> Shards:
 def test_a_list_as_wids_index_writes_it() -> None:
     row = {"url": "a.tar", "nsamples": 5, "filesize": 10240, "md5sum": "0123"}
     found = parse_one(__kind__="wids-shard-index-v1", wids_version=1, name="set", info="", shardlist=[row])
-    assert found == Shards(["s3://bucket/sets/a.tar"], [5])
+    assert found == Shards(["s3://bucket/sets/a.tar"], [5], [10240])
     assert parse_one(shardlist=[{"url": "a.tar"}]).sample_counts == [-1]
 
 
@@ -68,10 +68,10 @@ def test_parts_come_in_order() -> None:
         ],
     }
     assert parse(json.dumps(data).encode(), URL) == [
-        Shards(["s3://base/a.tar"], [1]),
+        Shards(["s3://base/a.tar"], [1], [-1]),
         Source("s3://bucket/sets/more.json"),
-        Shards(["s3://base/b.tar"], [2]),
-        Shards(["s3://own/c.tar"], [3]),
+        Shards(["s3://base/b.tar"], [2], [-1]),
+        Shards(["s3://own/c.tar"], [3], [-1]),
     ]
 
 

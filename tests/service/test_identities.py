@@ -57,7 +57,8 @@ class Objects:
     def __call__(self, handler: Handler) -> None:
         key = re.search(r"Credential=([^/]+)", handler.headers.get("Authorization") or "")
         self.asked_as.add(key[1] if key else "")
-        start, end = map(int, re.findall(r"\d+", handler.headers["Range"]))
+        wanted = handler.headers.get("Range") or f"bytes=0-{len(self.data) - 1}"
+        start, end = map(int, re.findall(r"\d+", wanted))
         body = self.data[start : end + 1]
         handler.send_response(206)
         handler.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(self.data)}")

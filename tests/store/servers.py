@@ -136,7 +136,7 @@ class Liar:
     second_looks: int = 0
 
     def __call__(self, handler: Handler) -> None:
-        is_read = handler.command == "GET" and handler.headers.get("Range") not in (None, "bytes=0-0")
+        is_read = handler.command == "GET" and handler.headers.get("Range") != "bytes=0-0"
         if self.lied_over:
             self.used_after.append(handler.client_address)
             self.second_looks += not is_read

@@ -138,7 +138,14 @@ def test_addresses_as_obstore_writes_them(tmp_path: Path) -> None:
     assert all("X-Amz-Signature=" in target for target in signed)
     assert all("authorization" in headers for headers in seen.headers[::2])
     assert all("authorization" not in headers for headers in seen.headers[1::2])
-    assert {(headers["range"], headers["if-match"]) for headers in seen.headers} == {("bytes=0-4", '"e"')}
+    assert {headers["if-match"] for headers in seen.headers} == {'"e"'}
+    # All of it is asked for with its checksum, where the header can be signed, and then without a range.
+    assert {(headers.get("range"), headers["x-amz-checksum-mode"]) for headers in seen.headers[::2]} == {
+        (None, "ENABLED")
+    }
+    assert {(headers["range"], headers.get("x-amz-checksum-mode")) for headers in seen.headers[1::2]} == {
+        ("bytes=0-4", None)
+    }
 
 
 def test_a_session_token_is_sent_by_both_signatures(tmp_path: Path) -> None:
