@@ -43,7 +43,7 @@ from fastload.store import watch
 from fastload.store.answers import Refusal, is_doubtful, truncated, unreachable, unresolved
 from fastload.store.checksums import told
 from fastload.store.proxies import Proxy
-from fastload.store.replies import Reply, asked, bad_reply, misfit, size_told
+from fastload.store.replies import Reply, asked, bad_reply, check, size_told
 from fastload.store.types import ObjectInfo
 
 _CONNECT_S = 10.0
@@ -87,15 +87,14 @@ class HttpReader:
         """Fill `out` with the bytes of that version of the object from `start`.
 
         `target` is its path and query, encoded; `headers` must ask for that range. Raises what `Refusal.error` and
-        `misfit` give, and `StoreUnavailableError` for a connection that fails or a body that ends early. After a reply
+        `check` give, and `StoreUnavailableError` for a connection that fails or a body that ends early. After a reply
         that does not fit, the next request goes over a new connection.
         """
         with self._asked(info.url, target, headers) as (response, connection, reply):
             if reply.status >= 300 and reply.status != 304:
                 body = response.read(_BODY_MAX).decode(errors="replace")
                 raise Refusal.from_body(reply.status, body).error(info.url, self.endpoint)
-            if (error := misfit(reply, info, start, len(out), self.endpoint)) is not None:
-                raise error
+            check(reply, info, start, len(out), self.endpoint)
             # Where nothing says how long the body is, or the connection ends with it, it is the response's to read.
             sock = connection.sock if response.length is not None else None
             got = _fill(response, sock, out)
@@ -108,7 +107,7 @@ class HttpReader:
                 return
             checksum = told(response.getheaders(), reply.etag, is_whole=len(out) == info.size)
             if checksum is not None and not checksum.is_of(out):
-                came = f"{reply}, whose bytes are not those of its {checksum.algorithm}"
+                came = f"{reply}, whose bytes do not have the {checksum.algorithm} that it names"
                 raise bad_reply(info.url, self.endpoint, asked(info, start, len(out)), came)
 
     def first_byte(self, url: str, target: str) -> Reply:

@@ -8,7 +8,7 @@ import re
 import ssl
 from collections.abc import Iterator
 
-from fastload.errors import ConfigError, StoreError
+from fastload.errors import ConfigError, ObjectMissingError, StoreError
 from fastload.store.answers import is_strong
 from fastload.store.httpreader import HttpReader
 from fastload.store.options import StoreOptions
@@ -22,7 +22,7 @@ SCHEMES = frozenset({"http", "https"})
 
 _SIGNED = re.compile(r"[?&](X-Amz-Signature|X-Goog-Signature|Signature|sig)=", re.IGNORECASE)
 
-# A server without ranges says so each time; one bad reply more is not worth a job.
+# What a server without ranges says, it says each time; and what is not there, is not there twice.
 _LOOKS = 3
 
 
@@ -49,8 +49,13 @@ class HttpStore:
     def head(self, url: str) -> ObjectInfo:
         """The object at `url`, by asking for its first byte."""
         target = _target(url)
-        for _ in range(_LOOKS):
-            reply = self._reader.first_byte(url, target)
+        for look in range(_LOOKS):
+            try:
+                reply = self._reader.first_byte(url, target)
+            except ObjectMissingError:
+                if look:
+                    raise
+                continue
             size = size_told(reply)
             if size is not None:
                 return ObjectInfo(url, size, reply.etag, reply.mtime_ns)

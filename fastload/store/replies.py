@@ -95,6 +95,15 @@ class Reply:
         return f"{self.status} with {said}" + (f", ETag {self.etag}" if self.etag else "")
 
 
+def check(reply: Reply, info: ObjectInfo, start: int, length: int, endpoint: str) -> None:
+    """Raises what `misfit` says."""
+    if (error := misfit(reply, info, start, length, endpoint)) is not None:
+        try:
+            raise error
+        finally:
+            del error  # else it holds this frame, and by it the buffer of who called, in a cycle
+
+
 def misfit(reply: Reply, info: ObjectInfo, start: int, length: int, endpoint: str) -> StoreError | None:
     """None where `reply` holds `length` bytes of this version of the object from `start`; else the error that it is:
     `ObjectChangedError` where it speaks of another version, which a second look has to confirm, or `BadReplyError`.

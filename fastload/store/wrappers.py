@@ -212,8 +212,8 @@ class Limited(_Around):
 class SecondLook(_Around):
     """Believes no single reply that would end a job: the store is asked once more, over another connection.
 
-    Another version, or none, of an object that was listed: its head decides. A denial, or nothing under a prefix: the
-    same again. Where the second reply takes back the first, that is a bad reply, which is retried.
+    Another version, or none, of an object that was listed: its head decides, and where it takes the reply back, that
+    was a bad one, which is retried. A denial, some other refusal, or nothing under a prefix: the same is asked again.
     """
 
     def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
@@ -247,8 +247,10 @@ class SecondLook(_Around):
 def _twice(request: Callable[[], _Result]) -> _Result:
     try:
         return request()
-    except AccessDeniedError:
-        return request()
+    except StoreError as error:
+        if type(error) not in (AccessDeniedError, StoreError):
+            raise
+    return request()
 
 
 class Counted(_Around):
