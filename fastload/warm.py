@@ -16,6 +16,7 @@ from fastload.engine.listing import attach, find_sidecars, list_shards
 from fastload.engine.manifests import shared_manifest
 from fastload.engine.shards import ShardTable
 from fastload.engine.windows import window_chunks
+from fastload.history.library import WARMING
 from fastload.node import AnyCache, handle_of
 from fastload.plan import Manifest, OrderWish, Ranks, objects_in_use_order
 from fastload.service.client import Consumer
@@ -70,7 +71,7 @@ def warm(
     Raises the errors of listing, fetching and indexing, as a job would.
     """
     handle = handle_of(cache)
-    with handle.consumer(storage_options, "warm") as consumer:
+    with handle.consumer(storage_options, WARMING) as consumer:
         manifest = _manifest(consumer, job)
         sidecars = find_sidecars(consumer, manifest, job.index)
         attach(consumer, manifest, sidecars)
@@ -100,7 +101,7 @@ def warm_run(
     Blocks until everything is there, or the cache is full. Objects that are gone are left out; other errors of the
     store are raised.
     """
-    with handle_of(cache).consumer(storage_options, "warm") as consumer:
+    with handle_of(cache).consumer(storage_options, WARMING) as consumer:
         objects = consumer.present(urls)
         missing_count = len(urls) - len(objects)
         if not len(objects):

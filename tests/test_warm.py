@@ -12,6 +12,8 @@ from rich.progress import MofNCompleteColumn
 
 import fastload
 from fastload.cli.caching import shown
+from fastload.history.archive import Archive
+from fastload.history.library import Library
 from tests.processes import service_pids, until
 from tests.shards import check_samples, corpus, samples_of
 
@@ -45,6 +47,39 @@ def test_a_job_that_follows_fetches_nothing(s3, tmp_path: Path, shuffle: bool) -
     again = warm(url, directory, "--seed=3")
     assert again.returncode == 0
     assert "0 B fetched" in again.stderr
+
+
+def test_what_was_warmed_is_remembered_as_a_run(s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its order, also where all was there; so a cache that was emptied can be filled with it again."""
+    monkeypatch.setenv("FASTLOAD_IDLE_S", "0.2")
+    data = corpus()
+    url, directory = data.put(s3), tmp_path / "cache"
+    for _ in range(2):
+        assert warm(url, directory, "--disk-bytes=64MiB", "--seed=3").returncode == 0
+    archive = Archive(directory)
+    again, first = (archive.read(each) for each in archive.runs())
+    chunks = sum(-(-len(content) // (64 << 10)) for content in data.shards.values())
+    assert len(first.reads) == len(again.reads) == chunks
+    assert first.summary.lanes == {"warm": 1}
+    assert first.summary.read_bytes == sum(map(len, data.shards.values()))
+    orders = [[info.url for info in run.objects] for run in (first, again)]
+    assert orders[0] == orders[1] != sorted(orders[0])
+    assert len(orders[0]) == len(data.shards)
+    # Whoever reads in an order that nobody told is not led by it.
+    assert len(Library([first, again], 64 << 10)) == 0
+    # What was found out about the store serves the next run.
+    (endpoint,) = first.summary.endpoints.values()
+    assert endpoint.request_count > 0
+
+    with fastload.Cache(directory) as cache:
+        assert cache.clear() > 0
+    until(lambda: not service_pids(directory))
+    command = [FASTLOAD, "warm", "--from-history=latest", "--cache", directory]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(data.shards)} objects" in done.stderr
+    assert "0 B fetched" not in done.stderr
+    until(lambda: not service_pids(directory))
 
 
 def test_a_cache_that_is_too_small_says_so(s3, tmp_path: Path) -> None:

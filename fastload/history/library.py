@@ -21,6 +21,9 @@ from fastload.history.runfile import Run
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
 
+WARMING = "warm"
+"""The name of readers that only fill a cache (see `fastload.warm`)."""
+
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
@@ -38,8 +41,11 @@ class Library:
     """Immutable; made in any thread. Takes 44 bytes a read, and what the objects take."""
 
     def __init__(self, runs: Sequence[Run], chunk_bytes: int) -> None:
-        """Of these runs, the newest first, those whose chunks are of the same size."""
-        shelves = [_Shelf(run) for run in runs if run.summary.chunk_bytes == chunk_bytes and len(run.reads)]
+        """Of these runs, the newest first, those whose chunks are of the same size. Not of those that only warmed a
+        cache: nobody reads in their order.
+        """
+        runs = [run for run in runs if run.summary.chunk_bytes == chunk_bytes and len(run.reads)]
+        shelves = [_Shelf(run) for run in runs if set(run.summary.lanes) != {WARMING}]
         self._shelves = shelves
         counts = [len(shelf) for shelf in shelves]
         self._shelf_starts: Int64 = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

@@ -239,7 +239,7 @@ class Core:
         consumer.append(self._objects.use_rows(message.rows, endpoint))
 
     def _read(self, consumer: ConsumerState, chunk_nos: list[int]) -> None:
-        """What the history hears of it: all but what is read for indexes while the cache is warmed."""
+        """What the history hears of it. Of a plan to warm the cache, it hears what that has come to instead."""
         if isinstance(consumer.plan, WarmPlan):
             return
         for chunk_no in chunk_nos:
@@ -247,8 +247,15 @@ class Core:
             if self._history.read(consumer, entry, index):
                 self._replay.read(consumer, entry.history_key, index)
 
+    def _note_warmed(self, consumer: ConsumerState) -> None:
+        """A plan to warm the cache counts as read as far as it has come, so that the history has its order."""
+        if isinstance(consumer.plan, WarmPlan):
+            for _, entry, index in consumer.plan.newly_settled():
+                self._history.read(consumer, entry, index)
+
     def _detach(self, consumer: ConsumerState) -> None:
         """End its leases, wants and plan, and forget its objects."""
+        self._note_warmed(consumer)
         self._replay.left(consumer)
         self._ledger.drop_consumer(consumer)
         self._plans.end(consumer)
@@ -269,6 +276,7 @@ class Core:
     # Plans
 
     def _set_plan(self, consumer: ConsumerState, message: protocol.SetPlan) -> None:
+        self._note_warmed(consumer)
         self._replay.left(consumer)
         consumer.load_order = self._loader.order
         plan = self._plans.set(consumer, message, to_disk=self.disk.writable)
@@ -311,6 +319,7 @@ class Core:
         if wait_s is not None:
             self._loop.call_later(wait_s, self._wake)
         for consumer in self.consumers:
+            self._note_warmed(consumer)
             consumer.flush()
 
     def _disk_is_quick(self) -> bool:

@@ -31,6 +31,7 @@ class WarmPlan(Plan):
         self._states = bytearray(self.chunk_count)
         self._next = 0  # everything below is settled or in hand
         self._in_hand: set[int] = set()
+        self._told_of = 0  # everything below is settled, and whoever keeps history knows it
         self.more_to_look_at = False
         self.full = False  # a chunk found no room: those behind it are not tried
         self.error: BaseException | None = None
@@ -120,6 +121,14 @@ class WarmPlan(Plan):
             if self._to_do(position):
                 self._settle(position, held=False)
         self._next = self.chunk_count
+
+    def newly_settled(self) -> Iterator[Step]:
+        """What was settled since, in the plan's order: no position before those ahead of it."""
+        for step in self._steps(self._told_of):
+            if self._states[step[0]] == OPEN:
+                return
+            self._told_of = step[0] + 1
+            yield step
 
     @property
     def in_hand_count(self) -> int:
