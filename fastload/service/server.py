@@ -40,6 +40,8 @@ _HELLO_S = 20.0
 # Without descriptors or memory for another connection, the next look is so much later; who waits is in the queue.
 _ACCEPT_AGAIN_S = 0.5
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+# Letters of the reason why a conversation was ended.
+_WHY_MAX = 400
 # How long reads and writes under way may take to end.
 _END_S = 5.0
 # How often is looked whether the directory is still there; one that is missed twice is given up.
@@ -127,8 +129,9 @@ class Peer:
                 if not self._closed:
                     self._take(payload)
         except FastloadError as error:
-            log.error("a consumer was cut off: %s", error)
-            self._refuse(str(error))
+            why = " ".join(str(error).split())[:_WHY_MAX]  # which may hold what it said, whatever that was
+            log.error("a consumer was cut off: %s", why)
+            self._refuse(why)
         except Exception as error:  # a defect; whoever waits for an answer is told
             log.exception("a consumer was cut off")
             self._refuse(repr(error))

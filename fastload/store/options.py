@@ -20,6 +20,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import msgspec
+
 from fastload.errors import ConfigError
 from fastload.store import environment, settings
 from fastload.store.environment import Found, Profile, as_bool
@@ -120,11 +122,10 @@ class StoreOptions:
             raise ConfigError(
                 f"unknown store options {sorted(unknown)}: the other side runs another version of fastload"
             )
-        pairs = {
-            which: tuple((str(name), str(value)) for name, value in wire.get(which, ()))
-            for which in ("extra", "sources")
-        }
-        return cls(**{**wire, **pairs})
+        try:
+            return msgspec.convert(wire, cls)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"store options of a form that this fastload does not know: {error}") from error
 
     @classmethod
     def from_environment(

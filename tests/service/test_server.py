@@ -184,3 +184,35 @@ def test_a_service_that_may_open_nothing_more(cache: Cache) -> None:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
         sock.settimeout(60)
         assert sock.recv(1)
+
+
+NONSENSE = {
+    "no msgpack": b"\xc1\xc1",
+    "no hello": protocol.Stats(1),
+    "another endpoint than a text": protocol.Hello(protocol.VERSION, 1, "", {"endpoint_url": 5}),
+    "settings that are no pairs": protocol.Hello(protocol.VERSION, 1, "", {"extra": [[[], {}]]}),
+    "unknown settings": protocol.Hello(protocol.VERSION, 1, "", {"x" * 100_000: 1}),
+    "a chunk that is nowhere": protocol.Want([1 << 62], 1, True),
+    "credentials of no form": protocol.Credentials({"deadline_s": [1]}),
+}
+
+
+@pytest.mark.parametrize("what", NONSENSE)
+def test_a_conversation_that_makes_no_sense_is_one_line_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    said = NONSENSE[what]
+    frame = len(said).to_bytes(4, "little") + said if isinstance(said, bytes) else protocol.frame(said)
+    begins = "no " in what or isinstance(said, protocol.Hello)
+
+    async def work(serving: Server) -> None:
+        with await _connect(tmp_path), await _connect(tmp_path, None if begins else HELLO) as sock:
+            await asyncio.get_running_loop().sock_sendall(sock, frame)
+            await _end_of(sock)
+
+    _serve(tmp_path, work)
+    (record,) = [each for each in caplog.records if each.levelname in ("WARNING", "ERROR")]
+    assert "a consumer was cut off: " in record.message
+    assert record.exc_info is None
+    assert "\n" not in record.message
+    assert len(record.message) < 500
