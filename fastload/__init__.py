@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ def __getattr__(name: str) -> Any:
     if name == "decode":
         return _imported("fastload.decode")
     if name not in _HOMES:
-        raise AttributeError(f"module 'fastload' has no attribute {name!r}")
+        # Named, so that Python can say what was meant.
+        raise AttributeError(f"module 'fastload' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
     value = getattr(_imported(_HOMES[name]), name)
     globals()[name] = value
     return value

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
+from fastload.cache import url_without_credentials
 from fastload.errors import ConfigError
+from fastload.store.urls import check_written
 
 CachePolicy = Literal["auto", "pin", "future", "sieve", "lru"]
 
@@ -16,13 +18,28 @@ def checked_urls(urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     """One URL or path or several, as a tuple."""
     if isinstance(urls, str | os.PathLike):
         urls = [urls]
-    try:
-        found = tuple(os.fspath(url) for url in urls)
-    except TypeError as error:
-        raise ConfigError(f"urls={urls!r} must be a URL, a path, or a list of these") from error
+    if not isinstance(urls, Iterable) or isinstance(urls, bytes | Mapping | set | frozenset):
+        raise ConfigError(f"urls={urls!r:.200} must be a URL, a path, or a list of these")
+    given = list(urls)
+    wrong = [url for url in given if not isinstance(url, str | os.PathLike)]
+    if wrong:
+        raise ConfigError(f"urls={given!r:.200}: {wrong[0]!r:.100} is neither a URL nor a path; give a list of these")
+    found = tuple(os.fspath(url) for url in given)
     if not found or not all(isinstance(url, str) and url for url in found):
-        raise ConfigError(f"urls={urls!r} names no shard; give at least one URL, pattern or prefix")
+        raise ConfigError(f"urls={given!r:.200} names no shard; give at least one URL, pattern or prefix")
+    for url in found:
+        check_written(url, url_without_credentials(url))
     return found
+
+
+def checked_path(path: Any, name: str) -> str | None:
+    """A path of a file, or None."""
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"{name}={path!r} must be the path of a file")
+    text = None if path is None else os.fspath(path)
+    if text is not None and (not isinstance(text, str) or not text):
+        raise ConfigError(f"{name}={path!r} must be the path of a file")
+    return text
 
 
 def checked_batch_size(batch_size: int | None) -> int | None:

@@ -9,15 +9,25 @@ the whole at level DEBUG, and `FASTLOAD_TRACEBACK=full` in the environment leave
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import sys
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from fastload.errors import FastloadError
+
+# Arguments of other libraries that are another's here.
+_CALLED_ELSEWHERE = {
+    "cache_dir": "cache",
+    "mode": "fastload.open(url, cache), which always reads bytes",
+    "shuffle_buffer": "shuffle_window",
+    "transform": "dataset.map(function)",
+}
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,8 +53,25 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except FastloadError as error:
             raise shortened(error)  # noqa: B904  # it is the same error
+        except TypeError as error:
+            if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+                raise
+            raise TypeError(f"{error}; {_how_to_call(function, kwargs)}") from None
 
     return called
+
+
+def _how_to_call(function: Callable[..., Any], given: Mapping[str, Any]) -> str:
+    """What to write where the arguments are not those of a function."""
+    parameters = inspect.signature(function).parameters
+    for name in given:
+        if name not in parameters:
+            like = [each for each in parameters if each.startswith(name)]
+            like += [_CALLED_ELSEWHERE.get(name, ""), *get_close_matches(name, parameters, 1)]
+            meant = next(filter(None, like), "")
+            return f"did you mean {meant}?" if meant else f"it takes {', '.join(n for n in parameters if n != 'self')}"
+    named = [name for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY]
+    return f"give what follows by its name, such as {named[0]}=..." if named else "see its help()"
 
 
 def shortened(error: Error) -> Error:

@@ -23,6 +23,7 @@ from fastload.arguments import (
     checked_cache_policy,
     checked_count,
     checked_on_error,
+    checked_path,
     checked_refresh,
     checked_seed,
     checked_urls,
@@ -158,8 +159,8 @@ class StreamingDataset(Streaming):
             checked_urls(urls),
             storage_options,
             passes,
-            index=None if index is None else os.fspath(index),
-            manifest_file=None if manifest is None else os.fspath(manifest),
+            index=checked_path(index, "index"),
+            manifest_file=checked_path(manifest, "manifest"),
             grows=checked_refresh(refresh) == "epoch",
         )
         wish = _order_wish(shuffle, seed, shuffle_window, partitions)

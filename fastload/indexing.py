@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastload.arguments import checked_urls
 from fastload.engine.listing import attach, list_shards
 from fastload.engine.shards import ShardTable
 from fastload.engine.windows import window_chunks
@@ -67,6 +68,7 @@ def index(
 
     Raises the errors of listing, fetching and indexing, as a job would, and `ConfigError` for `output`.
     """
+    checked_urls(urls)
     handle = handle_of(cache)
     with _writer(output) as writer, handle.consumer(storage_options, "index") as consumer:
         manifest = list_shards(consumer, urls)

@@ -11,6 +11,7 @@ is in flight, and a loader that loads it goes on exactly there.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, get_args
@@ -18,6 +19,7 @@ from typing import Any, Literal, Self, TypeVar, get_args
 import torch.utils.data
 from torch.utils.data import Dataset, Sampler
 
+from fastload.arguments import checked_batch_size, checked_count
 from fastload.callers import public
 from fastload.errors import ConfigError
 from fastload.foreign.reading import Reading
@@ -101,13 +103,22 @@ class DataLoader(torch.utils.data.DataLoader[T]):
         snapshot_every_n_steps: int | None = 1,
     ) -> None:
         # Each name is spelt out: frameworks read the signature, and make a loader again from its attributes.
+        _check_dataset(dataset)
         self.workers = _checked_workers(workers, dataset)
+        _check_types(
+            num_workers=(num_workers, _is_whole, "a whole number; 0 makes batches in the calling thread"),
+            prefetch_factor=(prefetch_factor, _is_whole_or_none, "a whole number of batches for each worker, or None"),
+            timeout=(timeout, _is_number, "a number of seconds; 0 waits as long as it takes"),
+            collate_fn=(collate_fn, _is_function, "a function of the list of samples, or None"),
+            worker_init_fn=(worker_init_fn, _is_function, "a function of a worker's number, or None"),
+        )
         checked_device(device)
         self.device = device
         self.snapshot_every_n_steps = _checked_interval(snapshot_every_n_steps)
         self.in_order = in_order
         if isinstance(dataset, Streaming):
             _check_samplers(sampler, batch_sampler)
+            _check_ours(batch_size, num_workers, prefetch_factor)
             self.shuffle = _checked_shuffle(shuffle, dataset)
             shuffle = None  # torch refuses it for any iterable data set
         super().__init__(
@@ -191,6 +202,15 @@ class DataLoader(torch.utils.data.DataLoader[T]):
                 tell(epoch)
 
     @public
+    def peek(self) -> Any:
+        """The first batch that the next `iter()` will give. It, its epoch and the state are as if nobody had looked.
+
+        With torch.distributed, to be called by all ranks. With functions of the user's and `num_workers=0`, what they
+        draw from the global generators is drawn. `ConfigError` where the epoch has no batch.
+        """
+        return self._of_stream("peek").peek()
+
+    @public
     def stats(self) -> dict[str, Any]:
         """Where samples came from and time went in this epoch; the keys are listed in docs/stats.md."""
         return self._of_stream("stats").stats()
@@ -248,6 +268,50 @@ def _checked_shuffle(shuffle: Any, dataset: Streaming) -> bool | None:
             "give shuffle=True where the data set is made"
         )
     return shuffle
+
+
+def _check_dataset(dataset: Any) -> None:
+    if isinstance(dataset, str | os.PathLike) and ("/" in str(dataset) or ".tar" in str(dataset)):
+        raise ConfigError(
+            f"dataset={dataset!r} is a URL or path, which would be read letter by letter; write "
+            f"fastload.StreamingDataset({str(dataset)!r})"
+        )
+    if dataset is None or isinstance(dataset, type):
+        raise ConfigError(
+            f"dataset={dataset!r} is no data set; give an object, such as fastload.StreamingDataset(urls)"
+        )
+
+
+def _check_types(**given: tuple[Any, Callable[[Any], bool], str]) -> None:
+    """What torch does not look at before it is used, which is late, in another place or in another process."""
+    for name, (value, is_right, meant) in given.items():
+        if not is_right(value):
+            raise ConfigError(f"{name}={value!r} must be {meant}")
+
+
+def _is_whole(value: Any) -> bool:
+    return hasattr(value, "__index__")
+
+
+def _is_whole_or_none(value: Any) -> bool:
+    return value is None or hasattr(value, "__index__")
+
+
+def _is_number(value: Any) -> bool:
+    return hasattr(value, "__float__")
+
+
+def _is_function(value: Any) -> bool:
+    return value is None or callable(value)
+
+
+def _check_ours(batch_size: Any, num_workers: Any, prefetch_factor: Any) -> None:
+    """For our data sets torch's checks are too few: it takes 0 batches ahead, and True for a number."""
+    checked_batch_size(batch_size)
+    if isinstance(num_workers, bool):
+        raise ConfigError(f"num_workers={num_workers!r} must be a whole number, such as {int(num_workers)}")
+    if prefetch_factor is not None:
+        checked_count(prefetch_factor, "prefetch_factor")
 
 
 def _check_samplers(sampler: Any, batch_sampler: Any) -> None:

@@ -23,6 +23,7 @@ from fastload.engine.finish import Finish
 from fastload.engine.iteration import NOTHING, Iteration
 from fastload.engine.passes import AnyPosition, Pass, made
 from fastload.engine.pool import DecodePool
+from fastload.engine.resume import why_nothing_came
 from fastload.engine.run import InlineRun, ThreadedRun
 from fastload.engine.workers import WorkerOptions, Workers
 from fastload.errors import ConfigError, StateError
@@ -61,19 +62,24 @@ class _Progress:
     epoch: int
     meter: EpochMeter
     current: Pass | None
+    if_nothing: Callable[[Pass], None]
     last: Any = None
+    batches: int = 0
     ended_at: AnyPosition | None = None
 
     def delivered(self, current: Pass, entry: Any) -> None:
         """A batch has reached the user."""
-        self.last = entry
+        self.last, self.batches = entry, self.batches + 1
         skipped = 0 if current.skips is None else current.skips.take(entry)
         self.meter.delivered(len(entry) - skipped, entry.repeats, skipped)
 
     def exhausted(self) -> None:
         """The epoch is over."""
+        current = self.current
         self.ended_at = self.position(self.epoch)
         self.last = self.current = None
+        if not self.batches and current is not None and not current.cursor.start.samples:
+            self.if_nothing(current)
 
     def position(self, next_epoch: int) -> AnyPosition:
         """After the last batch delivered, or at the beginning of `next_epoch` where this one is over.
@@ -114,9 +120,25 @@ class Stream:
     def iterate(self) -> Iteration:
         """Begin an epoch: where a loaded state says, else the data set's next."""
         with self._changing:
-            return self._iterate()
+            iteration, progress = self._begin()
+            # Only now: what could not begin is begun again by the next try.
+            self._dataset.begin_epoch()
+            self._loaded, self._latest = None, progress
+            return iteration
 
-    def _iterate(self) -> Iteration:
+    def peek(self) -> Any:
+        """The first batch that the next iteration will give. That begins where it would have begun."""
+        with self._changing:
+            iteration, _ = self._begin()
+        try:
+            return next(iteration)
+        except StopIteration:
+            raise ConfigError("there is nothing to peek at: the epoch has no batch for this rank") from None
+        finally:
+            iteration.close()
+
+    def _begin(self) -> tuple[Iteration, _Progress]:
+        """The next iteration, which counts nowhere yet."""
         loader = self._loader()
         assert loader is not None, "a loader outlives the call of its __iter__"
         start, epoch = self._loaded, self._dataset.next_epoch()
@@ -124,15 +146,13 @@ class Stream:
             start = start.at_epoch(epoch)  # at its beginning, another epoch is as good
         current = self._dataset.begin(epoch, _size_of_entries(loader), drop_last=loader.drop_last, start=start)
         try:
-            progress = _Progress(epoch, EpochMeter(epoch, current.account, current.waits), current)
+            meter = EpochMeter(epoch, current.account, current.waits)
+            progress = _Progress(epoch, meter, current, _telling(self._dataset, loader))
             mover = mover_to(loader.device)
             run = self._start(loader, current, _pinning(loader) if mover is None else mover.begin)
         except BaseException:
             current.end()
             raise
-        # Only now: what could not begin is begun again by the next try.
-        self._dataset.begin_epoch()
-        self._loaded, self._latest = None, progress
         iteration = Iteration(
             run,
             partial(_interrupted, current, self._workers),
@@ -142,7 +162,7 @@ class Stream:
             _as_is if mover is None else mover.deliver,
         )
         self._iterations.add(iteration)
-        return iteration
+        return iteration, progress
 
     def state_dict(self) -> dict[str, Any]:
         epoch, position = self._place()
@@ -241,6 +261,16 @@ class Stream:
         if workers is not None:
             workers.close()
         return None if wanted is None else Workers(wanted)
+
+
+def _telling(dataset: Streaming, loader: LoaderSettings) -> Callable[[Pass], None]:
+    """What warns that an epoch had nothing to give. It does not keep the loader."""
+    batch_size, drop_last = loader.batch_size or 1, loader.drop_last
+
+    def tell(current: Pass) -> None:
+        dataset.warn_once(why_nothing_came(current.cursor, batch_size, drop_last=drop_last))
+
+    return tell
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import torch.utils.data
 
+from fastload import callers
 from fastload.arguments import checked_epoch, checked_function
 from fastload.callers import public
 from fastload.engine.epochs import EpochCounter
@@ -42,6 +43,7 @@ class Streaming(torch.utils.data.IterableDataset[Any]):
         self._epochs = EpochCounter()
         self._resumed: IterationState | None = None  # where the next iteration over samples begins
         self._delivery: Delivery | None = None  # how far the last of them is
+        self._warned: set[str] = set()
 
     @property
     def batch_size(self) -> int | None:
@@ -152,6 +154,12 @@ class Streaming(torch.utils.data.IterableDataset[Any]):
             self._resumed = None
         self._epochs.set(epoch)
 
+    def warn_once(self, message: str) -> None:
+        """Warn of what is so in each epoch alike."""
+        if message not in self._warned:
+            self._warned.add(message)
+            callers.warn(message)
+
     def begin_epoch(self) -> int:
         """The epoch of an iteration that begins now, for loaders."""
         return self._epochs.begin()
@@ -182,7 +190,8 @@ class Streaming(torch.utils.data.IterableDataset[Any]):
         finish = partial(Finish(current.maker, "samples"), slots=current.slots)
         run = InlineRun(current.feed, lambda entry: made(current, entry, finish, current.memory), current.waits)
         entries = Iteration(run, current.interrupted, current.end)
-        self._delivery = Delivery(current.cursor, resumed, worker[1])
+        tell = self.warn_once if info is None and not resumed.is_within_epoch else None
+        self._delivery = Delivery(current.cursor, resumed, worker[1], tell)
         return itertools.chain.from_iterable(self._delivery.iterators(entries))
 
     @public

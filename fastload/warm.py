@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastload.arguments import checked_urls
 from fastload.engine.listing import attach, find_sidecars, list_shards
 from fastload.engine.manifests import shared_manifest
 from fastload.engine.shards import ShardTable
@@ -70,6 +71,7 @@ def warm(
 
     Raises the errors of listing, fetching and indexing, as a job would.
     """
+    checked_urls(job.urls)
     handle = handle_of(cache)
     with handle.consumer(storage_options, WARMING) as consumer:
         manifest = _manifest(consumer, job)

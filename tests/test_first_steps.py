@@ -276,3 +276,47 @@ def test_the_command_line_says_its_version_and_has_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "fastload", "nonsense"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "Usage: fastload " in done.stderr
+
+
+# A look at a batch
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_look_uses_up_nothing(url: str, cache: fastload.Cache, num_workers: int) -> None:
+    with fastload.DataLoader(dataset_of(url, cache), batch_size=16, shuffle=True, num_workers=num_workers) as loader:
+        state, epoch = loader.state_dict(), loader.dataset.epoch
+        first = keys_of([loader.peek()])
+        assert keys_of([loader.peek()]) == first
+        assert (loader.state_dict(), loader.dataset.epoch) == (state, epoch)
+        assert loader.stats()["batches"] == 0
+        keys = keys_of(loader)
+        assert keys[:16] == first
+        assert sorted(keys) == sorted(DATA.samples)
+        assert keys_of([loader.peek()]) != first  # of the next epoch
+        # In the middle of an epoch: what comes next after the iteration is another epoch, and it goes on as it was.
+        iterator = iter(loader)
+        begun = keys_of([next(iterator)])
+        state, stats = loader.state_dict(), loader.stats()
+        ahead = keys_of([loader.peek()])
+        assert loader.state_dict() == state
+        assert loader.stats()["batches"] == stats["batches"] == 1
+        rest = keys_of(iterator)
+        assert sorted(begun + rest) == sorted(DATA.samples)
+        assert keys_of([next(iter(loader))]) == ahead
+        # Where a state says, it is what comes after that.
+        loader.load_state_dict(state)
+        assert keys_of([loader.peek()]) == rest[:16]
+        assert loader.state_dict() == state
+        assert keys_of(loader) == rest
+
+
+def test_a_look_at_what_functions_make_in_workers(url: str, cache: fastload.Cache) -> None:
+    """What they draw at random is what they will draw."""
+    dataset = dataset_of(url, cache).map(with_a_random_number)
+    with fastload.DataLoader(dataset, batch_size=8, num_workers=1, multiprocessing_context="fork") as loader:
+        looked = loader.peek()
+        assert torch.equal(looked["drawn"], next(iter(loader))["drawn"])
+
+
+def with_a_random_number(sample: dict[str, Any]) -> dict[str, Any]:
+    return {"drawn": torch.rand(())}

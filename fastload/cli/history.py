@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,7 +104,11 @@ def _plain(text: str) -> str:
 
 
 def _archive(cache: Path | None) -> Archive:
-    return Archive((default_cache_dir() if cache is None else cache).expanduser().absolute())
+    path = (default_cache_dir() if cache is None else cache).expanduser().absolute()
+    if (cache is not None or os.environ.get("FASTLOAD_CACHE")) and not path.is_dir():
+        said = f"--cache={cache}" if cache is not None else f"FASTLOAD_CACHE={os.environ['FASTLOAD_CACHE']}"
+        raise ConfigError(f"{said}: there is no cache at {path}; give the directory that the job was given")
+    return Archive(path)
 
 
 def _row(summary: Summary | None) -> list[str]:

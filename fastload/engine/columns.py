@@ -129,16 +129,40 @@ def _check(decoded: _Column, wanted: _Column, decoder: Decoder) -> None:
         )
 
 
+# How webdataset and others name decoders.
+_CALLED = {
+    "image(size=224)": ("pil", "pilrgb", "pilrgb8", "rgb", "rgb8", "torch", "torchrgb", "torchrgb8", "image", "jpeg"),
+    "integer()": ("int", "integer", "cls", "long"),
+    "number()": ("float", "number"),
+    "text()": ("str", "text", "txt", "utf8", "utf-8"),
+    "json()": ("json", "dict"),
+    "array()": ("array", "ndarray", "npy", "numpy"),
+    "raw()": ("raw", "bytes"),
+}
+
+
+def _instead_of(decoder: object) -> str:
+    """What to write in the place of what is no decoder."""
+    name = decoder.lower() if isinstance(decoder, str) else getattr(decoder, "__name__", str(decoder)).lower()
+    if getattr(decoder, "__module__", "").startswith("fastload.decode"):
+        return f"call it: fastload.decode.{name}(...)"
+    for ours, others in _CALLED.items():
+        if name in others:
+            return f"write fastload.decode.{ours}"
+    if callable(decoder):
+        return "functions of your own are given to dataset.map(function), after decoding"
+    return "use one of fastload.decode, such as fastload.decode.image(size=224)"
+
+
 def _checked_decoders(decode: Mapping[str, Decoder] | None) -> dict[str, Decoder]:
     if decode is not None and not isinstance(decode, Mapping):
-        raise ConfigError(f"decode={decode!r} is not a dict of column -> decoder")
+        raise ConfigError(
+            f'decode={decode!r} is not a dict of column -> decoder, such as {{"jpg": fastload.decode.image(size=224)}}'
+        )
     decoders = dict(decode or {})
     for name, decoder in decoders.items():
         if not isinstance(decoder, Decoder):
-            raise ConfigError(
-                f"decode[{name!r}]={decoder!r} is not a decoder; use one of fastload.decode, such as "
-                "fastload.decode.image(size=224)"
-            )
+            raise ConfigError(f"decode[{name!r}]={decoder!r} is not a decoder; {_instead_of(decoder)}")
         if name in (KEY, URL):
             raise ConfigError(f"decode[{name!r}]: {name} is given with every sample and cannot be decoded")
     return decoders

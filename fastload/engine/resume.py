@@ -44,6 +44,11 @@ class IterationState:
     position: AnyPosition | None = None
     offset: int = 0
 
+    @property
+    def is_within_epoch(self) -> bool:
+        """Whether something of the epoch was delivered before."""
+        return bool(self.offset) or (self.position is not None and self.position.samples > 0)
+
     def to_state(self) -> dict[str, Any]:
         """In JSON's own types."""
         position = None if self.position is None else self.position.to_state()
@@ -83,11 +88,32 @@ class IterationState:
             )
 
 
+def why_nothing_came(cursor: EpochCursor | MixtureCursor, batch_size: int = 1, *, drop_last: bool = False) -> str:
+    """What to say where an epoch has ended and nothing of it was delivered to this rank."""
+    if not cursor.total:
+        return "the epoch had no samples: all of its shards are empty; look at what is in them"
+    ranks = cursor.ranks.world_size
+    share = f"{cursor.total} samples" + (f" for {ranks} ranks" if ranks > 1 else "")
+    if drop_last and batch_size > 1:
+        return (
+            f"the epoch had no batch: its {share} are fewer than batch_size={batch_size} each, and drop_last=True "
+            "leaves out a batch that is not full; lower batch_size, or leave drop_last out"
+        )
+    return f'this rank got no samples: there are {share}; use fewer ranks, or tail="pad"'
+
+
 class Delivery:
     """Counts what an iteration has handed out, at no cost a sample."""
 
-    def __init__(self, cursor: EpochCursor | MixtureCursor, resumed: IterationState, workers: int) -> None:
-        self._cursor, self._resumed = cursor, resumed
+    def __init__(
+        self,
+        cursor: EpochCursor | MixtureCursor,
+        resumed: IterationState,
+        workers: int,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
+        """`tell` is called with a word about it where there was nothing to hand out."""
+        self._cursor, self._resumed, self._tell = cursor, resumed, tell
         self._round = cursor.batch_size * cursor.ranks.world_size * workers
         self._begun = 0  # entries that were begun
         self._size = 0  # of the last of these
@@ -103,6 +129,8 @@ class Delivery:
             skipped = 0
             yield self._samples
         self._is_over = True
+        if not self._begun and self._tell is not None:
+            self._tell(why_nothing_came(self._cursor))
 
     def state(self) -> IterationState:
         """Where to go on."""

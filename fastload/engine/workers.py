@@ -40,9 +40,9 @@ from torch.utils.data._utils import worker as torch_worker
 from fastload.engine.assemble import SharedMemory
 from fastload.engine.deferred import call_later
 from fastload.engine.finish import Finish, Reseed, reseed_all
-from fastload.errors import WaitTimeoutError, WorkerError
+from fastload.errors import ConfigError, WaitTimeoutError, WorkerError
 from fastload.transport import Link, LinkClosedError, SharedPool
-from fastload.transport.ends import how_it_ended
+from fastload.transport.ends import HOW_TO_SEND, how_it_ended, is_unsendable
 from fastload.transport.heap import keep_freed_memory, spare_what_is_here
 
 # Free memory that each end of a lane keeps for batches to come.
@@ -79,7 +79,7 @@ class Workers:
     """Processes that make batches. Safe to use from as many threads as there are lanes in all."""
 
     def __init__(self, options: WorkerOptions) -> None:
-        """Start them. Raises what pickling the user's functions raises, where they have to be."""
+        """Start them. `ConfigError` where the user's functions cannot be pickled, and have to be."""
         self.options = options
         self._pid = os.getpid()
         self._idle: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
@@ -155,9 +155,11 @@ class Workers:
                 daemon=True,
             )
             process.start()
-        except BaseException:
+        except BaseException as error:
             for sock in mine:
                 sock.close()
+            if is_unsendable(error):
+                raise ConfigError(f"functions cannot be sent to the loader's workers: {error}; {HOW_TO_SEND}") from None
             raise
         finally:
             for sock in theirs:

@@ -11,14 +11,15 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from fastload.cache import url_without_credentials
 from fastload.callers import public
-from fastload.errors import ConfigError
+from fastload.errors import ConfigError, ObjectMissingError
 from fastload.files.connection import Connection
 from fastload.files.file import ObjectFile, RawObject
 from fastload.node import AnyCache, handle_of
 from fastload.service.handle import Handle
 from fastload.store.environment import fingerprint
-from fastload.store.urls import check_key, normalise
+from fastload.store.urls import check_key, check_written, normalise
 
 
 @public
@@ -48,7 +49,12 @@ def open(  # noqa: A001  # as those of gzip and tarfile
     name = _checked(url)
     place: _Place = handle.shared(("fastload.open", _options_key(storage_options), fingerprint(os.environ)), _Place)
     connection = place.connection(handle, storage_options)
-    return ObjectFile(RawObject(connection, connection.open(name)))
+    try:
+        return ObjectFile(RawObject(connection, connection.open(name)))
+    except ObjectMissingError:
+        if os.path.isdir(name):
+            raise ObjectMissingError(f"{os.fspath(url)} is a folder; name one object in it") from None
+        raise
 
 
 class _Place:
@@ -71,6 +77,7 @@ def _checked(url: str | os.PathLike[str]) -> str:
         raise ConfigError(f"{url!r} is not a URL or path; write s3://bucket/key or /data/file")
     if "\0" in str(os.fspath(url)):
         raise ConfigError(f"{os.fspath(url)!r} has a zero byte in it, which no object's name has")
+    check_written(str(os.fspath(url)), url_without_credentials(str(os.fspath(url))))
     check_key(str(os.fspath(url)))
     name = normalise(str(os.fspath(url)))
     if name.endswith("/"):

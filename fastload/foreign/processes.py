@@ -25,7 +25,7 @@ from fastload.foreign.saved import WORKER_ID, Saved, State
 from fastload.foreign.unpacking import Arrived, Receiver
 from fastload.foreign.working import Working
 from fastload.foreign.workplace import Collate, Init, wrapped_dataset
-from fastload.transport.ends import how_it_ended
+from fastload.transport.ends import HOW_TO_SEND, how_it_ended, is_unsendable
 from fastload.transport.once import Once
 from fastload.transport.queue import Queue
 
@@ -66,6 +66,10 @@ class Processes(_MultiProcessingDataLoaderIter, Working):
         )
         try:
             super().__init__(view)
+        except Exception as error:
+            if is_unsendable(error):
+                error.add_note(f"fastload: {HOW_TO_SEND}")
+            raise
         finally:
             if ledger is not None:
                 ledger.close_fd()

@@ -187,7 +187,9 @@ class TarIndexer:
                 f"{where}: {member} of {size} bytes passes the end of the object ({self._size} bytes): "
                 "the archive is truncated or this length lies; write it again"
             )
-        return f"{where}: {_WORDS[code]}" + (f" (member {name!r})" if name else "")
+        said = f"{where}: {_WORDS[code]}" + (f" (member {name!r})" if name else "")
+        is_named_otherwise = at == 0 and not self._url.lower().endswith(".tar")
+        return said + ("; shards are WebDataset tars, and by its name this is none" if is_named_otherwise else "")
 
     def _shown_name(self) -> str:
         """The name of the member whose header was read last, if that had one and was not taken over."""

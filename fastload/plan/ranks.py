@@ -88,6 +88,9 @@ def resolve_ranks(
         found, source = launched, ("RANK", "WORLD_SIZE")
     if found == (None, None):
         return Ranks().with_replicas(replicas)
+    for name, value in zip(source, found, strict=True):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ConfigError(f"{name}={value!r} must be an integer")
     if found[0] is None or found[1] is None:
         known, missing = source if found[1] is None else source[::-1]
         raise ConfigError(f"{known} is set but {missing} is not; set both, or neither for a single process")

@@ -43,6 +43,17 @@ Int64 = npt.NDArray[np.int64]
 _RESTARTS_MAX = 5
 
 
+# What is asked for, for whoever waits and for the error where it takes too long.
+_WHAT_FOR: dict[type[protocol.Message], str] = {
+    protocol.Clear: "to empty the cache",
+    protocol.GetCounts: "to say how many samples shards hold",
+    protocol.GetIndexes: "for the indexes of shards",
+    protocol.Open: "to find an object",
+    protocol.Resolve: "to list the shards",
+    protocol.Stats: "for its figures",
+}
+
+
 class WaitInterruptedError(ServiceError):
     """A wait was ended by `Consumer.interrupted`; whoever did that knows, and nobody else sees it."""
 
@@ -120,7 +131,9 @@ class Session:
         with self._changed:
             channel, self._channel = self._channel, None
             if self._ended is None:
-                self._ended = ServiceError("the consumer is closed")
+                self._ended = ServiceError(
+                    "this connection to the cache was closed (by close(), or the end of a with block); iterate anew"
+                )
             self._table.clear()
             if self._arena is not None:
                 self._arena.view.close()
@@ -171,7 +184,7 @@ class Session:
             request = self._requests[number] = _Request(make(number))
             try:
                 self._send(request.message)
-                what = f"the cache service to answer {type(request.message).__name__}"
+                what = f"the cache service {_WHAT_FOR.get(type(request.message), 'to answer')}"
                 self._wait(lambda: request.done, reason, what, deadline_s)
             finally:
                 del self._requests[number]

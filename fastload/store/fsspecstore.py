@@ -18,7 +18,10 @@ from fastload.store.options import StoreOptions
 from fastload.store.replies import other_version
 from fastload.store.settings import FSSPEC
 from fastload.store.types import ObjectInfo
-from fastload.store.urls import how_to_name, scheme
+from fastload.store.urls import folder_without_slash, how_to_name, scheme
+
+# Other names of schemes that we read ourselves.
+_OURS = {"gcs": "gs", "s3n": "s3"}
 
 
 class FsspecStore:
@@ -37,8 +40,9 @@ class FsspecStore:
             settings = {"use_listings_cache": False, "skip_instance_cache": True, **_arguments(self._scheme, options)}
             self._system, path = fsspec.core.url_to_fs(root + "/", **settings)
             self._root, self._root_path = root, path.rstrip("/")
-        except (ImportError, ValueError, TypeError) as error:
-            raise ConfigError(f"{root}: fsspec cannot open it: {error}") from error
+        except (ImportError, ValueError, TypeError, OSError) as error:
+            ours = f"; or write {_OURS[self._scheme]}://, which needs no fsspec" if self._scheme in _OURS else ""
+            raise ConfigError(f"{root}: fsspec cannot open it: {error}{ours}") from error
 
     def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
         """All objects whose URL starts with `prefix_url`, in the order of their URLs."""
@@ -61,7 +65,7 @@ class FsspecStore:
         except OSError as error:
             raise _explain(error, url) from error
         if detail.get("type") == "directory":
-            raise ObjectMissingError(f'{url}: a folder; for all shards in it write it with "/" at the end')
+            raise ObjectMissingError(folder_without_slash(url))
         return self._info(url, detail)
 
     def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:

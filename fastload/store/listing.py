@@ -13,20 +13,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from braceexpand import braceexpand
 
-from fastload.errors import AccessDeniedError, ConfigError, ObjectMissingError
+from fastload.errors import AccessDeniedError, ConfigError, FastloadError, ObjectMissingError, StoreError
 from fastload.store import httpstore
 from fastload.store.types import ObjectInfo, Store
-from fastload.store.urls import check_key, normalise, scheme, store_root
+from fastload.store.urls import check_key, folder_without_slash, normalise, scheme, store_root
 
 _HEADS_AT_ONCE = 16
 # Plain URLs of one folder for which it is listed, however much else may be in it. Fewer take no longer one by one.
 _LISTED_FROM = _HEADS_AT_ONCE + 1
 _SHOWN = 3
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
 
 
 def resolve(
@@ -63,8 +64,20 @@ def resolve(
         elif len(names) == 1:
             found.append(plain[names[0]])
         else:
-            found += _members(text, names, open_store)
+            with _naming(text):
+                found += _members(text, names, open_store)
     return found
+
+
+@contextlib.contextmanager
+def _naming(pattern: str) -> Iterator[None]:
+    """Errors of the store name the pattern that the user wrote, and not only what we made of it."""
+    try:
+        yield
+    except StoreError as error:
+        if pattern in str(error):
+            raise
+        raise type(error)(f"{pattern}: {error}") from error
 
 
 def present(names: Sequence[str], open_store: Callable[[str], Store]) -> list[ObjectInfo]:
@@ -104,9 +117,14 @@ def _under(
     shards = [info for info in everything if info.url.endswith(tuple(endings)) and _name(info) not in beside]
     if not shards:
         kinds = ", ".join(endings)
-        there = ", ".join(info.url.removeprefix(prefix) for info in everything[:_SHOWN])
-        held = f"{len(everything)} other objects, the first: {there}" if everything else "nothing at all"
-        raise ObjectMissingError(f"{prefix}: no shards ({kinds}) under this prefix, which holds {held}; check its name")
+        there = [info.url.removeprefix(prefix) for info in everything]
+        held = f"{len(there)} other objects, the first: {', '.join(there[:_SHOWN])}" if there else "nothing at all"
+        cure = "check its name"
+        if any(name.endswith(_COMPRESSED) for name in there):
+            cure = "compressed shards are not read yet, so unpack them, for example with gunzip"
+        elif there:
+            cure += ", or pack its files into shards: tar --sort=name -cf train-000000.tar FOLDER"
+        raise ObjectMissingError(f"{prefix}: no shards ({kinds}) under this prefix, which holds {held}; {cure}")
     return shards + extra
 
 
@@ -137,7 +155,22 @@ def _plain(names: list[str], open_store: Callable[[str], Store]) -> dict[str, Ob
     there = _in_listings(names, open_store)
     # What a listing did not show is asked for as well: its own answer says best what is wrong with it.
     left = [name for name in names if name not in there]
-    return there | dict(zip(left, _heads(left, open_store), strict=True))
+    try:
+        return there | dict(zip(left, _heads(left, open_store), strict=True))
+    except ObjectMissingError as error:
+        folder = next((name for name in left if str(error).startswith(f"{name}:") and _is_folder(name, open_store)), "")
+        if folder:
+            raise ObjectMissingError(folder_without_slash(folder)) from error
+        raise
+
+
+def _is_folder(name: str, open_store: Callable[[str], Store]) -> bool:
+    """Whether objects are under what is named as if it were one; where that cannot be said, it is not."""
+    if scheme(name) in httpstore.SCHEMES:
+        return False
+    with contextlib.suppress(FastloadError):
+        return next(iter(open_store(name).list(f"{name}/")), None) is not None
+    return False
 
 
 def _in_listings(names: list[str], open_store: Callable[[str], Store]) -> dict[str, ObjectInfo]:

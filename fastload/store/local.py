@@ -10,7 +10,7 @@ from fastload.errors import AccessDeniedError, ObjectMissingError, StoreError, S
 from fastload.store.answers import changed, truncated
 from fastload.store.localversion import tag_of
 from fastload.store.types import ObjectInfo
-from fastload.store.urls import how_to_name, normalise
+from fastload.store.urls import folder_without_slash, how_to_name, normalise
 
 SCHEMES = frozenset({"file"})
 
@@ -36,8 +36,10 @@ class LocalStore:
             stat = os.stat(path)
         except OSError as error:
             raise _explain(error, path) from error
+        if os.path.isdir(path):
+            raise ObjectMissingError(folder_without_slash(path))
         if not os.path.isfile(path):
-            raise ObjectMissingError(f'{path}: not a file; for all shards in a directory write it with "/" at the end')
+            raise ObjectMissingError(f"{path}: neither a file nor a folder; name one of these")
         return _info(path, stat)
 
     def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:

@@ -7,16 +7,20 @@ are the same object, and are written the first way.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+from difflib import get_close_matches
 
 from fastload.errors import ConfigError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 LOCAL_ROOT = "file://"
 _BUCKETS = ("s3", "s3a", "gs", "az")
+_OTHERS = ("adl", "azure", "abfs", "abfss", "http", "https", "file")
 # What is left of "s3:/bucket/key", which is a local path, once it has been made absolute.
 _SINGLE_SLASH = re.compile(r"(?:^|/)(s3a?|gs|az|https?):/([^/].*)")
+_FILE_COLON = re.compile(r"(?:^|/)file:/?([^/].*)")
 
 
 def scheme(url: str) -> str:
@@ -56,15 +60,57 @@ def check_key(url: str) -> None:
         raise ConfigError(f'{url} is a bucket, not an object; for all shards in it write it with "/" at the end')
 
 
+def check_written(url: str, shown: str) -> None:
+    """Raises `ConfigError` for what other libraries take and no store here has; `shown` is the URL without secrets."""
+    if url.startswith("pipe:"):
+        raise ConfigError(
+            f"{shown!r}: no command is run for data; name what it reads, such as s3://bucket/train-{{000..123}}.tar or "
+            "https://host/train-{000..123}.tar"
+        )
+    first, mark, rest = url.partition("::")
+    if mark and (_SCHEME.match(rest) or rest.startswith("/")):
+        cure = "write several URLs as a list, [..., ...]"
+        if re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", first):
+            cure = f'leave out "{first}::", since all that is read is cached anyhow'
+        raise ConfigError(f'{shown!r}: URLs are not chained by "::" here; {cure}')
+    kind = scheme(url)
+    if kind not in (*_BUCKETS, *_OTHERS):
+        close = get_close_matches(kind, (*_BUCKETS[:1], *_BUCKETS[2:], *_OTHERS), 1, 0.5)
+        if kind not in _of_fsspec(default=() if close else (kind,)):
+            cure = f"did you mean {close[0]}://?" if close else "write s3://, gs://, az://, https:// or a path"
+            raise ConfigError(f"{shown!r}: neither fastload nor fsspec has a scheme {kind!r}; {cure}")
+
+
+def _of_fsspec(default: tuple[str, ...]) -> tuple[str, ...]:
+    """The schemes of fsspec; `default` where that is not installed, which an error will say."""
+    try:
+        registry = importlib.import_module("fsspec.registry")
+    except ImportError:
+        return default
+    return (*registry.known_implementations, *registry.registry)
+
+
 def how_to_name(url: str) -> str:
     """What to do about an object that is not there: most often its name is wrong in one of a few ways."""
     single = _SINGLE_SLASH.search(url)
     if single is not None:
         return f"a URL has two slashes; write {single[1]}://{single[2]}"
+    local = _FILE_COLON.search(url)
+    if local is not None:
+        return f"write {local[1]}, or file:// and an absolute path"
+    if "::" in url:
+        return '"::" is a part of the name; write several as a list, [..., ...]'
+    if "{" in url:
+        return "braces stand for themselves where one object is named; name it without"
     wild = next((character for character in "*?[" if character in url), None)
     if wild is not None:
         return f'"{wild}" stands for itself; write {{000000..000123}}, or the folder with "/" at the end'
     return "check its name"
+
+
+def folder_without_slash(url: str) -> str:
+    """What is wrong with a folder that is named as if it were an object."""
+    return f"{url} is a folder; for the shards in it write {url}/"
 
 
 def key_of(url: str) -> str:

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import pickle
 import signal
+
+HOW_TO_SEND = (
+    "workers that are spawned are sent the data set and its functions, so define these at the top level of a module "
+    '(no lambda, and no function within another); or give workers="thread", or multiprocessing_context="fork"'
+)
+
+
+def is_unsendable(error: BaseException) -> bool:
+    """Whether a process could not be started since what it was to be given cannot be pickled."""
+    if isinstance(error, pickle.PicklingError):
+        return True
+    return isinstance(error, AttributeError | TypeError) and "pickle" in str(error).lower()
 
 
 def how_it_ended(exit_code: int, code_of: str) -> str:
     """The end of a sentence that begins with the process; `code_of` says whose Python it ran."""
+    if exit_code == 1:
+        return (
+            f"ended with status 1; does {code_of} call sys.exit()? Or are processes spawned, and what your script does "
+            'is not under `if __name__ == "__main__":`, so that each does it again? What it printed says more'
+        )
     if exit_code >= 0:
         return f"ended with status {exit_code}; does {code_of} call os._exit() or sys.exit()?"
     number = -exit_code
