@@ -198,5 +198,5 @@ def same_etag(listed: str | None, answered: str | None) -> bool:
 
 
 def is_strong(etag: str | None) -> bool:
-    """Whether `etag` can be sent as If-Match: a weak one never matches there."""
-    return etag is not None and not etag.startswith("W/")
+    """Whether `etag` can be sent as If-Match: a weak one never matches there, and a listing may have anything in it."""
+    return etag is not None and not etag.startswith(("W/", "w/")) and etag.isascii() and etag.isprintable()

@@ -91,7 +91,10 @@ class FsspecStore:
     def _info(self, url: str, detail: Mapping[str, Any]) -> ObjectInfo:
         etag = detail.get("ETag") or detail.get("etag")
         times = (detail.get(name) for name in ("mtime", "LastModified", "last_modified", "created"))
-        return ObjectInfo(url, int(detail["size"]), etag, next((_nanoseconds(time) for time in times if time), 0))
+        size = detail.get("size")
+        if not isinstance(size, int) or size < 0:
+            raise StoreError(f"{url}: its file system does not say how large it is; copy it to one that does")
+        return ObjectInfo(url, size, etag, next((_nanoseconds(time) for time in times if time), 0))
 
 
 def _arguments(protocol: str, options: StoreOptions) -> dict[str, Any]:

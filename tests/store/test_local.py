@@ -111,6 +111,8 @@ def test_tables_get_and_lose_what_this_node_knows(path: Path, tmp_path: Path) ->
     assert localversion.tagged(remote) is remote
     assert localversion.untagged(remote) is remote
     assert len(localversion.tagged(ObjectTable.of([]))) == 0
+    many = ObjectTable.of([listed[1], listed[2]] * 1000)
+    assert list(localversion.tagged(many)) == [there, listed[2]] * 1000
     # What was found out stays, whatever the file is by now.
     replaced(path, DATA)
     assert list(localversion.tagged(tagged)) == list(tagged)

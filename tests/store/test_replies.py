@@ -303,6 +303,16 @@ def test_samples_through_a_proxy_that_answers_with_other_ranges(tmp_path: Path) 
         assert bad_replies[0] > 0
 
 
+def test_a_file_system_that_does_not_say_how_large_an_object_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    system = fsspec.filesystem("memory")
+    monkeypatch.setattr(type(system), "info", lambda self, path, **_: {"name": path, "size": None, "type": "file"})
+    store = open_store("memory://unsized/a.tar", StoreOptions())
+    with pytest.raises(StoreError, match=r"memory://unsized/a\.tar: its file system does not say how large it is"):
+        store.head("memory://unsized/a.tar")
+    store.close()
+
+
 # Of what size, and what there is.
 
 
@@ -411,6 +421,17 @@ def test_what_fsspec_gives(name: str, monkeypatch: pytest.MonkeyPatch, request: 
         assert bytes(out) == PART
         assert counters.values()["retries"] == 1
     store.close()
+
+
+def test_an_etag_that_no_header_can_hold() -> None:
+    """A listing may have anything in it. What cannot be sent is not, and then the time says which version it is."""
+    with server(Liar(answer(500, b""), whole(DATA, ""), lies=0)) as options:
+        store = open_store("s3://b", options)
+        out = bytearray(LENGTH)
+        for etag in ('"e\r\nX-Injected: 1"', '"\u2028"'):
+            store.read_into(ObjectInfo("s3://b/a.tar", SIZE, etag, TIME_NS), START, memoryview(out))
+            assert bytes(out) == PART
+        store.close()
 
 
 # The decision by itself.
