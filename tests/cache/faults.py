@@ -1,12 +1,15 @@
-"""Making system calls of the cache fail, the Nth of all or of some names, or move less than was asked."""
+"""Making system calls of the cache fail, the Nth of all or of some names, move less than was asked, or be the last."""
 
 from __future__ import annotations
 
 import errno
 import os
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import pytest
@@ -57,6 +60,68 @@ def failing(
         for name in CALLS:
             patch.setattr(syscalls, name, fault(name, getattr(syscalls, name)))
         yield calls
+
+
+CRASHED = 99
+
+
+def crashed(act: Callable[[], object], nth: int, only: frozenset[str] = CALLS, *, half: bool = False) -> bool:
+    """Run `act` in a child that is gone at the `nth` (from 0) call of those in `only`; whether it came to that.
+
+    The call is not made; with `half`, a write writes half of its first buffer before. Nothing that `act` has in
+    `finally` runs, as with kill -9.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork with threads: the child has no use for them
+        pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            with _replaced(nth, only, lambda call, *arguments: _crash(call, half, *arguments)):
+                act()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, CRASHED)
+    return status == CRASHED
+
+
+def _crash(call: Callable[..., Any], half: bool, *arguments: Any) -> None:
+    if half:
+        fd, buffers, offset = arguments
+        call(fd, [buffers[0][: len(buffers[0]) // 2]], offset)
+    os._exit(CRASHED)
+
+
+@contextmanager
+def short(nth: int) -> Iterator[None]:
+    """The `nth` of reads and writes moves half of its first buffer."""
+    with _replaced(
+        nth,
+        frozenset({"preadv", "pwritev"}),
+        lambda call, fd, buffers, offset: call(fd, [buffers[0][: max(1, len(buffers[0]) // 2)]], offset),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(nth: int, only: frozenset[str], instead: Callable[..., Any]) -> Iterator[None]:
+    """The `nth` call of those in `only` is `instead(call, *arguments)`."""
+    number = count()
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*arguments: Any, **options: Any) -> Any:
+            return instead(call, *arguments) if next(number) == nth else call(*arguments, **options)
+
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in only:
+            patch.setattr(syscalls, name, counted(getattr(syscalls, name)))
+        yield
 
 
 @contextmanager
