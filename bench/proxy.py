@@ -137,14 +137,18 @@ class Connection:
                 began = time.monotonic()
                 self._clocks[1].change(self._server.profile.connection_bytes_per_s)
                 yield began + self._server.delay_s()
-                store = yield from self._send_request(head, received)
+                body_bytes = yield from self.answer(head, received)
                 received = b""
-                body_bytes = yield from self._pass_response(store, head)
                 self._log(head, began, body_bytes)
         except OSError:  # an end went away, or spoke something else than HTTP: the other sees a closed connection
             pass
         finally:
             self._close()
+
+    def answer(self, head: Head, received: bytes) -> Task[int]:
+        """Answer the request that begins with `received`, by the store's answer; the bytes of its body."""
+        store = yield from self._send_request(head, received)
+        return (yield from self._pass_response(store, head))
 
     def _log(self, head: Head, began: float, body_bytes: int) -> None:
         self._server.counters.requests += 1
@@ -284,7 +288,11 @@ class Server:
                 yield self._listener.fileno(), READABLE
                 client, _ = self._listener.accept()
                 self.counters.connections += 1
-                self.loop.spawn(Connection(_connection(client), self._store_address, self).serve())
+                self.loop.spawn(self.connection(_connection(client)).serve())
+
+    def connection(self, client: socket.socket) -> Connection:
+        """What serves a client."""
+        return Connection(client, self._store_address, self)
 
     def answer(self, commands: dict[str, Callable[..., object]]) -> Task[None]:
         """The task that serves standard input, and ends the loop with it."""
@@ -340,15 +348,22 @@ def _splice(from_fd: int, to_fd: int, byte_count: int) -> int:
 
 
 class Proxy:
-    """A proxy process in front of the store at `store_url` (http://host:port). A context manager."""
+    """A proxy process in front of the store at `store_url` (http://host:port). A context manager.
 
-    def __init__(self, store_url: str, profile: Profile) -> None:
-        settings = json.dumps({"store": store_url, **asdict(profile)})
+    `port` is where it listens; 0 for any.
+    """
+
+    def __init__(self, store_url: str, profile: Profile, port: int = 0) -> None:
+        self._start("bench.proxy", json.dumps({"store": store_url, "port": port, **asdict(profile)}))
+
+    def _start(self, module: str, settings: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.proxy", settings], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", module, settings], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.pid = self._process.pid
-        self.url = f"http://127.0.0.1:{self._answer()['port']}"
+        self.ports = dict(self._answer())
+        self.port = int(self.ports["port"])
+        self.url = f"http://127.0.0.1:{self.port}"
 
     def counters(self) -> dict[str, float]:
         """What has passed since the start."""
@@ -397,7 +412,8 @@ def main() -> None:
     parser.add_argument("settings", type=json.loads, help='JSON: {"store": "http://127.0.0.1:8333", "delay_s": 0.02}')
     settings = parser.parse_args().settings
     host, _, port = settings.pop("store").removeprefix("http://").rstrip("/").partition(":")
-    server = Server((host, int(port)), Profile(**settings))
+    own_port = settings.pop("port", 0)
+    server = Server((host, int(port)), Profile(**settings), own_port)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the starter closes standard input
     server.loop.spawn(server.accept())

@@ -124,6 +124,7 @@ class Stage:
         self.data_set, self._folder = data_set, folder
         self._formats = [made for system in systems if (made := others.prepare(system, data_set))]
         self._stack = ExitStack()
+        self._port = 0  # of the proxy in every run: caches of others are kept by URLs, with host and port
 
     def __enter__(self) -> Stage:
         with ExitStack() as stack:
@@ -154,7 +155,8 @@ class Stage:
         """
         own_folder = folder or self.empty_folder()
         try:
-            with Proxy(self._weed.endpoint_url, profile) as proxy:
+            with Proxy(self._weed.endpoint_url, profile, self._port) as proxy:
+                self._port = proxy.port
                 return self._run(system, proxy, count, own_folder, settings)
         finally:
             if folder is None:
