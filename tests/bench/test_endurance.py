@@ -1,0 +1,49 @@
+"""What epochs leave behind: nothing, in each mode of workers; and that it would be seen."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from bench import endurance
+from bench.endurance import MEMORY_SLACK_BYTES, MODES, Held, endure
+
+EPOCHS = 45
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_grows_with_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    monkeypatch.setenv("FASTLOAD_IDLE_S", "2")  # torch's workers leave it alone between epochs
+    assert endure(mode, EPOCHS, tmp_path).grown() == []
+
+
+def test_what_grows_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bytearray] = []
+    pipes: list[tuple[int, int]] = []
+    ended = threading.Event()
+    threads: list[threading.Thread] = []
+    look = Held.look
+
+    def leaking(held: Held, folder: Path) -> None:
+        kept.append(bytearray(b"x" * (2 * MEMORY_SLACK_BYTES // EPOCHS * 3)))
+        pipes.append(os.pipe())
+        threads.append(threading.Thread(target=ended.wait))
+        threads[-1].start()
+        (folder / "cache" / f"{len(kept)}").touch()
+        look(held, folder)
+
+    monkeypatch.setattr(endurance.Held, "look", leaking)
+    try:
+        grown = endure("inline", EPOCHS, tmp_path).grown()
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+        for pipe in pipes:
+            for end in pipe:
+                os.close(end)
+    assert [words.partition(" ")[0] for words in grown] == ["memory", "descriptors", "threads", "files"]
