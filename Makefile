@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: ready demo test thorough lint format bench frameworks starts wheel fuzz clean
+.PHONY: ready demo test thorough chaos lint format bench frameworks starts wheel fuzz clean
 
 demo: ready
 	$(BIN)/fastload demo
@@ -21,6 +21,12 @@ thorough: ready
 	FASTLOAD_JOB_CASES=200 $(BIN)/python -m pytest tests/jobs/test_cases.py
 	$(BIN)/python -m pytest -n auto --dist=worksteal -m hypothesis --hypothesis-profile=thorough --timeout=1200 \
 		--ignore=tests/plan --ignore=tests/jobs
+
+# Three jobs on one cache for ten minutes, with all that can happen to them; then a thousand epochs in each mode of workers.
+# SEED=7 has another schedule.
+chaos: ready
+	$(BIN)/python -m bench.chaos --minutes 10 --seed $(or $(SEED),1)
+	$(BIN)/python -m bench.endurance
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

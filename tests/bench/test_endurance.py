@@ -1,4 +1,4 @@
-"""What epochs leave behind: nothing, in each mode of workers; and that it would be seen."""
+"""What epochs leave behind: nothing, whoever works; and that it would be seen. `make chaos` has all ways of working."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from bench import endurance
-from bench.endurance import MEMORY_SLACK_BYTES, MODES, Held, endure
+from bench.endurance import MEMORY_SLACK_BYTES, Held, endure
 
-EPOCHS = 45
+EPOCHS = 30
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["inline", "thread", "process", "side", "torch"])
 def test_nothing_grows_with_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     monkeypatch.setenv("FASTLOAD_IDLE_S", "2")  # torch's workers leave it alone between epochs
     assert endure(mode, EPOCHS, tmp_path).grown() == []
