@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from fastload.errors import ConfigError, StoreUnavailableError
 from fastload.store import fsspecstore, httpstore, local, objectstore
 from fastload.store.options import StoreOptions
-from fastload.store.types import Store
+from fastload.store.types import ObjectInfo, Store
 from fastload.store.urls import scheme, store_root
 from fastload.store.wrappers import Counted, Counters, Limited, Retrying, RetryOptions, SecondLook, Watched
 
@@ -33,9 +37,69 @@ def open_store(url: str, options: StoreOptions, requests: RequestOptions | None 
     """
     requests = requests or RequestOptions()
     retry = requests.retry or RetryOptions(deadline_s=options.deadline_s)
-    counted = Counted(Watched(_bare(store_root(url), options)), requests.counters)
+    counted = Counted(Watched(_now_or_later(store_root(url), options)), requests.counters)
     limited = Limited(SecondLook(counted), requests.requests_max)
     return Retrying(limited, retry, counters=requests.counters)
+
+
+def _now_or_later(root: str, options: StoreOptions) -> Store:
+    """A store; where this process lacks descriptors to open it, one that is opened when it is used."""
+    try:
+        return _bare(root, options)
+    except ConfigError:
+        if not _lacks_descriptors():
+            raise
+        return _OpenedLater(root, options)
+
+
+class _OpenedLater:
+    """What cannot be opened just now. Without descriptors, certificates or files of credentials seem not to be there,
+    which says nothing of the settings: it is tried again as a request is.
+    """
+
+    def __init__(self, root: str, options: StoreOptions) -> None:
+        self._root, self._options = root, options
+        self._lock = threading.Lock()
+        self._store: Store | None = None
+        self._is_closed = False
+
+    def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
+        return self._opened().list(prefix_url)
+
+    def head(self, url: str) -> ObjectInfo:
+        return self._opened().head(url)
+
+    def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
+        self._opened().read_into(info, start, out)
+
+    def close(self) -> None:
+        with self._lock:
+            self._is_closed = True
+            if self._store is not None:
+                self._store.close()
+
+    def _opened(self) -> Store:
+        with self._lock:
+            if self._is_closed:
+                raise StoreUnavailableError(f"{self._root}: this store is closed")
+            if self._store is None:
+                try:
+                    self._store = _bare(self._root, self._options)
+                except ConfigError as error:
+                    if not _lacks_descriptors():
+                        raise
+                    raise StoreUnavailableError(
+                        f"{self._root}: this process has no descriptors left to open it; allow it more (ulimit -n)"
+                    ) from error
+            return self._store
+
+
+def _lacks_descriptors() -> bool:
+    try:
+        os.close(os.open("/", os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno in (errno.EMFILE, errno.ENFILE)
+    return False
 
 
 def _bare(root: str, options: StoreOptions) -> Store:

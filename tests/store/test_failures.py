@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import resource
 import shutil
 import socket
 from dataclasses import replace
@@ -303,3 +304,23 @@ def test_tls(tmp_path: Path, way: str) -> None:
         store.read_into(info, 0, memoryview(out))
         store.close()
     assert bytes(out) == b"hello"
+
+
+def test_a_lack_of_descriptors_says_nothing_of_the_settings(s3: Bucket) -> None:
+    """A store that cannot be opened for it is opened when there are some again."""
+    url = s3.put("a", b"hello")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    out = memoryview(bytearray(5))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        store = open_store(url, s3.options, RequestOptions(retry=RetryOptions(deadline_s=0.05)))
+        with pytest.raises(StoreUnavailableError, match=r"no descriptors left to open it; .*ulimit -n"):
+            store.head(url)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    info = store.head(url)
+    store.read_into(info, 0, out)
+    assert bytes(out) == b"hello"
+    store.close()
+    with pytest.raises(StoreUnavailableError, match="closed"):
+        store.head(url)
