@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -44,6 +44,7 @@ from fastload.indexed import IndexedDataset, checked_number, checked_numbers
 from fastload.node import AnyCache, handle_of
 from fastload.plan import OrderOptions, OrderWish, Position, Ranks, Shuffle, Tail, sample_count_of_rank
 from fastload.plan.tail import check_tail
+from fastload.store.logins import apart
 from fastload.streaming import Streaming
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class _Settings:
     """What the user said, checked."""
 
     urls: tuple[str, ...]
-    storage_options: Mapping[str, Any] | None
+    storage_options: Mapping[str, Any] | None = field(repr=False)
     passes: PassOptions
     index: str | None
     manifest_file: str | None
@@ -155,9 +156,10 @@ class StreamingDataset(Streaming):
             skips_errors,
             cache_policy=checked_cache_policy(cache_policy),
         )
+        shards, options = apart(checked_urls(urls), storage_options)
         self._settings = _Settings(
-            checked_urls(urls),
-            storage_options,
+            shards,
+            options,
             passes,
             index=checked_path(index, "index"),
             manifest_file=checked_path(manifest, "manifest"),

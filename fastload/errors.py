@@ -12,9 +12,14 @@ one string. The message carries the value, the place and the cure.
 
 from __future__ import annotations
 
+from fastload.redaction import redact
+
 
 class FastloadError(Exception):
-    """The base of all of fastload's own exceptions."""
+    """The base of all of fastload's own exceptions. Its message shows no secret, whoever wrote it into a URL."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
 
     def __str__(self) -> str:
         # KeyError would show the repr of the message.
@@ -104,7 +109,7 @@ def to_wire(error: BaseException) -> tuple[str, str]:
     name = type(error).__name__
     if name in _BY_NAME:
         return name, str(error)
-    return "ServiceError", f"{name} in the cache service: {error}"
+    return "ServiceError", redact(f"{name} in the cache service: {error}")
 
 
 def from_wire(name: str, message: str) -> FastloadError:

@@ -27,6 +27,7 @@ from fastload.node import AnyCache, handle_of
 from fastload.plan import Manifest
 from fastload.service.client import Consumer
 from fastload.service.handle import Handle
+from fastload.store.logins import apart
 
 if TYPE_CHECKING:
     from fastload.formats.sidecar import SidecarWriter
@@ -70,6 +71,7 @@ def index(
     """
     checked_urls(urls)
     handle = handle_of(cache)
+    urls, storage_options = apart(urls, storage_options)
     with _writer(output) as writer, handle.consumer(storage_options, "index") as consumer:
         manifest = list_shards(consumer, urls)
         attach(consumer, manifest, manifest.sidecars)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Literal, get_args
 
 from fastload.errors import WaitTimeoutError
+from fastload.redaction import redact
 
 Reason = Literal["chunk", "index", "batch", "queue", "service", "listing", "shutdown"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
@@ -117,7 +118,7 @@ class _Notices:
         now_s = time.monotonic()
         if waited_s >= _NOTICE_AFTER_S and now_s - self._last_s >= _NOTICE_EVERY_S:
             self._last_s = now_s
-            log.warning("has been waiting for %.0f s for %s", waited_s, text)
+            log.warning("has been waiting for %.0f s for %s", waited_s, redact(text))
 
 
 _notices = _Notices()

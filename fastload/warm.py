@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastload.arguments import checked_urls
@@ -22,6 +22,7 @@ from fastload.node import AnyCache, handle_of
 from fastload.plan import Manifest, OrderWish, Ranks, objects_in_use_order
 from fastload.service.client import Consumer
 from fastload.service.protocol import Progress
+from fastload.store.logins import apart
 from fastload.store.table import ObjectTable
 
 
@@ -73,6 +74,8 @@ def warm(
     """
     checked_urls(job.urls)
     handle = handle_of(cache)
+    urls, storage_options = apart(job.urls, storage_options)
+    job = replace(job, urls=urls)
     with handle.consumer(storage_options, WARMING) as consumer:
         manifest = _manifest(consumer, job)
         sidecars = find_sidecars(consumer, manifest, job.index)

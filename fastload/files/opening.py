@@ -19,6 +19,7 @@ from fastload.files.file import ObjectFile, RawObject
 from fastload.node import AnyCache, handle_of
 from fastload.service.handle import Handle
 from fastload.store.environment import fingerprint
+from fastload.store.logins import apart
 from fastload.store.urls import check_key, check_written, normalise
 
 
@@ -46,8 +47,8 @@ def open(  # noqa: A001  # as those of gzip and tarfile
     Raises `ObjectMissingError`, which is a `FileNotFoundError`, and the other errors of `fastload.errors`.
     """
     handle = handle_of(_checked_cache(cache))
-    name = _checked(url)
-    place: _Place = handle.shared(("fastload.open", _options_key(storage_options), fingerprint(os.environ)), _Place)
+    (name,), storage_options = apart([_checked(url)], storage_options)
+    place: _Place = handle.shared(("fastload.open", _options_key(storage_options), fingerprint()), _Place)
     connection = place.connection(handle, storage_options)
     try:
         return ObjectFile(RawObject(connection, connection.open(name)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from fastload.errors import AccessDeniedError, to_wire
+from fastload.errors import StoreError, to_wire
 from fastload.service import protocol
 from fastload.service.buffers import BufferTable
 from fastload.service.consumers import ConsumerState
@@ -113,12 +113,12 @@ class Ledger:
     def failed(self, chunk: Chunk, error: BaseException) -> None:
         """It cannot be had.
 
-        A denial is only news to those whose credentials were denied; for others it is tried again.
+        What a store says is only news to those by whose options it was asked; for others it is tried again.
         """
         name, message = to_wire(error)
-        denied = isinstance(error, AccessDeniedError)
+        of_store = isinstance(error, StoreError)
         for (consumer, chunk_no), want in list(chunk.wanters.items()):
-            if denied and consumer.options_key != chunk.fetched_as:
+            if of_store and consumer.options_key != chunk.fetched_as:
                 continue
             del chunk.wanters[consumer, chunk_no], consumer.wants[chunk_no]
             consumer.send(protocol.Failed([chunk_no], [want.serial], name, message))

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastload.redaction import redact
+
 FILE_BYTES_MAX = 4 << 20
 LINES_AT_ONCE = 10
 _LINES_PER_S = LINES_AT_ONCE / 60
@@ -101,7 +103,7 @@ class ServiceLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write it. Where that fails, because the disk is full or broken, nobody could be told of it."""
-        line = self.format(record).encode(errors="backslashreplace")[:_LINE_BYTES_MAX]
+        line = redact(self.format(record)).encode(errors="backslashreplace")[:_LINE_BYTES_MAX]
         with contextlib.suppress(OSError):
             os.write(_STDERR, line + b"\n")
             if self._is_log and os.fstat(_STDERR).st_size >= self._bytes_max:

@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 from fastload.cache import ChunkKey, object_id
 from fastload.cache.policy import PolicyName
 from fastload.history.keys import object_key
+from fastload.redaction import redact
 from fastload.service.protocol import ObjectRows
 from fastload.store.types import ObjectInfo
 from fastload.store.urls import store_root
@@ -85,7 +86,7 @@ class ObjectEntry:
     def origin(self) -> str:
         """Who serves it: an endpoint of its own, or a bucket, host or machine."""
         if not self._origin:  # each turn asks for that of each candidate
-            self._origin = self.endpoint or store_root(self.info.url)
+            self._origin = redact(self.endpoint or store_root(self.info.url))
         return self._origin
 
     @property

@@ -72,11 +72,17 @@ class Hello(Message, tag="hello"):
     group: int = 0
     program: Annotated[str, msgspec.Meta(max_length=255)] = ""
 
+    def __repr__(self) -> str:
+        return f"Hello({self.version}, {self.pid}, {self.name!r}, store=<hidden>)"
+
 
 class Credentials(Message, tag="credentials"):
     """The store options, read again after a denial."""
 
     store: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return "Credentials(<hidden>)"
 
 
 class Resolve(Message, tag="resolve"):

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fastload.errors import AccessDeniedError
+from fastload.errors import StoreError
 from fastload.service import buffers, protocol
 from fastload.service.consumers import ConsumerState
 from fastload.service.control import Learnt
@@ -117,9 +117,9 @@ class Residency:
 
     def _load_failed(self, chunk: Chunk, error: BaseException) -> None:
         """Those who want the chunk now are told; plans leave it alone until somebody wants it."""
-        denied = isinstance(error, AccessDeniedError)
+        of_store = isinstance(error, StoreError)
         for plan in self._plans.all():
-            if denied and plan.options_key != chunk.fetched_as:
+            if of_store and plan.options_key != chunk.fetched_as:
                 plan.dropped(chunk.entry, chunk.index)  # it may have looked past it while it was on its way
                 continue
             position = plan.position(chunk.entry, chunk.index)

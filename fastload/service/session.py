@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from fastload import callers, errors
 from fastload.errors import FastloadError, ServiceError
+from fastload.redaction import redact
 from fastload.service import protocol
 from fastload.service.channel import Channel, Connection
 from fastload.service.leases import LeaseTable, MappedArena
@@ -89,7 +90,7 @@ class Session:
     def __init__(
         self, cache: Connector, storage_options: Mapping[str, Any] | None, name: str, waits: Waits | None
     ) -> None:
-        self.name = name
+        self.name = redact(name)
         self.chunk_bytes = 0
         self._cache, self._more = cache, cache.reading
         self._storage_options = options.checked(storage_options)

@@ -122,7 +122,7 @@ class Refusal:
             )
         if self.status == 407:
             return AccessDeniedError(
-                f"{url}: the proxy wants credentials; write them into its address, as http://user:password@host{where}"
+                f"{url}: the proxy wants credentials; write user and password into its address, before the host{where}"
             )
         if self.status == 403:
             return AccessDeniedError(

@@ -13,10 +13,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastload.errors import AccessDeniedError, ConfigError, ObjectMissingError, StoreError, StoreUnavailableError
+from fastload.redaction import showable
 from fastload.store.answers import changed, truncated
+from fastload.store.logins import login_of
 from fastload.store.options import StoreOptions
 from fastload.store.replies import other_version
-from fastload.store.settings import FSSPEC
+from fastload.store.settings import FSSPEC, LOGINS
 from fastload.store.types import ObjectInfo
 from fastload.store.urls import folder_without_slash, how_to_name, scheme
 
@@ -38,11 +40,15 @@ class FsspecStore:
         try:
             # Listings are not cached: a listing is asked for to learn what is there now.
             settings = {"use_listings_cache": False, "skip_instance_cache": True, **_arguments(self._scheme, options)}
-            self._system, path = fsspec.core.url_to_fs(root + "/", **settings)
+            login = login_of(root, dict(options.extra))
+            full = root if login is None else root.replace("://", f"://{login}@")
+            self._system, path = fsspec.core.url_to_fs(full + "/", **settings)
             self._root, self._root_path = root, path.rstrip("/")
+        except (ConnectionError, TimeoutError) as error:  # some connect at once
+            raise _explain(error, root) from showable(error)
         except (ImportError, ValueError, TypeError, OSError) as error:
             ours = f"; or write {_OURS[self._scheme]}://, which needs no fsspec" if self._scheme in _OURS else ""
-            raise ConfigError(f"{root}: fsspec cannot open it: {error}{ours}") from error
+            raise ConfigError(f"{root}: fsspec cannot open it: {error}{ours}") from showable(error)
 
     def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
         """All objects whose URL starts with `prefix_url`, in the order of their URLs."""
@@ -52,7 +58,7 @@ class FsspecStore:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise _explain(error, prefix_url) from error
+            raise _explain(error, prefix_url) from showable(error)
         found = [
             self._info(self._root + name.removeprefix(self._root_path), detail) for name, detail in details.items()
         ]
@@ -63,7 +69,7 @@ class FsspecStore:
         try:
             detail = self._system.info(url)
         except OSError as error:
-            raise _explain(error, url) from error
+            raise _explain(error, url) from showable(error)
         if detail.get("type") == "directory":
             raise ObjectMissingError(folder_without_slash(url))
         return self._info(url, detail)
@@ -74,7 +80,7 @@ class FsspecStore:
         try:
             data = self._system.cat_file(info.url, start=start, end=start + len(out))
         except OSError as error:
-            raise _explain(error, info.url) from error
+            raise _explain(error, info.url) from showable(error)
         if len(data) != len(out):
             raise truncated(info.url, len(data), len(out), start)
         self._check_version(info)
@@ -100,7 +106,7 @@ class FsspecStore:
 def _arguments(protocol: str, options: StoreOptions) -> dict[str, Any]:
     """What the consumer found for this file system, and what was given without a protocol's name."""
     extra, sources = dict(options.extra), dict(options.sources)
-    given = {name: value for name, value in extra.items() if sources.get(name) == "storage_options"}
+    given = {name: value for name, value in extra.items() if sources.get(name) == "storage_options" and name != LOGINS}
     for_fsspec = json.loads(given.pop(FSSPEC, extra.get(FSSPEC, "{}")))
     return {**for_fsspec.get(protocol, {}), **given, **for_fsspec.get("*", {})}
 

@@ -110,11 +110,11 @@ class HttpReader:
                 came = f"{reply}, whose bytes do not have the {checksum.algorithm} that it names"
                 raise bad_reply(info.url, self.endpoint, asked(info, start, len(out)), came)
 
-    def first_byte(self, url: str, target: str) -> Reply:
+    def first_byte(self, url: str, target: str, headers: Mapping[str, str]) -> Reply:
         """What the reply to a request for the object's first byte says: as a rule of what size it is, or else that the
-        server serves no ranges. Errors as of `get_range`.
+        server serves no ranges. `headers` are sent besides. Errors as of `get_range`.
         """
-        with self._asked(url, target, {"Range": "bytes=0-0"}) as (response, _, reply):
+        with self._asked(url, target, {"Range": "bytes=0-0", **headers}) as (response, _, reply):
             if reply.status >= 300 and reply.status not in (304, 416):
                 body = response.read(_BODY_MAX).decode(errors="replace")
                 raise Refusal.from_body(reply.status, body).error(url, self.endpoint)

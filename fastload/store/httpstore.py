@@ -4,13 +4,13 @@ answer.
 
 from __future__ import annotations
 
-import re
 import ssl
 from collections.abc import Iterator
 
 from fastload.errors import ConfigError, ObjectMissingError, StoreError
 from fastload.store.answers import is_strong
 from fastload.store.httpreader import HttpReader
+from fastload.store.logins import authorization, login_of, refuse_signed
 from fastload.store.options import StoreOptions
 from fastload.store.proxies import proxy_for
 from fastload.store.replies import size_told
@@ -19,8 +19,6 @@ from fastload.store.types import ObjectInfo
 from fastload.store.urls import key_of
 
 SCHEMES = frozenset({"http", "https"})
-
-_SIGNED = re.compile(r"[?&](X-Amz-Signature|X-Goog-Signature|Signature|sig)=", re.IGNORECASE)
 
 # What a server without ranges says, it says each time; and what is not there, is not there twice.
 _LOOKS = 3
@@ -36,6 +34,8 @@ class HttpStore:
             raise ConfigError(
                 f"{root}: a proxy of the kind {proxy.scheme}:// is not supported; name an http:// one, or set no_proxy"
             )
+        login = login_of(root, settings)
+        self._headers = {} if login is None else {"Authorization": authorization(login)}
         try:
             self._reader = HttpReader(root, settings.get("root_certificate"), proxy)
         except ssl.SSLError as error:
@@ -51,7 +51,7 @@ class HttpStore:
         target = _target(url)
         for look in range(_LOOKS):
             try:
-                reply = self._reader.first_byte(url, target)
+                reply = self._reader.first_byte(url, target, self._headers)
             except ObjectMissingError:
                 if look:
                     raise
@@ -69,7 +69,7 @@ class HttpStore:
         """Fill `out` with the object's bytes from `start`."""
         if len(out) == 0:
             return
-        headers = {"Range": f"bytes={start}-{start + len(out) - 1}"}
+        headers = {"Range": f"bytes={start}-{start + len(out) - 1}", **self._headers}
         if is_strong(info.etag):
             headers["If-Match"] = str(info.etag)
         self._reader.get_range(info, _target(info.url), headers, start, out)
@@ -81,8 +81,6 @@ class HttpStore:
 
 def _target(url: str) -> str:
     """Path and query for the request line. In a web address escapes are the user's own."""
-    if _SIGNED.search(url):
-        shown = url.partition("?")[0]
-        raise ConfigError(f"{shown}?...: signed URLs are not supported yet; use the bucket's own URL and credentials")
+    refuse_signed(url)
     path, mark, query = key_of(url).partition("?")
     return "/" + (path if "%" in path else encode_path(path)) + mark + query

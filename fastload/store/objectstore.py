@@ -24,6 +24,7 @@ from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionErr
 from obstore.store import S3Store, from_url
 
 from fastload.errors import AccessDeniedError, ConfigError, StoreError, StoreUnavailableError
+from fastload.redaction import showable
 from fastload.store import settings, watch
 from fastload.store.answers import (
     BadReplyError,
@@ -128,7 +129,7 @@ class ObjectStore:
             explained = self._explain(error, prefix_url, wanted)
             if isinstance(explained, BadReplyError):
                 self._renew()
-            raise explained from error
+            raise explained from showable(error)
         return found.values()
 
     def head(self, url: str) -> ObjectInfo:
@@ -143,7 +144,7 @@ class ObjectStore:
         except (BaseError, OSError, ValueError) as error:
             explained = self._explain(error, url)
             if isinstance(explained, UnreachableError):
-                raise explained from error
+                raise explained from showable(error)
             if isinstance(explained, BadReplyError):
                 self._renew()
         # A HEAD's answer has no body to tell a missing bucket from a missing key, or a wrong secret from a
@@ -152,7 +153,7 @@ class ObjectStore:
             return self._info(obstore.get(self._opened(), key, options={"range": (0, 1)}).meta)
         except (BaseError, OSError, ValueError) as error:
             better = self._explain(error, url)
-            raise better if type(better) is type(explained) else explained from error
+            raise better if type(better) is type(explained) else explained from showable(error)
 
     def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
         """Fill `out` with the object's bytes from `start`."""
@@ -210,7 +211,7 @@ class ObjectStore:
             except AccessDeniedError:  # one reply is not to cost the bucket its faster way
                 return direct.read_into(info, start, out)
         except BaseError as error:  # of obstore, which looked for credentials
-            raise self._explain(error, info.url) from error
+            raise self._explain(error, info.url) from showable(error)
         except AccessDeniedError:
             self._read_through_obstore(info, start, out)
             if self._direct is direct:
@@ -237,7 +238,7 @@ class ObjectStore:
                 out[got : got + len(view)] = view
                 got += len(view)
         except (BaseError, OSError, ValueError) as error:
-            raise self._explain(error, info.url, wanted) from error
+            raise self._explain(error, info.url, wanted) from showable(error)
         if got != len(out):
             raise truncated(info.url, got, len(out), start)
 
@@ -322,7 +323,9 @@ def _open(root: str, options: StoreOptions, endpoint: str) -> ObstoreStore:
             raise ConfigError(
                 f"cannot open {root}: this machine has no CA certificates; install ca-certificates or set SSL_CERT_FILE"
             ) from error
-        raise ConfigError(f"cannot open {root}: {str(error).splitlines()[0]}; check storage_options") from error
+        raise ConfigError(f"cannot open {root}: {str(error).splitlines()[0]}; check storage_options") from showable(
+            error
+        )
 
 
 def _refuse_foreign(root: str, options: StoreOptions, extra: dict[str, str]) -> None:

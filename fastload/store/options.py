@@ -14,6 +14,7 @@ helps nobody. Where none are found the machine's (instance metadata) are left to
 
 from __future__ import annotations
 
+import json
 import os
 import urllib.parse
 from collections.abc import Iterable, Mapping
@@ -175,6 +176,9 @@ def _sort(storage_options: Mapping[str, Any]) -> tuple[Found, str | None, Mappin
             profile = str(value)
         elif key == settings.FSSPEC and isinstance(value, Mapping):
             for_fsspec = value
+        elif key == settings.LOGINS and isinstance(value, Mapping):
+            logins = {str(root): str(login) for root, login in value.items()}
+            given[key] = json.dumps(logins, sort_keys=True), _GIVEN
         elif key in _FIELD_OF:
             field_name = _FIELD_OF[key]
             given[field_name] = (as_bool(value) if field_name == "anonymous" else str(value)), _GIVEN

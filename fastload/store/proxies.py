@@ -7,7 +7,6 @@ them. obstore, which would read them from its own process's environment, is told
 
 from __future__ import annotations
 
-import base64
 import ipaddress
 import urllib.parse
 import urllib.request
@@ -15,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastload.errors import ConfigError
+from fastload.store.logins import authorization
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -48,11 +48,8 @@ class Proxy:
             host, port = None, None
         if not host:
             raise ConfigError(f"{source} names no proxy; write it as http://host:port, or unset it")
-        authorization = None
-        if parts.username is not None:
-            names = (urllib.parse.unquote(part or "") for part in (parts.username, parts.password))
-            authorization = f"Basic {base64.b64encode(':'.join(names).encode()).decode()}"
-        return cls(parts.scheme, host, port, url, authorization)
+        login = parts.netloc.rpartition("@")[0]
+        return cls(parts.scheme, host, port, url, authorization(login) if login else None)
 
 
 # Who hands out credentials on this machine is on no network that a proxy leads to.

@@ -81,6 +81,8 @@ CLIENT = frozenset(
 PROXIES = frozenset({"http_proxy", "https_proxy", "all_proxy", "no_proxy"})
 # Settings of file systems of fsspec, as JSON: {protocol or "*": {name: value}}.
 FSSPEC = "fsspec"
+# Logins that stood in URLs, as JSON: {root of a store: "user:password"}.
+LOGINS = "logins"
 
 _BY_SCHEME = {"s3": S3, "s3a": S3, "gs": GOOGLE} | dict.fromkeys(("az", "adl", "azure", "abfs", "abfss"), AZURE)
 _ALL = (S3, GOOGLE, AZURE)
@@ -139,7 +141,7 @@ _ALWAYS_SAID = frozenset({"virtual_hosted_style_request", "request_payer", "s3_e
 
 def of_scheme(kind: str, settings: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Those of the settings that say something of stores of this scheme: no others are told to its provider."""
-    names = _BY_SCHEME.get(kind, {}).keys() | CLIENT | PROXIES
+    names = _BY_SCHEME.get(kind, {LOGINS: ()}).keys() | CLIENT | PROXIES
     return {name: value for name, value in settings if name in names}
 
 

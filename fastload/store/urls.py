@@ -16,7 +16,7 @@ from fastload.errors import ConfigError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 LOCAL_ROOT = "file://"
-_BUCKETS = ("s3", "s3a", "gs", "az")
+BUCKETS = ("s3", "s3a", "gs", "az")
 _OTHERS = ("adl", "azure", "abfs", "abfss", "http", "https", "file")
 # What is left of "s3:/bucket/key", which is a local path, once it has been made absolute.
 _SINGLE_SLASH = re.compile(r"(?:^|/)(s3a?|gs|az|https?):/([^/].*)")
@@ -49,14 +49,14 @@ def store_root(url: str) -> str:
     if kind == "file":
         return LOCAL_ROOT
     authority = url.split("://", 1)[1].split("/", 1)[0]
-    if not authority and kind in (*_BUCKETS, "http", "https"):
+    if not authority and kind in (*BUCKETS, "http", "https"):
         raise ConfigError(f"{url!r} names no bucket or host; write it as {kind}://name/key")
     return f"{kind}://{authority}"
 
 
 def check_key(url: str) -> None:
     """Raises `ConfigError` for a bucket that is named as if it were an object."""
-    if scheme(url) in _BUCKETS and not url.split("://", 1)[1].partition("/")[2] and not url.endswith("/"):
+    if scheme(url) in BUCKETS and not url.split("://", 1)[1].partition("/")[2] and not url.endswith("/"):
         raise ConfigError(f'{url} is a bucket, not an object; for all shards in it write it with "/" at the end')
 
 
@@ -74,8 +74,8 @@ def check_written(url: str, shown: str) -> None:
             cure = f'leave out "{first}::", since all that is read is cached anyhow'
         raise ConfigError(f'{shown!r}: URLs are not chained by "::" here; {cure}')
     kind = scheme(url)
-    if kind not in (*_BUCKETS, *_OTHERS):
-        close = get_close_matches(kind, (*_BUCKETS[:1], *_BUCKETS[2:], *_OTHERS), 1, 0.5)
+    if kind not in (*BUCKETS, *_OTHERS):
+        close = get_close_matches(kind, (*BUCKETS[:1], *BUCKETS[2:], *_OTHERS), 1, 0.5)
         if kind not in _of_fsspec(default=() if close else (kind,)):
             cure = f"did you mean {close[0]}://?" if close else "write s3://, gs://, az://, https:// or a path"
             raise ConfigError(f"{shown!r}: neither fastload nor fsspec has a scheme {kind!r}; {cure}")

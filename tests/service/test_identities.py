@@ -23,7 +23,7 @@ from fastload.errors import AccessDeniedError, ConfigError, StoreUnavailableErro
 from fastload.service import Handle as Cache
 from tests.conftest import Bucket
 from tests.service.helpers import service_pid
-from tests.store.servers import Handler, server
+from tests.store.servers import Handler, answer, server
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "PLANTED"  # in every poisoned value that is a secret
@@ -57,18 +57,10 @@ class Objects:
     def __call__(self, handler: Handler) -> None:
         key = re.search(r"Credential=([^/]+)", handler.headers.get("Authorization") or "")
         self.asked_as.add(key[1] if key else "")
-        wanted = handler.headers.get("Range") or f"bytes=0-{len(self.data) - 1}"
-        start, end = map(int, re.findall(r"\d+", wanted))
+        start, end = map(int, re.findall(r"\d+", handler.headers["Range"] or f"0-{len(self.data) - 1}"))
         body = self.data[start : end + 1]
-        handler.send_response(206)
-        handler.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(self.data)}")
-        for name, value in (("Content-Length", str(len(body))), ("ETag", '"1"'), ("Last-Modified", LONG_AGO)):
-            handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.write(body)
-
-
-LONG_AGO = "Tue, 01 Jan 2019 00:00:00 GMT"
+        about = f"bytes {start}-{start + len(body) - 1}/{len(self.data)}"
+        answer(206 if handler.headers["Range"] else 200, body, Content_Range=about, ETag='"1"')(handler)
 
 
 def poison(trap: str, home: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fastload.errors import AccessDeniedError, ObjectMissingError, StoreError, StoreUnavailableError
 from fastload.service import protocol
 from fastload.service.consumers import ConsumerState
 from fastload.store.types import ObjectInfo
@@ -127,6 +128,23 @@ def test_counts_are_what_a_recount_gives_and_everything_comes_back(seed: int) ->
     assert not core._openings._under_way
     assert not world.stores._options
     assert all(entry.user_count == entry.plan_count == 0 for entry in core._objects._entries.values())
+
+
+@pytest.mark.parametrize("refusal", [AccessDeniedError("no"), StoreUnavailableError("away"), ObjectMissingError("no")])
+def test_an_error_is_that_of_who_was_asked_for(refusal: StoreError) -> None:
+    """One's endpoint is away; another's, which has the same object, is not."""
+    world = VirtualCore(random.Random(0), 16, 0)
+    refused, other = (Someone(world, random.Random(0), options) for options in OPTIONS[:2])
+    world.stores.denied.add(refused.state.options_key)
+    world.stores.refusal = refusal
+    for someone in (refused, other):
+        someone.wanted[1] = None
+        someone.say(protocol.Want([1], 1, True))
+        world.run(1e-4)  # it is on its way, for the first
+    world.run(100.0)
+    assert 1 not in refused.wanted
+    assert 1 not in refused.held
+    assert 1 in other.held
 
 
 def test_what_others_were_denied_is_fetched_ahead_all_the_same() -> None:

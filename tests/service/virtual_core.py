@@ -8,7 +8,7 @@ from collections import Counter
 
 from fastload.cache import ChunkKey
 from fastload.config import CacheLimits
-from fastload.errors import AccessDeniedError, ObjectChangedError, StoreUnavailableError
+from fastload.errors import AccessDeniedError, ObjectChangedError, StoreError, StoreUnavailableError
 from fastload.service import buffers
 from fastload.service.buffers import _status
 from fastload.service.core import Core
@@ -30,18 +30,19 @@ FILE_BYTES = CHUNK_BYTES + 8192
 
 
 class Stores(VirtualStores):
-    """A share of the reads fails, `denied` options always."""
+    """A share of the reads fails, `denied` options always, with `refusal`."""
 
     def __init__(self, link: Link, node: Connections, jobs: Jobs, loop: VirtualLoop, draw: random.Random) -> None:
         super().__init__(link, node, jobs, CHUNK_BYTES, lambda info, start, byte_count: None)
         self._loop, self._draw = loop, draw
         self.fail_share = 0.0
         self.denied: set[str] = set()
+        self.refusal: StoreError = AccessDeniedError("denied")
 
     def read_watched(self, watch: Watch, key: str, info: ObjectInfo, start: int, out: memoryview) -> None:
         error: Exception | None = None
         if key in self.denied:
-            error = AccessDeniedError("denied")
+            error = self.refusal
         elif key not in self._options:
             error = options_gone()
         elif self._draw.random() < self.fail_share:

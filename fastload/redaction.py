@@ -1,0 +1,68 @@
+"""No secret in any text: errors, logs, names and figures show URLs and what others' exceptions say through `redact`.
+
+Settings never get into a text. What does is what a user wrote into a URL (a password, the parameters of a signature, a
+token), and what a store or library quotes of a request, all of which looks like one of these.
+"""
+
+from __future__ import annotations
+
+import re
+
+HIDDEN = "***"
+
+# Parameters of URLs whose values grant access, or are half of what does.
+_PARAMETERS = (
+    "x-amz-signature|x-amz-credential|x-amz-security-token|x-goog-signature|x-goog-credential|x-goog-security-token|"
+    "awsaccesskeyid|googleaccessid|signature|policy|key-pair-id|sig|sas|token|[a-z_-]*_token|auth|authorization|code|"
+    "key|api[_-]?key|access[_-]?key|secret|[a-z_-]*_secret|pass|passwd|password|pwd"
+)
+# What errors of S3, and files of Google's, have beside their message.
+_ELEMENTS = (
+    "AWSAccessKeyId|AccessKeyId|SecretAccessKey|SessionToken|Token(?:-\\d+)?|SignatureProvided|StringToSign(?:Bytes)?|"
+    "CanonicalRequest(?:Bytes)?|AuthenticationErrorDetail"
+)
+_MEMBERS = "private_key|private_key_id|client_secret|refresh_token|access_token|id_token|secret|password|token"
+
+_RULES: tuple[tuple[re.Pattern[str], str], ...] = (
+    # https://user:password@host, and a token in the user's place. In other schemes a lone name is part of the address,
+    # as in abfss://container@account, and `github://organisation:repository@version` is one all over.
+    (re.compile(r"\b((?:https?|ftps?)://)[^\s/?#@]*@", re.IGNORECASE), rf"\1{HIDDEN}@"),
+    (
+        re.compile(r"\b((?!(?:github|git|gist)://)[a-z][a-z0-9+.-]*://[^\s/?#@:]*:)[^\s/@]*@", re.IGNORECASE),
+        rf"\1{HIDDEN}@",
+    ),
+    (re.compile(r"(?<![\w/.])[^\s/:@'\"]+:[^\s/@'\"]+@(?=[\w\[])"), f"{HIDDEN}@"),
+    (
+        re.compile(rf"((?:[?&;]|%26|\b(?=sig=))(?:{_PARAMETERS})=)[^\s&;'\"<>]*[^\s&;'\"<>:,.]", re.IGNORECASE),
+        rf"\1{HIDDEN}",
+    ),
+    (re.compile(r"\b((?:Credential|Signature)=)[^\s,&]+"), rf"\1{HIDDEN}"),
+    (re.compile(r"\b((?:Bearer|Basic|SharedKey) )[\w.~+/:=-]{6,}"), rf"\1{HIDDEN}"),
+    (re.compile(rf"(<({_ELEMENTS})>)[^<]*", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(rf"""(["'](?:{_MEMBERS})\\?["']\s*:\s*\\?["'])(?:[^"'\\]|\\.)+""", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*-----|\Z)", re.DOTALL), HIDDEN),
+    (re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{12,}\b"), HIDDEN),
+)
+# One of these is in every text that a rule changes; most texts have none, and are looked through once.
+_MARKS = re.compile(r"[@=<]|Bearer |Basic |SharedKey |\"|'|PRIVATE KEY|AKIA|ASIA")
+
+
+def redact(text: str) -> str:
+    """The text, with *** for all that looks like a secret."""
+    if _MARKS.search(text):
+        for pattern, shown in _RULES:
+            text = pattern.sub(shown, text)
+    return text
+
+
+def showable(error: BaseException) -> BaseException | None:
+    """The error as the cause of another one, which is shown with it; None where it has a secret in it."""
+    link: BaseException | None = error
+    seen: set[int] = set()
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        text = f"{link} {link.args!r}"
+        if redact(text) != text:
+            return None
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return error
