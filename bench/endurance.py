@@ -95,18 +95,18 @@ def write_data(folder: Path) -> str:
 def _loader(mode: str, url: str, cache: fastload.Cache) -> Any:
     given = {"cache": cache, "shuffle": True, "columns": ["bin"], "partitions": 1}
     if mode.startswith("torch"):
-        dataset = fastload.StreamingDataset(url, batch_size=BATCH_SIZE, **given)  # type: ignore[arg-type]
+        dataset = fastload.StreamingDataset(url, batch_size=BATCH_SIZE, **given)  # type: ignore[call-overload]
         return torch.utils.data.DataLoader(
             dataset, BATCH_SIZE, num_workers=2, collate_fn=list, persistent_workers=mode == "torch-persistent"
         )
-    dataset = fastload.StreamingDataset(url, **given)  # type: ignore[arg-type]
+    dataset = fastload.StreamingDataset(url, **given)  # type: ignore[call-overload]
     if mode == "inline":
         return fastload.DataLoader(dataset, BATCH_SIZE)
     if mode in ("foreign-process", "foreign-thread"):
         ours = torch.utils.data.TensorDataset(torch.zeros(SHARDS * SAMPLES_A_SHARD, SAMPLE_BYTES, dtype=torch.uint8))
         workers = mode.partition("-")[2]
-        return fastload.DataLoader(ours, BATCH_SIZE, shuffle=True, num_workers=2, workers=workers)  # type: ignore[arg-type]
-    return fastload.DataLoader(dataset.map(_plain), BATCH_SIZE, num_workers=2, collate_fn=list, workers=mode)  # type: ignore[arg-type]
+        return fastload.DataLoader(ours, BATCH_SIZE, shuffle=True, num_workers=2, workers=workers)  # type: ignore[call-overload]
+    return fastload.DataLoader(dataset.map(_plain), BATCH_SIZE, num_workers=2, collate_fn=list, workers=mode)  # type: ignore[call-overload]
 
 
 MODES = (

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypedDict, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,7 @@ from fastload.config import parse_bytes
 from fastload.decode import Decoder
 from fastload.engine.assemble import Skips
 from fastload.engine.columns import ColumnSet
-from fastload.engine.finish import Finish, OneMaker
+from fastload.engine.finish import Finish, Function, OneMaker
 from fastload.engine.job import Beginning, Job
 from fastload.engine.lookup import Lookup
 from fastload.engine.passes import AnyPosition, OnePass, PassOptions, SourcePass, begin_pass, open_source
@@ -45,7 +45,7 @@ from fastload.node import AnyCache, handle_of
 from fastload.plan import OrderOptions, OrderWish, Position, Ranks, Shuffle, Tail, sample_count_of_rank
 from fastload.plan.tail import check_tail
 from fastload.store.logins import apart
-from fastload.streaming import Streaming
+from fastload.streaming import BatchOf, Columns, Made, Row, Sample, Streaming, Unsaid
 
 if TYPE_CHECKING:
     from fastload.plan.mixture import SourcePlan
@@ -72,7 +72,10 @@ class _Settings:
     grows: bool
 
 
-class StreamingDataset(Streaming):
+Urls: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]"
+
+
+class StreamingDataset(Streaming[Sample]):
     """Samples from shards in object storage, through the node's cache.
 
     `urls`: brace patterns (`s3://bucket/train-{000000..001023}.tar`), prefixes that end in "/", plain URLs or local
@@ -121,10 +124,63 @@ class StreamingDataset(Streaming):
     the errors of `fastload.errors`.
     """
 
+    if TYPE_CHECKING:  # what a sample is depends on one argument; the others are listed once more for that
+
+        class _Options(TypedDict, total=False):
+            cache: AnyCache
+            shuffle: bool | Literal["window", "shards", "global"] | None
+            seed: int
+            shuffle_window: int | str
+            columns: Sequence[str] | None
+            decode: Mapping[str, Decoder] | None
+            tail: Tail
+            storage_options: Mapping[str, Any] | None
+            rank: int | None
+            world_size: int | None
+            replicas: int
+            partitions: int | None
+            batch_size: int | None
+            on_error: Literal["raise", "skip"]
+            manifest: str | os.PathLike[str] | None
+            refresh: Literal["never", "epoch"]
+            index: str | os.PathLike[str] | None
+            cache_policy: CachePolicy
+
+        @overload
+        def map(self, function: Callable[[Any], Unsaid]) -> StreamingDataset[Any]: ...
+        @overload
+        def map(self, function: Callable[[Any], dict[str, Any]]) -> StreamingDataset[Row]: ...
+        @overload
+        def map(self, function: Callable[[Any], Made]) -> StreamingDataset[Made]: ...
+        def map(self, function: Function) -> StreamingDataset[Any]: ...
+
+        @overload
+        def map_batch(self, function: Callable[[Any], Unsaid]) -> StreamingDataset[Any]: ...
+        @overload
+        def map_batch(self, function: Callable[[Any], dict[str, Any]]) -> StreamingDataset[Row]: ...  # type: ignore[overload-overlap]
+        @overload
+        def map_batch(self, function: Callable[[Any], Made]) -> StreamingDataset[BatchOf[Made]]: ...
+        def map_batch(self, function: Function) -> StreamingDataset[Any]: ...
+
+    @overload
+    def __init__(
+        self: StreamingDataset[Row], urls: Urls, *, as_tuple: Literal[False] = False, **options: Unpack[_Options]
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: StreamingDataset[Columns], urls: Urls, *, as_tuple: Literal[True], **options: Unpack[_Options]
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: StreamingDataset[Any], urls: Urls, *, as_tuple: bool = False, **options: Unpack[_Options]
+    ) -> None: ...
+
     @public
     def __init__(
         self,
-        urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        urls: Urls,
         *,
         cache: AnyCache = None,
         shuffle: bool | Literal["window", "shards", "global"] | None = None,

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, Unpack, get_args, overload
 
 import torch.utils.data
 from torch.utils.data import Dataset, Sampler
@@ -24,7 +24,7 @@ from fastload.callers import public
 from fastload.errors import ConfigError
 from fastload.foreign.reading import Reading
 from fastload.streamed import Stream
-from fastload.streaming import Streaming
+from fastload.streaming import BatchOf, Columns, Made, Row, Streaming, Unsaid
 from fastload.transfer import checked_device
 
 T = TypeVar("T", covariant=True)
@@ -76,6 +76,55 @@ class DataLoader(torch.utils.data.DataLoader[T]):
 
     With `with`, it is closed in the end.
     """
+
+    if TYPE_CHECKING:  # what a `collate_fn` makes is not said; the other arguments are listed once more for that
+
+        class _More(TypedDict, total=False):
+            prefetch_factor: int | None
+            persistent_workers: bool
+            pin_memory_device: str
+            in_order: bool
+            workers: WorkersMode
+            device: torch.device | str | None
+            snapshot_every_n_steps: int | None
+
+    @overload
+    def __init__(
+        self,
+        dataset: Dataset[T],
+        batch_size: int | None = 1,
+        shuffle: bool | None = None,
+        sampler: Sampler[Any] | Iterable[Any] | None = None,
+        batch_sampler: Sampler[list[Any]] | Iterable[list[Any]] | None = None,
+        num_workers: int = 0,
+        collate_fn: None = None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        generator: torch.Generator | None = None,
+        **more: Unpack[_More],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: DataLoader[Any],
+        dataset: Dataset[Any],
+        batch_size: int | None = 1,
+        shuffle: bool | None = None,
+        sampler: Sampler[Any] | Iterable[Any] | None = None,
+        batch_sampler: Sampler[list[Any]] | Iterable[list[Any]] | None = None,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        generator: torch.Generator | None = None,
+        **more: Unpack[_More],
+    ) -> None: ...
 
     @public
     def __init__(
@@ -151,6 +200,21 @@ class DataLoader(torch.utils.data.DataLoader[T]):
         self.__dict__.update(state)
         self._stream = Stream(self) if _is_ours(self.dataset) else None
         self._reading = Reading()
+
+    @overload
+    def __iter__(self: DataLoader[Unsaid]) -> Any: ...
+
+    @overload
+    def __iter__(self: DataLoader[Row]) -> Iterator[dict[str, Any]]: ...
+
+    @overload
+    def __iter__(self: DataLoader[Columns]) -> Iterator[tuple[Any, ...]]: ...
+
+    @overload
+    def __iter__(self: DataLoader[BatchOf[Made]]) -> Iterator[Made]: ...
+
+    @overload
+    def __iter__(self) -> Any: ...
 
     @public
     def __iter__(self) -> Any:

@@ -8,10 +8,10 @@ batches at every size, every sample of a source once in each of its epochs, and 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import zip_longest
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from fastload.arguments import checked_batch_size, checked_seed
 from fastload.callers import public
 from fastload.dataset import StreamingDataset
 from fastload.engine.assemble import Skips
+from fastload.engine.finish import Function
 from fastload.engine.job import Beginning
 from fastload.engine.mixed import MixedPass, begin_mixed_pass
 from fastload.engine.passes import AnyPosition
@@ -27,12 +28,12 @@ from fastload.kernels import compile_in_background
 from fastload.plan import Ranks, Tail, sample_count_of_rank
 from fastload.plan.mixture import MixtureCursor, MixtureOptions, MixturePosition, Stop, check_stop, check_weights
 from fastload.plan.tail import check_tail
-from fastload.streaming import Streaming
+from fastload.streaming import BatchOf, Made, Row, Sample, Streaming, Unsaid
 
 Weight = float | Sequence[tuple[int, float]]
 
 
-class Mixture(Streaming):
+class Mixture(Streaming[Sample]):
     """Samples of several data sets, each as often as its weight says.
 
     `sources`: pairs of a `StreamingDataset` and its weight: a number, in proportion to the others', or a schedule
@@ -53,10 +54,28 @@ class Mixture(Streaming):
     in a batch an int64 tensor. Raises `ConfigError`.
     """
 
+    if TYPE_CHECKING:
+
+        @overload
+        def map(self, function: Callable[[Any], Unsaid]) -> Mixture[Any]: ...
+        @overload
+        def map(self, function: Callable[[Any], dict[str, Any]]) -> Mixture[Row]: ...
+        @overload
+        def map(self, function: Callable[[Any], Made]) -> Mixture[Made]: ...
+        def map(self, function: Function) -> Mixture[Any]: ...
+
+        @overload
+        def map_batch(self, function: Callable[[Any], Unsaid]) -> Mixture[Any]: ...
+        @overload
+        def map_batch(self, function: Callable[[Any], dict[str, Any]]) -> Mixture[Row]: ...  # type: ignore[overload-overlap]
+        @overload
+        def map_batch(self, function: Callable[[Any], Made]) -> Mixture[BatchOf[Made]]: ...
+        def map_batch(self, function: Function) -> Mixture[Any]: ...
+
     @public
     def __init__(
         self,
-        sources: Sequence[tuple[StreamingDataset, Weight]],
+        sources: Sequence[tuple[StreamingDataset[Sample], Weight]],
         *,
         seed: int = 0,
         stop: Stop = "first",

@@ -11,9 +11,10 @@ import itertools
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, Self
+from typing import Any, Generic, NewType, Self
 
 import torch.utils.data
+from typing_extensions import TypeVar
 
 from fastload import callers
 from fastload.arguments import checked_epoch, checked_function
@@ -32,7 +33,24 @@ from fastload.plan import Ranks, Split, Tail
 _SAMPLES_AT_ONCE = 32
 
 
-class Streaming(torch.utils.data.IterableDataset[Any]):
+# What type checkers are told of a data set: what a sample of it is, and so what a loader makes of several.
+Row = NewType("Row", dict[str, Any])  # by column; a batch is a dict, too
+Columns = NewType("Columns", tuple[Any, ...])  # of a sample, or of a batch
+Made = TypeVar("Made", covariant=True)
+
+
+class BatchOf(Generic[Made]):
+    """What `map_batch` has made of a batch. There are no objects of it: it has no samples."""
+
+
+class Unsaid:
+    """What only `Any` is taken for: a sample of which nothing is known."""
+
+
+Sample = TypeVar("Sample", covariant=True, default=Any)
+
+
+class Streaming(torch.utils.data.IterableDataset[Sample]):
     """The base of `StreamingDataset` and `Mixture`."""
 
     def __init__(self, batch_size: int | None, tail: Tail) -> None:
@@ -72,7 +90,7 @@ class Streaming(torch.utils.data.IterableDataset[Any]):
         """
 
     @public
-    def map(self, function: Function) -> Self:
+    def map(self, function: Function) -> Streaming[Any]:
         """This data set with `function` applied to each sample, after those that are applied already.
 
         It is given what iterating yields (a dict or a tuple, decoded), and what it returns takes its place. A
@@ -87,7 +105,7 @@ class Streaming(torch.utils.data.IterableDataset[Any]):
         return self._with_functions((*self._on_samples, checked_function(function, "map")), ())
 
     @public
-    def map_batch(self, function: Function) -> Self:
+    def map_batch(self, function: Function) -> Streaming[Any]:
         """This data set with `function` applied to each batch of a `fastload.DataLoader`, where and as `map` says."""
         return self._with_functions(self._on_samples, (*self._on_batches, checked_function(function, "map_batch")))
 
@@ -169,7 +187,7 @@ class Streaming(torch.utils.data.IterableDataset[Any]):
         return self._epochs.next()
 
     @public
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Sample]:
         """The samples of this rank (in a torch worker: that worker's part of them), and the next epoch each time."""
         if self._on_batches:
             raise ConfigError("map_batch() functions need batches, and this iterates samples; use fastload.DataLoader")
