@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -253,6 +254,41 @@ def test_a_sidecar_that_is_replaced_while_it_is_read(url: str, tmp_path: Path) -
         assert [str(each.message).split(" (")[0] for each in caught] == [f"{index} cannot be read any more"]
         source.give_back(session)
         source.close()
+
+
+# What an earlier run has read
+
+
+def test_the_length_is_known_before_the_first_batch_of_a_later_run(url: str, tmp_path: Path) -> None:
+    """So that `tqdm(loader)` has a total. It does not matter how the earlier run read."""
+    with Cache(tmp_path / "cache", **LIMITS) as cache:
+        dataset = fastload.StreamingDataset(url, cache=cache, shuffle=True)
+        loader = fastload.DataLoader(dataset, batch_size=7)
+        with pytest.raises(TypeError, match="fastload index"):
+            len(loader)
+        assert sum(1 for _ in loader) == len(loader)
+        loader.close()
+    with Cache(tmp_path / "cache", **LIMITS) as cache:
+        loader = fastload.DataLoader(fastload.StreamingDataset(url, cache=cache), batch_size=16)
+        expected = -(-len(DATA.samples) // 16)
+        assert len(loader) == expected
+        assert loader.stats()["fetched_bytes"] == 0
+        assert sum(1 for _ in loader) == expected
+        loader.close()
+
+
+def test_what_other_nodes_told_is_known_to_the_next_run(url: str, tmp_path: Path) -> None:
+    """A node reads a part of the shards; it hears how many samples the others hold, and its cache keeps that."""
+    with Cache(tmp_path / "cache", **LIMITS) as cache:
+        source = Source([url], cache, None, (), None)
+        assert counts(source) is None
+        session = source.open()
+        source.shards.get(session.consumer, [0, 1])
+        source.learn_counts(np.array([2, 3, 4], np.int32), np.array(COUNTS[2:], np.int64))
+        source.give_back(session)
+        source.close()
+    with Cache(tmp_path / "cache", **LIMITS) as cache:
+        assert counts(Source([url], cache, None, (), None)) == COUNTS
 
 
 def test_what_is_no_sidecar_is_an_error(put: Any, url: str, cache: Cache) -> None:

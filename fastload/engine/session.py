@@ -84,6 +84,7 @@ class Source:
         self._sidecars = ObjectTable.of([])
         self._shards: ShardTable | None = None
         self._counts: npt.NDArray[np.int64] | None = None  # by object; -1: not known here
+        self._heard: set[int] = set()  # objects whose counts were learnt since the cache was told
         self.slots = SlotPool(_SLOTS_RETAINED_BYTES)
 
     @property
@@ -119,6 +120,7 @@ class Source:
             _close_all(self._idle)  # they are attached to another
             self._manifest = manifest
             self._first_chunk = self._shards = self._counts = None
+            self._heard.clear()
             self._keep()
 
     def refresh(self, waits: Waits | None = None) -> Manifest:
@@ -181,6 +183,7 @@ class Source:
     def give_back(self, session: Session) -> None:
         """The session is idle again; where the source was closed meanwhile, its turn to be closed is now."""
         with self._lock:
+            self._keep_counts(session)
             if session.manifest is not self._manifest or session.closings != self._closings:
                 session.close()
             elif not session.consumer.is_ended:
@@ -211,7 +214,9 @@ class Source:
         """Remember the sample counts of these objects; of another list of shards than the present one, nothing."""
         with self._lock:
             if of is None or of is self._manifest:
-                self._counts_here()[object_nos] = counts
+                here = self._counts_here()
+                self._heard.update(object_nos[here[object_nos] < 0].tolist())
+                here[object_nos] = counts
 
     def sample_counts(self) -> npt.NDArray[np.int64] | None:
         """int64[objects]: samples of each shard, or None where a shard has not been indexed yet."""
@@ -220,11 +225,22 @@ class Source:
             counts = self._counts_here()
             if (counts < 0).any():
                 stored = self.shards.known_counts(session.consumer)
-                known = np.flatnonzero(stored >= 0).astype(np.int32)
-                self.learn_counts(known, stored[known])
+                with self._lock:
+                    known = stored >= 0
+                    counts[known] = stored[known]
+                    self._heard.difference_update(np.flatnonzero(known).tolist())
         finally:
             self.give_back(session)
         return counts if (counts >= 0).all() else None
+
+    def _keep_counts(self, session: Session) -> None:
+        """Tell the cache what it may not know: counts that other nodes told are needed before the next run's first
+        epoch, to know how long that is.
+        """
+        if self._heard and session.manifest is self._manifest:
+            numbers = np.array(sorted(self._heard), np.int32)
+            session.consumer.put_counts(numbers, self._counts_here()[numbers])
+            self._heard.clear()
 
     def _counts_here(self) -> npt.NDArray[np.int64]:
         assert self._manifest is not None, "no session was opened yet"

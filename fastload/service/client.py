@@ -291,6 +291,17 @@ class Consumer(Session):
             with self._changed:
                 self._send(protocol.PutIndex(int(object_no), bytes(data)))
 
+    def put_counts(self, object_nos: Ints, counts: Ints) -> None:
+        """Have sample counts kept for later runs that were heard of elsewhere. They need no index; a consumer that has
+        ended leaves it.
+        """
+        numbers, counts = [int(number) for number in object_nos], np.asarray(counts, "<i8")
+        step = protocol.COUNTS_PER_REQUEST
+        with self._changed:
+            for start in range(0, len(numbers) if self._ended is None else 0, step):
+                some = slice(start, start + step)
+                self._send(protocol.PutCounts(numbers[some], counts[some].tobytes()))
+
     def get_counts(self, object_nos: Ints, deadline_s: float = DEADLINE_S) -> Int64:
         """int64[n]: how many samples these objects hold, -1 for those without a stored index."""
         numbers = [int(number) for number in object_nos]

@@ -30,6 +30,7 @@ from fastload.cache import CacheDirectory
 from fastload.errors import CacheError, FastloadError, ServiceError
 from fastload.service import protocol
 from fastload.service.channel import Connection, greet
+from fastload.service.logs import FILE_BYTES_MAX
 
 DEADLINE_S = 60.0
 _TRY_AGAIN_S = 0.02
@@ -37,7 +38,6 @@ _END_S = 5.0
 # A service that ends before it serves, without a word: killed, most likely, which happens to be survived. One that does
 # so again and again will not serve at the next try either.
 _SILENT_ENDS_MAX = 3
-_LOG_BYTES_MAX = 4 << 20
 _LOG_TAIL_BYTES = 2000
 
 
@@ -201,7 +201,7 @@ def _environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _open_log(path: Path) -> Any:
-    if path.exists() and path.stat().st_size > _LOG_BYTES_MAX:
+    if path.exists() and path.stat().st_size > FILE_BYTES_MAX:
         os.replace(path, path.with_name(path.name + ".1"))
     return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab")
 

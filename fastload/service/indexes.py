@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
 
+import numpy as np
 from cachetools import LRUCache
 
 from fastload.cache import ChunkKey
 from fastload.config import MIB
+from fastload.errors import ServiceError
 from fastload.formats.index import HEADER_BYTES, stored_sample_count
 from fastload.service.counts import SampleCounts
 from fastload.service.diskorder import DiskOrder
@@ -91,6 +93,16 @@ class Indexes:
             self._ram[object_id] = data
 
     # Sample counts
+
+    def learn(self, object_ids: Sequence[bytes], counts: bytes) -> None:
+        """Keep these counts, int64; ServiceError where they are not as many, or no counts."""
+        if len(counts) != 8 * len(object_ids):
+            raise ServiceError(f"a message tells counts of {len(object_ids)} objects in {len(counts)} bytes")
+        numbers = np.frombuffer(counts, "<i8").tolist()
+        if numbers and min(numbers) < 0:
+            raise ServiceError(f"a message tells a count of {min(numbers)} samples")
+        for object_id, count in zip(object_ids, numbers, strict=True):
+            self._counts.add(object_id, count)
 
     def counts(self, object_ids: Sequence[bytes], found: Callable[[list[int]], None]) -> None:
         """Call `found` with the sample counts of these objects, -1 for those without an index: now, or when the disk

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         if not directory.try_lock():
             starter.tell({"status": "taken"})
             return 0
-        service_log.keep_small(lambda: None if directory.is_lost else directory.log_path)
+        service_log.keep_small(lambda: None if directory.is_lost else directory.root / directory.log_path.name)
         ended = asyncio.run(_serve(directory, options.idle_s, starter))
     except FastloadError as error:
         log.error("%s", error)

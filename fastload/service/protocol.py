@@ -181,6 +181,13 @@ class PutIndex(Message, tag="put_index"):
     data: bytes
 
 
+class PutCounts(Message, tag="put_counts"):
+    """So many samples have these objects, as somebody who indexed them has told; `counts` are int64, little-endian."""
+
+    objects: list[int]
+    counts: bytes
+
+
 class GetCounts(Message, tag="get_counts"):
     """How many samples these objects hold; answered by `Counts`."""
 
@@ -347,6 +354,7 @@ FromConsumer = (
     | Pinned
     | GetIndexes
     | PutIndex
+    | PutCounts
     | GetCounts
     | Clear
     | Stats

@@ -41,6 +41,8 @@ class Requests:
                 self._get_indexes(consumer, message)
             case protocol.PutIndex():
                 self._indexes.put(consumer.entry(message.object_no).id, message.data)
+            case protocol.PutCounts():
+                self._indexes.learn([consumer.entry(number).id for number in message.objects], message.counts)
             case protocol.GetCounts():
                 self._get_counts(consumer, message)
             case protocol.Stats():

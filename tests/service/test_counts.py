@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastload.errors import ServiceError
 from fastload.formats import ShardIndex
 from fastload.service import Handle as Cache
 from fastload.service import protocol
@@ -54,6 +55,27 @@ def test_counts_of_indexes_that_are_kept(tmp_path: Path, disk_bytes: int) -> Non
         assert await counts(side, 2) == [5]
 
     world.run(work)
+
+
+def test_counts_that_other_nodes_told_are_kept_over_runs(tmp_path: Path) -> None:
+    world = World(tmp_path, 4, DISK_BYTES)
+    world.add(1, 1, 1)
+
+    async def hear(core: Core) -> None:
+        side = Side(core, world.objects)
+        side.say(protocol.PutIndex(0, index_of(7)))
+        side.say(protocol.PutCounts([1, 2], np.array([3, 0], "<i8").tobytes()))
+        assert await counts(side, 0, 1, 2) == [7, 3, 0]
+        with pytest.raises(ServiceError, match="counts of 1 objects in 16 bytes"):
+            side.say(protocol.PutCounts([1], bytes(16)))
+        with pytest.raises(ServiceError, match="a count of -1 samples"):
+            side.say(protocol.PutCounts([1], np.array([-1], "<i8").tobytes()))
+
+    async def know(core: Core) -> None:
+        assert await counts(Side(core, world.objects), 0, 1, 2) == [7, 3, 0]
+
+    world.run(hear)
+    world.run(know)
 
 
 def test_nothing_comes_into_the_directory_when_a_consumer_goes(tmp_path: Path) -> None:

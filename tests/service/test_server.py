@@ -193,6 +193,7 @@ NONSENSE = {
     "settings that are no pairs": protocol.Hello(protocol.VERSION, 1, "", {"extra": [[[], {}]]}),
     "unknown settings": protocol.Hello(protocol.VERSION, 1, "", {"x" * 100_000: 1}),
     "a chunk that is nowhere": protocol.Want([1 << 62], 1, True),
+    "counts of more objects than it names": protocol.PutCounts([], b"12345678"),
     "credentials of no form": protocol.Credentials({"deadline_s": [1]}),
 }
 
