@@ -31,6 +31,7 @@ from fastload.errors import CacheError, FastloadError, ServiceError
 from fastload.service import protocol
 from fastload.service.channel import Connection, greet
 from fastload.service.logs import FILE_BYTES_MAX
+from fastload.service.surroundings import of_service
 
 DEADLINE_S = 60.0
 _TRY_AGAIN_S = 0.02
@@ -178,26 +179,16 @@ def _reap(process: subprocess.Popen[bytes]) -> None:
             process.kill()
 
 
-# What of a job's environment its service begins with: where programs, libraries and temporary files are, languages and
-# time zones, numbers of threads, and settings of Python, of memory and of fastload. Nothing that says which store to
-# ask, through whom, or as whom: the service has other jobs' requests to make, too, and each brings its own.
-_KEPT = {"PATH", "TMPDIR", "LANG", "LANGUAGE", "TZ", "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "LD_PRELOAD"}
-_KEPT |= {"GLIBC_TUNABLES", "OPENSSL_CONF", "OPENSSL_MODULES", "RUST_BACKTRACE", "TOKIO_WORKER_THREADS"}
-_KEPT |= {"JAVA_HOME", "HADOOP_HOME", "CLASSPATH", "ARROW_LIBHDFS_DIR"}  # fsspec's hdfs
-_KEPT_BEGIN = ("LC_", "PYTHON", "FASTLOAD_", "MALLOC_", "ASAN_", "COVERAGE_", "OMP_", "OPENBLAS_", "MKL_", "NUMBA_")
-# Tools that look for credentials and settings in the home directory find those of whoever began there.
-_NO_HOME = "/nonexistent"
-
-
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:
     """That of the service, which has this very package in reach, made of ours."""
-    kept = {name: value for name, value in environ.items() if name in _KEPT or name.startswith(_KEPT_BEGIN)}
+    environment = of_service(environ)
     package = str(Path(__file__).resolve().parents[2])
-    path = kept.get("PYTHONPATH")
-    kept["PYTHONPATH"] = package if not path else f"{package}{os.pathsep}{path}"
+    path = environment.get("PYTHONPATH")
+    environment["PYTHONPATH"] = package if not path else f"{package}{os.pathsep}{path}"
     if site.ENABLE_USER_SITE and site.USER_BASE:  # packages of the user's are found by the home directory
-        kept.setdefault("PYTHONUSERBASE", site.USER_BASE)
-    return {**kept, "HOME": _NO_HOME, "OPENBLAS_NUM_THREADS": "1"}  # numpy only sorts here
+        environment.setdefault("PYTHONUSERBASE", site.USER_BASE)
+    environment["OPENBLAS_NUM_THREADS"] = "1"  # numpy only sorts here
+    return environment
 
 
 def _open_log(path: Path) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from fastload.cache import CacheDirectory
 from fastload.config import CacheLimits
 from fastload.errors import FastloadError, to_wire
+from fastload.service import surroundings
 from fastload.service.logs import ServiceLog
 from fastload.service.server import Server
 from fastload.turns import take_long_turns
@@ -22,7 +23,8 @@ log = logging.getLogger("fastload.service")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the service; the exit status."""
+    """Run the service; the exit status. The process's environment is the service's from then on."""
+    surroundings.leave()
     take_long_turns()  # and all threads of this process, which begin as the one that starts them
     options = _parser().parse_args(arguments)
     service_log = ServiceLog()

@@ -144,6 +144,9 @@ class StoreOptions:
         # A profile that was asked for by name in the call goes before the variables, one from AWS_PROFILE after.
         found = [given, variables, profile.found()] if profile_name is None else [given, profile.found(), variables]
         merged = _merge([*found, environment.besides(environ, for_fsspec)])
+        for name in settings.FILES & merged.keys():
+            path, where = merged[name]
+            merged[name] = os.path.abspath(os.path.expanduser(path)), where
         own = {each.name for each in fields(cls)}
         sources = {name: where for name, (_, where) in merged.items()}
         return cls(

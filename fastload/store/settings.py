@@ -65,6 +65,17 @@ AZURE = {
     "fabric_cluster_identifier": ("AZURE_FABRIC_CLUSTER_IDENTIFIER",),
     "encryption_key": ("AZURE_ENCRYPTION_KEY", "AZURE_STORAGE_ENCRYPTION_KEY"),
 }
+# Those that are paths, which the service finds from another working directory.
+FILES = frozenset(
+    {
+        "web_identity_token_file",
+        "container_authorization_token_file",
+        "service_account",
+        "service_account_path",
+        "application_credentials",
+        "federated_token_file",
+    }
+)
 # The HTTP client's, whoever the provider is.
 CLIENT = frozenset(
     {

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from fastload.errors import AccessDeniedError, ConfigError, StoreUnavailableErro
 from fastload.service import Handle as Cache
 from tests.conftest import Bucket
 from tests.service.helpers import service_pid
-from tests.store.servers import Handler, answer, server
+from tests.store.servers import Handler, answer, certify, server
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "PLANTED"  # in every poisoned value that is a secret
@@ -140,6 +141,22 @@ def job(directory: Path, environ: dict[str, str]) -> Iterator[None]:
         process.stdout.close()
 
 
+@contextmanager
+def by_hand(directory: Path, environ: dict[str, str]) -> Iterator[None]:
+    """A service that a user has started, who ends it, too."""
+    reading, writing = os.pipe()
+    command = [sys.executable, "-m", "fastload.service", f"--directory={directory}", f"--ready-fd={writing}"]
+    process = subprocess.Popen(command, env=environ, cwd=ROOT, pass_fds=[writing])
+    os.close(writing)
+    try:
+        with open(reading) as said:
+            assert json.loads(said.readline()) == {"status": "ready"}
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
 def keys(bucket: Bucket, which: str = "") -> dict[str, Any]:
     """Storage options as the owner, or as the one who may do nothing."""
     options = bucket.denied_options if which == "denied" else bucket.options
@@ -151,13 +168,16 @@ def read(url: str, cache: Cache, options: dict[str, Any] | None = None) -> bytes
         return file.read()
 
 
-def test_a_service_that_a_poisoned_job_started_asks_as_each_job_says(s3: Bucket, tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [job, by_hand])
+def test_a_service_that_was_started_in_a_poisoned_environment_asks_as_each_job_says(
+    s3: Bucket, tmp_path: Path, start: Callable[[Path, dict[str, str]], AbstractContextManager[None]]
+) -> None:
     url = s3.put("a.bin", b"mine")
     trap = Trap()
     nobody = {"metadata_endpoint": "http://127.0.0.1:1", "deadline_s": 0}
     with ExitStack() as stack:
         at = stack.enter_context(server(trap)).endpoint
-        stack.enter_context(job(tmp_path / "cache", {**clean(), **poison(at, tmp_path / "poisoned")}))
+        stack.enter_context(start(tmp_path / "cache", {**clean(), **poison(at, tmp_path / "poisoned")}))
         cache = stack.enter_context(Cache(tmp_path / "cache"))
         assert read(url, cache, keys(s3)) == b"mine"
         # Not with the keys of whoever started it, nor from what the owner has just had fetched.
@@ -174,9 +194,41 @@ def test_a_service_that_a_poisoned_job_started_asks_as_each_job_says(s3: Bucket,
             pid = service_pid(consumer)
         begun_with = Path(f"/proc/{pid}/environ").read_bytes().decode()
     assert trap.seen == []
-    assert SECRET not in begun_with
-    assert at not in begun_with
-    assert str(tmp_path / "poisoned") not in begun_with
+    if start is job:
+        assert SECRET not in begun_with
+        assert at not in begun_with
+        assert str(tmp_path / "poisoned") not in begun_with
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_whom_a_job_trusts_others_do_not(s3: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, authority = certify(tmp_path)
+    with ExitStack() as stack:
+        at = stack.enter_context(server(Objects(b"theirs"), certificate=both)).endpoint
+        trusting = {"SSL_CERT_FILE": str(authority), "AWS_CA_BUNDLE": str(authority)}
+        stack.enter_context(job(tmp_path / "cache", {**clean(), **trusting}))
+        cache = stack.enter_context(Cache(tmp_path / "cache"))
+        options = {"endpoint_url": at, "key": "K", "secret": "S", "deadline_s": 0}
+        for _ in range(2):
+            with pytest.raises(StoreUnavailableError, match="TLS certificate is not accepted"):
+                read(f"{s3.url}/a.bin", cache, options)
+            with monkeypatch.context() as patch:
+                patch.setenv("SSL_CERT_FILE", str(authority))
+                assert read(f"{s3.url}/a.bin", cache, options) == b"theirs"
+
+
+def test_the_proxy_of_a_job_is_not_that_of_others(s3: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, proxied = s3.put("a.bin", b"mine"), Objects(b"by proxy")
+    with server(proxied) as at, Cache(tmp_path / "cache") as cache:
+        monkeypatch.setenv("http_proxy", at.endpoint)
+        assert read(url, cache, keys(s3)) == b"by proxy"
+        monkeypatch.setenv("no_proxy", "127.0.0.0/8")
+        assert read(url, cache, keys(s3)) == b"mine"
+        monkeypatch.delenv("no_proxy")
+        monkeypatch.delenv("http_proxy")
+        assert read(url, cache, keys(s3)) == b"mine"
+        assert read(url, cache, {**keys(s3), "proxy_url": at.endpoint}) == b"by proxy"
+    assert proxied.asked_as == {s3.options.access_key_id}
 
 
 @pytest.mark.parametrize("mode", ["auto", "inprocess"])

@@ -109,6 +109,14 @@ def test_what_the_tools_of_other_stores_would_find(tmp_path: Path) -> None:
         options(None, FSSPEC_FTP="secret")
 
 
+def test_files_are_found_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service has a working directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    found = dict(options({"federated_token_file": "token"}, GOOGLE_APPLICATION_CREDENTIALS="key.json").extra)
+    assert found["federated_token_file"] == str(tmp_path / "token")
+    assert found["application_credentials"] == str(tmp_path / "key.json")
+
+
 def test_proxies_and_authorities(tmp_path: Path) -> None:
     found = options(None, HTTP_PROXY="a", http_proxy="b", ALL_PROXY="c", NO_PROXY="d", REQUEST_METHOD="GET")
     assert found.extra == (("all_proxy", "c"), ("http_proxy", "b"), ("no_proxy", "d"))
