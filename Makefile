@@ -26,6 +26,7 @@ thorough: ready
 # SEED=7 has another schedule.
 chaos: ready
 	$(BIN)/python -m bench.chaos --minutes 10 --seed $(or $(SEED),1)
+	$(BIN)/python -m bench.chaos --minutes 1 --seed $(or $(SEED),1) --lies
 	$(BIN)/python -m bench.endurance
 
 lint: $(STAMP)

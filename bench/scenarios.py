@@ -156,10 +156,11 @@ def disk(stage: Stage, plan: Plan) -> Result:
         remote.add(system, epoch.remote_bytes / epoch.data_bytes)
         client.add(system, epoch.cpu_s_per_gb("client"))
         memory.add(system, epoch.peak_memory_bytes / 1e6)
-    limit = 0.9 * measure.median(raw.values["disk"])
-    if best := _best_of_others(rate):
-        limit = min(limit, 2 * best)
-    asked.values["fastload"] = [value / limit for value in rate.values["fastload"]]
+    if "fastload" in plan.systems:
+        limit = 0.9 * measure.median(raw.values["disk"])
+        if best := _best_of_others(rate):
+            limit = min(limit, 2 * best)
+        asked.values["fastload"] = [value / limit for value in rate.values["fastload"]]
     return _result("disk", [rate, raw, asked, remote, client, memory], runs)
 
 

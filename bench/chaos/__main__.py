@@ -33,7 +33,7 @@ from bench.chaos import damage, jobs
 from bench.chaos.drive import Driver, Job
 from bench.chaos.oracle import Data, Oracle
 from bench.chaos.report import as_text
-from bench.chaos.schedule import EVENTS, FAULTS, events
+from bench.chaos.schedule import EVENTS, FAULTS, LIES, events
 from bench.chaos.store import BadStoreProcess, Settings, Stored
 from fastload.demo.weed import WeedServer
 from fastload.store import StoreOptions, open_store
@@ -56,7 +56,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--stall-s", type=float, default=8.0, help="the longest silence of the store")
     parser.add_argument("--pace-s", type=float, default=0.05, help="the time of a trainer's step")
     parser.add_argument("--without", default="", help=f"kinds to leave out, by commas: {', '.join((*EVENTS, *FAULTS))}")
-    parser.add_argument("--jobs", default=",".join(KINDS), help="kinds of workers, by commas")
+    parser.add_argument(
+        "--jobs", default=",".join(KINDS), help=f"kinds of workers, by commas: {', '.join(KINDS)}, torch"
+    )
+    parser.add_argument(
+        "--lies", action="store_true", help="the store also sends other bytes than it says; see the docs"
+    )
     parser.add_argument("--json", type=Path, help="write the report to this file")
     parser.add_argument("--keep", action="store_true", help="keep the folder of a run that failed")
     parser.add_argument("--quiet", action="store_true", help="print the report only")
@@ -113,7 +118,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         damage.keep(weed.pid)
         data, objects = _upload(weed, folder / "objects")
         certificate, authority = _certify(folder)
-        kinds = tuple(kind for kind in FAULTS if kind not in options.without)
+        kinds = tuple(kind for kind in FAULTS if kind not in options.without) + (tuple(LIES) if options.lies else ())
         settings = Settings(
             weed.endpoint_url, options.seed, options.share, kinds, options.stall_s, str(certificate), objects
         )
@@ -132,7 +137,8 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             disk,
             events(options.seed, options.without),
             folder,
-            refusals=lambda: int(store.faults().get("403", 0)),
+            refusals=lambda: store.faults().get("403", 0),
+            lies=lambda: sum(store.faults().get(kind, 0) for kind in LIES),
             pace_s=options.pace_s,
             say=say,
         )

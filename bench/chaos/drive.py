@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.chaos import damage, jobs
-from bench.chaos.oracle import Oracle, Place, WrongError
+from bench.chaos.oracle import DamagedError, Oracle, Place, WrongError
 from bench.chaos.schedule import Event
 
 STEPS_A_STATE = 5
@@ -49,7 +49,9 @@ class RankProcess:
 
 @dataclass(eq=False)
 class Job:
-    """`kind` of workers; `make` gives what its ranks are started with."""
+    """`kind` of workers; `make` gives what its ranks are started with. `kept`: their states after a step that all have
+    taken, one for all but with torchdata's loader, whose ranks cannot go on as others, nor as more or fewer.
+    """
 
     kind: str
     oracle: Oracle
@@ -58,16 +60,19 @@ class Job:
     world_size: int = 2
     ranks: list[RankProcess] = field(default_factory=list)
     target: Place = _START  # where all ranks are to be
-    kept: tuple[Place, Mapping[str, Any] | None] = (_START, None)
+    kept: tuple[Place, list[Mapping[str, Any]]] = (_START, [])
     due: float = 0.0
 
-
-class ChaosError(Exception):
-    """A defect: what should never happen did."""
+    @property
+    def has_one_state(self) -> bool:
+        """Whether each rank may go on from another's state."""
+        return self.kind != "torch"
 
 
 class Driver:
-    """`jobs_` on one cache `disk`, and all that `events` has for them. `pace_s`: the time of a trainer's step."""
+    """`jobs_` on one cache `disk`, and all that `events` has for them. `refusals` and `lies` say how many there
+    were; `pace_s` is the time of a trainer's step.
+    """
 
     def __init__(
         self,
@@ -77,11 +82,12 @@ class Driver:
         folder: Path,
         *,
         refusals: Callable[[], int],
+        lies: Callable[[], int],
         pace_s: float,
         say: Callable[[str], None],
     ) -> None:
         self._jobs, self._disk, self._events, self._folder = jobs_, disk, events, folder
-        self._refusals, self._pace_s, self._say = refusals, pace_s, say
+        self._refusals, self._lies, self._pace_s, self._say = refusals, lies, pace_s, say
         self._context = multiprocessing.get_context("forkserver")
         self._next_event = next(events, None)
         self._later: list[tuple[float, Callable[[], None]]] = []  # what ends at a time: stops and disk trouble
@@ -199,6 +205,10 @@ class Driver:
         assert isinstance(answer, jobs.Got)
         try:
             job.oracle.check(rank.place, rank.spec.rank, job.world_size, answer)
+        except DamagedError as error:
+            if not self._lies():
+                self._defect(f"{job.kind}: {error}")
+            self.done["batches damaged by lies"] += 1
         except WrongError as error:
             self._defect(f"{job.kind}: {error}")
             self._start_again(job, rank)
@@ -217,17 +227,21 @@ class Driver:
                 self._keep(job)
 
     def _keep(self, job: Job) -> None:
-        """The state of a step that all have taken: theirs, and all have the same."""
-        states = [rank.told for rank in job.ranks]
-        if any(told is None or told != states[0] or told[0] != job.target for told in states):
+        """The states of a step that all have taken; of our own loaders all are the same."""
+        states = [rank.told[1] for rank in job.ranks if rank.told is not None and rank.told[0] == job.target]
+        if len(states) < len(job.ranks) or (job.has_one_state and any(state != states[0] for state in states)):
             self._defect(f"{job.kind}: ranks tell different states at {job.target}: {states}")
-        elif states[0] is not None:
-            job.kept = states[0]
+        else:
+            job.kept = (job.target, states)
 
     def _may_fail(self, rank: RankProcess, failed: jobs.Failed) -> bool:
-        """Whether what was done to it explains its error: a worker that was killed, a store that refused."""
-        if failed.kind == "WorkerError":
+        """Whether what was done to it explains its error: a worker that was killed, a store that refused or lied."""
+        if failed.kind == ("WorkerError" if rank.spec.kind != "torch" else "RuntimeError"):
             return rank.worker_killed
+        if failed.kind == "ShardError" and self._lies():  # it is in the cache by now, and would be for ever
+            self._do_kill_service()
+            self._disk.vanish()
+            return True
         return failed.kind == "AccessDeniedError" and self._refusals() > rank.refused_before
 
     # Starting
@@ -240,7 +254,8 @@ class Driver:
         job.ranks = [self._start_rank(job, number, meeting) for number in range(job.world_size)]
 
     def _start_rank(self, job: Job, number: int, meeting: str = "") -> RankProcess:
-        place, state = job.kept
+        place, states = job.kept
+        state = states[0 if job.has_one_state else number] if states else None
         spec = replace(job.make(number, job.world_size, state), meeting=meeting)
         here, there = self._context.Pipe()
         process = self._context.Process(target=jobs.serve, args=(there, spec))
@@ -315,7 +330,8 @@ class Driver:
 
     def _do_resize(self, which: float, size: float, *_: float) -> bool:
         """Killed, and resumed with another number of ranks."""
-        job = self._job(which)
+        resizable = [job for job in self._jobs if job.has_one_state]
+        job = resizable[int(which * len(resizable))]
         sizes = [one for one in WORLD_SIZES if one != job.world_size]
         self._kill_job(job)
         new = sizes[int(size * len(sizes))]

@@ -33,8 +33,9 @@ WINDOW_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank, as its job starts it. `kind`: which `workers` it has. `meeting`: a file by which the ranks of a process
-    group find one another, or "" for ranks that only know their environment. `state`: where it goes on.
+    """One rank, as its job starts it. `kind`: which `workers` it has, or "torch" for torchdata's loader. `meeting`: a
+    file by which the ranks of a process group find one another, or "" for ranks that only know their environment.
+    `state`: where it goes on.
     """
 
     kind: str
@@ -51,11 +52,11 @@ class Rank:
 
 @dataclass(frozen=True)
 class Got:
-    """A batch: its epoch, the keys of its samples, a digest of each sample's bytes; and the loader's state after it,
-    where that was asked for. `held`: descriptors and threads of the process.
+    """A batch: its epoch (None where the loader does not say), the keys of its samples, a digest of each one's bytes;
+    and the loader's state after it, where that was asked for. `held`: descriptors and threads of the process.
     """
 
-    epoch: int
+    epoch: int | None
     keys: list[str]
     digests: list[bytes]
     state: dict[str, Any] | None
@@ -137,14 +138,15 @@ def _read(connection: Connection, rank: Rank) -> None:
                 connection.send(Got(epoch, names, digests, state, (len(os.listdir("/proc/self/fd")), _thread_count())))
                 del batch, data
         finally:
-            loader.close()
+            if isinstance(loader, fastload.DataLoader):
+                loader.close()
 
 
-def _batches(loader: Any) -> Iterator[tuple[int, Any]]:
+def _batches(loader: Any) -> Iterator[tuple[int | None, Any]]:
     """Of one epoch after the other, each with the number of its epoch."""
     while True:
         for batch in loader:
-            yield loader.stats()["epoch"], batch
+            yield loader.stats()["epoch"] if isinstance(loader, fastload.DataLoader) else None, batch
 
 
 def columns_of(batch: Any) -> tuple[list[str], list[Any]]:
@@ -155,8 +157,10 @@ def columns_of(batch: Any) -> tuple[list[str], list[Any]]:
 
 
 def _loader(rank: Rank, cache: fastload.Cache) -> Any:
+    batch_size = GLOBAL_BATCH // rank.world_size
     dataset = fastload.StreamingDataset(
         rank.urls,
+        batch_size=batch_size if rank.kind == "torch" else None,
         cache=cache,
         shuffle=True,
         seed=rank.seed,
@@ -165,7 +169,11 @@ def _loader(rank: Rank, cache: fastload.Cache) -> Any:
         partitions=1,
         storage_options=dict(rank.storage_options),
     )
-    options: dict[str, Any] = {"batch_size": GLOBAL_BATCH // rank.world_size, "num_workers": 2, "workers": rank.kind}
+    if rank.kind == "torch":
+        from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
+
+        return StatefulDataLoader(dataset, batch_size, num_workers=2, collate_fn=list)
+    options: dict[str, Any] = {"batch_size": batch_size, "num_workers": 2, "workers": rank.kind}
     if rank.kind == "process":
         dataset = dataset.map(as_it_is)
         options["collate_fn"] = list

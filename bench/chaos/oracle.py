@@ -18,6 +18,10 @@ class WrongError(AssertionError):
     """A rank got something else than it had to."""
 
 
+class DamagedError(WrongError):
+    """The samples are those that were due, but for their bytes."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a rank is: `step` batches of `epoch` have been delivered."""
@@ -60,16 +64,16 @@ class Oracle:
         return Place(place.epoch, step) if step < self.steps(place.epoch, world_size) else Place(place.epoch + 1)
 
     def check(self, place: Place, rank: int, world_size: int, got: Got) -> None:
-        """WrongError unless `got` is the batch that comes at `place`."""
+        """WrongError unless `got` is the batch that comes at `place`, DamagedError where only its bytes are not."""
         due = self.batches(place.epoch, world_size)[rank][place.step]
         where = f"epoch {place.epoch}, step {place.step}, rank {rank} of {world_size}"
-        if got.epoch != place.epoch:
+        if got.epoch not in (place.epoch, None):
             raise WrongError(f"{where}: it says that this is epoch {got.epoch}")
         if tuple(got.keys) != due:
             raise WrongError(f"{where}: got {got.keys}, due is {list(due)}")
         damaged = [key for key, digest in zip(got.keys, got.digests, strict=True) if digest != self._data.digests[key]]
         if damaged:
-            raise WrongError(f"{where}: the bytes of {damaged} are not theirs")
+            raise DamagedError(f"{where}: the bytes of {damaged} are not theirs")
 
     def _batches(self, epoch: int, world_size: int) -> list[list[tuple[str, ...]]]:
         manifest = Manifest(self._data.objects)
