@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
-from fastload.cache import url_without_credentials
 from fastload.errors import ConfigError
 from fastload.store.urls import check_written
 
@@ -28,7 +27,7 @@ def checked_urls(urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     if not found or not all(isinstance(url, str) and url for url in found):
         raise ConfigError(f"urls={given!r:.200} names no shard; give at least one URL, pattern or prefix")
     for url in found:
-        check_written(url, url_without_credentials(url))
+        check_written(url)
     return found
 
 

@@ -20,6 +20,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from fastload.errors import FastloadError
+from fastload.redaction import redact
 
 # Arguments of other libraries that are another's here.
 _CALLED_ELSEWHERE = {
@@ -110,7 +111,7 @@ def line() -> Line:
 def warn(message: str, category: type[Warning] = UserWarning, at: Line | None = None) -> None:
     """Warn, at the line of the user's that led here, or led to the work that goes on in a thread of ours."""
     at = at or line()
-    warnings.warn_explicit(message, category, at.path, at.number, at.module, at.warned)
+    warnings.warn_explicit(redact(message), category, at.path, at.number, at.module, at.warned)
 
 
 def _without_ours(traceback: types.TracebackType | None) -> types.TracebackType | None:

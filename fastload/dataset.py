@@ -28,7 +28,6 @@ from fastload.arguments import (
     checked_seed,
     checked_urls,
 )
-from fastload.cache import url_without_credentials
 from fastload.callers import public
 from fastload.config import parse_bytes
 from fastload.decode import Decoder
@@ -44,6 +43,7 @@ from fastload.indexed import IndexedDataset, checked_number, checked_numbers
 from fastload.node import AnyCache, handle_of
 from fastload.plan import OrderOptions, OrderWish, Position, Ranks, Shuffle, Tail, sample_count_of_rank
 from fastload.plan.tail import check_tail
+from fastload.redaction import redact
 from fastload.store.logins import apart
 from fastload.streaming import BatchOf, Columns, Made, Row, Sample, Streaming, Unsaid
 
@@ -314,7 +314,7 @@ class StreamingDataset(Streaming[Sample]):
         return dataset
 
     def __repr__(self) -> str:
-        urls = [url_without_credentials(url) for url in self.urls[:_URLS_SHOWN]]
+        urls = [redact(url) for url in self.urls[:_URLS_SHOWN]]
         more = f" and {len(self.urls) - len(urls)} more" if len(self.urls) > len(urls) else ""
         columns = "" if self.columns.names is None else f", columns={list(self.columns.names)}"
         return (

@@ -152,7 +152,11 @@ MISTAKES: dict[str, Mistake] = {
     "URLs in one": (lambda d: d.dataset("s3://a/b.tar::s3://c/d.tar"), C, ("s3://c/d.tar'", '"::"', "as a list")),
     "a chain of fsspec": (lambda d: d.dataset("simplecache::s3://a/b.tar"), C, ('leave out "simplecache::"',)),
     "a slip in s3": (lambda d: d.dataset("s4://bucket/x.tar"), C, ("'s4://bucket/x.tar'", "did you mean s3://?")),
-    "a slip in https": (lambda d: d.dataset("htps://u:pw@h/x.tar"), C, ("'htps://h/x.tar'", "did you mean https://?")),
+    "a slip in https": (
+        lambda d: d.dataset("htps://u:pw@h/x.tar"),
+        C,
+        ("'htps://u:***@h/x.tar'", "did you mean https://?"),
+    ),
     "one slash": (lambda d: d.read(d.dataset("s3:/bucket/x.tar")), M, ("write s3://bucket/x.tar",)),
     "file: and no slash": (lambda d: d.read(d.dataset("file:x.tar")), M, ("file:x.tar", "write x.tar, or file://")),
     "a bucket": (lambda d: d.read(d.dataset("s3://bucket")), C, ("s3://bucket is a bucket", '"/" at the end')),

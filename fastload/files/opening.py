@@ -11,7 +11,6 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from fastload.cache import url_without_credentials
 from fastload.callers import public
 from fastload.errors import ConfigError, ObjectMissingError
 from fastload.files.connection import Connection
@@ -78,7 +77,7 @@ def _checked(url: str | os.PathLike[str]) -> str:
         raise ConfigError(f"{url!r} is not a URL or path; write s3://bucket/key or /data/file")
     if "\0" in str(os.fspath(url)):
         raise ConfigError(f"{os.fspath(url)!r} has a zero byte in it, which no object's name has")
-    check_written(str(os.fspath(url)), url_without_credentials(str(os.fspath(url))))
+    check_written(str(os.fspath(url)))
     check_key(str(os.fspath(url)))
     name = normalise(str(os.fspath(url)))
     if name.endswith("/"):

@@ -60,11 +60,11 @@ def check_key(url: str) -> None:
         raise ConfigError(f'{url} is a bucket, not an object; for all shards in it write it with "/" at the end')
 
 
-def check_written(url: str, shown: str) -> None:
-    """Raises `ConfigError` for what other libraries take and no store here has; `shown` is the URL without secrets."""
+def check_written(url: str) -> None:
+    """Raises `ConfigError` for what other libraries take and no store here has."""
     if url.startswith("pipe:"):
         raise ConfigError(
-            f"{shown!r}: no command is run for data; name what it reads, such as s3://bucket/train-{{000..123}}.tar or "
+            f"{url!r}: no command is run for data; name what it reads, such as s3://bucket/train-{{000..123}}.tar or "
             "https://host/train-{000..123}.tar"
         )
     first, mark, rest = url.partition("::")
@@ -72,13 +72,13 @@ def check_written(url: str, shown: str) -> None:
         cure = "write several URLs as a list, [..., ...]"
         if re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", first):
             cure = f'leave out "{first}::", since all that is read is cached anyhow'
-        raise ConfigError(f'{shown!r}: URLs are not chained by "::" here; {cure}')
+        raise ConfigError(f'{url!r}: URLs are not chained by "::" here; {cure}')
     kind = scheme(url)
     if kind not in (*BUCKETS, *_OTHERS):
         close = get_close_matches(kind, (*BUCKETS[:1], *BUCKETS[2:], *_OTHERS), 1, 0.5)
         if kind not in _of_fsspec(default=() if close else (kind,)):
             cure = f"did you mean {close[0]}://?" if close else "write s3://, gs://, az://, https:// or a path"
-            raise ConfigError(f"{shown!r}: neither fastload nor fsspec has a scheme {kind!r}; {cure}")
+            raise ConfigError(f"{url!r}: neither fastload nor fsspec has a scheme {kind!r}; {cure}")
 
 
 def _of_fsspec(default: tuple[str, ...]) -> tuple[str, ...]:
