@@ -2,10 +2,10 @@
 
     SHARDS='s3://bucket/train-{000000..000099}.tar' torchrun --nproc-per-node 4 examples/device_mesh.py
 
-Four processes are a mesh of two by two: two data-parallel groups ("dp") of two ranks that share a model ("tp"). All
-that the data set must be told is how many ranks read the same: `replicas`, the size of the mesh's inner dimension. It
-needs no GPU. S3 is configured as for any other tool, by the AWS_* variables or a profile; a sample is one member
-`KEY.jpg` and one `KEY.cls` (the label, as digits) in a shard.
+Four processes are a mesh of two by two: two data-parallel groups ("dp") of two ranks that share a model ("tp"). Two
+processes are one group, and one has the model to itself. All that the data set must be told is how many ranks read the
+same: `replicas`, the size of the mesh's inner dimension. It needs no GPU. S3 is configured as for any other tool, by
+the AWS_* variables or a profile; a sample is one member `KEY.jpg` and one `KEY.cls` (the label, as digits) in a shard.
 """
 
 import os
@@ -30,7 +30,13 @@ image_size = 32
 
 # Mesh -----------------------------------------------------------------------------------------------------------------
 
-mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+if "RANK" not in os.environ:  # without torchrun: a group of one
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+world_size = int(os.environ.get("WORLD_SIZE", "1"))
+tp_size = min(2, world_size)  # how many ranks share a model
+if world_size % tp_size:
+    raise SystemExit(f"{world_size} processes are not groups of {tp_size}: start another number of them")
+mesh = init_device_mesh("cpu", (world_size // tp_size, tp_size), mesh_dim_names=("dp", "tp"))
 dp, tp = mesh["dp"], mesh["tp"]
 
 # Data: ranks that follow one another in the inner dimension are one group ---------------------------------------------
@@ -45,7 +51,7 @@ dataset = fastload.StreamingDataset(
 )
 loader = fastload.DataLoader[dict[str, Any]](dataset, batch_size=batch_size, num_workers=2)
 
-# Model: each rank of a group holds half of the hidden units -----------------------------------------------------------
+# Model: each rank of a group holds its part of the hidden units -------------------------------------------------------
 
 torch.manual_seed(0)
 network: nn.Module = nn.Sequential(

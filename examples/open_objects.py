@@ -2,9 +2,11 @@
 
     python examples/open_objects.py s3://bucket/images/0.jpg s3://bucket/images/1.jpg ...
 
-The first epoch fetches each object, the second finds all of them in the cache.
+or `torchrun --nproc-per-node 2` in place of `python`: each process reads its share. The first epoch fetches each
+object, the second finds all of them in the cache, whichever process has fetched them.
 """
 
+import os
 import sys
 import time
 
@@ -32,16 +34,24 @@ class Objects(torch.utils.data.Dataset[int]):
 
 
 def main(urls: list[str]) -> None:
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     cache = fastload.Cache()  # $FASTLOAD_CACHE says where
-    loader = torch.utils.data.DataLoader(Objects(urls, cache), BATCH_SIZE, shuffle=True, num_workers=WORKERS)
+    objects = Objects(urls, cache)
+    sampler: torch.utils.data.DistributedSampler[int] = torch.utils.data.DistributedSampler(objects, world_size, rank)
+    loader = torch.utils.data.DataLoader(objects, BATCH_SIZE, sampler=sampler, num_workers=WORKERS)
     with fastload.open(urls[0], cache):  # so that the service stays between epochs, whatever these take
         for epoch in range(EPOCHS):
+            sampler.set_epoch(epoch)
             began = time.perf_counter()
             byte_count = sum(int(batch.sum()) for batch in loader)
             seconds = time.perf_counter() - began
             fetched = cache.stats()["fetched_bytes"]
-            print(f"epoch {epoch}: {byte_count} bytes in {seconds:.1f} s; fetched so far: {fetched} bytes")
+            who = f"rank {rank} epoch {epoch}"
+            print(f"{who}: {byte_count} bytes in {seconds:.1f} s; the node has fetched {fetched} so far", flush=True)
+    cache.close()
 
 
 if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        raise SystemExit("which objects? python examples/open_objects.py URL ...")
     main(sys.argv[1:])

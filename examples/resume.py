@@ -28,7 +28,7 @@ import fastload
 
 shards = os.environ.get("SHARDS", "s3://bucket/imagenet/train-{000000..001023}.tar")
 cache_dir = os.environ.get("FASTLOAD_CACHE", "/nvme/fastload")  # a folder on a local disk, best NVMe
-checkpoint_path = Path(os.environ.get("CHECKPOINT", "checkpoint.pt"))  # where all nodes see it
+checkpoint_path = Path(os.environ.get("CHECKPOINT", "resume.pt"))  # where all nodes see it
 class_count = int(os.environ.get("CLASSES", "1000"))
 epochs = int(os.environ.get("EPOCHS", "3"))
 global_batch = int(os.environ.get("GLOBAL_BATCH", "256"))
@@ -41,6 +41,8 @@ if "RANK" in os.environ:
     dist.init_process_group("gloo")
 world_size = dist.get_world_size() if dist.is_initialized() else 1
 is_first = not dist.is_initialized() or dist.get_rank() == 0
+if global_batch % world_size:
+    raise SystemExit(f"GLOBAL_BATCH={global_batch} cannot be shared by {world_size} processes: make it a multiple")
 
 # Data -----------------------------------------------------------------------------------------------------------------
 
@@ -72,6 +74,8 @@ if checkpoint_path.exists():
     optimizer.load_state_dict(checkpoint["optimizer"])
     loader.load_state_dict(checkpoint["loader"])
     step, first_epoch = checkpoint["step"], checkpoint["loader"]["epoch"]
+    if is_first:
+        print(f"{checkpoint_path}: goes on after step {step}, in epoch {first_epoch} of {epochs}", flush=True)
 
 
 def save() -> None:

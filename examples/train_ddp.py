@@ -3,6 +3,8 @@
 torchrun --nproc-per-node 2 examples/train_ddp.py
 """
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -34,6 +36,9 @@ def train(epochs: int = 2) -> nn.Module:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    else:  # without torchrun: a group of one
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     train()
     dist.destroy_process_group()

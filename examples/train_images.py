@@ -2,9 +2,11 @@
 
     AWS_ENDPOINT_URL=... AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=... python examples/train_images.py
 
-S3 is configured as for any other tool: by the AWS_* variables or a profile. Under torchrun every process reads its own
-share of the samples; all processes of a node share one cache, so each byte is fetched once a node. What to change for
-your own data is at the top. A sample is one member `KEY.jpg` and one `KEY.cls` (the label, as digits) in a shard.
+or `torchrun --nproc-per-node 8 examples/train_images.py`: the processes train one network, each on its own share of the
+samples, and go on where they were stopped, also with another number of them. All processes of a node share one cache,
+so each byte is fetched once a node. S3 is configured as for any other tool: by the AWS_* variables or a profile. What
+to change for your own data is at the top. A sample is one member `KEY.jpg` and one `KEY.cls` (the label, as digits) in
+a shard.
 """
 
 import os
@@ -12,7 +14,9 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import fastload
 
@@ -21,7 +25,7 @@ import fastload
 shards = os.environ.get("SHARDS", "s3://bucket/imagenet/train-{000000..001023}.tar")
 cache_dir = os.environ.get("FASTLOAD_CACHE", "/nvme/fastload")  # a folder on a local disk, best NVMe
 class_count = int(os.environ.get("CLASSES", "1000"))
-checkpoint_path = Path(os.environ.get("CHECKPOINT", "checkpoint.pt"))
+checkpoint_path = Path(os.environ.get("CHECKPOINT", "train_images.pt"))  # where all nodes see it
 epochs = int(os.environ.get("EPOCHS", "3"))
 
 image_size = 128
@@ -29,11 +33,20 @@ batch_size = 128  # of each process
 learning_rate = 1e-3
 seed = 0
 save_every_s = 300.0
-device = "cuda" if torch.cuda.is_available() else "cpu"
+
+# Processes ------------------------------------------------------------------------------------------------------------
+
+device = torch.device("cpu")
+if torch.cuda.is_available():
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+if "RANK" in os.environ:  # torchrun has started this
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+is_first = not dist.is_initialized() or dist.get_rank() == 0
 
 # Data -----------------------------------------------------------------------------------------------------------------
 
-cache = fastload.Cache(cache_dir, ram_bytes="4GiB", disk_bytes="200GiB")
+cache = fastload.Cache(cache_dir)  # ram_bytes= and disk_bytes= limit what the node gives it
 dataset = fastload.StreamingDataset(
     shards,
     cache=cache,
@@ -43,7 +56,7 @@ dataset = fastload.StreamingDataset(
     as_tuple=True,
 )
 loader: fastload.DataLoader[tuple[torch.Tensor, torch.Tensor]] = fastload.DataLoader(
-    dataset, batch_size=batch_size, num_workers=4, pin_memory=device == "cuda"
+    dataset, batch_size=batch_size, num_workers=4, pin_memory=device.type == "cuda"
 )
 
 # Network --------------------------------------------------------------------------------------------------------------
@@ -72,11 +85,14 @@ if checkpoint_path.exists():
     optimizer.load_state_dict(checkpoint["optimizer"])
     loader.load_state_dict(checkpoint["loader"])
     first_epoch = checkpoint["loader"]["epoch"]
-    print(f"goes on in epoch {first_epoch}")
+    if is_first:
+        print(f"{checkpoint_path}: goes on in epoch {first_epoch} of {epochs}", flush=True)
+
+trained = DistributedDataParallel(network) if dist.is_initialized() else network  # begins with rank 0's weights
 
 
 def save() -> None:
-    """Write a checkpoint, in full or not at all."""
+    """Write a checkpoint, in full or not at all. The loader's state is the same on every rank."""
     part = checkpoint_path.with_suffix(".part")
     state = {
         "network": network.state_dict(),
@@ -93,22 +109,26 @@ saved_at = time.monotonic()
 for epoch in range(first_epoch, epochs):
     for step, (images, labels) in enumerate(loader):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        loss = nn.functional.cross_entropy(network(images), labels)
+        loss = nn.functional.cross_entropy(trained(images), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without types
         optimizer.step()
-        if step % 50 == 0:
-            print(f"epoch {epoch} step {step} loss {loss.item():.3f}")
-        if time.monotonic() - saved_at > save_every_s:
+        if is_first and step % 50 == 0:
+            print(f"epoch {epoch} step {step} loss {loss.item():.3f}", flush=True)
+        if is_first and time.monotonic() - saved_at > save_every_s:
             save()
             saved_at = time.monotonic()
-    save()
-    stats = loader.stats()
-    print(
-        f"epoch {epoch}: {stats['samples'] / stats['elapsed_s']:.0f} samples/s; "
-        f"RAM {stats['ram_share']:.0%}, disk {stats['disk_share']:.0%}, S3 {stats['remote_share']:.0%}; "
-        f"waited {stats['wait_batch_s']:.1f} s for data"
-    )
+    if is_first:
+        save()
+        stats = loader.stats()  # of this process
+        print(
+            f"epoch {epoch}: {stats['samples'] / stats['elapsed_s']:.0f} samples/s; "
+            f"RAM {stats['ram_share']:.0%}, disk {stats['disk_share']:.0%}, S3 {stats['remote_share']:.0%}; "
+            f"waited {stats['wait_batch_s']:.1f} s for data",
+            flush=True,
+        )
 
 loader.close()
 cache.close()
+if dist.is_initialized():
+    dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The examples of several processes run as they are."""
+"""The examples run as they are, alone and in several processes; those for frameworks in `tests.foreign`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ import io
 import os
 import re
 import runpy
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import simplejpeg
+import torch
 
 from tests.jobs.launch import ROOT, Launched, free_port
 from tests.jobs.pool import Rank, RankPool
 from tests.shards import Corpus, tar_of
+
+ALONE_AND_IN_SEVERAL = ("device_mesh.py", "open_objects.py", "resume.py", "train_ddp.py", "train_images.py")
 
 
 def pictures(shard_count: int = 5, pictures_per_shard: int = 9) -> Corpus:
@@ -44,27 +49,82 @@ def environment(s3, tmp_path: Path, data: Corpus, **more: object) -> dict[str, s
     }
 
 
-def run_example(rank: Rank, name: str, variables: Mapping[str, str]) -> str:
-    """What it prints, in a process that has torch already; one that is alone has no launcher's variables."""
+Ended = tuple[str, dict[str, Any] | None]
+"""What an example prints, and the weights that it ends with, if it trains a network."""
+
+
+def run_example(rank: Rank, name: str, variables: Mapping[str, str], folder: Path, arguments: Sequence[str]) -> Ended:
+    """Start it in a folder, in a process that has torch already; one that is alone has no launcher's variables."""
     left_out = rank.environment if rank.world_size == 1 else {}
     outside = {name: value for name, value in os.environ.items() if name not in left_out}
     printed = io.StringIO()
-    with mock.patch.dict(os.environ, {**outside, **variables}, clear=True), contextlib.redirect_stdout(printed):
-        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
-    return printed.getvalue()
+    with (
+        mock.patch.dict(os.environ, {**outside, **variables}, clear=True),
+        mock.patch.object(sys, "argv", [name, *arguments]),
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(printed),
+    ):
+        made = runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    network = made.get("network") if name == "train_images.py" else None
+    return printed.getvalue(), network and network.state_dict()
 
 
-def outputs(pool: RankPool, world_size: int, name: str, variables: Mapping[str, str]) -> list[str]:
-    """Of an example in each rank."""
+def run_in_ranks(
+    pool: RankPool,
+    world_size: int,
+    name: str,
+    variables: Mapping[str, str],
+    folder: Path = ROOT,
+    arguments: Sequence[str] = (),
+) -> list[Ended]:
+    """An example in each rank."""
     ranks = [Rank(rank, world_size, world_size) for rank in range(world_size)]
-    found = pool.run(name, run_example, ranks, name, variables)
-    assert all(isinstance(one, str) for one in found), found
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    found = pool.run(name, run_example, ranks, name, {**variables, **meeting}, folder, arguments)
+    assert all(isinstance(one, tuple) for one in found), found
     return found
 
 
+def outputs(pool: RankPool, world_size: int, name: str, variables: Mapping[str, str]) -> list[str]:
+    """What an example prints in each rank."""
+    return [printed for printed, _ in run_in_ranks(pool, world_size, name, variables)]
+
+
+def test_one_after_the_other_in_one_folder(s3, tmp_path: Path, mortals: RankPool) -> None:
+    """Each alone, then in two processes, where it goes on with what it has left there, if it has."""
+    data = pictures(4, 8)
+    variables = environment(s3, tmp_path, data, GLOBAL_BATCH=8, BATCH=8)
+    objects = [f"{variables['SHARDS']}{name}" for name in data.shards]
+    ended: dict[tuple[str, int], list[Ended]] = {}
+    for world_size in (1, 2):
+        for name in ALONE_AND_IN_SEVERAL:
+            arguments = objects if name == "open_objects.py" else ()
+            here = {**variables, "EPOCHS": str(world_size)}  # what is there is trained for one epoch more
+            ended[name, world_size] = run_in_ranks(mortals, world_size, name, here, tmp_path, arguments)
+    said = {(*of, rank): printed for of, ranks in ended.items() for rank, (printed, _) in enumerate(ranks)}
+
+    assert re.findall(r"epoch (\d) step", said["train_images.py", 1, 0]) == ["0"]
+    assert "train_images.pt: goes on in epoch 1 of 2\n" in said["train_images.py", 2, 0]
+    assert re.findall(r"epoch (\d) step", said["train_images.py", 2, 0]) == ["1"]
+    assert said["train_images.py", 2, 1] == ""
+    # The processes have trained one network, and saved that; statistics of batches are of each one's own.
+    saved = torch.load(tmp_path / "train_images.pt", weights_only=True)["network"]
+    learned = {name for name in saved if "running" not in name}
+    assert len(learned) > 10
+    for _, weights in ended["train_images.py", 2]:
+        assert weights is not None
+        assert [name for name in learned if not torch.equal(weights[name], saved[name])] == []
+
+    assert sorted(losses(said["resume.py", 1, 0])) == [(0, step) for step in range(1, 5)]
+    assert "resume.pt: goes on after step 4, in epoch 1 of 2\n" in said["resume.py", 2, 0]
+    assert sorted(losses(said["resume.py", 2, 0])) == [(1, step) for step in range(5, 9)]
+    for rank in (0, 1):
+        assert len(re.findall(rf"rank {rank} epoch \d: ", said["open_objects.py", 2, rank])) == 2
+    assert {path.name for path in tmp_path.glob("*.p*t")} == {"train_images.pt", "resume.pt"}  # no part is left
+
+
 def test_device_mesh(s3, tmp_path: Path, mortals: RankPool) -> None:
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    variables = environment(s3, tmp_path, pictures(), BATCH=4, **meeting)
+    variables = environment(s3, tmp_path, pictures(), BATCH=4)
     output = "".join(outputs(mortals, 4, "device_mesh.py", variables))
     began = dict(re.findall(r"(dp \d tp \d) begins with (\S+, loss \d+\.\d{4})", output))
     assert len(began) == 4, output
