@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 HIDDEN = "***"
+_SHOWN_MAX = 20_000
 
 # Parameters of URLs whose values grant access, or are half of what does.
 _PARAMETERS = (
@@ -28,10 +29,10 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     # as in abfss://container@account, and `github://organisation:repository@version` is one all over.
     (re.compile(r"\b((?:https?|ftps?)://)[^\s/?#@]*@", re.IGNORECASE), rf"\1{HIDDEN}@"),
     (
-        re.compile(r"\b((?!(?:github|git|gist)://)[a-z][a-z0-9+.-]*://[^\s/?#@:]*:)[^\s/@]*@", re.IGNORECASE),
+        re.compile(r"\b((?!(?:github|git|gist)://)[a-z][a-z0-9+.-]{0,20}://[^\s/?#@:]*:)[^\s/@]*@", re.IGNORECASE),
         rf"\1{HIDDEN}@",
     ),
-    (re.compile(r"(?<![\w/.])[^\s/:@'\"]+:[^\s/@'\"]+@(?=[\w\[])"), f"{HIDDEN}@"),
+    (re.compile(r"(?<![\w/.])[^\s/:@'\"]{1,200}:[^\s/@'\"]{1,200}@(?=[\w\[])"), f"{HIDDEN}@"),
     (
         re.compile(rf"((?:[?&;]|%26|\b(?=sig=))(?:{_PARAMETERS})=)[^\s&;'\"<>]*[^\s&;'\"<>:,.]", re.IGNORECASE),
         rf"\1{HIDDEN}",
@@ -56,13 +57,15 @@ def redact(text: str) -> str:
 
 
 def showable(error: BaseException) -> BaseException | None:
-    """The error as the cause of another one, which is shown with it; None where it has a secret in it."""
+    """The error as the cause of another one, which is shown with it; None where it has a secret in it, or is of a
+    length that only what a server sends has.
+    """
     link: BaseException | None = error
     seen: set[int] = set()
     while link is not None and id(link) not in seen:
         seen.add(id(link))
         text = f"{link} {link.args!r}"
-        if redact(text) != text:
+        if len(text) > _SHOWN_MAX or redact(text) != text:
             return None
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     return error

@@ -73,6 +73,7 @@ def test_causes() -> None:
     secret, harmless = OSError("https://user:SECRET@host/"), OSError("no route to host")
     assert showable(secret) is None
     assert showable(harmless) is harmless
+    assert showable(OSError("a:" * 100_000)) is None  # quickly
     over = StoreUnavailableError("no")
     over.__cause__ = secret
     assert showable(over) is None

@@ -34,6 +34,7 @@ _WRONG_CREDENTIALS = {
     "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
     "AuthenticationFailed": "the account's key or token is not accepted; check the credentials",
 }
+_SET_THEM = "set them in the environment or storage_options"
 _THROTTLING_CODES = {"SlowDown", "ServerBusy", "TooManyRequests", "RequestLimitExceeded", "Throttling"}
 _TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "ServiceUnavailable", "InternalError", "ServerBusy"}
 _WRONG_REGION = {
@@ -117,9 +118,9 @@ class Refusal:
         if self.code in _WRONG_REGION or self.status in (301, 307):
             return StoreError(f"{url}: the bucket is in another region or at another endpoint; check AWS_REGION{where}")
         if self.status == 401:
-            return AccessDeniedError(
-                f"{url}: the store wants credentials; set them in the environment or storage_options{where}"
-            )
+            is_web = url.startswith(("http://", "https://"))
+            cure = "write user and password into the URL, before the host" if is_web else _SET_THEM
+            return AccessDeniedError(f"{url}: the store wants credentials; {cure}{where}")
         if self.status == 407:
             return AccessDeniedError(
                 f"{url}: the proxy wants credentials; write user and password into its address, before the host{where}"

@@ -13,7 +13,6 @@ Azure, S3 Express with its sessions, and buckets for which something special is 
 from __future__ import annotations
 
 import datetime
-import re
 import ssl
 import threading
 import urllib.parse
@@ -36,7 +35,7 @@ from fastload.store.types import ObjectInfo
 from fastload.store.urls import key_of
 
 DEFAULT_REGION = "us-east-1"
-_EXPRESS_ZONE = re.compile(r"--([a-z0-9-]+)--x-s3$")
+EXPRESS = "--x-s3"  # buckets of S3 Express end in their zone and that
 
 # Long enough for a clock that is wrong by minutes, short enough for policies that refuse URLs that are good for long.
 _URL_LASTS = datetime.timedelta(minutes=5)
@@ -100,7 +99,7 @@ def direct_s3_reader(bucket: str, options: StoreOptions, store: S3Store) -> Dire
     certificate, virtual_host = said.get("root_certificate"), as_bool(said.get("virtual_hosted_style_request"))
     origin, path = place(bucket, options, virtual_host)
     proxy = proxy_for(origin, said)
-    if not said.keys() <= _UNDERSTOOD or bucket.endswith("--x-s3") or (proxy is not None and not proxy.is_http):
+    if not said.keys() <= _UNDERSTOOD or bucket.endswith(EXPRESS) or (proxy is not None and not proxy.is_http):
         return None
     if origin.startswith("https:") and certificate is None and not trusts_somebody():
         return None
@@ -119,9 +118,10 @@ def direct_s3_reader(bucket: str, options: StoreOptions, store: S3Store) -> Dire
 def place(bucket: str, options: StoreOptions, virtual_host: bool) -> tuple[str, str]:
     """Where a bucket of S3 is: scheme, host and port, and the path that comes before its keys."""
     endpoint = options.endpoint
-    if not endpoint and (zone := _EXPRESS_ZONE.search(bucket)):
+    if not endpoint and bucket.endswith(EXPRESS):
         virtual_host = True
-        endpoint = f"https://{bucket}.s3express-{zone[1]}.{options.region or DEFAULT_REGION}.amazonaws.com"
+        zone = bucket.removesuffix(EXPRESS).rpartition("--")[2]
+        endpoint = f"https://{bucket}.s3express-{zone}.{options.region or DEFAULT_REGION}.amazonaws.com"
     elif not endpoint:
         host = f"s3.{options.region or DEFAULT_REGION}.amazonaws.com"
         endpoint = f"https://{bucket}.{host}" if virtual_host else f"https://{host}"

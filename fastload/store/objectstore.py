@@ -39,7 +39,7 @@ from fastload.store.answers import (
     unresolved,
     without_credentials,
 )
-from fastload.store.direct import DEFAULT_REGION, DirectReader, direct_s3_reader, place
+from fastload.store.direct import DEFAULT_REGION, EXPRESS, DirectReader, direct_s3_reader, place
 from fastload.store.environment import as_bool
 from fastload.store.identity import credentials_of
 from fastload.store.options import StoreOptions
@@ -108,7 +108,7 @@ class ObjectStore:
         # providers' own endpoints list in the order of the keys: there it begins just before the prefix and
         # ends behind it. Others (SeaweedFS) put `a/x` before `a-`, so there all of the folder is read.
         folder = prefix.rpartition("/")[0]
-        ordered = not self._options.endpoint and not self._root.endswith("--x-s3")
+        ordered = not self._options.endpoint and not self._root.endswith(EXPRESS)
         offset = prefix[:-1] if ordered and len(prefix) > len(folder) + 1 else None
         found: dict[str, ObjectInfo] = {}
         wanted = f"what is in {folder or 'the bucket'}"
@@ -346,7 +346,7 @@ def _open_s3(bucket: str, options: StoreOptions, config: dict[str, str], clients
     known: dict[str, Any] = {**config, "region": options.region or DEFAULT_REGION, "skip_signature": options.anonymous}
     if "sts_endpoint" in known:
         known["aws_endpoint_url_sts"] = known.pop("sts_endpoint")
-    express = bucket.endswith("--x-s3")
+    express = bucket.endswith(EXPRESS)
     virtual = as_bool(known.get("virtual_hosted_style_request")) or (express and not options.endpoint)
     origin, path = place(bucket, options, virtual)
     # Both names: the second one goes before the first.

@@ -212,7 +212,7 @@ def test_interrupted_waits_end_and_the_consumer_goes_on(tmp_path: Path, s3: Buck
             with consumer.interrupted():
                 thread.join()
                 assert "shard-0.tar from byte 131072" in str(errors[0])
-                with pytest.raises(WaitInterruptedError, match="Stats"):
+                with pytest.raises(WaitInterruptedError, match="figures"):
                     consumer.stats()
                 with consumer.interrupted():
                     pass

@@ -74,6 +74,7 @@ def read_once(options: StoreOptions) -> bytes:
         ("b.c", StoreOptions(region="eu-west-1"), False, "https://s3.eu-west-1.amazonaws.com", "/b.c"),
         ("b", StoreOptions(region="eu-west-1"), True, "https://b.s3.eu-west-1.amazonaws.com", ""),
         ("b", StoreOptions("http://h:9000/"), False, "http://h:9000", "/b"),
+        ("a--b--z1--x-s3", StoreOptions(), False, "https://a--b--z1--x-s3.s3express-z1.us-east-1.amazonaws.com", ""),
         ("b", StoreOptions("https://h/gate/way"), False, "https://h", "/gate/way/b"),
         ("b", StoreOptions("https://b.h"), True, "https://b.h", ""),
     ],
