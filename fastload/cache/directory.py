@@ -31,6 +31,7 @@ import stat
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fastload.cache import limits, owner, syscalls
 from fastload.config import CacheLimits
@@ -40,7 +41,7 @@ from fastload.errors import CacheError
 _DESCRIPTORS = Path("/proc/self/fd")
 _HAS_DESCRIPTORS = _DESCRIPTORS.is_dir()
 # Consumers that connect at one time.
-_BACKLOG = 128
+BACKLOG = 128
 # Opening it again where it was emptied or removed under way.
 _OPEN_TRIES = 5
 
@@ -145,7 +146,7 @@ class CacheDirectory:
             return True
         try:
             self._fd = _open_checked(self.path)
-            _lock_holders.add(self)
+            lock_holders.add(self)
             self._lock_fd = syscalls.open(self.root / self.lock_path.name, os.O_RDWR | os.O_CREAT)
             locked = _lock(self._lock_fd, self.lock_path)
         except FileNotFoundError:  # removed meanwhile: who looks again makes it again
@@ -170,7 +171,7 @@ class CacheDirectory:
             with self.socket_address() as address:
                 sock.bind(address)
                 os.chmod(address, 0o600)
-            sock.listen(_BACKLOG)
+            sock.listen(BACKLOG)
             sock.setblocking(False)
         except BaseException:
             sock.close()
@@ -198,18 +199,19 @@ class CacheDirectory:
     def unlock(self) -> None:
         """Give the lock back. May be called twice, and without it."""
         fds, self._lock_fd, self._fd = (self._lock_fd, self._fd), -1, -1
-        _lock_holders.discard(self)
+        lock_holders.discard(self)
         for fd in fds:
             if fd >= 0:
                 syscalls.close(fd)
 
 
-_lock_holders: weakref.WeakSet[CacheDirectory] = weakref.WeakSet()
+# Whose `unlock` a forked child calls first thing.
+lock_holders: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _let_go_in_child() -> None:
-    for directory in list(_lock_holders):
-        directory.unlock()
+    for place in list(lock_holders):
+        place.unlock()
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)

@@ -38,6 +38,11 @@ def is_stale(name: str) -> bool:
     return now != match[2] and _UNKNOWN not in (now, match[2])
 
 
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, as far as we can tell."""
+    return _start_time(pid) != ""
+
+
 def _start_time(pid: int) -> str:
     """When process `pid` started, in ticks since boot; "" where it is gone, `_UNKNOWN` where we cannot tell."""
     try:

@@ -5,37 +5,47 @@ channel's thread, one at a time:
 
 - `connect(stop)` gives a `Connection`, starting a service where there is none; gives up when `stop` is set;
 - `connected(channel, connection)` has to `adopt` it, and to send whatever the service must know;
-- `lost()`: the connection broke; whatever it raises ends the channel;
-- `message(message)`; whatever it raises ends the channel;
+- `lost(silent, cut_off)`: the connection broke; or, where `silent` is its socket, the service has not said anything for
+  long. Its leases hold until that socket is closed, which is up to the owner now. `cut_off`: the service may live on
+  without us, since one of us broke off in the middle. Whatever it raises ends the channel;
+- `quiet()`: nothing has been heard for some seconds; sends a ping;
+- `message(message)`; whatever it raises ends the channel, save for a `ConversationError`, which ends the connection;
 - `ended(error)`: there will be no other connection.
 
 `send` may be called by any thread, one at a time (the owner's lock sees to that). It never fails: what cannot be sent
 now is part of what `connected` tells the next service.
+
+A service that is stopped, or whose loop is blocked, answers no ping. What counts is the time in which this thread saw
+nothing come, not what the clock says: where the whole job was stopped and goes on, so may its service.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastload.cache import ArenaView
 from fastload.errors import FastloadError, ServiceError
 from fastload.service import protocol
 
-# A service that takes no bytes for so long is as good as gone: its loop never blocks on anything.
-_SEND_DEADLINE_S = 20
+# A service from which nothing is heard for so long is asked; one that takes nothing and says nothing for so long is as
+# good as gone: its loop never blocks on anything. On a machine that is loaded heavily it may take some seconds.
+QUIET_S, SILENCE_S = 5.0, 20.0
 # A service that runs answers a hello at once; on a machine that is loaded heavily, after some seconds.
 HELLO_DEADLINE_S = 15.0
 # How often whoever waits for it looks whether it should still.
 _LOOK_UP_S = 0.2
 
 _PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+
+log = logging.getLogger("fastload")
 
 
 @dataclass(slots=True)
@@ -46,6 +56,8 @@ class Connection:
     welcome: protocol.Welcome
     view: ArenaView
     frames: protocol.FrameReader  # what came after the welcome
+    troubles: list[str] = field(default_factory=list)  # which its user should be warned of
+    beside: str = ""  # why it is not the directory's own service
 
     def close(self) -> None:
         """Nobody wants it after all."""
@@ -60,15 +72,17 @@ class Channel:
         self,
         connect: Callable[[threading.Event], Connection],
         connected: Callable[[Channel, Connection], None],
-        lost: Callable[[], None],
+        lost: Callable[[socket.socket | None, bool], None],
+        quiet: Callable[[], None],
         message: Callable[[protocol.FromService], None],
         ended: Callable[[FastloadError], None],
         name: str,
     ) -> None:
-        self._connect, self._connected, self._lost = connect, connected, lost
+        self._connect, self._connected, self._lost, self._quiet = connect, connected, lost, quiet
         self._message, self._ended = message, ended
         self._stop = threading.Event()
         self._sock: socket.socket | None = None
+        self._takes_nothing = self._cut_off = False
         self._frames = protocol.FrameReader()
         self._thread = threading.Thread(target=self._run, name=f"fastload-consumer-{name}", daemon=True)
 
@@ -79,24 +93,35 @@ class Channel:
 
     def adopt(self, connection: Connection) -> None:
         """From now on, this is the connection."""
-        seconds = struct.pack("ll", _SEND_DEADLINE_S, 0)
-        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(SILENCE_S))
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(QUIET_S))
+        self._takes_nothing = False
         self._sock, self._frames = connection.sock, connection.frames
 
     def send(self, message: protocol.Message) -> None:
         """Send, or leave it: see the module's text."""
-        if self._sock is None:
+        sock = self._sock
+        if sock is None or self._takes_nothing:
             return
         try:
-            self._sock.sendall(protocol.frame(message))
-        except OSError:  # the service died or hangs; the reading thread finds the same and connects again
-            _shut_down(self._sock)
+            sock.sendall(protocol.frame(message))
+        except BlockingIOError:  # at the deadline. Half a message may have been sent: nothing can follow it
+            self._takes_nothing = True
+        except OSError:  # the service died; the reading thread finds the same and connects again
+            _shut_down(sock)
+
+    def part(self, silent: socket.socket, message: protocol.Message) -> None:
+        """Tell a silent service one thing more, if that can be done now."""
+        if not self._takes_nothing:
+            with contextlib.suppress(OSError):  # it is full
+                silent.send(protocol.frame(message), socket.MSG_DONTWAIT)
 
     def close(self) -> None:
         """End the connection and the thread."""
         self._stop.set()
-        if self._sock is not None:
-            _shut_down(self._sock)
+        sock = self._sock
+        if sock is not None:
+            _shut_down(sock)
         if self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -109,9 +134,13 @@ class Channel:
     def _run(self) -> None:
         try:
             while not self._stop.is_set():
-                self._read_to_end()
+                is_silent = self._read_to_end()
+                sock, self._sock = self._sock, None
+                assert sock is not None
+                if self._stop.is_set() or not is_silent:
+                    sock.close()
                 if not self._stop.is_set():
-                    self._lost()
+                    self._lost(sock if is_silent else None, self._cut_off)
                     self._connected(self, self._connect(self._stop))
         except FastloadError as error:
             if not self._stop.is_set():
@@ -123,24 +152,43 @@ class Channel:
             if self._sock is not None:
                 self._sock.close()
 
-    def _read_to_end(self) -> None:
-        """Hand on messages until the service has gone."""
+    def _read_to_end(self) -> bool:
+        """Hand on messages until the service has gone, or has been silent for too long, which is True."""
         assert self._sock is not None
-        data = b""
-        while True:
-            for payload in self._frames.feed(data):
-                self._message(protocol.from_service(payload))
+        data: bytes | None = b""
+        silent_s, seen_s = 0.0, time.monotonic()
+        while data is not None:
+            try:
+                for payload in self._frames.feed(data):
+                    silent_s = 0.0
+                    self._message(protocol.from_service(payload))
+            except protocol.ConversationError as error:
+                log.warning("the connection to the cache service is made anew: %s", error)
+                self._cut_off = True
+                return False
             data = _receive(self._sock)
-            if not data:
-                break
-        self._sock.close()
+            now_s = time.monotonic()
+            silent_s, seen_s = silent_s + min(now_s - seen_s, QUIET_S), now_s
+            if silent_s >= SILENCE_S or self._takes_nothing:
+                return True
+            if data == b"":
+                self._quiet()
+        self._cut_off = not self._frames.is_between
+        return False
 
 
-def _receive(sock: socket.socket) -> bytes:
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+
+
+def _receive(sock: socket.socket) -> bytes | None:
+    """What has come; nothing where nothing does for `QUIET_S`, None at the end."""
     try:
-        return sock.recv(1 << 18)
-    except OSError:  # reset: the service died with bytes of ours unread
+        return sock.recv(1 << 18) or None
+    except BlockingIOError:
         return b""
+    except OSError:  # reset: the service died with bytes of ours unread
+        return None
 
 
 def _shut_down(sock: socket.socket) -> None:
@@ -153,18 +201,21 @@ def greet(
     hello: protocol.Hello,
     where: str,
     stop: threading.Event | None = None,
-    deadline_s: float = HELLO_DEADLINE_S,
+    deadline_s: float | None = None,
 ) -> Connection | None:
     """Say hello on a fresh socket, which is closed unless this succeeds. None: the service was just ending, or `stop`
     was set.
 
-    ServiceError where the service refuses, is another version, another user's, or does not answer within `deadline_s`.
+    ServiceError where the service refuses, is another version, another user's, or does not answer within `deadline_s`
+    (default: 15 s).
     """
     fds: list[int] = []
     try:
         _check_peer(sock, where)
         frames = protocol.FrameReader()
-        payload = _first_frame(sock, hello, frames, fds, where, stop or threading.Event(), deadline_s)
+        payload = _first_frame(
+            sock, hello, frames, fds, where, stop or threading.Event(), deadline_s or HELLO_DEADLINE_S
+        )
         if payload is None:
             sock.close()
             return None
@@ -189,9 +240,18 @@ def _check_peer(sock: socket.socket, where: str) -> None:
 
 def peer_uid(sock: socket.socket) -> int:
     """The user at the other end of a connected Unix socket."""
+    return _peer(sock)[1]
+
+
+def peer_pid(sock: socket.socket) -> int:
+    """The process that listened at the other end of a connected Unix socket; 0 where it is not to be seen from here."""
+    return _peer(sock)[0]
+
+
+def _peer(sock: socket.socket) -> tuple[int, int, int]:
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-    uid: int = _PEER_CREDENTIALS.unpack(credentials)[1]
-    return uid
+    pid, uid, gid = _PEER_CREDENTIALS.unpack(credentials)
+    return pid, uid, gid
 
 
 def _first_frame(

@@ -18,7 +18,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from fastload.cache import CacheDirectory
 from fastload.errors import CacheError
 from fastload.service import figures, protocol, scheduler
 from fastload.service.clearing import Clearing
@@ -37,6 +36,7 @@ from fastload.service.requests import Requests
 from fastload.service.residency import Heard, Residency
 from fastload.service.scheduler import Drop, Load, Recall, Slots
 from fastload.service.stalls import DISK_DEADLINE_S, DiskWatch
+from fastload.service.standin import Place
 from fastload.service.stores import Opener
 from fastload.service.versions import Versions
 from fastload.service.warm import WarmPlan
@@ -57,7 +57,7 @@ class Core:
 
     def __init__(
         self,
-        directory: CacheDirectory,
+        directory: Place,
         loop: asyncio.AbstractEventLoop,
         opener: Opener | None = None,
         disk_deadline_s: float = DISK_DEADLINE_S,

@@ -26,28 +26,28 @@ from pathlib import Path
 from typing import Any
 
 from fastload import errors
-from fastload.cache import CacheDirectory
 from fastload.errors import CacheError, FastloadError, ServiceError
 from fastload.service import protocol
 from fastload.service.channel import Connection, greet
 from fastload.service.logs import FILE_BYTES_MAX
+from fastload.service.standin import Place, StandIn
 from fastload.service.surroundings import of_service
 
 DEADLINE_S = 60.0
-_TRY_AGAIN_S = 0.02
+_TRY_AGAIN_S, _TRY_AGAIN_MAX_S = 0.02, 0.5
 _END_S = 5.0
 # A service that ends before it serves, without a word: killed, most likely, which happens to be survived. One that does
 # so again and again will not serve at the next try either.
-_SILENT_ENDS_MAX = 3
+_FAILED_STARTS_MAX = 3
 _LOG_TAIL_BYTES = 2000
 
 
-class EndedSilentlyError(ServiceError):
-    """A service ended while it was starting and said nothing."""
+class StartError(ServiceError):
+    """No service process can be started, or it ends while it is starting and says nothing."""
 
 
 def connect(
-    directory: CacheDirectory,
+    directory: Place,
     hello: protocol.Hello,
     start: Callable[[threading.Event], None],
     stop: threading.Event,
@@ -68,7 +68,7 @@ def connect(
         raise CacheError(_refused(directory, error)) from error
 
 
-def _refused(directory: CacheDirectory, error: OSError) -> str:
+def _refused(directory: Place, error: OSError) -> str:
     return (
         f"no cache service for {directory.path} can be started or reached: {error}; "
         "look at the rights in the directory, and at the limits of this process (ulimit -a)"
@@ -76,14 +76,14 @@ def _refused(directory: CacheDirectory, error: OSError) -> str:
 
 
 def _connect(
-    directory: CacheDirectory,
+    directory: Place,
     hello: protocol.Hello,
     start: Callable[[threading.Event], None],
     stop: threading.Event,
     deadline_s: float,
 ) -> Connection:
     deadline = time.monotonic() + deadline_s
-    silent_ends = 0
+    failed_starts, wait_s = 0, _TRY_AGAIN_S
     while not stop.is_set():
         connection = _try(directory, hello, stop)
         if connection is not None:
@@ -95,9 +95,9 @@ def _connect(
             )
         try:
             start(stop)
-        except EndedSilentlyError:
-            silent_ends += 1
-            if silent_ends == _SILENT_ENDS_MAX:
+        except StartError:
+            failed_starts += 1
+            if failed_starts == _FAILED_STARTS_MAX:
                 raise
         except FileNotFoundError:  # the directory was removed just now; the next try makes it again
             pass
@@ -105,11 +105,12 @@ def _connect(
         connection = _try(directory, hello, stop)
         if connection is not None:
             return connection
-        stop.wait(_TRY_AGAIN_S * (1 + random.random()))
+        stop.wait(wait_s * (1 + random.random()))
+        wait_s = min(2 * wait_s, _TRY_AGAIN_MAX_S)
     raise ServiceError(f"connecting to the cache service for {directory.path} was given up: the consumer is closed")
 
 
-def _try(directory: CacheDirectory, hello: protocol.Hello, stop: threading.Event) -> Connection | None:
+def _try(directory: Place, hello: protocol.Hello, stop: threading.Event) -> Connection | None:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)  # a Unix socket connects at once, or not
@@ -124,16 +125,14 @@ def _try(directory: CacheDirectory, hello: protocol.Hello, stop: threading.Event
     return greet(sock, hello, str(directory.path), stop)
 
 
-def start_process(
-    directory: CacheDirectory, idle_s: float, stop: threading.Event, deadline_s: float = DEADLINE_S
-) -> None:
+def start_process(directory: Place, idle_s: float, stop: threading.Event, deadline_s: float = DEADLINE_S) -> None:
     """Start a service process; returns when it serves, when it found another one in its place, or at the deadline.
 
     Raises what kept it from serving, in its own words.
     """
     word = _run(directory.renewed(), idle_s, stop, deadline_s)
     if word is None:
-        raise EndedSilentlyError(
+        raise StartError(
             f"the cache service for {directory.path} ended while starting; its log ({directory.log_path}) ends "
             f"with:\n{log_tail(directory.log_path)}"
         )
@@ -142,7 +141,7 @@ def start_process(
         raise errors.from_wire(str(name), str(message))
 
 
-def _run(directory: CacheDirectory, idle_s: float, stop: threading.Event, deadline_s: float) -> dict[str, Any] | None:
+def _run(directory: Place, idle_s: float, stop: threading.Event, deadline_s: float) -> dict[str, Any] | None:
     reading, writing = os.pipe()
     try:
         try:
@@ -150,7 +149,8 @@ def _run(directory: CacheDirectory, idle_s: float, stop: threading.Event, deadli
                 command = [sys.executable, "-m", "fastload.service", "--detach", f"--ready-fd={writing}"]
                 command += [f"--directory={directory.path}", f"--idle-s={idle_s}"]
                 command += [f"--limits={json.dumps(asdict(directory.limits))}"]
-                process = subprocess.Popen(
+                command += ["--stand-in"] * isinstance(directory, StandIn)
+                process = _popen(
                     command,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -167,6 +167,16 @@ def _run(directory: CacheDirectory, idle_s: float, stop: threading.Event, deadli
             _reap(process)
     finally:
         os.close(reading)
+
+
+def _popen(command: list[str], **settings: Any) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(command, **settings)
+    except OSError as error:  # no memory, no process or no program to be had
+        raise StartError(
+            f"no process can be started for a cache service: {error}; look at the limits of this process (ulimit -a) "
+            "and at its memory"
+        ) from error
 
 
 def _reap(process: subprocess.Popen[bytes]) -> None:

@@ -7,10 +7,14 @@ reach the same service through the directory.
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -19,12 +23,13 @@ import msgspec
 
 from fastload import callers
 from fastload.cache import CacheDirectory
-from fastload.config import CacheLimits, default_cache_dir, format_bytes, parse_bytes
-from fastload.errors import ConfigError, ServiceError
+from fastload.config import CacheLimits, default_cache_dir, default_ram_bytes, format_bytes, parse_bytes
+from fastload.errors import CacheError, ConfigError, FastloadError, ServiceError
 from fastload.service import election, protocol
 from fastload.service.channel import Connection
 from fastload.service.client import Consumer
 from fastload.service.opener import Opener
+from fastload.service.standin import Place, StandIn
 from fastload.waiting import Waits
 
 if TYPE_CHECKING:
@@ -35,6 +40,10 @@ Shared = TypeVar("Shared")
 ServiceMode = Literal["auto", "inprocess"]
 
 _IDLE_S = 30.0
+# A directory whose service did not answer is left alone for so long: each try may take as long as the deadlines allow.
+_AVOID_S = 60.0
+
+log = logging.getLogger("fastload")
 
 
 class Handle:
@@ -82,7 +91,11 @@ class Handle:
         self._path, self._service_mode, self._idle_s = path, service, idle_s
         self._explicit_ram = "ram_bytes" in explicit
         self._to_tell = explicit  # once: by a later connection somebody else may have changed them again
-        self._directory = CacheDirectory.open(path, otherwise=otherwise, **explicit)
+        self._in_use = otherwise is not None  # by a job that has begun
+        self._avoided, self._avoid_until_s = "", -math.inf
+        self._stand_ins: tuple[StandIn, StandIn] | None = None
+        self._kinds: dict[str, str] = {}  # of warnings of which one is enough
+        self._directory = _open(path, explicit, otherwise)
         self._consumers: weakref.WeakSet[Consumer] = weakref.WeakSet()
         self._forget_service()
         _live_caches.add(self)
@@ -92,7 +105,7 @@ class Handle:
 
     def _forget_service(self) -> None:
         self._lock = threading.Lock()
-        self._service: InProcessService | None = None
+        self._services: dict[Place, InProcessService] = {}
         self._shared: dict[Hashable, Any] = {}
 
     @staticmethod
@@ -156,6 +169,8 @@ class Handle:
         disk does not answer, CacheError or ServiceError where the service cannot be reached.
         """
         with self.consumer(name="clear") as consumer:
+            if consumer.beside:
+                raise ServiceError(f"the cache {self._path} cannot be cleared: {consumer.beside}")
             return consumer.clear(history=history)
 
     def close(self) -> None:
@@ -164,8 +179,8 @@ class Handle:
             consumer.close()
         with self._lock:
             self._shared.clear()
-            service, self._service = self._service, None
-        if service is not None:
+            services, self._services = self._services, {}
+        for service in services.values():
             service.close()
 
     def __enter__(self) -> Handle:
@@ -194,17 +209,89 @@ class Handle:
 
     # For consumers
 
-    def connect(self, hello: protocol.Hello, stop: threading.Event) -> Connection:
-        """A connection to the directory's service, started where there is none; gives up when `stop` is set."""
-        hello = msgspec.structs.replace(hello, limits=self._to_tell)
-        connection = election.connect(self._directory, hello, self._start, stop)
+    def connect(self, hello: protocol.Hello, stop: threading.Event, avoid: str = "") -> Connection:
+        """A connection to the directory's service, started where there is none; gives up when `stop` is set.
+
+        A job goes on where that service cannot be had, or where `avoid` says why it should not: another one, which has
+        no disk tier, stands in for it. Only for its first connection a directory that cannot be used is an error.
+        """
         try:
-            self._compare_limits(connection.welcome)
-        except BaseException:
-            connection.close()
+            return self._connect_to_own(hello, stop, avoid)
+        except FastloadError as error:
+            if stop.is_set() or not (self._in_use or isinstance(error, ServiceError)):
+                raise
+            return self._connect_beside(hello, stop, error)
+
+    def _connect_to_own(self, hello: protocol.Hello, stop: threading.Event, avoid: str) -> Connection:
+        if time.monotonic() < self._avoid_until_s:
+            avoid = avoid or self._avoided
+        if avoid:
+            raise ServiceError(avoid)
+        try:
+            connection = self._connect_to(self._directory, msgspec.structs.replace(hello, limits=self._to_tell), stop)
+        except ServiceError as error:
+            if not stop.is_set():
+                self._avoided, self._avoid_until_s = str(error), time.monotonic() + _AVOID_S
             raise
-        self._to_tell = {}
+        self._compare_limits(connection)
+        self._to_tell, self._in_use = {}, True
         return connection
+
+    def _connect_beside(self, hello: protocol.Hello, stop: threading.Event, error: FastloadError) -> Connection:
+        message = (
+            f"the cache {self._path} cannot be used for now: {error}. The job goes on without what is there, and "
+            "fetches into RAM; its next connection tries again"
+        )
+        for place in self._make_stand_ins():
+            try:
+                connection = self._connect_to(place, hello, stop)
+            except FastloadError as again:
+                if stop.is_set():
+                    raise
+                log.warning("%s: %s", message, again)
+                continue
+            connection.beside = str(error)
+            self._trouble(connection, "beside", message)
+            return connection
+        raise error
+
+    def _connect_to(self, place: Place, hello: protocol.Hello, stop: threading.Event) -> Connection:
+        here = self._service_mode == "inprocess" or (isinstance(place, StandIn) and place.is_alone)
+        connection = self._elect(place, hello, stop, here=here)
+        welcome = connection.welcome
+        if welcome.chunk_bytes != self.chunk_bytes:
+            connection.close()
+            raise ServiceError(
+                f"the running cache service (process {welcome.pid}) has chunk_bytes={welcome.chunk_bytes}, and this "
+                f"job {self.chunk_bytes}; let its jobs end, or give that size"
+            )
+        return connection
+
+    def _elect(self, place: Place, hello: protocol.Hello, stop: threading.Event, *, here: bool) -> Connection:
+        if here:
+            return election.connect(place, hello, lambda stop: self._start_here(place), stop)
+        try:
+            return election.connect(place, hello, lambda stop: election.start_process(place, self._idle_s, stop), stop)
+        except election.StartError as error:
+            connection = self._elect(place, hello, stop, here=True)
+            self._trouble(connection, "here", f"{error}. The cache service runs in threads of a job's process")
+            return connection
+
+    def _trouble(self, connection: Connection, kind: str, message: str) -> None:
+        """Its user is warned once of each kind, whatever the cause; the log has all."""
+        log.warning("%s", message)
+        self._kinds[message] = kind
+        connection.troubles.append(message)
+
+    def _make_stand_ins(self) -> tuple[StandIn, StandIn]:
+        """One for all processes of the directory, and one for this handle alone."""
+        with self._lock:
+            if self._stand_ins is None:
+                limits = self._directory.limits
+                ram_bytes = max(2 * limits.chunk_bytes, min(limits.ram_bytes, default_ram_bytes()))
+                limits = replace(limits, ram_bytes=ram_bytes, disk_bytes=0, history_bytes=0)
+                self._stand_ins = StandIn(self._path, limits), StandIn(self._path, limits, alone=True)
+            return self._stand_ins
 
     @property
     def reading(self) -> str:
@@ -213,47 +300,34 @@ class Handle:
 
     def warn(self, message: str) -> bool:
         """Whether `message` has yet to be raised as a warning in this process; from now on it has been."""
-        key = self._path, message
+        key = self._path, self._kinds.get(message, message)
         with _warned_lock:
             if key in _warned:
                 return False
             _warned.add(key)
             return True
 
-    def _start(self, stop: threading.Event) -> None:
-        if self._service_mode == "inprocess":
-            self._start_here()
-        else:
-            election.start_process(self._directory, self._idle_s, stop)
-
-    def _start_here(self) -> None:
+    def _start_here(self, place: Place) -> None:
         from fastload.service.inprocess import InProcessService  # all of the service, which is mostly elsewhere
 
         with self._lock:
-            if self._service is not None and not self._service.alive:
-                self._service.close()
-                self._service = None
-            directory = self._directory.renewed()
-            if self._service is None and directory.try_lock():
-                self._service = InProcessService(directory)
+            service = self._services.get(place)
+            if service is not None and not service.alive:
+                service.close()
+                del self._services[place]
+            renewed = place.renewed()
+            if place not in self._services and renewed.try_lock():
+                self._services[place] = InProcessService(renewed)
 
-    def _compare_limits(self, welcome: protocol.Welcome) -> None:
+    def _compare_limits(self, connection: Connection) -> None:
         """A service that runs already keeps the arena that it has."""
-        limits = self._directory.limits
-        if welcome.chunk_bytes != limits.chunk_bytes:
-            raise ServiceError(
-                f"the running cache service (process {welcome.pid}) has chunk_bytes={welcome.chunk_bytes}, "
-                f"the directory {self._path} was changed to {limits.chunk_bytes} since it began; "
-                "let its jobs end, or change it back"
-            )
+        limits, welcome = self._directory.limits, connection.welcome
         arena_bytes = welcome.buffer_count * welcome.chunk_bytes
         if self._explicit_ram and arena_bytes != limits.ram_bytes // limits.chunk_bytes * limits.chunk_bytes:
-            message = (
+            connection.troubles.append(
                 f"the running cache service (process {welcome.pid}) keeps its arena of {format_bytes(arena_bytes)}; "
                 f"ram_bytes={limits.ram_bytes} holds from its next start on"
             )
-            if self.warn(message):
-                callers.warn(message, RuntimeWarning)
 
     def _forget_after_fork(self) -> None:
         _inherited.append(self._shared)
@@ -269,9 +343,9 @@ class _Weakly:
         self._cache = weakref.ref(cache)
         self._path = cache.directory
 
-    def connect(self, hello: protocol.Hello, stop: threading.Event) -> Connection:
+    def connect(self, hello: protocol.Hello, stop: threading.Event, avoid: str = "") -> Connection:
         """As the handle does."""
-        return self._get().connect(hello, stop)
+        return self._get().connect(hello, stop, avoid)
 
     @property
     def reading(self) -> str:
@@ -287,6 +361,16 @@ class _Weakly:
         if cache is None:
             raise ServiceError(f"the Cache({str(self._path)!r}) that this connection was made through is gone; keep it")
         return cache
+
+
+def _open(path: Path, explicit: dict[str, int], otherwise: CacheLimits | None) -> CacheDirectory:
+    """A directory that cannot be used any more is no error in a process that joins a job: it connects without."""
+    try:
+        return CacheDirectory.open(path, otherwise=otherwise, **explicit)
+    except CacheError:
+        if otherwise is None:
+            raise
+        return CacheDirectory(path, otherwise, ())
 
 
 def _checked(directory: object) -> Path:

@@ -11,25 +11,29 @@ import os
 import threading
 import weakref
 
-from fastload.cache import CacheDirectory
 from fastload.errors import ServiceError
 from fastload.service.logs import limited
 from fastload.service.server import Server
+from fastload.service.standin import Place
 from fastload.turns import take_long_turns
+
+_START_DEADLINE_S = 60.0
 
 
 class InProcessService:
     """A running service. It gives the lock of `directory`, which the caller took, back when it ends."""
 
-    def __init__(self, directory: CacheDirectory) -> None:
-        """Start, and wait until consumers can connect; raises what stopped it from that."""
+    def __init__(self, directory: Place) -> None:
+        """Start, and wait until consumers can connect; raises what stopped it from that, ServiceError at a deadline."""
         self._directory = directory
         self._server: Server | None = None
         self._error: BaseException | None = None
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._main, name="fastload-service", daemon=True)
         self._thread.start()
-        self._ready.wait()
+        if not self._ready.wait(_START_DEADLINE_S):
+            self._stop()  # as soon as whatever hangs lets go of it
+            raise ServiceError(f"the cache service for {directory.path} has not begun within {_START_DEADLINE_S:.0f} s")
         if self._error is not None:
             self._thread.join()
             raise self._error
@@ -43,9 +47,12 @@ class InProcessService:
     def close(self) -> None:
         """End it. May be called twice."""
         _running.discard(self)
+        self._stop()
+        self._thread.join()
+
+    def _stop(self) -> None:
         if self._server is not None:
             self._server.stop_from_thread()
-        self._thread.join()
 
     def _main(self) -> None:
         take_long_turns()  # and threads that are started from here

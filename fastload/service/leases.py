@@ -16,6 +16,7 @@ so whoever waits for some chunks gets at least one of them.
 
 from __future__ import annotations
 
+import socket
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -33,11 +34,19 @@ class MappedArena:
     lease_count: int = 0
     current: bool = True  # its service is the one we are connected to
     lost: bool = False  # its service lives, and our leases with it have ended
+    link: socket.socket | None = None  # to a service of the past that may live: while it is open, our leases hold
 
     def close_if_idle(self) -> None:
         """Unmap an arena of the past whose last lease has gone."""
         if not self.current and self.lease_count == 0:
             self.view.close()
+            self.hang_up()
+
+    def hang_up(self) -> None:
+        """End the leases with a service of the past."""
+        link, self.link = self.link, None
+        if link is not None:
+            link.close()
 
 
 @dataclass(slots=True)
@@ -222,25 +231,38 @@ class LeaseTable:
 
     # The connection's life
 
-    def leave(self, arena: MappedArena, *, lost: bool) -> None:
-        """The connection has gone. The arena's leases stay good if its service is dead, else (`lost`) they end."""
+    def leave(self, arena: MappedArena, *, lost: bool, link: socket.socket | None = None) -> list[int]:
+        """The connection has gone. The arena's leases stay good if its service is dead, else (`lost`) they end.
+
+        With a `link` to a service that may live, those that are pinned are good while that is open, which is until
+        their pins end. Returns what that service should be told to take back.
+        """
         arena.current = False
-        arena.lost = lost
+        arena.lost, arena.link = lost, link
+        released = []
         for chunk, lease in list(self._leases.items()):
-            if lease.arena is arena and lost:
+            if lease.arena is arena and (lost or link is not None):
                 lease.recalled = True
                 if not lease.pins:
                     self._drop(chunk)
+                    released.append(chunk)
         arena.close_if_idle()
+        return released + list(self._asking)
 
     def clear(self) -> None:
         """Forget everything: another set of objects, or the end."""
         for lease in self._leases.values():
             lease.recalled = True
             lease.arena.lease_count -= 1
+            lease.arena.close_if_idle()
         self._leases.clear()
         self._asking.clear()
         self._failed.clear()
+
+    def hang_up(self) -> None:
+        """In a forked child: the links to services of the past are the parent's."""
+        for lease in self._leases.values():
+            lease.arena.hang_up()
 
     def counts(self) -> dict[str, int]:
         """How many chunks are leased, pinned and asked for."""

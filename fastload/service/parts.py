@@ -18,6 +18,7 @@ from fastload.service.fetches import requests_max
 from fastload.service.hedging import Hedger
 from fastload.service.pools import Pools
 from fastload.service.populate import Populator
+from fastload.service.standin import Place
 from fastload.service.stores import Opener, StoreTable
 from fastload.service.tiers import Disk, Ram
 from fastload.service.troubles import Troubles
@@ -58,9 +59,7 @@ class Parts:
     history: Archive | None = None  # None: none is kept or used; with `history_bytes=0` it can only be cleared
 
     @classmethod
-    def of_directory(
-        cls, directory: CacheDirectory, loop: asyncio.AbstractEventLoop, opener: Opener | None = None
-    ) -> Parts:
+    def of_directory(cls, directory: Place, loop: asyncio.AbstractEventLoop, opener: Opener | None = None) -> Parts:
         """The real ones. CacheError where arena or disk tier cannot be opened."""
         limits, troubles = directory.limits, Troubles(loop)
         arena = Arena(limits.ram_bytes, limits.chunk_bytes)
@@ -81,5 +80,5 @@ class Parts:
             troubles,
             requests_max=requests_max(),
             is_lost=lambda: directory.is_lost,
-            history=Archive(directory.path, directory.root),
+            history=Archive(directory.path, directory.root) if isinstance(directory, CacheDirectory) else None,
         )

@@ -17,6 +17,7 @@ from fastload.errors import FastloadError, to_wire
 from fastload.service import surroundings
 from fastload.service.logs import ServiceLog
 from fastload.service.server import Server
+from fastload.service.standin import Place, StandIn
 from fastload.turns import take_long_turns
 
 log = logging.getLogger("fastload.service")
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     starter = _Starter(options.ready_fd)
     try:
         limits = None if options.limits is None else CacheLimits(**json.loads(options.limits))
-        directory = CacheDirectory.open(Path(options.directory), otherwise=limits)
+        directory = _place(Path(options.directory), limits, options.stand_in)
         if not directory.try_lock():
             starter.tell({"status": "taken"})
             return 0
@@ -56,17 +57,24 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _place(path: Path, limits: CacheLimits | None, stand_in: bool) -> Place:
+    if stand_in and limits is not None:
+        return StandIn(path, limits)
+    return CacheDirectory.open(path, otherwise=limits)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fastload.service", description="The cache service of a directory.")
     parser.add_argument("--directory", required=True, help="the cache directory")
     parser.add_argument("--limits", help="those of whoever starts this, for a directory that has none; as JSON")
+    parser.add_argument("--stand-in", action="store_true", help="serve in place of the directory, and leave it alone")
     parser.add_argument("--idle-s", type=float, default=30.0, help="seconds to live after the last consumer")
     parser.add_argument("--ready-fd", type=int, default=-1, help="a pipe on which to report how the start went")
     parser.add_argument("--detach", action="store_true", help="be nobody's child")
     return parser
 
 
-async def _serve(directory: CacheDirectory, idle_s: float, starter: _Starter) -> bool:
+async def _serve(directory: Place, idle_s: float, starter: _Starter) -> bool:
     server = Server(directory, idle_s)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -214,6 +214,10 @@ class Report(Message, tag="report"):
     values: dict[str, float]
 
 
+class Ping(Message, tag="ping"):
+    """Are you there? Answered by `Pong`, at once."""
+
+
 # From the service
 
 
@@ -339,6 +343,10 @@ class Progress(Message, tag="progress"):
     error_message: str
 
 
+class Pong(Message, tag="pong"):
+    """Answers `Ping`."""
+
+
 FromConsumer = (
     Hello
     | Credentials
@@ -359,6 +367,7 @@ FromConsumer = (
     | Clear
     | Stats
     | Report
+    | Ping
 )
 FromService = (
     Welcome
@@ -375,6 +384,7 @@ FromService = (
     | RequestFailed
     | Trouble
     | Progress
+    | Pong
 )
 
 _encoder = msgspec.msgpack.Encoder()
@@ -410,7 +420,7 @@ def from_consumer(payload: bytes | memoryview) -> FromConsumer:
     """The consumer's message; `ConversationError` where it is none."""
     try:
         return _decoder_of_service.decode(payload)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ConversationError(f"not a message of a consumer: {error}") from error
 
 
@@ -418,7 +428,7 @@ def from_service(payload: bytes | memoryview) -> FromService:
     """The service's message; `ConversationError` where it is none."""
     try:
         return _decoder_of_consumer.decode(payload)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ConversationError(f"not a message of the cache service: {error}") from error
 
 
@@ -427,6 +437,11 @@ class FrameReader:
 
     def __init__(self) -> None:
         self._bytes = bytearray()
+
+    @property
+    def is_between(self) -> bool:
+        """Whether all that came were whole frames."""
+        return not self._bytes
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """The payloads that `data` completes; `ConversationError` for a length beyond the maximum."""

@@ -22,12 +22,12 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 
-from fastload.cache import CacheDirectory
 from fastload.errors import FastloadError, ServiceError
 from fastload.service import protocol
 from fastload.service.channel import peer_uid
 from fastload.service.consumers import ConsumerState
 from fastload.service.core import Core
+from fastload.service.standin import Place
 
 log = logging.getLogger("fastload.service")
 
@@ -144,7 +144,11 @@ class Peer:
 
     def _take(self, payload: bytes) -> None:
         if self._consumer is not None:
-            self._core.receive(self._consumer, protocol.from_consumer(payload))
+            message = protocol.from_consumer(payload)
+            if isinstance(message, protocol.Ping):
+                self.send(protocol.Pong())
+            else:
+                self._core.receive(self._consumer, message)
             return
         version = protocol.hello_version(payload)
         if version not in (protocol.VERSION, None):  # then its other fields may be any
@@ -191,7 +195,7 @@ class Server:
     All methods but `stop_from_thread` and `abandon` are for the loop's thread.
     """
 
-    def __init__(self, directory: CacheDirectory, idle_s: float | None) -> None:
+    def __init__(self, directory: Place, idle_s: float | None) -> None:
         """`idle_s` None: do not end by itself."""
         self._directory, self._idle_s = directory, idle_s
         self._peers: set[Peer] = set()
@@ -214,7 +218,7 @@ class Server:
         try:
             self._listener = self._directory.listen()
             self._look_pool = self._core.pool("directory")
-            self._look_again()
+            self._look()
             self._loop.add_reader(self._listener.fileno(), self._accept)
             first_s = max(self._idle_s or 0.0, _FIRST_CONSUMER_S if ready() else 0.0)
             self._wait_for_consumers(None if self._idle_s is None else first_s)
@@ -240,9 +244,6 @@ class Server:
 
     # The directory may go
 
-    def _look_again(self) -> None:
-        self._look_timer = self._loop.call_later(_LOOK_S, self._look)
-
     def _look(self) -> None:
         """In a thread, since the disk may hang."""
         self._look_pool.submit(lambda: self._directory.is_lost, done=self._looked)
@@ -254,7 +255,7 @@ class Server:
             )
             self.stop()
         self._was_lost = bool(is_lost)
-        self._look_again()
+        self._look_timer = self._loop.call_later(_LOOK_S, self._look)
 
     def _accept(self) -> None:
         assert self._listener is not None

@@ -15,8 +15,10 @@ same objects and plan.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,10 +29,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload import callers, errors
+from fastload.cache.owner import is_running
 from fastload.errors import FastloadError, ServiceError
 from fastload.redaction import redact
 from fastload.service import protocol
-from fastload.service.channel import Channel, Connection
+from fastload.service.channel import Channel, Connection, peer_pid
 from fastload.service.leases import LeaseTable, MappedArena
 from fastload.service.protocol import ObjectRows, Progress
 from fastload.store import StoreOptions, options
@@ -40,8 +43,9 @@ from fastload.waiting import Reason, Waits, wait
 
 Int64 = npt.NDArray[np.int64]
 
-# A service that is started again and again without ever granting a chunk is not going to.
+# A service that is started again and again without ever granting a chunk, or lasting for a while, is not going to.
 _RESTARTS_MAX = 5
+_LASTED_S = 60.0
 
 
 # What is asked for, for whoever waits and for the error where it takes too long.
@@ -62,8 +66,10 @@ class WaitInterruptedError(ServiceError):
 class Connector(Protocol):
     """What a consumer needs of a `Cache`."""
 
-    def connect(self, hello: protocol.Hello, stop: threading.Event) -> Connection:
-        """A connection to the directory's service, which is started where there is none."""
+    def connect(self, hello: protocol.Hello, stop: threading.Event, avoid: str = "") -> Connection:
+        """A connection to the directory's service, which is started where there is none; or, where it cannot be reached
+        or `avoid` says why it should not be, to another one that stands in for it.
+        """
         ...
 
     def warn(self, message: str) -> bool:
@@ -104,6 +110,11 @@ class Session:
         self._begin()
         _live_sessions.add(self)
         self._connect()
+        try:
+            self._warn()
+        except BaseException:  # where warnings are errors
+            self.close()
+            raise
 
     def _begin(self) -> None:
         """Everything that belongs to this process's connection."""
@@ -114,8 +125,13 @@ class Session:
         self._troubles: list[str] = []
         self._progress: Progress | None = None
         self._arena: MappedArena | None = None
+        self._buffer_count = 0
         self._service_id = b""
+        self._service_pid = 0
+        self._beside = ""
+        self._cut_off = False
         self._restarts = 0
+        self._connected_s = 0.0
         self._interruptions = 0
         self._ended: FastloadError | None = None
         self._channel: Channel | None = None
@@ -126,6 +142,11 @@ class Session:
     def is_ended(self) -> bool:
         """Whether it was closed, or ended by an error: every call raises that."""
         return self._ended is not None
+
+    @property
+    def beside(self) -> str:
+        """Why its service is not the directory's own, but stands in for that; "" where it is."""
+        return self._beside
 
     def close(self) -> None:
         """Let go of everything. Waiting callers get a ServiceError. May be called twice."""
@@ -163,12 +184,15 @@ class Session:
         """Before a call: connect where a fork took the connection, raise what ended us, warn of what came up."""
         if self._channel is None and self._ended is None:
             self._connect()
+        self._warn()
+        if self._ended is not None:
+            raise self._ended
+
+    def _warn(self) -> None:
         while self._troubles:
             message = self._troubles.pop(0)
             if self._cache.warn(message):
                 callers.warn(message, RuntimeWarning)
-        if self._ended is not None:
-            raise self._ended
 
     def _ask_for(self, chunks: Iterable[int], *, urgent: bool) -> None:
         ask, serial = self._table.to_ask(chunks, urgent=urgent)
@@ -251,11 +275,17 @@ class Session:
                 | protocol.StatsReply()
             ):
                 self._take_part(message)
+            case protocol.Pong():
+                pass
+            case protocol.Refused():
+                raise protocol.ConversationError(message.message)
             case _:
-                raise ServiceError(f"an unexpected {type(message).__name__} message from the cache service")
+                raise protocol.ConversationError(f"an unexpected {type(message).__name__} message")
 
     def _take_grants(self, message: protocol.Grants) -> None:
         assert self._arena is not None
+        if message.buffers and not 0 <= min(message.buffers) <= max(message.buffers) < self._buffer_count:
+            raise protocol.ConversationError(f"buffers {message.buffers} are granted of {self._buffer_count}")
         self._restarts = 0
         fields = zip(message.chunks, message.serials, message.buffers, message.sources, strict=True)
         for chunk, serial, buffer, source in fields:
@@ -311,7 +341,15 @@ class Session:
     # The connection
 
     def _connect(self) -> None:
-        channel = Channel(self._open, self._on_connected, self._on_lost, self._on_message, self._on_ended, self.name)
+        channel = Channel(
+            self._open,
+            self._on_connected,
+            self._on_lost,
+            self._on_quiet,
+            self._on_message,
+            self._on_ended,
+            self.name,
+        )
         channel.start()
 
     def _open(self, stop: threading.Event) -> Connection:
@@ -319,40 +357,67 @@ class Session:
         hello = protocol.Hello(
             protocol.VERSION, os.getpid(), self.name, self._store_wire, group=os.getpgrp(), program=program
         )
-        return self._cache.connect(hello, stop)
+        avoid = f"it ended {self._restarts} times in a row without serving anything; see its log"
+        return self._cache.connect(hello, stop, avoid if self._restarts > _RESTARTS_MAX else "")
 
     def _on_connected(self, channel: Channel, connection: Connection) -> None:
         """A service has welcomed us: map what it has, and tell it everything."""
         welcome = connection.welcome
-        if self.chunk_bytes not in (0, welcome.chunk_bytes) and self._objects:
-            connection.close()
-            raise ServiceError(
-                f"the cache service was replaced by one with chunk_bytes={welcome.chunk_bytes} (it was "
-                f"{self.chunk_bytes}); make the data set again"
-            )
         with self._changed:
             if self._ended is not None:  # closed while connecting
                 connection.close()
                 raise self._ended
             if self._arena is not None:
-                self._table.leave(self._arena, lost=welcome.service_id == self._service_id)
-            self._service_id = welcome.service_id
-            self.chunk_bytes = welcome.chunk_bytes
+                self._leave(welcome.service_id)
+            self._service_id, self._service_pid = welcome.service_id, peer_pid(connection.sock)
+            self._beside = connection.beside
+            self.chunk_bytes, self._buffer_count = welcome.chunk_bytes, welcome.buffer_count
             self._arena = MappedArena(connection.view, welcome.chunk_bytes)
-            self._troubles += welcome.troubles
+            self._troubles += welcome.troubles + connection.troubles
+            self._connected_s = time.monotonic()
             self._channel = channel
             channel.adopt(connection)
             self._tell_everything()
             self._changed.notify_all()
 
-    def _on_lost(self) -> None:
+    def _leave(self, service_id: bytes) -> None:
+        """The service that we had has gone, and there is another one.
+
+        What was leased is still good where the old one has ended. One that lives has taken the leases back.
+        """
+        assert self._arena is not None
+        lives = self._cut_off and (self._service_pid == 0 or is_running(self._service_pid))
+        self._table.leave(self._arena, lost=lives or service_id == self._service_id)
+
+    def _on_lost(self, silent: socket.socket | None, cut_off: bool) -> None:
         """The connection broke, which is nobody's fault until it keeps happening."""
         with self._changed:
+            self._cut_off = cut_off
+            if silent is not None:
+                self._part(silent)
+            if time.monotonic() - self._connected_s > _LASTED_S:
+                self._restarts = 0
             self._restarts += 1
-            if self._restarts > _RESTARTS_MAX:
+            if self._restarts > 2 * _RESTARTS_MAX:
                 raise ServiceError(
-                    f"the cache service ended {self._restarts} times in a row without serving anything; see its log"
+                    f"cache services ended {self._restarts} times in a row without serving anything; see their log"
                 )
+
+    def _part(self, silent: socket.socket) -> None:
+        """Leave a service that says nothing, and may go on at any time: it finds our socket open as long as somebody
+        reads what it leased to us, and that we want nothing more.
+        """
+        arena, self._arena = self._arena, None
+        assert arena is not None
+        assert self._channel is not None
+        left = self._table.leave(arena, lost=False, link=silent)
+        if arena.link is not None and left:
+            self._channel.part(silent, protocol.Release(left))
+
+    def _on_quiet(self) -> None:
+        """Nothing has come for a while: the answer to this would."""
+        with self._changed:
+            self._send(protocol.Ping())
 
     def _on_ended(self, error: FastloadError) -> None:
         """There will be no other connection."""
@@ -393,6 +458,7 @@ class Session:
             channel.abandon()
         if arena is not None:
             arena.view.close()
+        self._table.hang_up()
         self._begin()
         self._ended = ended
 

@@ -100,7 +100,7 @@ class SimulatedConsumer(Consumer):
     def _connect(self) -> None:
         hello = protocol.Hello(protocol.VERSION, 0, self.name, {})
         self.state = state = self._core.connect(hello, self._hear)
-        self.chunk_bytes = self._core.chunk_bytes
+        self.chunk_bytes, self._buffer_count = self._core.chunk_bytes, self._core.arena.buffer_count
         self._arena = MappedArena(cast(ArenaView, _NoView()), self.chunk_bytes)
         self._channel = cast(Channel, _Line(self._core, self._loop, state))
 

@@ -29,7 +29,13 @@ def test_a_defect_while_a_message_is_taken_ends_the_wait() -> None:
 
     connection = Connection(ours, cast(Any, None), cast(Any, None), protocol.FrameReader())
     channel = Channel(
-        lambda stop: connection, lambda channel, found: channel.adopt(found), lambda: None, take, end, "test"
+        lambda stop: connection,
+        lambda channel, found: channel.adopt(found),
+        lambda silent, cut_off: None,
+        lambda: None,
+        take,
+        end,
+        "test",
     )
     channel.start()
     theirs.sendall(protocol.frame(protocol.RequestFailed(1, "ServiceError", "no")))

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from fastload.errors import CacheError, ServiceError
 from fastload.service import Handle as Cache
 from fastload.service import election, protocol
-from fastload.service.election import EndedSilentlyError
+from fastload.service.election import StartError
 from tests.processes import until
 from tests.service.helpers import CHUNK_BYTES, service_pid
 
@@ -50,12 +51,57 @@ def test_two_that_die_while_starting_are_survived(cache: Cache, deaths: Path) ->
     assert not list(deaths.iterdir())
 
 
-def test_one_that_always_dies_is_an_error(cache: Cache, deaths: Path) -> None:
+def test_where_all_die_it_runs_in_threads(cache: Cache, deaths: Path) -> None:
     for number in range(10):
         (deaths / str(number)).touch()
-    with pytest.raises(ServiceError, match=r"ended while starting.*service\.log"):
-        cache.consumer()
+    with pytest.warns(RuntimeWarning, match=r"(?s)ended while starting.*service\.log.*runs in threads"):
+        consumer = cache.consumer()
     assert len(list(deaths.iterdir())) == 7
+    assert service_pid(consumer) == os.getpid()
+    assert consumer.stats()["node"]["disk_quota_bytes"] == cache.disk_bytes
+    with cache.consumer() as other:  # which finds it there, and is warned of nothing
+        assert service_pid(other) == os.getpid()
+    consumer.close()
+
+
+def test_many_that_start_one_at_once_survive_the_deaths_of_all_but_one(cache: Cache, deaths: Path) -> None:
+    for number in range(8):
+        (deaths / str(number)).touch()
+    handles = [Cache(cache.directory) for _ in range(8)]
+    pids: list[int] = []
+
+    def run(handle: Cache) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # which of them runs it in its threads is chance
+            with handle.consumer() as consumer:
+                pids.append(service_pid(consumer))
+                together.wait(60)
+
+    together = threading.Barrier(len(handles))
+    threads = [threading.Thread(target=run, args=(handle,)) for handle in handles]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for handle in handles:
+        handle.close()
+    assert len(pids) == 8
+    assert len(set(pids)) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
+def test_where_no_process_can_be_made_it_runs_in_threads(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fails(*args: object, **kwargs: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("subprocess.Popen", fails)
+    with (
+        pytest.warns(RuntimeWarning, match=f"no process can be started.*{os.strerror(number)}.*runs in threads"),
+        cache.consumer() as consumer,
+    ):
+        assert service_pid(consumer) == os.getpid()
 
 
 def test_what_a_service_says_is_no_silent_end(tmp_path: Path) -> None:
@@ -80,7 +126,7 @@ def test_a_consumer_that_is_closed_does_not_go_on_starting(tmp_path: Path) -> No
 
     def start(stop: threading.Event) -> None:
         stop.set()
-        raise EndedSilentlyError("killed")
+        raise StartError("killed")
 
     with pytest.raises(ServiceError, match="the consumer is closed"):
         election.connect(cache._directory, hello, start, closed)
@@ -110,8 +156,7 @@ def test_a_service_whose_directory_was_removed_ends_with_its_last_consumer(tmp_p
     )
     with cache:
         consumer = cache.consumer()
-        service = cache._service
-        assert service is not None
+        (service,) = cache._services.values()
         shutil.rmtree(cache.directory)
         assert service.alive
         consumer.close()

@@ -17,7 +17,8 @@ from fastload.errors import CacheError, ServiceError
 from fastload.service import Handle as Cache
 from fastload.service import protocol
 from fastload.service.channel import greet
-from tests.service.helpers import CHUNK_BYTES
+from fastload.service.standin import StandIn
+from tests.service.helpers import CHUNK_BYTES, service_pid
 
 OTHER = 65534
 LIMITS = {"ram_bytes": 4 * CHUNK_BYTES, "disk_bytes": 0, "chunk_bytes": CHUNK_BYTES}
@@ -99,8 +100,10 @@ def test_who_puts_a_directory_in_its_place_is_told_nothing(shared: Path) -> None
 
         other = Other(replace)
         assert other.sock.recv(1) == b"!"
-        with pytest.raises(CacheError, match=f"belongs to user {OTHER}"):
-            cache.consumer(secret)
+        with pytest.warns(RuntimeWarning, match=f"belongs to user {OTHER}"):  # a job that has begun goes on
+            consumer = cache.consumer(secret)
+        assert consumer.beside
+        consumer.close()
         with pytest.raises(CacheError, match=f"belongs to user {OTHER}"):
             Cache(shared / "cache")
         assert other.end() == b""
@@ -117,6 +120,40 @@ def test_another_users_process_behind_the_socket_is_told_nothing(shared: Path) -
         with pytest.raises(ServiceError, match=rf"listens at here belongs to user {OTHER}.*was told nothing"):
             greet(sock, protocol.Hello(protocol.VERSION, 1, "", {"secret_access_key": "planted"}), "here")
     assert other.end() == b"a peer:"
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_stand_in_of_another_user_is_told_nothing(shared: Path) -> None:
+    """Its name is anybody's to take."""
+    with Cache(shared / "cache", **LIMITS) as cache:
+        cache.consumer().close()
+        stand_in, _ = cache._make_stand_ins()
+
+        def squat(told: socket.socket) -> None:
+            place = StandIn(cache.directory, stand_in.limits)
+            place._address = stand_in._address  # it says whose it is, which is no secret
+            assert place.try_lock()
+            with place.listen() as sock:
+                told.send(b"!")
+                told.recv(1)
+                while True:
+                    try:
+                        peer, _ = sock.accept()
+                        peer.settimeout(0.1)
+                        told.sendall(b"a peer:" + peer.recv(1 << 16))
+                    except OSError:
+                        return
+
+        other = Other(squat)
+        assert other.sock.recv(1) == b"!"
+        shutil.rmtree(cache.directory)
+        cache.directory.write_text("in the way")
+        with (
+            pytest.warns(RuntimeWarning, match="cannot be used"),
+            cache.consumer({"key": "AKIAPLANTED", "secret": "planted"}) as consumer,
+        ):
+            assert service_pid(consumer) == os.getpid()
+        assert set(other.end().split(b"a peer:")) == {b""}
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

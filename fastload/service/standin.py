@@ -1,0 +1,93 @@
+"""Where a service is found that stands in for a cache directory's own: one that hangs, that speaks another language, or
+whose directory cannot be used.
+
+It has no directory and no disk tier. Its address and its lock are names in the kernel (abstract Unix sockets), which
+end with their holders and leave nothing behind, so a machine on which nothing can be written will do. All processes
+that have the same directory and the same size of chunks meet at one name. Anybody may take a name, or connect to it:
+both sides look at the peer's user before they say anything, as they always do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+
+from fastload.cache import CacheDirectory
+from fastload.cache.directory import BACKLOG, lock_holders
+from fastload.config import CacheLimits
+from fastload.service import protocol
+
+
+class StandIn:
+    """A place as a `CacheDirectory` is one, with the same names for the same things."""
+
+    warnings: tuple[str, ...] = ()
+    root = Path("/dev")
+    log_path = Path(os.devnull)  # there may be nowhere to write one
+    is_lost = False
+
+    def __init__(self, path: Path, limits: CacheLimits, *, alone: bool = False) -> None:
+        """In place of the directory at `path`, with these limits, of which those of the disk are 0. `alone`: under a
+        name that nobody else has, for the service in this process.
+        """
+        self.path, self.limits, self.is_alone = path, limits, alone
+        words = [os.fsencode(path), str(limits.chunk_bytes).encode(), os.urandom(16) if alone else b""]
+        name = blake2b(b"\0".join(words), digest_size=16).hexdigest()
+        self._address = f"\0fastload-{protocol.VERSION}-{os.geteuid()}-{name}"
+        self._lock: socket.socket | None = None
+
+    def renewed(self) -> StandIn:
+        """Itself: there is nothing that could have been removed."""
+        return self
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Path]:
+        """Where its log is."""
+        yield self.root
+
+    @contextlib.contextmanager
+    def socket_address(self) -> Iterator[str]:
+        """Where the service listens."""
+        yield self._address
+
+    def try_lock(self) -> bool:
+        """Become the service, if nobody is; whether this object holds the lock. Never blocks."""
+        if self._lock is None:
+            lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                lock.bind(f"{self._address}-lock")
+            except OSError:  # somebody has it
+                lock.close()
+                return False
+            self._lock = lock
+            lock_holders.add(self)
+        return True
+
+    def unlock(self) -> None:
+        """Give the lock back. May be called twice, and without it."""
+        lock, self._lock = self._lock, None
+        lock_holders.discard(self)
+        if lock is not None:
+            lock.close()
+
+    def listen(self) -> socket.socket:
+        """The socket at which consumers find the service, which holds the lock. OSError as the system gives it."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.bind(self._address)
+            sock.listen(BACKLOG)
+            sock.setblocking(False)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def remove_socket(self) -> None:
+        """It ends with the service."""
+
+
+Place = CacheDirectory | StandIn

@@ -1,0 +1,412 @@
+"""A service that does not answer, or cannot be had: another one stands in for it, and nothing that was read changes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import shutil
+import signal
+import socket
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+import fastload
+from fastload.cache import Arena, ArenaView, CacheDirectory
+from fastload.config import CacheLimits
+from fastload.errors import CacheError, ServiceError
+from fastload.service import Handle as Cache
+from fastload.service import channel, election, handle, protocol, session
+from fastload.service.channel import Channel, Connection
+from fastload.service.core import Core
+from fastload.service.standin import StandIn
+from tests.conftest import Bucket
+from tests.processes import kill_service, service_pids, until
+from tests.service.helpers import (
+    CHUNK_BYTES,
+    chunks_of,
+    contents,
+    read,
+    read_epoch,
+    read_object,
+    service_pid,
+)
+from tests.shards import check_samples, corpus, samples_of
+
+ENDINGS = (".tar",)
+LIMITS = {"ram_bytes": 8 * CHUNK_BYTES, "disk_bytes": 64 << 20, "chunk_bytes": CHUNK_BYTES}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, mode: Any) -> Iterator[Cache]:
+    with Cache(tmp_path / "folder" / "cache", service=mode, **LIMITS) as cache:
+        yield cache
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds where a job waits for half a minute."""
+    monkeypatch.setattr(channel, "QUIET_S", 0.25)
+    monkeypatch.setattr(channel, "SILENCE_S", 1.0)
+    monkeypatch.setattr(channel, "HELLO_DEADLINE_S", 1.0)
+
+
+@pytest.fixture
+def stopped() -> Iterator[list[int]]:
+    """Processes that go on at the end, whatever happens."""
+    pids: list[int] = []
+    yield pids
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # it went on, and has ended
+            os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[list[str]]:
+    """The warnings of the block, which are no errors there."""
+    told: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield told
+        finally:
+            told += [str(each.message) for each in caught]
+
+
+def stop(cache: Cache, stopped: list[int]) -> int:
+    (pid,) = service_pids(cache.directory)
+    stopped.append(pid)
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_service_that_is_stopped_is_bypassed_and_goes_on(
+    cache: Cache, s3: Bucket, shards: dict[str, bytes], stopped: list[int]
+) -> None:
+    """What was leased of it stays as it is until its readers are done, although it goes on, and has others to serve."""
+    with cache.consumer() as consumer, Cache(cache.directory) as rank, rank.consumer() as other:
+        objects = consumer.resolve([f"{s3.url}/"], ENDINGS)
+        for each in (consumer, other):
+            each.attach(objects)
+        first = read(consumer, chunks_of(objects, 0))
+        held = consumer.acquire(chunks_of(objects, 0))
+        assert len(held.chunk_nos) == len(first)
+        pid = stop(cache, stopped)
+        with noted() as told:
+            assert read_epoch(consumer, objects, range(1, 6)) == list(shards.values())[1:]
+            assert read_epoch(other, objects, range(6)) == list(shards.values())
+            stats = consumer.stats()
+        assert "cannot be used for now" in told[0]
+        assert "has not answered for 1 s" in told[0]
+        assert len(told) == 1
+        assert stats["node"]["pid"] == service_pid(other) != pid
+        assert stats["node"]["disk_quota_bytes"] == 0
+        assert contents(held) == first
+        os.kill(pid, signal.SIGCONT)
+        with Cache(cache.directory) as late, late.consumer() as another:
+            assert service_pid(another) == pid
+            another.attach(objects)
+            for _ in range(2):  # the arena is a third of that
+                assert read_epoch(another, objects, range(6)) == list(shards.values())
+            assert contents(held) == first
+            held.close()
+            until(lambda: len(another.stats()["consumers"]) == 1)
+        assert read_epoch(consumer, objects, range(6)) == list(shards.values())
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:.*cannot be used for now")
+def test_a_child_does_not_keep_what_its_parent_held_of_a_stopped_service(
+    cache: Cache, s3: Bucket, shards: dict[str, bytes], stopped: list[int]
+) -> None:
+    with cache.consumer() as consumer:
+        objects = consumer.resolve([f"{s3.url}/"], ENDINGS)
+        consumer.attach(objects)
+        with consumer.acquire(chunks_of(objects, 0)):
+            pid = stop(cache, stopped)
+            read_object(consumer, objects, 1)
+            reading, writing = os.pipe()
+            child = os.fork()
+            if child == 0:
+                os.close(writing)
+                os.read(reading, 1)
+                os._exit(0)
+            os.close(reading)
+        os.kill(pid, signal.SIGCONT)
+        with Cache(cache.directory) as late, late.consumer() as another:
+            until(lambda: len(another.stats()["consumers"]) == 1)
+        os.close(writing)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_job_that_begins_beside_a_stopped_service(
+    cache: Cache, s3: Bucket, shards: dict[str, bytes], stopped: list[int]
+) -> None:
+    data = corpus(shard_count=3)
+    with cache.consumer(), fastload.Cache(cache.directory) as named:
+        pid = stop(cache, stopped)
+        dataset = fastload.StreamingDataset(data.put(s3, "stopped"), cache=named, shuffle=True)
+        with noted() as told:
+            with fastload.DataLoader(dataset, batch_size=8) as loader:
+                keys = [key for batch in loader for key in check_samples(data, samples_of(batch))]
+            with pytest.raises(ServiceError, match=r"cannot be cleared.*has not answered"):
+                cache.clear()
+        assert sorted(keys) == sorted(data.samples)
+        assert len(told) == 1
+        os.kill(pid, signal.SIGCONT)
+        with Cache(cache.directory) as late:
+            assert late.clear() >= 0
+    for name in data.shards:
+        s3.delete(f"stopped/{name}")
+
+
+def test_the_one_that_was_avoided_is_tried_again(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, stopped: list[int]
+) -> None:
+    monkeypatch.setattr(channel, "HELLO_DEADLINE_S", 0.5)
+    with cache.consumer():
+        pid = stop(cache, stopped)
+        with pytest.warns(RuntimeWarning, match="cannot be used for now"), cache.consumer() as consumer:
+            assert consumer.beside
+        os.kill(pid, signal.SIGCONT)
+        with cache.consumer() as consumer:
+            assert consumer.beside  # it is left alone for a while
+        monkeypatch.setattr(cache, "_avoid_until_s", 0.0)
+        with cache.consumer() as consumer:
+            assert not consumer.beside
+            assert service_pid(consumer) == pid
+
+
+@pytest.mark.parametrize("mode", ["auto", "inprocess"])
+def test_a_directory_that_cannot_be_made_again(cache: Cache, s3: Bucket, shards: dict[str, bytes], mode: Any) -> None:
+    """A file lies in the way, as a stand-in for rights that were taken away, which root does not feel."""
+    folder = cache.directory.parent
+    with cache.consumer() as consumer:
+        objects = consumer.resolve([f"{s3.url}/"], ENDINGS)
+        consumer.attach(objects)
+        found = read(consumer, chunks_of(objects, 0))
+        with consumer.acquire(chunks_of(objects, 0)) as held:
+            wire = pickle.dumps(cache)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.write_text("in the way")
+            if mode == "auto":
+                kill_service(cache.directory)
+            else:
+                for service in list(cache._services.values()):
+                    service.close()
+            with pytest.warns(RuntimeWarning, match="cannot be used.*Not a directory.*fetches into RAM"):
+                assert read_epoch(consumer, objects, range(6)) == list(shards.values())
+            assert contents(held) == {chunk: found[chunk] for chunk in held.chunk_nos.tolist()}
+        worker = pickle.loads(wire)
+        with worker.consumer() as other:
+            other.attach(objects)
+            assert read_epoch(other, objects, range(6)) == list(shards.values())
+            assert (service_pid(other) == service_pid(consumer)) == (mode == "auto" or other.beside != "")
+        worker.close()
+        with pytest.raises(CacheError, match="cannot be used"):
+            Cache(cache.directory)
+        folder.unlink()
+        with cache.consumer() as again:
+            assert not again.beside
+            again.attach(objects)
+            assert read_epoch(again, objects, range(6)) == list(shards.values())
+
+
+@pytest.mark.parametrize("mode", ["inprocess"])
+def test_a_service_that_ends_whenever_it_is_used_is_avoided(
+    cache: Cache, s3: Bucket, shards: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried some times, and not for ever."""
+    receive, tries = Core.receive, []
+
+    def breaks(core: Core, consumer: Any, message: Any) -> None:
+        if core.disk.quota_bytes and isinstance(message, protocol.Want):
+            tries.append(core)
+            raise ZeroDivisionError("a defect")
+        receive(core, consumer, message)
+
+    monkeypatch.setattr(Core, "receive", breaks)
+    with cache.consumer() as consumer:
+        objects = consumer.resolve([f"{s3.url}/"], ENDINGS)
+        consumer.attach(objects)
+        with pytest.warns(RuntimeWarning, match="without serving anything"):
+            assert read_epoch(consumer, objects, range(6)) == list(shards.values())
+        assert consumer.beside
+        assert len(tries) == session._RESTARTS_MAX + 1
+
+
+@pytest.mark.parametrize("mode", ["inprocess"])
+def test_one_that_ends_even_then_is_an_error(cache: Cache, s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(core: Core, consumer: Any, message: Any) -> None:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(Core, "receive", breaks)
+    with noted(), cache.consumer() as consumer, pytest.raises(ServiceError, match="ended 11 times in a row without"):
+        consumer.resolve([f"{s3.url}/"], ENDINGS)
+
+
+# Stand-ins
+
+
+def test_a_stand_in_is_one_for_all_and_leaves_nothing(tmp_path: Path) -> None:
+    limits = CacheLimits(ram_bytes=4 * CHUNK_BYTES, disk_bytes=0, chunk_bytes=CHUNK_BYTES, history_bytes=0)
+    one, two = StandIn(tmp_path, limits), StandIn(tmp_path, limits)
+    other, alone = StandIn(tmp_path / "other", limits), StandIn(tmp_path, limits, alone=True)
+    assert one.try_lock()
+    assert one.try_lock()
+    assert not two.try_lock()
+    assert other.try_lock()
+    assert alone.try_lock()
+    with one.listen(), pytest.raises(OSError, match="in use"):
+        two.listen()
+    one.unlock()
+    one.unlock()
+    assert two.try_lock()
+    for each in (two, other, alone):
+        each.unlock()
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_the_stand_in_hangs_too_each_process_has_its_own(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, stopped: list[int]
+) -> None:
+    monkeypatch.setattr(channel, "HELLO_DEADLINE_S", 0.5)
+    with cache.consumer():
+        stop(cache, stopped)
+        with pytest.warns(RuntimeWarning, match="cannot be used for now"):
+            beside = cache.consumer()
+        second = service_pid(beside)
+        stopped.append(second)
+        os.kill(second, signal.SIGSTOP)
+        with Cache(cache.directory) as other, other.consumer() as consumer:
+            assert service_pid(consumer) == os.getpid()
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        beside.close()
+
+
+def test_a_start_that_is_stopped_holding_the_lock_is_bypassed(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody has the lock and does not listen: nobody else can serve there, and no start succeeds."""
+    holder = CacheDirectory.open(cache.directory)
+    assert holder.try_lock()
+    connect = election.connect
+    monkeypatch.setattr(handle.election, "connect", lambda *args: connect(*args, deadline_s=1.0))
+    with pytest.warns(RuntimeWarning, match="could be reached within 1 s"), cache.consumer() as consumer:
+        assert consumer.beside
+    holder.unlock()
+
+
+# The heartbeat
+
+
+class Talk:
+    """A channel to a service that is played by the test."""
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = socket.socketpair()
+        self.lost: list[tuple[socket.socket | None, bool]] = []
+        self.told = threading.Event()
+        self.pings = 0
+        arena = Arena(2 * CHUNK_BYTES, CHUNK_BYTES)
+        view = ArenaView(arena.fd, 2 * CHUNK_BYTES)
+        arena.close()
+        self.connection = Connection(self.ours, cast(Any, None), view, protocol.FrameReader())
+        self.channel = Channel(
+            self._connect,
+            lambda channel, found: channel.adopt(found),
+            self._lose,
+            self._quiet,
+            self._take,
+            self._end,
+            "",
+        )
+        self.channel.start()
+
+    def _connect(self, stop: threading.Event) -> Connection:
+        if self.lost:
+            raise ServiceError("once is enough")
+        return self.connection
+
+    def _lose(self, silent: socket.socket | None, cut_off: bool) -> None:
+        self.lost.append((silent, cut_off))
+
+    def _quiet(self) -> None:
+        self.pings += 1
+        self.channel.send(protocol.Ping())
+
+    def _take(self, message: protocol.FromService) -> None:
+        assert isinstance(message, protocol.Pong)
+
+    def _end(self, error: Exception) -> None:
+        self.told.set()
+
+    def close(self) -> None:
+        self.channel.close()
+        for sock, _ in self.lost:
+            if sock is not None:
+                sock.close()
+        self.theirs.close()
+        self.connection.view.close()
+
+
+@pytest.fixture
+def talk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Talk]:
+    monkeypatch.setattr(channel, "QUIET_S", 0.05)
+    monkeypatch.setattr(channel, "SILENCE_S", 1.0)
+    talk = Talk()
+    yield talk
+    talk.close()
+
+
+def test_a_service_that_answers_pings_is_never_given_up(talk: Talk) -> None:
+    for _ in range(30):
+        assert talk.theirs.recv(1000) == bytes(protocol.frame(protocol.Ping()))
+        talk.theirs.sendall(protocol.frame(protocol.Pong()))
+    assert not talk.lost
+
+
+def test_a_service_that_says_nothing_is_left_with_its_socket_open(talk: Talk) -> None:
+    assert talk.told.wait(60)
+    ((silent, cut_off),) = talk.lost
+    assert silent is talk.ours
+    assert not cut_off
+    assert silent.fileno() >= 0
+    assert talk.pings > 3
+
+
+def test_drips_are_no_answer(talk: Talk) -> None:
+    """Bytes that never make a message."""
+    talk.theirs.sendall((1 << 20).to_bytes(4, "little"))
+    while not talk.told.wait(0.01):
+        talk.theirs.sendall(b"x")
+    assert talk.lost[0][0] is talk.ours
+
+
+def test_a_service_that_takes_nothing_is_silent_too(talk: Talk) -> None:
+    """Half of a message may be on its way, so nothing follows it; and nobody waits for longer than that."""
+    for _ in range(100):
+        talk.channel.send(protocol.PutIndex(0, bytes(1 << 20)))
+    assert talk.told.wait(60)
+    assert talk.lost[0][0] is talk.ours
+
+
+@pytest.mark.parametrize("data", [b"\1\0\0\0\xc0", b"\xff\xff\xff\xff"])
+def test_a_message_that_is_not_known_costs_the_connection_and_no_more(talk: Talk, data: bytes) -> None:
+    talk.theirs.sendall(data)
+    assert talk.told.wait(60)
+    assert talk.lost == [(None, True)]
+
+
+@pytest.mark.parametrize(("data", "cut_off"), [(b"", False), (b"\5\0", True)])
+def test_an_end_in_the_middle_of_a_message_is_none(talk: Talk, data: bytes, cut_off: bool) -> None:
+    talk.theirs.sendall(data)
+    talk.theirs.shutdown(socket.SHUT_RDWR)
+    assert talk.told.wait(60)
+    assert talk.lost == [(None, cut_off)]
