@@ -243,6 +243,7 @@ MISTAKES: dict[str, Mistake] = {
     "a misspelt limit": (lambda d: fastload.Cache(d.folder / "c", ram="8GiB"), T, ("'ram'", "ram_bytes?")),  # type: ignore[call-arg]
     "a size in words": (lambda d: fastload.Cache(d.folder / "c", ram_bytes="8 gigs"), C, ("'8 gigs'", '"8GiB"')),
     "a cache in a store": (lambda d: fastload.Cache("s3://b/c"), C, ("'s3://b/c'", "/nvme/fastload")),
+    "a path of a URL": (lambda d: d.dataset(cache=Path("s3://b/c")), C, ("s3:/b/c", "/nvme/fastload")),
     "a number for a cache": (lambda d: d.dataset(cache=3), C, ("cache=3", "fastload.Cache")),
     "a file that is a folder": (
         lambda d: fastload.open(f"{d.folder}/shards", d.cache),
@@ -351,10 +352,12 @@ def test_a_script_without_a_main_guard(desk: Desk, tmp_path: Path) -> None:
     assert 'if __name__ == "__main__":' in last
 
 
-@pytest.mark.parametrize("way", ["option", "variable"])
+@pytest.mark.parametrize("way", ["option", "variable", "another folder"])
 def test_the_history_of_a_cache_that_is_not_there(tmp_path: Path, way: str) -> None:
     typo = tmp_path / "cahce"
-    options = ["--cache", str(typo)] if way == "option" else []
+    if way == "another folder":
+        typo.mkdir()
+    options = ["--cache", str(typo)] if way != "variable" else []
     environ = {**os.environ, "FASTLOAD_CACHE": str(typo)} if way == "variable" else None
     done = subprocess.run(
         [FASTLOAD, "history", "ls", *options], capture_output=True, text=True, check=False, env=environ

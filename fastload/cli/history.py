@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from fastload.cache import limits
 from fastload.config import default_cache_dir, format_bytes
 from fastload.errors import CacheError, ConfigError
 from fastload.history.archive import Archive, RunFile
@@ -105,7 +106,8 @@ def _plain(text: str) -> str:
 
 def _archive(cache: Path | None) -> Archive:
     path = (default_cache_dir() if cache is None else cache).expanduser().absolute()
-    if (cache is not None or os.environ.get("FASTLOAD_CACHE")) and not path.is_dir():
+    is_there = limits.path_of(path).exists() or Archive(path).folder.exists()
+    if (cache is not None or os.environ.get("FASTLOAD_CACHE")) and not is_there:
         said = f"--cache={cache}" if cache is not None else f"FASTLOAD_CACHE={os.environ['FASTLOAD_CACHE']}"
         raise ConfigError(f"{said}: there is no cache at {path}; give the directory that the job was given")
     return Archive(path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import threading
 import time
 import weakref
@@ -376,7 +377,9 @@ def _open(path: Path, explicit: dict[str, int], otherwise: CacheLimits | None) -
 def _checked(directory: object) -> Path:
     """A folder of this machine: not "", which would be the working directory, and no URL, which would be one in it."""
     text = os.fspath(directory) if isinstance(directory, str | os.PathLike) else None
-    if not isinstance(text, str) or not text or "://" in text or "\0" in text:
+    # A Path that was made of a URL has lost a slash.
+    is_url = isinstance(text, str) and ("://" in text or re.match(r"(s3a?|gs|az|https?):/", text))
+    if not isinstance(text, str) or not text or is_url or "\0" in text:
         raise ConfigError(
             f"the cache directory {directory!r} is not a local directory; give a path, such as /nvme/fastload"
         )
