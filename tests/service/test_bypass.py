@@ -9,9 +9,11 @@ import shutil
 import signal
 import socket
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -39,6 +41,9 @@ from tests.service.helpers import (
 from tests.shards import check_samples, corpus, samples_of
 
 ENDINGS = (".tar",)
+# A write that meets the removal of its directory is left out, and is told of once.
+pytestmark = pytest.mark.filterwarnings("ignore:a write to the disk cache .* was left out:RuntimeWarning")
+
 LIMITS = {"ram_bytes": 8 * CHUNK_BYTES, "disk_bytes": 64 << 20, "chunk_bytes": CHUNK_BYTES}
 
 
@@ -369,6 +374,22 @@ def test_a_service_that_answers_pings_is_never_given_up(talk: Talk) -> None:
     for _ in range(30):
         assert talk.theirs.recv(1000) == bytes(protocol.frame(protocol.Ping()))
         talk.theirs.sendall(protocol.frame(protocol.Pong()))
+    assert not talk.lost
+
+
+def test_time_in_which_nobody_ran_does_not_count(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that is suspended and goes on after an hour, as its service does, finds that silent for a moment only."""
+    jumps, monotonic = 0, time.monotonic
+
+    def later() -> float:
+        return monotonic() + 3600.0 * jumps
+
+    monkeypatch.setattr(channel, "time", SimpleNamespace(monotonic=later))
+    for _ in range(5):
+        jumps += 1
+        for _ in range(3):
+            assert talk.theirs.recv(1000) == bytes(protocol.frame(protocol.Ping()))
+            talk.theirs.sendall(protocol.frame(protocol.Pong()))
     assert not talk.lost
 
 
