@@ -178,7 +178,8 @@ def test_a_process_that_serves_itself_gives_its_memory_back(
                 consumer.attach(objects)
                 found = read(consumer, [0, 1, 2])
                 assert found[0] + found[1] + found[2] == shards[objects[0].url]
-                arena = cache._service._server._core.arena
+                (service,) = cache._services.values()
+                arena = service._server._core.arena
                 assert arena.touched_bytes >= 3 * CHUNK_BYTES
             eventually(lambda arena=arena: arena.touched_bytes == 0, "its memory is given back")
             eventually(lambda: "fastload-populate" in {each.name for each in threading.enumerate()}, "it lives on")
