@@ -155,8 +155,9 @@ def test_names_are_shown_as_they_are_and_damage_is_named(tmp_path: Path) -> None
     ],
 )
 def test_errors_are_one_line(arguments: list[str], says: str, tmp_path: Path) -> None:
+    cache = fastload.Cache(tmp_path / "cache", ram_bytes="16MiB", disk_bytes=0)
     done = subprocess.run(
-        [str(FASTLOAD), *arguments, "--cache", str(tmp_path)], capture_output=True, text=True, check=False
+        [str(FASTLOAD), *arguments, "--cache", str(cache.directory)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert done.stderr.startswith("fastload: ConfigError: ")
