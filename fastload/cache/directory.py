@@ -100,6 +100,10 @@ class CacheDirectory:
         """
         return self.path if self._fd < 0 else _name_of(self._fd, self.path)
 
+    def lasting_root(self) -> LastingRoot | None:
+        """The same for calls that may still be under way when the lock has been given back; None without it."""
+        return None if self._fd < 0 else LastingRoot(os.dup(self._fd), self.path)
+
     @contextlib.contextmanager
     def opened(self) -> Iterator[Path]:
         """The same for who has no lock, valid within the block.
@@ -203,6 +207,17 @@ class CacheDirectory:
         for fd in fds:
             if fd >= 0:
                 syscalls.close(fd)
+
+
+class LastingRoot:
+    """A name of an open directory that leads there for as long as somebody keeps this: a descriptor that is closed may
+    be another directory's at once, and what hangs in a disk would go on there.
+    """
+
+    def __init__(self, fd: int, path: Path) -> None:
+        """`fd` is ours to close."""
+        self.path = _name_of(fd, path)
+        weakref.finalize(self, os.close, fd)
 
 
 # Whose `unlock` a forked child calls first thing.

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastload.cache import blobfile, chunkfile, inventory, owner, syscalls
+from fastload.cache.directory import LastingRoot
 from fastload.cache.health import Health
 from fastload.cache.key import ChunkKey
 from fastload.config import GIB
@@ -59,20 +60,20 @@ class DiskTier:
         quota_bytes: int,
         chunk_bytes: int,
         *,
-        root: Path | None = None,
+        root: LastingRoot | None = None,
         on_trouble: Callable[[str], None] | None = None,
         margin_bytes: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Open the tier and take stock of what it holds; with `quota_bytes` 0 it stays off, and off the disk.
 
-        `root` is where the directory is reached, if not by its name (see `CacheDirectory.opened`). `margin_bytes` of
-        the file system are left free (default: 2 % of it, at most 4 GiB). `on_trouble` gets
-        each kind of trouble once, as a sentence, from whichever thread met it.
+        `root` is where the directory is reached, if not by its name (see `CacheDirectory.lasting_root`). `margin_bytes`
+        of the file system are left free (default: 2 % of it, at most 4 GiB). `on_trouble` gets each kind of trouble
+        once, as a sentence, from whichever thread met it.
         """
         self.directory = directory
         self.chunk_bytes = chunk_bytes
-        self._root = root or directory
+        self._reached, self._root = root, directory if root is None else root.path
         self._on_trouble = on_trouble or (lambda message: None)
         self._health = Health(directory, self._tell, clock)
         self._margin_bytes = margin_bytes

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fastload.cache import syscalls
 from fastload.cache.chunkfile import transfer
+from fastload.cache.directory import LastingRoot
 from fastload.errors import CacheError, ConfigError
 from fastload.history import runfile
 from fastload.history.runfile import Run, Summary
@@ -38,10 +39,10 @@ class RunFile:
 class Archive:
     """Of one cache directory. Any process may look; one at a time, the service, writes."""
 
-    def __init__(self, directory: Path, root: Path | None = None) -> None:
-        """`root` is where the directory is reached, if not by its name (see `CacheDirectory.opened`)."""
+    def __init__(self, directory: Path, root: LastingRoot | None = None) -> None:
+        """`root` is where the directory is reached, if not by its name (see `CacheDirectory.lasting_root`)."""
         self.folder = directory / FOLDER
-        self._place = (root or directory) / FOLDER
+        self._reached, self._place = root, (directory if root is None else root.path) / FOLDER
 
     def runs(self) -> list[RunFile]:
         """All that there are, the newest first. OSError as the system gives it."""

@@ -62,12 +62,13 @@ class Parts:
     def of_directory(cls, directory: Place, loop: asyncio.AbstractEventLoop, opener: Opener | None = None) -> Parts:
         """The real ones. CacheError where arena or disk tier cannot be opened."""
         limits, troubles = directory.limits, Troubles(loop)
+        root = directory.lasting_root() if isinstance(directory, CacheDirectory) else None
         arena = Arena(limits.ram_bytes, limits.chunk_bytes)
         disk = DiskTier(
             directory.path,
             limits.disk_bytes,
             limits.chunk_bytes,
-            root=directory.root,
+            root=root,
             on_trouble=troubles.add_from_thread,
         )
         return cls(
@@ -80,5 +81,5 @@ class Parts:
             troubles,
             requests_max=requests_max(),
             is_lost=lambda: directory.is_lost,
-            history=Archive(directory.path, directory.root) if isinstance(directory, CacheDirectory) else None,
+            history=Archive(directory.path, root) if isinstance(directory, CacheDirectory) else None,
         )
