@@ -3,8 +3,9 @@
 A *slot* is shared memory of the worker (an anonymous file) that is used again and again, which saves what torch's way
 costs: a new file, its page faults and a socket for every tensor. The worker packs a batch in the thread that made it,
 so what cannot be pickled is an error there. Buffers of 64 KiB or more are copied into a slot, or lie in one already,
-where `default_collate` stacked them; a large one has a slot to itself, the others of a batch share one. The trainer
-opens `/proc/<worker>/fd/<n>` and maps the slot once; then the worker closes its descriptor.
+where `default_collate` stacked them; a large one has a slot to itself, the others of a batch share one. The memory of
+small tensors goes before the pickle, and is copied to shared memory where it arrives, since torch's is there, too. The
+trainer opens `/proc/<worker>/fd/<n>` and maps the slot once; then the worker closes its descriptor.
 
 The arrays that the trainer makes of a slot are writable and belong to the user. A slot is used again when nothing in
 the worker uses it and the trainer's `Ledger` says that as many buffers were let go of as were sent. What was let go of
@@ -20,9 +21,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import pickle
-from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,18 +28,20 @@ import torch
 
 from fastload import callers
 from fastload.foreign.ledger import Ledger
-from fastload.foreign.unpacking import Arrived, NewSlot, Packed
+from fastload.foreign.unpacking import NO_SLOT, Arrived, NewSlot, Packed, Place
 from fastload.foreign.workslots import Slots
-from fastload.transport.pickling import FORKING_TABLE, is_plain, reduced, tensor_over
+from fastload.transport.pickling import FORKING_TABLE, buffers_of, dump_apart
 from fastload.transport.slots import SMALL_BYTES
 
 __all__ = ["Packer"]
 
 Bytes = npt.NDArray[np.uint8]
 
-# A longer pickle lies in a slot, too: the queue would carry it in pieces. For shorter ones a slot is more to do than a
-# few copies (64 kB: 15 to 30 us a batch more).
-_PICKLE_BYTES_MAX = 90 << 10
+# A longer pickle, with the small buffers before it, lies in a slot, too: the queue would carry it in pieces. For
+# shorter ones a slot is more to do than a few copies (64 kB: 15 to 30 us a batch more).
+_DATA_BYTES_MAX = 90 << 10
+# Where buffers begin before a pickle.
+_ALIGNMENT = 16
 
 
 class Packer:
@@ -56,22 +56,28 @@ class Packer:
         """What to put on the queue. Raises what pickling raises."""
         if not self._may_send():
             return arrived
-        buffers: list[Bytes] = []
-        stream = io.BytesIO()
-        _Pickler(stream, buffers, self._slots).dump((arrived.batch, arrived.state, arrived.before, arrived.mover))
-        data = stream.getvalue()
-        if len(data) > _PICKLE_BYTES_MAX:
-            buffers.append(np.frombuffer(data, np.uint8))
-            data = b""
+        pickled, data = io.BytesIO(), bytearray()
+        value = arrived.batch, arrived.state, arrived.before, arrived.mover
+        buffers, where = buffers_of(dump_apart(value, pickled, FORKING_TABLE))
+        places = [_appended(data, buffer) if buffer.size < SMALL_BYTES else None for buffer in buffers]
+        large = [buffer for buffer in buffers if buffer.size >= SMALL_BYTES]
+        small_bytes = len(data)
+        data += pickled.getbuffer()
+        if len(data) > _DATA_BYTES_MAX:
+            places.append(None)
+            large.append(np.frombuffer(data, np.uint8))
+            data = bytearray()
         try:
-            placed = self._slots.place(buffers)
+            in_slots, used = self._slots.place(large)
         except OSError as error:
             self._warn(error)
             return arrived
-        places, used = placed
+        rest = iter(in_slots)
+        there = [place or next(rest) for place in places]
         new = [NewSlot(s.index, s.generation, s.fd, s.base.size) for s in used if s.fd >= 0]
         dropped = self._slots.take_dropped()
-        return Packed(self._receiver, self._worker, os.getpid(), data, places, new, dropped)
+        sent = bytes(data), small_bytes, there, where, new, dropped
+        return Packed(self._receiver, self._worker, os.getpid(), *sent)
 
     def take_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An empty tensor to make a batch in, over a slot where it is large enough to lie in one; here, whatever device
@@ -102,27 +108,9 @@ class Packer:
             )
 
 
-class _Pickler(pickle.Pickler):
-    """torch's, but that plain tensors and arrays give their memory; large buffers are put aside."""
-
-    def __init__(self, stream: io.BytesIO, buffers: list[Bytes], slots: Slots) -> None:
-        # Not a method: a cycle would keep the batch, which the pickler remembers, until the collector comes by.
-        super().__init__(stream, 5, buffer_callback=partial(_put_aside, buffers))
-        self.dispatch_table = FORKING_TABLE
-        self._slots = slots
-
-    def reducer_override(self, value: Any) -> Any:
-        if type(value) is torch.Tensor and is_plain(value) and value.is_contiguous():
-            made_in = self._slots.holding(value.data_ptr(), value.nbytes)
-            if made_in is not None:
-                return tensor_over(made_in, value)
-        return reduced(value)
-
-
-def _put_aside(buffers: list[Bytes], buffer: pickle.PickleBuffer) -> bool:
-    """Whether it is small, and stays in the pickle."""
-    raw = buffer.raw()
-    if raw.nbytes < SMALL_BYTES:
-        return True
-    buffers.append(np.frombuffer(raw, np.uint8))
-    return False
+def _appended(data: bytearray, buffer: Bytes) -> Place:
+    """Where a buffer is put behind the others."""
+    data += bytes(-len(data) % _ALIGNMENT)
+    place = Place(NO_SLOT, len(data), buffer.size)
+    data += buffer.data
+    return place

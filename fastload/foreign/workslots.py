@@ -94,11 +94,6 @@ class Slots:
         dropped, self._dropped = self._dropped, []
         return dropped
 
-    def holding(self, address: int, byte_count: int) -> Bytes | None:
-        """The memory of a slot that a batch was made in, if it lies there."""
-        found = self._find(address, byte_count)
-        return None if found is None else found[0].base[found[1] : found[1] + byte_count]
-
     def _find(self, address: int, byte_count: int) -> tuple[Slot, int] | None:
         """The slot that a batch was made in; older ones, which a data set may have kept, are copied from."""
         for slot in self._open:

@@ -1,10 +1,8 @@
 """One end of a connection between two processes, over which Python objects pass whose large arrays are not copied.
 
-A message is a pickle (protocol 5) and its buffers. A buffer of 64 KiB or more crosses in shared memory: where it lies
-in a slot already, by name; otherwise it is copied into one. Small ones follow the pickle. tensors are pickled as their
-memory, whichever way they are laid out; what torch can do that this cannot (sparse, quantised and nested tensors,
-subclasses) is pickled as torch does, down to the plain tensors inside. Whatever arrives is writable, and the receiver's
-own.
+A message is a pickle (protocol 5) and its buffers (see `transport.pickling`). A buffer of 64 KiB or more crosses in
+shared memory: where it lies in a slot already, by name; otherwise it is copied into one. Small ones follow the pickle.
+Whatever arrives is writable, and the receiver's own.
 
 On the wire, all integers little-endian uint64: the length of a head, the length of what follows it; the head, which is
 a pickled `_Head`; the object's pickle; the small buffers end to end. Descriptors of slots that the other end has not
@@ -22,7 +20,7 @@ import os
 import pickle
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +29,7 @@ import numpy.typing as npt
 from fastload.transport.filling import copy_into
 from fastload.transport.lending import Collected
 from fastload.transport.memory import PeerMemory, SharedPool, Slot
-from fastload.transport.pickling import reduced
+from fastload.transport.pickling import Where, buffers_of, dump_apart, memory_of
 from fastload.transport.slots import SMALL_BYTES
 
 Bytes = npt.NDArray[np.uint8]
@@ -59,6 +57,7 @@ class _Place(NamedTuple):
 class _Head(NamedTuple):
     pickle_bytes: int
     places: list[_Place]
+    where: list[Where]
     new_slots: list[int]  # whose descriptors come with this message
     collected: list[Collected[int]]  # over slots of the receiver
     dropped: list[int]  # slots of the sender that are no more
@@ -77,12 +76,11 @@ class Link:
 
     def send(self, message: Any) -> None:
         """Send; whatever pickling raises is raised before anything is sent. `LinkClosedError` where nobody is there."""
-        buffers: list[pickle.PickleBuffer] = []
         stream = io.BytesIO()
-        _Pickler(stream, buffers.append).dump(message)
+        buffers, where = buffers_of(dump_apart(message, stream))
         places, small, new_slots = self._placed(buffers)
         data, numbers = stream.getbuffer(), [slot.number for slot in new_slots]
-        head = _Head(len(data), places, numbers, self._peer.take_collected(), self.pool.take_dropped())
+        head = _Head(len(data), places, where, numbers, self._peer.take_collected(), self.pool.take_dropped())
         self._send(pickle.dumps(tuple(head), 5), [data, *small], [slot.fd for slot in new_slots])
         for slot in new_slots:
             slot.close_fd()
@@ -101,7 +99,7 @@ class Link:
         self._peer.drop(head.dropped)
         buffers = list(self._buffers(head.places, body[head.pickle_bytes :]))
         self.pool.let_go(head.collected)  # after what lies in them was taken again
-        return pickle.loads(body[: head.pickle_bytes], buffers=buffers)
+        return pickle.loads(body[: head.pickle_bytes], buffers=memory_of(buffers, head.where))
 
     def close(self) -> None:
         """Close this end; the other one finds out, whoever else a fork has handed it to. May be called twice."""
@@ -111,20 +109,20 @@ class Link:
         self.pool.close()
         self._peer.close()
 
-    def _placed(self, buffers: list[pickle.PickleBuffer]) -> tuple[list[_Place], list[memoryview], list[Slot]]:
+    def _placed(self, buffers: list[Bytes]) -> tuple[list[_Place], list[memoryview], list[Slot]]:
         """Where each buffer goes, the small ones, and slots that are new to the other end."""
         places, small, new_slots = [], [], []
-        for raw in (buffer.raw() for buffer in buffers):
-            if raw.nbytes < SMALL_BYTES:
-                small.append(raw)
-                places.append(_Place("small", 0, 0, raw.nbytes))
-            elif (there := self._peer.find(data := np.frombuffer(raw, np.uint8))) is not None:
-                places.append(_Place("yours", *there, raw.nbytes))
+        for data in buffers:
+            if data.size < SMALL_BYTES:
+                small.append(data.data)
+                places.append(_Place("small", 0, 0, data.size))
+            elif (there := self._peer.find(data)) is not None:
+                places.append(_Place("yours", *there, data.size))
             else:
                 slot, offset = self.pool.tell(data) or self._copied(data)
                 if slot.fd >= 0 and slot not in new_slots:
                     new_slots.append(slot)
-                places.append(_Place("mine", slot.number, offset, raw.nbytes))
+                places.append(_Place("mine", slot.number, offset, data.size))
         return places, small, new_slots
 
     def _copied(self, data: Bytes) -> tuple[Slot, int]:
@@ -193,13 +191,3 @@ class Link:
                 yield self._peer.view(number, offset, byte_count)
             else:
                 yield self.pool.returned(number, offset, byte_count)
-
-
-class _Pickler(pickle.Pickler):
-    """Large buffers go out of band."""
-
-    def __init__(self, stream: io.BytesIO, buffer_callback: Callable[[pickle.PickleBuffer], Any]) -> None:
-        super().__init__(stream, 5, buffer_callback=buffer_callback)
-
-    def reducer_override(self, value: Any) -> Any:
-        return reduced(value)

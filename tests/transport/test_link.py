@@ -105,6 +105,16 @@ def test_tensors_that_are_more_than_memory_arrive_too(pair):
     assert torch.equal(passed(pair, torch.tensor([1 + 2j]).conj()), torch.tensor([1 - 2j]))
 
 
+def test_what_shared_memory_still_does(pair):
+    whole = torch.arange(LARGE)
+    one, other, expanded = passed(pair, [whole, whole[10:20], whole[:1].expand(LARGE)])
+    one[10:20] = 7
+    assert other.tolist() == [7] * 10
+    one[0] = 5
+    assert expanded[-1] == 5
+    assert passed(pair, torch.ones(1).expand(1 << 30)).untyped_storage().nbytes() == 4
+
+
 def test_layouts_are_kept(pair):
     channels_last = torch.rand(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     assert passed(pair, channels_last).is_contiguous(memory_format=torch.channels_last)
