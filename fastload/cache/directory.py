@@ -210,14 +210,14 @@ class CacheDirectory:
 
 
 class LastingRoot:
-    """A name of an open directory that leads there for as long as somebody keeps this: a descriptor that is closed may
-    be another directory's at once, and what hangs in a disk would go on there.
+    """A name of an open directory that leads there until this is closed, or nobody keeps it any more: a descriptor that
+    is closed may be another directory's at once, and what hangs in a disk would go on there.
     """
 
     def __init__(self, fd: int, path: Path) -> None:
         """`fd` is ours to close."""
         self.path = _name_of(fd, path)
-        weakref.finalize(self, os.close, fd)
+        self.close = weakref.finalize(self, os.close, fd)
 
 
 # Whose `unlock` a forked child calls first thing.

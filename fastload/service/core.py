@@ -421,6 +421,8 @@ class Core:
         ended = parts.pools.close(deadline_s)
         parts.populator.close()
         parts.arena.close()
+        if ended:
+            parts.closed()
         return ended
 
 

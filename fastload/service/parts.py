@@ -56,6 +56,7 @@ class Parts:
     wall: Callable[[], float] = time.time  # seconds since 1970, for people
     requests_max: int = REQUESTS_MAX  # at a time, over all endpoints
     is_lost: Callable[[], bool] = lambda: False  # the directory is gone: nothing more may be written. From any thread
+    closed: Callable[[], object] = lambda: None  # nothing uses them any more
     history: Archive | None = None  # None: none is kept or used; with `history_bytes=0` it can only be cleared
 
     @classmethod
@@ -81,5 +82,6 @@ class Parts:
             troubles,
             requests_max=requests_max(),
             is_lost=lambda: directory.is_lost,
+            closed=(lambda: None) if root is None else root.close,
             history=Archive(directory.path, root) if isinstance(directory, CacheDirectory) else None,
         )
