@@ -1,6 +1,6 @@
 """accelerate, which makes a loader of its own of the one that it is given: `install()` has it make ours.
 
-pip install accelerate && accelerate launch examples/train_accelerate.py
+pip install accelerate && accelerate launch examples/train_accelerate.py     # or torchrun --nproc-per-node 2, or python
 """
 
 import torch

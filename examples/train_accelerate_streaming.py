@@ -22,7 +22,7 @@ import fastload
 def train(
     accelerator: Accelerator,
     shards: str,
-    folder: str = "trained",
+    folder: str = "trained-accelerate",
     epochs: int = 3,
     save_every: int = 100,
     on_step: Callable[[int, torch.Tensor], None] = lambda epoch, points: None,

@@ -1,8 +1,9 @@
 """Lightning: a module for torch's `DataLoader`, with one import changed. Its samplers are injected as ever.
 
-pip install lightning && python examples/train_lightning.py
+pip install lightning && python examples/train_lightning.py     # or torchrun --nproc-per-node 2
 """
 
+import os
 from typing import Any
 
 import lightning
@@ -28,6 +29,13 @@ class Classifier(lightning.LightningModule):  # type: ignore[misc]  # Lightning 
         return torch.optim.SGD(self.network.parameters(), lr=0.1)
 
 
+# torchrun has started so many processes; without it, Lightning starts one.
+processes = {
+    "devices": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    "num_nodes": int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+}
+
+
 def train(**settings: Any) -> nn.Module:
     """The trained network; `settings` are Lightning's."""
     lightning.seed_everything(0, verbose=False)
@@ -35,7 +43,7 @@ def train(**settings: Any) -> nn.Module:
     dataset = TensorDataset(points, (points.sum(dim=1) > 0).long())
     loader = DataLoader(dataset, batch_size=20, shuffle=True, num_workers=2, persistent_workers=True)
     classifier = Classifier()
-    lightning.Trainer(max_epochs=2, accelerator="cpu", **settings).fit(classifier, loader)
+    lightning.Trainer(accelerator="cpu", **{"max_epochs": 2, **processes, **settings}).fit(classifier, loader)
     return classifier.network
 
 

@@ -5,6 +5,7 @@ hold where it is. Run again, it goes on after the last one, also in the middle o
     fastload index 's3://bucket/points-{000000..000099}.tar'
     SHARDS='s3://bucket/points-{000000..000099}.tar' python examples/train_lightning_streaming.py
 
+or `torchrun --nproc-per-node 2` in place of `python`.
 The index is needed: where it does not know how many batches there are, Lightning reads one ahead, and would save a
 state that is one further. A sample is a point, `KEY.npy` (8 float32), and its class, `KEY.cls` (digits).
 """
@@ -35,7 +36,14 @@ class Classifier(lightning.LightningModule):  # type: ignore[misc]  # Lightning 
         return torch.optim.SGD(self.network.parameters(), lr=0.1)
 
 
-def train(shards: str, folder: str = "trained", save_every: int = 100, **settings: Any) -> nn.Module:
+# torchrun has started so many processes; without it, Lightning starts one.
+processes = {
+    "devices": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    "num_nodes": int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+}
+
+
+def train(shards: str, folder: str = "trained-lightning", save_every: int = 100, **settings: Any) -> nn.Module:
     """The trained network; `settings` are Lightning's."""
     lightning.seed_everything(0, verbose=False)
     decode = {"npy": fastload.decode.array(8, "float32"), "cls": fastload.decode.integer()}
@@ -43,7 +51,9 @@ def train(shards: str, folder: str = "trained", save_every: int = 100, **setting
     loader: fastload.DataLoader[Any] = fastload.DataLoader(dataset, batch_size=4, num_workers=2)
     checkpoints = ModelCheckpoint(dirpath=folder, save_last=True, every_n_train_steps=save_every)
     classifier = Classifier()
-    trainer = lightning.Trainer(accelerator="cpu", callbacks=[checkpoints], **{"max_epochs": 3, **settings})
+    trainer = lightning.Trainer(
+        accelerator="cpu", callbacks=[checkpoints], **{"max_epochs": 3, **processes, **settings}
+    )
     trainer.fit(classifier, loader, ckpt_path="last")
     loader.close()
     return classifier.network

@@ -1,6 +1,6 @@
 """transformers' `Trainer`, which makes its loaders itself: `install()` has it make ours.
 
-pip install transformers accelerate && python examples/train_transformers.py
+pip install transformers accelerate && python examples/train_transformers.py     # or torchrun --nproc-per-node 2
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ class Classifier(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def train(folder: str = "trained", **settings: Any) -> nn.Module:
+def train(folder: str = "trained-transformers", **settings: Any) -> nn.Module:
     """The trained network; `settings` are of `TrainingArguments`."""
     torch.manual_seed(0)
     dataset, classifier = Points(), Classifier()

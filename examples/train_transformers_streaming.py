@@ -61,7 +61,7 @@ def as_inputs(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {"inputs": batch["npy"], "labels": batch["cls"]}
 
 
-def train(shards: str, folder: str = "trained", **settings: Any) -> nn.Module:
+def train(shards: str, folder: str = "trained-transformers-streaming", **settings: Any) -> nn.Module:
     """The trained network; `settings` are of `TrainingArguments`."""
     torch.manual_seed(0)
     decode = {"npy": fastload.decode.array(8, "float32"), "cls": fastload.decode.integer()}

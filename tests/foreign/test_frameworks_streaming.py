@@ -9,6 +9,8 @@ import importlib.util
 import io
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +23,9 @@ import torch
 
 from fastload import Cache, indexing
 from tests.foreign.test_frameworks import FRAMEWORK, QUIET, example
+from tests.jobs.launch import ROOT, Launched
 from tests.jobs.pool import Failed, Rank, RankPool
+from tests.jobs.test_examples import ALONE_AND_IN_SEVERAL
 from tests.shards import Corpus, tar_of
 
 POINTS = 44  # eleven batches of four; five or six for each of two processes
@@ -231,3 +235,37 @@ def test_two_processes_go_on_where_they_were_stopped(pool: RankPool, shards: str
         answers = pool.run(name, in_rank, ranks, *arguments, deadline_s=120.0)
         assert not [answer for answer in answers if isinstance(answer, Failed)], answers
     check_runs(log, stopped, 2)
+
+
+SCRIPTS = (
+    "train_lightning",
+    "train_accelerate",
+    "train_transformers",
+    "train_lightning_streaming",
+    "train_accelerate_streaming",
+    "train_transformers_streaming",
+)
+
+
+@pytest.mark.timeout(3600)  # eighteen processes that import frameworks
+@needs("lightning", "accelerate", "transformers")
+def test_all_run_one_after_the_other_in_one_folder(shards: str, tmp_path: Path) -> None:
+    """Alone, then under torchrun, as users start them; what one has left there is in no other's way."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in SCRIPTS:
+        script, environ = str(ROOT / f"examples/{name}.py"), {"SHARDS": shards, "PYTHONPATH": str(ROOT)}
+        command, outside = [sys.executable, script], {**os.environ, **environ}
+        alone = subprocess.run(command, env=outside, cwd=folder, capture_output=True, text=True, check=False)
+        assert alone.returncode == 0, alone.stderr
+        with Launched(["--standalone", "--nproc-per-node", "2", script], environ, folder) as job:
+            output = job.output()
+        if "lightning" in name:
+            assert "MEMBER: 2/2" in output  # and not a network for each
+        if name == "train_accelerate":
+            assert output.count("epoch 1 loss") == alone.stdout.count("epoch 1 loss") == 1
+
+
+def test_no_example_is_left_out() -> None:
+    names = {path.name for path in (ROOT / "examples").glob("*.py")}
+    assert names == {*(f"{name}.py" for name in SCRIPTS), *ALONE_AND_IN_SEVERAL}

@@ -20,12 +20,14 @@ def free_port() -> int:
 
 
 class Launched:
-    """`torchrun *arguments`, run in the root of the repository; ended, if it has not, with the block."""
+    """`torchrun *arguments`, run in the root of the repository or a folder; ended, if it has not, with the block."""
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, arguments: Sequence[str], environment: Mapping[str, str] | None = None, folder: Path = ROOT
+    ) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *arguments],
-            cwd=ROOT,
+            cwd=folder,
             env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
