@@ -23,8 +23,8 @@ import tarfile
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ BUCKET = "chaos"
 SHARDS, SAMPLES_A_SHARD, SAMPLE_BYTES = 20, 33, 24_000
 KINDS = ("thread", "process", "side")
 _CACHE = {"ram_bytes": "8MiB", "disk_bytes": "10MiB", "chunk_bytes": "128KiB"}
+_SMALL_DISK_BYTES = 20 << 20
 _ENDING_S = 20.0
 
 
@@ -58,6 +59,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--without", default="", help=f"kinds to leave out, by commas: {', '.join((*EVENTS, *FAULTS))}")
     parser.add_argument(
         "--jobs", default=",".join(KINDS), help=f"kinds of workers, by commas: {', '.join(KINDS)}, torch"
+    )
+    parser.add_argument(
+        "--tmpfs", action="store_true", help="a cache on a tmpfs, which is really full at times; for root"
     )
     parser.add_argument(
         "--lies", action="store_true", help="the store also sends other bytes than it says; see the docs"
@@ -126,6 +130,10 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         stack.callback(store.close)
         damage.keep(store.pid)
         disk = damage.Disk(folder / "cache", folder / "trouble")
+        if options.tmpfs:
+            disk = damage.Disk(
+                stack.enter_context(_small_disk(folder)) / "cache", folder / "trouble", folder / "disk" / "ballast"
+            )
         multiprocessing.get_context("forkserver")
         multiprocessing.set_forkserver_preload(["bench.chaos.nursery"])
         all_jobs = [
@@ -143,13 +151,13 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             say=say,
         )
         try:
-            driver.run(began + 60 * options.minutes, options.steps)
+            driver.run(time.monotonic() + 60 * options.minutes, options.steps)
             store.quiet()
             driver.end()
         finally:
             driver.kill()
         _end_fork_server()
-        left = _left_behind(folder, {weed.pid, store.pid}, shared_memory)
+        left = _left_behind(folder, disk.directory, {weed.pid, store.pid}, shared_memory)
         driver.defects += left
         return {
             "seed": options.seed,
@@ -162,11 +170,24 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "resizes": dict(driver.resized),
             "events": dict(driver.done),
             "faults": store.faults(),
+            "failed_calls": disk.failed_calls,
             "requests": int(store.counters()["requests"]),
             "without": sorted(options.without),
             "defects": driver.defects,
             "schedule": driver.history if driver.defects else len(driver.history),
         }
+
+
+@contextmanager
+def _small_disk(folder: Path) -> Iterator[Path]:
+    """A file system with room for little more than the cache."""
+    place = folder / "disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_SMALL_DISK_BYTES}", "none", place], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
 
 
 def _own_path() -> list[str]:
@@ -258,7 +279,7 @@ def _end_fork_server() -> None:
     resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
 
 
-def _left_behind(folder: Path, expected: set[int | None], shared_memory: set[str]) -> list[str]:
+def _left_behind(folder: Path, cache: Path, expected: set[int | None], shared_memory: set[str]) -> list[str]:
     """Processes, temporary files and shared memory that outlive the jobs."""
     deadline = time.monotonic() + _ENDING_S
     while True:
@@ -266,8 +287,8 @@ def _left_behind(folder: Path, expected: set[int | None], shared_memory: set[str
         ours = damage.descendants(os.getpid()) - expected
         found = [f"left behind: process {pid}: {damage.command_of(pid)[:300]}" for pid in ours]
         found += [f"left behind: {path}" for path in (folder / "tmp").iterdir() if "pymp" not in path.name]
-        found += [f"left behind: {path}" for path in (folder / "cache").rglob(".tmp-*")]
-        found += [f"left behind: {path}" for path in (folder / "cache").rglob("*") if path.is_socket()]
+        found += [f"left behind: {path}" for path in cache.rglob(".tmp-*")]
+        found += [f"left behind: {path}" for path in cache.rglob("*") if path.is_socket()]
         new = set(os.listdir("/dev/shm")) - shared_memory
         found += [f"left behind: /dev/shm/{name}" for name in new if _is_ours(name)]
         if not found or time.monotonic() > deadline:

@@ -86,10 +86,26 @@ def keep(pid: int | None) -> None:
 
 
 class Disk:
-    """The cache directory, and what makes its system calls fail."""
+    """The cache directory, and what makes its system calls fail. On a disk of its own, `ballast` is a file there."""
 
-    def __init__(self, directory: Path, trouble: Path) -> None:
-        self.directory, self._trouble = directory, trouble
+    def __init__(self, directory: Path, trouble: Path, ballast: Path | None = None) -> None:
+        self.directory, self._trouble, self._ballast = directory, trouble, ballast
+
+    @property
+    def failed_calls(self) -> int:
+        """How many of the service's system calls were made to fail."""
+        hits = Path(f"{self._trouble}.hits")
+        return hits.stat().st_size if hits.exists() else 0
+
+    def fill(self) -> None:
+        """No room is left from now on: really, or as far as system calls go."""
+        if self._ballast is None:
+            self.fail(errno.ENOSPC, 1000)
+            return
+        with self._ballast.open("ab") as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+                file.flush()
 
     def fail(self, number: int, per_mille: int, delay_s: float = 0.0) -> None:
         """So many of a thousand of the service's system calls on files fail from now on, or take as long."""
@@ -100,6 +116,8 @@ class Disk:
     def recover(self) -> None:
         """None fails any more."""
         self._trouble.unlink(missing_ok=True)
+        if self._ballast is not None:
+            self._ballast.unlink(missing_ok=True)
 
     def files(self, pattern: str) -> list[Path]:
         """Those whose path in the directory fits, in order."""

@@ -372,7 +372,8 @@ class Driver:
             damage.send(pid, signal.SIGCONT)
 
     def _do_full(self, _: float, __: float, long: float, *___: float) -> bool:
-        return self._fail_disk(errno.ENOSPC, 1000, long)
+        self._disk.fill()
+        return self._recovers(long)
 
     def _do_eio(self, share: float, _: float, long: float, *__: float) -> bool:
         return self._fail_disk(errno.EIO, 20 + int(980 * share**2), long)
@@ -382,6 +383,9 @@ class Driver:
 
     def _fail_disk(self, number: int, per_mille: int, long: float, delay_s: float = 0.0) -> bool:
         self._disk.fail(number, per_mille, delay_s)
+        return self._recovers(long)
+
+    def _recovers(self, long: float) -> bool:
         self._later.append((time.monotonic() + 1.0 + 3.0 * long, self._disk.recover))
         return True
 

@@ -19,6 +19,7 @@ def as_text(report: Mapping[str, Any]) -> str:
         "| what was done | times |",
         "|---|---|",
         *(f"| {kind} | {count} |" for kind, count in sorted(report["events"].items())),
+        f"| system calls that failed with that | {report['failed_calls']} |",
         *(f"| resized from {sizes} | {count} |" for sizes, count in sorted(report["resizes"].items())),
         "",
         "| the store | times |",

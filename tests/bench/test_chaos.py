@@ -241,3 +241,4 @@ def test_a_minute_of_trouble(tmp_path: Path) -> None:
     assert report["samples"] > 600 * GLOBAL_BATCH
     assert report["schedule"] > 20
     assert sum(report["faults"].values()) > 50
+    assert report["failed_calls"] > 0

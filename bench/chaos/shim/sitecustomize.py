@@ -2,7 +2,8 @@
 
 While the file that FASTLOAD_CHAOS_TROUBLE names exists, system calls on what the cache holds fail. It has an error
 number, how many of 1000 calls fail, and seconds that each call takes. The directory itself, its lock and its limits
-stay usable: without them there is no cache, which is an error and no trouble.
+stay usable: without them there is no cache, which is an error and no trouble. Each call that fails adds a byte to the
+file with the ending .hits.
 """
 
 import errno
@@ -42,6 +43,8 @@ def _install(path: str) -> None:
                 time.sleep(float(delay_s))
                 hit = next(number) * 619 % 1000 < int(per_mille)
                 if hit and (int(code) != errno.ENOSPC or _takes_room(name, arguments)):
+                    with open(f"{path}.hits", "a") as hits:
+                        hits.write(name[0])
                     raise OSError(int(code), os.strerror(int(code)))
             return call(*arguments, **options)
 
