@@ -23,6 +23,7 @@ ends when standard input does, and so with whoever started it, or on SIGTERM:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
@@ -379,8 +380,9 @@ class Proxy:
 
     def _ask(self, command: str) -> Any:
         assert self._process.stdin is not None
-        self._process.stdin.write(command + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and gives no answer
+            self._process.stdin.write(command + "\n")
+            self._process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> Any:
@@ -394,7 +396,8 @@ class Proxy:
         """End the process. May be called twice."""
         for end in (self._process.stdin, self._process.stdout):
             if end is not None:
-                end.close()
+                with contextlib.suppress(BrokenPipeError):  # what it was not told before it ended
+                    end.close()
         self._process.wait(timeout=10)
 
     def __enter__(self) -> Proxy:

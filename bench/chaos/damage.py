@@ -102,10 +102,9 @@ class Disk:
         if self._ballast is None:
             self.fail(errno.ENOSPC, 1000)
             return
-        with self._ballast.open("ab") as file, contextlib.suppress(OSError):
+        with self._ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(4096))
-                file.flush()
 
     def fail(self, number: int, per_mille: int, delay_s: float = 0.0) -> None:
         """So many of a thousand of the service's system calls on files fail from now on, or take as long."""
