@@ -196,7 +196,8 @@ class Server:
     """
 
     def __init__(self, directory: Place, idle_s: float | None) -> None:
-        """`idle_s` None: do not end by itself."""
+        """`idle_s` None: do not end by itself. To be made in the loop that it will run in."""
+        self._loop = asyncio.get_running_loop()
         self._directory, self._idle_s = directory, idle_s
         self._peers: set[Peer] = set()
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -213,7 +214,6 @@ class Server:
 
         Returns whether all threads have ended. CacheError where the cache cannot be opened.
         """
-        self._loop = asyncio.get_running_loop()
         self._core = Core(self._directory, self._loop)
         try:
             self._listener = self._directory.listen()
