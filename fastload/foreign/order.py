@@ -216,13 +216,35 @@ def _source(sampler: Any) -> _Indexes | _Batches:
 
 
 def is_stateful(thing: Any) -> bool:
-    """Whether it can say where it is, as torchdata asks it."""
-    return hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
+    """Whether it can be asked where it is, as torchdata asks it."""
+    try:
+        return callable(getattr(thing, "state_dict", None)) and callable(getattr(thing, "load_state_dict", None))
+    except Exception:  # a property of the user's, which torch's loader would not have looked at
+        return False
 
 
-def state_of(thing: Any) -> Any:
-    """What it says; None where it says nothing."""
-    return thing.state_dict() if is_stateful(thing) else None
+def state_of(thing: Any, untold: list[str] | None = None) -> Any:
+    """What it says. None where it says nothing; where it could be thought to, `untold` is given the reason: it may mean
+    something else by these names, and torch's loader does not ask for them.
+    """
+    reason = None
+    if is_stateful(thing):
+        try:
+            return thing.state_dict()
+        except Exception as error:
+            reason = f"{type(thing).__name__}.state_dict() raised {type(error).__name__}: {error}"
+    elif _has_attribute(thing, "state_dict") and _has_attribute(thing, "load_state_dict"):
+        reason = f"{type(thing).__name__}.state_dict and load_state_dict are no methods"
+    if reason is not None and untold is not None:
+        untold.append(reason)
+    return None
+
+
+def _has_attribute(thing: Any, name: str) -> bool:
+    try:
+        return hasattr(thing, name)
+    except Exception:  # it has one, which raises
+        return True
 
 
 def load_state(thing: Any, state: Any, what: str) -> None:

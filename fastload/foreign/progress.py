@@ -70,7 +70,9 @@ class Progress:
         ended = bool(getattr(self.fetcher, "ended", False))
         told = keys.worker_state(0, self.fetcher.dataset, iterator, ended, self.num_yielded)
         told = told or keys.silent_state(0, iterator is not None, self.num_yielded)
-        return {key: told[key] for key in (keys.FETCHER, keys.DATASET, keys.BATCHES)}
+        return {
+            key: told[key] for key in (keys.FETCHER, keys.DATASET, keys.BATCHES, keys.UNTOLD_BECAUSE) if key in told
+        }
 
     def _next(self) -> State:
         return {keys.NEXT: Randomness.now(self.generators).to_json()} if self.is_finished else {}

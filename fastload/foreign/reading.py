@@ -10,11 +10,13 @@ from typing import Any
 
 from torch.utils.data.dataloader import _DatasetKind
 
+from fastload import callers
+from fastload.foreign.order import is_stateful, state_of
 from fastload.foreign.processes import Processes
 from fastload.foreign.progress import Progress
 from fastload.foreign.randomness import Randomness, generators_of, global_kept
 from fastload.foreign.resuming import Resuming
-from fastload.foreign.saved import Saved, State, read
+from fastload.foreign.saved import Saved, State, read, told_to_user
 from fastload.foreign.single import Single
 from fastload.foreign.threads import Threads
 from fastload.foreign.unbegun import is_known_unbegun, unbegun_state
@@ -32,6 +34,7 @@ class Reading:
         self._latest: Callable[[], Resuming | None] = lambda: None
         self._loaded: tuple[State, Saved] | None = None  # where the next iteration begins
         self._prepared: Resuming | None = None  # the next iteration, which was begun for its state
+        self._has_warned = False
 
     def iterator(self, loader: Any) -> Any:
         """Begin an iteration."""
@@ -55,7 +58,20 @@ class Reading:
         latest = self._latest()
         if isinstance(latest, Working):
             latest.tell_states()
-        return self._progress.state()
+        state, reasons = told_to_user(self._progress.state())
+        if not is_stateful(loader.dataset):  # else it was asked, in whichever worker
+            state_of(loader.dataset, reasons)
+        for each in (loader.sampler, loader.batch_sampler):
+            state_of(each, reasons)
+        if reasons and not self._has_warned:
+            self._has_warned = True
+            callers.warn(
+                f"the state of a loader over {type(loader.dataset).__name__} leaves out what one of its parts says of "
+                f"where it is: {reasons[0]}. It is read as torch's loader reads it, and a loader that goes on from the "
+                "state finds its place by skipping. For a place of its own it needs state_dict() and "
+                "load_state_dict(state), as torchdata has them"
+            )
+        return state
 
     def load_state_dict(self, loader: Any, state: Mapping[str, Any]) -> None:
         """Begin the next iteration where `state` was taken."""

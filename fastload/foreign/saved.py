@@ -11,13 +11,15 @@ This module only reads and writes; nothing here has an effect.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastload.errors import StateError
-from fastload.foreign.order import Mark, SavedOrder, is_stateful
+from fastload.foreign.order import Mark, SavedOrder, is_stateful, state_of
 from fastload.foreign.randomness import Randomness
+from fastload.transport.pickling import dump_apart
 
 State = dict[str, Any]
 
@@ -33,6 +35,8 @@ NUM_YIELDED, LENGTH, FINISHED = "_num_yielded", "_IterableDataset_len_called", "
 WORKER_ID, FETCHER, DATASET = "worker_id", "fetcher_state", "dataset_state"
 DATASET_ITER, FETCHER_ENDED = "dataset_iter_state", "fetcher_ended"
 ORDER, BATCHES, FAILED, NEXT = "_order", "_batches", "_failed", "_next"
+# In no state that a user gets: why a worker's data set did not say where it is.
+UNTOLD_BECAUSE = "_untold_because"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +80,45 @@ def worker_state(worker: int, dataset: Any, iterator: Any, has_ended: bool, batc
     """What is written of a worker's data set; None where it cannot say anything. `iterator`: of an iterable one."""
     if not is_stateful(dataset) and not is_stateful(iterator):
         return None
-    fetcher = None
+    fetcher, untold = None, list[str]()
     if iterator is not None:
-        iterator_state = iterator.state_dict() if is_stateful(iterator) else None
-        fetcher = {DATASET_ITER: iterator_state, FETCHER_ENDED: has_ended}
-    dataset_state = dataset.state_dict() if is_stateful(dataset) and iterator is not dataset else None
-    return {WORKER_ID: worker, FETCHER: fetcher, DATASET: dataset_state, BATCHES: batches}
+        fetcher = {DATASET_ITER: state_of(iterator, untold), FETCHER_ENDED: has_ended}
+    dataset_state = state_of(dataset, untold) if iterator is not dataset else None
+    state = {WORKER_ID: worker, FETCHER: fetcher, DATASET: dataset_state, BATCHES: batches}
+    return state if not untold else {**state, UNTOLD_BECAUSE: untold}
+
+
+def without_dataset(state: State, why: str) -> State:
+    """The same, but for what data set and iterator say."""
+    fetcher = state[FETCHER] and {**state[FETCHER], DATASET_ITER: None}
+    return {**state, FETCHER: fetcher, DATASET: None, UNTOLD_BECAUSE: [*state.get(UNTOLD_BECAUSE, ()), why]}
+
+
+def told_to_user(state: State) -> tuple[State, list[str]]:
+    """A state as a user gets it, and why data sets did not say where they are, if they did not."""
+    if SNAPSHOT not in state:
+        return _told(state)
+    told = {name: _told(worker) for name, worker in state[SNAPSHOT][WORKERS].items()}
+    snapshot = {**state[SNAPSHOT], WORKERS: {name: worker for name, (worker, _) in told.items()}}
+    return {**state, SNAPSHOT: snapshot}, [why for _, reasons in told.values() for why in reasons]
+
+
+def _told(state: State) -> tuple[State, list[str]]:
+    why = why_not_to_be_pickled(state)
+    if why is not None:
+        state = without_dataset(state, why)
+    return {key: value for key, value in state.items() if key != UNTOLD_BECAUSE}, state.get(UNTOLD_BECAUSE, [])
+
+
+def why_not_to_be_pickled(state: State | None) -> str | None:
+    """Why what a data set and its iterator say cannot be pickled; None where it can."""
+    if state is None or (state.get(DATASET) is None and state.get(FETCHER) is None):
+        return None
+    try:
+        dump_apart((state.get(DATASET), state.get(FETCHER)), io.BytesIO())
+    except Exception as error:  # whatever the user's objects raise
+        return f"what state_dict() gave cannot be pickled ({type(error).__name__}: {error})"
+    return None
 
 
 def silent_state(worker: int, is_iterable: bool, batches: int, has_ended: bool = False) -> State:

@@ -182,7 +182,10 @@ def _for_workers(parts: tuple[Any, ...], count: int, needs_own: bool) -> list[tu
     if not needs_own:
         return [parts] * count
     try:
-        return [copy.deepcopy(parts) for _ in range(count)]
+        copies = [copy.deepcopy(parts) for _ in range(count)]
+        if any(type(each[0]) is not type(parts[0]) for each in copies):  # it answers to any name, `__deepcopy__` too
+            raise TypeError(f"deepcopy() made a {type(copies[0][0]).__name__} of it")
+        return copies
     except Exception as error:  # whatever the user's objects raise
         callers.warn(
             f"{type(parts[0]).__name__}, collate_fn and worker_init_fn could not be copied for each worker thread, so "

@@ -16,7 +16,7 @@ import copy
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from multiprocessing.util import Finalize
@@ -32,7 +32,14 @@ from fastload.errors import WorkerError
 from fastload.foreign.ledger import Ledger
 from fastload.foreign.order import is_stateful, load_state
 from fastload.foreign.packing import Packer
-from fastload.foreign.saved import SavedWorker, State, silent_state, worker_state
+from fastload.foreign.saved import (
+    SavedWorker,
+    State,
+    silent_state,
+    why_not_to_be_pickled,
+    without_dataset,
+    worker_state,
+)
 from fastload.foreign.telling import UNTOLD, Untold
 from fastload.foreign.unpacking import Arrived, Packed
 from fastload.transfer import NO_MOVER
@@ -120,15 +127,24 @@ class Workplace:
         self.batches += 1
         try:
             if self.packer is None:
-                sent: Packed | Arrived = Arrived(batch, copy.deepcopy(self._told_state()), self.before, self.mover)
+                sent: Packed | Arrived = Arrived(batch, _copied(self._told_state()), self.before, self.mover)
             else:
-                sent = self.packer.pack(Arrived(batch, self._told_state(), self.before, self.mover))
+                sent = self._packed(self.packer, Arrived(batch, self._told_state(), self.before, self.mover))
         except BaseException:
             self.batches -= 1  # an error goes in its place
             raise
         self.turns += 1
         self.before = None
         return sent
+
+    def _packed(self, packer: Packer, arrived: Arrived) -> Packed | Arrived:
+        try:
+            return packer.pack(arrived)
+        except Exception:
+            state, before = _without_what_cannot_cross(arrived.state), _without_what_cannot_cross(arrived.before)
+            if state is arrived.state and before is arrived.before:
+                raise
+            return packer.pack(replace(arrived, state=state, before=before))
 
     def failed(self) -> None:
         """An error is sent in the place of a batch."""
@@ -170,7 +186,7 @@ class Workplace:
 
     def _kept_state(self) -> State | None:
         """What is told later: there may be in it what the data set goes on to change."""
-        return copy.deepcopy(self._state())
+        return _copied(self._state())  # type: ignore[return-value]  # as it is
 
     def _told_state(self) -> State | Untold | None:
         """What goes with the batch of this turn."""
@@ -194,7 +210,22 @@ class Workplace:
         if self.reading is not None:
             self.reading.has_ended = True
         state = self._state() or silent_state(self.worker, is_iterable=True, batches=self.batches, has_ended=True)
-        return Ended(worker, pickle.dumps((state, before)))
+        told = _without_what_cannot_cross(state), _without_what_cannot_cross(before)
+        return Ended(worker, pickle.dumps(told))
+
+
+def _copied(state: State | Untold | None) -> State | Untold | None:
+    """A copy, but of what cannot be copied."""
+    try:
+        return copy.deepcopy(state)
+    except Exception as error:  # whatever the user's objects raise
+        assert isinstance(state, dict), "all else can be copied"
+        return without_dataset(state, f"what state_dict() gave cannot be copied ({type(error).__name__}: {error})")
+
+
+def _without_what_cannot_cross(state: Any) -> Any:
+    why = why_not_to_be_pickled(state) if isinstance(state, dict) else None
+    return state if why is None else without_dataset(state, why)
 
 
 @dataclass
