@@ -51,6 +51,12 @@ class Resuming(_BaseDataLoaderIter):
             # Workers that live on draw no seed for another epoch.
             self.saved.next_epoch.restore(generators_of(loader))
 
+    def _reset(self, loader: Any, first_iter: bool = False) -> None:
+        begun_with = self._shared_seed
+        super()._reset(loader, first_iter)
+        if first_iter:  # torch draws another seed for data pipes, of which workers hear with the next epoch
+            self._shared_seed = begun_with
+
     def __next__(self) -> Any:
         try:
             batch = super().__next__()

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torch.utils.data._utils import worker as torch_worker
 from torch.utils.data.dataloader import _BaseDataLoaderIter
+from torch.utils.data.datapipes.iter import IterableWrapper
 
 import fastload
 from fastload.foreign import crew, info
@@ -597,3 +598,16 @@ def test_an_init_function_that_seeds_leaves_the_callers_generators_alone(persist
         return found
 
     assert drawn("thread") == drawn("process")
+
+
+@pytest.mark.parametrize("persistent_workers", [False, True])
+def test_data_pipes_are_seeded_as_in_torchs_workers(persistent_workers: bool) -> None:
+    def epochs(kind: Any, **options: Any) -> list[list[int]]:
+        torch.manual_seed(3)
+        pipe = IterableWrapper(range(20)).shuffle().sharding_filter()
+        loader = kind(pipe, batch_size=None, num_workers=2, persistent_workers=persistent_workers, **options)
+        return [list(map(int, loader)) for _ in range(2)]
+
+    expected = epochs(torch.utils.data.DataLoader)
+    assert epochs(fastload.DataLoader, workers="thread") == expected
+    assert sorted(expected[0]) == list(range(20)) != expected[0]
