@@ -390,9 +390,7 @@ class Driver:
         return True
 
     def _chosen(self, pattern: str, share: float, most: int) -> list[Path]:
-        files = self._disk.files(pattern)
-        step = max(1, len(files) // (1 + int(share * most)))
-        return files[int(share * step) :: step]
+        return _some(self._disk.files(pattern), share, most)
 
     def _do_flip_chunk(self, share: float, where: float, *_: float) -> bool:
         return sum(self._disk.flip(path, where) for path in self._chosen("chunks/*/*.chunk", share, 20)) > 0
@@ -404,10 +402,10 @@ class Driver:
         return sum(self._disk.remove(path) for path in self._chosen("chunks/*/*.chunk", share, 20)) > 0
 
     def _do_flip_other(self, share: float, where: float, *_: float) -> bool:
-        """Indexes and counts, runs, manifests; also cut."""
-        files = [path for path in self._chosen("*/*", share, 10) if path.suffix in (".blob", ".run", ".json")]
+        """Indexes and counts, runs, manifests, limits; also cut."""
+        files = [path for path in self._disk.files("*") if path.suffix in (".blob", ".run", ".json")]
         damaged = self._disk.flip if where < 0.6 else self._disk.cut
-        return sum(damaged(path, where) for path in files) > 0
+        return sum(damaged(path, where) for path in _some(files, share, 10)) > 0
 
     def _do_empty_directory(self, *_: float) -> bool:
         self._disk.empty()
@@ -455,6 +453,12 @@ class Driver:
         for path in self._disk.directory.glob("*.log"):
             parts.append(f"{path.name}:\n{path.read_text(errors='replace')[-8000:]}")
         return "\n".join(parts)
+
+
+def _some(files: list[Path], share: float, most: int) -> list[Path]:
+    """Up to `most` of them, spread out."""
+    step = max(1, len(files) // (1 + int(share * most)))
+    return files[int(share * step) :: step]
 
 
 def _keeps_state(after: Place) -> bool:
