@@ -46,7 +46,9 @@ def parse_bytes(value: int | str, name: str) -> int:
         return _bounded(value, value, name)
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if match is None or match[2].lower() not in _UNITS:
-        raise ConfigError(f'{name}={value!r} is not a size; give bytes as an int, or a string such as "8GiB"')
+        raise ConfigError(
+            f'{name}={value!r} is not a size; give bytes as an int of at least 0, or a string such as "8GiB"'
+        )
     return _bounded(int(Fraction(match[1]) * _UNITS[match[2].lower()]), value, name)
 
 

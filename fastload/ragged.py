@@ -21,6 +21,7 @@ unknown type they keep whole.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias, overload
 
@@ -68,6 +69,9 @@ class Ragged:
         items: kind `"bytes"`.
         """
         there: list[Any] = [item for item in items if item is not None]
+        text = next((item for item in there if isinstance(item, str)), None)
+        if text is not None:
+            raise ConfigError(f"item {text!r:.100} is text; encode it: {text[:20]!r}.encode()")
         if len(there) < len(items):
             return cls.from_items(there).spread(np.array([item is not None for item in items], np.bool_))
         if all(isinstance(item, bytes | bytearray | memoryview) for item in there):
@@ -160,7 +164,12 @@ class Ragged:
         """Item `index`; or, for a slice, a `Ragged`, which shares `values` where the step is 1."""
         if isinstance(index, slice):
             return self._slice(range(*index.indices(len(self))))
-        number = index.__index__()
+        try:
+            number = operator.index(index)
+        except TypeError as error:
+            raise TypeError(
+                f"ragged[{index!r:.100}]: give one number or a slice; for several items, [ragged[i] for i in numbers]"
+            ) from error
         if not -len(self) <= number < len(self):
             raise IndexError(f"item {number} of a Ragged of {len(self)} items")
         number %= len(self)
@@ -334,7 +343,7 @@ def _check(
     if not isinstance(values, np.ndarray) or values.ndim != 1 or not values.flags.c_contiguous:
         raise ConfigError(f"values must be a contiguous 1-D numpy array, not {_describe(values)}")
     if kind == "bytes" and values.dtype != np.uint8:
-        raise ConfigError(f'values of kind "bytes" must be uint8, not {values.dtype}')
+        raise ConfigError(f'values of kind "bytes" must be uint8, not {values.dtype}; give kind="array"')
     if offsets.ndim != 1 or len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(values):
         raise ConfigError(
             f"offsets must be 1-D, start at 0 and end at len(values) = {len(values)}, not {_ends(offsets)}"

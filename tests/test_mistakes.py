@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -158,6 +159,8 @@ MISTAKES: dict[str, Mistake] = {
         ("'htps://u:***@h/x.tar'", "did you mean https://?"),
     ),
     "one slash": (lambda d: d.read(d.dataset("s3:/bucket/x.tar")), M, ("write s3://bucket/x.tar",)),
+    "one slash before a folder": (lambda d: d.read(d.dataset("s3:/bucket/x/")), M, ("write s3://bucket/x/",)),
+    "a star in a folder": (lambda d: d.read(d.dataset(f"{d.folder}/sh*/")), M, ('"*" stands for itself',)),
     "file: and no slash": (lambda d: d.read(d.dataset("file:x.tar")), M, ("file:x.tar", "write x.tar, or file://")),
     "a bucket": (lambda d: d.read(d.dataset("s3://bucket")), C, ("s3://bucket is a bucket", '"/" at the end')),
     "an endpoint without http": (
@@ -195,6 +198,12 @@ MISTAKES: dict[str, Mistake] = {
         fastload.MissingColumnError,
         ("shard-0000.tar", "'jpg'", "['bin', 'cls']", "'jpg?'"),
     ),
+    "a misspelt column": (
+        lambda d: d.read(d.dataset(columns=["clss"])),
+        fastload.MissingColumnError,
+        ("'clss'", "['bin', 'cls']", "Did you mean 'cls'?"),
+    ),
+    "the key as a column": (lambda d: d.dataset(columns=["__key__", "cls"]), C, ("'__key__' is no column", "leave it")),
     "text for a rank": (lambda d: d.dataset(rank="0", world_size="2"), C, ("rank='0'", "an integer")),
     "a rank alone": (lambda d: d.dataset(rank=0), C, ("rank is set but world_size is not", "set both")),
     "a wrong tail": (lambda d: d.dataset(tail="dorp"), C, ("tail='dorp'", "'drop'")),
@@ -255,6 +264,20 @@ MISTAKES: dict[str, Mistake] = {
     "a mode for a cache": (lambda d: fastload.open("a.tar", "rb"), C, ("cache='rb'", "leave it out")),
     "data sets without weights": (lambda d: fastload.Mixture([d.dataset()]), C, ("sources=[Stream", "weight")),  # type: ignore[list-item]
     "an URL in a mixture": (lambda d: fastload.Mixture([("a.tar", 1)]), C, ("source 0", "fastload.StreamingDataset")),  # type: ignore[list-item]
+    "a size below 0": (
+        lambda d: fastload.Cache(d.folder / "c", history_bytes=-1),
+        C,
+        ("history_bytes=-1", "at least 0"),
+    ),
+    "a picture without a size": (lambda d: decode.image(), C, ("size=None", "image(224)")),
+    "text in a Ragged": (lambda d: fastload.Ragged.from_items(["é"]), C, ("'é' is text", ".encode()")),  # type: ignore[list-item]
+    "text among bytes": (lambda d: fastload.Ragged.from_items([b"a", "b"]), C, ("'b' is text",)),  # type: ignore[list-item]
+    "a Ragged of numbers": (
+        lambda d: fastload.Ragged(np.arange(3), np.array([0, 3])),
+        C,
+        ("uint8, not int64", 'kind="array"'),
+    ),
+    "several items": (lambda d: fastload.Ragged.from_items([b"a"])[[0]], T, ("ragged[[0]]", "one number or a slice")),  # type: ignore[call-overload]
     "a size as text": (lambda d: decode.image("224"), C, ("size='224'", "pixels")),  # type: ignore[arg-type]
     "a name that is not there": (lambda d: fastload.Dataset, AttributeError, ("'Dataset'",)),
 }

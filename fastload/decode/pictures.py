@@ -276,6 +276,10 @@ def _default(default: float | Channels, dtype: Dtype) -> Channels:
 
 def _sizes(size: int | None, resize: int | None, center_crop: int | None) -> tuple[int, int | None]:
     """The output's size, and the shorter side before a centre crop; checked."""
+    if size is None and center_crop is None and resize is None:
+        raise ConfigError(
+            "size=None: give the number of pixels, as in image(224) or image(resize=256, center_crop=224)"
+        )
     if center_crop is None and resize is None:
         return _checked("size", size, SIZE_MAX), None
     if center_crop is None or resize is None:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from fastload import callers
 from fastload.decode.keys import Keys, sample_keys
 from fastload.decode.plain import Raw
-from fastload.engine.columns import shown
+from fastload.engine.columns import meant, shown
 from fastload.engine.finish import SAMPLE_ERRORS, Gathered, Names, OneMaker
 from fastload.engine.gather import Gatherer, Values
 from fastload.engine.located import Located
@@ -204,7 +204,8 @@ class Assembler:
                 place = Names(located.keys, located.urls).place(number, name)
                 raise MissingColumnError(
                     f"{place}: the sample has no such column; the shards read with it have "
-                    f"{shown(located.present())}. Where samples may lack it,{told} write {name + '?'!r}"
+                    f"{shown(located.present())}.{meant(name, located.present())} Where samples may lack it,{told} "
+                    f"write {name + '?'!r}"
                 )
         return values
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import NamedTuple
 
 from fastload.decode import Decoder, raw
@@ -19,6 +20,8 @@ KEY, URL = "__key__", "__url__"
 _RAW = raw()
 # Columns that a message names.
 _SHOWN_MAX = 20
+# Columns that a name is compared with, which takes some microseconds for each.
+_COMPARED_MAX = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,14 @@ def shown(names: Sequence[str]) -> str:
     return f"{list(names[:_SHOWN_MAX])}" + (f" and {more} more" if more > 0 else "")
 
 
+def meant(name: str, there: Sequence[str]) -> str:
+    """A question, where no shard has `name` but a column of nearly that name: marked optional, it would be missing
+    everywhere, and nothing would say so.
+    """
+    close = get_close_matches(name.lower(), there[:_COMPARED_MAX], 1)
+    return f" Did you mean {close[0]!r}?" if close and name.lower() not in there else ""
+
+
 class _Column(NamedTuple):
     """What the user wrote, and the name in it."""
 
@@ -96,6 +107,10 @@ def _columns(argument: str, texts: Iterable[object]) -> dict[str, _Column]:
         name = text.removesuffix("?") if isinstance(text, str) else ""
         if not isinstance(text, str) or name[:1] in ("", "."):
             raise ConfigError(f"{argument}={texts!r}: {text!r} is not a name such as 'jpg', without a dot")
+        if name in (KEY, URL):
+            raise ConfigError(
+                f"{argument}={texts!r}: {name!r} is no column; leave it out, since every dict has it anyway"
+            )
         member = name.lower()
         if member in columns:
             other = columns[member].text

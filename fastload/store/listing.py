@@ -21,7 +21,7 @@ from braceexpand import braceexpand
 from fastload.errors import AccessDeniedError, ConfigError, FastloadError, ObjectMissingError, StoreError
 from fastload.store import httpstore
 from fastload.store.types import ObjectInfo, Store
-from fastload.store.urls import check_key, folder_without_slash, normalise, scheme, store_root
+from fastload.store.urls import check_key, folder_without_slash, how_to_name, normalise, scheme, store_root
 
 _HEADS_AT_ONCE = 16
 # Plain URLs of one folder for which it is listed, however much else may be in it. Fewer take no longer one by one.
@@ -119,7 +119,7 @@ def _under(
         kinds = ", ".join(endings)
         there = [info.url.removeprefix(prefix) for info in everything]
         held = f"{len(there)} other objects, the first: {', '.join(there[:_SHOWN])}" if there else "nothing at all"
-        cure = "check its name"
+        cure = how_to_name(prefix)
         if any(name.endswith(_COMPRESSED) for name in there):
             cure = "compressed shards are not read yet, so unpack them, for example with gunzip"
         elif there:
