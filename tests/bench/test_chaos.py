@@ -216,16 +216,8 @@ def test_the_disk_is_damaged_as_it_says(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_minute_of_trouble(tmp_path: Path) -> None:
-    """By steps, which say what happens in it; on a slow machine it takes longer. The seed has most kinds of events early."""
-    command = [
-        sys.executable,
-        "-m",
-        "bench.chaos",
-        "--seed=1",
-        "--minutes=9",
-        "--steps=600",
-        "--without=empty-directory,remove-directory",
-    ]
+    """By steps, which say what happens in it; on a slow machine it takes longer. This seed has most kinds early."""
+    command = [sys.executable, "-m", "bench.chaos", "--seed=1815", "--minutes=9", "--steps=450"]
     done = subprocess.run(
         [*command, f"--json={tmp_path / 'report.json'}"],
         cwd=ROOT,
@@ -239,6 +231,6 @@ def test_a_minute_of_trouble(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["samples"] > 450 * GLOBAL_BATCH
-    assert report["schedule"] == 22
+    assert report["schedule"] > 20
     assert sum(report["faults"].values()) > 50
     assert report["failed_calls"] > 0
