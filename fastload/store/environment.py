@@ -92,7 +92,7 @@ class Profile:
 
     def __init__(self, name: str, environ: Mapping[str, str]) -> None:
         """Read it; one that is not there says nothing. ConfigError for files that cannot be read."""
-        home = Path(environ.get("HOME") or Path.home())
+        home = _home(environ)
         credentials = Path(environ.get("AWS_SHARED_CREDENTIALS_FILE") or home / ".aws" / "credentials").expanduser()
         config = Path(environ.get("AWS_CONFIG_FILE") or home / ".aws" / "config").expanduser()
         section = name if name == "default" else f"profile {name}"
@@ -116,12 +116,10 @@ class Profile:
 def besides(environ: Mapping[str, str], for_fsspec: Mapping[str, Any]) -> Found:
     """What is neither S3's nor in one variable: certificates, proxies, the file that `gcloud` makes, fsspec's."""
     found: Found = {name: (value, name) for name, value in _proxies(environ).items()}
-    home = Path(environ.get("HOME") or Path.home())
-    gcloud = (
-        Path(environ.get("CLOUDSDK_CONFIG") or home / ".config" / "gcloud") / "application_default_credentials.json"
-    )
-    if gcloud.is_file():
-        found["application_credentials"] = str(gcloud), str(gcloud)
+    folder = Path(environ.get("CLOUDSDK_CONFIG") or _home(environ) / ".config" / "gcloud")
+    gcloud = str(folder / "application_default_credentials.json")
+    if os.path.isfile(gcloud):
+        found["application_credentials"] = gcloud, gcloud
     certificates = _root_certificate(environ)
     if certificates is not None:
         found["root_certificate"] = certificates
@@ -157,9 +155,8 @@ def _fsspec(environ: Mapping[str, str], given: Mapping[str, Any]) -> str | None:
     of its file systems would read by itself from variables and the home directory.
     """
     found: dict[str, dict[str, Any]] = {}
-    home = Path(environ.get("HOME") or Path.home())
-    folder = Path(environ.get("FSSPEC_CONFIG_DIR") or home / ".config" / "fsspec")
-    if folder.is_dir():
+    folder = Path(environ.get("FSSPEC_CONFIG_DIR") or _home(environ) / ".config" / "fsspec")
+    if os.path.isdir(folder):
         with contextlib.suppress(ImportError):  # then nobody reads what is there
             importlib.import_module("fsspec.config").set_conf_files(str(folder), found)
     for protocol, arguments in _FSSPEC.items():
@@ -193,7 +190,14 @@ def _from_json(text: str) -> Any:
         return text
 
 
+def _home(environ: Mapping[str, str]) -> Path:
+    """It need not exist, nor be ours to look into: in a container it is often that of the image's user."""
+    return Path(environ.get("HOME") or os.path.expanduser("~"))
+
+
 def _section(path: Path, section: str) -> dict[str, str]:
+    if not os.path.lexists(path):  # or nobody may look whether it is there
+        return {}
     parser = configparser.RawConfigParser()
     try:
         parser.read_string(path.read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,16 @@ def test_what_the_tools_of_other_stores_would_find(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="FSSPEC_FTP is not a JSON object"):
         options(None, FSSPEC_FTP="secret")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_a_home_that_one_may_not_look_into_says_nothing(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    os.seteuid(65534)
+    try:
+        assert options(None, HOME=str(tmp_path), **KEYS) == options(None, **KEYS)
+    finally:
+        os.seteuid(0)
 
 
 def test_files_are_found_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
