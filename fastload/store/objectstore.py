@@ -183,7 +183,11 @@ class ObjectStore:
 
     def _renew(self) -> None:
         """What obstore asks next goes over new connections: only a store of its own has them."""
-        store = _open(self._root, self._options, self._endpoint)
+        try:
+            store = _open(self._root, self._options, self._endpoint)
+        except ConfigError as error:  # it could be opened once; why it cannot now must not hide what is renewed for
+            _log.warning("%s: requests go on over the connections that there are: %s", self._root, error)
+            return
         with self._lock:
             if self._store is not None:
                 self._store = store

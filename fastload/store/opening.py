@@ -46,7 +46,7 @@ def _now_or_later(root: str, options: StoreOptions) -> Store:
     """A store; where this process lacks descriptors to open it, one that is opened when it is used."""
     try:
         return _bare(root, options)
-    except ConfigError:
+    except (ConfigError, OSError):
         if not _lacks_descriptors():
             raise
         return _OpenedLater(root, options)
@@ -85,7 +85,7 @@ class _OpenedLater:
             if self._store is None:
                 try:
                     self._store = _bare(self._root, self._options)
-                except ConfigError as error:
+                except (ConfigError, OSError) as error:
                     if not _lacks_descriptors():
                         raise
                     raise StoreUnavailableError(

@@ -306,6 +306,18 @@ def test_tls(tmp_path: Path, way: str) -> None:
     assert bytes(out) == b"hello"
 
 
+def test_a_lack_of_descriptors_says_nothing_of_a_web_servers_certificate() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        store = open_store("https://localhost/a", StoreOptions(), RequestOptions(retry=RetryOptions(deadline_s=0.05)))
+        with pytest.raises(StoreUnavailableError, match=r"no descriptors left to open it; .*ulimit -n"):
+            store.head("https://localhost/a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    store.close()
+
+
 def test_a_lack_of_descriptors_says_nothing_of_the_settings(s3: Bucket) -> None:
     """A store that cannot be opened for it is opened when there are some again."""
     url = s3.put("a", b"hello")
