@@ -71,8 +71,8 @@ class DataLoader(torch.utils.data.DataLoader[T]):
     set's, if that names one, and for a `device` that is not here or is no CUDA device.
 
     For fastload's data sets `shuffle=True` is the data set's `shuffle=True`, where that says nothing of it: order and
-    state are the same. False and None leave it to the data set. A `sampler` or `batch_sampler` is a `ConfigError`:
-    samplers are for `dataset.indexed()`.
+    state are the same, and `loader.dataset` is one that shuffles, with the epochs of the one given. False and None
+    leave it to the data set. A `sampler` or `batch_sampler` is a `ConfigError`: samplers are for `dataset.indexed()`.
 
     With `with`, it is closed in the end.
     """
@@ -168,7 +168,8 @@ class DataLoader(torch.utils.data.DataLoader[T]):
         if isinstance(dataset, Streaming):
             _check_samplers(sampler, batch_sampler)
             _check_ours(batch_size, num_workers, prefetch_factor)
-            self.shuffle = _checked_shuffle(shuffle, dataset)
+            if _checked_shuffle(shuffle, dataset):
+                dataset = dataset.shuffled()  # also for who makes a loader again from this one's attributes
             shuffle = None  # torch refuses it for any iterable data set
         super().__init__(
             dataset,
@@ -296,7 +297,7 @@ class DataLoader(torch.utils.data.DataLoader[T]):
         self.close()
 
     def __repr__(self) -> str:
-        of = f"<{type(self.dataset).__name__}>" if self._stream is None else self._stream.dataset
+        of = f"<{type(self.dataset).__name__}>" if self._stream is None else self.dataset
         said = {"batch_size": self.batch_size, "num_workers": self.num_workers}
         others = {"workers": "auto", "drop_last": False, "device": None}
         said |= {name: getattr(self, name) for name, usual in others.items() if getattr(self, name) != usual}

@@ -44,7 +44,6 @@ class LoaderSettings(Protocol):
     workers: Any
     prefetch_factor: int | None
     drop_last: bool
-    shuffle: Any
     collate_fn: Any
     pin_memory: bool
     device: Any
@@ -103,7 +102,7 @@ class Stream:
 
     def __init__(self, loader: LoaderSettings) -> None:
         self._loader = weakref.ref(loader)
-        self._dataset: Streaming = loader.dataset.shuffled() if loader.shuffle else loader.dataset
+        self._dataset: Streaming = loader.dataset
         self._pool: DecodePool | None = None
         self._workers: Workers | None = None
         self._loaded: AnyPosition | None = None  # where the next iteration begins, if a state was loaded
@@ -111,11 +110,6 @@ class Stream:
         self._changing = threading.Lock()  # held while an iteration begins, and while all are ended
         self._iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()
         _check_arguments(loader, self._dataset)
-
-    @property
-    def dataset(self) -> Streaming:
-        """The data set that is read: the loader's, or one that shuffles, if the loader has it so."""
-        return self._dataset
 
     def iterate(self) -> Iteration:
         """Begin an epoch: where a loaded state says, else the data set's next."""

@@ -56,7 +56,7 @@ def test_shuffle_of_the_loader_is_that_of_the_data_set(url: str, cache: fastload
         fastload.DataLoader(ours, shuffle=True, **options) as loader,
         fastload.DataLoader(ours, **options) as plain,
     ):
-        assert loader.dataset is ours
+        assert (loader.dataset.shuffle, plain.dataset) == (True, ours)
         for _ in range(2):
             keys = keys_of(expected)
             assert keys_of(loader) == keys != list(DATA.samples)
@@ -74,6 +74,15 @@ def test_shuffle_of_the_loader_is_that_of_the_data_set(url: str, cache: fastload
         # Another loader of the data set reads it in its own order.
         assert keys_of(plain) == list(DATA.samples)
         assert ours.shuffle is False
+
+
+def test_who_makes_a_loader_again_from_its_attributes_shuffles_too(url: str, cache: fastload.Cache) -> None:
+    """As accelerate does, which takes neither our class nor `shuffle`."""
+    with fastload.DataLoader(dataset_of(url, cache, seed=3), batch_size=16, shuffle=True) as loader:
+        keys = keys_of(loader)
+        loader.set_epoch(0)
+        again = torch.utils.data.DataLoader(loader.dataset, batch_size=16, collate_fn=list)
+        assert [sample["__key__"] for batch in again for sample in batch] == keys != list(DATA.samples)
 
 
 def test_the_epochs_of_a_data_set_and_of_a_loader_that_shuffles_are_the_same(url: str, cache: fastload.Cache) -> None:
