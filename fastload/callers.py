@@ -128,5 +128,10 @@ def _without_ours(traceback: types.TracebackType | None) -> types.TracebackType 
 
 def _is_ours(frame: types.FrameType) -> bool:
     """Whether it is of fastload, or of torch or Python's library as they stand around what is."""
-    path = frame.f_code.co_filename
-    return path.startswith((_PACKAGE + os.sep, *_BETWEEN)) or f"{os.sep}torch{os.sep}" in path
+    return frame.f_code.co_filename.startswith((_PACKAGE + os.sep, *_BETWEEN, *_torch()))
+
+
+def _torch() -> tuple[str, ...]:
+    """Where torch is, if it was imported. A folder of the user's may have its name."""
+    file = getattr(sys.modules.get("torch"), "__file__", None)
+    return () if file is None else (os.path.dirname(file) + os.sep,)

@@ -86,6 +86,14 @@ def test_frames_of_the_users_functions_stay(url: str, cache: fastload.Cache, tmp
         assert frames_of_ours(caught.value) <= 3
 
 
+def test_a_users_folder_may_be_called_as_torch_is(url: str, cache: fastload.Cache, tmp_path: Path) -> None:
+    script = str(tmp_path / "torch" / "train.py")
+    run = compile("loader(dataset, in_order=False)", script, "exec")
+    with pytest.warns(UserWarning, match="in_order=False: ignored") as record:
+        exec(run, {"loader": fastload.DataLoader, "dataset": fastload.StreamingDataset(url, cache=cache)})
+    assert [each.filename for each in record] == [script]
+
+
 def test_what_is_not_ours_keeps_its_frames(url: str, cache: fastload.Cache) -> None:
     def divides(sample: Any) -> Any:
         return 1 / 0
