@@ -122,7 +122,7 @@ class Channel:
         sock = self._sock
         if sock is not None:
             _shut_down(sock)
-        if self._thread is not threading.current_thread():
+        if self._thread.is_alive() and self._thread is not threading.current_thread():  # else it ends as it begins
             self._thread.join()
 
     def abandon(self) -> None:

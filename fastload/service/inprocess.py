@@ -30,7 +30,14 @@ class InProcessService:
         self._error: BaseException | None = None
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._main, name="fastload-service", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # the machine or a container allows no more
+            directory.unlock()
+            raise ServiceError(
+                f"no thread can be started for the cache service of {directory.path}: {error}; allow it more of them "
+                "(ulimit -u, or the container's pids limit)"
+            ) from error
         if not self._ready.wait(_START_DEADLINE_S):
             self._stop()  # as soon as whatever hangs lets go of it
             raise ServiceError(f"the cache service for {directory.path} has not begun within {_START_DEADLINE_S:.0f} s")

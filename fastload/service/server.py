@@ -257,6 +257,10 @@ class Server:
         self._was_lost = bool(is_lost)
         self._look_timer = self._loop.call_later(_LOOK_S, self._look)
 
+    def _is_lost(self) -> bool:
+        """Now, where the disk is known to answer; else as it was when it last did."""
+        return self._was_lost if self._core.disk_hangs else self._directory.is_lost
+
     def _accept(self) -> None:
         assert self._listener is not None
         try:
@@ -291,7 +295,7 @@ class Server:
         if self._is_ending and not self._peers:
             self.stop()
         elif peer.is_consumer and not self._core.consumers:
-            self._wait_for_consumers(0.0 if self._directory.is_lost else self._idle_s)
+            self._wait_for_consumers(0.0 if self._is_lost() else self._idle_s)
 
     def _wait_for_consumers(self, seconds: float | None = None) -> None:
         """End in so many seconds if none has come by then; None: one is here, or need not come."""
@@ -317,7 +321,7 @@ class Server:
         if self._listener is not None:
             self._loop.remove_reader(self._listener.fileno())
             # Not on a disk that hangs: whoever serves next removes it. And not another service's.
-            if not self._core.disk_hangs and not self._directory.is_lost:
+            if not self._core.disk_hangs and not self._is_lost():
                 self._directory.remove_socket()
             self._listener.close()
         for peer in list(self._peers):

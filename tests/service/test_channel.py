@@ -14,6 +14,24 @@ from fastload.service.channel import Channel, Connection
 from tests.patience import PATIENCE_S
 
 
+def test_it_may_be_closed_before_it_has_begun_to_read() -> None:
+    """By another thread, as soon as there is a connection."""
+    ours, theirs = socket.socketpair()
+    connection = Connection(ours, cast(Any, None), cast(Any, None), protocol.FrameReader())
+
+    def connected(channel: Channel, found: Connection) -> None:
+        channel.adopt(found)
+        channel.close()
+
+    channel = Channel(
+        lambda stop: connection, connected, lambda *_: None, lambda: None, lambda _: None, lambda _: None, "test"
+    )
+    channel.start()
+    channel._thread.join(PATIENCE_S)
+    assert ours.fileno() == -1
+    theirs.close()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_defect_while_a_message_is_taken_ends_the_wait() -> None:
     ours, theirs = socket.socketpair()

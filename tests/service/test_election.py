@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from fastload.cache import CacheDirectory
 from fastload.errors import CacheError, ServiceError
 from fastload.service import Handle as Cache
 from fastload.service import election, protocol
 from fastload.service.election import StartError
+from fastload.service.inprocess import InProcessService
 from tests.processes import until
 from tests.service.helpers import CHUNK_BYTES, service_pid
 
@@ -172,3 +174,30 @@ def test_what_the_system_refuses_is_an_error_of_the_cache(tmp_path: Path) -> Non
 
     with pytest.raises(CacheError, match=r"no cache service for .*cache can be .*Too many open files.*ulimit"):
         election.connect(cache._directory, hello, start, threading.Event())
+
+
+def test_a_service_without_a_thread_gives_the_lock_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name == "fastload-service":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    directory = CacheDirectory.open(tmp_path / "cache")
+    assert directory.try_lock()
+    with pytest.raises(ServiceError, match=r"no thread can be started .* \(ulimit -u"):
+        InProcessService(directory)
+    other = CacheDirectory.open(tmp_path / "cache")
+    assert other.try_lock()
+    other.unlock()
+
+
+def test_kernels_are_kept_where_the_users_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service has no home directory, which a root's would make."""
+    monkeypatch.delenv("FASTLOAD_KERNELS", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/home/u/.cache")
+    environment = election._environment(os.environ)
+    assert environment["FASTLOAD_KERNELS"] == "/home/u/.cache/fastload-kernels"
+    assert environment["HOME"] == "/nonexistent"
