@@ -119,6 +119,7 @@ class Session:
     def _begin(self) -> None:
         """Everything that belongs to this process's connection."""
         self._changed = threading.Condition(threading.Lock())
+        self._connecting = threading.Lock()
         self._table = LeaseTable()
         self._requests: dict[int, _Request] = {}
         self._request_serial = 0
@@ -183,15 +184,18 @@ class Session:
     def _enter(self) -> None:
         """Before a call: connect where a fork took the connection, raise what ended us, warn of what came up."""
         if self._channel is None and self._ended is None:
-            self._connect()
+            with self._connecting:  # one thread of the child does, for all
+                if self._channel is None and self._ended is None:
+                    self._connect()
         self._warn()
         if self._ended is not None:
             raise self._ended
 
     def _warn(self) -> None:
         while self._troubles:
-            message = self._troubles.pop(0)
-            if self._cache.warn(message):
+            with self._changed:
+                message = self._troubles.pop(0) if self._troubles else ""  # another thread was quicker
+            if message and self._cache.warn(message):
                 callers.warn(message, RuntimeWarning)
 
     def _ask_for(self, chunks: Iterable[int], *, urgent: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import traceback
 from collections.abc import Callable
 
@@ -58,6 +59,29 @@ def test_parent_and_child_read_on(cache: Cache, s3: Bucket, shards: dict[str, by
         assert consumer.counts()["leased"] == len(chunks_of(objects, 0))
         assert read_object(consumer, objects, 5) == shards[objects[5].url]
         assert service_pid(consumer) == pid
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_threads_of_a_child_share_one_connection(cache: Cache) -> None:
+    """Whichever of them is the first to need it."""
+    with cache.consumer(name="parent") as consumer:
+
+        def child() -> None:
+            together = threading.Barrier(8)
+
+            def ask() -> None:
+                together.wait()
+                consumer.stats()
+
+            threads = [threading.Thread(target=ask) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(consumer.stats()["consumers"]) == 2
+            cache.close()
+
+        assert in_child(child) == ""
 
 
 @pytest.mark.parametrize("mode", ["auto", "inprocess"])
