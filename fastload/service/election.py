@@ -27,7 +27,6 @@ from typing import Any
 
 from fastload import errors
 from fastload.errors import CacheError, FastloadError, ServiceError
-from fastload.kernels import objects
 from fastload.service import protocol
 from fastload.service.channel import Connection, greet
 from fastload.service.logs import FILE_BYTES_MAX
@@ -198,8 +197,6 @@ def _environment(environ: Mapping[str, str]) -> dict[str, str]:
     environment["PYTHONPATH"] = package if not path else f"{package}{os.pathsep}{path}"
     if site.ENABLE_USER_SITE and site.USER_BASE:  # packages of the user's are found by the home directory
         environment.setdefault("PYTHONUSERBASE", site.USER_BASE)
-    with contextlib.suppress(objects.UntrustedError):  # then there are none of the user's
-        environment[objects.VARIABLE] = str(objects.users_folder())
     environment["OPENBLAS_NUM_THREADS"] = "1"  # numpy only sorts here
     return environment
 
