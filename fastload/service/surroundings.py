@@ -7,11 +7,8 @@ jobs' requests to make, too, and each brings its own.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping, MutableMapping
-
-from fastload.kernels import objects
 
 _KEPT = {"PATH", "TMPDIR", "LANG", "LANGUAGE", "TZ", "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "LD_PRELOAD"}
 _KEPT |= {"GLIBC_TUNABLES", "OPENSSL_CONF", "OPENSSL_MODULES", "RUST_BACKTRACE", "TOKIO_WORKER_THREADS"}
@@ -24,8 +21,6 @@ _NO_HOME = "/nonexistent"
 def of_service(environ: Mapping[str, str]) -> dict[str, str]:
     """What is left of an environment."""
     kept = {name: value for name, value in environ.items() if name in _KEPT or name.startswith(_KEPT_BEGIN)}
-    with contextlib.suppress(objects.UntrustedError):  # then none are kept
-        kept[objects.VARIABLE] = str(objects.users_folder())
     return {**kept, "HOME": _NO_HOME}
 
 

@@ -192,12 +192,3 @@ def test_a_service_without_a_thread_gives_the_lock_back(tmp_path: Path, monkeypa
     other = CacheDirectory.open(tmp_path / "cache")
     assert other.try_lock()
     other.unlock()
-
-
-def test_kernels_are_kept_where_the_users_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service has no home directory, which a root's would make."""
-    monkeypatch.delenv("FASTLOAD_KERNELS", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", "/home/u/.cache")
-    environment = election._environment(os.environ)
-    assert environment["FASTLOAD_KERNELS"] == "/home/u/.cache/fastload-kernels"
-    assert environment["HOME"] == "/nonexistent"
