@@ -16,16 +16,18 @@ CachePolicy = Literal["auto", "pin", "future", "sieve", "lru"]
 def checked_urls(urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
     """One URL or path or several, as a tuple."""
     if isinstance(urls, str | os.PathLike):
-        urls = [urls]
-    if not isinstance(urls, Iterable) or isinstance(urls, bytes | Mapping | set | frozenset):
+        given, written = [urls], repr(urls)
+    elif not isinstance(urls, Iterable) or isinstance(urls, bytes | Mapping | set | frozenset):
         raise ConfigError(f"urls={urls!r:.200} must be a URL, a path, or a list of these")
-    given = list(urls)
+    else:
+        given = list(urls)
+        written = repr(given)
     wrong = [url for url in given if not isinstance(url, str | os.PathLike)]
     if wrong:
-        raise ConfigError(f"urls={given!r:.200}: {wrong[0]!r:.100} is neither a URL nor a path; give a list of these")
+        raise ConfigError(f"urls={written:.200}: {wrong[0]!r:.100} is neither a URL nor a path; give a list of these")
     found = tuple(os.fspath(url) for url in given)
     if not found or not all(isinstance(url, str) and url for url in found):
-        raise ConfigError(f"urls={given!r:.200} names no shard; give at least one URL, pattern or prefix")
+        raise ConfigError(f"urls={written:.200} names no shard; give at least one URL, pattern or prefix")
     for url in found:
         check_written(url)
     return found

@@ -58,6 +58,13 @@ def _bounded(count: int, value: int | str, name: str) -> int:
     return count
 
 
+def exact_bytes(count: int) -> str:
+    """`count` bytes as people write them, to the byte: `'8TiB'`, with quotes, or `8796093022209`."""
+    units = [(unit, size) for unit, size in _UNITS.items() if size >= KIB and count and count % size == 0]
+    written = [repr(f"{count // size}{unit.upper().replace('I', 'i')}") for unit, size in units]
+    return min([*written, str(count)], key=lambda text: len(text.strip("'")))
+
+
 def format_bytes(count: float) -> str:
     """`count` bytes for people: `"8.0 GiB"`."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
@@ -93,18 +100,18 @@ class CacheLimits:
             )
         if self.chunk_bytes < 64 * KIB or self.chunk_bytes > GIB or self.chunk_bytes % 4096:
             raise ConfigError(
-                f"chunk_bytes={self.chunk_bytes} must be a multiple of 4096 between 64 KiB and 1 GiB; "
+                f"chunk_bytes={exact_bytes(self.chunk_bytes)} must be a multiple of 4096 between 64 KiB and 1 GiB; "
                 "8 MiB is the default"
             )
         if self.ram_bytes < 2 * self.chunk_bytes:
             raise ConfigError(
-                f"ram_bytes={self.ram_bytes} is below two chunks ({2 * self.chunk_bytes} bytes); "
+                f"ram_bytes={exact_bytes(self.ram_bytes)} is below two chunks ({2 * self.chunk_bytes} bytes); "
                 "raise ram_bytes or lower chunk_bytes"
             )
         if 0 < self.disk_bytes < self.chunk_bytes + 8192:
             raise ConfigError(
-                f"disk_bytes={self.disk_bytes} is below one chunk on disk ({self.chunk_bytes + 8192} bytes); "
-                "raise disk_bytes, or set it to 0 to cache in RAM only"
+                f"disk_bytes={exact_bytes(self.disk_bytes)} is below one chunk on disk ({self.chunk_bytes + 8192} "
+                "bytes); raise disk_bytes, or set it to 0 to cache in RAM only"
             )
 
 

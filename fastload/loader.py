@@ -160,6 +160,10 @@ class DataLoader(torch.utils.data.DataLoader[T]):
             timeout=(timeout, _is_number, "a number of seconds; 0 waits as long as it takes"),
             collate_fn=(collate_fn, _is_function, "a function of the list of samples, or None"),
             worker_init_fn=(worker_init_fn, _is_function, "a function of a worker's number, or None"),
+            pin_memory=(pin_memory, _is_no_text, "True or False"),
+            drop_last=(drop_last, _is_no_text, "True or False"),
+            persistent_workers=(persistent_workers, _is_no_text, "True or False"),
+            in_order=(in_order, _is_no_text, "True or False"),
         )
         checked_device(device)
         self.device = device
@@ -364,6 +368,11 @@ def _is_whole_or_none(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return hasattr(value, "__float__")
+
+
+def _is_no_text(value: Any) -> bool:
+    """Whether it can be meant as True or False: "no" is as true as "yes"."""
+    return not isinstance(value, str)
 
 
 def _is_function(value: Any) -> bool:

@@ -135,6 +135,13 @@ class Mixture(Streaming[Sample]):
         """Samples of this rank in the next epoch, repeats included. TypeError, with the cure, where it is not known."""
         return sample_count_of_rank(self.sample_count, self.ranks, self.tail, self.partitions)
 
+    def __getitem__(self, number: Any) -> Any:
+        """TypeError: samples of a mixture have no numbers."""
+        raise TypeError(
+            f"mixture[{number!r}]: the samples of a mixture have no numbers; iterate it, or read one of a source: "
+            f"mixture.sources[0][{number!r}]"
+        )
+
     @property
     def ranks(self) -> Ranks:
         """Which share of the samples is this process's; settled at the first iteration."""

@@ -123,6 +123,7 @@ MISTAKES: dict[str, Mistake] = {
     "a number for a URL": (lambda d: d.dataset(3), C, ("urls=3", "a list of these")),
     "no URL": (lambda d: d.dataset([]), C, ("urls=[]", "at least one")),
     "a list in a list": (lambda d: d.dataset([["a.tar"]]), C, ("['a.tar'] is neither a URL nor a path",)),
+    "an empty URL": (lambda d: d.dataset(""), C, ("urls='' names", "at least one")),
     "a dict of URLs": (lambda d: d.dataset({"train": "a.tar"}), C, ("{'train': 'a.tar'}", "a list of these")),
     "a folder without its slash": (
         lambda d: d.read(d.dataset(f"{d.folder}/shards")),
@@ -203,6 +204,7 @@ MISTAKES: dict[str, Mistake] = {
         fastload.MissingColumnError,
         ("'clss'", "['bin', 'cls']", "Did you mean 'cls'?"),
     ),
+    "a no for tuples": (lambda d: d.dataset(columns=["cls"], as_tuple="no"), C, ("as_tuple='no'", "True", "False")),
     "the key as a column": (lambda d: d.dataset(columns=["__key__", "cls"]), C, ("'__key__' is no column", "leave it")),
     "text for a rank": (lambda d: d.dataset(rank="0", world_size="2"), C, ("rank='0'", "an integer")),
     "a rank alone": (lambda d: d.dataset(rank=0), C, ("rank is set but world_size is not", "set both")),
@@ -220,6 +222,8 @@ MISTAKES: dict[str, Mistake] = {
     "nothing ahead": (lambda d: d.read(num_workers=1, prefetch_factor=0), C, ("prefetch_factor=0", "at least 1")),
     "a collate_fn by name": (lambda d: d.read(collate_fn="pad"), C, ("collate_fn='pad'", "a function")),
     "a collate_fn for torch's": (lambda d: d.read([1], collate_fn="pad"), C, ("collate_fn='pad'", "a function")),
+    "a no for a last batch": (lambda d: d.read(drop_last="no"), C, ("drop_last='no'", "True or False")),
+    "a no for torch's": (lambda d: d.read([1], pin_memory="no"), C, ("pin_memory='no'", "True or False")),
     "a misspelt way": (lambda d: d.read(workers="threads"), C, ("workers='threads'", '"thread"')),
     "a misspelt argument": (lambda d: d.read(batchsize=4), T, ("'batchsize'", "did you mean batch_size?")),
     "a timeout as text": (lambda d: d.read(timeout="5"), C, ("timeout='5'", "seconds")),
@@ -251,6 +255,21 @@ MISTAKES: dict[str, Mistake] = {
     # Caches, files, mixtures
     "a misspelt limit": (lambda d: fastload.Cache(d.folder / "c", ram="8GiB"), T, ("'ram'", "ram_bytes?")),  # type: ignore[call-arg]
     "a size in words": (lambda d: fastload.Cache(d.folder / "c", ram_bytes="8 gigs"), C, ("'8 gigs'", '"8GiB"')),
+    "a chunk of everything": (
+        lambda d: fastload.Cache(d.folder / "c", chunk_bytes="8 TiB"),
+        C,
+        ("chunk_bytes='8TiB'", "8 MiB is the default"),
+    ),
+    "more RAM than there is": (
+        lambda d: fastload.Cache(d.folder / "c", ram_bytes="4096TB"),
+        C,
+        ("ram_bytes='4096TB' is more memory", "a quarter"),
+    ),
+    "a disk for no chunk": (
+        lambda d: fastload.Cache(d.folder / "c", disk_bytes=4097),
+        C,
+        ("disk_bytes=4097 is below one chunk", "raise disk_bytes"),
+    ),
     "a cache in a store": (lambda d: fastload.Cache("s3://b/c"), C, ("'s3://b/c'", "/nvme/fastload")),
     "a path of a URL": (lambda d: d.dataset(cache=Path("s3://b/c")), C, ("s3:/b/c", "/nvme/fastload")),
     "a number for a cache": (lambda d: d.dataset(cache=3), C, ("cache=3", "fastload.Cache")),
@@ -263,6 +282,11 @@ MISTAKES: dict[str, Mistake] = {
     "a file by a pattern": (lambda d: fastload.open("/x/{0..3}.tar", d.cache), M, ("{0..3}", "without")),
     "a mode for a cache": (lambda d: fastload.open("a.tar", "rb"), C, ("cache='rb'", "leave it out")),
     "data sets without weights": (lambda d: fastload.Mixture([d.dataset()]), C, ("sources=[Stream", "weight")),  # type: ignore[list-item]
+    "a number in a mixture": (
+        lambda d: fastload.Mixture([(d.dataset(), 1)])[7],
+        T,
+        ("mixture[7]", "no numbers", "mixture.sources[0][7]"),
+    ),
     "an URL in a mixture": (lambda d: fastload.Mixture([("a.tar", 1)]), C, ("source 0", "fastload.StreamingDataset")),  # type: ignore[list-item]
     "a size below 0": (
         lambda d: fastload.Cache(d.folder / "c", history_bytes=-1),
@@ -304,7 +328,8 @@ def test_a_prefix_of_a_bucket_without_its_slash(s3, desk: Desk) -> None:
 
 
 def test_a_store_that_refuses_a_pattern_names_the_pattern(s3, desk: Desk) -> None:
-    with pytest.raises(M, match=r"s3://no-such-bucket/train-\{000\.\.003\}\.tar: .*there is no such bucket"):
+    """And nothing of what is made of it."""
+    with pytest.raises(M, match=r"^s3://no-such-bucket/train-\{000\.\.003\}\.tar: there is no such bucket"):
         desk.read(desk.dataset("s3://no-such-bucket/train-{000..003}.tar"))
 
 
@@ -373,6 +398,15 @@ def test_a_script_without_a_main_guard(desk: Desk, tmp_path: Path) -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert "WorkerError: worker process " in last
     assert 'if __name__ == "__main__":' in last
+
+
+def test_a_script_that_is_in_no_file(desk: Desk) -> None:
+    command = [sys.executable, "-", f"{desk.folder}/shards/", str(desk.cache.directory)]
+    done = subprocess.run(command, input=SPAWNING, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    for part in ("WorkerError: worker process ", "from stdin", "put it into a file", 'workers="thread"'):
+        assert part in last
 
 
 @pytest.mark.parametrize("way", ["option", "variable", "another folder"])

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload.cache import syscalls
-from fastload.config import MIB
+from fastload.config import MIB, exact_bytes
 from fastload.errors import CacheError
 
 # One piece of populating: 4 MiB takes 1-12 ms, which bounds how long a stop or a close has to wait.
@@ -49,7 +49,9 @@ class Arena:
         self.buffer_count = ram_bytes // chunk_bytes
         self.byte_count = self.buffer_count * chunk_bytes
         if self.buffer_count < 1:
-            raise CacheError(f"ram_bytes={ram_bytes} is below one chunk of {chunk_bytes} bytes; raise ram_bytes")
+            raise CacheError(
+                f"ram_bytes={exact_bytes(ram_bytes)} is below one chunk of {chunk_bytes} bytes; raise ram_bytes"
+            )
         self._closing = threading.Lock()  # held while a piece is populated: no unmapping underneath
         self.fd = -1
         self._map: mmap.mmap | None = None
@@ -57,7 +59,7 @@ class Arena:
         try:
             self.fd, self._map = _new_memory(self.byte_count)
         except (OSError, ValueError, OverflowError) as error:  # the latter: more than can be addressed
-            raise CacheError(f"cannot make an arena of ram_bytes={ram_bytes}: {error}; {_CURE}") from error
+            raise CacheError(f"cannot make an arena of ram_bytes={exact_bytes(ram_bytes)}: {error}; {_CURE}") from error
         self._view = memoryview(self._map)
 
     def buffer(self, number: int) -> memoryview:

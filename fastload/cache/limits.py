@@ -74,7 +74,7 @@ def _fitting(directory: Path, found: CacheLimits) -> tuple[CacheLimits, str]:
         return found, ""
     fitting = config.default_ram_bytes()
     return replace(found, ram_bytes=fitting), (
-        f"the cache {directory} has ram_bytes={found.ram_bytes} ({config.format_bytes(found.ram_bytes)}), more memory "
+        f"the cache {directory} has ram_bytes={config.exact_bytes(found.ram_bytes)}, more memory "
         f"than this process may use ({config.format_bytes(there)}); it has {config.format_bytes(fitting)} here. "
         "Name ram_bytes to change that"
     )
@@ -87,7 +87,7 @@ def _check_memory(ram_bytes: int) -> None:
     there = config.memory_limit_bytes()
     if ram_bytes > there:
         raise ConfigError(
-            f"ram_bytes={ram_bytes} ({config.format_bytes(ram_bytes)}) is more memory than this process may use "
+            f"ram_bytes={config.exact_bytes(ram_bytes)} is more memory than this process may use "
             f"({config.format_bytes(there)}); a quarter of that is the default"
         )
 
@@ -154,7 +154,11 @@ def _discard(path: Path) -> None:
 def _change(directory: Path, before: CacheLimits, after: CacheLimits) -> str:
     """The one warning about a change of limits."""
     old, new = asdict(before), asdict(after)
-    changes = ", ".join(f"{name} from {old[name]} to {new[name]}" for name in old if old[name] != new[name])
+    changes = ", ".join(
+        f"{name} from {config.exact_bytes(old[name])} to {config.exact_bytes(new[name])}"
+        for name in old
+        if old[name] != new[name]
+    )
     lost = before.chunk_bytes != after.chunk_bytes
     return f"the limits of the cache {directory} were changed: {changes}" + (
         "; with another chunk_bytes, what it holds is fetched again" if lost else ""

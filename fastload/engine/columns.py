@@ -42,6 +42,10 @@ class ColumnSet:
         """From the arguments of a data set; raises `ConfigError` where they do not fit together."""
         if isinstance(columns, str):
             raise ConfigError(f"columns={columns!r} is one string; give a list of column names")
+        if not isinstance(as_tuple, bool):
+            raise ConfigError(
+                f"as_tuple={as_tuple!r} must be True, where samples are tuples, or False, where they are dicts"
+            )
         decoders = _checked_decoders(decode)
         if columns is None and not decoders:
             if as_tuple:

@@ -225,10 +225,9 @@ class _Lane:
         if self._is_closed:
             return what + "was let go while it made a batch, for the loader was closed, or begun with other workers"
         self._process.join(_END_S)
-        code = self._process.exitcode
-        if code is None:
+        if self._process.exitcode is None:
             return what + "closed its connection, and lives; did a function of yours close descriptors?"
-        return what + how_it_ended(code, "a function of yours")
+        return what + how_it_ended(self._process, "a function of yours")
 
 
 def _end(lanes: list[_Lane], processes: list[BaseProcess]) -> None:

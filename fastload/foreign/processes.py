@@ -152,7 +152,7 @@ class Processes(_MultiProcessingDataLoaderIter, Working):
             dead = [worker for worker in self._workers if worker.exitcode is not None and str(worker.pid) in str(error)]
             if not dead:
                 raise
-            ends = [f"worker {worker.pid} {how_it_ended(worker.exitcode or 0, 'the data set')}" for worker in dead]
+            ends = [f"worker {worker.pid} {how_it_ended(worker, 'the data set')}" for worker in dead]
             raise WorkerError(f"{error}: {'; '.join(ends)}") from error
 
     def _open_descriptors(self) -> None:

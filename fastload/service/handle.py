@@ -24,7 +24,7 @@ import msgspec
 
 from fastload import callers
 from fastload.cache import CacheDirectory
-from fastload.config import CacheLimits, default_cache_dir, default_ram_bytes, format_bytes, parse_bytes
+from fastload.config import CacheLimits, default_cache_dir, default_ram_bytes, exact_bytes, format_bytes, parse_bytes
 from fastload.errors import CacheError, ConfigError, FastloadError, ServiceError
 from fastload.service import election, protocol
 from fastload.service.channel import Connection
@@ -263,8 +263,9 @@ class Handle:
         if welcome.chunk_bytes != self.chunk_bytes:
             connection.close()
             raise ServiceError(
-                f"the running cache service (process {welcome.pid}) has chunk_bytes={welcome.chunk_bytes}, and this "
-                f"job {self.chunk_bytes}; let its jobs end, or give that size"
+                f"the running cache service (process {welcome.pid}) has "
+                f"chunk_bytes={exact_bytes(welcome.chunk_bytes)}, and this job {exact_bytes(self.chunk_bytes)}; "
+                "let its jobs end, or give that size"
             )
         return connection
 
@@ -327,7 +328,7 @@ class Handle:
         if self._explicit_ram and arena_bytes != limits.ram_bytes // limits.chunk_bytes * limits.chunk_bytes:
             connection.troubles.append(
                 f"the running cache service (process {welcome.pid}) keeps its arena of {format_bytes(arena_bytes)}; "
-                f"ram_bytes={limits.ram_bytes} holds from its next start on"
+                f"ram_bytes={exact_bytes(limits.ram_bytes)} holds from its next start on"
             )
 
     def _forget_after_fork(self) -> None:

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from braceexpand import braceexpand
 
 from fastload.errors import AccessDeniedError, ConfigError, FastloadError, ObjectMissingError, StoreError
+from fastload.redaction import redact
 from fastload.store import httpstore
 from fastload.store.types import ObjectInfo, Store
 from fastload.store.urls import check_key, folder_without_slash, how_to_name, normalise, scheme, store_root
@@ -64,20 +65,25 @@ def resolve(
         elif len(names) == 1:
             found.append(plain[names[0]])
         else:
-            with _naming(text):
+            with _naming(text, names):
                 found += _members(text, names, open_store)
     return found
 
 
 @contextlib.contextmanager
-def _naming(pattern: str) -> Iterator[None]:
-    """Errors of the store name the pattern that the user wrote, and not only what we made of it."""
+def _naming(pattern: str, names: list[str]) -> Iterator[None]:
+    """Errors of the store name the pattern that the user wrote, in place of what its `names` begin with, which is only
+    what we list.
+    """
     try:
         yield
     except StoreError as error:
-        if pattern in str(error):
+        message = str(error)
+        if message.startswith(redact(pattern)):
             raise
-        raise type(error)(f"{pattern}: {error}") from error
+        for prefix in _common_prefixes(names):
+            message = message.removeprefix(f"{redact(prefix)}: ")
+        raise type(error)(f"{pattern}: {message}") from error
 
 
 def present(names: Sequence[str], open_store: Callable[[str], Store]) -> list[ObjectInfo]:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 import signal
+import sys
+from multiprocessing.context import ForkProcess
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import ModuleType
 
 HOW_TO_SEND = (
     "workers that are spawned are sent the data set and its functions, so define these at the top level of a module "
@@ -18,8 +24,15 @@ def is_unsendable(error: BaseException) -> bool:
     return isinstance(error, AttributeError | TypeError) and "pickle" in str(error).lower()
 
 
-def how_it_ended(exit_code: int, code_of: str) -> str:
-    """The end of a sentence that begins with the process; `code_of` says whose Python it ran."""
+def how_it_ended(process: BaseProcess, code_of: str) -> str:
+    """The end of a sentence that begins with the process, which has ended; `code_of` says whose Python it ran."""
+    exit_code = process.exitcode or 0
+    if exit_code == 1 and not _is_forked(process) and not _is_in_a_file(sys.modules["__main__"]):
+        return (
+            "ended with status 1: workers that are spawned read your script again, and this one is in no file (it came "
+            'from stdin, from -c or from a prompt); put it into a file, or give multiprocessing_context="fork" or '
+            'workers="thread"'
+        )
     if exit_code == 1:
         return (
             f"ended with status 1; does {code_of} call sys.exit()? Or are processes spawned, and what your script does "
@@ -35,3 +48,16 @@ def how_it_ended(exit_code: int, code_of: str) -> str:
         "SIGSEGV": f'crashed in compiled code that {code_of} calls: try multiprocessing_context="spawn"',
     }.get(name, "somebody sent it that signal")
     return f"was ended by {name} ({cure})"
+
+
+def _is_forked(process: BaseProcess) -> bool:
+    """Whether it has the memory of its parent, and with it the script."""
+    if isinstance(process, multiprocessing.Process):  # one of the default context
+        return multiprocessing.get_start_method() == "fork"
+    return isinstance(process, ForkProcess)
+
+
+def _is_in_a_file(main: ModuleType) -> bool:
+    """Whether another process can read the script that this one runs: of one from stdin, `__file__` is "<stdin>"."""
+    file = getattr(main, "__file__", None)
+    return file is not None and Path(file).exists()

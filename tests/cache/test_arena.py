@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from fastload.cache import Arena, ArenaView, syscalls
+from fastload.config import exact_bytes
 from fastload.errors import CacheError
 from tests.cache.faults import failing
 from tests.patience import PATIENCE_S
@@ -167,7 +168,7 @@ def test_every_call_of_making_one_may_fail() -> None:
     with failing() as calls:
         arena = Arena(2 * CHUNK_BYTES, CHUNK_BYTES)
     for nth in range(len(calls.names)):
-        with failing(nth, errno.ENOMEM), pytest.raises(CacheError, match=r"ram_bytes=131072: .*lower ram_bytes"):
+        with failing(nth, errno.ENOMEM), pytest.raises(CacheError, match=r"ram_bytes='128KiB': .*lower ram_bytes"):
             Arena(2 * CHUNK_BYTES, CHUNK_BYTES)
     with failing() as calls:
         ArenaView(arena.fd, arena.byte_count).close()
@@ -179,7 +180,7 @@ def test_every_call_of_making_one_may_fail() -> None:
 
 @pytest.mark.parametrize("ram_bytes", [1 << 62, 1 << 70])
 def test_more_than_there_can_be(ram_bytes: int) -> None:
-    with pytest.raises(CacheError, match=f"ram_bytes={ram_bytes}"):
+    with pytest.raises(CacheError, match=f"ram_bytes={exact_bytes(ram_bytes)}"):
         Arena(ram_bytes, CHUNK_BYTES)
 
 
