@@ -329,7 +329,7 @@ def _checked_shuffle(shuffle: Any, dataset: Streaming) -> bool | None:
     if not isinstance(shuffle, bool | None):
         raise ConfigError(
             f"shuffle={shuffle!r} of a loader must be True, False or None; write "
-            f"{type(dataset).__name__}(..., shuffle={shuffle!r}), where the ways to shuffle are told"
+            f"{type(dataset).__name__}(..., shuffle={shuffle!r}), whose documentation lists the ways to shuffle"
         )
     if shuffle and not _is_ours(dataset):
         raise ConfigError(

@@ -190,7 +190,7 @@ class Stream:
             if loaded is not None and loaded.samples and loaded.epoch != epoch:
                 callers.warn(
                     f"set_epoch({epoch}): the state that was loaded is from the middle of epoch {loaded.epoch}, which "
-                    f"is gone on with; call set_epoch({loaded.epoch}), or none until that is over"
+                    f"continues; call set_epoch({loaded.epoch}), or nothing until that epoch is over"
                 )
                 return
             self._dataset.set_epoch(epoch)
@@ -336,7 +336,7 @@ def _pinning(loader: LoaderSettings) -> Callable[[Any], Any]:
     if torch.cuda.is_available():
         return pinned
     callers.warn(
-        "pin_memory=True: there is no CUDA device here, so batches are not pinned; leave it out to lose this warning"
+        "pin_memory=True: there is no CUDA device here, so batches are not pinned; leave it out to silence this warning"
     )
     return _as_is
 

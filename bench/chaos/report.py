@@ -30,7 +30,9 @@ def as_text(report: Mapping[str, Any]) -> str:
     if report["without"]:
         lines += [f"left out: {', '.join(report['without'])}", ""]
     if not report["defects"] and any(kind in report["faults"] for kind in LIES):
-        return "\n".join([*lines, "nothing lost, doubled, out of order, hung or left behind, for all the lies"])
+        return "\n".join(
+            [*lines, "nothing lost, doubled, out of order, hung or left behind, although the store gave wrong answers"]
+        )
     if not report["defects"]:
         return "\n".join([*lines, "nothing lost, doubled, out of order, damaged, hung or left behind"])
     lines += [f"{len(report['defects'])} DEFECTS", *report["defects"], "", "the schedule up to there:"]

@@ -67,9 +67,9 @@ class Reading:
             self._has_warned = True
             callers.warn(
                 f"the state of a loader over {type(loader.dataset).__name__} leaves out what one of its parts says of "
-                f"where it is: {reasons[0]}. It is read as torch's loader reads it, and a loader that goes on from the "
-                "state finds its place by skipping. For a place of its own it needs state_dict() and "
-                "load_state_dict(state), as torchdata has them"
+                f"where it is: {reasons[0]}. It is read as torch's loader reads it, and a loader that resumes from the "
+                "state reads and discards what came before. To resume without that, it needs state_dict() and "
+                "load_state_dict(state), as in torchdata"
             )
         return state
 

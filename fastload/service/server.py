@@ -251,7 +251,8 @@ class Server:
     def _looked(self, is_lost: bool | None, error: BaseException | None) -> None:
         if is_lost and self._was_lost:
             log.warning(
-                "%s was removed or emptied; whoever needs it makes it anew, and a service with it", self._directory.path
+                "%s was removed or emptied; the next job that needs it creates it again and starts a new service",
+                self._directory.path,
             )
             self.stop()
         self._was_lost = bool(is_lost)

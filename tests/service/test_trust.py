@@ -117,7 +117,7 @@ def test_another_users_process_behind_the_socket_is_told_nothing(shared: Path) -
     (shared / "socket").rename(directory.socket_path)
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(str(directory.socket_path))
-        with pytest.raises(ServiceError, match=rf"listens at here belongs to user {OTHER}.*was told nothing"):
+        with pytest.raises(ServiceError, match=rf"belongs to user {OTHER}.*no data or credentials were sent"):
             greet(sock, protocol.Hello(protocol.VERSION, 1, "", {"secret_access_key": "planted"}), "here")
     assert other.end() == b"a peer:"
 
