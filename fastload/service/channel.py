@@ -234,8 +234,8 @@ def _check_peer(sock: socket.socket, where: str) -> None:
     if uid != os.geteuid():
         raise ServiceError(
             f"the process that listens at {where} belongs to user {uid}, and this process runs as user "
-            f"{os.geteuid()}: no data or credentials were sent to it; name a directory of your own (Cache(directory), or "
-            "FASTLOAD_CACHE)"
+            f"{os.geteuid()}: no data or credentials were sent to it; name a directory of your own "
+            "(Cache(directory), or FASTLOAD_CACHE)"
         )
 
 
