@@ -81,9 +81,11 @@ class ResolverError(HopelessError):
 
 
 class NoCredentialsError(HopelessError):
-    """Nobody said as whom to ask, or who hands out the credentials does not."""
+    """There are no credentials to ask with, or what hands them out does not answer: an agent that starts together with
+    the job may need a while until it does.
+    """
 
-    patience_s = 5.0
+    patience_s = 30.0
     ends_as = AccessDeniedError
 
 

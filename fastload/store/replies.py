@@ -13,7 +13,8 @@ What is decided about the oddities:
 - Content-Encoding says nothing here: objects are stored compressed, too, and are taken as they are stored, while one
   that was compressed on the way has another length;
 - an ETag that is absent, or weak, speaks for nothing: size and range must fit, and where the listing had no strong one
-  either, the time of the last change.
+  either, the time of the last change;
+- a time of the last change that is absent speaks for nothing, either: some nodes of a CDN send it and others do not.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def other_version(info: ObjectInfo, size: int | None, etag: str | None, mtime_ns
         return "it was written to or replaced, or got another mode, owner or name"
     if not same_etag(info.etag, etag):
         return f"its ETag was {info.etag} and is {etag}"
-    if not is_strong(info.etag) and info.mtime_ns and mtime_ns != info.mtime_ns:
+    if not is_strong(info.etag) and info.mtime_ns and mtime_ns and mtime_ns != info.mtime_ns:
         return "it was written again"
     return ""
 

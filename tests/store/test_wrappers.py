@@ -75,7 +75,7 @@ def test_waits_twice_as_long_each_time_up_to_a_limit() -> None:
     [
         (HopelessError, StoreUnavailableError, 3),
         (ResolverError, StoreUnavailableError, 15),
-        (NoCredentialsError, AccessDeniedError, 5),
+        (NoCredentialsError, AccessDeniedError, 30),
     ],
 )
 def test_what_is_most_likely_a_typo_is_given_up_soon_unless_it_worked_before(
