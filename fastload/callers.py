@@ -37,11 +37,12 @@ Error = TypeVar("Error", bound=BaseException)
 _log = logging.getLogger(__name__)
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
+_NAME = f"{__name__.partition('.')[0]}."
 # What stands between our frames, and between them and the user's.
 _STANDARD = os.path.dirname(os.path.abspath(os.__file__))
 _BETWEEN = tuple(
     os.path.join(_STANDARD, name)
-    for name in ("contextlib.py", "threading.py", f"concurrent{os.sep}", f"multiprocessing{os.sep}")
+    for name in ("contextlib.py", "dataclasses.py", "threading.py", f"concurrent{os.sep}", f"multiprocessing{os.sep}")
 )
 
 
@@ -128,7 +129,10 @@ def _without_ours(traceback: types.TracebackType | None) -> types.TracebackType 
 
 def _is_ours(frame: types.FrameType) -> bool:
     """Whether it is of fastload, or of torch or Python's library as they stand around what is."""
-    return frame.f_code.co_filename.startswith((_PACKAGE + os.sep, *_BETWEEN, *_torch()))
+    file = frame.f_code.co_filename
+    if file == "<string>":  # what dataclasses wrote
+        return str(frame.f_globals.get("__name__")).startswith(_NAME)
+    return file.startswith((_PACKAGE + os.sep, *_BETWEEN, *_torch()))
 
 
 def _torch() -> tuple[str, ...]:

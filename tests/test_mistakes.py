@@ -66,6 +66,14 @@ def divides(sample: Any) -> Any:
     return 1 / 0
 
 
+def same(sample: Any) -> Any:
+    return sample
+
+
+def forgets(sample: Any) -> None:
+    """To return it."""
+
+
 class Local(torch.utils.data.Dataset[int]):
     """Cannot be pickled."""
 
@@ -243,6 +251,16 @@ MISTAKES: dict[str, Mistake] = {
         lambda d: d.read(d.dataset().map(lambda s: s), num_workers=1, multiprocessing_context="spawn"),
         C,
         ("<lambda>", "top level of a module", 'workers="thread"'),
+    ),
+    "a function that returns nothing": (
+        lambda d: d.read(d.dataset().map(same).map(forgets), num_workers=1),
+        C,
+        ("map(forgets): it returned None for sample '", "/shards/shard-0000.tar", "return the sample"),
+    ),
+    "a function of a source that returns nothing": (
+        lambda d: d.read(fastload.Mixture([(d.dataset(), 1), (d.dataset().map(forgets), 1)]).map(same)),
+        C,
+        ("map(same): it returned None for sample '", "/shards/shard-0000.tar", "return the sample"),
     ),
     "a function that fails": (lambda d: d.read(d.dataset().map(divides)), ZeroDivisionError, ()),
     "a loader that was closed": (

@@ -244,7 +244,7 @@ def test_functions_and_torchs_collate(cache, url: str) -> None:
     for batch, start in zip(loaded(mapped, batch_size=3, workers="thread"), range(0, 30, 3), strict=True):
         assert list(batch["text"]) == list(batch["both"][1]) == texts[start : start + 3]
         assert batch["both"][0].tolist() == numbers[start : start + 3]
-    with pytest.raises(TypeError, match="NoneType"):
+    with pytest.raises(fastload.ConfigError, match="it returned None for sample"):
         loaded(dataset.map(lambda sample: None), batch_size=3, workers="thread")
     dataset.close()
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Any, Literal, Protocol
 
@@ -134,6 +134,10 @@ class Maker(Protocol):
         """Each of them."""
         ...
 
+    def origin(self, gathered: Any, number: int) -> tuple[Function, str]:
+        """The function that one of them came from, and which it is, for an error."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class OneMaker:
@@ -186,6 +190,10 @@ class OneMaker:
             }
             made = tuple(sample.values()) if self.columns.as_tuple else {KEY: key, URL: url, **sample}
             yield apply(self.functions, made, f"sample {key!r} of {url}", random_key, reseed)
+
+    def origin(self, gathered: Gathered, number: int) -> tuple[Function, str]:
+        """The last function, and the sample's key and URL."""
+        return self.functions[-1], f"sample {gathered.names.keys[number]!r} of {gathered.names.urls[number]}"
 
     def _decoded(self, gathered: Gathered, name: str, slots: Slots) -> Any:
         values, offsets = gathered.columns[name]
@@ -264,6 +272,13 @@ class MixedMaker:
                 sample = {**sample, SOURCE: sources[number]}
             yield apply(self.functions, sample, f"a sample of source {sources[number]}", _of_step(key, 1), reseed)
 
+    def origin(self, gathered: GatheredParts, number: int) -> tuple[Function, str]:
+        """The last function, of the mixture or else of the source, and the sample's key and URL."""
+        part = int(gathered.part_of[number])
+        maker = self.makers[gathered.sources[part]]
+        named = replace(maker, functions=(*maker.functions, *self.functions))
+        return named.origin(gathered.parts[part], int(np.count_nonzero(gathered.part_of[:number] == part)))
+
 
 def _common_columns(sources: Sequence[int], parts: Sequence[dict[str, Any]]) -> list[str]:
     """The columns of all parts, in the order of the first. Raises `ConfigError` where they differ."""
@@ -314,7 +329,14 @@ class Finish:
             return apply((self.collate,), samples, "the samples of a batch", seed, reseed)
         if not samples:
             return []
-        if self.maker.has_optional and samples[0] is not None:  # a function that returns None is torch's to refuse
+        for number, sample in enumerate(samples):
+            if sample is None:
+                function, which = self.maker.origin(gathered, number)
+                raise ConfigError(
+                    f"map({_name(function)}): it returned None for {which}; return the sample, or give the loader a "
+                    "collate_fn that takes None"
+                )
+        if self.maker.has_optional:
             return collate(samples, collate_fn_map={**default_collate_fn_map, type(None): _as_list})
         return default_collate(samples)
 
@@ -332,9 +354,13 @@ def apply(functions: Sequence[Function], value: Any, what: str, key: int | None,
         try:
             value = function(value)
         except Exception as error:
-            error.add_note(f"in {getattr(function, '__qualname__', function)!s}, called with {what}")
+            error.add_note(f"in {_name(function)}, called with {what}")
             raise
     return value
+
+
+def _name(function: Function) -> str:
+    return str(getattr(function, "__qualname__", function))
 
 
 def reseed_all(key: int) -> None:

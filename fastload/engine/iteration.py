@@ -60,8 +60,11 @@ class Iteration(Iterator[Any]):
                 f"this iteration was begun by process {self._pid}, from which this one was forked; iterate anew"
             )
         made = NOTHING
-        while made is NOTHING:
-            made = self._next()
+        try:
+            while made is NOTHING:
+                made = self._next()
+        except FastloadError as error:
+            raise callers.shortened(error)  # noqa: B904  # it is the same error
         return made
 
     def _next(self) -> Any:
@@ -76,8 +79,6 @@ class Iteration(Iterator[Any]):
             if isinstance(error, StopIteration):
                 self._exhausted()
             self.close()
-            if isinstance(error, FastloadError):
-                raise callers.shortened(error)  # noqa: B904  # it is the same error
             raise
         self._delivered(entry)
         return made

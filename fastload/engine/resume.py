@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from fastload import callers
 from fastload.engine.passes import AnyPosition
-from fastload.errors import StateError
+from fastload.errors import FastloadError, StateError
 from fastload.plan import EpochCursor
 
 if TYPE_CHECKING:
@@ -123,11 +124,14 @@ class Delivery:
     def iterators(self, entries: Iterable[list[Any]]) -> Iterator[Iterator[Any]]:
         """An iterator over the samples of each entry; they are to be exhausted one after the other."""
         skipped = self._resumed.offset
-        for samples in entries:
-            self._begun, self._size = self._begun + 1, len(samples)
-            self._samples = iter(samples[skipped:])
-            skipped = 0
-            yield self._samples
+        try:
+            for samples in entries:
+                self._begun, self._size = self._begun + 1, len(samples)
+                self._samples = iter(samples[skipped:])
+                skipped = 0
+                yield self._samples
+        except FastloadError as error:
+            raise callers.shortened(error)  # noqa: B904  # it is the same error
         self._is_over = True
         if not self._begun and self._tell is not None:
             self._tell(why_nothing_came(self._cursor))

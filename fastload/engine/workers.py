@@ -37,10 +37,11 @@ from typing import Any
 import torch
 from torch.utils.data._utils import worker as torch_worker
 
+from fastload import callers
 from fastload.engine.assemble import SharedMemory
 from fastload.engine.deferred import call_later
 from fastload.engine.finish import Finish, Reseed, reseed_all
-from fastload.errors import ConfigError, WaitTimeoutError, WorkerError
+from fastload.errors import ConfigError, FastloadError, WaitTimeoutError, WorkerError
 from fastload.transport import Link, LinkClosedError, SharedPool
 from fastload.transport.ends import HOW_TO_SEND, how_it_ended, is_unsendable
 from fastload.transport.heap import keep_freed_memory, spare_what_is_here
@@ -270,7 +271,7 @@ def _rebuilt(pickled: bytes | None, name: str, message: str, text: str) -> BaseE
             error = pickle.loads(pickled)
     if not isinstance(error, BaseException):
         error = WorkerError(f"a worker process of the loader raised {name}, which cannot be pickled: {message}")
-    error.__cause__ = _TracebackThereError(text)
+    error.__cause__ = _TracebackThereError(text) if text else None
     return error
 
 
@@ -361,7 +362,11 @@ def _answer(link: Link, finish: Finish, reseed: Reseed, failure: tuple[Any, ...]
 
 def _told(error: BaseException) -> tuple[bytes | None, str, str, str]:
     """An error, as `_rebuilt` takes it."""
-    text = "".join(traceback.format_exception(error))
+    if isinstance(error, FastloadError):
+        callers.shortened(error)
+    # Without a frame of the user's it would say again what the error says.
+    is_told = error.__traceback__ is not None or error.__cause__ is not None
+    text = "".join(traceback.format_exception(error)) if is_told else ""
     pickled = None
     with contextlib.suppress(Exception):  # then its name and message are all that can be said
         pickled = pickle.dumps(error)
