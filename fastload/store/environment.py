@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import functools
 import importlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -18,6 +20,8 @@ from typing import Any
 
 from fastload.errors import ConfigError
 from fastload.store import settings
+
+_log = logging.getLogger("fastload.store")
 
 Found = dict[str, tuple[Any, str]]  # (value, where it was found) by field or setting
 
@@ -130,16 +134,18 @@ def besides(environ: Mapping[str, str], for_fsspec: Mapping[str, Any]) -> Found:
 
 
 def _root_certificate(environ: Mapping[str, str]) -> tuple[str, str] | None:
-    """The certificates (PEM) of the authorities that variables name; ConfigError where they cannot be read."""
+    """The certificates (PEM) of the authorities that variables name. What cannot be read adds none, and a warning says
+    so: most data sets have no use for them, and TLS fails where they are missing.
+    """
     bundle = next((name for name in _BUNDLES if environ.get(name)), None)
     files = [bundle] if bundle else []
     if environ.get("SSL_CERT_FILE") and not any(environ["SSL_CERT_FILE"] == environ[name] for name in files):
         files.append("SSL_CERT_FILE")
-    texts = {name: _text_of(name, Path(environ[name]).expanduser()) for name in files}
+    texts = {name: _text_of_file(name, Path(environ[name]).expanduser()) for name in files}
     if environ.get("SSL_CERT_DIR"):
         texts["SSL_CERT_DIR"] = _text_of_folders(environ["SSL_CERT_DIR"])
-    text = "\n".join(text for text in texts.values() if text)
-    return (text, ", ".join(texts)) if text else None
+    texts = {name: text for name, text in texts.items() if text}
+    return ("\n".join(texts.values()), ", ".join(texts)) if texts else None
 
 
 def _proxies(environ: Mapping[str, str]) -> dict[str, str]:
@@ -208,21 +214,43 @@ def _section(path: Path, section: str) -> dict[str, str]:
     return dict(parser.items(section)) if parser.has_section(section) else {}
 
 
-def _text_of(variable: str, path: Path) -> str:
+def _text_of_file(variable: str, path: Path) -> str:
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {variable}={path}: {type(error).__name__}; mend or unset it") from None
+        _warn_of_certificates(variable, str(path), type(error).__name__)
+        return ""
 
 
 def _text_of_folders(folders: str) -> str:
-    """The certificates in folders, each once: they are there under several names."""
+    """The certificates in folders, each once: they are there under several names. As for OpenSSL, some of the folders
+    may be missing.
+    """
     found: dict[str, None] = {}
-    for folder in filter(None, folders.split(":")):
+    missing = 0
+    named = [folder for folder in folders.split(":") if folder]
+    for folder in named:
         try:
             paths = sorted(path for path in Path(folder).iterdir() if path.is_file())
             texts = [path.read_text(errors="replace") for path in {path.resolve() for path in paths}]
+        except FileNotFoundError:
+            missing += 1
+            continue
         except OSError as error:
-            raise ConfigError(f"cannot read SSL_CERT_DIR={folder}: {type(error).__name__}; mend or unset it") from None
+            _warn_of_certificates("SSL_CERT_DIR", folder, type(error).__name__)
+            continue
         found |= dict.fromkeys(sorted(each for text in texts for each in _PEM.findall(text)))
+    if named and missing == len(named):
+        _warn_of_certificates("SSL_CERT_DIR", folders, FileNotFoundError.__name__)
     return "\n".join(found)
+
+
+@functools.cache  # once in a process: many data sets may be made
+def _warn_of_certificates(variable: str, path: str, reason: str) -> None:
+    _log.warning(
+        "cannot read %s=%s: %s. Stores whose certificates are issued by an authority in it cannot be read over TLS; "
+        "correct or unset the variable",
+        variable,
+        path,
+        reason,
+    )

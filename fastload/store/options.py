@@ -135,7 +135,7 @@ class StoreOptions:
         """What `storage_options` says, filled up from variables, the profile, and the files of Google's tools.
 
         Raises `ConfigError` that names a key of `storage_options` which is not known, a profile that is not there or
-        that only the AWS tools can use, or a file of certificates that cannot be read.
+        that only the AWS tools can use. Certificates that cannot be read cost a warning in the log.
         """
         environ = os.environ if environ is None else environ
         given, profile_name, for_fsspec = _sort(checked(storage_options))

@@ -144,9 +144,24 @@ def test_proxies_and_authorities(tmp_path: Path) -> None:
         ({"SSL_CERT_DIR": str(tmp_path / "certificates")}, "ot"),
     ):
         assert options(None, **variables).extra == (("root_certificate", "\n".join(map(pem.format, names))),)
-    for name in ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"):
-        with pytest.raises(ConfigError, match=f"cannot read {name}=/nonexistent"):
-            options(None, **{name: "/nonexistent"})
+
+
+@pytest.mark.parametrize("name", ["AWS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"])
+def test_missing_certificates_are_a_warning(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A data set of local files has no use for them."""
+    missing = str(tmp_path / "missing")
+    for _ in range(2):
+        assert options(None, **{name: missing}) == options()
+    (warning,) = caplog.messages
+    assert f"cannot read {name}={missing}: FileNotFoundError" in warning
+
+
+def test_some_folders_of_certificates_may_be_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pem = "-----BEGIN CERTIFICATE-----\no\n-----END CERTIFICATE-----"
+    (tmp_path / "one").write_text(pem)
+    found = options(None, SSL_CERT_DIR=f"/nonexistent:{tmp_path}:{tmp_path / 'missing'}", SSL_CERT_FILE="")
+    assert found.extra == (("root_certificate", pem),)
+    assert not caplog.messages
 
 
 def test_each_provider_is_told_what_is_its_own() -> None:
