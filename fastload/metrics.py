@@ -90,6 +90,11 @@ class EpochMeter:
         self._last_batch_s = 0.0
         self._final: dict[str, Any] | None = None
 
+    @property
+    def samples(self) -> int:
+        """How many were delivered."""
+        return self._samples
+
     def delivered(self, samples: int, repeats: int, skipped: int = 0) -> None:
         """A batch has reached the user."""
         self._last_batch_s = self._now() - self._began_s

@@ -77,7 +77,11 @@ class _Progress:
         current = self.current
         self.ended_at = self.position(self.epoch)
         self.last = self.current = None
-        if not self.batches and current is not None and not current.cursor.start.samples:
+        if current is None:
+            return
+        if current.skips is not None:
+            current.skips.ended(self.epoch, self.meter.samples)
+        if not self.batches and not current.cursor.start.samples:
             self.if_nothing(current)
 
     def position(self, next_epoch: int) -> AnyPosition:

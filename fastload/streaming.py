@@ -209,7 +209,7 @@ class Streaming(torch.utils.data.IterableDataset[Sample]):
         run = InlineRun(current.feed, lambda entry: made(current, entry, finish, current.memory), current.waits)
         entries = Iteration(run, current.interrupted, current.end)
         tell = self.warn_once if info is None and not resumed.is_within_epoch else None
-        self._delivery = Delivery(current.cursor, resumed, worker[1], tell)
+        self._delivery = Delivery(current.cursor, resumed, worker[1], tell, current.skips)
         return itertools.chain.from_iterable(self._delivery.iterators(entries))
 
     @public

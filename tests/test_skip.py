@@ -12,6 +12,8 @@ COUNT = 40
 BAD = {3, 4, 17, 31}  # these have no number in `cls`, or no `cls`
 DECODE = {"bin": fastload.decode.raw(), "cls": fastload.decode.integer()}
 
+NO_JSON = {"bin": fastload.decode.json(), "cls": fastload.decode.integer()}
+
 
 @pytest.fixture
 def url(tmp_path: Path) -> str:
@@ -26,7 +28,7 @@ def url(tmp_path: Path) -> str:
 
 def data_set(url: str, tmp_path: Path, **options: Any) -> fastload.StreamingDataset:
     cache = fastload.Cache(tmp_path / "cache", ram_bytes="4MiB", disk_bytes="16MiB", chunk_bytes="64KiB")
-    return fastload.StreamingDataset(url, cache=cache, decode=DECODE, on_error="skip", **options)
+    return fastload.StreamingDataset(url, cache=cache, on_error="skip", **{"decode": DECODE, **options})
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -49,6 +51,26 @@ def test_a_batch_of_which_nothing_is_left_is_empty(url: str, tmp_path: Path) -> 
     assert batches[3]["cls"].dtype == batches[0]["cls"].dtype
     assert (batches[3]["__key__"], len(batches[3]["bin"])) == ([], 0)
     loader.close()
+
+
+@pytest.mark.filterwarnings("ignore:skipped a sample")
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_epoch_of_which_nothing_is_left_is_told_at_its_end(url: str, tmp_path: Path, num_workers: int) -> None:
+    dataset = data_set(url, tmp_path, decode=NO_JSON)
+    loader = fastload.DataLoader(dataset, batch_size=8, num_workers=num_workers)
+    message = (
+        rf'all {COUNT} samples that were read of epoch {{}} were skipped.*"skip"; the first error: .*/0\.tar: sample '
+        "'s/000', column 'bin': .*; mend decode= or columns=, or leave on_error out"
+    )
+    for epoch in range(2):
+        with pytest.warns(RuntimeWarning, match=message.format(epoch)) as told:
+            assert sum(len(batch["__key__"]) for batch in loader) == 0
+        assert [each.filename for each in told if each.category is RuntimeWarning] == [__file__]
+    loader.close()
+    with pytest.warns(RuntimeWarning, match=message.format(2)):
+        assert list(dataset) == []
+    mixture = fastload.Mixture([(data_set(url, tmp_path, decode=NO_JSON), 1), (data_set(url, tmp_path), 1)])
+    assert len(list(mixture)) > 0  # of the other source: a RuntimeWarning would be an error here
 
 
 @pytest.mark.filterwarnings("ignore:skipped a sample")

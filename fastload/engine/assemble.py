@@ -82,19 +82,23 @@ class SharedMemory:
 
 
 class Skips:
-    """Counts the samples that were left out, by entry, and says of the first why. Safe to use from several threads."""
+    """Counts the samples that were left out of a pass, by entry, and says of the first why; and at the end once more,
+    where nothing else was there. Safe to use from several threads.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: dict[int, int] = {}
-        self._is_told = False
+        self._total, self._first = 0, ""  # `_first`: what was wrong with the first of them
         self._line = callers.line()  # that began the pass: threads of ours have none of the user's
 
     def add(self, entry: BatchEntry, error: Exception) -> None:
         """A sample of this entry cannot be read."""
         with self._lock:
             self._counts[entry.number] = self._counts.get(entry.number, 0) + 1
-            is_first, self._is_told = not self._is_told, True
+            self._total += 1
+            is_first = self._total == 1
+            self._first = str(error) if is_first else self._first
         if is_first:
             message = f'skipped a sample, and will skip others without a word, since on_error="skip": {error}'
             callers.warn(message, at=self._line)
@@ -103,6 +107,15 @@ class Skips:
         """How many samples this entry, which has been delivered, was made without."""
         with self._lock:
             return self._counts.pop(entry.number, 0)
+
+    def ended(self, epoch: int, delivered: int) -> None:
+        """The pass has come to its end, after so many samples that could be read."""
+        if self._total and not delivered:
+            message = (
+                f'all {self._total} samples that were read of epoch {epoch} were skipped, since on_error="skip"; the '
+                f"first error: {self._first}; mend decode= or columns=, or leave on_error out, so that it is raised"
+            )
+            callers.warn(message, RuntimeWarning, self._line)
 
 
 class Assembler:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from fastload import callers
+from fastload.engine.assemble import Skips
 from fastload.engine.passes import AnyPosition
 from fastload.errors import FastloadError, StateError
 from fastload.plan import EpochCursor
@@ -112,9 +113,10 @@ class Delivery:
         resumed: IterationState,
         workers: int,
         tell: Callable[[str], None] | None = None,
+        skips: Skips | None = None,
     ) -> None:
-        """`tell` is called with a word about it where there was nothing to hand out."""
-        self._cursor, self._resumed, self._tell = cursor, resumed, tell
+        """`tell` is called with a word about it where there was nothing to hand out; `skips` hears of the end."""
+        self._cursor, self._resumed, self._tell, self._skips = cursor, resumed, tell, skips
         self._round = cursor.batch_size * cursor.ranks.world_size * workers
         self._begun = 0  # entries that were begun
         self._size = 0  # of the last of these
@@ -123,16 +125,18 @@ class Delivery:
 
     def iterators(self, entries: Iterable[list[Any]]) -> Iterator[Iterator[Any]]:
         """An iterator over the samples of each entry; they are to be exhausted one after the other."""
-        skipped = self._resumed.offset
+        skipped, delivered = self._resumed.offset, 0
         try:
             for samples in entries:
                 self._begun, self._size = self._begun + 1, len(samples)
                 self._samples = iter(samples[skipped:])
-                skipped = 0
+                skipped, delivered = 0, delivered + self._size
                 yield self._samples
         except FastloadError as error:
             raise callers.shortened(error)  # noqa: B904  # it is the same error
         self._is_over = True
+        if self._skips is not None:
+            self._skips.ended(self._cursor.epoch, delivered)
         if not self._begun and self._tell is not None:
             self._tell(why_nothing_came(self._cursor))
 
