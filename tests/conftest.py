@@ -34,8 +34,8 @@ os.environ["FASTLOAD_IDLE_S"] = "0"
 
 # All tests try the same cases everywhere, so that what passes for one passes for all; `--hypothesis-profile=default`
 # (as `tests.plan.many` has it) and `make thorough` look for others.
-settings.register_profile("repeatable", derandomize=True, database=None)
-settings.register_profile("thorough", max_examples=2000, database=None, print_blob=True)
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.register_profile("thorough", max_examples=2000, database=None, print_blob=True, deadline=None)
 settings.load_profile("repeatable")
 
 # Where nothing may be written beside the sources, each of a thousand processes would compile them again.

@@ -287,6 +287,22 @@ def test_the_command_line_says_its_version_and_has_a_module() -> None:
     assert "Usage: fastload " in done.stderr
 
 
+def test_the_command_line_names_a_size_as_it_was_written(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "fastload",
+        "warm",
+        "/data/a.tar",
+        "--cache",
+        tmp_path / "cache",
+        "--ram-bytes=8 gigs",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "--ram-bytes='8 gigs' is not a size" in done.stderr
+
+
 # A look at a batch
 
 

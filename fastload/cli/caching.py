@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
+from fastload.config import parse_bytes
+
 if TYPE_CHECKING:
     from fastload.node import Cache
 
@@ -36,7 +38,12 @@ class CacheOptions:
         """The cache; to be closed."""
         from fastload.node import Cache
 
-        return Cache(self.directory, ram_bytes=self.ram_bytes, disk_bytes=self.disk_bytes, chunk_bytes=self.chunk_bytes)
+        given = {"ram_bytes": self.ram_bytes, "disk_bytes": self.disk_bytes, "chunk_bytes": self.chunk_bytes}
+        # Read here, so that an error names the option as it was written.
+        sizes = {
+            name: parse_bytes(size, f"--{name.replace('_', '-')}") for name, size in given.items() if size is not None
+        }
+        return Cache(self.directory, **sizes)
 
 
 class Bar:

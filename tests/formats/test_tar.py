@@ -330,7 +330,7 @@ def test_truncation(cut: int) -> None:
     [
         ("s3://b/a.tar.gz", "gunzip a.tar.gz"),
         ("s3://b/a.TGZ", "gunzip -S .tgz a.TGZ"),
-        ("https://h/a.tar.zst?sig=1", "unzstd a.tar.zst"),
+        ("https://h/a.tar.zst?version=1", "unzstd a.tar.zst"),
         ("/data/#1.tar.bz2", "bunzip2 #1.tar.bz2"),
     ],
 )

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 
 import fastload
+from fastload.service.handle import Handle
 from tests.jobs.pool import Rank, RankPool
 from tests.jobs.reading import SMALL
 from tests.shards import corpus
@@ -50,7 +51,7 @@ def read(rank: Rank, job: Job) -> list[Any]:
         stack.callback(loader.close)
         if rank.rank == job.without_cache:
             error = fastload.CacheError("no room for the cache")
-            stack.enter_context(mock.patch.object(fastload.Cache, "consumer", side_effect=error))
+            stack.enter_context(mock.patch.object(Handle, "consumer", side_effect=error))
         if (state := job.states[rank.rank]) is not None:
             loader.load_state_dict(state)
         try:

@@ -20,6 +20,9 @@ ONE, TWO, EMPTY, FEW, OTHER = 2, 4, 0, 5, 6
 
 TAILS: tuple[Tail, ...] = ("pad", "drop", "uneven")
 
+# That a rank gets nothing is a warning, which is tested elsewhere.
+pytestmark = pytest.mark.filterwarnings("ignore:(the epoch had no|this rank got no) samples:UserWarning")
+
 
 @pytest.fixture
 def urls(monkeypatch: pytest.MonkeyPatch, shelf: Shelf) -> tuple[str, ...]:
