@@ -38,12 +38,17 @@ class CacheOptions:
         """The cache; to be closed."""
         from fastload.node import Cache
 
-        given = {"ram_bytes": self.ram_bytes, "disk_bytes": self.disk_bytes, "chunk_bytes": self.chunk_bytes}
-        # Read here, so that an error names the option as it was written.
-        sizes = {
-            name: parse_bytes(size, f"--{name.replace('_', '-')}") for name, size in given.items() if size is not None
-        }
-        return Cache(self.directory, **sizes)
+        return Cache(
+            self.directory,
+            ram_bytes=_size("--ram-bytes", self.ram_bytes),
+            disk_bytes=_size("--disk-bytes", self.disk_bytes),
+            chunk_bytes=_size("--chunk-bytes", self.chunk_bytes),
+        )
+
+
+def _size(option: str, text: str | None) -> int | None:
+    """Read here, so that an error names the option as it was written."""
+    return None if text is None else parse_bytes(text, option)
 
 
 class Bar:
