@@ -32,7 +32,16 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
         re.compile(r"\b((?!(?:github|git|gist)://)[a-z][a-z0-9+.-]{0,20}://[^\s/?#@:]*:)[^\s/@]*@", re.IGNORECASE),
         rf"\1{HIDDEN}@",
     ),
-    (re.compile(r"(?<![\w/.])[^\s/:@'\"]{1,200}:[^\s/@'\"]{1,200}@(?=[\w\[])"), f"{HIDDEN}@"),
+    # An address without its scheme, where a name says that it is one. Elsewhere `a:b@c` may be the key of a sample that
+    # an error is about.
+    (
+        re.compile(
+            r"((?:url|proxy|endpoint|netloc)['\"]?\s?[=:]\s?['\"]?)"
+            r"[^\s/:@'\"]{1,200}:[^\s/@'\"]{1,200}@(?=[\w\[])",
+            re.IGNORECASE,
+        ),
+        rf"\1{HIDDEN}@",
+    ),
     (
         re.compile(rf"((?:[?&;]|%26|\b(?=sig=))(?:{_PARAMETERS})=)[^\s&;'\"<>]*[^\s&;'\"<>:,.]", re.IGNORECASE),
         rf"\1{HIDDEN}",

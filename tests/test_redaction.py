@@ -19,6 +19,8 @@ from fastload.redaction import redact, showable
         ("sftp://user:SECRET@host/a", "sftp://user:***@host/a"),
         ("s3://key:SECRET@bucket/a and s3://key:SECRET@b/c", "s3://key:***@bucket/a and s3://key:***@b/c"),
         ("endpoint_url='user:SECRET@host:9000' is", "endpoint_url='***@host:9000' is"),
+        ("HTTPS_PROXY=user:SECRET@host:3128 is", "HTTPS_PROXY=***@host:3128 is"),
+        ("{'proxy_url': 'user:SECRET@[::1]:3128'}", "{'proxy_url': '***@[::1]:3128'}"),
         ("https://h/a?x=1&X-Amz-Credential=SECRET%2F2&X-Amz-Signature=SECRET&y=2", None),
         ("https://h/a?X-Amz-Security-Token=SECRET", "https://h/a?X-Amz-Security-Token=***"),
         ("https://h/a?AWSAccessKeyId=SECRET&Signature=SECRET%3D&Expires=1", None),
@@ -50,6 +52,7 @@ def test_secrets(text: str, shown: str | None) -> None:
         "abfss://container@account.dfs.core.windows.net/a.tar",
         "github://organisation:repository@main/a.tar",
         "/data/user@host/a:b.tar, key='a:b', columns=['jpg', 'txt'] at 12:30:01 me@host.example",
+        "sample 'a:b@c' lacks .jpg; its key is a:b@c, and one of train.tar is key='x:1@y'",
         "write them into its address, as http://host; AWS_SECRET_ACCESS_KEY='' or token_file=/var/run/token",
     ],
 )
