@@ -23,6 +23,7 @@ __all__ = [
     "Compilation",
     "compile_in_background",
     "compile_into",
+    "is_compiled",
     "module_names",
     "object_names",
     "warm_up",
@@ -80,6 +81,19 @@ def object_names(modules: Iterable[str], level: str) -> list[str]:
     from fastload.kernels import jit
 
     return [unit.object_name(level) for unit in jit.units(*map(_imported, modules))]
+
+
+def is_compiled(module: str) -> bool:
+    """Whether the kernels of this module can be called without compiling: they are loaded, or an object file that fits
+    is found.
+    """
+    from fastload.kernels import jit, loading, objects
+
+    return all(
+        all(kernel.is_ready for kernel in unit.kernels)
+        or objects.find(unit.object_name(loading.level_here())) is not None
+        for unit in jit.units(_imported(module))
+    )
 
 
 def _imported(name: str) -> str:

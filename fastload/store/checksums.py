@@ -11,6 +11,8 @@ authenticated, and there nothing of this is used. A checksum counts where it is 
 S3's checksums of the kind COMPOSITE are of the checksums of parts, and one that comes with a range may be of a part or
 of all (servers differ); neither is used. The checksums of ranges could be joined to that of an object, but not before
 its last byte was there, when the first ones have long been handed out.
+
+CRC32C and CRC64NVME are used where their kernel is there in compiled form: no fetch waits for a compiler.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ class Checksum:
 
 
 def told(headers: Iterable[tuple[str, str]], etag: str | None, *, is_whole: bool) -> Checksum | None:
-    """The cheapest checksum of exactly the bytes of a reply, by its headers; None where there is none. `is_whole`: they
-    are all of the object's.
+    """The cheapest checksum of exactly the bytes of a reply, by its headers; None where there is none that can be
+    computed at once. `is_whole`: they are all of the object's.
     """
     named: dict[str, str] = {}
     for name, value in headers:
@@ -66,9 +68,17 @@ def told(headers: Iterable[tuple[str, str]], etag: str | None, *, is_whole: bool
         found |= _of_objects(named, etag)
     for algorithm, length in _BYTES.items():
         checksum = Checksum(algorithm, _decoded(found.get(algorithm, "")))
-        if len(checksum.value) == length:
+        if len(checksum.value) == length and (algorithm not in _POLYNOMIALS or _has_kernel()):
             return checksum
     return None
+
+
+@functools.cache
+def _has_kernel() -> bool:
+    """Whether `_crc` computes at once."""
+    from fastload.kernels import is_compiled
+
+    return is_compiled("crc")
 
 
 def _decoded(text: str) -> bytes:
@@ -97,7 +107,7 @@ def _of_objects(named: dict[str, str], etag: str | None) -> dict[str, str]:
 
 
 def _crc(algorithm: str, data: memoryview) -> int:
-    from fastload.kernels.crc import advance  # few stores use it, and it is compiled code to be loaded
+    from fastload.kernels.crc import advance
 
     tables = _tables(algorithm)
     ones = (1 << 8 * _BYTES[algorithm]) - 1

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import random
 import re
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from obstore import put
 from obstore.store import S3Store
 
 from fastload.errors import StoreUnavailableError
-from fastload.store import Counters, ObjectInfo, RequestOptions, RetryOptions, Store, StoreOptions, open_store
+from fastload.kernels import warm_up
+from fastload.store import (
+    Counters,
+    ObjectInfo,
+    RequestOptions,
+    RetryOptions,
+    Store,
+    StoreOptions,
+    checksums,
+    open_store,
+)
 from fastload.store.checksums import Checksum, told
 from fastload.store.objectstore import ObjectStore
 from tests.conftest import Bucket
@@ -35,6 +49,13 @@ def crc32(data: bytes) -> str:
 
 def sha256(data: bytes) -> str:
     return encoded(hashlib.sha256(data).digest())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernel() -> None:
+    """As pip builds it."""
+    warm_up("crc")
+    checksums._has_kernel.cache_clear()
 
 
 # Values of the definitions, not of the code.
@@ -125,6 +146,37 @@ def test_which_checksum_is_of_what_came(
 def test_google_may_send_one_header_for_each() -> None:
     headers = [("x-goog-hash", f"md5={encoded(bytes(16))}"), ("x-goog-hash", f"crc32c={encoded(b'abcd')}")]
     assert told(headers, None, is_whole=True) == Checksum("crc32c", b"abcd")
+
+
+def test_no_check_waits_for_a_compiler(tmp_path: Path) -> None:
+    """As in a cache service whose processor no object file is for: another checksum is used, or none; nothing is
+    compiled, and no home directory made.
+    """
+    code = """
+import sys
+from pathlib import Path
+from fastload.kernels import objects
+from fastload.store.checksums import told
+objects.INSTALLED = Path(sys.argv[1])
+crc32c, md5 = [("x-goog-hash", "crc32c=YWJjZA==")], [("x-goog-hash", "md5=AAAAAAAAAAAAAAAAAAAAAA==")]
+for _ in range(2):
+    assert told(crc32c, None, is_whole=True) is None
+    assert told(crc32c + md5, None, is_whole=True).algorithm == "md5"
+assert "numba" not in sys.modules
+"""
+    environ = {
+        name: value for name, value in os.environ.items() if not name.startswith(("FASTLOAD_", "XDG_", "NUMBA_"))
+    }
+    home = tmp_path / "home"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "installed")],
+        env={**environ, "HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not home.exists()
 
 
 # Over sockets: a bit is flipped on the way.
