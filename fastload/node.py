@@ -92,7 +92,9 @@ class Cache:
     def stats(self) -> dict[str, Any]:
         """What its service has done since it began, for all its users: bytes fetched, from disk, and the like.
 
-        docs/protocol.md lists the figures. CacheError or ServiceError where the service cannot be reached.
+        docs/protocol.md lists the figures. Where a stand-in serves instead of the directory's own service, they are
+        the stand-in's, and `"beside"` says why; else that is "". CacheError or ServiceError where the service cannot be
+        reached.
         """
         with self._handle.consumer(name="stats") as consumer:
             node: dict[str, Any] = consumer.stats()["node"]

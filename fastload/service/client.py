@@ -321,10 +321,12 @@ class Consumer(Session):
     # Figures
 
     def stats(self, deadline_s: float = DEADLINE_S) -> dict[str, Any]:
-        """The service's counters: `"consumer"` (ours), `"node"` and `"store"`; see docs/protocol.md."""
+        """The service's counters: `"consumer"` (ours), `"node"` and `"store"`; see docs/protocol.md. To `"node"` this
+        adds `"beside"`, which says why that is not the directory's own service, and is "" where it is.
+        """
         (part,) = self._ask_service(protocol.Stats, "service", deadline_s)
         assert isinstance(part, protocol.StatsReply)
-        return part.values
+        return {**part.values, "node": {**part.values.get("node", {}), "beside": self.beside}}
 
     def clear(self, *, history: bool, deadline_s: float = DEADLINE_S) -> int:
         """Empty the cache: see `Cache.clear`."""

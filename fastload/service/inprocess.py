@@ -64,7 +64,8 @@ class InProcessService:
     def _main(self) -> None:
         take_long_turns()  # and threads that are started from here
         try:
-            with limited("fastload.service", "fastload.store"):
+            # Only the service's own logger: the others are the application's too, whose handlers are to miss nothing.
+            with limited("fastload.service"):
                 asyncio.run(self._serve())
         except Exception as error:  # to be raised in the thread that waits for us
             self._error = error

@@ -69,17 +69,14 @@ class LineLimit(logging.Filter):
 
 
 @contextlib.contextmanager
-def limited(*names: str) -> Iterator[None]:
-    """Within the block, the loggers of these names are limited, wherever their records go."""
-    limit = LineLimit()
-    loggers = [logging.getLogger(name) for name in names]
-    for logger in loggers:
-        logger.addFilter(limit)
+def limited(name: str) -> Iterator[None]:
+    """Within the block, the logger of this name is limited, wherever its records go."""
+    limit, logger = LineLimit(), logging.getLogger(name)
+    logger.addFilter(limit)
     try:
         yield
     finally:
-        for logger in loggers:
-            logger.removeFilter(limit)
+        logger.removeFilter(limit)
 
 
 class ServiceLog(logging.Handler):

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -43,7 +43,8 @@ from fastload.waiting import Reason, Waits, wait
 
 Int64 = npt.NDArray[np.int64]
 
-# A service that is started again and again without ever granting a chunk, or lasting for a while, is not going to.
+# A service that is started again and again without ever granting a chunk, or lasting for a while, is not going to. One
+# that lives and ends the conversation each time will do so again, whatever it grants before; only lasting counts then.
 _RESTARTS_MAX = 5
 _LASTED_S = 60.0
 
@@ -131,6 +132,7 @@ class Session:
         self._service_pid = 0
         self._beside = ""
         self._cut_off = False
+        self._was_refused = False  # the connection before this one ended, and its service did not
         self._restarts = 0
         self._connected_s = 0.0
         self._interruptions = 0
@@ -271,13 +273,10 @@ class Session:
                 self._troubles.append(message.message)
             case protocol.RequestFailed():
                 self._take_request_failed(message)
-            case (
-                protocol.Resolved()
-                | protocol.Indexes()
-                | protocol.Counts()
-                | protocol.Cleared()
-                | protocol.StatsReply()
-            ):
+            case protocol.Indexes():
+                _check_lengths(message, message.objects, message.data)
+                self._take_part(message)
+            case protocol.Resolved() | protocol.Counts() | protocol.Cleared() | protocol.StatsReply():
                 self._take_part(message)
             case protocol.Pong():
                 pass
@@ -288,14 +287,19 @@ class Session:
 
     def _take_grants(self, message: protocol.Grants) -> None:
         assert self._arena is not None
+        _check_lengths(message, message.chunks, message.serials, message.buffers, message.sources)
         if message.buffers and not 0 <= min(message.buffers) <= max(message.buffers) < self._buffer_count:
             raise protocol.ConversationError(f"buffers {message.buffers} are granted of {self._buffer_count}")
-        self._restarts = 0
+        if message.sources and not 0 <= min(message.sources) <= max(message.sources) < len(protocol.SOURCES):
+            raise protocol.ConversationError(f"sources {message.sources} are granted of {len(protocol.SOURCES)}")
+        if not self._was_refused:
+            self._restarts = 0
         fields = zip(message.chunks, message.serials, message.buffers, message.sources, strict=True)
         for chunk, serial, buffer, source in fields:
             self._table.grant(chunk, serial, self._arena, buffer, source)
 
     def _take_failed(self, message: protocol.Failed) -> None:
+        _check_lengths(message, message.chunks, message.serials)
         if message.name == "AccessDeniedError" and self._renew_credentials():
             self._tell_wants(self._table.ask_again())
             return
@@ -391,7 +395,8 @@ class Session:
         """
         assert self._arena is not None
         lives = self._cut_off and (self._service_pid == 0 or is_running(self._service_pid))
-        self._table.leave(self._arena, lost=lives or service_id == self._service_id)
+        self._was_refused = lives or service_id == self._service_id
+        self._table.leave(self._arena, lost=self._was_refused)
 
     def _on_lost(self, silent: socket.socket | None, cut_off: bool) -> None:
         """The connection broke, which is nobody's fault until it keeps happening."""
@@ -412,6 +417,7 @@ class Session:
         reads what it leased to us, and that we want nothing more.
         """
         arena, self._arena = self._arena, None
+        self._was_refused = False
         assert arena is not None
         assert self._channel is not None
         left = self._table.leave(arena, lost=False, link=silent)
@@ -465,6 +471,11 @@ class Session:
         self._table.hang_up()
         self._begin()
         self._ended = ended
+
+
+def _check_lengths(message: protocol.Message, *columns: Sized) -> None:
+    if len({len(column) for column in columns}) > 1:
+        raise protocol.ConversationError(f"the lists of a {type(message).__name__} message differ in length")
 
 
 def chunk_starts(sizes: Sequence[int] | Int64, chunk_bytes: int) -> Int64:

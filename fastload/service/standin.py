@@ -3,7 +3,9 @@ whose directory cannot be used.
 
 It has no directory and no disk tier. Its address and its lock are names in the kernel (abstract Unix sockets), which
 end with their holders and leave nothing behind, so a machine on which nothing can be written will do. All processes
-that have the same directory and the same size of chunks meet at one name. Anybody may take a name, or connect to it:
+that have the same directory and the same size of chunks meet at one name. Such names belong to a network namespace,
+which containers may share while the same path leads each to a directory of its own, so the mount namespace is part of
+the name. Anybody may take a name, or connect to it:
 both sides look at the peer's user before they say anything, as they always do.
 """
 
@@ -35,7 +37,7 @@ class StandIn:
         name that nobody else has, for the service in this process.
         """
         self.path, self.limits, self.is_alone = path, limits, alone
-        words = [os.fsencode(path), str(limits.chunk_bytes).encode(), os.urandom(16) if alone else b""]
+        words = [os.fsencode(path), str(limits.chunk_bytes).encode(), _mounts(), os.urandom(16) if alone else b""]
         name = blake2b(b"\0".join(words), digest_size=16).hexdigest()
         self._address = f"\0fastload-{protocol.VERSION}-{os.geteuid()}-{name}"
         self._lock: socket.socket | None = None
@@ -88,6 +90,16 @@ class StandIn:
 
     def remove_socket(self) -> None:
         """It ends with the service."""
+
+
+def _mounts() -> bytes:
+    """What paths mean here: the mount namespace, and the root directory, which chroot changes within one."""
+    root = os.stat("/")
+    try:
+        namespace = os.stat("/proc/self/ns/mnt").st_ino
+    except OSError:  # no /proc
+        namespace = 0
+    return f"{namespace}-{root.st_dev}-{root.st_ino}".encode()
 
 
 Place = CacheDirectory | StandIn

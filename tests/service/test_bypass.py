@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import threading
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from fastload.service.channel import Channel, Connection
 from fastload.service.core import Core
 from fastload.service.standin import StandIn
 from tests.conftest import Bucket
+from tests.patience import PATIENCE_S
 from tests.processes import kill_service, service_pids, until
 from tests.service.helpers import (
     CHUNK_BYTES,
@@ -163,6 +163,8 @@ def test_a_job_that_begins_beside_a_stopped_service(
                 keys = [key for batch in loader for key in check_samples(data, samples_of(batch))]
             with pytest.raises(ServiceError, match=r"cannot be cleared.*has not answered"):
                 cache.clear()
+            assert "has not answered" in loader.stats()["node"]["beside"]
+            assert "has not answered" in named.stats()["beside"]
         assert sorted(keys) == sorted(data.samples)
         assert len(told) == 1
         os.kill(pid, signal.SIGCONT)
@@ -183,9 +185,11 @@ def test_the_one_that_was_avoided_is_tried_again(
         os.kill(pid, signal.SIGCONT)
         with cache.consumer() as consumer:
             assert consumer.beside  # it is left alone for a while
+            assert consumer.stats()["node"]["beside"] == consumer.beside
         monkeypatch.setattr(cache, "_avoid_until_s", 0.0)
         with cache.consumer() as consumer:
             assert not consumer.beside
+            assert consumer.stats()["node"]["beside"] == ""
             assert service_pid(consumer) == pid
 
 
@@ -248,6 +252,58 @@ def test_a_service_that_ends_whenever_it_is_used_is_avoided(
 
 
 @pytest.mark.parametrize("mode", ["inprocess"])
+@pytest.mark.parametrize(
+    "message",
+    [
+        protocol.Grants([0], [1], [0], []),
+        protocol.Grants([0, 1], [1], [0, 1], [0, 0]),
+        protocol.Grants([0], [1], [0], [len(protocol.SOURCES)]),
+        protocol.Failed([0], [], "FetchError", "no"),
+        protocol.Indexes(1, [0], [], True),
+    ],
+)
+def test_an_answer_that_makes_no_sense_costs_the_connection_and_no_more(
+    cache: Cache, message: protocol.FromService
+) -> None:
+    with cache.consumer() as consumer:
+        channel, first = consumer._channel, consumer._arena
+        (service,) = cache._services.values()
+        server = service._server
+        assert server is not None
+        (peer,) = server._peers
+        server._loop.call_soon_threadsafe(peer.send, message)
+        until(lambda: consumer._arena is not first or consumer.is_ended)
+        assert not consumer.is_ended
+        assert consumer._channel is channel
+        assert consumer.stats()["node"]["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("mode", ["inprocess"])
+def test_a_service_that_refuses_a_message_after_it_has_granted_is_avoided(
+    cache: Cache, s3: Bucket, shards: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it grants each time is no progress: it has taken that back with the connection."""
+    receive, tries = Core.receive, []
+
+    def breaks(core: Core, consumer: Any, message: Any) -> None:
+        if core.disk.quota_bytes and isinstance(message, protocol.GetCounts):
+            tries.append(core)
+            consumer.send(protocol.Grants([0], [0], [0], [0]))
+            raise ZeroDivisionError("a defect")
+        receive(core, consumer, message)
+
+    monkeypatch.setattr(Core, "receive", breaks)
+    with noted() as told, cache.consumer() as consumer:
+        objects = consumer.resolve([f"{s3.url}/"], ENDINGS)
+        consumer.attach(objects)
+        assert consumer.get_counts([0], deadline_s=60).tolist() == [-1]
+        assert consumer.beside
+        consumer.stats()
+    assert any("without serving anything" in each for each in told)
+    assert len(tries) == session._RESTARTS_MAX + 1
+
+
+@pytest.mark.parametrize("mode", ["inprocess"])
 def test_one_that_ends_even_then_is_an_error(cache: Cache, s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks(core: Core, consumer: Any, message: Any) -> None:
         raise ZeroDivisionError("a defect")
@@ -277,6 +333,24 @@ def test_a_stand_in_is_one_for_all_and_leaves_nothing(tmp_path: Path) -> None:
     for each in (two, other, alone):
         each.unlock()
     assert not list(tmp_path.iterdir())
+
+
+def test_stand_ins_of_containers_that_share_a_network_do_not_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = CacheLimits(ram_bytes=4 * CHUNK_BYTES, disk_bytes=0, chunk_bytes=CHUNK_BYTES, history_bytes=0)
+    here, stat = StandIn(tmp_path, limits), os.stat
+
+    def elsewhere(path: Any, *args: Any, **kwargs: Any) -> Any:
+        return SimpleNamespace(st_ino=1) if path == "/proc/self/ns/mnt" else stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", elsewhere)
+    there = StandIn(tmp_path, limits)
+    monkeypatch.undo()
+    assert here.try_lock()
+    assert there.try_lock()
+    for each in (here, there):
+        each.unlock()
 
 
 def test_where_the_stand_in_hangs_too_each_process_has_its_own(
@@ -316,6 +390,7 @@ class Talk:
 
     def __init__(self) -> None:
         self.ours, self.theirs = socket.socketpair()
+        self.theirs.settimeout(PATIENCE_S)
         self.lost: list[tuple[socket.socket | None, bool]] = []
         self.told = threading.Event()
         self.pings = 0
@@ -370,26 +445,30 @@ def talk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Talk]:
     talk.close()
 
 
-def test_a_service_that_answers_pings_is_never_given_up(talk: Talk) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The channel's clock, which only the test moves: however late the test's thread runs, no time has passed."""
+    clock = SimpleNamespace(now_s=0.0)
+    monkeypatch.setattr(channel, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    return clock
+
+
+def test_a_service_that_answers_pings_is_never_given_up(clock: SimpleNamespace, talk: Talk) -> None:
     ping = bytes(protocol.frame(protocol.Ping()))
     for _ in range(30):
+        clock.now_s += channel.QUIET_S
         assert talk.theirs.recv(len(ping), socket.MSG_WAITALL) == ping  # there may be two
         talk.theirs.sendall(protocol.frame(protocol.Pong()))
     assert not talk.lost
 
 
-def test_time_in_which_nobody_ran_does_not_count(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_in_which_nobody_ran_does_not_count(clock: SimpleNamespace, talk: Talk) -> None:
     """A job that is suspended and goes on after an hour, as its service does, finds that silent for a moment only."""
-    jumps, monotonic = 0, time.monotonic
-
-    def later() -> float:
-        return monotonic() + 3600.0 * jumps
-
-    monkeypatch.setattr(channel, "time", SimpleNamespace(monotonic=later))
+    ping = bytes(protocol.frame(protocol.Ping()))
     for _ in range(5):
-        jumps += 1
+        clock.now_s += 3600.0
         for _ in range(3):
-            assert talk.theirs.recv(1000) == bytes(protocol.frame(protocol.Ping()))
+            assert talk.theirs.recv(len(ping), socket.MSG_WAITALL) == ping  # there may be two
             talk.theirs.sendall(protocol.frame(protocol.Pong()))
     assert not talk.lost
 

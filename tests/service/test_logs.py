@@ -9,7 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from fastload.service import Handle
 from fastload.service.logs import LINES_AT_ONCE, LineLimit, limited
+from tests.service.helpers import CHUNK_BYTES
 
 
 def _record(line: int = 1, message: str = "a store answers %d") -> logging.LogRecord:
@@ -49,6 +53,18 @@ def test_loggers_of_an_application_are_limited_for_as_long_as_we_serve_there() -
         assert len(records) == LINES_AT_ONCE + 2
     finally:
         logger.removeHandler(seen)
+
+
+def test_a_service_in_threads_leaves_the_stores_logger_to_the_application(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = {"ram_bytes": 4 * CHUNK_BYTES, "disk_bytes": 0, "chunk_bytes": CHUNK_BYTES}
+    with Handle(tmp_path / "cache", service="inprocess", **limits) as cache, cache.consumer():
+        for _ in range(100):
+            logging.getLogger("fastload.store").error("the same again")
+            logging.getLogger("fastload.service").error("of the service")
+    assert caplog.messages.count("the same again") == 100
+    assert caplog.messages.count("of the service") == LINES_AT_ONCE
 
 
 # A process whose standard error is the log, as that of a service is. Each record is of a place of its own.
