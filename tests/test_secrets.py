@@ -144,7 +144,7 @@ def test_what_fails_shows_none(
         seen.fails(opening(url, {**at, "key": SECRET}), "secret_access_key")
         seen.fails(opening(url, {"endpoint_url": f"http://{LOGIN}@127.0.0.1"}), "user name")
         seen.fails(opening(url, {"endpoint_url": f"{LOGIN}@127.0.0.1:9000"}), "is not a URL")
-        seen.fails(opening(f"s3://key:{SECRET}@bucket/a.tar"), "s3://bucket/a.tar: its URL held a login")
+        seen.fails(opening(f"s3://key:{SECRET}@bucket/a.tar"), "s3://bucket/a.tar: its URL contained a login")
         seen.fails(opening(f"http://user:{SECRET}no@127.0.0.1:1/a.tar", {"deadline_s": 0}), "http://127.0.0.1:1")
         seen.fails(
             opening(f"{quotes.endpoint}/a.tar?token={SECRET}", {"deadline_s": 0}), "a.tar?token=***: access denied"

@@ -122,15 +122,16 @@ class Refusal:
         if self.status == 401:
             is_web = url.startswith(("http://", "https://"))
             cure = "write user and password into the URL, before the host" if is_web else _SET_THEM
-            return AccessDeniedError(f"{url}: the store wants credentials; {cure}{where}")
+            return AccessDeniedError(f"{url}: the store requires credentials; {cure}{where}")
         if self.status == 407:
             return AccessDeniedError(
-                f"{url}: the proxy wants credentials; write user and password into its address, before the host{where}"
+                f"{url}: the proxy requires credentials; write user and password into its address, before the "
+                f"host{where}"
             )
         if self.status == 403:
             return AccessDeniedError(
-                f"{url}: access denied: the credentials that were found, if any were, may not read it; set them in the "
-                f"environment or storage_options, or ask for the right to read and list{where}"
+                f"{url}: access denied: the credentials that were found, if any, do not permit this request; set "
+                f"others in the environment or storage_options, or ask for permission to read and list{where}"
             )
         if self.code in ("NoSuchBucket", "ContainerNotFound"):
             return ObjectMissingError(f"{url}: there is no such bucket; check its name and the endpoint{where}")
@@ -181,7 +182,7 @@ def unresolved(url: str, endpoint: str, *, for_now: bool, proxy: str = "") -> Ho
 def without_credentials(url: str, endpoint: str, who: str, reason: str) -> NoCredentialsError:
     """There are none to ask with; `who` is whose they would be."""
     return NoCredentialsError(
-        f"{url}: no credentials for the store at {endpoint}: it is to be asked with {who}, and getting them failed: "
+        f"{url}: no credentials for the store at {endpoint}: requests would use {who}, but obtaining them failed: "
         f"{reason}; set credentials in the environment or storage_options, or anonymous=True for public data"
     )
 

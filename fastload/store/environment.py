@@ -174,14 +174,16 @@ def _fsspec(environ: Mapping[str, str], given: Mapping[str, Any]) -> str | None:
         if name.startswith("FSSPEC_") and protocol and protocol != "config":
             value = _from_json(environ[name])
             if not argument and not isinstance(value, dict):
-                raise ConfigError(f"{name} is not a JSON object, as fsspec wants it; mend or unset it")
+                raise ConfigError(f"{name} is not a JSON object, as fsspec requires; correct or unset it")
             found.setdefault(protocol, {}).update({argument: value} if argument else value)
     if given:
         found["*"] = dict(given)
     try:
         return json.dumps(found, sort_keys=True) if found else None
     except TypeError:
-        raise ConfigError("storage_options['fsspec'] holds what is neither text, number, list nor mapping") from None
+        raise ConfigError(
+            "storage_options['fsspec'] contains a value that is neither text, number, list nor mapping"
+        ) from None
 
 
 def as_bool(value: object) -> bool:
@@ -210,7 +212,7 @@ def _section(path: Path, section: str) -> dict[str, str]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
-        raise ConfigError(f"cannot read {path}: {error.__class__.__name__}; mend it or unset AWS_PROFILE") from None
+        raise ConfigError(f"cannot read {path}: {error.__class__.__name__}; correct it or unset AWS_PROFILE") from None
     return dict(parser.items(section)) if parser.has_section(section) else {}
 
 

@@ -101,13 +101,13 @@ class HttpReader:
             if got != len(out):
                 raise truncated(info.url, got, len(out), start)
             if sock is None and response.read(1) != b"":
-                came = f"{reply}, and a body that goes on behind them"
+                came = f"{reply}, and a body that continues after them"
                 raise bad_reply(info.url, self.endpoint, asked(info, start, len(out)), came)
             if self._secure:
                 return
             checksum = told(response.getheaders(), reply.etag, is_whole=len(out) == info.size)
             if checksum is not None and not checksum.is_of(out):
-                came = f"{reply}, whose bytes do not have the {checksum.algorithm} that it names"
+                came = f"{reply}, whose bytes do not match the {checksum.algorithm} in its headers"
                 raise bad_reply(info.url, self.endpoint, asked(info, start, len(out)), came)
 
     def first_byte(self, url: str, target: str, headers: Mapping[str, str]) -> Reply:

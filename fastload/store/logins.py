@@ -68,6 +68,8 @@ def _without(url: str, logins: dict[str, str]) -> str:
         return url
     clean = f"{start}://{host}{slash}{path}"
     if kind in BUCKETS:
-        raise ConfigError(f'{clean}: its URL held a login; give storage_options={{"key": ..., "secret": ...}} instead')
+        raise ConfigError(
+            f'{clean}: its URL contained a login; give storage_options={{"key": ..., "secret": ...}} instead'
+        )
     logins[store_root(clean)] = login
     return clean

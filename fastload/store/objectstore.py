@@ -119,7 +119,10 @@ class ObjectStore:
                     path, info = meta["path"], self._info(meta)
                     if not path.startswith(within) or found.get(path, info) != info:
                         raise bad_reply(
-                            prefix_url, self._endpoint, wanted, f"{path[:200]}, which it is not or is twice"
+                            prefix_url,
+                            self._endpoint,
+                            wanted,
+                            f"{path[:200]}, which is outside of it or was listed twice",
                         )
                     if path.startswith(prefix):
                         found[path] = info
@@ -200,7 +203,7 @@ class ObjectStore:
         except NoCredentialsError:
             raise
         except (AccessDeniedError, UnreachableError) as error:
-            raise type(error)(f"{error}; asked with {self._who}") from error.__cause__
+            raise type(error)(f"{error}; the request used {self._who}") from error.__cause__
 
     def _opened(self) -> ObstoreStore:
         if self._store is None:
@@ -237,7 +240,7 @@ class ObjectStore:
                     raise watch.given_up()
                 view = memoryview(piece)
                 if got + len(view) > len(out):
-                    came = f"{_reply(result)}, and a body that goes on behind them"
+                    came = f"{_reply(result)}, and a body that continues after them"
                     raise bad_reply(info.url, self._endpoint, wanted, came)
                 out[got : got + len(view)] = view
                 got += len(view)
@@ -267,10 +270,10 @@ class ObjectStore:
             reason = f"its TLS certificate is not accepted ({certificate[1]}; root_certificate names another issuer)"
             return unreachable(url, self._endpoint, reason)
         if bad := _BAD_REPLY.search(text):
-            came = f"what obstore calls {bad[1]} ({text.splitlines()[0]})"
+            came = f"what obstore reports as {bad[1]} ({text.splitlines()[0]})"
             # All of an object in place of a range: it may be another by now, which the reply would say.
             return (
-                changed(url, f"asked for {wanted}, came {came}")
+                changed(url, f"requested {wanted}, received {came}")
                 if bad[1] == "NotPartial"
                 else bad_reply(url, self._endpoint, wanted, came)
             )
@@ -373,7 +376,7 @@ def _open_s3(bucket: str, options: StoreOptions, config: dict[str, str], clients
 
 
 def _nobody() -> Any:
-    raise RuntimeError("AWS_EC2_METADATA_DISABLED says not to ask this machine")
+    raise RuntimeError("AWS_EC2_METADATA_DISABLED forbids requests to the metadata server")
 
 
 def _endpoint(root: str, options: StoreOptions) -> str:

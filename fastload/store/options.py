@@ -77,7 +77,7 @@ class StoreOptions:
                     f"endpoint_url={self.endpoint_url!r} is not a URL; write it as http://host:port or https://host"
                 )
             if parts.username is not None or parts.password is not None:
-                raise ConfigError("endpoint_url holds a user name; pass access_key_id and secret_access_key instead")
+                raise ConfigError("endpoint_url contains a user name; pass access_key_id and secret_access_key instead")
         if (self.access_key_id is None) != (self.secret_access_key is None):
             have, lack = "access_key_id", "secret_access_key"
             if self.access_key_id is None:
@@ -126,7 +126,9 @@ class StoreOptions:
         try:
             return msgspec.convert(wire, cls)
         except msgspec.ValidationError as error:
-            raise ConfigError(f"store options of a form that this fastload does not know: {error}") from error
+            raise ConfigError(
+                f"store options are in a form that this version of fastload does not support: {error}"
+            ) from error
 
     @classmethod
     def from_environment(

@@ -47,7 +47,7 @@ class Proxy:
         except ValueError:
             host, port = None, None
         if not host:
-            raise ConfigError(f"{source} names no proxy; write it as http://host:port, or unset it")
+            raise ConfigError(f"{source} is not the address of a proxy; write it as http://host:port, or unset it")
         login = parts.netloc.rpartition("@")[0]
         return cls(parts.scheme, host, port, url, authorization(login) if login else None)
 

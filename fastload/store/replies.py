@@ -143,7 +143,7 @@ def other_version(info: ObjectInfo, size: int | None, etag: str | None, mtime_ns
     if not same_etag(info.etag, etag):
         return f"its ETag was {info.etag} and is {etag}"
     if not is_strong(info.etag) and info.mtime_ns and mtime_ns and mtime_ns != info.mtime_ns:
-        return "it was written again"
+        return "its modification time has changed"
     return ""
 
 
@@ -156,6 +156,6 @@ def asked(info: ObjectInfo, start: int, length: int) -> str:
 def bad_reply(url: str, endpoint: str, asked: str, came: str) -> BadReplyError:
     """Something else came than was asked for."""
     return BadReplyError(
-        f"{url}: a bad reply{f' from {endpoint}' if endpoint else ''}: asked for {asked}; came {came}. It is retried "
-        "on a new connection until the deadline; if it stays, look at what stands between here and the store"
+        f"{url}: a bad reply{f' from {endpoint}' if endpoint else ''}: requested {asked}; received {came}. The request "
+        "is retried on a new connection until the deadline; if this persists, check proxies and caches before the store"
     )

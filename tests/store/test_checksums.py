@@ -222,7 +222,7 @@ def test_one_that_stays_says_so(way: str) -> None:
     with (
         opened(whole(FLIPPED, **SUMS[way]), way, deadline_s=0.02) as (store, info, _),
         pytest.raises(
-            StoreUnavailableError, match=rf"{re.escape(info.url)}: a bad reply.*bytes do not have the (crc32|md5)"
+            StoreUnavailableError, match=rf"{re.escape(info.url)}: a bad reply.*bytes do not match the (crc32|md5)"
         ),
     ):
         store.read_into(info, 0, memoryview(bytearray(len(DATA))))

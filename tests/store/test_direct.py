@@ -180,7 +180,7 @@ def test_a_bucket_that_refuses_signed_urls(tmp_path: Path, caplog: pytest.LogCap
 def test_no_credentials_to_be_found() -> None:
     for more, reason in (
         ({"metadata_endpoint": "http://127.0.0.1:1"}, "http://127.0.0.1: Connection refused"),
-        ({"AWS_EC2_METADATA_DISABLED": "true"}, "AWS_EC2_METADATA_DISABLED says not to ask"),
+        ({"AWS_EC2_METADATA_DISABLED": "true"}, "AWS_EC2_METADATA_DISABLED forbids requests"),
         ({"role_arn": "r", "web_identity_token_file": "/nonexistent"}, "Failed to read token file '/nonexistent'"),
     ):
         environ = {"HOME": "/none", **{name: value for name, value in more.items() if name.isupper()}}
@@ -371,11 +371,11 @@ def test_which_proxy(environment: dict[str, str], url: str, host: str | None) ->
 def test_proxies_that_cannot_be_used() -> None:
     assert "secret" not in repr(Proxy.parse("http://user:secret@h", "proxy_url"))
     for text in ("http://", "http://user:secret@h:port"):
-        with pytest.raises(ConfigError, match="proxy_url names no proxy") as error:
+        with pytest.raises(ConfigError, match="proxy_url is not the address of a proxy") as error:
             Proxy.parse(text, "proxy_url")
         assert "secret" not in str(error.value)
     with pytest.raises(ConfigError, match=r"the kind socks5:// is not supported") as error:
         open_store("http://web.invalid/a.tar", StoreOptions(extra=(("http_proxy", "socks5://user:secret@h"),)))
     assert "secret" not in str(error.value)
-    with server(answer(407, b"")) as proxy, pytest.raises(AccessDeniedError, match="the proxy wants credentials"):
+    with server(answer(407, b"")) as proxy, pytest.raises(AccessDeniedError, match="the proxy requires credentials"):
         read_once(StoreOptions("http://store.invalid", "K", "S", extra=(("proxy_url", str(proxy.endpoint_url)),)))

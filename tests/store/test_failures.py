@@ -119,7 +119,7 @@ def test_unreachable_endpoint(operation: str, endpoint: str, options: StoreOptio
     away = replace(options, endpoint_url=endpoint)
     with pytest.raises(StoreUnavailableError) as error:
         attempt(operation, f"{s3.url}/a.tar", away, way)
-    refused(error, away, f"{s3.url}/a.tar", "cannot reach the store", "asked with the keys from storage_options")
+    refused(error, away, f"{s3.url}/a.tar", "cannot reach the store", "the request used the keys from storage_options")
     if endpoint.endswith("invalid"):
         assert re.search(r"name no-such-host.invalid (does not resolve|cannot be looked up now)", str(error.value))
 
@@ -222,7 +222,7 @@ slow_down = answer(503, b"<Error><Code>SlowDown</Code><Message>Please.</Message>
     [
         (cut_short, "truncated answer|cannot reach the store"),
         (too_short, "a bad reply.*a body of 2|truncated answer|cannot reach the store"),
-        (too_long, "a bad reply.*a body of 12|a bad reply.*goes on"),
+        (too_long, "a bad reply.*a body of 12|a bad reply.*continues"),
         (slow_down, "cannot serve it now.*SlowDown"),
         (answer(500, b"oops"), "cannot serve it now.*500"),
         (answer(429, b""), "cannot serve it now.*429"),
@@ -239,7 +239,7 @@ def test_a_store_without_ranges() -> None:
     with server(answer(200, b"hello", Content_Range="")) as options:
         store = ObjectStore("s3://b", options)
         with pytest.raises(
-            StoreUnavailableError, match=r"came 200 with no range and 5 bytes.*the server must serve ranges"
+            StoreUnavailableError, match=r"received 200 with no range and 5 bytes.*the server must serve ranges"
         ):
             store.read_into(ObjectInfo("s3://b/a.tar", 5, '"e"'), 0, memoryview(bytearray(3)))
         store.close()

@@ -50,7 +50,7 @@ def test_more_than_one() -> None:
 
 def test_what_is_refused() -> None:
     for url in ("s3://key:hidden@bucket/a", "gs://key:hidden@bucket/a"):
-        with pytest.raises(ConfigError, match=r"bucket/a: its URL held a login; give storage_options") as error:
+        with pytest.raises(ConfigError, match=r"bucket/a: its URL contained a login; give storage_options") as error:
             apart([url], None)
         assert "hidden" not in str(error.value)
     with pytest.raises(ConfigError, match=r"^https://host/a\?\.\.\.: signed URLs"):

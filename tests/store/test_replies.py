@@ -229,8 +229,8 @@ def test_a_bad_reply_that_stays(name: str, way: str, request: pytest.FixtureRequ
             world.read()
         message = str(error.value)
         assert message.startswith(f"{world.info.url}: a bad reply")
-        assert "asked for bytes 1000-1999 of 4096" in message
-        assert "came" in message.partition("asked for")[2]
+        assert "requested bytes 1000-1999 of 4096" in message
+        assert "received" in message.partition("requested")[2]
         assert "gave up after" in message
         counted = world.counters.values()
         assert counted["bad_replies"] == counted["retries"] + 1
