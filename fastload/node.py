@@ -133,7 +133,8 @@ def handle_of(cache: AnyCache) -> Handle:
     path = Handle.path_of(default_cache_dir() if cache is None else cache)
     with _lock:
         handle = _handles.get(path)
-        if handle is None or not path.exists():  # one that was removed is made anew
+        # One whose directory was removed makes it again when it connects, with the limits that it has.
+        if handle is None or handle.has_other_chunks():
             handle = _handles[path] = Handle(path)
         return handle
 

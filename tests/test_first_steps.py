@@ -177,6 +177,27 @@ def test_a_directory_that_was_removed_is_a_cache_anew(url: str, tmp_path: Path) 
         shutil.rmtree(directory)
 
 
+def test_a_directory_that_others_made_again_with_other_chunks(tmp_path: Path) -> None:
+    directory = tmp_path / "cache"
+    fastload.Cache(directory, **LIMITS)
+    assert node.handle_of(directory).chunk_bytes == 64 << 10
+    shutil.rmtree(directory)
+    fastload.Cache(directory, **{**LIMITS, "chunk_bytes": "128KiB"})
+    with node.handle_of(directory) as handle, handle.consumer() as consumer:
+        assert consumer.chunk_bytes == handle.chunk_bytes == 128 << 10
+        assert not consumer.beside
+
+
+def test_a_directory_that_was_removed_gets_the_limits_that_its_users_have(tmp_path: Path) -> None:
+    directory = tmp_path / "cache"
+    fastload.Cache(directory, **LIMITS)
+    before = repr(node.handle_of(directory))
+    shutil.rmtree(directory)
+    with node.handle_of(directory) as handle, handle.consumer() as consumer:
+        assert not consumer.beside
+        assert repr(handle) == repr(fastload.Cache(directory)) == before
+
+
 def test_what_is_no_directory_of_a_cache(url: str) -> None:
     with pytest.raises(fastload.ConfigError, match=r"cache=3 must be a fastload\.Cache, or the directory of one"):
         fastload.StreamingDataset(url, cache=3)  # type: ignore[arg-type]

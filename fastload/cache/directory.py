@@ -93,6 +93,14 @@ class CacheDirectory:
         """The same directory, made again with these limits where it was removed or emptied; raises as `open`."""
         return CacheDirectory.open(self.path, otherwise=self.limits)
 
+    def has_other_chunks(self) -> bool:
+        """Whether what is at the path by now says another `chunk_bytes`; not where nothing can be read there."""
+        try:
+            stored = limits.stored(self.path)
+        except (OSError, CacheError):  # whoever connects is told
+            return False
+        return stored is not None and stored.chunk_bytes != self.limits.chunk_bytes
+
     @property
     def root(self) -> Path:
         """Where the holder of the lock reaches the directory: under a name that stays its own whatever becomes of its

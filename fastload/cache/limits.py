@@ -30,6 +30,11 @@ def path_of(directory: Path) -> Path:
     return directory / "cache.json"
 
 
+def stored(directory: Path) -> CacheLimits | None:
+    """The limits as written in `directory`, None where there are none; raises as `settle`."""
+    return _read(directory, directory)[0]
+
+
 def settle(
     directory: Path, root: Path, explicit: dict[str, int], otherwise: CacheLimits | None = None
 ) -> tuple[CacheLimits, tuple[str, ...]]:

@@ -119,6 +119,12 @@ class Handle:
         """The directory, absolute."""
         return self._path
 
+    def has_other_chunks(self) -> bool:
+        """Whether the directory has chunks of another size by now, because others made it again or changed that: then
+        this handle could only reach a stand-in once a service with those runs.
+        """
+        return self._directory.has_other_chunks()
+
     @property
     def chunk_bytes(self) -> int:
         """The unit of fetching, as the directory has it."""
