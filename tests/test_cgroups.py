@@ -209,7 +209,7 @@ def test_limits_of_a_larger_place_are_not_taken_over(tmp_path: Path, monkeypatch
     small = CacheDirectory.open(large.path)
     assert small.limits.ram_bytes == 175 * MIB
     (warning,) = small.warnings
-    assert "ram_bytes=2147483648 (2.0 GiB), more memory than this process may use (700.0 MiB); it has 175.0" in warning
+    assert "ram_bytes='2GiB', more memory than this process may use (700.0 MiB); it has 175.0" in warning
     with pytest.raises(ConfigError, match="more memory than this process may use"):
         CacheDirectory.open(large.path, ram_bytes=GIB)
     _have(monkeypatch)
