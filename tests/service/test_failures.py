@@ -294,7 +294,7 @@ def test_other_limits_than_the_running_service_has(cache: Cache) -> None:
         other.close()
         with pytest.warns(RuntimeWarning, match="chunk_bytes"):
             other = Cache(cache.directory, chunk_bytes=2 * CHUNK_BYTES)
-        with pytest.warns(RuntimeWarning, match="has chunk_bytes=65536, and this job 131072"):
+        with pytest.warns(RuntimeWarning, match="has chunk_bytes='64KiB', and this job '128KiB'"):
             consumer = other.consumer()
         assert consumer.chunk_bytes == 2 * CHUNK_BYTES
         assert consumer.stats()["node"]["disk_quota_bytes"] == 0
