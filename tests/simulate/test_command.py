@@ -51,7 +51,7 @@ def test_a_table_and_files_of_the_same_figures(tmp_path: Path) -> None:
         (["--policy", "best"], "cache_policy='best'"),
         (["--shuffle", "some"], "shuffle='some'"),
         (["--data-bytes", "1MB"], "less than a batch"),
-        (["--ram-bytes", "1MiB"], "ram_bytes=1048576 is below two chunks"),
+        (["--ram-bytes", "1MiB"], "ram_bytes='1MiB' is below two chunks"),
         (["--rate", "0"], "--rate=0.0 must be above 0"),
         (["--rate", "inf"], "--rate=inf must be above 0"),
         (["--nodes", "0"], "--nodes=0 must be above 0"),
@@ -78,7 +78,7 @@ def test_what_has_too_little_ram_for_its_shards_is_told_so() -> None:
 
 def test_nothing_is_shown_of_caches_that_are_all_refused() -> None:
     output = " ".join(command("--cache-bytes", "1MB", "--plot", "not written").split())
-    assert "disk_bytes=1000000 is below one chunk on disk" in output
+    assert "disk_bytes='1MB' is below one chunk on disk" in output
     assert output.endswith("Nothing was simulated.")
 
 
