@@ -2,7 +2,7 @@
 
 Calls of Python functions and of C functions are counted alike, in the user's thread, the feeder's and those that
 decode, over an epoch that finds everything in the cache. How often threads wait for one another differs from run to
-run, by some dozens of calls; a call for each sample would be thousands.
+run, by some hundreds of calls on a busy machine; a call for each sample would be thousands.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def test_calls_do_not_grow_with_the_samples_of_a_batch(
     assert few.total() > 10 * BATCHES
     more_samples = BATCHES * FEW * (TIMES - 1)
     grown = {name: many[name] - few[name] for name in many if many[name] - few[name] >= BATCHES}
-    assert many.total() - few.total() < more_samples / 8, grown
+    assert many.total() - few.total() < more_samples / 3, grown
     # One for each batch; a second one where some of its chunks are still on their way.
     gathers = sum(count for name, count in many.items() if name.endswith("kernels/gather.py:gather_columns"))
     assert 1 <= gathers / BATCHES < 1.5

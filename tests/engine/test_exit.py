@@ -20,7 +20,7 @@ class Slow:
     def __del__(self):
         time.sleep(0.3)
         del self.tensor
-        print(self.name, flush=True)
+        print(self.name + "\\n", end="", flush=True)  # in one write: threads print side by side
 
 def use(thing):
     time.sleep(0.1)
