@@ -528,19 +528,25 @@ def test_nothing_is_left_when_all_have_gone(seed: int, buffer_count: int, tmp_pa
     run(here, work)
 
 
-def test_what_a_warming_consumer_reads_is_no_run_of_its_own(tmp_path: Path) -> None:
-    """It reads for its indexes. What it has had fetched may be a run, in the order of its plan."""
+def test_what_a_warming_consumer_has_had_fetched_is_one_run(tmp_path: Path) -> None:
+    """What it reads for its indexes is no second one. All but the first object are held back until it has left."""
     here = world(tmp_path, disk_bytes=64 << 20)
+    wanted = here.objects[0].url
 
     async def work(core: Core) -> None:
-        side = Side(core, here.objects)
-        side.plan(0, 1, 2, warm=True)
-        side.want(1)
-        await until(lambda: side.granted == [1], "it is granted")
-        core.disconnect(side.state)
+        gate = threading.Event()
+        here.store.before_read = lambda url, start: url == wanted or gate.wait(PATIENCE_S)  # type: ignore[assignment]
+        try:
+            side = Side(core, here.objects)
+            side.plan(0, 1, 2, warm=True)
+            side.want(0)
+            await until(lambda: side.granted == [0], "it is granted")
+            core.disconnect(side.state)
+        finally:
+            gate.set()
 
     run(here, work)
-    assert len(Archive(tmp_path / "cache").runs()) <= 1
+    assert len(Archive(tmp_path / "cache").runs()) == 1
 
 
 @pytest.mark.parametrize("is_off", [True, False], ids=["off", "given up"])
