@@ -23,9 +23,7 @@ from numpy.typing import NDArray
 
 from bench import tables
 from bench.measure import median
-from bench.tables import Column, Question, Table
-from fastload.plan import BatchEntry, EpochCursor, Manifest, OrderOptions, Position, Ranks, Shuffle, epoch_orders
-from fastload.plan.quality import (
+from bench.quality import (
     DISTANCE_MOVED_PERFECT,
     class_imbalance,
     distance_moved,
@@ -34,6 +32,8 @@ from fastload.plan.quality import (
     same_shard_neighbours_perfect,
     stored_positions,
 )
+from bench.tables import Column, Question, Table
+from fastload.plan import BatchEntry, EpochCursor, Manifest, OrderOptions, Position, Ranks, Shuffle, epoch_orders
 from fastload.store.types import ObjectInfo
 
 SHARD_BYTES = 64 << 20  # so that a default window holds eight

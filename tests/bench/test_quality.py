@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastload.plan import Manifest, OrderOptions, epoch_orders
-from fastload.plan.order import DEFAULT_WINDOW_BYTES
-from fastload.plan.quality import (
+from bench.quality import (
     DISTANCE_MOVED_PERFECT,
     SampleLine,
     class_imbalance,
@@ -17,6 +15,8 @@ from fastload.plan.quality import (
     same_shard_neighbours_perfect,
     stored_positions,
 )
+from fastload.plan import Manifest, OrderOptions, epoch_orders
+from fastload.plan.order import DEFAULT_WINDOW_BYTES
 from fastload.store.types import ObjectInfo
 
 # ImageNet's shape: 1000 classes in 1024 shards of 110 MB; a default window holds four.
