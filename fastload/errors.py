@@ -14,6 +14,24 @@ from __future__ import annotations
 
 from fastload.redaction import redact
 
+__all__ = [
+    "AccessDeniedError",
+    "CacheError",
+    "ConfigError",
+    "DecodeError",
+    "FastloadError",
+    "MissingColumnError",
+    "ObjectChangedError",
+    "ObjectMissingError",
+    "ServiceError",
+    "ShardError",
+    "StateError",
+    "StoreError",
+    "StoreUnavailableError",
+    "WaitTimeoutError",
+    "WorkerError",
+]
+
 
 class FastloadError(Exception):
     """The base of all of fastload's own exceptions. Its message shows no secret, whoever wrote it into a URL."""
@@ -82,26 +100,7 @@ class StateError(FastloadError, ValueError):
     """A saved state that does not belong to this data set or loader."""
 
 
-_BY_NAME: dict[str, type[FastloadError]] = {
-    kind.__name__: kind
-    for kind in (
-        FastloadError,
-        ConfigError,
-        StoreError,
-        ObjectMissingError,
-        AccessDeniedError,
-        StoreUnavailableError,
-        ObjectChangedError,
-        ShardError,
-        DecodeError,
-        MissingColumnError,
-        CacheError,
-        ServiceError,
-        WorkerError,
-        WaitTimeoutError,
-        StateError,
-    )
-}
+_BY_NAME: dict[str, type[FastloadError]] = {name: globals()[name] for name in __all__}
 
 
 def to_wire(error: BaseException) -> tuple[str, str]:

@@ -6,8 +6,9 @@ they are first used, since the service process forks before it imports anything 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastload.lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastload.service.client import Consumer as Consumer
@@ -15,17 +16,6 @@ if TYPE_CHECKING:
     from fastload.service.handle import Handle as Handle
     from fastload.service.protocol import Progress as Progress
 
-_HOMES = {
-    "Handle": "fastload.service.handle",
-    "Consumer": "fastload.service.client",
-    "Held": "fastload.service.client",
-    "Progress": "fastload.service.protocol",
-}
-
-__all__ = ["Consumer", "Handle", "Held", "Progress"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'fastload.service' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__, {"client": ["Consumer", "Held"], "handle": ["Handle"], "protocol": ["Progress"]}
+)

@@ -5,13 +5,13 @@ Names are imported when they are first used: what a job needs is names and setti
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastload.lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastload.store.listing import resolve as resolve
     from fastload.store.opening import RequestOptions as RequestOptions
-    from fastload.store.opening import StorePool as StorePool
     from fastload.store.opening import open_store as open_store
     from fastload.store.options import StoreOptions as StoreOptions
     from fastload.store.types import ObjectInfo as ObjectInfo
@@ -25,30 +25,14 @@ if TYPE_CHECKING:
     from fastload.store.wrappers import RetryOptions as RetryOptions
     from fastload.store.wrappers import Watched as Watched
 
-_HOMES = {
-    "Counted": "wrappers",
-    "Counters": "wrappers",
-    "Limited": "wrappers",
-    "ObjectInfo": "types",
-    "RequestOptions": "opening",
-    "RetryOptions": "wrappers",
-    "Retrying": "wrappers",
-    "Store": "types",
-    "StoreOptions": "options",
-    "StorePool": "opening",
-    "Watched": "wrappers",
-    "normalise": "urls",
-    "open_store": "opening",
-    "resolve": "listing",
-    "store_root": "urls",
-}
-
-__all__ = [*_HOMES]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'fastload.store' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"fastload.store.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "listing": ["resolve"],
+        "opening": ["RequestOptions", "open_store"],
+        "options": ["StoreOptions"],
+        "types": ["ObjectInfo", "Store"],
+        "urls": ["normalise", "store_root"],
+        "wrappers": ["Counted", "Counters", "Limited", "RetryOptions", "Retrying", "Watched"],
+    },
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastload.errors import AccessDeniedError, ConfigError, ObjectMissingError
-from fastload.store import ObjectInfo, StoreOptions, StorePool, resolve
+from fastload.store import Counters, ObjectInfo, RequestOptions, Store, StoreOptions, open_store, resolve, store_root
 from fastload.store.listing import present
 from tests.conftest import Bucket
 from tests.patience import PATIENCE_S
@@ -29,22 +30,37 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path)
 
 
+class Pool:
+    """One store for each root, with one count of their requests."""
+
+    def __init__(self, options: StoreOptions) -> None:
+        self._options, self._stores = options, dict[str, Store]()
+        self.counters = Counters()
+
+    def open(self, url: str) -> Store:
+        root = store_root(url)
+        if root not in self._stores:
+            self._stores[root] = open_store(url, self._options, RequestOptions(counters=self.counters))
+        return self._stores[root]
+
+    def close(self) -> None:
+        for store in self._stores.values():
+            store.close()
+
+
 @pytest.fixture
-def pool(root: str) -> Iterator[StorePool]:
-    pool = StorePool()
-    yield pool
-    pool.close()
+def pool() -> Iterator[Pool]:
+    with contextlib.closing(Pool(StoreOptions.from_environment())) as pool:
+        yield pool
 
 
 Names = Callable[..., list[str]]
 
 
 @pytest.fixture
-def names(root: str, pool: StorePool) -> Names:
-    options = StoreOptions.from_environment()
-
+def names(root: str, pool: Pool) -> Names:
     def resolve_names(*urls: str) -> list[str]:
-        infos = resolve([f"{root}/{url}" for url in urls], lambda url: pool.get(url, options))
+        infos = resolve([f"{root}/{url}" for url in urls], pool.open)
         assert all(isinstance(info, ObjectInfo) for info in infos)
         assert all(info.size == len(info.url.removeprefix(root + "/")) for info in infos)
         return [info.url.removeprefix(root + "/") for info in infos]
@@ -52,17 +68,15 @@ def names(root: str, pool: StorePool) -> Names:
     return resolve_names
 
 
-def test_a_pattern(names: Names, pool: StorePool) -> None:
+def test_a_pattern(names: Names, pool: Pool) -> None:
     assert names("t/train-{003..005}.tar") == [f"t/train-00{number}.tar" for number in (3, 4, 5)]
     assert pool.counters.values()["requests"] == 1
     assert names("t/{val-0,train-011}.tar") == ["t/val-0.tar", "t/train-011.tar"]
 
 
-def test_what_lies_beside_the_shards_of_a_prefix(root: str, pool: StorePool) -> None:
-    options = StoreOptions.from_environment()
-
+def test_what_lies_beside_the_shards_of_a_prefix(root: str, pool: Pool) -> None:
     def found(url: str, beside: tuple[str, ...]) -> list[str]:
-        infos = resolve([f"{root}/{url}"], lambda url: pool.get(url, options), beside=beside)
+        infos = resolve([f"{root}/{url}"], pool.open, beside=beside)
         return [info.url.rpartition("/")[2] for info in infos]
 
     shards = found("t/", ())
@@ -89,12 +103,11 @@ def test_many_plain_urls_of_one_folder_are_listed(s3: Bucket) -> None:
     for key in [*keys, "few/a.tar", "few/b.tar"]:
         s3.put(key, b"x")
     urls = [f"{s3.url}/{key}" for key in ["few/b.tar", *reversed(keys), keys[7], "few/a.tar"]]
-    pool = StorePool()
-    assert [info.url for info in resolve(urls, lambda url: pool.get(url, s3.options))] == urls
-    assert pool.counters.values()["requests"] == 3  # one listing, and two of the other folder
-    with pytest.raises(ObjectMissingError, match=r"many/train-040\.tar"):
-        resolve([*urls, f"{s3.url}/many/train-040.tar"], lambda url: pool.get(url, s3.options))
-    pool.close()
+    with contextlib.closing(Pool(s3.options)) as pool:
+        assert [info.url for info in resolve(urls, pool.open)] == urls
+        assert pool.counters.values()["requests"] == 3  # one listing, and two of the other folder
+        with pytest.raises(ObjectMissingError, match=r"many/train-040\.tar"):
+            resolve([*urls, f"{s3.url}/many/train-040.tar"], pool.open)
 
 
 def test_of_names_those_that_are_there(s3: Bucket) -> None:
@@ -104,12 +117,11 @@ def test_of_names_those_that_are_there(s3: Bucket) -> None:
         s3.put(key, b"x")
     gone = [f"{s3.url}/many/gone-{number}" for number in range(5)]
     urls = [f"{s3.url}/{key}" for key in keys]
-    pool = StorePool()
-    found = present([gone[0], *urls, *gone, urls[3]], lambda url: pool.get(url, s3.options))
-    assert [info.url for info in found] == [*urls, urls[3]]
-    assert pool.counters.values()["requests"] <= 1 + len(gone) + 1
-    pool.close()
-    assert present([], lambda url: pool.get(url, s3.options)) == []
+    with contextlib.closing(Pool(s3.options)) as pool:
+        found = present([gone[0], *urls, *gone, urls[3]], pool.open)
+        assert [info.url for info in found] == [*urls, urls[3]]
+        assert pool.counters.values()["requests"] <= 1 + len(gone) + 1
+        assert present([], pool.open) == []
 
 
 class ReadOnly:
@@ -170,11 +182,9 @@ def test_wrong_names_that_are_easily_mended(name: str, cure: str, names: Names) 
         names(name)
 
 
-def test_a_bucket_is_no_shard() -> None:
-    pool = StorePool()
+def test_a_bucket_is_no_shard(pool: Pool) -> None:
     with pytest.raises(ConfigError, match=r's3://bucket is a bucket, not an object; .* with "/" at the end'):
-        resolve(["s3://bucket"], lambda url: pool.get(url, StoreOptions()))
-    pool.close()
+        resolve(["s3://bucket"], pool.open)
 
 
 def test_what_is_no_url(names: Names) -> None:
@@ -185,27 +195,13 @@ def test_what_is_no_url(names: Names) -> None:
 
 
 @pytest.mark.parametrize("url", ["s3:///key", "s3://"])
-def test_no_bucket(url: str) -> None:
-    pool = StorePool()
+def test_no_bucket(url: str, pool: Pool) -> None:
     with pytest.raises(ConfigError, match="names no bucket"):
-        resolve([url], lambda one: pool.get(one, StoreOptions()))
+        resolve([url], pool.open)
 
 
-def test_relative_paths_and_file_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_and_file_urls(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.tar").write_bytes(b"x")
     monkeypatch.chdir(tmp_path)
-    pool = StorePool()
-    found = resolve(["a.tar", f"file://{tmp_path}/a.tar", "./"], lambda url: pool.get(url, StoreOptions()))
+    found = resolve(["a.tar", f"file://{tmp_path}/a.tar", "./"], pool.open)
     assert [info.url for info in found] == [str(tmp_path / "a.tar")] * 3
-
-
-def test_a_pool_keeps_one_store_for_each_bucket_and_credentials() -> None:
-    pool = StorePool()
-    one = StoreOptions(access_key_id="a", secret_access_key="b")
-    assert pool.get("s3://x/a", one) is pool.get("s3://x/b/c", one)
-    assert pool.get("s3://x/a", one) is not pool.get("s3://y/a", one)
-    assert pool.get("s3://x/a", one) is not pool.get("s3://x/a", StoreOptions())
-    before = pool.get("s3://x/a", one)
-    pool.forget(one)
-    assert pool.get("s3://x/a", one) is not before
-    pool.close()
