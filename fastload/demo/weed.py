@@ -273,12 +273,6 @@ class WeedServer:
             Path(f"/tmp/seaweedfs-{service}-grpc-{self._ports[f'{service}.port.grpc']}.sock").unlink(missing_ok=True)
 
 
-def cpu_seconds(pid: int) -> float:
-    """CPU seconds (user and system) that process `pid` has used so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def _find_weed() -> str:
     beside_python = str(Path(sys.executable).parent)
     found = shutil.which("weed", path=beside_python) or shutil.which("weed")

@@ -5,12 +5,12 @@ there.
 from fastload.plan.cursor import EpochCursor, Split
 from fastload.plan.lookahead import first_objects, objects_in_use_order
 from fastload.plan.manifest import Manifest
-from fastload.plan.order import EpochOrder, OrderOptions, Shuffle, auto_window_bytes, epoch_order, epoch_orders
+from fastload.plan.order import EpochOrder, OrderOptions, Shuffle, epoch_order, epoch_orders
 from fastload.plan.position import Place, Position
 from fastload.plan.ranks import Ranks, default_partitions, resolve_ranks, turn_of
 from fastload.plan.samples import BatchEntry
 from fastload.plan.sizing import OrderWish, fitting_window_bytes, lanes_of_node, ram_bytes_for
-from fastload.plan.tail import Tail, batch_count_of_rank, repeat_count, sample_count_of_rank
+from fastload.plan.tail import Tail, batch_count_of_rank, sample_count_of_rank
 from fastload.plan.tally import WindowKey
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "Split",
     "Tail",
     "WindowKey",
-    "auto_window_bytes",
     "batch_count_of_rank",
     "default_partitions",
     "epoch_order",
@@ -37,7 +36,6 @@ __all__ = [
     "lanes_of_node",
     "objects_in_use_order",
     "ram_bytes_for",
-    "repeat_count",
     "resolve_ranks",
     "sample_count_of_rank",
     "turn_of",

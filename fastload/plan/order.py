@@ -51,15 +51,6 @@ DEFAULT_WINDOW_BYTES = 512 << 20
 WINDOW_ARRAY_SAMPLES_MAX = 1 << 22
 
 
-def auto_window_bytes(ram_bytes: int) -> int:
-    """What `shuffle_window="auto"` means beside an arena of `ram_bytes`: some thousands of images.
-
-    512 MiB wherever the arena has 2 GiB, since the order should be the same on every machine. Below that, a quarter of
-    the arena, rounded down to a power of two: two windows are live at a time, and what does not fit is read twice.
-    """
-    return min(DEFAULT_WINDOW_BYTES, 1 << max(0, (ram_bytes // 4).bit_length() - 1))
-
-
 @dataclass(frozen=True, slots=True)
 class OrderOptions:
     """What, beside the manifest and the epoch, settles the order. Raises `ConfigError`."""

@@ -34,16 +34,6 @@ class BatchEntry:
     def __len__(self) -> int:
         return len(self.object_no)
 
-    @property
-    def window_first(self) -> int:
-        """The number of the first window that the batch needs, where there is one partition."""
-        return self.windows[0].window
-
-    @property
-    def window_last(self) -> int:
-        """The number of the last window that the batch needs, where there is one partition."""
-        return self.windows[-1].window
-
 
 _WINDOWS = 1 << 40  # above any window's number, so that partition and window fit one int64
 

@@ -31,8 +31,3 @@ def batch_count_of_rank(
     """How many batches a rank gets of `total` samples."""
     full, rest = divmod(sample_count_of_rank(total, ranks, tail, partitions), batch_size)
     return full + (rest > 0 and not drop_last)
-
-
-def repeat_count(total: int, world_size: int, tail: Tail) -> int:
-    """How many samples are repeated over all ranks, less than `world_size`."""
-    return -total % world_size if tail == "pad" else 0

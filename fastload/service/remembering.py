@@ -58,11 +58,10 @@ class _LiveRun:
     left_s: float = 0.0  # when the last of them went
     written_count: int = 0  # reads that are in the file
     file_bytes: int = 0  # known to the pool's thread only
-    is_forgotten: bool = False
 
     def forget(self) -> None:
         """Keep no more of it."""
-        self.is_forgotten = self.recorder.is_full = True
+        self.recorder.is_full = True
         self.recorder.take(0.0, {})
         self.written_count = self.recorder.read_count
 

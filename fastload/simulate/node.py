@@ -49,7 +49,6 @@ class SimulatedNode:
         factor = job.link_factors[number] if job.link_factors else 1.0
         self.connections = link.join(factor * options.link_bytes_per_s, f"fastload simulate {seed} node {number}")
         self.own = data.own_objects(number)
-        self.own_chunks = window_chunks(data.first_chunk, self.own.astype(np.int64))
         self.remote_bytes, self.disk_bytes = np.zeros((2, job.epochs + 1), np.int64)
         self.chunks_read = np.zeros((job.epochs, int(data.first_chunk[-1])), np.bool_)
         self._closed = np.full((job.ranks_per_node, int(data.first_chunk[-1])), -1, np.int64)  # the last epoch of each

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastload.plan import repeat_count
 from tests.jobs.case import Case, Shards, Size
 from tests.jobs.pool import Failed, Rank, RankPool
 from tests.jobs.reading import SMALL, Read, Reading, read
 from tests.jobs.shelf import BAD, KEYS, Shelf
+from tests.plan import reference
 from tests.plan.mixtures import SAMPLES_MAX
 
 Batches = list[list[str]]
@@ -127,6 +127,6 @@ class Trial:
         assert given >= every or case.tail == "drop" or case.drop_last, case
 
     def _check_repeats(self, size: Size, found: list[Read], epoch: int, samples: int) -> None:
-        expected = repeat_count(samples, size.world_size, self._case.tail)
+        expected = reference.repeat_count(samples, size.world_size, self._case.tail)
         counted = sum(one.stats[epoch]["repeats"] for one in found)
         assert counted == expected or (self._case.drop_last and counted < expected), self._case

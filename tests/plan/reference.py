@@ -159,3 +159,8 @@ def worker_batches(batches, worker, worker_count, split, batch_size, drop_last):
         return batches[worker::worker_count]
     mine = [sample for batch in batches for sample in batch][worker::worker_count]
     return rank_batches(mine, 0, 1, batch_size, drop_last)
+
+
+def repeat_count(total: int, world_size: int, tail: str) -> int:
+    """How many samples are repeated over all ranks."""
+    return -total % world_size if tail == "pad" else 0

@@ -21,7 +21,6 @@ from fastload.plan import (
     Ranks,
     batch_count_of_rank,
     epoch_order,
-    repeat_count,
     sample_count_of_rank,
 )
 from tests.plan import reference
@@ -68,7 +67,7 @@ def check_entries(world, rank, entries, expected) -> None:
         assert entry.object_no.dtype == np.int32
         assert entry.sample_no.dtype == np.int64
         windows = [sample[0] for sample in batch]
-        assert (entry.window_first, entry.window_last) == (windows[0], windows[-1])
+        assert (entry.windows[0].window, entry.windows[-1].window) == (windows[0], windows[-1])
         assert entry.samples_after == min((entry.number + 1) * world.batch_size * world.world_size, world.total)
     total = sum(len(entry) for entry in entries) if not world.drop_last else None
     if total is not None:
@@ -88,7 +87,7 @@ def check_counts(world: World, ranks) -> None:
     if world.drop_last:
         return
     every = Counter((shard, i) for shard, count in enumerate(world.counts) for i in range(count))
-    assert repeats == repeat_count(world.total, world.world_size, world.tail)
+    assert repeats == reference.repeat_count(world.total, world.world_size, world.tail)
     assert given_out.total() - repeats == world.total - (world.tail == "drop") * (world.total % world.world_size)
     assert given_out <= every if world.tail == "drop" else set(given_out) == set(every)
     if world.tail == "uneven":
@@ -196,10 +195,10 @@ def test_no_batch_needs_a_window_older_than_the_oldest(world, data):
     cursor, entries, oldest = world.cursor(data.draw(st.integers(0, world.world_size - 1))), [], 0
     for window in cursor.windows:
         entries = cursor.add_window(window, world.window_counts(cursor, window))
-        assert all(entry.window_first >= oldest for entry in entries)
+        assert all(entry.windows[0].window >= oldest for entry in entries)
         assert oldest <= cursor.oldest_window <= window + 1
         oldest = cursor.oldest_window
-    assert all(entry.window_first >= oldest for entry in cursor.finish())
+    assert all(entry.windows[0].window >= oldest for entry in cursor.finish())
 
 
 def test_a_tail_may_need_a_window_that_has_given_all_its_samples():

@@ -161,7 +161,7 @@ def test_what_is_read_ahead_is_what_the_rest_needs_in_the_order_of_first_use(wor
     planned = objects_in_use_order(world.manifest, world.options, world.epoch, position).tolist()
     assert len(set(planned)) == len(planned)
     rest = [e for e in entries if entry is None or e.number > entry.number]
-    used_in = [(e.window_first, e.window_last, set(e.object_no.tolist())) for e in rest]
+    used_in = [(e.windows[0].window, e.windows[-1].window, set(e.object_no.tolist())) for e in rest]
     for first, last, objects in used_in:
         windows = [world_objects for w in range(first, last + 1) for world_objects in cursor.window_objects(w).tolist()]
         assert objects <= set(windows) & set(planned)

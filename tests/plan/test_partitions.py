@@ -21,9 +21,9 @@ from fastload.plan import (
     Ranks,
     batch_count_of_rank,
     objects_in_use_order,
-    repeat_count,
     sample_count_of_rank,
 )
+from tests.plan import reference
 from tests.plan.cases import cases
 from tests.plan.cluster import Cluster, Run, clusters, global_batches
 
@@ -67,7 +67,7 @@ def check_exactly_once(cluster: Cluster, runs: list[Run]) -> None:
     given_out = Counter(sample for run in runs for batch in run.samples for sample in batch)
     repeats = sum(entry.repeats for run in runs for entry in run.entries)
     every = Counter((shard, i) for shard, count in enumerate(cluster.counts) for i in range(count))
-    assert repeats == repeat_count(cluster.total, cluster.world_size, cluster.tail)
+    assert repeats == reference.repeat_count(cluster.total, cluster.world_size, cluster.tail)
     assert given_out.total() - repeats == cluster.total - (cluster.tail == "drop") * (
         cluster.total % cluster.world_size
     )

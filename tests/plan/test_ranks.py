@@ -12,7 +12,6 @@ from fastload.plan import (
     Ranks,
     batch_count_of_rank,
     default_partitions,
-    repeat_count,
     resolve_ranks,
     sample_count_of_rank,
     turn_of,
@@ -114,7 +113,6 @@ def test_counts_of_a_rank():
     assert counts(10, "uneven") == [3, 3, 2, 2]
     assert counts(8, "pad") == counts(8, "drop") == counts(8, "uneven") == [2, 2, 2, 2]
     assert counts(0, "pad") == [0, 0, 0, 0]
-    assert [repeat_count(10, 4, tail) for tail in ("pad", "drop", "uneven")] == [2, 0, 0]
     assert batch_count_of_rank(10, Ranks(), "pad", 4, drop_last=False) == 3
     assert batch_count_of_rank(10, Ranks(), "pad", 4, drop_last=True) == 2
 
