@@ -392,7 +392,7 @@ class StreamingDataset(Streaming[Sample]):
     @property
     def _source(self) -> Source:
         """The data as this process sees it; after a fork the child makes its own."""
-        if self._source_here.is_foreign:
+        if self._source_here.is_inherited:
             self._source_here = self._new_source(self._source_here.manifest)
         return self._source_here
 

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from fastload.callers import public
 from fastload.config import default_cache_dir
 from fastload.errors import ConfigError
+from fastload.lifecycle import on_fork
 from fastload.service.handle import Handle, ServiceMode
 
 
@@ -143,9 +144,7 @@ _handles: dict[Path, Handle] = {}
 _lock = threading.Lock()
 
 
-def _unlock_after_fork() -> None:
+@on_fork
+def _renew_lock() -> None:  # the thread that held it may be gone
     global _lock
     _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_unlock_after_fork)

@@ -243,7 +243,7 @@ class Stream:
         if where == "caller":
             return InlineRun(current.feed, make, current.waits)
         pool = self._pool
-        if pool is None or pool.is_foreign or pool.thread_count != loader.num_workers:
+        if pool is None or pool.is_inherited or pool.thread_count != loader.num_workers:
             if pool is not None:
                 pool.close()
             pool = self._pool = DecodePool(loader.num_workers)

@@ -28,14 +28,13 @@ import fcntl
 import os
 import socket
 import stat
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from fastload.cache import limits, owner, syscalls
 from fastload.config import CacheLimits
 from fastload.errors import CacheError
+from fastload.lifecycle import on_drop, reset_on_fork
 
 # Where an open directory has a name that nobody can lead elsewhere. It is short enough for a socket's address, too.
 _DESCRIPTORS = Path("/proc/self/fd")
@@ -158,7 +157,7 @@ class CacheDirectory:
             return True
         try:
             self._fd = _open_checked(self.path)
-            lock_holders.add(self)
+            reset_on_fork(self, CacheDirectory.unlock)
             self._lock_fd = syscalls.open(self.root / self.lock_path.name, os.O_RDWR | os.O_CREAT)
             locked = _lock(self._lock_fd, self.lock_path)
         except FileNotFoundError:  # removed meanwhile: who looks again makes it again
@@ -211,7 +210,6 @@ class CacheDirectory:
     def unlock(self) -> None:
         """Give the lock back. May be called twice, and without it."""
         fds, self._lock_fd, self._fd = (self._lock_fd, self._fd), -1, -1
-        lock_holders.discard(self)
         for fd in fds:
             if fd >= 0:
                 syscalls.close(fd)
@@ -225,19 +223,7 @@ class LastingRoot:
     def __init__(self, fd: int, path: Path) -> None:
         """`fd` is ours to close."""
         self.path = _name_of(fd, path)
-        self.close = weakref.finalize(self, os.close, fd)
-
-
-# Whose `unlock` a forked child calls first thing.
-lock_holders: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-def _let_go_in_child() -> None:
-    for place in list(lock_holders):
-        place.unlock()
-
-
-os.register_at_fork(after_in_child=_let_go_in_child)
+        self.close = on_drop(self, os.close, fd)
 
 
 def _lock(fd: int, path: Path) -> bool:

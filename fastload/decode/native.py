@@ -11,7 +11,6 @@ import importlib.util
 import logging
 import multiprocessing
 import os
-import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy.typing as npt
 from fastload.decode.base import Offsets
 from fastload.decode.keys import Keys
 from fastload.errors import ConfigError
+from fastload.lifecycle import on_drop
 
 __all__ = [
     "DAMAGED",
@@ -150,7 +150,7 @@ class Context:
         if not self._pointer:
             raise MemoryError("no memory for a JPEG decoder")
         # At the interpreter's end other threads may still be decoding: the system takes the memory back.
-        weakref.finalize(self, unit.fastload_free, self._pointer).atexit = False
+        on_drop(self, unit.fastload_free, self._pointer)
 
     def set_avx2(self, wanted: bool) -> bool:
         """Whether to use AVX2, for tests of the other path; returns whether the processor has it."""

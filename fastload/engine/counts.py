@@ -15,7 +15,6 @@ counting these; a record of requests is `[object number, ...]`.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import weakref
@@ -186,7 +185,7 @@ class Exchange:
             return
         self._is_closed = threading.Event()
         if self._serves and self._untold:
-            arguments = weakref.WeakMethod(self._serve_once), self._is_closed, os.getpid()
+            arguments = weakref.WeakMethod(self._serve_once), self._is_closed
             self._thread = threading.Thread(target=_serve, args=arguments, name="fastload-counts", daemon=True)
             self._thread.start()
 
@@ -335,11 +334,11 @@ class ExchangedCounts:
             self._interruptions -= 1
 
 
-def _serve(target: weakref.WeakMethod[Callable[[], bool]], is_closed: threading.Event, pid: int) -> None:
+def _serve(target: weakref.WeakMethod[Callable[[], bool]], is_closed: threading.Event) -> None:
     """Serve requests until the exchange is closed or dropped, or can be asked for nothing more."""
     import torch.distributed as distributed
 
-    while not is_closed.wait(_SERVE_POLL_S) and os.getpid() == pid:
+    while not is_closed.wait(_SERVE_POLL_S):
         serve_once = target()
         if serve_once is None:
             return

@@ -19,10 +19,11 @@ import multiprocessing.context
 import multiprocessing.reduction
 import os
 import struct
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from fastload.lifecycle import on_drop
 
 _ROWS = 16
 _HEAD = 4
@@ -99,7 +100,7 @@ class EpochCounter:
 
     def _own(self, fd: int) -> None:
         self._fd = fd
-        weakref.finalize(self, os.close, fd)
+        on_drop(self, os.close, fd)
 
     def __getstate__(self) -> dict[str, Any]:
         if multiprocessing.context.get_spawning_popen() is not None:

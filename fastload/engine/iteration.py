@@ -1,29 +1,22 @@
 """An iteration as its user sees it: an iterator that ends what it started.
 
 It ends when it is exhausted, when it fails, when it is closed, when the interpreter exits, and, which is the usual
-case (`break` out of a for loop), when it is dropped. The last is done in another thread, soon (see `deferred`); the
+case (`break` out of a for loop), when it is dropped. The last is done in another thread, soon (see `lifecycle`); the
 other ends are complete when the call that brings them returns.
 """
 
 from __future__ import annotations
 
-import atexit
-import os
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 from fastload import callers
-from fastload.engine.deferred import call_later, finish
-from fastload.engine.pool import end_all
 from fastload.engine.run import InlineRun, RunClosedError, ThreadedRun
 from fastload.errors import FastloadError, ServiceError
+from fastload.lifecycle import Ending, end_at_exit
 
 Run = ThreadedRun | InlineRun
-
-# How long the end of a script waits for work that was dropped, and for threads.
-_END_S = 10.0
 
 # What is made of an entry that has nothing for the user.
 NOTHING: Any = object()
@@ -47,17 +40,15 @@ class Iteration(Iterator[Any]):
         deliver: Callable[[Any], Any] = lambda made: made,
     ) -> None:
         self._run, self._delivered, self._exhausted, self._deliver = run, delivered, exhausted, deliver
-        self._is_over, self._pid = False, os.getpid()
-        self._dropped = weakref.finalize(self, call_later, _finish, run, interrupted, release, os.getpid())
-        self._dropped.atexit = False
-        _live.add(self)
+        self._is_over = False
+        self._ending = Ending(self, _finish, run, interrupted, release, waits=True, at_exit=True)
 
     def __next__(self) -> Any:
         if self._is_over:
             raise StopIteration
-        if os.getpid() != self._pid:  # the threads that make its batches are not here, and its socket is the parent's
+        if self._ending.is_inherited:  # the threads that make its batches are not here, and its socket is the parent's
             raise ServiceError(
-                f"this iteration was begun by process {self._pid}, from which this one was forked; iterate anew"
+                f"this iteration was begun by process {self._ending.pid}, from which this one was forked; iterate anew"
             )
         made = NOTHING
         try:
@@ -85,18 +76,11 @@ class Iteration(Iterator[Any]):
 
     def close(self) -> None:
         """End it, and wait for that. May be called twice, and by any thread."""
-        finish = self._dropped.detach()
-        if finish is not None:
-            _, _, (function, *arguments), _ = finish
-            function(*arguments)
+        self._ending()
 
 
-def _finish(
-    run: Run, interrupted: Callable[[], AbstractContextManager[None]], release: Callable[[], None], pid: int
-) -> None:
-    """End a run and let go of what it used; in a forked child both are the parent's."""
-    if os.getpid() != pid:
-        return
+def _finish(run: Run, interrupted: Callable[[], AbstractContextManager[None]], release: Callable[[], None]) -> None:
+    """End a run and let go of what it used."""
     try:
         with interrupted():
             run.close()
@@ -104,15 +88,4 @@ def _finish(
         release()
 
 
-_live: weakref.WeakSet[Iteration] = weakref.WeakSet()
-
-
-def _finish_all() -> None:
-    """A script has ended: give up the work, so that no thread is in the middle of any, or of letting go of tensors."""
-    for iteration in list(_live):
-        iteration.close()
-    finish(_END_S)
-    end_all(_END_S)
-
-
-atexit.register(_finish_all)
+end_at_exit()

@@ -24,6 +24,7 @@ from fastload.engine.counts import Exchange, ExchangedCounts, LocalCounts, Store
 from fastload.engine.feed import CountSource
 from fastload.engine.session import Session, Source
 from fastload.errors import ConfigError
+from fastload.lifecycle import is_inherited
 from fastload.plan import (
     Manifest,
     OrderOptions,
@@ -170,7 +171,7 @@ class Job:
     def counts(self, source: Source, session: Session) -> CountSource:
         """Where a pass learns how many samples the shards hold that it has not opened. Only after `settle`."""
         with self._settling:
-            if self._exchange is not None and self._pid == os.getpid():
+            if self._exchange is not None and not is_inherited(self._pid):
                 self._exchange.open()
                 return ExchangedCounts(self._exchange, session.consumer, session.waits)
         nodes = default_partitions(self.ranks)
@@ -181,7 +182,7 @@ class Job:
     def close(self) -> None:
         """End what answers other nodes; it begins again with the next pass."""
         with self._settling:
-            if self._exchange is not None and self._pid == os.getpid():
+            if self._exchange is not None and not is_inherited(self._pid):
                 self._exchange.close()
 
     def _ranks_of_processes(self) -> Ranks:

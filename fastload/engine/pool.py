@@ -8,18 +8,19 @@ thread and under any lock: nothing is waited for then. Its threads hold no refer
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
-import time
-import weakref
 from collections.abc import Callable
 
 from fastload.errors import ServiceError
 from fastload.kernels.yielding import start_giving_way
+from fastload.lifecycle import Ending, end_at_exit, join_at_exit
 from fastload.turns import take_long_turns
 
 Job = Callable[[], None]
+
+# How long the exit of a script waits for the threads.
+_END_S = 10.0
 
 
 class DecodePool:
@@ -35,30 +36,27 @@ class DecodePool:
         ]
         for thread in self._threads:
             thread.start()
-            _threads.add(thread)
-        self._pid = os.getpid()
-        self._stop = weakref.finalize(self, _stop, self._jobs, thread_count)
-        _pools.add(self)
-        self._stop.atexit = False
+            join_at_exit(thread, _END_S)
+        self._ending = Ending(self, _stop, self._jobs, thread_count, waits=False, at_exit=True)
 
     def submit(self, job: Job) -> None:
         """Run `job` in one of the threads. It must not raise, and must not wait for another job.
 
         ServiceError after `close()`.
         """
-        if not self._stop.alive:
+        if not self._ending.is_due:
             raise ServiceError("the loader's threads have ended, since it was closed; iterate it again")
         self._jobs.put(job)
 
     @property
-    def is_foreign(self) -> bool:
+    def is_inherited(self) -> bool:
         """Whether its threads stayed behind in a process that this one was forked from."""
-        return self._pid != os.getpid()
+        return self._ending.is_inherited
 
     def close(self) -> None:
         """End the threads after the jobs that were submitted, and wait for them. May be called twice."""
-        self._stop()
-        if not self.is_foreign:
+        self._ending()
+        if not self.is_inherited:
             for thread in self._threads:
                 if thread is not threading.current_thread():
                     thread.join()
@@ -76,14 +74,4 @@ def _stop(jobs: queue.SimpleQueue[Job | None], thread_count: int) -> None:
         jobs.put(None)
 
 
-_pools: weakref.WeakSet[DecodePool] = weakref.WeakSet()
-_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # also of pools that are no more
-
-
-def end_all(deadline_s: float) -> None:
-    """The interpreter ends: no thread is to be in the middle of anything then. Waits for all, or until the deadline."""
-    for pool in list(_pools):
-        pool._stop()
-    end = time.monotonic() + deadline_s
-    for thread in list(_threads):
-        thread.join(max(0.0, end - time.monotonic()))
+end_at_exit()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload.engine import manifests
-from fastload.engine.deferred import call_later
 from fastload.engine.listing import attach, find_sidecars, list_shards
 from fastload.engine.shards import ShardTable
 from fastload.kernels import FIRST_BATCH, compile_in_background
+from fastload.lifecycle import call_later, is_inherited, on_drop
 from fastload.plan import Manifest
 from fastload.plan.manifest import next_version
 from fastload.service.client import Consumer
@@ -78,7 +77,7 @@ class Source:
         self._idle: list[Session] = []
         self._closings = 0
         # A data set that is dropped leaves no connection. It may be dropped under any lock, so another thread does it.
-        weakref.finalize(self, call_later, _close_all, self._idle).atexit = False
+        on_drop(self, call_later, _close_all, self._idle)
         self._manifest = manifest
         self._first_chunk: npt.NDArray[np.int64] | None = None
         self._sidecars = ObjectTable.of([])
@@ -103,9 +102,9 @@ class Source:
         return str(self._cache.directory)
 
     @property
-    def is_foreign(self) -> bool:
+    def is_inherited(self) -> bool:
         """Whether this was made in a process that this one was forked from."""
-        return self._pid != os.getpid()
+        return is_inherited(self._pid)
 
     @property
     def manifest(self) -> Manifest | None:

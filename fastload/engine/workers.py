@@ -27,7 +27,6 @@ import socket
 import threading
 import time
 import traceback
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
@@ -39,9 +38,9 @@ from torch.utils.data._utils import worker as torch_worker
 
 from fastload import callers
 from fastload.engine.assemble import SharedMemory
-from fastload.engine.deferred import call_later
 from fastload.engine.finish import Finish, Reseed, reseed_all
 from fastload.errors import ConfigError, FastloadError, WaitTimeoutError, WorkerError
+from fastload.lifecycle import Ending, held_while_forking
 from fastload.transport import Link, LinkClosedError, SharedPool
 from fastload.transport.ends import HOW_TO_SEND, how_it_ended, is_unsendable
 from fastload.transport.heap import keep_freed_memory, spare_what_is_here
@@ -55,8 +54,7 @@ _LOOK_UP_MS = 500
 
 # Held while a worker is started. Whoever is forked meanwhile, by another thread, would get ends of connections that it
 # does not know of: with them held open, nobody would hear of this worker's death.
-_starting = threading.RLock()
-os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_starting.release)
+_starting = held_while_forking(threading.RLock())
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +80,13 @@ class Workers:
     def __init__(self, options: WorkerOptions) -> None:
         """Start them. `ConfigError` where the user's functions cannot be pickled, and have to be."""
         self.options = options
-        self._pid = os.getpid()
         self._idle: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
         self._lanes: list[_Lane] = []
         self._processes: list[BaseProcess] = []
         self._interrupting = threading.Lock()
         self._interruptions = 0
-        self._stop = weakref.finalize(self, _drop, self._lanes, self._processes, self._pid)
-        self._stop.atexit = False
+        # At exit `multiprocessing` ends them.
+        self._ending = Ending(self, _end, self._lanes, self._processes, waits=True, at_exit=False)
         try:
             for number in range(options.processes):
                 with _starting:
@@ -103,7 +100,8 @@ class Workers:
     @property
     def is_usable(self) -> bool:
         """Whether all of them live, and belong to this process."""
-        return self._pid == os.getpid() and self._stop.alive and not any(lane.is_broken for lane in self._lanes)
+        ending = self._ending
+        return ending.is_due and not ending.is_inherited and not any(lane.is_broken for lane in self._lanes)
 
     def lend(self) -> contextlib.AbstractContextManager[_Lane]:
         """A lane for the length of a `with` block; there is one for each thread."""
@@ -138,8 +136,7 @@ class Workers:
 
     def close(self) -> None:
         """End them, and wait for that. May be called twice."""
-        if self._stop.detach() is not None and self._pid == os.getpid():
-            _end(self._lanes, self._processes)
+        self._ending()
 
     def _start(self, number: int) -> None:
         options = self.options
@@ -244,12 +241,6 @@ def _end(lanes: list[_Lane], processes: list[BaseProcess]) -> None:
                 process.join(_END_S)
     for process in processes:
         process.close()
-
-
-def _drop(lanes: list[_Lane], processes: list[BaseProcess], pid: int) -> None:
-    """Their owner was collected, which may happen anywhere: another thread waits for them."""
-    if os.getpid() == pid:
-        call_later(_end, lanes, processes)
 
 
 class _TracebackThereError(Exception):

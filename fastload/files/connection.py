@@ -10,11 +10,8 @@ back by another thread.
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastload.engine.deferred import call_later
 from fastload.errors import ObjectChangedError, ServiceError
+from fastload.lifecycle import call_later, on_drop, reset_on_fork
 from fastload.service.client import Held
 from fastload.service.handle import Handle
 from fastload.service.opener import OpenedObject
@@ -59,12 +56,12 @@ class Connection:
         self._now = now
         self._cache = cache  # which the opener does not keep
         self._opener = cache.opener(storage_options, name="fastload.open")
-        weakref.finalize(self, call_later, self._opener.close).atexit = False
+        on_drop(self, call_later, self._opener.close)
         self.chunk_bytes = self._opener.chunk_bytes
         self._ahead_max = max(1, min(_AHEAD_MAX, self._opener.buffer_count // _AHEAD_SHARE))
         self._known: dict[str, _Known] = {}
         self._begin()
-        _live_connections.add(self)
+        reset_on_fork(self, Connection._begin)
 
     def _begin(self) -> None:
         """What belongs to this process's leases."""
@@ -141,8 +138,7 @@ class Connection:
 
     def abandon(self, opened: OpenedObject, indexes: set[int]) -> None:
         """Release these soon. Takes no lock and never waits: for files that are collected."""
-        if not sys.is_finalizing():  # else the connection ends as well, and no thread may be started
-            call_later(self._release_left, opened, indexes)
+        call_later(self._release_left, opened, indexes)
 
     def _release_left(self, opened: OpenedObject, indexes: set[int]) -> None:
         try:
@@ -151,14 +147,3 @@ class Connection:
             if not self._opener.is_ended:
                 raise
             # It was closed meanwhile, and with it all that it held.
-
-
-_live_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
-
-
-def _forget_all_after_fork() -> None:
-    for connection in list(_live_connections):
-        connection._begin()
-
-
-os.register_at_fork(after_in_child=_forget_all_after_fork)

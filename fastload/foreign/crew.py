@@ -10,9 +10,7 @@ goes away may take the process with it.
 
 from __future__ import annotations
 
-import atexit
 import functools
-import os
 import queue
 import threading
 import time
@@ -33,6 +31,7 @@ from fastload.foreign.info import worker_thread
 from fastload.foreign.randomness import global_kept
 from fastload.foreign.unpacking import Arrived
 from fastload.foreign.workplace import Ended, Workplace
+from fastload.lifecycle import Ending, end_at_exit, join_at_exit, on_fork
 
 NO_EPOCH = -1
 # How long threads that are to end are waited for, all together, where they are waited for.
@@ -44,12 +43,10 @@ T = TypeVar("T")
 _torchs_hooks = threading.Lock()
 
 
-def _renew_lock() -> None:
+@on_fork
+def _renew_lock() -> None:  # the thread that held it may be gone
     global _torchs_hooks
     _torchs_hooks = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_lock)  # whoever held it is not there
 
 
 def shard(user_init: Callable[[int], None] | None, world_size: int, rank: int, worker: int) -> None:
@@ -108,11 +105,11 @@ class Crew:
 
     def __init__(self, jobs: list[Job], timeout_s: float) -> None:
         """`timeout_s`: how long a `worker_init_fn` may take, as long as it likes where that is 0."""
-        self._pid = os.getpid()
         self._timeout_s = timeout_s
         self._board = _Board()
         self.answers = self._board.answers
         self._workers = [_Worker(job, self._board) for job in jobs]
+        self._ending = Ending(self, _dismiss, self._workers, waits=False, at_exit=True)
         try:
             with self._generators_kept(jobs):
                 self._start()
@@ -126,6 +123,7 @@ class Crew:
         try:
             for worker in self._workers:
                 worker.start()
+                join_at_exit(worker, _END_S)
                 begun += 1
         finally:
             for _ in range(begun):
@@ -147,9 +145,9 @@ class Crew:
                 next_of(self._board.prepared, self._timeout_s)
 
     @property
-    def is_foreign(self) -> bool:
+    def is_inherited(self) -> bool:
         """Whether the threads stayed behind in a process that this one was forked from."""
-        return self._pid != os.getpid()
+        return self._ending.is_inherited
 
     def begin(self, epoch: int, shared_seed: int | None) -> None:
         """Tasks of earlier epochs are of no use any more."""
@@ -163,12 +161,14 @@ class Crew:
 
     def dismiss(self) -> None:
         """Each thread ends after the task that it is at. May be called often, in any thread and under any lock."""
-        for worker in self._workers:
-            worker.dismiss()
+        self._ending()
 
     def wait(self) -> None:
         """Until all have ended, or they take too long."""
-        _wait_for(self._workers)
+        deadline = time.monotonic() + _END_S
+        for worker in self._workers:
+            if worker is not threading.current_thread():
+                worker.join(max(0.0, deadline - time.monotonic()))
 
 
 def next_of(answers: queue.SimpleQueue[T], timeout_s: float) -> T:
@@ -272,16 +272,9 @@ def pinning(device: Any) -> Callable[[Any], Any]:
     return pin
 
 
-def _wait_for(workers: list[_Worker]) -> None:
-    deadline = time.monotonic() + _END_S
-    for worker in workers:
-        if worker is not threading.current_thread():
-            worker.join(max(0.0, deadline - time.monotonic()))
-
-
-@atexit.register
-def _end_workers() -> None:
-    workers = [thread for thread in threading.enumerate() if isinstance(thread, _Worker)]
+def _dismiss(workers: list[_Worker]) -> None:
     for worker in workers:
         worker.dismiss()
-    _wait_for(workers)
+
+
+end_at_exit()

@@ -12,7 +12,6 @@ another process. Those of a thread are not; so collate is told that there is no 
 
 from __future__ import annotations
 
-import os
 import random
 import sys
 import threading
@@ -25,6 +24,8 @@ import numpy as np
 import torch
 from torch.utils.data._utils import collate as torch_collate
 from torch.utils.data._utils import worker as torch_worker
+
+from fastload.lifecycle import on_fork
 
 
 class _Thread(threading.local):
@@ -106,12 +107,10 @@ def _restore() -> None:
         _original = None  # the name in torch's module stays: somebody may be about to look it up
 
 
+@on_fork
 def _begin_as_child() -> None:
     """A process that a worker thread forked is no worker, and the others stayed where they were."""
     global _changing, _threads, _fastload_thread
     _changing, _threads = threading.Lock(), 0
     _fastload_thread = _Thread()
     _restore()
-
-
-os.register_at_fork(after_in_child=_begin_as_child)

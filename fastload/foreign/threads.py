@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import weakref
 from collections import deque
 from typing import Any
 
@@ -59,8 +58,6 @@ class Threads(Working):
 
     def _hire(self, loader: Any, saved: Saved | None = None) -> None:
         self._crew = Crew(self._jobs(loader, saved), self._timeout)
-        self._end = weakref.finalize(self, self._crew.dismiss)
-        self._end.atexit = False  # `_end_workers` does more
 
     def _jobs(self, loader: Any, saved: Saved | None) -> list[Job]:
         parts = (self._dataset, self._collate_fn, self._worker_init_fn)
@@ -83,7 +80,7 @@ class Threads(Working):
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         super()._reset(View(loader), first_iter)
-        if self._crew.is_foreign:
+        if self._crew.is_inherited:
             self._hire(loader)
         self._epoch += 1
         self._turn = self._begin()
@@ -120,7 +117,7 @@ class Threads(Working):
 
     def tell_states(self) -> None:
         """Wait until it is known where the data set of each worker was at first, if that can be known."""
-        if not is_stateful(self._user_dataset) or self._crew.is_foreign:
+        if not is_stateful(self._user_dataset) or self._crew.is_inherited:
             return
         while len(self._early) < len(self._awaited) and any(
             worker.state() is None and load for worker, load in zip(self.progress.workers, self._loads, strict=True)
@@ -136,7 +133,7 @@ class Threads(Working):
         return self._early.pop(number)
 
     def _receive(self) -> None:
-        if self._crew.is_foreign:
+        if self._crew.is_inherited:
             raise RuntimeError(
                 "this iterator's worker threads stayed in the process that this one was forked from; "
                 "iterate the DataLoader anew"

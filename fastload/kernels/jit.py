@@ -45,6 +45,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 
 from fastload.kernels import objects
+from fastload.lifecycle import held_while_forking
 
 __all__ = [
     "Generated",
@@ -251,16 +252,14 @@ def _made(kind: Callable[..., Any], function: Function, signature: Signature, op
 # Compiling and loading
 
 _entries: dict[str, list[Entry]] = {}  # by module
-_lock = threading.RLock()
+# A child that is forked while another thread compiles would find numba half imported, and its locks held for ever.
+_lock = held_while_forking(threading.RLock())
 
 # After a compilation the lock is left alone for so long: who waits for it has called a kernel, and is to have the next.
 _TURN_S = 0.01
 _PROGRESS_S = 5.0
 
 _log = logging.getLogger("fastload.kernels")
-
-# A child that is forked while another thread compiles would find numba half imported, and its locks held by nobody.
-os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 @dataclass(frozen=True, slots=True)

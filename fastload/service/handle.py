@@ -26,6 +26,7 @@ from fastload import callers
 from fastload.cache import CacheDirectory
 from fastload.config import CacheLimits, default_cache_dir, default_ram_bytes, exact_bytes, format_bytes, parse_bytes
 from fastload.errors import CacheError, ConfigError, FastloadError, ServiceError
+from fastload.lifecycle import keep_forever, reset_on_fork
 from fastload.service import election, protocol
 from fastload.service.channel import Connection
 from fastload.service.client import Consumer
@@ -99,7 +100,7 @@ class Handle:
         self._directory = _open(path, explicit, otherwise)
         self._consumers: weakref.WeakSet[Consumer] = weakref.WeakSet()
         self._forget_service()
-        _live_caches.add(self)
+        reset_on_fork(self, Handle._forget_after_fork)
         for message in self._directory.warnings:
             if self.warn(message):
                 callers.warn(message, RuntimeWarning)
@@ -308,12 +309,9 @@ class Handle:
 
     def warn(self, message: str) -> bool:
         """Whether `message` has yet to be raised as a warning in this process; from now on it has been."""
-        key = self._path, self._kinds.get(message, message)
-        with _warned_lock:
-            if key in _warned:
-                return False
-            _warned.add(key)
-            return True
+        mine = object()
+        key = str(self._path), self._kinds.get(message, message)
+        return _warned.setdefault(key, mine) is mine  # which is atomic
 
     def _start_here(self, place: Place) -> None:
         from fastload.service.inprocess import InProcessService  # all of the service, which is mostly elsewhere
@@ -338,7 +336,7 @@ class Handle:
             )
 
     def _forget_after_fork(self) -> None:
-        _inherited.append(self._shared)
+        keep_forever(self._shared)
         self._forget_service()
         # The same file, but the lock and its descriptor stay the parent's.
         self._consumers = weakref.WeakSet(self._consumers)
@@ -401,18 +399,4 @@ def _idle_s() -> float:
         raise ConfigError(f"FASTLOAD_IDLE_S={text!r} is not a number of seconds") from None
 
 
-_warned: set[tuple[Path, str]] = set()
-_warned_lock = threading.Lock()
-_live_caches: weakref.WeakSet[Handle] = weakref.WeakSet()
-# In a forked child: what the parent shared, which is not to be taken apart there.
-_inherited: list[dict[Hashable, Any]] = []
-
-
-def _forget_all_after_fork() -> None:
-    global _warned_lock
-    _warned_lock = threading.Lock()
-    for cache in list(_live_caches):
-        cache._forget_after_fork()
-
-
-os.register_at_fork(after_in_child=_forget_all_after_fork)
+_warned: dict[tuple[str, str], object] = {}

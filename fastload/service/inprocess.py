@@ -7,11 +7,10 @@ and a worker process finds it by the directory. It lives until its `Cache` is cl
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
-import weakref
 
 from fastload.errors import ServiceError
+from fastload.lifecycle import keep_forever, reset_on_fork
 from fastload.service.logs import limited
 from fastload.service.server import Server
 from fastload.service.standin import Place
@@ -44,7 +43,7 @@ class InProcessService:
         if self._error is not None:
             self._thread.join()
             raise self._error
-        _running.add(self)
+        reset_on_fork(self, InProcessService._abandon)
 
     @property
     def alive(self) -> bool:
@@ -53,7 +52,6 @@ class InProcessService:
 
     def close(self) -> None:
         """End it. May be called twice."""
-        _running.discard(self)
         self._stop()
         self._thread.join()
 
@@ -83,21 +81,7 @@ class InProcessService:
             raise ServiceError("reads or writes of the cache service did not end in time")
 
     def _abandon(self) -> None:
+        """In a forked child: what is left of the threads shares descriptors with the parent's loop."""
         if self._server is not None:
             self._server.abandon()
-
-
-_running: weakref.WeakSet[InProcessService] = weakref.WeakSet()
-# In a forked child the threads are gone; what is left of them must not be taken apart, since it shares descriptors with
-# the parent's loop.
-_kept: list[InProcessService] = []
-
-
-def _abandon_in_child() -> None:
-    for service in list(_running):
-        service._abandon()
-        _kept.append(service)
-    _running.clear()
-
-
-os.register_at_fork(after_in_child=_abandon_in_child)
+        keep_forever(self)

@@ -19,7 +19,6 @@ import socket
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ import numpy.typing as npt
 from fastload import callers, errors
 from fastload.cache.owner import is_running
 from fastload.errors import FastloadError, ServiceError
+from fastload.lifecycle import reset_on_fork
 from fastload.redaction import redact
 from fastload.service import protocol
 from fastload.service.channel import Channel, Connection, peer_pid
@@ -109,7 +109,7 @@ class Session:
         self._report: dict[str, float] = {}
         self._store_wire = self._read_store_options()
         self._begin()
-        _live_sessions.add(self)
+        reset_on_fork(self, Session._forget_after_fork)
         self._connect()
         try:
             self._warn()
@@ -482,14 +482,3 @@ def chunk_starts(sizes: Sequence[int] | Int64, chunk_bytes: int) -> Int64:
     """int64[n + 1]: the number of each object's first chunk, and last how many chunks there are."""
     counts = -(-np.asarray(sizes, np.int64) // chunk_bytes)
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
-
-
-_live_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-
-
-def _forget_all_after_fork() -> None:
-    for session in list(_live_sessions):
-        session._forget_after_fork()
-
-
-os.register_at_fork(after_in_child=_forget_all_after_fork)

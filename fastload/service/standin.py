@@ -19,8 +19,9 @@ from hashlib import blake2b
 from pathlib import Path
 
 from fastload.cache import CacheDirectory
-from fastload.cache.directory import BACKLOG, lock_holders
+from fastload.cache.directory import BACKLOG
 from fastload.config import CacheLimits
+from fastload.lifecycle import reset_on_fork
 from fastload.service import protocol
 
 
@@ -66,13 +67,12 @@ class StandIn:
                 lock.close()
                 return False
             self._lock = lock
-            lock_holders.add(self)
+            reset_on_fork(self, StandIn.unlock)
         return True
 
     def unlock(self) -> None:
         """Give the lock back. May be called twice, and without it."""
         lock, self._lock = self._lock, None
-        lock_holders.discard(self)
         if lock is not None:
             lock.close()
 

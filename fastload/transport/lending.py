@@ -7,13 +7,13 @@ whatever is written to that memory. So memory of which a child may still hold a 
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from fastload.lifecycle import fork_count
 from fastload.transport.slots import Owner, address_of
 
 Bytes = npt.NDArray[np.uint8]
@@ -39,20 +39,9 @@ class _Lent(Owner, Generic[T]):
 
     def __init__(self, memory: Bytes, collected: deque[Collected[T]], what: T) -> None:
         # First, so that it is told of also where a signal's handler raises before there is an array.
-        self._memory, self._collected, self._what, self._forks = memory, collected, what, _forks
+        self._memory, self._collected, self._what, self._forks = memory, collected, what, fork_count()
         super().__init__(address_of(memory), memory.size)
 
     def __del__(self) -> None:
-        self._collected.append(Collected(self._what, self._forks != _forks))  # and only now may the memory be unmapped
-
-
-# How often this process was about to be forked, or just had been.
-_forks = 0
-
-
-def _count_fork() -> None:
-    global _forks
-    _forks += 1
-
-
-os.register_at_fork(before=_count_fork, after_in_parent=_count_fork)
+        was_forked = self._forks != fork_count()
+        self._collected.append(Collected(self._what, was_forked))  # and only now may the memory be unmapped

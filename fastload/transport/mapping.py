@@ -9,11 +9,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import weakref
 
 import numpy as np
 import numpy.typing as npt
 
+from fastload.lifecycle import on_drop
 from fastload.transport.slots import Owner
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -41,5 +41,5 @@ def _mapped(fd: int, byte_count: int, flags: int) -> npt.NDArray[np.uint8]:
         number = ctypes.get_errno()
         raise OSError(number, f"cannot map {byte_count} bytes of shared memory: {os.strerror(number)}")
     owner = Owner(address, byte_count)
-    weakref.finalize(owner, _libc.munmap, address, byte_count).atexit = False
+    on_drop(owner, _libc.munmap, address, byte_count)
     return np.asarray(owner)

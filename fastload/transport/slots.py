@@ -14,13 +14,14 @@ The pool never blocks: when no slot is free it makes one. It keeps at most `reta
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from fastload.lifecycle import on_drop
 
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
@@ -76,7 +77,7 @@ class SlotPool:
             with self._lock:
                 self._held_bytes += memory.size
         owner = Owner(address_of(memory), byte_count)
-        weakref.finalize(owner, self._returned.append, memory).atexit = False
+        on_drop(owner, self._returned.append, memory)
         return np.asarray(owner)
 
     def take_array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
