@@ -46,7 +46,7 @@ bench: ready
 # sets where they were stopped.
 frameworks: ready
 	$(BIN)/pip install --quiet -e '.[frameworks]'
-	$(BIN)/python -m pytest tests/foreign/test_frameworks.py tests/foreign/test_frameworks_streaming.py
+	$(BIN)/python -m pytest tests/torchloader/test_frameworks.py tests/torchloader/test_frameworks_streaming.py
 
 # Our data set in torch's own loader: workers are started fifty times by each of fork, spawn and forkserver.
 starts: ready

@@ -24,13 +24,13 @@ import numpy.typing as npt
 from bench import tables
 from bench.plan import walk
 from bench.tables import Column, Question, Table
+from fastload import protocol
 from fastload.cache import CacheDirectory, DiskTier
 from fastload.cache.policy import PolicyName
 from fastload.cache.policy.choosing import least
 from fastload.cache.policy.future import FAR, NextUses, lookahead
 from fastload.cache.policy.pin import Arc, places
 from fastload.plan import EpochCursor, Manifest, OrderOptions, Ranks, epoch_order, epoch_orders
-from fastload.service import protocol
 from fastload.service.core import Core
 from fastload.store.types import ObjectInfo
 

@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 
 from bench.targets import Figure
+from fastload import protocol
 from fastload.cache import CacheDirectory
 from fastload.history import archive as archives
 from fastload.history.archive import Archive
@@ -28,7 +29,6 @@ from fastload.history.follow import Follower
 from fastload.history.keys import chunk_key, object_key
 from fastload.history.library import Library
 from fastload.history.record import Recorder
-from fastload.service import protocol
 from fastload.service.core import Core
 from fastload.store.types import ObjectInfo
 

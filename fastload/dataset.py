@@ -31,16 +31,16 @@ from fastload.arguments import (
 from fastload.callers import public
 from fastload.config import parse_bytes
 from fastload.decode import Decoder
-from fastload.engine.assemble import Skips
-from fastload.engine.columns import ColumnSet
-from fastload.engine.finish import Finish, Function, OneMaker
-from fastload.engine.job import Beginning, Job
-from fastload.engine.lookup import Lookup
-from fastload.engine.passes import AnyPosition, OnePass, PassOptions, SourcePass, begin_pass, open_source
-from fastload.engine.session import Source
 from fastload.errors import ConfigError
 from fastload.indexed import IndexedDataset, checked_number, checked_numbers
 from fastload.node import AnyCache, handle_of
+from fastload.pipeline.assemble import Skips
+from fastload.pipeline.columns import ColumnSet
+from fastload.pipeline.finish import Finish, Function, OneMaker
+from fastload.pipeline.job import Beginning, Job
+from fastload.pipeline.lookup import Lookup
+from fastload.pipeline.passes import AnyPosition, OnePass, PassOptions, SourcePass, begin_pass, open_source
+from fastload.pipeline.session import Source
 from fastload.plan import OrderOptions, OrderWish, Position, Ranks, Shuffle, Tail, sample_count_of_rank
 from fastload.plan.tail import check_tail
 from fastload.redaction import redact

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastload.arguments import checked_urls
-from fastload.engine.listing import attach, list_shards
-from fastload.engine.shards import ShardTable
-from fastload.engine.windows import window_chunks
 from fastload.errors import ConfigError
 from fastload.formats import ShardIndex
 from fastload.node import AnyCache, handle_of
+from fastload.pipeline.listing import attach, list_shards
+from fastload.pipeline.shards import ShardTable
+from fastload.pipeline.windows import window_chunks
 from fastload.plan import Manifest
 from fastload.service.client import Consumer
 from fastload.service.handle import Handle

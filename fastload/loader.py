@@ -22,9 +22,9 @@ from torch.utils.data import Dataset, Sampler
 from fastload.arguments import checked_batch_size, checked_count
 from fastload.callers import public
 from fastload.errors import ConfigError
-from fastload.foreign.reading import Reading
 from fastload.streamed import Stream
 from fastload.streaming import BatchOf, Columns, Made, Row, Streaming, Unsaid
+from fastload.torchloader.reading import Reading
 from fastload.transfer import checked_device
 
 T = TypeVar("T", covariant=True)

@@ -18,13 +18,13 @@ import numpy as np
 from fastload.arguments import checked_batch_size, checked_seed
 from fastload.callers import public
 from fastload.dataset import StreamingDataset
-from fastload.engine.assemble import Skips
-from fastload.engine.finish import Function
-from fastload.engine.job import Beginning
-from fastload.engine.mixed import MixedPass, begin_mixed_pass
-from fastload.engine.passes import AnyPosition
 from fastload.errors import ConfigError
 from fastload.kernels import compile_in_background
+from fastload.pipeline.assemble import Skips
+from fastload.pipeline.finish import Function
+from fastload.pipeline.job import Beginning
+from fastload.pipeline.mixed import MixedPass, begin_mixed_pass
+from fastload.pipeline.passes import AnyPosition
 from fastload.plan import Ranks, Tail, sample_count_of_rank
 from fastload.plan.mixture import MixtureCursor, MixtureOptions, MixturePosition, Stop, check_stop, check_weights
 from fastload.plan.tail import check_tail

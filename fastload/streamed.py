@@ -19,15 +19,15 @@ from torch.utils.data import default_collate, default_convert
 
 from fastload import callers
 from fastload.arguments import checked_epoch
-from fastload.engine.finish import Finish
-from fastload.engine.iteration import NOTHING, Iteration
-from fastload.engine.passes import AnyPosition, Pass, made
-from fastload.engine.pool import DecodePool
-from fastload.engine.resume import why_nothing_came
-from fastload.engine.run import InlineRun, ThreadedRun
-from fastload.engine.workers import WorkerOptions, Workers
 from fastload.errors import ConfigError, StateError
 from fastload.metrics import EpochMeter, empty_stats
+from fastload.pipeline.finish import Finish
+from fastload.pipeline.iteration import NOTHING, Iteration
+from fastload.pipeline.passes import AnyPosition, Pass, made
+from fastload.pipeline.pool import DecodePool
+from fastload.pipeline.resume import why_nothing_came
+from fastload.pipeline.run import InlineRun, ThreadedRun
+from fastload.pipeline.workers import WorkerOptions, Workers
 from fastload.plan import batch_count_of_rank
 from fastload.streaming import Streaming
 from fastload.transfer import mover_to, pinned

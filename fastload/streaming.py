@@ -19,13 +19,13 @@ from typing_extensions import TypeVar
 from fastload import callers
 from fastload.arguments import checked_epoch, checked_function
 from fastload.callers import public
-from fastload.engine.epochs import EpochCounter
-from fastload.engine.finish import Finish, Function
-from fastload.engine.iteration import Iteration
-from fastload.engine.passes import AnyPosition, Pass, made
-from fastload.engine.resume import Delivery, IterationState
-from fastload.engine.run import InlineRun
 from fastload.errors import ConfigError
+from fastload.pipeline.epochs import EpochCounter
+from fastload.pipeline.finish import Finish, Function
+from fastload.pipeline.iteration import Iteration
+from fastload.pipeline.passes import AnyPosition, Pass, made
+from fastload.pipeline.resume import Delivery, IterationState
+from fastload.pipeline.run import InlineRun
 from fastload.plan import Ranks, Split, Tail
 
 # Samples that are gathered together when they are asked for one by one: enough to share the cost of a gather, few

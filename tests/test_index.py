@@ -19,8 +19,8 @@ import pytest
 import fastload
 from fastload import indexing
 from fastload.demo.weed import WeedServer
-from fastload.engine.session import Source
 from fastload.errors import ConfigError, FastloadError, ObjectMissingError, ShardError
+from fastload.pipeline.session import Source
 from fastload.service import Consumer
 from fastload.service import Handle as Cache
 from tests.conftest import Bucket

@@ -191,8 +191,8 @@ end_at_exit()
 THREADS = """
 import time
 import torch
-import fastload.engine.iteration
-from fastload.engine.pool import DecodePool
+import fastload.pipeline.iteration
+from fastload.pipeline.pool import DecodePool
 from fastload.lifecycle import call_later
 
 class Slow:

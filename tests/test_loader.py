@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import fastload
-from fastload.engine.run import RunClosedError
+from fastload.pipeline.run import RunClosedError
 from tests.patience import PATIENCE_S
 from tests.processes import until
 from tests.shards import Corpus, check_samples, corpus, samples_of, tar_of

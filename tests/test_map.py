@@ -292,7 +292,7 @@ def test_a_timeout_names_the_worker(new):
 
 def test_an_iteration_that_is_left_does_not_wait_for_a_function_for_ever(new, monkeypatch):
     dataset = new()
-    monkeypatch.setattr("fastload.engine.workers._END_S", 0.2)
+    monkeypatch.setattr("fastload.pipeline.workers._END_S", 0.2)
     loader = closing(dataset.map_batch(sleepy))
     iterator = iter(loader)
     pids = [process.pid for process in loader._stream._workers._processes]
@@ -403,7 +403,7 @@ def test_workers_end_at_once_also_while_another_loader_has_some(new, monkeypatch
     for iterator in iterators:
         next(iterator)
     terminated: list[BaseProcess] = []
-    monkeypatch.setattr("fastload.engine.workers._END_S", 30.0)
+    monkeypatch.setattr("fastload.pipeline.workers._END_S", 30.0)
     monkeypatch.setattr(BaseProcess, "terminate", terminated.append)
     for loader in loaders:
         loader.close()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastload
-from fastload.engine import agreement
+from fastload.pipeline import agreement
 from tests.shards import Corpus, corpus, tar_of
 
 WEIGHTS = (0.5, 0.3, 0.2)

@@ -26,8 +26,8 @@ from torch.utils.data import IterableDataset
 import fastload
 from fastload import transfer
 from fastload.transfer import AHEAD_MAX, Mover, Moving
-from tests.foreign.datasets import Mapped
 from tests.shards import corpus
+from tests.torchloader.datasets import Mapped
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device here; run tests/test_transfer.py on a machine with one"

@@ -16,7 +16,7 @@ from fastload.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from fastload.service.protocol import Progress
+    from fastload.protocol import Progress
     from fastload.warm import Job, Warmed
 
 # Exit code where the cache is too small for the job: not an error, and not what was asked for.

@@ -1,4 +1,4 @@
-"""From the samples of a batch to the rows of their windows (see `fastload.engine.windows`), and what is known there.
+"""From the samples of a batch to the rows of their windows (see `fastload.pipeline.windows`), and what is known there.
 
 A batch has its samples from anywhere in a window, whose tables are larger than the processor's caches; numpy goes over
 them once a table and again for each step of arithmetic. Here each is one walk: places of values 10 ns a sample where

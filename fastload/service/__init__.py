@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from fastload.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from fastload.protocol import Progress as Progress
     from fastload.service.client import Consumer as Consumer
     from fastload.service.client import Held as Held
     from fastload.service.handle import Handle as Handle
-    from fastload.service.protocol import Progress as Progress
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__, {"client": ["Consumer", "Held"], "handle": ["Handle"], "protocol": ["Progress"]}

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastload import protocol
 from fastload.cache import ChunkKey
 from fastload.errors import CacheError, to_wire
-from fastload.service import protocol
 from fastload.service.consumers import ConsumerState
 from fastload.service.diskorder import DiskOrder
 from fastload.service.indexes import Indexes

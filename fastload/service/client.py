@@ -24,12 +24,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastload import errors
+from fastload import errors, protocol
 from fastload.cache.policy import PolicyName
 from fastload.errors import FastloadError, ServiceError
-from fastload.service import protocol
+from fastload.protocol import Progress
 from fastload.service.leases import Lease, offsets_by_arena
-from fastload.service.protocol import Progress
 from fastload.service.session import Connector, Int64, Session, chunk_starts
 from fastload.store import localversion, normalise
 from fastload.store.table import ObjectTable

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate, count, islice
 
+from fastload import protocol
 from fastload.errors import ServiceError
-from fastload.service import protocol
 from fastload.service.model import Chunk, ObjectEntry, Piece
 from fastload.service.plans import Plan
 

@@ -18,8 +18,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from fastload import protocol
 from fastload.errors import CacheError
-from fastload.service import figures, protocol, scheduler
+from fastload.service import figures, scheduler
 from fastload.service.clearing import Clearing
 from fastload.service.consumers import ConsumerState
 from fastload.service.indexes import Indexes

@@ -25,10 +25,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastload import errors
+from fastload import errors, protocol
+from fastload.channel import Connection, greet
 from fastload.errors import CacheError, FastloadError, ServiceError
-from fastload.service import protocol
-from fastload.service.channel import Connection, greet
 from fastload.service.logs import FILE_BYTES_MAX
 from fastload.service.standin import Place, StandIn
 from fastload.service.surroundings import of_service

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import msgspec
 
-from fastload import callers
+from fastload import callers, protocol
 from fastload.cache import CacheDirectory
+from fastload.channel import Connection
 from fastload.config import CacheLimits, default_cache_dir, default_ram_bytes, exact_bytes, format_bytes, parse_bytes
 from fastload.errors import CacheError, ConfigError, FastloadError, ServiceError
 from fastload.lifecycle import keep_forever, reset_on_fork
-from fastload.service import election, protocol
-from fastload.service.channel import Connection
+from fastload.service import election
 from fastload.service.client import Consumer
 from fastload.service.opener import Opener
 from fastload.service.standin import Place, StandIn

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from fastload import protocol
 from fastload.errors import StoreError, to_wire
-from fastload.service import protocol
 from fastload.service.buffers import BufferTable
 from fastload.service.consumers import ConsumerState
 from fastload.service.model import Chunk, Recalled, State, Want

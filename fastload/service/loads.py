@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from fastload.service import protocol
+from fastload import protocol
 from fastload.service.fetches import Fetches
 from fastload.service.model import Chunk, State
 from fastload.service.pools import Done

@@ -15,8 +15,8 @@ from weakref import WeakValueDictionary
 from fastload.cache import ChunkKey, object_id
 from fastload.cache.policy import PolicyName
 from fastload.history.keys import object_key
+from fastload.protocol import ObjectRows
 from fastload.redaction import redact
-from fastload.service.protocol import ObjectRows
 from fastload.store.types import ObjectInfo
 from fastload.store.urls import store_root
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from fastload import protocol
 from fastload.errors import ServiceError
-from fastload.service import protocol
 from fastload.service.client import Consumer
 from fastload.service.session import Connector
 from fastload.store.types import ObjectInfo

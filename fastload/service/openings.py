@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Collection
 
+from fastload import protocol
 from fastload.errors import ObjectChangedError, to_wire
-from fastload.service import protocol
 from fastload.service.consumers import ConsumerState
 from fastload.service.model import Chunk, Objects, Piece
 from fastload.service.pools import Pools

@@ -28,9 +28,9 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
+from fastload import protocol
 from fastload.cache.policy.future import FAR, NextUses
 from fastload.errors import ServiceError
-from fastload.service import protocol
 from fastload.service.model import ObjectEntry, State
 
 Step = tuple[int, ObjectEntry, int]  # position, object, chunk index

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
+from fastload import protocol
 from fastload.cache.policy import BLIND, PolicyName
-from fastload.service import protocol
 from fastload.service.buffers import BufferTable
 from fastload.service.consumers import ConsumerState
 from fastload.service.diskorder import DiskOrder

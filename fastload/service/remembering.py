@@ -17,12 +17,12 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from fastload import protocol
 from fastload.history import archive as archives
 from fastload.history.archive import Archive
 from fastload.history.library import Library
 from fastload.history.record import Batch, Recorder
 from fastload.history.runfile import EndpointSummary
-from fastload.service import protocol
 from fastload.service.consumers import ConsumerState
 from fastload.service.control import Learnt
 from fastload.service.model import ObjectEntry

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from fastload import protocol
 from fastload.errors import ServiceError, to_wire
-from fastload.service import protocol
 from fastload.service.consumers import ConsumerState
 from fastload.service.indexes import Indexes
 from fastload.service.pools import Pools

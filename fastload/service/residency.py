@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fastload import protocol
 from fastload.errors import StoreError
-from fastload.service import buffers, protocol
+from fastload.service import buffers
 from fastload.service.consumers import ConsumerState
 from fastload.service.control import Learnt
 from fastload.service.fetches import Fetches

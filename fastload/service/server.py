@@ -22,9 +22,9 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 
+from fastload import protocol
+from fastload.channel import peer_uid
 from fastload.errors import FastloadError, ServiceError
-from fastload.service import protocol
-from fastload.service.channel import peer_uid
 from fastload.service.consumers import ConsumerState
 from fastload.service.core import Core
 from fastload.service.standin import Place

@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
+from fastload import protocol
 from fastload.cache import CacheDirectory
 from fastload.cache.directory import BACKLOG
 from fastload.config import CacheLimits
 from fastload.lifecycle import reset_on_fork
-from fastload.service import protocol
 
 
 class StandIn:

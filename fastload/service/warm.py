@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from fastload import protocol
 from fastload.errors import to_wire
-from fastload.service import protocol
 from fastload.service.model import Chunk, ObjectEntry, State
 from fastload.service.plans import Plan, Step
 from fastload.service.scheduler import Candidate, Need, OnDisk

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
+from fastload import protocol
 from fastload.cache import ArenaView
+from fastload.channel import Channel, Connection
 from fastload.errors import ServiceError
-from fastload.service import protocol
-from fastload.service.channel import Channel, Connection
 from fastload.service.client import Consumer
 from fastload.service.consumers import ConsumerState
 from fastload.service.core import Core

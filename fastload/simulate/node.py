@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from fastload.cache import ChunkKey, object_id
 from fastload.config import CacheLimits
-from fastload.engine.windows import Window, window_chunks
+from fastload.pipeline.windows import Window, window_chunks
 from fastload.plan import BatchEntry
 from fastload.service.core import Core
 from fastload.service.hedging import Hedger

@@ -17,10 +17,10 @@ from typing import Protocol
 
 import numpy as np
 
-from fastload.engine.feed import Feed
-from fastload.engine.reader import WindowReader
-from fastload.engine.scattered import ScatteredReader
-from fastload.engine.windows import Window
+from fastload.pipeline.feed import Feed
+from fastload.pipeline.reader import WindowReader
+from fastload.pipeline.scattered import ScatteredReader
+from fastload.pipeline.windows import Window
 from fastload.plan import BatchEntry, EpochCursor, Ranks
 from fastload.simulate.clock import VirtualLoop
 from fastload.simulate.consumer import SimulatedConsumer

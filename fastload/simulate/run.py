@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastload.config import CacheLimits
-from fastload.engine.scattered import check_allowed, holds
 from fastload.errors import ConfigError
+from fastload.pipeline.scattered import check_allowed, holds
 from fastload.plan import ram_bytes_for
 from fastload.plan.order import DEFAULT_WINDOW_BYTES
-from fastload.service.protocol import SOURCE_DISK, SOURCE_RAM
+from fastload.protocol import SOURCE_DISK, SOURCE_RAM
 from fastload.simulate.clock import VirtualLoop
 from fastload.simulate.data import Data
 from fastload.simulate.link import Link

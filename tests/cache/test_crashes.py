@@ -19,10 +19,10 @@ import pytest
 import fastload
 from fastload.cache import CacheDirectory, ChunkKey, DiskTier
 from fastload.config import CacheLimits
-from fastload.engine import manifests
 from fastload.errors import StateError
 from fastload.history.archive import Archive
 from fastload.history.record import Recorder
+from fastload.pipeline import manifests
 from fastload.plan import Manifest
 from fastload.store.types import ObjectInfo
 from tests.cache.faults import CALLS, crashed, failing, short

@@ -23,7 +23,9 @@ from torch.utils.data import BatchSampler, RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import fastload
-from tests.foreign.datasets import (
+from tests.golden.texts import digest, with_texts_named
+from tests.golden.world import MIXTURES, data_set, mixture, world
+from tests.torchloader.datasets import (
     EagerSampler,
     Mapped,
     Ranges,
@@ -33,8 +35,6 @@ from tests.foreign.datasets import (
     StatefulSampler,
     as_is,
 )
-from tests.golden.texts import digest, with_texts_named
-from tests.golden.world import MIXTURES, data_set, mixture, world
 
 COUNT = 11
 # Of an epoch without an end, how much is looked at.

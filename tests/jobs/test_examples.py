@@ -1,4 +1,4 @@
-"""The examples run as they are, alone and in several processes; those for frameworks in `tests.foreign`."""
+"""The examples run as they are, alone and in several processes; those for frameworks in `tests.torchloader`."""
 
 from __future__ import annotations
 

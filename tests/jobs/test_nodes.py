@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as distributed
 
 import fastload
-from fastload.engine import counts
+from fastload.pipeline import counts
 from tests.jobs.case import Case, Size
 from tests.jobs.pool import Failed, Rank, RankPool
 from tests.jobs.reading import SMALL, Read, Reading, read

@@ -7,8 +7,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastload import protocol
 from fastload.cache import CacheDirectory, DiskTier
-from fastload.service import protocol
 from fastload.service.budget import WriteBudget
 from fastload.service.core import Core
 from tests.service.helpers import CHUNK_BYTES

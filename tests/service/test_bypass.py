@@ -18,12 +18,13 @@ from typing import Any, cast
 import pytest
 
 import fastload
+from fastload import channel, protocol
 from fastload.cache import Arena, ArenaView, CacheDirectory
+from fastload.channel import Channel, Connection
 from fastload.config import CacheLimits
 from fastload.errors import CacheError, ServiceError
 from fastload.service import Handle as Cache
-from fastload.service import channel, election, handle, protocol, session
-from fastload.service.channel import Channel, Connection
+from fastload.service import election, handle, session
 from fastload.service.core import Core
 from fastload.service.standin import StandIn
 from tests.conftest import Bucket

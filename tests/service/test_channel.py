@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import pytest
 
+from fastload import protocol
+from fastload.channel import Channel, Connection
 from fastload.errors import FastloadError, ServiceError
-from fastload.service import protocol
-from fastload.service.channel import Channel, Connection
 from tests.patience import PATIENCE_S
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fastload import protocol
 from fastload.cache import ChunkKey
 from fastload.errors import ObjectMissingError, ServiceError, StoreUnavailableError
-from fastload.service import protocol
 from fastload.service.core import Core
 from tests.patience import PATIENCE_S
 from tests.service.helpers import CHUNK_BYTES

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from fastload import protocol
 from fastload.cache import CacheDirectory
 from fastload.errors import CacheError, ServiceError
 from fastload.service import Handle as Cache
-from fastload.service import election, protocol
+from fastload.service import election
 from fastload.service.election import StartError
 from fastload.service.inprocess import InProcessService
 from tests.processes import until

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from fastload import protocol
+from fastload.channel import greet
 from fastload.errors import (
     AccessDeniedError,
     CacheError,
@@ -24,8 +26,6 @@ from fastload.errors import (
     ServiceError,
 )
 from fastload.service import Handle as Cache
-from fastload.service import protocol
-from fastload.service.channel import greet
 from tests.cache.faults import failing
 from tests.conftest import Bucket
 from tests.service.helpers import (

@@ -12,10 +12,11 @@ from unittest import mock
 
 import pytest
 
+from fastload import protocol
 from fastload.cache import CacheDirectory
 from fastload.errors import ConfigError
 from fastload.service import Handle as Cache
-from fastload.service import hedging, protocol
+from fastload.service import hedging
 from fastload.service.control import AT_FIRST
 from fastload.service.core import Core
 from fastload.service.hedging import SHARE_MAX, Hedger

@@ -16,11 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fastload import protocol
 from fastload.cache import Arena, CacheDirectory, syscalls
+from fastload.channel import greet
 from fastload.errors import CacheError, FastloadError, ServiceError
 from fastload.service import Handle as Cache
-from fastload.service import election, protocol
-from fastload.service.channel import greet
+from fastload.service import election
 from tests.service.helpers import CHUNK_BYTES, service_pid
 
 HELLO = protocol.Hello(protocol.VERSION, os.getpid(), "", {})

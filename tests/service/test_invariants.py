@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from fastload import protocol
 from fastload.errors import AccessDeniedError, ObjectMissingError, StoreError, StoreUnavailableError
-from fastload.service import protocol
 from fastload.service.consumers import ConsumerState
 from fastload.store.types import ObjectInfo
 from tests.service.virtual_core import CHUNK_BYTES, VirtualCore

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastload import protocol
 from fastload.cache import DiskTier
 from fastload.cache.policy import PolicyName
 from fastload.errors import ServiceError
-from fastload.service import protocol
 from fastload.service.core import Core
 from tests.service.helpers import CHUNK_BYTES
 from tests.service.world import Side, World, settle, until

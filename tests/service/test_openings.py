@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+from fastload import protocol
 from fastload.errors import ObjectChangedError
-from fastload.service import protocol
 from fastload.service.core import Core
 from fastload.service.versions import FRESH_S, Versions
 from fastload.store.types import ObjectInfo

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-from fastload.service import protocol
+from fastload import protocol
 from fastload.service.core import Core
 from tests.service.world import Side, World, until
 

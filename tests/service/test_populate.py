@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from fastload import protocol
 from fastload.cache import Arena
 from fastload.config import MIB
 from fastload.service import Handle as Cache
-from fastload.service import core, protocol
+from fastload.service import core
 from fastload.service.core import Core
 from fastload.service.populate import Populator
 from tests.conftest import Bucket

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastload import protocol
 from fastload.errors import ServiceError
-from fastload.service import protocol
-from fastload.service.protocol import FrameReader, ObjectRows, frame, from_consumer, from_service
+from fastload.protocol import FrameReader, ObjectRows, frame, from_consumer, from_service
 from fastload.store.types import ObjectInfo
 
 MESSAGES = [

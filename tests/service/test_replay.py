@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from fastload import protocol
 from fastload.cache import CacheDirectory, syscalls
 from fastload.errors import AccessDeniedError, ObjectMissingError, StoreError, StoreUnavailableError
 from fastload.history import runfile
@@ -20,7 +21,6 @@ from fastload.history.archive import Archive
 from fastload.history.keys import object_key
 from fastload.history.record import Recorder
 from fastload.history.runfile import EndpointSummary, Summary
-from fastload.service import protocol
 from fastload.service.core import Core
 from fastload.service.remembering import _learnt
 from fastload.service.replay import ReplayPlan

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from fastload import protocol
 from fastload.cache import CacheDirectory
 from fastload.service import Handle as Cache
-from fastload.service import protocol, server
+from fastload.service import server
 from fastload.service.server import Server
 from tests.service.helpers import CHUNK_BYTES, eventually
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from fastload import protocol
 from fastload.cache import syscalls
 from fastload.service import Handle as Cache
-from fastload.service import protocol, server
+from fastload.service import server
 from fastload.service.core import Core
 from tests.patience import PATIENCE_S
 from tests.service.helpers import CHUNK_BYTES, FakeStore, eventually, random_bytes, read_epoch

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastload import protocol
 from fastload.cache import CacheDirectory
-from fastload.service import protocol, stalls
+from fastload.service import stalls
 from fastload.service.consumers import ConsumerState
 from fastload.service.core import Core
 from fastload.store.types import ObjectInfo

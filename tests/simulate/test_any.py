@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastload.config import MIB
-from fastload.engine.windows import window_chunks
+from fastload.pipeline.windows import window_chunks
 from fastload.simulate import Job, Node, StoreProfile, World
 
 CHUNK_BYTES = MIB // 4

@@ -12,8 +12,8 @@ import pytest
 
 from fastload.cache.policy import PolicyName
 from fastload.config import GIB, MIB
-from fastload.engine.windows import window_chunks
 from fastload.errors import ConfigError
+from fastload.pipeline.windows import window_chunks
 from fastload.simulate import STORES, Job, Node, Run, StoreProfile, World, simulate, sweep
 
 # A chunk on disk takes its data and a trailer.

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastload.service.protocol import ObjectRows
+from fastload.protocol import ObjectRows
 from fastload.store.table import ROWS_AT_ONCE, ObjectTable, Texts
 from fastload.store.types import ObjectInfo
 

@@ -1,0 +1,352 @@
+"""How many samples shards hold that this node has not opened, and how nodes tell one another.
+
+Where all ranks are on one node it counts a shard by indexing it. Several nodes each count the windows that they open;
+what one of them needs of another's, near the end of the epoch and about once a window, goes over the key-value store
+of torch.distributed: a log of counts, which all read, and a log of requests. A request is served by the nodes that read
+the shards in question, from a thread of its own there: the trainer of such a node may be waiting for the one that asks.
+Counts that somebody has before the first batch are shared by a collective call instead, and where all are known the
+store is never used.
+
+Store keys, below a prefix that is new for each data set and version of its manifest: `counts` and `requests` are the
+lengths of the two logs, `counts/<i>` and `requests/<i>` their records, from 1 on. A record of counts is JSON:
+`[[object number, ...], [count, ...], error]`, where error is null or the `[type, message]` of what kept the node from
+counting these; a record of requests is `[object number, ...]`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from fastload import errors
+from fastload.errors import ConfigError, ServiceError
+from fastload.pipeline.session import Session, Source
+from fastload.pipeline.shards import ShardTable
+from fastload.pipeline.windows import Ints, window_chunks
+from fastload.service.client import Consumer
+from fastload.waiting import Waits
+
+ObjectNos = npt.NDArray[np.int32]
+Counts = tuple[ObjectNos, npt.NDArray[np.int64]]
+
+# Shards that are indexed for their counts alone in one go, so that a feed can go on with the first of them.
+_INDEXED_AT_ONCE = 16
+# A count that another node will open anyway comes by itself soon; asking for it would have it read twice.
+_ASK_AFTER_S = 0.5
+# Whoever gets no answer (the node has closed its data set, or is slow) reads the shards for itself.
+_COUNT_OURSELVES_AFTER_S = 5.0
+_POLL_FIRST_S, _POLL_MAX_S = 0.02, 0.5  # all ranks ask one process
+_SERVE_POLL_S = 0.1
+_RECORDS_AT_ONCE = 256
+
+_Record = tuple[list[int], list[int], tuple[str, str] | None]
+
+
+class LocalCounts:
+    """Counts of shards that this node reads itself."""
+
+    def __init__(self, source: Source, consumer: Consumer) -> None:
+        self._source, self._consumer = source, consumer
+        # Of this pass, whatever list of shards the source has by and by.
+        self._manifest, self._shards, self._first_chunk = source.manifest, source.shards, source.first_chunk
+
+    def known(self) -> Counts:
+        """What this process has counted, or has been told."""
+        return self._source.counts_in_memory()
+
+    def counted(self, object_nos: ObjectNos, counts: npt.NDArray[np.int64]) -> None:
+        """Remember these for the next epoch."""
+        self._source.learn_counts(object_nos, counts, of=self._manifest)
+
+    def interrupted(self) -> AbstractContextManager[None]:
+        """Nothing here waits but for bytes, and that is the consumer's."""
+        return nullcontext()
+
+    def ask(self, object_nos: ObjectNos) -> Counts:
+        """The counts of the first of these, by indexing them."""
+        object_nos = object_nos[:_INDEXED_AT_ONCE]
+        counts = count_by_indexing(self._shards, self._first_chunk, self._consumer, object_nos)
+        self.counted(object_nos, counts)
+        return object_nos, counts
+
+
+class StoredCounts(LocalCounts):
+    """Where nodes cannot ask each other: what is stored here must be enough."""
+
+    def __init__(self, source: Source, consumer: Consumer, node_count: int, own: ObjectNos) -> None:
+        super().__init__(source, consumer)
+        self._node_count, self._own = node_count, own
+
+    def known(self) -> Counts:
+        """What this process has counted, and what this node's cache has indexes of."""
+        self._source.sample_counts()
+        return super().known()
+
+    def ask(self, object_nos: ObjectNos) -> Counts:
+        """The counts of those that this node reads. `ConfigError` where none is."""
+        mine = object_nos[np.isin(object_nos, self._own)]
+        if len(mine):
+            return super().ask(mine)
+        assert self._source.manifest is not None
+        url = self._source.manifest.objects[int(object_nos[0])].url
+        raise ConfigError(
+            f"{self._node_count} nodes read partitions of their own, and this one has no way to learn how many samples "
+            f"the others' shards hold (such as {url}): run `fastload index` once and give every node its file with "
+            "index=..., or use partitions=1, with which every node reads all shards; or, where it is not a worker "
+            "process of torch's own DataLoader, call torch.distributed.init_process_group before iterating"
+        )
+
+
+def count_by_indexing(
+    shards: ShardTable, first_chunk: Ints, consumer: Consumer, object_nos: ObjectNos
+) -> npt.NDArray[np.int64]:
+    """int64[objects]: counts, from indexes; parses the shards that have none yet. Keeps no chunk."""
+    numbers = object_nos.astype(np.int64)
+    try:
+        indexes = shards.get(consumer, numbers.tolist())
+    finally:
+        consumer.release(window_chunks(first_chunk, numbers))
+    return np.array([index.sample_count for index in indexes], np.int64)
+
+
+class Store(Protocol):
+    """What is used of torch.distributed's store. Safe to use from several threads."""
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a number, 0 at first; the sum."""
+        ...
+
+    def set(self, key: str, value: bytes) -> None:
+        """Write a value."""
+        ...
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all these keys are there."""
+        ...
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """Their values."""
+        ...
+
+
+class _Log:
+    """Records that any rank appends and every rank reads, each in the same order."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._name = store, name
+        self._read = 0
+
+    def append(self, record: Any) -> None:
+        number = self._store.add(self._name, 1)
+        self._store.set(f"{self._name}/{number}", msgspec.json.encode(record))
+
+    def more(self) -> list[bytes]:
+        """The records after those that were read. One that is only being written ends the list."""
+        end = min(self._store.add(self._name, 0), self._read + _RECORDS_AT_ONCE)
+        keys = [f"{self._name}/{number}" for number in range(self._read + 1, end + 1)]
+        # Never a blocking get: a writer may have died between its two calls.
+        while keys and not self._store.check(keys):
+            keys = keys[: len(keys) // 2]
+        self._read += len(keys)
+        return self._store.multi_get(keys) if keys else []
+
+
+class Exchange:
+    """The counts of one manifest over all nodes: this rank's end of it, for as long as the data set is used.
+
+    `own` are the objects that this node reads; `serves` says whether this rank answers for them. `common` are the
+    objects whose counts all ranks were told before. A thread answers from `open` to `close`, or until all is told.
+    """
+
+    def __init__(self, source: Source, store: Store, own: ObjectNos, common: ObjectNos, *, serves: bool) -> None:
+        self._source, self._own, self._own_nos = source, frozenset(own.tolist()), own
+        self._counts, self._requests = _Log(store, "counts"), _Log(store, "requests")
+        self._publishing, self._reading = threading.Lock(), threading.Lock()
+        self._published = set(common.tolist())
+        self._untold = set(self._own - self._published)
+        self._failed: dict[int, tuple[str, str]] = {}
+        self._serves = serves
+        self._is_closed = threading.Event()
+        self._is_closed.set()
+        self._thread: threading.Thread | None = None
+        self._session: Session | None = None  # with which the thread indexes something now
+
+    def open(self) -> None:
+        """Begin to answer, or go on with it after `close`."""
+        if not self._is_closed.is_set():
+            return
+        self._is_closed = threading.Event()
+        if self._serves and self._untold:
+            arguments = weakref.WeakMethod(self._serve_once), self._is_closed
+            self._thread = threading.Thread(target=_serve, args=arguments, name="fastload-counts", daemon=True)
+            self._thread.start()
+
+    def known(self) -> Counts:
+        """What this process knows. What is ours of it and others may not know goes into the log."""
+        object_nos, counts = self._source.counts_in_memory()
+        if self._serves:
+            ours = np.isin(object_nos, self._own_nos)
+            self._publish(object_nos[ours], counts[ours])
+        return object_nos, counts
+
+    def counted(self, object_nos: ObjectNos, counts: npt.NDArray[np.int64]) -> None:
+        """This node has opened a window: whoever wants to know finds it in the log."""
+        self._source.learn_counts(object_nos, counts)
+        if self._serves:
+            self._publish(object_nos, counts)
+
+    def ask(self, object_nos: ObjectNos, consumer: Consumer, is_interrupted: Callable[[], bool]) -> Counts:
+        """Some of these counts, as soon as a node has said them, or by indexing them with `consumer` where none does.
+
+        Raises what kept a node from counting.
+        """
+        import torch.distributed as distributed
+
+        try:
+            return self._ask(object_nos, consumer, is_interrupted)
+        except distributed.DistError as error:
+            raise ServiceError(
+                f"the store of torch.distributed ended while this rank waited to hear how many samples "
+                f"{self._url(object_nos)} holds: {error}. Have the rank that holds it (rank 0, or torchrun's agent) "
+                "live until all have read their batches, with a torch.distributed.barrier() before it ends"
+            ) from error
+
+    def _ask(self, object_nos: ObjectNos, consumer: Consumer, is_interrupted: Callable[[], bool]) -> Counts:
+        began, is_asked, pause_s = time.monotonic(), False, _POLL_FIRST_S
+        while True:
+            self._read_news(object_nos)
+            found = self._in_memory(object_nos)
+            if len(found[0]):
+                return found
+            waited = time.monotonic() - began
+            if waited > _COUNT_OURSELVES_AFTER_S:
+                return self._count_ourselves(object_nos[:_INDEXED_AT_ONCE], consumer)
+            if waited > _ASK_AFTER_S and not is_asked:
+                self._requests.append(object_nos.tolist())
+                is_asked = True
+            if self._is_closed.wait(pause_s) or is_interrupted():
+                raise ServiceError("the data set was closed while it waited for another node's sample counts")
+            pause_s = min(2 * pause_s, _POLL_MAX_S)
+
+    def _count_ourselves(self, object_nos: ObjectNos, consumer: Consumer) -> Counts:
+        counts = count_by_indexing(self._source.shards, self._source.first_chunk, consumer, object_nos)
+        self._source.learn_counts(object_nos, counts)
+        self._publish(object_nos, counts)
+        return object_nos, counts
+
+    def close(self) -> None:
+        """End the thread, and whoever waits in `ask`. May be called twice, and before `open`."""
+        self._is_closed.set()
+        while self._thread is not None and self._thread is not threading.current_thread() and self._thread.is_alive():
+            session = self._session  # it may have one only now
+            with nullcontext() if session is None else session.consumer.interrupted():
+                self._thread.join(_SERVE_POLL_S)
+
+    def _in_memory(self, object_nos: ObjectNos) -> Counts:
+        counts = self._source.counts_of(object_nos)
+        return object_nos[counts >= 0], counts[counts >= 0]
+
+    def _read_news(self, wanted: ObjectNos) -> None:
+        """Learn what has been added to the log; raises what kept a node from counting what is wanted."""
+        with self._reading:
+            while records := self._counts.more():
+                for record in records:
+                    numbers, counts, error = msgspec.json.decode(record, type=_Record)
+                    if error is None:
+                        self._source.learn_counts(np.array(numbers, np.int32), np.array(counts, np.int64))
+                        for number in numbers:  # whoever asked for it before may have had it tried again
+                            self._failed.pop(number, None)
+                    else:
+                        self._failed.update(dict.fromkeys(numbers, error))
+            for number in wanted.tolist():
+                if number in self._failed:  # the next to ask has it tried again
+                    raise errors.from_wire(*self._failed.pop(number))
+
+    def _serve_once(self) -> bool:
+        """Count what was asked for and is ours. Whether there is anything left to ask us for."""
+        for record in self._requests.more():
+            asked = msgspec.json.decode(record, type=list[int])
+            ours = [number for number in asked if number in self._own and number not in self._published]
+            for start in range(0, len(ours), _INDEXED_AT_ONCE):
+                self._count_and_publish(np.array(ours[start : start + _INDEXED_AT_ONCE], np.int32))
+        return bool(self._untold)
+
+    def _count_and_publish(self, object_nos: ObjectNos) -> None:
+        try:
+            counts = self._count(object_nos)
+        except Exception as error:  # whatever it is, the node that asks must not wait for it
+            if not self._is_closed.is_set():  # otherwise it is what closing did to it
+                self._counts.append((object_nos.tolist(), [], errors.to_wire(error)))
+            return
+        self.counted(object_nos, counts)
+
+    def _count(self, object_nos: ObjectNos) -> npt.NDArray[np.int64]:
+        self._session = self._source.open()
+        try:
+            source, consumer = self._source, self._session.consumer
+            return count_by_indexing(source.shards, source.first_chunk, consumer, object_nos)
+        finally:
+            session, self._session = self._session, None
+            self._source.give_back(session)
+
+    def _publish(self, object_nos: ObjectNos, counts: npt.NDArray[np.int64]) -> None:
+        with self._publishing:
+            pairs = zip(object_nos.tolist(), counts.tolist(), strict=True)
+            fresh = {number: count for number, count in pairs if number not in self._published}
+            self._published.update(fresh)
+            self._untold.difference_update(fresh)
+        if fresh:
+            self._counts.append((list(fresh), list(fresh.values()), None))
+
+    def _url(self, object_nos: ObjectNos) -> str:
+        assert self._source.manifest is not None
+        return self._source.manifest.objects[int(object_nos[0])].url
+
+
+class ExchangedCounts:
+    """An exchange as one pass uses it: what the pass waits for is booked as its own, and it can be interrupted."""
+
+    def __init__(self, exchange: Exchange, consumer: Consumer, waits: Waits) -> None:
+        self._exchange, self._consumer, self._waits = exchange, consumer, waits
+        self._interruptions = 0
+        self.known, self.counted = exchange.known, exchange.counted
+
+    def ask(self, object_nos: ObjectNos) -> Counts:
+        """Some of these counts, as soon as a node has said them."""
+        with self._waits.measure("index"):
+            return self._exchange.ask(object_nos, self._consumer, lambda: self._interruptions > 0)
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """For the length of the block, `ask` waits no more."""
+        self._interruptions += 1
+        try:
+            yield
+        finally:
+            self._interruptions -= 1
+
+
+def _serve(target: weakref.WeakMethod[Callable[[], bool]], is_closed: threading.Event) -> None:
+    """Serve requests until the exchange is closed or dropped, or can be asked for nothing more."""
+    import torch.distributed as distributed
+
+    while not is_closed.wait(_SERVE_POLL_S):
+        serve_once = target()
+        if serve_once is None:
+            return
+        try:
+            if not serve_once():
+                return
+        except distributed.DistError:
+            # The process that holds the store has ended, usually a moment before this one does. Nobody can ask any
+            # more, and who waits for an answer hears it from the store himself.
+            return
+        del serve_once

@@ -1,0 +1,148 @@
+"""From the plan to plan entries: walks the windows of an epoch, indexes them, and finds the counts that it needs.
+
+It runs ahead of the batches by as many entries as its user lets it, in his thread or in one of its own; nothing here
+starts a thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fastload.pipeline.reader import WindowReader
+from fastload.plan import BatchEntry, EpochCursor, Position, WindowKey
+from fastload.turns import breathe
+
+Counts = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
+
+
+class CountSource(Protocol):
+    """Where the feed asks how many samples shards hold that it has not opened."""
+
+    def known(self) -> Counts:
+        """What is known before anything is read: object numbers and their counts."""
+        ...
+
+    def counted(self, object_nos: npt.NDArray[np.int32], counts: npt.NDArray[np.int64]) -> None:
+        """The feed has counted these."""
+        ...
+
+    def ask(self, object_nos: npt.NDArray[np.int32]) -> Counts:
+        """The counts of some of these, at least of one. May wait."""
+        ...
+
+    def interrupted(self) -> AbstractContextManager[None]:
+        """While it is entered, `ask` does not wait."""
+        ...
+
+
+class Feed:
+    """The entries of one rank (or worker) for one epoch, from where its cursor starts."""
+
+    def __init__(
+        self,
+        cursor: EpochCursor,
+        reader: WindowReader,
+        counts: CountSource,
+        expected_next: Callable[[], npt.NDArray[np.int32]],
+    ) -> None:
+        """`expected_next`: the objects with which the next epoch begins, if it is the one after this."""
+        self._cursor, self._reader, self._counts, self._expected_next = cursor, reader, counts, expected_next
+        self._using_cursor = threading.Lock()  # the feeder walks, and others ask for positions
+        self._waiting: deque[BatchEntry] = deque()  # held, and not due yet
+        self._waiting_samples = self._given_samples = 0
+
+    def entries(self) -> Iterator[BatchEntry]:
+        """Every entry in order; each is held until `done` is called with it."""
+        cursor = self._cursor
+        known = self._counts.known()
+        with self._using_cursor:
+            entries: list[BatchEntry] | None = cursor.tell(*known)
+            is_exact = cursor.is_counted
+        breathe()
+        self._plan()
+        breathe()
+        while entries is not None:
+            yield from self._held(entries)
+            self._reader.retire_all_but(cursor.needed)
+            breathe()
+            if cursor.is_counted and not is_exact:
+                is_exact = True
+                if len(cursor.orders) > 1:  # windows have changed their nodes
+                    self._plan()
+            entries = self._more()
+        with self._using_cursor:
+            entries = cursor.finish()
+        yield from self._held(entries)
+        yield from self._due(0)
+        self._reader.retire_all_but(())
+        self._reader.exhausted(self._expected_next(), cursor.epoch + 1)
+
+    def position(self, entry: BatchEntry) -> Position:
+        """Where a run stands once an entry is delivered. Any thread may ask."""
+        with self._using_cursor:
+            return self._cursor.position(entry)
+
+    def done(self, entry: BatchEntry) -> None:
+        """The entry's batch is made, or given up."""
+        self._reader.done(entry, entry.windows)
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """While it is entered, whoever waits for bytes or counts gives up."""
+        with self._counts.interrupted(), self._reader.interrupted():
+            yield
+
+    def _plan(self) -> None:
+        windows = [(key, self._cursor.objects_of(key)) for key in self._cursor.windows_ahead()]
+        self._reader.plan(windows, self._cursor.epoch)
+
+    def _more(self) -> list[BatchEntry] | None:
+        """What is settled next, by opening a window or hearing of counts; perhaps nothing yet. None at the end."""
+        with self._using_cursor:
+            entries = self._cursor.settled()
+            key = None if entries else self._cursor.next_window
+            wanted = None if entries or key is not None else self._cursor.counts_wanted
+        if key is not None:
+            return self._open(key)
+        if wanted is None:
+            return entries
+        if not len(wanted):
+            return None
+        told = self._counts.ask(wanted)
+        with self._using_cursor:
+            return self._cursor.tell(*told)
+
+    def _open(self, key: WindowKey) -> list[BatchEntry]:
+        object_nos = self._cursor.objects_of(key)
+        counts = self._reader.open(key, object_nos)
+        breathe()
+        self._counts.counted(object_nos, counts)
+        breathe()
+        with self._using_cursor:
+            return self._cursor.add(key, counts)
+
+    def _held(self, entries: list[BatchEntry]) -> Iterator[BatchEntry]:
+        breathe()
+        # All are held before the first is out, so that none of their windows closes while later ones wait here.
+        for entry in entries:
+            self._reader.hold(entry, entry.windows)
+            self._waiting.append(entry)
+            self._waiting_samples += len(entry)
+        # What waits grows with what was given, so that the first batch does not wait for all of it.
+        yield from self._due(self._reader.lookahead)
+
+    def _due(self, lookahead: int) -> Iterator[BatchEntry]:
+        """Entries, as long as more than `lookahead` samples wait, or than were given before."""
+        while self._waiting and self._waiting_samples > min(lookahead, 2 * self._given_samples):
+            entry = self._waiting.popleft()
+            self._waiting_samples -= len(entry)
+            self._given_samples += len(entry)
+            self._reader.due(entry)
+            yield entry

@@ -1,0 +1,112 @@
+"""From what a user names to the manifest: shards by pattern, prefix or name, lists of shards, indexes beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastload.errors import ConfigError, ObjectMissingError
+from fastload.formats import SHARD_ENDINGS, SIDECAR_NAME, wids
+from fastload.pipeline.objects import reader
+from fastload.plan import Manifest
+from fastload.service.client import Consumer
+from fastload.store.table import ObjectTable
+
+# Some ten million shards; they are read into memory whole.
+_LIST_BYTES_MAX = 2 << 30
+
+
+class _Listed(NamedTuple):
+    """Some shards, how many samples they should hold (-1: nobody says), and the sidecars that lie beside them."""
+
+    shards: ObjectTable
+    sample_counts: npt.NDArray[np.int64]
+    sidecars: ObjectTable
+
+
+def list_shards(consumer: Consumer, urls: Sequence[str]) -> Manifest:
+    """The manifest of `urls`, in their order. It ends whatever `consumer` was attached to.
+
+    A URL that ends in ".json" is a list of shards (see `wids`). Raises the errors of the store, and `ConfigError` for
+    lists that cannot be used.
+    """
+    parts = [part for is_list, group in groupby(urls, wids.is_list) for part in _parts(consumer, list(group), is_list)]
+    shards = ObjectTable.joined([part.shards for part in parts])
+    if not len(shards):
+        raise ObjectMissingError(f"{', '.join(urls)}: no shards at all; name some, or correct the list")
+    counts = np.concatenate([part.sample_counts for part in parts])
+    sidecars = ObjectTable.joined([part.sidecars for part in parts])
+    return Manifest(shards, promised=counts if (counts >= 0).any() else None, sidecars=_each_once(sidecars))
+
+
+def find_sidecars(consumer: Consumer, manifest: Manifest, index: str | None) -> ObjectTable:
+    """The files with indexes of the manifest's shards: `index`, or without it those that lie beside the shards.
+
+    `index` is looked up wherever it is used: it may be a local file, of which each node has a copy.
+    """
+    return manifest.sidecars if index is None else consumer.resolve([index], ())
+
+
+def attach(consumer: Consumer, manifest: Manifest, sidecars: ObjectTable) -> None:
+    """Number the chunks of a manifest's objects, and behind them those of the sidecars."""
+    consumer.attach(ObjectTable.joined([manifest.objects, sidecars]) if len(sidecars) else manifest.objects)
+
+
+def _parts(consumer: Consumer, urls: list[str], are_lists: bool) -> Iterator[_Listed]:
+    if are_lists:
+        for url in urls:
+            yield from _of_list(consumer, url)
+    else:
+        yield _of_names(consumer, urls)
+
+
+def _of_names(consumer: Consumer, urls: list[str]) -> _Listed:
+    found = consumer.resolve(urls, SHARD_ENDINGS, beside=[SIDECAR_NAME])
+    names = (url for rows in found.rows() for url, *_ in rows)
+    is_sidecar = np.fromiter((url.rpartition("/")[2] == SIDECAR_NAME for url in names), np.bool_, len(found))
+    sidecars = found.take(np.flatnonzero(is_sidecar))
+    shards = found.take(np.flatnonzero(~is_sidecar)) if len(sidecars) else found
+    return _Listed(shards, np.full(len(shards), -1, np.int64), sidecars)
+
+
+def _of_list(consumer: Consumer, url: str, *, is_nested: bool = False) -> Iterator[_Listed]:
+    (info,) = found = consumer.resolve([url], ())
+    if info.size > _LIST_BYTES_MAX:
+        raise ConfigError(
+            f"{url}: a list of {info.size} bytes, above {_LIST_BYTES_MAX}; name a prefix, or several lists"
+        )
+    consumer.attach(found)
+    for part in wids.parse(reader(consumer, 0, info.size)(0, info.size), info.url):
+        if isinstance(part, wids.Shards):
+            yield _named(consumer, part, url)
+        elif is_nested:
+            raise ConfigError(f"{url} is named by a list and names another, {part.url}; name the shards themselves")
+        else:
+            yield from _of_list(consumer, part.url, is_nested=True)
+
+
+def _named(consumer: Consumer, part: wids.Shards, list_url: str) -> _Listed:
+    """The shards that a list names."""
+    odd = next((url for url in part.urls if "{" in url or url.endswith("/")), None)
+    if odd is not None:
+        raise ConfigError(f"{list_url} names {odd}, a pattern or prefix; a list names each shard by itself")
+    none = ObjectTable.of([])
+    shards = consumer.resolve(part.urls, SHARD_ENDINGS) if part.urls else none
+    promised = np.array(part.sizes, np.int64)
+    wrong = np.flatnonzero((promised >= 0) & (promised != shards.sizes))
+    if len(wrong):
+        url, promise, size = part.urls[wrong[0]], promised[wrong[0]], shards.sizes[wrong[0]]
+        raise ConfigError(
+            f"{list_url} says that {url} has {promise} bytes, and it has {size}: it was cut short, or is another one; "
+            "upload it again, or correct the list"
+        )
+    return _Listed(shards, np.array(part.sample_counts, np.int64), none)
+
+
+def _each_once(objects: ObjectTable) -> ObjectTable:
+    """A prefix that was named twice gave them twice."""
+    return ObjectTable.of(dict.fromkeys(objects))

@@ -1,0 +1,116 @@
+"""Samples by number, in any order: random access to a data set whose sample counts are known.
+
+Sample i is the i-th in the order of the manifest: shards as they are listed, and the samples of a shard as they lie in
+it. The shards that a call needs are windows of their own, which stay open for later calls; all chunks of a call are
+asked for at once and given back when it is over. What is read is then made into samples or a batch by the same code as
+in a pass over the data.
+
+Safe to use from several threads: each call has a session of its own, which a later call uses again.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+
+from fastload.pipeline.assemble import Assembler, LocalMemory
+from fastload.pipeline.finish import Finish, Gathered, OneMaker
+from fastload.pipeline.gather import Gatherer
+from fastload.pipeline.session import Session, Source
+from fastload.pipeline.windows import Ints, LiveWindows, Window, window_chunks
+from fastload.plan import BatchEntry, Manifest
+
+# Rows of shards that stay open for one session, about 70 bytes each. Where that is too few for a data set, they are
+# opened again from their indexes, which is some microseconds a shard and some nanoseconds a row.
+_ROWS_MAX = 1 << 21
+
+
+@dataclass(slots=True)
+class _View:
+    """What a session needs to find and gather samples. Used by one call at a time."""
+
+    assembler: Assembler
+    live: LiveWindows
+    open_rows: int = field(default=0)
+
+
+class Lookup:
+    """Finds the samples of one data set in this process."""
+
+    def __init__(self, source: Source, maker: OneMaker, seed: int) -> None:
+        self.source = source
+        self._maker, self._seed = maker, seed
+        self._memory = LocalMemory(source.slots)
+        self._lock = threading.Lock()
+        self._views: WeakKeyDictionary[Session, _View] = WeakKeyDictionary()
+        self._starts_of: tuple[Manifest, Ints] | None = None
+
+    def starts(self) -> Ints | None:
+        """int64[shards + 1]: the number of each shard's first sample, and last how many there are; None while the count
+        of a shard is not known.
+        """
+        known = self._starts_of
+        manifest = self.source.list_shards()
+        if known is not None and known[0] is manifest:
+            return known[1]
+        counts = self.source.sample_counts()
+        if counts is None:
+            return None
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+        self._starts_of = manifest, starts
+        return starts
+
+    def make(self, numbers: npt.NDArray[np.int64], starts: Ints, epoch: int, finish: Finish) -> object:
+        """What `finish` makes of these samples, which are numbered from 0; `starts` says where they are."""
+        object_no = np.searchsorted(starts, numbers, side="right") - 1
+        entry = BatchEntry(0, object_no.astype(np.int32), numbers - starts[object_no], 0, (), 0)
+        session = self.source.open()
+        try:
+            return finish(self._gather(session, entry, epoch), self.source.slots)
+        finally:
+            self.source.give_back(session)
+
+    def _gather(self, session: Session, entry: BatchEntry, epoch: int) -> Gathered:
+        view, consumer = self._view(session), session.consumer
+        self._open(view, session, np.unique(entry.object_no).astype(np.int64))
+        chunks = view.assembler.chunks_of(entry)
+        consumer.want(chunks)
+        try:
+            self._memory.begin()
+            return view.assembler.gather(entry, epoch, self._memory)
+        finally:
+            if not consumer.is_ended:
+                consumer.release(chunks)
+
+    def _view(self, session: Session) -> _View:
+        with self._lock:
+            if session not in self._views:
+                self._views[session] = self._new_view(session)
+            return self._views[session]
+
+    def _new_view(self, session: Session) -> _View:
+        manifest, first_chunk = session.manifest, self.source.first_chunk
+        assert manifest is not None, "a session is attached"
+        live = LiveWindows(len(manifest))
+        gatherer = Gatherer(session.consumer, int(first_chunk[-1]), session.consumer.chunk_bytes)
+        return _View(Assembler(manifest, self._maker, live, gatherer, self._seed), live)
+
+    def _open(self, view: _View, session: Session, numbers: Ints) -> None:
+        """Have the windows of these shards open."""
+        if view.open_rows > _ROWS_MAX:
+            view.live.retire_all_but(())
+            view.open_rows = 0
+        closed = numbers[[number not in view.live for number in numbers.tolist()]]
+        if not len(closed):
+            return
+        first_chunk = self.source.first_chunk
+        indexes = self.source.shards.get(session.consumer, closed.tolist())
+        session.consumer.release(window_chunks(first_chunk, closed))  # of those that had to be parsed
+        for index, at in zip(indexes, range(len(closed)), strict=True):
+            number = closed[at : at + 1]
+            view.live.open(Window(int(number[0]), number, [index], first_chunk[number], np.empty(0, np.int64)))
+            view.open_rows += index.sample_count

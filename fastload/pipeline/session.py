@@ -1,0 +1,286 @@
+"""What one iteration at a time works with: a connected consumer, and where its waiting is booked.
+
+A data set keeps the sessions that are idle and opens another when two iterations run at once. They belong to the
+process that opened them: after a fork, the child begins with none.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastload.kernels import FIRST_BATCH, compile_in_background
+from fastload.lifecycle import call_later, is_inherited, on_drop
+from fastload.pipeline import manifests
+from fastload.pipeline.listing import attach, find_sidecars, list_shards
+from fastload.pipeline.shards import ShardTable
+from fastload.plan import Manifest
+from fastload.plan.manifest import next_version
+from fastload.service.client import Consumer
+from fastload.service.handle import Handle
+from fastload.store.table import ObjectTable
+from fastload.transport.slots import SlotPool
+from fastload.waiting import Waits
+
+# Free slots are kept for batches to come: two or three large ones for each of a few threads.
+_SLOTS_RETAINED_BYTES = 1 << 30
+
+
+class Session:
+    """One consumer of a data set, attached to `manifest`. Used by one iteration at a time."""
+
+    def __init__(self, cache: Handle, storage_options: Mapping[str, Any] | None, name: str) -> None:
+        self.manifest: Manifest | None = None
+        self.closings = 0  # how often its source had been closed when it was opened
+        self.waits = Waits()
+        self.consumer: Consumer = cache.consumer(storage_options, name, waits=self.waits)
+
+    def attach(self, manifest: Manifest, sidecars: ObjectTable) -> None:
+        """Attach the consumer to these."""
+        attach(self.consumer, manifest, sidecars)
+        self.manifest = manifest
+
+    def close(self) -> None:
+        """Disconnect. May be called twice."""
+        self.consumer.close()
+
+
+class Source:
+    """The data of one data set in this process: its manifest, what is known of its shards, and its sessions.
+
+    `index` names a file with the shards' indexes, `manifest_file` where the user keeps the list of shards. Where the
+    data `grows`, that is where it is listed again between epochs, versions are kept for states that name them.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        cache: Handle,
+        storage_options: Mapping[str, Any] | None,
+        decoder_kernels: Sequence[str],
+        manifest: Manifest | None,
+        *,
+        index: str | None = None,
+        manifest_file: str | None = None,
+        grows: bool = False,
+    ) -> None:
+        self._urls, self._cache, self._storage_options = urls, cache, storage_options
+        self._index, self._manifest_file, self._grows = index, manifest_file, grows
+        self._kernels = (*FIRST_BATCH, *decoder_kernels)
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._idle: list[Session] = []
+        self._closings = 0
+        # A data set that is dropped leaves no connection. It may be dropped under any lock, so another thread does it.
+        on_drop(self, call_later, _close_all, self._idle)
+        self._manifest = manifest
+        self._first_chunk: npt.NDArray[np.int64] | None = None
+        self._sidecars = ObjectTable.of([])
+        self._shards: ShardTable | None = None
+        self._counts: npt.NDArray[np.int64] | None = None  # by object; -1: not known here
+        self._heard: set[int] = set()  # objects whose counts were learnt since the cache was told
+        self.slots = SlotPool(_SLOTS_RETAINED_BYTES)
+
+    @property
+    def grows(self) -> bool:
+        """Whether the data is listed again between epochs."""
+        return self._grows
+
+    @property
+    def has_file(self) -> bool:
+        """Whether the user keeps the list of shards in a file."""
+        return self._manifest_file is not None
+
+    @property
+    def cache_name(self) -> str:
+        """The directory of its cache."""
+        return str(self._cache.directory)
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this was made in a process that this one was forked from."""
+        return is_inherited(self._pid)
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The manifest, once a session has been opened."""
+        return self._manifest
+
+    def adopt(self, manifest: Manifest) -> None:
+        """Take this manifest for the data from now on. Sessions that are open go on with the one before."""
+        with self._lock:
+            if self._manifest is not None and manifest.says_the_same_as(self._manifest):
+                return
+            _close_all(self._idle)  # they are attached to another
+            self._manifest = manifest
+            self._first_chunk = self._shards = self._counts = None
+            self._heard.clear()
+            self._keep()
+
+    def refresh(self, waits: Waits | None = None) -> Manifest:
+        """List the data again: the version that follows the manifest, or the manifest itself where nothing has
+        changed. It counts once it is adopted.
+        """
+        with self._cache.consumer(self._storage_options, self._urls[0], waits=waits) as consumer:
+            listed = list_shards(consumer, self._urls)
+        return listed if self._manifest is None else next_version(self._manifest, listed)
+
+    def manifest_of(self, fingerprint: str) -> Manifest:
+        """The version that a state names. `StateError` where it is not to be found."""
+        with self._lock:
+            if self._manifest is not None and self._manifest.fingerprint == fingerprint:
+                return self._manifest
+        return manifests.find(fingerprint, self._cache.directory, self._urls, self._manifest_file)
+
+    def shared_manifest(
+        self,
+        make: Callable[[], Manifest],
+        *,
+        is_first: bool,
+        epoch: int | None = None,
+        waits: Waits | None = None,
+    ) -> Manifest:
+        """The manifest in the user's file, which the first rank makes where there is none: see `manifests`."""
+        assert self._manifest_file is not None, "the user named no file"
+        return manifests.shared_manifest(
+            self._manifest_file, self._urls, is_first=is_first, list_shards=make, epoch=epoch, waits=waits
+        )
+
+    @property
+    def first_chunk(self) -> npt.NDArray[np.int64]:
+        """int64[objects + 1]: each object's first chunk number."""
+        assert self._first_chunk is not None, "no session was opened yet"
+        return self._first_chunk
+
+    @property
+    def shards(self) -> ShardTable:
+        """The shards' indexes."""
+        assert self._shards is not None, "no session was opened yet"
+        return self._shards
+
+    def list_shards(self) -> Manifest:
+        """The manifest, which is listed where it is not known yet."""
+        if self._manifest is None:
+            self.give_back(self.open())
+        assert self._manifest is not None, "opening a session lists the shards"
+        return self._manifest
+
+    def open(self) -> Session:
+        """An idle session or a new one; the first lists the shards."""
+        with self._lock:
+            while self._idle:
+                session = self._idle.pop()
+                if not session.consumer.is_ended:  # by Cache.close(), or because its service could not be replaced
+                    return session
+            return self._connect()
+
+    def give_back(self, session: Session) -> None:
+        """The session is idle again; where the source was closed meanwhile, its turn to be closed is now."""
+        with self._lock:
+            self._keep_counts(session)
+            if session.manifest is not self._manifest or session.closings != self._closings:
+                session.close()
+            elif not session.consumer.is_ended:
+                self._idle.append(session)
+
+    def close(self) -> None:
+        """Disconnect: the idle sessions now, those in use when they are given back. May be called twice; the source
+        stays usable.
+        """
+        with self._lock:
+            self._closings += 1
+            _close_all(self._idle)
+
+    def counts_in_memory(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """The objects whose sample counts this process has learnt, and their counts. Asks nobody."""
+        with self._lock:
+            known = np.flatnonzero(self._counts_here() >= 0)
+            return known.astype(np.int32), self._counts_here()[known]
+
+    def counts_of(self, object_nos: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+        """The sample counts of these objects, int64; -1 where this process has not learnt it. Asks nobody."""
+        with self._lock:
+            return self._counts_here()[object_nos]
+
+    def learn_counts(
+        self, object_nos: npt.NDArray[np.int32], counts: npt.NDArray[np.int64], of: Manifest | None = None
+    ) -> None:
+        """Remember the sample counts of these objects; of another list of shards than the present one, nothing."""
+        with self._lock:
+            if of is None or of is self._manifest:
+                here = self._counts_here()
+                self._heard.update(object_nos[here[object_nos] < 0].tolist())
+                here[object_nos] = counts
+
+    def sample_counts(self) -> npt.NDArray[np.int64] | None:
+        """int64[objects]: samples of each shard, or None where a shard has not been indexed yet."""
+        session = self.open()
+        try:
+            counts = self._counts_here()
+            if (counts < 0).any():
+                stored = self.shards.known_counts(session.consumer)
+                with self._lock:
+                    known = stored >= 0
+                    counts[known] = stored[known]
+                    self._heard.difference_update(np.flatnonzero(known).tolist())
+        finally:
+            self.give_back(session)
+        return counts if (counts >= 0).all() else None
+
+    def _keep_counts(self, session: Session) -> None:
+        """Tell the cache what it may not know: counts that other nodes told are needed before the next run's first
+        epoch, to know how long that is.
+        """
+        if self._heard and session.manifest is self._manifest:
+            numbers = np.array(sorted(self._heard), np.int32)
+            session.consumer.put_counts(numbers, self._counts_here()[numbers])
+            self._heard.clear()
+
+    def _counts_here(self) -> npt.NDArray[np.int64]:
+        assert self._manifest is not None, "no session was opened yet"
+        if self._counts is None:
+            promised = self._manifest.promised
+            self._counts = np.full(len(self._manifest), -1, np.int64) if promised is None else promised.copy()
+            self._counts[self._manifest.gone] = 0
+        return self._counts
+
+    def _frozen(self) -> Manifest | None:
+        """The list in the user's file, where that is one for all epochs and has been made."""
+        if self._manifest_file is None or self._grows:
+            return None
+        return manifests.frozen(self._manifest_file, self._urls)
+
+    def _keep(self) -> None:
+        if self._grows:
+            assert self._manifest is not None, "no session was opened yet"
+            manifests.keep(self._cache.directory, self._urls, self._manifest)
+
+    def _connect(self) -> Session:
+        if self._first_chunk is None:
+            compile_in_background(*self._kernels)
+        session = Session(self._cache, self._storage_options, name=self._urls[0])
+        session.closings = self._closings
+        try:
+            if self._manifest is None:
+                self._manifest = self._frozen() or list_shards(session.consumer, self._urls)
+                self._keep()
+            if self._first_chunk is None:
+                chunk_bytes = session.consumer.chunk_bytes
+                self._first_chunk = self._manifest.first_chunk(chunk_bytes)
+                self._sidecars = find_sidecars(session.consumer, self._manifest, self._index)
+                self._shards = ShardTable(self._manifest, self._first_chunk, chunk_bytes, self._sidecars)
+            session.attach(self._manifest, self._sidecars)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+
+def _close_all(sessions: list[Session]) -> None:
+    while sessions:
+        sessions.pop().close()

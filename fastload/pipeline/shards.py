@@ -1,0 +1,133 @@
+"""Shard indexes: from this process's memory, from the service, from a sidecar, or by parsing the shard's bytes once.
+
+Consumers parse and the service stores: the first pass over a shard costs a walk over its headers, in the same chunks
+that are being fetched for its samples anyway, and no later pass, epoch or process pays it again.
+
+Counts may be known before, from a sidecar or because a list of shards promises them. What has been planned with them
+cannot be made good when they turn out wrong, so that is an error.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import cachetools
+import numpy as np
+import numpy.typing as npt
+
+from fastload.errors import ShardError
+from fastload.formats import ShardIndex, indexer_for
+from fastload.pipeline.sidecars import Sidecars
+from fastload.plan import Manifest
+from fastload.service.client import Consumer
+from fastload.store.table import ObjectTable
+
+# Indexes take about 80 bytes a sample. Windows hold the ones in use; this is for those that come again next epoch.
+_MEMORY_BYTES = 256 << 20
+
+
+class ShardTable:
+    """The indexes of a data set's shards, by object number. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        first_chunk: npt.NDArray[np.int64],
+        chunk_bytes: int,
+        sidecars: ObjectTable | None = None,
+    ) -> None:
+        """`sidecars` are attached behind the manifest's objects."""
+        self._manifest = manifest
+        self._first_chunk = first_chunk
+        self._chunk_bytes = chunk_bytes
+        self._lock = threading.Lock()
+        self._known: cachetools.LRUCache[int, ShardIndex] = cachetools.LRUCache(
+            _MEMORY_BYTES, getsizeof=lambda index: index.byte_count + 1024
+        )
+        self._sidecars = Sidecars(manifest, sidecars, int(first_chunk[-1]), chunk_bytes) if sidecars else None
+        self._promised = np.full(len(manifest), -1, np.int64) if manifest.promised is None else manifest.promised.copy()
+
+    def get(self, consumer: Consumer, object_nos: Sequence[int]) -> list[ShardIndex]:
+        """The indexes of these shards, in this order; parses what nobody has parsed before."""
+        found = self._in_memory(object_nos)
+        missing = [number for number in object_nos if number not in found]
+        if missing:
+            stored = consumer.get_indexes(missing)
+            for number in missing:
+                found[number] = self._load(consumer, number, stored.get(number))
+            self._check_promises(missing, np.array([found[number].sample_count for number in missing], np.int64))
+        with self._lock:
+            for number, index in found.items():
+                if index.byte_count + 1024 <= self._known.maxsize:
+                    self._known[number] = index
+        return [found[number] for number in object_nos]
+
+    def known_counts(self, consumer: Consumer) -> npt.NDArray[np.int64]:
+        """int64[objects]: how many samples each shard has, -1 where nobody knows yet; 0 for those that are gone.
+
+        Parses nothing.
+        """
+        counts = consumer.get_counts(range(len(self._manifest)))
+        with self._lock:  # the service keeps no index above 64 MiB
+            for number, index in self._known.items():
+                counts[number] = index.sample_count
+        if self._sidecars is not None and (counts < 0).any():
+            of_sidecars = self._sidecars.counts(consumer)
+            self._promised = np.where(of_sidecars >= 0, of_sidecars, self._promised)
+        known = np.flatnonzero(counts >= 0)
+        self._check_promises(known, counts[known])
+        counts = np.where(counts >= 0, counts, self._promised)
+        counts[self._manifest.gone] = 0
+        return counts
+
+    def _check_promises(self, object_nos: Sequence[int] | npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> None:
+        promised = self._promised[object_nos]
+        wrong = np.flatnonzero((promised >= 0) & (promised != counts))
+        if len(wrong):
+            url = self._manifest.objects[int(object_nos[wrong[0]])].url
+            raise ShardError(
+                f"{url} holds {counts[wrong[0]]} samples, but the list of shards or the index file that names it says "
+                f"{promised[wrong[0]]}; correct it, or pass the shards without it"
+            )
+
+    def _stored_index(self, object_no: int, stored: bytes | None) -> ShardIndex | None:
+        """The index that the service has, or None where it has none that can be used."""
+        if stored is None:
+            return None
+        info = self._manifest.objects[object_no]
+        try:
+            return ShardIndex.from_bytes(stored, info.url, info.size)
+        except ShardError:
+            # Damaged, or of another version: worth no more than none. It is parsed again and the new one takes its
+            # place.
+            return None
+
+    def _in_memory(self, object_nos: Sequence[int]) -> dict[int, ShardIndex]:
+        with self._lock:
+            return {number: self._known[number] for number in object_nos if number in self._known}
+
+    def _load(self, consumer: Consumer, object_no: int, stored: bytes | None) -> ShardIndex:
+        found = self._stored_index(object_no, stored)
+        if found is not None:
+            return found
+        index = self._sidecars.index(consumer, object_no) if self._sidecars is not None else None
+        if index is None:
+            index = self._parse(consumer, object_no)
+        consumer.put_index(object_no, index.to_bytes())
+        return index
+
+    def _parse(self, consumer: Consumer, object_no: int) -> ShardIndex:
+        """Walk over the headers of a shard, chunk by chunk, skipping the chunks that hold none."""
+        info = self._manifest.objects[object_no]
+        first, end = int(self._first_chunk[object_no]), int(self._first_chunk[object_no + 1])
+        indexer = indexer_for(info.url, info.size)
+        chunk = first
+        while chunk < end and not indexer.done:
+            start = (chunk - first) * self._chunk_bytes
+            length = min(self._chunk_bytes, info.size - start)
+            with consumer.acquire([chunk], reason="index") as held:
+                view, _, offsets = held.groups[0]
+                indexer.feed(view[int(offsets[0]) : int(offsets[0]) + length], start)
+            chunk = max(chunk + 1, first + indexer.next_offset // self._chunk_bytes)
+        return indexer.finish()

@@ -1,0 +1,241 @@
+"""The windows that are live: whose samples batches are being made from.
+
+A window's shards are indexed when it opens; from then on, a sample is a row in arrays that cover the whole window, so
+that a batch finds its bytes with a few vector operations and no Python per sample. Its chunks are leased while it is
+live and given back once no batch can need them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from fastload.formats import ShardIndex
+from fastload.kernels.rows import append_keys, fill_places, find_rows, look_up, write_keys
+from fastload.pipeline.gather import Values
+
+Ints = npt.NDArray[np.int64]
+
+# Shards of a window whose URLs are kept as Python's strings: a million would take 100 MB.
+_URLS_KEPT = 4096
+# Places of values, 16 bytes each, in a table of all columns.
+_PLACES_MAX, _PLACES_A_MEMBER_MAX = 1 << 20, 16
+
+
+@dataclass(slots=True)
+class Window:
+    """Some whole shards and where each of their samples lies."""
+
+    key: Hashable
+    object_nos: Ints
+    indexes: list[ShardIndex]
+    first_chunk: Ints
+    chunk_nos: Ints
+    number: int = field(init=False, default=-1)  # of its opening, given by `LiveWindows`
+    counts: Ints = field(init=False)
+    _member_count: int = field(init=False)
+    _base: Ints = field(init=False)
+    _key_bytes: npt.NDArray[np.uint8] = field(init=False)
+    _key_starts: Ints = field(init=False)
+    _key_bytes_max: int = field(init=False)
+    _places: dict[tuple[str, ...], Ints] = field(init=False, default_factory=dict)
+    _columns: tuple[str, ...] | None = field(init=False, default=None)
+    _urls: list[str] | None = field(init=False, default=None)
+    _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.counts = np.array([index.sample_count for index in self.indexes], np.int64)
+        self._member_count = sum(index.member_count for index in self.indexes)
+        self._base = np.concatenate([[0], np.cumsum(self.counts)])
+        # Ends fall together with the next start, so one array of S + 1 offsets serves the whole window.
+        first_bytes = np.cumsum([0, *(len(index.key_bytes) for index in self.indexes)]).tolist()
+        self._key_bytes = np.empty(first_bytes[-1], np.uint8)
+        self._key_starts = np.empty(int(self._base[-1]) + 1, np.int64)
+        self._key_starts[-1] = first_bytes[-1]
+        self._key_bytes_max = 0
+        for index, row, first_byte in zip(self.indexes, self._base.tolist(), first_bytes, strict=False):
+            starts = self._key_starts[row : row + index.sample_count]
+            longest = append_keys(index.key_offsets, index.key_bytes, first_byte, starts, self._key_bytes)
+            assert longest >= 0, f"keys of {index.sample_count} samples do not fit their window"
+            self._key_bytes_max = max(self._key_bytes_max, longest)
+
+    def columns(self) -> tuple[str, ...]:
+        """The names of all columns in these shards, in the order in which they first appear."""
+        with self._lock:
+            if self._columns is None:
+                self._columns = tuple(dict.fromkeys(name for index in self.indexes for name in index.columns))
+            return self._columns
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether most samples have few of the columns, so that a table of all would take far more memory than the
+        shards' own indexes.
+        """
+        return int(self._base[-1]) * len(self.columns()) > _PLACES_MAX + _PLACES_A_MEMBER_MAX * self._member_count
+
+    # Rows are what the following know samples by: one for each, those of a shard behind those of the shard before.
+
+    @property
+    def first_rows(self) -> Ints:
+        """The row of each shard's first sample."""
+        return self._base[:-1]
+
+    def look_up(self, columns: tuple[str, ...], rows: Ints, samples: Ints, values: Values) -> int:
+        """Write to `samples` of `values`, which has these columns, where their values lie (offset -1 and size 0:
+        nowhere). Returns how many are nowhere.
+        """
+        with self._lock:
+            if columns not in self._places:
+                self._places[columns] = self._places_of(columns)
+            places = self._places[columns]
+        missing: int = look_up(places, rows, samples, values.first_chunk, values.offset, values.size)
+        if missing < 0:
+            row, sample = rows[-1 - missing], samples[-1 - missing]
+            raise IndexError(f"row {row} is none of {len(places)}, or sample {sample} none of {values.size.shape[1]}")
+        return missing
+
+    def keys(self, rows: Ints) -> list[str]:
+        """Their keys. Written as one text and cut at NUL, which no key holds: no Python a sample."""
+        if not len(rows):
+            return []
+        text = np.empty(len(rows) * (self._key_bytes_max + 1), np.uint8)
+        byte_count = write_keys(self._key_bytes, self._key_starts, rows, text)
+        if byte_count < 0:
+            raise IndexError(f"row {rows[-1 - byte_count]} is none of {len(self._key_starts) - 1}")
+        return str(text.data[: byte_count - 1], "utf-8", "backslashreplace").split("\0")
+
+    def urls(self, places: Ints, urls_of: Callable[[Ints], list[str]]) -> list[str]:
+        """The URLs of shards at `places` in `object_nos`."""
+        if len(self.object_nos) > _URLS_KEPT:
+            return urls_of(self.object_nos.take(places))
+        if self._urls is None:
+            self._urls = urls_of(self.object_nos)
+        return list(map(self._urls.__getitem__, places.tolist()))
+
+    def _places_of(self, columns: tuple[str, ...]) -> Ints:
+        table = np.empty((int(self._base[-1]), 1 + 2 * len(columns)), np.int64)
+        numbers = {name: number for number, name in enumerate(columns)}
+        for index, first_chunk, base in zip(self.indexes, self.first_chunk.tolist(), self._base.tolist(), strict=False):
+            fill_places(
+                index.member_start,
+                index.member_column,
+                index.member_offset,
+                index.member_size,
+                np.array([numbers.get(name, -1) for name in index.columns], np.int64),
+                first_chunk,
+                table[base : base + index.sample_count],
+            )
+        return table
+
+
+class LiveWindows:
+    """The open windows of one pass over the data, and how many batches in the making need each.
+
+    `open`, `hold` and `retire_all_but` are called by the feeder, `find` and `done` by the threads that make batches. A
+    window is handed back to be closed (the caller gives its leases back) once the feeder has retired it and no batch
+    holds it. A shard may be in two open windows, those of two epochs; either serves its samples.
+    """
+
+    def __init__(self, object_count: int) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[Hashable, Window] = {}
+        self._by_number: dict[int, Window] = {}
+        self._opened_count = 0
+        self._window_of = np.full(object_count, -1, np.int64)  # by object: the number of a window that is open
+        self._place_of = np.zeros(object_count, np.int64)
+        self._first_row_of = np.zeros(object_count, np.int64)
+        self._holders: dict[Hashable, int] = {}  # window -> how many batches in the making need it
+        self._retired: set[Hashable] = set()
+
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether a window is open."""
+        return key in self._open
+
+    def open(self, window: Window) -> None:
+        """Make a window's samples available."""
+        with self._lock:
+            window.number = self._opened_count
+            self._opened_count += 1
+            self._show(window)
+            self._open[window.key] = self._by_number[window.number] = window
+            self._retired.discard(window.key)
+
+    def find(self, object_no: npt.NDArray[np.int32], sample_no: Ints) -> list[tuple[Window, Ints, Ints, Ints]]:
+        """The windows of these samples: (window, which of the samples, their shards' places in it, their rows)."""
+        object_no, sample_no = np.ascontiguousarray(object_no), np.ascontiguousarray(sample_no)
+        found = np.empty((3, len(object_no)), np.int64)
+        with self._lock:
+            numbers, ends = np.empty((2, len(self._by_number)), np.int64)
+            by_object = self._window_of, self._place_of, self._first_row_of
+            count = find_rows(*by_object, object_no, sample_no, numbers, ends, found)
+            assert count >= 0, f"object {object_no[-1 - count]} is in no open window"
+            windows = [self._by_number[number] for number in numbers[:count].tolist()]
+        bounds = pairwise([0, *ends[:count].tolist()])
+        return [(window, *found[:, start:end]) for window, (start, end) in zip(windows, bounds, strict=True)]
+
+    def hold(self, windows: Iterable[Hashable]) -> None:
+        """A batch whose samples lie in these windows is in the making."""
+        with self._lock:
+            for key in windows:
+                self._holders[key] = self._holders.get(key, 0) + 1
+
+    def done(self, windows: Iterable[Hashable]) -> list[Window]:
+        """That batch is made (or given up); returns the windows that may be closed now."""
+        with self._lock:
+            for key in windows:
+                self._holders[key] -= 1
+                if not self._holders[key]:
+                    del self._holders[key]
+            return self._close()
+
+    def retire_all_but(self, needed: Collection[Hashable]) -> list[Window]:
+        """No batch that is still to come needs a window that is not in `needed`; returns those to be closed now."""
+        with self._lock:
+            self._retired = {key for key in self._open if key not in needed}
+            return self._close()
+
+    def close_all(self) -> list[Window]:
+        """The pass is given up: all open windows."""
+        with self._lock:
+            closed = list(self._open.values())
+            self._open.clear()
+            self._by_number.clear()
+            self._retired.clear()
+            self._window_of.fill(-1)  # a batch that is in the making finds none
+            return closed
+
+    def _show(self, window: Window) -> None:
+        self._window_of[window.object_nos] = window.number
+        self._place_of[window.object_nos] = np.arange(len(window.object_nos))
+        self._first_row_of[window.object_nos] = window.first_rows
+
+    def _close(self) -> list[Window]:
+        closed = [self._open.pop(key) for key in sorted(self._retired - self._holders.keys(), key=repr)]
+        for window in closed:
+            self._retired.discard(window.key)
+            del self._by_number[window.number]
+        for window in closed:
+            self._hide(window)
+        return closed
+
+    def _hide(self, window: Window) -> None:
+        """Where another window that is open has some of its shards, that one serves them from now on."""
+        mine = window.object_nos[self._window_of[window.object_nos] == window.number]
+        self._window_of[mine] = -1
+        for other in self._by_number.values():
+            places = np.flatnonzero(np.isin(other.object_nos, mine))
+            self._window_of[other.object_nos[places]] = other.number
+            self._place_of[other.object_nos[places]] = places
+            self._first_row_of[other.object_nos[places]] = other.first_rows[places]
+
+
+def window_chunks(first_chunk: Ints, object_nos: Sequence[int] | Ints) -> Ints:
+    """All chunk numbers of these objects, in order."""
+    numbers = np.asarray(object_nos, np.int64)
+    runs = map(range, first_chunk[numbers].tolist(), first_chunk[numbers + 1].tolist())
+    return np.fromiter(chain.from_iterable(runs), np.int64)

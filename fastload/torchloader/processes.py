@@ -1,0 +1,220 @@
+"""Worker processes for foreign data sets: torch's, whose batches cross through memory that is used again.
+
+torch's iterator is kept whole: its processes and their loop, queues, order, time limits, its signal handler and its
+pinning thread. What it hands to its workers is wrapped (see `workplace`), and what comes back is unwrapped where it is
+delivered, which is where a state counts it. Its queues are ours (see `fastload.transport.queue`).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch.multiprocessing
+from torch.utils.data import IterDataPipe, MapDataPipe
+from torch.utils.data._utils import MP_STATUS_CHECK_INTERVAL
+from torch.utils.data._utils.worker import _IterableDatasetStopIteration
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from fastload import callers
+from fastload.errors import WorkerError
+from fastload.torchloader.ledger import Ledger
+from fastload.torchloader.order import is_stateful
+from fastload.torchloader.resuming import View
+from fastload.torchloader.saved import WORKER_ID, Saved, State
+from fastload.torchloader.unpacking import Arrived, Receiver
+from fastload.torchloader.working import Working
+from fastload.torchloader.workplace import Collate, Init, wrapped_dataset
+from fastload.transport.ends import HOW_TO_SEND, how_it_ended, is_unsendable
+from fastload.transport.once import Once
+from fastload.transport.queue import Queue
+
+# Free memory that the workers of an iteration keep for batches to come, all together, and one at least.
+_RETAINED_BYTES = 1 << 30
+_RETAINED_BYTES_EACH = 256 << 20
+
+
+class Processes(_MultiProcessingDataLoaderIter, Working):
+    """One pass over a foreign data set, or one after another with `persistent_workers`, from where `saved` was taken;
+    if that one was over, from the beginning, with workers that know what those knew then.
+    """
+
+    _shutdown = True  # until torch has something to shut down
+
+    def __init__(self, loader: Any, saved: Saved | None = None) -> None:
+        saved = self._set_out(loader, saved)
+        ledger = _ledger(loader.num_workers)
+        self._receiver = None if ledger is None else Receiver(ledger)
+        workplace = self._workplace(loader, saved)
+        workplace.ledger = ledger
+        workplace.receiver = -1 if self._receiver is None else self._receiver.number
+        workplace.retained_bytes = max(_RETAINED_BYTES_EACH, _RETAINED_BYTES // loader.num_workers)
+        given: tuple[Any, ...] = (
+            wrapped_dataset(workplace, loader.dataset),
+            Collate(workplace, loader.collate_fn),
+            Init(workplace, loader.worker_init_fn),
+        )
+        once = _once(loader, ledger, given)
+        dataset, collate_fn, worker_init_fn = given if once is None else once.parts()
+        view = View(
+            loader,
+            dataset=dataset,
+            collate_fn=collate_fn,
+            worker_init_fn=worker_init_fn,
+            pin_memory=self._pins(loader),
+            multiprocessing_context=_Context(_context(loader)),
+        )
+        try:
+            super().__init__(view)
+        except Exception as error:
+            if is_unsendable(error):
+                error.add_note(f"fastload: {HOW_TO_SEND}")
+            raise
+        finally:
+            if ledger is not None:
+                ledger.close_fd()
+            if once is not None:
+                once.close()
+        self._catch_up(saved)
+
+    def tell_states(self) -> None:
+        """Wait until it is known where the data set of each worker was at first, if that can be known."""
+        if is_stateful(self._user_dataset):
+            while self._tasks_outstanding and any(
+                worker.state() is None and self._workers_status[number]
+                for number, worker in enumerate(self.progress.workers)
+            ):
+                self._receive_early()
+
+    def _reset(self, loader: Any, first_iter: bool = False) -> None:
+        if first_iter:
+            self._open_descriptors()
+        self._is_beginning = True
+        self._worker_of: dict[int, int] = {}  # whose turn each batch on its way is
+        super()._reset(loader, first_iter)
+
+    def _try_put_index(self) -> None:
+        if self._is_beginning:
+            self._is_beginning = False
+            for _ in range(self._begin()):
+                next(self._worker_queue_idx_cycle)
+        number = self._send_idx
+        super()._try_put_index()
+        if self._send_idx > number:
+            self._worker_of[number] = self._task_info[number][0]
+            if self.order is not None:
+                self.progress.marks.sent(number, self.order.mark())
+
+    def _get_data(self) -> Any:
+        number, data = super()._get_data()  # type: ignore[no-untyped-call]
+        self._note(data)
+        if self._is_beginning and isinstance(data, Arrived) and data.state is not None:
+            self._note_left_over(data.state)
+        return number, data
+
+    def _note_left_over(self, state: State) -> None:
+        """From an epoch that was broken off: this is where a worker that lives on begins the next."""
+        if not self.progress.is_iterable:
+            self.progress.workers[state[WORKER_ID]].last = state
+
+    def _receive_early(self) -> None:
+        """Take an answer that nobody asked for yet, and do with it what torch does."""
+        number, data = self._get_data()
+        self._tasks_outstanding -= 1
+        if not isinstance(data, _IterableDatasetStopIteration):
+            self._task_info[number] += (data,)
+            return
+        if self._persistent_workers:
+            self._workers_status[data.worker_id] = False
+        else:
+            self._mark_worker_as_unavailable(data.worker_id)
+        self._try_put_index()
+
+    def _process_data(self, data: Any, *worker_idx: int) -> Any:
+        # Older releases do not say whose it is, but it is the one that is due.
+        worker = worker_idx[0] if worker_idx else self._worker_of[self._rcvd_idx]
+        self._worker_of = {number: each for number, each in self._worker_of.items() if number in self._task_info}
+        try:
+            arrived = super()._process_data(data, *worker_idx)  # type: ignore[no-untyped-call]
+        except Exception as error:  # what the worker raised
+            # torch's frame refers to the error that refers to it, so that the workers, which end with the iteration,
+            # would live until the garbage collector comes by, and then not hear that they are to end.
+            self.progress.failed()
+            raise error.with_traceback(None)  # noqa: B904  # it is the same error
+        batch = self.delivered(arrived.batch)
+        self.progress.delivered(worker, arrived.state, outstanding=self._task_info)
+        return batch
+
+    def _try_get_data(self, timeout: float = MP_STATUS_CHECK_INTERVAL) -> Any:
+        try:
+            return super()._try_get_data(timeout)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            dead = [worker for worker in self._workers if worker.exitcode is not None and str(worker.pid) in str(error)]
+            if not dead:
+                raise
+            ends = [f"worker {worker.pid} {how_it_ended(worker, 'the data set')}" for worker in dead]
+            raise WorkerError(f"{error}: {'; '.join(ends)}") from error
+
+    def _open_descriptors(self) -> None:
+        """See whether this process may open what its workers have open; else batches cross in torch's way."""
+        if self._receiver is None:
+            return
+        for number, worker in enumerate(self._workers):
+            try:
+                os.readlink(f"/proc/{worker.pid}/cwd")  # for which the kernel asks what it asks for a descriptor
+            except OSError as error:
+                _warn(error)
+                return
+            self._receiver.ledger.set_open(number)
+
+
+class _Context:
+    """A context of `multiprocessing`, or a module like it, with queues of ours."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+
+    def Queue(self) -> Any:  # noqa: N802  # its name there
+        try:
+            return Queue(self._context)
+        except OSError as error:
+            callers.warn(
+                f"worker processes are talked to through Python's queues, which is slower: {error}. The faster ones "
+                "need Unix sockets of the type SOCK_SEQPACKET, and free descriptors (ulimit -n)",
+                RuntimeWarning,
+            )
+            return self._context.Queue()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
+def _context(loader: Any) -> Any:
+    return loader.multiprocessing_context or torch.multiprocessing
+
+
+def _ledger(workers: int) -> Ledger | None:
+    try:
+        return Ledger(workers)
+    except OSError as error:
+        _warn(error)
+        return None
+
+
+def _once(loader: Any, ledger: Ledger | None, given: tuple[Any, ...]) -> Once | None:
+    """How a data set, and what goes with it, gets to workers; None where they are forked, or in torch's way."""
+    if (
+        ledger is None
+        or _context(loader).get_start_method() == "fork"
+        or isinstance(given[0], IterDataPipe | MapDataPipe)
+    ):
+        return None
+    return Once(given, beside=(ledger,))
+
+
+def _warn(error: OSError) -> None:
+    callers.warn(
+        f"batches cross from worker processes in torch's way, which is slower: {error}. The faster one needs "
+        "memfd_create and /proc, which a container may have been denied",
+        RuntimeWarning,
+    )

@@ -1,0 +1,258 @@
+"""The state of a loader over a foreign data set, as it is written down: as torchdata's StatefulDataLoader does.
+
+So its checkpoints are read here, and who looks into a state finds what is there in torchdata's. Without worker
+processes a state is one dict; with them, one of the trainer's part (`_snapshot`, `_main_snapshot`) and one for each
+worker. Beside torchdata's keys there are ours: `_order`, which is what an order is drawn from (see `order`);
+`_batches`, how many batches of a worker were delivered; `_failed`, which of those that came since the snapshot were
+errors; and `_next`, what the next epoch's order is drawn from, once one is over.
+
+This module only reads and writes; nothing here has an effect.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastload.errors import StateError
+from fastload.torchloader.order import Mark, SavedOrder, is_stateful, state_of
+from fastload.torchloader.randomness import Randomness
+from fastload.transport.pickling import dump_apart
+
+State = dict[str, Any]
+
+SNAPSHOT, MAIN, WORKERS = "_snapshot", "_main_snapshot", "_worker_snapshots"
+SNAPSHOT_STEP, STEPS_SINCE, LAST_WORKER = "_snapshot_step", "_steps_since_snapshot", "_last_yielded_worker_id"
+NUM_WORKERS, BASE_SEED, SHARED_SEED = "_num_workers", "_base_seed", "_shared_seed"
+SAMPLER_STATE, SAMPLER_ITER_STATE, SAMPLER_YIELDED = (
+    "_index_sampler_state",
+    "_sampler_iter_state",
+    "_sampler_iter_yielded",
+)
+NUM_YIELDED, LENGTH, FINISHED = "_num_yielded", "_IterableDataset_len_called", "_iterator_finished"
+WORKER_ID, FETCHER, DATASET = "worker_id", "fetcher_state", "dataset_state"
+DATASET_ITER, FETCHER_ENDED = "dataset_iter_state", "fetcher_ended"
+ORDER, BATCHES, FAILED, NEXT = "_order", "_batches", "_failed", "_next"
+# In no state that a user gets: why a worker's data set did not say where it is.
+UNTOLD_BECAUSE = "_untold_because"
+
+
+@dataclass(frozen=True, slots=True)
+class SavedWorker:
+    """Where one worker's data set stands. `batches`: delivered; None where that is not known."""
+
+    dataset_state: Any = None
+    iterator_state: Any = None
+    has_ended: bool = False
+    batches: int | None = None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether neither data set nor iterator said where it is."""
+        return self.dataset_state is None and self.iterator_state is None
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A state that was read. `num_workers`: of the loader that it was taken from; then `workers` has so many, or one.
+
+    `discard`: batches to make and throw away, where the snapshot is older than the state; `failed`: which turns on the
+    way there are not such batches, but errors that were raised then.
+    """
+
+    order: SavedOrder
+    workers: tuple[SavedWorker, ...]
+    num_workers: int
+    last_worker: int
+    num_yielded: int
+    length: int | None
+    shared_seed: int | None
+    base_seed: int | None
+    discard: int
+    is_finished: bool
+    next_epoch: Randomness | None
+    failed: frozenset[int] = frozenset()
+
+
+def worker_state(worker: int, dataset: Any, iterator: Any, has_ended: bool, batches: int) -> State | None:
+    """What is written of a worker's data set; None where it cannot say anything. `iterator`: of an iterable one."""
+    if not is_stateful(dataset) and not is_stateful(iterator):
+        return None
+    fetcher, untold = None, list[str]()
+    if iterator is not None:
+        fetcher = {DATASET_ITER: state_of(iterator, untold), FETCHER_ENDED: has_ended}
+    dataset_state = state_of(dataset, untold) if iterator is not dataset else None
+    state = {WORKER_ID: worker, FETCHER: fetcher, DATASET: dataset_state, BATCHES: batches}
+    return state if not untold else {**state, UNTOLD_BECAUSE: untold}
+
+
+def without_dataset(state: State, why: str) -> State:
+    """The same, but for what data set and iterator say."""
+    fetcher = state[FETCHER] and {**state[FETCHER], DATASET_ITER: None}
+    return {**state, FETCHER: fetcher, DATASET: None, UNTOLD_BECAUSE: [*state.get(UNTOLD_BECAUSE, ()), why]}
+
+
+def told_to_user(state: State) -> tuple[State, list[str]]:
+    """A state as a user gets it, and why data sets did not say where they are, if they did not."""
+    if SNAPSHOT not in state:
+        return _told(state)
+    told = {name: _told(worker) for name, worker in state[SNAPSHOT][WORKERS].items()}
+    snapshot = {**state[SNAPSHOT], WORKERS: {name: worker for name, (worker, _) in told.items()}}
+    return {**state, SNAPSHOT: snapshot}, [why for _, reasons in told.values() for why in reasons]
+
+
+def _told(state: State) -> tuple[State, list[str]]:
+    why = why_not_to_be_pickled(state)
+    if why is not None:
+        state = without_dataset(state, why)
+    return {key: value for key, value in state.items() if key != UNTOLD_BECAUSE}, state.get(UNTOLD_BECAUSE, [])
+
+
+def why_not_to_be_pickled(state: State | None) -> str | None:
+    """Why what a data set and its iterator say cannot be pickled; None where it can."""
+    if state is None or (state.get(DATASET) is None and state.get(FETCHER) is None):
+        return None
+    try:
+        dump_apart((state.get(DATASET), state.get(FETCHER)), io.BytesIO())
+    except Exception as error:  # whatever the user's objects raise
+        return f"what state_dict() gave cannot be pickled ({type(error).__name__}: {error})"
+    return None
+
+
+def silent_state(worker: int, is_iterable: bool, batches: int, has_ended: bool = False) -> State:
+    """What is written of a worker of which nothing is known but that."""
+    fetcher = {DATASET_ITER: None, FETCHER_ENDED: has_ended} if is_iterable else None
+    return {WORKER_ID: worker, FETCHER: fetcher, DATASET: None, BATCHES: batches}
+
+
+def order_state(saved: SavedOrder) -> State:
+    """What is written of an order."""
+    mark = saved.mark
+    state: State = {
+        SAMPLER_STATE: mark.sampler_state,
+        SAMPLER_ITER_STATE: mark.iterator_state,
+        SAMPLER_YIELDED: mark.yielded,
+    }
+    if saved.at_iter is not None and saved.at_first is not None:
+        state[ORDER] = {
+            "at_iter": saved.at_iter.to_json(),
+            "at_first": saved.at_first.to_json(),
+            "ahead": sorted(saved.ahead),
+        }
+    return state
+
+
+def read(state: Any, dataset: Any, is_iterable: bool, num_workers: int) -> Saved:
+    """Raises `StateError` where it is no state of a loader such as this; the message says what does not fit."""
+    if not isinstance(state, Mapping):
+        raise StateError(f"a state is what state_dict() gave, a dict, and not a {type(state).__name__}")
+    saved = _of_processes(state) if SNAPSHOT in state else _of_one(state)
+    _check_kind(state, saved, is_iterable)
+    if saved.num_workers != num_workers:
+        _check_other_count(saved, is_iterable, num_workers)
+    if not is_stateful(dataset) and any(worker.dataset_state for worker in saved.workers):
+        raise StateError(
+            f"the state holds one of the data set, and {type(dataset).__name__} has no load_state_dict; "
+            "it was taken with another data set"
+        )
+    return saved
+
+
+def _of_one(state: Mapping[str, Any]) -> Saved:
+    _check_keys(state, [NUM_YIELDED, SAMPLER_YIELDED, FINISHED], "the state")
+    return Saved(
+        order=_order(state),
+        workers=(_worker(state),),
+        num_workers=0,
+        last_worker=-1,
+        num_yielded=state[NUM_YIELDED],
+        length=state.get(LENGTH),
+        shared_seed=state.get(SHARED_SEED),
+        base_seed=state.get(BASE_SEED),
+        discard=0,
+        is_finished=state[FINISHED],
+        next_epoch=_next(state),
+    )
+
+
+def _of_processes(state: Mapping[str, Any]) -> Saved:
+    _check_keys(state, [SNAPSHOT, FINISHED], "the state")
+    snapshot = state[SNAPSHOT]
+    _check_keys(snapshot, [MAIN, WORKERS, SNAPSHOT_STEP, LAST_WORKER], f"the state's {SNAPSHOT!r}")
+    main, workers = snapshot[MAIN], snapshot[WORKERS]
+    _check_keys(main, [NUM_WORKERS, SAMPLER_YIELDED], f"the state's {MAIN!r}")
+    _check_keys(workers, [worker_key(n) for n in range(main[NUM_WORKERS])], f"the state's {WORKERS!r}")
+    return Saved(
+        order=_order(main),
+        workers=tuple(_worker(workers[worker_key(n)]) for n in range(main[NUM_WORKERS])),
+        num_workers=main[NUM_WORKERS],
+        last_worker=snapshot[LAST_WORKER],
+        num_yielded=snapshot[SNAPSHOT_STEP],
+        length=main.get(LENGTH),
+        shared_seed=main.get(SHARED_SEED),
+        base_seed=main.get(BASE_SEED),
+        discard=state.get(STEPS_SINCE, 0),
+        is_finished=state[FINISHED],
+        next_epoch=_next(state),
+        failed=frozenset(state.get(FAILED, ())),
+    )
+
+
+def worker_key(worker: int) -> str:
+    """Under which a worker's state stands."""
+    return f"worker_{worker}"
+
+
+def _order(state: Mapping[str, Any]) -> SavedOrder:
+    mark = Mark(state[SAMPLER_YIELDED], state.get(SAMPLER_STATE), state.get(SAMPLER_ITER_STATE))
+    drawn = state.get(ORDER)
+    if drawn is None:
+        return SavedOrder(mark)
+    _check_keys(drawn, ["at_iter", "at_first", "ahead"], f"the state's {ORDER!r}")
+    at_iter, at_first = Randomness.from_json(drawn["at_iter"]), Randomness.from_json(drawn["at_first"])
+    return SavedOrder(mark, at_iter, at_first, frozenset(drawn["ahead"]))
+
+
+def _worker(state: Mapping[str, Any]) -> SavedWorker:
+    fetcher = state.get(FETCHER) or {}
+    return SavedWorker(
+        state.get(DATASET), fetcher.get(DATASET_ITER), bool(fetcher.get(FETCHER_ENDED)), state.get(BATCHES)
+    )
+
+
+def _next(state: Mapping[str, Any]) -> Randomness | None:
+    return None if state.get(NEXT) is None else Randomness.from_json(state[NEXT])
+
+
+def _check_keys(state: Any, keys: Sequence[str], what: str) -> None:
+    missing = [key for key in keys if not isinstance(state, Mapping) or key not in state]
+    if missing:
+        there = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise StateError(
+            f"{what} lacks {', '.join(map(repr, missing))} (there is: {there}); a loader over this data set "
+            "takes what its own state_dict() gave, or a StatefulDataLoader's"
+        )
+
+
+def _check_kind(state: Mapping[str, Any], saved: Saved, is_iterable: bool) -> None:
+    parts = list(state[SNAPSHOT][WORKERS].values()) if SNAPSHOT in state else [state]
+    was_iterable = any(part.get(FETCHER) is not None for part in parts)
+    if parts and was_iterable != is_iterable:
+        kinds = {True: "an iterable-style", False: "a map-style"}
+        raise StateError(f"the state is that of {kinds[was_iterable]} data set, and this is {kinds[is_iterable]} one")
+
+
+def _check_other_count(saved: Saved, is_iterable: bool, num_workers: int) -> None:
+    was = f"the state was taken with num_workers={saved.num_workers}, and this loader has {num_workers}"
+    if saved.is_finished:
+        return
+    if is_iterable:
+        raise StateError(
+            f"{was}: each worker has its own part of an iterable-style data set; give num_workers={saved.num_workers}"
+        )
+    if any(worker.dataset_state for worker in saved.workers):
+        raise StateError(
+            f"{was}: the data set of each worker has a state of its own; give num_workers={saved.num_workers}"
+        )

@@ -1,0 +1,191 @@
+"""Worker threads for data sets that are not ours: `DataLoader(workers="thread")`.
+
+They do what torch's worker processes do, in this process: nothing is pickled, started or copied from process to
+process, and a data set that is large, or that cannot be pickled, is there once. They share one interpreter lock with
+the trainer, so they are for data sets that spend their time outside Python (reading, decoding, numpy).
+
+What a worker process has of its own, a thread has where that matters and can be: `get_worker_info()`, with a seed; the
+data set, `collate_fn` and `worker_init_fn`, copied together so that they still refer to each other, if the data set is
+iterable or has a state (each worker is somewhere else in it) or there is a `worker_init_fn` (which is there to make the
+copies differ); otherwise all share what the user gave. Not the global generators of Python, numpy and torch: they stay
+the trainer's, and unseeded.
+
+Batches are dealt to workers in turn, as torch deals them. With `in_order`, answers are taken in the order of their
+tasks, also that a worker's data set has ended, so that the order does not depend on who was faster.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import deque
+from typing import Any
+
+from torch._utils import ExceptionWrapper
+from torch.utils.data import IterDataPipe, MapDataPipe
+from torch.utils.data.dataloader import _DatasetKind
+
+from fastload import callers
+from fastload.torchloader.crew import NO_EPOCH, Answer, Crew, Job, Task, next_of, pinning, shard
+from fastload.torchloader.info import info_of_thread
+from fastload.torchloader.order import is_stateful
+from fastload.torchloader.resuming import View
+from fastload.torchloader.saved import Saved
+from fastload.torchloader.unpacking import Arrived
+from fastload.torchloader.working import Working
+from fastload.torchloader.workplace import Collate, Ended, wrapped_dataset
+
+
+class Threads(Working):
+    """One pass over a foreign data set, or one after another with `persistent_workers`, from where `saved` was taken;
+    if that one was over, from the beginning, with workers that know what those knew then.
+    """
+
+    def __init__(self, loader: Any, saved: Saved | None = None) -> None:
+        if loader.multiprocessing_context is not None:
+            callers.warn('multiprocessing_context: ignored with workers="thread"')
+        saved = self._set_out(loader, saved)
+        super().__init__(View(loader, pin_memory=self._pins(loader)))
+        self._prefetch_factor = loader.prefetch_factor
+        self._in_order = loader.in_order
+        self._worker_init_fn = loader.worker_init_fn
+        if isinstance(self._dataset, (IterDataPipe, MapDataPipe)):
+            self._worker_init_fn = functools.partial(shard, self._worker_init_fn, self._world_size, self._rank)
+        self._epoch = NO_EPOCH
+        self._hire(loader, saved)
+        self._reset(loader, first_iter=True)
+        self._catch_up(saved)
+
+    def _hire(self, loader: Any, saved: Saved | None = None) -> None:
+        self._crew = Crew(self._jobs(loader, saved), self._timeout)
+
+    def _jobs(self, loader: Any, saved: Saved | None) -> list[Job]:
+        parts = (self._dataset, self._collate_fn, self._worker_init_fn)
+        needs_own = self.progress.is_iterable or self._worker_init_fn is not None or is_stateful(self._dataset)
+        pin = pinning(self._pin_memory_device) if self._pin_memory else None
+        jobs = []
+        for number, (dataset, collate, init) in enumerate(_for_workers(parts, self._num_workers, needs_own)):
+            workplace = self._workplace(loader, saved)
+            fetcher = functools.partial(
+                _DatasetKind.create_fetcher,
+                self._dataset_kind,
+                wrapped_dataset(workplace, dataset),
+                self._auto_collation,
+                Collate(workplace, collate),
+                self._drop_last,
+            )
+            info = info_of_thread(number, self._num_workers, int(self._base_seed), dataset)
+            jobs.append(Job(info, workplace, fetcher, init, pin))
+        return jobs
+
+    def _reset(self, loader: Any, first_iter: bool = False) -> None:
+        super()._reset(View(loader), first_iter)
+        if self._crew.is_inherited:
+            self._hire(loader)
+        self._epoch += 1
+        self._turn = self._begin()
+        self._crew.begin(self._epoch, self._shared_seed)
+        self._next_task = 0  # the number of the next to be given to a worker
+        self._awaited = deque[int]()  # tasks whose batches were not delivered, in the order in which they were given
+        self._early: dict[int, Answer] = {}  # answers that came and were not taken
+        self._loads = [0] * self._num_workers  # tasks of each worker whose answers were not taken
+        self._has_more = [True] * self._num_workers
+        for _ in range(self._prefetch_factor * self._num_workers):
+            self._give_task()
+        if not first_iter and not self.progress.is_iterable and is_stateful(self._user_dataset):
+            for worker, load in zip(self.progress.workers, self._loads, strict=True):
+                if load:
+                    worker.initial = None  # it says itself where it is, after what it did for the last epoch in vain
+
+    def _next_data(self) -> Any:
+        while self._awaited:
+            answer = self._take()
+            worker, data = answer.worker, answer.data
+            self._loads[worker] -= 1
+            self._has_more[worker] = not isinstance(data, Ended)
+            self._give_task()
+            if isinstance(data, ExceptionWrapper):
+                self.progress.failed()
+                data.reraise()  # type: ignore[no-untyped-call]  # torch has no types here
+            elif isinstance(data, Arrived):
+                batch = self.delivered(data.batch)
+                self.progress.delivered(worker, data.state, outstanding=self._awaited)
+                return batch
+        if not self._persistent_workers:
+            self._crew.dismiss()
+        raise StopIteration
+
+    def tell_states(self) -> None:
+        """Wait until it is known where the data set of each worker was at first, if that can be known."""
+        if not is_stateful(self._user_dataset) or self._crew.is_inherited:
+            return
+        while len(self._early) < len(self._awaited) and any(
+            worker.state() is None and load for worker, load in zip(self.progress.workers, self._loads, strict=True)
+        ):
+            self._receive()
+
+    def _take(self) -> Answer:
+        """The answer whose turn it is, which is awaited no more."""
+        while self._awaited[0] not in self._early if self._in_order else not self._early:
+            self._receive()
+        number = self._awaited[0] if self._in_order else next(iter(self._early))
+        self._awaited.remove(number)
+        return self._early.pop(number)
+
+    def _receive(self) -> None:
+        if self._crew.is_inherited:
+            raise RuntimeError(
+                "this iterator's worker threads stayed in the process that this one was forked from; "
+                "iterate the DataLoader anew"
+            )
+        answer = next_of(self._crew.answers, self._timeout)
+        if answer.epoch == self._epoch:
+            self._note(answer.data)
+            self._early[answer.task] = answer
+
+    def _give_task(self) -> None:
+        worker = self._next_worker()
+        if worker is None:
+            return
+        try:
+            index = self._next_index()  # type: ignore[no-untyped-call]
+        except StopIteration:
+            return
+        number, self._next_task = self._next_task, self._next_task + 1
+        if self.order is not None:
+            self.progress.marks.sent(number, self.order.mark())
+        self._turn = (worker + 1) % self._num_workers
+        self._loads[worker] += 1
+        self._awaited.append(number)
+        self._crew.give(worker, Task(self._epoch, number, index))
+
+    def _next_worker(self) -> int | None:
+        """Whose turn it is; without `in_order`, workers with their share of tasks are passed over."""
+        share = self._prefetch_factor * self._num_workers // max(1, sum(self._has_more))
+        for step in range(self._num_workers):
+            worker = (self._turn + step) % self._num_workers
+            if self._has_more[worker] and (self._in_order or self._loads[worker] < share):
+                return worker
+        return None
+
+    def _shutdown_workers(self) -> None:
+        """End the threads and wait for them, unless one does not come back from the user's code."""
+        self._crew.dismiss()
+        self._crew.wait()
+
+
+def _for_workers(parts: tuple[Any, ...], count: int, needs_own: bool) -> list[tuple[Any, ...]]:
+    """The parts for each worker: copies, each made as a whole, or `parts` themselves."""
+    if not needs_own:
+        return [parts] * count
+    try:
+        copies = [copy.deepcopy(parts) for _ in range(count)]
+        if any(type(each[0]) is not type(parts[0]) for each in copies):  # it answers to any name, `__deepcopy__` too
+            raise TypeError(f"deepcopy() made a {type(copies[0][0]).__name__} of it")
+        return copies
+    except Exception as error:  # whatever the user's objects raise
+        callers.warn(
+            f"{type(parts[0]).__name__}, collate_fn and worker_init_fn could not be copied for each worker thread, so "
+            f'that all share them ({type(error).__name__}: {error}); workers="process" keeps them apart'
+        )
+        return [parts] * count

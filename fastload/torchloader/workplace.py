@@ -1,0 +1,320 @@
+"""What runs in a worker process beside torch's loop: packing batches, and knowing where the data set is.
+
+torch's loop calls three things of the user's: `worker_init_fn`, the data set and `collate_fn`. Each is wrapped, and the
+three share a `Workplace`, which is pickled with them where a process is spawned. The user's code sees its own data set,
+also in `get_worker_info()`.
+
+Three names in torch's module of the worker loop are replaced, in the worker's process only: the class of the message
+that an iterable data set has ended, so that it can carry the data set's last state; the wrapper of errors, so that one
+that cannot be pickled is told by its message, where torch's loop would leave the trainer waiting for ever; and who
+watches the trainer (see `watching`).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from multiprocessing.util import Finalize
+from typing import Any
+
+import torch
+from torch._utils import ExceptionWrapper
+from torch.utils.data import IterableDataset, IterDataPipe
+from torch.utils.data._utils import collate as torch_collate
+from torch.utils.data._utils import worker as torch_worker
+
+from fastload.errors import WorkerError
+from fastload.torchloader.ledger import Ledger
+from fastload.torchloader.order import is_stateful, load_state
+from fastload.torchloader.packing import Packer
+from fastload.torchloader.saved import (
+    SavedWorker,
+    State,
+    silent_state,
+    why_not_to_be_pickled,
+    without_dataset,
+    worker_state,
+)
+from fastload.torchloader.telling import UNTOLD, Untold
+from fastload.torchloader.unpacking import Arrived, Packed
+from fastload.transfer import NO_MOVER
+from fastload.transport.filling import stack_into
+from fastload.transport.heap import keep_freed_memory, spare_what_is_here
+from fastload.transport.pickling import is_plain
+from fastload.transport.watching import Watchdog
+
+
+@dataclass(frozen=True)
+class Ended(torch_worker._IterableDatasetStopIteration):
+    """A worker's iterable data set has ended; pickled, its state, and that `before`, if no batch came of it."""
+
+    pickled: bytes = b""
+
+
+@dataclass
+class Workplace:
+    """What the wrappers of one iteration share; each worker has a copy. `batch_size`: of an iterable data set.
+
+    `tells_every`: after how many turns a worker tells its state (see `telling`).
+    """
+
+    is_iterable: bool
+    batch_size: int | None
+    saved: Sequence[SavedWorker] = ()
+    is_next_epoch: bool = False  # what is saved is over
+    mover: int = NO_MOVER  # of the trainer, for what is sent
+    tells_every: int | None = 1
+
+    # Of processes: how their batches cross.
+    ledger: Ledger | None = None
+    receiver: int = -1
+    retained_bytes: int = 0
+
+    # In the worker:
+    worker: int = -1
+    dataset: Any = None
+    packer: Packer | None = None
+    reading: _Reading | None = None
+    before: State | None = None
+    batches: int = 0
+    turns: int = 0  # in this epoch: batches, and errors in the place of one
+
+    def open(self, worker: int, user_init: Callable[[int], None] | None) -> None:
+        """The worker's process has begun; the user's `worker_init_fn` is called in it."""
+        info = torch_worker._worker_info
+        assert info is not None, "torch's loop has set it"
+        self.worker, self.dataset = worker, info.dataset
+        if isinstance(self.dataset, Watched):
+            self.dataset = self.dataset.source
+            torch_worker._worker_info = torch_worker.WorkerInfo(
+                id=info.id, num_workers=info.num_workers, seed=info.seed, dataset=self.dataset
+            )
+        spare_what_is_here()
+        watchdog = Watchdog()
+        Finalize(None, _leave_if_orphaned, args=(watchdog,), exitpriority=100)  # before queues are waited for
+        vars(torch_worker)["ManagerWatchdog"] = lambda: watchdog
+        if self.ledger is not None:
+            keep_freed_memory(self.retained_bytes)
+            self.packer = Packer(self.ledger, self.receiver, worker, self.retained_bytes)
+            _stack_into(self.packer)
+        vars(torch_worker)["_IterableDatasetStopIteration"] = self.ended
+        vars(torch_worker)["ExceptionWrapper"] = self.told
+        self.prepare(worker, self.dataset, user_init)
+
+    def prepare(self, worker: int, dataset: Any, user_init: Callable[[int], None] | None) -> None:
+        """A worker has begun; the data set is told where it was, after the user's `worker_init_fn`."""
+        self.worker, self.dataset = worker, dataset
+        if user_init is not None:
+            user_init(worker)
+        if self.saved:
+            load_state(dataset, self.saved[worker].dataset_state, "data set")
+            self.batches = 0 if self.is_next_epoch else self.saved[worker].batches or 0
+        if not self.is_iterable and (not self.saved or self.is_next_epoch):
+            self.before = self._kept_state()
+
+    def begin_again(self) -> None:
+        """Another epoch begins in a worker that lives on."""
+        if not self.is_iterable:
+            self.before = self._kept_state()
+
+    def send(self, batch: Any) -> Packed | Arrived:
+        """What to put on the queue."""
+        self.batches += 1
+        try:
+            if self.packer is None:
+                sent: Packed | Arrived = Arrived(batch, _copied(self._told_state()), self.before, self.mover)
+            else:
+                sent = self._packed(self.packer, Arrived(batch, self._told_state(), self.before, self.mover))
+        except BaseException:
+            self.batches -= 1  # an error goes in its place
+            raise
+        self.turns += 1
+        self.before = None
+        return sent
+
+    def _packed(self, packer: Packer, arrived: Arrived) -> Packed | Arrived:
+        try:
+            return packer.pack(arrived)
+        except Exception:
+            state, before = _without_what_cannot_cross(arrived.state), _without_what_cannot_cross(arrived.before)
+            if state is arrived.state and before is arrived.before:
+                raise
+            return packer.pack(replace(arrived, state=state, before=before))
+
+    def failed(self) -> None:
+        """An error is sent in the place of a batch."""
+        self.turns += 1
+
+    def told(self, exc_info: Any = None, where: str = "in background") -> ExceptionWrapper:
+        """In the place of torch's class."""
+        self.failed()
+        return _told(exc_info, where)
+
+    def read(self, source: Any) -> Iterator[Any]:
+        """An iteration of the data set: where a saved one was, the first time."""
+        saved, self.saved = (self.saved[self.worker] if self.saved else None), ()
+        self.turns = 0
+        if saved is None or self.is_next_epoch:
+            self.batches = 0
+        iterator = iter(source)
+        has_ended = False
+        if saved is not None:
+            load_state(iterator, saved.iterator_state, "data set's iterator")
+            if self.is_next_epoch:
+                iterator = iter(source)
+            elif saved.is_silent:
+                self._skip(iterator, saved.batches or 0)
+            else:
+                has_ended = saved.has_ended
+        if not is_stateful(source) and not is_stateful(iterator):
+            self.reading = None
+            return iterator  # type: ignore[no-any-return]  # whatever the user's is
+        self.reading = _Reading(iterator, has_ended)
+        if saved is None or self.is_next_epoch:
+            self.before = self._kept_state()
+        return self.reading
+
+    def _skip(self, iterator: Iterator[Any], batches: int) -> None:
+        """Without collating what is skipped."""
+        for _ in islice(iterator, batches * (self.batch_size or 1)):
+            pass
+
+    def _kept_state(self) -> State | None:
+        """What is told later: there may be in it what the data set goes on to change."""
+        return _copied(self._state())  # type: ignore[return-value]  # as it is
+
+    def _told_state(self) -> State | Untold | None:
+        """What goes with the batch of this turn."""
+        is_silent = self.reading is None if self.is_iterable else not is_stateful(self.dataset)
+        if is_silent:
+            return None
+        is_due = self.tells_every is not None and (self.turns + 1) % self.tells_every == 0
+        return self._state() if is_due else UNTOLD
+
+    def _state(self) -> State | None:
+        reading = self.reading
+        if self.is_iterable:
+            if reading is None:
+                return None
+            return worker_state(self.worker, self.dataset, reading.iterator, reading.has_ended, self.batches)
+        return worker_state(self.worker, self.dataset, None, False, self.batches)
+
+    def ended(self, worker: int) -> Ended:
+        """In the place of torch's class."""
+        before, self.before = self.before, None
+        if self.reading is not None:
+            self.reading.has_ended = True
+        state = self._state() or silent_state(self.worker, is_iterable=True, batches=self.batches, has_ended=True)
+        told = _without_what_cannot_cross(state), _without_what_cannot_cross(before)
+        return Ended(worker, pickle.dumps(told))
+
+
+def _copied(state: State | Untold | None) -> State | Untold | None:
+    """A copy, but of what cannot be copied."""
+    try:
+        return copy.deepcopy(state)
+    except Exception as error:  # whatever the user's objects raise
+        assert isinstance(state, dict), "all else can be copied"
+        return without_dataset(state, f"what state_dict() gave cannot be copied ({type(error).__name__}: {error})")
+
+
+def _without_what_cannot_cross(state: Any) -> Any:
+    why = why_not_to_be_pickled(state) if isinstance(state, dict) else None
+    return state if why is None else without_dataset(state, why)
+
+
+@dataclass
+class _Reading:
+    """An iterator of the user's, which notices that it has ended: its state may be that of a new beginning then."""
+
+    iterator: Iterator[Any]
+    has_ended: bool = False
+
+    def __iter__(self) -> _Reading:
+        return self
+
+    def __next__(self) -> Any:
+        if self.has_ended:
+            raise StopIteration
+        try:
+            return next(self.iterator)
+        except StopIteration:
+            self.has_ended = True
+            raise
+
+
+class Watched(IterableDataset[Any]):
+    """An iterable data set of the user's whose iterations the workplace knows."""
+
+    def __init__(self, workplace: Workplace, source: Any) -> None:
+        self._workplace, self.source = workplace, source
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._workplace.read(self.source)
+
+    def __repr__(self) -> str:
+        return str(self.source)  # in torch's warnings
+
+
+@dataclass(frozen=True)
+class Init:
+    """In the place of `worker_init_fn`."""
+
+    workplace: Workplace
+    user_init: Callable[[int], None] | None
+
+    def __call__(self, worker: int) -> None:
+        self.workplace.open(worker, self.user_init)
+
+
+@dataclass(frozen=True)
+class Collate:
+    """In the place of `collate_fn`."""
+
+    workplace: Workplace
+    user_collate: Callable[[Any], Any]
+
+    def __call__(self, samples: Any) -> Packed | Arrived:
+        return self.workplace.send(self.user_collate(samples))
+
+
+def wrapped_dataset(workplace: Workplace, dataset: Any) -> Any:
+    """What torch is given in the place of the data set. A data pipe stays what it is: torch takes it apart."""
+    if not workplace.is_iterable or isinstance(dataset, IterDataPipe):
+        return dataset
+    return Watched(workplace, dataset)
+
+
+def _leave_if_orphaned(watchdog: Watchdog) -> None:
+    """Nobody will read what is still to be sent, and other workers, who could, keep the sockets open: do not wait."""
+    if not watchdog.is_alive():
+        os._exit(1)
+
+
+def _stack_into(packer: Packer) -> None:
+    """Let `default_collate` stack tensors where they will be read, in this process."""
+    collate_map = torch_collate.default_collate_fn_map
+    plain = collate_map[torch.Tensor]
+    if plain is torch_collate.collate_tensor_fn:  # and not the user's, who may put one there
+        collate_map[torch.Tensor] = partial(_stacked, packer)
+
+
+def _stacked(packer: Packer, batch: Any, *, collate_fn_map: Any = None) -> torch.Tensor:
+    first = batch[0]
+    if type(first) is not torch.Tensor or not is_plain(first):
+        return torch_collate.collate_tensor_fn(batch, collate_fn_map=collate_fn_map)  # type: ignore[no-any-return]
+    return stack_into(packer.take_tensor((len(batch), *first.shape), first.dtype), batch)
+
+
+def _told(exc_info: Any, where: str) -> ExceptionWrapper:
+    wrapper = ExceptionWrapper(exc_info, where)  # type: ignore[no-untyped-call]
+    try:
+        pickle.dumps(wrapper.exc_type)
+    except Exception:  # whatever a class of the user's makes of it
+        wrapper.exc_type = WorkerError
+    return wrapper

@@ -1,0 +1,129 @@
+"""Data that grows while it is read: versions of the list of shards, and where a state finds the one that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastload.demo.weed import WeedServer
+from fastload.errors import StateError
+from fastload.pipeline.session import Source
+from fastload.plan import Manifest
+from fastload.service import Handle as Cache
+from tests.conftest import Bucket
+from tests.shards import corpus
+
+DATA = corpus(shard_count=4)
+NAMES = list(DATA.shards)
+LIMITS: dict[str, Any] = {
+    "ram_bytes": "1MiB",
+    "disk_bytes": "16MiB",
+    "chunk_bytes": "64KiB",
+    "service": "inprocess",
+}
+
+
+@pytest.fixture
+def put(s3: Bucket, weed: WeedServer, tmp_path: Path) -> Callable[..., str]:
+    """Upload shards under a prefix of the test's own; gives the prefix."""
+    weed.make_bucket("source-tests")
+    bucket = replace(s3, name="source-tests")
+
+    def put(*numbers: int, cut: int = 0) -> str:
+        for number in numbers:
+            data = DATA.shards[NAMES[number]]
+            bucket.put(f"{tmp_path.name}/{NAMES[number]}", data + bytes(512 * cut))
+        return f"{bucket.url}/{tmp_path.name}/"
+
+    return put
+
+
+def names(manifest: Manifest) -> list[str]:
+    return [info.url.rpartition("/")[2] for info in manifest.objects]
+
+
+def test_a_corpus_that_grows_while_it_is_read(put: Callable[..., str], tmp_path: Path) -> None:
+    url = put(1, 2)
+    with Cache(tmp_path / "cache", **LIMITS) as cache:
+        source = Source([url], cache, None, (), None, grows=True)
+        first = source.list_shards()
+        assert source.refresh() is first
+        reading = source.open()
+        put(0, 3)
+        second = source.refresh()
+        assert source.manifest is first, "it counts once it is adopted"
+        source.adopt(second)
+        assert names(second) == [NAMES[n] for n in (1, 2, 0, 3)]
+        assert second.version_starts == (2,)
+        assert (source.manifest_of(first.fingerprint), source.manifest_of(second.fingerprint)) == (first, second)
+
+        # A session that was open belongs to the version before, and is not used again.
+        reading.consumer.get_indexes([1])
+        source.give_back(reading)
+        assert reading.consumer.is_ended
+        session = source.open()
+        indexes = source.shards.get(session.consumer, range(4))
+        assert [each.sample_count for each in indexes] == [21, 22, 20, 20]
+        source.give_back(session)
+        counts = source.sample_counts()
+        assert counts is not None
+        assert counts.tolist() == [21, 22, 20, 20]
+
+        put(2, cut=2)
+        third = source.refresh()
+        source.adopt(third)
+        assert names(third) == [NAMES[n] for n in (1, 2, 0, 3, 2)]
+        assert third.gone.tolist() == [1]
+        assert source.sample_counts() is None, "the shard that changed was not read yet"
+        session = source.open()
+        source.shards.get(session.consumer, [4])
+        source.give_back(session)
+        counts = source.sample_counts()
+        assert counts is not None
+        assert counts.tolist() == [21, 0, 20, 20, 22]
+        source.close()
+
+        # A job that begins anew lists what is there now, and finds the version that a state names.
+        later = Source([url], cache, None, (), None, grows=True)
+        assert names(later.list_shards()) == NAMES
+        for version in (first, second, third):
+            assert later.manifest_of(version.fingerprint) == version
+        with pytest.raises(StateError, match="feed, which is not among the last 8"):
+            later.manifest_of("feed")
+        later.adopt(second)
+        assert later.refresh() == third
+        later.close()
+
+
+def test_data_that_stays_keeps_nothing(put: Callable[..., str], tmp_path: Path) -> None:
+    with Cache(tmp_path / "cache", **LIMITS) as cache:
+        source = Source([put(0)], cache, None, (), None)
+        source.list_shards()
+        source.close()
+        assert not (tmp_path / "cache" / "manifests").exists()
+
+
+def test_ranks_that_nothing_connects_share_a_file(put: Callable[..., str], tmp_path: Path) -> None:
+    url, path = put(0, 1), str(tmp_path / "train.json")
+    with Cache(tmp_path / "cache", **LIMITS) as cache:
+        ranks = [Source([url], cache, None, (), None, manifest_file=path, grows=True) for _ in range(2)]
+        for epoch, more in enumerate(((), (2,), (3,))):
+            put(*more)
+            for number, rank in enumerate(ranks):
+                make = rank.refresh if epoch else rank.list_shards
+                rank.adopt(rank.shared_manifest(make, is_first=number == 0, epoch=epoch))
+            first, second = (rank.manifest for rank in ranks)
+            assert first is not None
+            assert first == second
+            assert names(first) == NAMES[: 2 + epoch]
+            assert first.version_starts == ((), (2,), (2, 3))[epoch]
+        # Again: what the files say, whatever the bucket holds by now.
+        again = Source([url], cache, None, (), None, manifest_file=path, grows=True)
+        assert names(again.shared_manifest(again.list_shards, is_first=True, epoch=0)) == NAMES[:2]
+        assert again.manifest_of(first.fingerprint) == first
+        for source in (*ranks, again):
+            source.close()
