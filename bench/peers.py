@@ -102,7 +102,7 @@ class Fastload:
 
     def __init__(self, settings: Settings) -> None:
         import fastload
-        from fastload.node import handle_of
+        from fastload.client.cache import handle_of
 
         # Names of fastload are imported when they are first used: now, before the clock starts.
         self._data_set_class, self._loader_class = fastload.StreamingDataset, fastload.DataLoader

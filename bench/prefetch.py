@@ -27,10 +27,11 @@ from pathlib import Path
 from unittest import mock
 
 from bench.proxy import Profile, Proxy
+from fastload.client import Consumer
+from fastload.client import Handle as Cache
 from fastload.config import MIB
 from fastload.demo.weed import WeedServer
-from fastload.service import Consumer, hedging
-from fastload.service import Handle as Cache
+from fastload.service import hedging
 from fastload.store.types import ObjectInfo
 
 BUCKET = "bench"

@@ -17,6 +17,7 @@ from fastload.lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastload import decode as decode
+    from fastload.client.cache import Cache as Cache
     from fastload.compat import install as install
     from fastload.compat import uninstall as uninstall
     from fastload.dataset import StreamingDataset as StreamingDataset
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from fastload.files import open as open  # noqa: A004
     from fastload.loader import DataLoader as DataLoader
     from fastload.mixture import Mixture as Mixture
-    from fastload.node import Cache as Cache
     from fastload.ragged import Ragged as Ragged
 
 __version__ = "0.1.0"
@@ -39,7 +39,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "files.opening": ["open"],
         "loader": ["DataLoader"],
         "mixture": ["Mixture"],
-        "node": ["Cache"],
+        "client.cache": ["Cache"],
         "ragged": ["Ragged"],
     },
 )

@@ -29,11 +29,11 @@ from fastload.arguments import (
     checked_urls,
 )
 from fastload.callers import public
+from fastload.client.cache import AnyCache, handle_of
 from fastload.config import parse_bytes
 from fastload.decode import Decoder
 from fastload.errors import ConfigError
 from fastload.indexed import IndexedDataset, checked_number, checked_numbers
-from fastload.node import AnyCache, handle_of
 from fastload.pipeline.assemble import Skips
 from fastload.pipeline.columns import ColumnSet
 from fastload.pipeline.finish import Finish, Function, OneMaker

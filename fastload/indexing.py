@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastload.arguments import checked_urls
+from fastload.client.cache import AnyCache, handle_of
+from fastload.client.consumer import Consumer
+from fastload.client.handle import Handle
 from fastload.errors import ConfigError
 from fastload.formats import ShardIndex
-from fastload.node import AnyCache, handle_of
 from fastload.pipeline.listing import attach, list_shards
 from fastload.pipeline.shards import ShardTable
 from fastload.pipeline.windows import window_chunks
 from fastload.plan import Manifest
-from fastload.service.client import Consumer
-from fastload.service.handle import Handle
 from fastload.store.logins import apart
 
 if TYPE_CHECKING:

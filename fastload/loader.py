@@ -21,11 +21,11 @@ from torch.utils.data import Dataset, Sampler
 
 from fastload.arguments import checked_batch_size, checked_count
 from fastload.callers import public
+from fastload.device import checked_device
 from fastload.errors import ConfigError
 from fastload.streamed import Stream
 from fastload.streaming import BatchOf, Columns, Made, Row, Streaming, Unsaid
 from fastload.torchloader.reading import Reading
-from fastload.transfer import checked_device
 
 T = TypeVar("T", covariant=True)
 

@@ -19,6 +19,7 @@ from torch.utils.data import default_collate, default_convert
 
 from fastload import callers
 from fastload.arguments import checked_epoch
+from fastload.device import mover_to, pinned
 from fastload.errors import ConfigError, StateError
 from fastload.metrics import EpochMeter, empty_stats
 from fastload.pipeline.finish import Finish
@@ -30,7 +31,6 @@ from fastload.pipeline.run import InlineRun, ThreadedRun
 from fastload.pipeline.workers import WorkerOptions, Workers
 from fastload.plan import batch_count_of_rank
 from fastload.streaming import Streaming
-from fastload.transfer import mover_to, pinned
 
 STATE_VERSION = 1
 

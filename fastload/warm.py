@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastload.arguments import checked_urls
+from fastload.client.cache import AnyCache, handle_of
+from fastload.client.consumer import Consumer
 from fastload.history.library import WARMING
-from fastload.node import AnyCache, handle_of
 from fastload.pipeline.listing import attach, find_sidecars, list_shards
 from fastload.pipeline.manifests import shared_manifest
 from fastload.pipeline.shards import ShardTable
 from fastload.pipeline.windows import window_chunks
 from fastload.plan import Manifest, OrderWish, Ranks, objects_in_use_order
 from fastload.protocol import Progress
-from fastload.service.client import Consumer
 from fastload.store.logins import apart
 from fastload.store.table import ObjectTable
 

@@ -14,8 +14,9 @@ import torch
 from torch.utils.data import DistributedSampler, RandomSampler, TensorDataset
 
 import fastload
-from fastload import indexing, node
+from fastload import indexing
 from fastload import warm as warming
+from fastload.client import cache as cache_module
 from fastload.plan import OrderWish
 from tests.processes import service_pids, until
 from tests.shards import check_samples, corpus, samples_of
@@ -153,7 +154,7 @@ def test_a_directory_is_taken_where_a_cache_is(url: str, tmp_path: Path, monkeyp
     fastload.Cache(directory, **LIMITS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FASTLOAD_CACHE", str(directory))
-    handles = {node.handle_of(each) for each in (directory, str(directory), "cache", f"{directory}/", None)}
+    handles = {cache_module.handle_of(each) for each in (directory, str(directory), "cache", f"{directory}/", None)}
     assert len(handles) == 1
     dataset = fastload.StreamingDataset(url, cache=directory)
     with fastload.DataLoader(dataset, batch_size=16) as loader:
@@ -163,7 +164,7 @@ def test_a_directory_is_taken_where_a_cache_is(url: str, tmp_path: Path, monkeyp
         assert file.read() == path.read_bytes()
     job = warming.Job([url], OrderWish())
     assert warming.warm(job, directory).sample_count == indexing.index([url], directory).sample_count
-    node.handle_of(directory).close()
+    cache_module.handle_of(directory).close()
 
 
 def test_a_directory_that_was_removed_is_a_cache_anew(url: str, tmp_path: Path) -> None:
@@ -180,10 +181,10 @@ def test_a_directory_that_was_removed_is_a_cache_anew(url: str, tmp_path: Path) 
 def test_a_directory_that_others_made_again_with_other_chunks(tmp_path: Path) -> None:
     directory = tmp_path / "cache"
     fastload.Cache(directory, **LIMITS)
-    assert node.handle_of(directory).chunk_bytes == 64 << 10
+    assert cache_module.handle_of(directory).chunk_bytes == 64 << 10
     shutil.rmtree(directory)
     fastload.Cache(directory, **{**LIMITS, "chunk_bytes": "128KiB"})
-    with node.handle_of(directory) as handle, handle.consumer() as consumer:
+    with cache_module.handle_of(directory) as handle, handle.consumer() as consumer:
         assert consumer.chunk_bytes == handle.chunk_bytes == 128 << 10
         assert not consumer.beside
 
@@ -191,9 +192,9 @@ def test_a_directory_that_others_made_again_with_other_chunks(tmp_path: Path) ->
 def test_a_directory_that_was_removed_gets_the_limits_that_its_users_have(tmp_path: Path) -> None:
     directory = tmp_path / "cache"
     fastload.Cache(directory, **LIMITS)
-    before = repr(node.handle_of(directory))
+    before = repr(cache_module.handle_of(directory))
     shutil.rmtree(directory)
-    with node.handle_of(directory) as handle, handle.consumer() as consumer:
+    with cache_module.handle_of(directory) as handle, handle.consumer() as consumer:
         assert not consumer.beside
         assert repr(handle) == repr(fastload.Cache(directory)) == before
 

@@ -18,11 +18,11 @@ import pytest
 
 import fastload
 from fastload import indexing
+from fastload.client import Consumer
+from fastload.client import Handle as Cache
 from fastload.demo.weed import WeedServer
 from fastload.errors import ConfigError, FastloadError, ObjectMissingError, ShardError
 from fastload.pipeline.session import Source
-from fastload.service import Consumer
-from fastload.service import Handle as Cache
 from tests.conftest import Bucket
 from tests.processes import service_pids, until
 from tests.shards import check_samples, corpus, samples_of, tar_of

@@ -14,7 +14,7 @@ import torch
 import torch.utils.data
 
 import fastload
-from fastload.node import handle_of
+from fastload.client.cache import handle_of
 from tests.shards import Corpus, check_samples, corpus, samples_of, tar_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

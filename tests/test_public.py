@@ -11,8 +11,8 @@ from types import ModuleType
 import pytest
 
 import fastload
+import fastload.client
 import fastload.files
-import fastload.service
 import fastload.store
 from fastload import errors, metrics
 
@@ -29,7 +29,7 @@ def test_public_names() -> None:
     assert sorted(fastload.decode.__all__) == ["Decoder", *decoders]
 
 
-@pytest.mark.parametrize("package", [fastload, fastload.files, fastload.service, fastload.store])
+@pytest.mark.parametrize("package", [fastload, fastload.files, fastload.client, fastload.store])
 def test_type_checkers_see_the_names_that_are_imported_when_they_are_first_used(package: ModuleType) -> None:
     """Each where it is: the front of such a package lists them twice."""
     tree = ast.parse(Path(str(package.__file__)).read_text())

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 from fastload.config import parse_bytes
 
 if TYPE_CHECKING:
-    from fastload.node import Cache
+    from fastload.client.cache import Cache
 
 CacheDirectory = Annotated[
     Path | None, typer.Option(help="Cache directory; else $FASTLOAD_CACHE, or ~/.cache/fastload.")
@@ -36,7 +36,7 @@ class CacheOptions:
 
     def open(self) -> Cache:
         """The cache; to be closed."""
-        from fastload.node import Cache
+        from fastload.client.cache import Cache
 
         return Cache(
             self.directory,

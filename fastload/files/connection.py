@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastload.client.consumer import Held
+from fastload.client.handle import Handle
+from fastload.client.opened import OpenedObject
 from fastload.errors import ObjectChangedError, ServiceError
 from fastload.lifecycle import call_later, on_drop, reset_on_fork
-from fastload.service.client import Held
-from fastload.service.handle import Handle
-from fastload.service.opener import OpenedObject
 from fastload.store.urls import scheme
 
 Bytes = npt.NDArray[np.uint8]

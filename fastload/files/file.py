@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastload.callers import public
+from fastload.client.opened import OpenedObject
 from fastload.files.connection import Bytes, Connection
 from fastload.files.sequential import Streams
-from fastload.service.opener import OpenedObject
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

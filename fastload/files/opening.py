@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastload.callers import public
+from fastload.client.cache import AnyCache, handle_of
+from fastload.client.handle import Handle
 from fastload.errors import ConfigError, ObjectMissingError
 from fastload.files.connection import Connection
 from fastload.files.file import ObjectFile, RawObject
-from fastload.node import AnyCache, handle_of
-from fastload.service.handle import Handle
 from fastload.store.environment import fingerprint
 from fastload.store.logins import apart
 from fastload.store.urls import check_key, check_written, normalise

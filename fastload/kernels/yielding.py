@@ -1,4 +1,4 @@
-"""Giving way: a kernel that takes its time lets others have the processor first. `fastload.turns` says why.
+"""Giving way: a kernel that takes its time lets others have the processor first. `fastload.cpu_priority` says why.
 
 It has to be done in here, once the GIL is let go of: that is when whoever has waited for it is woken, on this very
 processor more often than not. As it costs the rest of the turn (on Linux since 6.17), a process that has got the

@@ -27,11 +27,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload import errors
+from fastload.client.consumer import Consumer
 from fastload.errors import ConfigError, ServiceError
 from fastload.pipeline.session import Session, Source
 from fastload.pipeline.shards import ShardTable
 from fastload.pipeline.windows import Ints, window_chunks
-from fastload.service.client import Consumer
 from fastload.waiting import Waits
 
 ObjectNos = npt.NDArray[np.int32]

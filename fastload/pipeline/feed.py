@@ -15,9 +15,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fastload.cpu_priority import breathe
 from fastload.pipeline.reader import WindowReader
 from fastload.plan import BatchEntry, EpochCursor, Position, WindowKey
-from fastload.turns import breathe
 
 Counts = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fastload.client.consumer import Consumer
 from fastload.kernels.gather import gather_columns, lay_out
-from fastload.service.client import Consumer
 
 Ints = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]

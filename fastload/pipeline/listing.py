@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastload.client.consumer import Consumer
 from fastload.errors import ConfigError, ObjectMissingError
 from fastload.formats import SHARD_ENDINGS, SIDECAR_NAME, wids
 from fastload.pipeline.objects import reader
 from fastload.plan import Manifest
-from fastload.service.client import Consumer
 from fastload.store.table import ObjectTable
 
 # Some ten million shards; they are read into memory whole.

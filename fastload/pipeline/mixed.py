@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from fastload.cpu_priority import breathe
 from fastload.metrics import Account, JointAccount
 from fastload.pipeline.assemble import Assembler, LocalMemory, Memory, Skips, part_of_entry
 from fastload.pipeline.finish import Function, GatheredParts, MixedMaker
@@ -33,7 +34,6 @@ from fastload.plan.mixture import (
     SourcePlan,
 )
 from fastload.transport.slots import SlotPool
-from fastload.turns import breathe
 from fastload.waiting import JointWaits, Waits
 
 _PLANNED_WINDOWS = 1024

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastload.service.client import Consumer
+from fastload.client.consumer import Consumer
 
 
 def reader(consumer: Consumer, first_chunk: int, size: int) -> Callable[[int, int], bytes]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from fastload.arguments import CachePolicy
 from fastload.cache.policy import PolicyName
+from fastload.client.handle import Handle
 from fastload.metrics import Account
 from fastload.pipeline.assemble import Assembler, LocalMemory, Memory, Skips, part_of_entry
 from fastload.pipeline.columns import ColumnSet
@@ -25,7 +26,6 @@ from fastload.pipeline.run import RunFeed
 from fastload.pipeline.scattered import ScatteredReader, check_allowed, holds
 from fastload.pipeline.session import Session, Source
 from fastload.plan import BatchEntry, EpochCursor, Position, Tail, epoch_orders, first_objects, objects_in_use_order
-from fastload.service.handle import Handle
 from fastload.transport.slots import SlotPool
 from fastload.waiting import Waits
 

@@ -12,10 +12,10 @@ import queue
 import threading
 from collections.abc import Callable
 
+from fastload.cpu_priority import take_long_turns
 from fastload.errors import ServiceError
 from fastload.kernels.yielding import start_giving_way
 from fastload.lifecycle import Ending, end_at_exit, join_at_exit
-from fastload.turns import take_long_turns
 
 Job = Callable[[], None]
 

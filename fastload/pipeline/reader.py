@@ -15,11 +15,11 @@ from contextlib import AbstractContextManager
 import numpy as np
 import numpy.typing as npt
 
+from fastload.client.consumer import Consumer
 from fastload.errors import ServiceError
 from fastload.pipeline.shards import ShardTable
 from fastload.pipeline.windows import Ints, LiveWindows, Window, window_chunks
 from fastload.plan import BatchEntry
-from fastload.service.client import Consumer
 
 Objects = npt.NDArray[np.integer]
 

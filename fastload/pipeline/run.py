@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from fastload.cpu_priority import let_breathe, take_long_turns
 from fastload.errors import ServiceError
 from fastload.pipeline.pool import DecodePool
-from fastload.turns import let_breathe, take_long_turns
 from fastload.waiting import Waits, wait
 
 

@@ -20,13 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload.cache.policy.future import lookahead
+from fastload.client.consumer import Consumer
 from fastload.config import format_bytes
 from fastload.errors import ConfigError
 from fastload.pipeline.reader import Objects, WindowReader
 from fastload.pipeline.shards import ShardTable
 from fastload.pipeline.windows import Ints
 from fastload.plan import BatchEntry
-from fastload.service.client import Consumer
 
 # Of the disk tier's quota, what chunks can be sure of: each has a trailer, and blocks are rounded up.
 _DISK_SHARE = 0.97

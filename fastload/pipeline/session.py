@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastload.client.consumer import Consumer
+from fastload.client.handle import Handle
 from fastload.kernels import FIRST_BATCH, compile_in_background
 from fastload.lifecycle import call_later, is_inherited, on_drop
 from fastload.pipeline import manifests
@@ -21,8 +23,6 @@ from fastload.pipeline.listing import attach, find_sidecars, list_shards
 from fastload.pipeline.shards import ShardTable
 from fastload.plan import Manifest
 from fastload.plan.manifest import next_version
-from fastload.service.client import Consumer
-from fastload.service.handle import Handle
 from fastload.store.table import ObjectTable
 from fastload.transport.slots import SlotPool
 from fastload.waiting import Waits

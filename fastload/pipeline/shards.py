@@ -16,11 +16,11 @@ import cachetools
 import numpy as np
 import numpy.typing as npt
 
+from fastload.client.consumer import Consumer
 from fastload.errors import ShardError
 from fastload.formats import ShardIndex, indexer_for
 from fastload.pipeline.sidecars import Sidecars
 from fastload.plan import Manifest
-from fastload.service.client import Consumer
 from fastload.store.table import ObjectTable
 
 # Indexes take about 80 bytes a sample. Windows hold the ones in use; this is for those that come again next epoch.

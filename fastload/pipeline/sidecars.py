@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload import callers
+from fastload.client.consumer import Consumer
 from fastload.errors import ShardError, StoreError
 from fastload.formats import ShardIndex
 from fastload.pipeline.objects import reader
 from fastload.plan import Manifest
-from fastload.service.client import Consumer
 from fastload.store.table import ObjectTable
 
 if TYPE_CHECKING:  # pyarrow takes a quarter of a second to import

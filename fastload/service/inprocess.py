@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import threading
 
+from fastload.cpu_priority import take_long_turns
 from fastload.errors import ServiceError
 from fastload.lifecycle import keep_forever, reset_on_fork
 from fastload.service.logs import limited
 from fastload.service.server import Server
 from fastload.service.standin import Place
-from fastload.turns import take_long_turns
 
 _START_DEADLINE_S = 60.0
 

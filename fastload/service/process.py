@@ -13,12 +13,12 @@ from pathlib import Path
 
 from fastload.cache import CacheDirectory
 from fastload.config import CacheLimits
+from fastload.cpu_priority import take_long_turns
 from fastload.errors import FastloadError, to_wire
 from fastload.service import surroundings
 from fastload.service.logs import ServiceLog
 from fastload.service.server import Server
 from fastload.service.standin import Place, StandIn
-from fastload.turns import take_long_turns
 
 log = logging.getLogger("fastload.service")
 

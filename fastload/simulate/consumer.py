@@ -9,12 +9,12 @@ from typing import Any, cast
 from fastload import protocol
 from fastload.cache import ArenaView
 from fastload.channel import Channel, Connection
+from fastload.client.consumer import Consumer
+from fastload.client.leases import Lease, MappedArena, Waiter
+from fastload.client.session import Connector
 from fastload.errors import ServiceError
-from fastload.service.client import Consumer
 from fastload.service.consumers import ConsumerState
 from fastload.service.core import Core
-from fastload.service.leases import Lease, MappedArena, Waiter
-from fastload.service.session import Connector
 from fastload.simulate.clock import VirtualLoop
 
 Got = Callable[[set[int]], None]

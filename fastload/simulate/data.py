@@ -8,12 +8,12 @@ from functools import cached_property, lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from fastload.client.consumer import Consumer
+from fastload.client.session import chunk_starts
 from fastload.formats import ShardIndex
 from fastload.pipeline.feed import Counts
 from fastload.pipeline.shards import ShardTable
 from fastload.plan import BatchEntry, EpochOrder, Manifest, OrderOptions, OrderWish, Ranks, epoch_orders, first_objects
-from fastload.service.client import Consumer
-from fastload.service.session import chunk_starts
 from fastload.simulate.options import Job
 from fastload.store.types import ObjectInfo
 

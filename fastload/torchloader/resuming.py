@@ -12,12 +12,12 @@ from typing import Any
 
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _InfiniteConstantSampler
 
+from fastload.device import Mover
 from fastload.errors import StateError
 from fastload.torchloader.order import Order, OrderIterator
 from fastload.torchloader.progress import Progress
 from fastload.torchloader.randomness import generators_of
 from fastload.torchloader.saved import Saved
-from fastload.transfer import Mover
 
 
 class View:

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
+from fastload.device import mover_to
 from fastload.torchloader.order import load_state
 from fastload.torchloader.progress import Progress
 from fastload.torchloader.randomness import generators_of, global_kept
 from fastload.torchloader.resuming import Resuming, View
 from fastload.torchloader.saved import Saved, SavedWorker
-from fastload.transfer import mover_to
 
 
 class Single(_SingleProcessDataLoaderIter, Resuming):

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastload.device import NO_MOVER, mover_of, pinned
 from fastload.torchloader.ledger import Ledger
-from fastload.transfer import NO_MOVER, mover_of, pinned
 from fastload.transport.lending import Collected, lent
 from fastload.transport.mapping import map_shared
 from fastload.transport.pickling import Where, memory_of

@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.data import IterDataPipe
 from torch.utils.data.dataloader import _DatasetKind
 
+from fastload.device import NO_MOVER, mover_to
 from fastload.torchloader.progress import WorkersProgress
 from fastload.torchloader.randomness import generators_of
 from fastload.torchloader.resuming import Resuming
@@ -16,7 +17,6 @@ from fastload.torchloader.saved import WORKER_ID, Saved
 from fastload.torchloader.telling import turns_between_states
 from fastload.torchloader.unpacking import Arrived
 from fastload.torchloader.workplace import Ended, Workplace
-from fastload.transfer import NO_MOVER, mover_to
 
 
 class Working(Resuming):

@@ -28,6 +28,7 @@ from torch.utils.data import IterableDataset, IterDataPipe
 from torch.utils.data._utils import collate as torch_collate
 from torch.utils.data._utils import worker as torch_worker
 
+from fastload.device import NO_MOVER
 from fastload.errors import WorkerError
 from fastload.torchloader.ledger import Ledger
 from fastload.torchloader.order import is_stateful, load_state
@@ -42,7 +43,6 @@ from fastload.torchloader.saved import (
 )
 from fastload.torchloader.telling import UNTOLD, Untold
 from fastload.torchloader.unpacking import Arrived, Packed
-from fastload.transfer import NO_MOVER
 from fastload.transport.filling import stack_into
 from fastload.transport.heap import keep_freed_memory, spare_what_is_here
 from fastload.transport.pickling import is_plain

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from fastload.cache import CacheDirectory, syscalls
+from fastload.client import Handle as Cache
 from fastload.config import CacheLimits
 from fastload.errors import CacheError, ConfigError
-from fastload.service import Handle as Cache
 from tests.cache.faults import failing
 
 MIB = 1 << 20

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastload
-from fastload.node import handle_of
+from fastload.client.cache import handle_of
 from tests.conftest import Bucket
 from tests.files.conftest import CHUNK_BYTES
 from tests.processes import kill_service, until

@@ -15,7 +15,7 @@ import pytest
 import torch.utils.data
 
 import fastload
-from fastload.node import handle_of
+from fastload.client.cache import handle_of
 from tests.conftest import Bucket
 from tests.files.conftest import CHUNK_BYTES
 from tests.files.test_open import content, node

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from fastload.client import Handle as Cache
 from fastload.demo.weed import WeedServer
 from fastload.errors import StateError
 from fastload.pipeline.session import Source
 from fastload.plan import Manifest
-from fastload.service import Handle as Cache
 from tests.conftest import Bucket
 from tests.shards import corpus
 

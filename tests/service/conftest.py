@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from fastload.client import Handle as Cache
 from fastload.demo.weed import WeedServer
-from fastload.service import Handle as Cache
 from tests.conftest import Bucket
 from tests.service.helpers import CHUNK_BYTES, random_bytes
 

@@ -21,10 +21,10 @@ import fastload
 from fastload import channel, protocol
 from fastload.cache import Arena, ArenaView, CacheDirectory
 from fastload.channel import Channel, Connection
+from fastload.client import Handle as Cache
+from fastload.client import election, handle, session
 from fastload.config import CacheLimits
 from fastload.errors import CacheError, ServiceError
-from fastload.service import Handle as Cache
-from fastload.service import election, handle, session
 from fastload.service.core import Core
 from fastload.service.standin import StandIn
 from tests.conftest import Bucket

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastload.client import Consumer
+from fastload.client import Handle as Cache
+from fastload.client.session import WaitInterruptedError
 from fastload.errors import ObjectMissingError, ServiceError, WaitTimeoutError
-from fastload.service import Consumer
-from fastload.service import Handle as Cache
-from fastload.service.session import WaitInterruptedError
 from tests.conftest import Bucket
 from tests.service.helpers import (
     CHUNK_BYTES,

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastload import protocol
+from fastload.client import Handle as Cache
 from fastload.errors import ServiceError
 from fastload.formats import ShardIndex
-from fastload.service import Handle as Cache
 from fastload.service.core import Core
 from fastload.service.counts import SampleCounts
 from tests.conftest import Bucket

@@ -13,10 +13,10 @@ import pytest
 
 from fastload import protocol
 from fastload.cache import CacheDirectory
+from fastload.client import Handle as Cache
+from fastload.client import election
+from fastload.client.election import StartError
 from fastload.errors import CacheError, ServiceError
-from fastload.service import Handle as Cache
-from fastload.service import election
-from fastload.service.election import StartError
 from fastload.service.inprocess import InProcessService
 from tests.processes import until
 from tests.service.helpers import CHUNK_BYTES, service_pid

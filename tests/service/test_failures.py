@@ -17,6 +17,7 @@ import pytest
 
 from fastload import protocol
 from fastload.channel import greet
+from fastload.client import Handle as Cache
 from fastload.errors import (
     AccessDeniedError,
     CacheError,
@@ -25,7 +26,6 @@ from fastload.errors import (
     ObjectMissingError,
     ServiceError,
 )
-from fastload.service import Handle as Cache
 from tests.cache.faults import failing
 from tests.conftest import Bucket
 from tests.service.helpers import (
@@ -93,7 +93,7 @@ def test_a_service_that_is_told_to_end_ends_clean(cache: Cache, s3: Bucket, shar
 
 _HOLD = """
 import sys
-from fastload.service import Handle as Cache
+from fastload.client import Handle as Cache
 cache = Cache(sys.argv[1])
 consumer = cache.consumer(name="holder")
 objects = consumer.resolve([sys.argv[2]], (".tar",))

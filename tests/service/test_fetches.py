@@ -14,8 +14,8 @@ import pytest
 
 from fastload import protocol
 from fastload.cache import CacheDirectory
+from fastload.client import Handle as Cache
 from fastload.errors import ConfigError
-from fastload.service import Handle as Cache
 from fastload.service import hedging
 from fastload.service.control import AT_FIRST
 from fastload.service.core import Core

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fastload.service import Handle as Cache
+from fastload.client import Handle as Cache
 from tests.conftest import Bucket
 from tests.service.helpers import chunks_of, read, read_epoch, read_object, service_pid
 

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 import fastload
+from fastload.client import Handle as Cache
 from fastload.errors import AccessDeniedError, ConfigError, StoreUnavailableError
-from fastload.service import Handle as Cache
 from tests.conftest import Bucket
 from tests.service.helpers import service_pid
 from tests.store.servers import Handler, answer, certify, server

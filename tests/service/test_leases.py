@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from fastload.cache import Arena, ArenaView
+from fastload.client.leases import LeaseTable, MappedArena
 from fastload.errors import ObjectMissingError
-from fastload.service.leases import LeaseTable, MappedArena
 
 PAGE = 4096
 

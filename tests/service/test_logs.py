@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastload.service import Handle
+from fastload.client import Handle
 from fastload.service.logs import LINES_AT_ONCE, LineLimit, limited
 from tests.service.helpers import CHUNK_BYTES
 

@@ -9,8 +9,8 @@ import pytest
 
 from fastload import protocol
 from fastload.cache import Arena
+from fastload.client import Handle as Cache
 from fastload.config import MIB
-from fastload.service import Handle as Cache
 from fastload.service import core
 from fastload.service.core import Core
 from fastload.service.populate import Populator

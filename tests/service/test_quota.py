@@ -9,7 +9,7 @@ import pytest
 
 from fastload import protocol
 from fastload.cache import DiskTier
-from fastload.service import Handle as Cache
+from fastload.client import Handle as Cache
 from fastload.service.core import Core
 from tests.service.helpers import CHUNK_BYTES, eventually
 from tests.service.world import Side, World, settle, until

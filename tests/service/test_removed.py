@@ -18,9 +18,10 @@ import pytest
 
 import fastload
 from fastload.cache import CacheDirectory
+from fastload.client import Consumer
+from fastload.client import Handle as Cache
 from fastload.config import CacheLimits
-from fastload.service import Consumer, server
-from fastload.service import Handle as Cache
+from fastload.service import server
 from tests.conftest import Bucket
 from tests.processes import kill_service, service_pids, until
 from tests.service.helpers import CHUNK_BYTES, chunks_of, read, read_epoch, read_object, service_pid

@@ -15,7 +15,7 @@ import pytest
 
 from fastload import protocol
 from fastload.cache import CacheDirectory
-from fastload.service import Handle as Cache
+from fastload.client import Handle as Cache
 from fastload.service import server
 from fastload.service.server import Server
 from tests.service.helpers import CHUNK_BYTES, eventually

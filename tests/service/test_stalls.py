@@ -12,7 +12,7 @@ import pytest
 
 from fastload import protocol
 from fastload.cache import syscalls
-from fastload.service import Handle as Cache
+from fastload.client import Handle as Cache
 from fastload.service import server
 from fastload.service.core import Core
 from tests.patience import PATIENCE_S

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastload.service import Consumer, server
-from fastload.service import Handle as Cache
+from fastload.client import Consumer
+from fastload.client import Handle as Cache
+from fastload.service import server
 from fastload.service.core import Core
 from tests.service.helpers import CHUNK_BYTES, FakeStore, chunks_of, random_bytes, read
 

@@ -15,8 +15,8 @@ import pytest
 from fastload import protocol
 from fastload.cache import Arena, ArenaView, CacheDirectory, syscalls
 from fastload.channel import greet
+from fastload.client import Handle as Cache
 from fastload.errors import CacheError, ServiceError
-from fastload.service import Handle as Cache
 from fastload.service.standin import StandIn
 from tests.service.helpers import CHUNK_BYTES, service_pid
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from fastload.client import Consumer
+from fastload.client import Handle as Cache
 from fastload.errors import ObjectMissingError
-from fastload.service import Consumer, Progress
-from fastload.service import Handle as Cache
+from fastload.protocol import Progress
 from tests.conftest import Bucket
 from tests.service.helpers import CHUNK_BYTES, chunks_of, eventually, kill_service, read, read_epoch
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from fastload import protocol
+from fastload.client.consumer import Consumer
+from fastload.client.session import Connector
 from fastload.errors import ServiceError
-from fastload.service.client import Consumer
-from fastload.service.session import Connector
 from fastload.store.types import ObjectInfo
 from fastload.waiting import DEADLINE_S
 

@@ -26,10 +26,10 @@ import numpy.typing as npt
 
 from fastload import errors, protocol
 from fastload.cache.policy import PolicyName
+from fastload.client.leases import Lease, offsets_by_arena
+from fastload.client.session import Connector, Int64, Session, chunk_starts
 from fastload.errors import FastloadError, ServiceError
 from fastload.protocol import Progress
-from fastload.service.leases import Lease, offsets_by_arena
-from fastload.service.session import Connector, Int64, Session, chunk_starts
 from fastload.store import localversion, normalise
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo

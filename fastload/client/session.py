@@ -30,11 +30,11 @@ import numpy.typing as npt
 from fastload import callers, errors, protocol
 from fastload.cache.owner import is_running
 from fastload.channel import Channel, Connection, peer_pid
+from fastload.client.leases import LeaseTable, MappedArena
 from fastload.errors import FastloadError, ServiceError
 from fastload.lifecycle import reset_on_fork
 from fastload.protocol import ObjectRows, Progress
 from fastload.redaction import redact
-from fastload.service.leases import LeaseTable, MappedArena
 from fastload.store import StoreOptions, options
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo

@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 from fastload.callers import public
+from fastload.client.handle import Handle, ServiceMode
 from fastload.config import default_cache_dir
 from fastload.errors import ConfigError
 from fastload.lifecycle import on_fork
-from fastload.service.handle import Handle, ServiceMode
 
 
 class Cache:

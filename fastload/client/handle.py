@@ -25,12 +25,12 @@ import msgspec
 from fastload import callers, protocol
 from fastload.cache import CacheDirectory
 from fastload.channel import Connection
+from fastload.client import election
+from fastload.client.consumer import Consumer
+from fastload.client.opened import Opener
 from fastload.config import CacheLimits, default_cache_dir, default_ram_bytes, exact_bytes, format_bytes, parse_bytes
 from fastload.errors import CacheError, ConfigError, FastloadError, ServiceError
 from fastload.lifecycle import keep_forever, reset_on_fork
-from fastload.service import election
-from fastload.service.client import Consumer
-from fastload.service.opener import Opener
 from fastload.service.standin import Place, StandIn
 from fastload.waiting import Waits
 

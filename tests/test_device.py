@@ -24,13 +24,13 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import IterableDataset
 
 import fastload
-from fastload import transfer
-from fastload.transfer import AHEAD_MAX, Mover, Moving
+from fastload import device as transfer
+from fastload.device import AHEAD_MAX, Mover, Moving
 from tests.shards import corpus
 from tests.torchloader.datasets import Mapped
 
 needs_cuda = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device here; run tests/test_transfer.py on a machine with one"
+    not torch.cuda.is_available(), reason="no CUDA device here; run tests/test_device.py on a machine with one"
 )
 
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastload import turns
-from fastload.turns import scheduling, take_long_turns
+from fastload import cpu_priority
+from fastload.cpu_priority import scheduling, take_long_turns
 
 RELEASE = re.match(r"(\d+)\.(\d+)", platform.release())
 HAS_TURNS = sys.platform == "linux" and RELEASE is not None and tuple(map(int, RELEASE.groups())) >= (6, 12)
@@ -28,7 +28,7 @@ def in_a_thread(work):
 def test_a_threads_turns_become_longer_and_nothing_else_changes():
     before, is_told, after, others = *in_a_thread(lambda: (scheduling(), take_long_turns(), scheduling())), scheduling()
     assert is_told
-    assert before.runtime_ns < after.runtime_ns == turns._TURN_NS
+    assert before.runtime_ns < after.runtime_ns == cpu_priority._TURN_NS
     assert others.runtime_ns == before.runtime_ns
     for name in ("policy", "flags", "nice", "priority"):
         assert getattr(before, name) == getattr(after, name), name
@@ -40,7 +40,7 @@ def test_a_niceness_is_kept():
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 7)
         return take_long_turns(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), scheduling().runtime_ns
 
-    assert in_a_thread(nice) == (True, 7, turns._TURN_NS)
+    assert in_a_thread(nice) == (True, 7, cpu_priority._TURN_NS)
 
 
 @pytest.mark.skipif(not HAS_TURNS, reason="this kernel has turns of one length")
@@ -48,7 +48,7 @@ def test_turns_that_are_longer_already_do_not_become_shorter(monkeypatch):
     def twice() -> list[int]:
         found = []
         for turn_ns in (20_000_000, 5_000_000):
-            monkeypatch.setattr(turns, "_TURN_NS", turn_ns)
+            monkeypatch.setattr(cpu_priority, "_TURN_NS", turn_ns)
             assert take_long_turns()
             found.append(scheduling().runtime_ns)
         return found
@@ -73,16 +73,16 @@ def test_what_is_no_linux_of_these_is_left_alone(monkeypatch):
 
 def test_only_who_is_ahead_pauses_for_breath(monkeypatch):
     slept = []
-    monkeypatch.setattr(turns, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(cpu_priority, "time", SimpleNamespace(sleep=slept.append))
 
     def ours() -> None:
-        turns.breathe()
-        turns.let_breathe(True)
-        turns.breathe()
-        turns.breathe()
-        turns.let_breathe(False)
-        turns.breathe()
+        cpu_priority.breathe()
+        cpu_priority.let_breathe(True)
+        cpu_priority.breathe()
+        cpu_priority.breathe()
+        cpu_priority.let_breathe(False)
+        cpu_priority.breathe()
 
     in_a_thread(ours)
-    turns.breathe()
-    assert slept == [turns._BREATH_S] * 2
+    cpu_priority.breathe()
+    assert slept == [cpu_priority._BREATH_S] * 2
