@@ -180,6 +180,11 @@ class Session:
             with self._changed:
                 self._interruptions -= 1
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether `interrupted` is entered: what waits for others with this consumer gives up as well."""
+        return self._interruptions > 0
+
     # Saying
 
     def _enter(self) -> None:
@@ -226,7 +231,7 @@ class Session:
         """Wait under the lock until `ready()`; raises what ended the consumer or the wait meanwhile."""
         wait(
             self._changed,
-            lambda: self._ended is not None or self._interruptions > 0 or ready(),
+            lambda: self._ended is not None or self.is_interrupted or ready(),
             reason,
             what=what,
             waits=self._waits,
@@ -235,7 +240,7 @@ class Session:
         )
         if self._ended is not None:
             raise self._ended
-        if self._interruptions and not ready():
+        if self.is_interrupted and not ready():
             raise WaitInterruptedError(f"interrupted while waiting for {what}")
 
     def _send(self, message: protocol.Message) -> None:

@@ -18,8 +18,8 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import msgspec
@@ -65,10 +65,6 @@ class LocalCounts:
     def counted(self, object_nos: ObjectNos, counts: npt.NDArray[np.int64]) -> None:
         """Remember these for the next epoch."""
         self._source.learn_counts(object_nos, counts, of=self._manifest)
-
-    def interrupted(self) -> AbstractContextManager[None]:
-        """Nothing here waits but for bytes, and that is the consumer's."""
-        return nullcontext()
 
     def ask(self, object_nos: ObjectNos) -> Counts:
         """The counts of the first of these, by indexing them."""
@@ -203,15 +199,15 @@ class Exchange:
         if self._serves:
             self._publish(object_nos, counts)
 
-    def ask(self, object_nos: ObjectNos, consumer: Consumer, is_interrupted: Callable[[], bool]) -> Counts:
+    def ask(self, object_nos: ObjectNos, consumer: Consumer) -> Counts:
         """Some of these counts, as soon as a node has said them, or by indexing them with `consumer` where none does.
 
-        Raises what kept a node from counting.
+        Raises what kept a node from counting; `ServiceError` when the consumer is interrupted.
         """
         import torch.distributed as distributed
 
         try:
-            return self._ask(object_nos, consumer, is_interrupted)
+            return self._ask(object_nos, consumer)
         except distributed.DistError as error:
             raise ServiceError(
                 f"the store of torch.distributed ended while this rank waited to hear how many samples "
@@ -219,7 +215,7 @@ class Exchange:
                 "live until all have read their batches, with a torch.distributed.barrier() before it ends"
             ) from error
 
-    def _ask(self, object_nos: ObjectNos, consumer: Consumer, is_interrupted: Callable[[], bool]) -> Counts:
+    def _ask(self, object_nos: ObjectNos, consumer: Consumer) -> Counts:
         began, is_asked, pause_s = time.monotonic(), False, _POLL_FIRST_S
         while True:
             self._read_news(object_nos)
@@ -232,7 +228,7 @@ class Exchange:
             if waited > _ASK_AFTER_S and not is_asked:
                 self._requests.append(object_nos.tolist())
                 is_asked = True
-            if self._is_closed.wait(pause_s) or is_interrupted():
+            if self._is_closed.wait(pause_s) or consumer.is_interrupted:
                 raise ServiceError("the data set was closed while it waited for another node's sample counts")
             pause_s = min(2 * pause_s, _POLL_MAX_S)
 
@@ -312,26 +308,16 @@ class Exchange:
 
 
 class ExchangedCounts:
-    """An exchange as one pass uses it: what the pass waits for is booked as its own, and it can be interrupted."""
+    """An exchange as one pass uses it: waits are booked as the pass's own, and end when its consumer is interrupted."""
 
     def __init__(self, exchange: Exchange, consumer: Consumer, waits: Waits) -> None:
         self._exchange, self._consumer, self._waits = exchange, consumer, waits
-        self._interruptions = 0
         self.known, self.counted = exchange.known, exchange.counted
 
     def ask(self, object_nos: ObjectNos) -> Counts:
         """Some of these counts, as soon as a node has said them."""
         with self._waits.measure("index"):
-            return self._exchange.ask(object_nos, self._consumer, lambda: self._interruptions > 0)
-
-    @contextmanager
-    def interrupted(self) -> Iterator[None]:
-        """For the length of the block, `ask` waits no more."""
-        self._interruptions += 1
-        try:
-            yield
-        finally:
-            self._interruptions -= 1
+            return self._exchange.ask(object_nos, self._consumer)
 
 
 def _serve(target: weakref.WeakMethod[Callable[[], bool]], is_closed: threading.Event) -> None:

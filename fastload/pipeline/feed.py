@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -35,10 +34,6 @@ class CountSource(Protocol):
 
     def ask(self, object_nos: npt.NDArray[np.int32]) -> Counts:
         """The counts of some of these, at least of one. May wait."""
-        ...
-
-    def interrupted(self) -> AbstractContextManager[None]:
-        """While it is entered, `ask` does not wait."""
         ...
 
 
@@ -92,12 +87,6 @@ class Feed:
     def done(self, entry: BatchEntry) -> None:
         """The entry's batch is made, or given up."""
         self._reader.done(entry, entry.windows)
-
-    @contextmanager
-    def interrupted(self) -> Iterator[None]:
-        """While it is entered, whoever waits for bytes or counts gives up."""
-        with self._counts.interrupted(), self._reader.interrupted():
-            yield
 
     def _plan(self) -> None:
         windows = [(key, self._cursor.objects_of(key)) for key in self._cursor.windows_ahead()]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -84,15 +84,6 @@ class MixedFeed:
         for part in entry.parts:
             windows = [MixtureKey(part.source, part.epoch, *key) for key in part.entry.windows]
             self._sources[part.source].reader.done(part.entry, windows)
-
-    @contextmanager
-    def interrupted(self) -> Iterator[None]:
-        """While it is entered, whoever waits for bytes or counts gives up."""
-        with ExitStack() as entered:
-            for each in self._sources:
-                entered.enter_context(each.counts.interrupted())
-                entered.enter_context(each.reader.interrupted())
-            yield
 
     def _plan(self) -> None:
         windows: list[list[tuple[MixtureKey, Any]]] = [[] for _ in self._sources]
@@ -214,9 +205,13 @@ class MixedPass:
         """Where a run stands once an entry is delivered."""
         return self.feed.position(entry)
 
-    def interrupted(self) -> AbstractContextManager[None]:
-        """While it is entered, whoever waits for bytes gives up."""
-        return self.feed.interrupted()
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """While it is entered, waits for bytes or counts end."""
+        with ExitStack() as entered:
+            for each in self.sources:
+                entered.enter_context(each.session.consumer.interrupted())
+            yield
 
     def end(self) -> None:
         """It is over, finished or not."""

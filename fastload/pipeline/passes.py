@@ -113,7 +113,7 @@ class Pass(Protocol):
         ...
 
     def interrupted(self) -> AbstractContextManager[None]:
-        """While it is entered, whoever waits for bytes gives up."""
+        """While it is entered, waits for bytes or counts end: those of its consumers."""
         ...
 
     def end(self) -> None:
@@ -183,8 +183,8 @@ class OnePass:
         return self.feed.position(entry)
 
     def interrupted(self) -> AbstractContextManager[None]:
-        """While it is entered, whoever waits for bytes gives up."""
-        return self.feed.interrupted()
+        """While it is entered, waits for bytes or counts end."""
+        return self.source.session.consumer.interrupted()
 
     def end(self) -> None:
         """It is over, finished or not."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Hashable, Sequence
-from contextlib import AbstractContextManager
 
 import numpy as np
 import numpy.typing as npt
@@ -90,10 +89,6 @@ class WindowReader:
             self._is_exhausted = True
             self._planned = []
             self._consumer.set_plan(next_objects, next_epoch)
-
-    def interrupted(self) -> AbstractContextManager[None]:
-        """While it is entered, whoever waits for bytes gives up."""
-        return self._consumer.interrupted()
 
     def close(self) -> None:
         """Give back whatever is still held, and end the plan if it was not read to its end."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -94,10 +93,6 @@ class KnownCounts:
     def ask(self, object_nos: npt.NDArray[np.int32]) -> Counts:
         """Never called, as all is known."""
         raise AssertionError("a count was asked for that is known")
-
-    def interrupted(self) -> AbstractContextManager[None]:
-        """Nothing here waits."""
-        return nullcontext()
 
 
 class SimulatedShards(ShardTable):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ class Node:
         self.indexed: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
+        self.is_interrupted = False
         self.first_chunk = np.arange(len(COUNTS) + 1)
         self.shards = self.consumer = self
         self.manifest = self
@@ -74,11 +77,20 @@ def nos(*numbers: int) -> Any:
 
 
 NONE = nos()
-READS_NOTHING: Any = None  # a consumer that nobody is to use
 
 
-def never() -> bool:
-    return False
+class Impatient:
+    """A consumer that is interrupted when it is asked for the third time."""
+
+    def __init__(self) -> None:
+        self._looks = itertools.count(1)
+
+    @property
+    def is_interrupted(self) -> bool:
+        return next(self._looks) >= 3
+
+
+READS_NOTHING: Any = SimpleNamespace(is_interrupted=False)  # a consumer that must not be read with
 
 
 @pytest.fixture
@@ -100,10 +112,10 @@ def test_a_count_comes_from_whoever_opens_the_shard(store: Any) -> None:
     a, b = Node(), Node()
     with exchange(a, store, nos(0, 1, 2, 3)) as of_a, exchange(b, store, nos(4, 5, 6, 7), serves=False) as of_b:
         of_a.counted(nos(0, 1), COUNTS[:2])
-        found, counts = of_b.ask(nos(1, 2), READS_NOTHING, never)
+        found, counts = of_b.ask(nos(1, 2), READS_NOTHING)
         assert (found.tolist(), counts.tolist()) == ([1], [1])
         assert b.counts_in_memory()[0].tolist() == [0, 1]  # all that was said is remembered
-        assert of_b.ask(nos(0), READS_NOTHING, never)[1].tolist() == [3]  # also where it was heard before
+        assert of_b.ask(nos(0), READS_NOTHING)[1].tolist() == [3]  # also where it was heard before
     assert a.indexed == b.indexed == []
 
 
@@ -112,7 +124,7 @@ def test_a_count_that_nobody_has_is_asked_for_and_counted_by_its_node(store: Any
     with exchange(a, store, nos(0, 1, 2, 3)), exchange(b, store, nos(4, 5, 6, 7)) as of_b:
         known: dict[int, int] = {}
         while len(known) < 4:
-            found, counts = of_b.ask(nos(*(n for n in range(4) if n not in known)), READS_NOTHING, never)
+            found, counts = of_b.ask(nos(*(n for n in range(4) if n not in known)), READS_NOTHING)
             known.update(zip(found.tolist(), counts.tolist(), strict=True))
     assert known == dict(enumerate(COUNTS[:4].tolist()))
     assert sorted(a.indexed) == [0, 1, 2, 3]
@@ -125,7 +137,7 @@ def test_what_a_node_knew_before_reaches_the_others_when_it_begins(store: Any) -
     with exchange(a, store, nos(0, 1, 2), common=nos(0)) as of_a, exchange(b, store, nos(5)) as of_b:
         assert of_a.known()[0].tolist() == [0, 2, 5]
         of_a.known()
-        assert of_b.ask(nos(2), READS_NOTHING, never)[1].tolist() == [4]
+        assert of_b.ask(nos(2), READS_NOTHING)[1].tolist() == [4]
         # 0 was common knowledge, and 5 is not its to tell.
         assert b.counts_in_memory()[0].tolist() == [2]
         assert store.add("counts", 0) == 1
@@ -136,18 +148,18 @@ def test_what_keeps_a_node_from_counting_reaches_whoever_asks(store: Any) -> Non
     with exchange(a, store, nos(0, 1)), exchange(b, store, nos(2)) as of_b:
         for _ in range(2):  # asking again has it tried again
             with pytest.raises(ShardError, match="shard 1 is no tar"):
-                of_b.ask(nos(1), READS_NOTHING, never)
-        assert of_b.ask(nos(0), READS_NOTHING, never)[1].tolist() == [3]
+                of_b.ask(nos(1), READS_NOTHING)
+        assert of_b.ask(nos(0), READS_NOTHING)[1].tolist() == [3]
 
 
 def test_a_failure_is_forgotten_by_all_once_the_shard_was_counted(store: Any) -> None:
     a, b, c = Node(broken=1), Node(), Node()
     with exchange(a, store, nos(0, 1)), exchange(b, store, nos(2)) as of_b, exchange(c, store, nos(3)) as of_c:
         with pytest.raises(ShardError):
-            of_b.ask(nos(1), READS_NOTHING, never)
+            of_b.ask(nos(1), READS_NOTHING)
         a._broken = None
-        assert of_b.ask(nos(1), READS_NOTHING, never)[1].tolist() == [1]
-        assert of_c.ask(nos(1), READS_NOTHING, never)[1].tolist() == [1]  # which hears of both at once
+        assert of_b.ask(nos(1), READS_NOTHING)[1].tolist() == [1]
+        assert of_c.ask(nos(1), READS_NOTHING)[1].tolist() == [1]  # which hears of both at once
 
 
 def test_whatever_keeps_a_node_from_counting_is_said(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +167,7 @@ def test_whatever_keeps_a_node_from_counting_is_said(store: Any, monkeypatch: py
     monkeypatch.setattr(a, "open", lambda: (_ for _ in ()).throw(OSError(28, "no space left")))
     said = pytest.raises(ServiceError, match=r"OSError.*no space left")
     with exchange(a, store, nos(0)), exchange(b, store, nos(1)) as of_b, said:
-        of_b.ask(nos(0), READS_NOTHING, never)
+        of_b.ask(nos(0), READS_NOTHING)
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -166,7 +178,7 @@ def test_a_store_that_ends_ends_the_thread_quietly_and_whoever_asks_with_the_cur
 
     with exchange(Node(), Gone(), nos(0)) as ours:
         with pytest.raises(ServiceError, match=r"store of torch.distributed ended .*barrier\(\)"):
-            ours.ask(nos(1), READS_NOTHING, never)
+            ours.ask(nos(1), READS_NOTHING)
         assert ours._thread is not None
         ours._thread.join(PATIENCE_S)
         assert not ours._thread.is_alive()
@@ -189,10 +201,9 @@ def test_a_record_that_is_never_written_keeps_nobody_waiting(store: Any) -> None
     with exchange(a, store, nos(0)) as of_a, exchange(b, store, nos(1)) as of_b:
         of_a.counted(nos(0), COUNTS[:1])
         store.add("counts", 1)  # somebody died after this
-        assert of_b.ask(nos(0), READS_NOTHING, never)[1].tolist() == [3]
-        began = time.monotonic()
+        assert of_b.ask(nos(0), READS_NOTHING)[1].tolist() == [3]
         with pytest.raises(ServiceError, match="was closed while it waited"):
-            of_b.ask(nos(1), READS_NOTHING, lambda: time.monotonic() > began + 0.2)
+            of_b.ask(nos(1), Impatient())  # type: ignore[arg-type]
 
 
 def test_closing_ends_whoever_asks_and_whoever_counts(store: Any) -> None:
@@ -202,7 +213,8 @@ def test_closing_ends_whoever_asks_and_whoever_counts(store: Any) -> None:
     of_a.open()
     of_b.open()
     failures = []
-    passes = ExchangedCounts(of_b, READS_NOTHING, Waits())
+    consumer: Any = SimpleNamespace(is_interrupted=False)
+    passes = ExchangedCounts(of_b, consumer, Waits())
 
     def ask() -> None:
         try:
@@ -214,14 +226,14 @@ def test_closing_ends_whoever_asks_and_whoever_counts(store: Any) -> None:
     asking.start()
     while of_a._session is None:  # until it counts
         time.sleep(0.01)
-    with passes.interrupted():
-        asking.join(PATIENCE_S)
+    consumer.is_interrupted = True
+    asking.join(PATIENCE_S)
     assert len(failures) == 1
     of_a.close()
     of_b.close()
     of_b.open()
     of_a.open()
-    assert of_b.ask(nos(0), READS_NOTHING, never)[1].tolist() == [3]
+    assert of_b.ask(nos(0), READS_NOTHING)[1].tolist() == [3]
     of_a.close()
     of_b.close()
 
@@ -230,9 +242,9 @@ def test_whoever_gets_no_answer_counts_for_himself(store: Any, monkeypatch: pyte
     monkeypatch.setattr(counts_module, "_COUNT_OURSELVES_AFTER_S", 0.2)
     b, c = Node(), Node()
     with exchange(b, store, nos(1)) as of_b, exchange(c, store, nos(2)) as of_c:  # the node that has 0 is not there
-        assert of_b.ask(nos(0), b, never)[1].tolist() == [3]
+        assert of_b.ask(nos(0), b)[1].tolist() == [3]
         assert b.indexed == [0]
-        assert of_c.ask(nos(0), READS_NOTHING, never)[1].tolist() == [3]  # and hears of it
+        assert of_c.ask(nos(0), READS_NOTHING)[1].tolist() == [3]  # and hears of it
         monkeypatch.setattr(b, "_broken", 3)
         with pytest.raises(ShardError, match="shard 3 is no tar"):
-            of_b.ask(nos(3), b, never)
+            of_b.ask(nos(3), b)
