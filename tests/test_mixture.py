@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 import fastload
 from fastload.pipeline import agreement
+from fastload.pipeline.mixed import MixedPass
 from tests.shards import Corpus, corpus, tar_of
 
 WEIGHTS = (0.5, 0.3, 0.2)
@@ -94,6 +96,19 @@ def test_all_goes_through_every_source_and_repeats_the_others_in_another_order(u
     assert by_source["b"] <= {2, 3}
     assert by_source["c"] <= {6, 7}
     loader.close()
+
+
+def test_interrupting_a_pass_interrupts_all_of_its_consumers(urls, cache) -> None:
+    one = fastload.StreamingDataset(urls[0], cache=cache)
+    several = mixture(urls, cache)
+    with closing(one), closing(several):
+        for current in (one.begin(0, 8), several.begin(0, 8)):
+            sources = current.sources if isinstance(current, MixedPass) else [current.source]
+            consumers = [each.session.consumer for each in sources]
+            with current.interrupted():
+                assert all(consumer.is_interrupted for consumer in consumers)
+            assert not any(consumer.is_interrupted for consumer in consumers)
+            current.end()
 
 
 def test_never_ends_and_says_so(urls, cache) -> None:
