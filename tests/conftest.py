@@ -193,6 +193,7 @@ def nothing_left_behind(tmp_path: Path) -> Iterator[None]:
     deadline = time.monotonic() + _GRACE_S
     while left := _leavings(tmp_path, there) - before:
         gc.collect()  # an error's traceback may hold what the test let go of
+        multiprocessing.active_children()  # waits for those that have ended
         if time.monotonic() > deadline:
             pytest.fail("left behind:\n" + "\n".join(sorted(left)))
         time.sleep(0.02)

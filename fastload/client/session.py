@@ -449,8 +449,8 @@ class Session:
             self._send(self._plan)
         self._tell_wants(self._table.ask_again())
         for request in self._requests.values():
-            request.parts.clear()
-            if not request.done:
+            if not request.done:  # an answer that is complete is about to be taken by the thread that asked
+                request.parts.clear()
                 self._send(request.message)
         if self._report:
             self._send(protocol.Report(self._report))

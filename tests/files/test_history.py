@@ -72,7 +72,7 @@ def history(folder: Path, *arguments: str) -> str:
 def test_the_second_job_is_fetched_ahead_and_not_with_history_switched_off(
     urls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FASTLOAD_IDLE_S", "0.2")
+    monkeypatch.setenv("FASTLOAD_IDLE_S", "2")  # the job asks for its figures after its last worker has gone
     read = sum(3000 + number for number in range(COUNT))
     first, second, off = job(tmp_path, urls), job(tmp_path, urls), job(tmp_path, urls, history_bytes=0)
     assert [each["read"] for each in (first, second, off)] == [read] * 3

@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,6 +62,21 @@ def test_a_killed_service_is_replaced(cache: Cache, s3: Bucket, shards: dict[str
         assert [read_object(consumer, objects, number) for number in range(6)] == list(shards.values())
         assert read_object(other, objects, 5) == shards[objects[5].url]
         assert service_pid(consumer) == service_pid(other) != killed
+
+
+def test_an_answer_outlives_the_connection_it_came_by(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another connection may be made between the answer and the moment in which the thread that asked takes it: only
+    here can a test be between them.
+    """
+    with cache.consumer() as consumer:
+        wait = consumer._wait
+
+        def wait_and_reconnect(*arguments: Any) -> None:
+            wait(*arguments)
+            consumer._tell_everything()
+
+        monkeypatch.setattr(consumer, "_wait", wait_and_reconnect)
+        assert consumer.stats()["node"]["pid"] == service_pid(consumer)
 
 
 def test_old_and_new_arena_at_once(cache: Cache, s3: Bucket, shards: dict[str, bytes]) -> None:
