@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.golden import orders, states, texts
+from tests.golden import figures, formats, frames, orders, signatures, states, texts
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata with a newer torch
 
+FORMATS = texts.texts_put_back(texts.load("formats"))
 STATES = texts.texts_put_back(texts.load("states"))
 TORCHDATA = texts.texts_put_back(texts.load("torchdata"))
 
@@ -18,7 +19,7 @@ TORCHDATA = texts.texts_put_back(texts.load("torchdata"))
 def same(found: Any, recorded: Any) -> None:
     """Assert it entry by entry, so that the first that differs is named."""
     if isinstance(recorded, dict) and isinstance(found, dict):
-        assert list(found) == list(recorded)
+        assert set(found) == set(recorded)
         for name, each in recorded.items():
             assert found[name] == each, name
     assert found == recorded
@@ -60,6 +61,44 @@ def test_what_was_recorded_goes_on_where_it_was() -> None:
             ]
 
 
+@pytest.mark.parametrize("side", ["from consumer", "from service"])
+def test_frames(tmp_path: Path, side: str) -> None:
+    recorded = texts.load("frames")
+    same(frames.record(tmp_path), recorded)
+    same(frames.read(side, recorded[side]), frames.messages(side))
+
+
+@pytest.mark.parametrize("kind", formats.KINDS)
+def test_files_are_what_they_were(tmp_path: Path, kind: str) -> None:
+    found, recorded = formats.record_kind(tmp_path / "files", kind), dict(FORMATS[kind])
+    if kind == "run":
+        del found["file"], recorded["file"]
+    same(found, recorded)
+
+
+@pytest.mark.parametrize("kind", formats.KINDS)
+def test_files_of_before_are_read(tmp_path: Path, kind: str) -> None:
+    found, expected = formats.read_kind(tmp_path / "files", kind, FORMATS[kind])
+    assert found == expected
+
+
+def test_figures(tmp_path: Path) -> None:
+    same(figures.record(tmp_path), texts.load("figures"))
+
+
+@pytest.mark.parametrize("what", texts.load("signatures"))
+def test_signatures(signatures_here: dict[str, Any], what: str) -> None:
+    same(signatures_here[what], texts.load("signatures")[what])
+
+
+@pytest.fixture(scope="module")
+def signatures_here(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return signatures.record(tmp_path_factory.mktemp("signatures"))
+
+
 def test_everything_that_is_written_down_is_looked_at() -> None:
     assert set(texts.load("orders")) == set(orders.KINDS)
     assert set(STATES) == set(states.KINDS)
+    assert set(FORMATS) == set(formats.KINDS)
+    assert set(frames.kinds("from consumer")) == set(frames.FROM_CONSUMER)
+    assert set(frames.kinds("from service")) == set(frames.FROM_SERVICE)

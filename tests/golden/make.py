@@ -7,9 +7,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.golden import orders, states, texts
+from tests.golden import figures, formats, frames, orders, signatures, states, texts
 
-KINDS = {"orders": orders.record, "states": states.record, "torchdata": states.record_of_torchdata}
+KINDS = {
+    "figures": figures.record,
+    "formats": formats.record,
+    "frames": frames.record,
+    "orders": orders.record,
+    "signatures": signatures.record,
+    "states": states.record,
+    "torchdata": states.record_of_torchdata,
+}
 
 
 def main() -> None:

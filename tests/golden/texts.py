@@ -12,7 +12,7 @@ from typing import Any
 FOLDER = Path(__file__).parent
 _LONG = 200
 # How deep entries have lines of their own.
-_DEPTH = {"states": 5, "torchdata": 3}
+_DEPTH = {"formats": 3, "figures": 1, "signatures": 3, "states": 5, "torchdata": 3}
 
 
 def load(kind: str) -> Any:

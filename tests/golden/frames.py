@@ -1,0 +1,88 @@
+"""The bytes of every message between consumers and the cache service, by its tag; fields are given by their place."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+from typing import Any
+
+from tests.golden.doors import ObjectInfo, ObjectRows, protocol
+
+_ROWS = ObjectRows.of([ObjectInfo("s3://bucket/a.tar", 5, '"e"'), ObjectInfo("/data/ä.tar", 1 << 40, None, 7)])
+_STORE = {"endpoint_url": "http://localhost:8333", "anonymous": True, "extra": [["a", "b"]]}
+
+FROM_CONSUMER: dict[str, tuple[Any, ...]] = {
+    "hello": (5, 1234, "train", _STORE, {"disk_bytes": 1 << 33}, 77, "train.py"),
+    "credentials": (_STORE,),
+    "resolve": (1, ["s3://bucket/"], [".tar"], ["fastload-index.arrow"], True),
+    "open": (2, "s3://bucket/a.tar"),
+    "attach": (True, False, _ROWS),
+    "plan": ([0, 2, 1], 3, True, 17),
+    "keep": ([0, 1], "sieve"),
+    "uses": (1 << 33, b"\0\0\0\0\1\0\0\0"),
+    "advance": (300,),
+    "want": ([1, 2**40], 3, True),
+    "release": ([1, 70_000],),
+    "pinned": ([5],),
+    "get_indexes": (4, [0, 1]),
+    "put_index": (1, b"index"),
+    "put_counts": ([0, 1], b"\1\0\0\0\0\0\0\0\2\0\0\0\0\0\0\0"),
+    "get_counts": (5, [1]),
+    "clear": (6, True),
+    "stats": (7,),
+    "report": ({"wait_bytes_s": 0.5},),
+    "ping": (),
+}
+FROM_SERVICE: dict[str, tuple[Any, ...]] = {
+    "welcome": (5, b"0123456789abcdef", 4321, 8 << 20, 256, ["the disk is full"]),
+    "refused": ("ServiceError", "another version"),
+    "grants": ([1, 2], [3, 3], [0, 255], [0, 2]),
+    "failed": ([1], [3], "ObjectMissingError", "it is gone"),
+    "recall": ([1, 2],),
+    "resolved": (1, _ROWS, True),
+    "opened": (2, 9, "s3://bucket/a.tar", 5, '"e"', -1),
+    "indexes": (4, [0], [b"index"], True),
+    "counts": (5, b"\xff\xff\xff\xff\xff\xff\xff\xff"),
+    "cleared": (6, 1 << 34),
+    "stats_reply": (7, {"node": {"fetched_bytes": 1, "beside": ""}, "consumer": {"ram_bytes": 2}}),
+    "request_failed": (8, "StoreError", "no"),
+    "trouble": ("the disk is full",),
+    "progress": (1, 2, 3, 4, 5, 6, 7, False, "StoreError", "no"),
+    "pong": (),
+}
+
+
+def record(_: Path) -> dict[str, Any]:
+    """Frames as they go over the socket, in hex, and what both sides have to agree on beside them."""
+    return {
+        "agreed": {
+            "version": protocol.VERSION,
+            "frame_bytes_max": protocol.FRAME_BYTES_MAX,
+            "index_bytes_max": protocol.INDEX_BYTES_MAX,
+            "sources": list(protocol.SOURCES),
+        },
+        "from consumer": {tag: protocol.frame(each).hex() for tag, each in messages("from consumer").items()},
+        "from service": {tag: protocol.frame(each).hex() for tag, each in messages("from service").items()},
+    }
+
+
+def messages(side: str) -> dict[str, Any]:
+    """A message of each kind, with fixed values."""
+    values = FROM_CONSUMER if side == "from consumer" else FROM_SERVICE
+    return {tag: kind(*values[tag]) for tag, kind in kinds(side).items()}
+
+
+def kinds(side: str) -> dict[str, type]:
+    """All messages of a side by tag."""
+    union = protocol.FromConsumer if side == "from consumer" else protocol.FromService
+    return {kind.__struct_config__.tag: kind for kind in typing.get_args(union)}
+
+
+def read(side: str, frames: dict[str, str]) -> dict[str, Any]:
+    """What the other side makes of frames."""
+    decode = protocol.from_consumer if side == "from consumer" else protocol.from_service
+    found = {}
+    for tag, frame in frames.items():
+        (payload,) = protocol.FrameReader().feed(bytes.fromhex(frame))
+        found[tag] = decode(payload)
+    return found
