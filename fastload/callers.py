@@ -1,9 +1,10 @@
 """Where the user's code meets ours: which line an error and a warning point at.
 
 A traceback through a dozen frames of ours says nothing that the message does not, and hides the user's line, which is
-what has to be mended. So what is public lets our own errors out without the frames of ours below it; those of users'
-functions stay, and other exceptions, which may be defects, are let out as they are. The logger `fastload.callers` has
-the whole at level DEBUG, and `FASTLOAD_TRACEBACK=full` in the environment leaves all frames in.
+what has to be mended. So what is public lets our own errors, and those of functions that the user gave us, out without
+the frames of ours; those of users' functions stay, and other exceptions, which may be defects, are let out as they are.
+The logger `fastload.callers` has the whole at level DEBUG, and `FASTLOAD_TRACEBACK=full` in the environment leaves all
+frames in.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ Error = TypeVar("Error", bound=BaseException)
 
 _log = logging.getLogger(__name__)
 
+# The attribute of an error of a user's function: how many frames, from the end, are of that function.
+_USERS_FRAMES = "_fastload_users_frames"
+
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _NAME = f"{__name__.partition('.')[0]}."
 # What stands between our frames, and between them and the user's.
@@ -53,12 +57,12 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except FastloadError as error:
-            raise shortened(error)  # noqa: B904  # it is the same error
-        except TypeError as error:
-            if error.__traceback__ is None or error.__traceback__.tb_next is not None:
-                raise
-            raise TypeError(f"{error}; {_how_to_call(function, kwargs)}") from None
+        except Exception as error:
+            if is_for_the_user(error):
+                raise shortened(error)  # noqa: B904  # it is the same error
+            if isinstance(error, TypeError) and error.__traceback__ is not None and not error.__traceback__.tb_next:
+                raise TypeError(f"{error}; {_how_to_call(function, kwargs)}") from None
+            raise
 
     return called
 
@@ -76,6 +80,23 @@ def _how_to_call(function: Callable[..., Any], given: Mapping[str, Any]) -> str:
     return f"give what follows by its name, such as {named[0]}=..." if named else "see its help()"
 
 
+def mark_as_users(error: BaseException) -> None:
+    """An error of a function that the user gave us, caught where it was called. The frames below are the user's, also
+    those of torch and of this package.
+    """
+    error.__dict__[_USERS_FRAMES] = max(0, len(_entries(error)) - 1)
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether it was marked."""
+    return _USERS_FRAMES in error.__dict__
+
+
+def is_for_the_user(error: BaseException) -> bool:
+    """Whether it says all that the user has to know without our frames."""
+    return isinstance(error, FastloadError) or is_users(error)
+
+
 def shortened(error: Error) -> Error:
     """The error without frames of ours, also in what it was caused by."""
     if os.environ.get("FASTLOAD_TRACEBACK") == "full":
@@ -83,7 +104,7 @@ def shortened(error: Error) -> Error:
     _log.debug("an error that the user is told of", exc_info=error)
     chain: list[BaseException] = [error]
     for each in chain:
-        each.__traceback__ = _without_ours(each.__traceback__)
+        each.with_traceback(_without_ours(each))
         chain += [other for other in (each.__cause__, each.__context__) if other is not None and other not in chain]
     return error
 
@@ -115,16 +136,21 @@ def warn(message: str, category: type[Warning] = UserWarning, at: Line | None = 
     warnings.warn_explicit(redact(message), category, at.path, at.number, at.module, at.warned)
 
 
-def _without_ours(traceback: types.TracebackType | None) -> types.TracebackType | None:
-    entries = []
-    while traceback is not None:
-        entries.append(traceback)
-        traceback = traceback.tb_next
+def _without_ours(error: BaseException) -> types.TracebackType | None:
     kept: types.TracebackType | None = None
-    for entry in reversed(entries):
-        if not _is_ours(entry.tb_frame):
+    users = error.__dict__.get(_USERS_FRAMES, 0)
+    for number, entry in enumerate(reversed(_entries(error))):
+        if number < users or not _is_ours(entry.tb_frame):
             kept = types.TracebackType(kept, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
     return kept
+
+
+def _entries(error: BaseException) -> list[types.TracebackType]:
+    entries, entry = [], error.__traceback__
+    while entry is not None:
+        entries.append(entry)
+        entry = entry.tb_next
+    return entries
 
 
 def _is_ours(frame: types.FrameType) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import traceback
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import fastload
+from fastload.pipeline.finish import OneMaker
 from tests.shards import corpus, tar_of
 
 LIMITS = {"ram_bytes": "16MiB", "disk_bytes": "64MiB", "chunk_bytes": "64KiB"}
@@ -119,12 +121,52 @@ def test_a_users_folder_may_be_called_as_torch_is(url: str, cache: fastload.Cach
     assert [each.filename for each in record] == [script]
 
 
-def test_what_is_not_ours_keeps_its_frames(url: str, cache: fastload.Cache) -> None:
-    def divides(sample: Any) -> Any:
+def loaded(dataset: fastload.StreamingDataset[Any], **options: Any) -> list[Any]:
+    with fastload.DataLoader(dataset, batch_size=2, **options) as loader:
+        return list(loader)
+
+
+def pads(value: Any) -> Any:
+    return torch.nn.functional.pad(value, (1, 1))  # of a dict: the error is raised in torch
+
+
+USERS: dict[str, Callable[[fastload.StreamingDataset[Any]], Any]] = {
+    "map": lambda dataset: loaded(dataset.map(pads)),
+    "map, in a thread": lambda dataset: loaded(dataset.map(pads), num_workers=1, workers="thread"),
+    "map, in a process": lambda dataset: loaded(dataset.map(pads), num_workers=1),
+    "collate_fn": lambda dataset: loaded(dataset, collate_fn=pads),
+    "map_batch": lambda dataset: loaded(dataset.map_batch(pads)),
+    "samples": lambda dataset: list(dataset.map(pads)),
+    "a sample": lambda dataset: len(list(dataset)) and dataset.map(pads)[0],  # found once shards were read
+}
+
+
+@pytest.mark.parametrize("name", USERS)
+def test_an_error_of_a_users_function_shows_the_function_and_what_it_called(
+    name: str, url: str, cache: fastload.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = fastload.StreamingDataset(url, cache=cache)
+    with pytest.raises(TypeError) as caught:
+        USERS[name](dataset)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert shown.count(f'File "{PACKAGE}') == 1  # that which raised it, which Python adds
+    assert "in pads\n" in shown
+    assert f"{os.sep}torch{os.sep}" in shown
+    assert "in pads, called with" in shown
+    monkeypatch.setenv("FASTLOAD_TRACEBACK", "full")
+    with pytest.raises(TypeError) as full:
+        USERS[name](dataset)
+    assert "".join(traceback.format_exception(full.value)).count(f'File "{PACKAGE}') > 5
+
+
+def test_what_is_not_ours_keeps_its_frames(url: str, cache: fastload.Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a defect of ours."""
+
+    def breaks(*_: Any) -> Any:
         return 1 / 0
 
-    dataset = fastload.StreamingDataset(url, cache=cache).map(divides)
-    with fastload.DataLoader(dataset) as loader:
+    with fastload.DataLoader(fastload.StreamingDataset(url, cache=cache)) as loader:
+        monkeypatch.setattr(OneMaker, "batch", breaks)
         with pytest.raises(ZeroDivisionError) as caught:
             next(iter(loader))
         assert frames_of_ours(caught.value) > 3

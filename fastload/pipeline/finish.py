@@ -24,6 +24,7 @@ import torch
 from torch.utils.data import default_collate
 from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
+from fastload import callers
 from fastload.computed import computed
 from fastload.decode import Decoder
 from fastload.decode.keys import Keys
@@ -354,6 +355,7 @@ def apply(functions: Sequence[Function], value: Any, what: str, key: int | None,
         try:
             value = function(value)
         except Exception as error:
+            callers.mark_as_users(error)
             error.add_note(f"in {_name(function)}, called with {what}")
             raise
     return value

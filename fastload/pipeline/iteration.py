@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from fastload import callers
-from fastload.errors import FastloadError, ServiceError
+from fastload.errors import ServiceError
 from fastload.lifecycle import Ending, end_at_exit
 from fastload.pipeline.run import InlineRun, RunClosedError, ThreadedRun
 
@@ -54,8 +54,10 @@ class Iteration(Iterator[Any]):
         try:
             while made is NOTHING:
                 made = self._next()
-        except FastloadError as error:
-            raise callers.shortened(error)  # noqa: B904  # it is the same error
+        except Exception as error:
+            if callers.is_for_the_user(error):
+                raise callers.shortened(error)  # noqa: B904  # it is the same error
+            raise
         return made
 
     def _next(self) -> Any:

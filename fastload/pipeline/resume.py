@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from fastload import callers
-from fastload.errors import FastloadError, StateError
+from fastload.errors import StateError
 from fastload.pipeline.assemble import Skips
 from fastload.pipeline.passes import AnyPosition
 from fastload.plan import EpochCursor
@@ -132,8 +132,10 @@ class Delivery:
                 self._samples = iter(samples[skipped:])
                 skipped, delivered = 0, delivered + self._size
                 yield self._samples
-        except FastloadError as error:
-            raise callers.shortened(error)  # noqa: B904  # it is the same error
+        except Exception as error:
+            if callers.is_for_the_user(error):
+                raise callers.shortened(error)  # noqa: B904  # it is the same error
+            raise
         self._is_over = True
         if self._skips is not None:
             self._skips.ended(self._cursor.epoch, delivered)

@@ -37,7 +37,7 @@ import torch
 from torch.utils.data._utils import worker as torch_worker
 
 from fastload import callers
-from fastload.errors import ConfigError, FastloadError, WaitTimeoutError, WorkerError
+from fastload.errors import ConfigError, WaitTimeoutError, WorkerError
 from fastload.lifecycle import Ending, held_while_forking
 from fastload.pipeline.assemble import SharedMemory
 from fastload.pipeline.finish import Finish, Reseed, reseed_all
@@ -262,6 +262,8 @@ def _rebuilt(pickled: bytes | None, name: str, message: str, text: str) -> BaseE
             error = pickle.loads(pickled)
     if not isinstance(error, BaseException):
         error = WorkerError(f"a worker process of the loader raised {name}, which cannot be pickled: {message}")
+    if callers.is_users(error):
+        callers.mark_as_users(error)  # anew: the frames of its function are in the text
     error.__cause__ = _TracebackThereError(text) if text else None
     return error
 
@@ -353,7 +355,7 @@ def _answer(link: Link, finish: Finish, reseed: Reseed, failure: tuple[Any, ...]
 
 def _told(error: BaseException) -> tuple[bytes | None, str, str, str]:
     """An error, as `_rebuilt` takes it."""
-    if isinstance(error, FastloadError):
+    if callers.is_for_the_user(error):
         callers.shortened(error)
     # Without a frame of the user's it would say again what the error says.
     is_told = error.__traceback__ is not None or error.__cause__ is not None
