@@ -95,6 +95,19 @@ def test_what_a_finalizer_leaves_is_done_in_another_thread() -> None:
     assert seen[0] is not threading.current_thread()
 
 
+@FORKS
+def test_a_childs_exit_does_not_wait_for_its_parents_calls() -> None:
+    release = threading.Event()
+    call_later(release.wait, PATIENCE_S)
+
+    def child() -> None:
+        assert not lifecycle._calls  # which its exit waits for
+
+    assert in_child(child) == ""
+    assert lifecycle._calls
+    release.set()
+
+
 @pytest.mark.parametrize("waits", [True, False])
 def test_an_ending_happens_once(waits: bool) -> None:
     ended: list[threading.Thread] = []
