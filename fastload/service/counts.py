@@ -8,9 +8,10 @@ that has just been mounted. What a crash kept out of the blob is found again in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 
 import numpy as np
+
+from fastload.service import bounded
 
 _RECORD = np.dtype([("object_id", "V16"), ("count", "<i8")])
 # Some 200 MB of memory, 24 MB on disk.
@@ -41,10 +42,7 @@ class SampleCounts:
         if count < 0 or self._by_id.get(object_id) == count:
             return
         for counts in (self._by_id, self._news):
-            counts[object_id] = count
-            if len(counts) > _COUNTS_MAX:
-                for oldest in list(islice(counts, _COUNTS_MAX // 16)):
-                    del counts[oldest]
+            bounded.put(counts, object_id, count, _COUNTS_MAX)
 
     def load(self, data: bytes) -> None:
         """Add what `to_bytes` gave; what was learnt since counts more."""

@@ -12,8 +12,8 @@ import hashlib
 import struct
 import time
 from collections.abc import Callable
-from itertools import islice
 
+from fastload.service import bounded
 from fastload.store.types import ObjectInfo
 
 FRESH_S = 3600.0
@@ -40,15 +40,12 @@ class Versions:
 
     def learn(self, options_key: str, info: ObjectInfo) -> None:
         """The store has said this just now."""
-        if len(self._by_url) >= self._count_max:
-            for oldest in list(islice(self._by_url, self._count_max // 16 + 1)):
-                del self._by_url[oldest]
         head = _HEAD.pack(info.size, info.mtime_ns, self._now(), info.etag is not None)
-        self.forget(options_key, info.url)  # what was learnt last is the youngest
-        self._by_url[_digest(options_key, info.url)] = head + (info.etag or "").encode()
+        packed = head + (info.etag or "").encode()
+        bounded.put(self._by_url, _digest(options_key, info.url), packed, self._count_max)
 
     def clear(self) -> None:
-        """None is."""
+        """Forget all of them."""
         self._by_url.clear()
 
     def forget(self, options_key: str, url: str) -> None:
