@@ -222,7 +222,7 @@ def record_of_torchdata(folder: Path) -> dict[str, Any]:
         for name, (make, steps) in from_torchdata().items():
             _seed(1)
             run = make(StatefulDataLoader)
-            said[name] = _after(run, steps)
+            said[name] = _after(run, [steps])[steps]
             run.close()
     resumed = resume_torchdata(said)
     return with_texts_named({name: {"said": each, "resumed": resumed[name]} for name, each in said.items()})
@@ -301,11 +301,16 @@ def _plain() -> Mapped:
 
 
 def _said(case: Case) -> dict[str, Any]:
-    found = {}
-    for steps in case.steps:
+    found, begun = {}, [steps for steps in case.steps if steps]
+    if begun != list(case.steps):  # the state of what was not iterated
         _seed(1)
         run = case.make()
-        found[f"after {steps}"] = _after(run, steps)
+        found["after 0"] = {"state": to_json(run.state_dict()), **_rest(iter(run)), "next": _first_of_next(run)}
+        run.close()
+    if begun:
+        _seed(1)
+        run = case.make()
+        found |= {f"after {steps}": each for steps, each in _after(run, begun).items()}
         run.close()
     return found
 
@@ -320,15 +325,15 @@ def _resumed(make: Callable[[], Any], state: Mapping[str, Any]) -> dict[str, Any
     return found
 
 
-def _after(run: Any, steps: int) -> dict[str, Any]:
-    if not steps:  # the state of what was not iterated
-        state = to_json(run.state_dict())
-        return {"state": state, **_rest(iter(run)), "next": _first_of_next(run)}
-    iterator = iter(run)
-    for _ in itertools.islice(iterator, steps):
-        pass
-    state = to_json(run.state_dict())
-    return {"state": state, **_rest(iterator), "next": _first_of_next(run)}
+def _after(run: Any, asked: list[int]) -> dict[int, dict[str, Any]]:
+    """What a run says after each of some numbers of steps, and what comes then."""
+    iterator, states, came = iter(run), {}, []
+    for steps in asked:
+        came += itertools.islice(iterator, steps - len(came))
+        states[steps] = to_json(run.state_dict())
+    came += itertools.islice(iterator, STEPS_MAX)
+    following = _first_of_next(run)
+    return {steps: {"state": state, **_rest(iter(came[steps:])), "next": following} for steps, state in states.items()}
 
 
 def _rest(iterator: Iterator[Any]) -> dict[str, Any]:
