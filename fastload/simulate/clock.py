@@ -17,10 +17,19 @@ from typing import Any, cast
 class Timer:
     """A call that is due."""
 
-    __slots__ = ("_call",)
+    __slots__ = ("_call", "_when_s")
 
-    def __init__(self, call: Callable[[], Any]) -> None:
+    def __init__(self, call: Callable[[], Any], when_s: float) -> None:
         self._call: Callable[[], Any] | None = call
+        self._when_s = when_s
+
+    def when(self) -> float:
+        """The time at which it is due."""
+        return self._when_s
+
+    def cancelled(self) -> bool:
+        """Whether it will not be made; also true once it was made."""
+        return self._call is None
 
     def cancel(self) -> None:
         """It will not be made."""
@@ -67,7 +76,7 @@ class VirtualLoop:
         return self._at(max(self._now_s, when_s), callback, args)
 
     def _at(self, when_s: float, callback: Callable[..., Any], args: tuple[Any, ...]) -> Timer:
-        timer = Timer((lambda: callback(*args)) if args else callback)
+        timer = Timer((lambda: callback(*args)) if args else callback, when_s)
         heapq.heappush(self._due, (when_s, next(self._numbers), timer))
         return timer
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -16,34 +14,25 @@ from fastload import protocol
 from fastload.cache import CacheDirectory
 from fastload.client import Handle as Cache
 from fastload.errors import ConfigError
-from fastload.service import hedging
 from fastload.service.control import AT_FIRST
 from fastload.service.core import Core
 from fastload.service.hedging import SHARE_MAX, Hedger
 from fastload.store.answers import ThrottledError
 from fastload.store.watch import Attempt, Outcome
-from tests.patience import PATIENCE_S
 from tests.service.helpers import CHUNK_BYTES, random_bytes
-from tests.service.world import Side, World, settle, until
-
-
-def node(core: Core, side: Side) -> dict[str, Any]:
-    figures = core._stats(side.state)["node"]
-    assert isinstance(figures, dict)
-    return figures
+from tests.service.world import Gate, Side, World, settle, sleep, until
 
 
 @contextmanager
-def first_read_hangs(world: World, *urls: str) -> Iterator[threading.Event]:
+def first_read_hangs(world: World, *urls: str) -> Iterator[Gate]:
     """The first read of each of these objects waits until the event is set, at the end of the block at the latest."""
-    gate, seen, lock = threading.Event(), set(), threading.Lock()
+    gate, seen = Gate(), set[str]()
 
     def before_read(url: str, start: int) -> None:
-        with lock:
-            hangs = url in urls and url not in seen
-            seen.add(url)
+        hangs = url in urls and url not in seen
+        seen.add(url)
         if hangs:
-            assert gate.wait(PATIENCE_S)
+            gate.wait()
 
     world.store.before_read = before_read
     try:
@@ -53,12 +42,11 @@ def first_read_hangs(world: World, *urls: str) -> Iterator[threading.Event]:
 
 
 async def read(side: Side, *chunks: int) -> None:
-    """Read chunks; none is late, however busy the machine is."""
-    with mock.patch.object(hedging, "_LATE_S_MIN", 1e9):
-        for chunk in chunks:
-            side.want(chunk)
-            await until(lambda chunk=chunk: side.granted[-1:] == [chunk], "it is granted")  # type: ignore[misc]
-            side.release(chunk)
+    """Read chunks, one after the other."""
+    for chunk in chunks:
+        side.want(chunk)
+        await until(lambda chunk=chunk: side.granted[-1:] == [chunk], "it is granted")  # type: ignore[misc]
+        side.release(chunk)
 
 
 def test_what_is_late_and_wanted_is_asked_for_again(tmp_path: Path) -> None:
@@ -72,14 +60,14 @@ def test_what_is_late_and_wanted_is_asked_for_again(tmp_path: Path) -> None:
         with first_read_hangs(world, "s3://fake/29") as gate:
             side.want(29)
             await until(lambda: side.granted[-1:] == [29], "the second request has brought it")
-            figures = node(core, side)
+            figures = side.node()
             assert (figures["hedged_requests"], figures["hedges_won"], figures["buffers_stranded"]) == (1, 1, 1)
             buffer = side.all(protocol.Grants)[-1].buffers[-1]
             gate.set()
-            await until(lambda: node(core, side)["buffers_stranded"] == 0, "the first request has left")
+            await until(lambda: side.node()["buffers_stranded"] == 0, "the first request has left")
         assert bytes(core.arena.buffer(buffer)) == random_bytes(29, CHUNK_BYTES)
         assert world.store.reads.count(("s3://fake/29", 0)) == 2
-        assert node(core, side)["fetched_chunks"] == 30
+        assert side.node()["fetched_chunks"] == 30
         await read(side, *range(8))
 
     world.run(work)
@@ -99,7 +87,7 @@ def test_one_that_lost_and_hangs_keeps_no_other_from_being_sent(tmp_path: Path) 
             await until(lambda: side.granted[-1:] == [29], "the second request has brought it")
             side.want(30)
             await until(lambda: side.granted[-1:] == [30], "the only one that may be in flight is sent")
-            assert node(core, side)["requests_in_flight"] == 0
+            assert side.node()["requests_in_flight"] == 0
 
     world.run(work)
 
@@ -115,15 +103,15 @@ def test_the_last_buffer_is_for_another_chunk(tmp_path: Path, buffer_count: int)
     async def work(core: Core) -> None:
         side = Side(core, objects)
         await read(side, *range(29))
-        gate = threading.Event()
-        world.store.before_read = lambda url, start: gate.wait(PATIENCE_S) and None if url == "s3://fake/29" else None  # type: ignore[assignment]
+        gate = Gate()
+        world.store.before_read = lambda url, start: gate.wait() if url == "s3://fake/29" else None
         try:
             side.want(29)
-            await until(lambda: node(core, side)["requests_in_flight"] == buffer_count - 1, "what may be asked is")
-            await asyncio.sleep(0.3)  # late by now, also where there is no room
+            await until(lambda: side.node()["requests_in_flight"] == buffer_count - 1, "what may be asked is")
+            await sleep(0.3)  # late by now, also where there is no room
             side.want(30)
             await until(lambda: side.granted[-1:] == [30], "the other one's is here")
-            assert node(core, side)["hedged_requests"] == buffer_count - 2
+            assert side.node()["hedged_requests"] == buffer_count - 2
         finally:
             gate.set()
 
@@ -141,9 +129,9 @@ def test_what_nobody_wants_yet_is_waited_for(tmp_path: Path) -> None:
             side.plan(29)
             await settle()
             await settle()
-            assert node(core, side)["hedged_requests"] == 0
+            assert side.node()["hedged_requests"] == 0
             gate.set()
-        await until(lambda: node(core, side)["fetched_chunks"] == 30, "it is here")
+        await until(lambda: side.node()["fetched_chunks"] == 30, "it is here")
 
     world.run(work)
 
@@ -165,13 +153,13 @@ def test_a_second_request_that_fails_costs_nothing(tmp_path: Path) -> None:
 
             world.store.before_read = before_read
             side.want(29)
-            await until(lambda: node(core, side)["hedged_requests"] == 1, "it is asked for again")
-            await until(lambda: node(core, side)["requests_in_flight"] == 1, "that has failed")
+            await until(lambda: side.node()["hedged_requests"] == 1, "it is asked for again")
+            await until(lambda: side.node()["requests_in_flight"] == 1, "that has failed")
             assert side.all(protocol.Failed) == []
-            assert node(core, side)["throttled_requests"] == 1
+            assert side.node()["throttled_requests"] == 1
             gate.set()
         await until(lambda: side.granted[-1:] == [29], "the first request has brought it")
-        assert node(core, side)["buffers_stranded"] == 0
+        assert side.node()["buffers_stranded"] == 0
 
     world.run(work)
 
@@ -179,7 +167,7 @@ def test_a_second_request_that_fails_costs_nothing(tmp_path: Path) -> None:
 def test_the_first_one_may_fail_while_the_second_goes_on(tmp_path: Path) -> None:
     world = World(tmp_path, 8)
     world.add(*[1] * 30)
-    gates = [threading.Event(), threading.Event()]
+    gates = [Gate(), Gate()]
 
     async def work(core: Core) -> None:
         side = Side(core, world.objects)
@@ -187,16 +175,16 @@ def test_the_first_one_may_fail_while_the_second_goes_on(tmp_path: Path) -> None
 
         def before_read(url: str, start: int) -> None:
             number = world.store.reads.count((url, start)) - 1
-            assert gates[number].wait(20)
+            gates[number].wait()
             if number == 0:
                 raise ThrottledError("slow down")
 
         world.store.before_read = before_read
         side.want(29)
-        await until(lambda: node(core, side)["hedged_requests"] == 1, "it is asked for again")
+        await until(lambda: side.node()["hedged_requests"] == 1, "it is asked for again")
         gates[0].set()
-        await until(lambda: node(core, side)["requests_in_flight"] == 1, "the first has failed")
-        assert node(core, side)["buffers_stranded"] == 0
+        await until(lambda: side.node()["requests_in_flight"] == 1, "the first has failed")
+        assert side.node()["buffers_stranded"] == 0
         gates[1].set()
         await until(lambda: side.granted[-1:] == [29], "the second has brought it")
         buffer = side.all(protocol.Grants)[-1].buffers[-1]
@@ -215,13 +203,13 @@ def test_each_endpoint_has_a_limit_of_its_own(tmp_path: Path) -> None:
 
     async def work(core: Core) -> None:
         side = Side(core, objects)
-        gate = threading.Event()
-        world.store.before_read = lambda url, start: gate.wait(PATIENCE_S) and None if "fake" in url else None  # type: ignore[assignment]
+        gate = Gate()
+        world.store.before_read = lambda url, start: gate.wait() if "fake" in url else None
         try:
             side.plan(0)
             side.want(20)
             await until(lambda: side.granted == [20], "the other one's is here")
-            endpoints = node(core, side)["endpoints"]
+            endpoints = side.node()["endpoints"]
             assert endpoints["s3://fake"]["requests_in_flight"] == AT_FIRST
             assert endpoints["s3://other"]["requests_in_flight"] == 0
         finally:
@@ -242,7 +230,7 @@ def test_of_very_many_endpoints_those_used_last_are_known(tmp_path: Path) -> Non
         side = Side(core, objects)
         with first_read_hangs(world, "s3://fake/0") as gate:
             side.want(0)
-            await until(lambda: node(core, side)["requests_in_flight"] == 1, "it is asked for")
+            await until(lambda: side.node()["requests_in_flight"] == 1, "it is asked for")
             held_back, refused = world.store.before_read, threading.Event()
 
             def before_read(url: str, start: int) -> None:
@@ -255,8 +243,8 @@ def test_of_very_many_endpoints_those_used_last_are_known(tmp_path: Path) -> Non
             side.want(2)
             await until(lambda: bool(side.all(protocol.Failed)), "the first host refuses")
             await read(side, *range(2, 102))
-            assert node(core, side)["throttled_requests"] == 1
-            endpoints = node(core, side)["endpoints"]
+            assert side.node()["throttled_requests"] == 1
+            endpoints = side.node()["endpoints"]
             assert list(endpoints) == ["s3://fake", *(f"s3://host{number}" for number in range(37, 100))]
             gate.set()
             await until(lambda: side.granted[-1:] == [0], "it is here")

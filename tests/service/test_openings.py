@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 from fastload import protocol
@@ -10,9 +9,8 @@ from fastload.errors import ObjectChangedError
 from fastload.service.core import Core
 from fastload.service.versions import FRESH_S, Versions
 from fastload.store.types import ObjectInfo
-from tests.patience import PATIENCE_S
 from tests.service.helpers import CHUNK_BYTES, random_bytes
-from tests.service.world import Side, World, settle, until
+from tests.service.world import Gate, Side, World, settle, until
 
 
 def test_versions_are_known_for_an_hour() -> None:
@@ -47,12 +45,12 @@ class Heads:
 
     def __init__(self, world: World) -> None:
         self.asked: list[str] = []
-        self.gate = threading.Event()
+        self.gate = Gate()
         head = world.store.head
 
         def held(url: str) -> ObjectInfo:
             self.asked.append(url)
-            self.gate.wait(PATIENCE_S)
+            self.gate.wait()
             return head(url)
 
         world.store.head = held  # type: ignore[method-assign]
@@ -138,12 +136,12 @@ def test_what_is_missing_is_said_and_not_remembered(tmp_path: Path) -> None:
 def test_a_store_that_hangs_holds_up_no_other(tmp_path: Path) -> None:
     world = World(tmp_path, 4)
     world.add(1)
-    gate, head, hanging = threading.Event(), world.store.head, []
+    gate, head, hanging = Gate(), world.store.head, []
 
     def held(url: str) -> ObjectInfo:
         if url.startswith("s3://hangs/"):
             hanging.append(url)
-            gate.wait(PATIENCE_S)
+            gate.wait()
         return head(url)
 
     world.store.head = held  # type: ignore[method-assign]

@@ -38,7 +38,7 @@ def test_the_threads_that_there_are_do_it_all(tmp_path: Path) -> None:
             await until(lambda: sorted(side.granted) == [0, 1, 2, 3], "all have come")
         assert core._fetches.figures()["requests_in_flight"] == 0
 
-    world.run(work)
+    world.run_in_real_time(work)
 
 
 def test_where_there_is_none_that_is_said_and_it_is_tried_again(tmp_path: Path) -> None:
@@ -56,4 +56,4 @@ def test_where_there_is_none_that_is_said_and_it_is_tried_again(tmp_path: Path) 
         side.want(0)
         await until(lambda: side.granted == [0], "there is a thread for it")
 
-    world.run(work)
+    world.run_in_real_time(work)

@@ -79,7 +79,7 @@ def test_an_end_before_the_end() -> None:
 
 
 def _touched(core: Core, side: Side) -> int:
-    touched: int = core._stats(side.state)["node"]["arena_touched_bytes"]
+    touched: int = side.node()["arena_touched_bytes"]
     return touched
 
 
@@ -98,7 +98,7 @@ def test_a_small_data_set_takes_its_own_size(tmp_path: Path) -> None:
         await settle()
         assert _touched(core, side) == 5 * CHUNK_BYTES
 
-    world.run(work)
+    world.run_in_real_time(work)
 
 
 def test_small_objects_take_no_whole_buffers(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_small_objects_take_no_whole_buffers(tmp_path: Path) -> None:
         await settle()
         assert _touched(core, side) == 100 * 4096
 
-    world.run(work)
+    world.run_in_real_time(work)
 
 
 def test_without_consumers_there_is_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

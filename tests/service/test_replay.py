@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import random
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -26,9 +25,8 @@ from fastload.service.remembering import _learnt
 from fastload.service.replay import ReplayPlan
 from fastload.store.types import ObjectInfo
 from tests.cache.faults import failing
-from tests.patience import PATIENCE_S
 from tests.service.helpers import CHUNK_BYTES, random_bytes
-from tests.service.world import Side, World, settle, until
+from tests.service.world import Gate, Side, World, settle, sleep, until
 
 COUNT = 30
 
@@ -105,9 +103,8 @@ def read_all(world: World, order: list[int], settled: Callable[[Core, Reader], N
 def replayed(core: Core) -> int:
     """What the service counted of reads that came as predicted."""
     other = Side(core, [])
-    other.say(protocol.Stats(1))
+    found: int = other.node()["replayed_reads"]
     core.disconnect(other.state)
-    found: int = other.all(protocol.StatsReply)[0].values["node"]["replayed_reads"]
     return found
 
 
@@ -605,15 +602,14 @@ def test_those_who_come_while_nothing_is_kept_are_served_from_what_was_read(tmp_
     assert len(Archive(tmp_path / "cache").runs()) == 1
 
 
-def test_a_daemon_keeps_history_again_when_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_daemon_keeps_history_again_when_there_is_room(tmp_path: Path) -> None:
     here = world(tmp_path)
     archive = Archive(tmp_path / "cache")
 
     async def work(core: Core) -> None:
         core._history._give_up(OSError("no room"))
-        for group, later_s in enumerate((0.0, 599.0, 601.0)):
-            now_s = core._history._given_up_until_s - 600.0 + later_s
-            monkeypatch.setattr(core._history, "_now", lambda now_s=now_s: now_s)
+        for group, later_s in enumerate((0.0, 599.0, 2.0)):
+            await sleep(later_s)
             reader = Reader(core, here, group)
             await reader.read(0)
             reader.leave()
@@ -626,9 +622,9 @@ def test_history_is_not_gathered_for_a_disk_that_hangs(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = world(tmp_path)
-    gate = threading.Event()
+    gate = Gate()
     monkeypatch.setattr("fastload.service.remembering._HANGS_S", 0.02)
-    monkeypatch.setattr(Archive, "append", lambda *arguments: gate.wait(PATIENCE_S) and None)
+    monkeypatch.setattr(Archive, "append", lambda *arguments: gate.wait())
 
     async def work(core: Core) -> None:
         for number in range(3):
@@ -663,7 +659,7 @@ def test_a_run_that_is_forgotten_as_it_goes_on_is_not_kept_on(tmp_path: Path) ->
 def test_what_is_cleared_does_not_come_back_damaged(tmp_path: Path) -> None:
     """Also where a piece was being written when somebody said so."""
     here = world(tmp_path)
-    began, gate = threading.Event(), threading.Event()
+    began, gate = list[bool](), Gate()
 
     async def work(core: Core) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -671,12 +667,12 @@ def test_what_is_cleared_does_not_come_back_damaged(tmp_path: Path) -> None:
             patch.setattr(
                 Archive,
                 "append",
-                lambda *args: (began.set(), gate.wait(PATIENCE_S), append(*args))[-1],  # type: ignore[func-returns-value]
+                lambda *args: (began.append(True), gate.wait(), append(*args))[-1],  # type: ignore[func-returns-value]
             )
             readers = [Reader(core, here), Reader(core, here)]
             await readers[0].read(0)
             readers[0].leave()
-            await until(began.is_set, "it is being written")
+            await until(lambda: bool(began), "it is being written")
             readers[1].side.say(protocol.Clear(1, True))
             await settle()
             gate.set()
@@ -696,11 +692,11 @@ def test_nothing_is_predicted_from_what_was_read_of_a_history_while_it_was_clear
     here = World(tmp_path, 40, disk_bytes=64 << 20)
     here.add(*[1] * COUNT)
     read_all(here, ORDER)
-    gate = threading.Event()
+    gate = Gate()
 
     async def work(core: Core) -> None:
         blob_names = core.disk.blob_names
-        core.disk.blob_names = lambda: (gate.wait(PATIENCE_S), blob_names())[-1]  # type: ignore[method-assign]
+        core.disk.blob_names = lambda: (gate.wait(), blob_names())[-1]  # type: ignore[method-assign]
         clears = Side(core, [])
         clears.say(protocol.Clear(1, True))
         reader = Reader(core, here)

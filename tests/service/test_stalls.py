@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +14,8 @@ from fastload.cache import syscalls
 from fastload.client import Handle as Cache
 from fastload.service import server
 from fastload.service.core import Core
-from tests.patience import PATIENCE_S
 from tests.service.helpers import CHUNK_BYTES, FakeStore, eventually, random_bytes, read_epoch
-from tests.service.world import Side, World, settle, until
+from tests.service.world import Gate, Side, World, settle, until
 
 DEADLINE_S = 0.1
 DISK_BYTES = 64 << 20
@@ -27,14 +25,13 @@ class Disk:
     """The system calls of a disk that hangs between `hang` and `answer`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._answers = threading.Event()
-        self._answers.set()
+        self._answers = Gate(is_open=True)
         for name in ("preadv", "pwritev"):
             monkeypatch.setattr(syscalls, name, self._hanging(getattr(syscalls, name)))
 
     def _hanging(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def made(*arguments: Any) -> Any:
-            assert self._answers.wait(PATIENCE_S)
+            self._answers.wait()
             return call(*arguments)
 
         return made
@@ -51,12 +48,6 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     disk = Disk(monkeypatch)
     yield disk
     disk.answer()
-
-
-def node(core: Core, side: Side) -> dict[str, Any]:
-    figures = core._stats(side.state)["node"]
-    assert isinstance(figures, dict)
-    return figures
 
 
 def fill_disk(world: World) -> None:
@@ -108,20 +99,20 @@ def test_chunks_whose_reads_hang_come_from_the_store(tmp_path: Path, disk: Disk)
         side.plan(0)
         side.want(0, 1, 2)
         await until(lambda: sorted(side.granted) == [0, 1, 2], "they came from the store")
-        figures = node(core, side)
+        figures = side.node()
         assert figures["disk_stalls"] == 1
         assert figures["disk_reads_hung"] == figures["buffers_stranded"] == 4
         assert core.disk_hangs
         (trouble,) = side.all(protocol.Trouble)
         assert "has not answered for 0.1 s" in trouble.message
         disk.answer()
-        await until(lambda: node(core, side)["buffers_stranded"] == 0, "the reads have returned")
+        await until(lambda: side.node()["buffers_stranded"] == 0, "the reads have returned")
         assert not core.disk_hangs
         fetched = len(world.store.reads)
         side.want(6, 7)
         await until(lambda: sorted(side.granted) == [0, 1, 2, 6, 7], "the disk is used again")
         assert len(world.store.reads) == fetched
-        assert node(core, side)["disk_read_chunks"] == 2
+        assert side.node()["disk_read_chunks"] == 2
         assert len(side.all(protocol.Trouble)) == 1
 
     world.run(work, DEADLINE_S)
@@ -137,7 +128,7 @@ def test_writes_that_hang_cost_their_buffers_only(tmp_path: Path, disk: Disk) ->
         side.want(0)
         await until(lambda: side.granted == [0], "the first is here, and being written")
         await until(lambda: core.disk_hangs, "its write hangs")
-        assert node(core, side)["writes_hung"] == node(core, side)["buffers_stranded"] == 1
+        assert side.node()["writes_hung"] == side.node()["buffers_stranded"] == 1
         for chunk in range(1, 12):
             side.want(chunk)
             await until(lambda chunk=chunk: side.granted[-1:] == [chunk], "it is granted")  # type: ignore[misc]
@@ -150,10 +141,10 @@ def test_writes_that_hang_cost_their_buffers_only(tmp_path: Path, disk: Disk) ->
         side.release(0)
         assert len(world.store.reads) == fetched
         disk.answer()
-        await until(lambda: node(core, side)["written_chunks"] == 1, "the write has returned")
-        assert node(core, side)["buffers_stranded"] == 0
+        await until(lambda: side.node()["written_chunks"] == 1, "the write has returned")
+        assert side.node()["buffers_stranded"] == 0
         side.want(5)
-        await until(lambda: node(core, side)["written_chunks"] == 2, "the disk is used again")
+        await until(lambda: side.node()["written_chunks"] == 2, "the disk is used again")
 
     world.run(work, DEADLINE_S)
 
@@ -169,7 +160,7 @@ def test_a_warm_plan_ends_without_what_could_not_be_written(tmp_path: Path, disk
         await until(lambda: any(each.finished for each in side.all(protocol.Progress)), "it ends")
         last = side.all(protocol.Progress)[-1]
         assert (last.held_chunks, last.done_chunks, last.error_name) == (0, 20, "")
-        figures = node(core, side)
+        figures = side.node()
         assert figures["writes_hung"] == 2
         assert figures["writes_given_up"] >= 4
         disk.answer()
@@ -191,7 +182,7 @@ def test_an_arena_that_is_lost_whole_is_an_error_and_comes_back(tmp_path: Path, 
         disk.hang()
         side.want(0)  # its read hangs
         side.want(3)  # not on disk: its write hangs
-        await until(lambda: node(core, side)["buffers_stranded"] == 2, "nothing is left")
+        await until(lambda: side.node()["buffers_stranded"] == 2, "nothing is left")
         await until(lambda: bool(side.all(protocol.Failed)), "who waits is told")
         failed = side.all(protocol.Failed)[0]
         assert (failed.name, failed.chunks) == ("CacheError", [0])
@@ -242,7 +233,7 @@ def test_many_quick_jobs_are_no_stall(tmp_path: Path) -> None:
         side.plan(0, warm=True)
         await until(lambda: any(each.finished for each in side.all(protocol.Progress)), "all is on disk")
         await settle()
-        assert node(core, side)["disk_stalls"] == 0
+        assert side.node()["disk_stalls"] == 0
 
     world.run(work, 5.0)
 
