@@ -175,15 +175,7 @@ class _Context:
         self._context = context
 
     def Queue(self) -> Any:  # noqa: N802  # its name there
-        try:
-            return Queue(self._context)
-        except OSError as error:
-            callers.warn(
-                f"worker processes are talked to through Python's queues, which is slower: {error}. The faster ones "
-                "need Unix sockets of the type SOCK_SEQPACKET, and free descriptors (ulimit -n)",
-                RuntimeWarning,
-            )
-            return self._context.Queue()
+        return Queue(self._context)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)

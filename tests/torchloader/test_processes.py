@@ -7,7 +7,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import socket
 import subprocess
 import sys
 import warnings
@@ -324,14 +323,6 @@ def test_where_the_kernel_refuses_batches_cross_in_torchs_way(monkeypatch, call)
         batches = [batch["large"] for batch in loader]
     monkeypatch.undo()
     assert [batch[0, -1].item() for batch in batches] == list(range(6))
-
-
-def test_where_the_kernel_refuses_our_queues_pythons_serve(monkeypatch):
-    monkeypatch.setattr(socket, "socketpair", refused)
-    loader = fastload.DataLoader(Mapped(6, of_any_kind), num_workers=1)
-    with pytest.warns(RuntimeWarning, match="Python's queues"):
-        batches = list(loader)
-    assert [batch["large"][0, -1].item() for batch in batches] == list(range(6))
 
 
 def no_more_memory(worker: int) -> None:
