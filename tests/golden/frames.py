@@ -1,4 +1,4 @@
-"""The bytes of every message between consumers and the cache service, by its tag; fields are given by their place."""
+"""The bytes of every message between consumers and the cache service, by its tag, and its fields in order."""
 
 from __future__ import annotations
 
@@ -60,6 +60,11 @@ def record(_: Path) -> dict[str, Any]:
             "frame_bytes_max": protocol.FRAME_BYTES_MAX,
             "index_bytes_max": protocol.INDEX_BYTES_MAX,
             "sources": list(protocol.SOURCES),
+        },
+        "fields": {
+            tag: list(kind.__struct_fields__)
+            for side in ("from consumer", "from service")
+            for tag, kind in kinds(side).items()
         },
         "from consumer": {tag: protocol.frame(each).hex() for tag, each in messages("from consumer").items()},
         "from service": {tag: protocol.frame(each).hex() for tag, each in messages("from service").items()},
