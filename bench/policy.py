@@ -27,9 +27,9 @@ from bench.tables import Column, Question, Table
 from fastload import protocol
 from fastload.cache import CacheDirectory, DiskTier
 from fastload.cache.policy import PolicyName
-from fastload.cache.policy.choosing import least
-from fastload.cache.policy.future import FAR, NextUses, lookahead
+from fastload.cache.policy.known_order import FAR, NextUses, lookahead
 from fastload.cache.policy.pin import Arc, places
+from fastload.cache.policy.unknown_order import least
 from fastload.plan import EpochCursor, Manifest, OrderOptions, Ranks, epoch_order, epoch_orders
 from fastload.service.core import Core
 from fastload.store.types import ObjectInfo

@@ -25,7 +25,7 @@ import msgspec
 
 from fastload.cache.policy import PolicyName
 from fastload.errors import ServiceError
-from fastload.store.rows import ObjectRows as ObjectRows
+from fastload.store.table import ObjectRows as ObjectRows
 
 VERSION = 5
 FRAME_BYTES_MAX = 64 << 20

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "fastload"
 
 # From the cellar to the roof.
 FLOORS = [
-    "cgroups computed lazy lifecycle nested redaction",
+    "cgroups computed lazy lifecycle redaction",
     "errors",
     "callers config cpu_priority device kernels ragged waiting",
     "decode metrics store transport",

@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils.rnn import pack_sequence
 
 import fastload
-from fastload.nested import changed
+from fastload.device import map_tensors
 
 Pair = namedtuple("Pair", "x y")
 Edge = namedtuple("Edge", "to weight")  # a field, and no method
@@ -62,7 +62,7 @@ def numbered(value: Any) -> tuple[Any, list[Any]]:
         parts.append(part)
         return f"part {len(parts)}"
 
-    return changed(value, change), parts
+    return map_tensors(value, change), parts
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_containers_stay_what_they_are(value: Any, expected: Any) -> None:
 )
 def test_what_has_no_parts_is_the_same_object(value: Any) -> None:
     assert numbered(value) == (value, [])
-    assert changed(value, str) is value
+    assert map_tensors(value, str) is value
 
 
 def test_objects_that_can_be_moved_or_pinned_are_parts_and_others_are_not() -> None:
@@ -124,4 +124,4 @@ def test_a_type_error_of_a_part_is_not_taken_for_one_of_its_container() -> None:
 
     for value in ([ONE], {"a": ONE}, (ONE,), Sample(ONE, "a")):
         with pytest.raises(TypeError, match="of the part"):
-            changed(value, change)
+            map_tensors(value, change)

@@ -31,7 +31,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastload.cache import limits, owner, syscalls
+from fastload.cache import limits, syscalls, tempfiles
 from fastload.config import CacheLimits
 from fastload.errors import CacheError
 from fastload.lifecycle import on_drop, reset_on_fork
@@ -313,6 +313,6 @@ def _check_owner(status: os.stat_result, path: Path) -> None:
 
 def _sweep(path: Path) -> None:
     for entry in syscalls.scandir(path):
-        if owner.is_stale(entry.name):
+        if tempfiles.is_stale(entry.name):
             with contextlib.suppress(FileNotFoundError):  # another process sweeps too
                 syscalls.unlink(entry.path)

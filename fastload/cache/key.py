@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from fastload.store import localversion
+from fastload.store import local
 
 if TYPE_CHECKING:  # a consumer that only maps the arena need not load the object stores
     from fastload.store.types import ObjectInfo
@@ -117,7 +117,7 @@ def _without_signature(url: str) -> str:
 
 
 def _version(info: ObjectInfo, endpoint: str) -> tuple[str, ...]:
-    status = localversion.parse(info.url, info.etag)
+    status = local.parse_version_tag(info.url, info.etag)
     if status is not None and status[1] != info.mtime_ns:
         return "status", str(info.size), str(info.mtime_ns), *map(str, status)
     etag = (info.etag or "").strip()

@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from fastload import config
-from fastload.cache import owner, syscalls
+from fastload.cache import syscalls, tempfiles
 from fastload.cache.chunkfile import transfer
 from fastload.config import CacheLimits
 from fastload.errors import CacheError, ConfigError
@@ -126,7 +126,7 @@ def _first(directory: Path, explicit: dict[str, int]) -> CacheLimits:
 
 def _publish(directory: Path, limits: CacheLimits, *, replaces: bool) -> bool:
     """Write the limits; False where there are some already and `replaces` is false."""
-    path, temp = path_of(directory), directory / next(owner.temp_names())
+    path, temp = path_of(directory), directory / next(tempfiles.temp_names())
     try:
         _write(temp, json.dumps({"format": FORMAT_VERSION, **asdict(limits)}).encode() + b"\n")
         if replaces:

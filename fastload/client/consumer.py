@@ -30,7 +30,7 @@ from fastload.client.leases import Lease, offsets_by_arena
 from fastload.client.session import Connector, Int64, Session, chunk_starts
 from fastload.errors import FastloadError, ServiceError
 from fastload.protocol import Progress
-from fastload.store import localversion, normalise
+from fastload.store import local, normalise
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
 from fastload.waiting import DEADLINE_S, Reason, Waits
@@ -110,7 +110,7 @@ class Consumer(Session):
             lambda request: protocol.Resolve(request, names, list(endings), list(beside)), "listing", deadline_s
         )
         found = ObjectTable.joined([part.rows.table() for part in parts if isinstance(part, protocol.Resolved)])
-        return localversion.untagged(found)
+        return local.without_version_tags(found)
 
     def present(self, names: Sequence[str], deadline_s: float = DEADLINE_S) -> ObjectTable:
         """Those of the objects at these URLs (normalised, and no patterns) that are there, in this order; the store's
@@ -124,12 +124,12 @@ class Consumer(Session):
                 deadline_s,
             )
             found += [part.rows.table() for part in parts if isinstance(part, protocol.Resolved)]
-        return localversion.untagged(ObjectTable.joined(found))
+        return local.without_version_tags(ObjectTable.joined(found))
 
     def attach(self, objects: Sequence[ObjectInfo]) -> None:
         """Say which objects chunk numbers refer to; ends all leases, wants and the plan of the ones before."""
         self._enter()
-        table = localversion.tagged(ObjectTable.of(objects))
+        table = local.with_version_tags(ObjectTable.of(objects))
         with self._changed:
             if self._table.counts()["pinned"]:
                 raise ServiceError("attach() while chunks are pinned: end every `with acquire(...)` first")

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload import callers, errors, protocol
-from fastload.cache.owner import is_running
+from fastload.cache.tempfiles import is_running
 from fastload.channel import Channel, Connection, peer_pid
 from fastload.client.leases import LeaseTable, MappedArena
 from fastload.errors import FastloadError, ServiceError

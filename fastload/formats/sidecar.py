@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from fastload.cache.key import url_without_credentials
-from fastload.cache.owner import temp_names
+from fastload.cache.tempfiles import temp_names
 from fastload.errors import ConfigError, FastloadError, ShardError
 from fastload.formats.index import ShardIndex
 from fastload.store.table import ObjectTable, Texts

@@ -41,8 +41,7 @@ import numpy.typing as npt
 
 from fastload.cache import syscalls
 from fastload.errors import CacheError, ServiceError
-from fastload.store.rows import ObjectRows
-from fastload.store.table import ObjectTable
+from fastload.store.table import ObjectRows, ObjectTable
 
 MAGIC = b"FLHIST\0\1"
 OBJECTS, READS, SUMMARY = 1, 2, 3

@@ -29,7 +29,7 @@ import msgspec
 
 from fastload import callers
 from fastload.cache import syscalls, url_without_credentials
-from fastload.cache.owner import is_stale, temp_names
+from fastload.cache.tempfiles import is_stale, temp_names
 from fastload.errors import ConfigError, StateError
 from fastload.plan import Manifest
 from fastload.store import normalise

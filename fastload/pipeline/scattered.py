@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fastload.cache.policy.future import lookahead
+from fastload.cache.policy.known_order import lookahead
 from fastload.client.consumer import Consumer
 from fastload.config import format_bytes
 from fastload.errors import ConfigError
@@ -72,7 +72,7 @@ class ScatteredReader(WindowReader):
 
     @property
     def lookahead(self) -> int:
-        """See `cache.policy.future`; uses, taken for samples."""
+        """See `cache.policy.known_order`; uses, taken for samples."""
         return lookahead(len(self._position_of)) if self.foresees else 0
 
     def hold(self, entry: BatchEntry, windows: Collection[Hashable]) -> None:

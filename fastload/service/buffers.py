@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import numpy.typing as npt
 
-from fastload.cache.policy.choosing import least
-from fastload.cache.policy.sieve import SieveSlots
+from fastload.cache.policy.unknown_order import SieveSlots, least
 from fastload.service.model import Chunk, Recalled, State, Write
 from fastload.service.plans import NEVER, Int64, Plan
 from fastload.service.shortplans import ShortPlans

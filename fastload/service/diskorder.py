@@ -11,9 +11,7 @@ from collections.abc import Iterable, Iterator
 
 from fastload.cache import ChunkKey
 from fastload.cache.policy import PolicyName
-from fastload.cache.policy.keyed import Keyed
-from fastload.cache.policy.lru import Lru
-from fastload.cache.policy.sieve import Sieve
+from fastload.cache.policy.unknown_order import Keyed, Lru, Sieve
 
 
 class DiskOrder:

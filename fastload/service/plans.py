@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload import protocol
-from fastload.cache.policy.future import FAR, NextUses
+from fastload.cache.policy.known_order import FAR, NextUses
 from fastload.errors import ServiceError
 from fastload.service.model import ObjectEntry, State
 
@@ -39,7 +39,7 @@ Int64 = npt.NDArray[np.int64]
 NEVER = np.iinfo(np.int64).max
 
 _ANY_DEPTH = 1 << 62
-# Uses that are told and not made: 16 bytes each. Nobody looks so far ahead (see `cache.policy.future`).
+# Uses that are told and not made: 16 bytes each. Nobody looks so far ahead (see `cache.policy.known_order`).
 _USES_MAX = 1 << 24
 
 

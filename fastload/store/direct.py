@@ -8,11 +8,19 @@ stand there). It needs to be told what to ask for. In S3 that is:
 
 obstore reads what is left: Google (who signs URLs there needs a key file, which few have, or a request for each),
 Azure, S3 Express with its sessions, and buckets for which something special is asked.
+
+AWS Signature Version 4 for a GET without a body.
+
+The request is written in a canonical form, hashed, and signed with a key derived from the secret, the day,
+the region and the service; the server does the same. Signed are exactly the headers that `sign_v4` is given,
+host included.
 """
 
 from __future__ import annotations
 
 import datetime
+import hashlib
+import hmac
 import ssl
 import threading
 import urllib.parse
@@ -25,18 +33,16 @@ from obstore.store import S3Store
 from fastload.errors import ConfigError
 from fastload.store import settings
 from fastload.store.answers import is_strong
-from fastload.store.checksums import ASK
 from fastload.store.environment import as_bool
 from fastload.store.httpreader import HttpReader, trusts_somebody
 from fastload.store.options import StoreOptions
 from fastload.store.proxies import proxy_for
-from fastload.store.sigv4 import encode_path, sign
+from fastload.store.replies import ASK
 from fastload.store.types import ObjectInfo
-from fastload.store.urls import key_of
+from fastload.store.urls import encode_path, key_of
 
 DEFAULT_REGION = "us-east-1"
 EXPRESS = "--x-s3"  # buckets of S3 Express end in their zone and that
-
 # Long enough for a clock that is wrong by minutes, short enough for policies that refuse URLs that are good for long.
 _URL_LASTS = datetime.timedelta(minutes=5)
 # Settings that are heeded here, and those of how credentials are found, which is obstore's affair, whoever reads.
@@ -137,7 +143,7 @@ def _in_headers(origin: str, path: str, options: StoreOptions) -> _Ask:
         target = encode_path(f"{path}/{key}")
         if not options.anonymous:
             now = datetime.datetime.now(datetime.UTC)
-            headers = sign(target, {"Host": host, **headers}, options, region, now)
+            headers = sign_v4(target, {"Host": host, **headers}, options, region, now)
         return _Request(origin, target, headers)
 
     return ask
@@ -149,3 +155,39 @@ def _in_url(store: S3Store) -> _Ask:
         return _Request(f"{parts.scheme}://{parts.netloc}", f"{parts.path}?{parts.query}", headers)
 
     return ask
+
+
+_EMPTY = hashlib.sha256(b"").hexdigest()
+
+
+def sign_v4(
+    target: str, headers: Mapping[str, str], options: StoreOptions, region: str, now: datetime.datetime
+) -> dict[str, str]:
+    """`headers` and those that sign a GET of `target` (an encoded path without a query); `now` is in UTC."""
+    assert options.access_key_id is not None
+    assert options.secret_access_key is not None
+    time, day = now.strftime("%Y%m%dT%H%M%SZ"), now.strftime("%Y%m%d")
+    signed = {**headers, "x-amz-content-sha256": _EMPTY, "x-amz-date": time}
+    if options.session_token is not None:
+        signed["x-amz-security-token"] = options.session_token
+    lines = sorted((name.lower(), value.strip()) for name, value in signed.items())
+    names = ";".join(name for name, _ in lines)
+    canonical = "\n".join(["GET", target, "", *(f"{name}:{value}" for name, value in lines), "", names, _EMPTY])
+    scope = f"{day}/{region}/s3/aws4_request"
+    digest = hashlib.sha256(canonical.encode()).hexdigest()
+    signature = hmac.digest(
+        _signing_key(options.secret_access_key, day, region),
+        f"AWS4-HMAC-SHA256\n{time}\n{scope}\n{digest}".encode(),
+        "sha256",
+    ).hex()
+    signed["Authorization"] = (
+        f"AWS4-HMAC-SHA256 Credential={options.access_key_id}/{scope}, SignedHeaders={names}, Signature={signature}"
+    )
+    return signed
+
+
+def _signing_key(secret: str, day: str, region: str) -> bytes:
+    key = f"AWS4{secret}".encode()
+    for part in (day, region, "s3", "aws4_request"):
+        key = hmac.digest(key, part.encode(), "sha256")
+    return key

@@ -41,9 +41,8 @@ from typing import cast
 from fastload.errors import StoreError, StoreUnavailableError
 from fastload.store import watch
 from fastload.store.answers import Refusal, is_doubtful, truncated, unreachable, unresolved
-from fastload.store.checksums import told
 from fastload.store.proxies import Proxy
-from fastload.store.replies import Reply, asked, bad_reply, check, size_told
+from fastload.store.replies import Reply, asked, bad_reply, check, checksum_of, size_told
 from fastload.store.types import ObjectInfo
 
 _CONNECT_S = 10.0
@@ -105,7 +104,7 @@ class HttpReader:
                 raise bad_reply(info.url, self.endpoint, asked(info, start, len(out)), came)
             if self._secure:
                 return
-            checksum = told(response.getheaders(), reply.etag, is_whole=len(out) == info.size)
+            checksum = checksum_of(response.getheaders(), reply.etag, is_whole=len(out) == info.size)
             if checksum is not None and not checksum.is_of(out):
                 came = f"{reply}, whose bytes do not match the {checksum.algorithm} in its headers"
                 raise bad_reply(info.url, self.endpoint, asked(info, start, len(out)), came)

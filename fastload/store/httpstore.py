@@ -14,9 +14,8 @@ from fastload.store.logins import authorization, login_of, refuse_signed
 from fastload.store.options import StoreOptions
 from fastload.store.proxies import proxy_for
 from fastload.store.replies import size_told
-from fastload.store.sigv4 import encode_path
 from fastload.store.types import ObjectInfo
-from fastload.store.urls import key_of
+from fastload.store.urls import encode_path, key_of
 
 SCHEMES = frozenset({"http", "https"})
 

@@ -6,6 +6,8 @@ does not survive a fork (a child hangs without an error), so a store belongs to 
 Bytes take one of two ways. From S3 they come by requests of our own straight into the caller's buffer, for
 two thirds of obstore's CPU-seconds a GB (see `direct`). Everything else streams through obstore and is
 copied, piece by piece, so that answers in flight do not pile up.
+
+As whom a store is asked, in words: which kind of credentials, and where they were found. Never their values.
 """
 
 from __future__ import annotations
@@ -41,7 +43,6 @@ from fastload.store.answers import (
 )
 from fastload.store.direct import DEFAULT_REGION, EXPRESS, DirectReader, direct_s3_reader, place
 from fastload.store.environment import as_bool
-from fastload.store.identity import credentials_of
 from fastload.store.options import StoreOptions
 from fastload.store.proxies import for_obstore, proxy_for
 from fastload.store.replies import Reply, asked, bad_reply, check
@@ -53,13 +54,10 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore as ObstoreStore
 
 _log = logging.getLogger("fastload.store")
-
 SCHEMES = frozenset({"s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss"})
-
 # Pieces of the stream: smaller ones cost calls, larger ones are gathered and copied once more inside obstore.
 _PIECE_BYTES = 256 * 1024
 _LIST_PAGE = 1000
-
 _ASKED = re.compile(r"(?P<token>token request: )?Error performing (?P<method>[A-Z]+) (?P<url>\S+) in ")
 _NO_TOKEN = re.compile(r"(Failed to read (EKS )?token file .*|AWS_EC2_METADATA_DISABLED .*)")
 _STATUS = re.compile(r"status code: (\d{3})")
@@ -88,7 +86,7 @@ class ObjectStore:
         self._root = root
         self._options = options
         self._endpoint = _endpoint(root, options)
-        self._who = credentials_of(scheme(root), options)
+        self._who = describe_credentials(scheme(root), options)
         store = _open(root, options, self._endpoint)
         self._lock = threading.Lock()
         self._store: ObstoreStore | None = store
@@ -401,3 +399,53 @@ def _reply(result: GetResult) -> Reply:
 
 def _mtime_ns(meta: ObjectMeta) -> int:
     return int(meta["last_modified"].timestamp()) * 10**9
+
+
+_GOOGLE = {
+    "google_bearer_token": "the token",
+    "service_account_key": "the service account's key",
+    "service_account": "the service account's file",
+    "service_account_path": "the service account's file",
+    "application_credentials": "the application default credentials",
+}
+# In the order in which the client library prefers them.
+_AZURE = {
+    "azure_storage_token": "the token",
+    "account_key": "the account's key",
+    "federated_token_file": "the workload's identity",
+    "client_secret": "the client's secret",
+    "sas_key": "the shared access signature",
+    "use_azure_cli": "what the Azure CLI is logged in as",
+}
+
+
+def describe_credentials(kind: str, options: StoreOptions) -> str:
+    """With what requests to a store of this scheme are signed: "the keys from AWS_ACCESS_KEY_ID"."""
+    said, sources = dict(options.extra), dict(options.sources)
+
+    def source(name: str) -> str:
+        return sources.get(name, "storage_options")
+
+    unsigned = ["google_skip_signature"] if kind == "gs" else ["azure_skip_signature"]
+    if options.anonymous or any(as_bool(said.get(name)) for name in unsigned):
+        return f"no signature, as {source('anonymous' if options.anonymous else unsigned[0])} says"
+    if kind in ("s3", "s3a"):
+        return _describe_s3_credentials(options, said, source("access_key_id"), sources)
+    kinds = _GOOGLE if kind == "gs" else _AZURE
+    found = next((name for name in kinds if name in said), None)
+    if found is not None:
+        return f"{kinds[found]} from {source(found)}"
+    names = "GOOGLE_* nor gcloud's file" if kind == "gs" else "AZURE_*"
+    return f"this machine's identity, since neither storage_options nor {names} names another"
+
+
+def _describe_s3_credentials(options: StoreOptions, said: dict[str, str], source: str, sources: dict[str, str]) -> str:
+    if options.access_key_id is not None:
+        return f"the keys{' and the session token' if options.session_token else ''} from {source}"
+    if {"role_arn", "web_identity_token_file"} <= said.keys():
+        return f"the web identity of {sources.get('web_identity_token_file', 'storage_options')}"
+    for name in ("container_credentials_relative_uri", "container_credentials_full_uri"):
+        if name in said:
+            return f"the container's role, from {sources.get(name, 'storage_options')}"
+    profile = sources.get("profile", "a profile")
+    return f"this machine's role, since no keys are in storage_options, AWS_ACCESS_KEY_ID or {profile}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import urllib.parse
 from difflib import get_close_matches
 
 from fastload.errors import ConfigError
@@ -118,3 +119,10 @@ def key_of(url: str) -> str:
     if scheme(url) == "file":
         return normalise(url)
     return url.split("://", 1)[1].partition("/")[2]
+
+
+def encode_path(path: str) -> str:
+    """A key as it stands in the request line and in the signature: every byte but the unreserved and `/` as
+    %XX.
+    """
+    return urllib.parse.quote(path, safe="/-_.~")

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastload.cache import ChunkKey, DiskTier, inventory, owner, syscalls
+from fastload.cache import ChunkKey, DiskTier, disk, syscalls, tempfiles
 from tests.cache.faults import no_direct_io
 from tests.patience import PATIENCE_S
 
@@ -51,7 +51,7 @@ class Place:
         return None if length is None else bytes(self.buffer[:length])
 
     def file(self, name: ChunkKey | str) -> Path:
-        return inventory.path_of(self.directory, name)
+        return disk.path_in(self.directory, name)
 
 
 @pytest.fixture
@@ -371,7 +371,7 @@ def test_temp_files_of_the_dead_are_swept_those_of_the_living_are_not(here: Plac
     dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     pid = dead.split("-")[1]
     reused = dead.replace(f"-{pid}-", f"-{os.getpid()}-")  # another process has the number by now
-    living = next(owner.temp_names())
+    living = next(tempfiles.temp_names())
     foreign = ".tmp-something"
     for name in (dead, reused, living, foreign):
         (folder / name).write_bytes(b"half")
@@ -449,11 +449,11 @@ def test_readers_writers_and_removers_together(here: Place) -> None:
 
 
 def test_temp_names_are_drawn_by_many_threads() -> None:
-    names = owner.temp_names()
+    names = tempfiles.temp_names()
     with ThreadPoolExecutor(4) as pool:
         drawn = list(pool.map(lambda _: next(names), range(2000)))
     assert len(set(drawn)) == 2000
-    assert not any(owner.is_stale(name) for name in drawn[:10])
+    assert not any(tempfiles.is_stale(name) for name in drawn[:10])
 
 
 def test_a_writer_that_is_a_zombie_is_gone() -> None:
@@ -462,8 +462,8 @@ def test_a_writer_that_is_a_zombie_is_gone() -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None
         name = writer.stdout.readline().decode().strip()
-        assert not owner.is_stale(name)
+        assert not tempfiles.is_stale(name)
         writer.kill()
         os.waitid(os.P_PID, writer.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays a zombie
         assert Path(f"/proc/{writer.pid}").exists()
-        assert owner.is_stale(name)
+        assert tempfiles.is_stale(name)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastload.cache import ChunkKey, DiskTier, inventory
+from fastload.cache import ChunkKey, DiskTier, disk
 from tests.cache.faults import CALLS, failing
 
 CHUNK_BYTES = 64 << 10
@@ -89,7 +89,7 @@ def test_every_call_of_the_scan_may_fail(tmp_path: Path, buffer: memoryview, num
     tier = filled(directory, buffer, [])
     assert tier.write(OTHER, buffer, CHUNK_BYTES)
     dead = directory / "index" / ".tmp-4194999-1-00000000-0"
-    cut = inventory.path_of(directory, ChunkKey(bytes(16), 9))
+    cut = disk.path_in(directory, ChunkKey(bytes(16), 9))
     cut.parent.mkdir()
 
     def leave_litter() -> None:

@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastload.cache.policy.choosing import least
-from fastload.cache.policy.future import FAR, NextUses, lookahead
+from fastload.cache.policy.known_order import FAR, NextUses, lookahead
+from fastload.cache.policy.unknown_order import least
 
 
 @dataclass

@@ -12,10 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastload.cache.policy.keyed import Keyed
-from fastload.cache.policy.lru import Lru
 from fastload.cache.policy.pin import ROTATION, Arc, place, places
-from fastload.cache.policy.sieve import Sieve, SieveSlots
+from fastload.cache.policy.unknown_order import Keyed, Lru, Sieve, SieveSlots
 from fastload.plan import Manifest, OrderOptions, epoch_order
 from fastload.store.types import ObjectInfo
 

@@ -17,7 +17,7 @@ from fastload.history.runfile import EndpointSummary
 from fastload.indexed import IndexedDataset
 from fastload.plan import Manifest, Position
 from fastload.plan.mixture import MixturePosition
-from fastload.store.rows import ObjectRows
+from fastload.store.table import ObjectRows
 from fastload.store.types import ObjectInfo
 
 __all__ = [

@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from fastload.errors import CacheError, ConfigError
 from fastload.history import runfile
 from fastload.history.archive import Archive, read_all
-from fastload.history.numbering import Numbering
-from fastload.history.record import Recorder, may_keep
+from fastload.history.record import Numbering, Recorder, may_keep
 from fastload.history.runfile import EndpointSummary, Reads, Summary
-from fastload.store.rows import ObjectRows
+from fastload.store.table import ObjectRows
 from fastload.store.types import ObjectInfo
 from tests.history.runs import CHUNK_BYTES, info, key, record, run
 
@@ -221,8 +220,8 @@ def test_a_full_one_counts_on() -> None:
 @given(st.lists(st.integers(0, (1 << 64) - 1), max_size=300), st.integers(1, 40))
 def test_numbers_are_those_of_a_dict(keys: list[int], recent_max: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastload.history.numbering._RECENT_MAX", recent_max)
-        patch.setattr("fastload.history.numbering._PARTS", 3)
+        patch.setattr("fastload.history.record._RECENT_MAX", recent_max)
+        patch.setattr("fastload.history.record._PARTS", 3)
         numbering = Numbering()
         expected: dict[int, int] = {}
         for each in [*keys, *keys]:

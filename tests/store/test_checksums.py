@@ -20,18 +20,9 @@ from obstore.store import S3Store
 
 from fastload.errors import StoreUnavailableError
 from fastload.kernels import warm_up
-from fastload.store import (
-    Counters,
-    ObjectInfo,
-    RequestOptions,
-    RetryOptions,
-    Store,
-    StoreOptions,
-    checksums,
-    open_store,
-)
-from fastload.store.checksums import Checksum, told
+from fastload.store import Counters, ObjectInfo, RequestOptions, RetryOptions, Store, StoreOptions, open_store, replies
 from fastload.store.objectstore import ObjectStore
+from fastload.store.replies import Checksum, checksum_of
 from tests.conftest import Bucket
 from tests.store.servers import Handler, Liar, server, whole
 
@@ -55,7 +46,7 @@ def sha256(data: bytes) -> str:
 def kernel() -> None:
     """As pip builds it."""
     warm_up("crc")
-    checksums._has_kernel.cache_clear()
+    replies._has_kernel.cache_clear()
 
 
 # Values of the definitions, not of the code.
@@ -139,13 +130,13 @@ GOOGLE = f"crc32c={encoded(b'abcd')},md5={encoded(bytes(16))}"
 def test_which_checksum_is_of_what_came(
     headers: dict[str, str], etag: str | None, is_whole: bool, algorithm: str | None
 ) -> None:
-    checksum = told(headers.items(), etag, is_whole=is_whole)
+    checksum = checksum_of(headers.items(), etag, is_whole=is_whole)
     assert (checksum and checksum.algorithm) == algorithm
 
 
 def test_google_may_send_one_header_for_each() -> None:
     headers = [("x-goog-hash", f"md5={encoded(bytes(16))}"), ("x-goog-hash", f"crc32c={encoded(b'abcd')}")]
-    assert told(headers, None, is_whole=True) == Checksum("crc32c", b"abcd")
+    assert checksum_of(headers, None, is_whole=True) == Checksum("crc32c", b"abcd")
 
 
 def test_no_check_waits_for_a_compiler(tmp_path: Path) -> None:
@@ -156,7 +147,7 @@ def test_no_check_waits_for_a_compiler(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from fastload.kernels import objects
-from fastload.store.checksums import told
+from fastload.store.replies import told
 objects.INSTALLED = Path(sys.argv[1])
 crc32c, md5 = [("x-goog-hash", "crc32c=YWJjZA==")], [("x-goog-hash", "md5=AAAAAAAAAAAAAAAAAAAAAA==")]
 for _ in range(2):

@@ -24,8 +24,7 @@ from fastload.errors import (
 )
 from fastload.store import Counters, ObjectInfo, RequestOptions, RetryOptions, StoreOptions, direct, open_store
 from fastload.store.answers import HopelessError, ResolverError
-from fastload.store.identity import credentials_of
-from fastload.store.objectstore import ObjectStore
+from fastload.store.objectstore import ObjectStore, describe_credentials
 from tests.conftest import Bucket
 from tests.store.servers import Behaviour, answer, certify, good, hang_up, server
 
@@ -190,7 +189,7 @@ def test_a_name_that_does_not_resolve(
 )
 def test_who_asked(kind: str, given: dict[str, Any], environ: dict[str, str], words: str) -> None:
     options = StoreOptions.from_environment(given, {"HOME": "/none", **environ}).of_scheme(kind)
-    assert re.search(words, credentials_of(kind, options))
+    assert re.search(words, describe_credentials(kind, options))
 
 
 def test_changed_since_listing(options: StoreOptions, way: str, s3: Bucket) -> None:

@@ -12,7 +12,7 @@ import pytest
 import fastload
 from fastload.cache import object_id
 from fastload.errors import ObjectChangedError
-from fastload.store import ObjectInfo, RequestOptions, RetryOptions, StoreOptions, localversion, open_store
+from fastload.store import ObjectInfo, RequestOptions, RetryOptions, StoreOptions, local, open_store
 from fastload.store.local import LocalStore
 from fastload.store.table import ObjectTable
 from tests.shards import tar_of
@@ -104,18 +104,18 @@ def test_tables_get_and_lose_what_this_node_knows(path: Path, tmp_path: Path) ->
         ObjectInfo(str(tmp_path / "absent"), 5),
         ObjectInfo("http://host/a.tar", 5, None, 2),
     ]
-    tagged = localversion.tagged(ObjectTable.of(listed))
+    tagged = local.with_version_tags(ObjectTable.of(listed))
     assert list(tagged) == [listed[0], there, *listed[2:]]
-    assert list(localversion.untagged(tagged)) == listed
+    assert list(local.without_version_tags(tagged)) == listed
     remote = ObjectTable.of([listed[0], listed[3]])
-    assert localversion.tagged(remote) is remote
-    assert localversion.untagged(remote) is remote
-    assert len(localversion.tagged(ObjectTable.of([]))) == 0
+    assert local.with_version_tags(remote) is remote
+    assert local.without_version_tags(remote) is remote
+    assert len(local.with_version_tags(ObjectTable.of([]))) == 0
     many = ObjectTable.of([listed[1], listed[2]] * 1000)
-    assert list(localversion.tagged(many)) == [there, listed[2]] * 1000
+    assert list(local.with_version_tags(many)) == [there, listed[2]] * 1000
     # What was found out stays, whatever the file is by now.
     replaced(path, DATA)
-    assert list(localversion.tagged(tagged)) == list(tagged)
+    assert list(local.with_version_tags(tagged)) == list(tagged)
 
 
 def test_what_a_chunk_of_a_file_is_found_by(path: Path) -> None:
@@ -138,9 +138,9 @@ def test_file_systems_that_number_files_anew(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("builtins.open", lambda name, *more, **options: real_open(mounts, *more, **options))
     for kind, keeps in (("ext4", True), ("fuse.sshfs", False), ("fuse", False), ("fuseblk", True), ("cifs", False)):
         mounts.write_text(f"junk\n22 1 {place} / / rw - {kind} /dev/x rw\n23 1 9:99 / /x rw - fuse y rw\n")
-        localversion._keeps_inodes.cache_clear()
-        assert localversion.tag_of(path.stat()).startswith('W/"0-') is not keeps
-    localversion._keeps_inodes.cache_clear()
+        local._keeps_inodes.cache_clear()
+        assert local.version_tag(path.stat()).startswith('W/"0-') is not keeps
+    local._keeps_inodes.cache_clear()
 
 
 @pytest.mark.parametrize("change", CHANGES)
