@@ -39,7 +39,6 @@ EXCEPTIONS: set[tuple[str, str]] = {
     ("fastload.indexed", "fastload.dataset"),
     ("fastload.kernels.jit", "fastload.kernels.compiler"),
     ("fastload.kernels.jit", "fastload.kernels.yielding"),
-    ("fastload.service.model", "fastload.service.consumers"),
 }
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor.split()}
 

@@ -28,9 +28,9 @@ from typing import Any
 from fastload import errors, protocol
 from fastload.channel import Connection, greet
 from fastload.errors import CacheError, FastloadError, ServiceError
+from fastload.service.environment import of_service
 from fastload.service.logs import FILE_BYTES_MAX
 from fastload.service.standin import Place, StandIn
-from fastload.service.surroundings import of_service
 
 DEADLINE_S = 60.0
 _TRY_AGAIN_S, _TRY_AGAIN_MAX_S = 0.02, 0.5

@@ -20,28 +20,21 @@ from typing import Any
 
 from fastload import protocol
 from fastload.errors import CacheError
-from fastload.service import figures, scheduler
-from fastload.service.clearing import Clearing
-from fastload.service.consumers import ConsumerState
+from fastload.service import admin, scheduler
+from fastload.service.admin import Clearing, Requests
+from fastload.service.disk_io import DISK_DEADLINE_S, DiskWatch, Quota
 from fastload.service.indexes import Indexes
-from fastload.service.model import Chunk
-from fastload.service.openings import Openings
-from fastload.service.parts import Parts
-from fastload.service.plans import Plan
-from fastload.service.pools import Pool
-from fastload.service.quota import Quota
-from fastload.service.records import Records
-from fastload.service.remembering import WRITE_AFTER_S, Remembering
+from fastload.service.openings import Openings, Versions
+from fastload.service.plans import WarmPlan, Wishes
+from fastload.service.ports import Parts
+from fastload.service.recording import WRITE_AFTER_S, Remembering
 from fastload.service.replay import Replay, ReplayPlan
-from fastload.service.requests import Requests
-from fastload.service.residency import Heard, Residency
+from fastload.service.residency import Heard, Records, Residency
 from fastload.service.scheduler import Drop, Load, Recall, Slots
-from fastload.service.stalls import DISK_DEADLINE_S, DiskWatch
 from fastload.service.standin import Place
+from fastload.service.state import Chunk, ConsumerState, Plan
 from fastload.service.stores import Opener
-from fastload.service.versions import Versions
-from fastload.service.warm import WarmPlan
-from fastload.service.wishes import Wishes
+from fastload.service.threads import Pool
 
 log = logging.getLogger("fastload.service")
 
@@ -385,8 +378,8 @@ class Core:
         counted["recalls"] = self._ledger.recall_count
         node = {
             **counted,
-            **figures.of_buffers(self._table),
-            **figures.of_disk(self.disk),
+            **admin.buffer_figures(self._table),
+            **admin.disk_figures(self.disk),
             **self._fetches.figures(),
             "arena_touched_bytes": self.arena.touched_bytes,
             "pid": os.getpid(),

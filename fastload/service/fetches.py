@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import resource
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +18,11 @@ from functools import partial
 from typing import Any
 
 from fastload.service.buffers import BufferTable
-from fastload.service.control import REQUESTS_MAX, Controller, Learnt
-from fastload.service.hedging import Hedger
-from fastload.service.model import Chunk
-from fastload.service.pools import Pools
+from fastload.service.control import REQUESTS_MAX, Controller, Hedger, Learnt
+from fastload.service.ports import Ram
+from fastload.service.state import Chunk
 from fastload.service.stores import StoreTable
-from fastload.service.tiers import Ram
+from fastload.service.threads import Pools
 from fastload.store.watch import Attempt, Watch
 
 # Single objects may come from any number of hosts, and each turn looks at all that are known.
@@ -34,7 +32,6 @@ _REQUESTS_OF_CHUNK_MAX = 3
 # Threads for second requests, beside those that the limits allow.
 _HEDGES_MAX = 16
 _LOOK_S_MIN, _LOOK_S_MAX = 0.01, 1.0
-
 Ended = Callable[[Chunk, BaseException | None], None]
 
 
@@ -259,9 +256,3 @@ def _figures(endpoint: _Endpoint) -> dict[str, float]:
         "first_byte_s": -1.0 if learnt.first_byte_s is None else learnt.first_byte_s,
         "throttled_at": learnt.throttled_at,
     }
-
-
-def requests_max() -> int:
-    """The most requests at a time: a quarter of the descriptors that this process may open."""
-    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(1, min(REQUESTS_MAX, descriptors // 4))

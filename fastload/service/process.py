@@ -15,7 +15,7 @@ from fastload.cache import CacheDirectory
 from fastload.config import CacheLimits
 from fastload.cpu_priority import take_long_turns
 from fastload.errors import FastloadError, to_wire
-from fastload.service import surroundings
+from fastload.service import environment
 from fastload.service.logs import ServiceLog
 from fastload.service.server import Server
 from fastload.service.standin import Place, StandIn
@@ -25,7 +25,7 @@ log = logging.getLogger("fastload.service")
 
 def main(arguments: Sequence[str]) -> int:
     """Run the service; the exit status. The process's environment is the service's from then on."""
-    surroundings.leave()
+    environment.leave()
     take_long_turns()  # and all threads of this process, which begin as the one that starts them
     options = _parser().parse_args(arguments)
     service_log = ServiceLog()

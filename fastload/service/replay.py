@@ -24,12 +24,10 @@ from fastload.errors import AccessDeniedError, StoreUnavailableError
 from fastload.history.follow import Follower
 from fastload.history.keys import object_key
 from fastload.history.library import Library
-from fastload.service.consumers import ConsumerState
-from fastload.service.model import Chunk, ObjectEntry, Objects
-from fastload.service.plans import Plan, Step
-from fastload.service.planset import PlanSet
+from fastload.service.openings import Versions
+from fastload.service.plans import PlanSet
+from fastload.service.state import Chunk, ConsumerState, ObjectEntry, Objects, Plan, Step
 from fastload.service.stores import StoreTable
-from fastload.service.versions import Versions
 from fastload.store.urls import scheme, store_root
 
 # Reads of a plan; making one costs ten microseconds a read.

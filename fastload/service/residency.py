@@ -1,34 +1,83 @@
-"""A chunk's life in RAM: absent, loading (from disk or store), resident; then leased and given back any number of
+"""What is where, and who wants it: the records of a core, which all of its parts share and change by their methods.
+
+A chunk's life in RAM: absent, loading (from disk or store), resident; then leased and given back any number of
 times, perhaps written to disk meanwhile; dropped when its buffer is needed more elsewhere.
 
 What begins here is decided elsewhere (`scheduler`); what comes of it changes the records, and whoever has to hear of it
 is told: those who want the chunk, the plans that name it, warming.
+
+Filling buffers: from the store (`fetches`), or from the disk tier, in threads of its own.
+
+One load per chunk at a time, whoever wants it. A chunk that the disk turns out not to have, or to have damaged (which
+it puts out of use by itself), is fetched from the store into the same buffer. One whose read hangs is given up together
+with the buffer, which the read may yet fill.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from fastload import protocol
 from fastload.errors import StoreError
 from fastload.service import buffers
-from fastload.service.consumers import ConsumerState
+from fastload.service.buffers import BufferTable
 from fastload.service.control import Learnt
+from fastload.service.disk_io import DiskWatch, WriteBehind, write_threads
 from fastload.service.fetches import Fetches
-from fastload.service.loads import Loader
-from fastload.service.model import Chunk, State, Write
-from fastload.service.parts import Parts
-from fastload.service.plans import Plan
-from fastload.service.pools import Done
-from fastload.service.records import Records
-from fastload.service.room import Room
+from fastload.service.leases import Ledger
+from fastload.service.placement import DiskOrder, Pins, Room
+from fastload.service.plans import PlanSet, Warming, WarmPlan
+from fastload.service.ports import Disk, Parts, Ram
 from fastload.service.scheduler import Candidate
-from fastload.service.stalls import DiskWatch
-from fastload.service.warm import WarmPlan
-from fastload.service.warming import Warming
-from fastload.service.writing import WriteBehind
+from fastload.service.state import Chunk, ConsumerState, ObjectEntry, Objects, Plan, State, Write
+from fastload.service.threads import Done
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """See the module's text."""
+
+    disk: Disk
+    objects: Objects
+    pins: Pins
+    table: BufferTable
+    disk_order: DiskOrder
+    ledger: Ledger
+    plans: PlanSet
+
+    @classmethod
+    def of_parts(cls, parts: Parts, consumers: Collection[ConsumerState]) -> Records:
+        """Those of a service that begins; `consumers` are the ones that are connected."""
+        pins = Pins(parts.disk, parts.limits.ram_bytes)
+        table = BufferTable(parts.arena.buffer_count, lambda chunk: pins.belongs_in_ram(chunk.entry, chunk.index))
+        disk_order = DiskOrder(parts.disk.keys())
+
+        def used(chunk: Chunk) -> None:
+            """It was read before, and is again, from RAM."""
+            table.use(chunk)
+            disk_order.use(chunk.entry.key(chunk.index))
+
+        return cls(
+            disk=parts.disk,
+            objects=Objects(parts.limits.chunk_bytes),
+            pins=pins,
+            table=table,
+            disk_order=disk_order,
+            ledger=Ledger(table, used),
+            plans=PlanSet(consumers, table, disk_order, pins),
+        )
+
+    def on_disk(self, entry: ObjectEntry, index: int) -> bool:
+        """Whether the disk tier holds a chunk."""
+        return self.disk.readable and self.disk.contains(entry.key(index))
+
+    def chunk_in(self, buffer: int) -> Chunk:
+        """What lies in a buffer that is not empty."""
+        chunk = self.table.chunks[buffer]
+        assert chunk is not None, f"buffer {buffer} is empty"
+        return chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,3 +272,91 @@ def _options_for(chunk: Chunk, plan: Plan | None) -> str:
         return wanters[0][0][0].options_key
     assert plan is not None, "nobody wants this chunk"
     return plan.options_key
+
+
+# A direct read of 8 MiB runs at 1.6 GB/s in one thread.
+DISK_READ_THREADS = 4
+Loaded = Callable[[Chunk, BaseException | None], None]
+GivenUp = Callable[[Chunk], Done]
+
+
+class Loader:
+    """Used by the loop's thread only."""
+
+    def __init__(
+        self,
+        arena: Ram,
+        disk: Disk,
+        watch: DiskWatch,
+        fetches: Fetches,
+        loaded: Loaded,
+        given_up: GivenUp,
+    ) -> None:
+        """`loaded(chunk, error)` is called at the end; or `given_up(chunk)`, which returns what to do when its read
+        returns after all.
+        """
+        self._arena, self._disk, self._fetches = arena, disk, fetches
+        self._loaded, self._given_up = loaded, given_up
+        self.reads = watch.pool("disk-read", read_threads(arena.buffer_count))
+        self.order = 0  # loads begun
+        self.in_flight: set[Chunk] = set()
+        self.counters: Counter[str] = Counter(
+            fetched_chunks=0,
+            fetched_bytes=0,
+            disk_read_chunks=0,
+            disk_read_bytes=0,
+            disk_reads_hung=0,
+            failed_fetches=0,
+        )
+
+    def start(self, chunk: Chunk, on_disk: bool, options_key: str) -> None:
+        """Fill the chunk's buffer; `loaded(chunk, error)` follows."""
+        self.order += 1
+        chunk.load_order = self.order
+        chunk.granted_to.clear()
+        chunk.state = State.LOADING
+        chunk.fetched_as = options_key
+        self.in_flight.add(chunk)
+        if on_disk:
+            self._read(chunk)
+        else:
+            self._fetch(chunk)
+
+    def _read(self, chunk: Chunk) -> None:
+        def done(length: int | None, error: BaseException | None) -> None:
+            if error is None and length == chunk.length:
+                self.counters["disk_read_chunks"] += 1
+                self.counters["disk_read_bytes"] += chunk.length
+                self._finish(chunk, None)
+            else:
+                self._fetch(chunk)
+
+        def hung() -> Done:
+            self.counters["disk_reads_hung"] += 1
+            self.in_flight.discard(chunk)
+            return self._given_up(chunk)
+
+        chunk.source = protocol.SOURCE_DISK
+        key = chunk.entry.key(chunk.index)
+        self.reads.submit(self._disk.read_into, key, self._arena.buffer(chunk.buffer), done=done, hung=hung)
+
+    def _fetch(self, chunk: Chunk) -> None:
+        chunk.source = protocol.SOURCE_REMOTE
+        self._fetches.start(chunk, self._fetched)
+
+    def _fetched(self, chunk: Chunk, error: BaseException | None) -> None:
+        if error is None:
+            self.counters["fetched_chunks"] += 1
+            self.counters["fetched_bytes"] += chunk.length
+        else:
+            self.counters["failed_fetches"] += 1
+        self._finish(chunk, error)
+
+    def _finish(self, chunk: Chunk, error: BaseException | None) -> None:
+        self.in_flight.discard(chunk)
+        self._loaded(chunk, error)
+
+
+def read_threads(buffer_count: int) -> int:
+    """How many may read from disk: so few that a disk that hangs leaves a small arena two buffers, if it has four."""
+    return max(1, min(DISK_READ_THREADS, buffer_count - 2 - write_threads(buffer_count)))

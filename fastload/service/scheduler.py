@@ -29,8 +29,7 @@ from dataclasses import dataclass, field
 
 from fastload.service import buffers
 from fastload.service.buffers import LATER, BufferTable
-from fastload.service.model import ObjectEntry
-from fastload.service.plans import NEVER, Plan
+from fastload.service.state import NEVER, ObjectEntry, Plan
 
 # Whether the disk tier holds a chunk (an object and an index in it); answers at once.
 OnDisk = Callable[[ObjectEntry, int], bool]

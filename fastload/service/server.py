@@ -25,9 +25,9 @@ from collections.abc import Callable, Sequence
 from fastload import protocol
 from fastload.channel import peer_uid
 from fastload.errors import FastloadError, ServiceError
-from fastload.service.consumers import ConsumerState
 from fastload.service.core import Core
 from fastload.service.standin import Place
+from fastload.service.state import ConsumerState
 
 log = logging.getLogger("fastload.service")
 

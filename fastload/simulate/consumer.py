@@ -13,8 +13,8 @@ from fastload.client.consumer import Consumer
 from fastload.client.leases import Lease, MappedArena, Waiter
 from fastload.client.session import Connector
 from fastload.errors import ServiceError
-from fastload.service.consumers import ConsumerState
 from fastload.service.core import Core
+from fastload.service.state import ConsumerState
 from fastload.simulate.clock import VirtualLoop
 
 Got = Callable[[set[int]], None]

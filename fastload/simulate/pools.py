@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from fastload.service.pools import Done, Hung, Job, Pool, Pools
+from fastload.service.threads import Done, Hung, Job, Pool, Pools
 from fastload.simulate.clock import VirtualLoop
 
 Resume = Callable[[BaseException | None], None]

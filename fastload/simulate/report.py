@@ -14,7 +14,7 @@ from fastload.simulate.options import Job, StoreProfile
 from fastload.simulate.plot import Line, sweep_svg
 from fastload.simulate.run import Run
 
-# As much of an arena may be pins: see `service.pins`.
+# As much of an arena may be pins: see `service.placement`.
 _PINNED = 0.5
 # Chunks that come so many times an epoch are read again for want of room.
 _AGAIN = 1.1

@@ -13,7 +13,7 @@ _NOTHING = memoryview(b"")
 
 
 class VirtualArena:
-    """See `service.tiers.Ram`."""
+    """See `service.ports.Ram`."""
 
     fd = -1
 
@@ -62,7 +62,7 @@ class _Device:
 
 
 class VirtualDisk:
-    """See `service.tiers.Disk`. Reads share one rate and writes another. It never fails."""
+    """See `service.ports.Disk`. Reads share one rate and writes another. It never fails."""
 
     directory = Path("simulated")
 

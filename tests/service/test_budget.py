@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from fastload import protocol
 from fastload.cache import CacheDirectory, DiskTier
-from fastload.service.budget import WriteBudget
 from fastload.service.core import Core
+from fastload.service.placement import WriteBudget
 from tests.service.helpers import CHUNK_BYTES
 from tests.service.world import Side, World, settle, until
 

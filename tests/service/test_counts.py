@@ -15,7 +15,7 @@ from fastload.client import Handle as Cache
 from fastload.errors import ServiceError
 from fastload.formats import ShardIndex
 from fastload.service.core import Core
-from fastload.service.counts import SampleCounts
+from fastload.service.indexes import SampleCounts
 from tests.conftest import Bucket
 from tests.formats.archives import Member, index, write
 from tests.service.helpers import eventually
@@ -233,7 +233,7 @@ def test_what_is_written_down_is_written_once(tmp_path: Path) -> None:
 
 
 def test_the_table_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastload.service.counts._COUNTS_MAX", 32)
+    monkeypatch.setattr("fastload.service.indexes._COUNTS_MAX", 32)
     table = SampleCounts()
     for number in range(100):
         table.add(number.to_bytes(16, "big"), number)

@@ -9,7 +9,7 @@ import pytest
 
 from fastload import protocol
 from fastload.errors import AccessDeniedError, ObjectMissingError, StoreError, StoreUnavailableError
-from fastload.service.consumers import ConsumerState
+from fastload.service.state import ConsumerState
 from fastload.store.types import ObjectInfo
 from tests.service.virtual_core import CHUNK_BYTES, VirtualCore
 

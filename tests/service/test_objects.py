@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastload.cache import object_id
 from fastload.protocol import ObjectRows
-from fastload.service.model import Objects, Piece
+from fastload.service.state import Objects, Piece
 from fastload.store.types import ObjectInfo
 
 CHUNK_BYTES = 1 << 16

@@ -13,7 +13,7 @@ from fastload.client import Handle as Cache
 from fastload.config import MIB
 from fastload.service import core
 from fastload.service.core import Core
-from fastload.service.populate import Populator
+from fastload.service.threads import Populator
 from tests.conftest import Bucket
 from tests.service.helpers import CHUNK_BYTES, eventually, random_bytes, read
 from tests.service.world import Side, World, settle, until

@@ -21,7 +21,7 @@ from fastload.history.keys import object_key
 from fastload.history.record import Recorder
 from fastload.history.runfile import EndpointSummary, Summary
 from fastload.service.core import Core
-from fastload.service.remembering import _learnt
+from fastload.service.recording import _learnt
 from fastload.service.replay import ReplayPlan
 from fastload.store.types import ObjectInfo
 from tests.cache.faults import failing
@@ -623,7 +623,7 @@ def test_history_is_not_gathered_for_a_disk_that_hangs(
 ) -> None:
     here = world(tmp_path)
     gate = Gate()
-    monkeypatch.setattr("fastload.service.remembering._HANGS_S", 0.02)
+    monkeypatch.setattr("fastload.service.recording._HANGS_S", 0.02)
     monkeypatch.setattr(Archive, "append", lambda *arguments: gate.wait())
 
     async def work(core: Core) -> None:

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 
 from fastload.service import buffers, scheduler
 from fastload.service.buffers import BufferTable
-from fastload.service.model import ObjectEntry, State, Write
-from fastload.service.plans import Plan
 from fastload.service.scheduler import Action, Candidate, Drop, Load, Need, Recall, Slots, decide, upcoming
+from fastload.service.state import ObjectEntry, Plan, State, Write
 from fastload.store.types import ObjectInfo
 
 CHUNK = 1 << 16

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from fastload.service.buffers import BufferTable
 from fastload.service.core import Core
-from fastload.service.model import Chunk, ObjectEntry, State
-from fastload.service.plans import NEVER, Plan
 from fastload.service.replay import ReplayPlan
+from fastload.service.state import NEVER, Chunk, ObjectEntry, Plan, State
 from fastload.store.types import ObjectInfo
 from tests.service import world
 

@@ -11,12 +11,11 @@ from fastload.config import CacheLimits
 from fastload.errors import AccessDeniedError, ObjectChangedError, StoreError, StoreUnavailableError
 from fastload.service import buffers
 from fastload.service.buffers import _status
+from fastload.service.control import SHARE_MAX
 from fastload.service.core import Core
-from fastload.service.hedging import SHARE_MAX
-from fastload.service.model import Chunk, Recalled, State, Write
-from fastload.service.parts import Parts
+from fastload.service.ports import Parts, Troubles
+from fastload.service.state import Chunk, Recalled, State, Write
 from fastload.service.stores import options_gone
-from fastload.service.troubles import Troubles
 from fastload.simulate.clock import VirtualLoop
 from fastload.simulate.link import Connections, Link, VirtualStores
 from fastload.simulate.options import StoreProfile

@@ -22,11 +22,11 @@ from typing import Any, ClassVar, TypeVar
 
 from fastload import protocol
 from fastload.cache import CacheDirectory
-from fastload.service import stalls
-from fastload.service.consumers import ConsumerState
+from fastload.service import disk_io
 from fastload.service.core import Core
-from fastload.service.parts import Parts
-from fastload.service.pools import Job
+from fastload.service.ports import Parts
+from fastload.service.state import ConsumerState
+from fastload.service.threads import Job
 from fastload.simulate.clock import VirtualLoop
 from fastload.simulate.pools import Jobs
 from fastload.store.types import ObjectInfo
@@ -262,7 +262,7 @@ class World:
             number = len(self.objects)
             self.objects.append(self.store.put(str(number), random_bytes(number, count * CHUNK_BYTES)))
 
-    def run(self, work: Work, disk_deadline_s: float = stalls.DISK_DEADLINE_S) -> None:
+    def run(self, work: Work, disk_deadline_s: float = disk_io.DISK_DEADLINE_S) -> None:
         """Let `work` run with a core, which has to end well afterwards."""
         loop = VirtualLoop()
         _let_happen(loop, _Wait(lambda: False, 1.0, ""))  # a job that began at 0 would be one that has not begun

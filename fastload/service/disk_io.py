@@ -9,31 +9,49 @@ What is written may have a limit (see `budget`): a chunk that is above it is not
 waits.
 
 Admission pins: chunks are taken until the quota is full; whose room others may take then is `room`'s to say.
+
+Changing the disk quota while the service runs.
+
+Whoever opens the directory with another `disk_bytes` has it written there and is warned; the service hears of it with
+the hello. A larger quota holds at once. For a smaller one what is too much is removed, first what no live plan names.
+A tier that was off first takes stock of what lies there. Both may take long, so they are done in a thread; and since
+they consist of many small calls, a deadline for the whole would say nothing about the disk.
+
+A disk that does not answer: a read or write that hangs, in a dead NFS server or a drive that is going, for good.
+
+Nothing can end such a call, and it keeps its thread and the buffer that it was given. So the calls go through pools
+whose jobs are watched. When one has run for longer than the deadline, the disk *stalls*: the tier is bypassed
+(`DiskTier.stalled`), and everything under way with it is given up, each in its own way (`Job.hung`): a chunk that was
+being read is fetched from the store into another buffer; one that was being written stays readable, and its buffer
+cannot be used for anything else. When the last of those calls has come back, their threads and buffers are as good as
+ever, and so is the disk.
+
+The deadline counts from when a thread began with the job, so that many quick ones in a row are no stall. Jobs have to
+be small for that: a chunk, or a few indexes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from itertools import chain
+from typing import Any
 
 from fastload.cache import ChunkKey
-from fastload.service.budget import WriteBudget
-from fastload.service.diskorder import DiskOrder
-from fastload.service.model import Chunk, Write
-from fastload.service.pools import Done
-from fastload.service.room import Room
-from fastload.service.stalls import DiskWatch
-from fastload.service.tiers import Disk, Ram
+from fastload.service.placement import DiskOrder, Room, WriteBudget
+from fastload.service.ports import Disk, Ram
+from fastload.service.state import Chunk, Write
+from fastload.service.threads import Done, Job, Pool, Pools
 
 DISK_WRITE_THREADS = 2
-
 # A write that takes no longer is worth waiting for by whoever needs its buffer (8 MiB: 6 ms on a good disk).
 _QUICK_S = 0.1
 # Writes of one chunk, each of which found less room than its victims were to leave, or than another one had made for
 # itself just then.
 _TRIES_MAX = 4
-
 Written = Callable[[Chunk, bool], None]
 
 
@@ -213,3 +231,114 @@ class WriteBehind:
 def write_threads(buffer_count: int) -> int:
     """How many may write: see `loads.read_threads`."""
     return min(DISK_WRITE_THREADS, max(1, (buffer_count - 2) // 2))
+
+
+class Quota:
+    """Used by the loop's thread only, except for `_apply`."""
+
+    def __init__(self, disk: Disk, order: DiskOrder, pools: Pools) -> None:
+        self._disk, self._order = disk, order
+        self._pool = pools.make("quota", 1)  # one thread: of two changes the later one holds
+        self._wanted = disk.quota_bytes
+
+    def change(self, quota_bytes: int) -> None:
+        """Have at most so many bytes on disk from now on."""
+        if quota_bytes == self._wanted:
+            return
+        self._wanted = quota_bytes
+        was_off = not self._disk.quota_bytes
+        victims = list(chain(self._order.idle(), self._order.covered()))
+
+        def done(_: None, error: BaseException | None) -> None:
+            self._agree(victims, was_off)
+
+        self._pool.submit(self._apply, quota_bytes, victims, done=done)
+
+    def _apply(self, quota_bytes: int, victims: list[ChunkKey]) -> None:
+        """In a thread."""
+        self._disk.set_quota(quota_bytes)
+        for key in victims:
+            if not quota_bytes or self._disk.free_bytes >= 0:  # without a quota the tier is off, and left as it is
+                return
+            self._disk.remove(key)
+
+    def _agree(self, victims: list[ChunkKey], was_off: bool) -> None:
+        """Have the order name what the disk now holds."""
+        held = set(self._disk.keys())
+        for key in victims:
+            if key not in held:
+                self._order.discard(key)
+        for key in held if was_off else ():
+            self._order.add(key)
+
+
+# A disk under load answers within a second or two, a drive that retries a bad spot within ten.
+DISK_DEADLINE_S = 20.0
+
+
+class DiskWatch:
+    """Used by the loop's thread only."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        pools: Pools,
+        deadline_s: float,
+        stalled: Callable[[], None],
+        answered: Callable[[], None],
+        now: Callable[[], float],
+    ) -> None:
+        """`stalled` is called when everything under way was given up, `answered` when all of it has come back."""
+        self._disk, self._pools, self._deadline_s = disk, pools, deadline_s
+        self._on_stall, self._on_answer, self._now = stalled, answered, now
+        self._watched: list[Pool] = []
+        self._hanging: set[Job] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def stalled(self) -> bool:
+        """Whether a call hangs."""
+        return bool(self._hanging)
+
+    def pool(self, name: str, count: int) -> Pool:
+        """A pool whose jobs are watched. Each must have a `hung`."""
+        pool = self._pools.make(name, count, submitted=self._expect)
+        self._watched.append(pool)
+        return pool
+
+    def close(self) -> None:
+        """Watch no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _expect(self) -> None:
+        """Something is under way: look after it when it may have run out of time."""
+        if self._timer is None:
+            self._timer = self._pools.loop.call_later(self._deadline_s, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        jobs = [job for pool in self._watched for job in pool.under_way if job not in self._hanging]
+        if not jobs:
+            return
+        oldest = min((job.began for job in jobs if job.began), default=self._now())
+        left_s = oldest + self._deadline_s - self._now()
+        if left_s > 0:
+            self._timer = self._pools.loop.call_later(left_s, self._look)
+        else:
+            self._stall(jobs)
+
+    def _stall(self, jobs: list[Job]) -> None:
+        self._disk.stalled(self._deadline_s)
+        self._hanging.update(jobs)
+        for job in jobs:
+            assert job.hung is not None, "a watched job that nobody can give up"
+            job.done = partial(self._returned, job, job.hung())
+        self._on_stall()
+
+    def _returned(self, job: Job, done: Done, result: Any, error: BaseException | None) -> None:
+        done(result, error)
+        self._hanging.discard(job)
+        if not self._hanging:
+            self._disk.answered()
+            self._on_answer()

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable
 from fastload import protocol
 from fastload.errors import StoreError, to_wire
 from fastload.service.buffers import BufferTable
-from fastload.service.consumers import ConsumerState
-from fastload.service.model import Chunk, Recalled, State, Want
+from fastload.service.state import Chunk, ConsumerState, Recalled, State, Want
 
 
 class Ledger:

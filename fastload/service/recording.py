@@ -23,10 +23,9 @@ from fastload.history.archive import Archive
 from fastload.history.library import Library
 from fastload.history.record import Batch, Recorder
 from fastload.history.runfile import EndpointSummary
-from fastload.service.consumers import ConsumerState
 from fastload.service.control import Learnt
-from fastload.service.model import ObjectEntry
-from fastload.service.pools import Pools
+from fastload.service.state import ConsumerState, ObjectEntry
+from fastload.service.threads import Pools
 
 log = logging.getLogger("fastload.service")
 

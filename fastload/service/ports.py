@@ -1,0 +1,262 @@
+"""What a core is built on: its tiers, its threads, its stores and its clock. The real ones are made from a directory;
+a simulation brings its own, and decides by them as the service would.
+
+What the service needs of its two tiers. `cache.Arena` and `cache.DiskTier` are the real ones, whose text holds the
+contract; a simulation has others, which hold no bytes.
+
+What went wrong with the cache, a sentence each, once each: for all consumers, those to come as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from fastload.cache import Arena, CacheDirectory, ChunkKey, DiskTier
+from fastload.config import CacheLimits
+from fastload.history.archive import Archive
+from fastload.service.control import REQUESTS_MAX, Hedger, requests_max
+from fastload.service.standin import Place
+from fastload.service.stores import Opener, StoreTable
+from fastload.service.threads import Pools, Populator
+
+
+class Touching(Protocol):
+    """Has the arena's memory ready before it is used. See `Populator`."""
+
+    def need(self, used_count: int, needed_count: int) -> None:
+        """The first `used_count` buffers have been used, and `needed_count` will be."""
+        ...
+
+    def renewed(self) -> None:
+        """The arena has fresh memory, and nothing is needed of it yet."""
+        ...
+
+    def close(self) -> None:
+        """Touch no more."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """See the module's text. `now` is the clock of all of them, in seconds; times of different ones can be compared."""
+
+    limits: CacheLimits
+    arena: Ram
+    disk: Disk
+    pools: Pools
+    stores: StoreTable
+    populator: Touching
+    troubles: Troubles
+    now: Callable[[], float] = time.monotonic
+    hedger: Callable[[], Hedger] = Hedger  # for each endpoint of a store
+    wall: Callable[[], float] = time.time  # seconds since 1970, for people
+    requests_max: int = REQUESTS_MAX  # at a time, over all endpoints
+    is_lost: Callable[[], bool] = lambda: False  # the directory is gone: nothing more may be written. From any thread
+    closed: Callable[[], object] = lambda: None  # nothing uses them any more
+    history: Archive | None = None  # None: none is kept or used; with `history_bytes=0` it can only be cleared
+
+    @classmethod
+    def of_directory(cls, directory: Place, loop: asyncio.AbstractEventLoop, opener: Opener | None = None) -> Parts:
+        """The real ones. CacheError where arena or disk tier cannot be opened."""
+        limits, troubles = directory.limits, Troubles(loop)
+        root = directory.lasting_root() if isinstance(directory, CacheDirectory) else None
+        arena = Arena(limits.ram_bytes, limits.chunk_bytes)
+        disk = DiskTier(
+            directory.path,
+            limits.disk_bytes,
+            limits.chunk_bytes,
+            root=root,
+            on_trouble=troubles.add_from_thread,
+        )
+        return cls(
+            limits,
+            arena,
+            disk,
+            Pools(loop),
+            StoreTable(opener),
+            Populator(arena),
+            troubles,
+            requests_max=requests_max(),
+            is_lost=lambda: directory.is_lost,
+            closed=(lambda: None) if root is None else root.close,
+            history=Archive(directory.path, root) if isinstance(directory, CacheDirectory) else None,
+        )
+
+
+class Ram(Protocol):
+    """See `cache.Arena`."""
+
+    @property
+    def chunk_bytes(self) -> int:
+        """The size of a buffer."""
+        ...
+
+    @property
+    def buffer_count(self) -> int:
+        """How many there are."""
+        ...
+
+    @property
+    def byte_count(self) -> int:
+        """The size of all of them."""
+        ...
+
+    @property
+    def fd(self) -> int:
+        """The descriptor that consumers map it by."""
+        ...
+
+    @property
+    def touched_bytes(self) -> int:
+        """How much memory it takes up."""
+        ...
+
+    def buffer(self, number: int) -> memoryview:
+        """Buffer `number`."""
+        ...
+
+    def renew(self) -> Callable[[], None]:
+        """Go over to fresh memory; what the old holds is lost. Returns what lets go of it, for a thread."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        ...
+
+
+class Disk(Protocol):
+    """See `cache.DiskTier`. What takes time is called in the pools' threads."""
+
+    @property
+    def directory(self) -> Path:
+        """Where it is."""
+        ...
+
+    @property
+    def chunk_bytes(self) -> int:
+        """The size of a whole chunk."""
+        ...
+
+    @property
+    def readable(self) -> bool:
+        """Whether chunks are looked for here at all."""
+        ...
+
+    @property
+    def writable(self) -> bool:
+        """Whether `write` may succeed, given room."""
+        ...
+
+    @property
+    def used_bytes(self) -> int:
+        """What all that is held takes up."""
+        ...
+
+    @property
+    def quota_bytes(self) -> int:
+        """What may be held."""
+        ...
+
+    @property
+    def free_bytes(self) -> int:
+        """What the quota has left beside writes under way."""
+        ...
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What went well and wrong."""
+        ...
+
+    def file_bytes(self, length: int) -> int:
+        """The room that a chunk of `length` bytes takes."""
+        ...
+
+    def contains(self, key: ChunkKey) -> bool:
+        """Whether the chunk is held. Never blocks."""
+        ...
+
+    def keys(self) -> list[ChunkKey]:
+        """The chunks held."""
+        ...
+
+    def read_into(self, key: ChunkKey, out: memoryview) -> int | None:
+        """Fill the start of `out` with the chunk; its length, or None for no chunk."""
+        ...
+
+    def write(self, key: ChunkKey, buffer: memoryview, length: int) -> bool:
+        """Keep the first `length` bytes of `buffer` as the chunk; False where it is not kept."""
+        ...
+
+    def remove(self, key: ChunkKey) -> bool:
+        """Drop the chunk."""
+        ...
+
+    def get_blob(self, name: str) -> bytes | None:
+        """The value under `name`, or None."""
+        ...
+
+    def has_blob(self, name: str) -> bool:
+        """Whether there is one. Never blocks."""
+        ...
+
+    def get_blob_head(self, name: str, head_bytes: int) -> tuple[bytes, int] | None:
+        """The first bytes of the value under `name`, and how long all of it is."""
+        ...
+
+    def blob_names(self) -> list[str]:
+        """The names of all blobs."""
+        ...
+
+    def remove_blob(self, name: str) -> bool:
+        """Remove a blob; whether it was there."""
+        ...
+
+    def put_blob(self, name: str, data: bytes) -> bool:
+        """Keep `data` under `name`."""
+        ...
+
+    def set_quota(self, quota_bytes: int) -> None:
+        """Change the quota while running."""
+        ...
+
+    def stalled(self, seconds: float) -> None:
+        """A call has not returned for `seconds`."""
+        ...
+
+    def answered(self) -> None:
+        """The calls that hung have returned."""
+        ...
+
+
+_COUNT_MAX = 16
+
+
+class Troubles:
+    """Used by the loop's thread only, except for `add_from_thread`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.messages: list[str] = []
+        self.tell: Callable[[str], None] = lambda message: None  # whom to tell of a new one
+        self._loop = loop
+        self._closed = False
+
+    def add_from_thread(self, message: str) -> None:
+        """`add`, from any thread, and heard of later."""
+        if not self._closed:
+            self._loop.call_soon_threadsafe(self.add, message)
+
+    def add(self, message: str) -> None:
+        """Note it, and tell."""
+        if message in self.messages or len(self.messages) >= _COUNT_MAX or self._closed:
+            return
+        self.messages.append(message)
+        self.tell(message)
+
+    def close(self) -> None:
+        """Nobody is told anything more."""
+        self._closed = True
