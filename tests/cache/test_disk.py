@@ -367,7 +367,7 @@ def test_the_scan_removes_what_a_crash_cut(here: Place) -> None:
 def test_temp_files_of_the_dead_are_swept_those_of_the_living_are_not(here: Place) -> None:
     assert here.put(here.open(), key(1), content(1))
     folder = here.file(key(1)).parent
-    code = "from fastload.cache import owner; print(next(owner.temp_names()))"
+    code = "from fastload.cache import tempfiles; print(next(tempfiles.temp_names()))"
     dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     pid = dead.split("-")[1]
     reused = dead.replace(f"-{pid}-", f"-{os.getpid()}-")  # another process has the number by now
@@ -458,7 +458,7 @@ def test_temp_names_are_drawn_by_many_threads() -> None:
 
 def test_a_writer_that_is_a_zombie_is_gone() -> None:
     """It has its number and its entry in /proc until its parent looks."""
-    code = "from fastload.cache import owner; print(next(owner.temp_names()), flush=True); input()"
+    code = "from fastload.cache import tempfiles; print(next(tempfiles.temp_names()), flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None
         name = writer.stdout.readline().decode().strip()

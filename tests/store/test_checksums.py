@@ -147,12 +147,12 @@ def test_no_check_waits_for_a_compiler(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from fastload.kernels import objects
-from fastload.store.replies import told
+from fastload.store.replies import checksum_of
 objects.INSTALLED = Path(sys.argv[1])
 crc32c, md5 = [("x-goog-hash", "crc32c=YWJjZA==")], [("x-goog-hash", "md5=AAAAAAAAAAAAAAAAAAAAAA==")]
 for _ in range(2):
-    assert told(crc32c, None, is_whole=True) is None
-    assert told(crc32c + md5, None, is_whole=True).algorithm == "md5"
+    assert checksum_of(crc32c, None, is_whole=True) is None
+    assert checksum_of(crc32c + md5, None, is_whole=True).algorithm == "md5"
 assert "numba" not in sys.modules
 """
     environ = {
