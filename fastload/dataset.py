@@ -42,7 +42,7 @@ from fastload.pipeline.lookup import Lookup
 from fastload.pipeline.passes import AnyPosition, OnePass, PassOptions, SourcePass, begin_pass, open_source
 from fastload.pipeline.session import Source
 from fastload.plan import OrderOptions, OrderWish, Position, Ranks, Shuffle, Tail, sample_count_of_rank
-from fastload.plan.tail import check_tail
+from fastload.plan.ranks import check_tail
 from fastload.redaction import redact
 from fastload.store.logins import apart
 from fastload.streaming import BatchOf, Columns, Made, Row, Sample, Streaming, Unsaid

@@ -27,7 +27,7 @@ from fastload.pipeline.mixed import MixedPass, begin_mixed_pass
 from fastload.pipeline.passes import AnyPosition
 from fastload.plan import Ranks, Tail, sample_count_of_rank
 from fastload.plan.mixture import MixtureCursor, MixtureOptions, MixturePosition, Stop, check_stop, check_weights
-from fastload.plan.tail import check_tail
+from fastload.plan.ranks import check_tail
 from fastload.streaming import BatchOf, Made, Row, Sample, Streaming, Unsaid
 
 Weight = float | Sequence[tuple[int, float]]

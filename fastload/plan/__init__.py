@@ -5,13 +5,29 @@ there.
 from fastload.plan.cursor import EpochCursor, Split
 from fastload.plan.lookahead import first_objects, objects_in_use_order
 from fastload.plan.manifest import Manifest
-from fastload.plan.order import EpochOrder, OrderOptions, Shuffle, epoch_order, epoch_orders
+from fastload.plan.order import (
+    EpochOrder,
+    OrderOptions,
+    OrderWish,
+    Shuffle,
+    WindowKey,
+    epoch_order,
+    epoch_orders,
+    fitting_window_bytes,
+    lanes_of_node,
+    ram_bytes_for,
+)
 from fastload.plan.position import Place, Position
-from fastload.plan.ranks import Ranks, default_partitions, resolve_ranks, turn_of
+from fastload.plan.ranks import (
+    Ranks,
+    Tail,
+    batch_count_of_rank,
+    default_partitions,
+    resolve_ranks,
+    sample_count_of_rank,
+    turn_of,
+)
 from fastload.plan.samples import BatchEntry
-from fastload.plan.sizing import OrderWish, fitting_window_bytes, lanes_of_node, ram_bytes_for
-from fastload.plan.tail import Tail, batch_count_of_rank, sample_count_of_rank
-from fastload.plan.tally import WindowKey
 
 __all__ = [
     "BatchEntry",

@@ -13,15 +13,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fastload.plan.deal import Deal
+from fastload.plan.assignment import Assignment
 from fastload.plan.lanes import lane_length
-from fastload.plan.line import Line
-from fastload.plan.order import EpochOrder
+from fastload.plan.order import EpochOrder, WindowKey
 from fastload.plan.position import Place, Position
-from fastload.plan.ranks import Ranks
+from fastload.plan.ranks import Ranks, Tail
 from fastload.plan.samples import BatchEntry
-from fastload.plan.tail import Tail
-from fastload.plan.tally import WindowKey
+from fastload.plan.sequence import EpochSequence
 from fastload.plan.walk import Reader, Split, Walk
 
 __all__ = ["EpochCursor", "Split"]
@@ -62,9 +60,9 @@ class EpochCursor(Walk[WindowKey, BatchEntry]):
         self.orders, partitions = tuple(orders), len(orders)
         self.start = start if start is not None else Position.start(orders[0], ranks, batch_size, tail)
         self.start.check(self.orders, ranks, batch_size, tail)
-        delivered, deal = self.start.samples, Deal(ranks, partitions, reader.global_batch)
+        delivered, deal = self.start.samples, Assignment(ranks, partitions, reader.global_batch)
         self._lengths_at_start = _lengths(delivered, partitions)
-        self._epoch_line = Line(
+        self._epoch_line = EpochSequence(
             self.orders,
             {lane: self._lengths_at_start[lane] for lane in deal.lanes},
             self.start.places,

@@ -23,8 +23,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastload.plan.tally import Tally, WindowKey
-
 
 def lane_length(lane: int, position: int, partitions: int) -> int:
     """How many positions below `position` are of `lane`."""
@@ -36,7 +34,7 @@ def lane_lengths(position: int, partitions: int) -> NDArray[np.int64]:
     return (position - np.arange(partitions, dtype=np.int64) + partitions - 1) // partitions
 
 
-class Piece(NamedTuple):
+class PartitionRange(NamedTuple):
     """Samples of a partition, from `start` up to `stop` in its order."""
 
     partition: int
@@ -44,7 +42,7 @@ class Piece(NamedTuple):
     stop: int
 
 
-class Levels:
+class LaneQuotas:
     """How lanes are made equally long, once every partition's number of samples is known.
 
     `total` samples in all; `quota` is the length of each lane, `own` how much of it its partition gives.
@@ -59,91 +57,16 @@ class Levels:
         lacking = self.quota - self.own
         self._row_start_of_lane = np.cumsum(lacking) - lacking
 
-    def pieces(self, lane: int, start: int, stop: int) -> list[Piece]:
+    def pieces(self, lane: int, start: int, stop: int) -> list[PartitionRange]:
         """What `lane` holds from number `start` up to `stop`."""
         own = int(self.own[lane])
-        pieces = [Piece(lane, start, min(stop, own))] if start < min(stop, own) else []
+        pieces = [PartitionRange(lane, start, min(stop, own))] if start < min(stop, own) else []
         at = int(self._row_start_of_lane[lane]) + max(start, own) - own
         row_stop = int(self._row_start_of_lane[lane]) + stop - own
         while at < row_stop:
             partition = int(np.searchsorted(self._row_end, at, side="right"))
             end = min(row_stop, int(self._row_end[partition]))
             shift = int(self.own[partition]) - int(self._row_end[partition] - self._surplus[partition])
-            pieces.append(Piece(partition, at + shift, end + shift))
+            pieces.append(PartitionRange(partition, at + shift, end + shift))
             at = end
         return pieces
-
-
-class Stop(NamedTuple):
-    """Where a lane goes next: `length` samples of a window from `offset` on.
-
-    The length is 0 while the window is not counted; then the offset may lie beyond it.
-    """
-
-    key: WindowKey
-    offset: int
-    length: int
-
-
-class Leg(NamedTuple):
-    """A lane's numbers from `start` up to `stop` are the samples of a window from `offset` on."""
-
-    start: int
-    stop: int
-    key: WindowKey
-    offset: int
-
-
-class Lane:
-    """How far one lane is covered by open windows, and where it goes from there."""
-
-    def __init__(self, number: int, start: int) -> None:
-        self.number, self.first, self.covered = number, start, start
-        self.legs: list[Leg] = []
-        self._pieces: list[Piece] | None = None  # None: its own partition, to an end that is not known yet
-        self._stop: Stop | None = None  # the next, where it is known for good
-
-    def level(self, levels: Levels) -> None:
-        """From now on the lane's end is known, and what it holds beyond its own partition."""
-        own = int(levels.own[self.number])
-        if self.legs and self.covered > own:
-            self.covered = own
-            self.legs = [leg._replace(stop=min(leg.stop, own)) for leg in self.legs if leg.start < own]
-        self._pieces, self._stop = levels.pieces(self.number, self.covered, int(levels.quota[self.number])), None
-
-    def stop(self, tally: Tally) -> Stop | None:
-        """The next window that the lane needs open; None at its end, or while what follows is not known."""
-        if self._stop is None or not self._stop.length:
-            self._stop = self._find_stop(tally)
-        return self._stop
-
-    def _find_stop(self, tally: Tally) -> Stop | None:
-        piece = Piece(self.number, self.covered, 1 << 62) if self._pieces is None else next(iter(self._pieces), None)
-        found = None if piece is None else tally.find(piece.partition, piece.start)
-        if piece is None or found is None:
-            return None
-        window, offset, count = found
-        length = 0 if count < 0 else min(count - offset, piece.stop - piece.start)
-        return Stop(WindowKey(piece.partition, window), offset, length)
-
-    def take(self, stop: Stop) -> None:
-        """Go through the window of `stop`, which is open."""
-        self.legs.append(Leg(self.covered, self.covered + stop.length, stop.key, stop.offset))
-        self._move(stop.length)
-
-    def skip_to(self, number: int) -> None:
-        """Nobody here needs what lies before `number`."""
-        while self.covered < number and (self._pieces is None or self._pieces):
-            here = number - self.covered
-            self._move(here if self._pieces is None else min(here, self._pieces[0].stop - self._pieces[0].start))
-
-    def forget_before(self, number: int) -> None:
-        """Legs that end at or before `number` are over."""
-        self.legs = [leg for leg in self.legs if leg.stop > number]
-
-    def _move(self, length: int) -> None:
-        self.covered, self._stop = self.covered + length, None
-        if self._pieces is not None:
-            first = self._pieces[0]
-            rest = first._replace(start=first.start + length)
-            self._pieces[:1] = [rest] if rest.start < rest.stop else []

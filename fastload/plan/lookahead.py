@@ -12,12 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fastload.plan.deal import Deal
+from fastload.plan.assignment import Assignment
 from fastload.plan.manifest import Manifest
-from fastload.plan.order import EpochOrder, OrderOptions, epoch_orders
+from fastload.plan.order import EpochOrder, OrderOptions, WindowKey, epoch_orders
 from fastload.plan.position import Place, Position
 from fastload.plan.ranks import Ranks
-from fastload.plan.tally import WindowKey
 
 
 def objects_in_use_order(
@@ -39,7 +38,7 @@ def objects_in_use_order(
     if len(orders) == 1:
         order = orders[0]
         return order.object_order[order.window_start[min(places[0].window, order.window_count)] :]
-    home = range(len(orders)) if ranks is None else Deal(ranks, len(orders), ranks.world_size).home
+    home = range(len(orders)) if ranks is None else Assignment(ranks, len(orders), ranks.world_size).home
     keys = windows_by_bytes(orders, home, places)
     found = [orders[key.partition].window_objects(key.window) for key in keys]
     return np.concatenate(found) if found else np.empty(0, np.int32)

@@ -6,6 +6,8 @@ when an iteration begins, from the first of: what the user said, torch.distribut
 the program has imported it already. Which ranks share a node is what the launcher says (torchrun, Open MPI, Slurm),
 if it speaks of the same ranks. Open MPI and Slurm are not asked for the rank itself: what they set is also in
 the environment of single processes.
+
+How an epoch ends when its samples do not divide by the ranks, and what follows for counts.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
-from typing import NamedTuple
+from typing import Literal, NamedTuple, cast, get_args
 
 from fastload.errors import ConfigError
 
@@ -202,3 +204,29 @@ def _check(name: str, value: int, count_name: str, count: int) -> None:
         raise ConfigError(f"{count_name}={count} must be at least 1")
     if not 0 <= value < count:
         raise ConfigError(f"{name}={value} must be from 0 to {count - 1}, since {count_name}={count}")
+
+
+Tail = Literal["pad", "drop", "uneven"]
+
+
+def check_tail(tail: str) -> Tail:
+    """`tail` if it is one of the three ways. Raises `ConfigError`."""
+    if tail not in get_args(Tail):
+        raise ConfigError(f"tail={tail!r} must be 'pad', 'drop' or 'uneven'")
+    return cast(Tail, tail)
+
+
+def sample_count_of_rank(total: int, ranks: Ranks, tail: Tail, partitions: int = 1) -> int:
+    """How many samples a rank gets of `total`, repeats included."""
+    full, left_over = divmod(total, ranks.world_size)
+    if tail == "pad":
+        return full + (left_over > 0)
+    return full + (tail == "uneven" and turn_of(ranks, partitions) < left_over)
+
+
+def batch_count_of_rank(
+    total: int, ranks: Ranks, tail: Tail, batch_size: int, drop_last: bool, partitions: int = 1
+) -> int:
+    """How many batches a rank gets of `total` samples."""
+    full, rest = divmod(sample_count_of_rank(total, ranks, tail, partitions), batch_size)
+    return full + (rest > 0 and not drop_last)

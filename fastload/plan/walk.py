@@ -1,4 +1,8 @@
-"""A rank's walk along a line: which groups of positions are settled, what it needs for the next, and its batches.
+"""What a walk asks of a line, which is that of one data set or that of a mixture.
+
+A line has lanes, one a partition; position q is number q // P of lane q mod P. See `line` and `walk`.
+
+A rank's walk along a line: which groups of positions are settled, what it needs for the next, and its batches.
 
 A line is walked through by groups: a global batch, or as many as there are workers where these share samples. The
 samples of a group are given out once all its windows are open here, and once nothing that is still unknown can move
@@ -14,19 +18,105 @@ Pure: no clock, no I/O, and the work per window is a few calls over arrays, what
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Generic, Literal
+from typing import Generic, Literal, Protocol, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fastload.errors import ConfigError, StateError
-from fastload.plan.deal import Deal, Span
+from fastload.plan.assignment import Assignment, LaneSpan
 from fastload.plan.lanes import lane_length
-from fastload.plan.ranks import Ranks
-from fastload.plan.tail import Tail, check_tail
-from fastload.plan.walked import Entry, Key, Row, WalkedLine
+from fastload.plan.ranks import Ranks, Tail, check_tail
+
+Key = TypeVar("Key")  # names a window
+Entry = TypeVar("Entry")  # a batch, as numbers
+
+
+class Row(Protocol[Entry]):
+    """Samples in an order, from which batches are cut."""
+
+    def __len__(self) -> int: ...
+
+    def part(self, start: int, stop: int, step: int = 1) -> Self:
+        """Those from `start` to `stop`, or every `step`-th of them."""
+        ...
+
+    def then(self, more: Self) -> Self:
+        """These and `more` after them."""
+        ...
+
+    def batch(self, number: int, repeats: int, samples_after: int) -> Entry:
+        """All of them as one batch, whose last `repeats` are repeats."""
+        ...
+
+    def batches(self, size: int, numbers: Iterable[int], samples_after: Iterable[int]) -> list[Entry]:
+        """Whole batches of `size`, one after the other."""
+        ...
+
+
+class WalkedLine(Protocol[Key, Entry]):
+    """What a walk asks of a line."""
+
+    @property
+    def known(self) -> int:
+        """How many positions are known to be there, and settled but for the windows that must be open."""
+        ...
+
+    @property
+    def total(self) -> int | None:
+        """How many positions there are; None where that is not known, or there is no end."""
+        ...
+
+    @property
+    def open_windows(self) -> Collection[Key]:
+        """The windows that are open."""
+        ...
+
+    def skip(self, spans: Sequence[LaneSpan]) -> None:
+        """Nobody here needs what lanes hold before their `spans`."""
+        ...
+
+    def extend(self) -> None:
+        """Let lanes go on through windows that are open."""
+        ...
+
+    def reaches(self) -> Mapping[int, int]:
+        """For each lane up to which number its windows are open."""
+        ...
+
+    def due_in(self, spans: Sequence[LaneSpan]) -> list[tuple[int, Key]]:
+        """The windows that have to be opened for lanes to reach the ends of their `spans`, each with the position from
+        which it is needed; without those for which a count must be told before.
+        """
+        ...
+
+    def forget(self, position: int) -> None:
+        """What lies before `position` is not needed any more."""
+        ...
+
+    def close_all_but(self, kept: Key | None) -> None:
+        """Close the windows that no lane needs from where it was forgotten on, but for `kept`."""
+        ...
+
+    def samples(self, positions: NDArray[np.int64]) -> Row[Entry]:
+        """The samples at some positions, rising, that lanes have reached."""
+        ...
+
+    def find(self, lane: int, number: int) -> tuple[Key, int, int] | None:
+        """Window, offset and the window's samples, of a number of a lane, whoever reads it; None where counts that
+        are still missing could move it.
+        """
+        ...
+
+    def sample_at(self, key: Key, offset: int) -> Row[Entry]:
+        """The one sample at an offset in an open window."""
+        ...
+
 
 Split = Literal["batches", "samples"]
-
 # What is planned in one go, however large windows are: enough to share the cost of the calls.
 _SAMPLES_AT_ONCE = 1 << 16
 
@@ -65,7 +155,7 @@ class Reader:
 class Walk(Generic[Key, Entry]):
     """What the cursors over one data set and over a mixture have in common; see `EpochCursor` for how one is used."""
 
-    def __init__(self, line: WalkedLine[Key, Entry], deal: Deal, reader: Reader, delivered: int) -> None:
+    def __init__(self, line: WalkedLine[Key, Entry], deal: Assignment, reader: Reader, delivered: int) -> None:
         self._line, self._deal, self._reader, self._partitions = line, deal, reader, deal.partitions
         self.ranks, self.batch_size = reader.ranks, reader.batch_size
         self.drop_last, self.tail = reader.drop_last, reader.tail
@@ -133,7 +223,7 @@ class Walk(Generic[Key, Entry]):
         source = self._tail_source
         return source[0] if source is not None and source[0] not in self._line.open_windows else None
 
-    def _needs(self) -> list[Span]:
+    def _needs(self) -> list[LaneSpan]:
         """What the node needs of lanes for the next group; nothing where that depends on counts yet to come."""
         end, total = self._given + self._group, self._line.total
         if self._deal.is_cut and total is None and end > self._line.known:

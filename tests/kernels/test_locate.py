@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastload.plan.order import WindowKey
 from fastload.plan.permutation import Bijection
 from fastload.plan.samples import OpenWindow
-from fastload.plan.tally import WindowKey
 
 
 @settings(max_examples=100, deadline=None)

@@ -9,12 +9,10 @@ from numpy.typing import NDArray
 
 from fastload.errors import ConfigError
 from fastload.plan.cursor import EpochCursor, Split
-from fastload.plan.order import EpochOrder
+from fastload.plan.order import EpochOrder, WindowKey
 from fastload.plan.position import Position
-from fastload.plan.ranks import Ranks
+from fastload.plan.ranks import Ranks, Tail
 from fastload.plan.samples import BatchEntry
-from fastload.plan.tail import Tail
-from fastload.plan.tally import WindowKey
 
 
 class RankCursor:

@@ -16,7 +16,7 @@ from fastload.plan import (
     sample_count_of_rank,
     turn_of,
 )
-from fastload.plan.tail import check_tail
+from fastload.plan.ranks import check_tail
 from tests.patience import PATIENCE_S
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}

@@ -29,13 +29,13 @@ from numpy.typing import NDArray
 from fastload.plan.lanes import lane_length
 from fastload.plan.ranks import Ranks, shared_lanes, turn_of
 
-Span = tuple[int, int, int]
+LaneSpan = tuple[int, int, int]
 
 # Batches that are cut in one go: enough to share the cost of the calls, few enough to be small.
 _BATCHES_AT_ONCE = 64
 
 
-class Deal:
+class Assignment:
     """One rank's positions, and the lanes that its node reads.
 
     `lanes` are all that it may ever need of all `partitions`, `home` those that it reads throughout.
@@ -66,7 +66,7 @@ class Deal:
         low, high = self._piece * len(self._row), (self._piece + 1) * len(self._row)
         return sorted(self._row[(edges[1:] > low) & (edges[:-1] < high)].tolist())
 
-    def needs(self, first: int, stop: int) -> list[Span]:
+    def needs(self, first: int, stop: int) -> list[LaneSpan]:
         """Per lane that the node needs for the positions from `first` up to `stop`: lane, and from which
         number up to which. Where it depends on the rank, what does not make a round of the world is left out.
         """
@@ -76,7 +76,7 @@ class Deal:
             )
             return [(lane, start, end) for lane, start, end in ends if start < end]
         low, high = self._cut(first, stop - (stop - first) % self._ranks.world_size)
-        spans: list[Span] = []
+        spans: list[LaneSpan] = []
         for place in np.flatnonzero((low < high).any(axis=0)).tolist():
             used = low[:, place] < high[:, place]
             spans.append((int(self._row[place]), int(low[used, place].min()), int(high[used, place].max())))

@@ -9,28 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastload.errors import StateError
-from fastload.plan.order import EpochOrder
+from fastload.plan.order import EpochOrder, WindowKey
 from fastload.plan.position import Place
 
 # Counts that are taken down in one go; a million would take 50 MB meanwhile.
 _OBJECTS_AT_ONCE = 1 << 16
 
 
-class WindowKey(NamedTuple):
-    """A window of an epoch: which partition, and its number there."""
-
-    partition: int
-    window: int
-
-
 @dataclass(slots=True, eq=False)
-class _Part:
+class _PartitionCounts:
     """One partition. Arrays are by window: `count` so far, how many objects are `uncounted`, and `start`, the
     number of the window's first sample, known up to window `known`.
     """
@@ -48,7 +40,7 @@ class _Part:
             self.known += 1
 
 
-class Tally:
+class EpochCounts:
     """The counts of one epoch from `places` on.
 
     `taken` samples of each partition lie before its place, or all that it has, where these are fewer.
@@ -65,7 +57,7 @@ class Tally:
             self._parts.append(self._part(order, int(base), place, before))
         self._uncounted = int(self._window_uncounted.sum())
 
-    def _part(self, order: EpochOrder, base: int, place: Place, taken: int) -> _Part:
+    def _part(self, order: EpochOrder, base: int, place: Place, taken: int) -> _PartitionCounts:
         first = min(place.window, order.window_count)
         windows = slice(base, base + order.window_count)
         sizes = np.diff(order.window_start)
@@ -76,7 +68,7 @@ class Tally:
         start = np.zeros(order.window_count + 1, np.int64)
         start[first] = taken - place.offset
         self.at_least += int(start[first])
-        return _Part(order, first, self._window_count[windows], uncounted, start, first)
+        return _PartitionCounts(order, first, self._window_count[windows], uncounted, start, first)
 
     @property
     def is_complete(self) -> bool:

@@ -1,4 +1,4 @@
-"""The line of one data set in one epoch, as far as it is known.
+"""The sequence of one data set in one epoch, as far as it is known.
 
 What is known are sample counts that were told and windows that are open; from these follows how far each lane reaches,
 which windows or counts it needs to reach further, and which samples stand at its numbers. Nothing here knows who reads
@@ -9,21 +9,101 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastload.errors import StateError
-from fastload.plan.deal import Span
-from fastload.plan.lanes import Lane, Leg, Levels, Stop, lane_length
+from fastload.plan.assignment import LaneSpan
+from fastload.plan.epoch_counts import EpochCounts
+from fastload.plan.lanes import LaneQuotas, PartitionRange, lane_length
 from fastload.plan.lookahead import windows_by_bytes
-from fastload.plan.order import EpochOrder
+from fastload.plan.order import EpochOrder, WindowKey
 from fastload.plan.position import Place
 from fastload.plan.samples import NO_SAMPLES, OpenWindow, Samples
-from fastload.plan.tally import Tally, WindowKey
 
 
-class Line:
+class NextWindow(NamedTuple):
+    """Where a lane goes next: `length` samples of a window from `offset` on.
+
+    The length is 0 while the window is not counted; then the offset may lie beyond it.
+    """
+
+    key: WindowKey
+    offset: int
+    length: int
+
+
+class Leg(NamedTuple):
+    """A lane's numbers from `start` up to `stop` are the samples of a window from `offset` on."""
+
+    start: int
+    stop: int
+    key: WindowKey
+    offset: int
+
+
+class Lane:
+    """How far one lane is covered by open windows, and where it goes from there."""
+
+    def __init__(self, number: int, start: int) -> None:
+        self.number, self.first, self.covered = number, start, start
+        self.legs: list[Leg] = []
+        self._pieces: list[PartitionRange] | None = None  # None: its own partition, to an end that is not known yet
+        self._stop: NextWindow | None = None  # the next, where it is known for good
+
+    def level(self, levels: LaneQuotas) -> None:
+        """From now on the lane's end is known, and what it holds beyond its own partition."""
+        own = int(levels.own[self.number])
+        if self.legs and self.covered > own:
+            self.covered = own
+            self.legs = [leg._replace(stop=min(leg.stop, own)) for leg in self.legs if leg.start < own]
+        self._pieces, self._stop = levels.pieces(self.number, self.covered, int(levels.quota[self.number])), None
+
+    def stop(self, tally: EpochCounts) -> NextWindow | None:
+        """The next window that the lane needs open; None at its end, or while what follows is not known."""
+        if self._stop is None or not self._stop.length:
+            self._stop = self._find_stop(tally)
+        return self._stop
+
+    def _find_stop(self, tally: EpochCounts) -> NextWindow | None:
+        piece = (
+            PartitionRange(self.number, self.covered, 1 << 62)
+            if self._pieces is None
+            else next(iter(self._pieces), None)
+        )
+        found = None if piece is None else tally.find(piece.partition, piece.start)
+        if piece is None or found is None:
+            return None
+        window, offset, count = found
+        length = 0 if count < 0 else min(count - offset, piece.stop - piece.start)
+        return NextWindow(WindowKey(piece.partition, window), offset, length)
+
+    def take(self, stop: NextWindow) -> None:
+        """Go through the window of `stop`, which is open."""
+        self.legs.append(Leg(self.covered, self.covered + stop.length, stop.key, stop.offset))
+        self._move(stop.length)
+
+    def skip_to(self, number: int) -> None:
+        """Nobody here needs what lies before `number`."""
+        while self.covered < number and (self._pieces is None or self._pieces):
+            here = number - self.covered
+            self._move(here if self._pieces is None else min(here, self._pieces[0].stop - self._pieces[0].start))
+
+    def forget_before(self, number: int) -> None:
+        """Legs that end at or before `number` are over."""
+        self.legs = [leg for leg in self.legs if leg.stop > number]
+
+    def _move(self, length: int) -> None:
+        self.covered, self._stop = self.covered + length, None
+        if self._pieces is not None:
+            first = self._pieces[0]
+            rest = first._replace(start=first.start + length)
+            self._pieces[:1] = [rest] if rest.start < rest.stop else []
+
+
+class EpochSequence:
     """`orders` are those of all partitions. `starts` are the lanes that are walked through, and from which number.
 
     What lies before `places` is not counted: `taken` says how many samples of each partition that is, or more where it
@@ -39,10 +119,10 @@ class Line:
     ) -> None:
         self.orders = tuple(orders)
         self._partitions, self._places = len(orders), places
-        self._tally = Tally(orders, places, taken)
+        self._tally = EpochCounts(orders, places, taken)
         self.lanes = {lane: Lane(lane, number) for lane, number in starts.items()}
         self._open: dict[WindowKey, OpenWindow] = {}
-        self._levels: Levels | None = None
+        self._levels: LaneQuotas | None = None
         self._level()
 
     @property
@@ -88,7 +168,7 @@ class Line:
         needed = {leg.key for lane in self.lanes.values() for leg in lane.legs} | {kept}
         self._open = {key: window for key, window in self._open.items() if key in needed}
 
-    def skip(self, spans: Sequence[Span]) -> None:
+    def skip(self, spans: Sequence[LaneSpan]) -> None:
         """Nobody here needs what lanes hold before their `spans`."""
         for lane, start, _ in spans:
             self.lanes[lane].skip_to(start)
@@ -108,7 +188,7 @@ class Line:
         """For each lane up to which number its windows are open."""
         return {number: lane.covered for number, lane in self.lanes.items()}
 
-    def due_in(self, spans: Sequence[Span]) -> list[tuple[int, WindowKey]]:
+    def due_in(self, spans: Sequence[LaneSpan]) -> list[tuple[int, WindowKey]]:
         """The windows that have to be opened for lanes to reach the ends of their `spans`, each with the position from
         which it is needed.
         """
@@ -124,7 +204,7 @@ class Line:
         stop = found.stop(self._tally) if found.covered < end else None
         return [(found.covered, stop.key)] if stop is not None and self._is_due(found, stop) else []
 
-    def wanted(self, spans: Sequence[Span]) -> NDArray[np.int32]:
+    def wanted(self, spans: Sequence[LaneSpan]) -> NDArray[np.int32]:
         """Objects whose counts must be told before lanes can go on to the ends of their `spans`; those of the next
         windows, or all where a lane has come to the end of its partition.
         """
@@ -238,7 +318,7 @@ class Line:
             (max(start, int(number)), WindowKey(lane, first + i)) for i, number in enumerate(numbers[first:].tolist())
         ]
 
-    def _is_due(self, lane: Lane, stop: Stop) -> bool:
+    def _is_due(self, lane: Lane, stop: NextWindow) -> bool:
         """Whether a lane needs a window, or may lie beyond its end, which only a count can tell."""
         is_start = lane.covered == lane.first and stop.key.window == self._places[lane.number].window
         return stop.length > 0 or stop.offset == 0 or is_start
@@ -259,6 +339,6 @@ class Line:
     def _level(self) -> None:
         """Once everything is counted: settle where lanes end."""
         if self._levels is None and self._tally.is_complete:
-            self._levels = Levels(self._tally.totals())
+            self._levels = LaneQuotas(self._tally.totals())
             for lane in self.lanes.values():
                 lane.level(self._levels)

@@ -7,78 +7,28 @@ function of (weights, seed, epoch, lane), drawn so that each is within about a s
 
 The words of a lane and a source are keyed by the first eight bytes, little-endian, of blake2b of `fastload mixture 1
 seed=0 epoch=0 lane=0 source=0`.
+
+How far the line of a mixture is settled, and where it ends, by what is known of its sources.
+
+Lane p of a source that has N samples has its *quota* of them in each of the source's epochs. Where the lanes of the
+mixture come to the ends of quotas is asked of `Blend`: where its line ends with "first" and "all", and, for a source
+that is not counted and so has at least some quotas, up to where all that it gives is certain to lie in its first epoch.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastload.errors import ConfigError
 from fastload.kernels.mixing import NEVER, fill_steps, mix, numbers_of, shares_at
-from fastload.plan.lanes import lane_length
-
-__all__ = ["NEVER", "Blend", "Schedule", "Weights", "check_weights"]
-
-# A source's weights: (global sample count, weight), the first from 0 on.
-Schedule = tuple[tuple[int, float], ...]
-Weights = tuple[Schedule, ...]
-
-# Below this share of all, a source has hardly a sample in any epoch that there will ever be.
-_SHARE_MIN = 1e-9
-
-
-def check_weights(weights: Sequence[float | Sequence[tuple[int, float]]]) -> Weights:
-    """The weights of sources, each a number or a list of (global sample count, weight), in one form. Raises
-    `ConfigError`.
-    """
-    if not weights:
-        raise ConfigError("a mixture of no sources; give at least one")
-    checked = tuple(_checked(f"of source {number}", weight) for number, weight in enumerate(weights))
-    for first, shares in _steps(checked):
-        if not any(shares):
-            raise ConfigError(f"from sample {first} on the weights of all sources are 0; give one of them another")
-        for number, share in enumerate(shares):
-            if 0 < share < _SHARE_MIN:
-                raise ConfigError(
-                    f"the weight of source {number} from sample {first} on is {share:.3g} of all, below {_SHARE_MIN}; "
-                    "raise it, or make it 0"
-                )
-    return checked
-
-
-def _checked(whose: str, weight: Any) -> Schedule:
-    steps = weight if isinstance(weight, list | tuple) else [(0, weight)]
-    try:
-        schedule = tuple((int(first), float(value)) for first, value in steps)
-        is_whole = all(int(first) == first for first, _ in steps)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"the weight {whose}, {weight!r}, must be a number or a list of (sample count, number)"
-        ) from error
-    firsts = [first for first, _ in schedule]
-    if not is_whole or firsts[:1] != [0] or sorted(set(firsts)) != firsts:
-        raise ConfigError(f"the steps of the weight {whose} begin at {firsts}; they must be rising integers from 0 on")
-    wrong = [value for _, value in schedule if not (math.isfinite(value) and value >= 0)]
-    if wrong:
-        raise ConfigError(f"the weight {whose} must be a finite number of at least 0, not {wrong[0]!r}")
-    return schedule
-
-
-def _steps(weights: Weights) -> list[tuple[int, list[float]]]:
-    """Where weights change, and the share of each source from there on."""
-    steps = []
-    for first in sorted({first for schedule in weights for first, _ in schedule}):
-        now = [max(step for step in schedule if step[0] <= first)[1] for schedule in weights]
-        total = sum(now)
-        steps.append((first, [weight / total if total else 0.0 for weight in now]))
-    return steps
+from fastload.plan.lanes import lane_length, lane_lengths
+from fastload.plan.weights import MixtureOptions, Stop, Weights, weight_steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +47,7 @@ class Blend:
     @classmethod
     def of(cls, weights: Weights, seed: int, epoch: int, partitions: int) -> Blend:
         """The blend of a mixture's epoch."""
-        steps, lanes, sources = _steps(weights), range(partitions), range(len(weights))
+        steps, lanes, sources = weight_steps(weights), range(partitions), range(len(weights))
         keys = np.array([[_key(seed, epoch, lane, source) for source in sources] for lane in lanes], np.uint64)
         rates = np.array([shares for _, shares in steps], np.float64)
         starts = np.array([[lane_length(lane, first, partitions) for first, _ in steps] for lane in lanes], np.int64)
@@ -162,3 +112,45 @@ def _scratch(sources: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
 def _key(seed: int, epoch: int, lane: int, source: int) -> int:
     text = f"fastload mixture 1 seed={seed} epoch={epoch} lane={lane} source={source}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+class Extent(NamedTuple):
+    """The line is settled up to `known`; `limits` are the positions up to which each source has it settled. `total` is
+    where it ends, None where that is not known yet or there is no end.
+    """
+
+    known: int
+    limits: tuple[int, ...]
+    total: int | None
+
+
+def extent_of(blend: Blend, quotas: NDArray[np.int64], is_counted: NDArray[np.bool_], stop: Stop) -> Extent:
+    """`quotas` are those of the sources in each lane, int64[lanes, sources]: at least so many where a source is not
+    counted. Raises `ConfigError` where "all" would never end.
+    """
+    beyond = blend.positions(quotas).min(axis=0)
+    known = int(beyond[~is_counted | (stop == "first")].min(initial=NEVER))
+    if stop == "all":
+        last = blend.positions(np.maximum(quotas, 1) - 1)
+        known = min(known, _end_of_all(np.where(quotas > 0, last, -1)))
+    return Extent(known, tuple(beyond.tolist()), known if is_counted.all() and stop != "never" else None)
+
+
+def sample_count(options: MixtureOptions, epoch: int, counts: Sequence[int], partitions: int) -> int | None:
+    """The samples of an epoch of a mixture, over all ranks and without repeats, by those of its sources; None where it
+    has no end. Raises `ConfigError`.
+    """
+    blend = Blend.of(options.weights, options.seed, epoch, partitions)
+    quotas = np.stack([lane_lengths(count, partitions) for count in counts], axis=1)
+    return extent_of(blend, quotas, np.ones(len(counts), np.bool_), options.stop).total
+
+
+def _end_of_all(last: NDArray[np.int64]) -> int:
+    """Where all sources have been gone through, by the last position of each lane and source."""
+    never = np.flatnonzero((last == NEVER).any(axis=0))
+    if len(never):
+        raise ConfigError(
+            f"stop='all', but source {never[0]} of the mixture is never gone through, since its last weight is 0; "
+            "give it another, or use stop='first' or 'never'"
+        )
+    return int(last.max()) + 1
