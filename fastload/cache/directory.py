@@ -138,11 +138,6 @@ class CacheDirectory:
         """The file whose lock the service holds."""
         return self.path / "lock"
 
-    @property
-    def limits_path(self) -> Path:
-        """Where the limits are kept."""
-        return limits.path_of(self.path)
-
     @contextlib.contextmanager
     def socket_address(self) -> Iterator[str]:
         """The socket's path in a form that fits a Unix address, whatever its length, and that leads into a directory

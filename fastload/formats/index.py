@@ -98,14 +98,6 @@ class ShardIndex:
         raw = self.key_bytes[self.key_offsets[sample] : self.key_offsets[sample + 1]]
         return raw.tobytes().decode("utf-8", "backslashreplace")
 
-    def members_of(self, column: str) -> NDArray[np.int64]:
-        """int64[S]: per sample, the number of its member in `column`, or -1 where it has none."""
-        found = np.full(self.sample_count, -1, np.int64)
-        if column in self.columns:
-            members = np.flatnonzero(self.member_column == self.columns.index(column))
-            found[np.searchsorted(self.member_start, members, side="right") - 1] = members
-        return found
-
     def __eq__(self, other: object) -> bool:
         """Whether both say the same."""
         if not isinstance(other, ShardIndex):

@@ -263,7 +263,6 @@ class ConsumerState:
         self.options_key = options_key
         self.send = send
         self.entries: list[ObjectEntry] = []
-        self.attached = False  # the whole list has arrived
         self._pieces: list[Piece] = []
         self._first_chunk = array("q", [0])
         self.plan: Plan | None = None
@@ -290,7 +289,6 @@ class ConsumerState:
         entries, self.entries = self.entries, []
         self._pieces = []
         self._first_chunk = array("q", [0])
-        self.attached = False
         return entries
 
     def locate(self, chunk_no: int) -> tuple[ObjectEntry, int]:

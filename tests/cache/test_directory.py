@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fastload.cache import CacheDirectory, syscalls
+from fastload.cache import CacheDirectory, limits, syscalls
 from fastload.client import Handle as Cache
 from fastload.config import CacheLimits
 from fastload.errors import CacheError, ConfigError
@@ -36,7 +36,7 @@ def place(tmp_path: Path) -> Path:
 def test_it_is_made_for_its_owner_only(place: Path) -> None:
     directory = CacheDirectory.open(place, **LIMITS)
     assert stat.S_IMODE(place.stat().st_mode) == 0o700
-    assert stat.S_IMODE(directory.limits_path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(limits.path_of(directory.path).stat().st_mode) == 0o600
     assert directory.path == place
     assert directory.warnings == ()
     assert {path.parent for path in (directory.socket_path, directory.log_path, directory.lock_path)} == {place}
@@ -116,7 +116,7 @@ def test_the_first_writes_the_limits_and_they_stay(place: Path) -> None:
     later = CacheDirectory.open(place)
     assert later.limits == CacheLimits(**LIMITS)
     assert later.warnings == ()
-    assert json.loads(later.limits_path.read_text()) == {"format": 1, **asdict(later.limits)}
+    assert json.loads(limits.path_of(later.path).read_text()) == {"format": 1, **asdict(later.limits)}
 
 
 def test_the_same_again_is_no_change(place: Path) -> None:
@@ -186,7 +186,7 @@ def test_sizes_that_no_machine_has_are_refused(place: Path, name: str, value: in
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"format": 1, "ram_bytes": "x"}', "\xff"])
 def test_damaged_limits_are_set_anew(place: Path, content: str) -> None:
-    path = CacheDirectory.open(place, **LIMITS).limits_path
+    path = limits.path_of(CacheDirectory.open(place, **LIMITS).path)
     path.write_bytes(content.encode("latin-1"))
     again = CacheDirectory.open(place, **LIMITS)
     assert again.limits == CacheLimits(**LIMITS)
@@ -196,7 +196,7 @@ def test_damaged_limits_are_set_anew(place: Path, content: str) -> None:
 
 
 def test_limits_of_a_later_format_are_refused(place: Path) -> None:
-    path = CacheDirectory.open(place, **LIMITS).limits_path
+    path = limits.path_of(CacheDirectory.open(place, **LIMITS).path)
     path.write_text('{"format": 2}')
     with pytest.raises(CacheError, match=f"{path} is of format 2"):
         CacheDirectory.open(place)

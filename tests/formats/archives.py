@@ -89,6 +89,15 @@ def index(data: bytes, chunk_bytes: int = 4096, skip: bool = True) -> ShardIndex
     return indexer.finish()
 
 
+def members_of(found: ShardIndex, column: str) -> np.ndarray:
+    """int64[S]: per sample, the number of its member in `column`, or -1 where it has none."""
+    numbers = np.full(found.sample_count, -1, np.int64)
+    if column in found.columns:
+        members = np.flatnonzero(found.member_column == found.columns.index(column))
+        numbers[np.searchsorted(found.member_start, members, side="right") - 1] = members
+    return numbers
+
+
 def as_samples(found: ShardIndex, data: bytes) -> list[dict[str, object]]:
     """What an index says, in plain Python."""
     samples = []

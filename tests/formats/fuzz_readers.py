@@ -25,7 +25,7 @@ from fastload.formats import ShardIndex, wids
 from fastload.formats.index import HEADER_BYTES, stored_sample_count
 from fastload.formats.sidecar import SCHEMA, read_summary
 from tests.formats import fuzzing
-from tests.formats.archives import URL, Member, index, write
+from tests.formats.archives import URL, Member, index, members_of, write
 
 NUMBERS = [-1, 0, 1, 2, 3, 127, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 62), (1 << 63) - 1, -(1 << 63)]
 _SHARDS = [
@@ -105,7 +105,7 @@ def check_found(found: ShardIndex, size: int) -> None:
     for sample in range(found.sample_count):
         assert isinstance(found.key(sample), str)
     for column in found.columns:
-        members = found.members_of(column)
+        members = members_of(found, column)
         assert np.all((members >= -1) & (members < found.member_count))
 
 

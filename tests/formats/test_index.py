@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fastload.errors import ShardError
 from fastload.formats import ShardIndex
 from fastload.formats.index import stored_sample_count
-from tests.formats.archives import Member, index, write
+from tests.formats.archives import Member, index, members_of, write
 
 URL = "s3://bucket/a.tar"
 DATA = write([Member("a.jpg", b"J" * 700), Member("a.é", b"1"), Member("b.jpg", b"2"), Member("dir/c.é")])
@@ -150,5 +150,5 @@ def test_what_is_accepted_can_be_used(changes: list[tuple[int, int]]) -> None:
     for number in range(found.sample_count):
         found.key(number)
     for column in found.columns:
-        assert found.members_of(column).max(initial=-1) < found.member_count
+        assert members_of(found, column).max(initial=-1) < found.member_count
     assert np.all(found.member_offset + found.member_size <= len(DATA))

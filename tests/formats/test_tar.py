@@ -20,6 +20,7 @@ from tests.formats.archives import (
     from_webdataset,
     header,
     index,
+    members_of,
     padded,
     pax,
     write,
@@ -42,14 +43,14 @@ def test_samples_columns_and_bytes() -> None:
         {"__key__": "a", "jpg": b"J" * 700, "cls": b"1"},
         {"__key__": "b", "cls": b"2", "jpg": b""},
     ]
-    assert found.members_of("jpg").tolist() == [0, 3]
+    assert members_of(found, "jpg").tolist() == [0, 3]
     assert found.object_size == len(data)
 
 
 def test_a_column_that_a_sample_lacks_is_minus_one() -> None:
     found = index(write([Member("a.x"), Member("b.y"), Member("c.x"), Member("c.y")]))
-    assert found.members_of("y").tolist() == [-1, 1, 3]
-    assert found.members_of("z").tolist() == [-1, -1, -1]
+    assert members_of(found, "y").tolist() == [-1, 1, 3]
+    assert members_of(found, "z").tolist() == [-1, -1, -1]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from fastload.formats import ShardIndex
 from fastload.pipeline.located import Located
 from fastload.pipeline.windows import LiveWindows, Window
 from fastload.plan import BatchEntry
+from tests.formats.archives import members_of
 
 COLUMNS = ("jpg", "cls", "txt")
 # Keys as they stand in shards: any bytes but NUL, also such as are no UTF-8, alone or across two keys.
@@ -72,7 +73,7 @@ def test_they_are_those_of_the_indexes(shards: list[list[Any]], data: st.DataObj
     assert missing == (values.offset < 0).sum()
     for column, first_chunk, offset, size in zip(names, values.first_chunk, values.offset, values.size, strict=True):
         assert first_chunk.tolist() == [10 * shard for shard, _ in chosen]
-        members = [indexes[shard].members_of(column)[number] for shard, number in chosen]
+        members = [members_of(indexes[shard], column)[number] for shard, number in chosen]
         places = [
             (int(indexes[shard].member_offset[member]), int(indexes[shard].member_size[member]))
             if member >= 0

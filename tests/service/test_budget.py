@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastload import protocol
-from fastload.cache import CacheDirectory, DiskTier
+from fastload.cache import CacheDirectory, DiskTier, limits
 from fastload.service.core import Core
 from fastload.service.placement import WriteBudget
 from tests.service.helpers import CHUNK_BYTES
@@ -98,5 +98,5 @@ def test_it_belongs_to_the_directory(tmp_path: Path) -> None:
     found = CacheDirectory.open(tmp_path / "cache")
     assert (found.limits.disk_write_bytes_per_s, found.warnings) == (5, ())
     old = '{"format": 1, "ram_bytes": 1048576, "disk_bytes": 0, "chunk_bytes": 65536}'
-    found.limits_path.write_text(old)
+    limits.path_of(found.path).write_text(old)
     assert CacheDirectory.open(tmp_path / "cache").limits.disk_write_bytes_per_s == 0
