@@ -30,7 +30,7 @@ from fastload.channel import Connection, greet
 from fastload.errors import CacheError, FastloadError, ServiceError
 from fastload.service.environment import of_service
 from fastload.service.logs import FILE_BYTES_MAX
-from fastload.service.standin import Place, StandIn
+from fastload.service.standin import ServiceLocation, StandIn
 
 DEADLINE_S = 60.0
 _TRY_AGAIN_S, _TRY_AGAIN_MAX_S = 0.02, 0.5
@@ -46,7 +46,7 @@ class StartError(ServiceError):
 
 
 def connect(
-    directory: Place,
+    directory: ServiceLocation,
     hello: protocol.Hello,
     start: Callable[[threading.Event], None],
     stop: threading.Event,
@@ -67,7 +67,7 @@ def connect(
         raise CacheError(_refused(directory, error)) from error
 
 
-def _refused(directory: Place, error: OSError) -> str:
+def _refused(directory: ServiceLocation, error: OSError) -> str:
     return (
         f"no cache service for {directory.path} can be started or reached: {error}; "
         "look at the rights in the directory, and at the limits of this process (ulimit -a)"
@@ -75,7 +75,7 @@ def _refused(directory: Place, error: OSError) -> str:
 
 
 def _connect(
-    directory: Place,
+    directory: ServiceLocation,
     hello: protocol.Hello,
     start: Callable[[threading.Event], None],
     stop: threading.Event,
@@ -109,7 +109,7 @@ def _connect(
     raise ServiceError(f"connecting to the cache service for {directory.path} was given up: the consumer is closed")
 
 
-def _try(directory: Place, hello: protocol.Hello, stop: threading.Event) -> Connection | None:
+def _try(directory: ServiceLocation, hello: protocol.Hello, stop: threading.Event) -> Connection | None:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)  # a Unix socket connects at once, or not
@@ -124,7 +124,9 @@ def _try(directory: Place, hello: protocol.Hello, stop: threading.Event) -> Conn
     return greet(sock, hello, str(directory.path), stop)
 
 
-def start_process(directory: Place, idle_s: float, stop: threading.Event, deadline_s: float = DEADLINE_S) -> None:
+def start_process(
+    directory: ServiceLocation, idle_s: float, stop: threading.Event, deadline_s: float = DEADLINE_S
+) -> None:
     """Start a service process; returns when it serves, when it found another one in its place, or at the deadline.
 
     Raises what kept it from serving, in its own words.
@@ -140,7 +142,7 @@ def start_process(directory: Place, idle_s: float, stop: threading.Event, deadli
         raise errors.from_wire(str(name), str(message))
 
 
-def _run(directory: Place, idle_s: float, stop: threading.Event, deadline_s: float) -> dict[str, Any] | None:
+def _run(directory: ServiceLocation, idle_s: float, stop: threading.Event, deadline_s: float) -> dict[str, Any] | None:
     reading, writing = os.pipe()
     try:
         try:

@@ -31,7 +31,7 @@ from fastload.client.opened import Opener
 from fastload.config import CacheLimits, default_cache_dir, default_ram_bytes, exact_bytes, format_bytes, parse_bytes
 from fastload.errors import CacheError, ConfigError, FastloadError, ServiceError
 from fastload.lifecycle import keep_forever, reset_on_fork
-from fastload.service.standin import Place, StandIn
+from fastload.service.standin import ServiceLocation, StandIn
 from fastload.waiting import Waits
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Handle:
 
     def _forget_service(self) -> None:
         self._lock = threading.Lock()
-        self._services: dict[Place, InProcessService] = {}
+        self._services: dict[ServiceLocation, InProcessService] = {}
         self._shared: dict[Hashable, Any] = {}
 
     @staticmethod
@@ -263,7 +263,7 @@ class Handle:
             return connection
         raise error
 
-    def _connect_to(self, place: Place, hello: protocol.Hello, stop: threading.Event) -> Connection:
+    def _connect_to(self, place: ServiceLocation, hello: protocol.Hello, stop: threading.Event) -> Connection:
         here = self._service_mode == "inprocess" or (isinstance(place, StandIn) and place.is_alone)
         connection = self._elect(place, hello, stop, here=here)
         welcome = connection.welcome
@@ -276,7 +276,7 @@ class Handle:
             )
         return connection
 
-    def _elect(self, place: Place, hello: protocol.Hello, stop: threading.Event, *, here: bool) -> Connection:
+    def _elect(self, place: ServiceLocation, hello: protocol.Hello, stop: threading.Event, *, here: bool) -> Connection:
         if here:
             return election.connect(place, hello, lambda stop: self._start_here(place), stop)
         try:
@@ -313,7 +313,7 @@ class Handle:
         key = str(self._path), self._kinds.get(message, message)
         return _warned.setdefault(key, mine) is mine  # which is atomic
 
-    def _start_here(self, place: Place) -> None:
+    def _start_here(self, place: ServiceLocation) -> None:
         from fastload.service.inprocess import InProcessService  # all of the service, which is mostly elsewhere
 
         with self._lock:

@@ -22,11 +22,11 @@ from fastload.errors import CacheError, ServiceError, to_wire
 from fastload.service import buffers
 from fastload.service.buffers import BufferTable
 from fastload.service.disk_io import DiskWatch
-from fastload.service.indexes import Indexes
+from fastload.service.indexes import IndexCache
 from fastload.service.openings import Versions
 from fastload.service.placement import DiskOrder
 from fastload.service.ports import Disk
-from fastload.service.recording import Remembering
+from fastload.service.recording import Recording
 from fastload.service.state import ConsumerState
 from fastload.service.stores import StoreTable
 from fastload.service.threads import Done, Pools
@@ -36,13 +36,13 @@ from fastload.store.table import ObjectTable
 _LISTING_THREADS = 2
 
 
-class Requests:
+class Queries:
     """Used by the loop's thread only."""
 
     def __init__(
         self,
         stores: StoreTable,
-        indexes: Indexes,
+        indexes: IndexCache,
         stats: Callable[[ConsumerState], dict[str, Any]],
         pools: Pools,
     ) -> None:
@@ -123,7 +123,7 @@ _AT_ONCE = 256
 
 
 @dataclass(slots=True, eq=False)
-class _Clearing:
+class _ClearRequest:
     consumer: ConsumerState
     message: protocol.Clear
     freed: int  # in RAM
@@ -140,9 +140,9 @@ class Clearing:
         self,
         disk: Disk,
         order: DiskOrder,
-        indexes: Indexes,
+        indexes: IndexCache,
         versions: Versions,
-        history: Remembering,
+        history: Recording,
         watch: DiskWatch,
         drop_idle: Callable[[], int],
         forget: Callable[[], None],
@@ -161,7 +161,7 @@ class Clearing:
         freed = self._drop_idle()
         self._indexes.clear()
         self._versions.clear()
-        clearing = _Clearing(consumer, message, freed, self._disk.used_bytes, self._disk.keys())
+        clearing = _ClearRequest(consumer, message, freed, self._disk.used_bytes, self._disk.keys())
         if self._watch.stalled:
             self._answer(clearing, 0, self._hangs())
             return
@@ -172,7 +172,7 @@ class Clearing:
 
         self._submit(clearing, self._disk.blob_names, found)
 
-    def _submit(self, clearing: _Clearing, function: Callable[[], Any], then: Callable[[Any], None]) -> None:
+    def _submit(self, clearing: _ClearRequest, function: Callable[[], Any], then: Callable[[Any], None]) -> None:
         """Call `function` in a thread, and then `then`."""
 
         def done(result: Any, error: BaseException | None) -> None:
@@ -187,7 +187,7 @@ class Clearing:
 
         self._pool.submit(function, done=done, hung=hung)
 
-    def _go_on(self, clearing: _Clearing) -> None:
+    def _go_on(self, clearing: _ClearRequest) -> None:
         """Remove the next files; when there are none left, forget the history."""
         keys, blobs = clearing.keys[-_AT_ONCE:], clearing.blobs[-_AT_ONCE:]
         del clearing.keys[-_AT_ONCE:], clearing.blobs[-_AT_ONCE:]
@@ -214,7 +214,7 @@ class Clearing:
         else:
             self._answer(clearing, freed, None)
 
-    def _answer(self, clearing: _Clearing, byte_count: int, error: BaseException | None) -> None:
+    def _answer(self, clearing: _ClearRequest, byte_count: int, error: BaseException | None) -> None:
         if clearing.is_answered:
             return
         clearing.is_answered = True
@@ -228,18 +228,18 @@ class Clearing:
         return CacheError(f"the disk cache {self._disk.directory} does not answer; clear it again when it does")
 
 
-def buffer_figures(table: BufferTable) -> dict[str, int]:
+def buffer_stats(table: BufferTable) -> dict[str, int]:
     """How many buffers are in which state."""
-    count = np.bincount(table.status, minlength=buffers.STRANDED + 1).tolist()
+    count = np.bincount(table.status, minlength=buffers.QUARANTINED + 1).tolist()
     return {
         "buffers": table.count,
         "buffers_free": count[buffers.FREE],
         "buffers_leased": count[buffers.LEASED] + count[buffers.STUCK],
-        "buffers_stranded": count[buffers.STRANDED],
+        "buffers_stranded": count[buffers.QUARANTINED],
     }
 
 
-def disk_figures(disk: Disk) -> dict[str, int]:
+def disk_stats(disk: Disk) -> dict[str, int]:
     """What the disk tier holds, and what went wrong with it."""
     counters = disk.counters
     return {

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload.cache.policy.unknown_order import SieveSlots, least
-from fastload.service.state import NEVER, Chunk, Int64, ObjectEntry, Plan, Recalled, State, Write
+from fastload.service.state import NEVER, Chunk, ChunkState, Int64, ObjectEntry, Plan, RecallState, WriteState
 
-FREE, LOADING, IDLE, QUEUED, WRITING, LEASED, STUCK, STRANDED = range(8)
+FREE, LOADING, IDLE, QUEUED, WRITING, LEASED, STUCK, QUARANTINED = range(8)
 """What is in a buffer: nothing; a chunk being filled in; a chunk that may go at once; one whose write has not begun;
 one being written; a leased one whose lease may be asked back; a leased one for which that has been done or would not
 help; a chunk, or nothing any more, under a read or write that hangs."""
@@ -31,7 +31,7 @@ LATER = NEVER - 1
 # Of the chunk in a buffer: no live plan or claim names it; one does, whose policy makes nothing of a known order; one
 # does, with an order.
 _IDLE, _BY_SIEVE, _BY_LRU, _COVERED = range(4)
-_STANDINGS = {"sieve": _BY_SIEVE, "lru": _BY_LRU}
+_EVICTION_CLASSES = {"sieve": _BY_SIEVE, "lru": _BY_LRU}
 Pinned = Callable[[Chunk], bool]
 
 
@@ -43,8 +43,8 @@ class BufferTable:
         self.count, self._is_pinned = count, is_pinned
         self.status = np.full(count, FREE, np.uint8)
         self.chunks: list[Chunk | None] = [None] * count
-        self._released = np.zeros(count, np.int64)  # when it was last let go of, in `_clock` ticks
-        self._standing = np.zeros(count, np.uint8)
+        self._released_at = np.zeros(count, np.int64)  # when it was last let go of, in `_clock` ticks
+        self._eviction_class = np.zeros(count, np.uint8)
         self._pinned = np.zeros(count, bool)
         self._on_disk = np.zeros(count, bool)  # as far as was said: it may have gone there since
         self._sieve = SieveSlots(count)
@@ -62,9 +62,9 @@ class BufferTable:
         return len(self._free)
 
     @property
-    def stranded_count(self) -> int:
+    def quarantined_count(self) -> int:
         """How many buffers cannot be used because a read or write hangs."""
-        return int(np.count_nonzero(self.status == STRANDED))
+        return int(np.count_nonzero(self.status == QUARANTINED))
 
     def free(self) -> list[int]:
         """The buffers that hold nothing; the one to use next is the last."""
@@ -83,7 +83,7 @@ class BufferTable:
         self.touch(chunk)
         self._sieve.came(buffer)
         self._on_disk[buffer] = on_disk
-        self._regard(chunk)
+        self._classify(chunk)
         for plan, positions in self._positions.items():
             positions[buffer] = plan.position(chunk.entry, chunk.index)
         self._short_plans.lies(chunk, buffer)
@@ -91,24 +91,24 @@ class BufferTable:
 
     def clear(self, chunk: Chunk) -> None:
         """Take the chunk's buffer back."""
-        self.reclaim(self.strand(chunk))
+        self.release(self.quarantine(chunk))
 
-    def strand(self, chunk: Chunk) -> int:
-        """Part the chunk from its buffer, which cannot be used until `reclaim`; returns it."""
+    def quarantine(self, chunk: Chunk) -> int:
+        """Part the chunk from its buffer, which cannot be used until `release`; returns it."""
         buffer, chunk.buffer = chunk.buffer, -1
         self.chunks[buffer] = None
-        self.status[buffer] = STRANDED
+        self.status[buffer] = QUARANTINED
         self._short_plans.lies(chunk, -1)
         return buffer
 
     def borrow(self) -> int:
-        """A free buffer for a read that may turn out to be for nothing; it cannot be used until `reclaim`."""
+        """A free buffer for a read that may turn out to be for nothing; it cannot be used until `release`."""
         buffer = self._free.pop()
         self.used_count = max(self.used_count, buffer + 1)
-        self.status[buffer] = STRANDED
+        self.status[buffer] = QUARANTINED
         return buffer
 
-    def reclaim(self, buffer: int) -> None:
+    def release(self, buffer: int) -> None:
         """The buffer holds nothing, and nobody writes to it any more."""
         self.status[buffer] = FREE
         self._free.append(buffer)
@@ -126,7 +126,7 @@ class BufferTable:
     def touch(self, chunk: Chunk) -> None:
         """The chunk was let go of just now."""
         self._clock += 1
-        self._released[chunk.buffer] = self._clock
+        self._released_at[chunk.buffer] = self._clock
 
     def use(self, chunk: Chunk) -> None:
         """The chunk was here when it was asked for."""
@@ -139,7 +139,7 @@ class BufferTable:
 
     def evicted(self, chunk: Chunk) -> None:
         """The chunk is about to go, because others need its buffer more."""
-        if self._standing[chunk.buffer] in (_IDLE, _BY_SIEVE):
+        if self._eviction_class[chunk.buffer] in (_IDLE, _BY_SIEVE):
             self._sieve.evicted(chunk.buffer)
 
     def refresh(self, chunk: Chunk) -> None:
@@ -157,7 +157,7 @@ class BufferTable:
             self._positions[plan] = np.full(self.count, -1, np.int64)
             self.replan(plan)
         if plan.covers:
-            self.recover()
+            self.recompute_eviction_classes()
 
     def remove_plan(self, plan: Plan) -> None:
         """A plan has ended; its objects are discounted already."""
@@ -166,7 +166,7 @@ class BufferTable:
         else:
             del self._positions[plan]
         if plan.covers:
-            self.recover()
+            self.recompute_eviction_classes()
 
     def replan(self, plan: Plan) -> None:
         """The next positions of a long plan's chunks have changed."""
@@ -175,16 +175,16 @@ class BufferTable:
             if chunk is not None:
                 positions[buffer] = plan.position(chunk.entry, chunk.index)
 
-    def recover(self) -> None:
+    def recompute_eviction_classes(self) -> None:
         """Which objects are covered has changed."""
         for chunk in self.chunks:
             if chunk is not None:
-                self._regard(chunk)
+                self._classify(chunk)
 
-    def _regard(self, chunk: Chunk) -> None:
+    def _classify(self, chunk: Chunk) -> None:
         entry = chunk.entry
         is_covered = entry.plan_count > 0
-        self._standing[chunk.buffer] = _STANDINGS.get(entry.policy, _COVERED) if is_covered else _IDLE
+        self._eviction_class[chunk.buffer] = _EVICTION_CLASSES.get(entry.policy, _COVERED) if is_covered else _IDLE
         self._pinned[chunk.buffer] = is_covered and self._is_pinned(chunk)
 
     # Choosing
@@ -195,7 +195,7 @@ class BufferTable:
 
     def _has(self, statuses: Iterable[int]) -> npt.NDArray[np.bool_]:
         """Which have one of these; twice a turn, so not `np.isin`, which takes 30 us whatever there is."""
-        wanted = np.zeros(STRANDED + 1, bool)
+        wanted = np.zeros(QUARANTINED + 1, bool)
         wanted[list(statuses)] = True
         return wanted[self.status]
 
@@ -205,7 +205,7 @@ class BufferTable:
         for plan, positions in self._positions.items():
             np.minimum(nearest, plan.ahead(positions), out=nearest)
         self._short_plans.lower(nearest)
-        is_kept = self._pinned & ~self._on_disk & (self._standing == _COVERED)
+        is_kept = self._pinned & ~self._on_disk & (self._eviction_class == _COVERED)
         return np.where(is_kept & (nearest == NEVER), LATER, nearest)
 
     def by_usefulness(self, statuses: Iterable[int], at_most: int = 1 << 62) -> tuple[list[int], list[int]]:
@@ -218,13 +218,13 @@ class BufferTable:
         last what should be pinned here. In the end what will be used, the farthest use first.
         """
         (buffers,) = np.nonzero(self._has(statuses))
-        next_use, standing = self.next_use()[buffers], self._standing[buffers]
-        released, is_ahead = self._released[buffers], next_use < LATER
-        is_covered = standing == _COVERED
-        rank = standing + np.where(is_covered, 2 * (next_use == LATER) + ~self._on_disk[buffers], 0)
+        next_use, eviction_class = self.next_use()[buffers], self._eviction_class[buffers]
+        released, is_ahead = self._released_at[buffers], next_use < LATER
+        is_covered = eviction_class == _COVERED
+        rank = eviction_class + np.where(is_covered, 2 * (next_use == LATER) + ~self._on_disk[buffers], 0)
         rank[is_ahead] = _COVERED + 4
         within = np.where(is_covered, -released, released)
-        by_sieve = standing < _BY_LRU
+        by_sieve = eviction_class < _BY_LRU
         if (by_sieve & ~is_ahead).any():
             within[by_sieve] = self._sieve.order(buffers[by_sieve])
         within[is_ahead] = -next_use[is_ahead]
@@ -248,14 +248,14 @@ def _least(rank: npt.NDArray[np.uint8], within: Int64, count: int) -> Int64:
 
 
 def _status(chunk: Chunk) -> int:
-    if chunk.state is State.LOADING:
+    if chunk.state is ChunkState.LOADING:
         return LOADING
-    if chunk.write is Write.HUNG:
-        return STRANDED
+    if chunk.write is WriteState.HUNG:
+        return QUARANTINED
     if chunk.lessees:
-        ready = chunk.recalled is Recalled.NO and chunk.write is not Write.RUNNING
+        ready = chunk.recalled is RecallState.NO and chunk.write is not WriteState.RUNNING
         return LEASED if ready else STUCK
-    return {Write.NONE: IDLE, Write.QUEUED: QUEUED, Write.RUNNING: WRITING}[chunk.write]
+    return {WriteState.NONE: IDLE, WriteState.QUEUED: QUEUED, WriteState.RUNNING: WRITING}[chunk.write]
 
 
 class ShortPlans:
@@ -293,7 +293,7 @@ class ShortPlans:
 
     def lower(self, nearest: Int64) -> None:
         """Make `nearest`, how many chunks ahead the next use of each buffer is, as small as these plans have it."""
-        parts = [buffers[plan.cursor : plan.sight] for plan, buffers in self._buffers.items()]
+        parts = [buffers[plan.cursor : plan.prefetched_to] for plan, buffers in self._buffers.items()]
         if not parts:
             return
         steps = np.arange(max(map(len, parts)))

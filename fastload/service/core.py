@@ -21,17 +21,17 @@ from typing import Any
 from fastload import protocol
 from fastload.errors import CacheError
 from fastload.service import admin, scheduler
-from fastload.service.admin import Clearing, Requests
+from fastload.service.admin import Clearing, Queries
 from fastload.service.disk_io import DISK_DEADLINE_S, DiskWatch, Quota
-from fastload.service.indexes import Indexes
+from fastload.service.indexes import IndexCache
 from fastload.service.openings import Openings, Versions
-from fastload.service.plans import WarmPlan, Wishes
-from fastload.service.ports import Parts
-from fastload.service.recording import WRITE_AFTER_S, Remembering
+from fastload.service.plans import Candidates, WarmPlan
+from fastload.service.ports import Ports
+from fastload.service.recording import WRITE_AFTER_S, Recording
 from fastload.service.replay import Replay, ReplayPlan
 from fastload.service.residency import Heard, Records, Residency
-from fastload.service.scheduler import Drop, Load, Recall, Slots
-from fastload.service.standin import Place
+from fastload.service.scheduler import Capacity, Drop, Load, RecallChunk
+from fastload.service.standin import ServiceLocation
 from fastload.service.state import Chunk, ConsumerState, Plan
 from fastload.service.stores import Opener
 from fastload.service.threads import Pool
@@ -51,7 +51,7 @@ class Core:
 
     def __init__(
         self,
-        directory: Place,
+        directory: ServiceLocation,
         loop: asyncio.AbstractEventLoop,
         opener: Opener | None = None,
         disk_deadline_s: float = DISK_DEADLINE_S,
@@ -60,61 +60,61 @@ class Core:
 
         `disk_deadline_s`: after so long without an answer the disk is bypassed (see `stalls`).
         """
-        self._begin(Parts.of_directory(directory, loop, opener), disk_deadline_s)
+        self._begin(Ports.of_directory(directory, loop, opener), disk_deadline_s)
 
     @classmethod
-    def of_parts(cls, parts: Parts, disk_deadline_s: float = DISK_DEADLINE_S) -> Core:
-        """A core that is built on other parts than a directory's."""
+    def of_ports(cls, ports: Ports, disk_deadline_s: float = DISK_DEADLINE_S) -> Core:
+        """A core that is built on other ports than a directory's."""
         core = cls.__new__(cls)
-        core._begin(parts, disk_deadline_s)
+        core._begin(ports, disk_deadline_s)
         return core
 
-    def _begin(self, parts: Parts, disk_deadline_s: float) -> None:
-        self._parts, self._loop = parts, parts.pools.loop
+    def _begin(self, ports: Ports, disk_deadline_s: float) -> None:
+        self._ports, self._loop = ports, ports.pools.loop
         self._closed = False
         self._turn_due = self._flush_due = False
         self._looking_again = False
         self._release_timer: asyncio.TimerHandle | None = None
-        self._memory_pool = parts.pools.make("memory", 1)
+        self._memory_pool = ports.pools.make("memory", 1)
         self._memory_pool.finishes = True
         self.service_id = os.urandom(16)
-        self.chunk_bytes = parts.limits.chunk_bytes
-        self.arena, self.disk = parts.arena, parts.disk
+        self.chunk_bytes = ports.limits.chunk_bytes
+        self.arena, self.disk = ports.arena, ports.disk
         self.consumers: dict[ConsumerState, None] = {}  # in the order in which they came
-        parts.troubles.tell = self._tell_trouble
-        self._history = Remembering(
-            parts.history,
-            parts.limits.history_bytes,
-            parts.limits.chunk_bytes,
-            parts.pools,
+        ports.warnings.tell = self._tell_trouble
+        self._history = Recording(
+            ports.history,
+            ports.limits.history_bytes,
+            ports.limits.chunk_bytes,
+            ports.pools,
             lambda: self._fetches.learnt(),
-            parts.now,
-            parts.wall,
-            parts.is_lost,
+            ports.now,
+            ports.wall,
+            ports.is_lost,
         )
-        self._watch = DiskWatch(self.disk, parts.pools, disk_deadline_s, self._disk_stalled, self._wake, parts.now)
+        self._watch = DiskWatch(self.disk, ports.pools, disk_deadline_s, self._disk_stalled, self._wake, ports.now)
         self._make_records()
         self._make_services()
 
     def _make_records(self) -> None:
         """What is where, who wants it, and what becomes of it."""
-        records = self._records = Records.of_parts(self._parts, self.consumers)
+        records = self._records = Records.of_ports(self._ports, self.consumers)
         self._objects, self._table, self._disk_order = records.objects, records.table, records.disk_order
-        self._ledger, self._plans, self._pins = records.ledger, records.plans, records.pins
+        self._leases, self._plans, self._pins = records.ledger, records.plans, records.pins
         heard = Heard(lambda chunk: self._replay.fetched(chunk), self._load_failed, self._wake)
         residency = self._residency = Residency(
-            self._parts, records, self._watch, self.consumers, self._history.known, heard
+            self._ports, records, self._watch, self.consumers, self._history.known, heard
         )
         self._fetches, self._loader, self._writer = residency.fetches, residency.loader, residency.writer
         self._warming = residency.warming
 
     def _make_services(self) -> None:
         """What consumers ask for besides chunks, and what chunks they ask for."""
-        stores, pools = self._parts.stores, self._parts.pools
-        self._indexes = Indexes(self.disk, self._disk_order, self._watch, self._parts.is_lost)
-        self._requests = Requests(stores, self._indexes, self._stats, pools)
+        stores, pools = self._ports.stores, self._ports.pools
+        self._indexes = IndexCache(self.disk, self._disk_order, self._watch, self._ports.is_lost)
+        self._queries = Queries(stores, self._indexes, self._stats, pools)
         self._quota = Quota(self.disk, self._disk_order, pools)
-        versions = Versions(self._parts.now)
+        versions = Versions(self._ports.now)
         self._openings = Openings(self.consumers, self._objects, stores, versions, pools)
         self._replay = Replay(self._plans, self._objects, stores, versions, self._history.load, self._wake)
         self._clearing = Clearing(
@@ -127,8 +127,8 @@ class Core:
             self._residency.drop_idle,
             self._replay.forget,
         )
-        self._wishes = Wishes(
-            self._ledger,
+        self._candidates = Candidates(
+            self._leases,
             self._plans,
             self._warming,
             self.arena.buffer_count,
@@ -140,7 +140,7 @@ class Core:
 
     def connect(self, hello: protocol.Hello, send: Send) -> ConsumerState:
         """A consumer has come."""
-        consumer = ConsumerState(hello, self._parts.stores.add(hello.store), send)
+        consumer = ConsumerState(hello, self._ports.stores.add(hello.store), send)
         consumer.load_order = self._loader.order
         self.consumers[consumer] = None
         if self._release_timer is not None:
@@ -157,7 +157,7 @@ class Core:
         self.consumers.pop(consumer, None)
         self._detach(consumer)
         self._history.disconnect(consumer)
-        self._parts.stores.remove(consumer.options_key)
+        self._ports.stores.remove(consumer.options_key)
         self._flush_soon()
         if not self.consumers:
             self._release_timer = self._loop.call_later(RELEASE_AFTER_S, self._release)
@@ -177,7 +177,7 @@ class Core:
             log.warning("the arena's memory cannot be given back: %s", error)
             return
         self._table.renewed()
-        self._parts.populator.renewed()
+        self._ports.populator.renewed()
         self._memory_pool.submit(let_go, done=_gone)
 
     def _flush_soon(self) -> None:
@@ -195,12 +195,12 @@ class Core:
         """Take a message; ServiceError for one that makes no sense, after which the consumer should be cut off."""
         match message:
             case protocol.Want():
-                self._ledger.want(consumer, message)
+                self._leases.want(consumer, message)
                 self._read(consumer, message.chunks)
             case protocol.Release():
-                self._ledger.release(consumer, message.chunks)
+                self._leases.release(consumer, message.chunks)
             case protocol.Pinned():
-                self._ledger.pinned(consumer, message.chunks)
+                self._leases.pinned(consumer, message.chunks)
             case protocol.Advance():
                 self._advance(consumer, message.position)
             case protocol.SetPlan():
@@ -223,13 +223,13 @@ class Core:
             case protocol.Report():
                 consumer.report = message.values
             case _:
-                self._requests.take(consumer, message)
+                self._queries.take(consumer, message)
         self._wake()
 
     def _attach(self, consumer: ConsumerState, message: protocol.Attach) -> None:
         if message.first:
             self._detach(consumer)
-        endpoint = self._parts.stores.endpoint(consumer.options_key)
+        endpoint = self._ports.stores.endpoint(consumer.options_key)
         consumer.append(self._objects.use_rows(message.rows, endpoint))
 
     def _read(self, consumer: ConsumerState, chunk_nos: list[int]) -> None:
@@ -251,13 +251,13 @@ class Core:
         """End its leases, wants and plan, and forget its objects."""
         self._note_warmed(consumer)
         self._replay.left(consumer)
-        self._ledger.drop_consumer(consumer)
+        self._leases.drop_consumer(consumer)
         self._plans.end(consumer)
         self._objects.unuse(consumer.clear_objects())
 
     def _change_credentials(self, consumer: ConsumerState, message: protocol.Credentials) -> None:
-        before, consumer.options_key = consumer.options_key, self._parts.stores.add(message.store)
-        self._parts.stores.remove(before)
+        before, consumer.options_key = consumer.options_key, self._ports.stores.add(message.store)
+        self._ports.stores.remove(before)
         self._replay.credentials_changed(consumer)
         plan = consumer.plan
         if plan is not None and not isinstance(plan, ReplayPlan):
@@ -297,19 +297,23 @@ class Core:
         self._turn_due = False
         if self._closed:
             return
-        slots = Slots(self._loader.reads.idle, self._fetches.idle, self._fetches.free_at)
+        capacity = Capacity(self._loader.reads.idle, self._fetches.idle, self._fetches.free_at)
         quick = self._disk_is_quick()
         actions = scheduler.decide(
-            self._wishes.candidates(), self._table, slots, coming=self._residency.coming(quick), disk_is_quick=quick
+            self._candidates.by_need(),
+            self._table,
+            capacity,
+            coming=self._residency.coming(quick),
+            disk_is_quick=quick,
         )
         for action in actions:
             self._carry_out(action)
         self._fetches.settled()
-        self._parts.populator.need(self._table.used_count, self._pins.buffers_needed)
-        if self._watch.stalled and self._table.stranded_count == self._table.count:
+        self._ports.populator.need(self._table.used_count, self._pins.buffers_needed)
+        if self._watch.stalled and self._table.quarantined_count == self._table.count:
             self._refuse_demands()
-        self._ledger.grant_deferred()
-        wait_s = self._warming.tend(self._parts.now())
+        self._leases.grant_deferred()
+        wait_s = self._warming.tend(self._ports.now())
         if wait_s is not None:
             self._loop.call_later(wait_s, self._wake)
         for consumer in self.consumers:
@@ -319,7 +323,7 @@ class Core:
     def _disk_is_quick(self) -> bool:
         """Whether writes are worth waiting for; if somebody does, we look again when this one turns out to be slow."""
         quick_for_s = self._writer.quick_for_s()
-        if quick_for_s and self._ledger.demanded and not self._looking_again:
+        if quick_for_s and self._leases.demanded and not self._looking_again:
             self._looking_again = True
             self._loop.call_later(quick_for_s, self._look_again)
         return quick_for_s > 0
@@ -334,8 +338,8 @@ class Core:
                 self._residency.load(action.candidate, action.buffer)
             case Drop():
                 self._residency.drop(self._records.chunk_in(action.buffer))
-            case Recall():
-                self._ledger.recall(self._records.chunk_in(action.buffer))
+            case RecallChunk():
+                self._leases.recall(self._records.chunk_in(action.buffer))
 
     def _load_failed(self, chunk: Chunk, error: BaseException) -> None:
         self._openings.failed(chunk, error)
@@ -345,7 +349,7 @@ class Core:
 
     def pool(self, name: str) -> Pool:
         """A thread for what may hang, which ends with the core."""
-        return self._parts.pools.make(name, 1)
+        return self._ports.pools.make(name, 1)
 
     @property
     def disk_hangs(self) -> bool:
@@ -361,8 +365,8 @@ class Core:
             f"the disk cache {self.disk.directory} does not answer, and reads and writes that wait for it hold all "
             f"{self._table.count} chunks of ram_bytes; raise ram_bytes, or set disk_bytes=0"
         )
-        for chunk in list(self._ledger.demanded):
-            self._ledger.failed(chunk, error)
+        for chunk in list(self._leases.demanded):
+            self._leases.failed(chunk, error)
 
     # Figures
 
@@ -375,29 +379,29 @@ class Core:
             **self._writer.counters,
         }
         counted |= self._replay.counters
-        counted["recalls"] = self._ledger.recall_count
+        counted["recalls"] = self._leases.recall_count
         node = {
             **counted,
-            **admin.buffer_figures(self._table),
-            **admin.disk_figures(self.disk),
-            **self._fetches.figures(),
+            **admin.buffer_stats(self._table),
+            **admin.disk_stats(self.disk),
+            **self._fetches.stats(),
             "arena_touched_bytes": self.arena.touched_bytes,
             "pid": os.getpid(),
-            "troubles": list(self.troubles),
+            "troubles": list(self.warnings),
         }
         return {
             "consumer": consumer.stats(),
             "consumers": [each.stats() for each in self.consumers],
             "node": node,
-            "store": self._parts.stores.counters.values(),
+            "store": self._ports.stores.counters.values(),
         }
 
     # Trouble and the end
 
     @property
-    def troubles(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """What consumers should know of, those to come as well."""
-        return self._parts.troubles.messages
+        return self._ports.warnings.messages
 
     def _tell_trouble(self, message: str) -> None:
         for consumer in self.consumers:
@@ -408,15 +412,15 @@ class Core:
         self._closed = True
         self._history.close()
         self._indexes.flush()
-        parts = self._parts
-        parts.troubles.close()
-        parts.stores.close()
+        ports = self._ports
+        ports.warnings.close()
+        ports.stores.close()
         self._watch.close()
-        ended = parts.pools.close(deadline_s)
-        parts.populator.close()
-        parts.arena.close()
+        ended = ports.pools.close(deadline_s)
+        ports.populator.close()
+        ports.arena.close()
         if ended:
-            parts.closed()
+            ports.closed()
         return ended
 
 

@@ -20,13 +20,13 @@ they consist of many small calls, a deadline for the whole would say nothing abo
 A disk that does not answer: a read or write that hangs, in a dead NFS server or a drive that is going, for good.
 
 Nothing can end such a call, and it keeps its thread and the buffer that it was given. So the calls go through pools
-whose jobs are watched. When one has run for longer than the deadline, the disk *stalls*: the tier is bypassed
+whose tasks are watched. When one has run for longer than the deadline, the disk *stalls*: the tier is bypassed
 (`DiskTier.stalled`), and everything under way with it is given up, each in its own way (`Job.hung`): a chunk that was
 being read is fetched from the store into another buffer; one that was being written stays readable, and its buffer
 cannot be used for anything else. When the last of those calls has come back, their threads and buffers are as good as
 ever, and so is the disk.
 
-The deadline counts from when a thread began with the job, so that many quick ones in a row are no stall. Jobs have to
+The deadline counts from when a thread began with the task, so that many quick ones in a row are no stall. Tasks have to
 be small for that: a chunk, or a few indexes.
 """
 
@@ -43,8 +43,8 @@ from typing import Any
 from fastload.cache import ChunkKey
 from fastload.service.placement import DiskOrder, Room, WriteBudget
 from fastload.service.ports import Disk, Ram
-from fastload.service.state import Chunk, Write
-from fastload.service.threads import Done, Job, Pool, Pools
+from fastload.service.state import Chunk, WriteState
+from fastload.service.threads import Done, Pool, Pools, Task
 
 DISK_WRITE_THREADS = 2
 # A write that takes no longer is worth waiting for by whoever needs its buffer (8 MiB: 6 ms on a good disk).
@@ -130,7 +130,7 @@ class WriteBehind:
         return self._disk.writable and self._disk.free_bytes - self._queued_bytes >= need
 
     def _enqueue(self, chunk: Chunk) -> None:
-        chunk.write = Write.QUEUED
+        chunk.write = WriteState.QUEUED
         self._queue[chunk] = None
         self._queued_bytes += self._disk.file_bytes(chunk.length)
 
@@ -149,7 +149,7 @@ class WriteBehind:
     def give_up(self, chunk: Chunk) -> None:
         """The chunk's write has not begun, and shall not."""
         self._dequeue(chunk)
-        chunk.write = Write.NONE
+        chunk.write = WriteState.NONE
         self._tries.pop(chunk, None)
         self._budget.give_back(self._disk.file_bytes(chunk.length))
         self.counters["writes_given_up"] += 1
@@ -168,7 +168,7 @@ class WriteBehind:
             self._begin(chunk)
 
     def _begin(self, chunk: Chunk) -> None:
-        chunk.write = Write.RUNNING
+        chunk.write = WriteState.RUNNING
         self._running[chunk] = self._now()
         self._changed(chunk)
         key = chunk.entry.key(chunk.index)
@@ -180,7 +180,7 @@ class WriteBehind:
         def hung() -> Done:
             self.counters["writes_hung"] += 1
             del self._running[chunk]
-            chunk.write = Write.HUNG
+            chunk.write = WriteState.HUNG
             self._written(chunk, False)
             return done
 
@@ -223,7 +223,7 @@ class WriteBehind:
         else:
             self._budget.give_back(self._disk.file_bytes(chunk.length))
             self.counters["writes_refused"] += self._disk.quota_bytes > 0
-        chunk.write = Write.NONE
+        chunk.write = WriteState.NONE
         self._written(chunk, written)
         self.pump()
 
@@ -292,7 +292,7 @@ class DiskWatch:
         self._disk, self._pools, self._deadline_s = disk, pools, deadline_s
         self._on_stall, self._on_answer, self._now = stalled, answered, now
         self._watched: list[Pool] = []
-        self._hanging: set[Job] = set()
+        self._hanging: set[Task] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -301,7 +301,7 @@ class DiskWatch:
         return bool(self._hanging)
 
     def pool(self, name: str, count: int) -> Pool:
-        """A pool whose jobs are watched. Each must have a `hung`."""
+        """A pool whose tasks are watched. Each must have a `hung`."""
         pool = self._pools.make(name, count, submitted=self._expect)
         self._watched.append(pool)
         return pool
@@ -318,27 +318,27 @@ class DiskWatch:
 
     def _look(self) -> None:
         self._timer = None
-        jobs = [job for pool in self._watched for job in pool.under_way if job not in self._hanging]
-        if not jobs:
+        tasks = [task for pool in self._watched for task in pool.under_way if task not in self._hanging]
+        if not tasks:
             return
-        oldest = min((job.began for job in jobs if job.began), default=self._now())
+        oldest = min((task.began for task in tasks if task.began), default=self._now())
         left_s = oldest + self._deadline_s - self._now()
         if left_s > 0:
             self._timer = self._pools.loop.call_later(left_s, self._look)
         else:
-            self._stall(jobs)
+            self._stall(tasks)
 
-    def _stall(self, jobs: list[Job]) -> None:
+    def _stall(self, tasks: list[Task]) -> None:
         self._disk.stalled(self._deadline_s)
-        self._hanging.update(jobs)
-        for job in jobs:
-            assert job.hung is not None, "a watched job that nobody can give up"
-            job.done = partial(self._returned, job, job.hung())
+        self._hanging.update(tasks)
+        for task in tasks:
+            assert task.hung is not None, "a watched task that nobody can give up"
+            task.done = partial(self._returned, task, task.hung())
         self._on_stall()
 
-    def _returned(self, job: Job, done: Done, result: Any, error: BaseException | None) -> None:
+    def _returned(self, task: Task, done: Done, result: Any, error: BaseException | None) -> None:
         done(result, error)
-        self._hanging.discard(job)
+        self._hanging.discard(task)
         if not self._hanging:
             self._disk.answered()
             self._on_answer()

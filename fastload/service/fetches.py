@@ -48,7 +48,7 @@ class _Endpoint:
 
 
 @dataclass(slots=True, eq=False)
-class _Request:
+class _FetchRequest:
     chunk: Chunk
     buffer: int
     endpoint: _Endpoint
@@ -86,7 +86,7 @@ class Fetches:
         self._pool = pools.make("fetch", self._max + _HEDGES_MAX)
         self._endpoints: dict[str, _Endpoint] = {}  # the one used last is the last
         self._forgotten: Counter[str] = Counter()  # what was refused by those that are not known any more
-        self._requests: dict[Chunk, list[_Request]] = {}
+        self._requests: dict[Chunk, list[_FetchRequest]] = {}
         self._ended: dict[Chunk, Ended] = {}
         self._timer: asyncio.TimerHandle | None = None
         self.counters: Counter[str] = Counter(hedged_requests=0, hedges_won=0)
@@ -145,7 +145,7 @@ class Fetches:
     def _begin(self, chunk: Chunk, buffer: int, *, is_hedge: bool) -> None:
         endpoint = self._use(chunk.entry.origin)
         watch = Watch(partial(self._tell, endpoint), self._now)
-        request = _Request(chunk, buffer, endpoint, watch, self._now(), is_hedge)
+        request = _FetchRequest(chunk, buffer, endpoint, watch, self._now(), is_hedge)
         self._requests.setdefault(chunk, []).append(request)
         endpoint.in_flight += 1
         endpoint.hedger.request_count += 1
@@ -166,7 +166,7 @@ class Fetches:
         endpoint.controller.ended(attempt, self._now())
         endpoint.hedger.ended(attempt)
 
-    def _done(self, request: _Request, error: BaseException | None) -> None:
+    def _done(self, request: _FetchRequest, error: BaseException | None) -> None:
         if request.lost:
             self._give_back(request.buffer)
             return
@@ -190,12 +190,12 @@ class Fetches:
     def _take(self, chunk: Chunk, buffer: int) -> None:
         """The chunk is in `buffer` from now on; the one that it had is that of a request which will give it back."""
         if chunk.buffer != buffer:
-            self._table.strand(chunk)
-            self._table.reclaim(buffer)
+            self._table.quarantine(chunk)
+            self._table.release(buffer)
             self._table.place(chunk, buffer)
 
     def _give_back(self, buffer: int) -> None:
-        self._table.reclaim(buffer)
+        self._table.release(buffer)
         self._freed()
 
     # Second requests
@@ -213,7 +213,7 @@ class Fetches:
                 self._consider(requests, late_after_s)
         self._timer = self._loop.call_later(max(_LOOK_S_MIN, soonest_s), self._look)
 
-    def _consider(self, requests: list[_Request], late_after_s: float) -> None:
+    def _consider(self, requests: list[_FetchRequest], late_after_s: float) -> None:
         newest, now = requests[-1], self._now()
         endpoint, chunk = newest.endpoint, newest.chunk
         late = len(requests) < _REQUESTS_OF_CHUNK_MAX and chunk.wanters and now - newest.began_s > late_after_s
@@ -227,7 +227,7 @@ class Fetches:
 
     # Figures
 
-    def figures(self) -> dict[str, Any]:
+    def stats(self) -> dict[str, Any]:
         """Of all endpoints together, and of each."""
         refusals = self._forgotten.copy()
         for endpoint in self._endpoints.values():
@@ -237,7 +237,7 @@ class Fetches:
             "requests_in_flight": sum(endpoint.in_flight for endpoint in self._endpoints.values()),
             "throttled_requests": refusals["throttled"],
             "timed_out_requests": refusals["timed_out"],
-            "endpoints": {name: _figures(endpoint) for name, endpoint in self._endpoints.items()},
+            "endpoints": {name: _endpoint_stats(endpoint) for name, endpoint in self._endpoints.items()},
         }
 
 
@@ -245,7 +245,7 @@ def _refusals(endpoint: _Endpoint) -> dict[str, int]:
     return {"throttled": endpoint.controller.throttled_count, "timed_out": endpoint.controller.timed_out_count}
 
 
-def _figures(endpoint: _Endpoint) -> dict[str, float]:
+def _endpoint_stats(endpoint: _Endpoint) -> dict[str, float]:
     learnt = endpoint.controller.learnt()
     return {
         "requests_allowed": endpoint.controller.limit,

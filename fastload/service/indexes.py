@@ -40,7 +40,7 @@ _HEADS_AT_ONCE = 512
 Found = Callable[[dict[bytes, bytes]], None]
 
 
-class Indexes:
+class IndexCache:
     """Used by the loop's thread only, except for what the pool runs."""
 
     def __init__(self, disk: Disk, order: DiskOrder, watch: DiskWatch, is_lost: Callable[[], bool]) -> None:

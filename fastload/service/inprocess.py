@@ -14,7 +14,7 @@ from fastload.errors import ServiceError
 from fastload.lifecycle import keep_forever, reset_on_fork
 from fastload.service.logs import limited
 from fastload.service.server import Server
-from fastload.service.standin import Place
+from fastload.service.standin import ServiceLocation
 
 _START_DEADLINE_S = 60.0
 
@@ -22,7 +22,7 @@ _START_DEADLINE_S = 60.0
 class InProcessService:
     """A running service. It gives the lock of `directory`, which the caller took, back when it ends."""
 
-    def __init__(self, directory: Place) -> None:
+    def __init__(self, directory: ServiceLocation) -> None:
         """Start, and wait until consumers can connect; raises what stopped it from that, ServiceError at a deadline."""
         self._directory = directory
         self._server: Server | None = None

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable
 from fastload import protocol
 from fastload.errors import StoreError, to_wire
 from fastload.service.buffers import BufferTable
-from fastload.service.state import Chunk, ConsumerState, Recalled, State, Want
+from fastload.service.state import Chunk, ChunkState, ConsumerState, OpenWant, RecallState
 
 
-class Ledger:
+class Leases:
     """Changed by the loop's thread only."""
 
     def __init__(self, table: BufferTable, used: Callable[[Chunk], None]) -> None:
@@ -37,17 +37,17 @@ class Ledger:
             entry, index = consumer.locate(chunk_no)
             chunk = entry.chunk(index)
             holder = consumer, chunk_no
-            recalled = chunk.recalled is not Recalled.NO
+            recalled = chunk.recalled is not RecallState.NO
             if chunk_no in consumer.leases and recalled:
                 # It asked again before our grant reached it, which it ignored therefore, and the recall too.
                 self._undo_lease(chunk, consumer, chunk_no)
-            if chunk.state is State.RESIDENT and not recalled:
+            if chunk.state is ChunkState.RESIDENT and not recalled:
                 if chunk.granted_to:  # what was fetched ahead is read for the first time
                     self._used(chunk)
                 self._grant(chunk, consumer, chunk_no, message.serial)
                 continue
             consumer.wants[chunk_no] = chunk
-            chunk.wanters[holder] = Want(message.serial, message.urgent)
+            chunk.wanters[holder] = OpenWant(message.serial, message.urgent)
             self._queue(chunk)
 
     def release(self, consumer: ConsumerState, chunk_nos: Iterable[int]) -> None:
@@ -66,8 +66,8 @@ class Ledger:
         """Recalled chunks are in use: no point in waiting for just these."""
         for chunk_no in chunk_nos:
             chunk = consumer.leases.get(chunk_no)
-            if chunk is not None and chunk.recalled is Recalled.ASKED:
-                chunk.recalled = Recalled.PINNED
+            if chunk is not None and chunk.recalled is RecallState.ASKED:
+                chunk.recalled = RecallState.PINNED
                 self.asked.discard(chunk)
 
     def drop_consumer(self, consumer: ConsumerState) -> None:
@@ -78,7 +78,7 @@ class Ledger:
 
     def recall(self, chunk: Chunk) -> None:
         """Ask its holders for it."""
-        chunk.recalled = Recalled.ASKED
+        chunk.recalled = RecallState.ASKED
         self.asked.add(chunk)
         self.recall_count += 1
         for consumer, chunk_no in chunk.lessees:
@@ -105,7 +105,7 @@ class Ledger:
     def grant_deferred(self) -> None:
         """Answer wants that waited for a recall to end."""
         for chunk in list(self._deferred):
-            if chunk.state is State.RESIDENT and chunk.recalled is Recalled.NO:
+            if chunk.state is ChunkState.RESIDENT and chunk.recalled is RecallState.NO:
                 del self._deferred[chunk]
                 self.loaded(chunk)
 
@@ -127,11 +127,11 @@ class Ledger:
 
     def _queue(self, chunk: Chunk) -> None:
         """Put a chunk in the queue where its wants belong."""
-        if chunk.state is State.RESIDENT and chunk.wanters:
+        if chunk.state is ChunkState.RESIDENT and chunk.wanters:
             self._deferred.setdefault(chunk)
         else:
             self._deferred.pop(chunk, None)
-        if chunk.state is not State.ABSENT or not chunk.wanters:
+        if chunk.state is not ChunkState.ABSENT or not chunk.wanters:
             self.loading(chunk)
         elif chunk.urgent:
             self.wanted.pop(chunk, None)
@@ -150,7 +150,7 @@ class Ledger:
         consumer.grant(chunk_no, serial, chunk.buffer, source)
         chunk.granted_to.add(consumer.number)
         if consumer.plan is not None:
-            consumer.plan.reached(chunk.entry, chunk.index)
+            consumer.plan.delivered(chunk.entry, chunk.index)
         self._table.refresh(chunk)
 
     @staticmethod
@@ -176,5 +176,5 @@ class Ledger:
         self._table.refresh(chunk)
 
     def _end_recall(self, chunk: Chunk) -> None:
-        chunk.recalled = Recalled.NO
+        chunk.recalled = RecallState.NO
         self.asked.discard(chunk)

@@ -27,7 +27,7 @@ _STDOUT, _STDERR = 1, 2
 
 
 @dataclass(slots=True)
-class _Place:
+class _CallSite:
     """A place in the code, and how many lines it may log now."""
 
     left: float
@@ -43,7 +43,7 @@ class LineLimit(logging.Filter):
         super().__init__()
         self._now = now
         self._lock = threading.Lock()
-        self._places: dict[tuple[str, int], _Place] = {}
+        self._places: dict[tuple[str, int], _CallSite] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether it may be logged; its message then says how many of its kind were not."""
@@ -57,7 +57,7 @@ class LineLimit(logging.Filter):
     def _take(self, key: tuple[str, int]) -> int | None:
         """How many were left out before this one; None where this one is."""
         now = self._now()
-        place = self._places.setdefault(key, _Place(LINES_AT_ONCE, now))
+        place = self._places.setdefault(key, _CallSite(LINES_AT_ONCE, now))
         place.left = min(LINES_AT_ONCE, place.left + (now - place.at_s) * _LINES_PER_S)
         place.at_s = now
         if place.left < 1:

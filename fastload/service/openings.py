@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection
 from fastload import protocol
 from fastload.errors import ObjectChangedError, to_wire
 from fastload.service import bounded
-from fastload.service.state import Chunk, ConsumerState, Objects, Piece
+from fastload.service.state import Chunk, ConsumerState, ObjectPiece, Objects
 from fastload.service.stores import StoreTable
 from fastload.service.threads import Pools
 from fastload.store.types import ObjectInfo
@@ -115,7 +115,7 @@ class Openings:
             return
         endpoint = self._stores.endpoint(consumer.options_key)
         object_no = len(consumer.entries)
-        consumer.append(Piece([self._objects.use_info(info, endpoint)]))
+        consumer.append(ObjectPiece([self._objects.use_info(info, endpoint)]))
         consumer.send(protocol.Opened(request, object_no, info.url, info.size, info.etag, info.mtime_ns))
 
 

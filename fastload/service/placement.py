@@ -200,27 +200,27 @@ class Room:
 
     def can_be_made(self, chunk: Chunk) -> bool:
         """Whether something could go for this chunk."""
-        return self._order.may_evict(chunk.entry.policy) or self._leaver_for(chunk) is not None
+        return self._order.may_evict(chunk.entry.policy) or self._victim_for(chunk) is not None
 
     def make(self, chunk: Chunk) -> ChunkKey | None:
         """Choose what goes for it, which counts as gone; None where nothing may."""
         key = self._order.evict(chunk.entry.policy)
         if key is None:
-            key = self._leaver_for(chunk)
+            key = self._victim_for(chunk)
             if key is not None:
                 self._order.discard(key)
         return key
 
-    def _leaver_for(self, chunk: Chunk) -> ChunkKey | None:
+    def _victim_for(self, chunk: Chunk) -> ChunkKey | None:
         entry = chunk.entry
         if entry.policy in BLIND or not entry.plan_count or not self._pins.belongs_on_disk(entry, chunk.index):
             return None
         plans = self._plans()
-        return next((key for plan in plans if (key := self._leaver_of(plan, plans)) is not None), None)
+        return next((key for plan in plans if (key := self._victim_of(plan, plans)) is not None), None)
 
-    def _leaver_of(self, plan: Plan, plans: Sequence[Plan]) -> ChunkKey | None:
+    def _victim_of(self, plan: Plan, plans: Sequence[Plan]) -> ChunkKey | None:
         """The first leaver that the plan has read and that is still there."""
-        for position, entry, index in plan.swept_steps():
+        for position, entry, index in plan.delivered_steps():
             key = entry.key(index)
             if key in self._order and entry.policy not in BLIND and not self._pins.belongs_on_disk(entry, index):
                 waits = [other for other in plans if other.position(entry, index) >= other.cursor]
@@ -228,7 +228,7 @@ class Room:
                     return key
                 if any(other.epoch == plan.epoch for other in waits):
                     return None  # a rank that is a little behind: look here again
-            plan.swept = position + 1
+            plan.evicted_to = position + 1
         return None
 
 

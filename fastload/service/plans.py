@@ -27,10 +27,10 @@ from fastload.errors import to_wire
 from fastload.service import scheduler
 from fastload.service.buffers import BufferTable
 from fastload.service.disk_io import WriteBehind
-from fastload.service.leases import Ledger
+from fastload.service.leases import Leases
 from fastload.service.placement import DiskOrder, Pins
 from fastload.service.scheduler import Candidate, Need, OnDisk
-from fastload.service.state import Chunk, ConsumerState, ObjectEntry, Plan, State, Step, Write
+from fastload.service.state import Chunk, ChunkState, ConsumerState, ObjectEntry, Plan, Step, WriteState
 
 
 class PlanSet:
@@ -77,7 +77,7 @@ class PlanSet:
         for entry in consumer.kept:
             self._cover(entry, message.policy)
         self._uncover(before)
-        self._table.recover()
+        self._table.recompute_eviction_classes()
 
     def end(self, consumer: ConsumerState) -> None:
         """The consumer has neither plan nor claim any more."""
@@ -87,7 +87,7 @@ class PlanSet:
         kept, consumer.kept = consumer.kept, []
         if kept:  # of workers that come and go, most have made no claim
             self._uncover(kept)
-            self._table.recover()
+            self._table.recompute_eviction_classes()
 
     def _begin(self, consumer: ConsumerState, message: protocol.SetPlan, to_disk: bool) -> Plan:
         entries = [consumer.entry(number) for number in message.objects]
@@ -163,10 +163,10 @@ class WarmPlan(Plan):
                 self.more_to_look_at = True
                 return
             chunk = entry.chunks.get(index)
-            state = State.ABSENT if chunk is None else chunk.state
-            if on_disk(entry, index) if self.to_disk else state is State.RESIDENT:
+            state = ChunkState.ABSENT if chunk is None else chunk.state
+            if on_disk(entry, index) if self.to_disk else state is ChunkState.RESIDENT:
                 self._settle(position, held=True)
-            elif state is State.ABSENT:
+            elif state is ChunkState.ABSENT:
                 yield Candidate(entry, index, Need.WARMING, position, False, self, may_displace=False)
 
     def _todo(self) -> Iterator[Step]:
@@ -185,7 +185,7 @@ class WarmPlan(Plan):
         """Chunks of the plan that are in RAM already and not on their way to the disk."""
         for position, entry, index in self._steps(0):
             chunk = entry.chunks.get(index)
-            if chunk is not None and chunk.state is State.RESIDENT and position not in self._in_hand:
+            if chunk is not None and chunk.state is ChunkState.RESIDENT and position not in self._in_hand:
                 yield chunk
 
     def taken(self, chunk: Chunk) -> None:
@@ -305,7 +305,7 @@ class Warming:
     def write_resident(self, plan: WarmPlan) -> None:
         """Chunks that a new plan finds in RAM need no fetching, only writing."""
         for chunk in list(plan.resident()):
-            if chunk.write is not Write.NONE:
+            if chunk.write is not WriteState.NONE:
                 plan.taken(chunk)
             elif not self._on_disk(chunk.entry, chunk.index) and self._writer.admit(chunk, patient=True):
                 plan.taken(chunk)
@@ -367,19 +367,19 @@ class Warming:
 _TRANSIT_MIN = 32
 
 
-class Wishes:
+class Candidates:
     """Used by the loop's thread only."""
 
     def __init__(
         self,
-        ledger: Ledger,
+        ledger: Leases,
         plans: PlanSet,
         warming: Warming,
         buffer_count: int,
         on_disk: OnDisk,
         requests_allowed: Callable[[], int],
     ) -> None:
-        self._ledger, self._plans, self._warming = ledger, plans, warming
+        self._leases, self._plans, self._warming = ledger, plans, warming
         self._buffer_count, self._on_disk, self._requests_allowed = buffer_count, on_disk, requests_allowed
 
     @property
@@ -390,16 +390,16 @@ class Wishes:
         rounds = max(_TRANSIT_MIN, 2 * self._requests_allowed())
         return min(max(rounds, self._buffer_count // 4), max(1, self._buffer_count // 2))
 
-    def candidates(self) -> Iterator[Candidate]:
+    def by_need(self) -> Iterator[Candidate]:
         """See the module's text. Lazy: how many are looked at is the scheduler's business."""
         return chain(
-            (self._wish(chunk, Need.DEMANDED) for chunk in self._ledger.demanded),
-            (self._wish(chunk, Need.WANTED) for chunk in self._ledger.wanted),
+            (self._candidate(chunk, Need.DEMANDED) for chunk in self._leases.demanded),
+            (self._candidate(chunk, Need.WANTED) for chunk in self._leases.wanted),
             scheduler.upcoming(self._plans.to_read(), self._transit, self._on_disk),
             *(plan.candidates(self._on_disk) for plan in self._plans.warm() if self._warming.may_fetch_for(plan)),
         )
 
-    def _wish(self, chunk: Chunk, need: Need) -> Candidate:
+    def _candidate(self, chunk: Chunk, need: Need) -> Candidate:
         distance = 0
         consumer, _ = next(iter(chunk.wanters))
         if consumer.plan is not None:

@@ -20,7 +20,7 @@ from fastload.cache import Arena, CacheDirectory, ChunkKey, DiskTier
 from fastload.config import CacheLimits
 from fastload.history.archive import Archive
 from fastload.service.control import REQUESTS_MAX, Hedger, requests_max
-from fastload.service.standin import Place
+from fastload.service.standin import ServiceLocation
 from fastload.service.stores import Opener, StoreTable
 from fastload.service.threads import Pools, Populator
 
@@ -42,7 +42,7 @@ class Touching(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class Ports:
     """See the module's text. `now` is the clock of all of them, in seconds; times of different ones can be compared."""
 
     limits: CacheLimits
@@ -51,7 +51,7 @@ class Parts:
     pools: Pools
     stores: StoreTable
     populator: Touching
-    troubles: Troubles
+    warnings: Warnings
     now: Callable[[], float] = time.monotonic
     hedger: Callable[[], Hedger] = Hedger  # for each endpoint of a store
     wall: Callable[[], float] = time.time  # seconds since 1970, for people
@@ -61,9 +61,11 @@ class Parts:
     history: Archive | None = None  # None: none is kept or used; with `history_bytes=0` it can only be cleared
 
     @classmethod
-    def of_directory(cls, directory: Place, loop: asyncio.AbstractEventLoop, opener: Opener | None = None) -> Parts:
+    def of_directory(
+        cls, directory: ServiceLocation, loop: asyncio.AbstractEventLoop, opener: Opener | None = None
+    ) -> Ports:
         """The real ones. CacheError where arena or disk tier cannot be opened."""
-        limits, troubles = directory.limits, Troubles(loop)
+        limits, warnings = directory.limits, Warnings(loop)
         root = directory.lasting_root() if isinstance(directory, CacheDirectory) else None
         arena = Arena(limits.ram_bytes, limits.chunk_bytes)
         disk = DiskTier(
@@ -71,7 +73,7 @@ class Parts:
             limits.disk_bytes,
             limits.chunk_bytes,
             root=root,
-            on_trouble=troubles.add_from_thread,
+            on_trouble=warnings.add_from_thread,
         )
         return cls(
             limits,
@@ -80,7 +82,7 @@ class Parts:
             Pools(loop),
             StoreTable(opener),
             Populator(arena),
-            troubles,
+            warnings,
             requests_max=requests_max(),
             is_lost=lambda: directory.is_lost,
             closed=(lambda: None) if root is None else root.close,
@@ -236,7 +238,7 @@ class Disk(Protocol):
 _COUNT_MAX = 16
 
 
-class Troubles:
+class Warnings:
     """Used by the loop's thread only, except for `add_from_thread`."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

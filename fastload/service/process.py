@@ -18,7 +18,7 @@ from fastload.errors import FastloadError, to_wire
 from fastload.service import environment
 from fastload.service.logs import ServiceLog
 from fastload.service.server import Server
-from fastload.service.standin import Place, StandIn
+from fastload.service.standin import ServiceLocation, StandIn
 
 log = logging.getLogger("fastload.service")
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _place(path: Path, limits: CacheLimits | None, stand_in: bool) -> Place:
+def _place(path: Path, limits: CacheLimits | None, stand_in: bool) -> ServiceLocation:
     if stand_in and limits is not None:
         return StandIn(path, limits)
     return CacheDirectory.open(path, otherwise=limits)
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def _serve(directory: Place, idle_s: float, starter: _Starter) -> bool:
+async def _serve(directory: ServiceLocation, idle_s: float, starter: _Starter) -> bool:
     server = Server(directory, idle_s)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -65,7 +65,7 @@ class _LiveRun:
         self.written_count = self.recorder.read_count
 
 
-class Remembering:
+class Recording:
     """Used by the loop's thread only, except for what it gives to its pool."""
 
     def __init__(
@@ -188,7 +188,7 @@ class Remembering:
     def _write(self, run: _LiveRun) -> None:
         if self._archive is None or run.recorder.read_count == run.written_count:
             return
-        if any(job.began and self._now() - job.began > _HANGS_S for job in self._pool.under_way):
+        if any(task.began and self._now() - task.began > _HANGS_S for task in self._pool.under_way):
             self._give_up(TimeoutError(f"the disk has not answered for {_HANGS_S:.0f} s"))
             return
         run.written_count = run.recorder.read_count

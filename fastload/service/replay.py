@@ -41,7 +41,7 @@ _EARLY_MAX = 16
 _LOOK_AGAIN_AFTER = 32
 
 # Reads the history, in a thread; `done(library)` follows, once, if there is any.
-Load = Callable[[Callable[[Library], None]], None]
+LoadHistory = Callable[[Callable[[Library], None]], None]
 
 
 class ReplayPlan(Plan):
@@ -75,7 +75,7 @@ class ReplayPlan(Plan):
             return -1
         return positions[min(bisect_left(positions, self.cursor), len(positions) - 1)]
 
-    def reached(self, entry: ObjectEntry, index: int) -> None:
+    def delivered(self, entry: ObjectEntry, index: int) -> None:
         """Says nothing: `advance` follows the reader, and a chunk may be read again much later in the plan."""
 
     def at(self, position: int) -> tuple[ObjectEntry, int]:
@@ -104,7 +104,7 @@ class ReplayPlan(Plan):
 
 
 @dataclass(slots=True)
-class _Reader:
+class _Prediction:
     follower: Follower | None = None
     plan: ReplayPlan | None = None
     unconfirmed: set[ObjectEntry] = field(default_factory=set)  # of the plan, versions that nobody asked for
@@ -123,14 +123,14 @@ class Replay:
         objects: Objects,
         stores: StoreTable,
         versions: Versions,
-        load: Load,
+        load: LoadHistory,
         wake: Callable[[], None],
     ) -> None:
         """`wake()` is called when there is something to fetch that no message brought."""
         self._plans, self._objects, self._stores, self._versions = plans, objects, stores, versions
         self._load, self._wake = load, wake
         self._library: Library | None = None
-        self._readers: dict[ConsumerState, _Reader] = {}
+        self._readers: dict[ConsumerState, _Prediction] = {}
         self._stale: set[bytes] = set()  # versions that were fetched in vain
         self.counters: Counter[str] = Counter(replayed_reads=0)
 
@@ -200,10 +200,10 @@ class Replay:
             reader.follower = None
             self._set_plan(consumer, reader, None)
 
-    def _reader(self, consumer: ConsumerState) -> _Reader:
+    def _reader(self, consumer: ConsumerState) -> _Prediction:
         reader = self._readers.get(consumer)
         if reader is None:
-            reader = self._readers[consumer] = self._begin(_Reader())
+            reader = self._readers[consumer] = self._begin(_Prediction())
             self._load(self._loaded)
         return reader
 
@@ -217,14 +217,14 @@ class Replay:
                 self._update(consumer, reader)
         self._wake()
 
-    def _lost(self, reader: _Reader) -> None:
+    def _lost(self, reader: _Prediction) -> None:
         """A read was not predicted."""
         reader.lost_count += 1
         if reader.lost_count >= reader.look_again_at:
             reader.look_again_at *= 2
             self._load(self._loaded)
 
-    def _begin(self, reader: _Reader) -> _Reader:
+    def _begin(self, reader: _Prediction) -> _Prediction:
         """Have the reader followed by what is known now."""
         if self._library is not None and len(self._library):
             reader.follower = Follower(self._library)
@@ -236,7 +236,7 @@ class Replay:
 
     # Plans
 
-    def _update(self, consumer: ConsumerState, reader: _Reader) -> None:
+    def _update(self, consumer: ConsumerState, reader: _Prediction) -> None:
         follower, plan = reader.follower, reader.plan
         if follower is None or follower.place is None:
             self._set_plan(consumer, reader, None)
@@ -250,7 +250,7 @@ class Replay:
                 return
         self._set_plan(consumer, reader, self._predict(consumer, reader, follower, follower.place))
 
-    def _predict(self, consumer: ConsumerState, reader: _Reader, follower: Follower, place: int) -> ReplayPlan:
+    def _predict(self, consumer: ConsumerState, reader: _Prediction, follower: Follower, place: int) -> ReplayPlan:
         library, endpoint = follower.library, self._stores.endpoint(consumer.options_key)
         count = max(_READS_MIN, min(_READS_MAX, 4 * follower.ahead_max))
         steps: list[tuple[ObjectEntry, int]] = []
@@ -275,7 +275,7 @@ class Replay:
         plan.failed = gone.union(at for at, (entry, _) in enumerate(steps) if any(entry.id in each for each in in_vain))
         return plan
 
-    def _set_plan(self, consumer: ConsumerState, reader: _Reader, plan: ReplayPlan | None) -> None:
+    def _set_plan(self, consumer: ConsumerState, reader: _Prediction, plan: ReplayPlan | None) -> None:
         before, reader.plan = reader.plan, plan
         if before is None and plan is None:
             return

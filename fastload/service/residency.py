@@ -26,12 +26,12 @@ from fastload.service.buffers import BufferTable
 from fastload.service.control import Learnt
 from fastload.service.disk_io import DiskWatch, WriteBehind, write_threads
 from fastload.service.fetches import Fetches
-from fastload.service.leases import Ledger
+from fastload.service.leases import Leases
 from fastload.service.placement import DiskOrder, Pins, Room
 from fastload.service.plans import PlanSet, Warming, WarmPlan
-from fastload.service.ports import Disk, Parts, Ram
+from fastload.service.ports import Disk, Ports, Ram
 from fastload.service.scheduler import Candidate
-from fastload.service.state import Chunk, ConsumerState, ObjectEntry, Objects, Plan, State, Write
+from fastload.service.state import Chunk, ChunkState, ConsumerState, ObjectEntry, Objects, Plan, WriteState
 from fastload.service.threads import Done
 
 
@@ -44,15 +44,15 @@ class Records:
     pins: Pins
     table: BufferTable
     disk_order: DiskOrder
-    ledger: Ledger
+    ledger: Leases
     plans: PlanSet
 
     @classmethod
-    def of_parts(cls, parts: Parts, consumers: Collection[ConsumerState]) -> Records:
+    def of_ports(cls, ports: Ports, consumers: Collection[ConsumerState]) -> Records:
         """Those of a service that begins; `consumers` are the ones that are connected."""
-        pins = Pins(parts.disk, parts.limits.ram_bytes)
-        table = BufferTable(parts.arena.buffer_count, lambda chunk: pins.belongs_in_ram(chunk.entry, chunk.index))
-        disk_order = DiskOrder(parts.disk.keys())
+        pins = Pins(ports.disk, ports.limits.ram_bytes)
+        table = BufferTable(ports.arena.buffer_count, lambda chunk: pins.belongs_in_ram(chunk.entry, chunk.index))
+        disk_order = DiskOrder(ports.disk.keys())
 
         def used(chunk: Chunk) -> None:
             """It was read before, and is again, from RAM."""
@@ -60,12 +60,12 @@ class Records:
             disk_order.use(chunk.entry.key(chunk.index))
 
         return cls(
-            disk=parts.disk,
-            objects=Objects(parts.limits.chunk_bytes),
+            disk=ports.disk,
+            objects=Objects(ports.limits.chunk_bytes),
             pins=pins,
             table=table,
             disk_order=disk_order,
-            ledger=Ledger(table, used),
+            ledger=Leases(table, used),
             plans=PlanSet(consumers, table, disk_order, pins),
         )
 
@@ -96,7 +96,7 @@ class Residency:
 
     def __init__(
         self,
-        parts: Parts,
+        ports: Ports,
         records: Records,
         watch: DiskWatch,
         consumers: dict[ConsumerState, None],
@@ -105,36 +105,36 @@ class Residency:
     ) -> None:
         """`known(endpoint)`: what an earlier run learnt of it."""
         self._records, self._table, self._plans = records, records.table, records.plans
-        self._ledger, self._objects = records.ledger, records.objects
+        self._leases, self._objects = records.ledger, records.objects
         self._heard = heard
         self.counters: Counter[str] = Counter(dropped_chunks=0)
         self.fetches = Fetches(
-            parts.arena,
+            ports.arena,
             self._table,
-            parts.stores,
-            parts.pools,
+            ports.stores,
+            ports.pools,
             self._spare_buffer,
             heard.changed,
-            parts.now,
-            parts.requests_max,
-            parts.limits.requests_in_flight,
+            ports.now,
+            ports.requests_max,
+            ports.limits.requests_in_flight,
             known,
-            parts.hedger,
+            ports.hedger,
         )
-        self.loader = Loader(parts.arena, parts.disk, watch, self.fetches, self._loaded, self._read_given_up)
+        self.loader = Loader(ports.arena, ports.disk, watch, self.fetches, self._loaded, self._read_given_up)
         room = Room(records.disk_order, records.pins, self._plans.to_read)
         self.writer = WriteBehind(
-            parts.arena,
-            parts.disk,
+            ports.arena,
+            ports.disk,
             records.disk_order,
             room,
             watch,
             self._table.refresh,
             self._written,
-            parts.now,
-            parts.is_lost,
+            ports.now,
+            ports.is_lost,
         )
-        self.writer.limit(parts.limits.disk_write_bytes_per_s)
+        self.writer.limit(ports.limits.disk_write_bytes_per_s)
         self.warming = Warming(consumers, self._plans, self._table, self.writer, records.on_disk)
 
     # In
@@ -147,19 +147,19 @@ class Residency:
         if candidate.on_disk:
             self._records.disk_order.use(chunk.entry.key(chunk.index))
         self.loader.start(chunk, candidate.on_disk, options_key)
-        self._ledger.loading(chunk)
+        self._leases.loading(chunk)
         self._table.refresh(chunk)
         if isinstance(candidate.plan, WarmPlan):
             candidate.plan.taken(chunk)
 
     def _loaded(self, chunk: Chunk, error: BaseException | None) -> None:
         if error is None:
-            chunk.state = State.RESIDENT
+            chunk.state = ChunkState.RESIDENT
             if chunk.source == protocol.SOURCE_REMOTE:
                 self._heard.fetched(chunk)
             self._table.touch(chunk)
             self._write_behind(chunk)
-            self._ledger.loaded(chunk)
+            self._leases.loaded(chunk)
             self._table.refresh(chunk)
         else:
             self._load_failed(chunk, error)
@@ -179,17 +179,17 @@ class Residency:
                 plan.fail(error)
         self._heard.failed(chunk, error)
         self._table.clear(chunk)
-        chunk.state = State.ABSENT
-        self._ledger.failed(chunk, error)
+        chunk.state = ChunkState.ABSENT
+        self._leases.failed(chunk, error)
         self._objects.forget_if_idle(chunk.entry)
 
     def _read_given_up(self, chunk: Chunk) -> Done:
         """Its buffer is lost until the read returns, and it is loaded anew, if only for those who want it."""
-        buffer = self._table.strand(chunk)
+        buffer = self._table.quarantine(chunk)
         self._gone(chunk)
 
         def returned(length: int | None, error: BaseException | None) -> None:
-            self._table.reclaim(buffer)
+            self._table.release(buffer)
             self._heard.changed()
 
         return returned
@@ -216,13 +216,13 @@ class Residency:
 
     def drop(self, chunk: Chunk) -> None:
         """Empty its buffer; a write that has not begun is given up."""
-        if chunk.write is Write.QUEUED:
+        if chunk.write is WriteState.QUEUED:
             self.writer.give_up(chunk)
             for plan in self._plans.warm():
                 plan.put_back(chunk)
         self._table.evicted(chunk)
-        assert chunk.state is State.RESIDENT, "only what is here can go"
-        assert chunk.write is Write.NONE, "a buffer that is being written cannot go"
+        assert chunk.state is ChunkState.RESIDENT, "only what is here can go"
+        assert chunk.write is WriteState.NONE, "a buffer that is being written cannot go"
         assert not chunk.lessees, "a leased buffer cannot go"
         self._table.clear(chunk)
         self._gone(chunk)
@@ -243,14 +243,14 @@ class Residency:
         waiting = [buffers.WRITING, buffers.QUEUED] if quick else [buffers.WRITING]
         written = self._table.count_of(waiting)
         unwanted = sum(not chunk.wanters for chunk in self.loader.in_flight)
-        return written + unwanted + len(self._ledger.asked)
+        return written + unwanted + len(self._leases.asked)
 
     def _gone(self, chunk: Chunk) -> None:
         """It lies in no buffer any more."""
-        chunk.state = State.ABSENT
+        chunk.state = ChunkState.ABSENT
         for plan in self._plans.all():
             plan.dropped(chunk.entry, chunk.index)
-        self._ledger.dropped(chunk)
+        self._leases.dropped(chunk)
         self._objects.forget_if_idle(chunk.entry)
 
     def _spare_buffer(self) -> int | None:
@@ -314,7 +314,7 @@ class Loader:
         self.order += 1
         chunk.load_order = self.order
         chunk.granted_to.clear()
-        chunk.state = State.LOADING
+        chunk.state = ChunkState.LOADING
         chunk.fetched_as = options_key
         self.in_flight.add(chunk)
         if on_disk:

@@ -90,17 +90,17 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
-class Recall:
+class RecallChunk:
     """Ask for the leases of a buffer's chunk."""
 
     buffer: int
 
 
-Action = Load | Drop | Recall
+Action = Load | Drop | RecallChunk
 
 
 @dataclass(slots=True)
-class Slots:
+class Capacity:
     """Threads free to read from either tier. `free_at(endpoint)` is how many requests that may be sent now."""
 
     disk: int
@@ -133,7 +133,7 @@ class Slots:
 
 
 @dataclass(slots=True)
-class _Room:
+class _Supply:
     """The buffers that can be had in this decision. The orders of usefulness are only made when something is full."""
 
     table: BufferTable
@@ -181,7 +181,7 @@ class _Room:
 def decide(
     candidates: Iterable[Candidate],
     table: BufferTable,
-    slots: Slots,
+    capacity: Capacity,
     *,
     coming: int = 0,
     disk_is_quick: bool = False,
@@ -190,24 +190,24 @@ def decide(
 
     `coming` buffers will be idle without any recall.
     """
-    at_most = slots.disk + slots.remote + _LOOKED_FOR + 2
-    room = _Room(table, table.free(), at_most, disk_is_quick=disk_is_quick)
+    at_most = capacity.disk + capacity.remote + _LOOKED_FOR + 2
+    supply = _Supply(table, table.free(), at_most, disk_is_quick=disk_is_quick)
     actions: list[Action] = []
     starved = passed_over = 0
     considered: set[tuple[ObjectEntry, int]] = set()  # a wanted chunk is usually a plan's as well
     passed_over_at: Counter[str] = Counter()
     kept: list[tuple[int, list[Drop]]] = []  # the room of those that were passed over
-    for candidate in _if_any_can_start(candidates, slots):
-        if slots.none or (passed_over > _PASSED_OVER_MAX and candidate.need >= Need.PREFETCHED):
+    for candidate in _if_any_can_start(candidates, capacity):
+        if capacity.none or (passed_over > _PASSED_OVER_MAX and candidate.need >= Need.PREFETCHED):
             break
         if passed_over_at[candidate.tier] > _PASSED_OVER_MAX:
             continue
         if (candidate.entry, candidate.index) in considered:
             continue
         considered.add((candidate.entry, candidate.index))
-        buffer = room.take(candidate)
+        buffer = supply.take(candidate)
         if buffer is None and candidate.need is Need.DEMANDED:
-            if kept and slots.take(candidate):
+            if kept and capacity.take(candidate):
                 buffer, drops = kept.pop()
                 actions += [*drops, Load(candidate, buffer)]
             else:
@@ -216,18 +216,18 @@ def decide(
             passed_over += 1
         elif buffer is None and candidate.need >= Need.PREFETCHED:
             break  # what follows is needed even less
-        elif buffer is not None and slots.take(candidate):
-            actions += room.dropped
+        elif buffer is not None and capacity.take(candidate):
+            actions += supply.dropped
             actions.append(Load(candidate, buffer))
         elif buffer is not None:
             passed_over += 1
             passed_over_at[candidate.tier] += 1
-            kept.append((buffer, room.dropped.copy()))
-        room.dropped.clear()
+            kept.append((buffer, supply.dropped.copy()))
+        supply.dropped.clear()
     return actions + _recalls(table, starved - coming)
 
 
-def _if_any_can_start(candidates: Iterable[Candidate], slots: Slots) -> Iterator[Candidate]:
+def _if_any_can_start(candidates: Iterable[Candidate], capacity: Capacity) -> Iterator[Candidate]:
     """The candidates; none where those that would be looked at are fetched ahead and find no free thread, so that no
     order of usefulness need be made. That takes half a millisecond over 16,384 buffers, and with a busy store most
     turns are so.
@@ -236,7 +236,7 @@ def _if_any_can_start(candidates: Iterable[Candidate], slots: Slots) -> Iterator
     passed: dict[tuple[ObjectEntry, int], Candidate] = {}
     for candidate in candidates:
         passed.setdefault((candidate.entry, candidate.index), candidate)
-        if candidate.need < Need.PREFETCHED or slots.has(candidate):
+        if candidate.need < Need.PREFETCHED or capacity.has(candidate):
             yield from passed.values()
             yield from candidates
             return
@@ -249,7 +249,7 @@ def _recalls(table: BufferTable, count: int) -> list[Action]:
     if count <= 0:
         return []
     leased, _ = table.by_usefulness([buffers.LEASED])
-    return [Recall(buffer) for buffer in leased[:count]]
+    return [RecallChunk(buffer) for buffer in leased[:count]]
 
 
 def upcoming(plans: Iterable[Plan], transit: int, on_disk: OnDisk) -> Iterator[Candidate]:
@@ -272,8 +272,8 @@ def _apart(plans: list[Plan]) -> list[tuple[Plan, int]]:
 
 
 def _of_plan(plan: Plan, transit: int, on_disk: OnDisk, up_to: int) -> Iterator[Candidate]:
-    end = max(plan.reach, plan.cursor) + min(transit, plan.depth)
-    plan.sight = max(plan.sight, end)
+    end = max(plan.delivered_to, plan.cursor) + min(transit, plan.depth)
+    plan.prefetched_to = max(plan.prefetched_to, end)
     for position, entry, index in plan.missing():
         within = position < end
         if position >= up_to or (plan.is_blind and not within):

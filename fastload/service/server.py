@@ -26,7 +26,7 @@ from fastload import protocol
 from fastload.channel import peer_uid
 from fastload.errors import FastloadError, ServiceError
 from fastload.service.core import Core
-from fastload.service.standin import Place
+from fastload.service.standin import ServiceLocation
 from fastload.service.state import ConsumerState
 
 log = logging.getLogger("fastload.service")
@@ -172,7 +172,7 @@ class Peer:
             pid=os.getpid(),
             chunk_bytes=core.chunk_bytes,
             buffer_count=core.arena.buffer_count,
-            troubles=core.troubles,
+            troubles=core.warnings,
         )
         self._send(protocol.frame(welcome), [core.arena.fd])
 
@@ -195,7 +195,7 @@ class Server:
     All methods but `stop_from_thread` and `abandon` are for the loop's thread.
     """
 
-    def __init__(self, directory: Place, idle_s: float | None) -> None:
+    def __init__(self, directory: ServiceLocation, idle_s: float | None) -> None:
         """`idle_s` None: do not end by itself. To be made in the loop that it will run in."""
         self._loop = asyncio.get_running_loop()
         self._directory, self._idle_s = directory, idle_s

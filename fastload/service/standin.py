@@ -102,4 +102,4 @@ def _mounts() -> bytes:
     return f"{namespace}-{root.st_dev}-{root.st_ino}".encode()
 
 
-Place = CacheDirectory | StandIn
+ServiceLocation = CacheDirectory | StandIn

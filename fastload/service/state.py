@@ -1,29 +1,29 @@
-"""What the service knows of objects and chunks: plain records, changed by the loop's thread only.
+"""All that the service knows of objects, chunks and consumers: plain records, changed by the loop's thread only.
 
 An `ObjectEntry` is one version of one object, shared by all consumers that attached it. A `Chunk` record exists while
-the chunk is in a buffer, on its way there, or wanted by somebody; a chunk without a record is simply not in RAM.
+the chunk is in a buffer, on its way there, or wanted; a chunk without a record is simply not in RAM.
 
-What the service knows of one connected consumer: its objects, plan, wants and leases, and the mail it is owed.
+A `ConsumerState` is one connected consumer: its objects, plan, wants and leases. Grants and recalls are gathered there
+and sent once per turn of the loop, so that a burst of chunks is one message.
 
-Grants and recalls are gathered here and sent once per turn of the loop, so that a burst of chunks is one message.
+A `Plan` is the known order of one consumer: which chunk is needed how soon. Positions count chunks along it: all chunks
+of its first object, then of its second, and so on. Marks along it:
 
-The known order of one consumer: which chunk is needed how soon.
+    cursor         the first position that may still be needed
+    frontier       a remembered answer: the first position at or after the cursor whose chunk is not in RAM, so that
+                   looking for work does not start at the cursor each time; dropping a chunk moves it back (`dropped`)
+    delivered_to   one past the furthest position that the consumer was granted
+    prefetched_to  of a blind plan, how far it was fetched ahead
+    evicted_to     how far what was read has been searched for chunks to evict from disk (see `placement`)
 
-Positions count chunks along the plan: all chunks of its first object, then of its second, and so on. `cursor` is the
-first position that may still be needed. `frontier` is a remembered answer, the first position at or after the cursor
-whose chunk is not in RAM, so that looking for work does not begin at the cursor each time; whoever drops a chunk of the
-plan moves it back (`dropped`).
+Beyond `delivered_to` plus a fixed transit, prefetching takes only room that no plan has a use for. Without that bound
+it would run ahead until the whole arena held just the next chunks, dropping ones that later positions would have found
+there, each of which would have to be fetched again: of an arena of half the data, a quarter would be left to hit
+instead of half.
 
-`reach` is how far the consumer has come: one past the furthest position it was granted. Beyond `reach` plus a fixed
-transit, prefetching takes only room that no plan has a use for. Without that bound it would run ahead until the whole
-arena held just the next chunks, dropping ones that later positions would have found there, each of which would have to
-be fetched again: of an arena of half the data, a quarter would be left to hit instead of half.
-
-A warm plan's chunks may be read too, in an order of their own, many times each: its `uses`, which are told bit by bit.
-
-`swept` is how far what was read has been looked through for chunks to give up (see `room`). A plan that `is_blind` is
-of data whose user wants a policy for unknown orders: it is fetched ahead within the transit, and what lies beyond is as
-good as unknown.
+A warm plan's chunks may be read too, in an order of their own, many times each: its `uses`, which arrive bit by bit. A
+plan that `is_blind` is of data whose user wants a policy for unknown orders: it is fetched ahead within the transit, so
+that what lies beyond is as good as unknown.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from fastload.store.urls import store_root
 Holder = tuple["ConsumerState", int]  # a consumer, and the number by which it knows the chunk
 
 
-class State(enum.Enum):
+class ChunkState(enum.Enum):
     """Where a chunk is."""
 
     ABSENT = "absent"  # wanted, not in a buffer
@@ -62,7 +62,7 @@ class State(enum.Enum):
     RESIDENT = "resident"  # may be read
 
 
-class Write(enum.Enum):
+class WriteState(enum.Enum):
     """Whether a chunk is on its way to the disk."""
 
     NONE = "none"
@@ -71,7 +71,7 @@ class Write(enum.Enum):
     HUNG = "hung"  # given up, but it does not return, and keeps the buffer
 
 
-class Recalled(enum.Enum):
+class RecallState(enum.Enum):
     """Whether a chunk's leases have been asked back."""
 
     NO = "no"
@@ -80,7 +80,7 @@ class Recalled(enum.Enum):
 
 
 @dataclass(slots=True)
-class Want:
+class OpenWant:
     """One consumer's open wish for a chunk."""
 
     serial: int
@@ -139,7 +139,7 @@ class ObjectEntry:
 
     def forget_if_idle(self, chunk: Chunk) -> None:
         """Drop the record of a chunk that is neither in a buffer nor wanted."""
-        if chunk.state is State.ABSENT and not chunk.wanters:
+        if chunk.state is ChunkState.ABSENT and not chunk.wanters:
             self.chunks.pop(chunk.index, None)
 
 
@@ -163,16 +163,16 @@ class Chunk:
 
     def __init__(self, entry: ObjectEntry, index: int) -> None:
         self.entry, self.index = entry, index
-        self.state = State.ABSENT
+        self.state = ChunkState.ABSENT
         self.buffer = -1
         self.source = 0  # of protocol.SOURCES: what the buffer is or was filled from
         self.load_order = 0  # the service's count of loads when this one began
         self.fetched_as = ""  # the store options it is being fetched with
         self.lessees: dict[Holder, int] = {}  # the source that the holder was told
-        self.wanters: dict[Holder, Want] = {}
+        self.wanters: dict[Holder, OpenWant] = {}
         self.granted_to: set[int] = set()  # consumers that had a lease since this load
-        self.write = Write.NONE
-        self.recalled = Recalled.NO
+        self.write = WriteState.NONE
+        self.recalled = RecallState.NO
 
     @property
     def length(self) -> int:
@@ -185,7 +185,7 @@ class Chunk:
         return any(want.urgent for want in self.wanters.values())
 
 
-class Piece(list[ObjectEntry]):
+class ObjectPiece(list[ObjectEntry]):
     """Consecutive objects of consumers' lists: one for all that attached the same."""
 
     __slots__ = ("__weakref__",)
@@ -197,9 +197,9 @@ class Objects:
     def __init__(self, chunk_bytes: int) -> None:
         self._chunk_bytes = chunk_bytes
         self._entries: dict[bytes, ObjectEntry] = {}
-        self._pieces: WeakValueDictionary[tuple[str, bytes], Piece] = WeakValueDictionary()
+        self._pieces: WeakValueDictionary[tuple[str, bytes], ObjectPiece] = WeakValueDictionary()
 
-    def use_rows(self, rows: ObjectRows, endpoint: str) -> Piece:
+    def use_rows(self, rows: ObjectRows, endpoint: str) -> ObjectPiece:
         """The entries of a piece of one more list; `endpoint` is where its objects are.
 
         The ranks of a node all attach the same list. Only the first pays for a long one: four seconds a million.
@@ -208,7 +208,7 @@ class Objects:
         piece = self._pieces.get(key)
         if piece is None:
             infos = rows.table()
-            piece = Piece(self.use_info(info, endpoint) for info in infos)
+            piece = ObjectPiece(self.use_info(info, endpoint) for info in infos)
             self._pieces[key] = piece
         else:
             for entry in piece:
@@ -247,7 +247,7 @@ _numbers = count(1)
 
 
 @dataclass(slots=True)
-class Granted:
+class LeaseCounts:
     """Leases given since the consumer connected, by source."""
 
     chunks: list[int] = field(default_factory=lambda: [0] * len(protocol.SOURCES))
@@ -263,21 +263,21 @@ class ConsumerState:
         self.options_key = options_key
         self.send = send
         self.entries: list[ObjectEntry] = []
-        self._pieces: list[Piece] = []
+        self._pieces: list[ObjectPiece] = []
         self._first_chunk = array("q", [0])
         self.plan: Plan | None = None
         self.kept: list[ObjectEntry] = []  # its claim
         self.load_order = 0  # loads that the service had counted when this plan began; those are found in RAM
         self.leases: dict[int, Chunk] = {}
         self.wants: dict[int, Chunk] = {}
-        self.granted = Granted()
+        self.granted = LeaseCounts()
         self.report: dict[str, float] = {}
         self._grants = protocol.Grants([], [], [], [])
         self._recalls: dict[int, None] = {}
 
     # Numbering
 
-    def append(self, piece: Piece) -> None:
+    def append(self, piece: ObjectPiece) -> None:
         """More objects, whose chunks get the next numbers."""
         self._pieces.append(piece)
         self.entries += piece
@@ -372,10 +372,10 @@ class Plan:
         # The same for plans that name the same objects in the same order, for the same credentials.
         self.likeness = options_key, hashlib.blake2b(array("Q", map(id, self.entries)), digest_size=16).digest()
         self.epoch = epoch
-        self.cursor = self.frontier = self.reach = self.swept = cursor
+        self.cursor = self.frontier = self.delivered_to = self.evicted_to = cursor
         self.uses: NextUses | None = None
         self.is_blind = False
-        self.sight = cursor  # of a blind plan, up to where it was fetched ahead
+        self.prefetched_to = cursor  # of a blind plan, up to where it was fetched ahead
         self.depth = _ANY_DEPTH  # of a blind plan, how far ahead at most
         self.failed: set[int] = set()  # positions that prefetching leaves alone: only a demand tries them again
         self._starts = [0, *accumulate(entry.chunk_count for entry in entries)]
@@ -413,7 +413,7 @@ class Plan:
             next_uses = self.uses.of(positions)
             return np.where(next_uses < FAR, next_uses - self.uses.cursor, NEVER)
         ahead = positions - self.cursor
-        is_needed = (ahead >= 0) & (positions < self.sight) if self.is_blind else ahead >= 0
+        is_needed = (ahead >= 0) & (positions < self.prefetched_to) if self.is_blind else ahead >= 0
         return np.where(is_needed, ahead, NEVER)
 
     def foresee(self, message: protocol.Uses) -> None:
@@ -430,9 +430,9 @@ class Plan:
             raise ServiceError(f"a message tells {ahead} uses ahead, more than {_USES_MAX}")
         self.uses.tell(message.first, positions)
 
-    def swept_steps(self) -> Iterator[Step]:
-        """What was read and has not been looked through; whoever has done so moves `swept` on."""
-        for step in self._steps(self.swept):
+    def delivered_steps(self) -> Iterator[Step]:
+        """What was read and has not been looked through; whoever has done so moves `evicted_to` on."""
+        for step in self._steps(self.evicted_to):
             if step[0] >= self.cursor:
                 return
             yield step
@@ -446,9 +446,9 @@ class Plan:
         """Nothing below `position` is needed any more."""
         self.cursor = max(self.cursor, min(position, self.chunk_count))
 
-    def reached(self, entry: ObjectEntry, index: int) -> None:
+    def delivered(self, entry: ObjectEntry, index: int) -> None:
         """The consumer was granted this chunk."""
-        self.reach = max(self.reach, self.position(entry, index) + 1)
+        self.delivered_to = max(self.delivered_to, self.position(entry, index) + 1)
 
     def dropped(self, entry: ObjectEntry, index: int) -> None:
         """A chunk is in RAM no more."""
@@ -462,7 +462,7 @@ class Plan:
         at_frontier = True
         for position, entry, index in self._steps(self.frontier):
             chunk = entry.chunks.get(index)
-            if (chunk is not None and chunk.state is not State.ABSENT) or position in self.failed:
+            if (chunk is not None and chunk.state is not ChunkState.ABSENT) or position in self.failed:
                 if at_frontier:
                     self.frontier = position + 1
                 continue

@@ -37,7 +37,7 @@ Opener = Callable[[str, StoreOptions], Store]
 
 
 @dataclass(slots=True, eq=False)
-class _Opened:
+class _OpenStore:
     store: Store
     user_count: int = 0
     retired: bool = False
@@ -55,7 +55,7 @@ class StoreTable:
         self._lock = threading.Lock()
         self._options: dict[str, StoreOptions] = {}
         self._consumers: Counter[str] = Counter()
-        self._opened: dict[tuple[str, str], _Opened] = {}  # the one used last is the last
+        self._opened: dict[tuple[str, str], _OpenStore] = {}  # the one used last is the last
 
     def _open(self, url: str, options: StoreOptions) -> Store:
         return open_store(url, options, self._requests)
@@ -152,7 +152,7 @@ class StoreTable:
         place = key, store_root(url)
         options = self._get_options(key)
         with self._lock:
-            entry = self._opened.pop(place, None) or _Opened(self._opener(url, options))
+            entry = self._opened.pop(place, None) or _OpenStore(self._opener(url, options))
             self._opened[place] = entry
             entry.user_count += 1
             left_over = self._retire_left_over()

@@ -37,7 +37,7 @@ Hung = Callable[[], Done]
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class Task:
     """One call. `hung`, for who watches the time (see `stalls`): give up on it; returns what `done` shall be then."""
 
     function: Callable[..., Any]
@@ -53,32 +53,32 @@ class Pool:
     def __init__(self, name: str, count: int, loop: asyncio.AbstractEventLoop, submitted: Callable[[], None]) -> None:
         self.name, self.count = name, count
         self.finishes = False  # whether `stop` lets what was submitted be done
-        self.under_way: set[Job] = set()  # those whose `done` has not been called
+        self.under_way: set[Task] = set()  # those whose `done` has not been called
         self._loop = loop
         self._submitted = submitted
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._closed = False
 
     @property
     def idle(self) -> int:
-        """How many more jobs would start at once."""
+        """How many more tasks would start at once."""
         return max(0, self.count - len(self.under_way))
 
     def submit(self, function: Callable[..., Any], *arguments: Any, done: Done, hung: Hung | None = None) -> None:
         """Run `function(*arguments)` in a thread, then `done(result, error)` in the loop."""
         if self._closed:
             return
-        job = Job(function, arguments, done, hung)
-        self.under_way.add(job)
+        task = Task(function, arguments, done, hung)
+        self.under_way.add(task)
         if len(self.under_way) > len(self._threads) and len(self._threads) < self.count:
             try:
                 self._start_thread()
             except RuntimeError as error:  # the machine or a container allows no more
                 if not self._threads:
-                    self._loop.call_soon(self._finish, job, None, _no_thread(self.name, error))
+                    self._loop.call_soon(self._finish, task, None, _no_thread(self.name, error))
                     return
-        self._jobs.put(job)
+        self._tasks.put(task)
         self._submitted()
 
     def _start_thread(self) -> None:
@@ -90,13 +90,13 @@ class Pool:
     def stop(self) -> None:
         """Take nothing more. What had not begun is dropped, unless the pool `finishes`; `done` is called no more."""
         self._closed = True
-        while not self.finishes and not self._jobs.empty():
+        while not self.finishes and not self._tasks.empty():
             try:
-                self._jobs.get_nowait()
+                self._tasks.get_nowait()
             except queue.Empty:  # a thread was quicker
                 break
         for _ in self._threads:
-            self._jobs.put(None)
+            self._tasks.put(None)
 
     def join(self, deadline: float) -> bool:
         """After `stop`: wait until `deadline` (of the monotonic clock) at most. Whether all threads have ended."""
@@ -105,23 +105,23 @@ class Pool:
         return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job.began = time.monotonic()
+        while (task := self._tasks.get()) is not None:
+            task.began = time.monotonic()
             result, error = None, None
             try:
-                result = job.function(*job.arguments)
+                result = task.function(*task.arguments)
             except Exception as caught:  # handed on whole; the loop's side decides what it means
                 error = caught
             try:
-                self._loop.call_soon_threadsafe(self._finish, job, result, error)
-            except RuntimeError:  # the loop was closed while the job ran: nobody is left to be told
+                self._loop.call_soon_threadsafe(self._finish, task, result, error)
+            except RuntimeError:  # the loop was closed while the task ran: nobody is left to be told
                 return
-            del job, result, error
+            del task, result, error
 
-    def _finish(self, job: Job, result: Any, error: BaseException | None) -> None:
-        self.under_way.discard(job)
+    def _finish(self, task: Task, result: Any, error: BaseException | None) -> None:
+        self.under_way.discard(task)
         if not self._closed:
-            job.done(result, error)
+            task.done(result, error)
 
 
 def _no_thread(name: str, error: RuntimeError) -> ServiceError:
@@ -139,7 +139,7 @@ class Pools:
         self._pools: list[Pool] = []
 
     def make(self, name: str, count: int, submitted: Callable[[], None] = lambda: None) -> Pool:
-        """A pool of at most `count` threads; `submitted` is called whenever it was given a job."""
+        """A pool of at most `count` threads; `submitted` is called whenever it was given a task."""
         pool = Pool(name, count, self.loop, submitted)
         self._pools.append(pool)
         return pool

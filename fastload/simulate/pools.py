@@ -1,9 +1,9 @@
-"""The service's pools in virtual time: a job begins as soon as one of the pool's threads is free, and lasts as long as
+"""The service's pools in virtual time: a task begins as soon as one of the pool's threads is free, and lasts as long as
 what it does takes.
 
-A job's function is called when it begins. The job ends at once, unless something that the function calls has said, by
+A task's function is called when it begins. The task ends at once, unless something that the function calls has said, by
 `Jobs.suspend`, that it goes on: a disk that takes a while, a request that is on its way. What the function returned is
-handed on when the job ends.
+handed on when the task ends.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from fastload.service.threads import Done, Hung, Job, Pool, Pools
+from fastload.service.threads import Done, Hung, Pool, Pools, Task
 from fastload.simulate.clock import VirtualLoop
 
 Resume = Callable[[BaseException | None], None]
 
 
 class _Running:
-    """A job that has begun, and ends by being resumed or, where nothing suspends it, by itself."""
+    """A task that has begun, and ends by being resumed or, where nothing suspends it, by itself."""
 
-    __slots__ = ("_end", "is_suspended", "job", "result")
+    __slots__ = ("_end", "is_suspended", "result", "task")
 
-    def __init__(self, job: Job, end: Callable[[Job, Any, BaseException | None], None]) -> None:
-        self.job, self._end = job, end
+    def __init__(self, task: Task, end: Callable[[Task, Any, BaseException | None], None]) -> None:
+        self.task, self._end = task, end
         self.result: Any = None
         self.is_suspended = False
 
     def resume(self, error: BaseException | None) -> None:
-        self._end(self.job, None if error is not None else self.result, error)
+        self._end(self.task, None if error is not None else self.result, error)
 
 
 class Jobs(Pools):
@@ -46,16 +46,16 @@ class Jobs(Pools):
         return pool
 
     def suspend(self) -> Resume:
-        """The job that begins now goes on until what this returns is called, with an error or None: once, and later."""
-        assert self._running is not None, "no job begins"
+        """The task that begins now goes on until what this returns is called, once, later, with an error or None."""
+        assert self._running is not None, "no task begins"
         self._running.is_suspended = True
         return self._running.resume
 
-    def begin(self, job: Job, end: Callable[[Job, Any, BaseException | None], None]) -> None:
-        """Call the job's function; `end` follows, now or later."""
-        running = self._running = _Running(job, end)
+    def begin(self, task: Task, end: Callable[[Task, Any, BaseException | None], None]) -> None:
+        """Call the task's function; `end` follows, now or later."""
+        running = self._running = _Running(task, end)
         try:
-            running.result = job.function(*job.arguments)
+            running.result = task.function(*task.arguments)
         finally:
             self._running = None
         if not running.is_suspended:
@@ -68,16 +68,16 @@ class _VirtualPool(Pool):
     def __init__(self, name: str, count: int, jobs: Jobs, submitted: Callable[[], None]) -> None:
         super().__init__(name, count, jobs.loop, submitted)
         self._all = jobs
-        self._queue: deque[Job] = deque()
+        self._queue: deque[Task] = deque()
         self._busy = 0
 
     def submit(self, function: Callable[..., Any], *arguments: Any, done: Done, hung: Hung | None = None) -> None:
         """See `Pool.submit`."""
         if self._closed:
             return
-        job = Job(function, arguments, done, hung)
-        self.under_way.add(job)
-        self._queue.append(job)
+        task = Task(function, arguments, done, hung)
+        self.under_way.add(task)
+        self._queue.append(task)
         self._submitted()
         self._pump()
 
@@ -89,11 +89,11 @@ class _VirtualPool(Pool):
     def _pump(self) -> None:
         while self._queue and self._busy < self.count:
             self._busy += 1
-            job = self._queue.popleft()
-            job.began = self._loop.time()
-            self._all.begin(job, self._end)
+            task = self._queue.popleft()
+            task.began = self._loop.time()
+            self._all.begin(task, self._end)
 
-    def _end(self, job: Job, result: Any, error: BaseException | None) -> None:
+    def _end(self, task: Task, result: Any, error: BaseException | None) -> None:
         self._busy -= 1
-        self._loop.call_soon(self._finish, job, result, error)
+        self._loop.call_soon(self._finish, task, result, error)
         self._pump()

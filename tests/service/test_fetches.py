@@ -1,4 +1,4 @@
-"""Requests in flight as controllers allow, and second requests for what is late, over a store that tests hold back."""
+"""Queries in flight as controllers allow, and second requests for what is late, over a store that tests hold back."""
 
 from __future__ import annotations
 

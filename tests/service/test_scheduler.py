@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from fastload.service import buffers, scheduler
 from fastload.service.buffers import BufferTable
-from fastload.service.scheduler import Action, Candidate, Drop, Load, Need, Recall, Slots, decide, upcoming
-from fastload.service.state import ObjectEntry, Plan, State, Write
+from fastload.service.scheduler import Action, Candidate, Capacity, Drop, Load, Need, RecallChunk, decide, upcoming
+from fastload.service.state import ChunkState, ObjectEntry, Plan, WriteState
 from fastload.store.types import ObjectInfo
 
 CHUNK = 1 << 16
@@ -19,10 +19,10 @@ def entry(name: str, chunk_count: int) -> ObjectEntry:
     return ObjectEntry(ObjectInfo(name, chunk_count * CHUNK), name.encode().ljust(16), CHUNK, {})
 
 
-def put(table: BufferTable, of: ObjectEntry, index: int, *, write: Write = Write.NONE) -> int:
+def put(table: BufferTable, of: ObjectEntry, index: int, *, write: WriteState = WriteState.NONE) -> int:
     """A resident chunk in the next free buffer, let go of just now."""
     chunk = of.chunk(index)
-    chunk.state, chunk.write = State.RESIDENT, write
+    chunk.state, chunk.write = ChunkState.RESIDENT, write
     table.place(chunk, table.free()[-1])
     return chunk.buffer
 
@@ -48,7 +48,7 @@ def shown(actions: list[Action]) -> list[object]:
                 found.append(("load", candidate.entry.info.url, candidate.index))
             case Drop(buffer):
                 found.append(("drop", buffer))
-            case Recall(buffer):
+            case RecallChunk(buffer):
                 found.append(("recall", buffer))
     return found
 
@@ -61,7 +61,7 @@ def test_nearest_first_over_all_plans() -> None:
     table = BufferTable(16)
     a, b = entry("a", 3), entry("b", 3)
     plans = [begin(table, a, b, cursor=1), begin(table, b)]
-    found = decide(upcoming(plans, 100, nowhere), table, Slots(0, 4))
+    found = decide(upcoming(plans, 100, nowhere), table, Capacity(0, 4))
     assert shown(found) == [("load", "a", 1), ("load", "b", 0), ("load", "a", 2), ("load", "b", 1)]
 
 
@@ -72,7 +72,7 @@ def test_the_order_in_which_chunks_go() -> None:
     near, far = put(table, later, 0), put(table, later, 1)
     begin(table, spent, later, cursor=2)
     wanted = entry("wanted", 6)
-    found = decide((demand(wanted, index) for index in range(6)), table, Slots(0, 6))
+    found = decide((demand(wanted, index) for index in range(6)), table, Capacity(0, 6))
     dropped = [action.buffer for action in found if isinstance(action, Drop)]
     # No plan: the oldest first. Used up: the latest first. To be used: the farthest first.
     assert dropped == [order[0], order[1], order[3], order[2], far, near]
@@ -85,7 +85,7 @@ def test_prefetch_takes_only_what_is_needed_later() -> None:
     put(table, plan_object, 0)
     far = put(table, plan_object, 9)
     plan = next(iter(table._positions))
-    found = decide(upcoming([plan], 100, nowhere), table, Slots(0, 8))
+    found = decide(upcoming([plan], 100, nowhere), table, Capacity(0, 8))
     # Chunk 2 would have to take the room of chunk 0, which is needed before it.
     assert shown(found) == [("drop", far), ("load", "plan", 1)]
 
@@ -96,33 +96,33 @@ def test_prefetch_beyond_the_transit_displaces_nothing() -> None:
     plan = begin(table, plan_object)
     put(table, plan_object, 0)
     put(table, plan_object, 9)
-    assert shown(decide(upcoming([plan], 1, nowhere), table, Slots(0, 8))) == []
-    assert len(decide(upcoming([plan], 2, nowhere), table, Slots(0, 8))) == 2
+    assert shown(decide(upcoming([plan], 1, nowhere), table, Capacity(0, 8))) == []
+    assert len(decide(upcoming([plan], 2, nowhere), table, Capacity(0, 8))) == 2
 
 
 def test_what_is_in_use_or_on_its_way_stays() -> None:
     table = BufferTable(4)
     other = entry("other", 4)
-    queued, running = put(table, other, 0, write=Write.QUEUED), put(table, other, 1, write=Write.RUNNING)
+    queued, running = put(table, other, 0, write=WriteState.QUEUED), put(table, other, 1, write=WriteState.RUNNING)
     loading = other.chunk(2)
-    loading.state = State.LOADING
+    loading.state = ChunkState.LOADING
     table.place(loading, table.free()[-1])
     leased = other.chunk(3)
-    leased.state = State.RESIDENT
+    leased.state = ChunkState.RESIDENT
     leased.lessees = {("somebody", 3): 0}  # type: ignore[dict-item]
     table.place(leased, table.free()[-1])
     wanted = entry("wanted", 3)
     demands = [demand(wanted, index) for index in range(3)]
     # Where the disk is slow a write that has not begun is given up; the rest is asked back, or waited for.
-    assert shown(decide(demands, table, Slots(0, 3))) == [
+    assert shown(decide(demands, table, Capacity(0, 3))) == [
         ("drop", queued),
         ("load", "wanted", 0),
         ("recall", leased.buffer),
     ]
-    assert shown(decide(demands[:1], table, Slots(0, 3), coming=2, disk_is_quick=True)) == []
-    assert shown(decide(demands[:1], table, Slots(0, 3), disk_is_quick=True)) == [("recall", leased.buffer)]
+    assert shown(decide(demands[:1], table, Capacity(0, 3), coming=2, disk_is_quick=True)) == []
+    assert shown(decide(demands[:1], table, Capacity(0, 3), disk_is_quick=True)) == [("recall", leased.buffer)]
     wish = Candidate(wanted, 0, Need.WANTED, 0, False)
-    assert shown(decide([wish], table, Slots(0, 3))) == []
+    assert shown(decide([wish], table, Capacity(0, 3))) == []
     assert table.status[running] == buffers.WRITING
 
 
@@ -131,9 +131,9 @@ def test_no_room_for_what_is_behind_a_candidate_without_a_connection() -> None:
     a = entry("a", 4)
     plan = begin(table, a)
     on_disk = {2, 3}
-    found = decide(upcoming([plan], 100, lambda of, index: index in on_disk), table, Slots(4, 0))
+    found = decide(upcoming([plan], 100, lambda of, index: index in on_disk), table, Capacity(4, 0))
     assert found == []  # chunks 0 and 1 keep the room although nothing can fetch them now
-    found = decide(upcoming([plan], 100, lambda of, index: index in {1, 2, 3}), table, Slots(4, 0))
+    found = decide(upcoming([plan], 100, lambda of, index: index in {1, 2, 3}), table, Capacity(4, 0))
     assert shown(found) == [("load", "a", 1)]
 
 
@@ -147,7 +147,7 @@ def test_a_plan_remembers_where_it_was() -> None:
     assert plan.frontier == plan.chunk_count == 6
     chunk = a.chunks[1]
     table.clear(chunk)
-    chunk.state = State.ABSENT
+    chunk.state = ChunkState.ABSENT
     plan.dropped(a, 1)
     assert [position for position, _, _ in plan.missing()] == [1, 4]
     plan.advance(2)
@@ -170,14 +170,14 @@ def test_used_buffers_are_used_again_before_fresh_ones() -> None:
 def test_a_stranded_buffer_is_nobodys() -> None:
     table = BufferTable(2)
     a = entry("a", 4)
-    first, hung = a.chunk(0), put(table, a, 1, write=Write.HUNG)
+    first, hung = a.chunk(0), put(table, a, 1, write=WriteState.HUNG)
     put(table, a, 0)
-    lost = table.strand(first)
+    lost = table.quarantine(first)
     assert {lost, hung} == {0, 1}
-    assert table.stranded_count == 2
-    assert decide([demand(a, 2)], table, Slots(1, 1)) == []
-    table.reclaim(lost)
-    assert shown(decide([demand(a, 2)], table, Slots(1, 1))) == [("load", "a", 2)]
+    assert table.quarantined_count == 2
+    assert decide([demand(a, 2)], table, Capacity(1, 1)) == []
+    table.release(lost)
+    assert shown(decide([demand(a, 2)], table, Capacity(1, 1))) == [("load", "a", 2)]
 
 
 def stored(at: str, index: int, chunk_count: int = 200) -> Candidate:
@@ -191,8 +191,8 @@ def stored(at: str, index: int, chunk_count: int = 200) -> Candidate:
 ENTRIES: dict[str, ObjectEntry] = {}
 
 
-def free_at(**free: int) -> Slots:
-    return Slots(0, 8, lambda endpoint: free.get(endpoint, 0))
+def free_at(**free: int) -> Capacity:
+    return Capacity(0, 8, lambda endpoint: free.get(endpoint, 0))
 
 
 def test_a_store_that_hangs_holds_up_no_other() -> None:
@@ -220,8 +220,8 @@ def test_no_order_of_usefulness_is_made_while_nothing_can_start(monkeypatch: pyt
     plan = begin(table, entry("ahead", 100))
     monkeypatch.setattr(table, "by_usefulness", lambda *arguments: pytest.fail("an order was made"))
     candidates = list(upcoming([plan], 100, nowhere))
-    assert decide(candidates, table, Slots(4, 8, lambda endpoint: 0)) == []
-    assert decide(candidates[:3], table, Slots(4, 8, lambda endpoint: 0)) == []
+    assert decide(candidates, table, Capacity(4, 8, lambda endpoint: 0)) == []
+    assert decide(candidates[:3], table, Capacity(4, 8, lambda endpoint: 0)) == []
 
 
 @pytest.mark.parametrize("waiting", range(25, 40))
@@ -248,7 +248,7 @@ def test_what_is_decided_does_not_hang_on_that(
 ) -> None:
     table, resident = BufferTable(8), entry("resident", 8)
     for index, is_queued in enumerate(held):
-        put(table, resident, index, write=Write.QUEUED if is_queued else Write.NONE)
+        put(table, resident, index, write=WriteState.QUEUED if is_queued else WriteState.NONE)
     objects = {name: stored(name, 0).entry for name in ("one", "other")}
     candidates = [
         Candidate(objects[name], index, need, index, on_disk, may_displace=displaces)
@@ -256,9 +256,9 @@ def test_what_is_decided_does_not_hang_on_that(
     ]
 
     def decided() -> list[Action]:
-        return decide(iter(candidates), table, Slots(disk, 4, lambda endpoint: one if "one" in endpoint else other))
+        return decide(iter(candidates), table, Capacity(disk, 4, lambda endpoint: one if "one" in endpoint else other))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler, "_if_any_can_start", lambda candidates, slots: candidates)
+        patch.setattr(scheduler, "_if_any_can_start", lambda candidates, capacity: candidates)
         expected = decided()
     assert decided() == expected

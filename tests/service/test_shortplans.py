@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fastload.service.buffers import BufferTable
 from fastload.service.core import Core
 from fastload.service.replay import ReplayPlan
-from fastload.service.state import NEVER, Chunk, ObjectEntry, Plan, State
+from fastload.service.state import NEVER, Chunk, ChunkState, ObjectEntry, Plan
 from fastload.store.types import ObjectInfo
 from tests.service import world
 
@@ -33,7 +33,7 @@ def expected(table: BufferTable, plans: list[Plan]) -> list[int]:
 
 def distance(plan: Plan, chunk: Chunk) -> int:
     position = plan.position(chunk.entry, chunk.index)
-    in_sight = position < plan.sight or not plan.is_blind
+    in_sight = position < plan.prefetched_to or not plan.is_blind
     return position - plan.cursor if position >= plan.cursor and in_sight else NEVER
 
 
@@ -59,10 +59,10 @@ class Arena:
         chunk = self.chunk(number)
         if chunk.buffer >= 0:
             self.table.clear(chunk)
-            chunk.state = State.ABSENT
+            chunk.state = ChunkState.ABSENT
         elif self.table.free_count:
             self.table.place(chunk, self.table.free()[-1])
-            chunk.state = State.RESIDENT
+            chunk.state = ChunkState.RESIDENT
 
 
 numbers = st.integers(0, OBJECTS * CHUNKS - 1)
@@ -89,7 +89,7 @@ def test_the_next_use_is_the_nearest_of_all_plans(does: list[tuple[str, object]]
             case "advance", (int(which), int(cursor), int(sight)) if arena.short:
                 plan = arena.short[which % len(arena.short)]
                 plan.advance(cursor)
-                plan.sight = sight
+                plan.prefetched_to = sight
         found = arena.table.next_use()
         found[[chunk is None for chunk in arena.table.chunks]] = NEVER  # nobody asks for those
         assert found.tolist() == expected(arena.table, [arena.told, *arena.short])
@@ -110,7 +110,9 @@ def test_a_reader_that_goes_costs_nothing_of_what_the_arena_holds(
         side = world.Side(core, here.objects)
         side.want(0)
         await world.until(lambda: side.granted == [0], "it is granted")
-        monkeypatch.setattr(core._table, "recover", lambda: pytest.fail("all buffers were looked through"))
+        monkeypatch.setattr(
+            core._table, "recompute_eviction_classes", lambda: pytest.fail("looked through all buffers")
+        )
         core.disconnect(side.state)
 
     here.run(work)

@@ -1,6 +1,6 @@
 """A store in virtual time: so many requests share a link, each after its first byte, each with a rate of its own.
 
-Requests end at times that follow from the rates alone; a controller sees them as it would in the service. Nothing here
+Queries end at times that follow from the rates alone; a controller sees them as it would in the service. Nothing here
 waits: a second of it takes milliseconds.
 """
 

@@ -13,8 +13,8 @@ from fastload.service import buffers
 from fastload.service.buffers import _status
 from fastload.service.control import SHARE_MAX
 from fastload.service.core import Core
-from fastload.service.ports import Parts, Troubles
-from fastload.service.state import Chunk, Recalled, State, Write
+from fastload.service.ports import Ports, Warnings
+from fastload.service.state import Chunk, ChunkState, RecallState, WriteState
 from fastload.service.stores import options_gone
 from fastload.simulate.clock import VirtualLoop
 from fastload.simulate.link import Connections, Link, VirtualStores
@@ -95,9 +95,9 @@ class VirtualCore:
         self.stores = Stores(link, link.join(1e9, "node"), jobs, self.loop, draw)
         limits = CacheLimits(buffer_count * CHUNK_BYTES, disk_chunks * FILE_BYTES, CHUNK_BYTES)
         self.disk = Disk(limits.disk_bytes, jobs, self.loop, draw, write_rate)
-        arena, troubles = VirtualArena(limits.ram_bytes, CHUNK_BYTES), Troubles(self.loop.for_service)
-        parts = Parts(limits, arena, self.disk, jobs, self.stores, Untouched(), troubles, self.loop.time)
-        self.core = Core.of_parts(parts)
+        arena, warnings = VirtualArena(limits.ram_bytes, CHUNK_BYTES), Warnings(self.loop.for_service)
+        ports = Ports(limits, arena, self.disk, jobs, self.stores, Untouched(), warnings, self.loop.time)
+        self.core = Core.of_ports(ports)
 
     def run(self, seconds: float) -> None:
         """Let time pass, and look at everything after each event."""
@@ -130,19 +130,19 @@ def _check_buffers(core: Core, chunks: list[Chunk]) -> None:
     assert len(free) == len({*free})
     for buffer, chunk in enumerate(table.chunks):
         if chunk is None:
-            assert table.status[buffer] == (buffers.FREE if buffer in free else buffers.STRANDED)
+            assert table.status[buffer] == (buffers.FREE if buffer in free else buffers.QUARANTINED)
         else:
             assert buffer not in free
             assert chunk.buffer == buffer
             assert chunk.entry.chunks[chunk.index] is chunk
             assert table.status[buffer] == _status(chunk)
     for chunk in chunks:
-        assert (chunk.buffer >= 0) == (chunk.state is not State.ABSENT)
-        assert chunk.state is not State.ABSENT or chunk.wanters, "a record of nothing"
+        assert (chunk.buffer >= 0) == (chunk.state is not ChunkState.ABSENT)
+        assert chunk.state is not ChunkState.ABSENT or chunk.wanters, "a record of nothing"
     requests = len(core._fetches._pool.under_way) - len(core._fetches._requests)
-    reads = sum(job.function == core.disk.read_into for job in core._watch._hanging)
-    writes = sum(chunk.write is Write.HUNG for chunk in chunks)
-    assert table.stranded_count == requests + reads + writes
+    reads = sum(task.function == core.disk.read_into for task in core._watch._hanging)
+    writes = sum(chunk.write is WriteState.HUNG for chunk in chunks)
+    assert table.quarantined_count == requests + reads + writes
 
 
 def _check_holders(core: Core, chunks: list[Chunk]) -> None:
@@ -151,27 +151,27 @@ def _check_holders(core: Core, chunks: list[Chunk]) -> None:
     wants = {(consumer, number): chunk for consumer in core.consumers for number, chunk in consumer.wants.items()}
     assert leases == {holder: chunk for chunk in chunks for holder in chunk.lessees}
     assert wants == {holder: chunk for chunk in chunks for holder in chunk.wanters}
-    assert all(chunk.state is State.RESIDENT for chunk in leases.values())
+    assert all(chunk.state is ChunkState.RESIDENT for chunk in leases.values())
 
 
 def _check_queues(core: Core, chunks: list[Chunk]) -> None:
     """What is wanted is where it will be found."""
-    ledger = core._ledger
-    absent = {chunk for chunk in chunks if chunk.state is State.ABSENT and chunk.wanters}
+    ledger = core._leases
+    absent = {chunk for chunk in chunks if chunk.state is ChunkState.ABSENT and chunk.wanters}
     assert {*ledger.demanded} == {chunk for chunk in absent if chunk.urgent}
     assert {*ledger.wanted} == {chunk for chunk in absent if not chunk.urgent}
-    assert {*ledger._deferred} == {chunk for chunk in chunks if chunk.state is State.RESIDENT and chunk.wanters}
-    assert ledger.asked == {chunk for chunk in chunks if chunk.recalled is Recalled.ASKED}
-    assert core._loader.in_flight == {chunk for chunk in chunks if chunk.state is State.LOADING}
+    assert {*ledger._deferred} == {chunk for chunk in chunks if chunk.state is ChunkState.RESIDENT and chunk.wanters}
+    assert ledger.asked == {chunk for chunk in chunks if chunk.recalled is RecallState.ASKED}
+    assert core._loader.in_flight == {chunk for chunk in chunks if chunk.state is ChunkState.LOADING}
 
 
 def _check_writes(core: Core, chunks: list[Chunk]) -> None:
     """The queue of writes and its bytes."""
     writer = core._writer
-    assert {*writer._queue} == {chunk for chunk in chunks if chunk.write is Write.QUEUED}
-    assert {*writer._running} == {chunk for chunk in chunks if chunk.write is Write.RUNNING}
+    assert {*writer._queue} == {chunk for chunk in chunks if chunk.write is WriteState.QUEUED}
+    assert {*writer._running} == {chunk for chunk in chunks if chunk.write is WriteState.RUNNING}
     assert writer._queued_bytes == sum(core.disk.file_bytes(chunk.length) for chunk in writer._queue)
-    assert {*writer._tries} <= {chunk for chunk in chunks if chunk.write is not Write.NONE}
+    assert {*writer._tries} <= {chunk for chunk in chunks if chunk.write is not WriteState.NONE}
 
 
 def _check_requests(core: Core, chunks: list[Chunk]) -> None:
@@ -196,7 +196,7 @@ def _check_plans(core: Core) -> None:
         for position in range(plan.cursor, plan.frontier):
             entry, index = plan.at(position)
             chunk = entry.chunks.get(index)
-            is_here = chunk is not None and chunk.state is not State.ABSENT
+            is_here = chunk is not None and chunk.state is not ChunkState.ABSENT
             assert is_here or position in plan.failed, f"position {position} is hidden"
     for plan, positions in core._table._positions.items():
         for buffer, chunk in enumerate(core._table.chunks):

@@ -2,7 +2,7 @@
 
 Time is virtual: `until` lets events happen in their order and takes no longer than they do, and where nothing is due
 any more it fails at once. The core, its directory, arena and disk are real. Jobs of its pools run one at a time: the
-next event happens when a job has ended or waits at a `Gate`, so each run of a test is the same. Tests of what threads
+next event happens when a task has ended or waits at a `Gate`, so each run of a test is the same. Tests of what threads
 do by themselves let a core run `in_real_time`.
 """
 
@@ -24,9 +24,9 @@ from fastload import protocol
 from fastload.cache import CacheDirectory
 from fastload.service import disk_io
 from fastload.service.core import Core
-from fastload.service.ports import Parts
+from fastload.service.ports import Ports
 from fastload.service.state import ConsumerState
-from fastload.service.threads import Job
+from fastload.service.threads import Task
 from fastload.simulate.clock import VirtualLoop
 from fastload.simulate.pools import Jobs
 from fastload.store.types import ObjectInfo
@@ -34,7 +34,7 @@ from tests.patience import PATIENCE_S
 from tests.service.helpers import CHUNK_BYTES, FakeStore, random_bytes
 
 Kind = TypeVar("Kind")
-End = Callable[[Job, Any, BaseException | None], None]
+End = Callable[[Task, Any, BaseException | None], None]
 Work = Callable[[Core], Coroutine[Any, Any, None]]
 
 # What is due so soon belongs to what is under way; what the service does every second does not.
@@ -123,7 +123,7 @@ async def sleep(seconds: float) -> None:
 
 
 class Gate:
-    """Holds the jobs of a core back that come to it, until it is open. Any other thread waits at it as at an event."""
+    """Holds the tasks of a core back that come to it, until it is open. Any other thread waits at it as at an event."""
 
     closed: ClassVar[weakref.WeakSet[Gate]] = weakref.WeakSet()
 
@@ -156,20 +156,20 @@ class Gate:
 
 
 class _Thread(threading.Thread):
-    """Runs jobs one after the other, each while the loop's thread waits until it ends or stands still at a gate."""
+    """Runs tasks one after the other, each while the loop's thread waits until it ends or stands still at a gate."""
 
     def __init__(self, idle: list[_Thread]) -> None:
-        super().__init__(name="fastload-job", daemon=True)
+        super().__init__(name="fastload-task", daemon=True)
         self._idle = idle
         self._go, self._still = threading.Semaphore(0), threading.Semaphore(0)
-        self._work: tuple[Job, End] | None = None
+        self._work: tuple[Task, End] | None = None
         self._outcome: tuple[Any, BaseException | None] | None = None
         self.start()
         idle.append(self)
 
-    def begin(self, job: Job, end: End) -> None:
-        """Let it run a job. `end` is called by whoever lets it go on to the job's end."""
-        self._work = job, end
+    def begin(self, task: Task, end: End) -> None:
+        """Let it run a task. `end` is called by whoever lets it go on to the task's end."""
+        self._work = task, end
         self.go_on()
 
     def end(self) -> None:
@@ -183,10 +183,10 @@ class _Thread(threading.Thread):
         self._still.acquire()
         if self._outcome is not None:
             assert self._work is not None
-            (job, end), outcome = self._work, self._outcome
+            (task, end), outcome = self._work, self._outcome
             self._work = self._outcome = None
             self._idle.append(self)
-            end(job, *outcome)
+            end(task, *outcome)
 
     def stand_still(self) -> None:
         """Called by what it runs: let the others go on."""
@@ -200,25 +200,25 @@ class _Thread(threading.Thread):
             self.stand_still()
 
 
-def _outcome(job: Job) -> tuple[Any, BaseException | None]:
+def _outcome(task: Task) -> tuple[Any, BaseException | None]:
     try:
-        return job.function(*job.arguments), None
+        return task.function(*task.arguments), None
     except Exception as error:
         return None, error.with_traceback(None)  # which would keep the loop's own frames, and so the core
 
 
 class _Jobs(Jobs):
-    """Pools whose jobs do in threads what they do in the service's."""
+    """Pools whose tasks do in threads what they do in the service's."""
 
     def __init__(self, loop: VirtualLoop) -> None:
         super().__init__(loop)
         self._idle: list[_Thread] = []
-        self._begun: list[tuple[Job, End]] = []
+        self._begun: list[tuple[Task, End]] = []
         self._begins = False
         self._threads: list[_Thread] = []
 
-    def begin(self, job: Job, end: End) -> None:
-        self._begun.append((job, end))
+    def begin(self, task: Task, end: End) -> None:
+        self._begun.append((task, end))
         if self._begins:  # by the end of another, which lets this one begin
             return
         self._begins = True
@@ -228,16 +228,16 @@ class _Jobs(Jobs):
         finally:
             self._begins = False
 
-    def _let_begin(self, job: Job, end: End) -> None:
+    def _let_begin(self, task: Task, end: End) -> None:
         if not Gate.closed:  # so that it waits nowhere: without a thread, which takes ten times as long
-            end(job, *_outcome(job))
+            end(task, *_outcome(task))
             return
         if not self._idle:
             self._threads.append(_Thread(self._idle))
-        self._idle.pop().begin(job, end)
+        self._idle.pop().begin(task, end)
 
     def close(self, deadline_s: float) -> bool:
-        """Whether all jobs have ended: no test leaves its gates closed."""
+        """Whether all tasks have ended: no test leaves its gates closed."""
         for pool in self._pools:
             pool.stop()
         has_ended = len(self._idle) == len(self._threads)
@@ -265,9 +265,9 @@ class World:
     def run(self, work: Work, disk_deadline_s: float = disk_io.DISK_DEADLINE_S) -> None:
         """Let `work` run with a core, which has to end well afterwards."""
         loop = VirtualLoop()
-        _let_happen(loop, _Wait(lambda: False, 1.0, ""))  # a job that began at 0 would be one that has not begun
+        _let_happen(loop, _Wait(lambda: False, 1.0, ""))  # a task that began at 0 would be one that has not begun
         parts = self._parts(loop.for_service)
-        core = Core.of_parts(replace(parts, pools=_Jobs(loop), now=loop.time), disk_deadline_s)
+        core = Core.of_ports(replace(parts, pools=_Jobs(loop), now=loop.time), disk_deadline_s)
         asks = work(core)
         try:
             with contextlib.suppress(StopIteration):
@@ -286,7 +286,7 @@ class World:
         """The same with the service's own loop and threads."""
 
         async def main() -> None:
-            core = Core.of_parts(self._parts(asyncio.get_running_loop()))
+            core = Core.of_ports(self._parts(asyncio.get_running_loop()))
             asks = work(core)
             try:
                 with contextlib.suppress(StopIteration):
@@ -298,8 +298,8 @@ class World:
 
         asyncio.run(main())
 
-    def _parts(self, loop: asyncio.AbstractEventLoop) -> Parts:
-        return Parts.of_directory(self.directory, loop, lambda url, options: self.store)
+    def _parts(self, loop: asyncio.AbstractEventLoop) -> Ports:
+        return Ports.of_directory(self.directory, loop, lambda url, options: self.store)
 
     @contextmanager
     def held_back(self) -> Iterator[Gate]:
