@@ -1,7 +1,7 @@
 """The node's RAM tier: one piece of shared memory, cut into buffers of one chunk.
 
 Every byte is received into the arena, verified there and served from there, so it has to be one mapping that
-many processes share without copies, that vanishes with its last user whatever kills them, and that no
+many processes share without copies, that vanishes with its last user, however it ends, and that no
 consumer can damage. An anonymous memfd is all three: it has no name to go stale, and its seals forbid
 growing, shrinking (a mapping of cut memory would end its user with SIGBUS) and any further writable mapping,
 while the owner keeps the one it has.
@@ -10,7 +10,7 @@ First touch of fresh memory runs at about 1 GB/s, use of touched memory at 20. S
 of use, in pieces, by an madvise that lets go of the GIL: MAP_POPULATE would hold it for half a second a GiB. How
 far ahead is the caller's to say: what is never touched costs no memory.
 
-Memory that is sealed cannot be given back in parts, so an arena that nobody uses goes over to fresh memory (`renew`).
+Memory that is sealed cannot be given back in parts, so an arena that is not in use moves to fresh memory (`renew`).
 
 The arena knows nothing of which chunk lies where; that is the service's state. A view that outlives `close()`
 keeps its mapping until it is gone itself.
@@ -118,7 +118,7 @@ class ArenaView:
         """
         try:
             status = syscalls.fstat(fd)
-            # Whoever owns it may write to it, and so to what is trained on.
+            # Its owner may write to it, and so to what is trained on.
             if status.st_uid != syscalls.geteuid():
                 raise CacheError(f"the arena received belongs to user {status.st_uid}; restart the service")
             if status.st_size != byte_count or syscalls.get_seals(fd) & _FIXED != _FIXED:
@@ -181,5 +181,5 @@ def _close_mapping(mapping: mmap.mmap, view: memoryview) -> None:
         view.release()
         mapping.close()
     except BufferError:
-        # Somebody still looks at it. The mapping ends with its last view.
+        # A view of it is still in use. The mapping ends with its last view.
         pass

@@ -66,7 +66,7 @@ def read(path: Path, name: str) -> bytes:
 def read_head(path: Path, name: str, head_bytes: int) -> tuple[bytes, int]:
     """The first `head_bytes` of the blob's data, or all that it has, and the length of all its data.
 
-    Only the trailer is verified, so that not all has to be read: whoever uses the head has to expect anything in it.
+    Only the trailer is verified, so that not all has to be read: callers must expect anything in the head.
     """
     fd = syscalls.open(path, os.O_RDONLY)
     try:

@@ -9,11 +9,11 @@
 
 A cache hands out bytes that later become batches, so who may write here may poison a training run, and who
 may read here may read what only the bucket's credentials should show. The directory is made 0700, and one
-that belongs to somebody else or that others may write to is refused.
+that belongs to another user or that others may write to is refused.
 
 Others may be able to write to a folder above it, and so to put another directory in its place at any moment. So a name
 is followed once: the directory is opened, what was opened is checked, and all that is in it is reached through that
-descriptor (`opened`), by the service for as long as it holds the lock. Whatever the name leads to by then is checked
+descriptor (`opened`), by the service for as long as it holds the lock. What the name leads to by then is checked
 when it is followed again.
 
 Election: the lock is a flock, so it ends with its holder, however that ends. A forked child would inherit the
@@ -36,7 +36,8 @@ from fastload.config import CacheLimits
 from fastload.errors import CacheError
 from fastload.lifecycle import on_drop, reset_on_fork
 
-# Where an open directory has a name that nobody can lead elsewhere. It is short enough for a socket's address, too.
+# Where an open directory has a name that cannot be made to lead elsewhere. It is short enough for a socket's address,
+# too.
 _DESCRIPTORS = Path("/proc/self/fd")
 _HAS_DESCRIPTORS = _DESCRIPTORS.is_dir()
 # Consumers that connect at one time.
@@ -96,7 +97,7 @@ class CacheDirectory:
         """Whether what is at the path by now says another `chunk_bytes`; not where nothing can be read there."""
         try:
             stored = limits.stored(self.path)
-        except (OSError, CacheError):  # whoever connects is told
+        except (OSError, CacheError):  # the next connection raises it
             return False
         return stored is not None and stored.chunk_bytes != self.limits.chunk_bytes
 
@@ -147,7 +148,7 @@ class CacheDirectory:
             yield str(root / self.socket_path.name)
 
     def try_lock(self) -> bool:
-        """Become the directory's service, if nobody is; whether this object holds the lock. Never blocks."""
+        """Become the directory's service, if there is none; whether this object holds the lock. Never blocks."""
         if self._lock_fd >= 0:
             return True
         try:
@@ -186,7 +187,7 @@ class CacheDirectory:
 
     def remove_socket(self) -> None:
         """Leave the place clean; the lock is still held."""
-        with contextlib.suppress(FileNotFoundError):  # somebody emptied the directory
+        with contextlib.suppress(FileNotFoundError):  # the directory was emptied
             syscalls.unlink(self.root / self.socket_path.name)
 
     @property
@@ -222,7 +223,7 @@ class LastingRoot:
 
 
 def _lock(fd: int, path: Path) -> bool:
-    """Whether `fd` is now locked and still the file at `path` (somebody may have emptied the directory)."""
+    """Whether `fd` is now locked and still the file at `path` (the directory may have been emptied)."""
     try:
         syscalls.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

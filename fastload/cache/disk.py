@@ -2,7 +2,7 @@
 
 It is a cache of remote data, so it may forget anything and must never stop the training: whatever the disk
 does, the worst answer is "not here". A file that is damaged is put out of use, removed and counted, and
-whoever wanted it fetches it again. What a failing disk does to the tier is `health`'s to say.
+its reader fetches it again. What a failing disk does to the tier is `health`'s to say.
 
     chunks/xx/<key>.chunk   one chunk (see `chunkfile`), in one of 256 directories
     index/<name>.blob       one small named value (see `blobfile`)
@@ -19,13 +19,13 @@ makes room.
 No system call is made while the lock is held: `contains` and the counts answer at once, even when the disk
 stalls. A name leaves the table before its file goes, and enters after its file has come. So threads that
 write and remove one key at once may leave a name without a file, which the next read finds out, and never a
-file without a name, which would take room that nobody counts.
+file without a name, which would take room that is not counted.
 
 What a disk tier's directory holds: the table that is made when the tier is opened.
 
 One pass over the 256 directories of chunks and the one of blobs. A file counts by its name and size alone;
 its content is verified whenever it is read. A chunk file of a size that no chunk has (cut by a crash, usually
-to nothing) and a temp file whose writer is dead are removed. Whatever else lies there is somebody else's and
+to nothing) and a temp file whose writer is dead are removed. Other files there are not the cache's and
 is left alone, uncounted.
 """
 
@@ -213,7 +213,7 @@ class DiskTier:
         else:
             self._health.switch(quota_bytes > 0)
 
-    # A disk that hangs, as seen by whoever watches the time of the calls made here
+    # A disk that hangs, as seen by the watchdog that times the calls made here
 
     def stalled(self, seconds: float) -> None:
         """A call has not returned for `seconds`: look for nothing and write nothing until `answered`."""
@@ -251,7 +251,7 @@ class DiskTier:
         path = path_in(self._root, name)
         try:
             found = read(path)
-        except FileNotFoundError:  # removed meanwhile, by another thread or by somebody's hand
+        except FileNotFoundError:  # removed meanwhile, by another thread or by hand
             self._forget(name, entry)
         except chunkfile.ChunkDamagedError as error:
             self._condemn(name, entry, path)
@@ -351,7 +351,7 @@ class DiskTier:
         return True
 
     def _condemn(self, name: ChunkKey | str, entry: _Entry, path: Path) -> None:
-        """Put a file out of use: first out of the table, so that nobody reads it again, then off the disk."""
+        """Put a file out of use: first out of the table, so that it is not read again, then off the disk."""
         if self._forget(name, entry):
             self._discard(path)
 
@@ -440,7 +440,7 @@ def _take_entry(entry: os.DirEntry[str], name: ChunkKey | str | None, found: Inv
         elif tempfiles.is_stale(entry.name):
             syscalls.unlink(entry.path)
             found.swept += 1
-    except FileNotFoundError:  # removed meanwhile by somebody's hand
+    except FileNotFoundError:  # removed meanwhile by hand
         pass
     except OSError as error:
         _note(error, found)

@@ -1,12 +1,13 @@
-"""How a disk tier is doing: what it counts, what still works, and what the user has been told.
+"""How a disk tier is doing: what it counts, what still works, and of what the user has been warned.
 
 A disk fails in few ways that matter. *Full*: no writes for ten minutes, since room may be made; what is there is still
 good. *Read-only*: no more writes at all. *One bad file*: that one is lost. *Read after read fails*: the disk is dead,
 and asking it again costs each chunk its timeout. *No answer at all*: it is left alone until it answers, and for good
 where that happens again and again. *We are short* (of descriptors, of memory): not the disk's fault, and over in a
-moment. Each is told once, in a sentence that says what happens now and what to do; training goes on in all of them.
+moment. The user is warned of each once, in a sentence that says what happens now and what to do; training goes on in
+all.
 
-A call that does not return cannot notice that itself: whoever made it watches the time, and says `stalled`
+A call that does not return cannot notice that itself: its caller watches the time, and calls `stalled`
 and `answered`.
 """
 
@@ -28,7 +29,7 @@ _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAI
 _READ_ERRORS_MAX = 8
 # How long a full disk is not written to: a service lives for weeks, and asking costs a write that fails.
 _FULL_S = 600.0
-# So many stalls, each of which has cost somebody the deadline, are enough.
+# So many stalls, each of which has cost a reader the deadline, are enough.
 _STALLS_MAX = 3
 
 
@@ -84,7 +85,9 @@ class Health:
         return not self._readable
 
     def switch(self, on: bool) -> None:
-        """On or off, with a clean slate: what comes up again is told again. A stall goes on until it is answered."""
+        """On or off, with a clean slate: a problem that comes up again is warned of again. A stall goes on until it is
+        answered.
+        """
         with self._lock:
             self._readable = self._writable = on
             self._told.clear()
@@ -164,7 +167,7 @@ class Health:
     def write_failed(self, error: OSError) -> None:
         """A write, or making or removing a file, failed."""
         self.count(errors=1)
-        # A file that vanished is not a sick disk: somebody empties the directory, or swept our temp file.
+        # A file that vanished is not a failing disk: a user empties the directory, or swept our temp file.
         if error.errno in _SHORTAGES or error.errno == errno.ENOENT:
             self._tell(
                 "skipped",

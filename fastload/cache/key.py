@@ -9,7 +9,7 @@ invalidated. The object id is a hash of everything that can make the bytes diffe
 - the version: a strong ETag with the size, or, where the store has none, the size, the modification time and
   the endpoint. The endpoint is left out where the ETag is made of the bytes (an MD5, or one of the parts' MD5s): a
   replica behind another address holds the same. Of other ETags in S3 each endpoint may give one like it to other bytes.
-  Of a local file the size and the modification time, and, where that was set by somebody, so that the status changed at
+  Of a local file the size and the modification time, and, where that was set explicitly, so that the status changed at
   another time than the bytes, its inode and that time: without these another file could have the same;
 - the size of a chunk, since chunk 3 of 8 MiB chunks is not chunk 3 of 4 MiB ones.
 
@@ -34,7 +34,7 @@ _INDEX_MAX = (1 << 63) - 1
 _OF_BYTES = re.compile(r"[0-9a-fA-F]{32}(-[0-9]+)?")
 _NAME = re.compile(r"([0-9a-f]{32})-([0-9a-f]{8,16})")
 
-# What signed URLs carry. The first kind is told by its prefix; the others have names so short that they only
+# What signed URLs carry. The first kind is known by its prefix; the others have names so short that they only
 # count as a signature's when the signature itself is there.
 _SIGNED_PREFIXES = ("x-amz-", "x-goog-")
 _SIGNED_WITH = {
@@ -67,7 +67,7 @@ class ChunkKey:
 
     @classmethod
     def from_name(cls, name: str) -> ChunkKey | None:
-        """The key whose `.name` this is, or None for a name that is nobody's."""
+        """The key whose `.name` this is, or None for a name of another form."""
         match = _NAME.fullmatch(name)
         if match is None or int(match[2], 16) > _INDEX_MAX:
             return None

@@ -3,7 +3,7 @@
     {"format": 1, "ram_bytes": ..., "disk_bytes": ..., "chunk_bytes": ..., "disk_write_bytes_per_s": ...,
      "requests_in_flight": ..., "history_bytes": ...}
 
-Who makes the directory writes them; whoever comes later and says something else explicitly changes them, with
+The process that makes the directory writes them; a later one that gives other values explicitly changes them, with
 one warning. The file is published whole: by link where there was none (of two creators the first wins), by
 rename where one is replaced (of two changes the last wins).
 """
@@ -63,7 +63,7 @@ def settle(
 
 
 def _in_chunks_of(ours: CacheLimits, changed: CacheLimits) -> CacheLimits:
-    """What somebody changed since, for those who go on with chunks of our size."""
+    """What another process changed since, for a job that goes on with chunks of our size."""
     try:
         return replace(changed, chunk_bytes=ours.chunk_bytes)
     except ConfigError:  # too small for chunks of that size
@@ -86,7 +86,7 @@ def _fitting(directory: Path, found: CacheLimits) -> tuple[CacheLimits, str]:
 
 
 def _check_memory(ram_bytes: int) -> None:
-    """Refuse an arena that could not be filled: it takes its memory bit by bit, and the machine would end somebody for
+    """Refuse an arena that could not be filled: it takes its memory bit by bit, and the kernel would kill a process for
     it in the middle of a job.
     """
     there = config.memory_limit_bytes()

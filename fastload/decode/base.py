@@ -15,7 +15,7 @@ A decoder that makes random choices says so (`wants_keys`), and is then given a 
 draws all of them: see `fastload.decode.keys`. Others take keys, and pay no heed to them.
 
 `values` and `offsets` belong to the caller and are used again, so nothing that is returned may share their
-memory; `decode_owned` is for a caller that gives them away. Whatever a decoder returns is writable and the
+memory; `decode_owned` is for a caller that gives them away. What a decoder returns is writable and the
 user's own.
 
 Where samples may lack the column, decoders are given only the values that there are; `missing()` says what
@@ -129,7 +129,7 @@ class Decoder(ABC):
         return self.decode(values, offsets, where, keys)
 
     def kernel_modules(self) -> tuple[str, ...]:
-        """The modules of `fastload.kernels` that this decoder calls, for whoever compiles ahead."""
+        """The modules of `fastload.kernels` that this decoder calls, to be compiled ahead."""
         return ()
 
 

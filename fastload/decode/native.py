@@ -192,7 +192,7 @@ class Context:
     def resize(
         self, settings: Settings, key: int, pixels: npt.NDArray[np.uint8], orientation: int, out: npt.NDArray[Any]
     ) -> None:
-        """Resize a picture (height, 4 * width; RGBX) that somebody else decoded; `ROW_PADDING` bytes behind it are
+        """Resize a picture (height, 4 * width; RGBX) that was decoded elsewhere; `ROW_PADDING` bytes behind it are
         read.
         """
         assert out.flags.c_contiguous

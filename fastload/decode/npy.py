@@ -145,7 +145,7 @@ def _check_length(header: Header, file_bytes: int) -> None:
 
 def _elements(data: npt.NDArray[np.uint8], header: Header, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """`data` (bytes, last axis contiguous) seen as elements of `shape`."""
-    # A bool that is neither 0 nor 1 breaks whoever gets it.
+    # A bool that is neither 0 nor 1 breaks the code that gets it.
     elements = data != 0 if header.dtype.kind == "b" else data.view(header.dtype)
     try:
         return elements.reshape(shape, order="F" if header.fortran_order else "C")
@@ -240,7 +240,7 @@ def _alike(values: npt.NDArray[np.uint8], offsets: Offsets) -> npt.NDArray[np.ui
     rows = values[offsets[0] : offsets[-1]].reshape(len(lengths), -1)
     try:
         header = read_header(rows[0].data)
-    except DecodeError:  # told apart, and told, sample by sample
+    except DecodeError:  # raised again below, for the one sample
         return None
     same = (rows[:, : header.data_start] == rows[0, : header.data_start]).all()
     return rows if same and not header.fortran_order else None

@@ -56,7 +56,7 @@ def read_jpeg(
     """The picture as (height, 4 * width), valid until the thread's next call, and what `choose` said of it. Raises
     `DecodeError`.
 
-    `pixels_max`: the most pixels (width times height) that are decoded. `choose` is told width, height and, where
+    `pixels_max`: the most pixels (width times height) that are decoded. `choose` gets width, height and, where
     `turn`, the EXIF orientation.
     """
     try:
@@ -173,7 +173,7 @@ def read_other(value: memoryview, pixels_max: int, *, turn: bool) -> tuple[npt.N
         raise DecodeError(f"{error} (PIL.Image.MAX_IMAGE_PIXELS is Pillow's own limit)") from error
     except UnidentifiedImageError as error:
         raise DecodeError(f"not an image of a known format: it starts with {bytes(value[:16])!r}") from error
-    except Exception as error:  # Pillow's parsers raise whatever they stumble over, and only they run here
+    except Exception as error:  # Pillow's parsers raise all kinds of errors, and only they run here
         raise DecodeError(f"damaged image of {len(value)} bytes: {type(error).__name__}: {error}") from error
     return _to_rgbx(picture), orientation
 

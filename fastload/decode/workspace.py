@@ -25,7 +25,7 @@ KEPT_BYTES_MAX = 64 << 20
 _ALIGNMENT = 64
 _OFFSET = 8
 """How far behind a multiple of 64 pixels begin. libjpeg-turbo writes rows that begin at a multiple of 16 or 32 bytes
-around the cache, which costs whoever reads them next 50 us a picture of 500 x 375."""
+around the cache, which costs their next reader 50 us a picture of 500 x 375."""
 
 
 class Table:

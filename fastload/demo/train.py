@@ -2,7 +2,7 @@
 
 A real S3 server on this machine, real photographs in WebDataset shards, a small network that learns to tell the
 photographs apart, and a row of figures an epoch. The first epoch fetches every byte once; those that follow are served
-by the node's own cache. Whatever is started here is stopped here, however it ends: Ctrl-C and SIGTERM included.
+by the node's own cache. All that is started here is stopped here, however it ends: Ctrl-C and SIGTERM included.
 """
 
 from __future__ import annotations

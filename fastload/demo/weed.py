@@ -4,7 +4,7 @@
 filer and S3 gateway in one process. It opens in under a second, ends about two seconds after SIGTERM, and
 takes about 175 MB.
 
-What it needs to be told, or it reaches beyond its directory:
+Options without which it reaches beyond its directory:
 - every port by number, each with its gRPC twin, or it takes the well-known ones;
 - its environment, or it makes an identity of any AWS_* credentials that it finds there;
 - a working directory: it puts sockets where it stands. Five more go to /tmp whatever TMPDIR says. A SIGTERM
@@ -117,7 +117,7 @@ class WeedServer:
             except StoreUnavailableError:
                 ran = self._process is not None and self._process.poll() is None
                 self.stop()
-                # It ends at once where somebody took one of its ports meanwhile; other ports may do.
+                # It ends at once where another process took one of its ports meanwhile; other ports may do.
                 if ran or attempt == 2:
                     raise
             except BaseException:  # Ctrl-C while it starts
@@ -243,7 +243,7 @@ class WeedServer:
             )
 
     def _wait_until_it_answers(self, timeout_s: float) -> None:
-        """Poll: nothing tells when weed is ready, and an open port comes before a writable volume."""
+        """Poll: weed does not say when it is ready, and an open port comes before a writable volume."""
         assert self._process is not None
         deadline = time.monotonic() + timeout_s
         while self._process.poll() is None and time.monotonic() < deadline:
@@ -263,7 +263,7 @@ class WeedServer:
                 self._request("DELETE", _PROBE_BUCKET, "probe"),
                 self._request("DELETE", _PROBE_BUCKET, ""),
             )
-        except (OSError, http.client.HTTPException):  # not listening yet, or somebody else's server
+        except (OSError, http.client.HTTPException):  # not listening yet, or another server
             return False
         return all(status < 300 for status, _ in steps)
 

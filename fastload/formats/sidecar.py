@@ -1,4 +1,4 @@
-"""The sidecar: one Arrow file with the indexes of many shards, so that nobody has to read the shards for them.
+"""The sidecar: one Arrow file with the indexes of many shards, so that the shards need not be read for them.
 
 It has a row for each shard: which version of which object it is, how many samples it holds, and its index in the stored
 form of `index`. The columns of a record batch lie one after the other and the indexes come last, so that the rest, a

@@ -40,7 +40,7 @@ PAYLOAD_BYTES_MAX = 1 << 20
 # processor's cache.
 _MEMBERS = 4096
 
-# Archives are padded to whole records: of 20 blocks mostly, or as many as tar was told (--blocking-factor), which is a
+# Archives are padded to whole records: of 20 blocks mostly, or as many as tar was given (--blocking-factor), which is a
 # power of two, 40 or 80 then. With any more, an archive that was cut off and ends in zeros would seem whole.
 _RECORDS_BYTES = (*(10_240 << power for power in range(3)), *(1 << power for power in range(14, 21)))
 _END_MARK_BYTES = 1024

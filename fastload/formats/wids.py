@@ -20,7 +20,7 @@ from fastload.errors import ConfigError
 
 ENDING = ".json"
 
-# Other formats call the file the same, and lead to this message when somebody passes it.
+# Other formats call the file the same, and lead to this message when a user passes it.
 _OTHERS = {"shards": "MosaicML's streaming", "chunks": "LitData", "features": "Hugging Face"}
 
 
@@ -111,9 +111,9 @@ def _shards(shards: list[_Shard], base: str | None, url: str) -> Shards:
     return Shards(urls, [shard.nsamples for shard in shards], [_size(shard.filesize) for shard in shards])
 
 
-def _size(told: object) -> int:
+def _size(value: object) -> int:
     """Lists that others made may have anything there."""
-    return told if isinstance(told, int) and 0 <= told < 1 << 63 else -1
+    return value if isinstance(value, int) and 0 <= value < 1 << 63 else -1
 
 
 def _joined(place: str, name: str, url: str) -> str:

@@ -99,7 +99,7 @@ class Archive:
 
     def append(self, name: str, pieces: list[bytes], after: int = 0) -> int | None:
         """Add pieces to a run's file, which has `after` bytes; 0: there is none yet, and it is made. Its bytes
-        afterwards; None where it is not as it was left, since somebody forgot the run. OSError as the system gives it.
+        afterwards; None where it is not as it was left, since the run was removed. OSError as the system gives it.
         """
         path = self._place / (name + _ENDING)
         with contextlib.suppress(FileExistsError):
@@ -130,7 +130,8 @@ class Archive:
 
 
 def read_all(archive: Archive, reads_max: int) -> list[Run]:
-    """The newest runs, until their reads are so many; of the last one what it began with, since who reads it again
+    """The newest runs, until their reads are so many; of the last one what it began with, since a job that reads it
+    again
     begins there. Those that are damaged, or cannot be read, are left out.
     """
     found: list[Run] = []

@@ -10,7 +10,7 @@ has departed, and is looked for anew, also where the earlier run went on otherwi
 As in the detection of sequences within a file, what is expected grows with what has come true: 2 to the power of trust.
 So a wrong beginning has cost two chunks.
 
-That an object's next chunk is read proves nothing: whoever reads objects of many chunks in an order of its own would
+That an object's next chunk is read proves nothing: a reader of objects of many chunks in an order of its own would
 soon be believed to read the next objects as before, all in vain. So only *jumps*, reads of anything else, find a place
 and gain trust. And as jumps within an object say nothing of which object comes next, trust beyond the object at hand is
 counted apart, by jumps to other objects.
@@ -41,8 +41,8 @@ _FITTING_MIN, _FEW = 2, 500
 # How many reads before or after, of all lanes, a reader may go on in another lane: with batches of another size workers
 # share the samples in another way, in about the same order.
 _LANES_WITHIN = 128
-# Whoever has moved just now will soon again, and what was predicted is then made anew: so little of it until so many
-# reads have come in one lane.
+# A reader that has moved just now will soon move again, and its prediction is then made anew: so little of it until so
+# many reads have come in one lane.
 _TRUST_MOVED, _STAYS = 5, 32
 # Jumps in which a chunk that is read again says nothing.
 _AGAIN = 8

@@ -42,7 +42,7 @@ class Library:
 
     def __init__(self, runs: Sequence[Run], chunk_bytes: int) -> None:
         """Of these runs, the newest first, those whose chunks are of the same size. Not of those that only warmed a
-        cache: nobody reads in their order.
+        cache: no job reads in their order.
         """
         runs = [run for run in runs if run.summary.chunk_bytes == chunk_bytes and len(run.reads)]
         shelves = [_Shelf(run) for run in runs if set(run.summary.lanes) != {WARMING}]

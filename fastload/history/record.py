@@ -1,7 +1,7 @@
 """What one run reads, gathered until it is written: a log of (reader, object, chunk, time).
 
 A *lane* is one reader, a consumer's connection; reads of a lane are in its order, and all of them in the order in which
-the service heard of them. A chunk that a lane has only just asked for is not noted again: it was fetched ahead, then
+the service received them. A chunk that a lane has only just asked for is not noted again: it was fetched ahead, then
 waited for, or read in pieces.
 
 Bounded: beyond so many reads or objects only figures go on. URLs that may carry secrets are left out: those with a user
@@ -31,7 +31,7 @@ from fastload.store.types import ObjectInfo
 from fastload.store.urls import scheme
 
 LANES_MAX = 1 << 16
-# Kinds of readers that are told apart, and of the name of one.
+# Kinds of readers that are distinguished, and of the name of one.
 _NAMES_MAX, _NAME_MAX = 64, 100
 # Reads of a lane in which a chunk is the same read still.
 _SAME_WITHIN = 16

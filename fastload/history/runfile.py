@@ -1,6 +1,6 @@
 r"""The file of one run: what it read, in which order, and what it learnt of the stores.
 
-It only grows, piece by piece, so that a service that is killed has lost the last minute; whoever reads it takes the
+It only grows, piece by piece, so that a service that is killed has lost the last minute; a reader takes the
 pieces up to the first that is not whole. Integers are little-endian.
 
     offset  bytes
@@ -183,7 +183,7 @@ def _digest(kind: int, payload: bytes) -> bytes:
 
 
 def read_summary(path: Path) -> Summary | None:
-    """The summary of the run in this file, without its reads; None where nobody could have written it.
+    """The summary of the run in this file, without its reads; None where no service could have written it.
 
     OSError as the system gives it.
     """

@@ -1,4 +1,4 @@
-"""What a store's refusal means, in words for the person who reads it.
+"""What a store's refusal means, in words for the user.
 
 Every store says no in its own way: a status with an XML body, an exception with a page of debug text, an
 errno. Here a refusal becomes one of `fastload.errors`, by what the caller does next, with URL, endpoint and

@@ -1,10 +1,10 @@
 """Ranges of objects by requests of our own: who is asked, who signs, and which buckets are not read this way.
 
 Receiving is where a store's CPU time goes, and HttpReader does it for two thirds of what obstore takes (its figures
-stand there). It needs to be told what to ask for. In S3 that is:
-- with a key at hand, or as nobody: SigV4 in the headers, by `sigv4`;
+stand there). This says what to ask for. In S3 that is:
+- with a key at hand, or anonymously: SigV4 in the headers (`sign_v4`);
 - with credentials that the machine hands out for a while (instance roles, containers, web identities): a URL that
-  obstore signs, since it finds and refreshes them and gives them to nobody. That takes 14 us and no request.
+  obstore signs, since it finds and refreshes them and does not hand them out. That takes 14 us and no request.
 
 obstore reads what is left: Google (who signs URLs there needs a key file, which few have, or a request for each),
 Azure, S3 Express with its sessions, and buckets for which something special is asked.
@@ -45,7 +45,7 @@ DEFAULT_REGION = "us-east-1"
 EXPRESS = "--x-s3"  # buckets of S3 Express end in their zone and that
 # Long enough for a clock that is wrong by minutes, short enough for policies that refuse URLs that are good for long.
 _URL_LASTS = datetime.timedelta(minutes=5)
-# Settings that are heeded here, and those of how credentials are found, which is obstore's affair, whoever reads.
+# Settings that are heeded here, and those of how credentials are found, which obstore does for both ways.
 _UNDERSTOOD = settings.S3_FINDING | settings.PROXIES | {"root_certificate", "proxy_url", "virtual_hosted_style_request"}
 
 

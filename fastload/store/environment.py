@@ -67,7 +67,7 @@ def fingerprint() -> Fingerprint:
     same, but for what was changed in files.
     """
     global _last
-    # Whoever opens files by the thousand asks each time. `environ` decodes `_data`, which takes 30 times as long.
+    # A job that opens files by the thousand asks each time. `environ` decodes `_data`, which takes 30 times as long.
     raw = tuple(getattr(os.environ, "_data", os.environ).items())
     seen, found = _last
     if raw != seen:
@@ -163,7 +163,7 @@ def _fsspec(environ: Mapping[str, str], given: Mapping[str, Any]) -> str | None:
     found: dict[str, dict[str, Any]] = {}
     folder = Path(environ.get("FSSPEC_CONFIG_DIR") or _home(environ) / ".config" / "fsspec")
     if os.path.isdir(folder):
-        with contextlib.suppress(ImportError):  # then nobody reads what is there
+        with contextlib.suppress(ImportError):  # then nothing reads that file
             importlib.import_module("fsspec.config").set_conf_files(str(folder), found)
     for protocol, arguments in _FSSPEC.items():
         for argument, variable in arguments.items():
@@ -204,7 +204,7 @@ def _home(environ: Mapping[str, str]) -> Path:
 
 
 def _section(path: Path, section: str) -> dict[str, str]:
-    if not os.path.lexists(path):  # or nobody may look whether it is there
+    if not os.path.lexists(path):  # or its folder may not be searched
         return {}
     parser = configparser.RawConfigParser()
     try:

@@ -1,4 +1,4 @@
-"""Every other scheme, through fsspec: hdfs, sftp, memory, and whatever else has a file system there.
+"""Every other scheme, through fsspec: hdfs, sftp, memory, and all else that has a file system there.
 
 For reach, not for speed: fsspec hands out fresh bytes, which are copied, and has no conditional read, so that each read
 asks for the object's size, ETag and time, before and after: it says nothing of the reply that the bytes came with.

@@ -221,7 +221,7 @@ class HttpReader:
 
     def _take(self) -> http.client.HTTPConnection | None:
         """The connection used last: it is the least likely to have been closed, and the others may age away. One that
-        has something to say while nobody asks has been closed, or the reply before was longer than it said: what comes
+        sends bytes without a request has been closed, or the reply before was longer than it said: what comes
         next would be taken for the answer.
         """
         with self._lock:

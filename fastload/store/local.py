@@ -2,14 +2,14 @@
 
 Which version of a local file is there: beside size and modification time, its inode and when its status changed.
 
-Whoever copies a file may give it the modification time of another (`cp -p`, `rsync -t`, `os.utime`), and where the size
-is the same as well, nothing is left by which to tell them apart but the inode and the status-change time, which nobody
+A copy of a file may get the modification time of another (`cp -p`, `rsync -t`, `os.utime`), and where the size
+is the same as well, nothing distinguishes them but the inode and the status-change time, which no program
 can set. They stand in `ObjectInfo.etag`, as a weak ETag: `W/"<inode>-<ctime in ns>"`.
 
-They are this node's affair. Lists of shards go to other nodes, which may have copies of the files, and to jobs that go
+They hold on this node only. Lists of shards go to other nodes, which may have copies of the files, and to jobs that go
 on next week, on files that were copied anew; so there they are left out, and put in again where a node begins to read
 (`with_version_tags`). From then on a change is a change. Also a change of mode, owner, name or links counts as one,
-since the file system does not tell them from a write.
+since the file system does not distinguish them from a write.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def parse_version_tag(url: str, etag: str | None) -> tuple[int, int] | None:
 
 
 def with_version_tags(objects: ObjectTable) -> ObjectTable:
-    """The same objects with what this node's files say now. Who reads a file that is not there is told then."""
+    """The same objects with what this node's files say now. A read of a file that is not there raises."""
     local = np.flatnonzero(_is_local(objects))
     if not len(local):
         return objects

@@ -195,7 +195,7 @@ class ObjectStore:
 
     @contextlib.contextmanager
     def _saying_who(self) -> Iterator[None]:
-        """Within the block, who is denied, or gets no answer, is told with which credentials that was."""
+        """Within the block, an error of a denied or unanswered request says which credentials it was made with."""
         try:
             yield
         except NoCredentialsError:
@@ -360,7 +360,7 @@ def _open_s3(bucket: str, options: StoreOptions, config: dict[str, str], clients
     known.setdefault("s3_express", express)
     known.setdefault("request_payer", False)
     if options.access_key_id is not None:
-        # As a provider, so that no session token of this process's environment is added to somebody's key.
+        # As a provider, so that no session token of this process's environment is added to the user's key.
         credential = {
             "access_key_id": options.access_key_id,
             "secret_access_key": options.secret_access_key,

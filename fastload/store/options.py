@@ -1,14 +1,14 @@
-"""Where a store is and who asks: endpoint, region and credentials, as plain values.
+"""Where a store is, and with which credentials it is read: endpoint, region and keys, as plain values.
 
 People configure S3 once, for every tool: by AWS_* variables, by a profile in `~/.aws`, or by a mapping in
-whatever spelling their last library wanted. All of that is read here, once, where a data set is made, and
+any spelling that their last library wanted. All of that is read here, once, where a data set is made, and
 becomes one frozen value, which crosses the socket to the cache service and is the key under which it keeps
 its stores. Nothing further down looks at the environment: the service that fetches was started by some job or other,
-whose settings are nobody else's.
+whose settings no other tool has.
 
 What wins: `storage_options`, then the variables, then the profile. Credentials are taken whole from
 one place: a key from one and a session token from another would be refused by the store with a message that
-helps nobody. Where none are found the machine's (instance metadata) are left to obstore. Files that somebody renews
+helps nobody. Where none are found the machine's (instance metadata) are left to obstore. Files that are renewed
 (tokens of web identities) cross as their paths, which the service can read as well, being the same user's.
 """
 
@@ -55,8 +55,9 @@ class StoreOptions:
 
     `endpoint_url` None is the provider's own. `anonymous` sends unsigned requests.
     `deadline_s` is how long a request that fails for the moment is tried again. `extra` holds settings of
-    obstore under obstore's names and some of ours (see `settings`), as (name, value) pairs in the order of the names.
-    `sources` says of each that was found somewhere where that was, for messages, and is no part of what is equal.
+    obstore under obstore's names and some of fastload's (see `settings`), as (name, value) pairs in the order of the
+    names. `sources` says of each that was found somewhere where that was, for messages, and is no part of what is
+    equal.
     """
 
     endpoint_url: str | None = None

@@ -2,7 +2,7 @@
 
 `https_proxy`, `http_proxy` and `all_proxy` name it, in small letters or capitals, and `no_proxy` names who is reached
 without: hosts, ends of hosts, or networks as 10.0.0.0/8. They come with the store's settings, as the consumer found
-them. obstore, which would read them from its own process's environment, is told what to use.
+them. obstore, which would read them from its own process's environment, is given the proxy explicitly.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def proxy_for(base_url: str, settings: Mapping[str, str]) -> Proxy | None:
 
 
 def for_obstore(proxy: Proxy | None, settings: Mapping[str, str]) -> dict[str, str]:
-    """Client options by which obstore uses that proxy, or none whatever its process's environment says."""
+    """Client options by which obstore uses that proxy, or none, regardless of its process's environment."""
     if proxy is None:
         return {"proxy_url": "http://127.0.0.1:9", "proxy_excludes": "*,0.0.0.0/0,::/0"}
     machine = (*_MACHINE, urllib.parse.urlsplit(settings.get("metadata_endpoint", "")).hostname or "")

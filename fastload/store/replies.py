@@ -21,7 +21,7 @@ Checksums that a reply carries: which of them cover the very bytes that came, an
 Over plain HTTP nothing else protects bytes on their way but TCP's sum of 16 bits; over TLS every record is
 authenticated, and there nothing of this is used. A checksum counts where it is certain what it is of:
 
-- `Content-Digest` (RFC 9530): of what the reply holds, whatever range that is;
+- `Content-Digest` (RFC 9530): of what the reply holds, for any range;
 - `Repr-Digest`, `Content-MD5`, Google's `x-goog-hash`, and S3's `x-amz-checksum-*` of the kind FULL_OBJECT: of the
   whole object, and so only of replies that hold all of it. S3 sends them when asked (`ASK`), for requests without a
   range.

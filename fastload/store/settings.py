@@ -1,7 +1,7 @@
 """The settings of stores beside endpoint and keys: under which names they are passed on, whose they are, and which
 variables stand for them.
 
-The client library reads these variables too, from whatever environment it finds itself in, so the list must have all
+The client library reads these variables too, from the environment that it finds itself in, so the list must have all
 that it reads: what is named here is resolved by the consumer, and what is found elsewhere is refused (`foreign`).
 """
 
@@ -76,7 +76,7 @@ FILES = frozenset(
         "federated_token_file",
     }
 )
-# The HTTP client's, whoever the provider is.
+# The HTTP client's, for every provider.
 CLIENT = frozenset(
     {
         "allow_invalid_certificates",
@@ -101,7 +101,7 @@ _ALL = (S3, GOOGLE, AZURE)
 PASSED_ON = frozenset().union(*_ALL) | CLIENT
 
 # Ways to credentials. Those of a provider come whole from one place: a secret from one and a name from another would be
-# refused by the store with a message that helps nobody.
+# refused by the store with a message that does not help.
 S3_WAYS = frozenset(
     {
         "role_arn",
@@ -151,7 +151,7 @@ _ALWAYS_SAID = frozenset({"virtual_hosted_style_request", "request_payer", "s3_e
 
 
 def of_scheme(kind: str, settings: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Those of the settings that say something of stores of this scheme: no others are told to its provider."""
+    """Those of the settings that say something of stores of this scheme: no others are passed to its provider."""
     names = _BY_SCHEME.get(kind, {LOGINS: ()}).keys() | CLIENT | PROXIES
     return {name: value for name, value in settings if name in names}
 
@@ -169,7 +169,7 @@ def of_variables(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
 
 def foreign(kind: str, settings: Mapping[str, str], environ: Mapping[str, str], *, has_keys: bool) -> list[str]:
     """The variables of `environ` that the client library would take for a store of this scheme although its settings
-    say something else, or nothing. `has_keys`: who asks is settled, for S3.
+    say something else, or nothing. `has_keys`: the S3 credentials are settled.
     """
     table = _BY_SCHEME[kind]
     if table is S3:

@@ -123,7 +123,7 @@ class Texts:
 
 
 class ObjectLike(Protocol):
-    """Whatever has the fields of an `ObjectInfo`."""
+    """Anything that has the fields of an `ObjectInfo`."""
 
     @property
     def url(self) -> str: ...
@@ -207,7 +207,8 @@ class ObjectTable(Sequence[ObjectInfo]):
             yield list(zip(urls, part.sizes.tolist(), part.etags.to_list(), part.mtimes_ns.tolist(), strict=True))
 
     def identities(self) -> Iterator[tuple[str, int, str | int]]:
-        """What tells one version of an object from another: URL, size, and the strong ETag or else the time of the
+        """What distinguishes one version of an object from another: URL, size, and the strong ETag or else the time of
+        the
         last change. As in the ids of cached chunks, a time that changes under the same ETag is no other version.
         """
         for part in self.rows():
@@ -277,7 +278,7 @@ class ObjectRows(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
         return cls(urls.raw(), url_bytes, sizes, etags.raw(), etag_bytes, mtimes_ns)
 
     def digest(self) -> bytes:
-        """Sixteen bytes that tell these rows from all others."""
+        """A fingerprint of these rows, sixteen bytes."""
         return hashlib.blake2b(msgspec.msgpack.encode(self), digest_size=16).digest()
 
     def table(self) -> ObjectTable:

@@ -1,9 +1,9 @@
-"""A read as it goes, for whoever started it: how each attempt went, and a way to end it from outside.
+"""A read in flight, for its caller: how each attempt went, and a way to cancel it from outside.
 
 A store's interface says neither when the first byte came nor through which socket. So a thread that is about to read
-may be given a *watch*, for the length of `Watch.over()`, and the layer that speaks to the server tells it, by the
+may be given a *watch*, for the length of `Watch.over()`, and the layer that speaks to the server notifies it, by the
 functions of this module. That is ambient, as a logger is: neither stores nor the wrappers around them pass it on, and
-a thread without a watch tells nobody. A store that says nothing is still timed as a whole (`wrappers.Watched`).
+in a thread without a watch that does nothing. A store that says nothing is still timed as a whole (`wrappers.Watched`).
 
 Ending a read means ending its connection: the thread that waits for bytes sees the end of them, and its error.
 """
@@ -74,7 +74,7 @@ class Watch:
             _current.reset(token)
 
     def cancel(self) -> None:
-        """End the read, now where it waits for a connection that was told of, else at its next step."""
+        """End the read, at once where it waits for a connection that the watch knows, else at its next step."""
         with self._lock:
             self.cancelled = True
             if self._socket is not None:
@@ -123,13 +123,13 @@ def first_byte() -> None:
 
 
 def cancelled() -> bool:
-    """Whether nobody wants the outcome of this read any more."""
+    """Whether this read was cancelled."""
     watch = _current.get()
     return watch is not None and watch.cancelled
 
 
 def given_up() -> StoreUnavailableError:
-    """The error of a read that was cancelled; seen by nobody but who cancelled it."""
+    """The error of a read that was cancelled; only its canceller sees it."""
     return StoreUnavailableError("the read was given up")
 
 

@@ -33,7 +33,7 @@ log = logging.getLogger("fastload.store")
 
 _Result = TypeVar("_Result")
 
-# So long nobody needs to hear of a store that does not answer, and so often who waits for it is told.
+# A store that does not answer is reported after so long, and again after each such time.
 _NOTICE_AFTER_S, _NOTICE_EVERY_S = 5.0, 30.0
 
 
@@ -116,7 +116,7 @@ class Retrying(_Around):
         self._now = now
         self._uniform = uniform
         self._has_answered = False  # the store, with anything
-        self._noticed_s = -_NOTICE_EVERY_S  # when the log was told last, by any thread
+        self._noticed_s = -_NOTICE_EVERY_S  # when the last line was logged, by any thread
 
     def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
         yield from self._patiently(lambda: list(self._inner.list(prefix_url)))
@@ -284,7 +284,7 @@ class Counted(_Around):
 
 
 class Watched(_Around):
-    """Tells the watch over a read, if there is one, how each attempt went."""
+    """Notifies the watch over a read, if there is one, how each attempt went."""
 
     def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
         over = watch.current()

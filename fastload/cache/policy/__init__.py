@@ -6,9 +6,9 @@ Which policy is right follows from what is known of the order:
              cache's share of the data, and holding on to any one set hits just that. Which set, is free to choose.
     future   each chunk is read many times an epoch, in an order that is known: what is needed last goes first.
     sieve    nothing is known.
-    lru      for who asks for it. Of data that is read in rounds it keeps next to nothing.
+    lru      for users who ask for it. Of data that is read in rounds it keeps next to nothing.
 
-Chunks that nobody has a use for go before all others, whatever the policy.
+Chunks without a use are evicted before all others, under each policy.
 """
 
 from __future__ import annotations

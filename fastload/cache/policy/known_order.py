@@ -1,11 +1,11 @@
 """Known future (Belady's MIN): what is needed last goes first.
 
-The order is known, so it is told ahead: which unit is used first, second, ... as far as is worth knowing. `NextUses`
-turns that into the next use of every unit, exact as far as it was told. Four times as many uses as there are units are
+The order is known, so it is given ahead: which unit is used first, second, ... as far as is worth knowing. `NextUses`
+turns that into the next use of every unit, exact as far as it was given. Four times as many uses as there are units are
 enough: of a random order that is all but 2 % of the gaps between two uses of a unit, and those are longer than the time
 for which even a cache of three quarters of the units should hold one.
 
-A use is told once, and passed once, each at a constant price: it is linked to the use of its unit before it. Nothing is
+A use is added once, and passed once, each in constant time: it is linked to the use of its unit before it. Nothing is
 searched, and no pass over the whole order is made. Rejected: an array of next uses for an epoch made back to front,
 which has to begin with the last sample before the first can be read, and takes four times the memory.
 """
@@ -39,9 +39,9 @@ class NextUses:
     def __init__(self, count: int) -> None:
         self.cursor = self.end = 0
         self._next = np.full(count + 1, FAR, np.int64)  # the last is that of unit -1
-        self._last = np.full(count, -1, np.int64)  # the last use told of each unit
+        self._last = np.full(count, -1, np.int64)  # the last known use of each unit
         self._units = np.empty(_RING_AT_FIRST, np.int32)  # by place, around
-        self._gaps = np.zeros(_RING_AT_FIRST, np.int32)  # how far it is to the next use of the same unit; 0: not told
+        self._gaps = np.zeros(_RING_AT_FIRST, np.int32)  # how far it is to the next use of the same unit; 0: not known
 
     def __len__(self) -> int:
         return len(self._last)

@@ -17,7 +17,7 @@ Disk and RAM have arcs that follow one another, so that they hold different chun
 
 Nothing here depends on what is in a cache: nodes agree without talking, and the order of the samples is untouched.
 Rejected: to choose by the orders of the epochs to come, which can only be even for two of them at a time, and ties the
-set to a seed; whoever starts again with another one finds what the last run left.
+set to a seed; a job that starts again with another one finds what the last run left.
 """
 
 from __future__ import annotations

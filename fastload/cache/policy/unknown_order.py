@@ -43,7 +43,7 @@ class Keyed(Protocol[Key]):
         ...
 
     def use(self, key: Key) -> None:
-        """It was read once more after it came; one that is not held is nobody's business."""
+        """It was read once more after it came; a key that is not held is ignored."""
         ...
 
     def discard(self, key: Key) -> None:
