@@ -187,9 +187,8 @@ def _in_listings(names: list[str], open_store: Callable[[str], Store]) -> dict[s
     there: dict[str, ObjectInfo] = {}
     for group in folders.values():
         if len(group) >= _LISTED_FROM and scheme(group[0]) not in (*httpstore.SCHEMES, "file"):
-            with contextlib.suppress(
-                AccessDeniedError
-            ):  # a user who may not list may still read; if not, it is raised below
+            # A user who may not list may still read; if not, that is raised below.
+            with contextlib.suppress(AccessDeniedError):
                 there |= _listed(group, open_store)
     return there
 
