@@ -79,7 +79,7 @@ class BufferTable:
             self._free.remove(buffer)
         self.used_count = max(self.used_count, buffer + 1)
         self.chunks[buffer] = chunk
-        chunk.buffer = buffer
+        chunk.place(buffer)
         self.touch(chunk)
         self._sieve.came(buffer)
         self._on_disk[buffer] = on_disk
@@ -95,7 +95,7 @@ class BufferTable:
 
     def quarantine(self, chunk: Chunk) -> int:
         """Part the chunk from its buffer, which cannot be used until `release`; returns it."""
-        buffer, chunk.buffer = chunk.buffer, -1
+        buffer = chunk.displace()
         self.chunks[buffer] = None
         self.status[buffer] = QUARANTINED
         self._short_plans.lies(chunk, -1)

@@ -43,7 +43,7 @@ from typing import Any
 from fastload.cache import ChunkKey
 from fastload.service.placement import DiskOrder, Room, WriteBudget
 from fastload.service.ports import Disk, Ram
-from fastload.service.state import Chunk, WriteState
+from fastload.service.state import Chunk
 from fastload.service.threads import Done, Pool, Pools, Task
 
 DISK_WRITE_THREADS = 2
@@ -130,7 +130,7 @@ class WriteBehind:
         return self._disk.writable and self._disk.free_bytes - self._queued_bytes >= need
 
     def _enqueue(self, chunk: Chunk) -> None:
-        chunk.write = WriteState.QUEUED
+        chunk.queue_write()
         self._queue[chunk] = None
         self._queued_bytes += self._disk.file_bytes(chunk.length)
 
@@ -149,7 +149,7 @@ class WriteBehind:
     def give_up(self, chunk: Chunk) -> None:
         """The chunk's write has not begun, and shall not."""
         self._dequeue(chunk)
-        chunk.write = WriteState.NONE
+        chunk.cancel_write()
         self._tries.pop(chunk, None)
         self._budget.give_back(self._disk.file_bytes(chunk.length))
         self.counters["writes_given_up"] += 1
@@ -168,7 +168,7 @@ class WriteBehind:
             self._begin(chunk)
 
     def _begin(self, chunk: Chunk) -> None:
-        chunk.write = WriteState.RUNNING
+        chunk.begin_write()
         self._running[chunk] = self._now()
         self._changed(chunk)
         key = chunk.entry.key(chunk.index)
@@ -180,7 +180,7 @@ class WriteBehind:
         def hung() -> Done:
             self.counters["writes_hung"] += 1
             del self._running[chunk]
-            chunk.write = WriteState.HUNG
+            chunk.abandon_write()
             self._written(chunk, False)
             return done
 
@@ -223,7 +223,7 @@ class WriteBehind:
         else:
             self._budget.give_back(self._disk.file_bytes(chunk.length))
             self.counters["writes_refused"] += self._disk.quota_bytes > 0
-        chunk.write = WriteState.NONE
+        chunk.finish_write()
         self._written(chunk, written)
         self.pump()
 

@@ -47,7 +47,7 @@ class Leases:
                 self._grant(chunk, consumer, chunk_no, message.serial)
                 continue
             consumer.wants[chunk_no] = chunk
-            chunk.wanters[holder] = OpenWant(message.serial, message.urgent)
+            chunk.want(holder, OpenWant(message.serial, message.urgent))
             self._queue(chunk)
 
     def release(self, consumer: ConsumerState, chunk_nos: Iterable[int]) -> None:
@@ -58,7 +58,7 @@ class Leases:
                 self._end_lease(held, consumer, chunk_no)
             wished = consumer.wants.pop(chunk_no, None)
             if wished is not None:
-                del wished.wanters[consumer, chunk_no]
+                wished.unwant((consumer, chunk_no))
                 self._queue(wished)
                 wished.entry.forget_if_idle(wished)
 
@@ -67,7 +67,7 @@ class Leases:
         for chunk_no in chunk_nos:
             chunk = consumer.leases.get(chunk_no)
             if chunk is not None and chunk.recalled is RecallState.ASKED:
-                chunk.recalled = RecallState.PINNED
+                chunk.pin()
                 self.asked.discard(chunk)
 
     def drop_consumer(self, consumer: ConsumerState) -> None:
@@ -78,7 +78,7 @@ class Leases:
 
     def recall(self, chunk: Chunk) -> None:
         """Ask its holders for it."""
-        chunk.recalled = RecallState.ASKED
+        chunk.recall()
         self.asked.add(chunk)
         self.recall_count += 1
         for consumer, chunk_no in chunk.lessees:
@@ -92,10 +92,9 @@ class Leases:
 
     def loaded(self, chunk: Chunk) -> None:
         """It is here: answer everybody who wants it."""
-        for (consumer, chunk_no), want in chunk.wanters.items():
+        for (consumer, chunk_no), want in chunk.take_wanters().items():
             del consumer.wants[chunk_no]
             self._grant(chunk, consumer, chunk_no, want.serial)
-        chunk.wanters.clear()
 
     def dropped(self, chunk: Chunk) -> None:
         """It is here no more."""
@@ -119,7 +118,8 @@ class Leases:
         for (consumer, chunk_no), want in list(chunk.wanters.items()):
             if of_store and consumer.options_key != chunk.fetched_as:
                 continue
-            del chunk.wanters[consumer, chunk_no], consumer.wants[chunk_no]
+            chunk.unwant((consumer, chunk_no))
+            del consumer.wants[chunk_no]
             consumer.send(protocol.Failed([chunk_no], [want.serial], name, message))
         self.dropped(chunk)
 
@@ -143,12 +143,12 @@ class Leases:
     def _grant(self, chunk: Chunk, consumer: ConsumerState, chunk_no: int, serial: int) -> None:
         source = chunk.lessees.get((consumer, chunk_no))
         if source is None:
-            source = chunk.lessees[consumer, chunk_no] = self._source(chunk, consumer)
+            source = self._source(chunk, consumer)
             consumer.count(source, chunk.length)
+            chunk.lease((consumer, chunk_no), source)
         consumer.leases[chunk_no] = chunk
         consumer.unrecall(chunk_no)
         consumer.grant(chunk_no, serial, chunk.buffer, source)
-        chunk.granted_to.add(consumer.number)
         if consumer.plan is not None:
             consumer.plan.delivered(chunk.entry, chunk.index)
         self._table.refresh(chunk)
@@ -163,18 +163,19 @@ class Leases:
     def _undo_lease(self, chunk: Chunk, consumer: ConsumerState, chunk_no: int) -> None:
         """A lease that its consumer never took."""
         consumer.count(chunk.lessees[consumer, chunk_no], chunk.length, times=-1)
-        chunk.granted_to.discard(consumer.number)
         del consumer.leases[chunk_no]
-        self._end_lease(chunk, consumer, chunk_no)
+        chunk.undo_lease((consumer, chunk_no))
+        self._lease_ended(chunk, consumer, chunk_no)
 
     def _end_lease(self, chunk: Chunk, consumer: ConsumerState, chunk_no: int) -> None:
-        del chunk.lessees[consumer, chunk_no]
+        chunk.end_lease((consumer, chunk_no))
+        self._lease_ended(chunk, consumer, chunk_no)
+
+    def _lease_ended(self, chunk: Chunk, consumer: ConsumerState, chunk_no: int) -> None:
         consumer.unrecall(chunk_no)
         if not chunk.lessees:
-            self._end_recall(chunk)
+            if chunk.recalled is not RecallState.NO:
+                chunk.end_recall()
+                self.asked.discard(chunk)
             self._table.touch(chunk)
         self._table.refresh(chunk)
-
-    def _end_recall(self, chunk: Chunk) -> None:
-        chunk.recalled = RecallState.NO
-        self.asked.discard(chunk)

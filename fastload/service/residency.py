@@ -31,7 +31,7 @@ from fastload.service.placement import DiskOrder, Pins, Room
 from fastload.service.plans import PlanSet, Warming, WarmPlan
 from fastload.service.ports import Disk, Ports, Ram
 from fastload.service.scheduler import Candidate
-from fastload.service.state import Chunk, ChunkState, ConsumerState, ObjectEntry, Objects, Plan, WriteState
+from fastload.service.state import Chunk, ConsumerState, ObjectEntry, Objects, Plan, WriteState
 from fastload.service.threads import Done
 
 
@@ -154,7 +154,7 @@ class Residency:
 
     def _loaded(self, chunk: Chunk, error: BaseException | None) -> None:
         if error is None:
-            chunk.state = ChunkState.RESIDENT
+            chunk.finish_load()
             if chunk.source == protocol.SOURCE_REMOTE:
                 self._heard.fetched(chunk)
             self._table.touch(chunk)
@@ -179,13 +179,14 @@ class Residency:
                 plan.fail(error)
         self._heard.failed(chunk, error)
         self._table.clear(chunk)
-        chunk.state = ChunkState.ABSENT
+        chunk.abort_load()
         self._leases.failed(chunk, error)
         self._objects.forget_if_idle(chunk.entry)
 
     def _read_given_up(self, chunk: Chunk) -> Done:
         """Its buffer is lost until the read returns, and it is loaded anew, if only for those who want it."""
         buffer = self._table.quarantine(chunk)
+        chunk.abort_load()
         self._gone(chunk)
 
         def returned(length: int | None, error: BaseException | None) -> None:
@@ -221,9 +222,7 @@ class Residency:
             for plan in self._plans.warm():
                 plan.put_back(chunk)
         self._table.evicted(chunk)
-        assert chunk.state is ChunkState.RESIDENT, "only what is here can go"
-        assert chunk.write is WriteState.NONE, "a buffer that is being written cannot go"
-        assert not chunk.lessees, "a leased buffer cannot go"
+        chunk.evict()
         self._table.clear(chunk)
         self._gone(chunk)
         self.counters["dropped_chunks"] += 1
@@ -247,7 +246,6 @@ class Residency:
 
     def _gone(self, chunk: Chunk) -> None:
         """It lies in no buffer any more."""
-        chunk.state = ChunkState.ABSENT
         for plan in self._plans.all():
             plan.dropped(chunk.entry, chunk.index)
         self._leases.dropped(chunk)
@@ -312,10 +310,7 @@ class Loader:
     def start(self, chunk: Chunk, on_disk: bool, options_key: str) -> None:
         """Fill the chunk's buffer; `loaded(chunk, error)` follows."""
         self.order += 1
-        chunk.load_order = self.order
-        chunk.granted_to.clear()
-        chunk.state = ChunkState.LOADING
-        chunk.fetched_as = options_key
+        chunk.begin_load(self.order, options_key)
         self.in_flight.add(chunk)
         if on_disk:
             self._read(chunk)
@@ -336,12 +331,12 @@ class Loader:
             self.in_flight.discard(chunk)
             return self._given_up(chunk)
 
-        chunk.source = protocol.SOURCE_DISK
+        chunk.read_from(protocol.SOURCE_DISK)
         key = chunk.entry.key(chunk.index)
         self.reads.submit(self._disk.read_into, key, self._arena.buffer(chunk.buffer), done=done, hung=hung)
 
     def _fetch(self, chunk: Chunk) -> None:
-        chunk.source = protocol.SOURCE_REMOTE
+        chunk.read_from(protocol.SOURCE_REMOTE)
         self._fetches.start(chunk, self._fetched)
 
     def _fetched(self, chunk: Chunk, error: BaseException | None) -> None:

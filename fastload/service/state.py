@@ -35,6 +35,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, count, islice
+from typing import TypeVar, cast
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -76,7 +77,39 @@ class RecallState(enum.Enum):
 
     NO = "no"
     ASKED = "asked"
-    PINNED = "pinned"  # a holder says it is in use; it comes back, but nobody knows when
+    PINNED = "pinned"  # a holder says that it is in use; when it comes back is unknown
+
+
+TRANSITIONS: Mapping[str, Mapping[enum.Enum, enum.Enum]] = {
+    # In RAM
+    "begin_load": {ChunkState.ABSENT: ChunkState.LOADING},
+    "finish_load": {ChunkState.LOADING: ChunkState.RESIDENT},
+    "abort_load": {ChunkState.LOADING: ChunkState.ABSENT},
+    "evict": {ChunkState.RESIDENT: ChunkState.ABSENT},
+    # To disk. A write that failed is queued again, also one that had hung.
+    "queue_write": {
+        WriteState.NONE: WriteState.QUEUED,
+        WriteState.RUNNING: WriteState.QUEUED,
+        WriteState.HUNG: WriteState.QUEUED,
+    },
+    "begin_write": {WriteState.QUEUED: WriteState.RUNNING},
+    "cancel_write": {WriteState.QUEUED: WriteState.NONE},
+    "abandon_write": {WriteState.RUNNING: WriteState.HUNG},
+    "finish_write": {WriteState.RUNNING: WriteState.NONE, WriteState.HUNG: WriteState.NONE},
+    # Leases
+    "recall": {RecallState.NO: RecallState.ASKED},
+    "pin": {RecallState.ASKED: RecallState.PINNED},
+    "end_recall": {RecallState.ASKED: RecallState.NO, RecallState.PINNED: RecallState.NO},
+}
+"""What may happen to a chunk: for each event, a method of `Chunk`, the states that allow it and what follows each."""
+
+_StateT = TypeVar("_StateT", ChunkState, WriteState, RecallState)
+
+
+def _next(event: str, state: _StateT) -> _StateT:
+    after = TRANSITIONS[event].get(state)
+    assert after is not None, f"{event}: not for a chunk that is {state}"
+    return cast(_StateT, after)
 
 
 @dataclass(slots=True)
@@ -144,7 +177,9 @@ class ObjectEntry:
 
 
 class Chunk:
-    """See the module's text."""
+    """A chunk that is in a buffer, on its way there, or wanted. All else reads its fields and changes them by its
+    methods only. Only a resident chunk is leased, recalled or written, and it cannot be evicted meanwhile.
+    """
 
     __slots__ = (
         "buffer",
@@ -181,8 +216,111 @@ class Chunk:
 
     @property
     def urgent(self) -> bool:
-        """Whether somebody waits for it."""
+        """Whether a consumer waits for it."""
         return any(want.urgent for want in self.wanters.values())
+
+    # In RAM
+
+    def place(self, buffer: int) -> None:
+        """It lies in this buffer from now on."""
+        assert self.buffer < 0, "a chunk has one buffer"
+        self.buffer = buffer
+
+    def displace(self) -> int:
+        """It lies in no buffer any more; returns the one it had."""
+        buffer, self.buffer = self.buffer, -1
+        return buffer
+
+    def begin_load(self, order: int, options_key: str) -> None:
+        """Its buffer is being filled: the load with this number, with these store options."""
+        self.state = _next("begin_load", self.state)
+        self.load_order, self.fetched_as = order, options_key
+        self.granted_to.clear()
+
+    def read_from(self, source: int) -> None:
+        """What its buffer is being filled from, now."""
+        assert self.state is ChunkState.LOADING, "only a chunk that is being loaded has another source"
+        self.source = source
+
+    def finish_load(self) -> None:
+        """Its buffer is filled."""
+        self.state = _next("finish_load", self.state)
+
+    def abort_load(self) -> None:
+        """The load failed, or is waited for no more."""
+        self.state = _next("abort_load", self.state)
+
+    def evict(self) -> None:
+        """Its buffer is needed more elsewhere."""
+        assert self.write is WriteState.NONE, "a buffer that is being written cannot go"
+        assert not self.lessees, "a leased buffer cannot go"
+        self.state = _next("evict", self.state)
+
+    # To disk
+
+    def queue_write(self) -> None:
+        """It is to be written."""
+        assert self.state is ChunkState.RESIDENT, "only what is in RAM can be written"
+        self.write = _next("queue_write", self.write)
+
+    def begin_write(self) -> None:
+        """A thread writes it."""
+        self.write = _next("begin_write", self.write)
+
+    def cancel_write(self) -> None:
+        """A write that has not begun shall not."""
+        self.write = _next("cancel_write", self.write)
+
+    def abandon_write(self) -> None:
+        """Its write hangs, and is waited for no more."""
+        self.write = _next("abandon_write", self.write)
+
+    def finish_write(self) -> None:
+        """Its write has ended, one way or the other."""
+        self.write = _next("finish_write", self.write)
+
+    # Wants and leases
+
+    def want(self, holder: Holder, want: OpenWant) -> None:
+        """A consumer wants it."""
+        self.wanters[holder] = want
+
+    def unwant(self, holder: Holder) -> None:
+        """A consumer wants it no more."""
+        del self.wanters[holder]
+
+    def take_wanters(self) -> dict[Holder, OpenWant]:
+        """All that want it, who do so no more."""
+        wanters, self.wanters = self.wanters, {}
+        return wanters
+
+    def lease(self, holder: Holder, source: int) -> None:
+        """A consumer holds it, which was told this source."""
+        assert self.state is ChunkState.RESIDENT, "only what is in RAM can be leased"
+        self.lessees[holder] = source
+        self.granted_to.add(holder[0].number)
+
+    def end_lease(self, holder: Holder) -> None:
+        """A consumer holds it no more."""
+        del self.lessees[holder]
+
+    def undo_lease(self, holder: Holder) -> None:
+        """A consumer never took its lease."""
+        self.granted_to.discard(holder[0].number)
+        self.end_lease(holder)
+
+    def recall(self) -> None:
+        """Its holders are asked for it."""
+        assert self.lessees, "only what is leased can be recalled"
+        self.recalled = _next("recall", self.recalled)
+
+    def pin(self) -> None:
+        """A holder says that it is in use."""
+        self.recalled = _next("pin", self.recalled)
+
+    def end_recall(self) -> None:
+        """All leases have ended."""
+        self.recalled = _next("end_recall", self.recalled)
 
 
 class ObjectPiece(list[ObjectEntry]):
