@@ -73,7 +73,7 @@ class Place:
         return StoreOptions(self.url, "K", "S", extra=extra)
 
     def context(self) -> ssl.SSLContext | None:
-        """Trusts the server, and nobody else."""
+        """Trusts the server, and no other."""
         return ssl.create_default_context(cadata=self.certificate) if self.certificate else None
 
 

@@ -3,12 +3,12 @@
 The data set only copies what it has, so what is timed is the way to the trainer. (Without that copy torch's loader
 would send one and the same memory again and again, which no data set has that makes anything.) Batches of
 256 x 3 x 224 x 224, uint8 and float32, are given whole (`batch_size=None`) or stacked by the default `collate_fn`. The
-trainer touches one value of each page, as whoever copies it to a device touches all.
+trainer touches one value of each page, as a copy to a device touches all.
 
 Rates are those of an epoch that is long enough for a worker's memory, which it fills for the first time in the first
 batches, to be used again and again; torch's loader, which has fresh memory for each, is given a part of it.
 
-*making it alone* is the limit: what the batch costs whoever makes it, past the caches, with no way to go at all. What a
+*making it alone* is the limit: what the batch costs its maker, past the caches, with no way to go at all. What a
 data set gives whole lies where the data set has made it, and is copied from there: half of its cost is the data set's.
 
 *latency* is from the moment at which a worker begins to hand over a small part of nothing else, the trainer waiting,
@@ -41,7 +41,7 @@ LATENCY_MS = 0.3
 PAUSE_S = 0.02
 # Of an epoch, for torch's loader.
 PART = 5
-# With two batches fetched ahead, one in the making and one with the trainer.
+# With two batches fetched ahead, one being built and one with the trainer.
 UNDER_WAY = 4
 
 Kind = Callable[..., Any]

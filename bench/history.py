@@ -49,7 +49,7 @@ STALL_SHARE_MAX = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a run's process is told."""
+    """The arguments of a run's process."""
 
     cache: str
     urls: int
@@ -114,7 +114,7 @@ def _timed(loader: Iterable[torch.Tensor], waits_s: list[float]) -> Iterator[tor
 
 
 def _changed(order: list[int], job: Job) -> list[int]:
-    """The order with one sample of so many left out, and others in their places, which nobody has read before."""
+    """The order with one sample of so many left out, and others in their places, which no run has read before."""
     chance = random.Random(SEED)
     others = iter(range(OBJECTS, job.urls))
     return [next(others) if chance.randrange(job.leave_out) == 0 else number for number in order]

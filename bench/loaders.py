@@ -1,4 +1,4 @@
-"""Two loaders that take turns, what one of ours could do at best, and the CPU time of a process and of its workers."""
+"""Two loaders that take turns, what fastload's could do at best, and the CPU time of a process and of its workers."""
 
 from __future__ import annotations
 

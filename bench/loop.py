@@ -37,7 +37,7 @@ class Loop:
         self._step(task)
 
     def forget(self, fd: int) -> None:
-        """`fd` is about to be closed: whoever opens the number next starts afresh."""
+        """`fd` is about to be closed: the number's next owner starts afresh."""
         self._waiting.pop(fd, None)
         if fd in self._registered:
             self._registered.remove(fd)

@@ -179,7 +179,7 @@ def _own_memory_bytes(pid: int) -> int:
 def _read(path: str) -> str:
     try:
         return Path(path).read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or belongs to somebody else
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or belongs to another user
         return ""
 
 

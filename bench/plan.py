@@ -1,7 +1,7 @@
 """What planning costs: `python -m bench.plan [--quick] [--quality] [--json FILE]`.
 
 Nothing is read: data sets are made of sizes and sample counts alone. Prints a table for each question with the target
-beside each heading, and writes the same as JSON. Ends with status 1 where a target is missed. `--quality` tells instead
+beside each heading, and writes the same as JSON. Ends with status 1 where a target is missed. `--quality` shows instead
 how well each way to shuffle does (docs/shuffling.md).
 """
 
@@ -145,7 +145,7 @@ def start(quick: bool) -> Table:
         for partitions in ((1, 64) if shards == 1_000_000 and samples == 10**9 else (1,))
     ]
     for shuffle, shards, samples, partitions in cases[1::4] if quick else cases:
-        # Its memory is its own, whatever ran before.
+        # Its memory is its own, not what ran before.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             found = pool.submit(start_cost, shuffle, shards, samples, partitions).result()
         table.add(f"{shuffle}, {samples:,} samples, {shards:,} shards, {_counted(partitions, 'partition')}", *found)

@@ -72,7 +72,7 @@ class _Store:
     """Objects that hold zeros."""
 
     def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
-        """Nothing to do: nobody looks."""
+        """Nothing to do: it is not read."""
 
     def close(self) -> None:
         """Nothing to let go of."""
@@ -191,7 +191,7 @@ def _unevenness(missed: npt.NDArray[np.bool_]) -> tuple[float, float]:
 
 Units = npt.NDArray[np.int64]
 _TOLD_AT_FIRST = 1 << 16  # samples that are planned in one go
-_ENTRY_BYTES = 12  # of a sample that is told ahead, in the loader: its object and number
+_ENTRY_BYTES = 12  # of a sample that is announced, in the loader: its object and number
 
 
 def trace(shards: int, samples_a_chunk: int, batch_size: int, epoch: int) -> Iterator[Units]:
@@ -251,7 +251,8 @@ def offline_hits(batches: list[Units], unit_count: int, capacity: int, counted_f
 
 
 def foreseen_hits(epochs_read: Sequence[Iterable[Units]], unit_count: int, capacity: int) -> float:
-    """The same of the last epoch, by what loader and service do: uses are told `lookahead` of them ahead, fewer where
+    """The same of the last epoch, by what loader and service do: uses are announced `lookahead` of them ahead, fewer
+    where
     an epoch begins, and of the next epoch nothing.
     """
     arena, hits, reads = _Arena(unit_count, capacity), 0, 0
@@ -294,7 +295,7 @@ def cost(quick: bool) -> Table:
     table = Table(
         f"known future: {units * samples:,} samples, {units:,} chunks, batches of 256",
         "arena",
-        [Column("CPU µs a sample", 2), Column("MB, with what is told ahead", 60)],
+        [Column("CPU µs a sample", 2), Column("MB, with what is announced", 60)],
     )
     for share in (0.04, 0.25):
         capacity = int(share * units)

@@ -12,7 +12,7 @@ get their turns in the order in which they ask. `SO_RCVLOWAT` on the store's soc
 part of a grant is there: that is what keeps the CPU low. TCP slow start, TLS and losses are not modelled.
 
 As a process (`Proxy`) it answers one command a line on standard input with one line of JSON on standard output, and
-ends when standard input does, and so with whoever started it, or on SIGTERM:
+ends when standard input does, and so with its parent, or on SIGTERM:
 
     counters   connections, requests, request_bytes, response_bytes (heads included), body_bytes, cpu_s
     log        the requests that were answered since the last `log`: began and done (seconds, time.monotonic()),
@@ -396,7 +396,7 @@ class Proxy:
         """End the process. May be called twice."""
         for end in (self._process.stdin, self._process.stdout):
             if end is not None:
-                with contextlib.suppress(BrokenPipeError):  # what it was not told before it ended
+                with contextlib.suppress(BrokenPipeError):  # what it had not read before it ended
                     end.close()
         self._process.wait(timeout=10)
 

@@ -1,7 +1,7 @@
 """What history costs those who have no use for it: time of the service's thread, memory, disk, and chunks in vain.
 
 `python -m bench.history --costs` shows it. Reads go through the service's core, in the thread of its loop, where all is
-held in RAM: what a read costs more with history than without is history's. How often somebody who reads in an order of
+held in RAM: what a read costs more with history than without is history's. How often a reader with an order of
 his own is taken for an earlier reader is asked of the follower alone.
 """
 
@@ -186,8 +186,8 @@ async def _read_costs(rounds: int) -> dict[str, tuple[list[float], list[float]]]
         for each in (without, having):  # both hold all of it then, and one of them remembers it
             await each.read_us(order)
         costs: dict[str, tuple[list[float], list[float]]] = {
-            "its order told": ([], []),
-            "in an order that nobody knows": ([], []),
+            "its order known": ([], []),
+            "in an unknown order": ([], []),
             "in the order of an earlier run": ([], []),
         }
         for number in range(1, rounds + 1):
@@ -203,7 +203,7 @@ class _Store:
     """Objects that hold zeros."""
 
     def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
-        """Nothing to do: nobody looks."""
+        """Nothing to do: it is not read."""
 
     def close(self) -> None:
         """Nothing to let go of."""

@@ -1,4 +1,4 @@
-"""What a run of a loader is told, as JSON on its command line."""
+"""The settings of a run of a loader, as JSON on its command line."""
 
 from __future__ import annotations
 

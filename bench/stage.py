@@ -1,6 +1,6 @@
 """Where runs take place: a store that holds the data, a proxy in front of it, a folder for caches, runner processes.
 
-`Stage` starts `weed mini` and uploads the data once. Each call of `run` has a proxy and (unless told otherwise) an
+`Stage` starts `weed mini` and uploads the data once. Each call of `run` has a proxy and (by default) an
 empty cache folder of its own, starts the runner processes, watches their memory, and says for each epoch what they,
 the server and the proxy took.
 """
@@ -145,7 +145,7 @@ class Stage:
         self._stack.close()
 
     def empty_folder(self) -> Path:
-        """A new folder for caches; whoever asked for it deletes it, or the stage does in the end."""
+        """A new folder for caches; its user deletes it, or the stage does in the end."""
         return Path(tempfile.mkdtemp(prefix="cache-", dir=self._work))
 
     def run(self, system: str, profile: Profile, *, count: int = 1, folder: Path | None = None, **settings: Any) -> Run:

@@ -9,7 +9,7 @@ of the difference within a round. The data is in the cache on the disk, and the 
 
 *service running*: another job on the node uses the cache, so that its service is there and its memory is filled.
 *service not running*: the process starts it, and the service reads from the disk tier.
-*nothing compiled*: the same where nobody has compiled kernels: not the installation, not this user. Once a round.
+*nothing compiled*: the same without compiled kernels, in the installation or of this user. Once a round.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Table:
 
 
 Question = Callable[[bool], Table]
-"""Measures, less of everything where told to be quick; its docstring says what."""
+"""Measures, less of everything with `--quick`; its docstring says what."""
 
 
 def parser(name: str, text: str | None) -> argparse.ArgumentParser:

@@ -3,7 +3,7 @@
     SHARDS='s3://bucket/train-{000000..000099}.tar' torchrun --nproc-per-node 4 examples/device_mesh.py
 
 Four processes are a mesh of two by two: two data-parallel groups ("dp") of two ranks that share a model ("tp"). Two
-processes are one group, and one has the model to itself. All that the data set must be told is how many ranks read the
+processes are one group, and one has the model to itself. All that the data set must know is how many ranks read the
 same: `replicas`, the size of the mesh's inner dimension. It needs no GPU. S3 is configured as for any other tool, by
 the AWS_* variables or a profile; a sample is one member `KEY.jpg` and one `KEY.cls` (the label, as digits) in a shard.
 """

@@ -39,7 +39,7 @@ def main(urls: list[str]) -> None:
     objects = Objects(urls, cache)
     sampler: torch.utils.data.DistributedSampler[int] = torch.utils.data.DistributedSampler(objects, world_size, rank)
     loader = torch.utils.data.DataLoader(objects, BATCH_SIZE, sampler=sampler, num_workers=WORKERS)
-    with fastload.open(urls[0], cache):  # so that the service stays between epochs, whatever these take
+    with fastload.open(urls[0], cache):  # so that the service stays between epochs, however long these take
         for epoch in range(EPOCHS):
             sampler.set_epoch(epoch)
             began = time.perf_counter()

@@ -5,7 +5,7 @@
     SHARDS='s3://bucket/train-{000000..000099}.tar' torchrun --nproc-per-node 2 examples/resume.py
 
 Three things make it so: the loader's state is saved with the model's, in one file; a global batch has the same size
-whatever the number of processes, so that each has its part of it; and `partitions` says into how many parts the data
+for any number of processes, so that each has its part of it; and `partitions` says into how many parts the data
 is dealt, where otherwise the number of nodes would. An epoch's last batch may be short and shared unevenly, and DDP
 takes the mean of the ranks' means: where the last digit counts, give the loader `drop_last=True`.
 

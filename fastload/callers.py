@@ -1,10 +1,10 @@
 """Where the user's code meets ours: which line an error and a warning point at.
 
-A traceback through a dozen frames of ours says nothing that the message does not, and hides the user's line, which is
-what has to be mended. So what is public lets our own errors, and those of functions that the user gave us, out without
-the frames of ours; those of users' functions stay, and other exceptions, which may be defects, are let out as they are.
-The logger `fastload.callers` has the whole at level DEBUG, and `FASTLOAD_TRACEBACK=full` in the environment leaves all
-frames in.
+A traceback through a dozen frames of fastload says nothing that the message does not, and hides the user's line, which
+is what has to be mended. So what is public lets our own errors, and those of functions that the user gave us, out
+without the frames of fastload; those of users' functions stay, and other exceptions, which may be defects, are let out
+as they are. The logger `fastload.callers` has the whole at level DEBUG, and `FASTLOAD_TRACEBACK=full` in the
+environment leaves all frames in.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _BETWEEN = tuple(
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
-    """For what users call: errors of ours leave it with few frames of ours."""
+    """For what users call: fastload's errors leave it with few frames of fastload."""
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -98,10 +98,10 @@ def is_for_the_user(error: BaseException) -> bool:
 
 
 def shortened(error: Error) -> Error:
-    """The error without frames of ours, also in what it was caused by."""
+    """The error without frames of fastload, also in what it was caused by."""
     if os.environ.get("FASTLOAD_TRACEBACK") == "full":
         return error
-    _log.debug("an error that the user is told of", exc_info=error)
+    _log.debug("an error that the user gets", exc_info=error)
     chain: list[BaseException] = [error]
     for each in chain:
         each.with_traceback(_without_ours(each))
@@ -119,7 +119,7 @@ class Line(NamedTuple):
 
 
 def line() -> Line:
-    """The line of the user's that led here; in a thread of ours, where none did, the one that asks."""
+    """The line of the user's that led here; in a thread of fastload, where none did, the line that asks."""
     frame = here = sys._getframe(1)
     while frame.f_back is not None and _is_ours(frame):
         frame = frame.f_back
@@ -131,7 +131,7 @@ def line() -> Line:
 
 
 def warn(message: str, category: type[Warning] = UserWarning, at: Line | None = None) -> None:
-    """Warn, at the line of the user's that led here, or led to the work that goes on in a thread of ours."""
+    """Warn, at the line of the user's that led here, or led to the work that goes on in a thread of fastload."""
     at = at or line()
     warnings.warn_explicit(redact(message), category, at.path, at.number, at.module, at.warned)
 

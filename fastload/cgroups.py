@@ -3,7 +3,7 @@
 Schedulers and container runtimes set limits at any level, and where the levels are to be seen differs: the group's path
 in `/proc/self/cgroup` counts from the root of the hierarchy or of a namespace, while the mount in
 `/proc/self/mountinfo` may show only a part of it. So each mount is matched with the path, and all groups from ours up
-to the mount's root are looked at; of those above, which a container does not see, version 1 tells the least in
+to the mount's root are looked at; of those above, which a container does not see, version 1 gives the least in
 `memory.stat`. Versions 1 and 2 may both be there (hybrid), each with some of the controllers.
 
 Everything is a function of what `read` gives for a path, "" for no such file; so tests pass recorded trees.
@@ -36,7 +36,7 @@ def memory_limits(read: Read) -> list[Memory]:
     found = []
     for group, is_v2, is_own in _groups("memory", read):
         if not is_v2 and not is_own and read(f"{group}/memory.use_hierarchy").strip() == "0":
-            continue  # before Linux 5.11 a group could be told not to count its children
+            continue  # before Linux 5.11 a group could be set not to count its children
         stat = _fields(read(f"{group}/memory.stat"))
         names = ("memory.max", "memory.high") if is_v2 else ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes")
         limits = [_number(read(f"{group}/{name}")) for name in names]

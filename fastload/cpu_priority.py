@@ -1,17 +1,17 @@
 """Turns at the processor: our threads let the one that trains go first.
 
 A thread that trains sleeps most of the time, and its steps are short: a transfer is done, the next batch is taken. When
-it wakes up where a thread of ours has begun to copy a batch, Linux may leave it there until that thread's turn is over,
-which is 3 to 4 ms later, even with another processor idle (in a virtual machine, an idle one looks as if it was taken
-away). Three things help, of which the first two need each other: on two processors, with 100 batches of 23 MB a second
-gathered by one thread, one that sleeps for half a millisecond at a time came more than 1.2 ms late 38 times a second;
-19 with giving way, 15 with long turns, 4 with both, which is as often as with threads that only run when nothing else
-does.
+it wakes up where a thread of fastload has begun to copy a batch, Linux may leave it there until that thread's turn is
+over, which is 3 to 4 ms later, even with another processor idle (in a virtual machine, an idle one looks as if it was
+taken away). Three things help, of which the first two need each other: on two processors, with 100 batches of 23 MB a
+second gathered by one thread, one that sleeps for half a millisecond at a time came more than 1.2 ms late 38 times a
+second; 19 with giving way, 15 with long turns, 4 with both, which is as often as with threads that only run when
+nothing else does.
 
 - *Long turns.* A thread may say how long its turns are to be (sched_setattr(2), "sched_runtime" of a normal policy,
   since Linux 6.12). Who is woken and asks for shorter ones, as all do that say nothing, then comes at once, wherever it
-  is its turn by the time that it has used; nobody's share changes. Older kernels ignore it. What such a thread starts
-  begins with its turns.
+  is its turn by the time that it has used; no thread's share changes. Older kernels ignore it. What such a thread
+  starts begins with its turns.
 - *Giving way.* It is not its turn, by some microseconds, where it has just been woken twice: Python wakes who waits for
   the GIL while it still holds the lock around it. So kernels that take their time give way when they begin
   (`fastload.kernels.yielding`).
@@ -20,7 +20,7 @@ does.
   lets go for a few, again and again (it is made to wait for others after 5 ms). So as long as that one is ahead of what
   is needed, it sleeps for a moment between its steps: late wake-ups went from 5.4 to 4, of which 1.6 are the machine's.
 
-Rejected: SCHED_IDLE and a higher niceness, with which whoever else computes leaves a loader no time at all; short turns
+Rejected: SCHED_IDLE and a higher niceness, with which other work leaves a loader no time at all; short turns
 (0.1 ms), which make it worse; giving way before the GIL is taken back, which changes nothing, or before the kernel is
 called, which comes too early.
 """
@@ -63,7 +63,8 @@ class Attributes(ctypes.Structure):
 
 
 def take_long_turns() -> bool:
-    """Have the calling thread, one of ours, take long turns, in which those that wake up for a short one come first.
+    """Have the calling thread, one of fastload's, take long turns, in which those that wake up for a short one come
+    first.
 
     Returns whether the kernel knows it: not where the user has given this process another policy, where the system is
     not Linux, and where a sandbox forbids it. Nothing but others' wake-ups depends on it.
@@ -88,12 +89,13 @@ def scheduling() -> Attributes | None:
 
 
 def let_breathe(is_ahead: bool) -> None:
-    """Whether this thread is ahead of what is needed of it. It is not, as long as nobody says so."""
+    """Whether this thread is ahead of what is needed of it. By default it is not."""
     _this_thread.is_ahead = is_ahead
 
 
 def breathe() -> None:
-    """Called between two steps: whoever waits for the GIL gets it now. Nothing happens where somebody waits for what
+    """Called between two steps: a thread that waits for the GIL gets it now. Nothing happens where a thread waits for
+    what
     comes of these steps, as the user's thread does for its own.
     """
     if _this_thread.is_ahead:

@@ -34,7 +34,7 @@ __all__ = [
 
 
 class FastloadError(Exception):
-    """The base of all of fastload's own exceptions. Its message shows no secret, whoever wrote it into a URL."""
+    """The base of all of fastload's own exceptions. Its message shows no secret, also of those in URLs."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
@@ -89,7 +89,7 @@ class ServiceError(FastloadError, RuntimeError):
 
 
 class WorkerError(FastloadError, RuntimeError):
-    """A worker process of a loader died, or raised what cannot be told; the message names the signal and the cure."""
+    """A worker process of a loader died, or raised what cannot be pickled; its message names signal and cure."""
 
 
 class WaitTimeoutError(FastloadError, TimeoutError):

@@ -20,12 +20,12 @@ from fastload.redaction import redact
 Reason = Literal["chunk", "index", "batch", "queue", "service", "listing", "shutdown"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
-# Nobody waits longer than this for anything without hearing from it. A store that is retried until its own deadline
-# (retries included) answers well before.
+# No wait is longer than this without a sign of life. A store that is retried until its own deadline (retries included)
+# answers well before.
 DEADLINE_S = 600.0
 
-# After so long whoever waits for something outside of this process is told what it is, and where to read more; after
-# that not for as long, whatever is waited for.
+# After so long a warning says what a thread waits for outside of this process, and where to read more; the next one
+# comes after so long again.
 _NOTICE_AFTER_S, _NOTICE_EVERY_S = 10.0, 60.0
 
 # How often a waiting main thread looks up, so that Ctrl-C is served: a lock wait without timeout is not interruptible
@@ -86,7 +86,7 @@ def wait(
     deadline_s: float = DEADLINE_S,
     more: str = "",
 ) -> None:
-    """Block until `ready()` is true; the caller holds `condition`, and whoever changes the answer notifies it.
+    """Block until `ready()` is true; the caller holds `condition`, and each change of the answer notifies it.
 
     `what` completes the sentence "gave up after 600 s waiting for ..." of the `WaitTimeoutError`, and `more` says where
     to read why it takes so long: then the log has it after ten seconds. Anything that can make the wait pointless (a
@@ -109,7 +109,7 @@ def wait(
 
 
 class _Notices:
-    """What the log is told of waits. For all threads, which may each tell it once too often."""
+    """What is logged of waits. For all threads, each of which may log once too often."""
 
     def __init__(self) -> None:
         self._last_s = -_NOTICE_EVERY_S

@@ -67,7 +67,7 @@ def send(pid: int, number: signal.Signals) -> bool:
 
 
 def reap() -> None:
-    """Take note of orphans that have ended, which nobody else waits for; children of `subprocess` and
+    """Take note of orphans that have ended, which have no other parent that waits; children of `subprocess` and
     `multiprocessing` are left to these.
     """
     for pid, (parent, state) in parents().items():
@@ -80,7 +80,7 @@ _own: set[int] = set()
 
 
 def keep(pid: int | None) -> None:
-    """`pid` is waited for by whoever started it."""
+    """`pid` is waited for by its parent."""
     assert pid is not None
     _own.add(pid)
 
@@ -168,7 +168,7 @@ class Disk:
                     path.unlink(missing_ok=True)
 
     def vanish(self) -> None:
-        """The directory itself, as `rm -rf` does it: again where somebody has put something in meanwhile."""
+        """The directory itself, as `rm -rf` does it: again where something was put in meanwhile."""
         for _ in range(100):
             try:
                 shutil.rmtree(self.directory)

@@ -1,7 +1,7 @@
 """Runs the jobs in step with their plans, does to them what the schedule says, and holds what they get against the
 oracle.
 
-One thread, which waits for whoever has something to say. A job's ranks go on together: the next step is asked for when
+One thread, which waits for messages of all processes. A job's ranks go on together: the next step is asked for when
 all have taken the last, and every few steps their state is kept, as a trainer keeps its checkpoints. A rank that dies
 goes on from there, alone where its job has no process group, with all of its job where it has one, as torchrun does it.
 """
@@ -43,7 +43,7 @@ class RankProcess:
     place: Place
     asked_at: float | None = None
     worker_killed: bool = False
-    refused_before: int = 0  # how often the store had refused somebody when it began
+    refused_before: int = 0  # how many requests the store had refused when it began
     told: tuple[Place, Mapping[str, Any]] | None = None  # its last state, and where
 
 
@@ -92,7 +92,7 @@ class Driver:
         self._next_event = next(events, None)
         self._later: list[tuple[float, Callable[[], None]]] = []  # what ends at a time: stops and disk trouble
         self._stopped: Counter[int] = Counter()
-        self._is_still_at = 0.0  # until then somebody was stopped, and nobody need make progress
+        self._is_still_at = 0.0  # until then a process was stopped, and none need make progress
         self.steps = 0
         self.samples = self.resumes = 0
         self.done: Counter[str] = Counter()
@@ -148,7 +148,7 @@ class Driver:
         rank.connection.close()
 
     def kill(self) -> None:
-        """End whoever is there."""
+        """End all processes."""
         self._recover()
         for job in self._jobs:
             self._kill_job(job)
@@ -156,7 +156,7 @@ class Driver:
     # Steps
 
     def _turn(self, ends: Mapping[Job, Place] | None = None) -> None:
-        """Ask who is due, hear who has something to say, and look who has been silent for too long."""
+        """Ask the ranks that are due, read answers, and find the ranks that have been silent for too long."""
         now = time.monotonic()
         for _, act in [one for one in self._later if one[0] <= now]:
             act()
@@ -184,7 +184,7 @@ class Driver:
 
     def _ask(self, job: Job, rank: RankProcess, now: float) -> None:
         after = job.oracle.next(rank.place, job.world_size)
-        with contextlib.suppress(OSError):  # it has ended: whoever listens finds out
+        with contextlib.suppress(OSError):  # it has ended: its reader finds out
             rank.connection.send(_keeps_state(after))
         rank.asked_at = now
 
@@ -230,7 +230,7 @@ class Driver:
         """The states of a step that all have taken; of our own loaders all are the same."""
         states = [rank.told[1] for rank in job.ranks if rank.told is not None and rank.told[0] == job.target]
         if len(states) < len(job.ranks) or (job.has_one_state and any(state != states[0] for state in states)):
-            self._defect(f"{job.kind}: ranks tell different states at {job.target}: {states}")
+            self._defect(f"{job.kind}: ranks say different states at {job.target}: {states}")
         else:
             job.kept = (job.target, states)
 
@@ -358,7 +358,7 @@ class Driver:
         return self._stop(pid, long)
 
     def _stop(self, pid: int, draw: float) -> bool:
-        """For some seconds; nobody is blamed for that time."""
+        """For some seconds, in which no process has to make progress."""
         for_s = _STOPS_S * (0.25 + draw)
         until = time.monotonic() + for_s
         self._later.append((until, lambda: self._continue(pid)))
@@ -446,9 +446,10 @@ class Driver:
             for pid in [rank.process.pid, *damage.descendants(rank.process.pid)]:
                 if "fastload.service" not in damage.command_of(pid):
                     damage.send(pid, signal.SIGUSR1)
-        for pid in damage.services(self._disk.directory):  # PYTHONFAULTHANDLER makes it tell, into its log, and end
+        # PYTHONFAULTHANDLER makes it write its stacks to its log, and end
+        for pid in damage.services(self._disk.directory):
             damage.send(pid, signal.SIGABRT)
-        time.sleep(1.0)  # nobody says when it is written
+        time.sleep(1.0)  # there is no event for when it is written
         parts = [f"{path.name}:\n{path.read_text()}" for path in sorted(self._folder.glob("traces-*"))]
         for path in self._disk.directory.glob("*.log"):
             parts.append(f"{path.name}:\n{path.read_text(errors='replace')[-8000:]}")

@@ -27,7 +27,7 @@ import torch.distributed as distributed
 
 import fastload
 
-GLOBAL_BATCH = 12  # samples a step of a job, whatever its number of ranks
+GLOBAL_BATCH = 12  # samples a step of a job, with any number of ranks
 WINDOW_BYTES = 1 << 20
 
 
@@ -97,7 +97,7 @@ def as_it_is(sample: Any) -> Any:
 
 
 def serve(connection: Connection, rank: Rank) -> None:
-    """The process of a rank, until it is told to end."""
+    """The process of a rank, until it is asked to end."""
     with open(rank.traces, "w") as traces:
         multiprocessing.set_start_method("fork", force=True)  # not that by which this process came to be
         faulthandler.register(signal.SIGUSR1, traces, all_threads=True)
@@ -194,7 +194,7 @@ def _thread_count() -> int:
 
 
 def _held() -> set[str]:
-    """Threads, sockets and files that belong to somebody."""
+    """Threads, sockets and files that are in use."""
     found = {f"thread {thread.name}" for thread in threading.enumerate()}
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):

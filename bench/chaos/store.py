@@ -50,7 +50,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Settings:
-    """What such a store is told. `share` of the requests fail, in one of the ways `kinds`; `stall_s` is the longest
+    """The settings of such a store. `share` of the requests fail, in one of the ways `kinds`; `stall_s` is the longest
     silence. `certificate` is a PEM file with key and certificate.
     """
 

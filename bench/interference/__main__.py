@@ -8,7 +8,7 @@ Taking the GIL is counted exactly, by a library that is loaded before libc (`gil
 left out. The figures are medians over runs of batches in an epoch, and means over it, in which what is done once for a
 window or shard is spread over all batches. Each kind of data is read twice: as it comes from the cache service, which
 has to fetch it, and again from the service's memory. `work` is processor time, in the longest stretch for which a
-thread of ours kept the GIL.
+thread of fastload kept the GIL.
 
 Wake-up gaps are those of a Python thread that sleeps half a millisecond again and again, and of one that computes in
 steps of a tenth of that, while another takes batches: as fast as they come, where decoding them is what takes time;
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def _run(options: Options, kind: str, name: str, threads: str, how: str = "", per_s: str = "inf") -> dict[str, object]:
-    """What a process of ours does."""
+    """What a measured process does."""
     if kind == "count":
         return {source: asdict(found) for source, found in counts.run(options, name, int(threads)).items()}
     return asdict(gaps.run(options, name, int(threads), how, float(per_s)))
@@ -67,7 +67,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--where", action="store_true", help="show where the GIL is let go (CPython 3.11)")
     parser.add_argument("--first", action="store_true", help="real-time priority for what wakes up (needs root)")
     parser.add_argument("--folder", type=Path, default=data.default_folder(), help="where the data sets are kept")
-    parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)  # of a process of ours
+    parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)  # of a measured process
     return parser.parse_args()
 
 

@@ -50,7 +50,7 @@ def mixture(folder: Path, cache: fastload.Cache) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A kind of data. `environment`: what its process is told beside; `has_target`: whether the targets are meant.
+    """A kind of data. `environment`: its process's variables; `has_target`: whether the targets are meant.
 
     `trained_per_s`: batches a second that a machine of eight GPUs would train on, where a loader makes many times more.
     """

@@ -20,7 +20,7 @@ SERVED, WARM = "from the service", "warm"
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Of an epoch: by role, how often each batch took the GIL; the most work that a thread of ours did with it; and
+    """Of an epoch: by role, how often each batch took the GIL; the most work that a thread of fastload did with it; and
     where it is let go.
     """
 
@@ -76,7 +76,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _described(places: Sequence[gil.Place], names: Mapping[int, str], batches: int) -> list[str]:
-    """What is worth a line: places where a thread of ours lets go often, or after much work."""
+    """What is worth a line: places where a thread of fastload lets go often, or after much work."""
     counts: Counter[tuple[str, str]] = Counter()
     works: dict[tuple[str, str], float] = {}
     for place in places:

@@ -24,7 +24,7 @@ class Options:
     first: bool = False
 
     def process(self, environment: Mapping[str, str], *arguments: str) -> Any:
-        """What a process of ours prints."""
+        """What a measured process prints."""
         command = [sys.executable, "-m", "bench.interference", "--folder", str(self.folder)]
         command += ["--where"] * self.where + ["--first"] * self.first + ["--run", *arguments]
         environment = {**environment, "FASTLOAD_IDLE_S": "0"}
