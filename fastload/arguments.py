@@ -1,4 +1,4 @@
-"""Checks of what users pass, shared by what takes the same arguments. All raise `ConfigError`."""
+"""Checks of arguments that several entry points share. They raise `ConfigError` unless their docstring differs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import numpy.typing as npt
 
 from fastload.errors import ConfigError
 from fastload.store.urls import check_written
@@ -96,3 +99,28 @@ def checked_function(function: Any, name: str) -> Callable[[Any], Any]:
         raise ConfigError(f"{name}({function!r}): give a function of one argument")
     checked: Callable[[Any], Any] = function
     return checked
+
+
+def checked_number(number: Any, count: int) -> int:
+    """A sample's number, counted from 0. TypeError for what is no number, IndexError outside of the data."""
+    try:
+        at = operator.index(number)
+    except TypeError:
+        raise TypeError(f"dataset[{number!r}]: give one number; for several samples use dataset.take([...])") from None
+    return int(checked_numbers([at], count)[0])
+
+
+def checked_numbers(numbers: Any, count: int) -> npt.NDArray[np.int64]:
+    """Numbers of samples, int64[n], counted from 0; negative ones count from the end."""
+    found = np.asarray(numbers)
+    if found.size == 0:
+        found = found.astype(np.int64)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise TypeError(
+            f"samples are taken by a list of whole numbers, not by {type(numbers).__name__} {numbers!r:.80}"
+        )
+    wrong = np.flatnonzero((found < -count) | (found >= count))
+    if len(wrong):
+        raise IndexError(f"sample {found[wrong[0]]} of a data set of {count} samples")
+    found = found.astype(np.int64)
+    return np.where(found < 0, found + count, found)

@@ -1,17 +1,21 @@
 """StreamingDataset: sharded data in object storage, as a torch `IterableDataset`.
 
-The data set is what the user said, the manifest once it is listed, and the job that reads it. It opens sessions with
-the cache service when somebody iterates, never before, so that it can be made in one process and used in another:
-it pickles, and survives a fork.
+A data set holds the checked arguments, the manifest once it is listed, and the job that reads it. It connects to the
+cache service when it is first iterated, never before, so that it can be made in one process and used in another: it
+pickles, and survives a fork.
+
+Samplers need a map-style data set. `IndexedDataset` is the same data behind `__getitem__`; it pickles, survives a fork,
+and is thread-safe.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex, TypeAlias, TypedDict, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +26,8 @@ from fastload.arguments import (
     checked_batch_size,
     checked_cache_policy,
     checked_count,
+    checked_number,
+    checked_numbers,
     checked_on_error,
     checked_path,
     checked_refresh,
@@ -31,29 +37,26 @@ from fastload.arguments import (
 from fastload.callers import public
 from fastload.client.cache import AnyCache, handle_of
 from fastload.config import parse_bytes
+from fastload.dataset_base import BatchOf, Columns, DatasetBase, Made, Row, Sample, Unsaid
 from fastload.decode import Decoder
 from fastload.errors import ConfigError
-from fastload.indexed import IndexedDataset, checked_number, checked_numbers
-from fastload.pipeline.assemble import Skips
 from fastload.pipeline.columns import ColumnSet
 from fastload.pipeline.finish import Finish, Function, OneMaker
+from fastload.pipeline.gather import Skips
 from fastload.pipeline.job import Beginning, Job
 from fastload.pipeline.lookup import Lookup
 from fastload.pipeline.passes import AnyPosition, OnePass, PassOptions, SourcePass, begin_pass, open_source
-from fastload.pipeline.session import Source
+from fastload.pipeline.source import Source
 from fastload.plan import OrderOptions, OrderWish, Position, Ranks, Shuffle, Tail, sample_count_of_rank
 from fastload.plan.ranks import check_tail
 from fastload.redaction import redact
 from fastload.store.logins import apart
-from fastload.streaming import BatchOf, Columns, Made, Row, Sample, Streaming, Unsaid
 
 if TYPE_CHECKING:
     from fastload.plan.mixture import SourcePlan
 
-
 # Of a long list of URLs, how many are enough to know it by.
 _URLS_SHOWN = 2
-
 _UNKNOWN_COUNTS = (
     "the number of samples is not known before every shard has been read once; iterate one epoch, or run "
     "`fastload index` or `fastload warm` on the same URLs and cache"
@@ -75,7 +78,7 @@ class _Settings:
 Urls: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]"
 
 
-class StreamingDataset(Streaming[Sample]):
+class StreamingDataset(DatasetBase[Sample]):
     """Samples from shards in object storage, through the node's cache.
 
     `urls`: brace patterns (`s3://bucket/train-{000000..001023}.tar`), prefixes that end in "/", plain URLs or local
@@ -456,3 +459,41 @@ def _order_wish(shuffle: bool | str | None, seed: int, shuffle_window: int | str
         raise ConfigError(f'shuffle_window={shuffle_window!r} must be at least 1 byte, or "auto"')
     count = None if partitions is None else checked_count(partitions, "partitions")
     return OrderWish(checked_seed(seed), ways[shuffle], window_bytes, count)
+
+
+Numbers = Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor
+
+
+class IndexedDataset(torch.utils.data.Dataset[Any]):
+    """The samples of a `StreamingDataset` by number; see `StreamingDataset.indexed`."""
+
+    def __init__(self, dataset: StreamingDataset) -> None:
+        self.dataset = dataset
+        self._count = dataset.sample_count
+
+    def __len__(self) -> int:
+        """All samples: which of them a rank reads is the sampler's business."""
+        return self._count
+
+    def __getitem__(self, number: SupportsIndex | Numbers) -> Any:
+        """A sample; for several numbers a batch, as `StreamingDataset.take` makes it."""
+        if isinstance(number, SupportsIndex) and not _is_list(number):
+            return self.dataset[operator.index(number)]
+        return self.dataset.take(number)  # type: ignore[arg-type]
+
+    def __getitems__(self, numbers: Numbers) -> list[Any]:
+        """The samples with these numbers, read together; torch's loader asks for a batch in this way."""
+        return self.dataset.samples(numbers)
+
+    def set_epoch(self, epoch: int) -> None:
+        """What is random in decoding is that of this epoch from now on, in worker processes too."""
+        self.dataset.set_epoch(epoch)
+
+    def close(self) -> None:
+        """Disconnect from the cache; it can still be used, and connects again."""
+        self.dataset.close()
+
+
+def _is_list(number: Any) -> bool:
+    """An array or tensor of one dimension has `__index__` too."""
+    return getattr(number, "ndim", 0) > 0

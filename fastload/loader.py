@@ -21,10 +21,10 @@ from torch.utils.data import Dataset, Sampler
 
 from fastload.arguments import checked_batch_size, checked_count
 from fastload.callers import public
+from fastload.dataset_base import BatchOf, Columns, DatasetBase, Made, Row, Unsaid
 from fastload.device import checked_device
 from fastload.errors import ConfigError
-from fastload.streamed import Stream
-from fastload.streaming import BatchOf, Columns, Made, Row, Streaming, Unsaid
+from fastload.loader_stream import Stream
 from fastload.torchloader.reading import Reading
 
 T = TypeVar("T", covariant=True)
@@ -169,7 +169,7 @@ class DataLoader(torch.utils.data.DataLoader[T]):
         self.device = device
         self.snapshot_every_n_steps = _checked_interval(snapshot_every_n_steps)
         self.in_order = in_order
-        if isinstance(dataset, Streaming):
+        if isinstance(dataset, DatasetBase):
             _check_samplers(sampler, batch_sampler)
             _check_ours(batch_size, num_workers, prefetch_factor)
             if _checked_shuffle(shuffle, dataset):
@@ -322,10 +322,10 @@ class DataLoader(torch.utils.data.DataLoader[T]):
 
 def _is_ours(dataset: Any) -> bool:
     """Whether we make the batches. A subclass that yields samples of its own making keeps torch's way."""
-    return isinstance(dataset, Streaming) and type(dataset).__iter__ is Streaming.__iter__
+    return isinstance(dataset, DatasetBase) and type(dataset).__iter__ is DatasetBase.__iter__
 
 
-def _checked_shuffle(shuffle: Any, dataset: Streaming) -> bool | None:
+def _checked_shuffle(shuffle: Any, dataset: DatasetBase) -> bool | None:
     if not isinstance(shuffle, bool | None):
         raise ConfigError(
             f"shuffle={shuffle!r} of a loader must be True, False or None; write "

@@ -18,22 +18,22 @@ import numpy as np
 from fastload.arguments import checked_batch_size, checked_seed
 from fastload.callers import public
 from fastload.dataset import StreamingDataset
+from fastload.dataset_base import BatchOf, DatasetBase, Made, Row, Sample, Unsaid
 from fastload.errors import ConfigError
 from fastload.kernels import compile_in_background
-from fastload.pipeline.assemble import Skips
 from fastload.pipeline.finish import Function
+from fastload.pipeline.gather import Skips
 from fastload.pipeline.job import Beginning
 from fastload.pipeline.mixed import MixedPass, begin_mixed_pass
 from fastload.pipeline.passes import AnyPosition
 from fastload.plan import Ranks, Tail, sample_count_of_rank
 from fastload.plan.mixture import MixtureCursor, MixtureOptions, MixturePosition, Stop, check_stop, check_weights
 from fastload.plan.ranks import check_tail
-from fastload.streaming import BatchOf, Made, Row, Sample, Streaming, Unsaid
 
 Weight = float | Sequence[tuple[int, float]]
 
 
-class Mixture(Streaming[Sample]):
+class Mixture(DatasetBase[Sample]):
     """Samples of several data sets, each as often as its weight says.
 
     `sources`: pairs of a `StreamingDataset` and its weight: a number, in proportion to the others', or a schedule

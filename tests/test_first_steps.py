@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import DistributedSampler, RandomSampler, TensorDataset
 
 import fastload
-from fastload import indexing
-from fastload import warm as warming
+from fastload import prepare
+from fastload import prepare as warming
 from fastload.client import cache as cache_module
 from fastload.plan import OrderWish
 from tests.processes import service_pids, until
@@ -162,8 +162,8 @@ def test_a_directory_is_taken_where_a_cache_is(url: str, tmp_path: Path, monkeyp
     path = Path(url) / "shard-0000.tar"
     with fastload.open(path, "cache") as file:
         assert file.read() == path.read_bytes()
-    job = warming.Job([url], OrderWish())
-    assert warming.warm(job, directory).sample_count == indexing.index([url], directory).sample_count
+    job = warming.WarmJob([url], OrderWish())
+    assert warming.warm(job, directory).sample_count == prepare.index([url], directory).sample_count
     cache_module.handle_of(directory).close()
 
 

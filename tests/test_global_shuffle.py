@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fastload
-from fastload.pipeline.scattered import check_allowed, fetched_share, holds
+from fastload.pipeline.reader import check_allowed, fetched_share, holds
 from tests.shards import Corpus, check_samples, corpus, samples_of
 
 

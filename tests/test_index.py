@@ -17,12 +17,12 @@ import pyarrow as pa
 import pytest
 
 import fastload
-from fastload import indexing
+from fastload import prepare
 from fastload.client import Consumer
 from fastload.client import Handle as Cache
 from fastload.demo.weed import WeedServer
 from fastload.errors import ConfigError, FastloadError, ObjectMissingError, ShardError
-from fastload.pipeline.session import Source
+from fastload.pipeline.source import Source
 from tests.conftest import Bucket
 from tests.processes import service_pids, until
 from tests.shards import check_samples, corpus, samples_of, tar_of
@@ -86,7 +86,7 @@ def run_cli(*arguments: object) -> subprocess.CompletedProcess[str]:
 def sidecar(url: str, path: Path) -> Path:
     """Indexes in a file, made elsewhere."""
     with Cache(path.parent / "elsewhere", **LIMITS) as elsewhere:
-        indexing.index([url], elsewhere, output=path)
+        prepare.index([url], elsewhere, output=path)
     return path
 
 
@@ -117,7 +117,7 @@ def test_a_job_that_follows_parses_nothing(url: str, tmp_path: Path) -> None:
     assert f"5 shards, 104 samples, {DATA.byte_count / 1024:.1f} KiB: indexed, " in said
     with Cache(tmp_path / "cache") as cache:
         assert counts(Source([url], cache, None, (), None)) == COUNTS
-        assert indexing.index([url], cache, output=tmp_path / "x.arrow").fetched_bytes == 0
+        assert prepare.index([url], cache, output=tmp_path / "x.arrow").fetched_bytes == 0
     with pa.memory_map(str(tmp_path / "x.arrow")) as file:
         table = pa.ipc.open_file(file).read_all()
         assert table.column("url").to_pylist() == [f"{url}{name}" for name in NAMES]
@@ -130,19 +130,19 @@ def test_chunks_without_headers_are_not_fetched(put: Any, url: str, cache: Cache
     for number in range(3):
         put(f"{url}large/{number}.tar", tar_of({f"{number}": {"bin": bytes(size)}, f"{number}b": {"bin": bytes(size)}}))
     seen = []
-    done = indexing.index([f"{url}large/"], cache, on_progress=seen.append)
+    done = prepare.index([f"{url}large/"], cache, on_progress=seen.append)
     assert (done.shard_count, done.sample_count) == (3, 6)
     assert done.total_bytes > 6 * size
     assert done.fetched_bytes <= 3 * 4 * cache.chunk_bytes
     assert [(each.done_count, each.sample_count) for each in seen] == [(0, 0), (1, 2), (2, 4), (3, 6)]
-    again = indexing.index([f"{url}large/"], cache)
+    again = prepare.index([f"{url}large/"], cache)
     assert (again.sample_count, again.fetched_bytes) == (6, 0)
 
 
 def test_more_shards_than_chunks_in_the_arena(tmp_path: Path) -> None:
     data = corpus(shard_count=100, samples_per_shard=3)
     with Cache(tmp_path / "cache", **{**LIMITS, "ram_bytes": "128KiB", "disk_bytes": 0}) as cache:
-        done = indexing.index([data.write(tmp_path / "data")], cache, output=tmp_path / "x.arrow")
+        done = prepare.index([data.write(tmp_path / "data")], cache, output=tmp_path / "x.arrow")
     assert (done.shard_count, done.sample_count) == (100, len(data.samples))
 
 
@@ -155,7 +155,7 @@ def test_a_damaged_shard_ends_it(tmp_path: Path, bad: int) -> None:
         Cache(tmp_path / "cache", **LIMITS) as cache,
         pytest.raises(ShardError, match=f"shard-{bad:04d}"),
     ):
-        indexing.index([f"{tmp_path}/data/"], cache, output=tmp_path / "x.arrow")
+        prepare.index([f"{tmp_path}/data/"], cache, output=tmp_path / "x.arrow")
     assert not (tmp_path / "x.arrow").exists()
 
 
@@ -165,7 +165,7 @@ def test_a_damaged_shard_ends_it(tmp_path: Path, bad: int) -> None:
 )
 def test_where_nothing_can_be_written(url: str, cache: Cache, output: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        indexing.index([url], cache, output=output)
+        prepare.index([url], cache, output=output)
 
 
 # Files of indexes
@@ -364,7 +364,7 @@ def test_a_count_that_is_wrong_is_an_error_that_names_both(put: Any, url: str, c
         list(dataset)
     dataset.close()
     # Now its index is known, and it is an error before anything is read.
-    indexing.index([url], cache)
+    prepare.index([url], cache)
     source = Source([f"{url}index.json"], cache, None, (), None)
     session = source.open()
     with pytest.raises(ShardError, match=says):

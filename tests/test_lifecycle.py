@@ -204,8 +204,8 @@ end_at_exit()
 THREADS = """
 import time
 import torch
-import fastload.pipeline.iteration
-from fastload.pipeline.pool import DecodePool
+import fastload.pipeline.run
+from fastload.pipeline.run import DecodePool
 from fastload.lifecycle import call_later
 
 class Slow:

@@ -14,7 +14,7 @@ import fastload
 import fastload.client
 import fastload.files
 import fastload.store
-from fastload import errors, metrics
+from fastload import errors, stats
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -74,13 +74,11 @@ def test_errors_cross_the_socket() -> None:
 
 def test_every_statistic_is_documented() -> None:
     table = re.findall(r"^\| `(\w+)` \|", (DOCS / "stats.md").read_text(), re.MULTILINE)
-    assert sorted(table) == sorted(metrics.STATS_KEYS)
+    assert sorted(table) == sorted(stats.STATS_KEYS)
 
 
 def test_the_service_and_the_command_line_do_without_torch() -> None:
-    code = (
-        "import sys, fastload.service.server, fastload.cli, fastload.warm; assert 'torch' not in sys.modules, 'torch'; "
-    )
+    code = "import sys, fastload.service.server, fastload.cli, fastload.prepare; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     code = (
         "import sys, fastload.service.server; "

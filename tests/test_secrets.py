@@ -20,7 +20,7 @@ import pytest
 
 import fastload
 from fastload.errors import FastloadError
-from fastload.indexing import index
+from fastload.prepare import index
 from tests.conftest import Bucket
 from tests.shards import tar_of
 from tests.store.servers import Handler, answer, server

@@ -26,14 +26,14 @@ def index(
     chunk_bytes: ChunkBytes = None,
 ) -> None:
     """Index all shards, so that a job knows how many samples there are and parses none."""
-    from fastload import indexing
+    from fastload import prepare
 
     options, console = CacheOptions(cache, ram_bytes, disk_bytes, chunk_bytes), Console(stderr=True)
     with (
         options.open() as opened,
         shown(console, "indexing", MofNCompleteColumn(), TextColumn("shards")) as bar,
     ):
-        indexed = indexing.index(
+        indexed = prepare.index(
             urls,
             opened,
             output=output,

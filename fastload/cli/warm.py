@@ -16,8 +16,8 @@ from fastload.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from fastload.prepare import Warmed, WarmJob
     from fastload.protocol import Progress
-    from fastload.warm import Job, Warmed
 
 # Exit code where the cache is too small for the job: not an error, and not what was asked for.
 EXIT_PARTIAL = 3
@@ -49,7 +49,7 @@ def warm(
     Or with --from-history, for one that reads what an earlier run read, whatever its order.
     """
     from fastload.plan import OrderWish, Ranks
-    from fastload.warm import Job
+    from fastload.prepare import WarmJob
 
     if bool(urls) == bool(from_history):
         raise ConfigError("name either URLs or --from-history=RUN, and not both")
@@ -62,7 +62,7 @@ def warm(
         window_bytes = None if shuffle_window == "auto" else parse_bytes(shuffle_window, "shuffle_window")
         order = OrderWish(seed, "window" if shuffle else "none", window_bytes, partitions)
         ranks = Ranks(node, nodes, 0, 1)  # how many ranks share a node's partitions does not matter
-        what, warmed = _warm_job(Job(urls or [], order, epoch, ranks, index, manifest), options, console)
+        what, warmed = _warm_job(WarmJob(urls or [], order, epoch, ranks, index, manifest), options, console)
     console.print(
         f"{what}: {format_bytes(warmed.held_bytes)} of {format_bytes(warmed.total_bytes)} cached, "
         f"{format_bytes(warmed.fetched_bytes)} fetched"
@@ -72,9 +72,9 @@ def warm(
         raise typer.Exit(EXIT_PARTIAL)
 
 
-def _warm_job(job: Job, options: CacheOptions, console: Console) -> tuple[str, Warmed]:
+def _warm_job(job: WarmJob, options: CacheOptions, console: Console) -> tuple[str, Warmed]:
     """Warm what a job will read: that in words, and what came of it."""
-    from fastload import warm as warming
+    from fastload import prepare as warming
 
     with options.open() as cache, _progress(console) as on_progress:
         warmed = warming.warm(job, cache, on_progress=on_progress)
@@ -83,7 +83,7 @@ def _warm_job(job: Job, options: CacheOptions, console: Console) -> tuple[str, W
 
 def _warm_run(name: str, options: CacheOptions, console: Console) -> tuple[str, Warmed]:
     """Warm what an earlier run read: that in words, and what came of it."""
-    from fastload import warm as warming
+    from fastload import prepare as warming
     from fastload.history.archive import Archive
 
     with options.open() as cache:

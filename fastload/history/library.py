@@ -22,7 +22,7 @@ from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
 
 WARMING = "warm"
-"""The name of readers that only fill a cache (see `fastload.warm`)."""
+"""The name of readers that only fill a cache (see `fastload.prepare`)."""
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]

@@ -29,8 +29,8 @@ import numpy.typing as npt
 from fastload import errors
 from fastload.client.consumer import Consumer
 from fastload.errors import ConfigError, ServiceError
-from fastload.pipeline.session import Session, Source
 from fastload.pipeline.shards import ShardTable
+from fastload.pipeline.source import Session, Source
 from fastload.pipeline.windows import Ints, window_chunks
 from fastload.waiting import Waits
 
@@ -48,6 +48,22 @@ _SERVE_POLL_S = 0.1
 _RECORDS_AT_ONCE = 256
 
 _Record = tuple[list[int], list[int], tuple[str, str] | None]
+
+
+class CountSource(Protocol):
+    """Where the feed asks how many samples shards hold that it has not opened."""
+
+    def known(self) -> Counts:
+        """What is known before anything is read: object numbers and their counts."""
+        ...
+
+    def counted(self, object_nos: npt.NDArray[np.int32], counts: npt.NDArray[np.int64]) -> None:
+        """The feed has counted these."""
+        ...
+
+    def ask(self, object_nos: npt.NDArray[np.int32]) -> Counts:
+        """The counts of some of these, at least of one. May wait."""
+        ...
 
 
 class LocalCounts:

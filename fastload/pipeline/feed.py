@@ -9,32 +9,14 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from fastload.cpu_priority import breathe
+from fastload.pipeline.counts import CountSource
 from fastload.pipeline.reader import WindowReader
 from fastload.plan import BatchEntry, EpochCursor, Position, WindowKey
-
-Counts = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
-
-
-class CountSource(Protocol):
-    """Where the feed asks how many samples shards hold that it has not opened."""
-
-    def known(self) -> Counts:
-        """What is known before anything is read: object numbers and their counts."""
-        ...
-
-    def counted(self, object_nos: npt.NDArray[np.int32], counts: npt.NDArray[np.int64]) -> None:
-        """The feed has counted these."""
-        ...
-
-    def ask(self, object_nos: npt.NDArray[np.int32]) -> Counts:
-        """The counts of some of these, at least of one. May wait."""
-        ...
 
 
 class Feed:

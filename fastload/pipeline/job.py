@@ -22,9 +22,8 @@ from fastload.config import format_bytes
 from fastload.errors import ConfigError
 from fastload.lifecycle import is_inherited
 from fastload.pipeline import agreement
-from fastload.pipeline.counts import Exchange, ExchangedCounts, LocalCounts, StoredCounts
-from fastload.pipeline.feed import CountSource
-from fastload.pipeline.session import Session, Source
+from fastload.pipeline.counts import CountSource, Exchange, ExchangedCounts, LocalCounts, StoredCounts
+from fastload.pipeline.source import Session, Source
 from fastload.plan import (
     Manifest,
     OrderOptions,

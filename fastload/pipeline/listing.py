@@ -1,8 +1,11 @@
-"""From what a user names to the manifest: shards by pattern, prefix or name, lists of shards, indexes beside them."""
+"""From the URLs a user names to the manifest: shards by pattern, prefix or name, lists of shards, sidecar files.
+
+Lists and sidecars are read through the cache like shards: attached, fetched once for the node, verified, and kept.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -12,7 +15,6 @@ import numpy.typing as npt
 from fastload.client.consumer import Consumer
 from fastload.errors import ConfigError, ObjectMissingError
 from fastload.formats import SHARD_ENDINGS, SIDECAR_NAME, wids
-from fastload.pipeline.objects import reader
 from fastload.plan import Manifest
 from fastload.store.table import ObjectTable
 
@@ -80,7 +82,7 @@ def _of_list(consumer: Consumer, url: str, *, is_nested: bool = False) -> Iterat
             f"{url}: a list of {info.size} bytes, above {_LIST_BYTES_MAX}; name a prefix, or several lists"
         )
     consumer.attach(found)
-    for part in wids.parse(reader(consumer, 0, info.size)(0, info.size), info.url):
+    for part in wids.parse(object_reader(consumer, 0, info.size)(0, info.size), info.url):
         if isinstance(part, wids.Shards):
             yield _named(consumer, part, url)
         elif is_nested:
@@ -110,3 +112,26 @@ def _named(consumer: Consumer, part: wids.Shards, list_url: str) -> _Listed:
 def _each_once(objects: ObjectTable) -> ObjectTable:
     """A prefix that was named twice gave them twice."""
     return ObjectTable.of(dict.fromkeys(objects))
+
+
+def object_reader(consumer: Consumer, first_chunk: int, size: int) -> Callable[[int, int], bytes]:
+    """`read_at(start, length)` of the attached object of `size` bytes whose chunks begin at number `first_chunk`."""
+    chunk_bytes = consumer.chunk_bytes
+
+    def read_at(start: int, length: int) -> bytes:
+        if not 0 <= start <= start + length <= size:
+            raise ValueError(f"bytes {start} to {start + length} of an object of {size}")
+        if not length:
+            return b""
+        first, last = start // chunk_bytes, (start + length - 1) // chunk_bytes
+        consumer.want(range(first_chunk + first, first_chunk + last + 1))
+        parts = []
+        for chunk in range(first, last + 1):
+            low, high = max(start - chunk * chunk_bytes, 0), min(start + length - chunk * chunk_bytes, chunk_bytes)
+            with consumer.acquire([first_chunk + chunk], reason="index") as held:
+                arena, _, offsets = held.groups[0]
+                parts.append(arena[int(offsets[0]) + low : int(offsets[0]) + high].tobytes())
+            consumer.release([first_chunk + chunk])
+        return b"".join(parts)
+
+    return read_at

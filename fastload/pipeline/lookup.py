@@ -17,10 +17,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
-from fastload.pipeline.assemble import Assembler, LocalMemory
 from fastload.pipeline.finish import Finish, Gathered, OneMaker
-from fastload.pipeline.gather import Gatherer
-from fastload.pipeline.session import Session, Source
+from fastload.pipeline.gather import Gatherer, LocalMemory, SampleGatherer
+from fastload.pipeline.source import Session, Source
 from fastload.pipeline.windows import Ints, LiveWindows, Window, window_chunks
 from fastload.plan import BatchEntry, Manifest
 
@@ -33,7 +32,7 @@ _ROWS_MAX = 1 << 21
 class _View:
     """What a session needs to find and gather samples. Used by one call at a time."""
 
-    assembler: Assembler
+    assembler: SampleGatherer
     live: LiveWindows
     open_rows: int = field(default=0)
 
@@ -97,7 +96,7 @@ class Lookup:
         assert manifest is not None, "a session is attached"
         live = LiveWindows(len(manifest))
         gatherer = Gatherer(session.consumer, int(first_chunk[-1]), session.consumer.chunk_bytes)
-        return _View(Assembler(manifest, self._maker, live, gatherer, self._seed), live)
+        return _View(SampleGatherer(manifest, self._maker, live, gatherer, self._seed), live)
 
     def _open(self, view: _View, session: Session, numbers: Ints) -> None:
         """Have the windows of these shards open."""

@@ -19,10 +19,8 @@ from typing import Any
 import numpy as np
 
 from fastload.cpu_priority import breathe
-from fastload.metrics import Account, JointAccount
-from fastload.pipeline.assemble import Assembler, LocalMemory, Memory, Skips, part_of_entry
-from fastload.pipeline.finish import Function, GatheredParts, MixedMaker
-from fastload.pipeline.interleave import rows_of_parts
+from fastload.pipeline.finish import Function, GatheredParts, MixedMaker, rows_of_parts
+from fastload.pipeline.gather import LocalMemory, Memory, SampleGatherer, Skips, part_of_entry
 from fastload.pipeline.passes import SourcePass
 from fastload.plan import Ranks
 from fastload.plan.mixture import (
@@ -33,6 +31,7 @@ from fastload.plan.mixture import (
     MixturePosition,
     SourcePlan,
 )
+from fastload.stats import Account, JointAccount
 from fastload.transport.slots import SlotPool
 from fastload.waiting import JointWaits, Waits
 
@@ -143,7 +142,7 @@ class MixedFeed:
 class MixedAssembler:
     """Gathers the samples of entries of a mixture. Safe to use from several threads."""
 
-    def __init__(self, assemblers: Sequence[Assembler]) -> None:
+    def __init__(self, assemblers: Sequence[SampleGatherer]) -> None:
         self._assemblers = assemblers
 
     def gather(self, entry: MixtureEntry, memory: Memory, *, is_keyed: bool = False) -> GatheredParts:

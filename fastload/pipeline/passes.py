@@ -14,18 +14,17 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from fastload.arguments import CachePolicy
 from fastload.cache.policy import PolicyName
 from fastload.client.handle import Handle
-from fastload.metrics import Account
-from fastload.pipeline.assemble import Assembler, LocalMemory, Memory, Skips, part_of_entry
 from fastload.pipeline.columns import ColumnSet
-from fastload.pipeline.feed import CountSource, Feed
+from fastload.pipeline.counts import CountSource
+from fastload.pipeline.feed import Feed
 from fastload.pipeline.finish import SAMPLE_ERRORS, Function, Gathered, Maker, OneMaker
-from fastload.pipeline.gather import Gatherer
+from fastload.pipeline.gather import Gatherer, LocalMemory, Memory, SampleGatherer, Skips, part_of_entry
 from fastload.pipeline.job import Job
-from fastload.pipeline.reader import WindowReader
+from fastload.pipeline.reader import ScatteredReader, WindowReader, check_allowed, holds
 from fastload.pipeline.run import RunFeed
-from fastload.pipeline.scattered import ScatteredReader, check_allowed, holds
-from fastload.pipeline.session import Session, Source
+from fastload.pipeline.source import Session, Source
 from fastload.plan import BatchEntry, EpochCursor, Position, Tail, epoch_orders, first_objects, objects_in_use_order
+from fastload.stats import Account
 from fastload.transport.slots import SlotPool
 from fastload.waiting import Waits
 
@@ -129,7 +128,7 @@ class SourcePass:
     session: Session
     reader: WindowReader
     counts: CountSource
-    assembler: Assembler
+    assembler: SampleGatherer
 
     def end(self) -> None:
         """The pass is over, finished or not: windows are given back, and the session may serve another."""
@@ -223,7 +222,7 @@ def _opened(session: Session, source: Source, job: Job, options: PassOptions, sk
     reader = (ScatteredReader if is_scattered else WindowReader)(consumer, source.shards, source.first_chunk)
     gatherer = Gatherer(consumer, int(source.first_chunk[-1]), consumer.chunk_bytes)
     maker = OneMaker(options.columns, options.functions)
-    assembler = Assembler(manifest, maker, reader.live, gatherer, job.order.seed, skips)
+    assembler = SampleGatherer(manifest, maker, reader.live, gatherer, job.order.seed, skips)
     if isinstance(reader, ScatteredReader):
         reader.chunks_of = assembler.chunks_of
         reader.foresees = policy == "future"

@@ -16,7 +16,7 @@ import msgspec
 
 from fastload import callers
 from fastload.errors import StateError
-from fastload.pipeline.assemble import Skips
+from fastload.pipeline.gather import Skips
 from fastload.pipeline.passes import AnyPosition
 from fastload.plan import EpochCursor
 

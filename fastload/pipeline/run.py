@@ -1,28 +1,40 @@
-"""One pass over the data: entries become batches in threads, and come out in order.
+"""Run a pass: entries become batches in threads, and come out in plan order.
 
-A feeder thread walks the plan, and the decode pool makes a batch of each entry. At most `depth` batches are ahead of
-the consumer: queued, in the making, or made and waiting. Batches come out in plan order, whichever thread was faster. A
-failure comes out where its batch would have been, with the traceback of the thread in which it happened. Without
-threads the same is done in the consumer's own.
+A feeder thread walks the plan, and the threads of a decode pool make a batch of each entry. At most `depth` batches are
+ahead of the consumer: queued, being built, or ready. A failure comes out where its batch would have been, with the
+traceback of the thread in which it happened. `InlineRun` does the same without threads.
 
-A run ends by being exhausted (StopIteration), by a failure, or by `close()`, which any thread may call: whoever waits
-for a batch then gets `RunClosedError`, so that an epoch that was cut off never looks finished. In each case its feeder
-has ended, and no job of it is in the pool.
+A run ends when it is exhausted (StopIteration), by a failure, or by `close()`, which any thread may call: a consumer
+that waits for a batch then gets `RunClosedError`, so that an epoch that was cut off never looks finished. In each case
+its feeder has ended, and none of its tasks is in the pool.
+
+The pool lives as long as its loader, since its threads keep thread-local workspaces (decoders, staging memory). Its
+tasks are plain callables that handle their own errors. It is closed by its owner, at the latest when the interpreter
+exits. A pool that was dropped without that is signalled when it is collected, which may happen in any thread and under
+any lock, so nothing is waited for then. Its threads hold no reference to it.
+
+An `Iteration` is what the user holds. It ends its run when it is exhausted, when it fails, when it is closed, when the
+interpreter exits, and, most often, when it is dropped (`break` out of a for loop). The last is done soon in another
+thread (see `lifecycle`); the other ends are complete when the call that causes them returns.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from fastload import callers
 from fastload.cpu_priority import let_breathe, take_long_turns
 from fastload.errors import ServiceError
-from fastload.pipeline.pool import DecodePool
+from fastload.kernels.yielding import start_giving_way
+from fastload.lifecycle import Ending, end_at_exit, join_at_exit
 from fastload.waiting import Waits, wait
 
 
@@ -50,12 +62,11 @@ class RunFeed(Protocol):
         ...
 
     def done(self, entry: Any) -> None:
-        """The entry's batch is made, or given up."""
+        """The entry's batch is built, or given up."""
         ...
 
 
 Made = tuple[Any, Any]  # entry, batch
-
 # A batch may take as long as its bytes do. What it waits for has deadlines of its own, and ends with an error.
 _NO_DEADLINE_S = math.inf
 
@@ -68,8 +79,8 @@ class RunClosedError(ServiceError):
 
 
 @dataclass(slots=True)
-class _Place:
-    """The place of one batch in the line of those that are ahead of the consumer."""
+class _QueuedBatch:
+    """One of the batches that are ahead of the consumer."""
 
     entry: Entry
     batch: Any = None
@@ -83,14 +94,14 @@ class ThreadedRun:
     def __init__(self, feed: RunFeed, make: Callable[[Any], Any], pool: DecodePool, depth: int, waits: Waits) -> None:
         self._feed, self._make, self._pool, self._depth, self._waits = feed, make, pool, depth, waits
         lock = threading.RLock()
-        self._changed = threading.Condition(lock)  # something that whoever takes batches may wait for
+        self._changed = threading.Condition(lock)  # what a consumer waits for
         self._has_room = threading.Condition(lock)  # what the feeder waits for
-        self._line: deque[_Place] = deque()
-        self._jobs = 0
+        self._queue: deque[_QueuedBatch] = deque()
+        self._tasks = 0
         self._is_fed = False
         self._is_closed = False
         self._feed_error: BaseException | None = None
-        self._feeder = threading.Thread(target=self._feed_line, name="fastload-feed", daemon=True)
+        self._feeder = threading.Thread(target=self._fill_queue, name="fastload-feed", daemon=True)
         self._feeder.start()
 
     def __iter__(self) -> Iterator[Made]:
@@ -108,30 +119,30 @@ class ThreadedRun:
             )
             if self._is_closed:
                 raise RunClosedError
-            place = self._line.popleft() if self._line else None
+            queued = self._queue.popleft() if self._queue else None
             self._has_room.notify()
-        if place is None:
+        if queued is None:
             raise self._feed_error or StopIteration
-        if place.error is not None:
-            raise place.error
-        return place.entry, place.batch
+        if queued.error is not None:
+            raise queued.error
+        return queued.entry, queued.batch
 
     def close(self) -> None:
-        """Give up what is ahead, and wait for what is in the making. May be called twice."""
+        """Give up what is ahead, and wait for batches that are being built. May be called twice."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
             self._has_room.notify()
-            wait(self._changed, lambda: self._jobs == 0, "shutdown", what="batches in the making")
-            self._line.clear()
+            wait(self._changed, lambda: self._tasks == 0, "shutdown", what="batches that are being built")
+            self._queue.clear()
         if self._feeder is not threading.current_thread():
             self._feeder.join()
             self._feed_error = None  # its traceback holds this run, and so all that the run uses
 
     def _can_answer(self) -> bool:
-        return self._is_closed or (self._line[0].is_done if self._line else self._is_fed)
+        return self._is_closed or (self._queue[0].is_done if self._queue else self._is_fed)
 
-    def _feed_line(self) -> None:
+    def _fill_queue(self) -> None:
         try:
             take_long_turns()
             let_breathe(True)
@@ -147,38 +158,38 @@ class ThreadedRun:
                 self._changed.notify_all()
 
     def _enqueue(self, entry: Entry) -> bool:
-        """Wait for room in the line, then give the entry to the pool; False when the run was closed."""
-        place = _Place(entry)
+        """Wait for room in the queue, then give the entry to the pool; False when the run was closed."""
+        queued = _QueuedBatch(entry)
         with self._changed:
             # No deadline but the consumer's: a trainer may take as long as it likes for a step.
-            self._has_room.wait_for(lambda: self._is_closed or len(self._line) < self._depth)
+            self._has_room.wait_for(lambda: self._is_closed or len(self._queue) < self._depth)
             if self._is_closed:
                 return False
-            let_breathe(bool(self._line))  # else the pool may have nothing to do
-            self._line.append(place)
-            self._jobs += 1
+            let_breathe(bool(self._queue))  # else the pool may have nothing to do
+            self._queue.append(queued)
+            self._tasks += 1
         try:
-            self._pool.submit(lambda: self._run_job(place))
-        except ServiceError as error:  # the pool was closed under us: no job will run
-            self._end_job(place, error)
+            self._pool.submit(lambda: self._run_task(queued))
+        except ServiceError as error:  # the pool was closed under us: no task will run
+            self._end_task(queued, error)
         return True
 
-    def _run_job(self, place: _Place) -> None:
+    def _run_task(self, queued: _QueuedBatch) -> None:
         try:
             if not self._is_closed:
-                place.batch = self._make(place.entry)
+                queued.batch = self._make(queued.entry)
         except BaseException as error:  # handed to the consumer, whatever it is
-            place.error = _not_an_end(error)
+            queued.error = _not_an_end(error)
         try:
-            self._feed.done(place.entry)
+            self._feed.done(queued.entry)
         except BaseException as error:
-            place.error = place.error or error
-        self._end_job(place, place.error)
+            queued.error = queued.error or error
+        self._end_task(queued, queued.error)
 
-    def _end_job(self, place: _Place, error: BaseException | None) -> None:
+    def _end_task(self, queued: _QueuedBatch, error: BaseException | None) -> None:
         with self._changed:
-            place.error, place.is_done = error, True
-            self._jobs -= 1
+            queued.error, queued.is_done = error, True
+            self._tasks -= 1
             self._changed.notify_all()
 
 
@@ -201,7 +212,7 @@ class InlineRun:
             except StopIteration:
                 raise
             except BaseException as error:
-                if self._is_closed:  # under the batch in the making: whatever went wrong then is no news
+                if self._is_closed:  # while the batch was built: its error is a consequence
                     raise RunClosedError from error
                 raise
 
@@ -218,7 +229,7 @@ class InlineRun:
         return entry, batch
 
     def close(self) -> None:
-        """Give up what is ahead; a batch in the making is left to whoever makes it. May be called twice."""
+        """Give up what is ahead; a batch that is being built is finished by its own thread. May be called twice."""
         self._is_closed = True
 
 
@@ -229,3 +240,135 @@ def _not_an_end(error: BaseException) -> BaseException:
         wrapped.__cause__ = error
         return wrapped
     return error
+
+
+Task = Callable[[], None]
+# How long the exit of a script waits for the threads.
+_END_S = 10.0
+
+
+class DecodePool:
+    """`thread_count` threads that run tasks in the order in which they were submitted."""
+
+    def __init__(self, thread_count: int, name: str = "fastload-decode") -> None:
+        start_giving_way()
+        self.thread_count = thread_count
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=_work, args=(self._tasks,), name=f"{name}-{number}", daemon=True)
+            for number in range(thread_count)
+        ]
+        for thread in self._threads:
+            thread.start()
+            join_at_exit(thread, _END_S)
+        self._ending = Ending(self, _stop, self._tasks, thread_count, waits=False, at_exit=True)
+
+    def submit(self, task: Task) -> None:
+        """Run `task` in one of the threads. It must not raise, and must not wait for another task.
+
+        ServiceError after `close()`.
+        """
+        if not self._ending.is_due:
+            raise ServiceError("the loader's threads have ended, since it was closed; iterate it again")
+        self._tasks.put(task)
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether its threads stayed behind in a process that this one was forked from."""
+        return self._ending.is_inherited
+
+    def close(self) -> None:
+        """End the threads after the tasks that were submitted, and wait for them. May be called twice."""
+        self._ending()
+        if not self.is_inherited:
+            for thread in self._threads:
+                if thread is not threading.current_thread():
+                    thread.join()
+
+
+def _work(tasks: queue.SimpleQueue[Task | None]) -> None:
+    take_long_turns()
+    while (task := tasks.get()) is not None:
+        task()
+        del task  # else the last batch would live until the next one comes
+
+
+def _stop(tasks: queue.SimpleQueue[Task | None], thread_count: int) -> None:
+    for _ in range(thread_count):
+        tasks.put(None)
+
+
+Run = ThreadedRun | InlineRun
+# What is made of an entry that has nothing for the user.
+NOTHING: Any = object()
+
+
+class Iteration(Iterator[Any]):
+    """Yields what `run` makes, after `deliver`, if it is given, has had it. `delivered(entry)` is called for each,
+    `exhausted()` at the end of the epoch.
+
+    While `interrupted()` is entered, whoever waits for bytes in the run gives up, so that it ends at once. `release()`
+    is called once, when the run has ended in whatever way; it may be called in another thread.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        interrupted: Callable[[], AbstractContextManager[None]],
+        release: Callable[[], None],
+        delivered: Callable[[Any], None] = lambda entry: None,
+        exhausted: Callable[[], None] = lambda: None,
+        deliver: Callable[[Any], Any] = lambda made: made,
+    ) -> None:
+        self._run, self._delivered, self._exhausted, self._deliver = run, delivered, exhausted, deliver
+        self._is_over = False
+        self._ending = Ending(self, _end, run, interrupted, release, waits=True, at_exit=True)
+
+    def __next__(self) -> Any:
+        if self._is_over:
+            raise StopIteration
+        if self._ending.is_inherited:  # the threads that make its batches are not here, and its socket is the parent's
+            raise ServiceError(
+                f"this iteration was begun by process {self._ending.pid}, from which this one was forked; iterate anew"
+            )
+        made = NOTHING
+        try:
+            while made is NOTHING:
+                made = self._next()
+        except Exception as error:
+            if callers.is_for_the_user(error):
+                raise callers.shortened(error)  # noqa: B904  # it is the same error
+            raise
+        return made
+
+    def _next(self) -> Any:
+        try:
+            entry, made = next(self._run)
+            if made is not NOTHING:
+                made = self._deliver(made)
+        except RunClosedError:
+            raise
+        except BaseException as error:
+            self._is_over = True
+            if isinstance(error, StopIteration):
+                self._exhausted()
+            self.close()
+            raise
+        self._delivered(entry)
+        return made
+
+    def close(self) -> None:
+        """End it, and wait for that. May be called twice, and by any thread."""
+        self._ending()
+
+
+def _end(run: Run, interrupted: Callable[[], AbstractContextManager[None]], release: Callable[[], None]) -> None:
+    """End a run and let go of what it used."""
+    try:
+        with interrupted():
+            run.close()
+    finally:
+        release()
+
+
+end_at_exit()

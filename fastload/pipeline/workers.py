@@ -39,8 +39,8 @@ from torch.utils.data._utils import worker as torch_worker
 from fastload import callers
 from fastload.errors import ConfigError, WaitTimeoutError, WorkerError
 from fastload.lifecycle import Ending, held_while_forking
-from fastload.pipeline.assemble import SharedMemory
 from fastload.pipeline.finish import Finish, Reseed, reseed_all
+from fastload.pipeline.gather import SharedMemory
 from fastload.transport import Link, LinkClosedError, SharedPool
 from fastload.transport.ends import HOW_TO_SEND, how_it_ended, is_unsendable
 from fastload.transport.heap import keep_freed_memory, spare_what_is_here

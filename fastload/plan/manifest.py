@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fastload.computed import computed
+from fastload.cached_attribute import cached_attribute
 from fastload.errors import ConfigError
 from fastload.store.table import ObjectLike, ObjectTable
 
@@ -132,7 +132,7 @@ class Manifest:
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, (self.objects, self.version_starts, self.gone, self.promised, self.sidecars)
 
-    @computed
+    @cached_attribute
     def fingerprint(self) -> str:
         """Hex of a blake2b-128 over the URL, size, ETag and modification time of every object, in order, and where
         there are several versions or objects that are gone, over these.
@@ -149,7 +149,7 @@ class Manifest:
         """Bytes of each object, int64[object_count]; also of those that are gone."""
         return self.objects.sizes
 
-    @computed
+    @cached_attribute
     def is_there(self) -> NDArray[np.bool_]:
         """bool[object_count]: False for objects that are gone."""
         there = np.ones(len(self), np.bool_)

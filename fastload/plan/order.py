@@ -36,7 +36,7 @@ from typing import Literal, NamedTuple, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from fastload.computed import computed
+from fastload.cached_attribute import cached_attribute
 from fastload.errors import ConfigError
 from fastload.kernels.dealing import cut, deal
 from fastload.plan.assignment import Assignment
@@ -100,7 +100,7 @@ class EpochOrder:
         """The object numbers of one window, int32[shards of the window]; read-only."""
         return self.object_order[self.window_start[window] : self.window_start[window + 1]]
 
-    @computed
+    @cached_attribute
     def window_bytes(self) -> NDArray[np.int64]:
         """Bytes of each window's shards, int64[window_count]."""
         ends = np.zeros(len(self.object_order) + 1, np.int64)

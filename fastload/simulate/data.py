@@ -10,7 +10,7 @@ import numpy.typing as npt
 from fastload.client.consumer import Consumer
 from fastload.client.session import chunk_starts
 from fastload.formats import ShardIndex
-from fastload.pipeline.feed import Counts
+from fastload.pipeline.counts import Counts
 from fastload.pipeline.shards import ShardTable
 from fastload.plan import BatchEntry, EpochOrder, Manifest, OrderOptions, OrderWish, Ranks, epoch_orders, first_objects
 from fastload.simulate.options import Job

@@ -18,8 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from fastload.pipeline.feed import Feed
-from fastload.pipeline.reader import WindowReader
-from fastload.pipeline.scattered import ScatteredReader
+from fastload.pipeline.reader import ScatteredReader, WindowReader
 from fastload.pipeline.windows import Window
 from fastload.plan import BatchEntry, EpochCursor, Ranks
 from fastload.simulate.clock import VirtualLoop

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastload.config import CacheLimits
 from fastload.errors import ConfigError
-from fastload.pipeline.scattered import check_allowed, holds
+from fastload.pipeline.reader import check_allowed, holds
 from fastload.plan import ram_bytes_for
 from fastload.plan.order import DEFAULT_WINDOW_BYTES
 from fastload.protocol import SOURCE_DISK, SOURCE_RAM

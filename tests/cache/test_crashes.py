@@ -22,7 +22,7 @@ from fastload.config import CacheLimits
 from fastload.errors import StateError
 from fastload.history.archive import Archive
 from fastload.history.record import Recorder
-from fastload.pipeline import manifests
+from fastload.pipeline import manifest_files
 from fastload.plan import Manifest
 from fastload.store.types import ObjectInfo
 from tests.cache.faults import CALLS, crashed, failing, short
@@ -102,11 +102,11 @@ def listed(size: int) -> Manifest:
 def check_manifests(place: Path) -> None:
     for manifest in (listed(1), listed(2)):
         try:
-            assert manifests.find(manifest.fingerprint, place, URLS, None) == manifest
+            assert manifest_files.find(manifest.fingerprint, place, URLS, None) == manifest
         except StateError:
             assert manifest != listed(1)  # the one that was there before stays
-    manifests.keep(place, URLS, listed(2))
-    assert manifests.find(listed(2).fingerprint, place, URLS, None) == listed(2)
+    manifest_files.keep(place, URLS, listed(2))
+    assert manifest_files.find(listed(2).fingerprint, place, URLS, None) == listed(2)
     assert not list(place.rglob(".tmp-*"))
 
 
@@ -150,8 +150,8 @@ KEPT = {
         check_limits,
     ),
     "a list is kept": Kept(
-        lambda place: (place.mkdir(), manifests.keep(place, URLS, listed(1))),
-        lambda place: manifests.keep(place, URLS, listed(2)),
+        lambda place: (place.mkdir(), manifest_files.keep(place, URLS, listed(1))),
+        lambda place: manifest_files.keep(place, URLS, listed(2)),
         check_manifests,
     ),
     "a run begins": Kept(lambda place: place.mkdir(), lambda place: append(place, 0), check_runs),

@@ -7,6 +7,7 @@ from fastload.cache.blobfile import write as write_blob
 from fastload.cache.chunkfile import read_into as read_chunk
 from fastload.cache.chunkfile import write as write_chunk
 from fastload.cli import app as command_line
+from fastload.dataset import IndexedDataset
 from fastload.formats import ShardIndex, indexer_for
 from fastload.formats.sidecar import SidecarWriter
 from fastload.formats.sidecar import read_summary as read_sidecar
@@ -14,7 +15,6 @@ from fastload.history.archive import Archive
 from fastload.history.keys import object_key
 from fastload.history.record import Recorder
 from fastload.history.runfile import EndpointSummary
-from fastload.indexed import IndexedDataset
 from fastload.plan import Manifest, Position
 from fastload.plan.mixture import MixturePosition
 from fastload.store.table import ObjectRows

@@ -7,8 +7,7 @@ import pytest
 
 from fastload.errors import ServiceError
 from fastload.pipeline import run as run_module
-from fastload.pipeline.pool import DecodePool
-from fastload.pipeline.run import InlineRun, RunClosedError, ThreadedRun
+from fastload.pipeline.run import DecodePool, InlineRun, RunClosedError, ThreadedRun
 from fastload.waiting import Waits
 from tests.patience import PATIENCE_S
 from tests.processes import until

@@ -12,7 +12,7 @@ import pytest
 from fastload.client import Handle as Cache
 from fastload.demo.weed import WeedServer
 from fastload.errors import StateError
-from fastload.pipeline.session import Source
+from fastload.pipeline.source import Source
 from fastload.plan import Manifest
 from tests.conftest import Bucket
 from tests.shards import corpus

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from fastload.errors import MissingColumnError
 from fastload.formats import ShardIndex
-from fastload.pipeline.located import Located
-from fastload.pipeline.windows import LiveWindows, Window
+from fastload.pipeline.windows import LiveWindows, LocatedSamples, Window
 from fastload.plan import BatchEntry
 from tests.formats.archives import members_of
 
@@ -64,7 +63,7 @@ def test_they_are_those_of_the_indexes(shards: list[list[Any]], data: st.DataObj
     live = open_windows(indexes, [data.draw(st.integers(0, 2)) for _ in shards])
     all_samples = [(shard, number) for shard, samples in enumerate(shards) for number in range(len(samples))]
     chosen = data.draw(st.lists(st.sampled_from(all_samples), max_size=12)) if all_samples else []
-    located = Located(entry_of(chosen), live, urls_of)
+    located = LocatedSamples(entry_of(chosen), live, urls_of)
     assert located.keys() == [indexes[shard].key(number) for shard, number in chosen]
     assert located.urls() == [f"s3://b/{shard}" for shard, _ in chosen]
     assert set(located.present()) <= set(COLUMNS)
@@ -92,7 +91,7 @@ def test_the_urls_of_very_many_shards_are_not_kept() -> None:
         asked.append(len(object_nos))
         return urls_of(object_nos)
 
-    located = Located(entry_of([(4999, 0), (0, 0), (4999, 0)]), live, counting)
+    located = LocatedSamples(entry_of([(4999, 0), (0, 0), (4999, 0)]), live, counting)
     assert located.urls() == ["s3://b/4999", "s3://b/0", "s3://b/4999"]
     assert asked == [3]
 
@@ -100,7 +99,7 @@ def test_the_urls_of_very_many_shards_are_not_kept() -> None:
 @pytest.mark.parametrize("number", [-1, 3, 1 << 40])
 def test_a_sample_that_is_not_there_is_an_error(number: int) -> None:
     live = open_windows([index_of([(b"k", {"cls"})] * 3, COLUMNS)], [0])
-    located = Located(entry_of([(0, 2), (0, number)]), live, urls_of)
+    located = LocatedSamples(entry_of([(0, 2), (0, number)]), live, urls_of)
     for look in (located.keys, lambda: located.values_of(("cls",))):
         with pytest.raises(IndexError, match=f"row {number}"):
             look()
@@ -117,7 +116,7 @@ def test_many_columns_take_no_longer_than_many_members() -> None:
     """A shard may have any number of columns. Looked up one in all the others, these take minutes."""
     columns = tuple(f"c{number}" for number in range(100_000))
     live = open_windows([index_of_columns(columns, 1)], [0])
-    located = Located(entry_of([(0, 0)]), live, urls_of)
+    located = LocatedSamples(entry_of([(0, 0)]), live, urls_of)
     assert located.all_columns() == columns
     values, missing = located.values_of(columns)
     assert missing == 0
@@ -128,7 +127,7 @@ def test_columns_that_most_samples_lack_take_no_table_of_all() -> None:
     """Such as come from dots within keys: a table of all columns of all samples would have 10 ** 10 places."""
     columns = tuple(f"{number}.jpg" for number in range(100_000))
     live = open_windows([index_of_columns(columns, len(columns))], [0])
-    located = Located(entry_of([(0, 5)]), live, urls_of)
+    located = LocatedSamples(entry_of([(0, 5)]), live, urls_of)
     with pytest.raises(
         MissingColumnError, match=r"s3://b/0: .* 100000 columns, .* and 99980 more\. .*columns=\["
     ) as told:

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastload import Cache, indexing
+from fastload import Cache, prepare
 from tests.jobs.launch import ROOT, Launched
 from tests.jobs.pool import Failed, Rank, RankPool
 from tests.jobs.test_examples import ALONE_AND_IN_SEVERAL
@@ -77,7 +77,7 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     url = Corpus(found, {}).write(tmp_path / "points")
     monkeypatch.setenv("FASTLOAD_CACHE", str(tmp_path / "cache"))
     with Cache() as cache:
-        indexing.index([url], cache)
+        prepare.index([url], cache)
     return url
 
 

@@ -20,12 +20,11 @@ from fastload import callers
 from fastload.arguments import checked_epoch, checked_function
 from fastload.callers import public
 from fastload.errors import ConfigError
-from fastload.pipeline.epochs import EpochCounter
+from fastload.pipeline.epoch_counter import EpochCounter
 from fastload.pipeline.finish import Finish, Function
-from fastload.pipeline.iteration import Iteration
 from fastload.pipeline.passes import AnyPosition, Pass, made
 from fastload.pipeline.resume import Delivery, IterationState
-from fastload.pipeline.run import InlineRun
+from fastload.pipeline.run import InlineRun, Iteration
 from fastload.plan import Ranks, Split, Tail
 
 # Samples that are gathered together when they are asked for one by one: enough to share the cost of a gather, few
@@ -50,7 +49,7 @@ class Unsaid:
 Sample = TypeVar("Sample", covariant=True, default=Any)
 
 
-class Streaming(torch.utils.data.IterableDataset[Sample]):
+class DatasetBase(torch.utils.data.IterableDataset[Sample]):
     """The base of `StreamingDataset` and `Mixture`."""
 
     def __init__(self, batch_size: int | None, tail: Tail) -> None:
@@ -90,7 +89,7 @@ class Streaming(torch.utils.data.IterableDataset[Sample]):
         """
 
     @public
-    def map(self, function: Function) -> Streaming[Any]:
+    def map(self, function: Function) -> DatasetBase[Any]:
         """This data set with `function` applied to each sample, after those that are applied already.
 
         It is given what iterating yields (a dict or a tuple, decoded), and what it returns takes its place. A
@@ -105,7 +104,7 @@ class Streaming(torch.utils.data.IterableDataset[Sample]):
         return self._with_functions((*self._on_samples, checked_function(function, "map")), ())
 
     @public
-    def map_batch(self, function: Function) -> Streaming[Any]:
+    def map_batch(self, function: Function) -> DatasetBase[Any]:
         """This data set with `function` applied to each batch of a `fastload.DataLoader`, where and as `map` says."""
         return self._with_functions(self._on_samples, (*self._on_batches, checked_function(function, "map_batch")))
 

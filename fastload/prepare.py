@@ -1,23 +1,37 @@
-"""Warming: fill a node's cache with what a job will read, in the order in which it will need it.
+"""Prepare a node's cache before a job runs: warm it with the data, or index the shards.
 
-The plan is the job's own: the same URLs, seed, shuffle and epoch give the same order. The service fetches along it
-and keeps every chunk that the disk tier has room for; meanwhile this process indexes the shards, chunk by chunk as
-they come in, so that the job that follows neither fetches nor parses, and knows how many samples there are.
+Warming fills the cache in the order in which a job will read. The plan is the job's own: the same URLs, seed, shuffle
+and epoch give the same order. The service fetches along it and keeps every chunk that the disk tier has room for;
+meanwhile this process indexes the shards as their chunks arrive, so that the job neither fetches nor parses, and knows
+how many samples there are.
+
+Indexing alone fetches only the chunks that hold headers, from several shards at a time; shards whose index is known are
+not read again. The indexes stay in the cache. They can also be written to a file (see `formats.sidecar`), which saves
+every other node the same work.
 """
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fastload.arguments import checked_urls
 from fastload.client.cache import AnyCache, handle_of
 from fastload.client.consumer import Consumer
+from fastload.client.handle import Handle
+from fastload.errors import ConfigError
+from fastload.formats import ShardIndex
 from fastload.history.library import WARMING
 from fastload.pipeline.listing import attach, find_sidecars, list_shards
-from fastload.pipeline.manifests import shared_manifest
+from fastload.pipeline.manifest_files import shared_manifest
 from fastload.pipeline.shards import ShardTable
 from fastload.pipeline.windows import window_chunks
 from fastload.plan import Manifest, OrderWish, Ranks, objects_in_use_order
@@ -25,9 +39,12 @@ from fastload.protocol import Progress
 from fastload.store.logins import apart
 from fastload.store.table import ObjectTable
 
+if TYPE_CHECKING:
+    from fastload.formats.sidecar import SidecarWriter
+
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class WarmJob:
     """What a job was told of its data. `ranks` are those of any rank of this node: they say which partitions the node
     reads. `index` and `manifest_file` are the job's, where it names them.
     """
@@ -62,7 +79,7 @@ class Warmed:
 
 
 def warm(
-    job: Job,
+    job: WarmJob,
     cache: AnyCache,
     *,
     storage_options: Mapping[str, Any] | None = None,
@@ -123,7 +140,7 @@ def warm_run(
     )
 
 
-def _manifest(consumer: Consumer, job: Job) -> Manifest:
+def _manifest(consumer: Consumer, job: WarmJob) -> Manifest:
     """The list of shards that the job will read, which is frozen where it is in a file."""
     if job.manifest_file is None:
         return list_shards(consumer, job.urls)
@@ -179,3 +196,110 @@ class _Indexing:
             self._consumer.stats()
         except BaseException as error:  # raised by `result`
             self._error = error
+
+
+# Each waits for one chunk at a time.
+_THREADS_MAX = 16
+# Indexes that may be ready before that of an earlier shard is.
+_AHEAD_MAX = 64
+
+
+@dataclass(frozen=True, slots=True)
+class IndexProgress:
+    """`done_count` of the shards are indexed; they hold `sample_count` samples."""
+
+    done_count: int
+    shard_count: int
+    sample_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Indexed:
+    """What came of it: the shards, their samples and bytes, and how much had to be fetched."""
+
+    shard_count: int
+    sample_count: int
+    total_bytes: int
+    fetched_bytes: int
+
+
+def index(
+    urls: Sequence[str],
+    cache: AnyCache,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    on_progress: Callable[[IndexProgress], None] = lambda progress: None,
+) -> Indexed:
+    """Index all shards of `urls` into `cache`, and write the indexes to the local file `output` where it is given.
+
+    Raises the errors of listing, fetching and indexing, as a job would, and `ConfigError` for `output`.
+    """
+    checked_urls(urls)
+    handle = handle_of(cache)
+    urls, storage_options = apart(urls, storage_options)
+    with _writer(output) as writer, handle.consumer(storage_options, "index") as consumer:
+        manifest = list_shards(consumer, urls)
+        attach(consumer, manifest, manifest.sidecars)
+        counts = consumer.get_counts(range(len(manifest)))
+        wanted = np.arange(len(counts)) if writer is not None else np.flatnonzero(counts < 0)
+        known = np.delete(counts, wanted)
+        done_count, sample_count = len(known), int(known.sum())
+        on_progress(IndexProgress(done_count, len(manifest), sample_count))
+        with closing(_indexes(consumer, manifest, wanted.tolist(), handle)) as indexes:
+            for number, found in indexes:
+                if writer is not None:
+                    writer.add(manifest.objects[number], found)
+                done_count, sample_count = done_count + 1, sample_count + found.sample_count
+                on_progress(IndexProgress(done_count, len(manifest), sample_count))
+        if writer is not None:
+            writer.close()
+        # An answer to this says that the service has what was said before it, the last index too.
+        fetched_bytes = consumer.stats()["consumer"]["remote_bytes"]
+    return Indexed(len(manifest), sample_count, int(manifest.sizes.sum()), fetched_bytes)
+
+
+def _writer(output: str | os.PathLike[str] | None) -> AbstractContextManager[SidecarWriter | None]:
+    if output is None:
+        return nullcontext()
+    path = os.fspath(output)
+    if "://" in path:
+        raise ConfigError(
+            f"output={path!r}: fastload cannot write to object stores yet; name a local file, and upload it beside the "
+            "shards with your store's own tool"
+        )
+    from fastload.formats.sidecar import SidecarWriter
+
+    return SidecarWriter(path)
+
+
+def _indexes(
+    consumer: Consumer, manifest: Manifest, object_nos: list[int], handle: Handle
+) -> Generator[tuple[int, ShardIndex]]:
+    """The indexes of these shards, in their order, made by several threads."""
+    first_chunk = manifest.first_chunk(consumer.chunk_bytes)
+    shards = ShardTable(manifest, first_chunk, consumer.chunk_bytes, manifest.sidecars)
+
+    def make(number: int) -> ShardIndex:
+        try:
+            (found,) = shards.get(consumer, [number])
+            return found
+        finally:
+            consumer.release(window_chunks(first_chunk, [number]))
+
+    # Half of the arena is left for chunks that are on their way.
+    threads = max(1, min(_THREADS_MAX, handle.ram_bytes // handle.chunk_bytes // 2))
+    pool = ThreadPoolExecutor(threads, "fastload-index")
+    ahead: deque[tuple[int, Future[ShardIndex]]] = deque()
+    try:
+        for number in object_nos:
+            ahead.append((number, pool.submit(make, number)))
+            if len(ahead) == _AHEAD_MAX:
+                number, future = ahead.popleft()
+                yield number, future.result()
+        while ahead:
+            number, future = ahead.popleft()
+            yield number, future.result()
+    finally:
+        with consumer.interrupted():
+            pool.shutdown(cancel_futures=True)

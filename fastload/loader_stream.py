@@ -19,18 +19,16 @@ from torch.utils.data import default_collate, default_convert
 
 from fastload import callers
 from fastload.arguments import checked_epoch
+from fastload.dataset_base import DatasetBase
 from fastload.device import mover_to, pinned
 from fastload.errors import ConfigError, StateError
-from fastload.metrics import EpochMeter, empty_stats
 from fastload.pipeline.finish import Finish
-from fastload.pipeline.iteration import NOTHING, Iteration
 from fastload.pipeline.passes import AnyPosition, Pass, made
-from fastload.pipeline.pool import DecodePool
 from fastload.pipeline.resume import why_nothing_came
-from fastload.pipeline.run import InlineRun, ThreadedRun
+from fastload.pipeline.run import NOTHING, DecodePool, InlineRun, Iteration, ThreadedRun
 from fastload.pipeline.workers import WorkerOptions, Workers
 from fastload.plan import batch_count_of_rank
-from fastload.streaming import Streaming
+from fastload.stats import EpochMeter, empty_stats
 
 STATE_VERSION = 1
 
@@ -106,7 +104,7 @@ class Stream:
 
     def __init__(self, loader: LoaderSettings) -> None:
         self._loader = weakref.ref(loader)
-        self._dataset: Streaming = loader.dataset
+        self._dataset: DatasetBase = loader.dataset
         self._pool: DecodePool | None = None
         self._workers: Workers | None = None
         self._loaded: AnyPosition | None = None  # where the next iteration begins, if a state was loaded
@@ -261,7 +259,7 @@ class Stream:
         return None if wanted is None else Workers(wanted)
 
 
-def _telling(dataset: Streaming, loader: LoaderSettings) -> Callable[[Pass], None]:
+def _telling(dataset: DatasetBase, loader: LoaderSettings) -> Callable[[Pass], None]:
     """What warns that an epoch had nothing to give. It does not keep the loader."""
     batch_size, drop_last = loader.batch_size or 1, loader.drop_last
 
@@ -293,7 +291,7 @@ def where_batches_are_made(workers: str, num_workers: int, *, has_functions: boo
     return workers
 
 
-def _finish(loader: LoaderSettings, dataset: Streaming, current: Pass) -> Finish:
+def _finish(loader: LoaderSettings, dataset: DatasetBase, current: Pass) -> Finish:
     """What is done with gathered samples, as loader and data set say."""
     collate = loader.collate_fn if _is_custom(loader.collate_fn) else None
     if loader.batch_size is None:
@@ -363,7 +361,7 @@ def _size_of_entries(loader: LoaderSettings) -> int:
     return loader.batch_size or 1
 
 
-def _check_arguments(loader: LoaderSettings, dataset: Streaming) -> None:
+def _check_arguments(loader: LoaderSettings, dataset: DatasetBase) -> None:
     if dataset.batch_size is not None and loader.batch_size != dataset.batch_size:
         raise ConfigError(
             f"batch_size={loader.batch_size} of the loader is not batch_size={dataset.batch_size} of its data set; "
@@ -387,7 +385,7 @@ def _check_arguments(loader: LoaderSettings, dataset: Streaming) -> None:
         )
 
 
-def _read_state(state: Mapping[str, Any], dataset: Streaming) -> tuple[int, AnyPosition | None]:
+def _read_state(state: Mapping[str, Any], dataset: DatasetBase) -> tuple[int, AnyPosition | None]:
     """The parts of a loader's state. Raises `StateError`."""
     version = state.get("version") if isinstance(state, Mapping) else None
     if version != STATE_VERSION or not {"epoch", "position"} <= set(state):

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from fastload.computed import computed
+from fastload.cached_attribute import cached_attribute
 from tests.patience import PATIENCE_S
 
 
@@ -19,7 +19,7 @@ class Slow:
         self.gate, self.count = gate, 0
         self.begun = threading.Event()
 
-    @computed
+    @cached_attribute
     def value(self) -> int:
         """Seven."""
         self.count += 1

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, overload
 T = TypeVar("T")
 
 
-class computed(Generic[T]):  # noqa: N801  # it is used like `property`
+class cached_attribute(Generic[T]):  # noqa: N801  # it is used like `property`
     """A method that becomes an attribute of the object, once it was called."""
 
     def __init__(self, compute: Callable[[Any], T]) -> None:
@@ -21,10 +21,10 @@ class computed(Generic[T]):  # noqa: N801  # it is used like `property`
         self.__doc__ = compute.__doc__
 
     @overload
-    def __get__(self, owner: None, kind: type) -> computed[T]: ...
+    def __get__(self, owner: None, kind: type) -> cached_attribute[T]: ...
     @overload
     def __get__(self, owner: object, kind: type) -> T: ...
-    def __get__(self, owner: object | None, kind: type) -> computed[T] | T:
+    def __get__(self, owner: object | None, kind: type) -> cached_attribute[T] | T:
         if owner is None:
             return self
         return vars(owner).setdefault(self._name, self._compute(owner))  # type: ignore[no-any-return]

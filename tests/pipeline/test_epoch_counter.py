@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from fastload.pipeline.epochs import EpochCounter
+from fastload.pipeline.epoch_counter import EpochCounter
 
 
 def begin_in_worker(counter: EpochCounter, base_seed: int, begins: int, answers) -> None:

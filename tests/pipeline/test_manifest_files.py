@@ -13,7 +13,7 @@ import pytest
 
 from fastload.cache import syscalls
 from fastload.errors import ConfigError, ObjectMissingError, StateError, WaitTimeoutError
-from fastload.pipeline.manifests import find, keep, path_of, shared_manifest
+from fastload.pipeline.manifest_files import find, keep, path_of, shared_manifest
 from fastload.plan import Manifest
 from fastload.store.types import ObjectInfo
 from fastload.waiting import Waits

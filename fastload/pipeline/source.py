@@ -18,7 +18,7 @@ from fastload.client.consumer import Consumer
 from fastload.client.handle import Handle
 from fastload.kernels import FIRST_BATCH, compile_in_background
 from fastload.lifecycle import call_later, is_inherited, on_drop
-from fastload.pipeline import manifests
+from fastload.pipeline import manifest_files
 from fastload.pipeline.listing import attach, find_sidecars, list_shards
 from fastload.pipeline.shards import ShardTable
 from fastload.plan import Manifest
@@ -135,7 +135,7 @@ class Source:
         with self._lock:
             if self._manifest is not None and self._manifest.fingerprint == fingerprint:
                 return self._manifest
-        return manifests.find(fingerprint, self._cache.directory, self._urls, self._manifest_file)
+        return manifest_files.find(fingerprint, self._cache.directory, self._urls, self._manifest_file)
 
     def shared_manifest(
         self,
@@ -147,7 +147,7 @@ class Source:
     ) -> Manifest:
         """The manifest in the user's file, which the first rank makes where there is none: see `manifests`."""
         assert self._manifest_file is not None, "the user named no file"
-        return manifests.shared_manifest(
+        return manifest_files.shared_manifest(
             self._manifest_file, self._urls, is_first=is_first, list_shards=make, epoch=epoch, waits=waits
         )
 
@@ -253,12 +253,12 @@ class Source:
         """The list in the user's file, where that is one for all epochs and has been made."""
         if self._manifest_file is None or self._grows:
             return None
-        return manifests.frozen(self._manifest_file, self._urls)
+        return manifest_files.frozen(self._manifest_file, self._urls)
 
     def _keep(self) -> None:
         if self._grows:
             assert self._manifest is not None, "no session was opened yet"
-            manifests.keep(self._cache.directory, self._urls, self._manifest)
+            manifest_files.keep(self._cache.directory, self._urls, self._manifest)
 
     def _connect(self) -> Session:
         if self._first_chunk is None:
