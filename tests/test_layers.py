@@ -20,7 +20,7 @@ FLOORS = [
     "decode stats store transport",
     "arguments cache plan torchloader",
     "formats history protocol",
-    "channel",
+    "rendezvous",
     "service",
     "client",
     "files pipeline",

@@ -24,14 +24,15 @@ import msgspec
 
 from fastload import callers, protocol
 from fastload.cache import CacheDirectory
-from fastload.channel import Connection
 from fastload.client import election
 from fastload.client.consumer import Consumer
+from fastload.client.handshake import Welcomed
 from fastload.client.opened import Opener
 from fastload.config import CacheLimits, default_cache_dir, default_ram_bytes, exact_bytes, format_bytes, parse_bytes
 from fastload.errors import CacheError, ConfigError, FastloadError, ServiceError
 from fastload.lifecycle import keep_forever, reset_on_fork
-from fastload.service.standin import ServiceLocation, StandIn
+from fastload.rendezvous import ServiceLocation, StandIn
+from fastload.service.launch import StartError, start_process
 from fastload.waiting import Waits
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ class Handle:
 
     # For consumers
 
-    def connect(self, hello: protocol.Hello, stop: threading.Event, avoid: str = "") -> Connection:
+    def connect(self, hello: protocol.Hello, stop: threading.Event, avoid: str = "") -> Welcomed:
         """A connection to the directory's service, started where there is none; gives up when `stop` is set.
 
         A job goes on where that service cannot be had, or where `avoid` says why it should not: another one, which has
@@ -230,7 +231,7 @@ class Handle:
                 raise
             return self._connect_beside(hello, stop, error)
 
-    def _connect_to_own(self, hello: protocol.Hello, stop: threading.Event, avoid: str) -> Connection:
+    def _connect_to_own(self, hello: protocol.Hello, stop: threading.Event, avoid: str) -> Welcomed:
         if time.monotonic() < self._avoid_until_s:
             avoid = avoid or self._avoided
         if avoid:
@@ -245,7 +246,7 @@ class Handle:
         self._to_tell, self._in_use = {}, True
         return connection
 
-    def _connect_beside(self, hello: protocol.Hello, stop: threading.Event, error: FastloadError) -> Connection:
+    def _connect_beside(self, hello: protocol.Hello, stop: threading.Event, error: FastloadError) -> Welcomed:
         message = (
             f"the cache {self._path} cannot be used for now: {error}. The job goes on without what is there, and "
             "fetches into RAM; its next connection tries again"
@@ -263,7 +264,7 @@ class Handle:
             return connection
         raise error
 
-    def _connect_to(self, place: ServiceLocation, hello: protocol.Hello, stop: threading.Event) -> Connection:
+    def _connect_to(self, place: ServiceLocation, hello: protocol.Hello, stop: threading.Event) -> Welcomed:
         here = self._service_mode == "inprocess" or (isinstance(place, StandIn) and place.is_alone)
         connection = self._elect(place, hello, stop, here=here)
         welcome = connection.welcome
@@ -276,17 +277,17 @@ class Handle:
             )
         return connection
 
-    def _elect(self, place: ServiceLocation, hello: protocol.Hello, stop: threading.Event, *, here: bool) -> Connection:
+    def _elect(self, place: ServiceLocation, hello: protocol.Hello, stop: threading.Event, *, here: bool) -> Welcomed:
         if here:
             return election.connect(place, hello, lambda stop: self._start_here(place), stop)
         try:
-            return election.connect(place, hello, lambda stop: election.start_process(place, self._idle_s, stop), stop)
-        except election.StartError as error:
+            return election.connect(place, hello, lambda stop: start_process(place, self._idle_s, stop), stop)
+        except StartError as error:
             connection = self._elect(place, hello, stop, here=True)
             self._trouble(connection, "here", f"{error}. The cache service runs in threads of a job's process")
             return connection
 
-    def _trouble(self, connection: Connection, kind: str, message: str) -> None:
+    def _trouble(self, connection: Welcomed, kind: str, message: str) -> None:
         """Its user is warned once of each kind, whatever the cause; the log has all."""
         log.warning("%s", message)
         self._kinds[message] = kind
@@ -325,7 +326,7 @@ class Handle:
             if place not in self._services and renewed.try_lock():
                 self._services[place] = InProcessService(renewed)
 
-    def _compare_limits(self, connection: Connection) -> None:
+    def _compare_limits(self, connection: Welcomed) -> None:
         """A service that runs already keeps the arena that it has."""
         limits, welcome = self._directory.limits, connection.welcome
         arena_bytes = welcome.buffer_count * welcome.chunk_bytes
@@ -349,7 +350,7 @@ class _Weakly:
         self._cache = weakref.ref(cache)
         self._path = cache.directory
 
-    def connect(self, hello: protocol.Hello, stop: threading.Event, avoid: str = "") -> Connection:
+    def connect(self, hello: protocol.Hello, stop: threading.Event, avoid: str = "") -> Welcomed:
         """As the handle does."""
         return self._get().connect(hello, stop, avoid)
 

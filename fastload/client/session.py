@@ -29,12 +29,14 @@ import numpy.typing as npt
 
 from fastload import callers, errors, protocol
 from fastload.cache.tempfiles import is_running
-from fastload.channel import Channel, Connection, peer_pid
+from fastload.client.connection import Channel
+from fastload.client.handshake import Welcomed
 from fastload.client.leases import LeaseTable, MappedArena
 from fastload.errors import FastloadError, ServiceError
 from fastload.lifecycle import reset_on_fork
 from fastload.protocol import ObjectRows, Progress
 from fastload.redaction import redact
+from fastload.rendezvous import peer_pid
 from fastload.store import StoreOptions, options
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
@@ -66,7 +68,7 @@ class WaitInterruptedError(ServiceError):
 class Connector(Protocol):
     """What a consumer needs of a `Cache`."""
 
-    def connect(self, hello: protocol.Hello, stop: threading.Event, avoid: str = "") -> Connection:
+    def connect(self, hello: protocol.Hello, stop: threading.Event, avoid: str = "") -> Welcomed:
         """A connection to the directory's service, which is started where there is none; or, where it cannot be reached
         or `avoid` says why it should not be, to another one that stands in for it.
         """
@@ -364,7 +366,7 @@ class Session:
         )
         channel.start()
 
-    def _open(self, stop: threading.Event) -> Connection:
+    def _open(self, stop: threading.Event) -> Welcomed:
         program = os.path.basename(sys.argv[0])[:255] if getattr(sys, "argv", None) else ""
         hello = protocol.Hello(
             protocol.VERSION, os.getpid(), self.name, self._store_wire, group=os.getpgrp(), program=program
@@ -372,7 +374,7 @@ class Session:
         avoid = f"it ended {self._restarts} times in a row without serving anything; see its log"
         return self._cache.connect(hello, stop, avoid if self._restarts > _RESTARTS_MAX else "")
 
-    def _on_connected(self, channel: Channel, connection: Connection) -> None:
+    def _on_connected(self, channel: Channel, connection: Welcomed) -> None:
         """A service has welcomed us: map what it has, and tell it everything."""
         welcome = connection.welcome
         with self._changed:

@@ -20,6 +20,7 @@ from typing import Any
 
 from fastload import protocol
 from fastload.errors import CacheError
+from fastload.rendezvous import ServiceLocation
 from fastload.service import admin, scheduler
 from fastload.service.admin import Clearing, Queries
 from fastload.service.disk_io import DISK_DEADLINE_S, DiskWatch, Quota
@@ -31,7 +32,6 @@ from fastload.service.recording import WRITE_AFTER_S, Recording
 from fastload.service.replay import Replay, ReplayPlan
 from fastload.service.residency import Heard, Records, Residency
 from fastload.service.scheduler import Capacity, Drop, Load, RecallChunk
-from fastload.service.standin import ServiceLocation
 from fastload.service.state import Chunk, ConsumerState, Plan
 from fastload.service.stores import Opener
 from fastload.service.threads import Pool

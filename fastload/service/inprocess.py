@@ -12,9 +12,9 @@ import threading
 from fastload.cpu_priority import take_long_turns
 from fastload.errors import ServiceError
 from fastload.lifecycle import keep_forever, reset_on_fork
+from fastload.rendezvous import ServiceLocation
 from fastload.service.logs import limited
 from fastload.service.server import Server
-from fastload.service.standin import ServiceLocation
 
 _START_DEADLINE_S = 60.0
 

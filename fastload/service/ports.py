@@ -19,8 +19,8 @@ from typing import Protocol
 from fastload.cache import Arena, CacheDirectory, ChunkKey, DiskTier
 from fastload.config import CacheLimits
 from fastload.history.archive import Archive
+from fastload.rendezvous import ServiceLocation
 from fastload.service.control import REQUESTS_MAX, Hedger, requests_max
-from fastload.service.standin import ServiceLocation
 from fastload.service.stores import Opener, StoreTable
 from fastload.service.threads import Pools, Populator
 

@@ -15,17 +15,17 @@ from fastload.cache import CacheDirectory
 from fastload.config import CacheLimits
 from fastload.cpu_priority import take_long_turns
 from fastload.errors import FastloadError, to_wire
-from fastload.service import environment
+from fastload.rendezvous import ServiceLocation, StandIn
+from fastload.service.launch import clean_environment
 from fastload.service.logs import ServiceLog
 from fastload.service.server import Server
-from fastload.service.standin import ServiceLocation, StandIn
 
 log = logging.getLogger("fastload.service")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the service; the exit status. The process's environment is the service's from then on."""
-    environment.leave()
+    clean_environment()
     take_long_turns()  # and all threads of this process, which begin as the one that starts them
     options = _parser().parse_args(arguments)
     service_log = ServiceLog()

@@ -23,10 +23,9 @@ import socket
 from collections.abc import Callable, Sequence
 
 from fastload import protocol
-from fastload.channel import peer_uid
 from fastload.errors import FastloadError, ServiceError
+from fastload.rendezvous import ServiceLocation, peer_uid
 from fastload.service.core import Core
-from fastload.service.standin import ServiceLocation
 from fastload.service.state import ConsumerState
 
 log = logging.getLogger("fastload.service")

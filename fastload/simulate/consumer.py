@@ -8,8 +8,9 @@ from typing import Any, cast
 
 from fastload import protocol
 from fastload.cache import ArenaView
-from fastload.channel import Channel, Connection
+from fastload.client.connection import Channel
 from fastload.client.consumer import Consumer
+from fastload.client.handshake import Welcomed
 from fastload.client.leases import Lease, MappedArena, Waiter
 from fastload.client.session import Connector
 from fastload.errors import ServiceError
@@ -48,7 +49,7 @@ class _Line:
 class _NoService:
     """Nobody connects here."""
 
-    def connect(self, hello: protocol.Hello, stop: object) -> Connection:
+    def connect(self, hello: protocol.Hello, stop: object) -> Welcomed:
         """Never called."""
         raise ServiceError("a simulated consumer is connected to its core from the beginning")
 

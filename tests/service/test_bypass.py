@@ -18,15 +18,16 @@ from typing import Any, cast
 import pytest
 
 import fastload
-from fastload import channel, protocol
+from fastload import protocol
 from fastload.cache import Arena, ArenaView, CacheDirectory
-from fastload.channel import Channel, Connection
 from fastload.client import Handle as Cache
-from fastload.client import election, handle, session
+from fastload.client import connection, election, handle, handshake, session
+from fastload.client.connection import Channel
+from fastload.client.handshake import Welcomed
 from fastload.config import CacheLimits
 from fastload.errors import CacheError, ServiceError
+from fastload.rendezvous import StandIn
 from fastload.service.core import Core
-from fastload.service.standin import StandIn
 from tests.conftest import Bucket
 from tests.patience import PATIENCE_S
 from tests.processes import kill_service, service_pids, until
@@ -57,9 +58,9 @@ def cache(tmp_path: Path, mode: Any) -> Iterator[Cache]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds where a job waits for half a minute."""
-    monkeypatch.setattr(channel, "QUIET_S", 0.25)
-    monkeypatch.setattr(channel, "SILENCE_S", 1.0)
-    monkeypatch.setattr(channel, "HELLO_DEADLINE_S", 1.0)
+    monkeypatch.setattr(connection, "QUIET_S", 0.25)
+    monkeypatch.setattr(connection, "SILENCE_S", 1.0)
+    monkeypatch.setattr(handshake, "HELLO_DEADLINE_S", 1.0)
 
 
 @pytest.fixture
@@ -178,7 +179,7 @@ def test_a_job_that_begins_beside_a_stopped_service(
 def test_the_one_that_was_avoided_is_tried_again(
     cache: Cache, monkeypatch: pytest.MonkeyPatch, stopped: list[int]
 ) -> None:
-    monkeypatch.setattr(channel, "HELLO_DEADLINE_S", 0.5)
+    monkeypatch.setattr(handshake, "HELLO_DEADLINE_S", 0.5)
     with cache.consumer():
         pid = stop(cache, stopped)
         with pytest.warns(RuntimeWarning, match="cannot be used for now"), cache.consumer() as consumer:
@@ -358,7 +359,7 @@ def test_stand_ins_of_containers_that_share_a_network_do_not_meet(
 def test_where_the_stand_in_hangs_too_each_process_has_its_own(
     cache: Cache, monkeypatch: pytest.MonkeyPatch, stopped: list[int]
 ) -> None:
-    monkeypatch.setattr(channel, "HELLO_DEADLINE_S", 0.5)
+    monkeypatch.setattr(handshake, "HELLO_DEADLINE_S", 0.5)
     with cache.consumer():
         stop(cache, stopped)
         with pytest.warns(RuntimeWarning, match="cannot be used for now"):
@@ -399,7 +400,7 @@ class Talk:
         arena = Arena(2 * CHUNK_BYTES, CHUNK_BYTES)
         view = ArenaView(arena.fd, 2 * CHUNK_BYTES)
         arena.close()
-        self.connection = Connection(self.ours, cast(Any, None), view, protocol.FrameReader())
+        self.connection = Welcomed(self.ours, cast(Any, None), view, protocol.FrameReader())
         self.channel = Channel(
             self._connect,
             lambda channel, found: channel.adopt(found),
@@ -411,7 +412,7 @@ class Talk:
         )
         self.channel.start()
 
-    def _connect(self, stop: threading.Event) -> Connection:
+    def _connect(self, stop: threading.Event) -> Welcomed:
         if self.lost:
             raise ServiceError("once is enough")
         return self.connection
@@ -440,8 +441,8 @@ class Talk:
 
 @pytest.fixture
 def talk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Talk]:
-    monkeypatch.setattr(channel, "QUIET_S", 0.05)
-    monkeypatch.setattr(channel, "SILENCE_S", 1.0)
+    monkeypatch.setattr(connection, "QUIET_S", 0.05)
+    monkeypatch.setattr(connection, "SILENCE_S", 1.0)
     talk = Talk()
     yield talk
     talk.close()
@@ -451,14 +452,14 @@ def talk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Talk]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The channel's clock, which only the test moves: however late the test's thread runs, no time has passed."""
     clock = SimpleNamespace(now_s=0.0)
-    monkeypatch.setattr(channel, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    monkeypatch.setattr(connection, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
     return clock
 
 
 def test_a_service_that_answers_pings_is_never_given_up(clock: SimpleNamespace, talk: Talk) -> None:
     ping = bytes(protocol.frame(protocol.Ping()))
     for _ in range(30):
-        clock.now_s += channel.QUIET_S
+        clock.now_s += connection.QUIET_S
         assert talk.theirs.recv(len(ping), socket.MSG_WAITALL) == ping  # there may be two
         talk.theirs.sendall(protocol.frame(protocol.Pong()))
     assert not talk.lost

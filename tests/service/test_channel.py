@@ -9,7 +9,8 @@ from typing import Any, cast
 import pytest
 
 from fastload import protocol
-from fastload.channel import Channel, Connection
+from fastload.client.connection import Channel
+from fastload.client.handshake import Welcomed
 from fastload.errors import FastloadError, ServiceError
 from tests.patience import PATIENCE_S
 
@@ -17,9 +18,9 @@ from tests.patience import PATIENCE_S
 def test_it_may_be_closed_before_it_has_begun_to_read() -> None:
     """By another thread, as soon as there is a connection."""
     ours, theirs = socket.socketpair()
-    connection = Connection(ours, cast(Any, None), cast(Any, None), protocol.FrameReader())
+    connection = Welcomed(ours, cast(Any, None), cast(Any, None), protocol.FrameReader())
 
-    def connected(channel: Channel, found: Connection) -> None:
+    def connected(channel: Channel, found: Welcomed) -> None:
         channel.adopt(found)
         channel.close()
 
@@ -45,7 +46,7 @@ def test_a_defect_while_a_message_is_taken_ends_the_wait() -> None:
     def take(message: protocol.FromService) -> None:
         raise ZeroDivisionError("a defect")
 
-    connection = Connection(ours, cast(Any, None), cast(Any, None), protocol.FrameReader())
+    connection = Welcomed(ours, cast(Any, None), cast(Any, None), protocol.FrameReader())
     channel = Channel(
         lambda stop: connection,
         lambda channel, found: channel.adopt(found),

@@ -15,9 +15,9 @@ from fastload import protocol
 from fastload.cache import CacheDirectory
 from fastload.client import Handle as Cache
 from fastload.client import election
-from fastload.client.election import StartError
 from fastload.errors import CacheError, ServiceError
 from fastload.service.inprocess import InProcessService
+from fastload.service.launch import StartError
 from tests.processes import until
 from tests.service.helpers import CHUNK_BYTES, service_pid
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from fastload import protocol
-from fastload.channel import greet
 from fastload.client import Handle as Cache
+from fastload.client.handshake import greet
 from fastload.errors import (
     AccessDeniedError,
     CacheError,

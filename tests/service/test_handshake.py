@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 from fastload import protocol
 from fastload.cache import Arena, CacheDirectory, syscalls
-from fastload.channel import greet
 from fastload.client import Handle as Cache
 from fastload.client import election
+from fastload.client.handshake import greet
 from fastload.errors import CacheError, FastloadError, ServiceError
+from fastload.service.launch import start_process
 from tests.service.helpers import CHUNK_BYTES, service_pid
 
 HELLO = protocol.Hello(protocol.VERSION, os.getpid(), "", {})
@@ -253,13 +254,13 @@ def test_a_service_whose_start_is_stopped_is_given_up(tmp_path: Path, monkeypatc
     )
     path = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
-    monkeypatch.setattr("fastload.client.election._END_S", 0.2)
+    monkeypatch.setattr("fastload.service.launch._END_S", 0.2)
     directory = CacheDirectory.open(
         tmp_path / "cache", ram_bytes=4 * CHUNK_BYTES, disk_bytes=0, chunk_bytes=CHUNK_BYTES
     )
 
     def start(stop: threading.Event) -> None:
-        election.start_process(directory, 0.0, stop, deadline_s=0.5)
+        start_process(directory, 0.0, stop, deadline_s=0.5)
 
     with pytest.raises(ServiceError, match=r"could be reached within 0\.1 s"):
         election.connect(directory, HELLO, start, threading.Event(), deadline_s=0.1)

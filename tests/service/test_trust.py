@@ -14,10 +14,10 @@ import pytest
 
 from fastload import protocol
 from fastload.cache import Arena, ArenaView, CacheDirectory, syscalls
-from fastload.channel import greet
 from fastload.client import Handle as Cache
+from fastload.client.handshake import greet
 from fastload.errors import CacheError, ServiceError
-from fastload.service.standin import StandIn
+from fastload.rendezvous import StandIn
 from tests.service.helpers import CHUNK_BYTES, service_pid
 
 OTHER = 65534

@@ -3,7 +3,7 @@
 `Channel` knows frames and reconnecting, and nothing of what is said. Its owner passes functions that are called by the
 channel's thread, one at a time:
 
-- `connect(stop)` gives a `Connection`, starting a service where there is none; gives up when `stop` is set;
+- `connect(stop)` gives a `Welcomed`, starting a service where there is none; gives up when `stop` is set;
 - `connected(channel, connection)` has to `adopt` it, and to send whatever the service must know;
 - `lost(silent, cut_off)`: the connection broke; or, where `silent` is its socket, the service has not said anything for
   long. Its leases hold until that socket is closed, which is up to the owner now. `cut_off`: the service may live on
@@ -29,40 +29,15 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from fastload import protocol
-from fastload.cache import ArenaView
+from fastload.client.handshake import Welcomed
 from fastload.errors import FastloadError, ServiceError
 
 # A service from which nothing is heard for so long is asked; one that takes nothing and says nothing for so long is as
 # good as gone: its loop never blocks on anything. On a machine that is loaded heavily it may take some seconds.
 QUIET_S, SILENCE_S = 5.0, 20.0
-# A service that runs answers a hello at once; on a machine that is loaded heavily, after some seconds.
-HELLO_DEADLINE_S = 15.0
-# How often whoever waits for it looks whether it should still.
-_LOOK_UP_S = 0.2
-
-_PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
-
 log = logging.getLogger("fastload")
-
-
-@dataclass(slots=True)
-class Connection:
-    """A socket on which a service has said welcome, and its arena."""
-
-    sock: socket.socket
-    welcome: protocol.Welcome
-    view: ArenaView
-    frames: protocol.FrameReader  # what came after the welcome
-    troubles: list[str] = field(default_factory=list)  # which its user should be warned of
-    beside: str = ""  # why it is not the directory's own service
-
-    def close(self) -> None:
-        """Nobody wants it after all."""
-        self.sock.close()
-        self.view.close()
 
 
 class Channel:
@@ -70,8 +45,8 @@ class Channel:
 
     def __init__(
         self,
-        connect: Callable[[threading.Event], Connection],
-        connected: Callable[[Channel, Connection], None],
+        connect: Callable[[threading.Event], Welcomed],
+        connected: Callable[[Channel, Welcomed], None],
         lost: Callable[[socket.socket | None, bool], None],
         quiet: Callable[[], None],
         message: Callable[[protocol.FromService], None],
@@ -91,7 +66,7 @@ class Channel:
         self._connected(self, self._connect(self._stop))
         self._thread.start()
 
-    def adopt(self, connection: Connection) -> None:
+    def adopt(self, connection: Welcomed) -> None:
         """From now on, this is the connection."""
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(SILENCE_S))
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(QUIET_S))
@@ -194,115 +169,3 @@ def _receive(sock: socket.socket) -> bytes | None:
 def _shut_down(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):  # it is closed already
         sock.shutdown(socket.SHUT_RDWR)
-
-
-def greet(
-    sock: socket.socket,
-    hello: protocol.Hello,
-    where: str,
-    stop: threading.Event | None = None,
-    deadline_s: float | None = None,
-) -> Connection | None:
-    """Say hello on a fresh socket, which is closed unless this succeeds. None: the service was just ending, or `stop`
-    was set.
-
-    ServiceError where the service refuses, is another version, another user's, or does not answer within `deadline_s`
-    (default: 15 s).
-    """
-    fds: list[int] = []
-    try:
-        _check_peer(sock, where)
-        frames = protocol.FrameReader()
-        payload = _first_frame(
-            sock, hello, frames, fds, where, stop or threading.Event(), deadline_s or HELLO_DEADLINE_S
-        )
-        if payload is None:
-            sock.close()
-            return None
-        return _welcomed(sock, payload, frames, fds, where)
-    except BaseException:
-        sock.close()
-        raise
-    finally:
-        for fd in fds:
-            os.close(fd)
-
-
-def _check_peer(sock: socket.socket, where: str) -> None:
-    """Before anything is said: the hello holds credentials."""
-    uid = peer_uid(sock)
-    if uid != os.geteuid():
-        raise ServiceError(
-            f"the process that listens at {where} belongs to user {uid}, and this process runs as user "
-            f"{os.geteuid()}: no data or credentials were sent to it; name a directory of your own "
-            "(Cache(directory), or FASTLOAD_CACHE)"
-        )
-
-
-def peer_uid(sock: socket.socket) -> int:
-    """The user at the other end of a connected Unix socket."""
-    return _peer(sock)[1]
-
-
-def peer_pid(sock: socket.socket) -> int:
-    """The process that listened at the other end of a connected Unix socket; 0 where it is not to be seen from here."""
-    return _peer(sock)[0]
-
-
-def _peer(sock: socket.socket) -> tuple[int, int, int]:
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-    pid, uid, gid = _PEER_CREDENTIALS.unpack(credentials)
-    return pid, uid, gid
-
-
-def _first_frame(
-    sock: socket.socket,
-    hello: protocol.Hello,
-    frames: protocol.FrameReader,
-    fds: list[int],
-    where: str,
-    stop: threading.Event,
-    deadline_s: float,
-) -> bytes | None:
-    deadline = time.monotonic() + deadline_s
-    try:
-        sock.settimeout(deadline_s)
-        sock.sendall(protocol.frame(hello))
-        sock.settimeout(min(deadline_s, _LOOK_UP_S))
-        while not stop.is_set() and time.monotonic() < deadline:
-            try:
-                data, received, flags, _ = socket.recv_fds(sock, 1 << 16, 1, socket.MSG_CMSG_CLOEXEC)
-            except TimeoutError:
-                continue
-            fds += received
-            if not data:
-                return None
-            if len(fds) > 1 or flags & socket.MSG_CTRUNC:  # the kernel has closed those that were cut off
-                raise ServiceError(f"the cache service at {where} sent more descriptors than one")
-            for payload in frames.feed(data):
-                sock.settimeout(None)
-                return payload
-    except ConnectionError:  # it went away between accepting and answering
-        return None
-    except TimeoutError:  # it takes no bytes
-        pass
-    if stop.is_set():
-        return None
-    raise ServiceError(f"the cache service at {where} has not answered for {deadline_s:g} s")
-
-
-def _welcomed(
-    sock: socket.socket, payload: bytes, frames: protocol.FrameReader, fds: list[int], where: str
-) -> Connection:
-    message = protocol.from_service(payload)
-    if isinstance(message, protocol.Refused):
-        raise ServiceError(f"{message.message} (cache {where})")
-    if isinstance(message, protocol.Welcome) and message.version != protocol.VERSION:
-        raise ServiceError(
-            f"the cache service at {where} (process {message.pid}) speaks protocol {message.version}, this fastload "
-            f"{protocol.VERSION}: let its jobs end, or use another cache directory"
-        )
-    if not isinstance(message, protocol.Welcome) or len(fds) != 1:
-        raise ServiceError(f"the cache service at {where} answered with {type(message).__name__}, without its arena")
-    view = ArenaView(fds[0], message.buffer_count * message.chunk_bytes)
-    return Connection(sock, message, view, frames)

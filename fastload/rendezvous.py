@@ -1,12 +1,14 @@
-"""Where a service is found that stands in for a cache directory's own: one that hangs, that speaks another language, or
-whose directory cannot be used.
+"""Where consumers and a service meet, and who is at the other end of a socket.
 
-It has no directory and no disk tier. Its address and its lock are names in the kernel (abstract Unix sockets), which
-end with their holders and leave nothing behind, so a machine on which nothing can be written will do. All processes
-that have the same directory and the same size of chunks meet at one name. Such names belong to a network namespace,
-which containers may share while the same path leads each to a directory of its own, so the mount namespace is part of
-the name. Anybody may take a name, or connect to it:
-both sides look at the peer's user before they say anything, as they always do.
+Mostly that is a cache directory. A `StandIn` serves in place of a directory whose own service hangs or speaks another
+protocol version, or that cannot be used.
+
+A stand-in has no directory and no disk tier. Its address and its lock are names in the kernel (abstract Unix sockets),
+which end with their holders and leave nothing behind, so a machine on which nothing can be written will do. All
+processes that have the same directory and the same size of chunks meet at one name. Such names belong to a network
+namespace, which containers may share while the same path leads each to a directory of its own, so the mount namespace
+is part of the name. Any user may take a name, or connect to it: both sides check the peer's user before they send
+anything.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import struct
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -26,7 +29,7 @@ from fastload.lifecycle import reset_on_fork
 
 
 class StandIn:
-    """A place as a `CacheDirectory` is one, with the same names for the same things."""
+    """A service's home without a directory, with the same methods as a `CacheDirectory`."""
 
     warnings: tuple[str, ...] = ()
     root = Path("/dev")
@@ -35,7 +38,7 @@ class StandIn:
 
     def __init__(self, path: Path, limits: CacheLimits, *, alone: bool = False) -> None:
         """In place of the directory at `path`, with these limits, of which those of the disk are 0. `alone`: under a
-        name that nobody else has, for the service in this process.
+        name that no other process has, for the service in this process.
         """
         self.path, self.limits, self.is_alone = path, limits, alone
         words = [os.fsencode(path), str(limits.chunk_bytes).encode(), _mounts(), os.urandom(16) if alone else b""]
@@ -58,12 +61,12 @@ class StandIn:
         yield self._address
 
     def try_lock(self) -> bool:
-        """Become the service, if nobody is; whether this object holds the lock. Never blocks."""
+        """Become the service, if there is none; whether this object holds the lock. Never blocks."""
         if self._lock is None:
             lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 lock.bind(f"{self._address}-lock")
-            except OSError:  # somebody has it
+            except OSError:  # another process has it
                 lock.close()
                 return False
             self._lock = lock
@@ -103,3 +106,20 @@ def _mounts() -> bytes:
 
 
 ServiceLocation = CacheDirectory | StandIn
+_PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+
+
+def peer_uid(sock: socket.socket) -> int:
+    """The user at the other end of a connected Unix socket."""
+    return _peer(sock)[1]
+
+
+def peer_pid(sock: socket.socket) -> int:
+    """The process that listened at the other end of a connected Unix socket; 0 where it is not to be seen from here."""
+    return _peer(sock)[0]
+
+
+def _peer(sock: socket.socket) -> tuple[int, int, int]:
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    pid, uid, gid = _PEER_CREDENTIALS.unpack(credentials)
+    return pid, uid, gid
