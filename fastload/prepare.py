@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastload import shares
 from fastload.arguments import checked_urls
 from fastload.client.cache import AnyCache, handle_of
 from fastload.client.consumer import Consumer
@@ -288,7 +289,7 @@ def _indexes(
             consumer.release(window_chunks(first_chunk, [number]))
 
     # Half of the arena is left for chunks that are on their way.
-    threads = max(1, min(_THREADS_MAX, handle.ram_bytes // handle.chunk_bytes // 2))
+    threads = max(1, min(_THREADS_MAX, int(handle.ram_bytes // handle.chunk_bytes * shares.INDEXING)))
     pool = ThreadPoolExecutor(threads, "fastload-index")
     ahead: deque[tuple[int, Future[ShardIndex]]] = deque()
     try:

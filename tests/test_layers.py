@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "fastload"
 
 # From the cellar to the roof.
 FLOORS = [
-    "cached_attribute cgroups lazy lifecycle redaction",
+    "cached_attribute cgroups lazy lifecycle redaction shares",
     "errors",
     "callers config cpu_priority device kernels ragged waiting",
     "decode stats store transport",

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastload import shares
 from fastload.client.consumer import Held
 from fastload.client.handle import Handle
 from fastload.client.opened import OpenedObject
@@ -37,7 +38,7 @@ _KNOWN_S = 60.0
 _KEPT_MAX = 8
 # Chunks asked for ahead, for all files together; and of the arena at most this part.
 _AHEAD_MAX = 32
-_AHEAD_SHARE = 8
+_AHEAD_SHARE = int(1 / shares.READ_AHEAD)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fastload import shares
 from fastload.cache.policy.known_order import lookahead
 from fastload.client.consumer import Consumer
 from fastload.config import format_bytes
@@ -151,7 +152,7 @@ class WindowReader:
 
 
 # Of the disk tier's quota, what chunks can be sure of: each has a trailer, and blocks are rounded up.
-_DISK_SHARE = 0.97
+_DISK_SHARE = shares.DISK_CHUNKS
 # Remote bytes of an epoch, in times of the data, up to which a cache that does not hold the data will do.
 _AMPLIFICATION_MAX = 1.25
 

@@ -36,6 +36,7 @@ from typing import Literal, NamedTuple, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from fastload import shares
 from fastload.cached_attribute import cached_attribute
 from fastload.errors import ConfigError
 from fastload.kernels.dealing import cut, deal
@@ -194,7 +195,7 @@ class WindowKey(NamedTuple):
 
 
 _LIVE_WINDOWS_OF_LANE = 2
-_TRANSIT_SHARE = 2  # one part in so many of the arena
+_TRANSIT_SHARE = int(1 / shares.WINDOWS)  # one part in so many of the arena
 
 
 @dataclass(frozen=True, slots=True)

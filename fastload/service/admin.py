@@ -21,10 +21,9 @@ from fastload.cache import ChunkKey
 from fastload.errors import CacheError, ServiceError, to_wire
 from fastload.service import buffers
 from fastload.service.buffers import BufferTable
-from fastload.service.disk_io import DiskWatch
+from fastload.service.disk_io import DiskEvictor, DiskWatch
 from fastload.service.indexes import IndexCache
 from fastload.service.openings import Versions
-from fastload.service.placement import DiskOrder
 from fastload.service.ports import Disk
 from fastload.service.recording import Recording
 from fastload.service.state import ConsumerState
@@ -139,7 +138,7 @@ class Clearing:
     def __init__(
         self,
         disk: Disk,
-        order: DiskOrder,
+        evictor: DiskEvictor,
         indexes: IndexCache,
         versions: Versions,
         history: Recording,
@@ -150,7 +149,7 @@ class Clearing:
         """`drop_idle()` empties the buffers that nobody uses, and says how many bytes were in them. `forget()` ends all
         predictions.
         """
-        self._disk, self._order, self._indexes, self._versions = disk, order, indexes, versions
+        self._disk, self._evictor, self._indexes, self._versions = disk, evictor, indexes, versions
         self._history, self._watch, self._drop_idle, self._forget = history, watch, drop_idle, forget
         self._pool = watch.pool("clear", 1)
 
@@ -193,15 +192,12 @@ class Clearing:
         del clearing.keys[-_AT_ONCE:], clearing.blobs[-_AT_ONCE:]
 
         def remove() -> None:
-            for key in keys:
-                self._disk.remove(key)
+            self._evictor.remove(keys)
             for name in blobs:
                 self._disk.remove_blob(name)
 
         def removed(result: None) -> None:
-            for key in keys:
-                if not self._disk.contains(key):
-                    self._order.discard(key)
+            self._evictor.settle(keys)
             self._go_on(clearing)
 
         if keys or blobs:

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import numpy.typing as npt
 
-from fastload.cache.policy.unknown_order import SieveSlots, least
+from fastload.cache.policy.unknown_order import SieveSlots
+from fastload.service.eviction import BY_LRU, COVERED, LATER, eviction_class, least_useful_first
 from fastload.service.state import NEVER, Chunk, ChunkState, Int64, ObjectEntry, Plan, RecallState, WriteState
 
 FREE, LOADING, IDLE, QUEUED, WRITING, LEASED, STUCK, QUARANTINED = range(8)
@@ -25,13 +26,6 @@ FREE, LOADING, IDLE, QUEUED, WRITING, LEASED, STUCK, QUARANTINED = range(8)
 one being written; a leased one whose lease may be asked back; a leased one for which that has been done or would not
 help; a chunk, or nothing any more, under a read or write that hangs."""
 
-LATER = NEVER - 1
-"""The next use of what no plan names ahead, but will be read again, and would have to be fetched."""
-
-# Of the chunk in a buffer: no live plan or claim names it; one does, whose policy makes nothing of a known order; one
-# does, with an order.
-_IDLE, _BY_SIEVE, _BY_LRU, _COVERED = range(4)
-_EVICTION_CLASSES = {"sieve": _BY_SIEVE, "lru": _BY_LRU}
 Pinned = Callable[[Chunk], bool]
 
 
@@ -139,7 +133,7 @@ class BufferTable:
 
     def evicted(self, chunk: Chunk) -> None:
         """The chunk is about to go, because others need its buffer more."""
-        if self._eviction_class[chunk.buffer] in (_IDLE, _BY_SIEVE):
+        if self._eviction_class[chunk.buffer] < BY_LRU:
             self._sieve.evicted(chunk.buffer)
 
     def refresh(self, chunk: Chunk) -> None:
@@ -182,10 +176,8 @@ class BufferTable:
                 self._classify(chunk)
 
     def _classify(self, chunk: Chunk) -> None:
-        entry = chunk.entry
-        is_covered = entry.plan_count > 0
-        self._eviction_class[chunk.buffer] = _EVICTION_CLASSES.get(entry.policy, _COVERED) if is_covered else _IDLE
-        self._pinned[chunk.buffer] = is_covered and self._is_pinned(chunk)
+        self._eviction_class[chunk.buffer] = eviction_class(chunk.entry)
+        self._pinned[chunk.buffer] = chunk.entry.plan_count > 0 and self._is_pinned(chunk)
 
     # Choosing
 
@@ -205,46 +197,25 @@ class BufferTable:
         for plan, positions in self._positions.items():
             np.minimum(nearest, plan.ahead(positions), out=nearest)
         self._short_plans.lower(nearest)
-        is_kept = self._pinned & ~self._on_disk & (self._eviction_class == _COVERED)
+        is_kept = self._pinned & ~self._on_disk & (self._eviction_class == COVERED)
         return np.where(is_kept & (nearest == NEVER), LATER, nearest)
 
     def by_usefulness(self, statuses: Iterable[int], at_most: int = 1 << 62) -> tuple[list[int], list[int]]:
         """Buffers with one of these statuses, the least useful first and no more than these, and the next use of each.
-
-        First what nobody names, by SIEVE, in which what is not used any more goes in the order in which it came. Then
-        what is read in an unknown order, by its policy. Then what is named but has no use ahead any more, the last used
-        first: what is left of an epoch is as good as what goes, and the next epoch finds it (a pin, where dropping the
-        oldest would leave nothing to find); of these, first what is on disk, so that the two hold different chunks, and
-        last what should be pinned here. In the end what will be used, the farthest use first.
+        See `eviction.least_useful_first`.
         """
         (buffers,) = np.nonzero(self._has(statuses))
-        next_use, eviction_class = self.next_use()[buffers], self._eviction_class[buffers]
-        released, is_ahead = self._released_at[buffers], next_use < LATER
-        is_covered = eviction_class == _COVERED
-        rank = eviction_class + np.where(is_covered, 2 * (next_use == LATER) + ~self._on_disk[buffers], 0)
-        rank[is_ahead] = _COVERED + 4
-        within = np.where(is_covered, -released, released)
-        by_sieve = eviction_class < _BY_LRU
-        if (by_sieve & ~is_ahead).any():
-            within[by_sieve] = self._sieve.order(buffers[by_sieve])
-        within[is_ahead] = -next_use[is_ahead]
-        some = _least(rank, within, at_most)
-        order = some[np.lexsort((within[some], rank[some]))]
+        next_use = self.next_use()[buffers]
+        order = least_useful_first(
+            buffers,
+            self._eviction_class[buffers],
+            next_use,
+            self._released_at[buffers],
+            self._on_disk[buffers],
+            self._sieve,
+            at_most,
+        )
         return buffers[order].tolist(), next_use[order].tolist()
-
-
-def _least(rank: npt.NDArray[np.uint8], within: Int64, count: int) -> Int64:
-    """Which are the first `count` by rank and within each, in no order: sorting all of a large arena takes too long."""
-    if len(rank) <= count:
-        return np.arange(len(rank))
-    found = np.empty(0, np.int64)
-    for each in range(int(rank.max()) + 1):
-        (places,) = np.nonzero(rank == each)
-        missing = count - len(found)
-        if len(places) > missing:
-            return np.concatenate([found, places[least(within[places], missing)]])
-        found = np.concatenate([found, places])
-    return found
 
 
 def _status(chunk: Chunk) -> int:

@@ -111,15 +111,15 @@ class Core:
     def _make_services(self) -> None:
         """What consumers ask for besides chunks, and what chunks they ask for."""
         stores, pools = self._ports.stores, self._ports.pools
-        self._indexes = IndexCache(self.disk, self._disk_order, self._watch, self._ports.is_lost)
+        self._indexes = IndexCache(self.disk, self._disk_order, self._records.evictor, self._watch, self._ports.is_lost)
         self._queries = Queries(stores, self._indexes, self._stats, pools)
-        self._quota = Quota(self.disk, self._disk_order, pools)
+        self._quota = Quota(self.disk, self._disk_order, self._records.evictor, pools)
         versions = Versions(self._ports.now)
         self._openings = Openings(self.consumers, self._objects, stores, versions, pools)
         self._replay = Replay(self._plans, self._objects, stores, versions, self._history.load, self._wake)
         self._clearing = Clearing(
             self.disk,
-            self._disk_order,
+            self._records.evictor,
             self._indexes,
             versions,
             self._history,
@@ -357,7 +357,7 @@ class Core:
         return self._watch.stalled
 
     def _disk_stalled(self) -> None:
-        self._writer.give_up_all()
+        self._writer.cancel_all()
         self._wake()
 
     def _refuse_demands(self) -> None:

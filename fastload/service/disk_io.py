@@ -1,33 +1,23 @@
-"""Writing behind: fetched chunks go from the arena to the disk tier, while consumers already read them.
+"""What is done with the disk tier: chunks are written behind, evicted, and calls that hang are given up.
 
-A chunk keeps its buffer until it is written. So with a slow disk the queue is bounded, to three quarters of the arena:
-that may cost the cache some chunks, which the next epoch fetches again, but not the training its buffers. A demanded
-chunk that finds no room waits for a quick write, and takes the buffer of one that has not begun where the disk is slow
-(`give_up`). A write that hangs is left to itself: its chunk is readable as before, and its buffer comes back with it.
+Writing behind: fetched chunks go from the arena to disk while consumers already read them. A chunk keeps its buffer
+until it is written. So with a slow disk the queue is bounded to a share of the arena: that may cost the cache some
+chunks, which the next epoch fetches again, but not the training its buffers. A demanded chunk that finds no room waits
+for a quick write, and takes the buffer of one that has not begun where the disk is slow (`cancel`). A write that hangs
+is left to itself: its chunk is readable as before, and its buffer comes back with it. What is written may have a limit:
+a chunk that is above it is not cached on disk this time, and warming waits.
 
-What is written may have a limit (see `budget`): a chunk that is above it is not cached on disk this time, and warming
-waits.
-
-Admission pins: chunks are taken until the quota is full; whose room others may take then is `room`'s to say.
-
-Changing the disk quota while the service runs.
-
-Whoever opens the directory with another `disk_bytes` has it written there and is warned; the service hears of it with
-the hello. A larger quota holds at once. For a smaller one what is too much is removed, first what no live plan names.
-A tier that was off first takes stock of what lies there. Both may take long, so they are done in a thread; and since
-they consist of many small calls, a deadline for the whole would say nothing about the disk.
+Evicting: all chunks that leave the disk do so in `DiskEvictor`, for a chunk, for an index, for a smaller quota, or
+because the cache is cleared. Which ones is decided in `eviction`.
 
 A disk that does not answer: a read or write that hangs, in a dead NFS server or a drive that is going, for good.
-
 Nothing can end such a call, and it keeps its thread and the buffer that it was given. So the calls go through pools
-whose tasks are watched. When one has run for longer than the deadline, the disk *stalls*: the tier is bypassed
-(`DiskTier.stalled`), and everything under way with it is given up, each in its own way (`Job.hung`): a chunk that was
-being read is fetched from the store into another buffer; one that was being written stays readable, and its buffer
-cannot be used for anything else. When the last of those calls has come back, their threads and buffers are as good as
-ever, and so is the disk.
-
-The deadline counts from when a thread began with the task, so that many quick ones in a row are no stall. Tasks have to
-be small for that: a chunk, or a few indexes.
+whose tasks are watched (`DiskWatch`). When one has run for longer than the deadline, the disk *stalls*: the tier is
+bypassed (`DiskTier.stalled`), and everything under way with it is given up, each in its own way (`Task.hung`): a chunk
+that was being read is fetched from the store into another buffer; one that was being written stays readable, and its
+buffer cannot be used for anything else. When the last of those calls has come back, their threads and buffers are as
+good as ever, and so is the disk. The deadline counts from when a thread began with the task, so that many quick ones in
+a row are no stall. Tasks have to be small for that: a chunk, or a few indexes.
 """
 
 from __future__ import annotations
@@ -35,18 +25,18 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import chain
 from typing import Any
 
 from fastload.cache import ChunkKey
-from fastload.service.placement import DiskOrder, Room, WriteBudget
+from fastload.service.eviction import DiskAdmission, DiskOrder, WriteBudget, write_queue_max, write_threads
 from fastload.service.ports import Disk, Ram
 from fastload.service.state import Chunk
 from fastload.service.threads import Done, Pool, Pools, Task
 
-DISK_WRITE_THREADS = 2
+# A disk under load answers within a second or two, a drive that retries a bad spot within ten.
+DISK_DEADLINE_S = 20.0
 # A write that takes no longer is worth waiting for by whoever needs its buffer (8 MiB: 6 ms on a good disk).
 _QUICK_S = 0.1
 # Writes of one chunk, each of which found less room than its victims were to leave, or than another one had made for
@@ -55,15 +45,43 @@ _TRIES_MAX = 4
 Written = Callable[[Chunk, bool], None]
 
 
+class DiskEvictor:
+    """Removes chunks from the disk tier, in two steps: `remove` in a thread, then `settle` in the loop."""
+
+    def __init__(self, disk: Disk, order: DiskOrder) -> None:
+        self._disk, self._order = disk, order
+
+    def remove(self, victims: Iterable[ChunkKey], enough: Callable[[], bool] = lambda: False) -> None:
+        """Remove these in turn, in a thread, while there is not `enough` room."""
+        for key in victims:
+            if enough():
+                return
+            self._disk.remove(key)
+
+    def settle(self, victims: Iterable[ChunkKey], *, claimed: bool = False) -> int:
+        """Have the order name what the disk holds of these; how many have gone. `claimed`: the order has counted them
+        as gone since they were chosen, and names again what could not be removed.
+        """
+        gone = 0
+        for key in victims:
+            if not self._disk.contains(key):
+                gone += 1
+                self._order.discard(key)
+            elif claimed:
+                self._order.add(key)
+        return gone
+
+
 class WriteBehind:
-    """Used by the loop's thread only, except for `_make_room_and_write`."""
+    """Used by the loop's thread only, except for `_evict_and_write`."""
 
     def __init__(
         self,
         arena: Ram,
         disk: Disk,
         order: DiskOrder,
-        room: Room,
+        admission: DiskAdmission,
+        evictor: DiskEvictor,
         watch: DiskWatch,
         changed: Callable[[Chunk], None],
         written: Written,
@@ -73,12 +91,13 @@ class WriteBehind:
         """`changed(chunk)` is called when its write begins, or has to begin again; `written` when that is settled.
         `is_lost()`, from a thread: the directory is being removed, and would be there again.
         """
-        self._arena, self._disk, self._order, self._room = arena, disk, order, room
+        self._arena, self._disk, self._order, self._admission = arena, disk, order, admission
+        self._evictor = evictor
         self._changed, self._written, self._now, self._is_lost = changed, written, now, is_lost
         self._queue: dict[Chunk, None] = {}
         self._queued_bytes = 0  # of these
         self._pool = watch.pool("disk-write", write_threads(arena.buffer_count))
-        self._queue_max = max(1, arena.buffer_count * 3 // 4)
+        self._queue_max = write_queue_max(arena.buffer_count)
         self._running: dict[Chunk, float] = {}  # when each began
         self._tries: dict[Chunk, int] = {}  # of those that are tried again
         self._budget = WriteBudget(0, self._now())
@@ -102,7 +121,7 @@ class WriteBehind:
     def full(self) -> bool:
         """Whether the disk takes no further chunk: switched off, failed, or filled with what live plans name."""
         whole = self._disk.file_bytes(self._arena.chunk_bytes)
-        return not self._disk.writable or not (self._has_free_room(whole) or self._room.is_spare)
+        return not self._disk.writable or not (self._has_free_room(whole) or self._admission.has_spare)
 
     def admit(self, chunk: Chunk, *, patient: bool) -> bool:
         """Queue the chunk's write; False where it will not be written. `patient`: never because the queue is long, or
@@ -124,7 +143,7 @@ class WriteBehind:
     def _has_room(self, chunk: Chunk) -> bool:
         if not self._disk.writable:
             return False
-        return self._has_free_room(self._disk.file_bytes(chunk.length)) or self._room.can_be_made(chunk)
+        return self._has_free_room(self._disk.file_bytes(chunk.length)) or self._admission.may_evict_for(chunk)
 
     def _has_free_room(self, need: int) -> bool:
         return self._disk.writable and self._disk.free_bytes - self._queued_bytes >= need
@@ -146,7 +165,7 @@ class WriteBehind:
         """In how many seconds the limit lets the next chunk through."""
         return self._budget.wait_s(self._now())
 
-    def give_up(self, chunk: Chunk) -> None:
+    def cancel(self, chunk: Chunk) -> None:
         """The chunk's write has not begun, and shall not."""
         self._dequeue(chunk)
         chunk.cancel_write()
@@ -154,10 +173,10 @@ class WriteBehind:
         self._budget.give_back(self._disk.file_bytes(chunk.length))
         self.counters["writes_given_up"] += 1
 
-    def give_up_all(self) -> None:
+    def cancel_all(self) -> None:
         """None of the queued writes shall begin."""
         for chunk in list(self._queue):
-            self.give_up(chunk)
+            self.cancel(chunk)
             self._written(chunk, False)
 
     def pump(self) -> None:
@@ -185,29 +204,24 @@ class WriteBehind:
             return done
 
         buffer = self._arena.buffer(chunk.buffer)
-        self._pool.submit(self._make_room_and_write, key, buffer, chunk.length, victims, done=done, hung=hung)
+        self._pool.submit(self._evict_and_write, key, buffer, chunk.length, victims, done=done, hung=hung)
 
     def _victims(self, chunk: Chunk) -> list[ChunkKey]:
         """As many as free the room if they are whole chunks; where they are short ones the write is tried again."""
         lacking = max(0, self._disk.file_bytes(chunk.length) - self._disk.free_bytes)
         count = -(-lacking // self._disk.file_bytes(self._arena.chunk_bytes))
-        victims = (self._room.make(chunk) for _ in range(count))
+        victims = (self._admission.evict_for(chunk) for _ in range(count))
         return [key for key in victims if key is not None]
 
-    def _make_room_and_write(self, key: ChunkKey, buffer: memoryview, length: int, victims: list[ChunkKey]) -> bool:
+    def _evict_and_write(self, key: ChunkKey, buffer: memoryview, length: int, victims: list[ChunkKey]) -> bool:
         """In a thread."""
         if self._is_lost():
             return False
-        for victim in victims:
-            self._disk.remove(victim)
+        self._evictor.remove(victims)
         return self._disk.write(key, buffer, length)
 
     def _settle(self, chunk: Chunk, key: ChunkKey, written: bool, victims: list[ChunkKey]) -> None:
-        for victim in victims:
-            if self._disk.contains(victim):  # it could not be removed
-                self._order.add(victim)
-            else:
-                self.counters["evicted"] += 1
+        self.counters["evicted"] += self._evictor.settle(victims, claimed=True)
         self._running.pop(chunk, None)
         tries = self._tries.pop(chunk, 0) + 1
         if not written and tries < _TRIES_MAX and self._has_room(chunk):
@@ -228,16 +242,17 @@ class WriteBehind:
         self.pump()
 
 
-def write_threads(buffer_count: int) -> int:
-    """How many may write: see `loads.read_threads`."""
-    return min(DISK_WRITE_THREADS, max(1, (buffer_count - 2) // 2))
-
-
 class Quota:
-    """Used by the loop's thread only, except for `_apply`."""
+    """Changes the disk quota while the service runs. Used by the loop's thread only, except for `_apply`.
 
-    def __init__(self, disk: Disk, order: DiskOrder, pools: Pools) -> None:
-        self._disk, self._order = disk, order
+    A job that opens the directory with another `disk_bytes` has it written there and is warned; the service gets it
+    with the hello. A larger quota holds at once. For a smaller one what is too much is evicted. A tier that was off
+    first takes stock of what lies there. Both may take long, so they are done in a thread; and since they consist of
+    many small calls, a deadline for the whole would say nothing about the disk.
+    """
+
+    def __init__(self, disk: Disk, order: DiskOrder, evictor: DiskEvictor, pools: Pools) -> None:
+        self._disk, self._order, self._evictor = disk, order, evictor
         self._pool = pools.make("quota", 1)  # one thread: of two changes the later one holds
         self._wanted = disk.quota_bytes
 
@@ -247,33 +262,20 @@ class Quota:
             return
         self._wanted = quota_bytes
         was_off = not self._disk.quota_bytes
-        victims = list(chain(self._order.idle(), self._order.covered()))
+        victims = list(self._order.in_order())
 
         def done(_: None, error: BaseException | None) -> None:
-            self._agree(victims, was_off)
+            self._evictor.settle(victims)
+            for key in self._disk.keys() if was_off else ():
+                self._order.add(key)
 
         self._pool.submit(self._apply, quota_bytes, victims, done=done)
 
     def _apply(self, quota_bytes: int, victims: list[ChunkKey]) -> None:
         """In a thread."""
         self._disk.set_quota(quota_bytes)
-        for key in victims:
-            if not quota_bytes or self._disk.free_bytes >= 0:  # without a quota the tier is off, and left as it is
-                return
-            self._disk.remove(key)
-
-    def _agree(self, victims: list[ChunkKey], was_off: bool) -> None:
-        """Have the order name what the disk now holds."""
-        held = set(self._disk.keys())
-        for key in victims:
-            if key not in held:
-                self._order.discard(key)
-        for key in held if was_off else ():
-            self._order.add(key)
-
-
-# A disk under load answers within a second or two, a drive that retries a bad spot within ten.
-DISK_DEADLINE_S = 20.0
+        if quota_bytes:  # without a quota the tier is off, and left as it is
+            self._evictor.remove(victims, lambda: self._disk.free_bytes >= 0)
 
 
 class DiskWatch:

@@ -16,7 +16,7 @@ that has just been mounted. What a crash kept out of the blob is found again in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, islice
+from itertools import islice
 
 import numpy as np
 from cachetools import LRUCache
@@ -26,8 +26,8 @@ from fastload.config import MIB
 from fastload.errors import ServiceError
 from fastload.formats.index import HEADER_BYTES, stored_sample_count
 from fastload.service import bounded
-from fastload.service.disk_io import DiskWatch
-from fastload.service.placement import DiskOrder
+from fastload.service.disk_io import DiskEvictor, DiskWatch
+from fastload.service.eviction import DiskOrder
 from fastload.service.ports import Disk
 from fastload.service.threads import Done
 
@@ -43,9 +43,11 @@ Found = Callable[[dict[bytes, bytes]], None]
 class IndexCache:
     """Used by the loop's thread only, except for what the pool runs."""
 
-    def __init__(self, disk: Disk, order: DiskOrder, watch: DiskWatch, is_lost: Callable[[], bool]) -> None:
+    def __init__(
+        self, disk: Disk, order: DiskOrder, evictor: DiskEvictor, watch: DiskWatch, is_lost: Callable[[], bool]
+    ) -> None:
         """`is_lost()`, from a thread: the directory is being removed, and would be there again."""
-        self._disk, self._order, self._is_lost = disk, order, is_lost
+        self._disk, self._order, self._evictor, self._is_lost = disk, order, evictor, is_lost
         self._ram: LRUCache[bytes, bytes] = LRUCache(_RAM_BYTES, getsizeof=len)
         self._pool = watch.pool("index", 1)
         # The last index of a run comes just before its consumer leaves, and the service may end right then.
@@ -185,29 +187,21 @@ class IndexCache:
         return [-1 if head is None else stored_sample_count(*head) for head in heads]
 
     def _write(self, name: str, data: bytes, *, adds: bool = False) -> None:
-        victims = list(islice(chain(self._order.idle(), self._order.covered()), _VICTIMS_MAX))
+        victims = list(islice(self._order.in_order(), _VICTIMS_MAX))
 
-        def done(removed: list[ChunkKey] | None, error: BaseException | None) -> None:
-            for key in removed or ():
-                self._order.discard(key)
+        def done(_: None, error: BaseException | None) -> None:
+            self._evictor.settle(victims)
 
         self._pool.submit(self._put_blob, name, data, victims, adds, done=done, hung=lambda: done)
 
-    def _put_blob(self, name: str, data: bytes, victims: list[ChunkKey], adds: bool) -> list[ChunkKey]:
-        """Write, behind what is there where it `adds`; where the quota is full (not the disk), drop chunks for it.
-
-        Returns the dropped ones.
-        """
+    def _put_blob(self, name: str, data: bytes, victims: list[ChunkKey], adds: bool) -> None:
+        """Write, behind what is there where it `adds`; where the quota is full (not the disk), evict chunks for it."""
         if self._is_lost():
-            return []
+            return
         if adds:
             data = SampleCounts.added(self._disk.get_blob(name) or b"", data)
-        removed: list[ChunkKey] = []
-        while self._disk.writable and self._disk.free_bytes < len(data) + 8192 and victims:
-            removed.append(victims.pop(0))
-            self._disk.remove(removed[-1])
+        self._evictor.remove(victims, lambda: not self._disk.writable or self._disk.free_bytes >= len(data) + 8192)
         self._disk.put_blob(name, data)
-        return removed
 
 
 _RECORD = np.dtype([("object_id", "V16"), ("count", "<i8")])

@@ -27,8 +27,8 @@ from fastload.errors import to_wire
 from fastload.service import scheduler
 from fastload.service.buffers import BufferTable
 from fastload.service.disk_io import WriteBehind
+from fastload.service.eviction import DiskOrder, Pins, transit
 from fastload.service.leases import Leases
-from fastload.service.placement import DiskOrder, Pins
 from fastload.service.scheduler import Candidate, Need, OnDisk
 from fastload.service.state import Chunk, ChunkState, ConsumerState, ObjectEntry, Plan, Step, WriteState
 
@@ -363,10 +363,6 @@ class Warming:
         return wait_s if news is None and wait_s else None
 
 
-# Also where few requests at a time fill the link, a consumer takes several chunks at once.
-_TRANSIT_MIN = 32
-
-
 class Candidates:
     """Used by the loop's thread only."""
 
@@ -384,11 +380,7 @@ class Candidates:
 
     @property
     def _transit(self) -> int:
-        """How far prefetching may displace what will be used later (see plans): two rounds of requests, or a quarter of
-        a large arena, but never most of a small one.
-        """
-        rounds = max(_TRANSIT_MIN, 2 * self._requests_allowed())
-        return min(max(rounds, self._buffer_count // 4), max(1, self._buffer_count // 2))
+        return transit(self._buffer_count, self._requests_allowed())
 
     def by_need(self) -> Iterator[Candidate]:
         """See the module's text. Lazy: how many are looked at is the scheduler's business."""

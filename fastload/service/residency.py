@@ -24,10 +24,10 @@ from fastload.errors import StoreError
 from fastload.service import buffers
 from fastload.service.buffers import BufferTable
 from fastload.service.control import Learnt
-from fastload.service.disk_io import DiskWatch, WriteBehind, write_threads
+from fastload.service.disk_io import DiskEvictor, DiskWatch, WriteBehind
+from fastload.service.eviction import DiskAdmission, DiskOrder, Pins, read_threads
 from fastload.service.fetches import Fetches
 from fastload.service.leases import Leases
-from fastload.service.placement import DiskOrder, Pins, Room
 from fastload.service.plans import PlanSet, Warming, WarmPlan
 from fastload.service.ports import Disk, Ports, Ram
 from fastload.service.scheduler import Candidate
@@ -44,6 +44,7 @@ class Records:
     pins: Pins
     table: BufferTable
     disk_order: DiskOrder
+    evictor: DiskEvictor
     ledger: Leases
     plans: PlanSet
 
@@ -51,7 +52,7 @@ class Records:
     def of_ports(cls, ports: Ports, consumers: Collection[ConsumerState]) -> Records:
         """Those of a service that begins; `consumers` are the ones that are connected."""
         pins = Pins(ports.disk, ports.limits.ram_bytes)
-        table = BufferTable(ports.arena.buffer_count, lambda chunk: pins.belongs_in_ram(chunk.entry, chunk.index))
+        table = BufferTable(ports.arena.buffer_count, pins.belongs_in_ram)
         disk_order = DiskOrder(ports.disk.keys())
 
         def used(chunk: Chunk) -> None:
@@ -65,6 +66,7 @@ class Records:
             pins=pins,
             table=table,
             disk_order=disk_order,
+            evictor=DiskEvictor(ports.disk, disk_order),
             ledger=Leases(table, used),
             plans=PlanSet(consumers, table, disk_order, pins),
         )
@@ -122,12 +124,13 @@ class Residency:
             ports.hedger,
         )
         self.loader = Loader(ports.arena, ports.disk, watch, self.fetches, self._loaded, self._read_given_up)
-        room = Room(records.disk_order, records.pins, self._plans.to_read)
+        admission = DiskAdmission(records.disk_order, records.pins, self._plans.to_read)
         self.writer = WriteBehind(
             ports.arena,
             ports.disk,
             records.disk_order,
-            room,
+            admission,
+            records.evictor,
             watch,
             self._table.refresh,
             self._written,
@@ -218,7 +221,7 @@ class Residency:
     def drop(self, chunk: Chunk) -> None:
         """Empty its buffer; a write that has not begun is given up."""
         if chunk.write is WriteState.QUEUED:
-            self.writer.give_up(chunk)
+            self.writer.cancel(chunk)
             for plan in self._plans.warm():
                 plan.put_back(chunk)
         self._table.evicted(chunk)
@@ -272,8 +275,6 @@ def _options_for(chunk: Chunk, plan: Plan | None) -> str:
     return plan.options_key
 
 
-# A direct read of 8 MiB runs at 1.6 GB/s in one thread.
-DISK_READ_THREADS = 4
 Loaded = Callable[[Chunk, BaseException | None], None]
 GivenUp = Callable[[Chunk], Done]
 
@@ -350,8 +351,3 @@ class Loader:
     def _finish(self, chunk: Chunk, error: BaseException | None) -> None:
         self.in_flight.discard(chunk)
         self._loaded(chunk, error)
-
-
-def read_threads(buffer_count: int) -> int:
-    """How many may read from disk: so few that a disk that hangs leaves a small arena two buffers, if it has four."""
-    return max(1, min(DISK_READ_THREADS, buffer_count - 2 - write_threads(buffer_count)))

@@ -14,7 +14,7 @@ of its first object, then of its second, and so on. Marks along it:
                    looking for work does not start at the cursor each time; dropping a chunk moves it back (`dropped`)
     delivered_to   one past the furthest position that the consumer was granted
     prefetched_to  of a blind plan, how far it was fetched ahead
-    evicted_to     how far what was read has been searched for chunks to evict from disk (see `placement`)
+    evicted_to     how far what was read has been searched for chunks to evict from disk (see `eviction`)
 
 Beyond `delivered_to` plus a fixed transit, prefetching takes only room that no plan has a use for. Without that bound
 it would run ahead until the whole arena held just the next chunks, dropping ones that later positions would have found

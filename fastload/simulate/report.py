@@ -8,14 +8,13 @@ from typing import Any
 
 from rich.table import Table
 
+from fastload import shares
 from fastload.config import format_bytes
 from fastload.plan import ram_bytes_for
 from fastload.simulate.options import Job, StoreProfile
 from fastload.simulate.plot import Line, sweep_svg
 from fastload.simulate.run import Run
 
-# As much of an arena may be pins: see `service.placement`.
-_PINNED = 0.5
 # Chunks that come so many times an epoch are read again for want of room.
 _AGAIN = 1.1
 
@@ -96,7 +95,7 @@ def _error_of_part(job: Job, run: Run) -> str:
             ". Of a part, a batch reads fewer chunks than of all, since more of its samples share one: its disk has "
             "less to do, and the job waits less, than they really would. --whole says how long, and takes as long"
         )
-    excess = _PINNED * (run.simulated_ram_bytes / run.scale - run.node.ram_bytes) / run.data_bytes_per_node
+    excess = shares.PINNED * (run.simulated_ram_bytes / run.scale - run.node.ram_bytes) / run.data_bytes_per_node
     if excess < 0.001:
         return ""
     return f", which may hit {excess:.1%} of the data more than the same part of it would"

@@ -1,42 +1,106 @@
-"""Which chunks the disk tier holds, and which of them may have to go, in which order.
+"""What stays in RAM and on disk, and what is evicted for what: decisions only. Nothing here waits or does I/O.
 
-Objects that a live plan or a claim names are *covered*. What is not goes first, and of that first what was longest
-without a claim, unless it was read since (SIEVE). Covered chunks whose policy knows no order go by that policy, for
-others of the same policy; all others are pinned, and only `room` takes one of them for a better one.
+An object is *covered* while a live plan or a claim names it.
 
-Which chunks each tier should hold of the data that live plans and claims name: the arcs of `cache.policy.pin`.
+In RAM, the order in which buffers are given up (`least_useful_first`) is looked at by the scheduler, which knows for
+whom. First go chunks of objects that are not covered.
 
-The disk's arc is as long as the part of the covered bytes that its quota holds, and the arena's follows it. Where they
-lie is a matter of the epoch in which an object is read, so all ranks of a node mean the same chunks.
+Each tier pins its share of the covered data (`Pins`), by the arcs of `cache.policy.pin`: the disk's arc is as long as
+the part of the covered bytes that its quota holds, and the arena's follows it. Where they lie depends on the epoch in
+which an object is read, so all ranks of a node mean the same chunks.
 
-Whose room on disk a chunk may take, where there is none left.
+Chunks are admitted to disk until the quota is full (`DiskAdmission`). After that a chunk may take the place of one that
+is not covered, of these first of what was longest without a claim unless it was read since (SIEVE); else of one of its
+own policy, where no order is known. A chunk that should be pinned may take the place of one that should not, once that
+was read in this epoch: it would be fetched in the next one, as this one is fetched now, so the exchange costs a write
+and no fetch. Such victims are looked for along what plans have read, each position once.
 
-First that of chunks that nobody has a use for; that of others of its own policy, where no order is known. A chunk that
-should be pinned (see `pins`) may take the room of one that should not, once that was read in this epoch: it would be
-fetched in the next one, as this one is fetched now, so the exchange costs a write and no fetch. Such *leavers* are
-looked for along what plans have read, each position once.
+How much may be written is bounded too, since flash wears (`WriteBudget`).
 
-How much may be written to disk: so many bytes a second on average, since flash wears.
-
-A token bucket. What was not used lately may be used at once, up to ten seconds of it; a write is let through while
-anything is left, so that a chunk may be larger than all of that, and what it takes beyond is missing afterwards. Pure:
-the time is passed in.
+The shares of all this are in `fastload.shares`. `disk_io.DiskEvictor` carries out what goes from disk, `residency` what
+goes from RAM.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from fastload import shares
 from fastload.cache import ChunkKey
 from fastload.cache.policy import BLIND, PolicyName
 from fastload.cache.policy.pin import Arc, place
-from fastload.cache.policy.unknown_order import Keyed, Lru, Sieve
-from fastload.service.ports import Disk
-from fastload.service.state import Chunk, ObjectEntry, Plan
+from fastload.cache.policy.unknown_order import Keyed, Lru, Sieve, SieveSlots, least
+from fastload.service.state import NEVER, Chunk, Int64, ObjectEntry, Plan
+
+# A direct read of 8 MiB runs at 1.6 GB/s in one thread.
+DISK_READ_THREADS = 4
+DISK_WRITE_THREADS = 2
+# Also where few requests at a time fill the link, a consumer takes several chunks at once.
+_TRANSIT_MIN = 32
+
+# Of the chunk in a buffer: its object is not covered; it is, and its policy makes nothing of a known order; it is, and
+# has an order.
+NOT_COVERED, BY_SIEVE, BY_LRU, COVERED = range(4)
+_CLASSES = {"sieve": BY_SIEVE, "lru": BY_LRU}
+
+LATER = NEVER - 1
+"""The next use of what no plan names ahead, but will be read again, and would have to be fetched."""
+
+
+def eviction_class(entry: ObjectEntry) -> int:
+    """The class of an object's chunks."""
+    return _CLASSES.get(entry.policy, COVERED) if entry.plan_count else NOT_COVERED
+
+
+def least_useful_first(
+    buffers: Int64,
+    classes: npt.NDArray[np.uint8],
+    next_use: Int64,
+    released_at: Int64,
+    on_disk: npt.NDArray[np.bool_],
+    sieve: SieveSlots,
+    at_most: int,
+) -> Int64:
+    """The order in which chunks in RAM go, as places in these arrays, and no more than these.
+
+    First what is not covered, by SIEVE, in which what is not used any more goes in the order in which it came. Then
+    what is read in an unknown order, by its policy. Then what is covered but has no use ahead any more, the last used
+    first: what is left of an epoch is as good as what goes, and the next epoch finds it (a pin, where dropping the
+    oldest would leave nothing to find); of these, first what is on disk, so that the two hold different chunks, and
+    last what should be pinned here. In the end what will be used, the farthest use first.
+    """
+    is_ahead, is_covered = next_use < LATER, classes == COVERED
+    rank = classes + np.where(is_covered, 2 * (next_use == LATER) + ~on_disk, 0)
+    rank[is_ahead] = COVERED + 4
+    within = np.where(is_covered, -released_at, released_at)
+    by_sieve = classes < BY_LRU
+    if (by_sieve & ~is_ahead).any():
+        within[by_sieve] = sieve.order(buffers[by_sieve])
+    within[is_ahead] = -next_use[is_ahead]
+    some = _least(rank, within, at_most)
+    return some[np.lexsort((within[some], rank[some]))]
+
+
+def _least(rank: npt.NDArray[np.uint8], within: Int64, count: int) -> Int64:
+    """Which are the first `count` by rank and within each, in no order: sorting all of a large arena takes too long."""
+    if len(rank) <= count:
+        return np.arange(len(rank))
+    found = np.empty(0, np.int64)
+    for each in range(int(rank.max()) + 1):
+        (places,) = np.nonzero(rank == each)
+        missing = count - len(found)
+        if len(places) > missing:
+            return np.concatenate([found, places[least(within[places], missing)]])
+        found = np.concatenate([found, places])
+    return found
 
 
 class DiskOrder:
-    """Changed by the loop's thread only."""
+    """Which chunks the disk holds, and in which order they go. Changed by the loop's thread only."""
 
     def __init__(self, keys: Iterable[ChunkKey]) -> None:
         self._indexes: dict[bytes, dict[int, None]] = {}  # of the chunks that are held, by object
@@ -110,7 +174,7 @@ class DiskOrder:
         return bool(self._idle) or bool(self._by_policy.get(policy))
 
     def evict(self, policy: PolicyName) -> ChunkKey | None:
-        """Choose what goes for a chunk of this policy; it counts as gone."""
+        """Choose what goes for a chunk of this policy, which counts as gone from now on."""
         order = self._idle if self._idle else self._by_policy.get(policy)
         if not order:
             return None
@@ -118,12 +182,13 @@ class DiskOrder:
         self.discard(key)
         return key
 
-    def idle(self) -> Iterator[ChunkKey]:
-        """The chunks that nobody has a use for, those that go first in front."""
-        return self._idle.in_order()
+    def in_order(self) -> Iterator[ChunkKey]:
+        """All chunks as they should go if there must be less on disk: pinned ones last."""
+        yield from self._idle.in_order()
+        yield from self.covered()
 
     def covered(self) -> Iterator[ChunkKey]:
-        """The others, pinned ones last."""
+        """Those of covered objects, pinned ones last."""
         for order in self._by_policy.values():
             yield from order.in_order()
         for object_id, indexes in self._indexes.items():
@@ -132,16 +197,22 @@ class DiskOrder:
                     yield ChunkKey(object_id, index)
 
 
-# Of the disk's quota, what chunks can be sure of: indexes lie there too. The rest is filled with what comes.
-_DISK_SHARE = 0.97
-# Of the arena, what pins can be sure of: the rest is for what is being read and what comes next.
-_RAM_SHARE = 0.5
+class DiskSizes(Protocol):
+    """What is asked of the disk tier here: sizes, at once. See `ports.Disk`."""
+
+    @property
+    def chunk_bytes(self) -> int: ...
+
+    @property
+    def quota_bytes(self) -> int: ...
+
+    def file_bytes(self, length: int) -> int: ...
 
 
 class Pins:
-    """Changed by the loop's thread only."""
+    """Which chunks each tier should hold of the covered data. Changed by the loop's thread only."""
 
-    def __init__(self, disk: Disk, ram_bytes: int) -> None:
+    def __init__(self, disk: DiskSizes, ram_bytes: int) -> None:
         self._disk, self._ram_bytes = disk, ram_bytes
         self._whole_file_bytes = disk.file_bytes(disk.chunk_bytes)
         self._covered_bytes = self._covered_file_bytes = self._covered_chunks = 0
@@ -173,37 +244,38 @@ class Pins:
     @property
     def disk_share(self) -> float:
         """The part of the covered data that the disk holds, at most 1."""
-        return min(1.0, _DISK_SHARE * self._disk.quota_bytes / max(1, self._covered_file_bytes))
+        return min(1.0, shares.DISK_CHUNKS * self._disk.quota_bytes / max(1, self._covered_file_bytes))
 
     def belongs_on_disk(self, entry: ObjectEntry, index: int) -> bool:
         """Whether the disk should hold a chunk."""
         share = self.disk_share
         return share >= 1.0 or Arc.of_epoch(entry.epoch, share).holds(place(entry.id, index))
 
-    def belongs_in_ram(self, entry: ObjectEntry, index: int) -> bool:
+    def belongs_in_ram(self, chunk: Chunk) -> bool:
         """Whether the arena should, rather than others that the disk does not hold."""
+        entry, index = chunk.entry, chunk.index
         before = self.disk_share
-        share = _RAM_SHARE * self._ram_bytes / max(1, self._covered_bytes)
+        share = shares.PINNED * self._ram_bytes / max(1, self._covered_bytes)
         return before < 1.0 and Arc.of_epoch(entry.epoch, share, before).holds(place(entry.id, index))
 
 
-class Room:
-    """Used by the loop's thread only. `plans` are those that are read."""
+class DiskAdmission:
+    """Which chunk may go from a full disk for another. Used by the loop's thread only."""
 
     def __init__(self, order: DiskOrder, pins: Pins, plans: Callable[[], Sequence[Plan]]) -> None:
         self._order, self._pins, self._plans = order, pins, plans
 
     @property
-    def is_spare(self) -> bool:
-        """Whether something is on disk that nobody has a use for."""
+    def has_spare(self) -> bool:
+        """Whether something is on disk that is not covered."""
         return self._order.may_evict("pin")
 
-    def can_be_made(self, chunk: Chunk) -> bool:
-        """Whether something could go for this chunk."""
+    def may_evict_for(self, chunk: Chunk) -> bool:
+        """Whether something may go for this chunk."""
         return self._order.may_evict(chunk.entry.policy) or self._victim_for(chunk) is not None
 
-    def make(self, chunk: Chunk) -> ChunkKey | None:
-        """Choose what goes for it, which counts as gone; None where nothing may."""
+    def evict_for(self, chunk: Chunk) -> ChunkKey | None:
+        """Choose the victim for this chunk, which counts as gone from now on; None where nothing may go."""
         key = self._order.evict(chunk.entry.policy)
         if key is None:
             key = self._victim_for(chunk)
@@ -219,7 +291,7 @@ class Room:
         return next((key for plan in plans if (key := self._victim_of(plan, plans)) is not None), None)
 
     def _victim_of(self, plan: Plan, plans: Sequence[Plan]) -> ChunkKey | None:
-        """The first leaver that the plan has read and that is still there."""
+        """The first chunk that the plan has read, that is still there and that should not be pinned."""
         for position, entry, index in plan.delivered_steps():
             key = entry.key(index)
             if key in self._order and entry.policy not in BLIND and not self._pins.belongs_on_disk(entry, index):
@@ -236,7 +308,11 @@ _SAVED_S = 10.0
 
 
 class WriteBudget:
-    """Used by one thread."""
+    """How much may be written to disk: so many bytes a second on average. A token bucket.
+
+    What was not used lately may be used at once, up to ten seconds of it; a write is let through while anything is
+    left, so that a chunk may be larger than all of that, and what it takes beyond is missing afterwards.
+    """
 
     def __init__(self, bytes_per_s: int, now: float) -> None:
         """0 bytes a second: no limit."""
@@ -273,3 +349,26 @@ class WriteBudget:
         earned = self._bytes_per_s * (now - self._at)
         self._left = min(self._left + earned, self._bytes_per_s * _SAVED_S) if self._bytes_per_s else 0.0
         self._at = now
+
+
+def read_threads(buffer_count: int) -> int:
+    """How many may read from disk: so few that a disk that hangs leaves a small arena two buffers, if it has four."""
+    return max(1, min(DISK_READ_THREADS, buffer_count - 2 - write_threads(buffer_count)))
+
+
+def write_threads(buffer_count: int) -> int:
+    """How many may write to disk: see `read_threads`."""
+    return min(DISK_WRITE_THREADS, max(1, (buffer_count - 2) // 2))
+
+
+def write_queue_max(buffer_count: int) -> int:
+    """How many chunks may wait to be written."""
+    return max(1, int(buffer_count * shares.WRITE_QUEUE))
+
+
+def transit(buffer_count: int, requests_allowed: int) -> int:
+    """How many chunks ahead prefetching may displace what will be used later (see `state`): two rounds of requests, or
+    a quarter of a large arena, but never most of a small one.
+    """
+    rounds = max(_TRANSIT_MIN, 2 * requests_allowed)
+    return min(max(rounds, int(buffer_count * shares.TRANSIT_LEAST)), max(1, int(buffer_count * shares.TRANSIT_MOST)))
