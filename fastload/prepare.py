@@ -13,12 +13,12 @@ every other node the same work.
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,14 +27,12 @@ from fastload import shares
 from fastload.arguments import checked_urls
 from fastload.client.cache import AnyCache, handle_of
 from fastload.client.consumer import Consumer
-from fastload.client.handle import Handle
 from fastload.errors import ConfigError
 from fastload.formats import ShardIndex
 from fastload.history.library import WARMING
 from fastload.pipeline.listing import attach, find_sidecars, list_shards
 from fastload.pipeline.manifest_files import shared_manifest
 from fastload.pipeline.shards import ShardTable
-from fastload.pipeline.windows import window_chunks
 from fastload.plan import Manifest, OrderWish, Ranks, objects_in_use_order
 from fastload.protocol import Progress
 from fastload.store.logins import apart
@@ -101,12 +99,16 @@ def warm(
         order = job.order.settled(job.ranks, handle.ram_bytes)
         plan = objects_in_use_order(manifest, order, job.epoch, ranks=job.ranks)
         consumer.set_plan(plan, job.epoch, warm=True)
-        indexing = _Indexing(consumer, manifest, sidecars, plan.tolist())
+        indexing = ThreadPoolExecutor(1, "fastload-index")
+        counting = indexing.submit(
+            _count_by_indexing, _shard_table(consumer, manifest, sidecars), consumer, plan.tolist()
+        )
         try:
             progress = _follow(consumer, on_progress)
-            sample_count = indexing.result()
+            sample_count = counting.result()
         finally:
-            indexing.stop()
+            with consumer.interrupted():
+                indexing.shutdown()
     return Warmed(
         len(plan), progress.total_bytes, progress.held_bytes, progress.fetched_bytes, sample_count=sample_count
     )
@@ -158,45 +160,11 @@ def _follow(consumer: Consumer, on_progress: Callable[[Progress], None]) -> Prog
     return progress
 
 
-class _Indexing:
-    """Indexes shards in plan order in a thread of its own, behind the fetching."""
-
-    def __init__(self, consumer: Consumer, manifest: Manifest, sidecars: ObjectTable, object_nos: list[int]) -> None:
-        self._consumer = consumer
-        self._object_nos = object_nos
-        self._first_chunk = manifest.first_chunk(consumer.chunk_bytes)
-        self._shards = ShardTable(manifest, self._first_chunk, consumer.chunk_bytes, sidecars)
-        self._sample_count = 0
-        self._error: BaseException | None = None
-        self._is_stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="fastload-index", daemon=True)
-        self._thread.start()
-
-    def result(self) -> int:
-        """Wait for the end; the number of samples, or what went wrong."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._sample_count
-
-    def stop(self) -> None:
-        """End it early, if it still runs."""
-        self._is_stopped.set()
-        with self._consumer.interrupted():
-            self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            for number in self._object_nos:
-                if self._is_stopped.is_set():
-                    return
-                (index,) = self._shards.get(self._consumer, [number])
-                self._sample_count += index.sample_count
-                self._consumer.release(window_chunks(self._first_chunk, [number]))
-            # An answer to this says that the service has what was said before it, the last index too.
-            self._consumer.stats()
-        except BaseException as error:  # raised by `result`
-            self._error = error
+def _count_by_indexing(shards: ShardTable, consumer: Consumer, object_nos: list[int]) -> int:
+    """The number of samples; indexes one shard after the other, behind the fetching."""
+    sample_count = sum(index.sample_count for number in object_nos for index in shards.index(consumer, [number]))
+    consumer.stats()  # once it has answered this, the service has all that was sent before, the last index included
+    return sample_count
 
 
 # Each waits for one chunk at a time.
@@ -247,7 +215,10 @@ def index(
         known = np.delete(counts, wanted)
         done_count, sample_count = len(known), int(known.sum())
         on_progress(IndexProgress(done_count, len(manifest), sample_count))
-        with closing(_indexes(consumer, manifest, wanted.tolist(), handle)) as indexes:
+        shards = _shard_table(consumer, manifest, manifest.sidecars)
+        # Half of the arena is left for chunks that are in flight.
+        threads = max(1, min(_THREADS_MAX, int(handle.ram_bytes // handle.chunk_bytes * shares.INDEXING)))
+        with closing(_index_ahead(shards, consumer, wanted.tolist(), threads)) as indexes:
             for number, found in indexes:
                 if writer is not None:
                     writer.add(manifest.objects[number], found)
@@ -274,33 +245,26 @@ def _writer(output: str | os.PathLike[str] | None) -> AbstractContextManager[Sid
     return SidecarWriter(path)
 
 
-def _indexes(
-    consumer: Consumer, manifest: Manifest, object_nos: list[int], handle: Handle
+def _shard_table(consumer: Consumer, manifest: Manifest, sidecars: ObjectTable) -> ShardTable:
+    return ShardTable(manifest, manifest.first_chunk(consumer.chunk_bytes), consumer.chunk_bytes, sidecars)
+
+
+def _index_ahead(
+    shards: ShardTable, consumer: Consumer, object_nos: list[int], threads: int
 ) -> Generator[tuple[int, ShardIndex]]:
     """The indexes of these shards, in their order, made by several threads."""
-    first_chunk = manifest.first_chunk(consumer.chunk_bytes)
-    shards = ShardTable(manifest, first_chunk, consumer.chunk_bytes, manifest.sidecars)
-
-    def make(number: int) -> ShardIndex:
-        try:
-            (found,) = shards.get(consumer, [number])
-            return found
-        finally:
-            consumer.release(window_chunks(first_chunk, [number]))
-
-    # Half of the arena is left for chunks that are on their way.
-    threads = max(1, min(_THREADS_MAX, int(handle.ram_bytes // handle.chunk_bytes * shares.INDEXING)))
     pool = ThreadPoolExecutor(threads, "fastload-index")
-    ahead: deque[tuple[int, Future[ShardIndex]]] = deque()
+    numbers = iter(object_nos)
+    ahead: deque[tuple[int, Future[list[ShardIndex]]]] = deque()
     try:
-        for number in object_nos:
-            ahead.append((number, pool.submit(make, number)))
-            if len(ahead) == _AHEAD_MAX:
-                number, future = ahead.popleft()
-                yield number, future.result()
-        while ahead:
+        while True:
+            for number in islice(numbers, _AHEAD_MAX - len(ahead)):
+                ahead.append((number, pool.submit(shards.index, consumer, [number])))
+            if not ahead:
+                return
             number, future = ahead.popleft()
-            yield number, future.result()
+            (found,) = future.result()
+            yield number, found
     finally:
         with consumer.interrupted():
             pool.shutdown(cancel_futures=True)

@@ -31,7 +31,6 @@ from fastload.client.consumer import Consumer
 from fastload.errors import ConfigError, ServiceError
 from fastload.pipeline.shards import ShardTable
 from fastload.pipeline.source import Session, Source
-from fastload.pipeline.windows import Ints, window_chunks
 from fastload.waiting import Waits
 
 ObjectNos = npt.NDArray[np.int32]
@@ -72,7 +71,7 @@ class LocalCounts:
     def __init__(self, source: Source, consumer: Consumer) -> None:
         self._source, self._consumer = source, consumer
         # Of this pass, whatever list of shards the source has by and by.
-        self._manifest, self._shards, self._first_chunk = source.manifest, source.shards, source.first_chunk
+        self._manifest, self._shards = source.manifest, source.shards
 
     def known(self) -> Counts:
         """What this process has counted, or has been told."""
@@ -85,7 +84,7 @@ class LocalCounts:
     def ask(self, object_nos: ObjectNos) -> Counts:
         """The counts of the first of these, by indexing them."""
         object_nos = object_nos[:_INDEXED_AT_ONCE]
-        counts = count_by_indexing(self._shards, self._first_chunk, self._consumer, object_nos)
+        counts = _count(self._shards, self._consumer, object_nos)
         self.counted(object_nos, counts)
         return object_nos, counts
 
@@ -117,16 +116,9 @@ class StoredCounts(LocalCounts):
         )
 
 
-def count_by_indexing(
-    shards: ShardTable, first_chunk: Ints, consumer: Consumer, object_nos: ObjectNos
-) -> npt.NDArray[np.int64]:
-    """int64[objects]: counts, from indexes; parses the shards that have none yet. Keeps no chunk."""
-    numbers = object_nos.astype(np.int64)
-    try:
-        indexes = shards.get(consumer, numbers.tolist())
-    finally:
-        consumer.release(window_chunks(first_chunk, numbers))
-    return np.array([index.sample_count for index in indexes], np.int64)
+def _count(shards: ShardTable, consumer: Consumer, object_nos: ObjectNos) -> npt.NDArray[np.int64]:
+    """int64[objects]: counts, from indexes; parses the shards that have none yet."""
+    return np.array([index.sample_count for index in shards.index(consumer, object_nos.tolist())], np.int64)
 
 
 class Store(Protocol):
@@ -249,7 +241,7 @@ class Exchange:
             pause_s = min(2 * pause_s, _POLL_MAX_S)
 
     def _count_ourselves(self, object_nos: ObjectNos, consumer: Consumer) -> Counts:
-        counts = count_by_indexing(self._source.shards, self._source.first_chunk, consumer, object_nos)
+        counts = _count(self._source.shards, consumer, object_nos)
         self._source.learn_counts(object_nos, counts)
         self._publish(object_nos, counts)
         return object_nos, counts
@@ -303,8 +295,7 @@ class Exchange:
     def _count(self, object_nos: ObjectNos) -> npt.NDArray[np.int64]:
         self._session = self._source.open()
         try:
-            source, consumer = self._source, self._session.consumer
-            return count_by_indexing(source.shards, source.first_chunk, consumer, object_nos)
+            return _count(self._source.shards, self._session.consumer, object_nos)
         finally:
             session, self._session = self._session, None
             self._source.give_back(session)

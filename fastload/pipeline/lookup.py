@@ -20,7 +20,7 @@ import numpy.typing as npt
 from fastload.pipeline.finish import Finish, Gathered, OneMaker
 from fastload.pipeline.gather import Gatherer, LocalMemory, SampleGatherer
 from fastload.pipeline.source import Session, Source
-from fastload.pipeline.windows import Ints, LiveWindows, Window, window_chunks
+from fastload.pipeline.windows import Ints, LiveWindows, Window
 from fastload.plan import BatchEntry, Manifest
 
 # Rows of shards that stay open for one session, about 70 bytes each. Where that is too few for a data set, they are
@@ -107,8 +107,7 @@ class Lookup:
         if not len(closed):
             return
         first_chunk = self.source.first_chunk
-        indexes = self.source.shards.get(session.consumer, closed.tolist())
-        session.consumer.release(window_chunks(first_chunk, closed))  # of those that had to be parsed
+        indexes = self.source.shards.index(session.consumer, closed.tolist())
         for index, at in zip(indexes, range(len(closed)), strict=True):
             number = closed[at : at + 1]
             view.live.open(Window(int(number[0]), number, [index], first_chunk[number], np.empty(0, np.int64)))

@@ -27,6 +27,7 @@ from fastload.client.consumer import Consumer
 from fastload.errors import ShardError, StoreError
 from fastload.formats import ShardIndex, indexer_for
 from fastload.pipeline.listing import object_reader
+from fastload.pipeline.windows import window_chunks
 from fastload.plan import Manifest
 from fastload.store.table import ObjectTable
 
@@ -59,7 +60,7 @@ class ShardTable:
         self._promised = np.full(len(manifest), -1, np.int64) if manifest.promised is None else manifest.promised.copy()
 
     def get(self, consumer: Consumer, object_nos: Sequence[int]) -> list[ShardIndex]:
-        """The indexes of these shards, in this order; parses what nobody has parsed before."""
+        """The indexes of these shards, in this order; parses those that have not been parsed before."""
         found = self._in_memory(object_nos)
         missing = [number for number in object_nos if number not in found]
         if missing:
@@ -72,6 +73,13 @@ class ShardTable:
                 if index.byte_count + 1024 <= self._known.maxsize:
                     self._known[number] = index
         return [found[number] for number in object_nos]
+
+    def index(self, consumer: Consumer, object_nos: Sequence[int]) -> list[ShardIndex]:
+        """The same, for those who want the indexes alone: no chunk stays leased."""
+        try:
+            return self.get(consumer, object_nos)
+        finally:
+            consumer.release(window_chunks(self._first_chunk, object_nos))
 
     def known_counts(self, consumer: Consumer) -> npt.NDArray[np.int64]:
         """int64[objects]: how many samples each shard has, -1 where nobody knows yet; 0 for those that are gone.

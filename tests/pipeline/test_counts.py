@@ -33,7 +33,6 @@ class Node:
         self.gate = threading.Event()
         self.gate.set()
         self.is_interrupted = False
-        self.first_chunk = np.arange(len(COUNTS) + 1)
         self.shards = self.consumer = self
         self.manifest = self
         self.objects = [self] * len(COUNTS)
@@ -50,7 +49,7 @@ class Node:
     def learn_counts(self, object_nos: Any, counts: Any) -> None:
         self._counts[object_nos] = counts
 
-    def get(self, consumer: Any, numbers: list[int]) -> list[Any]:
+    def index(self, consumer: Any, numbers: list[int]) -> list[Any]:
         assert self.gate.wait(PATIENCE_S)
         if self._broken in numbers:
             raise ShardError(f"shard {self._broken} is no tar")
@@ -61,9 +60,6 @@ class Node:
         return self
 
     def give_back(self, session: Any) -> None:
-        pass
-
-    def release(self, chunks: Any) -> None:
         pass
 
     @contextmanager
