@@ -30,8 +30,7 @@ import torch
 
 from fastload import decode
 from fastload.decode import native
-from fastload.decode.base import Decoder
-from fastload.decode.keys import sample_keys
+from fastload.decode.base import Decoder, sample_keys
 from fastload.demo import photos
 
 SIZE = 224

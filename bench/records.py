@@ -329,7 +329,7 @@ Group = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.uint6
 
 def grouped_files(data_set: data.DataSet) -> list[Group]:
     """Every JPEG of the data set in batches, as a decoder is given them: bytes end to end, offsets, keys."""
-    from fastload.decode.keys import sample_keys
+    from fastload.decode.base import sample_keys
 
     files = []
     for path in data_set.paths:

@@ -109,7 +109,7 @@ def shortened(error: Error) -> Error:
     return error
 
 
-class Line(NamedTuple):
+class UserLine(NamedTuple):
     """A line of code, for warnings."""
 
     path: str
@@ -118,7 +118,7 @@ class Line(NamedTuple):
     warned: dict[Any, Any]  # what Python keeps of the warnings that it has shown there
 
 
-def line() -> Line:
+def line() -> UserLine:
     """The line of the user's that led here; in a thread of fastload, where none did, the line that asks."""
     frame = here = sys._getframe(1)
     while frame.f_back is not None and _is_ours(frame):
@@ -127,10 +127,10 @@ def line() -> Line:
         frame = here
     names = frame.f_globals
     warned = names.setdefault("__warningregistry__", {})
-    return Line(frame.f_code.co_filename, frame.f_lineno, names.get("__name__", "<unknown>"), warned)
+    return UserLine(frame.f_code.co_filename, frame.f_lineno, names.get("__name__", "<unknown>"), warned)
 
 
-def warn(message: str, category: type[Warning] = UserWarning, at: Line | None = None) -> None:
+def warn(message: str, category: type[Warning] = UserWarning, at: UserLine | None = None) -> None:
     """Warn, at the line of the user's that led here, or led to the work that goes on in a thread of fastload."""
     at = at or line()
     warnings.warn_explicit(redact(message), category, at.path, at.number, at.module, at.warned)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-__all__ = ["Memory", "cpu_quotas", "memory_limits", "read_file"]
+__all__ = ["MemoryLimit", "cpu_quotas", "memory_limits", "read_file"]
 
 Read = Callable[[str], str]
 
@@ -24,14 +24,14 @@ _ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class MemoryLimit:
     """The limit of one group, and how much of it is taken by what the kernel cannot drop, both in bytes."""
 
     limit_bytes: int
     used_bytes: int
 
 
-def memory_limits(read: Read) -> list[Memory]:
+def memory_limits(read: Read) -> list[MemoryLimit]:
     """All limits on memory that hold for this process; empty where there are none."""
     found = []
     for group, is_v2, is_own in _groups("memory", read):
@@ -47,7 +47,7 @@ def memory_limits(read: Read) -> list[Memory]:
             used = _number(read(f"{group}/{'memory.current' if is_v2 else 'memory.usage_in_bytes'}")) or 0
             prefix = "" if is_v2 else "total_"
             cached = sum(stat.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
-            found.append(Memory(min(known), max(0, used - cached)))
+            found.append(MemoryLimit(min(known), max(0, used - cached)))
     return found
 
 

@@ -17,7 +17,7 @@
 
 enum { DONE = 0, NOT_JPEG = 1, DAMAGED = 2, REFUSED = 3, NO_MEMORY = 4 };
 
-/* Why an image was not decoded. Laid out as `fastload.decode.native.Report`. */
+/* Why an image was not decoded. Laid out as `fastload.decode.native.DecodeReport`. */
 struct report {
     int32_t code;
     int32_t width, height;

@@ -14,7 +14,7 @@ import pytest
 
 from fastload import cgroups, config
 from fastload.cache import CacheDirectory
-from fastload.cgroups import Memory
+from fastload.cgroups import MemoryLimit
 from fastload.config import GIB, MIB
 from fastload.errors import ConfigError
 
@@ -29,7 +29,7 @@ _OTHER_MOUNTS = (
 )
 
 
-def _limits(files: dict[str, str]) -> list[Memory]:
+def _limits(files: dict[str, str]) -> list[MemoryLimit]:
     return cgroups.memory_limits(lambda path: files.get(path, ""))
 
 
@@ -64,7 +64,7 @@ def test_version_2_takes_the_least_of_all_levels() -> None:
         f"{job}/memory.stat": "anon 100\nactive_file 150\ninactive_file 50\nslab 3\n",
         "/sys/fs/cgroup/system.slice/memory.max": "8000\n",
     }
-    assert _limits(files) == [Memory(9000, 0), Memory(700, 300), Memory(8000, 0)]
+    assert _limits(files) == [MemoryLimit(9000, 0), MemoryLimit(700, 300), MemoryLimit(8000, 0)]
 
 
 def test_version_2_counts_where_throttling_begins() -> None:
@@ -84,7 +84,7 @@ def test_version_1_below_the_root() -> None:
         "/sys/fs/cgroup/memory/memory.limit_in_bytes": f"{_NO_LIMIT}\n",
     }
     assert _least(files) == 700
-    assert Memory(700, 600) in _limits(files)
+    assert MemoryLimit(700, 600) in _limits(files)
     files[f"{job}/memory.memsw.limit_in_bytes"] = "650"
     assert _least(files) == 650
     # A group of old, which did not count its children.
@@ -100,7 +100,7 @@ def test_version_1_tells_of_groups_that_the_mount_does_not_show() -> None:
         "/sys/fs/cgroup/memory/memory.limit_in_bytes": "5000",
         "/sys/fs/cgroup/memory/memory.stat": "rss 3\nhierarchical_memory_limit 4000\nhierarchical_memsw_limit 4100\n",
     }
-    assert _limits(files) == [Memory(4000, 0)]
+    assert _limits(files) == [MemoryLimit(4000, 0)]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_where_the_groups_are(own: str, root: str, folders: list[str]) -> None:
     ):
         for number, folder in enumerate(folders):
             limits = {f"{point}{folder}/{name}": f"{number + 5}"}
-            assert _limits(files | limits) == [Memory(number + 5, 0)], folder
+            assert _limits(files | limits) == [MemoryLimit(number + 5, 0)], folder
         assert _limits(files | {f"{point}/elsewhere/{name}": "1"}) == []
 
 
@@ -171,20 +171,20 @@ def test_files_that_make_no_sense(text: str) -> None:
     assert cgroups.cpu_quotas(lambda path: files.get(path, "")) == []
 
 
-def _have(monkeypatch: pytest.MonkeyPatch, *limits: Memory, quotas: tuple[float, ...] = ()) -> None:
+def _have(monkeypatch: pytest.MonkeyPatch, *limits: MemoryLimit, quotas: tuple[float, ...] = ()) -> None:
     monkeypatch.setattr("fastload.config.memory_limits", lambda read: list(limits))
     monkeypatch.setattr("fastload.config.cpu_quotas", lambda read: list(quotas))
 
 
 def test_the_default_arena(monkeypatch: pytest.MonkeyPatch) -> None:
-    _have(monkeypatch, Memory(_NO_LIMIT, 1 << 60), Memory(800 * MIB, 0))
+    _have(monkeypatch, MemoryLimit(_NO_LIMIT, 1 << 60), MemoryLimit(800 * MIB, 0))
     assert config.memory_limit_bytes() == 800 * MIB
     assert config.default_ram_bytes() == 200 * MIB
-    _have(monkeypatch, Memory(800 * MIB, 600 * MIB))
+    _have(monkeypatch, MemoryLimit(800 * MIB, 600 * MIB))
     assert config.default_ram_bytes() == 100 * MIB
-    _have(monkeypatch, Memory(800 * MIB, 900 * MIB))
+    _have(monkeypatch, MemoryLimit(800 * MIB, 900 * MIB))
     assert config.default_ram_bytes() == 64 * MIB
-    _have(monkeypatch, Memory(100 * MIB, 100 * MIB))
+    _have(monkeypatch, MemoryLimit(100 * MIB, 100 * MIB))
     assert config.default_ram_bytes() == 25 * MIB
 
 
@@ -205,7 +205,7 @@ def test_limits_of_a_larger_place_are_not_taken_over(tmp_path: Path, monkeypatch
     """A directory that was made by a job with more memory: here its arena would be killed. There it stays as it is."""
     _have(monkeypatch)
     large = CacheDirectory.open(tmp_path / "cache", ram_bytes=2 * GIB, disk_bytes=GIB)
-    _have(monkeypatch, Memory(700 * MIB, 0))
+    _have(monkeypatch, MemoryLimit(700 * MIB, 0))
     small = CacheDirectory.open(large.path)
     assert small.limits.ram_bytes == 175 * MIB
     (warning,) = small.warnings

@@ -68,7 +68,7 @@ class ChunkDamagedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ChunkLayout:
     """Where things lie in a file: P (`padded_bytes`), T (`trailer_bytes`) and the number of blocks."""
 
     padded_bytes: int
@@ -86,13 +86,13 @@ class Layout:
         return max(0, self.padded_bytes - PAGE_BYTES)
 
 
-def layout(length: int) -> Layout:
+def layout(length: int) -> ChunkLayout:
     """The layout of `length` bytes of data."""
     block_count = -(-length // BLOCK_BYTES)
-    return Layout(_round_up(length), _round_up(_HEAD.size + 8 * block_count + _CHECKSUM.size), block_count)
+    return ChunkLayout(_round_up(length), _round_up(_HEAD.size + 8 * block_count + _CHECKSUM.size), block_count)
 
 
-def layout_of_file(file_bytes: int) -> Layout | None:
+def layout_of_file(file_bytes: int) -> ChunkLayout | None:
     """The layout of a file of this size, or None where no chunk gives such a file."""
     # The data is no longer than the file, which bounds the trailer from above, and that the data from below.
     most = layout(file_bytes).trailer_bytes
@@ -161,7 +161,7 @@ def _round_up(count: int) -> int:
     return -(-count // PAGE_BYTES) * PAGE_BYTES
 
 
-def _fill_tail(tail: mmap.mmap, key: ChunkKey, data: memoryview, shape: Layout) -> None:
+def _fill_tail(tail: mmap.mmap, key: ChunkKey, data: memoryview, shape: ChunkLayout) -> None:
     """The last page of the data and the trailer, into `tail`, which is zeroed memory."""
     rest = data[shape.direct_bytes :]
     tail[: len(rest)] = rest
@@ -194,7 +194,7 @@ def _read_file(path: Path, key: ChunkKey, out: memoryview, flags: int) -> int:
         syscalls.close(fd)
 
 
-def _layout_on_disk(fd: int, room: int) -> Layout:
+def _layout_on_disk(fd: int, room: int) -> ChunkLayout:
     status = syscalls.fstat(fd)
     shape = layout_of_file(status.st_size) if stat.S_ISREG(status.st_mode) else None
     if shape is None:
@@ -204,7 +204,7 @@ def _layout_on_disk(fd: int, room: int) -> Layout:
     return shape
 
 
-def _take_tail(tail: mmap.mmap, key: ChunkKey, out: memoryview, shape: Layout) -> int:
+def _take_tail(tail: mmap.mmap, key: ChunkKey, out: memoryview, shape: ChunkLayout) -> int:
     """Check the trailer, move the data's last page to `out` and verify the data; returns its length."""
     start = shape.padded_bytes - shape.direct_bytes
     length = _check_trailer(tail[start:], key, shape)
@@ -219,7 +219,7 @@ def _take_tail(tail: mmap.mmap, key: ChunkKey, out: memoryview, shape: Layout) -
     return length
 
 
-def _check_trailer(trailer: bytes, key: ChunkKey, shape: Layout) -> int:
+def _check_trailer(trailer: bytes, key: ChunkKey, shape: ChunkLayout) -> int:
     """The length of the data, once the trailer is known to be whole, of this version, and this key's."""
     (checksum,) = _CHECKSUM.unpack_from(trailer, len(trailer) - _CHECKSUM.size)
     if checksum != xxh3_64_intdigest(trailer[: -_CHECKSUM.size]):

@@ -17,7 +17,7 @@ from fastload.cache import limits
 from fastload.config import default_cache_dir, format_bytes
 from fastload.errors import CacheError, ConfigError
 from fastload.history.archive import Archive, RunFile
-from fastload.history.runfile import Run, Summary
+from fastload.history.runfile import Run, RunSummary
 
 app = typer.Typer(help="Runs that a cache remembers: what they read, and what they learnt of stores.")
 
@@ -113,7 +113,7 @@ def _archive(cache: Path | None) -> Archive:
     return Archive(path)
 
 
-def _row(summary: Summary | None) -> list[str]:
+def _row(summary: RunSummary | None) -> list[str]:
     if summary is None:
         return ["(damaged)", *[""] * 4]
     return [
@@ -167,7 +167,7 @@ def _reads(run: Run, count: int) -> list[tuple[float, int, int, str]]:
     ]
 
 
-def _as_dict(run: RunFile, summary: Summary | None) -> dict[str, Any]:
+def _as_dict(run: RunFile, summary: RunSummary | None) -> dict[str, Any]:
     figures = msgspec.to_builtins(summary) if summary is not None else {"damaged": True}
     return {"run": run.name, "file_bytes": run.size, **figures}
 

@@ -12,7 +12,7 @@ one call:
 - `fixed()` is None: `decode` returns the group as a `Ragged`, a list, or an array with one row a sample.
 
 A decoder that makes random choices says so (`wants_keys`), and is then given a key a sample, from which it
-draws all of them: see `fastload.decode.keys`. Others take keys, and pay no heed to them.
+draws all of them: see `fastload.decode.base`. Others take keys, and pay no heed to them.
 
 `values` and `offsets` belong to the caller and are used again, so nothing that is returned may share their
 memory; `decode_owned` is for a caller that gives them away. What a decoder returns is writable and the
@@ -25,6 +25,11 @@ A decoder's own work is `_decode`, which knows one value and nothing of where it
 `DecodeError` (or `ConfigError`, where something is to be installed) with what is wrong; the callers here put
 the place before it. `where(i)`, which may be slow, is
 called only for that.
+
+Keys: 64 bits a sample, from which a decoder that makes random choices draws all of them.
+
+A key says seed, epoch and sample, and nothing else: so the same sample of the same epoch looks the same whatever the
+number of workers, nodes and threads, in whichever batch it lies, and after a resume; and differently in each epoch.
 """
 
 from __future__ import annotations
@@ -37,16 +42,17 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fastload.decode.keys import Keys
 from fastload.errors import ConfigError, DecodeError, FastloadError
+from fastload.kernels.keys import fill_keys
 from fastload.ragged import Ragged
 
-__all__ = ["Bytes", "Decoder", "Fixed", "Offsets", "Where", "each", "located"]
+__all__ = ["Bytes", "Decoder", "Fixed", "Keys", "Offsets", "Where", "each", "located", "sample_keys"]
 
 Bytes: TypeAlias = "bytes | bytearray | memoryview"
 Fixed: TypeAlias = tuple[tuple[int, ...], np.dtype[Any]]
 Offsets: TypeAlias = npt.NDArray[np.int64]
 Where: TypeAlias = Callable[[int], str]
+
 """The place of sample i of the group, for an error: its URL, key and column."""
 
 # A `ConfigError` is one about the sample, too: a format whose library is not installed.
@@ -146,3 +152,24 @@ def each(values: npt.NDArray[np.uint8], offsets: Offsets, where: Where, act: Cal
 def located(error: FastloadError, where: str) -> FastloadError:
     """`error` with its place before it."""
     return type(error)(f"{where}: {error}")
+
+
+Keys: TypeAlias = npt.NDArray[np.uint64]
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def sample_keys(seed: int, epoch: int, object_no: npt.NDArray[Any], sample_no: npt.NDArray[Any]) -> Keys:
+    """A key for each sample, number `sample_no[i]` of object `object_no[i]`. Pure; any integers will do."""
+    run = np.array([_mixed(_mixed(seed & _MASK) + (epoch & _MASK)) & _MASK], np.uint64)
+    keys = np.empty(len(object_no), np.uint64)
+    fill_keys(run, np.ascontiguousarray(object_no, np.int64), np.ascontiguousarray(sample_no, np.int64), keys)
+    return keys
+
+
+def _mixed(word: int) -> int:
+    """What splitmix64 makes of a word: every bit depends on every other."""
+    word = (word + _GOLDEN) & _MASK
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK
+    return word ^ (word >> 31)

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastload.decode.base import Decoder, Fixed, Offsets, Where, located
-from fastload.decode.keys import Keys
+from fastload.decode.base import Decoder, Fixed, Keys, Offsets, Where, located
 from fastload.errors import ConfigError, DecodeError
 from fastload.kernels.parse import parse_integers
 

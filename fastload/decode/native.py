@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastload.decode.base import Offsets
-from fastload.decode.keys import Keys
+from fastload.decode.base import Keys, Offsets
 from fastload.errors import ConfigError
 from fastload.lifecycle import on_drop
 
@@ -30,7 +29,7 @@ __all__ = [
     "REFUSED",
     "ROW_PADDING",
     "Context",
-    "Report",
+    "DecodeReport",
     "Settings",
     "c_unit",
     "path",
@@ -70,7 +69,7 @@ class Settings(ctypes.Structure):
     )
 
 
-class Report(ctypes.Structure):
+class DecodeReport(ctypes.Structure):
     """Why an image was not decoded; `struct report` of `native/image.c`."""
 
     _fields_ = (
@@ -129,7 +128,7 @@ def _load(path: Path) -> ctypes.CDLL:
         raise ConfigError(f"{path} cannot be loaded: {error}; reinstall fastload, or set FASTLOAD_NATIVE=0") from error
     if found.fastload_abi() != _ABI:
         raise ConfigError(f"{path} belongs to another version of fastload; reinstall it, or set FASTLOAD_NATIVE=0")
-    pointer, settings, report = ctypes.c_void_p, ctypes.POINTER(Settings), ctypes.POINTER(Report)
+    pointer, settings, report = ctypes.c_void_p, ctypes.POINTER(Settings), ctypes.POINTER(DecodeReport)
     int32, int64, uint64 = ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
     found.fastload_new.restype = pointer
     found.fastload_free.argtypes = (pointer,)
@@ -164,7 +163,7 @@ class Context:
         keys: Keys | None,
         first: int,
         out: npt.NDArray[Any],
-        report: Report,
+        report: DecodeReport,
     ) -> int:
         """Decode the JPEGs of a group from number `first` on into `out`. Returns the number of the first that is not
         decoded, with the reason in `report`, or the number of images.

@@ -25,12 +25,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastload.decode.base import Decoder, Fixed, Offsets, Where, each, located
-from fastload.decode.keys import Keys
+from fastload.decode.base import Decoder, Fixed, Keys, Offsets, Where, each, located
 from fastload.errors import ConfigError, DecodeError
 from fastload.ragged import Ragged
 
-__all__ = ["Array", "array", "read_npy"]
+__all__ = ["NpyArray", "array", "read_npy"]
 
 _MAGIC = b"\x93NUMPY"
 _HEADER_BYTES_MAX = 10_000
@@ -48,7 +47,7 @@ _SHAPE = re.compile(rf"\([{_SPACES}]*\)|\({_LENGTH},[{_SPACES}]*\)|\({_LENGTH}(,
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class NpyHeader:
     """What a header says: dtype (in the file's byte order), shape and order of the elements, and where they
     start.
     """
@@ -77,7 +76,7 @@ def read_npy(value: memoryview) -> npt.NDArray[Any]:
     return _elements(flat, header, header.shape)
 
 
-def read_header(value: memoryview) -> Header:
+def read_header(value: memoryview) -> NpyHeader:
     """The checked header; raises `DecodeError`."""
     if len(value) < 10 or value[:6] != _MAGIC:
         raise DecodeError(f"not an npy file: it starts with {bytes(value[:10])!r} and is {len(value)} bytes long")
@@ -94,14 +93,14 @@ def read_header(value: memoryview) -> Header:
 
 
 @lru_cache(maxsize=256)  # of at most 10 kB each
-def _parse(head: bytes, text_start: int) -> Header:
+def _parse(head: bytes, text_start: int) -> NpyHeader:
     text = head[text_start:].decode("utf-8" if head[6] == 3 else "latin-1", "replace")
     fields = _fields(text)
     if set(fields) != {"descr", "fortran_order", "shape"}:
         raise DecodeError(f"the npy header {text[:80]!r} is not a dict of exactly descr, fortran_order and shape")
     if fields["fortran_order"] not in ("True", "False"):
         raise DecodeError(f"fortran_order {fields['fortran_order']} in the npy header is neither True nor False")
-    return Header(_dtype(fields["descr"]), _shape(fields["shape"]), fields["fortran_order"] == "True", len(head))
+    return NpyHeader(_dtype(fields["descr"]), _shape(fields["shape"]), fields["fortran_order"] == "True", len(head))
 
 
 def _fields(text: str) -> dict[str, str]:
@@ -135,7 +134,7 @@ def _shape(shape: str) -> tuple[int, ...]:
     return lengths
 
 
-def _check_length(header: Header, file_bytes: int) -> None:
+def _check_length(header: NpyHeader, file_bytes: int) -> None:
     there = file_bytes - header.data_start
     if header.data_bytes != there:
         raise DecodeError(
@@ -143,7 +142,7 @@ def _check_length(header: Header, file_bytes: int) -> None:
         )
 
 
-def _elements(data: npt.NDArray[np.uint8], header: Header, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+def _elements(data: npt.NDArray[np.uint8], header: NpyHeader, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """`data` (bytes, last axis contiguous) seen as elements of `shape`."""
     # A bool that is neither 0 nor 1 breaks the code that gets it.
     elements = data != 0 if header.dtype.kind == "b" else data.view(header.dtype)
@@ -157,7 +156,7 @@ def _elements(data: npt.NDArray[np.uint8], header: Header, shape: tuple[int, ...
 
 
 @dataclass(frozen=True, slots=True)
-class Array(Decoder):
+class NpyArray(Decoder):
     """See `array`."""
 
     shape: tuple[int, ...] | None = None
@@ -221,8 +220,8 @@ class Array(Decoder):
         self, values: npt.NDArray[np.uint8], offsets: Offsets, where: Where, keys: Keys | None = None
     ) -> Ragged | list[Any] | npt.NDArray[Any]:
         if self.shape is None or self.dtype is not None:
-            return super(Array, self).decode(values, offsets, where)
-        rows: Any = super(Array, self).decode(values, offsets, where)  # a list, since `fixed()` is None
+            return super(NpyArray, self).decode(values, offsets, where)
+        rows: Any = super(NpyArray, self).decode(values, offsets, where)  # a list, since `fixed()` is None
         for number, row in enumerate(rows):
             if row.dtype != rows[0].dtype:
                 raise DecodeError(
@@ -262,11 +261,11 @@ def array(
     `default` stands for the value of samples that lack an optional column: an array, or a number that fills `shape`.
     With `shape` it needs `dtype`, too. Without a default, samples and lists have None there.
     """
-    declared = Array(None if shape is None else _declared_shape(shape), _declared_dtype(dtype))
+    declared = NpyArray(None if shape is None else _declared_shape(shape), _declared_dtype(dtype))
     return declared if default is None else replace(declared, default=_declared_default(default, declared))
 
 
-def _declared_default(default: npt.ArrayLike, declared: Array) -> bytes:
+def _declared_default(default: npt.ArrayLike, declared: NpyArray) -> bytes:
     if declared.shape is not None and declared.dtype is None:
         raise ConfigError(
             f"default={default!r} needs dtype=, which a batch has where all of its samples lack the array"

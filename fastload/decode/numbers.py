@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastload.decode.base import Decoder, Fixed, Offsets, Where, located
+from fastload.decode.base import Decoder, Fixed, Keys, Offsets, Where, located
 from fastload.decode.integers import shown
-from fastload.decode.keys import Keys
 from fastload.errors import ConfigError, DecodeError
 from fastload.kernels.floats import MALFORMED, parse_floats, powers_of_five
 

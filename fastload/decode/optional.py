@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastload.decode.base import Decoder, Offsets, Where
-from fastload.decode.keys import Keys
+from fastload.decode.base import Decoder, Keys, Offsets, Where
 from fastload.decode.plain import Raw
 from fastload.errors import ConfigError
 from fastload.ragged import Ragged

@@ -17,10 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload.decode import native
-from fastload.decode.base import Bytes, Decoder, Fixed, Offsets, Where, each, located
-from fastload.decode.keys import Keys
+from fastload.decode.base import Bytes, Decoder, Fixed, Keys, Offsets, Where, each, located
 from fastload.decode.pixels import check_size, damaged_jpeg, is_jpeg, read_jpeg, read_other
-from fastload.decode.view import Cropping, View, choose_view
+from fastload.decode.view import Cropping, PictureView, choose_view
 from fastload.decode.workspace import workspace
 from fastload.errors import ConfigError, DecodeError
 from fastload.kernels.resize import resize_rgbx
@@ -98,7 +97,7 @@ class Image(Decoder):
         if keys is None and self.wants_keys():
             raise ConfigError(
                 "an image decoder with random crops or flips needs a key for each sample; "
-                "fastload.decode.keys.sample_keys makes them"
+                "fastload.decode.base.sample_keys makes them"
             )
         context = workspace.context()
         if context is not None:
@@ -115,7 +114,7 @@ class Image(Decoder):
         where: Where,
         keys: Keys | None,
     ) -> None:
-        settings, report = _settings(self), native.Report()
+        settings, report = _settings(self), native.DecodeReport()
         i = -1
         while (i := context.decode(settings, values, offsets, keys, i + 1, out, report)) < len(out):
             value = values.data[offsets[i] : offsets[i + 1]]
@@ -127,7 +126,7 @@ class Image(Decoder):
                 raise located(error, where(i)) from error.__cause__
             context.resize(settings, _key(keys, i), pixels, orientation, out[i])
 
-    def _failure(self, value: memoryview, report: native.Report) -> Exception:
+    def _failure(self, value: memoryview, report: native.DecodeReport) -> Exception:
         if report.code == native.REFUSED:
             check_size(report.width, report.height, self.pixels_max)
         if report.code == native.NO_MEMORY:
@@ -144,7 +143,7 @@ class Image(Decoder):
             view = choose_view(wanted, key, source.shape[1] // 4, source.shape[0], orientation, whole=True)
         self._resize(source, view, out)
 
-    def _resize(self, source: npt.NDArray[np.uint8], view: View, out: npt.NDArray[Any]) -> None:
+    def _resize(self, source: npt.NDArray[np.uint8], view: PictureView, out: npt.NDArray[Any]) -> None:
         rows, columns = workspace.rows, workspace.columns
         rows.make(view.rows, self.cropping.size)
         columns.make(view.columns, self.cropping.size)

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from fastload.decode.view import View
+from fastload.decode.view import PictureView
 from fastload.decode.workspace import workspace
 from fastload.errors import ConfigError, DecodeError
 from fastload.kernels.resize import cmyk_to_rgbx
@@ -51,8 +51,8 @@ def is_jpeg(value: memoryview) -> bool:
 
 
 def read_jpeg(
-    value: memoryview, pixels_max: int, choose: Callable[[int, int, int], View], *, turn: bool
-) -> tuple[npt.NDArray[np.uint8], View]:
+    value: memoryview, pixels_max: int, choose: Callable[[int, int, int], PictureView], *, turn: bool
+) -> tuple[npt.NDArray[np.uint8], PictureView]:
     """The picture as (height, 4 * width), valid until the thread's next call, and what `choose` said of it. Raises
     `DecodeError`.
 

@@ -15,8 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from fastload.decode.base import Decoder, Offsets, Where
-from fastload.decode.keys import Keys
+from fastload.decode.base import Decoder, Keys, Offsets, Where
 from fastload.errors import ConfigError, DecodeError
 from fastload.ragged import Ragged, unchecked
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["Cropping", "Span", "View", "choose_view"]
+__all__ = ["Cropping", "PictureView", "Span", "choose_view"]
 
 _MASK = (1 << 64) - 1
 _ATTEMPTS = 10
@@ -56,7 +56,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class PictureView:
     """Spans of a picture decoded at 1/`denominator`, in pixels of that. `is_transposed`: rows of it become columns."""
 
     rows: Span
@@ -67,7 +67,7 @@ class View:
 
 def choose_view(
     wanted: Cropping, key: int, width: int, height: int, orientation: int = 1, *, whole: bool = False
-) -> View:
+) -> PictureView:
     """The view of a picture of `width` x `height` pixels (as they are in the file) with this EXIF orientation.
 
     `whole`: it is decoded already, so that it cannot be decoded smaller.
@@ -92,7 +92,7 @@ def choose_view(
     if orientation in (3, 4, 6, 7):
         rows = _reversed(rows, height, size)
     denominator = 1 if whole else _denominator(wanted, min(rows.step, columns.step), width, height)
-    return View(_scaled(rows, denominator), _scaled(columns, denominator), is_transposed, denominator)
+    return PictureView(_scaled(rows, denominator), _scaled(columns, denominator), is_transposed, denominator)
 
 
 def _random_box(wanted: Cropping, key: int, width: int, height: int) -> tuple[int, int, int, int]:

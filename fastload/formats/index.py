@@ -141,7 +141,7 @@ class ShardIndex:
         Raises ShardError, naming `url`, for anything that is not exactly an index of an object of
         `object_size` bytes.
         """
-        return _Reader(bytes(data), url, object_size).read()
+        return _IndexReader(bytes(data), url, object_size).read()
 
 
 def stored_sample_count(header: bytes, length: int) -> int:
@@ -160,7 +160,7 @@ def _stored_bytes(columns: int, samples: int, members: int, keys: int, names: in
     return _HEADER.size + 16 * (samples + 1) + 20 * members + keys + 4 * columns + names
 
 
-class _Reader:
+class _IndexReader:
     """Reads a stored index, believing nothing."""
 
     def __init__(self, data: bytes, url: str, object_size: int) -> None:

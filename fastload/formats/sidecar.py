@@ -152,7 +152,7 @@ class SidecarWriter:
 
 
 @dataclass(frozen=True, eq=False)
-class Summary:
+class SidecarSummary:
     """What a sidecar says of its shards, without their indexes; by row."""
 
     objects: ObjectTable
@@ -181,7 +181,7 @@ class Summary:
         return found
 
 
-def read_summary(read_at: ReadAt, size: int, url: str) -> Summary:
+def read_summary(read_at: ReadAt, size: int, url: str) -> SidecarSummary:
     """The summary of the sidecar of `size` bytes at `url`, of which `read_at(start, length)` reads a part.
 
     Raises ShardError, naming `url`, where it is no sidecar.
@@ -207,7 +207,7 @@ def read_summary(read_at: ReadAt, size: int, url: str) -> Summary:
         ) from error
 
 
-def _summary(table: Any, size: int) -> Summary:
+def _summary(table: Any, size: int) -> SidecarSummary:
     columns = {name: table.column(name) for name in table.schema.names}
     for field in _SUMMARY:
         _require(field.nullable or columns[field.name].null_count == 0, f"{field.name} is missing in some rows")
@@ -219,7 +219,7 @@ def _summary(table: Any, size: int) -> Summary:
         _require(not (values < 0).any(), f"{name} is negative in some rows")
     _require(not ((offsets > size) | (lengths > size - np.minimum(offsets, size))).any(), "an index lies outside of it")
     objects = ObjectTable(_texts(columns["url"]), sizes, _texts(columns["etag"]), mtimes_ns)
-    return Summary(objects, samples, offsets, lengths)
+    return SidecarSummary(objects, samples, offsets, lengths)
 
 
 def _require(holds: object, what: str) -> None:

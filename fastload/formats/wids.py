@@ -58,7 +58,7 @@ class Shards:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class WidsSource:
     """Another list whose shards belong here."""
 
     url: str
@@ -70,17 +70,17 @@ def is_list(url: str) -> bool:
     return path.lower().endswith(ENDING)
 
 
-def parse(data: bytes, url: str) -> list[Shards | Source]:
+def parse(data: bytes, url: str) -> list[Shards | WidsSource]:
     """The parts of the list at `url`, in order. Raises ConfigError, naming `url`, where it is none."""
     read = _decode(data, url, _List)
     if read.wids_version != 1:
         raise ConfigError(f"{url} has wids_version {read.wids_version}; this fastload reads version 1")
     if read.shardlist is None and not read.datasets:
         raise ConfigError(_explain(data, url))
-    parts: list[Shards | Source] = [_shards(read.shardlist or [], read.base, url)]
+    parts: list[Shards | WidsSource] = [_shards(read.shardlist or [], read.base, url)]
     for dataset in read.datasets:
         if dataset.source_url is not None:
-            parts.append(Source(_joined(url, dataset.source_url, url)))
+            parts.append(WidsSource(_joined(url, dataset.source_url, url)))
         else:
             parts.append(_shards(dataset.shardlist, dataset.base or read.base, url))
     return parts

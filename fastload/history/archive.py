@@ -18,7 +18,7 @@ from fastload.cache.chunkfile import transfer
 from fastload.cache.directory import LastingRoot
 from fastload.errors import CacheError, ConfigError
 from fastload.history import runfile
-from fastload.history.runfile import Run, Summary
+from fastload.history.runfile import Run, RunSummary
 
 FOLDER = "history"
 _ENDING = ".run"
@@ -71,7 +71,7 @@ class Archive:
         what = f"{len(matching)} runs begin with" if matching else "there is no run"
         raise ConfigError(f"{what} {name!r} in {self.folder}; `fastload history ls` shows them")
 
-    def summary(self, run: RunFile) -> Summary | None:
+    def summary(self, run: RunFile) -> RunSummary | None:
         """A run in figures; None where its file holds none."""
         return runfile.read_summary(run.path)
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fastload.history import runfile
-from fastload.history.runfile import EndpointSummary, Reads, Summary
+from fastload.history.runfile import EndpointSummary, Reads, RunSummary
 from fastload.store.table import ObjectRows
 from fastload.store.types import ObjectInfo
 from fastload.store.urls import scheme
@@ -61,7 +61,7 @@ class Batch:
     chunks: array[int] = field(default_factory=lambda: array("I"))
     lanes: array[int] = field(default_factory=lambda: array("H"))
     ticks: array[int] = field(default_factory=lambda: array("I"))
-    summary: Summary | None = None
+    summary: RunSummary | None = None
 
     def pieces(self) -> list[bytes]:
         """It as pieces of a file. Takes milliseconds: for a thread."""
@@ -144,9 +144,9 @@ class Recorder:
         self._read_count += 1
         return True
 
-    def summary(self, seconds: float, endpoints: Mapping[str, EndpointSummary]) -> Summary:
+    def summary(self, seconds: float, endpoints: Mapping[str, EndpointSummary]) -> RunSummary:
         """The run in figures, when so many seconds have passed."""
-        return Summary(
+        return RunSummary(
             began=self._began,
             seconds=seconds,
             program=self._program,

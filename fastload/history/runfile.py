@@ -19,7 +19,7 @@ pieces up to the first that is not whole. Integers are little-endian.
     reads payload       zlib of msgpack [objects, chunks, lanes, ticks]: four columns of r reads, in the order in which
                         they were asked for; uint32 object number, uint32 chunk of the object, uint16 lane (the reader),
                         uint32 tenths of a second since the run began
-    summary payload     msgpack of `Summary`; the last one counts
+    summary payload     msgpack of `RunSummary`; the last one counts
 
 No credentials are in it: options of stores never come here, and neither do URLs that may carry some (see `record`).
 """
@@ -79,7 +79,7 @@ class EndpointSummary(msgspec.Struct, frozen=True):
     request_count: _Count = 0
 
 
-class Summary(msgspec.Struct, frozen=True):
+class RunSummary(msgspec.Struct, frozen=True):
     """A run in a few figures. `began` is in seconds since 1970; the sources say where what it read came from.
 
     `left_out` counts reads that are not in the file: beyond what a run may keep, or of URLs that may hold secrets.
@@ -140,7 +140,7 @@ class Run:
     """A run as it was kept. `keys[i]` is the key of `objects[i]`."""
 
     name: str
-    summary: Summary
+    summary: RunSummary
     keys: UInt64
     objects: ObjectTable
     reads: Reads
@@ -162,7 +162,7 @@ def reads_piece(reads: Reads) -> bytes:
     return _packed(READS, _ReadsPiece(*(column.tobytes() for column in columns)))
 
 
-def summary_piece(summary: Summary) -> bytes:
+def summary_piece(summary: RunSummary) -> bytes:
     """The summary as a piece."""
     return _piece(SUMMARY, msgspec.msgpack.encode(summary))
 
@@ -182,7 +182,7 @@ def _digest(kind: int, payload: bytes) -> bytes:
 # Reading
 
 
-def read_summary(path: Path) -> Summary | None:
+def read_summary(path: Path) -> RunSummary | None:
     """The summary of the run in this file, without its reads; None where no service could have written it.
 
     OSError as the system gives it.
@@ -197,7 +197,7 @@ def read_summary(path: Path) -> Summary | None:
 
 def read(path: Path) -> Run:
     """The run in this file; `CacheError` where it is damaged, OSError as the system gives it."""
-    gathered, summary = _Gathered(), Summary()
+    gathered, summary = _Gathered(), RunSummary()
     with _open(path) as file:
         for kind, payload in _pieces(file, frozenset({OBJECTS, READS, SUMMARY})):
             try:
@@ -267,9 +267,9 @@ def _reads(piece: _ReadsPiece, object_count: int) -> Reads:
     return columns
 
 
-def _decoded_summary(payload: bytes) -> Summary | None:
+def _decoded_summary(payload: bytes) -> RunSummary | None:
     try:
-        return msgspec.msgpack.decode(payload, type=Summary)
+        return msgspec.msgpack.decode(payload, type=RunSummary)
     except msgspec.MsgspecError:
         return None
 

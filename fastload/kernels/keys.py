@@ -1,4 +1,4 @@
-"""The keys of samples (see `fastload.decode.keys`): what splitmix64 makes of a run, an object and a sample in turn."""
+"""The keys of samples (see `fastload.decode.base`): what splitmix64 makes of a run, an object and a sample in turn."""
 
 from __future__ import annotations
 

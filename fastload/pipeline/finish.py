@@ -30,7 +30,7 @@ from torch.utils.data._utils.collate import collate, default_collate_fn_map
 from fastload import callers
 from fastload.cached_attribute import cached_attribute
 from fastload.decode import Decoder
-from fastload.decode.keys import Keys
+from fastload.decode.base import Keys
 from fastload.decode.optional import Present, decode_optional
 from fastload.decode.plain import Raw
 from fastload.errors import ConfigError, DecodeError, MissingColumnError

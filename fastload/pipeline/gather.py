@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from fastload import callers
 from fastload.client.consumer import Consumer
-from fastload.decode.keys import Keys, sample_keys
+from fastload.decode.base import Keys, sample_keys
 from fastload.decode.plain import Raw
 from fastload.errors import ConfigError, MissingColumnError
 from fastload.kernels.gather import gather_columns, lay_out

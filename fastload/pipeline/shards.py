@@ -32,7 +32,7 @@ from fastload.plan import Manifest
 from fastload.store.table import ObjectTable
 
 if TYPE_CHECKING:
-    from fastload.formats.sidecar import Summary
+    from fastload.formats.sidecar import SidecarSummary
 
 # Indexes take about 80 bytes a sample. Windows hold the ones in use; this is for those that come again next epoch.
 _MEMORY_BYTES = 256 << 20
@@ -162,7 +162,7 @@ class Sidecars:
         self._chunk_counts: Ints = -(-files.sizes // chunk_bytes)
         self._first_chunk: Ints = first_chunk + np.cumsum(self._chunk_counts) - self._chunk_counts
         self._lock = threading.Lock()
-        self._summaries: list[Summary] = []
+        self._summaries: list[SidecarSummary] = []
         self._file_of = np.full(len(manifest), -1, np.int32)
         self._row_of = np.full(len(manifest), -1, np.int64)
         self._is_open = False

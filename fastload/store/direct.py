@@ -50,7 +50,7 @@ _UNDERSTOOD = settings.S3_FINDING | settings.PROXIES | {"root_certificate", "pro
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class _Request:
+class _SignedRequest:
     """`origin` is scheme, host and port. Its repr would show a signature."""
 
     origin: str
@@ -58,7 +58,7 @@ class _Request:
     headers: Mapping[str, str]
 
 
-_Ask = Callable[[str, Mapping[str, str]], _Request]
+_Ask = Callable[[str, Mapping[str, str]], _SignedRequest]
 
 
 class DirectReader:
@@ -139,20 +139,20 @@ def _in_headers(origin: str, path: str, options: StoreOptions) -> _Ask:
     host = urllib.parse.urlsplit(origin).netloc
     region = options.region or DEFAULT_REGION
 
-    def ask(key: str, headers: Mapping[str, str]) -> _Request:
+    def ask(key: str, headers: Mapping[str, str]) -> _SignedRequest:
         target = encode_path(f"{path}/{key}")
         if not options.anonymous:
             now = datetime.datetime.now(datetime.UTC)
             headers = sign_v4(target, {"Host": host, **headers}, options, region, now)
-        return _Request(origin, target, headers)
+        return _SignedRequest(origin, target, headers)
 
     return ask
 
 
 def _in_url(store: S3Store) -> _Ask:
-    def ask(key: str, headers: Mapping[str, str]) -> _Request:
+    def ask(key: str, headers: Mapping[str, str]) -> _SignedRequest:
         parts = urllib.parse.urlsplit(obstore.sign(store, "GET", key, _URL_LASTS))
-        return _Request(f"{parts.scheme}://{parts.netloc}", f"{parts.path}?{parts.query}", headers)
+        return _SignedRequest(f"{parts.scheme}://{parts.netloc}", f"{parts.path}?{parts.query}", headers)
 
     return ask
 

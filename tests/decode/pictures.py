@@ -10,7 +10,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from fastload.decode.view import View
+from fastload.decode.view import PictureView
 from fastload.demo import photos
 
 CHROMA = ("444", "422", "420", "440", "411", "grey", "cmyk")
@@ -66,7 +66,7 @@ def full_decode(data: bytes) -> np.ndarray:
     return found
 
 
-def box_of(view: View) -> tuple[slice, slice]:
+def box_of(view: PictureView) -> tuple[slice, slice]:
     """Rows and columns of the crop that a view stretches over the whole output."""
     return slice(view.rows.low, view.rows.high), slice(view.columns.low, view.columns.high)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastload.decode.keys import sample_keys
+from fastload.decode.base import sample_keys
 
 
 def test_pinned() -> None:

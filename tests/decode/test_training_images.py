@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from fastload import decode as fd
-from fastload.decode.keys import sample_keys
+from fastload.decode.base import sample_keys
 from fastload.decode.pictures import Image as ImageDecoder
 from fastload.decode.view import choose_view
 from fastload.errors import ConfigError, DecodeError

@@ -221,10 +221,10 @@ def check_list(data: bytes, rng: random.Random) -> None:
                 check_part(part, place)
 
 
-def check_part(part: wids.Shards | wids.Source, place: str) -> None:
+def check_part(part: wids.Shards | wids.WidsSource, place: str) -> None:
     """It names nothing that a list at that place must not."""
-    urls = [part.url] if isinstance(part, wids.Source) else part.urls
-    assert isinstance(part, wids.Source) or len(part.sample_counts) == len(urls)
+    urls = [part.url] if isinstance(part, wids.WidsSource) else part.urls
+    assert isinstance(part, wids.WidsSource) or len(part.sample_counts) == len(urls)
     for url in urls:
         assert not url.startswith("pipe:"), url
         # The files of this machine are named by lists on this machine only.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fastload.errors import ConfigError, ObjectMissingError, ShardError
 from fastload.formats import ShardIndex
-from fastload.formats.sidecar import SCHEMA, SidecarWriter, Summary, read_summary
+from fastload.formats.sidecar import SCHEMA, SidecarSummary, SidecarWriter, read_summary
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
 from tests.formats.archives import Member, index, write
@@ -45,7 +45,7 @@ class Bytes:
         self.read_bytes += length
         return self.data[start : start + length]
 
-    def summary(self) -> Summary:
+    def summary(self) -> SidecarSummary:
         return read_summary(self, len(self.data), "s3://bucket/x.arrow")
 
 

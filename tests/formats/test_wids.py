@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fastload.errors import ConfigError
-from fastload.formats.wids import Shards, Source, is_list, parse
+from fastload.formats.wids import Shards, WidsSource, is_list, parse
 
 URL = "s3://bucket/sets/index.json"
 
@@ -69,7 +69,7 @@ def test_parts_come_in_order() -> None:
     }
     assert parse(json.dumps(data).encode(), URL) == [
         Shards(["s3://base/a.tar"], [1], [-1]),
-        Source("s3://bucket/sets/more.json"),
+        WidsSource("s3://bucket/sets/more.json"),
         Shards(["s3://base/b.tar"], [2], [-1]),
         Shards(["s3://own/c.tar"], [3], [-1]),
     ]

@@ -16,7 +16,7 @@ from fastload.errors import CacheError, ConfigError
 from fastload.history import runfile
 from fastload.history.archive import Archive, read_all
 from fastload.history.record import Numbering, Recorder, may_keep
-from fastload.history.runfile import EndpointSummary, Reads, Summary
+from fastload.history.runfile import EndpointSummary, Reads, RunSummary
 from fastload.store.table import ObjectRows
 from fastload.store.types import ObjectInfo
 from tests.history.runs import CHUNK_BYTES, info, key, record, run
@@ -154,7 +154,7 @@ def test_all_that_is_unpacked_is_bounded(tmp_path: Path, monkeypatch: pytest.Mon
 )
 def test_figures_that_make_no_sense_are_none(figures: dict[str, float], tmp_path: Path) -> None:
     archive = Archive(tmp_path)
-    archive.append(NAME, [runfile.summary_piece(Summary(**figures))])  # type: ignore[arg-type]
+    archive.append(NAME, [runfile.summary_piece(RunSummary(**figures))])  # type: ignore[arg-type]
     assert archive.summary(archive.find(NAME)) is None
 
 
@@ -213,7 +213,7 @@ def test_a_full_one_counts_on() -> None:
     recorder.is_full = True
     assert recorder.read(0, key(11), info(11), 0, 20.0)
     found = recorder.take(20.0, {}).summary
-    assert isinstance(found, Summary)
+    assert isinstance(found, RunSummary)
     assert (found.read_count, found.left_out, found.read_bytes) == (10, 1, 11 * CHUNK_BYTES)
 
 

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from fastload import decode as fd
 from fastload.decode import native
-from fastload.decode.base import Decoder
-from fastload.decode.keys import sample_keys
+from fastload.decode.base import Decoder, sample_keys
 from fastload.decode.workspace import workspace
 from fastload.errors import ConfigError, DecodeError
 from tests.decode import pictures
@@ -208,7 +207,7 @@ def test_a_unit_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytes
 
 def test_structures_have_the_size_that_c_gives_them() -> None:
     assert ctypes.sizeof(native.Settings) == 5 * 8 + 8 + 6 * 4 + 7 * 4 + 4
-    assert ctypes.sizeof(native.Report) == 212
+    assert ctypes.sizeof(native.DecodeReport) == 212
 
 
 def test_the_environment_can_ask_for_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:

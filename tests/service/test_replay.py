@@ -19,7 +19,7 @@ from fastload.history import runfile
 from fastload.history.archive import Archive
 from fastload.history.keys import object_key
 from fastload.history.record import Recorder
-from fastload.history.runfile import EndpointSummary, Summary
+from fastload.history.runfile import EndpointSummary, RunSummary
 from fastload.service.core import Core
 from fastload.service.recording import _learnt
 from fastload.service.replay import ReplayPlan
@@ -736,7 +736,7 @@ def test_a_run_that_measured_nothing_hides_no_earlier_one(tmp_path: Path) -> Non
     archive = Archive(tmp_path)
     measured, unmeasured = EndpointSummary(24, 4e8, 0.02, 8e7, 0, 100), EndpointSummary(8, 0.0, -1.0, 0.0, 0, 3)
     for began, learnt in ((1e9, measured), (2e9, unmeasured)):
-        archive.append(archive.new_name(began), [runfile.summary_piece(Summary(endpoints={"s3://b": learnt}))])
+        archive.append(archive.new_name(began), [runfile.summary_piece(RunSummary(endpoints={"s3://b": learnt}))])
     assert _learnt(archive) == {"s3://b": measured}
 
 
