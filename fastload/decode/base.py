@@ -4,15 +4,15 @@ A user declares a decoder a column (`decode={"jpg": image(224), "cls": integer()
 value without resources: it compares, pickles and may be used by any number of threads at once; what a thread
 needs to work with (pixels, tables) hangs on the thread, not on the decoder.
 
-The engine gathers the values of one column of a group of samples end to end (`values`, `offsets`) and makes
+The pipeline gathers the values of one column of a group of samples end to end (`values`, `offsets`) and makes
 one call:
 
-- `fixed()` is not None: every sample has this shape and dtype. The engine owns an array for the batch, and
+- `fixed()` is not None: every sample has this shape and dtype. The pipeline owns an array for the batch, and
   `decode_into` fills a part of it, so that a group is decoded into its final place.
 - `fixed()` is None: `decode` returns the group as a `Ragged`, a list, or an array with one row a sample.
 
 A decoder that makes random choices says so (`wants_keys`), and is then given a key a sample, from which it
-draws all of them: see `fastload.decode.base`. Others take keys, and pay no heed to them.
+draws all of them: see below. Others take keys, and pay no heed to them.
 
 `values` and `offsets` belong to the caller and are used again, so nothing that is returned may share their
 memory; `decode_owned` is for a caller that gives them away. What a decoder returns is writable and the

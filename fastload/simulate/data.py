@@ -18,7 +18,7 @@ from fastload.store.types import ObjectInfo
 
 Ints = npt.NDArray[np.int64]
 
-# What is fetched ahead of the next epoch: see `engine.passes`.
+# What is fetched ahead of the next epoch: see `pipeline.passes`.
 _NEXT_EPOCH_BYTES = 512 << 20
 
 
@@ -78,7 +78,7 @@ class Data:
 
 
 class KnownCounts:
-    """See `engine.feed.CountSource`: what shards hold is known from the beginning."""
+    """See `pipeline.feed.CountSource`: what shards hold is known from the beginning."""
 
     def __init__(self, data: Data) -> None:
         self._known = np.arange(len(data.counts), dtype=np.int32), data.counts

@@ -216,7 +216,7 @@ class Rank:
             self._gather(self._to_make.popleft())
 
     def _gather(self, place: _Place) -> None:
-        """Wait for the batch's chunks, as they come: see `engine.gather`."""
+        """Wait for the batch's chunks, as they come: see `pipeline.gather`."""
 
         def got(chunks: set[int]) -> None:
             place.missing -= chunks

@@ -1,4 +1,4 @@
-"""Memory that two processes share, used again and again: slots, as in `engine.slots`, over anonymous files.
+"""Memory that two processes share, used again and again: slots, as in `transport.slots`, over anonymous files.
 
 What crosses from one process to another in fresh memory costs more in page faults, and in names that outlive crashes,
 than in copying. So each end of a link has a pool of slots of its own, each over a memfd whose descriptor the other end

@@ -1,4 +1,4 @@
-"""Groups of samples as the engine passes them, and what every decoder owes its caller."""
+"""Groups of samples as the pipeline passes them, and what every decoder owes its caller."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def _reference_line(world: World):
 
 @dataclass
 class Run:
-    """A cursor on its way, as an engine would drive it, with what it opened and had to be told."""
+    """A cursor on its way, as a pipeline drives it, with what it opened and had to be told."""
 
     world: World
     cursor: MixtureCursor
