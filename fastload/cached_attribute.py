@@ -1,8 +1,8 @@
-"""Attributes that are computed when somebody asks first, without a lock.
+"""Attributes that are computed when they are first read, without a lock.
 
 `functools.cached_property` of Python 3.11 holds one lock for all objects of a class while it computes. Threads that
-make batches wait for each other there, and a process that is forked meanwhile waits for ever. Here two threads that ask
-at once may both compute, and one of the values stays; what is computed has to be the same each time.
+make batches wait for each other there, and a process that is forked meanwhile waits forever. Here two threads that read
+at once may both compute, and one of the values stays; the result must be the same each time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What our data sets have in common: iterations, epochs, and a state.
+"""The base of StreamingDataset and Mixture: iterations, epochs, and a state.
 
-Two ways to iterate share everything below: `iter(dataset)` gives samples, one by one (in torch's own DataLoader, in
-each of its workers); `fastload.DataLoader` asks for whole batches through `begin`.
+There are two ways to iterate: `iter(dataset)` gives samples one by one (in torch's own DataLoader, in each of its
+workers); `fastload.DataLoader` takes whole batches through `begin`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastload.plan import Ranks, Split, Tail
 _SAMPLES_AT_ONCE = 32
 
 
-# What type checkers are told of a data set: what a sample of it is, and so what a loader makes of several.
+# For type checkers: what a sample of a data set is, and so what a loader makes of several.
 Row = NewType("Row", dict[str, Any])  # by column; a batch is a dict, too
 Columns = NewType("Columns", tuple[Any, ...])  # of a sample, or of a batch
 Made = TypeVar("Made", covariant=True)
@@ -84,8 +84,8 @@ class DatasetBase(torch.utils.data.IterableDataset[Sample]):
 
     @abstractmethod
     def shuffled(self) -> Self:
-        """As a loader's `shuffle=True` means it: itself where it shuffles anyhow; where nothing was said of that, one
-        that does, with the same epochs. Raises `ConfigError` where it was told not to.
+        """As a loader's `shuffle=True` means it: itself where it shuffles anyhow; where that was left open, one
+        that does, with the same epochs. Raises `ConfigError` where it was given `shuffle=False`.
         """
 
     @public
@@ -93,7 +93,7 @@ class DatasetBase(torch.utils.data.IterableDataset[Sample]):
         """This data set with `function` applied to each sample, after those that are applied already.
 
         It is given what iterating yields (a dict or a tuple, decoded), and what it returns takes its place. A
-        `fastload.DataLoader` calls it in its worker processes, unless it is told `workers="thread"`; the function has
+        `fastload.DataLoader` calls it in its worker processes, unless it has `workers="thread"`; the function has
         to pickle where these are not forked. There the generators of Python, numpy and torch are seeded before each
         sample, from the data set's seed, the epoch and the sample: what they give is the same with any number of
         workers, and after a resume. Batches of samples that were mapped are collated by torch's `default_collate`, or
@@ -172,7 +172,7 @@ class DatasetBase(torch.utils.data.IterableDataset[Sample]):
         self._epochs.set(epoch)
 
     def warn_once(self, message: str) -> None:
-        """Warn of what is so in each epoch alike."""
+        """Warn once of what recurs in every epoch."""
         if message not in self._warned:
             self._warned.add(message)
             callers.warn(message)
@@ -207,8 +207,8 @@ class DatasetBase(torch.utils.data.IterableDataset[Sample]):
         finish = partial(Finish(current.maker, "samples"), slots=current.slots)
         run = InlineRun(current.feed, lambda entry: made(current, entry, finish, current.memory), current.waits)
         entries = Iteration(run, current.interrupted, current.end)
-        tell = self.warn_once if info is None and not resumed.is_within_epoch else None
-        self._delivery = Delivery(current.cursor, resumed, worker[1], tell, current.skips)
+        warn = self.warn_once if info is None and not resumed.is_within_epoch else None
+        self._delivery = Delivery(current.cursor, resumed, worker[1], warn, current.skips)
         return itertools.chain.from_iterable(self._delivery.iterators(entries))
 
     @public

@@ -2,7 +2,7 @@
 
 A generic subclass of `torch.utils.data.DataLoader`, which is what frameworks test for and rebuild from its attributes.
 For a `StreamingDataset` it makes whole batches in threads (`num_workers` of them; 0: in the calling thread), in plan
-order, from the node's cache (`streamed`); any other data set is read in torch's own way (`foreign`).
+order, from the node's cache (`loader_stream`); any other data set is read in torch's own way (`torchloader`).
 
 The loader owns the position: `state_dict()` says which sample comes after the last batch that was *delivered*, whatever
 is in flight, and a loader that loads it goes on exactly there.
@@ -45,10 +45,11 @@ class DataLoader(torch.utils.data.DataLoader[T]):
     `dataset` and `collate_fn`; of an iterable or stateful data set, or with a `worker_init_fn`, each has a copy of all
     three. Threads leave Python's, numpy's and torch's global random numbers alone: `get_worker_info()` has a seed.
 
-    Of data sets with a state of their own, workers tell it every `snapshot_every_n_steps` batches at least (0 or None:
-    only at first): for states that are too large to be copied with each. `state_dict()` is as exact, but loading one
-    makes the batches since the last again. With `in_order=False`, or persistent workers for a map-style data set, they
-    tell it with each all the same. Without workers, and for data sets of fastload's, it has no effect.
+    Of data sets with a state of their own, workers report it at least every `snapshot_every_n_steps` batches (0 or
+    None: only at first): for states that are too large to be copied with each. `state_dict()` is as exact, but loading
+    one makes the batches since the last report again. With `in_order=False`, or persistent workers for a map-style
+    data set, they report it with each all the same. Without workers, and for data sets of fastload's, it has no
+    effect.
 
     For a `StreamingDataset` or a `Mixture`, `batch_size` samples are one batch: a dict of column -> tensor,
     `fastload.Ragged` or list, or a tuple (see `StreamingDataset`). With `batch_size=None` it yields samples, each
@@ -77,9 +78,15 @@ class DataLoader(torch.utils.data.DataLoader[T]):
     With `with`, it is closed in the end.
     """
 
-    if TYPE_CHECKING:  # what a `collate_fn` makes is not said; the other arguments are listed once more for that
+    if TYPE_CHECKING:  # what a `collate_fn` makes is unknown; the arguments behind it are listed once more for that
 
         class _More(TypedDict, total=False):
+            pin_memory: bool
+            drop_last: bool
+            timeout: float
+            worker_init_fn: Callable[[int], None] | None
+            multiprocessing_context: Any
+            generator: torch.Generator | None
             prefetch_factor: int | None
             persistent_workers: bool
             pin_memory_device: str
@@ -98,12 +105,6 @@ class DataLoader(torch.utils.data.DataLoader[T]):
         batch_sampler: Sampler[list[Any]] | Iterable[list[Any]] | None = None,
         num_workers: int = 0,
         collate_fn: None = None,
-        pin_memory: bool = False,
-        drop_last: bool = False,
-        timeout: float = 0,
-        worker_init_fn: Callable[[int], None] | None = None,
-        multiprocessing_context: Any = None,
-        generator: torch.Generator | None = None,
         **more: Unpack[_More],
     ) -> None: ...
 
@@ -117,12 +118,6 @@ class DataLoader(torch.utils.data.DataLoader[T]):
         batch_sampler: Sampler[list[Any]] | Iterable[list[Any]] | None = None,
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
-        pin_memory: bool = False,
-        drop_last: bool = False,
-        timeout: float = 0,
-        worker_init_fn: Callable[[int], None] | None = None,
-        multiprocessing_context: Any = None,
-        generator: torch.Generator | None = None,
         **more: Unpack[_More],
     ) -> None: ...
 
@@ -259,20 +254,19 @@ class DataLoader(torch.utils.data.DataLoader[T]):
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is epoch `epoch`; it goes on in the middle where a state from there was loaded.
 
-        Of a data set that is not ours, this is told to the data set and the sampler, those of them that have a
-        `set_epoch`.
+        For a data set that is not ours, the `set_epoch` of the data set and the sampler is called, where they have one.
         """
         if self._stream is not None:
             self._stream.set_epoch(epoch)
             return
         for each in (self.dataset, self.sampler, self.batch_sampler, getattr(self.batch_sampler, "sampler", None)):
-            tell = getattr(each, "set_epoch", None)
-            if callable(tell):
-                tell(epoch)
+            set_epoch = getattr(each, "set_epoch", None)
+            if callable(set_epoch):
+                set_epoch(epoch)
 
     @public
     def peek(self) -> Any:
-        """The first batch that the next `iter()` will give. It, its epoch and the state are as if nobody had looked.
+        """The first batch that the next `iter()` will give. Epoch, state, and what that `iter()` gives stay the same.
 
         With torch.distributed, to be called by all ranks. With functions of the user's and `num_workers=0`, what they
         draw from the global generators is drawn. `ConfigError` where the epoch has no batch.
@@ -286,7 +280,7 @@ class DataLoader(torch.utils.data.DataLoader[T]):
 
     @public
     def close(self) -> None:
-        """End threads, processes and connection. May be called twice; iterating again starts them anew."""
+        """End threads, processes and connection. Idempotent; iterating again starts them again."""
         if self._stream is not None:
             self._stream.close()
         else:

@@ -1,4 +1,4 @@
-"""How a `DataLoader` reads one of our own data sets: position, threads, workers, figures.
+"""How a `DataLoader` reads a data set of fastload: position, threads, workers, statistics.
 
 The loader owns the position: a state says which sample comes after the last batch that was *delivered*, whatever is in
 flight, and a loader that loads it goes on exactly there.
@@ -95,11 +95,11 @@ class _Progress:
 
 
 class Stream:
-    """What a loader of one of our data sets has beside torch's attributes: position, threads, figures.
+    """What a loader of a data set of fastload has beside torch's attributes: position, threads, statistics.
 
     It reads the loader's attributes when an iteration begins, since frameworks set them late, and refers to the loader
     only weakly, so that a loader that is dropped ends its threads at once. Iterations that run side by side each have
-    their progress; the loader's state and figures are those of the one that began last.
+    their progress; the loader's state and statistics are those of the one that began last.
     """
 
     def __init__(self, loader: LoaderSettings) -> None:
@@ -143,7 +143,7 @@ class Stream:
         current = self._dataset.begin(epoch, _size_of_entries(loader), drop_last=loader.drop_last, start=start)
         try:
             meter = EpochMeter(epoch, current.account, current.waits)
-            progress = _Progress(epoch, meter, current, _telling(self._dataset, loader))
+            progress = _Progress(epoch, meter, current, _warning(self._dataset, loader))
             mover = mover_to(loader.device)
             run = self._start(loader, current, _pinning(loader) if mover is None else mover.begin)
         except BaseException:
@@ -259,25 +259,25 @@ class Stream:
         return None if wanted is None else Workers(wanted)
 
 
-def _telling(dataset: DatasetBase, loader: LoaderSettings) -> Callable[[Pass], None]:
-    """What warns that an epoch had nothing to give. It does not keep the loader."""
+def _warning(dataset: DatasetBase, loader: LoaderSettings) -> Callable[[Pass], None]:
+    """Warns that an epoch had nothing to give. It holds no reference to the loader."""
     batch_size, drop_last = loader.batch_size or 1, loader.drop_last
 
-    def tell(current: Pass) -> None:
+    def warn(current: Pass) -> None:
         dataset.warn_once(why_nothing_came(current.cursor, batch_size, drop_last=drop_last))
 
-    return tell
+    return warn
 
 
 @contextmanager
 def _interrupted(current: Pass, workers: Workers | None) -> Iterator[None]:
-    """While it is entered, whoever waits for bytes or for workers gives up."""
+    """While it is entered, waits for bytes or for workers end."""
     with current.interrupted(), workers.interrupted() if workers is not None else nullcontext():
         yield
 
 
 def _release(current: Pass, progress: _Progress) -> None:
-    """An iteration is over: its figures are final, and its session may serve another."""
+    """An iteration is over: its statistics are final, and its session may serve another."""
     progress.meter.stop()
     current.end()
 
@@ -350,8 +350,8 @@ def _as_is(batch: Any) -> Any:
 def _is_custom(collate: Any) -> bool:
     """Whether `collate_fn` is the user's: torch fills in one of its own where none was given.
 
-    One that the user gives by its name counts as none, too. It could be told apart here, but frameworks that make a
-    loader again hand over the attribute, which names it in any case; and of batches of equal shape it makes the same.
+    One that the user gives by its name counts as none, too. They could be distinguished here, but frameworks that make
+    a loader again pass the attribute, which names it in any case; and of batches of equal shape it makes the same.
     """
     return collate is not default_collate and collate is not default_convert
 

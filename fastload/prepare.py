@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class WarmJob:
-    """What a job was told of its data. `ranks` are those of any rank of this node: they say which partitions the node
+    """The arguments of a job. `ranks` are those of any rank of this node: they say which partitions the node
     reads. `index` and `manifest_file` are the job's, where it names them.
     """
 
@@ -58,9 +58,9 @@ class WarmJob:
 
 @dataclass(frozen=True, slots=True)
 class Warmed:
-    """What came of it: `held_bytes` of `total_bytes` are cached.
+    """The result: `held_bytes` of `total_bytes` are cached.
 
-    `sample_count` is that of a job's shards, and 0 where a run's objects were warmed, which nobody parses;
+    `sample_count` is that of a job's shards, and 0 where a run's objects were warmed, which are not parsed;
     `missing_count` of what the run had read are not there any more.
     """
 
@@ -184,7 +184,7 @@ class IndexProgress:
 
 @dataclass(frozen=True, slots=True)
 class Indexed:
-    """What came of it: the shards, their samples and bytes, and how much had to be fetched."""
+    """The result: the shards, their samples and bytes, and how much had to be fetched."""
 
     shard_count: int
     sample_count: int
@@ -226,7 +226,7 @@ def index(
                 on_progress(IndexProgress(done_count, len(manifest), sample_count))
         if writer is not None:
             writer.close()
-        # An answer to this says that the service has what was said before it, the last index too.
+        # Once it has answered this, the service has all that was sent before, the last index included.
         fetched_bytes = consumer.stats()["consumer"]["remote_bytes"]
     return Indexed(len(manifest), sample_count, int(manifest.sizes.sum()), fetched_bytes)
 

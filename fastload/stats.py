@@ -1,9 +1,9 @@
-"""What `stats()` says: one flat form, the same for every loader, and listed in docs/stats.md.
+"""What `stats()` returns: one flat form, the same for every loader, and listed in docs/stats.md.
 
 Everything counts the current epoch of this loader (the last one, once it is over). Waits are seconds of all of the
-loader's threads, by what was waited for; `wait_batch_s` alone is the trainer's own stall. What the service counts is
-read from it when it is asked for and when the epoch ends; a service that was replaced begins at zero again, and one
-that does not answer costs these figures and nothing else.
+loader's threads, by reason; `wait_batch_s` alone is the trainer's own stall. The service's counters are read when they
+are needed and when the epoch ends. A service that was replaced starts at zero again; one that does not answer only
+leaves these figures out.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""What all ranks of a job have to agree on before the first batch, settled through torch.distributed.
+"""What all ranks of a job must agree on before the first batch, settled through torch.distributed.
 
-Rank 0 lists the shards, and the others take its list: a listing of each rank's own may differ where objects come and
-go, and then samples would be lost or doubled without a sign. Then every rank says what its order depends on, and they
-fail together, naming both values, where two differ. What differs by nature is brought to one: windows have to fit the
-smallest arena, and what one node knows of sample counts, all know. All of that happens once, when a data set is first
-iterated, which all ranks do; and whenever it is iterated, they meet first, and see that they begin at the same place.
-Whatever keeps a rank from having its say reaches all of them, so that none waits for a rank that has failed. Without
-torch.distributed each rank lists for itself.
+Rank 0 lists the shards, and the others take its list: where objects come and go, listings made by each rank could
+differ, and samples would be lost or doubled silently. Then every rank sends the settings that its order depends on, and
+all fail together, naming both values, where two differ. Values that differ by nature are reduced: windows have to fit
+the smallest arena, and sample counts that one node knows are shared with all. This happens once, when a data set is
+first iterated, which all ranks do. On every iteration they meet first, and check that they begin at the same place.
+
+A failure on one rank reaches all of them, so that none waits for a rank that has failed. Without torch.distributed each
+rank lists for itself.
 """
 
 from __future__ import annotations
@@ -46,37 +47,40 @@ def is_collective(processes: Ranks) -> bool:
     return (distributed.get_rank(), distributed.get_world_size()) == (processes.rank, processes.world_size)
 
 
-class Seat:
-    """A place in the process group, for one data set: ranks number theirs alike, in the order in which they begin."""
+class Meetings:
+    """Names the meetings of one data set's ranks, alike on every rank.
+
+    Data sets are numbered in the order in which they are first iterated, and so are the meetings of each.
+    """
 
     _group: Any = None
-    _taken = itertools.count()
+    _data_sets = itertools.count()
 
     def __init__(self) -> None:
         import torch.distributed as distributed
 
-        if distributed.group.WORLD is not Seat._group:
-            Seat._group, Seat._taken = distributed.group.WORLD, itertools.count()
-        self._of, self._number, self._meetings = Seat._group, next(Seat._taken), itertools.count()
+        if distributed.group.WORLD is not Meetings._group:
+            Meetings._group, Meetings._data_sets = distributed.group.WORLD, itertools.count()
+        self._of, self._number, self._count = Meetings._group, next(Meetings._data_sets), itertools.count()
 
     @property
-    def is_of_this_group(self) -> bool:
-        """Whether the process group is still the one in which the seat was taken."""
+    def are_of_this_group(self) -> bool:
+        """Whether the process group is still the one in which they were first named."""
         import torch.distributed as distributed
 
         return distributed.group.WORLD is self._of
 
-    def next_meeting(self) -> str:
-        """The name of the next meeting of those who have this seat."""
-        return f"{self._number}/{next(self._meetings)}"
+    def next_name(self) -> str:
+        """The name of the next meeting."""
+        return f"{self._number}/{next(self._count)}"
 
 
 def meet(processes: Ranks, meeting: str, place: str, deadline_s: float = DEADLINE_S) -> None:
     """Wait until all ranks have come to a meeting, which each names alike; all call this.
 
     Raises `ConfigError` on every rank where they do not all say the same `place`, `ServiceError` where the store has
-    ended, and `WaitTimeoutError`, naming who has not come: collective calls would wait for them without a word, or
-    until the process group's own end.
+    ended, and `WaitTimeoutError`, naming the missing ranks: collective calls would wait for them silently, or until
+    the process group times out.
     """
     import torch.distributed as distributed
 
@@ -123,12 +127,12 @@ def share_manifest(processes: Ranks, list_shards: Callable[[], Manifest]) -> tup
     return _from_rank_0(processes.rank, lambda: (list_shards(), uuid.uuid4().hex))
 
 
-def compare(tell: Callable[[], tuple[Mapping[str, Any], Mapping[str, int]]]) -> dict[str, int]:
-    """`tell` gives settings, and what the least of all ranks counts of: the smallest of each. All ranks call this.
+def compare(gather: Callable[[], tuple[Mapping[str, Any], Mapping[str, int]]]) -> dict[str, int]:
+    """`gather` gives settings, and values of which the smallest of all ranks counts: these. All ranks call this.
 
     Raises `ConfigError` on every rank where one of the settings is not the same on all.
     """
-    of_ranks = _from_all(tell)
+    of_ranks = _from_all(gather)
     first, least = of_ranks[0]
     for rank, (theirs, _) in enumerate(of_ranks):
         for name, value in first.items():
@@ -143,17 +147,17 @@ def compare(tell: Callable[[], tuple[Mapping[str, Any], Mapping[str, int]]]) -> 
 def share_counts(processes: Ranks, known: Callable[[], Counts], own: npt.NDArray[np.int32]) -> Counts:
     """On every rank, the sample counts that rank 0 knows, and those that another knows of its `own`. All call this.
 
-    What all say at once takes, on every rank, so many times the most that one says: so nobody repeats what rank 0 said.
+    Gathering takes, on every rank, as much memory as the largest message times the ranks: so no rank repeats rank 0's.
     """
     of_first = _from_rank_0(processes.rank, known)
 
-    def news() -> Counts:
+    def others() -> Counts:
         numbers, counts = known()
         chosen = np.isin(numbers, own) & ~np.isin(numbers, of_first[0])
         return numbers[chosen], counts[chosen]
 
-    told = [of_first, *_from_all(news)]
-    return np.concatenate([numbers for numbers, _ in told]), np.concatenate([counts for _, counts in told])
+    shared = [of_first, *_from_all(others)]
+    return np.concatenate([numbers for numbers, _ in shared]), np.concatenate([counts for _, counts in shared])
 
 
 def store(name: str) -> Any:
@@ -173,41 +177,41 @@ def _from_rank_0(rank: int, make: Callable[[], T]) -> T:
     """What `make` returns on rank 0, on every rank; or what it raises there. All ranks call this."""
     import torch.distributed as distributed
 
-    said, raised = _said(make) if rank == 0 else (None, None)
-    message: list[Any] = [said]
-    distributed.broadcast_object_list(message, src=0)
-    heard: T = _heard(0, message[0], raised)
-    return heard
+    message, raised = _message(make) if rank == 0 else (None, None)
+    messages: list[Any] = [message]
+    distributed.broadcast_object_list(messages, src=0)
+    value: T = _value(0, messages[0], raised)
+    return value
 
 
 def _from_all(make: Callable[[], T]) -> list[T]:
     """What `make` returns on each rank, on every rank; or what it raises on one. All ranks call this."""
     import torch.distributed as distributed
 
-    said, raised = _said(make)
+    message, raised = _message(make)
     of_ranks: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(of_ranks, said)
+    distributed.all_gather_object(of_ranks, message)
     if raised is not None:
         raise raised
-    return [_heard(rank, each, None) for rank, each in enumerate(of_ranks)]
+    return [_value(rank, each, None) for rank, each in enumerate(of_ranks)]
 
 
-def _said(make: Callable[[], Any]) -> tuple[tuple[Any, tuple[str, str] | None], Exception | None]:
-    """A message of what `make` returns, or of what it raises; and that itself."""
+def _message(make: Callable[[], Any]) -> tuple[tuple[Any, tuple[str, str] | None], Exception | None]:
+    """A message that holds what `make` returns, or the error that it raises; and that error itself."""
     try:
         return (make(), None), None
     except FastloadError as error:
         return (None, errors.to_wire(error)), error
-    except Exception as error:  # what is wrong here must not keep the others waiting, whatever it is
+    except Exception as error:  # the other ranks must not wait, whatever is wrong here
         return (None, ("FastloadError", f"{type(error).__name__}: {error}")), error
 
 
-def _heard(rank: int, said: tuple[Any, tuple[str, str] | None], raised: Exception | None) -> Any:
-    """What a rank has said; raises what kept it from that, which was `raised` here if the rank is this one."""
-    value, failure = said
+def _value(rank: int, message: tuple[Any, tuple[str, str] | None], raised: Exception | None) -> Any:
+    """The value in a rank's message; raises the error in it, or `raised`, that error where the rank is this one."""
+    value, failure = message
     if raised is not None:
         raise raised
     if failure is not None:
-        name, message = failure
-        raise errors.from_wire(name, f"on rank {rank}: {message}")
+        name, text = failure
+        raise errors.from_wire(name, f"on rank {rank}: {text}")
     return value

@@ -1,16 +1,16 @@
-"""How many samples shards hold that this node has not opened, and how nodes tell one another.
+"""Sample counts of shards that this node has not opened, and how nodes exchange them.
 
-Where all ranks are on one node it counts a shard by indexing it. Several nodes each count the windows that they open;
-what one of them needs of another's, near the end of the epoch and about once a window, goes over the key-value store
+Where all ranks are on one node, it counts a shard by indexing it. Several nodes each count the windows that they open.
+Counts that one needs from another (near the end of the epoch, and about once a window) go through the key-value store
 of torch.distributed: a log of counts, which all read, and a log of requests. A request is served by the nodes that read
-the shards in question, from a thread of its own there: the trainer of such a node may be waiting for the one that asks.
-Counts that somebody has before the first batch are shared by a collective call instead, and where all are known the
-store is never used.
+the shards in question, in a thread of its own there, since their trainers may be waiting for the node that asks. Counts
+that are known before the first batch are shared by a collective call instead; where all are known, the store is never
+used.
 
 Store keys, below a prefix that is new for each data set and version of its manifest: `counts` and `requests` are the
 lengths of the two logs, `counts/<i>` and `requests/<i>` their records, from 1 on. A record of counts is JSON:
-`[[object number, ...], [count, ...], error]`, where error is null or the `[type, message]` of what kept the node from
-counting these; a record of requests is `[object number, ...]`.
+`[[object number, ...], [count, ...], error]`, where error is null or the `[type, message]` of the error that kept the
+node from counting these; a record of requests is `[object number, ...]`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from fastload.waiting import Waits
 ObjectNos = npt.NDArray[np.int32]
 Counts = tuple[ObjectNos, npt.NDArray[np.int64]]
 
-# Shards that are indexed for their counts alone in one go, so that a feed can go on with the first of them.
+# Shards that are indexed for their counts alone at a time, so that a feed can continue with the first of them.
 _INDEXED_AT_ONCE = 16
-# A count that another node will open anyway comes by itself soon; asking for it would have it read twice.
+# The count of a shard that another node opens anyway arrives soon; a request would have the shard read twice.
 _ASK_AFTER_S = 0.5
-# Whoever gets no answer (the node has closed its data set, or is slow) reads the shards for itself.
+# Without an answer (the node has closed its data set, or is slow), a node reads the shards itself.
 _COUNT_OURSELVES_AFTER_S = 5.0
 _POLL_FIRST_S, _POLL_MAX_S = 0.02, 0.5  # all ranks ask one process
 _SERVE_POLL_S = 0.1
@@ -50,7 +50,7 @@ _Record = tuple[list[int], list[int], tuple[str, str] | None]
 
 
 class CountSource(Protocol):
-    """Where the feed asks how many samples shards hold that it has not opened."""
+    """Where a feed finds the sample counts of shards that it has not opened."""
 
     def known(self) -> Counts:
         """What is known before anything is read: object numbers and their counts."""
@@ -70,11 +70,11 @@ class LocalCounts:
 
     def __init__(self, source: Source, consumer: Consumer) -> None:
         self._source, self._consumer = source, consumer
-        # Of this pass, whatever list of shards the source has by and by.
+        # Of this pass: the source may get another list of shards meanwhile.
         self._manifest, self._shards = source.manifest, source.shards
 
     def known(self) -> Counts:
-        """What this process has counted, or has been told."""
+        """The counts that this process knows."""
         return self._source.counts_in_memory()
 
     def counted(self, object_nos: ObjectNos, counts: npt.NDArray[np.int64]) -> None:
@@ -90,7 +90,7 @@ class LocalCounts:
 
 
 class StoredCounts(LocalCounts):
-    """Where nodes cannot ask each other: what is stored here must be enough."""
+    """For nodes that cannot communicate: the counts that are stored here must do."""
 
     def __init__(self, source: Source, consumer: Consumer, node_count: int, own: ObjectNos) -> None:
         super().__init__(source, consumer)
@@ -167,7 +167,8 @@ class Exchange:
     """The counts of one manifest over all nodes: this rank's end of it, for as long as the data set is used.
 
     `own` are the objects that this node reads; `serves` says whether this rank answers for them. `common` are the
-    objects whose counts all ranks were told before. A thread answers from `open` to `close`, or until all is told.
+    objects whose counts all ranks know already. A thread serves requests from `open` to `close`, or until all counts
+    are published.
     """
 
     def __init__(self, source: Source, store: Store, own: ObjectNos, common: ObjectNos, *, serves: bool) -> None:
@@ -175,7 +176,7 @@ class Exchange:
         self._counts, self._requests = _Log(store, "counts"), _Log(store, "requests")
         self._publishing, self._reading = threading.Lock(), threading.Lock()
         self._published = set(common.tolist())
-        self._untold = set(self._own - self._published)
+        self._unpublished = set(self._own - self._published)
         self._failed: dict[int, tuple[str, str]] = {}
         self._serves = serves
         self._is_closed = threading.Event()
@@ -184,17 +185,17 @@ class Exchange:
         self._session: Session | None = None  # with which the thread indexes something now
 
     def open(self) -> None:
-        """Begin to answer, or go on with it after `close`."""
+        """Start serving requests, or start again after `close`."""
         if not self._is_closed.is_set():
             return
         self._is_closed = threading.Event()
-        if self._serves and self._untold:
+        if self._serves and self._unpublished:
             arguments = weakref.WeakMethod(self._serve_once), self._is_closed
             self._thread = threading.Thread(target=_serve, args=arguments, name="fastload-counts", daemon=True)
             self._thread.start()
 
     def known(self) -> Counts:
-        """What this process knows. What is ours of it and others may not know goes into the log."""
+        """The counts that this process knows. Those of its own shards are published."""
         object_nos, counts = self._source.counts_in_memory()
         if self._serves:
             ours = np.isin(object_nos, self._own_nos)
@@ -202,15 +203,15 @@ class Exchange:
         return object_nos, counts
 
     def counted(self, object_nos: ObjectNos, counts: npt.NDArray[np.int64]) -> None:
-        """This node has opened a window: whoever wants to know finds it in the log."""
+        """This node has opened a window: its counts are published."""
         self._source.learn_counts(object_nos, counts)
         if self._serves:
             self._publish(object_nos, counts)
 
     def ask(self, object_nos: ObjectNos, consumer: Consumer) -> Counts:
-        """Some of these counts, as soon as a node has said them, or by indexing them with `consumer` where none does.
+        """Some of these counts, once a node has published them, or by indexing them with `consumer` where none does.
 
-        Raises what kept a node from counting; `ServiceError` when the consumer is interrupted.
+        Raises the error that kept a node from counting; `ServiceError` when the consumer is interrupted.
         """
         import torch.distributed as distributed
 
@@ -226,7 +227,7 @@ class Exchange:
     def _ask(self, object_nos: ObjectNos, consumer: Consumer) -> Counts:
         began, is_asked, pause_s = time.monotonic(), False, _POLL_FIRST_S
         while True:
-            self._read_news(object_nos)
+            self._read_log(object_nos)
             found = self._in_memory(object_nos)
             if len(found[0]):
                 return found
@@ -247,7 +248,7 @@ class Exchange:
         return object_nos, counts
 
     def close(self) -> None:
-        """End the thread, and whoever waits in `ask`. May be called twice, and before `open`."""
+        """End the thread and all waits in `ask`. Idempotent; may be called before `open`."""
         self._is_closed.set()
         while self._thread is not None and self._thread is not threading.current_thread() and self._thread.is_alive():
             session = self._session  # it may have one only now
@@ -258,15 +259,15 @@ class Exchange:
         counts = self._source.counts_of(object_nos)
         return object_nos[counts >= 0], counts[counts >= 0]
 
-    def _read_news(self, wanted: ObjectNos) -> None:
-        """Learn what has been added to the log; raises what kept a node from counting what is wanted."""
+    def _read_log(self, wanted: ObjectNos) -> None:
+        """Learn the counts that were added to the log; raises the error that kept a node from counting `wanted`."""
         with self._reading:
             while records := self._counts.more():
                 for record in records:
                     numbers, counts, error = msgspec.json.decode(record, type=_Record)
                     if error is None:
                         self._source.learn_counts(np.array(numbers, np.int32), np.array(counts, np.int64))
-                        for number in numbers:  # whoever asked for it before may have had it tried again
+                        for number in numbers:  # it failed before, and was tried again
                             self._failed.pop(number, None)
                     else:
                         self._failed.update(dict.fromkeys(numbers, error))
@@ -275,19 +276,19 @@ class Exchange:
                     raise errors.from_wire(*self._failed.pop(number))
 
     def _serve_once(self) -> bool:
-        """Count what was asked for and is ours. Whether there is anything left to ask us for."""
+        """Count the shards of ours that were requested. Whether any are left that others may request."""
         for record in self._requests.more():
             asked = msgspec.json.decode(record, type=list[int])
             ours = [number for number in asked if number in self._own and number not in self._published]
             for start in range(0, len(ours), _INDEXED_AT_ONCE):
                 self._count_and_publish(np.array(ours[start : start + _INDEXED_AT_ONCE], np.int32))
-        return bool(self._untold)
+        return bool(self._unpublished)
 
     def _count_and_publish(self, object_nos: ObjectNos) -> None:
         try:
             counts = self._count(object_nos)
-        except Exception as error:  # whatever it is, the node that asks must not wait for it
-            if not self._is_closed.is_set():  # otherwise it is what closing did to it
+        except Exception as error:  # whatever it is, the node that asks must learn of it
+            if not self._is_closed.is_set():  # otherwise closing caused it
                 self._counts.append((object_nos.tolist(), [], errors.to_wire(error)))
             return
         self.counted(object_nos, counts)
@@ -305,7 +306,7 @@ class Exchange:
             pairs = zip(object_nos.tolist(), counts.tolist(), strict=True)
             fresh = {number: count for number, count in pairs if number not in self._published}
             self._published.update(fresh)
-            self._untold.difference_update(fresh)
+            self._unpublished.difference_update(fresh)
         if fresh:
             self._counts.append((list(fresh), list(fresh.values()), None))
 
@@ -322,13 +323,13 @@ class ExchangedCounts:
         self.known, self.counted = exchange.known, exchange.counted
 
     def ask(self, object_nos: ObjectNos) -> Counts:
-        """Some of these counts, as soon as a node has said them."""
+        """Some of these counts, as soon as a node has published them."""
         with self._waits.measure("index"):
             return self._exchange.ask(object_nos, self._consumer)
 
 
 def _serve(target: weakref.WeakMethod[Callable[[], bool]], is_closed: threading.Event) -> None:
-    """Serve requests until the exchange is closed or dropped, or can be asked for nothing more."""
+    """Serve requests until the exchange is closed or dropped, or all counts are published."""
     import torch.distributed as distributed
 
     while not is_closed.wait(_SERVE_POLL_S):
@@ -339,7 +340,7 @@ def _serve(target: weakref.WeakMethod[Callable[[], bool]], is_closed: threading.
             if not serve_once():
                 return
         except distributed.DistError:
-            # The process that holds the store has ended, usually a moment before this one does. Nobody can ask any
-            # more, and who waits for an answer hears it from the store himself.
+            # The process that holds the store has ended, usually a moment before this one does. No request can come any
+            # more, and nodes that wait for an answer get the same error from the store.
             return
         del serve_once

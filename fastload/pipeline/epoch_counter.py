@@ -1,7 +1,7 @@
 """Which epoch an iteration is, agreed on by all worker processes of a loader.
 
 Each `iter()` begins the next epoch unless `set_epoch` was called since. In one process that is a number. In torch's own
-DataLoader the iterations happen in worker processes, which are made anew for each epoch, each with a copy of the
+DataLoader the iterations happen in worker processes, which are started again for each epoch, each with a copy of the
 data set: a number of their own would always say epoch 0. So the number lives in a small anonymous file that every
 copy of the data set shares, and the first worker of an epoch moves it on. All workers of one epoch know each other by
 torch's base seed, and by how many iterations each of them has begun; once all of them have joined an epoch, the next

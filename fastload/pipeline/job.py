@@ -1,7 +1,7 @@
-"""The job that a data set is read by: which share this process has, in which order, and who is asked for counts.
+"""The job that reads a data set: which share this process has, in which order, and where sample counts come from.
 
-It is settled once, when the data set is first iterated: frameworks initialise torch.distributed late. Worker processes
-of torch's loader get what their parent knows, and cannot ask the other ranks.
+It is settled once, when the data set is first iterated, since frameworks initialise torch.distributed late. Worker
+processes of torch's loader inherit what their parent knows, and cannot communicate with the other ranks.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Job:
         # What was given is checked at once; what launchers and torch say comes later.
         self._processes: Ranks | None = None if given == (None, None) else resolve_ranks(*given)
         self._order: OrderOptions | None = None
-        self._agreed_ram_bytes = ram_bytes  # the least of all nodes, once they have told it
+        self._agreed_ram_bytes = ram_bytes  # the smallest of all nodes, once that is known
         self._saved_window_bytes: int | None = None  # of the state that was loaded
         self._sharers = 1
         self._settled_for: tuple[int, str | int | None] = (0, None)
@@ -74,13 +74,13 @@ class Job:
 
     def _begin(self) -> None:
         self._pid = os.getpid()
-        self._seat: agreement.Seat | None = None
+        self._meetings: agreement.Meetings | None = None
         self._settling = threading.Lock()
         self._exchange: Exchange | None = None
         self._has_agreed = False
 
     def shuffled(self) -> Job:
-        """A job that was told the same, but to shuffle in windows, and that has agreed on nothing yet."""
+        """The same job, except that it shuffles in windows and has agreed on nothing yet."""
         job = copy.copy(self)
         job._wish, job._order = replace(self._wish, shuffle="window"), None
         return job
@@ -143,10 +143,10 @@ class Job:
             self._has_agreed, self._settled_for = True, (sharers, version)
 
     def _meet(self, processes: Ranks, begin: Beginning) -> None:
-        """Wait for the other ranks. In another process group than before, all is agreed on anew."""
-        if self._seat is None or not self._seat.is_of_this_group:
-            self._seat, self._has_agreed = agreement.Seat(), False
-        agreement.meet(processes, self._seat.next_meeting(), str(begin))
+        """Wait for the other ranks. In a new process group everything is agreed on again."""
+        if self._meetings is None or not self._meetings.are_of_this_group:
+            self._meetings, self._has_agreed = agreement.Meetings(), False
+        agreement.meet(processes, self._meetings.next_name(), str(begin))
 
     def _choose(self, source: Source, begin: Beginning) -> Manifest:
         """The list of shards for a pass: the one that a state names, the user's file, or a new listing."""
@@ -160,7 +160,7 @@ class Job:
         return source.shared_manifest(make, is_first=self._processes.rank == 0, epoch=epoch)
 
     def adopt(self, saved: OrderOptions) -> None:
-        """Go on in the order of a saved run, where the user left it to us."""
+        """Continue in the order of a saved run, where the user did not give one."""
         with self._settling:
             self._wish = self._wish.adopted(saved)
             self._saved_window_bytes = saved.window_bytes
@@ -168,7 +168,7 @@ class Job:
                 self._order = self._settled_order()
 
     def counts(self, source: Source, session: Session) -> CountSource:
-        """Where a pass learns how many samples the shards hold that it has not opened. Only after `settle`."""
+        """The source of sample counts of shards that a pass has not opened. Only after `settle`."""
         with self._settling:
             if self._exchange is not None and not is_inherited(self._pid):
                 self._exchange.open()
@@ -179,7 +179,7 @@ class Job:
         return StoredCounts(source, session.consumer, nodes, self.own_objects(source))
 
     def close(self) -> None:
-        """End what answers other nodes; it begins again with the next pass."""
+        """End the thread that answers other nodes; it starts again with the next pass."""
         with self._settling:
             if self._exchange is not None and not is_inherited(self._pid):
                 self._exchange.close()
@@ -192,19 +192,19 @@ class Job:
     ) -> None:
         manifest, name = agreement.share_manifest(processes, choose)
         source.adopt(manifest)
-        least = agreement.compare(lambda: (self._told(settings), {"ram_bytes": self._ram_bytes}))
+        least = agreement.compare(lambda: (self._settings_of_all(settings), {"ram_bytes": self._ram_bytes}))
         self._agreed_ram_bytes = least["ram_bytes"]
         self._order = self._settled_order()
         if self._order.partitions > 1 and default_partitions(self.ranks) > 1:
             self._begin_exchange(processes, source, name)
 
-    def _told(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def _settings_of_all(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """What has to be the same on all ranks. Raises `ConfigError` where the nodes of this one fit no partitions."""
         ranks, partitions = self.ranks, self.partition_count
         lanes_of_node(ranks, partitions)
         wish = {key: value for key, value in asdict(self._wish).items() if key != "partitions"}
-        told = {**wish, "partitions": partitions, "replicas": self._replicas, **settings}
-        return told if partitions == 1 else {**told, "local_world_size": ranks.local_world_size}
+        same = {**wish, "partitions": partitions, "replicas": self._replicas, **settings}
+        return same if partitions == 1 else {**same, "local_world_size": ranks.local_world_size}
 
     def _begin_exchange(self, processes: Ranks, source: Source, name: str) -> None:
         own, serves = self.own_objects(source), processes.local_rank == 0
@@ -252,7 +252,7 @@ class Job:
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs; ranks too, since a worker cannot ask torch.distributed."""
         state = dict(self.__dict__)
-        del state["_pid"], state["_settling"], state["_exchange"], state["_has_agreed"], state["_seat"]
+        del state["_pid"], state["_settling"], state["_exchange"], state["_has_agreed"], state["_meetings"]
         if self._processes is None and agreement.is_initialised():
             state["_processes"] = self._ranks_of_processes()
         return state

@@ -23,7 +23,7 @@ _LIST_BYTES_MAX = 2 << 30
 
 
 class _Listed(NamedTuple):
-    """Some shards, how many samples they should hold (-1: nobody says), and the sidecars that lie beside them."""
+    """Some shards, how many samples they should hold (-1: unknown), and the sidecars that lie beside them."""
 
     shards: ObjectTable
     sample_counts: npt.NDArray[np.int64]
@@ -31,7 +31,7 @@ class _Listed(NamedTuple):
 
 
 def list_shards(consumer: Consumer, urls: Sequence[str]) -> Manifest:
-    """The manifest of `urls`, in their order. It ends whatever `consumer` was attached to.
+    """The manifest of `urls`, in their order. It replaces the objects that `consumer` is attached to.
 
     A URL that ends in ".json" is a list of shards (see `wids`). Raises the errors of the store, and `ConfigError` for
     lists that cannot be used.

@@ -1,12 +1,12 @@
-"""Manifests in files: one that ranks share which nothing else connects, and the versions that a state may name.
+"""Manifests in files: one that unconnected ranks share, and the versions that a state may name.
 
-A manifest file is JSON, written whole beside its place and linked to it, so that nobody reads half of one and whoever
-comes first wins, also on a network file system:
+A manifest file is JSON, written to a temporary file and linked into place, so that it is never seen half written and
+the first writer wins, also on a network file system:
 
     {"fastload_manifest": 1, "fingerprint": "...", "urls": ["s3://bucket/train/"], "manifest": {...}}
 
 `urls` are what the user asked for, and have to be the same wherever the file is used; `manifest` is what
-`Manifest.to_json` gives. Where the data is listed anew for each epoch, epoch 3 of `train.json` is in
+`Manifest.to_json` gives. Where the data is listed again for each epoch, epoch 3 of `train.json` is in
 `train.epoch-3.json`: a file that exists is taken as it is, so a run that is repeated or resumed reads what the first
 one read.
 
@@ -92,9 +92,9 @@ def path_of(path: str | os.PathLike[str], epoch: int | None = None) -> Path:
 
 
 def keep(directory: Path, urls: Sequence[str], manifest: Manifest) -> None:
-    """Keep a version in the cache directory, so that a state which names it can be resumed; drop old ones.
+    """Keep a version in the cache directory, so that a state which names it can be resumed; old ones are removed.
 
-    A directory that takes no file costs a warning.
+    A directory that cannot be written to causes a warning.
     """
     folder = directory / "manifests"
     mine = _urls_id(urls)
@@ -167,7 +167,7 @@ def _wait_for(place: Path, waits: Waits | None, deadline_s: float) -> None:
         f"rank 0 to write manifest={str(place)!r}; see whether rank 0 runs, and whether it writes to the same file "
         "system (all ranks need one that they share), or call torch.distributed.init_process_group before iterating"
     )
-    looking = threading.Condition()  # nobody notifies: it looks up every second
+    looking = threading.Condition()  # never notified: `wait` looks every second
     with looking:
         wait(looking, is_there, "listing", what=what, waits=waits, deadline_s=deadline_s)
 

@@ -45,7 +45,7 @@ class WindowReader:
         self._first_chunk = first_chunk
         self.live = LiveWindows(len(first_chunk) - 1)
         self._opening: Ints | None = None  # the chunks of a window that is wanted and not open yet
-        self._planning = threading.Lock()  # what follows, and that the consumer hears of it in this order
+        self._planning = threading.Lock()  # guards what follows, and the order of the messages about it
         self._planned: list[Hashable] = []
         self._plan_ends: list[int] = []  # the position in the plan, in chunks, after each planned window
         self._behind = 0  # how many of the planned windows are behind
@@ -77,7 +77,7 @@ class WindowReader:
         return window.counts
 
     def hold(self, entry: BatchEntry, windows: Collection[Hashable]) -> None:
-        """The batch of this entry, whose samples lie in these windows, is in the making."""
+        """The batch of this entry, whose samples lie in these windows, is being built."""
         self.live.hold(windows)
 
     def due(self, entry: BatchEntry) -> None:
@@ -85,11 +85,11 @@ class WindowReader:
 
     @property
     def lookahead(self) -> int:
-        """How many samples are held before they are due, so that the service knows what comes."""
+        """How many samples are held before they are due, so that their uses are announced ahead."""
         return 0
 
     def done(self, entry: BatchEntry, windows: Collection[Hashable]) -> None:
-        """It is made, or given up."""
+        """Its batch is built, or given up."""
         self._give_back(self.live.done(windows))
 
     def retire_all_but(self, needed: Collection[Hashable]) -> None:
@@ -104,7 +104,7 @@ class WindowReader:
             self._consumer.set_plan(next_objects, next_epoch)
 
     def close(self) -> None:
-        """Give back whatever is still held, and end the plan if it was not read to its end."""
+        """Release all that is still held, and end the plan if it was not read to its end."""
         try:
             self._let_go()
         except ServiceError:
@@ -177,7 +177,7 @@ class ScatteredReader(WindowReader):
         self._leasing = threading.Lock()
         self._held: dict[int, _Held] = {}  # by identity, in the order in which they are read
         self._position_of = np.full(int(first_chunk[-1]), -1, np.int32)  # of each chunk in the plan
-        self._told = self._passed = 0  # uses
+        self._announced = self._passed = 0  # uses
         self._holders: Counter[int] = Counter()  # chunk -> how many entries hold it
 
     def plan(self, windows: Sequence[tuple[Hashable, Objects]], epoch: int) -> None:
@@ -190,7 +190,7 @@ class ScatteredReader(WindowReader):
         with self._leasing:
             self._position_of.fill(-1)
             self._position_of[chunks] = np.arange(len(chunks), dtype=np.int32)
-            for held in self._held.values():  # told to the plan before
+            for held in self._held.values():  # announced with positions in the plan before
                 self._foresee(held)
 
     @property
@@ -199,7 +199,7 @@ class ScatteredReader(WindowReader):
         return lookahead(len(self._position_of)) if self.foresees else 0
 
     def hold(self, entry: BatchEntry, windows: Collection[Hashable]) -> None:
-        """Tell which chunks the entry will read."""
+        """Announce which chunks the entry will read."""
         super().hold(entry, windows)
         held = _Held(entry, self.chunks_of(entry))
         with self._leasing:
@@ -215,7 +215,7 @@ class ScatteredReader(WindowReader):
         self._consumer.want(held.chunks)
 
     def done(self, entry: BatchEntry, windows: Collection[Hashable]) -> None:
-        """Give back the chunks that no other entry holds."""
+        """Release the chunks that no other entry holds."""
         self._release(self._drop([id(entry)]))
         super().done(entry, windows)
 
@@ -235,7 +235,7 @@ class ScatteredReader(WindowReader):
         super()._let_go()
 
     def _drop(self, entry_ids: list[int]) -> Ints:
-        """Forget what these entries hold; the chunks that nobody holds then."""
+        """Forget what these entries hold; returns the chunks that no entry holds then."""
         with self._leasing:
             held = [self._held.pop(number) for number in entry_ids if number in self._held]
             leased = [each.chunks for each in held if each.is_leased]
@@ -248,18 +248,18 @@ class ScatteredReader(WindowReader):
         return np.array(free, np.int64)
 
     def _foresee(self, held: _Held) -> None:
-        """Tell the uses of an entry, which follow those of the entries before."""
+        """Announce the uses of an entry, which follow those of the entries before."""
         if not self.foresees:
             return
         positions = self._position_of[held.chunks]
         positions = positions[positions >= 0]
-        held.first_use = self._told
-        self._told += len(positions)
+        held.first_use = self._announced
+        self._announced += len(positions)
         self._consumer.foresee(held.first_use, positions)
 
     def _pass(self) -> None:
-        """Tell that uses have been made: those before the first entry that is held."""
-        first = next((held.first_use for held in self._held.values()), self._told)
+        """Report progress: the uses before those of the first entry that is held are made."""
+        first = next((held.first_use for held in self._held.values()), self._announced)
         if self.foresees and first > self._passed:
             self._passed = first
             self._consumer.advance(first)

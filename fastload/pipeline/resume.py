@@ -1,8 +1,8 @@
-"""Where an iteration over samples stands, for loaders of others that save data sets: torchdata's `StatefulDataLoader`.
+"""Where an iteration over samples stands, for loaders that save data sets: torchdata's `StatefulDataLoader`.
 
-A worker process has a part of its rank's batches (or samples), and is only asked how far it has come itself. It has
-delivered so many whole entries and so many samples of the next; entries are dealt to workers in rounds, so after m
-entries it goes on where round m begins, and leaves out what it has delivered of its part of that round.
+A worker process has a part of its rank's batches (or samples), and only knows its own progress. It has delivered m
+whole entries and some samples of the next. Entries are dealt to workers in rounds, so it continues where round m
+begins, and leaves out what it has delivered of its part of that round.
 """
 
 from __future__ import annotations
@@ -105,18 +105,18 @@ def why_nothing_came(cursor: EpochCursor | MixtureCursor, batch_size: int = 1, *
 
 
 class Delivery:
-    """Counts what an iteration has handed out, at no cost a sample."""
+    """Counts what an iteration has handed out, at no cost per sample."""
 
     def __init__(
         self,
         cursor: EpochCursor | MixtureCursor,
         resumed: IterationState,
         workers: int,
-        tell: Callable[[str], None] | None = None,
+        warn: Callable[[str], None] | None = None,
         skips: Skips | None = None,
     ) -> None:
-        """`tell` is called with a word about it where there was nothing to hand out; `skips` hears of the end."""
-        self._cursor, self._resumed, self._tell, self._skips = cursor, resumed, tell, skips
+        """`warn` is called where there was nothing to hand out; `skips` is notified of the end."""
+        self._cursor, self._resumed, self._warn, self._skips = cursor, resumed, warn, skips
         self._round = cursor.batch_size * cursor.ranks.world_size * workers
         self._begun = 0  # entries that were begun
         self._size = 0  # of the last of these
@@ -139,11 +139,11 @@ class Delivery:
         self._is_over = True
         if self._skips is not None:
             self._skips.ended(self._cursor.epoch, delivered)
-        if not self._begun and self._tell is not None:
-            self._tell(why_nothing_came(self._cursor))
+        if not self._begun and self._warn is not None:
+            self._warn(why_nothing_came(self._cursor))
 
     def state(self) -> IterationState:
-        """Where to go on."""
+        """Where to continue."""
         resumed = self._resumed
         if not self._begun and not self._is_over:
             return resumed

@@ -307,7 +307,7 @@ class Iteration(Iterator[Any]):
     """Yields what `run` makes, after `deliver`, if it is given, has had it. `delivered(entry)` is called for each,
     `exhausted()` at the end of the epoch.
 
-    While `interrupted()` is entered, whoever waits for bytes in the run gives up, so that it ends at once. `release()`
+    While `interrupted()` is entered, waits for bytes in the run end, so that it ends at once. `release()`
     is called once, when the run has ended in whatever way; it may be called in another thread.
     """
 
@@ -363,7 +363,7 @@ class Iteration(Iterator[Any]):
 
 
 def _end(run: Run, interrupted: Callable[[], AbstractContextManager[None]], release: Callable[[], None]) -> None:
-    """End a run and let go of what it used."""
+    """End a run and release what it used."""
     try:
         with interrupted():
             run.close()

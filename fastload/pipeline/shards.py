@@ -82,7 +82,7 @@ class ShardTable:
             consumer.release(window_chunks(self._first_chunk, object_nos))
 
     def known_counts(self, consumer: Consumer) -> npt.NDArray[np.int64]:
-        """int64[objects]: how many samples each shard has, -1 where nobody knows yet; 0 for those that are gone.
+        """int64[objects]: how many samples each shard has, -1 where that is not known yet; 0 for those that are gone.
 
         Parses nothing.
         """

@@ -1,7 +1,8 @@
-"""What one iteration at a time works with: a connected consumer, and where its waiting is booked.
+"""The data of one data set in this process, and its sessions with the cache.
 
-A data set keeps the sessions that are idle and opens another when two iterations run at once. They belong to the
-process that opened them: after a fork, the child begins with none.
+A session is a connected consumer and an account of its waits, for one iteration at a time. A data set keeps idle
+sessions and opens another when two iterations run at once. They belong to the process that opened them: after a fork,
+the child begins with none.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Source:
         self._sidecars = ObjectTable.of([])
         self._shards: ShardTable | None = None
         self._counts: npt.NDArray[np.int64] | None = None  # by object; -1: not known here
-        self._heard: set[int] = set()  # objects whose counts were learnt since the cache was told
+        self._unsent: set[int] = set()  # objects whose counts the service may not know yet
         self.slots = SlotPool(_SLOTS_RETAINED_BYTES)
 
     @property
@@ -119,7 +120,7 @@ class Source:
             _close_all(self._idle)  # they are attached to another
             self._manifest = manifest
             self._first_chunk = self._shards = self._counts = None
-            self._heard.clear()
+            self._unsent.clear()
             self._keep()
 
     def refresh(self, waits: Waits | None = None) -> Manifest:
@@ -180,7 +181,7 @@ class Source:
             return self._connect()
 
     def give_back(self, session: Session) -> None:
-        """The session is idle again; where the source was closed meanwhile, its turn to be closed is now."""
+        """The session is idle again; where the source was closed meanwhile, it is closed now."""
         with self._lock:
             self._keep_counts(session)
             if session.manifest is not self._manifest or session.closings != self._closings:
@@ -189,7 +190,7 @@ class Source:
                 self._idle.append(session)
 
     def close(self) -> None:
-        """Disconnect: the idle sessions now, those in use when they are given back. May be called twice; the source
+        """Disconnect: the idle sessions now, those in use when they are given back. Idempotent; the source
         stays usable.
         """
         with self._lock:
@@ -197,24 +198,24 @@ class Source:
             _close_all(self._idle)
 
     def counts_in_memory(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """The objects whose sample counts this process has learnt, and their counts. Asks nobody."""
+        """The objects whose sample counts this process has learnt, and their counts. Sends nothing."""
         with self._lock:
             known = np.flatnonzero(self._counts_here() >= 0)
             return known.astype(np.int32), self._counts_here()[known]
 
     def counts_of(self, object_nos: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-        """The sample counts of these objects, int64; -1 where this process has not learnt it. Asks nobody."""
+        """The sample counts of these objects, int64; -1 where this process has not learnt it. Sends nothing."""
         with self._lock:
             return self._counts_here()[object_nos]
 
     def learn_counts(
         self, object_nos: npt.NDArray[np.int32], counts: npt.NDArray[np.int64], of: Manifest | None = None
     ) -> None:
-        """Remember the sample counts of these objects; of another list of shards than the present one, nothing."""
+        """Remember the sample counts of these objects; those of a list of shards other than today's are ignored."""
         with self._lock:
             if of is None or of is self._manifest:
                 here = self._counts_here()
-                self._heard.update(object_nos[here[object_nos] < 0].tolist())
+                self._unsent.update(object_nos[here[object_nos] < 0].tolist())
                 here[object_nos] = counts
 
     def sample_counts(self) -> npt.NDArray[np.int64] | None:
@@ -227,19 +228,19 @@ class Source:
                 with self._lock:
                     known = stored >= 0
                     counts[known] = stored[known]
-                    self._heard.difference_update(np.flatnonzero(known).tolist())
+                    self._unsent.difference_update(np.flatnonzero(known).tolist())
         finally:
             self.give_back(session)
         return counts if (counts >= 0).all() else None
 
     def _keep_counts(self, session: Session) -> None:
-        """Tell the cache what it may not know: counts that other nodes told are needed before the next run's first
+        """Send the service counts that it may not know: counts from other nodes are needed before the next run's first
         epoch, to know how long that is.
         """
-        if self._heard and session.manifest is self._manifest:
-            numbers = np.array(sorted(self._heard), np.int32)
+        if self._unsent and session.manifest is self._manifest:
+            numbers = np.array(sorted(self._unsent), np.int32)
             session.consumer.put_counts(numbers, self._counts_here()[numbers])
-            self._heard.clear()
+            self._unsent.clear()
 
     def _counts_here(self) -> npt.NDArray[np.int64]:
         assert self._manifest is not None, "no session was opened yet"

@@ -1,4 +1,4 @@
-"""The windows that are live: whose samples batches are being made from.
+"""Windows: some shards whose samples batches are being built from, and where each of their samples lies.
 
 A window's shards are indexed when it opens; from then on, a sample is a row in arrays that cover the whole window, so
 that a batch finds its bytes with a few vector operations and no Python per sample. Its chunks are leased while it is
@@ -150,7 +150,7 @@ class Window:
 
 
 class LiveWindows:
-    """The open windows of one pass over the data, and how many batches in the making need each.
+    """The open windows of one pass over the data, and how many batches that are being built need each.
 
     `open`, `hold` and `retire_all_but` are called by the feeder, `find` and `done` by the threads that make batches. A
     window is handed back to be closed (the caller gives its leases back) once the feeder has retired it and no batch
@@ -165,7 +165,7 @@ class LiveWindows:
         self._window_of = np.full(object_count, -1, np.int64)  # by object: the number of a window that is open
         self._place_of = np.zeros(object_count, np.int64)
         self._first_row_of = np.zeros(object_count, np.int64)
-        self._holders: dict[Hashable, int] = {}  # window -> how many batches in the making need it
+        self._holders: dict[Hashable, int] = {}  # window -> how many batches that are being built need it
         self._retired: set[Hashable] = set()
 
     def __contains__(self, key: Hashable) -> bool:
@@ -195,13 +195,13 @@ class LiveWindows:
         return [(window, *found[:, start:end]) for window, (start, end) in zip(windows, bounds, strict=True)]
 
     def hold(self, windows: Iterable[Hashable]) -> None:
-        """A batch whose samples lie in these windows is in the making."""
+        """A batch whose samples lie in these windows is being built."""
         with self._lock:
             for key in windows:
                 self._holders[key] = self._holders.get(key, 0) + 1
 
     def done(self, windows: Iterable[Hashable]) -> list[Window]:
-        """That batch is made (or given up); returns the windows that may be closed now."""
+        """That batch is built (or given up); returns the windows that may be closed now."""
         with self._lock:
             for key in windows:
                 self._holders[key] -= 1
@@ -222,7 +222,7 @@ class LiveWindows:
             self._open.clear()
             self._by_number.clear()
             self._retired.clear()
-            self._window_of.fill(-1)  # a batch that is in the making finds none
+            self._window_of.fill(-1)  # a batch that is being built finds none
             return closed
 
     def _show(self, window: Window) -> None:

@@ -1,15 +1,15 @@
-"""Worker processes, for the user's Python: they make batches of bytes that were gathered here.
+"""Worker processes for the user's Python: they make batches of bytes that were gathered in the trainer's process.
 
-A trainer's threads share one interpreter lock with every Python function that runs in them, so functions of the user's
-run elsewhere. What goes elsewhere is only the last step: cursor, windows, leases and the cache's memory stay in the
-trainer's process, whose threads gather a batch's bytes straight into memory that they share with a worker, hand them
-over, and wait for the batch. So order, resume, counts between nodes and whatever else is promised of a run hold with
-workers as they do with threads, and a worker that is killed holds nothing that anybody waits for.
+A trainer's threads share one interpreter lock with every Python function that runs in them, so the user's functions run
+elsewhere. Only the last step moves: cursor, windows, leases and the cache's memory stay in the trainer's process, whose
+threads gather a batch's bytes into memory shared with a worker, hand them over, and wait for the batch. So order,
+resume, counts between nodes and everything else that is promised of a run hold with workers as they do with threads,
+and a worker that is killed holds nothing that others wait for.
 
-`lanes` is how many batches one worker makes at a time, each in a thread of its own: one, where there are several
-processes; all, where one process is to make everything that the trainer's would ("side").
+A *lane* is a connection to one thread of a worker. `lanes` is how many batches one worker makes at a time: one, where
+there are several processes; all, where one process makes everything that the trainer's threads would ("side").
 
-A worker ends when the trainer's end of a lane is closed, or with the trainer's process, whatever became of it, and
+A worker ends when the trainer's end of a lane is closed, or with the trainer's process, however that ended, and
 whatever a function is doing meanwhile. It seeds the generators of Python, numpy and torch before it calls the user's
 functions (see `finish`), leaves Ctrl-C to the trainer, and gives torch one thread, as torch's own workers do.
 """
@@ -47,13 +47,13 @@ from fastload.transport.heap import keep_freed_memory, spare_what_is_here
 
 # Free memory that each end of a lane keeps for batches to come.
 _RETAINED_BYTES = 256 << 20
-# How long a worker that is to end may take, before it is told by signals.
+# How long a worker may take to end before it gets a signal.
 _END_S = 5.0
-# How often whoever waits for a worker looks whether that is still wanted, and a worker whether its trainer lives.
+# How often a wait for a worker checks whether it was interrupted, and a worker whether its trainer lives.
 _LOOK_UP_MS = 500
 
-# Held while a worker is started. Whoever is forked meanwhile, by another thread, would get ends of connections that it
-# does not know of: with them held open, nobody would hear of this worker's death.
+# Held while a worker is started. A process that another thread forks meanwhile would inherit ends of connections
+# that it does not know of; with them held open, this worker's death would go unnoticed.
 _starting = held_while_forking(threading.RLock())
 
 
@@ -75,7 +75,7 @@ class WorkerOptions:
 
 
 class Workers:
-    """Processes that make batches. Safe to use from as many threads as there are lanes in all."""
+    """Processes that make batches. Thread-safe, for as many threads as there are lanes in all."""
 
     def __init__(self, options: WorkerOptions) -> None:
         """Start them. `ConfigError` where the user's functions cannot be pickled, and have to be."""
@@ -190,9 +190,9 @@ class _Lane:
             is_made, made = self._link.receive()
         except LinkClosedError as error:
             self.is_broken = True
-            raise WorkerError(self._obituary()) from error
+            raise WorkerError(self._how_it_ended()) from error
         except BaseException:
-            self.is_broken = self._is_out_of_step = True  # what it may still answer is no answer to the next call
+            self.is_broken = self._is_out_of_step = True  # a late answer is no answer to the next call
             raise
         if not is_made:
             raise _rebuilt(*made)
@@ -218,7 +218,7 @@ class _Lane:
         if self.sock.fileno() not in [fd for fd, _ in ready]:
             raise LinkClosedError("its process has ended")
 
-    def _obituary(self) -> str:
+    def _how_it_ended(self) -> str:
         what = f"worker process {self._pid} of the loader "
         if self._is_closed:
             return what + "was let go while it made a batch, for the loader was closed, or begun with other workers"
@@ -258,12 +258,12 @@ def _rebuilt(pickled: bytes | None, name: str, message: str, text: str) -> BaseE
     """The worker's error, or where it does not survive pickling, one that says the same."""
     error: BaseException | None = None
     if pickled is not None:
-        with contextlib.suppress(Exception):  # then the second best is told
+        with contextlib.suppress(Exception):  # then another error says the same
             error = pickle.loads(pickled)
     if not isinstance(error, BaseException):
         error = WorkerError(f"a worker process of the loader raised {name}, which cannot be pickled: {message}")
     if callers.is_users(error):
-        callers.mark_as_users(error)  # anew: the frames of its function are in the text
+        callers.mark_as_users(error)  # again: the frames of its function are in the text
     error.__cause__ = _TracebackThereError(text) if text else None
     return error
 
@@ -298,8 +298,8 @@ def _work(
     try:
         if init is not None:
             init(number)
-    except BaseException as error:  # it is the answer to whatever will be asked
-        failure = _told(error)
+    except BaseException as error:  # it is the answer to every request
+        failure = _packed(error)
     reseed = reseed_all if len(socks) == 1 else lambda key: None  # threads share the generators
     threads = [threading.Thread(target=_serve, args=(sock, finish, reseed, failure), daemon=True) for sock in socks[1:]]
     for thread in threads:
@@ -315,7 +315,7 @@ def _end_with_trainer(socks: list[socket.socket], forked_from: int) -> None:
     The sentinel is not enough: processes that were forked after this one hold its other end open.
     """
     parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker has been started by somebody"
+    assert parent is not None, "a worker has a parent"
     poll = select.poll()
     poll.register(parent.sentinel, select.POLLIN)
     while os.getppid() == forked_from and not poll.poll(_LOOK_UP_MS):
@@ -330,11 +330,11 @@ def _end_with_trainer(socks: list[socket.socket], forked_from: int) -> None:
 def _serve(sock: socket.socket, finish: Finish, reseed: Reseed, failure: tuple[Any, ...] | None) -> None:
     link = Link(sock, SharedPool(_RETAINED_BYTES))
     parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker has been started by somebody"
+    assert parent is not None, "a worker has a parent"
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     poll.register(parent.sentinel, select.POLLIN)
-    with contextlib.suppress(LinkClosedError):  # the trainer has let go, or is gone
+    with contextlib.suppress(LinkClosedError):  # the trainer has closed it, or has ended
         while sock.fileno() in [fd for fd, _ in poll.poll()]:
             _answer(link, finish, reseed, failure)
     link.close()
@@ -350,16 +350,16 @@ def _answer(link: Link, finish: Finish, reseed: Reseed, failure: tuple[Any, ...]
     except LinkClosedError:
         raise
     except BaseException as error:  # of the user's function, or since what it made cannot be pickled
-        link.send((False, _told(error)))
+        link.send((False, _packed(error)))
 
 
-def _told(error: BaseException) -> tuple[bytes | None, str, str, str]:
+def _packed(error: BaseException) -> tuple[bytes | None, str, str, str]:
     """An error, as `_rebuilt` takes it."""
     if callers.is_for_the_user(error):
         callers.shortened(error)
     # Without a frame of the user's it would say again what the error says.
-    is_told = error.__traceback__ is not None or error.__cause__ is not None
-    text = "".join(traceback.format_exception(error)) if is_told else ""
+    has_text = error.__traceback__ is not None or error.__cause__ is not None
+    text = "".join(traceback.format_exception(error)) if has_text else ""
     pickled = None
     with contextlib.suppress(Exception):  # then its name and message are all that can be said
         pickled = pickle.dumps(error)
