@@ -12,7 +12,9 @@ from fastload.lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastload.client.consumer import Consumer as Consumer
-    from fastload.client.consumer import Held as Held
     from fastload.client.handle import Handle as Handle
+    from fastload.client.leases import Held as Held
 
-__getattr__, __dir__, __all__ = lazy_names(__name__, {"consumer": ["Consumer", "Held"], "handle": ["Handle"]})
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__, {"consumer": ["Consumer"], "handle": ["Handle"], "leases": ["Held"]}
+)

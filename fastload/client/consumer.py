@@ -10,69 +10,95 @@
             ...
     consumer.release([30, 31])
 
-Any number of threads may call any method, and a forked child too: `session` says how. Leases are kept after their use
-until they are released, or until the service needs their room (`leases`).
+Any number of threads may call any method. Leases are kept after their use until they are released, or until the service
+needs their room (`leases`).
+
+A consumer holds everything that a new service needs (objects, plan, wants, requests in flight), so a service that dies
+costs its consumers a pause: the connection's thread connects again, which starts another service, and
+`_send_everything` repeats it all. Requests are idempotent, so those in flight are simply sent again. What was granted
+before stays readable: the dead service's arena lives as long as it is mapped here.
+
+Everything is sent under the lock, together with the change of state that it speaks of; that keeps both sides' views of
+leases the same. The lock is never held while waiting for an answer.
+
+A fork is safe: the child drops the parent's socket and leases, and makes its own connection at its first call, with the
+same objects and plan.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from fastload import errors, protocol
+from fastload import callers, errors, protocol
 from fastload.cache.policy import PolicyName
-from fastload.client.leases import Lease, offsets_by_arena
-from fastload.client.session import Connector, Int64, Session, chunk_starts
+from fastload.client.attached import AttachedObjects, Int64, Ints, OpenedObject
+from fastload.client.connection import Connection, Events
+from fastload.client.handshake import Welcomed
+from fastload.client.leases import Held, Lease, LeaseTable, MappedArena, Waiter
 from fastload.errors import FastloadError, ServiceError
+from fastload.lifecycle import reset_on_fork
 from fastload.protocol import Progress
-from fastload.store import local, normalise
+from fastload.redaction import redact
+from fastload.store import StoreOptions, local, normalise, options
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
-from fastload.waiting import DEADLINE_S, Reason, Waits
+from fastload.waiting import DEADLINE_S, Reason, Waits, wait
 
-Ints = Sequence[int] | npt.NDArray[np.integer[Any]]
-
-
-class Held:
-    """Chunks pinned for the length of a `with` block.
-
-    `chunk_nos` (int64[n]) are those that are here, some or all of the ones asked for. `groups` holds (arena, chunk_nos
-    int64[k], offsets int64[k]): read-only uint8 arrays of a whole arena, and where in it each chunk begins. One group,
-    or two for a while after the service was replaced.
-    """
-
-    def __init__(self, unpin: Callable[[dict[int, Lease]], None], held: dict[int, Lease]) -> None:
-        self._unpin = unpin
-        self._held = held
-        self.chunk_nos: Int64 = np.fromiter(held, np.int64, len(held))
-        self.groups: list[tuple[npt.NDArray[np.uint8], Int64, Int64]] = [
-            (arena.view.array, np.array(chunks, np.int64), np.array(offsets, np.int64))
-            for arena, chunks, offsets in offsets_by_arena(held)
-        ]
-
-    def __enter__(self) -> Held:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the pins. ServiceError where the service took the chunks back meanwhile: what was read is void."""
-        held, self._held = self._held, {}
-        self.groups = []
-        if held:
-            self._unpin(held)
+# What a request is for, in notices of long waits and in the error of one that took too long.
+_WHAT_FOR: dict[type[protocol.Message], str] = {
+    protocol.Clear: "to empty the cache",
+    protocol.GetCounts: "to say how many samples shards hold",
+    protocol.GetIndexes: "for the indexes of shards",
+    protocol.Open: "to find an object",
+    protocol.Resolve: "to list the shards",
+    protocol.Stats: "for its figures",
+}
 
 
-class Consumer(Session):
-    """See the module's text."""
+class WaitInterruptedError(ServiceError):
+    """A wait was ended by `Consumer.interrupted`, whose caller handles it."""
+
+
+class Connector(Protocol):
+    """What a consumer needs of a `Cache`."""
+
+    def connect(self, hello: protocol.Hello, stop: threading.Event, avoid: str = "") -> Welcomed:
+        """A connection to the directory's service, which is started where there is none; or, where it cannot be reached
+        or `avoid` says why it should not be, to another one that stands in for it.
+        """
+        ...
+
+    def warn(self, message: str) -> bool:
+        """Whether `message` has yet to be raised as a warning in this process."""
+        ...
+
+    @property
+    def reading(self) -> str:
+        """Where to read why something takes long, for who waits."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    message: protocol.Message
+    parts: list[protocol.Message] = field(default_factory=list)
+    done: bool = False
+    error: FastloadError | None = None
+
+
+class Consumer:
+    """See the module's text. Private methods are called under `_changed`, save for those that take it themselves."""
 
     def __init__(
         self,
@@ -81,13 +107,107 @@ class Consumer(Session):
         name: str = "",
         *,
         waits: Waits | None = None,
+        make_connection: Callable[[Events, threading.Condition, str], Connection] = Connection,
     ) -> None:
         """Connect, starting the service where none runs; CacheError, ConfigError or ServiceError where that fails.
 
         `storage_options` as the user gave them; with them the environment is read, now and again whenever a store
-        denies access. `waits` is where the time spent waiting is booked.
+        denies access. `waits` is where the time spent waiting is booked. A simulation has a connection of its own.
         """
-        super().__init__(cache, storage_options, name, waits)
+        self.name = redact(name)
+        self.chunk_bytes = 0
+        self._cache, self._more, self._make_connection = cache, cache.reading, make_connection
+        self._storage_options = options.checked(storage_options)
+        self._store_wire: dict[str, Any] | None = None
+        self._waits = waits
+        self._attached = AttachedObjects()
+        self._plan: protocol.SetPlan | None = None
+        self._keep: protocol.Keep | None = None
+        self._report: dict[str, float] = {}
+        self._begin()
+        reset_on_fork(self, Consumer._forget_after_fork)
+        self._connect()
+        try:
+            self._warn()
+        except BaseException:  # where warnings are errors
+            self.close()
+            raise
+
+    def _begin(self) -> None:
+        """Everything that belongs to this process's connection."""
+        self._changed = threading.Condition(threading.Lock())
+        self._connecting = threading.Lock()
+        self._table = LeaseTable()
+        self._requests: dict[int, _Request] = {}
+        self._request_serial = 0
+        self._troubles: list[str] = []
+        self._progress: Progress | None = None
+        self._arena: MappedArena | None = None
+        self._buffer_count = 0
+        self._beside = ""
+        self._interruptions = 0
+        self._ended: FastloadError | None = None
+        self._connection: Connection | None = None
+
+    # Life
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether it was closed, or ended by an error: every call raises that."""
+        return self._ended is not None
+
+    @property
+    def beside(self) -> str:
+        """Why its service is not the directory's own, but stands in for that; "" where it is."""
+        return self._beside
+
+    @property
+    def buffer_count(self) -> int:
+        """How many chunks the service's arena has room for."""
+        return self._buffer_count
+
+    def close(self) -> None:
+        """Let go of everything. Waiting callers get a ServiceError. Idempotent."""
+        with self._changed:
+            connection, self._connection = self._connection, None
+            if self._ended is None:
+                self._ended = ServiceError(
+                    "this connection to the cache was closed (by close(), or the end of a with block); iterate anew"
+                )
+            self._table.clear()
+            if self._arena is not None:
+                self._arena.view.close()
+            self._changed.notify_all()
+        if connection is not None:
+            connection.close()
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """For the length of the block, calls that wait or would wait raise WaitInterruptedError.
+
+        For ending the threads that use this consumer without ending the consumer.
+        """
+        with self._changed:
+            self._interruptions += 1
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._interruptions -= 1
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether `interrupted` is entered: what waits for others with this consumer gives up as well."""
+        return self._interruptions > 0
+
+    def __enter__(self) -> Consumer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     # What is in the store
 
@@ -133,22 +253,38 @@ class Consumer(Session):
         with self._changed:
             if self._table.counts()["pinned"]:
                 raise ServiceError("attach() while chunks are pinned: end every `with acquire(...)` first")
-            self._objects = table
-            self._first_chunk = chunk_starts(table.sizes, self.chunk_bytes)
+            self._attached = AttachedObjects.of(table, self.chunk_bytes)
             self._plan = self._keep = self._progress = None
             self._table.clear()
-            self._tell_objects()
+            self._send_objects()
+
+    def open(self, url: str, deadline_s: float = DEADLINE_S) -> OpenedObject:
+        """Attach one more object, by its URL (normalised), as it is now; the store's errors come as they are.
+
+        Only for a consumer to which nothing else is attached. The service looks up the object's version and takes it
+        onto the end of this consumer's list; both sides number objects in the order of these answers, which the socket
+        keeps. The list only grows: when it is long, another consumer goes on with an empty one.
+        """
+        (part,) = self._ask_service(lambda request: protocol.Open(request, url), "listing", deadline_s)
+        assert isinstance(part, protocol.Opened)
+        with self._changed:
+            return self._attached[part.object_no]
+
+    @property
+    def object_count(self) -> int:
+        """How many objects are attached."""
+        return len(self._attached)
 
     # The plan
 
     def keep(self, object_nos: Ints, policy: PolicyName) -> None:
         """These objects (numbers, int[n]) will be read again and again; `policy` says how the service keeps them.
 
-        They stay before what nobody names, also while a plan names only some of them; until this is called again, or
-        the consumer ends. It costs nothing to say the same twice.
+        They stay before others that no consumer names, also while a plan names only some of them; until this is called
+        again, or the consumer ends. Saying the same twice costs nothing.
         """
         self._enter()
-        keep = protocol.Keep(self._checked_objects(object_nos), policy)
+        keep = protocol.Keep(self._attached.checked_objects(object_nos), policy)
         with self._changed:
             if keep != self._keep:
                 self._keep = keep
@@ -160,7 +296,7 @@ class Consumer(Session):
         With `warm`, fill the cache with them instead of the arena only; see `progress` and `wait_progress`.
         """
         self._enter()
-        order = self._checked_objects(object_order)
+        order = self._attached.checked_objects(object_order)
         with self._changed:
             self._progress = None
             self._plan = protocol.SetPlan(order, epoch, warm, 0)
@@ -171,7 +307,7 @@ class Consumer(Session):
         `first`.
 
         Each call goes on where the one before ended. `advance` then counts uses. A service that replaces this one
-        learns what is told from then on.
+        learns only what is foreseen from then on.
         """
         with self._changed:
             if self._plan is not None:
@@ -185,7 +321,7 @@ class Consumer(Session):
                 self._send(protocol.Advance(int(plan_position)))
 
     def progress(self) -> Progress | None:
-        """How far a warm plan is, as last heard."""
+        """How far a warm plan is, as last reported."""
         with self._changed:
             return self._progress
 
@@ -199,7 +335,7 @@ class Consumer(Session):
             self._wait(
                 lambda: self._progress is not None and self._progress is not seen,
                 "chunk",
-                "news of a warm plan",
+                "progress of a warm plan",
                 deadline_s,
             )
             progress = self._progress
@@ -214,7 +350,7 @@ class Consumer(Session):
         """Lease these as they come. Does not wait."""
         self._enter()
         with self._changed:
-            self._ask_for(self._checked(chunk_nos), urgent=False)
+            self._ask_for(self._attached.checked_chunks(chunk_nos), urgent=False)
 
     def acquire(self, chunk_nos: Ints, deadline_s: float = DEADLINE_S, *, reason: Reason = "chunk") -> Held:
         """Wait until at least one of the chunks is here, and pin all those that are.
@@ -223,14 +359,15 @@ class Consumer(Session):
         tries again. Not to be called while the same thread holds a `Held`.
         """
         self._enter()
-        chunks = self._checked(chunk_nos)
+        chunks = self._attached.checked_chunks(chunk_nos)
         if not chunks:
             raise ValueError("acquire() of no chunks")
         with self._changed:
             waiter = self._table.add_waiter(chunks)
             try:
                 if not waiter.got:  # mostly they are here
-                    self._wait_for_any(chunks, waiter.got, reason, deadline_s)
+                    what = f"chunks of {self._attached.where(chunks[0], self.chunk_bytes)} from the cache service"
+                    self._wait(lambda: self._is_served(waiter), reason, what, deadline_s)
                     self._table.pin_available(waiter)
             except BaseException:
                 self._send_release(self._table.unpin(waiter.got))
@@ -240,21 +377,36 @@ class Consumer(Session):
                 self._table.remove_waiter(waiter)
         return Held(self._unpin, waiter.got)
 
-    def _wait_for_any(self, chunks: list[int], got: dict[int, Lease], reason: Reason, deadline_s: float) -> None:
-        failure: FastloadError | None = None
-
-        def ready() -> bool:
-            nonlocal failure
-            if got:
-                return True
-            failure = self._table.take_failure(chunks)
-            if failure is None:
-                self._ask_for(chunks, urgent=True)
-            return failure is not None
-
-        self._wait(ready, reason, f"chunks of {self._where(chunks[0])} from the cache service", deadline_s)
+    def _is_served(self, waiter: Waiter) -> bool:
+        """Whether it has got something; else have the service asked. Raises the failure of one of its chunks."""
+        if waiter.got:
+            return True
+        failure = self._table.take_failure(waiter.asked)
         if failure is not None:
             raise failure
+        self._ask_for(waiter.asked, urgent=True)
+        return False
+
+    def begin_acquire(self, chunk_nos: Ints) -> Waiter:
+        """An acquire in steps, for a caller that must not wait. `end_acquire` follows once `got` holds something; until
+        then `look_again` does whenever the service has answered with anything but a grant.
+        """
+        with self._changed:
+            waiter = self._table.add_waiter(self._attached.checked_chunks(chunk_nos))
+            self._is_served(waiter)
+            return waiter
+
+    def look_again(self, waiter: Waiter) -> None:
+        """Raise a failure, or ask again where that is needed."""
+        with self._changed:
+            self._is_served(waiter)
+
+    def end_acquire(self, waiter: Waiter) -> Held:
+        """Pin all that is here."""
+        with self._changed:
+            self._table.pin_available(waiter)
+            self._table.remove_waiter(waiter)
+        return Held(self._unpin, waiter.got)
 
     def _unpin(self, held: dict[int, Lease]) -> None:
         with self._changed:
@@ -268,7 +420,7 @@ class Consumer(Session):
     def release(self, chunk_nos: Ints) -> None:
         """Give leases back, and want these no more. Pinned ones go when their pins end."""
         with self._changed:
-            self._send_release(self._table.release(self._checked(chunk_nos)))
+            self._send_release(self._table.release(self._attached.checked_chunks(chunk_nos)))
 
     # Indexes
 
@@ -291,8 +443,8 @@ class Consumer(Session):
                 self._send(protocol.PutIndex(int(object_no), bytes(data)))
 
     def put_counts(self, object_nos: Ints, counts: Ints) -> None:
-        """Have sample counts kept for later runs that were heard of elsewhere. They need no index; a consumer that has
-        ended leaves it.
+        """Have sample counts that are known from elsewhere kept for later runs. They need no index. A consumer that has
+        ended does nothing.
         """
         numbers, counts = [int(number) for number in object_nos], np.asarray(counts, "<i8")
         step = protocol.COUNTS_PER_REQUEST
@@ -320,8 +472,8 @@ class Consumer(Session):
     # Figures
 
     def stats(self, deadline_s: float = DEADLINE_S) -> dict[str, Any]:
-        """The service's counters: `"consumer"` (ours), `"node"` and `"store"`; see docs/protocol.md. To `"node"` this
-        adds `"beside"`, which says why that is not the directory's own service, and is "" where it is.
+        """The service's counters: `"consumer"`, `"node"` and `"store"`; see docs/protocol.md. To `"node"` this adds
+        `"beside"`, which says why that is not the directory's own service, and is "" where it is.
         """
         (part,) = self._ask_service(protocol.Stats, "service", deadline_s)
         assert isinstance(part, protocol.StatsReply)
@@ -334,7 +486,7 @@ class Consumer(Session):
         return part.byte_count
 
     def report(self, **values: float) -> None:
-        """Figures of ours for the service to show beside its own."""
+        """Figures of this process for the service to show beside its own."""
         with self._changed:
             self._report.update(values)
             self._send(protocol.Report(self._report))
@@ -347,32 +499,266 @@ class Consumer(Session):
             }
             return {**self._table.counts(), **granted}
 
-    def __enter__(self) -> Consumer:
-        return self
+    # Sending
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    def _enter(self) -> None:
+        """Before a call: connect where a fork took the connection, raise what ended it, and pass on warnings."""
+        if self._connection is None and self._ended is None:
+            with self._connecting:  # one thread of the child connects, for all
+                if self._connection is None and self._ended is None:
+                    self._connect()
+        self._warn()
+        if self._ended is not None:
+            raise self._ended
+
+    def _warn(self) -> None:
+        while self._troubles:
+            with self._changed:
+                message = self._troubles.pop(0) if self._troubles else ""  # another thread was quicker
+            if message and self._cache.warn(message):
+                callers.warn(message, RuntimeWarning)
+
+    def _ask_for(self, chunks: Iterable[int], *, urgent: bool) -> None:
+        ask, serial = self._table.to_ask(chunks, urgent=urgent)
+        if ask:
+            self._send(protocol.Want(ask, serial, urgent))
+
+    def _ask_service(
+        self, make: Callable[[int], protocol.Message], reason: Reason, deadline_s: float
+    ) -> list[protocol.Message]:
+        self._enter()
+        with self._changed:
+            self._request_serial += 1
+            number = self._request_serial
+            request = self._requests[number] = _Request(make(number))
+            try:
+                self._send(request.message)
+                what = f"the cache service {_WHAT_FOR.get(type(request.message), 'to answer')}"
+                self._wait(lambda: request.done, reason, what, deadline_s)
+            finally:
+                del self._requests[number]
+        if request.error is not None:
+            raise request.error
+        return request.parts
+
+    def _wait(self, ready: Callable[[], bool], reason: Reason, what: str, deadline_s: float) -> None:
+        """Wait under the lock until `ready()`; raises what ended the consumer or the wait meanwhile."""
+        wait(
+            self._changed,
+            lambda: self._ended is not None or self.is_interrupted or ready(),
+            reason,
+            what=what,
+            waits=self._waits,
+            deadline_s=deadline_s,
+            more=self._more,
+        )
+        if self._ended is not None:
+            raise self._ended
+        if self.is_interrupted and not ready():
+            raise WaitInterruptedError(f"interrupted while waiting for {what}")
+
+    def _send(self, message: protocol.Message) -> None:
+        # Without a connection nothing is lost: everything is sent through the next one.
+        if self._connection is not None:
+            self._connection.send(message)
+
+    def _send_release(self, chunks: list[int]) -> None:
+        if chunks:
+            self._send(protocol.Release(chunks))
+
+    # Receiving, in the connection's thread
+
+    def _on_message(self, message: protocol.FromService) -> None:
+        with self._changed:
+            self._take(message)
+            self._changed.notify_all()
+
+    def _take(self, message: protocol.FromService) -> None:
+        match message:
+            case protocol.Grants():
+                self._take_grants(message)
+            case protocol.Recall():
+                released, pinned = self._table.recall(message.chunks)
+                self._send_release(released)
+                if pinned:
+                    self._send(protocol.Pinned(pinned))
+            case protocol.Failed():
+                self._take_failed(message)
+            case protocol.Progress():
+                if not (message.error_name == "AccessDeniedError" and self._renew_credentials()):
+                    self._progress = message
+            case protocol.Trouble():
+                self._troubles.append(message.message)
+            case protocol.RequestFailed():
+                self._take_request_failed(message)
+            case protocol.Indexes():
+                _check_lengths(message, message.objects, message.data)
+                self._take_part(message)
+            case protocol.Opened():
+                self._attached.append(message, self.chunk_bytes)  # also where the caller has given up: the service did
+                self._take_part(message)
+            case protocol.Resolved() | protocol.Counts() | protocol.Cleared() | protocol.StatsReply():
+                self._take_part(message)
+            case protocol.Pong():
+                pass
+            case protocol.Refused():
+                raise protocol.ConversationError(message.message)
+            case _:
+                raise protocol.ConversationError(f"an unexpected {type(message).__name__} message")
+
+    def _take_grants(self, message: protocol.Grants) -> None:
+        assert self._arena is not None
+        _check_lengths(message, message.chunks, message.serials, message.buffers, message.sources)
+        if message.buffers and not 0 <= min(message.buffers) <= max(message.buffers) < self._buffer_count:
+            raise protocol.ConversationError(f"buffers {message.buffers} are granted of {self._buffer_count}")
+        if message.sources and not 0 <= min(message.sources) <= max(message.sources) < len(protocol.SOURCES):
+            raise protocol.ConversationError(f"sources {message.sources} are granted of {len(protocol.SOURCES)}")
+        if self._connection is not None:
+            self._connection.was_served()
+        fields = zip(message.chunks, message.serials, message.buffers, message.sources, strict=True)
+        for chunk, serial, buffer, source in fields:
+            self._table.grant(chunk, serial, self._arena, buffer, source)
+
+    def _take_failed(self, message: protocol.Failed) -> None:
+        _check_lengths(message, message.chunks, message.serials)
+        if message.name == "AccessDeniedError" and self._renew_credentials():
+            self._send_wants(self._table.ask_again())
+            return
+        for chunk, serial in zip(message.chunks, message.serials, strict=True):
+            self._table.fail(chunk, serial, errors.from_wire(message.name, message.message))
+
+    def _take_request_failed(self, message: protocol.RequestFailed) -> None:
+        request = self._requests.get(message.request)
+        if request is None:
+            return
+        if message.name == "AccessDeniedError" and self._renew_credentials():
+            request.parts.clear()
+            self._send(request.message)
+            return
+        request.error = errors.from_wire(message.name, message.message)
+        request.done = True
+
+    def _take_part(
+        self,
+        message: protocol.Resolved
+        | protocol.Opened
+        | protocol.Indexes
+        | protocol.Counts
+        | protocol.Cleared
+        | protocol.StatsReply,
     ) -> None:
-        self.close()
+        request = self._requests.get(message.request)
+        if request is not None and not request.done:
+            request.parts.append(message)
+            request.done = message.last if isinstance(message, protocol.Resolved | protocol.Indexes) else True
 
-    # Inside
+    def _renew_credentials(self) -> bool:
+        """Read the environment again; True where that changed anything, which is then sent to the service."""
+        try:
+            wire = self._read_store_options()
+        except FastloadError:  # it cannot be read now: the denial stands
+            return False
+        if wire == self._store_wire:
+            return False
+        self._store_wire = wire
+        self._send(protocol.Credentials(wire))
+        return True
 
-    def _checked_objects(self, object_nos: Ints) -> list[int]:
-        numbers: list[int] = np.asarray(object_nos, np.int64).tolist()
-        if numbers and not (min(numbers) >= 0 and max(numbers) < len(self._objects)):
-            raise ValueError(f"a plan names object {max(numbers)} (or a negative one) of {len(self._objects)}")
-        return numbers
+    def _read_store_options(self) -> dict[str, Any]:
+        return StoreOptions.from_environment(self._storage_options).to_wire()
 
-    def _checked(self, chunk_nos: Ints) -> list[int]:
-        chunks: list[int] = np.asarray(chunk_nos, np.int64).tolist()
-        if chunks and not (min(chunks) >= 0 and max(chunks) < self._first_chunk[-1]):
-            raise ValueError(f"chunk {max(chunks)} (or a negative one) of {self._first_chunk[-1]} attached chunks")
-        return chunks
+    # The connection
 
-    def _where(self, chunk: int) -> str:
-        number = int(np.searchsorted(self._first_chunk, chunk, side="right")) - 1
-        start = (chunk - int(self._first_chunk[number])) * self.chunk_bytes
-        return f"{self._objects[number].url} from byte {start}"
+    def _connect(self) -> None:
+        """Takes `_changed` itself, as all of these do that the connection calls."""
+        events = Events(self._find_service, self._on_connected, self._on_lost, self._on_message, self._on_ended)
+        self._make_connection(events, self._changed, self.name).start()
+
+    def _find_service(self, stop: threading.Event, avoid: str) -> Welcomed:
+        if self._store_wire is None:
+            self._store_wire = self._read_store_options()
+        program = os.path.basename(sys.argv[0])[:255] if getattr(sys, "argv", None) else ""
+        hello = protocol.Hello(
+            protocol.VERSION, os.getpid(), self.name, self._store_wire, group=os.getpgrp(), program=program
+        )
+        return self._cache.connect(hello, stop, avoid)
+
+    def _on_connected(self, connection: Connection, welcomed: Welcomed) -> None:
+        """Map the service's arena, and send it everything."""
+        welcome = welcomed.welcome
+        with self._changed:
+            if self._ended is not None:  # closed while connecting
+                welcomed.close()
+                raise self._ended
+            if self._arena is not None:
+                # What was leased is still good if the service before has ended. One that lives has ended the leases.
+                self._table.leave(self._arena, lost=connection.was_refused)
+            self._beside = welcomed.beside
+            self.chunk_bytes, self._buffer_count = welcome.chunk_bytes, welcome.buffer_count
+            self._arena = MappedArena(welcomed.view, welcome.chunk_bytes)
+            self._troubles += welcome.troubles + welcomed.troubles
+            self._connection = connection
+            connection.adopt(welcomed)
+            self._send_everything()
+            self._changed.notify_all()
+
+    def _on_lost(self, silent: socket.socket | None) -> None:
+        """Where the service is only silent, it may go on at any time: it finds our socket open as long as anything that
+        it leased to us is being read, and that we want nothing more.
+        """
+        if silent is None:
+            return
+        with self._changed:
+            arena, self._arena = self._arena, None
+            assert arena is not None
+            left = self._table.leave(arena, lost=False, link=silent)
+            if arena.link is not None and left and self._connection is not None:
+                self._connection.send_last(silent, protocol.Release(left))
+
+    def _on_ended(self, error: FastloadError) -> None:
+        with self._changed:
+            if self._ended is None:
+                self._ended = error
+            self._changed.notify_all()
+
+    def _send_everything(self) -> None:
+        if len(self._attached):
+            self._send_objects()
+        if self._keep is not None:
+            self._send(self._keep)
+        if self._plan is not None:
+            self._send(self._plan)
+        self._send_wants(self._table.ask_again())
+        for request in self._requests.values():
+            if not request.done:  # an answer that is complete is about to be taken by the thread that asked
+                request.parts.clear()
+                self._send(request.message)
+        if self._report:
+            self._send(protocol.Report(self._report))
+
+    def _send_objects(self) -> None:
+        for message in self._attached.messages():
+            self._send(message)
+
+    def _send_wants(self, wants: list[tuple[list[int], int, bool]]) -> None:
+        for chunks, serial, urgent in wants:
+            self._send(protocol.Want(chunks, serial, urgent))
+
+    def _forget_after_fork(self) -> None:
+        """In a forked child: the socket and the leases are the parent's."""
+        connection, arena, ended = self._connection, self._arena, self._ended
+        if connection is not None:
+            connection.abandon()
+        if arena is not None:
+            arena.view.close()
+        self._table.hang_up()
+        self._begin()
+        self._ended = ended
+
+
+def _check_lengths(message: protocol.Message, *columns: Sized) -> None:
+    if len({len(column) for column in columns}) > 1:
+        raise protocol.ConversationError(f"the lists of a {type(message).__name__} message differ in length")
 
 
 def _by_bytes(names: Sequence[str], bytes_max: int) -> Iterator[list[str]]:

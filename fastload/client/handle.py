@@ -27,7 +27,6 @@ from fastload.cache import CacheDirectory
 from fastload.client import election
 from fastload.client.consumer import Consumer
 from fastload.client.handshake import Welcomed
-from fastload.client.opened import Opener
 from fastload.config import CacheLimits, default_cache_dir, default_ram_bytes, exact_bytes, format_bytes, parse_bytes
 from fastload.errors import CacheError, ConfigError, FastloadError, ServiceError
 from fastload.lifecycle import keep_forever, reset_on_fork
@@ -153,13 +152,13 @@ class Handle:
         self._consumers.add(consumer)
         return consumer
 
-    def opener(self, storage_options: Mapping[str, Any] | None = None, name: str = "") -> Opener:
+    def opener(self, storage_options: Mapping[str, Any] | None = None, name: str = "") -> Consumer:
         """A new connection as `consumer` makes one, for objects that are opened one by one. It does not keep this
-        handle, without which it cannot connect again.
+        handle, without which it cannot reconnect.
         """
-        opener = Opener(_Weakly(self), storage_options, name)
-        self._consumers.add(opener)
-        return opener
+        consumer = Consumer(_Weakly(self), storage_options, name)
+        self._consumers.add(consumer)
+        return consumer
 
     def shared(self, key: Hashable, make: Callable[[], Shared]) -> Shared:
         """What all who use this handle in this process share under `key`; made if it is not there. A child that is

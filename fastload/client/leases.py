@@ -1,7 +1,7 @@
-"""The consumer's table of leases: what it may read, what it waits for, what it has to give back.
+"""The consumer's table of leases: what it may read, what it waits for, and what it has to give back.
 
-A pure state machine, no socket and no lock of its own: `Consumer` calls it under its lock and sends what it returns, in
-that order. The life of a chunk:
+A pure state machine without a socket or a lock of its own: `Consumer` calls it under its lock and sends what it
+returns, in that order. The life of a chunk:
 
     nothing --want--> wanted --grant--> leased <--> pinned
        ^                 |                 |           |
@@ -11,15 +11,19 @@ Leases are kept after use, since the next batch may need the chunk again, until 
 
 Why nothing deadlocks: a thread never waits here while it holds a pin, so every pin ends; a recalled lease takes no new
 pins, so it leaves; and a grant for which a thread waits is pinned for it on arrival, before a recall can take it away,
-so whoever waits for some chunks gets at least one of them.
+so a thread that waits for some chunks gets at least one of them.
 """
 
 from __future__ import annotations
 
 import socket
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
 
 from fastload.cache import ArenaView
 from fastload.errors import FastloadError
@@ -32,7 +36,7 @@ class MappedArena:
     view: ArenaView
     chunk_bytes: int
     lease_count: int = 0
-    current: bool = True  # its service is the one we are connected to
+    current: bool = True  # its service is the one that we are connected to
     lost: bool = False  # its service lives, and our leases with it have ended
     link: socket.socket | None = None  # to a service of the past that may live: while it is open, our leases hold
 
@@ -62,8 +66,9 @@ class Lease:
 
 @dataclass(slots=True, eq=False)
 class Waiter:
-    """A thread in `acquire`: what it asks for, and what was pinned for it meanwhile."""
+    """A caller of `acquire`: what it asks for, in order, and what was pinned for it meanwhile."""
 
+    asked: Sequence[int]
     chunks: frozenset[int]
     got: dict[int, Lease] = field(default_factory=dict)
 
@@ -158,9 +163,9 @@ class LeaseTable:
 
     # Use
 
-    def add_waiter(self, chunks: Iterable[int]) -> Waiter:
+    def add_waiter(self, chunks: Sequence[int]) -> Waiter:
         """A thread begins to wait; `remove_waiter` must follow."""
-        waiter = Waiter(frozenset(chunks))
+        waiter = Waiter(chunks, frozenset(chunks))
         self._waiters.append(waiter)
         self.pin_available(waiter)
         return waiter
@@ -235,7 +240,7 @@ class LeaseTable:
         """The connection has gone. The arena's leases stay good if its service is dead, else (`lost`) they end.
 
         With a `link` to a service that may live, those that are pinned are good while that is open, which is until
-        their pins end. Returns what that service should be told to take back.
+        their pins end. Returns what to release there.
         """
         arena.current = False
         arena.lost, arena.link = lost, link
@@ -270,7 +275,40 @@ class LeaseTable:
         return {"leased": len(self._leases), "pinned": pinned, "asked": len(self._asking)}
 
 
-def offsets_by_arena(held: dict[int, Lease]) -> Sequence[tuple[MappedArena, list[int], list[int]]]:
+class Held:
+    """Chunks pinned for the length of a `with` block.
+
+    `chunk_nos` (int64[n]) are those that are here, some or all of the ones asked for. `groups` holds (arena, chunk_nos
+    int64[k], offsets int64[k]): read-only uint8 arrays of a whole arena, and where in it each chunk begins. One group,
+    or two for a while after the service was replaced.
+    """
+
+    def __init__(self, unpin: Callable[[dict[int, Lease]], None], held: dict[int, Lease]) -> None:
+        self._unpin = unpin
+        self._held = held
+        self.chunk_nos: npt.NDArray[np.int64] = np.fromiter(held, np.int64, len(held))
+        self.groups: list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.int64]]] = [
+            (arena.view.array, np.array(chunks, np.int64), np.array(offsets, np.int64))
+            for arena, chunks, offsets in _offsets_by_arena(held)
+        ]
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the pins. ServiceError where the service took the chunks back meanwhile: what was read is void."""
+        held, self._held = self._held, {}
+        self.groups = []
+        if held:
+            self._unpin(held)
+
+
+def _offsets_by_arena(held: dict[int, Lease]) -> Sequence[tuple[MappedArena, list[int], list[int]]]:
     """`held`, split by arena: (arena, chunk numbers, byte offsets)."""
     groups = []
     while held:

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload import shares
-from fastload.client.consumer import Held
+from fastload.client.attached import OpenedObject
 from fastload.client.handle import Handle
-from fastload.client.opened import OpenedObject
+from fastload.client.leases import Held
 from fastload.errors import ObjectChangedError, ServiceError
 from fastload.lifecycle import call_later, on_drop, reset_on_fork
 from fastload.store.urls import scheme
@@ -55,11 +55,11 @@ class Connection:
     ) -> None:
         """Connect; the errors of `Handle.opener`."""
         self._now = now
-        self._cache = cache  # which the opener does not keep
-        self._opener = cache.opener(storage_options, name="fastload.open")
-        on_drop(self, call_later, self._opener.close)
-        self.chunk_bytes = self._opener.chunk_bytes
-        self._ahead_max = max(1, min(_AHEAD_MAX, self._opener.buffer_count // _AHEAD_SHARE))
+        self._cache = cache  # which the consumer does not keep
+        self._consumer = cache.opener(storage_options, name="fastload.open")
+        on_drop(self, call_later, self._consumer.close)
+        self.chunk_bytes = self._consumer.chunk_bytes
+        self._ahead_max = max(1, min(_AHEAD_MAX, self._consumer.buffer_count // _AHEAD_SHARE))
         self._known: dict[str, _Known] = {}
         self._begin()
         reset_on_fork(self, Connection._begin)
@@ -73,14 +73,14 @@ class Connection:
     @property
     def is_spent(self) -> bool:
         """Whether files to come need another one."""
-        return self._opener.is_ended or self._opener.opened_count >= _OBJECTS_MAX
+        return self._consumer.is_ended or self._consumer.object_count >= _OBJECTS_MAX
 
     def open(self, url: str) -> OpenedObject:
         """The object at `url`, which is normalised; the store's errors."""
         known = self._known.get(url)
         if known is not None and self._now() < known.until_s:
             return known.opened
-        opened = self._opener.open(url)
+        opened = self._consumer.open(url)
         if known is not None and known.opened.info == opened.info:
             opened = known.opened  # so that its chunks have one number
         is_local = scheme(url) == "file"  # looking at a file costs nothing, and files are written to more often
@@ -91,7 +91,7 @@ class Connection:
         """Wait for a chunk of an object and pin it."""
         chunk = opened.first_chunk + index
         try:
-            held = self._opener.acquire([chunk])
+            held = self._consumer.acquire([chunk])
         except ObjectChangedError:
             self._known.pop(opened.info.url, None)
             raise
@@ -109,7 +109,7 @@ class Connection:
             if spare is not None:
                 del self._kept[spare]
         if spare is not None:
-            self._opener.release([spare])
+            self._consumer.release([spare])
 
     def want(self, opened: OpenedObject, indexes: Iterable[int]) -> set[int]:
         """Have these on their way, as far as the budget goes; those that are."""
@@ -124,7 +124,7 @@ class Connection:
                     asked.append(chunk)
                 wanted.add(index)
         if asked:
-            self._opener.want(asked)
+            self._consumer.want(asked)
         return wanted
 
     def release(self, opened: OpenedObject, indexes: Iterable[int]) -> None:
@@ -135,7 +135,7 @@ class Connection:
                 self._kept.pop(chunk, None)
                 self._ahead.discard(chunk)
         if chunks:
-            self._opener.release(chunks)
+            self._consumer.release(chunks)
 
     def abandon(self, opened: OpenedObject, indexes: set[int]) -> None:
         """Release these soon. Takes no lock and never waits: for files that are collected."""
@@ -145,6 +145,6 @@ class Connection:
         try:
             self.release(opened, indexes)
         except ServiceError:
-            if not self._opener.is_ended:
+            if not self._consumer.is_ended:
                 raise
             # It was closed meanwhile, and with it all that it held.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastload.callers import public
-from fastload.client.opened import OpenedObject
+from fastload.client.attached import OpenedObject
 from fastload.files.connection import Bytes, Connection
 from fastload.files.sequential import Streams
 

@@ -7,8 +7,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from fastload.client.attached import chunk_starts
 from fastload.client.consumer import Consumer
-from fastload.client.session import chunk_starts
 from fastload.formats import ShardIndex
 from fastload.pipeline.counts import Counts
 from fastload.pipeline.shards import ShardTable

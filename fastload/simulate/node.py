@@ -77,7 +77,7 @@ class SimulatedNode:
     def _rank(self, number: int, local_rank: int, stored: set[int], pace: Pace, loop: VirtualLoop) -> Rank:
         data = self._data
         consumer = SimulatedConsumer(self.core, loop, f"rank {local_rank} of node {number}")
-        consumer.attach(data.manifest.objects)
+        consumer.consumer.attach(data.manifest.objects)
         return Rank(
             data,
             data.ranks(number, local_rank),

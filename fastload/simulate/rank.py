@@ -145,7 +145,7 @@ class Rank:
         self._stall_s = self._peers_s = 0.0
         self._samples = self._batches = 0
         self._leased_before = self._leased()
-        self._consumer.keep(self._own, self._job.cache_policy)
+        self._consumer.consumer.keep(self._own, self._job.cache_policy)
         self._reader = self._make_reader()
         cursor = EpochCursor(self._data.orders(self.epoch), self.ranks, self._job.batch_size, tail="pad")
         next_objects = partial(self._data.expected_next, self.epoch, self.ranks)
@@ -159,7 +159,7 @@ class Rank:
         return list(self._consumer.state.granted.byte_counts)
 
     def _make_reader(self) -> _Reader:
-        arguments = self._consumer, self._shards, self._data.first_chunk
+        arguments = self._consumer.consumer, self._shards, self._data.first_chunk
         reader: _Reader
         if self._job.shuffle == "global":
             reader = _ScatteredReader(*arguments)

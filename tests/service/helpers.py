@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fastload.client import Consumer, Held
-from fastload.client.session import chunk_starts
+from fastload.client.attached import chunk_starts
 from fastload.errors import FastloadError, ObjectChangedError, ObjectMissingError
 from fastload.store.types import ObjectInfo
 from tests.patience import PATIENCE_S

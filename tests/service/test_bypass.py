@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -21,8 +21,8 @@ import fastload
 from fastload import protocol
 from fastload.cache import Arena, ArenaView, CacheDirectory
 from fastload.client import Handle as Cache
-from fastload.client import connection, election, handle, handshake, session
-from fastload.client.connection import Channel
+from fastload.client import connection, election, handle, handshake
+from fastload.client.connection import Connection, Events
 from fastload.client.handshake import Welcomed
 from fastload.config import CacheLimits
 from fastload.errors import CacheError, ServiceError
@@ -251,7 +251,7 @@ def test_a_service_that_ends_whenever_it_is_used_is_avoided(
         with pytest.warns(RuntimeWarning, match="without serving anything"):
             assert read_epoch(consumer, objects, range(6)) == list(shards.values())
         assert consumer.beside
-        assert len(tries) == session._RESTARTS_MAX + 1
+        assert len(tries) == connection.RESTARTS_MAX + 1
 
 
 @pytest.mark.parametrize("mode", ["inprocess"])
@@ -269,7 +269,7 @@ def test_an_answer_that_makes_no_sense_costs_the_connection_and_no_more(
     cache: Cache, message: protocol.FromService
 ) -> None:
     with cache.consumer() as consumer:
-        channel, first = consumer._channel, consumer._arena
+        service_connection, first = consumer._connection, consumer._arena
         (service,) = cache._services.values()
         server = service._server
         assert server is not None
@@ -277,7 +277,7 @@ def test_an_answer_that_makes_no_sense_costs_the_connection_and_no_more(
         server._loop.call_soon_threadsafe(peer.send, message)
         until(lambda: consumer._arena is not first or consumer.is_ended)
         assert not consumer.is_ended
-        assert consumer._channel is channel
+        assert consumer._connection is service_connection
         assert consumer.stats()["node"]["pid"] == os.getpid()
 
 
@@ -303,7 +303,7 @@ def test_a_service_that_refuses_a_message_after_it_has_granted_is_avoided(
         assert consumer.beside
         consumer.stats()
     assert any("without serving anything" in each for each in told)
-    assert len(tries) == session._RESTARTS_MAX + 1
+    assert len(tries) == connection.RESTARTS_MAX + 1
 
 
 @pytest.mark.parametrize("mode", ["inprocess"])
@@ -389,54 +389,52 @@ def test_a_start_that_is_stopped_holding_the_lock_is_bypassed(cache: Cache, monk
 
 
 class Talk:
-    """A channel to a service that is played by the test."""
+    """A connection to a service that is played by the test. Where it ends, another service says welcome and is left."""
 
     def __init__(self) -> None:
         self.ours, self.theirs = socket.socketpair()
         self.theirs.settimeout(PATIENCE_S)
-        self.lost: list[tuple[socket.socket | None, bool]] = []
-        self.told = threading.Event()
-        self.pings = 0
-        arena = Arena(2 * CHUNK_BYTES, CHUNK_BYTES)
-        view = ArenaView(arena.fd, 2 * CHUNK_BYTES)
-        arena.close()
-        self.connection = Welcomed(self.ours, cast(Any, None), view, protocol.FrameReader())
-        self.channel = Channel(
-            self._connect,
-            lambda channel, found: channel.adopt(found),
-            self._lose,
-            self._quiet,
-            self._take,
-            self._end,
-            "",
-        )
-        self.channel.start()
+        self.lost: list[socket.socket | None] = []
+        self.was_refused = False
+        self.ended = threading.Event()
+        self.first = welcomed(b"first", self.ours)
+        events = Events(self._connect, self._connected, self.lost.append, self._take, lambda error: self.ended.set())
+        self.connection = Connection(events, threading.Condition(), "")
+        self.connection.start()
 
-    def _connect(self, stop: threading.Event) -> Welcomed:
-        if self.lost:
-            raise ServiceError("once is enough")
-        return self.connection
+    def _connect(self, stop: threading.Event, avoid: str) -> Welcomed:
+        if not self.lost:
+            return self.first
+        other, theirs = socket.socketpair()
+        theirs.close()
+        return welcomed(b"second", other)
 
-    def _lose(self, silent: socket.socket | None, cut_off: bool) -> None:
-        self.lost.append((silent, cut_off))
-
-    def _quiet(self) -> None:
-        self.pings += 1
-        self.channel.send(protocol.Ping())
+    def _connected(self, connection: Connection, found: Welcomed) -> None:
+        if found is self.first:
+            connection.adopt(found)
+            return
+        found.close()
+        self.was_refused = connection.was_refused
+        raise ServiceError("once is enough")
 
     def _take(self, message: protocol.FromService) -> None:
         assert isinstance(message, protocol.Pong)
 
-    def _end(self, error: Exception) -> None:
-        self.told.set()
-
     def close(self) -> None:
-        self.channel.close()
-        for sock, _ in self.lost:
+        self.connection.close()
+        for sock in self.lost:
             if sock is not None:
                 sock.close()
         self.theirs.close()
-        self.connection.view.close()
+        self.first.view.close()
+
+
+def welcomed(service_id: bytes, sock: socket.socket) -> Welcomed:
+    arena = Arena(2 * CHUNK_BYTES, CHUNK_BYTES)
+    view = ArenaView(arena.fd, 2 * CHUNK_BYTES)
+    arena.close()
+    welcome = protocol.Welcome(protocol.VERSION, service_id, os.getpid(), CHUNK_BYTES, 2, [])
+    return Welcomed(sock, welcome, view, protocol.FrameReader())
 
 
 @pytest.fixture
@@ -450,7 +448,7 @@ def talk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Talk]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The channel's clock, which only the test moves: however late the test's thread runs, no time has passed."""
+    """The connection's clock, which only the test moves: however late the test's thread runs, no time has passed."""
     clock = SimpleNamespace(now_s=0.0)
     monkeypatch.setattr(connection, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
     return clock
@@ -477,40 +475,42 @@ def test_time_in_which_nobody_ran_does_not_count(clock: SimpleNamespace, talk: T
 
 
 def test_a_service_that_says_nothing_is_left_with_its_socket_open(talk: Talk) -> None:
-    assert talk.told.wait(60)
-    ((silent, cut_off),) = talk.lost
-    assert silent is talk.ours
-    assert not cut_off
-    assert silent.fileno() >= 0
-    assert talk.pings > 3
+    assert talk.ended.wait(60)
+    assert talk.lost == [talk.ours]
+    assert not talk.was_refused
+    assert talk.ours.fileno() >= 0
+    pings = talk.theirs.recv(1 << 16)
+    assert len(pings) > 3 * len(protocol.frame(protocol.Ping()))
 
 
 def test_drips_are_no_answer(talk: Talk) -> None:
     """Bytes that never make a message."""
     talk.theirs.sendall((1 << 20).to_bytes(4, "little"))
-    while not talk.told.wait(0.01):
+    while not talk.ended.wait(0.01):
         talk.theirs.sendall(b"x")
-    assert talk.lost[0][0] is talk.ours
+    assert talk.lost == [talk.ours]
 
 
 def test_a_service_that_takes_nothing_is_silent_too(talk: Talk) -> None:
     """Half of a message may be on its way, so nothing follows it; and nobody waits for longer than that."""
     for _ in range(100):
-        talk.channel.send(protocol.PutIndex(0, bytes(1 << 20)))
-    assert talk.told.wait(60)
-    assert talk.lost[0][0] is talk.ours
+        talk.connection.send(protocol.PutIndex(0, bytes(1 << 20)))
+    assert talk.ended.wait(60)
+    assert talk.lost == [talk.ours]
 
 
 @pytest.mark.parametrize("data", [b"\1\0\0\0\xc0", b"\xff\xff\xff\xff"])
 def test_a_message_that_is_not_known_costs_the_connection_and_no_more(talk: Talk, data: bytes) -> None:
     talk.theirs.sendall(data)
-    assert talk.told.wait(60)
-    assert talk.lost == [(None, True)]
+    assert talk.ended.wait(60)
+    assert talk.lost == [None]
+    assert talk.was_refused  # it lives, and takes its leases back
 
 
 @pytest.mark.parametrize(("data", "cut_off"), [(b"", False), (b"\5\0", True)])
 def test_an_end_in_the_middle_of_a_message_is_none(talk: Talk, data: bytes, cut_off: bool) -> None:
     talk.theirs.sendall(data)
     talk.theirs.shutdown(socket.SHUT_RDWR)
-    assert talk.told.wait(60)
-    assert talk.lost == [(None, cut_off)]
+    assert talk.ended.wait(60)
+    assert talk.lost == [None]
+    assert talk.was_refused == cut_off

@@ -13,7 +13,7 @@ import pytest
 
 from fastload.client import Consumer
 from fastload.client import Handle as Cache
-from fastload.client.session import WaitInterruptedError
+from fastload.client.consumer import WaitInterruptedError
 from fastload.errors import ObjectMissingError, ServiceError, WaitTimeoutError
 from tests.conftest import Bucket
 from tests.service.helpers import (

@@ -73,7 +73,7 @@ def test_an_answer_outlives_the_connection_it_came_by(cache: Cache, monkeypatch:
 
         def wait_and_reconnect(*arguments: Any) -> None:
             wait(*arguments)
-            consumer._tell_everything()
+            consumer._send_everything()
 
         monkeypatch.setattr(consumer, "_wait", wait_and_reconnect)
         assert consumer.stats()["node"]["pid"] == service_pid(consumer)

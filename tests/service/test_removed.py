@@ -107,11 +107,11 @@ def test_it_goes_while_its_service_lives(cache: Cache, s3: Bucket, shards: dict[
     with cache.consumer() as consumer:
         objects = consumer.resolve([f"{s3.url}/"], ENDINGS)
         consumer.attach(objects)
-        first = consumer._service_id
+        first = consumer._arena
         read_object(consumer, objects, 0)
         remove(cache.directory)
         assert read_epoch(consumer, objects, range(6)) == list(shards.values())
-        until(lambda: consumer._service_id != first)
+        until(lambda: consumer._arena is not first)
         assert read_epoch(consumer, objects, range(6)) == list(shards.values())
         assert_as_before(cache, consumer)
         until(lambda: list(cache.directory.rglob("*.chunk")))
