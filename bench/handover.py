@@ -31,7 +31,7 @@ from torch.utils.data import Dataset, default_collate
 from bench.loaders import as_a_worker, cpu_s, in_turn
 from bench.targets import Figure
 from fastload import DataLoader
-from fastload.transport.filling import stack_into
+from fastload.transport.bulk_copy import stack_into
 
 SHAPE = (256, 3, 224, 224)
 PAGE_BYTES = 4096

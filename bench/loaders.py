@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader as TorchLoader
 
 from fastload import DataLoader
-from fastload.transport.heap import keep_freed_memory, spare_what_is_here
+from fastload.transport.process import freeze_existing_objects, keep_freed_memory
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ def as_a_worker(measure: Callable[[], float]) -> float:
 
 def _as_a_worker(measure: Callable[[], float], answer: Connection) -> None:
     torch.set_num_threads(1)
-    spare_what_is_here()
+    freeze_existing_objects()
     keep_freed_memory(1 << 30)
     answer.send(measure())
 

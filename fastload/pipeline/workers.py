@@ -42,8 +42,13 @@ from fastload.lifecycle import Ending, held_while_forking
 from fastload.pipeline.finish import Finish, Reseed, reseed_all
 from fastload.pipeline.gather import SharedMemory
 from fastload.transport import Link, LinkClosedError, SharedPool
-from fastload.transport.ends import HOW_TO_SEND, how_it_ended, is_unsendable
-from fastload.transport.heap import keep_freed_memory, spare_what_is_here
+from fastload.transport.process import (
+    HOW_TO_SEND,
+    freeze_existing_objects,
+    how_it_ended,
+    is_unsendable,
+    keep_freed_memory,
+)
 
 # Free memory that each end of a lane keeps for batches to come.
 _RETAINED_BYTES = 256 << 20
@@ -285,7 +290,7 @@ def _work(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_trainer, args=(socks, os.getppid()), daemon=True).start()
     torch.set_num_threads(1)
-    spare_what_is_here()
+    freeze_existing_objects()
     keep_freed_memory(_RETAINED_BYTES)
     number, count = number_of
     torch_worker._worker_info = torch_worker.WorkerInfo(

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import BatchSampler, RandomSampler
 
 from fastload.errors import StateError
-from fastload.torchloader.randomness import Generators, Randomness, global_kept
+from fastload.torchloader.randomness import Generators, Randomness, preserve_global_generators
 
 # As torchdata calls them.
 SAMPLES_YIELDED, SAMPLER, SAMPLER_ITER = "samples_yielded", "sampler_state", "sampler_iter_state"
@@ -97,7 +97,7 @@ class OrderIterator:
 
     def resume(self, saved: SavedOrder) -> None:
         """Go to where `saved` was taken; this one has not begun. Raises `StateError` where it is another order."""
-        with global_kept():
+        with preserve_global_generators():
             self._resume(saved)
 
     def _begin(self) -> None:
@@ -223,9 +223,9 @@ def is_stateful(thing: Any) -> bool:
         return False
 
 
-def state_of(thing: Any, untold: list[str] | None = None) -> Any:
-    """What it says. None where it says nothing; where it could be thought to, `untold` is given the reason: it may mean
-    something else by these names, and torch's loader does not ask for them.
+def state_of(thing: Any, problems: list[str] | None = None) -> Any:
+    """The object's state; None where it has none. Where it only seems to have one, the reason is appended to
+    `problems`: it may use these names for something else, and torch's loader does not call them.
     """
     reason = None
     if is_stateful(thing):
@@ -235,8 +235,8 @@ def state_of(thing: Any, untold: list[str] | None = None) -> Any:
             reason = f"{type(thing).__name__}.state_dict() raised {type(error).__name__}: {error}"
     elif _has_attribute(thing, "state_dict") and _has_attribute(thing, "load_state_dict"):
         reason = f"{type(thing).__name__}.state_dict and load_state_dict are no methods"
-    if reason is not None and untold is not None:
-        untold.append(reason)
+    if reason is not None and problems is not None:
+        problems.append(reason)
     return None
 
 

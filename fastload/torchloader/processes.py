@@ -1,7 +1,7 @@
 """Worker processes for foreign data sets: torch's, whose batches cross through memory that is used again.
 
 torch's iterator is kept whole: its processes and their loop, queues, order, time limits, its signal handler and its
-pinning thread. What it hands to its workers is wrapped (see `workplace`), and what comes back is unwrapped where it is
+pinning thread. What it hands to its workers is wrapped (see `worker`), and what comes back is unwrapped where it is
 delivered, which is where a state counts it. Its queues are ours (see `fastload.transport.queue`).
 """
 
@@ -18,45 +18,44 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from fastload import callers
 from fastload.errors import WorkerError
-from fastload.torchloader.ledger import Ledger
+from fastload.torchloader.iterators import LoaderView, WorkersIterator
 from fastload.torchloader.order import is_stateful
-from fastload.torchloader.resuming import View
-from fastload.torchloader.saved import WORKER_ID, Saved, State
-from fastload.torchloader.unpacking import Arrived, Receiver
-from fastload.torchloader.working import Working
-from fastload.torchloader.workplace import Collate, Init, wrapped_dataset
-from fastload.transport.ends import HOW_TO_SEND, how_it_ended, is_unsendable
+from fastload.torchloader.state import WORKER_ID, LoaderState, SavedState
+from fastload.torchloader.worker import WorkerCollate, WorkerInit, wrapped_dataset
 from fastload.transport.once import Once
+from fastload.transport.packing import Arrived, Receiver
+from fastload.transport.process import HOW_TO_SEND, how_it_ended, is_unsendable
 from fastload.transport.queue import Queue
+from fastload.transport.worker_slots import SlotCounters
 
 # Free memory that the workers of an iteration keep for batches to come, all together, and one at least.
 _RETAINED_BYTES = 1 << 30
 _RETAINED_BYTES_EACH = 256 << 20
 
 
-class Processes(_MultiProcessingDataLoaderIter, Working):
+class ProcessIterator(_MultiProcessingDataLoaderIter, WorkersIterator):
     """One pass over a foreign data set, or one after another with `persistent_workers`, from where `saved` was taken;
     if that one was over, from the beginning, with workers that know what those knew then.
     """
 
     _shutdown = True  # until torch has something to shut down
 
-    def __init__(self, loader: Any, saved: Saved | None = None) -> None:
-        saved = self._set_out(loader, saved)
-        ledger = _ledger(loader.num_workers)
-        self._receiver = None if ledger is None else Receiver(ledger)
-        workplace = self._workplace(loader, saved)
-        workplace.ledger = ledger
-        workplace.receiver = -1 if self._receiver is None else self._receiver.number
-        workplace.retained_bytes = max(_RETAINED_BYTES_EACH, _RETAINED_BYTES // loader.num_workers)
+    def __init__(self, loader: Any, saved: SavedState | None = None) -> None:
+        saved = self._configure(loader, saved)
+        counters = _new_counters(loader.num_workers)
+        self._receiver = None if counters is None else Receiver(counters)
+        worker = self._new_worker(loader, saved)
+        worker.counters = counters
+        worker.receiver = -1 if self._receiver is None else self._receiver.number
+        worker.retained_bytes = max(_RETAINED_BYTES_EACH, _RETAINED_BYTES // loader.num_workers)
         given: tuple[Any, ...] = (
-            wrapped_dataset(workplace, loader.dataset),
-            Collate(workplace, loader.collate_fn),
-            Init(workplace, loader.worker_init_fn),
+            wrapped_dataset(worker, loader.dataset),
+            WorkerCollate(worker, loader.collate_fn),
+            WorkerInit(worker, loader.worker_init_fn),
         )
-        once = _once(loader, ledger, given)
+        once = _once(loader, counters, given)
         dataset, collate_fn, worker_init_fn = given if once is None else once.parts()
-        view = View(
+        view = LoaderView(
             loader,
             dataset=dataset,
             collate_fn=collate_fn,
@@ -71,13 +70,13 @@ class Processes(_MultiProcessingDataLoaderIter, Working):
                 error.add_note(f"fastload: {HOW_TO_SEND}")
             raise
         finally:
-            if ledger is not None:
-                ledger.close_fd()
+            if counters is not None:
+                counters.close_fd()
             if once is not None:
                 once.close()
         self._catch_up(saved)
 
-    def tell_states(self) -> None:
+    def wait_for_states(self) -> None:
         """Wait until it is known where the data set of each worker was at first, if that can be known."""
         if is_stateful(self._user_dataset):
             while self._tasks_outstanding and any(
@@ -107,12 +106,12 @@ class Processes(_MultiProcessingDataLoaderIter, Working):
 
     def _get_data(self) -> Any:
         number, data = super()._get_data()  # type: ignore[no-untyped-call]
-        self._note(data)
+        self._note_state(data)
         if self._is_beginning and isinstance(data, Arrived) and data.state is not None:
             self._note_left_over(data.state)
         return number, data
 
-    def _note_left_over(self, state: State) -> None:
+    def _note_left_over(self, state: LoaderState) -> None:
         """From an epoch that was broken off: this is where a worker that lives on begins the next."""
         if not self.progress.is_iterable:
             self.progress.workers[state[WORKER_ID]].last = state
@@ -165,7 +164,7 @@ class Processes(_MultiProcessingDataLoaderIter, Working):
             except OSError as error:
                 _warn(error)
                 return
-            self._receiver.ledger.set_open(number)
+            self._receiver.counters.set_open(number)
 
 
 class _Context:
@@ -185,23 +184,23 @@ def _context(loader: Any) -> Any:
     return loader.multiprocessing_context or torch.multiprocessing
 
 
-def _ledger(workers: int) -> Ledger | None:
+def _new_counters(workers: int) -> SlotCounters | None:
     try:
-        return Ledger(workers)
+        return SlotCounters(workers)
     except OSError as error:
         _warn(error)
         return None
 
 
-def _once(loader: Any, ledger: Ledger | None, given: tuple[Any, ...]) -> Once | None:
+def _once(loader: Any, counters: SlotCounters | None, given: tuple[Any, ...]) -> Once | None:
     """How a data set, and what goes with it, gets to workers; None where they are forked, or in torch's way."""
     if (
-        ledger is None
+        counters is None
         or _context(loader).get_start_method() == "fork"
         or isinstance(given[0], IterDataPipe | MapDataPipe)
     ):
         return None
-    return Once(given, beside=(ledger,))
+    return Once(given, beside=(counters,))
 
 
 def _warn(error: OSError) -> None:

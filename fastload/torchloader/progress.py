@@ -13,15 +13,14 @@ from dataclasses import dataclass, field
 from inspect import GEN_CREATED, getgeneratorstate, isgenerator
 from typing import Any
 
-from fastload.torchloader import saved as keys
+from fastload.torchloader import state as keys
 from fastload.torchloader.order import Mark, OrderIterator, SavedOrder
 from fastload.torchloader.randomness import Generators, Randomness
-from fastload.torchloader.saved import Saved, State
-from fastload.torchloader.telling import UNTOLD, Untold
+from fastload.torchloader.state import NOT_REPORTED, LoaderState, NotReported, SavedState
 
 
 @dataclass(slots=True)
-class Progress:
+class IterationProgress:
     """Of an iteration without worker processes: data set and sampler are here, and are asked when the state is."""
 
     generators: Generators
@@ -34,7 +33,7 @@ class Progress:
     base_seed: int | None = None
     is_finished: bool = False
 
-    def state(self) -> State:
+    def state(self) -> LoaderState:
         """Where it is."""
         return {
             **self._main(),
@@ -44,7 +43,7 @@ class Progress:
             **self._next(),
         }
 
-    def _main(self) -> State:
+    def _main(self) -> LoaderState:
         return {
             **keys.order_state(self._order()),
             keys.LENGTH: self.length,
@@ -58,7 +57,7 @@ class Progress:
         self.order.settle()
         return SavedOrder(self.order.mark(), self.order.at_iter, self.order.at_first)
 
-    def _dataset(self) -> State:
+    def _dataset(self) -> LoaderState:
         iterator = getattr(self.fetcher, "dataset_iter", None)
         if self.begun_at is not None and isgenerator(iterator) and getgeneratorstate(iterator) == GEN_CREATED:
             # One that has not begun has not read where its data set was told to begin, so that does not know either.
@@ -68,18 +67,20 @@ class Progress:
                 keys.BATCHES: self.num_yielded,
             }
         ended = bool(getattr(self.fetcher, "ended", False))
-        told = keys.worker_state(0, self.fetcher.dataset, iterator, ended, self.num_yielded)
-        told = told or keys.silent_state(0, iterator is not None, self.num_yielded)
+        reported = keys.worker_state(0, self.fetcher.dataset, iterator, ended, self.num_yielded)
+        reported = reported or keys.unknown_worker_state(0, iterator is not None, self.num_yielded)
         return {
-            key: told[key] for key in (keys.FETCHER, keys.DATASET, keys.BATCHES, keys.UNTOLD_BECAUSE) if key in told
+            key: reported[key]
+            for key in (keys.FETCHER, keys.DATASET, keys.BATCHES, keys.NOT_REPORTED_BECAUSE)
+            if key in reported
         }
 
-    def _next(self) -> State:
+    def _next(self) -> LoaderState:
         return {keys.NEXT: Randomness.now(self.generators).to_json()} if self.is_finished else {}
 
 
 @dataclass(slots=True)
-class WorkersProgress(Progress):
+class WorkersProgress(IterationProgress):
     """Of one with worker processes."""
 
     is_iterable: bool = False
@@ -90,7 +91,7 @@ class WorkersProgress(Progress):
     snapshot: Snapshot | None = None  # None: all is known now
     failures: int = 0  # errors since the last batch, which a state does not count
 
-    def begin(self, order: OrderIterator | None, saved: Saved | None) -> None:
+    def begin(self, order: OrderIterator | None, saved: SavedState | None) -> None:
         """An epoch begins, where one was that was saved."""
         self.order = order
         self.is_finished = False
@@ -108,9 +109,9 @@ class WorkersProgress(Progress):
         else:
             self.workers = [WorkerProgress() for _ in range(self.num_workers)]
 
-    def delivered(self, worker: int, state: State | Untold | None, outstanding: Container[int]) -> None:
+    def delivered(self, worker: int, state: LoaderState | NotReported | None, outstanding: Container[int]) -> None:
         """A batch has come from a worker; indexes that are `outstanding` have not."""
-        if state is UNTOLD and self.snapshot is None:
+        if state is NOT_REPORTED and self.snapshot is None:
             self.snapshot = self._now()
         if self.snapshot is not None:
             self.snapshot.passed(self.failures)
@@ -124,13 +125,13 @@ class WorkersProgress(Progress):
         """An error has come in the place of a batch. It is behind once another batch has come."""
         self.failures += 1
 
-    def state(self) -> State:
+    def state(self) -> LoaderState:
         """Where it is."""
         at = self._last_known()
         workers = {}
-        for number, (worker, place) in enumerate(zip(self.workers, at.places, strict=True)):
-            told = worker.state_at(place) or keys.silent_state(number, self.is_iterable, place.batches)
-            workers[keys.worker_key(number)] = {**told, keys.BATCHES: place.batches}
+        for number, (worker, mark) in enumerate(zip(self.workers, at.worker_marks, strict=True)):
+            reported = worker.state_at(mark) or keys.unknown_worker_state(number, self.is_iterable, mark.batches)
+            workers[keys.worker_key(number)] = {**reported, keys.BATCHES: mark.batches}
         return {
             keys.SNAPSHOT: {
                 keys.SNAPSHOT_STEP: at.num_yielded,
@@ -160,8 +161,8 @@ class WorkersProgress(Progress):
             self.snapshot = None
 
     def _now(self) -> Snapshot:
-        places = [worker.place for worker in self.workers]
-        return Snapshot(self.num_yielded, self.last_worker, self.marks.last, self.marks.ahead(), places)
+        worker_marks = [worker.mark for worker in self.workers]
+        return Snapshot(self.num_yielded, self.last_worker, self.marks.last, self.marks.ahead(), worker_marks)
 
 
 @dataclass(slots=True)
@@ -172,7 +173,7 @@ class Snapshot:
     last_worker: int
     mark: Mark
     ahead: frozenset[int]
-    places: list[Place]
+    worker_marks: list[WorkerMark]
     turns: int = 0
     failed: list[int] = field(default_factory=list)
 
@@ -183,11 +184,11 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class WorkerMark:
     """How many batches of a worker were delivered, and the state that came with the last of them."""
 
     batches: int
-    told: State | Untold | None
+    state: LoaderState | NotReported | None
 
 
 @dataclass(slots=True)
@@ -197,47 +198,49 @@ class WorkerProgress:
     """
 
     batches: int = 0
-    initial: State | None = None
-    last: State | Untold | None = None
-    end: State | None = None
+    initial: LoaderState | None = None
+    last: LoaderState | NotReported | None = None
+    end: LoaderState | None = None
 
     @classmethod
     def of(cls, worker: int, saved: keys.SavedWorker, is_iterable: bool) -> WorkerProgress:
         """Of one that begins where another was."""
         batches = saved.batches or 0
-        if saved.is_silent and not saved.has_ended:
+        if saved.is_unknown and not saved.has_ended:
             return cls(batches)
         fetcher = {keys.DATASET_ITER: saved.iterator_state, keys.FETCHER_ENDED: saved.has_ended}
-        told = keys.silent_state(worker, is_iterable, batches)
-        return cls(batches, {**told, keys.FETCHER: fetcher if is_iterable else None, keys.DATASET: saved.dataset_state})
+        reported = keys.unknown_worker_state(worker, is_iterable, batches)
+        return cls(
+            batches, {**reported, keys.FETCHER: fetcher if is_iterable else None, keys.DATASET: saved.dataset_state}
+        )
 
     @property
-    def place(self) -> Place:
+    def mark(self) -> WorkerMark:
         """Where it is."""
-        return Place(self.batches, self.last)
+        return WorkerMark(self.batches, self.last)
 
     @property
     def is_known(self) -> bool:
         """Whether it told its last state, if it has any."""
-        return self.last is not UNTOLD or self._has_ended_at(self.place)
+        return self.last is not NOT_REPORTED or self._has_ended_at(self.mark)
 
-    def delivered(self, state: State | Untold | None) -> None:
+    def delivered(self, state: LoaderState | NotReported | None) -> None:
         """A batch, with the state after it."""
         self.batches += 1
         self.last = state
 
-    def state_at(self, place: Place) -> State | None:
+    def state_at(self, mark: WorkerMark) -> LoaderState | None:
         """Its state where it is or was; None where that has none, or is not known."""
-        if self._has_ended_at(place):
+        if self._has_ended_at(mark):
             return self.end
-        return (None if isinstance(place.told, Untold) else place.told) or self.initial
+        return (None if isinstance(mark.state, NotReported) else mark.state) or self.initial
 
-    def state(self) -> State | None:
+    def state(self) -> LoaderState | None:
         """The last that counts; None where nothing is known."""
-        return self.state_at(self.place)
+        return self.state_at(self.mark)
 
-    def _has_ended_at(self, place: Place) -> bool:
-        return self.end is not None and bool(self.end[keys.BATCHES] == place.batches)
+    def _has_ended_at(self, mark: WorkerMark) -> bool:
+        return self.end is not None and bool(self.end[keys.BATCHES] == mark.batches)
 
 
 class Marks:

@@ -70,16 +70,16 @@ class Randomness:
         return {**self._global_json(), "own": {name: _text(state.numpy()) for name, state in self.own.items()}}
 
     @classmethod
-    def from_json(cls, told: Any) -> Randomness:
+    def from_json(cls, state: Any) -> Randomness:
         """Raises `StateError` for anything else."""
         try:
-            version, words, gauss = told["python"]
+            version, words, gauss = state["python"]
             python_state = (version, tuple(_array(words, np.uint32).tolist()), gauss)
-            numpy_state = dict(told["numpy"])
+            numpy_state = dict(state["numpy"])
             if numpy_state:
                 numpy_state["state"] = {"key": _array(numpy_state["key"], np.uint32), "pos": numpy_state["pos"]}
-            own = {name: torch.from_numpy(_array(text, np.uint8)) for name, text in told["own"].items()}
-            return cls(torch.from_numpy(_array(told["torch"], np.uint8)), python_state, numpy_state, own)
+            own = {name: torch.from_numpy(_array(text, np.uint8)) for name, text in state["own"].items()}
+            return cls(torch.from_numpy(_array(state["torch"], np.uint8)), python_state, numpy_state, own)
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"what the state says of random numbers cannot be read ({error!r})") from error
 
@@ -103,7 +103,7 @@ class Randomness:
 
 
 @contextmanager
-def global_kept() -> Iterator[None]:
+def preserve_global_generators() -> Iterator[None]:
     """After it, the global generators are as they were before."""
     before = Randomness.now({})
     try:

@@ -1,26 +1,78 @@
-"""How a `DataLoader` reads a data set that is not ours: what the loader holds of it, beside torch's attributes."""
+"""The state of a loader that was not iterated: that of an iteration which begins now, and does not begin.
+
+accelerate asks for it of each loader that it is given. To begin an iteration for that would start workers which nobody
+may ever want, and draw seeds from the user's random numbers at another moment than torch's loader does. So those are
+drawn as an iteration draws them and put back; one that begins while they are the same has this state.
+
+How a `DataLoader` reads a data set that is not ours: what the loader holds of it, beside torch's attributes.
+"""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
+import torch
+from torch.utils.data import BatchSampler, IterDataPipe
 from torch.utils.data.dataloader import _DatasetKind
 
 from fastload import callers
-from fastload.torchloader.order import is_stateful, state_of
-from fastload.torchloader.processes import Processes
-from fastload.torchloader.progress import Progress
-from fastload.torchloader.randomness import Randomness, generators_of, global_kept
-from fastload.torchloader.resuming import Resuming
-from fastload.torchloader.saved import Saved, State, read, told_to_user
-from fastload.torchloader.single import Single
-from fastload.torchloader.threads import Threads
-from fastload.torchloader.unbegun import is_known_unbegun, unbegun_state
-from fastload.torchloader.working import Working
+from fastload.torchloader.iterators import ResumableIterator, SingleProcessIterator, WorkersIterator
+from fastload.torchloader.order import Mark, OrderIterator, is_stateful, state_of
+from fastload.torchloader.processes import ProcessIterator
+from fastload.torchloader.progress import IterationProgress, WorkersProgress
+from fastload.torchloader.randomness import Randomness, generators_of, preserve_global_generators
+from fastload.torchloader.state import LoaderState, SavedState, read_state, state_for_user
+from fastload.torchloader.threads import ThreadIterator
+
+
+def has_known_initial_state(loader: Any) -> bool:
+    """Whether that can be told: not where a data set or sampler says itself where it is once it has begun."""
+    sampler = loader._index_sampler
+    inner = sampler.sampler if type(sampler) is BatchSampler else sampler
+    return not (isinstance(loader.dataset, IterDataPipe) or is_stateful(loader.dataset) or is_stateful(inner))
+
+
+def initial_state(loader: Any) -> LoaderState:
+    """The state of an iteration before its first batch."""
+    generators = generators_of(loader)
+    at_iter = Randomness.now(generators)
+    base_seed = int(torch.empty((), dtype=torch.int64).random_(generator=loader.generator).item())
+    at_first = Randomness.now(generators)
+    at_iter.restore(generators)
+    progress = _progress(loader)
+    progress.base_seed, progress.length = base_seed, loader._IterableDataset_len_called
+    if loader._dataset_kind == _DatasetKind.Map:
+        progress.order = _Undrawn(at_first if loader.num_workers else at_iter, at_first)
+    return progress.state()
+
+
+def _progress(loader: Any) -> IterationProgress:
+    is_iterable = loader._dataset_kind == _DatasetKind.Iterable
+    if loader.num_workers:
+        workers = WorkersProgress({}, is_iterable=is_iterable, num_workers=loader.num_workers)
+        workers.begin(None, None)
+        return workers
+    fetcher = SimpleNamespace(dataset=loader.dataset, dataset_iter=iter(()) if is_iterable else None)
+    return IterationProgress({}, fetcher=fetcher)
+
+
+@dataclass(frozen=True)
+class _Undrawn(OrderIterator):
+    """An order of which nothing was given."""
+
+    at_iter: Randomness
+    at_first: Randomness
+
+    def settle(self) -> None:
+        """It does not change."""
+
+    def mark(self) -> Mark:
+        return Mark()
 
 
 class Reading:
@@ -30,10 +82,10 @@ class Reading:
     """
 
     def __init__(self) -> None:
-        self._progress: Progress | None = None
-        self._latest: Callable[[], Resuming | None] = lambda: None
-        self._loaded: tuple[State, Saved] | None = None  # where the next iteration begins
-        self._prepared: Resuming | None = None  # the next iteration, which was begun for its state
+        self._progress: IterationProgress | None = None
+        self._latest: Callable[[], ResumableIterator | None] = lambda: None
+        self._loaded: tuple[LoaderState, SavedState] | None = None  # where the next iteration begins
+        self._prepared: ResumableIterator | None = None  # the next iteration, which was begun for its state
         self._has_warned = False
 
     def iterator(self, loader: Any) -> Any:
@@ -46,19 +98,19 @@ class Reading:
         self._progress, self._latest = iterator.progress, weakref.ref(iterator)
         return iterator
 
-    def state_dict(self, loader: Any) -> State:
+    def state_dict(self, loader: Any) -> LoaderState:
         """Where the last iteration is; where the next will begin, if a state was loaded or there was none."""
         if self._loaded is not None:
             return self._loaded[0]
-        if self._progress is None and is_known_unbegun(loader):
-            return unbegun_state(loader)
+        if self._progress is None and has_known_initial_state(loader):
+            return initial_state(loader)
         if self._progress is None:
             self._prepared = self.iterator(loader)
         assert self._progress is not None, "there was an iteration"
         latest = self._latest()
-        if isinstance(latest, Working):
-            latest.tell_states()
-        state, reasons = told_to_user(self._progress.state())
+        if isinstance(latest, WorkersIterator):
+            latest.wait_for_states()
+        state, reasons = state_for_user(self._progress.state())
         if not is_stateful(loader.dataset):  # else it was asked, in whichever worker
             state_of(loader.dataset, reasons)
         for each in (loader.sampler, loader.batch_sampler):
@@ -78,7 +130,7 @@ class Reading:
         self._prepared = self._loaded = None
         if state != {}:  # as torchdata: which is to begin at the beginning
             is_iterable = bool(loader._dataset_kind == _DatasetKind.Iterable)
-            saved = read(state, loader.dataset, is_iterable, loader.num_workers)
+            saved = read_state(state, loader.dataset, is_iterable, loader.num_workers)
             self._loaded = dict(state), saved
         loader._iterator = None  # with persistent workers: they cannot be told
 
@@ -87,34 +139,36 @@ class Reading:
         waiting, loader._iterator = (self._prepared, loader._iterator), None
         self._prepared = None
         for iterator in waiting:
-            if isinstance(iterator, Working):
+            if isinstance(iterator, WorkersIterator):
                 iterator._shutdown_workers()
 
 
-def _begun(loader: Any, saved: Saved | None) -> Resuming:
+def _begun(loader: Any, saved: SavedState | None) -> ResumableIterator:
     kind = _kind(loader)
     if saved is None:
         return kind(loader)
     if not saved.is_finished:
-        with nullcontext() if kind is Single else global_kept():  # that one knows what to keep
+        with (
+            nullcontext() if kind is SingleProcessIterator else preserve_global_generators()
+        ):  # that one knows what to keep
             return kind(loader, saved)
     if loader.num_workers and not loader.persistent_workers:
-        return _of_next_epoch(loader, saved, lambda: kind(loader))
+        return _next_epoch(loader, saved, lambda: kind(loader))
     if loader.num_workers and saved.discard and saved.num_workers == loader.num_workers:
-        return _of_next_epoch(loader, saved, lambda: _led_to_its_end(loader, saved, kind))
+        return _next_epoch(loader, saved, lambda: _advanced_to_end(loader, saved, kind))
     if loader.num_workers:
-        return _of_next_epoch(loader, saved, lambda: kind(loader, saved))
-    Single(loader, saved)  # the data set is told where it was
-    return _of_next_epoch(loader, saved, lambda: Single(loader))
+        return _next_epoch(loader, saved, lambda: kind(loader, saved))
+    SingleProcessIterator(loader, saved)  # the data set is told where it was
+    return _next_epoch(loader, saved, lambda: SingleProcessIterator(loader))
 
 
-def _kind(loader: Any) -> type[Single] | type[Processes] | type[Threads]:
+def _kind(loader: Any) -> type[SingleProcessIterator] | type[ProcessIterator] | type[ThreadIterator]:
     if not loader.num_workers:
-        return Single
-    return Threads if loader.workers == "thread" else Processes
+        return SingleProcessIterator
+    return ThreadIterator if loader.workers == "thread" else ProcessIterator
 
 
-def _led_to_its_end(loader: Any, saved: Saved, kind: Callable[[Any, Saved], Any]) -> Any:
+def _advanced_to_end(loader: Any, saved: SavedState, kind: Callable[[Any, SavedState], Any]) -> Any:
     """The epoch after one that was over, with workers whose last states were not told: they go there again."""
     before = Randomness.now(generators_of(loader))
     iterator = kind(loader, replace(saved, is_finished=False))
@@ -125,7 +179,7 @@ def _led_to_its_end(loader: Any, saved: Saved, kind: Callable[[Any, Saved], Any]
     return iterator
 
 
-def _of_next_epoch(loader: Any, saved: Saved, begin: Callable[[], Resuming]) -> Resuming:
+def _next_epoch(loader: Any, saved: SavedState, begin: Callable[[], ResumableIterator]) -> ResumableIterator:
     """The epoch after one that was over, in the order in which it would have followed."""
     if saved.next_epoch is None:
         return begin()

@@ -26,72 +26,80 @@ from torch.utils.data import IterDataPipe, MapDataPipe
 from torch.utils.data.dataloader import _DatasetKind
 
 from fastload import callers
-from fastload.torchloader.crew import NO_EPOCH, Answer, Crew, Job, Task, next_of, pinning, shard
-from fastload.torchloader.info import info_of_thread
+from fastload.torchloader.iterators import LoaderView, WorkersIterator
 from fastload.torchloader.order import is_stateful
-from fastload.torchloader.resuming import View
-from fastload.torchloader.saved import Saved
-from fastload.torchloader.unpacking import Arrived
-from fastload.torchloader.working import Working
-from fastload.torchloader.workplace import Collate, Ended, wrapped_dataset
+from fastload.torchloader.state import SavedState
+from fastload.torchloader.thread_workers import (
+    NO_EPOCH,
+    Answer,
+    Task,
+    WorkerSpec,
+    WorkerThreads,
+    next_of,
+    pinning,
+    shard,
+)
+from fastload.torchloader.worker import DatasetEnded, WorkerCollate, wrapped_dataset
+from fastload.torchloader.worker_info import info_of_thread
+from fastload.transport.packing import Arrived
 
 
-class Threads(Working):
+class ThreadIterator(WorkersIterator):
     """One pass over a foreign data set, or one after another with `persistent_workers`, from where `saved` was taken;
     if that one was over, from the beginning, with workers that know what those knew then.
     """
 
-    def __init__(self, loader: Any, saved: Saved | None = None) -> None:
+    def __init__(self, loader: Any, saved: SavedState | None = None) -> None:
         if loader.multiprocessing_context is not None:
             callers.warn('multiprocessing_context: ignored with workers="thread"')
-        saved = self._set_out(loader, saved)
-        super().__init__(View(loader, pin_memory=self._pins(loader)))
+        saved = self._configure(loader, saved)
+        super().__init__(LoaderView(loader, pin_memory=self._pins(loader)))
         self._prefetch_factor = loader.prefetch_factor
         self._in_order = loader.in_order
         self._worker_init_fn = loader.worker_init_fn
         if isinstance(self._dataset, (IterDataPipe, MapDataPipe)):
             self._worker_init_fn = functools.partial(shard, self._worker_init_fn, self._world_size, self._rank)
         self._epoch = NO_EPOCH
-        self._hire(loader, saved)
+        self._start_threads(loader, saved)
         self._reset(loader, first_iter=True)
         self._catch_up(saved)
 
-    def _hire(self, loader: Any, saved: Saved | None = None) -> None:
-        self._crew = Crew(self._jobs(loader, saved), self._timeout)
+    def _start_threads(self, loader: Any, saved: SavedState | None = None) -> None:
+        self._threads = WorkerThreads(self._specs(loader, saved), self._timeout)
 
-    def _jobs(self, loader: Any, saved: Saved | None) -> list[Job]:
+    def _specs(self, loader: Any, saved: SavedState | None) -> list[WorkerSpec]:
         parts = (self._dataset, self._collate_fn, self._worker_init_fn)
         needs_own = self.progress.is_iterable or self._worker_init_fn is not None or is_stateful(self._dataset)
         pin = pinning(self._pin_memory_device) if self._pin_memory else None
-        jobs = []
+        specs = []
         for number, (dataset, collate, init) in enumerate(_for_workers(parts, self._num_workers, needs_own)):
-            workplace = self._workplace(loader, saved)
+            worker = self._new_worker(loader, saved)
             fetcher = functools.partial(
                 _DatasetKind.create_fetcher,
                 self._dataset_kind,
-                wrapped_dataset(workplace, dataset),
+                wrapped_dataset(worker, dataset),
                 self._auto_collation,
-                Collate(workplace, collate),
+                WorkerCollate(worker, collate),
                 self._drop_last,
             )
             info = info_of_thread(number, self._num_workers, int(self._base_seed), dataset)
-            jobs.append(Job(info, workplace, fetcher, init, pin))
-        return jobs
+            specs.append(WorkerSpec(info, worker, fetcher, init, pin))
+        return specs
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
-        super()._reset(View(loader), first_iter)
-        if self._crew.is_inherited:
-            self._hire(loader)
+        super()._reset(LoaderView(loader), first_iter)
+        if self._threads.is_inherited:
+            self._start_threads(loader)
         self._epoch += 1
         self._turn = self._begin()
-        self._crew.begin(self._epoch, self._shared_seed)
+        self._threads.begin(self._epoch, self._shared_seed)
         self._next_task = 0  # the number of the next to be given to a worker
         self._awaited = deque[int]()  # tasks whose batches were not delivered, in the order in which they were given
         self._early: dict[int, Answer] = {}  # answers that came and were not taken
         self._loads = [0] * self._num_workers  # tasks of each worker whose answers were not taken
         self._has_more = [True] * self._num_workers
         for _ in range(self._prefetch_factor * self._num_workers):
-            self._give_task()
+            self._dispatch_task()
         if not first_iter and not self.progress.is_iterable and is_stateful(self._user_dataset):
             for worker, load in zip(self.progress.workers, self._loads, strict=True):
                 if load:
@@ -102,8 +110,8 @@ class Threads(Working):
             answer = self._take()
             worker, data = answer.worker, answer.data
             self._loads[worker] -= 1
-            self._has_more[worker] = not isinstance(data, Ended)
-            self._give_task()
+            self._has_more[worker] = not isinstance(data, DatasetEnded)
+            self._dispatch_task()
             if isinstance(data, ExceptionWrapper):
                 self.progress.failed()
                 data.reraise()  # type: ignore[no-untyped-call]  # torch has no types here
@@ -112,12 +120,12 @@ class Threads(Working):
                 self.progress.delivered(worker, data.state, outstanding=self._awaited)
                 return batch
         if not self._persistent_workers:
-            self._crew.dismiss()
+            self._threads.stop()
         raise StopIteration
 
-    def tell_states(self) -> None:
+    def wait_for_states(self) -> None:
         """Wait until it is known where the data set of each worker was at first, if that can be known."""
-        if not is_stateful(self._user_dataset) or self._crew.is_inherited:
+        if not is_stateful(self._user_dataset) or self._threads.is_inherited:
             return
         while len(self._early) < len(self._awaited) and any(
             worker.state() is None and load for worker, load in zip(self.progress.workers, self._loads, strict=True)
@@ -133,17 +141,17 @@ class Threads(Working):
         return self._early.pop(number)
 
     def _receive(self) -> None:
-        if self._crew.is_inherited:
+        if self._threads.is_inherited:
             raise RuntimeError(
                 "this iterator's worker threads stayed in the process that this one was forked from; "
                 "iterate the DataLoader anew"
             )
-        answer = next_of(self._crew.answers, self._timeout)
+        answer = next_of(self._threads.answers, self._timeout)
         if answer.epoch == self._epoch:
-            self._note(answer.data)
+            self._note_state(answer.data)
             self._early[answer.task] = answer
 
-    def _give_task(self) -> None:
+    def _dispatch_task(self) -> None:
         worker = self._next_worker()
         if worker is None:
             return
@@ -157,7 +165,7 @@ class Threads(Working):
         self._turn = (worker + 1) % self._num_workers
         self._loads[worker] += 1
         self._awaited.append(number)
-        self._crew.give(worker, Task(self._epoch, number, index))
+        self._threads.dispatch(worker, Task(self._epoch, number, index))
 
     def _next_worker(self) -> int | None:
         """Whose turn it is; without `in_order`, workers with their share of tasks are passed over."""
@@ -170,8 +178,8 @@ class Threads(Working):
 
     def _shutdown_workers(self) -> None:
         """End the threads and wait for them, unless one does not come back from the user's code."""
-        self._crew.dismiss()
-        self._crew.wait()
+        self._threads.stop()
+        self._threads.wait()
 
 
 def _for_workers(parts: tuple[Any, ...], count: int, needs_own: bool) -> list[tuple[Any, ...]]:

@@ -1,12 +1,15 @@
 """How batches cross from one process to another: large buffers through shared memory, the rest beside them.
 
-`Link` is one end of a connection between two processes, and `memory.SharedPool` the memory that each end writes its
-large buffers into. Nothing here has a name in a file system, and nothing is left when both processes are gone.
+There are two crossings. `Link` is one end of a connection between a trainer and a worker of fastload's own pipeline;
+either end may send, and `SharedPool` is the memory that an end writes its large buffers into. `packing` and `queue` are
+one-way, for worker processes of torch's loader, whose loop is torch's: a batch is packed into slots of the worker
+(`worker_slots`) and passes through a queue.
+
+Shared memory here has no name in a file system, so nothing is left behind when both processes are gone.
 """
 
 from __future__ import annotations
 
-from fastload.transport.link import Link, LinkClosedError
-from fastload.transport.memory import SharedPool
+from fastload.transport.link import Link, LinkClosedError, SharedPool
 
 __all__ = ["Link", "LinkClosedError", "SharedPool"]

@@ -1,15 +1,14 @@
-"""Objects that several processes are started with, pickled once, where each would be sent a copy of its own.
+"""Arguments of several processes, pickled once for all of them instead of once for each.
 
 A process that is spawned is sent its arguments through a pipe, and reads them only when it has imported what they need.
-So eight workers with a large data set are started one after another, each after a pickling of its own, and the data is
-there eight times. Here it is pickled once, into an anonymous file; what goes through the pipe is small, so that all
-processes begin at once, and each maps the file.
+So eight workers with a large data set are started one after another, each after a pickling of its own, and the data
+exists eight times. Here it is pickled once, into an anonymous file; little goes through the pipe, so all processes
+start at the same time, and each maps the file.
 
-What the memory of numpy's arrays is made of is written to the file once and mapped privately: a process sees it as its
-own and may write to it, and has a copy of the pages that it has written to. Tensors cross in torch's way, which shares
-them already. Where the pickle itself names something that is of one process only (a descriptor, as queues have, and
-connections), it is made for each of them; arrays are written once all the same. So it is where there are tensors: torch
-shares their memory by a descriptor, or by a name (of a file, or of CUDA's) of which it counts how often it was given.
+The memory of numpy arrays is written to the file once and mapped privately: copy-on-write for each process. Tensors
+cross in torch's way, which shares their memory already. A pickle that contains things of a single process (descriptors,
+as queues and connections have) is made for each process; arrays are still written once. The same holds for tensors:
+torch shares their memory by a descriptor, or by a name (of a file, or of CUDA's) with a reference count.
 """
 
 from __future__ import annotations
@@ -27,35 +26,35 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastload.transport.mapping import map_private
-from fastload.transport.slots import SMALL_BYTES
+from fastload.transport.slots import SMALL_BYTES, map_private
 
 Bytes = npt.NDArray[np.uint8]
-Place = tuple[int, int]  # offset and length in the file
+FileRange = tuple[int, int]  # offset and length in the file
 
 # Where arrays begin: a page, so that a write to one copies nothing of another.
 _ALIGNMENT = mmap.PAGESIZE
-# What torch pickles as the name of shared memory.
+# Types that torch pickles as a reference to shared memory.
 _OF_TORCH = (torch.Tensor, torch.UntypedStorage, torch.TypedStorage)
 
 
 class Once:
-    """The objects, until the processes have been started. Used by one thread; a copy that was pickled for a process is
-    the tuple of the objects.
+    """The objects, until the processes have been started. Used by one thread. Unpickled in a process, it is the tuple
+    of the objects.
     """
 
     def __init__(self, objects: Sequence[Any], beside: Sequence[Any] = ()) -> None:
-        """`beside`: what the objects refer to and each process is sent by itself. Raises `OSError` where the kernel has
-        no anonymous files.
+        """`beside`: objects that these refer to and that are pickled for each process.
+
+        Raises `OSError` where the kernel has no anonymous files.
         """
         self._objects, self._beside = tuple(objects), tuple(beside)
         self._file = _File()
         self._arrays = _Arrays(self._file)
-        self._pickled: tuple[Place, list[Place]] | None = None  # where it is the same for every process
+        self._pickled: tuple[FileRange, list[FileRange]] | None = None  # once it is known to suit every process
 
-    def parts(self) -> tuple[Part, ...]:
-        """What to give to processes in the place of the objects, each of which it is there."""
-        return tuple(Part(self, number) for number in range(len(self._objects)))
+    def parts(self) -> tuple[OnceItem, ...]:
+        """Placeholders to pass to processes, where each becomes its object."""
+        return tuple(OnceItem(self, number) for number in range(len(self._objects)))
 
     def __getitem__(self, number: int) -> Any:
         return self._objects[number]
@@ -67,13 +66,13 @@ class Once:
         return _loaded, (reduction.DupFd(self._file.fd), self._file.byte_count, *pickled, self._beside)
 
     def close(self) -> None:
-        """No more processes are started. May be called twice."""
+        """Call it when all processes have been started. Idempotent."""
         self._file.close()
         self._arrays.clear()
 
-    def _pickle(self, popen: Any) -> tuple[Place, list[Place]]:
+    def _pickle(self, popen: Any) -> tuple[FileRange, list[FileRange]]:
         noticing: Any = _Noticing(popen)
-        stream, places = io.BytesIO(), list[Place]()
+        stream, places = io.BytesIO(), list[FileRange]()
         context.set_spawning_popen(noticing)
         try:
             _Pickler(stream, places, self._arrays, self._beside, noticing).dump(self._objects)
@@ -85,8 +84,8 @@ class Once:
         return pickled
 
 
-class Part:
-    """One of the objects, as a process that is started gets it."""
+class OnceItem:
+    """The placeholder of one object."""
 
     def __init__(self, once: Once, number: int) -> None:
         self._once, self._number = once, number
@@ -105,8 +104,8 @@ class _File:
         self.fd = os.memfd_create("fastload-start", os.MFD_CLOEXEC)
         self.byte_count = 0
 
-    def append(self, data: memoryview) -> Place:
-        """Write, from the next page on."""
+    def append(self, data: memoryview) -> FileRange:
+        """Write at the next page boundary."""
         offset = -(-self.byte_count // _ALIGNMENT) * _ALIGNMENT
         written = 0
         while written < data.nbytes:
@@ -121,16 +120,16 @@ class _File:
 
 
 class _Arrays:
-    """Where the memory of arrays lies in the file. It is kept until the end, so that an address says which it is."""
+    """Where the memory of arrays lies in the file. Arrays are kept alive, so that an address identifies one."""
 
     def __init__(self, file: _File) -> None:
         self._file = file
-        self._places: dict[tuple[int, int], Place] = {}
+        self._places: dict[tuple[int, int], FileRange] = {}
         self._kept: list[pickle.PickleBuffer] = []
         self._writable: dict[int, tuple[Any, Any]] = {}
 
-    def place(self, buffer: pickle.PickleBuffer) -> Place:
-        """Of this memory, which is written to the file if it is not there."""
+    def place(self, buffer: pickle.PickleBuffer) -> FileRange:
+        """The range of this memory in the file; it is written there first if it is new."""
         raw = buffer.raw()
         where = np.frombuffer(raw, np.uint8).ctypes.data, raw.nbytes
         if where not in self._places:
@@ -139,7 +138,7 @@ class _Arrays:
         return self._places[where]
 
     def writable(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """An array that may not be written to arrives as one that may, as it does in a plain pickle."""
+        """A writable copy of a read-only array, which arrives writable, as from a plain pickle."""
         if id(array) not in self._writable:
             self._writable[id(array)] = array, array.copy()
         return self._writable[id(array)][1]  # type: ignore[no-any-return]
@@ -151,12 +150,12 @@ class _Arrays:
 
 
 class _Pickler(reduction.ForkingPickler):
-    """Arrays of some size are put aside; `places` says where they lie, in order."""
+    """Writes arrays that are not small to the file; `places` lists their ranges, in order."""
 
     def __init__(
         self,
         stream: io.BytesIO,
-        places: list[Place],
+        places: list[FileRange],
         arrays: _Arrays,
         beside: tuple[Any, ...],
         noticing: _Noticing,
@@ -175,8 +174,8 @@ class _Pickler(reduction.ForkingPickler):
         return NotImplemented
 
 
-def _put_aside(places: list[Place], arrays: _Arrays, buffer: pickle.PickleBuffer) -> bool:
-    """Whether it is small, and stays in the pickle."""
+def _put_aside(places: list[FileRange], arrays: _Arrays, buffer: pickle.PickleBuffer) -> bool:
+    """True for a small buffer, which stays in the pickle."""
     if buffer.raw().nbytes < SMALL_BYTES:
         return True
     places.append(arrays.place(buffer))
@@ -184,7 +183,7 @@ def _put_aside(places: list[Place], arrays: _Arrays, buffer: pickle.PickleBuffer
 
 
 class _Noticing:
-    """The starting of a process, as multiprocessing knows it; notices whether something is made for this one only."""
+    """Wraps multiprocessing's state of a process start, to detect things that are made for this process only."""
 
     def __init__(self, popen: Any) -> None:
         self._popen = popen
@@ -198,14 +197,16 @@ class _Noticing:
         return getattr(self._popen, name)
 
 
-# In the process that is started
+# In the started process
 
 
-# What came beside the objects that are being made.
+# The objects `beside`, while objects that refer to them are unpickled.
 _came_beside: tuple[Any, ...] = ()
 
 
-def _loaded(fd: Any, byte_count: int, pickled: Place, places: list[Place], beside: tuple[Any, ...]) -> tuple[Any, ...]:
+def _loaded(
+    fd: Any, byte_count: int, pickled: FileRange, places: list[FileRange], beside: tuple[Any, ...]
+) -> tuple[Any, ...]:
     global _came_beside
     descriptor = fd.detach()
     try:
@@ -226,7 +227,7 @@ def _given(number: int) -> Any:
     return _came_beside[number]
 
 
-def _at(memory: Bytes, place: Place) -> Bytes:
+def _at(memory: Bytes, place: FileRange) -> Bytes:
     offset, byte_count = place
     return memory[offset : offset + byte_count]
 

@@ -1,16 +1,17 @@
-"""Pickling in which tensors and arrays are taken apart into their memory, which crosses beside the pickle.
+"""Pickling in which the memory of tensors and arrays is left out of the pickle, to cross beside it.
 
-A tensor is pickled as how it lies in its storage, and of the storage goes what the tensors of one pickle need: so those
-that share memory still do, and one that is expanded takes no more than it did. What torch can do that this cannot
-(sparse, quantised and nested tensors, subclasses) is left to torch, down to the storages inside. Whatever is made again
-is writable, where the memory that it is made from is.
+A tensor is pickled as its layout within its storage, and of the storage only the bytes that the tensors of one pickle
+need are sent: so tensors that share memory still do, and an expanded tensor takes no more than before. What torch
+can do and this cannot (sparse, quantised and nested tensors, subclasses) is left to torch, down to the storages inside.
+The results are writable if the memory that they are made from is.
 
-Which part of a storage goes is known once all has been pickled. So a pickle only says that memory comes here, by a
-mark; `buffers_of` says what goes, and `memory_of` gives for each mark, in order, what it is there.
+Which bytes of a storage are sent is known once everything has been pickled. So the pickle only contains a mark for each
+piece of memory; `buffers_of` computes the buffers to send, and `memory_of` returns, for each mark in order, the memory
+on the receiving side.
 
-A storage may be far larger than what is seen of it: a row of a table, or a column. Then goes what lies between the
-first and the last byte of tensors that overlap; and where most of that is nobody's, as with a column, each tensor by
-itself, without the gaps, so that its strides are others.
+A storage may be far larger than the tensors over it: for a row or a column of a table. Then the bytes from the first to
+the last of overlapping tensors are sent. Where most of them would be gaps, as with a column, each tensor is sent by
+itself, contiguous, so its strides change.
 """
 
 from __future__ import annotations
@@ -27,30 +28,31 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastload.transport.slots import SMALL_BYTES, Owner
+from fastload.transport.slots import SMALL_BYTES, MemoryOwner
 
 Bytes = npt.NDArray[np.uint8]
 
-# By name, since pickle looks through all modules for what a type of torch's may be a part of.
+# By name, since pickle searches all modules for the one that contains a dtype of torch.
 _DTYPES = {name: kind for name, kind in vars(torch).items() if isinstance(kind, torch.dtype)}
 _NAMES = {kind: name for name, kind in _DTYPES.items()}
 
 _CPU = torch.device("cpu")
 
-# What stands in a pickle for memory of a storage.
+# Marks memory of a storage in a pickle.
 _MARK = pickle.PickleBuffer(bytearray())
-# What nobody sees is sent along where all that is sent is not more than so many times what is seen, and a little.
+# Gaps are sent along where the bytes sent are at most so many times the bytes in use, plus a little.
 _TIMES_MAX, _MORE_BYTES = 4, SMALL_BYTES
-# A storage of which it is not known what is needed: a larger one crosses in torch's way, which need not copy it.
+# Of a bare storage all bytes are needed. A larger one crosses in torch's way, which need not copy it.
 _WHOLE_BYTES_MAX = 1 << 20
 # Where memory may begin: all of torch's types can lie there.
 _ALIGNMENT = 16
 
 
 class _ForkingTable:
-    """How `ForkingPickler` pickles what Python cannot, torch's tensors among that, as a `dispatch_table`. It copies its
-    own for each pickle, which brings a hundred objects into the caches that a pickle has no use for. Users add to what
-    there is and replace it at any time.
+    """The reducers of `ForkingPickler`, torch's among them, as a `dispatch_table`.
+
+    `ForkingPickler` copies its table for each pickle, which loads a hundred unused objects into the CPU's caches.
+    Look-ups are live, since users may add and replace reducers at any time.
     """
 
     def __getitem__(self, kind: type) -> Callable[[Any], Any]:
@@ -62,7 +64,7 @@ FORKING_TABLE: Any = _ForkingTable()
 
 
 def forking_dumps(value: Any) -> bytes:
-    """What `ForkingPickler.dumps` gives."""
+    """Equivalent to `ForkingPickler.dumps`."""
     stream = io.BytesIO()
     pickler = pickle.Pickler(stream, pickle.DEFAULT_PROTOCOL)
     pickler.dispatch_table = FORKING_TABLE
@@ -70,8 +72,8 @@ def forking_dumps(value: Any) -> bytes:
     return stream.getvalue()
 
 
-class Use(NamedTuple):
-    """The bytes of a storage, from `low` up to `high`, in which `tensor` lies; without one, all of the storage."""
+class StorageUse(NamedTuple):
+    """The bytes of a storage, from `low` up to `high`, in which `tensor` lies; without a tensor, the whole storage."""
 
     storage: torch.UntypedStorage
     low: int
@@ -80,19 +82,19 @@ class Use(NamedTuple):
 
     @property
     def seen_bytes(self) -> int:
-        """How many of them somebody sees."""
+        """How many of them are in use."""
         return self.high - self.low if self.tensor is None else min(self.high - self.low, self.tensor.nbytes)
 
 
-Part: TypeAlias = "Use | Bytes"
-Where: TypeAlias = tuple[int, int]
-"""Of a part, the number of its buffer, and which byte of the storage is the buffer's first; or one of the following."""
-_ALONE = -1  # the buffer is this tensor's alone, without gaps
+OutOfBand: TypeAlias = "StorageUse | Bytes"
+BufferOffset: TypeAlias = tuple[int, int]
+"""The number of a part's buffer, and the byte of the storage at which the buffer begins; or one of the following."""
+_ALONE = -1  # the buffer holds this tensor alone, contiguous
 _NO_STORAGE = -2  # the part is the buffer
 
 
-def dump_apart(value: Any, stream: io.BytesIO, dispatch_table: Any = None) -> list[Part]:
-    """Pickle, but for memory of plain tensors, and of other buffers that are not small: what is left out, in order."""
+def dump_apart(value: Any, stream: io.BytesIO, dispatch_table: Any = None) -> list[OutOfBand]:
+    """Pickle without the memory of plain tensors and of other buffers that are not small; returns these, in order."""
     pickler = _Apart(stream)
     if dispatch_table is not None:
         pickler.dispatch_table = dispatch_table
@@ -102,8 +104,8 @@ def dump_apart(value: Any, stream: io.BytesIO, dispatch_table: Any = None) -> li
 
 class _Apart(pickle.Pickler):
     def __init__(self, stream: io.BytesIO) -> None:
-        self.parts: list[Part] = []
-        # Not a method: a cycle would keep the batch, which the pickler remembers, until the collector comes by.
+        self.parts: list[OutOfBand] = []
+        # Not a method: a cycle would keep the batch, which the pickler refers to, until garbage collection.
         super().__init__(stream, 5, buffer_callback=partial(_put_aside, self.parts))
 
     def reducer_override(self, value: Any) -> Any:
@@ -115,14 +117,14 @@ class _Apart(pickle.Pickler):
                 return _tensor_over, (_MARK, name, value.storage_offset(), tuple(value.shape), value.stride())
         elif kind is torch.UntypedStorage:
             if value.device.type == "cpu" and 0 < value.nbytes() <= _WHOLE_BYTES_MAX:
-                self.parts.append(Use(value, 0, value.nbytes(), None))
+                self.parts.append(StorageUse(value, 0, value.nbytes(), None))
                 return _storage_over, (_MARK,)
         elif isinstance(value, np.ndarray) and not value.flags.writeable:
-            return value.copy().__reduce_ex__(5)  # a buffer that may not be written to would arrive as one
+            return value.copy().__reduce_ex__(5)  # or else it would arrive read-only
         return NotImplemented
 
 
-def _put_aside(parts: list[Part], buffer: pickle.PickleBuffer) -> bool:
+def _put_aside(parts: list[OutOfBand], buffer: pickle.PickleBuffer) -> bool:
     """Whether it is small, and stays in the pickle."""
     if buffer is _MARK:
         return False
@@ -134,7 +136,7 @@ def _put_aside(parts: list[Part], buffer: pickle.PickleBuffer) -> bool:
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether it is no more than memory of this machine, seen in some order."""
+    """Whether it is just strided host memory."""
     return (
         tensor.device.type == "cpu"
         and tensor.layout is torch.strided
@@ -146,22 +148,22 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def _use_of(tensor: torch.Tensor, storage: torch.UntypedStorage) -> Use:
+def _use_of(tensor: torch.Tensor, storage: torch.UntypedStorage) -> StorageUse:
     size = tensor.element_size()
     low = int(tensor.storage_offset()) * size
     if tensor.is_contiguous():
-        return Use(storage, low, low + tensor.nbytes, tensor)
+        return StorageUse(storage, low, low + tensor.nbytes, tensor)
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return Use(storage, low, low + (last + 1) * size, tensor)
+    return StorageUse(storage, low, low + (last + 1) * size, tensor)
 
 
-def buffers_of(parts: Sequence[Part]) -> tuple[list[Bytes], list[Where]]:
-    """The memory that has to cross, and where in it each part is."""
+def buffers_of(parts: Sequence[OutOfBand]) -> tuple[list[Bytes], list[BufferOffset]]:
+    """The buffers that have to cross, and where each part lies in them."""
     buffers: list[Bytes] = []
-    where: list[Where] = [(0, _NO_STORAGE)] * len(parts)
-    by_storage: dict[int, list[tuple[int, Use]]] = {}
+    where: list[BufferOffset] = [(0, _NO_STORAGE)] * len(parts)
+    by_storage: dict[int, list[tuple[int, StorageUse]]] = {}
     for number, part in enumerate(parts):
-        if isinstance(part, Use):
+        if isinstance(part, StorageUse):
             by_storage.setdefault(part.storage._cdata, []).append((number, part))
         else:
             where[number] = len(buffers), _NO_STORAGE
@@ -179,11 +181,11 @@ def buffers_of(parts: Sequence[Part]) -> tuple[list[Bytes], list[Where]]:
     return buffers, where
 
 
-_Uses: TypeAlias = "list[tuple[int, Use]]"
+_Uses: TypeAlias = "list[tuple[int, StorageUse]]"
 
 
 def _memories(uses: _Uses) -> Iterator[tuple[_Uses, int, Bytes]]:
-    """What goes of one storage: which uses lie in it, where in the storage it begins, and the memory."""
+    """The memory of one storage to send: for each buffer its uses, its offset in the storage, and the bytes."""
     storage = uses[0][1].storage
     low, high = min(use.low for _, use in uses), max(use.high for _, use in uses)
     seen_bytes = sum(use.seen_bytes for _, use in uses)
@@ -203,7 +205,7 @@ def _memories(uses: _Uses) -> Iterator[tuple[_Uses, int, Bytes]]:
 
 
 def _overlapping(uses: _Uses) -> list[_Uses]:
-    """The uses in groups, of which no two lie in the same bytes."""
+    """The uses in groups that do not overlap each other."""
     groups: list[_Uses] = []
     end = -1
     for number, use in sorted(uses, key=lambda each: each[1].low):
@@ -218,8 +220,8 @@ def _bytes_of(storage: torch.UntypedStorage, low: int, high: int) -> Bytes:
     return np.asarray(_InStorage(storage, low, high))
 
 
-class _InStorage(Owner):
-    """Bytes of a storage, which stays as long as an array of them."""
+class _InStorage(MemoryOwner):
+    """The base object of an array over bytes of a storage, which it keeps alive."""
 
     __slots__ = ("_storage",)
 
@@ -228,10 +230,10 @@ class _InStorage(Owner):
         super().__init__(storage.data_ptr() + low, high - low)
 
 
-def memory_of(buffers: Sequence[Any], where: Sequence[Where], *, is_shared: bool = False) -> Iterator[Any]:
-    """What `pickle.loads` wants as its `buffers`, from those that have crossed, which may be written to.
+def memory_of(buffers: Sequence[Any], where: Sequence[BufferOffset], *, is_shared: bool = False) -> Iterator[Any]:
+    """The `buffers` argument of `pickle.loads`, from the buffers that have crossed, which are writable.
 
-    `is_shared`: they are shared memory, and tensors over them say so, as those that torch hands over do.
+    `is_shared`: they are shared memory, and `is_shared()` of tensors over them is true, as of those that torch sends.
     """
     memories: dict[int, _Memory] = {}
     for number, low in where:
@@ -244,7 +246,7 @@ def memory_of(buffers: Sequence[Any], where: Sequence[Where], *, is_shared: bool
 
 
 class _Memory:
-    """A storage that begins at byte `low` of the one that was, made with the first tensor over it."""
+    """A storage that begins at byte `low` of the original one. It is made with the first tensor over it."""
 
     __slots__ = ("_buffer", "_is_shared", "_storage", "low")
 
@@ -253,13 +255,13 @@ class _Memory:
         self._storage: torch.UntypedStorage | None = None
 
     def begin(self, dtype: torch.dtype) -> tuple[Any, torch.UntypedStorage]:
-        """Some tensor of that type, to be set to the storage, which is given, too."""
+        """A tensor of that type, to be set to the storage, and the storage."""
         if self._storage is not None:
             return torch.empty(0, dtype=dtype, device=_CPU), self._storage
         byte_count = memoryview(self._buffer).nbytes
         if not byte_count:
             tensor = torch.empty(0, dtype=dtype, device=_CPU)
-        else:  # of that type at once, where that is possible, which takes half the time
+        else:  # of the right type at once where possible, which takes half the time
             tensor = torch.frombuffer(self._buffer, dtype=torch.uint8 if byte_count % dtype.itemsize else dtype)
         self._storage = tensor.untyped_storage()
         if self._is_shared:

@@ -1,49 +1,60 @@
-"""Batch memory that is used again: slots.
+"""Reusable memory for batches: slots.
 
 A batch of tens of megabytes in fresh memory costs more in page faults than in copying. So batches are written into
-*slots*, and a slot comes back when the last array or tensor over it has been collected, however long the user keeps it:
-what he holds is his and writable, and nothing is ever reused under his hands.
+*slots*. A slot is reused once the last array or tensor over it has been collected, however long the user keeps it: an
+array that a user holds is writable and never changes.
 
-How: the memory belongs to the pool; what is lent is a small owner object that exposes it through numpy's array
-interface. Every view of the array, and every tensor made from one, keeps that owner alive, and its finalizer puts the
-memory back. A finalizer may run in any thread at any point, so it does one thing: append to a deque.
+How: memory is lent as a small owner object that exposes it through numpy's array interface. Every view of the array,
+and every tensor made from one, keeps that owner alive, and its finalizer returns the memory. A finalizer may run in any
+thread at any point, so it does one thing: append to a deque.
 
-The pool never blocks: when no slot is free it makes one. It keeps at most `retained_bytes` of free memory.
+`SlotPool` lends memory of this process. It never blocks: when no slot is free it makes one. It keeps at most
+`retained_bytes` of free memory.
+
+`lent` is for memory that processes share. Its notices also say whether this process was forked while the array existed:
+the child has a view of its own, never reports that it is done with it, and would see later writes. So memory of which a
+child may still hold a view must not be reused.
+
+`map_shared` and `map_private` map a memfd without keeping its descriptor. `mmap.mmap` keeps a duplicate for as long as
+the memory is mapped, so a trainer that keeps many batches would run out of descriptors (the limit is often 1024); hence
+the system call is made through ctypes.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from fastload.lifecycle import on_drop
+from fastload.lifecycle import fork_count, on_drop
 
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
-
 # Below this, malloc is as good and a slot is only overhead.
 SMALL_BYTES = 64 * 1024
 
 
 class Slots(Protocol):
-    """Where batches are written into."""
+    """An allocator of batch memory."""
 
     def take(self, byte_count: int) -> Bytes:
         """A writable uint8 array whose content is undefined."""
         ...
 
     def take_array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
-        """A writable C-contiguous array over such."""
+        """A writable C-contiguous array over such memory."""
         ...
 
 
-class Owner:
-    """What an array over memory at `address` is based on; dies with the last view of it."""
+class MemoryOwner:
+    """The base object of an array over memory at `address`; it dies with the last view of the array."""
 
     __slots__ = ("__array_interface__", "__weakref__")
 
@@ -52,13 +63,13 @@ class Owner:
 
 
 def address_of(memory: Bytes) -> int:
-    """Where it begins; `ctypes.data` takes a longer way there."""
+    """The address of its first byte; `ctypes.data` is slower."""
     address: int = memory.__array_interface__["data"][0]
     return address
 
 
 class SlotPool:
-    """Lends byte arrays and takes them back by itself. Safe to use from several threads."""
+    """Lends byte arrays and reclaims them by itself. Thread-safe."""
 
     def __init__(self, retained_bytes: int) -> None:
         self._retained_bytes = retained_bytes
@@ -76,7 +87,7 @@ class SlotPool:
             memory = np.empty(size_class(byte_count), np.uint8)
             with self._lock:
                 self._held_bytes += memory.size
-        owner = Owner(address_of(memory), byte_count)
+        owner = MemoryOwner(address_of(memory), byte_count)
         on_drop(owner, self._returned.append, memory)
         return np.asarray(owner)
 
@@ -88,13 +99,13 @@ class SlotPool:
 
     @property
     def held_bytes(self) -> int:
-        """All memory of its slots, lent or free."""
+        """The memory of all slots, lent or free."""
         with self._lock:
             self._collect()
             return self._held_bytes
 
     def free_bytes(self) -> int:
-        """How much memory is waiting to be used again."""
+        """The memory of free slots."""
         with self._lock:
             self._collect()
             return sum(memory.size for memory in self._free)
@@ -106,7 +117,7 @@ class SlotPool:
             return take_fitting(self._free, byte_count, len)
 
     def _collect(self) -> None:
-        """Take in what the finalizers have returned; drop the oldest when it is more than is worth keeping."""
+        """Take back the memory that finalizers returned; drop the oldest above the limit."""
         while self._returned:
             self._free.append(self._returned.popleft())
         while sum(memory.size for memory in self._free) > self._retained_bytes:
@@ -114,7 +125,7 @@ class SlotPool:
 
 
 def take_fitting(free: list[T], byte_count: int, size_of: Callable[[T], int]) -> T | None:
-    """Take out of `free` the smallest that fits without wasting more than half of it, if there is one."""
+    """Remove from `free` the smallest that fits without wasting more than half of it; None where none does."""
     sizes = [size_of(each) for each in free]
     fitting = [i for i, size in enumerate(sizes) if byte_count <= size <= 2 * size_class(byte_count)]
     return free.pop(min(fitting, key=sizes.__getitem__)) if fitting else None
@@ -124,3 +135,59 @@ def size_class(byte_count: int) -> int:
     """`byte_count` rounded up to one of eight sizes an octave, so that batches of nearly one size share slots."""
     step = 1 << max(12, byte_count.bit_length() - 4)
     return -(-byte_count // step) * step
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
+]  # fmt: skip
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_FAILED = ctypes.c_void_p(-1).value
+
+
+def map_shared(fd: int, byte_count: int) -> npt.NDArray[np.uint8]:
+    """The first bytes of a memfd as a writable array, unmapped with its last view. Raises `OSError`."""
+    return _mapped(fd, byte_count, mmap.MAP_SHARED)
+
+
+def map_private(fd: int, byte_count: int) -> npt.NDArray[np.uint8]:
+    """The same, copy-on-write: other processes do not see writes."""
+    return _mapped(fd, byte_count, mmap.MAP_PRIVATE)
+
+
+def _mapped(fd: int, byte_count: int, flags: int) -> npt.NDArray[np.uint8]:
+    address = _libc.mmap(None, byte_count, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+    if address == _FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, f"cannot map {byte_count} bytes of shared memory: {os.strerror(number)}")
+    owner = MemoryOwner(address, byte_count)
+    on_drop(owner, _libc.munmap, address, byte_count)
+    return np.asarray(owner)
+
+
+class Collected(NamedTuple, Generic[T]):
+    """A notice that a lent array has been collected."""
+
+    what: T  # as given to `lent`
+    was_forked: bool  # while the array existed, so that a child may still read it
+
+
+def lent(memory: Bytes, collected: deque[Collected[T]], what: T) -> Bytes:
+    """An array over `memory`; when its last view is gone, a notice about `what` is appended to `collected`."""
+    return np.asarray(_Lent(memory, collected, what))
+
+
+class _Lent(MemoryOwner, Generic[T]):
+    """The base object of a lent array. `__del__` costs half of what a `weakref.finalize` does."""
+
+    __slots__ = ("_collected", "_forks", "_memory", "_what")
+
+    def __init__(self, memory: Bytes, collected: deque[Collected[T]], what: T) -> None:
+        # First, so that the notice is sent even where a signal handler raises before the array exists.
+        self._memory, self._collected, self._what, self._forks = memory, collected, what, fork_count()
+        super().__init__(address_of(memory), memory.size)
+
+    def __del__(self) -> None:
+        was_forked = self._forks != fork_count()
+        self._collected.append(Collected(self._what, was_forked))  # only now may the memory be unmapped

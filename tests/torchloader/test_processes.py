@@ -21,8 +21,8 @@ from torch.utils.data import IterDataPipe, get_worker_info
 
 import fastload
 from fastload.errors import WorkerError
-from fastload.torchloader.processes import Processes
-from fastload.torchloader.unpacking import Arrived
+from fastload.torchloader.processes import ProcessIterator
+from fastload.transport.packing import Arrived
 from tests.processes import until
 from tests.torchloader.datasets import Mapped, Ranges, as_is
 
@@ -126,7 +126,7 @@ def test_what_the_user_gets_is_writable_and_stays_as_it_is_for_as_long_as_it_is_
 def test_memory_is_used_again_and_an_epoch_that_is_kept_as_a_whole_does_not_wait():
     loader = fastload.DataLoader(Mapped(100, open_descriptors), num_workers=1)
     iterator = iter(loader)
-    assert isinstance(iterator, Processes)
+    assert isinstance(iterator, ProcessIterator)
     for _ in range(60):
         next(iterator)
     assert iterator._receiver is not None

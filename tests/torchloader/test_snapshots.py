@@ -14,7 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fastload import DataLoader
 from fastload.errors import ConfigError, StateError
-from fastload.torchloader.telling import turns_between_states
+from fastload.torchloader.state import snapshot_interval
 from tests.torchloader.datasets import (
     Mapped,
     RandomMapped,
@@ -54,8 +54,8 @@ def taken(loader: Any, steps: int) -> tuple[dict[str, Any], list[Any]]:
     [(1, 1, 1), (1, 4, 1), (4, 4, 1), (8, 4, 2), (11, 4, 2), (10, 1, 10), (0, 2, None), (None, 2, None)],
 )
 def test_how_often_a_worker_tells(every, workers, turns):
-    assert turns_between_states(every, workers, are_in_step=True) == turns
-    assert turns_between_states(every, workers, are_in_step=False) == 1
+    assert snapshot_interval(every, workers, are_in_step=True) == turns
+    assert snapshot_interval(every, workers, are_in_step=False) == 1
 
 
 @pytest.mark.parametrize("workers", ["process", "thread"])

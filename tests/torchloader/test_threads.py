@@ -25,7 +25,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from torch.utils.data.datapipes.iter import IterableWrapper
 
 import fastload
-from fastload.torchloader import crew, info
+from fastload.torchloader import thread_workers, worker_info
 from tests.patience import PATIENCE_S
 from tests.processes import until
 
@@ -301,10 +301,10 @@ def test_where_no_more_threads_can_be_had_those_that_began_end(monkeypatch: pyte
 
     start_thread = threading.Thread.start
     before = torch.get_num_threads()
-    monkeypatch.setattr(crew._Worker, "start", start)
+    monkeypatch.setattr(thread_workers._WorkerThread, "start", start)
     with pytest.raises(RuntimeError, match="can't start new thread"):
         iter(threaded(Squares(), num_workers=3))
-    until(lambda: not any(isinstance(thread, crew._Worker) for thread in threading.enumerate()))
+    until(lambda: not any(isinstance(thread, thread_workers._WorkerThread) for thread in threading.enumerate()))
     assert torch.get_num_threads() == before
 
 
@@ -540,7 +540,7 @@ def test_the_private_parts_of_torch_that_threads_use() -> None:
     """One that a release changes fails here first, by name."""
     assert get_worker_info.__code__.co_names == ("_worker_info",)
     assert get_worker_info is torch_worker.get_worker_info
-    assert get_worker_info.__code__.co_freevars == info._of_thread_or_process.__code__.co_freevars == ()
+    assert get_worker_info.__code__.co_freevars == worker_info._of_thread_or_process.__code__.co_freevars == ()
     known = set(inspect.signature(torch_worker.WorkerInfo).parameters)
     assert known == {"kwargs"} or {"id", "num_workers", "seed", "dataset"} <= known
     if hasattr(torch_worker, "_RNG"):

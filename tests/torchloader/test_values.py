@@ -14,9 +14,8 @@ import torch
 import torch.utils.data
 
 import fastload
-from fastload.torchloader.ledger import Ledger
-from fastload.torchloader.packing import Packer
-from fastload.torchloader.unpacking import Arrived, Packed, Receiver
+from fastload.transport.packing import Arrived, Packed, Packer, Receiver
+from fastload.transport.worker_slots import SlotCounters
 
 
 class Fancy(torch.Tensor):
@@ -161,9 +160,9 @@ def test_a_child_writes_to_the_same_memory(kind: Any) -> None:
 
 
 def test_small_memory_is_used_again_and_not_before() -> None:
-    receiver = Receiver(Ledger(1))
-    receiver.ledger.set_open(0)
-    packer = Packer(receiver.ledger, receiver.number, 0, 1 << 20)
+    receiver = Receiver(SlotCounters(1))
+    receiver.counters.set_open(0)
+    packer = Packer(receiver.counters, receiver.number, 0, 1 << 20)
     kept, places = [], set()
     for number in range(40):
         packed = packer.pack(Arrived([torch.full((5,), number), torch.full((700,), number)]))
@@ -175,7 +174,7 @@ def test_small_memory_is_used_again_and_not_before() -> None:
         del first, second
     assert [tensor.tolist() for tensor in kept] == [[number] * 5 for number in range(0, 40, 10)]
     assert len(places) <= len(kept) + 2
-    receiver.ledger.close_fd()
+    receiver.counters.close_fd()
 
 
 def test_what_arrives_is_what_torchs_loader_hands_over() -> None:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from fastload.ragged import Ragged
 from fastload.transport import Link, LinkClosedError, SharedPool
-from fastload.transport.lending import Collected
+from fastload.transport.slots import Collected
 
 LARGE = 100_000
 Pair = tuple[Link, Link]
@@ -141,8 +141,8 @@ def test_memory_is_used_again_once_both_sides_have_let_go(pair):
     for value in range(10):
         block = mine.pool.take(LARGE)
         block[:] = value
-        slot, _ = mine.pool.tell(block)
-        mine.pool.let_go([Collected(slot.number, was_forked=False)])
+        slot, _ = mine.pool.count_sent(block)
+        mine.pool.release([Collected(slot.number, was_forked=False)])
         numbers.add(slot.number)
         arrived = passed(pair, block)
         assert arrived[0] == value
@@ -165,7 +165,7 @@ def test_what_is_kept_stays_as_it_is(pair):
     del kept, tensor
     gc.collect()
     passed((other, mine), None)
-    assert sum(slot.told for slot in mine.pool._slots.values()) == 0
+    assert sum(slot.sent for slot in mine.pool._slots.values()) == 0
 
 
 def test_memory_that_a_child_may_see_is_not_used_again(pair):

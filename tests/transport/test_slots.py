@@ -2,11 +2,14 @@
 
 import gc
 import threading
+from collections import deque
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from fastload.transport import slots
 from fastload.transport.slots import SMALL_BYTES, SlotPool, size_class
 
 SIZE = 4 * SMALL_BYTES
@@ -102,3 +105,16 @@ def test_threads_share_a_pool() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def _interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_notice_comes_also_where_lending_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    collected: deque[slots.Collected[str]] = deque()
+    monkeypatch.setattr(slots, "address_of", _interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        slots.lent(np.zeros(10, np.uint8), collected, "this")
+    assert [each.what for each in collected] == ["this"]

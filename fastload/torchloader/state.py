@@ -7,6 +7,18 @@ worker. Beside torchdata's keys there are ours: `_order`, which is what an order
 errors; and `_next`, what the next epoch's order is drawn from, once one is over.
 
 This module only reads and writes; nothing here has an effect.
+
+How often workers tell where their data sets are: the loader's `snapshot_every_n_steps`.
+
+A state may be large, and whoever wants one wants it rarely; told with every batch, it is copied with every batch. So a
+worker may tell only with some of its batches. Where the loader is, it then knows only at moments at which it has the
+last state of each worker: a *snapshot*. In between it says where the last one was and how many batches came since,
+which are made again, and thrown away, when that is loaded.
+
+Batches are dealt to workers in turn. So if each tells after so many turns of its own, they tell one after another, and
+the last to do so completes a snapshot; one whose data set has ended has told its last state, and is not waited for. But
+nothing is built on their being in step: a snapshot is one because all states are there (see `progress`). Where workers
+get out of step, the last snapshot is only older than it should be.
 """
 
 from __future__ import annotations
@@ -14,6 +26,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from fastload.errors import StateError
@@ -21,8 +34,7 @@ from fastload.torchloader.order import Mark, SavedOrder, is_stateful, state_of
 from fastload.torchloader.randomness import Randomness
 from fastload.transport.pickling import dump_apart
 
-State = dict[str, Any]
-
+LoaderState = dict[str, Any]
 SNAPSHOT, MAIN, WORKERS = "_snapshot", "_main_snapshot", "_worker_snapshots"
 SNAPSHOT_STEP, STEPS_SINCE, LAST_WORKER = "_snapshot_step", "_steps_since_snapshot", "_last_yielded_worker_id"
 NUM_WORKERS, BASE_SEED, SHARED_SEED = "_num_workers", "_base_seed", "_shared_seed"
@@ -36,7 +48,16 @@ WORKER_ID, FETCHER, DATASET = "worker_id", "fetcher_state", "dataset_state"
 DATASET_ITER, FETCHER_ENDED = "dataset_iter_state", "fetcher_ended"
 ORDER, BATCHES, FAILED, NEXT = "_order", "_batches", "_failed", "_next"
 # In no state that a user gets: why a worker's data set did not say where it is.
-UNTOLD_BECAUSE = "_untold_because"
+NOT_REPORTED_BECAUSE = "_not_reported_because"
+
+
+class NotReported(Enum):
+    """Stands for a state that a worker has, and did not report with this batch."""
+
+    NOT_REPORTED = "not reported"
+
+
+NOT_REPORTED = NotReported.NOT_REPORTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +70,13 @@ class SavedWorker:
     batches: int | None = None
 
     @property
-    def is_silent(self) -> bool:
+    def is_unknown(self) -> bool:
         """Whether neither data set nor iterator said where it is."""
         return self.dataset_state is None and self.iterator_state is None
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class SavedState:
     """A state that was read. `num_workers`: of the loader that it was taken from; then `workers` has so many, or one.
 
     `discard`: batches to make and throw away, where the snapshot is older than the state; `failed`: which turns on the
@@ -76,41 +97,43 @@ class Saved:
     failed: frozenset[int] = frozenset()
 
 
-def worker_state(worker: int, dataset: Any, iterator: Any, has_ended: bool, batches: int) -> State | None:
+def worker_state(worker: int, dataset: Any, iterator: Any, has_ended: bool, batches: int) -> LoaderState | None:
     """What is written of a worker's data set; None where it cannot say anything. `iterator`: of an iterable one."""
     if not is_stateful(dataset) and not is_stateful(iterator):
         return None
-    fetcher, untold = None, list[str]()
+    fetcher, problems = None, list[str]()
     if iterator is not None:
-        fetcher = {DATASET_ITER: state_of(iterator, untold), FETCHER_ENDED: has_ended}
-    dataset_state = state_of(dataset, untold) if iterator is not dataset else None
+        fetcher = {DATASET_ITER: state_of(iterator, problems), FETCHER_ENDED: has_ended}
+    dataset_state = state_of(dataset, problems) if iterator is not dataset else None
     state = {WORKER_ID: worker, FETCHER: fetcher, DATASET: dataset_state, BATCHES: batches}
-    return state if not untold else {**state, UNTOLD_BECAUSE: untold}
+    return state if not problems else {**state, NOT_REPORTED_BECAUSE: problems}
 
 
-def without_dataset(state: State, why: str) -> State:
+def without_dataset(state: LoaderState, why: str) -> LoaderState:
     """The same, but for what data set and iterator say."""
     fetcher = state[FETCHER] and {**state[FETCHER], DATASET_ITER: None}
-    return {**state, FETCHER: fetcher, DATASET: None, UNTOLD_BECAUSE: [*state.get(UNTOLD_BECAUSE, ()), why]}
+    return {**state, FETCHER: fetcher, DATASET: None, NOT_REPORTED_BECAUSE: [*state.get(NOT_REPORTED_BECAUSE, ()), why]}
 
 
-def told_to_user(state: State) -> tuple[State, list[str]]:
+def state_for_user(state: LoaderState) -> tuple[LoaderState, list[str]]:
     """A state as a user gets it, and why data sets did not say where they are, if they did not."""
     if SNAPSHOT not in state:
-        return _told(state)
-    told = {name: _told(worker) for name, worker in state[SNAPSHOT][WORKERS].items()}
-    snapshot = {**state[SNAPSHOT], WORKERS: {name: worker for name, (worker, _) in told.items()}}
-    return {**state, SNAPSHOT: snapshot}, [why for _, reasons in told.values() for why in reasons]
+        return _worker_for_user(state)
+    reported = {name: _worker_for_user(worker) for name, worker in state[SNAPSHOT][WORKERS].items()}
+    snapshot = {**state[SNAPSHOT], WORKERS: {name: worker for name, (worker, _) in reported.items()}}
+    return {**state, SNAPSHOT: snapshot}, [why for _, reasons in reported.values() for why in reasons]
 
 
-def _told(state: State) -> tuple[State, list[str]]:
-    why = why_not_to_be_pickled(state)
+def _worker_for_user(state: LoaderState) -> tuple[LoaderState, list[str]]:
+    why = pickling_problem(state)
     if why is not None:
         state = without_dataset(state, why)
-    return {key: value for key, value in state.items() if key != UNTOLD_BECAUSE}, state.get(UNTOLD_BECAUSE, [])
+    return {key: value for key, value in state.items() if key != NOT_REPORTED_BECAUSE}, state.get(
+        NOT_REPORTED_BECAUSE, []
+    )
 
 
-def why_not_to_be_pickled(state: State | None) -> str | None:
+def pickling_problem(state: LoaderState | None) -> str | None:
     """Why what a data set and its iterator say cannot be pickled; None where it can."""
     if state is None or (state.get(DATASET) is None and state.get(FETCHER) is None):
         return None
@@ -121,16 +144,16 @@ def why_not_to_be_pickled(state: State | None) -> str | None:
     return None
 
 
-def silent_state(worker: int, is_iterable: bool, batches: int, has_ended: bool = False) -> State:
+def unknown_worker_state(worker: int, is_iterable: bool, batches: int, has_ended: bool = False) -> LoaderState:
     """What is written of a worker of which nothing is known but that."""
     fetcher = {DATASET_ITER: None, FETCHER_ENDED: has_ended} if is_iterable else None
     return {WORKER_ID: worker, FETCHER: fetcher, DATASET: None, BATCHES: batches}
 
 
-def order_state(saved: SavedOrder) -> State:
+def order_state(saved: SavedOrder) -> LoaderState:
     """What is written of an order."""
     mark = saved.mark
-    state: State = {
+    state: LoaderState = {
         SAMPLER_STATE: mark.sampler_state,
         SAMPLER_ITER_STATE: mark.iterator_state,
         SAMPLER_YIELDED: mark.yielded,
@@ -144,7 +167,7 @@ def order_state(saved: SavedOrder) -> State:
     return state
 
 
-def read(state: Any, dataset: Any, is_iterable: bool, num_workers: int) -> Saved:
+def read_state(state: Any, dataset: Any, is_iterable: bool, num_workers: int) -> SavedState:
     """Raises `StateError` where it is no state of a loader such as this; the message says what does not fit."""
     if not isinstance(state, Mapping):
         raise StateError(f"a state is what state_dict() gave, a dict, and not a {type(state).__name__}")
@@ -160,9 +183,9 @@ def read(state: Any, dataset: Any, is_iterable: bool, num_workers: int) -> Saved
     return saved
 
 
-def _of_one(state: Mapping[str, Any]) -> Saved:
+def _of_one(state: Mapping[str, Any]) -> SavedState:
     _check_keys(state, [NUM_YIELDED, SAMPLER_YIELDED, FINISHED], "the state")
-    return Saved(
+    return SavedState(
         order=_order(state),
         workers=(_worker(state),),
         num_workers=0,
@@ -177,14 +200,14 @@ def _of_one(state: Mapping[str, Any]) -> Saved:
     )
 
 
-def _of_processes(state: Mapping[str, Any]) -> Saved:
+def _of_processes(state: Mapping[str, Any]) -> SavedState:
     _check_keys(state, [SNAPSHOT, FINISHED], "the state")
     snapshot = state[SNAPSHOT]
     _check_keys(snapshot, [MAIN, WORKERS, SNAPSHOT_STEP, LAST_WORKER], f"the state's {SNAPSHOT!r}")
     main, workers = snapshot[MAIN], snapshot[WORKERS]
     _check_keys(main, [NUM_WORKERS, SAMPLER_YIELDED], f"the state's {MAIN!r}")
     _check_keys(workers, [worker_key(n) for n in range(main[NUM_WORKERS])], f"the state's {WORKERS!r}")
-    return Saved(
+    return SavedState(
         order=_order(main),
         workers=tuple(_worker(workers[worker_key(n)]) for n in range(main[NUM_WORKERS])),
         num_workers=main[NUM_WORKERS],
@@ -236,7 +259,7 @@ def _check_keys(state: Any, keys: Sequence[str], what: str) -> None:
         )
 
 
-def _check_kind(state: Mapping[str, Any], saved: Saved, is_iterable: bool) -> None:
+def _check_kind(state: Mapping[str, Any], saved: SavedState, is_iterable: bool) -> None:
     parts = list(state[SNAPSHOT][WORKERS].values()) if SNAPSHOT in state else [state]
     was_iterable = any(part.get(FETCHER) is not None for part in parts)
     if parts and was_iterable != is_iterable:
@@ -244,7 +267,7 @@ def _check_kind(state: Mapping[str, Any], saved: Saved, is_iterable: bool) -> No
         raise StateError(f"the state is that of {kinds[was_iterable]} data set, and this is {kinds[is_iterable]} one")
 
 
-def _check_other_count(saved: Saved, is_iterable: bool, num_workers: int) -> None:
+def _check_other_count(saved: SavedState, is_iterable: bool, num_workers: int) -> None:
     was = f"the state was taken with num_workers={saved.num_workers}, and this loader has {num_workers}"
     if saved.is_finished:
         return
@@ -256,3 +279,13 @@ def _check_other_count(saved: Saved, is_iterable: bool, num_workers: int) -> Non
         raise StateError(
             f"{was}: the data set of each worker has a state of its own; give num_workers={saved.num_workers}"
         )
+
+
+def snapshot_interval(every_n_steps: int | None, num_workers: int, *, are_in_step: bool) -> int | None:
+    """A worker tells its state with each of its batches whose number, from 1, is a multiple of this; None: never.
+
+    So there is a snapshot every `every_n_steps` steps at least. `are_in_step`: whether workers take turns.
+    """
+    if not are_in_step:
+        return 1
+    return max(1, every_n_steps // num_workers) if every_n_steps else None

@@ -1,7 +1,8 @@
-"""Writing what another process will read.
+"""Copying arrays and tensors into memory that another process will read.
 
-A batch that no cache holds is written past them (`fastload.kernels.stacking`). A worker that stacks tensors then needs
-0.4 to 0.9 of the time; at 8 MiB it gained nothing, and a trainer that reads all of it took twice as long.
+A batch that fits in no CPU cache is written with stores that bypass the caches (`fastload.kernels.stacking`). A worker
+that stacks tensors then needs 0.4 to 0.9 of the time. At 8 MiB this gained nothing, and a trainer that reads the whole
+batch took twice as long.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from fastload.transport.slots import address_of
 
 Bytes = npt.NDArray[np.uint8]
 
-# Looking at a tensor from Python takes as long as copying so much.
+# Inspecting a tensor from Python takes as long as copying so much.
 _PIECE_BYTES_MIN = 16 << 10
 
-# What is to be equal in tensors that are copied as bytes, in this order: other layouts cannot say what follows.
+# What tensors that are copied as bytes must have in common, in this order: other layouts lack the later properties.
 _LOOKS: tuple[Callable[[torch.Tensor], Any], ...] = (
     attrgetter("layout"),
     attrgetter("is_cpu"),
@@ -38,7 +39,7 @@ _LOOKS: tuple[Callable[[torch.Tensor], Any], ...] = (
 
 
 def copy_into(out: Bytes, source: Bytes) -> None:
-    """Copy all of `source`, contiguous and as long, to `out`."""
+    """Copy `source`, which is contiguous and of the same length, to `out`."""
     if source.size < PAST_CACHES_BYTES:
         out[...] = source
     else:
@@ -46,10 +47,10 @@ def copy_into(out: Bytes, source: Bytes) -> None:
 
 
 def stack_into(out: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`torch.stack(tensors, out=out)`, where `out` is plain, contiguous, and of the right shape and type."""
+    """`torch.stack(tensors, out=out)`, for an `out` that is plain, contiguous, and of the right shape and type."""
     if out.nbytes < PAST_CACHES_BYTES or out.nbytes < _PIECE_BYTES_MIN * len(tensors) or not _are_alike(tensors):
-        # Small tensors take a sixth less time where torch need not look whether it is to remember what is done to them.
-        # So what requires grad is its values here; torch's loader cannot send it at all.
+        # Small tensors take a sixth less time where torch need not check whether to record operations for autograd.
+        # So a tensor that requires grad becomes its values here; torch's loader cannot send it at all.
         with torch.inference_mode():
             return torch.stack(tensors, out=out)  # type: ignore[arg-type]  # any sequence will do
     addresses = np.fromiter(map(torch.Tensor.data_ptr, tensors), np.int64, len(tensors))
@@ -58,7 +59,7 @@ def stack_into(out: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tens
 
 
 def _are_alike(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether all are contiguous memory of this machine, and look the same."""
+    """Whether all are contiguous tensors in host memory with the same properties."""
     first = tensors[0]
     if set(map(type, tensors)) != {torch.Tensor} or not is_plain(first) or not first.is_contiguous():
         return False

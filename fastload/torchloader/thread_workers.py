@@ -3,7 +3,7 @@
 A worker prepares itself, as a worker process of torch's does, then does the tasks of its inbox; answers come into one
 queue. Each task has exactly one answer: a batch, an error, or that the worker's iterable data set has ended.
 
-Threads refer to their inbox and the board, not to the iterator: one that is dropped tells them to end, and waits for
+Threads refer to their inbox and the shared, not to the iterator: one that is dropped tells them to end, and waits for
 nothing. At exit they are waited for, for a while, since a thread that is inside of torch's C++ when the interpreter
 goes away may take the process with it.
 """
@@ -28,10 +28,10 @@ from torch.utils.data.dataloader import _sharding_worker_init_fn
 
 from fastload.errors import WorkerError
 from fastload.lifecycle import Ending, end_at_exit, join_at_exit, on_fork
-from fastload.torchloader.info import worker_thread
-from fastload.torchloader.randomness import global_kept
-from fastload.torchloader.unpacking import Arrived
-from fastload.torchloader.workplace import Ended, Workplace
+from fastload.torchloader.randomness import preserve_global_generators
+from fastload.torchloader.worker import DatasetEnded, Worker
+from fastload.torchloader.worker_info import worker_thread
+from fastload.transport.packing import Arrived
 
 NO_EPOCH = -1
 # How long threads that are to end are waited for, all together, where they are waited for.
@@ -69,29 +69,29 @@ class Answer:
     epoch: int
     task: int
     worker: int
-    data: Arrived | Ended | ExceptionWrapper
+    data: Arrived | DatasetEnded | ExceptionWrapper
 
 
 @dataclass(frozen=True, slots=True)
-class Begin:
+class BeginEpoch:
     """An epoch begins. Data pipes are seeded by `shared_seed`."""
 
     shared_seed: int | None
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class WorkerSpec:
     """What one worker needs."""
 
     info: Any
-    workplace: Workplace
+    worker: Worker
     fetcher: Callable[[], Any]  # for one epoch
     init: Callable[[int], None] | None
     pin: Callable[[Any], Any] | None
 
 
 @dataclass(slots=True)
-class _Board:
+class _Shared:
     """What all workers of a crew see."""
 
     epoch: int = NO_EPOCH  # tasks of others are skipped
@@ -100,21 +100,21 @@ class _Board:
     prepared: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)
 
 
-class Crew:
-    """A thread for each job."""
+class WorkerThreads:
+    """A thread for each spec."""
 
-    def __init__(self, jobs: list[Job], timeout_s: float) -> None:
+    def __init__(self, specs: list[WorkerSpec], timeout_s: float) -> None:
         """`timeout_s`: how long a `worker_init_fn` may take, as long as it likes where that is 0."""
         self._timeout_s = timeout_s
-        self._board = _Board()
-        self.answers = self._board.answers
-        self._workers = [_Worker(job, self._board) for job in jobs]
-        self._ending = Ending(self, _dismiss, self._workers, waits=False, at_exit=True)
+        self._shared = _Shared()
+        self.answers = self._shared.answers
+        self._workers = [_WorkerThread(spec, self._shared) for spec in specs]
+        self._ending = Ending(self, _stop_all, self._workers, waits=False, at_exit=True)
         try:
-            with self._generators_kept(jobs):
+            with self._generators_kept(specs):
                 self._start()
         except BaseException:  # no more threads can be had, say: those that began are not to wait for ever
-            self.dismiss()
+            self.stop()
             raise
 
     def _start(self) -> None:
@@ -127,22 +127,22 @@ class Crew:
                 begun += 1
         finally:
             for _ in range(begun):
-                self._board.started.get()
+                self._shared.started.get()
             # They gave torch one thread each, which holds for themselves, but for any thread that begins later too.
             torch.set_num_threads(own_threads)
 
     @contextmanager
-    def _generators_kept(self, jobs: list[Job]) -> Iterator[None]:
+    def _generators_kept(self, specs: list[WorkerSpec]) -> Iterator[None]:
         """Wait until `worker_init_fn` was called everywhere, and put the global generators back: a function made
         for worker processes seeds them, and here they are the trainer's.
         """
-        if all(job.init is None for job in jobs):
+        if all(spec.init is None for spec in specs):
             yield
             return
-        with global_kept():
+        with preserve_global_generators():
             yield
             for _ in self._workers:
-                next_of(self._board.prepared, self._timeout_s)
+                next_of(self._shared.prepared, self._timeout_s)
 
     @property
     def is_inherited(self) -> bool:
@@ -151,15 +151,15 @@ class Crew:
 
     def begin(self, epoch: int, shared_seed: int | None) -> None:
         """Tasks of earlier epochs are of no use any more."""
-        self._board.epoch = epoch
+        self._shared.epoch = epoch
         for worker in self._workers:
-            worker.inbox.put(Begin(shared_seed))
+            worker.inbox.put(BeginEpoch(shared_seed))
 
-    def give(self, worker: int, task: Task) -> None:
+    def dispatch(self, worker: int, task: Task) -> None:
         """Its answer comes to `answers`, after those of the worker's earlier tasks."""
         self._workers[worker].inbox.put(task)
 
-    def dismiss(self) -> None:
+    def stop(self) -> None:
         """Each thread ends after the task that it is at. May be called often, in any thread and under any lock."""
         self._ending()
 
@@ -179,71 +179,71 @@ def next_of(answers: queue.SimpleQueue[T], timeout_s: float) -> T:
         raise RuntimeError(f"DataLoader timed out after {timeout_s} seconds") from None
 
 
-class _Worker(threading.Thread):
+class _WorkerThread(threading.Thread):
     """Prepares itself, then does what comes into its inbox, until that is None."""
 
-    def __init__(self, job: Job, board: _Board) -> None:
-        super().__init__(name=f"fastload-worker-{job.info.id}", daemon=True)
-        self.inbox: queue.SimpleQueue[Task | Begin | None] = queue.SimpleQueue()
-        self._job, self._board = job, board
-        self._where = f"in DataLoader worker thread {job.info.id}"
+    def __init__(self, spec: WorkerSpec, shared: _Shared) -> None:
+        super().__init__(name=f"fastload-worker-{spec.info.id}", daemon=True)
+        self.inbox: queue.SimpleQueue[Task | BeginEpoch | None] = queue.SimpleQueue()
+        self._spec, self._shared = spec, shared
+        self._where = f"in DataLoader worker thread {spec.info.id}"
         self._fetcher: Any = None
         self._failure: ExceptionWrapper | None = None  # of `worker_init_fn`, or of the beginning of an epoch
-        self._ended: Ended | None = None  # what is answered once the data set has ended
+        self._ended: DatasetEnded | None = None  # what is answered once the data set has ended
 
-    def dismiss(self) -> None:
-        self._board.epoch = NO_EPOCH
+    def stop(self) -> None:
+        self._shared.epoch = NO_EPOCH
         self.inbox.put(None)
 
     def run(self) -> None:
         """torch's threads of a thread begin as those of the process, when they are first asked for: so ask before."""
         torch.get_num_threads()
         torch.set_num_threads(1)
-        self._board.started.put(None)
-        with worker_thread(self._job.info):
+        self._shared.started.put(None)
+        with worker_thread(self._spec.info):
             init_failure = self._caught(self._prepare)
-            self._board.prepared.put(None)
+            self._shared.prepared.put(None)
             while (order := self.inbox.get()) is not None:
-                if isinstance(order, Begin):
+                if isinstance(order, BeginEpoch):
                     self._failure = init_failure or self._caught(functools.partial(self._begin, order))
-                elif order.epoch == self._board.epoch:
+                elif order.epoch == self._shared.epoch:
                     # Nothing here refers to the batch once it is on its way: the next may be long in coming.
-                    self._board.answers.put(
-                        Answer(order.epoch, order.number, self._job.info.id, self._answer(order.index))
+                    self._shared.answers.put(
+                        Answer(order.epoch, order.number, self._spec.info.id, self._answer(order.index))
                     )
 
     def _prepare(self) -> None:
-        self._job.workplace.prepare(self._job.info.id, self._job.info.dataset, self._job.init)
+        self._spec.worker.prepare(self._spec.info.id, self._spec.info.dataset, self._spec.init)
 
-    def _begin(self, order: Begin) -> None:
+    def _begin(self, order: BeginEpoch) -> None:
         if self._fetcher is not None:
-            self._job.workplace.begin_again()
-        dataset = self._job.info.dataset
+            self._spec.worker.begin_again()
+        dataset = self._spec.info.dataset
         if isinstance(dataset, IterDataPipe) and order.shared_seed is not None:
             generator = torch.Generator()
             generator.manual_seed(order.shared_seed)
             with _torchs_hooks:
                 torch.utils.data.graph_settings.apply_random_seed(dataset, generator)
         self._ended = None
-        self._fetcher = self._job.fetcher()
+        self._fetcher = self._spec.fetcher()
 
     def _answer(self, index: Any) -> Any:
         if self._failure is not None:
             return self._failure
         return self._ended or self._caught(functools.partial(self._fetch, index))
 
-    def _fetch(self, index: Any) -> Arrived | Ended:
+    def _fetch(self, index: Any) -> Arrived | DatasetEnded:
         try:
             arrived: Arrived = self._fetcher.fetch(index)
         except StopIteration:
-            if not self._job.workplace.is_iterable:
+            if not self._spec.worker.is_iterable:
                 raise
-            self._ended = self._job.workplace.ended(self._job.info.id)
+            self._ended = self._spec.worker.ended(self._spec.info.id)
             return self._ended
         except BaseException:
-            self._job.workplace.failed()
+            self._spec.worker.failed()
             raise
-        return arrived if self._job.pin is None else self._job.pin(arrived)
+        return arrived if self._spec.pin is None else self._spec.pin(arrived)
 
     def _caught(self, call: Callable[[], Any]) -> Any:
         """What `call` gives; or what it raises, as torch's workers send it."""
@@ -272,9 +272,9 @@ def pinning(device: Any) -> Callable[[Any], Any]:
     return pin
 
 
-def _dismiss(workers: list[_Worker]) -> None:
+def _stop_all(workers: list[_WorkerThread]) -> None:
     for worker in workers:
-        worker.dismiss()
+        worker.stop()
 
 
 end_at_exit()

@@ -1,7 +1,7 @@
 """What runs in a worker process beside torch's loop: packing batches, and knowing where the data set is.
 
 torch's loop calls three things of the user's: `worker_init_fn`, the data set and `collate_fn`. Each is wrapped, and the
-three share a `Workplace`, which is pickled with them where a process is spawned. The user's code sees its own data set,
+three share a `Worker`, which is pickled with them where a process is spawned. The user's code sees its own data set,
 also in `get_worker_info()`.
 
 Three names in torch's module of the worker loop are replaced, in the worker's process only: the class of the message
@@ -30,37 +30,36 @@ from torch.utils.data._utils import worker as torch_worker
 
 from fastload.device import NO_MOVER
 from fastload.errors import WorkerError
-from fastload.torchloader.ledger import Ledger
 from fastload.torchloader.order import is_stateful, load_state
-from fastload.torchloader.packing import Packer
-from fastload.torchloader.saved import (
+from fastload.torchloader.state import (
+    NOT_REPORTED,
+    LoaderState,
+    NotReported,
     SavedWorker,
-    State,
-    silent_state,
-    why_not_to_be_pickled,
+    pickling_problem,
+    unknown_worker_state,
     without_dataset,
     worker_state,
 )
-from fastload.torchloader.telling import UNTOLD, Untold
-from fastload.torchloader.unpacking import Arrived, Packed
-from fastload.transport.filling import stack_into
-from fastload.transport.heap import keep_freed_memory, spare_what_is_here
+from fastload.transport.bulk_copy import stack_into
+from fastload.transport.packing import Arrived, Packed, Packer
 from fastload.transport.pickling import is_plain
-from fastload.transport.watching import Watchdog
+from fastload.transport.process import Watchdog, freeze_existing_objects, keep_freed_memory
+from fastload.transport.worker_slots import SlotCounters
 
 
 @dataclass(frozen=True)
-class Ended(torch_worker._IterableDatasetStopIteration):
+class DatasetEnded(torch_worker._IterableDatasetStopIteration):
     """A worker's iterable data set has ended; pickled, its state, and that `before`, if no batch came of it."""
 
     pickled: bytes = b""
 
 
 @dataclass
-class Workplace:
+class Worker:
     """What the wrappers of one iteration share; each worker has a copy. `batch_size`: of an iterable data set.
 
-    `tells_every`: after how many turns a worker tells its state (see `telling`).
+    `reports_every`: after how many turns a worker tells its state (see `telling`).
     """
 
     is_iterable: bool
@@ -68,52 +67,52 @@ class Workplace:
     saved: Sequence[SavedWorker] = ()
     is_next_epoch: bool = False  # what is saved is over
     mover: int = NO_MOVER  # of the trainer, for what is sent
-    tells_every: int | None = 1
+    reports_every: int | None = 1
 
     # Of processes: how their batches cross.
-    ledger: Ledger | None = None
+    counters: SlotCounters | None = None
     receiver: int = -1
     retained_bytes: int = 0
 
     # In the worker:
-    worker: int = -1
+    number: int = -1
     dataset: Any = None
     packer: Packer | None = None
-    reading: _Reading | None = None
-    before: State | None = None
+    reading: _TrackedIterator | None = None
+    before: LoaderState | None = None
     batches: int = 0
     turns: int = 0  # in this epoch: batches, and errors in the place of one
 
-    def open(self, worker: int, user_init: Callable[[int], None] | None) -> None:
+    def open(self, number: int, user_init: Callable[[int], None] | None) -> None:
         """The worker's process has begun; the user's `worker_init_fn` is called in it."""
         info = torch_worker._worker_info
         assert info is not None, "torch's loop has set it"
-        self.worker, self.dataset = worker, info.dataset
-        if isinstance(self.dataset, Watched):
+        self.number, self.dataset = number, info.dataset
+        if isinstance(self.dataset, WorkerDataset):
             self.dataset = self.dataset.source
             torch_worker._worker_info = torch_worker.WorkerInfo(
                 id=info.id, num_workers=info.num_workers, seed=info.seed, dataset=self.dataset
             )
-        spare_what_is_here()
+        freeze_existing_objects()
         watchdog = Watchdog()
         Finalize(None, _leave_if_orphaned, args=(watchdog,), exitpriority=100)  # before queues are waited for
         vars(torch_worker)["ManagerWatchdog"] = lambda: watchdog
-        if self.ledger is not None:
+        if self.counters is not None:
             keep_freed_memory(self.retained_bytes)
-            self.packer = Packer(self.ledger, self.receiver, worker, self.retained_bytes)
+            self.packer = Packer(self.counters, self.receiver, number, self.retained_bytes)
             _stack_into(self.packer)
         vars(torch_worker)["_IterableDatasetStopIteration"] = self.ended
-        vars(torch_worker)["ExceptionWrapper"] = self.told
-        self.prepare(worker, self.dataset, user_init)
+        vars(torch_worker)["ExceptionWrapper"] = self.wrapped_error
+        self.prepare(number, self.dataset, user_init)
 
-    def prepare(self, worker: int, dataset: Any, user_init: Callable[[int], None] | None) -> None:
+    def prepare(self, number: int, dataset: Any, user_init: Callable[[int], None] | None) -> None:
         """A worker has begun; the data set is told where it was, after the user's `worker_init_fn`."""
-        self.worker, self.dataset = worker, dataset
+        self.number, self.dataset = number, dataset
         if user_init is not None:
-            user_init(worker)
+            user_init(number)
         if self.saved:
-            load_state(dataset, self.saved[worker].dataset_state, "data set")
-            self.batches = 0 if self.is_next_epoch else self.saved[worker].batches or 0
+            load_state(dataset, self.saved[number].dataset_state, "data set")
+            self.batches = 0 if self.is_next_epoch else self.saved[number].batches or 0
         if not self.is_iterable and (not self.saved or self.is_next_epoch):
             self.before = self._kept_state()
 
@@ -127,9 +126,9 @@ class Workplace:
         self.batches += 1
         try:
             if self.packer is None:
-                sent: Packed | Arrived = Arrived(batch, _copied(self._told_state()), self.before, self.mover)
+                sent: Packed | Arrived = Arrived(batch, _copied(self._reported_state()), self.before, self.mover)
             else:
-                sent = self._packed(self.packer, Arrived(batch, self._told_state(), self.before, self.mover))
+                sent = self._packed(self.packer, Arrived(batch, self._reported_state(), self.before, self.mover))
         except BaseException:
             self.batches -= 1  # an error goes in its place
             raise
@@ -150,14 +149,14 @@ class Workplace:
         """An error is sent in the place of a batch."""
         self.turns += 1
 
-    def told(self, exc_info: Any = None, where: str = "in background") -> ExceptionWrapper:
+    def wrapped_error(self, exc_info: Any = None, where: str = "in background") -> ExceptionWrapper:
         """In the place of torch's class."""
         self.failed()
-        return _told(exc_info, where)
+        return _picklable_error(exc_info, where)
 
     def read(self, source: Any) -> Iterator[Any]:
         """An iteration of the data set: where a saved one was, the first time."""
-        saved, self.saved = (self.saved[self.worker] if self.saved else None), ()
+        saved, self.saved = (self.saved[self.number] if self.saved else None), ()
         self.turns = 0
         if saved is None or self.is_next_epoch:
             self.batches = 0
@@ -167,14 +166,14 @@ class Workplace:
             load_state(iterator, saved.iterator_state, "data set's iterator")
             if self.is_next_epoch:
                 iterator = iter(source)
-            elif saved.is_silent:
+            elif saved.is_unknown:
                 self._skip(iterator, saved.batches or 0)
             else:
                 has_ended = saved.has_ended
         if not is_stateful(source) and not is_stateful(iterator):
             self.reading = None
             return iterator  # type: ignore[no-any-return]  # whatever the user's is
-        self.reading = _Reading(iterator, has_ended)
+        self.reading = _TrackedIterator(iterator, has_ended)
         if saved is None or self.is_next_epoch:
             self.before = self._kept_state()
         return self.reading
@@ -184,37 +183,39 @@ class Workplace:
         for _ in islice(iterator, batches * (self.batch_size or 1)):
             pass
 
-    def _kept_state(self) -> State | None:
+    def _kept_state(self) -> LoaderState | None:
         """What is told later: there may be in it what the data set goes on to change."""
         return _copied(self._state())  # type: ignore[return-value]  # as it is
 
-    def _told_state(self) -> State | Untold | None:
+    def _reported_state(self) -> LoaderState | NotReported | None:
         """What goes with the batch of this turn."""
-        is_silent = self.reading is None if self.is_iterable else not is_stateful(self.dataset)
-        if is_silent:
+        is_unknown = self.reading is None if self.is_iterable else not is_stateful(self.dataset)
+        if is_unknown:
             return None
-        is_due = self.tells_every is not None and (self.turns + 1) % self.tells_every == 0
-        return self._state() if is_due else UNTOLD
+        is_due = self.reports_every is not None and (self.turns + 1) % self.reports_every == 0
+        return self._state() if is_due else NOT_REPORTED
 
-    def _state(self) -> State | None:
+    def _state(self) -> LoaderState | None:
         reading = self.reading
         if self.is_iterable:
             if reading is None:
                 return None
-            return worker_state(self.worker, self.dataset, reading.iterator, reading.has_ended, self.batches)
-        return worker_state(self.worker, self.dataset, None, False, self.batches)
+            return worker_state(self.number, self.dataset, reading.iterator, reading.has_ended, self.batches)
+        return worker_state(self.number, self.dataset, None, False, self.batches)
 
-    def ended(self, worker: int) -> Ended:
+    def ended(self, number: int) -> DatasetEnded:
         """In the place of torch's class."""
         before, self.before = self.before, None
         if self.reading is not None:
             self.reading.has_ended = True
-        state = self._state() or silent_state(self.worker, is_iterable=True, batches=self.batches, has_ended=True)
-        told = _without_what_cannot_cross(state), _without_what_cannot_cross(before)
-        return Ended(worker, pickle.dumps(told))
+        state = self._state() or unknown_worker_state(
+            self.number, is_iterable=True, batches=self.batches, has_ended=True
+        )
+        states = _without_what_cannot_cross(state), _without_what_cannot_cross(before)
+        return DatasetEnded(number, pickle.dumps(states))
 
 
-def _copied(state: State | Untold | None) -> State | Untold | None:
+def _copied(state: LoaderState | NotReported | None) -> LoaderState | NotReported | None:
     """A copy, but of what cannot be copied."""
     try:
         return copy.deepcopy(state)
@@ -224,18 +225,18 @@ def _copied(state: State | Untold | None) -> State | Untold | None:
 
 
 def _without_what_cannot_cross(state: Any) -> Any:
-    why = why_not_to_be_pickled(state) if isinstance(state, dict) else None
+    why = pickling_problem(state) if isinstance(state, dict) else None
     return state if why is None else without_dataset(state, why)
 
 
 @dataclass
-class _Reading:
+class _TrackedIterator:
     """An iterator of the user's, which notices that it has ended: its state may be that of a new beginning then."""
 
     iterator: Iterator[Any]
     has_ended: bool = False
 
-    def __iter__(self) -> _Reading:
+    def __iter__(self) -> _TrackedIterator:
         return self
 
     def __next__(self) -> Any:
@@ -248,46 +249,46 @@ class _Reading:
             raise
 
 
-class Watched(IterableDataset[Any]):
-    """An iterable data set of the user's whose iterations the workplace knows."""
+class WorkerDataset(IterableDataset[Any]):
+    """An iterable data set of the user's whose iterations the worker knows."""
 
-    def __init__(self, workplace: Workplace, source: Any) -> None:
-        self._workplace, self.source = workplace, source
+    def __init__(self, worker: Worker, source: Any) -> None:
+        self._worker, self.source = worker, source
 
     def __iter__(self) -> Iterator[Any]:
-        return self._workplace.read(self.source)
+        return self._worker.read(self.source)
 
     def __repr__(self) -> str:
         return str(self.source)  # in torch's warnings
 
 
 @dataclass(frozen=True)
-class Init:
+class WorkerInit:
     """In the place of `worker_init_fn`."""
 
-    workplace: Workplace
+    worker: Worker
     user_init: Callable[[int], None] | None
 
-    def __call__(self, worker: int) -> None:
-        self.workplace.open(worker, self.user_init)
+    def __call__(self, number: int) -> None:
+        self.worker.open(number, self.user_init)
 
 
 @dataclass(frozen=True)
-class Collate:
+class WorkerCollate:
     """In the place of `collate_fn`."""
 
-    workplace: Workplace
+    worker: Worker
     user_collate: Callable[[Any], Any]
 
     def __call__(self, samples: Any) -> Packed | Arrived:
-        return self.workplace.send(self.user_collate(samples))
+        return self.worker.send(self.user_collate(samples))
 
 
-def wrapped_dataset(workplace: Workplace, dataset: Any) -> Any:
+def wrapped_dataset(worker: Worker, dataset: Any) -> Any:
     """What torch is given in the place of the data set. A data pipe stays what it is: torch takes it apart."""
-    if not workplace.is_iterable or isinstance(dataset, IterDataPipe):
+    if not worker.is_iterable or isinstance(dataset, IterDataPipe):
         return dataset
-    return Watched(workplace, dataset)
+    return WorkerDataset(worker, dataset)
 
 
 def _leave_if_orphaned(watchdog: Watchdog) -> None:
@@ -311,7 +312,7 @@ def _stacked(packer: Packer, batch: Any, *, collate_fn_map: Any = None) -> torch
     return stack_into(packer.take_tensor((len(batch), *first.shape), first.dtype), batch)
 
 
-def _told(exc_info: Any, where: str) -> ExceptionWrapper:
+def _picklable_error(exc_info: Any, where: str) -> ExceptionWrapper:
     wrapper = ExceptionWrapper(exc_info, where)  # type: ignore[no-untyped-call]
     try:
         pickle.dumps(wrapper.exc_type)

@@ -1,4 +1,4 @@
-"""What a worker's large arrays are made of is used again, and only in workers."""
+"""Worker processes: their heap reuses large arrays, and the collector skips what they started with."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def faults() -> list[int]:
 
 
 @pytest.mark.skipif("glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="another C library")
-def test_what_is_freed_is_used_again(monkeypatch):
+def test_a_worker_reuses_freed_memory(monkeypatch):
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
     assert max(faults()[1:]) < 200  # of 12,288 pages, or 24 where they are large
 
 
-def test_what_the_user_says_of_it_holds(monkeypatch):
-    from fastload.transport import heap
+def test_settings_of_the_user_take_precedence(monkeypatch):
+    from fastload.transport import process
 
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
-    assert not heap.keep_freed_memory(1 << 28)
+    assert not process.keep_freed_memory(1 << 28)
 
 
 class Collected(Dataset[list[int]]):
@@ -61,7 +61,7 @@ class Collected(Dataset[list[int]]):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_the_collector_leaves_alone_what_a_worker_began_with(method):
+def test_the_collector_skips_what_a_worker_started_with(method):
     gc.unfreeze()
     loader = fastload.DataLoader(Collected(), batch_size=None, num_workers=1, multiprocessing_context=method)
     for spared, garbage in loader:

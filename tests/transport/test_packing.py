@@ -14,9 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastload.torchloader.ledger import Ledger
-from fastload.torchloader.packing import Packer
-from fastload.torchloader.unpacking import Arrived, Packed, Receiver
+from fastload.transport.packing import Arrived, Packed, Packer, Receiver
+from fastload.transport.worker_slots import SlotCounters
 
 LARGE = 100_000
 Ends = tuple[Packer, Receiver]
@@ -24,15 +23,15 @@ Ends = tuple[Packer, Receiver]
 
 @contextmanager
 def new_ends(retained_bytes: int = 1 << 30) -> Iterator[Ends]:
-    receiver = Receiver(Ledger(1))
-    receiver.ledger.set_open(0)
-    packer = Packer(receiver.ledger, receiver.number, 0, retained_bytes)
+    receiver = Receiver(SlotCounters(1))
+    receiver.counters.set_open(0)
+    packer = Packer(receiver.counters, receiver.number, 0, retained_bytes)
     try:
         yield packer, receiver
     finally:
         for slot in packer._slots._by_index.values():
             slot.close_fd()  # as when a worker ends
-        receiver.ledger.close_fd()
+        receiver.counters.close_fd()
 
 
 @pytest.fixture
