@@ -1,37 +1,36 @@
 """Batches that arrive on a CUDA device: `DataLoader(device="cuda")`.
 
-A batch takes two steps. Whoever makes it calls `Mover.begin`, which pins it: its tensors are copied to memory of
-torch's caching host allocator. Whoever wants it calls `Mover.deliver`. In between it is sent: under the *side stream*
-of the device its tensors are copied from pinned memory without waiting, and an event is recorded behind the copies.
-What this rests upon are promises of torch:
+A batch takes three steps. The thread that makes it calls `Mover.begin`, which pins it: its tensors are copied to memory
+of torch's caching host allocator. Then it is sent: on the *side stream* of the device its tensors are copied from
+pinned memory asynchronously, and an event is recorded behind the copies. The consumer calls `Mover.deliver`. The design
+relies on these guarantees of torch:
 
-- Work of one stream is done in order. On delivery the consumer's current stream is made to wait for the event, so what
-  the user queues there comes after the copies. No thread waits for the device.
-- Memory of a tensor belongs to the stream that was current when it was allocated, the side stream here, and that one
-  may use it again as soon as the tensor is gone. So each tensor is `record_stream`ed on the consumer's stream: then it
-  may only once that is past what was queued when the tensor went.
-- A pinned block from which a stream copies is not used again before that stream is past the copy: `copy_` tells the
-  host allocator. So nobody has to keep the source.
-- A batch that is dropped before its delivery was used by the side stream alone, and so needs nothing.
+- Work on one stream runs in order. On delivery the consumer's current stream is made to wait for the event, so what the
+  user queues there runs after the copies. No thread waits for the device.
+- Memory of a tensor belongs to the stream that was current when it was allocated, here the side stream, which may reuse
+  it as soon as the tensor is freed. So each tensor is `record_stream`ed on the consumer's stream: its memory is then
+  reused only after the work that was queued there when the tensor was freed.
+- A pinned block from which a stream copies is not reused before the copy is done: `copy_` notifies the host allocator.
+  So no reference to the source has to be kept.
+- A batch that is dropped before its delivery was used by the side stream alone, and needs nothing.
 
-At most `AHEAD_MAX` batches are sent and not delivered. Whoever makes a batch sends it if there is room; otherwise it
-waits, pinned, until a delivery makes room, for which the oldest is sent first; one that is wanted sooner is sent then.
-So nothing here waits for anything but the lock, and which batch was sent when changes nothing but the time. The mover
-refers to batches only weakly: what is dropped, when an iteration is closed for example, is gone, and its room is free.
+At most `AHEAD_MAX` batches are sent and not delivered. The thread that makes a batch sends it if there is room;
+otherwise the batch waits, pinned, until a delivery makes room, for which the oldest is sent first, or until its own
+delivery. So no call here waits for anything but the lock, and the moment at which a batch is sent changes only timing.
+The mover holds batches by weak references: a dropped batch, when an iteration is closed for example, frees its room.
 
-`record_stream` needs to know the tensors. A part that cannot name them to a stream (it has `to`, but not
-`record_stream`), or is no plain tensor in host memory (sparse, nested, a subclass with a dispatch of its own), is moved
-on delivery, on the consumer's own stream, for which there is nothing to know.
+`record_stream` needs the tensors themselves. A part that cannot pass them to a stream (it has `to`, but not
+`record_stream`), or is not a plain tensor in host memory (sparse, nested, a subclass with a dispatch of its own), is
+moved on delivery, on the consumer's own stream.
 
-There is one side stream for each device, for all loaders of the process: freed memory is kept for the stream that had
-it, and with a stream for each loader every loader would keep some.
+There is one side stream for each device, shared by all loaders of the process: the allocator keeps freed memory for the
+stream that used it, so with a stream for each loader every loader would retain some.
 
-Batches are nested: what holds their parts, and the same with other parts in it.
-
-The containers are those that torch's `pin_memory` goes into (mappings, tuples, named tuples and other sequences, each
-made again as its own type), and dataclasses. The parts are tensors and objects that can be moved or pinned as a whole
-(`to`, `pin_memory`), even if they are containers too: they know best how. All else stays as it is. Lists of numbers or
-text, the keys of a batch for example, are told by the set of their types, without a step of Python for each item.
+`map_tensors` goes through the nested containers of a batch: those that torch's `pin_memory` goes into (mappings,
+tuples, named tuples and other sequences, each rebuilt as its own type), and dataclasses. The parts are tensors and
+objects that can be moved or pinned as a whole (`to`, `pin_memory`), even if they are containers too, since they know
+best how. All other values stay as they are. Lists of numbers or text, such as the keys of a batch, are recognised by
+the set of their types, without a step of Python for each item.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ NO_MOVER = -1
 
 
 def pinned(value: Any) -> Any:
-    """As torch's loader pins it. For whoever wants no more than that."""
+    """The value in page-locked memory, as torch's loader pins it."""
     return pin_memory.pin_memory(value)  # type: ignore[no-untyped-call]  # torch has no types here
 
 
@@ -68,34 +67,34 @@ class Side(Protocol):
     """The side stream of a device. Its methods may be called in any thread."""
 
     def entered(self) -> AbstractContextManager[None]:
-        """While it is entered, this thread's current stream is the side stream."""
+        """Make the side stream this thread's current stream within the block."""
         ...
 
     def pinned(self, part: Any) -> Any:
-        """The same in page-locked memory."""
+        """A copy in page-locked memory."""
         ...
 
     def copied(self, part: Any) -> Any:
-        """The same on the device, once the current stream has come so far."""
+        """A copy on the device, which is valid once the current stream has reached this point."""
         ...
 
     def mark(self) -> Any:
-        """An event behind all that the side stream was given so far."""
+        """An event behind all work that is queued on the side stream."""
         ...
 
     def join(self, mark: Any) -> None:
-        """Let the current stream go on only after the event."""
+        """Make the current stream wait for the event."""
         ...
 
     def keep(self, part: Any) -> None:
-        """When it is gone, its memory is not to be used again before the current stream is past what it has then."""
+        """Do not reuse its memory, once freed, before the work that is queued on the current stream then is done."""
         ...
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Moving:
-    """A batch between `begin` and `deliver`. Once `is_sent`, it is on the device behind `mark`, or there is an error;
-    `parts` are what the side stream was given of it, `has_later` says that not all was.
+    """A batch between `begin` and `deliver`. Once `is_sent`, it is on the device behind `mark`, or there is an `error`;
+    `parts` are the copies on the side stream, and `has_later` says that some parts are moved on delivery.
     """
 
     batch: Any
@@ -107,19 +106,19 @@ class Moving:
 
 
 class Mover:
-    """Moves the batches of one iteration. `number` finds it (see `mover_of`) where only data can be passed on."""
+    """Moves the batches of one iteration. `mover_of(number)` finds it where only data can be passed on."""
 
     def __init__(self, side: Side) -> None:
         self.number = next(_numbers)
         self._side = side
         self._lock = threading.Lock()  # held while copies are queued, which takes microseconds
-        self._waiting: deque[weakref.ref[Moving]] = deque()  # the oldest first; some may be sent, or gone
+        self._waiting: deque[weakref.ref[Moving]] = deque()  # the oldest first; some may be sent, or dropped
         self._ahead: weakref.WeakSet[Moving] = weakref.WeakSet()  # sent and not delivered
         _movers[self.number] = self
 
     def begin(self, batch: Any) -> Moving:
-        """In the thread that made it. Raises what pinning raises."""
-        with self._side.entered():  # whose device is the current one then
+        """Pin a batch, in the thread that made it. Raises what pinning raises."""
+        with self._side.entered():  # so that its device is current
             moving = Moving(map_tensors(batch, self._pinned))
         with self._lock:
             self._waiting.append(weakref.ref(moving))
@@ -127,7 +126,7 @@ class Mover:
         return moving
 
     def deliver(self, moving: Moving) -> Any:
-        """In the thread that wants it. Raises what sending raised, for this batch and no other."""
+        """The batch on the device, for the consumer's thread. Raises what sending this batch raised."""
         with self._lock:
             if not moving.is_sent:
                 self._send(moving)
@@ -135,7 +134,7 @@ class Mover:
             self._send_waiting()
         try:
             return self._arrived(moving)
-        except StopIteration as error:  # which whoever iterates would take for the end
+        except StopIteration as error:  # which would end the consumer's loop
             raise RuntimeError("moving a batch to its device raised StopIteration") from error
 
     def _pinned(self, part: Any) -> Any:
@@ -155,7 +154,7 @@ class Mover:
             with self._side.entered():
                 moving.batch = map_tensors(moving.batch, functools.partial(self._sent, moving))
                 moving.mark = self._side.mark()
-        except Exception as error:  # told when it is this batch's turn
+        except Exception as error:  # raised on this batch's delivery
             moving.error, moving.batch, moving.parts = error, None, []
         moving.is_sent = True
 
@@ -165,18 +164,18 @@ class Mover:
             moving.parts.append(copy)
             return copy
         if not has_method(part, "to"):
-            return part  # it is pinned, and stays where it is
+            return part  # it is pinned, and stays in host memory
         moving.has_later = True
         return _Later(part)
 
     def _arrived(self, moving: Moving) -> Any:
         error, batch, parts = moving.error, moving.batch, moving.parts
-        moving.error, moving.batch, moving.parts = None, None, []  # they are the user's now
+        moving.error, moving.batch, moving.parts = None, None, []  # the user owns them now
         if error is not None:
             try:
                 raise error
             finally:
-                del error  # which refers to this frame, and would be there until the garbage collector comes by
+                del error  # it refers to this frame: a cycle, which would live until garbage collection
         self._side.join(moving.mark)
         for part in parts:
             self._side.keep(part)
@@ -188,17 +187,17 @@ class Mover:
 
 @dataclass(slots=True, frozen=True)
 class _Later:
-    """Stands in a batch for a part of it that is moved on delivery."""
+    """A placeholder for a part of a batch that is moved on delivery."""
 
     part: Any
 
     def to(self, side: Side) -> Any:
-        """What it stands for, moved. So named that it is a part too."""
+        """The part on the device. The name makes the placeholder a part for `map_tensors`."""
         return side.copied(self.part)
 
 
 def _goes_ahead(part: Any) -> bool:
-    """Whether it can be copied on one stream and given to another."""
+    """Whether it can be copied on the side stream and handed to the consumer's."""
     if not isinstance(part, torch.Tensor):
         return has_method(part, "to") and has_method(part, "record_stream")
     is_plain = type(part).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ and not part.is_nested
@@ -210,7 +209,7 @@ _movers: weakref.WeakValueDictionary[int, Mover] = weakref.WeakValueDictionary()
 
 
 def mover_of(number: int) -> Mover | None:
-    """The mover of that number in this process, if its iteration is not over."""
+    """The mover with that number in this process; None if its iteration is over."""
     return _movers.get(number)
 
 
@@ -223,7 +222,7 @@ def mover_to(device: Any) -> Mover | None:
 
 
 def checked_device(device: Any) -> torch.device | None:
-    """A CUDA device that there is; None for host memory. Raises `ConfigError`."""
+    """An existing CUDA device; None for host memory. Raises `ConfigError`."""
     if device is None:
         return None
     if not isinstance(device, str | torch.device):
@@ -259,8 +258,8 @@ class Cuda:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        # The device too: a thread begins with device 0, and to go back from another device's stream to a stream of
-        # that one would open a context there, of some hundred MB. What `torch.cuda.device` does on leaving does not.
+        # The device too: a thread begins with device 0, and going back from another device's stream to a stream of
+        # device 0 would open a context there, of some hundred MB. Leaving `torch.cuda.device` does not.
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             yield
 
@@ -290,7 +289,7 @@ def _side_stream(index: int) -> torch.cuda.Stream:
 def _takes(function: Any, name: str) -> bool:
     try:
         parameters = inspect.signature(function).parameters
-    except ValueError:  # one that is not Python's may have none
+    except ValueError:  # a function in C may have no signature
         return False
     return name in parameters or any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
 
@@ -299,7 +298,7 @@ _INERT = frozenset({str, bytes, bytearray, memoryview, int, float, complex, bool
 
 
 def map_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
-    """`value` with `change(part)` in the place of each part. Its containers are copied, and stay what they are."""
+    """`value` with `change(part)` in place of each part. Its containers are copied and keep their types."""
     if type(value) in _INERT or isinstance(value, (str, bytes, type)):
         return value
     if isinstance(value, torch.Tensor) or has_method(value, "to") or has_method(value, "pin_memory"):
@@ -316,7 +315,7 @@ def map_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def has_method(value: Any, name: str) -> bool:
-    """Whether it can be called; a field of that name is something else."""
+    """Whether the attribute is callable; a mere field of that name does not count."""
     return callable(getattr(value, name, None))
 
 
@@ -325,7 +324,7 @@ def _are_inert(items: Iterable[Any]) -> bool:
 
 
 def _mapping_like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    """As torch makes it: a copy has what a mapping has beside its items; what can be neither is a dict."""
+    """As torch does it: a copy, which keeps a mapping's other attributes, or a new one, or else a dict."""
     try:
         if isinstance(value, MutableMapping):
             clone = copy.copy(value)
@@ -337,7 +336,7 @@ def _mapping_like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 
 
 def _sequence_like(value: Sequence[Any], items: list[Any]) -> Any:
-    """The same for sequences; what cannot be made again, as a range cannot, is a list."""
+    """The same for sequences; a type that cannot be constructed from items, such as range, becomes a list."""
     if isinstance(value, tuple):
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     try:
@@ -355,6 +354,6 @@ def _dataclass_like(value: Any, change: Callable[[Any], Any]) -> Any:
     clone = copy.copy(value)
     for each in dataclasses.fields(value):
         if hasattr(value, each.name):
-            # Frozen ones too: this one is new, and nobody else has seen it.
+            # Also where it is frozen: this instance is new, and not shared yet.
             object.__setattr__(clone, each.name, map_tensors(getattr(value, each.name), change))
     return clone
