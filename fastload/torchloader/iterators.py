@@ -1,4 +1,4 @@
-"""Iterators over a data set that can resume from a saved state and report their own.
+"""Iterators over a data set in torch's way, which can resume from a saved state and report their own.
 
 `ResumableIterator` is the base of all. In the method resolution order it lies between torch's iterators and their base,
 whose methods they call, so it acts at the right moments: after the base has drawn the seed and before a worker is
@@ -34,7 +34,7 @@ from fastload.transport.packing import Arrived
 
 
 class LoaderView:
-    """A loader as torch's iterators see it: some of its attributes are others, and its sampler is its `Order`."""
+    """A loader as passed to torch's iterators: some attributes are replaced, and its sampler is an `Order`."""
 
     def __init__(self, loader: Any, **others: Any) -> None:
         self._loader = loader
@@ -47,7 +47,7 @@ class LoaderView:
 
 
 class ResumableIterator(_BaseDataLoaderIter):
-    """An iteration. `saved`, where to begin, `progress` and `mover` have to be set before torch's constructor runs."""
+    """Set `saved` (where to begin), `progress` and `mover` before torch's constructor runs."""
 
     saved: SavedState | None
     progress: IterationProgress
@@ -61,13 +61,13 @@ class ResumableIterator(_BaseDataLoaderIter):
         if self.saved is not None and self.saved.shared_seed is not None:
             self._shared_seed = self.saved.shared_seed
         if self.saved is not None and self.saved.is_finished and self.saved.next_epoch is not None:
-            # Workers that live on draw no seed for another epoch.
+            # Persistent workers draw no seed for another epoch.
             self.saved.next_epoch.restore(generators_of(loader))
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         begun_with = self._shared_seed
         super()._reset(loader, first_iter)
-        if first_iter:  # torch draws another seed for data pipes, of which workers hear with the next epoch
+        if first_iter:  # torch draws another seed for data pipes, which reaches workers with the next epoch
             self._shared_seed = begun_with
 
     def __next__(self) -> Any:
@@ -80,9 +80,9 @@ class ResumableIterator(_BaseDataLoaderIter):
         return batch
 
     def discard(self, batches: int, failed: frozenset[int]) -> None:
-        """Make that many batches, and nothing of them. In the turns that `failed`, errors are what was there then.
+        """Make that many batches and discard them. Turns in `failed` raised errors before the state was taken.
 
-        Raises `StateError` where there are not so many.
+        Raises `StateError` where there are fewer.
         """
         for turn in range(batches + len(failed)):
             with suppress(Exception) if turn in failed else nullcontext():
@@ -95,22 +95,22 @@ class ResumableIterator(_BaseDataLoaderIter):
                     ) from None
 
     def delivered(self, batch: Any) -> Any:
-        """What the user gets of a batch whose turn it is, before it counts as delivered."""
+        """The batch for the user; afterwards it counts as delivered."""
         return batch if self.mover is None else self.mover.deliver(batch)
 
     @property
     def order(self) -> OrderIterator | None:
-        """The sampler's iterator; None for an iterable data set, which has none worth the name."""
+        """The sampler's iterator; None for an iterable data set, whose sampler is a stub."""
         return self._sampler_iter if isinstance(self._sampler_iter, OrderIterator) else None
 
     def note_seeds(self) -> None:
-        """What the progress tells of the iteration as a whole."""
+        """Copy the values of the whole iteration to the progress."""
         self.progress.length = self._IterableDataset_len_called
         self.progress.base_seed, self.progress.shared_seed = self._base_seed, self._shared_seed
 
 
 class SingleProcessIterator(_SingleProcessDataLoaderIter, ResumableIterator):
-    """One pass over a foreign data set in the calling thread, from where `saved` was taken."""
+    """One pass over a data set in the calling thread, which continues where `saved` was taken."""
 
     def __init__(self, loader: Any, saved: SavedState | None = None) -> None:
         self.saved = saved
@@ -118,8 +118,8 @@ class SingleProcessIterator(_SingleProcessDataLoaderIter, ResumableIterator):
         self.progress = IterationProgress(generators_of(loader))
         if saved is not None:
             load_state(loader.dataset, saved.workers[0].dataset_state, "data set")
-        # What torch draws was drawn for the saved one; but a data set that sets the random numbers where they were is
-        # not undone.
+        # The saved iteration has drawn torch's seed already, so the generators are restored. A data set whose
+        # `load_state_dict` sets them is not undone.
         with nullcontext() if saved is None else preserve_global_generators():
             super().__init__(LoaderView(loader))
         if saved is not None:
@@ -146,27 +146,27 @@ class SingleProcessIterator(_SingleProcessDataLoaderIter, ResumableIterator):
         if worker.is_unknown:
             skipped = 0 if saved.is_finished else saved.num_yielded * (batch_size or 1)
             for _ in islice(fetcher.dataset_iter, skipped):
-                pass  # without collating what is skipped
+                pass  # skipped samples are not collated
             return
         load_state(fetcher.dataset_iter, worker.iterator_state, "data set's iterator")
         fetcher.ended = worker.has_ended
 
 
 class WorkersIterator(ResumableIterator):
-    """An iteration whose batches workers make. `_configure` comes before torch's constructor, `_catch_up` after it."""
+    """An iteration with workers. Call `_configure` before torch's constructor, and `_catch_up` after it."""
 
     progress: WorkersProgress
 
     @abstractmethod
     def wait_for_states(self) -> None:
-        """Wait until it is known where the data set of each worker was at first, if that can be known."""
+        """Wait until the initial state of each worker's data set is known, if it has one."""
 
     @abstractmethod
     def _shutdown_workers(self) -> None:
-        """End the workers, and wait for them."""
+        """End the workers and wait for them."""
 
     def _configure(self, loader: Any, saved: SavedState | None) -> SavedState | None:
-        """What workers can begin with: None where all has to be made again and thrown away."""
+        """The state that workers can begin with: None where all batches have to be made again and discarded."""
         self._user_dataset = loader.dataset
         self.mover = mover_to(loader.device)
         is_iterable = loader._dataset_kind == _DatasetKind.Iterable
@@ -180,7 +180,7 @@ class WorkersIterator(ResumableIterator):
         return saved
 
     def _new_worker(self, loader: Any, saved: SavedState | None) -> Worker:
-        """For workers that begin where `saved` was taken."""
+        """A `Worker` that begins where `saved` was taken."""
         return Worker(
             is_iterable=self.progress.is_iterable,
             batch_size=loader.batch_size,
@@ -190,7 +190,7 @@ class WorkersIterator(ResumableIterator):
             reports_every=snapshot_interval(
                 loader.snapshot_every_n_steps,
                 loader.num_workers,
-                # A worker for a map-style data set does not hear that an epoch begins.
+                # A worker for a map-style data set is not notified that an epoch begins.
                 are_in_step=loader.in_order and (self.progress.is_iterable or not loader.persistent_workers),
             ),
         )
@@ -207,7 +207,7 @@ class WorkersIterator(ResumableIterator):
         return self.mover is not None or loader.pin_memory
 
     def _catch_up(self, saved: SavedState | None) -> None:
-        """Go to where `saved` was taken."""
+        """Advance to where `saved` was taken."""
         if saved is not None and not saved.is_finished:
             self._num_yielded = saved.num_yielded
             self._IterableDataset_len_called = saved.length  # type: ignore[assignment]
@@ -215,13 +215,13 @@ class WorkersIterator(ResumableIterator):
         self.discard(self._discard, self._failed)
 
     def _is_to_be_repeated(self, saved: SavedState) -> bool:
-        """Whether no worker can skip what is behind it."""
+        """Whether workers cannot skip their samples, so that all batches have to be made again."""
         if saved.is_finished or not all(worker.is_unknown for worker in saved.workers):
             return False
         return isinstance(self._user_dataset, IterDataPipe) or any(worker.batches is None for worker in saved.workers)
 
     def _begin(self) -> int:
-        """The sampler's iterator is there, and no worker was given an index; the worker whose turn it is."""
+        """Begin an epoch, before any index is dispatched; returns the worker whose turn it is."""
         saved, self.saved = self.saved, None
         is_continued = saved is not None and not saved.is_finished
         if is_continued and saved is not None and self.order is not None:
@@ -231,7 +231,7 @@ class WorkersIterator(ResumableIterator):
         return (self.progress.last_worker + 1) % self._num_workers
 
     def _note_state(self, answer: Any) -> None:
-        """What a worker tells of its data set has come, with a batch that is not delivered yet or without."""
+        """Note the state in a worker's answer when it is received, before its batch is delivered."""
         if isinstance(answer, DatasetEnded):
             state, before = pickle.loads(answer.pickled)
             worker = self.progress.workers[answer.worker_id]

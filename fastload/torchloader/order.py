@@ -1,12 +1,12 @@
-"""The order of an epoch: a loader's sampler, which can say how far it is and begin there.
+"""The order of an epoch: a loader's sampler, which can report its position and resume there.
 
-torch's iterators ask the sampler for an iterator and that for indexes; `Order` stands in the sampler's place and passes
-both on, at the same moments. What it remembers is enough to draw the same order again and go on in it:
+torch's iterators ask the sampler for an iterator, and the iterator for indexes; `Order` replaces the sampler and passes
+both requests on, at the same moments. It remembers enough to draw the same order again and continue in it:
 
-- of a sampler or its iterator that has `state_dict` and `load_state_dict`, what they say;
-- of any other, how many indexes it gave, and the `Randomness` at the two moments that an order may be drawn from.
+- for a sampler, or its iterator, that has `state_dict` and `load_state_dict`, its state;
+- for any other, how many indexes it gave, and the `Randomness` at the two moments when an order may be drawn.
 
-A batch sampler that torch made is taken apart, as torchdata takes it, since it is the sampler inside that has a state.
+A batch sampler that torch made is taken apart, as torchdata does, since the sampler inside has the state.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from torch.utils.data import BatchSampler, RandomSampler
 from fastload.errors import StateError
 from fastload.torchloader.randomness import Generators, Randomness, preserve_global_generators
 
-# As torchdata calls them.
+# torchdata's names.
 SAMPLES_YIELDED, SAMPLER, SAMPLER_ITER = "samples_yielded", "sampler_state", "sampler_iter_state"
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """How far an order is: after `yielded` indexes, and what stateful samplers and iterators say then."""
+    """A position in an order: after `yielded` indexes, with the states of a stateful sampler and iterator."""
 
     yielded: int = 0
     sampler_state: Any = None
@@ -39,7 +39,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class SavedOrder:
-    """Where to begin. `ahead`: indexes beyond the mark, by number, that were used before their turn."""
+    """Where to begin. `ahead`: the numbers of indexes beyond the mark that were used out of order."""
 
     mark: Mark
     at_iter: Randomness | None = None
@@ -48,7 +48,7 @@ class SavedOrder:
 
 
 class Order:
-    """Stands for `sampler`; iterate it once an epoch. `generators`: those that belong to it or its loader."""
+    """Replaces `sampler`; iterate it once an epoch. `generators`: those that belong to it or its loader."""
 
     def __init__(self, sampler: Any, generators: Generators) -> None:
         self.sampler, self.generators = sampler, generators
@@ -69,7 +69,7 @@ class OrderIterator:
         self.at_first: Randomness | None = None
         self.yielded = 0
         self._ahead: frozenset[int] = frozenset()
-        self._held: list[Any] = []  # drawn and not given
+        self._held: list[Any] = []  # drawn and not yielded
         self._source = _source(sampler)
 
     def __iter__(self) -> OrderIterator:
@@ -85,18 +85,18 @@ class OrderIterator:
                 return index
 
     def mark(self) -> Mark:
-        """How far it is."""
+        """The current position."""
         return Mark(self.yielded, state_of(self._sampler), self._source.state())
 
     def settle(self) -> None:
-        """Draw the order, if that was not done, so that it does not change any more."""
+        """Draw the order if that was not done, so that it is fixed."""
         if self.at_first is None:
             self._begin()
             if not self._source.is_stateful:
                 self._held = list(islice(self._source, 1))
 
     def resume(self, saved: SavedOrder) -> None:
-        """Go to where `saved` was taken; this one has not begun. Raises `StateError` where it is another order."""
+        """Advance to where `saved` was taken, before the first index. Raises `StateError` where the order differs."""
         with preserve_global_generators():
             self._resume(saved)
 
@@ -126,7 +126,7 @@ class OrderIterator:
             self._skip(mark.yielded)
 
     def _skip(self, count: int) -> None:
-        """Go on without giving any. The first is drawn in any case, while the random numbers are those of its time."""
+        """Skip indexes. The first is drawn in any case, while the generators are in the state for it."""
         first = list(islice(self._source, 1))
         skipped = min(count, len(first)) + sum(1 for _ in islice(self._source, max(0, count - 1)))
         if skipped < count:
@@ -139,7 +139,7 @@ class OrderIterator:
 
 
 class _Indexes:
-    """What a sampler gives, as it gives it."""
+    """The indexes of a sampler, unchanged."""
 
     def __init__(self, sampler: Any) -> None:
         self._sampler, self._iterator = sampler, iter(sampler)
@@ -155,7 +155,7 @@ class _Indexes:
         return next(self._iterator)
 
     def begin(self) -> None:
-        """It has."""
+        """The iterator was made by the constructor."""
 
     def state(self) -> Any:
         return state_of(self._iterator)
@@ -165,7 +165,7 @@ class _Indexes:
 
 
 class _Batches:
-    """The batches of torch's `BatchSampler`, whose sampler is asked for an iterator with the first, as torch does."""
+    """The batches of torch's `BatchSampler`. Like torch, it makes the sampler's iterator with the first batch."""
 
     def __init__(self, batches: BatchSampler) -> None:
         self._sampler = batches.sampler
@@ -194,7 +194,7 @@ class _Batches:
             self._indexes = iter(self._sampler)
 
     def state(self) -> dict[str, Any]:
-        """As torchdata has it."""
+        """The state in torchdata's layout."""
         state: dict[str, Any] = {SAMPLES_YIELDED: self._samples_yielded}
         if is_stateful(self._sampler):
             state[SAMPLER] = state_of(self._sampler)
@@ -216,10 +216,10 @@ def _source(sampler: Any) -> _Indexes | _Batches:
 
 
 def is_stateful(thing: Any) -> bool:
-    """Whether it can be asked where it is, as torchdata asks it."""
+    """Whether it has torchdata's methods for a state."""
     try:
         return callable(getattr(thing, "state_dict", None)) and callable(getattr(thing, "load_state_dict", None))
-    except Exception:  # a property of the user's, which torch's loader would not have looked at
+    except Exception:  # a property of the user, which torch's loader would not read
         return False
 
 
@@ -243,13 +243,13 @@ def state_of(thing: Any, problems: list[str] | None = None) -> Any:
 def _has_attribute(thing: Any, name: str) -> bool:
     try:
         return hasattr(thing, name)
-    except Exception:  # it has one, which raises
+    except Exception:  # a property that raises
         return True
 
 
 def load_state(thing: Any, state: Any, what: str) -> None:
-    """Tell it, a copy, which it may go on to change. Raises `StateError` where there is something to tell, and it does
-    not listen.
+    """Load a copy of the state, which the object may go on to change. Raises `StateError` where there is a state and
+    the object cannot load one.
     """
     if state is None:
         return
@@ -266,7 +266,7 @@ def _innermost(sampler: Any) -> Any:
 
 
 def _generator_of_torchdata(sampler: Any, iterator_state: Any) -> torch.Tensor | None:
-    """torchdata shuffles with a sampler of its own, whose state is that of its generator: it draws as torch's does."""
+    """The state of the generator of torchdata's own random sampler, which draws as torch's does."""
     if type(_innermost(sampler)) is not RandomSampler or not isinstance(iterator_state, Mapping):
         return None
     inner = iterator_state.get(SAMPLER_ITER, iterator_state)
@@ -276,7 +276,7 @@ def _generator_of_torchdata(sampler: Any, iterator_state: Any) -> torch.Tensor |
 
 @contextmanager
 def _drawn_from(sampler: RandomSampler, state: torch.Tensor) -> Iterator[None]:
-    """While it is entered, an order is drawn from a generator in this state: the sampler's own, if it has one."""
+    """Within the block, the sampler draws from a generator in this state: its own, if it has one."""
     own = sampler.generator
     sampler.generator = own or torch.Generator()
     sampler.generator.set_state(state)

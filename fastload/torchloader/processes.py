@@ -1,8 +1,8 @@
-"""Worker processes for foreign data sets: torch's, whose batches cross through memory that is used again.
+"""Worker processes for data sets that are not fastload's own: torch's, whose batches cross through reused memory.
 
-torch's iterator is kept whole: its processes and their loop, queues, order, time limits, its signal handler and its
-pinning thread. What it hands to its workers is wrapped (see `worker`), and what comes back is unwrapped where it is
-delivered, which is where a state counts it. Its queues are ours (see `fastload.transport.queue`).
+torch's iterator is kept whole: its processes and their loop, order, timeouts, its signal handler and its pinning
+thread. The objects that it sends to its workers are wrapped (see `worker`), and what arrives is unwrapped on delivery,
+which is when the state counts it. Its queues are replaced (see `fastload.transport.queue`).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from fastload.transport.process import HOW_TO_SEND, how_it_ended, is_unsendable
 from fastload.transport.queue import Queue
 from fastload.transport.worker_slots import SlotCounters
 
-# Free memory that the workers of an iteration keep for batches to come, all together, and one at least.
+# Free memory that the workers of an iteration keep for reuse: all together, and the least for one.
 _RETAINED_BYTES = 1 << 30
 _RETAINED_BYTES_EACH = 256 << 20
 
 
 class ProcessIterator(_MultiProcessingDataLoaderIter, WorkersIterator):
-    """One pass over a foreign data set, or one after another with `persistent_workers`, from where `saved` was taken;
-    if that one was over, from the beginning, with workers that know what those knew then.
+    """One pass over a data set, or several with `persistent_workers`, that continues where `saved` was taken. If that
+    pass was over, a new one begins, with the workers' states of its end.
     """
 
     _shutdown = True  # until torch has something to shut down
@@ -77,7 +77,7 @@ class ProcessIterator(_MultiProcessingDataLoaderIter, WorkersIterator):
         self._catch_up(saved)
 
     def wait_for_states(self) -> None:
-        """Wait until it is known where the data set of each worker was at first, if that can be known."""
+        """Wait until the initial state of each worker's data set is known, if it has one."""
         if is_stateful(self._user_dataset):
             while self._tasks_outstanding and any(
                 worker.state() is None and self._workers_status[number]
@@ -89,7 +89,7 @@ class ProcessIterator(_MultiProcessingDataLoaderIter, WorkersIterator):
         if first_iter:
             self._open_descriptors()
         self._is_beginning = True
-        self._worker_of: dict[int, int] = {}  # whose turn each batch on its way is
+        self._worker_of: dict[int, int] = {}  # for each batch in flight
         super()._reset(loader, first_iter)
 
     def _try_put_index(self) -> None:
@@ -112,12 +112,12 @@ class ProcessIterator(_MultiProcessingDataLoaderIter, WorkersIterator):
         return number, data
 
     def _note_left_over(self, state: LoaderState) -> None:
-        """From an epoch that was broken off: this is where a worker that lives on begins the next."""
+        """Of an epoch that was aborted: a persistent worker begins the next epoch with this state."""
         if not self.progress.is_iterable:
             self.progress.workers[state[WORKER_ID]].last = state
 
     def _receive_early(self) -> None:
-        """Take an answer that nobody asked for yet, and do with it what torch does."""
+        """Take an answer before it is requested, and process it as torch does."""
         number, data = self._get_data()
         self._tasks_outstanding -= 1
         if not isinstance(data, _IterableDatasetStopIteration):
@@ -130,14 +130,14 @@ class ProcessIterator(_MultiProcessingDataLoaderIter, WorkersIterator):
         self._try_put_index()
 
     def _process_data(self, data: Any, *worker_idx: int) -> Any:
-        # Older releases do not say whose it is, but it is the one that is due.
+        # Older releases of torch do not pass the worker, but the batch is the one that is due.
         worker = worker_idx[0] if worker_idx else self._worker_of[self._rcvd_idx]
         self._worker_of = {number: each for number, each in self._worker_of.items() if number in self._task_info}
         try:
             arrived = super()._process_data(data, *worker_idx)  # type: ignore[no-untyped-call]
         except Exception as error:  # what the worker raised
-            # torch's frame refers to the error that refers to it, so that the workers, which end with the iteration,
-            # would live until the garbage collector comes by, and then not hear that they are to end.
+            # torch's frame and the error refer to each other. Such a cycle would keep the iterator, and with it the
+            # workers, until garbage collection, which would not signal the workers to end.
             self.progress.failed()
             raise error.with_traceback(None)  # noqa: B904  # it is the same error
         batch = self.delivered(arrived.batch)
@@ -155,12 +155,12 @@ class ProcessIterator(_MultiProcessingDataLoaderIter, WorkersIterator):
             raise WorkerError(f"{error}: {'; '.join(ends)}") from error
 
     def _open_descriptors(self) -> None:
-        """See whether this process may open what its workers have open; else batches cross in torch's way."""
+        """Check whether this process may open its workers' descriptors; otherwise batches cross in torch's way."""
         if self._receiver is None:
             return
         for number, worker in enumerate(self._workers):
             try:
-                os.readlink(f"/proc/{worker.pid}/cwd")  # for which the kernel asks what it asks for a descriptor
+                os.readlink(f"/proc/{worker.pid}/cwd")  # the kernel checks the same permission as for a descriptor
             except OSError as error:
                 _warn(error)
                 return
@@ -168,12 +168,12 @@ class ProcessIterator(_MultiProcessingDataLoaderIter, WorkersIterator):
 
 
 class _Context:
-    """A context of `multiprocessing`, or a module like it, with queues of ours."""
+    """A context of `multiprocessing`, or a module like it, with queues that send at once."""
 
     def __init__(self, context: Any) -> None:
         self._context = context
 
-    def Queue(self) -> Any:  # noqa: N802  # its name there
+    def Queue(self) -> Any:  # noqa: N802  # the name in multiprocessing
         return Queue(self._context)
 
     def __getattr__(self, name: str) -> Any:
@@ -193,7 +193,7 @@ def _new_counters(workers: int) -> SlotCounters | None:
 
 
 def _once(loader: Any, counters: SlotCounters | None, given: tuple[Any, ...]) -> Once | None:
-    """How a data set, and what goes with it, gets to workers; None where they are forked, or in torch's way."""
+    """The workers' arguments, pickled once; None where workers are forked, or torch has to pickle the arguments."""
     if (
         counters is None
         or _context(loader).get_start_method() == "fork"

@@ -1,9 +1,8 @@
-"""How far an iteration is, counted in batches that were delivered; it outlives the iteration, whose state it can tell.
+"""The position of an iteration, counted in delivered batches. It outlives the iterator, and makes the loader's state.
 
-With worker processes, batches are on their way that are not delivered. Of each index that a worker was given, the
-`Mark` of the order is remembered until all before it were delivered; of each worker, the state that came with the last
-batch of its that was. Where a batch came without (see `telling`), what was known before it is kept as a `Snapshot`
-until all is known again.
+With workers, some batches are in flight, not delivered. For each index that was dispatched, the order's `Mark` is kept
+until all earlier indexes were delivered; for each worker, the state that came with its last delivered batch. Where a
+batch came without one (see `state`), the position before it is kept as a `Snapshot` until all states are known again.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from fastload.torchloader.state import NOT_REPORTED, LoaderState, NotReported, S
 
 @dataclass(slots=True)
 class IterationProgress:
-    """Of an iteration without worker processes: data set and sampler are here, and are asked when the state is."""
+    """Of an iteration without workers: data set and sampler are in this process, and asked for their states."""
 
     generators: Generators
     order: OrderIterator | None = None  # of a map-style data set
@@ -60,7 +59,7 @@ class IterationProgress:
     def _dataset(self) -> LoaderState:
         iterator = getattr(self.fetcher, "dataset_iter", None)
         if self.begun_at is not None and isgenerator(iterator) and getgeneratorstate(iterator) == GEN_CREATED:
-            # One that has not begun has not read where its data set was told to begin, so that does not know either.
+            # A generator that has not started has not read the position that its data set loaded.
             return {
                 keys.FETCHER: {keys.DATASET_ITER: None, keys.FETCHER_ENDED: self.begun_at.has_ended},
                 keys.DATASET: self.begun_at.dataset_state,
@@ -81,18 +80,18 @@ class IterationProgress:
 
 @dataclass(slots=True)
 class WorkersProgress(IterationProgress):
-    """Of one with worker processes."""
+    """Of an iteration with workers."""
 
     is_iterable: bool = False
     num_workers: int = 0
     last_worker: int = 0
     marks: Marks = field(default_factory=lambda: Marks(Mark()))
     workers: list[WorkerProgress] = field(default_factory=list)
-    snapshot: Snapshot | None = None  # None: all is known now
+    snapshot: Snapshot | None = None  # None while all states are known
     failures: int = 0  # errors since the last batch, which a state does not count
 
     def begin(self, order: OrderIterator | None, saved: SavedState | None) -> None:
-        """An epoch begins, where one was that was saved."""
+        """Begin an epoch, where `saved` was taken."""
         self.order = order
         self.is_finished = False
         self.snapshot, self.failures = None, 0
@@ -105,12 +104,12 @@ class WorkersProgress(IterationProgress):
         if saved is not None and same_count:
             self.workers = [WorkerProgress.of(n, worker, self.is_iterable) for n, worker in enumerate(saved.workers)]
         elif self.workers and not self.is_iterable:
-            self.workers = [WorkerProgress(initial=worker.state()) for worker in self.workers]  # they live on
+            self.workers = [WorkerProgress(initial=worker.state()) for worker in self.workers]  # persistent workers
         else:
             self.workers = [WorkerProgress() for _ in range(self.num_workers)]
 
     def delivered(self, worker: int, state: LoaderState | NotReported | None, outstanding: Container[int]) -> None:
-        """A batch has come from a worker; indexes that are `outstanding` have not."""
+        """Count a batch of a worker; tasks in `outstanding` are not delivered yet."""
         if state is NOT_REPORTED and self.snapshot is None:
             self.snapshot = self._now()
         if self.snapshot is not None:
@@ -122,7 +121,7 @@ class WorkersProgress(IterationProgress):
         self._let_go_if_known()
 
     def failed(self) -> None:
-        """An error has come in the place of a batch. It is behind once another batch has come."""
+        """Count an error in place of a batch. The position is past it only after the next batch."""
         self.failures += 1
 
     def state(self) -> LoaderState:
@@ -156,7 +155,7 @@ class WorkersProgress(IterationProgress):
         return self.snapshot or self._now()
 
     def _let_go_if_known(self) -> None:
-        """Nobody needs a snapshot while all is known."""
+        """Drop the snapshot, which is not needed while all states are known."""
         if self.snapshot is not None and all(worker.is_known for worker in self.workers):
             self.snapshot = None
 
@@ -167,7 +166,7 @@ class WorkersProgress(IterationProgress):
 
 @dataclass(slots=True)
 class Snapshot:
-    """Where an iteration was when all workers' states were known last. `failed`: which turns since were errors."""
+    """The position when all workers' states were last known. `failed`: which turns since then were errors."""
 
     num_yielded: int
     last_worker: int
@@ -178,7 +177,7 @@ class Snapshot:
     failed: list[int] = field(default_factory=list)
 
     def passed(self, failures: int) -> None:
-        """So many errors have come since the last batch, and now another batch."""
+        """Count a batch, and the errors that came before it."""
         self.failed += range(self.turns, self.turns + failures)
         self.turns += failures + 1
 
@@ -193,7 +192,7 @@ class WorkerMark:
 
 @dataclass(slots=True)
 class WorkerProgress:
-    """One worker's. `initial`: its state before its first batch; `last`: after the last that was delivered; `end`: when
+    """Of one worker. `initial`: its state before its first batch; `last`: after its last delivered batch; `end`: when
     its iterable data set had ended.
     """
 
@@ -204,7 +203,7 @@ class WorkerProgress:
 
     @classmethod
     def of(cls, worker: int, saved: keys.SavedWorker, is_iterable: bool) -> WorkerProgress:
-        """Of one that begins where another was."""
+        """Of a worker that begins where a saved one was."""
         batches = saved.batches or 0
         if saved.is_unknown and not saved.has_ended:
             return cls(batches)
@@ -221,22 +220,22 @@ class WorkerProgress:
 
     @property
     def is_known(self) -> bool:
-        """Whether it told its last state, if it has any."""
+        """Whether its last state is known, if it has one."""
         return self.last is not NOT_REPORTED or self._has_ended_at(self.mark)
 
     def delivered(self, state: LoaderState | NotReported | None) -> None:
-        """A batch, with the state after it."""
+        """Count a batch, with the state after it."""
         self.batches += 1
         self.last = state
 
     def state_at(self, mark: WorkerMark) -> LoaderState | None:
-        """Its state where it is or was; None where that has none, or is not known."""
+        """Its state at a mark; None where it has none, or it is unknown."""
         if self._has_ended_at(mark):
             return self.end
         return (None if isinstance(mark.state, NotReported) else mark.state) or self.initial
 
     def state(self) -> LoaderState | None:
-        """The last that counts; None where nothing is known."""
+        """Its current state; None where it is unknown."""
         return self.state_at(self.mark)
 
     def _has_ended_at(self, mark: WorkerMark) -> bool:
@@ -244,20 +243,20 @@ class WorkerProgress:
 
 
 class Marks:
-    """How far an order is, of which indexes are on their way; their numbers are those of torch's iterator."""
+    """The position of an order while indexes are in flight; these have the numbers of torch's iterator."""
 
     def __init__(self, start: Mark, ahead: frozenset[int] = frozenset()) -> None:
-        self.last = start  # all before it was delivered
+        self.last = start  # everything before it was delivered
         self._ahead = ahead
         self._marks: dict[int, Mark] = {}
         self._settled: set[int] = set()
 
     def sent(self, number: int, mark: Mark) -> None:
-        """An index was given to a worker, after which the order is at `mark`."""
+        """Note an index that was dispatched; `mark` is the position after it."""
         self._marks[number] = mark
 
     def settle(self, outstanding: Container[int]) -> None:
-        """Those that are not outstanding were delivered."""
+        """Note that all indexes that are not outstanding were delivered."""
         self._settled = {number for number in self._marks if number not in outstanding}
         for number in list(self._marks):
             if number not in self._settled:
@@ -265,6 +264,6 @@ class Marks:
             self.last = self._marks.pop(number)
 
     def ahead(self) -> frozenset[int]:
-        """Which indexes beyond `last` were delivered, by their place in the order."""
+        """Which indexes beyond `last` were delivered, by their number in the order."""
         settled = {self._marks[number].yielded - 1 for number in self._settled if number in self._marks}
         return frozenset(place for place in settled | self._ahead if place >= self.last.yielded)

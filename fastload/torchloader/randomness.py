@@ -1,9 +1,9 @@
-"""The random numbers that the order of an epoch is drawn from, as they were when it was drawn.
+"""The state of the random generators that the order of an epoch is drawn from.
 
-Samplers draw from a generator of their own or from the global ones of torch, Python and numpy, some when they are asked
-for an iterator and some when that is asked for the first index. A state that tells both moments can draw the same order
-again. Generators that belong to the loader are then left as they are after that, so that the next epoch's order
-follows; the global ones, which belong to the user, are put back.
+Samplers draw from a generator of their own or from the global ones of torch, Python and numpy, some when their iterator
+is made and some at the first index. A saved state with the generators of both moments can draw the same order again.
+Afterwards generators that belong to the loader stay as they are, so that the next epoch's order follows; the global
+ones, which belong to the user, are restored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Generators = Mapping[str, torch.Generator]
 
 @dataclass(frozen=True, slots=True)
 class Randomness:
-    """All that an order may be drawn from, at one moment. `own`: the generators of loader and sampler, by name."""
+    """All generators that an order may be drawn from. `own`: those of loader and sampler, by name."""
 
     torch_state: torch.Tensor
     python_state: tuple[Any, ...]
@@ -34,30 +34,30 @@ class Randomness:
 
     @classmethod
     def now(cls, generators: Generators) -> Randomness:
-        """As it is."""
+        """The current state."""
         own = {name: generator.get_state() for name, generator in generators.items()}
         return cls(torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False), own)
 
     def restore(self, generators: Generators) -> None:
-        """Make it as it was."""
+        """Set all generators to this state."""
         self.restore_own(generators)
         self.restore_global()
 
     def restore_own(self, generators: Generators) -> None:
-        """Those of loader and sampler that there are now and were then."""
+        """Set those of loader and sampler, by name; others are ignored."""
         for name, generator in generators.items():
             if name in self.own:
                 generator.set_state(self.own[name])
 
     def restore_global(self) -> None:
-        """Those that everybody uses."""
+        """Set the global generators."""
         torch.set_rng_state(self.torch_state)
         random.setstate(self.python_state)
         if self.numpy_state:
             np.random.set_state(dict(self.numpy_state))
 
     def restore_global_where_not(self, other: Randomness) -> None:
-        """As `restore_global`, but for those that are the same in `other`."""
+        """Like `restore_global`, except for generators that have the same state in `other`."""
         if not torch.equal(self.torch_state, other.torch_state):
             torch.set_rng_state(self.torch_state)
         if self.python_state != other.python_state:
@@ -66,12 +66,12 @@ class Randomness:
             np.random.set_state(dict(self.numpy_state))
 
     def to_json(self) -> dict[str, Any]:
-        """In JSON's own types."""
+        """As JSON types."""
         return {**self._global_json(), "own": {name: _text(state.numpy()) for name, state in self.own.items()}}
 
     @classmethod
     def from_json(cls, state: Any) -> Randomness:
-        """Raises `StateError` for anything else."""
+        """Raises `StateError` for invalid input."""
         try:
             version, words, gauss = state["python"]
             python_state = (version, tuple(_array(words, np.uint32).tolist()), gauss)
@@ -86,7 +86,7 @@ class Randomness:
     def _global_json(self) -> dict[str, Any]:
         version, words, gauss = self.python_state
         numpy_state: dict[str, Any] = {}
-        if self.numpy_state.get("bit_generator") == "MT19937":  # not where the user has put another in its place
+        if self.numpy_state.get("bit_generator") == "MT19937":  # the user may have replaced it by another
             inner = self.numpy_state["state"]
             numpy_state = {
                 "bit_generator": "MT19937",
@@ -104,7 +104,7 @@ class Randomness:
 
 @contextmanager
 def preserve_global_generators() -> Iterator[None]:
-    """After it, the global generators are as they were before."""
+    """Restore the global generators after the block."""
     before = Randomness.now({})
     try:
         yield

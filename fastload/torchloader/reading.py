@@ -1,10 +1,9 @@
-"""The state of a loader that was not iterated: that of an iteration which begins now, and does not begin.
+"""How a `DataLoader` reads a data set that is not fastload's own: what the loader holds beside torch's attributes.
 
-accelerate asks for it of each loader that it is given. To begin an iteration for that would start workers which nobody
-may ever want, and draw seeds from the user's random numbers at another moment than torch's loader does. So those are
-drawn as an iteration draws them and put back; one that begins while they are the same has this state.
-
-How a `DataLoader` reads a data set that is not ours: what the loader holds of it, beside torch's attributes.
+A loader that was not iterated yet has a state too, and accelerate asks each loader for it. To begin an iteration for
+that would start workers that may never be used, and draw seeds from the user's random generators at another moment than
+torch's loader does. So `initial_state` draws them as an iteration would and restores the generators; an iteration that
+begins while the generators are unchanged has this state.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from fastload.torchloader.threads import ThreadIterator
 
 
 def has_known_initial_state(loader: Any) -> bool:
-    """Whether that can be told: not where a data set or sampler says itself where it is once it has begun."""
+    """Whether the initial state is known without beginning: not where a data set or sampler has its own state."""
     sampler = loader._index_sampler
     inner = sampler.sampler if type(sampler) is BatchSampler else sampler
     return not (isinstance(loader.dataset, IterDataPipe) or is_stateful(loader.dataset) or is_stateful(inner))
@@ -63,29 +62,29 @@ def _progress(loader: Any) -> IterationProgress:
 
 @dataclass(frozen=True)
 class _Undrawn(OrderIterator):
-    """An order of which nothing was given."""
+    """An order that has given no index."""
 
     at_iter: Randomness
     at_first: Randomness
 
     def settle(self) -> None:
-        """It does not change."""
+        """Nothing to fix."""
 
     def mark(self) -> Mark:
         return Mark()
 
 
 class Reading:
-    """The position of a loader over a foreign data set, which is that of the iteration that began last.
+    """The position of a loader, which is that of its latest iteration.
 
-    It does not keep that one alive, so that workers end as soon as the user has let go of it; its progress it does.
+    It keeps the progress of that iteration alive, but not the iterator, so workers end as soon as the user drops it.
     """
 
     def __init__(self) -> None:
         self._progress: IterationProgress | None = None
         self._latest: Callable[[], ResumableIterator | None] = lambda: None
         self._loaded: tuple[LoaderState, SavedState] | None = None  # where the next iteration begins
-        self._prepared: ResumableIterator | None = None  # the next iteration, which was begun for its state
+        self._prepared: ResumableIterator | None = None  # the next iteration, begun early for its state
         self._has_warned = False
 
     def iterator(self, loader: Any) -> Any:
@@ -99,7 +98,7 @@ class Reading:
         return iterator
 
     def state_dict(self, loader: Any) -> LoaderState:
-        """Where the last iteration is; where the next will begin, if a state was loaded or there was none."""
+        """The position of the latest iteration; or of the next one, if a state was loaded or none has begun."""
         if self._loaded is not None:
             return self._loaded[0]
         if self._progress is None and has_known_initial_state(loader):
@@ -111,7 +110,7 @@ class Reading:
         if isinstance(latest, WorkersIterator):
             latest.wait_for_states()
         state, reasons = state_for_user(self._progress.state())
-        if not is_stateful(loader.dataset):  # else it was asked, in whichever worker
+        if not is_stateful(loader.dataset):  # otherwise its workers have reported problems
             state_of(loader.dataset, reasons)
         for each in (loader.sampler, loader.batch_sampler):
             state_of(each, reasons)
@@ -128,11 +127,11 @@ class Reading:
     def load_state_dict(self, loader: Any, state: Mapping[str, Any]) -> None:
         """Begin the next iteration where `state` was taken."""
         self._prepared = self._loaded = None
-        if state != {}:  # as torchdata: which is to begin at the beginning
+        if state != {}:  # as in torchdata: {} means the beginning
             is_iterable = bool(loader._dataset_kind == _DatasetKind.Iterable)
             saved = read_state(state, loader.dataset, is_iterable, loader.num_workers)
             self._loaded = dict(state), saved
-        loader._iterator = None  # with persistent workers: they cannot be told
+        loader._iterator = None  # persistent workers cannot load a state
 
     def close(self, loader: Any) -> None:
         """End workers that wait for the next epoch."""
@@ -150,7 +149,7 @@ def _begun(loader: Any, saved: SavedState | None) -> ResumableIterator:
     if not saved.is_finished:
         with (
             nullcontext() if kind is SingleProcessIterator else preserve_global_generators()
-        ):  # that one knows what to keep
+        ):  # which restores them itself
             return kind(loader, saved)
     if loader.num_workers and not loader.persistent_workers:
         return _next_epoch(loader, saved, lambda: kind(loader))
@@ -158,7 +157,7 @@ def _begun(loader: Any, saved: SavedState | None) -> ResumableIterator:
         return _next_epoch(loader, saved, lambda: _advanced_to_end(loader, saved, kind))
     if loader.num_workers:
         return _next_epoch(loader, saved, lambda: kind(loader, saved))
-    SingleProcessIterator(loader, saved)  # the data set is told where it was
+    SingleProcessIterator(loader, saved)  # loads the data set's state
     return _next_epoch(loader, saved, lambda: SingleProcessIterator(loader))
 
 
@@ -169,10 +168,10 @@ def _kind(loader: Any) -> type[SingleProcessIterator] | type[ProcessIterator] | 
 
 
 def _advanced_to_end(loader: Any, saved: SavedState, kind: Callable[[Any, SavedState], Any]) -> Any:
-    """The epoch after one that was over, with workers whose last states were not told: they go there again."""
+    """The epoch after a finished one whose final worker states were not reported: workers replay to its end."""
     before = Randomness.now(generators_of(loader))
     iterator = kind(loader, replace(saved, is_finished=False))
-    for _ in iterator:  # nothing comes any more
+    for _ in iterator:  # no batch is left
         pass
     before.restore(generators_of(loader))
     iterator._reset(loader)
@@ -180,7 +179,7 @@ def _advanced_to_end(loader: Any, saved: SavedState, kind: Callable[[Any, SavedS
 
 
 def _next_epoch(loader: Any, saved: SavedState, begin: Callable[[], ResumableIterator]) -> ResumableIterator:
-    """The epoch after one that was over, in the order in which it would have followed."""
+    """The epoch after a finished one, in the order that it would have had."""
     if saved.next_epoch is None:
         return begin()
     generators = generators_of(loader)
@@ -189,6 +188,6 @@ def _next_epoch(loader: Any, saved: SavedState, begin: Callable[[], ResumableIte
     iterator = begin()
     if iterator.order is not None:
         iterator.order.settle()
-    # Where the user's numbers were those that the order was drawn from, they go on from there.
+    # A global generator that the order was drawn from stays advanced; the user's others are restored.
     before.restore_global_where_not(saved.next_epoch)
     return iterator

@@ -1,24 +1,22 @@
-"""The state of a loader over a foreign data set, as it is written down: as torchdata's StatefulDataLoader does.
+"""The layout of a loader's state, which is that of torchdata's StatefulDataLoader.
 
-So its checkpoints are read here, and who looks into a state finds what is there in torchdata's. Without worker
-processes a state is one dict; with them, one of the trainer's part (`_snapshot`, `_main_snapshot`) and one for each
-worker. Beside torchdata's keys there are ours: `_order`, which is what an order is drawn from (see `order`);
-`_batches`, how many batches of a worker were delivered; `_failed`, which of those that came since the snapshot were
-errors; and `_next`, what the next epoch's order is drawn from, once one is over.
+So its checkpoints can be read here, and tools that inspect a state find torchdata's keys. Without worker processes a
+state is one dict; with them, one for the trainer's part (`_snapshot`, `_main_snapshot`) and one for each worker.
+fastload adds these keys: `_order`, the random state that an order is drawn from (see `order`); `_batches`, how many
+batches of a worker were delivered; `_failed`, which turns since the snapshot were errors; and `_next`, the random state
+for the next epoch's order, once an epoch is over.
 
-This module only reads and writes; nothing here has an effect.
+This module only reads and writes states; nothing here has side effects.
 
-How often workers tell where their data sets are: the loader's `snapshot_every_n_steps`.
+**Snapshots.** With `snapshot_every_n_steps` a worker reports its data set's state with some of its batches only: a
+state may be large, it is copied with every batch that carries it, and it is rarely used. The loader then knows its
+position only at moments at which it has the last state of each worker: a *snapshot*. In between, a state is the last
+snapshot and the number of batches since, which are made again and discarded when the state is loaded.
 
-A state may be large, and whoever wants one wants it rarely; told with every batch, it is copied with every batch. So a
-worker may tell only with some of its batches. Where the loader is, it then knows only at moments at which it has the
-last state of each worker: a *snapshot*. In between it says where the last one was and how many batches came since,
-which are made again, and thrown away, when that is loaded.
-
-Batches are dealt to workers in turn. So if each tells after so many turns of its own, they tell one after another, and
-the last to do so completes a snapshot; one whose data set has ended has told its last state, and is not waited for. But
-nothing is built on their being in step: a snapshot is one because all states are there (see `progress`). Where workers
-get out of step, the last snapshot is only older than it should be.
+Batches are dispatched to workers in turn. So if each reports after the same number of its turns, they report one after
+another, and the last one completes a snapshot; a worker whose data set has ended has reported its final state, and is
+not waited for. But correctness does not depend on workers being in step: a snapshot is complete when all states are
+known (see `progress`). Where workers get out of step, the last snapshot is only older than it should be.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ NUM_YIELDED, LENGTH, FINISHED = "_num_yielded", "_IterableDataset_len_called", "
 WORKER_ID, FETCHER, DATASET = "worker_id", "fetcher_state", "dataset_state"
 DATASET_ITER, FETCHER_ENDED = "dataset_iter_state", "fetcher_ended"
 ORDER, BATCHES, FAILED, NEXT = "_order", "_batches", "_failed", "_next"
-# In no state that a user gets: why a worker's data set did not say where it is.
+# Internal, removed before a user gets the state: why a worker's data set reported none.
 NOT_REPORTED_BECAUSE = "_not_reported_because"
 
 
@@ -62,7 +60,7 @@ NOT_REPORTED = NotReported.NOT_REPORTED
 
 @dataclass(frozen=True, slots=True)
 class SavedWorker:
-    """Where one worker's data set stands. `batches`: delivered; None where that is not known."""
+    """The state of one worker. `batches`: how many were delivered; None where that is unknown."""
 
     dataset_state: Any = None
     iterator_state: Any = None
@@ -71,16 +69,16 @@ class SavedWorker:
 
     @property
     def is_unknown(self) -> bool:
-        """Whether neither data set nor iterator said where it is."""
+        """Whether neither data set nor iterator has a saved state."""
         return self.dataset_state is None and self.iterator_state is None
 
 
 @dataclass(frozen=True, slots=True)
 class SavedState:
-    """A state that was read. `num_workers`: of the loader that it was taken from; then `workers` has so many, or one.
+    """A state that was read. `num_workers`: of the loader that it was taken from; `workers` has as many, or one for 0.
 
-    `discard`: batches to make and throw away, where the snapshot is older than the state; `failed`: which turns on the
-    way there are not such batches, but errors that were raised then.
+    `discard`: batches to make and discard, where the snapshot is older than the state. `failed`: which turns among
+    these raised errors instead.
     """
 
     order: SavedOrder
@@ -98,7 +96,7 @@ class SavedState:
 
 
 def worker_state(worker: int, dataset: Any, iterator: Any, has_ended: bool, batches: int) -> LoaderState | None:
-    """What is written of a worker's data set; None where it cannot say anything. `iterator`: of an iterable one."""
+    """The state of a worker's data set; None where it has none. `iterator`: of an iterable data set."""
     if not is_stateful(dataset) and not is_stateful(iterator):
         return None
     fetcher, problems = None, list[str]()
@@ -110,13 +108,13 @@ def worker_state(worker: int, dataset: Any, iterator: Any, has_ended: bool, batc
 
 
 def without_dataset(state: LoaderState, why: str) -> LoaderState:
-    """The same, but for what data set and iterator say."""
+    """The same, without the states of data set and iterator."""
     fetcher = state[FETCHER] and {**state[FETCHER], DATASET_ITER: None}
     return {**state, FETCHER: fetcher, DATASET: None, NOT_REPORTED_BECAUSE: [*state.get(NOT_REPORTED_BECAUSE, ()), why]}
 
 
 def state_for_user(state: LoaderState) -> tuple[LoaderState, list[str]]:
-    """A state as a user gets it, and why data sets did not say where they are, if they did not."""
+    """The state to return to a user, and the reasons why data sets have reported none."""
     if SNAPSHOT not in state:
         return _worker_for_user(state)
     reported = {name: _worker_for_user(worker) for name, worker in state[SNAPSHOT][WORKERS].items()}
@@ -134,24 +132,24 @@ def _worker_for_user(state: LoaderState) -> tuple[LoaderState, list[str]]:
 
 
 def pickling_problem(state: LoaderState | None) -> str | None:
-    """Why what a data set and its iterator say cannot be pickled; None where it can."""
+    """Why the states of data set and iterator cannot be pickled; None where they can."""
     if state is None or (state.get(DATASET) is None and state.get(FETCHER) is None):
         return None
     try:
         dump_apart((state.get(DATASET), state.get(FETCHER)), io.BytesIO())
-    except Exception as error:  # whatever the user's objects raise
+    except Exception as error:  # the user's objects may raise anything
         return f"what state_dict() gave cannot be pickled ({type(error).__name__}: {error})"
     return None
 
 
 def unknown_worker_state(worker: int, is_iterable: bool, batches: int, has_ended: bool = False) -> LoaderState:
-    """What is written of a worker of which nothing is known but that."""
+    """The state of a worker whose data set has reported none."""
     fetcher = {DATASET_ITER: None, FETCHER_ENDED: has_ended} if is_iterable else None
     return {WORKER_ID: worker, FETCHER: fetcher, DATASET: None, BATCHES: batches}
 
 
 def order_state(saved: SavedOrder) -> LoaderState:
-    """What is written of an order."""
+    """The part of a state that describes the order."""
     mark = saved.mark
     state: LoaderState = {
         SAMPLER_STATE: mark.sampler_state,
@@ -168,7 +166,7 @@ def order_state(saved: SavedOrder) -> LoaderState:
 
 
 def read_state(state: Any, dataset: Any, is_iterable: bool, num_workers: int) -> SavedState:
-    """Raises `StateError` where it is no state of a loader such as this; the message says what does not fit."""
+    """Read a state. Raises `StateError`, with the reason, where it does not fit this loader."""
     if not isinstance(state, Mapping):
         raise StateError(f"a state is what state_dict() gave, a dict, and not a {type(state).__name__}")
     saved = _of_processes(state) if SNAPSHOT in state else _of_one(state)
@@ -224,7 +222,7 @@ def _of_processes(state: Mapping[str, Any]) -> SavedState:
 
 
 def worker_key(worker: int) -> str:
-    """Under which a worker's state stands."""
+    """The key of a worker's state."""
     return f"worker_{worker}"
 
 
@@ -282,9 +280,9 @@ def _check_other_count(saved: SavedState, is_iterable: bool, num_workers: int) -
 
 
 def snapshot_interval(every_n_steps: int | None, num_workers: int, *, are_in_step: bool) -> int | None:
-    """A worker tells its state with each of its batches whose number, from 1, is a multiple of this; None: never.
+    """A worker reports its state with each of its batches whose number, from 1, is a multiple of this; None: never.
 
-    So there is a snapshot every `every_n_steps` steps at least. `are_in_step`: whether workers take turns.
+    So there is a snapshot at least every `every_n_steps` steps. `are_in_step`: whether workers take turns.
     """
     if not are_in_step:
         return 1

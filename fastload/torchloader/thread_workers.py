@@ -1,11 +1,11 @@
-"""The threads of `DataLoader(workers="thread")`: one for each worker, and how they begin, work and end.
+"""The threads of `DataLoader(workers="thread")`: one for each worker, and how they start, work and end.
 
-A worker prepares itself, as a worker process of torch's does, then does the tasks of its inbox; answers come into one
-queue. Each task has exactly one answer: a batch, an error, or that the worker's iterable data set has ended.
+A worker prepares itself, as a worker process of torch's does, then carries out the tasks in its inbox; answers come
+into one queue. Each task has exactly one answer: a batch, an error, or the end of the worker's iterable data set.
 
-Threads refer to their inbox and the shared, not to the iterator: one that is dropped tells them to end, and waits for
-nothing. At exit they are waited for, for a while, since a thread that is inside of torch's C++ when the interpreter
-goes away may take the process with it.
+Threads refer to their inbox and to `_Shared`, not to the iterator: dropping the iterator signals them to end and waits
+for nothing. At exit they are joined with a timeout, since a thread that is inside torch's C++ code while the
+interpreter shuts down may crash the process.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from fastload.torchloader.worker_info import worker_thread
 from fastload.transport.packing import Arrived
 
 NO_EPOCH = -1
-# How long threads that are to end are waited for, all together, where they are waited for.
+# The timeout for joining all threads together.
 _END_S = 5.0
 
 T = TypeVar("T")
 
-# torch looks through data pipes by pickling them with a hook of their class, of which there is one in the process.
+# torch traverses data pipes by pickling them with a hook of their class, which is global in the process.
 _torchs_hooks = threading.Lock()
 
 
@@ -50,7 +50,7 @@ def _renew_lock() -> None:  # the thread that held it may be gone
 
 
 def shard(user_init: Callable[[int], None] | None, world_size: int, rank: int, worker: int) -> None:
-    """What torch does in a worker whose data set is a data pipe."""
+    """Prepare a worker whose data set is a data pipe, as torch does."""
     with _torchs_hooks:
         _sharding_worker_init_fn(None, world_size, rank, worker)
     if user_init is not None:
@@ -74,7 +74,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class BeginEpoch:
-    """An epoch begins. Data pipes are seeded by `shared_seed`."""
+    """An epoch begins. Data pipes are seeded with `shared_seed`."""
 
     shared_seed: int | None
 
@@ -85,16 +85,16 @@ class WorkerSpec:
 
     info: Any
     worker: Worker
-    fetcher: Callable[[], Any]  # for one epoch
+    fetcher: Callable[[], Any]  # makes torch's fetcher for one epoch
     init: Callable[[int], None] | None
     pin: Callable[[Any], Any] | None
 
 
 @dataclass(slots=True)
 class _Shared:
-    """What all workers of a crew see."""
+    """What all workers of an iterator share."""
 
-    epoch: int = NO_EPOCH  # tasks of others are skipped
+    epoch: int = NO_EPOCH  # tasks of other epochs are skipped
     answers: queue.SimpleQueue[Answer] = field(default_factory=queue.SimpleQueue)
     started: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)
     prepared: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)
@@ -104,7 +104,7 @@ class WorkerThreads:
     """A thread for each spec."""
 
     def __init__(self, specs: list[WorkerSpec], timeout_s: float) -> None:
-        """`timeout_s`: how long a `worker_init_fn` may take, as long as it likes where that is 0."""
+        """`timeout_s`: how long a `worker_init_fn` may take; 0 is no limit."""
         self._timeout_s = timeout_s
         self._shared = _Shared()
         self.answers = self._shared.answers
@@ -113,7 +113,7 @@ class WorkerThreads:
         try:
             with self._generators_kept(specs):
                 self._start()
-        except BaseException:  # no more threads can be had, say: those that began are not to wait for ever
+        except BaseException:  # for example, no more threads can be started: end those that run
             self.stop()
             raise
 
@@ -128,13 +128,13 @@ class WorkerThreads:
         finally:
             for _ in range(begun):
                 self._shared.started.get()
-            # They gave torch one thread each, which holds for themselves, but for any thread that begins later too.
+            # Each gave torch one thread, which applies to itself, but also to any thread that starts later.
             torch.set_num_threads(own_threads)
 
     @contextmanager
     def _generators_kept(self, specs: list[WorkerSpec]) -> Iterator[None]:
-        """Wait until `worker_init_fn` was called everywhere, and put the global generators back: a function made
-        for worker processes seeds them, and here they are the trainer's.
+        """Wait until `worker_init_fn` has run in all workers, then restore the global generators: a function made for
+        worker processes seeds them, and here they belong to the trainer.
         """
         if all(spec.init is None for spec in specs):
             yield
@@ -146,25 +146,25 @@ class WorkerThreads:
 
     @property
     def is_inherited(self) -> bool:
-        """Whether the threads stayed behind in a process that this one was forked from."""
+        """Whether this process is a forked child, and the threads are its parent's."""
         return self._ending.is_inherited
 
     def begin(self, epoch: int, shared_seed: int | None) -> None:
-        """Tasks of earlier epochs are of no use any more."""
+        """Begin an epoch; tasks of earlier epochs are skipped."""
         self._shared.epoch = epoch
         for worker in self._workers:
             worker.inbox.put(BeginEpoch(shared_seed))
 
     def dispatch(self, worker: int, task: Task) -> None:
-        """Its answer comes to `answers`, after those of the worker's earlier tasks."""
+        """Queue a task. Its answer comes to `answers`, after those of the worker's earlier tasks."""
         self._workers[worker].inbox.put(task)
 
     def stop(self) -> None:
-        """Each thread ends after the task that it is at. May be called often, in any thread and under any lock."""
+        """Let each thread end after its current task. Idempotent; safe in any thread and under any lock."""
         self._ending()
 
     def wait(self) -> None:
-        """Until all have ended, or they take too long."""
+        """Wait until all have ended, with a timeout."""
         deadline = time.monotonic() + _END_S
         for worker in self._workers:
             if worker is not threading.current_thread():
@@ -172,7 +172,7 @@ class WorkerThreads:
 
 
 def next_of(answers: queue.SimpleQueue[T], timeout_s: float) -> T:
-    """What comes next, as torch waits for it."""
+    """The next item; a timeout is the error that torch raises."""
     try:
         return answers.get(timeout=timeout_s or None)
     except queue.Empty:
@@ -180,7 +180,7 @@ def next_of(answers: queue.SimpleQueue[T], timeout_s: float) -> T:
 
 
 class _WorkerThread(threading.Thread):
-    """Prepares itself, then does what comes into its inbox, until that is None."""
+    """Prepares itself, then handles the messages in its inbox, until one is None."""
 
     def __init__(self, spec: WorkerSpec, shared: _Shared) -> None:
         super().__init__(name=f"fastload-worker-{spec.info.id}", daemon=True)
@@ -188,40 +188,40 @@ class _WorkerThread(threading.Thread):
         self._spec, self._shared = spec, shared
         self._where = f"in DataLoader worker thread {spec.info.id}"
         self._fetcher: Any = None
-        self._failure: ExceptionWrapper | None = None  # of `worker_init_fn`, or of the beginning of an epoch
-        self._ended: DatasetEnded | None = None  # what is answered once the data set has ended
+        self._failure: ExceptionWrapper | None = None  # of `worker_init_fn`, or of beginning an epoch
+        self._ended: DatasetEnded | None = None  # the answer once the data set has ended
 
     def stop(self) -> None:
         self._shared.epoch = NO_EPOCH
         self.inbox.put(None)
 
     def run(self) -> None:
-        """torch's threads of a thread begin as those of the process, when they are first asked for: so ask before."""
+        # torch initialises a thread's number from the process's when it is first read: so read it before setting it.
         torch.get_num_threads()
         torch.set_num_threads(1)
         self._shared.started.put(None)
         with worker_thread(self._spec.info):
             init_failure = self._caught(self._prepare)
             self._shared.prepared.put(None)
-            while (order := self.inbox.get()) is not None:
-                if isinstance(order, BeginEpoch):
-                    self._failure = init_failure or self._caught(functools.partial(self._begin, order))
-                elif order.epoch == self._shared.epoch:
-                    # Nothing here refers to the batch once it is on its way: the next may be long in coming.
+            while (message := self.inbox.get()) is not None:
+                if isinstance(message, BeginEpoch):
+                    self._failure = init_failure or self._caught(functools.partial(self._begin, message))
+                elif message.epoch == self._shared.epoch:
+                    # No variable refers to the batch after this: the next message may take long.
                     self._shared.answers.put(
-                        Answer(order.epoch, order.number, self._spec.info.id, self._answer(order.index))
+                        Answer(message.epoch, message.number, self._spec.info.id, self._answer(message.index))
                     )
 
     def _prepare(self) -> None:
         self._spec.worker.prepare(self._spec.info.id, self._spec.info.dataset, self._spec.init)
 
-    def _begin(self, order: BeginEpoch) -> None:
+    def _begin(self, message: BeginEpoch) -> None:
         if self._fetcher is not None:
             self._spec.worker.begin_again()
         dataset = self._spec.info.dataset
-        if isinstance(dataset, IterDataPipe) and order.shared_seed is not None:
+        if isinstance(dataset, IterDataPipe) and message.shared_seed is not None:
             generator = torch.Generator()
-            generator.manual_seed(order.shared_seed)
+            generator.manual_seed(message.shared_seed)
             with _torchs_hooks:
                 torch.utils.data.graph_settings.apply_random_seed(dataset, generator)
         self._ended = None
@@ -246,20 +246,20 @@ class _WorkerThread(threading.Thread):
         return arrived if self._spec.pin is None else self._spec.pin(arrived)
 
     def _caught(self, call: Callable[[], Any]) -> Any:
-        """What `call` gives; or what it raises, as torch's workers send it."""
+        """The result of `call`, or its error, wrapped as torch's workers send it."""
         try:
             return call()
         except Exception:
             return ExceptionWrapper(where=self._where)  # type: ignore[no-untyped-call]
         except BaseException as error:
-            # A SystemExit in the data set, say: the trainer is neither to end nor to wait for ever.
+            # For example, a SystemExit in the data set, which must neither end the trainer nor leave it waiting.
             return ExceptionWrapper(  # type: ignore[no-untyped-call]
                 (WorkerError, error, error.__traceback__), where=self._where
             )
 
 
 def pinning(device: Any) -> Callable[[Any], Any]:
-    """Pins for the device that is current here: each thread has one of its own, and it begins with the first."""
+    """A function that pins for the device that is current here: a new thread starts with the first device."""
     current = torch.accelerator.current_device_index() if hasattr(torch, "accelerator") else torch.cuda.current_device()
 
     def pin(batch: Any) -> Any:

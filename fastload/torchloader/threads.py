@@ -1,17 +1,17 @@
-"""Worker threads for data sets that are not ours: `DataLoader(workers="thread")`.
+"""Worker threads for data sets that are not fastload's own: `DataLoader(workers="thread")`.
 
-They do what torch's worker processes do, in this process: nothing is pickled, started or copied from process to
-process, and a data set that is large, or that cannot be pickled, is there once. They share one interpreter lock with
-the trainer, so they are for data sets that spend their time outside Python (reading, decoding, numpy).
+They do the work of torch's worker processes in this process: nothing is pickled, started or copied between processes,
+and a data set that is large, or that cannot be pickled, exists once. They share one interpreter lock with the trainer,
+so they are for data sets that spend their time outside Python (reading, decoding, numpy).
 
-What a worker process has of its own, a thread has where that matters and can be: `get_worker_info()`, with a seed; the
-data set, `collate_fn` and `worker_init_fn`, copied together so that they still refer to each other, if the data set is
-iterable or has a state (each worker is somewhere else in it) or there is a `worker_init_fn` (which is there to make the
-copies differ); otherwise all share what the user gave. Not the global generators of Python, numpy and torch: they stay
-the trainer's, and unseeded.
+A thread has its own copy of what a worker process has of its own where that matters and is possible:
+`get_worker_info()`, with a seed; and the data set, `collate_fn` and `worker_init_fn`, copied together so that they
+still refer to each other, if the data set is iterable or has a state (each worker is at another position in it) or
+there is a `worker_init_fn` (whose purpose is to make the copies differ). Otherwise all threads share the user's
+objects. The global generators of Python, numpy and torch are not copied: they stay the trainer's, and unseeded.
 
-Batches are dealt to workers in turn, as torch deals them. With `in_order`, answers are taken in the order of their
-tasks, also that a worker's data set has ended, so that the order does not depend on who was faster.
+Tasks are dispatched to workers in turn, as torch does. With `in_order`, answers are taken in the order of their tasks,
+including the ends of workers' data sets, so that the order does not depend on timing.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from fastload.transport.packing import Arrived
 
 
 class ThreadIterator(WorkersIterator):
-    """One pass over a foreign data set, or one after another with `persistent_workers`, from where `saved` was taken;
-    if that one was over, from the beginning, with workers that know what those knew then.
+    """One pass over a data set, or several with `persistent_workers`, that continues where `saved` was taken. If that
+    pass was over, a new one begins, with the workers' states of its end.
     """
 
     def __init__(self, loader: Any, saved: SavedState | None = None) -> None:
@@ -93,17 +93,17 @@ class ThreadIterator(WorkersIterator):
         self._epoch += 1
         self._turn = self._begin()
         self._threads.begin(self._epoch, self._shared_seed)
-        self._next_task = 0  # the number of the next to be given to a worker
-        self._awaited = deque[int]()  # tasks whose batches were not delivered, in the order in which they were given
-        self._early: dict[int, Answer] = {}  # answers that came and were not taken
-        self._loads = [0] * self._num_workers  # tasks of each worker whose answers were not taken
+        self._next_task = 0  # the number of the next one to dispatch
+        self._awaited = deque[int]()  # tasks whose batches were not delivered, in order of dispatch
+        self._early: dict[int, Answer] = {}  # answers that were received and not taken
+        self._loads = [0] * self._num_workers  # for each worker, tasks whose answers were not taken
         self._has_more = [True] * self._num_workers
         for _ in range(self._prefetch_factor * self._num_workers):
             self._dispatch_task()
         if not first_iter and not self.progress.is_iterable and is_stateful(self._user_dataset):
             for worker, load in zip(self.progress.workers, self._loads, strict=True):
                 if load:
-                    worker.initial = None  # it says itself where it is, after what it did for the last epoch in vain
+                    worker.initial = None  # it reports its state itself, which includes unused work for the last epoch
 
     def _next_data(self) -> Any:
         while self._awaited:
@@ -124,7 +124,7 @@ class ThreadIterator(WorkersIterator):
         raise StopIteration
 
     def wait_for_states(self) -> None:
-        """Wait until it is known where the data set of each worker was at first, if that can be known."""
+        """Wait until the initial state of each worker's data set is known, if it has one."""
         if not is_stateful(self._user_dataset) or self._threads.is_inherited:
             return
         while len(self._early) < len(self._awaited) and any(
@@ -133,7 +133,7 @@ class ThreadIterator(WorkersIterator):
             self._receive()
 
     def _take(self) -> Answer:
-        """The answer whose turn it is, which is awaited no more."""
+        """The next answer to deliver, which is no longer awaited."""
         while self._awaited[0] not in self._early if self._in_order else not self._early:
             self._receive()
         number = self._awaited[0] if self._in_order else next(iter(self._early))
@@ -168,7 +168,7 @@ class ThreadIterator(WorkersIterator):
         self._threads.dispatch(worker, Task(self._epoch, number, index))
 
     def _next_worker(self) -> int | None:
-        """Whose turn it is; without `in_order`, workers with their share of tasks are passed over."""
+        """The next worker in turn; without `in_order`, workers that have their share of tasks are skipped."""
         share = self._prefetch_factor * self._num_workers // max(1, sum(self._has_more))
         for step in range(self._num_workers):
             worker = (self._turn + step) % self._num_workers
@@ -177,21 +177,21 @@ class ThreadIterator(WorkersIterator):
         return None
 
     def _shutdown_workers(self) -> None:
-        """End the threads and wait for them, unless one does not come back from the user's code."""
+        """End the threads and wait for them, with a timeout: the user's code may not return."""
         self._threads.stop()
         self._threads.wait()
 
 
 def _for_workers(parts: tuple[Any, ...], count: int, needs_own: bool) -> list[tuple[Any, ...]]:
-    """The parts for each worker: copies, each made as a whole, or `parts` themselves."""
+    """The parts for each worker: a deep copy of all parts together, or `parts` themselves."""
     if not needs_own:
         return [parts] * count
     try:
         copies = [copy.deepcopy(parts) for _ in range(count)]
-        if any(type(each[0]) is not type(parts[0]) for each in copies):  # it answers to any name, `__deepcopy__` too
+        if any(type(each[0]) is not type(parts[0]) for each in copies):  # it has any attribute, even `__deepcopy__`
             raise TypeError(f"deepcopy() made a {type(copies[0][0]).__name__} of it")
         return copies
-    except Exception as error:  # whatever the user's objects raise
+    except Exception as error:  # the user's objects may raise anything
         callers.warn(
             f"{type(parts[0]).__name__}, collate_fn and worker_init_fn could not be copied for each worker thread, so "
             f'that all share them ({type(error).__name__}: {error}); workers="process" keeps them apart'

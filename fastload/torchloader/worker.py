@@ -1,13 +1,13 @@
-"""What runs in a worker process beside torch's loop: packing batches, and knowing where the data set is.
+"""What runs in a worker beside torch's code: packing batches, and tracking the state of the data set.
 
-torch's loop calls three things of the user's: `worker_init_fn`, the data set and `collate_fn`. Each is wrapped, and the
-three share a `Worker`, which is pickled with them where a process is spawned. The user's code sees its own data set,
-also in `get_worker_info()`.
+torch's worker loop calls three objects of the user: `worker_init_fn`, the data set and `collate_fn`. Each is wrapped,
+and the wrappers share a `Worker`, which is pickled with them where a process is spawned. The user's code sees its own
+data set, also in `get_worker_info()`.
 
-Three names in torch's module of the worker loop are replaced, in the worker's process only: the class of the message
-that an iterable data set has ended, so that it can carry the data set's last state; the wrapper of errors, so that one
-that cannot be pickled is told by its message, where torch's loop would leave the trainer waiting for ever; and who
-watches the trainer (see `watching`).
+In a worker process, and only there, three names in torch's module of the worker loop are replaced: the class of the
+message that an iterable data set has ended, to carry the data set's last state; the class that wraps errors, so that an
+error that cannot be pickled is sent as its message, where torch's loop would leave the trainer waiting for ever; and
+the watchdog of the trainer (see `fastload.transport.process`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from fastload.transport.worker_slots import SlotCounters
 
 @dataclass(frozen=True)
 class DatasetEnded(torch_worker._IterableDatasetStopIteration):
-    """A worker's iterable data set has ended; pickled, its state, and that `before`, if no batch came of it."""
+    """A worker's iterable data set has ended. `pickled`: its state, and its initial state if it made no batch."""
 
     pickled: bytes = b""
 
@@ -59,17 +59,17 @@ class DatasetEnded(torch_worker._IterableDatasetStopIteration):
 class Worker:
     """What the wrappers of one iteration share; each worker has a copy. `batch_size`: of an iterable data set.
 
-    `reports_every`: after how many turns a worker tells its state (see `telling`).
+    `reports_every`: after how many turns a worker reports its state (see `state.snapshot_interval`).
     """
 
     is_iterable: bool
     batch_size: int | None
     saved: Sequence[SavedWorker] = ()
-    is_next_epoch: bool = False  # what is saved is over
-    mover: int = NO_MOVER  # of the trainer, for what is sent
+    is_next_epoch: bool = False  # the saved epoch is over
+    mover: int = NO_MOVER  # the trainer's, for each batch
     reports_every: int | None = 1
 
-    # Of processes: how their batches cross.
+    # For processes: how their batches cross.
     counters: SlotCounters | None = None
     receiver: int = -1
     retained_bytes: int = 0
@@ -81,10 +81,10 @@ class Worker:
     reading: _TrackedIterator | None = None
     before: LoaderState | None = None
     batches: int = 0
-    turns: int = 0  # in this epoch: batches, and errors in the place of one
+    turns: int = 0  # in this epoch: batches, and errors in place of one
 
     def open(self, number: int, user_init: Callable[[int], None] | None) -> None:
-        """The worker's process has begun; the user's `worker_init_fn` is called in it."""
+        """Prepare the process of a worker, and call the user's `worker_init_fn`."""
         info = torch_worker._worker_info
         assert info is not None, "torch's loop has set it"
         self.number, self.dataset = number, info.dataset
@@ -106,7 +106,7 @@ class Worker:
         self.prepare(number, self.dataset, user_init)
 
     def prepare(self, number: int, dataset: Any, user_init: Callable[[int], None] | None) -> None:
-        """A worker has begun; the data set is told where it was, after the user's `worker_init_fn`."""
+        """Prepare a worker: load the data set's state, after the user's `worker_init_fn`."""
         self.number, self.dataset = number, dataset
         if user_init is not None:
             user_init(number)
@@ -117,12 +117,12 @@ class Worker:
             self.before = self._kept_state()
 
     def begin_again(self) -> None:
-        """Another epoch begins in a worker that lives on."""
+        """Begin another epoch in a persistent worker."""
         if not self.is_iterable:
             self.before = self._kept_state()
 
     def send(self, batch: Any) -> Packed | Arrived:
-        """What to put on the queue."""
+        """The message that carries a batch."""
         self.batches += 1
         try:
             if self.packer is None:
@@ -130,7 +130,7 @@ class Worker:
             else:
                 sent = self._packed(self.packer, Arrived(batch, self._reported_state(), self.before, self.mover))
         except BaseException:
-            self.batches -= 1  # an error goes in its place
+            self.batches -= 1  # an error is sent in its place
             raise
         self.turns += 1
         self.before = None
@@ -146,16 +146,16 @@ class Worker:
             return packer.pack(replace(arrived, state=state, before=before))
 
     def failed(self) -> None:
-        """An error is sent in the place of a batch."""
+        """Count an error that is sent in place of a batch."""
         self.turns += 1
 
     def wrapped_error(self, exc_info: Any = None, where: str = "in background") -> ExceptionWrapper:
-        """In the place of torch's class."""
+        """Replaces torch's class."""
         self.failed()
         return _picklable_error(exc_info, where)
 
     def read(self, source: Any) -> Iterator[Any]:
-        """An iteration of the data set: where a saved one was, the first time."""
+        """An iteration of the data set; the first one continues a saved one."""
         saved, self.saved = (self.saved[self.number] if self.saved else None), ()
         self.turns = 0
         if saved is None or self.is_next_epoch:
@@ -172,25 +172,25 @@ class Worker:
                 has_ended = saved.has_ended
         if not is_stateful(source) and not is_stateful(iterator):
             self.reading = None
-            return iterator  # type: ignore[no-any-return]  # whatever the user's is
+            return iterator  # type: ignore[no-any-return]  # the user's own
         self.reading = _TrackedIterator(iterator, has_ended)
         if saved is None or self.is_next_epoch:
             self.before = self._kept_state()
         return self.reading
 
     def _skip(self, iterator: Iterator[Any], batches: int) -> None:
-        """Without collating what is skipped."""
+        """Skip samples without collating them."""
         for _ in islice(iterator, batches * (self.batch_size or 1)):
             pass
 
     def _kept_state(self) -> LoaderState | None:
-        """What is told later: there may be in it what the data set goes on to change."""
+        """A copy, to report later: the data set may go on to change the objects in its state."""
         return _copied(self._state())  # type: ignore[return-value]  # as it is
 
     def _reported_state(self) -> LoaderState | NotReported | None:
-        """What goes with the batch of this turn."""
-        is_unknown = self.reading is None if self.is_iterable else not is_stateful(self.dataset)
-        if is_unknown:
+        """The state to report with the batch of this turn."""
+        has_no_state = self.reading is None if self.is_iterable else not is_stateful(self.dataset)
+        if has_no_state:
             return None
         is_due = self.reports_every is not None and (self.turns + 1) % self.reports_every == 0
         return self._state() if is_due else NOT_REPORTED
@@ -204,7 +204,7 @@ class Worker:
         return worker_state(self.number, self.dataset, None, False, self.batches)
 
     def ended(self, number: int) -> DatasetEnded:
-        """In the place of torch's class."""
+        """Replaces torch's class."""
         before, self.before = self.before, None
         if self.reading is not None:
             self.reading.has_ended = True
@@ -216,10 +216,10 @@ class Worker:
 
 
 def _copied(state: LoaderState | NotReported | None) -> LoaderState | NotReported | None:
-    """A copy, but of what cannot be copied."""
+    """A copy; without the data set's state where that cannot be copied."""
     try:
         return copy.deepcopy(state)
-    except Exception as error:  # whatever the user's objects raise
+    except Exception as error:  # the user's objects may raise anything
         assert isinstance(state, dict), "all else can be copied"
         return without_dataset(state, f"what state_dict() gave cannot be copied ({type(error).__name__}: {error})")
 
@@ -231,7 +231,7 @@ def _without_what_cannot_cross(state: Any) -> Any:
 
 @dataclass
 class _TrackedIterator:
-    """An iterator of the user's, which notices that it has ended: its state may be that of a new beginning then."""
+    """An iterator of the user that remembers its end: after that, its state may be one of a new iteration."""
 
     iterator: Iterator[Any]
     has_ended: bool = False
@@ -250,7 +250,7 @@ class _TrackedIterator:
 
 
 class WorkerDataset(IterableDataset[Any]):
-    """An iterable data set of the user's whose iterations the worker knows."""
+    """Wraps an iterable data set of the user, to track its iterations."""
 
     def __init__(self, worker: Worker, source: Any) -> None:
         self._worker, self.source = worker, source
@@ -264,7 +264,7 @@ class WorkerDataset(IterableDataset[Any]):
 
 @dataclass(frozen=True)
 class WorkerInit:
-    """In the place of `worker_init_fn`."""
+    """Wraps `worker_init_fn`."""
 
     worker: Worker
     user_init: Callable[[int], None] | None
@@ -275,7 +275,7 @@ class WorkerInit:
 
 @dataclass(frozen=True)
 class WorkerCollate:
-    """In the place of `collate_fn`."""
+    """Wraps `collate_fn`."""
 
     worker: Worker
     user_collate: Callable[[Any], Any]
@@ -285,23 +285,25 @@ class WorkerCollate:
 
 
 def wrapped_dataset(worker: Worker, dataset: Any) -> Any:
-    """What torch is given in the place of the data set. A data pipe stays what it is: torch takes it apart."""
+    """The data set to pass to torch. A data pipe is not wrapped: torch traverses its graph."""
     if not worker.is_iterable or isinstance(dataset, IterDataPipe):
         return dataset
     return WorkerDataset(worker, dataset)
 
 
 def _leave_if_orphaned(watchdog: Watchdog) -> None:
-    """Nobody will read what is still to be sent, and other workers, who could, keep the sockets open: do not wait."""
+    """Exit at once if the trainer is gone: no process will read unsent messages, and other workers, which hold the
+    sockets, would keep this one waiting.
+    """
     if not watchdog.is_alive():
         os._exit(1)
 
 
 def _stack_into(packer: Packer) -> None:
-    """Let `default_collate` stack tensors where they will be read, in this process."""
+    """Let `default_collate` stack tensors into slots, in this process."""
     collate_map = torch_collate.default_collate_fn_map
     plain = collate_map[torch.Tensor]
-    if plain is torch_collate.collate_tensor_fn:  # and not the user's, who may put one there
+    if plain is torch_collate.collate_tensor_fn:  # not one that the user has registered
         collate_map[torch.Tensor] = partial(_stacked, packer)
 
 
@@ -316,6 +318,6 @@ def _picklable_error(exc_info: Any, where: str) -> ExceptionWrapper:
     wrapper = ExceptionWrapper(exc_info, where)  # type: ignore[no-untyped-call]
     try:
         pickle.dumps(wrapper.exc_type)
-    except Exception:  # whatever a class of the user's makes of it
+    except Exception:  # a class of the user may raise anything
         wrapper.exc_type = WorkerError
     return wrapper

@@ -1,13 +1,13 @@
 """`torch.utils.data.get_worker_info()` in worker threads.
 
-torch keeps what it gives in a global of a module, one for a whole process. Worker threads have one each, and the
-threads of the trainer none. Users hold the function itself (`from torch.utils.data import get_worker_info`), so putting
-another in its place would miss them; and what it gives where there is no worker has to be None, so the global cannot
-hold something that tells threads apart. So while there are worker threads, the function has other *code*, which looks
-at the thread that calls it before it looks at the global; with the last of them it gets its own back.
+torch keeps the worker info in a global of a module, one for a whole process. Worker threads have one each, and threads
+of the trainer none. Users hold the function itself (`from torch.utils.data import get_worker_info`), so replacing it in
+the module would not reach them; and outside workers it has to return None, so the global cannot hold an object that
+distinguishes threads. So while there are worker threads, the function has other *code*, which looks up the calling
+thread before the global; when the last of them ends, its own code is restored.
 
-torch's collate asks it too, and stacks tensors into shared memory where it is in a worker, since they are to cross to
-another process. Those of a thread are not; so collate is told that there is no worker.
+torch's collate calls it too, and in a worker stacks tensors into shared memory, to send them to another process.
+Batches of threads are not sent; so for collate it returns None.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Thread(threading.local):
     info: Any = None
 
     def seen(self, otherwise: Any) -> Any:
-        """What `get_worker_info()` gives to whoever has called it."""
+        """The return value of `get_worker_info()` for its caller."""
         if self.info is None:
             return otherwise
         caller = sys._getframe(2)
@@ -43,9 +43,9 @@ class _Thread(threading.local):
 
 _changing = threading.Lock()
 _threads = 0  # that have an info now
-_original: CodeType | None = None  # the function's own code, while it has ours
+_original: CodeType | None = None  # the function's own code, while it is replaced
 
-# As in torch's module, whose globals `_of_thread_or_process` sees once it is the code of torch's function.
+# Names as in torch's module, whose globals this code sees once it is the code of torch's function.
 _worker_info: Any = None
 _fastload_thread = _Thread()
 
@@ -56,7 +56,7 @@ def _of_thread_or_process() -> Any:
 
 @contextmanager
 def worker_thread(info: Any) -> Iterator[None]:
-    """While it is entered, `get_worker_info()` gives `info` in this thread."""
+    """Within the block, `get_worker_info()` returns `info` in this thread."""
     _look_at_threads()
     _fastload_thread.info = info
     try:
@@ -67,7 +67,7 @@ def worker_thread(info: Any) -> Iterator[None]:
 
 
 def info_of_thread(number: int, count: int, base_seed: int, dataset: Any) -> Any:
-    """torch's `WorkerInfo`, as a worker process has it, and generators where this torch has a place for them.
+    """torch's `WorkerInfo`, as in a worker process, with generators where this version of torch has a field for them.
 
     The global generators of Python, numpy and torch are the trainer's, so a thread does not seed them.
     """
@@ -104,12 +104,12 @@ def _restore() -> None:
     global _original
     if _original is not None:
         torch_worker.get_worker_info.__code__ = _original
-        _original = None  # the name in torch's module stays: somebody may be about to look it up
+        _original = None  # the name in torch's module stays: a caller may be about to look it up
 
 
 @on_fork
 def _begin_as_child() -> None:
-    """A process that a worker thread forked is no worker, and the others stayed where they were."""
+    """A child that a worker thread forked is not a worker, and has none of the other threads."""
     global _changing, _threads, _fastload_thread
     _changing, _threads = threading.Lock(), 0
     _fastload_thread = _Thread()

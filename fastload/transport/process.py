@@ -113,7 +113,7 @@ def how_it_ended(process: BaseProcess, code_of: str) -> str:
         "SIGKILL": "killed, as when memory runs out: lower num_workers, prefetch_factor or batch_size",
         "SIGBUS": "shared memory ran out: raise the container's memory, or lower num_workers or batch_size",
         "SIGSEGV": f'crashed in compiled code that {code_of} calls: try multiprocessing_context="spawn"',
-    }.get(name, "somebody sent it that signal")
+    }.get(name, "another process sent it that signal")
     return f"was ended by {name} ({cure})"
 
 
