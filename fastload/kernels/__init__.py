@@ -31,7 +31,7 @@ __all__ = [
 
 FIRST_BATCH = ("dealing", "permute", "tarindex", "grouping", "rows", "gather", "locate", "bijection")
 """What the first batch needs of compiled code, beside its decoders'."""
-OF_DECODERS = {"image": ("keys", "resize"), "integer": ("parse",), "number": ("floats",)}
+OF_DECODERS = {"image": ("keys", "resize"), "integer": ("parse",), "number": ()}
 """What these decoders may need: images only where there is no C unit."""
 
 
