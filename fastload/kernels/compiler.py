@@ -14,7 +14,7 @@ import dis
 import warnings
 from collections.abc import Sequence
 from types import FunctionType
-from typing import Any, cast
+from typing import Any
 
 from llvmlite import binding  # type: ignore[import-untyped]
 from numba.core import types
@@ -28,7 +28,6 @@ from numba.core.typing import make_concrete_template
 
 from fastload.kernels import entries, intrinsics, jit, loading
 from fastload.kernels.jit import Array, Generated, Kernel, Scalar, Tuple, Unit, symbol
-from fastload.kernels.yielding import give_way
 
 __all__ = ["compile_unit"]
 
@@ -53,11 +52,7 @@ class _Lowering:
         self.library = self._context.codegen().create_library(unit.module)
         self._typed: dict[Kernel, tuple[FunctionType, Any]] = {}
         for entry in unit.kernels:
-            way = self._described(cast(Kernel, give_way)) if entry.gives_way else None
-            entries.add_entry(self.library, self._context, entry, self._described(entry), way)
-
-    def _described(self, kernel: Kernel) -> Any:
-        return self._compiled(kernel)[1].fndesc
+            entries.add_entry(self.library, self._context, entry, self._compiled(entry)[1].fndesc)
 
     def _compiled(self, kernel: Kernel) -> tuple[FunctionType, Any]:
         """A kernel, once it is in the library: the function that stands for it in others, and what numba made of it."""

@@ -1,8 +1,8 @@
 """Entries: the C functions behind the builtin functions that Python calls kernels by (METH_FASTCALL).
 
 An entry looks at what it is given, lets go of the GIL, calls the kernel, takes the GIL back and returns what the kernel
-did. It is written in LLVM's language here, once for each signature. Its `self` is (numpy.ndarray, refuse,
-yielding.state), so that there is no address in it; `refuse(place, given)` raises what is to be said about an argument.
+did. It is written in LLVM's language here, once for each signature. Its `self` is (numpy.ndarray, refuse),
+so that there is no address in it; `refuse(place, given)` raises what is to be said about an argument.
 """
 
 from __future__ import annotations
@@ -38,21 +38,16 @@ _BIT, _BYTE, _INT32, _INT64 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.I
 _POINTER = _BYTE.as_pointer()
 
 
-def add_entry(library: Any, context: Any, entry: Entry, made: Any, give_way: Any) -> None:
-    """Add a kernel's entry to a library that has the kernel, which numba describes as `made`; and `give_way`, where the
-    kernel does.
-    """
+def add_entry(library: Any, context: Any, entry: Entry, made: Any) -> None:
+    """Add a kernel's entry to a library that has the kernel, which numba describes as `made`."""
     module = library.create_ir_module(symbol(entry))
     conventions, wanted = context.call_conv, entry.signature.arguments
-    callee = _declared(module, conventions, made)
+    kind = conventions.get_function_type(made.restype, made.argtypes)
+    callee = ir.Function(module, kind, made.llvm_func_name)
     call = _Call(module, symbol(entry))
     call.refuse_unless(call.builder.icmp_signed("==", call.count, _INT64(len(wanted))), len(wanted))
     taken = [_taken(context, call, place, *each) for place, each in enumerate(zip(wanted, made.argtypes, strict=True))]
-    yielding_state = call.yielding_state() if entry.gives_way else None
     state = call.python(_POINTER, "PyEval_SaveThread")
-    if yielding_state is not None:
-        function = _declared(module, conventions, give_way)
-        conventions.call_function(call.builder, function, give_way.restype, give_way.argtypes, [yielding_state])
     status, result = conventions.call_function(call.builder, callee, made.restype, made.argtypes, taken)
     call.python(ir.VoidType(), "PyEval_RestoreThread", state)
     call.refuse_unless(call.builder.not_(status.is_error), -1)
@@ -64,10 +59,6 @@ def add_entry(library: Any, context: Any, entry: Entry, made: Any, give_way: Any
         returned = call.python(_POINTER, "Py_BuildValue", call.text(""), is_variadic=True)
     call.builder.ret(returned)
     library.add_ir_module(module)
-
-
-def _declared(module: ir.Module, conventions: Any, made: Any) -> ir.Function:
-    return ir.Function(module, conventions.get_function_type(made.restype, made.argtypes), made.llvm_func_name)
 
 
 def _taken(context: Any, call: _Call, place: int, wanted: jit.Type, kind: Any) -> ir.Value:
@@ -127,11 +118,6 @@ class _Call:
         self.context, self._arguments, self.count = function.args
         self.builder = ir.IRBuilder(function.append_basic_block())
         self.array_type = self.python(_POINTER, "PyTuple_GetItem", self.context, _INT64(0))
-
-    def yielding_state(self) -> ir.Value:
-        """The address of `yielding.state`."""
-        array = self.python(_POINTER, "PyTuple_GetItem", self.context, _INT64(2))
-        return self.builder.ptrtoint(self.field(array, layout.Header, "data", _POINTER), _INT64)
 
     def argument(self, place: int) -> ir.Value:
         """The Python object at a place."""

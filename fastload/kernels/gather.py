@@ -36,6 +36,7 @@ from fastload.kernels.copying import (
     scratch,
 )
 from fastload.kernels.jit import array_in, array_out, helper, int64, kernel, tuple_of, uint8
+from fastload.kernels.yielding import yield_state, yield_to_others
 
 __all__ = ["gather", "gather_columns", "lay_out"]
 
@@ -184,7 +185,7 @@ def gather_columns(
     assert all(out.flags.c_contiguous and out.flags.writeable and out.dtype == np.uint8 for out in outs), "outputs"
     ends = np.array([(out.ctypes.data, out.size) for out in outs], np.int64).reshape(-1, 2)
     tables = value_first_chunk, value_offset, value_size, out_offset
-    copied: int = gather_all_pieces(arena, chunk_offset, chunk_bytes, *tables, ends)
+    copied: int = gather_all_pieces(yield_state, arena, chunk_offset, chunk_bytes, *tables, ends)
     if copied < 0:
         column = (-1 - copied) // shape[1]
         first_chunk, offset, size, to = (table[column, : shape[1]] for table in tables)
@@ -193,8 +194,9 @@ def gather_columns(
     return copied
 
 
-@kernel(int64(_bytes, _ints, int64, _tables, _tables, _tables, _tables, _tables), gives_way=True)
+@kernel(int64(array_out(int64), _bytes, _ints, int64, _tables, _tables, _tables, _tables, _tables))
 def gather_all_pieces(
+    yield_state: Int64s,
     arena: Bytes,
     chunk_offset: Int64s,
     chunk_bytes: int,
@@ -207,6 +209,7 @@ def gather_all_pieces(
     """`gather_columns` without its checks; the outputs by address and size. Returns -1 - c * V - v where value v of
     column c does not fit.
     """
+    yield_to_others(yield_state)
     copied, count = 0, value_size.shape[1]
     for column in range(value_size.shape[0]):
         pieces = gather_pieces(

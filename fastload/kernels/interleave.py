@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fastload.kernels.copying import array_at, copy_range
 from fastload.kernels.jit import array_in, array_out, int32, int64, kernel, uint8
+from fastload.kernels.yielding import yield_to_others
 
 __all__ = ["interleave_offsets", "interleave_rows", "interleave_values"]
 
@@ -49,8 +50,9 @@ def interleave_rows(
     return -1
 
 
-@kernel(int64(_numbers, _ints, _ints, _ints, int64, _scratch, array_out(uint8)), gives_way=True)
+@kernel(int64(array_out(int64), _numbers, _ints, _ints, _ints, int64, _scratch, array_out(uint8)))
 def interleave_values(
+    yield_state: Int64s,
     part_of: Numbers,
     addresses: Int64s,
     sizes: Int64s,
@@ -62,6 +64,7 @@ def interleave_values(
     """Copy items, which lie end to end in parts of `sizes` bytes, to where they go in `out`: item i at `offsets[i]`, in
     values of `value_bytes`, up to `offsets[i + 1]`.
     """
+    yield_to_others(yield_state)
     for i in range(part_of.size):
         part = part_of[i]
         to, size = offsets[i] * value_bytes, (offsets[i + 1] - offsets[i]) * value_bytes

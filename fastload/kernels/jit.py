@@ -170,11 +170,8 @@ class Kernel:
 class Entry(Kernel):
     """A kernel that Python calls."""
 
-    def __init__(
-        self, function: FunctionType, signature: Signature, options: dict[str, Any], gives_way: bool = False
-    ) -> None:
+    def __init__(self, function: FunctionType, signature: Signature, options: dict[str, Any]) -> None:
         super().__init__(function, signature, options)
-        self.gives_way = gives_way
         takes = all(isinstance(each, Array) or each in (boolean, float64, int64) for each in signature.arguments)
         is_for_python = takes and signature.returns in (boolean, int64, void)
         assert is_for_python, f"{function.__name__} is one for @helper"
@@ -220,15 +217,14 @@ class Generated:
         self.name = function.__name__
 
 
-def kernel(signature: Signature, /, *, gives_way: bool = False, **options: Any) -> Callable[[Function], Function]:
+def kernel(signature: Signature, /, **options: Any) -> Callable[[Function], Function]:
     """Make a function a kernel: `@kernel(int64(array_in(uint8), int64))`. Python can call those that return int64,
     boolean or nothing and take arrays, int64, float64 and boolean.
 
     `options` are those of `numba.njit`, such as `fastmath=True`. Kernels raise nothing: a division by zero is whatever
-    the processor makes of it. They allocate nothing, either: scratch comes from the caller. One that `gives_way` first
-    lets others have the processor (see `yielding`), once the GIL is let go of: for those that take their time.
+    the processor makes of it. They allocate nothing, either: scratch comes from the caller.
     """
-    return lambda function: _made(functools.partial(Entry, gives_way=gives_way), function, signature, options)
+    return lambda function: _made(Entry, function, signature, options)
 
 
 def helper(signature: Signature, /, **options: Any) -> Callable[[Function], Function]:
@@ -273,7 +269,7 @@ class Unit:
         """The name of its object file: another one for each change of what the code is made of."""
         digest = hashlib.blake2b(_CONVENTION.encode(), digest_size=12)
         for each in self.kernels:
-            digest.update(f" {each.function.__qualname__} {each.signature} {each.options} {each.gives_way}".encode())
+            digest.update(f" {each.function.__qualname__} {each.signature} {each.options}".encode())
         ingredients: set[Path | str] = {Path(__file__).parent / name for name in _COMPILER}
         for each in self.kernels:
             _add_ingredients(each, ingredients)
@@ -283,7 +279,7 @@ class Unit:
 
 
 # What decides about the code of any kernel.
-_COMPILER = ("compiler.py", "entries.py", "intrinsics.py", "jit.py", "layout.py", "loading.py", "yielding.py")
+_COMPILER = ("compiler.py", "entries.py", "intrinsics.py", "jit.py", "layout.py", "loading.py")
 
 
 def _add_ingredients(kernel: Kernel, found: set[Path | str]) -> None:
@@ -376,11 +372,11 @@ def _announce(reason: str) -> None:
 
 
 def _bind(unit: Unit, code: bytes) -> None:
-    from fastload.kernels import loading, yielding
+    from fastload.kernels import loading
 
     addresses = loading.load(code, [symbol(each) for each in unit.kernels])
     for each, address in zip(unit.kernels, addresses, strict=True):
-        each.bind(loading.builtin(each.function.__name__, address, (np.ndarray, each.refuse, yielding.state)))
+        each.bind(loading.builtin(each.function.__name__, address, (np.ndarray, each.refuse)))
 
 
 def symbol(entry: Entry) -> str:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fastload.kernels.copying import copy_range
 from fastload.kernels.jit import array_in, array_out, int32, int64, kernel, uint8, void
+from fastload.kernels.yielding import yield_to_others
 
 __all__ = ["append_keys", "fill_places", "find_rows", "look_up", "write_keys"]
 
@@ -115,11 +116,20 @@ def find_rows(
     return count
 
 
-@kernel(int64(array_in(int64, 2), _ints_in, _ints_in, _tables_out, _tables_out, _tables_out), gives_way=True)
-def look_up(places: Int64s, rows: Int64s, samples: Int64s, first_chunk: Int64s, offset: Int64s, size: Int64s) -> int:
+@kernel(int64(_ints_out, array_in(int64, 2), _ints_in, _ints_in, _tables_out, _tables_out, _tables_out))
+def look_up(
+    yield_state: Int64s,
+    places: Int64s,
+    rows: Int64s,
+    samples: Int64s,
+    first_chunk: Int64s,
+    offset: Int64s,
+    size: Int64s,
+) -> int:
     """Write the `places` of these rows to `samples` of the other three, int64[C, n]. Returns how many of the values are
     nowhere, or -1 - i where number i is no row.
     """
+    yield_to_others(yield_state)
     missing = 0
     for number in range(rows.size):
         row, sample = rows[number], samples[number]
@@ -133,11 +143,12 @@ def look_up(places: Int64s, rows: Int64s, samples: Int64s, first_chunk: Int64s, 
     return missing
 
 
-@kernel(int64(array_in(uint8), _ints_in, _ints_in, array_out(uint8)), gives_way=True)
-def write_keys(key_bytes: Bytes, key_starts: Int64s, rows: Int64s, text: Bytes) -> int:
+@kernel(int64(_ints_out, array_in(uint8), _ints_in, _ints_in, array_out(uint8)))
+def write_keys(yield_state: Int64s, key_bytes: Bytes, key_starts: Int64s, rows: Int64s, text: Bytes) -> int:
     """Write the keys of these rows to `text`, a NUL after each. Returns how many bytes that are, or -1 - i where number
     i is no row, or too long.
     """
+    yield_to_others(yield_state)
     to = 0
     for number in range(rows.size):
         row = rows[number]

@@ -1,9 +1,9 @@
-"""Giving way: a kernel that takes its time lets others have the processor first. `fastload.cpu_priority` says why.
+"""Yielding the processor: a kernel that takes long first lets other threads run. `fastload.cpu_priority` says why.
 
-It has to be done in here, once the GIL is let go of: that is when whoever has waited for it is woken, on this very
-processor more often than not. As it costs the rest of the turn (on Linux since 6.17), a process that has got the
-processor back late does not do it again for a while, the longer the more often in a row: with two other threads at work
-on two processors, as many batches are gathered as without (170 of 23 MB a second), where giving way each time left 150.
+It has to happen inside the kernel, after the GIL was released: that is when a thread that waited for it is woken, on
+this very processor more often than not. As it costs the rest of the time slice (on Linux since 6.17), a process that
+got the processor back late pauses before it yields again, the longer the more often in a row: with two other threads at
+work on two processors, as many batches are gathered as without (170 of 23 MB a second); yielding every time left 150.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ import os
 import time
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fastload.kernels.copying import array_at
-from fastload.kernels.jit import generated, helper, int64, void
+from fastload.kernels.jit import array_out, generated, helper, int64, void
 
-__all__ = ["LATE_NS", "NEVER", "PAUSE_MAX_NS", "PAUSE_MIN_NS", "give_way", "start_giving_way", "state"]
+__all__ = ["LATE_NS", "NEVER", "PAUSE_MAX_NS", "PAUSE_MIN_NS", "start_yielding", "yield_state", "yield_to_others"]
 
-# Seldom does who only wakes up for a step keep a processor for so long; who computes does.
+# A thread that only wakes up for a step seldom keeps a processor for so long; one that computes does.
 LATE_NS = 2_000_000
 PAUSE_MIN_NS, PAUSE_MAX_NS = 10_000_000, 160_000_000
 NEVER = np.iinfo(np.int64).max
 
-state = np.array([NEVER, PAUSE_MIN_NS])
-"""int64[2]: when this process may give way again, on the clock of `time.monotonic_ns`, and how long a pause follows
-where it gets the processor back late then. Threads write it as they please: what one has found out is news to all."""
+yield_state = np.array([NEVER, PAUSE_MIN_NS])
+"""int64[2]: when this process may yield again, on the clock of `time.monotonic_ns`, and how long it pauses if it then
+gets the processor back late. Threads share it without a lock: a lost update costs one yield."""
 
 
-def start_giving_way() -> None:
-    """From now on kernels of this process give way: it has threads for which others should not have to wait."""
-    if state[0] == NEVER:
-        state[0] = 0
+def start_yielding() -> None:
+    """From now on kernels of this process yield: it has threads that others should not have to wait for."""
+    if yield_state[0] == NEVER:
+        yield_state[0] = 0
 
 
 @generated
@@ -46,17 +46,16 @@ def yield_processor() -> None:
     os.sched_yield()
 
 
-@helper(void(int64))
-def give_way(address: int) -> None:
-    """Let others run, unless it is too early for that: `state` is at `address`."""
-    process = array_at(address, 2, np.int64)
+@helper(void(array_out(int64)))
+def yield_to_others(state: NDArray[np.int64]) -> None:
+    """Let other threads run, unless it is too early; `state` is `yield_state`. Kernels call it first of all."""
     began_ns = monotonic_ns()
-    if began_ns < process[0]:
+    if began_ns < state[0]:
         return
     yield_processor()
     ended_ns = monotonic_ns()
     if ended_ns - began_ns <= LATE_NS:
-        process[1] = PAUSE_MIN_NS
+        state[1] = PAUSE_MIN_NS
         return
-    process[0] = ended_ns + process[1]
-    process[1] = min(2 * process[1], PAUSE_MAX_NS)
+    state[0] = ended_ns + state[1]
+    state[1] = min(2 * state[1], PAUSE_MAX_NS)

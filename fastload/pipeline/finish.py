@@ -35,6 +35,7 @@ from fastload.decode.optional import Present, decode_optional
 from fastload.decode.plain import Raw
 from fastload.errors import ConfigError, DecodeError, MissingColumnError
 from fastload.kernels.interleave import interleave_offsets, interleave_rows, interleave_values
+from fastload.kernels.yielding import yield_state
 from fastload.pipeline.columns import KEY, URL, ColumnSet
 from fastload.ragged import Ragged, presence, unchecked
 from fastload.transport.slots import Slots
@@ -427,7 +428,7 @@ def _ragged(parts: Sequence[Ragged], part_of: PartOf, slots: Slots) -> Ragged:
     assert wrong < 0, f"sample {wrong} is not there"
     dtype = values[0].dtype
     out = slots.take(int(offsets[-1]) * dtype.itemsize)
-    wrong = interleave_values(part_of, *_places(values), offsets, dtype.itemsize, _scratch(parts), out)
+    wrong = interleave_values(yield_state, part_of, *_places(values), offsets, dtype.itemsize, _scratch(parts), out)
     assert wrong < 0, f"sample {wrong} is not there"
     shapes = None
     if any(part.shapes is not None for part in parts):

@@ -33,7 +33,7 @@ from typing import Any, Protocol
 from fastload import callers
 from fastload.cpu_priority import let_breathe, take_long_turns
 from fastload.errors import ServiceError
-from fastload.kernels.yielding import start_giving_way
+from fastload.kernels.yielding import start_yielding
 from fastload.lifecycle import Ending, end_at_exit, join_at_exit
 from fastload.waiting import Waits, wait
 
@@ -251,7 +251,7 @@ class DecodePool:
     """`thread_count` threads that run tasks in the order in which they were submitted."""
 
     def __init__(self, thread_count: int, name: str = "fastload-decode") -> None:
-        start_giving_way()
+        start_yielding()
         self.thread_count = thread_count
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._threads = [

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from fastload.errors import MissingColumnError
 from fastload.formats import ShardIndex
 from fastload.kernels.rows import append_keys, fill_places, find_rows, look_up, write_keys
+from fastload.kernels.yielding import yield_state
 from fastload.pipeline.columns import shown
 from fastload.plan import BatchEntry
 
@@ -109,7 +110,7 @@ class Window:
             if columns not in self._places:
                 self._places[columns] = self._places_of(columns)
             places = self._places[columns]
-        missing: int = look_up(places, rows, samples, values.first_chunk, values.offset, values.size)
+        missing: int = look_up(yield_state, places, rows, samples, values.first_chunk, values.offset, values.size)
         if missing < 0:
             row, sample = rows[-1 - missing], samples[-1 - missing]
             raise IndexError(f"row {row} is none of {len(places)}, or sample {sample} none of {values.size.shape[1]}")
@@ -120,7 +121,7 @@ class Window:
         if not len(rows):
             return []
         text = np.empty(len(rows) * (self._key_bytes_max + 1), np.uint8)
-        byte_count = write_keys(self._key_bytes, self._key_starts, rows, text)
+        byte_count = write_keys(yield_state, self._key_bytes, self._key_starts, rows, text)
         if byte_count < 0:
             raise IndexError(f"row {rows[-1 - byte_count]} is none of {len(self._key_starts) - 1}")
         return str(text.data[: byte_count - 1], "utf-8", "backslashreplace").split("\0")

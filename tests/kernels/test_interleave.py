@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastload.kernels.interleave import interleave_offsets, interleave_rows, interleave_values
+from fastload.kernels.yielding import yield_state
 
 PARTS = st.lists(st.lists(st.binary(max_size=9), max_size=6), min_size=1, max_size=4)
 
@@ -44,7 +45,8 @@ def test_items_of_any_length(parts: list[list[bytes]], seed: int) -> None:
     wide = [np.frombuffer(b"".join(part), np.uint8).astype(np.uint16) for part in parts]
     sizes = np.array([array.nbytes for array in wide])
     out = np.zeros(len(b"".join(expected)), np.uint16)
-    assert interleave_values(part_of, addresses(wide), sizes, offsets, 2, zeros(parts), out.view(np.uint8)) == -1
+    wide_parts = part_of, addresses(wide), sizes
+    assert interleave_values(yield_state, *wide_parts, offsets, 2, zeros(parts), out.view(np.uint8)) == -1
     assert out.tolist() == list(b"".join(expected))
 
 
@@ -65,10 +67,11 @@ def test_what_a_part_does_not_have_is_refused() -> None:
     for part_of, wrong in (([0, 0, 0], 2), ([0, 1], 1), ([0, -1], 1)):
         order = np.array(part_of, np.int32)
         assert interleave_rows(order, where, sizes, 3, zeros([0]), out) == wrong
-        assert interleave_values(order, where, sizes, np.arange(4) * 3, 1, zeros([0]), out) == wrong
+        assert interleave_values(yield_state, order, where, sizes, np.arange(4) * 3, 1, zeros([0]), out) == wrong
     assert interleave_rows(np.zeros(2, np.int32), where, sizes, 3, zeros([0]), out[:5]) == 1
-    assert interleave_values(np.zeros(2, np.int32), where, sizes, np.array([0, 3, 6]), 1, zeros([0]), out[:5]) == 1
-    assert interleave_values(np.zeros(2, np.int32), where, sizes, np.array([3, 0, 3]), 1, zeros([0]), out) == 0
+    first = np.zeros(2, np.int32), where, sizes
+    assert interleave_values(yield_state, *first, np.array([0, 3, 6]), 1, zeros([0]), out[:5]) == 1
+    assert interleave_values(yield_state, *first, np.array([3, 0, 3]), 1, zeros([0]), out) == 0
     starts = np.array([0, 1, 2])
     assert (
         interleave_offsets(np.zeros(3, np.int32), addresses([starts]), np.array([2]), zeros([0]), np.zeros(4, np.int64))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastload.kernels.rows import fill_places, find_rows, look_up, write_keys
+from fastload.kernels.yielding import yield_state
 
 COLUMNS = 3
 
@@ -84,7 +85,7 @@ def test_values_are_looked_up(seed: int, samples: int, count: int) -> None:
     rows = random.integers(0, samples, count if samples else 0)
     to = random.permutation(len(rows) + 2)[: len(rows)]
     first_chunk, offset, size = np.full((3, COLUMNS, len(rows) + 2), 9)
-    missing = look_up(table, rows, to, first_chunk, offset, size)
+    missing = look_up(yield_state, table, rows, to, first_chunk, offset, size)
     nowhere = 0
     for row, sample in zip(rows.tolist(), to.tolist(), strict=True):
         there = {column: (at, length) for column, at, length in members[row]}
@@ -101,7 +102,7 @@ def test_values_are_looked_up(seed: int, samples: int, count: int) -> None:
 def test_rows_that_are_none_are_refused(row: int, sample: int) -> None:
     _, table = places(5, 4)
     first_chunk, offset, size = np.zeros((3, COLUMNS, 5), np.int64)
-    assert look_up(table, np.array([1, row]), np.array([1, sample]), first_chunk, offset, size) == -2
+    assert look_up(yield_state, table, np.array([1, row]), np.array([1, sample]), first_chunk, offset, size) == -2
 
 
 KEYS = [b"a", b"", "é/ü.x".encode(), b"c" * 70, b"d"]
@@ -113,10 +114,10 @@ KEY_BYTES = np.frombuffer(b"".join(KEYS), np.uint8)
 def test_keys_are_written_with_a_nul_after_each(rows: list[int]) -> None:
     expected = b"".join(KEYS[row] + b"\0" for row in rows)
     text = np.full(len(expected) + 3, 7, np.uint8)
-    assert write_keys(KEY_BYTES, STARTS, np.array(rows, np.int64), text) == len(expected)
+    assert write_keys(yield_state, KEY_BYTES, STARTS, np.array(rows, np.int64), text) == len(expected)
     assert text.tobytes() == expected + b"\7\7\7"
 
 
 def test_keys_that_are_none_or_too_long_are_refused() -> None:
     for rows, room in (([0, 5], 99), ([0, -1], 99), ([0, 3], 72), ([0, 0], 3)):
-        assert write_keys(KEY_BYTES, STARTS, np.array(rows), np.zeros(room, np.uint8)) == -2
+        assert write_keys(yield_state, KEY_BYTES, STARTS, np.array(rows), np.zeros(room, np.uint8)) == -2

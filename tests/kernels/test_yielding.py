@@ -1,4 +1,4 @@
-"""Kernels that give way: compiled and in Python, with time passed in and with the real one."""
+"""Kernels that yield the processor: compiled and in Python, with time passed in and with the real one."""
 
 import subprocess
 import sys
@@ -9,12 +9,21 @@ import numpy as np
 import pytest
 
 from fastload.kernels import yielding
-from fastload.kernels.jit import IS_PLAIN, boolean, int64, kernel
-from fastload.kernels.yielding import LATE_NS, NEVER, PAUSE_MAX_NS, PAUSE_MIN_NS, give_way, monotonic_ns
+from fastload.kernels.jit import array_out, boolean, int64, kernel
+from fastload.kernels.yielding import (
+    LATE_NS,
+    NEVER,
+    PAUSE_MAX_NS,
+    PAUSE_MIN_NS,
+    monotonic_ns,
+    yield_state,
+    yield_to_others,
+)
 
 
-@kernel(int64(int64), gives_way=True)
-def twice(number):
+@kernel(int64(array_out(int64), int64))
+def twice(state, number):
+    yield_to_others(state)
     return 2 * number
 
 
@@ -24,12 +33,12 @@ def compiled_monotonic_ns(_):
 
 
 @pytest.fixture
-def giving_way():
-    """This process gives way, and is afterwards as it was before."""
-    before = yielding.state.copy()
-    yielding.state[:] = 0, PAUSE_MIN_NS
+def yields():
+    """This process yields the processor, and is afterwards as it was before."""
+    before = yield_state.copy()
+    yield_state[:] = 0, PAUSE_MIN_NS
     yield
-    yielding.state[:] = before
+    yield_state[:] = before
 
 
 def in_python(function):
@@ -43,22 +52,21 @@ def test_the_clock_is_pythons():
         assert before <= now <= after
 
 
-@pytest.mark.skipif(IS_PLAIN, reason="kernels are plain Python functions, which never do")
-@pytest.mark.usefixtures("giving_way")
-def test_a_kernel_gives_way_each_time_that_it_is_called():
+@pytest.mark.usefixtures("yields")
+def test_a_kernel_yields_each_time_that_it_is_called():
     some_ns = 12_345
-    for first_ns, is_given in ((0, True), (NEVER, False)):
-        yielding.state[:] = first_ns, some_ns
-        assert twice(1) == 2
-        assert (yielding.state[1] != some_ns) == is_given  # it has been early, and there is no pause, or late
-        yielding.state[:] = first_ns, some_ns
+    for first_ns, does in ((0, True), (NEVER, False)):
+        yield_state[:] = first_ns, some_ns
+        assert twice(yield_state, 1) == 2
+        assert (yield_state[1] != some_ns) == does  # it has been early, and there is no pause, or late
+        yield_state[:] = first_ns, some_ns
         compiled_monotonic_ns(False)
-        assert yielding.state.tolist() == [first_ns, some_ns]  # others do not
+        assert yield_state.tolist() == [first_ns, some_ns]  # others do not
 
 
-@pytest.mark.usefixtures("giving_way")
-def test_a_kernel_that_gives_way_does_what_it_does():
-    """With others at work on every processor: it is given way to them, and not for ever."""
+@pytest.mark.usefixtures("yields")
+def test_a_kernel_that_yields_does_what_it_does():
+    """With others at work on every processor: they get it, and not for ever."""
     is_over = threading.Event()
 
     def work() -> None:
@@ -70,29 +78,29 @@ def test_a_kernel_that_gives_way_does_what_it_does():
     for other in others:
         other.start()
     try:
-        assert [twice(number) for number in range(100)] == list(range(0, 200, 2))
+        assert [twice(yield_state, number) for number in range(100)] == list(range(0, 200, 2))
     finally:
         is_over.set()
         for other in others:
             other.join()
 
 
-def test_only_a_process_that_has_begun_to_gives_way():
+def test_only_a_process_that_has_begun_to_yields():
     code = """
 import time
-from fastload.kernels import yielding
+from fastload.kernels.yielding import NEVER, PAUSE_MIN_NS, start_yielding, yield_state
 from tests.kernels.test_yielding import twice
-assert yielding.state.tolist() == [yielding.NEVER, yielding.PAUSE_MIN_NS]
-twice(1)
-assert yielding.state.tolist() == [yielding.NEVER, yielding.PAUSE_MIN_NS]
-yielding.start_giving_way()
-assert yielding.state.tolist() == [0, yielding.PAUSE_MIN_NS]
+assert yield_state.tolist() == [NEVER, PAUSE_MIN_NS]
+twice(yield_state, 1)
+assert yield_state.tolist() == [NEVER, PAUSE_MIN_NS]
+start_yielding()
+assert yield_state.tolist() == [0, PAUSE_MIN_NS]
 began_ns = time.monotonic_ns()
-twice(1)
-found = yielding.state[0]
+twice(yield_state, 1)
+found = yield_state[0]
 assert found == 0 or found > began_ns
-yielding.start_giving_way()
-assert yielding.state[0] == found
+start_yielding()
+assert yield_state[0] == found
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -110,7 +118,6 @@ class Processor:
 
 def test_who_keeps_the_processor_is_not_offered_it_for_a_while(monkeypatch):
     processor = Processor()
-    monkeypatch.setattr(yielding, "array_at", in_python(yielding.array_at))
     monkeypatch.setattr(yielding, "monotonic_ns", lambda: processor.now_ns)
     monkeypatch.setattr(yielding, "yield_processor", processor.yield_processor)
     state = np.array([0, PAUSE_MIN_NS])
@@ -118,7 +125,7 @@ def test_who_keeps_the_processor_is_not_offered_it_for_a_while(monkeypatch):
     def offers(times: int) -> int:
         before = processor.offers
         for _ in range(times):
-            in_python(give_way)(state.ctypes.data)
+            in_python(yield_to_others)(state)
         return processor.offers - before
 
     assert offers(5) == 5  # nobody is there
