@@ -63,9 +63,13 @@ def compile_kernels(
 
 def _show_status() -> None:
     """The kernels of this machine's level, and the C unit: where they are, or why not and what helps."""
-    from fastload.decode import native
-    from fastload.kernels import loading, objects
+    from fastload.kernels import jit, loading, objects
 
+    why = jit.why_plain("llvmlite", "numpy")
+    if why is not None:
+        print(f"kernels: numba compiles them in each user's first job, and keeps them, since {why}")
+        _show_c_unit()
+        raise typer.Exit(3)
     level, names = loading.level_here(), object_names(module_names(), loading.level_here())
     missing = [name for name in names if objects.find(name) is None]
     installed = sum((objects.INSTALLED / name).exists() for name in names)
@@ -75,10 +79,16 @@ def _show_status() -> None:
     if missing:
         print(f"    the first job compiles {len(missing)}, since {objects.why_not_installed(missing[0])};")
         print("    `fastload compile` does it now")
-    unit = native.path()
-    print(f"C unit: {unit}" if unit is not None else f"C unit: none, {native.why_not()}")
+    _show_c_unit()
     if missing:
         raise typer.Exit(3)
+
+
+def _show_c_unit() -> None:
+    from fastload.decode import native
+
+    unit = native.path()
+    print(f"C unit: {unit}" if unit is not None else f"C unit: none, {native.why_not()}")
 
 
 def _modules(decoders: list[str]) -> list[str]:

@@ -17,6 +17,10 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from fastload.errors import ConfigError
+from fastload.kernels import jit, objects
+from fastload.kernels.declare import units
+
 __all__ = [
     "FIRST_BATCH",
     "OF_DECODERS",
@@ -29,23 +33,24 @@ __all__ = [
     "warm_up",
 ]
 
-FIRST_BATCH = ("dealing", "permute", "tarindex", "grouping", "rows", "gather", "locate", "bijection")
+FIRST_BATCH = ("order", "tarindex", "grouping", "rows", "gather")
 """What the first batch needs of compiled code, beside its decoders'."""
-OF_DECODERS = {"image": ("keys", "resize"), "integer": ("parse",), "number": ()}
+OF_DECODERS = {"image": ("resize",), "integer": ("parse",), "number": ()}
 """What these decoders may need: images only where there is no C unit."""
 
 
+_COMPILER = {"compiler", "declare", "entries", "intrinsics", "jit", "loading", "objects", "plain", "yielding"}
+
+
 def module_names() -> list[str]:
-    """All modules of this package, some of which hold kernels."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
+    """The modules of this package that hold kernels."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py") if path.stem not in _COMPILER)
 
 
 def warm_up(*modules: str) -> int:
     """Import these modules of `fastload.kernels` and load all their kernels, compiling what nobody has compiled yet;
     returns the number of kernels.
     """
-    from fastload.kernels import jit
-
     return jit.prepare(*map(_imported, modules))
 
 
@@ -58,19 +63,22 @@ def compile_into(
     on_unit: Callable[[str], None] = lambda _: None,
 ) -> int:
     """Compile these modules' kernels for these levels of processor, or all that this kind of machine has, into a folder
-    for object files; returns how many were not there yet.
+    for object files; returns how many were not there yet. ConfigError where they are compiled the plain way.
     """
-    from fastload.kernels import jit, loading, objects
+    from fastload.kernels import loading
 
+    why = jit.why_plain()
+    if why is not None:
+        raise ConfigError(f"kernels cannot be compiled ahead: {why}; each job has numba compile them, and keeps them")
     count = 0
-    for unit in jit.units(*map(_imported, modules)):
+    for unit in units(*map(_imported, modules)):
         on_unit(unit.module)
-        names = {level: unit.object_name(level) for level in levels or loading.LEVELS}
+        names = {level: jit.object_name(unit, level) for level in levels or loading.LEVELS}
         missing = [level for level, name in names.items() if objects.find_in(folder, name) is None]
         if missing:
             from fastload.kernels import compiler  # which imports numba
 
-            for level, code in compiler.compile_unit(unit, missing).items():
+            for level, code in compiler.compile_unit(unit, missing, checks_bounds=jit.CHECKS_BOUNDS).items():
                 objects.write(folder, names[level], code, is_public=is_public)
         count += len(missing)
     return count
@@ -78,21 +86,13 @@ def compile_into(
 
 def object_names(modules: Iterable[str], level: str) -> list[str]:
     """The names of these modules' object files for a level of processor; modules without kernels have none."""
-    from fastload.kernels import jit
-
-    return [unit.object_name(level) for unit in jit.units(*map(_imported, modules))]
+    return [jit.object_name(unit, level) for unit in units(*map(_imported, modules))]
 
 
 def is_compiled(module: str) -> bool:
-    """Whether the kernels of this module can be called without compiling: they are loaded, or an object file that fits
-    is found.
-    """
-    from fastload.kernels import jit, loading, objects
-
+    """Whether the kernels of this module can be called without compiling: they are loaded, or are found compiled."""
     return all(
-        all(kernel.is_ready for kernel in unit.kernels)
-        or objects.find(unit.object_name(loading.level_here())) is not None
-        for unit in jit.units(_imported(module))
+        all(kernel.is_ready for kernel in unit.kernels) or jit.is_found(unit) for unit in units(_imported(module))
     )
 
 

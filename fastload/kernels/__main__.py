@@ -11,8 +11,15 @@ from fastload.kernels import objects
 def main(folder: Path, levels: list[str]) -> None:
     """Ends with the cause and the cure where it cannot be done."""
     try:
-        from fastload.kernels import compile_into, loading, module_names
+        from fastload.kernels import compile_into, jit, loading, module_names
 
+        folder.mkdir(parents=True, exist_ok=True)
+        why = jit.why_plain()
+        if why is not None:
+            print(
+                f"fastload's kernels are not compiled here but in each user's first job, since {why}", file=sys.stderr
+            )
+            return
         compile_into(folder, module_names(), [loading.level_here() if each == "here" else each for each in levels])
     except ImportError as error:
         sys.exit(

@@ -26,8 +26,8 @@ from numba.core.registry import cpu_target
 from numba.core.types import UniTuple  # type: ignore[attr-defined]
 from numba.core.typing import make_concrete_template
 
-from fastload.kernels import entries, intrinsics, jit, loading
-from fastload.kernels.jit import Array, Generated, Kernel, Scalar, Tuple, Unit, symbol
+from fastload.kernels import entries, intrinsics, loading
+from fastload.kernels.declare import Array, Generated, Kernel, Scalar, Tuple, Type, Unit
 
 __all__ = ["compile_unit"]
 
@@ -38,16 +38,17 @@ _C_LIBRARY = frozenset(
 
 
 @global_compiler_lock  # type: ignore[untyped-decorator]
-def compile_unit(unit: Unit, levels: Sequence[str]) -> dict[str, bytes]:
+def compile_unit(unit: Unit, levels: Sequence[str], *, checks_bounds: bool = False) -> dict[str, bytes]:
     """The object file of a unit for each of these levels of processor."""
-    library = _Lowering(unit).library
+    library = _Lowering(unit, checks_bounds).library
     return {level: _emitted(unit, library, level) for level in levels}
 
 
 class _Lowering:
     """A unit's kernels in one LLVM module, not optimised yet."""
 
-    def __init__(self, unit: Unit) -> None:
+    def __init__(self, unit: Unit, checks_bounds: bool) -> None:
+        self._checks_bounds = checks_bounds
         self._context = _context("")
         self.library = self._context.codegen().create_library(unit.module)
         self._typed: dict[Kernel, tuple[FunctionType, Any]] = {}
@@ -59,7 +60,7 @@ class _Lowering:
         if kernel not in self._typed:
             function = self._function(kernel.function)
             signature, flags = kernel.signature, Flags()
-            options = {**_OPTIONS, **kernel.options, "boundscheck": jit.CHECKS_BOUNDS}
+            options = {**_OPTIONS, **kernel.options, "boundscheck": self._checks_bounds}
             cpu_target.options.parse_as_flags(flags, options)
             flags.no_compile = True
             _refresh()
@@ -116,7 +117,7 @@ def _emitted(unit: Unit, lowered: Any, level: str) -> bytes:
     module.link_in(binding.parse_bitcode(lowered._final_module.as_bitcode()))
     for each in lowered._linking_libraries:  # what numba has written of itself in Python
         library.add_linking_library(each)
-    ours = {symbol(entry) for entry in unit.kernels}
+    ours = {entry.symbol for entry in unit.kernels}
     for function in module.functions:
         if not function.is_declaration and function.name not in ours:
             function.linkage = "internal"  # so that nothing is left of it once it is inlined
@@ -148,7 +149,7 @@ def _refresh() -> None:
     cpu_target.target_context.refresh()
 
 
-def _numba_type(of: jit.Type) -> Any:
+def _numba_type(of: Type) -> Any:
     if isinstance(of, Array):
         return types.Array(_numba_type(of.element), of.dimensions, "C", readonly=not of.is_writable)
     if isinstance(of, Tuple):

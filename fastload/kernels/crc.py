@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fastload.kernels.jit import array_in, array_out, kernel, uint64, void
+from fastload.kernels.declare import array_in, array_out, kernel, uint64, void
 
 __all__ = ["advance"]
 

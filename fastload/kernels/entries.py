@@ -18,8 +18,8 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils
 from numba.np.arrayobj import populate_array
 
-from fastload.kernels import jit, layout, loading
-from fastload.kernels.jit import Array, Entry, symbol
+from fastload.kernels import loading
+from fastload.kernels.declare import Array, Entry, Type, boolean, float64, int64
 
 __all__ = ["add_entry"]
 
@@ -40,20 +40,20 @@ _POINTER = _BYTE.as_pointer()
 
 def add_entry(library: Any, context: Any, entry: Entry, made: Any) -> None:
     """Add a kernel's entry to a library that has the kernel, which numba describes as `made`."""
-    module = library.create_ir_module(symbol(entry))
+    module = library.create_ir_module(entry.symbol)
     conventions, wanted = context.call_conv, entry.signature.arguments
     kind = conventions.get_function_type(made.restype, made.argtypes)
     callee = ir.Function(module, kind, made.llvm_func_name)
-    call = _Call(module, symbol(entry))
+    call = _Call(module, entry.symbol)
     call.refuse_unless(call.builder.icmp_signed("==", call.count, _INT64(len(wanted))), len(wanted))
     taken = [_taken(context, call, place, *each) for place, each in enumerate(zip(wanted, made.argtypes, strict=True))]
     state = call.python(_POINTER, "PyEval_SaveThread")
     status, result = conventions.call_function(call.builder, callee, made.restype, made.argtypes, taken)
     call.python(ir.VoidType(), "PyEval_RestoreThread", state)
     call.refuse_unless(call.builder.not_(status.is_error), -1)
-    if entry.signature.returns == jit.int64:
+    if entry.signature.returns == int64:
         returned = call.python(_POINTER, "PyLong_FromLongLong", result)
-    elif entry.signature.returns == jit.boolean:
+    elif entry.signature.returns == boolean:
         returned = call.python(_POINTER, "PyBool_FromLong", call.builder.zext(result, _INT64))
     else:
         returned = call.python(_POINTER, "Py_BuildValue", call.text(""), is_variadic=True)
@@ -61,20 +61,20 @@ def add_entry(library: Any, context: Any, entry: Entry, made: Any) -> None:
     library.add_ir_module(module)
 
 
-def _taken(context: Any, call: _Call, place: int, wanted: jit.Type, kind: Any) -> ir.Value:
+def _taken(context: Any, call: _Call, place: int, wanted: Type, kind: Any) -> ir.Value:
     """An argument, checked, as numba's functions take it."""
     given = call.argument(place)
     if not isinstance(wanted, Array):
         return call.number(given, wanted)
     call.refuse_unless(_is_array(call, given, wanted), place, given)
     array = context.make_array(kind)(context, call.builder)
-    of = call.field(given, layout.Header, "shape", _INT64.as_pointer())
+    of = call.field(given, loading.Header, "shape", _INT64.as_pointer())
     shape = [call.builder.load(call.builder.gep(of, [_INT32(axis)])) for axis in range(wanted.dimensions)]
     item_bytes = np.dtype(_LETTERS[wanted.element.name][0]).itemsize
     strides: list[Any] = [_INT64(item_bytes)]
     for length in reversed(shape[1:]):
         strides.insert(0, call.builder.mul(strides[0], length))
-    data = call.field(given, layout.Header, "data", array.data.type)
+    data = call.field(given, loading.Header, "data", array.data.type)
     populate_array(array, data, shape, strides, item_bytes, meminfo=None)
     return array._getvalue()
 
@@ -82,14 +82,14 @@ def _taken(context: Any, call: _Call, place: int, wanted: jit.Type, kind: Any) -
 def _is_array(call: _Call, given: ir.Value, wanted: Array) -> ir.Value:
     """Whether a Python object is an array as it is wanted; what else it may be is shorter than an array."""
     builder = call.builder
-    is_any = builder.icmp_unsigned("==", call.field(given, layout.Header, "type", _POINTER), call.array_type)
+    is_any = builder.icmp_unsigned("==", call.field(given, loading.Header, "type", _POINTER), call.array_type)
     before = builder.block
     with builder.if_then(is_any, likely=True):
-        needed = layout.CONTIGUOUS | layout.ALIGNED | (layout.WRITABLE if wanted.is_writable else 0)
-        flags = builder.and_(call.field(given, layout.Header, "flags", _INT32), _INT32(needed))
-        dimensions = call.field(given, layout.Header, "dimensions", _INT32)
-        descr = call.field(given, layout.Header, "descr", _POINTER)
-        number = call.field(descr, layout.Descr, "number", _INT32)
+        needed = loading.CONTIGUOUS | loading.ALIGNED | (loading.WRITABLE if wanted.is_writable else 0)
+        flags = builder.and_(call.field(given, loading.Header, "flags", _INT32), _INT32(needed))
+        dimensions = call.field(given, loading.Header, "dimensions", _INT32)
+        descr = call.field(given, loading.Header, "descr", _POINTER)
+        number = call.field(descr, loading.Descr, "number", _INT32)
         numbers = [np.dtype(each).num for each in _LETTERS[wanted.element.name]]
         swapped = _BYTE(ord(">" if sys.byteorder == "little" else "<"))
         is_wanted = functools.reduce(
@@ -98,7 +98,7 @@ def _is_array(call: _Call, given: ir.Value, wanted: Array) -> ir.Value:
                 builder.icmp_unsigned("==", flags, _INT32(needed)),
                 builder.icmp_unsigned("==", dimensions, _INT32(wanted.dimensions)),
                 functools.reduce(builder.or_, [builder.icmp_unsigned("==", number, _INT32(each)) for each in numbers]),
-                builder.icmp_unsigned("!=", call.field(descr, layout.Descr, "byteorder", _BYTE), swapped),
+                builder.icmp_unsigned("!=", call.field(descr, loading.Descr, "byteorder", _BYTE), swapped),
             ],
         )
         inside = builder.block
@@ -123,12 +123,12 @@ class _Call:
         """The Python object at a place."""
         return self.builder.load(self.builder.gep(self._arguments, [_INT64(place)]))
 
-    def number(self, given: ir.Value, wanted: jit.Type) -> ir.Value:
+    def number(self, given: ir.Value, wanted: Type) -> ir.Value:
         """A number as C has it. What is none is refused by Python."""
-        if wanted == jit.float64:
+        if wanted == float64:
             value = self.python(ir.DoubleType(), "PyFloat_AsDouble", given)
             is_odd = self.builder.fcmp_ordered("==", value, ir.DoubleType()(-1.0))
-        elif wanted == jit.int64:
+        elif wanted == int64:
             value = self.python(_INT64, "PyLong_AsLongLong", given)
             is_odd = self.builder.icmp_signed("==", value, _INT64(-1))
         else:

@@ -1,4 +1,4 @@
-"""Copying values out of the arena: one call for all values of a batch's column.
+"""Copying values out of the arena: one call for all values of a batch's column; and which shard a sample lies in.
 
 A value (one member of a shard) is a range of its shard; a shard is a run of chunk numbers; a chunk, where it
 is present, lies somewhere in the arena. So a value is one piece, or several where it spans chunks, and its
@@ -17,6 +17,11 @@ in order, 32 no better than 16; a line a value is not enough, since a processor 
 
 Large values of a batch that no cache holds are written past them: 23 MB in values of 9 to 150 kB take 2.4 ms, and 3.4
 as the C library copies them, or one block.
+
+`locate` finds the shards of samples that are numbered through many shards, in no order. A binary search over all ends
+takes 0.2 us at a million shards, since it misses the cache at every step. So sample numbers are cut into buckets of a
+power of two, up to twice as many samples as a shard has; each knows the first shard that ends beyond its beginning, and
+the search goes on between two of these: 20 ns at a million shards, 7 at eight.
 """
 
 from __future__ import annotations
@@ -35,14 +40,13 @@ from fastload.kernels.copying import (
     prefetch,
     scratch,
 )
-from fastload.kernels.jit import array_in, array_out, helper, int64, kernel, tuple_of, uint8
+from fastload.kernels.declare import array_in, array_out, helper, int32, int64, kernel, tuple_of, uint8, void
 from fastload.kernels.yielding import yield_state, yield_to_others
 
-__all__ = ["gather", "gather_columns", "lay_out"]
+__all__ = ["fill_buckets", "gather", "gather_columns", "lay_out", "locate"]
 
 Int64s = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
-
 _ints, _tables, _bytes = array_in(int64), array_in(int64, 2), array_in(uint8)
 
 _AHEAD = 16  # values whose bytes have been asked for; a power of two
@@ -296,3 +300,43 @@ def mark_chunks(
     for number in range(found):
         seen[out[number]] = 0
     return found if bad < 0 else -1 - bad
+
+
+@kernel(void(array_in(int64), int64, array_out(int32)))
+def fill_buckets(ends: NDArray[np.int64], shift: int, buckets: NDArray[np.int32]) -> None:
+    """For each bucket b the first shard that ends beyond sample b << shift; the number of shards where none does."""
+    shard = 0
+    for bucket in range(buckets.size):
+        while shard < ends.size and ends[shard] <= bucket << shift:
+            shard += 1
+        buckets[bucket] = shard
+
+
+@kernel(
+    void(array_in(int64), array_in(int32), int64, array_in(int32), array_in(int64), array_out(int32), array_out(int64))
+)
+def locate(
+    ends: NDArray[np.int64],
+    buckets: NDArray[np.int32],
+    shift: int,
+    objects: NDArray[np.int32],
+    numbers: NDArray[np.int64],
+    object_no: NDArray[np.int32],
+    sample_no: NDArray[np.int64],
+) -> None:
+    """For each of `numbers`, samples numbered through shards that end at `ends`: which of `objects` its shard is, and
+    its number there.
+
+    `buckets` has one entry more than the bucket of the last sample. A shard without samples is stepped over.
+    """
+    for i in range(numbers.size):
+        number = numbers[i]
+        low, high = np.int64(buckets[number >> shift]), np.int64(buckets[(number >> shift) + 1])
+        while low < high:
+            middle = (low + high) >> 1
+            if ends[middle] <= number:
+                low = middle + 1
+            else:
+                high = middle
+        object_no[i] = objects[low]
+        sample_no[i] = number - (ends[low - 1] if low > 0 else 0)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastload.kernels.copying import copy_bytes
-from fastload.kernels.jit import array_in, array_out, boolean, helper, int32, int64, kernel, uint8
+from fastload.kernels.declare import array_in, array_out, boolean, helper, int32, int64, kernel, uint8
 
 __all__ = ["group"]
 

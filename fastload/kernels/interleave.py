@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastload.kernels.copying import array_at, copy_range
-from fastload.kernels.jit import array_in, array_out, int32, int64, kernel, uint8
+from fastload.kernels.declare import array_in, array_out, int32, int64, kernel, uint8
 from fastload.kernels.yielding import yield_to_others
 
 __all__ = ["interleave_offsets", "interleave_rows", "interleave_values"]

@@ -31,223 +31,34 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import logging
 import os
+import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from types import FunctionType
-from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
 from fastload.kernels import objects
+from fastload.kernels.declare import Kernel, Unit, load_with, units
 from fastload.lifecycle import held_while_forking
 
-__all__ = [
-    "Generated",
-    "Kernel",
-    "Unit",
-    "array_in",
-    "array_out",
-    "boolean",
-    "float32",
-    "float64",
-    "generated",
-    "helper",
-    "int32",
-    "int64",
-    "kernel",
-    "tuple_of",
-    "uint8",
-    "uint64",
-    "void",
-]
+__all__ = ["PLAIN", "TRIED", "is_found", "object_name", "prepare", "why_plain"]
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-IS_PLAIN = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
 CHECKS_BOUNDS = os.environ.get("NUMBA_BOUNDSCHECK", "0") not in ("", "0")
+
+TRIED = {"numba": ((0, 60), (0, 68)), "llvmlite": ((0, 43), (0, 50)), "numpy": ((1, 26), (2, 4))}
+"""The first and the last version of each with which the compiler here, and what it makes, has been tried."""
+PLAIN = "FASTLOAD_PLAIN_NUMBA"
+"""Where this variable is 1, kernels are compiled the plain way."""
 
 # What the code of entries relies on, beside Python's stable interface. Part of an object's name.
 _CONVENTION = f"1 {object.__basicsize__} {sys.byteorder} {CHECKS_BOUNDS}"
 
-
-# Types. Numba has them too, and takes a fifth of a second to import.
-
-
-@dataclass(frozen=True, slots=True)
-class Scalar:
-    """A number, or nothing. Called with types, it is the signature of a function that takes these and returns it; with
-    a number, in a kernel, it makes that one of its kind.
-    """
-
-    name: str
-
-    def __call__(self, *arguments: Any) -> Any:
-        if arguments and not isinstance(arguments[0], (Scalar, Array, Tuple)):
-            return np.dtype(self.name).type(*arguments)
-        return Signature(self, arguments)
-
-    def __str__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True, slots=True)
-class Array:
-    """A C-contiguous array."""
-
-    element: Scalar
-    dimensions: int
-    is_writable: bool
-
-    def __str__(self) -> str:
-        return f"{'writable ' if self.is_writable else ''}array({self.element}, {self.dimensions}d)"
-
-
-@dataclass(frozen=True, slots=True)
-class Tuple:
-    """Several numbers of one type, which a helper returns."""
-
-    element: Scalar
-    count: int
-
-    def __call__(self, *arguments: Type) -> Signature:
-        return Signature(self, arguments)
-
-    def __str__(self) -> str:
-        return f"{self.element} x {self.count}"
-
-
-Type: TypeAlias = Scalar | Array | Tuple
-
-
-@dataclass(frozen=True, slots=True)
-class Signature:
-    """What a kernel returns and takes."""
-
-    returns: Type
-    arguments: tuple[Type, ...]
-
-    def __str__(self) -> str:
-        return f"{self.returns}({', '.join(map(str, self.arguments))})"
-
-
-boolean, float32, float64, int32, int64, uint8, uint64, void = map(
-    Scalar, ("boolean", "float32", "float64", "int32", "int64", "uint8", "uint64", "void")
-)
-tuple_of = Tuple
-
-
-def array_in(element: Scalar, dimensions: int = 1) -> Array:
-    """A C-contiguous array that a kernel only reads; takes writable and read-only ones alike."""
-    return Array(element, dimensions, is_writable=False)
-
-
-def array_out(element: Scalar, dimensions: int = 1) -> Array:
-    """A C-contiguous array that a kernel writes into."""
-    return Array(element, dimensions, is_writable=True)
-
-
-# Kernels
-
-
-class Kernel:
-    """A compiled function. Called first, it is loaded, and compiled where it has to be. Any thread may call it."""
-
-    def __init__(self, function: FunctionType, signature: Signature, options: dict[str, Any]) -> None:
-        assert isinstance(signature, Signature), f"{function.__name__}: a signature of this page's types is needed"
-        functools.update_wrapper(self, function)
-        self.function, self.signature, self.options = function, signature, options
-
-    def __call__(self, *args: Any) -> Any:
-        raise TypeError(f"{self.function.__qualname__} is a helper: kernels call it, and Python cannot")
-
-
-class Entry(Kernel):
-    """A kernel that Python calls."""
-
-    def __init__(self, function: FunctionType, signature: Signature, options: dict[str, Any]) -> None:
-        super().__init__(function, signature, options)
-        takes = all(isinstance(each, Array) or each in (boolean, float64, int64) for each in signature.arguments)
-        is_for_python = takes and signature.returns in (boolean, int64, void)
-        assert is_for_python, f"{function.__name__} is one for @helper"
-        self._run: Callable[..., Any] = self._run_first
-        _entries.setdefault(function.__module__, []).append(self)
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it has been loaded."""
-        return self._run != self._run_first
-
-    def __call__(self, *args: Any) -> Any:
-        return self._run(*args)
-
-    def bind(self, builtin: Callable[..., Any]) -> None:
-        """Be this function from now on."""
-        self._run = builtin
-
-    def refuse(self, place: int, given: object) -> None:
-        """Called by the machine code: argument `place` is not what it has to be."""
-        name, wanted = self.function.__qualname__, self.signature.arguments
-        if place < 0:
-            raise RuntimeError(f"{name} failed: an index out of bounds, or an error in what numba compiled for it")
-        if place >= len(wanted):
-            raise TypeError(f"{name} takes {len(wanted)} arguments: {', '.join(map(str, wanted))}")
-        shown = type(given).__name__
-        if isinstance(given, np.ndarray):
-            access = "writable" if given.flags.writeable else "read-only"
-            shown = f"{access} {given.dtype} {shown}, shape {given.shape}, strides {given.strides}"
-        raise TypeError(f"{name}: argument {place} has to be a C-contiguous {wanted[place]}; it is a {shown}")
-
-    def _run_first(self, *args: Any) -> Any:
-        prepare(self.function.__module__)
-        assert self.is_ready, f"{self.function.__qualname__} was not among what was compiled"
-        return self._run(*args)
-
-
-class Generated:
-    """See `generated`."""
-
-    def __init__(self, function: FunctionType) -> None:
-        functools.update_wrapper(self, function)  # type: ignore[arg-type]  # nobody calls it
-        self.name = function.__name__
-
-
-def kernel(signature: Signature, /, **options: Any) -> Callable[[Function], Function]:
-    """Make a function a kernel: `@kernel(int64(array_in(uint8), int64))`. Python can call those that return int64,
-    boolean or nothing and take arrays, int64, float64 and boolean.
-
-    `options` are those of `numba.njit`, such as `fastmath=True`. Kernels raise nothing: a division by zero is whatever
-    the processor makes of it. They allocate nothing, either: scratch comes from the caller.
-    """
-    return lambda function: _made(Entry, function, signature, options)
-
-
-def helper(signature: Signature, /, **options: Any) -> Callable[[Function], Function]:
-    """Make a function one that kernels call: as `kernel`, of any types, and compiled into each module that uses it."""
-    return lambda function: _made(Kernel, function, signature, options)
-
-
-def generated(function: Function) -> Function:
-    """Make a function one that kernels call and whose code is that of `fastload.kernels.intrinsics`, under its name.
-    The decorated function says the same in Python, as far as that can.
-    """
-    assert isinstance(function, FunctionType), function
-    return function if IS_PLAIN else Generated(function)  # type: ignore[return-value]
-
-
-def _made(kind: Callable[..., Any], function: Function, signature: Signature, options: dict[str, Any]) -> Function:
-    assert isinstance(function, FunctionType), function
-    return function if IS_PLAIN else kind(function, signature, options)
-
-
-# Compiling and loading
-
-_entries: dict[str, list[Entry]] = {}  # by module
 # A child that is forked while another thread compiles would find numba half imported, and its locks held for ever.
 _lock = held_while_forking(threading.RLock())
 
@@ -258,28 +69,35 @@ _PROGRESS_S = 5.0
 _log = logging.getLogger("fastload.kernels")
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """What is compiled in one go: kernels of a module, which Python calls, with all that they call."""
+def why_plain(*packages: str) -> str | None:
+    """Why kernels are compiled the plain way, if they are, as far as these packages decide: all of those in `TRIED`, or
+    the ones that run what was compiled before.
+    """
+    if os.environ.get(PLAIN, "0") not in ("", "0"):
+        return f"{PLAIN} is set"
+    for name in packages or TRIED:
+        installed, (first, last) = importlib.import_module(name).__version__, TRIED[name]
+        numbers = re.match(r"(\d+)\.(\d+)", installed)
+        if numbers is None or not first <= (int(numbers[1]), int(numbers[2])) <= last:
+            return f"{name} {installed} is not among the versions that fastload's compiler was tried with"
+    return None
 
-    module: str
-    kernels: tuple[Entry, ...]
 
-    def object_name(self, level: str) -> str:
-        """The name of its object file: another one for each change of what the code is made of."""
-        digest = hashlib.blake2b(_CONVENTION.encode(), digest_size=12)
-        for each in self.kernels:
-            digest.update(f" {each.function.__qualname__} {each.signature} {each.options}".encode())
-        ingredients: set[Path | str] = {Path(__file__).parent / name for name in _COMPILER}
-        for each in self.kernels:
-            _add_ingredients(each, ingredients)
-        for one in sorted(_file_digest(each) if isinstance(each, Path) else each for each in ingredients):
-            digest.update(f" {one}".encode())
-        return f"{self.module.rpartition('.')[2]}-{digest.hexdigest()}.{level}.o"
+def object_name(unit: Unit, level: str) -> str:
+    """The name of a unit's object file: another one for each change of what the code is made of."""
+    digest = hashlib.blake2b(_CONVENTION.encode(), digest_size=12)
+    for each in unit.kernels:
+        digest.update(f" {each.function.__qualname__} {each.signature} {each.options}".encode())
+    ingredients: set[Path | str] = {Path(__file__).parent / name for name in _COMPILER}
+    for each in unit.kernels:
+        _add_ingredients(each, ingredients)
+    for one in sorted(_file_digest(each) if isinstance(each, Path) else each for each in ingredients):
+        digest.update(f" {one}".encode())
+    return f"{unit.module.rpartition('.')[2]}-{digest.hexdigest()}.{level}.o"
 
 
 # What decides about the code of any kernel.
-_COMPILER = ("compiler.py", "entries.py", "intrinsics.py", "jit.py", "layout.py", "loading.py")
+_COMPILER = ("compiler.py", "entries.py", "intrinsics.py", "declare.py", "loading.py")
 
 
 def _add_ingredients(kernel: Kernel, found: set[Path | str]) -> None:
@@ -300,11 +118,6 @@ def _file_digest(path: Path) -> str:
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
-def units(*modules: str) -> list[Unit]:
-    """What these modules, imported, have to be compiled."""
-    return [Unit(module, tuple(_entries[module])) for module in modules if module in _entries]
-
-
 def prepare(*modules: str) -> int:
     """Load the kernels of these modules, compiling those that are not found; returns how many the modules have."""
     missing = []
@@ -315,20 +128,41 @@ def prepare(*modules: str) -> int:
                 missing.append(module)
     if missing:
         _compile(missing)
-    return sum(len(_entries.get(module, ())) for module in modules)
+    return sum(len(unit.kernels) for unit in units(*modules))
+
+
+load_with(prepare)
 
 
 def _pending(module: str) -> Unit | None:
     """What is not loaded yet of a module, if anything."""
-    kernels = tuple(each for each in _entries.get(module, ()) if not each.is_ready)
+    kernels = tuple(each for unit in units(module) for each in unit.kernels if not each.is_ready)
     return Unit(module, kernels) if kernels else None
+
+
+def is_found(unit: Unit) -> bool:
+    """Whether a unit has been compiled, here or where fastload was installed."""
+    if _find(unit) is not None:
+        return True
+    if why_plain() is None:
+        return False
+    from fastload.kernels import plain
+
+    return plain.is_kept(unit.module)
+
+
+def _find(unit: Unit) -> bytes | None:
+    """Its object file, if there is one that can be used."""
+    if why_plain("llvmlite", "numpy") is not None:
+        return None
+    from fastload.kernels import loading  # llvmlite takes 20 ms to import
+
+    return objects.find(object_name(unit, loading.level_here()))
 
 
 def _load(unit: Unit) -> bool:
     """Whether it was found."""
-    from fastload.kernels import loading  # llvmlite takes 20 ms to import
-
-    code = objects.find(unit.object_name(loading.level_here()))
+    code = _find(unit)
     if code is not None:
         _bind(unit, code)
     return code is not None
@@ -336,30 +170,51 @@ def _load(unit: Unit) -> bool:
 
 def _compile(modules: Sequence[str]) -> None:
     """Compile and load what these have that is not loaded yet; one process says so at once, and how far it is."""
-    from fastload.kernels import loading
-
-    level = loading.level_here()
     began = said = time.monotonic()
-    speaks = False
+    why, speaks = why_plain(), False
     for number, module in enumerate(modules, 1):
         with _lock, objects.alone():
             unit = _pending(module)
             if unit is None or _load(unit):
                 continue  # by another thread or process, for which we have waited
-            from fastload.kernels import compiler
-
-            name = unit.object_name(level)
             speaks = speaks or objects.is_first_to_compile()
-            if speaks:
-                _announce("NUMBA_BOUNDSCHECK is set" if CHECKS_BOUNDS else objects.why_not_installed(name))
-            code = compiler.compile_unit(unit, [level])[level]
-            objects.keep(name, code)
-            _bind(unit, code)
+            if why is not None:
+                _compile_plainly(unit, why, speaks)
+            else:
+                _compile_ahead(unit, speaks)
         now = time.monotonic()
         if speaks and now - said > _PROGRESS_S:
             _log.warning("%d of %d modules of kernels are ready, after %.0f s", number, len(modules), now - began)
             said = now
         time.sleep(_TURN_S)
+
+
+def _compile_ahead(unit: Unit, speaks: bool) -> None:
+    from fastload.kernels import compiler, loading
+
+    level = loading.level_here()
+    name = object_name(unit, level)
+    if speaks:
+        _announce("NUMBA_BOUNDSCHECK is set" if CHECKS_BOUNDS else objects.why_not_installed(name))
+    code = compiler.compile_unit(unit, [level], checks_bounds=CHECKS_BOUNDS)[level]
+    objects.keep(name, code)
+    _bind(unit, code)
+
+
+def _compile_plainly(unit: Unit, why: str, speaks: bool) -> None:
+    from fastload.kernels import plain
+
+    if speaks and not plain.is_kept(unit.module):
+        _announce_plain(why)
+    plain.bind(unit)
+
+
+@functools.cache
+def _announce_plain(why: str) -> None:
+    _log.warning(
+        "fastload compiles its kernels now, some twenty seconds in all, and needs numba at every start, since %s",
+        why,
+    )
 
 
 @functools.cache  # once in a process
@@ -374,11 +229,6 @@ def _announce(reason: str) -> None:
 def _bind(unit: Unit, code: bytes) -> None:
     from fastload.kernels import loading
 
-    addresses = loading.load(code, [symbol(each) for each in unit.kernels])
+    addresses = loading.load(code, [each.symbol for each in unit.kernels])
     for each, address in zip(unit.kernels, addresses, strict=True):
         each.bind(loading.builtin(each.function.__name__, address, (np.ndarray, each.refuse)))
-
-
-def symbol(entry: Entry) -> str:
-    """Its name in the object file."""
-    return f"fastload.{entry.function.__qualname__}"

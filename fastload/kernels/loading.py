@@ -16,9 +16,19 @@ from typing import Any, ClassVar
 import numpy as np
 from llvmlite import binding  # type: ignore[import-untyped]
 
-from fastload.kernels.layout import WRITABLE, Header
-
-__all__ = ["LEVELS", "PYTHON", "builtin", "level_here", "load", "processor"]
+__all__ = [
+    "ALIGNED",
+    "CONTIGUOUS",
+    "LEVELS",
+    "PYTHON",
+    "WRITABLE",
+    "Descr",
+    "Header",
+    "builtin",
+    "level_here",
+    "load",
+    "processor",
+]
 
 _V2 = frozenset(("cx16", "popcnt", "sahf", "sse3", "sse4.1", "sse4.2", "ssse3"))
 _V3 = _V2 | {"avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe"}
@@ -48,6 +58,47 @@ def level_here() -> str:
     """The best level that this processor has."""
     has = {name for name, is_there in binding.get_host_cpu_features().items() if is_there}
     return next(level for level in LEVELS if has >= _X86.get(level, frozenset()))
+
+
+# Where a numpy array keeps what kernels want to know, for code that reads it without the GIL and without numpy.
+#
+# The beginning of numpy's `PyArrayObject`, and of its `PyArray_Descr`, has been the same since numpy 1.7 and is part of
+# the interface that compiled extensions rely on (pybind11 reads it in the same way). `_prepare` checks that it is so.
+
+CONTIGUOUS, ALIGNED, WRITABLE = 0x1, 0x100, 0x400
+
+# Whatever a Python object begins with, the last of it is its type.
+_HEAD_BYTES = object.__basicsize__
+
+
+class Descr(ctypes.Structure):
+    """Of a dtype; `byteorder` is "=", "|", or that which is not this machine's. `number` is `dtype.num`."""
+
+    _fields_: ClassVar = [
+        ("head", ctypes.c_char * _HEAD_BYTES),
+        ("typeobj", ctypes.c_void_p),
+        ("kind", ctypes.c_char),
+        ("type", ctypes.c_char),
+        ("byteorder", ctypes.c_char),
+        ("flags", ctypes.c_char),
+        ("number", ctypes.c_int32),
+    ]
+
+
+class Header(ctypes.Structure):
+    """Of an array."""
+
+    _fields_: ClassVar = [
+        ("head", ctypes.c_char * (_HEAD_BYTES - ctypes.sizeof(ctypes.c_void_p))),
+        ("type", ctypes.c_void_p),
+        ("data", ctypes.c_void_p),
+        ("dimensions", ctypes.c_int32),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("base", ctypes.c_void_p),
+        ("descr", ctypes.POINTER(Descr)),
+        ("flags", ctypes.c_int32),
+    ]
 
 
 PYTHON = (

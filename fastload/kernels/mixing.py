@@ -31,8 +31,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fastload.kernels.jit import array_in, array_out, boolean, float64, helper, int32, int64, kernel, uint64, void
-from fastload.kernels.splitmix import splitmix
+from fastload.kernels.declare import array_in, array_out, boolean, float64, helper, int32, int64, kernel, uint64, void
+from fastload.kernels.order import splitmix
 
 __all__ = ["NEVER", "fill_steps", "mix", "numbers_of", "shares_at"]
 

@@ -27,6 +27,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ __all__ = [
     "keep",
     "users_folder",
     "why_not_installed",
+    "writable_folder",
     "write",
 ]
 
@@ -169,6 +171,23 @@ def alone() -> Iterator[None]:
         yield
 
 
+def writable_folder(name: str) -> Path | None:
+    """A folder of this name in the user's, made where there is none, to which nobody else can write; None where this
+    user cannot, either.
+    """
+    try:
+        folder = users_folder() / name
+        if not folder.is_dir():
+            _make(folder.parent, 0o700)
+            _make(folder, 0o700)
+            _drop_old_folders(folder)
+        with _opened(folder.parent), _opened(folder):
+            return folder if os.access(folder, os.W_OK | os.X_OK) else None
+    except (OSError, UntrustedError) as error:
+        _say_once(f"kernels are compiled in every process anew, since they cannot be kept: {_words(error)}; {_CURE}")
+        return None
+
+
 def is_first_to_compile() -> bool:
     """Whether this process, which is `alone`, has to say that it compiles: of the processes of a job, which begin at
     once and take turns, one does. Where nothing can be kept, each compiles all, and says so.
@@ -261,6 +280,13 @@ def _drop_old(folder: int, name: str) -> None:
     for _, old in sorted(found)[_KEPT_MAX:]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(old, dir_fd=folder)
+
+
+def _drop_old_folders(latest: Path) -> None:
+    """Remove the oldest of the folders with names like this one's, where there are too many."""
+    found = sorted(latest.parent.glob(f"{latest.name.partition('-')[0]}-*"), key=lambda path: -path.stat().st_mtime)
+    for path in found[_KEPT_MAX:]:
+        shutil.rmtree(path, ignore_errors=True)  # another process may remove it, too
 
 
 def _series(name: str) -> tuple[str, str]:

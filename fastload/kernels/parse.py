@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fastload.kernels.jit import array_in, array_out, boolean, helper, int64, kernel, uint8
+from fastload.kernels.declare import array_in, array_out, boolean, helper, int64, kernel, uint8
 
 __all__ = ["parse_integers"]
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fastload.kernels.jit import array_in, array_out, boolean, float32, float64, helper, int64, kernel, uint8, void
+from fastload.kernels.declare import array_in, array_out, boolean, float32, float64, helper, int64, kernel, uint8, void
 
 __all__ = ["FRACTION_BITS", "cmyk_to_rgbx", "fill_table", "resize_rgbx", "taps_max"]
 

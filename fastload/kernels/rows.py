@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastload.kernels.copying import copy_range
-from fastload.kernels.jit import array_in, array_out, int32, int64, kernel, uint8, void
+from fastload.kernels.declare import array_in, array_out, int32, int64, kernel, uint8, void
 from fastload.kernels.yielding import yield_to_others
 
 __all__ = ["append_keys", "fill_places", "find_rows", "look_up", "write_keys"]

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastload.kernels.copying import copy_bytes
-from fastload.kernels.jit import array_in, array_out, boolean, helper, int64, kernel, uint8
+from fastload.kernels.declare import array_in, array_out, boolean, helper, int64, kernel, uint8
 
 __all__ = ["STATE_SIZE", "scan"]
 

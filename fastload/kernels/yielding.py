@@ -14,7 +14,7 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from fastload.kernels.jit import array_out, generated, helper, int64, void
+from fastload.kernels.declare import array_out, generated, helper, int64, void
 
 __all__ = ["LATE_NS", "NEVER", "PAUSE_MAX_NS", "PAUSE_MIN_NS", "start_yielding", "yield_state", "yield_to_others"]
 

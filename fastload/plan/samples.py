@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastload.kernels.locate import fill_buckets, locate
+from fastload.kernels.gather import fill_buckets, locate
 from fastload.plan.order import WindowKey
 from fastload.plan.permutation import Permutation
 

@@ -12,7 +12,7 @@ SOURCE = """
 import sys, logging
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
 import numpy as np
-from fastload.kernels.jit import array_in, helper, int64, kernel, uint8
+from fastload.kernels.declare import array_in, helper, int64, kernel, uint8
 from constants import MORE
 
 @helper(int64(int64, int64))

@@ -18,7 +18,7 @@ from fastload.kernels import (
     FIRST_BATCH,
     OF_DECODERS,
     compile_into,
-    jit,
+    declare,
     loading,
     module_names,
     object_names,
@@ -98,7 +98,7 @@ def test_what_is_compiled_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "C unit: " in before.output
 
     compile_into(tmp_path / "compiled", ["parse"], [level])
-    compile_into(tmp_path / "kernels", ["keys"], [level])
+    compile_into(tmp_path / "kernels", ["copying"], [level])
     after = CliRunner().invoke(app, ["compile", "--status"])
     assert after.exit_code == 3
     assert f"1 are compiled in {tmp_path / 'compiled'}, 1 in {tmp_path / 'kernels'}\n" in after.output
@@ -138,5 +138,5 @@ def test_which_kernels_decoders_need(monkeypatch: pytest.MonkeyPatch) -> None:
         assert set(decoder.kernel_modules()) <= set(OF_DECODERS.get(name, ()))
     named = {*FIRST_BATCH, *(module for modules in OF_DECODERS.values() for module in modules)}
     assert warm_up(*named) == sum(
-        len(unit.kernels) for unit in jit.units(*(f"fastload.kernels.{one}" for one in named))
+        len(unit.kernels) for unit in declare.units(*(f"fastload.kernels.{one}" for one in named))
     )

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastload.kernels import compile_in_background, jit, loading, warm_up
-from fastload.kernels.bijection import BIJECTION_ROUNDS, biject
+from fastload.kernels import compile_in_background, declare, jit, loading, warm_up
 from fastload.kernels.copying import copy_bytes
-from fastload.kernels.gather import gather_pieces
-from fastload.kernels.locate import fill_buckets
+from fastload.kernels.gather import fill_buckets, gather_pieces
+from fastload.kernels.order import BIJECTION_ROUNDS, biject
 from fastload.kernels.resize import fill_table
 from tests.kernels.example import SOURCE, run
 from tests.patience import PATIENCE_S
@@ -112,11 +111,12 @@ def test_code_for_every_level_gives_the_same() -> None:
     wanted = np.empty(1000, np.int64)
     biject(keys, 10**9, np.arange(1000), wanted)
     levels = loading.LEVELS[loading.LEVELS.index(loading.level_here()) :]
-    (unit,) = jit.units("fastload.kernels.bijection")
-    assert len({unit.object_name(level) for level in levels}) == len(levels)
+    (unit,) = declare.units("fastload.kernels.order")
+    number = [each.function.__name__ for each in unit.kernels].index("biject")
+    assert len({jit.object_name(unit, level) for level in levels}) == len(levels)
     for code in compiler.compile_unit(unit, levels).values():
-        (address,) = loading.load(code, [jit.symbol(unit.kernels[0])])
-        of_level = loading.builtin("biject", address, (np.ndarray, unit.kernels[0].refuse))
+        (address,) = loading.load(code, [unit.kernels[number].symbol])
+        of_level = loading.builtin("biject", address, (np.ndarray, unit.kernels[number].refuse))
         found = np.empty(1000, np.int64)
         assert of_level(keys, 10**9, np.arange(1000), found) == -1
         np.testing.assert_array_equal(found, wanted)
@@ -144,14 +144,14 @@ def test_code_and_constants_are_near_each_other_wherever_there_is_room() -> None
 def test_kernels_may_not_need_numba() -> None:
     from fastload.kernels import compiler
 
-    @jit.kernel(jit.int64(jit.int64))
+    @declare.kernel(declare.int64(declare.int64))
     def allocates(count: int) -> int:
         return int(np.zeros(count, np.int64).sum())
 
-    (unit,) = jit.units(__name__)
+    (unit,) = declare.units(__name__)
     with pytest.raises(Exception, match="zeros"):
         compiler.compile_unit(unit, [loading.level_here()])
-    jit._entries.pop(__name__)
+    declare._entries.pop(__name__)
 
 
 def test_kernels_stay_plain_functions_where_numba_is_off(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_threads_may_call_first(monkeypatch: pytest.MonkeyPatch) -> None:
     for thread in threads:
         thread.join()
     assert [each.tolist() for each in found] == [[1, 3, 4]] * 4
-    assert loads == ["fastload.kernels.locate"]
+    assert loads == ["fastload.kernels.gather"]
 
 
 def test_compiling_in_the_background() -> None:
@@ -192,8 +192,8 @@ import sys
 from pathlib import Path
 from fastload.kernels import jit, objects, warm_up
 jit._PROGRESS_S, objects.INSTALLED = 0, Path(sys.argv[1])
-warm_up("keys", "parse")
-warm_up("splitmix", "locate")
+warm_up("copying", "parse")
+warm_up("yielding", "interleave")
 """
 
 
@@ -227,14 +227,14 @@ def test_a_fork_waits_until_nothing_is_half_loaded(
     caplog.set_level(logging.WARNING)
     is_inside, may_end = threading.Event(), threading.Event()
 
-    def load(unit: jit.Unit) -> bool:
+    def load(unit: declare.Unit) -> bool:
         is_inside.set()
         may_end.wait(PATIENCE_S)
         return False
 
     monkeypatch.setattr(jit, "_load", load)
     monkeypatch.setattr(fill_buckets, "_run", fill_buckets._run_first)  # type: ignore[attr-defined]
-    compilation = compile_in_background("locate")
+    compilation = compile_in_background("gather")
     is_inside.wait(PATIENCE_S)
     child = multiprocessing.get_context("fork").Process(target=_compiles)
     forking = threading.Thread(target=child.start)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastload.kernels import yielding
-from fastload.kernels.jit import array_out, boolean, int64, kernel
+from fastload.kernels.declare import array_out, boolean, int64, kernel
 from fastload.kernels.yielding import (
     LATE_NS,
     NEVER,

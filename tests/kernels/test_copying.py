@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastload.kernels.stacking import stack
+from fastload.kernels.copying import stack
 
 AROUND = 80  # bytes before and after, which stay as they are
 

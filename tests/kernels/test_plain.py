@@ -1,0 +1,105 @@
+"""Kernels compiled the plain way, by numba itself: when that is done, and that kernels do the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import llvmlite
+import numba
+import numpy as np
+import pytest
+
+from fastload.kernels import compile_into, jit, objects
+from tests.kernels.example import SOURCE, run
+
+BESIDE = Path(__file__).parent
+# Those that call kernels, and know nothing of how they were compiled.
+OF_KERNELS = ["copying", "gather", "grouping", "interleave", "mixing", "permute", "rows", "tarindex", "yielding"]
+
+
+def test_the_versions_that_the_compiler_was_tried_with() -> None:
+    """Both ends of each range: the oldest that pip may install, and the newest that there is. A later one is added here,
+    and there, once these tests pass with it.
+    """
+    assert jit.TRIED == {"numba": ((0, 60), (0, 68)), "llvmlite": ((0, 43), (0, 50)), "numpy": ((1, 26), (2, 4))}
+    assert jit.why_plain() is None, "these tests run with versions that were tried"
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "is_plain"),
+    [
+        (numba, "0.59.1", True),
+        (numba, "0.60.0", False),
+        (numba, "0.68.9", False),
+        (numba, "0.69.0dev0+1", True),
+        (numba, "1.0", True),
+        (llvmlite, "0.42.0", True),
+        (llvmlite, "0.51.0rc1", True),
+        (np, "1.25.2", True),
+        (np, "1.26.0", False),
+        (np, "2.5.0", True),
+        (np, "3.0", True),
+        (np, "of my own", True),
+    ],
+)
+def test_other_versions_have_kernels_compiled_the_plain_way(
+    monkeypatch: pytest.MonkeyPatch, package: object, version: str, is_plain: bool
+) -> None:
+    monkeypatch.setattr(package, "__version__", version)
+    assert (jit.why_plain() is not None) == is_plain
+    # What was compiled before needs no numba.
+    assert (jit.why_plain("llvmlite", "numpy") is not None) == (is_plain and package is not numba)
+
+
+UNTRIED = SOURCE.replace("import numpy as np\n", "import numba, numpy as np\nnumba.__version__ = '9.0'\n")
+
+
+def test_a_version_that_was_not_tried_is_used_the_plain_way_and_says_so(tmp_path: Path) -> None:
+    source, cache = tmp_path / "source", tmp_path / "cache"
+    output, log = run(source, cache, UNTRIED)
+    assert output == "7 8 compiled"
+    assert "since numba 9.0 is not among the versions that fastload's compiler was tried with" in log
+    (kept,) = cache.iterdir()
+    assert list(kept.rglob("example.first-*.nbi"))
+    assert not list(cache.glob("*.o"))
+    assert run(source, cache, UNTRIED) == ("7 8 compiled", "")
+
+
+def test_nothing_is_kept_where_others_can_write(tmp_path: Path) -> None:
+    """What numba keeps is code, as object files are."""
+    source, cache = tmp_path / "source", tmp_path / "cache"
+    run(source, cache, FASTLOAD_PLAIN_NUMBA="1")
+    (kept,) = cache.iterdir()
+    kept.chmod(0o777)
+    written = {path: path.stat().st_mtime_ns for path in kept.rglob("*")}
+    output, log = run(source, cache, FASTLOAD_PLAIN_NUMBA="1")
+    assert output == "7 8 compiled"
+    assert f"others can write {kept}" in log
+    assert {path: path.stat().st_mtime_ns for path in kept.rglob("*")} == written
+
+
+def test_nothing_is_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(jit.PLAIN, "1")
+    monkeypatch.setenv(objects.VARIABLE, str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="cannot be compiled ahead: FASTLOAD_PLAIN_NUMBA is set"):
+        compile_into(tmp_path / "kernels", ["parse"])
+    command = [sys.executable, "-m", "fastload.kernels", tmp_path / "kernels", "here"]  # as pip does
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "FASTLOAD_PLAIN_NUMBA is set" in done.stderr
+    assert list((tmp_path / "kernels").iterdir()) == []
+    is_known = "from fastload.kernels import is_compiled, warm_up; print(is_compiled('crc'), warm_up('crc'))"
+    for is_there in ("False", "True"):
+        found = subprocess.run([sys.executable, "-c", is_known], capture_output=True, text=True, check=True)
+        assert found.stdout == f"{is_there} 1\n"
+
+
+def test_kernels_compiled_the_plain_way_do_the_same() -> None:
+    """The tests of kernels once more, in a process that compiles them so. They are kept in the user's folder."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    files = [str(BESIDE / f"test_{name}.py") for name in OF_KERNELS]
+    environ = {**os.environ, jit.PLAIN: "1"}
+    done = subprocess.run([*command, *files], env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
