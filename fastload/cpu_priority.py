@@ -5,15 +5,15 @@ it wakes up where a thread of fastload has begun to copy a batch, Linux may leav
 over, which is 3 to 4 ms later, even with another processor idle (in a virtual machine, an idle one looks as if it was
 taken away). Three things help, of which the first two need each other: on two processors, with 100 batches of 23 MB a
 second gathered by one thread, one that sleeps for half a millisecond at a time came more than 1.2 ms late 38 times a
-second; 19 with giving way, 15 with long turns, 4 with both, which is as often as with threads that only run when
+second; 19 with yielding, 15 with long turns, 4 with both, which is as often as with threads that only run when
 nothing else does.
 
 - *Long turns.* A thread may say how long its turns are to be (sched_setattr(2), "sched_runtime" of a normal policy,
   since Linux 6.12). Who is woken and asks for shorter ones, as all do that say nothing, then comes at once, wherever it
   is its turn by the time that it has used; no thread's share changes. Older kernels ignore it. What such a thread
   starts begins with its turns.
-- *Giving way.* It is not its turn, by some microseconds, where it has just been woken twice: Python wakes who waits for
-  the GIL while it still holds the lock around it. So kernels that take their time give way when they begin
+- *Yielding.* It is not its turn, by some microseconds, where it has just been woken twice: Python wakes who waits for
+  the GIL while it still holds the lock around it. So kernels that take long yield when they begin
   (`fastload.kernels.yielding`).
 - *Breath.* Nor does it help to be woken where the GIL is gone again by then: that takes tens of microseconds, and a
   thread that goes through its Python a call at a time, as the one that plans batches does for a millisecond a window,
@@ -21,7 +21,7 @@ nothing else does.
   is needed, it sleeps for a moment between its steps: late wake-ups went from 5.4 to 4, of which 1.6 are the machine's.
 
 Rejected: SCHED_IDLE and a higher niceness, with which other work leaves a loader no time at all; short turns
-(0.1 ms), which make it worse; giving way before the GIL is taken back, which changes nothing, or before the kernel is
+(0.1 ms), which make it worse; yielding before the GIL is taken back, which changes nothing, or before the kernel is
 called, which comes too early.
 """
 

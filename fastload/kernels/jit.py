@@ -1,28 +1,43 @@
-"""Kernels: how they are written, and what happens when one is called.
+"""Kernels: how they are compiled, and what happens when one is called.
 
-A *kernel* is a free function over arrays, written in the part of Python that numba compiles, and run without the GIL:
-
-    @kernel(int64(array_in(uint8), int64))
-    def count(values, of): ...
-
-numba is a compiler here, and is not needed to run what it has compiled. Compiling the kernels of a first batch takes
-some five seconds, importing numba half a second of every start, and its cache on disk can hand one function's code to
-another (its issues 4807 and 10128). So a module of kernels is compiled once into an *object file* of machine code,
-which needs nothing but the C library and Python's stable interface (`compiler`); this page has it found (`objects`) and
-loaded (`loading`), after which a kernel is a builtin function. Where object files come from, the first that has it:
+A *kernel* is a free function over arrays, written in the part of Python that numba compiles, and run without the GIL
+(`declare`). numba is a compiler here, and is not needed to run what it has compiled. A module of kernels is compiled
+once into an *object file* of machine code, which needs nothing but the C library and Python's stable interface
+(`compiler`); this module finds it (`objects`) and loads it (`loading`), after which a kernel is a builtin function.
+Object files come from, in this order:
 
 - the installation: pip builds them where it builds fastload, and binary wheels carry them, for each *level* of
   processor (x86-64-v3 and so on). Then nothing is ever compiled, numba is not imported, no cache is written.
 - a folder of the user's (`objects`), also filled by `fastload compile` when an image is built.
-- numba, here and now: in the background, while the first bytes are on their way. What it made is kept in that folder.
+- numba, here and now: in the background, while the first bytes are on their way. The result is kept in that folder.
 
-Rejected: numba's own cache in the wheel, which fits one version of numba, one of Python and one type of processor;
-shared libraries, which need a linker wherever something is compiled; plain Python until the compiler is done, which
-holds the GIL and needs as long for one image or one shard of records; writing kernels in C, which takes a C compiler
-where there is no wheel.
+The plain way is `numba.njit(nogil=True, cache=True)`, with a folder of its own for each version of everything and one
+process that compiles at a time (`plain`). It is taken where numba, llvmlite or numpy is of a version that the compiler
+was not tried with (`TRIED`), and where `$FASTLOAD_PLAIN_NUMBA` is 1. It works, and is not the default, since users
+would feel the difference. `python -m bench.kernels` on two busy cores (load 11 to 18; in turn; medians of five rounds,
+and of two where nothing was compiled; CPU-seconds, since other programs had most of the wall time):
+
+                                                        ahead of time    numba's own
+    first batch of photographs, beyond `import torch`     0.8 CPU-s         1.9
+    kernels of a first batch, in a process with torch     0.08              1.0
+    - in one without                                      0.1               1.3
+    - in eight at once                                    1.9              15
+    - for a user with nowhere to write                    0.3              21
+    - nothing compiled yet: one process                  16                22
+    - nothing compiled yet: eight at once                26                34
+    memory of each process                               22 MiB            69
+    one call                                              0.25 us           0.57
+
+So each process of a job would start a second later, where `bench.start` asks for 0.7 s in all, and would need 45 MiB
+more, and each image or read-only machine would compile in every process. How often a batch takes the GIL is the same.
+numba's cache cannot be part of a wheel, as it fits one version of numba and Python and one type of processor.
+
+Rejected, too: shared libraries, which need a linker wherever something is compiled; plain Python until the compiler is
+done, which holds the GIL and needs as long for one image or one shard of records; writing kernels in C, which takes a C
+compiler where there is no wheel.
 
 What a kernel is called with is checked in machine code, too: each array must be of exactly the type that the signature
-says. A call takes 0.2 us, half of what numba takes for it, where ctypes takes 1-2.
+says. (numba's dispatchers check as strictly, but for floats, which they cut to integers.)
 
 `$NUMBA_DISABLE_JIT=1` leaves kernels plain Python functions, `$NUMBA_BOUNDSCHECK=1` has their indexes checked.
 """

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from fastload.kernels.copying import PAST_CACHES_BYTES
 from fastload.kernels.gather import gather, gather_columns, lay_out
+from fastload.plan.order import WindowKey
 from fastload.plan.permutation import Bijection
 from fastload.plan.samples import OpenWindow
-from fastload.plan.order import WindowKey
 
 CHUNK = 64
 Int64s = np.ndarray

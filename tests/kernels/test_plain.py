@@ -21,8 +21,8 @@ OF_KERNELS = ["copying", "gather", "grouping", "interleave", "mixing", "permute"
 
 
 def test_the_versions_that_the_compiler_was_tried_with() -> None:
-    """Both ends of each range: the oldest that pip may install, and the newest that there is. A later one is added here,
-    and there, once these tests pass with it.
+    """Both ends of each range: the oldest that pip may install, and the newest. A later one is added here, and there,
+    once these tests pass with it.
     """
     assert jit.TRIED == {"numba": ((0, 60), (0, 68)), "llvmlite": ((0, 43), (0, 50)), "numpy": ((1, 26), (2, 4))}
     assert jit.why_plain() is None, "these tests run with versions that were tried"
