@@ -4,11 +4,11 @@ The format (versions 1 to 3): the magic `\x93NUMPY`, major and minor version (a 
 the header (uint16, from version 2 on uint32, little-endian), the header, which is the text of a Python dict
 with exactly the keys `descr`, `fortran_order` and `shape`, then the elements.
 
-What is refused, since the bytes come from elsewhere: anything that would need pickle; headers over 10,000
-bytes (numpy's own limit); shapes that are not exactly as large as what follows. Kinds other than numbers and
-booleans are refused too, because a batch of them cannot become a tensor. The header is taken apart by
-regular expressions: `ast.literal_eval` would do it, but prints warnings or runs out of stack on hostile
-ones.
+Refused, since the bytes come from elsewhere: anything that would need pickle; headers over 10,000 bytes (numpy's own
+limit); shapes that are not exactly as large as what follows; kinds other than numbers and booleans, because a batch of
+them cannot become a tensor. Regular expressions take the header apart. numpy's own readers (`read_array_header_1_0` and
+`_2_0`) are not used: there is none for version 3, and with hostile headers they print warnings, raise MemoryError or
+TokenError, and accept lengths such as -1 and True.
 
 Samples of one column mostly have the same header, byte for byte. So parsed headers are remembered, and a
 group in which all are alike is converted by one numpy call.
