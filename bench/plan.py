@@ -33,7 +33,17 @@ from bench.quality import (
     stored_positions,
 )
 from bench.tables import Column, Question, Table
-from fastload.plan import BatchEntry, EpochCursor, Manifest, OrderOptions, Position, Ranks, Shuffle, epoch_orders
+from fastload.plan import (
+    BatchEntry,
+    Cursor,
+    Manifest,
+    OrderOptions,
+    Position,
+    Ranks,
+    Shuffle,
+    epoch_cursor,
+    epoch_orders,
+)
 from fastload.store.types import ObjectInfo
 
 SHARD_BYTES = 64 << 20  # so that a default window holds eight
@@ -64,7 +74,7 @@ class Data:
         return np.random.default_rng([self.shards, stream])
 
 
-def walk(cursor: EpochCursor, counts: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int32], list[BatchEntry]]]:
+def walk(cursor: Cursor[BatchEntry], counts: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int32], list[BatchEntry]]]:
     """All of an epoch, step by step: the objects of a window that is opened, if one is, and the batches that came."""
     none = np.empty(0, np.int32)
     while True:
@@ -73,8 +83,8 @@ def walk(cursor: EpochCursor, counts: NDArray[np.int64]) -> Iterator[tuple[NDArr
         elif (key := cursor.next_window) is not None:
             objects = cursor.objects_of(key)
             yield objects, cursor.add(key, counts[objects])
-        elif len(wanted := cursor.counts_wanted):
-            yield none, cursor.tell(wanted, counts[wanted])
+        elif wanted := cursor.counts_wanted:
+            yield none, cursor.tell(0, wanted[0], counts[wanted[0]])
         else:
             yield none, cursor.finish()
             return
@@ -109,8 +119,8 @@ def cost(quick: bool) -> Table:
 def _cost_us(
     manifest: Manifest, counts: NDArray[np.int64], options: OrderOptions, ranks: Ranks, batch_size: int
 ) -> float:
-    cursor = EpochCursor(epoch_orders(manifest, options, 0), ranks, batch_size)
-    cursor.tell(np.arange(len(counts), dtype=np.int32), counts)
+    cursor = epoch_cursor(epoch_orders(manifest, options, 0), ranks, batch_size)
+    cursor.tell(0, np.arange(len(counts), dtype=np.int32), counts)
     began = time.process_time()
     planned = sum(len(entry) for _, entries in walk(cursor, counts) for entry in entries)
     return (time.process_time() - began) * 1e6 / planned
@@ -172,7 +182,7 @@ def start_cost(shuffle: Shuffle, shards: int, samples: int, partitions: int) -> 
 def _start(manifest: Manifest, counts: NDArray[np.int64], options: OrderOptions) -> tuple[object, ...]:
     nodes = options.partitions
     orders = epoch_orders(manifest, options, 0)
-    cursor = EpochCursor(orders, Ranks(0, nodes, 0, 1), 256)
+    cursor = epoch_cursor(orders, Ranks(0, nodes, 0, 1), 256)
     key = cursor.next_window
     assert key is not None
     return cursor, cursor.add(key, counts[cursor.objects_of(key)])
@@ -225,15 +235,15 @@ def _first_batch_s(
 ) -> float:
     began = time.process_time()
     position = None if saved is None else Position.from_state(saved)
-    cursor = EpochCursor(epoch_orders(Manifest(listed), options, 0), _ranks(options), 256, start=position)
+    cursor = epoch_cursor(epoch_orders(Manifest(listed), options, 0), _ranks(options), 256, start=position)
     next(entries for _, entries in walk(cursor, counts) if entries)
     return time.process_time() - began
 
 
 def _position(manifest: Manifest, counts: NDArray[np.int64], options: OrderOptions, share: float) -> Position:
     """The position after a share of the epoch, from a run that knows all counts."""
-    cursor = EpochCursor(epoch_orders(manifest, options, 0), _ranks(options), 256)
-    cursor.tell(np.arange(len(counts), dtype=np.int32), counts)
+    cursor = epoch_cursor(epoch_orders(manifest, options, 0), _ranks(options), 256)
+    cursor.tell(0, np.arange(len(counts), dtype=np.int32), counts)
     global_batch = 256 * options.partitions
     return cursor.position_at(int(counts.sum() * share) // global_batch * global_batch)
 
@@ -274,8 +284,8 @@ def remote_shares(
     for node in range(nodes):
         room, is_cached = int(manifest.sizes.sum()) // nodes, np.zeros(len(manifest), np.bool_)
         for epoch in range(2):
-            cursor = EpochCursor(epoch_orders(manifest, options, epoch), Ranks(node, nodes, 0, 1), 256)
-            cursor.tell(np.arange(len(counts), dtype=np.int32), counts)
+            cursor = epoch_cursor(epoch_orders(manifest, options, epoch), Ranks(node, nodes, 0, 1), 256)
+            cursor.tell(0, np.arange(len(counts), dtype=np.int32), counts)
             for objects, _ in walk(cursor, counts):
                 missing = objects[~is_cached[objects]]
                 fetched[epoch] += manifest.sizes[missing].sum()

@@ -30,7 +30,7 @@ from fastload.cache.policy import PolicyName
 from fastload.cache.policy.known_order import FAR, NextUses, lookahead
 from fastload.cache.policy.pin import Arc, places
 from fastload.cache.policy.unknown_order import least
-from fastload.plan import EpochCursor, Manifest, OrderOptions, Ranks, epoch_order, epoch_orders
+from fastload.plan import Manifest, OrderOptions, Ranks, epoch_cursor, epoch_order, epoch_orders
 from fastload.service.core import Core
 from fastload.store.types import ObjectInfo
 
@@ -198,8 +198,8 @@ def trace(shards: int, samples_a_chunk: int, batch_size: int, epoch: int) -> Ite
     """The chunks of each batch of an epoch with `shuffle="global"`, each chunk once a batch."""
     manifest = Manifest(ObjectInfo(f"s3://bucket/{number:06}.tar", 64 << 20, "etag") for number in range(shards))
     counts = np.full(shards, CHUNKS_A_SHARD * samples_a_chunk)
-    cursor = EpochCursor(epoch_orders(manifest, OrderOptions(0, "global"), epoch), Ranks(), batch_size)
-    cursor.tell(np.arange(shards, dtype=np.int32), counts)
+    cursor = epoch_cursor(epoch_orders(manifest, OrderOptions(0, "global"), epoch), Ranks(), batch_size)
+    cursor.tell(0, np.arange(shards, dtype=np.int32), counts)
     for _, entries in walk(cursor, counts):
         for entry in entries:
             yield np.unique(entry.object_no.astype(np.int64) * CHUNKS_A_SHARD + entry.sample_no // samples_a_chunk)

@@ -21,9 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastload.plan.cursor import EpochCursor
-from fastload.plan.order import EpochOrder
-from fastload.plan.ranks import Ranks
+from fastload.plan import EpochOrder, Ranks, epoch_cursor
 
 DISTANCE_MOVED_PERFECT = 1 / 3
 
@@ -40,8 +38,8 @@ class SampleLine(NamedTuple):
 
 def epoch_line(orders: Sequence[EpochOrder], counts: NDArray[np.int64]) -> SampleLine:
     """The line of an epoch, given the orders of all partitions and how many samples each shard holds."""
-    cursor = EpochCursor(orders, Ranks(), _STEP)
-    entries = cursor.tell(np.arange(len(counts), dtype=np.int32), counts)
+    cursor = epoch_cursor(orders, Ranks(), _STEP)
+    entries = cursor.tell(0, np.arange(len(counts), dtype=np.int32), counts)
     while True:
         if more := cursor.settled():
             entries += more

@@ -45,15 +45,21 @@ from fastload.pipeline.finish import Finish, Function, OneMaker
 from fastload.pipeline.gather import Skips
 from fastload.pipeline.job import Beginning, Job
 from fastload.pipeline.lookup import Lookup
-from fastload.pipeline.passes import AnyPosition, OnePass, PassOptions, SourcePass, begin_pass, open_source
+from fastload.pipeline.passes import OnePass, PassOptions, SourcePass, begin_pass, open_source
 from fastload.pipeline.source import Source
-from fastload.plan import OrderOptions, OrderWish, Position, Ranks, Shuffle, Tail, sample_count_of_rank
-from fastload.plan.ranks import check_tail
+from fastload.plan import (
+    OrderOptions,
+    OrderWish,
+    Position,
+    Ranks,
+    Shuffle,
+    SourcePlan,
+    Tail,
+    check_tail,
+    sample_count_of_rank,
+)
 from fastload.redaction import redact
 from fastload.store.logins import apart
-
-if TYPE_CHECKING:
-    from fastload.plan.mixture import SourcePlan
 
 # Of a long list of URLs, how many are enough to know it by.
 _URLS_SHOWN = 2
@@ -353,7 +359,7 @@ class StreamingDataset(DatasetBase[Sample]):
         return self._settings.passes.skips_errors
 
     def begin(self, epoch: int, batch_size: int, *, start: Any = None, **options: Any) -> OnePass:
-        begin = Beginning(epoch) if start is None else Beginning(epoch, start.fingerprint, start.samples)
+        begin = Beginning(epoch) if start is None else Beginning(epoch, start.fingerprints[0], start.samples)
         self.settle({"tail": self.tail, "batch_size": batch_size}, begin)
         options["start"] = start
         return begin_pass(self._source, self._job, self._passes, epoch, batch_size, **options)
@@ -369,13 +375,11 @@ class StreamingDataset(DatasetBase[Sample]):
 
     def plan(self) -> SourcePlan:
         """What is read, and in which order; before a pass has begun, as far as this process can say by itself."""
-        from fastload.plan.mixture import SourcePlan
-
         return SourcePlan(self._source.list_shards(), self._job.order)
 
-    def adopt(self, position: AnyPosition) -> None:
-        assert isinstance(position, Position)
-        self.adopt_order(position.options)
+    def adopt(self, position: Position) -> None:
+        assert position.mixture is None, "it was read from a state of one data set"
+        self.adopt_order(position.orders[0])
 
     def adopt_order(self, saved: OrderOptions) -> None:
         """Go on in a saved order, where it was left to us."""

@@ -22,10 +22,10 @@ from fastload.callers import public
 from fastload.errors import ConfigError
 from fastload.pipeline.epoch_counter import EpochCounter
 from fastload.pipeline.finish import Finish, Function
-from fastload.pipeline.passes import AnyPosition, Pass, made
+from fastload.pipeline.passes import Pass, made
 from fastload.pipeline.resume import Delivery, IterationState
 from fastload.pipeline.run import InlineRun, Iteration
-from fastload.plan import Ranks, Split, Tail
+from fastload.plan import Position, Ranks, Split, Tail
 
 # Samples that are gathered together when they are asked for one by one: enough to share the cost of a gather, few
 # enough that the first comes at once.
@@ -149,11 +149,11 @@ class DatasetBase(torch.utils.data.IterableDataset[Sample]):
         """
 
     @abstractmethod
-    def adopt(self, position: AnyPosition) -> None:
+    def adopt(self, position: Position) -> None:
         """Go on in the order of a saved position, where it was left to us."""
 
     @abstractmethod
-    def read_position(self, state: Mapping[str, Any]) -> AnyPosition:
+    def read_position(self, state: Mapping[str, Any]) -> Position:
         """The position that a loader saved. Raises `StateError`."""
 
     @abstractmethod

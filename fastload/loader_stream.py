@@ -23,11 +23,11 @@ from fastload.dataset_base import DatasetBase
 from fastload.device import mover_to, pinned
 from fastload.errors import ConfigError, StateError
 from fastload.pipeline.finish import Finish
-from fastload.pipeline.passes import AnyPosition, Pass, made
+from fastload.pipeline.passes import Pass, made
 from fastload.pipeline.resume import why_nothing_came
 from fastload.pipeline.run import NOTHING, DecodePool, InlineRun, Iteration, ThreadedRun
 from fastload.pipeline.workers import WorkerOptions, Workers
-from fastload.plan import batch_count_of_rank
+from fastload.plan import Position, batch_count_of_rank
 from fastload.stats import EpochMeter, empty_stats
 
 STATE_VERSION = 1
@@ -62,7 +62,7 @@ class _Progress:
     if_nothing: Callable[[Pass], None]
     last: Any = None
     batches: int = 0
-    ended_at: AnyPosition | None = None
+    ended_at: Position | None = None
 
     def delivered(self, current: Pass, entry: Any) -> None:
         """A batch has reached the user."""
@@ -82,7 +82,7 @@ class _Progress:
         if not self.batches and not current.cursor.start.samples:
             self.if_nothing(current)
 
-    def position(self, next_epoch: int) -> AnyPosition:
+    def position(self, next_epoch: int) -> Position:
         """After the last batch delivered, or at the beginning of `next_epoch` where this one is over.
 
         Made only now, since few ask.
@@ -107,7 +107,7 @@ class Stream:
         self._dataset: DatasetBase = loader.dataset
         self._pool: DecodePool | None = None
         self._workers: Workers | None = None
-        self._loaded: AnyPosition | None = None  # where the next iteration begins, if a state was loaded
+        self._loaded: Position | None = None  # where the next iteration begins, if a state was loaded
         self._latest: _Progress | None = None
         self._changing = threading.Lock()  # held while an iteration begins, and while all are ended
         self._iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()
@@ -168,7 +168,7 @@ class Stream:
             "position": None if position is None else position.to_state(),
         }
 
-    def _place(self) -> tuple[int, AnyPosition | None]:
+    def _place(self) -> tuple[int, Position | None]:
         if self._loaded is not None:
             return self._loaded.epoch, self._loaded
         if self._latest is not None:
@@ -385,7 +385,7 @@ def _check_arguments(loader: LoaderSettings, dataset: DatasetBase) -> None:
         )
 
 
-def _read_state(state: Mapping[str, Any], dataset: DatasetBase) -> tuple[int, AnyPosition | None]:
+def _read_state(state: Mapping[str, Any], dataset: DatasetBase) -> tuple[int, Position | None]:
     """The parts of a loader's state. Raises `StateError`."""
     version = state.get("version") if isinstance(state, Mapping) else None
     if version != STATE_VERSION or not {"epoch", "position"} <= set(state):

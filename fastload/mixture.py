@@ -25,10 +25,18 @@ from fastload.pipeline.finish import Function
 from fastload.pipeline.gather import Skips
 from fastload.pipeline.job import Beginning
 from fastload.pipeline.mixed import MixedPass, begin_mixed_pass
-from fastload.pipeline.passes import AnyPosition
-from fastload.plan import Ranks, Tail, sample_count_of_rank
-from fastload.plan.mixture import MixtureCursor, MixtureOptions, MixturePosition, Stop, check_stop, check_weights
-from fastload.plan.ranks import check_tail
+from fastload.plan import (
+    MixtureOptions,
+    Position,
+    Ranks,
+    Stop,
+    Tail,
+    check_stop,
+    check_tail,
+    check_weights,
+    sample_count_of_rank,
+)
+from fastload.plan.mixture import mixture_cursor
 
 Weight = float | Sequence[tuple[int, float]]
 
@@ -124,7 +132,7 @@ class Mixture(DatasetBase[Sample]):
             raise TypeError('a mixture with stop="never" has no end, and so no length')
         counts = [dataset.known_counts() for dataset in self._sources]
         plans = [dataset.plan() for dataset in self._sources]
-        cursor = MixtureCursor(plans, self._options, self.next_epoch(), Ranks(), 1)
+        cursor = mixture_cursor(plans, self._options, self.next_epoch(), Ranks(), 1)
         for number, each in enumerate(counts):
             cursor.tell(number, np.arange(len(each), dtype=np.int32), each)
         assert cursor.total is not None, "all is counted"
@@ -170,19 +178,19 @@ class Mixture(DatasetBase[Sample]):
             undoing.pop_all()
         return begun
 
-    def adopt(self, position: AnyPosition) -> None:
-        assert isinstance(position, MixturePosition)
+    def adopt(self, position: Position) -> None:
+        assert position.mixture is not None, "it was read from a state of a mixture"
         for dataset, order in zip(self._sources, position.orders, strict=False):  # another number is refused later
             dataset.adopt_order(order)
 
-    def read_position(self, state: Mapping[str, Any]) -> MixturePosition:
-        return MixturePosition.from_state(state)
+    def read_position(self, state: Mapping[str, Any]) -> Position:
+        return Position.from_mixture_state(state)
 
     def close(self) -> None:
         for dataset in self._sources:
             dataset.close()
 
-    def _settle(self, epoch: int, batch_size: int, start: MixturePosition | None) -> None:
+    def _settle(self, epoch: int, batch_size: int, start: Position | None) -> None:
         options = {"stop": self._options.stop, "seed of the mixture": self._options.seed}
         settings = {**options, "weights": self._options.weights, "tail": self.tail, "batch_size": batch_size}
         samples, saved = (0, ()) if start is None else (start.samples, start.fingerprints)

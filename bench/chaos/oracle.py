@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from bench.chaos.jobs import GLOBAL_BATCH, WINDOW_BYTES, Got
-from fastload.plan import EpochCursor, Manifest, OrderOptions, Ranks, epoch_orders
+from fastload.plan import Manifest, OrderOptions, Ranks, epoch_cursor, epoch_orders
 from fastload.store.types import ObjectInfo
 
 
@@ -81,8 +81,8 @@ class Oracle:
         counts = np.array(list(map(len, self._data.keys)), np.int64)
         found = []
         for rank in range(world_size):
-            cursor = EpochCursor(orders, Ranks(rank, world_size, rank, world_size), GLOBAL_BATCH // world_size)
-            entries = cursor.tell(np.arange(len(counts), dtype=np.int32), counts)
+            cursor = epoch_cursor(orders, Ranks(rank, world_size, rank, world_size), GLOBAL_BATCH // world_size)
+            entries = cursor.tell(0, np.arange(len(counts), dtype=np.int32), counts)
             while (key := cursor.next_window) is not None:
                 entries += cursor.add(key, counts[cursor.objects_of(key)])
             entries += cursor.finish()

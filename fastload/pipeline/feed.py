@@ -16,7 +16,7 @@ import numpy.typing as npt
 from fastload.cpu_priority import breathe
 from fastload.pipeline.counts import CountSource
 from fastload.pipeline.reader import WindowReader
-from fastload.plan import BatchEntry, EpochCursor, Position, WindowKey
+from fastload.plan import BatchEntry, Cursor, Position, WindowKey
 
 
 class Feed:
@@ -24,7 +24,7 @@ class Feed:
 
     def __init__(
         self,
-        cursor: EpochCursor,
+        cursor: Cursor[BatchEntry],
         reader: WindowReader,
         counts: CountSource,
         expected_next: Callable[[], npt.NDArray[np.int32]],
@@ -40,7 +40,7 @@ class Feed:
         cursor = self._cursor
         known = self._counts.known()
         with self._using_cursor:
-            entries: list[BatchEntry] | None = cursor.tell(*known)
+            entries: list[BatchEntry] | None = cursor.tell(0, *known)
             is_exact = cursor.is_counted
         breathe()
         self._plan()
@@ -51,7 +51,7 @@ class Feed:
             breathe()
             if cursor.is_counted and not is_exact:
                 is_exact = True
-                if len(cursor.orders) > 1:  # windows have changed their nodes
+                if cursor.partitions > 1:  # windows have changed their nodes
                     self._plan()
             entries = self._more()
         with self._using_cursor:
@@ -84,11 +84,11 @@ class Feed:
             return self._open(key)
         if wanted is None:
             return entries
-        if not len(wanted):
+        if not wanted:
             return None
-        told = self._counts.ask(wanted)
+        told = self._counts.ask(wanted[0])
         with self._using_cursor:
-            return self._cursor.tell(*told)
+            return self._cursor.tell(0, *told)
 
     def _open(self, key: WindowKey) -> list[BatchEntry]:
         object_nos = self._cursor.objects_of(key)

@@ -22,15 +22,16 @@ from fastload.cpu_priority import breathe
 from fastload.pipeline.finish import Function, GatheredParts, MixedMaker, rows_of_parts
 from fastload.pipeline.gather import LocalMemory, Memory, SampleGatherer, Skips, part_of_entry
 from fastload.pipeline.passes import SourcePass
-from fastload.plan import Ranks
-from fastload.plan.mixture import (
-    MixtureCursor,
+from fastload.plan import (
+    Cursor,
     MixtureEntry,
-    MixtureKey,
     MixtureOptions,
-    MixturePosition,
+    Position,
+    Ranks,
     SourcePlan,
+    WindowKey,
 )
+from fastload.plan.mixture import mixture_cursor
 from fastload.stats import Account, JointAccount
 from fastload.transport.slots import SlotPool
 from fastload.waiting import JointWaits, Waits
@@ -41,7 +42,7 @@ _PLANNED_WINDOWS = 1024
 class MixedFeed:
     """The entries of one rank (or worker) for one epoch of a mixture, from where its cursor starts."""
 
-    def __init__(self, cursor: MixtureCursor, sources: Sequence[SourcePass]) -> None:
+    def __init__(self, cursor: Cursor[MixtureEntry], sources: Sequence[SourcePass]) -> None:
         self._cursor, self._sources = cursor, sources
         self._using_cursor = threading.Lock()  # the feeder walks, and others ask for positions
         self._opened = 0  # windows since the last plan
@@ -73,7 +74,7 @@ class MixedFeed:
         for each in self._sources:
             each.reader.exhausted(np.empty(0, np.int32), cursor.epoch + 1)
 
-    def position(self, entry: MixtureEntry) -> MixturePosition:
+    def position(self, entry: MixtureEntry) -> Position:
         """Where a run stands once an entry is delivered. Any thread may ask."""
         with self._using_cursor:
             return self._cursor.position(entry)
@@ -81,11 +82,10 @@ class MixedFeed:
     def done(self, entry: MixtureEntry) -> None:
         """The entry's batch is made, or given up."""
         for part in entry.parts:
-            windows = [MixtureKey(part.source, part.epoch, *key) for key in part.entry.windows]
-            self._sources[part.source].reader.done(part.entry, windows)
+            self._sources[part.source].reader.done(part, part.windows)
 
     def _plan(self) -> None:
-        windows: list[list[tuple[MixtureKey, Any]]] = [[] for _ in self._sources]
+        windows: list[list[tuple[WindowKey, Any]]] = [[] for _ in self._sources]
         with self._using_cursor:
             for key in islice(self._cursor.windows_ahead(), _PLANNED_WINDOWS):
                 windows[key.source].append((key, self._cursor.objects_of(key)))
@@ -98,20 +98,20 @@ class MixedFeed:
         with self._using_cursor:
             entries = self._cursor.settled()
             key = None if entries else self._cursor.next_window
-            wanted = [] if entries or key is not None else self._cursor.counts_wanted
+            wanted = {} if entries or key is not None else self._cursor.counts_wanted
         if entries:
             return entries
         if key is not None:
             return self._open(key)
         # The counts of one source may be all that is needed.
-        number = next((number for number, objects in enumerate(wanted) if len(objects)), None)
-        if number is None:
+        if not wanted:
             return None
-        told = self._sources[number].counts.ask(wanted[number])
+        number, objects = next(iter(wanted.items()))
+        told = self._sources[number].counts.ask(objects)
         with self._using_cursor:
             return self._cursor.tell(number, *told)
 
-    def _open(self, key: MixtureKey) -> list[MixtureEntry]:
+    def _open(self, key: WindowKey) -> list[MixtureEntry]:
         with self._using_cursor:
             object_nos = self._cursor.objects_of(key)
         each = self._sources[key.source]
@@ -127,14 +127,13 @@ class MixedFeed:
         breathe()
         for entry in entries:
             for part in entry.parts:
-                windows = [MixtureKey(part.source, part.epoch, *key) for key in part.entry.windows]
-                self._sources[part.source].reader.hold(part.entry, windows)
+                self._sources[part.source].reader.hold(part, part.windows)
         for entry in entries:
             for part in entry.parts:
-                self._sources[part.source].reader.due(part.entry)
+                self._sources[part.source].reader.due(part)
             yield entry
 
-    def _retire_all_but(self, needed: frozenset[MixtureKey]) -> None:
+    def _retire_all_but(self, needed: frozenset[WindowKey]) -> None:
         for number, each in enumerate(self._sources):
             each.reader.retire_all_but({key for key in needed if key.source == number})
 
@@ -149,8 +148,7 @@ class MixedAssembler:
         """The bytes of an entry's samples, part by part."""
         memory.begin()
         parts = [
-            self._assemblers[part.source].gather(part.entry, part.epoch, memory, is_keyed=is_keyed)
-            for part in entry.parts
+            self._assemblers[part.source].gather(part, part.epoch, memory, is_keyed=is_keyed) for part in entry.parts
         ]
         return GatheredParts(parts, entry.part_of, [part.source for part in entry.parts])
 
@@ -158,8 +156,8 @@ class MixedAssembler:
         """The entry without those of its samples that cannot be read and may be left out."""
         parts, is_kept = [], np.zeros(len(entry), np.bool_)
         for part, rows in zip(entry.parts, rows_of_parts(entry.part_of, len(entry.parts)), strict=True):
-            kept = self._assemblers[part.source].readable(part.entry, part.epoch, memory)
-            parts.append(part._replace(entry=part_of_entry(part.entry, kept)))
+            kept = self._assemblers[part.source].readable(part, part.epoch, memory)
+            parts.append(part_of_entry(part, kept))
             is_kept[rows[kept]] = True
         return replace(entry, parts=tuple(parts), part_of=entry.part_of[is_kept])
 
@@ -168,7 +166,7 @@ class MixedAssembler:
 class MixedPass:
     """A pass over a mixture."""
 
-    cursor: MixtureCursor
+    cursor: Cursor[MixtureEntry]
     feed: MixedFeed
     assembler: MixedAssembler
     maker: MixedMaker
@@ -200,7 +198,7 @@ class MixedPass:
         """The entry without those of its samples that cannot be read and may be left out."""
         return self.assembler.readable(entry, memory)
 
-    def position(self, entry: MixtureEntry) -> MixturePosition:
+    def position(self, entry: MixtureEntry) -> Position:
         """Where a run stands once an entry is delivered."""
         return self.feed.position(entry)
 
@@ -232,10 +230,10 @@ def begin_mixed_pass(
     **cursor_options: Any,
 ) -> MixedPass:
     """A pass over an epoch of a mixture of `sources`, which are open. `names`: of the columns of tuples, if it makes
-    tuples; `functions` are applied to its samples. `cursor_options` are those of `MixtureCursor`. Raises `ConfigError`
+    tuples; `functions` are applied to its samples. `cursor_options` are those of `mixture_cursor`. Raises `ConfigError`
     and `StateError`.
     """
-    cursor = MixtureCursor(plans, options, epoch, ranks, batch_size, **cursor_options)
+    cursor = mixture_cursor(plans, options, epoch, ranks, batch_size, **cursor_options)
     assemblers = [each.assembler for each in sources]
     maker = MixedMaker(tuple(each.maker for each in assemblers), names, functions)
     memory, waits = LocalMemory(sources[0].source.slots), JointWaits([each.session.waits for each in sources])

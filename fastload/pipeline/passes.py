@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from fastload.arguments import CachePolicy
 from fastload.cache.policy import PolicyName
@@ -23,15 +23,19 @@ from fastload.pipeline.job import Job
 from fastload.pipeline.reader import ScatteredReader, WindowReader, check_allowed, holds
 from fastload.pipeline.run import RunFeed
 from fastload.pipeline.source import Session, Source
-from fastload.plan import BatchEntry, EpochCursor, Position, Tail, epoch_orders, first_objects, objects_in_use_order
+from fastload.plan import (
+    BatchEntry,
+    Cursor,
+    Position,
+    Tail,
+    epoch_cursor,
+    epoch_orders,
+    first_objects,
+    objects_in_use_order,
+)
 from fastload.stats import Account
 from fastload.transport.slots import SlotPool
 from fastload.waiting import Waits
-
-if TYPE_CHECKING:  # most jobs read one data set, and start the sooner without
-    from fastload.plan.mixture import MixtureCursor, MixturePosition
-
-AnyPosition: TypeAlias = "Position | MixturePosition"
 
 # Of the next epoch, what is fetched ahead when one has been read to its end: some windows, since the user may be about
 # to do something else.
@@ -80,7 +84,7 @@ class Pass(Protocol):
         ...
 
     @property
-    def cursor(self) -> EpochCursor | MixtureCursor:
+    def cursor(self) -> Cursor[Any]:
         """The plan."""
         ...
 
@@ -107,7 +111,7 @@ class Pass(Protocol):
         """The entry without those of its samples that cannot be read and may be left out."""
         ...
 
-    def position(self, entry: Any) -> AnyPosition:
+    def position(self, entry: Any) -> Position:
         """Where a run stands once an entry is delivered."""
         ...
 
@@ -142,7 +146,7 @@ class SourcePass:
 class OnePass:
     """A pass over one data set."""
 
-    cursor: EpochCursor
+    cursor: Cursor[BatchEntry]
     feed: Feed
     memory: Memory
     source: SourcePass
@@ -232,7 +236,7 @@ def _opened(session: Session, source: Source, job: Job, options: PassOptions, sk
 def begin_pass(
     source: Source, job: Job, options: PassOptions, epoch: int, batch_size: int, **cursor_options: Any
 ) -> OnePass:
-    """A pass over `epoch`; its `end` must follow. `cursor_options` are those of `EpochCursor`.
+    """A pass over `epoch`; its `end` must follow. `cursor_options` are those of `epoch_cursor`.
 
     Raises `ConfigError`, and `StateError` where it cannot begin where it should.
     """
@@ -242,7 +246,7 @@ def begin_pass(
         manifest, order, ranks = source.manifest, job.order, job.ranks
         assert manifest is not None, "a session is open"
         orders = epoch_orders(manifest, order, epoch)
-        cursor = EpochCursor(orders, ranks, batch_size, tail=options.tail, **cursor_options)
+        cursor = epoch_cursor(orders, ranks, batch_size, tail=options.tail, **cursor_options)
         ahead_bytes = 0 if source.grows else _NEXT_EPOCH_BYTES  # the next epoch may have another list
         expected_next = partial(first_objects, manifest, order, epoch + 1, ranks, ahead_bytes)
         feed = Feed(cursor, opened.reader, opened.counts, expected_next)

@@ -10,18 +10,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from fastload import callers
 from fastload.errors import StateError
 from fastload.pipeline.gather import Skips
-from fastload.pipeline.passes import AnyPosition
-from fastload.plan import EpochCursor
-
-if TYPE_CHECKING:
-    from fastload.plan.mixture import MixtureCursor
+from fastload.plan import Cursor, Position
 
 STATE_VERSION = 1
 
@@ -43,7 +39,7 @@ class IterationState:
 
     epoch: int
     worker: tuple[int, int] = (0, 1)
-    position: AnyPosition | None = None
+    position: Position | None = None
     offset: int = 0
 
     @property
@@ -58,7 +54,7 @@ class IterationState:
 
     @classmethod
     def from_state(
-        cls, state: Mapping[str, Any], read_position: Callable[[Mapping[str, Any]], AnyPosition]
+        cls, state: Mapping[str, Any], read_position: Callable[[Mapping[str, Any]], Position]
     ) -> IterationState:
         """Reads what `to_state` wrote, also after a way through JSON. Raises `StateError`."""
         try:
@@ -90,7 +86,7 @@ class IterationState:
             )
 
 
-def why_nothing_came(cursor: EpochCursor | MixtureCursor, batch_size: int = 1, *, drop_last: bool = False) -> str:
+def why_nothing_came(cursor: Cursor[Any], batch_size: int = 1, *, drop_last: bool = False) -> str:
     """What to say where an epoch has ended and nothing of it was delivered to this rank."""
     if not cursor.total:
         return "the epoch had no samples: all of its shards are empty; look at what is in them"
@@ -109,7 +105,7 @@ class Delivery:
 
     def __init__(
         self,
-        cursor: EpochCursor | MixtureCursor,
+        cursor: Cursor[Any],
         resumed: IterationState,
         workers: int,
         warn: Callable[[str], None] | None = None,

@@ -22,8 +22,7 @@ from fastload.lifecycle import call_later, is_inherited, on_drop
 from fastload.pipeline import manifest_files
 from fastload.pipeline.listing import attach, find_sidecars, list_shards
 from fastload.pipeline.shards import ShardTable
-from fastload.plan import Manifest
-from fastload.plan.manifest import next_version
+from fastload.plan import Manifest, next_version
 from fastload.store.table import ObjectTable
 from fastload.transport.slots import SlotPool
 from fastload.waiting import Waits

@@ -18,7 +18,6 @@ that is not counted and so has at least some quotas, up to where all that it giv
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,8 +26,8 @@ from numpy.typing import NDArray
 
 from fastload.errors import ConfigError
 from fastload.kernels.mixing import NEVER, fill_steps, mix, numbers_of, shares_at
-from fastload.plan.lanes import lane_length, lane_lengths
-from fastload.plan.weights import MixtureOptions, Stop, Weights, weight_steps
+from fastload.plan.lanes import lane_length
+from fastload.plan.weights import Stop, Weights, weight_steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,15 +133,6 @@ def extent_of(blend: Blend, quotas: NDArray[np.int64], is_counted: NDArray[np.bo
         last = blend.positions(np.maximum(quotas, 1) - 1)
         known = min(known, _end_of_all(np.where(quotas > 0, last, -1)))
     return Extent(known, tuple(beyond.tolist()), known if is_counted.all() and stop != "never" else None)
-
-
-def sample_count(options: MixtureOptions, epoch: int, counts: Sequence[int], partitions: int) -> int | None:
-    """The samples of an epoch of a mixture, over all ranks and without repeats, by those of its sources; None where it
-    has no end. Raises `ConfigError`.
-    """
-    blend = Blend.of(options.weights, options.seed, epoch, partitions)
-    quotas = np.stack([lane_lengths(count, partitions) for count in counts], axis=1)
-    return extent_of(blend, quotas, np.ones(len(counts), np.bool_), options.stop).total
 
 
 def _end_of_all(last: NDArray[np.int64]) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastload.errors import StateError
-from fastload.plan.order import EpochOrder, WindowKey
+from fastload.plan.order import EpochOrder
 from fastload.plan.position import Place
 
 # Counts that are taken down in one go; a million would take 50 MB meanwhile.
@@ -127,11 +127,11 @@ class EpochCounts:
             return window, number - int(part.start[window]), int(part.count[window])
         return (part.known, number - int(part.start[part.known]), -1) if part.known < len(part.count) else None
 
-    def windows(self, partition: int, start: int, stop: int) -> list[tuple[WindowKey, int]]:
+    def windows(self, partition: int, start: int, stop: int) -> list[tuple[int, int]]:
         """The windows of a counted partition with samples from `start` up to `stop`, and the first such sample."""
         part, found = self._parts[partition], []
         while start < stop and (at := self.find(partition, start)) is not None:
-            found.append((WindowKey(partition, at[0]), start))
+            found.append((at[0], start))
             start = int(part.start[at[0] + 1])
         return found
 

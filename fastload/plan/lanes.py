@@ -57,16 +57,16 @@ class LaneQuotas:
         lacking = self.quota - self.own
         self._row_start_of_lane = np.cumsum(lacking) - lacking
 
-    def pieces(self, lane: int, start: int, stop: int) -> list[PartitionRange]:
+    def ranges(self, lane: int, start: int, stop: int) -> list[PartitionRange]:
         """What `lane` holds from number `start` up to `stop`."""
         own = int(self.own[lane])
-        pieces = [PartitionRange(lane, start, min(stop, own))] if start < min(stop, own) else []
+        found = [PartitionRange(lane, start, min(stop, own))] if start < min(stop, own) else []
         at = int(self._row_start_of_lane[lane]) + max(start, own) - own
         row_stop = int(self._row_start_of_lane[lane]) + stop - own
         while at < row_stop:
             partition = int(np.searchsorted(self._row_end, at, side="right"))
             end = min(row_stop, int(self._row_end[partition]))
             shift = int(self.own[partition]) - int(self._row_end[partition] - self._surplus[partition])
-            pieces.append(PartitionRange(partition, at + shift, end + shift))
+            found.append(PartitionRange(partition, at + shift, end + shift))
             at = end
-        return pieces
+        return found

@@ -34,7 +34,7 @@ def objects_in_use_order(
     objects in the same order.
     """
     orders = epoch_orders(manifest, options, epoch)
-    places = (Place(0, 0),) * len(orders) if start is None else start.places
+    places = (Place(0, 0),) * len(orders) if start is None else start.sources[0].places
     if len(orders) == 1:
         order = orders[0]
         return order.object_order[order.window_start[min(places[0].window, order.window_count)] :]
@@ -54,7 +54,7 @@ def first_objects(
 
 
 def windows_by_bytes(
-    orders: Sequence[EpochOrder], partitions: Sequence[int], places: Sequence[Place]
+    orders: Sequence[EpochOrder], partitions: Sequence[int], places: Sequence[Place], source: int = 0
 ) -> list[WindowKey]:
     """The windows of some partitions from `places` on, as they come if a byte is as many samples everywhere."""
     found = []
@@ -63,7 +63,7 @@ def windows_by_bytes(
         before = np.cumsum(order.window_bytes) - order.window_bytes
         share = (before / max(1, int(order.window_bytes.sum()))).tolist()
         found += [
-            (share[window], WindowKey(partition, window))
+            (share[window], WindowKey(source, order.epoch, partition, window))
             for window in range(min(places[partition].window, order.window_count), order.window_count)
         ]
     return [key for _, key in sorted(found)]

@@ -1,23 +1,16 @@
-"""Several data sets read as one: which of them each sample of a line is from, and a rank's batches of it.
+"""Several data sets read as one sequence, as far as it is known; one data set is mixed in the same way.
 
-The line of a mixture's epoch, as far as it is known.
-
-It has the lanes of any line; what stands at a number of one, and which sample of its source that is, `Blend` says, and
-`Rounds` where in the source's epochs that lies. A position is settled once that is known of all positions before it,
-whoever reads them, and that the line does not end before: what a node saves then means the same to every other.
-
-From the orders of several data sets to a rank's batches of their mixture, as sample counts become known.
-
-All is as with one data set (see `plan.cursor` and `plan.walk`), with windows and counts of each source. Sample counts
-need not be known for a run to begin: while a source's are not, it goes on as far as all that it needs is certain to lie
-in the source's first epoch.
+It has the lanes of any sequence. Which source stands at a number of a lane, and which sample of the source that is,
+follows from `Blend`, and where that lies in the source's epochs from `Rounds`. A position is settled once that is known
+of all positions before it, whichever rank reads them, and that the sequence does not end before: what a node saves then
+means the same to every other. Sample counts need not be known for a run to begin: while a source's are not, it
+continues as far as all that it needs is certain to lie in the source's first epoch.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -26,32 +19,15 @@ from numpy.typing import NDArray
 from fastload.errors import ConfigError
 from fastload.kernels.mixing import NEVER
 from fastload.plan.assignment import Assignment, LaneSpan
-from fastload.plan.blend import Blend, extent_of, sample_count
+from fastload.plan.blend import Blend, extent_of
+from fastload.plan.cursor import Batching, Cursor, Split
 from fastload.plan.lanes import lane_length, lane_lengths
-from fastload.plan.order import WindowKey
-from fastload.plan.position import MixturePosition, SourcePosition, check_boundary
+from fastload.plan.order import SourcePlan, WindowKey
+from fastload.plan.position import Position, SourcePosition
 from fastload.plan.ranks import Ranks, Tail
-from fastload.plan.rounds import RoundKey, Rounds, SourceEpochs, SourcePlan
-from fastload.plan.samples import MixedSamples, MixtureEntry, MixtureKey, MixturePart
-from fastload.plan.walk import Reader, Split, Walk
-from fastload.plan.weights import MixtureOptions, Schedule, Stop, Weights, check_stop, check_weights
-
-__all__ = [
-    "MixtureCursor",
-    "MixtureEntry",
-    "MixtureKey",
-    "MixtureOptions",
-    "MixturePart",
-    "MixturePosition",
-    "Schedule",
-    "SourcePlan",
-    "SourcePosition",
-    "Stop",
-    "Weights",
-    "check_stop",
-    "check_weights",
-    "sample_count",
-]
+from fastload.plan.rounds import Rounds, SourceEpochs
+from fastload.plan.samples import MixedSamples, MixtureEntry
+from fastload.plan.weights import MixtureOptions, Stop
 
 
 class MixtureSequence:
@@ -72,22 +48,22 @@ class MixtureSequence:
         self._measure()
 
     @property
-    def open_windows(self) -> Collection[MixtureKey]:
+    def open_windows(self) -> Collection[WindowKey]:
         """The windows that are open."""
-        return {self._key(number, key) for number, source in enumerate(self._sources) for key in source.open_windows()}
+        return {key for source in self._sources for key in source.open_windows()}
 
-    def objects_of(self, key: MixtureKey) -> NDArray[np.int32]:
+    def objects_of(self, key: WindowKey) -> NDArray[np.int32]:
         """The object numbers of a window in its source, int32."""
-        return self._sources[key.source].objects_of(self._round_key(key))
+        return self._sources[key.source].objects_of(key)
 
     def tell(self, source: int, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
         """The sample counts of some objects of a source."""
         self._sources[source].tell(object_nos, counts)
         self._measure()
 
-    def add(self, key: MixtureKey, counts: NDArray[np.int64]) -> None:
+    def add(self, key: WindowKey, counts: NDArray[np.int64]) -> None:
         """A window is open, and these are the counts of its objects."""
-        self._sources[key.source].add(self._round_key(key), counts)
+        self._sources[key.source].add(key, counts)
         self._measure()
 
     def skip(self, spans: Sequence[LaneSpan]) -> None:
@@ -112,7 +88,7 @@ class MixtureSequence:
         """For each lane up to which number its windows are open."""
         return self._reaches
 
-    def due_in(self, spans: Sequence[LaneSpan]) -> list[tuple[int, MixtureKey]]:
+    def due_in(self, spans: Sequence[LaneSpan]) -> list[tuple[int, WindowKey]]:
         """The windows that have to be opened for lanes to reach the ends of their `spans`, each with the position from
         which it is needed; without those for which a count must be told before.
         """
@@ -120,7 +96,7 @@ class MixtureSequence:
         samples = self._blend.shares(lanes, ends)
         missing = np.argwhere(samples > self._reached[[self._row[lane] for lane in lanes.tolist()]])
         found = [
-            (lane, number, sample, self._key(number, key))
+            (lane, number, sample, key)
             for lane, number, end in zip(
                 lanes[missing[:, 0]].tolist(), missing[:, 1].tolist(), samples[tuple(missing.T)].tolist(), strict=True
             )
@@ -131,32 +107,43 @@ class MixtureSequence:
         positions = self._blend.positions_at(places[:, 0], numbers).tolist()
         return [(position, key) for position, (*_, key) in zip(positions, found, strict=True)]
 
-    def wanted(self, spans: Sequence[LaneSpan]) -> list[NDArray[np.int32]]:
-        """For each source, objects whose counts must be told before lanes can go on to the ends of their `spans`."""
+    def counts_wanted(
+        self,
+        spans: Sequence[LaneSpan],
+        end: int,
+        others: Sequence[int],
+        home: Sequence[int],
+        last: tuple[int, int] | None,
+    ) -> dict[int, NDArray[np.int32]]:
+        """Objects whose counts are needed next, by source; see `SampleSequence`."""
+        if last is not None:
+            source, sample = self._at(*last)
+            wanted = {source: self._sources[source].wanted_to_find(last[0], sample)}
+        else:
+            wanted = self._wanted_to_reach(spans)
+            if not any(map(len, wanted.values())) and self.total is None and end > self.known:
+                wanted = self._wanted_to_settle(end, others, home)
+        return {source: objects for source, objects in wanted.items() if len(objects)}
+
+    def _wanted_to_reach(self, spans: Sequence[LaneSpan]) -> dict[int, NDArray[np.int32]]:
+        """Objects whose counts are needed before lanes can continue to the ends of their `spans`."""
         lanes, _, ends = _columns(spans)
         samples = self._blend.shares(lanes, ends)
-        return [
-            source.wanted(lanes.tolist(), samples[:, number].tolist()) for number, source in enumerate(self._sources)
-        ]
+        return {
+            number: source.wanted(lanes.tolist(), samples[:, number].tolist())
+            for number, source in enumerate(self._sources)
+        }
 
-    def wanted_to_settle(self, end: int, others: Sequence[int], home: Sequence[int]) -> list[NDArray[np.int32]]:
-        """For each source, objects whose counts help to settle the line up to `end`: those of the next windows of
-        `others`, or of `home` where these have none.
+    def _wanted_to_settle(self, end: int, others: Sequence[int], home: Sequence[int]) -> dict[int, NDArray[np.int32]]:
+        """Objects whose counts help to settle the sequence up to `end`: those of the next windows of `others`, or of
+        `home` where these have none.
         """
         open_ended = [number for number, source in enumerate(self._sources) if source.epochs.total is None]
         short = [number for number in open_ended if self._limits[number] < end] or open_ended
-        wanted = [np.empty(0, np.int32) for _ in self._sources]
+        wanted = {}
         for number in short:
-            source = self._sources[number]
-            found = source.next_uncounted(others)
-            wanted[number] = found if len(found) else source.next_uncounted(home)
-        return wanted
-
-    def wanted_to_find(self, lane: int, number: int) -> list[NDArray[np.int32]]:
-        """For each source, objects whose counts must be told before `find` can answer."""
-        source, sample = self._at(lane, number)
-        wanted = [np.empty(0, np.int32) for _ in self._sources]
-        wanted[source] = self._sources[source].wanted_to_find(lane, sample)
+            found = self._sources[number].next_uncounted(others)
+            wanted[number] = found if len(found) else self._sources[number].next_uncounted(home)
         return wanted
 
     def forget(self, position: int) -> None:
@@ -167,10 +154,10 @@ class MixtureSequence:
             for source, sample in zip(self._sources, samples, strict=True):
                 source.forget_before(lane, sample)
 
-    def close_all_but(self, kept: MixtureKey | None) -> None:
+    def close_all_but(self, kept: WindowKey | None) -> None:
         """Close the windows that no lane needs from where it was forgotten on, but for `kept`."""
-        for number, source in enumerate(self._sources):
-            source.close_all_but(self._round_key(kept) if kept is not None and kept.source == number else None)
+        for source in self._sources:
+            source.close_all_but(kept)
 
     def samples(self, positions: NDArray[np.int64]) -> MixedSamples:
         """The samples at some positions, rising, that lanes have reached."""
@@ -190,31 +177,31 @@ class MixtureSequence:
                     places.append(by_lane[start:end][mine[which]])
         return MixedSamples.joined(parts, places)
 
-    def find(self, lane: int, number: int) -> tuple[MixtureKey, int, int] | None:
+    def find(self, lane: int, number: int) -> tuple[WindowKey, int, int] | None:
         """Window, offset and the window's samples, of a number of a lane, whoever reads it; None where counts that are
         still missing could move it.
         """
         source, sample = self._at(lane, number)
-        found = self._sources[source].find(lane, sample)
-        return None if found is None else (self._key(source, found[0]), found[1], found[2])
+        return self._sources[source].find(lane, sample)
 
-    def sample_at(self, key: MixtureKey, offset: int) -> MixedSamples:
+    def sample_at(self, key: WindowKey, offset: int) -> MixedSamples:
         """The one sample at an offset in an open window."""
-        samples = self._sources[key.source].sample_at(self._round_key(key), offset)
-        return MixedSamples(samples, np.zeros(1, np.int64), ((key.source, key.epoch),))
+        samples = self._sources[key.source].sample_at(key, offset)
+        return MixedSamples(samples, np.zeros(1, np.int64), (key[:2],))
 
-    def position(self, numbers: NDArray[np.int64]) -> tuple[SourcePosition, ...]:
-        """Where each source stands when the first `numbers` of the lanes are delivered."""
-        shares = self._blend.shares(self._blend.lanes, numbers)
+    def position(self, samples: int) -> tuple[SourcePosition, ...]:
+        """Where each source stands when so many samples are delivered."""
+        shares = self._blend.shares(self._blend.lanes, lane_lengths(samples, self._partitions))
         return tuple(source.position(shares[:, number].tolist()) for number, source in enumerate(self._sources))
 
-    def windows_ahead(self, starts: Sequence[tuple[int, int]]) -> Iterator[MixtureKey]:
-        """The windows that lanes need from some numbers on, in the order in which positions come to them, each once."""
+    def windows_ahead(self, position: int, lanes: Sequence[int]) -> Iterator[WindowKey]:
+        """The windows that `lanes` need from `position` on, in the order in which positions come to them, each once."""
         densities = [source.epochs.samples_a_byte() for source in self._sources]
         usual = float(np.mean([density for density in densities if density] or [1.0]))
         windows = []
         for number, source in enumerate(self._sources):
-            for lane, start in starts:
+            for lane in lanes:
+                start = lane_length(lane, position, self._partitions)
                 sample = int(self._blend.shares(np.array([lane]), np.array([start]))[0, number])
                 rounds = source.windows_from(lane, sample, densities[number] or usual)
                 windows.append(self._in_positions(lane, number, rounds))
@@ -225,8 +212,8 @@ class MixtureSequence:
                 yield key
 
     def _in_positions(
-        self, lane: int, source: int, rounds: Iterable[list[tuple[int, RoundKey]]]
-    ) -> Iterator[tuple[int, MixtureKey]]:
+        self, lane: int, source: int, rounds: Iterable[list[tuple[int, WindowKey]]]
+    ) -> Iterator[tuple[int, WindowKey]]:
         """Windows with the samples where a lane comes to them, with positions instead; as far as the line goes, and
         the last of them where that is a guess.
         """
@@ -238,7 +225,7 @@ class MixtureSequence:
             positions = self._blend.positions_at(lane, numbers).tolist()
             for position, (_, key) in zip(positions, windows, strict=True):
                 if position < end or is_guess:
-                    yield position, self._key(source, key)
+                    yield position, key
             # A lane without a partition of its own has no windows to guess.
             if not windows or positions[-1] >= end:
                 return
@@ -257,149 +244,66 @@ class MixtureSequence:
         source_of, sample_of = self._blend.sources(lane, np.array([number]))
         return int(source_of[0]), int(sample_of[0])
 
-    def _key(self, source: int, key: RoundKey) -> MixtureKey:
-        return MixtureKey(source, self._first_epoch + key[0], *key[1])
-
-    def _round_key(self, key: MixtureKey) -> RoundKey:
-        return key.epoch - self._first_epoch, WindowKey(key.partition, key.window)
-
 
 def _columns(spans: Sequence[LaneSpan]) -> NDArray[np.int64]:
     """Lanes, starts and ends, each of them contiguous."""
     return np.ascontiguousarray(np.array(spans, np.int64).reshape(-1, 3).T)
 
 
-class MixtureCursor(Walk[MixtureKey, MixtureEntry]):
-    """The batches of one rank in one epoch of a mixture. One user at a time; made anew for each epoch.
-
-    It is driven as an `EpochCursor` is: windows are named with their source and its epoch, counts are wanted and told
-    by source, and a batch has a part for each source. With `stop="never"` there is always another window to open, and
-    `finish` is never called. What is said of a node's windows and of workers there holds here too.
-
-    Raises `ConfigError` for arguments that do not fit, also once a source turns out to have fewer samples than it must,
-    and `StateError` where `start` belongs to another run.
+def sample_count(options: MixtureOptions, epoch: int, counts: Sequence[int], partitions: int) -> int | None:
+    """The samples of an epoch of a mixture, over all ranks and without repeats, by those of its sources; None where it
+    has no end. Raises `ConfigError`.
     """
+    blend = Blend.of(options.weights, options.seed, epoch, partitions)
+    quotas = np.stack([lane_lengths(count, partitions) for count in counts], axis=1)
+    return extent_of(blend, quotas, np.ones(len(counts), np.bool_), options.stop).total
 
-    def __init__(
-        self,
-        sources: Sequence[SourcePlan],
-        options: MixtureOptions,
-        epoch: int,
-        ranks: Ranks,
-        batch_size: int,
-        *,
-        drop_last: bool = False,
-        tail: Tail = "pad",
-        start: MixturePosition | None = None,
-        worker: tuple[int, int] = (0, 1),
-        split: Split = "batches",
-    ) -> None:
-        reader = Reader(ranks, batch_size, drop_last, tail, worker, split)
-        partitions = _partitions(sources, options)
-        self.sources, self.options, self.epoch = tuple(sources), options, epoch
-        self._beginning = MixturePosition(
-            epoch,
-            0,
-            0,
-            (SourcePosition.start(partitions),) * len(sources),
-            options,
-            tuple(source.options for source in sources),
-            tuple(source.manifest.fingerprint for source in sources),
-            ranks.world_size,
-            batch_size,
-            tail,
+
+def mixture_cursor(
+    sources: Sequence[SourcePlan],
+    options: MixtureOptions,
+    epoch: int,
+    ranks: Ranks,
+    batch_size: int,
+    *,
+    drop_last: bool = False,
+    tail: Tail = "pad",
+    start: Position | None = None,
+    worker: tuple[int, int] = (0, 1),
+    split: Split = "batches",
+) -> Cursor[MixtureEntry]:
+    """The cursor over one epoch of a mixture.
+
+    Raises `ConfigError` for arguments that do not fit and `StateError` where `start` belongs to another run.
+    """
+    batching = Batching(ranks, batch_size, drop_last, tail, worker, split)
+    partitions = _partitions(sources, options)
+    belongs_to = [(source.options, source.manifest.fingerprint) for source in sources]
+    beginning = Position.start(epoch, options, belongs_to, ranks, batch_size, tail)
+    start = beginning if start is None else start
+    start.check(beginning)
+    assignment = Assignment(ranks, partitions, batching.global_batch)
+    blend = Blend.of(options.weights, options.seed, epoch, partitions)
+    sequence = _sequence(sources, options, start, assignment, blend)
+    if start.samples != sequence.total:
+        start.check_boundary(beginning)
+    return Cursor(sequence, assignment, batching, beginning, start)
+
+
+def _sequence(
+    sources: Sequence[SourcePlan], options: MixtureOptions, start: Position, assignment: Assignment, blend: Blend
+) -> MixtureSequence:
+    """The sequence from `start` on."""
+    shares = blend.shares(blend.lanes, lane_lengths(start.samples, assignment.partitions))
+    first_epoch, is_endless = options.source_epoch(start.epoch), options.stop != "first"
+    rounds = []
+    for number, source in enumerate(sources):
+        samples = shares[:, number].tolist()
+        epochs = SourceEpochs(
+            number, source, first_epoch, assignment.lanes, samples, start.sources[number], is_endless=is_endless
         )
-        self.start = start if start is not None else self._beginning
-        self.start.check(self._beginning)
-        deal = Assignment(ranks, partitions, reader.global_batch)
-        self._mixture = self._line_from(self.start, deal, Blend.of(options.weights, options.seed, epoch, partitions))
-        if self.start.samples != self._mixture.total:
-            check_boundary(
-                self.start.samples, (self.start.batch_size, self.start.world_size), (batch_size, ranks.world_size)
-            )
-        super().__init__(self._mixture, deal, reader, self.start.samples)
-
-    def _line_from(self, start: MixturePosition, deal: Assignment, blend: Blend) -> MixtureSequence:
-        shares = blend.shares(blend.lanes, lane_lengths(start.samples, deal.partitions))
-        first_epoch, is_endless = self.options.source_epoch(self.epoch), self.options.stop != "first"
-        rounds = []
-        for number, source in enumerate(self.sources):
-            samples = shares[:, number].tolist()
-            epochs = SourceEpochs(
-                number, source, first_epoch, deal.lanes, samples, start.sources[number], is_endless=is_endless
-            )
-            rounds.append(Rounds(epochs, samples))
-        return MixtureSequence(blend, rounds, deal.lanes, self.options.stop, first_epoch)
-
-    @property
-    def is_counted(self) -> bool:
-        """Whether the length of the line is known, or that it has no end."""
-        return self._mixture.is_measured
-
-    def objects_of(self, key: MixtureKey) -> NDArray[np.int32]:
-        """The object numbers of a window in its source, int32; `add` wants one count for each."""
-        return self._mixture.objects_of(key)
-
-    @property
-    def counts_wanted(self) -> list[NDArray[np.int32]]:
-        """For each source, objects whose counts must be told before anything can go on, int32; all empty where
-        `next_window` is not None, where batches are settled that were not given out yet, and at the end.
-
-        As with one data set, they are the next windows of other nodes, or all of a source's where a lane has come to
-        the end of its partition.
-        """
-        nothing = [np.empty(0, np.int32) for _ in self.sources]
-        if self.next_window is not None:
-            return nothing
-        wanted = self._mixture.wanted(self._needs())
-        end, total = self._given + self._group, self._mixture.total
-        if not any(map(len, wanted)) and total is None and end > self._mixture.known:
-            others = [p for p in range(self._partitions) if self._deal.is_cut or p not in self.home]
-            wanted = self._mixture.wanted_to_settle(end, others, self.home)
-        if (tail := self._tail_position) is not None and self._tail_source is None:
-            number, lane = divmod(tail[0], self._partitions)
-            wanted = self._mixture.wanted_to_find(lane, number)
-        return wanted
-
-    def windows_ahead(self) -> Iterator[MixtureKey]:
-        """The windows that this node still needs, in the order in which batches come to them, each once; without end
-        where the line has none. Not to be used further once counts were told or a window was added.
-
-        Windows that are open are among them. While a source's counts are not known, its partitions are taken to hold as
-        many samples a byte, as many as in what is counted of it, or of the others; and where the line then ends is not
-        known either.
-        """
-        return self._mixture.windows_ahead(
-            [(lane, lane_length(lane, self._given, self._partitions)) for lane in self.home]
-        )
-
-    def tell(self, source: int, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> list[MixtureEntry]:
-        """The batches that are settled by the sample counts, int64, of some objects of a source."""
-        self._mixture.tell(source, object_nos, np.asarray(counts, np.int64))
-        return self._settle()
-
-    def add(self, key: MixtureKey, counts: NDArray[np.int64]) -> list[MixtureEntry]:
-        """A window is open: the batches that are settled by that, and by the counts of its objects, int64."""
-        self._mixture.add(key, np.asarray(counts, np.int64))
-        return self._settle()
-
-    def position(self, entry: MixtureEntry | None) -> MixturePosition:
-        """The position after `entry` was delivered; for None, where the cursor started."""
-        return self.start if entry is None else self.position_at(entry.samples_after)
-
-    def position_at(self, samples: int) -> MixturePosition:
-        """The position after so many samples of the line: as many as where the cursor started, or a multiple of the
-        global batch above that, or all.
-        """
-        if samples == self.start.samples:
-            return self.start
-        self._assert_is_boundary(samples)
-        return replace(
-            self._beginning,
-            batches=-(-samples // self._global_batch),
-            samples=samples,
-            sources=self._mixture.position(lane_lengths(samples, self._partitions)),
-        )
+        rounds.append(Rounds(epochs, samples))
+    return MixtureSequence(blend, rounds, assignment.lanes, options.stop, first_epoch)
 
 
 def _partitions(sources: Sequence[SourcePlan], options: MixtureOptions) -> int:

@@ -187,9 +187,20 @@ def _key(what: str, seed: int, epoch: int, partition: int, window: int | None = 
     return key if window is None else f"{key} window={window}"
 
 
-class WindowKey(NamedTuple):
-    """A window of an epoch: which partition, and its number there."""
+class SourcePlan(NamedTuple):
+    """One source: its data and the order of its samples."""
 
+    manifest: Manifest
+    options: OrderOptions
+
+
+class WindowKey(NamedTuple):
+    """A window: which source of a mixture (0 where one data set is read alone), which epoch of it, and partition and
+    number there.
+    """
+
+    source: int
+    epoch: int
     partition: int
     window: int
 

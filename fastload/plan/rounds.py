@@ -1,4 +1,4 @@
-"""What is known of one source of a mixture, and the lines of those of its epochs that are being read.
+"""What is known of one source of a mixture, and the sequences of those of its epochs that are being read.
 
 The epochs that are read are counted in *rounds*, from the one with which the mixture begins. Sample c of a lane lies in
 round c div quota, where the lane's *quota* is its length in an epoch of the source (see `lanes`). It follows from how
@@ -8,14 +8,13 @@ the first, and who asks takes care that none is needed that might not.
 One source of a mixture: its lanes, through one epoch after the other.
 
 A lane of a source goes through its part of the source's epoch and then on with the same lane of the source's next
-epoch, without end. Lanes need not be in the same round: their quotas differ by up to a sample. A round's line is made
-when a lane comes to it, and kept while one is in it. See `epochs` for what rounds are.
+epoch, without end. Lanes need not be in the same round: their quotas differ by up to a sample. A round's sequence is
+made when a lane comes to it, and kept while one is in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,22 +22,14 @@ from numpy.typing import NDArray
 from fastload.errors import ConfigError, StateError
 from fastload.plan.assignment import LaneSpan
 from fastload.plan.lanes import lane_length, lane_lengths
-from fastload.plan.manifest import Manifest
-from fastload.plan.order import OrderOptions, WindowKey, epoch_orders
+from fastload.plan.order import SourcePlan, WindowKey, epoch_orders
 from fastload.plan.position import Place, SourcePosition, check_place
 from fastload.plan.samples import Samples
 from fastload.plan.sequence import EpochSequence
 
-# Lines that are not being read are kept for a while: of rounds that are over, since it may be asked where in them a
+# Sequences that are not being read are kept for a while: of rounds that are over, since it may be asked where in them a
 # batch ended, and of those to come, whose windows are fetched ahead.
-_LINES_ASIDE = 4
-
-
-class SourcePlan(NamedTuple):
-    """One source: its data and the order of its samples."""
-
-    manifest: Manifest
-    options: OrderOptions
+_SEQUENCES_ASIDE = 4
 
 
 class SourceEpochs:
@@ -62,7 +53,7 @@ class SourceEpochs:
         self._source, self._plan, self._first_epoch, self.lanes = source, plan, first_epoch, lanes
         self._start, self.is_endless = start, is_endless
         self._counts = np.full(len(plan.manifest), -1, np.int64)
-        self.lines: dict[int, EpochSequence] = {}
+        self.sequences: dict[int, EpochSequence] = {}
         self._aside: dict[int, EpochSequence] = {}  # in the order of their last use
         self.total: int | None = None  # its samples, once that is known
         if start.total is not None:
@@ -72,7 +63,7 @@ class SourceEpochs:
     @property
     def known(self) -> int:
         """It has this many samples at least."""
-        return self.lines[0].known if self.total is None else self.total
+        return self.sequences[0].known if self.total is None else self.total
 
     @property
     def has_rounds(self) -> bool:
@@ -87,41 +78,47 @@ class SourceEpochs:
         """The same for one lane."""
         return lane_length(lane, self.known, self._plan.options.partitions)
 
+    def round_of(self, key: WindowKey) -> int:
+        """The round in which a window lies."""
+        return key.epoch - self._first_epoch
+
     def locate(self, lane: int, sample: int) -> tuple[int, int]:
         """The round of a sample of a lane, and its number there."""
         return divmod(sample, self.quota(lane)) if self.has_rounds else (0, sample)
 
     def tell(self, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
         """The sample counts of some objects, which are the same in every round."""
-        for line in (*self.lines.values(), *self._aside.values()):
-            line.tell(object_nos, counts)
+        for sequence in (*self.sequences.values(), *self._aside.values()):
+            sequence.tell(self._source, object_nos, counts)
         self._counts[object_nos] = counts
-        for line in self.lines.values():
-            if line.total is not None:
-                self._learn_total(line.total)
+        for sequence in self.sequences.values():
+            if sequence.total is not None:
+                self._learn_total(sequence.total)
 
-    def line(self, round_no: int) -> EpochSequence:
-        """The line of a round, which is being read from now on."""
-        if round_no not in self.lines:
-            self.lines[round_no] = self.glimpse(round_no)
+    def sequence(self, round_no: int) -> EpochSequence:
+        """The sequence of a round, which is being read from now on."""
+        if round_no not in self.sequences:
+            self.sequences[round_no] = self.glimpse(round_no)
             del self._aside[round_no]
-        return self.lines[round_no]
+        return self.sequences[round_no]
 
     def glimpse(self, round_no: int) -> EpochSequence:
-        """The line of a round, to look at."""
-        if round_no in self.lines:
-            return self.lines[round_no]
-        line = self._aside.pop(round_no, None)
-        if line is None:
-            line, is_counted = self._made(round_no), np.flatnonzero(self._counts >= 0).astype(np.int32)
-            line.tell(is_counted, self._counts[is_counted])
-        self._put_aside(round_no, line)
-        return line
+        """The sequence of a round, to look at."""
+        if round_no in self.sequences:
+            return self.sequences[round_no]
+        sequence = self._aside.pop(round_no, None)
+        if sequence is None:
+            sequence, is_counted = self._made(round_no), np.flatnonzero(self._counts >= 0).astype(np.int32)
+            sequence.tell(self._source, is_counted, self._counts[is_counted])
+        self._put_aside(round_no, sequence)
+        return sequence
 
     def end_before(self, round_no: int) -> None:
         """Rounds before are over, but for those with open windows."""
-        for number in [number for number, line in self.lines.items() if number < round_no and not line.open_windows]:
-            self._put_aside(number, self.lines.pop(number))
+        for number in [
+            number for number, sequence in self.sequences.items() if number < round_no and not sequence.open_windows
+        ]:
+            self._put_aside(number, self.sequences.pop(number))
 
     def samples_a_byte(self) -> float | None:
         """How many samples a byte holds, where any object is counted."""
@@ -129,9 +126,9 @@ class SourceEpochs:
         byte_count = int(self._plan.manifest.sizes[is_counted].sum())
         return int(self._counts[is_counted].sum()) / byte_count if byte_count else None
 
-    def _put_aside(self, round_no: int, line: EpochSequence) -> None:
-        self._aside[round_no] = line
-        if len(self._aside) > _LINES_ASIDE:
+    def _put_aside(self, round_no: int, sequence: EpochSequence) -> None:
+        self._aside[round_no] = sequence
+        if len(self._aside) > _SEQUENCES_ASIDE:
             del self._aside[next(iter(self._aside))]
 
     def _made(self, round_no: int) -> EpochSequence:
@@ -144,7 +141,7 @@ class SourceEpochs:
                 check_place(places[lane], orders[lane].window_count)
         began_here = {lane: self.began[lane] for lane in self.lanes if self.began[lane][0] <= round_no}
         starts = {lane: number if began == round_no else 0 for lane, (began, number) in began_here.items()}
-        return EpochSequence(orders, starts, places, taken)
+        return EpochSequence(orders, starts, places, taken, self._source)
 
     def _learn_total(self, total: int) -> None:
         if self.total is not None and total != self.total:
@@ -162,7 +159,6 @@ class SourceEpochs:
 
 
 _ALL = 1 << 62
-RoundKey = tuple[int, WindowKey]
 
 
 class Rounds:
@@ -176,64 +172,64 @@ class Rounds:
         self._given = dict(self._round)
         self._over_at = dict.fromkeys(epochs.lanes, 0)  # no window of a lane is over before this sample
         self._is_changed = True
-        self._line(min(self._round.values()))
+        self._sequence(min(self._round.values()))
 
-    def open_windows(self) -> Iterator[RoundKey]:
+    def open_windows(self) -> Iterator[WindowKey]:
         """The windows that are open."""
-        return ((round_no, key) for round_no, line in self.epochs.lines.items() for key in line.open_windows)
+        return (key for sequence in self.epochs.sequences.values() for key in sequence.open_windows)
 
-    def objects_of(self, key: RoundKey) -> NDArray[np.int32]:
+    def objects_of(self, key: WindowKey) -> NDArray[np.int32]:
         """The object numbers of a window, int32."""
-        return self.epochs.glimpse(key[0]).objects_of(key[1])
+        return self.epochs.glimpse(self.epochs.round_of(key)).objects_of(key)
 
     def tell(self, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
         """The sample counts of some objects, which are the same in every round."""
         self._is_changed, self._over_at = True, dict.fromkeys(self._over_at, 0)
         self.epochs.tell(object_nos, counts)
 
-    def add(self, key: RoundKey, counts: NDArray[np.int64]) -> None:
+    def add(self, key: WindowKey, counts: NDArray[np.int64]) -> None:
         """A window is open, and these are the counts of its objects."""
-        line = self._line(key[0])
-        line.add(key[1], counts)
-        self.tell(line.objects_of(key[1]), counts)
+        sequence = self._sequence(self.epochs.round_of(key))
+        sequence.add(key, counts)
+        self.tell(sequence.objects_of(key), counts)
 
     def skip_to(self, lane: int, sample: int) -> None:
         """Nobody here needs samples of `lane` before `sample`."""
         self._skipped[lane], self._is_changed = sample, True
         round_no, number = self.epochs.locate(lane, sample)
         self._round[lane] = max(round_no, self._round[lane])
-        if round_no in self.epochs.lines:
-            self.epochs.lines[round_no].lanes[lane].skip_to(number)
+        if round_no in self.epochs.sequences:
+            self.epochs.sequences[round_no].lanes[lane].skip_to(number)
 
     def extend(self) -> bool:
         """Let lanes go on through windows that are open; whether anything may have changed since the last time."""
         is_changed, self._is_changed = self._is_changed, False
         if is_changed:
-            for line in self.epochs.lines.values():
-                line.extend()
+            for sequence in self.epochs.sequences.values():
+                sequence.extend()
         return is_changed
 
     def reach(self, lane: int) -> int:
         """Up to which sample the windows of `lane` are open, and it is known in which round they are."""
         quota = self.epochs.quota(lane)
         if not self.epochs.has_rounds:
-            return min(quota, self.epochs.lines[0].lanes[lane].covered)
+            return min(quota, self.epochs.sequences[0].lanes[lane].covered)
         round_no = self._round[lane]
-        while round_no in self.epochs.lines and self.epochs.lines[round_no].lanes[lane].covered >= quota:
+        while round_no in self.epochs.sequences and self.epochs.sequences[round_no].lanes[lane].covered >= quota:
             round_no += 1
         self._round[lane] = round_no
-        if round_no in self.epochs.lines:
-            return round_no * quota + self.epochs.lines[round_no].lanes[lane].covered
+        if round_no in self.epochs.sequences:
+            return round_no * quota + self.epochs.sequences[round_no].lanes[lane].covered
         return max(round_no * quota, self._skipped[lane])
 
-    def due(self, lane: int, end: int) -> list[tuple[int, RoundKey]]:
+    def due(self, lane: int, end: int) -> list[tuple[int, WindowKey]]:
         """The window, if any, that has to be opened for `lane` to reach sample `end`, and the sample from which it is
         needed; none where a count must be told before.
         """
         return [
-            (round_no * self.epochs.quota(lane) + number, (round_no, key))
+            (round_no * self.epochs.quota(lane) + number, key)
             for round_no, local_end in self._missing(lane, end)
-            for number, key in self._line(round_no).due(lane, local_end)
+            for number, key in self._sequence(round_no).due(lane, local_end)
         ]
 
     def wanted(self, lanes: Sequence[int], ends: Sequence[int]) -> NDArray[np.int32]:
@@ -242,32 +238,32 @@ class Rounds:
         for lane, end in zip(lanes, ends, strict=True):
             for round_no, local_end in self._missing(lane, end):
                 missing.setdefault(round_no, []).append((lane, 0, local_end))
-        found = [self._line(round_no).wanted(spans) for round_no, spans in missing.items()]
+        found = [self._sequence(round_no).wanted(spans) for round_no, spans in missing.items()]
         return np.unique(np.concatenate([np.empty(0, np.int32), *found]))
 
     def next_uncounted(self, partitions: Sequence[int]) -> NDArray[np.int32]:
         """The objects without counts of the next window that has any, of each of `partitions`, int32. Only while the
         number of samples is not known.
         """
-        return self.epochs.lines[0].next_uncounted(partitions)
+        return self.epochs.sequences[0].next_uncounted(partitions)
 
     def forget_before(self, lane: int, sample: int) -> None:
         """Samples of `lane` before `sample` are not needed any more."""
         if sample < self._over_at[lane]:
             return
         self._given[lane], number = self.epochs.locate(lane, sample)
-        for round_no, line in self.epochs.lines.items():
-            if round_no <= self._given[lane] and lane in line.lanes:
-                line.lanes[lane].forget_before(number if round_no == self._given[lane] else _ALL)
-        current, base = self.epochs.lines.get(self._given[lane]), sample - number
+        for round_no, sequence in self.epochs.sequences.items():
+            if round_no <= self._given[lane] and lane in sequence.lanes:
+                sequence.lanes[lane].forget_before(number if round_no == self._given[lane] else _ALL)
+        current, base = self.epochs.sequences.get(self._given[lane]), sample - number
         legs = current.lanes[lane].legs if current is not None else []
         end = base + legs[0].stop if legs else 0
         self._over_at[lane] = min(end, base + self.epochs.quota(lane)) if self.epochs.has_rounds else end
 
-    def close_all_but(self, kept: RoundKey | None) -> None:
+    def close_all_but(self, kept: WindowKey | None) -> None:
         """Close the windows that no lane needs from where it was forgotten on, but for `kept`."""
-        for round_no, line in self.epochs.lines.items():
-            line.close_all_but(kept[1] if kept is not None and kept[0] == round_no else None)
+        for sequence in self.epochs.sequences.values():
+            sequence.close_all_but(kept)
         self.epochs.end_before(min(self._given.values()))
 
     def samples_of(self, lane: int, samples: NDArray[np.int64]) -> Iterator[tuple[int, slice, Samples]]:
@@ -278,23 +274,22 @@ class Rounds:
             low, high = 0, len(samples)
             if first < last:
                 low, high = np.searchsorted(samples, (base, base + self.epochs.quota(lane))).tolist()
-            yield round_no, slice(low, high), self.epochs.lines[round_no].samples_of(lane, samples[low:high] - base)
+            yield round_no, slice(low, high), self.epochs.sequences[round_no].samples_of(lane, samples[low:high] - base)
 
-    def find(self, lane: int, sample: int) -> tuple[RoundKey, int, int] | None:
+    def find(self, lane: int, sample: int) -> tuple[WindowKey, int, int] | None:
         """Window, offset and the window's samples, of a sample of a lane, whoever reads it; None where counts that are
         still missing could move it.
         """
         round_no, number = self.epochs.locate(lane, sample)
-        found = self.epochs.glimpse(round_no).find(lane, number)
-        return None if found is None else ((round_no, found[0]), found[1], found[2])
+        return self.epochs.glimpse(round_no).find(lane, number)
 
     def wanted_to_find(self, lane: int, sample: int) -> NDArray[np.int32]:
         """Objects whose counts must be told before `find` can answer, int32."""
         return self.epochs.glimpse(self.epochs.locate(lane, sample)[0]).uncounted_objects()
 
-    def sample_at(self, key: RoundKey, offset: int) -> Samples:
+    def sample_at(self, key: WindowKey, offset: int) -> Samples:
         """The one sample at an offset in an open window."""
-        return self.epochs.lines[key[0]].sample_at(key[1], offset)
+        return self.epochs.sequences[self.epochs.round_of(key)].sample_at(key, offset)
 
     def position(self, samples: Sequence[int]) -> SourcePosition:
         """Where the source stands when lanes have given so many samples."""
@@ -302,28 +297,28 @@ class Rounds:
         numbers = [number for _, number in located]
         taken, places = list(numbers), [Place(0, 0)] * len(numbers)
         for round_no in sorted({round_no for round_no, number in located if number}):
-            line = self.epochs.glimpse(round_no)
-            taken_here = line.taken(numbers)
-            places_here = line.places(taken_here)
+            sequence = self.epochs.glimpse(round_no)
+            taken_here = sequence.taken(numbers)
+            places_here = sequence.places(taken_here)
             for lane in (lane for lane, at in enumerate(located) if at[0] == round_no):
                 taken[lane], places[lane] = taken_here[lane], places_here[lane]
         return SourcePosition(self.epochs.total, tuple(places), () if taken == numbers else tuple(taken))
 
-    def windows_from(self, lane: int, sample: int, samples_a_byte: float) -> Iterator[list[tuple[int, RoundKey]]]:
+    def windows_from(self, lane: int, sample: int, samples_a_byte: float) -> Iterator[list[tuple[int, WindowKey]]]:
         """Round by round from `sample` on, the windows to which a lane comes, each with the sample where it does.
 
         While counts are missing it is taken to go through its own partition, with so many samples a byte everywhere.
         """
         round_no, number = self.epochs.locate(lane, sample)
         while True:
-            line, quota = self.epochs.glimpse(round_no), self.epochs.quota(lane)
-            if line.total is None:
-                byte_count = int(line.orders[lane].window_bytes.sum())
+            sequence, quota = self.epochs.glimpse(round_no), self.epochs.quota(lane)
+            if sequence.total is None:
+                byte_count = int(sequence.orders[lane].window_bytes.sum())
                 quota = quota if self.epochs.total is not None else max(quota, int(byte_count * samples_a_byte), 1)
-                windows = line.windows_guessed(lane, number, quota)
+                windows = sequence.windows_guessed(lane, number, quota)
             else:
-                windows = line.windows_of(lane, number)
-            yield [(round_no * quota + at, (round_no, key)) for at, key in windows]
+                windows = sequence.windows_of(lane, number)
+            yield [(round_no * quota + at, key) for at, key in windows]
             if not self.epochs.is_endless:
                 return
             round_no, number = round_no + 1, 0
@@ -340,11 +335,11 @@ class Rounds:
         round_no = self._round[lane]
         return [(round_no, min(end - round_no * quota, quota))]
 
-    def _line(self, round_no: int) -> EpochSequence:
-        if round_no not in self.epochs.lines:
-            line = self.epochs.line(round_no)
+    def _sequence(self, round_no: int) -> EpochSequence:
+        if round_no not in self.epochs.sequences:
+            sequence = self.epochs.sequence(round_no)
             for lane, sample in self._skipped.items():
                 skipped_round, number = self.epochs.locate(lane, sample)
                 if skipped_round == round_no:
-                    line.lanes[lane].skip_to(number)
-        return self.epochs.lines[round_no]
+                    sequence.lanes[lane].skip_to(number)
+        return self.epochs.sequences[round_no]

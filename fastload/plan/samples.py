@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,16 +19,19 @@ from fastload.kernels.gather import fill_buckets, locate
 from fastload.plan.order import WindowKey
 from fastload.plan.permutation import Permutation
 
+Origin = tuple[int, int]  # a source, and an epoch of it
 
-# Not frozen, which would take a microsecond more to make.
+
+# Neither this nor `Samples` is frozen, which would take up to a microsecond more to make.
 @dataclass(slots=True, eq=False)
 class BatchEntry:
     """One batch of one rank (or of one of its workers), as numbers.
 
     `number` counts the rank's batches through the epoch. Sample i is number `sample_no[i]` (int64) of object
     `object_no[i]` (int32). The last `repeats` samples are repeats made to fill the tail. All samples lie in
-    `windows`, each named once, rising. `samples_after` is how far the line is delivered once every rank has this
-    batch.
+    `windows`, each named once, rising. `samples_after` is how far the sequence is delivered once every rank has this
+    batch. All are of one `epoch` of one `source`: of a mixture's batch this is a part, and a batch of a data set that
+    is read alone is its own only part.
     """
 
     number: int
@@ -37,9 +40,21 @@ class BatchEntry:
     repeats: int
     windows: tuple[WindowKey, ...]
     samples_after: int
+    source: int = 0
+    epoch: int = 0
 
     def __len__(self) -> int:
         return len(self.object_no)
+
+    @property
+    def parts(self) -> tuple[BatchEntry, ...]:
+        """Itself; see `MixtureEntry`."""
+        return (self,)
+
+    @property
+    def part_of(self) -> NDArray[np.int32]:
+        """The part of each sample, int32."""
+        return np.zeros(len(self), np.int32)
 
 
 _WINDOWS = 1 << 40  # above any window's number, so that partition and window fit one int64
@@ -63,18 +78,19 @@ class OpenWindow:
         sample_no, window = np.empty_like(numbers), np.empty_like(numbers)
         locate(self._ends, self._buckets, self._bucket_shift, self.objects, numbers, object_no, sample_no)
         window.fill(key.partition * _WINDOWS + key.window)
-        return Samples(object_no, sample_no, window)
+        return Samples(object_no, sample_no, window, key[:2])
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Samples:
-    """Samples in order: object_no int32[n], sample_no int64[n], and the window of each as one number,
-    int64[n].
+    """Samples in order: object_no int32[n], sample_no int64[n], and the window of each as one number, int64[n]. All
+    have one `origin`, but for those within `MixedSamples`, which keeps their origins itself.
     """
 
     object_no: NDArray[np.int32]
     sample_no: NDArray[np.int64]
     window: NDArray[np.int64]
+    origin: Origin
 
     @classmethod
     def joined(cls, parts: Sequence[Samples]) -> Samples:
@@ -85,6 +101,7 @@ class Samples:
             np.concatenate([part.object_no for part in parts]),
             np.concatenate([part.sample_no for part in parts]),
             np.concatenate([part.window for part in parts]),
+            parts[0].origin,
         )
 
     def __len__(self) -> int:
@@ -92,49 +109,60 @@ class Samples:
 
     def windows(self) -> tuple[WindowKey, ...]:
         """The windows in which they lie, each once, rising."""
-        return tuple(_keys(np.unique(self.window)))
+        return _keys(self.origin, np.unique(self.window))
 
     def batch(self, number: int, repeats: int, samples_after: int) -> BatchEntry:
         """All of them as one batch, whose last `repeats` are repeats."""
-        return BatchEntry(number, self.object_no, self.sample_no, repeats, self.windows(), samples_after)
+        return BatchEntry(number, self.object_no, self.sample_no, repeats, self.windows(), samples_after, *self.origin)
 
     def batches(self, size: int, numbers: Iterable[int], samples_after: Iterable[int]) -> list[BatchEntry]:
         """Whole batches of `size` one after the other, without repeats; given for each are its number and
         `samples_after`.
         """
         starts = range(0, len(self), size)
-        windows_of = self.windows_of_parts(np.full(len(starts), size))
+        windows_of = self.windows_of_parts(np.full(len(starts), size), [self.origin] * len(starts))
+        source, epoch = self.origin
         return [
-            BatchEntry(number, self.object_no[i : i + size], self.sample_no[i : i + size], 0, windows, after)
+            BatchEntry(
+                number, self.object_no[i : i + size], self.sample_no[i : i + size], 0, windows, after, source, epoch
+            )
             for i, number, windows, after in zip(starts, numbers, windows_of, samples_after, strict=True)
         ]
 
-    def windows_of_parts(self, sizes: NDArray[np.int64]) -> list[tuple[WindowKey, ...]]:
-        """`windows` of parts of these sizes, one after the other. Few of them differ, and each is made once."""
+    def windows_of_parts(self, sizes: NDArray[np.int64], origins: Sequence[Origin]) -> list[tuple[WindowKey, ...]]:
+        """`windows` of parts of these sizes and origins, one after the other; of empty parts that is meaningless. Few
+        differ, and each is made once.
+        """
+        if len(self) and self.window.min() == self.window.max():  # often, and then there is nothing to look for
+            only = {origin: _keys(origin, self.window[:1]) for origin in set(origins)}
+            return [only[origin] for origin in origins]
         codes, count = np.unique(self.window), len(sizes)
         is_in = np.zeros((count, len(codes)), np.bool_)
         is_in[np.repeat(np.arange(count), sizes), np.searchsorted(codes, self.window)] = True
-        rows, made = is_in.tobytes(), dict[bytes, tuple[WindowKey, ...]]()
+        rows, made = is_in.tobytes(), dict[tuple[Origin, bytes], tuple[WindowKey, ...]]()
+        keys = {origin: _keys(origin, codes) for origin in set(origins)}
         windows = []
-        for i in range(count):
-            row = rows[i * len(codes) : (i + 1) * len(codes)]
+        for i, origin in enumerate(origins):
+            row = origin, rows[i * len(codes) : (i + 1) * len(codes)]
             if row not in made:
-                made[row] = tuple(_keys(codes[is_in[i]]))
+                made[row] = tuple(compress(keys[origin], row[1]))
             windows.append(made[row])
         return windows
 
     def part(self, start: int, stop: int, step: int = 1) -> Samples:
         """Those from `start` to `stop`, or every `step`-th of them; views."""
         part = slice(start, stop, step)
-        return Samples(self.object_no[part], self.sample_no[part], self.window[part])
+        return Samples(self.object_no[part], self.sample_no[part], self.window[part], self.origin)
 
     def part_at(self, places: NDArray[np.int64]) -> Samples:
         """Those at `places`, in that order."""
-        return Samples(self.object_no[places], self.sample_no[places], self.window[places])
+        return Samples(self.object_no[places], self.sample_no[places], self.window[places], self.origin)
 
     def placed(self, places: NDArray[np.int64]) -> Samples:
         """Each moved to its place; `places` has every number from 0 on once."""
-        moved = Samples(np.empty_like(self.object_no), np.empty_like(self.sample_no), np.empty_like(self.window))
+        moved = Samples(
+            np.empty_like(self.object_no), np.empty_like(self.sample_no), np.empty_like(self.window), self.origin
+        )
         moved.object_no[places], moved.sample_no[places] = self.object_no, self.sample_no
         moved.window[places] = self.window
         return moved
@@ -144,28 +172,13 @@ class Samples:
         return Samples.joined((self, more))
 
 
-def _keys(codes: NDArray[np.int64]) -> list[WindowKey]:
-    return [WindowKey(*divmod(code, _WINDOWS)) for code in codes.tolist()]
+def _keys(origin: Origin, codes: NDArray[np.int64]) -> tuple[WindowKey, ...]:
+    return tuple(WindowKey(*origin, *divmod(code, _WINDOWS)) for code in codes.tolist())
 
 
-NO_SAMPLES = Samples(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int64))
-
-
-class MixtureKey(NamedTuple):
-    """A window of a mixture: which source, which epoch of it, and partition and number there."""
-
-    source: int
-    epoch: int
-    partition: int
-    window: int
-
-
-class MixturePart(NamedTuple):
-    """The samples of a batch that come from one epoch of one source, in their order."""
-
-    source: int
-    epoch: int
-    entry: BatchEntry
+def no_samples(origin: Origin) -> Samples:
+    """None of an origin's samples."""
+    return Samples(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int64), origin)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,7 +190,7 @@ class MixtureEntry:
     """
 
     number: int
-    parts: tuple[MixturePart, ...]
+    parts: tuple[BatchEntry, ...]
     part_of: NDArray[np.int32]
     repeats: int
     samples_after: int
@@ -186,9 +199,9 @@ class MixtureEntry:
         return len(self.part_of)
 
     @property
-    def windows(self) -> tuple[MixtureKey, ...]:
+    def windows(self) -> tuple[WindowKey, ...]:
         """The windows in which the samples lie, each once, rising."""
-        return tuple(MixtureKey(source, epoch, *key) for source, epoch, entry in self.parts for key in entry.windows)
+        return tuple(key for part in self.parts for key in part.windows)
 
     @property
     def source_of(self) -> NDArray[np.int32]:
@@ -196,7 +209,6 @@ class MixtureEntry:
         return np.array([part.source for part in self.parts], np.int32)[self.part_of]
 
 
-Origin = tuple[int, int]  # a source, and an epoch of it
 _Part = tuple[Origin, Samples, tuple[WindowKey, ...]]
 
 
@@ -213,7 +225,7 @@ class MixedSamples:
         """Parts of one origin each, whose samples come at `places`, which are all from 0 on."""
         origins = tuple(sorted({origin for origin, _ in parts}))
         index = {origin: number for number, origin in enumerate(origins)}
-        samples = Samples.joined([NO_SAMPLES, *(samples for _, samples in parts)])
+        samples = Samples.joined([no_samples((0, 0)), *(samples for _, samples in parts)])
         all_places = np.concatenate([np.empty(0, np.int64), *places])
         origin_of = np.empty(len(samples), np.int64)
         origin_of[all_places] = np.repeat(
@@ -257,7 +269,7 @@ class MixedSamples:
             for part in order[size - repeats :].tolist():
                 repeated[part] += 1
             made = tuple(
-                MixturePart(*origin, BatchEntry(number, samples.object_no, samples.sample_no, again, windows, after))
+                BatchEntry(number, samples.object_no, samples.sample_no, again, windows, after, *origin)
                 for (origin, samples, windows), again in zip(of_batch, repeated, strict=True)
             )
             entries.append(MixtureEntry(number, made, order, repeats, after))
@@ -270,7 +282,7 @@ class MixedSamples:
         place_of = np.repeat(np.arange(batches) * count, size) + self.origin_of
         by_place = np.argsort(place_of.astype(np.min_scalar_type(batches * count)), kind="stable")
         samples, sizes = self.samples.part_at(by_place), np.bincount(place_of, minlength=batches * count)
-        ends, windows = np.cumsum(sizes).tolist(), samples.windows_of_parts(sizes)
+        ends, windows = np.cumsum(sizes).tolist(), samples.windows_of_parts(sizes, self.origins * batches)
         parts = [
             (self.origins[place % count], samples.part(ends[place] - of_place, ends[place]), windows[place])
             for place, of_place in enumerate(sizes.tolist())

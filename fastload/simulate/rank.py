@@ -20,7 +20,7 @@ import numpy as np
 from fastload.pipeline.feed import Feed
 from fastload.pipeline.reader import ScatteredReader, WindowReader
 from fastload.pipeline.windows import Window
-from fastload.plan import BatchEntry, EpochCursor, Ranks
+from fastload.plan import BatchEntry, Ranks, epoch_cursor
 from fastload.simulate.clock import VirtualLoop
 from fastload.simulate.consumer import SimulatedConsumer
 from fastload.simulate.data import Data, KnownCounts, SimulatedShards
@@ -147,7 +147,7 @@ class Rank:
         self._leased_before = self._leased()
         self._consumer.consumer.keep(self._own, self._job.cache_policy)
         self._reader = self._make_reader()
-        cursor = EpochCursor(self._data.orders(self.epoch), self.ranks, self._job.batch_size, tail="pad")
+        cursor = epoch_cursor(self._data.orders(self.epoch), self.ranks, self._job.batch_size, tail="pad")
         next_objects = partial(self._data.expected_next, self.epoch, self.ranks)
         self._feed = Feed(cursor, self._reader, KnownCounts(self._data), next_objects)
         self._entries: Iterator[BatchEntry] = self._feed.entries()

@@ -11,8 +11,7 @@ import numpy as np
 from fastload.config import CacheLimits
 from fastload.errors import ConfigError
 from fastload.pipeline.reader import check_allowed, holds
-from fastload.plan import ram_bytes_for
-from fastload.plan.order import DEFAULT_WINDOW_BYTES
+from fastload.plan import DEFAULT_WINDOW_BYTES, ram_bytes_for
 from fastload.protocol import SOURCE_DISK, SOURCE_RAM
 from fastload.simulate.clock import VirtualLoop
 from fastload.simulate.data import Data

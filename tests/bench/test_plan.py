@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bench.plan import Data, remote_shares, walk
-from fastload.plan import EpochCursor, OrderOptions, Ranks, epoch_orders
+from fastload.plan import OrderOptions, Ranks, epoch_cursor, epoch_orders
 
 DATA = Data(64, 50)
 MANIFEST = DATA.manifest()
@@ -15,7 +15,7 @@ COUNTS = DATA.counts(MANIFEST)
 def test_a_walk_gives_every_sample_and_opens_every_shard() -> None:
     for shuffle in ("window", "global"):
         orders = epoch_orders(MANIFEST, OrderOptions(0, shuffle, partitions=4), 0)
-        steps = list(walk(EpochCursor(orders, Ranks(), 16), COUNTS))
+        steps = list(walk(epoch_cursor(orders, Ranks(), 16), COUNTS))
         assert sum(len(entry) for _, entries in steps for entry in entries) == COUNTS.sum()
         assert sorted(set(np.concatenate([objects for objects, _ in steps]).tolist())) == list(range(64))
 

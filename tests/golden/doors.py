@@ -16,7 +16,6 @@ from fastload.history.keys import object_key
 from fastload.history.record import Recorder
 from fastload.history.runfile import EndpointSummary
 from fastload.plan import Manifest, Position
-from fastload.plan.mixture import MixturePosition
 from fastload.store.table import ObjectRows
 from fastload.store.types import ObjectInfo
 
@@ -26,7 +25,6 @@ __all__ = [
     "EndpointSummary",
     "IndexedDataset",
     "Manifest",
-    "MixturePosition",
     "ObjectInfo",
     "ObjectRows",
     "Position",

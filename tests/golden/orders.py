@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fastload
-from tests.golden.doors import MixturePosition, Position
+from tests.golden.doors import Position
 from tests.golden.texts import digest
 from tests.golden.world import MIXTURES, data_set, mixture, world
 from tests.plan.cluster import Cluster
@@ -78,7 +78,7 @@ def _mixtures_resumed(_: Path) -> Iterator[tuple[str, Any]]:
         mixed = _mixed(stop, layout, seed=1, epoch=1)
         run = mixed.run()
         state = run.cursor.position(run.entries[2]).to_state()
-        start = MixturePosition.from_state(json.loads(json.dumps(state)))
+        start = Position.from_mixture_state(json.loads(json.dumps(state)))
         rest = [mixed.run(rank, start).samples for rank in range(mixed.world_size)]
         yield f"{stop} {_of(layout)}", {"state": state, "rest": _summary(rest)}
 

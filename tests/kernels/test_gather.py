@@ -234,17 +234,17 @@ def test_every_sample_of_any_shards(counts, seed):
     line = random.permutation(sum(counts))
     window = OpenWindow(line, objects, np.array(counts))
     for offsets in (np.arange(len(line)), np.arange(len(line))[::-3], np.arange(0)):
-        found = window.located(offsets, WindowKey(2, 3))
+        found = window.located(offsets, WindowKey(1, 5, 2, 3))
         assert (found.object_no == shard_of[line[offsets]]).all()
         assert (found.sample_no == number_of[line[offsets]]).all()
-        assert found.windows() == ((WindowKey(2, 3),) if len(offsets) else ())
+        assert found.windows() == ((WindowKey(1, 5, 2, 3),) if len(offsets) else ())
 
 
 def test_very_many_shards_and_samples():
     counts = np.random.default_rng(0).integers(0, 2_000_000, 100_000)
     ends = np.cumsum(counts)
     line, offsets = Bijection("key", int(ends[-1])), np.arange(10_000)
-    found = OpenWindow(line, np.arange(100_000, dtype=np.int32), counts).located(offsets, WindowKey(0, 0))
+    found = OpenWindow(line, np.arange(100_000, dtype=np.int32), counts).located(offsets, WindowKey(0, 0, 0, 0))
     numbers = line[offsets]
     shards = np.searchsorted(ends, numbers, side="right")
     assert (found.object_no == shards).all()

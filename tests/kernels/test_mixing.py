@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastload.kernels.mixing import NEVER
+from fastload.plan import check_weights
 from fastload.plan.blend import Blend
-from fastload.plan.mixture import check_weights
 from tests.plan import reference_mixture
 
 NUMBERS = 120

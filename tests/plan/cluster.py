@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fastload.plan import (
     BatchEntry,
-    EpochCursor,
+    Cursor,
     EpochOrder,
     Manifest,
     OrderOptions,
@@ -18,6 +18,7 @@ from fastload.plan import (
     Ranks,
     Tail,
     WindowKey,
+    epoch_cursor,
     epoch_orders,
 )
 from fastload.store.types import ObjectInfo
@@ -61,16 +62,19 @@ class Cluster:
     def options(self) -> OrderOptions:
         return OrderOptions(self.seed, self.shuffle, self.window_bytes, self.partitions)
 
+    @property
+    def orders(self) -> tuple[EpochOrder, ...]:
+        return _orders(self.sizes, self.options, self.epoch)
+
     def with_(self, **changes) -> Cluster:
         return replace(self, **changes)
 
     def ranks(self, rank: int) -> Ranks:
         return Ranks(rank, self.world_size, rank % self.local, self.local)
 
-    def cursor(self, rank: int = 0, start: Position | None = None, **kwargs) -> EpochCursor:
-        orders = _orders(self.sizes, self.options, self.epoch)
+    def cursor(self, rank: int = 0, start: Position | None = None, **kwargs) -> Cursor[BatchEntry]:
         settings = {"drop_last": self.drop_last, "tail": self.tail, "start": start} | kwargs
-        return EpochCursor(orders, self.ranks(rank), self.batch_size, **settings)
+        return epoch_cursor(self.orders, self.ranks(rank), self.batch_size, **settings)
 
     def run(self, rank: int = 0, start: Position | None = None, told: str = "wanted", **kwargs) -> Run:
         """All of a rank's batches. Counts are told when they are wanted, or all at the start, or some then."""
@@ -143,7 +147,7 @@ class Run:
     """A cursor on its way, as a pipeline drives it, with what it opened and had to be told."""
 
     cluster: Cluster
-    cursor: EpochCursor
+    cursor: Cursor[BatchEntry]
 
     def __post_init__(self) -> None:
         self.entries: list[BatchEntry] = []
@@ -164,10 +168,10 @@ class Run:
         """One window more, or the counts that it takes; whether there was anything to do."""
         wanted, key = self.cursor.counts_wanted, self.cursor.next_window
         if key is None:
-            if len(wanted):
-                self.tell(wanted)
+            if wanted:
+                self.tell(wanted[0])
             return len(wanted) > 0
-        assert not len(wanted)
+        assert not wanted
         assert key not in self.needed
         self.opened.append(key)
         self.needed |= {key}
@@ -176,7 +180,7 @@ class Run:
 
     def tell(self, object_nos) -> None:
         self.told |= set(object_nos.tolist())
-        self._give(self.cursor.tell(object_nos, self._counts(object_nos)))
+        self._give(self.cursor.tell(0, object_nos, self._counts(object_nos)))
 
     def _give(self, entries: list[BatchEntry]) -> None:
         while entries:

@@ -9,17 +9,20 @@ from functools import cache
 import numpy as np
 from hypothesis import strategies as st
 
-from fastload.plan import Ranks, Tail
-from fastload.plan.mixture import (
-    MixtureCursor,
+from fastload.plan import (
+    Batch,
+    Cursor,
     MixtureEntry,
-    MixtureKey,
     MixtureOptions,
-    MixturePosition,
+    Position,
+    Ranks,
     Schedule,
     SourcePlan,
+    Tail,
+    WindowKey,
     check_weights,
 )
+from fastload.plan.mixture import mixture_cursor
 from tests.plan import reference, reference_mixture
 from tests.plan.cluster import Cluster
 
@@ -67,11 +70,11 @@ class World:
     def ranks(self, rank: int) -> Ranks:
         return Ranks(rank, self.world_size, rank % self.local, self.local)
 
-    def cursor(self, rank: int = 0, start: MixturePosition | None = None, **kwargs) -> MixtureCursor:
+    def cursor(self, rank: int = 0, start: Position | None = None, **kwargs) -> Cursor[MixtureEntry]:
         settings = {"drop_last": self.drop_last, "tail": self.tail, "start": start} | kwargs
-        return MixtureCursor(self.plans, self.options, self.epoch, self.ranks(rank), self.batch_size, **settings)
+        return mixture_cursor(self.plans, self.options, self.epoch, self.ranks(rank), self.batch_size, **settings)
 
-    def run(self, rank: int = 0, start: MixturePosition | None = None, told: str = "wanted", **kwargs) -> Run:
+    def run(self, rank: int = 0, start: Position | None = None, told: str = "wanted", **kwargs) -> Run:
         """All of a rank's batches. Counts are told when they are wanted, or all at the start, or some then."""
         run = Run(self, self.cursor(rank, start, **kwargs))
         run.tell_early(told)
@@ -134,12 +137,12 @@ class Run:
     """A cursor on its way, as a pipeline drives it, with what it opened and had to be told."""
 
     world: World
-    cursor: MixtureCursor
+    cursor: Cursor[MixtureEntry]
 
     def __post_init__(self) -> None:
         self.entries: list[MixtureEntry] = []
-        self.opened: list[MixtureKey] = []
-        self.needed: frozenset[MixtureKey] = frozenset()
+        self.opened: list[WindowKey] = []
+        self.needed: frozenset[WindowKey] = frozenset()
         self.live_max = 0
 
     def tell_early(self, told: str) -> None:
@@ -165,11 +168,10 @@ class Run:
         """One window more, or the counts that it takes; whether there was anything to do."""
         wanted, key = self.cursor.counts_wanted, self.cursor.next_window
         if key is None:
-            for source, object_nos in enumerate(wanted):
-                if len(object_nos):
-                    self.tell(source, object_nos)
-            return any(map(len, wanted))
-        assert not any(map(len, wanted))
+            for source, object_nos in wanted.items():
+                self.tell(source, object_nos)
+            return len(wanted) > 0
+        assert not wanted
         assert key not in self.needed
         self.opened.append(key)
         self.needed |= {key}
@@ -199,12 +201,12 @@ class Run:
         return batches
 
 
-def samples_of(entry: MixtureEntry) -> list[tuple[int, ...]]:
+def samples_of(entry: Batch) -> list[tuple[int, ...]]:
     """Each (source, epoch, object, sample) of a batch, in order."""
     parts = []
-    for source, epoch, part in entry.parts:
+    for part in entry.parts:
         samples = zip(part.object_no.tolist(), part.sample_no.tolist(), strict=True)
-        parts.append(iter([(source, epoch, *sample) for sample in samples]))
+        parts.append(iter([(part.source, part.epoch, *sample) for sample in samples]))
     return [next(parts[number]) for number in entry.part_of.tolist()]
 
 

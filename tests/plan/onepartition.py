@@ -8,15 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastload.errors import ConfigError
-from fastload.plan.cursor import EpochCursor, Split
-from fastload.plan.order import EpochOrder, WindowKey
-from fastload.plan.position import Position
-from fastload.plan.ranks import Ranks, Tail
-from fastload.plan.samples import BatchEntry
+from fastload.plan import BatchEntry, EpochOrder, Position, Ranks, Split, Tail, WindowKey, epoch_cursor
 
 
 class RankCursor:
-    """An `EpochCursor` over the one partition of `order`, in which windows are plain numbers and all are opened
+    """A cursor over the one partition of `order`, in which windows are plain numbers and all are opened
     in their order.
 
     Raises `ConfigError` for arguments that do not fit and `StateError` where `start` belongs to another run.
@@ -39,10 +35,10 @@ class RankCursor:
                 f"partitions={order.options.partitions} must be 1: all ranks share one partition's samples"
             )
         self.order = order
-        self._cursor = EpochCursor(
+        self._cursor = epoch_cursor(
             (order,), ranks, batch_size, drop_last=drop_last, tail=tail, start=start, worker=worker, split=split
         )
-        self._next_window = self.start.places[0].window
+        self._next_window = self.start.sources[0].places[0].window
 
     @property
     def start(self) -> Position:
@@ -70,7 +66,7 @@ class RankCursor:
         samples.
         """
         assert window == self._next_window, f"window {window} out of turn; next is {self._next_window}"
-        entries = self._cursor.add(WindowKey(0, window), counts)
+        entries = self._cursor.add(WindowKey(0, self.order.epoch, 0, window), counts)
         while more := self._cursor.settled():
             entries += more
         self._next_window += 1

@@ -159,7 +159,7 @@ def test_resume_at_another_world_and_batch_size_keeps_the_global_batches(world, 
     entry = data.draw(st.sampled_from(entries))
     other = world.with_(world_size=data.draw(st.integers(1, 9)), batch_size=data.draw(st.integers(1, 8)))
     position, global_batch = cursor.position(entry), other.batch_size * other.world_size
-    fits = entry.samples_after % global_batch == 0 or cursor.position(entry).places[0].window == len(
+    fits = entry.samples_after % global_batch == 0 or cursor.position(entry).sources[0].places[0].window == len(
         reference_windows(world)
     )
     if not fits:
@@ -214,7 +214,7 @@ def test_after_names_the_next_sample():
     line = world.reference_line()
     cursor, entries = world.run()
     for entry in entries[:-1]:
-        window, offset = cursor.position(entry).places[0]
+        window, offset = cursor.position(entry).sources[0].places[0]
         following = line[entry.samples_after]
         assert (following[0], following[1]) == (window, offset) or (offset == 0 and following[1] == 0)
 
@@ -222,9 +222,9 @@ def test_after_names_the_next_sample():
 def test_a_position_at_the_end_of_a_window_does_not_need_that_window():
     world = World((10, 10), (4, 4), shuffle="none", batch_size=4)
     cursor, entries = world.run()
-    assert cursor.position(entries[0]).places[0] == Place(1, 0)
+    assert cursor.position(entries[0]).sources[0].places[0] == Place(1, 0)
     assert list(world.cursor(start=cursor.position(entries[0])).windows) == [1]
-    assert cursor.position(entries[1]).places[0] == Place(2, 0)
+    assert cursor.position(entries[1]).sources[0].places[0] == Place(2, 0)
     assert world.run(start=cursor.position(entries[1]))[1] == []
 
 

@@ -18,13 +18,15 @@ from hypothesis import strategies as st
 
 from fastload.errors import StateError
 from fastload.plan import (
-    EpochCursor,
+    BatchEntry,
+    Cursor,
     Manifest,
     OrderOptions,
     Place,
     Position,
     Ranks,
     WindowKey,
+    epoch_cursor,
     epoch_orders,
     objects_in_use_order,
     walk,
@@ -44,7 +46,7 @@ class GlobalCluster(Cluster):
     shuffle: str = "global"
     at_once: int = 1 << 16
 
-    def cursor(self, rank: int = 0, start: Position | None = None, **kwargs) -> EpochCursor:
+    def cursor(self, rank: int = 0, start: Position | None = None, **kwargs) -> Cursor[BatchEntry]:
         with patch.object(walk, "_SAMPLES_AT_ONCE", self.at_once):
             return super().cursor(rank, start, **kwargs)
 
@@ -84,7 +86,7 @@ def global_clusters(draw: st.DrawFn) -> GlobalCluster:
 @given(global_clusters(), st.sampled_from(TOLD))
 def test_any_cluster_is_right_at_every_rank(cluster, told):
     for run in check(cluster, told):
-        assert set(run.opened) <= {WindowKey(partition, 0) for partition in range(cluster.partitions)}
+        assert set(run.opened) <= {WindowKey(0, cluster.epoch, partition, 0) for partition in range(cluster.partitions)}
 
 
 @cases(150)
@@ -144,10 +146,10 @@ def test_a_thousand_million_samples_take_no_memory(shards):
     manifest, options = big_data(shards), OrderOptions(shuffle="global")
     counts = np.full(shards, 10**9 // shards)
     manifest.fingerprint, manifest.sizes  # noqa: B018
-    EpochCursor(epoch_orders(big_data(1), options, 0), Ranks(), 1).add(WindowKey(0, 0), np.ones(1, np.int64))
+    epoch_cursor(epoch_orders(big_data(1), options, 0), Ranks(), 1).add(WindowKey(0, 0, 0, 0), np.ones(1, np.int64))
     tracemalloc.start()
-    cursor = EpochCursor(epoch_orders(manifest, options, 0), Ranks(), 256)
-    entries = cursor.add(WindowKey(0, 0), counts)
+    cursor = epoch_cursor(epoch_orders(manifest, options, 0), Ranks(), 256)
+    entries = cursor.add(WindowKey(0, 0, 0, 0), counts)
     for _ in range(10):
         more = cursor.settled()
     peak_bytes = tracemalloc.get_traced_memory()[1]
@@ -155,14 +157,16 @@ def test_a_thousand_million_samples_take_no_memory(shards):
     assert peak_bytes < 100 * shards + (12 << 20)
     assert sum(map(len, entries)) == 1 << 16
     start = cursor.position(more[-1])
-    assert start.places == (Place(0, 11 << 16),)
-    resumed = EpochCursor(epoch_orders(manifest, options, 0), Ranks(), 256, start=start).add(WindowKey(0, 0), counts)
+    assert start.sources[0].places == (Place(0, 11 << 16),)
+    resumed = epoch_cursor(epoch_orders(manifest, options, 0), Ranks(), 256, start=start).add(
+        WindowKey(0, 0, 0, 0), counts
+    )
     assert resumed[0].object_no.tolist() == cursor.settled()[0].object_no.tolist()
 
 
 def test_batches_that_are_left_are_not_forgotten():
-    cursor = EpochCursor(epoch_orders(big_data(1), OrderOptions(shuffle="global"), 0), Ranks(), 1 << 16)
-    assert len(cursor.add(WindowKey(0, 0), np.array([1 << 17]))) == 1
+    cursor = epoch_cursor(epoch_orders(big_data(1), OrderOptions(shuffle="global"), 0), Ranks(), 1 << 16)
+    assert len(cursor.add(WindowKey(0, 0, 0, 0), np.array([1 << 17]))) == 1
     with pytest.raises(AssertionError, match="more batches that are settled"):
         cursor.finish()
     assert len(cursor.settled()) == 1
@@ -177,6 +181,6 @@ def test_shards_are_read_in_their_order_and_states_do_not_depend_on_windows():
         assert order.window_count == 1
         assert order.window_objects(0).tolist() == sorted(order.window_objects(0).tolist())
     assert [order.window_count for order in epoch_orders(big_data(0), options, 0)] == [0, 0, 0]
-    state = EpochCursor(epoch_orders(manifest, options, 0), Ranks(), 1).start
+    state = epoch_cursor(epoch_orders(manifest, options, 0), Ranks(), 1).start
     other = OrderOptions(shuffle="global", partitions=3, window_bytes=1)
-    assert EpochCursor(epoch_orders(manifest, other, 0), Ranks(), 1, start=state).start == state
+    assert epoch_cursor(epoch_orders(manifest, other, 0), Ranks(), 1, start=state).start == state

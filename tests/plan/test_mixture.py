@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastload.errors import ConfigError, StateError
-from fastload.plan import Position, sample_count_of_rank
-from fastload.plan.mixture import MixtureOptions, MixturePosition, check_weights, sample_count
+from fastload.plan import MixtureOptions, Position, check_weights, sample_count_of_rank
+from fastload.plan.mixture import sample_count
 from tests.plan.cases import cases
 from tests.plan.cluster import Cluster
 from tests.plan.mixtures import Run, World, samples_of, worlds
@@ -48,11 +48,11 @@ def test_any_mixture_is_right_at_every_rank(world, told):
 def check_entry(world, entry) -> None:
     """What an entry says of itself."""
     assert entry.part_of.dtype == np.int32
-    parts = [part[:2] for part in entry.parts]
+    parts = [(part.source, part.epoch) for part in entry.parts]
     assert parts == sorted(set(parts))
-    assert [len(part.entry) for part in entry.parts] == np.bincount(entry.part_of).tolist()
-    assert sum(part.entry.repeats for part in entry.parts) == entry.repeats
-    assert {part.entry.number for part in entry.parts} == {entry.number}
+    assert [len(part) for part in entry.parts] == np.bincount(entry.part_of).tolist()
+    assert sum(part.repeats for part in entry.parts) == entry.repeats
+    assert {part.number for part in entry.parts} == {entry.number}
     assert len(set(entry.windows)) == len(entry.windows)
     assert entry.source_of.tolist() == [entry.parts[number].source for number in entry.part_of]
 
@@ -110,8 +110,8 @@ def test_resume_anywhere_with_any_change_of_nodes_ranks_and_batch_size(world, to
         assert other.run(rank, start, told_later).samples == other.reference_batches(rank, delivered)
 
 
-def saved_and_loaded(position: MixturePosition) -> MixturePosition:
-    loaded = MixturePosition.from_state(json.loads(json.dumps(position.to_state())))
+def saved_and_loaded(position: Position) -> Position:
+    loaded = Position.from_mixture_state(json.loads(json.dumps(position.to_state())))
     assert loaded == position
     return loaded
 
@@ -177,7 +177,7 @@ def test_nodes_that_only_tell_each_other_what_they_counted_never_wait_for_ever(w
         before = progress()
         counted |= asked & owned
         for run in random.sample(going, len(going)):
-            wanted = {(s, n) for s, objects in enumerate(run.cursor.counts_wanted) for n in objects.tolist()}
+            wanted = {(s, n) for s, objects in run.cursor.counts_wanted.items() for n in objects.tolist()}
             asked |= wanted
             if run.is_over:
                 going.remove(run)
@@ -202,7 +202,7 @@ def owned_by(run: Run) -> set[tuple[int, int]]:
     return {
         (number, object_no)
         for number, source in enumerate(run.world.sources)
-        for partition, order in enumerate(source.with_(partitions=run.world.partitions).cursor().orders)
+        for partition, order in enumerate(source.with_(partitions=run.world.partitions).orders)
         if partition in run.cursor.home
         for object_no in order.object_order.tolist()
     }
@@ -246,11 +246,11 @@ def test_ranks_that_take_turns_in_a_lane_each_get_every_source():
 def mixed_sources(world: World, batches: int) -> np.ndarray:
     """The sources of the positions of some global batches."""
     cursor = world.cursor()
-    line, count = cursor._mixture, batches * world.global_batch
+    sequence, count = cursor._sequence, batches * world.global_batch
     source_of = np.empty(count, np.int64)
     for lane in range(world.partitions):
         numbers = np.arange(len(range(lane, count, world.partitions)))
-        source_of[lane :: world.partitions] = line._blend.sources(lane, numbers)[0]
+        source_of[lane :: world.partitions] = sequence._blend.sources(lane, numbers)[0]
     return source_of.reshape(batches, -1)
 
 
@@ -291,7 +291,7 @@ def test_a_mixture_without_an_end_goes_through_many_epochs_with_little_kept():
     while not run.entries or run.entries[-1].samples_after < 10_000:
         run.step()
     assert {part.epoch for part in run.entries[-1].parts if part.source == 0} <= set(range(600, 640))
-    assert len(run.cursor._mixture._sources[0].epochs.lines) <= 4
+    assert len(run.cursor._sequence._sources[0].epochs.sequences) <= 4
     assert run.live_max <= 8
     start = saved_and_loaded(run.cursor.position(run.entries[-1]))
     again = Run(world, world.cursor(start=start))
@@ -341,7 +341,7 @@ def test_states_of_mixtures():
         Position.from_state(state)
     of_one = TWO.sources[0].cursor().start.to_state()
     with pytest.raises(StateError, match="that of one data set"):
-        MixturePosition.from_state(of_one)
+        Position.from_mixture_state(of_one)
 
 
 def test_a_state_of_64_partitions_is_small():
@@ -369,7 +369,7 @@ def test_a_state_of_64_partitions_is_small():
 def test_a_damaged_state_is_refused(changes, message):
     state = TWO.cursor().start.to_state()
     with pytest.raises(StateError, match=message):
-        MixturePosition.from_state({**state, **changes})
+        Position.from_mixture_state({**state, **changes})
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,8 @@ def test_what_is_read_ahead_is_what_the_rest_needs_in_the_order_of_first_use(wor
         windows = [world_objects for w in range(first, last + 1) for world_objects in cursor.window_objects(w).tolist()]
         assert objects <= set(windows) & set(planned)
     windows_left = [
-        cursor.window_objects(w).tolist() for w in range(position.places[0].window, cursor.order.window_count)
+        cursor.window_objects(w).tolist()
+        for w in range(position.sources[0].places[0].window, cursor.order.window_count)
     ]
     assert planned == list(itertools.chain(*windows_left))
 

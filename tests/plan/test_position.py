@@ -40,7 +40,7 @@ def test_the_form_of_a_state():
 
 def test_a_state_is_read_back_exactly():
     position = Position.from_state(json.loads(json.dumps(STATE)))
-    assert position.places == (Place(2, 1),)
+    assert position.sources[0].places == (Place(2, 1),)
     assert position.to_state() == STATE
     assert samples(WORLD.run(start=position)[1]) == samples(WORLD.run()[1][2:])
 
@@ -52,7 +52,7 @@ def test_a_field_that_a_later_version_adds_is_ignored():
 def test_the_start_of_an_epoch():
     cursor = WORLD.cursor()
     assert cursor.position(None) == cursor.start
-    assert cursor.start.places == (Place(0, 0),)
+    assert cursor.start.sources[0].places == (Place(0, 0),)
     after = Position.from_state(STATE).at_epoch(3)
     assert after == WORLD.with_(epoch=3).cursor().start
     assert samples(WORLD.with_(epoch=3).run(start=after)[1]) == samples(WORLD.with_(epoch=3).run()[1])
