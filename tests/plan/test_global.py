@@ -29,7 +29,6 @@ from fastload.plan import (
     epoch_cursor,
     epoch_orders,
     objects_in_use_order,
-    walk,
 )
 from fastload.store.types import ObjectInfo
 from tests.kernels.test_bijection import plain
@@ -47,7 +46,7 @@ class GlobalCluster(Cluster):
     at_once: int = 1 << 16
 
     def cursor(self, rank: int = 0, start: Position | None = None, **kwargs) -> Cursor[BatchEntry]:
-        with patch.object(walk, "_SAMPLES_AT_ONCE", self.at_once):
+        with patch("fastload.plan.cursor._SAMPLES_AT_ONCE", self.at_once):
             return super().cursor(rank, start, **kwargs)
 
     def run(self, rank: int = 0, start: Position | None = None, told: str = "wanted", **kwargs) -> Run:
