@@ -71,8 +71,7 @@ class Image(Decoder):
         return self.cropping.is_random
 
     def kernel_modules(self) -> tuple[str, ...]:
-        own = () if native.c_unit() is not None else ("resize",)
-        return (*own, "keys") if self.wants_keys() else own
+        return () if native.c_unit() is not None else ("resize",)
 
     def _decode(self, value: memoryview) -> npt.NDArray[Any]:
         return self.decode_one(value, "")
