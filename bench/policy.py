@@ -106,7 +106,7 @@ class _World:
         try:
             for epoch in range(epoch_count):
                 await self._read(core, epoch)
-                counters = {**core._loader.counters, **core._writer.counters}
+                counters = {**core._residency.counters, **core._writer.counters}
                 counted.append((counters["fetched_bytes"], counters["written_bytes"]))
         finally:
             core.close(10)

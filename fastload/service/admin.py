@@ -23,12 +23,11 @@ from fastload.service import buffers
 from fastload.service.buffers import BufferTable
 from fastload.service.disk_io import DiskEvictor, DiskWatch
 from fastload.service.indexes import IndexCache
-from fastload.service.openings import Versions
-from fastload.service.ports import Disk
+from fastload.service.ports import Disk, Ports
 from fastload.service.recording import Recording
+from fastload.service.residency import Residency
 from fastload.service.state import ConsumerState
-from fastload.service.stores import StoreTable
-from fastload.service.threads import Done, Pools
+from fastload.service.threads import Done
 from fastload.store.table import ObjectTable
 
 # A listing of a million objects takes minutes; another consumer's small one need not wait for it.
@@ -38,15 +37,9 @@ _LISTING_THREADS = 2
 class Queries:
     """Used by the loop's thread only."""
 
-    def __init__(
-        self,
-        stores: StoreTable,
-        indexes: IndexCache,
-        stats: Callable[[ConsumerState], dict[str, Any]],
-        pools: Pools,
-    ) -> None:
-        self._stores, self._indexes, self._stats = stores, indexes, stats
-        self._listings = pools.make("listing", _LISTING_THREADS)
+    def __init__(self, ports: Ports, indexes: IndexCache) -> None:
+        self._stores, self._indexes = ports.stores, indexes
+        self._listings = ports.pools.make("listing", _LISTING_THREADS)
 
     def take(self, consumer: ConsumerState, message: protocol.FromConsumer) -> None:
         """Answer, now or later; ServiceError for a message that is no request."""
@@ -61,8 +54,6 @@ class Queries:
                 self._indexes.learn([consumer.entry(number).id for number in message.objects], message.counts)
             case protocol.GetCounts():
                 self._get_counts(consumer, message)
-            case protocol.Stats():
-                consumer.send(protocol.StatsReply(message.request, self._stats(consumer)))
             case _:
                 raise ServiceError(f"an unexpected {type(message).__name__} message from a consumer")
 
@@ -136,30 +127,18 @@ class Clearing:
     """Used by the loop's thread only, except for what it gives to its pool."""
 
     def __init__(
-        self,
-        disk: Disk,
-        evictor: DiskEvictor,
-        indexes: IndexCache,
-        versions: Versions,
-        history: Recording,
-        watch: DiskWatch,
-        drop_idle: Callable[[], int],
-        forget: Callable[[], None],
+        self, ports: Ports, residency: Residency, recording: Recording, watch: DiskWatch, evictor: DiskEvictor
     ) -> None:
-        """`drop_idle()` empties the buffers that nobody uses, and says how many bytes were in them. `forget()` ends all
-        predictions.
-        """
-        self._disk, self._evictor, self._indexes, self._versions = disk, evictor, indexes, versions
-        self._history, self._watch, self._drop_idle, self._forget = history, watch, drop_idle, forget
+        self._disk, self._events, self._residency = ports.disk, ports.events, residency
+        self._recording, self._watch, self._evictor = recording, watch, evictor
         self._pool = watch.pool("clear", 1)
 
     def clear(self, consumer: ConsumerState, message: protocol.Clear) -> None:
         """Do so, and answer."""
         if message.history:
-            self._forget()  # now, so that nothing more is fetched for it
-        freed = self._drop_idle()
-        self._indexes.clear()
-        self._versions.clear()
+            self._events.history_cleared()  # now, so that nothing more is fetched for it
+        freed = self._residency.drop_idle()
+        self._events.cache_cleared()
         clearing = _ClearRequest(consumer, message, freed, self._disk.used_bytes, self._disk.keys())
         if self._watch.stalled:
             self._answer(clearing, 0, self._hangs())
@@ -205,8 +184,8 @@ class Clearing:
             return
         freed = clearing.freed + max(0, clearing.before - self._disk.used_bytes)
         if clearing.message.history:
-            self._forget()  # somebody may have looked into it since
-            self._history.clear(lambda byte_count, failed: self._answer(clearing, freed + byte_count, failed))
+            self._events.history_cleared()  # it may have been read again since
+            self._recording.clear(lambda byte_count, failed: self._answer(clearing, freed + byte_count, failed))
         else:
             self._answer(clearing, freed, None)
 

@@ -35,9 +35,10 @@ import enum
 import math
 import resource
 import statistics
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -407,12 +408,6 @@ def _median(values: Sequence[float]) -> tuple[float | None, float]:
     return middle, 0.93 * (high - low) / math.sqrt(len(values))
 
 
-def requests_max() -> int:
-    """The most requests at a time: a quarter of the descriptors that this process may open."""
-    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(1, min(REQUESTS_MAX, descriptors // 4))
-
-
 SHARE_MAX = 0.03
 _PEERS, _PEERS_MIN = 200, 8
 _TIMES_MIDDLE, _TIMES_LAST = 3.0, 1.5
@@ -456,3 +451,109 @@ class Hedger:
     def has_budget(self) -> bool:
         """Whether one more is within the share, which is rounded up: the first request of all may hang."""
         return self.hedge_count < math.ceil(SHARE_MAX * self.request_count)
+
+
+# Single objects may come from any number of hosts, and each turn looks at all that are known.
+_ENDPOINTS_MAX = 64
+
+
+@dataclass(slots=True)
+class Endpoint:
+    """Of a store, as far as requests to it are measured."""
+
+    controller: Controller
+    hedger: Hedger
+    in_flight: int = 0  # without those that lost to another one: they may hang for long, and nothing waits for them
+
+    @property
+    def free(self) -> int:
+        """How many more requests may be started."""
+        return max(0, self.controller.limit - self.in_flight)
+
+    @property
+    def refusals(self) -> dict[str, int]:
+        """How many requests it has refused."""
+        return {"throttled": self.controller.throttled_count, "timed_out": self.controller.timed_out_count}
+
+    def stats(self) -> dict[str, float]:
+        """See docs/protocol.md."""
+        learnt = self.controller.learnt()
+        return {
+            "requests_allowed": self.controller.limit,
+            "requests_in_flight": self.in_flight,
+            "requests": self.hedger.request_count,
+            "bytes_per_s": learnt.bytes_per_s,
+            "connection_bytes_per_s": learnt.connection_bytes_per_s,
+            "first_byte_s": -1.0 if learnt.first_byte_s is None else learnt.first_byte_s,
+            "throttled_at": learnt.throttled_at,
+        }
+
+
+class Endpoints:
+    """All endpoints of stores that were used lately."""
+
+    def __init__(self, requests_max: int = REQUESTS_MAX, fixed: int = 0, hedger: Callable[[], Hedger] = Hedger) -> None:
+        """`requests_max`: at a time, over all. `fixed`: see `Controller`."""
+        self.requests_max = requests_max
+        self.known: Mapping[str, Learnt] = {}  # what earlier runs learnt
+        self._fixed, self._hedger = fixed, hedger
+        self._endpoints: dict[str, Endpoint] = {}  # the one used last is the last
+        self._forgotten: Counter[str] = Counter()  # what was refused by those that are not known any more
+
+    @property
+    def limit(self) -> int:
+        """How many requests may be in flight, over all endpoints."""
+        return sum(each.controller.limit for each in self._endpoints.values()) or self._new("").controller.limit
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests are."""
+        return sum(endpoint.in_flight for endpoint in self._endpoints.values())
+
+    def free_at(self, name: str) -> int:
+        """How many more requests may be sent to an endpoint now."""
+        found = self._endpoints.get(name)
+        return self._new(name).controller.limit if found is None else found.free
+
+    def use(self, name: str) -> Endpoint:
+        """The endpoint, which was used last from now on. Of many, the one that was used longest ago is forgotten."""
+        endpoint = self._endpoints.pop(name, None) or self._new(name)
+        if len(self._endpoints) >= _ENDPOINTS_MAX:
+            idle = next((other for other, each in self._endpoints.items() if not each.in_flight), None)
+            if idle is not None:
+                self._forgotten.update(self._endpoints.pop(idle).refusals)
+        self._endpoints[name] = endpoint
+        return endpoint
+
+    def slack(self, now: float) -> None:
+        """All that there is to ask for now has been started."""
+        for endpoint in self._endpoints.values():
+            if endpoint.free:
+                endpoint.controller.slack(now)
+
+    def learnt(self) -> dict[str, tuple[Learnt, int]]:
+        """What is known of each by now, and how many requests it was sent."""
+        return {name: (each.controller.learnt(), each.hedger.request_count) for name, each in self._endpoints.items()}
+
+    def stats(self) -> dict[str, Any]:
+        """Of all together, and of each."""
+        refusals = self._forgotten.copy()
+        for endpoint in self._endpoints.values():
+            refusals.update(endpoint.refusals)
+        return {
+            "requests_allowed": self.limit,
+            "requests_in_flight": self.in_flight,
+            "throttled_requests": refusals["throttled"],
+            "timed_out_requests": refusals["timed_out"],
+            "endpoints": {name: endpoint.stats() for name, endpoint in self._endpoints.items()},
+        }
+
+    def _new(self, name: str) -> Endpoint:
+        known = self.known.get(name)
+        return Endpoint(Controller(self.requests_max, fixed=self._fixed, known=known), self._hedger())
+
+
+def requests_max() -> int:
+    """The most requests at a time: a quarter of the descriptors that this process may open."""
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, min(REQUESTS_MAX, descriptors // 4))

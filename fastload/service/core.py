@@ -23,16 +23,20 @@ from fastload.errors import CacheError
 from fastload.rendezvous import ServiceLocation
 from fastload.service import admin, scheduler
 from fastload.service.admin import Clearing, Queries
-from fastload.service.disk_io import DISK_DEADLINE_S, DiskWatch, Quota
+from fastload.service.candidates import Candidates, Warming
+from fastload.service.control import Endpoints
+from fastload.service.disk_io import DISK_DEADLINE_S, DiskEvictor, DiskWatch, Quota, WriteBehind
+from fastload.service.fetches import Fetches
 from fastload.service.indexes import IndexCache
 from fastload.service.openings import Openings, Versions
-from fastload.service.plans import Candidates, WarmPlan
+from fastload.service.plans import WarmPlan
 from fastload.service.ports import Ports
 from fastload.service.recording import WRITE_AFTER_S, Recording
+from fastload.service.records import Records
 from fastload.service.replay import Replay, ReplayPlan
-from fastload.service.residency import Heard, Records, Residency
+from fastload.service.residency import Residency
 from fastload.service.scheduler import Capacity, Drop, Load, RecallChunk
-from fastload.service.state import Chunk, ConsumerState, Plan
+from fastload.service.state import ConsumerState, Plan
 from fastload.service.stores import Opener
 from fastload.service.threads import Pool
 
@@ -58,7 +62,7 @@ class Core:
     ) -> None:
         """Open the arena and the disk tier of `directory`, whose lock the caller holds; CacheError where that fails.
 
-        `disk_deadline_s`: after so long without an answer the disk is bypassed (see `stalls`).
+        `disk_deadline_s`: after so long without an answer the disk is bypassed (see `disk_io`).
         """
         self._begin(Ports.of_directory(directory, loop, opener), disk_deadline_s)
 
@@ -80,68 +84,45 @@ class Core:
         self.service_id = os.urandom(16)
         self.chunk_bytes = ports.limits.chunk_bytes
         self.arena, self.disk = ports.arena, ports.disk
-        self.consumers: dict[ConsumerState, None] = {}  # in the order in which they came
-        ports.warnings.tell = self._tell_trouble
-        self._history = Recording(
-            ports.history,
-            ports.limits.history_bytes,
-            ports.limits.chunk_bytes,
-            ports.pools,
-            lambda: self._fetches.learnt(),
-            ports.now,
-            ports.wall,
-            ports.is_lost,
-        )
-        self._watch = DiskWatch(self.disk, ports.pools, disk_deadline_s, self._disk_stalled, self._wake, ports.now)
-        self._make_records()
-        self._make_services()
+        self._watch = DiskWatch(ports, disk_deadline_s)
+        self._make_records(ports)
+        self._make_services(ports)
+        ports.warnings.added.connect(self._broadcast)
+        ports.events.disk_stalled.connect(self._wake)
+        ports.events.changed.connect(self._wake)
 
-    def _make_records(self) -> None:
-        """What is where, who wants it, and what becomes of it."""
-        records = self._records = Records.of_ports(self._ports, self.consumers)
-        self._objects, self._table, self._disk_order = records.objects, records.table, records.disk_order
-        self._leases, self._plans, self._pins = records.ledger, records.plans, records.pins
-        heard = Heard(lambda chunk: self._replay.fetched(chunk), self._load_failed, self._wake)
-        residency = self._residency = Residency(
-            self._ports, records, self._watch, self.consumers, self._history.known, heard
-        )
-        self._fetches, self._loader, self._writer = residency.fetches, residency.loader, residency.writer
-        self._warming = residency.warming
+    def _make_records(self, ports: Ports) -> None:
+        """What is where, who wants it, and what becomes of it: each part knows those below it."""
+        records = self._records = Records.of_ports(ports)
+        self.consumers, self._objects, self._table = records.consumers, records.objects, records.table
+        self._leases, self._plans = records.leases, records.plans
+        fixed = ports.limits.requests_in_flight
+        requests_max = fixed or max(1, min(ports.requests_max, ports.arena.buffer_count))
+        self._endpoints = Endpoints(requests_max, fixed, ports.hedger)
+        self._evictor = DiskEvictor(records)
+        self._writer = WriteBehind(ports, records, self._watch, self._evictor)
+        self._fetches = Fetches(ports, records, self._endpoints)
+        self._warming = Warming(records, self._writer)
+        self._candidates = Candidates(records, self._warming, self._endpoints)
+        self._residency = Residency(ports, records, self._watch, self._fetches, self._writer, self._warming)
 
-    def _make_services(self) -> None:
-        """What consumers ask for besides chunks, and what chunks they ask for."""
-        stores, pools = self._ports.stores, self._ports.pools
-        self._indexes = IndexCache(self.disk, self._disk_order, self._records.evictor, self._watch, self._ports.is_lost)
-        self._queries = Queries(stores, self._indexes, self._stats, pools)
-        self._quota = Quota(self.disk, self._disk_order, self._records.evictor, pools)
-        versions = Versions(self._ports.now)
-        self._openings = Openings(self.consumers, self._objects, stores, versions, pools)
-        self._replay = Replay(self._plans, self._objects, stores, versions, self._history.load, self._wake)
-        self._clearing = Clearing(
-            self.disk,
-            self._records.evictor,
-            self._indexes,
-            versions,
-            self._history,
-            self._watch,
-            self._residency.drop_idle,
-            self._replay.forget,
-        )
-        self._candidates = Candidates(
-            self._leases,
-            self._plans,
-            self._warming,
-            self.arena.buffer_count,
-            self._records.on_disk,
-            lambda: self._fetches.limit,
-        )
+    def _make_services(self, ports: Ports) -> None:
+        """What consumers ask for besides chunks, and what is kept of what they read."""
+        versions = Versions(ports.now)
+        self._history = Recording(ports, self._endpoints)
+        self._openings = Openings(ports, self._records, versions)
+        self._replay = Replay(ports, self._records, versions, self._history)
+        self._indexes = IndexCache(ports, self._watch, self._evictor)
+        self._queries = Queries(ports, self._indexes)
+        self._quota = Quota(ports, self._evictor)
+        self._clearing = Clearing(ports, self._residency, self._history, self._watch, self._evictor)
 
     # Consumers
 
     def connect(self, hello: protocol.Hello, send: Send) -> ConsumerState:
         """A consumer has come."""
         consumer = ConsumerState(hello, self._ports.stores.add(hello.store), send)
-        consumer.load_order = self._loader.order
+        consumer.load_order = self._residency.load_count
         self.consumers[consumer] = None
         if self._release_timer is not None:
             self._release_timer.cancel()
@@ -222,6 +203,8 @@ class Core:
                 self._change_credentials(consumer, message)
             case protocol.Report():
                 consumer.report = message.values
+            case protocol.Stats():
+                consumer.send(protocol.StatsReply(message.request, self._stats(consumer)))
             case _:
                 self._queries.take(consumer, message)
         self._wake()
@@ -272,7 +255,7 @@ class Core:
     def _set_plan(self, consumer: ConsumerState, message: protocol.SetPlan) -> None:
         self._note_warmed(consumer)
         self._replay.left(consumer)
-        consumer.load_order = self._loader.order
+        consumer.load_order = self._residency.load_count
         plan = self._plans.set(consumer, message, to_disk=self.disk.writable)
         if isinstance(plan, WarmPlan) and plan.to_disk:
             self._warming.write_resident(plan)
@@ -297,7 +280,7 @@ class Core:
         self._turn_due = False
         if self._closed:
             return
-        capacity = Capacity(self._loader.reads.idle, self._fetches.idle, self._fetches.free_at)
+        capacity = Capacity(self._residency.reads.idle, self._fetches.idle, self._endpoints.free_at)
         quick = self._disk_is_quick()
         actions = scheduler.decide(
             self._candidates.by_need(),
@@ -308,8 +291,8 @@ class Core:
         )
         for action in actions:
             self._carry_out(action)
-        self._fetches.settled()
-        self._ports.populator.need(self._table.used_count, self._pins.buffers_needed)
+        self._endpoints.slack(self._ports.now())
+        self._ports.populator.need(self._table.used_count, self._records.pins.buffers_needed)
         if self._watch.stalled and self._table.quarantined_count == self._table.count:
             self._refuse_demands()
         self._leases.grant_deferred()
@@ -341,10 +324,6 @@ class Core:
             case RecallChunk():
                 self._leases.recall(self._records.chunk_in(action.buffer))
 
-    def _load_failed(self, chunk: Chunk, error: BaseException) -> None:
-        self._openings.failed(chunk, error)
-        self._replay.failed(chunk, error)
-
     # A disk that hangs
 
     def pool(self, name: str) -> Pool:
@@ -355,10 +334,6 @@ class Core:
     def disk_hangs(self) -> bool:
         """Whether reads or writes of the disk were given up and have not returned."""
         return self._watch.stalled
-
-    def _disk_stalled(self) -> None:
-        self._writer.cancel_all()
-        self._wake()
 
     def _refuse_demands(self) -> None:
         error = CacheError(
@@ -373,8 +348,8 @@ class Core:
     def _stats(self, consumer: ConsumerState) -> dict[str, Any]:
         """All figures; docs/protocol.md says what they mean."""
         counted = {
+            **self._records.counters,
             **self._residency.counters,
-            **self._loader.counters,
             **self._fetches.counters,
             **self._writer.counters,
         }
@@ -384,7 +359,7 @@ class Core:
             **counted,
             **admin.buffer_stats(self._table),
             **admin.disk_stats(self.disk),
-            **self._fetches.stats(),
+            **self._endpoints.stats(),
             "arena_touched_bytes": self.arena.touched_bytes,
             "pid": os.getpid(),
             "troubles": list(self.warnings),
@@ -403,7 +378,7 @@ class Core:
         """What consumers should know of, those to come as well."""
         return self._ports.warnings.messages
 
-    def _tell_trouble(self, message: str) -> None:
+    def _broadcast(self, message: str) -> None:
         for consumer in self.consumers:
             consumer.send(protocol.Trouble(message))
 

@@ -30,10 +30,11 @@ from functools import partial
 from typing import Any
 
 from fastload.cache import ChunkKey
-from fastload.service.eviction import DiskAdmission, DiskOrder, WriteBudget, write_queue_max, write_threads
-from fastload.service.ports import Disk, Ram
+from fastload.service.eviction import WriteBudget, write_queue_max, write_threads
+from fastload.service.ports import Ports
+from fastload.service.records import Records
 from fastload.service.state import Chunk
-from fastload.service.threads import Done, Pool, Pools, Task
+from fastload.service.threads import Done, Pool, Task
 
 # A disk under load answers within a second or two, a drive that retries a bad spot within ten.
 DISK_DEADLINE_S = 20.0
@@ -42,14 +43,13 @@ _QUICK_S = 0.1
 # Writes of one chunk, each of which found less room than its victims were to leave, or than another one had made for
 # itself just then.
 _TRIES_MAX = 4
-Written = Callable[[Chunk, bool], None]
 
 
 class DiskEvictor:
     """Removes chunks from the disk tier, in two steps: `remove` in a thread, then `settle` in the loop."""
 
-    def __init__(self, disk: Disk, order: DiskOrder) -> None:
-        self._disk, self._order = disk, order
+    def __init__(self, records: Records) -> None:
+        self._disk, self.order = records.disk, records.disk_order
 
     def remove(self, victims: Iterable[ChunkKey], enough: Callable[[], bool] = lambda: False) -> None:
         """Remove these in turn, in a thread, while there is not `enough` room."""
@@ -66,38 +66,23 @@ class DiskEvictor:
         for key in victims:
             if not self._disk.contains(key):
                 gone += 1
-                self._order.discard(key)
+                self.order.discard(key)
             elif claimed:
-                self._order.add(key)
+                self.order.add(key)
         return gone
 
 
 class WriteBehind:
     """Used by the loop's thread only, except for `_evict_and_write`."""
 
-    def __init__(
-        self,
-        arena: Ram,
-        disk: Disk,
-        order: DiskOrder,
-        admission: DiskAdmission,
-        evictor: DiskEvictor,
-        watch: DiskWatch,
-        changed: Callable[[Chunk], None],
-        written: Written,
-        now: Callable[[], float],
-        is_lost: Callable[[], bool],
-    ) -> None:
-        """`changed(chunk)` is called when its write begins, or has to begin again; `written` when that is settled.
-        `is_lost()`, from a thread: the directory is being removed, and would be there again.
-        """
-        self._arena, self._disk, self._order, self._admission = arena, disk, order, admission
-        self._evictor = evictor
-        self._changed, self._written, self._now, self._is_lost = changed, written, now, is_lost
+    def __init__(self, ports: Ports, records: Records, watch: DiskWatch, evictor: DiskEvictor) -> None:
+        self._arena, self._disk, self._now, self._is_lost = ports.arena, ports.disk, ports.now, ports.is_lost
+        self._table, self._order, self._admission = records.table, records.disk_order, records.admission
+        self._events, self._evictor = ports.events, evictor
         self._queue: dict[Chunk, None] = {}
         self._queued_bytes = 0  # of these
-        self._pool = watch.pool("disk-write", write_threads(arena.buffer_count))
-        self._queue_max = write_queue_max(arena.buffer_count)
+        self._pool = watch.pool("disk-write", write_threads(ports.arena.buffer_count))
+        self._queue_max = write_queue_max(ports.arena.buffer_count)
         self._running: dict[Chunk, float] = {}  # when each began
         self._tries: dict[Chunk, int] = {}  # of those that are tried again
         self._budget = WriteBudget(0, self._now())
@@ -111,6 +96,8 @@ class WriteBehind:
             writes_hung=0,
             evicted=0,
         )
+        self.limit(ports.limits.disk_write_bytes_per_s)
+        ports.events.disk_stalled.connect(self.cancel_all)
 
     def quick_for_s(self) -> float:
         """For how many seconds the writes under way may yet be called quick; 0 where the disk is slow, or none runs."""
@@ -177,7 +164,7 @@ class WriteBehind:
         """None of the queued writes shall begin."""
         for chunk in list(self._queue):
             self.cancel(chunk)
-            self._written(chunk, False)
+            self._events.written(chunk, False)
 
     def pump(self) -> None:
         """Begin writes while there are threads for them."""
@@ -189,7 +176,7 @@ class WriteBehind:
     def _begin(self, chunk: Chunk) -> None:
         chunk.begin_write()
         self._running[chunk] = self._now()
-        self._changed(chunk)
+        self._table.refresh(chunk)
         key = chunk.entry.key(chunk.index)
         victims = self._victims(chunk)
 
@@ -200,7 +187,7 @@ class WriteBehind:
             self.counters["writes_hung"] += 1
             del self._running[chunk]
             chunk.abandon_write()
-            self._written(chunk, False)
+            self._events.written(chunk, False)
             return done
 
         buffer = self._arena.buffer(chunk.buffer)
@@ -227,7 +214,7 @@ class WriteBehind:
         if not written and tries < _TRIES_MAX and self._has_room(chunk):
             self._tries[chunk] = tries
             self._enqueue(chunk)
-            self._changed(chunk)
+            self._table.refresh(chunk)
             self.pump()
             return
         if written:
@@ -238,7 +225,7 @@ class WriteBehind:
             self._budget.give_back(self._disk.file_bytes(chunk.length))
             self.counters["writes_refused"] += self._disk.quota_bytes > 0
         chunk.finish_write()
-        self._written(chunk, written)
+        self._events.written(chunk, written)
         self.pump()
 
 
@@ -251,10 +238,10 @@ class Quota:
     many small calls, a deadline for the whole would say nothing about the disk.
     """
 
-    def __init__(self, disk: Disk, order: DiskOrder, evictor: DiskEvictor, pools: Pools) -> None:
-        self._disk, self._order, self._evictor = disk, order, evictor
-        self._pool = pools.make("quota", 1)  # one thread: of two changes the later one holds
-        self._wanted = disk.quota_bytes
+    def __init__(self, ports: Ports, evictor: DiskEvictor) -> None:
+        self._disk, self._evictor = ports.disk, evictor
+        self._pool = ports.pools.make("quota", 1)  # one thread: of two changes the later one holds
+        self._wanted = ports.disk.quota_bytes
 
     def change(self, quota_bytes: int) -> None:
         """Have at most so many bytes on disk from now on."""
@@ -262,12 +249,12 @@ class Quota:
             return
         self._wanted = quota_bytes
         was_off = not self._disk.quota_bytes
-        victims = list(self._order.in_order())
+        victims = list(self._evictor.order.in_order())
 
         def done(_: None, error: BaseException | None) -> None:
             self._evictor.settle(victims)
             for key in self._disk.keys() if was_off else ():
-                self._order.add(key)
+                self._evictor.order.add(key)
 
         self._pool.submit(self._apply, quota_bytes, victims, done=done)
 
@@ -281,18 +268,9 @@ class Quota:
 class DiskWatch:
     """Used by the loop's thread only."""
 
-    def __init__(
-        self,
-        disk: Disk,
-        pools: Pools,
-        deadline_s: float,
-        stalled: Callable[[], None],
-        answered: Callable[[], None],
-        now: Callable[[], float],
-    ) -> None:
-        """`stalled` is called when everything under way was given up, `answered` when all of it has come back."""
-        self._disk, self._pools, self._deadline_s = disk, pools, deadline_s
-        self._on_stall, self._on_answer, self._now = stalled, answered, now
+    def __init__(self, ports: Ports, deadline_s: float) -> None:
+        self._disk, self._pools, self._now, self._events = ports.disk, ports.pools, ports.now, ports.events
+        self._deadline_s = deadline_s
         self._watched: list[Pool] = []
         self._hanging: set[Task] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -336,11 +314,11 @@ class DiskWatch:
         for task in tasks:
             assert task.hung is not None, "a watched task that nobody can give up"
             task.done = partial(self._returned, task, task.hung())
-        self._on_stall()
+        self._events.disk_stalled()
 
     def _returned(self, task: Task, done: Done, result: Any, error: BaseException | None) -> None:
         done(result, error)
         self._hanging.discard(task)
         if not self._hanging:
             self._disk.answered()
-            self._on_answer()
+            self._events.changed()

@@ -15,18 +15,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-from fastload.service.buffers import BufferTable
-from fastload.service.control import REQUESTS_MAX, Controller, Hedger, Learnt
-from fastload.service.ports import Ram
+from fastload.service.control import Endpoint, Endpoints
+from fastload.service.ports import Ports
+from fastload.service.records import Records
 from fastload.service.state import Chunk
-from fastload.service.stores import StoreTable
-from fastload.service.threads import Pools
 from fastload.store.watch import Attempt, Watch
 
-# Single objects may come from any number of hosts, and each turn looks at all that are known.
-_ENDPOINTS_MAX = 64
 # A second request hangs as often as a first one does. Where many nodes wait for each other, one always does.
 _REQUESTS_OF_CHUNK_MAX = 3
 # Threads for second requests, beside those that the limits allow.
@@ -35,23 +30,11 @@ _LOOK_S_MIN, _LOOK_S_MAX = 0.01, 1.0
 Ended = Callable[[Chunk, BaseException | None], None]
 
 
-@dataclass(slots=True)
-class _Endpoint:
-    controller: Controller
-    hedger: Hedger
-    in_flight: int = 0  # those that lost to another one do not count: they may hang for long, and nobody waits
-
-    @property
-    def free(self) -> int:
-        """How many more requests may be started."""
-        return max(0, self.controller.limit - self.in_flight)
-
-
 @dataclass(slots=True, eq=False)
 class _FetchRequest:
     chunk: Chunk
     buffer: int
-    endpoint: _Endpoint
+    endpoint: Endpoint
     watch: Watch
     began_s: float
     is_hedge: bool
@@ -61,77 +44,20 @@ class _FetchRequest:
 class Fetches:
     """Used by the loop's thread only, except for what the watches call."""
 
-    def __init__(
-        self,
-        arena: Ram,
-        table: BufferTable,
-        stores: StoreTable,
-        pools: Pools,
-        spare: Callable[[], int | None],
-        freed: Callable[[], None],
-        now: Callable[[], float],
-        most: int = REQUESTS_MAX,
-        fixed: int = 0,
-        known: Callable[[str], Learnt | None] = lambda endpoint: None,
-        hedger: Callable[[], Hedger] = Hedger,
-    ) -> None:
-        """`spare()` lends a buffer for a second request, if there is one to be had; `freed()` is told when one has come
-        back. `most`: at a time, if there are as many buffers. `fixed`: see `Controller`. `known(endpoint)`: what an
-        earlier run learnt of it.
-        """
-        self._arena, self._table, self._stores, self._loop = arena, table, stores, pools.loop
-        self._spare, self._freed, self._now, self._fixed = spare, freed, now, fixed
-        self._known, self._hedger = known, hedger
-        self._max = fixed or max(1, min(most, arena.buffer_count))
-        self._pool = pools.make("fetch", self._max + _HEDGES_MAX)
-        self._endpoints: dict[str, _Endpoint] = {}  # the one used last is the last
-        self._forgotten: Counter[str] = Counter()  # what was refused by those that are not known any more
+    def __init__(self, ports: Ports, records: Records, endpoints: Endpoints) -> None:
+        self._arena, self._stores, self._now, self._loop = ports.arena, ports.stores, ports.now, ports.pools.loop
+        self._events, self._records, self._table = ports.events, records, records.table
+        self._endpoints = endpoints
+        self._pool = ports.pools.make("fetch", endpoints.requests_max + _HEDGES_MAX)
         self._requests: dict[Chunk, list[_FetchRequest]] = {}
         self._ended: dict[Chunk, Ended] = {}
         self._timer: asyncio.TimerHandle | None = None
         self.counters: Counter[str] = Counter(hedged_requests=0, hedges_won=0)
 
-    # How many
-
-    @property
-    def limit(self) -> int:
-        """How many requests may be in flight, over all endpoints."""
-        return sum(each.controller.limit for each in self._endpoints.values()) or self._new("").controller.limit
-
     @property
     def idle(self) -> int:
         """How many threads are free for first requests."""
-        in_flight = sum(endpoint.in_flight for endpoint in self._endpoints.values())
-        return max(0, min(self._max - in_flight, self._pool.idle))
-
-    def free_at(self, endpoint: str) -> int:
-        """How many more requests may be sent to an endpoint now."""
-        found = self._endpoints.get(endpoint)
-        return self._new(endpoint).controller.limit if found is None else found.free
-
-    def settled(self) -> None:
-        """All that there is to ask for now has been started."""
-        now = self._now()
-        for endpoint in self._endpoints.values():
-            if endpoint.free:
-                endpoint.controller.slack(now)
-
-    def _use(self, name: str) -> _Endpoint:
-        """The endpoint, which was used last from now on. Of many, the one that was used longest ago is forgotten."""
-        endpoint = self._endpoints.pop(name, None) or self._new(name)
-        if len(self._endpoints) >= _ENDPOINTS_MAX:
-            idle = next((other for other, each in self._endpoints.items() if not each.in_flight), None)
-            if idle is not None:
-                self._forgotten.update(_refusals(self._endpoints.pop(idle)))
-        self._endpoints[name] = endpoint
-        return endpoint
-
-    def _new(self, name: str) -> _Endpoint:
-        return _Endpoint(Controller(self._max, fixed=self._fixed, known=self._known(name)), self._hedger())
-
-    def learnt(self) -> dict[str, tuple[Learnt, int]]:
-        """What is known of each endpoint by now, and how many requests it was sent."""
-        return {name: (each.controller.learnt(), each.hedger.request_count) for name, each in self._endpoints.items()}
+        return max(0, min(self._endpoints.requests_max - self._endpoints.in_flight, self._pool.idle))
 
     # Requests
 
@@ -143,7 +69,7 @@ class Fetches:
             self._timer = self._loop.call_later(_LOOK_S_MIN, self._look)
 
     def _begin(self, chunk: Chunk, buffer: int, *, is_hedge: bool) -> None:
-        endpoint = self._use(chunk.entry.origin)
+        endpoint = self._endpoints.use(chunk.entry.origin)
         watch = Watch(partial(self._tell, endpoint), self._now)
         request = _FetchRequest(chunk, buffer, endpoint, watch, self._now(), is_hedge)
         self._requests.setdefault(chunk, []).append(request)
@@ -157,12 +83,12 @@ class Fetches:
         start = chunk.index * self._arena.chunk_bytes
         self._pool.submit(self._stores.read_watched, watch, chunk.fetched_as, chunk.entry.info, start, out, done=done)
 
-    def _tell(self, endpoint: _Endpoint, attempt: Attempt) -> None:
+    def _tell(self, endpoint: Endpoint, attempt: Attempt) -> None:
         """In a thread."""
         with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody is left to be told
             self._loop.call_soon_threadsafe(self._attempted, endpoint, attempt)
 
-    def _attempted(self, endpoint: _Endpoint, attempt: Attempt) -> None:
+    def _attempted(self, endpoint: Endpoint, attempt: Attempt) -> None:
         endpoint.controller.ended(attempt, self._now())
         endpoint.hedger.ended(attempt)
 
@@ -196,7 +122,7 @@ class Fetches:
 
     def _give_back(self, buffer: int) -> None:
         self._table.release(buffer)
-        self._freed()
+        self._events.changed()
 
     # Second requests
 
@@ -219,40 +145,8 @@ class Fetches:
         late = len(requests) < _REQUESTS_OF_CHUNK_MAX and chunk.wanters and now - newest.began_s > late_after_s
         if not late or not self._pool.idle or not endpoint.hedger.has_budget or endpoint.controller.throttling(now):
             return
-        buffer = self._spare()
+        buffer = self._records.borrow_buffer()
         if buffer is not None:
             endpoint.hedger.hedge_count += 1
             self.counters["hedged_requests"] += 1
             self._begin(chunk, buffer, is_hedge=True)
-
-    # Figures
-
-    def stats(self) -> dict[str, Any]:
-        """Of all endpoints together, and of each."""
-        refusals = self._forgotten.copy()
-        for endpoint in self._endpoints.values():
-            refusals.update(_refusals(endpoint))
-        return {
-            "requests_allowed": self.limit,
-            "requests_in_flight": sum(endpoint.in_flight for endpoint in self._endpoints.values()),
-            "throttled_requests": refusals["throttled"],
-            "timed_out_requests": refusals["timed_out"],
-            "endpoints": {name: _endpoint_stats(endpoint) for name, endpoint in self._endpoints.items()},
-        }
-
-
-def _refusals(endpoint: _Endpoint) -> dict[str, int]:
-    return {"throttled": endpoint.controller.throttled_count, "timed_out": endpoint.controller.timed_out_count}
-
-
-def _endpoint_stats(endpoint: _Endpoint) -> dict[str, float]:
-    learnt = endpoint.controller.learnt()
-    return {
-        "requests_allowed": endpoint.controller.limit,
-        "requests_in_flight": endpoint.in_flight,
-        "requests": endpoint.hedger.request_count,
-        "bytes_per_s": learnt.bytes_per_s,
-        "connection_bytes_per_s": learnt.connection_bytes_per_s,
-        "first_byte_s": -1.0 if learnt.first_byte_s is None else learnt.first_byte_s,
-        "throttled_at": learnt.throttled_at,
-    }

@@ -27,8 +27,7 @@ from fastload.errors import ServiceError
 from fastload.formats.index import HEADER_BYTES, stored_sample_count
 from fastload.service import bounded
 from fastload.service.disk_io import DiskEvictor, DiskWatch
-from fastload.service.eviction import DiskOrder
-from fastload.service.ports import Disk
+from fastload.service.ports import Ports
 from fastload.service.threads import Done
 
 _RAM_BYTES = 256 * MIB
@@ -43,16 +42,14 @@ Found = Callable[[dict[bytes, bytes]], None]
 class IndexCache:
     """Used by the loop's thread only, except for what the pool runs."""
 
-    def __init__(
-        self, disk: Disk, order: DiskOrder, evictor: DiskEvictor, watch: DiskWatch, is_lost: Callable[[], bool]
-    ) -> None:
-        """`is_lost()`, from a thread: the directory is being removed, and would be there again."""
-        self._disk, self._order, self._evictor, self._is_lost = disk, order, evictor, is_lost
+    def __init__(self, ports: Ports, watch: DiskWatch, evictor: DiskEvictor) -> None:
+        self._disk, self._is_lost, self._evictor = ports.disk, ports.is_lost, evictor
         self._ram: LRUCache[bytes, bytes] = LRUCache(_RAM_BYTES, getsizeof=len)
         self._pool = watch.pool("index", 1)
         # The last index of a run comes just before its consumer leaves, and the service may end right then.
         self._pool.finishes = True
         self._counts = SampleCounts()
+        ports.events.cache_cleared.connect(self.clear)
 
     def get(self, object_ids: Iterable[bytes], found: Found) -> None:
         """Call `found` with those indexes that there are: now, or when the disk has been read."""
@@ -187,7 +184,7 @@ class IndexCache:
         return [-1 if head is None else stored_sample_count(*head) for head in heads]
 
     def _write(self, name: str, data: bytes, *, adds: bool = False) -> None:
-        victims = list(islice(self._order.in_order(), _VICTIMS_MAX))
+        victims = list(islice(self._evictor.order.in_order(), _VICTIMS_MAX))
 
         def done(_: None, error: BaseException | None) -> None:
             self._evictor.settle(victims)

@@ -9,20 +9,20 @@ first; the core takes it from there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from fastload import protocol
 from fastload.errors import StoreError, to_wire
 from fastload.service.buffers import BufferTable
+from fastload.service.eviction import DiskOrder
 from fastload.service.state import Chunk, ChunkState, ConsumerState, OpenWant, RecallState
 
 
 class Leases:
     """Changed by the loop's thread only."""
 
-    def __init__(self, table: BufferTable, used: Callable[[Chunk], None]) -> None:
-        """`used(chunk)` is called when a chunk is here that was read before."""
-        self._table, self._used = table, used
+    def __init__(self, table: BufferTable, disk_order: DiskOrder) -> None:
+        self._table, self._disk_order = table, disk_order
         self.demanded: dict[Chunk, None] = {}
         self.wanted: dict[Chunk, None] = {}
         self._deferred: dict[Chunk, None] = {}
@@ -43,7 +43,8 @@ class Leases:
                 self._undo_lease(chunk, consumer, chunk_no)
             if chunk.state is ChunkState.RESIDENT and not recalled:
                 if chunk.granted_to:  # what was fetched ahead is read for the first time
-                    self._used(chunk)
+                    self._table.use(chunk)
+                    self._disk_order.use(entry.key(index))
                 self._grant(chunk, consumer, chunk_no, message.serial)
                 continue
             consumer.wants[chunk_no] = chunk

@@ -17,14 +17,14 @@ import hashlib
 import struct
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 from fastload import protocol
 from fastload.errors import ObjectChangedError, to_wire
 from fastload.service import bounded
-from fastload.service.state import Chunk, ConsumerState, ObjectPiece, Objects
-from fastload.service.stores import StoreTable
-from fastload.service.threads import Pools
+from fastload.service.ports import Ports
+from fastload.service.records import Records
+from fastload.service.state import Chunk, ConsumerState, ObjectPiece
 from fastload.store.types import ObjectInfo
 from fastload.store.urls import scheme, store_root
 
@@ -36,21 +36,15 @@ _HEADS_MAX, _HEAD_THREADS = 32, 96
 class Openings:
     """Used by the loop's thread only."""
 
-    def __init__(
-        self,
-        consumers: Collection[ConsumerState],
-        objects: Objects,
-        stores: StoreTable,
-        versions: Versions,
-        pools: Pools,
-    ) -> None:
-        """`consumers` are those that are connected."""
-        self._consumers, self._objects, self._stores = consumers, objects, stores
-        self._heads = pools.make("head", _HEAD_THREADS)
+    def __init__(self, ports: Ports, records: Records, versions: Versions) -> None:
+        self._consumers, self._objects, self._stores = records.consumers, records.objects, ports.stores
+        self._heads = ports.pools.make("head", _HEAD_THREADS)
         self._versions = versions
         self._waiting: dict[tuple[str, str], list[tuple[ConsumerState, int]]] = {}  # by options and URL
         self._under_way: Counter[str] = Counter()  # by endpoint
         self._queued: dict[str, deque[tuple[str, str]]] = {}
+        ports.events.load_failed.connect(self.failed)
+        ports.events.cache_cleared.connect(versions.clear)
 
     def open(self, consumer: ConsumerState, message: protocol.Open) -> None:
         """Answer, now or later."""

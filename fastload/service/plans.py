@@ -2,35 +2,26 @@
 
 A *plan* is what a consumer reads next, in its order. A *claim* (`Keep`) is what it reads again and again, and by which
 policy that should be kept; it lasts through plans that name only a part, such as the rest of an epoch or the beginning
-of the next. An object is covered while one of either names it. Covered chunks are kept on disk, and in RAM they go
-after all others.
+of the next. An object is covered while one of either names it. Covered chunks are kept on disk, and in RAM they are
+evicted after all others.
 
-Warming: a plan whose aim is that the cache holds its chunks, not that somebody reads them now.
-
-With a disk tier, each chunk that the disk lacks is fetched, written, and then need not stay in RAM; it ends when all
-are on disk or the disk takes no more. Without one, chunks are fetched until the arena's free buffers are used up.
-Positions are settled one by one, in any order, and the figures of that are the progress that the consumer sees.
-
-Seeing warm plans through: what becomes of their chunks, when they end, and what their consumers hear of it.
-
-What should be in RAM and is not, over all consumers, in order of need: the candidates of one decision.
+The aim of a *warm plan* is that the cache holds its chunks, not that they are read now. With a disk tier, each chunk
+that the disk lacks is fetched, written, and then need not stay in RAM; the plan ends when all are on disk or the disk
+takes no more. Without one, chunks are fetched until the arena's free buffers are used up. Positions are settled one by
+one, in any order, and the counts of that are the progress that the consumer sees.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from fastload import protocol
 from fastload.cache.policy import BLIND, PolicyName
 from fastload.errors import to_wire
-from fastload.service import scheduler
 from fastload.service.buffers import BufferTable
-from fastload.service.disk_io import WriteBehind
-from fastload.service.eviction import DiskOrder, Pins, transit
-from fastload.service.leases import Leases
+from fastload.service.eviction import DiskOrder, Pins
 from fastload.service.scheduler import Candidate, Need, OnDisk
-from fastload.service.state import Chunk, ChunkState, ConsumerState, ObjectEntry, Plan, Step, WriteState
+from fastload.service.state import Chunk, ChunkState, ConsumerState, ObjectEntry, Plan, Step
 
 
 class PlanSet:
@@ -286,115 +277,3 @@ class WarmPlan(Plan):
             error_name=name,
             error_message=message,
         )
-
-
-class Warming:
-    """Used by the loop's thread only."""
-
-    def __init__(
-        self,
-        consumers: Collection[ConsumerState],
-        plans: PlanSet,
-        table: BufferTable,
-        writer: WriteBehind,
-        on_disk: OnDisk,
-    ) -> None:
-        self._consumers, self._plans, self._table = consumers, plans, table
-        self._writer, self._on_disk = writer, on_disk
-
-    def write_resident(self, plan: WarmPlan) -> None:
-        """Chunks that a new plan finds in RAM need no fetching, only writing."""
-        for chunk in list(plan.resident()):
-            if chunk.write is not WriteState.NONE:
-                plan.taken(chunk)
-            elif not self._on_disk(chunk.entry, chunk.index) and self._writer.admit(chunk, patient=True):
-                plan.taken(chunk)
-                self._table.refresh(chunk)
-
-    def came(self, chunk: Chunk) -> list[WarmPlan]:
-        """A chunk has been loaded; returns the plans that it is of."""
-        plans = [plan for plan in self._plans.warm() if plan.position(chunk.entry, chunk.index) >= 0]
-        for plan in plans:
-            plan.came(chunk)
-        return plans
-
-    def not_written(self, chunk: Chunk, plans: list[WarmPlan]) -> None:
-        """It need not be written for these plans, or cannot be."""
-        for plan in plans:
-            held = not plan.to_disk or self._on_disk(chunk.entry, chunk.index)
-            plan.settle(chunk, held=held)
-            plan.full |= not held
-
-    def no_room_for(self, plan: WarmPlan) -> bool:
-        """Whether there is no use in fetching anything more for it."""
-        return plan.full or (self._writer.full if plan.to_disk else self._table.free_count == 0)
-
-    def may_fetch_for(self, plan: WarmPlan) -> bool:
-        """Whether to fetch more for it now."""
-        return not self.no_room_for(plan) and self._pause_s(plan) == 0
-
-    def _pause_s(self, plan: WarmPlan) -> float:
-        """For how many seconds it waits, because no more may be written."""
-        return self._writer.wait_s() if plan.to_disk and not plan.finished else 0.0
-
-    def tend(self, now: float) -> float | None:
-        """End plans that have no more room, and tell their consumers how far they are.
-
-        Returns in how many seconds to look again; None: when something happens.
-        """
-        waits_s = [
-            self._tend(consumer, consumer.plan, now)
-            for consumer in self._consumers
-            if isinstance(consumer.plan, WarmPlan)
-        ]
-        return min((wait_s for wait_s in waits_s if wait_s is not None), default=None)
-
-    def _tend(self, consumer: ConsumerState, plan: WarmPlan, now: float) -> float | None:
-        if plan.in_hand_count == 0 and not plan.more_to_look_at and not plan.finished and self.no_room_for(plan):
-            plan.end_here()
-        news, wait_s = plan.news(now)
-        if news is not None:
-            consumer.send(news)
-        pause_s = self._pause_s(plan)
-        if pause_s:
-            return min(pause_s, wait_s or pause_s)
-        if plan.more_to_look_at:
-            return 0.0
-        return wait_s if news is None and wait_s else None
-
-
-class Candidates:
-    """Used by the loop's thread only."""
-
-    def __init__(
-        self,
-        ledger: Leases,
-        plans: PlanSet,
-        warming: Warming,
-        buffer_count: int,
-        on_disk: OnDisk,
-        requests_allowed: Callable[[], int],
-    ) -> None:
-        self._leases, self._plans, self._warming = ledger, plans, warming
-        self._buffer_count, self._on_disk, self._requests_allowed = buffer_count, on_disk, requests_allowed
-
-    @property
-    def _transit(self) -> int:
-        return transit(self._buffer_count, self._requests_allowed())
-
-    def by_need(self) -> Iterator[Candidate]:
-        """See the module's text. Lazy: how many are looked at is the scheduler's business."""
-        return chain(
-            (self._candidate(chunk, Need.DEMANDED) for chunk in self._leases.demanded),
-            (self._candidate(chunk, Need.WANTED) for chunk in self._leases.wanted),
-            scheduler.upcoming(self._plans.to_read(), self._transit, self._on_disk),
-            *(plan.candidates(self._on_disk) for plan in self._plans.warm() if self._warming.may_fetch_for(plan)),
-        )
-
-    def _candidate(self, chunk: Chunk, need: Need) -> Candidate:
-        distance = 0
-        consumer, _ = next(iter(chunk.wanters))
-        if consumer.plan is not None:
-            distance = max(0, consumer.plan.position(chunk.entry, chunk.index) - consumer.plan.cursor)
-        on_disk = self._on_disk(chunk.entry, chunk.index)
-        return Candidate(chunk.entry, chunk.index, need, distance, on_disk, consumer.plan)

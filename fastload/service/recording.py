@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastload import protocol
@@ -23,9 +23,9 @@ from fastload.history.archive import Archive
 from fastload.history.library import Library
 from fastload.history.record import Batch, Recorder
 from fastload.history.runfile import EndpointSummary
-from fastload.service.control import Learnt
+from fastload.service.control import Endpoints, Learnt
+from fastload.service.ports import Ports
 from fastload.service.state import ConsumerState, ObjectEntry
-from fastload.service.threads import Pools
 
 log = logging.getLogger("fastload.service")
 
@@ -43,9 +43,6 @@ _HANGS_S = 60.0
 _TRY_AGAIN_S = 600.0
 # Reading the history may take so much of a processor's time, where it takes longer than a moment.
 _LOAD_SHARE, _MOMENT_S = 0.05, 0.1
-
-# What is learnt of each endpoint by now, and how many requests it was sent.
-Endpoints = Callable[[], Mapping[str, tuple[Learnt, int]]]
 
 
 @dataclass(slots=True, eq=False)
@@ -68,33 +65,21 @@ class _LiveRun:
 class Recording:
     """Used by the loop's thread only, except for what it gives to its pool."""
 
-    def __init__(
-        self,
-        archive: Archive | None,
-        bytes_max: int,
-        chunk_bytes: int,
-        pools: Pools,
-        endpoints: Endpoints,
-        now: Callable[[], float],
-        wall: Callable[[], float],
-        is_lost: Callable[[], bool],
-    ) -> None:
-        """Without `archive`, or with `bytes_max` 0, nothing is kept, and nothing known. `endpoints()`: what is learnt
-        of each by now. `wall`: a clock that shows seconds since 1970. `is_lost()`, from a thread: the directory is
-        being removed, and would be there again.
+    def __init__(self, ports: Ports, endpoints: Endpoints) -> None:
+        """Without an archive, or with `history_bytes=0`, nothing is kept, and nothing known. `endpoints` gets what
+        earlier runs learnt, and what is learnt there goes with this run.
         """
-        self._is_lost = is_lost
-        self._there = archive  # to be cleared, also where it is not used
-        self._used = archive if bytes_max else None
+        self._is_lost, self._now, self._wall, self._loop = ports.is_lost, ports.now, ports.wall, ports.pools.loop
+        self._bytes_max, self._chunk_bytes = ports.limits.history_bytes, ports.limits.chunk_bytes
+        self._there = ports.history  # to be cleared, also where it is not used
+        self._used = ports.history if self._bytes_max else None
+        self._endpoints = endpoints
         self._given_up_until_s = float("-inf")
-        self._bytes_max, self._chunk_bytes = bytes_max, chunk_bytes
-        self._endpoints, self._now, self._wall, self._loop = endpoints, now, wall, pools.loop
-        self._pool = pools.make("history", 1)  # one thread: pieces are written in their order
+        self._pool = ports.pools.make("history", 1)  # one thread: pieces are written in their order
         self._pool.finishes = True
         self._runs: dict[int, _LiveRun] = {}  # by process group
         self._lanes: dict[ConsumerState, tuple[_LiveRun, int]] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._known: dict[str, EndpointSummary] = {}
         self._version = 0  # of what is on disk, when the pool has done what it was given
         self._loaded_version = -1
         self._is_loading = False
@@ -108,20 +93,10 @@ class Recording:
         """Where to write and read now, if anywhere."""
         return self._used if self._now() >= self._given_up_until_s else None
 
-    # Endpoints
-
-    def known(self, endpoint: str) -> Learnt | None:
-        """What an earlier run learnt of an endpoint."""
-        found = self._known.get(endpoint)
-        if found is None:
-            return None
-        first_byte_s = None if found.first_byte_s < 0 else found.first_byte_s
-        return Learnt(found.limit, found.bytes_per_s, first_byte_s, found.connection_bytes_per_s, found.throttled_at)
-
     def _learnt(self, known: dict[str, EndpointSummary] | None, error: BaseException | None) -> None:
         if error is not None:
             self._give_up(error)
-        self._known = known or {}
+        self._endpoints.known = {name: _of_summary(each) for name, each in (known or {}).items()}
 
     # Recording
 
@@ -192,7 +167,7 @@ class Recording:
             self._give_up(TimeoutError(f"the disk has not answered for {_HANGS_S:.0f} s"))
             return
         run.written_count = run.recorder.read_count
-        learnt = {name: _summary(*each) for name, each in self._endpoints().items()}
+        learnt = {name: _summary(*each) for name, each in self._endpoints.learnt().items()}
         batch = run.recorder.take(self._now() - run.began_s, learnt)
         keep = frozenset(each.name for each in self._runs.values())
 
@@ -249,7 +224,7 @@ class Recording:
             return
         for run in self._runs.values():
             run.forget()
-        self._known = {}
+        self._endpoints.known = {}
         self._clear_count += 1
 
         def cleared(byte_count: int | None, error: BaseException | None) -> None:
@@ -257,6 +232,11 @@ class Recording:
             done(byte_count or 0, error)
 
         self._pool.submit(self._there.clear, done=cleared)
+
+
+def _of_summary(found: EndpointSummary) -> Learnt:
+    first_byte_s = None if found.first_byte_s < 0 else found.first_byte_s
+    return Learnt(found.limit, found.bytes_per_s, first_byte_s, found.connection_bytes_per_s, found.throttled_at)
 
 
 def _summary(learnt: Learnt, request_count: int) -> EndpointSummary:

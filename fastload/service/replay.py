@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from fastload.errors import AccessDeniedError, StoreUnavailableError
@@ -25,9 +25,10 @@ from fastload.history.follow import Follower
 from fastload.history.keys import object_key
 from fastload.history.library import Library
 from fastload.service.openings import Versions
-from fastload.service.plans import PlanSet
-from fastload.service.state import Chunk, ConsumerState, ObjectEntry, Objects, Plan, Step
-from fastload.service.stores import StoreTable
+from fastload.service.ports import Ports
+from fastload.service.recording import Recording
+from fastload.service.records import Records
+from fastload.service.state import Chunk, ConsumerState, ObjectEntry, Plan, Step
 from fastload.store.urls import scheme, store_root
 
 # Reads of a plan; making one costs ten microseconds a read.
@@ -39,9 +40,6 @@ _STALE_MAX = 1 << 16
 _EARLY_MAX = 16
 # After so many reads that were not predicted the history is looked into again.
 _LOOK_AGAIN_AFTER = 32
-
-# Reads the history, in a thread; `done(library)` follows, once, if there is any.
-LoadHistory = Callable[[Callable[[Library], None]], None]
 
 
 class ReplayPlan(Plan):
@@ -117,22 +115,16 @@ class _Prediction:
 class Replay:
     """Used by the loop's thread only."""
 
-    def __init__(
-        self,
-        plans: PlanSet,
-        objects: Objects,
-        stores: StoreTable,
-        versions: Versions,
-        load: LoadHistory,
-        wake: Callable[[], None],
-    ) -> None:
-        """`wake()` is called when there is something to fetch that no message brought."""
-        self._plans, self._objects, self._stores, self._versions = plans, objects, stores, versions
-        self._load, self._wake = load, wake
+    def __init__(self, ports: Ports, records: Records, versions: Versions, recording: Recording) -> None:
+        self._plans, self._objects, self._stores = records.plans, records.objects, ports.stores
+        self._versions, self._recording, self._changed = versions, recording, ports.events.changed
         self._library: Library | None = None
         self._readers: dict[ConsumerState, _Prediction] = {}
         self._stale: set[bytes] = set()  # versions that were fetched in vain
         self.counters: Counter[str] = Counter(replayed_reads=0)
+        ports.events.fetched.connect(self.fetched)
+        ports.events.load_failed.connect(self.failed)
+        ports.events.history_cleared.connect(self.forget)
 
     # What happens
 
@@ -204,7 +196,7 @@ class Replay:
         reader = self._readers.get(consumer)
         if reader is None:
             reader = self._readers[consumer] = self._begin(_Prediction())
-            self._load(self._loaded)
+            self._recording.load(self._loaded)
         return reader
 
     # The history
@@ -215,14 +207,14 @@ class Replay:
             if reader.plan is None:
                 self._begin(reader)
                 self._update(consumer, reader)
-        self._wake()
+        self._changed()
 
     def _lost(self, reader: _Prediction) -> None:
         """A read was not predicted."""
         reader.lost_count += 1
         if reader.lost_count >= reader.look_again_at:
             reader.look_again_at *= 2
-            self._load(self._loaded)
+            self._recording.load(self._loaded)
 
     def _begin(self, reader: _Prediction) -> _Prediction:
         """Have the reader followed by what is known now."""

@@ -225,7 +225,7 @@ class World:
             data_bytes_per_node=self._bytes_per_node,
             epochs=tuple(self._epoch(epoch) for epoch in range(self.job.epochs)),
             ranks=tuple(self._rank(rank) for rank in self.ranks),
-            requests_allowed=first._fetches.limit,
+            requests_allowed=first._endpoints.limit,
             hedged_requests=sum(each["hedged_requests"] for each in counters),
             throttled_requests=self.link.throttled_count,
             simulated_ram_bytes=self.node.ram_bytes,

@@ -82,7 +82,7 @@ def test_warming_waits_for_it(tmp_path: Path) -> None:
         side = Side(core, world.objects)
         side.plan(0, warm=True)
         await settle()
-        await until(lambda: core._writer.wait_s() > 0 and not core._loader.in_flight, "it has written enough")
+        await until(lambda: core._writer.wait_s() > 0 and not core._residency.loading, "it has written enough")
         held = len(core.disk.keys())
         assert 5 <= held < 24
         assert not any(each.finished for each in side.all(protocol.Progress))

@@ -123,7 +123,7 @@ def test_counts_are_what_a_recount_gives_and_everything_comes_back(seed: int) ->
     world.run(5000.0)
     core = world.core
     assert core._table.quarantined_count == core._writer._queued_bytes == 0
-    assert not core._loader.in_flight
+    assert not core._residency.loading
     assert not core._openings._waiting
     assert not core._openings._under_way
     assert not world.stores._options

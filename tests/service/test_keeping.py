@@ -74,7 +74,7 @@ def test_pins_hit_their_share_while_they_move_on(tmp_path: Path) -> None:
         assert all(count <= data // 2 + 6 for count in fetched[2:]), fetched
         assert sum(fetched[2:]) <= 4 * (data // 2 + 2), fetched
         side = next(iter(core.consumers))
-        pinned = [core._pins.belongs_on_disk(entry, index) for entry in side.entries for index in range(CHUNKS)]
+        pinned = [core._records.pins.belongs_on_disk(entry, index) for entry in side.entries for index in range(CHUNKS)]
         on_disk = [core.disk.contains(entry.key(index)) for entry in side.entries for index in range(CHUNKS)]
         assert sum(on_disk) == data // 2
         assert sum(each and not here for each, here in zip(pinned, on_disk, strict=True)) <= 8
@@ -170,7 +170,7 @@ def test_ram_over_disk_keeps_what_is_needed_soonest(tmp_path: Path, foresees: bo
         side = Side(core, world.objects)
         side.plan(*range(chunks), warm=True)
         await until(lambda: any(each.finished for each in side.all(protocol.Progress)), "all is on disk")
-        before = core._loader.counters["disk_read_chunks"]
+        before = core._residency.counters["disk_read_chunks"]
         for number, batch in enumerate(batches):
             if foresees:
                 told = 2 * number + 4 * chunks
@@ -181,7 +181,7 @@ def test_ram_over_disk_keeps_what_is_needed_soonest(tmp_path: Path, foresees: bo
             await until(lambda granted=granted: len(side.granted) == granted + 2, "both are granted")  # type: ignore[misc]
             side.say(protocol.Advance(2 * (number + 1)))
             side.release(*batch)
-        loads, best = core._loader.counters["disk_read_chunks"] - before, belady(batches, capacity)
+        loads, best = core._residency.counters["disk_read_chunks"] - before, belady(batches, capacity)
         if foresees:
             assert loads <= best * 1.03 + capacity, (loads, best)
         else:

@@ -162,7 +162,7 @@ def _check_queues(core: Core, chunks: list[Chunk]) -> None:
     assert {*ledger.wanted} == {chunk for chunk in absent if not chunk.urgent}
     assert {*ledger._deferred} == {chunk for chunk in chunks if chunk.state is ChunkState.RESIDENT and chunk.wanters}
     assert ledger.asked == {chunk for chunk in chunks if chunk.recalled is RecallState.ASKED}
-    assert core._loader.in_flight == {chunk for chunk in chunks if chunk.state is ChunkState.LOADING}
+    assert core._residency.loading == {chunk for chunk in chunks if chunk.state is ChunkState.LOADING}
 
 
 def _check_writes(core: Core, chunks: list[Chunk]) -> None:
@@ -179,10 +179,10 @@ def _check_requests(core: Core, chunks: list[Chunk]) -> None:
     fetches = core._fetches
     requests = [request for each in fetches._requests.values() for request in each]
     by_endpoint = Counter(id(request.endpoint) for request in requests)
-    for endpoint in fetches._endpoints.values():
+    for endpoint in core._endpoints._endpoints.values():
         assert endpoint.in_flight == by_endpoint[id(endpoint)]
         assert endpoint.hedger.hedge_count <= math.ceil(SHARE_MAX * endpoint.hedger.request_count)
-    assert {*fetches._requests} == {*fetches._ended} <= core._loader.in_flight
+    assert {*fetches._requests} == {*fetches._ended} <= core._residency.loading
     assert len({request.buffer for request in requests}) == len(requests)
     for chunk, each in fetches._requests.items():
         assert 1 <= len(each) <= 3

@@ -1,0 +1,108 @@
+"""What to load next: chunks that are wanted, that plans will need, and that warm plans ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+from fastload.service import scheduler
+from fastload.service.control import Endpoints
+from fastload.service.disk_io import WriteBehind
+from fastload.service.eviction import transit
+from fastload.service.plans import WarmPlan
+from fastload.service.records import Records
+from fastload.service.scheduler import Candidate, Need
+from fastload.service.state import Chunk, ConsumerState, WriteState
+
+
+class Warming:
+    """Sees warm plans through: what becomes of their chunks, when they end, and their progress."""
+
+    def __init__(self, records: Records, writer: WriteBehind) -> None:
+        self._records, self._plans, self._table, self._writer = records, records.plans, records.table, writer
+
+    def write_resident(self, plan: WarmPlan) -> None:
+        """Chunks that a new plan finds in RAM need no fetching, only writing."""
+        for chunk in list(plan.resident()):
+            if chunk.write is not WriteState.NONE:
+                plan.taken(chunk)
+            elif not self._records.on_disk(chunk.entry, chunk.index) and self._writer.admit(chunk, patient=True):
+                plan.taken(chunk)
+                self._table.refresh(chunk)
+
+    def came(self, chunk: Chunk) -> list[WarmPlan]:
+        """A chunk has been loaded; returns the plans that it is of."""
+        plans = [plan for plan in self._plans.warm() if plan.position(chunk.entry, chunk.index) >= 0]
+        for plan in plans:
+            plan.came(chunk)
+        return plans
+
+    def not_written(self, chunk: Chunk, plans: list[WarmPlan]) -> None:
+        """It need not be written for these plans, or cannot be."""
+        for plan in plans:
+            held = not plan.to_disk or self._records.on_disk(chunk.entry, chunk.index)
+            plan.settle(chunk, held=held)
+            plan.full |= not held
+
+    def no_room_for(self, plan: WarmPlan) -> bool:
+        """Whether there is no use in fetching anything more for it."""
+        return plan.full or (self._writer.full if plan.to_disk else self._table.free_count == 0)
+
+    def may_fetch_for(self, plan: WarmPlan) -> bool:
+        """Whether to fetch more for it now."""
+        return not self.no_room_for(plan) and self._pause_s(plan) == 0
+
+    def _pause_s(self, plan: WarmPlan) -> float:
+        """For how many seconds it waits, because no more may be written."""
+        return self._writer.wait_s() if plan.to_disk and not plan.finished else 0.0
+
+    def tend(self, now: float) -> float | None:
+        """End plans that have no more room, and tell their consumers how far they are.
+
+        Returns in how many seconds to look again; None: when something happens.
+        """
+        waits_s = [
+            self._tend(consumer, consumer.plan, now)
+            for consumer in self._records.consumers
+            if isinstance(consumer.plan, WarmPlan)
+        ]
+        return min((wait_s for wait_s in waits_s if wait_s is not None), default=None)
+
+    def _tend(self, consumer: ConsumerState, plan: WarmPlan, now: float) -> float | None:
+        if plan.in_hand_count == 0 and not plan.more_to_look_at and not plan.finished and self.no_room_for(plan):
+            plan.end_here()
+        news, wait_s = plan.news(now)
+        if news is not None:
+            consumer.send(news)
+        pause_s = self._pause_s(plan)
+        if pause_s:
+            return min(pause_s, wait_s or pause_s)
+        if plan.more_to_look_at:
+            return 0.0
+        return wait_s if news is None and wait_s else None
+
+
+class Candidates:
+    """What should be in RAM and is not, over all consumers, in order of need: for one decision of the scheduler."""
+
+    def __init__(self, records: Records, warming: Warming, endpoints: Endpoints) -> None:
+        self._records, self._warming, self._endpoints = records, warming, endpoints
+
+    def by_need(self) -> Iterator[Candidate]:
+        """Lazy: how many are looked at is for the scheduler to say."""
+        leases, plans, on_disk = self._records.leases, self._records.plans, self._records.on_disk
+        ahead = transit(self._records.table.count, self._endpoints.limit)
+        return chain(
+            (self._candidate(chunk, Need.DEMANDED) for chunk in leases.demanded),
+            (self._candidate(chunk, Need.WANTED) for chunk in leases.wanted),
+            scheduler.upcoming(plans.to_read(), ahead, on_disk),
+            *(plan.candidates(on_disk) for plan in plans.warm() if self._warming.may_fetch_for(plan)),
+        )
+
+    def _candidate(self, chunk: Chunk, need: Need) -> Candidate:
+        distance = 0
+        consumer, _ = next(iter(chunk.wanters))
+        if consumer.plan is not None:
+            distance = max(0, consumer.plan.position(chunk.entry, chunk.index) - consumer.plan.cursor)
+        on_disk = self._records.on_disk(chunk.entry, chunk.index)
+        return Candidate(chunk.entry, chunk.index, need, distance, on_disk, consumer.plan)

@@ -1,0 +1,86 @@
+"""What is where, and who wants it: the records of a core, which all of its parts share and change by their methods."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from fastload.service import buffers
+from fastload.service.buffers import BufferTable
+from fastload.service.eviction import DiskAdmission, DiskOrder, Pins
+from fastload.service.leases import Leases
+from fastload.service.plans import PlanSet
+from fastload.service.ports import Disk, Ports
+from fastload.service.state import Chunk, ConsumerState, ObjectEntry, Objects
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """See the module's text. Used by the loop's thread only."""
+
+    consumers: dict[ConsumerState, None]  # that are connected, in the order in which they came
+    disk: Disk
+    objects: Objects
+    pins: Pins
+    table: BufferTable
+    disk_order: DiskOrder
+    admission: DiskAdmission
+    leases: Leases
+    plans: PlanSet
+    counters: Counter[str] = field(default_factory=lambda: Counter(dropped_chunks=0))
+
+    @classmethod
+    def of_ports(cls, ports: Ports) -> Records:
+        """Those of a service that begins."""
+        consumers: dict[ConsumerState, None] = {}
+        pins = Pins(ports.disk, ports.limits.ram_bytes)
+        table = BufferTable(ports.arena.buffer_count, pins.belongs_in_ram)
+        disk_order = DiskOrder(ports.disk.keys())
+        plans = PlanSet(consumers, table, disk_order, pins)
+        return cls(
+            consumers=consumers,
+            disk=ports.disk,
+            objects=Objects(ports.limits.chunk_bytes),
+            pins=pins,
+            table=table,
+            disk_order=disk_order,
+            admission=DiskAdmission(disk_order, pins, plans.to_read),
+            leases=Leases(table, disk_order),
+            plans=plans,
+        )
+
+    def on_disk(self, entry: ObjectEntry, index: int) -> bool:
+        """Whether the disk tier holds a chunk."""
+        return self.disk.readable and self.disk.contains(entry.key(index))
+
+    def chunk_in(self, buffer: int) -> Chunk:
+        """What lies in a buffer that is not empty."""
+        chunk = self.table.chunks[buffer]
+        assert chunk is not None, f"buffer {buffer} is empty"
+        return chunk
+
+    def evict(self, chunk: Chunk) -> None:
+        """Empty the buffer of a chunk that is neither leased nor on its way to the disk."""
+        self.table.evicted(chunk)
+        chunk.evict()
+        self.table.clear(chunk)
+        self.gone(chunk)
+        self.counters["dropped_chunks"] += 1
+
+    def gone(self, chunk: Chunk) -> None:
+        """It lies in no buffer any more."""
+        for plan in self.plans.all():
+            plan.dropped(chunk.entry, chunk.index)
+        self.leases.dropped(chunk)
+        self.objects.forget_if_idle(chunk.entry)
+
+    def borrow_buffer(self) -> int | None:
+        """A buffer for a second request for a chunk that is wanted: free, or the least useful idle one. Never the last,
+        since both requests may hang: a consumer that waits for another chunk next finds room.
+        """
+        idle, _ = self.table.by_usefulness([buffers.IDLE], 2)
+        if self.table.free_count + len(idle) < 2:
+            return None
+        if not self.table.free_count:
+            self.evict(self.chunk_in(idle[0]))
+        return self.table.borrow()
