@@ -1,4 +1,4 @@
-"""Which positions of the line are whose.
+"""Assignment of the positions of an epoch's sequence to ranks.
 
 Global batch g is the positions from g·B·W up to (g+1)·B·W, for W ranks with batches of B, so that its samples
 are the same at every W and B with the same product. Every node gets as many of them, and they are dealt so that
@@ -12,10 +12,10 @@ Where K divides P or P divides K, a rank has a *turn* from 0 to W-1 and the posi
 
 Otherwise the P/d lanes in question are put in a row, and so are the K/d nodes. The part of a global batch that
 lies in these lanes, lane by lane, is cut into as many equal pieces as there are nodes; the ranks of a node share
-its piece, in the order of the line, one by one. So a node has ⌈P/K⌉ + 1 lanes, or one more where the shares of
+its piece, in the order of the sequence, one by one. So a node has ⌈P/K⌉ + 1 lanes, or one more where the shares of
 lanes in a batch differ by a sample, and the rest of the data it never reads but for the ends of short lanes. The
 row is in bit-reversed order, since the lanes that have a sample more in some batch follow one another in the
-line: that keeps pieces within a few samples of the same place in every batch. What does not make a whole round of
+sequence: that keeps pieces within a few samples of the same place in every batch. What does not make a whole round of
 W at the end of an epoch goes by turns everywhere.
 """
 

@@ -1,18 +1,17 @@
-"""How the sources of a mixture stand in its line: weights, their schedule, and which source each number is of.
+"""Which source of a mixture each number of its sequence comes from, and how long that sequence is.
 
-A mixture's line has the lanes of any line: position q is number q // P of lane q mod P. Every lane takes from the lane
-of that number of each source, in its order, so that a node reads the same lanes of all. Which source comes when is a
-function of (weights, seed, epoch, lane), drawn so that each is within about a sample of its share everywhere; see
-`kernels.mixing`. It can be had at any number of any lane for the same cost, without those before.
+A mixture's sequence has the lanes of any sequence: position q is number q // P of lane q mod P. Every lane takes from
+the lane of that number of each source, in its order, so that a node reads the same lanes of all. Which source comes
+when is a function of (weights, seed, epoch, lane), drawn so that each is within about a sample of its share everywhere;
+see `kernels.mixing`. It can be had at any number of any lane for the same cost, without those before.
 
 The words of a lane and a source are keyed by the first eight bytes, little-endian, of blake2b of `fastload mixture 1
 seed=0 epoch=0 lane=0 source=0`.
 
-How far the line of a mixture is settled, and where it ends, by what is known of its sources.
-
 Lane p of a source that has N samples has its *quota* of them in each of the source's epochs. Where the lanes of the
-mixture come to the ends of quotas is asked of `Blend`: where its line ends with "first" and "all", and, for a source
-that is not counted and so has at least some quotas, up to where all that it gives is certain to lie in its first epoch.
+mixture come to the ends of quotas follows from the `Blend`: where the sequence ends with "first" and "all", and, for a
+source that is not counted and so has at least some quotas, up to where all that it gives is certain to lie in its first
+epoch.
 """
 
 from __future__ import annotations
@@ -83,11 +82,11 @@ class Blend:
         return found
 
     def positions(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The positions in the line of sample samples[p, s] of source s in lane p, for all lanes; or `NEVER`."""
+        """The positions of sample samples[p, s] of source s in lane p, for all lanes; or `NEVER`."""
         return self.positions_at(self.lanes[:, None], self.numbers(self.lanes, samples))
 
     def positions_at(self, lanes: NDArray[np.int64] | int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The positions in the line of `numbers` of `lanes`; or `NEVER`."""
+        """The positions of `numbers` of `lanes`; or `NEVER`."""
         # The remainder, since the position of `NEVER` would not fit.
         return np.where(numbers == NEVER, NEVER, numbers % NEVER * len(self.keys) + lanes)
 
@@ -114,8 +113,8 @@ def _key(seed: int, epoch: int, lane: int, source: int) -> int:
 
 
 class Extent(NamedTuple):
-    """The line is settled up to `known`; `limits` are the positions up to which each source has it settled. `total` is
-    where it ends, None where that is not known yet or there is no end.
+    """The sequence is settled up to `known`; `limits` are the positions up to which each source has it settled. `total`
+    is where it ends, None where that is not known yet or there is no end.
     """
 
     known: int

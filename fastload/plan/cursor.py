@@ -156,8 +156,8 @@ class Cursor(Generic[Entry]):
         They are the next windows of other nodes, where these may have too few samples for the batch that is due,
         all that has no count where a lane has come to the end of its partition, and windows that lie before the
         first sample that is needed. A count of any other object helps too. Without counts, a node can be sure of
-        no more samples in all than are counted, so it needs to hear of the others' windows about as often as it
-        opens one of its own; where all counts are told at the start, it never asks.
+        no more samples in all than are counted, so it needs counts of the others' windows about as often as it
+        opens one of its own; where all counts are given at the start, it never asks.
         """
         if self.next_window is not None:
             return {}
@@ -174,7 +174,7 @@ class Cursor(Generic[Entry]):
 
     def windows_ahead(self) -> Iterator[WindowKey]:
         """The windows that this node still needs, in the order in which batches come to them, each once; without end
-        where the epoch has none. Not to be used further once counts were told or a window was added.
+        where the epoch has none. Not to be used further once counts were given or a window was added.
 
         Windows that are open are among them. While counts are not known, partitions are taken to hold as many samples
         a byte, and windows that other nodes may come to need help with are left in; a source of which nothing is

@@ -1,7 +1,7 @@
 """What is known of sample counts so far, and where a partition's samples lie in its windows.
 
 Counts come in any order and from anywhere: a window that was opened, a stored index, another node. Nothing is
-ever forgotten and nothing depends on when a count was told. Where an epoch is resumed, the windows before the
+ever forgotten and nothing depends on when a count became known. Where an epoch is resumed, the windows before the
 position are never counted: the position says how many samples they held.
 """
 

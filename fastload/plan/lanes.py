@@ -1,6 +1,6 @@
-"""The one line of an epoch's samples: partitions side by side, made equally long.
+"""The lanes of an epoch's sequence of samples: partitions side by side, made equally long.
 
-Position q of the line belongs to *lane* q mod P, of P lanes, one a partition, and is number q // P there; so
+Position q of the sequence belongs to *lane* q mod P, of P lanes, one a partition, and is number q // P there; so
 every run of positions takes an equal share from each lane, at most one sample more from some than from others,
 whatever its length. With N samples in all, lane p is as long as there are positions of it below N: its *quota*.
 
@@ -12,7 +12,7 @@ few that another lane passes through too. A lane's first samples are the same fo
 what lets an epoch begin before samples are counted: position q is settled once N is known to be above q and the
 partition of its lane to reach it.
 
-Rejected: dealing the samples of the partitions that are left, sample by sample, to everybody. Every node would
+Rejected: dealing the samples of the partitions that are left, sample by sample, to all nodes. Every node would
 then read all that is left, and hold a window of every partition at once.
 """
 

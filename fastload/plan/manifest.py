@@ -12,7 +12,7 @@ shards are dealt to partitions, and is never read. An object that changed is gon
 half of the numbers are of objects that are gone, all are numbered anew.
 
 `sidecars` and `promised` say where more is known of the objects: files of indexes beside them, and how many samples
-somebody says that they hold. The order does not depend on them, and neither does the fingerprint.
+a file beside the data promises of each. The order does not depend on them, and neither does the fingerprint.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Manifest:
 
     `version_starts` are the numbers of the first objects of all versions but the first; `gone` int64, rising, those of
     objects that are no longer there. `promised`, int64[objects] or None, says how many samples each object should hold
-    (-1: nobody said). `sidecars` are files of indexes that may be of use.
+    (-1: not known). `sidecars` are files of indexes that may be of use.
     """
 
     def __init__(

@@ -67,14 +67,14 @@ class MixtureSequence:
         self._measure()
 
     def skip(self, spans: Sequence[LaneSpan]) -> None:
-        """Nobody here needs what lanes hold before their `spans`."""
+        """No rank of this node needs what lanes hold before their `spans`."""
         lanes, starts, _ = _columns(spans)
         for lane, samples in zip(lanes.tolist(), self._blend.shares(lanes, starts).tolist(), strict=True):
             for source, sample in zip(self._sources, samples, strict=True):
                 source.skip_to(lane, sample)
 
     def extend(self) -> None:
-        """Let lanes go on through windows that are open."""
+        """Let lanes continue through windows that are open."""
         lanes, is_changed = list(self._row), False
         for number, source in enumerate(self._sources):
             if source.extend():
@@ -85,12 +85,12 @@ class MixtureSequence:
             self._reaches = dict(zip(lanes, reaches.tolist(), strict=True))
 
     def reaches(self) -> Mapping[int, int]:
-        """For each lane up to which number its windows are open."""
+        """For each lane the number up to which its windows are open."""
         return self._reaches
 
     def due_in(self, spans: Sequence[LaneSpan]) -> list[tuple[int, WindowKey]]:
         """The windows that have to be opened for lanes to reach the ends of their `spans`, each with the position from
-        which it is needed; without those for which a count must be told before.
+        which it is needed; without those for which a count is needed first.
         """
         lanes, _, ends = _columns(spans)
         samples = self._blend.shares(lanes, ends)
@@ -147,7 +147,7 @@ class MixtureSequence:
         return wanted
 
     def forget(self, position: int) -> None:
-        """What lies before `position` is not needed any more."""
+        """What lies before `position` is no longer needed."""
         lanes = np.array(list(self._row), np.int64)
         shares = self._blend.shares(lanes, lane_lengths(position, self._partitions)[lanes])
         for lane, samples in zip(lanes.tolist(), shares.tolist(), strict=True):
@@ -178,8 +178,8 @@ class MixtureSequence:
         return MixedSamples.joined(parts, places)
 
     def find(self, lane: int, number: int) -> tuple[WindowKey, int, int] | None:
-        """Window, offset and the window's samples, of a number of a lane, whoever reads it; None where counts that are
-        still missing could move it.
+        """Window, offset and the window's samples, of a number of any lane; None where counts that are still missing
+        could move it.
         """
         source, sample = self._at(lane, number)
         return self._sources[source].find(lane, sample)
@@ -214,7 +214,7 @@ class MixtureSequence:
     def _in_positions(
         self, lane: int, source: int, rounds: Iterable[list[tuple[int, WindowKey]]]
     ) -> Iterator[tuple[int, WindowKey]]:
-        """Windows with the samples where a lane comes to them, with positions instead; as far as the line goes, and
+        """Windows with the samples where a lane comes to them, with positions instead; as far as the sequence goes, and
         the last of them where that is a guess.
         """
         is_guess = self._sources[source].epochs.total is None
@@ -231,7 +231,7 @@ class MixtureSequence:
                 return
 
     def _measure(self) -> None:
-        """How far the line is settled, and where it ends, by what is known of the sources."""
+        """How far the sequence is settled, and where it ends, by what is known of the sources."""
         if self.is_measured:
             return
         quotas = np.stack([source.epochs.quotas() for source in self._sources], axis=1)

@@ -18,12 +18,11 @@ Every permutation is keyed by a text such as `fastload order 1 samples seed=0 ep
 numpy's generators, whose `permutation` may change between versions; one stream for the whole epoch, which would tie a
 window to the counts of all before it.
 
-From what the user said of the order to the order: how many partitions, and windows that fit in memory.
-
-A node has one window live in each lane that it reads, and two while a lane goes on from one to the next. All of them
-have to fit in half of the arena, the *transit* budget (the other half is for what is kept and what is on its way):
-otherwise parts of a window are dropped before they are used and read again. So a window that is too large is made
-smaller, to a power of two, so that few different orders come of many different machines.
+`OrderWish` becomes an order by choosing how many partitions there are, and windows that fit in memory. A node has one
+window live in each lane that it reads, and two while a lane goes on from one to the next. All of them have to fit in
+half of the arena, the *transit* budget (the other half is for what is kept and what is on its way): otherwise parts of
+a window are dropped before they are used and read again. So a window that is too large is made smaller, to a power of
+two, so that few different orders come of many different machines.
 """
 
 from __future__ import annotations
@@ -211,7 +210,7 @@ _TRANSIT_SHARE = int(1 / shares.WINDOWS)  # one part in so many of the arena
 
 @dataclass(frozen=True, slots=True)
 class OrderWish:
-    """What the user said of the order; None: left to us."""
+    """The order that the user asked for; what is None is chosen here."""
 
     seed: int = 0
     shuffle: Shuffle = "none"
@@ -227,7 +226,7 @@ class OrderWish:
         )
 
     def partition_count(self, ranks: Ranks) -> int:
-        """How many partitions there will be. Raises `ConfigError` where that is left to us and nodes are not alike."""
+        """How many partitions there will be. Raises `ConfigError` where the user did not say and nodes differ."""
         if self.partitions is None and ranks.world_size % ranks.local_world_size:
             # Each node would find another number of nodes, and deal the data otherwise than the others.
             raise ConfigError(

@@ -11,8 +11,8 @@ follows from the position in the whole (see `blend`).
 
 A run may continue with another batch size or world size where a global batch (batch size × world size) of the new run
 begins exactly there; any other change is an error. Today's states stay loadable: the version grows with every change of
-form, and all that were written before are read. The two forms, of one data set and of a mixture, are told apart by
-`sources`; unknown fields are refused nowhere, so that a field can be added.
+form, and all that were written before are read. The two forms, of one data set and of a mixture, are distinguished
+by `sources`; unknown fields are refused nowhere, so that a field can be added.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ the program has imported it already. Which ranks share a node is what the launch
 if it speaks of the same ranks. Open MPI and Slurm are not asked for the rank itself: what they set is also in
 the environment of single processes.
 
-How an epoch ends when its samples do not divide by the ranks, and what follows for counts.
+A `Tail` says how an epoch ends whose samples do not divide by the ranks; the number of samples and batches of a rank
+follows from it.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def shared_lanes(ranks: Ranks, partitions: int) -> int:
 
 
 def turn_of(ranks: Ranks, partitions: int) -> int:
-    """A rank's turn, from 0 to world_size - 1: which samples are its own where ranks take turns. See `deal`."""
+    """A rank's turn, from 0 to world_size - 1: which samples are its own where ranks take turns. See `assignment`."""
     if partitions == 1:
         return ranks.rank
     shared = shared_lanes(ranks, partitions)

@@ -1,13 +1,11 @@
-"""What is known of one source of a mixture, and the sequences of those of its epochs that are being read.
+"""One source of a mixture: the sequences of those of its epochs that are being read, and its lanes through them.
 
 The epochs that are read are counted in *rounds*, from the one with which the mixture begins. Sample c of a lane lies in
 round c div quota, where the lane's *quota* is its length in an epoch of the source (see `lanes`). It follows from how
 many samples the source has, so it is the same in every round. While that is not known all samples are taken to lie in
-the first, and who asks takes care that none is needed that might not.
+the first, and callers make sure that none is needed that might not.
 
-One source of a mixture: its lanes, through one epoch after the other.
-
-A lane of a source goes through its part of the source's epoch and then on with the same lane of the source's next
+A lane of a source goes through its part of the source's epoch and continues with the same lane of the source's next
 epoch, without end. Lanes need not be in the same round: their quotas differ by up to a sample. A round's sequence is
 made when a lane comes to it, and kept while one is in it.
 """
@@ -194,7 +192,7 @@ class Rounds:
         self.tell(sequence.objects_of(key), counts)
 
     def skip_to(self, lane: int, sample: int) -> None:
-        """Nobody here needs samples of `lane` before `sample`."""
+        """No rank of this node needs samples of `lane` before `sample`."""
         self._skipped[lane], self._is_changed = sample, True
         round_no, number = self.epochs.locate(lane, sample)
         self._round[lane] = max(round_no, self._round[lane])
@@ -202,7 +200,7 @@ class Rounds:
             self.epochs.sequences[round_no].lanes[lane].skip_to(number)
 
     def extend(self) -> bool:
-        """Let lanes go on through windows that are open; whether anything may have changed since the last time."""
+        """Let lanes continue through windows that are open; whether anything may have changed since the last time."""
         is_changed, self._is_changed = self._is_changed, False
         if is_changed:
             for sequence in self.epochs.sequences.values():
@@ -224,7 +222,7 @@ class Rounds:
 
     def due(self, lane: int, end: int) -> list[tuple[int, WindowKey]]:
         """The window, if any, that has to be opened for `lane` to reach sample `end`, and the sample from which it is
-        needed; none where a count must be told before.
+        needed; none where a count is needed first.
         """
         return [
             (round_no * self.epochs.quota(lane) + number, key)
@@ -233,7 +231,7 @@ class Rounds:
         ]
 
     def wanted(self, lanes: Sequence[int], ends: Sequence[int]) -> NDArray[np.int32]:
-        """Objects whose counts must be told before `lanes` can go on to samples `ends`."""
+        """Objects whose counts are needed before `lanes` can go on to samples `ends`."""
         missing: dict[int, list[LaneSpan]] = {}
         for lane, end in zip(lanes, ends, strict=True):
             for round_no, local_end in self._missing(lane, end):
@@ -277,14 +275,14 @@ class Rounds:
             yield round_no, slice(low, high), self.epochs.sequences[round_no].samples_of(lane, samples[low:high] - base)
 
     def find(self, lane: int, sample: int) -> tuple[WindowKey, int, int] | None:
-        """Window, offset and the window's samples, of a sample of a lane, whoever reads it; None where counts that are
-        still missing could move it.
+        """Window, offset and the window's samples, of a sample of any lane; None where counts that are still missing
+        could move it.
         """
         round_no, number = self.epochs.locate(lane, sample)
         return self.epochs.glimpse(round_no).find(lane, number)
 
     def wanted_to_find(self, lane: int, sample: int) -> NDArray[np.int32]:
-        """Objects whose counts must be told before `find` can answer, int32."""
+        """Objects whose counts are needed before `find` can answer, int32."""
         return self.epochs.glimpse(self.epochs.locate(lane, sample)[0]).uncounted_objects()
 
     def sample_at(self, key: WindowKey, offset: int) -> Samples:

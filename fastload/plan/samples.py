@@ -1,9 +1,7 @@
 """Samples as numbers: those of an open window, some of them in an order, and a batch of them.
 
-Samples of a mixture as numbers: in the order of the line, and cut into batches.
-
-A batch has a part for each source and epoch of it from which samples come, which is an entry as of a data set alone,
-and says how the parts interleave. So each part is made as any batch is, and nobody needs to know of the others.
+A batch of a mixture has a part for each source and epoch of it from which samples come, which is an entry as of a data
+set alone, and says how the parts interleave. So each part is made as any batch is, independently of the others.
 """
 
 from __future__ import annotations
@@ -61,19 +59,19 @@ _WINDOWS = 1 << 40  # above any window's number, so that partition and window fi
 
 
 class OpenWindow:
-    """The samples of a window in their order, `line`, numbered through its `objects`, which hold `counts` each."""
+    """The samples of a window in the order of `permutation`, numbered through its `objects`, which hold `counts`."""
 
-    def __init__(self, line: Permutation, objects: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
-        self.line, self.objects = line, objects
+    def __init__(self, permutation: Permutation, objects: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
+        self.permutation, self.objects = permutation, objects
         self._ends = np.cumsum(counts)
-        assert len(line) == counts.sum(), f"an order of {len(line)} samples for {counts.sum()}"
-        self._bucket_shift = (len(line) // max(1, len(objects))).bit_length()
-        self._buckets = np.empty((len(line) >> self._bucket_shift) + 2, np.int32)
+        assert len(permutation) == counts.sum(), f"an order of {len(permutation)} samples for {counts.sum()}"
+        self._bucket_shift = (len(permutation) // max(1, len(objects))).bit_length()
+        self._buckets = np.empty((len(permutation) >> self._bucket_shift) + 2, np.int32)
         fill_buckets(self._ends, self._bucket_shift, self._buckets)
 
     def located(self, offsets: NDArray[np.int64], key: WindowKey) -> Samples:
         """The samples at some offsets in the window's order."""
-        numbers = np.ascontiguousarray(self.line[offsets])
+        numbers = np.ascontiguousarray(self.permutation[offsets])
         object_no = np.empty(len(numbers), np.int32)
         sample_no, window = np.empty_like(numbers), np.empty_like(numbers)
         locate(self._ends, self._buckets, self._bucket_shift, self.objects, numbers, object_no, sample_no)

@@ -1,8 +1,8 @@
 """What a mixture is: how its sources are weighted, when it ends, and which epochs of them it reads.
 
-- `stop="first"`: the line ends before the first position that would need a second epoch of any source. No sample comes
-  twice; of the source that ends it, lanes leave a few.
-- `stop="all"`: the line ends with the position at which the last of the sources has been gone through once. Every
+- `stop="first"`: the sequence ends before the first position that would need a second epoch of any source. No sample
+  comes twice; of the source that ends it, lanes leave a few.
+- `stop="all"`: the sequence ends with the position at which the last of the sources has been gone through once. Every
   sample of every source comes at least once; of the source that ends it, lanes repeat a few.
 - `stop="never"`: there is no end.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any, Self
 
 import numpy as np
 from hypothesis import strategies as st
 
 from fastload.plan import (
+    Batch,
     BatchEntry,
     Cursor,
     EpochOrder,
@@ -51,6 +53,10 @@ class Cluster:
         return self.batch_size * self.world_size
 
     @property
+    def sources(self) -> tuple[Cluster]:
+        return (self,)
+
+    @property
     def total(self) -> int:
         return sum(self.counts)
 
@@ -76,12 +82,13 @@ class Cluster:
         settings = {"drop_last": self.drop_last, "tail": self.tail, "start": start} | kwargs
         return epoch_cursor(self.orders, self.ranks(rank), self.batch_size, **settings)
 
+    def begun(self, rank: int = 0, start: Position | None = None, **kwargs) -> Run:
+        return Run(self, self.cursor(rank, start, **kwargs))
+
     def run(self, rank: int = 0, start: Position | None = None, told: str = "wanted", **kwargs) -> Run:
-        """All of a rank's batches. Counts are told when they are wanted, or all at the start, or some then."""
-        run = Run(self, self.cursor(rank, start, **kwargs))
-        share = {"wanted": 0, "some": 2, "all": 1}[told]
-        if share:
-            run.tell(np.arange(0, len(self.counts), share, dtype=np.int32))
+        """All of a rank's batches."""
+        run = self.begun(rank, start, **kwargs)
+        run.tell_early(told)
         return run.to_the_end()
 
     def runs(self, start: Position | None = None, told: str = "wanted") -> list[Run]:
@@ -142,47 +149,53 @@ def _reference_line(cluster: Cluster):
     return reference.one_line(lines), [sample for line in lines for sample in line]
 
 
-@dataclass
 class Run:
-    """A cursor on its way, as a pipeline drives it, with what it opened and had to be told."""
+    """A cursor on its way, as a feed would drive it, with what it opened and whose counts it had to be told."""
 
-    cluster: Cluster
-    cursor: Cursor[BatchEntry]
-
-    def __post_init__(self) -> None:
-        self.entries: list[BatchEntry] = []
+    def __init__(self, world: Any, cursor: Cursor[Any]) -> None:
+        """`world` has the `sources` that the cursor reads, with the counts of each."""
+        self.world, self.cursor = world, cursor
+        self.entries: list[Batch] = []
         self.opened: list[WindowKey] = []
         self.needed: frozenset[WindowKey] = frozenset()
         self.live_max = 0
-        self.told: set[int] = set()
 
-    def to_the_end(self) -> Run:
-        while self.step():
+    @property
+    def is_over(self) -> bool:
+        """Whether enough was seen of what has no end."""
+        return False
+
+    def tell_early(self, told: str) -> None:
+        """Counts are told when they are wanted, or all at the start, or some then."""
+        if share := {"wanted": 0, "some": 2, "all": 1}[told]:
+            for number, source in enumerate(self.world.sources):
+                self.tell(number, np.arange(0, len(source.counts), share, dtype=np.int32))
+
+    def to_the_end(self) -> Self:
+        while not self.is_over and self.step():
             pass
-        last = self.cursor.finish()
-        assert all(set(entry.windows) <= self.needed for entry in last)
-        self.entries += last
+        if not self.is_over:
+            self._give(self.cursor.finish())
         return self
 
     def step(self) -> bool:
         """One window more, or the counts that it takes; whether there was anything to do."""
         wanted, key = self.cursor.counts_wanted, self.cursor.next_window
         if key is None:
-            if wanted:
-                self.tell(wanted[0])
+            for source, object_nos in wanted.items():
+                self.tell(source, object_nos)
             return len(wanted) > 0
         assert not wanted
         assert key not in self.needed
         self.opened.append(key)
         self.needed |= {key}
-        self._give(self.cursor.add(key, self._counts(self.cursor.objects_of(key))))
+        self._give(self.cursor.add(key, self._counts(key.source, self.cursor.objects_of(key))))
         return True
 
-    def tell(self, object_nos) -> None:
-        self.told |= set(object_nos.tolist())
-        self._give(self.cursor.tell(0, object_nos, self._counts(object_nos)))
+    def tell(self, source: int, object_nos) -> None:
+        self._give(self.cursor.tell(source, object_nos, self._counts(source, object_nos)))
 
-    def _give(self, entries: list[BatchEntry]) -> None:
+    def _give(self, entries: list[Batch]) -> None:
         while entries:
             assert all(set(entry.windows) <= self.needed for entry in entries)
             self.entries += entries
@@ -191,12 +204,22 @@ class Run:
         self.needed = self.cursor.needed
         self.live_max = max(self.live_max, len(self.needed))
 
-    def _counts(self, object_nos) -> np.ndarray:
-        return np.array(self.cluster.counts, np.int64)[object_nos]
+    def _counts(self, source: int, object_nos) -> np.ndarray:
+        return np.array(self.world.sources[source].counts, np.int64)[object_nos]
 
     @property
-    def samples(self) -> list[list[tuple[int, int]]]:
+    def samples(self) -> list[list[tuple[int, ...]]]:
+        """The batches as lists of (object, sample)."""
         return [list(zip(e.object_no.tolist(), e.sample_no.tolist(), strict=True)) for e in self.entries]
+
+
+def samples_of(entry: Batch) -> list[tuple[int, ...]]:
+    """Each (source, epoch, object, sample) of a batch, in order."""
+    parts = []
+    for part in entry.parts:
+        samples = zip(part.object_no.tolist(), part.sample_no.tolist(), strict=True)
+        parts.append(iter([(part.source, part.epoch, *sample) for sample in samples]))
+    return [next(parts[number]) for number in entry.part_of.tolist()]
 
 
 def global_batches(runs: list[Run]) -> list[frozenset[tuple[int, int]]]:
@@ -204,6 +227,29 @@ def global_batches(runs: list[Run]) -> list[frozenset[tuple[int, int]]]:
     steps = max(len(run.entries) for run in runs)
     batches = [[run.samples[i] for run in runs if i < len(run.entries)] for i in range(steps)]
     return [frozenset(sample for batch in step for sample in batch) for step in batches]
+
+
+def shared(sizes: tuple[int, ...], counts: tuple[int, ...], world_size: int = 1, **options) -> Cluster:
+    """One partition, and so one node, which all ranks share."""
+    return Cluster(sizes, counts, local=world_size, **options)
+
+
+@st.composite
+def shared_clusters(draw: st.DrawFn) -> Cluster:
+    """Odd shapes: empty shards, no samples at all, more ranks than samples, empty last windows, one huge shard."""
+    counts = draw(st.lists(st.sampled_from([0, 0, 1, 1, 2, 3, 7, 20, 60]), min_size=1, max_size=9))
+    return shared(
+        tuple(draw(st.lists(st.sampled_from([0, 1, 30, 50, 1000]), min_size=len(counts), max_size=len(counts)))),
+        tuple(counts),
+        world_size=draw(st.integers(1, 9)),
+        batch_size=draw(st.integers(1, 8)),
+        shuffle=draw(st.sampled_from(["window", "window", "shards", "none"])),
+        window_bytes=draw(st.sampled_from([1, 60, 100, 10_000])),
+        seed=draw(st.integers(0, 3)),
+        epoch=draw(st.integers(0, 3)),
+        tail=draw(st.sampled_from(["pad", "drop", "uneven"])),
+        drop_last=draw(st.booleans()),
+    )
 
 
 @st.composite

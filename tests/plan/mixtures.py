@@ -6,11 +6,9 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cache
 
-import numpy as np
 from hypothesis import strategies as st
 
 from fastload.plan import (
-    Batch,
     Cursor,
     MixtureEntry,
     MixtureOptions,
@@ -19,12 +17,11 @@ from fastload.plan import (
     Schedule,
     SourcePlan,
     Tail,
-    WindowKey,
     check_weights,
 )
 from fastload.plan.mixture import mixture_cursor
 from tests.plan import reference, reference_mixture
-from tests.plan.cluster import Cluster
+from tests.plan.cluster import Cluster, Run, samples_of
 
 # How much of a mixture without an end is looked at.
 SAMPLES_MAX = 150
@@ -74,9 +71,12 @@ class World:
         settings = {"drop_last": self.drop_last, "tail": self.tail, "start": start} | kwargs
         return mixture_cursor(self.plans, self.options, self.epoch, self.ranks(rank), self.batch_size, **settings)
 
-    def run(self, rank: int = 0, start: Position | None = None, told: str = "wanted", **kwargs) -> Run:
-        """All of a rank's batches. Counts are told when they are wanted, or all at the start, or some then."""
-        run = Run(self, self.cursor(rank, start, **kwargs))
+    def begun(self, rank: int = 0, start: Position | None = None, **kwargs) -> MixtureRun:
+        return MixtureRun(self, self.cursor(rank, start, **kwargs))
+
+    def run(self, rank: int = 0, start: Position | None = None, told: str = "wanted", **kwargs) -> MixtureRun:
+        """All of a rank's batches."""
+        run = self.begun(rank, start, **kwargs)
         run.tell_early(told)
         return run.to_the_end()
 
@@ -132,82 +132,20 @@ def _reference_line(world: World):
     return [lanes(source, round_no)[lane][number] for source, round_no, lane, number in line], by_window
 
 
-@dataclass
-class Run:
-    """A cursor on its way, as a pipeline drives it, with what it opened and had to be told."""
-
-    world: World
-    cursor: Cursor[MixtureEntry]
-
-    def __post_init__(self) -> None:
-        self.entries: list[MixtureEntry] = []
-        self.opened: list[WindowKey] = []
-        self.needed: frozenset[WindowKey] = frozenset()
-        self.live_max = 0
-
-    def tell_early(self, told: str) -> None:
-        if share := {"wanted": 0, "some": 2, "all": 1}[told]:
-            for number, source in enumerate(self.world.sources):
-                self.tell(number, np.arange(0, len(source.counts), share, dtype=np.int32))
-
-    def to_the_end(self) -> Run:
-        while not self.is_over and self.step():
-            pass
-        if not self.is_over:
-            self._give(self.cursor.finish())
-        return self
+class MixtureRun(Run):
+    """A run through a mixture, of which enough is seen where it has no end."""
 
     @property
     def is_over(self) -> bool:
-        """Whether enough was seen of a mixture without an end."""
         if self.world.stop != "never":
             return False
         return bool(self.entries) and self.entries[-1].samples_after > SAMPLES_MAX - self.world.global_batch
 
-    def step(self) -> bool:
-        """One window more, or the counts that it takes; whether there was anything to do."""
-        wanted, key = self.cursor.counts_wanted, self.cursor.next_window
-        if key is None:
-            for source, object_nos in wanted.items():
-                self.tell(source, object_nos)
-            return len(wanted) > 0
-        assert not wanted
-        assert key not in self.needed
-        self.opened.append(key)
-        self.needed |= {key}
-        self._give(self.cursor.add(key, self._counts(key.source, self.cursor.objects_of(key))))
-        return True
-
-    def tell(self, source: int, object_nos) -> None:
-        self._give(self.cursor.tell(source, object_nos, self._counts(source, object_nos)))
-
-    def _give(self, entries: list[MixtureEntry]) -> None:
-        while entries:
-            assert all(set(entry.windows) <= self.needed for entry in entries)
-            self.entries += entries
-            entries = self.cursor.settled()
-        assert self.cursor.needed <= self.needed
-        self.needed = self.cursor.needed
-        self.live_max = max(self.live_max, len(self.needed))
-
-    def _counts(self, source: int, object_nos) -> np.ndarray:
-        return np.array(self.world.sources[source].counts, np.int64)[object_nos]
-
     @property
     def samples(self) -> list[list[tuple[int, ...]]]:
-        batches = [samples_of(entry) for entry in self.entries]
-        if self.world.stop == "never":
-            return [batch for batch, e in zip(batches, self.entries, strict=True) if e.samples_after <= SAMPLES_MAX]
-        return batches
-
-
-def samples_of(entry: Batch) -> list[tuple[int, ...]]:
-    """Each (source, epoch, object, sample) of a batch, in order."""
-    parts = []
-    for part in entry.parts:
-        samples = zip(part.object_no.tolist(), part.sample_no.tolist(), strict=True)
-        parts.append(iter([(part.source, part.epoch, *sample) for sample in samples]))
-    return [next(parts[number]) for number in entry.part_of.tolist()]
+        """The batches as lists of (source, epoch, object, sample)."""
+        is_endless = self.world.stop == "never"
+        return [samples_of(e) for e in self.entries if not is_endless or e.samples_after <= SAMPLES_MAX]
 
 
 @st.composite

@@ -6,7 +6,6 @@ The reference model is that of windows but for the permutation, which is the bij
 from __future__ import annotations
 
 import hashlib
-import json
 import tracemalloc
 from dataclasses import dataclass
 from unittest.mock import patch
@@ -16,7 +15,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastload.errors import StateError
 from fastload.plan import (
     BatchEntry,
     Cursor,
@@ -34,8 +32,9 @@ from fastload.store.types import ObjectInfo
 from tests.kernels.test_bijection import plain
 from tests.plan import reference
 from tests.plan.cases import cases
+from tests.plan.checks import TOLD, check_resumed_at_another_size, check_workers_share
 from tests.plan.cluster import Cluster, Run, clusters
-from tests.plan.test_partitions import TOLD, UNEVEN_SHARDS, check
+from tests.plan.test_partitions import UNEVEN_SHARDS, check
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,8 @@ class GlobalCluster(Cluster):
         with patch("fastload.plan.cursor._SAMPLES_AT_ONCE", self.at_once):
             return super().cursor(rank, start, **kwargs)
 
-    def run(self, rank: int = 0, start: Position | None = None, told: str = "wanted", **kwargs) -> Run:
-        run = GlobalRun(self, self.cursor(rank, start, **kwargs))
-        if told != "wanted":
-            run.tell(np.arange(0, len(self.counts), 2 if told == "some" else 1, dtype=np.int32))
-        return run.to_the_end()
+    def begun(self, rank: int = 0, start: Position | None = None, **kwargs) -> Run:
+        return GlobalRun(self, self.cursor(rank, start, **kwargs))
 
     def reference_line(self):
         lines = []
@@ -92,37 +88,13 @@ def test_any_cluster_is_right_at_every_rank(cluster, told):
 @given(global_clusters(), st.sampled_from(TOLD), st.sampled_from(TOLD), st.data())
 def test_resume_anywhere_with_any_change_of_nodes_ranks_and_batch_size(cluster, told, told_later, data):
     run = cluster.run(data.draw(st.integers(0, cluster.world_size - 1)), told=told)
-    if not run.entries:
-        return
-    entry = data.draw(st.sampled_from(run.entries))
-    start = Position.from_state(json.loads(json.dumps(run.cursor.position(entry).to_state())))
-    other = cluster.with_(
-        nodes=data.draw(st.integers(1, 8)),
-        local=data.draw(st.integers(1, 3)),
-        batch_size=data.draw(st.sampled_from([1, cluster.batch_size])),
-    )
-    if start.samples % other.global_batch and start.samples < cluster.total:
-        with pytest.raises(StateError, match=f"after {start.samples} samples"):
-            other.cursor(0, start)
-        return
-    for rank in range(other.world_size):
-        resumed = other.run(rank, start, told_later)
-        assert resumed.samples == other.reference_batches(rank, start.samples)
+    check_resumed_at_another_size(cluster, run, told_later, data)
 
 
 @cases(40)
 @given(global_clusters(), st.integers(1, 4), st.sampled_from(["batches", "samples"]), st.data())
 def test_workers_share_a_ranks_samples(cluster, worker_count, split, data):
-    cluster = cluster.with_(drop_last=False)
-    rank = data.draw(st.integers(0, cluster.world_size - 1))
-    expected = cluster.reference_batches(rank)
-    mine = [sample for batch in expected for sample in batch]
-    for worker in range(worker_count):
-        got = cluster.run(rank, worker=(worker, worker_count), split=split).samples
-        if split == "batches":
-            assert got == expected[worker::worker_count]
-        else:
-            assert [sample for batch in got for sample in batch] == mine[worker::worker_count]
+    check_workers_share(cluster, data.draw(st.integers(0, cluster.world_size - 1)), worker_count, split)
 
 
 def test_the_line_is_fixed_for_ever():

@@ -18,10 +18,16 @@ from fastload.errors import ConfigError, StateError
 from fastload.plan import MixtureOptions, Position, check_weights, sample_count_of_rank
 from fastload.plan.mixture import sample_count
 from tests.plan.cases import cases
-from tests.plan.cluster import Cluster
-from tests.plan.mixtures import Run, World, samples_of, worlds
-
-TOLD = ("wanted", "some", "all")
+from tests.plan.checks import (
+    TOLD,
+    calls_of,
+    check_nodes_never_wait_for_ever,
+    check_resumed_at_another_size,
+    check_workers_share,
+    saved_and_loaded,
+)
+from tests.plan.cluster import Cluster, samples_of
+from tests.plan.mixtures import MixtureRun, World, worlds
 
 TWO = World(
     (Cluster((100,) * 20, (10,) * 20, window_bytes=300), Cluster((100,) * 7, (9,) * 7, window_bytes=300, seed=5)),
@@ -91,42 +97,20 @@ def test_every_sample_of_a_source_comes_once_in_each_of_its_epochs(world):
 def test_resume_anywhere_with_any_change_of_nodes_ranks_and_batch_size(world, told, told_later, data):
     saver = data.draw(st.integers(0, world.world_size - 1))
     run = world.run(saver, told=told)
-    entries = [entry for entry in run.entries if entry.samples_after <= world.total]
-    if not entries:
-        return
-    entry = data.draw(st.sampled_from(entries))
-    start = saved_and_loaded(run.cursor.position(entry))
-    other = world.with_(
-        nodes=data.draw(st.integers(1, 5)),
-        local=data.draw(st.integers(1, 3)),
-        batch_size=data.draw(st.sampled_from([1, 2, world.batch_size])),
-    )
-    delivered = entry.samples_after
-    if delivered % other.global_batch and (delivered < world.total or world.stop == "never"):
-        with pytest.raises(StateError, match=f"after {delivered} samples"):
-            other.cursor(0, start)
-        return
-    for rank in range(min(3, other.world_size)):
-        assert other.run(rank, start, told_later).samples == other.reference_batches(rank, delivered)
-
-
-def saved_and_loaded(position: Position) -> Position:
-    loaded = Position.from_mixture_state(json.loads(json.dumps(position.to_state())))
-    assert loaded == position
-    return loaded
+    check_resumed_at_another_size(world, run, told_later, data, nodes_max=5, ranks_max=3)
 
 
 @cases(50)
 @given(worlds(), st.data())
 def test_a_position_in_the_middle_of_a_run_is_one_to_go_on_from(world, data):
     """Taken when the batch comes out, with no more known than then; and then again."""
-    run = Run(world, world.cursor())
+    run = world.begun()
     while not run.entries and not run.is_over and run.step():
         pass
     if not run.entries:
         return
     start = saved_and_loaded(run.cursor.position(run.entries[-1]))
-    again = Run(world, world.cursor(start=start))
+    again = world.begun(start=start)
     assert again.cursor.position_at(start.samples) == start
     while not again.entries and not again.is_over and again.step():
         pass
@@ -138,16 +122,8 @@ def test_a_position_in_the_middle_of_a_run_is_one_to_go_on_from(world, data):
 @cases(40)
 @given(worlds(), st.integers(1, 4), st.sampled_from(["batches", "samples"]), st.data())
 def test_workers_share_a_ranks_samples(world, worker_count, split, data):
-    world = world.with_(drop_last=False, stop=world.stop if world.stop != "never" else "first")
-    rank = data.draw(st.integers(0, world.world_size - 1))
-    expected = world.reference_batches(rank)
-    mine = [sample for batch in expected for sample in batch]
-    for worker in range(worker_count):
-        got = world.run(rank, worker=(worker, worker_count), split=split).samples
-        if split == "batches":
-            assert got == expected[worker::worker_count]
-        else:
-            assert [sample for batch in got for sample in batch] == mine[worker::worker_count]
+    world = world.with_(stop=world.stop if world.stop != "never" else "first")
+    check_workers_share(world, data.draw(st.integers(0, world.world_size - 1)), worker_count, split)
 
 
 @pytest.mark.parametrize("counts", [(0, 0, 0, 7, 0), (0, 0, 0, 1, 3)])
@@ -163,49 +139,7 @@ def test_a_worker_comes_to_its_own_groups_past_those_of_others(counts):
 @cases(60)
 @given(worlds(), st.randoms(use_true_random=False))
 def test_nodes_that_only_tell_each_other_what_they_counted_never_wait_for_ever(world, random):
-    """Each counts what it opens, and what somebody asks of the partitions that it reads; nothing else is known."""
-    runs = [Run(world, world.cursor(rank)) for rank in range(0, world.world_size, world.local)]
-    owned = set().union(*map(owned_by, runs))
-    counted: set[tuple[int, int]] = set()
-    asked: set[tuple[int, int]] = set()
-    going, told = list(runs), 0
-
-    def progress():
-        return len(counted), len(asked), told, sum(len(run.opened) for run in runs), len(going)
-
-    while going:
-        before = progress()
-        counted |= asked & owned
-        for run in random.sample(going, len(going)):
-            wanted = {(s, n) for s, objects in run.cursor.counts_wanted.items() for n in objects.tolist()}
-            asked |= wanted
-            if run.is_over:
-                going.remove(run)
-            elif run.cursor.next_window is not None:
-                run.step()
-                key = run.opened[-1]
-                counted |= {(key.source, n) for n in run.cursor.objects_of(key).tolist()}
-            elif wanted:
-                for source, objects in itertools.groupby(sorted(wanted & counted), lambda each: each[0]):
-                    run.tell(source, np.array([n for _, n in objects], np.int32))
-                    told += 1
-            else:
-                run.to_the_end()
-                going.remove(run)
-        assert progress() != before
-    for run in runs:
-        assert run.samples == world.reference_batches(run.cursor.ranks.rank)
-
-
-def owned_by(run: Run) -> set[tuple[int, int]]:
-    """The objects of the partitions that a node reads, in each source."""
-    return {
-        (number, object_no)
-        for number, source in enumerate(run.world.sources)
-        for partition, order in enumerate(source.with_(partitions=run.world.partitions).orders)
-        if partition in run.cursor.home
-        for object_no in order.object_order.tolist()
-    }
+    check_nodes_never_wait_for_ever(world, random)
 
 
 @cases(60)
@@ -287,14 +221,14 @@ def test_where_a_mixture_ends(told):
 
 def test_a_mixture_without_an_end_goes_through_many_epochs_with_little_kept():
     world = World((Cluster((10,) * 4, (3,) * 4), Cluster((10,) * 4, (300,) * 4)), TWO.weights, "never", 2, 1, 1, 8)
-    run = Run(world, world.cursor())
+    run = world.begun()
     while not run.entries or run.entries[-1].samples_after < 10_000:
         run.step()
     assert {part.epoch for part in run.entries[-1].parts if part.source == 0} <= set(range(600, 640))
     assert len(run.cursor._sequence._sources[0].epochs.sequences) <= 4
     assert run.live_max <= 8
     start = saved_and_loaded(run.cursor.position(run.entries[-1]))
-    again = Run(world, world.cursor(start=start))
+    again = world.begun(start=start)
     while not again.entries:
         again.step()
     while run.entries[-1].number < again.entries[-1].number:
@@ -306,7 +240,7 @@ def test_a_mixture_without_an_end_goes_through_many_epochs_with_little_kept():
 @given(worlds(), st.sampled_from(TOLD))
 def test_windows_ahead_are_what_is_opened_in_that_order(world, told):
     world = world.with_(tail="uneven", partitions=1, stop="first" if world.stop == "never" else world.stop)
-    run = Run(world, world.cursor())
+    run = world.begun()
     run.tell_early(told)
     ahead = list(run.cursor.windows_ahead()) if told == "all" or world.stop == "first" else []
     run.to_the_end()
@@ -319,7 +253,7 @@ def test_windows_ahead_are_what_is_opened_in_that_order(world, told):
 def test_windows_ahead_go_on_without_end():
     world = TWO.with_(stop="never")
     for told in TOLD:
-        run = Run(world, world.cursor())
+        run = world.begun()
         run.tell_early(told)
         ahead = list(itertools.islice(run.cursor.windows_ahead(), 60))
         assert len(set(ahead)) == 60
@@ -336,7 +270,7 @@ def test_states_of_mixtures():
     ended = run.cursor.position(run.entries[-1])
     assert ended.at_epoch(1).to_state()["sources"][0]["places"] == [[0, 0]] * 4
     beginning = TWO.with_(epoch=1).cursor(start=saved_and_loaded(ended.at_epoch(1)))
-    assert Run(TWO.with_(epoch=1), beginning).to_the_end().samples == TWO.with_(epoch=1).run().samples
+    assert MixtureRun(TWO.with_(epoch=1), beginning).to_the_end().samples == TWO.with_(epoch=1).run().samples
     with pytest.raises(StateError, match="that of a mixture"):
         Position.from_state(state)
     of_one = TWO.sources[0].cursor().start.to_state()
@@ -445,24 +379,10 @@ GOLDEN_DIGEST = "a017711066b15e0798fe189934a50c12"
 
 
 def test_planning_calls_no_python_per_sample():
-    """Counted by Python's own profiler hook: ten times the samples, about the same number of calls."""
-    import sys
+    """Ten times the samples, about the same number of calls."""
 
     def calls(per_shard: int) -> int:
         sources = (Cluster((10,) * 16, (per_shard,) * 16, window_bytes=40),) * 2
-        world = World(sources, check_weights([2, 1]), "first", 4, 2, 2, 4 * per_shard)
-        world.run()
-        count = 0
-
-        def hook(frame, event, argument):
-            nonlocal count
-            count += event in ("call", "c_call")
-
-        sys.setprofile(hook)
-        try:
-            world.run()
-        finally:
-            sys.setprofile(None)
-        return count
+        return calls_of(World(sources, check_weights([2, 1]), "first", 4, 2, 2, 4 * per_shard).run)
 
     assert calls(10_000) <= 1.1 * calls(1000)

@@ -18,7 +18,7 @@ from fastload.plan.order import WINDOW_ARRAY_SAMPLES_MAX, cut_windows, deal_to_p
 from fastload.plan.permutation import keyed_permutation
 from fastload.store.types import ObjectInfo
 from tests.plan import reference
-from tests.plan.world import World, worlds
+from tests.plan.cluster import shared, shared_clusters
 
 MIB = 1 << 20
 
@@ -45,7 +45,7 @@ GOLDEN_DIGEST = "1ef83d151d22a8a50a0ba253ba8e2794"
 
 
 @settings(max_examples=100, deadline=None)
-@given(worlds())
+@given(shared_clusters())
 def test_windows_are_the_reference_models(world):
     order = epoch_order(world.manifest, world.options, world.epoch)
     windows = [order.window_objects(window).tolist() for window in range(order.window_count)]
@@ -153,27 +153,25 @@ GOLDEN_DEAL = "c3803a1150ab24828d2269e74da3ca7a"
 
 
 @settings(max_examples=60, deadline=None)
-@given(worlds(), st.data())
+@given(shared_clusters(), st.data())
 def test_what_is_read_ahead_is_what_the_rest_needs_in_the_order_of_first_use(world, data):
-    cursor, entries = world.with_(tail="uneven", drop_last=False).run()
-    entry = data.draw(st.sampled_from([None, *entries]))
-    position = cursor.position(entry)
+    run, (order,) = world.with_(tail="uneven", drop_last=False).run(), world.orders
+    entry = data.draw(st.sampled_from([None, *run.entries]))
+    position = run.cursor.position(entry)
     planned = objects_in_use_order(world.manifest, world.options, world.epoch, position).tolist()
     assert len(set(planned)) == len(planned)
-    rest = [e for e in entries if entry is None or e.number > entry.number]
+    rest = [e for e in run.entries if entry is None or e.number > entry.number]
     used_in = [(e.windows[0].window, e.windows[-1].window, set(e.object_no.tolist())) for e in rest]
     for first, last, objects in used_in:
-        windows = [world_objects for w in range(first, last + 1) for world_objects in cursor.window_objects(w).tolist()]
+        windows = [shard for w in range(first, last + 1) for shard in order.window_objects(w).tolist()]
         assert objects <= set(windows) & set(planned)
-    windows_left = [
-        cursor.window_objects(w).tolist()
-        for w in range(position.sources[0].places[0].window, cursor.order.window_count)
-    ]
+    window = position.sources[0].places[0].window
+    windows_left = [order.window_objects(w).tolist() for w in range(window, order.window_count)]
     assert planned == list(itertools.chain(*windows_left))
 
 
 def test_the_whole_epoch_is_read_ahead_from_its_start():
-    world = World((10,) * 7, (1,) * 7, window_bytes=30)
+    world = shared((10,) * 7, (1,) * 7, window_bytes=30)
     order = epoch_order(world.manifest, world.options, 0)
     planned = objects_in_use_order(world.manifest, world.options, 0)
     assert planned.tolist() == order.object_order.tolist()

@@ -26,9 +26,15 @@ from fastload.plan import (
 )
 from tests.plan import reference
 from tests.plan.cases import cases
+from tests.plan.checks import (
+    TOLD,
+    calls_of,
+    check_nodes_never_wait_for_ever,
+    check_resumed_at_another_size,
+    check_workers_share,
+    saved_and_loaded,
+)
 from tests.plan.cluster import Cluster, Run, clusters, global_batches
-
-TOLD = ("wanted", "some", "all")
 
 SMALL_CLUSTERS = [
     Cluster((size,) * len(counts), counts, partitions, nodes, local, batch_size, tail=tail)
@@ -113,25 +119,7 @@ def test_global_batches_are_the_same_at_every_world_size(cluster, data):
 @given(clusters(), st.sampled_from(TOLD), st.sampled_from(TOLD), st.data())
 def test_resume_anywhere_with_any_change_of_nodes_ranks_and_batch_size(cluster, told, told_later, data):
     saver = data.draw(st.integers(0, cluster.world_size - 1))
-    run = cluster.run(saver, told=told)
-    if not run.entries:
-        return
-    entry = data.draw(st.sampled_from(run.entries))
-    start = saved_and_loaded(run.cursor.position(entry))
-    other = cluster.with_(
-        nodes=data.draw(st.integers(1, 8)),
-        local=data.draw(st.integers(1, 3)),
-        batch_size=data.draw(st.sampled_from([1, 2, cluster.batch_size])),
-    )
-    delivered = entry.samples_after
-    assert delivered == min((entry.number + 1) * cluster.global_batch, cluster.total)
-    if delivered % other.global_batch and delivered < cluster.total:
-        with pytest.raises(StateError, match=f"after {delivered} samples"):
-            other.cursor(0, start)
-        return
-    for rank in range(other.world_size):
-        resumed = other.run(rank, start, told_later)
-        assert resumed.samples == other.reference_batches(rank, delivered)
+    check_resumed_at_another_size(cluster, cluster.run(saver, told=told), told_later, data)
 
 
 @cases(60)
@@ -153,7 +141,7 @@ def test_resume_at_every_batch_in_the_same_cluster(cluster, told, data):
 @given(clusters(), st.data())
 def test_a_position_in_the_middle_of_a_run_is_one_to_go_on_from(cluster, data):
     """Taken when the batch comes out, with no more known than then."""
-    run = Run(cluster, cluster.cursor())
+    run = cluster.begun()
     while not run.entries and run.step():
         pass
     if not run.entries:
@@ -175,57 +163,16 @@ def test_a_position_where_no_batch_of_this_worker_ends(cluster, told, data):
         assert cluster.run(rank, start, told).samples == cluster.reference_batches(rank, samples)
 
 
-def saved_and_loaded(position: Position) -> Position:
-    return Position.from_state(json.loads(json.dumps(position.to_state())))
-
-
 @cases(50)
 @given(clusters(), st.integers(1, 4), st.sampled_from(["batches", "samples"]), st.data())
 def test_workers_share_a_ranks_samples(cluster, worker_count, split, data):
-    cluster = cluster.with_(drop_last=False)
-    rank = data.draw(st.integers(0, cluster.world_size - 1))
-    expected = cluster.reference_batches(rank)
-    mine = [sample for batch in expected for sample in batch]
-    for worker in range(worker_count):
-        got = cluster.run(rank, worker=(worker, worker_count), split=split).samples
-        if split == "batches":
-            assert got == expected[worker::worker_count]
-        else:
-            assert [sample for batch in got for sample in batch] == mine[worker::worker_count]
+    check_workers_share(cluster, data.draw(st.integers(0, cluster.world_size - 1)), worker_count, split)
 
 
 @cases(80)
 @given(clusters(), st.randoms(use_true_random=False))
 def test_nodes_that_only_tell_each_other_what_they_counted_never_wait_for_ever(cluster, random):
-    """Each counts what it opens, and what somebody asks of the partitions that it reads; nothing else is known."""
-    runs = [Run(cluster, cluster.cursor(rank)) for rank in range(0, cluster.world_size, cluster.local)]
-    counted: set[int] = set()
-    asked: set[int] = set()
-    told = 0
-    going = list(runs)
-
-    def progress():
-        return len(counted), len(asked), told, sum(len(run.opened) for run in runs), len(going)
-
-    while going:
-        before = progress()
-        for run in random.sample(going, len(going)):
-            own = objects_in_use_order(cluster.manifest, cluster.options, cluster.epoch, None, run.cursor.ranks)
-            counted |= asked & set(own.tolist())
-            wanted = {n for objects in run.cursor.counts_wanted.values() for n in objects.tolist()}
-            asked |= wanted
-            if run.cursor.next_window is not None:
-                run.step()
-                counted |= set(run.cursor.objects_of(run.opened[-1]).tolist())
-            elif wanted:
-                told += len(wanted & counted)
-                run.tell(np.array(sorted(wanted & counted), np.int32))
-            else:
-                run.to_the_end()
-                going.remove(run)
-        assert progress() != before
-    for run in runs:
-        assert run.samples == cluster.reference_batches(run.cursor.ranks.rank)
+    check_nodes_never_wait_for_ever(cluster, random)
 
 
 def test_more_workers_than_batches_are_cut_at_a_time():
@@ -263,9 +210,9 @@ def test_a_node_reads_its_own_partitions_until_one_ends(cluster):
 @given(clusters(), st.sampled_from(TOLD))
 def test_windows_ahead_are_what_is_opened_in_that_order(cluster, told):
     cluster = cluster.with_(tail="uneven")
-    run = Run(cluster, cluster.cursor())
+    run = cluster.begun()
     if told == "all":
-        run.tell(np.arange(len(cluster.counts), dtype=np.int32))
+        run.tell_early(told)
     ahead = list(run.cursor.windows_ahead())
     assert len(set(ahead)) == len(ahead)
     run.to_the_end()
@@ -283,7 +230,7 @@ def test_windows_ahead_are_what_is_opened_in_that_order(cluster, told):
 
 
 def bytes_of(run: Run) -> int:
-    return sum(run.cluster.sizes[object_no] for key in run.opened for object_no in run.cursor.objects_of(key))
+    return sum(run.world.sizes[object_no] for key in run.opened for object_no in run.cursor.objects_of(key))
 
 
 @pytest.mark.parametrize("told", ["wanted", "all"])
@@ -296,7 +243,7 @@ def test_nodes_that_do_not_divide_the_partitions_read_little_more_than_their_sha
     lanes = -(-partitions // nodes) + 1 + (cluster.global_batch % partitions > 0)
     for rank in range(0, nodes, -(-nodes // 4)):
         run = cluster.run(rank, told=told)
-        partition_bytes_max = max(int(order.window_bytes.sum()) for order in run.cluster.orders)
+        partition_bytes_max = max(int(order.window_bytes.sum()) for order in run.world.orders)
         assert bytes_of(run) <= lanes * (partition_bytes_max + cluster.window_bytes)
 
 
@@ -307,7 +254,7 @@ def test_a_node_reads_beyond_its_own_partitions_only_where_lanes_end(nodes, told
     cluster = Cluster(sizes, counts, 8, nodes, 1, 64 // nodes, window_bytes=200)
     for rank in range(nodes):
         run = cluster.run(rank, told=told)
-        own = sum(int(order.window_bytes.sum()) for order in run.cluster.orders[rank::nodes])
+        own = sum(int(order.window_bytes.sum()) for order in run.world.orders[rank::nodes])
         lacking = sum(sizes) // 8 // 10  # counts a byte differ by up to a tenth from shard to shard
         assert bytes_of(run) <= own + 8 // nodes * (lacking + 2 * cluster.window_bytes)
 
@@ -425,23 +372,10 @@ def test_nodes_that_cannot_be_told_apart_are_refused():
 
 
 def test_planning_calls_no_python_per_sample():
-    """Counted by Python's own profiler hook: ten times the samples, the same number of calls."""
-    import sys
+    """Ten times the samples, the same number of calls."""
 
     def calls(per_shard: int) -> int:
         cluster = Cluster((10,) * 16, (per_shard,) * 16, 4, 2, 2, 4 * per_shard, window_bytes=40)
-        cluster.run()
-        count = 0
-
-        def hook(frame, event, argument):
-            nonlocal count
-            count += event in ("call", "c_call")
-
-        sys.setprofile(hook)
-        try:
-            cluster.run()
-        finally:
-            sys.setprofile(None)
-        return count
+        return calls_of(cluster.run)
 
     assert calls(10_000) <= calls(1000) + 5

@@ -8,9 +8,9 @@ import pytest
 
 from fastload.errors import StateError
 from fastload.plan import Place, Position
-from tests.plan.world import World, samples
+from tests.plan.cluster import shared
 
-WORLD = World((40,) * 6, (5,) * 6, seed=3, epoch=2, world_size=2, batch_size=4)
+WORLD = shared((40,) * 6, (5,) * 6, seed=3, epoch=2, world_size=2, batch_size=4)
 
 # Version 1, as written by the first release. States of this form must stay loadable.
 STATE = {
@@ -33,8 +33,8 @@ STATE = {
 
 
 def test_the_form_of_a_state():
-    cursor, entries = WORLD.run()
-    assert cursor.position(entries[1]).to_state() == STATE
+    run = WORLD.run()
+    assert run.cursor.position(run.entries[1]).to_state() == STATE
     assert len(json.dumps(STATE)) < 400
 
 
@@ -42,7 +42,7 @@ def test_a_state_is_read_back_exactly():
     position = Position.from_state(json.loads(json.dumps(STATE)))
     assert position.sources[0].places == (Place(2, 1),)
     assert position.to_state() == STATE
-    assert samples(WORLD.run(start=position)[1]) == samples(WORLD.run()[1][2:])
+    assert WORLD.run(start=position).samples == WORLD.run().samples[2:]
 
 
 def test_a_field_that_a_later_version_adds_is_ignored():
@@ -55,7 +55,7 @@ def test_the_start_of_an_epoch():
     assert cursor.start.sources[0].places == (Place(0, 0),)
     after = Position.from_state(STATE).at_epoch(3)
     assert after == WORLD.with_(epoch=3).cursor().start
-    assert samples(WORLD.with_(epoch=3).run(start=after)[1]) == samples(WORLD.with_(epoch=3).run()[1])
+    assert WORLD.with_(epoch=3).run(start=after).samples == WORLD.with_(epoch=3).run().samples
 
 
 @pytest.mark.parametrize(
@@ -94,12 +94,12 @@ def test_what_is_no_state_is_refused(state):
         ({"shuffle": "none"}, "saved with shuffle 'window', but this run has 'none'"),
         ({"window_bytes": 99}, "saved with shuffle_window 100, but this run has 99"),
         ({"tail": "drop"}, "saved with tail 'pad', but this run has 'drop'"),
-        ({"etag": "b"}, r"saved with manifest fingerprint '\w+', but this run has '\w+'"),
+        ({"sizes": (41,) * 6}, r"saved with manifest fingerprint '\w+', but this run has '\w+'"),
         (
             {"batch_size": 3},
             "after 16 samples with batch_size=4 × world_size=2, where no global batch of batch_size=3",
         ),
-        ({"world_size": 5}, "resume with 4 × 2, or from a state saved at a multiple of 20 samples"),
+        ({"local": 5}, "resume with 4 × 2, or from a state saved at a multiple of 20 samples"),
     ],
 )
 def test_a_state_of_another_run_is_refused_naming_both(changes, message):
@@ -115,6 +115,6 @@ def test_a_place_beyond_the_epoch_is_refused(place):
 
 def test_the_window_size_matters_only_where_windows_are_shuffled():
     world = WORLD.with_(shuffle="shards")
-    cursor, entries = world.run()
-    position = cursor.position(entries[0])
-    assert samples(world.with_(window_bytes=7).run(start=position)[1]) == samples(entries[1:])
+    run = world.run()
+    position = run.cursor.position(run.entries[0])
+    assert world.with_(window_bytes=7).run(start=position).samples == run.samples[1:]
