@@ -1,13 +1,13 @@
 """Kernels: free functions over arrays, compiled by numba, run without the GIL. How: `fastload.kernels.jit`.
 
 Import what you need from its module (`fastload.kernels.gather`, ...). Loading the kernels of a first batch takes 60 ms;
-where nobody has compiled them yet, some seconds. So whoever knows that they will be needed says so early:
+compiling them, where that was not done before, some seconds. So a caller that will need them starts early:
 
     compilation = compile_in_background("tarindex", "gather")     # while the first bytes are on their way
     ...
     compilation.join()
 
-The thread is joined by whoever started it, or by the interpreter's end. A fork waits until it is between two modules.
+The caller joins the thread, or the interpreter does when it exits. A fork waits until it is between two modules.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def module_names() -> list[str]:
 
 
 def warm_up(*modules: str) -> int:
-    """Import these modules of `fastload.kernels` and load all their kernels, compiling what nobody has compiled yet;
+    """Import these modules of `fastload.kernels` and load all their kernels, compiling what was not compiled before;
     returns the number of kernels.
     """
     return jit.prepare(*map(_imported, modules))
@@ -101,7 +101,7 @@ def _imported(name: str) -> str:
 
 
 class Compilation:
-    """A compilation that runs in a thread of its own."""
+    """Kernels that are loaded, or compiled, in a thread of their own."""
 
     def __init__(self, modules: tuple[str, ...]) -> None:
         self._modules = modules
@@ -128,5 +128,5 @@ class Compilation:
 
 
 def compile_in_background(*modules: str) -> Compilation:
-    """Start `warm_up(*modules)` in a thread. Who calls a kernel meanwhile waits for its module."""
+    """Start `warm_up(*modules)` in a thread. A call of a kernel waits meanwhile for its module."""
     return Compilation(modules)

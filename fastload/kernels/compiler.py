@@ -1,4 +1,4 @@
-"""From kernels to an object file: what numba is for. Imported where something is compiled, and nowhere else.
+"""Compiles kernels into an object file, by numba. Imported only where something is compiled.
 
 A unit's kernels and all that they call become one LLVM module, which is optimised once for each level of processor.
 numba optimises each function by itself, then again within each caller, and wraps each for Python: that took twice as
@@ -83,7 +83,7 @@ class _Lowering:
         return self._typed[kernel]
 
     def _function(self, function: FunctionType) -> FunctionType:
-        """The same, in whose eyes numba's view of things stands under the names of ours."""
+        """The same function, with numba's types and functions under the names of our own."""
         code, names = function.__code__, dict(function.__globals__)
         loaded = {each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL"}
         for name in loaded:

@@ -2,12 +2,12 @@
 
 `copy_bytes` is for short texts. A slice assignment `out[:n] = source` would do the same, but makes numba compile its
 machinery for broadcasting and overlap: 1.8 s the first time in a process and 0.2 s for each use, where this loop takes
-0.06. LLVM vectorises it, and its indexes are checked where numba is told to.
+0.06. LLVM vectorises it, and its indexes are checked if `NUMBA_BOUNDSCHECK` is set.
 
-`copy_range` is the C library's memcpy, a third faster from a few hundred bytes on; whoever calls it has checked
+`copy_range` is the C library's memcpy, a third faster from a few hundred bytes on; its caller has checked
 everything. `prefetch` asks for a cache line that will be read soon, into the second cache level; it never faults.
 `copy_line_past_caches` writes a cache line to memory without reading it first and without keeping it: for what is too
-large to be found in a cache by whoever reads it. Such writes are in no order with others until `order_writes`.
+large for its reader to find it in a cache. Such writes are in no order with others until `order_writes`.
 `scratch` is on the stack, since kernels have no other memory of their own. `array_at` is what lies at an address: a
 signature says how many arrays a kernel takes, so this is how one call serves any number. Its caller keeps them alive.
 
@@ -47,7 +47,7 @@ __all__ = [
 
 # A cache line, or a part of one: no processor that there are kernels for has smaller ones.
 LINE_BYTES = 64
-# A batch from here on is found in no cache by whoever reads it: two or three are on their way, and the trainer has its
+# The reader of a batch of this size finds it in no cache: two or three batches are in flight, and the trainer has its
 # own data. Where smaller ones are written past the caches, reading them takes twice as long.
 PAST_CACHES_BYTES = 16 << 20
 
@@ -96,7 +96,7 @@ def copy_past_caches(source: Bytes, at: int, out: Bytes, to: int, size: int) -> 
 
 @generated
 def order_writes() -> None:
-    """Whoever sees a write after this, by whichever way, sees all before it."""
+    """A reader that sees a write made after this sees all writes made before it."""
 
 
 @generated
@@ -119,7 +119,7 @@ def scratch(length: int, dtype: type[Number]) -> NDArray[Number]:
 
 def stack(addresses: Int64s, piece_bytes: int, out: Bytes) -> None:
     """Copy pieces of `piece_bytes` from these addresses (int64[n]) to `out`, which they fill and do not overlap. Any
-    process that is told of `out` afterwards sees them. Runs without the GIL.
+    process that is notified of `out` afterwards sees them. Runs without the GIL.
     """
     if piece_bytes < 0 or addresses.size * piece_bytes != out.size:
         raise IndexError(f"{addresses.size} pieces of {piece_bytes} bytes do not fill {out.size}")

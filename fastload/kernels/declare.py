@@ -3,7 +3,7 @@
     @kernel(int64(array_in(uint8), int64))
     def count(values, of): ...
 
-Numba has such types, too, and takes a fifth of a second to import.
+numba has such types, too, but takes a fifth of a second to import.
 """
 
 from __future__ import annotations
@@ -163,11 +163,11 @@ class Entry(Kernel):
         return self._run(*args)
 
     def bind(self, builtin: Callable[..., Any]) -> None:
-        """Be this function from now on."""
+        """Call this function from now on."""
         self._run = builtin
 
     def refuse(self, place: int, given: object) -> None:
-        """Called by the machine code: argument `place` is not what it has to be."""
+        """Called by the machine code: argument `place` is of another kind than declared."""
         name, wanted = self.function.__qualname__, self.signature.arguments
         if place < 0:
             raise RuntimeError(f"{name} failed: an index out of bounds, or an error in what numba compiled for it")
@@ -189,7 +189,7 @@ class Generated:
     """See `generated`."""
 
     def __init__(self, function: FunctionType) -> None:
-        functools.update_wrapper(self, function)  # type: ignore[arg-type]  # nobody calls it
+        functools.update_wrapper(self, function)  # type: ignore[arg-type]  # it is never called
         self.name = function.__name__
 
 
@@ -197,8 +197,8 @@ def kernel(signature: Signature, /, **options: Any) -> Callable[[Function], Func
     """Make a function a kernel: `@kernel(int64(array_in(uint8), int64))`. Python can call those that return int64,
     boolean or nothing and take arrays, int64, float64 and boolean.
 
-    `options` are those of `numba.njit`, such as `fastmath=True`. Kernels raise nothing: a division by zero is whatever
-    the processor makes of it. They allocate nothing, either: scratch comes from the caller.
+    `options` are those of `numba.njit`, such as `fastmath=True`. Kernels raise nothing: a division by zero gives what
+    the processor makes of it. They allocate nothing, either: the caller passes scratch.
     """
     return lambda function: _made(Entry, function, signature, options)
 
@@ -234,11 +234,11 @@ _load: Callable[[str], object]
 
 
 def units(*modules: str) -> list[Unit]:
-    """What these modules, imported, have to be compiled."""
+    """The kernels of these modules, which have been imported."""
     return [Unit(module, tuple(_entries[module])) for module in modules if module in _entries]
 
 
 def load_with(load: Callable[[str], object]) -> None:
-    """What loads the kernels of a module when one of them is called for the first time."""
+    """Have this function load the kernels of a module when one of them is called first."""
     global _load
     _load = load

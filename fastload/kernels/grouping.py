@@ -4,7 +4,7 @@ webdataset's convention: a sample is a run of members with the same key, the nam
 last part; what follows that dot is the column. Names come as bytes, all in one array, and keys and columns
 are compared as such. The few distinct columns are found through a hash table; consecutive members mostly have
 equal or different keys within the first bytes, so keys are compared directly. The hash begins with a number that the
-caller draws, so that nobody can make an archive whose columns all have the same.
+caller draws, so that no archive can be made whose columns all have the same.
 """
 
 from __future__ import annotations

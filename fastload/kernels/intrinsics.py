@@ -93,7 +93,7 @@ def prefetch(typing: Any, source: Any, at: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def array_at(typing: Any, address: Any, length: Any, dtype: Any) -> Any:
-    """An array over memory that is somebody else's."""
+    """An array over memory that another object owns."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = context.get_data_type(dtype.dtype)

@@ -19,7 +19,7 @@ and of two where nothing was compiled; CPU-seconds, since other programs had mos
 
                                                         ahead of time    numba's own
     first batch of photographs, beyond `import torch`     0.8 CPU-s         1.9
-    kernels of a first batch, in a process with torch     0.08              1.0
+    kernels of a first batch, in a process with torch     0.09              1.1
     - in one without                                      0.1               1.3
     - in eight at once                                    1.9              15
     - for a user with nowhere to write                    0.3              21
@@ -29,8 +29,10 @@ and of two where nothing was compiled; CPU-seconds, since other programs had mos
     one call                                              0.25 us           0.57
 
 So each process of a job would start a second later, where `bench.start` asks for 0.7 s in all, and would need 45 MiB
-more, and each image or read-only machine would compile in every process. How often a batch takes the GIL is the same.
-numba's cache cannot be part of a wheel, as it fits one version of numba and Python and one type of processor.
+more; and jobs in images and on read-only machines would compile in every process. A batch takes the GIL as often either
+way (`bench.interference --case records`: six times in the thread that decodes), but dispatchers now and then hold it
+for 5 ms, and these kernels for 1. numba's cache cannot be part of a wheel: it fits one version of numba and Python,
+and one type of processor.
 
 Rejected, too: shared libraries, which need a linker wherever something is compiled; plain Python until the compiler is
 done, which holds the GIL and needs as long for one image or one shard of records; writing kernels in C, which takes a C
@@ -77,7 +79,7 @@ _CONVENTION = f"1 {object.__basicsize__} {sys.byteorder} {CHECKS_BOUNDS}"
 # A child that is forked while another thread compiles would find numba half imported, and its locks held for ever.
 _lock = held_while_forking(threading.RLock())
 
-# After a compilation the lock is left alone for so long: who waits for it has called a kernel, and is to have the next.
+# After a compilation the lock is free for so long: a thread that waits for it has called a kernel, and goes first.
 _TURN_S = 0.01
 _PROGRESS_S = 5.0
 
@@ -191,7 +193,7 @@ def _compile(modules: Sequence[str]) -> None:
         with _lock, objects.alone():
             unit = _pending(module)
             if unit is None or _load(unit):
-                continue  # by another thread or process, for which we have waited
+                continue  # another thread or process has compiled it meanwhile
             speaks = speaks or objects.is_first_to_compile()
             if why is not None:
                 _compile_plainly(unit, why, speaks)

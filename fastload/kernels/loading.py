@@ -1,4 +1,4 @@
-"""Machine code from an object file into this process, and which level of processor this one has.
+"""Loads machine code from an object file into this process; knows the level of its processor.
 
 Levels are those of the x86-64 psABI, which LLVM knows by these names: v3 has AVX2, v4 AVX-512. On other machines there
 is one level, what all of them have. Object files for a level serve on every machine that has it, so that a folder may
@@ -168,11 +168,11 @@ def _prepare() -> None:
     array = np.zeros((3, 5), np.int32)[:, :4]
     array.flags.writeable = False
     found = Header.from_address(id(array))
-    told = found.type, found.data, tuple(found.shape[: found.dimensions]), found.flags & WRITABLE, found.descr[0].number
+    read = found.type, found.data, tuple(found.shape[: found.dimensions]), found.flags & WRITABLE, found.descr[0].number
     there = id(np.ndarray), array.ctypes.data, array.shape, 0, array.dtype.num
-    if told != there:
+    if read != there:
         raise RuntimeError(
-            f"numpy {np.__version__} lays arrays out in a way that fastload's kernels do not know: {told}"
+            f"numpy {np.__version__} lays arrays out in a way that fastload's kernels do not know: {read}"
         )
 
 

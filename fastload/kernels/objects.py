@@ -1,21 +1,21 @@
-"""Object files with compiled kernels: where they lie, whose are believed, and how many processes share them.
+"""Object files with compiled kernels: where they lie, which are trusted, and how processes share them.
 
     FOLDER/tarindex-8d1c2a....x86-64-v3.o       a module of kernels, all that its code depends on, a level of processor
 
 There are two folders: one in the installation, as good as the code beside it, and one of the user's,
 `$FASTLOAD_KERNELS` or `~/.cache/fastload-kernels`. There is no index: a file's name says exactly what is in it, it is
 written under another name and renamed when it is whole, and it begins with a checksum. So processes that begin at once
-cannot mix anything up. Of those that lack a file, one compiles it while the others wait for its lock, which the kernel
-takes from a process that ends; they wait for a while only, and then compile for themselves.
+cannot mix anything up. Of those that lack a file, one compiles it while the others wait for its lock, which the system
+releases when a process ends; they wait up to a minute, and then compile for themselves.
 
-An object file is code, and is run. So nobody else may have been able to write it:
+An object file is code, and is run. So no other user may have been able to write it:
 
-- folder and file must be ours or root's, and must not be writable for group or others;
-- another user's are believed only in the folder that `$FASTLOAD_KERNELS` names, which is whoever sets it saying so, and
-  where nobody but that user and root can have put another folder in its place. That is the case of an image which one
+- folder and file must belong to this user or to root, and must not be writable for group or others;
+- another user's are trusted only in the folder that `$FASTLOAD_KERNELS` names, since it was named deliberately, and
+  only where that user and root alone can have put another folder in its place. That is the case of an image which one
   user builds (`fastload compile --to FOLDER`) and another runs.
 
-What is believed is what was looked at: a file is opened relative to the open folder, without following links, and it is
+What is trusted is what was checked: a file is opened relative to the open folder, without following links, and it is
 the open file that is checked and read. Where nothing can be kept, kernels are compiled in each process anew, and a line
 in the log says so, and what to do about it.
 """
@@ -64,7 +64,7 @@ _TEMP_AGE_S_MAX = 3600.0
 _ALONE_S_MAX = 60.0
 _LOOK_AGAIN_S = 0.02
 _PATIENCE_S = 20.0
-# What others have made since then is of this job, and they have said so.
+# What was compiled since then is of this job, and was announced.
 _JUST_NOW_S = 60.0
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -74,7 +74,7 @@ _log = logging.getLogger("fastload.kernels")
 
 
 class UntrustedError(Exception):
-    """A folder or file that others may have written, or of which we cannot say whose it is."""
+    """A folder or file that others may have written, or whose owner is unknown."""
 
 
 def users_folder() -> Path:
@@ -90,7 +90,7 @@ def users_folder() -> Path:
 
 
 def find(name: str) -> bytes | None:
-    """The object of this name, or None where there is none that is whole and believed."""
+    """The object of this name, or None where there is none that is whole and trusted."""
     with contextlib.suppress(FileNotFoundError):
         code = _whole((INSTALLED / name).read_bytes())
         if code is not None:
@@ -123,7 +123,7 @@ def why_not_installed(name: str) -> str:
 
 
 def find_in(folder: Path, name: str) -> bytes | None:
-    """The object of this name in a folder. OSError or UntrustedError where it cannot be read or believed."""
+    """The object of this name in a folder. OSError or UntrustedError where it cannot be read or trusted."""
     with contextlib.suppress(FileNotFoundError), _opened(folder) as fd:
         return _read(folder, fd, name)
     return None
@@ -172,7 +172,7 @@ def alone() -> Iterator[None]:
 
 
 def writable_folder(name: str) -> Path | None:
-    """A folder of this name in the user's, made where there is none, to which nobody else can write; None where this
+    """A folder of this name in the user's, made where there is none, to which no other user can write; None where this
     user cannot, either.
     """
     try:

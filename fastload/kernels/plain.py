@@ -1,6 +1,6 @@
 """The plain way: kernels as numba's own dispatchers, `numba.njit(nogil=True, cache=True)`, where `jit` decides so.
 
-Only what numba documents is used, so that a version that nobody has tried yet serves. numba's index of what it keeps is
+Only what numba documents is used, so that versions serve which were not tried. numba's index of what it keeps is
 not made for several writers, and it does not see that a function changes which another calls. So what it keeps lies in
 a folder of the user's that belongs to one version of everything, and one process at a time compiles a module
 (`objects.alone`).
@@ -61,13 +61,13 @@ def _dispatcher(kernel: Kernel, is_kept: bool) -> Any:
         if isinstance(kernel, Entry):
             signature = _numba_type(kernel.signature.returns)(*map(_numba_type, kernel.signature.arguments))
             _dispatchers[kernel] = numba.njit(signature, cache=is_kept, **options)(function)
-        else:  # compiled where one that calls it is, for what that gives it
+        else:  # compiled with its callers, for the types that they pass
             _dispatchers[kernel] = numba.njit(**options)(function)
     return _dispatchers[kernel]
 
 
 def _with_dispatchers(function: FunctionType, is_kept: bool) -> FunctionType:
-    """The same function, to which numba's things go by the names of ours."""
+    """The same function, with numba's types and functions under the names of our own."""
     code, names = function.__code__, dict(function.__globals__)
     for name in {each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL"}:
         value = names.get(name)

@@ -11,7 +11,9 @@ import llvmlite
 import numba
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from fastload.cli import app
 from fastload.kernels import compile_into, jit, objects
 from tests.kernels.example import SOURCE, run
 
@@ -94,6 +96,16 @@ def test_nothing_is_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for is_there in ("False", "True"):
         found = subprocess.run([sys.executable, "-c", is_known], capture_output=True, text=True, check=True)
         assert found.stdout == f"{is_there} 1\n"
+
+
+def test_the_status_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(jit.PLAIN, "1")
+    status = CliRunner().invoke(app, ["compile", "--status"])
+    assert status.exit_code == 3
+    assert (
+        "numba compiles them in each user's first job, and keeps them, since FASTLOAD_PLAIN_NUMBA is" in status.output
+    )
+    assert "C unit: " in status.output
 
 
 def test_kernels_compiled_the_plain_way_do_the_same() -> None:
