@@ -3,7 +3,8 @@
     @kernel(int64(array_in(uint8), int64))
     def count(values, of): ...
 
-numba has such types, too, but takes a fifth of a second to import.
+numba has such types, too, but takes a fifth of a second to import. Neither this module nor `jit` needs numpy to be
+imported: where pip builds without it, `python -m fastload.kernels` says what it lacks.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, TypeAlias, TypeVar
-
-import numpy as np
 
 __all__ = [
     "Array",
@@ -60,6 +59,8 @@ class Scalar:
 
     def __call__(self, *arguments: Any) -> Any:
         if arguments and not isinstance(arguments[0], (Scalar, Array, Tuple)):
+            import numpy as np
+
             return np.dtype(self.name).type(*arguments)
         return Signature(self, arguments)
 
@@ -173,6 +174,8 @@ class Entry(Kernel):
             raise RuntimeError(f"{name} failed: an index out of bounds, or an error in what numba compiled for it")
         if place >= len(wanted):
             raise TypeError(f"{name} takes {len(wanted)} arguments: {', '.join(map(str, wanted))}")
+        import numpy as np
+
         shown = type(given).__name__
         if isinstance(given, np.ndarray):
             access = "writable" if given.flags.writeable else "read-only"

@@ -58,8 +58,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from fastload.kernels import objects
 from fastload.kernels.declare import Kernel, Unit, load_with, units
 from fastload.lifecycle import held_while_forking
@@ -68,7 +66,7 @@ __all__ = ["PLAIN", "TRIED", "is_found", "object_name", "prepare", "why_plain"]
 
 CHECKS_BOUNDS = os.environ.get("NUMBA_BOUNDSCHECK", "0") not in ("", "0")
 
-TRIED = {"numba": ((0, 60), (0, 68)), "llvmlite": ((0, 43), (0, 50)), "numpy": ((1, 26), (2, 4))}
+TRIED = {"numpy": ((1, 26), (2, 4)), "llvmlite": ((0, 43), (0, 50)), "numba": ((0, 60), (0, 68))}
 """The first and the last version of each with which the compiler here, and what it makes, has been tried."""
 PLAIN = "FASTLOAD_PLAIN_NUMBA"
 """Where this variable is 1, kernels are compiled the plain way."""
@@ -119,6 +117,8 @@ _COMPILER = ("compiler.py", "entries.py", "intrinsics.py", "declare.py", "loadin
 
 def _add_ingredients(kernel: Kernel, found: set[Path | str]) -> None:
     """The source files of a kernel and of those that it calls, and the constants that they take from elsewhere."""
+    import numpy as np
+
     code, names = kernel.function.__code__, kernel.function.__globals__
     found.add(Path(code.co_filename))
     for name in code.co_names:
@@ -244,6 +244,8 @@ def _announce(reason: str) -> None:
 
 
 def _bind(unit: Unit, code: bytes) -> None:
+    import numpy as np
+
     from fastload.kernels import loading
 
     addresses = loading.load(code, [each.symbol for each in unit.kernels])
