@@ -122,6 +122,17 @@ def test_what_cannot_be_done_is_said_at_once(options: list[str], says: str) -> N
     assert says in done.stderr
 
 
+def test_a_build_that_lacks_what_compiles_says_so(tmp_path: Path) -> None:
+    code = (
+        "import runpy, sys; sys.modules['numpy'] = None; sys.argv[1:] = [sys.argv[1], 'here']; "
+        "runpy.run_module('fastload.kernels', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("fastload's kernels cannot be compiled: import of numpy halted")
+    assert "pip install 'numba>=0.60'" in done.stderr
+
+
 def test_which_kernels_decoders_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "c_unit", lambda: None)
     decoders = {
