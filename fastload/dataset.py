@@ -41,11 +41,11 @@ from fastload.dataset_base import BatchOf, Columns, DatasetBase, Made, Row, Samp
 from fastload.decode import Decoder
 from fastload.errors import ConfigError
 from fastload.pipeline.columns import ColumnSet
-from fastload.pipeline.finish import Finish, Function, OneMaker
+from fastload.pipeline.finish import Finish, Function, Maker, SourceMaker
 from fastload.pipeline.gather import Skips
 from fastload.pipeline.job import Beginning, Job
 from fastload.pipeline.lookup import Lookup
-from fastload.pipeline.passes import OnePass, PassOptions, SourcePass, begin_pass, open_source
+from fastload.pipeline.passes import Pass, PassOptions, SourcePass, open_source
 from fastload.pipeline.source import Source
 from fastload.plan import (
     OrderOptions,
@@ -56,6 +56,8 @@ from fastload.plan import (
     SourcePlan,
     Tail,
     check_tail,
+    epoch_cursor,
+    epoch_orders,
     sample_count_of_rank,
 )
 from fastload.redaction import redact
@@ -358,20 +360,28 @@ class StreamingDataset(DatasetBase[Sample]):
         """Whether samples that cannot be read are left out."""
         return self._settings.passes.skips_errors
 
-    def begin(self, epoch: int, batch_size: int, *, start: Any = None, **options: Any) -> OnePass:
+    def begin(self, epoch: int, batch_size: int, *, start: Any = None, **options: Any) -> Pass:
         begin = Beginning(epoch) if start is None else Beginning(epoch, start.fingerprints[0], start.samples)
         self.settle({"tail": self.tail, "batch_size": batch_size}, begin)
-        options["start"] = start
-        return begin_pass(self._source, self._job, self._passes, epoch, batch_size, **options)
+        skips = Skips() if self.skips_errors else None
+        opened = self.open(skips, next_epoch=epoch + 1)
+        try:
+            orders = epoch_orders(*self.plan(), epoch)
+            cursor = epoch_cursor(orders, self.ranks, batch_size, tail=self.tail, start=start, **options)
+            return Pass.over(cursor, [opened], skips)
+        except BaseException:
+            opened.end()
+            raise
 
     def settle(self, settings: Mapping[str, Any], begin: Beginning, sharers: int = 1) -> None:
         """Agree with the other ranks of the job on what is read in which order; see `Job.settle`."""
         in_worker = torch.utils.data.get_worker_info() is not None
         self._job.settle(self._source, settings, begin, in_worker=in_worker, sharers=sharers)
 
-    def open(self, skips: Skips | None) -> SourcePass:
-        """Open a session for a pass over a mixture that this is a source of; its `end` must follow."""
-        return open_source(self._source, self._job, self._passes, skips)
+    def open(self, skips: Skips | None, next_epoch: int | None = None) -> SourcePass:
+        """Open a session for a pass over this, or over a mixture of which it is a source; its `end` must follow."""
+        passes = replace(self._settings.passes, functions=self._on_samples)
+        return open_source(self._source, self._job, passes, skips, next_epoch)
 
     def plan(self) -> SourcePlan:
         """What is read, and in which order; before a pass has begun, as far as this process can say by itself."""
@@ -393,10 +403,6 @@ class StreamingDataset(DatasetBase[Sample]):
         self._source.close()
 
     @property
-    def _passes(self) -> PassOptions:
-        return replace(self._settings.passes, functions=self._on_samples)
-
-    @property
     def _source(self) -> Source:
         """The data as this process sees it; after a fork the child makes its own."""
         if self._source_here.is_inherited:
@@ -412,7 +418,7 @@ class StreamingDataset(DatasetBase[Sample]):
 
     def _make(self, numbers: Any, starts: npt.NDArray[np.int64], gives: Literal["batch", "samples"]) -> Any:
         on_batches = self._on_batches if gives == "batch" else ()
-        finish = Finish(OneMaker(self.columns, self._on_samples), gives, on_batches=on_batches)
+        finish = Finish(Maker((SourceMaker(self.columns, self._on_samples),)), gives, on_batches=on_batches)
         return self._lookup.make(np.asarray(numbers, np.int64), starts, self.next_epoch(), finish)
 
     @property
@@ -420,7 +426,7 @@ class StreamingDataset(DatasetBase[Sample]):
         """What finds samples by number, in this process."""
         lookup, source = self._lookup_here, self._source
         if lookup is None or lookup.source is not source:
-            maker = OneMaker(self.columns, self._on_samples)
+            maker = SourceMaker(self.columns, self._on_samples)
             lookup = self._lookup_here = Lookup(source, maker, self._job.order.seed)
         return lookup
 

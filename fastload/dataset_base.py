@@ -22,7 +22,7 @@ from fastload.callers import public
 from fastload.errors import ConfigError
 from fastload.pipeline.epoch_counter import EpochCounter
 from fastload.pipeline.finish import Finish, Function
-from fastload.pipeline.passes import Pass, made
+from fastload.pipeline.passes import Pass
 from fastload.pipeline.resume import Delivery, IterationState
 from fastload.pipeline.run import InlineRun, Iteration
 from fastload.plan import Position, Ranks, Split, Tail
@@ -205,7 +205,7 @@ class DatasetBase(torch.utils.data.IterableDataset[Sample]):
             self._epochs.go_on_after(resumed.epoch)
         self._resumed = None
         finish = partial(Finish(current.maker, "samples"), slots=current.slots)
-        run = InlineRun(current.feed, lambda entry: made(current, entry, finish, current.memory), current.waits)
+        run = InlineRun(current.feed, lambda entry: current.make(entry, finish, current.memory), current.waits)
         entries = Iteration(run, current.interrupted, current.end)
         warn = self.warn_once if info is None and not resumed.is_within_epoch else None
         self._delivery = Delivery(current.cursor, resumed, worker[1], warn, current.skips)

@@ -23,7 +23,7 @@ from fastload.dataset_base import DatasetBase
 from fastload.device import mover_to, pinned
 from fastload.errors import ConfigError, StateError
 from fastload.pipeline.finish import Finish
-from fastload.pipeline.passes import Pass, made
+from fastload.pipeline.passes import Pass
 from fastload.pipeline.resume import why_nothing_came
 from fastload.pipeline.run import NOTHING, DecodePool, InlineRun, Iteration, ThreadedRun
 from fastload.pipeline.workers import WorkerOptions, Workers
@@ -91,7 +91,7 @@ class _Progress:
         if current is None:
             assert ended_at is not None, "an epoch that is over has ended somewhere"
             return ended_at.at_epoch(next_epoch)
-        return current.cursor.start if last is None else current.position(last)
+        return current.cursor.start if last is None else current.feed.position(last)
 
 
 class Stream:
@@ -318,10 +318,10 @@ def _maker(
 
     def make(entry: Any) -> Any:
         if workers is None:
-            batch = made(current, entry, here, current.memory, is_keyed=is_keyed)
+            batch = current.make(entry, here, current.memory, is_keyed=is_keyed)
         else:
             with workers.lend() as lane:
-                batch = made(current, entry, lane.call, lane.memory, is_keyed=is_keyed)
+                batch = current.make(entry, lane.call, lane.memory, is_keyed=is_keyed)
         if finish.gives == "samples":
             if not batch:
                 return NOTHING

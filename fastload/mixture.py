@@ -1,8 +1,8 @@
 """Mixture: several data sets read as one, by weights.
 
-Which source a sample is from is a function of weights, seed and epoch, and each source is read in its own order, by
-the same nodes as if it were read alone (see `plan.mixture`). So a mixture has what a data set has: the same global
-batches at every size, every sample of a source once in each of its epochs, and a state of a few integers.
+The source of each sample is a function of weights, seed and epoch, and each source is read in its own order, by the
+same nodes as if it were read alone (see `plan.mixture`). So a mixture keeps the promises of a data set: the same global
+batches at every world size, every sample of a source once in each of its epochs, and a state of a few integers.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from fastload.dataset import StreamingDataset
 from fastload.dataset_base import BatchOf, DatasetBase, Made, Row, Sample, Unsaid
 from fastload.errors import ConfigError
 from fastload.kernels import compile_in_background
-from fastload.pipeline.finish import Function
+from fastload.pipeline.finish import Function, Mixing
 from fastload.pipeline.gather import Skips
 from fastload.pipeline.job import Beginning
-from fastload.pipeline.mixed import MixedPass, begin_mixed_pass
+from fastload.pipeline.passes import Pass
 from fastload.plan import (
     MixtureOptions,
     Position,
@@ -160,7 +160,7 @@ class Mixture(DatasetBase[Sample]):
         """Into how many partitions each source is dealt."""
         return self._sources[0].partitions
 
-    def begin(self, epoch: int, batch_size: int, **options: Any) -> MixedPass:
+    def begin(self, epoch: int, batch_size: int, **options: Any) -> Pass:
         if not self._is_compiling:
             self._is_compiling = True
             compile_in_background("mixing")
@@ -172,9 +172,8 @@ class Mixture(DatasetBase[Sample]):
                 opened.append(dataset.open(skips if dataset.skips_errors else None))
                 undoing.callback(opened[-1].end)
             plans = [dataset.plan() for dataset in self._sources]
-            options = {"tail": self.tail, **options}
-            made_of = opened, plans, self._options, self._names, self._on_samples, skips
-            begun = begin_mixed_pass(*made_of, epoch, self.ranks, batch_size, **options)
+            cursor = mixture_cursor(plans, self._options, epoch, self.ranks, batch_size, tail=self.tail, **options)
+            begun = Pass.over(cursor, opened, skips, Mixing(self._names, self._on_samples))
             undoing.pop_all()
         return begun
 

@@ -12,7 +12,6 @@ import torch
 
 import fastload
 from fastload.pipeline import agreement
-from fastload.pipeline.mixed import MixedPass
 from tests.shards import Corpus, corpus, tar_of
 
 WEIGHTS = (0.5, 0.3, 0.2)
@@ -103,8 +102,7 @@ def test_interrupting_a_pass_interrupts_all_of_its_consumers(urls, cache) -> Non
     several = mixture(urls, cache)
     with closing(one), closing(several):
         for current in (one.begin(0, 8), several.begin(0, 8)):
-            sources = current.sources if isinstance(current, MixedPass) else [current.source]
-            consumers = [each.session.consumer for each in sources]
+            consumers = [each.session.consumer for each in current.sources]
             with current.interrupted():
                 assert all(consumer.is_interrupted for consumer in consumers)
             assert not any(consumer.is_interrupted for consumer in consumers)

@@ -1,4 +1,4 @@
-"""Which columns a batch has, and how each is decoded: what the user said, put in one form.
+"""Which columns a batch has, and how each is decoded: the user's arguments in one form.
 
 Shard indexes have the names of columns in lower case, so a name is looked up like that; a batch has it as the user
 writes it. A "?" behind a name is no part of it: it says that samples may lack the column.
@@ -161,7 +161,7 @@ _CALLED = {
 
 
 def _instead_of(decoder: object) -> str:
-    """What to write in the place of what is no decoder."""
+    """What to write instead of something that is no decoder."""
     name = decoder.lower() if isinstance(decoder, str) else getattr(decoder, "__name__", str(decoder)).lower()
     if getattr(decoder, "__module__", "").startswith("fastload.decode"):
         return f"call it: fastload.decode.{name}(...)"

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise, repeat
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -44,19 +44,20 @@ Ints = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 Function = Callable[[Any], Any]
 Reseed = Callable[[int], None]
+PartOf = npt.NDArray[np.int32]
 Batch = Any  # dict of column -> value, or a tuple of values; or what the user's functions make of it
-# What is wrong with one sample, and nothing else.
+# Errors that concern one sample alone.
 SAMPLE_ERRORS = (DecodeError, MissingColumnError)
 SOURCE = "__source__"
 
 
 def _as_list(values: list[Any], *, collate_fn_map: Any = None) -> list[Any]:
-    """What becomes of values the first of which is missing, as of bytes and text."""
+    """Collates a column whose first value is missing as bytes and text are: into a list."""
     return values
 
 
 class Names:
-    """Keys and URLs of some samples, looked up once somebody asks."""
+    """Keys and URLs of some samples, looked up when they are first needed."""
 
     def __init__(self, keys: Callable[[], list[str]], urls: Callable[[], list[str]]) -> None:
         self._keys, self._urls = keys, urls
@@ -87,7 +88,7 @@ def _names(keys: list[str], urls: list[str]) -> Names:
 class Gathered:
     """`count` samples of one data set: for each column its values end to end, and their offsets int64[count + 1].
 
-    `random_keys`: uint64[count], where something asks for them. `present`: of each optional column, bool[count]: which
+    `random_keys`: uint64[count], where something needs them. `present`: of each optional column, bool[count]: which
     samples have it; its values are empty where they do not.
     """
 
@@ -104,69 +105,35 @@ class Gathered:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class GatheredParts:
-    """Samples of several data sets: sample i is the next one of part `part_of[i]`; part k is of source `sources[k]`."""
+class GatheredBatch:
+    """The samples of a batch. Part k is of source `sources[k]`, and sample i is the next one of part `part_of[i]`;
+    `part_of` is None for a data set that is read alone, whose batches have one part.
+    """
 
     parts: list[Gathered]
-    part_of: npt.NDArray[np.int32]
     sources: list[int]
+    part_of: PartOf | None = None
 
     @property
     def seed(self) -> int | None:
-        """As of one data set."""
+        """A number that says which samples these are, and in which epoch; None where nothing asks for it."""
+        if self.part_of is None:
+            return self.parts[0].seed
         seeds = [part.seed for part in self.parts if part.seed is not None]
         return seeds[0] ^ len(self.part_of) if seeds else None
 
 
-class Maker(Protocol):
-    """What is made of gathered samples."""
-
-    @property
-    def is_mapped(self) -> bool:
-        """Whether samples go through functions."""
-        ...
-
-    @property
-    def has_optional(self) -> bool:
-        """Whether samples may lack a column."""
-        ...
-
-    def batch(self, gathered: Any, slots: Slots) -> Batch:
-        """All of them, as columns."""
-        ...
-
-    def samples(self, gathered: Any, reseed: Reseed) -> Iterator[Any]:
-        """Each of them."""
-        ...
-
-    def origin(self, gathered: Any, number: int) -> tuple[Function, str]:
-        """The function that one of them came from, and which it is, for an error."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
-class OneMaker:
-    """Makes batches of one data set, decoded, and samples that functions were applied to."""
+class SourceMaker:
+    """Decodes the samples of one source, and applies its functions to them."""
 
     columns: ColumnSet
     functions: tuple[Function, ...] = ()
 
-    @property
-    def is_mapped(self) -> bool:
-        """Whether samples go through functions."""
-        return bool(self.functions)
-
-    @property
-    def has_optional(self) -> bool:
-        """Whether samples may lack a column."""
-        return bool(self.columns.optional)
-
-    def batch(self, gathered: Gathered, slots: Slots) -> Batch:
-        """A dict with `__key__` and `__url__`, or a tuple of the columns alone."""
-        return _in_torch(self.arrays(gathered, slots))
-
     def arrays(self, gathered: Gathered, slots: Slots) -> Batch:
-        """The same with arrays in place of tensors, each of which takes the GIL once more when it goes."""
+        """A dict with `__key__` and `__url__`, or a tuple of the columns alone: arrays, since each tensor takes the GIL
+        once more when it is dropped.
+        """
         values = [self._decoded(gathered, name, slots) for name in gathered.columns]
         if self.columns.as_tuple:
             return tuple(values)
@@ -195,10 +162,6 @@ class OneMaker:
             }
             made = tuple(sample.values()) if self.columns.as_tuple else {KEY: key, URL: url, **sample}
             yield apply(self.functions, made, f"sample {key!r} of {url}", random_key, reseed)
-
-    def origin(self, gathered: Gathered, number: int) -> tuple[Function, str]:
-        """The last function, and the sample's key and URL."""
-        return self.functions[-1], f"sample {gathered.names.keys[number]!r} of {gathered.names.urls[number]}"
 
     def _decoded(self, gathered: Gathered, name: str, slots: Slots) -> Any:
         values, offsets = gathered.columns[name]
@@ -232,30 +195,40 @@ def _value_in_torch(value: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class MixedMaker:
-    """Makes batches of a mixture. `names`: of the columns of tuples, if its sources make tuples."""
+class Mixing:
+    """What a mixture adds to its sources: `names` of the columns of tuples, if they make tuples, and `functions` on
+    samples.
+    """
 
-    makers: tuple[OneMaker, ...]
     names: tuple[str, ...] | None
     functions: tuple[Function, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """Makes batches and samples of one data set that is read alone, or (`mixing`) of a mixture."""
+
+    sources: tuple[SourceMaker, ...]
+    mixing: Mixing | None = None
 
     @property
     def is_mapped(self) -> bool:
         """Whether samples of a source, or all, go through functions."""
-        return bool(self.functions) or any(maker.is_mapped for maker in self.makers)
+        return any(maker.functions for maker in self.sources) or bool(self.mixing and self.mixing.functions)
 
     @property
     def has_optional(self) -> bool:
         """Whether samples of a source may lack a column."""
-        return any(maker.has_optional for maker in self.makers)
+        return any(maker.columns.optional for maker in self.sources)
 
-    def batch(self, gathered: GatheredParts, slots: Slots) -> Batch:
-        """A dict with `__key__`, `__url__` and `__source__`, or a tuple of the columns alone."""
-        sources = gathered.sources
-        parts = [self.makers[n].arrays(part, slots) for n, part in zip(sources, gathered.parts, strict=True)]
-        part_of = gathered.part_of
-        if self.names is not None:
-            columns = zip(self.names, zip(*parts, strict=True), strict=True)
+    def batch(self, gathered: GatheredBatch, slots: Slots) -> Batch:
+        """A dict with `__key__` and `__url__`, of a mixture `__source__` too; or a tuple of the columns alone."""
+        sources, part_of = gathered.sources, gathered.part_of
+        parts = [self.sources[n].arrays(part, slots) for n, part in zip(sources, gathered.parts, strict=True)]
+        if self.mixing is None or part_of is None:
+            return _in_torch(parts[0])
+        if self.mixing.names is not None:
+            columns = zip(self.mixing.names, zip(*parts, strict=True), strict=True)
             return _in_torch(tuple(interleave(name, values, part_of, slots) for name, values in columns))
         batch = {
             name: interleave(name, [part[name] for part in parts], part_of, slots)
@@ -264,25 +237,41 @@ class MixedMaker:
         # Not by numpy's indexing, which lets go of the GIL.
         return _in_torch({**batch, SOURCE: np.array(list(map(sources.__getitem__, part_of.tolist())), np.int64)})
 
-    def samples(self, gathered: GatheredParts, reseed: Reseed) -> Iterator[Any]:
-        """The samples, one by one; dicts with `__source__`."""
+    def samples(self, gathered: GatheredBatch, reseed: Reseed) -> Iterator[Any]:
+        """The samples, one by one; those of a mixture, if they are dicts, with `__source__`."""
         sources = gathered.sources
-        parts = [self.makers[n].samples(part, reseed) for n, part in zip(sources, gathered.parts, strict=True)]
+        parts = [self.sources[n].samples(part, reseed) for n, part in zip(sources, gathered.parts, strict=True)]
+        if self.mixing is None or gathered.part_of is None:
+            return parts[0]
+        return self._mixed(gathered, gathered.part_of.tolist(), parts, self.mixing.functions, reseed)
+
+    def origin(self, gathered: GatheredBatch, number: int) -> tuple[Function, str]:
+        """The last function that a sample went through, and the sample's key and URL, for an error."""
+        part, functions = 0, () if self.mixing is None else self.mixing.functions
+        if gathered.part_of is not None:
+            part = int(gathered.part_of[number])
+            number = int(np.count_nonzero(gathered.part_of[:number] == part))
+        names = gathered.parts[part].names
+        functions = (*self.sources[gathered.sources[part]].functions, *functions)
+        return functions[-1], f"sample {names.keys[number]!r} of {names.urls[number]}"
+
+    @staticmethod
+    def _mixed(
+        gathered: GatheredBatch,
+        part_of: list[int],
+        parts: list[Iterator[Any]],
+        functions: tuple[Function, ...],
+        reseed: Reseed,
+    ) -> Iterator[Any]:
+        sources = gathered.sources
         keys = [
             repeat(None) if part.random_keys is None else iter(part.random_keys.tolist()) for part in gathered.parts
         ]
-        for number in gathered.part_of.tolist():
+        for number in part_of:
             sample, key = next(parts[number]), next(keys[number])
             if isinstance(sample, dict):
                 sample = {**sample, SOURCE: sources[number]}
-            yield apply(self.functions, sample, f"a sample of source {sources[number]}", _of_step(key, 1), reseed)
-
-    def origin(self, gathered: GatheredParts, number: int) -> tuple[Function, str]:
-        """The last function, of the mixture or else of the source, and the sample's key and URL."""
-        part = int(gathered.part_of[number])
-        maker = self.makers[gathered.sources[part]]
-        named = replace(maker, functions=(*maker.functions, *self.functions))
-        return named.origin(gathered.parts[part], int(np.count_nonzero(gathered.part_of[:number] == part)))
+            yield apply(functions, sample, f"a sample of source {sources[number]}", _of_step(key, 1), reseed)
 
 
 def _common_columns(sources: Sequence[int], parts: Sequence[dict[str, Any]]) -> list[str]:
@@ -301,7 +290,7 @@ def _common_columns(sources: Sequence[int], parts: Sequence[dict[str, Any]]) -> 
 class Finish:
     """What is done with gathered samples; call it.
 
-    `gives`: "batch"; or "samples", a list of those that there are, which `collate`, if any, is applied to one by one.
+    `gives`: "batch"; or "samples", a list, to each of which `collate` is applied, if there is one.
     Batches of samples that functions or a `collate` of the user's are applied to are collated, by torch's
     `default_collate` where no other is given; `on_batches` are applied to batches in the end.
     """
@@ -313,10 +302,10 @@ class Finish:
 
     @property
     def has_functions(self) -> bool:
-        """Whether anything of it is the user's."""
+        """Whether functions of the user are part of it."""
         return self.maker.is_mapped or self.collate is not None or bool(self.on_batches)
 
-    def __call__(self, gathered: Any, slots: Slots, reseed: Reseed = lambda key: None) -> Any:
+    def __call__(self, gathered: GatheredBatch, slots: Slots, reseed: Reseed = lambda key: None) -> Any:
         """The batch, or the samples."""
         seed = gathered.seed
         if self.gives == "samples":
@@ -326,7 +315,7 @@ class Finish:
         batch = self._batch(gathered, slots, _of_step(seed, 2), reseed)
         return apply(self.on_batches, batch, "a batch", _of_step(seed, 3), reseed)
 
-    def _batch(self, gathered: Any, slots: Slots, seed: int | None, reseed: Reseed) -> Any:
+    def _batch(self, gathered: GatheredBatch, slots: Slots, seed: int | None, reseed: Reseed) -> Any:
         if not self.maker.is_mapped and self.collate is None:
             return self.maker.batch(gathered, slots)
         samples = list(self.maker.samples(gathered, reseed))
@@ -347,12 +336,12 @@ class Finish:
 
 
 def _of_step(key: int | None, step: int) -> int | None:
-    """What to seed with before a later step, which would else draw what the functions on samples have drawn."""
+    """The seed of a later step, which would otherwise draw the same numbers as the functions on samples."""
     return None if key is None else (key + step * 0x9E3779B97F4A7C15) % (1 << 64)
 
 
 def apply(functions: Sequence[Function], value: Any, what: str, key: int | None, reseed: Reseed) -> Any:
-    """What the functions make of a value; where one fails, its error says of what."""
+    """The value after all functions; where one fails, a note on its error says for which value."""
     if functions and key is not None:
         reseed(key)
     for function in functions:
@@ -370,13 +359,10 @@ def _name(function: Function) -> str:
 
 
 def reseed_all(key: int) -> None:
-    """Seed the generators of Python, numpy and torch; for processes that are there for nothing else."""
+    """Seed the generators of Python, numpy and torch; for worker processes only."""
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)  # it is this global generator that users' functions draw from
     torch.manual_seed(key & 0x7FFFFFFFFFFFFFFF)
-
-
-PartOf = npt.NDArray[np.int32]
 
 
 def rows_of_parts(part_of: PartOf, part_count: int) -> list[Ints]:
@@ -387,7 +373,7 @@ def rows_of_parts(part_of: PartOf, part_count: int) -> list[Ints]:
 
 
 def interleave(name: str, parts: Sequence[Any], part_of: PartOf, slots: Slots) -> Any:
-    """The values of column `name`. Raises `ConfigError` where parts are not alike."""
+    """The values of column `name`. Raises `ConfigError` where parts differ in kind."""
     kinds = {_kind(part) for part in parts}
     if len(kinds) > 1:
         described = " and ".join(sorted(kinds))
@@ -440,7 +426,7 @@ def _ragged(parts: Sequence[Ragged], part_of: PartOf, slots: Slots) -> Ragged:
 
 
 def _places(arrays: Sequence[npt.NDArray[Any]]) -> tuple[Ints, Ints]:
-    """Where arrays, which lie in one piece each, begin, and how many bytes each has."""
+    """Addresses and sizes of contiguous arrays."""
     assert all(array.flags.c_contiguous for array in arrays), "arrays with gaps"
     return (
         np.array([array.ctypes.data for array in arrays], np.int64),

@@ -30,7 +30,7 @@ from fastload.decode.plain import Raw
 from fastload.errors import ConfigError, MissingColumnError
 from fastload.kernels.gather import gather_columns, lay_out
 from fastload.pipeline.columns import meant, shown
-from fastload.pipeline.finish import SAMPLE_ERRORS, Gathered, Names, OneMaker
+from fastload.pipeline.finish import SAMPLE_ERRORS, Gathered, Names, SourceMaker
 from fastload.pipeline.run import Entry
 from fastload.pipeline.windows import Ints, LiveWindows, LocatedSamples, Values
 from fastload.plan import BatchEntry, Manifest
@@ -66,7 +66,7 @@ class _Scratch(threading.local):
 
 
 class Gatherer:
-    """Copies values of one data set out of the arena. Safe to use from several threads."""
+    """Copies values of one data set out of the arena. Thread-safe."""
 
     def __init__(self, consumer: Consumer, chunk_count: int, chunk_bytes: int) -> None:
         self._consumer = consumer
@@ -75,7 +75,7 @@ class Gatherer:
         self._scratch = _Scratch()
 
     def lay_out(self, values: Values) -> Layout:
-        """Decide where they go, and find out which chunks they need."""
+        """Decide where they go, and which chunks they need."""
         self._scratch.reserve(self._chunk_count)
         columns, count = values.size.shape
         out_offset = np.empty((columns, count + 1), np.int64)
@@ -118,7 +118,7 @@ class Memory(Protocol):
     """Where gathered bytes go."""
 
     def begin(self) -> None:
-        """A batch begins: what this thread staged before is used no more."""
+        """A batch begins: what this thread staged before may be overwritten."""
         ...
 
     def stage(self, byte_count: int) -> Bytes:
@@ -151,7 +151,7 @@ class LocalMemory(threading.local):
 
 
 class SharedMemory:
-    """For batches that another process makes."""
+    """For batches that a worker process makes."""
 
     def __init__(self, pool: SharedPool) -> None:
         self.stage = self.give = pool.take
@@ -161,15 +161,16 @@ class SharedMemory:
 
 
 class Skips:
-    """Counts the samples that were left out of a pass, by entry, and says of the first why; and at the end once more,
-    where nothing else was there. Safe to use from several threads.
+    """Counts the samples that a pass leaves out, by entry. Thread-safe.
+
+    It warns of the first, with its error; and at the end again, if no sample could be read.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: dict[int, int] = {}
         self._total, self._first = 0, ""  # `_first`: what was wrong with the first of them
-        self._line = callers.line()  # that began the pass: threads of ours have none of the user's
+        self._line = callers.line()  # that began the pass: our threads have no frame of the user's
 
     def add(self, entry: BatchEntry, error: Exception) -> None:
         """A sample of this entry cannot be read."""
@@ -198,12 +199,12 @@ class Skips:
 
 
 class SampleGatherer:
-    """Gathers the samples of entries of one data set. Safe to use from several threads."""
+    """Gathers the samples of entries of one data set. Thread-safe."""
 
     def __init__(
         self,
         manifest: Manifest,
-        maker: OneMaker,
+        maker: SourceMaker,
         live: LiveWindows,
         gatherer: Gatherer,
         seed: int,
@@ -218,11 +219,11 @@ class SampleGatherer:
         self._skips = skips
         self._present: tuple[str, ...] | None = None  # of the first batch, where all columns are asked for
 
-    def gather(self, entry: BatchEntry, epoch: int, memory: Memory, *, is_keyed: bool = False) -> Gathered:
+    def gather(self, entry: BatchEntry, memory: Memory, *, is_keyed: bool = False) -> Gathered:
         """The bytes of an entry's samples, and a key for each where decoders want them or `is_keyed`."""
         random_keys: Keys | None = None
         if is_keyed or self._columns.wants_keys():
-            random_keys = sample_keys(self._seed, epoch, entry.object_no, entry.sample_no)
+            random_keys = sample_keys(self._seed, entry.epoch, entry.object_no, entry.sample_no)
         located = LocatedSamples(entry, self._live, self._urls_of)
         names = self._names(located)
         values = self._values(located, names)
@@ -232,7 +233,7 @@ class SampleGatherer:
         of_samples = Names(located.keys, located.urls)
         return Gathered(len(entry), of_samples, self._gather(values, names, memory), random_keys, present)
 
-    def readable(self, entry: BatchEntry, epoch: int, memory: Memory) -> list[int]:
+    def readable(self, entry: BatchEntry, memory: Memory) -> list[int]:
         """Which samples of the entry can be read; all of them where the user does not let any be skipped."""
         if self._skips is None:
             return list(range(len(entry)))
@@ -240,8 +241,8 @@ class SampleGatherer:
         for number in range(len(entry)):
             memory.begin()
             try:
-                gathered = self.gather(part_of_entry(entry, [number]), epoch, memory)
-                list(OneMaker(self._columns).samples(gathered, lambda key: None))
+                gathered = self.gather(part_of_entry(entry, [number]), memory)
+                list(SourceMaker(self._columns).samples(gathered, lambda key: None))
             except SAMPLE_ERRORS as error:
                 self._skips.add(entry, error)
             else:
@@ -249,7 +250,7 @@ class SampleGatherer:
         return kept
 
     def chunks_of(self, entry: BatchEntry) -> Ints:
-        """The chunks that an entry needs. Values that are missing need none: the batch will say what is wrong."""
+        """The chunks that an entry needs. Missing values need none; they are an error when the batch is built."""
         located = LocatedSamples(entry, self._live, self._urls_of)
         members = located.all_columns() if self._columns.members is None else self._columns.members
         return self._gatherer.lay_out(located.values_of(members)[0]).chunk_nos
@@ -292,11 +293,11 @@ class SampleGatherer:
             found = np.argwhere(values.offset[lacking] < 0)
             if len(found):
                 name, number = names[lacking[found[0, 0]]], int(found[0, 1])
-                told = "" if columns.names is not None else " name the columns with columns=[...], and"
+                hint = "" if columns.names is not None else " name the columns with columns=[...], and"
                 place = Names(located.keys, located.urls).place(number, name)
                 raise MissingColumnError(
                     f"{place}: the sample has no such column; the shards read with it have "
-                    f"{shown(located.present())}.{meant(name, located.present())} Where samples may lack it,{told} "
+                    f"{shown(located.present())}.{meant(name, located.present())} Where samples may lack it,{hint} "
                     f"write {name + '?'!r}"
                 )
         return values

@@ -5,7 +5,7 @@ it. The shards that a call needs are windows of their own, which stay open for l
 asked for at once and given back when it is over. What is read is then made into samples or a batch by the same code as
 in a pass over the data.
 
-Safe to use from several threads: each call has a session of its own, which a later call uses again.
+Thread-safe: each call has a session of its own, which a later call uses again.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
-from fastload.pipeline.finish import Finish, Gathered, OneMaker
+from fastload.pipeline.finish import Finish, GatheredBatch, SourceMaker
 from fastload.pipeline.gather import Gatherer, LocalMemory, SampleGatherer
 from fastload.pipeline.source import Session, Source
 from fastload.pipeline.windows import Ints, LiveWindows, Window
 from fastload.plan import BatchEntry, Manifest
 
-# Rows of shards that stay open for one session, about 70 bytes each. Where that is too few for a data set, they are
-# opened again from their indexes, which is some microseconds a shard and some nanoseconds a row.
+# Rows of shards that stay open for one session, about 70 bytes each. Where a data set has more, its shards are opened
+# again from their indexes, which takes some microseconds a shard and some nanoseconds a row.
 _ROWS_MAX = 1 << 21
 
 
@@ -32,15 +32,15 @@ _ROWS_MAX = 1 << 21
 class _View:
     """What a session needs to find and gather samples. Used by one call at a time."""
 
-    assembler: SampleGatherer
+    gatherer: SampleGatherer
     live: LiveWindows
     open_rows: int = field(default=0)
 
 
 class Lookup:
-    """Finds the samples of one data set in this process."""
+    """Finds samples by number."""
 
-    def __init__(self, source: Source, maker: OneMaker, seed: int) -> None:
+    def __init__(self, source: Source, maker: SourceMaker, seed: int) -> None:
         self.source = source
         self._maker, self._seed = maker, seed
         self._memory = LocalMemory(source.slots)
@@ -66,21 +66,21 @@ class Lookup:
     def make(self, numbers: npt.NDArray[np.int64], starts: Ints, epoch: int, finish: Finish) -> object:
         """What `finish` makes of these samples, which are numbered from 0; `starts` says where they are."""
         object_no = np.searchsorted(starts, numbers, side="right") - 1
-        entry = BatchEntry(0, object_no.astype(np.int32), numbers - starts[object_no], 0, (), 0)
+        entry = BatchEntry(0, object_no.astype(np.int32), numbers - starts[object_no], 0, (), 0, epoch=epoch)
         session = self.source.open()
         try:
-            return finish(self._gather(session, entry, epoch), self.source.slots)
+            return finish(self._gather(session, entry), self.source.slots)
         finally:
             self.source.give_back(session)
 
-    def _gather(self, session: Session, entry: BatchEntry, epoch: int) -> Gathered:
+    def _gather(self, session: Session, entry: BatchEntry) -> GatheredBatch:
         view, consumer = self._view(session), session.consumer
         self._open(view, session, np.unique(entry.object_no).astype(np.int64))
-        chunks = view.assembler.chunks_of(entry)
+        chunks = view.gatherer.chunks_of(entry)
         consumer.want(chunks)
         try:
             self._memory.begin()
-            return view.assembler.gather(entry, epoch, self._memory)
+            return GatheredBatch([view.gatherer.gather(entry, self._memory)], [0])
         finally:
             if not consumer.is_ended:
                 consumer.release(chunks)

@@ -1,41 +1,43 @@
-"""One pass over a rank's share of an epoch, put together: cursor, feed and assembler over one session.
+"""One pass over a rank's share of an epoch, put together: a cursor, a feed, and what each source is gathered by.
 
-`Pass` is what loaders see of it. A mixture of data sets has passes of its own.
+A data set that is read alone is a pass over one source, a mixture one over several. Each source has a session, a plan
+and live windows of its own, as if it were read alone. A batch is gathered part by part: one for each source, and for
+each epoch of it, from which samples come.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
+
+import numpy as np
 
 from fastload.arguments import CachePolicy
 from fastload.cache.policy import PolicyName
 from fastload.client.handle import Handle
 from fastload.pipeline.columns import ColumnSet
-from fastload.pipeline.counts import CountSource
-from fastload.pipeline.feed import Feed
-from fastload.pipeline.finish import SAMPLE_ERRORS, Function, Gathered, Maker, OneMaker
+from fastload.pipeline.feed import Feed, FeedSource
+from fastload.pipeline.finish import (
+    SAMPLE_ERRORS,
+    Function,
+    GatheredBatch,
+    Maker,
+    Mixing,
+    PartOf,
+    SourceMaker,
+    rows_of_parts,
+)
 from fastload.pipeline.gather import Gatherer, LocalMemory, Memory, SampleGatherer, Skips, part_of_entry
 from fastload.pipeline.job import Job
 from fastload.pipeline.reader import ScatteredReader, WindowReader, check_allowed, holds
-from fastload.pipeline.run import RunFeed
 from fastload.pipeline.source import Session, Source
-from fastload.plan import (
-    BatchEntry,
-    Cursor,
-    Position,
-    Tail,
-    epoch_cursor,
-    epoch_orders,
-    first_objects,
-    objects_in_use_order,
-)
-from fastload.stats import Account
+from fastload.plan import Batch, BatchEntry, Cursor, Tail, first_objects, objects_in_use_order
+from fastload.stats import JointAccount
 from fastload.transport.slots import SlotPool
-from fastload.waiting import Waits
+from fastload.waiting import JointWaits, Waits
 
 # Of the next epoch, what is fetched ahead when one has been read to its end: some windows, since the user may be about
 # to do something else.
@@ -60,161 +62,130 @@ class PassOptions:
         return "future" if is_global else "pin"
 
 
-class Pass(Protocol):
-    """A pass that is ready to be run, once. `skips` counts the samples that cannot be read, if they are left out."""
-
-    @property
-    def waits(self) -> Waits:
-        """Where its waiting is booked."""
-        ...
-
-    @property
-    def account(self) -> Account:
-        """Whom to ask for the service's figures."""
-        ...
-
-    @property
-    def skips(self) -> Skips | None:
-        """What counts the samples that are left out."""
-        ...
-
-    @property
-    def feed(self) -> RunFeed:
-        """Its entries."""
-        ...
-
-    @property
-    def cursor(self) -> Cursor[Any]:
-        """The plan."""
-        ...
-
-    @property
-    def maker(self) -> Maker:
-        """What is made of gathered samples."""
-        ...
-
-    @property
-    def memory(self) -> Memory:
-        """Where gathered bytes go that this process makes something of."""
-        ...
-
-    @property
-    def slots(self) -> SlotPool:
-        """Where batches go that this process makes."""
-        ...
-
-    def gather(self, entry: Any, memory: Memory, *, is_keyed: bool = False) -> Any:
-        """The bytes of an entry's samples, and keys for them if `is_keyed`."""
-        ...
-
-    def readable(self, entry: Any, memory: Memory) -> Any:
-        """The entry without those of its samples that cannot be read and may be left out."""
-        ...
-
-    def position(self, entry: Any) -> Position:
-        """Where a run stands once an entry is delivered."""
-        ...
-
-    def interrupted(self) -> AbstractContextManager[None]:
-        """While it is entered, waits for bytes or counts end: those of its consumers."""
-        ...
-
-    def end(self) -> None:
-        """It is over, finished or not: what it holds is given back, and its session may serve another."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class SourcePass:
-    """What a pass has of one data set."""
+    """The part of a pass that belongs to one source."""
 
     source: Source
     session: Session
-    reader: WindowReader
-    counts: CountSource
-    assembler: SampleGatherer
+    feed: FeedSource
+    gatherer: SampleGatherer
 
     def end(self) -> None:
-        """The pass is over, finished or not: windows are given back, and the session may serve another."""
+        """The pass is over, finished or not: windows are released, and the session may serve another."""
         try:
-            self.reader.close()
+            self.feed.reader.close()
         finally:
             self.source.give_back(self.session)
 
 
 @dataclass(frozen=True, slots=True)
-class OnePass:
-    """A pass over one data set."""
+class Pass:
+    """A pass that is ready to be run, once. `skips` counts the samples that cannot be read; None: they are errors."""
 
-    cursor: Cursor[BatchEntry]
-    feed: Feed
-    memory: Memory
-    source: SourcePass
+    cursor: Cursor[Any]
+    sources: Sequence[SourcePass]
+    feed: Feed[Any]
+    maker: Maker
+    memory: Memory  # for gathered bytes that this process decodes
+    waits: Waits
     skips: Skips | None
 
-    @property
-    def waits(self) -> Waits:
-        """Those of its session."""
-        return self.source.session.waits
+    @classmethod
+    def over(
+        cls, cursor: Cursor[Any], sources: Sequence[SourcePass], skips: Skips | None, mixing: Mixing | None = None
+    ) -> Pass:
+        """A pass over `sources`, which are open, in the order of `cursor`; `mixing` where they are a mixture's."""
+        return cls(
+            cursor,
+            sources,
+            Feed(cursor, [each.feed for each in sources]),
+            Maker(tuple(each.gatherer.maker for each in sources), mixing),
+            LocalMemory(sources[0].source.slots),
+            JointWaits([each.session.waits for each in sources]),
+            skips,
+        )
 
     @property
-    def account(self) -> Account:
-        """Its consumer."""
-        return self.source.session.consumer
-
-    @property
-    def maker(self) -> OneMaker:
-        """Decodes, and applies the user's functions to samples."""
-        return self.source.assembler.maker
+    def account(self) -> JointAccount:
+        """Whom to ask for the service's figures."""
+        return JointAccount([(each.source.cache_name, each.session.consumer) for each in self.sources])
 
     @property
     def slots(self) -> SlotPool:
-        """Those of its source, which outlive it."""
-        return self.source.source.slots
+        """The memory of batches that this process makes. It outlives the pass."""
+        return self.sources[0].source.slots
 
-    def gather(self, entry: BatchEntry, memory: Memory, *, is_keyed: bool = False) -> Gathered:
-        """The bytes of an entry's samples."""
-        memory.begin()
-        return self.source.assembler.gather(entry, self.cursor.epoch, memory, is_keyed=is_keyed)
+    def make(self, entry: Batch, finish: Callable[[Any], Any], memory: Memory, *, is_keyed: bool = False) -> Any:
+        """What `finish` makes of an entry's samples, without those that cannot be read where these are skipped. They
+        are gathered into `memory`, with a key for each if `is_keyed`.
+        """
+        parts, part_of = entry.parts, None if self.maker.mixing is None else entry.part_of
+        try:
+            return finish(self._gather(parts, part_of, memory, is_keyed))
+        except SAMPLE_ERRORS:
+            if self.skips is None:
+                raise
+            return finish(self._gather(*self._readable(parts, part_of), memory, is_keyed))
 
-    def readable(self, entry: BatchEntry, memory: Memory) -> BatchEntry:
-        """The entry without those of its samples that cannot be read and may be left out."""
-        return part_of_entry(entry, self.source.assembler.readable(entry, self.cursor.epoch, memory))
-
-    def position(self, entry: BatchEntry) -> Position:
-        """Where a run stands once an entry is delivered."""
-        return self.feed.position(entry)
-
-    def interrupted(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
         """While it is entered, waits for bytes or counts end."""
-        return self.source.session.consumer.interrupted()
+        with ExitStack() as entered:
+            for each in self.sources:
+                entered.enter_context(each.session.consumer.interrupted())
+            yield
 
     def end(self) -> None:
-        """It is over, finished or not."""
-        self.source.end()
+        """It is over, finished or not: what it holds is released, and its sessions may serve others."""
+        with ExitStack() as ending:
+            for each in self.sources:
+                ending.callback(each.end)
+
+    def _gather(
+        self, parts: Sequence[BatchEntry], part_of: PartOf | None, memory: Memory, is_keyed: bool
+    ) -> GatheredBatch:
+        memory.begin()
+        gathered = [self.sources[part.source].gatherer.gather(part, memory, is_keyed=is_keyed) for part in parts]
+        return GatheredBatch(gathered, [part.source for part in parts], part_of)
+
+    def _readable(
+        self, parts: Sequence[BatchEntry], part_of: PartOf | None
+    ) -> tuple[Sequence[BatchEntry], PartOf | None]:
+        """The same without the samples that cannot be read and may be skipped."""
+        readable = [self.sources[part.source].gatherer.readable(part, self.memory) for part in parts]
+        kept = [part_of_entry(part, numbers) for part, numbers in zip(parts, readable, strict=True)]
+        if part_of is None:
+            return kept, None
+        is_kept = np.zeros(len(part_of), np.bool_)
+        for rows, numbers in zip(rows_of_parts(part_of, len(parts)), readable, strict=True):
+            is_kept[rows[numbers]] = True
+        return kept, part_of[is_kept]
 
 
-def made(current: Pass, entry: Any, finish: Callable[[Any], Any], memory: Memory, *, is_keyed: bool = False) -> Any:
-    """What `finish` makes of an entry's samples, or of those that can be read, where others may be left out."""
-    try:
-        return finish(current.gather(entry, memory, is_keyed=is_keyed))
-    except SAMPLE_ERRORS:
-        if current.skips is None:
-            raise
-        return finish(current.gather(current.readable(entry, current.memory), memory, is_keyed=is_keyed))
+def open_source(
+    source: Source, job: Job, options: PassOptions, skips: Skips | None, next_epoch: int | None = None
+) -> SourcePass:
+    """Open a session for a pass over one source. Its `end` must follow. Raises `ConfigError`.
 
-
-def open_source(source: Source, job: Job, options: PassOptions, skips: Skips | None) -> SourcePass:
-    """Open a session for a pass over one data set. Its `end` must follow. Raises `ConfigError`."""
+    `next_epoch`: whose first windows may be fetched once the pass has been read to its end.
+    """
     session = source.open()
     try:
-        return _opened(session, source, job, options, skips)
+        return _opened(session, source, job, options, skips, next_epoch)
     except BaseException:
         source.give_back(session)
         raise
 
 
-def _opened(session: Session, source: Source, job: Job, options: PassOptions, skips: Skips | None) -> SourcePass:
+def _opened(
+    session: Session,
+    source: Source,
+    job: Job,
+    options: PassOptions,
+    skips: Skips | None,
+    next_epoch: int | None,
+) -> SourcePass:
     manifest = source.manifest
     assert manifest is not None, "a session is open"
     is_scattered = job.order.shuffle == "global"
@@ -224,36 +195,23 @@ def _opened(session: Session, source: Source, job: Job, options: PassOptions, sk
     policy = options.policy(is_global=is_scattered)
     consumer.keep(job.own_objects(source), policy)
     reader = (ScatteredReader if is_scattered else WindowReader)(consumer, source.shards, source.first_chunk)
-    gatherer = Gatherer(consumer, int(source.first_chunk[-1]), consumer.chunk_bytes)
-    maker = OneMaker(options.columns, options.functions)
-    assembler = SampleGatherer(manifest, maker, reader.live, gatherer, job.order.seed, skips)
+    maker = SourceMaker(options.columns, options.functions)
+    gatherer = SampleGatherer(
+        manifest,
+        maker,
+        reader.live,
+        Gatherer(consumer, int(source.first_chunk[-1]), consumer.chunk_bytes),
+        job.order.seed,
+        skips,
+    )
     if isinstance(reader, ScatteredReader):
-        reader.chunks_of = assembler.chunks_of
+        reader.chunks_of = gatherer.chunks_of
         reader.foresees = policy == "future"
-    return SourcePass(source, session, reader, job.counts(source, session), assembler)
-
-
-def begin_pass(
-    source: Source, job: Job, options: PassOptions, epoch: int, batch_size: int, **cursor_options: Any
-) -> OnePass:
-    """A pass over `epoch`; its `end` must follow. `cursor_options` are those of `epoch_cursor`.
-
-    Raises `ConfigError`, and `StateError` where it cannot begin where it should.
-    """
-    skips = Skips() if options.skips_errors else None
-    opened = open_source(source, job, options, skips)
-    try:
-        manifest, order, ranks = source.manifest, job.order, job.ranks
-        assert manifest is not None, "a session is open"
-        orders = epoch_orders(manifest, order, epoch)
-        cursor = epoch_cursor(orders, ranks, batch_size, tail=options.tail, **cursor_options)
-        ahead_bytes = 0 if source.grows else _NEXT_EPOCH_BYTES  # the next epoch may have another list
-        expected_next = partial(first_objects, manifest, order, epoch + 1, ranks, ahead_bytes)
-        feed = Feed(cursor, opened.reader, opened.counts, expected_next)
-        return OnePass(cursor, feed, LocalMemory(source.slots), opened, skips)
-    except BaseException:
-        opened.end()
-        raise
+    feed = FeedSource(reader, job.counts(source, session))
+    if next_epoch is not None and not source.grows:  # else the next epoch may have another list of shards
+        expected_next = partial(first_objects, manifest, job.order, next_epoch, job.ranks, _NEXT_EPOCH_BYTES)
+        feed = replace(feed, expected_next=expected_next)
+    return SourcePass(source, session, feed, gatherer)
 
 
 def _check_scattered(source: Source, job: Job, cache: Handle) -> None:

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fastload.pipeline.feed import Feed
+from fastload.pipeline.feed import Feed, FeedSource
 from fastload.pipeline.reader import ScatteredReader, WindowReader
 from fastload.pipeline.windows import Window
 from fastload.plan import BatchEntry, Ranks, epoch_cursor
@@ -149,7 +149,7 @@ class Rank:
         self._reader = self._make_reader()
         cursor = epoch_cursor(self._data.orders(self.epoch), self.ranks, self._job.batch_size, tail="pad")
         next_objects = partial(self._data.expected_next, self.epoch, self.ranks)
-        self._feed = Feed(cursor, self._reader, KnownCounts(self._data), next_objects)
+        self._feed = Feed(cursor, [FeedSource(self._reader, KnownCounts(self._data), next_objects)])
         self._entries: Iterator[BatchEntry] = self._feed.entries()
         self._is_fed = self._is_parsing = False
         self._ask()
