@@ -14,7 +14,7 @@ import copy
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex, TypeAlias, TypedDict, Unpack, overload
 
 import numpy as np
@@ -46,7 +46,7 @@ from fastload.pipeline.gather import Skips
 from fastload.pipeline.job import Beginning, Job
 from fastload.pipeline.lookup import Lookup
 from fastload.pipeline.passes import Pass, PassOptions, SourcePass, open_source
-from fastload.pipeline.source import Source
+from fastload.pipeline.source import Source, SourceOptions
 from fastload.plan import (
     OrderOptions,
     OrderWish,
@@ -69,18 +69,6 @@ _UNKNOWN_COUNTS = (
     "the number of samples is not known before every shard has been read once; iterate one epoch, or run "
     "`fastload index` or `fastload warm` on the same URLs and cache"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """What the user said, checked."""
-
-    urls: tuple[str, ...]
-    storage_options: Mapping[str, Any] | None = field(repr=False)
-    passes: PassOptions
-    index: str | None
-    manifest_file: str | None
-    grows: bool
 
 
 Urls: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]"
@@ -216,26 +204,23 @@ class StreamingDataset(DatasetBase[Sample]):
         handle = handle_of(cache)
         super().__init__(checked_batch_size(batch_size), check_tail(tail))
         skips_errors = checked_on_error(on_error) == "skip"
-        passes = PassOptions(
-            handle,
-            ColumnSet.of(columns, decode, as_tuple),
-            self.tail,
-            skips_errors,
-            cache_policy=checked_cache_policy(cache_policy),
-        )
+        column_set = ColumnSet.of(columns, decode, as_tuple)
+        policy = checked_cache_policy(cache_policy)
+        self._passes = PassOptions(handle, column_set, self.tail, skips_errors, cache_policy=policy)
         shards, options = apart(checked_urls(urls), storage_options)
-        self._settings = _Settings(
+        self._data = SourceOptions(
             shards,
+            handle,
             options,
-            passes,
             index=checked_path(index, "index"),
             manifest_file=checked_path(manifest, "manifest"),
             grows=checked_refresh(refresh) == "epoch",
+            kernels=column_set.kernel_modules(),
         )
         wish = _order_wish(shuffle, seed, shuffle_window, partitions)
         self._shuffle = shuffle
         self._job = Job((rank, world_size), checked_count(replicas, "replicas"), wish, handle.ram_bytes)
-        self._source_here = self._new_source(None)
+        self._source_here = Source(self._data)
         self._lookup_here: Lookup | None = None
 
     @property
@@ -299,7 +284,7 @@ class StreamingDataset(DatasetBase[Sample]):
     @property
     def urls(self) -> tuple[str, ...]:
         """What was named: patterns, prefixes, URLs, paths."""
-        return self._settings.urls
+        return tuple(self._data.urls)
 
     @property
     def shuffle(self) -> bool | Literal["window", "shards", "global"]:
@@ -330,7 +315,7 @@ class StreamingDataset(DatasetBase[Sample]):
         columns = "" if self.columns.names is None else f", columns={list(self.columns.names)}"
         return (
             f"{type(self).__name__}({urls[0] if len(self.urls) == 1 else urls!r}{more}, shuffle={self.shuffle!r}, "
-            f"seed={self.seed}, epoch={self.epoch}{columns}, cache={self._settings.passes.cache.directory})"
+            f"seed={self.seed}, epoch={self.epoch}{columns}, cache={self._passes.cache.directory})"
         )
 
     @property
@@ -348,7 +333,7 @@ class StreamingDataset(DatasetBase[Sample]):
     @property
     def columns(self) -> ColumnSet:
         """Which columns a sample has, and how each is decoded."""
-        return self._settings.passes.columns
+        return self._passes.columns
 
     @property
     def cache_name(self) -> str:
@@ -358,7 +343,7 @@ class StreamingDataset(DatasetBase[Sample]):
     @property
     def skips_errors(self) -> bool:
         """Whether samples that cannot be read are left out."""
-        return self._settings.passes.skips_errors
+        return self._passes.skips_errors
 
     def begin(self, epoch: int, batch_size: int, *, start: Any = None, **options: Any) -> Pass:
         begin = Beginning(epoch) if start is None else Beginning(epoch, start.fingerprints[0], start.samples)
@@ -380,7 +365,7 @@ class StreamingDataset(DatasetBase[Sample]):
 
     def open(self, skips: Skips | None, next_epoch: int | None = None) -> SourcePass:
         """Open a session for a pass over this, or over a mixture of which it is a source; its `end` must follow."""
-        passes = replace(self._settings.passes, functions=self._on_samples)
+        passes = replace(self._passes, functions=self._on_samples)
         return open_source(self._source, self._job, passes, skips, next_epoch)
 
     def plan(self) -> SourcePlan:
@@ -406,7 +391,7 @@ class StreamingDataset(DatasetBase[Sample]):
     def _source(self) -> Source:
         """The data as this process sees it; after a fork the child makes its own."""
         if self._source_here.is_inherited:
-            self._source_here = self._new_source(self._source_here.manifest)
+            self._source_here = Source(self._data, self._source_here.manifest)
         return self._source_here
 
     def _starts(self) -> npt.NDArray[np.int64]:
@@ -430,27 +415,13 @@ class StreamingDataset(DatasetBase[Sample]):
             lookup = self._lookup_here = Lookup(source, maker, self._job.order.seed)
         return lookup
 
-    def _new_source(self, manifest: Any) -> Source:
-        settings = self._settings
-        kernels = settings.passes.columns.kernel_modules()
-        return Source(
-            settings.urls,
-            settings.passes.cache,
-            settings.storage_options,
-            kernels,
-            manifest,
-            index=settings.index,
-            manifest_file=settings.manifest_file,
-            grows=settings.grows,
-        )
-
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs."""
         return {**super().__getstate__(), "_source_here": self._source_here.manifest, "_lookup_here": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._source_here = self._new_source(state["_source_here"])
+        self._source_here = Source(self._data, state["_source_here"])
 
 
 def _order_wish(shuffle: bool | str | None, seed: int, shuffle_window: int | str, partitions: int | None) -> OrderWish:

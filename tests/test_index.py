@@ -22,7 +22,7 @@ from fastload.client import Consumer
 from fastload.client import Handle as Cache
 from fastload.demo.weed import WeedServer
 from fastload.errors import ConfigError, FastloadError, ObjectMissingError, ShardError
-from fastload.pipeline.source import Source
+from fastload.pipeline.source import Source, SourceOptions
 from tests.conftest import Bucket
 from tests.processes import service_pids, until
 from tests.shards import check_samples, corpus, samples_of, tar_of
@@ -116,7 +116,7 @@ def test_a_job_that_follows_parses_nothing(url: str, tmp_path: Path) -> None:
     said = " ".join(done.stderr.split())
     assert f"5 shards, 104 samples, {DATA.byte_count / 1024:.1f} KiB: indexed, " in said
     with Cache(tmp_path / "cache") as cache:
-        assert counts(Source([url], cache, None, (), None)) == COUNTS
+        assert counts(Source(SourceOptions([url], cache))) == COUNTS
         assert prepare.index([url], cache, output=tmp_path / "x.arrow").fetched_bytes == 0
     with pa.memory_map(str(tmp_path / "x.arrow")) as file:
         table = pa.ipc.open_file(file).read_all()
@@ -193,7 +193,7 @@ def test_a_sidecar_that_is_named(
         index = f"{url}else/x.arrow"
     parsed.clear()
     pattern = f"{url}shard-{{0000..0004}}.tar"
-    source = Source([pattern, f"{url}shard-0002.tar"], cache, None, (), None, index=index)
+    source = Source(SourceOptions([pattern, f"{url}shard-0002.tar"], cache, index=index))
     assert counts(source) == [*COUNTS, COUNTS[2]]
     session = source.open()
     indexes = source.shards.get(session.consumer, [5, 0])
@@ -202,14 +202,14 @@ def test_a_sidecar_that_is_named(
     source.close()
     assert min(parsed) >= source.first_chunk[-1]
     with pytest.raises(ObjectMissingError, match="absent"):
-        Source([pattern], cache, None, (), None, index=f"{url}absent.arrow").list_shards()
+        Source(SourceOptions([pattern], cache, index=f"{url}absent.arrow")).list_shards()
 
 
 def test_rows_of_other_versions_are_not_used(put: Any, url: str, cache: Cache, tmp_path: Path) -> None:
     index = str(sidecar(url, tmp_path / "x.arrow"))
     put(f"{url}{NAMES[1]}", tar_of({"new": {"bin": b"1", "cls": b"2"}}))
     put(f"{url}{NAMES[3]}", DATA.shards[NAMES[4]])
-    source = Source([url], cache, None, (), None, index=index)
+    source = Source(SourceOptions([url], cache, index=index))
     with pytest.warns(RuntimeWarning, match=rf"x\.arrow was made of other versions of .*{NAMES[1]} and 1 more"):
         assert counts(source) is None
     session = source.open()
@@ -226,7 +226,7 @@ def test_a_sidecar_with_damage_costs_no_more_than_a_warning(url: str, cache: Cac
     at = data.find(b"FLSHARDX", data.find(b"FLSHARDX") + 1)
     data[at + 100] ^= 1
     index.write_bytes(data)
-    source = Source([url], cache, None, (), None, index=str(index))
+    source = Source(SourceOptions([url], cache, index=str(index)))
     session = source.open()
     with pytest.warns(
         RuntimeWarning, match=rf"x\.arrow has a damaged index .*{NAMES[1]}.*the shard is indexed by reading"
@@ -240,7 +240,7 @@ def test_a_sidecar_with_damage_costs_no_more_than_a_warning(url: str, cache: Cac
 def test_a_sidecar_that_is_replaced_while_it_is_read(url: str, tmp_path: Path) -> None:
     index = sidecar(url, tmp_path / "x.arrow")
     with Cache(tmp_path / "ram", **{**LIMITS, "ram_bytes": "128KiB", "disk_bytes": 0}) as small:
-        source = Source([url], small, None, (), None, index=str(index))
+        source = Source(SourceOptions([url], small, index=str(index)))
         assert counts(source) == COUNTS
         session = source.open()
         os.utime(index, (1, 1))
@@ -280,7 +280,7 @@ def test_the_length_is_known_before_the_first_batch_of_a_later_run(url: str, tmp
 def test_what_other_nodes_told_is_known_to_the_next_run(url: str, tmp_path: Path) -> None:
     """A node reads a part of the shards; it hears how many samples the others hold, and its cache keeps that."""
     with Cache(tmp_path / "cache", **LIMITS) as cache:
-        source = Source([url], cache, None, (), None)
+        source = Source(SourceOptions([url], cache))
         assert counts(source) is None
         session = source.open()
         source.shards.get(session.consumer, [0, 1])
@@ -288,7 +288,7 @@ def test_what_other_nodes_told_is_known_to_the_next_run(url: str, tmp_path: Path
         source.give_back(session)
         source.close()
     with Cache(tmp_path / "cache", **LIMITS) as cache:
-        assert counts(Source([url], cache, None, (), None)) == COUNTS
+        assert counts(Source(SourceOptions([url], cache))) == COUNTS
 
 
 def test_what_is_no_sidecar_is_an_error(put: Any, url: str, cache: Cache) -> None:
@@ -323,7 +323,7 @@ def test_lists_in_lists_and_beside_shards(put: Any, url: str, cache: Cache) -> N
     more = [{"source_url": "a/inner.json"}, {"base": url, "shardlist": [{"url": NAMES[1], "nsamples": 21}]}]
     put(f"{url}outer.json", wids([22], [NAMES[2]], datasets=more))
     urls = [f"{url}shard-0003.tar", f"{url}outer.json", f"{url}shard-0004.tar"]
-    source = Source(urls, cache, None, (), None)
+    source = Source(SourceOptions(urls, cache))
     manifest = source.list_shards()
     assert [info.url.rpartition("/")[2] for info in manifest.objects] == [NAMES[n] for n in (3, 2, 0, 1, 4)]
     assert manifest.promised is not None
@@ -353,7 +353,7 @@ def test_lists_that_cannot_be_used(
 ) -> None:
     put(f"{url}index.json", data)
     with pytest.raises(error, match=says):
-        Source([f"{url}index.json"], cache, None, (), None).list_shards()
+        Source(SourceOptions([f"{url}index.json"], cache)).list_shards()
 
 
 def test_a_count_that_is_wrong_is_an_error_that_names_both(put: Any, url: str, cache: Cache) -> None:
@@ -365,7 +365,7 @@ def test_a_count_that_is_wrong_is_an_error_that_names_both(put: Any, url: str, c
     dataset.close()
     # Now its index is known, and it is an error before anything is read.
     prepare.index([url], cache)
-    source = Source([f"{url}index.json"], cache, None, (), None)
+    source = Source(SourceOptions([f"{url}index.json"], cache))
     session = source.open()
     with pytest.raises(ShardError, match=says):
         source.shards.known_counts(session.consumer)
@@ -377,12 +377,12 @@ def test_each_node_may_have_its_own_copy_of_a_sidecar(
     url: str, cache: Cache, tmp_path: Path, parsed: list[int]
 ) -> None:
     index = sidecar(url, tmp_path / "x.arrow")
-    first = Source([url], cache, None, (), None, index=str(index))
+    first = Source(SourceOptions([url], cache, index=str(index)))
     manifest = first.list_shards()
     (tmp_path / "copy.arrow").write_bytes(index.read_bytes())
     index.unlink()
     parsed.clear()
-    second = Source([url], cache, None, (), None, index=str(tmp_path / "copy.arrow"))
+    second = Source(SourceOptions([url], cache, index=str(tmp_path / "copy.arrow")))
     second.adopt(manifest)
     assert counts(second) == COUNTS
     assert len(set(parsed)) == 1

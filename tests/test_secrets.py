@@ -105,7 +105,7 @@ def test_a_job_shows_none(
         samples += batches
         assert sum(len(batch["txt"]) for batch in samples) == 16
         told = [stats, loader.stats(), cache.stats(), loader.state_dict(), dataset.urls, samples]
-        seen.check("what is told", f"{told} {loader!r} {dataset!r} {dataset._settings!r} {dataset.__dict__} {cache!r}")
+        seen.check("what is told", f"{told} {loader!r} {dataset!r} {dataset._data!r} {dataset.__dict__} {cache!r}")
         loader.close()
         cache.close()
     seen.check("a log", caplog.text)

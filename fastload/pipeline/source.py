@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -50,28 +51,29 @@ class Session:
         self.consumer.close()
 
 
-class Source:
-    """The data of one data set in this process: its manifest, what is known of its shards, and its sessions.
+@dataclass(frozen=True, slots=True)
+class SourceOptions:
+    """Where the data of one data set lies, and how its list of shards is kept.
 
-    `index` names a file with the shards' indexes, `manifest_file` where the user keeps the list of shards. Where the
-    data `grows`, that is where it is listed again between epochs, versions are kept for states that name them.
+    `index` names a file with the shards' indexes, `manifest_file` one for the list of shards. Data that `grows` is
+    listed again between epochs, and versions of its list are kept for states that name them. `kernels` are the modules
+    that its decoders use.
     """
 
-    def __init__(
-        self,
-        urls: Sequence[str],
-        cache: Handle,
-        storage_options: Mapping[str, Any] | None,
-        decoder_kernels: Sequence[str],
-        manifest: Manifest | None,
-        *,
-        index: str | None = None,
-        manifest_file: str | None = None,
-        grows: bool = False,
-    ) -> None:
-        self._urls, self._cache, self._storage_options = urls, cache, storage_options
-        self._index, self._manifest_file, self._grows = index, manifest_file, grows
-        self._kernels = (*FIRST_BATCH, *decoder_kernels)
+    urls: Sequence[str]
+    cache: Handle
+    storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
+    index: str | None = None
+    manifest_file: str | None = None
+    grows: bool = False
+    kernels: tuple[str, ...] = ()
+
+
+class Source:
+    """The data of one data set in this process: its manifest, what is known of its shards, and its sessions."""
+
+    def __init__(self, options: SourceOptions, manifest: Manifest | None = None) -> None:
+        self._options = options
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._idle: list[Session] = []
@@ -89,17 +91,17 @@ class Source:
     @property
     def grows(self) -> bool:
         """Whether the data is listed again between epochs."""
-        return self._grows
+        return self._options.grows
 
     @property
     def has_file(self) -> bool:
         """Whether the user keeps the list of shards in a file."""
-        return self._manifest_file is not None
+        return self._options.manifest_file is not None
 
     @property
     def cache_name(self) -> str:
         """The directory of its cache."""
-        return str(self._cache.directory)
+        return str(self._options.cache.directory)
 
     @property
     def is_inherited(self) -> bool:
@@ -126,8 +128,10 @@ class Source:
         """List the data again: the version that follows the manifest, or the manifest itself where nothing has
         changed. It counts once it is adopted.
         """
-        with self._cache.consumer(self._storage_options, self._urls[0], waits=waits) as consumer:
-            listed = list_shards(consumer, self._urls)
+        with self._options.cache.consumer(
+            self._options.storage_options, self._options.urls[0], waits=waits
+        ) as consumer:
+            listed = list_shards(consumer, self._options.urls)
         return listed if self._manifest is None else next_version(self._manifest, listed)
 
     def manifest_of(self, fingerprint: str) -> Manifest:
@@ -135,7 +139,9 @@ class Source:
         with self._lock:
             if self._manifest is not None and self._manifest.fingerprint == fingerprint:
                 return self._manifest
-        return manifest_files.find(fingerprint, self._cache.directory, self._urls, self._manifest_file)
+        return manifest_files.find(
+            fingerprint, self._options.cache.directory, self._options.urls, self._options.manifest_file
+        )
 
     def shared_manifest(
         self,
@@ -146,9 +152,14 @@ class Source:
         waits: Waits | None = None,
     ) -> Manifest:
         """The manifest in the user's file, which the first rank makes where there is none: see `manifests`."""
-        assert self._manifest_file is not None, "the user named no file"
+        assert self._options.manifest_file is not None, "the user named no file"
         return manifest_files.shared_manifest(
-            self._manifest_file, self._urls, is_first=is_first, list_shards=make, epoch=epoch, waits=waits
+            self._options.manifest_file,
+            self._options.urls,
+            is_first=is_first,
+            list_shards=make,
+            epoch=epoch,
+            waits=waits,
         )
 
     @property
@@ -251,28 +262,28 @@ class Source:
 
     def _frozen(self) -> Manifest | None:
         """The list in the user's file, where that is one for all epochs and has been made."""
-        if self._manifest_file is None or self._grows:
+        if self._options.manifest_file is None or self._options.grows:
             return None
-        return manifest_files.frozen(self._manifest_file, self._urls)
+        return manifest_files.frozen(self._options.manifest_file, self._options.urls)
 
     def _keep(self) -> None:
-        if self._grows:
+        if self._options.grows:
             assert self._manifest is not None, "no session was opened yet"
-            manifest_files.keep(self._cache.directory, self._urls, self._manifest)
+            manifest_files.keep(self._options.cache.directory, self._options.urls, self._manifest)
 
     def _connect(self) -> Session:
         if self._first_chunk is None:
-            compile_in_background(*self._kernels)
-        session = Session(self._cache, self._storage_options, name=self._urls[0])
+            compile_in_background(*FIRST_BATCH, *self._options.kernels)
+        session = Session(self._options.cache, self._options.storage_options, name=self._options.urls[0])
         session.closings = self._closings
         try:
             if self._manifest is None:
-                self._manifest = self._frozen() or list_shards(session.consumer, self._urls)
+                self._manifest = self._frozen() or list_shards(session.consumer, self._options.urls)
                 self._keep()
             if self._first_chunk is None:
                 chunk_bytes = session.consumer.chunk_bytes
                 self._first_chunk = self._manifest.first_chunk(chunk_bytes)
-                self._sidecars = find_sidecars(session.consumer, self._manifest, self._index)
+                self._sidecars = find_sidecars(session.consumer, self._manifest, self._options.index)
                 self._shards = ShardTable(self._manifest, self._first_chunk, chunk_bytes, self._sidecars)
             session.attach(self._manifest, self._sidecars)
         except BaseException:

@@ -12,7 +12,7 @@ import pytest
 from fastload.client import Handle as Cache
 from fastload.demo.weed import WeedServer
 from fastload.errors import StateError
-from fastload.pipeline.source import Source
+from fastload.pipeline.source import Source, SourceOptions
 from fastload.plan import Manifest
 from tests.conftest import Bucket
 from tests.shards import corpus
@@ -49,7 +49,7 @@ def names(manifest: Manifest) -> list[str]:
 def test_a_corpus_that_grows_while_it_is_read(put: Callable[..., str], tmp_path: Path) -> None:
     url = put(1, 2)
     with Cache(tmp_path / "cache", **LIMITS) as cache:
-        source = Source([url], cache, None, (), None, grows=True)
+        source = Source(SourceOptions([url], cache, grows=True))
         first = source.list_shards()
         assert source.refresh() is first
         reading = source.open()
@@ -88,7 +88,7 @@ def test_a_corpus_that_grows_while_it_is_read(put: Callable[..., str], tmp_path:
         source.close()
 
         # A job that begins anew lists what is there now, and finds the version that a state names.
-        later = Source([url], cache, None, (), None, grows=True)
+        later = Source(SourceOptions([url], cache, grows=True))
         assert names(later.list_shards()) == NAMES
         for version in (first, second, third):
             assert later.manifest_of(version.fingerprint) == version
@@ -101,7 +101,7 @@ def test_a_corpus_that_grows_while_it_is_read(put: Callable[..., str], tmp_path:
 
 def test_data_that_stays_keeps_nothing(put: Callable[..., str], tmp_path: Path) -> None:
     with Cache(tmp_path / "cache", **LIMITS) as cache:
-        source = Source([put(0)], cache, None, (), None)
+        source = Source(SourceOptions([put(0)], cache))
         source.list_shards()
         source.close()
         assert not (tmp_path / "cache" / "manifests").exists()
@@ -110,7 +110,7 @@ def test_data_that_stays_keeps_nothing(put: Callable[..., str], tmp_path: Path) 
 def test_ranks_that_nothing_connects_share_a_file(put: Callable[..., str], tmp_path: Path) -> None:
     url, path = put(0, 1), str(tmp_path / "train.json")
     with Cache(tmp_path / "cache", **LIMITS) as cache:
-        ranks = [Source([url], cache, None, (), None, manifest_file=path, grows=True) for _ in range(2)]
+        ranks = [Source(SourceOptions([url], cache, manifest_file=path, grows=True)) for _ in range(2)]
         for epoch, more in enumerate(((), (2,), (3,))):
             put(*more)
             for number, rank in enumerate(ranks):
@@ -122,7 +122,7 @@ def test_ranks_that_nothing_connects_share_a_file(put: Callable[..., str], tmp_p
             assert names(first) == NAMES[: 2 + epoch]
             assert first.version_starts == ((), (2,), (2, 3))[epoch]
         # Again: what the files say, whatever the bucket holds by now.
-        again = Source([url], cache, None, (), None, manifest_file=path, grows=True)
+        again = Source(SourceOptions([url], cache, manifest_file=path, grows=True))
         assert names(again.shared_manifest(again.list_shards, is_first=True, epoch=0)) == NAMES[:2]
         assert again.manifest_of(first.fingerprint) == first
         for source in (*ranks, again):
