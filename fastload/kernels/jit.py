@@ -158,14 +158,8 @@ def _pending(module: str) -> Unit | None:
 
 
 def is_found(unit: Unit) -> bool:
-    """Whether a unit has been compiled, here or where fastload was installed."""
-    if _find(unit) is not None:
-        return True
-    if why_plain() is None:
-        return False
-    from fastload.kernels import plain
-
-    return plain.is_kept(unit.module)
+    """Whether there is an object file of a unit. (What numba keeps is not looked for, as that takes importing it.)"""
+    return _find(unit) is not None
 
 
 def _find(unit: Unit) -> bytes | None:
