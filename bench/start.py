@@ -118,7 +118,7 @@ def write_shards(folder: Path) -> None:
 
 def keep_service(stack: ExitStack, cache: str) -> None:
     """Have a service run until the stack ends."""
-    from fastload.client.handle import Handle as Cache
+    from fastload.client.cache import Handle as Cache
 
     stack.enter_context(stack.enter_context(Cache(cache)).consumer(None, "bench"))
 

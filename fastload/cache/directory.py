@@ -54,6 +54,7 @@ class CacheDirectory:
         self.limits = settled
         self.warnings = warnings
         self._lock_fd = self._fd = -1
+        self._limits_seen: tuple[int, ...] = ()  # the file that was found to have chunks of this size
 
     @classmethod
     def open(
@@ -96,10 +97,17 @@ class CacheDirectory:
     def has_other_chunks(self) -> bool:
         """Whether what is at the path by now says another `chunk_bytes`; not where nothing can be read there."""
         try:
+            status = syscalls.stat(limits.path_of(self.path))
+            seen = status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
+            if seen == self._limits_seen:  # the file is only ever replaced whole, and reading it takes far longer
+                return False
             stored = limits.stored(self.path)
         except (OSError, CacheError):  # the next connection raises it
             return False
-        return stored is not None and stored.chunk_bytes != self.limits.chunk_bytes
+        if stored is not None and stored.chunk_bytes != self.limits.chunk_bytes:
+            return True
+        self._limits_seen = seen
+        return False
 
     @property
     def root(self) -> Path:

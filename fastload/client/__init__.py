@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from fastload.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from fastload.client.cache import Handle as Handle
     from fastload.client.consumer import Consumer as Consumer
-    from fastload.client.handle import Handle as Handle
     from fastload.client.leases import Held as Held
 
 __getattr__, __dir__, __all__ = lazy_names(
-    __name__, {"consumer": ["Consumer"], "handle": ["Handle"], "leases": ["Held"]}
+    __name__, {"consumer": ["Consumer"], "cache": ["Handle"], "leases": ["Held"]}
 )

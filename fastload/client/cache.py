@@ -1,22 +1,37 @@
 """`fastload.Cache`, as users see it, and the handle behind it, which the rest of fastload works with.
 
-Wherever a cache is taken, its directory is taken too. All who name one directory share a handle, which is kept for the
-life of the process.
+A handle is settings, and what was made from them in this process: consumers, and with `service="inprocess"` the
+service. Pickling takes the settings only, and a forked child starts from the settings too, so that worker processes
+reach the same service through the directory.
+
+Wherever a cache is taken, its directory is taken too. All callers that name one directory share a handle, which is kept
+for the life of the process.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import threading
+import weakref
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, get_args
 
+from fastload import callers
+from fastload.cache import CacheDirectory
 from fastload.callers import public
-from fastload.client.handle import Handle, ServiceMode
-from fastload.config import default_cache_dir
-from fastload.errors import ConfigError
-from fastload.lifecycle import on_fork
+from fastload.client.connector import Connector, ServiceMode
+from fastload.client.consumer import Consumer
+from fastload.config import CacheLimits, default_cache_dir, format_bytes, parse_bytes
+from fastload.errors import CacheError, ConfigError, ServiceError
+from fastload.lifecycle import keep_forever, on_fork, reset_on_fork
+from fastload.waiting import Waits
+
+Shared = TypeVar("Shared")
+
+_IDLE_S = 30.0
 
 
 class Cache:
@@ -51,13 +66,13 @@ class Cache:
         """Open the directory; CacheError where it cannot be used, ConfigError where an argument cannot."""
         self._handle = Handle(
             directory,
+            service=service,
             ram_bytes=ram_bytes,
             disk_bytes=disk_bytes,
             chunk_bytes=chunk_bytes,
             disk_write_bytes_per_s=disk_write_bytes_per_s,
             requests_in_flight=requests_in_flight,
             history_bytes=history_bytes,
-            service=service,
         )
 
     @property
@@ -117,11 +132,190 @@ class Cache:
         return repr(self._handle)
 
 
+class Handle:
+    """What a `fastload.Cache` stands for, in this process; its arguments are described there.
+
+    `close()` ends what was made through it; it may be used again afterwards. Safe to use from several threads.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        service: ServiceMode = "auto",
+        **limits: int | str | None,
+    ) -> None:
+        """Open the directory; CacheError where it cannot be used, ConfigError where an argument cannot."""
+        if service not in get_args(ServiceMode):
+            raise ConfigError(f'service={service!r} must be "auto" or "inprocess"')
+        path = self.path_of(default_cache_dir() if directory is None else directory)
+        explicit: dict[str, Any] = {
+            name: value if name == "requests_in_flight" else parse_bytes(value, name)
+            for name, value in limits.items()
+            if value is not None
+        }
+        self._begin(path, service, _idle_s(), explicit)
+
+    def _begin(
+        self,
+        path: Path,
+        service: ServiceMode,
+        idle_s: float,
+        explicit: dict[str, int],
+        otherwise: CacheLimits | None = None,
+    ) -> None:
+        directory = _open(path, explicit, otherwise)
+        self._connector = Connector(directory, service, idle_s, explicit, in_use=otherwise is not None)
+        self._consumers: weakref.WeakSet[Consumer] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._shared: dict[Hashable, Any] = {}
+        reset_on_fork(self, Handle._forget_after_fork)
+        for message in directory.warnings:
+            if self._connector.is_new_warning(message):
+                callers.warn(message, RuntimeWarning)
+
+    @staticmethod
+    def path_of(directory: str | os.PathLike[str]) -> Path:
+        """The directory, absolute. Raises `ConfigError` for what is none."""
+        return Path(os.path.abspath(_checked(directory)))
+
+    @property
+    def directory(self) -> Path:
+        """The directory, absolute."""
+        return self._connector.directory.path
+
+    def has_other_chunks(self) -> bool:
+        """Whether the directory has chunks of another size by now, because others made it again or changed that: then
+        this handle could only reach a stand-in once a service with those runs.
+        """
+        return self._connector.directory.has_other_chunks()
+
+    @property
+    def chunk_bytes(self) -> int:
+        """The unit of fetching, as the directory has it."""
+        return self._connector.directory.limits.chunk_bytes
+
+    @property
+    def ram_bytes(self) -> int:
+        """The size of the arena, as the directory has it."""
+        return self._connector.directory.limits.ram_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """The quota of the disk tier, as the directory has it."""
+        return self._connector.directory.limits.disk_bytes
+
+    def consumer(
+        self, storage_options: Mapping[str, Any] | None = None, name: str = "", *, waits: Waits | None = None
+    ) -> Consumer:
+        """A new connection to the service, which is started where there is none; the caller closes it.
+
+        CacheError, ConfigError or ServiceError where that fails.
+        """
+        consumer = Consumer(self._connector, storage_options, name, waits=waits)
+        self._consumers.add(consumer)
+        return consumer
+
+    def shared(self, key: Hashable, make: Callable[[], Shared]) -> Shared:
+        """What all users of this handle in this process share under `key`; made if it is not there. A forked child
+        begins without, and so does the handle once it was closed.
+        """
+        with self._lock:
+            if key not in self._shared:
+                self._shared[key] = make()
+            value: Shared = self._shared[key]
+            return value
+
+    def clear(self, *, history: bool = False) -> int:
+        """Empty the cache, RAM and disk, save for what is in use just now; with `history`, forget what runs read too.
+
+        Jobs that use it go on, and fetch again what they need. Returns how many bytes that freed. CacheError where the
+        disk does not answer, CacheError or ServiceError where the service cannot be reached.
+        """
+        with self.consumer(name="clear") as consumer:
+            if consumer.beside:
+                raise ServiceError(f"the cache {self.directory} cannot be cleared: {consumer.beside}")
+            return consumer.clear(history=history)
+
+    def close(self) -> None:
+        """End all consumers made through this handle in this process, and the service if it runs in this process."""
+        for consumer in list(self._consumers):
+            consumer.close()
+        with self._lock:
+            self._shared.clear()
+        self._connector.close_services()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        limits = self._connector.directory.limits
+        sizes = (
+            f"ram_bytes={format_bytes(limits.ram_bytes)!r}, disk_bytes={format_bytes(limits.disk_bytes)!r}, "
+            f"chunk_bytes={format_bytes(limits.chunk_bytes)!r}"
+        )
+        return f"Cache({str(self.directory)!r}, {sizes}, service={self._connector.mode!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The limits are settled and in the directory; another process takes them from there, unless it was emptied.
+        limits = self._connector.directory.limits
+        return {
+            "path": self.directory,
+            "service": self._connector.mode,
+            "idle_s": self._connector.idle_s,
+            "limits": limits,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._begin(state["path"], state["service"], state["idle_s"], {}, state["limits"])
+
+    def _forget_after_fork(self) -> None:
+        keep_forever(self._shared)
+        self._lock = threading.Lock()
+        self._shared = {}
+        self._consumers = weakref.WeakSet(self._consumers)
+
+
+def _open(path: Path, explicit: dict[str, int], otherwise: CacheLimits | None) -> CacheDirectory:
+    """A directory that cannot be used any more is no error in a process that joins a job: it connects without."""
+    try:
+        return CacheDirectory.open(path, otherwise=otherwise, **explicit)
+    except CacheError:
+        if otherwise is None:
+            raise
+        return CacheDirectory(path, otherwise, ())
+
+
+def _checked(directory: object) -> Path:
+    """A folder of this machine: not "", which would be the working directory, and no URL, which would be one in it."""
+    text = os.fspath(directory) if isinstance(directory, str | os.PathLike) else None
+    # A Path that was made of a URL has lost a slash.
+    is_url = isinstance(text, str) and ("://" in text or re.match(r"(s3a?|gs|az|https?):/", text))
+    if not isinstance(text, str) or not text or is_url or "\0" in text:
+        raise ConfigError(
+            f"the cache directory {directory!r} is not a local directory; give a path, such as /nvme/fastload"
+        )
+    return Path(text).expanduser()
+
+
+def _idle_s() -> float:
+    text = os.environ.get("FASTLOAD_IDLE_S", "")
+    try:
+        return float(text) if text else _IDLE_S
+    except ValueError:
+        raise ConfigError(f"FASTLOAD_IDLE_S={text!r} is not a number of seconds") from None
+
+
 AnyCache: TypeAlias = "Cache | Handle | str | os.PathLike[str] | None"
 
 
 def handle_of(cache: AnyCache) -> Handle:
-    """The handle of a cache; of its directory, and for None of the default one, that of all who name it here.
+    """The handle of a cache; for its directory, and for None the default one, a handle shared by this process.
 
     Raises `ConfigError` for what is none of these, and what making a `Cache` does.
     """

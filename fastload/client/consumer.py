@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,7 @@ from fastload import callers, errors, protocol
 from fastload.cache.policy import PolicyName
 from fastload.client.attached import AttachedObjects, Int64, Ints, OpenedObject
 from fastload.client.connection import Connection, Events
+from fastload.client.connector import Connector
 from fastload.client.handshake import Welcomed
 from fastload.client.leases import Held, Lease, LeaseTable, MappedArena, Waiter
 from fastload.errors import FastloadError, ServiceError
@@ -70,25 +71,6 @@ class WaitInterruptedError(ServiceError):
     """A wait was ended by `Consumer.interrupted`, whose caller handles it."""
 
 
-class Connector(Protocol):
-    """What a consumer needs of a `Cache`."""
-
-    def connect(self, hello: protocol.Hello, stop: threading.Event, avoid: str = "") -> Welcomed:
-        """A connection to the directory's service, which is started where there is none; or, where it cannot be reached
-        or `avoid` says why it should not be, to another one that stands in for it.
-        """
-        ...
-
-    def warn(self, message: str) -> bool:
-        """Whether `message` has yet to be raised as a warning in this process."""
-        ...
-
-    @property
-    def reading(self) -> str:
-        """Where to read why something takes long, for who waits."""
-        ...
-
-
 @dataclass(slots=True, eq=False)
 class _Request:
     message: protocol.Message
@@ -102,7 +84,7 @@ class Consumer:
 
     def __init__(
         self,
-        cache: Connector,
+        connector: Connector,
         storage_options: Mapping[str, Any] | None = None,
         name: str = "",
         *,
@@ -116,7 +98,7 @@ class Consumer:
         """
         self.name = redact(name)
         self.chunk_bytes = 0
-        self._cache, self._more, self._make_connection = cache, cache.reading, make_connection
+        self._connector, self._make_connection = connector, make_connection
         self._storage_options = options.checked(storage_options)
         self._store_wire: dict[str, Any] | None = None
         self._waits = waits
@@ -515,7 +497,7 @@ class Consumer:
         while self._troubles:
             with self._changed:
                 message = self._troubles.pop(0) if self._troubles else ""  # another thread was quicker
-            if message and self._cache.warn(message):
+            if message and self._connector.is_new_warning(message):
                 callers.warn(message, RuntimeWarning)
 
     def _ask_for(self, chunks: Iterable[int], *, urgent: bool) -> None:
@@ -550,7 +532,7 @@ class Consumer:
             what=what,
             waits=self._waits,
             deadline_s=deadline_s,
-            more=self._more,
+            more=self._connector.log_hint,
         )
         if self._ended is not None:
             raise self._ended
@@ -681,7 +663,7 @@ class Consumer:
         hello = protocol.Hello(
             protocol.VERSION, os.getpid(), self.name, self._store_wire, group=os.getpgrp(), program=program
         )
-        return self._cache.connect(hello, stop, avoid)
+        return self._connector.connect(hello, stop, avoid)
 
     def _on_connected(self, connection: Connection, welcomed: Welcomed) -> None:
         """Map the service's arena, and send it everything."""

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from fastload import shares
 from fastload.client.attached import OpenedObject
-from fastload.client.handle import Handle
+from fastload.client.cache import Handle
 from fastload.client.leases import Held
 from fastload.errors import ObjectChangedError, ServiceError
 from fastload.lifecycle import call_later, on_drop, reset_on_fork
@@ -53,10 +53,9 @@ class Connection:
     def __init__(
         self, cache: Handle, storage_options: Mapping[str, Any] | None, now: Callable[[], float] = time.monotonic
     ) -> None:
-        """Connect; the errors of `Handle.opener`."""
+        """Connect; the errors of `Handle.consumer`."""
         self._now = now
-        self._cache = cache  # which the consumer does not keep
-        self._consumer = cache.opener(storage_options, name="fastload.open")
+        self._consumer = cache.consumer(storage_options, name="fastload.open")
         on_drop(self, call_later, self._consumer.close)
         self.chunk_bytes = self._consumer.chunk_bytes
         self._ahead_max = max(1, min(_AHEAD_MAX, self._consumer.buffer_count // _AHEAD_SHARE))

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastload.callers import public
-from fastload.client.cache import AnyCache, handle_of
-from fastload.client.handle import Handle
+from fastload.client.cache import AnyCache, Handle, handle_of
 from fastload.errors import ConfigError, ObjectMissingError
 from fastload.files.connection import Connection
 from fastload.files.file import ObjectFile, RawObject

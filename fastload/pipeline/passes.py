@@ -17,7 +17,7 @@ import numpy as np
 
 from fastload.arguments import CachePolicy
 from fastload.cache.policy import PolicyName
-from fastload.client.handle import Handle
+from fastload.client.cache import Handle
 from fastload.pipeline.columns import ColumnSet
 from fastload.pipeline.feed import Feed, FeedSource
 from fastload.pipeline.finish import (

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastload.client.cache import Handle
 from fastload.client.consumer import Consumer
-from fastload.client.handle import Handle
 from fastload.kernels import FIRST_BATCH, compile_in_background
 from fastload.lifecycle import call_later, is_inherited, on_drop
 from fastload.pipeline import manifest_files

@@ -12,6 +12,7 @@ import numpy as np
 from fastload import protocol
 from fastload.cache import ArenaView
 from fastload.client.connection import Connection, Events
+from fastload.client.connector import Connector
 from fastload.client.consumer import Consumer
 from fastload.client.handshake import Welcomed
 from fastload.client.leases import Waiter
@@ -75,15 +76,15 @@ class _DirectConnection:
 
 
 class _NoService:
-    """In place of a cache's handle, which is never asked to connect."""
+    """In place of a connector, which is never asked to connect."""
 
-    reading = ""  # no thread really waits
+    log_hint = ""  # no thread really waits
 
     def connect(self, hello: protocol.Hello, stop: threading.Event, avoid: str = "") -> Welcomed:
         """Never called."""
         raise ServiceError("a simulated consumer is connected to its core from the beginning")
 
-    def warn(self, message: str) -> bool:
+    def is_new_warning(self, message: str) -> bool:
         """A simulation has nothing to warn of."""
         return False
 
@@ -105,7 +106,7 @@ class SimulatedConsumer:
             self._connection.on_received = self._look_again
             return cast(Connection, self._connection)
 
-        self.consumer = Consumer(_NoService(), name=name, make_connection=connection)
+        self.consumer = Consumer(cast(Connector, _NoService()), name=name, make_connection=connection)
 
     @property
     def state(self) -> ConsumerState:

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 
 import fastload
-from fastload.client.handle import Handle
+from fastload.client.cache import Handle
 from tests.jobs.pool import Rank, RankPool
 from tests.jobs.reading import SMALL
 from tests.shards import corpus

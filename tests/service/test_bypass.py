@@ -21,7 +21,7 @@ import fastload
 from fastload import protocol
 from fastload.cache import Arena, ArenaView, CacheDirectory
 from fastload.client import Handle as Cache
-from fastload.client import connection, election, handle, handshake
+from fastload.client import connection, connector, election, handshake
 from fastload.client.connection import Connection, Events
 from fastload.client.handshake import Welcomed
 from fastload.config import CacheLimits
@@ -188,7 +188,7 @@ def test_the_one_that_was_avoided_is_tried_again(
         with cache.consumer() as consumer:
             assert consumer.beside  # it is left alone for a while
             assert consumer.stats()["node"]["beside"] == consumer.beside
-        monkeypatch.setattr(cache, "_avoid_until_s", 0.0)
+        monkeypatch.setattr(cache._connector, "_avoid_until_s", 0.0)
         with cache.consumer() as consumer:
             assert not consumer.beside
             assert consumer.stats()["node"]["beside"] == ""
@@ -210,7 +210,7 @@ def test_a_directory_that_cannot_be_made_again(cache: Cache, s3: Bucket, shards:
             if mode == "auto":
                 kill_service(cache.directory)
             else:
-                for service in list(cache._services.values()):
+                for service in list(cache._connector._services.values()):
                     service.close()
             shutil.rmtree(gone)
             with pytest.warns(RuntimeWarning, match="cannot be used.*Not a directory.*fetches into RAM"):
@@ -270,7 +270,7 @@ def test_an_answer_that_makes_no_sense_costs_the_connection_and_no_more(
 ) -> None:
     with cache.consumer() as consumer:
         service_connection, first = consumer._connection, consumer._arena
-        (service,) = cache._services.values()
+        (service,) = cache._connector._services.values()
         server = service._server
         assert server is not None
         (peer,) = server._peers
@@ -379,7 +379,7 @@ def test_a_start_that_is_stopped_holding_the_lock_is_bypassed(cache: Cache, monk
     holder = CacheDirectory.open(cache.directory)
     assert holder.try_lock()
     connect = election.connect
-    monkeypatch.setattr(handle.election, "connect", lambda *args: connect(*args, deadline_s=1.0))
+    monkeypatch.setattr(connector.election, "connect", lambda *args: connect(*args, deadline_s=1.0))
     with pytest.warns(RuntimeWarning, match="could be reached within 1 s"), cache.consumer() as consumer:
         assert consumer.beside
     holder.unlock()

@@ -118,7 +118,7 @@ def test_what_a_service_says_is_no_silent_end(tmp_path: Path) -> None:
         raise ServiceError("no")
 
     with pytest.raises(ServiceError, match="no"):
-        election.connect(cache._directory, hello, start, threading.Event())
+        election.connect(cache._connector.directory, hello, start, threading.Event())
     assert len(starts) == 1
 
 
@@ -132,7 +132,7 @@ def test_a_consumer_that_is_closed_does_not_go_on_starting(tmp_path: Path) -> No
         raise StartError("killed")
 
     with pytest.raises(ServiceError, match="the consumer is closed"):
-        election.connect(cache._directory, hello, start, closed)
+        election.connect(cache._connector.directory, hello, start, closed)
 
 
 def test_a_service_whose_directory_was_removed_leaves_the_next_one_its_socket(tmp_path: Path) -> None:
@@ -142,12 +142,12 @@ def test_a_service_whose_directory_was_removed_leaves_the_next_one_its_socket(tm
         return Cache(tmp_path / "cache", ram_bytes=4 * CHUNK_BYTES, disk_bytes=0, chunk_bytes=CHUNK_BYTES)
 
     with cache() as first:
-        first._service_mode = "inprocess"  # it ends with the handle
+        first._connector.mode = "inprocess"  # it ends with the handle
         first.consumer().close()
         shutil.rmtree(first.directory)
         with cache() as second, second.consumer() as consumer:
             first.close()
-            assert second._directory.socket_path.exists()
+            assert second._connector.directory.socket_path.exists()
             with cache() as third, third.consumer() as other:
                 assert service_pid(other) == service_pid(consumer) != os.getpid()
 
@@ -159,7 +159,7 @@ def test_a_service_whose_directory_was_removed_ends_with_its_last_consumer(tmp_p
     )
     with cache:
         consumer = cache.consumer()
-        (service,) = cache._services.values()
+        (service,) = cache._connector._services.values()
         shutil.rmtree(cache.directory)
         assert service.alive
         consumer.close()
@@ -174,7 +174,7 @@ def test_what_the_system_refuses_is_an_error_of_the_cache(tmp_path: Path) -> Non
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     with pytest.raises(CacheError, match=r"no cache service for .*cache can be .*Too many open files.*ulimit"):
-        election.connect(cache._directory, hello, start, threading.Event())
+        election.connect(cache._connector.directory, hello, start, threading.Event())
 
 
 def test_a_service_without_a_thread_gives_the_lock_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

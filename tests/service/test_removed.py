@@ -181,7 +181,7 @@ def test_an_epoch_is_read_while_it_goes_again_and_again(cache: Cache, tmp_path: 
 
 
 def _named(cache: Cache) -> fastload.Cache:
-    return fastload.Cache(cache.directory, service=cache._service_mode)
+    return fastload.Cache(cache.directory, service=cache._connector.mode)
 
 
 def test_open_files_go_on(cache: Cache, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_stand_in_of_another_user_is_told_nothing(shared: Path) -> None:
     """Its name is anybody's to take."""
     with Cache(shared / "cache", **LIMITS) as cache:
         cache.consumer().close()
-        stand_in, _ = cache._make_stand_ins()
+        stand_in, _ = cache._connector._make_stand_ins()
 
         def squat(told: socket.socket) -> None:
             place = StandIn(cache.directory, stand_in.limits)
