@@ -54,20 +54,26 @@ def test_what_is_given_back_may_be_used_and_no_limit_is_none() -> None:
     assert all(budget.take(1 << 40, 1.0) for _ in range(5))
 
 
+def limit(core: Core, bytes_per_s: int) -> None:
+    """A consumer comes whose user has just set this."""
+    limits = {"disk_write_bytes_per_s": bytes_per_s}
+    core.connect(protocol.Hello(protocol.VERSION, 1, "", {}, limits), lambda message: None)
+
+
 def test_a_chunk_above_the_limit_is_read_and_not_cached(tmp_path: Path) -> None:
     world = World(tmp_path, 16, disk_bytes=64 * FILE_BYTES)
     world.add(8)
 
     async def work(core: Core) -> None:
         # A byte a second: the first write is let through on what was saved, and then none for a day.
-        core.connect(protocol.Hello(protocol.VERSION, 1, "", {}, {"disk_write_bytes_per_s": 1}), lambda message: None)
+        limit(core, 1)
         side = Side(core, world.objects)
         side.want(*range(8))
         await until(lambda: len(side.granted) == 8, "all are read")
         await settle()
         assert len(core.disk.keys()) <= 1
-        assert core._writer.counters["writes_over_budget"] >= 7
-        core._writer.limit(0)
+        assert side.node()["writes_over_budget"] >= 7
+        limit(core, 0)
         side.release(*range(8))
 
     world.run(work)
@@ -78,15 +84,14 @@ def test_warming_waits_for_it(tmp_path: Path) -> None:
     world.add(24)
 
     async def work(core: Core) -> None:
-        core._writer.limit(FILE_BYTES // 2)
+        limit(core, FILE_BYTES // 2)
         side = Side(core, world.objects)
         side.plan(0, warm=True)
         await settle()
-        await until(lambda: core._writer.wait_s() > 0 and not core._residency.loading, "it has written enough")
         held = len(core.disk.keys())
         assert 5 <= held < 24
         assert not any(each.finished for each in side.all(protocol.Progress))
-        core._writer.limit(0)
+        limit(core, 0)
         await until(lambda: any(each.finished for each in side.all(protocol.Progress)), "it goes on")
         assert len(core.disk.keys()) == 24
 

@@ -14,12 +14,12 @@ from fastload import protocol
 from fastload.client import Handle as Cache
 from fastload.errors import ServiceError
 from fastload.formats import ShardIndex
-from fastload.service.core import Core
+from fastload.service.core import WRITE_AFTER_S, Core
 from fastload.service.indexes import SampleCounts
 from tests.conftest import Bucket
 from tests.formats.archives import Member, index, write
 from tests.service.helpers import eventually
-from tests.service.world import Side, World, settle, until
+from tests.service.world import Side, World, settle, sleep, until
 
 DISK_BYTES = 8 << 20
 
@@ -220,8 +220,8 @@ def test_what_is_written_down_is_written_once(tmp_path: Path) -> None:
         side = Side(core, world.objects)
         for number in range(6):
             side.say(protocol.PutIndex(number, index_of(number)))
-            core._indexes.flush()
-        core._indexes.flush()
+            core.disconnect(Side(core, []).state)  # whatever goes, what is known is written
+            await sleep(2 * WRITE_AFTER_S)
 
     world.run(work)
 

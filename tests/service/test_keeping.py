@@ -33,13 +33,9 @@ async def read(side: Side, order: Sequence[int], epoch: int) -> None:
         before = len(side.granted)
         side.want(*chunks)
         await until(lambda before=before: len(side.granted) == before + CHUNKS, "all are granted")  # type: ignore[misc]
-        await settle_writes(side.core)
+        await settle()  # what was fetched is written
         side.release(*chunks)
         side.say(protocol.Advance((number + 1) * CHUNKS))
-
-
-async def settle_writes(core: Core) -> None:
-    await until(lambda: not core._writer._queue and not core._writer._running, "what was fetched is written")
 
 
 async def fetched_by_epoch(core: Core, world: World, policy: PolicyName, epochs: int) -> list[int]:
@@ -74,6 +70,7 @@ def test_pins_hit_their_share_while_they_move_on(tmp_path: Path) -> None:
         assert all(count <= data // 2 + 6 for count in fetched[2:]), fetched
         assert sum(fetched[2:]) <= 4 * (data // 2 + 2), fetched
         side = next(iter(core.consumers))
+        # What is to be on disk is no figure: the test is that of the two together.
         pinned = [core._records.pins.belongs_on_disk(entry, index) for entry in side.entries for index in range(CHUNKS)]
         on_disk = [core.disk.contains(entry.key(index)) for entry in side.entries for index in range(CHUNKS)]
         assert sum(on_disk) == data // 2
@@ -170,7 +167,7 @@ def test_ram_over_disk_keeps_what_is_needed_soonest(tmp_path: Path, foresees: bo
         side = Side(core, world.objects)
         side.plan(*range(chunks), warm=True)
         await until(lambda: any(each.finished for each in side.all(protocol.Progress)), "all is on disk")
-        before = core._residency.counters["disk_read_chunks"]
+        before = side.node()["disk_read_chunks"]
         for number, batch in enumerate(batches):
             if foresees:
                 told = 2 * number + 4 * chunks
@@ -181,7 +178,7 @@ def test_ram_over_disk_keeps_what_is_needed_soonest(tmp_path: Path, foresees: bo
             await until(lambda granted=granted: len(side.granted) == granted + 2, "both are granted")  # type: ignore[misc]
             side.say(protocol.Advance(2 * (number + 1)))
             side.release(*batch)
-        loads, best = core._residency.counters["disk_read_chunks"] - before, belady(batches, capacity)
+        loads, best = side.node()["disk_read_chunks"] - before, belady(batches, capacity)
         if foresees:
             assert loads <= best * 1.03 + capacity, (loads, best)
         else:

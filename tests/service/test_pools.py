@@ -36,7 +36,7 @@ def test_the_threads_that_there_are_do_it_all(tmp_path: Path) -> None:
         with threads_at_most(1):
             side.want(0, 1, 2, 3)
             await until(lambda: sorted(side.granted) == [0, 1, 2, 3], "all have come")
-        assert core._endpoints.stats()["requests_in_flight"] == 0
+        assert side.node()["requests_in_flight"] == 0
 
     world.run_in_real_time(work)
 

@@ -12,11 +12,11 @@ from fastload.cache import Arena
 from fastload.client import Handle as Cache
 from fastload.config import MIB
 from fastload.service import core
-from fastload.service.core import Core
+from fastload.service.core import RELEASE_AFTER_S, Core
 from fastload.service.threads import Populator
 from tests.conftest import Bucket
 from tests.service.helpers import CHUNK_BYTES, eventually, random_bytes, read
-from tests.service.world import Side, World, settle, until
+from tests.service.world import Side, World, settle, sleep, until
 
 
 def test_use_is_kept_ahead_of_as_far_as_it_has_come() -> None:
@@ -108,17 +108,15 @@ def test_small_objects_take_no_whole_buffers(tmp_path: Path) -> None:
     async def work(core: Core) -> None:
         side = Side(core, world.objects)
         side.plan(*range(100))
-        await until(lambda: core._table.free_count == 400, "they are here")
+        await until(lambda: side.node()["buffers_free"] == 400, "they are here")
         await settle()
         assert _touched(core, side) == 100 * 4096
 
     world.run_in_real_time(work)
 
 
-def test_without_consumers_there_is_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_consumers_there_is_no_memory(tmp_path: Path) -> None:
     """It is given back some time after the last has gone, and not while something is on its way into it."""
-    monkeypatch.setattr(core, "RELEASE_AFTER_S", 0.05)
-    monkeypatch.setattr(core, "_RELEASE_AGAIN_S", 0.01)
     world = World(tmp_path, 10)
     world.add(3, 2)
 
@@ -130,11 +128,11 @@ def test_without_consumers_there_is_no_memory(tmp_path: Path, monkeypatch: pytes
             side.want(3, 4)
             await until(lambda: len(world.store.reads) == 5, "they are on their way")
             core.disconnect(side.state)
-            await until(lambda: core._table.free_count == 8, "what nobody uses has gone")
+            await until(lambda: side.node()["buffers_free"] == 8, "what nobody uses has gone")
             assert core.arena.touched_bytes >= 3 * CHUNK_BYTES
             gate.set()
         await until(lambda: core.arena.touched_bytes == 0, "its memory is given back")
-        assert core._table.free_count == 10
+        assert side.node()["buffers_free"] == 10
         # All begins anew, in the memory that whoever comes now is shown.
         again = Side(core, world.objects)
         again.want(4, 0)
@@ -156,9 +154,9 @@ def test_who_comes_again_at_once_finds_what_was_there(tmp_path: Path) -> None:
         side.want(0, 1, 2)
         await until(lambda: len(side.granted) == 3, "they are granted")
         core.disconnect(side.state)
+        await sleep(RELEASE_AFTER_S - 1)
         again = Side(core, world.objects)
-        assert core._release_timer is not None
-        assert core._release_timer.cancelled()
+        await sleep(RELEASE_AFTER_S)
         again.want(0, 1, 2)
         await until(lambda: len(again.granted) == 3, "they are granted")
         assert len(world.store.reads) == 3

@@ -79,6 +79,16 @@ def world(tmp_path: Path, buffer_count: int = 40, **limits: int) -> World:
     return made
 
 
+def knows_history(core: Core) -> bool:
+    """Whether the service has looked into it, which no message says: what it predicts then may be nothing."""
+    return core._replay._library is not None
+
+
+def give_up(core: Core) -> None:
+    """Have the service find that history cannot be written; tests of a disk that is full have it find that out."""
+    core._history._give_up(OSError("no room"))
+
+
 def run(world: World, work: Callable[[Core], Coroutine[Any, Any, None]]) -> None:
     """A service's life, with nothing in its RAM at first."""
     world.store.reads.clear()
@@ -248,8 +258,8 @@ def test_a_reader_does_not_follow_itself(tmp_path: Path) -> None:
                 await reader.read(number + readers.index(reader))
         late = Reader(core, here)
         await late.read(20)
-        await until(lambda: core._replay._library is not None, "the history is there")
-        assert [core._replay._readers[reader.side.state].plan for reader in readers] == [None, None]
+        await until(lambda: knows_history(core), "the history is there")
+        assert [reader.side.state.plan for reader in readers] == [None, None]
         for reader in [*readers, late]:
             reader.leave()
 
@@ -262,7 +272,7 @@ def test_a_history_is_not_looked_into_all_the_time(tmp_path: Path) -> None:
     looks: list[float] = []
 
     async def work(core: Core) -> None:
-        replay = core._replay
+        replay = core._replay  # not through messages: a hundred thousand of them take half a minute
         replay._recording.load = lambda done: looks.append(0.0)  # type: ignore[method-assign]
         reader = Reader(core, here)
         for key in range(100_000):
@@ -515,7 +525,8 @@ def test_nothing_is_left_when_all_have_gone(seed: int, buffer_count: int, tmp_pa
         for reader in readers:
             reader.leave()
         await settle()
-        core._residency.drop_idle()
+        core._residency.drop_idle()  # as ten seconds without a consumer do, and nothing else is done then
+        # No message tells of records that were forgotten, which is what is looked for.
         assert core._objects._entries == {}
         assert core._table._positions == {}
         assert core._table._short_plans._buffers == {}
@@ -551,7 +562,7 @@ def test_history_that_is_not_used_is_cleared_too(is_off: bool, tmp_path: Path) -
         here.directory = CacheDirectory.open(tmp_path / "cache", history_bytes=0)
 
     async def work(core: Core) -> None:
-        core._history._give_up(OSError("no room"))
+        give_up(core)
         reader = Reader(core, here)
         reader.side.say(protocol.Clear(1, True))
         await until(lambda: bool(reader.side.all(protocol.Cleared)), "it is gone")
@@ -589,8 +600,8 @@ def test_those_who_come_while_nothing_is_kept_are_served_from_what_was_read(tmp_
     async def work(core: Core) -> None:
         first = Reader(core, here)
         await first.read(ORDER[0])
-        await until(lambda: core._replay._library is not None, "the history is there")
-        core._history._give_up(OSError("no room"))
+        await until(lambda: knows_history(core), "the history is there")
+        give_up(core)
         first.leave()
         reader = Reader(core, here, group=2)
         for number in ORDER[:20]:
@@ -607,7 +618,7 @@ def test_a_daemon_keeps_history_again_when_there_is_room(tmp_path: Path) -> None
     archive = Archive(tmp_path / "cache")
 
     async def work(core: Core) -> None:
-        core._history._give_up(OSError("no room"))
+        give_up(core)
         for group, later_s in enumerate((0.0, 599.0, 2.0)):
             await sleep(later_s)
             reader = Reader(core, here, group)
@@ -701,10 +712,10 @@ def test_nothing_is_predicted_from_what_was_read_of_a_history_while_it_was_clear
         clears.say(protocol.Clear(1, True))
         reader = Reader(core, here)
         await reader.read(ORDER[0])
-        await until(lambda: core._replay._library is not None, "it has been looked into")
+        await until(lambda: knows_history(core), "it has been looked into")
         gate.set()
         await until(lambda: bool(clears.all(protocol.Cleared)), "it is gone")
-        assert core._replay._library is None
+        assert not knows_history(core)
         assert reader.side.state.plan is None
         reader.leave()
 
