@@ -34,7 +34,7 @@ from bench.chaos.drive import Driver, Job
 from bench.chaos.oracle import Data, Oracle
 from bench.chaos.report import as_text
 from bench.chaos.schedule import EVENTS, FAULTS, LIES, events
-from bench.chaos.store import BadStoreProcess, Settings, Stored
+from bench.chaos.store import BadStoreProcess, Settings, Stored, certify
 from fastload.demo.weed import WeedServer
 from fastload.store import StoreOptions, open_store
 from fastload.store.types import ObjectInfo
@@ -121,7 +121,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         weed = stack.enter_context(WeedServer(folder / "weed"))
         damage.keep(weed.pid)
         data, objects = _upload(weed, folder / "objects")
-        certificate, authority = _certify(folder)
+        certificate, authority = certify(folder)
         kinds = tuple(kind for kind in FAULTS if kind not in options.without) + (tuple(LIES) if options.lies else ())
         settings = Settings(
             weed.endpoint_url, options.seed, options.share, kinds, options.stall_s, str(certificate), objects
@@ -225,17 +225,6 @@ def _upload(weed: WeedServer, folder: Path) -> tuple[Data, tuple[Stored, ...]]:
 def _stored(info: ObjectInfo, path: Path) -> Stored:
     modified = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(info.mtime_ns // 10**9))
     return Stored("/" + info.url.removeprefix("s3://"), str(path), str(info.etag), modified)
-
-
-def _certify(folder: Path) -> tuple[Path, Path]:
-    """A key with its certificate for 127.0.0.1 in one file, and the authority that signed it."""
-    new = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=fastload"
-    own = "-addext subjectAltName=IP:127.0.0.1 -addext basicConstraints=CA:FALSE -CA authority.pem -CAkey authority.key"
-    for step in (f"{new} -keyout authority.key -out authority.pem", f"{new} {own} -keyout key.pem -out server.pem"):
-        subprocess.run(step.split(), cwd=folder, check=True, capture_output=True)
-    both = folder / "both.pem"
-    both.write_text((folder / "key.pem").read_text() + (folder / "server.pem").read_text())
-    return both, folder / "authority.pem"
 
 
 def _job(

@@ -18,6 +18,7 @@ import signal
 import socket
 import ssl
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -330,6 +331,20 @@ def main() -> None:
     server.loop.spawn(server.answer({"counters": server.counted, "quiet": server.quiet}))
     print(json.dumps({"port": server.port, "tls_port": front.port}), flush=True)
     server.loop.run()
+
+
+def certify(folder: Path) -> tuple[Path, Path]:
+    """A key with its certificate for 127.0.0.1, and that of the authority behind it, in PEM.
+
+    Two, since obstore takes no certificate of a server that is an authority itself.
+    """
+    new = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=fastload"
+    own = "-addext subjectAltName=IP:127.0.0.1 -addext basicConstraints=CA:FALSE -CA authority.pem -CAkey authority.key"
+    for step in (f"{new} -keyout authority.key -out authority.pem", f"{new} {own} -keyout key.pem -out server.pem"):
+        subprocess.run(step.split(), cwd=folder, check=True, capture_output=True)
+    both = folder / "both.pem"
+    both.write_text((folder / "key.pem").read_text() + (folder / "server.pem").read_text())
+    return both, folder / "authority.pem"
 
 
 if __name__ == "__main__":

@@ -20,11 +20,10 @@ from bench.chaos.damage import Disk
 from bench.chaos.jobs import GLOBAL_BATCH, Got, digest_of
 from bench.chaos.oracle import Data, Oracle, Place, WrongError
 from bench.chaos.schedule import EVENTS, FAULTS, LIES, events, fault_of
-from bench.chaos.store import BadStoreProcess, Settings, Stored
+from bench.chaos.store import BadStoreProcess, Settings, Stored, certify
 from fastload.store.types import ObjectInfo
 from tests.conftest import Bucket
 from tests.jobs.launch import ROOT
-from tests.store.servers import certify
 
 # The schedule
 
@@ -217,7 +216,7 @@ def test_the_disk_is_damaged_as_it_says(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_a_minute_of_trouble(tmp_path: Path) -> None:
     """By steps, which say what happens in it; on a slow machine it takes longer. This seed has most kinds early."""
-    command = [sys.executable, "-m", "bench.chaos", "--seed=1815", "--minutes=9", "--steps=450"]
+    command = [sys.executable, "-m", "bench.chaos", "--seed=17181", "--minutes=9", "--steps=300"]
     done = subprocess.run(
         [*command, f"--json={tmp_path / 'report.json'}"],
         cwd=ROOT,
@@ -230,7 +229,7 @@ def test_a_minute_of_trouble(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["samples"] > 450 * GLOBAL_BATCH
-    assert report["schedule"] > 20
-    assert sum(report["faults"].values()) > 50
+    assert report["samples"] > 300 * GLOBAL_BATCH
+    assert report["schedule"] > 12
+    assert sum(report["faults"].values()) > 30
     assert report["failed_calls"] > 0

@@ -11,7 +11,7 @@ import pytest
 from bench import endurance
 from bench.endurance import MEMORY_SLACK_BYTES, Held, endure
 
-EPOCHS = 30
+EPOCHS = 18
 
 
 @pytest.mark.timeout(300)

@@ -20,11 +20,12 @@ from typing import Any
 import pytest
 
 import fastload
+from bench.chaos.store import certify
 from fastload.client import Handle as Cache
 from fastload.errors import AccessDeniedError, ConfigError, StoreUnavailableError
 from tests.conftest import Bucket
 from tests.service.helpers import service_pid
-from tests.store.servers import Handler, answer, certify, server
+from tests.store.servers import Handler, answer, server
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "PLANTED"  # in every poisoned value that is a secret

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.server
 import json
 import ssl
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,20 +88,6 @@ def handed_out(folder: Path, token: str = "") -> Iterator[StoreOptions]:
     with server(answer(200, json.dumps(word).encode())) as options:
         place = ("container_credentials_full_uri", f"{options.endpoint_url}/role")
         yield StoreOptions(extra=(("container_authorization_token_file", str(file)), place))
-
-
-def certify(folder: Path) -> tuple[Path, Path]:
-    """A key with its certificate for 127.0.0.1, and that of the authority behind it, in PEM.
-
-    Two, since obstore takes no certificate of a server that is an authority itself.
-    """
-    new = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=fastload"
-    own = "-addext subjectAltName=IP:127.0.0.1 -addext basicConstraints=CA:FALSE -CA authority.pem -CAkey authority.key"
-    for step in (f"{new} -keyout authority.key -out authority.pem", f"{new} {own} -keyout key.pem -out server.pem"):
-        subprocess.run(step.split(), cwd=folder, check=True, capture_output=True)
-    both = folder / "both.pem"
-    both.write_text((folder / "key.pem").read_text() + (folder / "server.pem").read_text())
-    return both, folder / "authority.pem"
 
 
 def whole(data: bytes, etag: str = '"e"', **more: str) -> Behaviour:

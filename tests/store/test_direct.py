@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.chaos.store import certify
 from fastload.errors import AccessDeniedError, ConfigError, StoreUnavailableError
 from fastload.store import ObjectInfo, Store, StoreOptions, httpreader, open_store
 from fastload.store.answers import NoCredentialsError
 from fastload.store.direct import place
 from fastload.store.objectstore import ObjectStore
 from fastload.store.proxies import Proxy, proxy_for
-from tests.store.servers import Behaviour, Handler, answer, certify, good, handed_out, server
+from tests.store.servers import Behaviour, Handler, answer, good, handed_out, server
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
 

@@ -15,6 +15,7 @@ import obstore
 import pytest
 from obstore.exceptions import GenericError
 
+from bench.chaos.store import certify
 from fastload.errors import (
     AccessDeniedError,
     ObjectChangedError,
@@ -26,7 +27,7 @@ from fastload.store import Counters, ObjectInfo, RequestOptions, RetryOptions, S
 from fastload.store.answers import HopelessError, ResolverError
 from fastload.store.objectstore import ObjectStore, describe_credentials
 from tests.conftest import Bucket
-from tests.store.servers import Behaviour, answer, certify, good, hang_up, server
+from tests.store.servers import Behaviour, answer, good, hang_up, server
 
 SLOW_WAY = (("read_timeout", "30s"),)  # through obstore instead of our own requests
 WAYS = ["direct", "signed-url", "obstore"]

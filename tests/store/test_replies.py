@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 import fastload
+from bench.chaos.store import certify
 from fastload.errors import AccessDeniedError, ObjectChangedError, ObjectMissingError, StoreError, StoreUnavailableError
 from fastload.store import Counters, ObjectInfo, RequestOptions, RetryOptions, Store, StoreOptions, open_store
 from fastload.store.httpreader import _speaks
 from fastload.store.replies import Reply, misfit, size_told
 from tests.shards import tar_of
-from tests.store.servers import Behaviour, Handler, Liar, answer, certify, handed_out, server, whole
+from tests.store.servers import Behaviour, Handler, Liar, answer, handed_out, server, whole
 
 SIZE, START, LENGTH = 4096, 1000, 1000
 DATA = random.Random(1).randbytes(SIZE)
