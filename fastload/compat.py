@@ -1,12 +1,11 @@
-"""`install()`: whoever makes torch's `DataLoader` gets ours.
+"""`install()`: code that constructs torch's `DataLoader` gets a `fastload.DataLoader`.
 
 Some frameworks make loaders by the name that they imported from torch: transformers' Trainer makes its own, and
-accelerate makes another of each that it is given. Putting another class in place of that name would help only in the
-modules that are known here and that were imported already, and with two classes of one name `isinstance` says what
-nobody expects. So there stays one class, and it is what is made of it that changes: an object that is constructed as
-torch's `DataLoader` itself becomes a `fastload.DataLoader`, which is a subclass, before anybody has seen it. This holds
-for every name of the class, wherever and whenever it was imported. Subclasses of it, torchdata's for example, are what
-they were.
+accelerate makes another of each that it is given. Replacing the class under that name would help only in modules that
+are known here and were imported already, and with two classes of one name `isinstance` gives surprising answers. So the
+class stays, and its constructor changes: an object that is constructed as torch's `DataLoader` itself becomes a
+`fastload.DataLoader`, which is a subclass, before other code sees it. This holds for every name of the class, wherever
+and whenever it was imported. Subclasses, torchdata's for example, do not change.
 """
 
 from __future__ import annotations
@@ -45,9 +44,9 @@ def install(workers: WorkersMode = "auto") -> None:
 
 
 def uninstall() -> None:
-    """torch's class makes its own objects again; those made meanwhile stay what they are. May be called twice.
+    """torch's class makes its own objects again; those made meanwhile stay what they are. Idempotent.
 
-    RuntimeError where somebody has wrapped the constructor since `install()` and not put it back.
+    RuntimeError where the constructor was wrapped after `install()` and not restored.
     """
     with _changing:
         if not _is_installed():
@@ -74,7 +73,7 @@ def _making_ours(constructor: Callable[..., None]) -> Callable[..., None]:
 
 
 def _is_installed() -> bool:
-    """Whether torch's class has our constructor, or one that somebody (Lightning, for a while) wrapped around it."""
+    """Whether torch's class has our constructor, or one that was wrapped around it (Lightning does so for a while)."""
     constructor = _constructor()
     while constructor is not None and constructor is not _ours:
         constructor = getattr(constructor, "__wrapped__", None)

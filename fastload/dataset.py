@@ -43,7 +43,7 @@ from fastload.errors import ConfigError
 from fastload.pipeline.columns import ColumnSet
 from fastload.pipeline.finish import Finish, Function, Maker, SourceMaker
 from fastload.pipeline.gather import Skips
-from fastload.pipeline.job import Beginning, Job
+from fastload.pipeline.job import Job, PassStart
 from fastload.pipeline.lookup import Lookup
 from fastload.pipeline.passes import Pass, PassOptions, SourcePass, open_source
 from fastload.pipeline.source import Source, SourceOptions
@@ -346,7 +346,7 @@ class StreamingDataset(DatasetBase[Sample]):
         return self._passes.skips_errors
 
     def begin(self, epoch: int, batch_size: int, *, start: Any = None, **options: Any) -> Pass:
-        begin = Beginning(epoch) if start is None else Beginning(epoch, start.fingerprints[0], start.samples)
+        begin = PassStart(epoch) if start is None else PassStart(epoch, start.fingerprints[0], start.samples)
         self.settle({"tail": self.tail, "batch_size": batch_size}, begin)
         skips = Skips() if self.skips_errors else None
         opened = self.open(skips, next_epoch=epoch + 1)
@@ -358,7 +358,7 @@ class StreamingDataset(DatasetBase[Sample]):
             opened.end()
             raise
 
-    def settle(self, settings: Mapping[str, Any], begin: Beginning, sharers: int = 1) -> None:
+    def settle(self, settings: Mapping[str, Any], begin: PassStart, sharers: int = 1) -> None:
         """Agree with the other ranks of the job on what is read in which order; see `Job.settle`."""
         in_worker = torch.utils.data.get_worker_info() is not None
         self._job.settle(self._source, settings, begin, in_worker=in_worker, sharers=sharers)

@@ -23,7 +23,7 @@ from fastload.errors import ConfigError
 from fastload.kernels import compile_in_background
 from fastload.pipeline.finish import Function, Mixing
 from fastload.pipeline.gather import Skips
-from fastload.pipeline.job import Beginning
+from fastload.pipeline.job import PassStart
 from fastload.pipeline.passes import Pass
 from fastload.plan import (
     MixtureOptions,
@@ -195,7 +195,7 @@ class Mixture(DatasetBase[Sample]):
         samples, saved = (0, ()) if start is None else (start.samples, start.fingerprints)
         caches = [dataset.cache_name for dataset in self._sources]
         for dataset, fingerprint, cache in zip_longest(self._sources, saved[: len(caches)], caches):
-            dataset.settle(settings, Beginning(epoch, fingerprint, samples), sharers=caches.count(cache))
+            dataset.settle(settings, PassStart(epoch, fingerprint, samples), sharers=caches.count(cache))
         ranks = [dataset.ranks for dataset in self._sources]
         if len(set(ranks)) > 1:
             raise ConfigError(f"the sources of a mixture have the ranks {ranks}; give all the same rank and world_size")

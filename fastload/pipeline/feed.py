@@ -123,9 +123,9 @@ class Feed(Generic[Entry]):
         if not wanted:
             return None
         number, object_nos = next(iter(wanted.items()))  # the counts of one source may be all that is needed
-        told = self._sources[number].counts.ask(object_nos)
+        counts = self._sources[number].counts.ask(object_nos)
         with self._using_cursor:
-            return self._cursor.tell(number, *told)
+            return self._cursor.tell(number, *counts)
 
     def _open(self, key: WindowKey) -> list[Entry]:
         with self._using_cursor:

@@ -38,7 +38,7 @@ from fastload.plan import (
 
 
 @dataclass(frozen=True, slots=True)
-class Beginning:
+class PassStart:
     """Where a pass begins: its epoch, how many samples of it were delivered before, over all ranks, and the fingerprint
     of the list of shards that these were from.
     """
@@ -109,7 +109,7 @@ class Job:
         self,
         source: Source,
         settings: Mapping[str, Any],
-        begin: Beginning,
+        begin: PassStart,
         *,
         in_worker: bool,
         sharers: int = 1,
@@ -142,13 +142,13 @@ class Job:
                     self._order = self._settled_order()
             self._has_agreed, self._settled_for = True, (sharers, version)
 
-    def _meet(self, processes: Ranks, begin: Beginning) -> None:
+    def _meet(self, processes: Ranks, begin: PassStart) -> None:
         """Wait for the other ranks. In a new process group everything is agreed on again."""
         if self._meetings is None or not self._meetings.are_of_this_group:
             self._meetings, self._has_agreed = agreement.Meetings(), False
         agreement.meet(processes, self._meetings.next_name(), str(begin))
 
-    def _choose(self, source: Source, begin: Beginning) -> Manifest:
+    def _choose(self, source: Source, begin: PassStart) -> Manifest:
         """The list of shards for a pass: the one that a state names, the user's file, or a new listing."""
         assert self._processes is not None
         if source.grows and begin.saved_list is not None:
