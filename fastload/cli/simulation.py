@@ -44,7 +44,7 @@ class JobOptions:
     def job(self) -> Job:
         """As the simulation takes it."""
         from fastload.arguments import checked_cache_policy
-        from fastload.plan.order import check_shuffle
+        from fastload.plan import check_shuffle
         from fastload.simulate import Job
 
         _check_above_zero(self, "nodes", "ranks", "batch_size", "epochs", "rate")

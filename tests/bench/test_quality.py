@@ -15,8 +15,7 @@ from bench.quality import (
     same_shard_neighbours_perfect,
     stored_positions,
 )
-from fastload.plan import Manifest, OrderOptions, epoch_orders
-from fastload.plan.order import DEFAULT_WINDOW_BYTES
+from fastload.plan import DEFAULT_WINDOW_BYTES, Manifest, OrderOptions, epoch_orders
 from fastload.store.types import ObjectInfo
 
 # ImageNet's shape: 1000 classes in 1024 shards of 110 MB; a default window holds four.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastload.kernels.copying import PAST_CACHES_BYTES
 from fastload.kernels.gather import gather, gather_columns, lay_out
-from fastload.plan.order import WindowKey
+from fastload.plan import WindowKey
 from fastload.plan.permutation import Bijection
 from fastload.plan.samples import OpenWindow
 

@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastload.errors import ConfigError
-from fastload.plan import Manifest, OrderOptions, epoch_order, epoch_orders
-from fastload.plan.manifest import next_version
+from fastload.plan import Manifest, OrderOptions, epoch_order, epoch_orders, next_version
 from fastload.store.types import ObjectInfo
 
 INFO = ObjectInfo("s3://bucket/a.tar", 10, "etag", 5)

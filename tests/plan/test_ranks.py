@@ -11,12 +11,12 @@ from fastload.errors import ConfigError
 from fastload.plan import (
     Ranks,
     batch_count_of_rank,
+    check_tail,
     default_partitions,
     resolve_ranks,
     sample_count_of_rank,
     turn_of,
 )
-from fastload.plan.ranks import check_tail
 from tests.patience import PATIENCE_S
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
