@@ -4,7 +4,7 @@ Whoever starts it passes the writing end of a pipe, on which one line of JSON sa
 `{"status": "taken"}` where another service has the directory, or `{"status": "error", "error": [type, message]}`.
 
 With `--detach` the process forks at once, before it has threads, and the service is the child: in a session of its own
-and nobody's child, so that whoever started it need not wait for its end. The parent ends right away.
+and without a parent, so that the process that started it need not wait for its end. The parent ends right away.
 """
 
 from __future__ import annotations

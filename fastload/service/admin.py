@@ -1,11 +1,8 @@
-"""Messages that are answered one by one: listings, indexes and figures.
+"""Messages that are answered one by one (`Queries`), and clearing the cache while it serves (`Clearing`).
 
-Emptying the cache while it serves: what is in use stays, everything else goes, also what live plans name.
-
-In RAM that is at once. On disk it takes a system call for each chunk, so it is done in a thread, some at a time; what
-is written meanwhile stays. A disk that does not answer is an error for whoever asked (see `stalls`).
-
-Figures about the tiers, as the service shows them; docs/protocol.md says what they mean.
+When the cache is cleared, what is in use stays, and everything else goes, also what live plans name. In RAM that is at
+once. On disk it takes a system call for each chunk, so it is done in a thread, some at a time; what is written
+meanwhile stays. A disk that does not answer is an error for the consumer that asked (see `disk_io`).
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""The arena's buffers as the scheduler sees them: who lies where, and which could go.
+"""The arena's buffers as the scheduler sees them: which chunk lies where, and which could go.
 
-One numpy row per buffer, so that choosing among thousands of buffers is a few array operations. The rows follow the
-chunk records: whoever changes a chunk's state, leases or write calls `refresh`.
+There is one numpy row per buffer, so that choosing among thousands of buffers is a few array operations. The rows
+follow the chunk records: a change of a chunk's state, leases or write is followed by `refresh`.
 
-Where the chunks of short plans lie. A prediction is one: each reader has its own, and gets another very often.
-
-Of a long plan each buffer has a position (see `buffers`), and each decision looks through all of them. Of a short one
-each position has a buffer instead, and only those between its cursor and its sight are looked at. With 128 readers and
-16,384 buffers that is a tenth of a millisecond a decision, where looking through all buffers for each took ten.
+Of a long plan each buffer has a position, and each decision looks through all of them. A prediction is a short plan:
+each reader has its own, and gets another very often. Of these each position has a buffer instead (`ShortPlans`), and
+only those between cursor and `prefetched_to` are looked at. With 128 readers and 16,384 buffers that is a tenth of a
+millisecond a decision, where looking through all buffers for each took ten.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ class BufferTable:
         return buffer
 
     def release(self, buffer: int) -> None:
-        """The buffer holds nothing, and nobody writes to it any more."""
+        """The buffer holds nothing, and no call writes to it any more."""
         self.status[buffer] = FREE
         self._free.append(buffer)
 

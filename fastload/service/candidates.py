@@ -57,7 +57,7 @@ class Warming:
         return self._writer.wait_s() if plan.to_disk and not plan.finished else 0.0
 
     def tend(self, now: float) -> float | None:
-        """End plans that have no more room, and tell their consumers how far they are.
+        """End plans that have no more room, and report progress to their consumers.
 
         Returns in how many seconds to look again; None: when something happens.
         """
@@ -71,15 +71,15 @@ class Warming:
     def _tend(self, consumer: ConsumerState, plan: WarmPlan, now: float) -> float | None:
         if plan.in_hand_count == 0 and not plan.more_to_look_at and not plan.finished and self.no_room_for(plan):
             plan.end_here()
-        news, wait_s = plan.news(now)
-        if news is not None:
-            consumer.send(news)
+        progress, wait_s = plan.report(now)
+        if progress is not None:
+            consumer.send(progress)
         pause_s = self._pause_s(plan)
         if pause_s:
             return min(pause_s, wait_s or pause_s)
         if plan.more_to_look_at:
             return 0.0
-        return wait_s if news is None and wait_s else None
+        return wait_s if progress is None and wait_s else None
 
 
 class Candidates:

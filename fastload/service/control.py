@@ -1,13 +1,13 @@
 """How many requests one endpoint of a store should be sent at a time: found by measuring, while it serves.
 
-Pure: told what came of each request and when there was nothing to ask for, it has a `limit`; time is passed in.
+Pure: from what came of each request, and when there was nothing to ask for, follows a `limit`; time is passed in.
 
 What is compared is goodput, the bytes that come a second. While `limit` requests are in flight all the time, Little's
 law gives it as limit x bytes / seconds of a request, and averages over requests settle much sooner than counts of bytes
 over time do. So a *round* takes requests that began under the present limit, and only those during which there was
 always more to ask for: with slack nothing is learnt, and nothing changes.
 
-    start    Four requests tell first byte and duration. Of a duration T the body takes T - t, so keeping on the wire
+    start    Four requests give first byte and duration. Of a duration T the body takes T - t, so keeping on the wire
              what was on it takes T / (T - t) times as many requests. Where an earlier run knew the store, it begins
              with what that came to, and stays there if the four answers are like those.
     trials   In turn, the limit is raised by a quarter and lowered by a fifth for a round. A raise stays if a third or
@@ -21,10 +21,8 @@ always more to ask for: with slack nothing is learnt, and nothing changes.
 What was rejected: the least duration ever seen as the measure of what is needed (as congestion control by delay has
 it). One quick answer of a store whose answers vary would hold the limit down.
 
-Which requests are sent a second time: one that takes far longer than its peers, for a chunk that is needed soon.
-
-Pure: told what came of each request, it says from when on a request of a size is late, and whether there is still
-budget. A second request costs the store what the first did, so few may be: three in a hundred, and never while the
+Some requests are sent a second time (`Hedger`): one that takes far longer than its peers, for a chunk that is needed
+soon. A second request costs the store what the first did, so few may be: three in a hundred, and never while the
 store throttles. What is late is measured by those that came, not by those that hang: one in a hundred that takes fifty
 times as long does not change the middle, and hardly the last twentieth.
 """
@@ -56,7 +54,7 @@ _RAISE, _CUT = 1.25, 0.8
 # When a raise paid in full: more at a time. Less than double, so that no trial is far above what is needed.
 _RAISE_FAST = 1.5
 _CUT_FAST = 0.5
-# To try fewer costs what they lack for a second or two, and from here on would save nobody anything.
+# To try fewer costs what they lack for a second or two, and from here on would save nothing.
 _CUT_TO_MIN = 3
 # A connection that is slower is held up by others: no store is so slow by itself.
 _SLOW_BYTES_PER_S = 20e6
@@ -163,7 +161,7 @@ class Controller:
         self._ceiling, self._ceiling_until, self._ceiling_s = self._max, float("-inf"), _CEILING_S
         self._least_throttled = 0
 
-    # What is told
+    # What happens
 
     def slack(self, now: float) -> None:
         """Fewer requests are in flight than may be, since there is nothing more to ask for."""

@@ -1,4 +1,4 @@
-"""The owner of all cache state of a node: takes what consumers say, decides, and has it carried out.
+"""The owner of all cache state of a node: takes their messages, decides, and has it carried out.
 
 Everything here runs in one thread, the loop's. What blocks runs in pools and comes back as a call into this thread,
 so there is no lock and no half-changed state. Each event (a message, a finished read or write) changes the records
@@ -145,7 +145,7 @@ class Core:
         self._wake()
 
     def _release(self) -> None:
-        """Nobody has come again: give back the memory of the arena, once nothing is on its way into it or out of it."""
+        """No consumer has come again: give back the arena's memory, once nothing is on its way into it or out of it."""
         if self._closed or not self.arena.touched_bytes:
             return
         self._residency.drop_idle()
@@ -162,7 +162,7 @@ class Core:
         self._memory_pool.submit(let_go, done=_gone)
 
     def _flush_soon(self) -> None:
-        """Not at once: whoever removes a cache's directory as its job ends would meet a file that comes into it."""
+        """Not at once: a job that ends may remove the cache's directory, and a new file would come in between."""
         if not self._flush_due:
             self._flush_due = True
             self._loop.call_later(WRITE_AFTER_S, self._flush)
@@ -187,7 +187,7 @@ class Core:
             case protocol.SetPlan():
                 self._set_plan(consumer, message)
             case protocol.Uses():
-                plan = _told(consumer)
+                plan = _own_plan(consumer)
                 if plan is not None:
                     plan.foresee(message)
             case protocol.Keep():
@@ -261,7 +261,7 @@ class Core:
             self._warming.write_resident(plan)
 
     def _advance(self, consumer: ConsumerState, position: int) -> None:
-        plan = _told(consumer)
+        plan = _own_plan(consumer)
         if plan is not None and plan.uses is not None:
             plan.uses.advance(position)
         elif plan is not None and not isinstance(plan, WarmPlan):
@@ -304,7 +304,7 @@ class Core:
             consumer.flush()
 
     def _disk_is_quick(self) -> bool:
-        """Whether writes are worth waiting for; if somebody does, we look again when this one turns out to be slow."""
+        """Whether writes are worth waiting for; if one waits, look again when this write turns out to be slow."""
         quick_for_s = self._writer.quick_for_s()
         if quick_for_s and self._leases.demanded and not self._looking_again:
             self._looking_again = True
@@ -375,7 +375,7 @@ class Core:
 
     @property
     def warnings(self) -> list[str]:
-        """What consumers should know of, those to come as well."""
+        """What present and future consumers are warned of."""
         return self._ports.warnings.messages
 
     def _broadcast(self, message: str) -> None:
@@ -404,6 +404,6 @@ def _gone(_: None, error: BaseException | None) -> None:
         log.warning("the arena's memory was not given back: %s", error)
 
 
-def _told(consumer: ConsumerState) -> Plan | None:
+def _own_plan(consumer: ConsumerState) -> Plan | None:
     """The plan that a consumer speaks of; None where that has ended, also where something was predicted since."""
     return None if isinstance(consumer.plan, ReplayPlan) else consumer.plan

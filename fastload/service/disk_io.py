@@ -38,7 +38,7 @@ from fastload.service.threads import Done, Pool, Task
 
 # A disk under load answers within a second or two, a drive that retries a bad spot within ten.
 DISK_DEADLINE_S = 20.0
-# A write that takes no longer is worth waiting for by whoever needs its buffer (8 MiB: 6 ms on a good disk).
+# A write that takes no longer is worth waiting for if its buffer is needed (8 MiB: 6 ms on a good disk).
 _QUICK_S = 0.1
 # Writes of one chunk, each of which found less room than its victims were to leave, or than another one had made for
 # itself just then.
@@ -312,7 +312,7 @@ class DiskWatch:
         self._disk.stalled(self._deadline_s)
         self._hanging.update(tasks)
         for task in tasks:
-            assert task.hung is not None, "a watched task that nobody can give up"
+            assert task.hung is not None, "a watched task that cannot be given up"
             task.done = partial(self._returned, task, task.hung())
         self._events.disk_stalled()
 

@@ -1,7 +1,7 @@
 """Requests to stores: as many at a time as each endpoint's controller allows, and some of them twice.
 
 A fetch runs in a thread, under a watch (`store.watch`) through which the controller hears of each attempt, retries
-included. One that is late for a chunk that somebody wants is sent again, on another connection and into another buffer,
+included. One that is late for a chunk that is wanted is sent again, on another connection and into another buffer,
 since two writers cannot share one, and once more where that is late too: whichever comes first gives the chunk its
 buffer. The others are cancelled, and the buffers that they may still write to are free when their threads have left
 them.
@@ -85,7 +85,7 @@ class Fetches:
 
     def _tell(self, endpoint: Endpoint, attempt: Attempt) -> None:
         """In a thread."""
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody is left to be told
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
             self._loop.call_soon_threadsafe(self._attempted, endpoint, attempt)
 
     def _attempted(self, endpoint: Endpoint, attempt: Attempt) -> None:

@@ -1,16 +1,13 @@
 """Shard indexes that consumers gave us to keep: bytes by object id, in RAM within a budget and on disk.
 
 What is in an index is the consumers' business, who check it when they get it. An index is small and saves reading its
-whole shard, so it is worth more than any chunk: where the quota is full, chunks go for it.
+whole shard, so it is worth more than any chunk: where the quota is full, chunks are evicted for it.
 
 The one thing that is read here is how many samples an index has, which `SampleCounts` keeps: a consumer that wants to
-know how long an epoch is would otherwise get all indexes, 80 bytes a sample, for 8 bytes a shard.
-
-How many samples objects hold, by object id: all that most questions about indexes are about.
-
-A count is a fact of one version of one object, so it is never wrong later, and stays true where the index has gone. All
-of them lie in one blob beside the indexes, since a hundred thousand files take seconds to open, and minutes on a disk
-that has just been mounted. What a crash kept out of the blob is found again in the heads of the indexes.
+know how long an epoch is would otherwise get all indexes, 80 bytes a sample, for 8 bytes a shard. A count is a fact of
+one version of one object, so it is never wrong later, and stays true where the index has gone. All of them lie in one
+blob beside the indexes, since a hundred thousand files take seconds to open, and minutes on a disk that has just been
+mounted. What a crash kept out of the blob is found again in the heads of the indexes.
 """
 
 from __future__ import annotations
@@ -169,7 +166,7 @@ class IndexCache:
             self._write(SampleCounts.NAME, self._counts.take_news(), adds=True)
 
     def clear(self) -> None:
-        """Forget all of them. Those on disk are removed by whoever asks for this."""
+        """Forget all of them. Those on disk are removed by the caller."""
         self._ram.clear()
         self._counts = SampleCounts()
 

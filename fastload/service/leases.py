@@ -1,9 +1,9 @@
 """Who holds and who wants what: the wants and leases of all consumers, and the mail that follows from them.
 
-One chunk has one record however many consumers ask for it, so it is fetched once (`model.Chunk`). A want is answered
-as soon as its chunk is in RAM, unless that is being recalled: then somebody waits for its buffer, who might wait for
-ever if others kept it in use by turns. Such wants are `deferred` until the recall has ended and the one who waited
-had the first choice (`grant_deferred`). What is not in RAM is in `demanded` (somebody waits) or `wanted`, oldest
+One chunk has one record however many consumers ask for it, so it is fetched once (`state.Chunk`). A want is answered
+as soon as its chunk is in RAM, unless that is being recalled: then a consumer waits for its buffer, and might wait for
+ever if others kept it in use by turns. Such wants are `deferred` until the recall has ended and that consumer
+had the first choice (`grant_deferred`). What is not in RAM is in `demanded` (a consumer waits) or `wanted`, oldest
 first; the core takes it from there.
 """
 

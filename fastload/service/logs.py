@@ -1,4 +1,4 @@
-"""The service's log: bounded in lines a minute and in bytes, whoever causes them.
+"""The service's log: bounded in lines a minute and in bytes, whatever causes them.
 
 A peer, a store or a disk may give reason for a line as often as it likes, and the log lies beside the cache, on its
 disk. So each place in the code that logs has ten lines at once and ten a minute; what is beyond is counted, and the
@@ -99,7 +99,7 @@ class ServiceLog(logging.Handler):
             self._is_log = at is not None and os.path.samestat(os.fstat(_STDERR), os.stat(at))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write it. Where that fails, because the disk is full or broken, nobody could be told of it."""
+        """Write it. Where that fails, because the disk is full or broken, there is nowhere to report it."""
         line = redact(self.format(record)).encode(errors="backslashreplace")[:_LINE_BYTES_MAX]
         with contextlib.suppress(OSError):
             os.write(_STDERR, line + b"\n")
@@ -112,7 +112,7 @@ class ServiceLog(logging.Handler):
             os.ftruncate(_STDERR, 0)
             return
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(_STDERR), os.stat(path)):  # nobody else has begun a new one
+            if os.path.samestat(os.fstat(_STDERR), os.stat(path)):  # no other process has begun a new one
                 os.replace(path, path.with_name(path.name + ".1"))
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:

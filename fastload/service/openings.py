@@ -1,14 +1,11 @@
 """Objects that consumers open one by one: their version is found out, and they join the consumer's list.
 
-Each is asked for once, however many consumers open it at the same time, and its answer is remembered (`versions`).
-Files of this machine are looked at each time, which costs nothing.
-
-Which version of an object a URL stands for, as the store said when it was asked last.
-
-Asking costs a request, as much as a small object itself, and a data set of single objects opens each of them in every
-epoch and from any of its processes. So an answer holds for an hour, or until the store says that the object is another
-by now; and only for those who would ask the same store as the same person, by their store options: others may not see
-the object, or see another. About 200 bytes each, and at most a million.
+Each is asked for once, however many consumers open it at the same time. Files of this machine are looked at each time,
+which costs nothing. Asking a store costs a request, as much as a small object itself, and a data set of single objects
+opens each of them in every epoch and from any of its processes. So `Versions` remembers for an hour which version a URL
+stands for, or until the store says that the object is another by now; and only for those who would ask the same store
+as the same person, by their store options: others may not see the object, or see another. About 200 bytes each, and at
+most a million.
 """
 
 from __future__ import annotations
@@ -56,7 +53,7 @@ class Openings:
         self._wait(consumer, message.request, url)
 
     def failed(self, chunk: Chunk, error: BaseException) -> None:
-        """A chunk could not be had: whoever opens its object again is not told of the version that is gone."""
+        """A chunk could not be had: the version that is gone is no answer any more."""
         if isinstance(error, ObjectChangedError):
             self._versions.forget(chunk.fetched_as, chunk.entry.info.url)
 
@@ -87,7 +84,7 @@ class Openings:
         self._heads.submit(self._stores.head, options_key, url, done=done)
 
     def _answered(self, origin: str) -> None:
-        """One question less is under way there: the next, of those that somebody still waits for."""
+        """One question less is under way there: the next, of those that a consumer still waits for."""
         self._under_way[origin] -= 1
         queue = self._queued.get(origin)
         while queue and self._under_way[origin] < _HEADS_MAX:
@@ -105,7 +102,7 @@ class Openings:
             del self._under_way[origin]
 
     def _answer(self, consumer: ConsumerState, request: int, info: ObjectInfo) -> None:
-        if consumer not in self._consumers:  # it has gone meanwhile, and nobody would take the object off its list
+        if consumer not in self._consumers:  # it has gone meanwhile, and the object would stay on its list for ever
             return
         endpoint = self._stores.endpoint(consumer.options_key)
         object_no = len(consumer.entries)

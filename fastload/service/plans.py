@@ -54,7 +54,7 @@ class PlanSet:
         return consumer.plan
 
     def replay(self, consumer: ConsumerState, plan: Plan | None) -> None:
-        """Give a consumer that tells no plans another prediction, or none."""
+        """Give a consumer without plans of its own another prediction, or none."""
         before, consumer.plan = consumer.plan, plan
         if plan is not None:
             self._table.add_plan(plan)
@@ -117,7 +117,7 @@ class PlanSet:
 OPEN, HELD, NOT_HELD = range(3)
 # Positions looked at in one turn: some milliseconds.
 _LOOKED_AT_MAX = 4000
-_NEWS_S = 0.1
+_REPORT_EVERY_S = 0.1
 
 
 class WarmPlan(Plan):
@@ -129,14 +129,14 @@ class WarmPlan(Plan):
         self._states = bytearray(self.chunk_count)
         self._next = 0  # everything below is settled or in hand
         self._in_hand: set[int] = set()
-        self._told_of = 0  # everything below is settled, and whoever keeps history knows it
+        self._recorded_to = 0  # everything below is settled, and recorded
         self.more_to_look_at = False
         self.full = False  # a chunk found no room: those behind it are not tried
         self.error: BaseException | None = None
         self.total_bytes = sum(entry.info.size for entry in self.entries)
         self.done_chunks = self.done_bytes = self.held_chunks = self.held_bytes = self.fetched_bytes = 0
-        self._told = (-1, False)
-        self._told_at = 0.0
+        self._reported = (-1, False)
+        self._reported_at = 0.0
         if to_disk:
             # In RAM these chunks have done their work once they are written.
             self.advance(self.chunk_count)
@@ -165,7 +165,7 @@ class WarmPlan(Plan):
         for position, entry, index in self._steps(self._next):
             if self._to_do(position):
                 yield position, entry, index
-            at_front = at_front and not self._to_do(position)  # whoever was given it may have settled it
+            at_front = at_front and not self._to_do(position)  # the caller may have settled it
             if at_front:
                 self._next = position + 1
 
@@ -222,10 +222,10 @@ class WarmPlan(Plan):
 
     def newly_settled(self) -> Iterator[Step]:
         """What was settled since, in the plan's order: no position before those ahead of it."""
-        for step in self._steps(self._told_of):
+        for step in self._steps(self._recorded_to):
             if self._states[step[0]] == OPEN:
                 return
-            self._told_of = step[0] + 1
+            self._recorded_to = step[0] + 1
             yield step
 
     @property
@@ -250,17 +250,17 @@ class WarmPlan(Plan):
             self.held_chunks += 1
             self.held_bytes += entry.length(index)
 
-    # News
+    # Progress
 
-    def news(self, now: float) -> tuple[protocol.Progress | None, float]:
-        """What to tell the consumer now, or else in how many seconds to look again (0: when something happens)."""
+    def report(self, now: float) -> tuple[protocol.Progress | None, float]:
+        """The progress to report now, or else in how many seconds to look again (0: when something happens)."""
         figures = (self.done_chunks, self.finished)
-        if figures == self._told:
+        if figures == self._reported:
             return None, 0.0
-        wait_s = self._told_at + _NEWS_S - now
+        wait_s = self._reported_at + _REPORT_EVERY_S - now
         if wait_s > 0 and not self.finished:
             return None, wait_s
-        self._told, self._told_at = figures, now
+        self._reported, self._reported_at = figures, now
         return self._progress(), 0.0
 
     def _progress(self) -> protocol.Progress:

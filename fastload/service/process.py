@@ -1,4 +1,4 @@
-"""The service process: arguments, log, signals, and the word to whoever started it."""
+"""The service process: arguments, log, signals, and the report to the process that started it."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def main(arguments: Sequence[str]) -> int:
         limits = None if options.limits is None else CacheLimits(**json.loads(options.limits))
         directory = _place(Path(options.directory), limits, options.stand_in)
         if not directory.try_lock():
-            starter.tell({"status": "taken"})
+            starter.report({"status": "taken"})
             return 0
         service_log.keep_small(lambda: None if directory.is_lost else directory.root / directory.log_path.name)
         ended = asyncio.run(_serve(directory, options.idle_s, starter))
     except FastloadError as error:
         log.error("%s", error)
-        starter.tell({"status": "error", "error": list(to_wire(error))})
+        starter.report({"status": "error", "error": list(to_wire(error))})
         return 1
-    except FileNotFoundError:  # the directory was removed while we began: whoever started us makes it again
+    except FileNotFoundError:  # the directory was removed meanwhile: the starter makes it again
         log.exception("the directory was removed")
-        starter.tell({"status": "taken"})
+        starter.report({"status": "taken"})
         return 0
     directory.unlock()
     log.info("ended")
@@ -66,11 +66,13 @@ def _place(path: Path, limits: CacheLimits | None, stand_in: bool) -> ServiceLoc
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fastload.service", description="The cache service of a directory.")
     parser.add_argument("--directory", required=True, help="the cache directory")
-    parser.add_argument("--limits", help="those of whoever starts this, for a directory that has none; as JSON")
+    parser.add_argument("--limits", help="those of the job that starts this, for a directory that has none; as JSON")
     parser.add_argument("--stand-in", action="store_true", help="serve in place of the directory, and leave it alone")
     parser.add_argument("--idle-s", type=float, default=30.0, help="seconds to live after the last consumer")
     parser.add_argument("--ready-fd", type=int, default=-1, help="a pipe on which to report how the start went")
-    parser.add_argument("--detach", action="store_true", help="be nobody's child")
+    parser.add_argument(
+        "--detach", action="store_true", help="end the process that was started, and serve in a child of it"
+    )
     return parser
 
 
@@ -84,20 +86,20 @@ async def _serve(directory: ServiceLocation, idle_s: float, starter: _Starter) -
         for warning in directory.warnings:
             log.warning("%s", warning)
         log.info("serving %s with %s", directory.path, directory.limits)
-        return starter.tell({"status": "ready"})
+        return starter.report({"status": "ready"})
 
     return await server.run(ready)
 
 
 class _Starter:
-    """The pipe to whoever started us; told once."""
+    """The pipe to the process that started this one; for one report."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         if fd >= 0:
             os.set_inheritable(fd, False)
 
-    def tell(self, word: dict[str, object]) -> bool:
+    def report(self, word: dict[str, object]) -> bool:
         """Whether it did not go away meanwhile."""
         fd, self._fd = self._fd, -1
         if fd < 0:

@@ -2,7 +2,7 @@
 
 Consumers of one process group are one run: the ranks of a job, and its worker processes, which come and go with each
 epoch. It ends when none of them has been connected for a minute. What came up is written every half minute, a
-second after a consumer went, and before somebody looks for a place in it; in a thread, since it is packed for that.
+second after a consumer went, and before a place in it is looked for; in a thread, since it is packed for that.
 
 When the folder cannot be written to, nothing is kept for ten minutes, and nothing more of the runs that go on by then,
 with a word in the service's log: history is a help, no part of the cache. What was read of it serves on. A run that is
@@ -39,7 +39,7 @@ _LIBRARY_READS_MAX = 1 << 21
 _LEARNT_RUNS = 32
 # A write that takes longer will not end: nothing more is gathered for it.
 _HANGS_S = 60.0
-# A daemon lives for weeks, and somebody makes room on a full disk.
+# A daemon lives for weeks, in which a full disk is made room on.
 _TRY_AGAIN_S = 600.0
 # Reading the history may take so much of a processor's time, where it takes longer than a moment.
 _LOAD_SHARE, _MOMENT_S = 0.05, 0.1
@@ -151,7 +151,7 @@ class Recording:
             self._timer = self._loop.call_later(seconds, self._look)
 
     def _look(self) -> None:
-        """Write what came up, and end the runs that nobody is of any more."""
+        """Write what came up, and end the runs that have no consumers any more."""
         self._timer = None
         for group, run in list(self._runs.items()):
             self._write(run)
@@ -218,7 +218,7 @@ class Recording:
         self._pool.submit(_read, self._archive, self._chunk_bytes, done=loaded)
 
     def clear(self, done: Callable[[int, BaseException | None], None]) -> None:
-        """Forget everything; `done` is told how many bytes it took."""
+        """Forget everything; `done` gets the number of bytes that it took."""
         if self._there is None:
             done(0, None)
             return

@@ -1,16 +1,16 @@
-"""Readers whose order nobody told, and that read as an earlier run did: what they read next is fetched ahead.
+"""Readers without a plan, that read as an earlier run did: what they read next is fetched ahead.
 
 Each consumer without a plan of its own has a follower (`history.follow`). While it is found in the history, it has a
-`ReplayPlan`, the next reads from its place on, which the scheduler treats as it treats a plan that was told: by
+`ReplayPlan`, the next reads from its place on, which the scheduler treats as it treats a plan of a consumer's own: by
 distance, among all others, and no further ahead than the follower is to be believed. The plan is made anew when it has
 been used up by half.
 
 A prediction names the version of the object that was read then. A fetch of it is answered only if it is still the one,
-so whoever opens the object afterwards is told so without another question to the store. Where it has changed, the fetch
-fails once, nobody hears of it, and the reader finds the new version as it would have.
+so opening the object afterwards takes no other question to the store. Where it has changed, the fetch
+fails once and silently, and the reader finds the new version as it would have.
 
 The history is read in a thread, when such a consumer begins and there is more of it; and again when it has read so many
-chunks that nobody predicted, twice as many, and so on: one that stays over epochs finds its own earlier ones there.
+chunks that were not predicted, twice as many, and so on: one that stays over epochs finds its own earlier ones there.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class ReplayPlan(Plan):
 class _Prediction:
     follower: Follower | None = None
     plan: ReplayPlan | None = None
-    unconfirmed: set[ObjectEntry] = field(default_factory=set)  # of the plan, versions that nobody asked for
+    unconfirmed: set[ObjectEntry] = field(default_factory=set)  # of the plan, versions that no consumer asked for
     denied: set[bytes] = field(default_factory=set)  # versions that its credentials do not show
     lost_count: int = 0  # reads that came while it had no plan
     look_again_at: int = _LOOK_AGAIN_AFTER  # of these
@@ -130,7 +130,7 @@ class Replay:
 
     def opening(self, consumer: ConsumerState, url: str) -> None:
         """A consumer opens an object, which is mostly read from its start."""
-        if _tells(consumer):
+        if _has_own_plan(consumer):
             return
         reader = self._reader(consumer)
         if reader.follower is not None and reader.follower.expect(object_key(url)):
@@ -138,7 +138,7 @@ class Replay:
 
     def read(self, consumer: ConsumerState, key: int, index: int) -> None:
         """A consumer reads a chunk of the object with this key."""
-        if _tells(consumer):
+        if _has_own_plan(consumer):
             return
         reader = self._reader(consumer)
         reader.early.append((key, index))
@@ -254,7 +254,7 @@ class Replay:
             try:
                 store_root(info.url)
                 entry = self._objects.use_info(known or info, endpoint)
-            except ValueError:  # no URL at all: nobody can have read it, so nothing of this run is to be believed
+            except ValueError:  # no URL at all: it cannot have been read, so nothing of this run is to be believed
                 break
             if index >= entry.chunk_count:
                 gone.add(len(steps))
@@ -284,6 +284,6 @@ def _add(versions: set[bytes], version: bytes) -> None:
     versions.add(version)
 
 
-def _tells(consumer: ConsumerState) -> bool:
-    """Whether a consumer has told what it reads next."""
+def _has_own_plan(consumer: ConsumerState) -> bool:
+    """Whether a consumer has a plan of its own."""
     return consumer.plan is not None and not isinstance(consumer.plan, ReplayPlan)

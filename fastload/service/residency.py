@@ -126,7 +126,7 @@ class Residency:
         self._events.changed()
 
     def _load_failed(self, chunk: Chunk, error: BaseException) -> None:
-        """Those who want the chunk now are told; plans leave it alone until somebody wants it."""
+        """Consumers that want the chunk now get the error; plans leave it alone until it is wanted."""
         of_store = isinstance(error, StoreError)
         for plan in self._plans.all():
             if of_store and plan.options_key != chunk.fetched_as:
@@ -192,7 +192,7 @@ class Residency:
         return sum(chunk.length for chunk in chunks)
 
     def coming(self, quick: bool) -> int:
-        """Buffers that will be idle without any recall: being written, filled for nobody who waits, or asked back.
+        """Buffers that will be idle without any recall: being written, filled while no consumer waits, or recalled.
         `quick`: writes are worth waiting for.
         """
         waiting = [buffers.WRITING, buffers.QUEUED] if quick else [buffers.WRITING]
@@ -202,9 +202,9 @@ class Residency:
 
 
 def _options_for(chunk: Chunk, plan: Plan | None) -> str:
-    """The credentials of whoever wants the chunk most."""
+    """The credentials of the consumer that wants the chunk most."""
     wanters = sorted(chunk.wanters.items(), key=lambda item: not item[1].urgent)
     if wanters:
         return wanters[0][0][0].options_key
-    assert plan is not None, "nobody wants this chunk"
+    assert plan is not None, "no consumer wants this chunk"
     return plan.options_key

@@ -3,7 +3,7 @@
 `decide` looks at the candidates in order of need and at the buffers, and returns actions for the core to carry out. It
 changes nothing itself (beyond the memory of plans for where they were looking), so it runs the same in a test.
 
-Order of need: chunks that somebody waits for, oldest wait first; then chunks that somebody wants; then all plans'
+Order of need: chunks that a consumer waits for, oldest wait first; then chunks that one wants; then all plans'
 chunks by their distance ahead of the plan's cursor; then warming.
 
 Whose room a chunk may take depends on how much it is needed:
@@ -16,7 +16,7 @@ Whose room a chunk may take depends on how much it is needed:
     warming     free ones and ones without a use ahead
 
 A candidate that has room but no free connection still keeps its room: what is behind it may not take that, unless
-somebody waits for it too.
+a consumer waits for it too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fastload.service.state import NEVER, ObjectEntry, Plan
 OnDisk = Callable[[ObjectEntry, int], bool]
 
 # Candidates passed over in one decision because their tier has no free thread: enough to find work for the other tier,
-# little enough to cost nothing. Of what somebody waits for all are looked at, so that a store that hangs holds up no
+# little enough to cost nothing. Of what consumers wait for all are looked at, so that a store that hangs holds up no
 # other; this many of each keep their room.
 _PASSED_OVER_MAX = 32
 # Buffers to look for beyond those that can be filled now: for what is passed over.

@@ -4,9 +4,9 @@ A `Peer` is one accepted socket. It reads and writes without blocking, in the lo
 take at once waits in its buffer. The arena's descriptor rides on the first byte of the welcome. A peer whose user is
 not ours is closed without a word, one of another version with a word.
 
-A service ends `idle_s` after its last consumer, at SIGTERM, or when whoever runs it says so (`stop`). At the end
+A service ends `idle_s` after its last consumer, at SIGTERM, or when it is stopped (`stop`). At the end
 nothing is loaded into any buffer after the sockets are closed, so that consumers may go on reading what they hold.
-The socket file goes before the lock: whoever gets the lock next finds the place clean. A service whose directory was
+The socket file goes before the lock: the next holder of the lock finds the place clean. A service whose directory was
 removed or emptied writes nothing there any more: the removal may be under way, or another service at that path by now.
 Nobody new finds it, so it ends, after some seconds in which the removal may come to its end; its consumers then elect
 another one, which makes the directory anew.
@@ -32,7 +32,7 @@ log = logging.getLogger("fastload.service")
 
 # What a consumer that reads nothing may be owed before it is cut off.
 _UNSENT_BYTES_MAX = 4 * protocol.FRAME_BYTES_MAX
-# A service that nobody connects to at all, although somebody started it for that.
+# A service to which no consumer connects at all, although one started it for that.
 _FIRST_CONSUMER_S = 10.0
 # Whoever connects says so long nothing at most. It says hello at once, but may be one of hundreds on a busy machine.
 _HELLO_S = 20.0
@@ -131,7 +131,7 @@ class Peer:
             why = " ".join(str(error).split())[:_WHY_MAX]  # which may hold what it said, whatever that was
             log.error("a consumer was cut off: %s", why)
             self._refuse(why)
-        except Exception as error:  # a defect; whoever waits for an answer is told
+        except Exception as error:  # a defect; a consumer that waits for an answer gets the error
             log.exception("a consumer was cut off")
             self._refuse(repr(error))
 
@@ -208,8 +208,8 @@ class Server:
         self._stopped = asyncio.Event()
 
     async def run(self, ready: Callable[[], bool]) -> bool:
-        """Serve until told to stop, or idle; `ready()` is called once consumers can connect, and says whether whoever
-        started this is still about to.
+        """Serve until stopped, or idle; `ready()` is called once consumers can connect, and says whether the process
+        that started this is still about to.
 
         Returns whether all threads have ended. CacheError where the cache cannot be opened.
         """
@@ -320,7 +320,7 @@ class Server:
         self._idle_s = None
         if self._listener is not None:
             self._loop.remove_reader(self._listener.fileno())
-            # Not on a disk that hangs: whoever serves next removes it. And not another service's.
+            # Not on a disk that hangs: the next service removes it. And not another service's.
             if not self._core.disk_hangs and not self._is_lost():
                 self._directory.remove_socket()
             self._listener.close()

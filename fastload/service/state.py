@@ -203,7 +203,7 @@ class Chunk:
         self.source = 0  # of protocol.SOURCES: what the buffer is or was filled from
         self.load_order = 0  # the service's count of loads when this one began
         self.fetched_as = ""  # the store options it is being fetched with
-        self.lessees: dict[Holder, int] = {}  # the source that the holder was told
+        self.lessees: dict[Holder, int] = {}  # the source that the holder's grant named
         self.wanters: dict[Holder, OpenWant] = {}
         self.granted_to: set[int] = set()  # consumers that had a lease since this load
         self.write = WriteState.NONE
@@ -295,7 +295,7 @@ class Chunk:
         return wanters
 
     def lease(self, holder: Holder, source: int) -> None:
-        """A consumer holds it, which was told this source."""
+        """A consumer holds it; its grant names this source."""
         assert self.state is ChunkState.RESIDENT, "only what is in RAM can be leased"
         self.lessees[holder] = source
         self.granted_to.add(holder[0].number)
@@ -492,16 +492,16 @@ Step = tuple[int, ObjectEntry, int]  # position, object, chunk index
 Int64 = npt.NDArray[np.int64]
 NEVER = np.iinfo(np.int64).max
 _ANY_DEPTH = 1 << 62
-# Uses that are told and not made: 16 bytes each. Nobody looks so far ahead (see `cache.policy.known_order`).
+# Uses that are known and not made: 16 bytes each. No policy looks so far ahead (see `cache.policy.known_order`).
 _USES_MAX = 1 << 24
 
 
 class Plan:
     """Changed by the loop's thread only."""
 
-    # Whether its objects count as covered (see `planset`).
+    # Whether its objects count as covered (see `plans`).
     covers = True
-    # Of a short plan, which is a blind one, the positions of each chunk, in order; None: it is long (see `shortplans`).
+    # Of a short plan, which is a blind one, the positions of each chunk, in order; None: it is long (see `buffers`).
     places: Mapping[tuple[ObjectEntry, int], list[int]] | None = None
 
     def __init__(self, entries: Sequence[ObjectEntry], options_key: str, epoch: int, cursor: int = 0) -> None:
@@ -555,7 +555,7 @@ class Plan:
         return np.where(is_needed, ahead, NEVER)
 
     def foresee(self, message: protocol.Uses) -> None:
-        """More of its uses are told; `ServiceError` where one is of no chunk of the plan, or they are no numbers."""
+        """More of its uses are known; `ServiceError` where one is of no chunk of the plan, or they are no numbers."""
         if len(message.positions) % 4:
             raise ServiceError(f"a message names positions in {len(message.positions)} bytes, not four for each")
         positions = np.frombuffer(message.positions, "<i4").astype(np.int32)
@@ -569,7 +569,7 @@ class Plan:
         self.uses.tell(message.first, positions)
 
     def delivered_steps(self) -> Iterator[Step]:
-        """What was read and has not been looked through; whoever has done so moves `evicted_to` on."""
+        """What was read and has not been looked through; the caller moves `evicted_to` on."""
         for step in self._steps(self.evicted_to):
             if step[0] >= self.cursor:
                 return

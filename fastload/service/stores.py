@@ -3,7 +3,7 @@ many others were used since.
 
 Used by the pools' threads, hence the lock. Credentials live in this table and nowhere else: they come over the socket
 and are gone when the last consumer that brought them is. A set of options is known by its `key`, a hash of all that the
-consumer resolved: nobody shares a store, or what was asked of it, with somebody of other settings.
+consumer resolved: no consumer shares a store, or what was asked of it, with one of other settings.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class StoreTable:
     def __init__(self, opener: Opener | None = None) -> None:
         """`opener` stands in for the real stores in tests."""
         self.counters = Counters()
-        self._salt = os.urandom(16)  # so that a key tells nobody whether a guess at a secret is right
+        self._salt = os.urandom(16)  # so that a key does not show whether a guess at a secret is right
         self._requests = RequestOptions(_REQUESTS_MAX, counters=self.counters)
         self._opener = self._open if opener is None else lambda url, options: Watched(opener(url, options))
         self._lock = threading.Lock()
@@ -177,7 +177,7 @@ class StoreTable:
         return [store for store in retired if store is not None]
 
     def _retire(self, place: tuple[str, str]) -> Store | None:
-        """Take a store out of use; returns it if nobody is reading from it (else the last reader closes it)."""
+        """Take a store out of use; returns it if no thread is reading from it (else the last reader closes it)."""
         entry = self._opened.pop(place)
         entry.retired = True
         return entry.store if entry.user_count == 0 else None

@@ -3,17 +3,15 @@
 A pool runs functions and hands what came of them back to the loop, where all state lives. Its threads are made when
 there is work for them, or where no more can be made the ones it has do it all. They are daemons: a read that hangs in a
 dead disk must not keep the process alive. (`concurrent.futures` joins its threads at exit, and makes a future for each
-call, which nobody here would look at.)
+call, which nothing here would look at.) `Pools` is all of them, which end together: first none starts anything more,
+then all are waited for at once.
 
-`Pools` is all of them, which end together: first none starts anything more, then all are waited for at once.
-
-Touching the arena ahead of its use, in a thread that takes time from nobody.
-
-Fresh memory costs whoever touches it first, and memory that is touched is taken from the machine. So it is touched
-where it will be needed: not beyond what the data takes that live plans and claims name, and beyond the highest buffer
-ever used only as much as was used so far, between a quarter of a GiB and two. So fetching that goes on finds its memory
-ready, also where it is fast, and a reader that stops after some samples costs little. The buffers are used from the
-lowest up (see `buffers`), so one number says how far use has come.
+`Populator` touches the arena's memory ahead of its use, at the lowest priority. Fresh memory costs the thread that
+touches it first, and memory that is touched is taken from the machine. So it is touched where it will be needed: not
+beyond what the data takes that live plans and claims name, and beyond the highest buffer ever used only as much as was
+used so far, between a quarter of a GiB and two. So fetching that goes on finds its memory ready, also where it is fast,
+and a reader that stops after some samples costs little. The buffers are used from the lowest up (see `buffers`), so one
+number says how far use has come.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ Hung = Callable[[], Done]
 
 @dataclass(slots=True, eq=False)
 class Task:
-    """One call. `hung`, for who watches the time (see `stalls`): give up on it; returns what `done` shall be then."""
+    """One call. `hung`, for who watches the time (see `disk_io`): give up on it; returns what `done` shall be then."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -114,7 +112,7 @@ class Pool:
                 error = caught
             try:
                 self._loop.call_soon_threadsafe(self._finish, task, result, error)
-            except RuntimeError:  # the loop was closed while the task ran: nobody is left to be told
+            except RuntimeError:  # the loop was closed while the task ran
                 return
             del task, result, error
 
