@@ -27,7 +27,7 @@ DATA = corpus()
 
 @pytest.fixture
 def cache(tmp_path: Path):
-    with fastload.Cache(tmp_path / "cache", **LIMITS) as cache:
+    with fastload.Cache(tmp_path / "cache", **LIMITS, service="inprocess") as cache:
         yield cache
 
 

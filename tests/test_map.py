@@ -30,7 +30,9 @@ PLACES = [("auto", 0), ("thread", 2), ("process", 2), ("side", 2)]
 
 @pytest.fixture
 def cache(tmp_path: Path):
-    with fastload.Cache(tmp_path / "cache", ram_bytes="16MiB", disk_bytes=0, chunk_bytes="64KiB") as cache:
+    with fastload.Cache(
+        tmp_path / "cache", ram_bytes="16MiB", disk_bytes=0, chunk_bytes="64KiB", service="inprocess"
+    ) as cache:
         yield cache
 
 

@@ -58,7 +58,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def desk(shelf: Path, tmp_path: Path):
-    with fastload.Cache(tmp_path / "cache", **LIMITS) as cache:
+    with fastload.Cache(tmp_path / "cache", **LIMITS, service="inprocess") as cache:
         yield Desk(shelf, cache)
 
 

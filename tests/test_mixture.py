@@ -32,7 +32,9 @@ CORPORA = [named("a", 200), named("b", 90), named("c", 31, shard_count=2)]
 
 @pytest.fixture
 def cache(tmp_path: Path):
-    with fastload.Cache(tmp_path / "cache", ram_bytes="16MiB", disk_bytes="64MiB", chunk_bytes="64KiB") as cache:
+    with fastload.Cache(
+        tmp_path / "cache", ram_bytes="16MiB", disk_bytes="64MiB", chunk_bytes="64KiB", service="inprocess"
+    ) as cache:
         yield cache
 
 

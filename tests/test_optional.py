@@ -123,7 +123,9 @@ def _columns_of(samples: list[Sample]) -> dict[str, list[Any]]:
 
 @pytest.fixture
 def cache(tmp_path: Path):
-    with fastload.Cache(tmp_path / "cache", ram_bytes="8MiB", disk_bytes=0, chunk_bytes="64KiB") as cache:
+    with fastload.Cache(
+        tmp_path / "cache", ram_bytes="8MiB", disk_bytes=0, chunk_bytes="64KiB", service="inprocess"
+    ) as cache:
         yield cache
 
 
@@ -141,7 +143,7 @@ def samples_of_shards(draw: st.DrawFn) -> list[list[dict[str, bytes]]]:
 numbers = iter(range(1 << 30))
 
 
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(samples_of_shards(), st.lists(st.sampled_from(sorted(DOORS)), min_size=1, max_size=3, unique=True))
 def test_every_door_gives_what_is_there_and_what_stands_for_the_rest(cache, tmp_path, shards, doors) -> None:
     named = [{f"{i}/{n}": sample for n, sample in enumerate(shard)} for i, shard in enumerate(shards)]

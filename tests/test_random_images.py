@@ -18,7 +18,9 @@ RANDOM = decode.image(24, random_resized_crop=True, hflip=0.5)
 
 @pytest.fixture
 def cache(tmp_path: Path):
-    with fastload.Cache(tmp_path / "cache", ram_bytes="16MiB", disk_bytes="64MiB", chunk_bytes="64KiB") as cache:
+    with fastload.Cache(
+        tmp_path / "cache", ram_bytes="16MiB", disk_bytes="64MiB", chunk_bytes="64KiB", service="inprocess"
+    ) as cache:
         yield cache
 
 
