@@ -39,7 +39,7 @@ def test_columns_that_only_unicode_makes_one_whatever_lay_in_memory_before() -> 
 
 @pytest.mark.parametrize(
     ("module", "mode", "cases"),
-    [("fuzz_tar", "bounds", 100), ("fuzz_tar", "pages", 200), ("fuzz_readers", "pages", 50)],
+    [("fuzz_tar", "bounds", 50), ("fuzz_tar", "pages", 100), ("fuzz_readers", "pages", 25)],
 )
 def test_a_little_fuzzing(module: str, mode: str, cases: int) -> None:
     """In a process of its own, which may die."""

@@ -137,7 +137,7 @@ def test_a_column_named_twice_is_found() -> None:
         read(sealed(stored[:-1] + b"x"), 10240)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(16, len(STORED) - 1), st.integers(0, 255)), min_size=1, max_size=4))
 def test_what_is_accepted_can_be_used(changes: list[tuple[int, int]]) -> None:
     data = bytearray(STORED)

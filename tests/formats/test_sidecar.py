@@ -219,7 +219,7 @@ def test_errors_of_reading_come_as_they_are(data: bytes) -> None:
         read_summary(read_at, len(data), "u")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_damage_is_found_or_harmless(data: bytes, draw: st.DataObject) -> None:
     cut = draw.draw(st.integers(0, len(data)))

@@ -61,7 +61,7 @@ def index_or_error(data: bytes, chunk_bytes: int, skip: bool = True) -> ShardInd
     return None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(MEMBERS, max_size=12), FORMS, CHUNKS, st.booleans(), st.integers(0, 500))
 def test_samples_are_those_of_webdataset(
     members: list[Member], form: int, chunk_bytes: int, skip: bool, zeros: int
@@ -106,7 +106,7 @@ def test_names_that_cross_chunks(before: int, length: int, form: int) -> None:
     assert as_samples(index(data, 4096), data) == from_webdataset(data)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(MEMBERS, min_size=1, max_size=5), FORMS, st.data())
 def test_a_cut_archive_gives_an_error_or_all_that_is_whole(
     members: list[Member], form: int, draw: st.DataObject
@@ -127,7 +127,7 @@ def test_a_cut_archive_gives_an_error_or_all_that_is_whole(
         assert found.member_offset.tolist() == whole.member_offset.tolist()[: found.member_count]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.lists(MEMBERS, max_size=4),
     FORMS,
@@ -143,7 +143,7 @@ def test_a_damaged_archive_gives_an_error_or_an_index_within_it(
     check_within(bytes(data))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.lists(
         st.one_of(

@@ -23,7 +23,7 @@ _COUNT = int(os.environ.get("FASTLOAD_JOB_CASES", "0"))
 
 @pytest.mark.timeout(600 + 10 * _COUNT)
 @settings(
-    max_examples=_COUNT or 10,
+    max_examples=_COUNT or 4,
     derandomize=not _COUNT,
     deadline=None,
     database=None,

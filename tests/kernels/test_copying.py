@@ -12,7 +12,7 @@ from fastload.kernels.copying import stack
 AROUND = 80  # bytes before and after, which stay as they are
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     pieces=st.integers(0, 5),
     piece_bytes=st.integers(0, 300),

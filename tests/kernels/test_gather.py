@@ -81,7 +81,7 @@ WORLDS = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(WORLDS)
 def test_gather_is_its_twin(world: World) -> None:
     total = int(world.size.sum())
@@ -91,7 +91,7 @@ def test_gather_is_its_twin(world: World) -> None:
     assert np.array_equal(found, expected)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(WORLDS)
 def test_columns_are_laid_out_and_gathered_together(world: World) -> None:
     """The values as one column, and in another order as a second."""

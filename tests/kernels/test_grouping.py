@@ -78,7 +78,7 @@ def by_kernel(names: list[bytes], seed: int = 5) -> Grouped | int:
     return samples, columns, kept[: kept[-1]].tolist()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(NAMES, max_size=10))
 def test_the_kernel_is_its_plain_twin(names: list[bytes]) -> None:
     assert by_kernel(names) == plain(names)

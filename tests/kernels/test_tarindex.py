@@ -35,7 +35,7 @@ def plain_number(field: bytes) -> int:
     return -1 if octal is None else int(octal[1] or b"0", 8)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(FIELDS)
 @example(b"\x80" + b"\xff" * 11)
 @example(b"        ")
@@ -54,7 +54,7 @@ def test_texts_end_at_zero(field: bytes, zeros: int) -> None:
     assert text_length(array(field)) == len(field.partition(b"\0")[0])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.binary(min_size=512, max_size=512),
     st.sampled_from([0, 1, None]),
@@ -111,7 +111,7 @@ RECORDS = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(RECORDS, max_size=4), st.binary(max_size=3), st.booleans())
 def test_pax_headers(records: list[bytes], rest: bytes, shared: bool) -> None:
     payload, room = b"".join(records) + rest, 12

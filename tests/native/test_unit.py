@@ -107,7 +107,7 @@ def test_the_same_without_avx2() -> None:
         context.set_avx2(True)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_any_damage_is_an_error_or_a_picture(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(pictures.CHROMA))

@@ -7,13 +7,13 @@ import os
 from hypothesis import settings
 
 SCALE_VARIABLE = "FASTLOAD_PLAN_CASES_SCALE"
-_SCALE = float(os.environ.get(SCALE_VARIABLE, "0.5"))
+_SCALE = float(os.environ.get(SCALE_VARIABLE, "0.25"))
 
 # How many there are at a scale of one, of all test functions that were imported.
 counts: list[int] = []
 
 
 def cases(count: int) -> settings:
-    """Settings for half so many cases of one property, or as many times that as the environment says."""
+    """Settings for a quarter of so many cases of one property, or as many times that as the environment says."""
     counts.append(count)
     return settings(max_examples=max(1, round(count * _SCALE)), deadline=None)
