@@ -29,12 +29,16 @@ from fastload.config import cpu_count
 from fastload.demo.weed import REGION, WeedServer
 from fastload.store.options import StoreOptions
 
+# For child processes too: arithmetic in one thread each. Several test processes run on as many cores, and threads of
+# torch's that wait for each other there burn what the others could use.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Set for the whole run, child processes included: a cache service ends with its last consumer.
 os.environ["FASTLOAD_IDLE_S"] = "0"
 
-# All tests try the same cases everywhere, so that what passes for one passes for all; `--hypothesis-profile=default`
-# (as `tests.plan.many` has it) and `make thorough` look for others.
-settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+# All tests try the same few cases everywhere, so that what passes for one passes for all;
+# `--hypothesis-profile=default` (as `tests.plan.many` has it) and `make thorough` look for others.
+settings.register_profile("repeatable", max_examples=40, derandomize=True, database=None, deadline=None)
 settings.register_profile("thorough", max_examples=2000, database=None, print_blob=True, deadline=None)
 settings.load_profile("repeatable")
 
@@ -44,9 +48,7 @@ sys.dont_write_bytecode = False
 
 # A process of the fork server has nothing of its parent's, like one that is spawned, and has all of this imported from
 # the start: most tests of that take this way. Spawned ones, which take seconds, are where the way itself matters.
-multiprocessing.set_forkserver_preload(
-    ["pytest", "hypothesis", "tests.shards", "tests.jobs.reading", "tests.jobs.training"]
-)
+multiprocessing.set_forkserver_preload(["tests.preloaded"])
 
 # Whoever runs the tests in the background may have had SIGINT ignored, and children that tests interrupt inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

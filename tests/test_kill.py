@@ -12,6 +12,7 @@ import pytest
 import fastload
 from tests.patience import PATIENCE_S
 from tests.processes import kill_service, service_pids, until
+from tests.programs import Program, run
 from tests.shards import check_samples, corpus, samples_of
 
 SMALL = {"ram_bytes": "1MiB", "disk_bytes": "64MiB", "chunk_bytes": "64KiB"}
@@ -28,13 +29,8 @@ loader.close()
 """
 
 
-def start_consumer(url: str, directory: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", CONSUMER, url, str(directory), json.dumps(SMALL)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def start_consumer(url: str, directory: Path) -> Program:
+    return Program(CONSUMER, url, directory, json.dumps(SMALL))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -68,8 +64,6 @@ def test_a_consumer_is_killed_and_the_other_goes_on(s3, tmp_path: Path) -> None:
     data = corpus(shard_count=8, samples_per_shard=24)
     url, directory = data.put(s3), tmp_path / "cache"
     victim = start_consumer(url, directory)
-    assert victim.stdout is not None
-    assert victim.stdin is not None
     with victim:
         assert json.loads(victim.stdout.readline())  # it holds leases now, and most of the small arena
         with fastload.Cache(directory, **SMALL) as cache:
@@ -89,8 +83,6 @@ def test_a_job_that_was_killed_resumes_from_the_cache(s3, tmp_path: Path) -> Non
     data = corpus()
     url, directory = data.put(s3), tmp_path / "cache"
     victim = start_consumer(url, directory)
-    assert victim.stdout is not None
-    assert victim.stdin is not None
     with victim:
         for _ in range(4):
             assert victim.stdout.readline()
@@ -109,8 +101,7 @@ def test_a_job_that_was_killed_resumes_from_the_cache(s3, tmp_path: Path) -> Non
 
 def test_a_script_that_fails_in_mid_epoch_ends_promptly(s3, tmp_path: Path) -> None:
     code = CONSUMER.replace("sys.stdin.readline()", "raise RuntimeError('mine')")
-    command = [sys.executable, "-c", code, corpus().put(s3), str(tmp_path / "cache"), json.dumps(SMALL)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    done = run(code, corpus().put(s3), tmp_path / "cache", json.dumps(SMALL), check=False)
     assert done.returncode == 1
     assert done.stderr.strip().endswith("RuntimeError: mine")
     until(lambda: not service_pids(tmp_path / "cache"))
@@ -118,7 +109,8 @@ def test_a_script_that_fails_in_mid_epoch_ends_promptly(s3, tmp_path: Path) -> N
 
 def test_ctrl_c_ends_a_job_promptly(s3, tmp_path: Path) -> None:
     data = corpus()
-    job = start_consumer(data.put(s3), tmp_path / "cache")
+    command = [sys.executable, "-c", CONSUMER, data.put(s3), str(tmp_path / "cache"), json.dumps(SMALL)]
+    job = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert job.stdout is not None
     with job:
         assert job.stdout.readline()

@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import fastload
+from tests.programs import Program
 from tests.shards import corpus
 
 LIMITS = {"ram_bytes": "16MiB", "disk_bytes": "64MiB", "chunk_bytes": "64KiB"}
@@ -29,23 +28,21 @@ def test_ranks_at_once_read_everything_once_and_fetch_each_byte_once(s3, tmp_pat
     data = corpus(shard_count=8, samples_per_shard=30)
     url, directory, world_size = data.put(s3), tmp_path / "cache", 3
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, url, str(directory), json.dumps(LIMITS)],
+        Program(
+            RANK,
+            url,
+            directory,
+            json.dumps(LIMITS),
             env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world_size)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
         )
         for rank in range(world_size)
     ]
     for rank in ranks:
-        assert rank.stdout is not None
         assert rank.stdout.readline() == "ready\n"
     for rank in ranks:
-        assert rank.stdin is not None
         rank.stdin.write("\n")
         rank.stdin.flush()
-    batches = [json.loads(rank.stdout.readline()) for rank in ranks if rank.stdout is not None]
+    batches = [json.loads(rank.stdout.readline()) for rank in ranks]
     with fastload.Cache(directory) as cache:
         node = cache.stats()
     for rank in ranks:

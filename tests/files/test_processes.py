@@ -20,6 +20,7 @@ from tests.conftest import Bucket
 from tests.files.conftest import CHUNK_BYTES
 from tests.files.test_open import content, node
 from tests.patience import PATIENCE_S
+from tests.programs import run as program
 from tests.service.test_fork import in_child
 
 pytestmark = [
@@ -145,9 +146,8 @@ def test_a_directory_or_the_environment_names_the_cache(
 
 def test_the_example(tmp_path: Path, objects: dict[str, bytes]) -> None:
     example = Path(__file__).parents[2] / "examples" / "open_objects.py"
-    command = [sys.executable, example, *objects]
     environment = {**os.environ, "FASTLOAD_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=PATIENCE_S)
+    done = program(example.read_text(), *objects, env=environment, path=example)
     total = sum(map(len, objects.values()))
     expected = [
         rf"rank 0 epoch {epoch}: {total} bytes in \S+ s; the node has fetched {total} so far\n" for epoch in (0, 1)

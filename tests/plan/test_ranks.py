@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from fastload.errors import ConfigError
@@ -17,7 +14,7 @@ from fastload.plan import (
     sample_count_of_rank,
     turn_of,
 )
-from tests.patience import PATIENCE_S
+from tests.programs import run
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 
@@ -101,7 +98,7 @@ assert resolve_ranks(environ={"RANK": "1", "WORLD_SIZE": "4"}) == Ranks(0, 1, 0,
 assert resolve_ranks(1, 3, {}) == Ranks(1, 3, 1, 3)
 distributed.destroy_process_group()
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=PATIENCE_S)
+    run(program)
 
 
 def test_counts_of_a_rank():

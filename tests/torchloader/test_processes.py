@@ -7,8 +7,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import subprocess
-import sys
 import warnings
 from collections import namedtuple
 from pathlib import Path
@@ -24,6 +22,7 @@ from fastload.errors import WorkerError
 from fastload.torchloader.processes import ProcessIterator
 from fastload.transport.packing import Arrived
 from tests.processes import until
+from tests.programs import Program
 from tests.torchloader.datasets import Mapped, Ranges, as_is
 
 Pair = namedtuple("Pair", "x y")
@@ -347,18 +346,17 @@ def test_nothing_is_left_when_the_trainer_is_killed(tmp_path, method):
         "    def __len__(self): return 100\n"
         "    def __getitem__(self, i): return [torch.zeros(20_000, dtype=torch.uint8) for _ in range(20)]\n"
         "if __name__ == '__main__':\n"
-        "    options = dict(num_workers=2, prefetch_factor=4, multiprocessing_context=sys.argv[1])\n"
+        "    method, num_workers = sys.argv[1], int(sys.argv[2])\n"
+        "    torch.multiprocessing.set_forkserver_preload(['fastload', 'torch'])\n"
+        "    options = dict(num_workers=num_workers, prefetch_factor=4, multiprocessing_context=method)\n"
         "    iterator = iter(fastload.DataLoader(Many(), collate_fn=list, **options))\n"
         "    next(iterator)\n"
         "    print(*[w.pid for w in iterator._workers], flush=True)\n"
         "    time.sleep(1000)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(fastload.__file__).parents[1])}
-    trainer = subprocess.Popen([sys.executable, str(script), method], stdout=subprocess.PIPE, env=environment)
-    assert trainer.stdout is not None
-    pids = trainer.stdout.readline().split()
-    trainer.kill()
-    trainer.wait()
-    trainer.stdout.close()
-    assert len(pids) == 2
+    count = 1 if method == "spawn" else 2  # a start takes seconds
+    with Program(script.read_text(), method, count, path=script) as trainer:
+        pids = trainer.stdout.readline().split()
+        trainer.kill()
+    assert len(pids) == count
     until(lambda: not any(Path(f"/proc/{int(pid)}").exists() for pid in pids))

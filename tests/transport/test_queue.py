@@ -19,6 +19,7 @@ import pytest
 from fastload.transport.queue import Queue
 from tests.patience import PATIENCE_S
 from tests.processes import is_running, until
+from tests.programs import run
 
 FORK, SPAWN = multiprocessing.get_context("fork"), multiprocessing.get_context("spawn")
 LIMIT_S = PATIENCE_S
@@ -312,6 +313,7 @@ def put(into, is_put):
     is_put.set()
 
 if __name__ == "__main__":
+    context.set_forkserver_preload(["fastload.transport.queue"])
     objects, is_put = Queue(context), context.Event()
     context.Process(target=put, args=(objects, is_put)).start()
     is_put.wait()
@@ -324,7 +326,7 @@ if __name__ == "__main__":
 def test_what_a_sender_sends_outlives_its_fork_server(tmp_path: Path) -> None:
     script = tmp_path / "without_server.py"
     script.write_text(WITHOUT_SERVER)
-    assert subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True).stdout == f"{LONG}\n"
+    assert run(WITHOUT_SERVER, path=script).stdout == f"{LONG}\n"
 
 
 def test_closing_ends_the_thread_of_a_queue_that_nobody_reads() -> None:
