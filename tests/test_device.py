@@ -35,7 +35,7 @@ needs_cuda = pytest.mark.skipif(
 
 
 class LateSide:
-    """A side stream that does nothing before somebody waits for it, and an allocator that says what it would hand out.
+    """A side stream that does nothing until something waits for it, and an allocator that reports what it would reuse.
 
     What was copied holds zeros until then. A copy that is gone before it was done is never done.
     """

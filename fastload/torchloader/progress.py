@@ -33,7 +33,7 @@ class IterationProgress:
     is_finished: bool = False
 
     def state(self) -> LoaderState:
-        """Where it is."""
+        """The loader's state."""
         return {
             **self._main(),
             keys.NUM_YIELDED: self.num_yielded,
@@ -118,14 +118,14 @@ class WorkersProgress(IterationProgress):
         self.last_worker = worker
         self.marks.settle(outstanding)
         self.workers[worker].delivered(state)
-        self._let_go_if_known()
+        self._drop_snapshot_if_known()
 
     def failed(self) -> None:
         """Count an error in place of a batch. The position is past it only after the next batch."""
         self.failures += 1
 
     def state(self) -> LoaderState:
-        """Where it is."""
+        """The loader's state."""
         at = self._last_known()
         workers = {}
         for number, (worker, mark) in enumerate(zip(self.workers, at.worker_marks, strict=True)):
@@ -151,10 +151,10 @@ class WorkersProgress(IterationProgress):
         return SavedOrder(at.mark, self.order.at_iter, self.order.at_first, at.ahead)
 
     def _last_known(self) -> Snapshot:
-        self._let_go_if_known()
+        self._drop_snapshot_if_known()
         return self.snapshot or self._now()
 
-    def _let_go_if_known(self) -> None:
+    def _drop_snapshot_if_known(self) -> None:
         """Drop the snapshot, which is not needed while all states are known."""
         if self.snapshot is not None and all(worker.is_known for worker in self.workers):
             self.snapshot = None
@@ -215,7 +215,7 @@ class WorkerProgress:
 
     @property
     def mark(self) -> WorkerMark:
-        """Where it is."""
+        """Its current mark."""
         return WorkerMark(self.batches, self.last)
 
     @property

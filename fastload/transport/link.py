@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import pickle
 import socket
@@ -37,7 +38,6 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,7 +45,7 @@ import numpy.typing as npt
 
 from fastload.transport.bulk_copy import copy_into
 from fastload.transport.pickling import BufferOffset, buffers_of, dump_apart, memory_of
-from fastload.transport.slots import SMALL_BYTES, Collected, address_of, lent, map_shared, size_class, take_fitting
+from fastload.transport.slots import SMALL_BYTES, Collected, SharedSlot, SharedSlots, address_of, lent, map_shared
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -125,7 +125,7 @@ class Link:
         self.pool.close()
         self._peer.close()
 
-    def _placed(self, buffers: list[Bytes]) -> tuple[list[_BufferRef], list[memoryview], list[LinkSlot]]:
+    def _placed(self, buffers: list[Bytes]) -> tuple[list[_BufferRef], list[memoryview], list[SharedSlot]]:
         """Where each buffer lies, the small buffers, and the slots that are new to the other end."""
         places, small, new_slots = [], [], []
         for data in buffers:
@@ -141,7 +141,7 @@ class Link:
                 places.append(_BufferRef("mine", slot.number, offset, data.size))
         return places, small, new_slots
 
-    def _copied(self, data: Bytes) -> tuple[LinkSlot, int]:
+    def _copied(self, data: Bytes) -> tuple[SharedSlot, int]:
         copy = self.pool.take(data.size)
         copy_into(copy, data)
         sent = self.pool.count_sent(copy)
@@ -209,44 +209,13 @@ class Link:
                 yield self.pool.returned(number, offset, byte_count)
 
 
-@dataclass(slots=True, eq=False)
-class LinkSlot:
-    """Memory of one process, which the other maps. `number` is never reused."""
-
-    number: int
-    base: Bytes
-    fd: int = -1  # until the other end has it
-    address: int = field(init=False)
-    lent: int = 0  # arrays of this process that are in use
-    sent: int = 0  # buffers that the other end was sent and has not released
-    was_forked: bool = False  # while it was in use
-
-    def __post_init__(self) -> None:
-        self.address = address_of(self.base)
-
-    def offset_of(self, address: int, byte_count: int) -> int | None:
-        """The offset of that memory in this slot; None where it lies outside."""
-        offset = address - self.address
-        return offset if offset >= 0 and offset + byte_count <= self.base.size else None
-
-    def close_fd(self) -> None:
-        """Close the descriptor, which the other end has by now. Idempotent."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-
-class SharedPool:
+class SharedPool(SharedSlots):
     """The slots of one end of a link. Thread-safe."""
 
     def __init__(self, retained_bytes: int) -> None:
-        self._retained_bytes = retained_bytes
+        super().__init__(retained_bytes)
         self._lock = threading.Lock()
-        self._slots: dict[int, LinkSlot] = {}
-        self._free: list[LinkSlot] = []
-        self._collected: deque[Collected[int]] = deque()
-        self._dropped: list[int] = []  # since the last message
-        self._next_number = 0
+        self._numbers = itertools.count()  # none is reused
 
     def take(self, byte_count: int) -> Bytes:
         """A writable uint8 array whose content is undefined: over a slot, unless it is small."""
@@ -254,8 +223,7 @@ class SharedPool:
             return np.empty(byte_count, np.uint8)
         with self._lock:
             self._collect()
-            slot = take_fitting(self._free, byte_count, lambda slot: slot.base.size) or self._new(byte_count)
-            return self._lend(slot, 0, byte_count)
+            return self._lend(self._taken(byte_count), 0, byte_count)
 
     def take_array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
         """A writable C-contiguous array over a slot."""
@@ -263,11 +231,11 @@ class SharedPool:
         byte_count = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
         return self.take(byte_count).view(kind).reshape(shape)
 
-    def count_sent(self, data: Bytes) -> tuple[LinkSlot, int] | None:
+    def count_sent(self, data: Bytes) -> tuple[SharedSlot, int] | None:
         """The slot in which `data` lies, and where, counted as sent. None where it lies in no slot."""
         address = address_of(data)
         with self._lock:
-            for slot in self._slots.values():
+            for slot in self._by_number.values():
                 if (offset := slot.offset_of(address, data.size)) is not None:
                     slot.sent += 1
                     return slot, offset
@@ -276,30 +244,26 @@ class SharedPool:
     def returned(self, number: int, offset: int, byte_count: int) -> Bytes:
         """An array that the other end has sent back, in a slot of this pool."""
         with self._lock:
-            return self._lend(self._slots[number], offset, byte_count)
+            return self._lend(self._by_number[number], offset, byte_count)
 
     def release(self, collected: Iterable[Collected[int]]) -> None:
         """Count releases by the other end, of which there is one for each buffer that was sent."""
         with self._lock:
             for number, was_forked in collected:
-                slot = self._slots[number]
-                slot.sent -= 1
-                slot.was_forked |= was_forked
-                self._free_if_unused(slot)
+                self._release(self._by_number[number], 1, was_forked=was_forked)
 
     def take_dropped(self) -> list[int]:
         """The slots that were dropped since the last call, to notify the other end of."""
         with self._lock:
             self._collect()
-            dropped, self._dropped = self._dropped, []
-            return dropped
+            return self._take_dropped()
 
     def close(self) -> None:
         """Close all slots; arrays over them stay valid as long as they live."""
         with self._lock:
-            for slot in self._slots.values():
+            for slot in self._by_number.values():
                 slot.close_fd()
-            self._slots.clear()
+            self._by_number.clear()
             self._free.clear()
 
     @property
@@ -309,59 +273,31 @@ class SharedPool:
             self._collect()
             return sum(slot.base.size for slot in self._free)
 
-    def _new(self, byte_count: int) -> LinkSlot:
-        fd = os.memfd_create("fastload-slot", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(fd, size_class(byte_count))
-            slot = LinkSlot(self._next_number, map_shared(fd, size_class(byte_count)), fd)
-        except BaseException:
-            os.close(fd)
-            raise
-        self._next_number += 1
-        self._slots[slot.number] = slot
-        return slot
+    def _new(self, byte_count: int) -> SharedSlot:
+        return self._made(next(self._numbers), byte_count)
 
-    def _lend(self, slot: LinkSlot, offset: int, byte_count: int) -> Bytes:
-        slot.lent += 1
-        return lent(slot.base[offset : offset + byte_count], self._collected, slot.number)
-
-    def _collect(self) -> None:
-        while self._collected:
-            number, was_forked = self._collected.popleft()
-            slot = self._slots.get(number)
-            if slot is not None:  # the pool was not closed meanwhile
-                slot.lent -= 1
-                slot.was_forked |= was_forked
-                self._free_if_unused(slot)
-        while sum(slot.base.size for slot in self._free) > self._retained_bytes:
-            self._drop(self._free.pop(0))
-
-    def _free_if_unused(self, slot: LinkSlot) -> None:
-        if slot.lent or slot.sent:
-            return
-        if slot.was_forked:
-            self._drop(slot)
-        else:
-            self._free.append(slot)
-
-    def _drop(self, slot: LinkSlot) -> None:
+    def _drop(self, slot: SharedSlot) -> None:
         if slot.fd < 0:  # otherwise the other end has never mapped it
             self._dropped.append(slot.number)
         slot.close_fd()
-        del self._slots[slot.number]
+        del self._by_number[slot.number]
+
+    def _collect(self) -> None:
+        self._reclaim()
+        self._trim()
 
 
 class PeerMemory:
     """The slots of the other end, as mapped here. Used by one thread at a time, except for finalizers."""
 
     def __init__(self) -> None:
-        self._mapped: dict[int, LinkSlot] = {}
+        self._mapped: dict[int, SharedSlot] = {}
         self._collected: deque[Collected[int]] = deque()
 
     def map(self, number: int, fd: int) -> None:
         """Map a new slot. Takes ownership of `fd`."""
         try:
-            self._mapped[number] = LinkSlot(number, map_shared(fd, os.fstat(fd).st_size))
+            self._mapped[number] = SharedSlot(number, map_shared(fd, os.fstat(fd).st_size))
         finally:
             os.close(fd)
 

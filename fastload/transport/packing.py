@@ -69,7 +69,7 @@ class Arrived:
 class NewSlot(NamedTuple):
     """A slot that the trainer has not mapped yet, as far as the worker knows."""
 
-    slot: int  # its index
+    slot: int  # its number
     generation: int
     fd: int
     byte_count: int
@@ -221,7 +221,7 @@ class Packer:
             return arrived
         rest = iter(in_slots)
         there = [place or next(rest) for place in places]
-        new = [NewSlot(s.index, s.generation, s.fd, s.base.size) for s in used if s.fd >= 0]
+        new = [NewSlot(s.number, s.generation, s.fd, s.base.size) for s in used if s.fd >= 0]
         dropped = self._slots.take_dropped()
         sent = bytes(data), small_bytes, there, where, new, dropped
         return Packed(self._receiver, self._worker, os.getpid(), *sent)

@@ -15,6 +15,8 @@ thread at any point, so it does one thing: append to a deque.
 the child has a view of its own, never reports that it is done with it, and would see later writes. So memory of which a
 child may still hold a view must not be reused.
 
+`SharedSlots` is the base of both pools of such memory: `link.SharedPool` and `worker_slots.WorkerSlots`.
+
 `map_shared` and `map_private` map a memfd without keeping its descriptor. `mmap.mmap` keeps a duplicate for as long as
 the memory is mapped, so a trainer that keeps many batches would run out of descriptors (the limit is often 1024); hence
 the system call is made through ctypes.
@@ -26,8 +28,10 @@ import ctypes
 import mmap
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -191,3 +195,105 @@ class _Lent(MemoryOwner, Generic[T]):
     def __del__(self) -> None:
         was_forked = self._forks != fork_count()
         self._collected.append(Collected(self._what, was_forked))  # only now may the memory be unmapped
+
+
+@dataclass(slots=True, eq=False)
+class SharedSlot:
+    """Memory over an anonymous file, which its owner lends out and another process maps."""
+
+    number: int
+    base: Bytes
+    fd: int = -1  # until the other process has mapped it
+    generation: int = 0  # of slots that have the same number one after another
+    address: int = field(init=False)
+    lent: int = 0  # arrays of this process that are in use
+    sent: int = 0  # buffers that the other process was sent and has not released
+    was_forked: bool = False  # either process, while it used the slot, so that a child may read it
+
+    def __post_init__(self) -> None:
+        self.address = address_of(self.base)
+
+    def offset_of(self, address: int, byte_count: int) -> int | None:
+        """The offset of that memory in this slot; None where it lies outside."""
+        offset = address - self.address
+        return offset if offset >= 0 and offset + byte_count <= self.base.size else None
+
+    def close_fd(self) -> None:
+        """Close the descriptor, which the other process needs no longer. Idempotent."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class SharedSlots(ABC):
+    """The slots of a process that another one maps: numbered by a subclass, which knows what the other has released.
+
+    A slot is free when neither process uses it. It is then reused, or dropped where it was forked or where free slots
+    take more than `retained_bytes`. Used by one thread at a time, except for finalizers.
+    """
+
+    def __init__(self, retained_bytes: int) -> None:
+        self._retained_bytes = retained_bytes
+        self._by_number: dict[int, SharedSlot] = {}
+        self._free: list[SharedSlot] = []
+        self._collected: deque[Collected[SharedSlot]] = deque()
+        self._dropped: list[int] = []  # numbers, of which the other process was not notified yet
+
+    @abstractmethod
+    def _new(self, byte_count: int) -> SharedSlot:
+        """Make a slot under a new number."""
+
+    @abstractmethod
+    def _drop(self, slot: SharedSlot) -> None:
+        """Forget a slot that is not in use."""
+
+    def _taken(self, byte_count: int) -> SharedSlot:
+        """A slot that was free, or a new one."""
+        return take_fitting(self._free, byte_count, lambda slot: slot.base.size) or self._new(byte_count)
+
+    def _made(self, number: int, byte_count: int, generation: int = 0) -> SharedSlot:
+        fd = os.memfd_create("fastload-slot", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, size_class(byte_count))
+            slot = SharedSlot(number, map_shared(fd, size_class(byte_count)), fd, generation)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._by_number[number] = slot
+        return slot
+
+    def _lend(self, slot: SharedSlot, offset: int, byte_count: int) -> Bytes:
+        slot.lent += 1
+        return lent(slot.base[offset : offset + byte_count], self._collected, slot)
+
+    def _reclaim(self) -> None:
+        """Count arrays of this process that were collected."""
+        while self._collected:
+            slot, was_forked = self._collected.popleft()
+            if self._by_number.get(slot.number) is slot:  # not closed meanwhile
+                slot.lent -= 1
+                slot.was_forked |= was_forked
+                self._free_if_unused(slot)
+
+    def _release(self, slot: SharedSlot, count: int, *, was_forked: bool = False) -> None:
+        """Count buffers that the other process has released."""
+        slot.sent -= count
+        slot.was_forked |= was_forked
+        self._free_if_unused(slot)
+
+    def _trim(self) -> None:
+        """Drop the oldest free slots above the limit."""
+        while sum(slot.base.size for slot in self._free) > self._retained_bytes:
+            self._drop(self._free.pop(0))
+
+    def _free_if_unused(self, slot: SharedSlot) -> None:
+        if slot.lent or slot.sent:
+            return
+        if slot.was_forked:
+            self._drop(slot)
+        else:
+            self._free.append(slot)
+
+    def _take_dropped(self) -> list[int]:
+        dropped, self._dropped = self._dropped, []
+        return dropped

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections import deque
-from dataclasses import dataclass, field
 from multiprocessing import reduction
 from typing import Any, NamedTuple
 
@@ -25,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload.transport.bulk_copy import copy_into
-from fastload.transport.slots import Collected, address_of, lent, map_shared, size_class, take_fitting
+from fastload.transport.slots import SharedSlot, SharedSlots, address_of, map_shared
 
 Bytes = npt.NDArray[np.uint8]
 Counters = npt.NDArray[np.uint32]
@@ -104,64 +102,37 @@ class SlotCounters:
 class SlotRef(NamedTuple):
     """Where a buffer of a batch lies."""
 
-    slot: int  # its index; NO_SLOT: before the pickle
+    slot: int  # its number; NO_SLOT: before the pickle
     offset: int
     byte_count: int
 
 
-@dataclass(slots=True, eq=False)
-class WorkerSlot:
-    """Memory of the worker. A later slot with the same `index` has another `generation`."""
-
-    index: int
-    generation: int
-    base: Bytes
-    fd: int
-    address: int = field(init=False)
-    lent: int = 0  # arrays of this process that are in use
-    sent: int = 0  # buffers that the trainer was sent and has not released
-    was_forked: bool = False  # worker or trainer, while it used the slot, so that a child may read it
-
-    def __post_init__(self) -> None:
-        self.address = address_of(self.base)
-
-    def close_fd(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-
-class WorkerSlots:
+class WorkerSlots(SharedSlots):
     """A worker's slots: free, being filled, and in use."""
 
     def __init__(self, counters: SlotCounters, worker: int, retained_bytes: int) -> None:
-        self._retained_bytes = retained_bytes
+        super().__init__(retained_bytes)
         self._mapped, self._forked = _Counted(counters.mapped(worker)), _Counted(counters.forked(worker))
         self._released = _Counted(counters.released(worker))
-        self._by_index: dict[int, WorkerSlot] = {}
-        self._free: list[WorkerSlot] = []
-        self._open: list[WorkerSlot] = []  # lent out, and not sent yet
-        self._unused: list[int] = []  # indexes
+        self._open: list[SharedSlot] = []  # lent out, and not sent yet
+        self._unused: list[int] = []  # numbers of dropped slots, which are reused: the counters have so many
         self._generations = itertools.count()
-        self._collected: deque[Collected[WorkerSlot]] = deque()
-        self._dropped: list[int] = []
 
     def take(self, byte_count: int) -> Bytes:
         """A writable array over a slot. Raises `OSError` where none can be made."""
         self._collect()
-        slot = take_fitting(self._free, byte_count, lambda slot: slot.base.size) or self._new(byte_count)
-        slot.lent += 1
+        slot = self._taken(byte_count)
         self._open.append(slot)
-        return lent(slot.base[:byte_count], self._collected, slot)
+        return self._lend(slot, 0, byte_count)
 
-    def place(self, buffers: list[Bytes]) -> tuple[list[SlotRef], list[WorkerSlot]]:
+    def place(self, buffers: list[Bytes]) -> tuple[list[SlotRef], list[SharedSlot]]:
         """Where the buffers lie in slots, copied there if need be, and the slots; they are counted as sent."""
         in_place = [self._find(address_of(buffer), buffer.size) for buffer in buffers]
         # The copies are kept until their slots are counted as sent: until then they mark the slots as in use.
         copies = self._copied([b for b, there in zip(buffers, in_place, strict=True) if there is None])
         rest = iter(copies)
         there = [each or next(rest)[:2] for each in in_place]
-        places = [SlotRef(slot.index, at, b.size) for (slot, at), b in zip(there, buffers, strict=True)]
+        places = [SlotRef(slot.number, at, b.size) for (slot, at), b in zip(there, buffers, strict=True)]
         used = list(dict.fromkeys(slot for slot, _ in there))
         for slot, _ in there:
             slot.sent += 1
@@ -170,19 +141,17 @@ class WorkerSlots:
         return places, used
 
     def take_dropped(self) -> list[int]:
-        """The indexes of slots that were dropped since the last call, to notify the trainer of."""
-        dropped, self._dropped = self._dropped, []
-        return dropped
+        """The numbers of slots that were dropped since the last call, to notify the trainer of."""
+        return self._take_dropped()
 
-    def _find(self, address: int, byte_count: int) -> tuple[WorkerSlot, int] | None:
+    def _find(self, address: int, byte_count: int) -> tuple[SharedSlot, int] | None:
         """The slot that this batch was made in. Memory in older slots, which a data set may keep, is copied."""
         for slot in self._open:
-            offset = address - slot.address
-            if offset >= 0 and offset + byte_count <= slot.base.size:
+            if (offset := slot.offset_of(address, byte_count)) is not None:
                 return slot, offset
         return None
 
-    def _copied(self, buffers: list[Bytes]) -> list[tuple[WorkerSlot, int, Bytes]]:
+    def _copied(self, buffers: list[Bytes]) -> list[tuple[SharedSlot, int, Bytes]]:
         own_bytes = sum(buffer.size for buffer in buffers) // _OWN_SLOT_PART
         shared = [buffer for buffer in buffers if buffer.size < own_bytes]
         offsets = list(
@@ -202,56 +171,40 @@ class WorkerSlots:
             copied.append((slot, offset, memory))
         return copied
 
-    def _new(self, byte_count: int) -> WorkerSlot:
-        index = self._unused.pop() if self._unused else len(self._by_index)
-        if index >= SLOTS_MAX:
+    def _new(self, byte_count: int) -> SharedSlot:
+        number = self._unused.pop() if self._unused else len(self._by_number)
+        if number >= SLOTS_MAX:
             raise OSError(f"{SLOTS_MAX} batches are kept already")
-        fd = os.memfd_create("fastload-slot", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(fd, size_class(byte_count))
-            slot = WorkerSlot(index, next(self._generations), map_shared(fd, size_class(byte_count)), fd)
+            return self._made(number, byte_count, next(self._generations))
         except BaseException:
-            os.close(fd)
-            self._unused.append(index)
+            self._unused.append(number)
             raise
-        self._by_index[index] = slot
-        return slot
 
     def _collect(self) -> None:
         """Reclaim slots that are no longer used, by worker and trainer."""
-        while self._collected:
-            slot, was_forked = self._collected.popleft()
-            slot.lent -= 1
-            slot.was_forked |= was_forked
-            self._free_if_unused(slot)
+        self._reclaim()
         # In this order, the reverse of the trainer's: a buffer that is counted as released was counted before as
         # mapped, so that its descriptor is not needed, and as forked, if a child may read it.
-        released = self._released.news(len(self._by_index))
-        for index, _ in self._mapped.news(len(self._by_index)):
-            self._by_index[index].close_fd()
-        for index, _ in self._forked.news(len(self._by_index)):
-            self._by_index[index].was_forked = True
-        for index, count in released:
-            slot = self._by_index[index]
-            slot.sent -= count
-            self._free_if_unused(slot)
-        while sum(slot.base.size for slot in self._free) > self._retained_bytes:
-            self._drop(self._free.pop(0))
+        released = self._released.news(len(self._by_number))
+        for number, _ in self._mapped.news(len(self._by_number)):
+            self._by_number[number].close_fd()
+        for number, _ in self._forked.news(len(self._by_number)):
+            self._by_number[number].was_forked = True
+        for number, count in released:
+            self._release(self._by_number[number], count)
+        self._trim()
 
-    def _free_if_unused(self, slot: WorkerSlot) -> None:
-        if slot.lent or slot.sent:
-            return
-        self._open = [each for each in self._open if each is not slot]
-        if slot.was_forked:
-            self._drop(slot)
-        else:
-            self._free.append(slot)
+    def _free_if_unused(self, slot: SharedSlot) -> None:
+        if not slot.lent and not slot.sent:
+            self._open = [each for each in self._open if each is not slot]
+        super()._free_if_unused(slot)
 
-    def _drop(self, slot: WorkerSlot) -> None:
+    def _drop(self, slot: SharedSlot) -> None:
         slot.close_fd()
         slot.base = _NOTHING  # not a view of it, which would keep the memory
-        self._unused.append(slot.index)
-        self._dropped.append(slot.index)
+        self._unused.append(slot.number)
+        self._dropped.append(slot.number)
 
 
 class _Counted:

@@ -1,4 +1,4 @@
-"""Data sets whose `state_dict` is something else: read as torch reads them; whoever wants a state is told once."""
+"""Data sets whose `state_dict` is something else: read as torch reads them; one warning when a state is asked for."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Wants(Raises):
 
 
 class Attribute(Raises):
-    state_dict = {"a": 1}  # type: ignore[assignment]  # noqa: RUF012  # it is what somebody wrote
+    state_dict = {"a": 1}  # type: ignore[assignment]  # noqa: RUF012  # as a user may write it
 
 
 class Property(Raises):
@@ -97,9 +97,9 @@ def test_read_as_torch_reads_it_and_gone_on_with(kind: type, base: type, workers
         assert [batch.tolist() for batch in loader] == expected
         batches = iter(loader)
         assert [next(batches).tolist() for _ in range(3)] == expected[:3]
-    with pytest.warns(UserWarning, match=f"over {kind.__name__}{base.__name__} leaves out") as told:
+    with pytest.warns(UserWarning, match=f"over {kind.__name__}{base.__name__} leaves out") as warned:
         state = loader.state_dict()
-    assert len(told) == 1
+    assert len(warned) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert loader.state_dict() == state

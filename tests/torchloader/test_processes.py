@@ -257,12 +257,12 @@ def dies(number: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("index", "told"),
+    ("index", "message"),
     [(signal.SIGKILL, "SIGKILL.*lower num_workers"), (signal.SIGSEGV, "SIGSEGV.*spawn"), (103, "status 3")],
 )
-def test_a_worker_that_dies_is_an_error_with_the_signal_and_a_cure(index, told):
+def test_a_worker_that_dies_is_an_error_with_the_signal_and_a_cure(index, message):
     loader = fastload.DataLoader(Mapped(200, dies), num_workers=2, sampler=[0, 0, index, 0], prefetch_factor=4)
-    with pytest.raises(RuntimeError, match=f"(?s)DataLoader worker .*exited unexpectedly: worker .*{told}"):
+    with pytest.raises(RuntimeError, match=f"(?s)DataLoader worker .*exited unexpectedly: worker .*{message}"):
         list(loader)
 
 

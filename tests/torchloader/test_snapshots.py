@@ -53,7 +53,7 @@ def taken(loader: Any, steps: int) -> tuple[dict[str, Any], list[Any]]:
     ("every", "workers", "turns"),
     [(1, 1, 1), (1, 4, 1), (4, 4, 1), (8, 4, 2), (11, 4, 2), (10, 1, 10), (0, 2, None), (None, 2, None)],
 )
-def test_how_often_a_worker_tells(every, workers, turns):
+def test_how_often_a_worker_reports(every, workers, turns):
     assert snapshot_interval(every, workers, are_in_step=True) == turns
     assert snapshot_interval(every, workers, are_in_step=False) == 1
 
@@ -74,8 +74,8 @@ def test_from_every_step_the_rest_is_what_came_then(name, every, workers):
         other = make(DATASETS[name](), every, workers=workers)
         other.load_state_dict(state)
         iterator = iter(other)
-        told = other.state_dict()
-        assert told["_snapshot"]["_snapshot_step"] + told["_steps_since_snapshot"] == step
+        resumed = other.state_dict()
+        assert resumed["_snapshot"]["_snapshot_step"] + resumed["_steps_since_snapshot"] == step
         if rest:  # a state of what goes on from a state
             assert next(iterator) == rest[0]
             third = make(DATASETS[name](), 1, workers=workers)

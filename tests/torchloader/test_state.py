@@ -339,7 +339,7 @@ def broken(state: dict[str, Any], *path: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("state", "name", "num_workers", "told"),
+    ("state", "name", "num_workers", "message"),
     [
         (lambda: [1], "in order", 0, "a dict, and not a list"),
         (lambda: {"epoch": 1}, "in order", 0, r"lacks '_num_yielded'.*there is: \['epoch'\]"),
@@ -352,8 +352,8 @@ def broken(state: dict[str, Any], *path: str) -> dict[str, Any]:
         (lambda: state_of("stateful data set"), "in order", 0, "Mapped has no load_state_dict"),
     ],
 )
-def test_a_state_that_does_not_fit_is_refused_with_what_does_not(state, name, num_workers, told):
-    with pytest.raises(StateError, match=told):
+def test_a_state_that_does_not_fit_is_refused_with_what_does_not(state, name, num_workers, message):
+    with pytest.raises(StateError, match=message):
         LOADERS[name](num_workers=num_workers).load_state_dict(state())
 
 

@@ -181,7 +181,7 @@ def test_worker_info_is_of_the_thread_that_asks_and_gone_with_the_last() -> None
     batches = iter(threaded(dataset, collate_fn=infos))
     first = next(batches)[0]
     assert get_worker_info() is None
-    assert first.dataset is dataset  # shared: nobody asked for copies
+    assert first.dataset is dataset  # shared: no copies are needed
     if "rng" in inspect.signature(torch_worker.WorkerInfo).parameters:
         assert first.worker_method == "thread"
         second = next(batches)[0]

@@ -113,7 +113,7 @@ def leaves(value: Any) -> list[torch.Tensor]:
 def described(value: Any) -> list[Any]:
     """All that can be said of tensors of a batch, and which of them share memory."""
     tensors = leaves(value)
-    told: list[Any] = [type(value)]
+    looks: list[Any] = [type(value)]
     storages: dict[int, int] = {}
     for tensor in tensors:
         about: list[Any] = [type(tensor), tensor.dtype, tensor.layout, tensor.requires_grad, tensor.is_leaf]
@@ -124,8 +124,8 @@ def described(value: Any) -> list[Any]:
             about.append(tensor.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg().tolist())
         else:
             about.append(text_of(tensor))
-        told.append(about)
-    return told
+        looks.append(about)
+    return looks
 
 
 def text_of(tensor: torch.Tensor) -> str:

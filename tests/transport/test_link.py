@@ -1,5 +1,5 @@
 """Two ends of a link, in one process and in two: what arrives is what was sent, without a copy where it can be, and
-memory is used again as soon as, and not before, nobody uses it.
+memory is used again as soon as, and not before, it is unused.
 """
 
 from __future__ import annotations
@@ -165,28 +165,28 @@ def test_what_is_kept_stays_as_it_is(pair):
     del kept, tensor
     gc.collect()
     passed((other, mine), None)
-    assert sum(slot.sent for slot in mine.pool._slots.values()) == 0
+    assert sum(slot.sent for slot in mine.pool._by_number.values()) == 0
 
 
 def test_memory_that_a_child_may_see_is_not_used_again(pair):
-    """A child has what its parent held when it was forked, whoever lets go of it afterwards."""
+    """A child has what its parent held when it was forked, whatever the parent releases afterwards."""
     mine, other = pair
     arrived, kept = passed(pair, torch.ones(LARGE)), mine.pool.take(LARGE)
     kept[:] = 0
-    told = os.pipe()
+    pipe = os.pipe()
     pid = os.fork()
     if not pid:
-        os.close(told[1])  # so that it ends with its parent, too
-        os.read(told[0], 1)
+        os.close(pipe[1])  # so that it ends with its parent, too
+        os.read(pipe[0], 1)
         os._exit(0 if (arrived.numpy() == 1).all() and not kept.any() else 1)
     del arrived, kept
     passed((other, mine), None)
     again = passed(pair, torch.full((LARGE,), 2.0)), mine.pool.take(LARGE)
     again[1][:] = 3
-    os.write(told[1], b"-")
+    os.write(pipe[1], b"-")
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert not mine.pool.free_bytes
-    for fd in told:
+    for fd in pipe:
         os.close(fd)
 
 
@@ -212,7 +212,7 @@ def test_memory_beyond_what_is_kept_is_given_back_on_both_sides():
         del (arrived := [passed((mine, other), np.ones(LARGE))])[:]
         passed((other, mine), None)
     passed((mine, other), None)
-    assert not mine.pool._slots
+    assert not mine.pool._by_number
     assert not other._peer._mapped
     assert not arrived
     mine.close()
@@ -224,7 +224,7 @@ def test_memory_that_was_never_sent_is_dropped_in_silence():
     with closing(mine), closing(other):
         mine.pool.take(LARGE)
         assert passed((mine, other), "the next message") == "the next message"
-        assert not mine.pool._slots
+        assert not mine.pool._by_number
 
 
 def test_more_new_slots_than_the_kernel_passes_at_once(pair):

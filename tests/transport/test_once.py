@@ -160,7 +160,7 @@ if __name__ == "__main__":
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "fastload.transport.once"])
     once = Once((Copying(),))
-    for _ in range(3):  # one after another, so that each has let go before the next looks
+    for _ in range(3):  # one after another, so that each has released it before the next looks
         process = context.Process(target=check, args=once.parts())
         process.start()
         process.join()
@@ -170,7 +170,7 @@ if __name__ == "__main__":
 
 
 def test_tensors_that_are_shared_by_name_are_there_for_the_last_process_too(tmp_path):
-    """torch counts how often it gave such a name, and removes the file once so many have let go of it."""
+    """torch counts the references to such a name, and removes the file when all are released."""
     script = tmp_path / "by_name.py"
     script.write_text(BY_NAME)
     run(BY_NAME, path=script)

@@ -1,4 +1,4 @@
-"""Slots of a worker, and the trainer's side of them, both in this process: no value changes under whoever holds it."""
+"""A worker's slots and the trainer's side of them, both in this process: an array never changes while it is held."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def new_ends(retained_bytes: int = 1 << 30) -> Iterator[Ends]:
     try:
         yield packer, receiver
     finally:
-        for slot in packer._slots._by_index.values():
+        for slot in packer._slots._by_number.values():
             slot.close_fd()  # as when a worker ends
         receiver.counters.close_fd()
 
@@ -56,7 +56,7 @@ def filled(size: int, value: int) -> torch.Tensor:
     st.sampled_from([0, 1_000_000, 1 << 30]),
     st.data(),
 )
-def test_no_value_changes_under_whoever_holds_it(batches, retained_bytes, data):
+def test_no_value_changes_while_it_is_held(batches, retained_bytes, data):
     """Any order of sending, keeping and dropping, at both ends."""
     with new_ends(retained_bytes) as ends:
         held: list[tuple[int, torch.Tensor]] = []
@@ -121,9 +121,9 @@ def test_free_memory_beyond_the_budget_is_dropped_on_both_sides():
         del arrived
         for _ in range(2):
             passed(ends, filled(LARGE, 0))  # carries the word that they are free; then that they are no more
-        assert sum(slot.base.size for slot in ends[0]._slots._by_index.values()) <= 250_000 + 2 * LARGE
+        assert sum(slot.base.size for slot in ends[0]._slots._by_number.values()) <= 250_000 + 2 * LARGE
         assert len(ends[1]._bases) <= 3
-        used = {slot.base.ctypes.data for slot in ends[0]._slots._by_index.values() if slot.base.size}
+        used = {slot.base.ctypes.data for slot in ends[0]._slots._by_number.values() if slot.base.size}
         # This process is both ends: each slot is mapped twice, and none is that was dropped.
         assert mapped_here() == len(used) + len(ends[1]._bases)
 
@@ -133,23 +133,23 @@ def mapped_here() -> int:
 
 
 def test_memory_that_a_child_may_see_is_not_used_again(ends):
-    """A child has what its parent held when it was forked, whoever lets go of it afterwards."""
+    """A child has what its parent held when it was forked, whatever the parent releases afterwards."""
     arrived, made = passed(ends, filled(LARGE, 1)), ends[0].take_tensor((LARGE,), torch.uint8).fill_(2)
-    told = os.pipe()
+    pipe = os.pipe()
     pid = os.fork()
     if not pid:
-        os.close(told[1])  # so that it ends with its parent, too
-        os.read(told[0], 1)
+        os.close(pipe[1])  # so that it ends with its parent, too
+        os.read(pipe[0], 1)
         os._exit(0 if (arrived.numpy() == 1).all() and (made.numpy() == 2).all() else 1)
     del arrived, made
     kept = [passed(ends, filled(LARGE, 3)) for _ in range(4)]
-    os.write(told[1], b"-")
+    os.write(pipe[1], b"-")
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     del kept
     for _ in range(4):
         passed(ends, filled(LARGE, 4))
-    assert not any(slot.was_forked and slot.base.size for slot in ends[0]._slots._by_index.values())  # it is dropped
-    for fd in told:
+    assert not any(slot.was_forked and slot.base.size for slot in ends[0]._slots._by_number.values())  # it is dropped
+    for fd in pipe:
         os.close(fd)
 
 
@@ -165,7 +165,7 @@ def test_what_cannot_be_pickled_leaves_no_slot_in_use(ends):
         with pytest.raises(Exception, match="pickle"):
             ends[0].pack(Arrived([filled(LARGE, 1), ends[0].take_tensor((LARGE,), torch.uint8), lambda: None]))
     assert (passed(ends, filled(LARGE, 7)) == 7).all()
-    assert len(ends[0]._slots._by_index) <= 2
+    assert len(ends[0]._slots._by_number) <= 2
 
 
 def test_arrays_in_the_pickle_are_writable_too(ends):

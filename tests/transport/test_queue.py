@@ -1,4 +1,4 @@
-"""Objects arrive, each whole and once, whoever puts them, however long they are, and whatever happens meanwhile."""
+"""Objects arrive whole and once, whichever process puts them, however long they are, and through interruptions."""
 
 from __future__ import annotations
 
