@@ -90,7 +90,7 @@ class ResumableIterator(_BaseDataLoaderIter):
                     next(self)
                 except StopIteration:
                     raise StateError(
-                        f"{batches} batches have to be made again to come to where the state was taken, and there are "
+                        f"{batches} batches have to be made again to reach the position of the state, and there are "
                         f"only {turn}: it belongs to another data set, sampler or batch size"
                     ) from None
 

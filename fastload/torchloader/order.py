@@ -204,7 +204,7 @@ class _Batches:
 
     def load(self, state: Any) -> None:
         if not isinstance(state, Mapping) or SAMPLES_YIELDED not in state:
-            raise StateError(f"the state of the batch sampler lacks {SAMPLES_YIELDED!r}: it was taken with another")
+            raise StateError(f"the state of the batch sampler lacks {SAMPLES_YIELDED!r}: it was taken with another one")
         self._samples_yielded = state[SAMPLES_YIELDED]
         load_state(self._sampler, state.get(SAMPLER), "sampler")
         self._indexes = iter(self._sampler)
@@ -255,8 +255,8 @@ def load_state(thing: Any, state: Any, what: str) -> None:
         return
     if not is_stateful(thing):
         raise StateError(
-            f"the state holds one of the {what}, and this {what} ({type(thing).__name__}) has no load_state_dict; "
-            "it was taken with another"
+            f"the state contains a state of the {what}, and this {what} ({type(thing).__name__}) has no "
+            f"load_state_dict; it was taken with another {what}"
         )
     thing.load_state_dict(copy.deepcopy(state))
 

@@ -81,7 +81,7 @@ class Randomness:
             own = {name: torch.from_numpy(_array(text, np.uint8)) for name, text in state["own"].items()}
             return cls(torch.from_numpy(_array(state["torch"], np.uint8)), python_state, numpy_state, own)
         except (KeyError, TypeError, ValueError) as error:
-            raise StateError(f"what the state says of random numbers cannot be read ({error!r})") from error
+            raise StateError(f"the state of the random numbers cannot be read ({error!r})") from error
 
     def _global_json(self) -> dict[str, Any]:
         version, words, gauss = self.python_state

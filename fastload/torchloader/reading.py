@@ -117,9 +117,9 @@ class Reading:
         if reasons and not self._has_warned:
             self._has_warned = True
             callers.warn(
-                f"the state of a loader over {type(loader.dataset).__name__} leaves out what one of its parts says of "
-                f"where it is: {reasons[0]}. It is read as torch's loader reads it, and a loader that resumes from the "
-                "state reads and discards what came before. To resume without that, it needs state_dict() and "
+                f"the state of a loader over {type(loader.dataset).__name__} leaves out the state of one of its "
+                f"parts: {reasons[0]}. That part is read as torch's loader reads it, and resuming from this "
+                "state reads and discards everything before it. To avoid that, give the part state_dict() and "
                 "load_state_dict(state), as in torchdata"
             )
         return state

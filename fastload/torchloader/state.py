@@ -138,7 +138,7 @@ def pickling_problem(state: LoaderState | None) -> str | None:
     try:
         dump_apart((state.get(DATASET), state.get(FETCHER)), io.BytesIO())
     except Exception as error:  # the user's objects may raise anything
-        return f"what state_dict() gave cannot be pickled ({type(error).__name__}: {error})"
+        return f"the result of state_dict() cannot be pickled ({type(error).__name__}: {error})"
     return None
 
 
@@ -168,14 +168,14 @@ def order_state(saved: SavedOrder) -> LoaderState:
 def read_state(state: Any, dataset: Any, is_iterable: bool, num_workers: int) -> SavedState:
     """Read a state. Raises `StateError`, with the reason, where it does not fit this loader."""
     if not isinstance(state, Mapping):
-        raise StateError(f"a state is what state_dict() gave, a dict, and not a {type(state).__name__}")
+        raise StateError(f"a state is the result of state_dict(), a dict, and not a {type(state).__name__}")
     saved = _of_processes(state) if SNAPSHOT in state else _of_one(state)
     _check_kind(state, saved, is_iterable)
     if saved.num_workers != num_workers:
         _check_other_count(saved, is_iterable, num_workers)
     if not is_stateful(dataset) and any(worker.dataset_state for worker in saved.workers):
         raise StateError(
-            f"the state holds one of the data set, and {type(dataset).__name__} has no load_state_dict; "
+            f"the state contains a state of the data set, and {type(dataset).__name__} has no load_state_dict; "
             "it was taken with another data set"
         )
     return saved
@@ -253,7 +253,7 @@ def _check_keys(state: Any, keys: Sequence[str], what: str) -> None:
         there = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise StateError(
             f"{what} lacks {', '.join(map(repr, missing))} (there is: {there}); a loader over this data set "
-            "takes what its own state_dict() gave, or a StatefulDataLoader's"
+            "loads states of its own state_dict(), or of a StatefulDataLoader"
         )
 
 

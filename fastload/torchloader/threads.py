@@ -143,8 +143,8 @@ class ThreadIterator(WorkersIterator):
     def _receive(self) -> None:
         if self._threads.is_inherited:
             raise RuntimeError(
-                "this iterator's worker threads stayed in the process that this one was forked from; "
-                "iterate the DataLoader anew"
+                "this iterator's worker threads belong to the process that this one was forked from; "
+                "iterate the DataLoader again"
             )
         answer = next_of(self._threads.answers, self._timeout)
         if answer.epoch == self._epoch:
@@ -194,6 +194,6 @@ def _for_workers(parts: tuple[Any, ...], count: int, needs_own: bool) -> list[tu
     except Exception as error:  # the user's objects may raise anything
         callers.warn(
             f"{type(parts[0]).__name__}, collate_fn and worker_init_fn could not be copied for each worker thread, so "
-            f'that all share them ({type(error).__name__}: {error}); workers="process" keeps them apart'
+            f'all threads share them ({type(error).__name__}: {error}); workers="process" keeps them apart'
         )
         return [parts] * count

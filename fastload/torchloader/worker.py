@@ -221,7 +221,7 @@ def _copied(state: LoaderState | NotReported | None) -> LoaderState | NotReporte
         return copy.deepcopy(state)
     except Exception as error:  # the user's objects may raise anything
         assert isinstance(state, dict), "all else can be copied"
-        return without_dataset(state, f"what state_dict() gave cannot be copied ({type(error).__name__}: {error})")
+        return without_dataset(state, f"the result of state_dict() cannot be copied ({type(error).__name__}: {error})")
 
 
 def _without_what_cannot_cross(state: Any) -> Any:

@@ -187,7 +187,7 @@ def _unpacked(*fields: Any) -> Arrived:
     packed = Packed(*fields)
     receiver = _receivers.get(packed.receiver)
     if receiver is None:
-        raise RuntimeError("a batch came for an iteration that is over")
+        raise RuntimeError("a batch arrived for an iteration that is over")
     return receiver.unpack(packed)
 
 
@@ -249,8 +249,8 @@ class Packer:
         if not self._has_warned:
             self._has_warned = True
             callers.warn(
-                f"worker {self._worker} of the loader has no shared memory for a batch ({error}); it and others may "
-                "cross more slowly. Raise the memory or the descriptors (ulimit -n) that a process may have",
+                f"worker {self._worker} of the loader has no shared memory for a batch ({error}); this batch and "
+                "others may cross more slowly. Raise the limit on memory or descriptors (ulimit -n) of a process",
                 RuntimeWarning,
             )
 

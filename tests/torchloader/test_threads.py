@@ -311,7 +311,7 @@ def test_where_no_more_threads_can_be_had_those_that_began_end(monkeypatch: pyte
 @FORKS
 def test_a_forked_process_is_no_worker_and_has_no_threads() -> None:
     def child() -> None:
-        with pytest.raises(RuntimeError, match="stayed in the process that this one was forked from"):
+        with pytest.raises(RuntimeError, match="belong to the process that this one was forked from"):
             next(batches)
         assert get_worker_info() is None
         assert values(persistent) == [0, 1, 4]
