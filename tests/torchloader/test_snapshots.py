@@ -188,7 +188,7 @@ def test_an_error_that_was_not_there_then_is_one():
         iter(other)
 
 
-def test_a_data_set_that_has_become_too_short_is_told_of():
+def test_a_data_set_that_has_become_too_short_is_an_error():
     state, _ = taken(make(StatefulMapped(16), None, batch_size=None, shuffle=False, workers="thread"), 7)
     other = make(StatefulMapped(5), None, batch_size=None, shuffle=False, workers="thread")
     other.load_state_dict(state)
