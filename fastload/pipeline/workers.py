@@ -245,6 +245,10 @@ def _end(lanes: list[_Lane], processes: list[BaseProcess]) -> None:
                 stop(process)
                 process.join(_END_S)
     for process in processes:
+        # A thread that starts a process reaps all that have ended, and knows their exit codes a moment later.
+        deadline = time.monotonic() + _END_S
+        while process.exitcode is None and time.monotonic() < deadline:
+            time.sleep(0.001)
         process.close()
 
 
