@@ -36,7 +36,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "dataset": ["StreamingDataset"],
         "decode": [],
         "errors": errors.__all__,
-        "files.opening": ["open"],
+        "files.file": ["open"],
         "loader": ["DataLoader"],
         "mixture": ["Mixture"],
         "client.cache": ["Cache"],

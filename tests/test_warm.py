@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
 import fastload
-from fastload.cli.caching import shown
+from fastload.cli.cache_options import shown
 from fastload.history.archive import Archive
 from fastload.history.library import Library
 from tests.processes import service_pids, until

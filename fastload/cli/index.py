@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn
 
-from fastload.cli.caching import CacheDirectory, CacheOptions, ChunkBytes, DiskBytes, RamBytes, shown
+from fastload.cli.cache_options import CacheOptions, CachePath, ChunkBytes, DiskBytes, RamBytes, shown
 from fastload.config import format_bytes
 
 
@@ -20,7 +20,7 @@ def index(
     output: Annotated[
         str | None, typer.Option(help="Write the indexes to this local file too, for index=... of a data set.")
     ] = None,
-    cache: CacheDirectory = None,
+    cache: CachePath = None,
     ram_bytes: RamBytes = None,
     disk_bytes: DiskBytes = None,
     chunk_bytes: ChunkBytes = None,

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
-from fastload.cli.caching import CacheDirectory, CacheOptions, ChunkBytes, DiskBytes, RamBytes, shown
+from fastload.cli.cache_options import CacheOptions, CachePath, ChunkBytes, DiskBytes, RamBytes, shown
 from fastload.config import format_bytes, parse_bytes
 from fastload.errors import ConfigError
 
@@ -30,7 +30,7 @@ def warm(
     from_history: Annotated[
         str | None, typer.Option(help="Instead: what this run read, in its order; `latest`, or see `fastload history`.")
     ] = None,
-    cache: CacheDirectory = None,
+    cache: CachePath = None,
     shuffle: Annotated[bool, typer.Option(help="The job shuffles.")] = True,
     seed: Annotated[int, typer.Option(help="The job's seed.")] = 0,
     epoch: Annotated[int, typer.Option(min=0, help="The epoch that the job begins with.")] = 0,

@@ -8,6 +8,6 @@ from fastload.lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastload.files.file import ObjectFile as ObjectFile
-    from fastload.files.opening import open as open  # noqa: A004
+    from fastload.files.file import open as open  # noqa: A004
 
-__getattr__, __dir__, __all__ = lazy_names(__name__, {"file": ["ObjectFile"], "opening": ["open"]})
+__getattr__, __dir__, __all__ = lazy_names(__name__, {"file": ["ObjectFile", "open"]})

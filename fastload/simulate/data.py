@@ -13,7 +13,7 @@ from fastload.formats import ShardIndex
 from fastload.pipeline.counts import Counts
 from fastload.pipeline.shards import ShardTable
 from fastload.plan import BatchEntry, EpochOrder, Manifest, OrderOptions, OrderWish, Ranks, epoch_orders, first_objects
-from fastload.simulate.options import Job
+from fastload.simulate.scenario import Job
 from fastload.store.types import ObjectInfo
 
 Ints = npt.NDArray[np.int64]

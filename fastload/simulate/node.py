@@ -15,10 +15,10 @@ from fastload.service.ports import Ports, Warnings
 from fastload.simulate.clock import VirtualLoop
 from fastload.simulate.consumer import SimulatedConsumer
 from fastload.simulate.data import Data, SimulatedShards
-from fastload.simulate.link import Link, VirtualStores
-from fastload.simulate.options import Node
-from fastload.simulate.pools import Jobs
+from fastload.simulate.network import Network, VirtualStores
+from fastload.simulate.pools import VirtualPools
 from fastload.simulate.rank import Pace, Rank
+from fastload.simulate.scenario import Node
 from fastload.simulate.tiers import Untouched, VirtualArena, VirtualDisk
 from fastload.store.types import ObjectInfo
 
@@ -39,25 +39,25 @@ class SimulatedNode:
     """
 
     def __init__(
-        self, number: int, data: Data, options: Node, link: Link, pace: Pace, loop: VirtualLoop, seed: int
+        self, number: int, data: Data, options: Node, network: Network, pace: Pace, loop: VirtualLoop, seed: int
     ) -> None:
         job = data.job
         self._data, self._loop = data, loop
         self.requests_in_flight: list[float] = []  # the mean of each epoch
         self._marked = 0.0, 0.0
         factor = job.link_factors[number] if job.link_factors else 1.0
-        self.connections = link.join(factor * options.link_bytes_per_s, f"fastload simulate {seed} node {number}")
+        self.connections = network.join(factor * options.link_bytes_per_s, f"fastload simulate {seed} node {number}")
         self.own = data.own_objects(number)
         self.remote_bytes, self.disk_bytes = np.zeros((2, job.epochs + 1), np.int64)
         self.chunks_read = np.zeros((job.epochs, int(data.first_chunk[-1])), np.bool_)
         self._closed = np.full((job.ranks_per_node, int(data.first_chunk[-1])), -1, np.int64)  # the last epoch of each
         self._object_nos = {object_id(info, data.chunk_bytes, ""): no for no, info in enumerate(data.manifest.objects)}
-        self.core = Core.of_ports(self._parts(options, link, loop))
+        self.core = Core.of_ports(self._ports(options, network, loop))
         stored = set(range(len(data.counts))) if job.is_indexed else set[int]()
         self.ranks = [self._rank(number, local_rank, stored, pace, loop) for local_rank in range(job.ranks_per_node)]
 
-    def _parts(self, options: Node, link: Link, loop: VirtualLoop) -> Ports:
-        chunk_bytes, jobs = options.chunk_bytes, Jobs(loop)
+    def _ports(self, options: Node, network: Network, loop: VirtualLoop) -> Ports:
+        chunk_bytes, jobs = options.chunk_bytes, VirtualPools(loop)
         limits = CacheLimits(
             options.ram_bytes, options.disk_bytes, chunk_bytes, requests_in_flight=options.requests_in_flight
         )
@@ -67,7 +67,7 @@ class SimulatedNode:
             VirtualArena(limits.ram_bytes, chunk_bytes),
             VirtualDisk(limits.disk_bytes, chunk_bytes, jobs, loop, rates, self._read),
             jobs,
-            VirtualStores(link, self.connections, jobs, chunk_bytes, self._fetched),
+            VirtualStores(network, self.connections, jobs, chunk_bytes, self._fetched),
             Untouched(),
             Warnings(loop.for_service),
             loop.time,

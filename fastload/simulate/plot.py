@@ -20,7 +20,7 @@ _FONT = "font-family='Helvetica, Arial, DejaVu Sans, sans-serif'"
 _UNITS = (("TiB", 2.0**40), ("GiB", 2.0**30), ("MiB", 2.0**20), ("B", 1.0))  # as in `format_bytes`
 
 
-class Line(NamedTuple):
+class Curve(NamedTuple):
     """One figure over cache size: shares between 0 and 1."""
 
     name: str
@@ -28,7 +28,7 @@ class Line(NamedTuple):
     values: Sequence[float]
 
 
-def sweep_svg(title: str, subtitle: str, cache_bytes: Sequence[int], lines: Sequence[Line]) -> str:
+def sweep_svg(title: str, subtitle: str, cache_bytes: Sequence[int], lines: Sequence[Curve]) -> str:
     """The plot of some lines, each with a value for every cache size (which rise)."""
     unit, unit_bytes = next((name, size) for name, size in _UNITS if max(cache_bytes) >= size or size == 1.0)
     sizes = [size / unit_bytes for size in cache_bytes]

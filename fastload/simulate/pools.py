@@ -2,7 +2,7 @@
 what it does takes.
 
 A task's function is called when it begins. The task ends at once, unless something that the function calls has said, by
-`Jobs.suspend`, that it goes on: a disk that takes a while, a request that is on its way. What the function returned is
+`VirtualPools.suspend`, that it goes on: a disk that takes a while, a request in flight. What the function returned is
 handed on when the task ends.
 """
 
@@ -32,7 +32,7 @@ class _Running:
         self._end(self.task, None if error is not None else self.result, error)
 
 
-class Jobs(Pools):
+class VirtualPools(Pools):
     """All pools of one simulated service."""
 
     def __init__(self, loop: VirtualLoop) -> None:
@@ -63,9 +63,9 @@ class Jobs(Pools):
 
 
 class _VirtualPool(Pool):
-    """A pool of `Jobs`. What its functions raise ends the run: they are the simulation's own."""
+    """A pool of `VirtualPools`. What its functions raise ends the run: they are the simulation's own."""
 
-    def __init__(self, name: str, count: int, jobs: Jobs, submitted: Callable[[], None]) -> None:
+    def __init__(self, name: str, count: int, jobs: VirtualPools, submitted: Callable[[], None]) -> None:
         super().__init__(name, count, jobs.loop, submitted)
         self._all = jobs
         self._queue: deque[Task] = deque()

@@ -11,9 +11,9 @@ from rich.table import Table
 from fastload import shares
 from fastload.config import format_bytes
 from fastload.plan import ram_bytes_for
-from fastload.simulate.options import Job, StoreProfile
-from fastload.simulate.plot import Line, sweep_svg
-from fastload.simulate.run import Run
+from fastload.simulate.plot import Curve, sweep_svg
+from fastload.simulate.scenario import Job, StoreProfile
+from fastload.simulate.world import Run
 
 # Chunks that come so many times an epoch are read again for want of room.
 _AGAIN = 1.1
@@ -144,7 +144,7 @@ def as_svg(job: Job, runs: Sequence[Run]) -> str:
     data, ram = format_bytes(job.data_bytes / job.nodes), format_bytes(good[0].node.ram_bytes)
     subtitle = f"{_epochs(job)}, {data} of data and {ram} of RAM a node, policy {job.cache_policy}"
     lines = [
-        Line("hit share", HIT_COLOUR, [run.mean("hit_share") for run in good]),
-        Line("stall share", STALL_COLOUR, [run.mean("stall_share") for run in good]),
+        Curve("hit share", HIT_COLOUR, [run.mean("hit_share") for run in good]),
+        Curve("stall share", STALL_COLOUR, [run.mean("stall_share") for run in good]),
     ]
     return sweep_svg("What a cache of this size would do", subtitle, [run.node.disk_bytes for run in good], lines)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastload.cache import ChunkKey, DiskTier
 from fastload.simulate.clock import VirtualLoop
-from fastload.simulate.pools import Jobs
+from fastload.simulate.pools import VirtualPools
 
 _NOTHING = memoryview(b"")
 
@@ -70,7 +70,7 @@ class VirtualDisk:
         self,
         quota_bytes: int,
         chunk_bytes: int,
-        jobs: Jobs,
+        jobs: VirtualPools,
         loop: VirtualLoop,
         rates: tuple[float, float],
         was_read: Callable[[ChunkKey, int], None],

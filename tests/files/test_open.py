@@ -214,7 +214,7 @@ def test_threads_share_one_connection(s3: Bucket, cache: fastload.Cache) -> None
 
 
 def test_a_list_that_has_grown_long(s3: Bucket, cache: fastload.Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastload.files.connection._OBJECTS_MAX", 10)
+    monkeypatch.setattr("fastload.files.chunks._OBJECTS_MAX", 10)
     objects = [(s3.put(f"{number}", content(900, number)), content(900, number)) for number in range(35)]
     first = fastload.open(objects[0][0], cache)
     for url, data in objects:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastload.files.sequential import Streams
+from fastload.files.readahead import Streams
 
 
 def ahead_after(accesses: list[int | tuple[int, int]], unit_count: int = 1000, count_max: int = 16) -> list[int]:

@@ -17,9 +17,9 @@ from fastload.service.ports import Ports, Warnings
 from fastload.service.state import Chunk, ChunkState, RecallState, WriteState
 from fastload.service.stores import options_gone
 from fastload.simulate.clock import VirtualLoop
-from fastload.simulate.link import Connections, Link, VirtualStores
-from fastload.simulate.options import StoreProfile
-from fastload.simulate.pools import Jobs
+from fastload.simulate.network import Connections, Network, VirtualStores
+from fastload.simulate.pools import VirtualPools
+from fastload.simulate.scenario import StoreProfile
 from fastload.simulate.tiers import Untouched, VirtualArena, VirtualDisk
 from fastload.store.types import ObjectInfo
 from fastload.store.watch import Watch
@@ -31,7 +31,9 @@ FILE_BYTES = CHUNK_BYTES + 8192
 class Stores(VirtualStores):
     """A share of the reads fails, `denied` options always, with `refusal`."""
 
-    def __init__(self, link: Link, node: Connections, jobs: Jobs, loop: VirtualLoop, draw: random.Random) -> None:
+    def __init__(
+        self, link: Network, node: Connections, jobs: VirtualPools, loop: VirtualLoop, draw: random.Random
+    ) -> None:
         super().__init__(link, node, jobs, CHUNK_BYTES, lambda info, start, byte_count: None)
         self._loop, self._draw = loop, draw
         self.fail_share = 0.0
@@ -60,7 +62,9 @@ class Stores(VirtualStores):
 class Disk(VirtualDisk):
     """A share of the reads and writes fails, some after they have hung."""
 
-    def __init__(self, quota_bytes: int, jobs: Jobs, loop: VirtualLoop, draw: random.Random, write_rate: float) -> None:
+    def __init__(
+        self, quota_bytes: int, jobs: VirtualPools, loop: VirtualLoop, draw: random.Random, write_rate: float
+    ) -> None:
         super().__init__(quota_bytes, CHUNK_BYTES, jobs, loop, (1e8, write_rate), lambda key, length: None)
         self._loop, self._draw = loop, draw
         self.fail_share = 0.0
@@ -83,7 +87,7 @@ class VirtualCore:
 
     def __init__(self, draw: random.Random, buffer_count: int, disk_chunks: int, write_rate: float = 1e8) -> None:
         self.loop = VirtualLoop()
-        jobs = Jobs(self.loop)
+        jobs = VirtualPools(self.loop)
         profile = StoreProfile(
             first_byte_s=draw.choice([0.001, 0.2]),
             total_bytes_per_s=draw.choice([5e6, 1e9]),
@@ -91,7 +95,7 @@ class VirtualCore:
             slow_times=draw.choice([50.0, 500.0]),
             throttles_above=draw.choice([1.0, 4.0, math.inf]),
         )
-        link = Link(profile, self.loop)
+        link = Network(profile, self.loop)
         self.stores = Stores(link, link.join(1e9, "node"), jobs, self.loop, draw)
         limits = CacheLimits(buffer_count * CHUNK_BYTES, disk_chunks * FILE_BYTES, CHUNK_BYTES)
         self.disk = Disk(limits.disk_bytes, jobs, self.loop, draw, write_rate)

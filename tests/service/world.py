@@ -28,7 +28,7 @@ from fastload.service.ports import Ports
 from fastload.service.state import ConsumerState
 from fastload.service.threads import Task
 from fastload.simulate.clock import VirtualLoop
-from fastload.simulate.pools import Jobs
+from fastload.simulate.pools import VirtualPools
 from fastload.store.types import ObjectInfo
 from tests.patience import PATIENCE_S
 from tests.service.helpers import CHUNK_BYTES, FakeStore, random_bytes
@@ -207,7 +207,7 @@ def _outcome(task: Task) -> tuple[Any, BaseException | None]:
         return None, error.with_traceback(None)  # which would keep the loop's own frames, and so the core
 
 
-class _Jobs(Jobs):
+class _Jobs(VirtualPools):
     """Pools whose tasks do in threads what they do in the service's."""
 
     def __init__(self, loop: VirtualLoop) -> None:

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fastload.cli import app
-from fastload.cli.simulation import cache_sizes
+from fastload.cli.simulate import cache_sizes
 from fastload.errors import ConfigError
 
 ARGUMENTS = """

@@ -10,9 +10,9 @@ import pytest
 from fastload.cache import ChunkKey
 from fastload.simulate import StoreProfile
 from fastload.simulate.clock import VirtualLoop
-from fastload.simulate.link import Connections, Link
-from fastload.simulate.plot import Line, sweep_svg
-from fastload.simulate.pools import Jobs
+from fastload.simulate.network import Connections, Network
+from fastload.simulate.plot import Curve, sweep_svg
+from fastload.simulate.pools import VirtualPools
 from fastload.simulate.tiers import VirtualDisk
 from fastload.store.watch import Attempt, Outcome, Watch
 
@@ -45,7 +45,7 @@ def test_an_error_in_a_callback_ends_the_run() -> None:
 
 def test_jobs_beyond_the_threads_wait_and_idle_counts_what_was_submitted() -> None:
     loop = VirtualLoop()
-    jobs = Jobs(loop)
+    jobs = VirtualPools(loop)
     pool, ended = jobs.make("test", 2), list[tuple[str, float]]()
 
     def lasts(name: str, seconds: float) -> str:
@@ -69,7 +69,7 @@ class World:
 
     def __init__(self, profile: StoreProfile, *links: float) -> None:
         self.loop = VirtualLoop()
-        self.link = Link(profile, self.loop)
+        self.link = Network(profile, self.loop)
         self.nodes = [self.link.join(rate, f"node {number}") for number, rate in enumerate(links)]
         self.attempts: list[Attempt] = []
         self.came: dict[str, float] = {}
@@ -169,7 +169,7 @@ def test_requests_in_flight_are_counted_over_time() -> None:
 
 def test_a_disk_has_its_rates_and_its_quota() -> None:
     loop = VirtualLoop()
-    jobs = Jobs(loop)
+    jobs = VirtualPools(loop)
     chunk, reads, ended = 1 << 20, list[int](), list[object]()
     need = VirtualDisk.file_bytes(chunk)
     disk = VirtualDisk(
@@ -200,7 +200,7 @@ def test_a_disk_has_its_rates_and_its_quota() -> None:
 
 
 def test_a_plot_is_well_formed_and_says_what_it_shows() -> None:
-    lines = [Line("hit share", "#1b6ca8", [0.1, 0.5, 1.0]), Line("stall share", "#c4511b", [0.9, 0.2, 0.0])]
+    lines = [Curve("hit share", "#1b6ca8", [0.1, 0.5, 1.0]), Curve("stall share", "#c4511b", [0.9, 0.2, 0.0])]
     root = ElementTree.fromstring(sweep_svg("Caches & more", "two < three", [2**37, 2**39, 2**40], lines))
     name = "{http://www.w3.org/2000/svg}"
     texts = [text.text for text in root.iter(f"{name}text")]
@@ -215,6 +215,6 @@ def test_a_plot_is_well_formed_and_says_what_it_shows() -> None:
 
 @pytest.mark.parametrize("sizes", [[0], [1], [10**13], [0, 0]])
 def test_a_plot_of_few_or_no_sizes_is_well_formed(sizes: list[int]) -> None:
-    svg = sweep_svg("one", "", sizes, [Line("hit share", "#1b6ca8", [0.5] * len(sizes))])
+    svg = sweep_svg("one", "", sizes, [Curve("hit share", "#1b6ca8", [0.5] * len(sizes))])
     assert "nan" not in svg
     ElementTree.fromstring(svg)

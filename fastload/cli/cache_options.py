@@ -17,9 +17,7 @@ from fastload.config import parse_bytes
 if TYPE_CHECKING:
     from fastload.client.cache import Cache
 
-CacheDirectory = Annotated[
-    Path | None, typer.Option(help="Cache directory; else $FASTLOAD_CACHE, or ~/.cache/fastload.")
-]
+CachePath = Annotated[Path | None, typer.Option(help="Cache directory; else $FASTLOAD_CACHE, or ~/.cache/fastload.")]
 RamBytes = Annotated[str | None, typer.Option(help="Size of the RAM tier, such as 8GiB.")]
 DiskBytes = Annotated[str | None, typer.Option(help="Size of the disk tier, such as 500GiB.")]
 ChunkBytes = Annotated[str | None, typer.Option(help="Size of a chunk, such as 8MiB.")]

@@ -1,8 +1,8 @@
-"""One process's connection for all its open files: what is opened through it, what is leased, what is on its way.
+"""The chunks of all open files of a process: which objects are open, what is leased, and what is wanted ahead.
 
 A lease is pinned while bytes are copied. It is kept longer only where a file has stopped in the middle of a chunk,
 since it will mostly go on there; a few of these at most, in the order of their use. Chunks that files expect to need
-are asked for ahead, within a budget that all files of the process share. What is kept can be recalled by the service.
+are wanted ahead, within a budget that all files of the process share. What is kept can be recalled by the service.
 
 Safe to use from several threads. Files that are dropped may be collected under any lock, so what they leave is given
 back by another thread.
@@ -29,7 +29,7 @@ from fastload.store.urls import scheme
 
 Bytes = npt.NDArray[np.uint8]
 
-# Objects on a connection's list. Each costs the service about a kilobyte while the list is in use; a new list costs a
+# Objects on a consumer's list. Each costs the service about a kilobyte while the list is in use; a new list costs a
 # millisecond.
 _OBJECTS_MAX = 16_384
 # How long the version of an object is taken as known without asking the service, which may ask the store.
@@ -47,8 +47,8 @@ class _Known:
     until_s: float
 
 
-class Connection:
-    """See the module's text. It is closed when nobody refers to it any more."""
+class ChunkReader:
+    """See the module's text. It is closed when it is collected."""
 
     def __init__(
         self, cache: Handle, storage_options: Mapping[str, Any] | None, now: Callable[[], float] = time.monotonic
@@ -61,7 +61,7 @@ class Connection:
         self._ahead_max = max(1, min(_AHEAD_MAX, self._consumer.buffer_count // _AHEAD_SHARE))
         self._known: dict[str, _Known] = {}
         self._begin()
-        reset_on_fork(self, Connection._begin)
+        reset_on_fork(self, ChunkReader._begin)
 
     def _begin(self) -> None:
         """What belongs to this process's leases."""

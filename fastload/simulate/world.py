@@ -15,10 +15,10 @@ from fastload.plan import DEFAULT_WINDOW_BYTES, ram_bytes_for
 from fastload.protocol import SOURCE_DISK, SOURCE_RAM
 from fastload.simulate.clock import VirtualLoop
 from fastload.simulate.data import Data
-from fastload.simulate.link import Link
+from fastload.simulate.network import Network
 from fastload.simulate.node import SimulatedNode
-from fastload.simulate.options import Job, Node, StoreProfile
 from fastload.simulate.rank import Pace, Rank
+from fastload.simulate.scenario import Job, Node, StoreProfile
 
 # Of a node, so many chunks an epoch are simulated by default; of more data and cache, a part.
 CHUNKS_MAX = 2000
@@ -180,10 +180,10 @@ class World:
         self.loop = VirtualLoop()
         self.data = Data(job, self.node_count, samples, self.node.ram_bytes, node.chunk_bytes, seed)
         self._check()
-        self.link = Link(store.part(self.node_count / job.nodes), self.loop)
+        self.network = Network(store.part(self.node_count / job.nodes), self.loop)
         pace = Pace(self.loop, self.node_count * job.ranks_per_node if job.in_step else 1)
         self.nodes = [
-            SimulatedNode(number, self.data, self.node, self.link, pace, self.loop, seed)
+            SimulatedNode(number, self.data, self.node, self.network, pace, self.loop, seed)
             for number in range(self.node_count)
         ]
 
@@ -227,7 +227,7 @@ class World:
             ranks=tuple(self._rank(rank) for rank in self.ranks),
             requests_allowed=first._endpoints.limit,
             hedged_requests=sum(each["hedged_requests"] for each in counters),
-            throttled_requests=self.link.throttled_count,
+            throttled_requests=self.network.throttled_count,
             simulated_ram_bytes=self.node.ram_bytes,
         )
 

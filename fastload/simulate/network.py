@@ -21,8 +21,8 @@ from itertools import count
 from fastload.errors import StoreUnavailableError
 from fastload.service.stores import StoreTable
 from fastload.simulate.clock import Timer, VirtualLoop
-from fastload.simulate.options import StoreProfile
-from fastload.simulate.pools import Jobs, Resume
+from fastload.simulate.pools import Resume, VirtualPools
+from fastload.simulate.scenario import StoreProfile
 from fastload.store.types import ObjectInfo
 from fastload.store.watch import Outcome, Watch
 from fastload.store.wrappers import RetryOptions
@@ -73,7 +73,7 @@ class Connections:
         return self.bodies[0][0] if self.bodies else None
 
 
-class Link:
+class Network:
     """What all simulated nodes share."""
 
     def __init__(self, profile: StoreProfile, loop: VirtualLoop) -> None:
@@ -208,10 +208,12 @@ def _level(total: float, own: Sequence[float], counts: Sequence[int]) -> float:
 class VirtualStores(StoreTable):
     """The stores of one node's service: all reads go over its connections."""
 
-    def __init__(self, link: Link, node: Connections, jobs: Jobs, chunk_bytes: int, fetched: Fetched) -> None:
+    def __init__(
+        self, network: Network, node: Connections, jobs: VirtualPools, chunk_bytes: int, fetched: Fetched
+    ) -> None:
         """`fetched(info, start, byte_count)` is called after each chunk that has come."""
         super().__init__()
-        self._link, self._node, self._jobs, self._chunk_bytes = link, node, jobs, chunk_bytes
+        self._network, self._node, self._jobs, self._chunk_bytes = network, node, jobs, chunk_bytes
         self._fetched = fetched
 
     def read_watched(self, watch: Watch, key: str, info: ObjectInfo, start: int, out: memoryview) -> None:
@@ -224,4 +226,4 @@ class VirtualStores(StoreTable):
                 self._fetched(info, start, byte_count)
             resume(error)
 
-        self._link.request(self._node, watch, byte_count, ended)
+        self._network.request(self._node, watch, byte_count, ended)
