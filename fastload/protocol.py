@@ -47,7 +47,7 @@ _LENGTH = struct.Struct("<I")
 
 
 class ConversationError(ServiceError):
-    """What the other side sent makes no sense here: it runs another fastload, or is none."""
+    """The peer sent what makes no sense here: it runs another version of fastload, or is another program."""
 
 
 class Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -134,7 +134,7 @@ class Keep(Message, tag="keep"):
 
 class Uses(Message, tag="uses"):
     """Which chunks of a warm plan will be read, in this order: their positions in it, int32 in little-endian. The first
-    of them is use number `first`; they follow the ones told before.
+    of them is use number `first`; they follow the ones of the `Uses` before.
     """
 
     first: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
@@ -142,13 +142,13 @@ class Uses(Message, tag="uses"):
 
 
 class Advance(Message, tag="advance"):
-    """Nothing of the plan below this chunk position is needed any more; of a plan whose uses are told, no use below."""
+    """Nothing of the plan below this chunk position is needed any more; of a plan with `Uses`, no use below."""
 
     position: int
 
 
 class Want(Message, tag="want"):
-    """Lease me these. `urgent`: somebody waits for them."""
+    """Lease me these. `urgent`: a thread waits for them."""
 
     chunks: list[int]
     serial: int
@@ -182,7 +182,7 @@ class PutIndex(Message, tag="put_index"):
 
 
 class PutCounts(Message, tag="put_counts"):
-    """So many samples have these objects, as somebody who indexed them has told; `counts` are int64, little-endian."""
+    """How many samples these objects hold, as found by another node; `counts` are int64, little-endian."""
 
     objects: list[int]
     counts: bytes
@@ -209,13 +209,13 @@ class Stats(Message, tag="stats"):
 
 
 class Report(Message, tag="report"):
-    """Figures of the consumer that the service shows to whoever asks."""
+    """Figures of the consumer, which the service shows with its own."""
 
     values: dict[str, float]
 
 
 class Ping(Message, tag="ping"):
-    """Are you there? Answered by `Pong`, at once."""
+    """A heartbeat. Answered by `Pong`, at once."""
 
 
 # From the service

@@ -42,7 +42,7 @@ def _verbs(
 
 
 def main() -> None:
-    """The `fastload` command: errors of ours are one line on stderr and exit code 1."""
+    """The `fastload` command: our own errors are one line on stderr and exit code 1."""
     try:
         app(prog_name="fastload")
     except FastloadError as error:

@@ -88,7 +88,7 @@ class KnownCounts:
         return self._known
 
     def counted(self, object_nos: npt.NDArray[np.int32], counts: Ints) -> None:
-        """No news."""
+        """Nothing to learn."""
 
     def ask(self, object_nos: npt.NDArray[np.int32]) -> Counts:
         """Never called, as all is known."""
@@ -96,8 +96,8 @@ class KnownCounts:
 
 
 class SimulatedShards(ShardTable):
-    """The indexes of one rank. What would be parsed is noted in `to_parse`, and given without being waited for: whoever
-    asks has to wait for the chunks of these before he goes on.
+    """The indexes of one rank. What would be parsed is noted in `to_parse`, and given without a wait: the caller
+    has to wait for the chunks of these before it goes on.
     """
 
     def __init__(self, data: Data, stored: set[int]) -> None:

@@ -1,13 +1,13 @@
-"""A store whose requests share what there is to share, and the service's way to it.
+"""A store whose requests share its bandwidth and the nodes' links, and the service's way to it.
 
 A request waits for its first byte, for a time that is drawn, and then its body comes at a rate that follows from how
-many bodies are on their way: at most a connection's own, at most an equal share of the node's link, and at most an
+many bodies are in flight: at most a connection's own, at most an equal share of the node's link, and at most an
 equal share of what the store gives to all. So the bodies of one node all have the same rate at any time, and end in
 the order of the bytes that were left: a node has one running count of the bytes that each connection has got, and a
 body ends when that has grown by its size. An event costs the logarithm of what is in flight.
 
-A request that is refused is tried again as `store.wrappers.Retrying` would, in the same job, and each attempt is told
-to the watch over it, from which the controllers learn.
+A request that is refused is tried again as `store.wrappers.Retrying` would, in the same job, and each attempt is
+reported to its watch, from which the controllers learn.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class Network:
         self._share()
 
     def _prune(self, node: Connections) -> None:
-        """End those that nobody waits for, since another was quicker."""
+        """End those whose result is not needed, since another was quicker."""
         gone = [request for request in node.requests if request.watch.cancelled]
         for request in gone:
             if request.timer is None:  # its body is on the way

@@ -35,7 +35,7 @@ class SimulatedNode:
     """See the module's text.
 
     Bytes are counted by the epoch that they are for: that of the first rank that has yet to read the chunk. One more
-    epoch than there are takes what is fetched for nobody. `chunks_read` says which chunks batches were made from.
+    epoch than there are takes what is fetched for none of them. `chunks_read` says which chunks batches were made from.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 What is asked of the service, when, and what is given back is settled by the loader's own code: the epoch's cursor, the
 feed, the windows' reader, the table of leases. What stands in for its threads is below: a line of batches ahead of the
-trainer, some of which are in the making at a time, each waiting for its chunks; and a trainer that takes one batch
+trainer, some of which are being made at a time, each waiting for its chunks; and a trainer that takes one batch
 after the other and works on it for a while. Decoding takes no time: a loader that cannot decode fast enough waits for
 itself, whatever the cache.
 """
@@ -29,7 +29,7 @@ OnClosed = Callable[[Window], None]
 
 
 class _Reader(WindowReader):
-    """Tells of windows that are closed, and hears late of shards that were parsed."""
+    """Reports windows that are closed, and learns late of shards that were parsed."""
 
     on_closed: OnClosed
 
@@ -51,7 +51,7 @@ class Pace:
     """How the ranks' steps hang together: each works by itself, or all wait for each other before each step."""
 
     def __init__(self, loop: VirtualLoop, rank_count: int) -> None:
-        """`rank_count` ranks wait for each other; 1: nobody does."""
+        """`rank_count` ranks wait for each other; 1: none does."""
         self._loop, self._rank_count = loop, rank_count
         self._waiting: list[tuple[float, Callable[[], None], Callable[[], None]]] = []
 
@@ -68,7 +68,7 @@ class Pace:
 
 
 @dataclass(slots=True, eq=False)
-class _Place:
+class _QueuedBatch:
     """A batch ahead of the trainer."""
 
     entry: BatchEntry
@@ -93,7 +93,7 @@ class RankEpoch:
 
 
 class Observer(Protocol):
-    """Who is told what a rank does."""
+    """Callbacks about what a rank does."""
 
     def has_read(self, rank: Rank, entry: BatchEntry) -> None:
         """It has made a batch."""
@@ -127,9 +127,9 @@ class Rank:
         self._data, self._job = data, data.job
         self._consumer, self._shards, self._own = consumer, shards, own
         self._pace, self._loop, self._observer = pace, loop, observer
-        self._line: deque[_Place] = deque()
-        self._to_make: deque[_Place] = deque()
-        self._in_the_making = 0
+        self._line: deque[_QueuedBatch] = deque()
+        self._to_make: deque[_QueuedBatch] = deque()
+        self._being_made = 0
         self.epoch = -1
         self.epochs: list[RankEpoch] = []
 
@@ -186,7 +186,7 @@ class Rank:
                 self._append(entry)
 
     def _parse(self, shards: deque[tuple[int, range]], entry: BatchEntry) -> None:
-        """Walk over the chunks of shards that nobody has indexed, one after the other; then go on with the entry."""
+        """Walk over the chunks of shards that have no index, one after the other; then go on with the entry."""
         while shards:
             number, chunks = shards.popleft()
             if chunks:
@@ -204,18 +204,18 @@ class Rank:
         self._loop.call_soon(self._parse, shards, entry)
 
     def _append(self, entry: BatchEntry) -> None:
-        place = _Place(entry, set(self._data.chunks_of(entry).tolist()))
+        place = _QueuedBatch(entry, set(self._data.chunks_of(entry).tolist()))
         self._line.append(place)
         self._to_make.append(place)
         self._make()
 
     def _make(self) -> None:
         """Begin batches while there are threads for them."""
-        while self._to_make and self._in_the_making < self._job.threads:
-            self._in_the_making += 1
+        while self._to_make and self._being_made < self._job.threads:
+            self._being_made += 1
             self._gather(self._to_make.popleft())
 
-    def _gather(self, place: _Place) -> None:
+    def _gather(self, place: _QueuedBatch) -> None:
         """Wait for the batch's chunks, as they come: see `pipeline.gather`."""
 
         def got(chunks: set[int]) -> None:
@@ -227,8 +227,8 @@ class Rank:
 
         self._consumer.acquire_later(place.missing, got)
 
-    def _made(self, place: _Place) -> None:
-        self._in_the_making -= 1
+    def _made(self, place: _QueuedBatch) -> None:
+        self._being_made -= 1
         place.is_done = True
         self._observer.has_read(self, place.entry)
         self._feed.done(place.entry)

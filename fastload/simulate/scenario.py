@@ -1,4 +1,4 @@
-"""What a simulation is told: the store, a node, the job."""
+"""The input of a simulation: the store, a node, the job."""
 
 from __future__ import annotations
 
@@ -90,9 +90,9 @@ class Job:
 
     `samples_per_s` is what a rank takes when it never waits. That of rank r of each node is `rate_factors[r]` times
     that, where there are some, and the network of node n `link_factors[n]` times what `Node` says. With `in_step`, all
-    ranks wait for each other after each batch, as data-parallel training does. `is_indexed`: somebody has run
-    `fastload index`, so that the first epoch parses nothing. `threads` make batches, and `depth` of them are ahead of
-    the trainer, as in `DataLoader`.
+    ranks wait for each other after each batch, as data-parallel training does. `is_indexed`: after `fastload
+    index`, so that the first epoch parses nothing. `threads` make batches, and `depth` of them are ahead of the
+    trainer, as in `DataLoader`.
     """
 
     data_bytes: int
