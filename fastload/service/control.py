@@ -46,38 +46,54 @@ from fastload.store.watch import Attempt, Outcome
 AT_FIRST = 8
 # Threads, sockets and buffers are cheap up to here, and no store asks for more.
 REQUESTS_MAX = 256
-_START_COUNT = 4
-_START_FACTOR_MAX = 4.0
-# A few requests go on in the step in which they began, which says too much of a low limit.
-_ROUND_COUNT_MIN, _TRIAL_COUNT_MIN = 8, 16
-_RAISE, _CUT = 1.25, 0.8
-# When a raise paid in full: more at a time. Less than double, so that no trial is far above what is needed.
-_RAISE_FAST = 1.5
-_CUT_FAST = 0.5
-# To try fewer costs what they lack for a second or two, and from here on would save nothing.
-_CUT_TO_MIN = 3
-# A connection that is slower is held up by others: no store is so slow by itself.
-_SLOW_BYTES_PER_S = 20e6
-_PAYS, _PAYS_FULLY = 0.3, 0.6
-_LOSES = 0.1
-# What cuts may cost together, of the best that was measured.
-_LOSES_IN_ALL = 0.03
-# Where they have, the limit is at most doubled, and again if that was not enough: all of them may be far too many.
-_UNDO = 2.0
-_RAISE_EVERY_S, _CUT_EVERY_S = 3.0, 6.0
-# Connections that wait for their next request are no use either: a few more than Little's law has it.
-_OF_USE, _OF_USE_MORE = 1.2, 3
-# For how long a connection's rate counts as possible.
-_RATES_S, _RATES_COUNT = 30.0, 100
-_CHANGED, _FIRST_BYTE_CHANGED = 0.25, 0.5
-_FIRST_BYTE_NOISE_S = 0.01
-# Four answers that came with others say little of a rate.
-_LIKE = 2.0
-_REFUSED = 0.7
-_CEILING = 0.9
-_CEILING_S, _CEILING_S_MAX = 5.0, 60.0
-# How long after a refusal a store counts as throttling.
-_THROTTLING_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """The numbers of `Controller`, side by side. What they come to is seen in `bench.prefetch`, and over stores of
+    several kinds in `tests/service/test_control.py`.
+    """
+
+    # The start
+    start_count: int = 4  # requests
+    start_factor_max: float = 4.0
+    like_within: float = 2.0  # four answers that came with others say little of a rate
+    # Rounds: a few requests go on in the step in which they began, which says too much of a low limit.
+    round_count_min: int = 8
+    trial_count_min: int = 16
+    # Trials. When a raise paid in full the next is larger, but less than double: no trial is far above what is needed.
+    raise_by: float = 1.25
+    raise_fast_by: float = 1.5
+    cut_by: float = 0.8
+    cut_fast_by: float = 0.5
+    raise_every_s: float = 3.0
+    cut_every_s: float = 6.0
+    cut_to_min: int = 3  # to try fewer costs what they lack for a second or two, and would save nothing from here on
+    slow_bytes_per_s: float = 20e6  # a connection that is slower is held up by others: no store is so slow by itself
+    # What a trial must gain or may lose: of the change of the limit; and all cuts together, of the best goodput.
+    pays_share: float = 0.3
+    pays_fully_share: float = 0.6
+    loses_share: float = 0.1
+    loses_in_all_share: float = 0.03
+    undo_by: float = 2.0  # where they lost more: at most doubled, and again if that was not enough
+    # Connections that wait for their next request are of no use either: a few more than Little's law has it.
+    of_use_times: float = 1.2
+    of_use_more: int = 3
+    rates_s: float = 30.0  # for how long a connection's rate counts as possible
+    rates_count: int = 100
+    # A store that is not what it was
+    changed_share: float = 0.25
+    first_byte_changed_share: float = 0.5
+    first_byte_noise_s: float = 0.01
+    # Refusals
+    refused_by: float = 0.7
+    ceiling_share: float = 0.9
+    ceiling_s: float = 5.0
+    ceiling_s_max: float = 60.0
+    throttling_s: float = 5.0  # how long after a refusal a store counts as throttling
+
+
+TUNING = Tuning()
 
 
 class _Mode(enum.Enum):
@@ -109,7 +125,9 @@ class Learnt:
     @property
     def limit_to_start(self) -> int:
         """The limit for a start: below the one at which the store throttled."""
-        return max(1, min(self.limit, int(self.throttled_at * _CEILING))) if self.throttled_at > 0 else self.limit
+        if self.throttled_at <= 0:
+            return self.limit
+        return max(1, min(self.limit, int(self.throttled_at * TUNING.ceiling_share)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +144,7 @@ class _Round:
     @property
     def on_the_wire(self) -> float:
         """What part of a request's time its body takes."""
-        return max(1.0 / _START_FACTOR_MAX, self.body_seconds / self.seconds)
+        return max(1.0 / TUNING.start_factor_max, self.body_seconds / self.seconds)
 
     @property
     def connection_bytes_per_s(self) -> float:
@@ -152,13 +170,13 @@ class Controller:
         self._base: _Round | None = None
         self._base_limit = self.limit
         self._measured: tuple[int, _Round] | None = None  # the limit that stood last and was measured
-        self._step, self._cut = _RAISE, _CUT
+        self._step, self._cut = TUNING.raise_by, TUNING.cut_by
         self._best_bytes_per_s, self._best_limit = 0.0, 0  # of the limits that stood
         self._floor, self._floor_until = 1, float("-inf")
-        self._rates: deque[tuple[float, float]] = deque(maxlen=_RATES_COUNT)
+        self._rates: deque[tuple[float, float]] = deque(maxlen=TUNING.rates_count)
         self._raise_at = self._cut_at = float("-inf")
         self._refused_at = self._throttled_at = float("-inf")
-        self._ceiling, self._ceiling_until, self._ceiling_s = self._max, float("-inf"), _CEILING_S
+        self._ceiling, self._ceiling_until, self._ceiling_s = self._max, float("-inf"), TUNING.ceiling_s
         self._least_throttled = 0
 
     # What happens
@@ -187,7 +205,7 @@ class Controller:
 
     def throttling(self, now: float) -> bool:
         """Whether the store has refused requests just now."""
-        return now < self._throttled_at + _THROTTLING_S
+        return now < self._throttled_at + TUNING.throttling_s
 
     def learnt(self) -> Learnt:
         """See `Learnt`; zeros before the first round."""
@@ -209,24 +227,24 @@ class Controller:
 
     def _round_count(self) -> int:
         if self._mode is _Mode.START:
-            return _START_COUNT
-        each = 1 if self._step > _RAISE else 2
-        return max(_ROUND_COUNT_MIN if self._mode is _Mode.BASE else _TRIAL_COUNT_MIN, each * self.limit)
+            return TUNING.start_count
+        each = 1 if self._step > TUNING.raise_by else 2
+        return max(TUNING.round_count_min if self._mode is _Mode.BASE else TUNING.trial_count_min, each * self.limit)
 
     def _decide(self, found: _Round, now: float) -> None:
         self._rates.append((now, found.connection_bytes_per_s))
         if self._mode is _Mode.START and self._known is not None and _is_like(found, self._known):
             self._settle(self.limit, None, now)
-            self._raise_at, self._cut_at = now + 2 * _CUT_EVERY_S, now + _CUT_EVERY_S
+            self._raise_at, self._cut_at = now + 2 * TUNING.cut_every_s, now + TUNING.cut_every_s
         elif self._mode is _Mode.START:
             limit = self.limit if self._known is None else min(self.limit, self._start)
             self._settle(round(limit / found.on_the_wire), None, now)
-            self._try_first(cut=found.connection_bytes_per_s < _SLOW_BYTES_PER_S, now=now)
+            self._try_first(cut=found.connection_bytes_per_s < TUNING.slow_bytes_per_s, now=now)
         elif self._changed(found):
             self._follow(found, now)
         elif self._mode is _Mode.BASE:
             self._base, self._measured = found, (self.limit, found)
-            if self.limit >= self._least_throttled and now > self._throttled_at + _CEILING_S_MAX:
+            if self.limit >= self._least_throttled and now > self._throttled_at + TUNING.ceiling_s_max:
                 self._least_throttled = 0  # it takes that by now
             if not self._fell_below(found, now):
                 self._try(now)
@@ -240,11 +258,11 @@ class Controller:
         if self.limit >= self._best_limit:  # as much as can be had, whatever it was once
             self._best_limit, self._best_bytes_per_s = self.limit, found.bytes_per_s
             return False
-        if found.bytes_per_s >= (1.0 - _LOSES_IN_ALL) * self._best_bytes_per_s:
+        if found.bytes_per_s >= (1.0 - TUNING.loses_in_all_share) * self._best_bytes_per_s:
             return False
-        self._floor, self._floor_until = self.limit + 1, now + _CEILING_S_MAX
-        self._settle(min(self._best_limit, max(self.limit + 1, round(self.limit * _UNDO))), None, now)
-        self._cut_at = self._raise_at = now + _RAISE_EVERY_S
+        self._floor, self._floor_until = self.limit + 1, now + TUNING.ceiling_s_max
+        self._settle(min(self._best_limit, max(self.limit + 1, round(self.limit * TUNING.undo_by))), None, now)
+        self._cut_at = self._raise_at = now + TUNING.raise_every_s
         return True
 
     def _try(self, now: float) -> None:
@@ -253,7 +271,7 @@ class Controller:
         raised = min(max(self.limit + 1, round(self.limit * self._step)), ceiling)
         cut = min(self.limit - 1, int(self.limit * self._cut))
         may_raise = now >= self._raise_at and raised > self.limit
-        may_cut = now >= self._cut_at and cut >= max(_CUT_TO_MIN, self._floor if now < self._floor_until else 1)
+        may_cut = now >= self._cut_at and cut >= max(TUNING.cut_to_min, self._floor if now < self._floor_until else 1)
         # Of both the one that has waited longer: where a round takes seconds, a raise would always be due again.
         if may_raise and not (may_cut and self._cut_at < self._raise_at):
             self._set(raised, _Mode.RAISED, now)
@@ -265,35 +283,39 @@ class Controller:
         some more. Where connections hold each other up a little that is an estimate from above.
         """
         assert self._base is not None, "nothing was measured"
-        fastest = max(rate for at, rate in self._rates if at >= now - _RATES_S)
+        fastest = max(rate for at, rate in self._rates if at >= now - TUNING.rates_s)
         first_byte_s = self._base.seconds - self._base.body_seconds
         seconds = first_byte_s + self._base.byte_count / fastest
-        return _OF_USE_MORE + math.ceil(_OF_USE * self._base.bytes_per_s * seconds / self._base.byte_count)
+        in_flight = TUNING.of_use_times * self._base.bytes_per_s * seconds / self._base.byte_count
+        return TUNING.of_use_more + math.ceil(in_flight)
 
     def _judge(self, found: _Round, now: float) -> None:
         """A trial has been measured."""
         assert self._base is not None, "a trial without anything to compare it with"
         gain = found.bytes_per_s / self._base.bytes_per_s - 1.0
         change = self.limit / self._base_limit - 1.0
-        if self._mode is _Mode.RAISED and gain >= _PAYS * change:
-            self._step = _RAISE_FAST if gain >= _PAYS_FULLY * change else _RAISE
+        if self._mode is _Mode.RAISED and gain >= TUNING.pays_share * change:
+            self._step = TUNING.raise_fast_by if gain >= TUNING.pays_fully_share * change else TUNING.raise_by
             self._settle(self.limit, found, now)
-            self._cut_at = now + _CUT_EVERY_S
+            self._cut_at = now + TUNING.cut_every_s
             self._try(now)
         elif self._mode is _Mode.RAISED:
             # Between a large step and none there may be a small one.
-            self._raise_at = now if self._step > _RAISE else now + _RAISE_EVERY_S
-            self._step = _RAISE
+            self._raise_at = now if self._step > TUNING.raise_by else now + TUNING.raise_every_s
+            self._step = TUNING.raise_by
             self._settle(self._base_limit, self._base, now)
-        elif gain >= _LOSES * change and found.bytes_per_s >= (1.0 - _LOSES_IN_ALL) * self._best_bytes_per_s:
-            self._raise_at = now + _RAISE_EVERY_S
+        elif (
+            gain >= TUNING.loses_share * change
+            and found.bytes_per_s >= (1.0 - TUNING.loses_in_all_share) * self._best_bytes_per_s
+        ):
+            self._raise_at = now + TUNING.raise_every_s
             self._settle(self.limit, found, now)
             self._try(now)
         else:
-            self._cut_at = now + _CUT_EVERY_S
-            if self._cut < _CUT:  # between a large step and none there may be a small one
+            self._cut_at = now + TUNING.cut_every_s
+            if self._cut < TUNING.cut_by:  # between a large step and none there may be a small one
                 self._cut_at = self._raise_at = now
-            self._cut = _CUT
+            self._cut = TUNING.cut_by
             self._settle(self._base_limit, self._base, now)
 
     def _changed(self, found: _Round) -> bool:
@@ -303,11 +325,11 @@ class Controller:
             return False
         if base.first_byte_s is not None and found.first_byte_s is not None:
             off_s = abs(found.first_byte_s - base.first_byte_s)
-            noise_s = _FIRST_BYTE_NOISE_S + 3 * (base.first_byte_error_s + found.first_byte_error_s)
-            if off_s > max(noise_s, _FIRST_BYTE_CHANGED * base.first_byte_s):
+            noise_s = TUNING.first_byte_noise_s + 3 * (base.first_byte_error_s + found.first_byte_error_s)
+            if off_s > max(noise_s, TUNING.first_byte_changed_share * base.first_byte_s):
                 return True
         off = abs(found.bytes_per_s / base.bytes_per_s - 1.0)
-        return self._mode is _Mode.BASE and off > _CHANGED
+        return self._mode is _Mode.BASE and off > TUNING.changed_share
 
     def _follow(self, found: _Round, now: float) -> None:
         """Keep as many bodies on the wire as there were before the change, and begin to try at once."""
@@ -316,7 +338,7 @@ class Controller:
         self._rates.clear()
         self._rates.append(last)
         bodies = self._base_limit * self._base.on_the_wire
-        self._try_first(cut=found.connection_bytes_per_s < _SLOW_BYTES_PER_S, now=now)
+        self._try_first(cut=found.connection_bytes_per_s < TUNING.slow_bytes_per_s, now=now)
         limit = round(bodies / found.on_the_wire)
         if self._mode is _Mode.BASE and abs(limit - self.limit) <= 1:
             self._settle(self.limit, found, now)
@@ -327,10 +349,10 @@ class Controller:
     def _try_first(self, *, cut: bool, now: float) -> None:
         """Nothing is known of other limits. With `cut` a connection is slow, perhaps since there are too many."""
         self._best_bytes_per_s, self._best_limit, self._floor = 0.0, 0, 1
-        self._step = _RAISE
-        self._cut = _CUT_FAST if cut else _CUT
+        self._step = TUNING.raise_by
+        self._cut = TUNING.cut_fast_by if cut else TUNING.cut_by
         self._cut_at = now
-        self._raise_at = now + _RAISE_EVERY_S if cut else now
+        self._raise_at = now + TUNING.raise_every_s if cut else now
 
     # The limit
 
@@ -357,14 +379,14 @@ class Controller:
         at = self.limit
         if attempt.outcome is Outcome.THROTTLED:
             again = now < self._ceiling_until + self._ceiling_s
-            self._ceiling_s = min(_CEILING_S_MAX, 2 * self._ceiling_s) if again else _CEILING_S
-            self._ceiling, self._ceiling_until = max(1, int(at * _CEILING)), now + self._ceiling_s
+            self._ceiling_s = min(TUNING.ceiling_s_max, 2 * self._ceiling_s) if again else TUNING.ceiling_s
+            self._ceiling, self._ceiling_until = max(1, int(at * TUNING.ceiling_share)), now + self._ceiling_s
             self._least_throttled = min(at, self._least_throttled or at)
         else:  # no ceiling keeps the limit from going back at once to what was best
             self._best_bytes_per_s, self._best_limit = 0.0, 0
-        self._refused_at, self._step = now, _RAISE
-        self._settle(int(at * _REFUSED), None, now)
-        self._raise_at = self._cut_at = now + _RAISE_EVERY_S
+        self._refused_at, self._step = now, TUNING.raise_by
+        self._settle(int(at * TUNING.refused_by), None, now)
+        self._raise_at = self._cut_at = now + TUNING.raise_every_s
 
 
 def _summary(attempts: Sequence[Attempt], in_flight: int) -> _Round:
@@ -389,12 +411,13 @@ def _is_like(found: _Round, known: Learnt) -> bool:
     """Whether the store answers as an earlier run knew it: the first byte as soon, and at half the rate at least. More
     is no news: the first answers have the link for themselves.
     """
-    if found.connection_bytes_per_s < known.connection_bytes_per_s / _LIKE:
+    if found.connection_bytes_per_s < known.connection_bytes_per_s / TUNING.like_within:
         return False
     if found.first_byte_s is None or known.first_byte_s is None:
         return found.first_byte_s is known.first_byte_s
     return (
-        abs(found.first_byte_s - known.first_byte_s) <= _FIRST_BYTE_NOISE_S + _FIRST_BYTE_CHANGED * known.first_byte_s
+        abs(found.first_byte_s - known.first_byte_s)
+        <= TUNING.first_byte_noise_s + TUNING.first_byte_changed_share * known.first_byte_s
     )
 
 
