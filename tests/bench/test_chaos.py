@@ -216,7 +216,7 @@ def test_the_disk_is_damaged_as_it_says(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_a_minute_of_trouble(tmp_path: Path) -> None:
     """By steps, which say what happens in it; on a slow machine it takes longer. This seed has most kinds early."""
-    command = [sys.executable, "-m", "bench.chaos", "--seed=17181", "--minutes=9", "--steps=300"]
+    command = [sys.executable, "-m", "bench.chaos", "--seed=1815", "--minutes=9", "--steps=450"]
     done = subprocess.run(
         [*command, f"--json={tmp_path / 'report.json'}"],
         cwd=ROOT,
@@ -229,7 +229,7 @@ def test_a_minute_of_trouble(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["samples"] > 300 * GLOBAL_BATCH
-    assert report["schedule"] > 12
-    assert sum(report["faults"].values()) > 30
+    assert report["samples"] > 450 * GLOBAL_BATCH
+    assert report["schedule"] > 20
+    assert sum(report["faults"].values()) > 50
     assert report["failed_calls"] > 0
