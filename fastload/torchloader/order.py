@@ -138,7 +138,7 @@ class OrderIterator:
         self.yielded = count
 
 
-class _Indexes:
+class _SamplerIndexes:
     """The indexes of a sampler, unchanged."""
 
     def __init__(self, sampler: Any) -> None:
@@ -148,7 +148,7 @@ class _Indexes:
     def is_stateful(self) -> bool:
         return is_stateful(self._sampler) or is_stateful(self._iterator)
 
-    def __iter__(self) -> _Indexes:
+    def __iter__(self) -> _SamplerIndexes:
         return self
 
     def __next__(self) -> Any:
@@ -164,7 +164,7 @@ class _Indexes:
         load_state(self._iterator, state, "sampler's iterator")
 
 
-class _Batches:
+class _SamplerBatches:
     """The batches of torch's `BatchSampler`. Like torch, it makes the sampler's iterator with the first batch."""
 
     def __init__(self, batches: BatchSampler) -> None:
@@ -177,7 +177,7 @@ class _Batches:
     def is_stateful(self) -> bool:
         return is_stateful(self._sampler) or is_stateful(self._indexes)
 
-    def __iter__(self) -> _Batches:
+    def __iter__(self) -> _SamplerBatches:
         return self
 
     def __next__(self) -> list[Any]:
@@ -211,8 +211,8 @@ class _Batches:
         load_state(self._indexes, state.get(SAMPLER_ITER), "sampler's iterator")
 
 
-def _source(sampler: Any) -> _Indexes | _Batches:
-    return _Batches(sampler) if type(sampler) is BatchSampler else _Indexes(sampler)
+def _source(sampler: Any) -> _SamplerIndexes | _SamplerBatches:
+    return _SamplerBatches(sampler) if type(sampler) is BatchSampler else _SamplerIndexes(sampler)
 
 
 def is_stateful(thing: Any) -> bool:

@@ -61,7 +61,7 @@ class ProcessIterator(_MultiProcessingDataLoaderIter, WorkersIterator):
             collate_fn=collate_fn,
             worker_init_fn=worker_init_fn,
             pin_memory=self._pins(loader),
-            multiprocessing_context=_Context(_context(loader)),
+            multiprocessing_context=_ContextWithQueue(_context(loader)),
         )
         try:
             super().__init__(view)
@@ -167,7 +167,7 @@ class ProcessIterator(_MultiProcessingDataLoaderIter, WorkersIterator):
             self._receiver.counters.set_open(number)
 
 
-class _Context:
+class _ContextWithQueue:
     """A context of `multiprocessing`, or a module like it, with queues that send at once."""
 
     def __init__(self, context: Any) -> None:

@@ -3,8 +3,8 @@
 A worker prepares itself, as a worker process of torch's does, then carries out the tasks in its inbox; answers come
 into one queue. Each task has exactly one answer: a batch, an error, or the end of the worker's iterable data set.
 
-Threads refer to their inbox and to `_Shared`, not to the iterator: dropping the iterator signals them to end and waits
-for nothing. At exit they are joined with a timeout, since a thread that is inside torch's C++ code while the
+Threads refer to their inbox and to `_SharedByThreads`, not to the iterator: dropping the iterator signals them to end
+and waits for nothing. At exit they are joined with a timeout, since a thread that is inside torch's C++ code while the
 interpreter shuts down may crash the process.
 """
 
@@ -58,7 +58,7 @@ def shard(user_init: Callable[[int], None] | None, world_size: int, rank: int, w
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class WorkerTask:
     epoch: int
     number: int
     index: Any
@@ -91,7 +91,7 @@ class WorkerSpec:
 
 
 @dataclass(slots=True)
-class _Shared:
+class _SharedByThreads:
     """What all workers of an iterator share."""
 
     epoch: int = NO_EPOCH  # tasks of other epochs are skipped
@@ -106,7 +106,7 @@ class WorkerThreads:
     def __init__(self, specs: list[WorkerSpec], timeout_s: float) -> None:
         """`timeout_s`: how long a `worker_init_fn` may take; 0 is no limit."""
         self._timeout_s = timeout_s
-        self._shared = _Shared()
+        self._shared = _SharedByThreads()
         self.answers = self._shared.answers
         self._workers = [_WorkerThread(spec, self._shared) for spec in specs]
         self._ending = Ending(self, _stop_all, self._workers, waits=False, at_exit=True)
@@ -155,7 +155,7 @@ class WorkerThreads:
         for worker in self._workers:
             worker.inbox.put(BeginEpoch(shared_seed))
 
-    def dispatch(self, worker: int, task: Task) -> None:
+    def dispatch(self, worker: int, task: WorkerTask) -> None:
         """Queue a task. Its answer comes to `answers`, after those of the worker's earlier tasks."""
         self._workers[worker].inbox.put(task)
 
@@ -182,9 +182,9 @@ def next_of(answers: queue.SimpleQueue[T], timeout_s: float) -> T:
 class _WorkerThread(threading.Thread):
     """Prepares itself, then handles the messages in its inbox, until one is None."""
 
-    def __init__(self, spec: WorkerSpec, shared: _Shared) -> None:
+    def __init__(self, spec: WorkerSpec, shared: _SharedByThreads) -> None:
         super().__init__(name=f"fastload-worker-{spec.info.id}", daemon=True)
-        self.inbox: queue.SimpleQueue[Task | BeginEpoch | None] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[WorkerTask | BeginEpoch | None] = queue.SimpleQueue()
         self._spec, self._shared = spec, shared
         self._where = f"in DataLoader worker thread {spec.info.id}"
         self._fetcher: Any = None

@@ -32,8 +32,8 @@ from fastload.torchloader.state import SavedState
 from fastload.torchloader.thread_workers import (
     NO_EPOCH,
     Answer,
-    Task,
     WorkerSpec,
+    WorkerTask,
     WorkerThreads,
     next_of,
     pinning,
@@ -165,7 +165,7 @@ class ThreadIterator(WorkersIterator):
         self._turn = (worker + 1) % self._num_workers
         self._loads[worker] += 1
         self._awaited.append(number)
-        self._threads.dispatch(worker, Task(self._epoch, number, index))
+        self._threads.dispatch(worker, WorkerTask(self._epoch, number, index))
 
     def _next_worker(self) -> int | None:
         """The next worker in turn; without `in_order`, workers that have their share of tasks are skipped."""

@@ -48,7 +48,7 @@ class Once:
         Raises `OSError` where the kernel has no anonymous files.
         """
         self._objects, self._beside = tuple(objects), tuple(beside)
-        self._file = _File()
+        self._file = _StartFile()
         self._arrays = _Arrays(self._file)
         self._pickled: tuple[FileRange, list[FileRange]] | None = None  # once it is known to suit every process
 
@@ -97,7 +97,7 @@ class OnceItem:
         return repr(self._once[self._number])  # in messages
 
 
-class _File:
+class _StartFile:
     """An anonymous file that grows."""
 
     def __init__(self) -> None:
@@ -122,7 +122,7 @@ class _File:
 class _Arrays:
     """Where the memory of arrays lies in the file. Arrays are kept alive, so that an address identifies one."""
 
-    def __init__(self, file: _File) -> None:
+    def __init__(self, file: _StartFile) -> None:
         self._file = file
         self._places: dict[tuple[int, int], FileRange] = {}
         self._kept: list[pickle.PickleBuffer] = []

@@ -235,17 +235,17 @@ def memory_of(buffers: Sequence[Any], where: Sequence[BufferOffset], *, is_share
 
     `is_shared`: they are shared memory, and `is_shared()` of tensors over them is true, as of those that torch sends.
     """
-    memories: dict[int, _Memory] = {}
+    memories: dict[int, _ReceivedStorage] = {}
     for number, low in where:
         if low == _NO_STORAGE:
             yield buffers[number]
         else:
             if number not in memories:
-                memories[number] = _Memory(buffers[number], low, is_shared)
+                memories[number] = _ReceivedStorage(buffers[number], low, is_shared)
             yield memories[number]
 
 
-class _Memory:
+class _ReceivedStorage:
     """A storage that begins at byte `low` of the original one. It is made with the first tensor over it."""
 
     __slots__ = ("_buffer", "_is_shared", "_storage", "low")
@@ -274,12 +274,12 @@ def _yes() -> bool:
     return True
 
 
-def _storage_over(memory: _Memory) -> torch.UntypedStorage:
+def _storage_over(memory: _ReceivedStorage) -> torch.UntypedStorage:
     return memory.begin(torch.uint8)[1]
 
 
 def _tensor_over(
-    memory: _Memory, dtype: str | torch.dtype, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
+    memory: _ReceivedStorage, dtype: str | torch.dtype, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
 ) -> torch.Tensor:
     kind = _DTYPES[dtype] if isinstance(dtype, str) else dtype
     tensor, storage = memory.begin(kind)

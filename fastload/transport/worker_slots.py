@@ -112,8 +112,8 @@ class WorkerSlots(SharedSlots):
 
     def __init__(self, counters: SlotCounters, worker: int, retained_bytes: int) -> None:
         super().__init__(retained_bytes)
-        self._mapped, self._forked = _Counted(counters.mapped(worker)), _Counted(counters.forked(worker))
-        self._released = _Counted(counters.released(worker))
+        self._mapped, self._forked = _CounterReader(counters.mapped(worker)), _CounterReader(counters.forked(worker))
+        self._released = _CounterReader(counters.released(worker))
         self._open: list[SharedSlot] = []  # lent out, and not sent yet
         self._unused: list[int] = []  # numbers of dropped slots, which are reused: the counters have so many
         self._generations = itertools.count()
@@ -207,7 +207,7 @@ class WorkerSlots(SharedSlots):
         self._dropped.append(slot.number)
 
 
-class _Counted:
+class _CounterReader:
     """One kind of counters, and their values when they were last read."""
 
     def __init__(self, counters: Counters) -> None:
