@@ -110,7 +110,7 @@ os.register_at_fork(before=_count_fork, after_in_parent=_count_fork, after_in_ch
 # Finalizers
 
 
-class _Call:
+class _LaterCall:
     """A call that was left for later. It drops its arguments once it is over, even if something still refers to it."""
 
     def __init__(self, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
@@ -127,7 +127,7 @@ class _Call:
             _calls.remove(self)
 
 
-_calls: deque[_Call] = deque()
+_calls: deque[_LaterCall] = deque()
 
 
 def call_later(function: Callable[..., object], *arguments: Any) -> None:
@@ -137,7 +137,7 @@ def call_later(function: Callable[..., object], *arguments: Any) -> None:
     """
     if sys.is_finalizing():  # no thread can be started, and what it would end ends as well
         return
-    call = _Call(function, arguments)
+    call = _LaterCall(function, arguments)
     _calls.append(call)
     _thread.start_new_thread(call.start, ())
 

@@ -33,8 +33,6 @@ FLOORS = [
     "cli",
     "__main__",
 ]
-# Imports that go up or in a circle today, and shall not. The list only gets shorter.
-EXCEPTIONS: set[tuple[str, str]] = set()
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor.split()}
 
 
@@ -81,9 +79,7 @@ def test_imports_go_down() -> None:
         f"{MODULES[module].relative_to(PACKAGE.parent)}:{line}: {room_of(module)} imports {name}, which is not below it"
         for module, arrows in ARROWS.items()
         for line, name in arrows
-        if room_of(name) != room_of(module)
-        and FLOOR_OF[room_of(name)] >= FLOOR_OF[room_of(module)]
-        and (module, name) not in EXCEPTIONS
+        if room_of(name) != room_of(module) and FLOOR_OF[room_of(name)] >= FLOOR_OF[room_of(module)]
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -91,20 +87,13 @@ def test_imports_go_down() -> None:
 def test_no_imports_go_in_a_circle() -> None:
     """Within a room as well. The fronts of packages are left out: they import lazily."""
     below = {
-        name: {other for _, other in arrows if (name, other) not in EXCEPTIONS}
-        for name, arrows in ARROWS.items()
-        if MODULES[name].name != "__init__.py"
+        name: {other for _, other in arrows} for name, arrows in ARROWS.items() if MODULES[name].name != "__init__.py"
     }
     while below:
         free = [name for name, others in below.items() if not others & below.keys()]
         assert free, "these import each other: " + ", ".join(_circle(below))
         for name in free:
             del below[name]
-
-
-def test_exceptions_are_needed() -> None:
-    there = {(module, name) for module, arrows in ARROWS.items() for _, name in arrows}
-    assert there >= EXCEPTIONS
 
 
 def _circle(graph: dict[str, set[str]]) -> list[str]:

@@ -1,6 +1,6 @@
 """The consumer's end of the socket: one thread that reads, and that connects again when the service has gone.
 
-`Connection` knows frames and reconnecting, and nothing of what messages mean; its owner gives it `Events`.
+`Connection` knows frames and reconnecting, and nothing of what messages mean; its owner gives it `ConnectionEvents`.
 
 `send` may be called by any thread that holds the owner's lock. It never fails: what cannot be sent now is part of what
 the owner sends to the next service.
@@ -40,7 +40,7 @@ log = logging.getLogger("fastload")
 
 
 @dataclass(frozen=True, slots=True)
-class Events:
+class ConnectionEvents:
     """What a connection calls, in its own thread, one at a time, and without holding the owner's lock.
 
     - `connect(stop, avoid)` gives a service's socket, starting a service if there is none; gives up when `stop` is set.
@@ -72,7 +72,7 @@ class _End(Enum):
 class Connection:
     """See the module's text."""
 
-    def __init__(self, events: Events, lock: threading.Condition, name: str) -> None:
+    def __init__(self, events: ConnectionEvents, lock: threading.Condition, name: str) -> None:
         """`lock`: the owner's, under which everything is sent."""
         self._events, self._lock = events, lock
         self._stop = threading.Event()

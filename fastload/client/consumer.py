@@ -43,7 +43,7 @@ import numpy.typing as npt
 from fastload import callers, errors, protocol
 from fastload.cache.policy import PolicyName
 from fastload.client.attached import AttachedObjects, Int64, Ints, OpenedObject
-from fastload.client.connection import Connection, Events
+from fastload.client.connection import Connection, ConnectionEvents
 from fastload.client.connector import Connector
 from fastload.client.handshake import Welcomed
 from fastload.client.leases import Held, Lease, LeaseTable, MappedArena, Waiter
@@ -89,7 +89,7 @@ class Consumer:
         name: str = "",
         *,
         waits: Waits | None = None,
-        make_connection: Callable[[Events, threading.Condition, str], Connection] = Connection,
+        make_connection: Callable[[ConnectionEvents, threading.Condition, str], Connection] = Connection,
     ) -> None:
         """Connect, starting the service where none runs; CacheError, ConfigError or ServiceError where that fails.
 
@@ -653,7 +653,9 @@ class Consumer:
 
     def _connect(self) -> None:
         """Takes `_changed` itself, as all of these do that the connection calls."""
-        events = Events(self._find_service, self._on_connected, self._on_lost, self._on_message, self._on_ended)
+        events = ConnectionEvents(
+            self._find_service, self._on_connected, self._on_lost, self._on_message, self._on_ended
+        )
         self._make_connection(events, self._changed, self.name).start()
 
     def _find_service(self, stop: threading.Event, avoid: str) -> Welcomed:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastload.history.keys import chunk_key
-from fastload.history.library import Lane, Library
+from fastload.history.library import Library, ReaderHistory
 
 # Reads that may be left out from one to the next: a sampler that skips what was trained on, a batch that is dropped.
 _SKIP_MAX = 64
@@ -76,7 +76,7 @@ class Follower:
         self._trust = 0
         self._stayed = 0  # reads that came in the lane it is in
         self._beyond = 0  # trust beyond the object at hand
-        self._lane: Lane | None = None
+        self._lane: ReaderHistory | None = None
         self.place: int | None = None  # of the read that came last as predicted; None: not found
 
     @property

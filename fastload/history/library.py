@@ -29,7 +29,7 @@ Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Lane:
+class ReaderHistory:
     """Where one reader's reads stand: places from `start` up to `end`. `number` counts lanes over all runs."""
 
     number: int
@@ -74,10 +74,10 @@ class Library:
         last = int(self._sorted_keys[first : first + at_most].searchsorted(wanted, side="right"))
         return [int(place) for place in self._places[first : first + last]]
 
-    def lane(self, place: int) -> Lane:
+    def lane(self, place: int) -> ReaderHistory:
         """The lane that a place is in."""
         number = int(self._lane_starts.searchsorted(place, side="right")) - 1
-        return Lane(number, int(self._lane_starts[number]), int(self._lane_starts[number + 1]))
+        return ReaderHistory(number, int(self._lane_starts[number]), int(self._lane_starts[number + 1]))
 
     def jumps_before(self, place: int, at_most: int) -> list[int]:
         """Keys of the last reads of the lane before this place that were not of the next chunk of the same object."""

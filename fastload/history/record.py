@@ -52,7 +52,7 @@ def may_keep(url: str) -> bool:
 
 
 @dataclass(slots=True, eq=False)
-class Batch:
+class RecordedReads:
     """What came up since the last one."""
 
     keys: array[int] = field(default_factory=lambda: array("Q"))
@@ -86,7 +86,7 @@ class Recorder:
         """`began`: in seconds since 1970."""
         self._program, self._began, self._chunk_bytes = program, began, chunk_bytes
         self._numbering = Numbering()
-        self._batch = Batch()
+        self._batch = RecordedReads()
         self._last: list[deque[int] | None] = []
         self._lane_names: dict[str, int] = {}
         self._read_count = self._read_bytes = self._left_out = self._object_bytes = 0
@@ -161,9 +161,9 @@ class Recorder:
             endpoints={name: each for name, each in endpoints.items() if may_keep(_as_url(name))},
         )
 
-    def take(self, seconds: float, endpoints: Mapping[str, EndpointSummary]) -> Batch:
+    def take(self, seconds: float, endpoints: Mapping[str, EndpointSummary]) -> RecordedReads:
         """What came up since this was called last, with a summary."""
-        batch, self._batch = self._batch, Batch()
+        batch, self._batch = self._batch, RecordedReads()
         batch.summary = self.summary(seconds, endpoints)
         return batch
 

@@ -121,7 +121,7 @@ def _count(shards: ShardTable, consumer: Consumer, object_nos: ObjectNos) -> npt
     return np.array([index.sample_count for index in shards.index(consumer, object_nos.tolist())], np.int64)
 
 
-class Store(Protocol):
+class CountStore(Protocol):
     """What is used of torch.distributed's store. Safe to use from several threads."""
 
     def add(self, key: str, amount: int) -> int:
@@ -144,7 +144,7 @@ class Store(Protocol):
 class _Log:
     """Records that any rank appends and every rank reads, each in the same order."""
 
-    def __init__(self, store: Store, name: str) -> None:
+    def __init__(self, store: CountStore, name: str) -> None:
         self._store, self._name = store, name
         self._read = 0
 
@@ -171,7 +171,7 @@ class Exchange:
     are published.
     """
 
-    def __init__(self, source: Source, store: Store, own: ObjectNos, common: ObjectNos, *, serves: bool) -> None:
+    def __init__(self, source: Source, store: CountStore, own: ObjectNos, common: ObjectNos, *, serves: bool) -> None:
         self._source, self._own, self._own_nos = source, frozenset(own.tolist()), own
         self._counts, self._requests = _Log(store, "counts"), _Log(store, "requests")
         self._publishing, self._reading = threading.Lock(), threading.Lock()

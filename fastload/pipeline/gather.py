@@ -31,7 +31,7 @@ from fastload.errors import ConfigError, MissingColumnError
 from fastload.kernels.gather import gather_columns, lay_out
 from fastload.pipeline.columns import meant, shown
 from fastload.pipeline.finish import SAMPLE_ERRORS, Gathered, Names, SourceMaker
-from fastload.pipeline.run import Entry
+from fastload.pipeline.run import PlanEntry
 from fastload.pipeline.windows import Ints, LiveWindows, LocatedSamples, Values
 from fastload.plan import BatchEntry, Manifest
 from fastload.transport import SharedPool
@@ -183,7 +183,7 @@ class Skips:
             message = f'skipped a sample, and will skip others without a word, since on_error="skip": {error}'
             callers.warn(message, at=self._line)
 
-    def take(self, entry: Entry) -> int:
+    def take(self, entry: PlanEntry) -> int:
         """How many samples this entry, which has been delivered, was made without."""
         with self._lock:
             return self._counts.pop(entry.number, 0)

@@ -22,7 +22,7 @@ from fastload.plan import Cursor, Position
 STATE_VERSION = 1
 
 
-class _State(msgspec.Struct):
+class _IterationStateJson(msgspec.Struct):
     """The JSON form. Fields can be added: unknown ones are left alone."""
 
     version: int
@@ -50,7 +50,7 @@ class IterationState:
     def to_state(self) -> dict[str, Any]:
         """In JSON's own types."""
         position = None if self.position is None else self.position.to_state()
-        return msgspec.to_builtins(_State(STATE_VERSION, self.epoch, *self.worker, self.offset, position))  # type: ignore[no-any-return]
+        return msgspec.to_builtins(_IterationStateJson(STATE_VERSION, self.epoch, *self.worker, self.offset, position))  # type: ignore[no-any-return]
 
     @classmethod
     def from_state(
@@ -58,7 +58,7 @@ class IterationState:
     ) -> IterationState:
         """Reads what `to_state` wrote, also after a way through JSON. Raises `StateError`."""
         try:
-            read = msgspec.convert(dict(state), _State)
+            read = msgspec.convert(dict(state), _IterationStateJson)
         except (msgspec.ValidationError, TypeError, ValueError) as error:
             raise StateError(f"not a state of a fastload.StreamingDataset: {error}; load another one") from error
         if read.version != STATE_VERSION:

@@ -38,7 +38,7 @@ from fastload.lifecycle import Ending, end_at_exit, join_at_exit
 from fastload.waiting import Waits, wait
 
 
-class Entry(Protocol):
+class PlanEntry(Protocol):
     """What a run needs to know of a planned batch."""
 
     @property
@@ -82,7 +82,7 @@ class RunClosedError(ServiceError):
 class _QueuedBatch:
     """One of the batches that are ahead of the consumer."""
 
-    entry: Entry
+    entry: PlanEntry
     batch: Any = None
     error: BaseException | None = None
     is_done: bool = False
@@ -157,7 +157,7 @@ class ThreadedRun:
                 self._is_fed = True
                 self._changed.notify_all()
 
-    def _enqueue(self, entry: Entry) -> bool:
+    def _enqueue(self, entry: PlanEntry) -> bool:
         """Wait for room in the queue, then give the entry to the pool; False when the run was closed."""
         queued = _QueuedBatch(entry)
         with self._changed:

@@ -62,7 +62,7 @@ class OrderState(msgspec.Struct):
         return OrderOptions(self.seed, check_shuffle(self.shuffle), self.window_bytes, self.partitions)
 
 
-class _State(msgspec.Struct):
+class _PositionJson(msgspec.Struct):
     """The JSON form of a position in one data set, version 1."""
 
     version: int
@@ -177,9 +177,9 @@ class Position:
                 del source["taken"]
         return built
 
-    def _state(self) -> _State:
+    def _state(self) -> _PositionJson:
         (source,), (order,), (fingerprint,) = self.sources, self.orders, self.fingerprints
-        return _State(
+        return _PositionJson(
             version=STATE_VERSION,
             epoch=self.epoch,
             batches=self.batches,
@@ -218,7 +218,7 @@ class Position:
         if "sources" in state:
             raise StateError("the state is that of a mixture; load it into one of the same sources")
         try:
-            read = msgspec.convert(dict(state), _State)
+            read = msgspec.convert(dict(state), _PositionJson)
             return _position(read, None, [_SourceState(read.order, read.places, None, read.taken)])
         except (msgspec.ValidationError, ConfigError) as error:
             raise StateError(f"the state is damaged: {error}; load another one") from error
@@ -271,7 +271,7 @@ class Position:
 
 
 def _position(
-    read: _State | _MixtureState, mixture: MixtureOptions | None, sources: Sequence[_SourceState]
+    read: _PositionJson | _MixtureState, mixture: MixtureOptions | None, sources: Sequence[_SourceState]
 ) -> Position:
     """A position from the fields of a state, each of the right type. Raises `ConfigError` and `ValidationError`."""
     orders = tuple(source.order.options() for source in sources)

@@ -21,7 +21,7 @@ from fastload import protocol
 from fastload.history import archive as archives
 from fastload.history.archive import Archive
 from fastload.history.library import Library
-from fastload.history.record import Batch, Recorder
+from fastload.history.record import RecordedReads, Recorder
 from fastload.history.runfile import EndpointSummary
 from fastload.service.control import Endpoints, Learnt
 from fastload.service.ports import Ports
@@ -254,7 +254,7 @@ def _summary(learnt: Learnt, request_count: int) -> EndpointSummary:
 def _append(
     archive: Archive,
     run: _LiveRun,
-    batch: Batch,
+    batch: RecordedReads,
     bytes_max: int,
     keep: frozenset[str],
     is_lost: Callable[[], bool],

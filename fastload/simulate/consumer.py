@@ -11,7 +11,7 @@ import numpy as np
 
 from fastload import protocol
 from fastload.cache import ArenaView
-from fastload.client.connection import Connection, Events
+from fastload.client.connection import Connection, ConnectionEvents
 from fastload.client.connector import Connector
 from fastload.client.consumer import Consumer
 from fastload.client.handshake import Welcomed
@@ -38,7 +38,7 @@ class _DirectConnection:
 
     was_refused = False
 
-    def __init__(self, core: Core, loop: VirtualLoop, events: Events, name: str) -> None:
+    def __init__(self, core: Core, loop: VirtualLoop, events: ConnectionEvents, name: str) -> None:
         self._core, self._loop, self._events = core, loop, events
         self.state: ConsumerState = core.connect(protocol.Hello(protocol.VERSION, 0, name, {}), self._receive)
         self.on_received: Callable[[protocol.FromService], None] = lambda message: None
@@ -101,7 +101,7 @@ class SimulatedConsumer:
     def __init__(self, core: Core, loop: VirtualLoop, name: str) -> None:
         self._waiting: list[_Waiting] = []
 
-        def connection(events: Events, lock: threading.Condition, name: str) -> Connection:
+        def connection(events: ConnectionEvents, lock: threading.Condition, name: str) -> Connection:
             self._connection = _DirectConnection(core, loop, events, name)
             self._connection.on_received = self._look_again
             return cast(Connection, self._connection)

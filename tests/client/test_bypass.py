@@ -22,7 +22,7 @@ from fastload import protocol
 from fastload.cache import Arena, ArenaView, CacheDirectory
 from fastload.client import Handle as Cache
 from fastload.client import connection, connector, election, handshake
-from fastload.client.connection import Connection, Events
+from fastload.client.connection import Connection, ConnectionEvents
 from fastload.client.handshake import Welcomed
 from fastload.config import CacheLimits
 from fastload.errors import CacheError, ServiceError
@@ -398,7 +398,9 @@ class Talk:
         self.was_refused = False
         self.ended = threading.Event()
         self.first = welcomed(b"first", self.ours)
-        events = Events(self._connect, self._connected, self.lost.append, self._take, lambda error: self.ended.set())
+        events = ConnectionEvents(
+            self._connect, self._connected, self.lost.append, self._take, lambda error: self.ended.set()
+        )
         self.connection = Connection(events, threading.Condition(), "")
         self.connection.start()
 

@@ -9,13 +9,13 @@ from typing import Any, cast
 import pytest
 
 from fastload import protocol
-from fastload.client.connection import Connection, Events
+from fastload.client.connection import Connection, ConnectionEvents
 from fastload.client.handshake import Welcomed
 from fastload.errors import FastloadError, ServiceError
 from tests.patience import PATIENCE_S
 
 
-def events(ours: socket.socket, **others: Any) -> Events:
+def events(ours: socket.socket, **others: Any) -> ConnectionEvents:
     """A service at the other end of `ours`; what happens leads to nothing unless `others` say what."""
     welcome = protocol.Welcome(protocol.VERSION, b"id", 1, 1 << 16, 2, [])
     found = Welcomed(ours, welcome, cast(Any, None), protocol.FrameReader())
@@ -26,7 +26,7 @@ def events(ours: socket.socket, **others: Any) -> Events:
         "message": lambda message: None,
         "ended": lambda error: None,
     }
-    return Events(**{**defaults, **others})
+    return ConnectionEvents(**{**defaults, **others})
 
 
 def test_it_may_be_closed_before_it_has_begun_to_read() -> None:
