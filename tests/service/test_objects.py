@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastload.cache import object_id
 from fastload.protocol import ObjectRows
-from fastload.service.state import Objects, Piece
+from fastload.service.state import ObjectPiece, Objects
 from fastload.store.types import ObjectInfo
 
 CHUNK_BYTES = 1 << 16
@@ -21,7 +21,7 @@ lists = st.lists(st.sampled_from(INFOS), max_size=4)
 @given(st.lists(st.tuples(st.booleans(), lists, st.sampled_from(["", "http://x"])), max_size=12))
 def test_an_object_has_one_record_for_as_long_as_a_list_names_it(steps) -> None:  # type: ignore[no-untyped-def]
     objects = Objects(CHUNK_BYTES)
-    held: list[tuple[Piece, list[ObjectInfo], str]] = []
+    held: list[tuple[ObjectPiece, list[ObjectInfo], str]] = []
     for is_new, infos, endpoint in steps:
         if is_new or not held:
             piece = objects.use_rows(ObjectRows.of(infos), endpoint)
