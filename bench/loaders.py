@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader as TorchLoader
 
 from fastload import DataLoader
-from fastload.transport.process import freeze_existing_objects, keep_freed_memory
+from fastload.transport.worker_process import freeze_existing_objects, keep_freed_memory
 
 T = TypeVar("T")
 

@@ -30,8 +30,8 @@ from fastload.client.consumer import Consumer
 from fastload.errors import ConfigError
 from fastload.formats import ShardIndex
 from fastload.history.library import WARMING
-from fastload.pipeline.listing import attach, find_sidecars, list_shards
 from fastload.pipeline.manifest_files import shared_manifest
+from fastload.pipeline.shard_listing import attach, find_sidecars, list_shards
 from fastload.pipeline.shards import ShardTable
 from fastload.plan import Manifest, OrderWish, Ranks, objects_in_use_order
 from fastload.protocol import Progress

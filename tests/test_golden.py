@@ -53,8 +53,7 @@ def test_states_of_before_are_loaded_and_gone_on_from(tmp_path: Path, kind: str)
 
 
 def test_states_of_torchdatas_loader_are_loaded_and_gone_on_from() -> None:
-    """But for what a worker that has read all says of that: it comes by itself, before the state is asked for or after.
-    """
+    """But for what a worker says when it has read all: that may come before the state is asked for, or after."""
     said = {name: each["said"] for name, each in TORCHDATA.items()}
     resumed = {name: each["resumed"] for name, each in TORCHDATA.items()}
     same(without(states.resume_torchdata(said), "fetcher_ended"), without(resumed, "fetcher_ended"))

@@ -43,7 +43,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload.errors import ConfigError, DecodeError, FastloadError
-from fastload.kernels.order import fill_keys
+from fastload.kernels.shuffling import fill_keys
 from fastload.ragged import Ragged
 
 __all__ = ["Bytes", "Decoder", "Fixed", "Keys", "Offsets", "Where", "each", "located", "sample_keys"]

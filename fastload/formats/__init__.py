@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastload.errors import ConfigError
-from fastload.formats.index import ShardIndex
+from fastload.formats.shard_index import ShardIndex
 
 __all__ = ["SHARD_ENDINGS", "SIDECAR_NAME", "Indexer", "ShardIndex", "indexer_for"]
 

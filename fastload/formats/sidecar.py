@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from fastload.cache.key import url_without_credentials
 from fastload.cache.tempfiles import temp_names
 from fastload.errors import ConfigError, FastloadError, ShardError
-from fastload.formats.index import ShardIndex
+from fastload.formats.shard_index import ShardIndex
 from fastload.store.table import ObjectTable, Texts
 from fastload.store.types import ObjectInfo
 

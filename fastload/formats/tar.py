@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastload.errors import ShardError
-from fastload.formats.index import ShardIndex
+from fastload.formats.shard_index import ShardIndex
 from fastload.kernels import tarindex
 from fastload.kernels.grouping import group
 from fastload.kernels.tarindex import STATE_SIZE, scan

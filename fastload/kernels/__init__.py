@@ -33,13 +33,13 @@ __all__ = [
     "warm_up",
 ]
 
-FIRST_BATCH = ("order", "tarindex", "grouping", "rows", "gather")
+FIRST_BATCH = ("shuffling", "tarindex", "grouping", "rows", "gather")
 """What the first batch needs of compiled code, beside its decoders'."""
 OF_DECODERS = {"image": ("resize",), "integer": ("parse",), "number": ()}
 """What these decoders may need: images only where there is no C unit."""
 
 
-_COMPILER = {"compiler", "declare", "entries", "intrinsics", "jit", "loading", "objects", "plain", "yielding"}
+_COMPILER = {"compiler", "declare", "entries", "intrinsics", "jit", "loading", "objects", "numba_jit", "yielding"}
 
 
 def module_names() -> list[str]:

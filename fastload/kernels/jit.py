@@ -213,11 +213,11 @@ def _compile_ahead(unit: Unit, speaks: bool) -> None:
 
 
 def _compile_plainly(unit: Unit, why: str, speaks: bool) -> None:
-    from fastload.kernels import plain
+    from fastload.kernels import numba_jit
 
-    if speaks and not plain.is_kept(unit.module):
+    if speaks and not numba_jit.is_kept(unit.module):
         _announce_plain(why)
-    plain.bind(unit)
+    numba_jit.bind(unit)
 
 
 @functools.cache

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastload.kernels.declare import array_in, array_out, boolean, float64, helper, int32, int64, kernel, uint64, void
-from fastload.kernels.order import splitmix
+from fastload.kernels.shuffling import splitmix
 
 __all__ = ["NEVER", "fill_steps", "mix", "numbers_of", "shares_at"]
 

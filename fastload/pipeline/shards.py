@@ -26,7 +26,7 @@ from fastload import callers
 from fastload.client.consumer import Consumer
 from fastload.errors import ShardError, StoreError
 from fastload.formats import ShardIndex, indexer_for
-from fastload.pipeline.listing import object_reader
+from fastload.pipeline.shard_listing import object_reader
 from fastload.pipeline.windows import window_chunks
 from fastload.plan import Manifest
 from fastload.store.table import ObjectTable

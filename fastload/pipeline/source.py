@@ -21,7 +21,7 @@ from fastload.client.consumer import Consumer
 from fastload.kernels import FIRST_BATCH, compile_in_background
 from fastload.lifecycle import call_later, is_inherited, on_drop
 from fastload.pipeline import manifest_files
-from fastload.pipeline.listing import attach, find_sidecars, list_shards
+from fastload.pipeline.shard_listing import attach, find_sidecars, list_shards
 from fastload.pipeline.shards import ShardTable
 from fastload.plan import Manifest, next_version
 from fastload.store.table import ObjectTable

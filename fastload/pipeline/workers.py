@@ -42,7 +42,7 @@ from fastload.lifecycle import Ending, held_while_forking
 from fastload.pipeline.finish import Finish, Reseed, reseed_all
 from fastload.pipeline.gather import SharedMemory
 from fastload.transport import Link, LinkClosedError, SharedPool
-from fastload.transport.process import (
+from fastload.transport.worker_process import (
     HOW_TO_SEND,
     freeze_existing_objects,
     how_it_ended,

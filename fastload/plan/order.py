@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from fastload import shares
 from fastload.cached_attribute import cached_attribute
 from fastload.errors import ConfigError
-from fastload.kernels.order import cut, deal
+from fastload.kernels.shuffling import cut, deal
 from fastload.plan.assignment import Assignment
 from fastload.plan.manifest import Manifest
 from fastload.plan.permutation import Bijection, Identity, Permutation, keyed_permutation

@@ -1,8 +1,8 @@
 """Permutations of 0 ... n-1 that belong to a text, the same on every machine and for ever.
 
 Two ways to have one: as an array, which is exactly even over all permutations and costs memory and time for all n
-at once (`kernels.order`); or as a bijection, whose places cost the same whichever are asked for and however many
-there are (`kernels.order`). A text's blake2b gives the words that key them: four little-endian ones of 64 bits for
+at once (`kernels.shuffling`); or as a bijection, whose places cost the same whichever are asked for and however many
+there are (`kernels.shuffling`). A text's blake2b gives the words that key them: four little-endian ones of 64 bits for
 the array, one for each round of the bijection, eight from the text followed by " rounds=0", and so on.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastload.errors import ConfigError
-from fastload.kernels.order import BIJECTION_ITEMS_MAX, BIJECTION_ROUNDS, PERMUTATION_ITEMS_MAX, biject, permute
+from fastload.kernels.shuffling import BIJECTION_ITEMS_MAX, BIJECTION_ROUNDS, PERMUTATION_ITEMS_MAX, biject, permute
 
 
 class Permutation(Protocol):

@@ -21,7 +21,7 @@ from cachetools import LRUCache
 from fastload.cache import ChunkKey
 from fastload.config import MIB
 from fastload.errors import ServiceError
-from fastload.formats.index import HEADER_BYTES, stored_sample_count
+from fastload.formats.shard_index import HEADER_BYTES, stored_sample_count
 from fastload.service import bounded
 from fastload.service.disk_io import DiskEvictor, DiskWatch
 from fastload.service.ports import Ports

@@ -25,10 +25,10 @@ from torch.utils.data.dataloader import (
 
 from fastload.device import NO_MOVER, Mover, mover_to
 from fastload.errors import StateError
-from fastload.torchloader.order import Order, OrderIterator, load_state
+from fastload.torchloader.loader_state import WORKER_ID, SavedState, SavedWorker, snapshot_interval
 from fastload.torchloader.progress import IterationProgress, WorkersProgress
 from fastload.torchloader.randomness import generators_of, preserve_global_generators
-from fastload.torchloader.state import WORKER_ID, SavedState, SavedWorker, snapshot_interval
+from fastload.torchloader.sampling import Order, OrderIterator, load_state
 from fastload.torchloader.worker import DatasetEnded, Worker
 from fastload.transport.packing import Arrived
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from inspect import GEN_CREATED, getgeneratorstate, isgenerator
 from typing import Any
 
-from fastload.torchloader import state as keys
-from fastload.torchloader.order import Mark, OrderIterator, SavedOrder
+from fastload.torchloader import loader_state as keys
+from fastload.torchloader.loader_state import NOT_REPORTED, LoaderState, NotReported, SavedState
 from fastload.torchloader.randomness import Generators, Randomness
-from fastload.torchloader.state import NOT_REPORTED, LoaderState, NotReported, SavedState
+from fastload.torchloader.sampling import Mark, OrderIterator, SavedOrder
 
 
 @dataclass(slots=True)

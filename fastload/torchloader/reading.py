@@ -21,12 +21,12 @@ from torch.utils.data.dataloader import _DatasetKind
 
 from fastload import callers
 from fastload.torchloader.iterators import ResumableIterator, SingleProcessIterator, WorkersIterator
-from fastload.torchloader.order import Mark, OrderIterator, is_stateful, state_of
-from fastload.torchloader.processes import ProcessIterator
+from fastload.torchloader.loader_state import LoaderState, SavedState, read_state, state_for_user
+from fastload.torchloader.process_iterator import ProcessIterator
 from fastload.torchloader.progress import IterationProgress, WorkersProgress
 from fastload.torchloader.randomness import Randomness, generators_of, preserve_global_generators
-from fastload.torchloader.state import LoaderState, SavedState, read_state, state_for_user
-from fastload.torchloader.threads import ThreadIterator
+from fastload.torchloader.sampling import Mark, OrderIterator, is_stateful, state_of
+from fastload.torchloader.thread_iterator import ThreadIterator
 
 
 def has_known_initial_state(loader: Any) -> bool:

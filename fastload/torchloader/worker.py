@@ -7,7 +7,7 @@ data set, also in `get_worker_info()`.
 In a worker process, and only there, three names in torch's module of the worker loop are replaced: the class of the
 message that an iterable data set has ended, to carry the data set's last state; the class that wraps errors, so that an
 error that cannot be pickled is sent as its message, where torch's loop would leave the trainer waiting for ever; and
-the watchdog of the trainer (see `fastload.transport.process`).
+the watchdog of the trainer (see `fastload.transport.worker_process`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from torch.utils.data._utils import worker as torch_worker
 
 from fastload.device import NO_MOVER
 from fastload.errors import WorkerError
-from fastload.torchloader.order import is_stateful, load_state
-from fastload.torchloader.state import (
+from fastload.torchloader.loader_state import (
     NOT_REPORTED,
     LoaderState,
     NotReported,
@@ -41,10 +40,11 @@ from fastload.torchloader.state import (
     without_dataset,
     worker_state,
 )
+from fastload.torchloader.sampling import is_stateful, load_state
 from fastload.transport.bulk_copy import stack_into
 from fastload.transport.packing import Arrived, Packed, Packer
 from fastload.transport.pickling import is_plain
-from fastload.transport.process import Watchdog, freeze_existing_objects, keep_freed_memory
+from fastload.transport.worker_process import Watchdog, freeze_existing_objects, keep_freed_memory
 from fastload.transport.worker_slots import SlotCounters
 
 

@@ -44,7 +44,7 @@ from multiprocessing.util import Finalize, register_after_fork
 from typing import Any, TypeAlias
 
 from fastload.transport.pickling import forking_dumps
-from fastload.transport.process import Watchdog, watchdog_of
+from fastload.transport.worker_process import Watchdog, watchdog_of
 
 _HEAD = struct.Struct("<IIQ")
 _Packet: TypeAlias = tuple[bytes, memoryview]  # a head, and what follows it

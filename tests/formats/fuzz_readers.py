@@ -22,7 +22,7 @@ import xxhash
 
 from fastload.errors import ConfigError, ShardError
 from fastload.formats import ShardIndex, wids
-from fastload.formats.index import HEADER_BYTES, stored_sample_count
+from fastload.formats.shard_index import HEADER_BYTES, stored_sample_count
 from fastload.formats.sidecar import SCHEMA, read_summary
 from tests.formats import fuzzing
 from tests.formats.archives import URL, Member, index, members_of, write

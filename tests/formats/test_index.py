@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastload.errors import ShardError
 from fastload.formats import ShardIndex
-from fastload.formats.index import stored_sample_count
+from fastload.formats.shard_index import stored_sample_count
 from tests.formats.archives import Member, index, members_of, write
 
 URL = "s3://bucket/a.tar"

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastload.errors import ConfigError
-from fastload.kernels.order import BIJECTION_ITEMS_MAX, BIJECTION_ROUNDS, biject
+from fastload.kernels.shuffling import BIJECTION_ITEMS_MAX, BIJECTION_ROUNDS, biject
 from fastload.plan.permutation import Bijection
 
 WORD = (1 << 64) - 1

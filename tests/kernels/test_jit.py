@@ -17,8 +17,8 @@ import pytest
 from fastload.kernels import compile_in_background, declare, jit, loading, warm_up
 from fastload.kernels.copying import copy_bytes
 from fastload.kernels.gather import fill_buckets, gather_pieces
-from fastload.kernels.order import BIJECTION_ROUNDS, biject
 from fastload.kernels.resize import fill_table
+from fastload.kernels.shuffling import BIJECTION_ROUNDS, biject
 from tests.kernels.example import SOURCE, run
 from tests.patience import PATIENCE_S
 
@@ -111,7 +111,7 @@ def test_code_for_every_level_gives_the_same() -> None:
     wanted = np.empty(1000, np.int64)
     biject(keys, 10**9, np.arange(1000), wanted)
     levels = loading.LEVELS[loading.LEVELS.index(loading.level_here()) :]
-    (unit,) = declare.units("fastload.kernels.order")
+    (unit,) = declare.units("fastload.kernels.shuffling")
     number = [each.function.__name__ for each in unit.kernels].index("biject")
     assert len({jit.object_name(unit, level) for level in levels}) == len(levels)
     for code in compiler.compile_unit(unit, levels).values():

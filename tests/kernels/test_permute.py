@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fastload.kernels.order import permute
+from fastload.kernels.shuffling import permute
 from tests.plan import reference
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import IterDataPipe, get_worker_info
 
 import fastload
 from fastload.errors import WorkerError
-from fastload.torchloader.processes import ProcessIterator
+from fastload.torchloader.process_iterator import ProcessIterator
 from fastload.transport.packing import Arrived
 from tests.processes import until
 from tests.programs import Program

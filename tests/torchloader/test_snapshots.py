@@ -14,7 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fastload import DataLoader
 from fastload.errors import ConfigError, StateError
-from fastload.torchloader.state import snapshot_interval
+from fastload.torchloader.loader_state import snapshot_interval
 from tests.torchloader.datasets import (
     Mapped,
     RandomMapped,

@@ -41,10 +41,10 @@ def test_a_worker_reuses_freed_memory(monkeypatch):
 
 
 def test_settings_of_the_user_take_precedence(monkeypatch):
-    from fastload.transport import process
+    from fastload.transport import worker_process
 
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
-    assert not process.keep_freed_memory(1 << 28)
+    assert not worker_process.keep_freed_memory(1 << 28)
 
 
 class Collected(Dataset[list[int]]):

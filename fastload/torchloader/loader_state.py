@@ -28,8 +28,8 @@ from enum import Enum
 from typing import Any
 
 from fastload.errors import StateError
-from fastload.torchloader.order import Mark, SavedOrder, is_stateful, state_of
 from fastload.torchloader.randomness import Randomness
+from fastload.torchloader.sampling import Mark, SavedOrder, is_stateful, state_of
 from fastload.transport.pickling import dump_apart
 
 LoaderState = dict[str, Any]

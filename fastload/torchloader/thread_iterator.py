@@ -27,8 +27,8 @@ from torch.utils.data.dataloader import _DatasetKind
 
 from fastload import callers
 from fastload.torchloader.iterators import LoaderView, WorkersIterator
-from fastload.torchloader.order import is_stateful
-from fastload.torchloader.state import SavedState
+from fastload.torchloader.loader_state import SavedState
+from fastload.torchloader.sampling import is_stateful
 from fastload.torchloader.thread_workers import (
     NO_EPOCH,
     Answer,

@@ -19,13 +19,13 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from fastload import callers
 from fastload.errors import WorkerError
 from fastload.torchloader.iterators import LoaderView, WorkersIterator
-from fastload.torchloader.order import is_stateful
-from fastload.torchloader.state import WORKER_ID, LoaderState, SavedState
+from fastload.torchloader.loader_state import WORKER_ID, LoaderState, SavedState
+from fastload.torchloader.sampling import is_stateful
 from fastload.torchloader.worker import WorkerCollate, WorkerInit, wrapped_dataset
 from fastload.transport.once import Once
 from fastload.transport.packing import Arrived, Receiver
-from fastload.transport.process import HOW_TO_SEND, how_it_ended, is_unsendable
 from fastload.transport.queue import Queue
+from fastload.transport.worker_process import HOW_TO_SEND, how_it_ended, is_unsendable
 from fastload.transport.worker_slots import SlotCounters
 
 # Free memory that the workers of an iteration keep for reuse: all together, and the least for one.
