@@ -182,13 +182,14 @@ def _load(unit: Unit) -> bool:
 def _compile(modules: Sequence[str]) -> None:
     """Compile and load what these have that is not loaded yet; one process says so at once, and how far it is."""
     began = said = time.monotonic()
-    why, speaks = why_plain(), False
+    speaks = False
     for number, module in enumerate(modules, 1):
         with _lock, objects.alone():
             unit = _pending(module)
             if unit is None or _load(unit):
                 continue  # another thread or process has compiled it meanwhile
             speaks = speaks or objects.is_first_to_compile()
+            why = why_plain()  # here, since it imports numba, which a process that has only waited does not need
             if why is not None:
                 _compile_plainly(unit, why, speaks)
             else:
