@@ -31,7 +31,7 @@ from fastload.client import Consumer
 from fastload.client import Handle as Cache
 from fastload.config import MIB
 from fastload.demo.weed import WeedServer
-from fastload.service import control
+from fastload.service import request_limit
 from fastload.store.types import ObjectInfo
 
 BUCKET = "bench"
@@ -222,8 +222,8 @@ def slow(place: Place, profile: Profile, seconds: float, report: Report) -> None
     now = replace(profile, delay_s=0.02, slow_every=100, slow_s=50 * (0.02 + MIB / 80e6))
     place.proxy.change(now)
     stalls = {}
-    for name, share in (("with", control.SHARE_MAX), ("without", 0.0)):
-        with mock.patch.object(control, "SHARE_MAX", share):
+    for name, share in (("with", request_limit.SHARE_MAX), ("without", 0.0)):
+        with mock.patch.object(request_limit, "SHARE_MAX", share):
             found = place.read(4 * seconds, from_s=2.0, mb_per_s=50.0, depth=2 * BATCH_CHUNKS, chunk_bytes=MIB)
         stalls[name] = found.waited_s
         requests = sum(each["requests"] for each in found.node["endpoints"].values())  # type: ignore[attr-defined]

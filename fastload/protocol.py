@@ -258,7 +258,7 @@ class Failed(Message, tag="failed"):
 
 
 class Recall(Message, tag="recall"):
-    """Somebody needs the room: release these, or say `Pinned`."""
+    """The room is needed: release these, or say `Pinned`."""
 
     chunks: list[int]
 

@@ -15,7 +15,7 @@ WINDOWS = 0.5
 
 TRANSIT_LEAST, TRANSIT_MOST = 0.25, 0.5
 """How far ahead prefetching may displace what is used later: a quarter of a large arena, where requests need more as
-much as they need, but never most of a small one (`service.plans`)."""
+much as they need, but never most of a small one (`service.eviction`)."""
 
 WRITE_QUEUE = 0.75
 """Chunks that wait to be written to disk: what is left lets training go on (`service.disk_io`)."""

@@ -1,7 +1,7 @@
 """Temp files that say whose they are.
 
 A file is written under a temp name beside its place and renamed when it is whole. The name carries the
-writer's process id and the time when that process started (in the kernel's ticks since boot), so that whoever
+writer's process id and the time when that process started (in the kernel's ticks since boot), so that a process that
 finds the file later can tell a write in progress from what a killed process left: ids are used again, the
 pair is not. A writer that this machine does not show, in another pid namespace for example, looks dead; if
 its file is swept, its rename fails and it has lost one write. So does a zombie, which has a number and an entry in

@@ -69,7 +69,7 @@ _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 
 
 class EndpointSummary(msgspec.Struct, frozen=True):
-    """What was learnt of one endpoint of a store: see `service.control.Learnt`. `first_byte_s` -1: it does not say."""
+    """What was learnt of one endpoint of a store: see `request_limit.Learnt`. `first_byte_s` -1: it is unknown."""
 
     limit: _Count
     bytes_per_s: _Figure

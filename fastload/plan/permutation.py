@@ -1,9 +1,10 @@
 """Permutations of 0 ... n-1 that belong to a text, the same on every machine and for ever.
 
 Two ways to have one: as an array, which is exactly even over all permutations and costs memory and time for all n
-at once (`kernels.shuffling`); or as a bijection, whose places cost the same whichever are asked for and however many
-there are (`kernels.shuffling`). A text's blake2b gives the words that key them: four little-endian ones of 64 bits for
-the array, one for each round of the bijection, eight from the text followed by " rounds=0", and so on.
+at once (`permute`); or as a bijection, whose places cost the same whichever are asked for and however many
+there are (`biject`), both in `kernels.shuffling`. A text's blake2b gives the words that key them: four little-endian
+ones of 64 bits for the array, one for each round of the bijection, eight from the text followed by " rounds=0", and so
+on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """`python -m fastload.service`: a cache directory's service as a process of its own.
 
-Whoever starts it passes the writing end of a pipe, on which one line of JSON says how that went: `{"status": "ready"}`,
-`{"status": "taken"}` where another service has the directory, or `{"status": "error", "error": [type, message]}`.
+The starting process passes the writing end of a pipe, on which one line of JSON says how that went: `{"status":
+"ready"}`, `{"status": "taken"}` where another service has the directory, or `{"status": "error", "error": [type,
+message]}`.
 
 With `--detach` the process forks at once, before it has threads, and the service is the child: in a session of its own
 and without a parent, so that the process that started it need not wait for its end. The parent ends right away.

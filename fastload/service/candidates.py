@@ -1,4 +1,6 @@
-"""What to load next: chunks that are wanted, that plans will need, and that warm plans ask for."""
+"""What to load next (`Candidates`): chunks that are wanted, that plans will need, and that warm plans ask for; and the
+progress of warm plans (`Warming`).
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,11 @@ from collections.abc import Iterator
 from itertools import chain
 
 from fastload.service import scheduler
-from fastload.service.control import Endpoints
 from fastload.service.disk_io import WriteBehind
 from fastload.service.eviction import transit
 from fastload.service.plans import WarmPlan
 from fastload.service.records import Records
+from fastload.service.request_limit import Endpoints
 from fastload.service.scheduler import Candidate, Need
 from fastload.service.state import Chunk, ConsumerState, WriteState
 

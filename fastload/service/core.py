@@ -24,7 +24,6 @@ from fastload.rendezvous import ServiceLocation
 from fastload.service import admin, scheduler
 from fastload.service.admin import Clearing, Queries
 from fastload.service.candidates import Candidates, Warming
-from fastload.service.control import Endpoints
 from fastload.service.disk_io import DISK_DEADLINE_S, DiskEvictor, DiskWatch, Quota, WriteBehind
 from fastload.service.fetches import Fetches
 from fastload.service.indexes import IndexCache
@@ -34,6 +33,7 @@ from fastload.service.ports import Ports
 from fastload.service.recording import WRITE_AFTER_S, Recording
 from fastload.service.records import Records
 from fastload.service.replay import Replay, ReplayPlan
+from fastload.service.request_limit import Endpoints
 from fastload.service.residency import Residency
 from fastload.service.scheduler import Capacity, Drop, Load, RecallChunk
 from fastload.service.state import ConsumerState, Plan
@@ -216,7 +216,7 @@ class Core:
         consumer.append(self._objects.use_rows(message.rows, endpoint))
 
     def _read(self, consumer: ConsumerState, chunk_nos: list[int]) -> None:
-        """What the history hears of it. Of a plan to warm the cache, it hears what that has come to instead."""
+        """Record reads in the history. A warm plan is recorded by its progress instead."""
         if isinstance(consumer.plan, WarmPlan):
             return
         for chunk_no in chunk_nos:

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from fastload.service.control import Endpoint, Endpoints
 from fastload.service.ports import Ports
 from fastload.service.records import Records
+from fastload.service.request_limit import Endpoint, Endpoints
 from fastload.service.state import Chunk
 from fastload.store.watch import Attempt, Watch
 

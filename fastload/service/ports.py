@@ -18,7 +18,7 @@ from fastload.cache import Arena, CacheDirectory, ChunkKey, DiskTier
 from fastload.config import CacheLimits
 from fastload.history.archive import Archive
 from fastload.rendezvous import ServiceLocation
-from fastload.service.control import REQUESTS_MAX, Hedger, requests_max
+from fastload.service.request_limit import REQUESTS_MAX, Hedger, requests_max
 from fastload.service.state import Chunk
 from fastload.service.stores import Opener, StoreTable
 from fastload.service.threads import Pools, Populator

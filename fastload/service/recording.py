@@ -23,8 +23,8 @@ from fastload.history.archive import Archive
 from fastload.history.library import Library
 from fastload.history.record import RecordedReads, Recorder
 from fastload.history.runfile import EndpointSummary
-from fastload.service.control import Endpoints, Learnt
 from fastload.service.ports import Ports
+from fastload.service.request_limit import Endpoints, Learnt
 from fastload.service.state import ConsumerState, ObjectEntry
 
 log = logging.getLogger("fastload.service")

@@ -34,7 +34,8 @@ log = logging.getLogger("fastload.service")
 _UNSENT_BYTES_MAX = 4 * protocol.FRAME_BYTES_MAX
 # A service to which no consumer connects at all, although one started it for that.
 _FIRST_CONSUMER_S = 10.0
-# Whoever connects says so long nothing at most. It says hello at once, but may be one of hundreds on a busy machine.
+# A connection may stay silent for so long before its hello. It says hello at once, but may be one of hundreds on a busy
+# machine.
 _HELLO_S = 20.0
 # Without descriptors or memory for another connection, the next look is so much later; who waits is in the queue.
 _ACCEPT_AGAIN_S = 0.5

@@ -20,14 +20,14 @@ from typing import Any
 import msgspec
 
 from fastload.errors import AccessDeniedError
-from fastload.service import control
+from fastload.service import request_limit
 from fastload.store import Counters, RequestOptions, StoreOptions, Watched, open_store, resolve, store_root
 from fastload.store.listing import present
 from fastload.store.types import ObjectInfo, Store
 from fastload.store.watch import Watch
 
 # No limit: how many are sent at a time is for `control`, and what lists and reads besides is little.
-_REQUESTS_MAX = 4 * control.REQUESTS_MAX
+_REQUESTS_MAX = 4 * request_limit.REQUESTS_MAX
 
 # Open at a time, besides those in use: each keeps its last connection, and single objects may come from any number of
 # hosts.

@@ -9,9 +9,9 @@ from fastload.cache import ChunkKey, object_id
 from fastload.config import CacheLimits
 from fastload.pipeline.windows import Window, window_chunks
 from fastload.plan import BatchEntry
-from fastload.service.control import Hedger
 from fastload.service.core import Core
 from fastload.service.ports import Ports, Warnings
+from fastload.service.request_limit import Hedger
 from fastload.simulate.clock import VirtualLoop
 from fastload.simulate.consumer import SimulatedConsumer
 from fastload.simulate.data import Data, SimulatedShards

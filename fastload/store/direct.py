@@ -34,7 +34,7 @@ from fastload.errors import ConfigError
 from fastload.store import settings
 from fastload.store.answers import is_strong
 from fastload.store.environment import as_bool
-from fastload.store.httpreader import HttpReader, trusts_somebody
+from fastload.store.httpreader import HttpReader, has_trusted_roots
 from fastload.store.options import StoreOptions
 from fastload.store.proxies import proxy_for
 from fastload.store.replies import ASK
@@ -107,7 +107,7 @@ def direct_s3_reader(bucket: str, options: StoreOptions, store: S3Store) -> Dire
     proxy = proxy_for(origin, said)
     if not said.keys() <= _UNDERSTOOD or bucket.endswith(EXPRESS) or (proxy is not None and not proxy.is_http):
         return None
-    if origin.startswith("https:") and certificate is None and not trusts_somebody():
+    if origin.startswith("https:") and certificate is None and not has_trusted_roots():
         return None
 
     def make_reader(origin: str) -> HttpReader:

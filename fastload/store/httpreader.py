@@ -304,7 +304,7 @@ def _context(root_certificate: str | None) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=file, capath=folder, cadata=root_certificate)
 
 
-def trusts_somebody() -> bool:
+def has_trusted_roots() -> bool:
     """Whether Python's OpenSSL knows of any certificates; builds that look in the wrong place have none."""
     file, folder = _authorities()
     return file is not None or (folder is not None and bool(os.listdir(folder)))

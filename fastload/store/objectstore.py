@@ -369,11 +369,11 @@ def _open_s3(bucket: str, options: StoreOptions, config: dict[str, str], clients
         }
         known["credential_provider"] = lambda: credential
     elif not settings.S3_WAYS & known.keys() and as_bool(dict(options.extra).get("metadata_disabled")):
-        known["credential_provider"] = _nobody
+        known["credential_provider"] = _no_credentials
     return S3Store(bucket, client_options=clients, retry_config=retries, **known)
 
 
-def _nobody() -> Any:
+def _no_credentials() -> Any:
     raise RuntimeError("AWS_EC2_METADATA_DISABLED forbids requests to the metadata server")
 
 

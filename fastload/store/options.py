@@ -8,7 +8,7 @@ whose settings no other tool has.
 
 What wins: `storage_options`, then the variables, then the profile. Credentials are taken whole from
 one place: a key from one and a session token from another would be refused by the store with a message that
-helps nobody. Where none are found the machine's (instance metadata) are left to obstore. Files that are renewed
+does not help. Where none are found the machine's (instance metadata) are left to obstore. Files that are renewed
 (tokens of web identities) cross as their paths, which the service can read as well, being the same user's.
 """
 

@@ -4,8 +4,9 @@ torch's iterators are kept, so that order, seeds, checks and messages are torch'
 from worker processes through reused shared memory (`fastload.transport.packing`), and an iteration can save its
 position and resume from one.
 
-`reading` is what a loader holds and the place to start. `iterators`, `processes` and `threads` are the iterators, for
+`reading` is what a loader holds and the place to start. `iterators`, `process_iterator` and `thread_iterator` are for
 the calling thread, worker processes and worker threads; `worker` is what runs in a worker beside torch's code, and
-`thread_workers` starts and stops the threads. `order` is a sampler that can resume, `progress` counts what was
-delivered, and `state` is the layout of a saved state.
+`thread_workers` starts and stops the threads. `sampling` is a sampler that can resume (by the random state that
+`randomness` keeps), `progress` counts what was delivered, `loader_state` is the layout of a saved state, and
+`worker_info` answers torch's `get_worker_info()` in threads.
 """

@@ -4,7 +4,7 @@
 whose methods they call, so it acts at the right moments: after the base has drawn the seed and before a worker is
 started; after the base has created the sampler's iterator and before that is asked for an index.
 `SingleProcessIterator` is the one without workers. `WorkersIterator` is the base of those with worker processes
-(`processes`) and threads (`threads`).
+(`process_iterator`) and threads (`thread_iterator`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 So its checkpoints can be read here, and tools that inspect a state find torchdata's keys. Without worker processes a
 state is one dict; with them, one for the trainer's part (`_snapshot`, `_main_snapshot`) and one for each worker.
-fastload adds these keys: `_order`, the random state that an order is drawn from (see `order`); `_batches`, how many
+fastload adds these keys: `_order`, the random state that an order is drawn from (see `sampling`); `_batches`, how many
 batches of a worker were delivered; `_failed`, which turns since the snapshot were errors; and `_next`, the random state
 for the next epoch's order, once an epoch is over.
 

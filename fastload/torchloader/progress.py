@@ -2,7 +2,8 @@
 
 With workers, some batches are in flight, not delivered. For each index that was dispatched, the order's `Mark` is kept
 until all earlier indexes were delivered; for each worker, the state that came with its last delivered batch. Where a
-batch came without one (see `state`), the position before it is kept as a `Snapshot` until all states are known again.
+batch came without one (see `loader_state`), the position before it is kept as a `Snapshot` until all states are known
+again.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def lent(memory: Bytes, collected: deque[Collected[T]], what: T) -> Bytes:
 
 
 class _Lent(MemoryOwner, Generic[T]):
-    """The base object of a lent array. `__del__` costs half of what a `weakref.finalize` does."""
+    """The base object of a lent array. `__del__` costs half of what a finalizer (`lifecycle.on_drop`) does."""
 
     __slots__ = ("_collected", "_forks", "_memory", "_what")
 

@@ -14,8 +14,8 @@ from fastload import protocol
 from fastload.cache import CacheDirectory
 from fastload.client import Handle as Cache
 from fastload.errors import ConfigError
-from fastload.service.control import AT_FIRST, SHARE_MAX, Hedger
 from fastload.service.core import Core
+from fastload.service.request_limit import AT_FIRST, SHARE_MAX, Hedger
 from fastload.store.answers import ThrottledError
 from fastload.store.watch import Attempt, Outcome
 from tests.service.helpers import CHUNK_BYTES, random_bytes

@@ -11,9 +11,9 @@ from fastload.config import CacheLimits
 from fastload.errors import AccessDeniedError, ObjectChangedError, StoreError, StoreUnavailableError
 from fastload.service import buffers
 from fastload.service.buffers import _status
-from fastload.service.control import SHARE_MAX
 from fastload.service.core import Core
 from fastload.service.ports import Ports, Warnings
+from fastload.service.request_limit import SHARE_MAX
 from fastload.service.state import Chunk, ChunkState, RecallState, WriteState
 from fastload.service.stores import options_gone
 from fastload.simulate.clock import VirtualLoop

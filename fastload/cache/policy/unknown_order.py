@@ -1,8 +1,6 @@
-"""What the policies for an unknown order have in common: keys that are held, used, and given up one by one.
+"""Policies for an unknown order, LRU and SIEVE, and `least`, the choice of the few least of many.
 
-The few least of many: what goes, among all that is held.
-
-LRU: what was read longest ago goes first.
+All hold keys that are used, and given up one by one. LRU: what was read longest ago goes first.
 
 SIEVE (Zhang et al., NSDI 2024): what is held stays in the order in which it came, and a hand goes along it.
 

@@ -51,7 +51,7 @@ REQUESTS_MAX = 256
 @dataclass(frozen=True, slots=True)
 class Tuning:
     """The numbers of `Controller`, side by side. What they come to is seen in `bench.prefetch`, and over stores of
-    several kinds in `tests/service/test_control.py`.
+    several kinds in `tests/service/test_request_limit.py`.
     """
 
     # The start
