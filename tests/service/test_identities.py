@@ -32,8 +32,8 @@ SECRET = "PLANTED"  # in every poisoned value that is a secret
 
 # Of a job, in a process of its own: it starts the service and stays until its input ends.
 STARTER = """
-import sys, fastload.service
-consumer = fastload.service.Handle(sys.argv[1]).consumer()
+import sys, fastload.client
+consumer = fastload.client.Handle(sys.argv[1]).consumer()
 print("ready", flush=True)
 sys.stdin.read()
 """

@@ -51,7 +51,7 @@ class Stores(VirtualStores):
             error = self._draw.choice(errors)
         resume = self._jobs.suspend()
         byte_count = min(CHUNK_BYTES, info.size - start)
-        self._link.request(self._node, watch, byte_count, lambda failed: resume(failed or error))
+        self._network.request(self._node, watch, byte_count, lambda failed: resume(failed or error))
 
     def head(self, key: str, url: str) -> ObjectInfo:
         missing = StoreUnavailableError("away") if self._draw.random() < self.fail_share else None
