@@ -35,6 +35,7 @@ from bench.chaos.oracle import Data, Oracle
 from bench.chaos.report import as_text
 from bench.chaos.schedule import EVENTS, FAULTS, LIES, events
 from bench.chaos.store import BadStoreProcess, Settings, Stored, certify
+from fastload.cache.disk import take_inventory
 from fastload.demo.weed import WeedServer
 from fastload.store import StoreOptions, open_store
 from fastload.store.types import ObjectInfo
@@ -276,6 +277,9 @@ def _left_behind(folder: Path, cache: Path, expected: set[int | None], shared_me
         ours = damage.descendants(os.getpid()) - expected
         found = [f"left behind: process {pid}: {damage.command_of(pid)[:300]}" for pid in ours]
         found += [f"left behind: {path}" for path in (folder / "tmp").iterdir() if "pymp" not in path.name]
+        take_inventory(
+            cache
+        )  # as the next service does: where calls fail, the removal of a temp file may have been one
         found += [f"left behind: {path}" for path in cache.rglob(".tmp-*")]
         found += [f"left behind: {path}" for path in cache.rglob("*") if path.is_socket()]
         new = set(os.listdir("/dev/shm")) - shared_memory
