@@ -41,7 +41,7 @@ from fastload.dataset_base import BatchOf, Columns, DatasetBase, Made, Row, Samp
 from fastload.decode import Decoder
 from fastload.errors import ConfigError
 from fastload.pipeline.columns import ColumnSet
-from fastload.pipeline.finish import Finish, Function, Maker, SourceMaker
+from fastload.pipeline.finish import BatchBuilder, Finish, Function, SourceBuilder
 from fastload.pipeline.gather import Skips
 from fastload.pipeline.job import Job, PassStart
 from fastload.pipeline.lookup import Lookup
@@ -403,7 +403,7 @@ class StreamingDataset(DatasetBase[Sample]):
 
     def _make(self, numbers: Any, starts: npt.NDArray[np.int64], gives: Literal["batch", "samples"]) -> Any:
         on_batches = self._on_batches if gives == "batch" else ()
-        finish = Finish(Maker((SourceMaker(self.columns, self._on_samples),)), gives, on_batches=on_batches)
+        finish = Finish(BatchBuilder((SourceBuilder(self.columns, self._on_samples),)), gives, on_batches=on_batches)
         return self._lookup.make(np.asarray(numbers, np.int64), starts, self.next_epoch(), finish)
 
     @property
@@ -411,8 +411,8 @@ class StreamingDataset(DatasetBase[Sample]):
         """What finds samples by number, in this process."""
         lookup, source = self._lookup_here, self._source
         if lookup is None or lookup.source is not source:
-            maker = SourceMaker(self.columns, self._on_samples)
-            lookup = self._lookup_here = Lookup(source, maker, self._job.order.seed)
+            builder = SourceBuilder(self.columns, self._on_samples)
+            lookup = self._lookup_here = Lookup(source, builder, self._job.order.seed)
         return lookup
 
     def __getstate__(self) -> dict[str, Any]:

@@ -204,7 +204,7 @@ class DatasetBase(torch.utils.data.IterableDataset[Sample]):
         if info is None or self._resumed is not None:
             self._epochs.go_on_after(resumed.epoch)
         self._resumed = None
-        finish = partial(Finish(current.maker, "samples"), slots=current.slots)
+        finish = partial(Finish(current.builder, "samples"), slots=current.slots)
         run = InlineRun(current.feed, lambda entry: current.make(entry, finish, current.memory), current.waits)
         entries = Iteration(run, current.interrupted, current.end)
         warn = self.warn_once if info is None and not resumed.is_within_epoch else None

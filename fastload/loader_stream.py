@@ -237,7 +237,7 @@ class Stream:
         finish = _finish(loader, self._dataset, current)
         where = where_batches_are_made(loader.workers, loader.num_workers, has_functions=finish.has_functions)
         self._workers = self._workers_for(loader, finish, where)
-        make = _maker(current, finish, self._workers, prepare)
+        make = _batch_function(current, finish, self._workers, prepare)
         if where == "caller":
             return InlineRun(current.feed, make, current.waits)
         pool = self._pool
@@ -297,19 +297,19 @@ def _finish(loader: LoaderSettings, dataset: DatasetBase, current: Pass) -> Fini
     if loader.batch_size is None:
         if dataset.on_batches:
             raise ConfigError("map_batch() functions need batches; give the loader a batch_size")
-        return Finish(current.maker, "samples", collate)
-    return Finish(current.maker, "batch", collate, dataset.on_batches)
+        return Finish(current.builder, "samples", collate)
+    return Finish(current.builder, "batch", collate, dataset.on_batches)
 
 
 def _worker_options(loader: LoaderSettings, finish: Finish, where: str) -> WorkerOptions:
     context = loader.multiprocessing_context
     if context is None or isinstance(context, str):
         context = torch.multiprocessing.get_context(context)
-    processes, lanes = (loader.num_workers, 1) if where == "process" else (1, loader.num_workers)
-    return WorkerOptions(finish, processes, lanes, loader.worker_init_fn, context, loader.timeout, loader.dataset)
+    processes, channels = (loader.num_workers, 1) if where == "process" else (1, loader.num_workers)
+    return WorkerOptions(finish, processes, channels, loader.worker_init_fn, context, loader.timeout, loader.dataset)
 
 
-def _maker(
+def _batch_function(
     current: Pass, finish: Finish, workers: Workers | None, prepare: Callable[[Any], Any]
 ) -> Callable[[Any], Any]:
     """What makes a batch (or the one sample) of an entry, and then prepares it for its delivery."""
@@ -320,8 +320,8 @@ def _maker(
         if workers is None:
             batch = current.make(entry, here, current.memory, is_keyed=is_keyed)
         else:
-            with workers.lend() as lane:
-                batch = current.make(entry, lane.call, lane.memory, is_keyed=is_keyed)
+            with workers.lend() as channel:
+                batch = current.make(entry, channel.call, channel.memory, is_keyed=is_keyed)
         if finish.gives == "samples":
             if not batch:
                 return NOTHING

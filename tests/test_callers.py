@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastload
-from fastload.pipeline.finish import Maker
+from fastload.pipeline.finish import BatchBuilder
 from tests.shards import corpus, tar_of
 
 LIMITS = {"ram_bytes": "16MiB", "disk_bytes": "64MiB", "chunk_bytes": "64KiB"}
@@ -166,7 +166,7 @@ def test_what_is_not_ours_keeps_its_frames(url: str, cache: fastload.Cache, monk
         return 1 / 0
 
     with fastload.DataLoader(fastload.StreamingDataset(url, cache=cache)) as loader:
-        monkeypatch.setattr(Maker, "batch", breaks)
+        monkeypatch.setattr(BatchBuilder, "batch", breaks)
         with pytest.raises(ZeroDivisionError) as caught:
             next(iter(loader))
         assert frames_of_ours(caught.value) > 3

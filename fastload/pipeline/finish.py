@@ -124,7 +124,7 @@ class GatheredBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class SourceMaker:
+class SourceBuilder:
     """Decodes the samples of one source, and applies its functions to them."""
 
     columns: ColumnSet
@@ -205,21 +205,21 @@ class Mixing:
 
 
 @dataclass(frozen=True, slots=True)
-class Maker:
+class BatchBuilder:
     """Makes batches and samples of one data set that is read alone, or (`mixing`) of a mixture."""
 
-    sources: tuple[SourceMaker, ...]
+    sources: tuple[SourceBuilder, ...]
     mixing: Mixing | None = None
 
     @property
     def is_mapped(self) -> bool:
         """Whether samples of a source, or all, go through functions."""
-        return any(maker.functions for maker in self.sources) or bool(self.mixing and self.mixing.functions)
+        return any(builder.functions for builder in self.sources) or bool(self.mixing and self.mixing.functions)
 
     @property
     def has_optional(self) -> bool:
         """Whether samples of a source may lack a column."""
-        return any(maker.columns.optional for maker in self.sources)
+        return any(builder.columns.optional for builder in self.sources)
 
     def batch(self, gathered: GatheredBatch, slots: Slots) -> Batch:
         """A dict with `__key__` and `__url__`, of a mixture `__source__` too; or a tuple of the columns alone."""
@@ -295,7 +295,7 @@ class Finish:
     `default_collate` where no other is given; `on_batches` are applied to batches in the end.
     """
 
-    maker: Maker
+    builder: BatchBuilder
     gives: Literal["batch", "samples"] = "batch"
     collate: Function | None = None
     on_batches: tuple[Function, ...] = field(default=())
@@ -303,34 +303,34 @@ class Finish:
     @property
     def has_functions(self) -> bool:
         """Whether functions of the user are part of it."""
-        return self.maker.is_mapped or self.collate is not None or bool(self.on_batches)
+        return self.builder.is_mapped or self.collate is not None or bool(self.on_batches)
 
     def __call__(self, gathered: GatheredBatch, slots: Slots, reseed: Reseed = lambda key: None) -> Any:
         """The batch, or the samples."""
         seed = gathered.seed
         if self.gives == "samples":
             collate = () if self.collate is None else (self.collate,)
-            samples = self.maker.samples(gathered, reseed)
+            samples = self.builder.samples(gathered, reseed)
             return [apply(collate, sample, "a sample", _of_step(seed, 2), reseed) for sample in samples]
         batch = self._batch(gathered, slots, _of_step(seed, 2), reseed)
         return apply(self.on_batches, batch, "a batch", _of_step(seed, 3), reseed)
 
     def _batch(self, gathered: GatheredBatch, slots: Slots, seed: int | None, reseed: Reseed) -> Any:
-        if not self.maker.is_mapped and self.collate is None:
-            return self.maker.batch(gathered, slots)
-        samples = list(self.maker.samples(gathered, reseed))
+        if not self.builder.is_mapped and self.collate is None:
+            return self.builder.batch(gathered, slots)
+        samples = list(self.builder.samples(gathered, reseed))
         if self.collate is not None:
             return apply((self.collate,), samples, "the samples of a batch", seed, reseed)
         if not samples:
             return []
         for number, sample in enumerate(samples):
             if sample is None:
-                function, which = self.maker.origin(gathered, number)
+                function, which = self.builder.origin(gathered, number)
                 raise ConfigError(
                     f"map({_name(function)}): it returned None for {which}; return the sample, or give the loader a "
                     "collate_fn that takes None"
                 )
-        if self.maker.has_optional:
+        if self.builder.has_optional:
             return collate(samples, collate_fn_map={**default_collate_fn_map, type(None): _as_list})
         return default_collate(samples)
 

@@ -30,7 +30,7 @@ from fastload.decode.plain import Raw
 from fastload.errors import ConfigError, MissingColumnError
 from fastload.kernels.gather import gather_columns, lay_out
 from fastload.pipeline.columns import meant, shown
-from fastload.pipeline.finish import SAMPLE_ERRORS, Gathered, Names, SourceMaker
+from fastload.pipeline.finish import SAMPLE_ERRORS, Gathered, Names, SourceBuilder
 from fastload.pipeline.run import PlanEntry
 from fastload.pipeline.windows import Ints, LiveWindows, LocatedSamples, Values
 from fastload.plan import BatchEntry, Manifest
@@ -204,15 +204,15 @@ class SampleGatherer:
     def __init__(
         self,
         manifest: Manifest,
-        maker: SourceMaker,
+        builder: SourceBuilder,
         live: LiveWindows,
         gatherer: Gatherer,
         seed: int,
         skips: Skips | None = None,
     ) -> None:
-        self.maker = maker
+        self.builder = builder
         self._urls_of = manifest.urls_of
-        self._columns = maker.columns
+        self._columns = builder.columns
         self._seed = seed
         self._live = live
         self._gatherer = gatherer
@@ -242,7 +242,7 @@ class SampleGatherer:
             memory.begin()
             try:
                 gathered = self.gather(part_of_entry(entry, [number]), memory)
-                list(SourceMaker(self._columns).samples(gathered, lambda key: None))
+                list(SourceBuilder(self._columns).samples(gathered, lambda key: None))
             except SAMPLE_ERRORS as error:
                 self._skips.add(entry, error)
             else:

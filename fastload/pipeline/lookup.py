@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
-from fastload.pipeline.finish import Finish, GatheredBatch, SourceMaker
+from fastload.pipeline.finish import Finish, GatheredBatch, SourceBuilder
 from fastload.pipeline.gather import Gatherer, LocalMemory, SampleGatherer
 from fastload.pipeline.source import Session, Source
 from fastload.pipeline.windows import Ints, LiveWindows, Window
@@ -40,9 +40,9 @@ class _View:
 class Lookup:
     """Finds samples by number."""
 
-    def __init__(self, source: Source, maker: SourceMaker, seed: int) -> None:
+    def __init__(self, source: Source, builder: SourceBuilder, seed: int) -> None:
         self.source = source
-        self._maker, self._seed = maker, seed
+        self._builder, self._seed = builder, seed
         self._memory = LocalMemory(source.slots)
         self._lock = threading.Lock()
         self._views: WeakKeyDictionary[Session, _View] = WeakKeyDictionary()
@@ -96,7 +96,7 @@ class Lookup:
         assert manifest is not None, "a session is attached"
         live = LiveWindows(len(manifest))
         gatherer = Gatherer(session.consumer, int(first_chunk[-1]), session.consumer.chunk_bytes)
-        return _View(SampleGatherer(manifest, self._maker, live, gatherer, self._seed), live)
+        return _View(SampleGatherer(manifest, self._builder, live, gatherer, self._seed), live)
 
     def _open(self, view: _View, session: Session, numbers: Ints) -> None:
         """Have the windows of these shards open."""

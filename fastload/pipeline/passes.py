@@ -22,12 +22,12 @@ from fastload.pipeline.columns import ColumnSet
 from fastload.pipeline.feed import Feed, FeedSource
 from fastload.pipeline.finish import (
     SAMPLE_ERRORS,
+    BatchBuilder,
     Function,
     GatheredBatch,
-    Maker,
     Mixing,
     PartOf,
-    SourceMaker,
+    SourceBuilder,
     rows_of_parts,
 )
 from fastload.pipeline.gather import Gatherer, LocalMemory, Memory, SampleGatherer, Skips, part_of_entry
@@ -86,7 +86,7 @@ class Pass:
     cursor: Cursor[Any]
     sources: Sequence[SourcePass]
     feed: Feed[Any]
-    maker: Maker
+    builder: BatchBuilder
     memory: Memory  # for gathered bytes that this process decodes
     waits: Waits
     skips: Skips | None
@@ -100,7 +100,7 @@ class Pass:
             cursor,
             sources,
             Feed(cursor, [each.feed for each in sources]),
-            Maker(tuple(each.gatherer.maker for each in sources), mixing),
+            BatchBuilder(tuple(each.gatherer.builder for each in sources), mixing),
             LocalMemory(sources[0].source.slots),
             JointWaits([each.session.waits for each in sources]),
             skips,
@@ -120,7 +120,7 @@ class Pass:
         """What `finish` makes of an entry's samples, without those that cannot be read where these are skipped. They
         are gathered into `memory`, with a key for each if `is_keyed`.
         """
-        parts, part_of = entry.parts, None if self.maker.mixing is None else entry.part_of
+        parts, part_of = entry.parts, None if self.builder.mixing is None else entry.part_of
         try:
             return finish(self._gather(parts, part_of, memory, is_keyed))
         except SAMPLE_ERRORS:
@@ -195,10 +195,10 @@ def _opened(
     policy = options.policy(is_global=is_scattered)
     consumer.keep(job.own_objects(source), policy)
     reader = (ScatteredReader if is_scattered else WindowReader)(consumer, source.shards, source.first_chunk)
-    maker = SourceMaker(options.columns, options.functions)
+    builder = SourceBuilder(options.columns, options.functions)
     gatherer = SampleGatherer(
         manifest,
-        maker,
+        builder,
         reader.live,
         Gatherer(consumer, int(source.first_chunk[-1]), consumer.chunk_bytes),
         job.order.seed,

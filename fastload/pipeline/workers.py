@@ -6,10 +6,10 @@ threads gather a batch's bytes into memory shared with a worker, hand them over,
 resume, counts between nodes and everything else that is promised of a run hold with workers as they do with threads,
 and a worker that is killed holds nothing that others wait for.
 
-A *lane* is a connection to one thread of a worker. `lanes` is how many batches one worker makes at a time: one, where
-there are several processes; all, where one process makes everything that the trainer's threads would ("side").
+A *channel* is a connection to one thread of a worker. `channels` is how many batches one worker makes at a time: one,
+where there are several processes; all, where one process makes everything that the trainer's threads would ("side").
 
-A worker ends when the trainer's end of a lane is closed, or with the trainer's process, however that ended, and
+A worker ends when the trainer's end of a channel is closed, or with the trainer's process, however that ended, and
 whatever a function is doing meanwhile. It seeds the generators of Python, numpy and torch before it calls the user's
 functions (see `finish`), leaves Ctrl-C to the trainer, and gives torch one thread, as torch's own workers do.
 """
@@ -50,7 +50,7 @@ from fastload.transport.worker_process import (
     keep_freed_memory,
 )
 
-# Free memory that each end of a lane keeps for batches to come.
+# Free memory that each end of a channel keeps for batches to come.
 _RETAINED_BYTES = 256 << 20
 # How long a worker may take to end before it gets a signal.
 _END_S = 5.0
@@ -64,7 +64,7 @@ _starting = held_while_forking(threading.RLock())
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
-    """How batches are made: by `processes` workers, `lanes` at a time in each.
+    """How batches are made: by `processes` workers, `channels` at a time in each.
 
     `init` is called with a worker's number when it starts. A batch that takes longer than `timeout_s`, if that is not
     0, is an error. `dataset` is what the user's functions find in `get_worker_info()`: a copy, which makes no batch.
@@ -72,7 +72,7 @@ class WorkerOptions:
 
     finish: Finish
     processes: int
-    lanes: int
+    channels: int
     init: Callable[[int], None] | None = None
     context: BaseContext | None = None
     timeout_s: float = 0.0
@@ -80,18 +80,18 @@ class WorkerOptions:
 
 
 class Workers:
-    """Processes that make batches. Thread-safe, for as many threads as there are lanes in all."""
+    """Processes that make batches. Thread-safe, for as many threads as there are channels in all."""
 
     def __init__(self, options: WorkerOptions) -> None:
         """Start them. `ConfigError` where the user's functions cannot be pickled, and have to be."""
         self.options = options
-        self._idle: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
-        self._lanes: list[_Lane] = []
+        self._idle: queue.SimpleQueue[_Channel] = queue.SimpleQueue()
+        self._channels: list[_Channel] = []
         self._processes: list[BaseProcess] = []
         self._interrupting = threading.Lock()
         self._interruptions = 0
         # At exit `multiprocessing` ends them.
-        self._ending = Ending(self, _end, self._lanes, self._processes, waits=True, at_exit=False)
+        self._ending = Ending(self, _end, self._channels, self._processes, waits=True, at_exit=False)
         try:
             for number in range(options.processes):
                 with _starting:
@@ -99,26 +99,26 @@ class Workers:
         except BaseException:
             self.close()
             raise
-        for lane in self._lanes:
-            self._idle.put(lane)
+        for channel in self._channels:
+            self._idle.put(channel)
 
     @property
     def is_usable(self) -> bool:
         """Whether all of them live, and belong to this process."""
         ending = self._ending
-        return ending.is_due and not ending.is_inherited and not any(lane.is_broken for lane in self._lanes)
+        return ending.is_due and not ending.is_inherited and not any(channel.is_broken for channel in self._channels)
 
-    def lend(self) -> contextlib.AbstractContextManager[_Lane]:
-        """A lane for the length of a `with` block; there is one for each thread."""
+    def lend(self) -> contextlib.AbstractContextManager[_Channel]:
+        """A channel for the length of a `with` block; there is one for each thread."""
         return self._lent()
 
     @contextlib.contextmanager
-    def _lent(self) -> Iterator[_Lane]:
-        lane = self._idle.get()
+    def _lent(self) -> Iterator[_Channel]:
+        channel = self._idle.get()
         try:
-            yield lane
+            yield channel
         finally:
-            self._idle.put(lane)
+            self._idle.put(channel)
 
     @contextlib.contextmanager
     def interrupted(self) -> Iterator[None]:
@@ -136,8 +136,8 @@ class Workers:
                     self._give_up_at(None)
 
     def _give_up_at(self, when: float | None) -> None:
-        for lane in self._lanes:
-            lane.give_up_at = when
+        for channel in self._channels:
+            channel.give_up_at = when
 
     def close(self) -> None:
         """End them, and wait for that. May be called twice."""
@@ -146,10 +146,10 @@ class Workers:
     def _start(self, number: int) -> None:
         options = self.options
         context = options.context or multiprocessing.get_context()
-        pairs = [socket.socketpair() for _ in range(options.lanes)]
+        pairs = [socket.socketpair() for _ in range(options.channels)]
         mine, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         # What a fork hands down besides is not the worker's to hold: others' ends would never seem closed.
-        others = [*mine, *(lane.sock for lane in self._lanes)] if context.get_start_method() == "fork" else []
+        others = [*mine, *(channel.sock for channel in self._channels)] if context.get_start_method() == "fork" else []
         try:
             process = context.Process(  # type: ignore[attr-defined]  # the contexts' common base does not declare it
                 target=_work,
@@ -168,10 +168,10 @@ class Workers:
             for sock in theirs:
                 sock.close()
         self._processes.append(process)
-        self._lanes += [_Lane(sock, process, options.timeout_s) for sock in mine]
+        self._channels += [_Channel(sock, process, options.timeout_s) for sock in mine]
 
 
-class _Lane:
+class _Channel:
     """One of a worker's threads, as the trainer sees it. `memory` is for the bytes that it is sent."""
 
     def __init__(self, sock: socket.socket, process: BaseProcess, timeout_s: float) -> None:
@@ -233,9 +233,9 @@ class _Lane:
         return what + how_it_ended(self._process, "a function of yours")
 
 
-def _end(lanes: list[_Lane], processes: list[BaseProcess]) -> None:
-    for lane in lanes:
-        lane.close()
+def _end(channels: list[_Channel], processes: list[BaseProcess]) -> None:
+    for channel in channels:
+        channel.close()
     deadline = time.monotonic() + _END_S
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))

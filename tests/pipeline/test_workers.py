@@ -22,13 +22,13 @@ def sleeping(gathered: Any, slots: Any, reseed: Any) -> Any:
     time.sleep(600)
 
 
-def started(make: Callable[..., Any], processes: int = 1, lanes: int = 1) -> Workers:
-    return Workers(WorkerOptions(make, processes, lanes))  # type: ignore[arg-type]  # it is called as a Finish is
+def started(make: Callable[..., Any], processes: int = 1, channels: int = 1) -> Workers:
+    return Workers(WorkerOptions(make, processes, channels))  # type: ignore[arg-type]  # it is called as a Finish is
 
 
 def call(workers: Workers) -> Any:
-    with workers.lend() as lane:
-        return lane.call("gathered")
+    with workers.lend() as channel:
+        return channel.call("gathered")
 
 
 def calls(workers: Workers, count: int) -> list[threading.Thread]:
@@ -73,7 +73,7 @@ def test_workers_end_with_a_trainer_that_is_killed_whatever_they_are_doing(monke
 
 def test_whoever_gives_up_is_not_held_up_by_others_who_did_so_sooner(monkeypatch):
     monkeypatch.setattr("fastload.pipeline.workers._END_S", 0.2)
-    workers = started(sleeping, lanes=2)
+    workers = started(sleeping, channels=2)
     threads = calls(workers, 2)
     until(workers._idle.empty)
     with ExitStack() as still_waiting:
