@@ -3,16 +3,15 @@
 Import what you need from its module (`fastload.kernels.gather`, ...). Loading the kernels of a first batch takes 60 ms;
 compiling them, where that was not done before, some seconds. So a caller that will need them starts early:
 
-    compilation = compile_in_background("tarindex", "gather")     # while the first bytes are on their way
-    ...
-    compilation.join()
+    compile_in_background("tarindex", "gather")     # while the first bytes are on their way
 
-The caller joins the thread, or the interpreter does when it exits. A fork waits until it is between two modules.
+The interpreter joins the thread when it exits. A fork waits until it is between two modules.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,7 +23,6 @@ from fastload.kernels.declare import units
 __all__ = [
     "FIRST_BATCH",
     "OF_DECODERS",
-    "Compilation",
     "compile_in_background",
     "compile_into",
     "is_compiled",
@@ -32,6 +30,8 @@ __all__ = [
     "object_names",
     "warm_up",
 ]
+
+_log = logging.getLogger("fastload.kernels")
 
 FIRST_BATCH = ("shuffling", "tarindex", "grouping", "rows", "gather")
 """What the first batch needs of compiled code, beside its decoders'."""
@@ -100,33 +100,21 @@ def _imported(name: str) -> str:
     return importlib.import_module(f"{__name__}.{name}").__name__
 
 
-class Compilation:
-    """Kernels that are loaded, or compiled, in a thread of their own."""
-
-    def __init__(self, modules: tuple[str, ...]) -> None:
-        self._modules = modules
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="fastload-compile", daemon=False)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            warm_up(*self._modules)
-        except Exception as error:  # handed on by `join`
-            self._error = error
-
-    @property
-    def done(self) -> bool:
-        """Whether `join` would return at once."""
-        return not self._thread.is_alive()
-
-    def join(self) -> None:
-        """Wait for the end and raise what went wrong. May be called twice, and by any thread."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
+def compile_in_background(*modules: str) -> threading.Thread:
+    """Start `warm_up(*modules)` in a thread, and return it. A call of a kernel waits meanwhile for its module."""
+    thread = threading.Thread(target=_warm_up_ahead, args=(modules,), name="fastload-compile", daemon=False)
+    thread.start()
+    return thread
 
 
-def compile_in_background(*modules: str) -> Compilation:
-    """Start `warm_up(*modules)` in a thread. A call of a kernel waits meanwhile for its module."""
-    return Compilation(modules)
+def _warm_up_ahead(modules: tuple[str, ...]) -> None:
+    try:
+        warm_up(*modules)
+    except (
+        Exception
+    ):  # nothing is remembered of it, so the first call of a kernel tries again, and raises what it meets
+        _log.warning(
+            "kernels of %s could not be loaded ahead; the first call of one tries again",
+            ", ".join(modules),
+            exc_info=True,
+        )

@@ -3,7 +3,8 @@
 Only what numba documents is used, so that versions serve which were not tried. numba's index of what it keeps is
 not made for several writers, and it does not see that a function changes which another calls. So what it keeps lies in
 a folder of the user's that belongs to one version of everything, and one process at a time compiles a module
-(`objects.alone`).
+(`objects.alone`). Where numba fails to read or write there (a full disk, one that fails), the process goes on without:
+it compiles that kernel once more, and keeps nothing from then on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dis
 import hashlib
 import sys
+import threading
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -26,11 +28,13 @@ from fastload.kernels.declare import Array, Entry, Generated, Kernel, Scalar, Tu
 __all__ = ["bind", "is_kept"]
 
 _dispatchers: dict[Kernel, Any] = {}
+# Once set, nothing more is kept: what fails would fail again, and each time cost a compilation.
+_folder_fails = threading.Event()
 
 
 def bind(unit: Unit) -> None:
     """Compile a unit's kernels, or load them from the user's folder. One process at a time, and one thread."""
-    folder = objects.writable_folder(_folder_name())
+    folder = None if _folder_fails.is_set() else objects.writable_folder(_folder_name())
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(folder)
     try:
@@ -43,7 +47,10 @@ def bind(unit: Unit) -> None:
 def is_kept(module: str) -> bool:
     """Whether something that was compiled of this module is in the user's folder."""
     folder = objects.writable_folder(_folder_name())
-    return folder is not None and any(folder.rglob(f"{module.rpartition('.')[2]}.*.nbi"))
+    try:
+        return folder is not None and any(folder.rglob(f"{module.rpartition('.')[2]}.*.nbi"))
+    except OSError:  # `bind` will say so
+        return False
 
 
 def _folder_name() -> str:
@@ -60,10 +67,22 @@ def _dispatcher(kernel: Kernel, is_kept: bool) -> Any:
         function = _with_dispatchers(kernel.function, is_kept)
         if isinstance(kernel, Entry):
             signature = _numba_type(kernel.signature.returns)(*map(_numba_type, kernel.signature.arguments))
-            _dispatchers[kernel] = numba.njit(signature, cache=is_kept, **options)(function)
+            _dispatchers[kernel] = _compiled(function, signature, options, is_kept)
         else:  # compiled with its callers, for the types that they pass
             _dispatchers[kernel] = numba.njit(**options)(function)
     return _dispatchers[kernel]
+
+
+def _compiled(function: FunctionType, signature: Any, options: dict[str, Any], is_kept: bool) -> Any:
+    if is_kept and not _folder_fails.is_set():
+        try:
+            return numba.njit(signature, cache=True, **options)(function)
+        except (OSError, RuntimeError) as error:  # RuntimeError: numba found no folder at all that it can write to
+            _folder_fails.set()
+            if isinstance(error, OSError) and not error.filename:  # a write to an open file does not name it
+                error.filename = numba.config.CACHE_DIR
+            objects.say_not_kept(error)
+    return numba.njit(signature, **options)(function)
 
 
 def _with_dispatchers(function: FunctionType, is_kept: bool) -> FunctionType:

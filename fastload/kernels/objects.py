@@ -42,6 +42,7 @@ __all__ = [
     "find_in",
     "is_first_to_compile",
     "keep",
+    "say_not_kept",
     "users_folder",
     "why_not_installed",
     "writable_folder",
@@ -143,7 +144,7 @@ def keep(name: str, code: bytes) -> None:
     try:
         write(users_folder(), name, code)
     except (OSError, UntrustedError) as error:
-        _say_once(f"kernels are compiled in every process anew, since they cannot be kept: {_words(error)}; {_CURE}")
+        say_not_kept(error)
 
 
 def write(folder: Path, name: str, code: bytes, *, is_public: bool = False) -> None:
@@ -184,7 +185,7 @@ def writable_folder(name: str) -> Path | None:
         with _opened(folder.parent), _opened(folder):
             return folder if os.access(folder, os.W_OK | os.X_OK) else None
     except (OSError, UntrustedError) as error:
-        _say_once(f"kernels are compiled in every process anew, since they cannot be kept: {_words(error)}; {_CURE}")
+        say_not_kept(error)
         return None
 
 
@@ -293,6 +294,11 @@ def _series(name: str) -> tuple[str, str]:
     """An object's module and level."""
     start, _, level = name.partition(".")
     return start.rpartition("-")[0], level.removesuffix(".o")
+
+
+def say_not_kept(error: Exception) -> None:
+    """Log, once in a process, that kernels cannot be kept, and why."""
+    _say_once(f"kernels are compiled in every process anew, since they cannot be kept: {_words(error)}; {_CURE}")
 
 
 def _words(error: Exception) -> str:

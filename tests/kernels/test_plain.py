@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,31 @@ def test_nothing_is_kept_where_others_can_write(tmp_path: Path) -> None:
     assert output == "7 8 compiled"
     assert f"others can write {kept}" in log
     assert {path: path.stat().st_mtime_ns for path in kept.rglob("*")} == written
+
+
+# The first write of numba's fails, as on a full disk: no file may grow. Or the first read of its index does.
+FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+UNREADABLE = """
+import errno, numba.core.caching
+def fails(self):
+    raise OSError(errno.EIO, "Input/output error", "the index")
+numba.core.caching.IndexDataCacheFile._load_index = fails
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"), [(FULL, "numba-.*: File too large"), (UNREADABLE, "the index: Input/output error")]
+)
+def test_a_folder_that_fails_only_costs_the_keeping(tmp_path: Path, fault: str, why: str) -> None:
+    source, cache = tmp_path / "source", tmp_path / "cache"
+    output, log = run(source, cache, fault + SOURCE, FASTLOAD_PLAIN_NUMBA="1")
+    assert output == "7 8 compiled"
+    (said,) = [line for line in log.splitlines() if "cannot be kept" in line]
+    assert re.search(f"compiled in every process anew, since they cannot be kept: .*{why}; set FASTLOAD_KERNELS", said)
+    assert "Traceback" not in log
+    assert not list(cache.rglob("*.nbi"))
+    assert run(source, cache, FASTLOAD_PLAIN_NUMBA="1")[0] == "7 8 compiled"
+    assert list(cache.rglob("*.nbi")), "a later process, in which nothing fails, keeps them"
 
 
 def test_nothing_is_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
