@@ -41,11 +41,11 @@ from fastload.dataset_base import BatchOf, Columns, DatasetBase, Made, Row, Samp
 from fastload.decode import Decoder
 from fastload.errors import ConfigError
 from fastload.pipeline.columns import ColumnSet
+from fastload.pipeline.epoch_pass import EpochPass, PassOptions, SourcePass, open_source
 from fastload.pipeline.finish import BatchBuilder, Finish, Function, SourceBuilder
 from fastload.pipeline.gather import Skips
 from fastload.pipeline.job import Job, PassStart
 from fastload.pipeline.lookup import Lookup
-from fastload.pipeline.passes import Pass, PassOptions, SourcePass, open_source
 from fastload.pipeline.source import Source, SourceOptions
 from fastload.plan import (
     OrderOptions,
@@ -345,7 +345,7 @@ class StreamingDataset(DatasetBase[Sample]):
         """Whether samples that cannot be read are left out."""
         return self._passes.skips_errors
 
-    def begin(self, epoch: int, batch_size: int, *, start: Any = None, **options: Any) -> Pass:
+    def begin(self, epoch: int, batch_size: int, *, start: Any = None, **options: Any) -> EpochPass:
         begin = PassStart(epoch) if start is None else PassStart(epoch, start.fingerprints[0], start.samples)
         self.settle({"tail": self.tail, "batch_size": batch_size}, begin)
         skips = Skips() if self.skips_errors else None
@@ -353,7 +353,7 @@ class StreamingDataset(DatasetBase[Sample]):
         try:
             orders = epoch_orders(*self.plan(), epoch)
             cursor = epoch_cursor(orders, self.ranks, batch_size, tail=self.tail, start=start, **options)
-            return Pass.over(cursor, [opened], skips)
+            return EpochPass.over(cursor, [opened], skips)
         except BaseException:
             opened.end()
             raise

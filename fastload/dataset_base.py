@@ -20,11 +20,11 @@ from fastload import callers
 from fastload.arguments import checked_epoch, checked_function
 from fastload.callers import public
 from fastload.errors import ConfigError
+from fastload.pipeline.delivery import InlineRun, Iteration
 from fastload.pipeline.epoch_counter import EpochCounter
+from fastload.pipeline.epoch_pass import EpochPass
 from fastload.pipeline.finish import Finish, Function
-from fastload.pipeline.passes import Pass
 from fastload.pipeline.resume import Delivery, IterationState
-from fastload.pipeline.run import InlineRun, Iteration
 from fastload.plan import Position, Ranks, Split, Tail
 
 # Samples that are gathered together when they are asked for one by one: enough to share the cost of a gather, few
@@ -141,7 +141,7 @@ class DatasetBase(torch.utils.data.IterableDataset[Sample]):
         """Into how many partitions the data is dealt."""
 
     @abstractmethod
-    def begin(self, epoch: int, batch_size: int, **options: Any) -> Pass:
+    def begin(self, epoch: int, batch_size: int, **options: Any) -> EpochPass:
         """Prepare one pass over `epoch`, from `start` on; its `end` must follow. For loaders.
 
         `options`: drop_last, start, worker, split, as cursors have them. Raises `StateError` where `start` belongs to

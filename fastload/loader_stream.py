@@ -22,10 +22,10 @@ from fastload.arguments import checked_epoch
 from fastload.dataset_base import DatasetBase
 from fastload.device import mover_to, pinned
 from fastload.errors import ConfigError, StateError
+from fastload.pipeline.delivery import NOTHING, DecodePool, InlineRun, Iteration, ThreadedRun
+from fastload.pipeline.epoch_pass import EpochPass
 from fastload.pipeline.finish import Finish
-from fastload.pipeline.passes import Pass
 from fastload.pipeline.resume import why_nothing_came
-from fastload.pipeline.run import NOTHING, DecodePool, InlineRun, Iteration, ThreadedRun
 from fastload.pipeline.workers import WorkerOptions, Workers
 from fastload.plan import Position, batch_count_of_rank
 from fastload.stats import EpochMeter, empty_stats
@@ -58,13 +58,13 @@ class _Progress:
 
     epoch: int
     meter: EpochMeter
-    current: Pass | None
-    if_nothing: Callable[[Pass], None]
+    current: EpochPass | None
+    if_nothing: Callable[[EpochPass], None]
     last: Any = None
     batches: int = 0
     ended_at: Position | None = None
 
-    def delivered(self, current: Pass, entry: Any) -> None:
+    def delivered(self, current: EpochPass, entry: Any) -> None:
         """A batch has reached the user."""
         self.last, self.batches = entry, self.batches + 1
         skipped = 0 if current.skips is None else current.skips.take(entry)
@@ -233,7 +233,9 @@ class Stream:
         for iteration in list(self._iterations):
             iteration.close()
 
-    def _start(self, loader: LoaderSettings, current: Pass, prepare: Callable[[Any], Any]) -> ThreadedRun | InlineRun:
+    def _start(
+        self, loader: LoaderSettings, current: EpochPass, prepare: Callable[[Any], Any]
+    ) -> ThreadedRun | InlineRun:
         finish = _finish(loader, self._dataset, current)
         where = where_batches_are_made(loader.workers, loader.num_workers, has_functions=finish.has_functions)
         self._workers = self._workers_for(loader, finish, where)
@@ -259,24 +261,24 @@ class Stream:
         return None if wanted is None else Workers(wanted)
 
 
-def _warning(dataset: DatasetBase, loader: LoaderSettings) -> Callable[[Pass], None]:
+def _warning(dataset: DatasetBase, loader: LoaderSettings) -> Callable[[EpochPass], None]:
     """Warns that an epoch had nothing to give. It holds no reference to the loader."""
     batch_size, drop_last = loader.batch_size or 1, loader.drop_last
 
-    def warn(current: Pass) -> None:
+    def warn(current: EpochPass) -> None:
         dataset.warn_once(why_nothing_came(current.cursor, batch_size, drop_last=drop_last))
 
     return warn
 
 
 @contextmanager
-def _interrupted(current: Pass, workers: Workers | None) -> Iterator[None]:
+def _interrupted(current: EpochPass, workers: Workers | None) -> Iterator[None]:
     """While it is entered, waits for bytes or for workers end."""
     with current.interrupted(), workers.interrupted() if workers is not None else nullcontext():
         yield
 
 
-def _release(current: Pass, progress: _Progress) -> None:
+def _release(current: EpochPass, progress: _Progress) -> None:
     """An iteration is over: its statistics are final, and its session may serve another."""
     progress.meter.stop()
     current.end()
@@ -291,7 +293,7 @@ def where_batches_are_made(workers: str, num_workers: int, *, has_functions: boo
     return workers
 
 
-def _finish(loader: LoaderSettings, dataset: DatasetBase, current: Pass) -> Finish:
+def _finish(loader: LoaderSettings, dataset: DatasetBase, current: EpochPass) -> Finish:
     """What is done with gathered samples, as loader and data set say."""
     collate = loader.collate_fn if _is_custom(loader.collate_fn) else None
     if loader.batch_size is None:
@@ -310,7 +312,7 @@ def _worker_options(loader: LoaderSettings, finish: Finish, where: str) -> Worke
 
 
 def _batch_function(
-    current: Pass, finish: Finish, workers: Workers | None, prepare: Callable[[Any], Any]
+    current: EpochPass, finish: Finish, workers: Workers | None, prepare: Callable[[Any], Any]
 ) -> Callable[[Any], Any]:
     """What makes a batch (or the one sample) of an entry, and then prepares it for its delivery."""
     here = partial(finish, slots=current.slots)

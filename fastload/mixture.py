@@ -21,10 +21,10 @@ from fastload.dataset import StreamingDataset
 from fastload.dataset_base import BatchOf, DatasetBase, Made, Row, Sample, Unsaid
 from fastload.errors import ConfigError
 from fastload.kernels import compile_in_background
+from fastload.pipeline.epoch_pass import EpochPass
 from fastload.pipeline.finish import Function, Mixing
 from fastload.pipeline.gather import Skips
 from fastload.pipeline.job import PassStart
-from fastload.pipeline.passes import Pass
 from fastload.plan import (
     MixtureOptions,
     Position,
@@ -160,7 +160,7 @@ class Mixture(DatasetBase[Sample]):
         """Into how many partitions each source is dealt."""
         return self._sources[0].partitions
 
-    def begin(self, epoch: int, batch_size: int, **options: Any) -> Pass:
+    def begin(self, epoch: int, batch_size: int, **options: Any) -> EpochPass:
         if not self._is_compiling:
             self._is_compiling = True
             compile_in_background("mixing")
@@ -173,7 +173,7 @@ class Mixture(DatasetBase[Sample]):
                 undoing.callback(opened[-1].end)
             plans = [dataset.plan() for dataset in self._sources]
             cursor = mixture_cursor(plans, self._options, epoch, self.ranks, batch_size, tail=self.tail, **options)
-            begun = Pass.over(cursor, opened, skips, Mixing(self._names, self._on_samples))
+            begun = EpochPass.over(cursor, opened, skips, Mixing(self._names, self._on_samples))
             undoing.pop_all()
         return begun
 

@@ -204,8 +204,8 @@ end_at_exit()
 THREADS = """
 import time
 import torch
-import fastload.pipeline.run
-from fastload.pipeline.run import DecodePool
+import fastload.pipeline.delivery
+from fastload.pipeline.delivery import DecodePool
 from fastload.lifecycle import call_later
 
 class Slow:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastload
-from fastload.pipeline.run import RunClosedError
+from fastload.pipeline.delivery import RunClosedError
 from tests.patience import PATIENCE_S
 from tests.processes import until
 from tests.programs import run

@@ -30,8 +30,8 @@ from fastload.decode.plain import Raw
 from fastload.errors import ConfigError, MissingColumnError
 from fastload.kernels.gather import gather_columns, lay_out
 from fastload.pipeline.columns import meant, shown
+from fastload.pipeline.delivery import PlanEntry
 from fastload.pipeline.finish import SAMPLE_ERRORS, Gathered, Names, SourceBuilder
-from fastload.pipeline.run import PlanEntry
 from fastload.pipeline.windows import Ints, LiveWindows, LocatedSamples, Values
 from fastload.plan import BatchEntry, Manifest
 from fastload.transport import SharedPool

@@ -54,6 +54,16 @@ class BufferTable:
         """How many buffers hold nothing."""
         return len(self._free)
 
+    def stats(self) -> dict[str, int]:
+        """How many buffers are in which state."""
+        count = np.bincount(self.status, minlength=QUARANTINED + 1).tolist()
+        return {
+            "buffers": self.count,
+            "buffers_free": count[FREE],
+            "buffers_leased": count[LEASED] + count[STUCK],
+            "buffers_stranded": count[QUARANTINED],
+        }
+
     @property
     def quarantined_count(self) -> int:
         """How many buffers cannot be used because a read or write hangs."""
@@ -185,7 +195,7 @@ class BufferTable:
         return int(np.count_nonzero(self._has(statuses)))
 
     def _has(self, statuses: Iterable[int]) -> npt.NDArray[np.bool_]:
-        """Which have one of these; twice a turn, so not `np.isin`, which takes 30 us whatever there is."""
+        """Which have one of these; twice a tick, so not `np.isin`, which takes 30 us whatever there is."""
         wanted = np.zeros(QUARANTINED + 1, bool)
         wanted[list(statuses)] = True
         return wanted[self.status]

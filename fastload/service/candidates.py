@@ -11,24 +11,24 @@ from fastload.service import scheduler
 from fastload.service.disk_io import WriteBehind
 from fastload.service.eviction import transit
 from fastload.service.plans import WarmPlan
-from fastload.service.records import Records
 from fastload.service.request_limit import Endpoints
 from fastload.service.scheduler import Candidate, Need
+from fastload.service.shared_state import SharedState
 from fastload.service.state import Chunk, ConsumerState, WriteState
 
 
 class Warming:
     """Sees warm plans through: what becomes of their chunks, when they end, and their progress."""
 
-    def __init__(self, records: Records, writer: WriteBehind) -> None:
-        self._records, self._plans, self._table, self._writer = records, records.plans, records.table, writer
+    def __init__(self, shared: SharedState, writer: WriteBehind) -> None:
+        self._shared, self._plans, self._table, self._writer = shared, shared.plans, shared.table, writer
 
     def write_resident(self, plan: WarmPlan) -> None:
         """Chunks that a new plan finds in RAM need no fetching, only writing."""
         for chunk in list(plan.resident()):
             if chunk.write is not WriteState.NONE:
                 plan.taken(chunk)
-            elif not self._records.on_disk(chunk.entry, chunk.index) and self._writer.admit(chunk, patient=True):
+            elif not self._shared.on_disk(chunk.entry, chunk.index) and self._writer.admit(chunk, patient=True):
                 plan.taken(chunk)
                 self._table.refresh(chunk)
 
@@ -42,7 +42,7 @@ class Warming:
     def not_written(self, chunk: Chunk, plans: list[WarmPlan]) -> None:
         """It need not be written for these plans, or cannot be."""
         for plan in plans:
-            held = not plan.to_disk or self._records.on_disk(chunk.entry, chunk.index)
+            held = not plan.to_disk or self._shared.on_disk(chunk.entry, chunk.index)
             plan.settle(chunk, held=held)
             plan.full |= not held
 
@@ -65,7 +65,7 @@ class Warming:
         """
         waits_s = [
             self._tend(consumer, consumer.plan, now)
-            for consumer in self._records.consumers
+            for consumer in self._shared.consumers
             if isinstance(consumer.plan, WarmPlan)
         ]
         return min((wait_s for wait_s in waits_s if wait_s is not None), default=None)
@@ -87,13 +87,13 @@ class Warming:
 class Candidates:
     """What should be in RAM and is not, over all consumers, in order of need: for one decision of the scheduler."""
 
-    def __init__(self, records: Records, warming: Warming, endpoints: Endpoints) -> None:
-        self._records, self._warming, self._endpoints = records, warming, endpoints
+    def __init__(self, shared: SharedState, warming: Warming, endpoints: Endpoints) -> None:
+        self._shared, self._warming, self._endpoints = shared, warming, endpoints
 
     def by_need(self) -> Iterator[Candidate]:
         """Lazy: how many are looked at is for the scheduler to say."""
-        leases, plans, on_disk = self._records.leases, self._records.plans, self._records.on_disk
-        ahead = transit(self._records.table.count, self._endpoints.limit)
+        leases, plans, on_disk = self._shared.leases, self._shared.plans, self._shared.on_disk
+        ahead = transit(self._shared.table.count, self._endpoints.limit)
         return chain(
             (self._candidate(chunk, Need.DEMANDED) for chunk in leases.demanded),
             (self._candidate(chunk, Need.WANTED) for chunk in leases.wanted),
@@ -106,5 +106,5 @@ class Candidates:
         consumer, _ = next(iter(chunk.wanters))
         if consumer.plan is not None:
             distance = max(0, consumer.plan.position(chunk.entry, chunk.index) - consumer.plan.cursor)
-        on_disk = self._records.on_disk(chunk.entry, chunk.index)
+        on_disk = self._shared.on_disk(chunk.entry, chunk.index)
         return Candidate(chunk.entry, chunk.index, need, distance, on_disk, consumer.plan)

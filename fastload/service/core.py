@@ -1,9 +1,9 @@
-"""The owner of all cache state of a node: takes their messages, decides, and has it carried out.
+"""The owner of all cache state of a node: it receives consumers' messages, decides, and has that carried out.
 
 Everything here runs in one thread, the loop's. What blocks runs in pools and comes back as a call into this thread,
-so there is no lock and no half-changed state. Each event (a message, a finished read or write) changes the records
-and asks for a *turn*; a turn, run once for any number of events, lets the scheduler look at what is wanted and at the
-buffers, carries out what it decides, and sends the mail that came up.
+so there is no lock and no half-changed state. Each event (a message, a finished read or write) changes the state and
+asks for a *tick*. A tick, run once for any number of events, lets the scheduler look at what is wanted and at the
+buffers, carries out what it decides, and sends each consumer its grants and recalls.
 
 What becomes of a chunk, from its loading to its end, is carried out by `residency`.
 
@@ -21,21 +21,22 @@ from typing import Any
 from fastload import protocol
 from fastload.errors import CacheError
 from fastload.rendezvous import ServiceLocation
-from fastload.service import admin, scheduler
-from fastload.service.admin import Clearing, Queries
+from fastload.service import scheduler
 from fastload.service.candidates import Candidates, Warming
+from fastload.service.clearing import Clearing
 from fastload.service.disk_io import DISK_DEADLINE_S, DiskEvictor, DiskWatch, Quota, WriteBehind
 from fastload.service.fetches import Fetches
 from fastload.service.indexes import IndexCache
 from fastload.service.openings import Openings, Versions
 from fastload.service.plans import WarmPlan
-from fastload.service.ports import Ports
+from fastload.service.queries import Queries
 from fastload.service.recording import WRITE_AFTER_S, Recording
-from fastload.service.records import Records
 from fastload.service.replay import Replay, ReplayPlan
 from fastload.service.request_limit import Endpoints
 from fastload.service.residency import Residency
+from fastload.service.resources import Disk, Resources
 from fastload.service.scheduler import Capacity, Drop, Load, RecallChunk
+from fastload.service.shared_state import SharedState
 from fastload.service.state import ConsumerState, Plan
 from fastload.service.stores import Opener
 from fastload.service.threads import Pool
@@ -64,64 +65,64 @@ class Core:
 
         `disk_deadline_s`: after so long without an answer the disk is bypassed (see `disk_io`).
         """
-        self._begin(Ports.of_directory(directory, loop, opener), disk_deadline_s)
+        self._begin(Resources.of_directory(directory, loop, opener), disk_deadline_s)
 
     @classmethod
-    def of_ports(cls, ports: Ports, disk_deadline_s: float = DISK_DEADLINE_S) -> Core:
-        """A core that is built on other ports than a directory's."""
+    def of_resources(cls, resources: Resources, disk_deadline_s: float = DISK_DEADLINE_S) -> Core:
+        """A core that is built on other resources than a directory's."""
         core = cls.__new__(cls)
-        core._begin(ports, disk_deadline_s)
+        core._begin(resources, disk_deadline_s)
         return core
 
-    def _begin(self, ports: Ports, disk_deadline_s: float) -> None:
-        self._ports, self._loop = ports, ports.pools.loop
+    def _begin(self, resources: Resources, disk_deadline_s: float) -> None:
+        self._resources, self._loop = resources, resources.pools.loop
         self._closed = False
-        self._turn_due = self._flush_due = False
+        self._tick_due = self._flush_due = False
         self._looking_again = False
         self._release_timer: asyncio.TimerHandle | None = None
-        self._memory_pool = ports.pools.make("memory", 1)
+        self._memory_pool = resources.pools.make("memory", 1)
         self._memory_pool.finishes = True
         self.service_id = os.urandom(16)
-        self.chunk_bytes = ports.limits.chunk_bytes
-        self.arena, self.disk = ports.arena, ports.disk
-        self._watch = DiskWatch(ports, disk_deadline_s)
-        self._make_records(ports)
-        self._make_services(ports)
-        ports.warnings.added.connect(self._broadcast)
-        ports.events.disk_stalled.connect(self._wake)
-        ports.events.changed.connect(self._wake)
+        self.chunk_bytes = resources.limits.chunk_bytes
+        self.arena, self.disk = resources.arena, resources.disk
+        self._watch = DiskWatch(resources, disk_deadline_s)
+        self._make_state(resources)
+        self._make_services(resources)
+        resources.warnings.added.connect(self._broadcast)
+        resources.events.disk_stalled.connect(self._wake)
+        resources.events.changed.connect(self._wake)
 
-    def _make_records(self, ports: Ports) -> None:
+    def _make_state(self, resources: Resources) -> None:
         """What is where, who wants it, and what becomes of it: each part knows those below it."""
-        records = self._records = Records.of_ports(ports)
-        self.consumers, self._objects, self._table = records.consumers, records.objects, records.table
-        self._leases, self._plans = records.leases, records.plans
-        fixed = ports.limits.requests_in_flight
-        requests_max = fixed or max(1, min(ports.requests_max, ports.arena.buffer_count))
-        self._endpoints = Endpoints(requests_max, fixed, ports.hedger)
-        self._evictor = DiskEvictor(records)
-        self._writer = WriteBehind(ports, records, self._watch, self._evictor)
-        self._fetches = Fetches(ports, records, self._endpoints)
-        self._warming = Warming(records, self._writer)
-        self._candidates = Candidates(records, self._warming, self._endpoints)
-        self._residency = Residency(ports, records, self._watch, self._fetches, self._writer, self._warming)
+        shared = self._shared = SharedState.of_resources(resources)
+        self.consumers, self._objects, self._table = shared.consumers, shared.objects, shared.table
+        self._leases, self._plans = shared.leases, shared.plans
+        fixed = resources.limits.requests_in_flight
+        requests_max = fixed or max(1, min(resources.requests_max, resources.arena.buffer_count))
+        self._endpoints = Endpoints(requests_max, fixed, resources.hedger)
+        self._evictor = DiskEvictor(shared)
+        self._writer = WriteBehind(resources, shared, self._watch, self._evictor)
+        self._fetches = Fetches(resources, shared, self._endpoints)
+        self._warming = Warming(shared, self._writer)
+        self._candidates = Candidates(shared, self._warming, self._endpoints)
+        self._residency = Residency(resources, shared, self._watch, self._fetches, self._writer, self._warming)
 
-    def _make_services(self, ports: Ports) -> None:
+    def _make_services(self, resources: Resources) -> None:
         """What consumers ask for besides chunks, and what is kept of what they read."""
-        versions = Versions(ports.now)
-        self._history = Recording(ports, self._endpoints)
-        self._openings = Openings(ports, self._records, versions)
-        self._replay = Replay(ports, self._records, versions, self._history)
-        self._indexes = IndexCache(ports, self._watch, self._evictor)
-        self._queries = Queries(ports, self._indexes)
-        self._quota = Quota(ports, self._evictor)
-        self._clearing = Clearing(ports, self._residency, self._history, self._watch, self._evictor)
+        versions = Versions(resources.now)
+        self._history = Recording(resources, self._endpoints)
+        self._openings = Openings(resources, self._shared, versions)
+        self._replay = Replay(resources, self._shared, versions, self._history)
+        self._indexes = IndexCache(resources, self._watch, self._evictor)
+        self._queries = Queries(resources, self._indexes)
+        self._quota = Quota(resources, self._evictor)
+        self._clearing = Clearing(resources, self._residency, self._history, self._watch, self._evictor)
 
     # Consumers
 
     def connect(self, hello: protocol.Hello, send: Send) -> ConsumerState:
         """A consumer has come."""
-        consumer = ConsumerState(hello, self._ports.stores.add(hello.store), send)
+        consumer = ConsumerState(hello, self._resources.stores.add(hello.store), send)
         consumer.load_order = self._residency.load_count
         self.consumers[consumer] = None
         if self._release_timer is not None:
@@ -138,7 +139,7 @@ class Core:
         self.consumers.pop(consumer, None)
         self._detach(consumer)
         self._history.disconnect(consumer)
-        self._ports.stores.remove(consumer.options_key)
+        self._resources.stores.remove(consumer.options_key)
         self._flush_soon()
         if not self.consumers:
             self._release_timer = self._loop.call_later(RELEASE_AFTER_S, self._release)
@@ -158,7 +159,7 @@ class Core:
             log.warning("the arena's memory cannot be given back: %s", error)
             return
         self._table.renewed()
-        self._ports.populator.renewed()
+        self._resources.populator.renewed()
         self._memory_pool.submit(let_go, done=_gone)
 
     def _flush_soon(self) -> None:
@@ -173,7 +174,7 @@ class Core:
             self._indexes.flush()
 
     def receive(self, consumer: ConsumerState, message: protocol.FromConsumer) -> None:
-        """Take a message; ServiceError for one that makes no sense, after which the consumer should be cut off."""
+        """Handle a message. ServiceError for one that makes no sense: its consumer should be disconnected."""
         match message:
             case protocol.Want():
                 self._leases.want(consumer, message)
@@ -206,13 +207,13 @@ class Core:
             case protocol.Stats():
                 consumer.send(protocol.StatsReply(message.request, self._stats(consumer)))
             case _:
-                self._queries.take(consumer, message)
+                self._queries.receive(consumer, message)
         self._wake()
 
     def _attach(self, consumer: ConsumerState, message: protocol.Attach) -> None:
         if message.first:
             self._detach(consumer)
-        endpoint = self._ports.stores.endpoint(consumer.options_key)
+        endpoint = self._resources.stores.endpoint(consumer.options_key)
         consumer.append(self._objects.use_rows(message.rows, endpoint))
 
     def _read(self, consumer: ConsumerState, chunk_nos: list[int]) -> None:
@@ -239,8 +240,8 @@ class Core:
         self._objects.unuse(consumer.clear_objects())
 
     def _change_credentials(self, consumer: ConsumerState, message: protocol.Credentials) -> None:
-        before, consumer.options_key = consumer.options_key, self._ports.stores.add(message.store)
-        self._ports.stores.remove(before)
+        before, consumer.options_key = consumer.options_key, self._resources.stores.add(message.store)
+        self._resources.stores.remove(before)
         self._replay.credentials_changed(consumer)
         plan = consumer.plan
         if plan is not None and not isinstance(plan, ReplayPlan):
@@ -269,15 +270,15 @@ class Core:
             if plan.repeats:
                 self._table.replan(plan)
 
-    # Turns
+    # Ticks
 
     def _wake(self) -> None:
-        if not self._turn_due and not self._closed:
-            self._turn_due = True
-            self._loop.call_soon(self._turn)
+        if not self._tick_due and not self._closed:
+            self._tick_due = True
+            self._loop.call_soon(self._tick)
 
-    def _turn(self) -> None:
-        self._turn_due = False
+    def _tick(self) -> None:
+        self._tick_due = False
         if self._closed:
             return
         capacity = Capacity(self._residency.reads.idle, self._fetches.idle, self._endpoints.free_at)
@@ -291,12 +292,12 @@ class Core:
         )
         for action in actions:
             self._carry_out(action)
-        self._endpoints.slack(self._ports.now())
-        self._ports.populator.need(self._table.used_count, self._records.pins.buffers_needed)
+        self._endpoints.slack(self._resources.now())
+        self._resources.populator.need(self._table.used_count, self._shared.pins.buffers_needed)
         if self._watch.stalled and self._table.quarantined_count == self._table.count:
             self._refuse_demands()
         self._leases.grant_deferred()
-        wait_s = self._warming.tend(self._ports.now())
+        wait_s = self._warming.tend(self._resources.now())
         if wait_s is not None:
             self._loop.call_later(wait_s, self._wake)
         for consumer in self.consumers:
@@ -320,15 +321,15 @@ class Core:
             case Load():
                 self._residency.load(action.candidate, action.buffer)
             case Drop():
-                self._residency.drop(self._records.chunk_in(action.buffer))
+                self._residency.drop(self._shared.chunk_in(action.buffer))
             case RecallChunk():
-                self._leases.recall(self._records.chunk_in(action.buffer))
+                self._leases.recall(self._shared.chunk_in(action.buffer))
 
     # A disk that hangs
 
     def pool(self, name: str) -> Pool:
         """A thread for what may hang, which ends with the core."""
-        return self._ports.pools.make(name, 1)
+        return self._resources.pools.make(name, 1)
 
     @property
     def disk_hangs(self) -> bool:
@@ -348,7 +349,7 @@ class Core:
     def _stats(self, consumer: ConsumerState) -> dict[str, Any]:
         """All figures; docs/protocol.md says what they mean."""
         counted = {
-            **self._records.counters,
+            **self._shared.counters,
             **self._residency.counters,
             **self._fetches.counters,
             **self._writer.counters,
@@ -357,8 +358,8 @@ class Core:
         counted["recalls"] = self._leases.recall_count
         node = {
             **counted,
-            **admin.buffer_stats(self._table),
-            **admin.disk_stats(self.disk),
+            **self._table.stats(),
+            **_disk_stats(self.disk),
             **self._endpoints.stats(),
             "arena_touched_bytes": self.arena.touched_bytes,
             "pid": os.getpid(),
@@ -368,7 +369,7 @@ class Core:
             "consumer": consumer.stats(),
             "consumers": [each.stats() for each in self.consumers],
             "node": node,
-            "store": self._ports.stores.counters.values(),
+            "store": self._resources.stores.counters.values(),
         }
 
     # Trouble and the end
@@ -376,7 +377,7 @@ class Core:
     @property
     def warnings(self) -> list[str]:
         """What present and future consumers are warned of."""
-        return self._ports.warnings.messages
+        return self._resources.warnings.messages
 
     def _broadcast(self, message: str) -> None:
         for consumer in self.consumers:
@@ -387,15 +388,15 @@ class Core:
         self._closed = True
         self._history.close()
         self._indexes.flush()
-        ports = self._ports
-        ports.warnings.close()
-        ports.stores.close()
+        resources = self._resources
+        resources.warnings.close()
+        resources.stores.close()
         self._watch.close()
-        ended = ports.pools.close(deadline_s)
-        ports.populator.close()
-        ports.arena.close()
+        ended = resources.pools.close(deadline_s)
+        resources.populator.close()
+        resources.arena.close()
         if ended:
-            ports.closed()
+            resources.closed()
         return ended
 
 
@@ -407,3 +408,14 @@ def _gone(_: None, error: BaseException | None) -> None:
 def _own_plan(consumer: ConsumerState) -> Plan | None:
     """The plan that a consumer speaks of; None where that has ended, also where something was predicted since."""
     return None if isinstance(consumer.plan, ReplayPlan) else consumer.plan
+
+
+def _disk_stats(disk: Disk) -> dict[str, int]:
+    counters = disk.counters
+    return {
+        "disk_used_bytes": disk.used_bytes,
+        "disk_quota_bytes": disk.quota_bytes,
+        "disk_damaged": counters["damaged"],
+        "disk_errors": counters["errors"],
+        "disk_stalls": counters["stalls"],
+    }

@@ -31,8 +31,8 @@ from typing import Any
 
 from fastload.cache import ChunkKey
 from fastload.service.eviction import WriteBudget, write_queue_max, write_threads
-from fastload.service.ports import Ports
-from fastload.service.records import Records
+from fastload.service.resources import Resources
+from fastload.service.shared_state import SharedState
 from fastload.service.state import Chunk
 from fastload.service.threads import Done, Pool, Task
 
@@ -48,8 +48,8 @@ _TRIES_MAX = 4
 class DiskEvictor:
     """Removes chunks from the disk tier, in two steps: `remove` in a thread, then `settle` in the loop."""
 
-    def __init__(self, records: Records) -> None:
-        self._disk, self.order = records.disk, records.disk_order
+    def __init__(self, shared: SharedState) -> None:
+        self._disk, self.order = shared.disk, shared.disk_order
 
     def remove(self, victims: Iterable[ChunkKey], enough: Callable[[], bool] = lambda: False) -> None:
         """Remove these in turn, in a thread, while there is not `enough` room."""
@@ -75,14 +75,15 @@ class DiskEvictor:
 class WriteBehind:
     """Used by the loop's thread only, except for `_evict_and_write`."""
 
-    def __init__(self, ports: Ports, records: Records, watch: DiskWatch, evictor: DiskEvictor) -> None:
-        self._arena, self._disk, self._now, self._is_lost = ports.arena, ports.disk, ports.now, ports.is_lost
-        self._table, self._order, self._admission = records.table, records.disk_order, records.admission
-        self._events, self._evictor = ports.events, evictor
+    def __init__(self, resources: Resources, shared: SharedState, watch: DiskWatch, evictor: DiskEvictor) -> None:
+        self._arena, self._disk = resources.arena, resources.disk
+        self._now, self._is_lost = resources.now, resources.is_lost
+        self._table, self._order, self._admission = shared.table, shared.disk_order, shared.admission
+        self._events, self._evictor = resources.events, evictor
         self._queue: dict[Chunk, None] = {}
         self._queued_bytes = 0  # of these
-        self._pool = watch.pool("disk-write", write_threads(ports.arena.buffer_count))
-        self._queue_max = write_queue_max(ports.arena.buffer_count)
+        self._pool = watch.pool("disk-write", write_threads(resources.arena.buffer_count))
+        self._queue_max = write_queue_max(resources.arena.buffer_count)
         self._running: dict[Chunk, float] = {}  # when each began
         self._tries: dict[Chunk, int] = {}  # of those that are tried again
         self._budget = WriteBudget(0, self._now())
@@ -96,8 +97,8 @@ class WriteBehind:
             writes_hung=0,
             evicted=0,
         )
-        self.limit(ports.limits.disk_write_bytes_per_s)
-        ports.events.disk_stalled.connect(self.cancel_all)
+        self.limit(resources.limits.disk_write_bytes_per_s)
+        resources.events.disk_stalled.connect(self.cancel_all)
 
     def quick_for_s(self) -> float:
         """For how many seconds the writes under way may yet be called quick; 0 where the disk is slow, or none runs."""
@@ -238,10 +239,10 @@ class Quota:
     many small calls, a deadline for the whole would say nothing about the disk.
     """
 
-    def __init__(self, ports: Ports, evictor: DiskEvictor) -> None:
-        self._disk, self._evictor = ports.disk, evictor
-        self._pool = ports.pools.make("quota", 1)  # one thread: of two changes the later one holds
-        self._wanted = ports.disk.quota_bytes
+    def __init__(self, resources: Resources, evictor: DiskEvictor) -> None:
+        self._disk, self._evictor = resources.disk, evictor
+        self._pool = resources.pools.make("quota", 1)  # one thread: of two changes the later one holds
+        self._wanted = resources.disk.quota_bytes
 
     def change(self, quota_bytes: int) -> None:
         """Have at most so many bytes on disk from now on."""
@@ -268,8 +269,9 @@ class Quota:
 class DiskWatch:
     """Used by the loop's thread only."""
 
-    def __init__(self, ports: Ports, deadline_s: float) -> None:
-        self._disk, self._pools, self._now, self._events = ports.disk, ports.pools, ports.now, ports.events
+    def __init__(self, resources: Resources, deadline_s: float) -> None:
+        self._disk, self._pools = resources.disk, resources.pools
+        self._now, self._events = resources.now, resources.events
         self._deadline_s = deadline_s
         self._watched: list[Pool] = []
         self._hanging: set[Task] = set()

@@ -198,7 +198,7 @@ class DiskOrder:
 
 
 class DiskSizes(Protocol):
-    """What is asked of the disk tier here: sizes, at once. See `ports.Disk`."""
+    """What is asked of the disk tier here: sizes, at once. See `resources.Disk`."""
 
     @property
     def chunk_bytes(self) -> int: ...

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from fastload.service.ports import Ports
-from fastload.service.records import Records
 from fastload.service.request_limit import Endpoint, Endpoints
+from fastload.service.resources import Resources
+from fastload.service.shared_state import SharedState
 from fastload.service.state import Chunk
 from fastload.store.watch import Attempt, Watch
 
@@ -44,11 +44,12 @@ class _FetchRequest:
 class Fetches:
     """Used by the loop's thread only, except for what the watches call."""
 
-    def __init__(self, ports: Ports, records: Records, endpoints: Endpoints) -> None:
-        self._arena, self._stores, self._now, self._loop = ports.arena, ports.stores, ports.now, ports.pools.loop
-        self._events, self._records, self._table = ports.events, records, records.table
+    def __init__(self, resources: Resources, shared: SharedState, endpoints: Endpoints) -> None:
+        self._arena, self._stores = resources.arena, resources.stores
+        self._now, self._loop = resources.now, resources.pools.loop
+        self._events, self._shared, self._table = resources.events, shared, shared.table
         self._endpoints = endpoints
-        self._pool = ports.pools.make("fetch", endpoints.requests_max + _HEDGES_MAX)
+        self._pool = resources.pools.make("fetch", endpoints.requests_max + _HEDGES_MAX)
         self._requests: dict[Chunk, list[_FetchRequest]] = {}
         self._ended: dict[Chunk, Ended] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -145,7 +146,7 @@ class Fetches:
         late = len(requests) < _REQUESTS_OF_CHUNK_MAX and chunk.wanters and now - newest.began_s > late_after_s
         if not late or not self._pool.idle or not endpoint.hedger.has_budget or endpoint.controller.throttling(now):
             return
-        buffer = self._records.borrow_buffer()
+        buffer = self._shared.borrow_buffer()
         if buffer is not None:
             endpoint.hedger.hedge_count += 1
             self.counters["hedged_requests"] += 1

@@ -24,7 +24,7 @@ from fastload.errors import ServiceError
 from fastload.formats.shard_index import HEADER_BYTES, stored_sample_count
 from fastload.service import bounded
 from fastload.service.disk_io import DiskEvictor, DiskWatch
-from fastload.service.ports import Ports
+from fastload.service.resources import Resources
 from fastload.service.threads import Done
 
 _RAM_BYTES = 256 * MIB
@@ -39,14 +39,14 @@ Found = Callable[[dict[bytes, bytes]], None]
 class IndexCache:
     """Used by the loop's thread only, except for what the pool runs."""
 
-    def __init__(self, ports: Ports, watch: DiskWatch, evictor: DiskEvictor) -> None:
-        self._disk, self._is_lost, self._evictor = ports.disk, ports.is_lost, evictor
+    def __init__(self, resources: Resources, watch: DiskWatch, evictor: DiskEvictor) -> None:
+        self._disk, self._is_lost, self._evictor = resources.disk, resources.is_lost, evictor
         self._ram: LRUCache[bytes, bytes] = LRUCache(_RAM_BYTES, getsizeof=len)
         self._pool = watch.pool("index", 1)
         # The last index of a run comes just before its consumer leaves, and the service may end right then.
         self._pool.finishes = True
         self._counts = SampleCounts()
-        ports.events.cache_cleared.connect(self.clear)
+        resources.events.cache_cleared.connect(self.clear)
 
     def get(self, object_ids: Iterable[bytes], found: Found) -> None:
         """Call `found` with those indexes that there are: now, or when the disk has been read."""

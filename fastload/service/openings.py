@@ -19,8 +19,8 @@ from collections.abc import Callable
 from fastload import protocol
 from fastload.errors import ObjectChangedError, to_wire
 from fastload.service import bounded
-from fastload.service.ports import Ports
-from fastload.service.records import Records
+from fastload.service.resources import Resources
+from fastload.service.shared_state import SharedState
 from fastload.service.state import Chunk, ConsumerState, ObjectPiece
 from fastload.store.types import ObjectInfo
 from fastload.store.urls import scheme, store_root
@@ -33,15 +33,15 @@ _HEADS_MAX, _HEAD_THREADS = 32, 96
 class Openings:
     """Used by the loop's thread only."""
 
-    def __init__(self, ports: Ports, records: Records, versions: Versions) -> None:
-        self._consumers, self._objects, self._stores = records.consumers, records.objects, ports.stores
-        self._heads = ports.pools.make("head", _HEAD_THREADS)
+    def __init__(self, resources: Resources, shared: SharedState, versions: Versions) -> None:
+        self._consumers, self._objects, self._stores = shared.consumers, shared.objects, resources.stores
+        self._heads = resources.pools.make("head", _HEAD_THREADS)
         self._versions = versions
         self._waiting: dict[tuple[str, str], list[tuple[ConsumerState, int]]] = {}  # by options and URL
         self._under_way: Counter[str] = Counter()  # by endpoint
         self._queued: dict[str, deque[tuple[str, str]]] = {}
-        ports.events.load_failed.connect(self.failed)
-        ports.events.cache_cleared.connect(versions.clear)
+        resources.events.load_failed.connect(self.failed)
+        resources.events.cache_cleared.connect(versions.clear)
 
     def open(self, consumer: ConsumerState, message: protocol.Open) -> None:
         """Answer, now or later."""

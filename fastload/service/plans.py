@@ -115,7 +115,7 @@ class PlanSet:
 
 
 OPEN, HELD, NOT_HELD = range(3)
-# Positions looked at in one turn: some milliseconds.
+# Positions looked at in one tick: some milliseconds.
 _LOOKED_AT_MAX = 4000
 _REPORT_EVERY_S = 0.1
 

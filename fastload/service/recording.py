@@ -23,8 +23,8 @@ from fastload.history.archive import Archive
 from fastload.history.library import Library
 from fastload.history.record import RecordedReads, Recorder
 from fastload.history.runfile import EndpointSummary
-from fastload.service.ports import Ports
 from fastload.service.request_limit import Endpoints, Learnt
+from fastload.service.resources import Resources
 from fastload.service.state import ConsumerState, ObjectEntry
 
 log = logging.getLogger("fastload.service")
@@ -65,17 +65,18 @@ class _LiveRun:
 class Recording:
     """Used by the loop's thread only, except for what it gives to its pool."""
 
-    def __init__(self, ports: Ports, endpoints: Endpoints) -> None:
+    def __init__(self, resources: Resources, endpoints: Endpoints) -> None:
         """Without an archive, or with `history_bytes=0`, nothing is kept, and nothing known. `endpoints` gets what
         earlier runs learnt, and what is learnt there goes with this run.
         """
-        self._is_lost, self._now, self._wall, self._loop = ports.is_lost, ports.now, ports.wall, ports.pools.loop
-        self._bytes_max, self._chunk_bytes = ports.limits.history_bytes, ports.limits.chunk_bytes
-        self._there = ports.history  # to be cleared, also where it is not used
-        self._used = ports.history if self._bytes_max else None
+        self._is_lost, self._loop = resources.is_lost, resources.pools.loop
+        self._now, self._wall = resources.now, resources.wall
+        self._bytes_max, self._chunk_bytes = resources.limits.history_bytes, resources.limits.chunk_bytes
+        self._there = resources.history  # to be cleared, also where it is not used
+        self._used = resources.history if self._bytes_max else None
         self._endpoints = endpoints
         self._given_up_until_s = float("-inf")
-        self._pool = ports.pools.make("history", 1)  # one thread: pieces are written in their order
+        self._pool = resources.pools.make("history", 1)  # one thread: pieces are written in their order
         self._pool.finishes = True
         self._runs: dict[int, _LiveRun] = {}  # by process group
         self._lanes: dict[ConsumerState, tuple[_LiveRun, int]] = {}

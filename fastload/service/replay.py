@@ -25,9 +25,9 @@ from fastload.history.follow import Follower
 from fastload.history.keys import object_key
 from fastload.history.library import Library
 from fastload.service.openings import Versions
-from fastload.service.ports import Ports
 from fastload.service.recording import Recording
-from fastload.service.records import Records
+from fastload.service.resources import Resources
+from fastload.service.shared_state import SharedState
 from fastload.service.state import Chunk, ConsumerState, ObjectEntry, Plan, Step
 from fastload.store.urls import scheme, store_root
 
@@ -115,16 +115,16 @@ class _Prediction:
 class Replay:
     """Used by the loop's thread only."""
 
-    def __init__(self, ports: Ports, records: Records, versions: Versions, recording: Recording) -> None:
-        self._plans, self._objects, self._stores = records.plans, records.objects, ports.stores
-        self._versions, self._recording, self._changed = versions, recording, ports.events.changed
+    def __init__(self, resources: Resources, shared: SharedState, versions: Versions, recording: Recording) -> None:
+        self._plans, self._objects, self._stores = shared.plans, shared.objects, resources.stores
+        self._versions, self._recording, self._changed = versions, recording, resources.events.changed
         self._library: Library | None = None
         self._readers: dict[ConsumerState, _Prediction] = {}
         self._stale: set[bytes] = set()  # versions that were fetched in vain
         self.counters: Counter[str] = Counter(replayed_reads=0)
-        ports.events.fetched.connect(self.fetched)
-        ports.events.load_failed.connect(self.failed)
-        ports.events.history_cleared.connect(self.forget)
+        resources.events.fetched.connect(self.fetched)
+        resources.events.load_failed.connect(self.failed)
+        resources.events.history_cleared.connect(self.forget)
 
     # What happens
 

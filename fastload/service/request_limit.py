@@ -474,7 +474,7 @@ class Hedger:
         return self.hedge_count < math.ceil(SHARE_MAX * self.request_count)
 
 
-# Single objects may come from any number of hosts, and each turn looks at all that are known.
+# Single objects may come from any number of hosts, and each tick looks at all that are known.
 _ENDPOINTS_MAX = 64
 
 

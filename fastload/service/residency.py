@@ -2,7 +2,7 @@
 times, perhaps written to disk meanwhile; evicted when its buffer is needed more elsewhere.
 
 What begins here is decided elsewhere (`scheduler`); what comes of it changes the records, and reaches consumers that
-want the chunk, plans that name it, and all who listen to `ports.Events`.
+want the chunk, plans that name it, and all who listen to `resources.Events`.
 
 There is one load of a chunk at a time, for all that want it. A chunk that the disk turns out not to have, or to have
 damaged (which it puts out of use by itself), is fetched from the store into the same buffer. One whose read hangs is
@@ -21,9 +21,9 @@ from fastload.service.disk_io import DiskWatch, WriteBehind
 from fastload.service.eviction import read_threads
 from fastload.service.fetches import Fetches
 from fastload.service.plans import WarmPlan
-from fastload.service.ports import Ports
-from fastload.service.records import Records
+from fastload.service.resources import Resources
 from fastload.service.scheduler import Candidate
+from fastload.service.shared_state import SharedState
 from fastload.service.state import Chunk, Plan, WriteState
 from fastload.service.threads import Done
 
@@ -33,18 +33,18 @@ class Residency:
 
     def __init__(
         self,
-        ports: Ports,
-        records: Records,
+        resources: Resources,
+        shared: SharedState,
         watch: DiskWatch,
         fetches: Fetches,
         writer: WriteBehind,
         warming: Warming,
     ) -> None:
-        self._arena, self._disk, self._events = ports.arena, ports.disk, ports.events
-        self._records, self._table, self._plans = records, records.table, records.plans
-        self._leases, self._objects = records.leases, records.objects
+        self._arena, self._disk, self._events = resources.arena, resources.disk, resources.events
+        self._shared, self._table, self._plans = shared, shared.table, shared.plans
+        self._leases, self._objects = shared.leases, shared.objects
         self._fetches, self._writer, self._warming = fetches, writer, warming
-        self.reads = watch.pool("disk-read", read_threads(ports.arena.buffer_count))
+        self.reads = watch.pool("disk-read", read_threads(resources.arena.buffer_count))
         self.load_count = 0  # loads begun
         self.loading: set[Chunk] = set()
         self.counters: Counter[str] = Counter(
@@ -55,7 +55,7 @@ class Residency:
             disk_reads_hung=0,
             failed_fetches=0,
         )
-        ports.events.written.connect(self._written)
+        resources.events.written.connect(self._written)
 
     # In
 
@@ -65,7 +65,7 @@ class Residency:
         options_key = _options_for(chunk, candidate.plan)
         self._table.place(chunk, buffer, on_disk=candidate.on_disk)
         if candidate.on_disk:
-            self._records.disk_order.use(chunk.entry.key(chunk.index))
+            self._shared.disk_order.use(chunk.entry.key(chunk.index))
         self._begin(chunk, candidate.on_disk, options_key)
         self._leases.loading(chunk)
         self._table.refresh(chunk)
@@ -147,7 +147,7 @@ class Residency:
         """Its buffer is lost until the read returns, and it is loaded anew, if only for those who want it."""
         buffer = self._table.quarantine(chunk)
         chunk.abort_load()
-        self._records.gone(chunk)
+        self._shared.gone(chunk)
 
         def returned(length: int | None, error: BaseException | None) -> None:
             self._table.release(buffer)
@@ -160,7 +160,7 @@ class Residency:
     def _write_behind(self, chunk: Chunk) -> None:
         warm = self._warming.came(chunk)
         queued = False
-        if chunk.source == protocol.SOURCE_REMOTE and not self._records.on_disk(chunk.entry, chunk.index):
+        if chunk.source == protocol.SOURCE_REMOTE and not self._shared.on_disk(chunk.entry, chunk.index):
             queued = self._writer.admit(chunk, patient=bool(warm))
         if not queued:
             self._warming.not_written(chunk, warm)
@@ -181,12 +181,12 @@ class Residency:
             self._writer.cancel(chunk)
             for plan in self._plans.warm():
                 plan.put_back(chunk)
-        self._records.evict(chunk)
+        self._shared.evict(chunk)
 
     def drop_idle(self) -> int:
         """Empty all buffers that may be; how many bytes were in them."""
         buffers_held, _ = self._table.by_usefulness([buffers.IDLE, buffers.QUEUED])
-        chunks = [self._records.chunk_in(buffer) for buffer in buffers_held]
+        chunks = [self._shared.chunk_in(buffer) for buffer in buffers_held]
         for chunk in chunks:
             self.drop(chunk)
         return sum(chunk.length for chunk in chunks)

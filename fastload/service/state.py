@@ -4,7 +4,7 @@ An `ObjectEntry` is one version of one object, shared by all consumers that atta
 the chunk is in a buffer, on its way there, or wanted; a chunk without a record is simply not in RAM.
 
 A `ConsumerState` is one connected consumer: its objects, plan, wants and leases. Grants and recalls are gathered there
-and sent once per turn of the loop, so that a burst of chunks is one message.
+and sent once per tick of the core, so that a burst of chunks is one message.
 
 A `Plan` is the known order of one consumer: which chunk is needed how soon. Positions count chunks along it: all chunks
 of its first object, then of its second, and so on. Marks along it:
@@ -146,7 +146,7 @@ class ObjectEntry:
     @property
     def origin(self) -> str:
         """Who serves it: an endpoint of its own, or a bucket, host or machine."""
-        if not self._origin:  # each turn asks for that of each candidate
+        if not self._origin:  # each tick asks for that of each candidate
             self._origin = redact(self.endpoint or store_root(self.info.url))
         return self._origin
 

@@ -18,7 +18,7 @@ from fastload.store.types import ObjectInfo
 
 Ints = npt.NDArray[np.int64]
 
-# What is fetched ahead of the next epoch: see `pipeline.passes`.
+# What is fetched ahead of the next epoch: see `pipeline.epoch_pass`.
 _NEXT_EPOCH_BYTES = 512 << 20
 
 

@@ -1,4 +1,4 @@
-"""One node: the service's core on virtual ports, its ranks, and what is counted of it."""
+"""One node: the service's core on virtual resources, its ranks, and what is counted of it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from fastload.config import CacheLimits
 from fastload.pipeline.windows import Window, window_chunks
 from fastload.plan import BatchEntry
 from fastload.service.core import Core
-from fastload.service.ports import Ports, Warnings
+from fastload.service.events import Warnings
 from fastload.service.request_limit import Hedger
+from fastload.service.resources import Resources
 from fastload.simulate.clock import VirtualLoop
 from fastload.simulate.consumer import SimulatedConsumer
 from fastload.simulate.data import Data, SimulatedShards
@@ -52,17 +53,17 @@ class SimulatedNode:
         self.chunks_read = np.zeros((job.epochs, int(data.first_chunk[-1])), np.bool_)
         self._closed = np.full((job.ranks_per_node, int(data.first_chunk[-1])), -1, np.int64)  # the last epoch of each
         self._object_nos = {object_id(info, data.chunk_bytes, ""): no for no, info in enumerate(data.manifest.objects)}
-        self.core = Core.of_ports(self._ports(options, network, loop))
+        self.core = Core.of_resources(self._resources(options, network, loop))
         stored = set(range(len(data.counts))) if job.is_indexed else set[int]()
         self.ranks = [self._rank(number, local_rank, stored, pace, loop) for local_rank in range(job.ranks_per_node)]
 
-    def _ports(self, options: Node, network: Network, loop: VirtualLoop) -> Ports:
+    def _resources(self, options: Node, network: Network, loop: VirtualLoop) -> Resources:
         chunk_bytes, jobs = options.chunk_bytes, VirtualPools(loop)
         limits = CacheLimits(
             options.ram_bytes, options.disk_bytes, chunk_bytes, requests_in_flight=options.requests_in_flight
         )
         rates = options.disk_read_bytes_per_s, options.disk_write_bytes_per_s
-        return Ports(
+        return Resources(
             limits,
             VirtualArena(limits.ram_bytes, chunk_bytes),
             VirtualDisk(limits.disk_bytes, chunk_bytes, jobs, loop, rates, self._read),

@@ -13,7 +13,7 @@ _NOTHING = memoryview(b"")
 
 
 class VirtualArena:
-    """See `service.ports.Ram`."""
+    """See `service.resources.Ram`."""
 
     fd = -1
 
@@ -62,7 +62,7 @@ class _Device:
 
 
 class VirtualDisk:
-    """See `service.ports.Disk`. Reads share one rate and writes another. It never fails."""
+    """See `service.resources.Disk`. Reads share one rate and writes another. It never fails."""
 
     directory = Path("simulated")
 

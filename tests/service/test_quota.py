@@ -50,7 +50,7 @@ def test_less_then_more_then_none_then_some(tmp_path: Path) -> None:
         await settle()
         assert 2 <= len(core.disk.keys()) <= 8
         # The order is seen by what it evicts only, and would be wrong for long before that shows.
-        assert sorted(core._records.disk_order.covered()) == sorted(core.disk.keys())
+        assert sorted(core._shared.disk_order.covered()) == sorted(core.disk.keys())
 
     world.run(work)
 

@@ -12,8 +12,9 @@ from fastload.errors import AccessDeniedError, ObjectChangedError, StoreError, S
 from fastload.service import buffers
 from fastload.service.buffers import _status
 from fastload.service.core import Core
-from fastload.service.ports import Ports, Warnings
+from fastload.service.events import Warnings
 from fastload.service.request_limit import SHARE_MAX
+from fastload.service.resources import Resources
 from fastload.service.state import Chunk, ChunkState, RecallState, WriteState
 from fastload.service.stores import options_gone
 from fastload.simulate.clock import VirtualLoop
@@ -100,8 +101,8 @@ class VirtualCore:
         limits = CacheLimits(buffer_count * CHUNK_BYTES, disk_chunks * FILE_BYTES, CHUNK_BYTES)
         self.disk = Disk(limits.disk_bytes, jobs, self.loop, draw, write_rate)
         arena, warnings = VirtualArena(limits.ram_bytes, CHUNK_BYTES), Warnings(self.loop.for_service)
-        ports = Ports(limits, arena, self.disk, jobs, self.stores, Untouched(), warnings, self.loop.time)
-        self.core = Core.of_ports(ports)
+        resources = Resources(limits, arena, self.disk, jobs, self.stores, Untouched(), warnings, self.loop.time)
+        self.core = Core.of_resources(resources)
 
     def run(self, seconds: float) -> None:
         """Let time pass, and look at everything after each event."""

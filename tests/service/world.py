@@ -24,7 +24,7 @@ from fastload import protocol
 from fastload.cache import CacheDirectory
 from fastload.service import disk_io
 from fastload.service.core import Core
-from fastload.service.ports import Ports
+from fastload.service.resources import Resources
 from fastload.service.state import ConsumerState
 from fastload.service.threads import Task
 from fastload.simulate.clock import VirtualLoop
@@ -267,7 +267,7 @@ class World:
         loop = VirtualLoop()
         _let_happen(loop, _Wait(lambda: False, 1.0, ""))  # a task that began at 0 would be one that has not begun
         parts = self._parts(loop.for_service)
-        core = Core.of_ports(replace(parts, pools=_Jobs(loop), now=loop.time), disk_deadline_s)
+        core = Core.of_resources(replace(parts, pools=_Jobs(loop), now=loop.time), disk_deadline_s)
         asks = work(core)
         try:
             with contextlib.suppress(StopIteration):
@@ -286,7 +286,7 @@ class World:
         """The same with the service's own loop and threads."""
 
         async def main() -> None:
-            core = Core.of_ports(self._parts(asyncio.get_running_loop()))
+            core = Core.of_resources(self._parts(asyncio.get_running_loop()))
             asks = work(core)
             try:
                 with contextlib.suppress(StopIteration):
@@ -298,8 +298,8 @@ class World:
 
         asyncio.run(main())
 
-    def _parts(self, loop: asyncio.AbstractEventLoop) -> Ports:
-        return Ports.of_directory(self.directory, loop, lambda url, options: self.store)
+    def _parts(self, loop: asyncio.AbstractEventLoop) -> Resources:
+        return Resources.of_directory(self.directory, loop, lambda url, options: self.store)
 
     @contextmanager
     def held_back(self) -> Iterator[Gate]:

@@ -1,8 +1,8 @@
-"""What a core is built on: tiers, threads, stores, a clock, and the events by which its parts hear of each other.
+"""What a core works with: its limits, tiers, threads, stores, a clock, and the events of its parts.
 
-The real ones are made from a directory; a simulation brings its own, and decides by them as the service would. `Ram`
-and `Disk` are what the service needs of its two tiers. `cache.Arena` and `cache.DiskTier` are the real ones, whose text
-holds the contract; a simulation has others, which hold no bytes.
+The real resources are made from a directory; a simulation brings its own, and decides by them as the service would.
+`Ram` and `Disk` are what the service needs of its two tiers. `cache.Arena` and `cache.DiskTier` are the real ones,
+whose text holds the contract; a simulation has others, which hold no bytes.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, ParamSpec, Protocol
+from typing import Protocol
 
 from fastload.cache import Arena, CacheDirectory, ChunkKey, DiskTier
 from fastload.config import CacheLimits
 from fastload.history.archive import Archive
 from fastload.rendezvous import ServiceLocation
+from fastload.service.events import Events, Warnings
 from fastload.service.request_limit import REQUESTS_MAX, Hedger, requests_max
-from fastload.service.state import Chunk
 from fastload.service.stores import Opener, StoreTable
 from fastload.service.threads import Pools, Populator
 
@@ -40,49 +40,8 @@ class Touching(Protocol):
         ...
 
 
-_Args = ParamSpec("_Args")
-
-
-class Event(Generic[_Args]):
-    """Something that happens: calling it calls all handlers, in the order in which they were connected."""
-
-    __slots__ = ("_handlers",)
-
-    def __init__(self) -> None:
-        self._handlers: list[Callable[_Args, object]] = []
-
-    def connect(self, handler: Callable[_Args, object]) -> None:
-        """Call this one too."""
-        self._handlers.append(handler)
-
-    def __call__(self, *args: _Args.args, **kwargs: _Args.kwargs) -> None:
-        """It happens."""
-        for handler in self._handlers:
-            handler(*args, **kwargs)
-
-
 @dataclass(frozen=True, slots=True)
-class Events:
-    """News that goes up, in the loop's thread: a part calls an event and knows none of its handlers."""
-
-    changed: Event[[]] = field(default_factory=Event)
-    """There may be something to do: a turn is due."""
-    fetched: Event[[Chunk]] = field(default_factory=Event)
-    """A chunk has come from its store."""
-    load_failed: Event[[Chunk, BaseException]] = field(default_factory=Event)
-    """A chunk could not be had."""
-    written: Event[[Chunk, bool]] = field(default_factory=Event)
-    """A chunk's write was settled: whether it is on disk."""
-    disk_stalled: Event[[]] = field(default_factory=Event)
-    """The disk does not answer; what was under way was given up."""
-    cache_cleared: Event[[]] = field(default_factory=Event)
-    """What was kept of data and its versions is to be forgotten."""
-    history_cleared: Event[[]] = field(default_factory=Event)
-    """What earlier runs have read is to be forgotten."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ports:
+class Resources:
     """See the module's text. `now` is the clock of all of them, in seconds; times of different ones can be compared."""
 
     limits: CacheLimits
@@ -104,7 +63,7 @@ class Ports:
     @classmethod
     def of_directory(
         cls, directory: ServiceLocation, loop: asyncio.AbstractEventLoop, opener: Opener | None = None
-    ) -> Ports:
+    ) -> Resources:
         """The real ones. CacheError where arena or disk tier cannot be opened."""
         limits, warnings = directory.limits, Warnings(loop)
         root = directory.lasting_root() if isinstance(directory, CacheDirectory) else None
@@ -274,35 +233,3 @@ class Disk(Protocol):
     def answered(self) -> None:
         """The calls that hung have returned."""
         ...
-
-
-_WARNINGS_MAX = 16
-
-
-class Warnings:
-    """What went wrong with the cache, a sentence each, once each, for present and future consumers.
-
-    Used by the loop's thread only, except for `add_from_thread`.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.messages: list[str] = []
-        self.added: Event[[str]] = Event()
-        self._loop = loop
-        self._closed = False
-
-    def add_from_thread(self, message: str) -> None:
-        """`add`, from any thread, and later."""
-        if not self._closed:
-            self._loop.call_soon_threadsafe(self.add, message)
-
-    def add(self, message: str) -> None:
-        """Keep a new one, and notify."""
-        if message in self.messages or len(self.messages) >= _WARNINGS_MAX or self._closed:
-            return
-        self.messages.append(message)
-        self.added(message)
-
-    def close(self) -> None:
-        """Take no more."""
-        self._closed = True

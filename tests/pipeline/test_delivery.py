@@ -6,8 +6,8 @@ import time
 import pytest
 
 from fastload.errors import ServiceError
-from fastload.pipeline import run as run_module
-from fastload.pipeline.run import DecodePool, InlineRun, RunClosedError, ThreadedRun
+from fastload.pipeline import delivery as run_module
+from fastload.pipeline.delivery import DecodePool, InlineRun, RunClosedError, ThreadedRun
 from fastload.waiting import Waits
 from tests.patience import PATIENCE_S
 from tests.processes import until

@@ -1,4 +1,4 @@
-"""Run a pass: entries become batches in threads, and come out in plan order.
+"""From entries to the user: batches are made in threads, and delivered in plan order.
 
 A feeder thread walks the plan, and the threads of a decode pool make a batch of each entry. At most `depth` batches are
 ahead of the consumer: queued, being built, or ready. A failure comes out where its batch would have been, with the
@@ -66,7 +66,7 @@ class RunFeed(Protocol):
         ...
 
 
-Made = tuple[Any, Any]  # entry, batch
+EntryAndBatch = tuple[Any, Any]  # entry, batch
 # A batch may take as long as its bytes do. What it waits for has deadlines of its own, and ends with an error.
 _NO_DEADLINE_S = math.inf
 
@@ -104,10 +104,10 @@ class ThreadedRun:
         self._feeder = threading.Thread(target=self._fill_queue, name="fastload-feed", daemon=True)
         self._feeder.start()
 
-    def __iter__(self) -> Iterator[Made]:
+    def __iter__(self) -> Iterator[EntryAndBatch]:
         return self
 
-    def __next__(self) -> Made:
+    def __next__(self) -> EntryAndBatch:
         with self._changed:
             wait(
                 self._changed,
@@ -201,10 +201,10 @@ class InlineRun:
         self._entries = feed.entries()
         self._is_closed = False
 
-    def __iter__(self) -> Iterator[Made]:
+    def __iter__(self) -> Iterator[EntryAndBatch]:
         return self
 
-    def __next__(self) -> Made:
+    def __next__(self) -> EntryAndBatch:
         # The consumer waits for all of it, as it does for a batch that threads make.
         with self._waits.measure("batch"):
             try:
@@ -216,7 +216,7 @@ class InlineRun:
                     raise RunClosedError from error
                 raise
 
-    def _next(self) -> Made:
+    def _next(self) -> EntryAndBatch:
         if self._is_closed:
             raise RunClosedError
         entry = next(self._entries)

@@ -80,7 +80,7 @@ class SourcePass:
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class EpochPass:
     """A pass that is ready to be run, once. `skips` counts the samples that cannot be read; None: they are errors."""
 
     cursor: Cursor[Any]
@@ -94,7 +94,7 @@ class Pass:
     @classmethod
     def over(
         cls, cursor: Cursor[Any], sources: Sequence[SourcePass], skips: Skips | None, mixing: Mixing | None = None
-    ) -> Pass:
+    ) -> EpochPass:
         """A pass over `sources`, which are open, in the order of `cursor`; `mixing` where they are a mixture's."""
         return cls(
             cursor,

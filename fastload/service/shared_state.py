@@ -1,4 +1,4 @@
-"""What is where, and who wants it: the records of a core, which all of its parts share and change by their methods."""
+"""What is where, and who wants it: the state that all parts of a core share, and change by its classes' methods."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fastload.service.buffers import BufferTable
 from fastload.service.eviction import DiskAdmission, DiskOrder, Pins
 from fastload.service.leases import Leases
 from fastload.service.plans import PlanSet
-from fastload.service.ports import Disk, Ports
+from fastload.service.resources import Disk, Resources
 from fastload.service.state import Chunk, ConsumerState, ObjectEntry, Objects
 
 
 @dataclass(frozen=True, slots=True)
-class Records:
+class SharedState:
     """See the module's text. Used by the loop's thread only."""
 
     consumers: dict[ConsumerState, None]  # that are connected, in the order in which they came
@@ -30,17 +30,17 @@ class Records:
     counters: Counter[str] = field(default_factory=lambda: Counter(dropped_chunks=0))
 
     @classmethod
-    def of_ports(cls, ports: Ports) -> Records:
+    def of_resources(cls, resources: Resources) -> SharedState:
         """Those of a service that begins."""
         consumers: dict[ConsumerState, None] = {}
-        pins = Pins(ports.disk, ports.limits.ram_bytes)
-        table = BufferTable(ports.arena.buffer_count, pins.belongs_in_ram)
-        disk_order = DiskOrder(ports.disk.keys())
+        pins = Pins(resources.disk, resources.limits.ram_bytes)
+        table = BufferTable(resources.arena.buffer_count, pins.belongs_in_ram)
+        disk_order = DiskOrder(resources.disk.keys())
         plans = PlanSet(consumers, table, disk_order, pins)
         return cls(
             consumers=consumers,
-            disk=ports.disk,
-            objects=Objects(ports.limits.chunk_bytes),
+            disk=resources.disk,
+            objects=Objects(resources.limits.chunk_bytes),
             pins=pins,
             table=table,
             disk_order=disk_order,
