@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from fastload.decode import native
-from fastload.kernels import loading, module_names, object_names
+from fastload.kernels import loading, module_names, object_names, objects
 from tests.decode import pictures
 from tests.jobs.launch import ROOT
 from tests.kernels.test_compile import FIRST
@@ -26,6 +27,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 # What an editable install leaves in the source, of another version: nothing of it may come into what is built now.
 LEFT_OVER = ("fastload/decode/_native.so", "fastload/decode/_native.txt", "fastload/kernels/compiled/gather-0.x86-64.o")
+# Kernels that are there are not compiled again; of these two modules there are none.
+COMPILED_AGAIN = ("copying", "parse")
 
 
 @pytest.fixture
@@ -41,6 +44,26 @@ def source(tmp_path: Path) -> Path:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, copy / name)
     return copy
+
+
+def leave_over(source: Path) -> None:
+    """As if another version had been installed from there in editable mode."""
+    for name in LEFT_OVER:
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(b"of another version")
+
+
+def has_been_used(source: Path) -> None:
+    """As if this version had been installed in editable mode: of its kernels most have been compiled."""
+    (source / "fastload/kernels/compiled").mkdir()
+    modules = set(module_names()) - set(COMPILED_AGAIN)
+    for name in object_names(modules, loading.level_here()):
+        if (objects.INSTALLED / name).exists():
+            shutil.copy(objects.INSTALLED / name, source / "fastload/kernels/compiled" / name)
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 class Environment:
@@ -115,36 +138,41 @@ def has_everything(environment: Environment, fastload: Path, levels: Sequence[st
     assert f"{len(wanted) // len(levels)} are compiled in {fastload / 'kernels/compiled'}" in status.stdout
 
 
-def test_pip_install_in_a_checkout_that_was_used_before(source: Path, environment: Environment) -> None:
-    for name in LEFT_OVER:
-        (source / name).parent.mkdir(exist_ok=True)
-        (source / name).write_bytes(b"of another version")
-    before = {path for path in source.rglob("*") if path.is_file()}
-    fastload = environment.install(source)
-    assert fastload.is_relative_to(environment.packages)
-    has_everything(environment, fastload, loading.LEVELS)
-    assert {path for path in source.rglob("*") if path.is_file()} == before
-
-
-def test_a_wheel_of_what_is_released_as_source(source: Path, environment: Environment, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """An environment with what pip builds by, and nothing that compiles kernels."""
+    environment = Environment(tmp_path_factory.mktemp("builder") / "environment")
     assert environment.pip("install", "scikit-build-core").returncode == 0
-    for name in LEFT_OVER:
-        (source / name).parent.mkdir(exist_ok=True)
-        (source / name).write_bytes(b"of another version")
+    return environment
+
+
+def test_pip_install_of_what_is_released_as_source(
+    source: Path, builder: Environment, environment: Environment, tmp_path: Path
+) -> None:
+    """Made in a checkout that was used before, and installed from a folder that was."""
+    leave_over(source)
     build = "import sys; from scikit_build_core.build import build_sdist; print(build_sdist(sys.argv[1]))"
-    made = subprocess.run([environment.python, "-c", build, tmp_path], cwd=source, capture_output=True, check=True)
-    sdist = tmp_path / made.stdout.decode().splitlines()[-1]
-    done = environment.pip("wheel", "--no-deps", "--wheel-dir", tmp_path / "wheels", sdist)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = (tmp_path / "wheels").iterdir()
-    fastload = environment.install("--no-index", wheel)
+    made = subprocess.run([builder.python, "-c", build, tmp_path], cwd=source, capture_output=True, check=True)
+    with tarfile.open(tmp_path / made.stdout.decode().splitlines()[-1]) as sdist:
+        sdist.extractall(tmp_path / "sdist", filter="data")
+    (released,) = (tmp_path / "sdist").iterdir()
+    # It is the checkout, so that one is installed as the other is.
+    assert files_in(released) == files_in(source) - {*LEFT_OVER} | {"PKG-INFO"}
+    leave_over(released)
+    before = files_in(released)
+    fastload = environment.install(released)
     assert fastload.is_relative_to(environment.packages)
     has_everything(environment, fastload, loading.LEVELS)
+    assert files_in(released) == before
 
 
-def test_an_editable_install(source: Path, environment: Environment) -> None:
-    """As `make demo` and `make test` make it; for this processor, since that is where it is used."""
-    fastload = environment.install("--editable", source)
+def test_an_editable_install(source: Path, builder: Environment, environment: Environment) -> None:
+    """For this processor, since that is where it is used. It is built with what the tests have; `make test` makes one
+    in pip's isolation.
+    """
+    has_been_used(source)
+    (environment.packages / "builder.pth").write_text(f"{builder.packages}\n{Path(np.__file__).parents[1]}")
+    fastload = environment.install("--no-build-isolation", "--editable", source)
     assert fastload == source / "fastload"
     has_everything(environment, fastload, [loading.level_here()])
 
@@ -154,20 +182,19 @@ def test_without_a_c_compiler_the_kernels_are_compiled_all_the_same(source: Path
     cmake = shutil.which("cmake")
     if cmake is None:
         pytest.skip("no cmake beside pip's own")
-    for name in LEFT_OVER:
-        (source / name).parent.mkdir(exist_ok=True)
-        (source / name).write_bytes(b"of another version")
+    has_been_used(source)
+    leave_over(source)
     configure = [cmake, "-S", source / "native", "-B", tmp_path / "build", f"-DPython_EXECUTABLE={sys.executable}"]
     subprocess.run(configure, env={**os.environ, "CC": "/nonexistent"}, capture_output=True, check=True)
     subprocess.run([cmake, "--build", tmp_path / "build"], capture_output=True, check=True)
     assert [path.name for path in (source / "fastload/decode").glob("_native*")] == ["_native.txt"]
     assert (source / "fastload/decode/_native.txt").read_text() == "there was no working C compiler"
-    assert len(list((source / "fastload/kernels/compiled").glob(f"*.{loading.level_here()}.o"))) > 10
+    compiled = {path.name for path in (source / "fastload/kernels/compiled").iterdir()}
+    assert compiled >= set(object_names(module_names(), loading.level_here()))
 
 
-def test_without_what_compiles_kernels_nothing_is_installed(source: Path, environment: Environment) -> None:
-    assert environment.pip("install", "scikit-build-core").returncode == 0
-    done = environment.pip("install", "--no-deps", "--no-build-isolation", source)
+def test_without_what_compiles_kernels_nothing_is_installed(source: Path, builder: Environment) -> None:
+    done = builder.pip("install", "--no-deps", "--no-build-isolation", source)
     assert done.returncode != 0
     assert "fastload's kernels cannot be compiled: No module named 'numpy'" in done.stderr + done.stdout
     assert "pip install 'numba>=0.60'" in done.stderr + done.stdout
