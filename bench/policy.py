@@ -100,7 +100,7 @@ class _World:
 
     async def run(self, policy: PolicyName, epoch_count: int) -> tuple[Shares, Shares]:
         """Bytes fetched and written in each epoch, as shares of the data."""
-        core = Core(self._directory, asyncio.get_running_loop(), opener=lambda url, options: _Store())  # type: ignore[arg-type,return-value]
+        core = Core(self._directory, asyncio.get_running_loop(), factory=lambda url, options: _Store())  # type: ignore[arg-type,return-value]
         self._say, counted = self._connect(core), []
         self._say(protocol.Keep(list(range(len(self._infos))), policy))
         try:

@@ -223,7 +223,7 @@ class _Reading:
         self._core = Core(
             self._directory,
             asyncio.get_running_loop(),
-            opener=lambda url, options: _Store(),  # type: ignore[arg-type,return-value]
+            factory=lambda url, options: _Store(),  # type: ignore[arg-type,return-value]
         )
         self._rows = protocol.ObjectRows.of([info(number) for number in range(CORE_READS)])
         self._group = 0

@@ -124,8 +124,8 @@ class SetPlan(Message, tag="plan"):
 
 
 class Keep(Message, tag="keep"):
-    """These are the objects that I read again and again, and by which policy to keep them; replaces the claim before.
-    Empty: none.
+    """These are the objects that I read again and again, and by which policy to keep them; replaces the keep list
+    before. Empty: none.
     """
 
     objects: list[int]

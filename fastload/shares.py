@@ -1,19 +1,19 @@
 """Who may spend which part of a node's cache: the numbers side by side, since together they must fit.
 
-Of the arena, in buffers. What is pinned and what consumers hold in windows are there at the same time, and make the
-whole. The others bound how far work may spread over room that is not needed just now.
+Of the arena, in buffers. Its arc and what consumers hold in windows are there at the same time, and make the whole. The
+others bound how far work may spread over room that is not needed just now.
 """
 
 from __future__ import annotations
 
-PINNED = 0.5
-"""Chunks that should stay over epochs because the disk does not hold them (`service.eviction`). The rest is for what is
-being read and what comes next."""
+ARC = 0.5
+"""The arena's arc: chunks that should stay over epochs because the disk does not hold them (`service.eviction`). The
+rest is for what is being read and what comes next."""
 
 WINDOWS = 0.5
 """Windows of all lanes of a node, which are leased while samples are drawn from them (`plan.order`)."""
 
-TRANSIT_LEAST, TRANSIT_MOST = 0.25, 0.5
+PREFETCH_LEAST, PREFETCH_MOST = 0.25, 0.5
 """How far ahead prefetching may displace what is used later: a quarter of a large arena, where requests need more as
 much as they need, but never most of a small one (`service.eviction`)."""
 

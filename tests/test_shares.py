@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 
 from fastload import shares
-from fastload.service.eviction import read_threads, transit, write_queue_max, write_threads
+from fastload.service.eviction import prefetch_distance, read_threads, write_queue_max, write_threads
 
 BUFFER_COUNTS = [2, 3, 4, 5, 8, 13, 40, 1024, 1 << 14]
 
 
 def test_what_is_held_at_the_same_time_is_no_more_than_all() -> None:
-    assert shares.PINNED + shares.WINDOWS <= 1
-    assert shares.PINNED + shares.TRANSIT_MOST <= 1
-    assert shares.TRANSIT_LEAST <= shares.TRANSIT_MOST
+    assert shares.ARC + shares.WINDOWS <= 1
+    assert shares.ARC + shares.PREFETCH_MOST <= 1
+    assert shares.PREFETCH_LEAST <= shares.PREFETCH_MOST
     assert shares.READ_AHEAD < shares.WINDOWS
     assert shares.INDEXING <= shares.WINDOWS
     assert 0 < shares.WRITE_QUEUE < 1
@@ -34,9 +34,9 @@ def test_a_disk_that_hangs_leaves_an_arena_buffers(buffer_count: int) -> None:
 @pytest.mark.parametrize("buffer_count", BUFFER_COUNTS)
 @pytest.mark.parametrize("requests_allowed", [1, 8, 256, 10_000])
 def test_prefetching_displaces_a_share_at_most(buffer_count: int, requests_allowed: int) -> None:
-    ahead = transit(buffer_count, requests_allowed)
-    assert 1 <= ahead <= max(1, buffer_count * shares.TRANSIT_MOST)
-    assert ahead >= min(buffer_count * shares.TRANSIT_LEAST, buffer_count * shares.TRANSIT_MOST) - 1
+    ahead = prefetch_distance(buffer_count, requests_allowed)
+    assert 1 <= ahead <= max(1, buffer_count * shares.PREFETCH_MOST)
+    assert ahead >= min(buffer_count * shares.PREFETCH_LEAST, buffer_count * shares.PREFETCH_MOST) - 1
 
 
 @pytest.mark.parametrize("buffer_count", BUFFER_COUNTS)

@@ -28,7 +28,7 @@ from fastload.client.handshake import Welcomed
 from fastload.errors import FastloadError, ServiceError
 from fastload.rendezvous import peer_pid
 
-# A service that has been quiet for so long is pinged; one that takes nothing and says nothing for so long is taken for
+# A service that has been quiet for so long is pinged; one that reads nothing and sends nothing for so long is taken for
 # dead: its loop never blocks on anything. On a machine that is loaded heavily a reply may take some seconds.
 QUIET_S, SILENCE_S = 5.0, 20.0
 # A service that is started again and again without ever granting a chunk, or lasting for a while, is not going to. One
@@ -77,7 +77,7 @@ class Connection:
         self._events, self._lock = events, lock
         self._stop = threading.Event()
         self._sock: socket.socket | None = None
-        self._takes_nothing = False
+        self._is_not_read = False
         self._frames = protocol.FrameReader()
         self._service_id, self._service_pid = b"", 0
         self._end: _End | None = None  # of the service before
@@ -95,24 +95,24 @@ class Connection:
         """Use this socket from now on."""
         welcomed.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(SILENCE_S))
         welcomed.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(QUIET_S))
-        self._takes_nothing = False
+        self._is_not_read = False
         self._sock, self._frames = welcomed.sock, welcomed.frames
 
     def send(self, message: protocol.Message) -> None:
         """Send, or leave it: see the module's text."""
         sock = self._sock
-        if sock is None or self._takes_nothing:
+        if sock is None or self._is_not_read:
             return
         try:
             sock.sendall(protocol.frame(message))
         except BlockingIOError:  # at the deadline. Half a message may have been sent: nothing can follow it
-            self._takes_nothing = True
+            self._is_not_read = True
         except OSError:  # the service died; the reading thread finds the same and connects again
             _shut_down(sock)
 
     def send_last(self, silent: socket.socket, message: protocol.Message) -> None:
         """Send one more message to a silent service, if that can be done without waiting."""
-        if not self._takes_nothing:
+        if not self._is_not_read:
             with contextlib.suppress(OSError):  # its buffer is full
                 silent.send(protocol.frame(message), socket.MSG_DONTWAIT)
 
@@ -201,7 +201,7 @@ class Connection:
             data = _receive(self._sock)
             now_s = time.monotonic()
             silent_s, seen_s = silent_s + min(now_s - seen_s, QUIET_S), now_s
-            if silent_s >= SILENCE_S or self._takes_nothing:
+            if silent_s >= SILENCE_S or self._is_not_read:
                 return _End.SILENT
             if data == b"":
                 with self._lock:

@@ -20,9 +20,9 @@ window to the counts of all before it.
 
 `OrderWish` becomes an order by choosing how many partitions there are, and windows that fit in memory. A node has one
 window live in each lane that it reads, and two while a lane goes on from one to the next. All of them have to fit in
-half of the arena, the *transit* budget (the other half is for what is kept and what is on its way): otherwise parts of
-a window are dropped before they are used and read again. So a window that is too large is made smaller, to a power of
-two, so that few different orders come of many different machines.
+the windows' share of the arena (`shares.WINDOWS`; the rest is for what is kept and what is on its way): otherwise parts
+of a window are dropped before they are used and read again. So a window that is too large is made smaller, to a power
+of two, so that few different orders come of many different machines.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class WindowKey(NamedTuple):
 
 
 _LIVE_WINDOWS_OF_LANE = 2
-_TRANSIT_SHARE = int(1 / shares.WINDOWS)  # one part in so many of the arena
+_ARENA_TO_WINDOWS = int(1 / shares.WINDOWS)  # how many times their share the arena is
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,13 +250,13 @@ def lanes_of_node(ranks: Ranks, partitions: int) -> Sequence[int]:
 
 
 def fitting_window_bytes(lanes: int, ram_bytes: int) -> int:
-    """The largest power of two of which the live windows of `lanes` fit in the transit of the arena."""
-    return _power_below(ram_bytes // (_TRANSIT_SHARE * _LIVE_WINDOWS_OF_LANE * lanes))
+    """The largest power of two of which the live windows of `lanes` fit in their share of the arena."""
+    return _power_below(ram_bytes // (_ARENA_TO_WINDOWS * _LIVE_WINDOWS_OF_LANE * lanes))
 
 
 def ram_bytes_for(lanes: int, window_bytes: int) -> int:
     """The arena in which windows of this size fit."""
-    return _TRANSIT_SHARE * _LIVE_WINDOWS_OF_LANE * lanes * window_bytes
+    return _ARENA_TO_WINDOWS * _LIVE_WINDOWS_OF_LANE * lanes * window_bytes
 
 
 def _power_below(number: int) -> int:

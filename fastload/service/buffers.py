@@ -25,20 +25,18 @@ FREE, LOADING, IDLE, QUEUED, WRITING, LEASED, STUCK, QUARANTINED = range(8)
 one being written; a leased one whose lease may be asked back; a leased one for which that has been done or would not
 help; a chunk, or nothing any more, under a read or write that hangs."""
 
-Pinned = Callable[[Chunk], bool]
-
 
 class BufferTable:
     """Changed by the loop's thread only."""
 
-    def __init__(self, count: int, is_pinned: Pinned = lambda chunk: False) -> None:
-        """`is_pinned(chunk)`: whether a chunk that the disk does not hold should rather stay than others."""
-        self.count, self._is_pinned = count, is_pinned
+    def __init__(self, count: int, is_in_arc: Callable[[Chunk], bool] = lambda chunk: False) -> None:
+        """`is_in_arc(chunk)`: whether a chunk that the disk does not hold should rather stay than others."""
+        self.count, self._is_in_arc = count, is_in_arc
         self.status = np.full(count, FREE, np.uint8)
         self.chunks: list[Chunk | None] = [None] * count
         self._released_at = np.zeros(count, np.int64)  # when it was last let go of, in `_clock` ticks
         self._eviction_class = np.zeros(count, np.uint8)
-        self._pinned = np.zeros(count, bool)
+        self._in_arc = np.zeros(count, bool)
         self._on_disk = np.zeros(count, bool)  # as far as was said: it may have gone there since
         self._sieve = SieveSlots(count)
         self._positions: dict[Plan, Int64] = {}  # per long plan, -1 where the buffer's chunk is not in it
@@ -186,7 +184,7 @@ class BufferTable:
 
     def _classify(self, chunk: Chunk) -> None:
         self._eviction_class[chunk.buffer] = eviction_class(chunk.entry)
-        self._pinned[chunk.buffer] = chunk.entry.plan_count > 0 and self._is_pinned(chunk)
+        self._in_arc[chunk.buffer] = chunk.entry.plan_count > 0 and self._is_in_arc(chunk)
 
     # Choosing
 
@@ -206,7 +204,7 @@ class BufferTable:
         for plan, positions in self._positions.items():
             np.minimum(nearest, plan.ahead(positions), out=nearest)
         self._short_plans.lower(nearest)
-        is_kept = self._pinned & ~self._on_disk & (self._eviction_class == COVERED)
+        is_kept = self._in_arc & ~self._on_disk & (self._eviction_class == COVERED)
         return np.where(is_kept & (nearest == NEVER), LATER, nearest)
 
     def by_usefulness(self, statuses: Iterable[int], at_most: int = 1 << 62) -> tuple[list[int], list[int]]:

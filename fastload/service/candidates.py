@@ -9,7 +9,7 @@ from itertools import chain
 
 from fastload.service import scheduler
 from fastload.service.disk_io import WriteBehind
-from fastload.service.eviction import transit
+from fastload.service.eviction import prefetch_distance
 from fastload.service.plans import WarmPlan
 from fastload.service.request_limit import Endpoints
 from fastload.service.scheduler import Candidate, Need
@@ -93,7 +93,7 @@ class Candidates:
     def by_need(self) -> Iterator[Candidate]:
         """Lazy: how many are looked at is for the scheduler to say."""
         leases, plans, on_disk = self._shared.leases, self._shared.plans, self._shared.on_disk
-        ahead = transit(self._shared.table.count, self._endpoints.limit)
+        ahead = prefetch_distance(self._shared.table.count, self._endpoints.limit)
         return chain(
             (self._candidate(chunk, Need.DEMANDED) for chunk in leases.demanded),
             (self._candidate(chunk, Need.WANTED) for chunk in leases.wanted),

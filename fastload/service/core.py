@@ -38,7 +38,7 @@ from fastload.service.resources import Disk, Resources
 from fastload.service.scheduler import Capacity, Drop, Load, RecallChunk
 from fastload.service.shared_state import SharedState
 from fastload.service.state import ConsumerState, Plan
-from fastload.service.stores import Opener
+from fastload.service.stores import StoreFactory
 from fastload.service.threads import Pool
 
 log = logging.getLogger("fastload.service")
@@ -58,14 +58,14 @@ class Core:
         self,
         directory: ServiceLocation,
         loop: asyncio.AbstractEventLoop,
-        opener: Opener | None = None,
+        factory: StoreFactory | None = None,
         disk_deadline_s: float = DISK_DEADLINE_S,
     ) -> None:
         """Open the arena and the disk tier of `directory`, whose lock the caller holds; CacheError where that fails.
 
         `disk_deadline_s`: after so long without an answer the disk is bypassed (see `disk_io`).
         """
-        self._begin(Resources.of_directory(directory, loop, opener), disk_deadline_s)
+        self._begin(Resources.of_directory(directory, loop, factory), disk_deadline_s)
 
     @classmethod
     def of_resources(cls, resources: Resources, disk_deadline_s: float = DISK_DEADLINE_S) -> Core:
@@ -293,7 +293,7 @@ class Core:
         for action in actions:
             self._carry_out(action)
         self._endpoints.slack(self._resources.now())
-        self._resources.populator.need(self._table.used_count, self._shared.pins.buffers_needed)
+        self._resources.populator.need(self._table.used_count, self._shared.arcs.buffers_needed)
         if self._watch.stalled and self._table.quarantined_count == self._table.count:
             self._refuse_demands()
         self._leases.grant_deferred()

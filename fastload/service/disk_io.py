@@ -58,16 +58,16 @@ class DiskEvictor:
                 return
             self._disk.remove(key)
 
-    def settle(self, victims: Iterable[ChunkKey], *, claimed: bool = False) -> int:
-        """Have the order name what the disk holds of these; how many have gone. `claimed`: the order has counted them
-        as gone since they were chosen, and names again what could not be removed.
+    def settle(self, victims: Iterable[ChunkKey], *, already_discarded: bool = False) -> int:
+        """Have the order name what the disk holds of these; how many have gone. `already_discarded`: the order
+        has counted them as gone since they were chosen, and names again what could not be removed.
         """
         gone = 0
         for key in victims:
             if not self._disk.contains(key):
                 gone += 1
                 self.order.discard(key)
-            elif claimed:
+            elif already_discarded:
                 self.order.add(key)
         return gone
 
@@ -209,7 +209,7 @@ class WriteBehind:
         return self._disk.write(key, buffer, length)
 
     def _settle(self, chunk: Chunk, key: ChunkKey, written: bool, victims: list[ChunkKey]) -> None:
-        self.counters["evicted"] += self._evictor.settle(victims, claimed=True)
+        self.counters["evicted"] += self._evictor.settle(victims, already_discarded=True)
         self._running.pop(chunk, None)
         tries = self._tries.pop(chunk, 0) + 1
         if not written and tries < _TRIES_MAX and self._has_room(chunk):

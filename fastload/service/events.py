@@ -81,5 +81,5 @@ class Warnings:
         self.added(message)
 
     def close(self) -> None:
-        """Take no more."""
+        """Ignore further warnings."""
         self._closed = True

@@ -1,18 +1,18 @@
 """What stays in RAM and on disk, and what is evicted for what: decisions only. Nothing here waits or does I/O.
 
-An object is *covered* while a live plan or a claim names it.
+An object is *covered* while a live plan or a keep list names it.
 
 In RAM, the order in which buffers are given up (`least_useful_first`) is looked at by the scheduler, which knows for
 whom. First go chunks of objects that are not covered.
 
-Each tier pins its share of the covered data (`Pins`), by the arcs of `cache.policy.pin`: the disk's arc is as long as
-the part of the covered bytes that its quota holds, and the arena's follows it. Where they lie depends on the epoch in
-which an object is read, so all ranks of a node mean the same chunks.
+Each tier holds one part of the covered data epoch after epoch (`TierArcs`), an arc of `cache.policy.pin`: the disk's
+arc is as long as the part of the covered bytes that its quota holds, and the arena's follows it. Where they lie depends
+on the epoch in which an object is read, so all ranks of a node mean the same chunks.
 
 Chunks are admitted to disk until the quota is full (`DiskAdmission`). After that a chunk may take the place of one that
-is not covered, of these first of what was longest without a claim unless it was read since (SIEVE); else of one of its
-own policy, where no order is known. A chunk that should be pinned may take the place of one that should not, once that
-was read in this epoch: it would be fetched in the next one, as this one is fetched now, so the exchange costs a write
+is not covered, of these first of what was longest uncovered unless it was read since (SIEVE); else of one of its
+own policy, where no order is known. A chunk of the disk's arc may take the place of one that is not, once that was
+read in this epoch: it would be fetched in the next one, as this one is fetched now, so the exchange costs a write
 and no fetch. Such victims are looked for along what plans have read, each position once.
 
 How much may be written is bounded too, since flash wears (`WriteBudget`).
@@ -40,7 +40,7 @@ from fastload.service.state import NEVER, Chunk, Int64, ObjectEntry, Plan
 DISK_READ_THREADS = 4
 DISK_WRITE_THREADS = 2
 # Also where few requests at a time fill the link, a consumer takes several chunks at once.
-_TRANSIT_MIN = 32
+_PREFETCH_MIN = 32
 
 # Of the chunk in a buffer: its object is not covered; it is, and its policy makes nothing of a known order; it is, and
 # has an order.
@@ -69,9 +69,9 @@ def least_useful_first(
 
     First what is not covered, by SIEVE, in which what is not used any more goes in the order in which it came. Then
     what is read in an unknown order, by its policy. Then what is covered but has no use ahead any more, the last used
-    first: what is left of an epoch is as good as what goes, and the next epoch finds it (a pin, where dropping the
-    oldest would leave nothing to find); of these, first what is on disk, so that the two hold different chunks, and
-    last what should be pinned here. In the end what will be used, the farthest use first.
+    first: what is left of an epoch is as good as what goes, and the next epoch finds it (dropping the oldest
+    would leave nothing to find); of these, first what is on disk, so that the two hold different chunks, and
+    last what is of the arena's arc. In the end what will be used, the farthest use first.
     """
     is_ahead, is_covered = next_use < LATER, classes == COVERED
     rank = classes + np.where(is_covered, 2 * (next_use == LATER) + ~on_disk, 0)
@@ -140,7 +140,7 @@ class DiskOrder:
             order.use(key)
 
     def cover(self, object_id: bytes, policy: PolicyName = "pin") -> None:
-        """A live plan or claim names the object, whose chunks stay and go by this policy from now on."""
+        """A live plan or keep list names the object, whose chunks stay and go by this policy from now on."""
         if self._policies.get(object_id) != policy:
             self._move(object_id, policy)
 
@@ -163,7 +163,7 @@ class DiskOrder:
                 after.add(key)
 
     def _order_of(self, object_id: bytes) -> Keyed[ChunkKey] | None:
-        """That in which chunks of an object go; None where they are pinned."""
+        """That in which chunks of an object go; None where they stay by the disk's arc."""
         policy = self._policies.get(object_id)
         return self._idle if policy is None else self._by_policy.get(policy)
 
@@ -183,12 +183,12 @@ class DiskOrder:
         return key
 
     def in_order(self) -> Iterator[ChunkKey]:
-        """All chunks as they should go if there must be less on disk: pinned ones last."""
+        """All chunks as they should go if there must be less on disk: those of the arc last."""
         yield from self._idle.in_order()
         yield from self.covered()
 
     def covered(self) -> Iterator[ChunkKey]:
-        """Those of covered objects, pinned ones last."""
+        """Those of covered objects, those of the arc last."""
         for order in self._by_policy.values():
             yield from order.in_order()
         for object_id, indexes in self._indexes.items():
@@ -209,7 +209,7 @@ class DiskSizes(Protocol):
     def file_bytes(self, length: int) -> int: ...
 
 
-class Pins:
+class TierArcs:
     """Which chunks each tier should hold of the covered data. Changed by the loop's thread only."""
 
     def __init__(self, disk: DiskSizes, ram_bytes: int) -> None:
@@ -255,15 +255,15 @@ class Pins:
         """Whether the arena should, rather than others that the disk does not hold."""
         entry, index = chunk.entry, chunk.index
         before = self.disk_share
-        share = shares.PINNED * self._ram_bytes / max(1, self._covered_bytes)
+        share = shares.ARC * self._ram_bytes / max(1, self._covered_bytes)
         return before < 1.0 and Arc.of_epoch(entry.epoch, share, before).holds(place(entry.id, index))
 
 
 class DiskAdmission:
     """Which chunk may go from a full disk for another. Used by the loop's thread only."""
 
-    def __init__(self, order: DiskOrder, pins: Pins, plans: Callable[[], Sequence[Plan]]) -> None:
-        self._order, self._pins, self._plans = order, pins, plans
+    def __init__(self, order: DiskOrder, arcs: TierArcs, plans: Callable[[], Sequence[Plan]]) -> None:
+        self._order, self._arcs, self._plans = order, arcs, plans
 
     @property
     def has_spare(self) -> bool:
@@ -285,16 +285,16 @@ class DiskAdmission:
 
     def _victim_for(self, chunk: Chunk) -> ChunkKey | None:
         entry = chunk.entry
-        if entry.policy in BLIND or not entry.plan_count or not self._pins.belongs_on_disk(entry, chunk.index):
+        if entry.policy in BLIND or not entry.plan_count or not self._arcs.belongs_on_disk(entry, chunk.index):
             return None
         plans = self._plans()
         return next((key for plan in plans if (key := self._victim_of(plan, plans)) is not None), None)
 
     def _victim_of(self, plan: Plan, plans: Sequence[Plan]) -> ChunkKey | None:
-        """The first chunk that the plan has read, that is still there and that should not be pinned."""
+        """The first chunk that the plan has read, that is still there and that is not of the disk's arc."""
         for position, entry, index in plan.delivered_steps():
             key = entry.key(index)
-            if key in self._order and entry.policy not in BLIND and not self._pins.belongs_on_disk(entry, index):
+            if key in self._order and entry.policy not in BLIND and not self._arcs.belongs_on_disk(entry, index):
                 waits = [other for other in plans if other.position(entry, index) >= other.cursor]
                 if not waits:
                     return key
@@ -366,9 +366,9 @@ def write_queue_max(buffer_count: int) -> int:
     return max(1, int(buffer_count * shares.WRITE_QUEUE))
 
 
-def transit(buffer_count: int, requests_allowed: int) -> int:
-    """How many chunks ahead prefetching may displace what will be used later (see `state`): two rounds of requests, or
-    a quarter of a large arena, but never most of a small one.
+def prefetch_distance(buffer_count: int, requests_allowed: int) -> int:
+    """How many chunks ahead prefetching may displace what will be used later (see `state`): twice as many as requests
+    are allowed, or a quarter of a large arena, but never most of a small one.
     """
-    rounds = max(_TRANSIT_MIN, 2 * requests_allowed)
-    return min(max(rounds, int(buffer_count * shares.TRANSIT_LEAST)), max(1, int(buffer_count * shares.TRANSIT_MOST)))
+    least = max(_PREFETCH_MIN, 2 * requests_allowed)
+    return min(max(least, int(buffer_count * shares.PREFETCH_LEAST)), max(1, int(buffer_count * shares.PREFETCH_MOST)))

@@ -64,14 +64,14 @@ def start_process(
 
     Raises the error that kept it from serving.
     """
-    word = _run(directory.renewed(), idle_s, stop, deadline_s)
-    if word is None:
+    report = _run(directory.renewed(), idle_s, stop, deadline_s)
+    if report is None:
         raise StartError(
             f"the cache service for {directory.path} ended while starting; its log ({directory.log_path}) ends "
             f"with:\n{log_tail(directory.log_path)}"
         )
-    if word.get("status") == "error":
-        name, message = word["error"]
+    if report.get("status") == "error":
+        name, message = report["error"]
         raise errors.from_wire(str(name), str(message))
 
 
@@ -96,7 +96,7 @@ def _run(directory: ServiceLocation, idle_s: float, stop: threading.Event, deadl
         finally:
             os.close(writing)
         try:
-            return _read_word(reading, stop, deadline_s)
+            return _read_report(reading, stop, deadline_s)
         finally:
             _reap(process)
     finally:
@@ -141,7 +141,7 @@ def _open_log(path: Path) -> Any:
     return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab")
 
 
-def _read_word(fd: int, stop: threading.Event, deadline_s: float) -> dict[str, Any] | None:
+def _read_report(fd: int, stop: threading.Event, deadline_s: float) -> dict[str, Any] | None:
     """What the service reports; None where it ended without a report."""
     data = b""
     poll = select.poll()  # unlike select(), for any descriptor
@@ -155,9 +155,9 @@ def _read_word(fd: int, stop: threading.Event, deadline_s: float) -> dict[str, A
             if not piece:
                 return None
             data += piece
-    word = json.loads(data)
-    assert isinstance(word, dict)
-    return word
+    report = json.loads(data)
+    assert isinstance(report, dict)
+    return report
 
 
 def log_tail(path: Path) -> str:

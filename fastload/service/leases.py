@@ -1,10 +1,10 @@
-"""Who holds and who wants what: the wants and leases of all consumers, and the mail that follows from them.
+"""Who holds and who wants what: the wants and leases of all consumers, and the messages that follow from them.
 
-One chunk has one record however many consumers ask for it, so it is fetched once (`state.Chunk`). A want is answered
-as soon as its chunk is in RAM, unless that is being recalled: then a consumer waits for its buffer, and might wait for
-ever if others kept it in use by turns. Such wants are `deferred` until the recall has ended and that consumer
-had the first choice (`grant_deferred`). What is not in RAM is in `demanded` (a consumer waits) or `wanted`, oldest
-first; the core takes it from there.
+One chunk has one record however many consumers ask for it, so it is fetched once (`state.Chunk`). A want is answered as
+soon as its chunk is in RAM, unless that is being recalled: then a consumer waits for its buffer, and might wait for
+ever if others kept it in use one after the other. Such wants are `deferred` until the recall has ended and that
+consumer had the first choice (`grant_deferred`). What is not in RAM is in `demanded` (a consumer waits) or `wanted`,
+oldest first; the core takes it from there.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class Leases:
             held = consumer.leases.pop(chunk_no, None)
             if held is not None:
                 self._end_lease(held, consumer, chunk_no)
-            wished = consumer.wants.pop(chunk_no, None)
-            if wished is not None:
-                wished.unwant((consumer, chunk_no))
-                self._queue(wished)
-                wished.entry.forget_if_idle(wished)
+            wanted = consumer.wants.pop(chunk_no, None)
+            if wanted is not None:
+                wanted.unwant((consumer, chunk_no))
+                self._queue(wanted)
+                wanted.entry.forget_if_idle(wanted)
 
     def pinned(self, consumer: ConsumerState, chunk_nos: Iterable[int]) -> None:
         """Recalled chunks are in use: no point in waiting for just these."""
@@ -92,7 +92,7 @@ class Leases:
         self.wanted.pop(chunk, None)
 
     def loaded(self, chunk: Chunk) -> None:
-        """It is here: answer everybody who wants it."""
+        """It is here: grant it to all who want it."""
         for (consumer, chunk_no), want in chunk.take_wanters().items():
             del consumer.wants[chunk_no]
             self._grant(chunk, consumer, chunk_no, want.serial)
@@ -112,7 +112,7 @@ class Leases:
     def failed(self, chunk: Chunk, error: BaseException) -> None:
         """It cannot be had.
 
-        What a store says is only news to those by whose options it was asked; for others it is tried again.
+        A store's error is reported only to those by whose options it was asked; for others the chunk is tried again.
         """
         name, message = to_wire(error)
         of_store = isinstance(error, StoreError)

@@ -1,9 +1,9 @@
-"""The live plans and claims of all consumers, and what follows from there being one: its objects are covered.
+"""The live plans and keep lists of all consumers, and what follows from there being one: its objects are covered.
 
-A *plan* is what a consumer reads next, in its order. A *claim* (`Keep`) is what it reads again and again, and by which
-policy that should be kept; it lasts through plans that name only a part, such as the rest of an epoch or the beginning
-of the next. An object is covered while one of either names it. Covered chunks are kept on disk, and in RAM they are
-evicted after all others.
+A *plan* is what a consumer reads next, in its order. A *keep list* (`Keep`) is what it reads again and again, and by
+which policy that should be kept; it lasts through plans that name only a part, such as the rest of an epoch or the
+beginning of the next. An object is covered while one of either names it. Covered chunks are kept on disk, and in RAM
+they are evicted after all others.
 
 The aim of a *warm plan* is that the cache holds its chunks, not that they are read now. With a disk tier, each chunk
 that the disk lacks is fetched, written, and then need not stay in RAM; the plan ends when all are on disk or the disk
@@ -19,7 +19,7 @@ from fastload import protocol
 from fastload.cache.policy import BLIND, PolicyName
 from fastload.errors import to_wire
 from fastload.service.buffers import BufferTable
-from fastload.service.eviction import DiskOrder, Pins
+from fastload.service.eviction import DiskOrder, TierArcs
 from fastload.service.scheduler import Candidate, Need, OnDisk
 from fastload.service.state import Chunk, ChunkState, ConsumerState, ObjectEntry, Plan, Step
 
@@ -28,9 +28,9 @@ class PlanSet:
     """Changed by the loop's thread only."""
 
     def __init__(
-        self, consumers: Collection[ConsumerState], table: BufferTable, disk_order: DiskOrder, pins: Pins
+        self, consumers: Collection[ConsumerState], table: BufferTable, disk_order: DiskOrder, arcs: TierArcs
     ) -> None:
-        self._consumers, self._table, self._disk_order, self._pins = consumers, table, disk_order, pins
+        self._consumers, self._table, self._disk_order, self._arcs = consumers, table, disk_order, arcs
 
     def all(self) -> Iterator[Plan]:
         """Every live plan."""
@@ -62,7 +62,7 @@ class PlanSet:
             self._forget(before)
 
     def keep(self, consumer: ConsumerState, message: protocol.Keep) -> None:
-        """Give the consumer another claim, or none."""
+        """Give the consumer another keep list, or none."""
         before = consumer.kept
         consumer.kept = list(dict.fromkeys(consumer.entry(number) for number in message.objects))
         for entry in consumer.kept:
@@ -71,12 +71,12 @@ class PlanSet:
         self._table.recompute_eviction_classes()
 
     def end(self, consumer: ConsumerState) -> None:
-        """The consumer has neither plan nor claim any more."""
+        """The consumer has neither plan nor keep list any more."""
         plan, consumer.plan = consumer.plan, None
         if plan is not None:
             self._forget(plan)
         kept, consumer.kept = consumer.kept, []
-        if kept:  # of workers that come and go, most have made no claim
+        if kept:  # of workers that come and go, most have none
             self._uncover(kept)
             self._table.recompute_eviction_classes()
 
@@ -103,7 +103,7 @@ class PlanSet:
         entry.policy = policy
         self._disk_order.cover(entry.id, policy)
         if entry.plan_count == 1:
-            self._pins.cover(entry)
+            self._arcs.cover(entry)
 
     def _uncover(self, entries: Iterable[ObjectEntry]) -> None:
         for entry in entries:
@@ -111,7 +111,7 @@ class PlanSet:
             if entry.plan_count == 0:
                 entry.policy = "pin"
                 self._disk_order.uncover(entry.id)
-                self._pins.uncover(entry)
+                self._arcs.uncover(entry)
 
 
 OPEN, HELD, NOT_HELD = range(3)

@@ -20,7 +20,7 @@ from fastload.history.archive import Archive
 from fastload.rendezvous import ServiceLocation
 from fastload.service.events import Events, Warnings
 from fastload.service.request_limit import REQUESTS_MAX, Hedger, requests_max
-from fastload.service.stores import Opener, StoreTable
+from fastload.service.stores import StoreFactory, StoreTable
 from fastload.service.threads import Pools, Populator
 
 
@@ -62,7 +62,7 @@ class Resources:
 
     @classmethod
     def of_directory(
-        cls, directory: ServiceLocation, loop: asyncio.AbstractEventLoop, opener: Opener | None = None
+        cls, directory: ServiceLocation, loop: asyncio.AbstractEventLoop, factory: StoreFactory | None = None
     ) -> Resources:
         """The real ones. CacheError where arena or disk tier cannot be opened."""
         limits, warnings = directory.limits, Warnings(loop)
@@ -80,7 +80,7 @@ class Resources:
             arena,
             disk,
             Pools(loop),
-            StoreTable(opener),
+            StoreTable(factory),
             Populator(arena),
             warnings,
             requests_max=requests_max(),

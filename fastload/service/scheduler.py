@@ -11,8 +11,8 @@ Whose room a chunk may take depends on how much it is needed:
     demanded    free, any idle buffer (the least useful first), where the disk is slow one whose write has not begun;
                 failing those, leases are recalled
     wanted      free, idle ones without a use ahead, and idle ones whose use is farther off than this one
-    prefetched  the same, within the plan's transit; beyond it only free ones and, where it has to be fetched from afar,
-                ones without a use ahead
+    prefetched  the same, within the prefetch distance; beyond it only free ones and, where it has to be fetched
+                from afar, ones without a use ahead
     warming     free ones and ones without a use ahead
 
 A candidate that has room but no free connection still keeps its room: what is behind it may not take that, unless
@@ -70,8 +70,8 @@ class Candidate:
         return "" if self.on_disk else self.entry.origin
 
     @property
-    def is_handy(self) -> bool:
-        """Whether it is on disk and far ahead: what is dropped for it may have to be fetched, and it need not be."""
+    def needs_free_buffer(self) -> bool:
+        """Whether only a free one will do: it is far ahead, and on disk, and what is dropped for it might not be."""
         return self.on_disk and self.need is Need.PREFETCHED and not self.may_displace
 
 
@@ -157,7 +157,7 @@ class _Supply:
         return buffer
 
     def _take_idle(self, candidate: Candidate) -> int | None:
-        if candidate.is_handy:
+        if candidate.needs_free_buffer:
             return None
         if self.idle is None:
             found, next_use = self.table.by_usefulness([buffers.IDLE], self.at_most)
@@ -213,7 +213,7 @@ def decide(
                 actions += [*drops, Load(candidate, buffer)]
             else:
                 starved += 1
-        elif buffer is None and candidate.is_handy:
+        elif buffer is None and candidate.needs_free_buffer:
             passed_over += 1
         elif buffer is None and candidate.need >= Need.PREFETCHED:
             break  # what follows is needed even less
@@ -231,7 +231,7 @@ def decide(
 def _if_any_can_start(candidates: Iterable[Candidate], capacity: Capacity) -> Iterator[Candidate]:
     """The candidates; none where those that would be looked at are fetched ahead and find no free thread, so that no
     order of usefulness need be made. That takes half a millisecond over 16,384 buffers, and with a busy store most
-    turns are so.
+    ticks are so.
     """
     candidates = iter(candidates)
     passed: dict[tuple[ObjectEntry, int], Candidate] = {}
@@ -253,9 +253,9 @@ def _recalls(table: BufferTable, count: int) -> list[Action]:
     return [RecallChunk(buffer) for buffer in leased[:count]]
 
 
-def upcoming(plans: Iterable[Plan], transit: int, on_disk: OnDisk) -> Iterator[Candidate]:
+def upcoming(plans: Iterable[Plan], prefetch_distance: int, on_disk: OnDisk) -> Iterator[Candidate]:
     """The chunks that plans will need, nearest first over all of them."""
-    each = [_of_plan(plan, transit, on_disk, up_to) for plan, up_to in _apart(list(plans))]
+    each = [_of_plan(plan, prefetch_distance, on_disk, up_to) for plan, up_to in _apart(list(plans))]
     return heapq.merge(*each, key=_distance)
 
 
@@ -272,8 +272,8 @@ def _apart(plans: list[Plan]) -> list[tuple[Plan, int]]:
     return [(plan, up_to[plan]) for plan in plans]
 
 
-def _of_plan(plan: Plan, transit: int, on_disk: OnDisk, up_to: int) -> Iterator[Candidate]:
-    end = max(plan.delivered_to, plan.cursor) + min(transit, plan.depth)
+def _of_plan(plan: Plan, prefetch_distance: int, on_disk: OnDisk, up_to: int) -> Iterator[Candidate]:
+    end = max(plan.delivered_to, plan.cursor) + min(prefetch_distance, plan.depth)
     plan.prefetched_to = max(plan.prefetched_to, end)
     for position, entry, index in plan.missing():
         within = position < end

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from fastload.service import buffers
 from fastload.service.buffers import BufferTable
-from fastload.service.eviction import DiskAdmission, DiskOrder, Pins
+from fastload.service.eviction import DiskAdmission, DiskOrder, TierArcs
 from fastload.service.leases import Leases
 from fastload.service.plans import PlanSet
 from fastload.service.resources import Disk, Resources
@@ -21,7 +21,7 @@ class SharedState:
     consumers: dict[ConsumerState, None]  # that are connected, in the order in which they came
     disk: Disk
     objects: Objects
-    pins: Pins
+    arcs: TierArcs
     table: BufferTable
     disk_order: DiskOrder
     admission: DiskAdmission
@@ -33,18 +33,18 @@ class SharedState:
     def of_resources(cls, resources: Resources) -> SharedState:
         """Those of a service that begins."""
         consumers: dict[ConsumerState, None] = {}
-        pins = Pins(resources.disk, resources.limits.ram_bytes)
-        table = BufferTable(resources.arena.buffer_count, pins.belongs_in_ram)
+        arcs = TierArcs(resources.disk, resources.limits.ram_bytes)
+        table = BufferTable(resources.arena.buffer_count, arcs.belongs_in_ram)
         disk_order = DiskOrder(resources.disk.keys())
-        plans = PlanSet(consumers, table, disk_order, pins)
+        plans = PlanSet(consumers, table, disk_order, arcs)
         return cls(
             consumers=consumers,
             disk=resources.disk,
             objects=Objects(resources.limits.chunk_bytes),
-            pins=pins,
+            arcs=arcs,
             table=table,
             disk_order=disk_order,
-            admission=DiskAdmission(disk_order, pins, plans.to_read),
+            admission=DiskAdmission(disk_order, arcs, plans.to_read),
             leases=Leases(table, disk_order),
             plans=plans,
         )

@@ -16,14 +16,14 @@ of its first object, then of its second, and so on. Marks along it:
     prefetched_to  of a blind plan, how far it was fetched ahead
     evicted_to     how far what was read has been searched for chunks to evict from disk (see `eviction`)
 
-Beyond `delivered_to` plus a fixed transit, prefetching takes only room that no plan has a use for. Without that bound
+Beyond `delivered_to` plus a fixed distance, prefetching takes only room that no plan has a use for. Without that bound
 it would run ahead until the whole arena held just the next chunks, dropping ones that later positions would have found
 there, each of which would have to be fetched again: of an arena of half the data, a quarter would be left to hit
 instead of half.
 
 A warm plan's chunks may be read too, in an order of their own, many times each: its `uses`, which arrive bit by bit. A
-plan that `is_blind` is of data whose user wants a policy for unknown orders: it is fetched ahead within the transit, so
-that what lies beyond is as good as unknown.
+plan that `is_blind` is of data whose user wants a policy for unknown orders: it is fetched ahead within that distance,
+so that what lies beyond is as good as unknown.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _next(event: str, state: _StateT) -> _StateT:
 
 @dataclass(slots=True)
 class OpenWant:
-    """One consumer's open wish for a chunk."""
+    """One consumer's open want of a chunk."""
 
     serial: int
     urgent: bool
@@ -130,7 +130,7 @@ class ObjectEntry:
     chunks: dict[int, Chunk]
     endpoint: str = ""  # of the store, as its options have it
     user_count: int = 0  # consumers' object lists that name it
-    plan_count: int = 0  # live plans and claims that name it
+    plan_count: int = 0  # live plans and keep lists that name it
     policy: PolicyName = "pin"  # by which its chunks stay and go while one does
     epoch: int = 0  # of the last plan that named it
     _history_key: int | None = None
@@ -404,7 +404,7 @@ class ConsumerState:
         self._pieces: list[ObjectPiece] = []
         self._first_chunk = array("q", [0])
         self.plan: Plan | None = None
-        self.kept: list[ObjectEntry] = []  # its claim
+        self.kept: list[ObjectEntry] = []  # its keep list
         self.load_order = 0  # loads that the service had counted when this plan began; those are found in RAM
         self.leases: dict[int, Chunk] = {}
         self.wants: dict[int, Chunk] = {}
@@ -442,10 +442,10 @@ class ConsumerState:
             raise ServiceError(f"a message names object {object_no} of {len(self.entries)}")
         return self.entries[object_no]
 
-    # Mail
+    # Messages that are due
 
     def grant(self, chunk_no: int, serial: int, buffer: int, source: int) -> None:
-        """Owe it a grant."""
+        """Send it a grant with the next `flush`."""
         grants = self._grants
         grants.chunks.append(chunk_no)
         grants.serials.append(serial)
@@ -458,7 +458,7 @@ class ConsumerState:
         self.granted.byte_counts[source] += times * byte_count
 
     def recall(self, chunk_no: int) -> None:
-        """Owe it a recall."""
+        """Send it a recall with the next `flush`."""
         self._recalls[chunk_no] = None
 
     def unrecall(self, chunk_no: int) -> None:
@@ -466,7 +466,7 @@ class ConsumerState:
         self._recalls.pop(chunk_no, None)
 
     def flush(self) -> None:
-        """Send what is owed: grants first, since a recall may speak of one of them."""
+        """Send what is due: grants first, since a recall may be of one of them."""
         if self._grants.chunks:
             grants, self._grants = self._grants, protocol.Grants([], [], [], [])
             self.send(grants)

@@ -33,7 +33,7 @@ _REQUESTS_MAX = 4 * request_limit.REQUESTS_MAX
 # hosts.
 _OPENED_MAX = 64
 
-Opener = Callable[[str, StoreOptions], Store]
+StoreFactory = Callable[[str, StoreOptions], Store]
 
 
 @dataclass(slots=True, eq=False)
@@ -46,12 +46,12 @@ class _OpenStore:
 class StoreTable:
     """See the module's text."""
 
-    def __init__(self, opener: Opener | None = None) -> None:
-        """`opener` stands in for the real stores in tests."""
+    def __init__(self, factory: StoreFactory | None = None) -> None:
+        """`factory` stands in for the real stores in tests."""
         self.counters = Counters()
         self._salt = os.urandom(16)  # so that a key does not show whether a guess at a secret is right
         self._requests = RequestOptions(_REQUESTS_MAX, counters=self.counters)
-        self._opener = self._open if opener is None else lambda url, options: Watched(opener(url, options))
+        self._factory = self._open if factory is None else lambda url, options: Watched(factory(url, options))
         self._lock = threading.Lock()
         self._options: dict[str, StoreOptions] = {}
         self._consumers: Counter[str] = Counter()
@@ -106,13 +106,13 @@ class StoreTable:
         self, key: str, urls: Sequence[str], endings: Sequence[str], beside: Sequence[str] = ()
     ) -> list[ObjectInfo]:
         """The objects that `urls` stand for; the store's errors."""
-        with self._opening(key) as opener:
-            return resolve(urls, opener, endings=tuple(endings), beside=beside)
+        with self._opening(key) as open_at:
+            return resolve(urls, open_at, endings=tuple(endings), beside=beside)
 
     def present(self, key: str, names: Sequence[str]) -> list[ObjectInfo]:
         """Those of the objects called `names` that are there; the store's errors."""
-        with self._opening(key) as opener:
-            return present(names, opener)
+        with self._opening(key) as open_at:
+            return present(names, open_at)
 
     @contextmanager
     def _opening(self, key: str) -> Iterator[Callable[[str], Store]]:
@@ -120,14 +120,14 @@ class StoreTable:
         options = self._get_options(key)
         opened: dict[str, Store] = {}
 
-        def opener(url: str) -> Store:
+        def open_at(url: str) -> Store:
             root = store_root(url)
             if root not in opened:
-                opened[root] = self._opener(url, options)
+                opened[root] = self._factory(url, options)
             return opened[root]
 
         try:
-            yield opener
+            yield open_at
         finally:
             for store in opened.values():
                 store.close()
@@ -152,7 +152,7 @@ class StoreTable:
         place = key, store_root(url)
         options = self._get_options(key)
         with self._lock:
-            entry = self._opened.pop(place, None) or _OpenStore(self._opener(url, options))
+            entry = self._opened.pop(place, None) or _OpenStore(self._factory(url, options))
             self._opened[place] = entry
             entry.user_count += 1
             left_over = self._retire_left_over()

@@ -6,9 +6,9 @@ dead disk must not keep the process alive. (`concurrent.futures` joins its threa
 call, which nothing here would look at.) `Pools` is all of them, which end together: first none starts anything more,
 then all are waited for at once.
 
-`Populator` touches the arena's memory ahead of its use, at the lowest priority. Fresh memory costs the thread that
-touches it first, and memory that is touched is taken from the machine. So it is touched where it will be needed: not
-beyond what the data takes that live plans and claims name, and beyond the highest buffer ever used only as much as was
+`Populator` pre-faults the arena's memory in a thread of the lowest priority. A page costs the thread that touches it
+first, and once touched it is taken from the machine. So pages are touched where they will be needed: not beyond what
+the data takes that live plans and keep lists name, and beyond the highest buffer ever used only as much as was
 used so far, between a quarter of a GiB and two. So fetching that goes on finds its memory ready, also where it is fast,
 and a reader that stops after some samples costs little. The buffers are used from the lowest up (see `buffers`), so one
 number says how far use has come.
@@ -86,7 +86,7 @@ class Pool:
         self._threads.append(thread)
 
     def stop(self) -> None:
-        """Take nothing more. What had not begun is dropped, unless the pool `finishes`; `done` is called no more."""
+        """Accept no more tasks. What had not begun is dropped, unless the pool `finishes`; `done` is called no more."""
         self._closed = True
         while not self.finishes and not self._tasks.empty():
             try:
@@ -158,7 +158,7 @@ _STEP_BYTES = 4 * MIB
 
 
 class Populator:
-    """Owns a thread; all methods are called by the loop's thread."""
+    """Pre-faults the arena's memory; see the module. Owns a thread; all methods are called by the loop's thread."""
 
     def __init__(self, arena: Arena, ahead_bytes: tuple[int, int] = (AHEAD_BYTES_MIN, AHEAD_BYTES_MAX)) -> None:
         """`ahead_bytes`: the least and the most to be ahead of use."""

@@ -95,7 +95,7 @@ def _error_of_part(job: Job, run: Run) -> str:
             ". Of a part, a batch reads fewer chunks than of all, since more of its samples share one: its disk has "
             "less to do, and the job waits less, than they really would. --whole says how long, and takes as long"
         )
-    excess = shares.PINNED * (run.simulated_ram_bytes / run.scale - run.node.ram_bytes) / run.data_bytes_per_node
+    excess = shares.ARC * (run.simulated_ram_bytes / run.scale - run.node.ram_bytes) / run.data_bytes_per_node
     if excess < 0.001:
         return ""
     return f", which may hit {excess:.1%} of the data more than the same part of it would"

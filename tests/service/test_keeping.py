@@ -71,7 +71,7 @@ def test_pins_hit_their_share_while_they_move_on(tmp_path: Path) -> None:
         assert sum(fetched[2:]) <= 4 * (data // 2 + 2), fetched
         side = next(iter(core.consumers))
         # What is to be on disk is no figure: the test is that of the two together.
-        pinned = [core._shared.pins.belongs_on_disk(entry, index) for entry in side.entries for index in range(CHUNKS)]
+        pinned = [core._shared.arcs.belongs_on_disk(entry, index) for entry in side.entries for index in range(CHUNKS)]
         on_disk = [core.disk.contains(entry.key(index)) for entry in side.entries for index in range(CHUNKS)]
         assert sum(on_disk) == data // 2
         assert sum(each and not here for each, here in zip(pinned, on_disk, strict=True)) <= 8

@@ -90,7 +90,7 @@ def test_prefetch_takes_only_what_is_needed_later() -> None:
     assert shown(found) == [("drop", far), ("load", "plan", 1)]
 
 
-def test_prefetch_beyond_the_transit_displaces_nothing() -> None:
+def test_prefetch_beyond_its_distance_displaces_nothing() -> None:
     table = BufferTable(2)
     plan_object = entry("plan", 10)
     plan = begin(table, plan_object)

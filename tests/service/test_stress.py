@@ -27,7 +27,7 @@ def test_everything_at_random(
     store = FakeStore(before_read=lambda url, start: time.sleep(start % 3 / 1000))
     objects = [store.put(str(number), random_bytes(number, size)) for number, size in enumerate(sizes)]
     monkeypatch.setattr(
-        server, "Core", lambda directory, loop: Core(directory, loop, opener=lambda url, options: store)
+        server, "Core", lambda directory, loop: Core(directory, loop, factory=lambda url, options: store)
     )
     wrong: list[object] = []
 
