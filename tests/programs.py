@@ -106,6 +106,11 @@ def run(code: str, *arguments: object, check: bool = True, **options: Any) -> su
     return subprocess.CompletedProcess(["-c", *map(str, arguments)], program.returncode or 0, printed, errors)
 
 
+def run_cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`fastload` with these arguments, to its end."""
+    return run("from fastload.cli import main; main()", *arguments, **options)
+
+
 class _Ends:
     """Descriptors, which become those of the process that this is sent to as it starts."""
 
@@ -135,6 +140,7 @@ def _main(
     os.chdir(folder)
     name = "-c" if path is None else str(path)
     sys.argv = [name, *arguments]
+    multiprocessing.set_start_method(None, force=True)  # the platform's, in place of that by which this was started
     main = types.ModuleType("__main__")
     if path is not None:
         main.__file__ = name

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch.utils.data
 
 import fastload
 from fastload.client.cache import handle_of
+from tests.programs import run_cli
 from tests.shards import Corpus, check_samples, corpus, samples_of, tar_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -120,9 +119,7 @@ def test_a_batch_from_everywhere_in_an_arena_of_two_chunks(s3, cache, data: Corp
     """And an index that another cache made is enough."""
     url = data.put(s3)
     indexes = tmp_path / "index.arrow"
-    run = [sys.executable, "-c", "from fastload.cli import main; main()", "index", url]
-    command = [*run, "--cache", cache.directory, "--output", indexes]
-    subprocess.run(command, check=True, capture_output=True)
+    run_cli("index", url, "--cache", cache.directory, "--output", indexes)
     with fastload.Cache(tmp_path / "small", ram_bytes="128KiB", disk_bytes=0, chunk_bytes="64KiB") as small:
         dataset = fastload.StreamingDataset(url, cache=small, index=indexes)
         order = random.Random(1).sample(range(len(data.samples)), len(data.samples))

@@ -18,10 +18,10 @@ import torch
 
 import fastload
 from fastload import decode
+from tests.programs import run, run_cli
 from tests.shards import corpus, tar_of
 
 LIMITS = {"ram_bytes": "16MiB", "disk_bytes": "64MiB", "chunk_bytes": "64KiB"}
-FASTLOAD = Path(sys.executable).parent / "fastload"
 
 
 @dataclass
@@ -410,8 +410,7 @@ for batch in loader: pass
 def test_a_script_without_a_main_guard(desk: Desk, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SPAWNING)
-    command = [sys.executable, str(script), f"{desk.folder}/shards/", str(desk.cache.directory)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run(SPAWNING, f"{desk.folder}/shards/", desk.cache.directory, path=script, check=False)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert "WorkerError: worker process " in last
@@ -434,8 +433,6 @@ def test_the_history_of_a_cache_that_is_not_there(tmp_path: Path, way: str) -> N
         typo.mkdir()
     options = ["--cache", str(typo)] if way != "variable" else []
     environ = {**os.environ, "FASTLOAD_CACHE": str(typo)} if way == "variable" else None
-    done = subprocess.run(
-        [FASTLOAD, "history", "ls", *options], capture_output=True, text=True, check=False, env=environ
-    )
+    done = run_cli("history", "ls", *options, check=False, env=environ)
     assert done.returncode == 1
     assert f"ConfigError: {'--cache=' if options else 'FASTLOAD_CACHE='}{typo}: there is no cache at" in done.stderr

@@ -3,7 +3,6 @@
 import io
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,13 @@ from fastload.cli.cache_options import shown
 from fastload.history.archive import Archive
 from fastload.history.library import Library
 from tests.processes import service_pids, until
+from tests.programs import run_cli
 from tests.shards import check_samples, corpus, samples_of
-
-FASTLOAD = Path(sys.executable).parent / "fastload"
 
 
 def warm(url: str, directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [FASTLOAD, "warm", url, "--cache", directory, "--ram-bytes=1MiB", "--chunk-bytes=64KiB", *options]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    limits = ("--ram-bytes=1MiB", "--chunk-bytes=64KiB")
+    done = run_cli("warm", url, "--cache", directory, *limits, *options, check=False)
     until(lambda: not service_pids(directory))
     return done
 
@@ -74,9 +72,7 @@ def test_what_was_warmed_is_remembered_as_a_run(s3, tmp_path: Path, monkeypatch:
     with fastload.Cache(directory) as cache:
         assert cache.clear() > 0
     until(lambda: not service_pids(directory))
-    command = [FASTLOAD, "warm", "--from-history=latest", "--cache", directory]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run_cli("warm", "--from-history=latest", "--cache", directory)
     assert f"{len(data.shards)} objects" in done.stderr
     assert "0 B fetched" not in done.stderr
     until(lambda: not service_pids(directory))

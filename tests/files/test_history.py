@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,8 @@ from fastload.store.types import ObjectInfo
 from tests.conftest import Bucket
 from tests.files.test_open import content
 from tests.processes import service_pids, until
+from tests.programs import run, run_cli
 
-FASTLOAD = Path(sys.executable).parent / "fastload"
 COUNT = 60
 
 # As users write it: a map-style data set, a seeded sampler, two worker processes. Prints what the service counted.
@@ -54,10 +52,8 @@ def urls(s3: Bucket) -> list[str]:
 
 def job(folder: Path, urls: list[str], **limits: Any) -> dict[str, int]:
     """Run it, and wait until its service has ended."""
-    (folder / "job.py").write_text(JOB)
     settings = json.dumps({"ram_bytes": "8MiB", "disk_bytes": 0, "chunk_bytes": "64KiB"} | limits)
-    command = [sys.executable, "-W", "ignore", "job.py", str(folder / "cache"), settings, *urls]
-    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, check=True, text=True)
+    done = run(JOB, folder / "cache", settings, *urls, path=folder / "job.py")
     until(lambda: not service_pids(folder / "cache"))
     found: dict[str, int] = json.loads(done.stdout)
     return found
@@ -65,8 +61,7 @@ def job(folder: Path, urls: list[str], **limits: Any) -> dict[str, int]:
 
 def history(folder: Path, *arguments: str) -> str:
     """What `fastload history` says."""
-    command = [str(FASTLOAD), "history", *arguments, "--cache", str(folder / "cache")]
-    return subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    return run_cli("history", *arguments, "--cache", folder / "cache").stdout
 
 
 def test_the_second_job_is_fetched_ahead_and_not_with_history_switched_off(
@@ -100,9 +95,7 @@ def test_a_cache_is_warmed_with_what_a_run_read(
     odd = s3.put("a {strange} name", content(5000, 99))
     job(tmp_path, [*urls, odd])
     s3.delete(urls[7].rpartition("/")[2])
-    command = [FASTLOAD, "warm", "--from-history=latest", "--cache", tmp_path / "cache", "--disk-bytes=64MiB"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run_cli("warm", "--from-history=latest", "--cache", tmp_path / "cache", "--disk-bytes=64MiB")
     assert f"{COUNT} objects, 1 are gone" in " ".join(done.stderr.split())
     until(lambda: not service_pids(tmp_path / "cache"))
     left = [url for url in [*urls, odd] if url != urls[7]]
@@ -137,8 +130,7 @@ def test_names_are_shown_as_they_are_and_damage_is_named(tmp_path: Path) -> None
     shown = history(tmp_path, "show", "20270115", "--reads", "1")
     assert url in shown
     assert "\x1b" not in listed + shown
-    command = [str(FASTLOAD), "history", "show", "latest", "--cache", str(tmp_path / "cache")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_cli("history", "show", "latest", "--cache", tmp_path / "cache", check=False)
     assert done.returncode == 1
     assert "is damaged; `fastload history rm 20270116-080000-00000000` removes it" in done.stderr
     history(tmp_path, "rm", "latest", "20270115", "20270115-080000-00000000")
@@ -156,9 +148,7 @@ def test_names_are_shown_as_they_are_and_damage_is_named(tmp_path: Path) -> None
 )
 def test_errors_are_one_line(arguments: list[str], says: str, tmp_path: Path) -> None:
     cache = fastload.Cache(tmp_path / "cache", ram_bytes="16MiB", disk_bytes=0)
-    done = subprocess.run(
-        [str(FASTLOAD), *arguments, "--cache", str(cache.directory)], capture_output=True, text=True, check=False
-    )
+    done = run_cli(*arguments, "--cache", cache.directory, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("fastload: ConfigError: ")
     assert says in done.stderr
