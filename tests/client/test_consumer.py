@@ -183,8 +183,24 @@ def test_closing_ends_waits(cache: Cache, s3: Bucket, shards: dict[str, bytes]) 
     threading.Timer(0.1, consumer.close).start()
     with pytest.raises(ServiceError, match="closed"):
         consumer.wait_progress(None)
-    with pytest.raises(ServiceError, match="closed"):
-        consumer.want([])
+
+
+def test_a_closed_consumer_says_so(cache: Cache) -> None:
+    """Also where a call only sends: what is never sent would be missed without a word."""
+    consumer = cache.consumer()
+    consumer.close()
+    for call in (
+        lambda: consumer.attach([]),
+        lambda: consumer.keep([], "pin"),
+        lambda: consumer.set_plan([]),
+        lambda: consumer.wait_progress(None),
+        lambda: consumer.want([]),
+        lambda: consumer.acquire([0]),
+        lambda: consumer.put_index(0, b""),
+        lambda: consumer.stats(),
+    ):
+        with pytest.raises(ServiceError, match="closed"):
+            call()
 
 
 def test_interrupted_waits_end_and_the_consumer_goes_on(tmp_path: Path, s3: Bucket, shards: dict[str, bytes]) -> None:

@@ -155,6 +155,7 @@ def test_objects_are_never_unpickled() -> None:
         (forged(head(shape="'x'")), "not a tuple of lengths"),
         (forged(head(shape="(" + "9" * 6000 + ",)")), "not a tuple of lengths"),
         (forged(head("[('a', '<f4', (2,)), ('b', '<i8')]")), "dtype .* only numbers"),
+        (forged(head("[('\u017c', '<f4')]"), version=3), "dtype .*\u017c.* only numbers"),
         (forged(head("'<U3'")), "only numbers"),
         (forged(head("'<M8[ns]'")), "only numbers"),
         (forged(head("'f4,f4'")), "only numbers"),
