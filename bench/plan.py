@@ -84,7 +84,7 @@ def walk(cursor: Cursor[BatchEntry], counts: NDArray[np.int64]) -> Iterator[tupl
             objects = cursor.objects_of(key)
             yield objects, cursor.add(key, counts[objects])
         elif wanted := cursor.counts_wanted:
-            yield none, cursor.tell(0, wanted[0], counts[wanted[0]])
+            yield none, cursor.add_counts(0, wanted[0], counts[wanted[0]])
         else:
             yield none, cursor.finish()
             return
@@ -120,7 +120,7 @@ def _cost_us(
     manifest: Manifest, counts: NDArray[np.int64], options: OrderOptions, ranks: Ranks, batch_size: int
 ) -> float:
     cursor = epoch_cursor(epoch_orders(manifest, options, 0), ranks, batch_size)
-    cursor.tell(0, np.arange(len(counts), dtype=np.int32), counts)
+    cursor.add_counts(0, np.arange(len(counts), dtype=np.int32), counts)
     began = time.process_time()
     planned = sum(len(entry) for _, entries in walk(cursor, counts) for entry in entries)
     return (time.process_time() - began) * 1e6 / planned
@@ -243,7 +243,7 @@ def _first_batch_s(
 def _position(manifest: Manifest, counts: NDArray[np.int64], options: OrderOptions, share: float) -> Position:
     """The position after a share of the epoch, from a run that knows all counts."""
     cursor = epoch_cursor(epoch_orders(manifest, options, 0), _ranks(options), 256)
-    cursor.tell(0, np.arange(len(counts), dtype=np.int32), counts)
+    cursor.add_counts(0, np.arange(len(counts), dtype=np.int32), counts)
     global_batch = 256 * options.partitions
     return cursor.position_at(int(counts.sum() * share) // global_batch * global_batch)
 
@@ -285,7 +285,7 @@ def remote_shares(
         room, is_cached = int(manifest.sizes.sum()) // nodes, np.zeros(len(manifest), np.bool_)
         for epoch in range(2):
             cursor = epoch_cursor(epoch_orders(manifest, options, epoch), Ranks(node, nodes, 0, 1), 256)
-            cursor.tell(0, np.arange(len(counts), dtype=np.int32), counts)
+            cursor.add_counts(0, np.arange(len(counts), dtype=np.int32), counts)
             for objects, _ in walk(cursor, counts):
                 missing = objects[~is_cached[objects]]
                 fetched[epoch] += manifest.sizes[missing].sum()

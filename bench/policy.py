@@ -199,7 +199,7 @@ def trace(shards: int, samples_a_chunk: int, batch_size: int, epoch: int) -> Ite
     manifest = Manifest(ObjectInfo(f"s3://bucket/{number:06}.tar", 64 << 20, "etag") for number in range(shards))
     counts = np.full(shards, CHUNKS_A_SHARD * samples_a_chunk)
     cursor = epoch_cursor(epoch_orders(manifest, OrderOptions(0, "global"), epoch), Ranks(), batch_size)
-    cursor.tell(0, np.arange(shards, dtype=np.int32), counts)
+    cursor.add_counts(0, np.arange(shards, dtype=np.int32), counts)
     for _, entries in walk(cursor, counts):
         for entry in entries:
             yield np.unique(entry.object_no.astype(np.int64) * CHUNKS_A_SHARD + entry.sample_no // samples_a_chunk)
@@ -260,7 +260,7 @@ def foreseen_hits(epochs_read: Sequence[Iterable[Units]], unit_count: int, capac
         uses, waiting, hits, reads = NextUses(unit_count), deque[Units](), 0, 0
         for batch in chain(batches, [None]):
             if batch is not None:
-                uses.tell(uses.end, batch.astype(np.int32))
+                uses.add(uses.end, batch.astype(np.int32))
                 waiting.append(batch)
             ahead = 0 if batch is None else min(lookahead(unit_count), max(_TOLD_AT_FIRST, 2 * uses.cursor))
             while waiting and uses.end - uses.cursor > ahead:

@@ -39,7 +39,7 @@ class SampleLine(NamedTuple):
 def epoch_line(orders: Sequence[EpochOrder], counts: NDArray[np.int64]) -> SampleLine:
     """The line of an epoch, given the orders of all partitions and how many samples each shard holds."""
     cursor = epoch_cursor(orders, Ranks(), _STEP)
-    entries = cursor.tell(0, np.arange(len(counts), dtype=np.int32), counts)
+    entries = cursor.add_counts(0, np.arange(len(counts), dtype=np.int32), counts)
     while True:
         if more := cursor.settled():
             entries += more

@@ -49,9 +49,9 @@ from fastload.pipeline.lookup import Lookup
 from fastload.pipeline.source import Source, SourceOptions
 from fastload.plan import (
     OrderOptions,
-    OrderWish,
     Position,
     Ranks,
+    RequestedOrder,
     Shuffle,
     SourcePlan,
     Tail,
@@ -217,9 +217,9 @@ class StreamingDataset(DatasetBase[Sample]):
             grows=checked_refresh(refresh) == "epoch",
             kernels=column_set.kernel_modules(),
         )
-        wish = _order_wish(shuffle, seed, shuffle_window, partitions)
+        requested = _requested_order(shuffle, seed, shuffle_window, partitions)
         self._shuffle = shuffle
-        self._job = Job((rank, world_size), checked_count(replicas, "replicas"), wish, handle.ram_bytes)
+        self._job = Job((rank, world_size), checked_count(replicas, "replicas"), requested, handle.ram_bytes)
         self._source_here = Source(self._data)
         self._lookup_here: Lookup | None = None
 
@@ -364,7 +364,7 @@ class StreamingDataset(DatasetBase[Sample]):
         self._job.settle(self._source, settings, begin, in_worker=in_worker, sharers=sharers)
 
     def open(self, skips: Skips | None, next_epoch: int | None = None) -> SourcePass:
-        """Open a session for a pass over this, or over a mixture of which it is a source; its `end` must follow."""
+        """Open a consumer for a pass over this, or over a mixture of which it is a source; its `end` must follow."""
         passes = replace(self._passes, functions=self._on_samples)
         return open_source(self._source, self._job, passes, skips, next_epoch)
 
@@ -424,7 +424,9 @@ class StreamingDataset(DatasetBase[Sample]):
         self._source_here = Source(self._data, state["_source_here"])
 
 
-def _order_wish(shuffle: bool | str | None, seed: int, shuffle_window: int | str, partitions: int | None) -> OrderWish:
+def _requested_order(
+    shuffle: bool | str | None, seed: int, shuffle_window: int | str, partitions: int | None
+) -> RequestedOrder:
     ways: dict[bool | str | None, Shuffle] = {
         None: "none",
         False: "none",
@@ -439,7 +441,7 @@ def _order_wish(shuffle: bool | str | None, seed: int, shuffle_window: int | str
     if window_bytes is not None and window_bytes < 1:
         raise ConfigError(f'shuffle_window={shuffle_window!r} must be at least 1 byte, or "auto"')
     count = None if partitions is None else checked_count(partitions, "partitions")
-    return OrderWish(checked_seed(seed), ways[shuffle], window_bytes, count)
+    return RequestedOrder(checked_seed(seed), ways[shuffle], window_bytes, count)
 
 
 Numbers = Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor

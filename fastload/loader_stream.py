@@ -279,7 +279,7 @@ def _interrupted(current: EpochPass, workers: Workers | None) -> Iterator[None]:
 
 
 def _release(current: EpochPass, progress: _Progress) -> None:
-    """An iteration is over: its statistics are final, and its session may serve another."""
+    """An iteration is over: its statistics are final, and its consumer may serve another."""
     progress.meter.stop()
     current.end()
 

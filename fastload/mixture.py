@@ -134,7 +134,7 @@ class Mixture(DatasetBase[Sample]):
         plans = [dataset.plan() for dataset in self._sources]
         cursor = mixture_cursor(plans, self._options, self.next_epoch(), Ranks(), 1)
         for number, each in enumerate(counts):
-            cursor.tell(number, np.arange(len(each), dtype=np.int32), each)
+            cursor.add_counts(number, np.arange(len(each), dtype=np.int32), each)
         assert cursor.total is not None, "all is counted"
         return cursor.total
 

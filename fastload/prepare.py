@@ -33,7 +33,7 @@ from fastload.history.library import WARMING
 from fastload.pipeline.manifest_files import shared_manifest
 from fastload.pipeline.shard_listing import attach, find_sidecars, list_shards
 from fastload.pipeline.shards import ShardTable
-from fastload.plan import Manifest, OrderWish, Ranks, objects_in_use_order
+from fastload.plan import Manifest, Ranks, RequestedOrder, objects_in_use_order
 from fastload.protocol import Progress
 from fastload.store.logins import apart
 from fastload.store.table import ObjectTable
@@ -49,7 +49,7 @@ class WarmJob:
     """
 
     urls: Sequence[str]
-    order: OrderWish
+    order: RequestedOrder
     epoch: int = 0
     ranks: Ranks = Ranks()  # noqa: RUF009  # immutable
     index: str | None = None

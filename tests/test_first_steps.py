@@ -17,7 +17,7 @@ import fastload
 from fastload import prepare
 from fastload import prepare as warming
 from fastload.client import cache as cache_module
-from fastload.plan import OrderWish
+from fastload.plan import RequestedOrder
 from tests.processes import service_pids, until
 from tests.shards import check_samples, corpus, samples_of
 
@@ -162,7 +162,7 @@ def test_a_directory_is_taken_where_a_cache_is(url: str, tmp_path: Path, monkeyp
     path = Path(url) / "shard-0000.tar"
     with fastload.open(path, "cache") as file:
         assert file.read() == path.read_bytes()
-    job = warming.WarmJob([url], OrderWish())
+    job = warming.WarmJob([url], RequestedOrder())
     assert warming.warm(job, directory).sample_count == prepare.index([url], directory).sample_count
     cache_module.handle_of(directory).close()
 

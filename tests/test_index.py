@@ -188,10 +188,10 @@ def test_a_sidecar_that_is_named(
     pattern = f"{url}shard-{{0000..0004}}.tar"
     source = Source(SourceOptions([pattern, f"{url}shard-0002.tar"], cache, index=index))
     assert counts(source) == [*COUNTS, COUNTS[2]]
-    session = source.open()
-    indexes = source.shards.get(session.consumer, [5, 0])
+    attached = source.open()
+    indexes = source.shards.get(attached.consumer, [5, 0])
     assert [each.sample_count for each in indexes] == [22, 20]
-    source.give_back(session)
+    source.give_back(attached)
     source.close()
     assert min(parsed) >= source.first_chunk[-1]
     with pytest.raises(ObjectMissingError, match="absent"):
@@ -205,11 +205,11 @@ def test_rows_of_other_versions_are_not_used(put: Any, url: str, cache: Cache, t
     source = Source(SourceOptions([url], cache, index=index))
     with pytest.warns(RuntimeWarning, match=rf"x\.arrow was made of other versions of .*{NAMES[1]} and 1 more"):
         assert counts(source) is None
-    session = source.open()
-    assert source.shards.known_counts(session.consumer).tolist() == [20, -1, 22, -1, 21]
-    indexes = source.shards.get(session.consumer, range(5))
+    attached = source.open()
+    assert source.shards.known_counts(attached.consumer).tolist() == [20, -1, 22, -1, 21]
+    indexes = source.shards.get(attached.consumer, range(5))
     assert [each.sample_count for each in indexes] == [20, 1, 22, 21, 21]
-    source.give_back(session)
+    source.give_back(attached)
     assert counts(source) == [20, 1, 22, 21, 21]
 
 
@@ -220,13 +220,13 @@ def test_a_sidecar_with_damage_costs_no_more_than_a_warning(url: str, cache: Cac
     data[at + 100] ^= 1
     index.write_bytes(data)
     source = Source(SourceOptions([url], cache, index=str(index)))
-    session = source.open()
+    attached = source.open()
     with pytest.warns(
         RuntimeWarning, match=rf"x\.arrow has a damaged index .*{NAMES[1]}.*the shard is indexed by reading"
     ):
-        indexes = source.shards.get(session.consumer, range(5))
+        indexes = source.shards.get(attached.consumer, range(5))
     assert [each.sample_count for each in indexes] == COUNTS
-    source.give_back(session)
+    source.give_back(attached)
     source.close()
 
 
@@ -235,17 +235,17 @@ def test_a_sidecar_that_is_replaced_while_it_is_read(url: str, tmp_path: Path) -
     with Cache(tmp_path / "ram", **{**LIMITS, "ram_bytes": "128KiB", "disk_bytes": 0}) as small:
         source = Source(SourceOptions([url], small, index=str(index)))
         assert counts(source) == COUNTS
-        session = source.open()
+        attached = source.open()
         os.utime(index, (1, 1))
-        with session.consumer.acquire([0]), session.consumer.acquire([1]):  # two fill the arena
+        with attached.consumer.acquire([0]), attached.consumer.acquire([1]):  # two fill the arena
             pass
-        session.consumer.release([0, 1])
+        attached.consumer.release([0, 1])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            indexes = source.shards.get(session.consumer, range(5))
+            indexes = source.shards.get(attached.consumer, range(5))
         assert [each.sample_count for each in indexes] == COUNTS
         assert [str(each.message).split(" (")[0] for each in caught] == [f"{index} cannot be read any more"]
-        source.give_back(session)
+        source.give_back(attached)
         source.close()
 
 
@@ -275,10 +275,10 @@ def test_what_other_nodes_told_is_known_to_the_next_run(url: str, tmp_path: Path
     with Cache(tmp_path / "cache", **LIMITS) as cache:
         source = Source(SourceOptions([url], cache))
         assert counts(source) is None
-        session = source.open()
-        source.shards.get(session.consumer, [0, 1])
+        attached = source.open()
+        source.shards.get(attached.consumer, [0, 1])
         source.learn_counts(np.array([2, 3, 4], np.int32), np.array(COUNTS[2:], np.int64))
-        source.give_back(session)
+        source.give_back(attached)
         source.close()
     with Cache(tmp_path / "cache", **LIMITS) as cache:
         assert counts(Source(SourceOptions([url], cache))) == COUNTS
@@ -359,10 +359,10 @@ def test_a_count_that_is_wrong_is_an_error_that_names_both(put: Any, url: str, c
     # Now its index is known, and it is an error before anything is read.
     prepare.index([url], cache)
     source = Source(SourceOptions([f"{url}index.json"], cache))
-    session = source.open()
+    attached = source.open()
     with pytest.raises(ShardError, match=says):
-        source.shards.known_counts(session.consumer)
-    source.give_back(session)
+        source.shards.known_counts(attached.consumer)
+    source.give_back(attached)
     source.close()
 
 

@@ -104,7 +104,7 @@ def test_interrupting_a_pass_interrupts_all_of_its_consumers(urls, cache) -> Non
     several = mixture(urls, cache)
     with closing(one), closing(several):
         for current in (one.begin(0, 8), several.begin(0, 8)):
-            consumers = [each.session.consumer for each in current.sources]
+            consumers = [each.attached.consumer for each in current.sources]
             with current.interrupted():
                 assert all(consumer.is_interrupted for consumer in consumers)
             assert not any(consumer.is_interrupted for consumer in consumers)

@@ -82,7 +82,7 @@ class Oracle:
         found = []
         for rank in range(world_size):
             cursor = epoch_cursor(orders, Ranks(rank, world_size, rank, world_size), GLOBAL_BATCH // world_size)
-            entries = cursor.tell(0, np.arange(len(counts), dtype=np.int32), counts)
+            entries = cursor.add_counts(0, np.arange(len(counts), dtype=np.int32), counts)
             while (key := cursor.next_window) is not None:
                 entries += cursor.add(key, counts[cursor.objects_of(key)])
             entries += cursor.finish()

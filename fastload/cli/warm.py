@@ -48,7 +48,7 @@ def warm(
 
     Or with --from-history, for one that reads what an earlier run read, whatever its order.
     """
-    from fastload.plan import OrderWish, Ranks
+    from fastload.plan import Ranks, RequestedOrder
     from fastload.prepare import WarmJob
 
     if bool(urls) == bool(from_history):
@@ -60,7 +60,7 @@ def warm(
         what, warmed = _warm_run(from_history, options, console)
     else:
         window_bytes = None if shuffle_window == "auto" else parse_bytes(shuffle_window, "shuffle_window")
-        order = OrderWish(seed, "window" if shuffle else "none", window_bytes, partitions)
+        order = RequestedOrder(seed, "window" if shuffle else "none", window_bytes, partitions)
         ranks = Ranks(node, nodes, 0, 1)  # how many ranks share a node's partitions does not matter
         what, warmed = _warm_job(WarmJob(urls or [], order, epoch, ranks, index, manifest), options, console)
     console.print(

@@ -30,7 +30,7 @@ from fastload import errors
 from fastload.client.consumer import Consumer
 from fastload.errors import ConfigError, ServiceError
 from fastload.pipeline.shards import ShardTable
-from fastload.pipeline.source import Session, Source
+from fastload.pipeline.source import AttachedConsumer, Source
 from fastload.waiting import Waits
 
 ObjectNos = npt.NDArray[np.int32]
@@ -182,7 +182,7 @@ class Exchange:
         self._is_closed = threading.Event()
         self._is_closed.set()
         self._thread: threading.Thread | None = None
-        self._session: Session | None = None  # with which the thread indexes something now
+        self._attached: AttachedConsumer | None = None  # with which the thread indexes something now
 
     def open(self) -> None:
         """Start serving requests, or start again after `close`."""
@@ -251,8 +251,8 @@ class Exchange:
         """End the thread and all waits in `ask`. Idempotent; may be called before `open`."""
         self._is_closed.set()
         while self._thread is not None and self._thread is not threading.current_thread() and self._thread.is_alive():
-            session = self._session  # it may have one only now
-            with nullcontext() if session is None else session.consumer.interrupted():
+            attached = self._attached  # it may have one only now
+            with nullcontext() if attached is None else attached.consumer.interrupted():
                 self._thread.join(_SERVE_POLL_S)
 
     def _in_memory(self, object_nos: ObjectNos) -> Counts:
@@ -294,12 +294,12 @@ class Exchange:
         self.counted(object_nos, counts)
 
     def _count(self, object_nos: ObjectNos) -> npt.NDArray[np.int64]:
-        self._session = self._source.open()
+        self._attached = self._source.open()
         try:
-            return _count(self._source.shards, self._session.consumer, object_nos)
+            return _count(self._source.shards, self._attached.consumer, object_nos)
         finally:
-            session, self._session = self._session, None
-            self._source.give_back(session)
+            attached, self._attached = self._attached, None
+            self._source.give_back(attached)
 
     def _publish(self, object_nos: ObjectNos, counts: npt.NDArray[np.int64]) -> None:
         with self._publishing:

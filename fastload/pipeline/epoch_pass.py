@@ -1,6 +1,6 @@
 """One pass over a rank's share of an epoch, put together: a cursor, a feed, and what each source is gathered by.
 
-A data set that is read alone is a pass over one source, a mixture one over several. Each source has a session, a plan
+A data set that is read alone is a pass over one source, a mixture one over several. Each source has a consumer, a plan
 and live windows of its own, as if it were read alone. A batch is gathered part by part: one for each source, and for
 each epoch of it, from which samples come.
 """
@@ -33,7 +33,7 @@ from fastload.pipeline.finish import (
 from fastload.pipeline.gather import Gatherer, LocalMemory, Memory, SampleGatherer, Skips, part_of_entry
 from fastload.pipeline.job import Job
 from fastload.pipeline.reader import ScatteredReader, WindowReader, check_allowed, holds
-from fastload.pipeline.source import Session, Source
+from fastload.pipeline.source import AttachedConsumer, Source
 from fastload.plan import Batch, BatchEntry, Cursor, Tail, first_objects, objects_in_use_order
 from fastload.stats import JointAccount
 from fastload.transport.slots import SlotPool
@@ -67,16 +67,16 @@ class SourcePass:
     """The part of a pass that belongs to one source."""
 
     source: Source
-    session: Session
+    attached: AttachedConsumer
     feed: FeedSource
     gatherer: SampleGatherer
 
     def end(self) -> None:
-        """The pass is over, finished or not: windows are released, and the session may serve another."""
+        """The pass is over, finished or not: windows are released, and the consumer may serve another."""
         try:
             self.feed.reader.close()
         finally:
-            self.source.give_back(self.session)
+            self.source.give_back(self.attached)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +102,14 @@ class EpochPass:
             Feed(cursor, [each.feed for each in sources]),
             BatchBuilder(tuple(each.gatherer.builder for each in sources), mixing),
             LocalMemory(sources[0].source.slots),
-            JointWaits([each.session.waits for each in sources]),
+            JointWaits([each.attached.waits for each in sources]),
             skips,
         )
 
     @property
     def account(self) -> JointAccount:
         """Whom to ask for the service's figures."""
-        return JointAccount([(each.source.cache_name, each.session.consumer) for each in self.sources])
+        return JointAccount([(each.source.cache_name, each.attached.consumer) for each in self.sources])
 
     @property
     def slots(self) -> SlotPool:
@@ -133,11 +133,11 @@ class EpochPass:
         """While it is entered, waits for bytes or counts end."""
         with ExitStack() as entered:
             for each in self.sources:
-                entered.enter_context(each.session.consumer.interrupted())
+                entered.enter_context(each.attached.consumer.interrupted())
             yield
 
     def end(self) -> None:
-        """It is over, finished or not: what it holds is released, and its sessions may serve others."""
+        """It is over, finished or not: what it holds is released, and its consumers may serve others."""
         with ExitStack() as ending:
             for each in self.sources:
                 ending.callback(each.end)
@@ -166,20 +166,20 @@ class EpochPass:
 def open_source(
     source: Source, job: Job, options: PassOptions, skips: Skips | None, next_epoch: int | None = None
 ) -> SourcePass:
-    """Open a session for a pass over one source. Its `end` must follow. Raises `ConfigError`.
+    """Open a consumer for a pass over one source. Its `end` must follow. Raises `ConfigError`.
 
     `next_epoch`: whose first windows may be fetched once the pass has been read to its end.
     """
-    session = source.open()
+    attached = source.open()
     try:
-        return _opened(session, source, job, options, skips, next_epoch)
+        return _opened(attached, source, job, options, skips, next_epoch)
     except BaseException:
-        source.give_back(session)
+        source.give_back(attached)
         raise
 
 
 def _opened(
-    session: Session,
+    attached: AttachedConsumer,
     source: Source,
     job: Job,
     options: PassOptions,
@@ -187,11 +187,11 @@ def _opened(
     next_epoch: int | None,
 ) -> SourcePass:
     manifest = source.manifest
-    assert manifest is not None, "a session is open"
+    assert manifest is not None, "a consumer is open"
     is_scattered = job.order.shuffle == "global"
     if is_scattered:
         _check_scattered(source, job, options.cache)
-    consumer = session.consumer
+    consumer = attached.consumer
     policy = options.policy(is_global=is_scattered)
     consumer.keep(job.own_objects(source), policy)
     reader = (ScatteredReader if is_scattered else WindowReader)(consumer, source.shards, source.first_chunk)
@@ -207,11 +207,11 @@ def _opened(
     if isinstance(reader, ScatteredReader):
         reader.chunks_of = gatherer.chunks_of
         reader.foresees = policy == "future"
-    feed = FeedSource(reader, job.counts(source, session))
+    feed = FeedSource(reader, job.counts(source, attached))
     if next_epoch is not None and not source.grows:  # else the next epoch may have another list of shards
         expected_next = partial(first_objects, manifest, job.order, next_epoch, job.ranks, _NEXT_EPOCH_BYTES)
         feed = replace(feed, expected_next=expected_next)
-    return SourcePass(source, session, feed, gatherer)
+    return SourcePass(source, attached, feed, gatherer)
 
 
 def _check_scattered(source: Source, job: Job, cache: Handle) -> None:

@@ -63,7 +63,7 @@ class Feed(Generic[Entry]):
         for number, source in enumerate(self._sources):
             known = source.counts.known()
             with self._using_cursor:
-                entries = [*(entries or ()), *cursor.tell(number, *known)]
+                entries = [*(entries or ()), *cursor.add_counts(number, *known)]
             breathe()
         is_exact = cursor.is_counted
         self._plan()
@@ -125,7 +125,7 @@ class Feed(Generic[Entry]):
         number, object_nos = next(iter(wanted.items()))  # the counts of one source may be all that is needed
         counts = self._sources[number].counts.ask(object_nos)
         with self._using_cursor:
-            return self._cursor.tell(number, *counts)
+            return self._cursor.add_counts(number, *counts)
 
     def _open(self, key: WindowKey) -> list[Entry]:
         with self._using_cursor:

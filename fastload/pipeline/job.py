@@ -23,12 +23,12 @@ from fastload.errors import ConfigError
 from fastload.lifecycle import is_inherited
 from fastload.pipeline import agreement
 from fastload.pipeline.counts import CountSource, Exchange, ExchangedCounts, LocalCounts, StoredCounts
-from fastload.pipeline.source import Session, Source
+from fastload.pipeline.source import AttachedConsumer, Source
 from fastload.plan import (
     Manifest,
     OrderOptions,
-    OrderWish,
     Ranks,
+    RequestedOrder,
     default_partitions,
     epoch_orders,
     lanes_of_node,
@@ -59,8 +59,10 @@ class PassStart:
 class Job:
     """`given`: rank and world size as the user said them. `ram_bytes`: the arena of this node."""
 
-    def __init__(self, given: tuple[int | None, int | None], replicas: int, wish: OrderWish, ram_bytes: int) -> None:
-        self._given, self._replicas, self._wish, self._ram_bytes = given, replicas, wish, ram_bytes
+    def __init__(
+        self, given: tuple[int | None, int | None], replicas: int, requested: RequestedOrder, ram_bytes: int
+    ) -> None:
+        self._given, self._replicas, self._requested, self._ram_bytes = given, replicas, requested, ram_bytes
         # What was given is checked at once; what launchers and torch say comes later.
         self._processes: Ranks | None = None if given == (None, None) else resolve_ranks(*given)
         self._order: OrderOptions | None = None
@@ -82,13 +84,13 @@ class Job:
     def shuffled(self) -> Job:
         """The same job, except that it shuffles in windows and has agreed on nothing yet."""
         job = copy.copy(self)
-        job._wish, job._order = replace(self._wish, shuffle="window"), None
+        job._requested, job._order = replace(self._requested, shuffle="window"), None
         return job
 
     @property
     def seed(self) -> int:
         """What the order is drawn from."""
-        return self._wish.seed
+        return self._requested.seed
 
     @property
     def ranks(self) -> Ranks:
@@ -98,12 +100,12 @@ class Job:
     @property
     def partition_count(self) -> int:
         """Into how many partitions the data is dealt."""
-        return self._wish.partition_count(self.ranks)
+        return self._requested.partition_count(self.ranks)
 
     @property
     def order(self) -> OrderOptions:
         """The order; before `settle`, the one that this process would settle on by itself."""
-        return self._order or self._wish.settled(self.ranks, self._ram_bytes)
+        return self._order or self._requested.settled(self.ranks, self._ram_bytes)
 
     def settle(
         self,
@@ -162,21 +164,21 @@ class Job:
     def adopt(self, saved: OrderOptions) -> None:
         """Continue in the order of a saved run, where the user did not give one."""
         with self._settling:
-            self._wish = self._wish.adopted(saved)
+            self._requested = self._requested.adopted(saved)
             self._saved_window_bytes = saved.window_bytes
             if self._order is not None:
                 self._order = self._settled_order()
 
-    def counts(self, source: Source, session: Session) -> CountSource:
+    def counts(self, source: Source, attached: AttachedConsumer) -> CountSource:
         """The source of sample counts of shards that a pass has not opened. Only after `settle`."""
         with self._settling:
             if self._exchange is not None and not is_inherited(self._pid):
                 self._exchange.open()
-                return ExchangedCounts(self._exchange, session.consumer, session.waits)
+                return ExchangedCounts(self._exchange, attached.consumer, attached.waits)
         nodes = default_partitions(self.ranks)
         if nodes == 1 or self.order.partitions == 1:
-            return LocalCounts(source, session.consumer)
-        return StoredCounts(source, session.consumer, nodes, self.own_objects(source))
+            return LocalCounts(source, attached.consumer)
+        return StoredCounts(source, attached.consumer, nodes, self.own_objects(source))
 
     def close(self) -> None:
         """End the thread that answers other nodes; it starts again with the next pass."""
@@ -202,8 +204,8 @@ class Job:
         """What has to be the same on all ranks. Raises `ConfigError` where the nodes of this one fit no partitions."""
         ranks, partitions = self.ranks, self.partition_count
         lanes_of_node(ranks, partitions)
-        wish = {key: value for key, value in asdict(self._wish).items() if key != "partitions"}
-        same = {**wish, "partitions": partitions, "replicas": self._replicas, **settings}
+        requested = {key: value for key, value in asdict(self._requested).items() if key != "partitions"}
+        same = {**requested, "partitions": partitions, "replicas": self._replicas, **settings}
         return same if partitions == 1 else {**same, "local_world_size": ranks.local_world_size}
 
     def _begin_exchange(self, processes: Ranks, source: Source, name: str) -> None:
@@ -231,9 +233,9 @@ class Job:
         return np.concatenate([orders[partition].object_order for partition in home])
 
     def _settled_order(self) -> OrderOptions:
-        wish, ranks, ram_bytes = self._wish, self.ranks, self._agreed_ram_bytes // self._sharers
-        order = wish.settled(ranks, ram_bytes)
-        wanted = wish.window_bytes
+        requested, ranks, ram_bytes = self._requested, self.ranks, self._agreed_ram_bytes // self._sharers
+        order = requested.settled(ranks, ram_bytes)
+        wanted = requested.window_bytes
         if order.shuffle != "window" or wanted is None or order.window_bytes == wanted:
             return order
         lanes = len(lanes_of_node(ranks, order.partitions))

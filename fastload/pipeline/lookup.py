@@ -5,7 +5,7 @@ it. The shards that a call needs are windows of their own, which stay open for l
 asked for at once and given back when it is over. What is read is then made into samples or a batch by the same code as
 in a pass over the data.
 
-Thread-safe: each call has a session of its own, which a later call uses again.
+Thread-safe: each call has a consumer of its own, which a later call uses again.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import numpy.typing as npt
 
 from fastload.pipeline.finish import Finish, GatheredBatch, SourceBuilder
 from fastload.pipeline.gather import Gatherer, LocalMemory, SampleGatherer
-from fastload.pipeline.source import Session, Source
+from fastload.pipeline.source import AttachedConsumer, Source
 from fastload.pipeline.windows import Ints, LiveWindows, Window
 from fastload.plan import BatchEntry, Manifest
 
-# Rows of shards that stay open for one session, about 70 bytes each. Where a data set has more, its shards are opened
+# Rows of shards that stay open for one consumer, about 70 bytes each. Where a data set has more, its shards are opened
 # again from their indexes, which takes some microseconds a shard and some nanoseconds a row.
 _ROWS_MAX = 1 << 21
 
 
 @dataclass(slots=True)
 class _View:
-    """What a session needs to find and gather samples. Used by one call at a time."""
+    """What a consumer needs to find and gather samples. Used by one call at a time."""
 
     gatherer: SampleGatherer
     live: LiveWindows
@@ -45,7 +45,7 @@ class Lookup:
         self._builder, self._seed = builder, seed
         self._memory = LocalMemory(source.slots)
         self._lock = threading.Lock()
-        self._views: WeakKeyDictionary[Session, _View] = WeakKeyDictionary()
+        self._views: WeakKeyDictionary[AttachedConsumer, _View] = WeakKeyDictionary()
         self._starts_of: tuple[Manifest, Ints] | None = None
 
     def starts(self) -> Ints | None:
@@ -67,15 +67,15 @@ class Lookup:
         """What `finish` makes of these samples, which are numbered from 0; `starts` says where they are."""
         object_no = np.searchsorted(starts, numbers, side="right") - 1
         entry = BatchEntry(0, object_no.astype(np.int32), numbers - starts[object_no], 0, (), 0, epoch=epoch)
-        session = self.source.open()
+        attached = self.source.open()
         try:
-            return finish(self._gather(session, entry), self.source.slots)
+            return finish(self._gather(attached, entry), self.source.slots)
         finally:
-            self.source.give_back(session)
+            self.source.give_back(attached)
 
-    def _gather(self, session: Session, entry: BatchEntry) -> GatheredBatch:
-        view, consumer = self._view(session), session.consumer
-        self._open(view, session, np.unique(entry.object_no).astype(np.int64))
+    def _gather(self, attached: AttachedConsumer, entry: BatchEntry) -> GatheredBatch:
+        view, consumer = self._view(attached), attached.consumer
+        self._open(view, attached, np.unique(entry.object_no).astype(np.int64))
         chunks = view.gatherer.chunks_of(entry)
         consumer.want(chunks)
         try:
@@ -85,20 +85,20 @@ class Lookup:
             if not consumer.is_ended:
                 consumer.release(chunks)
 
-    def _view(self, session: Session) -> _View:
+    def _view(self, attached: AttachedConsumer) -> _View:
         with self._lock:
-            if session not in self._views:
-                self._views[session] = self._new_view(session)
-            return self._views[session]
+            if attached not in self._views:
+                self._views[attached] = self._new_view(attached)
+            return self._views[attached]
 
-    def _new_view(self, session: Session) -> _View:
-        manifest, first_chunk = session.manifest, self.source.first_chunk
-        assert manifest is not None, "a session is attached"
+    def _new_view(self, attached: AttachedConsumer) -> _View:
+        manifest, first_chunk = attached.manifest, self.source.first_chunk
+        assert manifest is not None, "a consumer is attached"
         live = LiveWindows(len(manifest))
-        gatherer = Gatherer(session.consumer, int(first_chunk[-1]), session.consumer.chunk_bytes)
+        gatherer = Gatherer(attached.consumer, int(first_chunk[-1]), attached.consumer.chunk_bytes)
         return _View(SampleGatherer(manifest, self._builder, live, gatherer, self._seed), live)
 
-    def _open(self, view: _View, session: Session, numbers: Ints) -> None:
+    def _open(self, view: _View, attached: AttachedConsumer, numbers: Ints) -> None:
         """Have the windows of these shards open."""
         if view.open_rows > _ROWS_MAX:
             view.live.retire_all_but(())
@@ -107,7 +107,7 @@ class Lookup:
         if not len(closed):
             return
         first_chunk = self.source.first_chunk
-        indexes = self.source.shards.index(session.consumer, closed.tolist())
+        indexes = self.source.shards.index(attached.consumer, closed.tolist())
         for index, at in zip(indexes, range(len(closed)), strict=True):
             number = closed[at : at + 1]
             view.live.open(Window(int(number[0]), number, [index], first_chunk[number], np.empty(0, np.int64)))

@@ -1,8 +1,7 @@
-"""The data of one data set in this process, and its sessions with the cache.
+"""The data of one data set in this process, and its consumers of the cache.
 
-A session is a connected consumer and an account of its waits, for one iteration at a time. A data set keeps idle
-sessions and opens another when two iterations run at once. They belong to the process that opened them: after a fork,
-the child begins with none.
+Each iteration has a consumer to itself (`AttachedConsumer`). A data set keeps idle ones, and opens another when two
+iterations run at once. They belong to the process that opened them: after a fork, the child begins with none.
 """
 
 from __future__ import annotations
@@ -32,8 +31,10 @@ from fastload.waiting import Waits
 _SLOTS_RETAINED_BYTES = 1 << 30
 
 
-class Session:
-    """One consumer of a data set, attached to `manifest`. Used by one iteration at a time."""
+class AttachedConsumer:
+    """A consumer with the objects of `manifest` attached, and an account of its waits. Used by one iteration at a
+    time.
+    """
 
     def __init__(self, cache: Handle, storage_options: Mapping[str, Any] | None, name: str) -> None:
         self.manifest: Manifest | None = None
@@ -70,13 +71,13 @@ class SourceOptions:
 
 
 class Source:
-    """The data of one data set in this process: its manifest, what is known of its shards, and its sessions."""
+    """The data of one data set in this process: its manifest, what is known of its shards, and its consumers."""
 
     def __init__(self, options: SourceOptions, manifest: Manifest | None = None) -> None:
         self._options = options
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._idle: list[Session] = []
+        self._idle: list[AttachedConsumer] = []
         self._closings = 0
         # A data set that is dropped leaves no connection. It may be dropped under any lock, so another thread does it.
         on_drop(self, call_later, _close_all, self._idle)
@@ -110,11 +111,11 @@ class Source:
 
     @property
     def manifest(self) -> Manifest | None:
-        """The manifest, once a session has been opened."""
+        """The manifest, once a consumer has been opened."""
         return self._manifest
 
     def adopt(self, manifest: Manifest) -> None:
-        """Take this manifest for the data from now on. Sessions that are open go on with the one before."""
+        """Take this manifest for the data from now on. Consumers that are open go on with the one before."""
         with self._lock:
             if self._manifest is not None and manifest.says_the_same_as(self._manifest):
                 return
@@ -165,42 +166,42 @@ class Source:
     @property
     def first_chunk(self) -> npt.NDArray[np.int64]:
         """int64[objects + 1]: each object's first chunk number."""
-        assert self._first_chunk is not None, "no session was opened yet"
+        assert self._first_chunk is not None, "no consumer was opened yet"
         return self._first_chunk
 
     @property
     def shards(self) -> ShardTable:
         """The shards' indexes."""
-        assert self._shards is not None, "no session was opened yet"
+        assert self._shards is not None, "no consumer was opened yet"
         return self._shards
 
     def list_shards(self) -> Manifest:
         """The manifest, which is listed where it is not known yet."""
         if self._manifest is None:
             self.give_back(self.open())
-        assert self._manifest is not None, "opening a session lists the shards"
+        assert self._manifest is not None, "opening a consumer lists the shards"
         return self._manifest
 
-    def open(self) -> Session:
-        """An idle session or a new one; the first lists the shards."""
+    def open(self) -> AttachedConsumer:
+        """An idle consumer or a new one; the first lists the shards."""
         with self._lock:
             while self._idle:
-                session = self._idle.pop()
-                if not session.consumer.is_ended:  # by Cache.close(), or because its service could not be replaced
-                    return session
+                attached = self._idle.pop()
+                if not attached.consumer.is_ended:  # by Cache.close(), or because its service could not be replaced
+                    return attached
             return self._connect()
 
-    def give_back(self, session: Session) -> None:
-        """The session is idle again; where the source was closed meanwhile, it is closed now."""
+    def give_back(self, attached: AttachedConsumer) -> None:
+        """The consumer is idle again; where the source was closed meanwhile, it is closed now."""
         with self._lock:
-            self._keep_counts(session)
-            if session.manifest is not self._manifest or session.closings != self._closings:
-                session.close()
-            elif not session.consumer.is_ended:
-                self._idle.append(session)
+            self._keep_counts(attached)
+            if attached.manifest is not self._manifest or attached.closings != self._closings:
+                attached.close()
+            elif not attached.consumer.is_ended:
+                self._idle.append(attached)
 
     def close(self) -> None:
-        """Disconnect: the idle sessions now, those in use when they are given back. Idempotent; the source
+        """Disconnect: the idle consumers now, those in use when they are given back. Idempotent; the source
         stays usable.
         """
         with self._lock:
@@ -230,30 +231,30 @@ class Source:
 
     def sample_counts(self) -> npt.NDArray[np.int64] | None:
         """int64[objects]: samples of each shard, or None where a shard has not been indexed yet."""
-        session = self.open()
+        attached = self.open()
         try:
             counts = self._counts_here()
             if (counts < 0).any():
-                stored = self.shards.known_counts(session.consumer)
+                stored = self.shards.known_counts(attached.consumer)
                 with self._lock:
                     known = stored >= 0
                     counts[known] = stored[known]
                     self._unsent.difference_update(np.flatnonzero(known).tolist())
         finally:
-            self.give_back(session)
+            self.give_back(attached)
         return counts if (counts >= 0).all() else None
 
-    def _keep_counts(self, session: Session) -> None:
+    def _keep_counts(self, attached: AttachedConsumer) -> None:
         """Send the service counts that it may not know: counts from other nodes are needed before the next run's first
         epoch, to know how long that is.
         """
-        if self._unsent and session.manifest is self._manifest:
+        if self._unsent and attached.manifest is self._manifest:
             numbers = np.array(sorted(self._unsent), np.int32)
-            session.consumer.put_counts(numbers, self._counts_here()[numbers])
+            attached.consumer.put_counts(numbers, self._counts_here()[numbers])
             self._unsent.clear()
 
     def _counts_here(self) -> npt.NDArray[np.int64]:
-        assert self._manifest is not None, "no session was opened yet"
+        assert self._manifest is not None, "no consumer was opened yet"
         if self._counts is None:
             promised = self._manifest.promised
             self._counts = np.full(len(self._manifest), -1, np.int64) if promised is None else promised.copy()
@@ -268,30 +269,30 @@ class Source:
 
     def _keep(self) -> None:
         if self._options.grows:
-            assert self._manifest is not None, "no session was opened yet"
+            assert self._manifest is not None, "no consumer was opened yet"
             manifest_files.keep(self._options.cache.directory, self._options.urls, self._manifest)
 
-    def _connect(self) -> Session:
+    def _connect(self) -> AttachedConsumer:
         if self._first_chunk is None:
             compile_in_background(*FIRST_BATCH, *self._options.kernels)
-        session = Session(self._options.cache, self._options.storage_options, name=self._options.urls[0])
-        session.closings = self._closings
+        attached = AttachedConsumer(self._options.cache, self._options.storage_options, name=self._options.urls[0])
+        attached.closings = self._closings
         try:
             if self._manifest is None:
-                self._manifest = self._frozen() or list_shards(session.consumer, self._options.urls)
+                self._manifest = self._frozen() or list_shards(attached.consumer, self._options.urls)
                 self._keep()
             if self._first_chunk is None:
-                chunk_bytes = session.consumer.chunk_bytes
+                chunk_bytes = attached.consumer.chunk_bytes
                 self._first_chunk = self._manifest.first_chunk(chunk_bytes)
-                self._sidecars = find_sidecars(session.consumer, self._manifest, self._options.index)
+                self._sidecars = find_sidecars(attached.consumer, self._manifest, self._options.index)
                 self._shards = ShardTable(self._manifest, self._first_chunk, chunk_bytes, self._sidecars)
-            session.attach(self._manifest, self._sidecars)
+            attached.attach(self._manifest, self._sidecars)
         except BaseException:
-            session.close()
+            attached.close()
             raise
-        return session
+        return attached
 
 
-def _close_all(sessions: list[Session]) -> None:
-    while sessions:
-        sessions.pop().close()
+def _close_all(consumers: list[AttachedConsumer]) -> None:
+    while consumers:
+        consumers.pop().close()

@@ -10,13 +10,13 @@ Where K divides P or P divides K, a rank has a *turn* from 0 to W-1 and the posi
 - K divides P: lanes p with p mod K = k are read by node k alone, and its ranks share their samples one by one;
 - P divides K: lane k mod P is shared by K/P nodes, sample by sample; with P = 1 the turn is the rank.
 
-Otherwise the P/d lanes in question are put in a row, and so are the K/d nodes. The part of a global batch that
+Otherwise those P/d lanes are put in a row, and so are the K/d nodes. The part of a global batch that
 lies in these lanes, lane by lane, is cut into as many equal pieces as there are nodes; the ranks of a node share
 its piece, in the order of the sequence, one by one. So a node has ⌈P/K⌉ + 1 lanes, or one more where the shares of
-lanes in a batch differ by a sample, and the rest of the data it never reads but for the ends of short lanes. The
+lanes in a batch differ by a sample, and never reads the rest of the data, but for the ends of short lanes. The
 row is in bit-reversed order, since the lanes that have a sample more in some batch follow one another in the
-sequence: that keeps pieces within a few samples of the same place in every batch. What does not make a whole round of
-W at the end of an epoch goes by turns everywhere.
+sequence: that keeps pieces within a few samples of the same place in every batch. What is left beyond a multiple of
+W at the end of an epoch is dealt by turns everywhere.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastload.plan.ranks import Ranks, shared_lanes, turn_of
 
 LaneSpan = tuple[int, int, int]
 
-# Batches that are cut in one go: enough to share the cost of the calls, few enough to be small.
+# Batches that are cut at once: enough to share the cost of the calls, few enough to be small.
 _BATCHES_AT_ONCE = 64
 
 
@@ -68,7 +68,7 @@ class Assignment:
 
     def needs(self, first: int, stop: int) -> list[LaneSpan]:
         """Per lane that the node needs for the positions from `first` up to `stop`: lane, and from which
-        number up to which. Where it depends on the rank, what does not make a round of the world is left out.
+        number up to which. Where it depends on the rank, what is left beyond a multiple of `world_size` is left out.
         """
         if not self._pieces:
             ends = (
@@ -96,8 +96,8 @@ class Assignment:
         return first + self._global_batch * (int(is_short.argmax()) if is_short.any() else batches)
 
     def positions(self, first: int, stop: int) -> NDArray[np.int64]:
-        """The rank's positions from `first`, where a global batch begins, up to `stop`, int64, rising; whole
-        rounds of the world.
+        """The rank's positions from `first`, where a global batch begins, up to `stop`, int64, rising;
+        `stop - first` is a multiple of `world_size`.
         """
         if not self._pieces:
             return np.arange(first + self.turn, stop, self._ranks.world_size, dtype=np.int64)

@@ -78,8 +78,8 @@ class Cursor(Generic[Entry]):
     """The batches of one rank in one epoch. Not thread-safe; made anew for each epoch, by `epoch_cursor` for a data set
     that is read alone, and by `mixture.mixture_cursor` for several.
 
-    Until `next_window` is None, open that window and `add` it; where `counts_wanted` names objects, `tell` their sample
-    counts first (any that are known may be given at any time); at last `finish`. Where a window holds very many
+    Until `next_window` is None, open that window and `add` it; where `counts_wanted` names objects, `add_counts` their
+    sample counts first (any that are known may be given at any time); at last `finish`. Where a window holds very many
     samples, each of these gives only the first batches; then call `settled` until it gives none, and only then ask for
     what comes next. Windows that are not among `needed` may be closed once the batches given out so far are made; one
     of them may be asked for again. Nodes never wait for one another for ever if each counts the windows that it opens,
@@ -182,9 +182,9 @@ class Cursor(Generic[Entry]):
         """
         return self._sequence.windows_ahead(self._given, self.home)
 
-    def tell(self, source: int, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> list[Entry]:
+    def add_counts(self, source: int, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> list[Entry]:
         """The batches that are settled by the sample counts, int64, of some objects of a source."""
-        self._sequence.tell(source, object_nos, np.asarray(counts, np.int64))
+        self._sequence.add_counts(source, object_nos, np.asarray(counts, np.int64))
         return self.settled()
 
     def add(self, key: WindowKey, counts: NDArray[np.int64]) -> list[Entry]:
@@ -318,8 +318,8 @@ class Cursor(Generic[Entry]):
 
     @property
     def _tail_position(self) -> tuple[int, int] | None:
-        """The position whose window has the one sample that the tail gives this rank, left over or repeated, and
-        which of the repeats it is, or -1; None where it gives none, or more is left than that and whole rounds.
+        """The position whose window has the one sample that the tail gives this rank, left over or repeated, and which
+        of the repeats it is, or -1; None where it gives none, or more is left than that and a multiple of the ranks.
         """
         total = self._sequence.total
         if total is None or total - self._given >= self._group:

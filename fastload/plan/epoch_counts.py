@@ -84,17 +84,17 @@ class EpochCounts:
         part = self._parts[partition]
         return int(part.start[-1]) if part.known == len(part.count) else None
 
-    def tell(self, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
-        """The sample counts of some objects, each given once; telling them again changes nothing.
+    def add_counts(self, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
+        """The sample counts of some objects, each given once; adding them again changes nothing.
 
         Raises `StateError` where an object had another count before.
         """
         for start in range(0, len(object_nos), _OBJECTS_AT_ONCE):
-            self._tell(object_nos[start : start + _OBJECTS_AT_ONCE], counts[start : start + _OBJECTS_AT_ONCE])
+            self._add(object_nos[start : start + _OBJECTS_AT_ONCE], counts[start : start + _OBJECTS_AT_ONCE])
         for part in self._parts:
             part.advance()
 
-    def _tell(self, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
+    def _add(self, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
         before = self._counts[object_nos]
         wrong = np.flatnonzero((before >= 0) & (before != counts))
         if len(wrong):

@@ -56,9 +56,9 @@ class MixtureSequence:
         """The object numbers of a window in its source, int32."""
         return self._sources[key.source].objects_of(key)
 
-    def tell(self, source: int, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
+    def add_counts(self, source: int, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
         """The sample counts of some objects of a source."""
-        self._sources[source].tell(object_nos, counts)
+        self._sources[source].add_counts(object_nos, counts)
         self._measure()
 
     def add(self, key: WindowKey, counts: NDArray[np.int64]) -> None:

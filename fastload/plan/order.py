@@ -18,11 +18,11 @@ Every permutation is keyed by a text such as `fastload order 1 samples seed=0 ep
 numpy's generators, whose `permutation` may change between versions; one stream for the whole epoch, which would tie a
 window to the counts of all before it.
 
-`OrderWish` becomes an order by choosing how many partitions there are, and windows that fit in memory. A node has one
-window live in each lane that it reads, and two while a lane goes on from one to the next. All of them have to fit in
-the windows' share of the arena (`shares.WINDOWS`; the rest is for what is kept and what is on its way): otherwise parts
-of a window are dropped before they are used and read again. So a window that is too large is made smaller, to a power
-of two, so that few different orders come of many different machines.
+A `RequestedOrder` becomes an order by choosing how many partitions there are, and windows that fit in memory. A node
+has one window live in each lane that it reads, and two while a lane goes on from one to the next. All of them have to
+fit in the windows' share of the arena (`shares.WINDOWS`; the rest is for what is kept and what is on its way):
+otherwise parts of a window are dropped before they are used and read again. So a window that is too large is made
+smaller, to a power of two, so that few different orders come of many different machines.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ _ARENA_TO_WINDOWS = int(1 / shares.WINDOWS)  # how many times their share the ar
 
 
 @dataclass(frozen=True, slots=True)
-class OrderWish:
+class RequestedOrder:
     """The order that the user asked for; what is None is chosen here."""
 
     seed: int = 0
@@ -217,8 +217,8 @@ class OrderWish:
     window_bytes: int | None = None
     partitions: int | None = None
 
-    def adopted(self, saved: OrderOptions) -> OrderWish:
-        """The wish, where it leaves something open, as a saved run settled it."""
+    def adopted(self, saved: OrderOptions) -> RequestedOrder:
+        """The same, with what it leaves open as a saved run settled it."""
         return replace(
             self,
             window_bytes=self.window_bytes or saved.window_bytes,

@@ -84,10 +84,10 @@ class SourceEpochs:
         """The round of a sample of a lane, and its number there."""
         return divmod(sample, self.quota(lane)) if self.has_rounds else (0, sample)
 
-    def tell(self, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
+    def add_counts(self, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
         """The sample counts of some objects, which are the same in every round."""
         for sequence in (*self.sequences.values(), *self._aside.values()):
-            sequence.tell(self._source, object_nos, counts)
+            sequence.add_counts(self._source, object_nos, counts)
         self._counts[object_nos] = counts
         for sequence in self.sequences.values():
             if sequence.total is not None:
@@ -107,7 +107,7 @@ class SourceEpochs:
         sequence = self._aside.pop(round_no, None)
         if sequence is None:
             sequence, is_counted = self._made(round_no), np.flatnonzero(self._counts >= 0).astype(np.int32)
-            sequence.tell(self._source, is_counted, self._counts[is_counted])
+            sequence.add_counts(self._source, is_counted, self._counts[is_counted])
         self._put_aside(round_no, sequence)
         return sequence
 
@@ -180,16 +180,16 @@ class Rounds:
         """The object numbers of a window, int32."""
         return self.epochs.glimpse(self.epochs.round_of(key)).objects_of(key)
 
-    def tell(self, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
+    def add_counts(self, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
         """The sample counts of some objects, which are the same in every round."""
         self._is_changed, self._over_at = True, dict.fromkeys(self._over_at, 0)
-        self.epochs.tell(object_nos, counts)
+        self.epochs.add_counts(object_nos, counts)
 
     def add(self, key: WindowKey, counts: NDArray[np.int64]) -> None:
         """A window is open, and these are the counts of its objects."""
         sequence = self._sequence(self.epochs.round_of(key))
         sequence.add(key, counts)
-        self.tell(sequence.objects_of(key), counts)
+        self.add_counts(sequence.objects_of(key), counts)
 
     def skip_to(self, lane: int, sample: int) -> None:
         """No rank of this node needs samples of `lane` before `sample`."""

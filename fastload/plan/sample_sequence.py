@@ -82,7 +82,7 @@ class SampleSequence(Protocol[Entry]):
         """The object numbers of a window in its source, int32."""
         ...
 
-    def tell(self, source: int, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
+    def add_counts(self, source: int, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
         """The sample counts of some objects of a source."""
         ...
 

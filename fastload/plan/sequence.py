@@ -156,15 +156,15 @@ class EpochSequence:
         """The object numbers of a window, int32."""
         return self.orders[key.partition].window_objects(key.window)
 
-    def tell(self, source: int, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
+    def add_counts(self, source: int, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
         """The sample counts of some objects. Raises `StateError` where another count of one was given before."""
         assert source == self._source, f"counts of source {source} for source {self._source}"
-        self._counts.tell(object_nos, counts)
+        self._counts.add_counts(object_nos, counts)
         self._set_quotas()
 
     def add(self, key: WindowKey, counts: NDArray[np.int64]) -> None:
-        """A window is open, and these are the counts of its objects. Raises `StateError` as `tell` does, and where the
-        sequence starts beyond the window's samples.
+        """A window is open, and these are the counts of its objects. Raises `StateError` as `add_counts` does, and
+        where the sequence starts beyond the window's samples.
         """
         objects = self.objects_of(key)
         assert len(counts) == len(objects), f"{len(counts)} counts for {len(objects)} objects"
@@ -172,7 +172,7 @@ class EpochSequence:
         total = int(counts.sum())
         self._check_start(key, total)
         permutation = self.orders[key.partition].window_permutation(key.window, total)
-        self._counts.tell(objects, counts)
+        self._counts.add_counts(objects, counts)
         self._open[key] = OpenWindow(permutation, objects, counts)
         self._set_quotas()
 

@@ -51,7 +51,7 @@ class ReplayPlan(Plan):
 
     def __init__(self, steps: list[tuple[ObjectEntry, int]], options_key: str, lane: range, asked: int) -> None:
         """`lane`: the places of the first of these reads, as far as they are one lane's. `asked`: how many reads were
-        wished for; fewer steps mean that the history ends there.
+        asked for; fewer steps mean that the history ends there.
         """
         super().__init__([], options_key, 0)
         self.is_blind = True

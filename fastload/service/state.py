@@ -566,7 +566,7 @@ class Plan:
         ahead = message.first + len(positions) - self.uses.cursor
         if message.first == self.uses.end and ahead > _USES_MAX:
             raise ServiceError(f"a message tells {ahead} uses ahead, more than {_USES_MAX}")
-        self.uses.tell(message.first, positions)
+        self.uses.add(message.first, positions)
 
     def delivered_steps(self) -> Iterator[Step]:
         """What was read and has not been looked through; the caller moves `evicted_to` on."""

@@ -12,7 +12,16 @@ from fastload.client.consumer import Consumer
 from fastload.formats import ShardIndex
 from fastload.pipeline.counts import Counts
 from fastload.pipeline.shards import ShardTable
-from fastload.plan import BatchEntry, EpochOrder, Manifest, OrderOptions, OrderWish, Ranks, epoch_orders, first_objects
+from fastload.plan import (
+    BatchEntry,
+    EpochOrder,
+    Manifest,
+    OrderOptions,
+    Ranks,
+    RequestedOrder,
+    epoch_orders,
+    first_objects,
+)
 from fastload.simulate.scenario import Job
 from fastload.store.types import ObjectInfo
 
@@ -36,8 +45,8 @@ class Data:
             ObjectInfo(f"s3://simulated/{number:07}.tar", size, "etag") for number, size in enumerate(sizes.tolist())
         )
         self.first_chunk = chunk_starts(sizes, chunk_bytes)
-        wish = OrderWish(seed, job.shuffle, job.window_bytes, nodes)
-        self.order: OrderOptions = wish.settled(self.ranks(0, 0), ram_bytes)
+        requested = RequestedOrder(seed, job.shuffle, job.window_bytes, nodes)
+        self.order: OrderOptions = requested.settled(self.ranks(0, 0), ram_bytes)
         self.orders = lru_cache(maxsize=2)(self._orders)  # of an epoch, for all ranks
 
     def ranks(self, node: int, local_rank: int) -> Ranks:

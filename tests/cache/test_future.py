@@ -34,9 +34,9 @@ def test_next_uses_are_those_of_the_order(steps: list[list[int] | int | str]) ->
     for step in steps:
         if step == "gap":
             model = Model([], uses.end + 5, uses.end + 5)
-            uses.tell(model.first, np.empty(0, np.int32))
+            uses.add(model.first, np.empty(0, np.int32))
         elif isinstance(step, list):
-            uses.tell(uses.end, np.array(step, np.int32))
+            uses.add(uses.end, np.array(step, np.int32))
             model.units += step
         elif isinstance(step, int):
             uses.advance(uses.cursor + step)
@@ -51,7 +51,7 @@ def test_a_long_order_in_many_pieces() -> None:
     told = passed = 0
     while passed < len(order):
         piece = int(random.integers(1, 3000))
-        uses.tell(told, order[told : told + piece])
+        uses.add(told, order[told : told + piece])
         told = min(told + piece, len(order))
         passed = max(passed, told - 5000) if told < len(order) else passed + 1000
         uses.advance(passed)

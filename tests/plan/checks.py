@@ -88,7 +88,7 @@ def check_nodes_never_wait_for_ever(world: Any, random: Random) -> None:
                 for source, objects in wanted.items():
                     known = sorted(n for n in objects if (source, n) in counted)
                     told += len(known)
-                    run.tell(source, np.array(known, np.int32))
+                    run.add_counts(source, np.array(known, np.int32))
             else:
                 run.to_the_end()
                 going.remove(run)

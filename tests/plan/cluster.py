@@ -169,7 +169,7 @@ class Run:
         """Counts are told when they are wanted, or all at the start, or some then."""
         if share := {"wanted": 0, "some": 2, "all": 1}[told]:
             for number, source in enumerate(self.world.sources):
-                self.tell(number, np.arange(0, len(source.counts), share, dtype=np.int32))
+                self.add_counts(number, np.arange(0, len(source.counts), share, dtype=np.int32))
 
     def to_the_end(self) -> Self:
         while not self.is_over and self.step():
@@ -183,7 +183,7 @@ class Run:
         wanted, key = self.cursor.counts_wanted, self.cursor.next_window
         if key is None:
             for source, object_nos in wanted.items():
-                self.tell(source, object_nos)
+                self.add_counts(source, object_nos)
             return len(wanted) > 0
         assert not wanted
         assert key not in self.needed
@@ -192,8 +192,8 @@ class Run:
         self._give(self.cursor.add(key, self._counts(key.source, self.cursor.objects_of(key))))
         return True
 
-    def tell(self, source: int, object_nos) -> None:
-        self._give(self.cursor.tell(source, object_nos, self._counts(source, object_nos)))
+    def add_counts(self, source: int, object_nos) -> None:
+        self._give(self.cursor.add_counts(source, object_nos, self._counts(source, object_nos)))
 
     def _give(self, entries: list[Batch]) -> None:
         while entries:

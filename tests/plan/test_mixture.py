@@ -283,7 +283,7 @@ def test_a_state_of_64_partitions_is_small():
     world = World(sources, check_weights([1, 1]), "never", 64, 8, 8, 256)
     cursor = world.cursor()
     for source in range(2):
-        cursor.tell(source, np.arange(640, dtype=np.int32), np.array(sources[0].counts))
+        cursor.add_counts(source, np.arange(640, dtype=np.int32), np.array(sources[0].counts))
     position = cursor.position_at(256 * 64 * 1000)
     assert len(json.dumps(position.to_state())) < 4000
 

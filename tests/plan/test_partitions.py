@@ -342,7 +342,7 @@ def test_states_with_partitions():
 def test_a_state_of_64_partitions_is_small():
     cluster = Cluster((10**9,) * 640, (10**6,) * 640, 64, 8, 8, 256, window_bytes=10**10, shuffle="none")
     cursor = cluster.cursor()
-    cursor.tell(0, np.arange(640, dtype=np.int32), np.array(cluster.counts))
+    cursor.add_counts(0, np.arange(640, dtype=np.int32), np.array(cluster.counts))
     entry = cursor.add(cursor.next_window, np.full(1, 10**6))
     assert entry == []  # the other partitions of the node are not open
     assert len(json.dumps(cursor.start.to_state())) < 4000
@@ -358,10 +358,10 @@ def test_partitions_with_fewer_samples_than_were_delivered_are_an_error():
 
 def test_a_count_that_was_told_otherwise_is_an_error():
     cursor = Cluster((100,) * 4, (10,) * 4, 2).cursor()
-    cursor.tell(0, np.array([0], np.int32), np.array([3]))
-    cursor.tell(0, np.array([0], np.int32), np.array([3]))
+    cursor.add_counts(0, np.array([0], np.int32), np.array([3]))
+    cursor.add_counts(0, np.array([0], np.int32), np.array([3]))
     with pytest.raises(StateError, match="object 0 has 4 samples, and 3 were counted before"):
-        cursor.tell(0, np.array([0], np.int32), np.array([4]))
+        cursor.add_counts(0, np.array([0], np.int32), np.array([4]))
 
 
 def test_nodes_that_cannot_be_told_apart_are_refused():

@@ -157,5 +157,5 @@ def _field(target: ast.expr) -> set[str]:
     if isinstance(target, ast.Subscript):
         target = target.value
     if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
-        return {target.attr} if target.value.id in ("chunk", "held", "wished") else set()
+        return {target.attr} if target.value.id in ("chunk", "held", "wanted") else set()
     return set()

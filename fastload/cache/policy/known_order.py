@@ -50,8 +50,8 @@ class NextUses:
         """The next use of each of these units, `FAR` for none that is known; -1 is a unit that is never used."""
         return self._next.take(units)
 
-    def tell(self, first: int, units: npt.NDArray[np.int32]) -> None:
-        """From place `first` on these units are used, in this order. A gap after what was told makes that void, and so
+    def add(self, first: int, units: npt.NDArray[np.int32]) -> None:
+        """From place `first` on these units are used, in this order. A gap after what was added makes that void, and so
         does going back.
         """
         if first != self.end:
