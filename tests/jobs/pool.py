@@ -210,6 +210,7 @@ class Started:
 
 def serve(connection: Connection, traces: str, port: int) -> None:
     """A rank: does what it is sent until nobody is there to send more."""
+    multiprocessing.set_start_method(None, force=True)  # what it starts is started as by any other process
     with open(traces, "w") as file:
         faulthandler.register(signal.SIGUSR1, file, all_threads=True)
         torch.set_num_threads(1)
