@@ -93,23 +93,25 @@ def vain_share(object_count: int, chunks: int, seed: int) -> float:
     return len(vain) / len(reads)
 
 
-def library(lanes: Sequence[Sequence[tuple[int, int]]], chunks: int) -> Library:
+def library(traces: Sequence[Sequence[tuple[int, int]]], chunks: int) -> Library:
     """Of one run, each of whose readers read these (object number, chunk), one reader after the other."""
-    with remembered(((lane, *each) for lane, reads in enumerate(lanes) for each in reads), len(lanes), chunks) as kept:
+    with remembered(
+        ((trace, *each) for trace, reads in enumerate(traces) for each in reads), len(traces), chunks
+    ) as kept:
         return Library(archives.read_all(kept, READS), CHUNK_BYTES)
 
 
 @contextmanager
-def remembered(reads: Iterable[tuple[int, int, int]], lane_count: int, chunks: int) -> Iterator[Archive]:
+def remembered(reads: Iterable[tuple[int, int, int]], trace_count: int, chunks: int) -> Iterator[Archive]:
     """A run of these (reader, object number, chunk), a millisecond apart, on disk."""
     recorder = Recorder("train.py", 1.8e9, CHUNK_BYTES)
-    for _ in range(lane_count):
-        recorder.lane("reader")
+    for _ in range(trace_count):
+        recorder.begin_trace("reader")
     seconds = 0.0
-    for lane, number, index in reads:
+    for trace, number, index in reads:
         what = info(number, chunks)
         seconds += 0.001
-        recorder.read(lane, object_key(what.url), what, index, seconds)
+        recorder.read(trace, object_key(what.url), what, index, seconds)
     with tempfile.TemporaryDirectory() as folder:
         archive = Archive(Path(folder))
         archive.append(archive.new_name(1.8e9), recorder.take(seconds, {}).pieces())

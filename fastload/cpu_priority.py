@@ -1,18 +1,19 @@
-"""Turns at the processor: our threads let the one that trains go first.
+"""Time at the processor: fastload's threads let the one that trains go first.
 
 A thread that trains sleeps most of the time, and its steps are short: a transfer is done, the next batch is taken. When
-it wakes up where a thread of fastload has begun to copy a batch, Linux may leave it there until that thread's turn is
-over, which is 3 to 4 ms later, even with another processor idle (in a virtual machine, an idle one looks as if it was
-taken away). Three things help, of which the first two need each other: on two processors, with 100 batches of 23 MB a
-second gathered by one thread, one that sleeps for half a millisecond at a time came more than 1.2 ms late 38 times a
-second; 19 with yielding, 15 with long turns, 4 with both, which is as often as with threads that only run when
+it wakes up where a thread of fastload has begun to copy a batch, Linux may leave it there until that thread's time
+slice is over, which is 3 to 4 ms later, even with another processor idle (in a virtual machine, an idle one looks as if
+it was taken away). Three things help, of which the first two need each other: on two processors, with 100 batches of 23
+MB a second gathered by one thread, one that sleeps for half a millisecond at a time came more than 1.2 ms late 38 times
+a second; 19 with yielding, 15 with long slices, 4 with both, which is as often as with threads that only run when
 nothing else does.
 
-- *Long turns.* A thread may say how long its turns are to be (sched_setattr(2), "sched_runtime" of a normal policy,
+- *Long slices.* A thread may say how long its time slices are to be (sched_setattr(2), "sched_runtime" of a normal
+policy,
   since Linux 6.12). Who is woken and asks for shorter ones, as all do that say nothing, then comes at once, wherever it
-  is its turn by the time that it has used; no thread's share changes. Older kernels ignore it. What such a thread
-  starts begins with its turns.
-- *Yielding.* It is not its turn, by some microseconds, where it has just been woken twice: Python wakes who waits for
+  is due by the time that it has used; no thread's share changes. Older kernels ignore it. What such a thread
+  starts begins with its slices.
+- *Yielding.* It is not due, by some microseconds, where it has just been woken twice: Python wakes who waits for
   the GIL while it still holds the lock around it. So kernels that take long yield when they begin
   (`fastload.kernels.yielding`).
 - *Breath.* Nor does it help to be woken where the GIL is gone again by then: that takes tens of microseconds, and a
@@ -20,7 +21,7 @@ nothing else does.
   lets go for a few, again and again (it is made to wait for others after 5 ms). So as long as that one is ahead of what
   is needed, it sleeps for a moment between its steps: late wake-ups went from 5.4 to 4, of which 1.6 are the machine's.
 
-Rejected: SCHED_IDLE and a higher niceness, with which other work leaves a loader no time at all; short turns
+Rejected: SCHED_IDLE and a higher niceness, with which other work leaves a loader no time at all; short slices
 (0.1 ms), which make it worse; yielding before the GIL is taken back, which changes nothing, or before the kernel is
 called, which comes too early.
 """
@@ -32,10 +33,10 @@ import platform
 import threading
 import time
 
-__all__ = ["breathe", "let_breathe", "take_long_turns"]
+__all__ = ["breathe", "let_breathe", "take_long_slices"]
 
 # Longer than the default, which is 0.7 to 3 ms, and no longer than it has to be.
-_TURN_NS = 5_000_000
+_SLICE_NS = 5_000_000
 
 # What it takes to be woken on an idle processor, and more is added by the kernel.
 _BREATH_S = 50e-6
@@ -62,9 +63,9 @@ class Attributes(ctypes.Structure):
     )
 
 
-def take_long_turns() -> bool:
-    """Have the calling thread, one of fastload's, take long turns, in which those that wake up for a short one come
-    first.
+def take_long_slices() -> bool:
+    """Have the calling thread, one of fastload's, take long time slices, in which those that wake up for a short
+    one come first.
 
     Returns whether the kernel knows it: not where the user has given this process another policy, where the system is
     not Linux, and where a sandbox forbids it. Nothing but others' wake-ups depends on it.
@@ -72,9 +73,9 @@ def take_long_turns() -> bool:
     attributes = scheduling()
     if attributes is None or attributes.policy not in _NORMAL_POLICIES:
         return False
-    if attributes.runtime_ns >= _TURN_NS:  # all turns are on this machine, or the user has asked for it
+    if attributes.runtime_ns >= _SLICE_NS:  # all slices are on this machine, or the user has asked for it
         return True
-    attributes.runtime_ns = _TURN_NS
+    attributes.runtime_ns = _SLICE_NS
     return bool(_libc.syscall(_CALLS[platform.machine()][0], 0, ctypes.byref(attributes), 0) == 0)
 
 
@@ -95,8 +96,7 @@ def let_breathe(is_ahead: bool) -> None:
 
 def breathe() -> None:
     """Called between two steps: a thread that waits for the GIL gets it now. Nothing happens where a thread waits for
-    what
-    comes of these steps, as the user's thread does for its own.
+    what comes of these steps, as the user's thread does for its own.
     """
     if _this_thread.is_ahead:
         time.sleep(_BREATH_S)

@@ -58,7 +58,7 @@ def test_what_was_warmed_is_remembered_as_a_run(s3, tmp_path: Path, monkeypatch:
     again, first = (archive.read(each) for each in archive.runs())
     chunks = sum(-(-len(content) // (64 << 10)) for content in data.shards.values())
     assert len(first.reads) == len(again.reads) == chunks
-    assert first.summary.lanes == {"warm": 1}
+    assert first.summary.traces == {"warm": 1}
     assert first.summary.read_bytes == sum(map(len, data.shards.values()))
     orders = [[info.url for info in run.objects] for run in (first, again)]
     assert orders[0] == orders[1] != sorted(orders[0])

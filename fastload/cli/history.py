@@ -128,7 +128,7 @@ def _row(summary: RunSummary | None) -> list[str]:
 def _show(console: Console, run: Run) -> None:
     summary = run.summary
     rate = summary.read_bytes / summary.seconds if summary.seconds else 0.0
-    readers = ", ".join(f"{count} of {_plain(name) or '(no name)'}" for name, count in summary.lanes.items())
+    readers = ", ".join(f"{count} of {_plain(name) or '(no name)'}" for name, count in summary.traces.items())
     console.print(f"{run.name}: {_plain(summary.program) or '(unknown program)'}, {_when(summary.began)}")
     console.print(f"  {summary.read_count:,} reads of {summary.object_count:,} objects")
     if summary.left_out:
@@ -159,7 +159,7 @@ def _reads(run: Run, count: int) -> list[tuple[float, int, int, str]]:
     return [
         (
             int(reads.ticks[at]) / 10,
-            int(reads.lanes[at]),
+            int(reads.traces[at]),
             int(reads.chunks[at]),
             run.objects[int(reads.objects[at])].url,
         )

@@ -1,11 +1,11 @@
 """Whether a reader goes the way of an earlier one: where in the library it is, and how far ahead to believe that.
 
 It is *found* by the read at hand and the few before it: at a place close before which some of them stand, in their
-order. A reader that has only begun is found by its first read, where a lane began so. From then on each read is looked
-for a little ahead of where the reader is, so that it may leave some out, and then in what other lanes read at the time;
-one that is not there is an insertion. *Trust* grows by one with each read that came as predicted, falls by one where
-the reader leaves out many or moves to another lane, and by two with each read that did not come: below zero the reader
-has departed, and is looked for anew, also where the earlier run went on otherwise after a common beginning.
+order. A reader that has only begun is found by its first read, where a trace began so. From then on each read is looked
+for a little ahead of where the reader is, so that it may leave some out, and then in what other traces read at the
+time; one that is not there is an insertion. *Trust* grows by one with each read that came as predicted, falls by one
+where the reader leaves out many or moves to another trace, and by two with each read that did not come: below zero the
+reader has departed, and is looked for anew, also where the earlier run went on otherwise after a common beginning.
 
 As in the detection of sequences within a file, what is expected grows with what has come true: 2 to the power of trust.
 So a wrong beginning has cost two chunks.
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastload.history.keys import chunk_key
-from fastload.history.library import Library, ReaderHistory
+from fastload.history.library import Library, Trace
 
 # Reads that may be left out from one to the next: a sampler that skips what was trained on, a batch that is dropped.
 _SKIP_MAX = 64
@@ -38,11 +38,11 @@ _RECENT, _SPREAD = 4, 6
 # Of a reader that did not begin like an earlier one, so many of the recent ones have to fit besides the last; among few
 # chunks, which stand close to each other by chance, one more.
 _FITTING_MIN, _FEW = 2, 500
-# How many reads before or after, of all lanes, a reader may go on in another lane: with batches of another size workers
-# share the samples in another way, in about the same order.
-_LANES_WITHIN = 128
+# How many reads before or after, of all traces, a reader may go on in another trace: with batches of another size
+# workers share the samples in another way, in about the same order.
+_TRACES_WITHIN = 128
 # A reader that has moved just now will soon move again, and its prediction is then made anew: so little of it until so
-# many reads have come in one lane.
+# many reads have come in one trace.
 _TRUST_MOVED, _STAYS = 5, 32
 # Jumps in which a chunk that is read again says nothing.
 _AGAIN = 8
@@ -74,9 +74,9 @@ class Follower:
         self._jump_count = 0
         self._lost_count = 0  # jumps since there was a place
         self._trust = 0
-        self._stayed = 0  # reads that came in the lane it is in
+        self._stayed = 0  # reads that came in the trace it is in
         self._beyond = 0  # trust beyond the object at hand
-        self._lane: ReaderHistory | None = None
+        self._trace: Trace | None = None
         self.place: int | None = None  # of the read that came last as predicted; None: not found
 
     @property
@@ -89,7 +89,7 @@ class Follower:
     @property
     def is_at_end(self) -> bool:
         """Whether the earlier reader read nothing more."""
-        return self.place is not None and self._lane is not None and self.place + 1 == self._lane.end
+        return self.place is not None and self._trace is not None and self.place + 1 == self._trace.end
 
     def expect(self, of_object: int) -> bool:
         """This object is probably what is read next, and no read yet. Whether the reader's place was found by it."""
@@ -109,11 +109,11 @@ class Follower:
         return came
 
     def _come(self, key: int) -> int | None:
-        """Go on to where the key follows in the lane; how many reads that left out, None where it does not follow."""
-        if self.place is None or self._lane is None:
+        """Go on to where the key follows in the trace; how many reads that left out, None where it does not follow."""
+        if self.place is None or self._trace is None:
             return None
         start = self.place + 1
-        ahead = self.library.keys[start : min(self._lane.end, start + _SKIP_MAX)]
+        ahead = self.library.keys[start : min(self._trace.end, start + _SKIP_MAX)]
         (found,) = np.nonzero(ahead == np.uint64(key))
         if not len(found):
             return None
@@ -141,13 +141,13 @@ class Follower:
         return False
 
     def _move(self, key: int) -> bool:
-        """Go on in another lane, where that read the chunk at about the time."""
+        """Go on in another trace, where that read the chunk at about the time."""
         assert self.place is not None, "a reader that is nowhere"
-        place = self.library.at_the_time(self.place, key, _LANES_WITHIN)
-        lane = None if place is None else self.library.lane(place)
-        if lane is None or lane == self._lane:
+        place = self.library.at_the_time(self.place, key, _TRACES_WITHIN)
+        trace = None if place is None else self.library.trace(place)
+        if trace is None or trace == self._trace:
             return False
-        self.place, self._lane, self._stayed = place, lane, 0
+        self.place, self._trace, self._stayed = place, trace, 0
         self._trust, self._beyond = min(_TRUST_MOVED, self._trust), min(_TRUST_MOVED, self._beyond)
         return True
 
@@ -155,7 +155,7 @@ class Follower:
         self._trust -= trust
         self._beyond = max(0, self._beyond - beyond)
         if self._trust < 0:
-            self.place = self._lane = None
+            self.place = self._trace = None
             self._trust = self._beyond = 0
 
     def _find(self, key: int, of_object: int) -> bool:
@@ -169,14 +169,14 @@ class Follower:
         best = max((self._fit(place, of_object) for place in places), key=lambda each: each.fitting, default=None)
         if best is None or best.fitting < 0:
             return False
-        self.place, self._lane = best.place, self.library.lane(best.place)
+        self.place, self._trace = best.place, self.library.trace(best.place)
         self._trust, self._beyond = max(1, best.fitting), max(1, best.objects)
         self._lost_count, self._stayed = 0, _STAYS
         return True
 
     def _fit(self, place: int, of_object: int) -> _Found:
         """How well a place fits the recent jumps; -1 where too few do."""
-        lane = self.library.lane(place)
+        trace = self.library.trace(place)
         before = self.library.jumps_before(place, _SPREAD)
         at, objects, fitting = -1, set(), 0
         for key, its_object in self._recent:
@@ -186,5 +186,5 @@ class Follower:
                 objects.add(its_object)
         least = _FITTING_MIN + (self.library.key_count < _FEW)
         has_begun_so = len(before) <= self._jump_count + 1 and fitting == self._jump_count < least
-        fits = fitting >= least or (has_begun_so and place - lane.start <= _SKIP_MAX)
+        fits = fitting >= least or (has_begun_so and place - trace.start <= _SKIP_MAX)
         return _Found(place, fitting if fits else -1, len(objects - {of_object}))

@@ -1,8 +1,8 @@
 """What one run reads, gathered until it is written: a log of (reader, object, chunk, time).
 
-A *lane* is one reader, a consumer's connection; reads of a lane are in its order, and all of them in the order in which
-the service received them. A chunk that a lane has only just asked for is not noted again: it was fetched ahead, then
-waited for, or read in pieces.
+A *trace* is what one reader, a consumer's connection, asks for, in its order; all reads of a run are in the order in
+which the service received them. A chunk that a reader has only just asked for is not noted again: it was fetched ahead,
+then waited for, or read in pieces.
 
 Bounded: beyond so many reads or objects only figures go on. URLs that may carry secrets are left out: those with a user
 and password, and of web servers those with a query, where signatures stand.
@@ -30,10 +30,10 @@ from fastload.store.table import ObjectRows
 from fastload.store.types import ObjectInfo
 from fastload.store.urls import scheme
 
-LANES_MAX = 1 << 16
+TRACES_MAX = 1 << 16
 # Kinds of readers that are distinguished, and of the name of one.
 _NAMES_MAX, _NAME_MAX = 64, 100
-# Reads of a lane in which a chunk is the same read still.
+# Reads of a trace in which a chunk is the same read still.
 _SAME_WITHIN = 16
 _TICK_S = 0.1
 _TICKS_MAX = (1 << 32) - 1
@@ -59,7 +59,7 @@ class RecordedReads:
     infos: list[ObjectInfo] = field(default_factory=list)
     objects: array[int] = field(default_factory=lambda: array("I"))
     chunks: array[int] = field(default_factory=lambda: array("I"))
-    lanes: array[int] = field(default_factory=lambda: array("H"))
+    traces: array[int] = field(default_factory=lambda: array("H"))
     ticks: array[int] = field(default_factory=lambda: array("I"))
     summary: RunSummary | None = None
 
@@ -70,7 +70,7 @@ class RecordedReads:
         for start in range(0, len(self.infos), runfile.OBJECTS_MAX):
             part = slice(start, start + runfile.OBJECTS_MAX)
             found.append(runfile.objects_piece(keys[part], ObjectRows.of(self.infos[part])))
-        columns = [np.array(column) for column in (self.objects, self.chunks, self.lanes, self.ticks)]
+        columns = [np.array(column) for column in (self.objects, self.chunks, self.traces, self.ticks)]
         for start in range(0, len(self.objects), runfile.READS_MAX):
             part = slice(start, start + runfile.READS_MAX)
             found.append(runfile.reads_piece(Reads(*(column[part] for column in columns))))
@@ -88,7 +88,7 @@ class Recorder:
         self._numbering = Numbering()
         self._batch = RecordedReads()
         self._last: list[deque[int] | None] = []
-        self._lane_names: dict[str, int] = {}
+        self._trace_names: dict[str, int] = {}
         self._read_count = self._read_bytes = self._left_out = self._object_bytes = 0
         self._seconds = 0.0
         self.is_full = False  # no reads are kept any more
@@ -98,23 +98,23 @@ class Recorder:
         """Reads that were noted."""
         return self._read_count
 
-    def lane(self, name: str) -> int:
-        """A new lane's number; `name` says what kind of reader it is. -1: there are too many."""
-        known = name[:_NAME_MAX] if len(self._lane_names) < _NAMES_MAX or name in self._lane_names else "others"
-        self._lane_names[known] = self._lane_names.get(known, 0) + 1
-        if len(self._last) == LANES_MAX:
+    def begin_trace(self, name: str) -> int:
+        """A new trace's number; `name` says what kind of reader it is. -1: there are too many."""
+        known = name[:_NAME_MAX] if len(self._trace_names) < _NAMES_MAX or name in self._trace_names else "others"
+        self._trace_names[known] = self._trace_names.get(known, 0) + 1
+        if len(self._last) == TRACES_MAX:
             return -1
         self._last.append(deque(maxlen=_SAME_WITHIN))
         return len(self._last) - 1
 
-    def lane_ended(self, lane: int) -> None:
+    def end_trace(self, trace: int) -> None:
         """It reads no more."""
-        if lane >= 0:
-            self._last[lane] = None
+        if trace >= 0:
+            self._last[trace] = None
 
-    def read(self, lane: int, key: int, info: ObjectInfo, index: int, seconds: float) -> bool:
-        """A lane reads a chunk of an object, whose key is `key`. Whether that is news."""
-        last = self._last[lane] if lane >= 0 else None
+    def read(self, trace: int, key: int, info: ObjectInfo, index: int, seconds: float) -> bool:
+        """A chunk of an object, whose key is `key`, is asked for. Whether that is a new read."""
+        last = self._last[trace] if trace >= 0 else None
         place = key ^ (index << 64)
         if last is not None:
             if place in last:
@@ -122,11 +122,11 @@ class Recorder:
             last.append(place)
         self._seconds = max(self._seconds, seconds)
         self._read_bytes += max(0, min(self._chunk_bytes, info.size - index * self._chunk_bytes))
-        if last is None or not self._note(lane, key, info, index, seconds):
+        if last is None or not self._note(trace, key, info, index, seconds):
             self._left_out += 1
         return True
 
-    def _note(self, lane: int, key: int, info: ObjectInfo, index: int, seconds: float) -> bool:
+    def _note(self, trace: int, key: int, info: ObjectInfo, index: int, seconds: float) -> bool:
         if self.is_full or self._read_count >= runfile.RUN_READS_MAX or not may_keep(info.url):
             return False
         if self._numbering.count >= runfile.RUN_OBJECTS_MAX and self._numbering.get(key) is None:
@@ -139,7 +139,7 @@ class Recorder:
             self._object_bytes += info.size
         batch.objects.append(number)
         batch.chunks.append(index)
-        batch.lanes.append(lane)
+        batch.traces.append(trace)
         batch.ticks.append(min(_TICKS_MAX, int(seconds / _TICK_S)))
         self._read_count += 1
         return True
@@ -151,13 +151,13 @@ class Recorder:
             seconds=seconds,
             program=self._program,
             chunk_bytes=self._chunk_bytes,
-            lane_count=len(self._last),
+            trace_count=len(self._last),
             read_count=self._read_count,
             read_bytes=self._read_bytes,
             left_out=self._left_out,
             object_count=self._numbering.count,
             object_bytes=self._object_bytes,
-            lanes=dict(self._lane_names),
+            traces=dict(self._trace_names),
             endpoints={name: each for name, each in endpoints.items() if may_keep(_as_url(name))},
         )
 

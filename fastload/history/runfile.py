@@ -16,9 +16,9 @@ pieces up to the first that is not whole. Integers are little-endian.
     objects payload     zlib of msgpack [keys, rows]: `keys` uint64[k], the objects' keys; `rows` as in the protocol
                         (`ObjectRows`: URL, size, ETag and time of last change of each). Objects of a run are numbered
                         in the order of these.
-    reads payload       zlib of msgpack [objects, chunks, lanes, ticks]: four columns of r reads, in the order in which
-                        they were asked for; uint32 object number, uint32 chunk of the object, uint16 lane (the reader),
-                        uint32 tenths of a second since the run began
+    reads payload       zlib of msgpack [objects, chunks, traces, ticks]: four columns of r reads, in the order in which
+                        they were asked for; uint32 object number, uint32 chunk of the object, uint16 trace (the
+                        reader), uint32 tenths of a second since the run began
     summary payload     msgpack of `RunSummary`; the last one counts
 
 No credentials are in it: options of stores never come here, and neither do URLs that may carry some (see `record`).
@@ -82,20 +82,21 @@ class EndpointSummary(msgspec.Struct, frozen=True):
 class RunSummary(msgspec.Struct, frozen=True):
     """A run in a few figures. `began` is in seconds since 1970; the sources say where what it read came from.
 
-    `left_out` counts reads that are not in the file: beyond what a run may keep, or of URLs that may hold secrets.
+    `trace_count` and `traces`, by kind of reader, have older names in the file. `left_out` counts reads that are not in
+    the file: beyond what a run may keep, or of URLs that may hold secrets.
     """
 
     began: _Seconds = 0.0
     seconds: _Seconds = 0.0
     program: str = ""
     chunk_bytes: _Count = 0
-    lane_count: _Count = 0
+    trace_count: _Count = msgspec.field(default=0, name="lane_count")
     read_count: _Count = 0
     read_bytes: _Count = 0
     left_out: _Count = 0
     object_count: _Count = 0
     object_bytes: _Count = 0
-    lanes: dict[str, _Count] = {}
+    traces: dict[str, _Count] = msgspec.field(default_factory=dict, name="lanes")
     endpoints: dict[str, EndpointSummary] = {}
 
 
@@ -107,7 +108,7 @@ class _ObjectsPiece(msgspec.Struct, array_like=True, forbid_unknown_fields=True)
 class _ReadsPiece(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     objects: bytes
     chunks: bytes
-    lanes: bytes
+    traces: bytes
     ticks: bytes
 
 
@@ -117,7 +118,7 @@ class Reads:
 
     objects: UInt32
     chunks: UInt32
-    lanes: npt.NDArray[np.uint16]
+    traces: npt.NDArray[np.uint16]
     ticks: UInt32
 
     def __len__(self) -> int:
@@ -125,13 +126,13 @@ class Reads:
 
     def first(self, count: int) -> Reads:
         """So many of them, from the beginning."""
-        return Reads(self.objects[:count], self.chunks[:count], self.lanes[:count], self.ticks[:count])
+        return Reads(self.objects[:count], self.chunks[:count], self.traces[:count], self.ticks[:count])
 
     @classmethod
     def joined(cls, parts: list[Reads]) -> Reads:
         """One table of several."""
         parts = parts or [cls(*(np.empty(0, dtype) for dtype in ("u4", "u4", "u2", "u4")))]
-        columns = ("objects", "chunks", "lanes", "ticks")
+        columns = ("objects", "chunks", "traces", "ticks")
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in columns))
 
 
@@ -156,7 +157,7 @@ def reads_piece(reads: Reads) -> bytes:
     columns = (
         reads.objects.astype("<u4"),
         reads.chunks.astype("<u4"),
-        reads.lanes.astype("<u2"),
+        reads.traces.astype("<u2"),
         reads.ticks.astype("<u4"),
     )
     return _packed(READS, _ReadsPiece(*(column.tobytes() for column in columns)))
@@ -257,10 +258,10 @@ def _reads(piece: _ReadsPiece, object_count: int) -> Reads:
     columns = Reads(
         np.frombuffer(piece.objects, "<u4").astype(np.uint32),
         np.frombuffer(piece.chunks, "<u4").astype(np.uint32),
-        np.frombuffer(piece.lanes, "<u2").astype(np.uint16),
+        np.frombuffer(piece.traces, "<u2").astype(np.uint16),
         np.frombuffer(piece.ticks, "<u4").astype(np.uint32),
     )
-    if len({len(columns.objects), len(columns.chunks), len(columns.lanes), len(columns.ticks)}) != 1:
+    if len({len(columns.objects), len(columns.chunks), len(columns.traces), len(columns.ticks)}) != 1:
         raise ValueError("columns of different lengths")
     if len(columns) and int(columns.objects.max()) >= object_count:
         raise ValueError(f"a read of object {int(columns.objects.max())} of {object_count}")

@@ -78,7 +78,7 @@ _CONVENTION = f"1 {object.__basicsize__} {sys.byteorder} {CHECKS_BOUNDS}"
 _lock = held_while_forking(threading.RLock())
 
 # After a compilation the lock is free for so long: a thread that waits for it has called a kernel, and goes first.
-_TURN_S = 0.01
+_LOCK_FREE_S = 0.01
 _PROGRESS_S = 5.0
 
 _log = logging.getLogger("fastload.kernels")
@@ -198,7 +198,7 @@ def _compile(modules: Sequence[str]) -> None:
         if speaks and now - said > _PROGRESS_S:
             _log.warning("%d of %d modules of kernels are ready, after %.0f s", number, len(modules), now - began)
             said = now
-        time.sleep(_TURN_S)
+        time.sleep(_LOCK_FREE_S)
 
 
 def _compile_ahead(unit: Unit, speaks: bool) -> None:

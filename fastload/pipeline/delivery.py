@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastload import callers
-from fastload.cpu_priority import let_breathe, take_long_turns
+from fastload.cpu_priority import let_breathe, take_long_slices
 from fastload.errors import ServiceError
 from fastload.kernels.yielding import start_yielding
 from fastload.lifecycle import Ending, end_at_exit, join_at_exit
@@ -144,7 +144,7 @@ class ThreadedRun:
 
     def _fill_queue(self) -> None:
         try:
-            take_long_turns()
+            take_long_slices()
             let_breathe(True)
             with contextlib.closing(self._feed.entries()) as entries:  # type: ignore[type-var]
                 for entry in entries:
@@ -287,7 +287,7 @@ class DecodePool:
 
 
 def _work(tasks: queue.SimpleQueue[Task | None]) -> None:
-    take_long_turns()
+    take_long_slices()
     while (task := tasks.get()) is not None:
         task()
         del task  # else the last batch would live until the next one comes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 
-from fastload.cpu_priority import take_long_turns
+from fastload.cpu_priority import take_long_slices
 from fastload.errors import ServiceError
 from fastload.lifecycle import keep_forever, reset_on_fork
 from fastload.rendezvous import ServiceLocation
@@ -60,7 +60,7 @@ class InProcessService:
             self._server.stop_from_thread()
 
     def _main(self) -> None:
-        take_long_turns()  # and threads that are started from here
+        take_long_slices()  # and threads that are started from here
         try:
             # Only the service's own logger: the others are the application's too, whose handlers are to miss nothing.
             with limited("fastload.service"):

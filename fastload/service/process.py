@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastload.cache import CacheDirectory
 from fastload.config import CacheLimits
-from fastload.cpu_priority import take_long_turns
+from fastload.cpu_priority import take_long_slices
 from fastload.errors import FastloadError, to_wire
 from fastload.rendezvous import ServiceLocation, StandIn
 from fastload.service.launch import clean_environment
@@ -26,7 +26,7 @@ log = logging.getLogger("fastload.service")
 def main(arguments: Sequence[str]) -> int:
     """Run the service; the exit status. The process's environment is the service's from then on."""
     clean_environment()
-    take_long_turns()  # and all threads of this process, which begin as the one that starts them
+    take_long_slices()  # and all threads of this process, which begin as the one that starts them
     options = _parser().parse_args(arguments)
     service_log = ServiceLog()
     logging.basicConfig(

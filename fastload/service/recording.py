@@ -79,7 +79,7 @@ class Recording:
         self._pool = resources.pools.make("history", 1)  # one thread: pieces are written in their order
         self._pool.finishes = True
         self._runs: dict[int, _LiveRun] = {}  # by process group
-        self._lanes: dict[ConsumerState, tuple[_LiveRun, int]] = {}
+        self._traces: dict[ConsumerState, tuple[_LiveRun, int]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._version = 0  # of what is on disk, when the pool has done what it was given
         self._loaded_version = -1
@@ -113,24 +113,24 @@ class Recording:
             if self._archive is None:
                 run.forget()
         run.reader_count += 1
-        self._lanes[consumer] = run, run.recorder.lane(hello.name)
+        self._traces[consumer] = run, run.recorder.begin_trace(hello.name)
         self._wait()
 
     def read(self, consumer: ConsumerState, entry: ObjectEntry, index: int) -> bool:
-        """A consumer wants a chunk of an object. Whether that is news."""
-        at = self._lanes.get(consumer)
+        """A consumer wants a chunk of an object. Whether that is a new read."""
+        at = self._traces.get(consumer)
         if at is None:
             return False
-        run, lane = at
-        return run.recorder.read(lane, entry.history_key, entry.info, index, self._now() - run.began_s)
+        run, trace = at
+        return run.recorder.read(trace, entry.history_key, entry.info, index, self._now() - run.began_s)
 
     def disconnect(self, consumer: ConsumerState) -> None:
         """It has gone."""
-        at = self._lanes.pop(consumer, None)
+        at = self._traces.pop(consumer, None)
         if at is None:
             return
-        run, lane = at
-        run.recorder.lane_ended(lane)
+        run, trace = at
+        run.recorder.end_trace(trace)
         run.reader_count -= 1
         run.left_s = self._now()
         # Not at once: a job that ends may take its cache's directory along, and would meet a file that comes into it.
@@ -185,7 +185,9 @@ class Recording:
         self._pool.submit(_append, self._archive, run, batch, self._bytes_max, keep, self._is_lost, done=done)
 
     def _give_up(self, error: BaseException | None) -> None:
-        """Keep nothing for a while. Runs go on as they are: what their readers ask for is still news or not."""
+        """Keep nothing for a while. Runs go on as they are: what their readers ask for is a new read or not, as
+        before.
+        """
         if self._archive is not None:
             minutes = round(_TRY_AGAIN_S / 60)
             log.warning("no history is kept for %d minutes: %s: %s", minutes, self._archive.folder, error)
@@ -196,7 +198,7 @@ class Recording:
     # For predictions
 
     def load(self, done: Callable[[Library], None]) -> None:
-        """Read what earlier runs, and this one so far, have read; `done(library)` follows if that is news."""
+        """Read what earlier runs, and this one so far, have read; `done(library)` follows if that has changed."""
         for run in list(self._runs.values()):
             self._write(run)
         if self._archive is None or self._is_loading or self._loaded_version == self._version:

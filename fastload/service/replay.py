@@ -49,13 +49,13 @@ class ReplayPlan(Plan):
 
     covers = False
 
-    def __init__(self, steps: list[tuple[ObjectEntry, int]], options_key: str, lane: range, asked: int) -> None:
-        """`lane`: the places of the first of these reads, as far as they are one lane's. `asked`: how many reads were
+    def __init__(self, steps: list[tuple[ObjectEntry, int]], options_key: str, trace: range, asked: int) -> None:
+        """`trace`: the places of the first of these reads, as far as they are one trace's. `asked`: how many reads were
         asked for; fewer steps mean that the history ends there.
         """
         super().__init__([], options_key, 0)
         self.is_blind = True
-        self.first_place, self._lane, self._is_last = lane.start, lane, len(steps) < asked
+        self.first_place, self._trace, self._is_last = trace.start, trace, len(steps) < asked
         self._list = steps
         self.places: dict[tuple[ObjectEntry, int], list[int]] = {}
         for position, step in enumerate(steps):
@@ -82,7 +82,7 @@ class ReplayPlan(Plan):
 
     def leads_from(self, place: int) -> bool:
         """Whether what follows the place is in the plan."""
-        return place + 1 == self.first_place or place in self._lane
+        return place + 1 == self.first_place or place in self._trace
 
     def lasts(self, done: int, ahead: int) -> bool:
         """Whether, when so many of its reads are done, it need not be made anew for looking so far ahead."""
@@ -261,7 +261,7 @@ class Replay:
             steps.append((entry, index))
             if known is None:
                 reader.unconfirmed.add(entry)
-        plan = ReplayPlan(steps, consumer.options_key, range(place + 1, library.lane(place).end), count)
+        plan = ReplayPlan(steps, consumer.options_key, range(place + 1, library.trace(place).end), count)
         plan.depth = follower.ahead_max
         in_vain = (self._stale, reader.denied)
         plan.failed = gone.union(at for at, (entry, _) in enumerate(steps) if any(entry.id in each for each in in_vain))

@@ -176,7 +176,7 @@ class Retrying(_Around):
 
 
 class Limited(_Around):
-    """Lets `requests_max` requests be in flight; others wait their turn. A listing counts while it is read."""
+    """Lets `requests_max` requests be in flight; others wait for a slot. A listing counts while it is read."""
 
     def __init__(self, store: Store, requests_max: int) -> None:
         super().__init__(store)
@@ -185,19 +185,19 @@ class Limited(_Around):
         self._changed = threading.Condition()
 
     def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
-        with self._turn(prefix_url):
+        with self._slot(prefix_url):
             yield from self._inner.list(prefix_url)
 
     def head(self, url: str) -> ObjectInfo:
-        with self._turn(url):
+        with self._slot(url):
             return self._inner.head(url)
 
     def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
-        with self._turn(info.url):
+        with self._slot(info.url):
             self._inner.read_into(info, start, out)
 
     @contextmanager
-    def _turn(self, url: str) -> Iterator[None]:
+    def _slot(self, url: str) -> Iterator[None]:
         with self._changed:
             waiting.wait(self._changed, lambda: self._free > 0, "queue", what=f"a free request for {url}")
             self._free -= 1

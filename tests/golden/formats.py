@@ -163,10 +163,10 @@ def _read_sidecar(_: Path, recorded: dict[str, str]) -> tuple[Any, Any]:
 
 def _write_run(folder: Path) -> dict[str, Any]:
     recorder = Recorder("train.py", 1.8e9, 64 << 10)
-    lanes = [recorder.lane("reader"), recorder.lane("warm")]
-    for second, (lane, number, chunk) in enumerate([(0, 0, 0), (1, 1, 0), (0, 1, 3), (0, 1, 3), (1, 2, 0)]):
+    traces = [recorder.begin_trace("reader"), recorder.begin_trace("warm")]
+    for second, (trace, number, chunk) in enumerate([(0, 0, 0), (1, 1, 0), (0, 1, 3), (0, 1, 3), (1, 2, 0)]):
         info = INFOS[number]
-        recorder.read(lanes[lane], object_key(info.url), info, chunk, second * 1.5)
+        recorder.read(traces[trace], object_key(info.url), info, chunk, second * 1.5)
     endpoints = {"http://localhost:8333": EndpointSummary(7, 1e6, 0.01, 2e5, 0, 3)}
     archive = Archive(folder)
     archive.append(RUN_NAME, recorder.take(6.0, endpoints).pieces())
@@ -189,9 +189,9 @@ def _read_run(folder: Path, recorded: dict[str, Any]) -> tuple[Any, Any]:
     path.write_bytes(bytes.fromhex(recorded["file"]))
     archive = Archive(folder)
     run = archive.read(archive.find("latest"))
-    reads = [getattr(run.reads, name).tolist() for name in ("objects", "chunks", "lanes", "ticks")]
+    reads = [getattr(run.reads, name).tolist() for name in ("objects", "chunks", "traces", "ticks")]
     summary = run.summary
-    found = [list(run.objects), run.keys.tolist(), reads, summary.program, summary.read_count, summary.lanes]
+    found = [list(run.objects), run.keys.tolist(), reads, summary.program, summary.read_count, summary.traces]
     found += [list(summary.endpoints), summary.began, summary.seconds]
     expected_reads = [[0, 1, 1, 2], [0, 0, 3, 0], [0, 1, 0, 1], [0, 15, 30, 60]]
     expected = [INFOS, [object_key(info.url) for info in INFOS], expected_reads, "train.py", 4]

@@ -25,13 +25,13 @@ def key(number: int) -> int:
 
 
 def record(reads: Iterable[tuple[int, int]], recorder: Recorder | None = None) -> Recorder:
-    """A recorder that was told these reads, (lane, object number), a second apart."""
+    """A recorder that was told these reads, (trace, object number), a second apart."""
     recorder = recorder or Recorder("train.py", 1.8e9, CHUNK_BYTES)
-    lanes: dict[int, int] = {}
-    for second, (lane, number) in enumerate(reads):
-        if lane not in lanes:
-            lanes[lane] = recorder.lane("reader")
-        recorder.read(lanes[lane], key(number), info(number), 0, float(second))
+    traces: dict[int, int] = {}
+    for second, (trace, number) in enumerate(reads):
+        if trace not in traces:
+            traces[trace] = recorder.begin_trace("reader")
+        recorder.read(traces[trace], key(number), info(number), 0, float(second))
     return recorder
 
 

@@ -21,18 +21,18 @@ NAMES = [f"2026112{number}-120000-00000000" for number in range(6, 0, -1)]  # th
 
 
 def library(*runs: list[tuple[int, int]], chunk_bytes: int = CHUNK_BYTES) -> Library:
-    """Of runs of (lane, object number), the newest first."""
+    """Of runs of (trace, object number), the newest first."""
     with tempfile.TemporaryDirectory() as folder:
         return Library([run(Path(folder), reads, name) for reads, name in zip(runs, NAMES, strict=False)], chunk_bytes)
 
 
 def library_of_chunks(reads: list[tuple[int, int, int]], chunks: int) -> Library:
-    """Of one run of (lane, object number, chunk), of objects of so many chunks."""
+    """Of one run of (trace, object number, chunk), of objects of so many chunks."""
     recorder = Recorder("train.py", 1.8e9, CHUNK_BYTES)
-    for _ in range(1 + max(lane for lane, _, _ in reads)):
-        recorder.lane("reader")
-    for lane, number, index in reads:
-        recorder.read(lane, key(number), info(number, chunks), index, 0.0)
+    for _ in range(1 + max(trace for trace, _, _ in reads)):
+        recorder.begin_trace("reader")
+    for trace, number, index in reads:
+        recorder.read(trace, key(number), info(number, chunks), index, 0.0)
     with tempfile.TemporaryDirectory() as folder:
         archive = Archive(Path(folder))
         archive.append(NAMES[0], recorder.take(1.0, {}).pieces())
@@ -61,11 +61,11 @@ def test_what_follows_is_the_rest_of_the_lane_and_then_of_the_run(reads: list[tu
     lib = library(reads)
     # Reads that follow on each other too closely are one: what the library holds is what it is compared with.
     kept = [lib.chunk(place)[0].url for place in range(len(lib))]
-    lanes = [lib.lane(place) for place in range(len(lib))]
-    assert [lane.number for lane in lanes] == sorted(lane.number for lane in lanes)
-    for place, lane in enumerate(lanes):
+    traces = [lib.trace(place) for place in range(len(lib))]
+    assert [trace.number for trace in traces] == sorted(trace.number for trace in traces)
+    for place, trace in enumerate(traces):
         after = [kept[int(each)] for each in lib.after(place, count)]
-        rest = kept[place + 1 : lane.end][:count]
+        rest = kept[place + 1 : trace.end][:count]
         assert after[: len(rest)] == rest
         assert len(after) <= count
 
@@ -81,7 +81,7 @@ def test_after_the_end_of_a_lane_comes_what_the_run_read_then() -> None:
 
 def test_places_are_those_of_the_newest_runs() -> None:
     lib = library(one([1, 2, 3]), one([3, 4]), one([5, 3]))
-    assert [lib.lane(place).number for place in lib.places(key(3), 2)] == [0, 1]
+    assert [lib.trace(place).number for place in lib.places(key(3), 2)] == [0, 1]
     assert lib.places(key(9), 8) == []
     assert library().places(key(3), 8) == []
     assert len(library(one([1, 2]), chunk_bytes=2 * CHUNK_BYTES)) == 0
@@ -147,7 +147,9 @@ def test_another_order_is_not_taken_for_one() -> None:
 def test_another_order_each_epoch_is_hardly_ever_taken_for_an_earlier_one(count: int, chunks: int, epochs: int) -> None:
     """Also not where objects have many chunks, whose order within the object is the same each time."""
     orders = [[(number, index) for number in shuffled(count, seed) for index in range(chunks)] for seed in range(9)]
-    follower = Follower(library_of_chunks([(lane, *each) for lane in range(epochs) for each in orders[lane]], chunks))
+    follower = Follower(
+        library_of_chunks([(trace, *each) for trace in range(epochs) for each in orders[trace]], chunks)
+    )
     in_vain: set[int] = set()
     for at, (number, index) in enumerate(orders[8]):
         follower.saw(key(number), index)
@@ -186,7 +188,7 @@ def test_who_reads_objects_farther_than_before_is_followed() -> None:
 
 
 def test_batches_of_another_size_are_followed_from_lane_to_lane() -> None:
-    """Two workers read batches in turn, each a lane of its own."""
+    """Two workers read batches in turn, each a trace of its own."""
     order = shuffled(640, 1)
     before = [(at // 16 % 2, number) for at, number in enumerate(order)]
     follower = Follower(library(before))

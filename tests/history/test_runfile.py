@@ -28,21 +28,21 @@ LEARNT = EndpointSummary(24, 4e8, 0.02, 8e7, 0, 100)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 300)), max_size=200), st.sets(st.integers(0, 200)))
 def test_what_is_recorded_comes_back(reads: list[tuple[int, int]], cuts: set[int]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        archive, recorder, lanes = Archive(Path(folder)), Recorder("train.py", 1.8e9, CHUNK_BYTES), {}
+        archive, recorder, traces = Archive(Path(folder)), Recorder("train.py", 1.8e9, CHUNK_BYTES), {}
         expected = []
         end = 0
-        for at, (lane, number) in enumerate(reads):
-            if lane not in lanes:
-                lanes[lane] = recorder.lane("reader")
-            if recorder.read(lanes[lane], key(number), info(number, 3), number % 3, at * 0.1):
-                expected.append((lanes[lane], info(number, 3), number % 3))
+        for at, (trace, number) in enumerate(reads):
+            if trace not in traces:
+                traces[trace] = recorder.begin_trace("reader")
+            if recorder.read(traces[trace], key(number), info(number, 3), number % 3, at * 0.1):
+                expected.append((traces[trace], info(number, 3), number % 3))
             if at in cuts:
                 end = archive.append(NAME, recorder.take(at * 0.1, {}).pieces(), end) or 0
         assert archive.append(NAME, recorder.take(99.0, {"https://store": LEARNT}).pieces(), end)
         found = archive.read(archive.find(NAME))
         assert [
-            (int(lane), found.objects[int(number)], int(chunk))
-            for lane, number, chunk in zip(found.reads.lanes, found.reads.objects, found.reads.chunks, strict=True)
+            (int(trace), found.objects[int(number)], int(chunk))
+            for trace, number, chunk in zip(found.reads.traces, found.reads.objects, found.reads.chunks, strict=True)
         ] == expected
         assert [int(each) for each in found.keys] == [key(int(each.url[-6:])) for each in found.objects]
         assert found.summary == archive.summary(archive.find(NAME))
@@ -185,7 +185,7 @@ def test_a_run_that_was_forgotten_is_not_gone_on_with(tmp_path: Path) -> None:
 def test_no_credentials_are_kept(url: str, kept: bool, tmp_path: Path) -> None:
     assert may_keep(url) == kept
     recorder = Recorder("train.py", 0.0, CHUNK_BYTES)
-    assert recorder.read(recorder.lane("reader"), 1, ObjectInfo(url, 10, "e", 0), 0, 0.0)
+    assert recorder.read(recorder.begin_trace("reader"), 1, ObjectInfo(url, 10, "e", 0), 0, 0.0)
     batch = recorder.take(1.0, {url: LEARNT})
     archive = Archive(tmp_path)
     archive.append(NAME, batch.pieces())
@@ -197,15 +197,15 @@ def test_no_credentials_are_kept(url: str, kept: bool, tmp_path: Path) -> None:
 
 def test_a_chunk_that_was_just_asked_for_is_the_same_read() -> None:
     recorder = Recorder("train.py", 0.0, CHUNK_BYTES)
-    lane, other = recorder.lane("reader"), recorder.lane("reader")
-    assert recorder.read(lane, key(1), info(1), 0, 0.0)
-    assert not recorder.read(lane, key(1), info(1), 0, 0.1)
-    assert recorder.read(lane, key(1), info(1, 2), 1, 0.1)
+    trace, other = recorder.begin_trace("reader"), recorder.begin_trace("reader")
+    assert recorder.read(trace, key(1), info(1), 0, 0.0)
+    assert not recorder.read(trace, key(1), info(1), 0, 0.1)
+    assert recorder.read(trace, key(1), info(1, 2), 1, 0.1)
     assert recorder.read(other, key(1), info(1), 0, 0.2)
     for number in range(2, 20):
-        recorder.read(lane, key(number), info(number), 0, 0.3)
-    assert recorder.read(lane, key(1), info(1), 0, 0.4)
-    assert recorder.summary(1.0, {}).lanes == {"reader": 2}
+        recorder.read(trace, key(number), info(number), 0, 0.3)
+    assert recorder.read(trace, key(1), info(1), 0, 0.4)
+    assert recorder.summary(1.0, {}).traces == {"reader": 2}
 
 
 def test_a_full_one_counts_on() -> None:

@@ -220,7 +220,7 @@ def test_closing_ends_whoever_asks_and_whoever_counts(store: Any) -> None:
 
     asking = threading.Thread(target=ask)
     asking.start()
-    while of_a._session is None:  # until it counts
+    while of_a._attached is None:  # until it counts
         time.sleep(0.01)
     consumer.is_interrupted = True
     asking.join(PATIENCE_S)

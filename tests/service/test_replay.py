@@ -295,7 +295,7 @@ def test_jobs_side_by_side_are_runs_of_their_own(tmp_path: Path) -> None:
 
     run(here, work)
     archive = Archive(tmp_path / "cache")
-    found = {archive.read(each).summary.lane_count: archive.read(each) for each in archive.runs()}
+    found = {archive.read(each).summary.trace_count: archive.read(each) for each in archive.runs()}
     assert set(found) == {1, 2}
     assert [len(found[count].reads) for count in (1, 2)] == [3, 6]
     assert {each.summary.program for each in found.values()} == {"train.py"}
@@ -477,13 +477,13 @@ def test_history_that_nobody_can_have_written_stops_nothing(tmp_path: Path, capl
     """URLs that are none, chunks that objects do not have."""
     here = world(tmp_path)
     recorder = Recorder("train.py", 1.8e9, CHUNK_BYTES)
-    lane = recorder.lane("fastload.open")
+    trace = recorder.begin_trace("fastload.open")
     odd = [
         ObjectInfo(url, 5 * CHUNK_BYTES, '"e"', -1) for url in ("s3:///x", "http://[x/y", "odd://x/y", "s3://fake/99")
     ]
     first = [here.objects[number] for number in ORDER[:3]]
     for info, index in [(first[0], 0), (odd[3], 9), (first[1], 7), *((each, 0) for each in [*first[1:], *odd])]:
-        recorder.read(lane, object_key(info.url), info, index, 0.0)
+        recorder.read(trace, object_key(info.url), info, index, 0.0)
     Archive(tmp_path / "cache").append("20270115-080000-00000000", recorder.take(1.0, {}).pieces())
     read_all(here, ORDER[:3] * 2 + ORDER[3:6])
     counts = Counter(url for url, _ in here.store.reads)
