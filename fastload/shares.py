@@ -18,7 +18,7 @@ PREFETCH_LEAST, PREFETCH_MOST = 0.25, 0.5
 much as they need, but never most of a small one (`service.eviction`)."""
 
 WRITE_QUEUE = 0.75
-"""Chunks that wait to be written to disk: what is left lets training go on (`service.disk_io`)."""
+"""Chunks that wait to be written to a slow disk: what is left lets training go on (`service.disk_io`)."""
 
 READ_AHEAD = 0.125
 """What one file that is read in order may have read ahead (`files`)."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 import fastload
+from fastload.cache import ChunkKey, DiskTier
 from tests.cache.faults import failing
 from tests.processes import service_pids, until
 from tests.shards import check_samples, corpus, samples_of, tar_of
@@ -284,6 +286,29 @@ def load_here(url: str, directory: Path, **limits: Any) -> list[str]:
             return check_samples(corpus(), [sample for batch in loader for sample in samples_of(batch)])
         finally:
             loader.close()
+
+
+def test_a_disk_that_is_behind_is_waited_for(s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of five times the arena each byte is fetched once, and then none."""
+    data = corpus(shard_count=8, samples_per_shard=16, value_bytes=20_000)
+    url = data.put(s3)
+    write = DiskTier.write
+    limits = {"ram_bytes": "512KiB", "disk_bytes": "16MiB", "chunk_bytes": "64KiB"}
+
+    def write_slowly(tier: DiskTier, key: ChunkKey, buffer: memoryview, length: int) -> bool:
+        time.sleep(0.12)
+        return write(tier, key, buffer, length)
+
+    monkeypatch.setattr(DiskTier, "write", write_slowly)
+    with fastload.Cache(tmp_path / "cache", service="inprocess", **limits) as cache:
+        loader = fastload.DataLoader(fastload.StreamingDataset(url, cache=cache), batch_size=8, num_workers=2)
+        for _ in range(2):
+            for batch in loader:
+                check_samples(data, samples_of(batch))
+            figures = loader.stats()["node"]
+            assert (figures["fetched_bytes"], figures["dropped_unwritten"]) == (data.byte_count, 0)
+            assert figures["dropped_chunks"] > 8
+        loader.close()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])

@@ -289,6 +289,7 @@ class Core:
             capacity,
             coming=self._residency.coming(quick),
             disk_is_quick=quick,
+            writes_excess=self._writer.excess,
         )
         for action in actions:
             self._carry_out(action)

@@ -1,11 +1,13 @@
 """What is done with the disk tier: chunks are written behind, evicted, and calls that hang are given up.
 
 Writing behind: fetched chunks go from the arena to disk while consumers already read them. A chunk keeps its buffer
-until it is written. So with a slow disk the queue is bounded to a share of the arena: that may cost the cache some
-chunks, which the next epoch fetches again, but not the training its buffers. A demanded chunk that finds no room waits
-for a quick write, and takes the buffer of one that has not begun where the disk is slow (`cancel`). A write that hangs
-is left to itself: its chunk is readable as before, and its buffer comes back with it. What is written may have a limit:
-a chunk that is above it is not cached on disk this time, and warming waits.
+until it is written, so that each byte is fetched once where the disk has room: where writes are behind, fetches wait
+for them. That ends where the disk is slow, which is to say that a write takes longer than `QUICK_S`: then a demanded
+chunk takes the buffer of one whose write has not begun (`cancel`), and so do chunks that are fetched ahead, as long as
+more than a share of the arena waits to be written. That costs the cache some chunks, which the next epoch fetches
+again, but not the training its buffers. A write that hangs is left to itself: its chunk is readable as before, and its
+buffer comes back with it. What is written may have a limit: a chunk that is above it is not cached on disk this time,
+and warming waits.
 
 Evicting: all chunks that leave the disk do so in `DiskEvictor`, for a chunk, for an index, for a smaller quota, or
 because the cache is cleared. Which ones is decided in `eviction`.
@@ -38,8 +40,10 @@ from fastload.service.threads import Done, Pool, Task
 
 # A disk under load answers within a second or two, a drive that retries a bad spot within ten.
 DISK_DEADLINE_S = 20.0
-# A write that takes no longer is worth waiting for if its buffer is needed (8 MiB: 6 ms on a good disk).
-_QUICK_S = 0.1
+# A write that takes no longer is worth waiting for if its buffer is needed. 8 MiB take 6 ms on a good disk, and now and
+# then more than a second on one that others use as well. So a disk is waited for that writes 8 MB/s in two threads;
+# a slower one holds up a demanded chunk for so long, once.
+QUICK_S = 2.0
 # Writes of one chunk, each of which found less room than its victims were to leave, or than another one had made for
 # itself just then.
 _TRIES_MAX = 4
@@ -85,6 +89,7 @@ class WriteBehind:
         self._pool = watch.pool("disk-write", write_threads(resources.arena.buffer_count))
         self._queue_max = write_queue_max(resources.arena.buffer_count)
         self._running: dict[Chunk, float] = {}  # when each began
+        self._was_slow = False  # the last write that ended
         self._tries: dict[Chunk, int] = {}  # of those that are tried again
         self._budget = WriteBudget(0, self._now())
         self.counters: Counter[str] = Counter(
@@ -103,7 +108,7 @@ class WriteBehind:
     def quick_for_s(self) -> float:
         """For how many seconds the writes under way may yet be called quick; 0 where the disk is slow, or none runs."""
         oldest = min(self._running.values(), default=-math.inf)
-        return max(0.0, oldest + _QUICK_S - self._now())
+        return 0.0 if self._was_slow else max(0.0, oldest + QUICK_S - self._now())
 
     @property
     def full(self) -> bool:
@@ -112,14 +117,11 @@ class WriteBehind:
         return not self._disk.writable or not (self._has_free_room(whole) or self._admission.has_spare)
 
     def admit(self, chunk: Chunk, *, patient: bool) -> bool:
-        """Queue the chunk's write; False where it will not be written. `patient`: never because the queue is long, or
-        more was written than should be.
+        """Queue the chunk's write; False where it will not be written. `patient`: also if more was written than should
+        be.
         """
         if not self._has_room(chunk):
             self.counters["writes_refused"] += self._disk.quota_bytes > 0
-            return False
-        if len(self._queue) >= self._queue_max and not patient and not self.quick_for_s():
-            self.counters["writes_skipped"] += 1
             return False
         if not self._budget.take(self._disk.file_bytes(chunk.length), self._now(), on_credit=patient):
             self.counters["writes_over_budget"] += 1
@@ -153,13 +155,18 @@ class WriteBehind:
         """In how many seconds the limit lets the next chunk through."""
         return self._budget.wait_s(self._now())
 
+    @property
+    def excess(self) -> int:
+        """How many more writes are queued than should be where the disk is slow."""
+        return max(0, len(self._queue) - self._queue_max)
+
     def cancel(self, chunk: Chunk) -> None:
         """The chunk's write has not begun, and shall not."""
+        self.counters["writes_skipped" if self.excess else "writes_given_up"] += 1
         self._dequeue(chunk)
         chunk.cancel_write()
         self._tries.pop(chunk, None)
         self._budget.give_back(self._disk.file_bytes(chunk.length))
-        self.counters["writes_given_up"] += 1
 
     def cancel_all(self) -> None:
         """None of the queued writes shall begin."""
@@ -210,7 +217,7 @@ class WriteBehind:
 
     def _settle(self, chunk: Chunk, key: ChunkKey, written: bool, victims: list[ChunkKey]) -> None:
         self.counters["evicted"] += self._evictor.settle(victims, already_discarded=True)
-        self._running.pop(chunk, None)
+        self._was_slow = self._running.pop(chunk, -math.inf) + QUICK_S < self._now()
         tries = self._tries.pop(chunk, 0) + 1
         if not written and tries < _TRIES_MAX and self._has_room(chunk):
             self._tries[chunk] = tries

@@ -362,7 +362,7 @@ def write_threads(buffer_count: int) -> int:
 
 
 def write_queue_max(buffer_count: int) -> int:
-    """How many chunks may wait to be written."""
+    """How many chunks may wait for a slow disk to write them."""
     return max(1, int(buffer_count * shares.WRITE_QUEUE))
 
 

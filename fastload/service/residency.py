@@ -192,11 +192,10 @@ class Residency:
         return sum(chunk.length for chunk in chunks)
 
     def coming(self, quick: bool) -> int:
-        """Buffers that will be idle without any recall: being written, filled while no consumer waits, or recalled.
-        `quick`: writes are worth waiting for.
+        """Buffers that will be idle without any further recall: written, where writes are worth waiting for (`quick`),
+        filled while no consumer waits, or recalled.
         """
-        waiting = [buffers.WRITING, buffers.QUEUED] if quick else [buffers.WRITING]
-        written = self._table.count_of(waiting)
+        written = self._table.count_of([buffers.WRITING, buffers.QUEUED]) if quick else 0
         unwanted = sum(not chunk.wanters for chunk in self.loading)
         return written + unwanted + len(self._leases.asked)
 

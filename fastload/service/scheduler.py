@@ -10,7 +10,8 @@ Whose room a chunk may take depends on how much it is needed:
 
     demanded    free, any idle buffer (the least useful first), where the disk is slow one whose write has not begun;
                 failing those, leases are recalled
-    wanted      free, idle ones without a use ahead, and idle ones whose use is farther off than this one
+    wanted      free, idle ones without a use ahead, and idle ones whose use is farther off than this one; where the
+                disk is slow and too many wait to be written, ones without a use ahead whose write has not begun
     prefetched  the same, within the prefetch distance; beyond it only free ones and, where it has to be fetched
                 from afar, ones without a use ahead
     warming     free ones and ones without a use ahead
@@ -141,8 +142,9 @@ class _Supply:
     free: list[int]  # the next to use last
     at_most: int  # as many as can be looked for
     idle: list[tuple[int, int]] | None = None  # (buffer, next use), the least useful last
-    unwritten: list[int] | None = None
+    unwritten: list[tuple[int, int]] | None = None
     disk_is_quick: bool = False  # so that a write is waited for rather than given up
+    writes_excess: int = 0  # that may be given up for chunks that no consumer waits for, if any may be
     dropped: list[Drop] = field(default_factory=list)
 
     def take(self, candidate: Candidate) -> int | None:
@@ -150,8 +152,8 @@ class _Supply:
         if self.free:
             return self.free.pop()
         buffer = self._take_idle(candidate)
-        if buffer is None and candidate.need is Need.DEMANDED and not self.disk_is_quick:
-            buffer = self._take_unwritten()
+        if buffer is None and not self.disk_is_quick:
+            buffer = self._take_unwritten(candidate)
         if buffer is not None:
             self.dropped.append(Drop(buffer))
         return buffer
@@ -160,8 +162,7 @@ class _Supply:
         if candidate.needs_free_buffer:
             return None
         if self.idle is None:
-            found, next_use = self.table.by_usefulness([buffers.IDLE], self.at_most)
-            self.idle = list(zip(found, next_use, strict=True))[::-1]
+            self.idle = self._least_useful_last(buffers.IDLE)
         if not self.idle:
             return None
         buffer, next_use_of = self.idle[-1]
@@ -173,10 +174,19 @@ class _Supply:
             return buffer
         return None
 
-    def _take_unwritten(self) -> int | None:
+    def _take_unwritten(self, candidate: Candidate) -> int | None:
+        is_demanded = candidate.need is Need.DEMANDED
+        if not is_demanded and not (self.writes_excess and candidate.may_displace):
+            return None
         if self.unwritten is None:
-            self.unwritten = self.table.by_usefulness([buffers.QUEUED])[0][::-1]
-        return self.unwritten.pop() if self.unwritten else None
+            self.unwritten = self._least_useful_last(buffers.QUEUED)
+        if not self.unwritten or not (is_demanded or self.unwritten[-1][1] == NEVER):
+            return None
+        self.writes_excess = max(0, self.writes_excess - 1)
+        return self.unwritten.pop()[0]
+
+    def _least_useful_last(self, status: int) -> list[tuple[int, int]]:
+        return list(zip(*self.table.by_usefulness([status], self.at_most), strict=True))[::-1]
 
 
 def decide(
@@ -186,13 +196,15 @@ def decide(
     *,
     coming: int = 0,
     disk_is_quick: bool = False,
+    writes_excess: int = 0,
 ) -> list[Action]:
     """The actions to take now, in order.
 
-    `coming` buffers will be idle without any recall.
+    `coming` buffers will be idle without any recall. Where the disk is not quick, `writes_excess` queued writes are too
+    many.
     """
     at_most = capacity.disk + capacity.remote + _LOOKED_FOR + 2
-    supply = _Supply(table, table.free(), at_most, disk_is_quick=disk_is_quick)
+    supply = _Supply(table, table.free(), at_most, disk_is_quick=disk_is_quick, writes_excess=writes_excess)
     actions: list[Action] = []
     starved = passed_over = 0
     considered: set[tuple[ObjectEntry, int]] = set()  # a wanted chunk is usually a plan's as well

@@ -27,7 +27,7 @@ class SharedState:
     admission: DiskAdmission
     leases: Leases
     plans: PlanSet
-    counters: Counter[str] = field(default_factory=lambda: Counter(dropped_chunks=0))
+    counters: Counter[str] = field(default_factory=lambda: Counter(dropped_chunks=0, dropped_unwritten=0))
 
     @classmethod
     def of_resources(cls, resources: Resources) -> SharedState:
@@ -66,6 +66,7 @@ class SharedState:
         self.table.clear(chunk)
         self.gone(chunk)
         self.counters["dropped_chunks"] += 1
+        self.counters["dropped_unwritten"] += self.disk.quota_bytes > 0 and not self.on_disk(chunk.entry, chunk.index)
 
     def gone(self, chunk: Chunk) -> None:
         """It lies in no buffer any more."""

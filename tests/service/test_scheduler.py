@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -121,9 +123,26 @@ def test_what_is_in_use_or_on_its_way_stays() -> None:
     ]
     assert shown(decide(demands[:1], table, Capacity(0, 3), coming=2, disk_is_quick=True)) == []
     assert shown(decide(demands[:1], table, Capacity(0, 3), disk_is_quick=True)) == [("recall", leased.buffer)]
-    wish = Candidate(wanted, 0, Need.WANTED, 0, False)
-    assert shown(decide([wish], table, Capacity(0, 3))) == []
+    wishes = [Candidate(wanted, index, Need.WANTED, 0, False) for index in range(2)]
+    assert shown(decide(wishes, table, Capacity(0, 3))) == []
     assert table.status[running] == buffers.WRITING
+
+
+def test_where_a_slow_disk_has_too_much_to_write_what_is_fetched_ahead_finds_room() -> None:
+    table = BufferTable(4)
+    spent, later = entry("spent", 3), entry("later", 1)
+    queued = [put(table, spent, index, write=WriteState.QUEUED) for index in range(3)]
+    put(table, later, 0, write=WriteState.QUEUED)
+    begin(table, spent, later, cursor=3)
+    wanted = entry("wanted", 8)
+    ahead = [Candidate(wanted, index, Need.PREFETCHED, 0, False) for index in range(8)]
+    some = decide(ahead, table, Capacity(0, 8), writes_excess=2)
+    assert [action.buffer for action in some if isinstance(action, Drop)] == [queued[2], queued[1]]
+    # What will be used keeps its room, however many there are; all do where the disk is quick, or the room is not near.
+    assert len(decide(ahead, table, Capacity(0, 8), writes_excess=8)) == 2 * 3
+    assert decide(ahead, table, Capacity(0, 8), writes_excess=8, disk_is_quick=True) == []
+    far = [replace(each, may_displace=False) for each in ahead]
+    assert decide(far, table, Capacity(0, 8), writes_excess=8) == []
 
 
 def test_no_room_for_what_is_behind_a_candidate_without_a_connection() -> None:

@@ -14,6 +14,7 @@ from fastload.cache.policy import PolicyName
 from fastload.config import GIB, MIB
 from fastload.errors import ConfigError
 from fastload.pipeline.windows import window_chunks
+from fastload.service.disk_io import QUICK_S
 from fastload.simulate import STORES, Job, Node, Run, StoreProfile, World, simulate, sweep
 
 # A chunk on disk takes its data and a trailer.
@@ -125,6 +126,41 @@ def test_of_a_shuffled_order_the_others_keep_some(policy: PolicyName, least: flo
     hit_share = run(small(policy=policy), cache(0.5)).mean("hit_share")
     assert least <= hit_share <= 0.51
     assert (hit_share > 0.3) == (policy == "pin")
+
+
+# What is written
+
+# Of 1 MiB in two threads, at which a write takes two seconds.
+SLOW_BYTES_PER_S = 2 * MIB / QUICK_S
+
+
+def written(rate: float, ram_chunks: int = 32, **options: object) -> tuple[Run, dict[str, int]]:
+    """A disk for all the data at this rate, and a store that is much faster; also what the first node counted."""
+    node = replace(cache(2.0, ram_chunks), disk_write_bytes_per_s=rate)
+    world = World(small(data_bytes=128 * MIB, **options), node, StoreProfile(total_bytes_per_s=400e6))
+    world.run()
+    core = world.nodes[0].core
+    return world.figures(), core._writer.counters + core._shared.counters + core._residency.counters
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ram_chunks", [16, 64])
+@pytest.mark.parametrize("times", [1.1, 40])
+def test_each_byte_is_fetched_once_where_the_disk_has_room(times: float, ram_chunks: int, ranks: int) -> None:
+    found, counted = written(times * SLOW_BYTES_PER_S, ram_chunks, ranks_per_node=ranks)
+    assert [epoch.remote_share for epoch in found.epochs] == [1.0, 0.0, 0.0]
+    assert counted["fetched_chunks"] == 128
+    assert not counted["dropped_unwritten"]
+
+
+@pytest.mark.parametrize("ram_chunks", [16, 32])
+@pytest.mark.parametrize("times", [0.9, 1e-3])
+def test_a_slow_disk_is_not_waited_for(times: float, ram_chunks: int) -> None:
+    found, counted = written(times * SLOW_BYTES_PER_S, ram_chunks)
+    writing_s = 128 * MIB / (times * SLOW_BYTES_PER_S)
+    assert found.epochs[0].stall_s < min(20.0, writing_s / 4)
+    assert 0 < counted["dropped_unwritten"] <= counted["writes_skipped"] + counted["writes_given_up"]
+    assert counted["fetched_chunks"] > 128 + 64
 
 
 # Who waits
