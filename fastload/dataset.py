@@ -219,7 +219,7 @@ class StreamingDataset(DatasetBase[Sample]):
         )
         requested = _requested_order(shuffle, seed, shuffle_window, partitions)
         self._shuffle = shuffle
-        self._job = Job((rank, world_size), checked_count(replicas, "replicas"), requested, handle.ram_bytes)
+        self._job = Job((rank, world_size), checked_count(replicas, "replicas"), requested, handle.limits.ram_bytes)
         self._source_here = Source(self._data)
         self._lookup_here: Lookup | None = None
 

@@ -96,7 +96,7 @@ def warm(
         manifest = _manifest(consumer, job)
         sidecars = find_sidecars(consumer, manifest, job.index)
         attach(consumer, manifest, sidecars)
-        order = job.order.settled(job.ranks, handle.ram_bytes)
+        order = job.order.settled(job.ranks, handle.limits.ram_bytes)
         plan = objects_in_use_order(manifest, order, job.epoch, ranks=job.ranks)
         consumer.set_plan(plan, job.epoch, warm=True)
         indexing = ThreadPoolExecutor(1, "fastload-index")
@@ -217,7 +217,7 @@ def index(
         on_progress(IndexProgress(done_count, len(manifest), sample_count))
         shards = _shard_table(consumer, manifest, manifest.sidecars)
         # Half of the arena is left for chunks that are in flight.
-        threads = max(1, min(_THREADS_MAX, int(handle.ram_bytes // handle.chunk_bytes * shares.INDEXING)))
+        threads = max(1, min(_THREADS_MAX, int(handle.limits.ram_bytes // handle.limits.chunk_bytes * shares.INDEXING)))
         with closing(_index_ahead(shards, consumer, wanted.tolist(), threads)) as indexes:
             for number, found in indexes:
                 if writer is not None:

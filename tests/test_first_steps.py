@@ -181,11 +181,11 @@ def test_a_directory_that_was_removed_is_a_cache_anew(url: str, tmp_path: Path) 
 def test_a_directory_that_others_made_again_with_other_chunks(tmp_path: Path) -> None:
     directory = tmp_path / "cache"
     fastload.Cache(directory, **LIMITS)
-    assert cache_module.handle_of(directory).chunk_bytes == 64 << 10
+    assert cache_module.handle_of(directory).limits.chunk_bytes == 64 << 10
     shutil.rmtree(directory)
     fastload.Cache(directory, **{**LIMITS, "chunk_bytes": "128KiB"})
     with cache_module.handle_of(directory) as handle, handle.consumer() as consumer:
-        assert consumer.chunk_bytes == handle.chunk_bytes == 128 << 10
+        assert consumer.chunk_bytes == handle.limits.chunk_bytes == 128 << 10
         assert not consumer.beside
 
 

@@ -126,7 +126,7 @@ def test_chunks_without_headers_are_not_fetched(put: Any, url: str, cache: Cache
     done = prepare.index([f"{url}large/"], cache, on_progress=seen.append)
     assert (done.shard_count, done.sample_count) == (3, 6)
     assert done.total_bytes > 6 * size
-    assert done.fetched_bytes <= 3 * 4 * cache.chunk_bytes
+    assert done.fetched_bytes <= 3 * 4 * cache.limits.chunk_bytes
     assert [(each.done_count, each.sample_count) for each in seen] == [(0, 0), (1, 2), (2, 4), (3, 6)]
     again = prepare.index([f"{url}large/"], cache)
     assert (again.sample_count, again.fetched_bytes) == (6, 0)

@@ -83,17 +83,17 @@ class Cache:
     @property
     def chunk_bytes(self) -> int:
         """The unit of fetching, as the directory has it."""
-        return self._handle.chunk_bytes
+        return self._handle.limits.chunk_bytes
 
     @property
     def ram_bytes(self) -> int:
         """The size of the arena, as the directory has it."""
-        return self._handle.ram_bytes
+        return self._handle.limits.ram_bytes
 
     @property
     def disk_bytes(self) -> int:
         """The quota of the disk tier, as the directory has it."""
-        return self._handle.disk_bytes
+        return self._handle.limits.disk_bytes
 
     @public
     def clear(self, *, history: bool = False) -> int:
@@ -191,19 +191,9 @@ class Handle:
         return self._connector.directory.has_other_chunks()
 
     @property
-    def chunk_bytes(self) -> int:
-        """The unit of fetching, as the directory has it."""
-        return self._connector.directory.limits.chunk_bytes
-
-    @property
-    def ram_bytes(self) -> int:
-        """The size of the arena, as the directory has it."""
-        return self._connector.directory.limits.ram_bytes
-
-    @property
-    def disk_bytes(self) -> int:
-        """The quota of the disk tier, as the directory has it."""
-        return self._connector.directory.limits.disk_bytes
+    def limits(self) -> CacheLimits:
+        """The sizes that the directory has."""
+        return self._connector.directory.limits
 
     def consumer(
         self, storage_options: Mapping[str, Any] | None = None, name: str = "", *, waits: Waits | None = None
@@ -254,7 +244,7 @@ class Handle:
         self.close()
 
     def __repr__(self) -> str:
-        limits = self._connector.directory.limits
+        limits = self.limits
         sizes = (
             f"ram_bytes={format_bytes(limits.ram_bytes)!r}, disk_bytes={format_bytes(limits.disk_bytes)!r}, "
             f"chunk_bytes={format_bytes(limits.chunk_bytes)!r}"
@@ -263,12 +253,11 @@ class Handle:
 
     def __getstate__(self) -> dict[str, Any]:
         # The limits are settled and in the directory; another process takes them from there, unless it was emptied.
-        limits = self._connector.directory.limits
         return {
             "path": self.directory,
             "service": self._connector.mode,
             "idle_s": self._connector.idle_s,
-            "limits": limits,
+            "limits": self.limits,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

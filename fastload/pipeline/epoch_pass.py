@@ -219,7 +219,7 @@ def _check_scattered(source: Source, job: Job, cache: Handle) -> None:
     assert manifest is not None
     own = objects_in_use_order(manifest, job.order, 0, ranks=job.ranks)
     data_bytes = int(manifest.sizes[own].sum())
-    limits = cache.ram_bytes, cache.disk_bytes, cache.chunk_bytes
+    limits = cache.limits.ram_bytes, cache.limits.disk_bytes, cache.limits.chunk_bytes
     if not holds(data_bytes, *limits[:2]):
         counts = source.sample_counts()
         check_allowed(data_bytes, *limits, None if counts is None else counts[own])

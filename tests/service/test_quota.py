@@ -72,7 +72,7 @@ def test_switched_on_in_a_service_that_began_without(tmp_path: Path) -> None:
 def test_a_later_value_reaches_the_service_once(cache: Cache) -> None:
     with cache.consumer() as first:
         before = first.stats()["node"]["disk_quota_bytes"]
-        assert before == cache.disk_bytes
+        assert before == cache.limits.disk_bytes
         with pytest.warns(RuntimeWarning, match="disk_bytes from '64MiB' to '1MiB'"):
             later = Cache(cache.directory, disk_bytes="1MiB")
         with warnings.catch_warnings():
