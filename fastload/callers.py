@@ -88,7 +88,6 @@ def mark_as_users(error: BaseException) -> None:
 
 
 def is_users(error: BaseException) -> bool:
-    """Whether it was marked."""
     return _USERS_FRAMES in error.__dict__
 
 

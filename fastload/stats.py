@@ -92,7 +92,6 @@ class EpochMeter:
 
     @property
     def samples(self) -> int:
-        """How many were delivered."""
         return self._samples
 
     def delivered(self, samples: int, repeats: int, skipped: int = 0) -> None:

@@ -71,7 +71,6 @@ class JointWaits(Waits):
         self._others = tuple(others)
 
     def seconds(self) -> dict[str, float]:
-        """The sums."""
         accounts = [super().seconds(), *(each.seconds() for each in self._others)]
         return {reason: sum(account[reason] for account in accounts) for reason in accounts[0]}
 

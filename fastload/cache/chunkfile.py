@@ -77,7 +77,6 @@ class ChunkLayout:
 
     @property
     def file_bytes(self) -> int:
-        """The size of the file."""
         return self.padded_bytes + self.trailer_bytes
 
     @property
@@ -87,7 +86,6 @@ class ChunkLayout:
 
 
 def layout(length: int) -> ChunkLayout:
-    """The layout of `length` bytes of data."""
     block_count = -(-length // BLOCK_BYTES)
     return ChunkLayout(_round_up(length), _round_up(_HEAD.size + 8 * block_count + _CHECKSUM.size), block_count)
 

@@ -76,7 +76,6 @@ class Health:
 
     @property
     def writable(self) -> bool:
-        """Whether it takes more."""
         return self._writable and not self._stalled and self._clock() >= self._full_until_s
 
     @property

@@ -35,12 +35,10 @@ def open_directory(path: Path | str) -> int:
 
 
 def close(fd: int) -> None:
-    """The system call close."""
     os.close(fd)
 
 
 def fstat(fd: int) -> os.stat_result:
-    """The system call fstat."""
     return os.fstat(fd)
 
 
@@ -60,7 +58,6 @@ def pwritev(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
 
 
 def ftruncate(fd: int, size: int) -> None:
-    """The system call ftruncate."""
     os.ftruncate(fd, size)
 
 
@@ -75,12 +72,10 @@ def link(source: Path | str, target: Path | str) -> None:
 
 
 def unlink(path: Path | str) -> None:
-    """The system call unlink."""
     os.unlink(path)
 
 
 def mkdir(path: Path | str, mode: int = 0o700) -> None:
-    """The system call mkdir."""
     os.mkdir(path, mode)
 
 
@@ -96,17 +91,14 @@ def entry_stat(entry: os.DirEntry[str]) -> os.stat_result:
 
 
 def statvfs(path: Path | str) -> os.statvfs_result:
-    """The system call statvfs."""
     return os.statvfs(path)
 
 
 def flock(fd: int, operation: int) -> None:
-    """The system call flock."""
     fcntl.flock(fd, operation)
 
 
 def geteuid() -> int:
-    """The system call geteuid."""
     return os.geteuid()
 
 
@@ -144,5 +136,4 @@ def madvise(address: int, size: int, advice: int) -> None:
 
 
 def read_file(path: Path | str) -> bytes:
-    """The whole of a small file."""
     return Path(path).read_bytes()

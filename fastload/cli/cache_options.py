@@ -57,7 +57,6 @@ class Bar:
         self._task = bar.add_task("listing", total=None)
 
     def show(self, done: int, total: int) -> None:
-        """So much of it is done."""
         self._bar.update(self._task, description=self._doing, total=total, completed=done)
 
 

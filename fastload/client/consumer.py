@@ -145,7 +145,6 @@ class Consumer:
 
     @property
     def buffer_count(self) -> int:
-        """How many chunks the service's arena has room for."""
         return self._buffer_count
 
     def close(self) -> None:
@@ -254,7 +253,6 @@ class Consumer:
 
     @property
     def object_count(self) -> int:
-        """How many objects are attached."""
         return len(self._attached)
 
     # The plan

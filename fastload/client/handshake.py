@@ -34,7 +34,6 @@ class Welcomed:
     beside: str = ""  # why it is not the directory's own service; "" where it is
 
     def close(self) -> None:
-        """Leave the service again."""
         self.sock.close()
         self.view.close()
 

@@ -270,7 +270,6 @@ class LeaseTable:
             lease.arena.hang_up()
 
     def counts(self) -> dict[str, int]:
-        """How many chunks are leased, pinned and asked for."""
         pinned = sum(lease.pins > 0 for lease in self._leases.values())
         return {"leased": len(self._leases), "pinned": pinned, "asked": len(self._asking)}
 

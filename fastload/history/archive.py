@@ -80,7 +80,6 @@ class Archive:
         return runfile.read(run.path)
 
     def remove(self, run: RunFile) -> None:
-        """Forget a run."""
         with contextlib.suppress(FileNotFoundError):  # it is gone
             syscalls.unlink(run.path)
 

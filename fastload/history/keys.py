@@ -19,16 +19,13 @@ _SPREAD = 0x9E3779B97F4A7C15
 
 
 def object_key(url: str) -> int:
-    """The key of an object."""
     return int.from_bytes(hashlib.blake2b(url.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
 
 def chunk_key(object_key: int, index: int) -> int:
-    """The key of one chunk of an object."""
     return object_key ^ (index * _SPREAD & _MASK)
 
 
 def chunk_keys(object_keys: UInt64, indexes: npt.NDArray[np.uint32]) -> UInt64:
-    """Those of many."""
     with np.errstate(over="ignore"):
         return object_keys ^ (indexes.astype(np.uint64) * np.uint64(_SPREAD))

@@ -75,7 +75,6 @@ class Library:
         return [int(place) for place in self._places[first : first + last]]
 
     def trace(self, place: int) -> Trace:
-        """The trace that a place is in."""
         number = int(self._trace_starts.searchsorted(place, side="right")) - 1
         return Trace(number, int(self._trace_starts[number]), int(self._trace_starts[number + 1]))
 

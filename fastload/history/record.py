@@ -95,7 +95,6 @@ class Recorder:
 
     @property
     def read_count(self) -> int:
-        """Reads that were noted."""
         return self._read_count
 
     def begin_trace(self, name: str) -> int:
@@ -108,7 +107,6 @@ class Recorder:
         return len(self._last) - 1
 
     def end_trace(self, trace: int) -> None:
-        """It reads no more."""
         if trace >= 0:
             self._last[trace] = None
 

@@ -130,7 +130,6 @@ class Reads:
 
     @classmethod
     def joined(cls, parts: list[Reads]) -> Reads:
-        """One table of several."""
         parts = parts or [cls(*(np.empty(0, dtype) for dtype in ("u4", "u4", "u2", "u4")))]
         columns = ("objects", "chunks", "traces", "ticks")
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in columns))
@@ -164,7 +163,6 @@ def reads_piece(reads: Reads) -> bytes:
 
 
 def summary_piece(summary: RunSummary) -> bytes:
-    """The summary as a piece."""
     return _piece(SUMMARY, msgspec.msgpack.encode(summary))
 
 

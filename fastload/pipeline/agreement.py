@@ -71,7 +71,6 @@ class Meetings:
         return distributed.group.WORLD is self._of
 
     def next_name(self) -> str:
-        """The name of the next meeting."""
         return f"{self._number}/{next(self._count)}"
 
 

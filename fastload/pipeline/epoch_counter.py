@@ -53,7 +53,6 @@ class EpochCounter:
             values[0], values[3] = epoch + 1, epoch
 
     def next(self) -> int:
-        """The epoch that the next iteration will be."""
         with self._values() as values:
             return values[0]
 

@@ -99,7 +99,6 @@ class Job:
 
     @property
     def partition_count(self) -> int:
-        """Into how many partitions the data is dealt."""
         return self._requested.partition_count(self.ranks)
 
     @property

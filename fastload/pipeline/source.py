@@ -43,7 +43,6 @@ class AttachedConsumer:
         self.consumer: Consumer = cache.consumer(storage_options, name, waits=self.waits)
 
     def attach(self, manifest: Manifest, sidecars: ObjectTable) -> None:
-        """Attach the consumer to these."""
         attach(self.consumer, manifest, sidecars)
         self.manifest = manifest
 
@@ -101,7 +100,6 @@ class Source:
 
     @property
     def cache_name(self) -> str:
-        """The directory of its cache."""
         return str(self._options.cache.directory)
 
     @property
@@ -171,7 +169,6 @@ class Source:
 
     @property
     def shards(self) -> ShardTable:
-        """The shards' indexes."""
         assert self._shards is not None, "no consumer was opened yet"
         return self._shards
 

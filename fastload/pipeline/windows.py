@@ -170,7 +170,6 @@ class LiveWindows:
         self._retired: set[Hashable] = set()
 
     def __contains__(self, key: Hashable) -> bool:
-        """Whether a window is open."""
         return key in self._open
 
     def open(self, window: Window) -> None:
@@ -264,11 +263,9 @@ class LocatedSamples:
         self._parts = live.find(entry.object_no, entry.sample_no)
 
     def have(self, column: str) -> bool:
-        """Whether a shard of their windows has the column."""
         return any(column in window.columns() for window, _, _, _ in self._parts)
 
     def present(self) -> tuple[str, ...]:
-        """The columns that their windows have."""
         if len(self._parts) == 1:
             return self._parts[0][0].columns()
         return tuple(dict.fromkeys(name for window, _, _, _ in self._parts for name in window.columns()))
@@ -293,7 +290,6 @@ class LocatedSamples:
         return values, sum(missing)
 
     def keys(self) -> list[str]:
-        """The samples' keys."""
         return self._in_order([window.keys(rows) for window, _, _, rows in self._parts])
 
     def urls(self) -> list[str]:

@@ -1,9 +1,11 @@
 """The plan: which samples, in which order, for which rank. Pure functions; no I/O, and torch only if it is
 there.
 
-`manifest` is the list of shards, `order` what follows from it for an epoch; `lanes`, `sequence` and `assignment` give
-every rank its samples once their number is known, and `cursor` cuts them into batches. `weights`, `blend`, `rounds` and
-`mixture` do the same for several data sets read as one. `position` is what is saved, `lookahead` what will be read.
+`manifest` is the list of shards, `order` what follows from it for an epoch, by `permutation`. The samples stand in one
+sequence (`sample_sequence`: what a cursor asks of it): `lanes` says how partitions share it, `sequence` builds it as
+counts become known (`epoch_counts`), and `samples` are rows of it. `ranks` is where this process stands, `assignment`
+which positions are its own, and `cursor` cuts these into batches. `weights`, `blend`, `rounds` and `mixture` give the
+sequence of several data sets read as one. `position` is what is saved, `lookahead` what will be read.
 
 `mixture_cursor` and `sample_count` are imported from `mixture`: most jobs read one data set, and start the sooner
 without.

@@ -56,7 +56,6 @@ class Blend:
 
     @property
     def lanes(self) -> NDArray[np.int64]:
-        """All lanes."""
         return np.arange(len(self.keys))
 
     def shares(self, lanes: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -31,7 +31,9 @@ from fastload.plan.weights import MixtureOptions, Stop
 
 
 class MixtureSequence:
-    """`sources` begin with the epoch `first_epoch` of each; `lanes` are those that this node may need."""
+    """A `SampleSequence`, which says what its methods do. `sources` begin with the epoch `first_epoch` of each; `lanes`
+    are those that this node may need.
+    """
 
     def __init__(
         self, blend: Blend, sources: Sequence[Rounds], lanes: Sequence[int], stop: Stop, first_epoch: int
@@ -49,32 +51,26 @@ class MixtureSequence:
 
     @property
     def open_windows(self) -> Collection[WindowKey]:
-        """The windows that are open."""
         return {key for source in self._sources for key in source.open_windows()}
 
     def objects_of(self, key: WindowKey) -> NDArray[np.int32]:
-        """The object numbers of a window in its source, int32."""
         return self._sources[key.source].objects_of(key)
 
     def add_counts(self, source: int, object_nos: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
-        """The sample counts of some objects of a source."""
         self._sources[source].add_counts(object_nos, counts)
         self._measure()
 
     def add(self, key: WindowKey, counts: NDArray[np.int64]) -> None:
-        """A window is open, and these are the counts of its objects."""
         self._sources[key.source].add(key, counts)
         self._measure()
 
     def skip(self, spans: Sequence[LaneSpan]) -> None:
-        """No rank of this node needs what lanes hold before their `spans`."""
         lanes, starts, _ = _columns(spans)
         for lane, samples in zip(lanes.tolist(), self._blend.shares(lanes, starts).tolist(), strict=True):
             for source, sample in zip(self._sources, samples, strict=True):
                 source.skip_to(lane, sample)
 
     def extend(self) -> None:
-        """Let lanes continue through windows that are open."""
         lanes, is_changed = list(self._row), False
         for number, source in enumerate(self._sources):
             if source.extend():
@@ -85,13 +81,9 @@ class MixtureSequence:
             self._reaches = dict(zip(lanes, reaches.tolist(), strict=True))
 
     def reaches(self) -> Mapping[int, int]:
-        """For each lane the number up to which its windows are open."""
         return self._reaches
 
     def due_in(self, spans: Sequence[LaneSpan]) -> list[tuple[int, WindowKey]]:
-        """The windows that have to be opened for lanes to reach the ends of their `spans`, each with the position from
-        which it is needed; without those for which a count is needed first.
-        """
         lanes, _, ends = _columns(spans)
         samples = self._blend.shares(lanes, ends)
         missing = np.argwhere(samples > self._reached[[self._row[lane] for lane in lanes.tolist()]])
@@ -147,7 +139,6 @@ class MixtureSequence:
         return wanted
 
     def forget(self, position: int) -> None:
-        """What lies before `position` is no longer needed."""
         lanes = np.array(list(self._row), np.int64)
         shares = self._blend.shares(lanes, lane_lengths(position, self._partitions)[lanes])
         for lane, samples in zip(lanes.tolist(), shares.tolist(), strict=True):
@@ -155,12 +146,10 @@ class MixtureSequence:
                 source.forget_before(lane, sample)
 
     def close_all_but(self, kept: WindowKey | None) -> None:
-        """Close the windows that no lane needs from where it was forgotten on, but for `kept`."""
         for source in self._sources:
             source.close_all_but(kept)
 
     def samples(self, positions: NDArray[np.int64]) -> MixedSamples:
-        """The samples at some positions, rising, that lanes have reached."""
         lanes = (positions % self._partitions).astype(np.min_scalar_type(self._partitions))
         by_lane = np.argsort(lanes, kind="stable")
         numbers = positions[by_lane] // self._partitions
@@ -178,24 +167,18 @@ class MixtureSequence:
         return MixedSamples.joined(parts, places)
 
     def find(self, lane: int, number: int) -> tuple[WindowKey, int, int] | None:
-        """Window, offset and the window's samples, of a number of any lane; None where counts that are still missing
-        could move it.
-        """
         source, sample = self._at(lane, number)
         return self._sources[source].find(lane, sample)
 
     def sample_at(self, key: WindowKey, offset: int) -> MixedSamples:
-        """The one sample at an offset in an open window."""
         samples = self._sources[key.source].sample_at(key, offset)
         return MixedSamples(samples, np.zeros(1, np.int64), (key[:2],))
 
     def position(self, samples: int) -> tuple[SourcePosition, ...]:
-        """Where each source stands when so many samples are delivered."""
         shares = self._blend.shares(self._blend.lanes, lane_lengths(samples, self._partitions))
         return tuple(source.position(shares[:, number].tolist()) for number, source in enumerate(self._sources))
 
     def windows_ahead(self, position: int, lanes: Sequence[int]) -> Iterator[WindowKey]:
-        """The windows that `lanes` need from `position` on, in the order in which positions come to them, each once."""
         densities = [source.epochs.samples_a_byte() for source in self._sources]
         usual = float(np.mean([density for density in densities if density] or [1.0]))
         windows = []

@@ -93,7 +93,6 @@ class EpochOrder:
 
     @property
     def window_count(self) -> int:
-        """How many windows the epoch has."""
         return len(self.window_start) - 1
 
     def window_objects(self, window: int) -> NDArray[np.int32]:

@@ -54,7 +54,6 @@ class OrderState(msgspec.Struct):
 
     @classmethod
     def of(cls, options: OrderOptions, fingerprint: str) -> OrderState:
-        """That of `options`."""
         return cls(fingerprint, options.seed, options.shuffle, options.window_bytes, options.partitions)
 
     def options(self) -> OrderOptions:

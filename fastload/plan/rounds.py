@@ -173,7 +173,6 @@ class Rounds:
         self._sequence(min(self._round.values()))
 
     def open_windows(self) -> Iterator[WindowKey]:
-        """The windows that are open."""
         return (key for sequence in self.epochs.sequences.values() for key in sequence.open_windows)
 
     def objects_of(self, key: WindowKey) -> NDArray[np.int32]:

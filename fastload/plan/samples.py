@@ -175,7 +175,6 @@ def _keys(origin: Origin, codes: NDArray[np.int64]) -> tuple[WindowKey, ...]:
 
 
 def no_samples(origin: Origin) -> Samples:
-    """None of an origin's samples."""
     return Samples(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int64), origin)
 
 

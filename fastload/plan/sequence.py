@@ -104,7 +104,9 @@ class Lane:
 
 
 class EpochSequence:
-    """`orders` are those of all partitions. `starts` are the lanes that are read, and the number where each begins.
+    """A `SampleSequence`, which says what its methods do.
+
+    `orders` are those of all partitions. `starts` are the lanes that are read, and the number where each begins.
 
     What lies before `places` is not counted: `taken` says how many samples of each partition that is, or more where it
     has fewer. `lanes` says how far each is; the reader may let one skip, and forget, what it does not need. `source` is
@@ -145,11 +147,9 @@ class EpochSequence:
 
     @property
     def open_windows(self) -> Collection[WindowKey]:
-        """The windows that are open."""
         return self._open.keys()
 
     def key(self, partition: int, window: int) -> WindowKey:
-        """The key of a window of this epoch."""
         return WindowKey(*self._origin, partition, window)
 
     def objects_of(self, key: WindowKey) -> NDArray[np.int32]:
@@ -177,28 +177,23 @@ class EpochSequence:
         self._set_quotas()
 
     def close_all_but(self, kept: WindowKey | None) -> None:
-        """Close the windows that no lane needs from where it was forgotten on, but for `kept`."""
         needed = {leg.key for lane in self.lanes.values() for leg in lane.legs} | {kept}
         self._open = {key: window for key, window in self._open.items() if key in needed}
 
     def skip(self, spans: Sequence[LaneSpan]) -> None:
-        """No rank of this node needs what lanes hold before their `spans`."""
         for lane, start, _ in spans:
             self.lanes[lane].skip_to(start)
 
     def forget(self, position: int) -> None:
-        """What lies before `position` is no longer needed."""
         for lane in self.lanes.values():
             lane.forget_before(lane_length(lane.number, position, self._partitions))
 
     def extend(self) -> None:
-        """Let lanes continue through windows that are open."""
         for lane in self.lanes.values():
             while (following := lane.next_window(self._counts)) is not None and following.key in self._open:
                 lane.take(following)
 
     def reaches(self) -> dict[int, int]:
-        """For each lane the number up to which its windows are open."""
         return {number: lane.covered for number, lane in self.lanes.items()}
 
     def due_in(self, spans: Sequence[LaneSpan]) -> list[tuple[int, WindowKey]]:
@@ -252,7 +247,6 @@ class EpochSequence:
         return self._counts.uncounted_objects()
 
     def samples(self, positions: NDArray[np.int64]) -> Samples:
-        """The samples at some positions, rising, that lanes have reached."""
         if self._partitions == 1:
             return self.samples_of(0, positions)
         # numpy sorts small integers by their digits, in a tenth of the time.
@@ -284,9 +278,6 @@ class EpochSequence:
         return self._open[leg.key].located(numbers - (leg.start - leg.offset), leg.key)
 
     def find(self, lane: int, number: int) -> tuple[WindowKey, int, int] | None:
-        """Window, offset and the window's samples, of a number of any lane; None where counts that are still missing
-        could move it.
-        """
         if self._quotas is None:
             return None
         piece = self._quotas.ranges(lane, number, number + 1)[0]
@@ -295,7 +286,6 @@ class EpochSequence:
         return self.key(piece.partition, found[0]), found[1], found[2]
 
     def sample_at(self, key: WindowKey, offset: int) -> Samples:
-        """The one sample at an offset in an open window."""
         return self._open[key].located(np.array([offset]), key)
 
     def taken(self, lengths: Sequence[int]) -> list[int]:

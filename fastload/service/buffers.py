@@ -116,7 +116,6 @@ class BufferTable:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no chunk lies in any buffer."""
         return not any(self.chunks)
 
     def renewed(self) -> None:
@@ -189,7 +188,6 @@ class BufferTable:
     # Choosing
 
     def count_of(self, statuses: Iterable[int]) -> int:
-        """How many buffers have one of these statuses."""
         return int(np.count_nonzero(self._has(statuses)))
 
     def _has(self, statuses: Iterable[int]) -> npt.NDArray[np.bool_]:

@@ -296,7 +296,6 @@ class DiskWatch:
         return pool
 
     def close(self) -> None:
-        """Watch no more."""
         if self._timer is not None:
             self._timer.cancel()
 

@@ -28,7 +28,6 @@ class Event(Generic[_Args]):
         self._handlers.append(handler)
 
     def __call__(self, *args: _Args.args, **kwargs: _Args.kwargs) -> None:
-        """It happens."""
         for handler in self._handlers:
             handler(*args, **kwargs)
 

@@ -218,11 +218,9 @@ class TierArcs:
         self._covered_bytes = self._covered_file_bytes = self._covered_chunks = 0
 
     def cover(self, entry: ObjectEntry) -> None:
-        """An object is covered."""
         self._count(entry, 1)
 
     def uncover(self, entry: ObjectEntry) -> None:
-        """It is covered no more."""
         self._count(entry, -1)
 
     def _count(self, entry: ObjectEntry, times: int) -> None:

@@ -219,7 +219,6 @@ class SampleCounts:
         return bool(self._news)
 
     def of(self, object_ids: Sequence[bytes]) -> list[int]:
-        """The counts of these, -1 where there is none."""
         return [self._by_id.get(object_id, -1) for object_id in object_ids]
 
     def add(self, object_id: bytes, count: int) -> None:

@@ -139,7 +139,6 @@ class Versions:
         bounded.put(self._by_url, _digest(options_key, info.url), packed, self._count_max)
 
     def clear(self) -> None:
-        """Forget all of them."""
         self._by_url.clear()
 
     def forget(self, options_key: str, url: str) -> None:

@@ -63,7 +63,6 @@ class ReplayPlan(Plan):
 
     @property
     def chunk_count(self) -> int:
-        """How many reads it has."""
         return len(self._list)
 
     def position(self, entry: ObjectEntry, index: int) -> int:
@@ -93,7 +92,6 @@ class ReplayPlan(Plan):
         return [entry for entry, _ in self._list]
 
     def objects(self) -> Iterator[ObjectEntry]:
-        """Its objects, each once."""
         return iter(dict.fromkeys(self.entries_used()))
 
     def _steps(self, position: int) -> Iterator[Step]:
@@ -285,5 +283,4 @@ def _add(versions: set[bytes], version: bytes) -> None:
 
 
 def _has_own_plan(consumer: ConsumerState) -> bool:
-    """Whether a consumer has a plan of its own."""
     return consumer.plan is not None and not isinstance(consumer.plan, ReplayPlan)

@@ -148,7 +148,6 @@ class _Round:
 
     @property
     def connection_bytes_per_s(self) -> float:
-        """The rate of a body."""
         return self.byte_count / max(1e-6, self.body_seconds)
 
 
@@ -528,7 +527,6 @@ class Endpoints:
 
     @property
     def in_flight(self) -> int:
-        """How many requests are."""
         return sum(endpoint.in_flight for endpoint in self._endpoints.values())
 
     def free_at(self, name: str) -> int:

@@ -130,7 +130,6 @@ class Capacity:
 
     @property
     def none(self) -> bool:
-        """Whether nothing can be started."""
         return self.disk <= 0 and self.remote <= 0
 
 

@@ -50,7 +50,6 @@ class SharedState:
         )
 
     def on_disk(self, entry: ObjectEntry, index: int) -> bool:
-        """Whether the disk tier holds a chunk."""
         return self.disk.readable and self.disk.contains(entry.key(index))
 
     def chunk_in(self, buffer: int) -> Chunk:

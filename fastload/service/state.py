@@ -160,7 +160,6 @@ class ObjectEntry:
         return min(self.chunk_bytes, self.info.size - index * self.chunk_bytes)
 
     def key(self, index: int) -> ChunkKey:
-        """The key of one chunk."""
         return ChunkKey(self.id, index)
 
     def chunk(self, index: int) -> Chunk:
@@ -211,7 +210,6 @@ class Chunk:
 
     @property
     def length(self) -> int:
-        """Its bytes."""
         return self.entry.length(self.index)
 
     @property
@@ -377,7 +375,6 @@ class Objects:
             self._entries.pop(entry.id, None)
 
     def get(self, object_id: bytes) -> ObjectEntry | None:
-        """The entry with this id, if any."""
         return self._entries.get(object_id)
 
 
@@ -532,7 +529,6 @@ class Plan:
         return len(self._starts_of) < len(self.entries)
 
     def objects(self) -> Iterator[ObjectEntry]:
-        """Its objects, each once."""
         return iter(self._starts_of)
 
     def position(self, entry: ObjectEntry, index: int) -> int:
@@ -576,7 +572,6 @@ class Plan:
             yield step
 
     def at(self, position: int) -> tuple[ObjectEntry, int]:
-        """The chunk at a position."""
         number = bisect_right(self._starts, position) - 1
         return self.entries[number], position - self._starts[number]
 

@@ -24,7 +24,6 @@ class Timer:
         self._when_s = when_s
 
     def when(self) -> float:
-        """The time at which it is due."""
         return self._when_s
 
     def cancelled(self) -> bool:
@@ -32,7 +31,6 @@ class Timer:
         return self._call is None
 
     def cancel(self) -> None:
-        """It will not be made."""
         self._call = None
 
     def run(self) -> None:

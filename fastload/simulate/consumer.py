@@ -68,7 +68,6 @@ class _DirectConnection:
         """It never restarts."""
 
     def close(self) -> None:
-        """The consumer has gone."""
         self._core.disconnect(self.state)
 
     def abandon(self) -> None:

@@ -77,7 +77,6 @@ class Data:
         return np.unique(np.repeat(first - (ends - lengths), lengths) + np.arange(ends[-1]))
 
     def chunks_of_object(self, object_no: int) -> range:
-        """All chunks of a shard."""
         return range(int(self.first_chunk[object_no]), int(self.first_chunk[object_no + 1]))
 
     @cached_property
@@ -93,7 +92,6 @@ class KnownCounts:
         self._known = np.arange(len(data.counts), dtype=np.int32), data.counts
 
     def known(self) -> Counts:
-        """All of them."""
         return self._known
 
     def counted(self, object_nos: npt.NDArray[np.int32], counts: Ints) -> None:

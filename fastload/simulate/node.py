@@ -92,7 +92,6 @@ class SimulatedNode:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all its ranks have read all epochs."""
         return len(self.requests_in_flight) == self._data.job.epochs
 
     # What is heard

@@ -135,7 +135,6 @@ class Rank:
 
     @property
     def is_finished(self) -> bool:
-        """Whether it has read all epochs."""
         return len(self.epochs) == self._job.epochs
 
     def begin(self) -> None:

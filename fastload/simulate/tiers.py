@@ -106,11 +106,9 @@ class VirtualDisk:
         return DiskTier.file_bytes(length)
 
     def contains(self, key: ChunkKey) -> bool:
-        """Whether it holds the chunk."""
         return key in self._held
 
     def keys(self) -> list[ChunkKey]:
-        """The chunks that it holds."""
         return list(self._held)
 
     def read_into(self, key: ChunkKey, out: memoryview) -> int | None:
@@ -156,7 +154,6 @@ class VirtualDisk:
         return self._blobs.get(name)
 
     def has_blob(self, name: str) -> bool:
-        """Whether there is one."""
         return name in self._blobs
 
     def get_blob_head(self, name: str, head_bytes: int) -> tuple[bytes, int] | None:
@@ -165,7 +162,6 @@ class VirtualDisk:
         return None if data is None else (data[:head_bytes], len(data))
 
     def blob_names(self) -> list[str]:
-        """The names of all of them."""
         return list(self._blobs)
 
     def remove_blob(self, name: str) -> bool:

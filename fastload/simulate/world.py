@@ -203,7 +203,6 @@ class World:
 
     @property
     def ranks(self) -> list[Rank]:
-        """All ranks, node by node."""
         return [rank for node in self.nodes for rank in node.ranks]
 
     def run(self) -> None:

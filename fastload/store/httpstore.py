@@ -74,7 +74,6 @@ class HttpStore:
         self._reader.get_range(info, _target(info.url), headers, start, out)
 
     def close(self) -> None:
-        """Close the connections."""
         self._reader.close()
 
 

@@ -134,7 +134,6 @@ class ObjectStore:
         return found.values()
 
     def head(self, url: str) -> ObjectInfo:
-        """The object at `url`."""
         with self._saying_who():
             return self._head(url)
 

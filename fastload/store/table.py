@@ -84,7 +84,6 @@ class Texts:
         return Texts(self.data, self.starts[start : stop + 1], self.missing[start:stop])
 
     def take(self, numbers: NDArray[np.integer[Any]]) -> Texts:
-        """Those with these numbers, in this order."""
         starts, ends = self.starts[numbers], self.starts[numbers + 1]
         data = b"".join([self.data[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)])
         return Texts(data, _starts(ends - starts), self.missing[numbers])
@@ -216,7 +215,6 @@ class ObjectTable(Sequence[ObjectInfo]):
                 yield url, size, mtime_ns if etag is None or etag[:2] in _WEAK else etag.strip('" ') or mtime_ns
 
     def take(self, numbers: NDArray[np.integer[Any]]) -> ObjectTable:
-        """The objects with these numbers, in this order."""
         return ObjectTable(
             self.urls.take(numbers), self.sizes[numbers], self.etags.take(numbers), self.mtimes_ns[numbers]
         )

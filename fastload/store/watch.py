@@ -106,7 +106,6 @@ _current: ContextVar[Watch | None] = ContextVar("watch", default=None)
 
 
 def current() -> Watch | None:
-    """The watch over what this thread reads, if any."""
     return _current.get()
 
 

@@ -222,7 +222,6 @@ def _of_processes(state: Mapping[str, Any]) -> SavedState:
 
 
 def worker_key(worker: int) -> str:
-    """The key of a worker's state."""
     return f"worker_{worker}"
 
 

@@ -216,7 +216,6 @@ class WorkerProgress:
 
     @property
     def mark(self) -> WorkerMark:
-        """Its current mark."""
         return WorkerMark(self.batches, self.last)
 
     @property
@@ -236,7 +235,6 @@ class WorkerProgress:
         return (None if isinstance(mark.state, NotReported) else mark.state) or self.initial
 
     def state(self) -> LoaderState | None:
-        """Its current state; None where it is unknown."""
         return self.state_at(self.mark)
 
     def _has_ended_at(self, mark: WorkerMark) -> bool:

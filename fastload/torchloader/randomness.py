@@ -34,12 +34,10 @@ class Randomness:
 
     @classmethod
     def now(cls, generators: Generators) -> Randomness:
-        """The current state."""
         own = {name: generator.get_state() for name, generator in generators.items()}
         return cls(torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False), own)
 
     def restore(self, generators: Generators) -> None:
-        """Set all generators to this state."""
         self.restore_own(generators)
         self.restore_global()
 
@@ -66,7 +64,6 @@ class Randomness:
             np.random.set_state(dict(self.numpy_state))
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON types."""
         return {**self._global_json(), "own": {name: _text(state.numpy()) for name, state in self.own.items()}}
 
     @classmethod

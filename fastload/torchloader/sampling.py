@@ -85,7 +85,6 @@ class OrderIterator:
                 return index
 
     def mark(self) -> Mark:
-        """The current position."""
         return Mark(self.yielded, state_of(self._sampler), self._source.state())
 
     def settle(self) -> None:

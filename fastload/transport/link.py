@@ -87,7 +87,6 @@ class Link:
         self._peer = PeerMemory()
 
     def fileno(self) -> int:
-        """The socket's descriptor, to wait for."""
         return self._sock.fileno()
 
     def send(self, message: Any) -> None:
@@ -268,7 +267,6 @@ class SharedPool(SharedSlots):
 
     @property
     def free_bytes(self) -> int:
-        """The memory of free slots."""
         with self._lock:
             self._collect()
             return sum(slot.base.size for slot in self._free)

@@ -109,7 +109,6 @@ class SlotPool:
             return self._held_bytes
 
     def free_bytes(self) -> int:
-        """The memory of free slots."""
         with self._lock:
             self._collect()
             return sum(memory.size for memory in self._free)

@@ -68,7 +68,6 @@ class Watchdog:
             self._pipe.register(trainer.sentinel, select.POLLIN)
 
     def is_alive(self) -> bool:
-        """Whether the trainer is alive."""
         return os.getppid() == self._parent if self._pipe is None else not self._pipe.poll(0)
 
 
