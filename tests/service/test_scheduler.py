@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastload.cache.policy import PolicyName
 from fastload.service import buffers, scheduler
 from fastload.service.buffers import BufferTable
 from fastload.service.scheduler import Action, Candidate, Capacity, Drop, Load, Need, RecallChunk, decide, upcoming
@@ -78,6 +79,18 @@ def test_the_order_in_which_chunks_go() -> None:
     dropped = [action.buffer for action in found if isinstance(action, Drop)]
     # No plan: the oldest first. Used up: the latest first. To be used: the farthest first.
     assert dropped == [order[0], order[1], order[3], order[2], far, near]
+
+
+@pytest.mark.parametrize(("policy", "order"), [("lru", [2, 0, 1]), ("sieve", [1, 2, 0])])
+def test_what_is_read_in_an_unknown_order_goes_by_its_policy(policy: PolicyName, order: list[int]) -> None:
+    table = BufferTable(3)
+    covered = entry("covered", 3)
+    covered.policy, covered.plan_count = policy, 1
+    placed = [put(table, covered, index) for index in range(3)]
+    table.use(covered.chunks[0])
+    for index in (2, 0, 1):
+        table.touch(covered.chunks[index])
+    assert table.by_usefulness([buffers.IDLE])[0] == [placed[index] for index in order]
 
 
 def test_prefetch_takes_only_what_is_needed_later() -> None:

@@ -135,16 +135,18 @@ class StatefulSampler(Sampler[int]):
 
 
 class EagerSampler(Sampler[int]):
-    """Draws from the global generator when it is asked for an iterator."""
+    """Draws from a global generator, torch's if no other is named, when it is asked for an iterator."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(
+        self, count: int, draw: Callable[[int], list[int]] = lambda count: torch.randperm(count).tolist()
+    ) -> None:
+        self.count, self.draw = count, draw
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[int]:
-        return iter(torch.randperm(self.count).tolist())
+        return iter(self.draw(self.count))
 
 
 def as_is(value: Any) -> Any:

@@ -7,10 +7,12 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import random
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import BatchSampler, IterDataPipe, RandomSampler
@@ -157,6 +159,47 @@ def test_epochs_follow_as_they_would_have(num_workers):
             assert list(other) == following[1]
         loader.close()
         other.close()
+
+
+def global_states() -> list[Any]:
+    numpys = np.random.get_state(legacy=False)["state"]
+    return [torch.get_rng_state().tolist(), random.getstate(), numpys["key"].tolist(), numpys["pos"]]
+
+
+def seed_global(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        pytest.param(lambda count: torch.randperm(count).tolist(), id="torch"),
+        pytest.param(lambda count: random.sample(range(count), count), id="python"),
+        pytest.param(lambda count: np.random.permutation(count).tolist(), id="numpy"),
+    ],
+)
+def test_after_an_epochs_end_orders_go_on_and_the_callers_generators_stay(draw):
+    make = of(plain, sampler=lambda: EagerSampler(COUNT, draw))
+    seed_global(1)
+    loader = make()
+    list(loader)
+    state = loader.state_dict()
+    following = [list(loader), list(loader)]
+
+    seed_global(2)  # a process in which the generators are elsewhere: they are the user's
+    before = global_states()
+    other = make()
+    other.load_state_dict(state)
+    assert list(other) == following[0]
+    assert global_states() == before
+
+    seed_global(1)  # one in which they are where the epoch's end left them: they go on
+    list(make())
+    other = make()
+    other.load_state_dict(state)
+    assert [list(other), list(other)] == following
 
 
 def test_with_a_generator_of_its_own_all_epochs_that_follow_are_the_same():

@@ -246,6 +246,13 @@ def test_an_end_that_is_closed_is_an_error_at_the_other(pair):
         pair[0].receive()
 
 
+def test_a_closed_end_keeps_only_the_memory_that_is_held(pair):
+    kept = passed(pair, np.full(LARGE, 7))
+    pair[1].close()
+    assert not pair[1]._peer._mapped
+    assert (kept == 7).all()
+
+
 def _echo(sock: socket.socket) -> None:
     torch.set_num_threads(1)  # OpenMP does not survive a fork
     link = Link(sock, SharedPool(1 << 26))
