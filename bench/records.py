@@ -111,15 +111,18 @@ def prepare(folder: Path) -> Path:
         part.mkdir(parents=True)
         rng = np.random.default_rng(SEED)
         for number in range(SHARDS):
-            shard = tar_of_records(number * RECORDS_A_SHARD, RECORDS_A_SHARD, RECORD_BYTES, rng)
-            (part / f"train-{number:06d}.tar").write_bytes(shard)
+            contents = rng.integers(0, 256, (RECORDS_A_SHARD, RECORD_BYTES), np.uint8)
+            (part / f"train-{number:06d}.tar").write_bytes(tar_of(number * RECORDS_A_SHARD, contents, "bin"))
         part.rename(final)
     return final
 
 
-def tar_of_records(first: int, count: int, record_bytes: int, rng: np.random.Generator) -> bytes:
-    """An archive of records `first`, `first` + 1, ..., named by eight digits, all at once: tarfile takes a minute."""
-    info = tarfile.TarInfo("00000000.bin")
+def tar_of(first: int, contents: npt.NDArray[np.uint8], column: str) -> bytes:
+    """An archive of records `first`, `first` + 1, ..., named by eight digits, with these `contents`, uint8[n, bytes];
+    all at once: tarfile takes a minute.
+    """
+    count, record_bytes = contents.shape
+    info = tarfile.TarInfo(f"00000000.{column}")
     info.size = record_bytes
     blocks = np.zeros((count, 512 + -(-record_bytes // 512) * 512), np.uint8)
     blocks[:, :512] = np.frombuffer(info.tobuf(tarfile.USTAR_FORMAT), np.uint8)
@@ -127,7 +130,7 @@ def tar_of_records(first: int, count: int, record_bytes: int, rng: np.random.Gen
     blocks[:, 148:156] = 32  # a checksum is taken with blanks in its place
     checksums = blocks[:, :512].sum(1, dtype=np.int64)
     blocks[:, 148:154], blocks[:, 154] = digits(checksums, 6, 8), 0
-    blocks[:, 512 : 512 + record_bytes] = rng.integers(0, 256, (count, record_bytes), np.uint8)
+    blocks[:, 512 : 512 + record_bytes] = contents
     return blocks.tobytes() + bytes(1024)
 
 

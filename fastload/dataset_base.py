@@ -205,7 +205,8 @@ class DatasetBase(torch.utils.data.IterableDataset[Sample]):
             self._epochs.go_on_after(resumed.epoch)
         self._resumed = None
         finish = partial(Finish(current.builder, "samples"), slots=current.slots)
-        run = InlineRun(current.feed, lambda entry: current.make(entry, finish, current.memory), current.waits)
+        make = partial(current.make, finish=partial(map, finish), memory=current.memory)
+        run = InlineRun(current.feed, make, current.waits)
         entries = Iteration(run, current.interrupted, current.end)
         warn = self.warn_once if info is None and not resumed.is_within_epoch else None
         self._delivery = Delivery(current.cursor, resumed, worker[1], warn, current.skips)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from fastload.arguments import checked_epoch
 from fastload.dataset_base import DatasetBase
 from fastload.device import mover_to, pinned
 from fastload.errors import ConfigError, StateError
-from fastload.pipeline.delivery import NOTHING, DecodePool, InlineRun, Iteration, ThreadedRun
+from fastload.pipeline.delivery import NOTHING, TASK_S, DecodePool, InlineRun, Iteration, Make, ThreadedRun
 from fastload.pipeline.epoch_pass import EpochPass
 from fastload.pipeline.finish import Finish
 from fastload.pipeline.resume import why_nothing_came
@@ -31,6 +31,8 @@ from fastload.plan import Position, batch_count_of_rank
 from fastload.stats import EpochMeter, empty_stats
 
 STATE_VERSION = 1
+# What a task sends to a worker process takes about so long, since it costs half a millisecond to send it.
+_TASK_OF_WORKERS_S = 4e-3
 
 
 class LoaderSettings(Protocol):
@@ -248,7 +250,8 @@ class Stream:
                 pool.close()
             pool = self._pool = DecodePool(loader.num_workers)
         depth = max(2, loader.num_workers * (loader.prefetch_factor or 2))
-        return ThreadedRun(current.feed, make, pool, depth, current.waits)
+        task_s = TASK_S if self._workers is None else _TASK_OF_WORKERS_S
+        return ThreadedRun(current.feed, make, pool, depth, current.waits, task_s=task_s)
 
     def _workers_for(self, loader: LoaderSettings, finish: Finish, where: str) -> Workers | None:
         """Those that there are, if they still fit; otherwise others, or none."""
@@ -311,24 +314,24 @@ def _worker_options(loader: LoaderSettings, finish: Finish, where: str) -> Worke
     return WorkerOptions(finish, processes, channels, loader.worker_init_fn, context, loader.timeout, loader.dataset)
 
 
-def _batch_function(
-    current: EpochPass, finish: Finish, workers: Workers | None, prepare: Callable[[Any], Any]
-) -> Callable[[Any], Any]:
-    """What makes a batch (or the one sample) of an entry, and then prepares it for its delivery."""
-    here = partial(finish, slots=current.slots)
+def _batch_function(current: EpochPass, finish: Finish, workers: Workers | None, prepare: Callable[[Any], Any]) -> Make:
+    """What makes a batch (or the one sample) of each entry, and then prepares it for its delivery."""
+    here = partial(map, partial(finish, slots=current.slots))
     is_keyed = finish.has_functions
 
-    def make(entry: Any) -> Any:
-        if workers is None:
-            batch = current.make(entry, here, current.memory, is_keyed=is_keyed)
-        else:
-            with workers.lend() as channel:
-                batch = current.make(entry, channel.call, channel.memory, is_keyed=is_keyed)
+    def prepared(batch: Any) -> Any:
         if finish.gives == "samples":
             if not batch:
                 return NOTHING
             (batch,) = batch
         return prepare(batch)
+
+    def make(entries: Sequence[Any]) -> Iterator[Any]:
+        if workers is None:
+            yield from map(prepared, current.make(entries, here, current.memory, is_keyed=is_keyed))
+        else:
+            with workers.lend() as channel:
+                yield from map(prepared, current.make(entries, channel.call, channel.memory, is_keyed=is_keyed))
 
     return make
 

@@ -23,7 +23,7 @@ cache = fastload.Cache(sys.argv[2], **json.loads(sys.argv[3]))
 dataset = fastload.StreamingDataset(sys.argv[1], cache=cache, shuffle=True)
 loader = fastload.DataLoader(dataset, batch_size=8, num_workers=2)
 for batch in loader:
-    print(json.dumps(batch["__key__"]), flush=True)
+    print(json.dumps(list(batch["__key__"])), flush=True)
     sys.stdin.readline()
 loader.close()
 """

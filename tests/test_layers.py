@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "fastload"
 FLOORS = [
     "cached_attribute cgroups lazy lifecycle redaction shares",
     "errors",
-    "callers config cpu_priority device kernels ragged waiting",
+    "callers config cpu_priority device kernels ragged strings waiting",
     "decode stats store transport",
     "arguments cache plan torchloader",
     "formats history protocol",

@@ -63,7 +63,7 @@ def test_the_order_is_the_same_in_a_new_process_and_for_any_number_of_threads(s3
         "cache = fastload.Cache(sys.argv[2], **json.loads(sys.argv[3]))\n"
         "dataset = fastload.StreamingDataset(sys.argv[1], cache=cache, shuffle=True, seed=5)\n"
         "loader = fastload.DataLoader(dataset, batch_size=7, num_workers=2)\n"
-        "print(json.dumps([batch['__key__'] for batch in loader]))\n"
+        "print(json.dumps([list(batch['__key__']) for batch in loader]))\n"
     )
     printed = run(code, url, cache.directory, json.dumps(SMALL)).stdout
     for num_workers in (0, 1, 3):

@@ -25,7 +25,7 @@ def test_public_names() -> None:
     assert set(fastload.__all__) <= set(dir(fastload))
     for name in fastload.__all__:
         assert getattr(fastload, name).__doc__, name
-    decoders = ["array", "image", "integer", "json", "number", "raw", "text"]
+    decoders = ["array", "flat", "image", "integer", "json", "number", "raw", "text"]
     assert sorted(fastload.decode.__all__) == ["Decoder", *decoders]
 
 

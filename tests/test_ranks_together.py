@@ -18,7 +18,7 @@ dataset = fastload.StreamingDataset(sys.argv[1], cache=cache, shuffle=True, seed
 loader = fastload.DataLoader(dataset, batch_size=4, num_workers=1)
 print("ready", flush=True)
 sys.stdin.readline()
-print(json.dumps([batch["__key__"] for batch in loader]), flush=True)
+print(json.dumps([list(batch["__key__"]) for batch in loader]), flush=True)
 sys.stdin.readline()
 loader.close()
 """

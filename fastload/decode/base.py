@@ -85,6 +85,11 @@ class Decoder(ABC):
         """Whether batches can hold what stands for a missing value: lists and `Ragged` can, tensors need a default."""
         return self.fixed() is None or self.missing() is not None
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether `decode_owned` makes batches of the very memory of `values`, so that this should be the user's."""
+        return False
+
     def decode_one(self, value: Bytes, where: str, key: int | None = None) -> Any:
         """One sample: `bytes`, `str`, `int`, an array, or what the column holds. Raises `DecodeError`."""
         try:

@@ -29,7 +29,7 @@ from fastload.decode.base import Decoder, Fixed, Keys, Offsets, Where, each, loc
 from fastload.errors import ConfigError, DecodeError
 from fastload.ragged import Ragged
 
-__all__ = ["NpyArray", "array", "read_npy"]
+__all__ = ["NpyArray", "array", "declared_dtype", "declared_shape", "read_npy"]
 
 _MAGIC = b"\x93NUMPY"
 _HEADER_BYTES_MAX = 10_000
@@ -261,7 +261,7 @@ def array(
     `default` stands for the value of samples that lack an optional column: an array, or a number that fills `shape`.
     With `shape` it needs `dtype`, too. Without a default, samples and lists have None there.
     """
-    declared = NpyArray(None if shape is None else _declared_shape(shape), _declared_dtype(dtype))
+    declared = NpyArray(None if shape is None else declared_shape(shape), declared_dtype(dtype))
     return declared if default is None else replace(declared, default=_declared_default(default, declared))
 
 
@@ -293,14 +293,16 @@ def _converted(given: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any
     return found
 
 
-def _declared_shape(shape: object) -> tuple[int, ...]:
+def declared_shape(shape: object) -> tuple[int, ...]:
+    """The shape that a user gave. Raises `ConfigError`."""
     lengths = shape if isinstance(shape, tuple | list) else (shape,)
     if not all(isinstance(length, int) and not isinstance(length, bool) and length >= 0 for length in lengths):
         raise ConfigError(f"shape={shape!r} is not a shape; give a tuple of lengths such as (3, 224, 224)")
     return tuple(lengths)
 
 
-def _declared_dtype(dtype: npt.DTypeLike | None) -> np.dtype[Any] | None:
+def declared_dtype(dtype: npt.DTypeLike | None) -> np.dtype[Any] | None:
+    """The number type that a user gave, in the machine's byte order. Raises `ConfigError`."""
     if dtype is None:
         return None
     try:

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload.decode.base import Decoder, Keys, Offsets, Where
-from fastload.decode.plain import Raw
 from fastload.errors import ConfigError
 from fastload.ragged import Ragged
 
@@ -45,8 +44,9 @@ def decode_optional(
     keys: Keys | None,
     room: Room,
 ) -> Ragged | list[Any] | npt.NDArray[Any]:
-    """As `decoder.decode_into` or `decode`, of a group in which only the samples that are `present` have a value. Raw
-    `values` are given away (see `decode_owned`). `room` makes the array of a batch of fixed shape.
+    """As `decoder.decode_into` or `decode`, of a group in which only the samples that are `present` have a value. To
+    a decoder that works in place, `values` are given away (see `decode_owned`). `room` makes the array of a batch of
+    fixed shape.
     """
     there = np.flatnonzero(present)
     offsets = offsets[np.append(there, len(present))]
@@ -61,7 +61,7 @@ def decode_optional(
         out = room((len(present), *fixed[0]), fixed[1])
         decoder.decode_into(values, offsets, out[: len(there)], place, keys)
         return _spread_rows(out, there, present, decoder)
-    rows = (decoder.decode_owned if isinstance(decoder, Raw) else decoder.decode)(values, offsets, place, keys)
+    rows = (decoder.decode_owned if decoder.is_in_place else decoder.decode)(values, offsets, place, keys)
     if isinstance(rows, Ragged):
         return _spread_ragged(rows, present, decoder.missing())
     if isinstance(rows, np.ndarray):

@@ -36,6 +36,10 @@ class Raw(Decoder):
 
     default: bytes | None = None
 
+    @property
+    def is_in_place(self) -> bool:
+        return True
+
     def missing(self) -> bytes | None:
         return self.default
 

@@ -68,10 +68,9 @@ def append_keys(key_offsets: Int64s, key_bytes: Bytes, first_byte: int, key_star
     return longest
 
 
-@kernel(int64(_ints_in, _ints_in, _ints_in, array_in(int32), _ints_in, _ints_out, _ints_out, _tables_out))
+@kernel(int64(_ints_in, _ints_in, array_in(int32), _ints_in, _ints_out, _ints_out, _tables_out))
 def find_rows(
     window_of: Int64s,
-    place_of: Int64s,
     first_row_of: Int64s,
     object_no: NDArray[np.int32],
     sample_no: Int64s,
@@ -79,11 +78,11 @@ def find_rows(
     ends: Int64s,
     found: Int64s,
 ) -> int:
-    """Sort the samples of a batch by their windows. Of each object: its window (-1: none), its place there, and the row
-    of its first sample.
+    """Sort the samples of a batch by their windows. Of each object: its window (-1: none), and the row of its
+    first sample there.
 
-    `distinct` takes the windows as they first come, and `ends` where each one's samples end in `found`, int64[3, n]:
-    which sample, the place of its object, and its row. Returns how many windows there are, or -1 - i where sample i
+    `distinct` takes the windows as they first come, and `ends` where each one's samples end in `found`, int64[2, n]:
+    which sample, and its row. Returns how many windows there are, or -1 - i where sample i
     lies in none, or in one more than `distinct` has room for.
     """
     count, at = 0, 0
@@ -100,19 +99,18 @@ def find_rows(
                     return -1 - i
                 distinct[count], ends[count] = window_of[number], 0
                 count += 1
-        found[2, i] = at
+        found[1, i] = at
         ends[at] += 1
     start = 0
     for at in range(count):
         start, ends[at] = start + ends[at], start
     for i in range(object_no.size):
-        at = found[2, i]
-        to = ends[at]
+        at = found[1, i]
+        found[0, ends[at]] = i
         ends[at] += 1
-        found[0, to], found[1, to] = i, place_of[object_no[i]]
     for to in range(object_no.size):
         i = found[0, to]
-        found[2, to] = first_row_of[object_no[i]] + sample_no[i]
+        found[1, to] = first_row_of[object_no[i]] + sample_no[i]
     return count
 
 

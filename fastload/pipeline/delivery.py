@@ -1,8 +1,9 @@
 """From entries to the user: batches are made in threads, and delivered in plan order.
 
-A feeder thread walks the plan, and the threads of a decode pool make a batch of each entry. At most `depth` batches are
-ahead of the consumer: queued, being built, or ready. A failure comes out where its batch would have been, with the
-traceback of the thread in which it happened. `InlineRun` does the same without threads.
+A feeder thread walks the plan, and the threads of a decode pool make a batch of each entry. At most `depth` tasks are
+ahead of the consumer: queued, being built, or ready. A task makes one batch, or some of them together where each takes
+a fraction of a millisecond, since what a task costs does not depend on what it makes. A failure comes out where its
+batch would have been, with the traceback of the thread in which it happened. `InlineRun` does the same without threads.
 
 A run ends when it is exhausted (StopIteration), by a failure, or by `close()`, which any thread may call: a consumer
 that waits for a batch then gets `RunClosedError`, so that an epoch that was cut off never looks finished. In each case
@@ -24,10 +25,11 @@ import contextlib
 import math
 import queue
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fastload import callers
@@ -61,14 +63,25 @@ class RunFeed(Protocol):
         """Every entry in order; each is held until `done` is called with it."""
         ...
 
+    @property
+    def has_next(self) -> bool:
+        """Whether the next entry comes without a wait."""
+        ...
+
     def done(self, entry: Any) -> None:
         """The entry's batch is built, or given up."""
         ...
 
 
-EntryAndBatch = tuple[Any, Any]  # entry, batch
+EntryAndBatch = tuple[Any, Any]
+# Makes the batch of each of some entries, one after the other. What fails ends it, in place of the batch.
+Make = Callable[[Sequence[Any]], Iterable[Any]]
 # A batch may take as long as its bytes do. What it waits for has deadlines of its own, and ends with an error.
 _NO_DEADLINE_S = math.inf
+# Batches that one task makes: twice as many where it took less than half of `TASK_S`, half as many where it took more
+# than twice as long. Each task costs some 100 us of Python, whatever it makes.
+TASK_S = 2e-3
+_BATCHES_A_TASK_MAX = 64
 
 
 class RunClosedError(ServiceError):
@@ -78,25 +91,41 @@ class RunClosedError(ServiceError):
         super().__init__(message)
 
 
-@dataclass(slots=True)
-class _QueuedBatch:
-    """One of the batches that are ahead of the consumer."""
+@dataclass(slots=True, eq=False)
+class _Task:
+    """Entries whose batches are made together, and in the end each one's batch or error."""
 
-    entry: PlanEntry
-    batch: Any = None
-    error: BaseException | None = None
+    entries: list[PlanEntry]
+    results: deque[tuple[PlanEntry, Any, BaseException | None]] = field(default_factory=deque)
     is_done: bool = False
 
 
 class ThreadedRun:
-    """An iterator over (entry, batch), made by a feeder thread and a decode pool."""
+    """An iterator over (entry, batch), made by a feeder thread and a decode pool.
 
-    def __init__(self, feed: RunFeed, make: Callable[[Any], Any], pool: DecodePool, depth: int, waits: Waits) -> None:
+    `depth` tasks are ahead of the consumer. A task makes one batch, or several while these take less than
+    about `task_s`, provided that their entries are there.
+    """
+
+    def __init__(
+        self,
+        feed: RunFeed,
+        make: Make,
+        pool: DecodePool,
+        depth: int,
+        waits: Waits,
+        *,
+        task_s: float = TASK_S,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._feed, self._make, self._pool, self._depth, self._waits = feed, make, pool, depth, waits
+        self._task_s, self._now = task_s, now
+        self._size = 1  # batches of the next task
         lock = threading.RLock()
         self._changed = threading.Condition(lock)  # what a consumer waits for
         self._has_room = threading.Condition(lock)  # what the feeder waits for
-        self._queue: deque[_QueuedBatch] = deque()
+        self._queue: deque[_Task] = deque()
+        self._ready: deque[tuple[PlanEntry, Any, BaseException | None]] = deque()  # of the task that is being consumed
         self._tasks = 0
         self._is_fed = False
         self._is_closed = False
@@ -108,24 +137,17 @@ class ThreadedRun:
         return self
 
     def __next__(self) -> EntryAndBatch:
-        with self._changed:
-            wait(
-                self._changed,
-                self._can_answer,
-                "batch",
-                what="the next batch",
-                waits=self._waits,
-                deadline_s=_NO_DEADLINE_S,
-            )
+        while True:
             if self._is_closed:
                 raise RunClosedError
-            queued = self._queue.popleft() if self._queue else None
-            self._has_room.notify()
-        if queued is None:
-            raise self._feed_error or StopIteration
-        if queued.error is not None:
-            raise queued.error
-        return queued.entry, queued.batch
+            try:
+                entry, batch, error = self._ready.popleft()
+            except IndexError:
+                self._await_task()
+                continue
+            if error is not None:
+                raise error
+            return entry, batch
 
     def close(self) -> None:
         """Give up what is ahead, and wait for batches that are being built. May be called twice."""
@@ -135,60 +157,99 @@ class ThreadedRun:
             self._has_room.notify()
             wait(self._changed, lambda: self._tasks == 0, "shutdown", what="batches that are being built")
             self._queue.clear()
+            self._ready.clear()
         if self._feeder is not threading.current_thread():
             self._feeder.join()
             self._feed_error = None  # its traceback holds this run, and so all that the run uses
 
+    def _await_task(self) -> None:
+        """Wait for the next task's batches. Raises what ended the feed."""
+        with self._changed:
+            wait(
+                self._changed,
+                self._can_answer,
+                "batch",
+                what="the next batch",
+                waits=self._waits,
+                deadline_s=_NO_DEADLINE_S,
+            )
+            if self._is_closed or self._ready:
+                return
+            if not self._queue:
+                raise self._feed_error or StopIteration
+            self._ready = self._queue.popleft().results
+            self._has_room.notify()
+
     def _can_answer(self) -> bool:
-        return self._is_closed or (self._queue[0].is_done if self._queue else self._is_fed)
+        return self._is_closed or bool(self._ready) or (self._queue[0].is_done if self._queue else self._is_fed)
 
     def _fill_queue(self) -> None:
+        entries: list[PlanEntry] = []
         try:
             take_long_slices()
             let_breathe(True)
-            with contextlib.closing(self._feed.entries()) as entries:  # type: ignore[type-var]
-                for entry in entries:
-                    if not self._enqueue(entry):
+            with contextlib.closing(self._feed.entries()) as fed:  # type: ignore[type-var]
+                for entry in fed:
+                    entries.append(entry)
+                    if len(entries) < self._size and self._feed.has_next:
+                        continue
+                    task, entries = _Task(entries), []
+                    if not self._enqueue(task):
                         break
         except BaseException as error:  # handed to the consumer, whatever it is
-            self._feed_error = _not_an_end(error)
+            self._feed_error = error
         finally:
+            if entries:
+                self._enqueue(_Task(entries))
             with self._changed:
                 self._is_fed = True
                 self._changed.notify_all()
 
-    def _enqueue(self, entry: PlanEntry) -> bool:
-        """Wait for room in the queue, then give the entry to the pool; False when the run was closed."""
-        queued = _QueuedBatch(entry)
+    def _enqueue(self, task: _Task) -> bool:
+        """Wait for room in the queue, then give the task to the pool; False when the run was closed."""
         with self._changed:
             # No deadline but the consumer's: a trainer may take as long as it likes for a step.
             self._has_room.wait_for(lambda: self._is_closed or len(self._queue) < self._depth)
             if self._is_closed:
                 return False
             let_breathe(bool(self._queue))  # else the pool may have nothing to do
-            self._queue.append(queued)
+            self._queue.append(task)
             self._tasks += 1
         try:
-            self._pool.submit(lambda: self._run_task(queued))
+            self._pool.submit(lambda: self._run_task(task))
         except ServiceError as error:  # the pool was closed under us: no task will run
-            self._end_task(queued, error)
+            task.results.extend((entry, None, error) for entry in task.entries)
+            self._end_task(task)
         return True
 
-    def _run_task(self, queued: _QueuedBatch) -> None:
-        try:
-            if not self._is_closed:
-                queued.batch = self._make(queued.entry)
-        except BaseException as error:  # handed to the consumer, whatever it is
-            queued.error = _not_an_end(error)
-        try:
-            self._feed.done(queued.entry)
-        except BaseException as error:
-            queued.error = queued.error or error
-        self._end_task(queued, queued.error)
+    def _run_task(self, task: _Task) -> None:
+        began, entries, results = self._now(), task.entries, task.results
+        while not self._is_closed and len(results) < len(entries):
+            try:
+                left = entries[len(results) :]
+                for entry, batch in zip(left, self._make(left), strict=True):
+                    results.append((entry, batch, None))
+            except BaseException as failure:  # handed to the consumer, whatever it is
+                results.append((entries[len(results)], None, failure))
+        self._adapt(len(entries), self._now() - began)
+        for number, entry in enumerate(entries):
+            try:
+                self._feed.done(entry)
+            except BaseException as failure:
+                if number < len(results) and results[number][2] is None:
+                    results[number] = entry, None, failure
+        self._end_task(task)
 
-    def _end_task(self, queued: _QueuedBatch, error: BaseException | None) -> None:
+    def _adapt(self, made: int, took_s: float) -> None:
+        """Choose how many batches the next tasks make, after one that made so many."""
+        if took_s > 2 * self._task_s:
+            self._size = max(1, made // 2)
+        elif took_s < self._task_s / 2 and made == self._size:
+            self._size = min(_BATCHES_A_TASK_MAX, 2 * made)
+
+    def _end_task(self, task: _Task) -> None:
         with self._changed:
-            queued.error, queued.is_done = error, True
+            task.is_done = True
             self._tasks -= 1
             self._changed.notify_all()
 
@@ -196,7 +257,7 @@ class ThreadedRun:
 class InlineRun:
     """The same iterator without threads: each batch is made when it is asked for."""
 
-    def __init__(self, feed: RunFeed, make: Callable[[Any], Any], waits: Waits) -> None:
+    def __init__(self, feed: RunFeed, make: Make, waits: Waits) -> None:
         self._feed, self._make, self._waits = feed, make, waits
         self._entries = feed.entries()
         self._is_closed = False
@@ -221,9 +282,7 @@ class InlineRun:
             raise RunClosedError
         entry = next(self._entries)
         try:
-            batch = self._make(entry)
-        except StopIteration as error:
-            raise _not_an_end(error) from error
+            (batch,) = self._make([entry])
         finally:
             self._feed.done(entry)
         return entry, batch
@@ -231,15 +290,6 @@ class InlineRun:
     def close(self) -> None:
         """Give up what is ahead; a batch that is being built is finished by its own thread. May be called twice."""
         self._is_closed = True
-
-
-def _not_an_end(error: BaseException) -> BaseException:
-    """`error`; or, for a StopIteration out of a user's function, what does not look like the end of the epoch."""
-    if isinstance(error, StopIteration):
-        wrapped = RuntimeError("a function that makes batches raised StopIteration")
-        wrapped.__cause__ = error
-        return wrapped
-    return error
 
 
 Task = Callable[[], None]

@@ -7,7 +7,7 @@ each epoch of it, from which samples come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +30,7 @@ from fastload.pipeline.finish import (
     SourceBuilder,
     rows_of_parts,
 )
-from fastload.pipeline.gather import Gatherer, LocalMemory, Memory, SampleGatherer, Skips, part_of_entry
+from fastload.pipeline.gather import Gatherer, LocalMemory, Memory, SampleGatherer, Skips, joined_entry, part_of_entry
 from fastload.pipeline.job import Job
 from fastload.pipeline.reader import ScatteredReader, WindowReader, check_allowed, holds
 from fastload.pipeline.source import AttachedConsumer, Source
@@ -116,17 +116,39 @@ class EpochPass:
         """The memory of batches that this process makes. It outlives the pass."""
         return self.sources[0].source.slots
 
-    def make(self, entry: Batch, finish: Callable[[Any], Any], memory: Memory, *, is_keyed: bool = False) -> Any:
-        """What `finish` makes of an entry's samples, without those that cannot be read where these are skipped. They
-        are gathered into `memory`, with a key for each if `is_keyed`.
+    def make(
+        self,
+        entries: Sequence[Batch],
+        finish: Callable[[list[GatheredBatch]], Iterable[Any]],
+        memory: Memory,
+        *,
+        is_keyed: bool = False,
+    ) -> Iterator[Any]:
+        """What `finish` makes of the samples of each of some entries, one after the other; without those that cannot be
+        read where these are skipped. They are gathered into `memory`, with a key for each if `is_keyed`.
+
+        All are gathered at once, which costs little more than to gather one of them. Where that fails, they are
+        gathered one by one, so that an error is raised for its own entry, after what is made of those before.
         """
-        parts, part_of = entry.parts, None if self.builder.mixing is None else entry.part_of
-        try:
-            return finish(self._gather(parts, part_of, memory, is_keyed))
-        except SAMPLE_ERRORS:
-            if self.skips is None:
-                raise
-            return finish(self._gather(*self._readable(parts, part_of), memory, is_keyed))
+        made_count = 0
+        together = self._gather_together(entries, memory, is_keyed) if len(entries) > 1 else []
+        if together:
+            try:
+                for made in finish(together):
+                    made_count += 1
+                    yield made
+            except SAMPLE_ERRORS:
+                if self.skips is None:
+                    raise
+        for entry in entries[made_count:]:
+            parts, part_of = entry.parts, self._part_of(entry)
+            try:
+                (made,) = finish([self._gather(parts, part_of, memory, is_keyed)])
+            except SAMPLE_ERRORS:
+                if self.skips is None:
+                    raise
+                (made,) = finish([self._gather(*self._readable(parts, part_of), memory, is_keyed)])
+            yield made
 
     @contextmanager
     def interrupted(self) -> Iterator[None]:
@@ -141,6 +163,34 @@ class EpochPass:
         with ExitStack() as ending:
             for each in self.sources:
                 ending.callback(each.end)
+
+    def _part_of(self, entry: Batch) -> PartOf | None:
+        return None if self.builder.mixing is None else entry.part_of
+
+    def _gather_together(self, entries: Sequence[Batch], memory: Memory, is_keyed: bool) -> list[GatheredBatch]:
+        """The samples of each entry; none where any cannot be gathered."""
+        of_origins: dict[tuple[int, int], list[BatchEntry]] = {}
+        for entry in entries:
+            for part in entry.parts:
+                of_origins.setdefault((part.source, part.epoch), []).append(part)
+        try:
+            memory.begin()
+            gathered = {
+                origin: self.sources[origin[0]]
+                .gatherer.gather(joined_entry(parts), memory, is_keyed=is_keyed)
+                .split([len(part) for part in parts])
+                for origin, parts in of_origins.items()
+            }
+        except Exception:  # it is found, and raised again, where the entries are gathered one by one
+            return []
+        return [
+            GatheredBatch(
+                [next(gathered[part.source, part.epoch]) for part in entry.parts],
+                [part.source for part in entry.parts],
+                self._part_of(entry),
+            )
+            for entry in entries
+        ]
 
     def _gather(
         self, parts: Sequence[BatchEntry], part_of: PartOf | None, memory: Memory, is_keyed: bool

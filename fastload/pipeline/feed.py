@@ -55,6 +55,7 @@ class Feed(Generic[Entry]):
         self._opened = 0  # windows since the last plan
         self._waiting: deque[Entry] = deque()  # held, and not due yet
         self._waiting_samples = self._given_samples = 0
+        self._is_last = False  # what waits are the last entries, which nothing follows
 
     def entries(self) -> Iterator[Entry]:
         """Every entry in order; each is held until `done` is called with it."""
@@ -78,8 +79,8 @@ class Feed(Generic[Entry]):
             entries = self._more()
         with self._using_cursor:
             entries = cursor.finish()
+        self._is_last = True
         yield from self._held(entries)
-        yield from self._due(0)
         self._retire_all_but(frozenset())
         for source in self._sources:
             source.reader.exhausted(source.expected_next(), cursor.epoch + 1)
@@ -88,6 +89,12 @@ class Feed(Generic[Entry]):
         """Where a run stands once an entry is delivered. Thread-safe."""
         with self._using_cursor:
             return self._cursor.position(entry)
+
+    @property
+    def has_next(self) -> bool:
+        """Whether an entry is due: the next one comes without a wait. For the thread that iterates over `entries`."""
+        # What waits grows with what was given, so that the first batch does not wait for all of it.
+        return bool(self._waiting) and self._waiting_samples > min(self._lookahead, 2 * self._given_samples)
 
     def done(self, entry: Entry) -> None:
         """The entry's batch is built, or given up."""
@@ -147,18 +154,17 @@ class Feed(Generic[Entry]):
                 self._sources[part.source].reader.hold(part, part.windows)
             self._waiting.append(entry)
             self._waiting_samples += len(entry)
-        # What waits grows with what was given, so that the first batch does not wait for all of it.
-        yield from self._due(self._sources[0].reader.lookahead if self._is_alone else 0)
-
-    def _due(self, lookahead: int) -> Iterator[Entry]:
-        """Entries, as long as more than `lookahead` samples wait, or than were given before."""
-        while self._waiting and self._waiting_samples > min(lookahead, 2 * self._given_samples):
+        while self.has_next:
             entry = self._waiting.popleft()
             self._waiting_samples -= len(entry)
             self._given_samples += len(entry)
             for part in entry.parts:
                 self._sources[part.source].reader.due(part)
             yield entry
+
+    @property
+    def _lookahead(self) -> int:
+        return self._sources[0].reader.lookahead if self._is_alone and not self._is_last else 0
 
     def _retire_all_but(self, needed: frozenset[WindowKey]) -> None:
         for number, source in enumerate(self._sources):

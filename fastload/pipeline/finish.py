@@ -18,7 +18,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, repeat
+from itertools import accumulate, pairwise, repeat
 from typing import Any, Literal
 
 import numpy as np
@@ -28,16 +28,16 @@ from torch.utils.data import default_collate
 from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from fastload import callers
-from fastload.cached_attribute import cached_attribute
 from fastload.decode import Decoder
 from fastload.decode.base import Keys
 from fastload.decode.optional import Present, decode_optional
-from fastload.decode.plain import Raw
 from fastload.errors import ConfigError, DecodeError, MissingColumnError
 from fastload.kernels.interleave import interleave_offsets, interleave_rows, interleave_values
 from fastload.kernels.yielding import yield_state
 from fastload.pipeline.columns import KEY, URL, ColumnSet
+from fastload.pipeline.names import Names
 from fastload.ragged import Ragged, presence, unchecked
+from fastload.strings import Strings
 from fastload.transport.slots import Slots
 
 Ints = npt.NDArray[np.int64]
@@ -56,40 +56,12 @@ def _as_list(values: list[Any], *, collate_fn_map: Any = None) -> list[Any]:
     return values
 
 
-class Names:
-    """Keys and URLs of some samples, looked up when they are first needed."""
-
-    def __init__(self, keys: Callable[[], list[str]], urls: Callable[[], list[str]]) -> None:
-        self._keys, self._urls = keys, urls
-
-    @cached_attribute
-    def keys(self) -> list[str]:
-        """The samples' keys."""
-        return self._keys()
-
-    @cached_attribute
-    def urls(self) -> list[str]:
-        """The URLs of their shards."""
-        return self._urls()
-
-    def place(self, number: int, column: str) -> str:
-        """Where a value is, for an error."""
-        return f"{self.urls[number]}: sample {self.keys[number]!r}, column {column!r}"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _names, (self.keys, self.urls)
-
-
-def _names(keys: list[str], urls: list[str]) -> Names:
-    return Names(lambda: keys, lambda: urls)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Gathered:
     """`count` samples of one data set: for each column its values end to end, and their offsets int64[count + 1].
 
-    `random_keys`: uint64[count], where something needs them. `present`: of each optional column, bool[count]: which
-    samples have it; its values are empty where they do not.
+    They are those of `names` from number `first` on. `random_keys`: uint64[count], where something needs them.
+    `present`: of each optional column, bool[count]: which samples have it; its values are empty where they do not.
     """
 
     count: int
@@ -97,6 +69,35 @@ class Gathered:
     columns: dict[str, tuple[Bytes, Ints]]
     random_keys: Keys | None
     present: dict[str, Present] = field(default_factory=dict)
+    first: int = 0
+
+    @property
+    def keys(self) -> Strings:
+        """The samples' keys."""
+        return Strings(self.names.keys, self.first, self.first + self.count)
+
+    @property
+    def urls(self) -> Strings:
+        """The URLs of their shards."""
+        return Strings(self.names.urls, self.first, self.first + self.count)
+
+    def place(self, number: int, column: str) -> str:
+        """Where a value is, for an error."""
+        return self.names.place(self.first + number, column)
+
+    def split(self, sizes: Sequence[int]) -> Iterator[Gathered]:
+        """The samples in parts of these sizes, one after the other; views."""
+        bounds = list(accumulate(sizes, initial=0))
+        edges = {name: offsets[bounds].tolist() for name, (_, offsets) in self.columns.items()}
+        for number, (start, stop) in enumerate(pairwise(bounds)):
+            part = slice(start, stop)
+            columns = {}
+            for name, (values, offsets) in self.columns.items():
+                low, high = edges[name][number : number + 2]
+                columns[name] = values[low:high], offsets[start : stop + 1] - low
+            present = {name: there if there is None else there[part] for name, there in self.present.items()}
+            keys = None if self.random_keys is None else self.random_keys[part]
+            yield Gathered(stop - start, self.names, columns, keys, present, self.first + start)
 
     @property
     def seed(self) -> int | None:
@@ -138,23 +139,22 @@ class SourceBuilder:
         if self.columns.as_tuple:
             return tuple(values)
         return {
-            KEY: gathered.names.keys,
-            URL: gathered.names.urls,
+            KEY: gathered.keys,
+            URL: gathered.urls,
             **dict(zip(gathered.columns, values, strict=True)),
         }
 
     def samples(self, gathered: Gathered, reseed: Reseed) -> Iterator[Any]:
         """The samples, one by one."""
-        names = gathered.names
         columns = [
             (name, self.columns.decoder(name), memoryview(values.data), offsets.tolist(), gathered.present.get(name))
             for name, (values, offsets) in gathered.columns.items()
         ]
         keys = [None] * gathered.count if gathered.random_keys is None else gathered.random_keys.tolist()
-        for number, (key, url, random_key) in enumerate(zip(names.keys, names.urls, keys, strict=True)):
+        for number, (key, url, random_key) in enumerate(zip(gathered.keys, gathered.urls, keys, strict=True)):
             sample = {
                 name: decoder.decode_one(
-                    view[offsets[number] : offsets[number + 1]], names.place(number, name), random_key
+                    view[offsets[number] : offsets[number + 1]], gathered.place(number, name), random_key
                 )
                 if present is None or present[number]
                 else decoder.missing()
@@ -168,12 +168,12 @@ class SourceBuilder:
         decoder: Decoder = self.columns.decoder(name)
 
         def where(number: int) -> str:
-            return gathered.names.place(number, name)
+            return gathered.place(number, name)
 
         present = gathered.present.get(name)
         if present is not None:
             return decode_optional(decoder, values, offsets, present, where, gathered.random_keys, slots.take_array)
-        if isinstance(decoder, Raw):
+        if decoder.is_in_place:
             return decoder.decode_owned(values, offsets, where)
         fixed = decoder.fixed()
         if fixed is not None:
@@ -251,9 +251,9 @@ class BatchBuilder:
         if gathered.part_of is not None:
             part = int(gathered.part_of[number])
             number = int(np.count_nonzero(gathered.part_of[:number] == part))
-        names = gathered.parts[part].names
+        samples = gathered.parts[part]
         functions = (*self.sources[gathered.sources[part]].functions, *functions)
-        return functions[-1], f"sample {names.keys[number]!r} of {names.urls[number]}"
+        return functions[-1], f"sample {samples.keys[number]!r} of {samples.urls[number]}"
 
     @staticmethod
     def _mixed(
@@ -346,7 +346,10 @@ def apply(functions: Sequence[Function], value: Any, what: str, key: int | None,
         reseed(key)
     for function in functions:
         try:
-            value = function(value)
+            try:
+                value = function(value)
+            except StopIteration as error:  # it would look like the end of the epoch
+                raise RuntimeError(f"{_name(function)} raised StopIteration") from error
         except Exception as error:
             callers.mark_as_users(error)
             error.add_note(f"in {_name(function)}, called with {what}")
@@ -386,6 +389,8 @@ def interleave(name: str, parts: Sequence[Any], part_of: PartOf, slots: Slots) -
         return _rows(list(map(np.ascontiguousarray, parts)), part_of, slots)
     if isinstance(parts[0], Ragged):
         return _ragged(parts, part_of, slots)
+    if isinstance(parts[0], Strings):
+        return Strings(lambda: _list(parts, part_of), 0, len(part_of))
     return _list(parts, part_of)
 
 
@@ -394,7 +399,7 @@ def _kind(value: Any) -> str:
         return f"a tensor of {value.dtype}{list(value.shape[1:])}"
     if isinstance(value, Ragged):
         return f"a Ragged of {value.kind} {value.values.dtype}"
-    return "a list"
+    return "strings" if isinstance(value, Strings) else "a list"
 
 
 def _rows(parts: Sequence[npt.NDArray[Any]], part_of: PartOf, slots: Slots) -> npt.NDArray[Any]:

@@ -26,12 +26,12 @@ import numpy.typing as npt
 from fastload import callers
 from fastload.client.consumer import Consumer
 from fastload.decode.base import Keys, sample_keys
-from fastload.decode.plain import Raw
 from fastload.errors import ConfigError, MissingColumnError
 from fastload.kernels.gather import gather_columns, lay_out
 from fastload.pipeline.columns import meant, shown
 from fastload.pipeline.delivery import PlanEntry
-from fastload.pipeline.finish import SAMPLE_ERRORS, Gathered, Names, SourceBuilder
+from fastload.pipeline.finish import SAMPLE_ERRORS, Gathered, SourceBuilder
+from fastload.pipeline.names import UrlTable
 from fastload.pipeline.windows import Ints, LiveWindows, LocatedSamples, Values
 from fastload.plan import BatchEntry, Manifest
 from fastload.transport import SharedPool
@@ -211,7 +211,7 @@ class SampleGatherer:
         skips: Skips | None = None,
     ) -> None:
         self.builder = builder
-        self._urls_of = manifest.urls_of
+        self._urls = UrlTable(manifest.urls_of)
         self._columns = builder.columns
         self._seed = seed
         self._live = live
@@ -224,14 +224,13 @@ class SampleGatherer:
         random_keys: Keys | None = None
         if is_keyed or self._columns.wants_keys():
             random_keys = sample_keys(self._seed, entry.epoch, entry.object_no, entry.sample_no)
-        located = LocatedSamples(entry, self._live, self._urls_of)
+        located = LocatedSamples(entry, self._live, self._urls)
         names = self._names(located)
         values = self._values(located, names)
         present = {
             name: values.offset[number] >= 0 for number, name in enumerate(names) if name in self._columns.optional
         }
-        of_samples = Names(located.keys, located.urls)
-        return Gathered(len(entry), of_samples, self._gather(values, names, memory), random_keys, present)
+        return Gathered(len(entry), located.names(), self._gather(values, names, memory), random_keys, present)
 
     def readable(self, entry: BatchEntry, memory: Memory) -> list[int]:
         """Which samples of the entry can be read; all of them where the user does not let any be skipped."""
@@ -251,7 +250,7 @@ class SampleGatherer:
 
     def chunks_of(self, entry: BatchEntry) -> Ints:
         """The chunks that an entry needs. Missing values need none; they are an error when the batch is built."""
-        located = LocatedSamples(entry, self._live, self._urls_of)
+        located = LocatedSamples(entry, self._live, self._urls)
         members = located.all_columns() if self._columns.members is None else self._columns.members
         return self._gatherer.lay_out(located.values_of(members)[0]).chunk_nos
 
@@ -265,7 +264,7 @@ class SampleGatherer:
         if self._present is None:
             self._present = present
         if present is not self._present and set(present) != set(self._present):
-            (url,) = self._urls_of(located.entry.object_no[:1])
+            (url,) = self._urls.of(located.entry.object_no[:1])
             raise MissingColumnError(
                 f"{url}: its window of shards has the columns {shown(sorted(present))}, and earlier ones "
                 f"have {shown(sorted(self._present))}; name the columns with columns=[...] or decode={{...}}, and "
@@ -278,7 +277,7 @@ class SampleGatherer:
         layout = self._gatherer.lay_out(values)
         out = []
         for name, byte_count in zip(names, layout.out_offset[:, -1].tolist(), strict=True):
-            take = memory.give if isinstance(self._columns.decoder(name), Raw) else memory.stage
+            take = memory.give if self._columns.decoder(name).is_in_place else memory.stage
             out.append(take(byte_count))
         self._gatherer.fill(layout, out)
         return dict(zip(names, zip(out, layout.out_offset, strict=True), strict=True))
@@ -294,7 +293,7 @@ class SampleGatherer:
             if len(found):
                 name, number = names[lacking[found[0, 0]]], int(found[0, 1])
                 hint = "" if columns.names is not None else " name the columns with columns=[...], and"
-                place = Names(located.keys, located.urls).place(number, name)
+                place = located.names().place(number, name)
                 raise MissingColumnError(
                     f"{place}: the sample has no such column; the shards read with it have "
                     f"{shown(located.present())}.{meant(name, located.present())} Where samples may lack it,{hint} "
@@ -309,7 +308,7 @@ class SampleGatherer:
             marked = member + "?"
             if name in self._columns.optional and marked not in members and located.have(marked):
                 raise ConfigError(
-                    f"{located.urls()[0]}: its window of shards has a column whose name is {marked!r}, and "
+                    f"{located.names().urls()[0]}: its window of shards has a column whose name is {marked!r}, and "
                     f"{name + '?'!r} means {name!r}, which samples may lack; write {name + '??'!r} for the other one"
                 )
 
@@ -317,3 +316,13 @@ class SampleGatherer:
 def part_of_entry(entry: BatchEntry, numbers: list[int]) -> BatchEntry:
     """The entry with some of its samples alone."""
     return replace(entry, object_no=entry.object_no[numbers], sample_no=entry.sample_no[numbers])
+
+
+def joined_entry(parts: Sequence[BatchEntry]) -> BatchEntry:
+    """An entry with the samples of all `parts`, which are of one source and epoch, for their bytes alone."""
+    if len(parts) == 1:
+        return parts[0]
+    object_no, sample_no = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("object_no", "sample_no")
+    )
+    return replace(parts[0], object_no=object_no, sample_no=sample_no)

@@ -8,7 +8,7 @@ live and given back once no batch can need them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 
@@ -17,15 +17,14 @@ import numpy.typing as npt
 
 from fastload.errors import MissingColumnError
 from fastload.formats import ShardIndex
-from fastload.kernels.rows import append_keys, fill_places, find_rows, look_up, write_keys
+from fastload.kernels.rows import append_keys, fill_places, find_rows, look_up
 from fastload.kernels.yielding import yield_state
 from fastload.pipeline.columns import shown
+from fastload.pipeline.names import KeyTable, Names, UrlTable
 from fastload.plan import BatchEntry
 
 Ints = npt.NDArray[np.int64]
 
-# Shards of a window whose URLs are kept as Python's strings: a million would take 100 MB.
-_URLS_KEPT = 4096
 # Places of values, 16 bytes each, in a table of all columns.
 _PLACES_MAX, _PLACES_A_MEMBER_MAX = 1 << 20, 16
 
@@ -57,12 +56,9 @@ class Window:
     counts: Ints = field(init=False)
     _member_count: int = field(init=False)
     _base: Ints = field(init=False)
-    _key_bytes: npt.NDArray[np.uint8] = field(init=False)
-    _key_starts: Ints = field(init=False)
-    _key_bytes_max: int = field(init=False)
+    keys: KeyTable = field(init=False)
     _places: dict[tuple[str, ...], Ints] = field(init=False, default_factory=dict)
     _columns: tuple[str, ...] | None = field(init=False, default=None)
-    _urls: list[str] | None = field(init=False, default=None)
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -71,15 +67,14 @@ class Window:
         self._base = np.concatenate([[0], np.cumsum(self.counts)])
         # Ends fall together with the next start, so one array of S + 1 offsets serves the whole window.
         first_bytes = np.cumsum([0, *(len(index.key_bytes) for index in self.indexes)]).tolist()
-        self._key_bytes = np.empty(first_bytes[-1], np.uint8)
-        self._key_starts = np.empty(int(self._base[-1]) + 1, np.int64)
-        self._key_starts[-1] = first_bytes[-1]
-        self._key_bytes_max = 0
+        key_bytes, key_starts = np.empty(first_bytes[-1], np.uint8), np.empty(int(self._base[-1]) + 1, np.int64)
+        key_starts[-1], key_bytes_max = first_bytes[-1], 0
         for index, row, first_byte in zip(self.indexes, self._base.tolist(), first_bytes, strict=False):
-            starts = self._key_starts[row : row + index.sample_count]
-            longest = append_keys(index.key_offsets, index.key_bytes, first_byte, starts, self._key_bytes)
+            starts = key_starts[row : row + index.sample_count]
+            longest = append_keys(index.key_offsets, index.key_bytes, first_byte, starts, key_bytes)
             assert longest >= 0, f"keys of {index.sample_count} samples do not fit their window"
-            self._key_bytes_max = max(self._key_bytes_max, longest)
+            key_bytes_max = max(key_bytes_max, longest)
+        self.keys = KeyTable(key_bytes, key_starts, key_bytes_max)
 
     def columns(self) -> tuple[str, ...]:
         """The names of all columns in these shards, in the order in which they first appear."""
@@ -116,24 +111,6 @@ class Window:
             raise IndexError(f"row {row} is none of {len(places)}, or sample {sample} none of {values.size.shape[1]}")
         return missing
 
-    def keys(self, rows: Ints) -> list[str]:
-        """Their keys. Written as one text and cut at NUL, which no key holds: no Python a sample."""
-        if not len(rows):
-            return []
-        text = np.empty(len(rows) * (self._key_bytes_max + 1), np.uint8)
-        byte_count = write_keys(yield_state, self._key_bytes, self._key_starts, rows, text)
-        if byte_count < 0:
-            raise IndexError(f"row {rows[-1 - byte_count]} is none of {len(self._key_starts) - 1}")
-        return str(text.data[: byte_count - 1], "utf-8", "backslashreplace").split("\0")
-
-    def urls(self, places: Ints, urls_of: Callable[[Ints], list[str]]) -> list[str]:
-        """The URLs of shards at `places` in `object_nos`."""
-        if len(self.object_nos) > _URLS_KEPT:
-            return urls_of(self.object_nos.take(places))
-        if self._urls is None:
-            self._urls = urls_of(self.object_nos)
-        return list(map(self._urls.__getitem__, places.tolist()))
-
     def _places_of(self, columns: tuple[str, ...]) -> Ints:
         table = np.empty((int(self._base[-1]), 1 + 2 * len(columns)), np.int64)
         numbers = {name: number for number, name in enumerate(columns)}
@@ -164,7 +141,6 @@ class LiveWindows:
         self._by_number: dict[int, Window] = {}
         self._opened_count = 0
         self._window_of = np.full(object_count, -1, np.int64)  # by object: the number of a window that is open
-        self._place_of = np.zeros(object_count, np.int64)
         self._first_row_of = np.zeros(object_count, np.int64)
         self._holders: dict[Hashable, int] = {}  # window -> how many batches that are being built need it
         self._retired: set[Hashable] = set()
@@ -181,13 +157,13 @@ class LiveWindows:
             self._open[window.key] = self._by_number[window.number] = window
             self._retired.discard(window.key)
 
-    def find(self, object_no: npt.NDArray[np.int32], sample_no: Ints) -> list[tuple[Window, Ints, Ints, Ints]]:
-        """The windows of these samples: (window, which of the samples, their shards' places in it, their rows)."""
+    def find(self, object_no: npt.NDArray[np.int32], sample_no: Ints) -> list[tuple[Window, Ints, Ints]]:
+        """The windows of these samples: (window, which of the samples, their rows)."""
         object_no, sample_no = np.ascontiguousarray(object_no), np.ascontiguousarray(sample_no)
-        found = np.empty((3, len(object_no)), np.int64)
+        found = np.empty((2, len(object_no)), np.int64)
         with self._lock:
             numbers, ends = np.empty((2, len(self._by_number)), np.int64)
-            by_object = self._window_of, self._place_of, self._first_row_of
+            by_object = self._window_of, self._first_row_of
             count = find_rows(*by_object, object_no, sample_no, numbers, ends, found)
             assert count >= 0, f"object {object_no[-1 - count]} is in no open window"
             windows = [self._by_number[number] for number in numbers[:count].tolist()]
@@ -227,7 +203,6 @@ class LiveWindows:
 
     def _show(self, window: Window) -> None:
         self._window_of[window.object_nos] = window.number
-        self._place_of[window.object_nos] = np.arange(len(window.object_nos))
         self._first_row_of[window.object_nos] = window.first_rows
 
     def _close(self) -> list[Window]:
@@ -246,7 +221,6 @@ class LiveWindows:
         for other in self._by_number.values():
             places = np.flatnonzero(np.isin(other.object_nos, mine))
             self._window_of[other.object_nos[places]] = other.number
-            self._place_of[other.object_nos[places]] = places
             self._first_row_of[other.object_nos[places]] = other.first_rows[places]
 
 
@@ -254,27 +228,27 @@ class LocatedSamples:
     """The samples of one plan entry, looked up in the open windows: where their values lie, their keys and URLs.
 
     They may lie in several windows. Each window fills in the rows of its own samples, so that arrays are in the entry's
-    order from the start. `urls_of` gives the URLs of objects. Used by one thread.
+    order from the start. Used by one thread.
     """
 
-    def __init__(self, entry: BatchEntry, live: LiveWindows, urls_of: Callable[[Ints], list[str]]) -> None:
+    def __init__(self, entry: BatchEntry, live: LiveWindows, urls: UrlTable) -> None:
         self.entry = entry
-        self._urls_of = urls_of
+        self._urls = urls
         self._parts = live.find(entry.object_no, entry.sample_no)
 
     def have(self, column: str) -> bool:
-        return any(column in window.columns() for window, _, _, _ in self._parts)
+        return any(column in window.columns() for window, _, _ in self._parts)
 
     def present(self) -> tuple[str, ...]:
         if len(self._parts) == 1:
             return self._parts[0][0].columns()
-        return tuple(dict.fromkeys(name for window, _, _, _ in self._parts for name in window.columns()))
+        return tuple(dict.fromkeys(name for window, _, _ in self._parts for name in window.columns()))
 
     def all_columns(self) -> tuple[str, ...]:
         """Those that are present, to read all of them. MissingColumnError where most samples lack most of them."""
-        for window, _, places, _ in self._parts:
+        for window, samples, _ in self._parts:
             if window.is_sparse:
-                (url,) = window.urls(places[:1], self._urls_of)
+                (url,) = self._urls.of(self.entry.object_no[samples[:1]])
                 raise MissingColumnError(
                     f"{url}: its window of shards has {len(window.columns())} columns, and most samples lack most of "
                     f"them: {shown(window.columns())}. A column is what follows the first dot of a member's name, so "
@@ -286,25 +260,14 @@ class LocatedSamples:
     def values_of(self, columns: tuple[str, ...]) -> tuple[Values, int]:
         """Where the values of these columns lie, offset -1 where a sample has none, and how many of these there are."""
         values = Values.room(len(columns), len(self.entry))
-        missing = [window.look_up(columns, rows, samples, values) for window, samples, _, rows in self._parts]
+        missing = [window.look_up(columns, rows, samples, values) for window, samples, rows in self._parts]
         return values, sum(missing)
 
-    def keys(self) -> list[str]:
-        return self._in_order([window.keys(rows) for window, _, _, rows in self._parts])
-
-    def urls(self) -> list[str]:
-        """The URLs of their shards. Those of one shard are one object."""
-        return self._in_order([window.urls(places, self._urls_of) for window, _, places, _ in self._parts])
-
-    def _in_order(self, texts: list[list[str]]) -> list[str]:
-        """What is known of the samples by window, in the order of the entry."""
-        if len(texts) == 1:
-            return texts[0]
-        joined = np.empty(len(self.entry), object)
-        for (_, samples, _, _), part in zip(self._parts, texts, strict=True):
-            joined[samples] = part
-        listed: list[str] = joined.tolist()
-        return listed
+    def names(self) -> Names:
+        """The samples' keys and URLs."""
+        is_one = len(self._parts) == 1
+        keys = [(None if is_one else samples, window.keys, rows) for window, samples, rows in self._parts]
+        return Names(keys, self.entry.object_no, self._urls)
 
 
 def window_chunks(first_chunk: Ints, object_nos: Sequence[int] | Ints) -> Ints:

@@ -17,6 +17,7 @@ functions (see `finish`), leaves Ctrl-C to the trainer, and gives torch one thre
 from __future__ import annotations
 
 import contextlib
+import io
 import multiprocessing
 import os
 import pickle
@@ -39,9 +40,10 @@ from torch.utils.data._utils import worker as torch_worker
 from fastload import callers
 from fastload.errors import ConfigError, WaitTimeoutError, WorkerError
 from fastload.lifecycle import Ending, held_while_forking
-from fastload.pipeline.finish import Finish, Reseed, reseed_all
+from fastload.pipeline.finish import Finish, GatheredBatch, Reseed, reseed_all
 from fastload.pipeline.gather import SharedMemory
 from fastload.transport import Link, LinkClosedError, SharedPool
+from fastload.transport.pickling import dump_apart
 from fastload.transport.worker_process import (
     HOW_TO_SEND,
     freeze_existing_objects,
@@ -185,23 +187,24 @@ class _Channel:
         self._poll.register(sock, select.POLLIN)
         self._poll.register(process.sentinel, select.POLLIN)
 
-    def call(self, gathered: Any) -> Any:
-        """What the worker makes of it. Raises what it raised there, or `WorkerError` where it has died."""
+    def call(self, gathered: list[GatheredBatch]) -> Iterator[Any]:
+        """What the worker makes of each. Raises what it raised there, or `WorkerError` where it has died."""
         if self._is_out_of_step:
             raise WorkerError(f"worker process {self._pid} of the loader failed before; iterate anew, with another")
         try:
             self._link.send(gathered)
             self._wait()
-            is_made, made = self._link.receive()
+            answers = self._link.receive()
         except LinkClosedError as error:
             self.is_broken = True
             raise WorkerError(self._how_it_ended()) from error
         except BaseException:
             self.is_broken = self._is_out_of_step = True  # a late answer is no answer to the next call
             raise
-        if not is_made:
-            raise _rebuilt(*made)
-        return made
+        for is_made, made in answers:
+            if not is_made:
+                raise _rebuilt(*made)
+            yield made
 
     def close(self) -> None:
         """Let the worker's thread end."""
@@ -351,15 +354,33 @@ def _serve(sock: socket.socket, finish: Finish, reseed: Reseed, failure: tuple[A
 
 def _answer(link: Link, finish: Finish, reseed: Reseed, failure: tuple[Any, ...] | None) -> None:
     gathered = link.receive()
-    if failure is not None:
-        link.send((False, failure))
-        return
+    answers: list[tuple[bool, Any]] = []
     try:
-        link.send((True, finish(gathered, link.pool, reseed)))
+        if failure is None:
+            for each in gathered:
+                answers.append((True, finish(each, link.pool, reseed)))
+        else:
+            answers.append((False, failure))
+    except BaseException as error:  # of the user's function
+        answers.append((False, _packed(error)))
+    try:
+        link.send(answers)
     except LinkClosedError:
         raise
-    except BaseException as error:  # of the user's function, or since what it made cannot be pickled
-        link.send((False, _packed(error)))
+    except BaseException:  # something that was made cannot be pickled
+        link.send(_sendable(answers))
+
+
+def _sendable(answers: list[tuple[bool, Any]]) -> list[tuple[bool, Any]]:
+    """The answers up to the first that cannot be pickled, which becomes an error."""
+    sendable: list[tuple[bool, Any]] = []
+    for answer in answers:
+        try:
+            dump_apart(answer, io.BytesIO())
+        except BaseException as error:
+            return [*sendable, (False, _packed(error))]
+        sendable.append(answer)
+    return sendable
 
 
 def _packed(error: BaseException) -> tuple[bytes | None, str, str, str]:

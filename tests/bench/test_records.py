@@ -12,7 +12,7 @@ from bench.targets import Figure
 
 
 def test_archives_of_records_are_what_tarfile_reads() -> None:
-    shard = records.tar_of_records(9_999_997, 5, 600, np.random.default_rng(0))
+    shard = records.tar_of(9_999_997, np.random.default_rng(0).integers(0, 256, (5, 600), np.uint8), "bin")
     with tarfile.open(fileobj=io.BytesIO(shard)) as archive:
         members = archive.getmembers()
         contents = [archive.extractfile(member).read() for member in members]  # type: ignore[union-attr]

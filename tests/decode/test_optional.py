@@ -69,6 +69,8 @@ CASES: list[tuple[fd.Decoder, list[bytes]]] = [
     (fd.array(default=np.zeros((0, 3), np.int8)), ARRAYS),
     (fd.array((2, 3), "float32", default=-1), ARRAYS),
     (fd.array((2, 3), "float64", default=[0, 1, 2]), ARRAYS),
+    (fd.flat("<i2"), [b"", b"abcd", b"ef"]),
+    (fd.flat(">f4", (1, 2), default=-1.5), [bytes(8), b"abcdefgh"]),
     (fd.image(8, default=0.5), JPEGS),
     (fd.image(8, dtype="uint8", layout="NHWC", default=(1, 2, 3)), JPEGS),
     (fd.image(4, random_resized_crop=True, hflip=0.5, default=(0.1, 0.2, 0.3)), JPEGS),

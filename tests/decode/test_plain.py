@@ -28,6 +28,7 @@ from tests.decode.helpers import decode, group, npy, where
         fd.json(),
         fd.array(),
         fd.array((3, 2), "float32"),
+        fd.flat("uint16", 2048),
         fd.image(8),
     ],
     ids=repr,
@@ -40,7 +41,7 @@ def test_decoders_are_values(decoder: fd.Decoder) -> None:
 
 
 def test_public_names() -> None:
-    assert set(fd.__all__) >= {"Decoder", "array", "image", "integer", "json", "raw", "text"}
+    assert set(fd.__all__) >= {"Decoder", "array", "flat", "image", "integer", "json", "raw", "text"}
     assert all(callable(getattr(fd, name)) for name in fd.__all__)
 
 
@@ -132,8 +133,14 @@ def test_json_that_is_none(bad: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("decoder", "item"),
-    [(fd.raw(), b"abc"), (fd.integer(), b"17"), (fd.array(2, "f4"), npy(np.arange(2)))],
-    ids=["raw", "integer", "array"],
+    [
+        (fd.raw(), b"abc"),
+        (fd.integer(), b"17"),
+        (fd.array(2, "f4"), npy(np.arange(2))),
+        (fd.flat("f4", 2), bytes(8)),
+        (fd.flat("u2"), bytes(8)),
+    ],
+    ids=["raw", "integer", "array", "flat", "flat of any length"],
 )
 def test_no_python_per_sample(decoder: fd.Decoder, item: bytes) -> None:
     def calls(count: int) -> int:

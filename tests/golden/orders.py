@@ -143,7 +143,7 @@ def _epochs(dataset: Any, count: int, **options: Any) -> list[Any]:
     with fastload.DataLoader(dataset, batch_size=4, **options) as loader:
         epochs = []
         for _ in range(count):
-            keys = [batch["__key__"] for batch in itertools.islice(loader, 40)]
+            keys = [list(batch["__key__"]) for batch in itertools.islice(loader, 40)]
             epochs.append({"digest": digest(keys), "batches": len(keys), "first": keys[0]})
         return epochs
 

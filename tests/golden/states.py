@@ -287,7 +287,7 @@ class _Keys(_Run):
     """The keys of what comes."""
 
     def __iter__(self) -> Iterator[Any]:
-        return (each["__key__"] for each in iter(self.loader))
+        return (key if isinstance(key, str) else list(key) for key in (each["__key__"] for each in iter(self.loader)))
 
 
 def _seed(number: int) -> None:

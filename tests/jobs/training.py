@@ -93,7 +93,7 @@ def _trained(rank: Rank, training: Training, loader: Any) -> list[float]:
                     distributed.all_reduce(gradient)
                 weights -= _LEARNING_RATE * gradient
                 step += 1
-                os.write(log, json.dumps([step, batch["__key__"]]).encode() + b"\n")
+                os.write(log, json.dumps([step, list(batch["__key__"])]).encode() + b"\n")
                 if rank.rank == 0 and step % training.save_every == 0:
                     _save(training.checkpoint, step, weights, loader)
                 if step == training.held_after:

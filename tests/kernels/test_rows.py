@@ -20,11 +20,10 @@ class Shelf:
         random = np.random.default_rng(seed)
         objects = random.permutation(np.arange(1, sum(shards_of) + 1))
         self.window_of = np.full(len(objects) + 1, -1)
-        self.place_of, self.first_row_of = np.zeros((2, len(objects) + 1), np.int64)
+        self.first_row_of = np.zeros(len(objects) + 1, np.int64)
         sizes = random.integers(1, 5, len(objects) + 1)
         for window, shards in enumerate(np.split(objects, np.cumsum(shards_of)[:-1])):
             self.window_of[shards] = window
-            self.place_of[shards] = np.arange(len(shards))
             self.first_row_of[shards] = np.cumsum(sizes[shards]) - sizes[shards]
         self.object_no = random.choice(objects, count).astype(np.int32)
         self.sample_no = random.integers(0, sizes[self.object_no])
@@ -32,8 +31,8 @@ class Shelf:
     def find(self, object_no: np.ndarray) -> tuple[int, list[int], list[int], np.ndarray]:
         windows = int(self.window_of.max(initial=-1)) + 1
         distinct, ends = np.empty((2, windows), np.int64)
-        found = np.empty((3, len(object_no)), np.int64)
-        tables = self.window_of, self.place_of, self.first_row_of
+        found = np.empty((2, len(object_no)), np.int64)
+        tables = self.window_of, self.first_row_of
         count = find_rows(*tables, object_no, self.sample_no[: len(object_no)], distinct, ends, found)
         return count, distinct[: max(0, count)].tolist(), ends[: max(0, count)].tolist(), found
 
@@ -47,10 +46,9 @@ def test_samples_are_sorted_by_their_windows(seed: int, shards_of: list[int], sa
     assert distinct == list(dict.fromkeys(windows))  # as they first come
     assert count == len(distinct)
     for number, start, end in zip(distinct, [0, *ends], ends, strict=False):
-        mine, places, rows = found[:, start:end]
+        mine, rows = found[:, start:end]
         assert mine.tolist() == [i for i, window in enumerate(windows) if window == number]
         objects = shelf.object_no[mine]
-        assert places.tolist() == shelf.place_of[objects].tolist()
         assert rows.tolist() == (shelf.first_row_of[objects] + shelf.sample_no[mine]).tolist()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from fastload.errors import MissingColumnError
 from fastload.formats import ShardIndex
+from fastload.pipeline.names import UrlTable
 from fastload.pipeline.windows import LiveWindows, LocatedSamples, Window
 from fastload.plan import BatchEntry
 from tests.formats.archives import members_of
@@ -63,9 +65,10 @@ def test_they_are_those_of_the_indexes(shards: list[list[Any]], data: st.DataObj
     live = open_windows(indexes, [data.draw(st.integers(0, 2)) for _ in shards])
     all_samples = [(shard, number) for shard, samples in enumerate(shards) for number in range(len(samples))]
     chosen = data.draw(st.lists(st.sampled_from(all_samples), max_size=12)) if all_samples else []
-    located = LocatedSamples(entry_of(chosen), live, urls_of)
-    assert located.keys() == [indexes[shard].key(number) for shard, number in chosen]
-    assert located.urls() == [f"s3://b/{shard}" for shard, _ in chosen]
+    located = LocatedSamples(entry_of(chosen), live, UrlTable(urls_of))
+    for names in (located.names(), pickle.loads(pickle.dumps(located.names()))):
+        assert names.keys() == [indexes[shard].key(number) for shard, number in chosen]
+        assert names.urls() == [f"s3://b/{shard}" for shard, _ in chosen]
     assert set(located.present()) <= set(COLUMNS)
     names = (*data.draw(st.permutations(COLUMNS)), "not there")
     values, missing = located.values_of(names)
@@ -83,24 +86,31 @@ def test_they_are_those_of_the_indexes(shards: list[list[Any]], data: st.DataObj
 
 
 def test_the_urls_of_very_many_shards_are_not_kept() -> None:
-    one = index_of([(b"k", {"cls"})], COLUMNS)
-    live = open_windows([one] * 5000, [0] * 5000)
     asked: list[int] = []
 
     def counting(object_nos: Any) -> list[str]:
         asked.append(len(object_nos))
         return urls_of(object_nos)
 
-    located = LocatedSamples(entry_of([(4999, 0), (0, 0), (4999, 0)]), live, counting)
-    assert located.urls() == ["s3://b/4999", "s3://b/0", "s3://b/4999"]
-    assert asked == [3]
+    table = UrlTable(counting)
+    for numbers in ([4999, 0, 4999], [0, 1], [4999]):
+        urls = table.of(np.array(numbers))
+        assert urls == urls_of(np.array(numbers))
+    assert asked == [2, 1]  # each once
+    assert urls[0] is table.of(np.array([4999]))[0]
+    many = np.arange(5000)
+    assert table.of(many) == urls_of(many)
+    assert asked == [2, 1, 5000]
+    table.of(many[:5])
+    table.of(many[:5])
+    assert sum(asked) < 5000 + 20
 
 
 @pytest.mark.parametrize("number", [-1, 3, 1 << 40])
 def test_a_sample_that_is_not_there_is_an_error(number: int) -> None:
     live = open_windows([index_of([(b"k", {"cls"})] * 3, COLUMNS)], [0])
-    located = LocatedSamples(entry_of([(0, 2), (0, number)]), live, urls_of)
-    for look in (located.keys, lambda: located.values_of(("cls",))):
+    located = LocatedSamples(entry_of([(0, 2), (0, number)]), live, UrlTable(urls_of))
+    for look in (located.names().keys, lambda: located.values_of(("cls",))):
         with pytest.raises(IndexError, match=f"row {number}"):
             look()
 
@@ -116,7 +126,7 @@ def test_many_columns_take_no_longer_than_many_members() -> None:
     """A shard may have any number of columns. Looked up one in all the others, these take minutes."""
     columns = tuple(f"c{number}" for number in range(100_000))
     live = open_windows([index_of_columns(columns, 1)], [0])
-    located = LocatedSamples(entry_of([(0, 0)]), live, urls_of)
+    located = LocatedSamples(entry_of([(0, 0)]), live, UrlTable(urls_of))
     assert located.all_columns() == columns
     values, missing = located.values_of(columns)
     assert missing == 0
@@ -127,7 +137,7 @@ def test_columns_that_most_samples_lack_take_no_table_of_all() -> None:
     """Such as come from dots within keys: a table of all columns of all samples would have 10 ** 10 places."""
     columns = tuple(f"{number}.jpg" for number in range(100_000))
     live = open_windows([index_of_columns(columns, len(columns))], [0])
-    located = LocatedSamples(entry_of([(0, 5)]), live, urls_of)
+    located = LocatedSamples(entry_of([(0, 5)]), live, UrlTable(urls_of))
     with pytest.raises(
         MissingColumnError, match=r"s3://b/0: .* 100000 columns, .* and 99980 more\. .*columns=\["
     ) as told:
