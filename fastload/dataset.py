@@ -37,7 +37,7 @@ from fastload.arguments import (
 from fastload.callers import public
 from fastload.client.cache import AnyCache, handle_of
 from fastload.config import parse_bytes
-from fastload.dataset_base import BatchOf, Columns, DatasetBase, Made, Row, Sample, Unsaid
+from fastload.dataset_base import BatchOf, Columns, DatasetBase, Result, Row, Sample, Unsaid
 from fastload.decode import Decoder
 from fastload.errors import ConfigError
 from fastload.pipeline.columns import ColumnSet
@@ -150,7 +150,7 @@ class StreamingDataset(DatasetBase[Sample]):
         @overload
         def map(self, function: Callable[[Any], dict[str, Any]]) -> StreamingDataset[Row]: ...
         @overload
-        def map(self, function: Callable[[Any], Made]) -> StreamingDataset[Made]: ...
+        def map(self, function: Callable[[Any], Result]) -> StreamingDataset[Result]: ...
         def map(self, function: Function) -> StreamingDataset[Any]: ...
 
         @overload
@@ -158,7 +158,7 @@ class StreamingDataset(DatasetBase[Sample]):
         @overload
         def map_batch(self, function: Callable[[Any], dict[str, Any]]) -> StreamingDataset[Row]: ...  # type: ignore[overload-overlap]
         @overload
-        def map_batch(self, function: Callable[[Any], Made]) -> StreamingDataset[BatchOf[Made]]: ...
+        def map_batch(self, function: Callable[[Any], Result]) -> StreamingDataset[BatchOf[Result]]: ...
         def map_batch(self, function: Function) -> StreamingDataset[Any]: ...
 
     @overload

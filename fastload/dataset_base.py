@@ -35,10 +35,10 @@ _SAMPLES_AT_ONCE = 32
 # For type checkers: what a sample of a data set is, and so what a loader makes of several.
 Row = NewType("Row", dict[str, Any])  # by column; a batch is a dict, too
 Columns = NewType("Columns", tuple[Any, ...])  # of a sample, or of a batch
-Made = TypeVar("Made", covariant=True)
+Result = TypeVar("Result", covariant=True)
 
 
-class BatchOf(Generic[Made]):
+class BatchOf(Generic[Result]):
     """What `map_batch` has made of a batch. There are no objects of it: it has no samples."""
 
 

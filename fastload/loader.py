@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, Sampler
 
 from fastload.arguments import checked_batch_size, checked_count
 from fastload.callers import public
-from fastload.dataset_base import BatchOf, Columns, DatasetBase, Made, Row, Unsaid
+from fastload.dataset_base import BatchOf, Columns, DatasetBase, Result, Row, Unsaid
 from fastload.device import checked_device
 from fastload.errors import ConfigError
 from fastload.loader_stream import Stream
@@ -211,7 +211,7 @@ class DataLoader(torch.utils.data.DataLoader[T]):
     def __iter__(self: DataLoader[Columns]) -> Iterator[tuple[Any, ...]]: ...
 
     @overload
-    def __iter__(self: DataLoader[BatchOf[Made]]) -> Iterator[Made]: ...
+    def __iter__(self: DataLoader[BatchOf[Result]]) -> Iterator[Result]: ...
 
     @overload
     def __iter__(self) -> Any: ...

@@ -18,7 +18,7 @@ import numpy as np
 from fastload.arguments import checked_batch_size, checked_seed
 from fastload.callers import public
 from fastload.dataset import StreamingDataset
-from fastload.dataset_base import BatchOf, DatasetBase, Made, Row, Sample, Unsaid
+from fastload.dataset_base import BatchOf, DatasetBase, Result, Row, Sample, Unsaid
 from fastload.errors import ConfigError
 from fastload.kernels import compile_in_background
 from fastload.pipeline.epoch_pass import EpochPass
@@ -69,7 +69,7 @@ class Mixture(DatasetBase[Sample]):
         @overload
         def map(self, function: Callable[[Any], dict[str, Any]]) -> Mixture[Row]: ...
         @overload
-        def map(self, function: Callable[[Any], Made]) -> Mixture[Made]: ...
+        def map(self, function: Callable[[Any], Result]) -> Mixture[Result]: ...
         def map(self, function: Function) -> Mixture[Any]: ...
 
         @overload
@@ -77,7 +77,7 @@ class Mixture(DatasetBase[Sample]):
         @overload
         def map_batch(self, function: Callable[[Any], dict[str, Any]]) -> Mixture[Row]: ...  # type: ignore[overload-overlap]
         @overload
-        def map_batch(self, function: Callable[[Any], Made]) -> Mixture[BatchOf[Made]]: ...
+        def map_batch(self, function: Callable[[Any], Result]) -> Mixture[BatchOf[Result]]: ...
         def map_batch(self, function: Function) -> Mixture[Any]: ...
 
     @public

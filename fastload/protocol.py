@@ -156,7 +156,7 @@ class Want(Message, tag="want"):
 
 
 class Release(Message, tag="release"):
-    """I neither hold nor want these any more."""
+    """I no longer hold or want these."""
 
     chunks: list[int]
 
@@ -249,7 +249,7 @@ class Grants(Message, tag="grants"):
 
 
 class Failed(Message, tag="failed"):
-    """These chunks could not be had, for one reason; they count as wanted no more."""
+    """These chunks could not be had, for one reason; they no longer count as wanted."""
 
     chunks: list[int]
     serials: list[int]

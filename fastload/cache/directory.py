@@ -75,7 +75,7 @@ class CacheDirectory:
         What the caller should pass on to the user is in `.warnings`. CacheError where the directory cannot be used,
         ConfigError where the limits cannot.
 
-        `otherwise` is also for whoever goes on with what was begun: its `chunk_bytes` holds in any case, and is not
+        `otherwise` is also for a job that has begun already: its `chunk_bytes` holds in any case, and is not
         written down.
         """
         place = Path(os.path.abspath(path))
@@ -220,7 +220,7 @@ class CacheDirectory:
 
 
 class LastingRoot:
-    """A name of an open directory that leads there until this is closed, or nobody keeps it any more: a descriptor that
+    """A name of an open directory that leads there until this is closed or collected: a descriptor that
     is closed may be another directory's at once, and what hangs in a disk would go on there.
     """
 

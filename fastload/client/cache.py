@@ -271,7 +271,7 @@ class Handle:
 
 
 def _open(path: Path, explicit: dict[str, int], otherwise: CacheLimits | None) -> CacheDirectory:
-    """A directory that cannot be used any more is no error in a process that joins a job: it connects without."""
+    """A directory that can no longer be used is no error in a process that joins a job: it connects without."""
     try:
         return CacheDirectory.open(path, otherwise=otherwise, **explicit)
     except CacheError:

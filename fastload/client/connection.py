@@ -219,7 +219,7 @@ def _receive(sock: socket.socket) -> bytes | None:
         return sock.recv(1 << 18) or None
     except BlockingIOError:
         return b""
-    except OSError:  # reset: the service died with bytes of ours unread
+    except OSError:  # reset: the service died with bytes unread
         return None
 
 

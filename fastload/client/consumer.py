@@ -398,7 +398,7 @@ class Consumer:
             raise ServiceError("the cache service dropped this consumer while it was reading; what it read is void")
 
     def release(self, chunk_nos: Ints) -> None:
-        """Give leases back, and want these no more. Pinned ones go when their pins end."""
+        """Give leases back, and no longer want these. Pinned ones go when their pins end."""
         with self._changed:
             self._send_release(self._table.release(self._attached.checked_chunks(chunk_nos)))
 

@@ -171,7 +171,7 @@ class LeaseTable:
         return waiter
 
     def remove_waiter(self, waiter: Waiter) -> None:
-        """The thread waits no more; what it got stays pinned."""
+        """The thread no longer waits; what it got stays pinned."""
         self._waiters.remove(waiter)
 
     def pin_available(self, waiter: Waiter) -> None:
@@ -208,7 +208,7 @@ class LeaseTable:
         return released
 
     def release(self, chunks: Iterable[int]) -> list[int]:
-        """Neither hold nor want `chunks` any more, except for those that another thread holds or waits for.
+        """No longer hold or want `chunks`, except for those that another thread holds or waits for.
 
         Pinned ones leave with their last pin.
         """

@@ -127,7 +127,7 @@ class ChunkReader:
         return wanted
 
     def release(self, opened: OpenedObject, indexes: Iterable[int]) -> None:
-        """Give these back, and want them no more."""
+        """Give these back, and no longer want them."""
         chunks = [opened.first_chunk + index for index in indexes]
         with self._lock:
             for chunk in chunks:

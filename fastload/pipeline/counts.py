@@ -276,7 +276,7 @@ class Exchange:
                     raise errors.from_wire(*self._failed.pop(number))
 
     def _serve_once(self) -> bool:
-        """Count the shards of ours that were requested. Whether any are left that others may request."""
+        """Count the shards of this node that were requested. Whether any are left that others may request."""
         for record in self._requests.more():
             asked = msgspec.json.decode(record, type=list[int])
             ours = [number for number in asked if number in self._own and number not in self._published]

@@ -1,25 +1,24 @@
-"""What is done with the disk tier: chunks are written behind, evicted, and calls that hang are given up.
+"""I/O with the disk tier: chunks are written behind and evicted, and calls that hang are given up.
 
-Writing behind: fetched chunks go from the arena to disk while consumers already read them. A chunk keeps its buffer
-until it is written, so that each byte is fetched once where the disk has room: where writes are behind, fetches wait
-for them. That ends where the disk is slow, which is to say that a write takes longer than `QUICK_S`: then a demanded
-chunk takes the buffer of one whose write has not begun (`cancel`), and so do chunks that are fetched ahead, as long as
-more than a share of the arena waits to be written. That costs the cache some chunks, which the next epoch fetches
-again, but not the training its buffers. A write that hangs is left to itself: its chunk is readable as before, and its
-buffer comes back with it. What is written may have a limit: a chunk that is above it is not cached on disk this time,
-and warming waits.
+*Writing behind* (`WriteBehind`). Fetched chunks go from the arena to disk while consumers already read them. A chunk
+keeps its buffer until it is written, so that each byte is fetched once where the disk has room: where writes are
+behind, fetches wait for them. That ends where the disk is slow, which is where a write takes longer than `QUICK_S`:
+then a demanded chunk takes the buffer of a write that has not begun (`cancel`), and so do chunks that are fetched
+ahead, as long as more than a share of the arena waits to be written. That costs the cache some chunks, which the next
+epoch fetches again, but it leaves training its buffers. Writes may have a limit in bytes a second: a chunk above it is
+not cached on disk this time, and warming waits.
 
-Evicting: all chunks that leave the disk do so in `DiskEvictor`, for a chunk, for an index, for a smaller quota, or
-because the cache is cleared. Which ones is decided in `eviction`.
+*Evicting* (`DiskEvictor`). All chunks that leave the disk leave here: for another chunk, for an index, for a smaller
+quota, or because the cache is cleared. `eviction` decides which.
 
-A disk that does not answer: a read or write that hangs, in a dead NFS server or a drive that is going, for good.
-Nothing can end such a call, and it keeps its thread and the buffer that it was given. So the calls go through pools
-whose tasks are watched (`DiskWatch`). When one has run for longer than the deadline, the disk *stalls*: the tier is
-bypassed (`DiskTier.stalled`), and everything under way with it is given up, each in its own way (`Task.hung`): a chunk
-that was being read is fetched from the store into another buffer; one that was being written stays readable, and its
-buffer cannot be used for anything else. When the last of those calls has come back, their threads and buffers are as
-good as ever, and so is the disk. The deadline counts from when a thread began with the task, so that many quick ones in
-a row are no stall. Tasks have to be small for that: a chunk, or a few indexes.
+*A disk that does not answer* (`DiskWatch`), such as a dead NFS server or a drive that fails, may hold a call for good.
+Nothing can end such a call, and it keeps its thread and its buffer. So the calls go through pools whose tasks are
+watched. When one has run for longer than the deadline, the disk *stalls*: the tier is bypassed (`DiskTier.stalled`),
+and every call under way is given up, each in its own way (`Task.hung`). A chunk that was being read is fetched from the
+store into another buffer. A chunk that was being written stays readable, and its buffer cannot be used for anything
+else. When the last of those calls has returned, the disk, its threads and the buffers are used as before. The deadline
+counts from when a thread began with the task, so that many quick ones in a row are no stall. Tasks have to be small for
+that: a chunk, or a few indexes.
 """
 
 from __future__ import annotations

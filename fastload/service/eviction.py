@@ -122,7 +122,7 @@ class DiskOrder:
             order.add(key)
 
     def discard(self, key: ChunkKey) -> None:
-        """The chunk is on disk no more."""
+        """The chunk has left the disk."""
         indexes = self._indexes.get(key.object_id)
         if indexes is None:
             return
@@ -145,7 +145,7 @@ class DiskOrder:
             self._move(object_id, policy)
 
     def uncover(self, object_id: bytes) -> None:
-        """None names it any more."""
+        """No plan or keep list names it any longer."""
         self._move(object_id, None)
 
     def _move(self, object_id: bytes, policy: PolicyName | None) -> None:

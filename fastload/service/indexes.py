@@ -163,7 +163,7 @@ class IndexCache:
         if self._counts.is_loaded:
             self._write(SampleCounts.NAME, self._counts.to_bytes())
         else:
-            self._write(SampleCounts.NAME, self._counts.take_news(), adds=True)
+            self._write(SampleCounts.NAME, self._counts.take_unstored(), adds=True)
 
     def clear(self) -> None:
         """Forget all of them. Those on disk are removed by the caller."""
@@ -210,13 +210,13 @@ class SampleCounts:
 
     def __init__(self) -> None:
         self._by_id: dict[bytes, int] = {}
-        self._news: dict[bytes, int] = {}  # of these, what has yet to be written down
+        self._unstored: dict[bytes, int] = {}  # of these, what has yet to be written down
         self.is_loaded = False
 
     @property
     def is_changed(self) -> bool:
         """Whether something has yet to be written down."""
-        return bool(self._news)
+        return bool(self._unstored)
 
     def of(self, object_ids: Sequence[bytes]) -> list[int]:
         return [self._by_id.get(object_id, -1) for object_id in object_ids]
@@ -225,7 +225,7 @@ class SampleCounts:
         """Learn a count; -1 is none."""
         if count < 0 or self._by_id.get(object_id) == count:
             return
-        for counts in (self._by_id, self._news):
+        for counts in (self._by_id, self._unstored):
             bounded.put(counts, object_id, count, _COUNTS_MAX)
 
     def load(self, data: bytes) -> None:
@@ -237,17 +237,17 @@ class SampleCounts:
 
     def to_bytes(self) -> bytes:
         """All of them, 24 bytes each: the id, and the count in little-endian. They count as written down."""
-        self._news = {}
+        self._unstored = {}
         return _to_bytes(self._by_id)
 
-    def take_news(self) -> bytes:
+    def take_unstored(self) -> bytes:
         """The same of those that have yet to be written down."""
-        news, self._news = self._news, {}
-        return _to_bytes(news)
+        unstored, self._unstored = self._unstored, {}
+        return _to_bytes(unstored)
 
     @staticmethod
     def added(stored: bytes, more: bytes) -> bytes:
-        """What `to_bytes` gives where `stored` was loaded and `more` are the news since; the last of a count counts."""
+        """What `to_bytes` gives where `stored` was loaded and `more` came since; of two counts the later holds."""
         return (stored[: len(stored) // _RECORD.itemsize * _RECORD.itemsize] + more)[-_COUNTS_MAX * _RECORD.itemsize :]
 
 

@@ -98,7 +98,7 @@ class Leases:
             self._grant(chunk, consumer, chunk_no, want.serial)
 
     def dropped(self, chunk: Chunk) -> None:
-        """It is here no more."""
+        """It has left RAM."""
         self._queue(chunk)
         chunk.entry.forget_if_idle(chunk)
 

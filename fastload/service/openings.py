@@ -53,7 +53,7 @@ class Openings:
         self._wait(consumer, message.request, url)
 
     def failed(self, chunk: Chunk, error: BaseException) -> None:
-        """A chunk could not be had: the version that is gone is no answer any more."""
+        """A chunk could not be had: a version that is gone is forgotten."""
         if isinstance(error, ObjectChangedError):
             self._versions.forget(chunk.fetched_as, chunk.entry.info.url)
 
@@ -142,7 +142,7 @@ class Versions:
         self._by_url.clear()
 
     def forget(self, options_key: str, url: str) -> None:
-        """It is not to be believed any more."""
+        """Forget it."""
         self._by_url.pop(_digest(options_key, url), None)
 
 

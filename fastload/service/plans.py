@@ -71,7 +71,7 @@ class PlanSet:
         self._table.recompute_eviction_classes()
 
     def end(self, consumer: ConsumerState) -> None:
-        """The consumer has neither plan nor keep list any more."""
+        """End the consumer's plan and keep list."""
         plan, consumer.plan = consumer.plan, None
         if plan is not None:
             self._forget(plan)
@@ -214,7 +214,7 @@ class WarmPlan(Plan):
         self._next = 0
 
     def end_here(self) -> None:
-        """There is no more room: what is still to do is not held."""
+        """No room is left: what is still to do is not held."""
         for position in range(self._next, self.chunk_count):
             if self._to_do(position):
                 self._settle(position, held=False)

@@ -56,7 +56,7 @@ class _LiveRun:
     file_bytes: int = 0  # known to the pool's thread only
 
     def forget(self) -> None:
-        """Keep no more of it."""
+        """Stop keeping it."""
         self.recorder.is_full = True
         self.recorder.take(0.0, {})
         self.written_count = self.recorder.read_count
@@ -152,7 +152,7 @@ class Recording:
             self._timer = self._loop.call_later(seconds, self._look)
 
     def _look(self) -> None:
-        """Write what came up, and end the runs that have no consumers any more."""
+        """Write what came up, and end the runs that no longer have consumers."""
         self._timer = None
         for group, run in list(self._runs.items()):
             self._write(run)

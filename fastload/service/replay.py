@@ -220,7 +220,7 @@ class Replay:
             reader.follower = Follower(self._library)
             for key, index in reader.early:
                 reader.follower.saw(key, index)
-            if reader.follower.is_at_end:  # these are its own reads so far: what others read then is no news of it
+            if reader.follower.is_at_end:  # these are its own reads so far: what others read then says nothing of it
                 reader.follower = Follower(self._library)
         return reader
 
@@ -244,7 +244,7 @@ class Replay:
         library, endpoint = follower.library, self._stores.endpoint(consumer.options_key)
         count = max(_READS_MIN, min(_READS_MAX, 4 * follower.ahead_max))
         steps: list[tuple[ObjectEntry, int]] = []
-        gone = set()  # positions of what is there no more, since the object is shorter by now
+        gone = set()  # positions of what is gone, since the object is shorter by now
         reader.unconfirmed = set()
         for at in library.after(place, count).tolist():
             info, index = library.chunk(at)

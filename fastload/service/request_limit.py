@@ -389,7 +389,7 @@ class Controller:
 
 
 def _summary(attempts: Sequence[Attempt], in_flight: int) -> _Round:
-    """Of these, without the slowest eighth: a few answers that hang are no news of the store."""
+    """Of these, without the slowest eighth: a few answers that hang say nothing of the store."""
     kept = sorted(attempts, key=lambda each: each.seconds / each.byte_count)
     kept = kept[: len(kept) - len(kept) // 8]
     byte_count = statistics.fmean(each.byte_count for each in kept)
@@ -408,7 +408,7 @@ def _summary(attempts: Sequence[Attempt], in_flight: int) -> _Round:
 
 def _is_like(found: _Round, known: Learnt) -> bool:
     """Whether the store answers as an earlier run knew it: the first byte as soon, and at half the rate at least. More
-    is no news: the first answers have the link for themselves.
+    says nothing: the first answers have the link for themselves.
     """
     if found.connection_bytes_per_s < known.connection_bytes_per_s / TUNING.like_within:
         return False

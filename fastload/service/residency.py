@@ -1,8 +1,8 @@
 """A chunk's life in RAM: absent, loading (from disk or store), resident; then leased and given back any number of
 times, perhaps written to disk meanwhile; evicted when its buffer is needed more elsewhere.
 
-What begins here is decided elsewhere (`scheduler`); what comes of it changes the records, and reaches consumers that
-want the chunk, plans that name it, and all who listen to `resources.Events`.
+What begins here is decided elsewhere (`scheduler`); what comes of it changes the state, and reaches consumers that
+want the chunk, plans that name it, and the handlers of `Events`.
 
 There is one load of a chunk at a time, for all that want it. A chunk that the disk turns out not to have, or to have
 damaged (which it puts out of use by itself), is fetched from the store into the same buffer. One whose read hangs is

@@ -36,7 +36,7 @@ class Touching(Protocol):
         ...
 
     def close(self) -> None:
-        """Touch no more."""
+        """Stop touching memory."""
         ...
 
 

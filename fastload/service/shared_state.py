@@ -68,7 +68,7 @@ class SharedState:
         self.counters["dropped_unwritten"] += self.disk.quota_bytes > 0 and not self.on_disk(chunk.entry, chunk.index)
 
     def gone(self, chunk: Chunk) -> None:
-        """It lies in no buffer any more."""
+        """It has left its buffer."""
         for plan in self.plans.all():
             plan.dropped(chunk.entry, chunk.index)
         self.leases.dropped(chunk)

@@ -225,7 +225,7 @@ class Chunk:
         self.buffer = buffer
 
     def displace(self) -> int:
-        """It lies in no buffer any more; returns the one it had."""
+        """It has left its buffer, which is returned."""
         buffer, self.buffer = self.buffer, -1
         return buffer
 
@@ -245,7 +245,7 @@ class Chunk:
         self.state = _next("finish_load", self.state)
 
     def abort_load(self) -> None:
-        """The load failed, or is waited for no more."""
+        """The load failed, or is no longer waited for."""
         self.state = _next("abort_load", self.state)
 
     def evict(self) -> None:
@@ -270,7 +270,7 @@ class Chunk:
         self.write = _next("cancel_write", self.write)
 
     def abandon_write(self) -> None:
-        """Its write hangs, and is waited for no more."""
+        """Its write hangs, and is no longer waited for."""
         self.write = _next("abandon_write", self.write)
 
     def finish_write(self) -> None:
@@ -284,11 +284,11 @@ class Chunk:
         self.wanters[holder] = want
 
     def unwant(self, holder: Holder) -> None:
-        """A consumer wants it no more."""
+        """A consumer no longer wants it."""
         del self.wanters[holder]
 
     def take_wanters(self) -> dict[Holder, OpenWant]:
-        """All that want it, who do so no more."""
+        """Return all that want it, and forget them."""
         wanters, self.wanters = self.wanters, {}
         return wanters
 
@@ -299,7 +299,7 @@ class Chunk:
         self.granted_to.add(holder[0].number)
 
     def end_lease(self, holder: Holder) -> None:
-        """A consumer holds it no more."""
+        """A consumer no longer holds it."""
         del self.lessees[holder]
 
     def undo_lease(self, holder: Holder) -> None:
@@ -584,7 +584,7 @@ class Plan:
         self.delivered_to = max(self.delivered_to, self.position(entry, index) + 1)
 
     def dropped(self, entry: ObjectEntry, index: int) -> None:
-        """A chunk is in RAM no more."""
+        """A chunk has left RAM."""
         position = self.position(entry, index)
         if self.cursor <= position < self.frontier:
             self.frontier = position

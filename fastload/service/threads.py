@@ -1,10 +1,10 @@
 """Threads that do what blocks, for a loop thread that must not.
 
 A pool runs functions and hands what came of them back to the loop, where all state lives. Its threads are made when
-there is work for them, or where no more can be made the ones it has do it all. They are daemons: a read that hangs in a
-dead disk must not keep the process alive. (`concurrent.futures` joins its threads at exit, and makes a future for each
-call, which nothing here would look at.) `Pools` is all of them, which end together: first none starts anything more,
-then all are waited for at once.
+there is work for them; where the machine allows no more, those that it has do all of it. They are daemons: a read that
+hangs in a dead disk must not keep the process alive. (`concurrent.futures` joins its threads at exit, and makes a
+future for each call, which nothing here would look at.) `Pools` is all of them, which end together: first none starts
+anything more, then all are waited for at once.
 
 `Populator` pre-faults the arena's memory in a thread of the lowest priority. A page costs the thread that touches it
 first, and once touched it is taken from the machine. So pages are touched where they will be needed: not beyond what

@@ -126,7 +126,7 @@ class SimulatedConsumer:
         got(chunks)
 
     def _look_again(self, message: protocol.FromService) -> None:
-        """Serve those that wait no more. The others ask again where they have to, which no grant is a reason for."""
+        """Serve those whose wait is over. The others ask again where they have to, which no grant is a reason for."""
         served = [each for each in self._waiting if each.waiter.got]
         self._waiting = [each for each in self._waiting if not each.waiter.got]
         if not isinstance(message, protocol.Grants):

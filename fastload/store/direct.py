@@ -45,7 +45,7 @@ DEFAULT_REGION = "us-east-1"
 EXPRESS = "--x-s3"  # buckets of S3 Express end in their zone and that
 # Long enough for a clock that is wrong by minutes, short enough for policies that refuse URLs that are good for long.
 _URL_LASTS = datetime.timedelta(minutes=5)
-# Settings that are heeded here, and those of how credentials are found, which obstore does for both ways.
+# Settings that are used here, and those of how credentials are found, which obstore does for both ways.
 _UNDERSTOOD = settings.S3_FINDING | settings.PROXIES | {"root_certificate", "proxy_url", "virtual_hosted_style_request"}
 
 

@@ -244,7 +244,7 @@ class HttpReader:
             connection.close()
 
     def _aged(self) -> list[_Pooled]:
-        """Those that have lain idle for too long, which are ours no more. Under the lock."""
+        """Those that have lain idle for too long, which leave the pool. Under the lock."""
         too_old = time.monotonic() - _IDLE_S
         count = next((at for at, pooled in enumerate(self._idle) if pooled.used_at >= too_old), len(self._idle))
         old, self._idle = self._idle[:count], self._idle[count:]
@@ -299,7 +299,7 @@ def _receiver(response: http.client.HTTPResponse, sock: socket.socket | None) ->
 
 
 def _context(root_certificate: str | None) -> ssl.SSLContext:
-    """Named one by one, since `ssl` by itself heeds the variables of this process's environment."""
+    """Named one by one, since `ssl` by itself follows the variables of this process's environment."""
     file, folder = _authorities()
     return ssl.create_default_context(cafile=file, capath=folder, cadata=root_certificate)
 

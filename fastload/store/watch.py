@@ -79,7 +79,7 @@ class Watch:
             self.cancelled = True
             if self._socket is not None:
                 # Not TLS's own shutdown, which takes the session apart under the thread that reads.
-                with contextlib.suppress(OSError):  # it is not connected any more
+                with contextlib.suppress(OSError):  # it is no longer connected
                     socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def attempt_begins(self) -> None:

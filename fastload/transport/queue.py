@@ -133,7 +133,7 @@ class Queue:
                 raise queue.Empty
 
     def close(self) -> None:
-        """This process will not put or get any more; messages that were put are still sent. Idempotent."""
+        """This process will no longer put or get; messages that were put are still sent. Idempotent."""
         with self._putting:
             self._is_closed = True
             self._reader.close()

@@ -186,10 +186,10 @@ class WorkerSlots(SharedSlots):
         self._reclaim()
         # In this order, the reverse of the trainer's: a buffer that is counted as released was counted before as
         # mapped, so that its descriptor is not needed, and as forked, if a child may read it.
-        released = self._released.news(len(self._by_number))
-        for number, _ in self._mapped.news(len(self._by_number)):
+        released = self._released.growth(len(self._by_number))
+        for number, _ in self._mapped.growth(len(self._by_number)):
             self._by_number[number].close_fd()
-        for number, _ in self._forked.news(len(self._by_number)):
+        for number, _ in self._forked.growth(len(self._by_number)):
             self._by_number[number].was_forked = True
         for number, count in released:
             self._release(self._by_number[number], count)
@@ -214,7 +214,7 @@ class _CounterReader:
         # Plain integers: there are few slots mostly, for which calling numpy takes longer than a loop.
         self._counters, self._seen = counters.data, list[int]()
 
-    def news(self, count: int) -> list[tuple[int, int]]:
+    def growth(self, count: int) -> list[tuple[int, int]]:
         """Which of the first `count` have grown since the last call, and by how much."""
         now = self._counters[:count].tolist()
         seen = self._seen + [0] * (count - len(self._seen))

@@ -237,6 +237,6 @@ def test_the_table_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     table = SampleCounts()
     for number in range(100):
         table.add(number.to_bytes(16, "big"), number)
-    assert len(table.take_news()) <= 32 * 24
+    assert len(table.take_unstored()) <= 32 * 24
     assert len(table.to_bytes()) <= 32 * 24
     assert table.of([(99).to_bytes(16, "big"), bytes(16)]) == [99, -1]

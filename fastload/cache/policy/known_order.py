@@ -32,7 +32,7 @@ def lookahead(unit_count: int) -> int:
 
 
 class NextUses:
-    """Of units 0 ... count-1. Uses are numbered by their places in the order; those from `cursor` up to `end` are told
+    """Of units 0 ... count-1. Uses are numbered by their places in the order; those from `cursor` up to `end` are known
     and not passed. Memory: 16 bytes a unit, and 8 to 16 for each of these.
     """
 

@@ -45,7 +45,7 @@ class Keyed(Protocol[Key]):
         ...
 
     def discard(self, key: Key) -> None:
-        """It is held no more, for reasons of others."""
+        """It is no longer held, for reasons outside the policy."""
         ...
 
     def evict(self) -> Key:
@@ -129,7 +129,7 @@ class Sieve(Generic[Key]):
     def __init__(self) -> None:
         self._nodes: dict[Key, _Node[Key]] = {}
         # Both in the order in which they came, all of `_passed` before all of `_ahead`; the hand is between them.
-        # Nodes that are held no more lie there until the hand comes by.
+        # Nodes that are no longer held stay there until the hand comes by.
         self._passed: list[_Node[Key]] = []
         self._ahead: deque[_Node[Key]] = deque()
 
@@ -175,7 +175,7 @@ class Sieve(Generic[Key]):
         return iter([node.key for node in nodes if not node.used] + [node.key for node in nodes if node.used])
 
     def _tidy(self) -> None:
-        """Forget what is held no more, once that is most of it."""
+        """Forget what is no longer held, once that is most of it."""
         if len(self._ahead) + len(self._passed) > 2 * len(self._nodes) + 64:
             self._ahead = deque(node for node in self._ahead if node.held)
             self._passed = [node for node in self._passed if node.held]
