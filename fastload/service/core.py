@@ -121,7 +121,7 @@ class Core:
     # Consumers
 
     def connect(self, hello: protocol.Hello, send: Send) -> ConsumerState:
-        """A consumer has come."""
+        """Register a consumer that has said hello."""
         consumer = ConsumerState(hello, self._resources.stores.add(hello.store), send)
         consumer.load_order = self._residency.load_count
         self.consumers[consumer] = None
@@ -135,7 +135,7 @@ class Core:
         return consumer
 
     def disconnect(self, consumer: ConsumerState) -> None:
-        """It has gone, and with it all that it held and wanted."""
+        """Forget a consumer that has gone, with all that it held and wanted."""
         self.consumers.pop(consumer, None)
         self._detach(consumer)
         self._history.disconnect(consumer)
@@ -146,7 +146,7 @@ class Core:
         self._wake()
 
     def _release(self) -> None:
-        """No consumer has come again: give back the arena's memory, once nothing is on its way into it or out of it."""
+        """No consumer has connected since: give back the arena's memory, once nothing is under way in it."""
         if self._closed or not self.arena.touched_bytes:
             return
         self._residency.drop_idle()
@@ -385,7 +385,7 @@ class Core:
             consumer.send(protocol.Trouble(message))
 
     def close(self, deadline_s: float) -> bool:
-        """Let go of everything; waits so long for reads and writes under way. Whether all of them have ended."""
+        """End everything, and wait so long for reads and writes under way. Whether all of these have ended."""
         self._closed = True
         self._history.close()
         self._indexes.flush()

@@ -72,13 +72,13 @@ class Leases:
                 self.asked.discard(chunk)
 
     def drop_consumer(self, consumer: ConsumerState) -> None:
-        """It has gone, or begins anew."""
+        """End all leases and wants of a consumer that has gone, or attaches anew."""
         self.release(consumer, [*consumer.leases, *consumer.wants])
 
     # From the core
 
     def recall(self, chunk: Chunk) -> None:
-        """Ask its holders for it."""
+        """Ask the holders of the chunk to release it."""
         chunk.recall()
         self.asked.add(chunk)
         self.recall_count += 1
@@ -87,18 +87,18 @@ class Leases:
         self._table.refresh(chunk)
 
     def loading(self, chunk: Chunk) -> None:
-        """It is on its way."""
+        """The chunk is being loaded: nothing has to be asked for."""
         self.demanded.pop(chunk, None)
         self.wanted.pop(chunk, None)
 
     def loaded(self, chunk: Chunk) -> None:
-        """It is here: grant it to all who want it."""
+        """The chunk is in RAM: grant it to all who want it."""
         for (consumer, chunk_no), want in chunk.take_wanters().items():
             del consumer.wants[chunk_no]
             self._grant(chunk, consumer, chunk_no, want.serial)
 
     def dropped(self, chunk: Chunk) -> None:
-        """It has left RAM."""
+        """The chunk has left RAM."""
         self._queue(chunk)
         chunk.entry.forget_if_idle(chunk)
 
@@ -110,7 +110,7 @@ class Leases:
                 self.loaded(chunk)
 
     def failed(self, chunk: Chunk, error: BaseException) -> None:
-        """It cannot be had.
+        """The chunk cannot be loaded: those who want it get the error.
 
         A store's error is reported only to those by whose options it was asked; for others the chunk is tried again.
         """

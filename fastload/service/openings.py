@@ -142,7 +142,6 @@ class Versions:
         self._by_url.clear()
 
     def forget(self, options_key: str, url: str) -> None:
-        """Forget it."""
         self._by_url.pop(_digest(options_key, url), None)
 
 

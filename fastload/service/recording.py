@@ -125,7 +125,7 @@ class Recording:
         return run.recorder.read(trace, entry.history_key, entry.info, index, self._now() - run.began_s)
 
     def disconnect(self, consumer: ConsumerState) -> None:
-        """It has gone."""
+        """End the trace of a consumer that has gone."""
         at = self._traces.pop(consumer, None)
         if at is None:
             return

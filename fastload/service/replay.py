@@ -184,7 +184,7 @@ class Replay:
             self._update(consumer, reader)
 
     def forget(self) -> None:
-        """The history is gone."""
+        """Forget what was predicted: the history was cleared."""
         self._library = None
         for consumer, reader in self._readers.items():
             reader.follower = None

@@ -24,7 +24,7 @@ from fastload.service.stores import StoreFactory, StoreTable
 from fastload.service.threads import Pools, Populator
 
 
-class Touching(Protocol):
+class Prefaulter(Protocol):
     """Has the arena's memory ready before it is used. See `Populator`."""
 
     def need(self, used_count: int, needed_count: int) -> None:
@@ -49,7 +49,7 @@ class Resources:
     disk: Disk
     pools: Pools
     stores: StoreTable
-    populator: Touching
+    populator: Prefaulter
     warnings: Warnings
     now: Callable[[], float] = time.monotonic
     hedger: Callable[[], Hedger] = Hedger  # for each endpoint of a store
