@@ -57,12 +57,12 @@ class DataLoader(torch.utils.data.DataLoader[T]):
     samples, as in torch.
 
     `num_workers` decode threads make these batches (0: the calling thread); `prefetch_factor` batches are ahead for
-    each. Where functions of the user's are part of it (`map`, `map_batch`, `collate_fn`), as many worker processes do,
-    so that they leave the trainer alone. `workers` says otherwise: "thread" for functions that spend their time outside
-    Python or have to share its memory, "process", or "side" for one process with so many threads. Whichever it is,
-    batches, order and state are the same. `worker_init_fn`, `multiprocessing_context` and `timeout` are for processes:
-    threads, which share the trainer's, use no random state and end by themselves, ignore them, `generator` and
-    `in_order=False` with a warning.
+    each, or as many groups of batches where a group of up to 64 takes milliseconds. Where functions of the user's are
+    part of it (`map`, `map_batch`, `collate_fn`), as many worker processes do, so that they leave the trainer alone.
+    `workers` says otherwise: "thread" for functions that spend their time outside Python or have to share its memory,
+    "process", or "side" for one process with so many threads. Whichever it is, batches, order and state are the same.
+    `worker_init_fn`, `multiprocessing_context` and `timeout` are for processes: threads, which share the trainer's, use
+    no random state and end by themselves, ignore them, `generator` and `in_order=False` with a warning.
 
     With a CUDA `device`, "cuda" for the current one, batches arrive there: they are pinned, as by `pin_memory`, and
     copied ahead of their delivery on a stream of their own. For the stream that is current on delivery they are like

@@ -250,7 +250,9 @@ class Stream:
                 pool.close()
             pool = self._pool = DecodePool(loader.num_workers)
         depth = max(2, loader.num_workers * (loader.prefetch_factor or 2))
-        task_s = TASK_S if self._workers is None else _TASK_OF_WORKERS_S
+        task_s = TASK_S
+        if self._workers is not None:
+            task_s = 0.0 if loader.timeout else _TASK_OF_WORKERS_S  # a timeout is that of one batch
         return ThreadedRun(current.feed, make, pool, depth, current.waits, task_s=task_s)
 
     def _workers_for(self, loader: LoaderSettings, finish: Finish, where: str) -> Workers | None:
