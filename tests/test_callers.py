@@ -23,7 +23,7 @@ PACKAGE = str(Path(fastload.__file__).parent)
 
 @pytest.fixture
 def cache(tmp_path: Path):
-    with fastload.Cache(tmp_path / "cache", **LIMITS) as cache:
+    with fastload.Cache(tmp_path / "cache", **LIMITS, service="inprocess") as cache:
         yield cache
 
 

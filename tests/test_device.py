@@ -418,7 +418,9 @@ DECODE = {"cls": fastload.decode.integer(), "bin": fastload.decode.raw()}
 @pytest.fixture
 def streamed(tmp_path: Path) -> Iterator[Callable[..., fastload.DataLoader[Any]]]:
     url = corpus(shard_count=3).write(tmp_path / "data")
-    with fastload.Cache(tmp_path / "cache", ram_bytes="16MiB", disk_bytes=0, chunk_bytes="64KiB") as cache:
+    with fastload.Cache(
+        tmp_path / "cache", ram_bytes="16MiB", disk_bytes=0, chunk_bytes="64KiB", service="inprocess"
+    ) as cache:
 
         def make(**options: Any) -> fastload.DataLoader[Any]:
             dataset = fastload.StreamingDataset(
@@ -689,7 +691,7 @@ def test_on_cuda_batches_of_our_data_sets_are_whole(
     if slow == "side":
         monkeypatch.setattr(transfer, "Cuda", SlowCuda)
     url = corpus(shard_count=10, samples_per_shard=BATCHES // 10, value_bytes=10).write(tmp_path / "data")
-    with fastload.Cache(tmp_path / "cache", ram_bytes="64MiB", disk_bytes=0) as cache:
+    with fastload.Cache(tmp_path / "cache", ram_bytes="64MiB", disk_bytes=0, service="inprocess") as cache:
         dataset = fastload.StreamingDataset(url, cache=cache, shuffle=True, decode=DECODE)
         loader = fastload.DataLoader(dataset, batch_size=1, num_workers=num_workers, device="cuda")
         assert torn_count(loader, numbers_in_ours, slow == "consumer") == 0

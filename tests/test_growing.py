@@ -33,7 +33,9 @@ def add(folder: Path, name: str) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path):
-    with fastload.Cache(tmp_path / "cache", ram_bytes="16MiB", disk_bytes="64MiB", chunk_bytes="64KiB") as cache:
+    with fastload.Cache(
+        tmp_path / "cache", ram_bytes="16MiB", disk_bytes="64MiB", chunk_bytes="64KiB", service="inprocess"
+    ) as cache:
         yield cache
 
 
@@ -79,7 +81,9 @@ def test_a_version_that_was_not_kept_is_an_error(folder: Path, cache: fastload.C
     state = loader.state_dict()
     loader.close()
     add(folder, NAMES[4])
-    elsewhere = fastload.Cache(tmp_path / "other", ram_bytes="16MiB", disk_bytes="64MiB", chunk_bytes="64KiB")
+    elsewhere = fastload.Cache(
+        tmp_path / "other", ram_bytes="16MiB", disk_bytes="64MiB", chunk_bytes="64KiB", service="inprocess"
+    )
     other = loader_of(folder, elsewhere, refresh="epoch")
     other.load_state_dict(state)
     with pytest.raises(fastload.StateError, match=f"list of shards {state['position']['order']['manifest']}"):

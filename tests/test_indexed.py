@@ -21,7 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 @pytest.fixture
 def cache(tmp_path: Path):
-    with fastload.Cache(tmp_path / "cache", ram_bytes="4MiB", disk_bytes="64MiB", chunk_bytes="64KiB") as cache:
+    with fastload.Cache(
+        tmp_path / "cache", ram_bytes="4MiB", disk_bytes="64MiB", chunk_bytes="64KiB", service="inprocess"
+    ) as cache:
         yield cache
 
 
@@ -120,7 +122,9 @@ def test_a_batch_from_everywhere_in_an_arena_of_two_chunks(s3, cache, data: Corp
     url = data.put(s3)
     indexes = tmp_path / "index.arrow"
     run_cli("index", url, "--cache", cache.directory, "--output", indexes)
-    with fastload.Cache(tmp_path / "small", ram_bytes="128KiB", disk_bytes=0, chunk_bytes="64KiB") as small:
+    with fastload.Cache(
+        tmp_path / "small", ram_bytes="128KiB", disk_bytes=0, chunk_bytes="64KiB", service="inprocess"
+    ) as small:
         dataset = fastload.StreamingDataset(url, cache=small, index=indexes)
         order = random.Random(1).sample(range(len(data.samples)), len(data.samples))
         assert check_samples(data, samples_of(dataset.take(order))) == [list(data.samples)[number] for number in order]
@@ -194,7 +198,9 @@ def test_a_sampler_in_the_order_of_an_earlier_run_is_fetched_ahead(s3, tmp_path:
             view.close()
             return keys, cache.stats()["replayed_reads"]
 
-    with fastload.Cache(tmp_path / "cache", ram_bytes="1MiB", disk_bytes="64MiB", chunk_bytes="64KiB") as cache:
+    with fastload.Cache(
+        tmp_path / "cache", ram_bytes="1MiB", disk_bytes="64MiB", chunk_bytes="64KiB", service="inprocess"
+    ) as cache:
         for _ in fastload.StreamingDataset(url, cache=cache):
             pass
     (first, before), (second, after) = run(), run()

@@ -26,6 +26,14 @@ SMALL = {"ram_bytes": "16MiB", "disk_bytes": "64MiB", "chunk_bytes": "64KiB"}
 
 @pytest.fixture
 def cache(tmp_path: Path):
+    """With the service in this process, which starts at once."""
+    with fastload.Cache(tmp_path / "cache", service="inprocess", **SMALL) as cache:
+        yield cache
+
+
+@pytest.fixture
+def served(tmp_path: Path):
+    """With a service that is a process."""
     with fastload.Cache(tmp_path / "cache", **SMALL) as cache:
         yield cache
 
@@ -41,8 +49,8 @@ def keys_of(loader: fastload.DataLoader, data: Corpus) -> list[str]:
 
 # The order is the plan's, which does not know of threads: each is read with and without, if not in all ways.
 @pytest.mark.parametrize(("shuffle", "num_workers"), [(False, 0), (False, 2), (True, 2), ("shards", 0)])
-def test_every_sample_once_and_unharmed(s3, cache, data: Corpus, num_workers: int, shuffle) -> None:
-    dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=shuffle)
+def test_every_sample_once_and_unharmed(s3, served, data: Corpus, num_workers: int, shuffle) -> None:
+    dataset = fastload.StreamingDataset(data.put(s3), cache=served, shuffle=shuffle)
     loader = fastload.DataLoader(dataset, batch_size=16, num_workers=num_workers)
     keys = keys_of(loader, data)
     assert sorted(keys) == sorted(data.samples)
@@ -56,7 +64,7 @@ def test_every_sample_once_and_unharmed(s3, cache, data: Corpus, num_workers: in
     loader.close()
 
 
-def test_the_order_is_the_same_in_a_new_process_and_for_any_number_of_threads(s3, cache, data: Corpus) -> None:
+def test_the_order_is_the_same_in_a_new_process_and_for_any_number_of_threads(s3, served, data: Corpus) -> None:
     url = data.put(s3)
     code = (
         "import sys, json, fastload\n"
@@ -65,9 +73,9 @@ def test_the_order_is_the_same_in_a_new_process_and_for_any_number_of_threads(s3
         "loader = fastload.DataLoader(dataset, batch_size=7, num_workers=2)\n"
         "print(json.dumps([list(batch['__key__']) for batch in loader]))\n"
     )
-    printed = run(code, url, cache.directory, json.dumps(SMALL)).stdout
+    printed = run(code, url, served.directory, json.dumps(SMALL)).stdout
     for num_workers in (0, 1, 3):
-        dataset = fastload.StreamingDataset(url, cache=cache, shuffle=True, seed=5)
+        dataset = fastload.StreamingDataset(url, cache=served, shuffle=True, seed=5)
         loader = fastload.DataLoader(dataset, batch_size=7, num_workers=num_workers)
         assert [batch["__key__"] for batch in loader] == json.loads(printed)
         loader.close()
@@ -250,7 +258,7 @@ def test_an_auto_window_goes_on_as_it_was_saved(s3, tmp_path: Path, data: Corpus
     url = data.put(s3)
 
     def loader_with(name: str, ram_bytes: str, window: str = "auto") -> fastload.DataLoader:
-        cache = fastload.Cache(tmp_path / name, ram_bytes=ram_bytes, disk_bytes="64MiB", chunk_bytes="64KiB")
+        cache = fastload.Cache(tmp_path / name, **{**SMALL, "ram_bytes": ram_bytes})
         dataset = fastload.StreamingDataset(url, cache=cache, shuffle=True, shuffle_window=window)
         return fastload.DataLoader(dataset, batch_size=8)
 
@@ -277,7 +285,7 @@ def test_a_window_that_does_not_fit_is_made_smaller_with_one_warning(s3, tmp_pat
     url = data.put(s3)
 
     def loader_with(name: str, ram_bytes: str, window: str) -> fastload.DataLoader:
-        cache = fastload.Cache(tmp_path / name, ram_bytes=ram_bytes, disk_bytes="64MiB", chunk_bytes="64KiB")
+        cache = fastload.Cache(tmp_path / name, **{**SMALL, "ram_bytes": ram_bytes})
         dataset = fastload.StreamingDataset(url, cache=cache, shuffle=True, shuffle_window=window)
         return fastload.DataLoader(dataset, batch_size=8)
 
@@ -474,8 +482,8 @@ def test_copies_of_a_loader(s3, cache, data: Corpus, copied) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_iterates_a_loader_in_use(s3, cache, data: Corpus) -> None:
-    loader = fastload.DataLoader(fastload.StreamingDataset(data.put(s3), cache=cache), batch_size=8, num_workers=2)
+def test_a_forked_child_iterates_a_loader_in_use(s3, served, data: Corpus) -> None:
+    loader = fastload.DataLoader(fastload.StreamingDataset(data.put(s3), cache=served), batch_size=8, num_workers=2)
     batches = iter(loader)
     next(batches)
     child = os.fork()
@@ -519,8 +527,8 @@ def test_shards_with_other_columns_are_refused(s3, cache) -> None:
         loader.close()
 
 
-def test_stats(s3, cache, data: Corpus) -> None:
-    dataset = fastload.StreamingDataset(data.put(s3), cache=cache)
+def test_stats(s3, served, data: Corpus) -> None:
+    dataset = fastload.StreamingDataset(data.put(s3), cache=served)
     loader = fastload.DataLoader(dataset, batch_size=16, num_workers=2)
     assert loader.stats()["batches"] == 0
     keys_of(loader, data)
@@ -542,7 +550,7 @@ def test_stats(s3, cache, data: Corpus) -> None:
 
 def test_an_arena_of_two_chunks_is_enough(s3, tmp_path: Path) -> None:
     data = corpus(shard_count=3, samples_per_shard=10, value_bytes=60_000)
-    with fastload.Cache(tmp_path / "cache", ram_bytes="128KiB", disk_bytes="16MiB", chunk_bytes="64KiB") as cache:
+    with fastload.Cache(tmp_path / "cache", service="inprocess", **{**SMALL, "ram_bytes": "128KiB"}) as cache:
         dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=True)
         loader = fastload.DataLoader(dataset, batch_size=8, num_workers=2)
         for _ in range(2):
@@ -553,7 +561,7 @@ def test_an_arena_of_two_chunks_is_enough(s3, tmp_path: Path) -> None:
 
 def test_samples_that_span_chunks(s3, tmp_path: Path) -> None:
     data = corpus(shard_count=2, samples_per_shard=8, value_bytes=400_000)
-    with fastload.Cache(tmp_path / "cache", ram_bytes="8MiB", disk_bytes=0, chunk_bytes="64KiB") as cache:
+    with fastload.Cache(tmp_path / "cache", service="inprocess", **{**SMALL, "disk_bytes": 0}) as cache:
         dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=True)
         loader = fastload.DataLoader(dataset, batch_size=4, num_workers=2)
         assert sorted(keys_of(loader, data)) == sorted(data.samples)
@@ -569,14 +577,6 @@ def test_empty_shards_and_few_samples(s3, cache) -> None:
         dataset = fastload.StreamingDataset(f"{s3.url}/odd/", cache=cache, shuffle=True, rank=rank, world_size=3)
         loader = fastload.DataLoader(dataset, batch_size=8)
         assert keys_of(loader, data) == list(data.samples)
-        loader.close()
-
-
-def test_inprocess_service(s3, tmp_path: Path, data: Corpus) -> None:
-    with fastload.Cache(tmp_path / "cache", service="inprocess", **SMALL) as cache:
-        dataset = fastload.StreamingDataset(data.put(s3), cache=cache, shuffle=True)
-        loader = fastload.DataLoader(dataset, batch_size=16, num_workers=2)
-        assert sorted(keys_of(loader, data)) == sorted(data.samples)
         loader.close()
 
 

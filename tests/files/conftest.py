@@ -14,7 +14,16 @@ CHUNK_BYTES = 64 << 10
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[fastload.Cache]:
-    """Where nothing is cached yet."""
+    """Where nothing is cached yet, with the service in this process, which starts at once."""
+    with fastload.Cache(
+        tmp_path / "cache", ram_bytes=40 * CHUNK_BYTES, disk_bytes="64MiB", chunk_bytes=CHUNK_BYTES, service="inprocess"
+    ) as cache:
+        yield cache
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[fastload.Cache]:
+    """With a service that is a process."""
     with fastload.Cache(
         tmp_path / "cache", ram_bytes=40 * CHUNK_BYTES, disk_bytes="64MiB", chunk_bytes=CHUNK_BYTES
     ) as cache:

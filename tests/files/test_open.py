@@ -227,14 +227,14 @@ def test_a_list_that_has_grown_long(s3: Bucket, cache: fastload.Cache, monkeypat
     until(lambda: [each["name"] for each in node(cache)["consumers"]].count("fastload.open") == 1)
 
 
-def test_a_service_that_dies(s3: Bucket, cache: fastload.Cache) -> None:
+def test_a_service_that_dies(s3: Bucket, served: fastload.Cache) -> None:
     data = content(6 * CHUNK_BYTES)
     urls = [s3.put(name, data) for name in ("one", "two", "three")]
-    with fastload.open(urls[0], cache) as one, fastload.open(urls[1], cache) as two:
+    with fastload.open(urls[0], served) as one, fastload.open(urls[1], served) as two:
         assert one.read(100) == data[:100]
-        kill_service(cache.directory)
+        kill_service(served.directory)
         assert two.read() == data
-        with fastload.open(urls[2], cache) as three:
+        with fastload.open(urls[2], served) as three:
             assert three.read() == data
         assert one.read() == data[100:]
 

@@ -48,6 +48,11 @@ def as_they_are(samples: list[bytes]) -> list[bytes]:
 
 
 @pytest.fixture
+def cache(served: fastload.Cache) -> fastload.Cache:
+    return served
+
+
+@pytest.fixture
 def objects(s3: Bucket) -> dict[str, bytes]:
     return {s3.put(f"{number:03d}", data): data for number in range(40) if (data := content(3000 + 7 * number, number))}
 

@@ -27,7 +27,7 @@ def shards(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path):
-    with fastload.Cache(tmp_path / "cache", **LIMITS) as cache:
+    with fastload.Cache(tmp_path / "cache", **LIMITS, service="inprocess") as cache:
         yield cache
 
 
