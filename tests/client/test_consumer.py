@@ -296,6 +296,6 @@ def test_a_spawned_process_uses_the_same_service(cache: Cache, s3: Bucket, shard
 
 def test_a_handle_pickles_as_its_settings(cache: Cache) -> None:
     copy = pickle.loads(pickle.dumps(cache))
-    assert (copy.directory, copy.ram_bytes, copy.chunk_bytes) == (cache.directory, cache.ram_bytes, cache.chunk_bytes)
+    assert (copy.directory, copy.limits) == (cache.directory, cache.limits)
     assert repr(copy) == repr(cache)
     copy.close()

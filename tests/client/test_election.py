@@ -61,7 +61,7 @@ def test_where_all_die_it_runs_in_threads(cache: Cache, deaths: Path) -> None:
         consumer = cache.consumer()
     assert len(list(deaths.iterdir())) == 7
     assert service_pid(consumer) == os.getpid()
-    assert consumer.stats()["node"]["disk_quota_bytes"] == cache.disk_bytes
+    assert consumer.stats()["node"]["disk_quota_bytes"] == cache.limits.disk_bytes
     with cache.consumer() as other:  # which finds it there, and is warned of nothing
         assert service_pid(other) == os.getpid()
     consumer.close()
