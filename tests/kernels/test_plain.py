@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fastload.cli import app
-from fastload.kernels import compile_into, jit, objects
+from fastload.kernels import compile_into, jit, numba_jit, objects
 from tests.kernels.example import SOURCE, run
 
 BESIDE = Path(__file__).parent
@@ -109,6 +110,18 @@ def test_a_folder_that_fails_only_costs_the_keeping(tmp_path: Path, fault: str, 
     assert not list(cache.rglob("*.nbi"))
     assert run(source, cache, FASTLOAD_PLAIN_NUMBA="1")[0] == "7 8 compiled"
     assert list(cache.rglob("*.nbi")), "a later process, in which nothing fails, keeps them"
+
+
+def test_a_folder_that_cannot_be_listed_keeps_nothing_and_ends_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(folder: Path, pattern: str) -> list[Path]:
+        raise OSError(errno.EIO, "Input/output error", str(folder))
+
+    monkeypatch.setenv(objects.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(Path, "rglob", fails)
+    assert not numba_jit.is_kept("fastload.kernels.crc")
+    assert list((tmp_path / "cache").iterdir()), "it asked for the folder"
 
 
 def test_nothing_is_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
