@@ -136,8 +136,8 @@ def test_what_is_in_use_or_on_its_way_stays() -> None:
     ]
     assert shown(decide(demands[:1], table, Capacity(0, 3), coming=2, disk_is_quick=True)) == []
     assert shown(decide(demands[:1], table, Capacity(0, 3), disk_is_quick=True)) == [("recall", leased.buffer)]
-    wishes = [Candidate(wanted, index, Need.WANTED, 0, False) for index in range(2)]
-    assert shown(decide(wishes, table, Capacity(0, 3))) == []
+    wants = [Candidate(wanted, index, Need.WANTED, 0, False) for index in range(2)]
+    assert shown(decide(wants, table, Capacity(0, 3))) == []
     assert table.status[running] == buffers.WRITING
 
 
@@ -245,7 +245,7 @@ def test_what_waits_for_a_store_that_hangs_keeps_no_room_from_what_is_demanded_o
 
 
 def test_no_order_of_usefulness_is_made_while_nothing_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most turns with a busy store and a full arena are so, and over a large one it takes half a millisecond."""
+    """Most ticks with a busy store and a full arena are so, and over a large one it takes half a millisecond."""
     table, resident = BufferTable(2), entry("resident", 2)
     for index in range(2):
         put(table, resident, index)
@@ -265,7 +265,7 @@ def test_how_many_are_passed_over_for_one_that_can_start(waiting: int) -> None:
     assert shown(found) == ([("load", "s3://answers/x", 0)] if waiting <= 32 else [])
 
 
-wishes = st.lists(
+wants = st.lists(
     st.tuples(
         st.sampled_from(Need), st.sampled_from(["one", "other"]), st.integers(0, 50), st.booleans(), st.booleans()
     ),
@@ -274,9 +274,9 @@ wishes = st.lists(
 
 
 @settings(deadline=None)
-@given(wishes, st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.lists(st.booleans(), max_size=6))
+@given(wants, st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.lists(st.booleans(), max_size=6))
 def test_what_is_decided_does_not_hang_on_that(
-    wished: list[tuple[Need, str, int, bool, bool]], disk: int, one: int, other: int, held: list[bool]
+    wanted: list[tuple[Need, str, int, bool, bool]], disk: int, one: int, other: int, held: list[bool]
 ) -> None:
     table, resident = BufferTable(8), entry("resident", 8)
     for index, is_queued in enumerate(held):
@@ -284,7 +284,7 @@ def test_what_is_decided_does_not_hang_on_that(
     objects = {name: stored(name, 0).entry for name in ("one", "other")}
     candidates = [
         Candidate(objects[name], index, need, index, on_disk, may_displace=displaces)
-        for need, name, index, on_disk, displaces in sorted(wished)
+        for need, name, index, on_disk, displaces in sorted(wanted)
     ]
 
     def decided() -> list[Action]:
