@@ -11,9 +11,12 @@ from __future__ import annotations
 import ctypes
 import os
 import statistics
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -187,3 +190,17 @@ def die_with_parent() -> None:
     """Be sent SIGTERM when the process that started this one ends, however it ends."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, 15)
+
+
+@contextmanager
+def spinning(count: int) -> Iterator[None]:
+    """So many processes want a core all the time within the block, at this process's priority."""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=die_with_parent) for _ in range(count)
+    ]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()

@@ -153,6 +153,8 @@ PEERS: dict[str, Callable[[Settings], Peer]] = {
     "webdataset": WebDataset,
     "streaming": others.Streaming,
     "litdata": others.LitData,
+    "spdl": others.Spdl,
+    "s3torchconnector": others.S3Connector,
 }
 
 

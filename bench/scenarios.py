@@ -20,6 +20,7 @@ CAP_BYTES_PER_S = 200e6
 FAR = Profile(delay_s=0.02)
 FAR_AND_CAPPED = Profile(delay_s=0.02, total_bytes_per_s=CAP_BYTES_PER_S)
 SMALL_ARENA_BYTES = 256 << 20
+SPINNING = 4
 
 _COMPARE: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
 
@@ -85,6 +86,27 @@ def capped(stage: Stage, plan: Plan) -> Result:
             shards.add(run.system, began[0])
             lag.add(run.system, began[1])
     return _result("capped", [rate, share, remote, first, shards, lag, memory], runs)
+
+
+def busy(stage: Stage, plan: Plan) -> Result:
+    """The same store on a node whose cores four other processes want all the time, at the same priority."""
+    rate = Row("cold epoch", "MB/s")
+    share = Row("cold epoch, of plain range requests", "", (">=", 0.95))
+    ahead = Row("cold epoch, times the best of the others", "", (">=", 1.0))
+    first = Row("first batch after", "s")
+    client = Row("client and cache service", "CPU-s/GB")
+    with measure.spinning(SPINNING):
+        runs = _rounds(stage, plan, ("raw", *plan.systems), FAR_AND_CAPPED)
+    for run in runs:
+        epoch = run.epochs[0]
+        rate.add(run.system, epoch.mb_per_s)
+        client.add(run.system, epoch.cpu_s_per_gb("client"))
+        if run.system != "raw":
+            first.add(run.system, epoch.epoch.first_batch_s)
+    for row, other in ((share, measure.median(rate.values["raw"])), (ahead, _best_of_others(rate, "raw"))):
+        if other:
+            row.values.update({system: [value / other for value in values] for system, values in rate.values.items()})
+    return _result("busy", [rate, share, ahead, first, client], runs)
 
 
 def uncapped(stage: Stage, plan: Plan) -> Result:
@@ -180,6 +202,7 @@ def together(stage: Stage, plan: Plan) -> Result:
 
 SCENARIOS: dict[str, Callable[[Stage, Plan], Result]] = {
     "capped": capped,
+    "busy": busy,
     "uncapped": uncapped,
     "disk": disk,
     "together": together,
@@ -198,9 +221,10 @@ def _rounds(stage: Stage, plan: Plan, systems: tuple[str, ...], profile: Profile
     return runs
 
 
-def _best_of_others(row: Row) -> float:
+def _best_of_others(row: Row, *besides: str) -> float:
     """The best median of another loader; 0 where none was measured."""
-    return max((measure.median(values) for system, values in row.values.items() if system != "fastload"), default=0.0)
+    others = [values for system, values in row.values.items() if system not in ("fastload", *besides)]
+    return max(map(measure.median, others), default=0.0)
 
 
 def _rate_of_both(epochs: list[Measured]) -> float:

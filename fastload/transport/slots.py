@@ -25,6 +25,7 @@ the system call is made through ctypes.
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 import threading
@@ -98,7 +99,7 @@ class SlotPool:
     def take_array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
         """A writable C-contiguous array over a slot."""
         kind = np.dtype(dtype)
-        byte_count = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+        byte_count = math.prod(shape) * kind.itemsize
         return self.take(byte_count).view(kind).reshape(shape)
 
     @property
