@@ -12,6 +12,10 @@ both counts; each in a process of its own, whose imports and first epoch do not 
 *index*: one shard of records and one of photographs of 90 kB, both in memory: fastload's index, `tarfile`, and
 webdataset's iterators, which cannot but read the data as well.
 
+*tokens*: sequences of 2048 uint16 in batches of 32, as a tensor and as one that a function of `map_batch` has had, each
+out of a warm cache and with two workers, beside torch's loader with two over a memory-mapped file in the page cache,
+shuffled.
+
 *photographs*: a random resized crop of JPEGs of 91 kB to 224 x 224 float32, out of a warm cache through the loader,
 against the decoder alone on the same bytes in memory, with one thread and with two.
 
@@ -40,6 +44,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from bench import data, measure
 from bench.decode import MEAN, SIZE, STD, in_parts
@@ -58,6 +63,8 @@ RAM_BYTES = 3 << 30
 FASTER_THAN_WEBDATASET = 20.0
 FASTER_THAN_TARFILE = 20.0
 SHARE_OF_KERNEL = 0.9
+TOKENS_A_SECOND = 250e3  # sequences
+MAPPED_FASTER_THAN_MEMMAP = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,15 +155,22 @@ def fastload_epochs(folder: Path, shards: int, workers: int) -> list[tuple[int, 
 
 @contextmanager
 def warm_loaders(
-    urls: str | list[str], batch_size: int, workers: Sequence[int], **options: Any
+    urls: str | list[str],
+    batch_size: int,
+    workers: Sequence[int],
+    function: Callable[[Any], Any] | None = None,
+    **options: Any,
 ) -> Iterator[tuple[dict[int, Any], list[int]]]:
-    """fastload's loaders with so many workers each, over a cache that holds everything; and the processes at work."""
+    """fastload's loaders with so many workers each, over a cache that holds everything; and the processes at work.
+    `function` is applied to batches.
+    """
     import fastload
 
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastload-records-"))
         cache = stack.enter_context(fastload.Cache(folder, ram_bytes=RAM_BYTES, disk_bytes=0))
-        dataset = fastload.StreamingDataset(urls, cache=cache, shuffle=True, seed=0, **options)
+        dataset: Any = fastload.StreamingDataset(urls, cache=cache, shuffle=True, seed=0, **options)
+        dataset = dataset if function is None else dataset.map_batch(function)
         loaders: dict[int, Any] = {}
         for count in workers:
             loaders[count] = fastload.DataLoader(dataset, batch_size=batch_size, num_workers=count)
@@ -229,6 +243,96 @@ def run(system: str, workers: int, shards: int, folder: Path) -> list[Took]:
     command += ["--run", system, str(workers), str(shards)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return [Took(*epoch) for epoch in json.loads(done.stdout)]
+
+
+# Sequences of tokens.
+
+TOKENS, TOKEN_SHARDS, SEQUENCES_A_SHARD, TOKEN_BATCH_SIZE = 2048, 8, 5000, 32
+TOKEN_WORKERS = 2
+
+
+def tokens(options: argparse.Namespace) -> bool:
+    """fastload's rates, mapped and not, and torch's over a memory-mapped file; whether a target is missed."""
+    from fastload import decode
+
+    folder = prepare_tokens(options.folder)
+    urls, columns = f"{folder}/train-{{000000..{TOKEN_SHARDS - 1:06d}}}.tar", {"bin": decode.flat("uint16", TOKENS)}
+    rates: dict[str, list[float]] = {"fastload": [], "fastload, map_batch": [], "torch, memory-mapped": []}
+    cpu_us: dict[str, list[float]] = {system: [] for system in rates}
+
+    def take(system: str, loader: Any, pids: list[int]) -> None:
+        took = [Took(*timed(lambda: sum(len(first_column(batch)) for batch in loader), pids)) for _ in range(3)]
+        assert {one.count for one in took} == {TOKEN_SHARDS * SEQUENCES_A_SHARD}, (system, took)
+        median = sorted(took, key=lambda one: one.wall_s)[1]
+        rates[system].append(median.per_s)
+        cpu_us[system].append(median.cpu_us)
+
+    for _ in range(options.rounds):
+        for system, function in (("fastload", None), ("fastload, map_batch", as_it_is)):
+            with warm_loaders(urls, TOKEN_BATCH_SIZE, [TOKEN_WORKERS], function=function, decode=columns) as found:
+                take(system, found[0][TOKEN_WORKERS], found[1])
+        loader = memory_mapped(folder / "tokens.bin")
+        sum(1 for _ in loader)
+        take("torch, memory-mapped", loader, [os.getpid()])
+    figures = []
+    for system, per_s in rates.items():
+        target = TOKENS_A_SECOND / 1000 if system == "fastload" else None
+        figures.append(Figure(f"{system}, 1000 sequences a second", "", [one / 1000 for one in per_s], at_least=target))
+        figures.append(Figure(f"{system}, CPU time a sequence", "us", cpu_us[system]))
+    pairs = zip(rates["fastload, map_batch"], rates["torch, memory-mapped"], strict=True)
+    ratios = [mapped / plain for mapped, plain in pairs]
+    figures.append(Figure("map_batch, times torch's rate", "", ratios, at_least=MAPPED_FASTER_THAN_MEMMAP))
+    return show(f"sequences of {TOKENS} uint16, batches of {TOKEN_BATCH_SIZE}", figures)
+
+
+def prepare_tokens(folder: Path) -> Path:
+    """The folder with shards of sequences, and the same in one file; made first where it is not there."""
+    final = folder / f"tokens-v{VERSION}-{TOKEN_SHARDS}x{SEQUENCES_A_SHARD}"
+    if not final.exists():
+        part = folder / f"{final.name}.part-{os.getpid()}"
+        part.mkdir(parents=True)
+        rng = np.random.default_rng(SEED)
+        with open(part / "tokens.bin", "wb") as whole:
+            for number in range(TOKEN_SHARDS):
+                sequences = rng.integers(0, 50_000, (SEQUENCES_A_SHARD, TOKENS), np.uint16)
+                shard = tar_of(number * SEQUENCES_A_SHARD, sequences.view(np.uint8), "bin")
+                (part / f"train-{number:06d}.tar").write_bytes(shard)
+                whole.write(sequences.tobytes())
+        part.rename(final)
+    return final
+
+
+class MemoryMapped(torch.utils.data.Dataset[torch.Tensor]):
+    """Sequences of one file, opened in each worker."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._sequences: Any = None
+
+    def __len__(self) -> int:
+        return TOKEN_SHARDS * SEQUENCES_A_SHARD
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        if self._sequences is None:
+            self._sequences = np.memmap(self._path, np.uint16, "r").reshape(-1, TOKENS)
+        return torch.from_numpy(self._sequences[number].copy())
+
+
+def memory_mapped(path: Path) -> Any:
+    """torch's own loader over `MemoryMapped`."""
+    return torch.utils.data.DataLoader(
+        MemoryMapped(path), TOKEN_BATCH_SIZE, shuffle=True, num_workers=TOKEN_WORKERS, persistent_workers=True
+    )
+
+
+def as_it_is(batch: Any) -> Any:
+    """A function of `map_batch`."""
+    return batch
+
+
+def first_column(batch: Any) -> Any:
+    """The sequences of a batch."""
+    return batch["bin"] if isinstance(batch, dict) else batch
 
 
 # The index of a shard.
@@ -376,6 +480,7 @@ def decoder_work(decoder: Any, groups: list[Group], threads: int) -> Callable[[]
 
 QUESTIONS: dict[str, Callable[[argparse.Namespace], bool]] = {
     "records": records,
+    "tokens": tokens,
     "index": index,
     "photographs": photographs,
 }
