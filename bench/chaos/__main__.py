@@ -33,7 +33,7 @@ from bench.chaos import damage, jobs
 from bench.chaos.drive import Driver, Job
 from bench.chaos.oracle import Data, Oracle
 from bench.chaos.report import as_text
-from bench.chaos.schedule import EVENTS, FAULTS, LIES, events
+from bench.chaos.schedule import EVENTS, FAULTS, GAP, LIES, events
 from bench.chaos.store import BadStoreProcess, Settings, Stored, certify
 from fastload.cache.disk import take_inventory
 from fastload.demo.weed import WeedServer
@@ -54,6 +54,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10.0, help="how long; what is under way is read to its end")
     parser.add_argument("--steps", type=int, default=1 << 60, help="end after so many steps of all jobs, if sooner")
     parser.add_argument("--seed", type=int, default=1, help="which schedule")
+    parser.add_argument(
+        "--gap", type=int, nargs=2, default=GAP, metavar="STEPS", help="between two events, at least and at most"
+    )
     parser.add_argument("--share", type=float, default=0.08, help="of the requests fail")
     parser.add_argument("--stall-s", type=float, default=8.0, help="the longest silence of the store")
     parser.add_argument("--pace-s", type=float, default=0.05, help="the time of a trainer's step")
@@ -144,7 +147,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         driver = Driver(
             all_jobs,
             disk,
-            events(options.seed, options.without),
+            events(options.seed, options.without, tuple(options.gap)),
             folder,
             refusals=lambda: store.faults().get("403", 0),
             lies=lambda: sum(store.faults().get(kind, 0) for kind in LIES),

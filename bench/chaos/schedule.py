@@ -78,14 +78,14 @@ class Event:
         return f"step {self.step}: {self.kind} ({', '.join(f'{draw:.3f}' for draw in self.draws)})"
 
 
-def events(seed: int, without: Collection[str] = ()) -> Iterator[Event]:
+def events(seed: int, without: Collection[str] = (), gap: tuple[int, int] = GAP) -> Iterator[Event]:
     """All that happens, without end. Switching kinds off leaves the others where they are."""
     if not set(EVENTS) - set(without):
         return
     rng = random.Random(f"fastload chaos events {seed}")
     step = 0
     while True:
-        step += rng.randint(*GAP)
+        step += rng.randint(*gap)
         (kind,) = rng.choices(list(EVENTS), list(EVENTS.values()))
         event = Event(step, kind, tuple(rng.random() for _ in range(4)))
         if kind not in without:
