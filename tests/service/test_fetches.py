@@ -91,6 +91,31 @@ def test_one_that_lost_and_hangs_keeps_no_other_from_being_sent(tmp_path: Path) 
     world.run(work)
 
 
+def test_a_chunk_that_does_not_come_takes_no_more_than_three_requests(tmp_path: Path) -> None:
+    """Also where more would be within the share of the requests."""
+    world = World(tmp_path, 8)
+    world.add(*[1] * 30)
+
+    async def work(core: Core) -> None:
+        side = Side(core, world.objects)
+        await read(side, *range(29))
+        (endpoint,) = core._endpoints._endpoints.values()
+        endpoint.hedger.request_count = 1000
+        gate = Gate()
+        world.store.before_read = lambda url, start: gate.wait()
+        try:
+            side.want(29)
+            await until(lambda: side.node()["requests_in_flight"] == 3, "it is asked for twice more")
+            await sleep(0.5)  # the third is late by now
+            assert side.node()["requests_in_flight"] == 3
+            assert endpoint.hedger.has_budget
+        finally:
+            gate.set()
+        await until(lambda: side.granted[-1:] == [29], "it is here")
+
+    world.run(work)
+
+
 @pytest.mark.parametrize("buffer_count", [2, 3])
 def test_the_last_buffer_is_for_another_chunk(tmp_path: Path, buffer_count: int) -> None:
     """A store that hangs on a chunk and on the second request for it keeps nobody from reading what another has."""

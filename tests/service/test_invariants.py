@@ -175,3 +175,18 @@ def test_what_is_fetched_for_one_who_has_gone_is_fetched_again_for_who_still_wai
     leaver.leave()
     world.run(100.0)
     assert 0 in waiter.held
+
+
+def test_what_cannot_be_read_from_disk_just_now_is_not_written_again() -> None:
+    world = VirtualCore(random.Random(0), 8, 12)
+    reader = Someone(world, random.Random(0), {})
+    for serial in (1, 2):
+        reader.wanted[0] = None
+        reader.say(protocol.Want([0], serial, True))
+        world.run(100.0)
+        assert 0 in reader.held
+        assert world.core._writer.counters["written_chunks"] == 1
+        reader.release([0])
+        world.core._residency.drop_idle()
+        world.disk.read_into = lambda key, out: None  # type: ignore[method-assign]
+    assert world.core._residency.counters["fetched_chunks"] == 2
