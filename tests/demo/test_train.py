@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from fastload.demo import train
-from tests.patience import PATIENCE_S
+from tests.programs import Program
 
 
 @pytest.fixture
@@ -48,15 +48,14 @@ def test_no_epochs_are_no_demo() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    code = "from fastload.demo import train; train.run(samples=320, epochs=1000)"
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as demo:
-        assert demo.stdout is not None
+    code = (
+        "import tempfile; tempfile.tempdir = None\n"  # which the fork server may have looked for
+        "from fastload.demo import train; train.run(samples=320, epochs=1000)\n"
+    )
+    with Program(code, env={**os.environ, "TMPDIR": str(tmp_path), "COLUMNS": "100"}) as demo:
         for line in demo.stdout:
             if "accuracy" in line:
                 break
-        demo.send_signal(number)
-        assert demo.wait(timeout=PATIENCE_S) != 0
+        os.kill(demo.pid, number)
+        assert demo.wait() != 0
     assert list(tmp_path.glob("fastload-*")) == []
