@@ -119,7 +119,7 @@ def test_clearing_leaves_history_unless_told(urls: list[str], tmp_path: Path, mo
 def test_names_are_shown_as_they_are_and_damage_is_named(tmp_path: Path) -> None:
     url = "s3://bucket/[bold]" + "a" * 100
     recorder = Recorder("[red]train\x1b[31m.py", 1.8e9, 65536)
-    recorder.read(recorder.lane("reader"), 1, ObjectInfo(url, 10, "e", -1), 0, 0.0)
+    recorder.read(recorder.begin_trace("reader"), 1, ObjectInfo(url, 10, "e", -1), 0, 0.0)
     (tmp_path / "cache").mkdir()
     archive = Archive(tmp_path / "cache")
     archive.append("20270115-080000-00000000", recorder.take(9.0, {}).pieces())
