@@ -112,9 +112,9 @@ def check_manifests(place: Path) -> None:
 
 def append(place: Path, first: int, after: int = 0) -> int:
     recorder = Recorder("train.py", 1.8e9, RUN_CHUNK_BYTES)
-    lane = recorder.lane("reader")
+    trace = recorder.begin_trace("reader")
     for number in range(first, first + 20):
-        assert recorder.read(lane, key(number), info(number), 0, number * 0.1)
+        assert recorder.read(trace, key(number), info(number), 0, number * 0.1)
     return Archive(place).append(RUN, recorder.take(1.0, {}).pieces(), after) or 0
 
 

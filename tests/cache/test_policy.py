@@ -173,7 +173,7 @@ def test_a_sieve_forgets_what_it_does_not_hold() -> None:
     assert len(sieve._ahead) + len(sieve._passed) < 100
 
 
-# Pins
+# Pin
 
 
 def ids(count: int) -> list[bytes]:
