@@ -87,6 +87,17 @@ def test_whoever_gives_up_is_not_held_up_by_others_who_did_so_sooner(monkeypatch
     workers.close()
 
 
+def test_after_an_interruption_batches_have_their_time_again(monkeypatch):
+    monkeypatch.setattr("fastload.pipeline.workers._END_S", 0.1)
+    monkeypatch.setattr("fastload.pipeline.workers._LOOK_UP_MS", 10)
+    workers = started(lambda gathered, slots, reseed: time.sleep(0.5))
+    with workers.interrupted(), workers.interrupted():
+        pass
+    assert call(workers) is None
+    assert workers.is_usable
+    workers.close()
+
+
 class Unreadable:
     def __reduce__(self) -> tuple[Any, ...]:
         return _unreadable, ()
