@@ -79,8 +79,9 @@ def test_worker_processes(cache: fastload.Cache, objects: dict[str, bytes], meth
         assert read(dataset, method, workers) == list(objects.values())
         figures = node(cache)
         assert figures["node"]["fetched_bytes"] == fetched == sum(map(len, objects.values()))
-        # One question for each object and one answer with its bytes, in whichever process it was opened.
-        assert figures["store"]["requests"] == 2 * len(objects)
+        # One question for each object and one answer with its bytes, in whichever process it was opened; but for those
+        # that were sent a second time since the first was late.
+        assert figures["store"]["requests"] - figures["node"]["hedged_requests"] == 2 * len(objects)
 
 
 def test_a_parent_that_has_files_open(cache: fastload.Cache, objects: dict[str, bytes]) -> None:
