@@ -17,7 +17,7 @@ from fastload.client import Handle as Cache
 from fastload.client import election
 from fastload.errors import CacheError, ServiceError
 from fastload.service.inprocess import InProcessService
-from fastload.service.launch import StartError
+from fastload.service.launch import StartError, start_process
 from tests.processes import until
 from tests.service.helpers import CHUNK_BYTES, service_pid
 
@@ -120,6 +120,14 @@ def test_what_a_service_says_is_no_silent_end(tmp_path: Path) -> None:
     with pytest.raises(ServiceError, match="no"):
         election.connect(cache._connector.directory, hello, start, threading.Event())
     assert len(starts) == 1
+
+
+def test_a_service_that_finds_another_in_its_place_ends_without_an_error(tmp_path: Path) -> None:
+    """Who started it connects to the other one; an end without a word would count as a death."""
+    directory = CacheDirectory.open(tmp_path / "cache")
+    assert directory.try_lock()
+    start_process(CacheDirectory.open(tmp_path / "cache"), 0.0, threading.Event())
+    directory.unlock()
 
 
 def test_a_consumer_that_is_closed_does_not_go_on_starting(tmp_path: Path) -> None:
