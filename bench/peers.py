@@ -100,7 +100,8 @@ class WebDataset:
 class Fastload:
     """fastload: a service with an arena and a disk tier, and two decode threads."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, is_kept: bool = True) -> None:
+        """Unless it `is_kept`, the service runs from the first epoch on only."""
         import fastload
         from fastload.client.cache import handle_of
 
@@ -111,8 +112,9 @@ class Fastload:
         self._directory = os.path.join(settings.folder, "fastload")
         self._cache = fastload.Cache(self._directory, ram_bytes=settings.ram_bytes, disk_bytes=settings.disk_bytes)
         # Starts the service and keeps it. What that costs is a figure of its own.
-        self._keeper = handle_of(self._cache).consumer(name="keeper")
-        measure.wait_until_idle(self.processes())
+        self._keeper = handle_of(self._cache).consumer(name="keeper") if is_kept else None
+        if is_kept:
+            measure.wait_until_idle(self.processes())
 
     def _build(self) -> Any:
         self._dataset = self._data_set_class(self._settings.pattern, cache=self._cache, shuffle=True, seed=0)
@@ -138,7 +140,8 @@ class Fastload:
         """Loader first, then cache; the service ends by itself."""
         if self._loader is not None:
             self._loader.close()
-        self._keeper.close()
+        if self._keeper is not None:
+            self._keeper.close()
         self._cache.close()
 
 

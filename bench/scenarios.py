@@ -22,17 +22,32 @@ FAR_AND_CAPPED = Profile(delay_s=0.02, total_bytes_per_s=CAP_BYTES_PER_S)
 SMALL_ARENA_BYTES = 256 << 20
 SPINNING = 4
 
+RANK_COUNTS = (1, 2, 4, 8)
+# What `bench.ranks` splits the CPU-seconds of ranks into.
+_OF_RANKS = {
+    "list": "listing, connecting",
+    "index": "indexing",
+    "plan": "planning",
+    "gather": "gathering",
+    "messages": "messages of the service",
+    "consumer": "hashing",
+    "other": "other",
+}
+
 _COMPARE: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
 
 
 @dataclass(slots=True)
 class Row:
-    """One figure: its values by system, in the order in which they were taken, and the target for fastload's median."""
+    """One figure: its values by system, in the order in which they were taken, and the target for the median of the
+    one that is `judged`.
+    """
 
     what: str
     unit: str
     target: tuple[str, float] | None = None
     values: dict[str, list[float]] = field(default_factory=dict)
+    judged: str = "fastload"
 
     def add(self, system: str, value: float) -> None:
         """One more run."""
@@ -40,11 +55,11 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """Whether fastload's median meets the target; None without one, or without a run of fastload."""
-        if self.target is None or "fastload" not in self.values:
+        """Whether that median meets the target; None without one, or without a run of that."""
+        if self.target is None or self.judged not in self.values:
             return None
         comparison, limit = self.target
-        return _COMPARE[comparison](measure.median(self.values["fastload"]), limit)
+        return _COMPARE[comparison](measure.median(self.values[self.judged]), limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,12 +215,38 @@ def together(stage: Stage, plan: Plan) -> Result:
     return _result("together", [remote, rate, memory], runs)
 
 
+def ranks(stage: Stage, plan: Plan) -> Result:
+    """Ranks of one node that share a cold epoch: what each does for itself, imports aside, shows in the CPU-seconds."""
+    first = Row("first batch of the last rank after", "s", ("<=", 2.0))
+    times = Row("CPU-seconds, times those of one rank", "", ("<=", 1.5))
+    seconds, requests = Row("cold epoch", "s"), Row("requests", "")
+    whole, service = Row("ranks and cache service", "CPU-s"), Row("cache service", "CPU-s")
+    kinds = {kind: Row(f"ranks: {what}", "CPU-s") for kind, what in _OF_RANKS.items()}
+    runs: list[Run] = []
+    for count in RANK_COUNTS * plan.rounds:
+        runs.append(stage.run("fastload", FAR, ranks=count))
+        (epoch,), system = runs[-1].epochs, _ranks(count)
+        cpu_s = epoch.epoch.cpu_s
+        first.add(system, epoch.epoch.first_batch_s)
+        seconds.add(system, epoch.epoch.seconds)
+        requests.add(system, len(epoch.requests))
+        whole.add(system, cpu_s["client"])
+        service.add(system, cpu_s["service"])
+        for kind, row in kinds.items():
+            row.add(system, cpu_s[kind])
+    for system, values in whole.values.items():
+        times.add(system, measure.median(values) / measure.median(whole.values[_ranks(RANK_COUNTS[0])]))
+    first.judged = times.judged = _ranks(RANK_COUNTS[-1])
+    return _result("ranks", [first, seconds, whole, times, service, *kinds.values(), requests], runs)
+
+
 SCENARIOS: dict[str, Callable[[Stage, Plan], Result]] = {
     "capped": capped,
     "busy": busy,
     "uncapped": uncapped,
     "disk": disk,
     "together": together,
+    "ranks": ranks,
 }
 
 
@@ -219,6 +260,10 @@ def _rounds(stage: Stage, plan: Plan, systems: tuple[str, ...], profile: Profile
             if system in ("raw", "fastload"):
                 raise
     return runs
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' if count > 1 else ''}"
 
 
 def _best_of_others(row: Row, *besides: str) -> float:

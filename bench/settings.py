@@ -30,6 +30,7 @@ class Settings:
     ram_bytes: int = 2 << 30
     disk_bytes: int = 8 << 30
     starts_at: float = 0.0  # on the monotonic clock, for runs side by side
+    ranks: int = 0  # that share one epoch, see `bench.ranks`; 0: the runner reads all of it by itself
     processes: dict[str, int] = field(default_factory=dict)
 
     @property

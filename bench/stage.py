@@ -197,8 +197,9 @@ class Stage:
 
     def _start(self, settings: Settings, proxy: Proxy) -> subprocess.Popen[str]:
         environment = {**os.environ, **self._weed.environment(), "AWS_ENDPOINT_URL": proxy.url, "FASTLOAD_IDLE_S": "0"}
+        runner = "bench.ranks" if settings.ranks else "bench.peers"
         return subprocess.Popen(
-            [sys.executable, "-m", "bench.peers", settings.to_json()],
+            [sys.executable, "-m", runner, settings.to_json()],
             env=environment,
             stdout=subprocess.PIPE,
             text=True,
