@@ -10,7 +10,7 @@ methods in `_METHODS`. `rank` is all of them together.
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -33,7 +33,6 @@ from bench import measure
 from bench.data import Tally
 from bench.peers import SETTLE_S, Epoch, Fastload
 from bench.settings import Settings
-from fastload.cache import syscalls
 
 # What a rank would import, or load, at its first batch.
 _PACKAGES = ("client", "decode", "formats", "pipeline", "plan", "store", "transport")
@@ -49,6 +48,7 @@ _METHODS = {
     "list": [("fastload.pipeline.source", "Source", "open")],
     "index": [("fastload.pipeline.shards", "ShardTable", "get")],
 }
+_MADV_POPULATE_WRITE = 23  # of mman.h
 KINDS = ("consumer", "list", "index", "plan", "gather", "messages", "other")
 
 
@@ -216,11 +216,12 @@ def _rank(settings: Settings, rank: int, pipe: Connection) -> None:
 
 def _unshare_memory() -> None:
     """Copy all pages that this process shares with the one that it was forked from, as it would one by one later."""
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for line in Path("/proc/self/maps").read_text().splitlines():
         (first, end), access = (int(address, 16) for address in line.split()[0].split("-")), line.split()[1]
         if access.startswith("rw") and access.endswith("p"):
-            with contextlib.suppress(OSError):  # a part of it cannot be touched
-                syscalls.madvise(first, end - first, syscalls.MADV_POPULATE_WRITE)
+            madvise(first, end - first, _MADV_POPULATE_WRITE)  # fails where a part of it cannot be touched
 
 
 def main() -> None:

@@ -6,9 +6,10 @@ consumer can damage. An anonymous memfd is all three: it has no name to go stale
 growing, shrinking (a mapping of cut memory would end its user with SIGBUS) and any further writable mapping,
 while the owner keeps the one it has.
 
-First touch of fresh memory runs at about 1 GB/s, use of touched memory at 20. So `populate` touches it ahead
-of use, in pieces, by an madvise that lets go of the GIL: MAP_POPULATE would hold it for half a second a GiB. How
-far ahead is the caller's to say: what is never touched costs no memory.
+Memory is taken from the machine page by page, by what is first written to it, so the arena takes up what was put into
+it. That costs 3 ms for 8 MiB, in the threads that receive. A thread that touches memory ahead of them (by
+MADV_POPULATE_WRITE) takes as long for it, so that nothing is saved where all cores are busy, and has to touch whole
+buffers, also where a short chunk will fill half of one: shards of 9 MB took twice their size.
 
 Memory that is sealed cannot be given back in parts, so an arena that is not in use moves to fresh memory (`renew`).
 
@@ -18,11 +19,9 @@ keeps its mapping until it is gone itself.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import mmap
-import threading
 from collections.abc import Callable
 from functools import partial
 
@@ -30,18 +29,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload.cache import syscalls
-from fastload.config import MIB, exact_bytes
+from fastload.config import exact_bytes
 from fastload.errors import CacheError
 
-# One piece of populating: 4 MiB takes 1-12 ms, which bounds how long a stop or a close has to wait.
-_PIECE_BYTES = 4 * MIB
 # An arena keeps its size: a mapping of memory that was cut off ends its user with SIGBUS.
 _FIXED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _CURE = "lower ram_bytes, or raise the limit on memory or open files of this process"
 
 
 class Arena:
-    """The owner's side. `buffer`, `populate` and `close` may be called from different threads."""
+    """The owner's side."""
 
     def __init__(self, ram_bytes: int, chunk_bytes: int) -> None:
         """Room for `ram_bytes // chunk_bytes` buffers; CacheError where the kernel gives none."""
@@ -52,7 +49,6 @@ class Arena:
             raise CacheError(
                 f"ram_bytes={exact_bytes(ram_bytes)} is below one chunk of {chunk_bytes} bytes; raise ram_bytes"
             )
-        self._closing = threading.Lock()  # held while a piece is populated: no unmapping underneath
         self.fd = -1
         self._map: mmap.mmap | None = None
         self._view = memoryview(b"")
@@ -71,22 +67,8 @@ class Arena:
 
     @property
     def touched_bytes(self) -> int:
-        """How much memory it takes up: what was populated or used so far."""
+        """How much memory it takes up: what was used so far."""
         return 0 if self.fd < 0 else syscalls.fstat(self.fd).st_blocks * 512
-
-    def populate(self, start: int, end: int, stop: threading.Event) -> int:
-        """Touch the bytes from `start` (on a page) to `end`, until `stop` is set; returns where it ended.
-
-        Ends early, and silently, where the kernel is older than 5.14 or has no memory to give: untouched
-        memory only costs more at its first use.
-        """
-        for piece in range(start, end, _PIECE_BYTES):
-            with self._closing:
-                if stop.is_set() or self._map is None:
-                    return piece
-                if not _populate(self._map, piece, min(_PIECE_BYTES, end - piece)):
-                    return piece
-        return end
 
     def renew(self) -> Callable[[], None]:
         """Go over to fresh memory, which takes up nothing; what the old holds is lost.
@@ -95,17 +77,15 @@ class Arena:
         OSError where the system has no other to give, and then nothing has changed.
         """
         fd, mapping = _new_memory(self.byte_count)
-        with self._closing:
-            old = self.fd, self._map, self._view
-            self.fd, self._map, self._view = fd, mapping, memoryview(mapping)
+        old = self.fd, self._map, self._view
+        self.fd, self._map, self._view = fd, mapping, memoryview(mapping)
         return partial(_let_go, *old)
 
     def close(self) -> None:
         """Let go of the memory, at once or when the last buffer in use goes. May be called twice."""
-        with self._closing:
-            old = self.fd, self._map, self._view
-            self.fd, self._map = -1, None
-            _let_go(*old)
+        old = self.fd, self._map, self._view
+        self.fd, self._map = -1, None
+        _let_go(*old)
 
 
 class ArenaView:
@@ -165,15 +145,6 @@ def _seal(fd: int) -> None:
         if error.errno != errno.EINVAL:
             raise
         syscalls.add_seals(fd, _FIXED)  # before Linux 5.1 only consumers' good manners keep them from writing
-
-
-def _populate(mapping: mmap.mmap, start: int, size: int) -> bool:
-    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping, start))
-    try:
-        syscalls.madvise(address, size, syscalls.MADV_POPULATE_WRITE)
-    except OSError:
-        return False
-    return True
 
 
 def _close_mapping(mapping: mmap.mmap, view: memoryview) -> None:

@@ -8,20 +8,14 @@ wants.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import mmap as _mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-# Absent from Python 3.11's modules; the values are the kernel's (fcntl.h, mman.h).
+# Absent from Python 3.11's modules; the values are the kernel's (fcntl.h).
 F_SEAL_FUTURE_WRITE = 0x10
-MADV_POPULATE_WRITE = 23
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-_libc.madvise.restype = ctypes.c_int
 
 
 def open(path: Path | str, flags: int, mode: int = 0o600) -> int:  # noqa: A001 - named after the call
@@ -126,13 +120,6 @@ def mmap_shared(fd: int, size: int, *, writable: bool) -> _mmap.mmap:
 def mmap_scratch(size: int) -> _mmap.mmap:
     """The system call mmap of private memory: zeroed and page-aligned, as direct I/O wants it."""
     return _mmap.mmap(-1, size, flags=_mmap.MAP_PRIVATE | _mmap.MAP_ANONYMOUS)
-
-
-def madvise(address: int, size: int, advice: int) -> None:
-    """The system call madvise on an address, with any advice, and without the GIL."""
-    if _libc.madvise(address, size, advice):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
 
 
 def read_file(path: Path | str) -> bytes:

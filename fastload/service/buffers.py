@@ -42,9 +42,8 @@ class BufferTable:
         self._positions: dict[Plan, Int64] = {}  # per long plan, -1 where the buffer's chunk is not in it
         self._short_plans = ShortPlans()
         self._clock = 0
-        self.used_count = 0  # no buffer from this number on was ever used
-        # Buffers are used again last in, first out, and fresh ones from the lowest up: used memory is touched already,
-        # and what lies beyond need never be (see `populate`).
+        # Buffers are used again last in, first out, before fresh ones: used memory is the machine's no more, and what
+        # was never used takes up nothing.
         self._free = list(range(count))[::-1]
 
     @property
@@ -78,7 +77,6 @@ class BufferTable:
             self._free.pop()
         else:
             self._free.remove(buffer)
-        self.used_count = max(self.used_count, buffer + 1)
         self.chunks[buffer] = chunk
         chunk.place(buffer)
         self.touch(chunk)
@@ -105,7 +103,6 @@ class BufferTable:
     def borrow(self) -> int:
         """A free buffer for a read that may turn out to be for nothing; it cannot be used until `release`."""
         buffer = self._free.pop()
-        self.used_count = max(self.used_count, buffer + 1)
         self.status[buffer] = QUARANTINED
         return buffer
 
@@ -117,11 +114,6 @@ class BufferTable:
     @property
     def is_empty(self) -> bool:
         return not any(self.chunks)
-
-    def renewed(self) -> None:
-        """No buffer was ever used, since all have fresh memory; they are empty."""
-        self.used_count = 0
-        self._free.sort(reverse=True)
 
     def touch(self, chunk: Chunk) -> None:
         """The chunk was let go of just now."""

@@ -158,8 +158,6 @@ class Core:
         except OSError as error:
             log.warning("the arena's memory cannot be given back: %s", error)
             return
-        self._table.renewed()
-        self._resources.populator.renewed()
         self._memory_pool.submit(let_go, done=_gone)
 
     def _flush_soon(self) -> None:
@@ -294,7 +292,6 @@ class Core:
         for action in actions:
             self._carry_out(action)
         self._endpoints.slack(self._resources.now())
-        self._resources.populator.need(self._table.used_count, self._shared.arcs.buffers_needed)
         if self._watch.stalled and self._table.quarantined_count == self._table.count:
             self._refuse_demands()
         self._leases.grant_deferred()
@@ -394,7 +391,6 @@ class Core:
         resources.stores.close()
         self._watch.close()
         ended = resources.pools.close(deadline_s)
-        resources.populator.close()
         resources.arena.close()
         if ended:
             resources.closed()

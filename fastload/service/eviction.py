@@ -215,7 +215,7 @@ class TierArcs:
     def __init__(self, disk: DiskSizes, ram_bytes: int) -> None:
         self._disk, self._ram_bytes = disk, ram_bytes
         self._whole_file_bytes = disk.file_bytes(disk.chunk_bytes)
-        self._covered_bytes = self._covered_file_bytes = self._covered_chunks = 0
+        self._covered_bytes = self._covered_file_bytes = 0
 
     def cover(self, entry: ObjectEntry) -> None:
         self._count(entry, 1)
@@ -225,19 +225,10 @@ class TierArcs:
 
     def _count(self, entry: ObjectEntry, times: int) -> None:
         self._covered_bytes += times * entry.info.size
-        self._covered_chunks += times * entry.chunk_count
         self._covered_file_bytes += times * entry.chunk_count * self._whole_file_bytes
         if entry.chunk_count:
             last = self._disk.file_bytes(entry.length(entry.chunk_count - 1))
             self._covered_file_bytes += times * (last - self._whole_file_bytes)
-
-    @property
-    def buffers_needed(self) -> int:
-        """How many buffers the covered data takes; 0 where it leaves most of each of them empty, so that having their
-        memory ready would take several times the room of the data.
-        """
-        is_dense = 2 * self._covered_bytes >= self._covered_chunks * self._disk.chunk_bytes
-        return self._covered_chunks if is_dense else 0
 
     @property
     def disk_share(self) -> float:

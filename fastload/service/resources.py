@@ -21,23 +21,7 @@ from fastload.rendezvous import ServiceLocation
 from fastload.service.events import Events, Warnings
 from fastload.service.request_limit import REQUESTS_MAX, Hedger, requests_max
 from fastload.service.stores import StoreFactory, StoreTable
-from fastload.service.threads import Pools, Populator
-
-
-class Prefaulter(Protocol):
-    """Has the arena's memory ready before it is used. See `Populator`."""
-
-    def need(self, used_count: int, needed_count: int) -> None:
-        """The first `used_count` buffers have been used, and `needed_count` will be."""
-        ...
-
-    def renewed(self) -> None:
-        """The arena has fresh memory, and nothing is needed of it yet."""
-        ...
-
-    def close(self) -> None:
-        """Stop touching memory."""
-        ...
+from fastload.service.threads import Pools
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +33,6 @@ class Resources:
     disk: Disk
     pools: Pools
     stores: StoreTable
-    populator: Prefaulter
     warnings: Warnings
     now: Callable[[], float] = time.monotonic
     hedger: Callable[[], Hedger] = Hedger  # for each endpoint of a store
@@ -81,7 +64,6 @@ class Resources:
             disk,
             Pools(loop),
             StoreTable(factory),
-            Populator(arena),
             warnings,
             requests_max=requests_max(),
             is_lost=lambda: directory.is_lost,

@@ -20,7 +20,7 @@ from fastload.simulate.network import Network, VirtualStores
 from fastload.simulate.pools import VirtualPools
 from fastload.simulate.rank import Pace, Rank
 from fastload.simulate.scenario import Node
-from fastload.simulate.tiers import Untouched, VirtualArena, VirtualDisk
+from fastload.simulate.tiers import VirtualArena, VirtualDisk
 from fastload.store.types import ObjectInfo
 
 
@@ -69,7 +69,6 @@ class SimulatedNode:
             VirtualDisk(limits.disk_bytes, chunk_bytes, jobs, loop, rates, self._read),
             jobs,
             VirtualStores(network, self.connections, jobs, chunk_bytes, self._fetched),
-            Untouched(),
             Warnings(loop.for_service),
             loop.time,
             Hedger if self._data.job.hedging else _NoHedger,

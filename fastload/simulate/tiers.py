@@ -35,19 +35,6 @@ class VirtualArena:
         """Nothing to let go of."""
 
 
-class Untouched:
-    """Memory that costs nothing needs no touching."""
-
-    def need(self, used_count: int, needed_count: int) -> None:
-        """Nothing to do."""
-
-    def renewed(self) -> None:
-        """Nothing to do."""
-
-    def close(self) -> None:
-        """Nothing to do."""
-
-
 class _Device:
     """One thing after the other, each as long as its bytes take."""
 

@@ -9,7 +9,6 @@ import mmap
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,7 +18,6 @@ from fastload.cache import Arena, ArenaView, syscalls
 from fastload.config import exact_bytes
 from fastload.errors import CacheError
 from tests.cache.faults import failing
-from tests.patience import PATIENCE_S
 
 CHUNK_BYTES = 64 << 10
 
@@ -123,44 +121,6 @@ def test_views_outlive_close(arena: Arena) -> None:
 
 def test_close_twice(arena: Arena) -> None:
     arena.close()
-    arena.close()
-
-
-def test_populate_touches_what_it_is_told() -> None:
-    arena = Arena(9 << 20, 1 << 20)
-    assert os.fstat(arena.fd).st_blocks == 0
-    assert arena.populate(0, 5 << 20, threading.Event()) == 5 << 20
-    assert arena.touched_bytes == 5 << 20
-    assert arena.populate(5 << 20, 9 << 20, threading.Event()) == 9 << 20
-    assert arena.touched_bytes == os.fstat(arena.fd).st_blocks * 512 == 9 << 20
-    arena.close()
-    assert arena.touched_bytes == 0
-
-
-def test_populate_can_be_stopped_and_outlived() -> None:
-    arena = Arena(9 << 20, 1 << 20)
-    stop = threading.Event()
-    stop.set()
-    assert arena.populate(0, 9 << 20, stop) == 0
-    arena.close()
-    assert arena.populate(0, 9 << 20, threading.Event()) == 0
-
-
-def test_close_while_populating() -> None:
-    for _ in range(5):
-        arena = Arena(64 << 20, 1 << 20)
-        thread = threading.Thread(target=arena.populate, args=(0, 64 << 20, threading.Event()))
-        thread.start()
-        arena.close()
-        thread.join(PATIENCE_S)
-        assert not thread.is_alive()
-
-
-def test_populate_where_the_kernel_cannot() -> None:
-    arena = Arena(9 << 20, 1 << 20)
-    with failing(1, errno.EINVAL, frozenset({"madvise"})):
-        assert arena.populate(0, 9 << 20, threading.Event()) == 4 << 20
-    arena.buffer(8)[:1] = b"x"
     arena.close()
 
 

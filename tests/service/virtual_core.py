@@ -21,7 +21,7 @@ from fastload.simulate.clock import VirtualLoop
 from fastload.simulate.network import Connections, Network, VirtualStores
 from fastload.simulate.pools import VirtualPools
 from fastload.simulate.scenario import StoreProfile
-from fastload.simulate.tiers import Untouched, VirtualArena, VirtualDisk
+from fastload.simulate.tiers import VirtualArena, VirtualDisk
 from fastload.store.types import ObjectInfo
 from fastload.store.watch import Watch
 
@@ -101,7 +101,7 @@ class VirtualCore:
         limits = CacheLimits(buffer_count * CHUNK_BYTES, disk_chunks * FILE_BYTES, CHUNK_BYTES)
         self.disk = Disk(limits.disk_bytes, jobs, self.loop, draw, write_rate)
         arena, warnings = VirtualArena(limits.ram_bytes, CHUNK_BYTES), Warnings(self.loop.for_service)
-        resources = Resources(limits, arena, self.disk, jobs, self.stores, Untouched(), warnings, self.loop.time)
+        resources = Resources(limits, arena, self.disk, jobs, self.stores, warnings, self.loop.time)
         self.core = Core.of_resources(resources)
 
     def run(self, seconds: float) -> None:

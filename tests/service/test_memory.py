@@ -2,80 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import pytest
 
 from fastload import protocol
-from fastload.cache import Arena
 from fastload.client import Handle as Cache
-from fastload.config import MIB
 from fastload.service import core
 from fastload.service.core import RELEASE_AFTER_S, Core
-from fastload.service.threads import Populator
 from tests.conftest import Bucket
 from tests.service.helpers import CHUNK_BYTES, eventually, random_bytes, read
 from tests.service.world import Side, World, settle, sleep, until
-
-
-def test_use_is_kept_ahead_of_as_far_as_it_has_come() -> None:
-    arena = Arena(64 * MIB, MIB)
-    populator = Populator(arena, ahead_bytes=(4 * MIB, 16 * MIB))
-    try:
-        for used, end in ((0, 4), (3, 7), (2, 7), (6, 12), (12, 24)):
-            populator.need(used, 1000)
-            eventually(lambda end=end: arena.touched_bytes == end * MIB, f"{end} MiB are touched")
-        # Use that was quicker has touched what it used: populating goes on beyond that.
-        populator.need(30, 1000)
-        eventually(lambda: arena.touched_bytes == (24 + 16) * MIB, "it moved on")
-        populator.need(60, 1000)
-        eventually(lambda: arena.touched_bytes == (24 + 16 + 4) * MIB, "the end is touched")
-    finally:
-        populator.close()
-        arena.close()
-
-
-def test_no_more_is_touched_than_the_data_takes() -> None:
-    arena = Arena(64 * MIB, MIB)
-    populator = Populator(arena, ahead_bytes=(16 * MIB, 16 * MIB))
-    try:
-        populator.need(1, 0)
-        populator.need(1, 5)
-        eventually(lambda: arena.touched_bytes == 4 * MIB, "what five buffers take, but for the one that was used")
-        populator.need(5, 5)
-        populator.need(5, 8)
-        eventually(lambda: arena.touched_bytes == 7 * MIB, "and what three more take")
-    finally:
-        populator.close()
-        arena.close()
-
-
-def test_fresh_memory_is_touched_from_its_start() -> None:
-    arena = Arena(64 * MIB, MIB)
-    populator = Populator(arena, ahead_bytes=(4 * MIB, 4 * MIB))
-    try:
-        populator.need(20, 1000)
-        eventually(lambda: arena.touched_bytes == 4 * MIB, "it is touched ahead")
-        arena.renew()()
-        populator.renewed()
-        assert arena.touched_bytes == 0
-        populator.need(0, 1000)
-        eventually(lambda: arena.touched_bytes == 4 * MIB, "it is touched again")
-        arena.buffer(0)[:] = arena.buffer(3)[:] = bytes(MIB)
-        assert arena.touched_bytes == 4 * MIB
-    finally:
-        populator.close()
-        arena.close()
-
-
-def test_an_end_before_the_end() -> None:
-    arena = Arena(64 * MIB, MIB)
-    for needed in (0, 64):
-        populator = Populator(arena)
-        populator.need(0, needed)
-        populator.close()
-    arena.close()
 
 
 def _touched(core: Core, side: Side) -> int:
@@ -83,36 +20,26 @@ def _touched(core: Core, side: Side) -> int:
     return touched
 
 
-def test_a_small_data_set_takes_its_own_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "sizes", [[3 * CHUNK_BYTES, 2 * CHUNK_BYTES], [CHUNK_BYTES + 4096] * 20, [4096] * 100], ids=str
+)
+def test_data_takes_its_own_size(tmp_path: Path, sizes: list[int]) -> None:
+    """Also where it leaves most of a buffer empty."""
     world = World(tmp_path, 500)
-    world.add(3, 2)
+    world.objects = [world.store.put(str(number), random_bytes(number, size)) for number, size in enumerate(sizes)]
 
     async def work(core: Core) -> None:
         side = Side(core, world.objects)
         await settle()
         assert _touched(core, side) == 0  # nothing is read, nor planned
-        side.plan(0, 1)
-        await until(lambda: _touched(core, side) == 5 * CHUNK_BYTES, "its memory is there")
-        side.want(0, 1, 2, 3, 4)
-        await until(lambda: len(side.granted) == 5, "they are granted")
+        side.plan(0)
+        await until(lambda: _touched(core, side) == sizes[0], "the first is here")
+        side.plan(*range(len(sizes)))
+        await until(lambda: _touched(core, side) == sum(sizes), "they are here")
         await settle()
-        assert _touched(core, side) == 5 * CHUNK_BYTES
+        assert _touched(core, side) == sum(sizes)
 
-    world.run_in_real_time(work)
-
-
-def test_small_objects_take_no_whole_buffers(tmp_path: Path) -> None:
-    world = World(tmp_path, 500)
-    world.objects = [world.store.put(str(number), random_bytes(number, 4096)) for number in range(100)]
-
-    async def work(core: Core) -> None:
-        side = Side(core, world.objects)
-        side.plan(*range(100))
-        await until(lambda: side.node()["buffers_free"] == 400, "they are here")
-        await settle()
-        assert _touched(core, side) == 100 * 4096
-
-    world.run_in_real_time(work)
+    world.run(work)
 
 
 def test_without_consumers_there_is_no_memory(tmp_path: Path) -> None:
@@ -139,7 +66,6 @@ def test_without_consumers_there_is_no_memory(tmp_path: Path) -> None:
         await until(lambda: len(again.granted) == 2, "they are granted")
         (first, *_) = again.all(protocol.Grants)
         data = [bytes(core.arena.buffer(buffer)) for buffer in first.buffers]
-        assert sorted(first.buffers)[0] == 0
         assert data[first.chunks.index(4)] == random_bytes(1, 2 * CHUNK_BYTES)[CHUNK_BYTES:]
 
     world.run(work)
@@ -181,4 +107,3 @@ def test_a_process_that_serves_itself_gives_its_memory_back(
                 arena = service._server._core.arena
                 assert arena.touched_bytes >= 3 * CHUNK_BYTES
             eventually(lambda arena=arena: arena.touched_bytes == 0, "its memory is given back")
-            eventually(lambda: "fastload-populate" in {each.name for each in threading.enumerate()}, "it lives on")
