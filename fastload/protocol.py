@@ -27,7 +27,7 @@ from fastload.cache.policy import PolicyName
 from fastload.errors import ServiceError
 from fastload.store.table import ObjectRows as ObjectRows
 
-VERSION = 5
+VERSION = 6
 FRAME_BYTES_MAX = 64 << 20
 
 # Rows of objects in one piece: some megabytes of msgpack, a few tens of milliseconds of work for the receiver.
@@ -35,6 +35,9 @@ OBJECTS_PER_PIECE = 10_000
 # Index bytes in one piece; one index alone may be larger, up to `INDEX_BYTES_MAX`.
 INDEX_BYTES_PER_PIECE = 8 << 20
 INDEX_BYTES_MAX = FRAME_BYTES_MAX - 4096
+
+# Indexes that one consumer makes at a time while others wait for them.
+INDEXES_TO_MAKE = 64
 
 # Sample counts asked for in one message: a fraction of a second's work for the service.
 COUNTS_PER_REQUEST = 100_000
@@ -168,7 +171,7 @@ class Pinned(Message, tag="pinned"):
 
 
 class GetIndexes(Message, tag="get_indexes"):
-    """The stored indexes of these objects; answered by `Indexes`."""
+    """The stored indexes of these objects; answered by `Indexes`, at once or when another consumer has made some."""
 
     request: int
     objects: list[int]
@@ -179,6 +182,12 @@ class PutIndex(Message, tag="put_index"):
 
     object_no: int
     data: bytes
+
+
+class GiveUpIndexes(Message, tag="give_up_indexes"):
+    """I make none of these after all."""
+
+    objects: list[int]
 
 
 class PutCounts(Message, tag="put_counts"):
@@ -283,11 +292,14 @@ class Opened(Message, tag="opened"):
 
 
 class Indexes(Message, tag="indexes"):
-    """A piece of the answer to `GetIndexes`; objects without a stored index are left out."""
+    """A piece of the answer to `GetIndexes`. Indexes in `make` are not stored: this consumer makes them and sends each,
+    or gives it up, while others wait for them. Those in neither list are being made by another, or too many: ask again.
+    """
 
     request: int
     objects: list[int]
     data: list[bytes]
+    make: list[int]
     last: bool
 
 
@@ -362,6 +374,7 @@ FromConsumer = (
     | Pinned
     | GetIndexes
     | PutIndex
+    | GiveUpIndexes
     | PutCounts
     | GetCounts
     | Clear

@@ -404,23 +404,32 @@ class Consumer:
 
     # Indexes
 
-    def get_indexes(self, object_nos: Ints, deadline_s: float = DEADLINE_S) -> dict[int, bytes]:
-        """The stored indexes of these objects; those that have none are left out."""
+    def get_indexes(self, object_nos: Ints, deadline_s: float = DEADLINE_S) -> tuple[dict[int, bytes], list[int]]:
+        """The stored indexes of these objects, and which ones this consumer has to make: each is to be given to
+        `put_index`, or else to `give_up_indexes`. At least one is in either; ask again for the rest.
+
+        Waits where another consumer makes all that are missing.
+        """
         numbers = [int(number) for number in object_nos]
         parts = self._ask_service(lambda request: protocol.GetIndexes(request, numbers), "index", deadline_s)
-        return {
-            number: data
-            for part in parts
-            if isinstance(part, protocol.Indexes)
-            for number, data in zip(part.objects, part.data, strict=True)
-        }
+        pieces = [part for part in parts if isinstance(part, protocol.Indexes)]
+        stored = {number: data for piece in pieces for number, data in zip(piece.objects, piece.data, strict=True)}
+        return stored, [number for piece in pieces for number in piece.make]
 
     def put_index(self, object_no: int, data: bytes) -> None:
-        """Have an index kept for later runs; one above 64 MiB is not."""
+        """Have an index kept for this node's other consumers and later runs; one above 64 MiB is not."""
         self._enter()
-        if len(data) <= protocol.INDEX_BYTES_MAX:
-            with self._changed:
-                self._send(protocol.PutIndex(int(object_no), bytes(data)))
+        if len(data) > protocol.INDEX_BYTES_MAX:
+            self.give_up_indexes([object_no])
+            return
+        with self._changed:
+            self._send(protocol.PutIndex(int(object_no), bytes(data)))
+
+    def give_up_indexes(self, object_nos: Ints) -> None:
+        """These are not going to be made here. A consumer that has ended does nothing."""
+        with self._changed:
+            if self._ended is None and len(object_nos):
+                self._send(protocol.GiveUpIndexes([int(number) for number in object_nos]))
 
     def put_counts(self, object_nos: Ints, counts: Ints) -> None:
         """Have sample counts that are known from elsewhere kept for later runs. They need no index. A consumer that has

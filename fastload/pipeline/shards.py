@@ -1,7 +1,8 @@
 """Shard indexes: from this process's memory, the service, a sidecar file, or by parsing the shard's bytes once.
 
 Consumers parse and the service stores: the first pass over a shard costs a walk over its headers, in the same chunks
-that are fetched for its samples anyway, and no later pass, epoch or process pays it again.
+that are fetched for its samples anyway, and no later pass, epoch or process pays it again. The ranks of a node come to
+the same shards at the same time: the service has one of them do it, and the others wait for what that finds.
 
 Sidecar files are attached behind the manifest's objects. Their summaries are read when the first count or index is
 needed, and say which shards they cover; an index is read when its shard is opened. They are optional, so a fault in one
@@ -16,13 +17,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import cachetools
 import numpy as np
 import numpy.typing as npt
 
-from fastload import callers
+from fastload import callers, protocol
 from fastload.client.consumer import Consumer
 from fastload.errors import ShardError, StoreError
 from fastload.formats import ShardIndex, indexer_for
@@ -64,9 +66,7 @@ class ShardTable:
         found = self._in_memory(object_nos)
         missing = [number for number in object_nos if number not in found]
         if missing:
-            stored = consumer.get_indexes(missing)
-            for number in missing:
-                found[number] = self._load(consumer, number, stored.get(number))
+            found |= self._loaded(consumer, missing)
             self._check_promises(missing, np.array([found[number].sample_count for number in missing], np.int64))
         with self._lock:
             for number, index in found.items():
@@ -108,6 +108,22 @@ class ShardTable:
                 f"{url} holds {counts[wrong[0]]} samples, but the list of shards or the index file that names it says "
                 f"{promised[wrong[0]]}; correct it, or pass the shards without it"
             )
+
+    def _loaded(self, consumer: Consumer, object_nos: Sequence[int]) -> dict[int, ShardIndex]:
+        """The indexes of these shards, which are stored, or being made by another consumer, or are made here."""
+        found: dict[int, ShardIndex] = {}
+        some = object_nos
+        while some:
+            stored, make = consumer.get_indexes(some)
+            try:
+                for number in (*stored, *make):
+                    found[number] = self._load(consumer, number, stored.get(number))
+            except BaseException:
+                consumer.give_up_indexes([number for number in make if number not in found])
+                raise
+            left = (number for number in object_nos if number not in found)
+            some = list(islice(left, protocol.INDEXES_TO_MAKE))
+        return found
 
     def _stored_index(self, object_no: int, stored: bytes | None) -> ShardIndex | None:
         """The index that the service has, or None where it has none that can be used."""

@@ -114,7 +114,7 @@ class Core:
         self._openings = Openings(resources, self._shared, versions)
         self._replay = Replay(resources, self._shared, versions, self._history)
         self._indexes = IndexCache(resources, self._watch, self._evictor)
-        self._queries = Queries(resources, self._indexes)
+        self._queries = Queries(resources, self._indexes, self.consumers)
         self._quota = Quota(resources, self._evictor)
         self._clearing = Clearing(resources, self._residency, self._history, self._watch, self._evictor)
 
@@ -173,6 +173,7 @@ class Core:
 
     def receive(self, consumer: ConsumerState, message: protocol.FromConsumer) -> None:
         """Handle a message. ServiceError for one that makes no sense: its consumer should be disconnected."""
+        consumer.active_at = self._resources.now()
         match message:
             case protocol.Want():
                 self._leases.want(consumer, message)
@@ -233,6 +234,7 @@ class Core:
         """End its leases, wants and plan, and forget its objects."""
         self._note_warmed(consumer)
         self._replay.left(consumer)
+        self._queries.left(consumer)
         self._leases.drop_consumer(consumer)
         self._plans.end(consumer)
         self._objects.unuse(consumer.clear_objects())

@@ -60,6 +60,10 @@ class IndexCache:
                 elsewhere.append(object_id)
         self._look_up(elsewhere, here, found)
 
+    def has(self, object_id: bytes) -> bool:
+        """Whether it is in RAM."""
+        return object_id in self._ram
+
     def _look_up(self, object_ids: list[bytes], here: dict[bytes, bytes], found: Found) -> None:
         """Add to `here` what the disk has, some at a time, and call `found` with it."""
         if not object_ids or not self._disk.readable:

@@ -1,9 +1,18 @@
 """Messages that are answered one by one: listings, shard indexes and sample counts.
 
 What takes long is done in threads, so that one consumer's large listing does not hold up another.
+
+The ranks of a node want the same indexes at the same time. The first that asks for one that is not stored makes it, and
+the others' requests wait (`IndexMakers`) until it is made or given up. So the shards of a node are parsed once.
 """
 
 from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -14,6 +23,9 @@ from fastload.service.resources import Resources
 from fastload.service.state import ConsumerState
 from fastload.store.table import ObjectTable
 
+# An index is waited for no longer where its maker, which asks for one chunk after the other, has said nothing for so
+# long (it may be stopped), or where no index comes for so long: requests have a deadline.
+SILENT_S, PATIENCE_S = 10.0, 300.0
 # A listing of a million objects takes minutes; another consumer's small one need not wait for it.
 _LISTING_THREADS = 2
 
@@ -21,8 +33,9 @@ _LISTING_THREADS = 2
 class Queries:
     """Answers such messages. Used by the loop's thread only."""
 
-    def __init__(self, resources: Resources, indexes: IndexCache) -> None:
-        self._stores, self._indexes = resources.stores, indexes
+    def __init__(self, resources: Resources, indexes: IndexCache, consumers: Collection[ConsumerState]) -> None:
+        self._stores, self._indexes, self._consumers = resources.stores, indexes, consumers
+        self._makers = IndexMakers(resources.pools.loop, resources.now)
         self._listings = resources.pools.make("listing", _LISTING_THREADS)
 
     def receive(self, consumer: ConsumerState, message: protocol.FromConsumer) -> None:
@@ -33,7 +46,11 @@ class Queries:
             case protocol.GetIndexes():
                 self._get_indexes(consumer, message)
             case protocol.PutIndex():
-                self._indexes.put(consumer.entry(message.object_no).id, message.data)
+                object_id = consumer.entry(message.object_no).id
+                self._indexes.put(object_id, message.data)
+                self._makers.end([object_id])
+            case protocol.GiveUpIndexes():
+                self._makers.end(self._makers.of(consumer) & {consumer.entry(number).id for number in message.objects})
             case protocol.PutCounts():
                 self._indexes.learn([consumer.entry(number).id for number in message.objects], message.counts)
             case protocol.GetCounts():
@@ -59,15 +76,31 @@ class Queries:
 
         self._listings.submit(resolve, done=done)
 
+    def left(self, consumer: ConsumerState) -> None:
+        """It has gone, or has other objects from now on."""
+        self._makers.left(consumer)
+
     def _get_indexes(self, consumer: ConsumerState, message: protocol.GetIndexes) -> None:
         ids = {number: consumer.entry(number).id for number in message.objects}
 
+        def look() -> None:
+            self._indexes.get(ids.values(), found)
+
         def found(indexes: dict[bytes, bytes]) -> None:
+            missing = {key: number for number, key in ids.items() if key not in indexes}
+            if any(map(self._indexes.has, missing)):  # it came while the disk was read
+                look()
+                return
+            is_here = consumer in self._consumers
+            make = self._makers.begin(consumer, missing) if is_here else []
+            if is_here and missing and not make and not indexes:
+                self._makers.wait(consumer, missing, look)
+                return
             here = [(number, indexes[key]) for number, key in ids.items() if key in indexes]
-            for piece in _pieces(message.request, here):
+            for piece in _pieces(message.request, here, [missing[key] for key in make]):
                 consumer.send(piece)
 
-        self._indexes.get(ids.values(), found)
+        look()
 
     def _get_counts(self, consumer: ConsumerState, message: protocol.GetCounts) -> None:
         def found(counts: list[int]) -> None:
@@ -76,13 +109,99 @@ class Queries:
         self._indexes.counts([consumer.entry(number).id for number in message.objects], found)
 
 
-def _pieces(request: int, indexes: list[tuple[int, bytes]]) -> list[protocol.Indexes]:
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A request of a consumer, and the indexes that it waits for. `since`: when it began, or one of them was made."""
+
+    consumer: ConsumerState
+    left: set[bytes]
+    look_again: Callable[[], None]
+    since: float
+    timer: asyncio.TimerHandle | None = None
+
+
+class IndexMakers:
+    """Which consumer makes which index, and who waits for it. Used by the loop's thread only.
+
+    A consumer that waits makes nothing, so no two wait for each other.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, now: Callable[[], float]) -> None:
+        self._loop, self._now = loop, now
+        self._makers: dict[bytes, ConsumerState] = {}
+        self._made_by: defaultdict[ConsumerState, set[bytes]] = defaultdict(set)
+        self._waiting: defaultdict[bytes, list[_Waiting]] = defaultdict(list)
+
+    def of(self, consumer: ConsumerState) -> set[bytes]:
+        """The indexes that a consumer makes."""
+        return self._made_by.get(consumer, set()).copy()
+
+    def begin(self, consumer: ConsumerState, object_ids: Iterable[bytes]) -> list[bytes]:
+        """Those of these that the consumer is to make: the first that no other makes."""
+        free = (key for key in object_ids if self._makers.get(key, consumer) is consumer)
+        make = list(islice(free, protocol.INDEXES_TO_MAKE))
+        self._makers.update(dict.fromkeys(make, consumer))
+        if make:
+            self._made_by[consumer].update(make)
+            consumer.active_at = self._now()
+        return make
+
+    def wait(self, consumer: ConsumerState, object_ids: Iterable[bytes], look_again: Callable[[], None]) -> None:
+        """Call `look_again` once some of these, which others make, are made or given up."""
+        left = set(islice(object_ids, protocol.INDEXES_TO_MAKE))
+        waiting = _Waiting(consumer, left, look_again, self._now())
+        for object_id in left:
+            self._waiting[object_id].append(waiting)
+        self._watch(waiting)
+
+    def end(self, object_ids: Iterable[bytes]) -> None:
+        """These are made, or not going to be."""
+        for object_id in object_ids:
+            maker = self._makers.pop(object_id, None)
+            if maker is not None:
+                self._made_by[maker].discard(object_id)
+                if not self._made_by[maker]:
+                    del self._made_by[maker]
+            for waiting in self._waiting.pop(object_id, ()):
+                waiting.left.discard(object_id)
+                waiting.since = self._now()
+                if not waiting.left:
+                    self._finish(waiting)
+
+    def left(self, consumer: ConsumerState) -> None:
+        """It makes nothing and waits for nothing any more."""
+        mine = {each: None for some in self._waiting.values() for each in some if each.consumer is consumer}
+        for waiting in mine:
+            for object_id in waiting.left:
+                self._waiting[object_id].remove(waiting)
+                if not self._waiting[object_id]:
+                    del self._waiting[object_id]
+            self._finish(waiting)
+        self.end(self.of(consumer))
+
+    @staticmethod
+    def _finish(waiting: _Waiting) -> None:
+        if waiting.timer is not None:
+            waiting.timer.cancel()
+        waiting.look_again()
+
+    def _watch(self, waiting: _Waiting) -> None:
+        makers = {maker for object_id in waiting.left if (maker := self._makers.get(object_id)) is not None}
+        active = min((maker.active_at for maker in makers), default=self._now())
+        left_s = min(active + SILENT_S, waiting.since + PATIENCE_S) - self._now()
+        if left_s > 0:
+            waiting.timer = self._loop.call_later(left_s, self._watch, waiting)
+        else:
+            self.end(list(waiting.left))
+
+
+def _pieces(request: int, indexes: list[tuple[int, bytes]], make: list[int]) -> list[protocol.Indexes]:
     """Messages of some megabytes each, or of one index that is larger."""
-    pieces = [protocol.Indexes(request, [], [], last=False)]
+    pieces = [protocol.Indexes(request, [], [], make, last=False)]
     byte_count = 0
     for number, data in indexes:
         if byte_count and byte_count + len(data) > protocol.INDEX_BYTES_PER_PIECE:
-            pieces.append(protocol.Indexes(request, [], [], last=False))
+            pieces.append(protocol.Indexes(request, [], [], [], last=False))
             byte_count = 0
         pieces[-1].objects.append(number)
         pieces[-1].data.append(data)

@@ -407,6 +407,7 @@ class ConsumerState:
         self.wants: dict[int, Chunk] = {}
         self.granted = LeaseCounts()
         self.report: dict[str, float] = {}
+        self.active_at = 0.0  # when its last message came, or it was given indexes to make
         self._grants = protocol.Grants([], [], [], [])
         self._recalls: dict[int, None] = {}
 

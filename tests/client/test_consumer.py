@@ -156,18 +156,19 @@ def test_indexes_are_kept(cache: Cache, s3: Bucket, shards: dict[str, bytes]) ->
     with cache.consumer() as consumer:
         objects = consumer.resolve([f"{s3.url}/"], ENDINGS)
         consumer.attach(objects)
-        assert consumer.get_indexes(range(6)) == {}
+        assert consumer.get_indexes(range(6)) == ({}, [0, 1, 2, 3, 4, 5])
         large = bytes(5 << 20)
         for number in (1, 3, 4):
             consumer.put_index(number, large + bytes([number]))
-        found = consumer.get_indexes(range(6))
+        found, make = consumer.get_indexes(range(6))
         assert {number: data[-1] for number, data in found.items()} == {1: 1, 3: 3, 4: 4}
+        assert make == [0, 2, 5]
         eventually(lambda: consumer.stats()["node"]["disk_used_bytes"] > 3 * len(large), "they are on disk")
     cache.close()
     eventually(lambda: not (cache.directory / "socket").exists(), "the service has ended")
     with cache.consumer() as consumer:
         consumer.attach(objects)
-        assert sorted(consumer.get_indexes(range(6))) == [1, 3, 4]
+        assert sorted(consumer.get_indexes(range(6))[0]) == [1, 3, 4]
 
 
 def test_reports_are_shown(cache: Cache) -> None:

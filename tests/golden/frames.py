@@ -12,7 +12,7 @@ _ROWS = ObjectRows.of([ObjectInfo("s3://bucket/a.tar", 5, '"e"'), ObjectInfo("/d
 _STORE = {"endpoint_url": "http://localhost:8333", "anonymous": True, "extra": [["a", "b"]]}
 
 FROM_CONSUMER: dict[str, tuple[Any, ...]] = {
-    "hello": (5, 1234, "train", _STORE, {"disk_bytes": 1 << 33}, 77, "train.py"),
+    "hello": (6, 1234, "train", _STORE, {"disk_bytes": 1 << 33}, 77, "train.py"),
     "credentials": (_STORE,),
     "resolve": (1, ["s3://bucket/"], [".tar"], ["fastload-index.arrow"], True),
     "open": (2, "s3://bucket/a.tar"),
@@ -26,6 +26,7 @@ FROM_CONSUMER: dict[str, tuple[Any, ...]] = {
     "pinned": ([5],),
     "get_indexes": (4, [0, 1]),
     "put_index": (1, b"index"),
+    "give_up_indexes": ([1, 70_000],),
     "put_counts": ([0, 1], b"\1\0\0\0\0\0\0\0\2\0\0\0\0\0\0\0"),
     "get_counts": (5, [1]),
     "clear": (6, True),
@@ -34,14 +35,14 @@ FROM_CONSUMER: dict[str, tuple[Any, ...]] = {
     "ping": (),
 }
 FROM_SERVICE: dict[str, tuple[Any, ...]] = {
-    "welcome": (5, b"0123456789abcdef", 4321, 8 << 20, 256, ["the disk is full"]),
+    "welcome": (6, b"0123456789abcdef", 4321, 8 << 20, 256, ["the disk is full"]),
     "refused": ("ServiceError", "another version"),
     "grants": ([1, 2], [3, 3], [0, 255], [0, 2]),
     "failed": ([1], [3], "ObjectMissingError", "it is gone"),
     "recall": ([1, 2],),
     "resolved": (1, _ROWS, True),
     "opened": (2, 9, "s3://bucket/a.tar", 5, '"e"', -1),
-    "indexes": (4, [0], [b"index"], True),
+    "indexes": (4, [0], [b"index"], [1], True),
     "counts": (5, b"\xff\xff\xff\xff\xff\xff\xff\xff"),
     "cleared": (6, 1 << 34),
     "stats_reply": (7, {"node": {"fetched_bytes": 1, "beside": ""}, "consumer": {"ram_bytes": 2}}),

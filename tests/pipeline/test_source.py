@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import pytest
 
 from fastload.client import Handle as Cache
 from fastload.demo.weed import WeedServer
-from fastload.errors import StateError
+from fastload.errors import ShardError, StateError
+from fastload.pipeline import shards
 from fastload.pipeline.source import Source, SourceOptions
 from fastload.plan import Manifest
 from tests.conftest import Bucket
@@ -127,3 +130,43 @@ def test_ranks_that_nothing_connects_share_a_file(put: Callable[..., str], tmp_p
         assert again.manifest_of(first.fingerprint) == first
         for source in (*ranks, again):
             source.close()
+
+
+def ranks_index(folder: Path, cache: Cache, rank_count: int) -> list[Any]:
+    """What each rank of a node finds in all shards of a folder, or the error that it gets."""
+
+    def index(source: Source) -> Any:
+        attached = source.open()
+        try:
+            return [each.sample_count for each in source.shards.get(attached.consumer, range(4))]
+        except ShardError as error:
+            return error
+        finally:
+            source.give_back(attached)
+            source.close()
+
+    with ThreadPoolExecutor(rank_count) as pool:
+        return list(pool.map(index, [Source(SourceOptions([f"{folder}/"], cache)) for _ in range(rank_count)]))
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_ranks_of_a_node_parse_each_shard_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_damaged: bool
+) -> None:
+    parsed = []
+    original = shards.indexer_for
+    monkeypatch.setattr(shards, "indexer_for", lambda url, size: parsed.append(url) or original(url, size))  # type: ignore[func-returns-value]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in NAMES:
+        (folder / name).write_bytes(DATA.shards[name])
+    if is_damaged:
+        (folder / NAMES[2]).write_bytes(b"no tar" * 1000)
+    with Cache(tmp_path / "cache", **LIMITS) as cache:
+        found = ranks_index(folder, cache, 6)
+    if is_damaged:
+        assert [type(each) for each in found] == [ShardError] * 6
+        assert Counter(parsed)[str(folder / NAMES[0])] == 1
+    else:
+        assert found == [[20, 21, 22, 20]] * 6
+        assert sorted(parsed) == [str(folder / name) for name in NAMES]
