@@ -233,8 +233,9 @@ def _text_of_folders(folders: str) -> str:
     named = [folder for folder in folders.split(":") if folder]
     for folder in named:
         try:
-            paths = sorted(path for path in Path(folder).iterdir() if path.is_file())
-            texts = [path.read_text(errors="replace") for path in {path.resolve() for path in paths}]
+            with os.scandir(folder) as entries:  # by their inodes, since resolving each link takes 70 us
+                files = {(each.stat().st_dev, each.stat().st_ino): each.path for each in entries if each.is_file()}
+            texts = [Path(path).read_text(errors="replace") for path in files.values()]
         except FileNotFoundError:
             missing += 1
             continue
