@@ -226,6 +226,24 @@ def test_eviction_from_disk_spares_live_plans(tmp_path: Path) -> None:
     world.run(work)
 
 
+def test_what_an_earlier_service_left_on_disk_makes_room(tmp_path: Path) -> None:
+    world = World(tmp_path, 16, disk_bytes=4 * (CHUNK_BYTES + 4096))
+    world.add(4, 4)
+
+    async def fill(core: Core) -> None:
+        Side(core, world.objects).plan(0)
+        await until(lambda: len(core.disk.keys()) == 4, "the disk is full")
+
+    async def work(core: Core) -> None:
+        side = Side(core, world.objects)
+        side.plan(1)
+        new = {side.state.entries[1].key(index) for index in range(4)}
+        await until(lambda: {*core.disk.keys()} == new, "the second took the room of the first")
+
+    world.run(fill)
+    world.run(work)
+
+
 def test_a_write_whose_room_another_took_is_tried_again(tmp_path: Path) -> None:
     """Two begin at once: one sees the room that the other has just made for itself, and makes none."""
     world = World(tmp_path, 16, disk_bytes=8 * (CHUNK_BYTES + 4096))
