@@ -25,22 +25,25 @@ class Disk:
     """The system calls of a disk that hangs between `hang` and `answer`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._answers = Gate(is_open=True)
-        for name in ("preadv", "pwritev"):
-            monkeypatch.setattr(syscalls, name, self._hanging(getattr(syscalls, name)))
-
-    def _hanging(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def made(*arguments: Any) -> Any:
-            self._answers.wait()
-            return call(*arguments)
-
-        return made
+        self.reads, self.writes = Gate(is_open=True), Gate(is_open=True)
+        monkeypatch.setattr(syscalls, "preadv", _held_back(syscalls.preadv, self.reads))
+        monkeypatch.setattr(syscalls, "pwritev", _held_back(syscalls.pwritev, self.writes))
 
     def hang(self) -> None:
-        self._answers.clear()
+        self.reads.clear()
+        self.writes.clear()
 
     def answer(self) -> None:
-        self._answers.set()
+        self.reads.set()
+        self.writes.set()
+
+
+def _held_back(call: Callable[..., Any], answers: Gate) -> Callable[..., Any]:
+    def made(*arguments: Any) -> Any:
+        answers.wait()
+        return call(*arguments)
+
+    return made
 
 
 @pytest.fixture
@@ -69,7 +72,7 @@ def test_a_cache_on_a_disk_that_hangs_is_not_cleared(
     world = World(tmp_path, 12, DISK_BYTES)
     world.add(6, 2)
     fill_disk(world)
-    monkeypatch.setattr(syscalls, "unlink", disk._hanging(syscalls.unlink))
+    monkeypatch.setattr(syscalls, "unlink", _held_back(syscalls.unlink, disk.writes))
 
     async def work(core: Core) -> None:
         side = Side(core, world.objects)
@@ -192,6 +195,29 @@ def test_an_arena_that_is_lost_whole_is_an_error_and_comes_back(tmp_path: Path, 
         side.release(3)
         side.want(0)
         await until(lambda: side.granted[-1:] == [0], "it is granted")
+
+    world.run(work, DEADLINE_S)
+
+
+def test_the_buffer_of_a_read_that_returns_is_used_while_a_write_still_hangs(tmp_path: Path, disk: Disk) -> None:
+    world = World(tmp_path, 3, DISK_BYTES)
+    world.add(1, 2, 1)
+    fill_disk(world)
+    next(path for path in world.directory.path.rglob("*.chunk") if path.stem.endswith("00000001")).unlink()
+
+    async def work(core: Core) -> None:
+        side = Side(core, world.objects)
+        disk.hang()
+        side.want(0)  # its read hangs, and it comes from the store
+        side.want(2)  # not on disk: its write hangs
+        await until(lambda: sorted(side.granted) == [0, 2], "both are here")
+        await until(lambda: side.node()["buffers_stranded"] == 2, "a read and a write hang")
+        side.want(3)
+        await until(lambda: side.recalled == [0], "it waits for a buffer")
+        disk.reads.set()
+        await until(lambda: side.granted[2:] == [3], "it is granted")
+        assert core.disk_hangs
+        disk.answer()
 
     world.run(work, DEADLINE_S)
 
