@@ -107,7 +107,7 @@ class Samples:
 
     def windows(self) -> tuple[WindowKey, ...]:
         """The windows in which they lie, each once, rising."""
-        return _keys(self.origin, np.unique(self.window))
+        return _keys(self.origin, _each_once(self.window))
 
     def batch(self, number: int, repeats: int, samples_after: int) -> BatchEntry:
         """All of them as one batch, whose last `repeats` are repeats."""
@@ -134,7 +134,7 @@ class Samples:
         if len(self) and self.window.min() == self.window.max():  # often, and then there is nothing to look for
             only = {origin: _keys(origin, self.window[:1]) for origin in set(origins)}
             return [only[origin] for origin in origins]
-        codes, count = np.unique(self.window), len(sizes)
+        codes, count = _each_once(self.window), len(sizes)
         is_in = np.zeros((count, len(codes)), np.bool_)
         is_in[np.repeat(np.arange(count), sizes), np.searchsorted(codes, self.window)] = True
         rows, made = is_in.tobytes(), dict[tuple[Origin, bytes], tuple[WindowKey, ...]]()
@@ -168,6 +168,13 @@ class Samples:
     def then(self, more: Samples) -> Samples:
         """These and `more` after them; a copy."""
         return Samples.joined((self, more))
+
+
+def _each_once(codes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The codes, rising. As `np.unique`, which imports `numpy.ma` first: 12 ms before a process's first batch."""
+    rising = np.sort(codes)
+    found: NDArray[np.int64] = rising[np.diff(rising, prepend=rising[:1] - 1) != 0]
+    return found
 
 
 def _keys(origin: Origin, codes: NDArray[np.int64]) -> tuple[WindowKey, ...]:

@@ -136,6 +136,9 @@ def test_proxies_and_authorities(tmp_path: Path) -> None:
     (tmp_path / "certificates").mkdir()
     for name in ("one", "two", "three"):
         (tmp_path / "certificates" / name).write_text(pem.format(name[0]))
+    (tmp_path / "certificates" / "by-hash.0").symlink_to("two")  # as OpenSSL names them
+    (tmp_path / "certificates" / "broken").symlink_to("nothing")
+    (tmp_path / "certificates" / "folder").mkdir()
     one = str(tmp_path / "certificates" / "one")
     for variables, names in (
         ({"AWS_CA_BUNDLE": one, "REQUESTS_CA_BUNDLE": "/other", "SSL_CERT_FILE": one}, "o"),
