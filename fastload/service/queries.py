@@ -26,6 +26,8 @@ from fastload.store.table import ObjectTable
 # An index is waited for no longer where its maker, which asks for one chunk after the other, has said nothing for so
 # long (it may be stopped), or where no index comes for so long: requests have a deadline.
 SILENT_S, PATIENCE_S = 10.0, 300.0
+# Who has waited for so long is answered with the next that is made, and asks again for the rest.
+SOME_AFTER_S = 5.0
 # A listing of a million objects takes minutes; another consumer's small one need not wait for it.
 _LISTING_THREADS = 2
 
@@ -111,13 +113,14 @@ class Queries:
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """A request of a consumer, and the indexes that it waits for. `since`: when it began, or one of them was made."""
+    """A request of a consumer, which began to wait at a time, and the indexes that it waits for."""
 
     consumer: ConsumerState
     left: set[bytes]
     look_again: Callable[[], None]
-    since: float
+    began: float
     timer: asyncio.TimerHandle | None = None
+    is_over: bool = False
 
 
 class IndexMakers:
@@ -147,7 +150,7 @@ class IndexMakers:
         return make
 
     def wait(self, consumer: ConsumerState, object_ids: Iterable[bytes], look_again: Callable[[], None]) -> None:
-        """Call `look_again` once some of these, which others make, are made or given up."""
+        """Call `look_again` once these, which others make, are made or given up, or some of them are."""
         left = set(islice(object_ids, protocol.INDEXES_TO_MAKE))
         waiting = _Waiting(consumer, left, look_again, self._now())
         for object_id in left:
@@ -156,6 +159,7 @@ class IndexMakers:
 
     def end(self, object_ids: Iterable[bytes]) -> None:
         """These are made, or not going to be."""
+        due: dict[_Waiting, None] = {}
         for object_id in object_ids:
             maker = self._makers.pop(object_id, None)
             if maker is not None:
@@ -164,23 +168,26 @@ class IndexMakers:
                     del self._made_by[maker]
             for waiting in self._waiting.pop(object_id, ()):
                 waiting.left.discard(object_id)
-                waiting.since = self._now()
-                if not waiting.left:
-                    self._finish(waiting)
+                if not waiting.left or self._now() >= waiting.began + SOME_AFTER_S:
+                    due[waiting] = None
+        for waiting in due:  # only now: they may begin to make what ends here, or to wait for it
+            self._finish(waiting)
 
     def left(self, consumer: ConsumerState) -> None:
         """It makes nothing and waits for nothing any more."""
         mine = {each: None for some in self._waiting.values() for each in some if each.consumer is consumer}
         for waiting in mine:
-            for object_id in waiting.left:
-                self._waiting[object_id].remove(waiting)
-                if not self._waiting[object_id]:
-                    del self._waiting[object_id]
             self._finish(waiting)
         self.end(self.of(consumer))
 
-    @staticmethod
-    def _finish(waiting: _Waiting) -> None:
+    def _finish(self, waiting: _Waiting) -> None:
+        if waiting.is_over:  # by what came of the end of another
+            return
+        waiting.is_over = True
+        for object_id in waiting.left:
+            self._waiting[object_id].remove(waiting)
+            if not self._waiting[object_id]:
+                del self._waiting[object_id]
         if waiting.timer is not None:
             waiting.timer.cancel()
         waiting.look_again()
@@ -188,7 +195,7 @@ class IndexMakers:
     def _watch(self, waiting: _Waiting) -> None:
         makers = {maker for object_id in waiting.left if (maker := self._makers.get(object_id)) is not None}
         active = min((maker.active_at for maker in makers), default=self._now())
-        left_s = min(active + SILENT_S, waiting.since + PATIENCE_S) - self._now()
+        left_s = min(active + SILENT_S, waiting.began + PATIENCE_S) - self._now()
         if left_s > 0:
             waiting.timer = self._loop.call_later(left_s, self._watch, waiting)
         else:

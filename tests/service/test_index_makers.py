@@ -9,7 +9,7 @@ import pytest
 
 from fastload import protocol
 from fastload.service.core import Core
-from fastload.service.queries import PATIENCE_S, SILENT_S
+from fastload.service.queries import PATIENCE_S, SILENT_S, SOME_AFTER_S
 from tests.service.world import Side, World, settle, sleep
 
 DISK_BYTES = 8 << 20
@@ -175,20 +175,37 @@ def test_a_maker_that_works_is_waited_for_but_not_for_ever(world: World) -> None
     async def work(core: Core) -> None:
         first, second = (Asking(core, world.objects) for _ in range(2))
         first.ask(1, 2)
-        await settle()
         second.ask(1, 2)
-        for number in range(int(PATIENCE_S / 5) + 2):
+        for number in range(int(0.9 * PATIENCE_S / 5)):
             await sleep(5.0)
-            first.want(number % 200)
-            first.release(number % 200)
-            if number == 3:
-                first.give(1)
-            if 5 * (number + 1) < PATIENCE_S:
-                assert not second.answers
-        await sleep(5.0)
-        first.say(protocol.Report({}))
-        await sleep(15.0)
-        assert second.answers == [(stored(1), [2])]
+            first.want(number)
+            first.release(number)
+            assert not second.answers
+        for _ in range(int(0.2 * PATIENCE_S / 5)):
+            await sleep(5.0)
+            first.say(protocol.Report({}))
+        assert second.answers == [({}, [1, 2])]
+
+    world.run(work)
+
+
+def test_who_has_waited_long_is_sent_what_there_is(world: World) -> None:
+    async def work(core: Core) -> None:
+        first, second = (Asking(core, world.objects) for _ in range(2))
+        first.ask(1, 2, 3)
+        second.ask(1, 2, 3)
+        await sleep(0.8 * SOME_AFTER_S)
+        first.give(1)
+        await settle()
+        assert not second.answers
+        await sleep(0.4 * SOME_AFTER_S)
+        first.give(2)
+        await settle()
+        assert second.answers == [(stored(1, 2), [])]
+        second.ask(3)
+        first.give(3)
+        await settle()
+        assert second.answers[1:] == [(stored(3), [])]
 
     world.run(work)
 
