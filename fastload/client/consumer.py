@@ -414,7 +414,13 @@ class Consumer:
         parts = self._ask_service(lambda request: protocol.GetIndexes(request, numbers), "index", deadline_s)
         pieces = [part for part in parts if isinstance(part, protocol.Indexes)]
         stored = {number: data for piece in pieces for number, data in zip(piece.objects, piece.data, strict=True)}
-        return stored, [number for piece in pieces for number in piece.make]
+        make = [number for piece in pieces for number in piece.make]
+        named = {*stored, *make}
+        if not named <= {*numbers} or (numbers and not named):
+            raise ServiceError(
+                f"the cache service was asked for indexes of {len(numbers)} objects and named none of them, or others"
+            )
+        return stored, make
 
     def put_index(self, object_no: int, data: bytes) -> None:
         """Have an index kept for this node's other consumers and later runs; one above 64 MiB is not."""

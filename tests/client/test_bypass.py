@@ -262,7 +262,7 @@ def test_a_service_that_ends_whenever_it_is_used_is_avoided(
         protocol.Grants([0, 1], [1], [0, 1], [0, 0]),
         protocol.Grants([0], [1], [0], [len(protocol.SOURCES)]),
         protocol.Failed([0], [], "FetchError", "no"),
-        protocol.Indexes(1, [0], [], True),
+        protocol.Indexes(1, [0], [], [], True),
     ],
 )
 def test_an_answer_that_makes_no_sense_costs_the_connection_and_no_more(
@@ -279,6 +279,26 @@ def test_an_answer_that_makes_no_sense_costs_the_connection_and_no_more(
         assert not consumer.is_ended
         assert consumer._connection is service_connection
         assert consumer.stats()["node"]["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("mode", ["inprocess"])
+@pytest.mark.parametrize(("stored", "make"), [([], []), ([], [2]), ([2], [0])])
+def test_indexes_of_other_objects_than_were_asked_for_are_an_error(
+    cache: Cache, s3: Bucket, monkeypatch: pytest.MonkeyPatch, stored: list[int], make: list[int]
+) -> None:
+    receive = Core.receive
+
+    def answers_wrongly(core: Core, consumer: Any, message: Any) -> None:
+        if isinstance(message, protocol.GetIndexes):
+            consumer.send(protocol.Indexes(message.request, stored, [b"index"] * len(stored), make, True))
+        else:
+            receive(core, consumer, message)
+
+    monkeypatch.setattr(Core, "receive", answers_wrongly)
+    with cache.consumer() as consumer:
+        consumer.attach(consumer.resolve([f"{s3.url}/"], ENDINGS))
+        with pytest.raises(ServiceError, match="asked for indexes of 2 objects"):
+            consumer.get_indexes([0, 1])
 
 
 @pytest.mark.parametrize("mode", ["inprocess"])
