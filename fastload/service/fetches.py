@@ -47,6 +47,7 @@ class Fetches:
     def __init__(self, resources: Resources, shared: SharedState, endpoints: Endpoints) -> None:
         self._arena, self._stores = resources.arena, resources.stores
         self._now, self._loop = resources.now, resources.pools.loop
+        self._waited_for_core = resources.waited_for_core
         self._events, self._shared, self._table = resources.events, shared, shared.table
         self._endpoints = endpoints
         self._pool = resources.pools.make("fetch", endpoints.requests_max + _HEDGES_MAX)
@@ -71,7 +72,7 @@ class Fetches:
 
     def _begin(self, chunk: Chunk, buffer: int, *, is_hedge: bool) -> None:
         endpoint = self._endpoints.use(chunk.entry.origin)
-        watch = Watch(partial(self._tell, endpoint), self._now)
+        watch = Watch(partial(self._tell, endpoint), self._now, self._waited_for_core)
         request = _FetchRequest(chunk, buffer, endpoint, watch, self._now(), is_hedge)
         self._requests.setdefault(chunk, []).append(request)
         endpoint.in_flight += 1

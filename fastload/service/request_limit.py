@@ -18,6 +18,14 @@ always more to ask for: with slack nothing is learnt, and nothing changes.
     refusal  On throttling and timeouts the limit falls to 0.7 of itself, once for all requests that were under way.
              Just below where a store throttled there is a ceiling for a while, longer each time.
 
+    starved  A process that waits for cores is late to see what has come: a first byte, an end, a slot that is free.
+             None of this is the store's doing, and none a sign of too many requests. So first bytes are compared
+             without their threads' waits, which the kernel counts. Where waits take a good part of a request's time,
+             fewer requests are not tried, a drop of goodput is no change of the store, and a timeout no refusal. While
+             a slot lies idle between two requests its time counts as theirs, so goodput is not overestimated. And as
+             many more are allowed as that time is longer than it would be with a core, up to twice: Little's law holds
+             for the time at the store, and what waits for a core asks nothing of it.
+
 What was rejected: the least duration ever seen as the measure of what is needed (as congestion control by delay has
 it). One quick answer of a store whose answers vary would hold the limit down.
 
@@ -91,6 +99,10 @@ class Tuning:
     ceiling_s: float = 5.0
     ceiling_s_max: float = 60.0
     throttling_s: float = 5.0  # how long after a refusal a store counts as throttling
+    # Waits for cores: from this share of a request's time on, or from the second where there were such before.
+    starved_share: float = 0.2
+    still_starved_share: float = 0.1
+    stretch_max: float = 2.0
 
 
 TUNING = Tuning()
@@ -138,8 +150,9 @@ class _Round:
     seconds: float  # of a request
     body_seconds: float  # of those, from its first byte on
     byte_count: float  # of a request
-    first_byte_s: float | None  # the median
+    first_byte_s: float | None  # the median, without waits for cores
     first_byte_error_s: float  # of that median
+    starved_share: float  # waits for cores, of the time of a request and its slot
 
     @property
     def on_the_wire(self) -> float:
@@ -161,13 +174,16 @@ class Controller:
         self._max = max(1, requests_max)
         self._fixed, self._start = fixed, start
         self._known = known if known is not None and known.is_usable else None
-        self.limit = max(1, min(fixed or (self._known.limit_to_start if self._known else start), self._max))
+        self._tried = max(1, min(fixed or (self._known.limit_to_start if self._known else start), self._max))
+        self.limit = self._tried  # what is tried, and more where requests wait for cores: `_stretch` times as many
+        self._stretch = 1.0
         self.throttled_count = self.timed_out_count = 0
         self._mode = _Mode.START
         self._round: list[Attempt] = []
+        self._late_s = 0.0  # of the round: between the ends of its requests and the calls that said so
         self._since = float("-inf")  # requests that began earlier belong to another limit, or had slack
         self._base: _Round | None = None
-        self._base_limit = self.limit
+        self._base_limit = self._tried
         self._measured: tuple[int, _Round] | None = None  # the limit that stood last and was measured
         self._step, self._cut = TUNING.raise_by, TUNING.cut_by
         self._best_bytes_per_s, self._best_limit = 0.0, 0  # of the limits that stood
@@ -183,7 +199,7 @@ class Controller:
     def slack(self, now: float) -> None:
         """Fewer requests are in flight than may be, since there is nothing more to ask for."""
         self._since = now
-        self._round.clear()
+        self._clear()
 
     def ended(self, attempt: Attempt, now: float) -> None:
         """A request has come to its end."""
@@ -196,7 +212,8 @@ class Controller:
                 self._refused(attempt, now)
             case Outcome.TIMED_OUT:
                 self.timed_out_count += 1
-                self._refused(attempt, now)
+                if attempt.waited_s < TUNING.starved_share * attempt.seconds:
+                    self._refused(attempt, now)
             case Outcome.FAILED | Outcome.CANCELLED:  # says nothing of how much the store can take
                 pass
 
@@ -219,9 +236,10 @@ class Controller:
         if attempt.began_s < self._since or not attempt.byte_count:
             return
         self._round.append(attempt)
+        self._late_s += max(0.0, now - attempt.ended_s)
         if len(self._round) >= self._round_count():
-            found = _summary(self._round, self.limit)
-            self._round.clear()
+            found = _summary(self._round, self.limit, self._late_s / len(self._round))
+            self._clear()
             self._decide(found, now)
 
     def _round_count(self) -> int:
@@ -232,18 +250,19 @@ class Controller:
 
     def _decide(self, found: _Round, now: float) -> None:
         self._rates.append((now, found.connection_bytes_per_s))
+        self._stretch = _stretch(self._stretch, found.starved_share)
         if self._mode is _Mode.START and self._known is not None and _is_like(found, self._known):
-            self._settle(self.limit, None, now)
+            self._settle(self._tried, None, now)
             self._raise_at, self._cut_at = now + 2 * TUNING.cut_every_s, now + TUNING.cut_every_s
         elif self._mode is _Mode.START:
-            limit = self.limit if self._known is None else min(self.limit, self._start)
+            limit = self._tried if self._known is None else min(self._tried, self._start)
             self._settle(round(limit / found.on_the_wire), None, now)
             self._try_first(cut=found.connection_bytes_per_s < TUNING.slow_bytes_per_s, now=now)
         elif self._changed(found):
             self._follow(found, now)
         elif self._mode is _Mode.BASE:
-            self._base, self._measured = found, (self.limit, found)
-            if self.limit >= self._least_throttled and now > self._throttled_at + TUNING.ceiling_s_max:
+            self._base, self._measured = found, (self._tried, found)
+            if self._tried >= self._least_throttled and now > self._throttled_at + TUNING.ceiling_s_max:
                 self._least_throttled = 0  # it takes that by now
             if not self._fell_below(found, now):
                 self._try(now)
@@ -254,28 +273,31 @@ class Controller:
         """Whether cuts, each of which seemed to lose nothing, have lost something together. If so some are undone, and
         for a while there is a floor.
         """
-        if self.limit >= self._best_limit:  # as much as can be had, whatever it was once
-            self._best_limit, self._best_bytes_per_s = self.limit, found.bytes_per_s
+        if self._tried >= self._best_limit:  # as much as can be had, whatever it was once
+            self._best_limit, self._best_bytes_per_s = self._tried, found.bytes_per_s
             return False
         if found.bytes_per_s >= (1.0 - TUNING.loses_in_all_share) * self._best_bytes_per_s:
             return False
-        self._floor, self._floor_until = self.limit + 1, now + TUNING.ceiling_s_max
-        self._settle(min(self._best_limit, max(self.limit + 1, round(self.limit * TUNING.undo_by))), None, now)
+        self._floor, self._floor_until = self._tried + 1, now + TUNING.ceiling_s_max
+        self._settle(min(self._best_limit, max(self._tried + 1, round(self._tried * TUNING.undo_by))), None, now)
         self._cut_at = self._raise_at = now + TUNING.raise_every_s
         return True
 
     def _try(self, now: float) -> None:
         """The standing limit has been measured: try another, if it is time to."""
         ceiling = min(self._ceiling_now(now), self._of_use(now))
-        raised = min(max(self.limit + 1, round(self.limit * self._step)), ceiling)
-        cut = min(self.limit - 1, int(self.limit * self._cut))
-        may_raise = now >= self._raise_at and raised > self.limit
+        raised = min(max(self._tried + 1, round(self._tried * self._step)), ceiling)
+        cut = min(self._tried - 1, int(self._tried * self._cut))
+        may_raise = now >= self._raise_at and raised > self._tried
         may_cut = now >= self._cut_at and cut >= max(TUNING.cut_to_min, self._floor if now < self._floor_until else 1)
+        may_cut = may_cut and self._stretch == 1.0
         # Of both the one that has waited longer: where a round takes seconds, a raise would always be due again.
         if may_raise and not (may_cut and self._cut_at < self._raise_at):
             self._set(raised, _Mode.RAISED, now)
         elif may_cut:
             self._set(cut, _Mode.CUT, now)
+        else:
+            self._set(self._tried, _Mode.BASE, now)
 
     def _of_use(self, now: float) -> int:
         """By Little's law, how many would do for the present goodput were no connection held up by the others, and
@@ -292,10 +314,10 @@ class Controller:
         """A trial has been measured."""
         assert self._base is not None, "a trial without anything to compare it with"
         gain = found.bytes_per_s / self._base.bytes_per_s - 1.0
-        change = self.limit / self._base_limit - 1.0
+        change = self._tried / self._base_limit - 1.0
         if self._mode is _Mode.RAISED and gain >= TUNING.pays_share * change:
             self._step = TUNING.raise_fast_by if gain >= TUNING.pays_fully_share * change else TUNING.raise_by
-            self._settle(self.limit, found, now)
+            self._settle(self._tried, found, now)
             self._cut_at = now + TUNING.cut_every_s
             self._try(now)
         elif self._mode is _Mode.RAISED:
@@ -308,7 +330,7 @@ class Controller:
             and found.bytes_per_s >= (1.0 - TUNING.loses_in_all_share) * self._best_bytes_per_s
         ):
             self._raise_at = now + TUNING.raise_every_s
-            self._settle(self.limit, found, now)
+            self._settle(self._tried, found, now)
             self._try(now)
         else:
             self._cut_at = now + TUNING.cut_every_s
@@ -328,7 +350,7 @@ class Controller:
             if off_s > max(noise_s, TUNING.first_byte_changed_share * base.first_byte_s):
                 return True
         off = abs(found.bytes_per_s / base.bytes_per_s - 1.0)
-        return self._mode is _Mode.BASE and off > TUNING.changed_share
+        return self._mode is _Mode.BASE and self._stretch == 1.0 and off > TUNING.changed_share
 
     def _follow(self, found: _Round, now: float) -> None:
         """Keep as many bodies on the wire as there were before the change, and begin to try at once."""
@@ -339,8 +361,8 @@ class Controller:
         bodies = self._base_limit * self._base.on_the_wire
         self._try_first(cut=found.connection_bytes_per_s < TUNING.slow_bytes_per_s, now=now)
         limit = round(bodies / found.on_the_wire)
-        if self._mode is _Mode.BASE and abs(limit - self.limit) <= 1:
-            self._settle(self.limit, found, now)
+        if self._mode is _Mode.BASE and abs(limit - self._tried) <= 1:
+            self._settle(self._tried, found, now)
             self._try(now)
         else:
             self._settle(limit, None, now)
@@ -359,15 +381,20 @@ class Controller:
         """This limit stands; `base`: it has been measured."""
         self._base = base
         self._set(max(1, min(limit, self._ceiling_now(now))), _Mode.BASE, now)
-        self._base_limit = self.limit
+        self._base_limit = self._tried
 
     def _set(self, limit: int, mode: _Mode, now: float) -> None:
-        if limit != self.limit:
+        allowed = max(limit, min(round(limit * self._stretch), self._ceiling_now(now)))
+        if allowed != self.limit:
             self._since = now
-        self._round.clear()
+        self._clear()
         self._mode = mode
         if not self._fixed:
-            self.limit = limit
+            self._tried, self.limit = limit, allowed
+
+    def _clear(self) -> None:
+        self._round.clear()
+        self._late_s = 0.0
 
     def _ceiling_now(self, now: float) -> int:
         return min(self._ceiling, self._max) if now < self._ceiling_until else self._max
@@ -375,7 +402,7 @@ class Controller:
     def _refused(self, attempt: Attempt, now: float) -> None:
         if attempt.began_s < self._refused_at:
             return
-        at = self.limit
+        at, self._stretch = self.limit, 1.0
         if attempt.outcome is Outcome.THROTTLED:
             again = now < self._ceiling_until + self._ceiling_s
             self._ceiling_s = min(TUNING.ceiling_s_max, 2 * self._ceiling_s) if again else TUNING.ceiling_s
@@ -388,21 +415,37 @@ class Controller:
         self._raise_at = self._cut_at = now + TUNING.raise_every_s
 
 
-def _summary(attempts: Sequence[Attempt], in_flight: int) -> _Round:
-    """Of these, without the slowest eighth: a few answers that hang say nothing of the store."""
+def _stretch(before: float, starved_share: float) -> float:
+    """How many times as many requests keep at the store what would be there if none waited for a core."""
+    if starved_share < (TUNING.starved_share if before == 1.0 else TUNING.still_starved_share):
+        return 1.0
+    stretch = min(TUNING.stretch_max, 1.0 / max(1e-6, 1.0 - starved_share))
+    # What hardly changes stays: each change begins a round anew.
+    return stretch if before == 1.0 or abs(stretch / before - 1.0) > TUNING.changed_share else before
+
+
+def _summary(attempts: Sequence[Attempt], in_flight: int, late_s: float) -> _Round:
+    """Of these, without the slowest eighth: a few answers that hang say nothing of the store. `late_s` is how long
+    after its end a request's slot was free.
+    """
     kept = sorted(attempts, key=lambda each: each.seconds / each.byte_count)
     kept = kept[: len(kept) - len(kept) // 8]
     byte_count = statistics.fmean(each.byte_count for each in kept)
     seconds = statistics.fmean(each.seconds for each in kept)
+    idle_s = late_s + statistics.fmean(each.queued_s for each in kept)
+    waited_s = idle_s + min(seconds, statistics.fmean(each.waited_s for each in kept))
     first_bytes = [each.first_byte_s for each in kept if each.first_byte_s is not None]
-    middle_s, error_s = _median(first_bytes)
+    middle_s, error_s = _median(
+        [max(0.0, each.first_byte_s - each.first_waited_s) for each in kept if each.first_byte_s is not None]
+    )
     return _Round(
-        bytes_per_s=in_flight * byte_count / seconds,
+        bytes_per_s=in_flight * byte_count / (seconds + idle_s),
         seconds=seconds,
         body_seconds=seconds - sum(first_bytes) / len(kept),
         byte_count=byte_count,
         first_byte_s=middle_s,
         first_byte_error_s=error_s,
+        starved_share=waited_s / (seconds + idle_s),
     )
 
 

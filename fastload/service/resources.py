@@ -22,6 +22,7 @@ from fastload.service.events import Events, Warnings
 from fastload.service.request_limit import REQUESTS_MAX, Hedger, requests_max
 from fastload.service.stores import StoreFactory, StoreTable
 from fastload.service.threads import Pools
+from fastload.store.watch import waited_for_core_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Resources:
     closed: Callable[[], object] = lambda: None  # nothing uses them any more
     history: Archive | None = None  # None: none is kept or used; with `history_bytes=0` it can only be cleared
     events: Events = field(default_factory=Events)
+    waited_for_core: Callable[[], float] = waited_for_core_s  # of the calling thread, in seconds
 
     @classmethod
     def of_directory(

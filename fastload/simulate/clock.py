@@ -41,9 +41,10 @@ class Timer:
 
 
 class VirtualLoop:
-    """See the module's text. Used by one thread."""
+    """See the module's text. Used by one thread. What threads call is called `core_wait_s` later."""
 
-    def __init__(self) -> None:
+    def __init__(self, core_wait_s: float = 0.0) -> None:
+        self._core_wait_s = core_wait_s
         self._now_s = 0.0
         self._due: list[tuple[float, int, Timer]] = []
         self._numbers = count()
@@ -62,8 +63,8 @@ class VirtualLoop:
         return self._at(self._now_s, callback, args)
 
     def call_soon_threadsafe(self, callback: Callable[..., Any], *args: Any) -> Timer:
-        """The same: there is one thread."""
-        return self._at(self._now_s, callback, args)
+        """The same, once there is a core."""
+        return self._at(self._now_s + self._core_wait_s, callback, args)
 
     def call_later(self, delay_s: float, callback: Callable[..., Any], *args: Any) -> Timer:
         """Call it so many seconds later."""

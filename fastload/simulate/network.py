@@ -36,20 +36,22 @@ Fetched = Callable[[ObjectInfo, int, int], None]
 class _Request:
     """One read of a chunk, over all its attempts."""
 
-    __slots__ = ("attempt_count", "byte_count", "is_over", "is_refused", "resume", "timer", "watch")
+    __slots__ = ("attempt_count", "byte_count", "is_over", "is_refused", "resume", "timer", "waited_s", "watch")
 
     def __init__(self, watch: Watch, byte_count: int, resume: Resume) -> None:
         self.watch, self.byte_count, self.resume = watch, byte_count, resume
         self.attempt_count = 0
         self.is_refused = self.is_over = False
         self.timer: Timer | None = None
+        self.waited_s = 0.0  # its thread, for a core
 
 
 class Connections:
     """Those of one node: what is in flight, and the bodies that share a rate."""
 
-    def __init__(self, link_bytes_per_s: float, seed: str) -> None:
-        self.link_bytes_per_s = link_bytes_per_s
+    def __init__(self, link_bytes_per_s: float, seed: str, core_wait_s: float = 0.0) -> None:
+        self.link_bytes_per_s, self.core_wait_s = link_bytes_per_s, core_wait_s
+        self.waited_s = 0.0  # for a core, the thread whose watch is notified
         self.draw = random.Random(seed)
         self.requests: dict[_Request, None] = {}
         self.bodies: list[tuple[float, int, _Request]] = []  # (the count at which it ends, number, request), a heap
@@ -85,9 +87,9 @@ class Network:
         self._retry = RetryOptions()
         self.throttled_count = 0
 
-    def join(self, link_bytes_per_s: float, seed: str) -> Connections:
+    def join(self, link_bytes_per_s: float, seed: str, core_wait_s: float = 0.0) -> Connections:
         """One more node."""
-        node = Connections(link_bytes_per_s, seed)
+        node = Connections(link_bytes_per_s, seed, core_wait_s)
         self._nodes.append(node)
         return node
 
@@ -96,10 +98,24 @@ class Network:
         node.move_to(self._loop.time())
         request = _Request(watch, byte_count, resume)
         node.requests[request] = None
-        self._attempt(node, request)
+        request.timer = self._when_awake(node, request, self._attempt)
+
+    def _when_awake(
+        self, node: Connections, request: _Request, then: Callable[[Connections, _Request], None]
+    ) -> Timer | None:
+        """Call it once the request's thread has a core; at once where that is always so."""
+        if not node.core_wait_s:
+            then(node, request)
+            return request.timer
+        wait_s = node.draw.uniform(0.0, 2 * node.core_wait_s)
+        request.waited_s += wait_s
+        return self._loop.call_later(wait_s, then, node, request)
 
     def _attempt(self, node: Connections, request: _Request) -> None:
+        if self._was_cancelled(node, request):
+            return
         profile = self.profile
+        node.waited_s = request.waited_s
         request.watch.attempt_begins()
         request.is_refused = False
         if profile.throttles_above < math.inf:
@@ -115,6 +131,7 @@ class Network:
         if self._was_cancelled(node, request):
             return
         self.throttled_count += 1
+        node.waited_s = request.waited_s
         request.watch.attempt_ended(0, Outcome.THROTTLED)
         most_s = min(self._retry.delay_s_max, self._retry.delay_s * 2 ** min(request.attempt_count, 30))
         request.attempt_count += 1
@@ -124,11 +141,17 @@ class Network:
         if self._was_cancelled(node, request):
             return
         request.timer = None
-        request.watch.first_byte()
+        self._when_awake(node, request, self._seen)
         node.move_to(self._loop.time())
         heapq.heappush(node.bodies, (node.got + request.byte_count, next(self._numbers), request))
         node.body_count += 1
         self._share()
+
+    def _seen(self, node: Connections, request: _Request) -> None:
+        """The first byte."""
+        if not request.is_over:
+            node.waited_s = request.waited_s
+            request.watch.first_byte()
 
     def _was_cancelled(self, node: Connections, request: _Request) -> bool:
         if request.watch.cancelled:
@@ -169,9 +192,14 @@ class Network:
             while (end := node.first_end()) is not None and end - node.got < _BYTE:
                 _, _, request = heapq.heappop(node.bodies)
                 node.body_count -= 1
-                self._end(node, request, Outcome.GOOD)
-                self._loop.call_soon(self._prune, node)
+                request.timer = self._when_awake(node, request, self._came)
         self._share()
+
+    def _came(self, node: Connections, request: _Request) -> None:
+        """Its thread has all of it."""
+        if not request.is_over:
+            self._end(node, request, Outcome.CANCELLED if request.watch.cancelled else Outcome.GOOD)
+            self._loop.call_soon(self._prune, node)
 
     def _prune(self, node: Connections) -> None:
         """End those whose result is not needed, since another was quicker."""
@@ -188,6 +216,7 @@ class Network:
         if request.timer is not None:
             request.timer.cancel()
         request.is_over = True
+        node.waited_s = request.waited_s
         del node.requests[request]
         is_good = outcome is Outcome.GOOD
         request.watch.attempt_ended(request.byte_count if is_good else 0, outcome)

@@ -47,7 +47,9 @@ class SimulatedNode:
         self.requests_in_flight: list[float] = []  # the mean of each epoch
         self._marked = 0.0, 0.0
         factor = job.link_factors[number] if job.link_factors else 1.0
-        self.connections = network.join(factor * options.link_bytes_per_s, f"fastload simulate {seed} node {number}")
+        self.connections = network.join(
+            factor * options.link_bytes_per_s, f"fastload simulate {seed} node {number}", options.core_wait_s
+        )
         self.own = data.own_objects(number)
         self.remote_bytes, self.disk_bytes = np.zeros((2, job.epochs + 1), np.int64)
         self.chunks_read = np.zeros((job.epochs, int(data.first_chunk[-1])), np.bool_)
@@ -72,6 +74,7 @@ class SimulatedNode:
             Warnings(loop.for_service),
             loop.time,
             Hedger if self._data.job.hedging else _NoHedger,
+            waited_for_core=lambda: self.connections.waited_s,
         )
 
     def _rank(self, number: int, local_rank: int, stored: set[int], pace: Pace, loop: VirtualLoop) -> Rank:

@@ -95,5 +95,5 @@ class _VirtualPool(Pool):
 
     def _end(self, task: Task, result: Any, error: BaseException | None) -> None:
         self._busy -= 1
-        self._loop.call_soon(self._finish, task, result, error)
+        self._loop.call_soon_threadsafe(self._finish, task, result, error)
         self._pump()

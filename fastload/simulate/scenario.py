@@ -70,18 +70,24 @@ STORES = {
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A machine and its cache. `link_bytes_per_s` is its network, the disk's rates are those of all its threads."""
+    """A machine and its cache. `link_bytes_per_s` is its network, the disk's rates are those of all its threads.
+
+    `core_wait_s` is for how long the service's loop waits for a core when a thread calls it, and up to twice that a
+    thread that reads from a store, each time that it wakes up.
+    """
 
     ram_bytes: int = 8 * GIB
     disk_bytes: int = 0
     chunk_bytes: int = 8 * MIB
     link_bytes_per_s: float = 3e9
+    core_wait_s: float = 0.0
     disk_read_bytes_per_s: float = 3e9
     disk_write_bytes_per_s: float = 1.5e9
     requests_in_flight: int = 0
 
     def __post_init__(self) -> None:
         _check_positive(self, "link_bytes_per_s", "disk_read_bytes_per_s", "disk_write_bytes_per_s")
+        _check_finite(self, "core_wait_s")
 
 
 @dataclass(frozen=True, slots=True)

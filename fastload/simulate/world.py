@@ -177,7 +177,7 @@ class World:
                 f"data_bytes={job.data_bytes} is {samples // self.node_count} samples for each of {job.nodes} nodes, "
                 f"less than a batch for each of its {job.ranks_per_node} ranks; give more data, or fewer nodes"
             )
-        self.loop = VirtualLoop()
+        self.loop = VirtualLoop(node.core_wait_s)
         self.data = Data(job, self.node_count, samples, self.node.ram_bytes, node.chunk_bytes, seed)
         self._check()
         self.network = Network(store.part(self.node_count / job.nodes), self.loop)

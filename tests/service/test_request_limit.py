@@ -12,6 +12,7 @@ from fastload.service.request_limit import AT_FIRST, Controller, Learnt
 from fastload.store.watch import Attempt, Outcome
 from tests.service.virtual import CHUNK_BYTES, Profile, Store
 
+CAPPED = Profile(connection_bytes_per_s=1e9, total_bytes_per_s=200e6, noise=0.3)
 NEAR, MIDDLE, FAR = (Profile(first_byte_s=first_byte_s, noise=0.3) for first_byte_s in (0.02, 0.1, 0.2))
 
 
@@ -145,6 +146,43 @@ def test_far_too_many_are_given_back_although_rounds_take_long(seed: int) -> Non
     store.run(200.0)
     assert store.most_in_flight(160.0, 260.0) <= 4 * MIDDLE.needed
     assert store.mb_per_s(160.0, 260.0) >= 0.97 * best(MIDDLE)
+
+
+@pytest.mark.parametrize(
+    ("profile", "core_wait_s"),
+    [(NEAR, 0.03), (NEAR, 0.1), (CAPPED, 0.1), (CAPPED, 0.3), (FAR, 0.1)],
+    ids=["20ms-30ms", "20ms-100ms", "capped-100ms", "capped-300ms", "200ms-100ms"],
+)
+def test_a_service_that_waits_for_cores_keeps_the_link_full(profile: Profile, core_wait_s: float) -> None:
+    """Answers that it saw late were taken for a slow store and for too many requests: beside other work a link of 200
+    MB/s was used to 0.7 to 0.9, with three requests at times.
+    """
+    store = run(replace(profile, core_wait_s=core_wait_s), 40.0)
+    assert store.mb_per_s(15.0, 40.0) >= 0.97 * profile.total_bytes_per_s / 1e6
+    assert min(limit for _, limit in store.limits) >= AT_FIRST
+
+
+def test_waits_for_cores_that_end_leave_no_more_requests_than_before() -> None:
+    store = run(replace(CAPPED, core_wait_s=0.1), 15.0)
+    assert store.most_in_flight(5.0, 15.0) > 2 * AT_FIRST
+    store.profile = CAPPED
+    store.run(45.0)
+    assert store.mb_per_s(15.0, 60.0) >= 0.97 * best(CAPPED)
+    assert store.most_in_flight(50.0, 60.0) <= AT_FIRST + 2
+
+
+def test_a_timeout_of_a_thread_without_a_core_is_no_refusal() -> None:
+    controller = Controller(start=20)
+    controller.ended(Attempt(0.0, 30.0, outcome=Outcome.TIMED_OUT, waited_s=25.0), 30.0)
+    assert controller.limit == 20
+    assert controller.timed_out_count == 1
+    controller.ended(Attempt(0.0, 30.0, outcome=Outcome.TIMED_OUT, waited_s=1.0), 30.0)
+    assert controller.limit == 14
+
+
+def test_a_store_that_throttles_is_asked_no_more_for_want_of_cores() -> None:
+    store = run(replace(MIDDLE, throttles_above=10, core_wait_s=0.1), 60.0)
+    assert store.most_in_flight(30.0, 60.0) <= 2 * 10
 
 
 def test_a_few_answers_that_hang_are_no_news() -> None:

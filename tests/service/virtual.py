@@ -21,7 +21,8 @@ CHUNK_BYTES = 8 << 20
 class Profile:
     """The store. `throttles_above` requests at once, the rest are refused. `noise`: how far answers vary (0 to 1).
 
-    `slow_share` of the requests take `slow_times` as long to begin.
+    `slow_share` of the requests take `slow_times` as long to begin. Whenever a thread wakes up, the one of a request or
+    the loop, it waits for a core for `core_wait_s`, up to twice that or not at all. The kernel receives meanwhile.
     """
 
     first_byte_s: float = 0.02
@@ -31,6 +32,7 @@ class Profile:
     noise: float = 0.0
     slow_share: float = 0.0
     slow_times: float = 50.0
+    core_wait_s: float = 0.0
 
     @property
     def needed(self) -> float:
@@ -44,6 +46,11 @@ class _Request:
     first_byte_s: float
     refused: bool
     left: float = CHUNK_BYTES
+    slot_s: float = 0.0  # when the loop sent it
+    first_waited_s: float = 0.0
+    ended_waited_s: float = 0.0
+    ended_s: float = float("inf")  # when its thread has seen its end
+    heard_s: float = float("inf")  # when the loop has
 
 
 @dataclass
@@ -63,6 +70,7 @@ class Store:
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
         self._requests: list[_Request] = []
+        self._seen: list[_Request] = []  # ended, and still in their slots
         self._bytes = 0.0
 
     def run(self, seconds: float) -> None:
@@ -71,8 +79,10 @@ class Store:
         while self.now_s < end_s:
             self._fill()
             rate = self._rate()
-            step_s = min(end_s - self.now_s, *(self._event_in(each, rate) for each in self._requests))
+            events = (self._event_in(each, rate) for each in self._requests)
+            step_s = min([end_s - self.now_s, *events, *(each.heard_s - self.now_s for each in self._seen)])
             self._pass(max(step_s, 1e-9), rate)
+            self._hear()
 
     def mb_per_s(self, from_s: float, to_s: float) -> float:
         """Goodput between two times."""
@@ -90,10 +100,10 @@ class Store:
         return self.controller.limit if self.controller is not None else self.fixed
 
     def _fill(self) -> None:
-        while len(self._requests) < min(self._limit, self.wanted_max):
+        while (in_flight := len(self._requests) + len(self._seen)) < min(self._limit, self.wanted_max):
             self._begin()
         self.limits.append((self.now_s, self._limit))
-        if self.controller is not None and len(self._requests) < self._limit:
+        if self.controller is not None and in_flight < self._limit:
             self.controller.slack(self.now_s)
 
     def _begin(self) -> None:
@@ -101,7 +111,14 @@ class Store:
         varied = self._random.uniform(1 - profile.noise, 1 + profile.noise)
         slow = profile.slow_times if self._random.random() < profile.slow_share else 1.0
         refused = sum(not each.refused for each in self._requests) >= profile.throttles_above
-        self._requests.append(_Request(self.now_s, profile.first_byte_s * varied * slow, refused))
+        began_s = self.now_s + self._core_wait_s()
+        request = _Request(began_s, profile.first_byte_s * varied * slow, refused, slot_s=self.now_s)
+        request.first_waited_s = self._core_wait_s()
+        self._requests.append(request)
+
+    def _core_wait_s(self) -> float:
+        most_s = 2 * self.profile.core_wait_s
+        return self._random.uniform(0.0, most_s) if most_s else 0.0
 
     def _rate(self) -> float:
         """Bytes a second of each body that is on the wire."""
@@ -131,9 +148,31 @@ class Store:
         self._requests.remove(request)
         if request.refused:
             self.refused_s.append(self.now_s)
-            attempt = Attempt(request.began_s, self.now_s, 0, request.first_byte_s, Outcome.THROTTLED)
         else:
             self._bytes += request.left
-            attempt = Attempt(request.began_s, self.now_s, CHUNK_BYTES, request.first_byte_s)
-        if self.controller is not None:
-            self.controller.ended(attempt, self.now_s)
+        request.ended_waited_s = self._core_wait_s()
+        first_seen_s = request.began_s + request.first_byte_s + request.first_waited_s
+        request.ended_s = max(first_seen_s, self.now_s + request.ended_waited_s)
+        request.heard_s = request.ended_s + self._core_wait_s()
+        self._seen.append(request)
+        self._hear()
+
+    def _hear(self) -> None:
+        """The loop learns of ends, and has their slots free."""
+        for request in [each for each in self._seen if each.heard_s <= self.now_s + 1e-9]:
+            self._seen.remove(request)
+            if self.controller is not None:
+                self.controller.ended(self._attempt(request), self.now_s)
+
+    @staticmethod
+    def _attempt(request: _Request) -> Attempt:
+        return Attempt(
+            request.began_s,
+            request.ended_s,
+            0 if request.refused else CHUNK_BYTES,
+            request.first_byte_s + request.first_waited_s,
+            Outcome.THROTTLED if request.refused else Outcome.GOOD,
+            queued_s=request.began_s - request.slot_s,
+            waited_s=request.first_waited_s + request.ended_waited_s,
+            first_waited_s=request.first_waited_s,
+        )

@@ -101,7 +101,9 @@ class VirtualCore:
         limits = CacheLimits(buffer_count * CHUNK_BYTES, disk_chunks * FILE_BYTES, CHUNK_BYTES)
         self.disk = Disk(limits.disk_bytes, jobs, self.loop, draw, write_rate)
         arena, warnings = VirtualArena(limits.ram_bytes, CHUNK_BYTES), Warnings(self.loop.for_service)
-        resources = Resources(limits, arena, self.disk, jobs, self.stores, warnings, self.loop.time)
+        resources = Resources(
+            limits, arena, self.disk, jobs, self.stores, warnings, self.loop.time, waited_for_core=lambda: 0.0
+        )
         self.core = Core.of_resources(resources)
 
     def run(self, seconds: float) -> None:

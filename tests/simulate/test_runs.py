@@ -188,6 +188,15 @@ def test_at_seven_tenths_of_what_can_be_had_nobody_waits(name: str) -> None:
     assert found.epochs[1].stall_share < 0.005
 
 
+@pytest.mark.parametrize("core_wait_s", [0.02, 0.1])
+def test_a_node_without_free_cores_makes_use_of_a_narrow_link(core_wait_s: float) -> None:
+    job = Job(data_bytes=6_000_000_000, shard_bytes=32_000_000, samples_per_s=1e5, epochs=1, is_indexed=True)
+    store = StoreProfile(connection_bytes_per_s=1e9, total_bytes_per_s=200e6)
+    found = run(job, Node(ram_bytes=GIB, core_wait_s=core_wait_s), store)
+    (epoch,) = found.epochs
+    assert epoch.remote_bytes_per_node / epoch.seconds >= 0.95 * 200e6
+
+
 @pytest.mark.parametrize("name", ["far", "slow"])
 def test_few_answers_that_hang_cost_a_third_of_what_they_would_or_less(name: str) -> None:
     store = replace(STORES[name], slow_share=0.01, slow_times=50.0)

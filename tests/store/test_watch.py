@@ -45,6 +45,17 @@ def test_each_attempt_is_told(extra: tuple[tuple[str, str], ...]) -> None:
     assert all(before.ended_s <= after.began_s for before, after in pairwise(attempts))
 
 
+def test_what_a_thread_waited_for_cores_is_told_beside_the_times() -> None:
+    """Of the clocks: when the read is asked for, begins, has its first byte, and ends."""
+    attempts: list[Attempt] = []
+    times, waits = iter([1.0, 1.5, 4.0, 6.0]), iter([10.0, 12.0, 12.5])
+    watch = Watch(attempts.append, lambda: next(times), lambda: next(waits))
+    watch.attempt_begins()
+    watch.first_byte()
+    watch.attempt_ended(5, Outcome.GOOD)
+    assert attempts == [Attempt(1.5, 6.0, 5, 2.5, Outcome.GOOD, queued_s=0.5, waited_s=2.5, first_waited_s=2.0)]
+
+
 def test_who_is_not_watched_tells_nobody() -> None:
     attempts: list[Attempt] = []
     with server(good) as options:
