@@ -257,6 +257,7 @@ class Core:
         self._note_warmed(consumer)
         self._replay.left(consumer)
         consumer.load_order = self._residency.load_count
+        consumer.first_wants = None
         plan = self._plans.set(consumer, message, to_disk=self.disk.writable)
         if isinstance(plan, WarmPlan) and plan.to_disk:
             self._warming.write_resident(plan)
@@ -281,7 +282,13 @@ class Core:
         self._tick_due = False
         if self._closed:
             return
-        capacity = Capacity(self._residency.reads.idle, self._fetches.idle, self._endpoints.free_at)
+        beginning = {chunk.entry.origin for each in self.consumers for chunk in each.waits_to_begin()}
+        capacity = Capacity(
+            self._residency.reads.idle,
+            self._fetches.idle,
+            self._endpoints.free_at,
+            lambda name: self._endpoints.reserved_at(name) if name in beginning else 0,
+        )
         quick = self._disk_is_quick()
         actions = scheduler.decide(
             self._candidates.by_need(),
@@ -293,7 +300,7 @@ class Core:
         )
         for action in actions:
             self._carry_out(action)
-        self._endpoints.slack(self._resources.now())
+        self._endpoints.slack(self._resources.now(), beginning)
         if self._watch.stalled and self._table.quarantined_count == self._table.count:
             self._refuse_demands()
         self._leases.grant_deferred()

@@ -33,6 +33,8 @@ class Leases:
 
     def want(self, consumer: ConsumerState, message: protocol.Want) -> None:
         """Note the wants, and answer those whose chunk is here."""
+        if consumer.first_wants is None and consumer.plan is not None:
+            consumer.first_wants = list(message.chunks)
         for chunk_no in message.chunks:
             entry, index = consumer.locate(chunk_no)
             chunk = entry.chunk(index)

@@ -42,7 +42,7 @@ import math
 import resource
 import statistics
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,9 @@ from fastload.store.watch import Attempt, Outcome
 
 # About one shard: what is needed first does not share a slow link with what is needed later.
 AT_FIRST = 8
+# While what a consumer reads first is on its way, no more at a time with what is fetched ahead: enough to keep a link
+# busy for the moment in which the first answers have come and the last have not.
+AT_FIRST_WITH_OTHERS = AT_FIRST // 2
 # Threads, sockets and buffers are cheap up to here, and no store asks for more.
 REQUESTS_MAX = 256
 
@@ -577,6 +580,14 @@ class Endpoints:
         found = self._endpoints.get(name)
         return self._new(name).controller.limit if found is None else found.free
 
+    def reserved_at(self, name: str) -> int:
+        """How many of those places are not for what is fetched ahead, while what a consumer reads first is on its way
+        from there.
+        """
+        found = self._endpoints.get(name)
+        limit = self._new(name).controller.limit if found is None else found.controller.limit
+        return max(0, limit - AT_FIRST_WITH_OTHERS)
+
     def use(self, name: str) -> Endpoint:
         """The endpoint, which was used last from now on. Of many, the one that was used longest ago is forgotten."""
         endpoint = self._endpoints.pop(name, None) or self._new(name)
@@ -587,10 +598,10 @@ class Endpoints:
         self._endpoints[name] = endpoint
         return endpoint
 
-    def slack(self, now: float) -> None:
-        """All that there is to ask for now has been started."""
-        for endpoint in self._endpoints.values():
-            if endpoint.free:
+    def slack(self, now: float, held_back: Collection[str]) -> None:
+        """All that there is to ask for now has been started, except at endpoints where some is `held_back`."""
+        for name, endpoint in self._endpoints.items():
+            if endpoint.free and name not in held_back:
                 endpoint.controller.slack(now)
 
     def learnt(self) -> dict[str, tuple[Learnt, int]]:

@@ -16,6 +16,10 @@ Whose room a chunk may take depends on how much it is needed:
                 from afar, ones without a use ahead
     warming     free ones and ones without a use ahead
 
+What a consumer wants first of its plan comes before all else, also on the link: until it is there, only a few requests
+are for what is fetched ahead (`Capacity.reserved_at`), since those would share the link with it and hold up the first
+batch.
+
 A candidate that has room but no free connection still keeps its room: what is behind it may not take that, unless
 a consumer waits for it too.
 """
@@ -103,11 +107,14 @@ Action = Load | Drop | RecallChunk
 
 @dataclass(slots=True)
 class Capacity:
-    """Threads free to read from either tier. `free_at(endpoint)` is how many requests that may be sent now."""
+    """Threads free to read from either tier. `free_at(endpoint)` is how many requests that may be sent now, and
+    `reserved_at(endpoint)` how many of these not for what is fetched ahead.
+    """
 
     disk: int
     remote: int
     free_at: Callable[[str], int] = lambda endpoint: 1 << 30
+    reserved_at: Callable[[str], int] = lambda endpoint: 0
     _taken: Counter[str] = field(default_factory=Counter)
 
     def has(self, candidate: Candidate) -> bool:
@@ -115,7 +122,8 @@ class Capacity:
         if candidate.on_disk:
             return self.disk > 0
         endpoint = candidate.entry.origin
-        return self.remote > 0 and self._taken[endpoint] < self.free_at(endpoint)
+        reserved = self.reserved_at(endpoint) if candidate.need >= Need.PREFETCHED else 0
+        return self.remote > 0 and self._taken[endpoint] < self.free_at(endpoint) - reserved
 
     def take(self, candidate: Candidate) -> bool:
         """Use one, if there is one."""

@@ -405,6 +405,7 @@ class ConsumerState:
         self.load_order = 0  # loads that the service had counted when this plan began; those are found in RAM
         self.leases: dict[int, Chunk] = {}
         self.wants: dict[int, Chunk] = {}
+        self.first_wants: list[int] | None = None  # of its plan: those it began with, until all have come
         self.granted = LeaseCounts()
         self.report: dict[str, float] = {}
         self.active_at = 0.0  # when its last message came, or it was given indexes to make
@@ -419,6 +420,12 @@ class ConsumerState:
         self.entries += piece
         starts = accumulate((entry.chunk_count for entry in piece), initial=self._first_chunk[-1])
         self._first_chunk.extend(islice(starts, 1, None))
+
+    def waits_to_begin(self) -> Iterator[Chunk]:
+        """Those chunks that it wanted first of its plan and has not got."""
+        if self.first_wants:
+            self.first_wants = [chunk_no for chunk_no in self.first_wants if chunk_no in self.wants]
+        return (self.wants[chunk_no] for chunk_no in self.first_wants or ())
 
     def clear_objects(self) -> list[ObjectEntry]:
         """Forget the object list; returns what it named."""

@@ -15,7 +15,7 @@ from fastload.cache import CacheDirectory
 from fastload.client import Handle as Cache
 from fastload.errors import ConfigError
 from fastload.service.core import Core
-from fastload.service.request_limit import AT_FIRST, SHARE_MAX, Hedger
+from fastload.service.request_limit import AT_FIRST, AT_FIRST_WITH_OTHERS, SHARE_MAX, Hedger
 from fastload.store.answers import ThrottledError
 from fastload.store.watch import Attempt, Outcome
 from tests.service.helpers import CHUNK_BYTES, random_bytes
@@ -213,6 +213,33 @@ def test_the_first_one_may_fail_while_the_second_goes_on(tmp_path: Path) -> None
         await until(lambda: side.granted[-1:] == [29], "the second has brought it")
         buffer = side.all(protocol.Grants)[-1].buffers[-1]
         assert bytes(core.arena.buffer(buffer)) == random_bytes(29, CHUNK_BYTES)
+
+    world.run(work)
+
+
+def test_what_is_read_first_shares_its_link_with_little(tmp_path: Path) -> None:
+    """The first shard came as late as the second: what was fetched ahead of need had most of the link."""
+    world = World(tmp_path, 60)
+    world.add(*[1] * 40)
+    gates = {info.url: Gate() for info in world.objects}
+
+    async def work(core: Core) -> None:
+        world.store.before_read = lambda url, start: gates[url].wait()
+        side = Side(core, world.objects)
+        side.plan(*range(40))
+        side.want(*range(AT_FIRST), urgent=False)
+        await until(lambda: side.node()["requests_in_flight"] == AT_FIRST, "the first shard is on its way")
+        urls = [info.url for info in world.objects]
+        for url in urls[: AT_FIRST - 1]:
+            gates[url].set()
+        await until(lambda: len(side.granted) == AT_FIRST - 1, "all of it but one is here")
+        await settle()
+        assert side.node()["requests_in_flight"] == AT_FIRST_WITH_OTHERS
+        assert side.node()["requests_allowed"] > AT_FIRST_WITH_OTHERS
+        gates[urls[AT_FIRST - 1]].set()
+        await until(lambda: side.node()["requests_in_flight"] == side.node()["requests_allowed"], "more is fetched")
+        for gate in gates.values():
+            gate.set()
 
     world.run(work)
 

@@ -242,6 +242,17 @@ def test_what_waits_for_a_store_that_hangs_keeps_no_room_from_what_is_demanded_o
     assert shown(decide([*waiting, ahead], table, free_at(answers=8))) == []
 
 
+def test_places_that_are_reserved_are_not_for_what_is_fetched_ahead() -> None:
+    table = BufferTable(16)
+    ahead, wanted = entry("ahead", 4), entry("wanted", 4)
+    candidates = [
+        *(Candidate(wanted, index, Need.WANTED, index, False) for index in range(2)),
+        *upcoming([begin(table, ahead)], 100, nowhere),
+    ]
+    found = decide(candidates, table, Capacity(0, 16, lambda endpoint: 6, lambda endpoint: 3))
+    assert shown(found) == [("load", "wanted", 0), ("load", "wanted", 1), ("load", "ahead", 0)]
+
+
 def test_no_order_of_usefulness_is_made_while_nothing_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most ticks with a busy store and a full arena are so, and over a large one it takes half a millisecond."""
     table, resident = BufferTable(2), entry("resident", 2)
