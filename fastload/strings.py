@@ -37,7 +37,8 @@ class Strings:
         return list(self._all())
 
     def _all(self) -> list[str]:
-        made, make = self._made, self._make
+        # In this order: a thread that is done meanwhile sets `_made` first, and clears `_make` only then.
+        make, made = self._make, self._made
         if made is None:
             assert make is not None, "what makes the strings is kept until they are made"
             made = self._made = make()[self._start : self._stop]

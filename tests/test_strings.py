@@ -60,3 +60,24 @@ def test_the_list_is_made_at_its_first_use_and_once() -> None:
     mine = strings.tolist()
     mine.append("d")
     assert strings == ["b", "c"]
+
+
+def test_two_threads_may_look_at_once() -> None:
+    class Overtaken(Strings):
+        """Another thread makes the list just after this one has found that there is none."""
+
+        __slots__ = ("is_overtaken",)
+
+        @property
+        def _made(self) -> list[str] | None:
+            made: list[str] | None = Strings._made.__get__(self)
+            if made is None and not hasattr(self, "is_overtaken"):
+                self.is_overtaken = True
+                assert [*self] == ["a"]
+            return made
+
+        @_made.setter
+        def _made(self, made: list[str] | None) -> None:
+            Strings._made.__set__(self, made)
+
+    assert [*Overtaken(lambda: ["a"], 0, 1)] == ["a"]
