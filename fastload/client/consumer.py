@@ -530,6 +530,10 @@ class Consumer:
                 self._send(request.message)
                 what = f"the cache service {_WHAT_FOR.get(type(request.message), 'to answer')}"
                 self._wait(lambda: request.done, reason, what, deadline_s)
+            except BaseException:
+                for part in request.parts:
+                    self._decline(part)
+                raise
             finally:
                 del self._requests[number]
         if request.error is not None:
@@ -643,9 +647,19 @@ class Consumer:
         | protocol.StatsReply,
     ) -> None:
         request = self._requests.get(message.request)
-        if request is not None and not request.done:
+        if request is None:
+            self._decline(message)
+        elif not request.done:
             request.parts.append(message)
             request.done = message.last if isinstance(message, protocol.Resolved | protocol.Indexes) else True
+
+    def _decline(self, part: protocol.Message) -> None:
+        """The caller has given up waiting for this answer: others need not wait for indexes that it was to make."""
+        if isinstance(part, protocol.Indexes):
+            # Numbers of objects that were attached before mean nothing to the service, or others.
+            make = [number for number in part.make if number < len(self._attached)]
+            if make:
+                self._send(protocol.GiveUpIndexes(make))
 
     def _renew_credentials(self) -> bool:
         """Read the environment again; True where that changed anything, which is then sent to the service."""

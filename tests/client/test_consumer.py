@@ -15,7 +15,9 @@ from fastload.client import Consumer
 from fastload.client import Handle as Cache
 from fastload.client.consumer import WaitInterruptedError
 from fastload.errors import ObjectMissingError, ServiceError, WaitTimeoutError
+from fastload.service import queries
 from tests.conftest import Bucket
+from tests.patience import PATIENCE_S
 from tests.service.helpers import (
     CHUNK_BYTES,
     chunks_of,
@@ -169,6 +171,35 @@ def test_indexes_are_kept(cache: Cache, s3: Bucket, shards: dict[str, bytes]) ->
     with cache.consumer() as consumer:
         consumer.attach(objects)
         assert sorted(consumer.get_indexes(range(6))[0]) == [1, 3, 4]
+
+
+@pytest.mark.parametrize("mode", ["inprocess"])
+def test_indexes_are_not_left_to_a_call_that_was_interrupted(
+    cache: Cache, s3: Bucket, shards: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queries, "SILENT_S", 10 * PATIENCE_S)
+    with cache.consumer() as maker, cache.consumer() as interrupted, cache.consumer() as other:
+        objects = maker.resolve([f"{s3.url}/"], ENDINGS)
+        for consumer in (maker, interrupted, other):
+            consumer.attach(objects)
+        assert maker.get_indexes([0]) == ({}, [0])
+        errors: list[BaseException] = []
+
+        def wait() -> None:
+            try:
+                interrupted.get_indexes([0])
+            except WaitInterruptedError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        eventually(lambda: bool(interrupted._requests), "it waits")
+        with interrupted.interrupted():
+            thread.join()
+        assert errors
+        interrupted.stats()  # by then the service has its request
+        maker.give_up_indexes([0])
+        assert other.get_indexes([0], deadline_s=PATIENCE_S) == ({}, [0])
 
 
 def test_reports_are_shown(cache: Cache) -> None:
