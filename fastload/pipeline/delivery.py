@@ -215,30 +215,50 @@ class ThreadedRun:
             let_breathe(bool(self._queue))  # else the pool may have nothing to do
             self._queue.append(task)
             self._tasks += 1
+        self._submit(task)
+        return True
+
+    def _submit(self, task: _Task) -> None:
         try:
             self._pool.submit(lambda: self._run_task(task))
         except ServiceError as error:  # the pool was closed under us: no task will run
             task.results.extend((entry, None, error) for entry in task.entries)
             self._end_task(task)
-        return True
 
     def _run_task(self, task: _Task) -> None:
         began, entries, results = self._now(), task.entries, task.results
-        while not self._is_closed and len(results) < len(entries):
-            try:
-                left = entries[len(results) :]
-                for entry, batch in zip(left, self._make(left), strict=True):
+        try:
+            if not self._is_closed:
+                for entry, batch in zip(entries, self._make(entries), strict=True):
                     results.append((entry, batch, None))
-            except BaseException as failure:  # handed to the consumer, whatever it is
-                results.append((entries[len(results)], None, failure))
-        self._adapt(len(entries), self._now() - began)
-        for number, entry in enumerate(entries):
+                    if self._is_closed:  # what is left of them may take long
+                        break
+        except BaseException as failure:  # handed to the consumer, whatever it is
+            results.append((entries[len(results)], None, failure))
+            self._adapt(len(results), self._now() - began)
+            self._split(task)
+        else:
+            self._adapt(len(entries), self._now() - began)
+        for number, entry in enumerate(task.entries):
             try:
                 self._feed.done(entry)
             except BaseException as failure:
                 if number < len(results) and results[number][2] is None:
                     results[number] = entry, None, failure
         self._end_task(task)
+
+    def _split(self, task: _Task) -> None:
+        """Make what is left of a task another one behind it, so that its failure does not wait for the rest, each of
+        which may fail as slowly.
+        """
+        made = len(task.results)
+        rest, task.entries = _Task(task.entries[made:]), task.entries[:made]
+        if not rest.entries:
+            return
+        with self._changed:
+            self._queue.insert(self._queue.index(task) + 1, rest)
+            self._tasks += 1
+        self._submit(rest)
 
     def _adapt(self, made: int, took_s: float) -> None:
         """Choose how many batches the next tasks make, after one that made so many."""

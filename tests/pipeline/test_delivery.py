@@ -170,6 +170,55 @@ def test_of_batches_that_are_made_together_each_fails_alone(pool: DecodePool) ->
     run.close()
 
 
+def test_a_failure_does_not_wait_for_what_was_to_be_made_with_its_batch(pool: DecodePool) -> None:
+    seen, late = threading.Event(), []
+
+    def make(number: int) -> int:
+        if number == 70:
+            raise ValueError("sample 70 is broken")
+        if number > 70 and not seen.wait(PATIENCE_S):
+            late.append(number)
+            seen.set()
+        return number
+
+    run = ThreadedRun(Feed(200, is_quick=True), each(make), pool, depth=1, waits=Waits(), now=lambda: 0.0)
+    assert [next(run)[1] for _ in range(70)] == list(range(70))
+    with pytest.raises(ValueError, match="sample 70 is broken"):
+        next(run)
+    seen.set()
+    assert [next(run)[1] for _ in range(129)] == list(range(71, 200))
+    assert not late
+    run.close()
+
+
+def test_close_does_not_wait_for_what_was_to_be_made_with_a_batch() -> None:
+    began, may_end = threading.Event(), threading.Event()
+    made: list[int] = []
+
+    def make(number: int) -> int:
+        made.append(number)
+        if number == 70:
+            began.set()
+            may_end.wait(PATIENCE_S)
+        return number
+
+    def consume() -> None:
+        with pytest.raises(RunClosedError):
+            list(run)
+
+    pool = DecodePool(1)
+    run = ThreadedRun(Feed(200, is_quick=True), each(make), pool, depth=1, waits=Waits(), now=lambda: 0.0)
+    consuming, closing = threading.Thread(target=consume), threading.Thread(target=run.close)
+    consuming.start()
+    assert began.wait(PATIENCE_S)
+    closing.start()
+    consuming.join()  # then it is closed, and what is being made may end
+    may_end.set()
+    closing.join()
+    assert made[-1] == 70
+    pool.close()
+
+
 def test_what_came_before_a_failure_of_the_feed_is_made(pool: DecodePool) -> None:
     run = ThreadedRun(Feed(20, fail_at=13, is_quick=True), each(itself), pool, 2, Waits(), now=lambda: 0.0)
     assert [next(run)[1] for _ in range(13)] == list(range(13))
