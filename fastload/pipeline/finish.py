@@ -347,7 +347,8 @@ def _stacked(slots: Slots, tensors: Sequence[torch.Tensor], *, collate_fn_map: A
         type(first) is not torch.Tensor
         or not is_plain(first)
         or byte_count < SMALL_BYTES
-        or any(each.requires_grad for each in tensors)
+        # Of several dtypes torch makes one that fits all.
+        or any(each.requires_grad or each.dtype != first.dtype for each in tensors)
     ):
         return collate_tensor_fn(tensors, collate_fn_map=collate_fn_map)  # type: ignore[no-any-return]
     out = torch.frombuffer(slots.take(byte_count), dtype=first.dtype).view(len(tensors), *first.shape)

@@ -41,6 +41,7 @@ SAMPLES: dict[str, Callable[[int], Any]] = {
     "half": lambda number: torch.full((20_000,), number, dtype=torch.bfloat16),
     "not contiguous": lambda number: torch.arange(20_000.0).view(100, 200).T + number,
     "numpy": lambda number: np.full((100, 100), number),
+    "of two types": lambda number: torch.full((20_000,), number, dtype=torch.float64 if number % 2 else torch.int64),
     "nested": lambda number: {"a": [torch.full((10_000,), number), 3], "b": (number, 1.5)},
 }
 
@@ -50,7 +51,7 @@ def test_samples_are_collated_as_torch_does(kind: str) -> None:
     slots = SlotPool(1 << 26)
     made, expected = batch_of(SAMPLES[kind], slots), default_collate([SAMPLES[kind](number) for number in range(COUNT)])
     torch.testing.assert_close(made, expected, rtol=0, atol=0)
-    lies_in_slot = kind not in ("small", "empty")
+    lies_in_slot = kind not in ("small", "empty", "of two types")
     assert (slots.held_bytes > 0) == lies_in_slot
 
 
