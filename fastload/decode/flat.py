@@ -6,6 +6,7 @@ the machine's byte order.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload.decode.base import Decoder, Fixed, Keys, Offsets, Where, located
-from fastload.decode.npy import declared_dtype, declared_shape
+from fastload.decode.npy import converted, declared_dtype, declared_shape
 from fastload.errors import ConfigError, DecodeError
 from fastload.ragged import Ragged, unchecked
 
@@ -31,7 +32,7 @@ class Flat(Decoder):
     @property
     def _value_bytes(self) -> int:
         """The bytes of a value; where they differ, of an element."""
-        return self.stored.itemsize * int(np.prod(self.shape or (), dtype=np.int64))
+        return self.stored.itemsize * math.prod(self.shape or ())
 
     @property
     def is_in_place(self) -> bool:
@@ -130,8 +131,7 @@ def flat(dtype: npt.DTypeLike, shape: int | tuple[int, ...] | None = None, *, de
     if made.shape is None:
         raise ConfigError(f"default={default!r} needs shape=, which it fills")
     try:
-        with np.errstate(over="ignore", invalid="ignore"):
-            filled = np.full(made.shape, np.array(default, native), stored)
+        filled = np.full(made.shape, converted(np.asarray(default), native), stored)
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"default={default!r} is no {native}: {error}") from error
     return Flat(stored, made.shape, filled.tobytes())

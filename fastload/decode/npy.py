@@ -29,7 +29,7 @@ from fastload.decode.base import Decoder, Fixed, Keys, Offsets, Where, each, loc
 from fastload.errors import ConfigError, DecodeError
 from fastload.ragged import Ragged
 
-__all__ = ["NpyArray", "array", "declared_dtype", "declared_shape", "read_npy"]
+__all__ = ["NpyArray", "array", "converted", "declared_dtype", "declared_shape", "read_npy"]
 
 _MAGIC = b"\x93NUMPY"
 _HEADER_BYTES_MAX = 10_000
@@ -273,7 +273,7 @@ def _declared_default(default: npt.ArrayLike, declared: NpyArray) -> bytes:
     try:
         given = np.asarray(default)
         shape = given.shape if declared.shape is None else declared.shape
-        found = np.array(np.broadcast_to(_converted(given, declared.dtype or given.dtype), shape), order="C")
+        found = np.array(np.broadcast_to(converted(given, declared.dtype or given.dtype), shape), order="C")
     except (TypeError, ValueError) as error:
         wanted = "numbers" if declared.shape is None else f"{declared.dtype} of shape {declared.shape}"
         raise ConfigError(f"default={default!r} is no array of {wanted}: {error}") from error
@@ -282,7 +282,7 @@ def _declared_default(default: npt.ArrayLike, declared: NpyArray) -> bytes:
     return out.getvalue()
 
 
-def _converted(given: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+def converted(given: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """The numbers as `dtype`. TypeError where that changes more than rounding floats does."""
     if not _NUMBER.fullmatch(given.dtype.str) or given.dtype.kind == "c" != dtype.kind:
         raise TypeError(f"{given.dtype} is not {dtype}")

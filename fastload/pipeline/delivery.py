@@ -234,6 +234,8 @@ class ThreadedRun:
                     if self._is_closed:  # what is left of them may take long
                         break
         except BaseException as failure:  # handed to the consumer, whatever it is
+            if len(results) == len(entries):  # what failed came after the last batch
+                results.pop()
             results.append((entries[len(results)], None, failure))
             self._adapt(len(results), self._now() - began)
             self._split(task)

@@ -91,11 +91,13 @@ def test_what_cannot_be_is_refused_at_once() -> None:
     for dtype in ("U3", object, "M8[s]", "i4,i4", "nonsense", None):
         with pytest.raises(ConfigError, match="dtype"):
             fd.flat(dtype, 2)
+    with pytest.raises(DecodeError, match="8 bytes, and"):
+        fd.flat("u2", (1 << 40, 1 << 40)).decode_one(bytes(8), "here")
     for shape in (-1, (2, -1), "x", (2, 0)):
         with pytest.raises(ConfigError, match="shape="):
             fd.flat("f4", shape)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="default=1 needs shape="):
         fd.flat("f4", default=1)
-    for default in ("x", [1, 2, 3], -1):
+    for default in ("x", [1, 2, 3], -1, 1.5, float("nan")):
         with pytest.raises(ConfigError, match="default="):
             fd.flat("u1", 2, default=default)  # type: ignore[arg-type]
