@@ -27,7 +27,7 @@ def main() -> None:
     loader = fastload.DataLoader(dataset, batch_size=4, num_workers=1)
     epochs, fetched_bytes = [], []
     for _ in range(2):
-        epochs.append([batch["__key__"] for batch in loader])
+        epochs.append([list(batch["__key__"]) for batch in loader])
         distributed.barrier()
         fetched_bytes.append(cache.stats()["fetched_bytes"])
         distributed.barrier()

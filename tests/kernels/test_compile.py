@@ -140,6 +140,7 @@ def test_which_kernels_decoders_need(monkeypatch: pytest.MonkeyPatch) -> None:
         "integer": decode.integer(),
         "number": decode.number(),
         "array": decode.array(4, "f4"),
+        "flat": decode.flat("f4", 4),
         "json": decode.json(),
         "raw": decode.raw(),
         "text": decode.text(),
