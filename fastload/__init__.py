@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from fastload import errors
 from fastload.lazy import lazy_names
+from fastload.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fastload import decode as decode
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from fastload.loader import DataLoader as DataLoader
     from fastload.mixture import Mixture as Mixture
     from fastload.ragged import Ragged as Ragged
-
-__version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,

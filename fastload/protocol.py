@@ -25,9 +25,10 @@ import msgspec
 
 from fastload.cache.policy import PolicyName
 from fastload.errors import ServiceError
+from fastload.snapshot import Snapshot
 from fastload.store.table import ObjectRows as ObjectRows
 
-VERSION = 6
+VERSION = 7
 FRAME_BYTES_MAX = 64 << 20
 
 # Rows of objects in one piece: some megabytes of msgpack, a few tens of milliseconds of work for the receiver.
@@ -227,7 +228,47 @@ class Ping(Message, tag="ping"):
     """A heartbeat. Answered by `Pong`, at once."""
 
 
+# From an operator, which is connected and no consumer: it starts, keeps and holds up nothing
+
+
+class Observe(Message, tag="observe"):
+    """The first message of an operator, instead of a hello. Answered by `Observed`."""
+
+    version: int
+    pid: int
+    name: str
+
+
+class Watch(Message, tag="watch"):
+    """Send me what the node is and does, as a `Shown`: now, and then each `every_s` seconds (0: now only)."""
+
+    request: int
+    every_s: Annotated[float, msgspec.Meta(ge=0, le=3600)]
+
+
 # From the service
+
+
+class Observed(Message, tag="observed"):
+    """Answers `Observe`."""
+
+    version: int
+    service_id: bytes
+    pid: int
+
+
+class Shown(Message, tag="shown"):
+    """Answers `Watch`, each time."""
+
+    request: int
+    snapshot: Snapshot
+
+
+class Done(Message, tag="done"):
+    """Answers a request that was carried out, with what came of it."""
+
+    request: int
+    values: dict[str, Any]
 
 
 class Welcome(Message, tag="welcome"):
@@ -382,8 +423,12 @@ FromConsumer = (
     | Report
     | Ping
 )
+FromOperator = Observe | Watch
 FromService = (
     Welcome
+    | Observed
+    | Shown
+    | Done
     | Refused
     | Grants
     | Failed
@@ -402,6 +447,7 @@ FromService = (
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder_of_service: msgspec.msgpack.Decoder[FromConsumer] = msgspec.msgpack.Decoder(FromConsumer)
+_decoder_of_operator: msgspec.msgpack.Decoder[FromOperator] = msgspec.msgpack.Decoder(FromOperator)
 _raw_decoder: msgspec.msgpack.Decoder[list[msgspec.Raw]] = msgspec.msgpack.Decoder(list[msgspec.Raw])
 _decoder_of_consumer: msgspec.msgpack.Decoder[FromService] = msgspec.msgpack.Decoder(FromService)
 
@@ -420,11 +466,12 @@ def frame(message: Message) -> bytearray:
     return data
 
 
-def hello_version(payload: bytes | memoryview) -> int | None:
-    """The version of a hello of whatever version; None where it is none."""
+def first_words(payload: bytes | memoryview) -> tuple[str, int] | None:
+    """The name and the version of a first message of whatever version; None where it is none."""
     try:
         tag, version, *_ = _raw_decoder.decode(payload)
-        return msgspec.msgpack.decode(version, type=int) if msgspec.msgpack.decode(tag, type=str) == "hello" else None
+        name = msgspec.msgpack.decode(tag, type=str)
+        return (name, msgspec.msgpack.decode(version, type=int)) if name in ("hello", "observe") else None
     except (msgspec.MsgspecError, ValueError):
         return None
 
@@ -435,6 +482,14 @@ def from_consumer(payload: bytes | memoryview) -> FromConsumer:
         return _decoder_of_service.decode(payload)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ConversationError(f"not a message of a consumer: {error}") from error
+
+
+def from_operator(payload: bytes | memoryview) -> FromOperator:
+    """The operator's message; `ConversationError` where it is none."""
+    try:
+        return _decoder_of_operator.decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ConversationError(f"not a message of an operator: {error}") from error
 
 
 def from_service(payload: bytes | memoryview) -> FromService:

@@ -70,7 +70,7 @@ def test_what_was_recorded_goes_on_where_it_was() -> None:
             ]
 
 
-@pytest.mark.parametrize("side", ["from consumer", "from service"])
+@pytest.mark.parametrize("side", frames.SIDES)
 def test_frames(tmp_path: Path, side: str) -> None:
     recorded = texts.load("frames")
     same(frames.record(tmp_path), recorded)
@@ -109,5 +109,5 @@ def test_everything_that_is_written_down_is_looked_at() -> None:
     assert set(texts.load("orders")) == set(orders.KINDS)
     assert set(STATES) == set(states.KINDS)
     assert set(FORMATS) == set(formats.KINDS)
-    assert set(frames.kinds("from consumer")) == set(frames.FROM_CONSUMER)
-    assert set(frames.kinds("from service")) == set(frames.FROM_SERVICE)
+    for side, (values, _, _) in frames.SIDES.items():
+        assert set(frames.kinds(side)) == set(values)

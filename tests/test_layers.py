@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "fastload"
 
 # From the cellar to the roof.
 FLOORS = [
-    "cached_attribute cgroups lazy lifecycle redaction shares",
+    "cached_attribute cgroups lazy lifecycle redaction shares snapshot version",
     "errors",
     "callers config cpu_priority device kernels ragged strings waiting",
     "decode stats store transport",

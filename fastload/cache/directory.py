@@ -230,6 +230,13 @@ class LastingRoot:
         self.close = on_drop(self, os.close, fd)
 
 
+@contextlib.contextmanager
+def socket_address(path: Path) -> Iterator[str]:
+    """The address at which the service of an existing directory listens; as `CacheDirectory.socket_address`."""
+    with _opened(path) as root:
+        yield str(root / "socket")
+
+
 def _lock(fd: int, path: Path) -> bool:
     """Whether `fd` is now locked and still the file at `path` (the directory may have been emptied)."""
     try:

@@ -53,9 +53,9 @@ def greet(
     """
     fds: list[int] = []
     try:
-        _check_peer(sock, where)
+        check_peer(sock, where)
         frames = protocol.FrameReader()
-        payload = _first_frame(
+        payload = first_frame(
             sock, hello, frames, fds, where, stop or threading.Event(), deadline_s or HELLO_DEADLINE_S
         )
         if payload is None:
@@ -70,7 +70,7 @@ def greet(
             os.close(fd)
 
 
-def _check_peer(sock: socket.socket, where: str) -> None:
+def check_peer(sock: socket.socket, where: str) -> None:
     """ServiceError unless the process that listens is this user's."""
     uid = peer_uid(sock)
     if uid != os.geteuid():
@@ -81,15 +81,16 @@ def _check_peer(sock: socket.socket, where: str) -> None:
         )
 
 
-def _first_frame(
+def first_frame(
     sock: socket.socket,
-    hello: protocol.Hello,
+    hello: protocol.Hello | protocol.Observe,
     frames: protocol.FrameReader,
     fds: list[int],
     where: str,
     stop: threading.Event,
     deadline_s: float,
 ) -> bytes | None:
+    """Send the first message; the answer to it, None where the service was just ending. Its descriptors join `fds`."""
     deadline = time.monotonic() + deadline_s
     try:
         sock.settimeout(deadline_s)

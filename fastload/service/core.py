@@ -24,10 +24,12 @@ from fastload.rendezvous import ServiceLocation
 from fastload.service import scheduler
 from fastload.service.candidates import Candidates, Warming
 from fastload.service.clearing import Clearing
+from fastload.service.description import describe
 from fastload.service.disk_io import DISK_DEADLINE_S, DiskEvictor, DiskWatch, Quota, WriteBehind
 from fastload.service.fetches import Fetches
 from fastload.service.indexes import IndexCache
 from fastload.service.openings import Openings, Versions
+from fastload.service.operators import Operators
 from fastload.service.plans import WarmPlan
 from fastload.service.queries import Queries
 from fastload.service.recording import WRITE_AFTER_S, Recording
@@ -40,6 +42,7 @@ from fastload.service.shared_state import SharedState
 from fastload.service.state import ConsumerState, Plan
 from fastload.service.stores import StoreFactory
 from fastload.service.threads import Pool
+from fastload.snapshot import Snapshot
 
 log = logging.getLogger("fastload.service")
 
@@ -117,6 +120,7 @@ class Core:
         self._queries = Queries(resources, self._indexes, self.consumers)
         self._quota = Quota(resources, self._evictor)
         self._clearing = Clearing(resources, self._residency, self._history, self._watch, self._evictor)
+        self.operators = Operators(resources, self._make_snapshot)
 
     # Consumers
 
@@ -355,6 +359,14 @@ class Core:
 
     def _stats(self, consumer: ConsumerState) -> dict[str, Any]:
         """All figures; docs/protocol.md says what they mean."""
+        return {
+            "consumer": consumer.stats(),
+            "consumers": [each.stats() for each in self.consumers],
+            "node": self._node_stats(),
+            "store": self._resources.stores.counters.values(),
+        }
+
+    def _node_stats(self) -> dict[str, Any]:
         counted = {
             **self._shared.counters,
             **self._residency.counters,
@@ -363,7 +375,7 @@ class Core:
         }
         counted |= self._replay.counters
         counted["recalls"] = self._leases.recall_count
-        node = {
+        return {
             **counted,
             **self._table.stats(),
             **_disk_stats(self.disk),
@@ -372,12 +384,9 @@ class Core:
             "pid": os.getpid(),
             "troubles": list(self.warnings),
         }
-        return {
-            "consumer": consumer.stats(),
-            "consumers": [each.stats() for each in self.consumers],
-            "node": node,
-            "store": self._resources.stores.counters.values(),
-        }
+
+    def _make_snapshot(self) -> Snapshot:
+        return describe(self._resources, self._shared, self._endpoints, self._node_stats())
 
     # Trouble and the end
 

@@ -28,6 +28,7 @@ class Leases:
         self._deferred: dict[Chunk, None] = {}
         self.asked: set[Chunk] = set()  # recalled, and not answered yet
         self.recall_count = 0
+        self.served_bytes = [0] * len(protocol.SOURCES)  # leased since the service began, by source
 
     # From consumers
 
@@ -147,7 +148,7 @@ class Leases:
         source = chunk.lessees.get((consumer, chunk_no))
         if source is None:
             source = self._source(chunk, consumer)
-            consumer.count(source, chunk.length)
+            self._count(consumer, source, chunk.length)
             chunk.lease((consumer, chunk_no), source)
         consumer.leases[chunk_no] = chunk
         consumer.unrecall(chunk_no)
@@ -155,6 +156,10 @@ class Leases:
         if consumer.plan is not None:
             consumer.plan.delivered(chunk.entry, chunk.index)
         self._table.refresh(chunk)
+
+    def _count(self, consumer: ConsumerState, source: int, byte_count: int, times: int = 1) -> None:
+        consumer.count(source, byte_count, times)
+        self.served_bytes[source] += times * byte_count
 
     @staticmethod
     def _source(chunk: Chunk, consumer: ConsumerState) -> int:
@@ -165,7 +170,7 @@ class Leases:
 
     def _undo_lease(self, chunk: Chunk, consumer: ConsumerState, chunk_no: int) -> None:
         """A lease that its consumer never took."""
-        consumer.count(chunk.lessees[consumer, chunk_no], chunk.length, times=-1)
+        self._count(consumer, chunk.lessees[consumer, chunk_no], chunk.length, times=-1)
         del consumer.leases[chunk_no]
         chunk.undo_lease((consumer, chunk_no))
         self._lease_ended(chunk, consumer, chunk_no)

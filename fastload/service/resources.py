@@ -38,6 +38,7 @@ class Resources:
     now: Callable[[], float] = time.monotonic
     hedger: Callable[[], Hedger] = Hedger  # for each endpoint of a store
     wall: Callable[[], float] = time.time  # seconds since 1970, for people
+    started_at: float = field(default_factory=time.time)  # by that clock
     requests_max: int = REQUESTS_MAX  # at a time, over all endpoints
     is_lost: Callable[[], bool] = lambda: False  # the directory is gone: nothing more may be written. From any thread
     closed: Callable[[], object] = lambda: None  # nothing uses them any more

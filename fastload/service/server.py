@@ -26,6 +26,7 @@ from fastload import protocol
 from fastload.errors import FastloadError, ServiceError
 from fastload.rendezvous import ServiceLocation, peer_uid
 from fastload.service.core import Core
+from fastload.service.operators import Operator
 from fastload.service.state import ConsumerState
 
 log = logging.getLogger("fastload.service")
@@ -63,6 +64,7 @@ class Peer:
         self._frames = protocol.FrameReader()
         self._unsent = bytearray()
         self._consumer: ConsumerState | None = None
+        self._operator: Operator | None = None
         self._closed = False
         sock.setblocking(False)
         loop.add_reader(sock.fileno(), self._readable)
@@ -72,6 +74,11 @@ class Peer:
     def is_consumer(self) -> bool:
         """Whether it has said hello."""
         return self._consumer is not None
+
+    @property
+    def is_operator(self) -> bool:
+        """Whether it watches and steers, and keeps nothing alive."""
+        return self._operator is not None
 
     def _said_nothing(self) -> None:
         log.error("a connection was closed that said no hello for %.0f s", _HELLO_S)
@@ -112,6 +119,8 @@ class Peer:
         self._sock.close()
         if self._consumer is not None:
             self._core.disconnect(self._consumer)
+        if self._operator is not None:
+            self._core.operators.disconnect(self._operator)
         self._gone(self)
 
     def _readable(self) -> None:
@@ -150,16 +159,27 @@ class Peer:
             else:
                 self._core.receive(self._consumer, message)
             return
-        version = protocol.hello_version(payload)
-        if version not in (protocol.VERSION, None):  # then its other fields may be any
+        if self._operator is not None:
+            self._core.operators.receive(self._operator, protocol.from_operator(payload))
+            return
+        name, version = protocol.first_words(payload) or ("", protocol.VERSION)
+        if version != protocol.VERSION:  # then its other fields may be any
             raise ServiceError(
                 f"it speaks protocol {protocol.VERSION}, this fastload {version}: let its jobs end, or use another "
                 "cache directory"
             )
+        if name == "observe":
+            self._observe(protocol.from_operator(payload))
+            return
         message = protocol.from_consumer(payload)
         if not isinstance(message, protocol.Hello):
             raise ServiceError(f"it began with {type(message).__name__}")
         self._welcome(message)
+
+    def _observe(self, message: protocol.FromOperator) -> None:
+        self._operator = self._core.operators.connect(message, self.send)
+        self._deadline.cancel()
+        self.send(protocol.Observed(protocol.VERSION, self._core.service_id, os.getpid()))
 
     def _welcome(self, hello: protocol.Hello) -> None:
         core = self._core
@@ -293,7 +313,7 @@ class Server:
 
     def _left(self, peer: Peer) -> None:
         self._peers.discard(peer)
-        if self._is_ending and not self._peers:
+        if self._is_ending and not self._has_company:
             self.stop()
         elif peer.is_consumer and not self._core.consumers:
             self._wait_for_consumers(0.0 if self._is_lost() else self._idle_s)
@@ -306,10 +326,15 @@ class Server:
         if seconds is not None:
             self._idle_timer = self._loop.call_later(seconds, self._end_of_idleness)
 
+    @property
+    def _has_company(self) -> bool:
+        """Whether any connection may keep it alive."""
+        return not all(peer.is_operator for peer in self._peers)
+
     def _end_of_idleness(self) -> None:
         """Who has just connected and is about to say hello may; that is all that holds up the end."""
         self._is_ending = True
-        if not self._peers:
+        if not self._has_company:
             self.stop()
             return
         self._idle_timer = self._loop.call_later(_HELLO_S, self.stop)

@@ -394,7 +394,7 @@ class ConsumerState:
 
     def __init__(self, hello: protocol.Hello, options_key: str, send: Callable[[protocol.Message], None]) -> None:
         self.number = next(_numbers)
-        self.name, self.pid = hello.name, hello.pid
+        self.name, self.pid, self.program = hello.name, hello.pid, hello.program
         self.options_key = options_key
         self.send = send
         self.entries: list[ObjectEntry] = []

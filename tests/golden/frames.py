@@ -6,13 +6,37 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from fastload import snapshot
 from tests.golden.doors import ObjectInfo, ObjectRows, protocol
 
 _ROWS = ObjectRows.of([ObjectInfo("s3://bucket/a.tar", 5, '"e"'), ObjectInfo("/data/ä.tar", 1 << 40, None, 7)])
+_SNAPSHOT = snapshot.Snapshot(
+    version=1,
+    at=1.5,
+    node=snapshot.Node(
+        host="node7",
+        pid=4321,
+        uid=1000,
+        directory="/nvme/cache",
+        fastload="0.1.0",
+        is_daemon=True,
+        started_at=0.5,
+        cpu_s=0.25,
+        memory_bytes=30 << 20,
+        chunk_bytes=8 << 20,
+        counters={"fetched_bytes": 1.0},
+    ),
+    tiers=[],
+    endpoints=[],
+    data_sets=[],
+    jobs=[],
+    consumers=[],
+    troubles=["the disk is full"],
+)
 _STORE = {"endpoint_url": "http://localhost:8333", "anonymous": True, "extra": [["a", "b"]]}
 
 FROM_CONSUMER: dict[str, tuple[Any, ...]] = {
-    "hello": (6, 1234, "train", _STORE, {"disk_bytes": 1 << 33}, 77, "train.py"),
+    "hello": (7, 1234, "train", _STORE, {"disk_bytes": 1 << 33}, 77, "train.py"),
     "credentials": (_STORE,),
     "resolve": (1, ["s3://bucket/"], [".tar"], ["fastload-index.arrow"], True),
     "open": (2, "s3://bucket/a.tar"),
@@ -34,8 +58,15 @@ FROM_CONSUMER: dict[str, tuple[Any, ...]] = {
     "report": ({"wait_bytes_s": 0.5},),
     "ping": (),
 }
+FROM_OPERATOR: dict[str, tuple[Any, ...]] = {
+    "observe": (7, 1234, "status"),
+    "watch": (1, 2.5),
+}
 FROM_SERVICE: dict[str, tuple[Any, ...]] = {
-    "welcome": (6, b"0123456789abcdef", 4321, 8 << 20, 256, ["the disk is full"]),
+    "observed": (7, b"0123456789abcdef", 4321),
+    "shown": (1, _SNAPSHOT),
+    "done": (9, {"freed_bytes": 3}),
+    "welcome": (7, b"0123456789abcdef", 4321, 8 << 20, 256, ["the disk is full"]),
     "refused": ("ServiceError", "another version"),
     "grants": ([1, 2], [3, 3], [0, 255], [0, 2]),
     "failed": ([1], [3], "ObjectMissingError", "it is gone"),
@@ -53,6 +84,14 @@ FROM_SERVICE: dict[str, tuple[Any, ...]] = {
 }
 
 
+# What is said, by whom, and what the other side reads it with.
+SIDES: dict[str, tuple[dict[str, tuple[Any, ...]], Any, Any]] = {
+    "from consumer": (FROM_CONSUMER, protocol.FromConsumer, protocol.from_consumer),
+    "from operator": (FROM_OPERATOR, protocol.FromOperator, protocol.from_operator),
+    "from service": (FROM_SERVICE, protocol.FromService, protocol.from_service),
+}
+
+
 def record(_: Path) -> dict[str, Any]:
     """Frames as they go over the socket, in hex, and what both sides have to agree on beside them."""
     return {
@@ -62,31 +101,26 @@ def record(_: Path) -> dict[str, Any]:
             "index_bytes_max": protocol.INDEX_BYTES_MAX,
             "sources": list(protocol.SOURCES),
         },
-        "fields": {
-            tag: list(kind.__struct_fields__)
-            for side in ("from consumer", "from service")
-            for tag, kind in kinds(side).items()
-        },
-        "from consumer": {tag: protocol.frame(each).hex() for tag, each in messages("from consumer").items()},
-        "from service": {tag: protocol.frame(each).hex() for tag, each in messages("from service").items()},
+        "fields": {tag: list(kind.__struct_fields__) for side in SIDES for tag, kind in kinds(side).items()},
+        **{side: {tag: protocol.frame(each).hex() for tag, each in messages(side).items()} for side in SIDES},
     }
 
 
 def messages(side: str) -> dict[str, Any]:
     """A message of each kind, with fixed values."""
-    values = FROM_CONSUMER if side == "from consumer" else FROM_SERVICE
+    values, _, _ = SIDES[side]
     return {tag: kind(*values[tag]) for tag, kind in kinds(side).items()}
 
 
 def kinds(side: str) -> dict[str, type]:
     """All messages of a side by tag."""
-    union = protocol.FromConsumer if side == "from consumer" else protocol.FromService
+    _, union, _ = SIDES[side]
     return {kind.__struct_config__.tag: kind for kind in typing.get_args(union)}
 
 
 def read(side: str, frames: dict[str, str]) -> dict[str, Any]:
     """What the other side makes of frames."""
-    decode = protocol.from_consumer if side == "from consumer" else protocol.from_service
+    _, _, decode = SIDES[side]
     found = {}
     for tag, frame in frames.items():
         (payload,) = protocol.FrameReader().feed(bytes.fromhex(frame))

@@ -1,0 +1,145 @@
+"""A connection that watches a node's cache and steers it: no consumer, so it starts no service and keeps none alive.
+
+with Operator.connect(directory, "status") as operator:
+for snapshot in operator.watch(every_s=1.0):
+...
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from fastload import protocol
+from fastload.cache.directory import socket_address
+from fastload.client.handshake import check_peer, first_frame
+from fastload.errors import ServiceError, WaitTimeoutError, from_wire
+from fastload.snapshot import Snapshot
+
+_ANSWER_S = 15.0
+_Answer = TypeVar("_Answer", protocol.Shown, protocol.Done)
+
+
+class NotServedError(ServiceError):
+    """No service runs for the directory."""
+
+
+class Operator:
+    """See the module's text. `connect` makes one. For one thread at a time."""
+
+    def __init__(
+        self, sock: socket.socket, where: str, frames: protocol.FrameReader, welcome: protocol.Observed
+    ) -> None:
+        self.service_id, self.service_pid = welcome.service_id, welcome.pid
+        self._sock, self._where, self._frames = sock, where, frames
+        self._messages: list[protocol.FromService] = []
+        self._requests = 0
+
+    @classmethod
+    def connect(cls, directory: Path, name: str) -> Operator:
+        """Connect to the directory's service; NotServedError where there is none, CacheError where the directory is not
+        this user's, ServiceError where the service does not answer or is of another version.
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with socket_address(directory) as address:
+                sock.connect(address)
+            check_peer(sock, str(directory))
+            frames = protocol.FrameReader()
+            observe = protocol.Observe(protocol.VERSION, os.getpid(), name)
+            payload = first_frame(sock, observe, frames, [], str(directory), threading.Event(), _ANSWER_S)
+            if payload is None:
+                raise ConnectionError
+            welcome = protocol.from_service(payload)
+            if isinstance(welcome, protocol.Refused):
+                raise ServiceError(f"{welcome.message} (cache {directory})")
+            if not isinstance(welcome, protocol.Observed):
+                raise ServiceError(f"the cache service at {directory} answered with {type(welcome).__name__}")
+            return cls(sock, str(directory), frames, welcome)
+        except (FileNotFoundError, ConnectionError) as error:
+            sock.close()
+            raise NotServedError(
+                f"no cache service runs for {directory}; jobs start one, or `fastload daemon`"
+            ) from error
+        except BaseException:
+            sock.close()
+            raise
+
+    def watch(self, every_s: float) -> Iterator[Snapshot]:
+        """What the node is and does: now, and then each `every_s` seconds. Ends when the service does."""
+        request = self._new_request()
+        self._send(protocol.Watch(request, every_s))
+        while True:
+            try:
+                yield self._receive(request, protocol.Shown, every_s + _ANSWER_S).snapshot
+            except NotServedError:
+                return
+
+    def snapshot(self) -> Snapshot:
+        """What the node is and does now."""
+        request = self._new_request()
+        self._send(protocol.Watch(request, 0.0))
+        return self._receive(request, protocol.Shown, _ANSWER_S).snapshot
+
+    def close(self) -> None:
+        """End the connection. May be called twice."""
+        self._sock.close()
+
+    def _new_request(self) -> int:
+        self._requests += 1
+        return self._requests
+
+    def _send(self, message: protocol.FromOperator) -> None:
+        self._sock.settimeout(_ANSWER_S)
+        try:
+            self._sock.sendall(protocol.frame(message))
+        except TimeoutError as error:
+            raise WaitTimeoutError(f"the cache service at {self._where} takes no message") from error
+        except OSError as error:
+            raise self._ended() from error
+
+    def _receive(self, request: int, kind: type[_Answer], deadline_s: float) -> _Answer:
+        """The answer to a request; its error where the service refuses."""
+        deadline = time.monotonic() + deadline_s
+        while True:
+            while self._messages:
+                message = self._messages.pop(0)
+                if isinstance(message, protocol.Refused):
+                    raise ServiceError(f"{message.message} (cache {self._where})")
+                if isinstance(message, protocol.RequestFailed) and message.request == request:
+                    raise from_wire(message.name, message.message)
+                if isinstance(message, kind) and message.request == request:
+                    return message
+            self._read(deadline)
+
+    def _read(self, deadline: float) -> None:
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            raise WaitTimeoutError(f"the cache service at {self._where} has not answered in time; its log may say why")
+        self._sock.settimeout(left_s)
+        try:
+            data = self._sock.recv(1 << 18)
+        except TimeoutError:
+            return
+        except OSError:  # reset
+            data = b""
+        if not data:
+            raise self._ended()
+        self._messages += [protocol.from_service(payload) for payload in self._frames.feed(data)]
+
+    def _ended(self) -> NotServedError:
+        return NotServedError(f"the cache service at {self._where} (process {self.service_pid}) has ended")
+
+    def __enter__(self) -> Operator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

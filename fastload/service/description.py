@@ -1,0 +1,117 @@
+"""Makes the snapshot that operators watch: what the parts of a core know, in the terms of `fastload.snapshot`."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from fastload import snapshot
+from fastload.cgroups import read_file
+from fastload.redaction import redact
+from fastload.service.request_limit import Endpoints
+from fastload.service.resources import Resources
+from fastload.service.shared_state import SharedState
+from fastload.service.state import ConsumerState
+from fastload.version import __version__
+
+
+def describe(
+    resources: Resources, shared: SharedState, endpoints: Endpoints, counters: Mapping[str, Any]
+) -> snapshot.Snapshot:
+    """All that the service knows of this moment."""
+    return snapshot.Snapshot(
+        version=snapshot.VERSION,
+        at=resources.wall(),
+        node=_node(resources, counters),
+        tiers=_tiers(resources, shared),
+        endpoints=_endpoints(endpoints),
+        data_sets=[],
+        jobs=[],
+        consumers=[_consumer(each) for each in shared.consumers],
+        troubles=[redact(message) for message in resources.warnings.messages],
+    )
+
+
+def _node(resources: Resources, counters: Mapping[str, Any]) -> snapshot.Node:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return snapshot.Node(
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        uid=os.geteuid(),
+        directory=str(resources.disk.directory),
+        fastload=__version__,
+        is_daemon=False,
+        started_at=resources.started_at,
+        cpu_s=used.ru_utime + used.ru_stime,
+        memory_bytes=_memory_bytes(),
+        chunk_bytes=resources.limits.chunk_bytes,
+        counters={
+            name: value
+            for name, value in counters.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        },
+    )
+
+
+def _tiers(resources: Resources, shared: SharedState) -> list[snapshot.Tier]:
+    arena, disk = resources.arena, resources.disk
+    ram_served, disk_served, _ = shared.leases.served_bytes
+    return [
+        snapshot.Tier(
+            name="ram",
+            limit_bytes=arena.byte_count,
+            used_bytes=(shared.table.count - shared.table.free_count) * arena.chunk_bytes,
+            pinned_bytes=0,
+            served_bytes=ram_served,
+            is_writable=True,
+        ),
+        snapshot.Tier(
+            name="disk",
+            limit_bytes=disk.quota_bytes,
+            used_bytes=disk.used_bytes,
+            pinned_bytes=0,
+            served_bytes=disk_served,
+            is_writable=disk.writable,
+        ),
+    ]
+
+
+def _endpoints(endpoints: Endpoints) -> list[snapshot.Endpoint]:
+    return [
+        snapshot.Endpoint(
+            name=redact(name),
+            requests_allowed=int(figures["requests_allowed"]),
+            requests_in_flight=int(figures["requests_in_flight"]),
+            requests=int(figures["requests"]),
+            bytes_per_s=figures["bytes_per_s"],
+            first_byte_s=figures["first_byte_s"],
+            throttled_at=figures["throttled_at"],
+        )
+        for name, figures in endpoints.stats()["endpoints"].items()
+    ]
+
+
+def _consumer(consumer: ConsumerState) -> snapshot.Consumer:
+    ram, disk, remote = consumer.granted.byte_counts
+    return snapshot.Consumer(
+        number=consumer.number,
+        name=consumer.name,
+        pid=consumer.pid,
+        program=consumer.program,
+        leases=len(consumer.leases),
+        wants=len(consumer.wants),
+        ram_bytes=ram,
+        disk_bytes=disk,
+        remote_bytes=remote,
+        report=consumer.report,
+    )
+
+
+def _memory_bytes() -> int:
+    """Anonymous memory of this process; 0 where the system does not say."""
+    found = re.search(r"^RssAnon:\s+(\d+) kB$", read_file("/proc/self/status"), re.MULTILINE)
+    return int(found[1]) << 10 if found else 0

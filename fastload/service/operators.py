@@ -1,0 +1,77 @@
+"""Operators: connections that watch the node and steer its cache, and are no consumers.
+
+They start no service, keep none alive, hold no lease and bring no credentials. A snapshot is made twice a second at
+most, whatever the number of those who watch, and not at all while none does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from fastload import protocol
+from fastload.errors import FastloadError, ServiceError, to_wire
+from fastload.service.resources import Resources
+from fastload.snapshot import Snapshot
+
+# Within this a snapshot is as good as new.
+_FRESH_S = 0.5
+# The shortest time between two that are sent to one operator.
+_EVERY_LEAST_S = 0.5
+
+Send = Callable[[protocol.Message], None]
+
+
+class Operator:
+    """One operator's connection. Changed by the loop's thread only."""
+
+    def __init__(self, name: str, pid: int, send: Send) -> None:
+        self.name, self.pid, self.send = name, pid, send
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class Operators:
+    """Answers what operators ask for. Used by the loop's thread only."""
+
+    def __init__(self, resources: Resources, make_snapshot: Callable[[], Snapshot]) -> None:
+        self._loop, self._now, self._make_snapshot = resources.pools.loop, resources.now, make_snapshot
+        self._latest: tuple[float, Snapshot] | None = None
+
+    def connect(self, message: protocol.FromOperator, send: Send) -> Operator:
+        """Register one; ServiceError where `message` is not its first."""
+        if not isinstance(message, protocol.Observe):
+            raise ServiceError(f"it began with {type(message).__name__}")
+        return Operator(message.name, message.pid, send)
+
+    def disconnect(self, operator: Operator) -> None:
+        """It has gone."""
+        if operator.timer is not None:
+            operator.timer.cancel()
+
+    def receive(self, operator: Operator, message: protocol.FromOperator) -> None:
+        """Answer, now or later; ServiceError for a message that makes no sense: it should be disconnected."""
+        match message:
+            case protocol.Watch():
+                if operator.timer is not None:
+                    operator.timer.cancel()
+                self._show(operator, message)
+            case _:
+                raise ServiceError(f"an operator sent {type(message).__name__}")
+
+    def _show(self, operator: Operator, message: protocol.Watch) -> None:
+        operator.timer = None
+        try:
+            snapshot = self._snapshot()
+        except FastloadError as error:
+            operator.send(protocol.RequestFailed(message.request, *to_wire(error)))
+            return
+        operator.send(protocol.Shown(message.request, snapshot))
+        if message.every_s:
+            wait_s = max(_EVERY_LEAST_S, message.every_s)
+            operator.timer = self._loop.call_later(wait_s, self._show, operator, message)
+
+    def _snapshot(self) -> Snapshot:
+        now = self._now()
+        if self._latest is None or now - self._latest[0] > _FRESH_S:
+            self._latest = now, self._make_snapshot()
+        return self._latest[1]
