@@ -28,6 +28,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     cpu_s: float
     memory_bytes: int  # anonymous memory of the process; the arena is the tier's
     chunk_bytes: int
+    remote_bytes: int  # granted to consumers straight from stores; `Tier.served_bytes` is the rest of what they read
     counters: dict[str, float]  # docs/protocol.md lists them, under `node`
 
 

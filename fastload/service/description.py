@@ -9,7 +9,7 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from fastload import snapshot
+from fastload import protocol, snapshot
 from fastload.cgroups import read_file
 from fastload.redaction import redact
 from fastload.service.request_limit import Endpoints
@@ -26,7 +26,7 @@ def describe(
     return snapshot.Snapshot(
         version=snapshot.VERSION,
         at=resources.wall(),
-        node=_node(resources, counters),
+        node=_node(resources, shared, counters),
         tiers=_tiers(resources, shared),
         endpoints=_endpoints(endpoints),
         data_sets=[],
@@ -36,7 +36,7 @@ def describe(
     )
 
 
-def _node(resources: Resources, counters: Mapping[str, Any]) -> snapshot.Node:
+def _node(resources: Resources, shared: SharedState, counters: Mapping[str, Any]) -> snapshot.Node:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return snapshot.Node(
         host=socket.gethostname(),
@@ -49,6 +49,7 @@ def _node(resources: Resources, counters: Mapping[str, Any]) -> snapshot.Node:
         cpu_s=used.ru_utime + used.ru_stime,
         memory_bytes=_memory_bytes(),
         chunk_bytes=resources.limits.chunk_bytes,
+        remote_bytes=shared.leases.served_bytes[protocol.SOURCE_REMOTE],
         counters={
             name: value
             for name, value in counters.items()

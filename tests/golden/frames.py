@@ -24,6 +24,7 @@ _SNAPSHOT = snapshot.Snapshot(
         cpu_s=0.25,
         memory_bytes=30 << 20,
         chunk_bytes=8 << 20,
+        remote_bytes=3,
         counters={"fetched_bytes": 1.0},
     ),
     tiers=[],
