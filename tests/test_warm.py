@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from rich.progress import MofNCompleteColumn
 
 import fastload
 from fastload.cli.cache_options import shown
@@ -114,8 +113,8 @@ def test_a_damaged_shard_is_an_error_and_not_a_hang(s3, tmp_path: Path) -> None:
 
 def test_a_bar_says_what_is_done_once_its_size_is_known() -> None:
     drawn = io.StringIO()
-    with shown(Console(file=drawn, force_terminal=True, width=80), "warming", MofNCompleteColumn()) as bar:
+    with shown(Console(file=drawn, force_terminal=True, width=80), "indexing", "shards") as bar:
         bar.show(3, 7)
-    before, _, after = drawn.getvalue().partition("warming")
+    before, _, after = drawn.getvalue().partition("indexing")
     assert "listing" in before
     assert "3/7" in after

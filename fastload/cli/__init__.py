@@ -2,28 +2,81 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import fastload
 from fastload.cli import compile as kernels
-from fastload.cli import demo, history, index, simulate, warm
+from fastload.cli import demo, exits, history, index, simulate, warm
+from fastload.cli.printing import examples, plain
 from fastload.errors import FastloadError
 
+
+class _Verbs(TyperGroup):
+    """In alphabetical order. Where Ctrl-C ends a verb, that is said in one line when it has cleaned up."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx))
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("fastload: interrupted", file=sys.stderr)
+            raise typer.Exit(exits.INTERRUPTED) from None
+
+
+# Help and usage errors are plain text: the same in a pipe, with nothing cut off to fit a frame.
 app = typer.Typer(
+    cls=_Verbs,
     help="fastload: feed training jobs from object storage through a cache on the node.",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.command("compile")(kernels.compile_kernels)
-app.command("demo")(demo.demo)
-app.add_typer(history.app, name="history")
-app.command("index")(index.index)
-app.command("simulate")(simulate.simulate)
-app.command("warm")(warm.warm)
+
+
+def _add(verb: str, function: Callable[..., Any], short: str, *lines: str) -> None:
+    """A verb, with what it does in a few words, and examples of its use."""
+    app.command(verb, short_help=short, epilog=examples(*lines))(function)
+
+
+_add(
+    "compile",
+    kernels.compile_kernels,
+    "Compile the kernels before any job runs.",
+    "fastload compile",
+    "fastload compile --status",
+    "fastload compile --to=/opt/fastload-kernels",
+)
+_add("demo", demo.demo, "Train a small network on real photographs, here.", "fastload demo --epochs=1")
+app.add_typer(history.app, name="history", short_help="Runs that a cache remembers.")
+_add(
+    "index",
+    index.index,
+    "Index all shards of a data set.",
+    "fastload index 's3://bucket/train-{0000..0099}.tar' --output=train.arrow",
+)
+_add(
+    "simulate",
+    simulate.simulate,
+    "How large a cache to buy, in virtual time.",
+    "fastload simulate --data-bytes=10TB --nodes=100 --cache-bytes=10%,50%,100%",
+)
+_add(
+    "warm",
+    warm.warm,
+    "Fill the cache for a job.",
+    "fastload warm 's3://bucket/train-{0000..0099}.tar' --seed=3",
+    "fastload warm s3://bucket/train/ --cache=/nvme/fastload --node=2 --nodes=8",
+    "fastload warm --from-history=latest",
+)
 
 
 def _show_version(is_wanted: bool) -> None:
@@ -42,9 +95,26 @@ def _verbs(
 
 
 def main() -> None:
-    """The `fastload` command: our own errors are one line on stderr and exit code 1."""
+    """The `fastload` command: our own errors are one line on stderr; `exits` has the codes."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # what a test put there
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        app(prog_name="fastload")
+        try:
+            app(prog_name="fastload")
+        finally:
+            sys.stdout.flush()
     except FastloadError as error:
-        print(f"fastload: {type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
+        print(f"fastload: {type(error).__name__}: {plain(str(error))}", file=sys.stderr)
+        sys.exit(_code_of(error))
+    except BrokenPipeError:  # who read what we print has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(exits.FAILED)
+    except KeyboardInterrupt:  # before a verb began
+        sys.exit(exits.INTERRUPTED)
+
+
+def _code_of(error: FastloadError) -> int:
+    from fastload.client.operator import NotServedError
+
+    return exits.PARTIAL if isinstance(error, NotServedError) else exits.FAILED

@@ -1,7 +1,10 @@
-"""What verbs have in common that fill a cache: the options that name it, and a bar that shows how far it is."""
+"""What verbs have in common that work on a cache: the options that name it, and how its filling is shown."""
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,9 +13,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-from fastload.config import parse_bytes
+from fastload.config import default_cache_dir, format_bytes, parse_bytes
+from fastload.errors import ConfigError
 
 if TYPE_CHECKING:
     from fastload.client.cache import Cache
@@ -49,10 +62,39 @@ def _size(option: str, text: str | None) -> int | None:
     return None if text is None else parse_bytes(text, option)
 
 
-class Bar:
-    """How far one piece of work is, whose size is not known while the store is listed."""
+def cache_directory(cache: Path | None) -> Path:
+    """The directory that `--cache` names, or the environment, or the default; it need not be there."""
+    return (default_cache_dir() if cache is None else cache).expanduser().absolute()
+
+
+def existing_cache(cache: Path | None) -> Path:
+    """The same, for what looks at a cache and fills none: ConfigError where one was named and is none."""
+    from fastload.cache import limits
+    from fastload.history.archive import Archive
+
+    path = cache_directory(cache)
+    is_there = limits.path_of(path).exists() or Archive(path).folder.exists()
+    if (cache is not None or os.environ.get("FASTLOAD_CACHE")) and not is_there:
+        said = f"--cache={cache}" if cache is not None else f"FASTLOAD_CACHE={os.environ['FASTLOAD_CACHE']}"
+        raise ConfigError(f"{said}: there is no cache at {path}; give the directory that the job was given")
+    return path
+
+
+class Shown:
+    """How far one piece of work is, whose size is not known while the store is listed. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.done, self.total = 0, -1  # -1: not known
+
+    def show(self, done: int, total: int) -> None:
+        self.done, self.total = done, total
+
+
+class _Bar(Shown):
+    """In a terminal."""
 
     def __init__(self, bar: Progress, doing: str) -> None:
+        super().__init__()
         self._bar, self._doing = bar, doing
         self._task = bar.add_task("listing", total=None)
 
@@ -60,8 +102,52 @@ class Bar:
         self._bar.update(self._task, description=self._doing, total=total, completed=done)
 
 
+# A line of progress in a pipe.
+_LINE_EVERY_S = 10.0
+
+
 @contextmanager
-def shown(console: Console, doing: str, *units: ProgressColumn) -> Iterator[Bar]:
-    """A bar while the block runs; `units` stand behind it."""
-    with Progress(TextColumn("{task.description}"), BarColumn(), *units, TimeRemainingColumn(), console=console) as bar:
-        yield Bar(bar, doing)
+def shown(console: Console, doing: str, unit: str = "bytes", every_s: float = _LINE_EVERY_S) -> Iterator[Shown]:
+    """How far it is while the block runs, in bytes or in so many of `unit`: a bar in a terminal; elsewhere a line at
+    the start and each ten seconds, also while nothing moves.
+    """
+    if console.is_terminal:
+        is_bytes = unit == "bytes"
+        units: list[ProgressColumn] = (
+            [DownloadColumn(binary_units=True), TransferSpeedColumn()]
+            if is_bytes
+            else [MofNCompleteColumn(), TextColumn(unit)]
+        )
+        with Progress(
+            TextColumn("{task.description}"), BarColumn(), *units, TimeRemainingColumn(), console=console
+        ) as bar:
+            yield _Bar(bar, doing)
+        return
+    work, has_ended = Shown(), threading.Event()
+    began = time.monotonic()
+
+    def write_lines() -> None:
+        while not has_ended.wait(every_s):
+            line = progress_line(doing, unit, work.done, work.total, time.monotonic() - began)
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    console.print(f"{doing}: begun", soft_wrap=True, markup=False, highlight=False)
+    writer = threading.Thread(target=write_lines, name="fastload-progress", daemon=True)
+    writer.start()
+    try:
+        yield work
+    finally:
+        has_ended.set()
+        writer.join()
+
+
+def progress_line(doing: str, unit: str, done: int, total: int, took_s: float) -> str:
+    """One line of a log: how far it is after `took_s` seconds; `total` is -1 while the store is listed."""
+    after = f"after {took_s:.0f} s"
+    if total < 0:
+        return f"{doing}: listing, {after}"
+    share = f"{100 * done / total:.0f} %" if total else "100 %"
+    if unit != "bytes":
+        return f"{doing}: {done} of {total} {unit} ({share}), {after}"
+    rate = format_bytes(done / took_s) if took_s else "0 B"
+    return f"{doing}: {format_bytes(done)} of {format_bytes(total)} ({share}), {after}, {rate}/s on average"

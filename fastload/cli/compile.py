@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from fastload.cli import exits
 from fastload.errors import ConfigError
 from fastload.kernels import FIRST_BATCH, OF_DECODERS, compile_into, module_names, object_names
 
@@ -69,7 +70,7 @@ def _show_status() -> None:
     if why is not None:
         print(f"kernels: numba compiles them in each user's first job, and keeps them, since {why}")
         _show_c_unit()
-        raise typer.Exit(3)
+        raise typer.Exit(exits.PARTIAL)
     level, names = loading.level_here(), object_names(module_names(), loading.level_here())
     missing = [name for name in names if objects.find(name) is None]
     installed = sum((objects.INSTALLED / name).exists() for name in names)
@@ -81,7 +82,7 @@ def _show_status() -> None:
         print("    `fastload compile` does it now")
     _show_c_unit()
     if missing:
-        raise typer.Exit(3)
+        raise typer.Exit(exits.PARTIAL)
 
 
 def _show_c_unit() -> None:

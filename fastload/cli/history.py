@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,45 +9,36 @@ from typing import Annotated, Any
 import msgspec
 import typer
 from rich.console import Console
-from rich.table import Column, Table
 
-from fastload.cache import limits
-from fastload.config import default_cache_dir, format_bytes
+from fastload.cli.cache_options import CachePath, existing_cache
+from fastload.cli.printing import JsonOption, examples, plain, print_json, print_table
+from fastload.config import format_bytes
 from fastload.errors import CacheError, ConfigError
 from fastload.history.archive import Archive, RunFile
 from fastload.history.runfile import Run, RunSummary
 
 app = typer.Typer(help="Runs that a cache remembers: what they read, and what they learnt of stores.")
 
-CacheOption = Annotated[Path | None, typer.Option(help="Cache directory; else $FASTLOAD_CACHE, or ~/.cache/fastload.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
-# What does not fit a narrow terminal is wrapped by it: figures that are cut say nothing.
-_WIDTH_MIN = 110
-
-
-@app.command("ls")
-def list_runs(cache: CacheOption = None, as_json: JsonOption = False) -> None:
+@app.command("ls", epilog=examples("fastload history ls", "fastload history ls --json"))
+def list_runs(cache: CachePath = None, as_json: JsonOption = False) -> None:
     """The runs, the newest first."""
     archive = _archive(cache)
     runs = [(run, archive.summary(run)) for run in archive.runs()]
     if as_json:
-        _print_json([_as_dict(run, summary) for run, summary in runs])
+        print_json([_as_dict(run, summary) for run, summary in runs])
         return
-    console = _console()
     if not runs:
-        console.print(f"No runs are remembered in {archive.folder}.", soft_wrap=True)
+        print(f"No runs are remembered in {archive.folder}.")
         return
-    table = _table("run", "program", "took", "reads", "objects", "read", "file")
-    for run, summary in runs:
-        table.add_row(run.name, *_row(summary), format_bytes(run.size))
-    console.print(table)
+    columns = "run", "program", ">took", ">reads", ">objects", ">read", ">file"
+    print_table(columns, ([run.name, *_row(summary), format_bytes(run.size)] for run, summary in runs))
 
 
-@app.command("show")
+@app.command("show", epilog=examples("fastload history show latest", "fastload history show latest --reads=20"))
 def show_run(
     name: Annotated[str, typer.Argument(help="A run, the beginning of its name, or `latest`.")],
-    cache: CacheOption = None,
+    cache: CachePath = None,
     reads: Annotated[int, typer.Option(min=0, help="Show its first so many reads as well.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -63,19 +52,18 @@ def show_run(
         )
     if as_json:
         first = {"reads": [list(each) for each in _reads(run, reads)]} if reads else {}
-        _print_json(_as_dict(file, run.summary) | first)
+        print_json(_as_dict(file, run.summary) | first)
         return
-    console = _console()
-    _show(console, run)
+    _show(run)
     for seconds, reader, chunk, url in _reads(run, reads):
-        console.print(f"  after {seconds:.1f} s reader {reader}: chunk {chunk} of {_plain(url)}", soft_wrap=True)
+        print(f"  after {seconds:.1f} s reader {reader}: chunk {chunk} of {plain(url)}")
 
 
-@app.command("rm")
+@app.command("rm", epilog=examples("fastload history rm latest", "fastload history rm --all"))
 def remove_runs(
     names: Annotated[list[str] | None, typer.Argument(help="Runs, or the beginnings of their names.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
-    cache: CacheOption = None,
+    cache: CachePath = None,
 ) -> None:
     """Forget runs."""
     if bool(names) == everything:
@@ -88,36 +76,15 @@ def remove_runs(
     Console(stderr=True).print(f"{len(runs)} runs forgotten, {format_bytes(sum(run.size for run in runs))}")
 
 
-def _console() -> Console:
-    """Takes what it prints as it is: names and URLs may hold brackets."""
-    console = Console(markup=False, highlight=False)
-    console.width = max(console.width, _WIDTH_MIN)
-    return console
-
-
-def _table(*columns: str) -> Table:
-    return Table(*(Column(name, no_wrap=True) for name in columns), box=None)
-
-
-def _plain(text: str) -> str:
-    """Without characters that a terminal would obey."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
-
-
 def _archive(cache: Path | None) -> Archive:
-    path = (default_cache_dir() if cache is None else cache).expanduser().absolute()
-    is_there = limits.path_of(path).exists() or Archive(path).folder.exists()
-    if (cache is not None or os.environ.get("FASTLOAD_CACHE")) and not is_there:
-        said = f"--cache={cache}" if cache is not None else f"FASTLOAD_CACHE={os.environ['FASTLOAD_CACHE']}"
-        raise ConfigError(f"{said}: there is no cache at {path}; give the directory that the job was given")
-    return Archive(path)
+    return Archive(existing_cache(cache))
 
 
 def _row(summary: RunSummary | None) -> list[str]:
     if summary is None:
         return ["(damaged)", *[""] * 4]
     return [
-        _plain(summary.program),
+        summary.program,
         _took(summary.seconds),
         f"{summary.read_count + summary.left_out:,}",
         f"{summary.object_count:,}",
@@ -125,23 +92,22 @@ def _row(summary: RunSummary | None) -> list[str]:
     ]
 
 
-def _show(console: Console, run: Run) -> None:
+def _show(run: Run) -> None:
     summary = run.summary
     rate = summary.read_bytes / summary.seconds if summary.seconds else 0.0
-    readers = ", ".join(f"{count} of {_plain(name) or '(no name)'}" for name, count in summary.traces.items())
-    console.print(f"{run.name}: {_plain(summary.program) or '(unknown program)'}, {_when(summary.began)}")
-    console.print(f"  {summary.read_count:,} reads of {summary.object_count:,} objects")
+    readers = ", ".join(f"{count} of {plain(name) or '(no name)'}" for name, count in summary.traces.items())
+    print(f"{run.name}: {plain(summary.program) or '(unknown program)'}, {_when(summary.began)}")
+    print(f"  {summary.read_count:,} reads of {summary.object_count:,} objects")
     if summary.left_out:
-        console.print(f"  {summary.left_out:,} more were counted only")
-    console.print(
+        print(f"  {summary.left_out:,} more were counted only")
+    print(
         f"  {format_bytes(summary.read_bytes)} in {_took(summary.seconds)}, {format_bytes(rate)}/s on average; "
         f"the objects are {format_bytes(summary.object_bytes)}"
     )
-    console.print(f"  readers: {readers or 'none'}", soft_wrap=True)
-    table = _table("store", "requests", "at a time", "goodput", "a connection", "first byte", "throttled at")
-    for name, each in summary.endpoints.items():
-        table.add_row(
-            _plain(name),
+    print(f"  readers: {readers or 'none'}")
+    stores = [
+        (
+            name,
             f"{each.request_count:,}",
             str(each.limit),
             f"{format_bytes(each.bytes_per_s)}/s" if each.bytes_per_s else "(too few requests)",
@@ -149,8 +115,11 @@ def _show(console: Console, run: Run) -> None:
             f"{each.first_byte_s * 1000:.0f} ms" if each.first_byte_s >= 0 and each.bytes_per_s else "",
             str(each.throttled_at or "never"),
         )
-    if summary.endpoints:
-        console.print(table)
+        for name, each in summary.endpoints.items()
+    ]
+    if stores:
+        columns = "store", ">requests", ">at a time", ">goodput", ">a connection", ">first byte", ">throttled at"
+        print_table(columns, stores)
 
 
 def _reads(run: Run, count: int) -> list[tuple[float, int, int, str]]:
@@ -170,10 +139,6 @@ def _reads(run: Run, count: int) -> list[tuple[float, int, int, str]]:
 def _as_dict(run: RunFile, summary: RunSummary | None) -> dict[str, Any]:
     figures = msgspec.to_builtins(summary) if summary is not None else {"damaged": True}
     return {"run": run.name, "file_bytes": run.size, **figures}
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1))
 
 
 def _when(began: float) -> str:

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, TextColumn
 
 from fastload.cli.cache_options import CacheOptions, CachePath, ChunkBytes, DiskBytes, RamBytes, shown
 from fastload.config import format_bytes
@@ -31,7 +30,7 @@ def index(
     options, console = CacheOptions(cache, ram_bytes, disk_bytes, chunk_bytes), Console(stderr=True)
     with (
         options.open() as opened,
-        shown(console, "indexing", MofNCompleteColumn(), TextColumn("shards")) as bar,
+        shown(console, "indexing", "shards") as bar,
     ):
         indexed = prepare.index(
             urls,

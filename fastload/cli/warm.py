@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import DownloadColumn, TransferSpeedColumn
 
+from fastload.cli import exits
 from fastload.cli.cache_options import CacheOptions, CachePath, ChunkBytes, DiskBytes, RamBytes, shown
 from fastload.config import format_bytes, parse_bytes
 from fastload.errors import ConfigError
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
     from fastload.prepare import Warmed, WarmJob
     from fastload.protocol import Progress
-
-# Exit code where the cache is too small for the job: not an error, and not what was asked for.
-EXIT_PARTIAL = 3
 
 
 def warm(
@@ -69,7 +66,7 @@ def warm(
     )
     if not warmed.is_complete:
         console.print("The cache is full: raise disk_bytes, or expect the job to fetch the rest itself.")
-        raise typer.Exit(EXIT_PARTIAL)
+        raise typer.Exit(exits.PARTIAL)
 
 
 def _warm_job(job: WarmJob, options: CacheOptions, console: Console) -> tuple[str, Warmed]:
@@ -99,5 +96,5 @@ def _warm_run(name: str, options: CacheOptions, console: Console) -> tuple[str, 
 @contextmanager
 def _progress(console: Console) -> Iterator[Callable[[Progress], None]]:
     """What the service says of its progress is shown while the block runs."""
-    with shown(console, "warming", DownloadColumn(binary_units=True), TransferSpeedColumn()) as bar:
+    with shown(console, "warming") as bar:
         yield lambda progress: bar.show(progress.done_bytes, progress.total_bytes)
