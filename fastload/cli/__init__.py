@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 import fastload
 from fastload.cli import compile as kernels
-from fastload.cli import demo, exits, history, index, simulate, warm
+from fastload.cli import demo, exits, history, index, simulate, status, top, warm
 from fastload.cli.printing import examples, plain
 from fastload.errors import FastloadError
 
@@ -69,6 +69,14 @@ _add(
     "How large a cache to buy, in virtual time.",
     "fastload simulate --data-bytes=10TB --nodes=100 --cache-bytes=10%,50%,100%",
 )
+_add(
+    "status",
+    status.status,
+    "What the cache holds and does now.",
+    "fastload status",
+    "fastload status --cache=/nvme/fastload --json",
+)
+_add("top", top.top, "Watch the cache, each second.", "fastload top", "fastload top --count=60 --json | gzip")
 _add(
     "warm",
     warm.warm,

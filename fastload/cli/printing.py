@@ -63,9 +63,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         print(line)
 
 
-def print_json(value: Any) -> None:
-    """Data on stdout as JSON, in ASCII: of msgspec's types, or what `json` takes. What is not finite is null."""
-    print(json.dumps(_finite(msgspec.to_builtins(value)), indent=1))
+def print_json(value: Any, indent: int | None = 1) -> None:
+    """Data on stdout as JSON, in ASCII: of msgspec's types, or what `json` takes. What is not finite is null. With no
+    indent it is one line.
+    """
+    print(json.dumps(_finite(msgspec.to_builtins(value)), indent=indent), flush=True)
 
 
 def _finite(value: Any) -> Any:

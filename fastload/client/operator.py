@@ -19,10 +19,11 @@ from typing import TypeVar
 from fastload import protocol
 from fastload.cache.directory import socket_address
 from fastload.client.handshake import check_peer, first_frame
-from fastload.errors import ServiceError, WaitTimeoutError, from_wire
+from fastload.errors import FastloadError, ServiceError, WaitTimeoutError, from_wire
 from fastload.snapshot import Snapshot
 
 _ANSWER_S = 15.0
+_RETRY_S = 1.0
 _Answer = TypeVar("_Answer", protocol.Shown, protocol.Done)
 
 
@@ -102,7 +103,7 @@ class Operator:
         except TimeoutError as error:
             raise WaitTimeoutError(f"the cache service at {self._where} takes no message") from error
         except OSError as error:
-            raise self._ended() from error
+            raise self.ended() from error
 
     def _receive(self, request: int, kind: type[_Answer], deadline_s: float) -> _Answer:
         """The answer to a request; its error where the service refuses."""
@@ -130,10 +131,11 @@ class Operator:
         except OSError:  # reset
             data = b""
         if not data:
-            raise self._ended()
+            raise self.ended()
         self._messages += [protocol.from_service(payload) for payload in self._frames.feed(data)]
 
-    def _ended(self) -> NotServedError:
+    def ended(self) -> NotServedError:
+        """The error of one whose service has gone."""
         return NotServedError(f"the cache service at {self._where} (process {self.service_pid}) has ended")
 
     def __enter__(self) -> Operator:
@@ -143,3 +145,17 @@ class Operator:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def follow(directory: Path, name: str, every_s: float = 1.0) -> Iterator[Snapshot | FastloadError]:
+    """Snapshots, for as long as the caller takes them, from one service after the other. While none serves, or one does
+    not answer, its error instead, each second. CacheError as `Operator.connect`.
+    """
+    while True:
+        try:
+            with Operator.connect(directory, name) as operator:
+                yield from operator.watch(every_s)
+            yield operator.ended()
+        except (ServiceError, WaitTimeoutError) as error:
+            yield error
+        time.sleep(_RETRY_S)
