@@ -54,6 +54,10 @@ class ConversationError(ServiceError):
     """The peer sent what makes no sense here: it runs another version of fastload, or is another program."""
 
 
+# The name of a pin or a data set.
+SetName = Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
+
+
 class Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """The base of all messages."""
 
@@ -206,10 +210,41 @@ class GetCounts(Message, tag="get_counts"):
 
 
 class Clear(Message, tag="clear"):
-    """Empty the cache, save for what is in use, and with `history` that as well. Answered by `Cleared`."""
+    """Empty the cache, save for what is in use and what is pinned. With `history` what runs read goes as well, with
+    `pins` all pins and what they hold. Answered by `Cleared`.
+    """
 
     request: int
     history: bool
+    pins: bool = False
+
+
+class Pin(Message, tag="pin"):
+    """Keep these objects on disk under this name, in place of those that it stood for, until they were not used for
+    `ttl_s` seconds (0: until they are unpinned). They may have `quota_bytes` in all (0: as much as there is). Answered
+    by `Done` once that is stored, with `byte_count`; by `RequestFailed` where it is more than may be.
+    """
+
+    request: int
+    name: SetName
+    objects: list[int]
+    ttl_s: Annotated[float, msgspec.Meta(ge=0, le=1e10)]
+    quota_bytes: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Label(Message, tag="label"):
+    """These objects are the data set of this name, in what operators are shown."""
+
+    name: SetName
+    objects: list[int]
+
+
+class Held(Message, tag="held"):
+    """How much of my objects the cache holds. Answered by `Done` with `byte_count` of all of them, and of these
+    `ram_bytes`, `disk_bytes`, `held_bytes` (in either, counted once) and `pinned_bytes` (that pins name, held or not).
+    """
+
+    request: int
 
 
 class Stats(Message, tag="stats"):
@@ -419,6 +454,9 @@ FromConsumer = (
     | PutCounts
     | GetCounts
     | Clear
+    | Pin
+    | Label
+    | Held
     | Stats
     | Report
     | Ping

@@ -5,6 +5,7 @@
     socket         where the service listens
     service.log    what it has to say
     chunks/ index/ the disk tier (see `disk`)
+    catalog.sqlite which objects these are of, and what is pinned (see `catalog`)
     history/       what earlier runs read (see `fastload.history`)
 
 A cache hands out bytes that later become batches, so who may write here may poison a training run, and who

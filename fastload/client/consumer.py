@@ -61,10 +61,23 @@ _WHAT_FOR: dict[type[protocol.Message], str] = {
     protocol.Clear: "to empty the cache",
     protocol.GetCounts: "to say how many samples shards hold",
     protocol.GetIndexes: "for the indexes of shards",
+    protocol.Held: "to say what it holds",
+    protocol.Pin: "to pin objects",
     protocol.Open: "to find an object",
     protocol.Resolve: "to list the shards",
     protocol.Stats: "for its figures",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBytes:
+    """How much of some objects the cache holds: `byte_count` is all of them, `held_bytes` what is in either tier."""
+
+    byte_count: int
+    ram_bytes: int
+    disk_bytes: int
+    held_bytes: int
+    pinned_bytes: int  # that pins name, held or not
 
 
 class WaitInterruptedError(ServiceError):
@@ -105,6 +118,7 @@ class Consumer:
         self._attached = AttachedObjects()
         self._plan: protocol.SetPlan | None = None
         self._keep: protocol.Keep | None = None
+        self._label = ""
         self._report: dict[str, float] = {}
         self._begin()
         reset_on_fork(self, Consumer._forget_after_fork)
@@ -236,6 +250,7 @@ class Consumer:
                 raise ServiceError("attach() while chunks are pinned: end every `with acquire(...)` first")
             self._attached = AttachedObjects.of(table, self.chunk_bytes)
             self._plan = self._keep = self._progress = None
+            self._label = ""
             self._table.clear()
             self._send_objects()
 
@@ -474,11 +489,50 @@ class Consumer:
         assert isinstance(part, protocol.StatsReply)
         return {**part.values, "node": {**part.values.get("node", {}), "beside": self.beside}}
 
-    def clear(self, *, history: bool, deadline_s: float = DEADLINE_S) -> int:
+    def clear(self, *, history: bool, pins: bool = False, deadline_s: float = DEADLINE_S) -> int:
         """Empty the cache: see `Cache.clear`."""
-        (part,) = self._ask_service(lambda request: protocol.Clear(request, history), "service", deadline_s)
+        (part,) = self._ask_service(lambda request: protocol.Clear(request, history, pins), "service", deadline_s)
         assert isinstance(part, protocol.Cleared)
         return part.byte_count
+
+    # What the cache keeps
+
+    def pin(
+        self,
+        name: str,
+        ttl_s: float = 0.0,
+        quota_bytes: int = 0,
+        objects: Ints | None = None,
+        deadline_s: float = DEADLINE_S,
+    ) -> int:
+        """Have the attached objects (or those of these numbers) kept on disk as pin `name`, in place of what it named.
+
+        It lasts until it is unpinned, or until none of the objects was used for `ttl_s` seconds (0: no such end), also
+        without this consumer, and is stored when this returns; how many bytes it names. It fetches nothing: set it
+        before a warm plan, so that what comes has room. CacheError where the objects are more than `quota_bytes` (0: as
+        much as there is) or than the disk tier can hold beside other pins.
+        """
+        self._enter()
+        numbers = range(self.object_count) if objects is None else objects
+        checked, name = self._attached.checked_objects(numbers), redact(name)
+        (part,) = self._ask_service(
+            lambda request: protocol.Pin(request, name, checked, float(ttl_s), int(quota_bytes)), "service", deadline_s
+        )
+        assert isinstance(part, protocol.Done)
+        return int(part.values["byte_count"])
+
+    def label(self, name: str) -> None:
+        """The attached objects are the data set `name`, in what operators are shown."""
+        self._enter()
+        with self._changed:
+            self._label = redact(name)
+            self._send(protocol.Label(self._label, list(range(len(self._attached)))))
+
+    def held(self, deadline_s: float = DEADLINE_S) -> HeldBytes:
+        """How much of the attached objects the cache holds, by tier. Fetches nothing."""
+        (part,) = self._ask_service(protocol.Held, "service", deadline_s)
+        assert isinstance(part, protocol.Done)
+        return HeldBytes(**part.values)
 
     def report(self, **values: float) -> None:
         """Figures of this process for the service to show beside its own."""
@@ -596,7 +650,7 @@ class Consumer:
             case protocol.Opened():
                 self._attached.append(message, self.chunk_bytes)  # also where the caller has given up: the service did
                 self._take_part(message)
-            case protocol.Resolved() | protocol.Counts() | protocol.Cleared() | protocol.StatsReply():
+            case protocol.Resolved() | protocol.Counts() | protocol.Cleared() | protocol.StatsReply() | protocol.Done():
                 self._take_part(message)
             case protocol.Pong():
                 pass
@@ -644,7 +698,8 @@ class Consumer:
         | protocol.Indexes
         | protocol.Counts
         | protocol.Cleared
-        | protocol.StatsReply,
+        | protocol.StatsReply
+        | protocol.Done,
     ) -> None:
         request = self._requests.get(message.request)
         if request is None:
@@ -735,6 +790,8 @@ class Consumer:
     def _send_everything(self) -> None:
         if len(self._attached):
             self._send_objects()
+        if self._label:
+            self._send(protocol.Label(self._label, list(range(len(self._attached)))))
         if self._keep is not None:
             self._send(self._keep)
         if self._plan is not None:

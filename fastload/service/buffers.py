@@ -42,9 +42,14 @@ class BufferTable:
         self._positions: dict[Plan, Int64] = {}  # per long plan, -1 where the buffer's chunk is not in it
         self._short_plans = ShortPlans()
         self._clock = 0
+        self._notify: Callable[[Chunk, int], None] = lambda chunk, times: None
         # Buffers are used again last in, first out, before fresh ones: used memory is the machine's no more, and what
         # was never used takes up nothing.
         self._free = list(range(count))[::-1]
+
+    def watch(self, moved: Callable[[Chunk, int], None]) -> None:
+        """Call `moved(chunk, 1)` for each chunk that gets a buffer from now on, and with -1 for each that leaves it."""
+        self._notify = moved
 
     @property
     def free_count(self) -> int:
@@ -87,6 +92,7 @@ class BufferTable:
             positions[buffer] = plan.position(chunk.entry, chunk.index)
         self._short_plans.lies(chunk, buffer)
         self.refresh(chunk)
+        self._notify(chunk, 1)
 
     def clear(self, chunk: Chunk) -> None:
         """Take the chunk's buffer back."""
@@ -98,6 +104,7 @@ class BufferTable:
         self.chunks[buffer] = None
         self.status[buffer] = QUARANTINED
         self._short_plans.lies(chunk, -1)
+        self._notify(chunk, -1)
         return buffer
 
     def borrow(self) -> int:

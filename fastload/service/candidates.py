@@ -48,7 +48,12 @@ class Warming:
 
     def no_room_for(self, plan: WarmPlan) -> bool:
         """Whether there is no use in fetching anything more for it."""
-        return plan.full or (self._writer.full if plan.to_disk else self._table.free_count == 0)
+        if plan.full or not plan.to_disk:
+            return plan.full or self._table.free_count == 0
+        entry = plan.next_object
+        if entry is not None and self._shared.disk_order.is_pinned(entry.id):
+            return self._writer.full_of_pinned
+        return self._writer.full
 
     def may_fetch_for(self, plan: WarmPlan) -> bool:
         """Whether to fetch more for it now."""

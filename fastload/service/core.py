@@ -27,6 +27,7 @@ from fastload.service.clearing import Clearing
 from fastload.service.description import describe
 from fastload.service.disk_io import DISK_DEADLINE_S, DiskEvictor, DiskWatch, Quota, WriteBehind
 from fastload.service.fetches import Fetches
+from fastload.service.holdings import Holdings
 from fastload.service.indexes import IndexCache
 from fastload.service.openings import Openings, Versions
 from fastload.service.operators import Operators
@@ -118,7 +119,8 @@ class Core:
         self._replay = Replay(resources, self._shared, versions, self._history)
         self._indexes = IndexCache(resources, self._watch, self._evictor)
         self._queries = Queries(resources, self._indexes, self.consumers)
-        self._quota = Quota(resources, self._evictor)
+        self.holdings = Holdings(resources, self._shared, self._watch)
+        self._quota = Quota(resources, self._evictor, self.holdings.took_stock)
         self._clearing = Clearing(resources, self._residency, self._history, self._watch, self._evictor)
         self.operators = Operators(resources, self._make_snapshot)
 
@@ -134,6 +136,7 @@ class Core:
         self._history.connect(consumer, hello)
         if "disk_bytes" in hello.limits:
             self._quota.change(hello.limits["disk_bytes"])
+            self.holdings.quota_changed(hello.limits["disk_bytes"])
         if "disk_write_bytes_per_s" in hello.limits:
             self._writer.limit(hello.limits["disk_write_bytes_per_s"])
         return consumer
@@ -203,6 +206,12 @@ class Core:
                 self._replay.opening(consumer, message.url)
             case protocol.Clear():
                 self._clearing.clear(consumer, message)
+            case protocol.Pin():
+                self.holdings.pin(consumer, message)
+            case protocol.Label():
+                self.holdings.label(consumer, message)
+            case protocol.Held():
+                self.holdings.held(consumer, message)
             case protocol.Credentials():
                 self._change_credentials(consumer, message)
             case protocol.Report():
@@ -220,11 +229,12 @@ class Core:
         consumer.append(self._objects.use_rows(message.rows, endpoint))
 
     def _read(self, consumer: ConsumerState, chunk_nos: list[int]) -> None:
-        """Record reads in the history. A warm plan is recorded by its progress instead."""
+        """Note that objects are used, and record reads in the history: of a warm plan, its progress does that."""
+        located = list(map(consumer.locate, chunk_nos))
+        self.holdings.use(entry for entry, _ in located)
         if isinstance(consumer.plan, WarmPlan):
             return
-        for chunk_no in chunk_nos:
-            entry, index = consumer.locate(chunk_no)
+        for entry, index in located:
             if self._history.read(consumer, entry, index):
                 self._replay.read(consumer, entry.history_key, index)
 
@@ -263,6 +273,8 @@ class Core:
         consumer.load_order = self._residency.load_count
         consumer.first_wants = None
         plan = self._plans.set(consumer, message, to_disk=self.disk.writable)
+        if plan is not None:
+            self.holdings.use(plan.objects())
         if isinstance(plan, WarmPlan) and plan.to_disk:
             self._warming.write_resident(plan)
 
@@ -373,7 +385,7 @@ class Core:
             **self._fetches.counters,
             **self._writer.counters,
         }
-        counted |= self._replay.counters
+        counted |= self._replay.counters | self.holdings.counters
         counted["recalls"] = self._leases.recall_count
         return {
             **counted,
@@ -386,7 +398,7 @@ class Core:
         }
 
     def _make_snapshot(self) -> Snapshot:
-        return describe(self._resources, self._shared, self._endpoints, self._node_stats())
+        return describe(self._resources, self._shared, self._endpoints, self.holdings, self._node_stats())
 
     # Trouble and the end
 
@@ -404,6 +416,7 @@ class Core:
         self._closed = True
         self._history.close()
         self._indexes.flush()
+        self.holdings.close()
         resources = self._resources
         resources.warnings.close()
         resources.stores.close()

@@ -12,6 +12,7 @@ from typing import Any
 from fastload import protocol, snapshot
 from fastload.cgroups import read_file
 from fastload.redaction import redact
+from fastload.service.holdings import Holdings
 from fastload.service.request_limit import Endpoints
 from fastload.service.resources import Resources
 from fastload.service.shared_state import SharedState
@@ -20,16 +21,20 @@ from fastload.version import __version__
 
 
 def describe(
-    resources: Resources, shared: SharedState, endpoints: Endpoints, counters: Mapping[str, Any]
+    resources: Resources,
+    shared: SharedState,
+    endpoints: Endpoints,
+    holdings: Holdings,
+    counters: Mapping[str, Any],
 ) -> snapshot.Snapshot:
     """All that the service knows of this moment."""
     return snapshot.Snapshot(
         version=snapshot.VERSION,
         at=resources.wall(),
         node=_node(resources, shared, counters),
-        tiers=_tiers(resources, shared),
+        tiers=_tiers(resources, shared, holdings),
         endpoints=_endpoints(endpoints),
-        data_sets=[],
+        data_sets=holdings.data_sets(),
         jobs=[],
         consumers=[_consumer(each) for each in shared.consumers],
         troubles=[redact(message) for message in resources.warnings.messages],
@@ -58,7 +63,7 @@ def _node(resources: Resources, shared: SharedState, counters: Mapping[str, Any]
     )
 
 
-def _tiers(resources: Resources, shared: SharedState) -> list[snapshot.Tier]:
+def _tiers(resources: Resources, shared: SharedState, holdings: Holdings) -> list[snapshot.Tier]:
     arena, disk = resources.arena, resources.disk
     ram_served, disk_served, _ = shared.leases.served_bytes
     return [
@@ -74,7 +79,7 @@ def _tiers(resources: Resources, shared: SharedState) -> list[snapshot.Tier]:
             name="disk",
             limit_bytes=disk.quota_bytes,
             used_bytes=disk.used_bytes,
-            pinned_bytes=0,
+            pinned_bytes=holdings.pinned_disk_bytes,
             served_bytes=disk_served,
             is_writable=disk.writable,
         ),

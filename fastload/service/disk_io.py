@@ -115,6 +115,12 @@ class WriteBehind:
         whole = self._disk.file_bytes(self._arena.chunk_bytes)
         return not self._disk.writable or not (self._has_free_room(whole) or self._admission.has_spare)
 
+    @property
+    def full_of_pinned(self) -> bool:
+        """Whether it does not take a pinned chunk either."""
+        whole = self._disk.file_bytes(self._arena.chunk_bytes)
+        return not self._disk.writable or not (self._has_free_room(whole) or self._admission.may_evict_for_pinned())
+
     def admit(self, chunk: Chunk, *, patient: bool) -> bool:
         """Queue the chunk's write; False where it will not be written. `patient`: also if more was written than should
         be.
@@ -245,8 +251,9 @@ class Quota:
     many small calls, a deadline for the whole would say nothing about the disk.
     """
 
-    def __init__(self, resources: Resources, evictor: DiskEvictor) -> None:
-        self._disk, self._evictor = resources.disk, evictor
+    def __init__(self, resources: Resources, evictor: DiskEvictor, took_stock: Callable[[], None]) -> None:
+        """`took_stock()` is called when it is known what lies in a tier that was off."""
+        self._disk, self._evictor, self._took_stock = resources.disk, evictor, took_stock
         self._pool = resources.pools.make("quota", 1)  # one thread: of two changes the later one holds
         self._wanted = resources.disk.quota_bytes
 
@@ -256,12 +263,15 @@ class Quota:
             return
         self._wanted = quota_bytes
         was_off = not self._disk.quota_bytes
-        victims = list(self._evictor.order.in_order())
+        order = self._evictor.order
+        victims = [*order.in_order(), *order.pinned()]
 
         def done(_: None, error: BaseException | None) -> None:
             self._evictor.settle(victims)
-            for key in self._disk.keys() if was_off else ():
-                self._evictor.order.add(key)
+            if was_off:
+                for key in self._disk.keys():  # noqa: SIM118  # a method of the tier
+                    self._evictor.order.add(key)
+                self._took_stock()
 
         self._pool.submit(self._apply, quota_bytes, victims, done=done)
 

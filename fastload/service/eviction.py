@@ -15,6 +15,10 @@ own policy, where no order is known. A chunk of the disk's arc may take the plac
 read in this epoch: it would be fetched in the next one, as this one is fetched now, so the exchange costs a write
 and no fetch. Such victims are looked for along what plans have read, each position once.
 
+Pinned objects (`pins`) are in none of these orders: nothing takes the place of their chunks, and only a quota that was
+lowered takes them, last. The arcs of other data are parts of what the pins leave. A chunk of a pinned object may take
+the place of any that is not pinned.
+
 How much may be written is bounded too, since flash wears (`WriteBudget`).
 
 The shares of all this are in `fastload.shares`. `disk_io.DiskEvictor` carries out what goes from disk, `residency` what
@@ -23,7 +27,7 @@ goes from RAM.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -105,6 +109,9 @@ class DiskOrder:
     def __init__(self, keys: Iterable[ChunkKey]) -> None:
         self._indexes: dict[bytes, dict[int, None]] = {}  # of the chunks that are held, by object
         self._policies: dict[bytes, PolicyName] = {}  # of covered objects
+        self._pinned: set[bytes] = set()
+        self.version = 0  # grows when something may go that might not before
+        self._notify: Callable[[ChunkKey, int], None] = lambda key, times: None
         self._idle: Keyed[ChunkKey] = Sieve()
         self._by_policy: dict[str, Keyed[ChunkKey]] = {"sieve": Sieve(), "lru": Lru()}
         for key in keys:
@@ -114,24 +121,36 @@ class DiskOrder:
         """Whether the chunk is on disk and not about to go."""
         return key.index in self._indexes.get(key.object_id, ())
 
+    def watch(self, moved: Callable[[ChunkKey, int], None]) -> None:
+        """Call `moved(key, 1)` for each chunk that comes from now on, and with -1 for each that goes."""
+        self._notify = moved
+
     def add(self, key: ChunkKey) -> None:
         """The chunk is on disk."""
-        self._indexes.setdefault(key.object_id, {})[key.index] = None
+        indexes = self._indexes.setdefault(key.object_id, {})
+        is_new = key.index not in indexes
+        indexes[key.index] = None
+        self.version += 1
         order = self._order_of(key.object_id)
         if order is not None:
             order.add(key)
+        if is_new:
+            self._notify(key, 1)
 
     def discard(self, key: ChunkKey) -> None:
         """The chunk has left the disk."""
         indexes = self._indexes.get(key.object_id)
         if indexes is None:
             return
+        was_here = key.index in indexes
         indexes.pop(key.index, None)
         if not indexes:
             del self._indexes[key.object_id]
         order = self._order_of(key.object_id)
         if order is not None:
             order.discard(key)
+        if was_here:
+            self._notify(key, -1)
 
     def use(self, key: ChunkKey) -> None:
         """The chunk was read once more."""
@@ -149,21 +168,48 @@ class DiskOrder:
         self._move(object_id, None)
 
     def _move(self, object_id: bytes, policy: PolicyName | None) -> None:
-        keys = [ChunkKey(object_id, index) for index in self._indexes.get(object_id, ())]
         before = self._order_of(object_id)
         if policy is None:
             self._policies.pop(object_id, None)
         else:
             self._policies[object_id] = policy
+        self._moved(object_id, before)
+
+    def pin(self, object_id: bytes) -> None:
+        """A pin names the object, whose chunks stay."""
+        before = self._order_of(object_id)
+        self._pinned.add(object_id)
+        self._moved(object_id, before)
+
+    def unpin(self, object_id: bytes) -> None:
+        """No pin names it any longer."""
+        before = self._order_of(object_id)
+        self._pinned.discard(object_id)
+        self._moved(object_id, before)
+
+    def is_pinned(self, object_id: bytes) -> bool:
+        return object_id in self._pinned
+
+    def _moved(self, object_id: bytes, before: Keyed[ChunkKey] | None) -> None:
+        self.version += 1
         after = self._order_of(object_id)
-        for key in keys:
+        if after is before:
+            return
+        for index in self._indexes.get(object_id, ()):
+            key = ChunkKey(object_id, index)
             if before is not None:
                 before.discard(key)
             if after is not None:
                 after.add(key)
 
+    def indexes_of(self, object_id: bytes) -> Collection[int]:
+        """Which chunks of an object are held."""
+        return self._indexes.get(object_id, ())
+
     def _order_of(self, object_id: bytes) -> Keyed[ChunkKey] | None:
-        """That in which chunks of an object go; None where they stay by the disk's arc."""
+        """That in which chunks of an object go; None where they stay by the disk's arc, or are pinned."""
+        if object_id in self._pinned:
+            return None
         policy = self._policies.get(object_id)
         return self._idle if policy is None else self._by_policy.get(policy)
 
@@ -183,7 +229,7 @@ class DiskOrder:
         return key
 
     def in_order(self) -> Iterator[ChunkKey]:
-        """All chunks as they should go if there must be less on disk: those of the arc last."""
+        """All chunks that are not pinned, as they should go if there must be less on disk: those of the arc last."""
         yield from self._idle.in_order()
         yield from self.covered()
 
@@ -192,9 +238,14 @@ class DiskOrder:
         for order in self._by_policy.values():
             yield from order.in_order()
         for object_id, indexes in self._indexes.items():
-            if object_id in self._policies and self._order_of(object_id) is None:
+            if object_id in self._policies and self._order_of(object_id) is None and object_id not in self._pinned:
                 for index in indexes:
                     yield ChunkKey(object_id, index)
+
+    def pinned(self) -> Iterator[ChunkKey]:
+        """Those of pinned objects."""
+        held = (object_id for object_id in self._pinned if object_id in self._indexes)
+        return (ChunkKey(object_id, index) for object_id in held for index in self._indexes[object_id])
 
 
 class DiskSizes(Protocol):
@@ -212,10 +263,16 @@ class DiskSizes(Protocol):
 class TierArcs:
     """Which chunks each tier should hold of the covered data. Changed by the loop's thread only."""
 
-    def __init__(self, disk: DiskSizes, ram_bytes: int) -> None:
-        self._disk, self._ram_bytes = disk, ram_bytes
+    def __init__(self, disk: DiskSizes, ram_bytes: int, is_pinned: Callable[[bytes], bool]) -> None:
+        self._disk, self._ram_bytes, self._is_pinned = disk, ram_bytes, is_pinned
         self._whole_file_bytes = disk.file_bytes(disk.chunk_bytes)
-        self._covered_bytes = self._covered_file_bytes = 0
+        self._covered_bytes = self._covered_file_bytes = 0  # of what is not pinned
+        self.pinned_file_bytes = 0  # the disk's room that pins claim
+
+    def file_bytes(self, size: int) -> int:
+        """What all chunks of an object of so many bytes take on disk."""
+        whole, rest = divmod(size, self._disk.chunk_bytes)
+        return whole * self._whole_file_bytes + (self._disk.file_bytes(rest) if rest else 0)
 
     def cover(self, entry: ObjectEntry) -> None:
         self._count(entry, 1)
@@ -224,25 +281,28 @@ class TierArcs:
         self._count(entry, -1)
 
     def _count(self, entry: ObjectEntry, times: int) -> None:
-        self._covered_bytes += times * entry.info.size
-        self._covered_file_bytes += times * entry.chunk_count * self._whole_file_bytes
-        if entry.chunk_count:
-            last = self._disk.file_bytes(entry.length(entry.chunk_count - 1))
-            self._covered_file_bytes += times * (last - self._whole_file_bytes)
+        if not self._is_pinned(entry.id):
+            self._covered_bytes += times * entry.info.size
+            self._covered_file_bytes += times * self.file_bytes(entry.info.size)
 
     @property
     def disk_share(self) -> float:
-        """The part of the covered data that the disk holds, at most 1."""
-        return min(1.0, shares.DISK_CHUNKS * self._disk.quota_bytes / max(1, self._covered_file_bytes))
+        """The part of the covered data that the disk holds beside what is pinned, at most 1."""
+        room = max(0.0, shares.DISK_CHUNKS * self._disk.quota_bytes - self.pinned_file_bytes)
+        return min(1.0, room / max(1, self._covered_file_bytes))
 
     def belongs_on_disk(self, entry: ObjectEntry, index: int) -> bool:
         """Whether the disk should hold a chunk."""
+        if self._is_pinned(entry.id):
+            return True
         share = self.disk_share
         return share >= 1.0 or Arc.of_epoch(entry.epoch, share).holds(place(entry.id, index))
 
     def belongs_in_ram(self, chunk: Chunk) -> bool:
         """Whether the arena should, rather than others that the disk does not hold."""
         entry, index = chunk.entry, chunk.index
+        if self._is_pinned(entry.id):
+            return False
         before = self.disk_share
         share = shares.ARC * self._ram_bytes / max(1, self._covered_bytes)
         return before < 1.0 and Arc.of_epoch(entry.epoch, share, before).holds(place(entry.id, index))
@@ -251,8 +311,16 @@ class TierArcs:
 class DiskAdmission:
     """Which chunk may go from a full disk for another. Used by the loop's thread only."""
 
-    def __init__(self, order: DiskOrder, arcs: TierArcs, plans: Callable[[], Sequence[Plan]]) -> None:
-        self._order, self._arcs, self._plans = order, arcs, plans
+    def __init__(
+        self,
+        order: DiskOrder,
+        arcs: TierArcs,
+        plans: Callable[[], Sequence[Plan]],
+        entry_of: Callable[[bytes], ObjectEntry | None],
+    ) -> None:
+        self._order, self._arcs, self._plans, self._entry_of = order, arcs, plans, entry_of
+        self._for_pinned: list[ChunkKey] = []  # what may go for a pinned chunk, the first to go last
+        self._looked_at = -1  # the order's version when these were looked for
 
     @property
     def has_spare(self) -> bool:
@@ -272,12 +340,37 @@ class DiskAdmission:
                 self._order.discard(key)
         return key
 
+    def may_evict_for_pinned(self) -> bool:
+        """Whether something may go for a chunk that is pinned."""
+        return self.has_spare or self._victim_for_pinned() is not None
+
     def _victim_for(self, chunk: Chunk) -> ChunkKey | None:
         entry = chunk.entry
+        if self._order.is_pinned(entry.id):
+            return self._victim_for_pinned()
         if entry.policy in BLIND or not entry.plan_count or not self._arcs.belongs_on_disk(entry, chunk.index):
             return None
         plans = self._plans()
         return next((key for plan in plans if (key := self._victim_of(plan, plans)) is not None), None)
+
+    def _victim_for_pinned(self) -> ChunkKey | None:
+        """Of all that plans name and pins do not: what stays by no arc first, then what is of none, then the rest. One
+        pass finds victims for many chunks.
+        """
+        while True:
+            while self._for_pinned:
+                key = self._for_pinned[-1]
+                if key in self._order and not self._order.is_pinned(key.object_id):
+                    return key
+                self._for_pinned.pop()
+            if self._looked_at == self._order.version:
+                return None
+            self._looked_at = self._order.version
+            self._for_pinned = sorted(self._order.covered(), key=self._is_in_arc)[::-1]
+
+    def _is_in_arc(self, key: ChunkKey) -> bool:
+        entry = self._entry_of(key.object_id)
+        return entry is not None and entry.policy not in BLIND and self._arcs.belongs_on_disk(entry, key.index)
 
     def _victim_of(self, plan: Plan, plans: Sequence[Plan]) -> ChunkKey | None:
         """The first chunk that the plan has read, that is still there and that is not of the disk's arc."""

@@ -146,6 +146,11 @@ class WarmPlan(Plan):
         """Whether there is nothing more to come."""
         return self.done_chunks == self.chunk_count or self.error is not None
 
+    @property
+    def next_object(self) -> ObjectEntry | None:
+        """The object of the first position that is not settled or in hand, if there is one."""
+        return self.at(self._next)[0] if self._next < self.chunk_count else None
+
     def candidates(self, on_disk: OnDisk) -> Iterator[Candidate]:
         """What should be loaded, in the plan's order."""
         self.more_to_look_at = False

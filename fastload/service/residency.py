@@ -88,6 +88,8 @@ class Residency:
                 self.counters["disk_read_bytes"] += chunk.length
                 self._loaded(chunk, None)
             else:
+                if not self._disk.contains(key):  # it was damaged
+                    self._shared.disk_order.discard(key)
                 self._fetch(chunk)
 
         def hung() -> Done:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fastload.cache import Arena, CacheDirectory, ChunkKey, DiskTier
+from fastload.cache.catalog import Catalog
 from fastload.config import CacheLimits
 from fastload.history.archive import Archive
 from fastload.rendezvous import ServiceLocation
@@ -42,6 +43,7 @@ class Resources:
     requests_max: int = REQUESTS_MAX  # at a time, over all endpoints
     is_lost: Callable[[], bool] = lambda: False  # the directory is gone: nothing more may be written. From any thread
     closed: Callable[[], object] = lambda: None  # nothing uses them any more
+    catalog: Catalog | None = None  # None: nothing is known of what an earlier service held, and no pin is kept
     history: Archive | None = None  # None: none is kept or used; with `history_bytes=0` it can only be cleared
     events: Events = field(default_factory=Events)
     waited_for_core: Callable[[], float] = waited_for_core_s  # of the calling thread, in seconds
@@ -71,6 +73,9 @@ class Resources:
             requests_max=requests_max(),
             is_lost=lambda: directory.is_lost,
             closed=(lambda: None) if root is None else root.close,
+            catalog=None
+            if not isinstance(directory, CacheDirectory)
+            else Catalog(root.path if root else directory.path),
             history=Archive(directory.path, root) if isinstance(directory, CacheDirectory) else None,
         )
 

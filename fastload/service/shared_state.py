@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fastload.service import buffers
 from fastload.service.buffers import BufferTable
 from fastload.service.eviction import DiskAdmission, DiskOrder, TierArcs
 from fastload.service.leases import Leases
+from fastload.service.pins import Pins
 from fastload.service.plans import PlanSet
 from fastload.service.resources import Disk, Resources
 from fastload.service.state import Chunk, ConsumerState, ObjectEntry, Objects
@@ -22,6 +24,7 @@ class SharedState:
     disk: Disk
     objects: Objects
     arcs: TierArcs
+    pins: Pins
     table: BufferTable
     disk_order: DiskOrder
     admission: DiskAdmission
@@ -33,21 +36,37 @@ class SharedState:
     def of_resources(cls, resources: Resources) -> SharedState:
         """Those of a service that begins."""
         consumers: dict[ConsumerState, None] = {}
-        arcs = TierArcs(resources.disk, resources.limits.ram_bytes)
-        table = BufferTable(resources.arena.buffer_count, arcs.belongs_in_ram)
+        objects = Objects(resources.limits.chunk_bytes)
         disk_order = DiskOrder(resources.disk.keys())
+        arcs = TierArcs(resources.disk, resources.limits.ram_bytes, disk_order.is_pinned)
+        table = BufferTable(resources.arena.buffer_count, arcs.belongs_in_ram)
         plans = PlanSet(consumers, table, disk_order, arcs)
         return cls(
             consumers=consumers,
             disk=resources.disk,
-            objects=Objects(resources.limits.chunk_bytes),
+            objects=objects,
             arcs=arcs,
+            pins=Pins(arcs.file_bytes),
             table=table,
             disk_order=disk_order,
-            admission=DiskAdmission(disk_order, arcs, plans.to_read),
+            admission=DiskAdmission(disk_order, arcs, plans.to_read, objects.get),
             leases=Leases(table, disk_order),
             plans=plans,
         )
+
+    def repin(self, came: Iterable[bytes], gone: Iterable[bytes]) -> None:
+        """These objects are pinned since, and those are not any more: what that changes in what stays."""
+        for object_ids, change in ((came, self.disk_order.pin), (gone, self.disk_order.unpin)):
+            for object_id in object_ids:
+                entry = self.objects.get(object_id)
+                is_covered = entry is not None and entry.plan_count > 0
+                if entry is not None and is_covered:
+                    self.arcs.uncover(entry)
+                change(object_id)
+                if entry is not None and is_covered:
+                    self.arcs.cover(entry)
+        self.arcs.pinned_file_bytes = self.pins.file_bytes
+        self.table.recompute_eviction_classes()
 
     def on_disk(self, entry: ObjectEntry, index: int) -> bool:
         return self.disk.readable and self.disk.contains(entry.key(index))

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import math
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -133,6 +134,8 @@ class ObjectEntry:
     plan_count: int = 0  # live plans and keep lists that name it
     policy: PolicyName = "pin"  # by which its chunks stay and go while one does
     epoch: int = 0  # of the last plan that named it
+    data_set: str = ""  # the name that a consumer gave its data set
+    noted_at: float = -math.inf  # when its use was noted (see `holdings`)
     _history_key: int | None = None
     _origin: str = ""
 
