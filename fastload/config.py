@@ -38,6 +38,8 @@ _RAM_BYTES_LEAST = 64 * MIB
 # What a signed number of 64 bits holds, which is what messages and the system take.
 _BYTES_MAX = (1 << 63) - 1
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_SECONDS_MAX = 100 * 366 * 86400
 
 
 def parse_bytes(value: int | str, name: str) -> int:
@@ -50,6 +52,28 @@ def parse_bytes(value: int | str, name: str) -> int:
             f'{name}={value!r} is not a size; give bytes as an int of at least 0, or a string such as "8GiB"'
         )
     return _bounded(int(Fraction(match[1]) * _UNITS[match[2].lower()]), value, name)
+
+
+def parse_seconds(value: float | str, name: str) -> float:
+    """`"5m"`, `"14d"` or a number, as seconds; `name` is the argument's name, for the error."""
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    seconds = -1.0
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = float(value)
+    elif match is not None and match[2].lower() in _SECONDS:
+        seconds = float(match[1]) * _SECONDS[match[2].lower()]
+    if not 0 <= seconds <= _SECONDS_MAX:
+        raise ConfigError(f'{name}={value!r} is not a length of time; write "30s", "5m", "2h" or "14d"')
+    return seconds
+
+
+def parse_rate(value: int | str, name: str) -> int:
+    """`"200MB/s"` or an int, as bytes a second; `name` is the argument's name, for the error."""
+    text = value.strip().removesuffix("/s") if isinstance(value, str) else value
+    try:
+        return parse_bytes(text, name)
+    except ConfigError:
+        raise ConfigError(f'{name}={value!r} is not a rate; write bytes a second, such as "200MB/s"') from None
 
 
 def _bounded(count: int, value: int | str, name: str) -> int:

@@ -281,15 +281,47 @@ class Watch(Message, tag="watch"):
     every_s: Annotated[float, msgspec.Meta(ge=0, le=3600)]
 
 
+class HandOver(Message, tag="hand_over"):
+    """A daemon is to serve in your place: end, as soon as what runs allows. Answered by `Done` before that, or by
+    `RequestFailed` where a daemon serves already.
+    """
+
+    request: int
+
+
+class SubmitJob(Message, tag="submit_job"):
+    """Warm this, beside what the configuration names: a `[[data]]` table (`fastload/daemon/config.py`). Answered by
+    `Done` with its `id` once it is kept.
+    """
+
+    request: int
+    job: dict[str, Any]
+
+
+class CancelJob(Message, tag="cancel_job"):
+    """End this job; what it warmed stays. Answered by `Done`."""
+
+    request: int
+    id: str
+
+
+class RetryJob(Message, tag="retry_job"):
+    """Run this job again now, whatever came of it before. Answered by `Done`."""
+
+    request: int
+    id: str
+
+
 # From the service
 
 
 class Observed(Message, tag="observed"):
-    """Answers `Observe`."""
+    """Answers `Observe`. A daemon stays when the last consumer has gone."""
 
     version: int
     service_id: bytes
     pid: int
+    is_daemon: bool = False
 
 
 class Shown(Message, tag="shown"):
@@ -461,7 +493,7 @@ FromConsumer = (
     | Report
     | Ping
 )
-FromOperator = Observe | Watch
+FromOperator = Observe | Watch | HandOver | SubmitJob | CancelJob | RetryJob
 FromService = (
     Welcome
     | Observed

@@ -73,6 +73,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     name: str
     state: str  # waiting, listing, warming, done, failed, cancelled
+    urls: list[str]
+    is_submitted: bool  # by `warm --daemon`, or else of the daemon's configuration
+    is_pinned: bool
     done_bytes: int
     total_bytes: int
     held_bytes: int
@@ -83,7 +86,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     eta_s: float  # -1: not known
     deadline_at: float  # 0: none
     priority: int
-    error: str
+    since: float  # when it was submitted, or its configuration was read
+    next_at: float  # when it is tried or listed again; 0: that is not foreseen
+    error: str  # why it is not done
+    failed: dict[str, str]  # by shard, why it is not held; the first of them
 
 
 class Consumer(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,7 +26,7 @@ FLOORS = [
     "files pipeline",
     "dataset_base simulate",
     "dataset loader_stream prepare",
-    "loader mixture",
+    "daemon loader mixture",
     "compat",
     "__init__",
     "demo",

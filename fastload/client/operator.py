@@ -11,10 +11,10 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastload import protocol
 from fastload.cache.directory import socket_address
@@ -37,7 +37,7 @@ class Operator:
     def __init__(
         self, sock: socket.socket, where: str, frames: protocol.FrameReader, welcome: protocol.Observed
     ) -> None:
-        self.service_id, self.service_pid = welcome.service_id, welcome.pid
+        self.service_id, self.service_pid, self.is_daemon = welcome.service_id, welcome.pid, welcome.is_daemon
         self._sock, self._where, self._frames = sock, where, frames
         self._messages: list[protocol.FromService] = []
         self._requests = 0
@@ -87,6 +87,30 @@ class Operator:
         request = self._new_request()
         self._send(protocol.Watch(request, 0.0))
         return self._receive(request, protocol.Shown, _ANSWER_S).snapshot
+
+    def hand_over(self) -> None:
+        """Have the service end for a daemon that is to serve in its place; ServiceError where a daemon does already."""
+        self._request(lambda number: protocol.HandOver(number))
+
+    def submit(self, job: Mapping[str, Any]) -> str:
+        """Have the daemon warm what a `[[data]]` table names; its id. ConfigError where the daemon cannot take it,
+        ServiceError where none serves.
+        """
+        return str(self._request(lambda number: protocol.SubmitJob(number, dict(job)))["id"])
+
+    def cancel_job(self, job_id: str) -> None:
+        """End a job of the daemon; ConfigError where there is none of this id."""
+        self._request(lambda number: protocol.CancelJob(number, job_id))
+
+    def retry_job(self, job_id: str) -> None:
+        """Run a job of the daemon again now; ConfigError where there is none of this id."""
+        self._request(lambda number: protocol.RetryJob(number, job_id))
+
+    def _request(self, make: Callable[[int], protocol.FromOperator]) -> dict[str, Any]:
+        """Send it, and wait for what came of it."""
+        request = self._new_request()
+        self._send(make(request))
+        return self._receive(request, protocol.Done, _ANSWER_S).values
 
     def close(self) -> None:
         """End the connection. May be called twice."""

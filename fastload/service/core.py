@@ -41,7 +41,7 @@ from fastload.service.resources import Disk, Resources
 from fastload.service.scheduler import Capacity, Drop, Load, RecallChunk
 from fastload.service.shared_state import SharedState
 from fastload.service.state import ConsumerState, Plan
-from fastload.service.stores import StoreFactory
+from fastload.service.stores import StoreFactory, StoreTable
 from fastload.service.threads import Pool
 from fastload.snapshot import Snapshot
 
@@ -348,6 +348,13 @@ class Core:
             case RecallChunk():
                 self._leases.recall(self._shared.chunk_in(action.buffer))
 
+    # For a daemon, which works beside it
+
+    @property
+    def stores(self) -> StoreTable:
+        """Where its threads list and read."""
+        return self._resources.stores
+
     # A disk that hangs
 
     def pool(self, name: str) -> Pool:
@@ -398,7 +405,9 @@ class Core:
         }
 
     def _make_snapshot(self) -> Snapshot:
-        return describe(self._resources, self._shared, self._endpoints, self.holdings, self._node_stats())
+        return describe(
+            self._resources, self._shared, self._endpoints, self.holdings, self._node_stats(), self.operators.jobs
+        )
 
     # Trouble and the end
 

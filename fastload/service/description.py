@@ -13,6 +13,7 @@ from fastload import protocol, snapshot
 from fastload.cgroups import read_file
 from fastload.redaction import redact
 from fastload.service.holdings import Holdings
+from fastload.service.operators import Jobs
 from fastload.service.request_limit import Endpoints
 from fastload.service.resources import Resources
 from fastload.service.shared_state import SharedState
@@ -26,22 +27,24 @@ def describe(
     endpoints: Endpoints,
     holdings: Holdings,
     counters: Mapping[str, Any],
+    jobs: Jobs | None,
 ) -> snapshot.Snapshot:
-    """All that the service knows of this moment."""
+    """All that the service knows of this moment; `jobs` are a daemon's."""
+    troubles = [*resources.warnings.messages, *(jobs.troubles() if jobs is not None else ())]
     return snapshot.Snapshot(
         version=snapshot.VERSION,
         at=resources.wall(),
-        node=_node(resources, shared, counters),
+        node=_node(resources, shared, counters, is_daemon=jobs is not None),
         tiers=_tiers(resources, shared, holdings),
         endpoints=_endpoints(endpoints),
         data_sets=holdings.data_sets(),
-        jobs=[],
+        jobs=jobs.describe() if jobs is not None else [],
         consumers=[_consumer(each) for each in shared.consumers],
-        troubles=[redact(message) for message in resources.warnings.messages],
+        troubles=[redact(message) for message in troubles],
     )
 
 
-def _node(resources: Resources, shared: SharedState, counters: Mapping[str, Any]) -> snapshot.Node:
+def _node(resources: Resources, shared: SharedState, counters: Mapping[str, Any], *, is_daemon: bool) -> snapshot.Node:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return snapshot.Node(
         host=socket.gethostname(),
@@ -49,7 +52,7 @@ def _node(resources: Resources, shared: SharedState, counters: Mapping[str, Any]
         uid=os.geteuid(),
         directory=str(resources.disk.directory),
         fastload=__version__,
-        is_daemon=False,
+        is_daemon=is_daemon,
         started_at=resources.started_at,
         cpu_s=used.ru_utime + used.ru_stime,
         memory_bytes=_memory_bytes(),

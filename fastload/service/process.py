@@ -81,6 +81,8 @@ async def _serve(directory: ServiceLocation, idle_s: float, starter: _Starter) -
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stop)
+    # A job's terminal that is closed is no reason to end: other jobs have others.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def ready() -> bool:
         for warning in directory.warnings:

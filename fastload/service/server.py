@@ -4,7 +4,8 @@ A `Peer` is one accepted socket. It reads and writes without blocking, in the lo
 take at once waits in its buffer. The arena's descriptor rides on the first byte of the welcome. A peer whose user is
 not ours is closed without a word, one of another version with a word.
 
-A service ends `idle_s` after its last consumer, at SIGTERM, or when it is stopped (`stop`). At the end
+A service ends `idle_s` after its last consumer, at SIGTERM, or when it is stopped (`stop`), as by a daemon that is to
+serve in its place. At the end
 nothing is loaded into any buffer after the sockets are closed, so that consumers may go on reading what they hold.
 The socket file goes before the lock: the next holder of the lock finds the place clean. A service whose directory was
 removed or emptied writes nothing there any more: the removal may be under way, or another service at that path by now.
@@ -179,7 +180,8 @@ class Peer:
     def _observe(self, message: protocol.FromOperator) -> None:
         self._operator = self._core.operators.connect(message, self.send)
         self._deadline.cancel()
-        self.send(protocol.Observed(protocol.VERSION, self._core.service_id, os.getpid()))
+        operators = self._core.operators
+        self.send(protocol.Observed(protocol.VERSION, self._core.service_id, os.getpid(), operators.jobs is not None))
 
     def _welcome(self, hello: protocol.Hello) -> None:
         core = self._core
@@ -216,7 +218,9 @@ class Server:
     """
 
     def __init__(self, directory: ServiceLocation, idle_s: float | None) -> None:
-        """`idle_s` None: do not end by itself. To be made in the loop that it will run in."""
+        """`idle_s` None: do not end by itself. To be made in the loop that it will run in. `core` is there from
+        `ready` on.
+        """
         self._loop = asyncio.get_running_loop()
         self._directory, self._idle_s = directory, idle_s
         self._peers: set[Peer] = set()
@@ -234,10 +238,11 @@ class Server:
 
         Returns whether all threads have ended. CacheError where the cache cannot be opened.
         """
-        self._core = Core(self._directory, self._loop)
+        self.core = Core(self._directory, self._loop)
+        self.core.operators.hand_over = self.stop
         try:
             self._listener = self._directory.listen()
-            self._look_pool = self._core.pool("directory")
+            self._look_pool = self.core.pool("directory")
             self._look()
             self._loop.add_reader(self._listener.fileno(), self._accept)
             first_s = max(self._idle_s or 0.0, _FIRST_CONSUMER_S if ready() else 0.0)
@@ -280,7 +285,7 @@ class Server:
 
     def _is_lost(self) -> bool:
         """Now, where the disk is known to answer; else as it was when it last did."""
-        return self._was_lost if self._core.disk_hangs else self._directory.is_lost
+        return self._was_lost if self.core.disk_hangs else self._directory.is_lost
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -299,7 +304,7 @@ class Server:
             sock.close()
             return
         try:
-            self._peers.add(Peer(sock, self._core, self._loop, self._wait_for_consumers, self._left))
+            self._peers.add(Peer(sock, self.core, self._loop, self._wait_for_consumers, self._left))
         except OSError as error:  # the system watches no more descriptors for us
             log.warning("accepting a consumer failed: %s", error)
             sock.close()
@@ -315,7 +320,7 @@ class Server:
         self._peers.discard(peer)
         if self._is_ending and not self._has_company:
             self.stop()
-        elif peer.is_consumer and not self._core.consumers:
+        elif peer.is_consumer and not self.core.consumers:
             self._wait_for_consumers(0.0 if self._is_lost() else self._idle_s)
 
     def _wait_for_consumers(self, seconds: float | None = None) -> None:
@@ -347,9 +352,9 @@ class Server:
         if self._listener is not None:
             self._loop.remove_reader(self._listener.fileno())
             # Not on a disk that hangs: the next service removes it. And not another service's.
-            if not self._core.disk_hangs and not self._is_lost():
+            if not self.core.disk_hangs and not self._is_lost():
                 self._directory.remove_socket()
             self._listener.close()
         for peer in list(self._peers):
             peer.close()
-        return self._core.close(_END_S)
+        return self.core.close(_END_S)

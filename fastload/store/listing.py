@@ -51,7 +51,7 @@ def resolve(
     """
     if not urls:
         raise ConfigError("no URL was given; name at least one shard, pattern or prefix")
-    expanded = [(url, _expand(url)) for url in map(_text, urls)]
+    expanded = [(url, expand(url)) for url in map(_text, urls)]
     plain = _plain([names[0] for _, names in expanded if len(names) == 1], open_store)
     found: list[ObjectInfo] = []
     for text, names in expanded:
@@ -104,7 +104,7 @@ def _text(url: object) -> str:
     return str(os.fspath(url))
 
 
-def _expand(url: str) -> list[str]:
+def expand(url: str) -> list[str]:
     """The URLs of a brace pattern, as webdataset expands it."""
     check_key(url)
     if "{" not in url:

@@ -65,9 +65,13 @@ FROM_CONSUMER: dict[str, tuple[Any, ...]] = {
 FROM_OPERATOR: dict[str, tuple[Any, ...]] = {
     "observe": (7, 1234, "status"),
     "watch": (1, 2.5),
+    "hand_over": (2,),
+    "submit_job": (3, {"name": "a", "urls": ["s3://bucket/"], "job": {"seed": 1}}),
+    "cancel_job": (4, "0123456789"),
+    "retry_job": (5, "0123456789"),
 }
 FROM_SERVICE: dict[str, tuple[Any, ...]] = {
-    "observed": (7, b"0123456789abcdef", 4321),
+    "observed": (7, b"0123456789abcdef", 4321, True),
     "shown": (1, _SNAPSHOT),
     "done": (9, {"freed_bytes": 3}),
     "welcome": (7, b"0123456789abcdef", 4321, 8 << 20, 256, ["the disk is full"]),

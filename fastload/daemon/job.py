@@ -1,0 +1,169 @@
+"""The child process of a daemon that warms for one job: `python -m fastload.daemon.job`.
+
+The first line of its standard input is what to do (`Errand`), as JSON; no argument says anything. Then the daemon keeps
+that pipe open, and its end is the daemon's: the child ends with it. On its standard output it says in lines of JSON how
+far it is (`Advanced`), and at last what came of it (`Ended`). Otherwise it is an ordinary consumer of the cache: at any
+moment it may be killed, and what it had the cache fetch is there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from fastload.daemon.config import DataTable, storage_options_of
+from fastload.daemon.jobs import Figures
+from fastload.errors import FastloadError, ObjectMissingError
+from fastload.protocol import Progress
+from fastload.redaction import redact
+from fastload.service.logs import log_to_stderr
+from fastload.store.listing import expand
+
+log = logging.getLogger("fastload.service")
+
+_STDIN, _STDOUT, _STDERR = 0, 1, 2
+_SAY_EVERY_S = 0.5
+# Work of the trainers comes first, also where shards are indexed.
+_NICE = 10
+
+
+class Errand(msgspec.Struct, frozen=True, kw_only=True):
+    """What a child is to do. `deadline_at`: seconds since 1970, 0 for none."""
+
+    directory: str
+    table: DataTable
+    deadline_at: float = 0.0
+
+
+class Advanced(msgspec.Struct, frozen=True, kw_only=True, tag="advanced"):
+    """How far it is."""
+
+    figures: Figures
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True, tag="ended"):
+    """What came of it; `error` is empty where all but single shards are held."""
+
+    figures: Figures
+    error: str = ""
+
+
+Said = Advanced | Ended
+
+
+def main() -> int:
+    """Do what standard input says; 0 once that was said how it went."""
+    errand = msgspec.json.decode(_read_line(), type=Errand)
+    said = os.dup(_STDOUT)
+    os.dup2(_STDERR, _STDOUT)  # whatever else a library may print
+    os.nice(_NICE)
+    log_to_stderr(redact(errand.table.name))
+    threading.Thread(target=_end_with_daemon, name="fastload-daemon-watch", daemon=True).start()
+
+    def say(message: Said) -> None:
+        os.write(said, msgspec.json.encode(message) + b"\n")
+
+    try:
+        figures = _warm(errand, lambda figures: say(Advanced(figures=figures)))
+    except FastloadError as error:
+        say(Ended(figures=Figures(), error=f"{type(error).__name__}: {error}"))
+    else:
+        say(Ended(figures=figures))
+    return 0
+
+
+def _read_line() -> bytes:
+    data = b""
+    while not data.endswith(b"\n"):
+        piece = os.read(_STDIN, 1 << 16)
+        if not piece:
+            sys.exit("no job on standard input; `fastload daemon` starts this")
+        data += piece
+    return data
+
+
+def _end_with_daemon() -> None:
+    while os.read(_STDIN, 1):
+        pass
+    os._exit(1)
+
+
+def _warm(errand: Errand, advanced: Callable[[Figures], None]) -> Figures:
+    from fastload.client.cache import Handle
+
+    table = errand.table
+    options = storage_options_of(table.credentials)
+    with Handle(errand.directory) as handle:
+        try:
+            return _warm_urls(errand, table.urls, handle, options, {}, advanced)
+        except ObjectMissingError:
+            there, gone = _sorted_out(table.urls, handle, options)
+            if not there or not gone:
+                raise
+            return _warm_urls(errand, there, handle, options, gone, advanced)
+
+
+def _sorted_out(urls: list[str], handle: Any, options: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """Of what `urls` name one by one, what is there, in their order, and what is not; prefixes stay as they are."""
+    names = [name for url in urls for name in expand(url)]
+    with handle.consumer(options, "warm") as consumer:
+        present = {info.url for info in consumer.present([name for name in names if not name.endswith("/")])}
+    gone = [name for name in names if not name.endswith("/") and name not in present]
+    there = [name for name in names if name not in set(gone)]
+    return there, {redact(name): "it is not there" for name in gone}
+
+
+def _warm_urls(
+    errand: Errand,
+    urls: list[str],
+    handle: Any,
+    options: dict[str, Any],
+    gone: dict[str, str],
+    advanced: Callable[[Figures], None],
+) -> Figures:
+    from fastload import prepare
+    from fastload.plan import Ranks, RequestedOrder
+
+    order = errand.table.job
+    job = prepare.WarmJob(
+        urls,
+        RequestedOrder(order.seed, order.shuffle, order.window_bytes, order.partitions),
+        order.epoch,
+        Ranks(order.node, order.nodes, 0, 1),
+        order.index,
+        order.manifest,
+    )
+
+    def on_progress(progress: Progress) -> None:
+        advanced(_figures(progress, 0, gone))
+
+    warmed = prepare.warm(job, handle, storage_options=options, on_progress=on_progress)
+    return Figures(
+        done_bytes=warmed.total_bytes,
+        total_bytes=warmed.total_bytes,
+        held_bytes=warmed.held_bytes,
+        fetched_bytes=warmed.fetched_bytes,
+        shard_count=warmed.object_count,
+        failed=gone,
+    )
+
+
+def _figures(progress: Progress, shard_count: int, failed: dict[str, str]) -> Figures:
+    return Figures(
+        done_bytes=progress.done_bytes,
+        total_bytes=progress.total_bytes,
+        held_bytes=progress.held_bytes,
+        fetched_bytes=progress.fetched_bytes,
+        shard_count=shard_count,
+        failed=failed,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

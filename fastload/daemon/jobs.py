@@ -1,0 +1,308 @@
+"""The jobs of a daemon: what becomes of each, as pure state, and the file that keeps those which were submitted.
+
+A job is *due* from a moment on, by a clock that only goes forward. While it is due, its window is open and no more than
+a few come before it, it runs: the store is listed, where it is watched, and a child process warms what it names. What
+comes of that is an outcome, which settles when it is due again:
+
+    done       never, or when the store has changed
+    failed     after a pause, which grows; also where only some shards failed: these are tried again
+    full       not before something changes: another try would fetch again what there is no room for
+
+Progress is nothing that is kept: it is what the cache holds. So the file has the tables of submitted jobs and whether
+each is over, and is written when one comes or goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from fastload import snapshot
+from fastload.cache import tempfiles
+from fastload.daemon.config import DataTable
+from fastload.daemon.schedule import Contender, jittered, pause_s
+from fastload.errors import CacheError
+from fastload.redaction import redact
+from fastload.store.types import ObjectInfo
+
+State = Literal["waiting", "listing", "warming", "done", "failed", "cancelled"]
+
+# Of those that are over, the file keeps so many.
+_OVER_MAX = 100
+_FAILED_SHOWN = 20
+# The rate that is shown is that of about the last so many seconds.
+_RATE_S = 10.0
+
+
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a job is, as its child says."""
+
+    done_bytes: int = 0
+    total_bytes: int = 0
+    held_bytes: int = 0
+    fetched_bytes: int = 0
+    shard_count: int = 0
+    failed: dict[str, str] = {}
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """See the module's text. Changed by the loop's thread only."""
+
+    id: str
+    table: DataTable
+    is_submitted: bool
+    since: float  # seconds since 1970
+    state: State = "waiting"
+    due_at: float = 0.0
+    deadline_at: float = math.inf  # seconds since 1970
+    watch_at: float = math.inf
+    failures: int = 0
+    error: str = ""
+    figures: Figures = field(default_factory=Figures)
+    listing: dict[str, ObjectInfo] | None = None  # what the store had when it was last looked at
+    bytes_per_s: float = 0.0
+    _measured: tuple[float, int] = (0.0, 0)
+
+    def __post_init__(self) -> None:
+        self._set_deadline(self.since)
+
+    def _set_deadline(self, wall: float) -> None:
+        seconds = self.table.deadline_s
+        self.deadline_at = math.inf if seconds is None else wall + seconds
+
+    @property
+    def is_running(self) -> bool:
+        """Whether something is done for it now."""
+        return self.state in ("listing", "warming")
+
+    @property
+    def contender(self) -> Contender:
+        """As the schedule sees it."""
+        return Contender(self.id, self.due_at, self.table.windows, self.deadline_at, self.table.priority, self.since)
+
+    # What happens to it
+
+    def listed(self) -> None:
+        """The store is being listed."""
+        self.state = "listing"
+
+    def begun(self, now: float) -> None:
+        """Its child runs."""
+        self.state, self.error = "warming", ""
+        self.figures = Figures()
+        self.bytes_per_s, self._measured = 0.0, (now, 0)
+
+    def came_to(self, figures: Figures, now: float) -> None:
+        """Its child has said how far it is."""
+        at, fetched = self._measured
+        if now > at:
+            rate = max(0, figures.fetched_bytes - fetched) / (now - at)
+            self.bytes_per_s += (rate - self.bytes_per_s) * min(1.0, (now - at) / _RATE_S)
+            self._measured = now, figures.fetched_bytes
+        self.figures = figures
+
+    def stopped(self) -> None:
+        """It was stopped for others, or because its window has closed; it goes on later."""
+        if self.is_running:
+            self.state, self.bytes_per_s = "waiting", 0.0
+
+    def succeeded(self, now: float, chance: float) -> None:
+        """All is held but what `figures.failed` names, which is tried again, or what there is no room for."""
+        self.bytes_per_s = 0.0
+        figures = self.figures
+        if figures.failed:
+            url, why = next(iter(figures.failed.items()))
+            count = len(figures.failed)
+            self._try_again(f"{count} of {figures.shard_count} shards failed, the first: {url}: {why}", now, chance)
+        elif figures.held_bytes < figures.total_bytes:
+            self.state, self.due_at, self.failures = "failed", math.inf, 0
+            self.error = (
+                f"the cache is full: {figures.held_bytes} of {figures.total_bytes} bytes are held; raise disk_bytes, "
+                "evict what is not needed, or name less"
+            )
+        else:
+            self.state, self.due_at, self.failures, self.error = "done", math.inf, 0, ""
+        self._watch(now, chance)
+
+    def failed(self, error: str, now: float, chance: float) -> None:
+        """It ended by an error."""
+        self.bytes_per_s = 0.0
+        self._try_again(error, now, chance)
+
+    def _try_again(self, error: str, now: float, chance: float) -> None:
+        self.failures += 1
+        self.state, self.error = "failed", redact(error)
+        self.due_at = now + pause_s(self.failures, chance)
+
+    def _watch(self, now: float, chance: float) -> None:
+        seconds = self.table.watch_s
+        self.watch_at = math.inf if seconds is None else now + jittered(seconds, chance)
+
+    def watched(self, listing: Mapping[str, ObjectInfo], now: float, wall: float, chance: float) -> list[ObjectInfo]:
+        """The store has this now. It is due where that is something else; returns what is not there any more, or not
+        in this version.
+        """
+        before, self.listing = self.listing, dict(listing)
+        self._watch(now, chance)
+        if before is None or before == self.listing:
+            return []
+        if self.state in ("done", "failed"):
+            self.state, self.failures = "waiting", 0
+            self._set_deadline(wall)
+        self.due_at = now
+        return [info for url, info in before.items() if listing.get(url) != info]
+
+    def not_listed(self, error: str, now: float, chance: float) -> None:
+        """The store could not be listed; what it warmed before stays as it is."""
+        self._watch(now, chance)
+        if self.state == "listing":
+            self._try_again(error, now, chance)
+        else:
+            self.error = redact(error)
+
+    def cancel(self) -> None:
+        """It is not wanted any more."""
+        self.state, self.due_at, self.watch_at, self.bytes_per_s = "cancelled", math.inf, math.inf, 0.0
+
+    def retry(self, now: float, wall: float) -> None:
+        """It is wanted again, at once."""
+        if not self.is_running:
+            self.state, self.due_at, self.failures = "waiting", now, 0
+            self._set_deadline(wall)
+
+    # As others see it
+
+    def describe(self, now: float, wall: float) -> snapshot.Job:
+        """For a snapshot."""
+        figures = self.figures
+        left = figures.total_bytes - figures.done_bytes
+        known = self.state == "warming" and self.bytes_per_s > 0 and figures.total_bytes > 0
+        next_at = min(self.due_at if not self.is_running else math.inf, self.watch_at)
+        return snapshot.Job(
+            id=self.id,
+            name=redact(self.table.name),
+            state=self.state,
+            urls=[redact(url) for url in self.table.urls],
+            is_submitted=self.is_submitted,
+            is_pinned=self.table.pin,
+            done_bytes=figures.done_bytes,
+            total_bytes=figures.total_bytes,
+            held_bytes=figures.held_bytes,
+            fetched_bytes=figures.fetched_bytes,
+            shard_count=figures.shard_count,
+            failed_shards=len(figures.failed),
+            bytes_per_s=self.bytes_per_s,
+            eta_s=left / self.bytes_per_s if known else -1.0,
+            deadline_at=0.0 if math.isinf(self.deadline_at) else self.deadline_at,
+            priority=self.table.priority,
+            since=self.since,
+            next_at=0.0 if math.isinf(next_at) else wall + max(0.0, next_at - now),
+            error=self.error,
+            failed=dict(list(figures.failed.items())[:_FAILED_SHOWN]),
+        )
+
+
+def job_id(table: DataTable) -> str:
+    """The id of a submitted job: that of its content, so that one that is submitted twice is one job."""
+    return hashlib.blake2b(msgspec.json.encode(table, order="deterministic"), digest_size=5).hexdigest()
+
+
+# The file
+
+
+class KeptJob(msgspec.Struct, frozen=True, kw_only=True):
+    """A submitted job as the file has it. `figures` are those of one that is over."""
+
+    id: str
+    since: float
+    table: DataTable
+    state: Literal["waiting", "done", "cancelled"]
+    figures: Figures
+
+
+class Kept(msgspec.Struct, frozen=True, kw_only=True):
+    """The file. `once` are the jobs of the configuration that are done for good, by `job_id`."""
+
+    format: int = 1
+    jobs: list[KeptJob] = []
+    once: list[str] = []
+
+
+def path_of(root: Path) -> Path:
+    """Where the submitted jobs of a directory are kept."""
+    return root / "jobs.json"
+
+
+def read_kept(root: Path) -> Kept:
+    """What the file has; CacheError for one that cannot be read, which is put aside."""
+    path = path_of(root)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Kept)
+    except FileNotFoundError:
+        return Kept()
+    except (OSError, msgspec.MsgspecError) as error:
+        aside = path.with_name("jobs.json.damaged")
+        with contextlib.suppress(OSError):
+            os.replace(path, aside)
+        raise CacheError(
+            f"the submitted jobs cannot be read: {error}; the file is put aside as {aside.name}; submit them again"
+        ) from error
+
+
+def write_kept(root: Path, kept: Kept) -> None:
+    """Replace the file, whole and for good; OSError as the system gives it."""
+    temp = root / next(tempfiles.temp_names())
+    try:
+        with open(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(msgspec.json.encode(kept))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temp, path_of(root))
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def to_keep(jobs: Mapping[str, Job], once: list[str]) -> Kept:
+    """What the file should have."""
+    submitted = [job for job in jobs.values() if job.is_submitted]
+    over = [job for job in submitted if job.state in ("done", "cancelled")]
+    too_many = {job.id for job in over[: max(0, len(over) - _OVER_MAX)]}
+    return Kept(
+        jobs=[
+            KeptJob(
+                id=job.id,
+                since=job.since,
+                table=job.table,
+                state=job.state if job.state in ("done", "cancelled") else "waiting",
+                figures=job.figures if job.state == "done" else Figures(),
+            )
+            for job in submitted
+            if job.id not in too_many
+        ],
+        once=once,
+    )
+
+
+def of_kept(kept: KeptJob) -> Job:
+    """A job of the file, as a daemon begins with it."""
+    job = Job(kept.id, kept.table, is_submitted=True, since=kept.since, state=kept.state, figures=kept.figures)
+    if kept.state != "waiting":
+        job.due_at = math.inf
+    if kept.state == "done" and kept.table.watch is not None:
+        job.watch_at = 0.0
+    return job

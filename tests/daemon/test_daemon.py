@@ -1,0 +1,401 @@
+"""A real daemon warms, keeps, reloads, hands over and is killed; jobs beside it lose nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+import fastload
+from bench.proxy import Profile, Proxy
+from fastload.cache import CacheDirectory
+from fastload.client.operator import NotServedError, Operator
+from fastload.daemon.submission import submit
+from fastload.errors import ConfigError, ServiceError
+from tests.daemon.running import LIMITS, Daemon, data_table
+from tests.processes import is_running, service_pids, until
+from tests.programs import run_cli
+from tests.shards import Corpus, check_samples, corpus, samples_of
+
+SMALL = {"ram_bytes": 1 << 20, "disk_bytes": 64 << 20, "chunk_bytes": 64 << 10}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A cache with small chunks."""
+    directory = tmp_path / "cache"
+    CacheDirectory.open(directory, **SMALL)
+    return directory
+
+
+def read_all(url: str, directory: Path, data: Corpus, **options: object) -> dict[str, float]:
+    """One epoch of a job, every sample checked; its figures."""
+    with fastload.Cache(directory) as cache:
+        loader = fastload.DataLoader(
+            fastload.StreamingDataset(url, cache=cache, shuffle=True, **options),  # type: ignore[arg-type]
+            batch_size=16,
+        )
+        keys = [key for batch in loader for key in check_samples(data, samples_of(batch))]
+        assert sorted(keys) == sorted(data.samples)
+        stats = loader.stats()
+        loader.close()
+        return stats
+
+
+def chunk_count(data: Corpus) -> int:
+    return sum(-(-len(shard) // SMALL["chunk_bytes"]) for shard in data.shards.values())
+
+
+# Jobs
+
+
+def test_what_the_configuration_names_is_there_when_the_job_comes(s3, place: Path) -> None:
+    data = corpus()
+    url = data.put(s3)
+    with Daemon(place, LIMITS + data_table("train", url, job={"seed": 3})) as daemon:
+        job = daemon.wait_done("train")
+        assert job.held_bytes == job.total_bytes == job.fetched_bytes == data.byte_count
+        assert (job.shard_count, job.failed_shards, job.error) == (len(data.shards), 0, "")
+        stats = read_all(url, place, data, seed=3)
+        assert stats["fetched_bytes"] == stats["remote_bytes"] == 0
+        shown = daemon.snapshot()
+        assert shown.node.is_daemon
+        assert shown.node.pid == daemon.pid
+        # It stays, without any consumer.
+        until(lambda: not daemon.snapshot().consumers)
+        assert daemon.serves()
+    assert any("job train (train) is done" in message for message in daemon.messages())
+    with pytest.raises(NotServedError):
+        Operator.connect(place, "test")
+
+
+def test_without_a_configuration_it_serves_and_takes_jobs(s3, place: Path) -> None:
+    data = corpus(shard_count=3)
+    url = data.put(s3)
+    with Daemon(place, None) as daemon:
+        assert daemon.snapshot().jobs == []
+        number = submit(place, {"name": "a", "urls": [url]})
+        assert submit(place, {"name": "a", "urls": [url]}) == number
+        job = daemon.wait_done(number)
+        assert (job.name, job.is_submitted, job.held_bytes) == ("a", True, data.byte_count)
+        with Operator.connect(place, "test") as operator:
+            operator.retry_job("a")
+            assert daemon.wait_done("a").fetched_bytes == 0
+            operator.cancel_job(number)
+            assert daemon.job(number).state == "cancelled"
+            with pytest.raises(ConfigError, match="no job 'none'"):
+                operator.cancel_job("none")
+            with pytest.raises(ConfigError, match=r"nam is no key; did you mean name\?"):
+                operator.submit({"nam": "a"})
+
+
+def test_a_service_that_is_no_daemon_takes_no_jobs(place: Path) -> None:
+    with (
+        fastload.Cache(place, service="inprocess") as cache,
+        cache._handle.consumer(name="train"),
+        Operator.connect(place, "test") as operator,
+    ):
+        assert not operator.is_daemon
+        with pytest.raises(ServiceError, match="no daemon serves this cache"):
+            operator.submit({"name": "a", "urls": ["s3://b/"]})
+
+
+def test_one_that_is_wrong_does_not_hold_up_the_others(s3, place: Path, tmp_path: Path) -> None:
+    """A bucket, a shard, a profile and a file of credentials that are not there; each says so in a line, and again."""
+    data = corpus(shard_count=4)
+    url = data.put(s3)
+    secrets = tmp_path / "secret.toml"
+    secrets.write_text('access_key_id = "a"\nsecret_access_key = "geheim"')
+    secrets.chmod(0o644)
+    s3.delete("data/shard-0002.tar")
+    config = LIMITS + "".join(
+        [
+            data_table("bucket", "s3://no-such-bucket-here/x.tar", priority=9),
+            data_table("profile", "s3://other/", credentials="profile:none", priority=8),
+            data_table("file", "s3://another/", credentials=f"file:{secrets}", priority=7),
+            data_table("shard", url.rstrip("/") + "/shard-{0000..0003}.tar"),
+        ]
+    )
+    with Daemon(place, config) as daemon:
+        errors = {
+            name: daemon.wait_for(name, lambda job: job.state == "failed")
+            for name in ("bucket", "profile", "file", "shard")
+        }
+        assert "ObjectMissingError: " in errors["bucket"].error
+        assert "profile 'none' is in neither" in errors["profile"].error
+        assert "others may read it (mode 0644); run chmod 600" in errors["file"].error
+        shard = errors["shard"]
+        assert "1 of 3 shards failed" in shard.error or "1 of 4 shards failed" in shard.error
+        assert list(shard.failed) == [url + "shard-0002.tar"]
+        assert shard.held_bytes == data.byte_count - len(data.shards["shard-0002.tar"])
+        assert shard.next_at > time.time()
+        troubles = daemon.snapshot().troubles
+        assert all(any(f"job {name}: " in trouble for trouble in troubles) for name in errors)
+        # It is tried again, and then it is there.
+        s3.put("data/shard-0002.tar", data.shards["shard-0002.tar"])
+        done = daemon.wait_done("shard")
+        assert done.held_bytes == data.byte_count
+        assert done.fetched_bytes == len(data.shards["shard-0002.tar"])
+    everything = "".join(daemon.lines) + json.dumps(troubles)
+    assert "geheim" not in everything
+
+
+def test_new_shards_are_warmed_as_they_come(s3, place: Path) -> None:
+    data = corpus(shard_count=4)
+    names = list(data.shards)
+    for name in names[:3]:
+        s3.put(f"data/{name}", data.shards[name])
+    with Daemon(place, LIMITS + data_table("grows", f"{s3.url}/data/", watch="1s")) as daemon:
+        first = daemon.wait_done("grows")
+        assert first.shard_count == 3
+        s3.put(f"data/{names[3]}", data.shards[names[3]])
+        second = daemon.wait_for("grows", lambda job: job.state == "done" and job.shard_count == 4)
+        assert second.held_bytes == data.byte_count
+        assert second.fetched_bytes == len(data.shards[names[3]])
+
+
+def test_a_cache_that_is_too_small_says_so_and_is_not_tried_in_vain(s3, place: Path) -> None:
+    data = corpus()
+    config = 'disk_bytes = "300KiB"\n' + data_table("train", data.put(s3))
+    with Daemon(place, config) as daemon:
+        job = daemon.wait_for("train", lambda job: job.state == "failed")
+        assert "the cache is full: " in job.error
+        assert "raise disk_bytes" in job.error
+        assert job.next_at == 0
+
+
+def test_a_job_whose_process_is_killed_is_run_again(s3, place: Path) -> None:
+    data = corpus()
+    with Proxy(s3.server.endpoint_url, Profile(0.0, total_bytes_per_s=200_000)) as proxy:
+        environ = {**os.environ, "AWS_ENDPOINT_URL": proxy.url}
+        with Daemon(place, LIMITS + data_table("train", data.put(s3)), env=environ) as daemon:
+            daemon.wait_for("train", lambda job: job.done_bytes > 0)
+            (child,) = children_of(daemon.pid)
+            os.kill(child, signal.SIGKILL)
+            job = daemon.wait_for("train", lambda job: job.state == "failed")
+            assert job.error == "its process was ended by signal 9"
+            proxy.change(Profile(0.0))
+            assert daemon.wait_done("train").held_bytes == data.byte_count
+
+
+def children_of(pid: int) -> list[int]:
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                words = (folder / "cmdline").read_bytes().decode().split("\0")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if parent == pid and "fastload.daemon.job" in words:
+                found.append(int(folder.name))
+    return found
+
+
+# Killed and ended
+
+
+def test_killed_ten_times_it_fetches_nothing_twice_but_what_was_in_flight(s3, place: Path) -> None:
+    data = corpus(shard_count=40, samples_per_shard=40)
+    url = data.put(s3)
+    rng = random.Random(7)
+    in_flight_max = 0
+    with Proxy(s3.server.endpoint_url, Profile(0.0, total_bytes_per_s=1_500_000)) as proxy:
+        environ = {**os.environ, "AWS_ENDPOINT_URL": proxy.url}
+        kills = 0
+        with Daemon(place, LIMITS, env=environ):
+            number = submit(place, {"name": "all", "urls": [url]})
+        children: set[int] = set()
+        while kills < 10:
+            daemon = Daemon(place, LIMITS, env=environ).start()
+            before = daemon.wait_for(number, lambda job: job.state == "warming")
+            target = before.fetched_bytes + rng.randrange(1, 6) * SMALL["chunk_bytes"]
+            job = daemon.wait_for(number, lambda job, target=target: job.fetched_bytes >= target or job.state == "done")  # type: ignore[misc]
+            assert job.state != "done", "there is nothing left to be killed in"
+            in_flight_max += sum(each.requests_in_flight for each in daemon.snapshot().endpoints) + 8
+            children |= set(children_of(daemon.pid))
+            daemon.kill()
+            kills += 1
+        until(lambda: not any(map(is_running, children)))
+        proxy.change(Profile(0.0))
+        with Daemon(place, LIMITS, env=environ) as daemon:
+            done = daemon.wait_done(number)
+            assert done.held_bytes == data.byte_count
+            assert read_all(url, place, data)["fetched_bytes"] == 0
+        chunks = [(each["path"], each["range"]) for each in proxy.log() if each["range"] and each["body_bytes"] > 0]
+        assert len(set(chunks)) >= chunk_count(data)
+        assert len(chunks) - len(set(chunks)) <= in_flight_max
+        assert len(chunks) < 2 * chunk_count(data)
+
+
+def test_ended_it_ends_its_children_and_loaders_elect_a_service_of_their_own(s3, place: Path) -> None:
+    data = corpus(shard_count=8, samples_per_shard=24)
+    url = data.put(s3)
+    with Proxy(s3.server.endpoint_url, Profile(0.0, total_bytes_per_s=400_000)) as proxy:
+        environ = {**os.environ, "AWS_ENDPOINT_URL": proxy.url}
+        daemon = Daemon(place, LIMITS + data_table("train", url), env=environ).start()
+        daemon.wait_for("train", lambda job: job.done_bytes > 0)
+        (child,) = children_of(daemon.pid)
+        with fastload.Cache(place) as cache:
+            loader = fastload.DataLoader(fastload.StreamingDataset(url, cache=cache, shuffle=True), batch_size=8)
+            keys = []
+            for number, batch in enumerate(loader):
+                keys += check_samples(data, samples_of(batch))
+                if number == 2:
+                    began = time.monotonic()
+                    assert daemon.stop() == 0
+                    assert time.monotonic() - began < 60  # ten on a machine that does nothing else
+                    assert not is_running(child)
+            assert sorted(keys) == sorted(data.samples)
+            assert service_pids(place)
+            loader.close()
+
+
+# One serves
+
+
+def test_it_takes_over_in_mid_epoch(s3, place: Path) -> None:
+    data = corpus(shard_count=8, samples_per_shard=24)
+    url = data.put(s3)
+    with fastload.Cache(place) as cache:
+        loader = fastload.DataLoader(fastload.StreamingDataset(url, cache=cache, shuffle=True), batch_size=8)
+        undisturbed = [batch["__key__"] for batch in loader]
+        loader.dataset.set_epoch(0)
+        keys = []
+        daemon = None
+        for number, batch in enumerate(loader):
+            keys.append(check_samples(data, samples_of(batch)))
+            if number == 3:
+                before = service_pids(place)
+                assert before
+                daemon = Daemon(place, LIMITS).start()
+                until(lambda: not service_pids(place))
+        assert daemon is not None
+        with daemon:
+            assert keys == undisturbed
+            assert [each.name for each in daemon.snapshot().consumers] != []
+            loader.close()
+
+
+def test_it_takes_over_from_a_service_in_a_job_s_process(place: Path) -> None:
+    with fastload.Cache(place, service="inprocess") as cache, cache._handle.consumer(name="train") as consumer:
+        with Daemon(place, LIMITS) as daemon:
+            until(lambda: [each.name for each in daemon.snapshot().consumers] == ["train"])
+            assert consumer.stats()["node"]["pid"] == daemon.pid
+
+
+def test_another_daemon_there_is_named(place: Path) -> None:
+    with Daemon(place, LIMITS) as daemon:
+        done = run_cli("daemon", f"--cache={place}", check=False)
+        assert done.returncode == 1
+        assert f"a daemon serves {place} already (process {daemon.pid})" in done.stderr
+        assert "Traceback" not in done.stderr
+        with (
+            Operator.connect(place, "test") as operator,
+            pytest.raises(ServiceError, match="a daemon serves this cache"),
+        ):
+            operator.hand_over()
+        assert daemon.serves()
+
+
+def test_of_two_at_once_exactly_one_serves(place: Path) -> None:
+    with fastload.Cache(place) as cache, cache._handle.consumer(name="train"):
+        both = [Daemon(place, LIMITS), Daemon(place, LIMITS)]
+        until(lambda: any(each.program.returncode is not None for each in both))
+        (lost,) = [each for each in both if each.program.returncode is not None]
+        (won,) = [each for each in both if each is not lost]
+        with won:
+            assert lost.stop() == 1
+            assert "already (process" in "".join(lost.lines)
+
+
+# Reloading
+
+
+def test_a_bad_file_changes_nothing_and_a_good_one_all(s3, place: Path) -> None:
+    data = corpus(shard_count=2)
+    url = data.put(s3)
+    old = LIMITS + data_table("old", url)
+    with Daemon(place, old) as daemon:
+        daemon.wait_done("old")
+        daemon.reload(old + "[[data]]\nnaem = 1\n")
+        until(lambda: daemon.snapshot().troubles)
+        (trouble,) = daemon.snapshot().troubles
+        assert "the one before stays" in trouble
+        assert "naem is no key; did you mean name?" in trouble
+        assert [job.name for job in daemon.snapshot().jobs] == ["old"]
+        daemon.reload('ram_bytes = "2MiB"\ndisk_bytes = "64MiB"\n')
+        until(lambda: "ram_bytes holds from the next start on" in daemon.snapshot().troubles[0])
+        assert [job.name for job in daemon.snapshot().jobs] == ["old"]
+        daemon.reload(LIMITS + data_table("new", url))
+        until(lambda: [job.name for job in daemon.snapshot().jobs] == ["new"])
+        assert daemon.wait_done("new").fetched_bytes == 0
+        assert daemon.snapshot().troubles == []
+
+
+# Its surroundings
+
+
+def test_what_the_init_system_is_told(place: Path, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
+        notices.bind(str(tmp_path / "notify"))
+        notices.settimeout(60)
+        environ = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "300000"}
+
+        def next_with(word: str) -> str:
+            while word not in (text := notices.recv(4096).decode()):
+                pass
+            return text
+
+        with Daemon(place, LIMITS, env=environ) as daemon:
+            assert "STATUS=0 jobs" in next_with("READY=1")
+            next_with("WATCHDOG=1")
+            daemon.reload(LIMITS)
+            assert int(next_with("RELOADING=1").partition("MONOTONIC_USEC=")[2]) <= time.monotonic_ns() // 1000
+            next_with("READY=1")
+            # A loop that is stuck says nothing any more.
+            os.kill(daemon.pid, signal.SIGCONT)
+            os.kill(daemon.pid, signal.SIGTERM)
+            next_with("STOPPING=1")
+
+
+def test_no_secret_shows(s3, place: Path) -> None:
+    data = corpus(shard_count=2)
+    with Proxy(s3.server.endpoint_url, Profile(0.0, total_bytes_per_s=20_000)) as proxy:
+        environ = {**os.environ, "AWS_ENDPOINT_URL": proxy.url, "NOTIFY_SOCKET": "/nowhere"}
+        with Daemon(place, LIMITS + data_table("train", data.put(s3), watch="1s"), env=environ) as daemon:
+            number = submit(place, {"name": "more", "urls": [f"{s3.url}/data/shard-0000.tar"]})
+            daemon.wait_for("train", lambda job: job.state == "warming")
+            until(lambda: children_of(daemon.pid))
+            shown = json.dumps([str(daemon.snapshot()), number])
+            for child in children_of(daemon.pid):
+                shown += Path(f"/proc/{child}/cmdline").read_text()
+                assert "NOTIFY_SOCKET" not in Path(f"/proc/{child}/environ").read_text()
+        shown += "".join(daemon.lines) + (place / "jobs.json").read_text()
+        secret = s3.server.secret_access_key
+        assert secret
+        assert secret not in shown
+        assert (place / "jobs.json").stat().st_mode & 0o077 == 0
+
+
+def test_jobs_that_cannot_be_read_are_put_aside(place: Path) -> None:
+    (place / "jobs.json").write_text("{broken")
+    with Daemon(place, LIMITS) as daemon:
+        (trouble,) = daemon.snapshot().troubles
+        assert "the submitted jobs cannot be read" in trouble
+        assert daemon.snapshot().jobs == []
+    assert (place / "jobs.json.damaged").read_text() == "{broken"
+
+
+def test_as_a_command_a_bad_configuration_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("cash = 1")
+    done = run_cli("daemon", "--config", tmp_path / "bad.toml", "--cache", tmp_path / "cache", check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"fastload: ConfigError: {tmp_path / 'bad.toml'}: cash is no key; did you mean cache?\n"
+    assert not (tmp_path / "cache").exists()
