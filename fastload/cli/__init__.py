@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 import fastload
 from fastload.cli import compile as kernels
-from fastload.cli import demo, exits, history, index, simulate, status, top, warm
+from fastload.cli import daemon, demo, exits, history, index, simulate, status, top, warm
 from fastload.cli.printing import examples, plain
 from fastload.errors import FastloadError
 
@@ -54,6 +54,13 @@ _add(
     "fastload compile",
     "fastload compile --status",
     "fastload compile --to=/opt/fastload-kernels",
+)
+_add(
+    "daemon",
+    daemon.daemon,
+    "Serve the cache for good, and warm it.",
+    "fastload daemon",
+    "fastload daemon --config=/etc/fastload.toml",
 )
 _add("demo", demo.demo, "Train a small network on real photographs, here.", "fastload demo --epochs=1")
 app.add_typer(history.app, name="history", short_help="Runs that a cache remembers.")

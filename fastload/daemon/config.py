@@ -39,11 +39,11 @@ _FILE_BYTES_MAX = 4 << 20
 _WATCH_LEAST_S = 1.0
 
 
-class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Table(msgspec.Struct, frozen=True):
     """The base of all tables."""
 
 
-class OrderTable(Table):
+class OrderTable(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`job`: the arguments by which the job that will read orders its data."""
 
     seed: int = 0
@@ -72,7 +72,7 @@ class OrderTable(Table):
             raise ConfigError(f"partitions={self.partitions} must be at least 1; leave it out for the job's default")
 
 
-class DataTable(Table):
+class DataTable(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[[data]]`: what to warm, and how it is kept."""
 
     name: str
@@ -151,7 +151,7 @@ class DataTable(Table):
             raise ConfigError("ttl and quota are those of a pin; add pin = true, or leave them out")
 
 
-class WarmTable(Table):
+class WarmTable(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[warm]`: for all jobs together."""
 
     bandwidth: int | str = "off"
@@ -169,7 +169,7 @@ class WarmTable(Table):
             raise ConfigError(f"requests_in_flight={self.requests_in_flight} must be at least 1, or 0 for no limit")
 
 
-class Config(Table):
+class Config(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole file."""
 
     cache: str | None = None

@@ -38,7 +38,8 @@ def run(directory: Path | None, config_path: Path | None) -> None:
     config = source.read()
     log_to_stderr()
     place = directory or (Path(config.cache).expanduser() if config.cache else default_cache_dir())
-    opened = CacheDirectory.open(place, **config.limits)
+    limits = config.limits
+    opened = CacheDirectory.open(place, ram_bytes=limits.get("ram_bytes"), disk_bytes=limits.get("disk_bytes"))
     clean_environment()
     take_long_slices()
     _take_over(opened)

@@ -422,10 +422,10 @@ class Supervisor:
             else:
                 job.came_to(outcome.figures, now)
                 job.succeeded(now, chance)
-            if job.state == "done":
-                self._done(job)
-            else:
+            if job.error:
                 log.warning("job %s (%s): %s", job.id, job.table.name, job.error)
+            else:
+                self._done(job)
         self._wake()
 
     def _done(self, job: Job) -> None:

@@ -9,12 +9,14 @@ one before, and a new one begins, while the service runs.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from fastload.redaction import redact
@@ -77,6 +79,35 @@ def limited(name: str) -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(limit)
+
+
+class JsonLines(logging.Formatter):
+    """A record as one line of JSON: `at`, `level`, `pid`, `message`, and `job` where it is of one."""
+
+    def __init__(self, job: str = "") -> None:
+        super().__init__()
+        self._job = job
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See the class's text; a traceback is part of the message."""
+        # Before it is quoted: what hides secrets knows them as they were written.
+        message = redact(super().format(record))[: _LINE_BYTES_MAX // 8]
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        values = {"at": at, "level": record.levelname.lower(), "pid": record.process, "message": message}
+        return json.dumps(values | ({"job": self._job} if self._job else {}))
+
+
+def log_to_stderr(job: str = "") -> ServiceLog:
+    """The log of a daemon, or of the child that runs `job` for it: lines for people on a terminal, else JSON."""
+    handler = ServiceLog()
+    if os.isatty(_STDERR):
+        mark = job.replace("%", "%%") + ": " if job else ""
+        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {mark}%(message)s", "%H:%M:%S"))
+    else:
+        handler.setFormatter(JsonLines(job))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.captureWarnings(capture=True)
+    return handler
 
 
 class ServiceLog(logging.Handler):

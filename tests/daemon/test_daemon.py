@@ -284,10 +284,13 @@ def test_it_takes_over_in_mid_epoch(s3, place: Path) -> None:
 
 
 def test_it_takes_over_from_a_service_in_a_job_s_process(place: Path) -> None:
-    with fastload.Cache(place, service="inprocess") as cache, cache._handle.consumer(name="train") as consumer:
-        with Daemon(place, LIMITS) as daemon:
-            until(lambda: [each.name for each in daemon.snapshot().consumers] == ["train"])
-            assert consumer.stats()["node"]["pid"] == daemon.pid
+    with (
+        fastload.Cache(place, service="inprocess") as cache,
+        cache._handle.consumer(name="train") as consumer,
+        Daemon(place, LIMITS) as daemon,
+    ):
+        until(lambda: [each.name for each in daemon.snapshot().consumers] == ["train"])
+        assert consumer.stats()["node"]["pid"] == daemon.pid
 
 
 def test_another_daemon_there_is_named(place: Path) -> None:
