@@ -275,8 +275,10 @@ class DataLoader(torch.utils.data.DataLoader[T]):
 
     @public
     def stats(self) -> dict[str, Any]:
-        """Where samples came from and time went in this epoch; the keys are listed in docs/stats.md."""
-        return self._of_stream("stats").stats()
+        """Where samples came from and time went in this epoch, and why it is slow; the keys are listed in
+        docs/stats.md. Of a data set that is not ours, what its waits tell.
+        """
+        return self._reading.stats() if self._stream is None else self._stream.stats()
 
     @public
     def close(self) -> None:

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 import torch.multiprocessing
 from torch.utils.data import default_collate, default_convert
 
-from fastload import callers
+from fastload import activity, callers
 from fastload.arguments import checked_epoch
 from fastload.dataset_base import DatasetBase
-from fastload.device import mover_to, pinned
+from fastload.decode.pictures import Image
+from fastload.device import Mover, mover_to, pinned
 from fastload.errors import ConfigError, StateError
 from fastload.pipeline.delivery import NOTHING, TASK_S, DecodePool, InlineRun, Iteration, Make, ThreadedRun
 from fastload.pipeline.epoch_pass import EpochPass
@@ -28,7 +29,9 @@ from fastload.pipeline.finish import Finish
 from fastload.pipeline.resume import why_nothing_came
 from fastload.pipeline.workers import WorkerOptions, Workers
 from fastload.plan import Position, batch_count_of_rank
-from fastload.stats import EpochMeter, empty_stats
+from fastload.reports import Reporter
+from fastload.stalls import Stalls
+from fastload.stats import EpochMeter, Making, empty_stats
 
 STATE_VERSION = 1
 # What a task sends to a worker process takes about so long, since it costs half a millisecond to send it.
@@ -62,6 +65,7 @@ class _Progress:
     meter: EpochMeter
     current: EpochPass | None
     if_nothing: Callable[[EpochPass], None]
+    reporter: Reporter | None = None
     last: Any = None
     batches: int = 0
     ended_at: Position | None = None
@@ -71,6 +75,17 @@ class _Progress:
         self.last, self.batches = entry, self.batches + 1
         skipped = 0 if current.skips is None else current.skips.take(entry)
         self.meter.delivered(len(entry) - skipped, entry.repeats, skipped)
+
+    def begin_reports(self) -> None:
+        """From now on the service hears how it goes. Of several sources, one consumer speaks for all."""
+        if self.current is not None:
+            self.reporter = Reporter(self.meter.report, self.current.sources[0].attached.consumer.report)
+
+    def end(self) -> None:
+        """The iteration is over, finished or not: its statistics are final."""
+        if self.reporter is not None:
+            self.reporter.stop()
+        self.meter.stop()
 
     def exhausted(self) -> None:
         """The epoch is over."""
@@ -122,6 +137,7 @@ class Stream:
             # Only now: what could not begin is begun again by the next try.
             self._dataset.begin_epoch()
             self._loaded, self._latest = None, progress
+            progress.begin_reports()
             return iteration
 
     def peek(self) -> Any:
@@ -137,6 +153,11 @@ class Stream:
 
     def _begin(self) -> tuple[Iteration, _Progress]:
         """The next iteration, which counts nowhere yet."""
+        stalls = Stalls()
+        with stalls.own("startup", is_for_batch=False):
+            return self._begin_measured(stalls)
+
+    def _begin_measured(self, stalls: Stalls) -> tuple[Iteration, _Progress]:
         loader = self._loader()
         assert loader is not None, "a loader outlives the call of its __iter__"
         start, epoch = self._loaded, self._dataset.next_epoch()
@@ -144,10 +165,10 @@ class Stream:
             start = start.at_epoch(epoch)  # at its beginning, another epoch is as good
         current = self._dataset.begin(epoch, _size_of_entries(loader), drop_last=loader.drop_last, start=start)
         try:
-            meter = EpochMeter(epoch, current.account, current.waits)
+            meter = EpochMeter(epoch, current.account, current.waits, stalls, _making(loader, self._dataset, current))
             progress = _Progress(epoch, meter, current, _warning(self._dataset, loader))
             mover = mover_to(loader.device)
-            run = self._start(loader, current, _pinning(loader) if mover is None else mover.begin)
+            run = self._start(loader, current, stalls, _pinning(loader) if mover is None else mover.begin)
         except BaseException:
             current.end()
             raise
@@ -157,7 +178,7 @@ class Stream:
             partial(_release, current, progress),
             partial(progress.delivered, current),
             progress.exhausted,
-            _as_is if mover is None else mover.deliver,
+            _as_is if mover is None else partial(_delivered, stalls, mover),
         )
         self._iterations.add(iteration)
         return iteration, progress
@@ -236,14 +257,14 @@ class Stream:
             iteration.close()
 
     def _start(
-        self, loader: LoaderSettings, current: EpochPass, prepare: Callable[[Any], Any]
+        self, loader: LoaderSettings, current: EpochPass, stalls: Stalls, prepare: Callable[[Any], Any]
     ) -> ThreadedRun | InlineRun:
         finish = _finish(loader, self._dataset, current)
         where = where_batches_are_made(loader.workers, loader.num_workers, has_functions=finish.has_functions)
         self._workers = self._workers_for(loader, finish, where)
         make = _batch_function(current, finish, self._workers, prepare)
         if where == "caller":
-            return InlineRun(current.feed, make, current.waits)
+            return InlineRun(current.feed, make, current.waits, stalls)
         pool = self._pool
         if pool is None or pool.is_inherited or pool.thread_count != loader.num_workers:
             if pool is not None:
@@ -253,7 +274,7 @@ class Stream:
         task_s = TASK_S
         if self._workers is not None:
             task_s = 0.0 if loader.timeout else _TASK_OF_WORKERS_S  # a timeout is that of one batch
-        return ThreadedRun(current.feed, make, pool, depth, current.waits, task_s=task_s)
+        return ThreadedRun(current.feed, make, pool, depth, current.waits, task_s=task_s, stalls=stalls)
 
     def _workers_for(self, loader: LoaderSettings, finish: Finish, where: str) -> Workers | None:
         """Those that there are, if they still fit; otherwise others, or none."""
@@ -285,8 +306,27 @@ def _interrupted(current: EpochPass, workers: Workers | None) -> Iterator[None]:
 
 def _release(current: EpochPass, progress: _Progress) -> None:
     """An iteration is over: its statistics are final, and its consumer may serve another."""
-    progress.meter.stop()
-    current.end()
+    try:
+        progress.end()
+    finally:
+        current.end()
+
+
+def _making(loader: LoaderSettings, dataset: DatasetBase, current: EpochPass) -> Making:
+    decoders = (decoder for each in current.builder.sources for decoder in each.columns.decoders.values())
+    consumer = current.sources[0].attached.consumer
+    return Making(
+        rank=dataset.ranks.rank,
+        world_size=dataset.ranks.world_size,
+        makers=max(1, loader.num_workers),
+        decodes_images=any(isinstance(decoder, Image) for decoder in decoders),
+        ram_bytes=consumer.buffer_count * consumer.chunk_bytes,
+    )
+
+
+def _delivered(stalls: Stalls, mover: Mover, moving: Any) -> Any:
+    with stalls.own("transfer"):
+        return mover.deliver(moving)
 
 
 def where_batches_are_made(workers: str, num_workers: int, *, has_functions: bool) -> str:
@@ -326,7 +366,12 @@ def _batch_function(current: EpochPass, finish: Finish, workers: Workers | None,
             if not batch:
                 return NOTHING
             (batch,) = batch
-        return prepare(batch)
+        account = activity.current()
+        before = account.switch("transfer")
+        try:
+            return prepare(batch)
+        finally:
+            account.switch(before)
 
     def make(entries: Sequence[Any]) -> Iterator[Any]:
         if workers is None:

@@ -254,9 +254,9 @@ class Stats(Message, tag="stats"):
 
 
 class Report(Message, tag="report"):
-    """Figures of the consumer, which the service shows with its own."""
+    """Figures of the consumer, which the service shows with its own: docs/stats.md lists what a loader says."""
 
-    values: dict[str, float]
+    values: dict[str, Any]
 
 
 class Ping(Message, tag="ping"):

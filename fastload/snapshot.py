@@ -43,6 +43,15 @@ class Tier(msgspec.Struct, frozen=True, kw_only=True):
     is_writable: bool
 
 
+class Histogram(msgspec.Struct, frozen=True, kw_only=True):
+    """Durations: how many were not above each of `bounds_s`, which are the same in every snapshot."""
+
+    bounds_s: list[float]
+    counts: list[int]
+    count: int  # of all
+    sum_s: float
+
+
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     """A store, as it was measured lately."""
 
@@ -53,6 +62,10 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     bytes_per_s: float
     first_byte_s: float  # -1: not known
     throttled_at: float  # requests at a time at which it refused; 0: never
+    throttled_requests: int
+    timed_out_requests: int
+    request_times: Histogram  # of requests that succeeded, from their sending to their last byte
+    first_byte_times: Histogram  # of those whose store says when it came
 
 
 class DataSet(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,11 +14,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
+from fastload import activity
+from fastload.activity import Cause
 from fastload.errors import WaitTimeoutError
 from fastload.redaction import redact
 
 Reason = Literal["chunk", "index", "batch", "queue", "service", "listing", "shutdown"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
+
+# What a thread that makes batches does meanwhile; None: what it did.
+_CAUSES: dict[Reason, Cause | None] = {
+    "chunk": "fetch",
+    "index": "index",
+    "batch": None,
+    "queue": "fetch",
+    "service": "service",
+    "listing": "listing",
+    "shutdown": None,
+}
 
 # No wait is longer than this without a sign of life. A store that is retried until its own deadline (retries included)
 # answers well before.
@@ -84,15 +97,21 @@ def wait(
     waits: Waits | None = None,
     deadline_s: float = DEADLINE_S,
     more: str = "",
+    cause: Callable[[], Cause | None] = lambda: None,
 ) -> None:
     """Block until `ready()` is true; the caller holds `condition`, and each change of the answer notifies it.
 
     `what` completes the sentence "gave up after 600 s waiting for ..." of the `WaitTimeoutError`, and `more` says where
-    to read why it takes so long: then the log has it after ten seconds. Anything that can make the wait pointless (a
-    dead worker, a closed socket, close()) has to make `ready()` true, and the caller looks at what it got.
+    to read why it takes so long: then the log has it after ten seconds. `cause()` is what the thread's account books,
+    as far as is known when the wait begins, and when it ends; None: what `reason` stands for. Anything that can make
+    the wait pointless (a dead worker, a closed socket, close()) has to make `ready()` true, and the caller looks at
+    what it got.
     """
     if ready():
         return
+    account = activity.current()
+    before = account.cause
+    account.switch(cause() or _CAUSES[reason] or before)
     began = time.monotonic()
     try:
         while not ready():
@@ -103,6 +122,7 @@ def wait(
             if more:
                 _notices.consider(time.monotonic() - began, f"{what}; {more}")
     finally:
+        account.switch(before, cause())
         if waits is not None:
             waits.add(reason, time.monotonic() - began)
 

@@ -594,8 +594,8 @@ def test_other_data_sets_are_torchs(tmp_path: Path) -> None:
     assert isinstance(loader, torch.utils.data.DataLoader)
     assert len(loader) == 3
     loader.close()
-    with pytest.raises(TypeError, match=r"stats\(\) needs a fastload.StreamingDataset"):
-        loader.stats()
+    with pytest.raises(TypeError, match=r"peek\(\) needs a fastload.StreamingDataset"):
+        loader.peek()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import socket
 import struct
 import threading
@@ -109,6 +110,16 @@ class Connection:
             self._is_not_read = True
         except OSError:  # the service died; the reading thread finds the same and connects again
             _shut_down(sock)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a short message can be sent without waiting."""
+        sock = self._sock
+        if sock is None or self._is_not_read:
+            return False
+        poll = select.poll()
+        poll.register(sock, select.POLLOUT)
+        return bool(poll.poll(0))
 
     def send_last(self, silent: socket.socket, message: protocol.Message) -> None:
         """Send one more message to a silent service, if that can be done without waiting."""

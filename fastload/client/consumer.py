@@ -34,6 +34,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -41,6 +42,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload import callers, errors, protocol
+from fastload.activity import Cause
 from fastload.cache.policy import PolicyName
 from fastload.client.attached import AttachedObjects, Int64, Ints, OpenedObject
 from fastload.client.connection import Connection, ConnectionEvents
@@ -67,6 +69,10 @@ _WHAT_FOR: dict[type[protocol.Message], str] = {
     protocol.Resolve: "to list the shards",
     protocol.Stats: "for its figures",
 }
+
+
+# What a thread has waited for, by where its chunk came from (`protocol.SOURCES`).
+_WAITED_FOR: tuple[Cause, ...] = ("service", "disk", "fetch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +125,7 @@ class Consumer:
         self._plan: protocol.SetPlan | None = None
         self._keep: protocol.Keep | None = None
         self._label = ""
-        self._report: dict[str, float] = {}
+        self._report: dict[str, Any] = {}
         self._begin()
         reset_on_fork(self, Consumer._forget_after_fork)
         self._connect()
@@ -362,7 +368,8 @@ class Consumer:
             try:
                 if not waiter.got:  # mostly they are here
                     what = f"chunks of {self._attached.where(chunks[0], self.chunk_bytes)} from the cache service"
-                    self._wait(lambda: self._is_served(waiter), reason, what, deadline_s)
+                    came_from = partial(_came_from, waiter)
+                    self._wait(lambda: self._is_served(waiter), reason, what, deadline_s, came_from)
                     self._table.pin_available(waiter)
             except BaseException:
                 self._send_release(self._table.unpin(waiter.got))
@@ -534,19 +541,23 @@ class Consumer:
         assert isinstance(part, protocol.Done)
         return HeldBytes(**part.values)
 
-    def report(self, **values: float) -> None:
-        """Figures of this process for the service to show beside its own."""
+    def report(self, **values: Any) -> None:
+        """Figures of this process for the service to show beside its own; they replace those of before.
+
+        Never waits for the service: where its socket takes nothing now, these are left out.
+        """
         with self._changed:
-            self._report.update(values)
-            self._send(protocol.Report(self._report))
+            self._report = values
+            if self._connection is not None and self._connection.has_room:
+                self._send(protocol.Report(values))
 
     def counts(self) -> dict[str, int]:
-        """Chunks leased, pinned and asked for, and leases granted by source, as known here."""
+        """Chunks leased, pinned and asked for, and leases granted by source and recalled, as known here."""
         with self._changed:
             granted = {
                 f"granted_{name}": self._table.granted_count[number] for number, name in enumerate(protocol.SOURCES)
             }
-            return {**self._table.counts(), **granted}
+            return {**self._table.counts(), **granted, "recalled": self._table.recalled_count}
 
     # Sending
 
@@ -594,7 +605,14 @@ class Consumer:
             raise request.error
         return request.parts
 
-    def _wait(self, ready: Callable[[], bool], reason: Reason, what: str, deadline_s: float) -> None:
+    def _wait(
+        self,
+        ready: Callable[[], bool],
+        reason: Reason,
+        what: str,
+        deadline_s: float,
+        cause: Callable[[], Cause | None] = lambda: None,
+    ) -> None:
         """Wait under the lock until `ready()`; raises what ended the consumer or the wait meanwhile."""
         wait(
             self._changed,
@@ -604,6 +622,7 @@ class Consumer:
             waits=self._waits,
             deadline_s=deadline_s,
             more=self._connector.log_hint,
+            cause=cause,
         )
         if self._ended is not None:
             raise self._ended
@@ -822,6 +841,11 @@ class Consumer:
         self._table.hang_up()
         self._begin()
         self._ended = ended
+
+
+def _came_from(waiter: Waiter) -> Cause:
+    """What the wait for its chunks is for: of those that have come, what takes longest; before that, a fetch."""
+    return _WAITED_FOR[max((lease.source for lease in waiter.got.values()), default=protocol.SOURCE_REMOTE)]
 
 
 def _check_lengths(message: protocol.Message, *columns: Sized) -> None:

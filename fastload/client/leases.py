@@ -91,6 +91,7 @@ class LeaseTable:
         self._waiters: list[Waiter] = []
         self._serial = 0
         self.granted_count: Counter[int] = Counter()  # by source
+        self.recalled_count = 0
 
     # Asking
 
@@ -154,6 +155,7 @@ class LeaseTable:
             if lease is None or not lease.arena.current:
                 continue
             lease.recalled = True
+            self.recalled_count += 1
             if lease.pins:
                 pinned.append(chunk)
             else:

@@ -32,11 +32,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fastload import callers
+from fastload import activity, callers
 from fastload.cpu_priority import let_breathe, take_long_slices
 from fastload.errors import ServiceError
 from fastload.kernels.yielding import start_yielding
 from fastload.lifecycle import Ending, end_at_exit, join_at_exit
+from fastload.stalls import Stalls
 from fastload.waiting import Waits, wait
 
 
@@ -117,7 +118,9 @@ class ThreadedRun:
         *,
         task_s: float = TASK_S,
         now: Callable[[], float] = time.perf_counter,
+        stalls: Stalls | None = None,
     ) -> None:
+        self._stalls = Stalls() if stalls is None else stalls
         self._feed, self._make, self._pool, self._depth, self._waits = feed, make, pool, depth, waits
         self._task_s, self._now = task_s, now
         self._size = 1  # batches of the next task
@@ -165,6 +168,18 @@ class ThreadedRun:
     def _await_task(self) -> None:
         """Wait for the next task's batches. Raises what ended the feed."""
         with self._changed:
+            if not self._can_answer():
+                self._wait()
+            if self._is_closed or self._ready:
+                return
+            if not self._queue:
+                raise self._feed_error or StopIteration
+            self._ready = self._queue.popleft().results
+            self._has_room.notify()
+
+    def _wait(self) -> None:
+        is_counted = self._stalls.begin(has_task=bool(self._queue))
+        try:
             wait(
                 self._changed,
                 self._can_answer,
@@ -173,12 +188,9 @@ class ThreadedRun:
                 waits=self._waits,
                 deadline_s=_NO_DEADLINE_S,
             )
-            if self._is_closed or self._ready:
-                return
-            if not self._queue:
-                raise self._feed_error or StopIteration
-            self._ready = self._queue.popleft().results
-            self._has_room.notify()
+        finally:
+            if is_counted:
+                self._stalls.end()
 
     def _can_answer(self) -> bool:
         return self._is_closed or bool(self._ready) or (self._queue[0].is_done if self._queue else self._is_fed)
@@ -188,7 +200,10 @@ class ThreadedRun:
         try:
             take_long_slices()
             let_breathe(True)
-            with contextlib.closing(self._feed.entries()) as fed:  # type: ignore[type-var]
+            with (
+                activity.entered(self._stalls.feeder, "index"),
+                contextlib.closing(self._feed.entries()) as fed,  # type: ignore[type-var]
+            ):
                 for entry in fed:
                     entries.append(entry)
                     if len(entries) < self._size and self._feed.has_next:
@@ -209,11 +224,14 @@ class ThreadedRun:
         """Wait for room in the queue, then give the task to the pool; False when the run was closed."""
         with self._changed:
             # No deadline but the consumer's: a trainer may take as long as it likes for a step.
+            doing = self._stalls.feeder.switch(None)
             self._has_room.wait_for(lambda: self._is_closed or len(self._queue) < self._depth)
+            self._stalls.feeder.switch(doing)
             if self._is_closed:
                 return False
             let_breathe(bool(self._queue))  # else the pool may have nothing to do
             self._queue.append(task)
+            self._stalls.tasked()
             self._tasks += 1
         self._submit(task)
         return True
@@ -226,6 +244,11 @@ class ThreadedRun:
             self._end_task(task)
 
     def _run_task(self, task: _Task) -> None:
+        with activity.entered(self._stalls.account(), "collate"):
+            self._make_task(task)
+        self._end_task(task)
+
+    def _make_task(self, task: _Task) -> None:
         began, entries, results = self._now(), task.entries, task.results
         try:
             if not self._is_closed:
@@ -247,7 +270,6 @@ class ThreadedRun:
             except BaseException as failure:
                 if number < len(results) and results[number][2] is None:
                     results[number] = entry, None, failure
-        self._end_task(task)
 
     def _split(self, task: _Task) -> None:
         """Make what is left of a task another one behind it, so that its failure does not wait for the rest, each of
@@ -279,8 +301,9 @@ class ThreadedRun:
 class InlineRun:
     """The same iterator without threads: each batch is made when it is asked for."""
 
-    def __init__(self, feed: RunFeed, make: Make, waits: Waits) -> None:
+    def __init__(self, feed: RunFeed, make: Make, waits: Waits, stalls: Stalls | None = None) -> None:
         self._feed, self._make, self._waits = feed, make, waits
+        self._stalls = Stalls() if stalls is None else stalls
         self._entries = feed.entries()
         self._is_closed = False
 
@@ -289,7 +312,7 @@ class InlineRun:
 
     def __next__(self) -> EntryAndBatch:
         # The consumer waits for all of it, as it does for a batch that threads make.
-        with self._waits.measure("batch"):
+        with self._waits.measure("batch"), self._stalls.own("index"):
             try:
                 return self._next()
             except StopIteration:
@@ -303,6 +326,7 @@ class InlineRun:
         if self._is_closed:
             raise RunClosedError
         entry = next(self._entries)
+        self._stalls.trainer.switch("collate")
         try:
             (batch,) = self._make([entry])
         finally:

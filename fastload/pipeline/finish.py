@@ -27,7 +27,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data._utils.collate import collate, collate_tensor_fn, default_collate_fn_map
 
-from fastload import callers
+from fastload import activity, callers
+from fastload.activity import Account
 from fastload.decode import Decoder
 from fastload.decode.base import Keys
 from fastload.decode.optional import Present, decode_optional
@@ -153,6 +154,7 @@ class SourceBuilder:
             for name, (values, offsets) in gathered.columns.items()
         ]
         keys = [None] * gathered.count if gathered.random_keys is None else gathered.random_keys.tolist()
+        account = activity.current()
         for number, (key, url, random_key) in enumerate(zip(gathered.keys, gathered.urls, keys, strict=True)):
             sample = {
                 name: decoder.decode_one(
@@ -163,7 +165,11 @@ class SourceBuilder:
                 for name, decoder, view, offsets, present in columns
             }
             made = tuple(sample.values()) if self.columns.as_tuple else {KEY: key, URL: url, **sample}
-            yield apply(self.functions, made, f"sample {key!r} of {url}", random_key, reseed)
+            if self.functions:
+                account.switch("map")
+                made = apply(self.functions, made, f"sample {key!r} of {url}", random_key, reseed)
+                account.switch("decode")
+            yield made
 
     def _decoded(self, gathered: Gathered, name: str, slots: Slots) -> Any:
         values, offsets = gathered.columns[name]
@@ -229,6 +235,7 @@ class BatchBuilder:
         parts = [self.sources[n].arrays(part, slots) for n, part in zip(sources, gathered.parts, strict=True)]
         if self.mixing is None or part_of is None:
             return _in_torch(parts[0])
+        activity.current().switch("collate")
         if self.mixing.names is not None:
             columns = zip(self.mixing.names, zip(*parts, strict=True), strict=True)
             return _in_torch(tuple(interleave(name, values, part_of, slots) for name, values in columns))
@@ -269,11 +276,16 @@ class BatchBuilder:
         keys = [
             repeat(None) if part.random_keys is None else iter(part.random_keys.tolist()) for part in gathered.parts
         ]
+        account = activity.current()
         for number in part_of:
             sample, key = next(parts[number]), next(keys[number])
             if isinstance(sample, dict):
                 sample = {**sample, SOURCE: sources[number]}
-            yield apply(functions, sample, f"a sample of source {sources[number]}", _of_step(key, 1), reseed)
+            if functions:
+                account.switch("map")
+                sample = apply(functions, sample, f"a sample of source {sources[number]}", _of_step(key, 1), reseed)
+                account.switch("decode")
+            yield sample
 
 
 def _common_columns(sources: Sequence[int], parts: Sequence[dict[str, Any]]) -> list[str]:
@@ -309,18 +321,35 @@ class Finish:
 
     def __call__(self, gathered: GatheredBatch, slots: Slots, reseed: Reseed = lambda key: None) -> Any:
         """The batch, or the samples."""
+        account = activity.current()
+        before = account.switch("decode")
+        try:
+            return self._made(gathered, slots, reseed, account)
+        finally:
+            account.switch(before)
+
+    def _made(self, gathered: GatheredBatch, slots: Slots, reseed: Reseed, account: Account) -> Any:
         seed = gathered.seed
         if self.gives == "samples":
-            collate = () if self.collate is None else (self.collate,)
             samples = self.builder.samples(gathered, reseed)
-            return [apply(collate, sample, "a sample", _of_step(seed, 2), reseed) for sample in samples]
-        batch = self._batch(gathered, slots, _of_step(seed, 2), reseed)
+            if self.collate is None:
+                return list(samples)
+            collated = []
+            for sample in samples:
+                account.switch("collate")
+                collated.append(apply((self.collate,), sample, "a sample", _of_step(seed, 2), reseed))
+                account.switch("decode")
+            return collated
+        batch = self._batch(gathered, slots, _of_step(seed, 2), reseed, account)
+        if self.on_batches:
+            account.switch("map")
         return apply(self.on_batches, batch, "a batch", _of_step(seed, 3), reseed)
 
-    def _batch(self, gathered: GatheredBatch, slots: Slots, seed: int | None, reseed: Reseed) -> Any:
+    def _batch(self, gathered: GatheredBatch, slots: Slots, seed: int | None, reseed: Reseed, account: Account) -> Any:
         if not self.builder.is_mapped and self.collate is None:
             return self.builder.batch(gathered, slots)
         samples = list(self.builder.samples(gathered, reseed))
+        account.switch("collate")
         if self.collate is not None:
             return apply((self.collate,), samples, "the samples of a batch", seed, reseed)
         if not samples:

@@ -37,7 +37,8 @@ from typing import Any
 import torch
 from torch.utils.data._utils import worker as torch_worker
 
-from fastload import callers
+from fastload import activity, callers
+from fastload.activity import Account, Cause, Waiting
 from fastload.errors import ConfigError, WaitTimeoutError, WorkerError
 from fastload.lifecycle import Ending, held_while_forking
 from fastload.pipeline.finish import Finish, GatheredBatch, Reseed, reseed_all
@@ -58,6 +59,9 @@ _RETAINED_BYTES = 256 << 20
 _END_S = 5.0
 # How often a wait for a worker checks whether it was interrupted, and a worker whether its trainer lives.
 _LOOK_UP_MS = 500
+
+# What a worker does of what makes a batch. What else its trainer waits for is the way there and back.
+_OF_WORKERS: tuple[Cause, ...] = ("decode", "map", "collate")
 
 # Held while a worker is started. A process that another thread forks meanwhile would inherit ends of connections
 # that it does not know of; with them held open, this worker's death would go unnoticed.
@@ -183,28 +187,42 @@ class _Channel:
         self.memory = SharedMemory(self._link.pool)
         self.is_broken = self._is_out_of_step = self._is_closed = False
         self.give_up_at: float | None = None
+        self._mostly: Cause = "decode"  # what the worker did for the last answer
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._poll.register(process.sentinel, select.POLLIN)
 
     def call(self, gathered: list[GatheredBatch]) -> Iterator[Any]:
-        """What the worker makes of each. Raises what it raised there, or `WorkerError` where it has died."""
+        """What the worker makes of each. Raises what it raised there, or `WorkerError` where it has died.
+
+        This thread's account books what the worker did meanwhile, as it says with its answer.
+        """
+        account = activity.current()
+        before = account.switch(self._mostly)
+        try:
+            answers, seconds = self._asked(gathered)
+            account.divide(seconds, "transfer")
+            self._mostly = max(_OF_WORKERS, key=lambda cause: seconds.get(cause, 0.0))
+        finally:
+            account.switch(before)
+        for is_made, made in answers:
+            if not is_made:
+                raise _rebuilt(*made)
+            yield made
+
+    def _asked(self, gathered: list[GatheredBatch]) -> tuple[list[tuple[bool, Any]], dict[str, float]]:
         if self._is_out_of_step:
             raise WorkerError(f"worker process {self._pid} of the loader failed before; iterate anew, with another")
         try:
             self._link.send(gathered)
             self._wait()
-            answers = self._link.receive()
+            return self._link.receive()  # type: ignore[no-any-return]  # what `_answer` sends
         except LinkClosedError as error:
             self.is_broken = True
             raise WorkerError(self._how_it_ended()) from error
         except BaseException:
             self.is_broken = self._is_out_of_step = True  # a late answer is no answer to the next call
             raise
-        for is_made, made in answers:
-            if not is_made:
-                raise _rebuilt(*made)
-            yield made
 
     def close(self) -> None:
         """Let the worker's thread end."""
@@ -346,14 +364,19 @@ def _serve(sock: socket.socket, finish: Finish, reseed: Reseed, failure: tuple[A
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     poll.register(parent.sentinel, select.POLLIN)
-    with contextlib.suppress(LinkClosedError):  # the trainer has closed it, or has ended
+    account = Account(Waiting())
+    with (
+        contextlib.suppress(LinkClosedError),  # the trainer has closed it, or has ended
+        activity.entered(account, "transfer"),
+    ):
         while sock.fileno() in [fd for fd, _ in poll.poll()]:
-            _answer(link, finish, reseed, failure)
+            _answer(link, finish, reseed, failure, account)
     link.close()
 
 
-def _answer(link: Link, finish: Finish, reseed: Reseed, failure: tuple[Any, ...] | None) -> None:
+def _answer(link: Link, finish: Finish, reseed: Reseed, failure: tuple[Any, ...] | None, account: Account) -> None:
     gathered = link.receive()
+    before = dict(account.seconds)
     answers: list[tuple[bool, Any]] = []
     try:
         if failure is None:
@@ -363,12 +386,14 @@ def _answer(link: Link, finish: Finish, reseed: Reseed, failure: tuple[Any, ...]
             answers.append((False, failure))
     except BaseException as error:  # of the user's function
         answers.append((False, _packed(error)))
+    took = {cause: seconds - before[cause] for cause, seconds in account.seconds.items()}
+    seconds = {cause: took[cause] for cause in _OF_WORKERS if took[cause] > 0.0}
     try:
-        link.send(answers)
+        link.send((answers, seconds))
     except LinkClosedError:
         raise
     except BaseException:  # something that was made cannot be pickled
-        link.send(_sendable(answers))
+        link.send((_sendable(answers), seconds))
 
 
 def _sendable(answers: list[tuple[bool, Any]]) -> list[tuple[bool, Any]]:

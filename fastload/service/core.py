@@ -24,7 +24,7 @@ from fastload.rendezvous import ServiceLocation
 from fastload.service import scheduler
 from fastload.service.candidates import Candidates, Warming
 from fastload.service.clearing import Clearing
-from fastload.service.description import describe
+from fastload.service.description import describe, judged
 from fastload.service.disk_io import DISK_DEADLINE_S, DiskEvictor, DiskWatch, Quota, WriteBehind
 from fastload.service.fetches import Fetches
 from fastload.service.holdings import Holdings
@@ -215,7 +215,7 @@ class Core:
             case protocol.Credentials():
                 self._change_credentials(consumer, message)
             case protocol.Report():
-                consumer.report = message.values
+                consumer.report = judged(message.values, self._endpoints, self.chunk_bytes)
             case protocol.Stats():
                 consumer.send(protocol.StatsReply(message.request, self._stats(consumer)))
             case _:

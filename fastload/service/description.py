@@ -9,8 +9,11 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from fastload import protocol, snapshot
 from fastload.cgroups import read_file
+from fastload.histogram import BOUNDS_S, Histogram
 from fastload.redaction import redact
 from fastload.service.holdings import Holdings
 from fastload.service.operators import Jobs
@@ -18,6 +21,8 @@ from fastload.service.request_limit import Endpoints
 from fastload.service.resources import Resources
 from fastload.service.shared_state import SharedState
 from fastload.service.state import ConsumerState
+from fastload.stats import store_figures
+from fastload.verdict import figures_of, verdict
 from fastload.version import __version__
 
 
@@ -42,6 +47,19 @@ def describe(
         consumers=[_consumer(each) for each in shared.consumers],
         troubles=[redact(message) for message in troubles],
     )
+
+
+def judged(report: dict[str, Any], endpoints: Endpoints, chunk_bytes: int) -> dict[str, Any]:
+    """What a loader reports, with a verdict on it: the service knows how its store answers."""
+    try:
+        figures = figures_of(report)
+    except msgspec.ValidationError:  # another program's, which says what it likes
+        return report
+    requests = sum(endpoint.hedger.request_count for _, endpoint in endpoints.items())
+    refused = sum(sum(endpoint.refusals.values()) for _, endpoint in endpoints.items())
+    store = store_figures((endpoint.stats() for _, endpoint in endpoints.items()), requests, refused, chunk_bytes)
+    found = verdict(msgspec.structs.replace(figures, store=store))
+    return {**report, "bound_by": found.bound_by, "verdict": found.sentence}
 
 
 def _node(resources: Resources, shared: SharedState, counters: Mapping[str, Any], *, is_daemon: bool) -> snapshot.Node:
@@ -90,18 +108,31 @@ def _tiers(resources: Resources, shared: SharedState, holdings: Holdings) -> lis
 
 
 def _endpoints(endpoints: Endpoints) -> list[snapshot.Endpoint]:
-    return [
-        snapshot.Endpoint(
-            name=redact(name),
-            requests_allowed=int(figures["requests_allowed"]),
-            requests_in_flight=int(figures["requests_in_flight"]),
-            requests=int(figures["requests"]),
-            bytes_per_s=figures["bytes_per_s"],
-            first_byte_s=figures["first_byte_s"],
-            throttled_at=figures["throttled_at"],
+    described = []
+    for name, endpoint in endpoints.items():
+        figures, refusals = endpoint.stats(), endpoint.refusals
+        described.append(
+            snapshot.Endpoint(
+                name=redact(name),
+                requests_allowed=int(figures["requests_allowed"]),
+                requests_in_flight=int(figures["requests_in_flight"]),
+                requests=int(figures["requests"]),
+                bytes_per_s=figures["bytes_per_s"],
+                first_byte_s=figures["first_byte_s"],
+                throttled_at=figures["throttled_at"],
+                throttled_requests=refusals["throttled"],
+                timed_out_requests=refusals["timed_out"],
+                request_times=_histogram(endpoint.request_times),
+                first_byte_times=_histogram(endpoint.first_byte_times),
+            )
         )
-        for name, figures in endpoints.stats()["endpoints"].items()
-    ]
+    return described
+
+
+def _histogram(histogram: Histogram) -> snapshot.Histogram:
+    return snapshot.Histogram(
+        bounds_s=list(BOUNDS_S), counts=histogram.cumulative(), count=histogram.count, sum_s=histogram.sum_s
+    )
 
 
 def _consumer(consumer: ConsumerState) -> snapshot.Consumer:

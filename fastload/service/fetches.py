@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from fastload import trace
+from fastload.redaction import redact
 from fastload.service.request_limit import Endpoint, Endpoints
 from fastload.service.resources import Resources
 from fastload.service.shared_state import SharedState
@@ -39,6 +41,12 @@ class _FetchRequest:
     began_s: float
     is_hedge: bool
     lost: bool = False  # another one was quicker
+
+
+def _trace(to: trace.Trace, request: _FetchRequest, now_s: float, error: BaseException | None) -> None:
+    chunk = request.chunk
+    more = {"chunk": chunk.index, "bytes": chunk.length, "hedge": request.is_hedge, "error": type(error).__name__}
+    to.request(redact(chunk.entry.origin), request.began_s, now_s, **(more if error else {**more, "error": ""}))
 
 
 class Fetches:
@@ -91,14 +99,15 @@ class Fetches:
             self._loop.call_soon_threadsafe(self._attempted, endpoint, attempt)
 
     def _attempted(self, endpoint: Endpoint, attempt: Attempt) -> None:
-        endpoint.controller.ended(attempt, self._now())
-        endpoint.hedger.ended(attempt)
+        endpoint.ended(attempt, self._now())
 
     def _done(self, request: _FetchRequest, error: BaseException | None) -> None:
         if request.lost:
             self._give_back(request.buffer)
             return
         request.endpoint.in_flight -= 1
+        if (found := trace.trace()) is not None:
+            _trace(found, request, self._now(), error)
         chunk, others = request.chunk, self._requests[request.chunk]
         others.remove(request)
         if error is not None and others:  # it is not lost yet

@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastload import errors
+from fastload import errors, trace
 from fastload.errors import ServiceError
 from fastload.rendezvous import ServiceLocation, StandIn
 from fastload.service.logs import FILE_BYTES_MAX
@@ -127,6 +127,8 @@ def _environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The service's environment, in which it finds this very package."""
     environment = kept_environment(environ)
     package = str(Path(__file__).resolve().parents[2])
+    if environment.get(trace.VARIABLE):  # the service works in another directory
+        environment[trace.VARIABLE] = os.path.abspath(environment[trace.VARIABLE])
     path = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = package if not path else f"{package}{os.pathsep}{path}"
     if site.ENABLE_USER_SITE and site.USER_BASE:  # the user's packages are found by the home directory

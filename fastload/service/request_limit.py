@@ -42,12 +42,13 @@ import math
 import resource
 import statistics
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from fastload.histogram import Histogram
 from fastload.store.watch import Attempt, Outcome
 
 # About one shard: what is needed first does not share a slow link with what is needed later.
@@ -530,6 +531,17 @@ class Endpoint:
     controller: Controller
     hedger: Hedger
     in_flight: int = 0  # without those that lost to another one: they may hang for long, and nothing waits for them
+    request_times: Histogram = field(default_factory=Histogram)
+    first_byte_times: Histogram = field(default_factory=Histogram)
+
+    def ended(self, attempt: Attempt, now: float) -> None:
+        """A request has come to its end."""
+        self.controller.ended(attempt, now)
+        self.hedger.ended(attempt)
+        if attempt.outcome is Outcome.GOOD:
+            self.request_times.add(attempt.seconds)
+            if attempt.first_byte_s is not None:
+                self.first_byte_times.add(attempt.first_byte_s)
 
     @property
     def free(self) -> int:
@@ -603,6 +615,10 @@ class Endpoints:
         for name, endpoint in self._endpoints.items():
             if endpoint.free and name not in held_back:
                 endpoint.controller.slack(now)
+
+    def items(self) -> Iterable[tuple[str, Endpoint]]:
+        """Each, by its name."""
+        return self._endpoints.items()
 
     def learnt(self) -> dict[str, tuple[Learnt, int]]:
         """What is known of each by now, and how many requests it was sent."""

@@ -36,7 +36,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, count, islice
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -410,7 +410,7 @@ class ConsumerState:
         self.wants: dict[int, Chunk] = {}
         self.first_wants: list[int] | None = None  # of its plan: those it began with, until all have come
         self.granted = LeaseCounts()
-        self.report: dict[str, float] = {}
+        self.report: dict[str, Any] = {}
         self.active_at = 0.0  # when its last message came, or it was given indexes to make
         self._grants = protocol.Grants([], [], [], [])
         self._recalls: dict[int, None] = {}
@@ -482,9 +482,9 @@ class ConsumerState:
             recalls, self._recalls = list(self._recalls), {}
             self.send(protocol.Recall(recalls))
 
-    def stats(self) -> dict[str, float | str]:
+    def stats(self) -> dict[str, Any]:
         """Its line in the service's figures."""
-        figures: dict[str, float | str] = {
+        figures: dict[str, Any] = {
             "name": self.name,
             "pid": self.pid,
             "leases": len(self.leases),
@@ -493,7 +493,7 @@ class ConsumerState:
         for number, source in enumerate(protocol.SOURCES):
             figures[f"{source}_chunks"] = self.granted.chunks[number]
             figures[f"{source}_bytes"] = self.granted.byte_counts[number]
-        return {**figures, **self.report}
+        return {**figures, "report": self.report}
 
 
 Step = tuple[int, ObjectEntry, int]  # position, object, chunk index

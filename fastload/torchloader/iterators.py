@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import pickle
 from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from itertools import islice
 from typing import Any
@@ -23,8 +24,10 @@ from torch.utils.data.dataloader import (
     _SingleProcessDataLoaderIter,
 )
 
+from fastload import activity
 from fastload.device import NO_MOVER, Mover, mover_to
 from fastload.errors import StateError
+from fastload.stats import PlainMeter
 from fastload.torchloader.loader_state import WORKER_ID, SavedState, SavedWorker, snapshot_interval
 from fastload.torchloader.progress import IterationProgress, WorkersProgress
 from fastload.torchloader.randomness import generators_of, preserve_global_generators
@@ -52,6 +55,7 @@ class ResumableIterator(_BaseDataLoaderIter):
     saved: SavedState | None
     progress: IterationProgress
     mover: Mover | None  # if batches are to arrive on a device
+    meter: PlainMeter | None = None  # set once it has begun
 
     def __init__(self, loader: Any) -> None:
         super().__init__(loader)
@@ -65,12 +69,23 @@ class ResumableIterator(_BaseDataLoaderIter):
             self.saved.next_epoch.restore(generators_of(loader))
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
+        if self.meter is not None:
+            self.meter = self.meter.next()
         begun_with = self._shared_seed
         super()._reset(loader, first_iter)
         if first_iter:  # torch draws another seed for data pipes, which reaches workers with the next epoch
             self._shared_seed = begun_with
 
     def __next__(self) -> Any:
+        meter = self.meter
+        if meter is None:
+            return self._next_batch()
+        with meter.stalls.own("map"):
+            batch = self._next_batch()
+        meter.delivered()
+        return batch
+
+    def _next_batch(self) -> Any:
         try:
             batch = super().__next__()
         except StopIteration:
@@ -96,7 +111,14 @@ class ResumableIterator(_BaseDataLoaderIter):
 
     def delivered(self, batch: Any) -> Any:
         """The batch for the user; afterwards it counts as delivered."""
-        return batch if self.mover is None else self.mover.deliver(batch)
+        if self.mover is None:
+            return batch
+        account = activity.current()
+        before = account.switch("transfer")
+        try:
+            return self.mover.deliver(batch)
+        finally:
+            account.switch(before)
 
     @property
     def order(self) -> OrderIterator | None:
@@ -107,6 +129,21 @@ class ResumableIterator(_BaseDataLoaderIter):
         """Copy the values of the whole iteration to the progress."""
         self.progress.length = self._IterableDataset_len_called
         self.progress.base_seed, self.progress.shared_seed = self._base_seed, self._shared_seed
+
+
+class _Collate:
+    """The user's `collate_fn`, in the calling thread."""
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, samples: Any) -> Any:
+        account = activity.current()
+        before = account.switch("collate")
+        try:
+            return self._collate(samples)
+        finally:
+            account.switch(before)
 
 
 class SingleProcessIterator(_SingleProcessDataLoaderIter, ResumableIterator):
@@ -121,7 +158,7 @@ class SingleProcessIterator(_SingleProcessDataLoaderIter, ResumableIterator):
         # The saved iteration has drawn torch's seed already, so the generators are restored. A data set whose
         # `load_state_dict` sets them is not undone.
         with nullcontext() if saved is None else preserve_global_generators():
-            super().__init__(LoaderView(loader))
+            super().__init__(LoaderView(loader, collate_fn=_Collate(loader.collate_fn)))
         if saved is not None:
             self._resume(saved, saved.workers[0], loader.batch_size)
             self.progress.begun_at = saved.workers[0]

@@ -20,6 +20,7 @@ from torch.utils.data import BatchSampler, IterDataPipe
 from torch.utils.data.dataloader import _DatasetKind
 
 from fastload import callers
+from fastload.stats import PlainMeter, empty_stats
 from fastload.torchloader.iterators import ResumableIterator, SingleProcessIterator, WorkersIterator
 from fastload.torchloader.loader_state import LoaderState, SavedState, read_state, state_for_user
 from fastload.torchloader.process_iterator import ProcessIterator
@@ -86,6 +87,14 @@ class Reading:
         self._loaded: tuple[LoaderState, SavedState] | None = None  # where the next iteration begins
         self._prepared: ResumableIterator | None = None  # the next iteration, begun early for its state
         self._has_warned = False
+        self._meter: PlainMeter | None = None  # of the latest iteration, or the one that persistent workers made first
+
+    def stats(self) -> dict[str, Any]:
+        """The figures of the latest iteration."""
+        latest = self._latest()
+        if latest is not None and latest.meter is not None:
+            self._meter = latest.meter
+        return empty_stats(0) if self._meter is None else self._meter.stats()
 
     def iterator(self, loader: Any) -> Any:
         """Begin an iteration."""
@@ -93,7 +102,10 @@ class Reading:
         if prepared is not None:
             return prepared
         loaded, self._loaded = self._loaded, None
-        iterator = _begun(loader, None if loaded is None else loaded[1])
+        meter = PlainMeter(0 if self._meter is None else self._meter.epoch + 1, loader.num_workers)
+        with meter.stalls.own("startup", is_for_batch=False):
+            iterator = _begun(loader, None if loaded is None else loaded[1])
+        iterator.meter = self._meter = meter
         self._progress, self._latest = iterator.progress, weakref.ref(iterator)
         return iterator
 

@@ -204,9 +204,10 @@ def test_indexes_are_not_left_to_a_call_that_was_interrupted(
 
 def test_reports_are_shown(cache: Cache) -> None:
     with cache.consumer(name="train") as consumer:
-        consumer.report(samples=12)
+        consumer.report(samples=12, stalls={"fetch": 0.5})
         (line,) = consumer.stats()["consumers"]
-        assert (line["name"], line["pid"], line["samples"]) == ("train", os.getpid(), 12)
+        assert (line["name"], line["pid"]) == ("train", os.getpid())
+        assert line["report"] == {"samples": 12, "stalls": {"fetch": 0.5}}
 
 
 @pytest.mark.parametrize("mode", ["auto", "inprocess"])

@@ -59,7 +59,7 @@ FROM_CONSUMER: dict[str, tuple[Any, ...]] = {
     "label": ("train", [0, 1]),
     "held": (6,),
     "stats": (7,),
-    "report": ({"wait_bytes_s": 0.5},),
+    "report": ({"samples": 12, "stalls": {"fetch": 0.5}},),
     "ping": (),
 }
 FROM_OPERATOR: dict[str, tuple[Any, ...]] = {
