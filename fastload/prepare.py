@@ -3,7 +3,7 @@
 Warming fills the cache in the order in which a job will read. The plan is the job's own: the same URLs, seed, shuffle
 and epoch give the same order. The service fetches along it and keeps every chunk that the disk tier has room for;
 meanwhile this process indexes the shards as their chunks arrive, so that the job neither fetches nor parses, and knows
-how many samples there are.
+how many samples there are. It stands back behind jobs that train (`service.warming_limit`).
 
 Indexing alone fetches only the chunks that hold headers, from several shards at a time; shards whose index is known are
 not read again. The indexes stay in the cache. They can also be written to a file (see `formats.sidecar`), which saves
@@ -13,11 +13,12 @@ every other node the same work.
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -27,19 +28,23 @@ from fastload import shares
 from fastload.arguments import checked_urls
 from fastload.client.cache import AnyCache, handle_of
 from fastload.client.consumer import Consumer
-from fastload.errors import ConfigError
+from fastload.errors import ConfigError, FastloadError, ShardError, StoreError, WaitTimeoutError, from_wire
 from fastload.formats import ShardIndex
 from fastload.history.library import WARMING
 from fastload.pipeline.manifest_files import shared_manifest
 from fastload.pipeline.shard_listing import attach, find_sidecars, list_shards
 from fastload.pipeline.shards import ShardTable
 from fastload.plan import Manifest, Ranks, RequestedOrder, objects_in_use_order
-from fastload.protocol import Progress
+from fastload.protocol import Progress, WarmTerms
+from fastload.redaction import redact
 from fastload.store.logins import apart
 from fastload.store.table import ObjectTable
 
 if TYPE_CHECKING:
     from fastload.formats.sidecar import SidecarWriter
+
+
+_ANY_TERMS = WarmTerms()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,8 @@ class Warmed:
     """The result: `held_bytes` of `total_bytes` are cached.
 
     `sample_count` is that of a job's shards, and 0 where a run's objects were warmed, which are not parsed;
-    `missing_count` of what the run had read are not there any more.
+    `missing_count` of what the run had read are not there any more. `failed` are the shards that could not be had, by
+    URL, where it went on without them.
     """
 
     object_count: int
@@ -70,11 +76,12 @@ class Warmed:
     fetched_bytes: int = 0
     sample_count: int = 0
     missing_count: int = 0
+    failed: Mapping[str, FastloadError] = field(default_factory=dict)
 
     @property
     def is_complete(self) -> bool:
         """Whether the job, or the same run, would fetch nothing now."""
-        return self.held_bytes >= self.total_bytes
+        return self.held_bytes >= self.total_bytes and not self.failed
 
 
 def warm(
@@ -82,11 +89,13 @@ def warm(
     cache: AnyCache,
     *,
     storage_options: Mapping[str, Any] | None = None,
+    terms: WarmTerms = _ANY_TERMS,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Warmed:
     """Fill `cache` for one epoch of a job. Blocks until everything is there, or the cache is full.
 
-    Raises the errors of listing, fetching and indexing, as a job would.
+    Raises the errors of listing, fetching and indexing, as a job would; where `terms.goes_on`, those of listing and
+    denied access only, and shards that cannot be had are `failed`.
     """
     checked_urls(job.urls)
     handle = handle_of(cache)
@@ -98,19 +107,29 @@ def warm(
         attach(consumer, manifest, sidecars)
         order = job.order.settled(job.ranks, handle.limits.ram_bytes)
         plan = objects_in_use_order(manifest, order, job.epoch, ranks=job.ranks)
-        consumer.set_plan(plan, job.epoch, warm=True)
+        consumer.set_plan(plan, job.epoch, warm=True, terms=terms)
+        counter = _Counter(consumer, manifest, sidecars, plan.tolist(), goes_on=terms.goes_on)
         indexing = ThreadPoolExecutor(1, "fastload-index")
-        counting = indexing.submit(
-            _count_by_indexing, _shard_table(consumer, manifest, sidecars), consumer, plan.tolist()
-        )
+        counting = indexing.submit(counter.run)
+
+        def came(progress: Progress) -> None:
+            counter.follow(progress)
+            on_progress(progress)
+
         try:
-            progress = _follow(consumer, on_progress)
+            progress = _follow(consumer, came)
             sample_count = counting.result()
         finally:
+            counter.stop()
             with consumer.interrupted():
                 indexing.shutdown()
     return Warmed(
-        len(plan), progress.total_bytes, progress.held_bytes, progress.fetched_bytes, sample_count=sample_count
+        len(plan),
+        progress.total_bytes,
+        progress.held_bytes,
+        progress.fetched_bytes,
+        sample_count=sample_count,
+        failed=counter.failed | {url: from_wire(name, message) for url, name, message in progress.failures},
     )
 
 
@@ -119,6 +138,7 @@ def warm_run(
     cache: AnyCache,
     *,
     storage_options: Mapping[str, Any] | None = None,
+    terms: WarmTerms = _ANY_TERMS,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Warmed:
     """Fill `cache` with the objects at `urls`, as they are now and in this order: those that an earlier run read.
@@ -132,7 +152,7 @@ def warm_run(
         if not len(objects):
             return Warmed(0, missing_count=missing_count)
         consumer.attach(objects)
-        consumer.set_plan(range(len(objects)), 0, warm=True)
+        consumer.set_plan(range(len(objects)), 0, warm=True, terms=terms)
         progress = _follow(consumer, on_progress)
     return Warmed(
         len(objects),
@@ -160,11 +180,61 @@ def _follow(consumer: Consumer, on_progress: Callable[[Progress], None]) -> Prog
     return progress
 
 
-def _count_by_indexing(shards: ShardTable, consumer: Consumer, object_nos: list[int]) -> int:
-    """The number of samples; indexes one shard after the other, behind the fetching."""
-    sample_count = sum(index.sample_count for number in object_nos for index in shards.index(consumer, [number]))
-    consumer.stats()  # once it has answered this, the service has all that was sent before, the last index included
-    return sample_count
+class _Counter:
+    """Counts samples by indexing one shard after the other, each when it has been fetched, as far as counts can say:
+    what is indexed is in RAM then, and wants no request of its own.
+    """
+
+    def __init__(
+        self, consumer: Consumer, manifest: Manifest, sidecars: ObjectTable, object_nos: list[int], *, goes_on: bool
+    ) -> None:
+        self._consumer, self._manifest, self._object_nos, self._goes_on = consumer, manifest, object_nos, goes_on
+        self._shards = _shard_table(consumer, manifest, sidecars)
+        self._changed = threading.Condition()
+        self._done_chunks = 0
+        self._is_finished = self._is_stopped = False
+        self.failed: dict[str, FastloadError] = {}
+
+    def run(self) -> int:
+        """The number of samples; to be called once, in a thread of its own."""
+        sample_count = chunk_count = 0
+        for number in self._object_nos:
+            chunk_count += -(-int(self._manifest.sizes[number]) // self._consumer.chunk_bytes)
+            if not self._wait_for(chunk_count):
+                return 0
+            sample_count += self._count(number)
+        self._consumer.stats()  # once it has answered this, the service has all that was sent before
+        return sample_count
+
+    def _wait_for(self, chunk_count: int) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_stopped or self._is_finished or self._done_chunks >= chunk_count)
+            return not self._is_stopped
+
+    def _count(self, number: int) -> int:
+        while True:
+            try:
+                (index,) = self._shards.index(self._consumer, [number])
+            except WaitTimeoutError:  # warming stands back: how long is no sign of anything, and the plan has its own
+                continue
+            except (ShardError, StoreError) as error:
+                if not self._goes_on:
+                    raise
+                self.failed[redact(self._manifest.objects[number].url)] = error
+                return 0
+            return index.sample_count
+
+    def follow(self, progress: Progress) -> None:
+        """So far has been fetched."""
+        with self._changed:
+            self._done_chunks, self._is_finished = progress.done_chunks, progress.finished
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Nothing more is wanted of it."""
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify_all()
 
 
 # Each waits for one chunk at a time.

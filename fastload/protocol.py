@@ -122,13 +122,30 @@ class Attach(Message, tag="attach"):
     rows: ObjectRows
 
 
+class WarmTerms(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
+    """On which terms a warm-up has the cache filled: no faster than `bytes_per_s` (0: as fast as jobs leave room for),
+    before others by `deadline` (seconds since 1970; 0: none), then by `priority`, then by age. With `goes_on`, an
+    object that cannot be fetched does not end it.
+    """
+
+    bytes_per_s: Annotated[int, msgspec.Meta(ge=0)] = 0
+    priority: int = 0
+    deadline: float = 0.0
+    goes_on: bool = False
+
+
 class SetPlan(Message, tag="plan"):
-    """The order in which objects will be read, all chunks of each; replaces the plan before. Empty: no plan."""
+    """The order in which objects will be read, all chunks of each; replaces the plan before. Empty: no plan.
+
+    With `warm`, fill the cache with them: a warm-up on these `terms`, and behind what jobs read. A job that has its own
+    data kept names none.
+    """
 
     objects: list[int]
     epoch: int
     warm: bool
     position: int
+    terms: WarmTerms | None = None
 
 
 class Keep(Message, tag="keep"):
@@ -449,7 +466,11 @@ class Trouble(Message, tag="trouble"):
 
 
 class Progress(Message, tag="progress"):
-    """How far a warm plan is. `held_*` counts what the cache holds now; `error_name` is empty while all is well."""
+    """How far a warm plan is. `held_*` counts what the cache holds now; `error_name` is empty while all is well.
+
+    Of a plan that goes on, `failed_objects` counts those that could not be had; when it is finished, `failures` has the
+    URL of each, up to a thousand, with its error's name and message.
+    """
 
     done_chunks: int
     done_bytes: int
@@ -461,6 +482,8 @@ class Progress(Message, tag="progress"):
     finished: bool
     error_name: str
     error_message: str
+    failed_objects: int = 0
+    failures: list[tuple[str, str, str]] = []
 
 
 class Pong(Message, tag="pong"):

@@ -291,16 +291,19 @@ class Consumer:
                 self._keep = keep
                 self._send(keep)
 
-    def set_plan(self, object_order: Ints, epoch: int = 0, warm: bool = False) -> None:
+    def set_plan(
+        self, object_order: Ints, epoch: int = 0, warm: bool = False, terms: protocol.WarmTerms | None = None
+    ) -> None:
         """All chunks of these objects (numbers, int[n]) in this order will be needed; replaces the plan before.
 
-        With `warm`, fill the cache with them instead of the arena only; see `progress` and `wait_progress`.
+        With `warm`, fill the cache with them instead of the arena only; see `progress` and `wait_progress`. `terms` are
+        those of a warm-up, which stands back behind jobs; a job that has its own data kept names none.
         """
         self._enter()
         order = self._attached.checked_objects(object_order)
         with self._changed:
             self._progress = None
-            self._plan = protocol.SetPlan(order, epoch, warm, 0)
+            self._plan = protocol.SetPlan(order, epoch, warm, 0, terms)
             self._send(self._plan)
 
     def foresee(self, first: int, positions: npt.NDArray[np.integer[Any]]) -> None:

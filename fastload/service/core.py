@@ -22,7 +22,7 @@ from fastload import protocol
 from fastload.errors import CacheError
 from fastload.rendezvous import ServiceLocation
 from fastload.service import scheduler
-from fastload.service.candidates import Candidates, Warming
+from fastload.service.candidates import Candidates
 from fastload.service.clearing import Clearing
 from fastload.service.description import describe, judged
 from fastload.service.disk_io import DISK_DEADLINE_S, DiskEvictor, DiskWatch, Quota, WriteBehind
@@ -43,6 +43,7 @@ from fastload.service.shared_state import SharedState
 from fastload.service.state import ConsumerState, Plan
 from fastload.service.stores import StoreFactory, StoreTable
 from fastload.service.threads import Pool
+from fastload.service.warming import Warming
 from fastload.snapshot import Snapshot
 
 log = logging.getLogger("fastload.service")
@@ -84,6 +85,8 @@ class Core:
         self._tick_due = self._flush_due = False
         self._looking_again = False
         self._release_timer: asyncio.TimerHandle | None = None
+        self._warming_timer: asyncio.TimerHandle | None = None
+        self.rest_after_s = RELEASE_AFTER_S
         self._memory_pool = resources.pools.make("memory", 1)
         self._memory_pool.finishes = True
         self.service_id = os.urandom(16)
@@ -107,9 +110,9 @@ class Core:
         self._evictor = DiskEvictor(shared)
         self._writer = WriteBehind(resources, shared, self._watch, self._evictor)
         self._fetches = Fetches(resources, shared, self._endpoints)
-        self._warming = Warming(shared, self._writer)
-        self._candidates = Candidates(shared, self._warming, self._endpoints)
-        self._residency = Residency(resources, shared, self._watch, self._fetches, self._writer, self._warming)
+        self.warming = Warming(resources, shared, self._writer, self._endpoints)
+        self._candidates = Candidates(shared, self.warming, self._endpoints)
+        self._residency = Residency(resources, shared, self._watch, self._fetches, self._writer, self.warming)
 
     def _make_services(self, resources: Resources) -> None:
         """What consumers ask for besides chunks, and what is kept of what they read."""
@@ -149,7 +152,7 @@ class Core:
         self._resources.stores.remove(consumer.options_key)
         self._flush_soon()
         if not self.consumers:
-            self._release_timer = self._loop.call_later(RELEASE_AFTER_S, self._release)
+            self._release_timer = self._loop.call_later(self.rest_after_s, self._release)
         self._wake()
 
     def _release(self) -> None:
@@ -276,7 +279,7 @@ class Core:
         if plan is not None:
             self.holdings.use(plan.objects())
         if isinstance(plan, WarmPlan) and plan.to_disk:
-            self._warming.write_resident(plan)
+            self.warming.write_resident(plan)
 
     def _advance(self, consumer: ConsumerState, position: int) -> None:
         plan = _own_plan(consumer)
@@ -305,6 +308,7 @@ class Core:
             self._endpoints.free_at,
             lambda name: self._endpoints.reserved_at(name) if name in beginning else 0,
         )
+        self.warming.begin_turn(self._residency.loading, beginning)
         quick = self._disk_is_quick()
         actions = scheduler.decide(
             self._candidates.by_need(),
@@ -320,12 +324,16 @@ class Core:
         if self._watch.stalled and self._table.quarantined_count == self._table.count:
             self._refuse_demands()
         self._leases.grant_deferred()
-        wait_s = self._warming.tend(self._resources.now())
-        if wait_s is not None:
-            self._loop.call_later(wait_s, self._wake)
+        self._look_again_in(self.warming.tend(self._resources.now()))
         for consumer in self.consumers:
             self._note_warmed(consumer)
             consumer.flush()
+
+    def _look_again_in(self, wait_s: float | None) -> None:
+        """Have a tick then, for warming; in place of the one that was due for it. None: only when something happens."""
+        if self._warming_timer is not None:
+            self._warming_timer.cancel()
+        self._warming_timer = None if wait_s is None else self._loop.call_later(wait_s, self._wake)
 
     def _disk_is_quick(self) -> bool:
         """Whether writes are worth waiting for; if one waits, look again when this write turns out to be slow."""

@@ -31,7 +31,8 @@ from functools import partial
 from typing import Any
 
 from fastload.cache import ChunkKey
-from fastload.service.eviction import WriteBudget, write_queue_max, write_threads
+from fastload.service.eviction import write_queue_max, write_threads
+from fastload.service.rate_budget import RateBudget
 from fastload.service.resources import Resources
 from fastload.service.shared_state import SharedState
 from fastload.service.state import Chunk
@@ -46,6 +47,8 @@ QUICK_S = 2.0
 # Writes of one chunk, each of which found less room than its victims were to leave, or than another one had made for
 # itself just then.
 _TRIES_MAX = 4
+# What a limit of writes leaves unused may be used later, up to so many seconds of it.
+_SAVED_S = 10.0
 
 
 class DiskEvictor:
@@ -90,7 +93,7 @@ class WriteBehind:
         self._running: dict[Chunk, float] = {}  # when each began
         self._was_slow = False  # the last write that ended
         self._tries: dict[Chunk, int] = {}  # of those that are tried again
-        self._budget = WriteBudget(0, self._now())
+        self._budget = RateBudget(0, self._now(), _SAVED_S)
         self.counters: Counter[str] = Counter(
             written_chunks=0,
             written_bytes=0,

@@ -79,12 +79,10 @@ class Fetches:
             self._timer = self._loop.call_later(_LOOK_S_MIN, self._look)
 
     def _begin(self, chunk: Chunk, buffer: int, *, is_hedge: bool) -> None:
-        endpoint = self._endpoints.use(chunk.entry.origin)
+        endpoint = self._endpoints.begin(chunk.entry.origin, self._now())
         watch = Watch(partial(self._tell, endpoint), self._now, self._waited_for_core)
         request = _FetchRequest(chunk, buffer, endpoint, watch, self._now(), is_hedge)
         self._requests.setdefault(chunk, []).append(request)
-        endpoint.in_flight += 1
-        endpoint.hedger.request_count += 1
 
         def done(_: None, error: BaseException | None) -> None:
             self._done(request, error)
@@ -120,6 +118,7 @@ class Fetches:
             other.endpoint.in_flight -= 1
             other.watch.cancel()
         if error is None:
+            self._endpoints.came(request.endpoint, chunk.length, self._now())
             self._take(chunk, request.buffer)
             self.counters["hedges_won"] += request.is_hedge
         self._ended.pop(chunk)(chunk, error)

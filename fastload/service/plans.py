@@ -13,24 +13,34 @@ one, in any order, and the counts of that are the progress that the consumer see
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import islice
 
 from fastload import protocol
 from fastload.cache.policy import BLIND, PolicyName
-from fastload.errors import to_wire
+from fastload.errors import AccessDeniedError, to_wire
+from fastload.redaction import redact
 from fastload.service.buffers import BufferTable
 from fastload.service.eviction import DiskOrder, TierArcs
 from fastload.service.scheduler import Candidate, Need, OnDisk
 from fastload.service.state import Chunk, ChunkState, ConsumerState, ObjectEntry, Plan, Step
+from fastload.service.warming_limit import warming_budget
 
 
 class PlanSet:
     """Changed by the loop's thread only."""
 
     def __init__(
-        self, consumers: Collection[ConsumerState], table: BufferTable, disk_order: DiskOrder, arcs: TierArcs
+        self,
+        consumers: Collection[ConsumerState],
+        table: BufferTable,
+        disk_order: DiskOrder,
+        arcs: TierArcs,
+        now: Callable[[], float],
     ) -> None:
         self._consumers, self._table, self._disk_order, self._arcs = consumers, table, disk_order, arcs
+        self._now = now
 
     def all(self) -> Iterator[Plan]:
         """Every live plan."""
@@ -41,8 +51,9 @@ class PlanSet:
         return [plan for plan in self.all() if not isinstance(plan, WarmPlan)]
 
     def warm(self) -> list[WarmPlan]:
-        """Those that only fill the cache, and have not done so yet."""
-        return [plan for plan in self.all() if isinstance(plan, WarmPlan) and not plan.finished]
+        """Those that only fill the cache, and have not done so yet, the most urgent first."""
+        plans = [plan for plan in self.all() if isinstance(plan, WarmPlan) and not plan.finished]
+        return sorted(plans, key=WarmPlan.urgency)  # which leaves those that are alike in the order of their ages
 
     def set(self, consumer: ConsumerState, message: protocol.SetPlan, *, to_disk: bool) -> Plan | None:
         """Give the consumer another plan, or none; `to_disk`: a warm one fills the disk."""
@@ -83,7 +94,7 @@ class PlanSet:
     def _begin(self, consumer: ConsumerState, message: protocol.SetPlan, to_disk: bool) -> Plan:
         entries = [consumer.entry(number) for number in message.objects]
         if message.warm:
-            plan: Plan = WarmPlan(entries, consumer.options_key, message.epoch, to_disk)
+            plan: Plan = WarmPlan(entries, consumer.options_key, message.epoch, to_disk, message.terms, self._now())
         else:
             plan = Plan(entries, consumer.options_key, message.epoch, message.position)
         for entry in plan.objects():
@@ -118,14 +129,28 @@ OPEN, HELD, NOT_HELD = range(3)
 # Positions looked at in one tick: some milliseconds.
 _LOOKED_AT_MAX = 4000
 _REPORT_EVERY_S = 0.1
+# A warm-up that stands back for long is alive all the same.
+_REPORT_AGAIN_S = 5.0
+_FAILURES_MAX = 1000  # that are told one by one
 
 
 class WarmPlan(Plan):
     """Changed by the loop's thread only."""
 
-    def __init__(self, entries: Sequence[ObjectEntry], options_key: str, epoch: int, to_disk: bool) -> None:
+    def __init__(
+        self,
+        entries: Sequence[ObjectEntry],
+        options_key: str,
+        epoch: int,
+        to_disk: bool,
+        terms: protocol.WarmTerms | None,
+        now: float,
+    ) -> None:
         super().__init__(list(dict.fromkeys(entries)), options_key, epoch)
         self.to_disk = to_disk
+        self.terms = terms
+        self.budget = warming_budget(terms.bytes_per_s if terms else 0, now)
+        self.failures: dict[ObjectEntry, BaseException] = {}  # of one that goes on
         self._states = bytearray(self.chunk_count)
         self._next = 0  # everything below is settled or in hand
         self._in_hand: set[int] = set()
@@ -136,7 +161,7 @@ class WarmPlan(Plan):
         self.total_bytes = sum(entry.info.size for entry in self.entries)
         self.done_chunks = self.done_bytes = self.held_chunks = self.held_bytes = self.fetched_bytes = 0
         self._reported = (-1, False)
-        self._reported_at = 0.0
+        self._reported_at = now - _REPORT_EVERY_S
         if to_disk:
             # In RAM these chunks have done their work once they are written.
             self.advance(self.chunk_count)
@@ -151,6 +176,14 @@ class WarmPlan(Plan):
         """The object of the first position that is not settled or in hand, if there is one."""
         return self.at(self._next)[0] if self._next < self.chunk_count else None
 
+    def urgency(self) -> tuple[bool, float, int]:
+        """By which warm plans are ordered, the most urgent first: those of jobs that read the data themselves, then
+        warm-ups by deadline and priority.
+        """
+        if self.terms is None:
+            return False, 0.0, 0
+        return True, self.terms.deadline or math.inf, -self.terms.priority
+
     def candidates(self, on_disk: OnDisk) -> Iterator[Candidate]:
         """What should be loaded, in the plan's order."""
         self.more_to_look_at = False
@@ -159,10 +192,9 @@ class WarmPlan(Plan):
                 self.more_to_look_at = True
                 return
             chunk = entry.chunks.get(index)
-            state = ChunkState.ABSENT if chunk is None else chunk.state
-            if on_disk(entry, index) if self.to_disk else state is ChunkState.RESIDENT:
+            if self._is_held(entry, index, on_disk):
                 self._settle(position, held=True)
-            elif state is ChunkState.ABSENT:
+            elif chunk is None or chunk.state is ChunkState.ABSENT:
                 yield Candidate(entry, index, Need.WARMING, position, False, self, may_displace=False)
 
     def _todo(self) -> Iterator[Step]:
@@ -208,9 +240,18 @@ class WarmPlan(Plan):
             self._in_hand.discard(position)
             self._next = min(self._next, position)
 
-    def fail(self, error: BaseException) -> None:
-        """Something that no chunk will get past."""
-        self.error = self.error or error
+    def fail(self, chunk: Chunk, error: BaseException) -> None:
+        """The chunk cannot be had. That ends the plan, or what it wants of the object; where access is denied, no chunk
+        will get past it.
+        """
+        if self.terms is None or not self.terms.goes_on or isinstance(error, AccessDeniedError):
+            self.error = self.error or error
+            return
+        self.failures.setdefault(chunk.entry, error)
+        start = self._starts_of[chunk.entry][0]
+        for index in range(chunk.entry.chunk_count):
+            if self._to_do(start + index) or (index == chunk.index and self._mine(chunk) is not None):
+                self._settle(start + index, held=False)
 
     def retry(self) -> None:
         """What was in the way may be gone."""
@@ -218,12 +259,18 @@ class WarmPlan(Plan):
         self._in_hand.clear()
         self._next = 0
 
-    def end_here(self) -> None:
-        """No room is left: what is still to do is not held."""
-        for position in range(self._next, self.chunk_count):
+    def end_here(self, on_disk: OnDisk) -> None:
+        """No room is left: what is still to do is held already, or not at all."""
+        for position, entry, index in self._steps(self._next):
             if self._to_do(position):
-                self._settle(position, held=False)
+                self._settle(position, held=self._is_held(entry, index, on_disk))
         self._next = self.chunk_count
+
+    def _is_held(self, entry: ObjectEntry, index: int, on_disk: OnDisk) -> bool:
+        if self.to_disk:
+            return on_disk(entry, index)
+        chunk = entry.chunks.get(index)
+        return chunk is not None and chunk.state is ChunkState.RESIDENT
 
     def newly_settled(self) -> Iterator[Step]:
         """What was settled since, in the plan's order: no position before those ahead of it."""
@@ -258,15 +305,18 @@ class WarmPlan(Plan):
     # Progress
 
     def report(self, now: float) -> tuple[protocol.Progress | None, float]:
-        """The progress to report now, or else in how many seconds to look again (0: when something happens)."""
+        """The progress to report now, if any, and in how many seconds to look again (0: when something happens)."""
         figures = (self.done_chunks, self.finished)
-        if figures == self._reported:
+        if figures != self._reported:
+            wait_s = self._reported_at + _REPORT_EVERY_S - now
+        elif self.terms is None or self.finished:
             return None, 0.0
-        wait_s = self._reported_at + _REPORT_EVERY_S - now
+        else:
+            wait_s = self._reported_at + _REPORT_AGAIN_S - now
         if wait_s > 0 and not self.finished:
             return None, wait_s
         self._reported, self._reported_at = figures, now
-        return self._progress(), 0.0
+        return self._progress(), 0.0 if self.terms is None or self.finished else _REPORT_AGAIN_S
 
     def _progress(self) -> protocol.Progress:
         name, message = ("", "") if self.error is None else to_wire(self.error)
@@ -281,4 +331,9 @@ class WarmPlan(Plan):
             finished=self.finished,
             error_name=name,
             error_message=message,
+            failed_objects=len(self.failures),
+            failures=[
+                (redact(entry.info.url), *to_wire(failure))
+                for entry, failure in islice(self.failures.items(), _FAILURES_MAX if self.finished else 0)
+            ],
         )

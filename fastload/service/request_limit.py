@@ -49,6 +49,7 @@ from typing import Any
 import numpy as np
 
 from fastload.histogram import Histogram
+from fastload.service.warming_limit import LinkMeter, Links
 from fastload.store.watch import Attempt, Outcome
 
 # About one shard: what is needed first does not share a slow link with what is needed later.
@@ -530,6 +531,7 @@ class Endpoint:
 
     controller: Controller
     hedger: Hedger
+    meter: LinkMeter = field(default_factory=LinkMeter)
     in_flight: int = 0  # without those that lost to another one: they may hang for long, and nothing waits for them
     request_times: Histogram = field(default_factory=Histogram)
     first_byte_times: Histogram = field(default_factory=Histogram)
@@ -576,6 +578,7 @@ class Endpoints:
         self.known: Mapping[str, Learnt] = {}  # what earlier runs learnt
         self._fixed, self._hedger = fixed, hedger
         self._endpoints: dict[str, Endpoint] = {}  # the one used last is the last
+        self.meter = LinkMeter()
         self._forgotten: Counter[str] = Counter()  # what was refused by those that are not known any more
 
     @property
@@ -619,6 +622,29 @@ class Endpoints:
     def items(self) -> Iterable[tuple[str, Endpoint]]:
         """Each, by its name."""
         return self._endpoints.items()
+
+    @property
+    def links(self) -> Links:
+        """What was measured of the node's link, and of each endpoint."""
+        return Links(
+            self.meter.bytes_per_s,
+            lambda name: self._endpoints[name].meter.bytes_per_s if name in self._endpoints else 0.0,
+        )
+
+    def begin(self, name: str, now: float) -> Endpoint:
+        """A request begins: its endpoint."""
+        endpoint = self.use(name)
+        for meter, in_flight in ((self.meter, self.in_flight), (endpoint.meter, endpoint.in_flight)):
+            if not in_flight:
+                meter.began(now)
+        endpoint.in_flight += 1
+        endpoint.hedger.request_count += 1
+        return endpoint
+
+    def came(self, endpoint: Endpoint, byte_count: int, now: float) -> None:
+        """A request has brought so many bytes."""
+        self.meter.came(byte_count, now)
+        endpoint.meter.came(byte_count, now)
 
     def learnt(self) -> dict[str, tuple[Learnt, int]]:
         """What is known of each by now, and how many requests it was sent."""

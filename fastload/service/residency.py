@@ -16,7 +16,6 @@ from collections import Counter
 from fastload import protocol
 from fastload.errors import StoreError
 from fastload.service import buffers
-from fastload.service.candidates import Warming
 from fastload.service.disk_io import DiskWatch, WriteBehind
 from fastload.service.eviction import read_threads
 from fastload.service.fetches import Fetches
@@ -26,6 +25,7 @@ from fastload.service.scheduler import Candidate
 from fastload.service.shared_state import SharedState
 from fastload.service.state import Chunk, Plan, WriteState
 from fastload.service.threads import Done
+from fastload.service.warming import Warming
 
 
 class Residency:
@@ -69,6 +69,7 @@ class Residency:
         self._begin(chunk, candidate.on_disk, options_key)
         self._leases.loading(chunk)
         self._table.refresh(chunk)
+        self._warming.began(candidate, chunk)
         if isinstance(candidate.plan, WarmPlan):
             candidate.plan.taken(chunk)
 
@@ -138,7 +139,7 @@ class Residency:
             if position >= 0:
                 plan.failed.add(position)
             if isinstance(plan, WarmPlan) and position >= 0:
-                plan.fail(error)
+                plan.fail(chunk, error)
         self._events.load_failed(chunk, error)
         self._table.clear(chunk)
         chunk.abort_load()

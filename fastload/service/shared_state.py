@@ -40,7 +40,7 @@ class SharedState:
         disk_order = DiskOrder(resources.disk.keys())
         arcs = TierArcs(resources.disk, resources.limits.ram_bytes, disk_order.is_pinned)
         table = BufferTable(resources.arena.buffer_count, arcs.belongs_in_ram)
-        plans = PlanSet(consumers, table, disk_order, arcs)
+        plans = PlanSet(consumers, table, disk_order, arcs, resources.now)
         return cls(
             consumers=consumers,
             disk=resources.disk,

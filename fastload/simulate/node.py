@@ -99,12 +99,14 @@ class SimulatedNode:
     # What is heard
 
     def _fetched(self, info: ObjectInfo, start: int, byte_count: int) -> None:
-        chunk = self._data.chunk_of_url[info.url] + start // self._data.chunk_bytes
-        self.remote_bytes[self._epoch_of(chunk)] += byte_count
+        first = self._data.chunk_of_url.get(info.url)
+        if first is not None:  # else it is warmed for another job
+            self.remote_bytes[self._epoch_of(first + start // self._data.chunk_bytes)] += byte_count
 
     def _read(self, key: ChunkKey, byte_count: int) -> None:
-        chunk = int(self._data.first_chunk[self._object_nos[key.object_id]]) + key.index
-        self.disk_bytes[self._epoch_of(chunk)] += byte_count
+        object_no = self._object_nos.get(key.object_id)
+        if object_no is not None:
+            self.disk_bytes[self._epoch_of(int(self._data.first_chunk[object_no]) + key.index)] += byte_count
 
     def _epoch_of(self, chunk: int) -> int:
         return int(self._closed[:, chunk].min()) + 1

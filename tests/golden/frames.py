@@ -42,7 +42,7 @@ FROM_CONSUMER: dict[str, tuple[Any, ...]] = {
     "resolve": (1, ["s3://bucket/"], [".tar"], ["fastload-index.arrow"], True),
     "open": (2, "s3://bucket/a.tar"),
     "attach": (True, False, _ROWS),
-    "plan": ([0, 2, 1], 3, True, 17),
+    "plan": ([0, 2, 1], 3, True, 17, protocol.WarmTerms(200_000_000, 5, 1.75e9, True)),
     "keep": ([0, 1], "sieve"),
     "uses": (1 << 33, b"\0\0\0\0\1\0\0\0"),
     "advance": (300,),
@@ -87,7 +87,7 @@ FROM_SERVICE: dict[str, tuple[Any, ...]] = {
     "stats_reply": (7, {"node": {"fetched_bytes": 1, "beside": ""}, "consumer": {"ram_bytes": 2}}),
     "request_failed": (8, "StoreError", "no"),
     "trouble": ("the disk is full",),
-    "progress": (1, 2, 3, 4, 5, 6, 7, False, "StoreError", "no"),
+    "progress": (1, 2, 3, 4, 5, 6, 7, False, "StoreError", "no", 1, [("s3://bucket/a.tar", "StoreError", "no")]),
     "pong": (),
 }
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fastload import protocol
 from fastload.cache import CacheDirectory, DiskTier, limits
 from fastload.service.core import Core
-from fastload.service.eviction import WriteBudget
+from fastload.service.rate_budget import RateBudget
 from tests.service.helpers import CHUNK_BYTES
 from tests.service.world import Side, World, settle, until
 
@@ -22,7 +22,7 @@ FILE_BYTES = DiskTier.file_bytes(CHUNK_BYTES)
     writes=st.lists(st.tuples(st.integers(0, 50), st.integers(1, 5000)), max_size=60),
 )
 def test_no_more_is_let_through_than_was_earned(rate: int, writes: list[tuple[int, int]]) -> None:
-    budget, now, through, largest = WriteBudget(rate, 0.0), 0.0, 0, 0
+    budget, now, through, largest = RateBudget(rate, 0.0, 10.0), 0.0, 0, 0
     for pause_s, byte_count in writes:
         now += pause_s
         wait_s = budget.wait_s(now)
@@ -31,18 +31,18 @@ def test_no_more_is_let_through_than_was_earned(rate: int, writes: list[tuple[in
         if is_through:
             through, largest = through + byte_count, max(largest, byte_count)
         else:
-            assert WriteBudget.take(_copy(budget), byte_count, now + wait_s + 1e-6)
+            assert RateBudget.take(_copy(budget), byte_count, now + wait_s + 1e-6)
     assert through <= rate * (now + 10) + largest
 
 
-def _copy(budget: WriteBudget) -> WriteBudget:
-    copy = WriteBudget(0, 0.0)
+def _copy(budget: RateBudget) -> RateBudget:
+    copy = RateBudget(0, 0.0, 10.0)
     copy.__dict__.update(budget.__dict__)
     return copy
 
 
 def test_what_is_given_back_may_be_used_and_no_limit_is_none() -> None:
-    budget = WriteBudget(10, 0.0)
+    budget = RateBudget(10, 0.0, 10.0)
     assert budget.take(100, 0.0)
     assert not budget.take(1, 0.0)
     budget.give_back(100)

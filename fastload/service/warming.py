@@ -1,0 +1,191 @@
+"""Warm plans, seen through: what becomes of their chunks, when they end, their progress, and their manners beside jobs
+(`warming_limit`).
+
+Warming is what warm-ups ask for: the chunks of their plans, and those that they want themselves, to index the shards
+that came. What a job wants as well is the job's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from itertools import chain
+from typing import TypeGuard
+
+from fastload.protocol import SOURCE_REMOTE
+from fastload.service.disk_io import WriteBehind
+from fastload.service.plans import WarmPlan
+from fastload.service.request_limit import Endpoints
+from fastload.service.resources import Resources
+from fastload.service.scheduler import Candidate
+from fastload.service.shared_state import SharedState
+from fastload.service.state import Chunk, ConsumerState, Plan, WriteState
+from fastload.service.warming_limit import InFlight, Turn, WarmingLimit
+
+# Chunks of a plan that are passed over in one turn, since their endpoint takes no more just now: enough to find others.
+_REFUSED_MAX = 32
+# A wait of the core is no shorter, so that none is rounded to nothing.
+_WAIT_S_MIN = 0.001
+
+
+class Warming:
+    """See the module's text. Used by the loop's thread only."""
+
+    def __init__(self, resources: Resources, shared: SharedState, writer: WriteBehind, endpoints: Endpoints) -> None:
+        self._now, self._changed = resources.now, resources.events.changed
+        self._shared, self._plans, self._table, self._writer = shared, shared.plans, shared.table, writer
+        self._endpoints = endpoints
+        self._limit = WarmingLimit(self._now())
+        self._in_flight: set[Chunk] = set()  # what was begun for warm-ups; some of it may be a job's by now
+        self._turn: Turn | None = None  # None: there is nothing to hold back
+
+    # Limits and manners
+
+    def limit(self, bytes_per_s: int, requests: int) -> None:
+        """All warm-ups together fetch so many bytes a second from now on, with so many requests; 0: no limit."""
+        self._limit.change(bytes_per_s, requests, self._now())
+        self._changed()
+
+    def begin_turn(self, loading: Collection[Chunk], beginning: Collection[str]) -> None:
+        """Look at what jobs do, for the decision that follows. `loading`: what is being loaded; `beginning`: the
+        endpoints that jobs wait for to begin.
+        """
+        self._turn = None
+        warm_ups = [plan for plan in self._plans.warm() if plan.terms is not None]
+        self._in_flight.intersection_update(loading)
+        if not warm_ups:
+            return
+        for plan in warm_ups:
+            plan.more_to_look_at = False
+        remote = [chunk for chunk in loading if chunk.source == SOURCE_REMOTE]
+        of_jobs = {chunk for chunk in remote if chunk not in self._in_flight or _is_wanted_by_job(chunk)}
+        to_come = [
+            chunk
+            for chunk in chain(self._shared.leases.demanded, self._shared.leases.wanted)
+            if _is_wanted_by_job(chunk) and not self._shared.on_disk(chunk.entry, chunk.index)
+        ]
+        waited_for = {chunk.entry.origin for chunk in chain(of_jobs, to_come) if _is_waited_for_by_job(chunk)}
+        self._limit.observe(bool(of_jobs or to_come), {*waited_for, *beginning}, self._now())
+        in_flight: dict[str, InFlight] = {}
+        for chunk in self._in_flight - of_jobs:
+            before = in_flight.get(chunk.entry.origin, InFlight())
+            in_flight[chunk.entry.origin] = InFlight(before.count + 1, before.byte_count + chunk.length)
+        self._turn = self._limit.turn(in_flight, self._endpoints.links, self._now())
+
+    def admits_want(self, chunk: Chunk) -> bool:
+        """Whether to load a chunk that consumers want: one that a job wants in any case."""
+        if self._turn is None or _is_wanted_by_job(chunk) or self._shared.on_disk(chunk.entry, chunk.index):
+            return True
+        budget = next(
+            consumer.plan.budget for consumer, _ in chunk.wanters if isinstance(consumer.plan, WarmPlan)
+        )  # of the first, as its plan is what the load will be of
+        return self._turn.admits(chunk.entry.origin, chunk.length, budget)
+
+    def candidates(self) -> Iterator[Candidate]:
+        """What to load for warm plans, the most urgent plan first."""
+        for plan in self._plans.warm():
+            if self.may_fetch_for(plan):
+                yield from self._candidates_of(plan)
+
+    def _candidates_of(self, plan: WarmPlan) -> Iterator[Candidate]:
+        candidates = plan.candidates(self._shared.on_disk)
+        if plan.terms is None or self._turn is None:
+            yield from candidates
+            return
+        refused = 0
+        for candidate in candidates:
+            entry = candidate.entry
+            if self._turn.admits(entry.origin, entry.length(candidate.index), plan.budget):
+                yield candidate
+                continue
+            refused += 1
+            if refused > _REFUSED_MAX or not self._turn.admits_any(plan.budget):
+                return
+
+    def began(self, candidate: Candidate, chunk: Chunk) -> None:
+        """The candidate is being loaded."""
+        plan = candidate.plan
+        if candidate.on_disk or not _is_warm_up(plan) or _is_wanted_by_job(chunk):
+            return
+        self._in_flight.add(chunk)
+        self._limit.began(chunk.entry.origin, chunk.length, plan.budget, self._endpoints.links, self._now())
+
+    # Chunks and plans
+
+    def write_resident(self, plan: WarmPlan) -> None:
+        """Chunks that a new plan finds in RAM need no fetching, only writing."""
+        for chunk in list(plan.resident()):
+            if chunk.write is not WriteState.NONE:
+                plan.taken(chunk)
+            elif not self._shared.on_disk(chunk.entry, chunk.index) and self._writer.admit(chunk, patient=True):
+                plan.taken(chunk)
+                self._table.refresh(chunk)
+
+    def came(self, chunk: Chunk) -> list[WarmPlan]:
+        """A chunk has been loaded; returns the plans that it is of."""
+        plans = [plan for plan in self._plans.warm() if plan.position(chunk.entry, chunk.index) >= 0]
+        for plan in plans:
+            plan.came(chunk)
+        return plans
+
+    def not_written(self, chunk: Chunk, plans: list[WarmPlan]) -> None:
+        """It need not be written for these plans, or cannot be."""
+        for plan in plans:
+            held = not plan.to_disk or self._shared.on_disk(chunk.entry, chunk.index)
+            plan.settle(chunk, held=held)
+            plan.full |= not held
+
+    def no_room_for(self, plan: WarmPlan) -> bool:
+        """Whether there is no use in fetching anything more for it."""
+        if plan.full or not plan.to_disk:
+            return plan.full or self._table.free_count == 0
+        entry = plan.next_object
+        if entry is not None and self._shared.disk_order.is_pinned(entry.id):
+            return self._writer.full_of_pinned
+        return self._writer.full
+
+    def may_fetch_for(self, plan: WarmPlan) -> bool:
+        """Whether to fetch more for it now."""
+        return not self.no_room_for(plan) and self._pause_s(plan) == 0
+
+    def _pause_s(self, plan: WarmPlan) -> float:
+        """For how many seconds it waits, because no more may be written."""
+        return self._writer.wait_s() if plan.to_disk and not plan.finished else 0.0
+
+    def tend(self, now: float) -> float | None:
+        """End plans that have no more room, and report progress to their consumers.
+
+        Returns in how many seconds to look again; None: when something happens.
+        """
+        waits_s = [
+            self._tend(consumer, consumer.plan, now)
+            for consumer in self._shared.consumers
+            if isinstance(consumer.plan, WarmPlan)
+        ]
+        if self._turn is not None and self._turn.wait_s < math.inf:
+            waits_s.append(self._turn.wait_s)
+        wait_s = min((wait_s for wait_s in waits_s if wait_s is not None), default=None)
+        return max(_WAIT_S_MIN, wait_s) if wait_s else wait_s
+
+    def _tend(self, consumer: ConsumerState, plan: WarmPlan, now: float) -> float | None:
+        if plan.in_hand_count == 0 and not plan.finished and self.no_room_for(plan):
+            plan.end_here(self._shared.on_disk)
+        progress, wait_s = plan.report(now)
+        if progress is not None:
+            consumer.send(progress)
+        if plan.more_to_look_at and self.may_fetch_for(plan):
+            return 0.0
+        return min((each_s for each_s in (self._pause_s(plan), wait_s) if each_s > 0), default=None)
+
+
+def _is_warm_up(plan: Plan | None) -> TypeGuard[WarmPlan]:
+    """Whether it is a warm-up's, and not a job's that has its own data kept."""
+    return isinstance(plan, WarmPlan) and plan.terms is not None
+
+
+def _is_wanted_by_job(chunk: Chunk) -> bool:
+    return any(not _is_warm_up(consumer.plan) for consumer, _ in chunk.wanters)
+
+
+def _is_waited_for_by_job(chunk: Chunk) -> bool:
+    return any(want.urgent and not _is_warm_up(consumer.plan) for (consumer, _), want in chunk.wanters.items())
