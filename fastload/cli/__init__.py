@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 import fastload
 from fastload.cli import compile as kernels
-from fastload.cli import daemon, demo, exits, history, index, simulate, status, top, warm
+from fastload.cli import daemon, demo, exits, history, index, jobs, simulate, status, top, warm
 from fastload.cli.printing import examples, plain
 from fastload.errors import FastloadError
 
@@ -70,6 +70,7 @@ _add(
     "Index all shards of a data set.",
     "fastload index 's3://bucket/train-{0000..0099}.tar' --output=train.arrow",
 )
+app.add_typer(jobs.app, name="jobs", short_help="The warming jobs of the daemon.")
 _add(
     "simulate",
     simulate.simulate,

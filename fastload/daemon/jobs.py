@@ -29,7 +29,7 @@ from fastload import snapshot
 from fastload.cache import tempfiles
 from fastload.daemon.config import DataTable
 from fastload.daemon.schedule import Contender, jittered, pause_s
-from fastload.errors import CacheError
+from fastload.errors import CacheError, ConfigError
 from fastload.redaction import redact
 from fastload.store.types import ObjectInfo
 
@@ -246,10 +246,13 @@ def read_kept(root: Path) -> Kept:
     """What the file has; CacheError for one that cannot be read, which is put aside."""
     path = path_of(root)
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Kept)
+        kept = msgspec.json.decode(path.read_bytes(), type=Kept)
+        for job in kept.jobs:
+            job.table.check()
+        return kept
     except FileNotFoundError:
         return Kept()
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, ConfigError) as error:
         aside = path.with_name("jobs.json.damaged")
         with contextlib.suppress(OSError):
             os.replace(path, aside)

@@ -443,6 +443,7 @@ class Supervisor:
 
     def _unpin(self, job: Job) -> None:
         """A data set is not kept any more."""
+        self._core.holdings.unpin([job.table.name])
 
     # Status
 

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -402,3 +403,44 @@ def test_as_a_command_a_bad_configuration_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr == f"fastload: ConfigError: {tmp_path / 'bad.toml'}: cash is no key; did you mean cache?\n"
     assert not (tmp_path / "cache").exists()
+
+
+# The command line
+
+
+def test_jobs_are_listed_shown_cancelled_and_tried_again(s3, place: Path) -> None:
+    data = corpus(shard_count=3)
+    url = data.put(s3)
+
+    def jobs(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return run_cli("jobs", *arguments, f"--cache={place}", check=check)
+
+    with Daemon(
+        place, LIMITS + data_table("train", url, priority=2) + data_table("bad", "s3://no-such-bucket/a.tar")
+    ) as daemon:
+        daemon.wait_done("train")
+        daemon.wait_for("bad", lambda job: job.state == "failed")
+        listed = json.loads(jobs("ls", "--json").stdout)
+        assert [(job["id"], job["state"]) for job in listed] == [("train", "done"), ("bad", "failed")]
+        lines = jobs("ls").stdout.splitlines()
+        assert lines[0].split()[:4] == ["job", "data", "set", "state"]
+        assert "ObjectMissingError" in lines[2]
+        shown = jobs("show", "train").stdout
+        assert f"urls:        {url}\n" in shown
+        assert "state:       done\n" in shown
+        assert json.loads(jobs("show", "train", "--json").stdout)["held_bytes"] == data.byte_count
+        assert jobs("cancel", "train").stdout == ""
+        assert daemon.job("train").state == "cancelled"
+        jobs("retry", "train")
+        daemon.wait_done("train")
+        done = jobs("cancel", "none", check=False)
+        assert (done.returncode, "no job 'none'; `fastload jobs ls`" in done.stderr) == (1, True)
+    for verb in (["ls"], ["show", "a"], ["cancel", "a"], ["retry", "a"]):
+        assert jobs(*verb, check=False).returncode == 3
+
+
+def test_jobs_of_a_service_that_is_no_daemon(place: Path) -> None:
+    with fastload.Cache(place) as cache, cache._handle.consumer(name="train"):
+        done = run_cli("jobs", "ls", f"--cache={place}", check=False)
+        assert done.returncode == 3
+        assert "`fastload daemon` takes over" in done.stderr

@@ -1,0 +1,207 @@
+"""What becomes of a job, with time passed in; and the file that keeps submitted ones, also where writing it fails."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastload.daemon.config import data_table
+from fastload.daemon.jobs import Figures, Job, Kept, job_id, of_kept, path_of, read_kept, to_keep, write_kept
+from fastload.errors import CacheError
+from fastload.store.types import ObjectInfo
+
+ALL = Figures(done_bytes=10, total_bytes=10, held_bytes=10, fetched_bytes=10, shard_count=2)
+
+
+def job(**more: object) -> Job:
+    table = data_table({"name": "a", "urls": ["s3://b/a/"], **more}, None)
+    return Job("a", table, is_submitted=True, since=1000.0)
+
+
+def listing(**etags: str) -> dict[str, ObjectInfo]:
+    return {f"s3://b/a/{name}": ObjectInfo(f"s3://b/a/{name}", 5, etag) for name, etag in etags.items()}
+
+
+def run(it: Job, figures: Figures, now: float) -> None:
+    it.begun(now)
+    it.came_to(figures, now)
+    it.succeeded(now, 0.5)
+
+
+def test_one_that_is_done_is_not_due_again() -> None:
+    it = job(deadline="2h")
+    assert (it.due_at, it.deadline_at) == (0.0, 1000.0 + 7200)
+    run(it, ALL, 5.0)
+    assert (it.state, it.due_at, it.watch_at, it.error) == ("done", math.inf, math.inf, "")
+    it.retry(7.0, 2000.0)
+    assert (it.state, it.due_at, it.deadline_at) == ("waiting", 7.0, 9200.0)
+
+
+def test_what_failed_is_tried_again_after_growing_pauses() -> None:
+    it = job()
+    pauses = []
+    for now in (0.0, 100.0, 200.0):
+        it.begun(now)
+        it.failed("StoreError: no", now, 0.5)
+        assert (it.state, it.error) == ("failed", "StoreError: no")
+        pauses.append(it.due_at - now)
+    assert pauses == sorted(pauses)
+    assert pauses[0] < pauses[-1]
+    run(it, ALL, 300.0)
+    it.begun(400.0)
+    it.failed("again", 400.0, 0.5)
+    assert it.due_at - 400.0 == pauses[0]
+
+
+def test_a_shard_that_failed_is_named_and_tried_again() -> None:
+    it = job()
+    run(it, msgspec.structs.replace(ALL, held_bytes=5, failed={"s3://b/a/1": "it is not there"}), 5.0)
+    assert it.state == "failed"
+    assert it.error == "1 of 2 shards failed, the first: s3://b/a/1: it is not there"
+    assert 5.0 < it.due_at < 15.0
+
+
+def test_a_full_cache_is_said_and_not_tried_in_vain() -> None:
+    it = job()
+    run(it, msgspec.structs.replace(ALL, held_bytes=5), 5.0)
+    assert (it.state, it.due_at) == ("failed", math.inf)
+    assert it.error.startswith("the cache is full: 5 of 10 bytes are held; raise disk_bytes")
+
+
+def test_a_watched_store_that_changes_makes_it_due() -> None:
+    it = job(watch="10s", deadline="1h")
+    it.listed()
+    assert it.watched(listing(x="1", y="1"), 0.0, 1000.0, 0.5) == []
+    assert it.watch_at == 10.0
+    it.state = "waiting"
+    run(it, ALL, 5.0)
+    assert it.watched(listing(x="1", y="1"), 15.0, 1015.0, 0.5) == []
+    assert (it.state, it.due_at) == ("done", math.inf)
+    gone = it.watched(listing(x="1", y="2", z="1"), 25.0, 1025.0, 0.5)
+    assert gone == [ObjectInfo("s3://b/a/y", 5, "1")]
+    assert (it.state, it.due_at, it.deadline_at) == ("waiting", 25.0, 1025.0 + 3600)
+    run(it, ALL, 30.0)
+    assert it.watched(listing(x="1"), 40.0, 1040.0, 0.5) == [
+        ObjectInfo("s3://b/a/y", 5, "2"),
+        ObjectInfo("s3://b/a/z", 5, "1"),
+    ]
+
+
+def test_a_store_that_cannot_be_listed_later_leaves_what_is_done() -> None:
+    it = job(watch="10s")
+    it.listed()
+    it.not_listed("AccessDeniedError: no", 0.0, 0.5)
+    assert it.state == "failed"
+    assert it.due_at > 0
+    run(it, ALL, 5.0)
+    it.not_listed("StoreUnavailableError: no", 20.0, 0.5)
+    assert (it.state, it.error, it.due_at) == ("done", "StoreUnavailableError: no", math.inf)
+    assert it.watch_at == 30.0
+
+
+def test_one_that_was_stopped_goes_on_and_one_that_was_cancelled_does_not() -> None:
+    it = job()
+    it.begun(1.0)
+    it.stopped()
+    assert (it.state, it.due_at) == ("waiting", 0.0)
+    it.cancel()
+    it.stopped()
+    assert (it.state, it.due_at) == ("cancelled", math.inf)
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 10), st.integers(0, 1 << 30)), min_size=1, max_size=20))
+def test_the_rate_is_between_the_slowest_and_the_fastest(steps: list[tuple[float, int]]) -> None:
+    it, now, fetched = job(), 100.0, 0
+    it.begun(now)
+    rates = [0.0]
+    for seconds, more in steps:
+        now, fetched = now + seconds, fetched + more
+        rates.append(more / seconds)
+        it.came_to(Figures(total_bytes=1 << 40, fetched_bytes=fetched), now)
+        assert min(rates) <= it.bytes_per_s <= max(rates) * 1.000001 + 1e-6
+        shown = it.describe(now, 1e9)
+        assert (shown.eta_s >= 0) == (it.bytes_per_s > 0)
+
+
+# The file
+
+
+def test_what_is_kept_comes_back(tmp_path: Path) -> None:
+    assert read_kept(tmp_path) == Kept()
+    waiting, done, cancelled, configured = job(), job(priority=1), job(priority=2, watch="5s"), job()
+    run(done, ALL, 1.0)
+    cancelled.cancel()
+    waiting.begun(1.0)
+    configured.is_submitted = False
+    jobs = {str(number): each for number, each in enumerate([waiting, done, cancelled, configured])}
+    for number, each in jobs.items():
+        each.id = number
+    write_kept(tmp_path, to_keep(jobs, ["once"]))
+    assert path_of(tmp_path).stat().st_mode & 0o777 == 0o600
+    kept = read_kept(tmp_path)
+    assert kept.once == ["once"]
+    back = [of_kept(each) for each in kept.jobs]
+    assert [(each.id, each.state, each.due_at) for each in back] == [
+        ("0", "waiting", 0.0),
+        ("1", "done", math.inf),
+        ("2", "cancelled", math.inf),
+    ]
+    assert [each.table for each in back] == [waiting.table, done.table, cancelled.table]
+    assert back[1].figures == ALL
+
+
+def test_of_those_that_are_over_not_all_are_kept() -> None:
+    jobs = {}
+    for number in range(250):
+        jobs[str(number)] = each = job(priority=number)
+        each.id = str(number)
+        each.cancel()
+    jobs["waits"] = job()
+    kept = to_keep(jobs, [])
+    assert [each.id for each in kept.jobs[:2]] == ["150", "151"]
+    assert len(kept.jobs) == 101
+
+
+@pytest.mark.parametrize("call", ["open", "fsync", "replace"])
+def test_a_file_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    write_kept(tmp_path, Kept(once=["before"]))
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fails)
+        with pytest.raises(OSError, match="No space left"):
+            write_kept(tmp_path, Kept(once=["after"]))
+    assert read_kept(tmp_path).once == ["before"]
+    assert [path.name for path in tmp_path.iterdir()] == ["jobs.json"]
+
+
+BAD_TABLE = (
+    b'{"jobs": [{"id": "a", "since": 1, "table": {"name": "a", "urls": ["/a"], "when": "?"}, "state": "done", '
+    b'"figures": {}}]}'
+)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"jobs": [{"id": 3}]}', b'{"jobs": 1}', b"\xff", BAD_TABLE])
+def test_a_damaged_file_is_put_aside(tmp_path: Path, content: bytes) -> None:
+    path_of(tmp_path).write_bytes(content)
+    with pytest.raises(CacheError, match=r"put aside as jobs.json.damaged; submit them again"):
+        read_kept(tmp_path)
+    assert (tmp_path / "jobs.json.damaged").read_bytes() == content
+    assert read_kept(tmp_path) == Kept()
+
+
+def test_the_id_is_that_of_the_content() -> None:
+    first, same, other = job(), job(), job(priority=1)
+    assert job_id(first.table) == job_id(same.table) != job_id(other.table)
+    assert len(job_id(first.table)) == 10
