@@ -84,18 +84,51 @@ class Warmed:
         return self.held_bytes >= self.total_bytes and not self.failed
 
 
+@dataclass(frozen=True, slots=True)
+class PinTerms:
+    """The pin of what is warmed: see `Consumer.pin`."""
+
+    name: str
+    ttl_s: float = 0.0
+    quota_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What the cache holds of a job's data, by tier, and what fetching the rest would take.
+
+    `bytes_per_s` is what the store was measured to give, by this service or an earlier one; 0: nothing is known.
+    """
+
+    object_count: int
+    total_bytes: int
+    held_bytes: int
+    ram_bytes: int
+    disk_bytes: int
+    request_count: int
+    bytes_per_s: float
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the job would fetch nothing now."""
+        return self.held_bytes >= self.total_bytes
+
+
 def warm(
     job: WarmJob,
     cache: AnyCache,
     *,
     storage_options: Mapping[str, Any] | None = None,
     terms: WarmTerms = _ANY_TERMS,
+    pin: PinTerms | None = None,
+    label: str = "",
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Warmed:
     """Fill `cache` for one epoch of a job. Blocks until everything is there, or the cache is full.
 
     Raises the errors of listing, fetching and indexing, as a job would; where `terms.goes_on`, those of listing and
-    denied access only, and shards that cannot be had are `failed`.
+    denied access only, and shards that cannot be had are `failed`. `pin` is set before anything is fetched, so that
+    what comes has room and stays. Operators see the data under `label`, or the pin's name.
     """
     checked_urls(job.urls)
     handle = handle_of(cache)
@@ -107,6 +140,10 @@ def warm(
         attach(consumer, manifest, sidecars)
         order = job.order.settled(job.ranks, handle.limits.ram_bytes)
         plan = objects_in_use_order(manifest, order, job.epoch, ranks=job.ranks)
+        if label:
+            consumer.label(label)
+        if pin is not None:
+            consumer.pin(pin.name, pin.ttl_s, pin.quota_bytes, plan)
         consumer.set_plan(plan, job.epoch, warm=True, terms=terms)
         counter = _Counter(consumer, manifest, sidecars, plan.tolist(), goes_on=terms.goes_on)
         indexing = ThreadPoolExecutor(1, "fastload-index")
@@ -130,6 +167,42 @@ def warm(
         progress.fetched_bytes,
         sample_count=sample_count,
         failed=counter.failed | {url: from_wire(name, message) for url, name, message in progress.failures},
+    )
+
+
+def look(job: WarmJob, cache: AnyCache, *, storage_options: Mapping[str, Any] | None = None) -> Outlook:
+    """What `cache` holds of what a job reads in an epoch. Lists the store and fetches nothing; raises its errors."""
+    checked_urls(job.urls)
+    handle = handle_of(cache)
+    urls, storage_options = apart(job.urls, storage_options)
+    job = replace(job, urls=urls)
+    with handle.consumer(storage_options, WARMING) as consumer:
+        manifest = _manifest(consumer, job)
+        order = job.order.settled(job.ranks, handle.limits.ram_bytes)
+        plan = objects_in_use_order(manifest, order, job.epoch, ranks=job.ranks)
+        return _look_at(consumer, manifest.objects.take(plan))
+
+
+def look_at_run(urls: Sequence[str], cache: AnyCache, *, storage_options: Mapping[str, Any] | None = None) -> Outlook:
+    """The same of the objects at `urls`, as they are now: those that an earlier run read."""
+    with handle_of(cache).consumer(storage_options, WARMING) as consumer:
+        return _look_at(consumer, consumer.present(urls))
+
+
+def _look_at(consumer: Consumer, objects: ObjectTable) -> Outlook:
+    consumer.attach(objects)
+    held = consumer.held()
+    endpoints = consumer.stats()["node"]["endpoints"].values()
+    missing_bytes = held.byte_count - held.held_bytes
+    chunk_count = int((-(-objects.sizes // consumer.chunk_bytes)).sum())
+    return Outlook(
+        object_count=len(objects),
+        total_bytes=held.byte_count,
+        held_bytes=held.held_bytes,
+        ram_bytes=held.ram_bytes,
+        disk_bytes=held.disk_bytes,
+        request_count=-(-chunk_count * missing_bytes // max(1, held.byte_count)),
+        bytes_per_s=max((each["bytes_per_s"] for each in endpoints), default=0.0),
     )
 
 
