@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 import fastload
 from fastload.cli import compile as kernels
-from fastload.cli import daemon, demo, exits, history, index, jobs, simulate, status, top, warm
+from fastload.cli import daemon, demo, doctor, exits, history, index, jobs, simulate, status, top, warm
 from fastload.cli.printing import examples, plain
 from fastload.errors import FastloadError
 
@@ -63,6 +63,14 @@ _add(
     "fastload daemon --config=/etc/fastload.toml",
 )
 _add("demo", demo.demo, "Train a small network on real photographs, here.", "fastload demo --epochs=1")
+_add(
+    "doctor",
+    doctor.doctor,
+    "What is wrong here, and how to mend it.",
+    "fastload doctor",
+    "fastload doctor s3://bucket/train/ --cache=/nvme/fastload",
+    "fastload doctor 's3://bucket/train-{0000..0099}.tar' --json",
+)
 app.add_typer(history.app, name="history", short_help="Runs that a cache remembers.")
 _add(
     "index",

@@ -85,7 +85,7 @@ class ObjectStore:
     def __init__(self, root: str, options: StoreOptions) -> None:
         self._root = root
         self._options = options
-        self._endpoint = _endpoint(root, options)
+        self._endpoint = endpoint_of(root, options)
         self._who = describe_credentials(scheme(root), options)
         store = _open(root, options, self._endpoint)
         self._lock = threading.Lock()
@@ -376,7 +376,7 @@ def _no_credentials() -> Any:
     raise RuntimeError("AWS_EC2_METADATA_DISABLED forbids requests to the metadata server")
 
 
-def _endpoint(root: str, options: StoreOptions) -> str:
+def endpoint_of(root: str, options: StoreOptions) -> str:
     """Where requests go: also the provider's own endpoint has a name."""
     kind, extra = scheme(root), dict(options.extra)
     if options.endpoint:
