@@ -329,6 +329,35 @@ class RetryJob(Message, tag="retry_job"):
     id: str
 
 
+class Unpin(Message, tag="unpin"):
+    """End pins: those of these names, and what these URLs and prefixes (which end in a slash) name of all pins. Also
+    from a consumer. Answered by `Done`, with `byte_count`, of all objects that no pin names any more, and `names` of
+    the pins that ended or became smaller.
+    """
+
+    request: int
+    what: list[str]
+
+
+class Evict(Message, tag="evict"):
+    """Remove what is called so, by URL, prefix (which ends in a slash) or data set, from both tiers. Answered by `Done`
+    with `freed_bytes`, and what stays: `in_use_bytes` (leased, or being loaded) and `pinned_bytes`.
+    """
+
+    request: int
+    what: list[str]
+
+
+class Verify(Message, tag="verify"):
+    """Read what is on disk of what is called so (as for `Evict`; of an empty list everything), and check it. With
+    `repair` remove what is damaged, so that it is fetched again. Answered by `Verified`, several times.
+    """
+
+    request: int
+    what: list[str]
+    repair: bool
+
+
 # From the service
 
 
@@ -353,6 +382,22 @@ class Done(Message, tag="done"):
 
     request: int
     values: dict[str, Any]
+
+
+class Verified(Message, tag="verified"):
+    """How far a `Verify` is, once a second and at its end, which has `finished`. `damaged` are the chunks found since
+    the last message, as their files are called (docs/format.md); `skipped_chunks` were not there any more, or could not
+    be read.
+    """
+
+    request: int
+    done_chunks: int
+    total_chunks: int
+    done_bytes: int
+    skipped_chunks: int
+    damaged_chunks: int
+    damaged: list[str]
+    finished: bool
 
 
 class Welcome(Message, tag="welcome"):
@@ -510,18 +555,20 @@ FromConsumer = (
     | GetCounts
     | Clear
     | Pin
+    | Unpin
     | Label
     | Held
     | Stats
     | Report
     | Ping
 )
-FromOperator = Observe | Watch | HandOver | SubmitJob | CancelJob | RetryJob
+FromOperator = Observe | Watch | HandOver | SubmitJob | CancelJob | RetryJob | Clear | Unpin | Evict | Verify
 FromService = (
     Welcome
     | Observed
     | Shown
     | Done
+    | Verified
     | Refused
     | Grants
     | Failed

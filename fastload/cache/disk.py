@@ -158,6 +158,32 @@ class DiskTier:
         assert len(out) >= self.chunk_bytes, f"a buffer of {len(out)} bytes for chunks of {self.chunk_bytes}"
         return self._get(key, lambda path: chunkfile.read_into(path, key, out), lambda length: length)
 
+    def verify(self, key: ChunkKey, scratch: memoryview, *, repair: bool) -> bool | None:
+        """Whether the chunk's file is what was written, found out by reading it into `scratch`, which takes a whole
+        chunk; None where it is not there, or cannot be read for a reason that is not its own. With `repair`, a damaged
+        one is removed.
+        """
+        entry = self._held.get(key)
+        if not self._health.readable or entry is None:
+            return None
+        path = path_in(self._root, key)
+        try:
+            chunkfile.read_into(path, key, scratch)
+        except FileNotFoundError:
+            self._forget(key, entry)
+            return None
+        except chunkfile.ChunkDamagedError as error:
+            if repair:
+                self._condemn(key, entry, path)
+                self._health.read_damaged(path, str(error))
+            return False
+        except OSError as error:
+            is_its_own = self._health.read_failed(path, error)
+            if is_its_own and repair:
+                self._condemn(key, entry, path)
+            return False if is_its_own else None
+        return True
+
     def write(self, key: ChunkKey, buffer: memoryview, length: int) -> bool:
         """Keep the first `length` bytes of `buffer` as the chunk; False where there is no room, or no disk.
 

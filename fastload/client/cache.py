@@ -14,24 +14,29 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias, TypeVar, get_args
 
 from fastload import callers
-from fastload.cache import CacheDirectory
+from fastload.arguments import checked_urls
+from fastload.cache import CacheDirectory, url_without_credentials
 from fastload.callers import public
 from fastload.client.connector import Connector, ServiceMode
 from fastload.client.consumer import Consumer
-from fastload.config import CacheLimits, default_cache_dir, format_bytes, parse_bytes
+from fastload.config import CacheLimits, default_cache_dir, format_bytes, parse_bytes, parse_seconds
 from fastload.errors import CacheError, ConfigError, ServiceError
 from fastload.lifecycle import keep_forever, on_fork, reset_on_fork
+from fastload.store.logins import apart
 from fastload.waiting import Waits
 
 Shared = TypeVar("Shared")
 
 _IDLE_S = 30.0
+_PIN_NAME_MAX = 500
+_ANY_ENDING = ("",)
 
 
 class Cache:
@@ -96,13 +101,47 @@ class Cache:
         return self._handle.limits.disk_bytes
 
     @public
-    def clear(self, *, history: bool = False) -> int:
-        """Empty the cache, RAM and disk, save for what is in use just now; with `history`, forget what runs read too.
+    def clear(self, *, history: bool = False, pins: bool = False) -> int:
+        """Empty the cache, RAM and disk, save for what is in use just now and what is pinned; with `history`, forget
+        what runs read too, and with `pins`, end all pins first, so that what they kept goes as well.
 
         Jobs that use it go on, and fetch again what they need. Returns how many bytes that freed. CacheError where the
         disk does not answer, CacheError or ServiceError where the service cannot be reached.
         """
-        return self._handle.clear(history=history)
+        return self._handle.clear(history=history, pins=pins)
+
+    @public
+    def pin(
+        self,
+        urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        name: str | None = None,
+        ttl: float | str | None = None,
+        quota: int | str | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Keep these objects on disk, whatever other jobs read: no plan of another displaces them, warm or live.
+
+        `urls` are brace patterns, prefixes that end in "/" (all that lies under them) or single objects, as they are in
+        the store now. A pin fetches nothing: what it names is kept once a job or `fastload warm` has fetched it, and
+        has its room until then. It needs no process, and lasts through ends of the service, until it is unpinned, is
+        set anew under its `name` (by default the URLs; also the name of the data set in what `fastload cache` and
+        `status` show), or none of its objects was used for `ttl` (seconds, or such as "14d"; a use is noted within five
+        minutes). `quota`, such as "1TiB", is the most that it may name.
+
+        Returns how many bytes it names. CacheError where they are more than the quota, or than `disk_bytes` can hold
+        beside other pins, and where the cache has no disk tier; the store's errors come as they are.
+        """
+        return self._handle.pin(urls, name=name, ttl=ttl, quota=quota, storage_options=storage_options)
+
+    @public
+    def unpin(self, name: str | Sequence[str]) -> int:
+        """End a pin by its name, or take URLs, brace patterns and prefixes that end in "/" out of all pins.
+
+        What was kept stays in the cache as long as nothing else needs its room. Returns how many bytes no pin names any
+        more; 0 where none was called so. CacheError or ServiceError where the service cannot be reached.
+        """
+        return self._handle.unpin([name] if isinstance(name, str) else list(name))
 
     @public
     def stats(self) -> dict[str, Any]:
@@ -216,16 +255,47 @@ class Handle:
             value: Shared = self._shared[key]
             return value
 
-    def clear(self, *, history: bool = False) -> int:
-        """Empty the cache, RAM and disk, save for what is in use just now; with `history`, forget what runs read too.
+    def clear(self, *, history: bool = False, pins: bool = False) -> int:
+        """See `Cache.clear`."""
+        with self._own_service("clear", "cleared") as consumer:
+            return consumer.clear(history=history, pins=pins)
 
-        Jobs that use it go on, and fetch again what they need. Returns how many bytes that freed. CacheError where the
-        disk does not answer, CacheError or ServiceError where the service cannot be reached.
-        """
-        with self.consumer(name="clear") as consumer:
+    def pin(
+        self,
+        urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        name: str | None = None,
+        ttl: float | str | None = None,
+        quota: int | str | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> int:
+        """See `Cache.pin`."""
+        ttl_s = 0.0 if ttl is None else parse_seconds(ttl, "ttl")
+        quota_bytes = 0 if quota is None else parse_bytes(quota, "quota")
+        if ttl is not None and not ttl_s:
+            raise ConfigError(f'ttl={ttl!r} would end the pin at once; give a time such as "14d", or None for no end')
+        names, options = apart(checked_urls(urls), storage_options)
+        called = name if name is not None else ", ".join(names)[:_PIN_NAME_MAX]
+        if not isinstance(called, str) or not 0 < len(called) <= _PIN_NAME_MAX:
+            raise ConfigError(f"name={name!r} must be a text of 1 to {_PIN_NAME_MAX} letters")
+        with self._own_service("pin", "pinned in", options) as consumer:
+            consumer.attach(consumer.resolve(names, _ANY_ENDING))
+            return consumer.pin(called, ttl_s, quota_bytes)
+
+    def unpin(self, what: Sequence[str]) -> int:
+        """See `Cache.unpin`."""
+        with self._own_service("unpin", "unpinned in") as consumer:
+            return consumer.unpin(named(what))
+
+    @contextmanager
+    def _own_service(
+        self, name: str, done: str, storage_options: Mapping[str, Any] | None = None
+    ) -> Iterator[Consumer]:
+        """A consumer of the directory's own service, for the block; ServiceError where a stand-in serves."""
+        with self.consumer(storage_options, name) as consumer:
             if consumer.beside:
-                raise ServiceError(f"the cache {self.directory} cannot be cleared: {consumer.beside}")
-            return consumer.clear(history=history)
+                raise ServiceError(f"the cache {self.directory} cannot be {done}: {consumer.beside}")
+            yield consumer
 
     def close(self) -> None:
         """End all consumers made through this handle in this process, and the service if it runs in this process."""
@@ -268,6 +338,17 @@ class Handle:
         self._lock = threading.Lock()
         self._shared = {}
         self._consumers = weakref.WeakSet(self._consumers)
+
+
+def named(what: Sequence[str]) -> list[str]:
+    """Names of pins and data sets, URLs and prefixes, as the service knows them: brace patterns are written out."""
+    from fastload.store.listing import expand
+
+    found = dict.fromkeys(what)  # as they are, too: a pin may be called like a pattern
+    for each in what:
+        if "/" in each:
+            found |= dict.fromkeys(map(url_without_credentials, expand(each)))
+    return list(found)
 
 
 def _open(path: Path, explicit: dict[str, int], otherwise: CacheLimits | None) -> CacheDirectory:

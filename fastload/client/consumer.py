@@ -65,6 +65,7 @@ _WHAT_FOR: dict[type[protocol.Message], str] = {
     protocol.GetIndexes: "for the indexes of shards",
     protocol.Held: "to say what it holds",
     protocol.Pin: "to pin objects",
+    protocol.Unpin: "to unpin objects",
     protocol.Open: "to find an object",
     protocol.Resolve: "to list the shards",
     protocol.Stats: "for its figures",
@@ -528,6 +529,15 @@ class Consumer:
         (part,) = self._ask_service(
             lambda request: protocol.Pin(request, name, checked, float(ttl_s), int(quota_bytes)), "service", deadline_s
         )
+        assert isinstance(part, protocol.Done)
+        return int(part.values["byte_count"])
+
+    def unpin(self, what: Sequence[str], deadline_s: float = DEADLINE_S) -> int:
+        """End the pins of these names, and what these URLs and prefixes name of all pins; how many bytes that leaves
+        unpinned.
+        """
+        names = list(map(redact, what))
+        (part,) = self._ask_service(lambda request: protocol.Unpin(request, names), "service", deadline_s)
         assert isinstance(part, protocol.Done)
         return int(part.values["byte_count"])
 

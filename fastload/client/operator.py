@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -23,8 +23,10 @@ from fastload.errors import FastloadError, ServiceError, WaitTimeoutError, from_
 from fastload.snapshot import Snapshot
 
 _ANSWER_S = 15.0
+# Where many files have to go first, or one more is read on a slow disk.
+_REMOVAL_S = 300.0
 _RETRY_S = 1.0
-_Answer = TypeVar("_Answer", protocol.Shown, protocol.Done)
+_Answer = TypeVar("_Answer", protocol.Shown, protocol.Done, protocol.Cleared, protocol.Verified)
 
 
 class NotServedError(ServiceError):
@@ -106,11 +108,39 @@ class Operator:
         """Run a job of the daemon again now; ConfigError where there is none of this id."""
         self._request(lambda number: protocol.RetryJob(number, job_id))
 
-    def _request(self, make: Callable[[int], protocol.FromOperator]) -> dict[str, Any]:
+    def evict(self, what: Sequence[str]) -> dict[str, Any]:
+        """Remove what is called so, by URL, prefix or data set: `freed_bytes`, and what stays: `in_use_bytes` and
+        `pinned_bytes`.
+        """
+        return self._request(lambda number: protocol.Evict(number, list(what)), _REMOVAL_S)
+
+    def unpin(self, what: Sequence[str]) -> dict[str, Any]:
+        """End pins, by name, URL or prefix: `byte_count` of what is not pinned any more, and the `names` of pins."""
+        return self._request(lambda number: protocol.Unpin(number, list(what)), _REMOVAL_S)
+
+    def clear(self, *, history: bool = False, pins: bool = False) -> int:
+        """Empty the cache: see `Cache.clear`."""
+        request = self._new_request()
+        self._send(protocol.Clear(request, history, pins))
+        return self._receive(request, protocol.Cleared, _REMOVAL_S).byte_count
+
+    def verify(self, what: Sequence[str], *, repair: bool) -> Iterator[protocol.Verified]:
+        """Check what is called so on disk (nothing: all of it), and with `repair` remove what is damaged: how far it
+        is, each second, the last of which has `finished`.
+        """
+        request = self._new_request()
+        self._send(protocol.Verify(request, list(what), repair))
+        while True:
+            verified = self._receive(request, protocol.Verified, _REMOVAL_S)
+            yield verified
+            if verified.finished:
+                return
+
+    def _request(self, make: Callable[[int], protocol.FromOperator], deadline_s: float = _ANSWER_S) -> dict[str, Any]:
         """Send it, and wait for what came of it."""
         request = self._new_request()
         self._send(make(request))
-        return self._receive(request, protocol.Done, _ANSWER_S).values
+        return self._receive(request, protocol.Done, deadline_s).values
 
     def close(self) -> None:
         """End the connection. May be called twice."""

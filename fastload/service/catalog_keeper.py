@@ -193,20 +193,20 @@ class CatalogKeeper:
     def search(self, what: Iterable[str], found: Callable[[set[bytes]], None]) -> None:
         """Call `found` with the ids of what is called so (see `Catalog.find`), also of what has yet to be written."""
         names = list(what)
-        pending = dict(self._pending.objects)
+        pending = [entry for entry, _ in self._pending.objects.values()]
         self._write()
         catalog = self._catalog
         if catalog is None or not catalog.is_open or self._watch.stalled:
-            found(_called(names, pending.values()))
+            found(called(names, pending))
             return
 
         def done(stored: set[bytes] | None, error: BaseException | None) -> None:
             if error is not None:
                 self._settle(_Pending(), error)
-            found((stored or set()) | _called(names, pending.values()))
+            found((stored or set()) | called(names, pending))
 
         def hung() -> Done:
-            found(_called(names, pending.values()))
+            found(called(names, pending))
             return lambda result, error: None
 
         self._pool.submit(lambda: catalog.find(names), done=done, hung=hung)
@@ -326,11 +326,12 @@ class CatalogKeeper:
         self._submit(end, lambda result, error: None)
 
 
-def _called(names: list[str], objects: Iterable[tuple[ObjectEntry, float]]) -> set[bytes]:
+def called(what: Iterable[str], entries: Iterable[ObjectEntry]) -> set[bytes]:
     """Those that are called so, as `Catalog.find` has it."""
+    names = set(what)
     prefixes = tuple(name for name in names if name.endswith("/"))
     found = set()
-    for entry, _ in objects:
+    for entry in entries:
         url = shown_url(entry.info.url)
         if url in names or entry.data_set in names or (prefixes and url.startswith(prefixes)):
             found.add(entry.id)

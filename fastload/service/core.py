@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastload import protocol
@@ -43,6 +43,7 @@ from fastload.service.shared_state import SharedState
 from fastload.service.state import ConsumerState, Plan
 from fastload.service.stores import StoreFactory, StoreTable
 from fastload.service.threads import Pool
+from fastload.service.verifying import Verifying
 from fastload.service.warming import Warming
 from fastload.snapshot import Snapshot
 
@@ -124,8 +125,15 @@ class Core:
         self._queries = Queries(resources, self._indexes, self.consumers)
         self.holdings = Holdings(resources, self._shared, self._watch)
         self._quota = Quota(resources, self._evictor, self.holdings.took_stock)
-        self._clearing = Clearing(resources, self._residency, self._history, self._watch, self._evictor)
+        self._clearing = Clearing(
+            resources, self._shared, self._residency, self._history, self.holdings, self._watch, self._evictor
+        )
+        self.verifying = Verifying(resources, self._shared, self.holdings, self._watch, self._evictor)
         self.operators = Operators(resources, self._make_snapshot)
+        self.operators.on(protocol.Clear, lambda operator, message: self._clearing.clear(operator.send, message))
+        self.operators.on(protocol.Evict, lambda operator, message: self._clearing.evict(operator.send, message))
+        self.operators.on(protocol.Unpin, lambda operator, message: self.holdings.unpin_called(operator.send, message))
+        self.operators.on(protocol.Verify, self.verifying.verify)
 
     # Consumers
 
@@ -208,9 +216,11 @@ class Core:
                 self._openings.open(consumer, message)
                 self._replay.opening(consumer, message.url)
             case protocol.Clear():
-                self._clearing.clear(consumer, message)
+                self._clearing.clear(consumer.send, message)
             case protocol.Pin():
                 self.holdings.pin(consumer, message)
+            case protocol.Unpin():
+                self.holdings.unpin_called(consumer.send, message)
             case protocol.Label():
                 self.holdings.label(consumer, message)
             case protocol.Held():
@@ -400,7 +410,8 @@ class Core:
             **self._fetches.counters,
             **self._writer.counters,
         }
-        counted |= self._replay.counters | self.holdings.counters
+        for counters in (self._replay.counters, self.holdings.counters, self.verifying.counters):
+            counted.update(counters)
         counted["recalls"] = self._leases.recall_count
         return {
             **counted,
@@ -416,6 +427,16 @@ class Core:
         return describe(
             self._resources, self._shared, self._endpoints, self.holdings, self._node_stats(), self.operators.jobs
         )
+
+    # For who runs the service
+
+    def drop(self, urls: Sequence[str]) -> None:
+        """These are gone from their store, or have changed: neither their pins nor their chunks are of use."""
+
+        def evict(_: protocol.Message) -> None:
+            self._clearing.evict(lambda message: None, protocol.Evict(0, list(urls)))
+
+        self.holdings.unpin_called(evict, protocol.Unpin(0, list(urls)))
 
     # Trouble and the end
 

@@ -7,7 +7,7 @@ use of an object is noted in all of them, at most every few minutes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 
@@ -16,7 +16,7 @@ from fastload.cache import ChunkKey
 from fastload.cache.catalog import CatalogObject, CatalogPin, folder_of
 from fastload.config import format_bytes
 from fastload.errors import CacheError, FastloadError, to_wire
-from fastload.service.catalog_keeper import CatalogKeeper, shown_url
+from fastload.service.catalog_keeper import CatalogKeeper, called, shown_url
 from fastload.service.data_sets import DataSets
 from fastload.service.disk_io import DiskWatch
 from fastload.service.pins import Pin
@@ -186,6 +186,45 @@ class Holdings:
             self._repin(*self._pins.remove(name))
         if gone:
             self._keeper.put_pins(dict.fromkeys(gone))
+
+    def unpin_called(self, send: Callable[[protocol.Message], None], message: protocol.Unpin) -> None:
+        """End the pins of these names; what else is called so is taken out of all pins. Answer when that is stored."""
+        names = [name for name in message.what if self._pins.get(name) is not None]
+        others = [each for each in message.what if each not in names]
+
+        def found(object_ids: set[bytes]) -> None:
+            before = self._pins.byte_count
+            changes: dict[str, CatalogPin | None] = dict.fromkeys(names)
+            for name in names:
+                self._repin(*self._pins.remove(name))
+            for pin in self._pins.without(object_ids):
+                used_at = self._pins.used_at(pin.name)
+                self._repin(*(self._pins.put(pin, used_at) if pin.sizes else self._pins.remove(pin.name)))
+                changes[pin.name] = self._stored(pin) if pin.sizes else None
+            done = protocol.Done(
+                message.request, {"byte_count": before - self._pins.byte_count, "names": sorted(changes)}
+            )
+
+            def stored(error: CacheError | None) -> None:
+                send(done if error is None else protocol.RequestFailed(message.request, *to_wire(error)))
+
+            if changes:
+                self._keeper.put_pins(changes, stored)
+            else:
+                send(done)
+
+        if others:
+            self.search(others, found)
+        else:
+            found(set())
+
+    def search(self, what: Sequence[str], found: Callable[[set[bytes]], None]) -> None:
+        """Call `found` with the ids of objects that are called so, by URL, prefix, data set or pin."""
+        here = {key for name in what for key in getattr(self._pins.get(name), "sizes", ())}
+        chunks = (chunk for chunk in self._shared.table.chunks if chunk is not None)
+        entries = {chunk.entry.id: chunk.entry for chunk in chunks}
+        here |= called(what, entries.values())
+        self._keeper.search(what, lambda stored: found(stored | here))
 
     def _repin(self, came: Collection[bytes], gone: Collection[bytes]) -> None:
         self._shared.repin(came, gone)

@@ -56,6 +56,7 @@ class Operator:
     def __init__(self, name: str, pid: int, send: Send) -> None:
         self.name, self.pid, self.send = name, pid, send
         self.timer: asyncio.TimerHandle | None = None
+        self.is_connected = True
 
 
 class Operators:
@@ -66,6 +67,11 @@ class Operators:
         self._latest: tuple[float, Snapshot] | None = None
         self.jobs: Jobs | None = None  # a daemon's, once it has brought them
         self.hand_over: Callable[[], None] = lambda: None  # ends the service
+        self._handlers: dict[type[protocol.Message], Callable[[Operator, Any], None]] = {}
+
+    def on(self, kind: type[protocol.Message], handler: Callable[[Operator, Any], None]) -> None:
+        """Have messages of this kind answered by `handler`."""
+        self._handlers[kind] = handler
 
     def connect(self, message: protocol.FromOperator, send: Send) -> Operator:
         """Register one; ServiceError where `message` is not its first."""
@@ -75,6 +81,7 @@ class Operators:
 
     def disconnect(self, operator: Operator) -> None:
         """It has gone."""
+        operator.is_connected = False
         if operator.timer is not None:
             operator.timer.cancel()
 
@@ -89,6 +96,8 @@ class Operators:
                 self._hand_over(operator, message)
             case protocol.SubmitJob() | protocol.CancelJob() | protocol.RetryJob():
                 self._steer(operator, message)
+            case _ if type(message) in self._handlers:
+                self._handlers[type(message)](operator, message)
             case _:
                 raise ServiceError(f"an operator sent {type(message).__name__}")
 

@@ -48,7 +48,7 @@ class Pins:
         self._used_at: dict[str, float] = {}
         self._names: dict[bytes, tuple[str, ...]] = {}  # by object
         self._sizes: dict[bytes, int] = {}
-        self.file_bytes = 0  # what all pinned objects take on disk, each counted once
+        self.byte_count = self.file_bytes = 0  # of all pinned objects, each counted once: their size, and room on disk
 
     def __contains__(self, object_id: bytes) -> bool:
         """Whether a pin names the object."""
@@ -66,6 +66,10 @@ class Pins:
     def used_at(self, name: str) -> float:
         """When an object of the pin was last used, or the pin was set."""
         return self._used_at[name]
+
+    def size_of(self, object_id: bytes) -> int:
+        """How large a pinned object is."""
+        return self._sizes[object_id]
 
     def names_of(self, object_id: bytes) -> tuple[str, ...]:
         """The pins that name an object, the one that was set first in front."""
@@ -113,6 +117,7 @@ class Pins:
             names = self._names.get(object_id)
             if names is None:
                 self._names[object_id], self._sizes[object_id] = alone, size
+                self.byte_count += size
                 self.file_bytes += self._file_bytes_of(size)
                 came.add(object_id)
             else:
@@ -130,7 +135,9 @@ class Pins:
                 self._names[object_id] = names
                 continue
             del self._names[object_id]
-            self.file_bytes -= self._file_bytes_of(self._sizes.pop(object_id))
+            size = self._sizes.pop(object_id)
+            self.byte_count -= size
+            self.file_bytes -= self._file_bytes_of(size)
             gone.add(object_id)
         return set(), gone
 

@@ -12,6 +12,7 @@ given up together with the buffer, which the read may yet fill.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 from fastload import protocol
 from fastload.errors import StoreError
@@ -186,10 +187,10 @@ class Residency:
                 plan.put_back(chunk)
         self._shared.evict(chunk)
 
-    def drop_idle(self) -> int:
-        """Empty all buffers that may be; how many bytes were in them."""
+    def drop_idle(self, goes: Callable[[Chunk], bool] = lambda chunk: True) -> int:
+        """Empty all buffers that may be, of the chunks that shall go; how many bytes were in them."""
         buffers_held, _ = self._table.by_usefulness([buffers.IDLE, buffers.QUEUED])
-        chunks = [self._shared.chunk_in(buffer) for buffer in buffers_held]
+        chunks = [chunk for chunk in map(self._shared.chunk_in, buffers_held) if goes(chunk)]
         for chunk in chunks:
             self.drop(chunk)
         return sum(chunk.length for chunk in chunks)

@@ -180,6 +180,10 @@ class Disk(Protocol):
         """Fill the start of `out` with the chunk; its length, or None for no chunk."""
         ...
 
+    def verify(self, key: ChunkKey, scratch: memoryview, *, repair: bool) -> bool | None:
+        """Whether the chunk's file is whole; None: not to be said. With `repair`, a damaged one is removed."""
+        ...
+
     def write(self, key: ChunkKey, buffer: memoryview, length: int) -> bool:
         """Keep the first `length` bytes of `buffer` as the chunk; False where it is not kept."""
         ...

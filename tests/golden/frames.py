@@ -56,6 +56,7 @@ FROM_CONSUMER: dict[str, tuple[Any, ...]] = {
     "get_counts": (5, [1]),
     "clear": (6, True, True),
     "pin": (6, "train", [0, 1], 86400.0, 1 << 40),
+    "unpin": (6, ["train", "s3://bucket/"]),
     "label": ("train", [0, 1]),
     "held": (6,),
     "stats": (7,),
@@ -69,10 +70,15 @@ FROM_OPERATOR: dict[str, tuple[Any, ...]] = {
     "submit_job": (3, {"name": "a", "urls": ["s3://bucket/"], "job": {"seed": 1}}),
     "cancel_job": (4, "0123456789"),
     "retry_job": (5, "0123456789"),
+    "clear": (6, True, True),
+    "unpin": (6, ["train", "s3://bucket/"]),
+    "evict": (2, ["s3://bucket/"]),
+    "verify": (3, [], True),
 }
 FROM_SERVICE: dict[str, tuple[Any, ...]] = {
     "observed": (7, b"0123456789abcdef", 4321, True),
     "shown": (1, _SNAPSHOT),
+    "verified": (3, 70, 100, 70 << 20, 1, 1, ["0" * 32 + "-00000000"], False),
     "done": (9, {"freed_bytes": 3}),
     "welcome": (7, b"0123456789abcdef", 4321, 8 << 20, 256, ["the disk is full"]),
     "refused": ("ServiceError", "another version"),
