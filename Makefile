@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: ready demo test thorough chaos lint format bench frameworks starts wheel fuzz clean
+.PHONY: ready demo test thorough chaos lint format bench frameworks starts wheel fuzz vendor clean
 
 demo: ready
 	$(BIN)/fastload demo
@@ -69,6 +69,16 @@ fuzz: ready
 	$(BIN)/python -m tests.native.fuzz
 	$(BIN)/python -m tests.formats.fuzz_tar
 	$(BIN)/python -m tests.formats.fuzz_readers --seconds 120
+
+# What the page runs that others wrote, as they published it, with their licence and its hashes. UPLOT=1.6.33 takes another
+# version. A test holds the hashes against the files.
+UPLOT ?= 1.6.32
+vendor:
+	rm -rf build/vendor && mkdir -p build/vendor
+	cd build/vendor && npm pack --silent uplot@$(UPLOT) && tar xzf uplot-$(UPLOT).tgz
+	cp build/vendor/package/LICENSE build/vendor/package/dist/uPlot.iife.min.js build/vendor/package/dist/uPlot.min.css \
+		fastload/page/assets/uplot/
+	cd fastload/page/assets/uplot && sha256sum LICENSE uPlot.iife.min.js uPlot.min.css > SHA256SUMS
 
 # Half a second where nothing has changed. The kernels may be of another source, or for another machine.
 ready: $(STAMP)

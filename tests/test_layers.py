@@ -24,7 +24,7 @@ FLOORS = [
     "rendezvous",
     "service",
     "client",
-    "files pipeline reports",
+    "files page pipeline reports",
     "dataset_base simulate",
     "dataset loader_stream prepare",
     "daemon loader mixture",

@@ -7,6 +7,7 @@
     chunks/ index/ the disk tier (see `disk`)
     catalog.sqlite which objects these are of, and what is pinned (see `catalog`)
     history/       what earlier runs read (see `fastload.history`)
+    page.json      flock: its holder is the page (see `fastload.page`); where it is, and its token
 
 A cache hands out bytes that later become batches, so who may write here may poison a training run, and who
 may read here may read what only the bucket's credentials should show. The directory is made 0700, and one
@@ -130,7 +131,7 @@ class CacheDirectory:
         if self._fd >= 0:
             yield self.root
             return
-        with _opened(self.path) as root:
+        with opened(self.path) as root:
             yield root
 
     @property
@@ -234,7 +235,7 @@ class LastingRoot:
 @contextlib.contextmanager
 def socket_address(path: Path) -> Iterator[str]:
     """The address at which the service of an existing directory listens; as `CacheDirectory.socket_address`."""
-    with _opened(path) as root:
+    with opened(path) as root:
         yield str(root / "socket")
 
 
@@ -255,7 +256,7 @@ def _settle(path: Path, explicit: dict[str, int], otherwise: CacheLimits | None)
     for tries_left in reversed(range(_OPEN_TRIES)):
         try:
             _make(path)
-            with _opened(path) as root:
+            with opened(path) as root:
                 _sweep(root)
                 return limits.settle(path, root, explicit, otherwise)
         except CacheError:
@@ -285,7 +286,8 @@ def _make_parents(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Path]:
+def opened(path: Path) -> Iterator[Path]:
+    """Where an existing directory is reached within the block; as `CacheDirectory.opened`."""
     fd = _open_checked(path)
     try:
         yield _name_of(fd, path)

@@ -91,6 +91,7 @@ _add(
     "What the cache holds and does now.",
     "fastload status",
     "fastload status --cache=/nvme/fastload --json",
+    "fastload status --open",
 )
 _add("top", top.top, "Watch the cache, each second.", "fastload top", "fastload top --count=60 --json | gzip")
 _add(

@@ -7,6 +7,7 @@ for snapshot in operator.watch(every_s=1.0):
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -141,6 +142,11 @@ class Operator:
         request = self._new_request()
         self._send(make(request))
         return self._receive(request, protocol.Done, deadline_s).values
+
+    def interrupt(self) -> None:
+        """End a wait of the thread that uses it, as if the service had ended. For any thread, before `close`."""
+        with contextlib.suppress(OSError):  # the service has hung up already
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """End the connection. May be called twice."""
