@@ -86,7 +86,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     name: str
     state: str  # waiting, listing, warming, done, failed, cancelled
-    urls: list[str]
+    urls: list[str]  # the first of them
     is_submitted: bool  # by `warm --daemon`, or else of the daemon's configuration
     is_pinned: bool
     done_bytes: int

@@ -137,6 +137,8 @@ class DataTable(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ConfigError("urls is empty; name at least one shard, pattern or prefix")
         for url in self.urls:
             expand(url)
+            if url.startswith("~"):
+                raise ConfigError(f"the URL {url} names a home directory; write the whole path, such as $HOME/data/")
             if redact(url) != url:
                 raise ConfigError(f"the URL {url} holds a secret; put it into the file that credentials names")
         with _at("job"):
@@ -228,7 +230,7 @@ def storage_options_of(credentials: str) -> dict[str, Any]:
     kind, _, where = credentials.partition(":")
     if kind == "profile":
         return {"profile": where}
-    return {} if kind == "env" else _read_credentials(Path(where).expanduser())
+    return {} if kind == "env" else _read_credentials(Path(where))
 
 
 def _read_credentials(path: Path) -> dict[str, Any]:
@@ -337,6 +339,8 @@ def _check_credentials(credentials: str) -> None:
     if credentials != "env" and not (kind in ("profile", "file") and colon and where):
         # Not quoted: it may be the secret itself.
         raise ConfigError('credentials must be "env", "profile:NAME" or "file:PATH", and never a secret itself')
+    if kind == "file" and not where.startswith("/"):
+        raise ConfigError(f'credentials="file:{where}" must be an absolute path, such as "file:$HOME/secrets.toml"')
 
 
 def _check_overlaps(tables: Sequence[DataTable]) -> None:

@@ -9,18 +9,21 @@ moment it may be killed, and what it had the cache fetch is there.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
+from fastload.client.cache import Handle
 from fastload.daemon.config import DataTable, storage_options_of
 from fastload.daemon.jobs import Figures
 from fastload.errors import FastloadError, ObjectMissingError
-from fastload.protocol import Progress
+from fastload.protocol import Progress, WarmTerms
 from fastload.redaction import redact
 from fastload.service.logs import log_to_stderr
 from fastload.store.listing import expand
@@ -28,7 +31,7 @@ from fastload.store.listing import expand
 log = logging.getLogger("fastload.service")
 
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
-_SAY_EVERY_S = 0.5
+_SAY_EVERY_S = 0.25
 # Work of the trainers comes first, also where shards are indexed.
 _NICE = 10
 
@@ -95,34 +98,33 @@ def _end_with_daemon() -> None:
 
 
 def _warm(errand: Errand, advanced: Callable[[Figures], None]) -> Figures:
-    from fastload.client.cache import Handle
-
     table = errand.table
     options = storage_options_of(table.credentials)
     with Handle(errand.directory) as handle:
         try:
             return _warm_urls(errand, table.urls, handle, options, {}, advanced)
-        except ObjectMissingError:
+        except ObjectMissingError:  # members of a pattern, which hold up no others
             there, gone = _sorted_out(table.urls, handle, options)
             if not there or not gone:
                 raise
             return _warm_urls(errand, there, handle, options, gone, advanced)
 
 
-def _sorted_out(urls: list[str], handle: Any, options: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
+def _sorted_out(urls: list[str], handle: Handle, options: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
     """Of what `urls` name one by one, what is there, in their order, and what is not; prefixes stay as they are."""
     names = [name for url in urls for name in expand(url)]
     with handle.consumer(options, "warm") as consumer:
         present = {info.url for info in consumer.present([name for name in names if not name.endswith("/")])}
     gone = [name for name in names if not name.endswith("/") and name not in present]
-    there = [name for name in names if name not in set(gone)]
+    not_there = set(gone)
+    there = [name for name in names if name not in not_there]
     return there, {redact(name): "it is not there" for name in gone}
 
 
 def _warm_urls(
     errand: Errand,
     urls: list[str],
-    handle: Any,
+    handle: Handle,
     options: dict[str, Any],
     gone: dict[str, str],
     advanced: Callable[[Figures], None],
@@ -130,7 +132,8 @@ def _warm_urls(
     from fastload import prepare
     from fastload.plan import Ranks, RequestedOrder
 
-    order = errand.table.job
+    table = errand.table
+    order = table.job
     job = prepare.WarmJob(
         urls,
         RequestedOrder(order.seed, order.shuffle, order.window_bytes, order.partitions),
@@ -140,29 +143,53 @@ def _warm_urls(
         order.manifest,
     )
 
-    def on_progress(progress: Progress) -> None:
-        advanced(_figures(progress, 0, gone))
+    pin = prepare.PinTerms(table.name, table.ttl_s or 0.0, table.quota_bytes or 0) if table.pin else None
+    limiter = _Every(_SAY_EVERY_S)
 
-    warmed = prepare.warm(job, handle, storage_options=options, on_progress=on_progress)
+    def on_progress(progress: Progress) -> None:
+        if limiter.is_due():
+            advanced(_figures(progress, gone))
+
+    warmed = prepare.warm(
+        job,
+        handle,
+        storage_options=options,
+        terms=WarmTerms(table.bytes_per_s, table.priority, errand.deadline_at, goes_on=True),
+        pin=pin,
+        label=table.name,
+        on_progress=on_progress,
+    )
     return Figures(
         done_bytes=warmed.total_bytes,
         total_bytes=warmed.total_bytes,
         held_bytes=warmed.held_bytes,
         fetched_bytes=warmed.fetched_bytes,
-        shard_count=warmed.object_count,
-        failed=gone,
+        shard_count=warmed.object_count + len(gone),
+        failed={**gone, **{url: f"{type(error).__name__}: {error}" for url, error in warmed.failed.items()}},
     )
 
 
-def _figures(progress: Progress, shard_count: int, failed: dict[str, str]) -> Figures:
+def _figures(progress: Progress, failed: dict[str, str]) -> Figures:
     return Figures(
         done_bytes=progress.done_bytes,
         total_bytes=progress.total_bytes,
         held_bytes=progress.held_bytes,
         fetched_bytes=progress.fetched_bytes,
-        shard_count=shard_count,
         failed=failed,
     )
+
+
+class _Every:
+    """Says at most so often that something is due."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._at = seconds, -math.inf
+
+    def is_due(self) -> bool:
+        now = time.monotonic()
+        is_due = now - self._at >= self._seconds
+        self._at = now if is_due else self._at
+        return is_due
 
 
 if __name__ == "__main__":

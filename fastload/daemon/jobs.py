@@ -37,7 +37,7 @@ State = Literal["waiting", "listing", "warming", "done", "failed", "cancelled"]
 
 # Of those that are over, the file keeps so many.
 _OVER_MAX = 100
-_FAILED_SHOWN = 20
+_FAILED_SHOWN = _URLS_SHOWN = 20
 # The rate that is shown is that of about the last so many seconds.
 _RATE_S = 10.0
 
@@ -153,6 +153,8 @@ class Job:
         """
         before, self.listing = self.listing, dict(listing)
         self._watch(now, chance)
+        if before is None and self.state == "failed":  # it could not be listed
+            self.state, self.due_at = "waiting", now
         if before is None or before == self.listing:
             return []
         if self.state in ("done", "failed"):
@@ -191,7 +193,7 @@ class Job:
             id=self.id,
             name=redact(self.table.name),
             state=self.state,
-            urls=[redact(url) for url in self.table.urls],
+            urls=[redact(url) for url in self.table.urls[:_URLS_SHOWN]],
             is_submitted=self.is_submitted,
             is_pinned=self.table.pin,
             done_bytes=figures.done_bytes,

@@ -96,4 +96,7 @@ async def _serve(directory: CacheDirectory, source: Source, config: Config) -> b
         supervisor.begin()
         return True
 
-    return await server.run(ready)
+    ended = await server.run(ready)
+    if not stopping:
+        raise CacheError(f"the cache directory {directory.path} was removed or emptied; start the daemon again")
+    return ended

@@ -35,7 +35,7 @@ from fastload.daemon.systemd import VARIABLES, Notifier
 from fastload.errors import CacheError, ConfigError, FastloadError
 from fastload.formats import SHARD_ENDINGS
 from fastload.redaction import redact
-from fastload.service.core import Core
+from fastload.service.core import RELEASE_AFTER_S, Core
 from fastload.service.server import Server
 from fastload.store import StoreOptions
 from fastload.store.types import ObjectInfo
@@ -101,6 +101,7 @@ class Supervisor:
         self._timer: asyncio.TimerHandle | None = None
         self._tick_due = self._stopping = False
         self._status = ""
+        self._limits = (0, 0)  # of warming: bytes a second, requests
 
     # Life
 
@@ -164,6 +165,7 @@ class Supervisor:
 
     def _take(self, config: Config) -> None:
         self._config = config
+        self._core.rest_after_s = RELEASE_AFTER_S if config.rest_after_s is None else config.rest_after_s
         wanted = {table.name: table for table in config.data}
         for job in [job for job in self._jobs.values() if not job.is_submitted]:
             if wanted.get(job.id) != job.table:
@@ -171,8 +173,13 @@ class Supervisor:
                 del self._jobs[job.id]
                 if job.table.pin and not (job.id in wanted and wanted[job.id].pin):
                     self._unpin(job)
+        for job in [job for job in self._jobs.values() if job.is_submitted and job.table.name in wanted]:
+            log.warning("job %s ends: the configuration has a data set %s now", job.id, job.table.name)
+            self._end_child(job)
+            del self._jobs[job.id]
+            self._keep()
         for table in config.data:
-            if table.name not in self._jobs or self._jobs[table.name].is_submitted:
+            if table.name not in self._jobs:
                 self._jobs[table.name] = self._of_config(table)
         self._wake()
 
@@ -279,6 +286,7 @@ class Supervisor:
         now, wall = time.monotonic(), time.time()
         minute = minute_of_week(wall)
         timetable = self._config.warm.timetable
+        self._limit(timetable.rate_at(minute), self._config.warm.requests_in_flight)
         contenders = [job.contender for job in self._jobs.values()]
         chosen = to_run(contenders, now, minute)
         for number, child in self._children.items():
@@ -299,6 +307,11 @@ class Supervisor:
         if again_s < math.inf:
             self._timer = self._loop.call_later(again_s, self._wake)
         self._show_status()
+
+    def _limit(self, bytes_per_s: int, requests: int) -> None:
+        if self._limits != (bytes_per_s, requests):
+            self._limits = bytes_per_s, requests
+            self._core.warming.limit(bytes_per_s, requests)
 
     def _begin(self, job: Job) -> None:
         """List what is watched, so that it is known what its child begins with; then its child."""
@@ -379,7 +392,7 @@ class Supervisor:
             how = _how_it_ended(await process.wait())
         except OSError as error:  # no memory, no process
             how = f"its process cannot be started: {error}; look at the limits of this process (ulimit -a)"
-        except ValueError as error:  # a line that is none of ours
+        except (ValueError, msgspec.MsgspecError) as error:  # a line that is too long, or none of ours
             how = f"its process said what makes no sense: {error}"
             child.stop()
             if child.process is not None:

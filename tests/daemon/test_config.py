@@ -91,6 +91,8 @@ DATA = '[[data]]\nname = "a"\nurls = ["s3://b/a/"]\n'
         (DATA + "job = {node = 2, nodes = 2}", r"job: node=2 must be from 0 to nodes-1"),
         (DATA + "credentials = 'AKIAIOSFODNN7EXAMPLE'", r'credentials must be "env", "profile:NAME" or "file:PATH"'),
         (DATA + "credentials = 'file:'", r"credentials must be"),
+        (DATA + "credentials = 'file:a.toml'", r"must be an absolute path"),
+        ('[[data]]\nname = "a"\nurls = ["~/a.tar"]', r"write the whole path, such as \$HOME/data/"),
         ('[[data]]\nname = ""\nurls = ["/a"]', r"name='' must be 1 to 200 printable characters"),
         ('[[data]]\nname = "a"\nurls = []', r"urls is empty"),
         ('[[data]]\nname = "a"\nurls = ["/a/{1..3.tar"]', r"its braces do not match"),

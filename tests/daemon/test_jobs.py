@@ -100,6 +100,9 @@ def test_a_store_that_cannot_be_listed_later_leaves_what_is_done() -> None:
     it.not_listed("AccessDeniedError: no", 0.0, 0.5)
     assert it.state == "failed"
     assert it.due_at > 0
+    # It may be listed again before it is tried again.
+    it.watched(listing(x="1"), 1.0, 1001.0, 0.5)
+    assert (it.state, it.due_at) == ("waiting", 1.0)
     run(it, ALL, 5.0)
     it.not_listed("StoreUnavailableError: no", 20.0, 0.5)
     assert (it.state, it.error, it.due_at) == ("done", "StoreUnavailableError: no", math.inf)
