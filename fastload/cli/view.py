@@ -6,7 +6,8 @@ two services.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastload.snapshot import Consumer, DataSet, Endpoint, Job, Snapshot
 # A screenful: so many of each kind, and how many more there are.
 _ROWS_MAX = 8
 _NAME_CHARACTERS_MAX = 200
+_VERDICT_CHARACTERS_MAX = 500
 _BAR_CHARACTERS = 20
 _STALLS_MAX = 3
 
@@ -55,13 +57,9 @@ def _served(snapshot: Snapshot) -> dict[str, float]:
 
 
 def _amounts(consumer: Consumer) -> dict[str, float]:
+    amounts = {"ram": consumer.ram_bytes, "disk": consumer.disk_bytes, "store": consumer.remote_bytes}
     samples = consumer.report.get("samples")
-    return {
-        "ram": consumer.ram_bytes,
-        "disk": consumer.disk_bytes,
-        "store": consumer.remote_bytes,
-        **({"samples": samples} if isinstance(samples, int | float) else {}),
-    }
+    return {**amounts, "samples": samples} if isinstance(samples, int) else {**amounts}
 
 
 def as_lines(now: Snapshot, before: Snapshot | None = None) -> list[str]:
@@ -74,6 +72,7 @@ def as_lines(now: Snapshot, before: Snapshot | None = None) -> list[str]:
         _data_sets(now.data_sets, now.at),
         _jobs(now.jobs),
         _consumers(now.consumers, rates),
+        _verdicts(now.consumers),
         [f"trouble: {_short(message)}" for message in now.troubles[-_ROWS_MAX:]],
     ]
     return [line for part in parts if part for line in ("", *part)][1:]
@@ -84,11 +83,7 @@ def as_line(now: Snapshot, before: Snapshot | None) -> str:
     rates = rates_between(before, now)
     served = [f"{name} {_rate(rates.served_bytes.get(name)) or '-'}" for name in _served(now)]
     under_way = sum(job.state in ("listing", "warming") for job in now.jobs)
-    stalled = [
-        f"rank {consumer.report.get('rank', '-')} waits: {waits}"
-        for consumer in now.consumers
-        if (waits := _waits(consumer, rates))
-    ]
+    stalled = [f"rank {_rank(each) or '-'} waits: {waits}" for each in now.consumers if (waits := _waits(each, rates))]
     parts = [
         ", ".join(served),
         f"{len(now.consumers)} consumers, {under_way} jobs",
@@ -189,23 +184,65 @@ def _consumers(consumers: Sequence[Consumer], rates: Rates) -> list[str]:
             format_bytes(amounts[name]) if each_rates is None else f"{format_bytes(each_rates[name])}/s"
             for name in ("ram", "disk", "store")
         ]
-        samples = None if each_rates is None else each_rates.get("samples")
+        samples = amounts.get("samples")
         rows.append(
             (
-                str(each.report.get("rank", "")),
+                _rank(each),
                 _short(each.name),
                 _short(each.program),
                 str(each.pid),
                 *shown,
-                f"{samples:,.0f}/s" if samples is not None else f"{amounts.get('samples', 0):,.0f}",
+                ""
+                if samples is None
+                else f"{samples:,}"
+                if each_rates is None
+                else f"{each_rates.get('samples', 0):,.0f}/s",
                 _waits(each, rates),
             )
         )
     return _table((">rank", "consumer", "program", ">pid", ">RAM", ">disk", ">store", ">samples", "waits"), rows)
 
 
+def _rank(consumer: Consumer) -> str:
+    rank = consumer.report.get("rank")
+    return str(rank) if isinstance(rank, int) else ""
+
+
 def _waits(consumer: Consumer, rates: Rates) -> str:
-    return ""
+    """What the trainer waits for, the most first, in shares of its time: since the snapshot before, where that was of
+    the same epoch, or else of the epoch.
+    """
+    now, before = consumer.report, rates.reports.get(consumer.number, {})
+    is_same = before.get("epoch") == now.get("epoch") and _number(before, "elapsed_s") < _number(now, "elapsed_s")
+    since = before if is_same else {}
+    elapsed = _number(now, "elapsed_s") - _number(since, "elapsed_s")
+    stalls, old = _mapping(now, "stalls"), _mapping(since, "stalls")
+    waits = {cause: _number(stalls, cause) - _number(old, cause) for cause in stalls}
+    longest = sorted(waits, key=lambda cause: -waits[cause])[:_STALLS_MAX]
+    shares = {cause: min(1.0, waits[cause] / elapsed) for cause in longest} if elapsed > 0 else {}
+    return ", ".join(f"{_short(cause)} {100 * share:.0f} %" for cause, share in shares.items() if share >= 0.01)
+
+
+def _verdicts(consumers: Sequence[Consumer]) -> list[str]:
+    """Of those that are held up by something; ranks of which the same is said share a line."""
+    ranks: dict[str, list[str]] = {}
+    for each in consumers:
+        says, bound_by = each.report.get("verdict"), each.report.get("bound_by")
+        if isinstance(says, str) and bound_by not in ("consumer", "unknown"):
+            ranks.setdefault(says, []).append(_rank(each) or "-")
+    lines = [f"rank {', '.join(of)}: {_short(says, _VERDICT_CHARACTERS_MAX)}" for says, of in ranks.items()]
+    return lines[:_ROWS_MAX]
+
+
+def _number(values: Mapping[str, Any], name: str) -> float:
+    """One of a report, which is the consumer's to make."""
+    value = values.get(name)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
+
+
+def _mapping(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = values.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -235,9 +272,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _short(text: str) -> str:
+def _short(text: str, characters_max: int = _NAME_CHARACTERS_MAX) -> str:
     """A name in a table, which may be of any length and hold anything."""
-    shown = plain(text)
-    return (
-        shown if len(shown) <= _NAME_CHARACTERS_MAX else shown[: _NAME_CHARACTERS_MAX - 1] + "\N{HORIZONTAL ELLIPSIS}"
-    )
+    shown = plain(text[: characters_max + 1])
+    return shown if len(shown) <= characters_max else shown[: characters_max - 1] + "\N{HORIZONTAL ELLIPSIS}"
