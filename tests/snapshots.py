@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastload import snapshot as of
+from fastload.histogram import BOUNDS_S
 
 # What a terminal or a page might obey, and what is too long for either.
 HOSTILE = "\x1b[31m\x9b2J<img onerror=alert(1)>\u202etxt.exe\r\n\x07" + "x" * 10_000
@@ -12,6 +13,8 @@ HOSTILE = "\x1b[31m\x9b2J<img onerror=alert(1)>\u202etxt.exe\r\n\x07" + "x" * 10
 
 def make(struct: type[Any], **values: Any) -> Any:
     """One of these, with zeros and empty things for what is not said."""
+    if struct is of.Histogram:
+        values = {"bounds_s": list(BOUNDS_S), "counts": [0] * len(BOUNDS_S), **values}
     empty = {"int": 0, "float": 0.0, "str": "", "bool": False}
     given = {
         name: make(getattr(of, kind)) if hasattr(of, kind) else empty.get(kind, [] if kind.startswith("list") else {})

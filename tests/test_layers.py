@@ -24,7 +24,7 @@ FLOORS = [
     "rendezvous",
     "service",
     "client",
-    "files page pipeline reports",
+    "files metrics page pipeline reports",
     "dataset_base simulate",
     "dataset loader_stream prepare",
     "daemon loader mixture",

@@ -20,8 +20,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def test_public_names() -> None:
-    names = ["Cache", "DataLoader", "Mixture", "Ragged", "StreamingDataset", "decode", "install", "open", "uninstall"]
-    assert sorted(fastload.__all__) == sorted([*names, *errors.__all__])
+    names = ["Cache", "DataLoader", "Mixture", "Ragged", "StreamingDataset", "install", "open", "uninstall"]
+    assert sorted(fastload.__all__) == sorted([*names, "decode", "metrics", *errors.__all__])
     assert set(fastload.__all__) <= set(dir(fastload))
     for name in fastload.__all__:
         assert getattr(fastload, name).__doc__, name
