@@ -25,7 +25,8 @@ function duration(s) {
   if (s < 172800) return `${(s / 3600).toFixed(1)} h`;
   return `${Math.round(s / 86400)} d`;
 }
-const clock = (at) => new Date(1000 * at).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+const hourAndMinute = (at) => new Date(1000 * at).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", hour12: false });
+const clock = (at) => new Date(1000 * at).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit", hour12: false });
 
 // Elements. A name that came from outside is isolated, so that its direction of writing ends with it.
 
@@ -37,8 +38,13 @@ function element(kind, classes, ...children) {
 }
 const text = (value) => element("span", "", String(value));
 const name = (value) => element("bdi", "name", String(value));
-const cell = (child) => element("td", "", child);
-const number = (value) => element("td", "number", value);
+// On a narrow screen a row is a card, and a cell says what it is itself.
+function cell(label, classes, ...children) {
+  const made = element("td", classes, ...children);
+  made.dataset.label = label;
+  return made;
+}
+const number = (label, value) => cell(label, "number", value);
 
 function rowHead(...children) {
   const made = element("th", "", ...children);
@@ -122,8 +128,8 @@ function showRanks(view) {
     const label = rank.rank == null ? rank.name || "consumer" : `rank ${rank.rank}`;
     const head = rowHead(name(label));
     if (rank.is_slowest) head.append(element("span", "slowest", "\u25c0 slowest"));
-    const program = cell(element("bdi", "name", `${rank.program || rank.name} (${rank.pid})`));
-    const time = element("td", "");
+    const program = cell("Program", "", element("bdi", "name", `${rank.program || rank.name} (${rank.pid})`));
+    const time = cell("", "");
     if (rank.work == null) time.append(element("span", "empty", "reports nothing"));
     else {
       const waits = Object.entries(rank.waits).sort((one, other) => other[1] - one[1]);
@@ -135,7 +141,7 @@ function showRanks(view) {
     }
     if (rank.verdict) time.append(element("bdi", "name", rank.verdict));
     const samples = rank.samples_per_s == null ? "" : count(Math.round(rank.samples_per_s));
-    return element("tr", "", head, program, number(rate(rank.bytes_per_s)), number(samples), time);
+    return element("tr", "", head, program, number("Bytes/s", rate(rank.bytes_per_s)), number("Samples/s", samples), time);
   });
   fill("ranks", rows, view.left_out.ranks, "nothing reads");
   const legend = CAUSES.filter((cause) => seen.has(cause))
@@ -145,17 +151,19 @@ function showRanks(view) {
 
 function showJobs(view) {
   const rows = view.jobs.map((job) => {
-    const head = rowHead(name(job.name || job.id), element("bdi", "quiet", job.id));
-    const state = element("td", job.error ? "error" : "", text(job.state));
-    if (job.failed_shards) state.append(element("span", "error", ` ${count(job.failed_shards)} of ${count(job.shard_count)} shards failed`));
+    const head = rowHead(name(job.name || job.id));
+    if (job.name && job.name !== job.id) head.append(element("bdi", "quiet", job.id));
+    const state = cell("State", job.error ? "error" : "", text(job.state));
+    if (job.failed_shards) state.append(element("div", "error", `${count(job.failed_shards)} of ${count(job.shard_count)} shards are missing`));
     if (job.error) state.append(name(job.error));
     const share = job.total_bytes ? job.held_bytes / job.total_bytes : 0;
     const words = `${percent(share)} of ${bytes(job.total_bytes)}`;
-    const held = element("td", "", bar([["disk", share]], words), element("span", "quiet", words));
+    const held = cell("", "", bar([["disk", share]], words), element("span", "quiet", words));
     const left = job.eta_s >= 0 && job.state !== "done" ? duration(job.eta_s) : "";
-    const late = job.deadline_at && job.eta_s >= 0 && view.at + job.eta_s > job.deadline_at;
-    const deadline = element("td", late ? "error" : "", job.deadline_at ? clock(job.deadline_at) + (late ? " (late)" : "") : "");
-    return element("tr", "", head, state, held, number(job.bytes_per_s ? rate(job.bytes_per_s) : ""), number(left), deadline);
+    const isLate = job.deadline_at && job.eta_s >= 0 && view.at + job.eta_s > job.deadline_at;
+    const deadline = job.deadline_at ? clock(job.deadline_at) + (isLate ? " (late)" : "") : "";
+    const perS = job.bytes_per_s ? rate(job.bytes_per_s) : "";
+    return element("tr", "", head, state, held, number("Rate", perS), number("Left", left), cell("Deadline", isLate ? "error" : "", deadline));
   });
   fill("jobs", rows, view.left_out.jobs, "none");
 }
@@ -166,10 +174,10 @@ function showData(view) {
     // What is in RAM is mostly on disk, too.
     const onlyDisk = Math.max(0, data.disk_bytes - data.ram_bytes);
     const words = `${bytes(data.ram_bytes)} in RAM, ${bytes(data.disk_bytes)} on disk`;
-    const held = element("td", "", bar([["ram", data.ram_bytes / whole], ["disk", onlyDisk / whole]], words), element("span", "quiet", words));
+    const held = cell("", "", bar([["ram", data.ram_bytes / whole], ["disk", onlyDisk / whole]], words), element("span", "quiet", words));
     const used = data.last_use_at ? `${duration(view.at - data.last_use_at)} ago` : "";
     const pinned = data.pinned_bytes ? bytes(data.pinned_bytes) : "";
-    return element("tr", "", rowHead(name(data.name)), held, number(bytes(data.byte_count)), number(count(data.object_count)), number(pinned), cell(used));
+    return element("tr", "", rowHead(name(data.name)), held, number("Size", bytes(data.byte_count)), number("Objects", count(data.object_count)), number("Pinned", pinned), cell("Used", "", used));
   });
   fill("data", rows, view.left_out.data_sets, "nothing");
 }
@@ -178,11 +186,12 @@ function showEndpoints(view) {
   const rows = view.endpoints.map((endpoint) => element(
     "tr", "",
     rowHead(name(endpoint.name || "(the provider's own)")),
-    number(`${endpoint.requests_in_flight} of ${endpoint.requests_allowed}`),
-    number(endpoint.bytes_per_s ? rate(endpoint.bytes_per_s) : ""),
-    number(endpoint.first_byte_s >= 0 ? `${(1000 * endpoint.first_byte_s).toFixed(0)} ms` : ""),
-    number(count(endpoint.requests)),
-    cell(endpoint.throttled_at ? `${endpoint.throttled_at} requests` : "never"),
+    number("In flight", `${endpoint.requests_in_flight} of ${endpoint.requests_allowed}`),
+    number("Goodput", endpoint.bytes_per_s ? rate(endpoint.bytes_per_s) : ""),
+    number("First byte", endpoint.first_byte_s >= 0 ? `${(1000 * endpoint.first_byte_s).toFixed(0)} ms` : ""),
+    number("Requests", count(endpoint.requests)),
+    number("Refused", count(endpoint.throttled_requests + endpoint.timed_out_requests)),
+    cell("Throttled at", "", endpoint.throttled_at ? `${endpoint.throttled_at} requests` : "never"),
   ));
   fill("endpoints", rows, view.left_out.endpoints, "none was asked yet");
 }
@@ -203,19 +212,24 @@ function replacePoints(more) {
   takePoints(more);
 }
 
-// Of each point the shares of RAM, of RAM and disk, and of all: areas on top of each other.
-function stackedShares() {
-  const made = [points.at, [], [], []];
-  points.at.forEach((_, index) => {
-    const total = points.ram[index] + points.disk[index] + points.store[index];
-    const known = points.ram[index] != null && total > 0;
-    made[1].push(known ? 100 * points.ram[index] / total : null);
-    made[2].push(known ? 100 * (points.ram[index] + points.disk[index]) / total : null);
-    made[3].push(known ? 100 : null);
-  });
-  return made;
-}
+// Of each point the shares in the half minute up to it: of RAM, of RAM and disk, and of all, as areas on top of each other.
+const SHARES_OVER = 6;
+const read = { ram: [], disk: [], store: [] };
 
+function takeShares() {
+  for (const [key] of TIERS) {
+    read[key] = points[key].map((now, index) => {
+      if (now == null) return null;
+      const lately = points[key].slice(Math.max(0, index + 1 - SHARES_OVER), index + 1);
+      const total = TIERS.reduce((sum, [each]) => sum + points[each].slice(Math.max(0, index + 1 - SHARES_OVER), index + 1)
+        .reduce((part, rate) => part + (rate ?? 0), 0), 0);
+      return total ? lately.reduce((part, rate) => part + (rate ?? 0), 0) / total : null;
+    });
+  }
+}
+const stacked = (...keys) => read.ram.map((share, index) => (share == null ? null : 100 * keys.reduce((sum, key) => sum + read[key][index], 0)));
+
+const POWERS = Array.from({ length: 50 }, (_, power) => 2 ** power);
 const colour = (variable) => getComputedStyle(document.documentElement).getPropertyValue(variable).trim();
 
 function plot(id, series, options) {
@@ -225,7 +239,10 @@ function plot(id, series, options) {
     width: Math.max(280, place.clientWidth), height: 220,
     cursor: { y: false, drag: { setScale: false } },
     scales: { x: { range: (_, low, high) => [Math.min(low, high - 60), high] }, y: options.scale },
-    axes: [axis, { ...axis, size: 76, values: (_, values) => values.map(options.tick) }],
+    axes: [
+      { ...axis, values: (_, values) => values.map(hourAndMinute) },
+      { ...axis, size: 76, incrs: options.steps, values: (_, values) => values.map(options.tick) },
+    ],
     series: [{ value: (_, at) => (at == null ? "" : clock(at)) }, ...series],
   }, [[], ...series.map(() => [])], place);
   const move = (event) => {
@@ -247,15 +264,10 @@ function line(label, variable, value, fillShare) {
 }
 
 const throughputWords = (index) => TIERS.map(([key, label]) => `${label} ${rate(points[key][index] ?? 0)}`).join(", ");
-function sharesWords(index) {
-  const total = TIERS.reduce((sum, [key]) => sum + (points[key][index] ?? 0), 0);
-  return total ? TIERS.map(([key, label]) => `${label} ${percent(points[key][index] / total)}`).join(", ") : "nothing was read";
-}
-const shareOf = (key) => (_, index) => {
-  if (index == null || points[key][index] == null) return "";
-  const total = TIERS.reduce((sum, [each]) => sum + points[each][index], 0);
-  return total ? percent(points[key][index] / total) : "";
-};
+const sharesWords = (index) => (read.ram[index] == null
+  ? "nothing was read"
+  : TIERS.map(([key, label]) => `${label} ${percent(read[key][index])}`).join(", "));
+const shareOf = (key) => (_, index) => (index == null || read[key][index] == null ? "" : percent(read[key][index]));
 
 function drawPlots() {
   plots.forEach((each) => each.remove());
@@ -264,20 +276,20 @@ function drawPlots() {
     plot("throughput", [
       ...TIERS.map(([key, label]) => line(label, `--${key}`, shown)),
       { ...line("fetched", "--fetched", shown), dash: [5, 5], width: 1.5 },
-    ], { scale: { range: (_, __, high) => [0, Math.max(1, high || 0) * 1.05] }, tick: (value) => rate(value), words: throughputWords }),
+    ], { scale: { range: (_, __, high) => [0, Math.max(1, high || 0) * 1.05] }, tick: (value) => rate(value), steps: POWERS, words: throughputWords }),
     // The largest area is drawn first.
     plot("shares", [
       line("store", "--store", shareOf("store"), true), line("disk", "--disk", shareOf("disk"), true), line("RAM", "--ram", shareOf("ram"), true),
-    ], { scale: { range: () => [0, 100] }, tick: (value) => `${value} %`, words: sharesWords }),
+    ], { scale: { range: () => [0, 100] }, tick: (value) => `${value} %`, steps: [20, 50], words: sharesWords }),
   ];
   showPoints();
 }
 
 function showPoints() {
   if (!plots.length) return;
-  const [at, ram, disk, all] = stackedShares();
+  takeShares();
   plots[0].made.setData([points.at, points.ram, points.disk, points.store, points.fetched]);
-  plots[1].made.setData([at, all, disk, ram]);
+  plots[1].made.setData([points.at, stacked("ram", "disk", "store"), stacked("ram", "disk"), stacked("ram")]);
   const last = points.at.length - 1;
   byId("throughput-text").textContent = last < 0 ? "figures come in a few seconds" : `At ${clock(points.at[last])}: ${throughputWords(last)}.`;
   byId("shares-text").textContent = last < 0 ? "" : `At ${clock(points.at[last])}: ${sharesWords(last)}.`;
