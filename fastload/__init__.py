@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fastload.loader import DataLoader as DataLoader
     from fastload.mixture import Mixture as Mixture
     from fastload.ragged import Ragged as Ragged
+    from fastload.warmup import warm as warm
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
@@ -42,5 +43,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "mixture": ["Mixture"],
         "client.cache": ["Cache"],
         "ragged": ["Ragged"],
+        "warmup": ["warm"],
     },
 )

@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from fastload.client.cache import AnyCache, handle_of
 from fastload.client.consumer import Consumer
 from fastload.errors import ConfigError, FastloadError, ShardError, StoreError, WaitTimeoutError, from_wire
 from fastload.formats import ShardIndex
+from fastload.history.archive import Archive
 from fastload.history.library import WARMING
 from fastload.pipeline.manifest_files import shared_manifest
 from fastload.pipeline.shard_listing import attach, find_sidecars, list_shards
@@ -37,8 +39,10 @@ from fastload.pipeline.shards import ShardTable
 from fastload.plan import Manifest, Ranks, RequestedOrder, objects_in_use_order
 from fastload.protocol import Progress, WarmTerms
 from fastload.redaction import redact
+from fastload.service.recording import learnt_by_runs
 from fastload.store.logins import apart
 from fastload.store.table import ObjectTable
+from fastload.store.urls import store_root
 
 if TYPE_CHECKING:
     from fastload.formats.sidecar import SidecarWriter
@@ -180,19 +184,19 @@ def look(job: WarmJob, cache: AnyCache, *, storage_options: Mapping[str, Any] | 
         manifest = _manifest(consumer, job)
         order = job.order.settled(job.ranks, handle.limits.ram_bytes)
         plan = objects_in_use_order(manifest, order, job.epoch, ranks=job.ranks)
-        return _look_at(consumer, manifest.objects.take(plan))
+        return _look_at(consumer, handle.directory, manifest.objects.take(plan))
 
 
 def look_at_run(urls: Sequence[str], cache: AnyCache, *, storage_options: Mapping[str, Any] | None = None) -> Outlook:
     """The same of the objects at `urls`, as they are now: those that an earlier run read."""
-    with handle_of(cache).consumer(storage_options, WARMING) as consumer:
-        return _look_at(consumer, consumer.present(urls))
+    handle = handle_of(cache)
+    with handle.consumer(storage_options, WARMING) as consumer:
+        return _look_at(consumer, handle.directory, consumer.present(urls))
 
 
-def _look_at(consumer: Consumer, objects: ObjectTable) -> Outlook:
+def _look_at(consumer: Consumer, directory: Path, objects: ObjectTable) -> Outlook:
     consumer.attach(objects)
     held = consumer.held()
-    endpoints = consumer.stats()["node"]["endpoints"].values()
     missing_bytes = held.byte_count - held.held_bytes
     chunk_count = int((-(-objects.sizes // consumer.chunk_bytes)).sum())
     return Outlook(
@@ -202,8 +206,17 @@ def _look_at(consumer: Consumer, objects: ObjectTable) -> Outlook:
         ram_bytes=held.ram_bytes,
         disk_bytes=held.disk_bytes,
         request_count=-(-chunk_count * missing_bytes // max(1, held.byte_count)),
-        bytes_per_s=max((each["bytes_per_s"] for each in endpoints), default=0.0),
+        bytes_per_s=_measured(consumer, directory, objects),
     )
+
+
+def _measured(consumer: Consumer, directory: Path, objects: ObjectTable) -> float:
+    """How many bytes a second the store of these was measured to give, now or in an earlier run; 0: not known."""
+    endpoints = consumer.stats()["node"]["endpoints"]
+    rates = {name: each.bytes_per_s for name, each in learnt_by_runs(Archive(directory)).items()}
+    rates |= {name: each["bytes_per_s"] for name, each in endpoints.items() if each["bytes_per_s"] > 0}
+    own = redact(store_root(objects[0].url)) if len(objects) else ""
+    return float(rates.get(own, max(rates.values(), default=0.0)))  # else the endpoint has a name of its own
 
 
 def warm_run(

@@ -20,7 +20,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def test_public_names() -> None:
-    names = ["Cache", "DataLoader", "Mixture", "Ragged", "StreamingDataset", "install", "open", "uninstall"]
+    names = ["Cache", "DataLoader", "Mixture", "Ragged", "StreamingDataset", "install", "open", "uninstall", "warm"]
     assert sorted(fastload.__all__) == sorted([*names, "decode", "metrics", *errors.__all__])
     assert set(fastload.__all__) <= set(dir(fastload))
     for name in fastload.__all__:

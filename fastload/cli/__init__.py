@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import fastload
 from fastload.cli import compile as kernels
@@ -42,9 +42,11 @@ app = typer.Typer(
 )
 
 
-def _add(verb: str, function: Callable[..., Any], short: str, *lines: str) -> None:
+def _add(
+    verb: str, function: Callable[..., Any], short: str, *lines: str, cls: type[TyperCommand] = TyperCommand
+) -> None:
     """A verb, with what it does in a few words, and examples of its use."""
-    app.command(verb, short_help=short, epilog=examples(*lines))(function)
+    app.command(verb, cls=cls, short_help=short, epilog=examples(*lines))(function)
 
 
 _add(
@@ -101,6 +103,9 @@ _add(
     "fastload warm 's3://bucket/train-{0000..0099}.tar' --seed=3",
     "fastload warm s3://bucket/train/ --cache=/nvme/fastload --node=2 --nodes=8",
     "fastload warm --from-history=latest",
+    "fastload warm --job=mixture.toml --pin --ttl=14d --bandwidth=200MB/s",
+    "fastload warm s3://bucket/train/ --check --json",
+    cls=warm.WarmCommand,
 )
 
 

@@ -7,3 +7,4 @@ USAGE = 2  # an unknown verb or option, or a value that cannot be one
 PARTIAL = 3  # a part of what was asked for, or nothing there: a cache that is too small, no service
 DAMAGED = 4  # what the cache holds is not what it was given
 INTERRUPTED = 130  # by Ctrl-C
+TERMINATED = 143  # by SIGTERM, by a verb that cleans up

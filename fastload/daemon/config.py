@@ -222,6 +222,26 @@ def data_table(values: Mapping[str, Any], environ: Mapping[str, str] | None) -> 
     return table
 
 
+def read_tables(path: Path, environ: Mapping[str, str]) -> list[DataTable]:
+    """The `[[data]]` tables of a daemon's file, or the one table that the file is; all checked. ConfigError that names
+    the file, the place and the cure. Tables without a name are called as the file.
+    """
+    with _at(str(path)):
+        values = _read_toml(path)
+        if "data" not in values:
+            return [data_table({"name": path.stem, **values}, environ)]
+        if isinstance(values["data"], list):
+            values["data"] = [
+                {"name": f"{path.stem} {number}", **each} if isinstance(each, dict) else each
+                for number, each in enumerate(values["data"], 1)
+            ]
+        config = _converted(values, Config, environ)
+        config.check()
+        if not config.data:
+            raise ConfigError("it has no [[data]] table; name what to warm in one")
+        return config.data
+
+
 def storage_options_of(credentials: str) -> dict[str, Any]:
     """What `credentials` stands for, as the `storage_options` of a data set; ConfigError where a file cannot be used.
 

@@ -87,7 +87,7 @@ class Recording:
         self._clear_count = 0
         self._load_again_s = float("-inf")
         if self._archive is not None:
-            self._pool.submit(_learnt, self._archive, done=self._learnt)
+            self._pool.submit(learnt_by_runs, self._archive, done=self._learnt)
 
     @property
     def _archive(self) -> Archive | None:
@@ -277,7 +277,7 @@ def _read(archive: Archive, chunk_bytes: int) -> Library:
     return Library(archives.read_all(archive, _LIBRARY_READS_MAX), chunk_bytes)
 
 
-def _learnt(archive: Archive) -> dict[str, EndpointSummary]:
+def learnt_by_runs(archive: Archive) -> dict[str, EndpointSummary]:
     """In a thread: what the newest run that measured an endpoint learnt of it."""
     known: dict[str, EndpointSummary] = {}
     for run in archive.runs()[:_LEARNT_RUNS]:
