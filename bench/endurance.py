@@ -29,7 +29,7 @@ from typing import Any
 import torch.utils.data
 
 import fastload
-from bench import measure
+from fastload.bench import measure
 
 SHARDS, SAMPLES_A_SHARD, SAMPLE_BYTES = 4, 8, 64 << 10
 BATCH_SIZE = 4

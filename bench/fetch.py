@@ -39,8 +39,8 @@ from typing import Any
 
 import xxhash
 
-from bench import measure
 from bench.http import Head, parse_head
+from fastload.bench import measure
 from fastload.store import ObjectInfo, StoreOptions
 
 RANGE_BYTES = 8 << 20

@@ -20,9 +20,10 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
-from bench import measure, others, rawget
+from bench import others, rawget
 from bench.data import DataSet, Tally
 from bench.settings import BATCH_SIZE, WORKERS, Batch, Settings
+from fastload.bench import measure
 
 SETTLE_S = 1.0
 

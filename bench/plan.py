@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench import tables
-from bench.measure import median
 from bench.quality import (
     DISTANCE_MOVED_PERFECT,
     class_imbalance,
@@ -33,6 +32,7 @@ from bench.quality import (
     stored_positions,
 )
 from bench.tables import Column, Question, Table
+from fastload.bench.measure import median
 from fastload.plan import (
     BatchEntry,
     Cursor,

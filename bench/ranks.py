@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import fastload
-from bench import measure
 from bench.data import Tally
 from bench.peers import SETTLE_S, Epoch, Fastload
 from bench.settings import Settings
+from fastload.bench import measure
 
 # What a rank would import, or load, at its first batch.
 _PACKAGES = ("client", "decode", "formats", "pipeline", "plan", "store", "transport")

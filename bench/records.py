@@ -46,9 +46,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bench import data, measure
+from bench import data
 from bench.decode import MEAN, SIZE, STD, in_parts
 from bench.targets import Figure, show
+from fastload.bench import measure
 
 SHARDS, RECORDS_A_SHARD, RECORD_BYTES = 25, 40_000, 600
 BATCH_SIZE = 1024

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench import measure
 from bench.proxy import Profile
 from bench.stage import Measured, Run, RunFailedError, Stage
+from fastload.bench import measure
 
 CAP_BYTES_PER_S = 200e6
 FAR = Profile(delay_s=0.02)

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader as TorchLoader
 from torch.utils.data import Dataset
 
 from bench.loaders import in_turn
-from bench.measure import memory_bytes
 from bench.targets import Figure
 from fastload import DataLoader
+from fastload.bench.measure import memory_bytes
 
 WORKERS = 8
 ROWS, ROW_BYTES = 512, 1 << 20
@@ -73,7 +73,7 @@ def in_a_process(kind: Callable[..., Any]) -> Took:
 
 def main() -> None:
     """Start, and print what it took."""
-    from bench.measure import cpu_s
+    from fastload.bench.measure import cpu_s
 
     kind: Callable[..., Any] = TorchLoader if sys.argv[1] == "torch" else DataLoader
     dataset = Large()

@@ -22,11 +22,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from bench import measure, others
+from bench import others
 from bench.data import DataSet
 from bench.peers import Epoch
 from bench.proxy import Profile, Proxy
 from bench.settings import Settings
+from fastload.bench import measure
 from fastload.demo.weed import WeedServer
 
 BUCKET = "bench"

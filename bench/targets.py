@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from bench.measure import median
+from fastload.bench.measure import median
 
 
 @dataclass(slots=True)

@@ -20,10 +20,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench import data, measure
+from bench import data
 from bench.peers import PEERS
 from bench.scenarios import SCENARIOS, Plan, Result, Row
 from bench.stage import Stage
+from fastload.bench import measure
 
 # The quick look: a third of the data, once.
 QUICK_SHARDS = 8

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "fastload"
 
 # From the cellar to the roof.
 FLOORS = [
-    "cached_attribute cgroups lazy lifecycle redaction shares snapshot version",
+    "cached_attribute cgroups lazy lifecycle redaction shares snapshot svgplot version",
     "errors trace",
     "activity callers config cpu_priority device histogram kernels ragged strings",
     "stalls verdict waiting",
@@ -30,7 +30,7 @@ FLOORS = [
     "daemon loader mixture warmup",
     "compat",
     "__init__",
-    "demo",
+    "bench demo",
     "cli",
     "__main__",
 ]

@@ -12,8 +12,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import fastload
+from fastload.cli import bench, daemon, demo, doctor, exits, history, index, jobs, simulate, status, top, warm
 from fastload.cli import compile as kernels
-from fastload.cli import daemon, demo, doctor, exits, history, index, jobs, simulate, status, top, warm
 from fastload.cli.printing import examples, plain
 from fastload.errors import FastloadError
 
@@ -49,6 +49,7 @@ def _add(
     app.command(verb, cls=cls, short_help=short, epilog=examples(*lines))(function)
 
 
+app.add_typer(bench.app, name="bench", short_help="How fast this data can be fed here, and what limits it.")
 _add(
     "compile",
     kernels.compile_kernels,

@@ -11,9 +11,9 @@ from rich.table import Table
 from fastload import shares
 from fastload.config import format_bytes
 from fastload.plan import ram_bytes_for
-from fastload.simulate.plot import Curve, sweep_svg
 from fastload.simulate.scenario import Job, StoreProfile
 from fastload.simulate.world import Run
+from fastload.svgplot import Axis, Curve, line_plot
 
 # Chunks that come so many times an epoch are read again for want of room.
 _AGAIN = 1.1
@@ -148,3 +148,15 @@ def as_svg(job: Job, runs: Sequence[Run]) -> str:
         Curve("stall share", STALL_COLOUR, [run.mean("stall_share") for run in good]),
     ]
     return sweep_svg("What a cache of this size would do", subtitle, [run.node.disk_bytes for run in good], lines)
+
+
+_UNITS = (("TiB", 2.0**40), ("GiB", 2.0**30), ("MiB", 2.0**20), ("B", 1.0))  # as in `format_bytes`
+
+
+def sweep_svg(title: str, subtitle: str, cache_bytes: Sequence[int], lines: Sequence[Curve]) -> str:
+    """Shares over the size of a cache. They have one axis, so that the reader compares them at the same place."""
+    unit, unit_bytes = next((name, size) for name, size in _UNITS if max(cache_bytes) >= size or size == 1.0)
+    sizes = [size / unit_bytes for size in cache_bytes]
+    return line_plot(
+        title, subtitle, sizes, lines, Axis(f"disk cache of a node, {unit}"), Axis("share, %", end=1.0, scale=100.0)
+    )

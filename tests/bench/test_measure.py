@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench import measure
+from fastload.bench import measure
 
 BURN = "import time\nwhile time.process_time() < 0.3: pass\n"
 HOLD = "import sys\ndata = bytearray(64 << 20)\nprint('ready', flush=True)\nsys.stdin.read()\n"

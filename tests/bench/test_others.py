@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 
-from bench import measure, others
+from bench import others
+from fastload.bench import measure
 from tests.processes import is_running
 from tests.shards import tar_of
 

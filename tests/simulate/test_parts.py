@@ -11,10 +11,11 @@ from fastload.cache import ChunkKey
 from fastload.simulate import StoreProfile
 from fastload.simulate.clock import VirtualLoop
 from fastload.simulate.network import Connections, Network
-from fastload.simulate.plot import Curve, sweep_svg
 from fastload.simulate.pools import VirtualPools
+from fastload.simulate.report import sweep_svg
 from fastload.simulate.tiers import VirtualDisk
 from fastload.store.watch import Attempt, Outcome, Watch
+from fastload.svgplot import Curve
 
 MB = 1_000_000
 

@@ -1,0 +1,529 @@
+"""A benchmark from the plan to the result: phases one after the other, each of which may fail without ending the rest.
+
+Everything that is written lies in a folder of its own beside the cache directory, whose disk is measured so; it is
+removed at the end, also of an interrupted run, and what a killed run left is removed by the next one. Nothing is
+written to the store, and no cache of the user's is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import re
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fastload.bench import limits, runs
+from fastload.bench.schema import VERSION, Figure, Machine, Phase, Result, Series, Work
+from fastload.bench.verdict import BUSY, Demand, Findings, Rate, sentences
+from fastload.cache.tempfiles import is_running
+from fastload.cgroups import cpu_quotas, read_file
+from fastload.config import MIB, default_ram_bytes, format_bytes
+from fastload.errors import ConfigError, FastloadError
+from fastload.redaction import redact
+from fastload.store import ObjectInfo, StoreOptions
+
+PHASES = ("store", "disk", "memory", "decode", "cold", "ram", "disk epoch", "shares", "demand")
+_PACKAGES = ("fastload", "torch", "numpy", "numba", "obstore", "pyarrow")
+_ARENA_LEAST = 256 * MIB
+# What a phase may take beyond the time that is planned for it.
+_SLACK_S = 60.0
+_BISECTIONS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to measure. `for_s` bounds an epoch; `max_bytes` what all phases together read from the store."""
+
+    urls: Sequence[str]
+    shuffle: str = "window"
+    seed: int = 0
+    columns: Sequence[str] = ()
+    decode: dict[str, str] = field(default_factory=dict)
+    batch_size: int = 256
+    workers: int = 2
+    cache: Path | None = None
+    cache_shares: Sequence[float] = ()
+    for_s: float = 30.0
+    max_bytes: int = 4 << 30
+    repeats: int = 1
+    step_s: float = 0.0  # 0: find the least
+    skip: frozenset[str] = frozenset()
+    price_per_gb: float = 0.0
+    price_per_1000: float = 0.0
+    epochs: int = 1
+    show_endpoints: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will be read: these shards, of all that the URLs name."""
+
+    objects: Sequence[ObjectInfo]
+    whole_count: int
+    whole_bytes: int
+    chunk_bytes: int
+    passes: float  # over the data, from the store
+
+    @property
+    def byte_count(self) -> int:
+        """Of the shards that are read."""
+        return sum(each.size for each in self.objects)
+
+    @property
+    def store_bytes(self) -> int:
+        """What all phases read from the store, but for measuring it."""
+        return int(self.byte_count * self.passes)
+
+    @property
+    def requests(self) -> int:
+        """The requests that takes."""
+        return int(sum(-(-each.size // self.chunk_bytes) for each in self.objects) * self.passes)
+
+
+class Session:
+    """See the module's text. A context manager: within it there is a folder to work in."""
+
+    def __init__(self, options: Options, command: Sequence[str], report: Callable[[str], None]) -> None:
+        """`report` gets a few words on what is being done, often."""
+        self._options, self._command, self._report = options, list(command), report
+        from fastload.config import default_cache_dir
+
+        beside = (options.cache or default_cache_dir()).absolute()
+        self._parent, self._prefix = beside.parent, f"{beside.name}-bench-"
+        self.folder = self._parent / f"{self._prefix}{os.getpid()}"
+        self._store_options = StoreOptions.from_environment(None)
+        self._plan: Plan | None = None
+        self._phases: list[Phase] = []
+        self._outcomes: list[runs.Outcome] = []
+        self._bound_by = "", ""
+        self._demands: list[Demand] = []
+        self._shares: list[tuple[float, Rate]] = []
+        self._load_before = os.getloadavg()[0]
+        self._interrupted = False
+
+    def __enter__(self) -> Session:
+        self._parent.mkdir(parents=True, exist_ok=True)
+        for left in self._parent.glob(f"{self._prefix}*"):
+            pid = left.name.removeprefix(self._prefix)
+            if pid.isdecimal() and not is_running(int(pid)):
+                shutil.rmtree(left, ignore_errors=True)
+        self.folder.mkdir(mode=0o700)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # The plan
+
+    def plan(self) -> Plan:
+        """List the data, and choose what is read of it. The errors of listing, as a job would have them."""
+        from fastload.client.cache import Handle
+        from fastload.pipeline.shard_listing import list_shards
+
+        self._report("listing")
+        options = self._options
+        with Handle(self.folder / "listing", ram_bytes=_ARENA_LEAST, disk_bytes=0, service="inprocess") as handle:
+            with handle.consumer(None, "bench") as consumer:
+                found = list_shards(consumer, list(options.urls)).objects
+                objects = [found[number] for number in range(len(found))]
+            chunk_bytes = handle.limits.chunk_bytes
+        whole_bytes = sum(each.size for each in objects)
+        passes = (
+            options.repeats + sum(1 + (1 - share) for share in options.cache_shares) + ("demand" not in options.skip)
+        )
+        chosen = _within(objects, int(options.max_bytes / max(1.0, passes + 0.5)))
+        self._plan = Plan(chosen, len(objects), whole_bytes, chunk_bytes, passes)
+        return self._plan
+
+    # Phases
+
+    def run(self) -> Result:
+        """All phases, and what they say. Interrupted, it gives what is there."""
+        try:
+            for name, phase in self._all_phases():
+                if name not in self._options.skip:
+                    self._phases.append(self._guarded(name, phase))
+        except KeyboardInterrupt:
+            self._interrupted = True
+        return self._result()
+
+    def _all_phases(self) -> Iterator[tuple[str, Callable[[], Phase]]]:
+        plan, options = self._plan, self._options
+        assert plan is not None, "plan first"
+        budget = limits.Budget(max(64 << 20, options.max_bytes - plan.store_bytes))
+        yield "store", lambda: limits.store(plan.objects, self._store_options, budget, self._report)
+        yield "disk", lambda: limits.disk(self.folder)
+        yield "memory", limits.memory
+        yield "cold", self._cold
+        yield "ram", self._from_ram
+        yield "disk epoch", self._from_disk
+        yield "decode", self._decode
+        for share in options.cache_shares:
+            yield f"share {share:.0%}", lambda share=share: self._share(share)  # type: ignore[misc]
+        yield "demand", self._demand
+
+    def _guarded(self, name: str, phase: Callable[[], Phase]) -> Phase:
+        began = time.monotonic()
+        self._report(name)
+        try:
+            return phase()
+        except (FastloadError, OSError) as error:
+            return Phase(name=name, seconds=time.monotonic() - began, error=redact(str(error)))
+
+    def _settings(self, directory: str, ram_bytes: int, disk_bytes: int, **more: Any) -> runs.Settings:
+        options, plan = self._options, self._plan
+        assert plan is not None, "plan first"
+        shuffle: bool | str = False if options.shuffle == "none" else options.shuffle
+        dataset: dict[str, Any] = {"shuffle": shuffle, "seed": options.seed}
+        if options.columns:
+            dataset["columns"] = list(options.columns)
+        return runs.Settings(
+            urls=[each.url for each in plan.objects],
+            dataset=dataset,
+            decode=options.decode,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            directory=str(self.folder / directory),
+            ram_bytes=ram_bytes,
+            disk_bytes=disk_bytes,
+            **more,
+        )
+
+    def _timeout_s(self, epochs: float) -> float:
+        return 10 * self._options.for_s * epochs + _SLACK_S
+
+    @property
+    def _arena_bytes(self) -> int:
+        """An arena that holds the data, if this machine has the memory."""
+        assert self._plan is not None, "plan first"
+        return max(_ARENA_LEAST, min(int(1.3 * self._plan.byte_count) + 128 * MIB, default_ram_bytes()))
+
+    @property
+    def _disk_bytes(self) -> int:
+        assert self._plan is not None, "plan first"
+        return int(1.1 * self._plan.byte_count) + 256 * MIB
+
+    def _cold(self) -> Phase:
+        """An epoch from the store, and one from RAM right after it, each time with an empty cache."""
+        began = time.monotonic()
+        outcomes: list[runs.Outcome] = []
+        self._outcomes = outcomes
+        for number in range(self._options.repeats):
+            self._report(f"first epoch ({number + 1} of {self._options.repeats}), and one from RAM")
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(self.folder / "full")
+            settings = self._settings("full", self._arena_bytes, self._disk_bytes, epochs=2)
+            outcomes.append(runs.run(settings, self._timeout_s(2)))
+        self._bound_by = outcomes[-1].epochs[0].bound_by, outcomes[-1].epochs[0].verdict
+        return _phase("cold", [each.epochs[0] for each in outcomes], time.monotonic() - began)
+
+    def _from_ram(self) -> Phase:
+        """The epochs that followed."""
+        if not self._outcomes:
+            raise FastloadError("no first epoch was measured")
+        phase = _phase("ram", [each.epochs[1] for each in self._outcomes], 0.0)
+        if self._plan is not None and self._arena_bytes < self._plan.byte_count:
+            phase.notes.append(
+                f"the arena ({format_bytes(self._arena_bytes)}) holds only a part of the data: the rest came from disk"
+            )
+        return phase
+
+    def _from_disk(self) -> Phase:
+        """An epoch from the disk tier that the first one filled, with a small arena. It bypasses the page cache."""
+        began = time.monotonic()
+        settings = self._settings(
+            "full", _ARENA_LEAST, self._disk_bytes, epochs=self._options.repeats, first_epoch=2, first_is_single=False
+        )
+        return _phase(
+            "disk epoch", runs.run(settings, self._timeout_s(self._options.repeats)).epochs, time.monotonic() - began
+        )
+
+    def _decode(self) -> Phase:
+        options = self._options
+        if not options.decode:
+            return Phase(
+                name="decode", seconds=0.0, notes=["nothing is decoded: --decode COLUMN=DECODER names what is"]
+            )
+        began = time.monotonic()
+        whole = Phase(name="decode", seconds=0.0)
+        for column, decoder in runs.decoders(options.decode).items():
+            settings = self._settings("full", _ARENA_LEAST, self._disk_bytes, epochs=0, sample_column=column)
+            values = runs.run(settings, self._timeout_s(1)).values
+            if not values:
+                raise ConfigError(f"--decode {column}: the data has no sample")
+            found = limits.decode(decoder, column, values, max(1, options.workers))
+            whole.figures += found.figures
+            whole.series += found.series
+        whole.seconds = time.monotonic() - began
+        return whole
+
+    def _share(self, share: float) -> Phase:
+        """Later epochs with a disk cache of a part of the data: the second, after one that filled it."""
+        assert self._plan is not None, "plan first"
+        began = time.monotonic()
+        settings = self._settings("share", _ARENA_LEAST, int(share * self._plan.byte_count * 1.02), epochs=2)
+        try:
+            epoch = runs.run(settings, self._timeout_s(2)).epochs[1]
+        finally:
+            shutil.rmtree(self.folder / "share", ignore_errors=True)
+        self._shares.append((share, _rate(epoch)))
+        return _phase(f"share {share:.0%}", [epoch], time.monotonic() - began)
+
+    def _demand(self) -> Phase:
+        """How often a consumer may ask for a batch: of data from the store, and of cached data."""
+        began = time.monotonic()
+        phase = Phase(name="demand", seconds=0.0)
+        self._demand_of(phase, "Cached", "full", self._disk_bytes, self._arena_bytes, self._value("disk epoch"))
+        self._demand_of(phase, "From the store", "none", 0, _ARENA_LEAST, self._value("cold"))
+        phase.seconds = time.monotonic() - began
+        if not phase.figures:
+            phase.error = "neither a first epoch nor one from the cache was measured"
+        return phase
+
+    def _value(self, name: str) -> float | None:
+        phase = next((each for each in self._phases if each.name == name and not each.error), None)
+        return None if phase is None else phase.value("samples")
+
+    def _demand_of(
+        self, phase: Phase, state: str, directory: str, disk_bytes: int, ram_bytes: int, per_s: float | None
+    ) -> None:
+        if per_s is None or not per_s:
+            return
+        options = self._options
+        self._report(f"demand, {state.lower()}")
+        alone_s = options.batch_size / per_s
+        tried: list[tuple[float, float]] = []
+        low, high = 0.8 * alone_s, 1.2 * alone_s
+        steps = [options.step_s] if options.step_s else [high]
+        for _ in range(1 if options.step_s else _BISECTIONS + 1):
+            window_s = min(8.0, max(2.0, 12 * steps[0], options.for_s / 8))
+            settings = self._settings(
+                directory, ram_bytes, disk_bytes, epochs=0, first_epoch=8, steps_s=steps, step_for_s=window_s
+            )
+            (step,) = runs.run(settings, self._timeout_s(1) + 4 * window_s).steps
+            tried.append((step.step_s, step.utilisation))
+            if options.step_s:
+                break
+            low, high = (low, step.step_s) if step.utilisation >= BUSY else (step.step_s, max(high, 1.3 * step.step_s))
+            steps = [(low + high) / 2]
+        tried.sort()
+        enough = [pair for pair in tried if pair[1] >= BUSY]
+        step_s, utilisation = tried[0] if options.step_s else (enough[0] if enough else tried[-1])
+        self._demands.append(Demand(state, step_s, utilisation, is_given=bool(options.step_s) or not enough))
+        phase.figures += [
+            Figure(
+                name=f"{state.lower()}: time a batch",
+                unit="s",
+                values=[step_s],
+                better="" if options.step_s else "less",
+            ),
+            Figure(name=f"{state.lower()}: accelerator use", unit="", values=[utilisation], better="more"),
+        ]
+        phase.series.append(
+            Series(
+                name=f"accelerator use, {state.lower()}",
+                x_unit="batches/s",
+                y_unit="share",
+                xs=[1 / step for step, _ in reversed(tried)],
+                ys=[use for _, use in reversed(tried)],
+            )
+        )
+
+    # The result
+
+    def _result(self) -> Result:
+        plan, options = self._plan, self._options
+        assert plan is not None, "plan first"
+        result = Result(
+            version=VERSION,
+            taken_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            command=[self._shown(word) for word in self._command],
+            versions=_versions(),
+            machine=_machine(self._parent, self._load_before),
+            work=self._work(plan),
+            phases=self._phases,
+            interrupted=self._interrupted,
+        )
+        result.verdict = sentences(self._findings(result, plan, options))
+        return result
+
+    def _shown(self, text: str) -> str:
+        """Without credentials, and without the host where that is not to be shown."""
+        shown = redact(text)
+        return shown if self._options.show_endpoints else re.sub(r"(https?://)[^/]+", r"\1***", shown)
+
+    def _work(self, plan: Plan) -> Work:
+        options = self._options
+        facts = {
+            "shuffle": options.shuffle,
+            "seed": str(options.seed),
+            "columns": " ".join(options.columns),
+            "decode": " ".join(f"{column}={spec}" for column, spec in sorted(options.decode.items())),
+            "batch_size": str(options.batch_size),
+            "workers": str(options.workers),
+            "cache_shares": " ".join(map(str, options.cache_shares)),
+        }
+        lines = [f"{each.url.rpartition('/')[2]} {each.size} {each.etag}" for each in plan.objects]
+        lines += [f"{name}={value}" for name, value in facts.items()]
+        samples = next((int(each.value("samples of an epoch") or 0) for each in self._phases if each.name == "cold"), 0)
+        return Work(
+            urls=[self._shown(url) for url in options.urls],
+            shards=len(plan.objects),
+            samples=samples,
+            byte_count=plan.byte_count,
+            options=facts,
+            digest=hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16],
+        )
+
+    def _findings(self, result: Result, plan: Plan, options: Options) -> Findings:
+        def of(phase: str, name: str) -> float | None:
+            found = result.phase(phase)
+            return None if found is None else found.value(name)
+
+        def rate(name: str) -> Rate | None:
+            found = result.phase(name)
+            if found is None:
+                return None
+            seconds = found.value("seconds") or 0.0
+            return Rate(
+                samples_per_s=found.value("samples") or 0.0,
+                bytes_per_s=found.value("bytes") or 0.0,
+                seconds=seconds,
+                cpu_s=found.value("CPU") or 0.0,
+                cores=result.machine.cores,
+                fetched_bytes=int(found.value("bytes from the store") or 0),
+            )
+
+        threads = max(1, options.workers)
+        decoded = {
+            column: of("decode", f"decode {column}, {threads} thread{'s' * (threads > 1)}") for column in options.decode
+        }
+        rates = [value for value in decoded.values() if value]
+        bend = of("store", "requests at the bend")
+        return Findings(
+            samples=result.work.samples,
+            byte_count=plan.byte_count,
+            whole_bytes=plan.whole_bytes,
+            batch_size=options.batch_size,
+            workers=threads,
+            shards=len(plan.objects),
+            store_bytes_per_s=of("store", "goodput"),
+            requests_at_bend=None if bend is None else int(bend),
+            throttled=int(of("store", "requests tried again") or 0),
+            disk_bytes_per_s=of("disk", "read"),
+            decode_per_s=1 / sum(1 / value for value in rates) if rates else None,
+            cold=rate("cold"),
+            bound_by=self._bound_by[0],
+            said=self._bound_by[1],
+            from_disk=rate("disk epoch"),
+            from_ram=rate("ram"),
+            shares=tuple(self._shares),
+            demands=tuple(self._demands),
+            load_before=self._load_before,
+            cores=result.machine.cores,
+            price_per_gb=options.price_per_gb,
+            price_per_1000=options.price_per_1000,
+            requests=int(of("cold", "requests") or 0),
+            epochs=options.epochs,
+        )
+
+
+def _within(objects: Sequence[ObjectInfo], byte_count: int) -> list[ObjectInfo]:
+    """Shards of at most so many bytes together, evenly spread over all of them; at least one."""
+    total = sum(each.size for each in objects)
+    if total <= byte_count:
+        return list(objects)
+    count = max(1, int(len(objects) * byte_count / total))
+    step = len(objects) / count
+    return [objects[int(number * step)] for number in range(count)]
+
+
+def _phase(name: str, epochs: Sequence[runs.Epoch], seconds: float) -> Phase:
+    """The figures of an epoch, with the values of each repeat."""
+
+    def figure(title: str, unit: str, values: list[float], better: str = "", *, steady: bool = False) -> Figure:
+        return Figure(name=title, unit=unit, values=values, better=better, steady=steady)  # type: ignore[arg-type]
+
+    per_gb = [each.cpu_s / max(1e-9, sum(each.source_bytes.values()) / 1e9) for each in epochs]
+    phase = Phase(
+        name=name,
+        seconds=seconds,
+        figures=[
+            figure("samples", "samples/s", [each.samples / each.seconds for each in epochs], "more"),
+            figure("bytes", "B/s", [sum(each.source_bytes.values()) / each.seconds for each in epochs], "more"),
+            figure("seconds", "s", [each.seconds for each in epochs], "less"),
+            figure("first batch", "s", [each.first_batch_s for each in epochs], "less"),
+            figure("batch wait, p50", "s", [each.wait_p50_s for each in epochs], "less"),
+            figure("batch wait, p99", "s", [each.wait_p99_s for each in epochs], "less"),
+            figure("batch wait, longest", "s", [each.wait_max_s for each in epochs], "less"),
+            figure("CPU", "CPU-s", [each.cpu_s for each in epochs], "less", steady=True),
+            figure("CPU a GB", "CPU-s/GB", per_gb, "less", steady=True),
+            figure("memory at the peak", "B", [float(each.peak_memory_bytes) for each in epochs], "less", steady=True),
+            figure("bytes from the store", "B", [float(each.fetched_bytes) for each in epochs], "less", steady=True),
+            figure("requests", "", [float(each.requests) for each in epochs], "less", steady=True),
+            figure("samples of an epoch", "", [float(each.samples) for each in epochs], steady=True),
+            figure("repeated samples", "", [float(each.repeats) for each in epochs], steady=True),
+        ],
+    )
+    for cause in epochs[0].stalls_s:
+        values = [each.stalls_s[cause] for each in epochs]
+        phase.figures.append(figure(f"waited for {cause}", "s", values, "less"))
+    if statistics.median(each.seconds for each in epochs) < 2.0:
+        phase.notes.append("too short to say much: give more data")
+    phase.notes += list(dict.fromkeys(each.verdict for each in epochs if each.verdict))
+    return phase
+
+
+def _rate(epoch: runs.Epoch) -> Rate:
+    byte_count = sum(epoch.source_bytes.values())
+    return Rate(
+        samples_per_s=epoch.samples / epoch.seconds,
+        bytes_per_s=byte_count / epoch.seconds,
+        seconds=epoch.seconds,
+        cpu_s=epoch.cpu_s,
+        fetched_bytes=epoch.fetched_bytes,
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _machine(folder: Path, load_before: float) -> Machine:
+    match = re.search(r"^model name\s*:\s*(.+)$", read_file("/proc/cpuinfo"), re.MULTILINE)
+    memory = re.search(r"^MemTotal:\s+(\d+) kB$", read_file("/proc/meminfo"), re.MULTILINE)
+    cores = min([float(len(os.sched_getaffinity(0))), *cpu_quotas(read_file)])
+    return Machine(
+        cpu=match[1] if match else platform.machine(),
+        cores=cores,
+        memory_bytes=int(memory[1]) << 10 if memory else 0,
+        kernel=platform.release(),
+        file_system=_file_system(folder),
+        load_before=load_before,
+        load_after=os.getloadavg()[0],
+    )
+
+
+def _file_system(folder: Path) -> str:
+    """The type of the file system that a folder is on."""
+    best, kind = "", "unknown"
+    for line in read_file("/proc/mounts").splitlines():
+        _, mounted, name, *_ = line.split()
+        mounted = mounted.replace("\\040", " ")
+        if len(mounted) >= len(best) and (str(folder) + "/").startswith(mounted.rstrip("/") + "/"):
+            best, kind = mounted, name
+    return kind

@@ -1,0 +1,209 @@
+"""What the figures of a benchmark mean, in sentences with the figure and the cure. Pure.
+
+A loader's own limit is the least of what its parts give: the link, the decoders, and where data is cached the disk or
+memory. A part counts as the limit where the loader reaches most of it; where it reaches none of them, that is said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Of a part's own rate: above it, that part is what limits.
+_REACHED = 0.85
+# An epoch this short says little: start-up is most of it.
+SHORT_S = 1.5
+BUSY = 0.9  # of an accelerator's time, as MLPerf Storage asks
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """What an epoch gave in one state of the cache."""
+
+    samples_per_s: float
+    bytes_per_s: float
+    seconds: float
+    cpu_s: float = 0.0
+    cores: float = 1.0
+    fetched_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """The least time a batch at which a consumer works 90 % of its time, or what a given time came to."""
+
+    state: str
+    step_s: float
+    utilisation: float
+    is_given: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What was measured; None for what was left out or failed."""
+
+    samples: int
+    byte_count: int  # of what was measured
+    whole_bytes: int  # of all that the URLs name
+    batch_size: int
+    workers: int
+    shards: int
+    store_bytes_per_s: float | None = None
+    requests_at_bend: int | None = None
+    throttled: int = 0
+    disk_bytes_per_s: float | None = None
+    decode_per_s: float | None = None
+    decode_name: str = ""
+    cold: Rate | None = None
+    bound_by: str = ""  # what the loader says of itself in its first epoch, in a word and in a sentence
+    said: str = ""
+    from_disk: Rate | None = None
+    from_ram: Rate | None = None
+    shares: tuple[tuple[float, Rate], ...] = ()
+    demands: tuple[Demand, ...] = ()
+    load_before: float = 0.0
+    cores: float = 1.0
+    price_per_gb: float = 0.0
+    price_per_1000: float = 0.0
+    requests: int = 0
+    epochs: int = 1
+
+
+def sentences(found: Findings) -> list[str]:
+    """The verdict, most important first. Never empty."""
+    said = []
+    if found.cold is not None:
+        said.append(_first_epoch(found, found.cold))
+    said += _later_epochs(found)
+    said += [_demand(found, each) for each in found.demands]
+    said += _costs(found)
+    if found.throttled:
+        said.append(
+            f"The store refused {_count(found.throttled)} requests: fewer nodes at a time, or another prefix, may help."
+        )
+    if found.cold is not None and found.shards < found.workers:
+        said.append(
+            f"There are only {found.shards} shards: with more of them, of 100 MB or so each, reading and shuffling go "
+            "side by side."
+        )
+    if found.load_before > 0.5 * found.cores:
+        said.append(
+            f"The machine was busy (load {found.load_before:.1f} on {found.cores:g} cores): rates are lower than on a "
+            "quiet one."
+        )
+    return said or ["Nothing was measured, so there is nothing to say."]
+
+
+def limit_of(found: Findings, rate: Rate, source_bytes_per_s: float | None, source: str) -> tuple[str, float]:
+    """What limits an epoch: "link", "disk", "decode", "start" or "unknown", and that part's own samples a second."""
+    per_sample = found.byte_count / max(1, found.samples)
+    parts = []
+    if source_bytes_per_s:
+        parts.append((source_bytes_per_s / per_sample, source))
+    if found.decode_per_s:
+        parts.append((found.decode_per_s, "decode"))
+    if rate.seconds < SHORT_S:
+        return "start", rate.samples_per_s
+    if parts:
+        most, name = min(parts)
+        if rate.samples_per_s >= _REACHED * most:
+            return name, most
+    if rate.cpu_s >= _REACHED * rate.seconds * rate.cores:
+        return "cores", rate.samples_per_s
+    return "unknown", rate.samples_per_s
+
+
+def _first_epoch(found: Findings, rate: Rate) -> str:
+    head = f"A first epoch runs at {_rate(found, rate)}"
+    limit, most = limit_of(found, rate, found.store_bytes_per_s, "link")
+    link = found.store_bytes_per_s or 0.0
+    if limit == "link":
+        cure = "a cache lifts later epochs, a faster link or a nearer store this one"
+        return f"{head}: the link limits it ({_mb(rate.bytes_per_s)} of {_mb(link)}); {cure}."
+    if limit == "decode":
+        return (
+            f"{head}: decoding limits it ({_count(rate.samples_per_s)} of the {_count(most)} samples/s that "
+            f"{found.workers} threads decode by themselves); more bandwidth will not help, more cores or smaller "
+            "stored images will."
+        )
+    if limit == "start":
+        return f"{head}, but took only {rate.seconds:.1f} s: too short to say what limits it; raise --max-bytes."
+    if found.said and found.bound_by not in ("", "unknown"):
+        return f"{head}. It is {found.said}."
+    if limit == "cores":
+        busy = f"{rate.cpu_s / rate.seconds:.1f} of {rate.cores:g} are busy"
+        return f"{head}: the cores limit it ({busy}); more or faster ones will help."
+    rest = f"; the link alone gives {_mb(link)}" if link else ""
+    return f"{head}: no single part limits it{rest}."
+
+
+def _later_epochs(found: Findings) -> list[str]:
+    said = []
+    if found.from_ram is not None:
+        said.append(
+            f"Out of RAM an epoch runs at {_rate(found, found.from_ram)}{_because(found, found.from_ram, None, '')}."
+        )
+    if found.from_disk is not None:
+        why = _because(found, found.from_disk, found.disk_bytes_per_s, "disk")
+        said.append(f"From the cache's disk it runs at {_rate(found, found.from_disk)}{why}.")
+    for share, rate in found.shares:
+        fetched = rate.fetched_bytes / max(1, found.byte_count)
+        said.append(
+            f"With a disk cache of {share:.0%} of the data, {_bytes(share * found.whole_bytes)} here, later epochs run "
+            f"at {_rate(found, rate)} and fetch {fetched:.0%} of the data again."
+        )
+    return said
+
+
+def _because(found: Findings, rate: Rate, source: float | None, name: str) -> str:
+    limit, most = limit_of(found, rate, source, name)
+    if limit == "decode":
+        return f", which is what decoding allows ({_count(most)} samples/s)"
+    if limit == "disk":
+        return f", which is what the disk gives ({_mb(source or 0.0)})"
+    if limit == "cores":
+        return ", which is what the cores allow"
+    return ""
+
+
+def _demand(found: Findings, demand: Demand) -> str:
+    per_s = found.batch_size / demand.step_s if demand.step_s else 0.0
+    if demand.is_given:
+        fate = "it never waits" if demand.utilisation >= 0.99 else "it waits for the rest"
+        return (
+            f"{demand.state}: an accelerator that takes {demand.step_s * 1e3:.3g} ms a batch of {found.batch_size} "
+            f"would be used to {demand.utilisation:.0%}; {fate}."
+        )
+    return (
+        f"{demand.state}: an accelerator may take a batch of {found.batch_size} every {demand.step_s * 1e3:.3g} ms "
+        f"({_count(per_s)} samples/s) and is still busy {BUSY:.0%} of the time."
+    )
+
+
+def _costs(found: Findings) -> list[str]:
+    if not (found.price_per_gb or found.price_per_1000) or found.cold is None:
+        return []
+    scale = found.whole_bytes / max(1, found.byte_count)
+    epoch = found.price_per_gb * found.whole_bytes / 1e9 + found.price_per_1000 * found.requests * scale / 1e3
+    return [
+        f"An epoch from the store costs {epoch:.2f}, {found.epochs} without a cache {found.epochs * epoch:.2f}, "
+        f"with one that holds all of it {epoch:.2f}."
+    ]
+
+
+def _rate(found: Findings, rate: Rate) -> str:
+    return f"{_count(rate.samples_per_s)} samples/s ({_mb(rate.bytes_per_s)})"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def _mb(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e6:,.0f} MB/s" if bytes_per_s >= 1e7 else f"{bytes_per_s / 1e6:.2g} MB/s"
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} bytes"

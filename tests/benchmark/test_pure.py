@@ -1,0 +1,203 @@
+"""What a benchmark decides: whether two results differ, and what its figures mean."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastload.bench import schema
+from fastload.bench.compare import compare
+from fastload.bench.report import html, lines
+from fastload.bench.schema import Figure, Machine, Phase, Result, Series, Work
+from fastload.bench.verdict import Demand, Findings, Rate, sentences
+from fastload.errors import ConfigError
+
+HOSTILE = "<img src=x onerror=alert(1)>\x1b[31m\u202e" + "k" * 10_000
+
+
+def result(
+    values: list[float], *, digest: str = "a", cpu: str = "one", steady: bool = False, name: str = "x"
+) -> Result:
+    return Result(
+        version=schema.VERSION,
+        taken_at="2026-01-01T00:00:00+00:00",
+        command=["fastload", "bench", name],
+        versions={"fastload": "0"},
+        machine=Machine(cpu=cpu, cores=2, memory_bytes=1, kernel="k", file_system="ext4", load_before=0.0),
+        work=Work(urls=[name], shards=1, samples=1, byte_count=1, options={"workers": "2"}, digest=digest),
+        phases=[
+            Phase(
+                name="cold",
+                seconds=1.0,
+                figures=[Figure(name="samples", unit="samples/s", values=values, better="more", steady=steady)],
+                series=[Series(name=name, x_unit="n", y_unit="B/s", xs=[1.0, 2.0], ys=[1e6, 2e6])],
+                notes=[name],
+            )
+        ],
+        verdict=[name],
+    )
+
+
+def word(before: list[float], after: list[float], *, steady: bool = False) -> str:
+    (change,) = compare(result(before, steady=steady), result(after, steady=steady))
+    return change.word
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "steady", "expected"),
+    [
+        ([100, 101, 99, 100, 102], [100, 100, 99, 101, 102], False, "no change"),
+        ([100, 101, 99, 100, 102], [120, 121, 119, 120, 122], False, "better"),
+        ([100, 101, 99, 100, 102], [80, 81, 79, 80, 82], False, "worse"),
+        ([100], [80], False, "too few runs"),
+        ([100], [80], True, "worse"),
+        ([100], [97], True, "no change"),
+        ([0.0], [0.0], True, "no change"),
+    ],
+)
+def test_a_change_has_a_word(before: list[float], after: list[float], steady: bool, expected: str) -> None:
+    assert word(before, after, steady=steady) == expected
+
+
+def test_the_same_work_twice_is_no_change_in_most_tries_and_a_tenth_less_is_seen() -> None:
+    source = random.Random(5)
+    same = slower = 0
+    for _ in range(40):
+        before = [source.gauss(100, 2) for _ in range(5)]
+        same += word(before, [source.gauss(100, 2) for _ in range(5)]) == "no change"
+        slower += word(before, [source.gauss(90, 2) for _ in range(5)]) == "worse"
+    assert same >= 36
+    assert slower >= 38
+
+
+@given(st.lists(st.floats(1, 1e6), min_size=2, max_size=6), st.floats(1.3, 5))
+def test_what_is_faster_throughout_is_never_called_worse(values: list[float], factor: float) -> None:
+    (change,) = compare(result(values), result([value * factor for value in values]))
+    assert change.word in ("better", "no change")
+    assert change.low <= change.ratio * (1 + 1e-9)
+    assert change.high >= change.ratio * (1 - 1e-9)
+
+
+def test_other_work_and_other_machines_are_refused_by_name() -> None:
+    other = result([1.0], digest="b")
+    other.work.options = {"workers": "4"}
+    with pytest.raises(ConfigError, match=r"other work \(workers: 2 and 4\)"):
+        compare(result([1.0]), other)
+    with pytest.raises(ConfigError, match=r"other machines \(cpu: one and two\)"):
+        compare(result([1.0]), result([1.0], cpu="two"))
+    assert compare(result([1.0]), other, anyway=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is no result"),
+        (b"{", "is no result"),
+        (b"\xff\xfe", "is no result"),
+        (b'{"version": 99}', "version 99"),
+        (b'{"version": 1}', "missing required field"),
+    ],
+)
+def test_a_file_that_is_no_result_is_an_error(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=says):
+        schema.read(tmp_path / "a.json")
+
+
+def test_a_result_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    written = result([1.0, 2.0])
+    schema.write(written, tmp_path / "a.json")
+    assert schema.read(tmp_path / "a.json") == written
+    with pytest.raises(ConfigError, match="no-such-folder"):
+        schema.write(written, tmp_path / "no-such-folder" / "a.json")
+
+
+def test_a_page_runs_no_script_asks_for_nothing_and_shows_names_as_text() -> None:
+    page = html(result([1.0, 2.0], name=HOSTILE))
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "&lt;img" in page
+    assert "\x1b" not in page.replace("\n", "")
+    assert "default-src 'none'" in page
+    assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+FOUND = Findings(
+    samples=100_000,
+    byte_count=10_000_000_000,
+    whole_bytes=10_000_000_000,
+    batch_size=256,
+    workers=2,
+    shards=100,
+    cores=2.0,
+)
+RATES = st.builds(
+    Rate,
+    samples_per_s=st.floats(0, 1e7),
+    bytes_per_s=st.floats(0, 1e11),
+    seconds=st.floats(0, 1e5),
+    cpu_s=st.floats(0, 1e5),
+    cores=st.floats(0.1, 256),
+)
+
+
+def rate(samples_per_s: float, cpu_s: float = 1.0) -> Rate:
+    return Rate(samples_per_s, samples_per_s * 1e5, seconds=60.0, cpu_s=cpu_s, cores=2.0)
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (replace(FOUND, store_bytes_per_s=200e6, cold=rate(1960)), "the link limits it (196 MB/s of 200 MB/s)"),
+        (replace(FOUND, store_bytes_per_s=900e6, decode_per_s=2000.0, cold=rate(1900)), "decoding limits it"),
+        (replace(FOUND, store_bytes_per_s=900e6, cold=rate(1900, cpu_s=115.0)), "the cores limit it"),
+        (
+            replace(FOUND, store_bytes_per_s=900e6, cold=rate(1900), bound_by="map", said="map-bound: 90% of ..."),
+            "It is map-bound",
+        ),
+        (replace(FOUND, cold=replace(rate(1900), seconds=0.5)), "too short to say"),
+        (replace(FOUND, cold=rate(1900), shards=1), "There are only 1 shards"),
+        (replace(FOUND, cold=rate(1900), load_before=4.0), "The machine was busy"),
+        (replace(FOUND, cold=rate(1900), throttled=12), "The store refused 12 requests"),
+        (replace(FOUND, disk_bytes_per_s=1e9, from_disk=rate(9500)), "which is what the disk gives"),
+        (replace(FOUND, demands=(Demand("Cached", 0.18, 0.83, is_given=True),)), "would be used to 83%"),
+        (replace(FOUND, demands=(Demand("Cached", 0.1, 0.92),)), "every 100 ms (2,560 samples/s)"),
+        (replace(FOUND, cold=rate(1900), price_per_gb=0.09, epochs=10), "costs 0.90, 10 without a cache 9.00"),
+        (FOUND, "Nothing was measured"),
+    ],
+)
+def test_the_verdict_names_the_limit_with_its_figure(found: Findings, says: str) -> None:
+    assert says in " ".join(sentences(found))
+
+
+@given(RATES, RATES, st.floats(0, 1e11), st.floats(0, 1e7), st.floats(0, 10))
+def test_the_verdict_says_something_of_any_figures(
+    cold: Rate, cached: Rate, link: float, decode: float, step_s: float
+) -> None:
+    found = replace(
+        FOUND,
+        store_bytes_per_s=link,
+        decode_per_s=decode,
+        cold=cold,
+        from_ram=cached,
+        from_disk=cached,
+        demands=(Demand("Cached", step_s, 0.5),),
+    )
+    assert all(sentences(found))
+
+
+def test_lines_begin_with_the_verdict_and_leave_out_what_is_none() -> None:
+    shown = result([1.0])
+    shown.phases[0].figures.append(Figure(name="waited for map", unit="s", values=[0.0]))
+    assert lines(shown)[0] == "x"
+    assert not any("waited for map" in line for line in lines(shown))
+
+
+def test_results_are_plain_data() -> None:
+    assert msgspec.json.decode(msgspec.json.encode(result([1.0])))["phases"][0]["figures"][0]["values"] == [1.0]
