@@ -51,8 +51,9 @@ def test_the_help_of_each_verb_ends_with_examples_that_can_be_typed(verb: str) -
         for command in line.split(" | "):
             words = shlex.split(command)
             if words[0] == "fastload":
-                assert command.startswith(verb.removesuffix(" run")), line  # which may be left out
-                arguments = words[len(verb.split()) :]
+                shown = verb.removesuffix(" run")  # which may be left out
+                assert command.startswith(shown), line
+                arguments = words[len(shown.split()) :]
                 VERBS[verb].make_context(verb, arguments, resilient_parsing=False).close()
 
 
