@@ -63,7 +63,7 @@ def _shown(as_json: bool) -> Iterator[Show]:
         yield lambda before, now: print(_line(before, now), flush=True)
     else:
         with Live(console=console, screen=True, auto_refresh=False) as live:
-            yield lambda before, now: live.update(_screen(before, now), refresh=True)
+            yield lambda before, now: live.update(_screen(before, now, console.width), refresh=True)
 
 
 def _line(before: Snapshot | None, now: Snapshot | FastloadError) -> str:
@@ -71,12 +71,12 @@ def _line(before: Snapshot | None, now: Snapshot | FastloadError) -> str:
     return f"{_clock(time.time())}  {said}"
 
 
-def _screen(before: Snapshot | None, now: Snapshot | FastloadError) -> Text:
-    """What does not fit the terminal is cut."""
+def _screen(before: Snapshot | None, now: Snapshot | FastloadError, width: int) -> Text:
+    """What does not fit the terminal is cut, but for sentences."""
     if isinstance(now, Snapshot):
-        lines = [f"fastload top  {_clock(now.at)}  (Ctrl-C ends it)", "", *as_lines(now, before)]
+        lines = [f"fastload top  {_clock(now.at)}  (Ctrl-C ends it)", "", *as_lines(now, before, width)]
     else:
-        last = [] if before is None else ["", f"As it was at {_clock(before.at)}:", "", *as_lines(before)]
+        last = [] if before is None else ["", f"As it was at {_clock(before.at)}:", "", *as_lines(before, width=width)]
         lines = [f"fastload top  {_waiting(now)}", *last]
     screen = Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
     screen.stylize("bold", 0, len(lines[0]))

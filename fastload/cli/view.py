@@ -7,6 +7,7 @@ two services.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from fastload.snapshot import Consumer, DataSet, Endpoint, Job, Snapshot
 # A screenful: so many of each kind, and how many more there are.
 _ROWS_MAX = 8
 _NAME_CHARACTERS_MAX = 200
-_VERDICT_CHARACTERS_MAX = 500
+_SENTENCE_CHARACTERS_MAX = 500
 _BAR_CHARACTERS = 20
 _STALLS_MAX = 3
 
@@ -62,8 +63,8 @@ def _amounts(consumer: Consumer) -> dict[str, float]:
     return {**amounts, "samples": samples} if isinstance(samples, int) else {**amounts}
 
 
-def as_lines(now: Snapshot, before: Snapshot | None = None) -> list[str]:
-    """All that is in a snapshot."""
+def as_lines(now: Snapshot, before: Snapshot | None = None, width: int = 0) -> list[str]:
+    """All that is in a snapshot. Sentences are wrapped to `width`, if that is not 0."""
     rates = rates_between(before, now)
     parts = [
         _node(now),
@@ -72,8 +73,8 @@ def as_lines(now: Snapshot, before: Snapshot | None = None) -> list[str]:
         _data_sets(now.data_sets, now.at),
         _jobs(now.jobs),
         _consumers(now.consumers, rates),
-        _verdicts(now.consumers),
-        [f"trouble: {_short(message)}" for message in now.troubles[-_ROWS_MAX:]],
+        _wrapped(_verdicts(now.consumers), width),
+        _wrapped([f"trouble: {_short(message, _SENTENCE_CHARACTERS_MAX)}" for message in now.troubles], width),
     ]
     return [line for part in parts if part for line in ("", *part)][1:]
 
@@ -86,9 +87,9 @@ def as_line(now: Snapshot, before: Snapshot | None) -> str:
     stalled = [f"rank {_rank(each) or '-'} waits: {waits}" for each in now.consumers if (waits := _waits(each, rates))]
     parts = [
         ", ".join(served),
-        f"{len(now.consumers)} consumers, {under_way} jobs",
+        f"{_count(len(now.consumers), 'consumer')}, {_count(under_way, 'job')}",
         *stalled,
-        *(f"trouble: {_short(message)}" for message in now.troubles[-1:]),
+        *(f"trouble: {_short(message, _SENTENCE_CHARACTERS_MAX)}" for message in now.troubles[-1:]),
     ]
     return plain("; ".join(parts))
 
@@ -230,8 +231,18 @@ def _verdicts(consumers: Sequence[Consumer]) -> list[str]:
         says, bound_by = each.report.get("verdict"), each.report.get("bound_by")
         if isinstance(says, str) and bound_by not in ("consumer", "unknown"):
             ranks.setdefault(says, []).append(_rank(each) or "-")
-    lines = [f"rank {', '.join(of)}: {_short(says, _VERDICT_CHARACTERS_MAX)}" for says, of in ranks.items()]
+    lines = [f"rank {', '.join(of)}: {_short(says, _SENTENCE_CHARACTERS_MAX)}" for says, of in ranks.items()]
     return lines[:_ROWS_MAX]
+
+
+def _wrapped(sentences: Sequence[str], width: int) -> list[str]:
+    if not width:
+        return list(sentences)
+    return [line for each in sentences for line in textwrap.wrap(each, width, subsequent_indent="    ")]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _number(values: Mapping[str, Any], name: str) -> float:
@@ -246,8 +257,11 @@ def _mapping(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Without the columns in which there is nothing."""
     if not rows:
         return []
+    filled = [at for at in range(len(columns)) if any(row[at] for row in rows)]
+    columns, rows = [columns[at] for at in filled], [[row[at] for at in filled] for row in rows]
     more = [f"... and {len(rows) - _ROWS_MAX} more; --json has all"] if len(rows) > _ROWS_MAX else []
     return as_table(columns, rows[:_ROWS_MAX]) + more
 

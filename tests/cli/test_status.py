@@ -12,6 +12,7 @@ import sys
 import termios
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -113,8 +114,8 @@ def test_names_that_are_meant_to_harm_are_shown_as_text(tmp_path: Path) -> None:
 def test_top_in_a_pipe_is_a_line_a_second(directory: Path) -> None:
     lines = run_cli("top", "--count=2", "--cache", directory).stdout.splitlines()
     assert len(lines) == 2
-    assert "ram -, disk -, store -; 1 consumers" in lines[0]
-    assert "ram 0 B/s, disk 0 B/s, store 0 B/s; 1 consumers" in lines[1]
+    assert "ram -, disk -, store -; 1 consumer, 0 jobs" in lines[0]
+    assert "ram 0 B/s, disk 0 B/s, store 0 B/s; 1 consumer, 0 jobs" in lines[1]
     snapshots = run_cli("top", "--count=2", "--json", "--cache", directory).stdout.splitlines()
     first, second = (msgspec.json.decode(each, type=Snapshot) for each in snapshots)
     assert second.at > first.at
@@ -207,6 +208,40 @@ def test_rates_are_what_has_grown_between_two_snapshots() -> None:
 def test_there_is_no_rate_without_a_snapshot_of_the_same_service_before(before: Snapshot | None, now: Snapshot) -> None:
     assert rates_between(before, now).served_bytes == {}
     assert "ram -" in as_line(now, before)
+
+
+def stalled(epoch: int, elapsed_s: float, rank: Any = 0, **stalls: Any) -> Snapshot:
+    """At that time, with one rank and its waits so far."""
+    report = {"rank": rank, "epoch": epoch, "elapsed_s": elapsed_s, "stalls": stalls, "bound_by": "fetch"}
+    return example(elapsed_s, consumers=[make(Consumer, number=1, report={**report, "verdict": "fetch-bound: wait"})])
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "waits"),
+    [
+        (None, stalled(1, 100.0, fetch=20.0, decode=5.0, map=0.1), "fetch 20 %, decode 5 %"),
+        (stalled(1, 100.0, fetch=20.0), stalled(1, 102.0, fetch=21.0, disk=0.5), "fetch 50 %, disk 25 %"),
+        # In another epoch, what was before does not count.
+        (stalled(1, 100.0, fetch=20.0), stalled(2, 104.0, fetch=13.0), "fetch 12 %"),
+        (None, stalled(1, 0.0, fetch=20.0), ""),
+        (None, stalled(1, 10.0, fetch=float("nan"), disk=None, map="x"), ""),
+        (None, stalled(1, 10.0, **{HOSTILE: 5.0}), r"\x1b[31m"),
+    ],
+)
+def test_waits_are_shares_of_the_trainers_time(before: Snapshot | None, now: Snapshot, waits: str) -> None:
+    (line,) = (line for line in as_lines(now, before) if line.lstrip().startswith("0 "))
+    assert waits in line
+    assert waits or "%" not in line
+    assert f"rank 0 waits: {waits}" in as_line(now, before) or not waits
+
+
+def test_what_holds_ranks_up_is_said_once_for_all_of_them() -> None:
+    both = [stalled(1, 10.0, rank=rank).consumers[0] for rank in (0, "\x1b", 1)]
+    lines = as_lines(example(consumers=both, troubles=["a disk " * 30]), width=60)
+    assert "rank 0, -, 1: fetch-bound: wait" in lines
+    start = lines.index(next(line for line in lines if line.startswith("trouble: ")))
+    assert all(len(line) <= 60 for line in lines[start:])
+    assert " ".join("".join(lines[start:]).split()).count("a disk") == 30
 
 
 def test_bars_and_durations() -> None:

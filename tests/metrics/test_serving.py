@@ -199,6 +199,12 @@ def test_what_cannot_be_served_is_said_at_once(tmp_path: Path, arguments: dict[s
     assert threading.active_count() == before
 
 
+def test_without_prometheus_client_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastload.metrics.serving.find_spec", lambda name: None)
+    with pytest.raises(fastload.ConfigError, match=r"pip install 'fastload\[metrics\]'"):
+        serve(tmp_path)
+
+
 def test_other_machines_where_that_is_wanted(directory: Path) -> None:
     with serve(directory, "0.0.0.0:0", allow_remote=True) as serving:
         assert serving.address is not None
