@@ -26,6 +26,7 @@ from fastload.errors import CacheError
 
 NAME = "catalog.sqlite"
 ASIDE = "catalog.damaged"
+UNKNOWN = "(unknown)"  # the data set of what it does not name
 SCHEMA = 1
 _APPLICATION = 0x464C_4341  # "FLCA"
 # How long another process may hold the file before a call gives up: well below what counts as a disk that hangs.
@@ -297,10 +298,20 @@ def _what_it_is(version: object, application: object) -> str:
 
 def _checked(row: tuple[Any, ...]) -> CatalogObject:
     key, url, size, etag, data_set, used_at = row
-    texts_are_right = isinstance(url, str) and all(text is None or isinstance(text, str) for text in (etag, data_set))
-    if not texts_are_right or not _are_numbers(used_at):
+    is_right = (
+        type(key) is bytes
+        and len(key) == OBJECT_ID_BYTES
+        and type(url) is str
+        and type(size) is int
+        and size >= 0
+        and (etag is None or type(etag) is str)
+        and (data_set is None or type(data_set) is str)
+        and type(used_at) is float
+        and 0.0 <= used_at < math.inf
+    )
+    if not is_right:
         raise CatalogDamagedError("an object in it is none")
-    return CatalogObject(_checked_id(key), url, _checked_size(size), etag, data_set, float(used_at))
+    return CatalogObject(key, url, size, etag, data_set, used_at)
 
 
 def _checked_id(key: object) -> bytes:

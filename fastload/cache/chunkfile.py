@@ -45,6 +45,7 @@ import stat
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from xxhash import xxh3_64_intdigest
@@ -90,6 +91,7 @@ def layout(length: int) -> ChunkLayout:
     return ChunkLayout(_round_up(length), _round_up(_HEAD.size + 8 * block_count + _CHECKSUM.size), block_count)
 
 
+@lru_cache(1024)  # most files of a cache have one size
 def layout_of_file(file_bytes: int) -> ChunkLayout | None:
     """The layout of a file of this size, or None where no chunk gives such a file."""
     # The data is no longer than the file, which bounds the trailer from above, and that the data from below.

@@ -287,7 +287,7 @@ def _make_parents(path: Path) -> None:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Path]:
-    """Where an existing directory is reached within the block; as `CacheDirectory.opened`."""
+    """Where an existing directory is reached, within the block; CacheError where it is not ours, OSError else."""
     fd = _open_checked(path)
     try:
         yield _name_of(fd, path)

@@ -436,15 +436,17 @@ def path_in(directory: Path, name: ChunkKey | str) -> Path:
     return directory / CHUNKS / name.fan_out / f"{name.name}{CHUNK_ENDING}"
 
 
-def take_inventory(directory: Path) -> Inventory:
-    """The inventory of the tier in `directory`, sorted by the time when each was written. Raises nothing."""
+def take_inventory(directory: Path, *, sweep: bool = True) -> Inventory:
+    """The inventory of the tier in `directory`, sorted by the time when each was written. Raises nothing. Without
+    `sweep` no file is removed.
+    """
     found = Inventory()
     folders = [entry.name for entry in _files(directory / CHUNKS, found) if _FAN_OUT.fullmatch(entry.name)]
     for folder in sorted(folders):
         for entry in _files(directory / CHUNKS / folder, found):
-            _take_entry(entry, _chunk_key(entry.name, folder), found)
+            _take_entry(entry, _chunk_key(entry.name, folder), found, sweep=sweep)
     for entry in _files(directory / INDEX, found):
-        _take_entry(entry, _blob_name(entry.name), found)
+        _take_entry(entry, _blob_name(entry.name), found, sweep=sweep)
     found.held.sort(key=lambda item: item[0])
     return found
 
@@ -459,11 +461,11 @@ def _files(directory: Path, found: Inventory) -> list[os.DirEntry[str]]:
         return []
 
 
-def _take_entry(entry: os.DirEntry[str], name: ChunkKey | str | None, found: Inventory) -> None:
+def _take_entry(entry: os.DirEntry[str], name: ChunkKey | str | None, found: Inventory, *, sweep: bool) -> None:
     try:
         if name is not None:
-            _take_file(entry, name, found)
-        elif tempfiles.is_stale(entry.name):
+            _take_file(entry, name, found, sweep=sweep)
+        elif sweep and tempfiles.is_stale(entry.name):
             syscalls.unlink(entry.path)
             found.swept += 1
     except FileNotFoundError:  # removed meanwhile by hand
@@ -472,12 +474,13 @@ def _take_entry(entry: os.DirEntry[str], name: ChunkKey | str | None, found: Inv
         _note(error, found)
 
 
-def _take_file(entry: os.DirEntry[str], name: ChunkKey | str, found: Inventory) -> None:
+def _take_file(entry: os.DirEntry[str], name: ChunkKey | str, found: Inventory, *, sweep: bool) -> None:
     status = syscalls.entry_stat(entry)
     if not stat.S_ISREG(status.st_mode):
         return
     if isinstance(name, ChunkKey) and chunkfile.layout_of_file(status.st_size) is None:
-        syscalls.unlink(entry.path)
+        if sweep:
+            syscalls.unlink(entry.path)
         found.damaged += 1
         return
     found.held.append((status.st_mtime_ns, name, chunkfile.allocated_bytes(status)))

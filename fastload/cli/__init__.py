@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import fastload
-from fastload.cli import bench, daemon, demo, doctor, exits, history, index, jobs, simulate, status, top, warm
+from fastload.cli import bench, cache, daemon, demo, doctor, exits, history, index, jobs, simulate, status, top, warm
 from fastload.cli import compile as kernels
 from fastload.cli.printing import examples, plain
 from fastload.errors import FastloadError
@@ -50,6 +50,7 @@ def _add(
 
 
 app.add_typer(bench.app, name="bench", short_help="How fast this data can be fed here, and what limits it.")
+app.add_typer(cache.app, name="cache", short_help="What a cache holds, keeps and loses.")
 _add(
     "compile",
     kernels.compile_kernels,

@@ -30,6 +30,8 @@ def plain(text: str) -> str:
     """The text on one line, with escapes for what a terminal would obey or not show: control characters, and marks that
     change the direction of writing.
     """
+    if text.isprintable():
+        return text
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
         for character in text
@@ -41,7 +43,7 @@ def as_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]
     is_right = [name.startswith(">") for name in columns]
     lines = [[name.removeprefix(">") for name in columns], *([plain(cell) for cell in row] for row in rows)]
     widths = [
-        max((width for line in lines if (width := cell_len(line[at])) <= _COLUMN_CELLS_MAX), default=0)
+        max((width for line in lines if (width := _cells(line[at])) <= _COLUMN_CELLS_MAX), default=0)
         for at in range(len(columns))
     ]
     return [
@@ -52,8 +54,13 @@ def as_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]
     ]
 
 
+def _cells(text: str) -> int:
+    """How wide it is in a terminal. Of ASCII that is its length: tables may have 100,000 rows."""
+    return len(text) if text.isascii() else cell_len(text)
+
+
 def _padded(cell: str, width: int, right: bool) -> str:
-    space = " " * (width - cell_len(cell))
+    space = " " * (width - _cells(cell))
     return space + cell if right else cell + space
 
 

@@ -13,8 +13,9 @@ from collections.abc import Callable, Collection
 
 from fastload import snapshot
 from fastload.cache import ChunkKey
+from fastload.cache.catalog import UNKNOWN
 
-UNKNOWN, OTHERS = "(unknown)", "(others)"
+OTHERS = "(others)"
 ROWS_MAX = 300
 
 

@@ -12,10 +12,9 @@ import pytest
 
 from fastload import protocol
 from fastload.cache import DiskTier, catalog
-from fastload.cache.catalog import Catalog, Changes
+from fastload.cache.catalog import UNKNOWN, Catalog, Changes
 from fastload.cache.disk import path_in
 from fastload.service.core import Core
-from fastload.service.data_sets import UNKNOWN
 from fastload.service.operators import Operator
 from fastload.service.resources import Resources
 from tests.service.helpers import CHUNK_BYTES
