@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from fastload.cli.cache_options import CacheOptions, CachePath, ChunkBytes, DiskBytes, RamBytes, shown
+from fastload.cli.printing import JsonOption, print_json
 from fastload.config import format_bytes
 
 
@@ -23,6 +25,7 @@ def index(
     ram_bytes: RamBytes = None,
     disk_bytes: DiskBytes = None,
     chunk_bytes: ChunkBytes = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Index all shards, so that a job knows how many samples there are and parses none."""
     from fastload import prepare
@@ -38,6 +41,9 @@ def index(
             output=output,
             on_progress=lambda progress: bar.show(progress.done_count, progress.shard_count),
         )
+    if as_json:
+        print_json(asdict(indexed))
+        return
     console.print(
         f"{indexed.shard_count} shards, {indexed.sample_count} samples, {format_bytes(indexed.total_bytes)}: "
         f"indexed, {format_bytes(indexed.fetched_bytes)} fetched" + (f", written to {output}" if output else "")

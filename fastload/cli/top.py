@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from fastload.cli import exits
 from fastload.cli.cache_options import CachePath, cache_directory
 from fastload.cli.printing import JsonOption, plain, print_json
 from fastload.cli.view import as_line, as_lines
@@ -49,9 +50,9 @@ def top(
             before = now if isinstance(now, Snapshot) else before
 
 
-def _end(number: int, _: object) -> None:
-    """By a signal, but with the terminal as it was; with the code that a shell gives."""
-    sys.exit(128 + number)
+def _end(*_: object) -> None:
+    """By a signal, but with the terminal as it was."""
+    sys.exit(exits.TERMINATED)
 
 
 @contextmanager

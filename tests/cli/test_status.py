@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from fastload import protocol
+from fastload.cache import CacheDirectory
 from fastload.cli import exits
 from fastload.cli.view import as_line, as_lines, bar, duration, rates_between
 from fastload.client.cache import Handle
@@ -84,6 +87,52 @@ def test_a_directory_of_another_user_names_both(tmp_path: Path) -> None:
     assert "belongs to user 12345, and this process runs as user 0" in done.stderr
 
 
+@contextlib.contextmanager
+def impostor(directory: Path, *replies: bytes) -> Iterator[None]:
+    """A process of ours that listens in place of a service, answers each message with one of these, and hangs up."""
+    directory.mkdir(mode=0o700)
+    with CacheDirectory.open(directory, ram_bytes=32 << 20, disk_bytes=0).listen() as listening:
+        listening.settimeout(PATIENCE_S)
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                for reply in replies or [b""]:
+                    connection.recv(1 << 16)
+                    connection.sendall(reply)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield
+        thread.join()
+
+
+OBSERVED = protocol.frame(protocol.Observed(protocol.VERSION, b"id", 7))
+
+
+@pytest.mark.parametrize(
+    ("replies", "code"),
+    [
+        ([], exits.PARTIAL),  # it was just ending
+        ([OBSERVED], exits.PARTIAL),
+        ([b"\x00\x00\x00\x05\xff\xff\xff\xff\xff"], exits.FAILED),
+        ([b"\xff" * 64], exits.FAILED),
+        ([protocol.frame(protocol.Pong())], exits.FAILED),
+        ([OBSERVED, b"\xff" * 64], exits.FAILED),
+        ([protocol.frame(protocol.Refused("ServiceError", HOSTILE))], exits.FAILED),
+        ([OBSERVED, protocol.frame(protocol.RequestFailed(1, "CacheError", HOSTILE))], exits.FAILED),
+    ],
+)
+def test_a_service_that_makes_no_sense_costs_one_line(tmp_path: Path, replies: list[bytes], code: int) -> None:
+    with impostor(tmp_path / "cache", *replies):
+        done = run_cli("status", "--cache", tmp_path / "cache", check=False)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("fastload: ")
+    assert line.isprintable()
+
+
 def test_status_of_a_service_in_use(directory: Path) -> None:
     shown = run_cli("status", "--cache", directory).stdout
     assert "service on demand" in shown
@@ -137,7 +186,7 @@ def test_top_outlives_the_service(directory: Path) -> None:
         assert program.returncode == exits.INTERRUPTED
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, exits.INTERRUPTED), (signal.SIGTERM, 128 + 15)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, exits.INTERRUPTED), (signal.SIGTERM, exits.TERMINATED)])
 def test_top_leaves_the_terminal_as_it_was(directory: Path, number: int, code: int) -> None:
     ours, theirs = pty.openpty()
     before = termios.tcgetattr(theirs)
