@@ -19,8 +19,9 @@ from fastload import cli, protocol
 from fastload.client.cache import Handle
 from fastload.errors import ConfigError, ObjectMissingError
 from tests.conftest import Bucket
+from tests.daemon.running import Daemon
 from tests.processes import service_pids, until
-from tests.programs import Program
+from tests.programs import Program, run_cli
 from tests.shards import Corpus, corpus
 
 LIMITS = ("--ram-bytes=4MiB", "--disk-bytes=64MiB", "--chunk-bytes=64KiB")
@@ -285,6 +286,48 @@ def test_a_bandwidth_is_not_exceeded_by_a_real_store(s3: Bucket, data: Corpus, p
     done = warm(place, f"{s3.url}/train/", f"--bandwidth={total // 3}")
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began > 0.95 * 3 * (1 - (64 << 10) / total)
+
+
+def test_what_is_damaged_on_disk_is_found_and_fetched_again(s3: Bucket, data: Corpus, place: Path) -> None:
+    url = f"{s3.url}/train/"
+    done = warm(place, url, "--verify")
+    assert done.returncode == 0, done.stderr
+    assert "read back, and is sound" in done.stderr
+    files = [path for path in (place / "chunks").rglob("*") if path.is_file() and path.stat().st_size > 4096]
+    with files[0].open("r+b") as file:
+        file.seek(100)
+        file.write(b"damage")
+    checked = warm(place, url, "--check", "--verify", "--json")
+    assert (checked.returncode, json.loads(checked.stdout)["damaged_chunks"]) == (4, 1)
+    done = warm(place, url, "--verify", "--json")
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["damaged_chunks"], found["is_complete"]) == (0, 1, True)
+    assert 0 < found["data"][0]["fetched_bytes"] <= 64 << 10
+    assert warm(place, url, "--check", "--verify").returncode == 0
+
+
+# Handing over
+
+
+def test_a_daemon_takes_it_over_and_its_id_is_printed(s3: Bucket, data: Corpus, place: Path, tmp_path: Path) -> None:
+    url = f"{s3.url}/train/"
+    file = tmp_path / "job.toml"
+    file.write_text(f'urls = ["{url}shard-0000.tar"]\nname = "costs $$HOME"')
+    handle_of(place).close()  # which makes the directory
+    with Daemon(place, None) as daemon:
+        done = run_cli("warm", url, "--daemon", f"--cache={place}", "--pin", "--deadline=2h", "--seed=3")
+        (number,) = done.stdout.split()
+        job = daemon.wait_done(number)
+        assert (job.held_bytes, job.total_bytes) == (size_of(data), size_of(data))
+        done = run_cli("warm", f"--job={file}", "--daemon", f"--cache={place}", "--json")
+        (number,) = json.loads(done.stdout)["ids"]
+        assert daemon.wait_done(number).name == "costs $HOME"
+
+
+def test_without_a_daemon_it_is_not_handed_over(place: Path) -> None:
+    done = run_cli("warm", "s3://b/x.tar", "--daemon", f"--cache={place}", check=False)
+    assert done.returncode == 3
+    assert "no cache service runs for" in done.stderr
 
 
 # How it ends

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -100,6 +100,9 @@ def warm(
     check: Annotated[
         bool, typer.Option("--check", help="Fetch nothing, and say what is held. Exit code 0: all of it; 3: less.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read back what is on disk of it, and fetch again what is damaged.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Fetch nothing, and say what would be.")] = False,
     daemon: Annotated[bool, typer.Option("--daemon", help="Hand it over to the daemon, and print its id.")] = False,
     as_json: JsonOption = False,
@@ -117,6 +120,10 @@ def warm(
         raise ConfigError("name either URLs (or --list), or --job=FILE, or --from-history=RUN, and not more than one")
     if sum([check, dry_run, daemon]) > 1:
         raise ConfigError("--check, --dry-run and --daemon exclude each other; give one of them")
+    if verify and (dry_run or daemon or from_history is not None):
+        raise ConfigError(
+            "--verify goes with URLs, --list or --job, and with --check; for others see fastload cache verify"
+        )
     if ttl is not None and not pin and job is None:
         raise ConfigError(f"--ttl={ttl} is that of a pin; add --pin, or leave it out")
     order = {
@@ -143,9 +150,9 @@ def warm(
     options, console = CacheOptions(cache, ram_bytes, disk_bytes, chunk_bytes), Console(stderr=True)
     with options.open() as opened:
         if check or dry_run:
-            _show_outlook(opened, tasks, is_check=check, as_json=as_json)
+            _show_outlook(opened, tasks, is_check=check, verifies=verify, as_json=as_json)
         else:
-            _warm_all(opened, tasks, console, as_json=as_json)
+            _warm_all(opened, tasks, console, verifies=verify, as_json=as_json)
 
 
 # What to warm
@@ -328,24 +335,33 @@ def _without_variables(value: Any) -> Any:
 # Looking
 
 
-def _show_outlook(cache: Cache, tasks: Sequence[_Task], *, is_check: bool, as_json: bool) -> None:
-    """Print what is held, or what fetching the rest would take; exit code 3 where a check finds less than all."""
+def _show_outlook(cache: Cache, tasks: Sequence[_Task], *, is_check: bool, verifies: bool, as_json: bool) -> None:
+    """Print what is held, or what fetching the rest would take; exit code 3 where a check finds less than all, and 4
+    where some of it is damaged.
+    """
     from fastload import prepare
 
     found: list[tuple[_Task, Outlook]] = []
+    damaged_chunks = 0
     for task in tasks:
         if task.job is None:
             _, urls = _read_run(cache, task)
             outlook = prepare.look_at_run(urls, cache, storage_options=task.storage_options)
         else:
             outlook = prepare.look(task.job, cache, storage_options=task.storage_options)
+            damaged_chunks += _verify(cache, task, repair=False) if verifies else 0
         found.append((task, outlook))
     is_complete = all(outlook.is_complete for _, outlook in found)
     if as_json:
-        print_json({"data": [_outlook_values(*each) for each in found], "is_complete": is_complete})
+        values = [_outlook_values(*each) for each in found]
+        print_json({"data": values, "is_complete": is_complete, "damaged_chunks": damaged_chunks})
     else:
         for task, outlook in found:
             print(plain(_named(task, _check_text(outlook) if is_check else _dry_run_text(task, outlook))))
+        if verifies:
+            print(_verified_text(damaged_chunks))
+    if damaged_chunks:
+        raise typer.Exit(exits.DAMAGED)
     if is_check and not is_complete:
         raise typer.Exit(exits.PARTIAL)
 
@@ -418,17 +434,23 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM came."""
 
 
-def _warm_all(cache: Cache, tasks: Sequence[_Task], console: Console, *, as_json: bool) -> None:
+def _warm_all(cache: Cache, tasks: Sequence[_Task], console: Console, *, verifies: bool, as_json: bool) -> None:
     """Warm one after the other; exit code 3 where the cache holds less than all in the end, and where a signal ends it
     that of the signal.
     """
     found: list[tuple[_Task, Warmed]] = []
-    began, stopped = time.monotonic(), 0
+    began, stopped, damaged_chunks = time.monotonic(), 0, 0
     try:
         with _terminable(), shown(console, "warming") as bar:
             for task in tasks:
                 before = sum(warmed.total_bytes for _, warmed in found)
-                found.append((task, _warm(cache, task, before, bar.show)))
+                warmed = _warm(cache, task, before, bar.show)
+                damaged = _verify(cache, task, repair=True) if verifies else 0
+                if damaged:
+                    damaged_chunks += damaged
+                    again = _warm(cache, task, before, bar.show)
+                    warmed = replace(again, fetched_bytes=warmed.fetched_bytes + again.fetched_bytes)
+                found.append((task, warmed))
     except KeyboardInterrupt as error:
         stopped = exits.TERMINATED if isinstance(error, _Terminated) else exits.INTERRUPTED
     is_complete = not stopped and all(warmed.is_complete for _, warmed in found)
@@ -436,10 +458,20 @@ def _warm_all(cache: Cache, tasks: Sequence[_Task], console: Console, *, as_json
         values = [_values(task, warmed) for task, warmed in found]
         values += [_progress_values(task) for task in tasks[len(found) :] if stopped and task.progress]
         seconds = time.monotonic() - began
-        print_json({"data": values, "is_complete": is_complete, "was_stopped": stopped > 0, "seconds": seconds})
+        print_json(
+            {
+                "data": values,
+                "is_complete": is_complete,
+                "was_stopped": stopped > 0,
+                "damaged_chunks": damaged_chunks,
+                "seconds": seconds,
+            }
+        )
     else:
         for task, warmed in found:
             _say(console, _named(task, _result_text(task, warmed)))
+        if verifies and not stopped:
+            _say(console, _verified_text(damaged_chunks, "fetched again"))
     if stopped:
         _say(console, _stopped_text(tasks[len(found) :]))
         raise typer.Exit(stopped)
@@ -481,6 +513,26 @@ def _warm(cache: Cache, task: _Task, before: int, show: Callable[[int, int], Non
         return prepare.warm(task.job, cache, pin=task.pin, label=task.name, **options)  # type: ignore[arg-type]
     task.name, urls = _read_run(cache, task)
     return prepare.warm_run(urls, cache, **options)  # type: ignore[arg-type]
+
+
+def _verify(cache: Cache, task: _Task, *, repair: bool) -> int:
+    """Read back what is on disk of a job's data: how many chunks are damaged, which go where that is to be repaired."""
+    from fastload.client.cache import named
+    from fastload.client.operator import Operator
+    from fastload.store import normalise
+
+    assert task.job is not None, "what a run read is not verified"
+    damaged_chunks = 0
+    with cache._handle.consumer(name="verify"), Operator.connect(cache.directory, "verify") as operator:
+        for verified in operator.verify(named([normalise(url) for url in task.job.urls]), repair=repair):
+            damaged_chunks = verified.damaged_chunks
+    return damaged_chunks
+
+
+def _verified_text(damaged_chunks: int, what: str = "which jobs would fetch again") -> str:
+    if not damaged_chunks:
+        return "What is on disk was read back, and is sound."
+    return f"What is on disk was read back: {damaged_chunks} chunks were damaged, {what}."
 
 
 def _result_text(task: _Task, warmed: Warmed) -> str:
