@@ -171,6 +171,13 @@ class WarmTable(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ConfigError(f"requests_in_flight={self.requests_in_flight} must be at least 1, or 0 for no limit")
 
 
+class PageTable(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[page]`: where the page listens, and by which other names browsers call it; see docs/operations.md."""
+
+    listen: str = "127.0.0.1:0"
+    hosts: list[str] = []
+
+
 class Config(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole file."""
 
@@ -180,12 +187,20 @@ class Config(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
     rest_after: float | str | None = None
     warm: WarmTable = WarmTable()
     data: list[DataTable] = []
+    page: PageTable | None = None
 
     @property
     def limits(self) -> dict[str, int]:
         """The limits of the directory that it names, in bytes."""
         given = {"ram_bytes": self.ram_bytes, "disk_bytes": self.disk_bytes}
         return {name: parse_bytes(value, name) for name, value in given.items() if value is not None}
+
+    @property
+    def verify_s(self) -> float:
+        """In which time all that is on disk is read once and checked, as the data set that wants it most often says; 0:
+        that is not done.
+        """
+        return min((table.verify_s for table in self.data if table.verify_s), default=0.0)
 
     @property
     def rest_after_s(self) -> float | None:

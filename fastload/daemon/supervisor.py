@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import os
 import random
 import sys
 import time
@@ -31,7 +30,8 @@ from fastload.daemon.config import Config, DataTable, data_table, read_config, s
 from fastload.daemon.job import Advanced, Ended, Errand, Said
 from fastload.daemon.jobs import Job, job_id, of_kept, read_kept, to_keep, write_kept
 from fastload.daemon.schedule import minute_of_week, to_run, wait_s
-from fastload.daemon.systemd import VARIABLES, Notifier
+from fastload.daemon.systemd import Notifier
+from fastload.daemon.views import Views, environment_of_child
 from fastload.errors import CacheError, ConfigError, FastloadError
 from fastload.formats import SHARD_ENDINGS
 from fastload.redaction import redact
@@ -46,7 +46,8 @@ log = logging.getLogger("fastload.service")
 _CHILD_END_S = 2.0
 # The longest line of a child: a thousand failed shards with what each error says.
 _LINE_BYTES_MAX = 16 << 20
-_STATUS_EVERY_S = 10.0
+# How often is looked for chunks that were found damaged, where there are checks.
+_LOOK_FOR_DAMAGE_S = 5.0
 
 _decoder: msgspec.json.Decoder[Said] = msgspec.json.Decoder(Said)
 
@@ -102,6 +103,9 @@ class Supervisor:
         self._tick_due = self._stopping = False
         self._status = ""
         self._limits = (0, 0)  # of warming: bytes a second, requests
+        self._verify_s = 0.0
+        self._damaged = 0  # chunks that were found so
+        self._views = Views(directory.path, self._loop, self._troubles)
 
     # Life
 
@@ -133,9 +137,10 @@ class Supervisor:
         log.info("ending")
         if self._timer is not None:
             self._timer.cancel()
-        for child in self._children.values():
+        children = list(self._children.values())
+        for child in children:
             child.stop()
-        await asyncio.gather(*(child.ended.wait() for child in list(self._children.values())))
+        await asyncio.gather(self._views.close(), *(child.ended.wait() for child in children))
         self._server.stop()
 
     def _feed_watchdog(self, every_s: float) -> None:
@@ -166,13 +171,17 @@ class Supervisor:
     def _take(self, config: Config) -> None:
         self._config = config
         self._core.rest_after_s = RELEASE_AFTER_S if config.rest_after_s is None else config.rest_after_s
+        if config.verify_s != self._verify_s:  # another one begins a new round
+            self._verify_s = config.verify_s
+            self._core.verifying.scrub(config.verify_s)
+        self._views.show(config)
         wanted = {table.name: table for table in config.data}
         for job in [job for job in self._jobs.values() if not job.is_submitted]:
             if wanted.get(job.id) != job.table:
                 self._end_child(job)
                 del self._jobs[job.id]
                 if job.table.pin and not (job.id in wanted and wanted[job.id].pin):
-                    self._unpin(job)
+                    self._core.holdings.unpin([job.table.name])
         for job in [job for job in self._jobs.values() if job.is_submitted and job.table.name in wanted]:
             log.warning("job %s ends: the configuration has a data set %s now", job.id, job.table.name)
             self._end_child(job)
@@ -287,6 +296,7 @@ class Supervisor:
         minute = minute_of_week(wall)
         timetable = self._config.warm.timetable
         self._limit(timetable.rate_at(minute), self._config.warm.requests_in_flight)
+        self._heal(now, wall)
         contenders = [job.contender for job in self._jobs.values()]
         chosen = to_run(contenders, now, minute)
         for number, child in self._children.items():
@@ -302,11 +312,21 @@ class Supervisor:
         again_s = min(
             wait_s(contenders, timetable, now, wall),
             *(max(0.0, job.watch_at - now) for job in self._jobs.values() if not job.is_running),
-            math.inf,
+            _LOOK_FOR_DAMAGE_S if self._verify_s else math.inf,
         )
         if again_s < math.inf:
             self._timer = self._loop.call_later(again_s, self._wake)
         self._show_status()
+
+    def _heal(self, now: float, wall: float) -> None:
+        """Chunks that were found damaged are gone: jobs that want what they hold checked have it fetched again."""
+        damaged = self._core.verifying.counters["verify_damaged"]
+        if damaged > self._damaged:
+            log.warning("%d chunks on disk were damaged, and are fetched again", damaged - self._damaged)
+            for job in self._jobs.values():
+                if job.state == "done" and job.table.verify is not None:
+                    job.retry(now, wall)
+        self._damaged = damaged
 
     def _limit(self, bytes_per_s: int, requests: int) -> None:
         if self._limits != (bytes_per_s, requests):
@@ -348,7 +368,7 @@ class Supervisor:
             gone = job.watched(found, now, time.time(), chance)
             if gone:
                 log.info("%s: %d shards are gone or have changed", job.table.name, len(gone))
-                self._drop(job, gone)
+                self._core.drop([info.url for info in gone])
             if job.state == "listing":
                 job.state = "waiting"
         self._wake()
@@ -382,7 +402,7 @@ class Supervisor:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 limit=_LINE_BYTES_MAX,
-                env=_environment_of_children(self._source.environ),
+                env=environment_of_child(self._source.environ),
                 cwd="/",
                 start_new_session=True,
             )
@@ -449,15 +469,6 @@ class Supervisor:
             self._once.append(job_id(job.table))
             self._keep()
 
-    # What is pinned
-
-    def _drop(self, job: Job, gone: list[ObjectInfo]) -> None:
-        """Shards are gone, or have changed: neither their pin nor their chunks are of use."""
-
-    def _unpin(self, job: Job) -> None:
-        """A data set is not kept any more."""
-        self._core.holdings.unpin([job.table.name])
-
     # Status
 
     def _status_text(self) -> str:
@@ -495,11 +506,3 @@ def _read_again(source: Source, before: Config, path: Path) -> Config:
     if config.disk_bytes != before.disk_bytes and config.disk_bytes is not None:
         CacheDirectory.open(path, disk_bytes=config.limits["disk_bytes"])
     return config
-
-
-def _environment_of_children(environ: Mapping[str, str]) -> dict[str, str]:
-    """The user's own, in which they find this very package."""
-    package = str(Path(__file__).resolve().parents[2])
-    path = environ.get("PYTHONPATH")
-    kept = {name: value for name, value in environ.items() if name not in VARIABLES}
-    return {**kept, "PYTHONPATH": package if not path else f"{package}{os.pathsep}{path}"}

@@ -22,13 +22,16 @@ LIMITS = 'ram_bytes = "1MiB"\ndisk_bytes = "64MiB"\n'
 class Daemon:
     """`fastload daemon` with a configuration; a context manager that ends it by SIGTERM and expects that to be well."""
 
-    def __init__(self, directory: Path, config: str | None = "", env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, directory: Path, config: str | None = "", env: Mapping[str, str] | None = None, prelude: str = ""
+    ) -> None:
+        """`prelude` is run in its process before it begins."""
         self.directory, self.config_path = directory, directory.with_name("fastload.toml")
         arguments: list[object] = ["daemon", f"--cache={directory}"]
         if config is not None:
             self.config_path.write_text(config)
             arguments.append(f"--config={self.config_path}")
-        self.program = Program("from fastload.cli import main; main()", *arguments, env=env)
+        self.program = Program(f"{prelude}\nfrom fastload.cli import main; main()", *arguments, env=env)
         self.pid = self.program.pid
         self.lines: list[str] = []
         self._reader = threading.Thread(target=lambda: self.lines.extend(self.program.stderr))

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from bench.proxy import Profile, Proxy
 from fastload.cache import CacheDirectory
 from fastload.client.operator import NotServedError, Operator
 from fastload.daemon.submission import submit
-from fastload.errors import ConfigError, ServiceError
+from fastload.errors import CacheError, ConfigError, ServiceError
+from fastload.page.listener import running
+from fastload.snapshot import Tier
 from tests.daemon.running import LIMITS, Daemon, data_table
 from tests.processes import is_running, service_pids, until
 from tests.programs import run_cli
@@ -197,6 +200,140 @@ def children_of(pid: int) -> list[int]:
             if parent == pid and "fastload.daemon.job" in words:
                 found.append(int(folder.name))
     return found
+
+
+# What is kept
+
+
+def tier(daemon: Daemon, name: str) -> Tier:
+    return next(each for each in daemon.snapshot().tiers if each.name == name)
+
+
+def test_what_is_pinned_stays_while_the_configuration_names_it(s3, place: Path) -> None:
+    data, other = corpus(seed=1), corpus(seed=2, shard_count=12)
+    url, other_url = data.put(s3, "data"), other.put(s3, "other")
+    limits = 'disk_bytes = "1200KiB"\n'  # not enough for both
+    pinned = limits + data_table("train", url, pin=True, ttl="14d", quota="1TiB")
+    with Daemon(place, pinned) as daemon:
+        daemon.wait_done("train")
+        assert tier(daemon, "disk").pinned_bytes >= data.byte_count
+        for _ in range(2):
+            read_all(other_url, place, other)
+        assert read_all(url, place, data)["fetched_bytes"] == 0
+    # It outlives the daemon.
+    with Daemon(place, pinned) as daemon:
+        assert daemon.wait_done("train").fetched_bytes == 0
+        daemon.reload(limits)
+        until(lambda: tier(daemon, "disk").pinned_bytes == 0)
+
+
+def test_a_quota_below_the_pin_is_said_with_both_sizes(s3, place: Path) -> None:
+    data = corpus()
+    with Daemon(place, LIMITS + data_table("train", data.put(s3), pin=True, quota="100KiB")) as daemon:
+        job = daemon.wait_for("train", lambda job: job.state == "failed")
+        assert "its quota is 100.0 KiB; raise the quota, or pin less" in job.error
+        assert job.fetched_bytes == 0
+
+
+def test_shards_that_are_gone_lose_their_pin_and_their_chunks(s3, place: Path) -> None:
+    data = corpus(shard_count=4)
+    url = data.put(s3)
+    with Daemon(place, LIMITS + data_table("train", url, watch="1s", pin=True)) as daemon:
+        daemon.wait_done("train")
+        before = tier(daemon, "disk")
+        gone = "shard-0003.tar"
+        s3.delete(f"data/{gone}")
+        left = data.byte_count - len(data.shards[gone])
+        daemon.wait_for("train", lambda job: job.state == "done" and job.total_bytes == left)
+        until(lambda: tier(daemon, "disk").used_bytes <= before.used_bytes - len(data.shards[gone]))
+        (data_set,) = [each for each in daemon.snapshot().data_sets if each.name == "train"]
+        assert (data_set.object_count, data_set.pinned_bytes, data_set.disk_bytes) == (3, left, left)
+
+
+def test_idle_chunks_are_checked_and_damage_is_healed(s3, place: Path) -> None:
+    data = corpus(shard_count=3)
+    url = data.put(s3)
+    config = LIMITS + data_table("train", url, verify="3s")
+    with Daemon(place, config) as daemon:
+        daemon.wait_done("train")
+        victim = max(
+            (path for path in (place / "chunks").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+        )
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+        until(lambda: daemon.snapshot().node.counters["verify_damaged"] == 1)
+        # Its job has it put back, from RAM or from the store.
+        until(lambda: victim.exists() and victim.read_bytes() != bytes(content))
+        assert daemon.wait_done("train").held_bytes == data.byte_count
+        with pytest.warns(RuntimeWarning, match="was damaged"):
+            assert read_all(url, place, data)["fetched_bytes"] == 0
+
+
+def test_denied_halfway_it_goes_on_when_it_may_again(s3, place: Path, tmp_path: Path) -> None:
+    data = corpus(shard_count=8)
+    secrets = tmp_path / "secrets.toml"
+
+    def write(key: str, secret: str, url: str) -> None:
+        secrets.write_text(f'access_key_id = "{key}"\nsecret_access_key = "{secret}"\nendpoint_url = "{url}"\n')
+        secrets.chmod(0o600)
+
+    server = s3.server
+    with Proxy(server.endpoint_url, Profile(0.0, total_bytes_per_s=200_000)) as proxy:
+        write(server.access_key_id, server.secret_access_key, proxy.url)
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | {
+            "AWS_REGION": "us-east-1"
+        }
+        config = LIMITS + data_table("train", data.put(s3), credentials=f"file:{secrets}")
+        with Daemon(place, config, env=environ) as daemon:
+            half = daemon.wait_for("train", lambda job: job.done_bytes > data.byte_count // 4)
+            write(server.denied_access_key_id, server.denied_secret_access_key, proxy.url)
+            (child,) = children_of(daemon.pid)
+            os.kill(child, signal.SIGKILL)
+            denied = daemon.wait_for("train", lambda job: "AccessDeniedError: " in job.error)
+            assert denied.state == "failed"
+            assert server.denied_secret_access_key not in denied.error
+            proxy.change(Profile(0.0))
+            write(server.access_key_id, server.secret_access_key, proxy.url)
+            done = daemon.wait_done("train")
+            assert done.held_bytes == data.byte_count
+            assert done.fetched_bytes <= data.byte_count - half.held_bytes
+
+
+FULL = """
+import errno, os
+from fastload.daemon import supervisor
+def full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+supervisor.write_kept = full
+"""
+
+
+def test_a_job_that_cannot_be_stored_is_not_taken(s3, place: Path) -> None:
+    with Daemon(place, LIMITS, prelude=FULL) as daemon:
+        with pytest.raises(CacheError, match=r"the job cannot be stored in .*No space left on device.*make room there"):
+            submit(place, {"name": "a", "urls": [f"{s3.url}/data/"]})
+        assert daemon.snapshot().jobs == []
+        assert any("make room on the disk" in trouble for trouble in daemon.snapshot().troubles)
+
+
+DISK_FULL = """
+import errno, os
+from fastload.cache import syscalls
+def full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+syscalls.pwrite = syscalls.pwritev = full
+"""
+
+
+def test_a_disk_that_is_full_costs_that_job_and_no_other_work(s3, place: Path) -> None:
+    data = corpus()
+    url = data.put(s3)
+    with Daemon(place, LIMITS + data_table("train", url), prelude=DISK_FULL) as daemon:
+        job = daemon.wait_for("train", lambda job: job.state == "failed")
+        assert "raise disk_bytes" in job.error
+        assert daemon.snapshot().troubles
+        with pytest.warns(RuntimeWarning, match="is full"):
+            read_all(url, place, data)
+        assert daemon.serves()
 
 
 # Killed and ended
@@ -452,3 +589,21 @@ def test_jobs_of_a_service_that_is_no_daemon(place: Path) -> None:
         done = run_cli("jobs", "ls", f"--cache={place}", check=False)
         assert done.returncode == 3
         assert "`fastload daemon` takes over" in done.stderr
+
+
+def test_the_page_runs_beside_it_and_says_what_it_lacks(place: Path) -> None:
+    with Daemon(place, LIMITS + "[page]\n") as daemon:
+        if find_spec("starlette") is None or find_spec("uvicorn") is None:
+            until(lambda: daemon.snapshot().troubles)
+            (trouble,) = daemon.snapshot().troubles
+            assert "pip install 'fastload[page]'" in trouble
+            daemon.reload(LIMITS)
+            until(lambda: not daemon.snapshot().troubles)
+            return
+        until(lambda: running(place) is not None)
+        first = running(place)
+        assert first is not None
+        os.kill(first.pid, signal.SIGKILL)
+        until(lambda: (page := running(place)) is not None and page.pid != first.pid)
+        daemon.reload(LIMITS)
+        until(lambda: running(place) is None)
