@@ -134,7 +134,7 @@ def _rank(now: Consumer, before: Consumer | None, lately: Consumer | None, secon
         pid=now.pid,
         rank=_whole(report.get("rank")),
         epoch=_whole(report.get("epoch")),
-        samples_per_s=_growth(lately.report, report, "samples", seconds) if lately else None,
+        samples_per_s=_samples_per_s(lately.report, report, seconds) if lately else None,
         bytes_per_s=max(0.0, (_granted(now) - _granted(lately)) / seconds) if lately and seconds > 0 else None,
         work=work,
         waits=waits,
@@ -163,11 +163,13 @@ def _divided(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[float |
     return max(0.0, 1.0 - sum(shares.values())), shares
 
 
-def _growth(before: Mapping[str, Any], now: Mapping[str, Any], name: str, seconds: float) -> float | None:
-    first, last = _number(before.get(name)), _number(now.get(name))
-    if first is None or last is None or seconds <= 0 or before.get("epoch") != now.get("epoch"):
-        return None
-    return max(0.0, (last - first) / seconds)
+def _samples_per_s(before: Mapping[str, Any], now: Mapping[str, Any], seconds: float) -> float | None:
+    """Between two reports of one epoch, or since it began."""
+    samples, elapsed = _number(now.get("samples")), _number(now.get("elapsed_s"))
+    if before.get("epoch") == now.get("epoch"):
+        base = _number(before.get("samples"))
+        return max(0.0, samples - base) / seconds if samples is not None and base is not None and seconds > 0 else None
+    return samples / elapsed if samples is not None and elapsed else None
 
 
 def _number(value: object) -> float | None:

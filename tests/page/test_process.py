@@ -260,6 +260,15 @@ def test_a_unix_socket_is_for_this_user_only(start_page: StartPage, tmp_path: Pa
     assert not path.exists()
 
 
+def test_a_reader_that_takes_nothing_is_disconnected_by_the_kernel() -> None:
+    """In half a minute, which a test does not wait for; a connection inherits that."""
+    with contextlib.closing(listen("127.0.0.1:0", [])) as place, socket.create_connection(place.sock.getsockname()):
+        accepted, _ = place.sock.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 1 << 20
+
+
 def test_other_addresses_need_names(directory: Path) -> None:
     with pytest.raises(ConfigError, match=r"listen='0.0.0.0:8090' is reached by other machines; .*--host="):
         listen("0.0.0.0:8090", [])

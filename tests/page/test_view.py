@@ -42,9 +42,9 @@ def test_no_rank_is_called_slow_that_hardly_waits_or_is_alone() -> None:
 def test_a_new_epoch_counts_from_its_beginning() -> None:
     viewer = Viewer()
     viewer.view(snap(100.0, consumers=[consumer(1, report(0, 500.0, fetch=400.0))]))
-    view = viewer.view(snap(101.0, consumers=[consumer(1, report(0, 1.0, epoch=1, fetch=0.25))]))
+    view = viewer.view(snap(101.0, consumers=[consumer(1, report(0, 2.0, epoch=1, fetch=0.5))]))
     assert view.ranks[0].waits == {"fetch": 0.25}
-    assert view.ranks[0].samples_per_s is None
+    assert view.ranks[0].samples_per_s == 100.0
 
 
 def test_rates_are_of_one_service() -> None:

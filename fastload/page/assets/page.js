@@ -158,7 +158,8 @@ function showJobs(view) {
     if (job.error) state.append(name(job.error));
     const share = job.total_bytes ? job.held_bytes / job.total_bytes : 0;
     const words = `${percent(share)} of ${bytes(job.total_bytes)}`;
-    const held = cell("", "", bar([["disk", share]], words), element("span", "quiet", words));
+    const held = cell("", "");
+    if (job.total_bytes) held.append(bar([["disk", share]], words), element("span", "quiet", words));
     const left = job.eta_s >= 0 && job.state !== "done" ? duration(job.eta_s) : "";
     const isLate = job.deadline_at && job.eta_s >= 0 && view.at + job.eta_s > job.deadline_at;
     const deadline = job.deadline_at ? clock(job.deadline_at) + (isLate ? " (late)" : "") : "";
@@ -238,9 +239,9 @@ function plot(id, series, options) {
   const made = new uPlot({
     width: Math.max(280, place.clientWidth), height: 220,
     cursor: { y: false, drag: { setScale: false } },
-    scales: { x: { range: (_, low, high) => [Math.min(low, high - 60), high] }, y: options.scale },
+    scales: { x: { range: (_, low, high) => [Math.min(low, high - 300), high] }, y: options.scale },
     axes: [
-      { ...axis, values: (_, values) => values.map(hourAndMinute) },
+      { ...axis, incrs: [60, 300, 600, 900, 1800], values: (_, values) => values.map(hourAndMinute) },
       { ...axis, size: 76, incrs: options.steps, values: (_, values) => values.map(options.tick) },
     ],
     series: [{ value: (_, at) => (at == null ? "" : clock(at)) }, ...series],
