@@ -178,6 +178,30 @@ class PageTable(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
     hosts: list[str] = []
 
 
+class MetricsTable(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[metrics]`: where they are to be had; see `fastload.metrics.serve`."""
+
+    listen: str = "127.0.0.1:9432"
+    textfile: str | None = None
+    textfile_every: float | str = "15s"
+
+    @property
+    def listen_at(self) -> str | None:
+        """Where to listen; None: nowhere."""
+        return None if self.listen == "off" else self.listen
+
+    @property
+    def textfile_every_s(self) -> float:
+        """How often the file is replaced."""
+        return parse_seconds(self.textfile_every, "textfile_every")
+
+    def check(self) -> None:
+        """ConfigError for what cannot be."""
+        _ = self.textfile_every_s
+        if self.listen_at is None and self.textfile is None:
+            raise ConfigError('listen="off" and no textfile: name where metrics are to be had, or leave out [metrics]')
+
+
 class Config(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole file."""
 
@@ -188,6 +212,7 @@ class Config(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
     warm: WarmTable = WarmTable()
     data: list[DataTable] = []
     page: PageTable | None = None
+    metrics: MetricsTable | None = None
 
     @property
     def limits(self) -> dict[str, int]:
@@ -212,6 +237,9 @@ class Config(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
         _ = self.limits, self.rest_after_s
         with _at("[warm]"):
             self.warm.check()
+        if self.metrics is not None:
+            with _at("[metrics]"):
+                self.metrics.check()
         names = [table.name for table in self.data]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:

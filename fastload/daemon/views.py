@@ -1,4 +1,6 @@
-"""What a daemon keeps running for those who look at it: the page, a process of its own that watches as any other."""
+"""What a daemon keeps running for those who look at it: the page, a process of its own that watches as any other, and
+metrics, in threads of this process.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,11 @@ import contextlib
 import logging
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
-from fastload.daemon.config import Config, PageTable
+from fastload.daemon.config import Config, MetricsTable, PageTable, Table
 from fastload.daemon.schedule import pause_s
 from fastload.daemon.systemd import VARIABLES
 from fastload.page.process import command
@@ -23,6 +26,8 @@ _END_S = 2.0
 # One that lasted for so long is begun anew without the pauses that failures before it had.
 _LASTED_S = 60.0
 
+_AnyTable = TypeVar("_AnyTable", bound=Table)
+
 
 class Views:
     """For the loop's thread."""
@@ -30,42 +35,73 @@ class Views:
     def __init__(self, directory: Path, loop: asyncio.AbstractEventLoop, troubles: dict[str, str]) -> None:
         """`troubles` is where it is said what is wrong now, by what it is about."""
         self._directory, self._loop, self._troubles = directory, loop, troubles
-        self._page: PageTable | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._shown: dict[str, Table | None] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def show(self, config: Config) -> None:
         """Have running what the configuration says, and nothing else."""
-        if config.page != self._page:
-            self._page = config.page
-            before, self._task = self._task, None
-            self._troubles.pop("page", None)
-            if before is not None:
-                before.cancel()
-            if self._page is not None:
-                self._task = self._loop.create_task(self._keep_page(self._page, before))
+        self._keep("page", config.page, self._run_page)
+        self._keep("metrics", config.metrics, self._serve_metrics)
 
     async def close(self) -> None:
         """End all of it."""
-        task, self._task = self._task, None
-        if task is not None:
+        tasks = list(self._tasks.values())
+        for task in tasks:
             task.cancel()
-            await asyncio.wait([task])
+        if tasks:
+            await asyncio.wait(tasks)
 
-    async def _keep_page(self, table: PageTable, before: asyncio.Task[None] | None) -> None:
-        """Start the page again whenever it ends, after growing pauses."""
+    def _keep(self, name: str, table: _AnyTable | None, run: Callable[[_AnyTable], Awaitable[str]]) -> None:
+        if self._shown.get(name) == table:
+            return
+        self._shown[name] = table
+        self._troubles.pop(name, None)
+        before = self._tasks.pop(name, None)
+        if before is not None:
+            before.cancel()
+        if table is not None or before is not None:
+            self._tasks[name] = self._loop.create_task(self._run_again(name, table, run, before))
+
+    async def _run_again(
+        self,
+        name: str,
+        table: _AnyTable | None,
+        run: Callable[[_AnyTable], Awaitable[str]],
+        before: asyncio.Task[None] | None,
+    ) -> None:
+        """Once what ran before has ended, run it whenever it ends, after growing pauses."""
         if before is not None:
             await asyncio.wait([before])
         failures = 0
-        while True:
+        while table is not None:
             began = self._loop.time()
             try:
-                last_line = await self._run_page(table)
-            except (OSError, ValueError) as error:  # no process, or a line without an end
-                last_line = str(error)
+                why = await run(table)
+            except (OSError, ValueError) as error:  # no process, a line without an end; an address, an extra
+                why = str(error)
             failures = 1 if self._loop.time() - began > _LASTED_S else failures + 1
-            self._troubles["page"] = f"the page has ended: {last_line or 'without a word'}"
-            log.error("%s", self._troubles["page"])
+            self._troubles[name] = f"{name}: {why or 'ended without a word'}"
+            log.error("%s", self._troubles[name])
             await asyncio.sleep(pause_s(failures, random.random()))
+
+    async def _serve_metrics(self, table: MetricsTable) -> str:
+        from fastload.metrics import serve
+
+        serving = await asyncio.to_thread(
+            serve,
+            self._directory,
+            table.listen_at,
+            textfile=table.textfile,
+            textfile_every_s=table.textfile_every_s,
+            allow_remote=True,  # the configuration says so
+        )
+        self._troubles.pop("metrics", None)
+        try:
+            await self._loop.create_future()  # until it is cancelled
+        finally:
+            # In a thread: it waits for answers that this loop gives.
+            await asyncio.to_thread(serving.close)
+        return ""
 
     async def _run_page(self, table: PageTable) -> str:
         """One page, to its end; the last line that it said."""

@@ -584,6 +584,18 @@ def test_jobs_are_listed_shown_cancelled_and_tried_again(s3, place: Path) -> Non
         assert jobs(*verb, check=False).returncode == 3
 
 
+def test_warm_hands_a_job_over(s3, place: Path) -> None:
+    data = corpus(shard_count=3)
+    url = data.put(s3)
+    with Daemon(place, None) as daemon:
+        number = run_cli("warm", url, "--daemon", "--seed=3", "--pin", f"--cache={place}").stdout.strip()
+        job = daemon.wait_done(number)
+        assert (job.is_submitted, job.is_pinned, job.held_bytes) == (True, True, data.byte_count)
+        assert run_cli("warm", url, "--daemon", "--seed=3", "--pin", f"--cache={place}").stdout.strip() == number
+        assert read_all(url, place, data, seed=3)["fetched_bytes"] == 0
+        assert len(daemon.snapshot().jobs) == 1
+
+
 def test_jobs_of_a_service_that_is_no_daemon(place: Path) -> None:
     with fastload.Cache(place) as cache, cache._handle.consumer(name="train"):
         done = run_cli("jobs", "ls", f"--cache={place}", check=False)
@@ -607,3 +619,25 @@ def test_the_page_runs_beside_it_and_says_what_it_lacks(place: Path) -> None:
         until(lambda: (page := running(place)) is not None and page.pid != first.pid)
         daemon.reload(LIMITS)
         until(lambda: running(place) is None)
+
+
+def test_metrics_are_served_beside_it(place: Path, tmp_path: Path) -> None:
+    config = LIMITS + f'[metrics]\nlisten = "unix:{tmp_path / "metrics"}"\n'
+    with Daemon(place, config) as daemon:
+        if find_spec("prometheus_client") is None:
+            until(lambda: daemon.snapshot().troubles)
+            assert "pip install 'fastload[metrics]'" in daemon.snapshot().troubles[0]
+        else:
+            until(lambda: (tmp_path / "metrics").exists())
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.settimeout(60)
+                sock.connect(str(tmp_path / "metrics"))
+                sock.sendall(b"GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n")
+                answer = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+            assert b" 200 " in answer.splitlines()[0]
+            assert b"fastload_" in answer
+        daemon.reload(LIMITS)
+        until(lambda: not (tmp_path / "metrics").exists() and not daemon.snapshot().troubles)
+        daemon.reload(LIMITS + '[metrics]\nlisten = "off"\n')
+        until(lambda: daemon.snapshot().troubles)
+        assert "name where metrics are to be had" in daemon.snapshot().troubles[0]
