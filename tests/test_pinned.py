@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import fastload
 from fastload.cache import catalog
 from fastload.cache.catalog import Catalog, CatalogPin, Changes
-from fastload.client.operator import NotServedError, Operator
+from fastload.client.operator import Operator
 from fastload.errors import CacheError, ConfigError
 from fastload.plan import RequestedOrder
 from fastload.prepare import WarmJob, warm
@@ -201,13 +202,24 @@ def test_clearing_leaves_pinned_chunks(tmp_path: Path, data: tuple[Corpus, str],
         assert pins_of(tmp_path / "cache") == {}
 
 
-def test_a_directory_that_is_removed_gets_no_catalog(tmp_path: Path, data: tuple[Corpus, str]) -> None:
-    import shutil
-
+def test_a_directory_that_is_removed_gets_no_catalog(
+    tmp_path: Path, data: tuple[Corpus, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTLOAD_IDLE_S", "600")
     with fastload.Cache(tmp_path / "cache", disk_bytes="64MiB", **RAM) as cache:
+        cache.pin(data[1], name="small")
         fill(data[1], cache)
-        shutil.rmtree(tmp_path / "cache")
-        until(lambda: not service_pids(tmp_path / "cache"))
-        assert not (tmp_path / "cache").exists()
-        with pytest.raises(NotServedError):
-            Operator.connect(tmp_path / "cache", "test")
+        assert read(data[1], cache) == 0
+    until(lambda: len(_described(tmp_path / "cache")) == 4)
+    shutil.rmtree(tmp_path / "cache")
+    until(lambda: not service_pids(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
+def _described(directory: Path) -> list[str]:
+    found = Catalog(directory, read_only=True)
+    found.open()
+    try:
+        return [each.url for each in found.objects()]
+    finally:
+        found.close()
