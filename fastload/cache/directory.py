@@ -302,7 +302,11 @@ def _name_of(fd: int, path: Path) -> Path:
 
 def _open_checked(path: Path) -> int:
     """A descriptor of the directory, which is ours alone to write to; CacheError where it is not."""
-    fd = syscalls.open_directory(path)
+    try:
+        fd = syscalls.open_directory(path)
+    except PermissionError:
+        _check_owner(syscalls.stat(os.path.realpath(path)), path)  # names both users, where it is another's
+        raise
     try:
         _check_owner(syscalls.fstat(fd), path)
     except BaseException:

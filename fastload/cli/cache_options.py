@@ -30,7 +30,10 @@ from fastload.errors import ConfigError
 if TYPE_CHECKING:
     from fastload.client.cache import Cache
 
-CachePath = Annotated[Path | None, typer.Option(help="Cache directory; else $FASTLOAD_CACHE, or ~/.cache/fastload.")]
+# Whether it can be read is not typer's to say: our error names whose it is.
+CachePath = Annotated[
+    Path | None, typer.Option(help="Cache directory; else $FASTLOAD_CACHE, or ~/.cache/fastload.", readable=False)
+]
 RamBytes = Annotated[str | None, typer.Option(help="Size of the RAM tier, such as 8GiB.")]
 DiskBytes = Annotated[str | None, typer.Option(help="Size of the disk tier, such as 500GiB.")]
 ChunkBytes = Annotated[str | None, typer.Option(help="Size of a chunk, such as 8MiB.")]

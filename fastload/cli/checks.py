@@ -81,8 +81,11 @@ def of_node(directory: Path) -> Iterator[Check]:
     yield memory(settled)
     if found is not None:
         yield found
-    if directory.is_dir() and found is None:
-        yield from _disk(directory, settled)
+    else:
+        try:
+            yield from _disk(directory, settled)
+        except OSError as error:
+            yield Check("disk", "fail", f"{directory}: {_said(error)}", "name another directory: --cache DIR")
     yield from _service(directory)
 
 
@@ -114,6 +117,8 @@ def _limits(directory: Path) -> tuple[CacheLimits, Check | None]:
     try:
         if not directory.exists():
             return new, Check("directory", "ok", f"{directory} is not there yet: the first job makes it")
+        if not directory.is_dir():
+            return new, Check("directory", "fail", f"{directory} is no directory", "name one: --cache DIR")
         return limits.stored(directory) or new, None
     except (FastloadError, OSError) as error:
         return new, Check("directory", "fail", _said(error), "name another one: --cache DIR, or FASTLOAD_CACHE")

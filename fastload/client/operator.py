@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from fastload import protocol
 from fastload.cache.directory import socket_address
 from fastload.client.handshake import check_peer, first_frame
-from fastload.errors import FastloadError, ServiceError, WaitTimeoutError, from_wire
+from fastload.errors import CacheError, FastloadError, ServiceError, WaitTimeoutError, from_wire
 from fastload.snapshot import Snapshot
 
 _ANSWER_S = 15.0
@@ -70,6 +70,14 @@ class Operator:
             sock.close()
             raise NotServedError(
                 f"no cache service runs for {directory}; jobs start one, or `fastload daemon`"
+            ) from error
+        except OSError as error:
+            sock.close()
+            if isinstance(error, FastloadError):
+                raise
+            raise CacheError(
+                f"the cache directory {directory} cannot be used: {error.strerror or error}; name another one "
+                "(--cache, or FASTLOAD_CACHE), or mend its rights"
             ) from error
         except BaseException:
             sock.close()

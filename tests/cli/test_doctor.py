@@ -94,6 +94,13 @@ def test_a_directory_that_others_may_write_to_fails_with_the_cure(tmp_path: Path
     assert f"run chmod 700 {tmp_path}" in found["service"].says
 
 
+def test_a_file_in_place_of_a_directory_fails(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    found = doctor("--cache", tmp_path / "file", code=exits.FAILED)
+    assert found["directory"].says == f"{tmp_path / 'file'} is no directory"
+    assert found["service"].state == "fail"
+
+
 def test_limits_that_are_damaged_are_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     (tmp_path / "cache.json").write_text('{"format": 99}')

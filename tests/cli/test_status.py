@@ -26,7 +26,7 @@ from fastload.client.cache import Handle
 from fastload.snapshot import Consumer, Snapshot, Tier
 from tests.patience import PATIENCE_S
 from tests.processes import kill_service, service_pids, until
-from tests.programs import Program, run_cli
+from tests.programs import Program, run, run_cli
 from tests.snapshots import HOSTILE, example, make
 
 FASTLOAD = Path(sys.executable).parent / "fastload"
@@ -85,6 +85,34 @@ def test_a_directory_of_another_user_names_both(tmp_path: Path) -> None:
     done = run_cli("status", "--cache", tmp_path, check=False)
     assert done.returncode == exits.FAILED
     assert "belongs to user 12345, and this process runs as user 0" in done.stderr
+
+
+AS_ANOTHER = """
+import os
+import fastload.cli, fastload.client.operator, fastload.cli.checks  # before they cannot be read any more
+os.setgid(65534)
+os.setuid(65534)
+fastload.cli.main()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+@pytest.mark.parametrize("verb", ["status", "top", "doctor"])
+def test_another_user_is_told_so_in_a_line(tmp_path: Path, verb: str, mode: int) -> None:
+    for folder in [tmp_path, *tmp_path.parents]:
+        if folder.stat().st_uid == 0 and str(folder).startswith("/tmp/"):
+            folder.chmod(0o755)
+    cache = tmp_path / "cache"
+    with Handle(cache, ram_bytes="32MiB", disk_bytes=0, service="inprocess") as handle, handle.consumer():
+        cache.chmod(mode)
+        done = run(AS_ANOTHER, verb, "--cache", cache, check=False)
+        assert done.returncode == exits.FAILED, done.stderr
+        said = done.stderr if verb != "doctor" else done.stdout
+        assert "Traceback" not in done.stderr
+        (line,) = (line for line in said.splitlines() if "user 0" in line)
+        assert "65534" in line
+        cache.chmod(0o700)
 
 
 @contextlib.contextmanager
