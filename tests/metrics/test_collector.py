@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import string
+import subprocess
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -184,6 +186,14 @@ def test_series_are_bounded_and_the_rest_is_summed() -> None:
     assert {"0", OTHER} <= {rank for rank, _ in read}
     assert sum(found["fastload_samples_total"].values()) == 301 * 2560
     assert sum(found["fastload_batch_wait_seconds_count"].values()) == 301 * 20
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_finds_nothing_to_say() -> None:
+    checked = subprocess.run(
+        ["promtool", "check", "metrics"], input=exposed(worst()), capture_output=True, text=True, check=False
+    )
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
 
 
 def test_sixteen_ranks_of_a_common_node_have_series_of_their_own() -> None:
