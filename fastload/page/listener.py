@@ -36,6 +36,8 @@ _STALLED_MS = 30_000
 _SEND_BUFFER_BYTES = 256 << 10
 # `running` holds the lock for a moment.
 _LOCK_TRIES, _LOCK_PAUSE_S = 20, 0.05
+# One that has the lock says at once where it listens.
+_STARTING_S = 30.0
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,18 +152,24 @@ def _remove_stale(path: str) -> None:
 
 
 def running(directory: Path) -> Running | None:
-    """The directory's page, if one runs. CacheError where the directory is not ours."""
+    """The directory's page, if one runs; one that is just starting is waited for. CacheError where the directory is not
+    ours.
+    """
     try:
         fd = _open(directory, os.O_RDONLY)
     except FileNotFoundError:  # no directory, or no page has ever run
         return None
     with open(fd, "rb") as file:
-        if _lock(fd, fcntl.LOCK_SH):
-            return None  # left by one that has ended
-        try:
-            return msgspec.json.decode(file.read(), type=Running)
-        except msgspec.DecodeError:  # it is just starting
-            return None
+        deadline = time.monotonic() + _STARTING_S
+        while not _lock(fd, fcntl.LOCK_SH):  # else it was left by one that has ended
+            file.seek(0)
+            try:
+                return msgspec.json.decode(file.read(), type=Running)
+            except msgspec.DecodeError as error:  # it is just starting
+                if time.monotonic() > deadline:
+                    raise ServiceError(f"the page of {directory} does not come to listen") from error
+                time.sleep(_LOCK_PAUSE_S)
+        return None
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from fastload.config import default_cache_dir
 from fastload.errors import ConfigError, FastloadError, ServiceError, from_wire, to_wire
 from fastload.page.guard import Door
 from fastload.page.listener import LISTEN, Place, Running, announce, listen, only_page, running
+from fastload.service.launch import child_environment
 
 log = logging.getLogger("fastload.page")
 
@@ -45,7 +46,10 @@ def command(
     `idle_s`: it ends when no browser was connected for so long. `ends_with_stdin`: it ends when its standard input
     does, for one whose parent may be killed.
     """
-    words = [sys.executable, "-m", "fastload.page", f"--cache={directory}", f"--listen={listen_at}"]
+    words = [sys.executable, "-m", "fastload.page", f"--cache={os.path.abspath(directory)}"]
+    if listen_at.startswith("unix:"):
+        listen_at = f"unix:{os.path.abspath(listen_at.removeprefix('unix:'))}"
+    words.append(f"--listen={listen_at}")
     words += [f"--host={host}" for host in hosts]
     if idle_s != math.inf:
         words.append(f"--idle-s={idle_s}")
@@ -71,6 +75,8 @@ def start(directory: Path, *, listen_at: str = LISTEN, hosts: Sequence[str] = ()
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=[writing],
+                env=child_environment(os.environ),  # without the user's credentials
+                cwd="/",
             )
         process.wait()  # the parent of the one that serves
         if not select.select([ready], [], [], _START_S)[0]:
@@ -78,10 +84,9 @@ def start(directory: Path, *, listen_at: str = LISTEN, hosts: Sequence[str] = ()
         line = ready.read(1 << 16)
     if not line:
         raise ServiceError(f"the page of {directory} ended as it started; `python -m fastload.page` may say why")
-    said = json.loads(line)
-    if "error" in said:
+    said, found = json.loads(line), running(directory)
+    if found is None and "error" in said:  # else another one was just being started
         raise from_wire(*said["error"])
-    found = running(directory)
     if found is None:
         raise ServiceError(f"the page of {directory} ended as it started; {directory / _LOG} may say why")
     return found

@@ -90,7 +90,7 @@ def _run(directory: ServiceLocation, idle_s: float, stop: threading.Event, deadl
                     stdout=log,
                     stderr=log,
                     pass_fds=(writing,),
-                    env=_environment(os.environ),
+                    env=child_environment(os.environ),
                     cwd="/",
                 )
         finally:
@@ -123,8 +123,8 @@ def _reap(process: subprocess.Popen[bytes]) -> None:
             process.kill()
 
 
-def _environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The service's environment, in which it finds this very package."""
+def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The service's environment, in which it finds this very package; and that of the page."""
     environment = kept_environment(environ)
     package = str(Path(__file__).resolve().parents[2])
     if environment.get(trace.VARIABLE):  # the service works in another directory

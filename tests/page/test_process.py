@@ -14,6 +14,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -219,13 +220,24 @@ def test_what_a_killed_page_left_is_not_trusted(start_page: StartPage, directory
     assert other.at.token != page.at.token
 
 
-def test_in_the_background(directory: Path) -> None:
+def test_in_the_background(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("starlette", reason="the extra `page` is not installed")
-    found = start(directory, idle_s=0.5)
-    assert found == running(directory) or running(directory) is None  # no browser comes
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "PLANTED")
+    monkeypatch.chdir(directory.parent)
+    found = start(Path(directory.name), idle_s=2.0)
+    assert "PLANTED" not in Path(f"/proc/{found.pid}/environ").read_text()
+    assert os.readlink(f"/proc/{found.pid}/cwd") == "/"
     assert found.url == f"http://{found.listen}/?token={found.token}"
     until(lambda: not is_running(found.pid))
     assert "no browser was connected" in (directory / "page.log").read_text()
+
+
+def test_two_that_are_started_at_once_are_one(directory: Path) -> None:
+    pytest.importorskip("starlette", reason="the extra `page` is not installed")
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(lambda _: start(directory, idle_s=2.0), range(2))
+    assert first == second
+    until(lambda: not is_running(first.pid))
 
 
 def test_it_ends_with_its_standard_input(directory: Path) -> None:
