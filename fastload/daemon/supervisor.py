@@ -169,6 +169,8 @@ class Supervisor:
         self._notifier.ready(self._status_text())
 
     def _take(self, config: Config) -> None:
+        if config.disk_bytes != self._config.disk_bytes and "disk_bytes" in config.limits:
+            self._core.change_disk_quota(config.limits["disk_bytes"])
         self._config = config
         self._core.rest_after_s = RELEASE_AFTER_S if config.rest_after_s is None else config.rest_after_s
         if config.verify_s != self._verify_s:  # another one begins a new round
@@ -498,7 +500,7 @@ def _how_it_ended(status: int) -> str:
 
 
 def _read_again(source: Source, before: Config, path: Path) -> Config:
-    """In a thread: the configuration as it is now; ConfigError where all of it cannot be had without a restart."""
+    """In a thread: the configuration as it is now; ConfigError where not all of it can hold without a restart."""
     config = source.read()
     for name in ("cache", "ram_bytes"):
         if getattr(config, name) != getattr(before, name):

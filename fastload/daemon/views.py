@@ -96,6 +96,7 @@ class Views:
             allow_remote=True,  # the configuration says so
         )
         self._troubles.pop("metrics", None)
+        log.info("metrics are served at %s", serving.address or table.textfile)
         try:
             await self._loop.create_future()  # until it is cancelled
         finally:

@@ -146,8 +146,7 @@ class Core:
             self._release_timer.cancel()
         self._history.connect(consumer, hello)
         if "disk_bytes" in hello.limits:
-            self._quota.change(hello.limits["disk_bytes"])
-            self.holdings.quota_changed(hello.limits["disk_bytes"])
+            self.change_disk_quota(hello.limits["disk_bytes"])
         if "disk_write_bytes_per_s" in hello.limits:
             self._writer.limit(hello.limits["disk_write_bytes_per_s"])
         return consumer
@@ -366,13 +365,6 @@ class Core:
             case RecallChunk():
                 self._leases.recall(self._shared.chunk_in(action.buffer))
 
-    # For a daemon, which works beside it
-
-    @property
-    def stores(self) -> StoreTable:
-        """Where its threads list and read."""
-        return self._resources.stores
-
     # A disk that hangs
 
     def pool(self, name: str) -> Pool:
@@ -429,6 +421,16 @@ class Core:
         )
 
     # For who runs the service
+
+    @property
+    def stores(self) -> StoreTable:
+        """Where threads may list and read."""
+        return self._resources.stores
+
+    def change_disk_quota(self, quota_bytes: int) -> None:
+        """The disk tier may hold so much from now on."""
+        self._quota.change(quota_bytes)
+        self.holdings.quota_changed(quota_bytes)
 
     def drop(self, urls: Sequence[str]) -> None:
         """These are gone from their store, or have changed: neither their pins nor their chunks are of use."""

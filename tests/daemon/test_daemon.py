@@ -7,22 +7,28 @@ import os
 import random
 import signal
 import socket
+import struct
 import subprocess
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fastload
 from bench.proxy import Profile, Proxy
 from fastload.cache import CacheDirectory
 from fastload.client.operator import NotServedError, Operator
+from fastload.daemon.config import DataTable
 from fastload.daemon.submission import submit
 from fastload.errors import CacheError, ConfigError, ServiceError
 from fastload.page.listener import running
 from fastload.snapshot import Tier
 from tests.daemon.running import LIMITS, Daemon, data_table
+from tests.golden.frames import FROM_OPERATOR
 from tests.processes import is_running, service_pids, until
 from tests.programs import run_cli
 from tests.shards import Corpus, check_samples, corpus, samples_of
@@ -200,6 +206,78 @@ def children_of(pid: int) -> list[int]:
             if parent == pid and "fastload.daemon.job" in words:
                 found.append(int(folder.name))
     return found
+
+
+# When they run
+
+
+def test_a_job_waits_for_its_window(s3, place: Path) -> None:
+    data = corpus(shard_count=2)
+    now = time.localtime()
+    closed = f"{(now.tm_hour + 11) % 24:02d}:00-{(now.tm_hour + 13) % 24:02d}:00"
+    url = data.put(s3)
+    config = LIMITS + data_table("night", url, when=closed)
+    with Daemon(place, config + data_table("day", "s3://no-such-bucket/a.tar")) as daemon:
+        daemon.wait_for("day", lambda job: job.state == "failed")  # others had their turn
+        night = daemon.job("night")
+        assert (night.state, night.fetched_bytes, children_of(daemon.pid)) == ("waiting", 0, [])
+        daemon.reload(LIMITS + data_table("night", url))
+        daemon.wait_done("night")
+
+
+def test_the_more_urgent_one_displaces_another(s3, place: Path) -> None:
+    data = corpus(shard_count=9)
+    names = list(data.shards)
+    data.put(s3)
+
+    def table(name: str, first: int, **more: object) -> dict[str, object]:
+        return {"name": name, "urls": [f"{s3.url}/data/{each}" for each in names[first : first + 3]], **more}
+
+    with (
+        Proxy(s3.server.endpoint_url, Profile(0.0, total_bytes_per_s=30_000)) as proxy,
+        Daemon(place, LIMITS, env={**os.environ, "AWS_ENDPOINT_URL": proxy.url}) as daemon,
+    ):
+        submit(place, table("first", 0))
+        submit(place, table("second", 3))
+        for name in ("first", "second"):
+            daemon.wait_for(name, lambda job: job.state == "warming")
+        submit(place, table("urgent", 6, deadline="1h"))
+        daemon.wait_for("urgent", lambda job: job.state == "warming")
+        daemon.wait_for("second", lambda job: job.state == "waiting")
+        assert daemon.job("first").state == "warming"
+        until(lambda: len(children_of(daemon.pid)) == 2)
+        proxy.change(Profile(0.0))
+        for name in ("first", "second", "urgent"):
+            daemon.wait_done(name)
+
+
+def test_the_limit_of_the_timetable_is_that_of_all_jobs(s3, place: Path) -> None:
+    """At a byte a second nothing is ever done; without the limit it is."""
+    data = corpus()
+    table = data_table("train", data.put(s3))
+    with Daemon(place, LIMITS + '[warm]\nbandwidth = "1B/s"\n' + table) as daemon:
+        daemon.wait_for("train", lambda job: job.state == "warming" and job.total_bytes > 0)
+        daemon.reload(LIMITS + '[warm]\nbandwidth = "1B/s"\nrequests_in_flight = 1\n' + table)
+        until(lambda: any("was read again" in line for line in daemon.lines))
+        assert daemon.job("train").fetched_bytes < data.byte_count
+        daemon.reload(LIMITS + table)
+        assert daemon.wait_done("train").held_bytes == data.byte_count
+
+
+def test_once_is_once(s3, place: Path) -> None:
+    data = corpus(shard_count=3)
+    config = LIMITS + data_table("train", data.put(s3), when="once")
+    with Daemon(place, config) as daemon:
+        daemon.wait_done("train")
+        with fastload.Cache(place) as cache:
+            assert cache.clear() > 0
+    with Daemon(place, config + data_table("other", "s3://no-such-bucket/a.tar")) as daemon:
+        daemon.wait_for("other", lambda job: job.state == "failed")
+        assert daemon.job("train").state == "done"
+        assert daemon.snapshot().node.counters["fetched_bytes"] == 0
+        with Operator.connect(place, "test") as operator:
+            operator.retry_job("train")
+        daemon.wait_for("train", lambda job: job.state == "done" and job.fetched_bytes == data.byte_count)
 
 
 # What is kept
@@ -482,10 +560,11 @@ def test_a_bad_file_changes_nothing_and_a_good_one_all(s3, place: Path) -> None:
         daemon.reload('ram_bytes = "2MiB"\ndisk_bytes = "64MiB"\n')
         until(lambda: "ram_bytes holds from the next start on" in daemon.snapshot().troubles[0])
         assert [job.name for job in daemon.snapshot().jobs] == ["old"]
-        daemon.reload(LIMITS + data_table("new", url))
+        daemon.reload('ram_bytes = "1MiB"\ndisk_bytes = "48MiB"\n' + data_table("new", url))
         until(lambda: [job.name for job in daemon.snapshot().jobs] == ["new"])
         assert daemon.wait_done("new").fetched_bytes == 0
         assert daemon.snapshot().troubles == []
+        assert tier(daemon, "disk").limit_bytes == 48 << 20
 
 
 # Its surroundings
@@ -641,3 +720,46 @@ def test_metrics_are_served_beside_it(place: Path, tmp_path: Path) -> None:
         daemon.reload(LIMITS + '[metrics]\nlisten = "off"\n')
         until(lambda: daemon.snapshot().troubles)
         assert "name where metrics are to be had" in daemon.snapshot().troubles[0]
+
+
+# Nonsense
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=9)
+    | st.binary(max_size=9),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4),
+    max_leaves=8,
+)
+FIELDS = sorted(field.name for field in msgspec.structs.fields(DataTable))
+TABLES = st.dictionaries(st.sampled_from(FIELDS), ANYTHING) | st.builds(
+    lambda more: {"name": "a", "urls": ["s3://no-such-bucket/a.tar"], **more},
+    st.dictionaries(st.sampled_from(FIELDS[:-1]), ANYTHING, max_size=2),
+)
+
+
+def test_whatever_an_operator_sends_ends_its_own_connection_at_most(place: Path) -> None:
+    """Fields of any type and value, bytes that are changed, and jobs that make no sense."""
+
+    @given(
+        st.sampled_from(sorted(FROM_OPERATOR)), st.lists(ANYTHING, max_size=5), TABLES, st.integers(0, 3), st.randoms()
+    )
+    def send(kind: str, fields: list[object], table: dict[str, object], changes: int, rng: random.Random) -> None:
+        given_fields = rng.choice([fields, [*FROM_OPERATOR[kind]], [7, table]])
+        payload = bytearray(msgspec.msgpack.encode([kind, *given_fields]))
+        for _ in range(changes):
+            payload[rng.randrange(len(payload))] = rng.randrange(256)
+        with Operator.connect(place, "nonsense") as operator:
+            operator._sock.sendall(struct.pack("<I", len(payload)) + payload)
+            operator._sock.shutdown(socket.SHUT_WR)
+            operator._sock.settimeout(60)
+            while operator._sock.recv(1 << 16):  # to the end of what it has to say
+                pass
+        assert daemon.snapshot().node.pid == daemon.pid
+
+    with Daemon(place, LIMITS) as daemon:
+        send()
+    assert "Traceback" not in "".join(daemon.lines)
