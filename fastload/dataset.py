@@ -40,6 +40,7 @@ from fastload.config import parse_bytes
 from fastload.dataset_base import BatchOf, Columns, DatasetBase, Result, Row, Sample, Unsaid
 from fastload.decode import Decoder
 from fastload.errors import ConfigError
+from fastload.formats import endings_of
 from fastload.pipeline.columns import ColumnSet
 from fastload.pipeline.epoch_pass import EpochPass, PassOptions, SourcePass, open_source
 from fastload.pipeline.finish import BatchBuilder, Finish, Function, SourceBuilder
@@ -112,6 +113,7 @@ class StreamingDataset(DatasetBase[Sample]):
     by `fastload index`, with which no shard is parsed and all sample counts are known; without, one that lies beside
     the shards is used.
 
+    `format`: of the shards; "auto" goes by the endings of their names (docs/formats.md).
     `cache_policy`: what the cache keeps where it cannot keep all. "auto" is "pin" (a fixed part of each shard, which
     moves on slowly), and with `shuffle="global"` "future" (in RAM, what is needed soonest); "sieve" and "lru" make
     nothing of the known order, and are there to be compared with (docs/tuning.md).
@@ -144,6 +146,7 @@ class StreamingDataset(DatasetBase[Sample]):
             refresh: Literal["never", "epoch"]
             index: str | os.PathLike[str] | None
             cache_policy: CachePolicy
+            format: str
 
         @overload
         def map(self, function: Callable[[Any], Unsaid]) -> StreamingDataset[Any]: ...
@@ -200,7 +203,9 @@ class StreamingDataset(DatasetBase[Sample]):
         refresh: Literal["never", "epoch"] = "never",
         index: str | os.PathLike[str] | None = None,
         cache_policy: CachePolicy = "auto",
+        format: str = "auto",  # noqa: A002  # what users call it
     ) -> None:
+        endings_of(format)  # what is none is an error now
         handle = handle_of(cache)
         super().__init__(checked_batch_size(batch_size), check_tail(tail))
         skips_errors = checked_on_error(on_error) == "skip"
@@ -216,6 +221,7 @@ class StreamingDataset(DatasetBase[Sample]):
             manifest_file=checked_path(manifest, "manifest"),
             grows=checked_refresh(refresh) == "epoch",
             kernels=column_set.kernel_modules(),
+            format=format,
         )
         requested = _requested_order(shuffle, seed, shuffle_window, partitions)
         self._shuffle = shuffle

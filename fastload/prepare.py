@@ -30,7 +30,7 @@ from fastload.arguments import checked_urls
 from fastload.client.cache import AnyCache, handle_of
 from fastload.client.consumer import Consumer
 from fastload.errors import ConfigError, FastloadError, ShardError, StoreError, WaitTimeoutError, from_wire
-from fastload.formats import ShardIndex
+from fastload.formats import Index
 from fastload.history.archive import Archive
 from fastload.history.library import WARMING
 from fastload.pipeline.manifest_files import shared_manifest
@@ -407,11 +407,11 @@ def _shard_table(consumer: Consumer, manifest: Manifest, sidecars: ObjectTable) 
 
 def _index_ahead(
     shards: ShardTable, consumer: Consumer, object_nos: list[int], threads: int
-) -> Generator[tuple[int, ShardIndex]]:
+) -> Generator[tuple[int, Index]]:
     """The indexes of these shards, in their order, made by several threads."""
     pool = ThreadPoolExecutor(threads, "fastload-index")
     numbers = iter(object_nos)
-    ahead: deque[tuple[int, Future[list[ShardIndex]]]] = deque()
+    ahead: deque[tuple[int, Future[list[Index]]]] = deque()
     try:
         while True:
             for number in islice(numbers, _AHEAD_MAX - len(ahead)):

@@ -51,7 +51,9 @@ class Flat(Decoder):
         size, wanted = len(value), self._value_bytes
         if size != wanted if self.shape is not None else size % wanted:
             raise DecodeError(self._wrong_size(size))
-        return self._elements(np.frombuffer(value, np.uint8).copy()).reshape(self.shape or -1)
+        elements = self._elements(np.frombuffer(value, np.uint8).copy())
+        array: npt.NDArray[Any] = elements.reshape(-1 if self.shape is None else self.shape)[()]  # of no axes: a number
+        return array
 
     def _wrong_size(self, size: int) -> str:
         if self.shape is None:

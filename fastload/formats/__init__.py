@@ -1,22 +1,47 @@
-"""The formats of shards, behind one small interface: bytes in, a `ShardIndex` out.
+"""The formats of shards, behind one small interface: bytes in, an index out.
+
+There are two kinds of index. Of a tar, a `ShardIndex` says where each member of each sample lies. Of formats of records
+a `RecordIndex` says where each sample lies, and how its columns are found once its bytes are there (`records`).
 
 Nothing here imports numba until the first shard is to be indexed.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
-from urllib.parse import urlsplit
+import functools
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastload.errors import ConfigError
+from fastload.errors import ConfigError, ShardError
+from fastload.formats import record_index
+from fastload.formats.record_index import RecordIndex, shard_name
+from fastload.formats.records import RecordReader, read_layout
 from fastload.formats.shard_index import ShardIndex
 
-__all__ = ["SHARD_ENDINGS", "SIDECAR_NAME", "Indexer", "ShardIndex", "indexer_for"]
+__all__ = [
+    "ENDINGS",
+    "SHARD_ENDINGS",
+    "SIDECAR_NAME",
+    "Index",
+    "Indexer",
+    "RecordIndex",
+    "ShardIndex",
+    "difference",
+    "endings_of",
+    "format_of",
+    "indexer_for",
+    "record_reader",
+    "stored_index",
+]
 
-SHARD_ENDINGS = (".tar",)
+Index: TypeAlias = ShardIndex | RecordIndex
+
+ENDINGS = {"tar": (".tar",), "mds": (".mds",)}
+"""The formats by name, and how the names of their shards end."""
+
+SHARD_ENDINGS = tuple(ending for endings in ENDINGS.values() for ending in endings)
 """How the names of objects end that are shards, where a prefix is given instead of names."""
 
 SIDECAR_NAME = "fastload-index.arrow"
@@ -52,21 +77,74 @@ class Indexer(Protocol):
         """Read `chunk`, which lies at `start` in the object; it is not kept. ShardError: not this format."""
         ...
 
-    def finish(self) -> ShardIndex:
+    def finish(self) -> Index:
         """The index, once `done`. ShardError: the samples make no sense."""
         ...
 
 
-def indexer_for(url: str, size: int) -> Indexer:
-    """An indexer for the shard at `url` of `size` bytes, by the ending of its name; tar where there is none.
-
-    Raises ConfigError for compressed archives and for other formats, ShardError for an empty object.
+def stored_index(data: bytes | bytearray | memoryview, url: str, object_size: int) -> Index:
+    """The index that `to_bytes` of either kind stored. ShardError, naming `url`, for anything that is none of an object
+    of `object_size` bytes.
     """
-    # A local path may hold any character; a URL's path ends before its query.
-    name = (urlsplit(url).path if "://" in url else url).rpartition("/")[2]
+    if bytes(data[:8]) != record_index.MAGIC:
+        return ShardIndex.from_bytes(data, url, object_size)
+    index = RecordIndex.from_bytes(data, url, object_size)
+    try:
+        record_reader(index.layout)
+    except ShardError as error:
+        raise ShardError(f"{url}: its stored index is damaged ({error}); drop it and read the shard") from error
+    return index
+
+
+@functools.lru_cache(maxsize=256)
+def record_reader(layout: bytes) -> RecordReader:
+    """What reads records of this layout; ShardError where that is none."""
+    name, fields = read_layout(layout)
+    if name == "mds":
+        from fastload.formats.mds import MdsReader
+
+        return MdsReader.of(fields)
+    raise ShardError(f"its records are of a format called {name!r}, which this fastload does not know")
+
+
+def difference(one: bytes, other: bytes) -> str:
+    """In what two layouts differ, in words."""
+    first, second = record_reader(one), record_reader(other)
+    for name in (*first.columns, *second.columns):
+        kinds = [str(read.decoder(name)) if name in read.columns else "missing" for read in (first, second)]
+        if kinds[0] != kinds[1]:
+            return f"column {name!r} is {kinds[0]} in the one and {kinds[1]} in the other"
+    return f"{list(first.columns)} and {list(second.columns)}"
+
+
+def endings_of(name: str) -> tuple[str, ...]:
+    """How shards of the format of that name end; of all formats for "auto". ConfigError for a name that is none."""
+    if name == "auto":
+        return SHARD_ENDINGS
+    if name not in ENDINGS:
+        raise ConfigError(f"format={name!r} is not known; there are {', '.join(map(repr, ['auto', *ENDINGS]))}")
+    return ENDINGS[name]
+
+
+def format_of(url: str) -> str:
+    """The format of a shard, by the ending of its name; tar where that says nothing."""
+    name = shard_name(url).lower()
+    return next((each for each, endings in ENDINGS.items() if name.endswith(endings)), "tar")
+
+
+def indexer_for(url: str, size: int) -> Indexer:
+    """An indexer for the shard at `url` of `size` bytes, by the ending of its name; tar where that says nothing.
+
+    Raises ConfigError for what is compressed, ShardError for an empty object.
+    """
+    name = shard_name(url)
     for ending, tool in _UNPACK.items():
         if name.lower().endswith(ending):
             raise ConfigError(f"{url}: compressed shards are not supported yet; unpack it with: {tool} {name}")
+    if format_of(url) == "mds":
+        from fastload.formats.mds import MdsIndexer
+
+        return MdsIndexer(url, size)
     from fastload.formats.tar import TarIndexer
 
     return TarIndexer(url, size)

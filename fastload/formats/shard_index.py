@@ -17,6 +17,7 @@ offset and order, and what it returns cannot lead a reader outside of the object
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
@@ -97,6 +98,17 @@ class ShardIndex:
             raise IndexError(f"sample {sample} of {self.sample_count}")
         raw = self.key_bytes[self.key_offsets[sample] : self.key_offsets[sample + 1]]
         return raw.tobytes().decode("utf-8", "backslashreplace")
+
+    def fill_places(self, number_of: Callable[[str], int], first_chunk: int, places: NDArray[np.int64]) -> None:
+        """For each sample where its values in C columns lie: `places`, int64[S, 1 + 2 * C], is the shard's first chunk,
+        and offset and size of each column; -1 and 0 where there is none. `number_of` says which of the C a column is,
+        or -1.
+        """
+        from fastload.kernels.rows import fill_places
+
+        wanted = np.array([number_of(name) for name in self.columns], np.int64)
+        members = self.member_start, self.member_column, self.member_offset, self.member_size
+        fill_places(*members, wanted, first_chunk, places)
 
     def __eq__(self, other: object) -> bool:
         """Whether both say the same."""

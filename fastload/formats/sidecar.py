@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from fastload.cache.key import url_without_credentials
 from fastload.cache.tempfiles import temp_names
 from fastload.errors import ConfigError, FastloadError, ShardError
-from fastload.formats.shard_index import ShardIndex
+from fastload.formats import Index, stored_index
 from fastload.store.table import ObjectTable, Texts
 from fastload.store.types import ObjectInfo
 
@@ -77,7 +77,7 @@ class SidecarWriter:
             self._sink = pa.OSFile(str(self._temp), "wb")
             self._writer = pa.ipc.new_file(self._sink, SCHEMA)
 
-    def add(self, info: ObjectInfo, index: ShardIndex) -> None:
+    def add(self, info: ObjectInfo, index: Index) -> None:
         """The next shard."""
         data = index.to_bytes()
         with self._writing():
@@ -170,12 +170,10 @@ class SidecarSummary:
         rows[numbers[~same]] = -1
         return rows, numbers[~same]
 
-    def index(self, row: int, read_at: ReadAt) -> ShardIndex:
+    def index(self, row: int, read_at: ReadAt) -> Index:
         """The index of a row's shard. ShardError where the row lies."""
         info, samples = self.objects[row], int(self.sample_counts[row])
-        found = ShardIndex.from_bytes(
-            read_at(int(self.index_offset[row]), int(self.index_bytes[row])), info.url, info.size
-        )
+        found = stored_index(read_at(int(self.index_offset[row]), int(self.index_bytes[row])), info.url, info.size)
         if found.sample_count != samples:
             raise ShardError(f"{info.url}: its index in the sidecar has {found.sample_count} samples, not {samples}")
         return found

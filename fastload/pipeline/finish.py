@@ -65,6 +65,7 @@ class Gathered:
 
     They are those of `names` from number `first` on. `random_keys`: uint64[count], where something needs them.
     `present`: of each optional column, bool[count]: which samples have it; its values are empty where they do not.
+    `decoders`: of columns for which the user declared none, what their format says.
     """
 
     count: int
@@ -73,6 +74,7 @@ class Gathered:
     random_keys: Keys | None
     present: dict[str, Present] = field(default_factory=dict)
     first: int = 0
+    decoders: dict[str, Decoder] = field(default_factory=dict)
 
     @property
     def keys(self) -> Strings:
@@ -100,7 +102,7 @@ class Gathered:
                 columns[name] = values[low:high], offsets[start : stop + 1] - low
             present = {name: there if there is None else there[part] for name, there in self.present.items()}
             keys = None if self.random_keys is None else self.random_keys[part]
-            yield Gathered(stop - start, self.names, columns, keys, present, self.first + start)
+            yield Gathered(stop - start, self.names, columns, keys, present, self.first + start, self.decoders)
 
     @property
     def seed(self) -> int | None:
@@ -150,7 +152,13 @@ class SourceBuilder:
     def samples(self, gathered: Gathered, reseed: Reseed) -> Iterator[Any]:
         """The samples, one by one."""
         columns = [
-            (name, self.columns.decoder(name), memoryview(values.data), offsets.tolist(), gathered.present.get(name))
+            (
+                name,
+                gathered.decoders.get(name) or self.columns.decoder(name),
+                memoryview(values.data),
+                offsets.tolist(),
+                gathered.present.get(name),
+            )
             for name, (values, offsets) in gathered.columns.items()
         ]
         keys = [None] * gathered.count if gathered.random_keys is None else gathered.random_keys.tolist()
@@ -173,7 +181,7 @@ class SourceBuilder:
 
     def _decoded(self, gathered: Gathered, name: str, slots: Slots) -> Any:
         values, offsets = gathered.columns[name]
-        decoder: Decoder = self.columns.decoder(name)
+        decoder = gathered.decoders.get(name) or self.columns.decoder(name)
 
         def where(number: int) -> str:
             return gathered.place(number, name)

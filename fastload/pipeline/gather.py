@@ -27,6 +27,9 @@ from fastload import callers
 from fastload.client.consumer import Consumer
 from fastload.decode.base import Keys, sample_keys
 from fastload.errors import ConfigError, MissingColumnError
+from fastload.formats import record_reader
+from fastload.formats.record_index import RECORD
+from fastload.formats.records import RecordReader, split
 from fastload.kernels.gather import gather_columns, lay_out
 from fastload.pipeline.columns import meant, shown
 from fastload.pipeline.delivery import PlanEntry
@@ -225,6 +228,9 @@ class SampleGatherer:
         if is_keyed or self._columns.wants_keys():
             random_keys = sample_keys(self._seed, entry.epoch, entry.object_no, entry.sample_no)
         located = LocatedSamples(entry, self._live, self._urls)
+        layout = located.record_layout()
+        if layout is not None:
+            return self._gather_records(located, record_reader(layout), memory, random_keys)
         names = self._names(located)
         values = self._values(located, names)
         present = {
@@ -252,6 +258,8 @@ class SampleGatherer:
         """The chunks that an entry needs. Missing values need none; they are an error when the batch is built."""
         located = LocatedSamples(entry, self._live, self._urls)
         members = located.all_columns() if self._columns.members is None else self._columns.members
+        if located.record_layout() is not None:
+            members = (RECORD,)
         return self._gatherer.lay_out(located.values_of(members)[0]).chunk_nos
 
     def _names(self, located: LocatedSamples) -> tuple[str, ...]:
@@ -271,6 +279,48 @@ class SampleGatherer:
                 "write 'txt?' for one that samples may lack"
             )
         return self._present
+
+    def _gather_records(
+        self, located: LocatedSamples, read: RecordReader, memory: Memory, random_keys: Keys | None
+    ) -> Gathered:
+        """The columns of records, which are found in their bytes: these are gathered first, and then copied out."""
+        names = self._columns.names if self._columns.names is not None else read.columns
+        there = {name.lower() for name in read.columns}
+        samples = located.names()
+        lacking = [name for name in names if name.lower() not in there]
+        for name in lacking:
+            if name not in self._columns.optional:
+                raise MissingColumnError(
+                    f"{samples.place(0, name)}: its shard has no such column; it has {shown(read.columns)}."
+                    f"{meant(name, tuple(there))}"
+                )
+        layout = self._gatherer.lay_out(located.values_of((RECORD,))[0])
+        (offsets,) = layout.out_offset
+        records = memory.stage(int(offsets[-1]))
+        self._gatherer.fill(layout, [records])
+        wanted = [name for name in names if name not in lacking]
+        decoders = {name: read.decoder(name) for name in wanted if name not in self._columns.decoders}
+
+        def take(name: str, byte_count: int) -> Bytes:
+            decoder = decoders.get(name) or self._columns.decoder(name)
+            return (memory.give if decoder.is_in_place else memory.stage)(byte_count)
+
+        def where(number: int) -> str:
+            return f"{samples.urls()[number]}: sample {samples.keys()[number]!r}"
+
+        found, is_there = split(read, records, offsets, wanted, take, where)
+        nothing = np.empty(0, np.uint8), np.zeros(len(offsets), np.int64)
+        columns = {name: found.get(name, nothing) for name in names}
+        present = {name: np.zeros(len(offsets) - 1, np.bool_) for name in lacking}
+        for row, name in zip(is_there, wanted, strict=True):
+            if name in self._columns.optional:
+                present[name] = row
+            elif not row.all():
+                raise MissingColumnError(
+                    f"{samples.place(int(np.argmin(row)), name)}: the sample has no such column; where samples may "
+                    f"lack it, write {name + '?'!r}"
+                )
+        return Gathered(len(offsets) - 1, samples, columns, random_keys, present, decoders=decoders)
 
     def _gather(self, values: Values, names: tuple[str, ...], memory: Memory) -> dict[str, tuple[Bytes, Ints]]:
         """The bytes of each column: values end to end, and their offsets."""

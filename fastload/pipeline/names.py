@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fastload.kernels.rows import write_keys
 from fastload.kernels.yielding import yield_state
 
-__all__ = ["KeyTable", "Names", "UrlTable"]
+__all__ = ["KeyTable", "Keys", "Names", "NumberedKeys", "UrlTable"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -44,6 +44,30 @@ class UrlTable:
             there.update(zip(lacking, self._urls_of(np.array(list(lacking), np.int64)), strict=True))
             self._kept = kept = there
         return list(map(kept.__getitem__, numbers))
+
+
+class Keys(Protocol):
+    """The keys of a window's rows."""
+
+    def keys(self, rows: Ints) -> list[str]:
+        """The keys of these rows."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NumberedKeys:
+    """Keys of samples that have none of their own: `<name of the shard>/<number of the sample in it>`. The rows of
+    shard
+    i, which is called `names[i]`, begin at `first_rows[i]`.
+    """
+
+    names: list[str]
+    first_rows: Ints
+
+    def keys(self, rows: Ints) -> list[str]:
+        shards = np.searchsorted(self.first_rows, rows, side="right") - 1
+        numbers = (rows - self.first_rows[shards]).tolist()
+        return [f"{self.names[shard]}/{number}" for shard, number in zip(shards.tolist(), numbers, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +97,7 @@ class Names:
 
     def __init__(
         self,
-        keys: Sequence[tuple[Ints | None, KeyTable, Ints]],
+        keys: Sequence[tuple[Ints | None, Keys, Ints]],
         object_nos: npt.NDArray[np.integer[Any]],
         urls: UrlTable,
     ) -> None:
@@ -108,7 +132,7 @@ class _Made(Names):
         self._keys, self._urls = keys, urls
 
 
-def _in_order(parts: Sequence[tuple[Ints | None, KeyTable, Ints]], count: int) -> list[str]:
+def _in_order(parts: Sequence[tuple[Ints | None, Keys, Ints]], count: int) -> list[str]:
     keys = [""] * count
     for samples, table, rows in parts:
         if samples is None:

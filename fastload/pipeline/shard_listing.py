@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fastload.client.consumer import Consumer
 from fastload.errors import ConfigError, ObjectMissingError
-from fastload.formats import SHARD_ENDINGS, SIDECAR_NAME, wids
+from fastload.formats import SHARD_ENDINGS, SIDECAR_NAME, endings_of, format_of, wids
 from fastload.plan import Manifest
 from fastload.store.table import ObjectTable
 
@@ -30,16 +30,23 @@ class _Listed(NamedTuple):
     sidecars: ObjectTable
 
 
-def list_shards(consumer: Consumer, urls: Sequence[str]) -> Manifest:
-    """The manifest of `urls`, in their order. It replaces the objects that `consumer` is attached to.
+def list_shards(consumer: Consumer, urls: Sequence[str], format_name: str = "auto") -> Manifest:
+    """The manifest of `urls`, in their order, of which prefixes stand for the shards of this format under them. It
+    replaces the objects that `consumer` is attached to.
 
     A URL that ends in ".json" is a list of shards (see `wids`). Raises the errors of the store, and `ConfigError` for
     lists that cannot be used.
     """
-    parts = [part for is_list, group in groupby(urls, wids.is_list) for part in _parts(consumer, list(group), is_list)]
+    endings = endings_of(format_name)
+    parts = [
+        part
+        for is_list, group in groupby(urls, wids.is_list)
+        for part in _parts(consumer, list(group), is_list, endings)
+    ]
     shards = ObjectTable.joined([part.shards for part in parts])
     if not len(shards):
         raise ObjectMissingError(f"{', '.join(urls)}: no shards at all; name some, or correct the list")
+    _check_formats(shards)
     counts = np.concatenate([part.sample_counts for part in parts])
     sidecars = ObjectTable.joined([part.sidecars for part in parts])
     return Manifest(shards, promised=counts if (counts >= 0).any() else None, sidecars=_each_once(sidecars))
@@ -58,16 +65,30 @@ def attach(consumer: Consumer, manifest: Manifest, sidecars: ObjectTable) -> Non
     consumer.attach(ObjectTable.joined([manifest.objects, sidecars]) if len(sidecars) else manifest.objects)
 
 
-def _parts(consumer: Consumer, urls: list[str], are_lists: bool) -> Iterator[_Listed]:
+def _check_formats(shards: ObjectTable) -> None:
+    """Raise `ConfigError` where they are of several formats."""
+    first: dict[str, str] = {}
+    for rows in shards.rows():
+        for url, *_ in rows:
+            first.setdefault(format_of(url), url)
+    if len(first) > 1:
+        (one, url), (other, another) = list(first.items())[:2]
+        raise ConfigError(
+            f"{url} is {one} and {another} is {other}: a data set has one format; name it (format={one!r}), or read "
+            "them as two, which fastload.Mixture puts together"
+        )
+
+
+def _parts(consumer: Consumer, urls: list[str], are_lists: bool, endings: tuple[str, ...]) -> Iterator[_Listed]:
     if are_lists:
         for url in urls:
             yield from _of_list(consumer, url)
     else:
-        yield _of_names(consumer, urls)
+        yield _of_names(consumer, urls, endings)
 
 
-def _of_names(consumer: Consumer, urls: list[str]) -> _Listed:
-    found = consumer.resolve(urls, SHARD_ENDINGS, beside=[SIDECAR_NAME])
+def _of_names(consumer: Consumer, urls: list[str], endings: tuple[str, ...]) -> _Listed:
+    found = consumer.resolve(urls, endings, beside=[SIDECAR_NAME])
     names = (url for rows in found.rows() for url, *_ in rows)
     is_sidecar = np.fromiter((url.rpartition("/")[2] == SIDECAR_NAME for url in names), np.bool_, len(found))
     sidecars = found.take(np.flatnonzero(is_sidecar))

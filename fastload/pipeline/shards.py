@@ -27,7 +27,7 @@ import numpy.typing as npt
 from fastload import callers, protocol
 from fastload.client.consumer import Consumer
 from fastload.errors import ShardError, StoreError
-from fastload.formats import ShardIndex, indexer_for
+from fastload.formats import Index, indexer_for, stored_index
 from fastload.pipeline.shard_listing import object_reader
 from fastload.pipeline.windows import window_chunks
 from fastload.plan import Manifest
@@ -55,13 +55,13 @@ class ShardTable:
         self._first_chunk = first_chunk
         self._chunk_bytes = chunk_bytes
         self._lock = threading.Lock()
-        self._known: cachetools.LRUCache[int, ShardIndex] = cachetools.LRUCache(
+        self._known: cachetools.LRUCache[int, Index] = cachetools.LRUCache(
             _MEMORY_BYTES, getsizeof=lambda index: index.byte_count + 1024
         )
         self._sidecars = Sidecars(manifest, sidecars, int(first_chunk[-1]), chunk_bytes) if sidecars else None
         self._promised = np.full(len(manifest), -1, np.int64) if manifest.promised is None else manifest.promised.copy()
 
-    def get(self, consumer: Consumer, object_nos: Sequence[int]) -> list[ShardIndex]:
+    def get(self, consumer: Consumer, object_nos: Sequence[int]) -> list[Index]:
         """The indexes of these shards, in this order; parses those that have not been parsed before."""
         found = self._in_memory(object_nos)
         missing = [number for number in object_nos if number not in found]
@@ -74,7 +74,7 @@ class ShardTable:
                     self._known[number] = index
         return [found[number] for number in object_nos]
 
-    def index(self, consumer: Consumer, object_nos: Sequence[int]) -> list[ShardIndex]:
+    def index(self, consumer: Consumer, object_nos: Sequence[int]) -> list[Index]:
         """The same, for those who want the indexes alone: no chunk stays leased."""
         try:
             return self.get(consumer, object_nos)
@@ -109,9 +109,9 @@ class ShardTable:
                 f"{promised[wrong[0]]}; correct it, or pass the shards without it"
             )
 
-    def _loaded(self, consumer: Consumer, object_nos: Sequence[int]) -> dict[int, ShardIndex]:
+    def _loaded(self, consumer: Consumer, object_nos: Sequence[int]) -> dict[int, Index]:
         """The indexes of these shards, which are stored, or being made by another consumer, or are made here."""
-        found: dict[int, ShardIndex] = {}
+        found: dict[int, Index] = {}
         some = object_nos
         while some:
             stored, make = consumer.get_indexes(some)
@@ -125,23 +125,23 @@ class ShardTable:
             some = list(islice(left, protocol.INDEXES_TO_MAKE))
         return found
 
-    def _stored_index(self, object_no: int, stored: bytes | None) -> ShardIndex | None:
+    def _stored_index(self, object_no: int, stored: bytes | None) -> Index | None:
         """The index that the service has, or None where it has none that can be used."""
         if stored is None:
             return None
         info = self._manifest.objects[object_no]
         try:
-            return ShardIndex.from_bytes(stored, info.url, info.size)
+            return stored_index(stored, info.url, info.size)
         except ShardError:
             # Damaged, or of another version: worth no more than none. It is parsed again and the new one takes its
             # place.
             return None
 
-    def _in_memory(self, object_nos: Sequence[int]) -> dict[int, ShardIndex]:
+    def _in_memory(self, object_nos: Sequence[int]) -> dict[int, Index]:
         with self._lock:
             return {number: self._known[number] for number in object_nos if number in self._known}
 
-    def _load(self, consumer: Consumer, object_no: int, stored: bytes | None) -> ShardIndex:
+    def _load(self, consumer: Consumer, object_no: int, stored: bytes | None) -> Index:
         found = self._stored_index(object_no, stored)
         if found is not None:
             return found
@@ -151,7 +151,7 @@ class ShardTable:
         consumer.put_index(object_no, index.to_bytes())
         return index
 
-    def _parse(self, consumer: Consumer, object_no: int) -> ShardIndex:
+    def _parse(self, consumer: Consumer, object_no: int) -> Index:
         """Walk over the headers of a shard, chunk by chunk, skipping the chunks that hold none."""
         info = self._manifest.objects[object_no]
         first, end = int(self._first_chunk[object_no]), int(self._first_chunk[object_no + 1])
@@ -193,7 +193,7 @@ class Sidecars:
             counts[of_file] = summary.sample_counts[self._row_of[of_file]]
         return counts
 
-    def index(self, consumer: Consumer, object_no: int) -> ShardIndex | None:
+    def index(self, consumer: Consumer, object_no: int) -> Index | None:
         """The index of a shard, None where no sidecar has it."""
         self._open(consumer)
         number = int(self._file_of[object_no])

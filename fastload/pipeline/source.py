@@ -57,7 +57,7 @@ class SourceOptions:
 
     `index` names a file with the shards' indexes, `manifest_file` one for the list of shards. Data that `grows` is
     listed again between epochs, and versions of its list are kept for states that name them. `kernels` are the modules
-    that its decoders use.
+    that its decoders use. `format` names the shards' format.
     """
 
     urls: Sequence[str]
@@ -67,6 +67,7 @@ class SourceOptions:
     manifest_file: str | None = None
     grows: bool = False
     kernels: tuple[str, ...] = ()
+    format: str = "auto"
 
 
 class Source:
@@ -130,7 +131,7 @@ class Source:
         with self._options.cache.consumer(
             self._options.storage_options, self._options.urls[0], waits=waits
         ) as consumer:
-            listed = list_shards(consumer, self._options.urls)
+            listed = list_shards(consumer, self._options.urls, self._options.format)
         return listed if self._manifest is None else next_version(self._manifest, listed)
 
     def manifest_of(self, fingerprint: str) -> Manifest:
@@ -276,7 +277,9 @@ class Source:
         attached.closings = self._closings
         try:
             if self._manifest is None:
-                self._manifest = self._frozen() or list_shards(attached.consumer, self._options.urls)
+                self._manifest = self._frozen() or list_shards(
+                    attached.consumer, self._options.urls, self._options.format
+                )
                 self._keep()
             if self._first_chunk is None:
                 chunk_bytes = attached.consumer.chunk_bytes

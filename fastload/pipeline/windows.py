@@ -15,12 +15,12 @@ from itertools import chain, pairwise
 import numpy as np
 import numpy.typing as npt
 
-from fastload.errors import MissingColumnError
-from fastload.formats import ShardIndex
-from fastload.kernels.rows import append_keys, fill_places, find_rows, look_up
+from fastload.errors import MissingColumnError, ShardError
+from fastload.formats import Index, RecordIndex, ShardIndex, difference, record_reader
+from fastload.kernels.rows import append_keys, find_rows, look_up
 from fastload.kernels.yielding import yield_state
 from fastload.pipeline.columns import shown
-from fastload.pipeline.names import KeyTable, Names, UrlTable
+from fastload.pipeline.names import Keys, KeyTable, Names, NumberedKeys, UrlTable
 from fastload.plan import BatchEntry
 
 Ints = npt.NDArray[np.int64]
@@ -49,14 +49,14 @@ class Window:
 
     key: Hashable
     object_nos: Ints
-    indexes: list[ShardIndex]
+    indexes: list[Index]
     first_chunk: Ints
     chunk_nos: Ints
     number: int = field(init=False, default=-1)  # of its opening, given by `LiveWindows`
     counts: Ints = field(init=False)
     _member_count: int = field(init=False)
     _base: Ints = field(init=False)
-    keys: KeyTable = field(init=False)
+    keys: Keys = field(init=False)
     _places: dict[tuple[str, ...], Ints] = field(init=False, default_factory=dict)
     _columns: tuple[str, ...] | None = field(init=False, default=None)
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
@@ -65,22 +65,24 @@ class Window:
         self.counts = np.array([index.sample_count for index in self.indexes], np.int64)
         self._member_count = sum(index.member_count for index in self.indexes)
         self._base = np.concatenate([[0], np.cumsum(self.counts)])
-        # Ends fall together with the next start, so one array of S + 1 offsets serves the whole window.
-        first_bytes = np.cumsum([0, *(len(index.key_bytes) for index in self.indexes)]).tolist()
-        key_bytes, key_starts = np.empty(first_bytes[-1], np.uint8), np.empty(int(self._base[-1]) + 1, np.int64)
-        key_starts[-1], key_bytes_max = first_bytes[-1], 0
-        for index, row, first_byte in zip(self.indexes, self._base.tolist(), first_bytes, strict=False):
-            starts = key_starts[row : row + index.sample_count]
-            longest = append_keys(index.key_offsets, index.key_bytes, first_byte, starts, key_bytes)
-            assert longest >= 0, f"keys of {index.sample_count} samples do not fit their window"
-            key_bytes_max = max(key_bytes_max, longest)
-        self.keys = KeyTable(key_bytes, key_starts, key_bytes_max)
+        self.keys = _keys_of(self.indexes, self._base)
+
+    @property
+    def layouts(self) -> dict[bytes, int]:
+        """How their records are laid out, each with the number of the first object that has it; of shards that are no
+        records, nothing.
+        """
+        found: dict[bytes, int] = {}
+        for index, number in zip(self.indexes, self.object_nos.tolist(), strict=True):
+            if isinstance(index, RecordIndex):
+                found.setdefault(index.layout, number)
+        return found
 
     def columns(self) -> tuple[str, ...]:
         """The names of all columns in these shards, in the order in which they first appear."""
         with self._lock:
             if self._columns is None:
-                self._columns = tuple(dict.fromkeys(name for index in self.indexes for name in index.columns))
+                self._columns = tuple(dict.fromkeys(name for index in self.indexes for name in _columns_of(index)))
             return self._columns
 
     @property
@@ -115,16 +117,32 @@ class Window:
         table = np.empty((int(self._base[-1]), 1 + 2 * len(columns)), np.int64)
         numbers = {name: number for number, name in enumerate(columns)}
         for index, first_chunk, base in zip(self.indexes, self.first_chunk.tolist(), self._base.tolist(), strict=False):
-            fill_places(
-                index.member_start,
-                index.member_column,
-                index.member_offset,
-                index.member_size,
-                np.array([numbers.get(name, -1) for name in index.columns], np.int64),
-                first_chunk,
-                table[base : base + index.sample_count],
-            )
+            index.fill_places(lambda name: numbers.get(name, -1), first_chunk, table[base : base + index.sample_count])
         return table
+
+
+def _columns_of(index: Index) -> tuple[str, ...]:
+    return record_reader(index.layout).columns if isinstance(index, RecordIndex) else index.columns
+
+
+def _keys_of(indexes: Sequence[Index], base: Ints) -> Keys:
+    """The keys of a window's rows; those of shard i begin at row `base[i]`."""
+    named = [index for index in indexes if isinstance(index, ShardIndex)]
+    if len(named) < len(indexes):
+        numbered = [index.name for index in indexes if isinstance(index, RecordIndex)]
+        if named:
+            raise ShardError("shards with keys of their own and shards of records are read together; name one kind")
+        return NumberedKeys(numbered, base)
+    # Ends fall together with the next start, so one array of S + 1 offsets serves the whole window.
+    first_bytes = np.cumsum([0, *(len(index.key_bytes) for index in named)]).tolist()
+    key_bytes, key_starts = np.empty(first_bytes[-1], np.uint8), np.empty(int(base[-1]) + 1, np.int64)
+    key_starts[-1], key_bytes_max = first_bytes[-1], 0
+    for index, row, first_byte in zip(named, base.tolist(), first_bytes, strict=False):
+        starts = key_starts[row : row + index.sample_count]
+        longest = append_keys(index.key_offsets, index.key_bytes, first_byte, starts, key_bytes)
+        assert longest >= 0, f"keys of {index.sample_count} samples do not fit their window"
+        key_bytes_max = max(key_bytes_max, longest)
+    return KeyTable(key_bytes, key_starts, key_bytes_max)
 
 
 class LiveWindows:
@@ -262,6 +280,20 @@ class LocatedSamples:
         values = Values.room(len(columns), len(self.entry))
         missing = [window.look_up(columns, rows, samples, values) for window, samples, rows in self._parts]
         return values, sum(missing)
+
+    def record_layout(self) -> bytes | None:
+        """How these samples are laid out where they are records, else None. ShardError where they differ."""
+        found: dict[bytes, int] = {}
+        for window, _, _ in self._parts:
+            for layout, number in window.layouts.items():
+                found.setdefault(layout, number)
+        if len(found) > 1:
+            (first, one), (second, other) = list(found.items())[:2]
+            urls = self._urls.of(np.array([one, other], np.int64))
+            raise ShardError(
+                f"{urls[0]} and {urls[1]} have other columns: {difference(first, second)}; write them alike"
+            )
+        return next(iter(found), None)
 
     def names(self) -> Names:
         """The samples' keys and URLs."""

@@ -21,6 +21,7 @@ from cachetools import LRUCache
 from fastload.cache import ChunkKey
 from fastload.config import MIB
 from fastload.errors import ServiceError
+from fastload.formats.record_index import stored_record_count
 from fastload.formats.shard_index import HEADER_BYTES, stored_sample_count
 from fastload.service import bounded
 from fastload.service.disk_io import DiskEvictor, DiskWatch
@@ -93,7 +94,7 @@ class IndexCache:
         self._write(object_id.hex(), data)
 
     def _remember(self, object_id: bytes, data: bytes) -> None:
-        self._counts.add(object_id, stored_sample_count(data[:HEADER_BYTES], len(data)))
+        self._counts.add(object_id, _count_in(data[:HEADER_BYTES], len(data)))
         if len(data) <= self._ram.maxsize:
             self._ram[object_id] = data
 
@@ -182,7 +183,7 @@ class IndexCache:
 
     def _read_heads(self, object_ids: list[bytes]) -> list[int]:
         heads = (self._disk.get_blob_head(object_id.hex(), HEADER_BYTES) for object_id in object_ids)
-        return [-1 if head is None else stored_sample_count(*head) for head in heads]
+        return [-1 if head is None else _count_in(*head) for head in heads]
 
     def _write(self, name: str, data: bytes, *, adds: bool = False) -> None:
         victims = list(islice(self._evictor.order.in_order(), _VICTIMS_MAX))
@@ -260,3 +261,8 @@ def _to_bytes(counts: dict[bytes, int]) -> bytes:
     records["object_id"] = np.frombuffer(b"".join(counts), "V16")
     records["count"] = np.fromiter(counts.values(), np.int64, len(counts))
     return records.tobytes()
+
+
+def _count_in(header: bytes, length: int) -> int:
+    """How many samples a stored index of either kind has; -1 where it is none."""
+    return max(stored_sample_count(header, length), stored_record_count(header, length))

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from fastload.client.attached import chunk_starts
 from fastload.client.consumer import Consumer
-from fastload.formats import ShardIndex
+from fastload.formats import Index, ShardIndex
 from fastload.pipeline.counts import Counts
 from fastload.pipeline.shards import ShardTable
 from fastload.plan import (
@@ -115,7 +115,7 @@ class SimulatedShards(ShardTable):
         self._here: set[int] = set()
         self.to_parse: list[int] = []
 
-    def get(self, consumer: Consumer, object_nos: object) -> list[ShardIndex]:
+    def get(self, consumer: Consumer, object_nos: object) -> list[Index]:
         """See `ShardTable.get`."""
         assert isinstance(object_nos, list)
         self.to_parse += [number for number in object_nos if number not in self._here and number not in self._stored]

@@ -1,0 +1,342 @@
+"""MDS, the shards of MosaicML's streaming (`streaming/base/format/mds`, version 2).
+
+    u32             n, the number of samples
+    u32[n + 1]      where each sample begins, from the start of the file; last, the size of the file
+    JSON            column_names, column_encodings, column_sizes (null: it varies), and more that is not needed
+    samples         of each the sizes (u32) of the columns whose size varies, then the bytes of all columns
+
+All integers are little-endian. So a shard is smaller than 4 GiB. The header comes first, and is all that indexing
+reads.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from itertools import accumulate, pairwise
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fastload import decode
+from fastload.decode import Decoder
+from fastload.decode.flat import Flat
+from fastload.errors import ConfigError, DecodeError, ShardError
+from fastload.formats.record_index import RecordIndex, shard_name
+from fastload.formats.records import Bytes, Int64s, Where, layout_of
+from fastload.kernels.records import find_sized
+
+# Columns of a shard, and bytes of the JSON that describes them: more is no header that anything wrote.
+_COLUMNS_MAX, _JSON_BYTES_MAX = 4096, 1 << 20
+
+_SCALARS = {
+    name: np.dtype(name).newbyteorder("<")
+    for name in (
+        "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "float32", "float64",
+    )
+}  # fmt: skip
+_ARRAY_CODES = {
+    8: "uint8", 9: "int8", 16: "uint16", 17: "int16", 18: "float16", 32: "uint32", 33: "int32", 34: "float32",
+    64: "uint64", 65: "int64", 66: "float64",
+}  # fmt: skip
+
+
+class _Header(msgspec.Struct):
+    """What is read of the JSON in a shard."""
+
+    column_names: list[str]
+    column_encodings: list[str]
+    column_sizes: list[int | None]
+
+
+class MdsIndexer:
+    """Makes the index of one shard from its header. Used by one thread."""
+
+    def __init__(self, url: str, size: int) -> None:
+        """ShardError for an empty object."""
+        if size < 8:
+            raise ShardError(f"{url}: {size} bytes are no MDS shard; upload it again")
+        self._url, self._size = url, size
+        self._head = bytearray()
+        self._needed = 8  # bytes from the start
+
+    @property
+    def next_offset(self) -> int:
+        """The offset of the next byte that is needed; the object's size once none is."""
+        return self._size if self.done else len(self._head)
+
+    @property
+    def done(self) -> bool:
+        """Whether no more bytes are needed."""
+        return len(self._head) >= self._needed
+
+    def feed(self, chunk: NDArray[np.uint8], start: int) -> None:
+        """Read `chunk`, which lies at `start` in the object. ShardError: no MDS shard."""
+        at = len(self._head)
+        if not start <= at < start + len(chunk):
+            raise ShardError(f"{self._url}: bytes from {start} came where those from {at} were needed")
+        self._head += chunk[at - start : at - start + self._needed - at].data
+        if self.done and self._needed == 8:
+            count, first = struct.unpack_from("<II", self._head)
+            if not 8 + 4 * count <= first <= self._size or first - (8 + 4 * count) > _JSON_BYTES_MAX:
+                raise ShardError(
+                    f"{self._url}: it begins with {count} samples, the first of them at byte {first} of {self._size}, "
+                    "which no MDS shard does; name another format, or write it again"
+                )
+            self._needed = first
+            self._head += chunk[8 - start : first - start].data
+
+    def finish(self) -> RecordIndex:
+        """The index. ShardError: its offsets or the description of its columns make no sense."""
+        (count,) = struct.unpack_from("<I", self._head)
+        ends = np.frombuffer(self._head, "<u4", count + 1, 4).astype(np.int64)
+        sizes = np.diff(ends)
+        if len(sizes) and sizes.min() < 0:
+            wrong = int(sizes.argmin())
+            raise ShardError(
+                f"{self._url}: sample {wrong} ends at byte {ends[wrong + 1]}, before it begins; write it again"
+            )
+        if ends[-1] != self._size:
+            raise ShardError(
+                f"{self._url} has {self._size} bytes, and its header says {ends[-1]}: it was cut short, or is another "
+                "one; upload it again"
+            )
+        layout = layout_of("mds", {"columns": self._columns(bytes(self._head[8 + 4 * count :]))})
+        return RecordIndex(layout, ends[:-1].copy(), sizes.astype(np.uint32), self._size, shard_name(self._url))
+
+    def _columns(self, described: bytes) -> list[list[object]]:
+        try:
+            header = msgspec.json.decode(described, type=_Header)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ShardError(f"{self._url}: its header describes no columns ({error}); write it again") from error
+        lists = header.column_names, header.column_encodings, header.column_sizes
+        if len({len(each) for each in lists}) != 1 or len(header.column_names) > _COLUMNS_MAX:
+            raise ShardError(f"{self._url}: its header has {[len(each) for each in lists]} names, encodings and sizes")
+        columns: list[list[object]] = [list(column) for column in zip(*lists, strict=True)]
+        try:
+            MdsReader.of({"columns": columns})
+        except ShardError as error:
+            raise ShardError(f"{self._url}: {error}") from error
+        return columns
+
+
+@dataclass(frozen=True, slots=True)
+class MdsReader:
+    """Reads records of one set of columns; see `records.RecordReader`."""
+
+    columns: tuple[str, ...]
+    encodings: tuple[str, ...]
+    fixed: tuple[int, ...]
+
+    @classmethod
+    def of(cls, fields: Mapping[str, object]) -> MdsReader:
+        """From the description that indexes hold. ShardError where it is none."""
+        try:
+            columns = msgspec.convert(fields.get("columns"), list[tuple[str, str, int | None]])
+        except msgspec.ValidationError as error:
+            raise ShardError(f"its columns are described by what is no description ({error})") from error
+        lower = [name.lower() for name, _, _ in columns]
+        twice = next((name for name in lower if lower.count(name) > 1), None) if len(set(lower)) < len(lower) else None
+        if twice is not None:
+            raise ShardError(f"it has the column {twice!r} twice, whatever its case; rename one")
+        for name, encoding, size in columns:
+            expected = _size_of(encoding)
+            if size is not None and not 0 <= size < 1 << 32:
+                raise ShardError(f"column {name!r} has a size of {size} bytes")
+            if expected is not None and size != expected:
+                raise ShardError(f"column {name!r} is {encoding}, and has {size} bytes where that takes {expected}")
+        return cls(
+            tuple(name for name, _, _ in columns),
+            tuple(encoding for _, encoding, _ in columns),
+            tuple(-1 if size is None else size for _, _, size in columns),
+        )
+
+    def decoder(self, column: str) -> Decoder:
+        return _decoder_of(self.encodings[self._number(column)], column)
+
+    def find(self, records: Bytes, offsets: Int64s, columns: Sequence[str], places: Int64s, where: Where) -> None:
+        wanted = np.full(len(self.columns), -1, np.int64)
+        for row, column in enumerate(columns):
+            wanted[self._number(column)] = row
+        fixed = np.array(self.fixed, np.int64)
+        wrong = find_sized(records, offsets, fixed, wanted, places[0], places[1])
+        if wrong >= 0:
+            raise ShardError(
+                f"{where(wrong)}: its {offsets[wrong + 1] - offsets[wrong]} bytes are not what the sizes of its "
+                "columns say: it is damaged; write the shard again"
+            )
+
+    def _number(self, column: str) -> int:
+        lower = column.lower()
+        return next(number for number, name in enumerate(self.columns) if name.lower() == lower)
+
+
+_ARRAY = re.compile(r"ndarray(?::(\w+)(?::([\d,]+))?)?")
+
+
+def _size_of(encoding: str) -> int | None:
+    """The bytes of a value, None where they vary. ShardError for an encoding that is not known."""
+    if encoding == "int":
+        return 8
+    if encoding in _SCALARS:
+        return _SCALARS[encoding].itemsize
+    array = _array(encoding)
+    if array is not None:
+        dtype, shape = array
+        return None if dtype is None or shape is None else dtype.itemsize * int(np.prod(shape, dtype=object))
+    if encoding in _VARYING:
+        return None
+    raise ShardError(f"a column has the encoding {encoding!r}, which fastload does not know")
+
+
+def _array(encoding: str) -> tuple[np.dtype[Any] | None, tuple[int, ...] | None] | None:
+    """Dtype and shape of an array's encoding, each where it has one; None for other encodings."""
+    match = _ARRAY.fullmatch(encoding)
+    if match is None:
+        return None
+    if match[1] is not None and match[1] not in _SCALARS:
+        raise ShardError(f"a column has the encoding {encoding!r}, whose dtype MDS does not know")
+    shape = None if match[2] is None else tuple(int(size) for size in match[2].split(",") if size)
+    return None if match[1] is None and shape else (_SCALARS[match[1]] if match[1] else None), shape
+
+
+def _decoder_of(encoding: str, column: str) -> Decoder:
+    if encoding == "int":
+        return Flat(_SCALARS["int64"], ())
+    if encoding in _SCALARS:
+        return Flat(_SCALARS[encoding], ())
+    array = _array(encoding)
+    if array is not None:
+        dtype, shape = array
+        return Flat(dtype, shape) if dtype is not None and shape is not None else MdsArray(dtype, shape)
+    if encoding == "pkl":
+        raise ConfigError(
+            f"column {column!r} holds pickles, which may run any code when they are read; leave it out "
+            f"(columns=[...]), or take its bytes: decode={{{column!r}: fastload.decode.raw()}}"
+        )
+    return _VARYING[encoding]()
+
+
+@dataclass(frozen=True, slots=True)
+class MdsArray(Decoder):
+    """An array that says its dtype, its shape, or both: `dtype` and `shape` are None where it does."""
+
+    dtype: np.dtype[Any] | None
+    shape: tuple[int, ...] | None
+
+    def _decode(self, value: memoryview) -> NDArray[Any]:
+        at, dtype, shape = 0, self.dtype, self.shape
+        if dtype is None:
+            if not len(value) or value[0] not in _ARRAY_CODES:
+                raise DecodeError(f"{len(value)} bytes begin with no dtype of an MDS array")
+            dtype, at = _SCALARS[_ARRAY_CODES[value[0]]], 1
+        if shape is None:
+            if at >= len(value):
+                raise DecodeError(f"{len(value)} bytes are no MDS array: its shape is missing")
+            axes, width = value[at] >> 2, 1 << (value[at] & 3)
+            at += 1
+            if at + axes * width > len(value):
+                raise DecodeError(f"{len(value)} bytes are no MDS array of {axes} axes")
+            shape = tuple(np.frombuffer(value, f"<u{width}", axes, at).tolist())
+            at += axes * width
+        count = int(np.prod(shape, dtype=object))
+        if count * dtype.itemsize != len(value) - at:
+            raise DecodeError(f"an array of {dtype}{list(shape)} in {len(value) - at} bytes")
+        return np.frombuffer(value, dtype, count, at).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+@dataclass(frozen=True, slots=True)
+class DecimalText(Decoder):
+    """A decimal number as text."""
+
+    def _decode(self, value: memoryview) -> Decimal:
+        try:
+            return Decimal(str(value, "utf-8"))
+        except (InvalidOperation, UnicodeError) as error:
+            raise DecodeError(f"{bytes(value[:40])!r} is no decimal number") from error
+
+
+@dataclass(frozen=True, slots=True)
+class WholeText(Decoder):
+    """A whole number of any size as text."""
+
+    def _decode(self, value: memoryview) -> int:
+        try:
+            return int(str(value, "ascii"))
+        except ValueError as error:  # of as many digits as Python reads, too
+            raise DecodeError(f"{bytes(value[:40])!r} is no whole number") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Picture(Decoder):
+    """An image, as Pillow opens it. `is_bare`: its size and mode, and then its pixels, as `pil` is stored."""
+
+    is_bare: bool = False
+
+    def _decode(self, value: memoryview) -> Any:
+        import io
+
+        try:
+            from PIL import Image, UnidentifiedImageError
+        except ImportError as error:
+            raise ConfigError(
+                "this image is given as Pillow's, which is not installed: pip install pillow, or give "
+                "decode={...: fastload.decode.image(size=224)}"
+            ) from error
+        try:
+            if not self.is_bare:
+                picture = Image.open(io.BytesIO(bytes(value)))
+                picture.load()
+                return picture
+            width, height, mode_bytes = struct.unpack_from("<III", value)
+            mode = str(value[12 : 12 + mode_bytes], "ascii")
+            return Image.frombytes(mode, (width, height), bytes(value[12 + mode_bytes :]))
+        except (struct.error, ValueError, UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            raise DecodeError(f"{len(value)} bytes are no such image: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Several(Decoder):
+    """A list of values: after `head` bytes that say nothing how many (u32), the bytes of each (u32), and then these."""
+
+    each: Decoder
+    head: int = 0
+
+    def _decode(self, value: memoryview) -> list[Any]:
+        try:
+            (count,) = struct.unpack_from("<I", value, self.head)
+            sizes = struct.unpack_from(f"<{count}I", value, self.head + 4) if count <= len(value) // 4 else None
+        except struct.error:
+            sizes = None
+        first = self.head + 4 + 4 * len(sizes or ())
+        if sizes is None or first + sum(sizes) != len(value):
+            raise DecodeError(f"{len(value)} bytes are no list of values with their sizes")
+        ends = list(accumulate(sizes, initial=first))
+        return [
+            self.each.decode_one(value[start:end], f"value {number}")
+            for number, (start, end) in enumerate(pairwise(ends))
+        ]
+
+
+_VARYING: dict[str, Callable[[], Decoder]] = {
+    "bytes": decode.raw,
+    "str": decode.text,
+    "str_int": WholeText,
+    "str_float": decode.number,
+    "str_decimal": DecimalText,
+    "json": decode.json,
+    "jpeg": Picture,
+    "png": Picture,
+    "pil": lambda: Picture(is_bare=True),
+    "jpeg_array": lambda: Several(Picture()),
+    "jpegarray": lambda: Several(Picture()),
+    "list[pil]": lambda: Several(Picture(is_bare=True), head=4),
+    "list[jpeg]": lambda: Several(Picture(), head=4),
+    "list[png]": lambda: Several(Picture(), head=4),
+    "pkl": decode.raw,  # never read: see `_decoder_of`
+}

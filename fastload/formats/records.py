@@ -1,0 +1,88 @@
+"""Records: samples whose columns are found by reading the record, after its bytes were gathered.
+
+A format of records has a `RecordReader` a layout. It says which columns there are and what decodes each, and finds the
+values of the columns in gathered records (`find`); `split` copies them out, a column at a time, into memory of the
+batch. Nothing is a Python object a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fastload.decode import Decoder
+from fastload.errors import ShardError
+from fastload.kernels.gather import gather_columns
+
+Bytes = NDArray[np.uint8]
+Int64s = NDArray[np.int64]
+Where = Callable[[int], str]
+
+
+class RecordReader(Protocol):
+    """Reads records of one layout. Immutable; used by any number of threads."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of all columns, in the order in which they are stored. In lower case, as names are looked up."""
+        ...
+
+    def decoder(self, column: str) -> Decoder:
+        """What makes of a value what the format's own reader gives."""
+        ...
+
+    def find(self, records: Bytes, offsets: Int64s, columns: Sequence[str], places: Int64s, where: Where) -> None:
+        """Where the values of these columns lie in `records`, of which number i is `records[offsets[i]:offsets[i +
+        1]]`:
+        write to `places`, int64[2, columns, n], offset and size of each, -1 and 0 for a column that a record lacks.
+
+        ShardError, with `where(i)` before it, for a record that is none of this layout.
+        """
+        ...
+
+
+def layout_of(format_name: str, fields: Mapping[str, object]) -> bytes:
+    """The stored form of a layout; equal layouts are equal bytes."""
+    return msgspec.json.encode({"format": format_name, **fields}, order="sorted")
+
+
+def read_layout(layout: bytes) -> tuple[str, dict[str, object]]:
+    """The format's name and the fields that `layout_of` was given; ShardError for what is no layout."""
+    try:
+        fields = msgspec.json.decode(layout, type=dict[str, object])
+        return str(fields.pop("format")), fields
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError) as error:
+        raise ShardError(f"its records are described by what is no description ({error})") from error
+
+
+def split(
+    read: RecordReader,
+    records: Bytes,
+    offsets: Int64s,
+    columns: Sequence[str],
+    take: Callable[[str, int], Bytes],
+    where: Where,
+) -> tuple[dict[str, tuple[Bytes, Int64s]], NDArray[np.bool_]]:
+    """The values of each of these columns, end to end in memory that `take(column, byte_count)` gives, and their
+    offsets;
+    and which there are, bool[columns, n].
+    """
+    count = len(offsets) - 1
+    places = np.empty((2, len(columns), count), np.int64)
+    read.find(records, offsets, columns, places, where)
+    out_offset = np.zeros((len(columns), count + 1), np.int64)
+    np.cumsum(places[1], axis=1, out=out_offset[:, 1:])
+    outs = [take(name, total) for name, total in zip(columns, out_offset[:, -1].tolist(), strict=True)]
+    if count and len(columns):
+        # The records lie in one piece, which is to this kernel an arena of one chunk.
+        first_chunk = np.zeros((len(columns), count), np.int64)
+        chunk_offset, chunk_bytes = np.zeros(1, np.int64), max(1, len(records))
+        copied = gather_columns(
+            records, chunk_offset, chunk_bytes, first_chunk, places[0].clip(0), places[1], out_offset, outs
+        )
+        assert copied == out_offset[:, -1].sum(), f"copied {copied} bytes of {out_offset[:, -1].tolist()}"
+    return dict(zip(columns, zip(outs, out_offset, strict=True), strict=True)), places[0] >= 0

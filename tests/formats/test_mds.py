@@ -1,0 +1,265 @@
+"""MDS shards, as MosaicML's writer makes them, and damaged ones."""
+
+from __future__ import annotations
+
+import decimal
+import io
+import json
+import struct
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastload
+from fastload.errors import ConfigError, DecodeError, MissingColumnError, ShardError
+from fastload.formats import RecordIndex, indexer_for, record_reader, stored_index
+from fastload.formats.mds import MdsArray, MdsReader, Several
+from fastload.formats.records import split
+from tests.conftest import Bucket
+
+# Written by mosaicml-streaming 0.13: samples i from 0 to 23, as `expected` has them.
+WRITTEN = Path(__file__).parent / "written" / "mds"
+COUNT = 24
+
+
+def expected(i: int) -> dict[str, Any]:
+    return {
+        "Name": f"näme {i}",
+        "id": i - 3,
+        "u8": i,
+        "f16": np.float16(i / 4),
+        "f64": i / 3,
+        "raw": bytes(range(i)),
+        "fixed": np.arange(6, dtype=np.int16).reshape(2, 3) * i,
+        "typed": np.ones((1 + i % 3, 2), np.float32) * i,
+        "free": np.arange(1 + i % 5, dtype=np.uint16),
+        "doc": {"i": [i, None]},
+        "whole": 10**i,
+        "part": i / 7,
+        "exact": decimal.Decimal(i) / 8,
+    }
+
+
+def check(sample: dict[str, Any], i: int) -> None:
+    for name, value in expected(i).items():
+        found = sample[name]
+        if isinstance(value, np.ndarray):
+            assert np.array_equal(found, value), name
+            assert np.asarray(found).dtype == value.dtype, name
+        else:
+            assert (bytes(found) if name == "raw" else found) == value, name
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[fastload.Cache]:
+    with fastload.Cache(tmp_path / "cache", ram_bytes="64MiB", disk_bytes="64MiB", service="inprocess") as opened:
+        yield opened
+
+
+def test_samples_are_what_their_own_reader_gives(cache: fastload.Cache) -> None:
+    dataset = fastload.StreamingDataset(f"{WRITTEN}/", cache=cache, shuffle=False)
+    samples = list(dataset)
+    assert len(samples) == len(dataset) == COUNT
+    for i, sample in enumerate(samples):
+        check(sample, i)
+        assert sample["png"].size == sample["bare"].size == (3, 2)
+        assert sample["png"].getpixel((0, 0)) == sample["bare"].getpixel((0, 0)) == (i, i, i)
+        assert len(sample["several"]) == i % 3
+    assert samples[0]["__key__"] == "shard.00000.mds/0"
+    assert samples[-1]["__url__"].endswith("/shard.00002.mds")
+
+
+def test_batches_hold_tensors_where_samples_are_alike(cache: fastload.Cache, s3: Bucket) -> None:
+    for path in WRITTEN.iterdir():
+        s3.put(f"mds/{path.name}", path.read_bytes())
+    dataset = fastload.StreamingDataset(f"s3://{s3.name}/mds/", cache=cache, shuffle=True, seed=3)
+    seen = []
+    for batch in fastload.DataLoader(dataset, batch_size=5, num_workers=2):
+        assert isinstance(batch["id"], torch.Tensor)
+        assert batch["fixed"].dtype == torch.int16
+        assert batch["fixed"].shape[1:] == (2, 3)
+        assert isinstance(batch["raw"], fastload.Ragged)
+        for at in range(len(batch["id"])):
+            i = int(batch["id"][at]) + 3
+            check({name: values[at] for name, values in batch.items()}, i)
+            seen.append(i)
+    assert sorted(seen) == list(range(COUNT))
+    assert seen != sorted(seen)
+
+
+def test_columns_are_chosen_and_decoded_as_the_user_says(cache: fastload.Cache) -> None:
+    decode = {"ID": fastload.decode.raw()}
+    dataset = fastload.StreamingDataset(f"{WRITTEN}/", cache=cache, shuffle=False, columns=["u8", "ID"], decode=decode)
+    sample = next(iter(dataset))
+    assert (sample["ID"], sample["u8"]) == (struct.pack("<q", -3), 0)
+    dataset = fastload.StreamingDataset(
+        f"{WRITTEN}/", cache=cache, shuffle=False, columns=["Name", "doc", "missing?"], as_tuple=True,
+    )  # fmt: skip
+    assert list(dataset)[4] == ("näme 4", {"i": [4, None]}, None)
+
+
+def test_a_column_that_is_not_there_is_an_error_that_names_those_that_are(cache: fastload.Cache) -> None:
+    dataset = fastload.StreamingDataset(f"{WRITTEN}/", cache=cache, columns=["nam"], shuffle=False)
+    with pytest.raises(
+        MissingColumnError, match=r"shard\.00000\.mds.*has no such column; it has \['Name', 'bare'.*'name'"
+    ):
+        list(dataset)
+
+
+def test_two_formats_under_a_prefix_are_refused(cache: fastload.Cache, tmp_path: Path) -> None:
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "a.tar").write_bytes(bytes(1024))
+    (tmp_path / "both" / "b.mds").write_bytes((WRITTEN / "shard.00000.mds").read_bytes())
+    with pytest.raises(ConfigError, match=r"a\.tar is tar and .*b\.mds is mds"):
+        list(fastload.StreamingDataset(f"{tmp_path}/both/", cache=cache))
+    dataset = fastload.StreamingDataset(f"{tmp_path}/both/", cache=cache, format="mds", shuffle=False)
+    assert next(iter(dataset))["id"] == -3
+    with pytest.raises(ConfigError, match="format='parquet' is not known; there are"):
+        fastload.StreamingDataset(f"{tmp_path}/both/", cache=cache, format="parquet")
+
+
+# By itself
+
+
+def index_of(data: bytes, url: str = "s3://b/shard.mds", step: int = 1000) -> RecordIndex:
+    indexer = indexer_for(url, len(data))
+    start = 0
+    while not indexer.done and start < len(data):
+        indexer.feed(np.frombuffer(data[start : start + step], np.uint8), start)
+        start += step
+    index = indexer.finish()
+    assert isinstance(index, RecordIndex)
+    return index
+
+
+def shard(columns: list[tuple[str, str, int | None]], samples: list[list[bytes]]) -> bytes:
+    """As MosaicML's writer makes it."""
+    names, encodings, sizes = (list(each) for each in zip(*columns, strict=True))
+    about = json.dumps({"column_names": names, "column_encodings": encodings, "column_sizes": sizes}).encode()
+    records = []
+    for values in samples:
+        head = b"".join(struct.pack("<I", len(v)) for v, size in zip(values, sizes, strict=True) if size is None)
+        records.append(head + b"".join(values))
+    first = 4 + 4 * (len(records) + 1) + len(about)
+    ends = np.cumsum([first, *map(len, records)]).astype("<u4")
+    return struct.pack("<I", len(records)) + ends.tobytes() + about + b"".join(records)
+
+
+COLUMNS: list[tuple[str, str, int | None]] = [("a", "bytes", None), ("b", "int", 8), ("c", "str", None)]
+
+
+@given(
+    st.lists(st.tuples(st.binary(max_size=40), st.integers(-9, 9), st.text(max_size=9)), max_size=30),
+    st.integers(1, 99),
+)
+def test_what_was_written_is_found_whatever_the_pieces(rows: list[tuple[bytes, int, str]], step: int) -> None:
+    samples = [[a, struct.pack("<q", b), c.encode()] for a, b, c in rows]
+    data = shard(COLUMNS, samples)
+    index = index_of(data, step=step)
+    assert index.sample_count == len(rows)
+    assert stored_index(index.to_bytes(), "s3://b/shard.mds", len(data)) == index
+    records = np.frombuffer(b"".join(data[o : o + s] for o, s in zip(index.offset, index.size, strict=True)), np.uint8)
+    offsets = np.concatenate([[0], np.cumsum(index.size)]).astype(np.int64)
+    names = ["c", "a", "b"]
+    found, there = split(
+        record_reader(index.layout), records, offsets, names, lambda name, n: np.empty(n, np.uint8), str
+    )
+    assert there.all()
+    for name, column in zip(names, (2, 0, 1), strict=True):
+        values, ends = found[name]
+        assert [values[s:e].tobytes() for s, e in pairwise(ends)] == [row[column] for row in samples]
+
+
+GOOD = shard(COLUMNS, [[b"xy", bytes(8), b"z"], [b"", bytes(8), b"long"]])
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "0 bytes are no MDS shard"),
+        (GOOD[:-1], "was cut short"),
+        (GOOD + b"x", "was cut short"),
+        (struct.pack("<II", 1 << 31, 20) + bytes(100), "which no MDS shard does"),
+        (GOOD[:8] + struct.pack("<I", 5) + GOOD[12:], "before it begins"),
+        (GOOD.replace(b"column_sizes", b"column_sizez"), "describes no columns"),
+        (shard([("a", "no-such", None)], []), "'no-such', which fastload does not know"),
+        (shard([("a", "int", 4)], []), "has 4 bytes where that takes 8"),
+        (shard([("a", "ndarray:complex64", None)], []), "whose dtype MDS does not know"),
+        (shard([("a", "bytes", None), ("A", "int", 8)], []), "the column 'a' twice"),
+    ],
+)
+def test_a_damaged_shard_is_an_error_that_names_it(data: bytes, says: str) -> None:
+    with pytest.raises(ShardError, match=says) as raised:
+        index_of(data)
+    assert "s3://b/shard.mds" in str(raised.value)
+
+
+def test_sizes_that_lie_are_found_in_the_record() -> None:
+    index = index_of(GOOD)
+    records = np.frombuffer(b"".join(GOOD[o : o + s] for o, s in zip(index.offset, index.size, strict=True)), np.uint8)
+    offsets = np.concatenate([[0], np.cumsum(index.size)]).astype(np.int64)
+    for at, value in ((0, 200), (0, 3), (offsets[1], 1), (offsets[1] + 7, 255)):
+        bad = records.copy()
+        bad[at] = value
+        with pytest.raises(ShardError, match="it is damaged"):
+            split(record_reader(index.layout), bad, offsets, ["a"], lambda name, n: np.empty(n, np.uint8), str)
+
+
+@given(st.binary(max_size=200))
+def test_a_stored_index_that_is_damaged_is_refused(noise: bytes) -> None:
+    stored = bytearray(index_of(GOOD).to_bytes())
+    for number, byte in enumerate(noise):
+        stored[(number * 7) % len(stored)] ^= byte
+    if bytes(stored) != index_of(GOOD).to_bytes():
+        with pytest.raises(ShardError, match="stored index is damaged"):
+            stored_index(bytes(stored), "s3://b/shard.mds", len(GOOD))
+
+
+@given(st.binary(max_size=64))
+def test_values_of_any_bytes_are_decoded_or_refused(value: bytes) -> None:
+    for decoder in (
+        MdsArray(None, None),
+        MdsArray(np.dtype("<i2"), None),
+        MdsArray(None, (2,)),
+        Several(MdsArray(None, None)),
+    ):
+        try:
+            decoder.decode_one(value, "here")
+        except DecodeError as error:
+            assert str(error).startswith("here")  # noqa: PT017
+
+
+def test_pickles_are_refused_by_name() -> None:
+    read = MdsReader.of({"columns": [["a", "pkl", None]]})
+    with pytest.raises(ConfigError, match="column 'a' holds pickles"):
+        read.decoder("a")
+
+
+def test_shards_with_other_columns_are_refused_naming_both(cache: fastload.Cache, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.mds").write_bytes(shard([("a", "int", 8)], [[bytes(8)]]))
+    (tmp_path / "data" / "b.mds").write_bytes(shard([("a", "str", None)], [[b"x"]]))
+    dataset = fastload.StreamingDataset(f"{tmp_path}/data/", cache=cache, shuffle=False)
+    with pytest.raises(ShardError, match=r"a\.mds and .*b\.mds have other columns: column 'a' is"):
+        list(fastload.DataLoader(dataset, batch_size=2))
+
+
+def test_images_of_a_column_are_decoded(cache: fastload.Cache, tmp_path: Path) -> None:
+    from PIL import Image
+
+    jpg = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), 90, np.uint8)).save(jpg, "JPEG")
+    path = tmp_path / "a.mds"
+    path.write_bytes(shard([("image", "jpeg", None)], [[jpg.getvalue()]] * 3))
+    dataset = fastload.StreamingDataset(str(path), cache=cache, decode={"image": fastload.decode.image(size=8)})
+    (batch,) = fastload.DataLoader(dataset, batch_size=3)
+    pixels: npt.NDArray[Any] = batch["image"].numpy()
+    assert pixels.shape[0] == 3
