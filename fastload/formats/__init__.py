@@ -38,7 +38,7 @@ __all__ = [
 
 Index: TypeAlias = ShardIndex | RecordIndex
 
-ENDINGS = {"tar": (".tar",), "mds": (".mds",)}
+ENDINGS = {"tar": (".tar",), "mds": (".mds",), "jsonl": (".jsonl", ".ndjson")}
 """The formats by name, and how the names of their shards end."""
 
 SHARD_ENDINGS = tuple(ending for endings in ENDINGS.values() for ending in endings)
@@ -104,6 +104,10 @@ def record_reader(layout: bytes) -> RecordReader:
         from fastload.formats.mds import MdsReader
 
         return MdsReader.of(fields)
+    if name == "jsonl":
+        from fastload.formats.jsonl import JsonlReader
+
+        return JsonlReader.of(fields)
     raise ShardError(f"its records are of a format called {name!r}, which this fastload does not know")
 
 
@@ -145,6 +149,10 @@ def indexer_for(url: str, size: int) -> Indexer:
         from fastload.formats.mds import MdsIndexer
 
         return MdsIndexer(url, size)
+    if format_of(url) == "jsonl":
+        from fastload.formats.jsonl import JsonlIndexer
+
+        return JsonlIndexer(url, size)
     from fastload.formats.tar import TarIndexer
 
     return TarIndexer(url, size)

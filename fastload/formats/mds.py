@@ -156,6 +156,10 @@ class MdsReader:
             tuple(-1 if size is None else size for _, _, size in columns),
         )
 
+    def may_have(self, column: str) -> bool:
+        lower = column.lower()
+        return any(name.lower() == lower for name in self.columns)
+
     def decoder(self, column: str) -> Decoder:
         return _decoder_of(self.encodings[self._number(column)], column)
 
@@ -166,7 +170,7 @@ class MdsReader:
         fixed = np.array(self.fixed, np.int64)
         wrong = find_sized(records, offsets, fixed, wanted, places[0], places[1])
         if wrong >= 0:
-            raise ShardError(
+            raise DecodeError(
                 f"{where(wrong)}: its {offsets[wrong + 1] - offsets[wrong]} bytes are not what the sizes of its "
                 "columns say: it is damaged; write the shard again"
             )

@@ -28,7 +28,11 @@ class RecordReader(Protocol):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names of all columns, in the order in which they are stored. In lower case, as names are looked up."""
+        """The columns of a sample where the user names none, in the order in which they are stored."""
+        ...
+
+    def may_have(self, column: str) -> bool:
+        """Whether some record may have a column of this name, whatever its case."""
         ...
 
     def decoder(self, column: str) -> Decoder:
@@ -40,7 +44,7 @@ class RecordReader(Protocol):
         1]]`:
         write to `places`, int64[2, columns, n], offset and size of each, -1 and 0 for a column that a record lacks.
 
-        ShardError, with `where(i)` before it, for a record that is none of this layout.
+        DecodeError, with `where(i)` before it, for a record that is none of this layout.
         """
         ...
 

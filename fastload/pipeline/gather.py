@@ -285,14 +285,13 @@ class SampleGatherer:
     ) -> Gathered:
         """The columns of records, which are found in their bytes: these are gathered first, and then copied out."""
         names = self._columns.names if self._columns.names is not None else read.columns
-        there = {name.lower() for name in read.columns}
         samples = located.names()
-        lacking = [name for name in names if name.lower() not in there]
+        lacking = [name for name in names if not read.may_have(name)]
         for name in lacking:
             if name not in self._columns.optional:
                 raise MissingColumnError(
                     f"{samples.place(0, name)}: its shard has no such column; it has {shown(read.columns)}."
-                    f"{meant(name, tuple(there))}"
+                    f"{meant(name, [each.lower() for each in read.columns])}"
                 )
         layout = self._gatherer.lay_out(located.values_of((RECORD,))[0])
         (offsets,) = layout.out_offset

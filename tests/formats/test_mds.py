@@ -209,7 +209,7 @@ def test_sizes_that_lie_are_found_in_the_record() -> None:
     for at, value in ((0, 200), (0, 3), (offsets[1], 1), (offsets[1] + 7, 255)):
         bad = records.copy()
         bad[at] = value
-        with pytest.raises(ShardError, match="it is damaged"):
+        with pytest.raises(DecodeError, match="it is damaged"):
             split(record_reader(index.layout), bad, offsets, ["a"], lambda name, n: np.empty(n, np.uint8), str)
 
 

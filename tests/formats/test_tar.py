@@ -342,7 +342,7 @@ def test_compressed_shards_say_what_to_do(url: str, tool: str) -> None:
 
 
 def test_endings() -> None:
-    assert SHARD_ENDINGS == (".tar", ".mds")
+    assert SHARD_ENDINGS == (".tar", ".mds", ".jsonl", ".ndjson")
 
 
 def test_many_members_in_many_calls_of_the_kernel() -> None:

@@ -1,0 +1,115 @@
+"""JSON lines: a file of text, each line a JSON object. Lines end in LF or CR LF, the last one may lack that; blank
+lines and a byte order mark at the beginning are left out.
+
+Where the lines are is found by reading all of a file once. The values of the columns that are asked for are found in a
+line when it is gathered, and are JSON themselves; nothing else of it is parsed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastload import decode
+from fastload.decode import Decoder
+from fastload.errors import DecodeError, ShardError
+from fastload.formats.record_index import RecordIndex, shard_name
+from fastload.formats.records import Bytes, Int64s, Where, layout_of
+from fastload.kernels.records import find_lines, find_members
+
+WHOLE = "json"
+"""The column that has all of a line, where none are asked for."""
+
+_MARK = b"\xef\xbb\xbf"
+_AT_ONCE = 1 << 16
+_LINE_BYTES_MAX = (1 << 32) - 1
+
+
+class JsonlIndexer:
+    """Makes the index of one file from all of its bytes. Used by one thread."""
+
+    def __init__(self, url: str, size: int) -> None:
+        self._url, self._size = url, size
+        self._state = np.zeros(2, np.int64)
+        self._starts: list[NDArray[np.int64]] = []
+        self._ends: list[NDArray[np.int64]] = []
+        self._is_last_blank = True
+
+    @property
+    def next_offset(self) -> int:
+        """The offset of the next byte that is needed; the object's size once none is."""
+        return int(self._state[1])
+
+    @property
+    def done(self) -> bool:
+        """Whether no more bytes are needed."""
+        return self.next_offset >= self._size
+
+    def feed(self, chunk: NDArray[np.uint8], start: int) -> None:
+        """Read `chunk`, which lies at `start` in the object."""
+        if not start <= self.next_offset < start + len(chunk):
+            raise ShardError(f"{self._url}: bytes from {start} came where those from {self.next_offset} were needed")
+        if start == 0 and chunk[:3].tobytes() == _MARK:
+            self._state[:] = len(_MARK)
+        is_aligned = chunk.ctypes.data % 8 == 0  # as chunks in the arena are
+        words = chunk[: len(chunk) // 8 * 8 if is_aligned else 0].view(np.uint64)
+        while self.next_offset < start + len(chunk):
+            starts, ends = np.empty((2, _AT_ONCE), np.int64)
+            found = find_lines(chunk, words, start, self._state, starts, ends)
+            self._starts.append(starts[:found].copy())
+            self._ends.append(ends[:found].copy())
+        self._is_last_blank = not (chunk[max(0, int(self._state[0]) - start) :] > ord(" ")).any()
+
+    def finish(self) -> RecordIndex:
+        """The index. ShardError: a line is longer than can be."""
+        if self._state[0] < self._size and not self._is_last_blank:
+            self._starts.append(self._state[:1].copy())
+            self._ends.append(np.array([self._size], np.int64))
+        none = np.empty(0, np.int64)
+        starts, ends = np.concatenate([none, *self._starts]), np.concatenate([none, *self._ends])
+        sizes = ends - starts
+        if len(sizes) and sizes.max() > _LINE_BYTES_MAX:
+            raise ShardError(
+                f"{self._url}: the line at byte {starts[sizes.argmax()]} has {sizes.max()} bytes, above 4 GiB"
+            )
+        return RecordIndex(layout_of("jsonl", {}), starts, sizes.astype(np.uint32), self._size, shard_name(self._url))
+
+
+@dataclass(frozen=True, slots=True)
+class JsonlReader:
+    """Reads lines; see `records.RecordReader`."""
+
+    columns: tuple[str, ...] = (WHOLE,)
+
+    @classmethod
+    def of(cls, fields: Mapping[str, object]) -> JsonlReader:
+        """From the description that indexes hold, which says nothing. ShardError where it does."""
+        if fields:
+            raise ShardError(f"its lines are described by {sorted(fields)}, which this fastload does not know")
+        return cls()
+
+    def may_have(self, column: str) -> bool:
+        return True
+
+    def decoder(self, column: str) -> Decoder:
+        return decode.json()
+
+    def find(self, records: Bytes, offsets: Int64s, columns: Sequence[str], places: Int64s, where: Where) -> None:
+        if list(columns) == [WHOLE]:
+            places[0, 0], places[1, 0] = offsets[:-1], np.diff(offsets)
+            return
+        # A name may be written with or without escapes.
+        names = [name.encode() for name in columns] + [json.dumps(name)[1:-1].encode() for name in columns]
+        name_offsets = np.cumsum([0, *map(len, names)], dtype=np.int64)
+        text = np.frombuffer(b"".join(names), np.uint8)
+        wrong = find_members(records, offsets, text, name_offsets, places[0], places[1])
+        if wrong >= 0:
+            line = records[offsets[wrong] : offsets[wrong + 1]]
+            raise DecodeError(
+                f"{where(wrong)}: {line[:60].tobytes()!r}{'...' if len(line) > 60 else ''} is no JSON object; mend the "
+                'line, or read on without it: on_error="skip"'
+            )

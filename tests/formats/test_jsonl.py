@@ -1,0 +1,145 @@
+"""JSON lines: found whatever the pieces, and their members as `json.loads` has them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastload
+from fastload.errors import DecodeError, MissingColumnError
+from fastload.formats import RecordIndex, indexer_for, record_reader, stored_index
+from fastload.formats.records import split
+from tests.conftest import Bucket
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+OBJECTS = st.dictionaries(st.sampled_from(["a", "b", "ä", 'quo"te', "back\\slash", ""]), VALUES, max_size=5)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[fastload.Cache]:
+    with fastload.Cache(tmp_path / "cache", ram_bytes="64MiB", disk_bytes="64MiB", service="inprocess") as opened:
+        yield opened
+
+
+def index_of(data: bytes, step: int = 1000) -> RecordIndex:
+    indexer = indexer_for("s3://b/x.jsonl", len(data))
+    for start in range(0, len(data), step):
+        indexer.feed(np.frombuffer(data[start : start + step], np.uint8), start)
+    assert indexer.done
+    index = indexer.finish()
+    assert isinstance(index, RecordIndex)
+    return index
+
+
+def lines_of(data: bytes, step: int = 1000) -> list[bytes]:
+    index = index_of(data, step)
+    return [data[start : start + size] for start, size in zip(index.offset.tolist(), index.size.tolist(), strict=True)]
+
+
+@given(
+    st.lists(OBJECTS, max_size=20),
+    st.integers(1, 70),
+    st.sampled_from(["\n", "\r\n", "\n\n", "\n \n"]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
+def test_lines_are_found_whatever_the_pieces(
+    objects: list[dict[str, Any]], step: int, end: str, is_ended: bool, is_marked: bool, is_ascii: bool
+) -> None:
+    text = end.join(json.dumps(each, ensure_ascii=is_ascii) for each in objects) + (end if is_ended else "")
+    data = (b"\xef\xbb\xbf" if is_marked and text else b"") + text.encode("utf-8", "surrogatepass")
+    found = [line for line in lines_of(data, step) if line.strip()]
+    assert [json.loads(line.decode("utf-8", "surrogatepass")) for line in found] == objects
+    if step > len(data):
+        assert len(found) == len(lines_of(data, step))
+    index = index_of(data, step)
+    assert stored_index(index.to_bytes(), "s3://b/x.jsonl", len(data)) == index
+
+
+@given(st.lists(OBJECTS, min_size=1, max_size=12), st.sampled_from([None, 1]), st.booleans())
+def test_members_are_those_that_json_has(objects: list[dict[str, Any]], indent: int | None, is_ascii: bool) -> None:
+    texts = [
+        json.dumps(each, ensure_ascii=is_ascii, indent=indent).encode("utf-8", "surrogatepass") for each in objects
+    ]
+    records = np.frombuffer(b"".join(texts), np.uint8)
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+    names = ["a", "ä", 'quo"te', "back\\slash"]
+    read = record_reader(index_of(b"{}").layout)
+    found, there = split(read, records, offsets, names, lambda name, count: np.empty(count, np.uint8), str)
+    for row, name in enumerate(names):
+        values, ends = found[name]
+        for number, each in enumerate(objects):
+            assert bool(there[row, number]) == (name in each)
+            if name in each:
+                value = values[ends[number] : ends[number + 1]].tobytes().decode("utf-8", "surrogatepass")
+                assert json.loads(value) == each[name]
+
+
+def is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line.decode()), dict)
+    except ValueError:
+        return False
+
+
+@given(st.binary(max_size=60))
+def test_what_is_no_object_is_refused_or_read_as_json_does(line: bytes) -> None:
+    records, offsets = np.frombuffer(line, np.uint8), np.array([0, len(line)], np.int64)
+    read = record_reader(index_of(b"{}").layout)
+    try:
+        split(read, records, offsets, ["a"], lambda name, count: np.empty(count, np.uint8), lambda number: "here")
+    except DecodeError as error:
+        assert "here" in str(error)  # noqa: PT017
+        assert not is_object(line)
+
+
+def test_columns_are_members_and_without_any_a_sample_is_the_object(cache: fastload.Cache, s3: Bucket) -> None:
+    objects = [{"id": n, "text": f"näme {n}", "tags": ["x"] * (n % 3)} for n in range(500)]
+    for part in range(5):
+        lines = [json.dumps(each) for each in objects[part::5]]
+        s3.put(f"lines/{part}.jsonl", "\n".join(lines).encode())
+    url = f"s3://{s3.name}/lines/"
+    seen = {}
+    dataset = fastload.StreamingDataset(
+        url, cache=cache, columns=["text", "id", "tags"], decode={"id": fastload.decode.integer()}, shuffle=True
+    )
+    for batch in fastload.DataLoader(dataset, batch_size=32, num_workers=2):
+        for at, number in enumerate(batch["id"].tolist()):
+            seen[number] = batch["text"][at], batch["tags"][at]
+    assert seen == {each["id"]: (each["text"], each["tags"]) for each in objects}
+    whole = list(fastload.StreamingDataset(url, cache=cache, shuffle=False))
+    assert [each["json"] for each in whole[:100]] == objects[0::5]
+    assert whole[3]["__key__"] == "0.jsonl/3"
+    assert len(fastload.StreamingDataset(url, cache=cache)) == 500
+
+
+def test_members_that_some_lines_lack_are_optional_or_an_error(cache: fastload.Cache, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n{"b": 2}\n')
+    dataset = fastload.StreamingDataset(str(path), cache=cache, columns=["a?"], shuffle=False)
+    assert [each["a"] for each in dataset] == [1, None]
+    dataset = fastload.StreamingDataset(str(path), cache=cache, columns=["a"], shuffle=False)
+    with pytest.raises(MissingColumnError, match=r"a\.jsonl: sample 'a\.jsonl/1', column 'a': the sample has no such"):
+        list(dataset)
+
+
+def test_a_line_that_is_no_json_is_named_or_skipped(cache: fastload.Cache, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2\n{"a": 3}\n')
+    with pytest.raises(DecodeError, match=r"a\.jsonl: sample 'a\.jsonl/1'.*is no JSON object"):
+        list(fastload.StreamingDataset(str(path), cache=cache, columns=["a"], shuffle=False))
+    dataset = fastload.StreamingDataset(str(path), cache=cache, columns=["a"], shuffle=False, on_error="skip")
+    with pytest.warns(UserWarning, match="skipped a sample"):
+        assert [each["a"] for each in dataset] == [1, 3]
