@@ -22,7 +22,7 @@ import pytest
 
 from fastload.client.cache import Handle
 from fastload.errors import CacheError, ConfigError, ServiceError
-from fastload.page import running, start
+from fastload.page import Running, running, start
 from fastload.page.guard import HEADERS
 from fastload.page.listener import listen
 from fastload.page.process import command
@@ -220,24 +220,44 @@ def test_what_a_killed_page_left_is_not_trusted(start_page: StartPage, directory
     assert other.at.token != page.at.token
 
 
+@contextlib.contextmanager
+def started(directory: Path, **options: Any) -> Iterator[Running]:
+    """A page in the background, until the block ends."""
+    found = start(directory, **options)
+    try:
+        yield found
+    finally:
+        os.kill(found.pid, signal.SIGTERM)
+        until(lambda: not is_running(found.pid))
+
+
 def test_in_the_background(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("starlette", reason="the extra `page` is not installed")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "PLANTED")
     monkeypatch.chdir(directory.parent)
-    found = start(Path(directory.name), idle_s=2.0)
-    assert "PLANTED" not in Path(f"/proc/{found.pid}/environ").read_text()
-    assert os.readlink(f"/proc/{found.pid}/cwd") == "/"
-    assert found.url == f"http://{found.listen}/?token={found.token}"
-    until(lambda: not is_running(found.pid))
-    assert "no browser was connected" in (directory / "page.log").read_text()
+    with started(Path(directory.name)) as found:
+        assert found == running(directory)
+        assert found.url == f"http://{found.listen}/?token={found.token}"
+        assert "PLANTED" not in Path(f"/proc/{found.pid}/environ").read_text()
+        assert os.readlink(f"/proc/{found.pid}/cwd") == "/"
+        assert found.token not in (directory / "page.log").read_text()
+
+
+def test_it_ends_when_no_browser_comes(directory: Path) -> None:
+    pytest.importorskip("starlette", reason="the extra `page` is not installed")
+    process = subprocess.run(command(directory, idle_s=0.5), capture_output=True, text=True, timeout=PATIENCE_S)
+    assert process.returncode == 0
+    assert "no browser was connected" in process.stderr
 
 
 def test_two_that_are_started_at_once_are_one(directory: Path) -> None:
     pytest.importorskip("starlette", reason="the extra `page` is not installed")
+    with ThreadPoolExecutor() as pool, started(directory) as one:
+        assert list(pool.map(lambda _: start(directory), range(2))) == [one] * 2
     with ThreadPoolExecutor() as pool:
-        first, second = pool.map(lambda _: start(directory, idle_s=2.0), range(2))
-    assert first == second
-    until(lambda: not is_running(first.pid))
+        first, second = pool.map(lambda _: start(directory), range(2))
+    with started(directory) as found:
+        assert first == second == found
 
 
 def test_it_ends_with_its_standard_input(directory: Path) -> None:
@@ -351,9 +371,7 @@ def test_it_starts_no_service(page: Page, directory: Path) -> None:
 def test_status_open_starts_one_page_and_prints_its_address(directory: Path) -> None:
     pytest.importorskip("starlette", reason="the extra `page` is not installed")
     shown = run_cli("status", "--open", "--cache", directory)
-    found = running(directory)
-    assert found is not None
-    try:
+    with started(directory) as found:
         assert shown.stdout == f"{found.url}\n"
         assert shown.stderr == ""
         again = json.loads(run_cli("status", "--open", "--json", "--cache", directory).stdout)
@@ -362,9 +380,6 @@ def test_status_open_starts_one_page_and_prints_its_address(directory: Path) -> 
         with browser.open(found.url) as page:
             assert page.status == 200
             assert found.token not in page.url
-    finally:
-        os.kill(found.pid, signal.SIGTERM)
-        until(lambda: not is_running(found.pid))
 
 
 def test_status_open_without_a_cache_makes_none(tmp_path: Path) -> None:
