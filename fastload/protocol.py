@@ -246,7 +246,7 @@ class Pin(Message, tag="pin"):
     name: SetName
     objects: list[int]
     ttl_s: Annotated[float, msgspec.Meta(ge=0, le=1e10)]
-    quota_bytes: Annotated[int, msgspec.Meta(ge=0)]
+    quota_bytes: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Label(Message, tag="label"):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fastload import protocol
+from fastload.cache import ChunkKey
 from fastload.errors import AccessDeniedError, ObjectMissingError, StoreError, StoreUnavailableError
 from fastload.service.state import ConsumerState
 from fastload.store.types import ObjectInfo
@@ -15,6 +16,8 @@ from tests.service.virtual_core import CHUNK_BYTES, VirtualCore
 
 OPTIONS: list[dict[str, Any]] = [{}, {"region": "elsewhere"}, {"endpoint_url": "http://store:1"}]
 OBJECTS = [ObjectInfo(f"s3://b/{size}", size, "etag") for size in range(3 * CHUNK_BYTES - 4, 3 * CHUNK_BYTES + 4)]
+
+OPENED = 3 * CHUNK_BYTES + 5  # bytes of each object that is opened, and may be closed again before anyone looks
 
 
 class Someone:
@@ -62,7 +65,8 @@ class Someone:
     def act(self) -> None:
         """Do something."""
         doings = [self.want, self.give_back, self.plan, self.go_on, self.keep, self.renew, self.open, self.clear]
-        self.draw.choices(doings, [35, 35, 8, 10, 3, 2, 2, 1])[0]()
+        doings += [self.pin, self.unpin]
+        self.draw.choices(doings, [35, 35, 8, 10, 3, 2, 2, 1, 3, 1])[0]()
 
     def some(self, numbers: list[int]) -> list[int]:
         return self.draw.sample(numbers, self.draw.randint(1, min(4, len(numbers)))) if numbers else []
@@ -98,17 +102,66 @@ class Someone:
     def clear(self) -> None:
         self.say(protocol.Clear(1, False))
 
+    def pin(self) -> None:
+        objects = self.some([*range(len(OBJECTS))])
+        self.say(protocol.Pin(1, self.draw.choice("ab"), objects, self.draw.choice([0.0, 20.0]), 0))
+
+    def unpin(self) -> None:
+        self.say(protocol.Unpin(1, [self.draw.choice(["a", "s3://b/"])]))
+
     def leave(self) -> None:
         self.world.core.disconnect(self.state)
         self.has_left = True
 
 
+def held_by_tier(world: VirtualCore) -> dict[str, int]:
+    """As the service shows it, and what it makes its decisions by."""
+    core = world.core
+    rows = core.holdings.data_sets()
+    return {
+        "ram": sum(row.ram_bytes for row in rows),
+        "disk": sum(row.disk_bytes for row in rows),
+        "pinned": sum(row.pinned_bytes for row in rows),
+        "pinned on disk": core.holdings.pinned_disk_bytes,
+        "covered": core._shared.arcs._covered_bytes,
+        "room for pins": core._shared.arcs.pinned_file_bytes,
+    }
+
+
+def recounted(world: VirtualCore, known: dict[bytes, int]) -> dict[str, int]:
+    """The same from scratch; `known` are the sizes of objects that were there before."""
+    shared = world.core._shared
+    sizes = {object_id: size for pin in shared.pins for object_id, size in pin.sizes.items()}
+    known |= sizes | {entry.id: entry.info.size for entry in shared.objects._entries.values()}
+    on_disk = {
+        object_id: sum(min(CHUNK_BYTES, known.get(object_id, OPENED) - index * CHUNK_BYTES) for index in indexes)
+        for object_id, indexes in shared.disk_order._indexes.items()
+    }
+    covered = [entry for entry in shared.objects._entries.values() if entry.plan_count and entry.id not in sizes]
+    return {
+        "ram": sum(chunk.length for chunk in shared.table.chunks if chunk is not None),
+        "disk": sum(on_disk.values()),
+        "pinned": sum(sizes.values()),
+        "pinned on disk": sum(on_disk.get(object_id, 0) for object_id in sizes),
+        "covered": sum(entry.info.size for entry in covered),
+        "room for pins": sum(map(shared.arcs.file_bytes, sizes.values())),
+    }
+
+
+def pinned_chunks(world: VirtualCore) -> tuple[dict[str, set[bytes]], set[ChunkKey]]:
+    """What is pinned by which pin, and which chunks of that the disk holds."""
+    pins = {pin.name: set(pin.sizes) for pin in world.core._shared.pins}
+    return pins, {key for key in world.disk.keys() if any(key.object_id in ids for ids in pins.values())}  # noqa: SIM118
+
+
 @pytest.mark.parametrize("seed", range(8))
-def test_counts_are_what_a_recount_gives_and_everything_comes_back(seed: int) -> None:
+def test_counts_are_what_a_recount_gives_pinned_chunks_stay_and_everything_comes_back(seed: int) -> None:
     draw = random.Random(seed)
     world = VirtualCore(draw, draw.choice([2, 3, 4, 8, 16]), draw.choice([0, 2, 12, 40]), draw.choice([1e5, 1e8]))
     world.stores.fail_share, world.disk.fail_share = draw.choice([0.0, 0.1]), draw.choice([0.0, 0.1])
     present: list[Someone] = []
+    known: dict[bytes, int] = {}
+    pinned = pinned_chunks(world)
     for _ in range(250):
         if len(present) < 3 and draw.random() < 0.3:
             present.append(Someone(world, draw, draw.choice(OPTIONS)))
@@ -117,6 +170,10 @@ def test_counts_are_what_a_recount_gives_and_everything_comes_back(seed: int) ->
         for each in present:
             each.act()
         world.run(draw.choice([0.0, 0.01, 0.1, 1.0, 5.0]))
+        assert held_by_tier(world) == recounted(world, known)
+        before, pinned = pinned, pinned_chunks(world)
+        if before[0] == pinned[0]:
+            assert before[1] <= pinned[1]
     world.stores.fail_share = 0.0
     for each in present:
         each.leave()
