@@ -104,6 +104,6 @@ def test_a_process_that_serves_itself_gives_its_memory_back(
                 found = read(consumer, [0, 1, 2])
                 assert found[0] + found[1] + found[2] == shards[objects[0].url]
                 (service,) = cache._connector._services.values()
-                arena = service._server._core.arena
+                arena = service._server.core.arena
                 assert arena.touched_bytes >= 3 * CHUNK_BYTES
             eventually(lambda arena=arena: arena.touched_bytes == 0, "its memory is given back")

@@ -21,7 +21,7 @@ from fastload.history.keys import object_key
 from fastload.history.record import Recorder
 from fastload.history.runfile import EndpointSummary, RunSummary
 from fastload.service.core import Core
-from fastload.service.recording import _learnt
+from fastload.service.recording import learnt_by_runs
 from fastload.service.replay import ReplayPlan
 from fastload.store.types import ObjectInfo
 from tests.cache.faults import failing
@@ -748,7 +748,7 @@ def test_a_run_that_measured_nothing_hides_no_earlier_one(tmp_path: Path) -> Non
     measured, unmeasured = EndpointSummary(24, 4e8, 0.02, 8e7, 0, 100), EndpointSummary(8, 0.0, -1.0, 0.0, 0, 3)
     for began, learnt in ((1e9, measured), (2e9, unmeasured)):
         archive.append(archive.new_name(began), [runfile.summary_piece(RunSummary(endpoints={"s3://b": learnt}))])
-    assert _learnt(archive) == {"s3://b": measured}
+    assert learnt_by_runs(archive) == {"s3://b": measured}
 
 
 def test_damaged_history_stops_nothing(tmp_path: Path) -> None:
