@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -122,6 +123,32 @@ def test_jobs_are_the_daemons_user_and_mount_its_folder() -> None:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
             assert container["resources"]["limits"]["memory"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "ends"),
+    [
+        # Of `status` and `warm --check`, in the order in which they are asked: no daemon, less than all, all.
+        ([3, 0, 3, 0, 0], 0),
+        ([0, 1], 1),
+        ([1], 1),
+    ],
+    ids=["waits", "fails", "refused"],
+)
+def test_the_job_waits_for_the_daemon_and_its_data(tmp_path: Path, codes: list[int], ends: int) -> None:
+    container = next(each for each in containers("Job") if each["name"] == "wait-for-data")
+    left = tmp_path / "codes"
+    left.write_text("".join(f"{code}\n" for code in codes))
+    next_code = f'code=$(head -n 1 "{left}"); sed -i 1d "{left}"; exit "$code"'
+    for name, script in (("fastload", next_code), ("sleep", "exit 0")):
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o700)
+    done = subprocess.run(
+        [*container["command"], *container["args"]], env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, timeout=60
+    )
+    assert done.returncode == ends
+    assert left.read_text() == ""
 
 
 # Metrics

@@ -5,6 +5,8 @@ from __future__ import annotations
 from http import HTTPStatus
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastload.page.guard import HEADERS, Door, Refused, SignedIn, judge
 
@@ -97,3 +99,22 @@ def test_the_policy_allows_nothing_but_own_files() -> None:
     assert policy["frame-ancestors"] == "'none'"
     sources = {source for name, value in policy.items() if name.endswith("-src") for source in value.split()}
     assert sources == {"'none'", "'self'"}
+
+
+WORDS = st.sampled_from(
+    [b"", b"127.0.0.1:8090", b"localhost:8090", b"rebound.example", b"fastload=right", b"right", b"none"]
+)
+NAMES = st.sampled_from([b"host", b"cookie", b"sec-fetch-site", b"authorization", b"x-forwarded-host", b"origin"])
+QUERIES = st.sampled_from([b"", b"token", b"token=", b"token=righ", b"token=Right", b"tokens=right", b"a=token=right"])
+
+
+@given(st.sampled_from(["GET", "HEAD", "POST"]), st.lists(st.tuples(NAMES, WORDS | st.binary(max_size=9))), QUERIES)
+def test_nothing_but_the_host_the_method_and_the_token_lets_in(
+    method: str, headers: list[tuple[bytes, bytes]], query: bytes
+) -> None:
+    verdict = judge(DOOR, method, headers, query)
+    assert not isinstance(verdict, SignedIn)
+    if verdict is None:
+        assert method != "POST"
+        assert [value for name, value in headers if name == b"host"] in ([b"127.0.0.1:8090"], [b"localhost:8090"])
+        assert any(name == b"cookie" and b"fastload=right" in value for name, value in headers)
