@@ -22,7 +22,7 @@ from fastload.cli import app
 from fastload.config import parse_bytes
 from fastload.daemon.config import read_config
 
-DEPLOY = Path(__file__).parent.parent / "examples" / "deploy"
+DEPLOY = Path(__file__).parents[2] / "examples" / "deploy"
 UNIT = DEPLOY / "fastload@.service"
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
 RULES = DEPLOY / "prometheus-rules.yaml"
@@ -266,6 +266,10 @@ def test_the_unit_is_hardened(tmp_path: Path) -> None:
 
 def test_prometheus_takes_the_rules() -> None:
     assert "SUCCESS" in run(tool("promtool"), "check", "rules", RULES)
+
+
+def test_alerts_fire_where_something_is_wrong() -> None:
+    assert "SUCCESS" in run(tool("promtool"), "test", "rules", Path(__file__).with_name("alerts.yaml"))
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
