@@ -163,27 +163,21 @@ def _is_met(version: str, least: str) -> bool:
 
 
 def _kernels() -> Iterator[Check]:
-    from fastload.decode import native
-    from fastload.kernels import jit, loading, module_names, object_names, objects
+    from fastload.cli.compile import kernel_status
 
-    why = jit.why_plain("llvmlite", "numpy")
-    if why is not None:
-        yield Check(
-            "kernels", "warn", f"each user's first job compiles them, since {why}", "install a version that was"
-        )
+    status = kernel_status()
+    if status.why_plain is not None:
+        says = f"each user's first job compiles them, since {status.why_plain}"
+        yield Check("kernels", "warn", says, "install a version that was")
+    elif status.missing_count:
+        says = f"{status.missing_count} of {status.module_count} modules are not compiled: {status.why_missing}"
+        yield Check("kernels", "warn", says, "run `fastload compile`, or the first job does")
     else:
-        names = object_names(module_names(), loading.level_here())
-        missing = [name for name in names if objects.find(name) is None]
-        if missing:
-            says = f"{len(missing)} of {len(names)} modules are not compiled: {objects.why_not_installed(missing[0])}"
-            yield Check("kernels", "warn", says, "run `fastload compile`, or the first job does")
-        else:
-            yield Check("kernels", "ok", f"{len(names)} modules are compiled for {loading.level_here()}")
-    unit = native.path()
-    if unit is not None:
-        yield Check("C unit", "ok", str(unit))
+        yield Check("kernels", "ok", f"{status.module_count} modules are compiled for {status.level}")
+    if status.c_unit is not None:
+        yield Check("C unit", "ok", status.c_unit)
     else:
-        reason, _, cure = native.why_not().partition(". ")
+        reason, _, cure = status.why_no_c_unit.partition(". ")
         yield Check("C unit", "warn", f"none, {reason}: images are decoded by simplejpeg, which is slower", cure)
 
 

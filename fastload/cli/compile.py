@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 from rich.console import Console
 
 from fastload.cli import exits
+from fastload.cli.printing import print_json
 from fastload.errors import ConfigError
 from fastload.kernels import FIRST_BATCH, OF_DECODERS, compile_into, module_names, object_names
 
@@ -30,6 +32,7 @@ def compile_kernels(
         bool,
         typer.Option("--status", help="Only say what is compiled for this machine; exits with 3 where a job would."),
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --status: as JSON, for programs.")] = False,
 ) -> None:
     """Compile all kernels, for every level of processor, into a folder that may be put into an image."""
     from fastload.kernels import loading, objects
@@ -37,8 +40,10 @@ def compile_kernels(
     if status:
         if to or decode or everything or level:
             raise ConfigError("--status compiles nothing, and takes no other option")
-        _show_status()
+        _show_status(as_json)
         return
+    if as_json:
+        raise ConfigError("--json is for --status: compiling prints no data")
     if everything and decode:
         raise ConfigError(f"--all and --decode={decode[0]} exclude each other: leave one out")
     modules = _modules(decode) if decode else module_names()
@@ -62,34 +67,63 @@ def compile_kernels(
         console.print(f"Set FASTLOAD_KERNELS={folder} where they are to be used", soft_wrap=True)
 
 
-def _show_status() -> None:
-    """The kernels of this machine's level, and the C unit: where they are, or why not and what helps."""
+@dataclass(frozen=True, slots=True)
+class KernelStatus:
+    """What is compiled for this machine, and what the first job would compile, with the reason."""
+
+    level: str
+    module_count: int
+    installed_count: int  # with fastload
+    kept_count: int  # in the user's folder
+    missing_count: int
+    why_missing: str
+    why_plain: str | None  # why numba compiles all of them in each user's first job
+    c_unit: str | None  # where it is
+    why_no_c_unit: str  # with the cure
+
+
+def kernel_status() -> KernelStatus:
+    """That of this machine's level of processor."""
+    from fastload.decode import native
     from fastload.kernels import jit, loading, objects
 
-    why = jit.why_plain("llvmlite", "numpy")
-    if why is not None:
-        print(f"kernels: numba compiles them in each user's first job, and keeps them, since {why}")
-        _show_c_unit()
-        raise typer.Exit(exits.PARTIAL)
     level, names = loading.level_here(), object_names(module_names(), loading.level_here())
     missing = [name for name in names if objects.find(name) is None]
     installed = sum((objects.INSTALLED / name).exists() for name in names)
-    kept = len(names) - installed - len(missing)
-    print(f"kernels: of {len(names)} modules for {level}, {installed} are compiled in {objects.INSTALLED}", end="")
-    print(f", {kept} in {objects.users_folder()}" if kept else "")
-    if missing:
-        print(f"    the first job compiles {len(missing)}, since {objects.why_not_installed(missing[0])};")
-        print("    `fastload compile` does it now")
-    _show_c_unit()
-    if missing:
-        raise typer.Exit(exits.PARTIAL)
-
-
-def _show_c_unit() -> None:
-    from fastload.decode import native
-
     unit = native.path()
-    print(f"C unit: {unit}" if unit is not None else f"C unit: none, {native.why_not()}")
+    return KernelStatus(
+        level,
+        len(names),
+        installed,
+        len(names) - installed - len(missing),
+        len(missing),
+        objects.why_not_installed(missing[0]) if missing else "",
+        jit.why_plain("llvmlite", "numpy"),
+        None if unit is None else str(unit),
+        native.why_not() if unit is None else "",
+    )
+
+
+def _show_status(as_json: bool) -> None:
+    from fastload.kernels import objects
+
+    status = kernel_status()
+    if as_json:
+        print_json(asdict(status))
+    elif status.why_plain is not None:
+        print(f"kernels: numba compiles them in each user's first job, and keeps them, since {status.why_plain}")
+    else:
+        print(
+            f"kernels: of {status.module_count} modules for {status.level}, {status.installed_count} are compiled in "
+            f"{objects.INSTALLED}" + (f", {status.kept_count} in {objects.users_folder()}" if status.kept_count else "")
+        )
+        if status.missing_count:
+            print(f"    the first job compiles {status.missing_count}, since {status.why_missing};")
+            print("    `fastload compile` does it now")
+    if not as_json:
+        print(f"C unit: {status.c_unit}" if status.c_unit is not None else f"C unit: none, {status.why_no_c_unit}")
+    if status.missing_count or status.why_plain is not None:
+        raise typer.Exit(exits.PARTIAL)
 
 
 def _modules(decoders: list[str]) -> list[str]:

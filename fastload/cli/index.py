@@ -46,5 +46,6 @@ def index(
         return
     console.print(
         f"{indexed.shard_count} shards, {indexed.sample_count} samples, {format_bytes(indexed.total_bytes)}: "
-        f"indexed, {format_bytes(indexed.fetched_bytes)} fetched" + (f", written to {output}" if output else "")
+        f"indexed, {format_bytes(indexed.fetched_bytes)} fetched" + (f", written to {output}" if output else ""),
+        soft_wrap=True,
     )

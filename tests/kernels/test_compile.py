@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -103,6 +104,11 @@ def test_what_is_compiled_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert after.exit_code == 3
     assert f"1 are compiled in {tmp_path / 'compiled'}, 1 in {tmp_path / 'kernels'}\n" in after.output
     assert f"the first job compiles {count - 2}, since its source has changed" in after.output
+    as_json = CliRunner().invoke(app, ["compile", "--status", "--json"])
+    assert as_json.exit_code == 3
+    found = json.loads(as_json.output)
+    assert (found["level"], found["module_count"], found["missing_count"]) == (level, count, count - 2)
+    assert (found["installed_count"], found["kept_count"]) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +117,7 @@ def test_what_is_compiled_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["--all", "--decode=image"], "--all and --decode=image exclude each other"),
         (["--decode=jpeg"], "--decode=jpeg is none of the decoders with kernels: image, integer, number"),
         (["--level=z80"], f"--level=z80 is none of this machine's: {', '.join(loading.LEVELS)}"),
+        (["--json"], "--json is for --status"),
         (["--status", "--level=here"], "--status compiles nothing, and takes no other option"),
         (["--to=/dev/null"], "no kernels can be kept there: "),
     ],
