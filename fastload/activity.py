@@ -5,9 +5,9 @@ the next, so its seconds add up to the time that has passed, whatever was called
 a logger is: what waits or decodes, deep below, asks for `current()`, and gets one that counts nothing in all other
 threads.
 
-Each account has two sums by cause: of all its time, and of the part of it in which the trainer waited (`Waiting`, which
-all accounts of an iteration share). The second is what a trainer's wait is divided by: see `fastload.stalls`. Only its
-thread writes an account; others read it, and the trainer's thread says when a wait begins.
+An account has the seconds of all its time by cause, and of the part of the trainer's present wait that is over
+(`Waiting`, which all accounts of an iteration share). The second is what that wait is divided by: see
+`fastload.stalls`. Only its thread writes an account; others read it, and the trainer's thread says when a wait begins.
 """
 
 from __future__ import annotations
@@ -50,41 +50,53 @@ class Waiting:
 class Account:
     """Of one thread and one iteration; see the module's text."""
 
-    __slots__ = ("_waiting", "cause", "seconds", "since_s", "waited")
+    __slots__ = ("_waiting", "cause", "map_s", "maps_slowly", "seconds", "since_s", "waited", "waited_since_s")
 
     def __init__(self, waiting: Waiting) -> None:
         self._waiting = waiting
         self.cause: Cause | None = None  # None: nothing, for this iteration
         self.since_s = 0.0
         self.seconds: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
-        self.waited: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
+        self.waited: dict[str, float] = {}  # of the wait that began at `waited_since_s`
+        self.waited_since_s = math.inf
+        # Functions of the user that take microseconds would not bear two switches each. So of the time since the last
+        # switch, this is what they took; where they have taken long, they are switched to.
+        self.map_s = 0.0
+        self.maps_slowly = False
 
     def switch(self, cause: Cause | None, was: Cause | None = None) -> Cause | None:
         """Begin with `cause`; returns what ends. That was `was`, where it is known only now."""
+        if self.map_s and self.cause is not None:
+            self.divide({"map": self.map_s}, self.cause)
         now_s = monotonic()
-        before, since_s = self.cause, self.since_s
+        before, since_s, began_s = self.cause, self.since_s, self._waiting.since_s
         self.cause, self.since_s = cause, now_s
         if before is not None:
             booked = was or before
             self.seconds[booked] += now_s - since_s
-            since_s = max(since_s, self._waiting.since_s)
-            if now_s > since_s:
-                self.waited[booked] += now_s - since_s
+            if now_s > began_s:
+                self._wait(booked, now_s - (since_s if since_s > began_s else began_s), began_s)
         return before
 
     def divide(self, parts: Mapping[str, float], rest: Cause) -> None:
         """What was done since the last switch took these seconds, as another process says that did it, and `rest` the
         others. The same goes on.
         """
-        now_s, began_s = monotonic(), self.since_s
-        self.since_s = now_s
-        taken_s, said_s = now_s - began_s, sum(parts.values())
-        awaited_s = max(0.0, now_s - max(began_s, self._waiting.since_s))
+        now_s, since_s, began_s = monotonic(), self.since_s, self._waiting.since_s
+        self.since_s, self.map_s = now_s, 0.0
+        taken_s, said_s = now_s - since_s, sum(parts.values())
         scale = min(1.0, taken_s / said_s) if said_s > 0 else 0.0
-        divided = [*((cause, scale * seconds) for cause, seconds in parts.items()), (rest, taken_s - scale * said_s)]
-        for cause, seconds in divided:
-            self.seconds[cause] += max(0.0, seconds)
-            self.waited[cause] += max(0.0, seconds) * (awaited_s / taken_s if taken_s > 0 else 0.0)
+        awaited = (now_s - max(since_s, began_s)) / taken_s if now_s > began_s and taken_s > 0 else 0.0
+        for cause, seconds in (*parts.items(), (rest, None)):
+            part_s = max(0.0, taken_s - scale * said_s) if seconds is None else scale * seconds
+            self.seconds[cause] += part_s
+            if awaited:
+                self._wait(cause, awaited * part_s, began_s)
+
+    def _wait(self, cause: str, seconds: float, began_s: float) -> None:
+        if self.waited_since_s != began_s:
+            self.waited, self.waited_since_s = {}, began_s
+        self.waited[cause] = self.waited.get(cause, 0.0) + seconds
 
 
 class _TracedAccount(Account):
@@ -141,13 +153,27 @@ def current() -> Account:
     return _this_thread.account
 
 
+def enter(account: Account, cause: Cause) -> Account:
+    """From now on the calling thread works for this account, with `cause` at first. Returns the one of before, which
+    is to be passed to `leave`.
+    """
+    outer = _this_thread.account
+    _this_thread.account = account
+    account.switch(cause)
+    return outer
+
+
+def leave(account: Account, outer: Account) -> None:
+    """The calling thread works for `outer` again."""
+    account.switch(None)
+    _this_thread.account = outer
+
+
 @contextmanager
 def entered(account: Account, cause: Cause) -> Iterator[None]:
-    """Within the block the calling thread works for this account, with `cause` at first."""
-    outer, _this_thread.account = _this_thread.account, account
-    before = account.switch(cause)
+    """`enter`, for the length of the block."""
+    outer = enter(account, cause)
     try:
         yield
     finally:
-        account.switch(before)
-        _this_thread.account = outer
+        leave(account, outer)

@@ -154,7 +154,7 @@ class Stream:
     def _begin(self) -> tuple[Iteration, _Progress]:
         """The next iteration, which counts nowhere yet."""
         stalls = Stalls()
-        with stalls.own("startup", is_for_batch=False):
+        with stalls.own("startup"):
             return self._begin_measured(stalls)
 
     def _begin_measured(self, stalls: Stalls) -> tuple[Iteration, _Progress]:
@@ -366,6 +366,8 @@ def _batch_function(current: EpochPass, finish: Finish, workers: Workers | None,
             if not batch:
                 return NOTHING
             (batch,) = batch
+        if prepare is _as_is:
+            return batch
         account = activity.current()
         before = account.switch("transfer")
         try:

@@ -20,15 +20,16 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import TypeVar
 
 from fastload import activity, trace
 from fastload.activity import CAUSES, Account, Cause, Waiting
 from fastload.histogram import Histogram
 
 Seconds = dict[str, float]
+Made = TypeVar("Made")
 
 
 class Stalls:
@@ -41,9 +42,11 @@ class Stalls:
         self.feeder, self.trainer = activity.new_account(self._waiting), activity.new_account(Waiting())
         self._makers: dict[int, Account] = {}
         self._span: _Span | None = None  # the part of a wait that goes on
-        self._ended: Seconds = dict.fromkeys(CAUSES, 0.0)  # waits for the makers and the feeder
-        self._settled: Seconds = dict.fromkeys(CAUSES, 0.0)  # all that were followed by a delivery
+        # Waits for the makers and the feeder; and the same, and those of the trainer's own, up to the last delivery.
+        self._ended: Seconds = dict.fromkeys(CAUSES, 0.0)
+        self._settled = self._ended.copy(), self.trainer.seconds.copy()
         self._wait_s = 0.0  # for the batch that comes next
+        self.made_s = 0.0  # how long `next` took the last time
         self._is_changed = False
         self._trace, self._row = trace.trace(), 0
         self.waits = Histogram()  # for each batch that was waited for
@@ -58,39 +61,45 @@ class Stalls:
             found = self._makers[threading.get_ident()] = activity.new_account(self._waiting)
         return found
 
-    @property
-    def maker_count(self) -> int:
-        return len(self._makers)
-
     # The trainer's thread
 
     @contextmanager
-    def own(self, cause: Cause, *, is_for_batch: bool = True) -> Iterator[None]:
-        """Within the block the trainer's thread does itself what a batch needs."""
-        began_s = self._now()
+    def own(self, cause: Cause) -> Iterator[None]:
+        """Within the block the trainer's thread does itself what a batch, or all of them, need."""
+        with activity.entered(self.trainer, cause):
+            yield
+        self._is_changed = True
+
+    def next(self, make: Callable[[], Made], cause: Cause = "index") -> Made:
+        """What the trainer's thread makes itself, with `cause` at first, while it waits for it."""
+        outer = activity.enter(self.trainer, cause)
+        began_s = self.trainer.since_s
         try:
-            with activity.entered(self.trainer, cause):
-                yield
+            return make()
         finally:
+            activity.leave(self.trainer, outer)
+            self.made_s = self.trainer.since_s - began_s
+            self._wait_s += self.made_s
             self._is_changed = True
-            if is_for_batch:
-                self._wait_s += self._now() - began_s
 
     def begin(self, *, has_task: bool) -> bool:
         """The trainer begins to wait for the next batch. False where it waits already, in another thread."""
         if self._span is not None:
             return False
-        self._row = threading.get_native_id()
-        self._open(self._now(), has_task=has_task)
+        if self._trace is not None:
+            self._row = threading.get_native_id()
+        now_s = self._waiting.since_s = self._now()
+        self._span = now_s, has_task
         return True
 
     def tasked(self) -> None:
         """The batch that comes next is with the pool from now on."""
         span = self._span
-        if span is not None and not span.has_task:
+        if span is not None and not span[1]:
             now_s = self._now()
             self._close(span, now_s)
-            self._open(now_s, has_task=True)
+            self._waiting.since_s = now_s
+            self._span = now_s, True
 
     def end(self) -> None:
         """The wait is over."""
@@ -107,15 +116,15 @@ class Stalls:
             if self._wait_s:
                 self.waits.add(self._wait_s)
                 self._wait_s = 0.0
-            own = self.trainer.seconds
-            self._settled = {cause: seconds + own[cause] for cause, seconds in self._ended.items()}
+            self._settled = self._ended.copy(), self.trainer.seconds.copy()
         return self.settled_s
 
     # Figures
 
     def seconds(self) -> Seconds:
         """The trainer's waits by cause, up to the last delivery."""
-        return dict(self._settled)
+        ended, own = self._settled
+        return {cause: seconds + own[cause] for cause, seconds in ended.items()}
 
     def seconds_until_now(self) -> tuple[Seconds, float]:
         """The same up to now, with the wait that goes on; and how long the epoch has taken. For any thread.
@@ -136,46 +145,35 @@ class Stalls:
         accounts = list(self._makers.values()) or [self.trainer]
         return {cause: sum(each.seconds[cause] for each in accounts) for cause in CAUSES}
 
-    def _open(self, now_s: float, *, has_task: bool) -> None:
-        self._waiting.since_s = now_s
-        span = self._span = _Span(now_s, has_task, {})
-        for account in self._accounts(span):
-            span.before[account] = dict(account.waited)
-
     def _close(self, span: _Span, now_s: float) -> None:
         divided = self._divided(span, now_s)
         _add(self._ended, divided)
         if self._trace is not None:
-            self._trace.row_span(self._row, "wait for a batch", span.began_s, now_s, **divided)
-        self._wait_s += now_s - span.began_s
+            self._trace.row_span(self._row, "wait for a batch", span[0], now_s, **divided)
+        self._wait_s += now_s - span[0]
         self._is_changed = True
-
-    def _accounts(self, span: _Span) -> Sequence[Account]:
-        return list(self._makers.values()) if span.has_task else [self.feeder]
 
     def _divided(self, span: _Span, now_s: float) -> Seconds:
         """The span, by what was done in it."""
+        began_s, has_task = span
         weights: Seconds = {}
-        for account in self._accounts(span):
-            before = span.before.get(account)  # None: a thread that has begun since
-            for cause, seconds in account.waited.items():
-                weights[cause] = weights.get(cause, 0.0) + seconds - (before[cause] if before else 0.0)
-            if account.cause is not None:
-                going_on_s = max(0.0, now_s - max(account.since_s, span.began_s))
-                weights[account.cause] = weights.get(account.cause, 0.0) + going_on_s
+        for account in list(self._makers.values()) if has_task else (self.feeder,):
+            if account.waited_since_s == began_s:
+                for cause, seconds in account.waited.copy().items():
+                    weights[cause] = weights.get(cause, 0.0) + seconds
+            going_on = account.cause
+            if going_on is not None:
+                since_s = account.since_s if account.since_s > began_s else began_s
+                weights[going_on] = weights.get(going_on, 0.0) + max(0.0, now_s - since_s)
         total = sum(weights.values())
         if total <= 0.0:
-            return {"other": now_s - span.began_s}
-        return {cause: weight / total * (now_s - span.began_s) for cause, weight in weights.items() if weight > 0.0}
+            return {"other": now_s - began_s}
+        share = (now_s - began_s) / total
+        return {cause: weight * share for cause, weight in weights.items()}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Span:
-    """A wait of the trainer, or the part of one before or since its batch is with the pool."""
-
-    began_s: float
-    has_task: bool
-    before: dict[Account, Seconds]  # what each account had waited by then
+# A wait of the trainer, or the part of one before or since its batch is with the pool: when it began, and which part.
+_Span = tuple[float, bool]
 
 
 def _add(sums: Seconds, more: Seconds) -> None:

@@ -9,6 +9,7 @@ only leaves these figures out.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -65,6 +66,12 @@ class Making:
     decodes_images: bool = False
     is_ours: bool = True
     ram_bytes: int = 0
+
+
+@functools.cache
+def _cores() -> int:
+    """As when it was first asked for: files are read for it."""
+    return cpu_count()
 
 
 class Account(Protocol):
@@ -205,7 +212,7 @@ class EpochMeter:
             leases=int(sum(counts[f"granted_{source}"] for source in SOURCES)),
             recalls=int(counts["recalled"]),
             makers=making.makers,
-            cores=cpu_count(),
+            cores=_cores(),
             decodes_images=making.decodes_images,
             is_ours=making.is_ours,
             ram_bytes=making.ram_bytes,
@@ -254,7 +261,7 @@ class PlainMeter:
         """The figures, under `STATS_KEYS`; those of caches and samples are zero."""
         stalls, elapsed_s = self.stalls.seconds(), self.stalls.settled_s
         figures = Figures(
-            elapsed_s=elapsed_s, stalls=stalls, makers=max(1, self._makers), cores=cpu_count(), is_ours=False
+            elapsed_s=elapsed_s, stalls=stalls, makers=max(1, self._makers), cores=_cores(), is_ours=False
         )
         return {
             **empty_stats(self._epoch),

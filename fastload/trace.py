@@ -12,7 +12,6 @@ files of one machine can be joined. Where the variable is not set, nothing of th
 
 from __future__ import annotations
 
-import atexit
 import fcntl
 import functools
 import json
@@ -24,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastload.lifecycle import on_fork
+from fastload.lifecycle import Ending, end_at_exit, on_fork
 
 VARIABLE = "FASTLOAD_TRACE"
 BYTES_MAX = 256 << 20
@@ -144,6 +143,14 @@ def _program(argument: str) -> str:
     return ".".join(path.parts[-3:-1]) if path.name == "__main__.py" else path.name or "python"
 
 
+class _Process:
+    """What a trace ends with."""
+
+
+_process = _Process()
+_endings: list[Ending] = []
+
+
 @functools.cache
 def _trace() -> Trace | None:
     name = os.environ.get(VARIABLE)
@@ -154,7 +161,8 @@ def _trace() -> Trace | None:
     except OSError as error:
         log.warning("%s=%s: there will be no trace: %s", VARIABLE, name, error)
         return None
-    atexit.register(trace.close)
+    end_at_exit()
+    _endings.append(Ending(_process, trace.close, waits=False, at_exit=True))
     return trace
 
 
@@ -170,5 +178,4 @@ def _begin_as_child() -> None:
         found = _trace()
         if found is not None:
             found.abandon()
-            atexit.unregister(found.close)
     _trace.cache_clear()

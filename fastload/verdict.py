@@ -110,8 +110,8 @@ def _about(cause: Cause, figures: Figures) -> tuple[str, str]:
     return cause, {
         "startup": "connecting, and starting the service, threads and processes; keep the loader for several epochs "
         "(workers and connection stay), and look at first_batch_s apart from the rest",
-        "listing": "the store is listed to find the shards; give the data set a manifest, or name shards by a pattern "
-        "with braces, which needs no listing",
+        "listing": "the store is asked which shards there are; keep the list in a file (manifest=), or name fewer and "
+        "larger shards",
         "index": "shards are indexed, or the next batches planned; index them beforehand with fastload index or "
         "fastload warm, or use larger shards",
         "disk": "chunks are read from the disk tier, which is slower than they are used; use a faster disk for the "

@@ -20,6 +20,10 @@ class Clock:
     def __call__(self) -> float:
         return self.now_s
 
+    def pass_by(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now_s += seconds
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
@@ -93,7 +97,7 @@ def test_a_wait_in_which_no_thread_does_anything(clock: Clock) -> None:
 
 def test_what_was_not_delivered_does_not_count_but_shows_at_once(clock: Clock) -> None:
     stalls = Stalls(clock)
-    with stalls.own("startup", is_for_batch=False):
+    with stalls.own("startup"):
         clock.now_s += 2
     stalls.delivered()
     stalls.feeder.switch("fetch")
@@ -173,7 +177,8 @@ def played(
             case "own" if not is_waiting:
                 with stalls.own(cause or "startup"):
                     clock.now_s += seconds
-                    waited += seconds
+                stalls.next(lambda: clock.pass_by(seconds), cause or "map")  # noqa: B023  # it is called now
+                waited += 2 * seconds
             case "deliver" if not is_waiting:
                 stalls.delivered()
                 assert math.isclose(sum(stalls.seconds().values()), waited, abs_tol=1e-6)

@@ -244,8 +244,12 @@ class ThreadedRun:
             self._end_task(task)
 
     def _run_task(self, task: _Task) -> None:
-        with activity.entered(self._stalls.account(), "collate"):
+        account = self._stalls.account()
+        outer = activity.enter(account, "collate")
+        try:
             self._make_task(task)
+        finally:
+            activity.leave(account, outer)
         self._end_task(task)
 
     def _make_task(self, task: _Task) -> None:
@@ -312,15 +316,16 @@ class InlineRun:
 
     def __next__(self) -> EntryAndBatch:
         # The consumer waits for all of it, as it does for a batch that threads make.
-        with self._waits.measure("batch"), self._stalls.own("index"):
-            try:
-                return self._next()
-            except StopIteration:
-                raise
-            except BaseException as error:
-                if self._is_closed:  # while the batch was built: its error is a consequence
-                    raise RunClosedError from error
-                raise
+        try:
+            return self._stalls.next(self._next)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            if self._is_closed:  # while the batch was built: its error is a consequence
+                raise RunClosedError from error
+            raise
+        finally:
+            self._waits.add("batch", self._stalls.made_s)
 
     def _next(self) -> EntryAndBatch:
         if self._is_closed:

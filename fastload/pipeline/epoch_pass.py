@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fastload import activity
 from fastload.arguments import CachePolicy
 from fastload.cache.policy import PolicyName
 from fastload.client.cache import Handle
@@ -195,6 +196,9 @@ class EpochPass:
     def _gather(
         self, parts: Sequence[BatchEntry], part_of: PartOf | None, memory: Memory, is_keyed: bool
     ) -> GatheredBatch:
+        account = activity.current()
+        if account.cause != "collate":  # what was done with the batch before
+            account.switch("collate")
         memory.begin()
         gathered = [self.sources[part.source].gatherer.gather(part, memory, is_keyed=is_keyed) for part in parts]
         return GatheredBatch(gathered, [part.source for part in parts], part_of)

@@ -16,6 +16,7 @@ be of one kind in all parts. Arrays and `Ragged` are copied once; lists are not 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -174,9 +175,8 @@ class SourceBuilder:
             }
             made = tuple(sample.values()) if self.columns.as_tuple else {KEY: key, URL: url, **sample}
             if self.functions:
-                account.switch("map")
-                made = apply(self.functions, made, f"sample {key!r} of {url}", random_key, reseed)
-                account.switch("decode")
+                what = f"sample {key!r} of {url}"
+                made = _mapped(account, number, self.functions, made, what, random_key, reseed)
             yield made
 
     def _decoded(self, gathered: Gathered, name: str, slots: Slots) -> Any:
@@ -285,14 +285,13 @@ class BatchBuilder:
             repeat(None) if part.random_keys is None else iter(part.random_keys.tolist()) for part in gathered.parts
         ]
         account = activity.current()
-        for number in part_of:
+        for turn, number in enumerate(part_of):
             sample, key = next(parts[number]), next(keys[number])
             if isinstance(sample, dict):
                 sample = {**sample, SOURCE: sources[number]}
             if functions:
-                account.switch("map")
-                sample = apply(functions, sample, f"a sample of source {sources[number]}", _of_step(key, 1), reseed)
-                account.switch("decode")
+                what = f"a sample of source {sources[number]}"
+                sample = _mapped(account, turn, functions, sample, what, _of_step(key, 1), reseed)
             yield sample
 
 
@@ -328,15 +327,10 @@ class Finish:
         return self.builder.is_mapped or self.collate is not None or bool(self.on_batches)
 
     def __call__(self, gathered: GatheredBatch, slots: Slots, reseed: Reseed = lambda key: None) -> Any:
-        """The batch, or the samples."""
+        """The batch, or the samples. What the thread's account is at afterwards is the caller's to say."""
         account = activity.current()
-        before = account.switch("decode")
-        try:
-            return self._made(gathered, slots, reseed, account)
-        finally:
-            account.switch(before)
-
-    def _made(self, gathered: GatheredBatch, slots: Slots, reseed: Reseed, account: Account) -> Any:
+        if account.cause != "decode":
+            account.switch("decode")
         seed = gathered.seed
         if self.gives == "samples":
             samples = self.builder.samples(gathered, reseed)
@@ -412,6 +406,28 @@ def apply(functions: Sequence[Function], value: Any, what: str, key: int | None,
             error.add_note(f"in {_name(function)}, called with {what}")
             raise
     return value
+
+
+# Functions on samples that take longer are timed each time, others one in so many.
+_SLOW_S, _TIMED_EVERY = 1e-4, 8
+
+
+def _mapped(
+    account: Account, number: int, functions: Sequence[Function], value: Any, what: str, key: int | None, reseed: Reseed
+) -> Any:
+    """`apply` to the sample of this number in its batch; the thread's account books the time."""
+    if not account.maps_slowly and number % _TIMED_EVERY:
+        return apply(functions, value, what, key, reseed)
+    began_s = time.monotonic()
+    before = account.switch("map") if account.maps_slowly else None
+    made = apply(functions, value, what, key, reseed)
+    took_s = time.monotonic() - began_s
+    if account.maps_slowly:
+        account.switch(before)
+    else:
+        account.map_s += _TIMED_EVERY * took_s
+    account.maps_slowly = took_s > _SLOW_S
+    return made
 
 
 def _name(function: Function) -> str:

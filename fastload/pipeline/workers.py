@@ -386,6 +386,7 @@ def _answer(link: Link, finish: Finish, reseed: Reseed, failure: tuple[Any, ...]
             answers.append((False, failure))
     except BaseException as error:  # of the user's function
         answers.append((False, _packed(error)))
+    account.switch("transfer")
     took = {cause: seconds - before[cause] for cause, seconds in account.seconds.items()}
     seconds = {cause: took[cause] for cause in _OF_WORKERS if took[cause] > 0.0}
     try:

@@ -80,8 +80,7 @@ class ResumableIterator(_BaseDataLoaderIter):
         meter = self.meter
         if meter is None:
             return self._next_batch()
-        with meter.stalls.own("map"):
-            batch = self._next_batch()
+        batch = meter.stalls.next(self._next_batch, "map")
         meter.delivered()
         return batch
 

@@ -103,7 +103,7 @@ class Reading:
             return prepared
         loaded, self._loaded = self._loaded, None
         meter = PlainMeter(0 if self._meter is None else self._meter.epoch + 1, loader.num_workers)
-        with meter.stalls.own("startup", is_for_batch=False):
+        with meter.stalls.own("startup"):
             iterator = _begun(loader, None if loaded is None else loaded[1])
         iterator.meter = self._meter = meter
         self._progress, self._latest = iterator.progress, weakref.ref(iterator)
