@@ -38,7 +38,7 @@ class Tier(msgspec.Struct, frozen=True, kw_only=True):
     name: str  # "ram" or "disk"
     limit_bytes: int
     used_bytes: int
-    pinned_bytes: int
+    pinned_bytes: int  # of used_bytes, what pins keep; in RAM they keep nothing
     served_bytes: int  # granted to consumers from it
     is_writable: bool
 
@@ -69,11 +69,13 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DataSet(msgspec.Struct, frozen=True, kw_only=True):
-    """What the cache holds of one data set: of a name that a pin or a job gave, or else of one folder of a store."""
+    """What the cache holds of one data set: of a name that a pin or a job gave, or else of one folder of a store. It
+    counts objects of which something is held, and those that a pin names.
+    """
 
     name: str
     object_count: int
-    byte_count: int  # of these objects
+    byte_count: int  # of these objects, held or not
     ram_bytes: int
     disk_bytes: int
     pinned_bytes: int

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +90,7 @@ def test_a_job_on_pinned_data_fetches_nothing_after_epochs_that_would_fill_the_c
         rows = data_sets(cache)
         assert rows["small"].pinned_bytes == data[0].byte_count
         assert rows["small"].disk_bytes == data[0].byte_count
+        assert {tier.name: tier.pinned_bytes for tier in seen(cache).tiers} == {"ram": 0, "disk": data[0].byte_count}
 
 
 def test_pins_and_names_are_there_after_kill_9(
@@ -188,6 +192,38 @@ def test_pins_without_a_disk_tier_without_a_service_of_the_directory_and_mistake
         assert cache.pin(data[1]) == data[0].byte_count
         assert list(pins_of(tmp_path / "cache")) == [data[1]]
         assert cache.unpin(data[1]) == data[0].byte_count
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m,mode=0700", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield place
+        until(lambda: not service_pids(place))
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_pin_that_a_full_disk_does_not_store_is_said_to_be_lost_and_can_be_set_again(
+    small_disk: Path, data: tuple[Corpus, str]
+) -> None:
+    with fastload.Cache(small_disk, disk_bytes="2MiB", **RAM) as cache, cache._handle.consumer(name="stays"):
+        with (small_disk / "junk").open("wb", buffering=0) as junk, contextlib.suppress(OSError):
+            while True:
+                junk.write(bytes(4096))
+        with pytest.raises(CacheError, match=r"pin 'small' holds, but is lost with the service, .* not be stored"):
+            cache.pin(data[1], name="small")
+        with pytest.warns(RuntimeWarning) as warned:
+            assert read(data[1], cache) == data[0].byte_count  # and the job goes on
+        assert any("catalog" in str(each.message) and "cannot be used now" in str(each.message) for each in warned)
+        (small_disk / "junk").unlink()
+        assert cache.pin(data[1], name="small") == data[0].byte_count
+        assert pins_of(small_disk) == {"small": data[0].byte_count}
 
 
 def test_clearing_leaves_pinned_chunks(tmp_path: Path, data: tuple[Corpus, str], large: tuple[Corpus, str]) -> None:

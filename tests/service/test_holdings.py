@@ -344,6 +344,47 @@ def test_the_time_to_live_counts_over_restarts_also_where_the_clock_was_set_back
     world.run(look)
 
 
+NAMES = ["'; DROP TABLE pins; --", "\x00", "%", "\u202etxt.exe", "s3://fake/", "x" * 500, "\x1b[31m", "/", "(unknown)"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_only_names(tmp_path: Path, name: str) -> None:
+    world = a_world(tmp_path)
+    world.objects.append(world.store.put(name.strip("/") or "root", b"x" * CHUNK_BYTES))
+    odd = len(world.objects) - 1
+
+    async def work(core: Core) -> None:
+        side = Side(core, world.objects)
+        side.say(protocol.Label(name, [1]))
+        await fill(side, 0, 1)
+        side.want(odd * CHUNKS)
+        await until(lambda: odd * CHUNKS in side.granted, "it is there")
+        side.release(odd * CHUNKS)
+        await settle()
+        assert isinstance(await pin(side, 2, name=name), protocol.Done)
+        _, say, sent = an_operator(core)
+        for what in ([], [""], [name], ["", name, "no such thing"]):
+            say(protocol.Verify(1, what, True))
+            await until(lambda: bool(sent) and isinstance(sent[-1], protocol.Verified) and sent[-1].finished, "it is")
+            say(protocol.Evict(2, what))
+            await until(lambda: isinstance(sent[-1], protocol.Done), "it is answered")
+        assert core.warnings == []
+        assert name in data_sets(core)
+
+    async def look(core: Core) -> None:
+        assert [each.name for each in core._shared.pins] == [name]
+        assert core.warnings == []
+        side = Side(core, world.objects)
+        say = an_operator(core)[1]
+        say(protocol.Unpin(1, [name]))
+        await settle()
+        assert len(core._shared.pins) == 0
+        assert not core._shared.disk_order.is_pinned(side.state.entry(2).id)
+
+    world.run(work)
+    world.run(look)
+
+
 # Removing and checking
 
 
