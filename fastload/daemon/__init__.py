@@ -2,5 +2,5 @@
 
 `config` is what it is told, `schedule` decides what runs when, `jobs` is what becomes of each job. `supervisor` runs
 them beside the service, in its loop; `job` is the child process that warms for one of them, an ordinary consumer.
-`systemd` talks to the init system, and `submission` to a daemon that runs.
+`views` keeps the page and metrics running, `systemd` talks to the init system, and `submission` to a daemon that runs.
 """

@@ -18,7 +18,8 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -53,6 +54,33 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     failed: dict[str, str] = {}
 
 
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What the store had when it was looked at: a hash, and packed rows, since a daemon keeps them for weeks and a data
+    set may have a million.
+    """
+
+    digest: bytes
+    packed: bytes = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, objects: Iterable[ObjectInfo]) -> Listing:
+        """Takes a second for a million."""
+        rows = sorted((info.url, info.size, info.etag or "", info.mtime_ns) for info in objects)
+        data = msgspec.msgpack.encode(rows)
+        return cls(hashlib.blake2b(data, digest_size=16).digest(), zlib.compress(data, 1))
+
+    def gone_by(self, later: Listing) -> list[str]:
+        """The URLs of those that are not there any more in a later one, or are something else."""
+        if later == self:
+            return []
+        left = set(later._rows())
+        return [row[0] for row in self._rows() if row not in left]
+
+    def _rows(self) -> list[tuple[str, int, str, int]]:
+        return msgspec.msgpack.decode(zlib.decompress(self.packed), type=list[tuple[str, int, str, int]])
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """See the module's text. Changed by the loop's thread only."""
@@ -68,7 +96,7 @@ class Job:
     failures: int = 0
     error: str = ""
     figures: Figures = field(default_factory=Figures)
-    listing: dict[str, ObjectInfo] | None = None  # what the store had when it was last looked at
+    listing: Listing | None = None  # what the store had when it was last looked at
     bytes_per_s: float = 0.0
     _measured: tuple[float, int] = (0.0, 0)
 
@@ -147,21 +175,18 @@ class Job:
         seconds = self.table.watch_s
         self.watch_at = math.inf if seconds is None else now + jittered(seconds, chance)
 
-    def watched(self, listing: Mapping[str, ObjectInfo], now: float, wall: float, chance: float) -> list[ObjectInfo]:
-        """The store has this now. It is due where that is something else; returns what is not there any more, or not
-        in this version.
-        """
-        before, self.listing = self.listing, dict(listing)
+    def watched(self, listing: Listing, now: float, wall: float, chance: float) -> None:
+        """The store has this now. It is due where that is something else."""
+        before, self.listing = self.listing, listing
         self._watch(now, chance)
         if before is None and self.state == "failed":  # it could not be listed
             self.state, self.due_at = "waiting", now
-        if before is None or before == self.listing:
-            return []
+        if before is None or before == listing:
+            return
         if self.state in ("done", "failed"):
             self.state, self.failures = "waiting", 0
             self._set_deadline(wall)
         self.due_at = now
-        return [info for url, info in before.items() if listing.get(url) != info]
 
     def not_listed(self, error: str, now: float, chance: float) -> None:
         """The store could not be listed; what it warmed before stays as it is."""

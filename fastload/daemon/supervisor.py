@@ -28,7 +28,7 @@ from fastload import snapshot
 from fastload.cache import CacheDirectory
 from fastload.daemon.config import Config, DataTable, data_table, read_config, storage_options_of
 from fastload.daemon.job import Advanced, Ended, Errand, Said
-from fastload.daemon.jobs import Job, job_id, of_kept, read_kept, to_keep, write_kept
+from fastload.daemon.jobs import Job, Listing, job_id, of_kept, read_kept, to_keep, write_kept
 from fastload.daemon.schedule import minute_of_week, to_run, wait_s
 from fastload.daemon.systemd import Notifier
 from fastload.daemon.views import Views, environment_of_child
@@ -38,7 +38,6 @@ from fastload.redaction import redact
 from fastload.service.core import RELEASE_AFTER_S, Core
 from fastload.service.server import Server
 from fastload.store import StoreOptions
-from fastload.store.types import ObjectInfo
 
 log = logging.getLogger("fastload.service")
 
@@ -347,19 +346,22 @@ class Supervisor:
 
     def _list(self, job: Job) -> None:
         job.watch_at = math.inf  # until this has come back
-        self._lister.submit(self._look_up, job.table, done=lambda found, error: self._listed(job, found, error))
+        self._lister.submit(
+            self._look_up, job.table, job.listing, done=lambda found, error: self._listed(job, found, error)
+        )
 
-    def _look_up(self, table: DataTable) -> dict[str, ObjectInfo]:
-        """In a thread: what the store has of a data set."""
+    def _look_up(self, table: DataTable, before: Listing | None) -> tuple[Listing, list[str]]:
+        """In a thread: what the store has of a data set, and what it had `before` and has no more."""
         options = StoreOptions.from_environment(storage_options_of(table.credentials), self._source.environ)
         stores = self._core.stores
         key = stores.add(options.to_wire())
         try:
-            return {info.url: info for info in stores.resolve(key, table.urls, SHARD_ENDINGS)}
+            listing = Listing.of(stores.resolve(key, table.urls, SHARD_ENDINGS))
         finally:
             stores.remove(key)
+        return listing, [] if before is None else before.gone_by(listing)
 
-    def _listed(self, job: Job, found: dict[str, ObjectInfo] | None, error: BaseException | None) -> None:
+    def _listed(self, job: Job, found: tuple[Listing, list[str]] | None, error: BaseException | None) -> None:
         if self._jobs.get(job.id) is not job or job.state == "cancelled":
             return
         now, chance = time.monotonic(), random.random()
@@ -367,10 +369,11 @@ class Supervisor:
             job.not_listed(_said(error), now, chance)
             log.warning("%s cannot be listed: %s", job.table.name, _said(error))
         else:
-            gone = job.watched(found, now, time.time(), chance)
+            listing, gone = found
+            job.watched(listing, now, time.time(), chance)
             if gone:
                 log.info("%s: %d shards are gone or have changed", job.table.name, len(gone))
-                self._core.drop([info.url for info in gone])
+                self._core.drop(gone)
             if job.state == "listing":
                 job.state = "waiting"
         self._wake()

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -62,6 +63,7 @@ class Daemon:
         found: list[Job] = []
 
         def look() -> bool:
+            time.sleep(0.1)  # a snapshot is as old as that in any case
             found[:] = [self.job(name)]
             return ready(found[0])
 

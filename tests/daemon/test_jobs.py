@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastload.daemon.config import data_table
-from fastload.daemon.jobs import Figures, Job, Kept, job_id, of_kept, path_of, read_kept, to_keep, write_kept
+from fastload.daemon.jobs import Figures, Job, Kept, Listing, job_id, of_kept, path_of, read_kept, to_keep, write_kept
 from fastload.errors import CacheError
 from fastload.store.types import ObjectInfo
 
@@ -25,8 +25,8 @@ def job(**more: object) -> Job:
     return Job("a", table, is_submitted=True, since=1000.0)
 
 
-def listing(**etags: str) -> dict[str, ObjectInfo]:
-    return {f"s3://b/a/{name}": ObjectInfo(f"s3://b/a/{name}", 5, etag) for name, etag in etags.items()}
+def listing(**etags: str) -> Listing:
+    return Listing.of(ObjectInfo(f"s3://b/a/{name}", 5, etag) for name, etag in etags.items())
 
 
 def run(it: Job, figures: Figures, now: float) -> None:
@@ -78,20 +78,29 @@ def test_a_full_cache_is_said_and_not_tried_in_vain() -> None:
 def test_a_watched_store_that_changes_makes_it_due() -> None:
     it = job(watch="10s", deadline="1h")
     it.listed()
-    assert it.watched(listing(x="1", y="1"), 0.0, 1000.0, 0.5) == []
+    it.watched(listing(x="1", y="1"), 0.0, 1000.0, 0.5)
     assert it.watch_at == 10.0
     it.state = "waiting"
     run(it, ALL, 5.0)
-    assert it.watched(listing(x="1", y="1"), 15.0, 1015.0, 0.5) == []
+    it.watched(listing(y="1", x="1"), 15.0, 1015.0, 0.5)
     assert (it.state, it.due_at) == ("done", math.inf)
-    gone = it.watched(listing(x="1", y="2", z="1"), 25.0, 1025.0, 0.5)
-    assert gone == [ObjectInfo("s3://b/a/y", 5, "1")]
+    it.watched(listing(x="1", y="2", z="1"), 25.0, 1025.0, 0.5)
     assert (it.state, it.due_at, it.deadline_at) == ("waiting", 25.0, 1025.0 + 3600)
     run(it, ALL, 30.0)
-    assert it.watched(listing(x="1"), 40.0, 1040.0, 0.5) == [
-        ObjectInfo("s3://b/a/y", 5, "2"),
-        ObjectInfo("s3://b/a/z", 5, "1"),
-    ]
+    it.watched(listing(x="1"), 40.0, 1040.0, 0.5)
+    assert (it.state, it.due_at) == ("waiting", 40.0)
+
+
+objects = st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.integers(0, 2), st.none() | st.sampled_from("uv")))
+
+
+@given(objects, objects)
+def test_what_is_gone_by_a_later_listing(before: dict[str, tuple[int, str]], later: dict[str, tuple[int, str]]) -> None:
+    first, second = (
+        Listing.of(ObjectInfo(url, size, etag) for url, (size, etag) in each.items()) for each in (before, later)
+    )
+    assert first.gone_by(second) == sorted(url for url, version in before.items() if later.get(url) != version)
+    assert (first == second) == (before == later)
 
 
 def test_a_store_that_cannot_be_listed_later_leaves_what_is_done() -> None:
