@@ -143,6 +143,7 @@ async def _serve(
         ws="none",
         lifespan="off",
         log_config=None,
+        log_level="error",  # not what others send, who could fill a disk with it
         access_log=False,  # addresses hold the token
         proxy_headers=False,
         server_header=False,

@@ -155,6 +155,23 @@ def test_a_host_header_that_is_missing_or_twice_is_refused(page: Page) -> None:
         assert reply.split()[1] in (b"400", b"403"), reply
 
 
+def reply_to(request: bytes, host: str, port: int) -> bytes:
+    """The first line that comes back; nothing where it was not worth one."""
+    with socket.create_connection((host, port), timeout=PATIENCE_S) as sock, contextlib.suppress(ConnectionError):
+        sock.sendall(request)  # need not be read to its end
+        return sock.makefile("rb").readline()
+    return b""
+
+
+def test_nonsense_is_refused_and_fills_no_log(directory: Path) -> None:
+    pytest.importorskip("starlette", reason="the extra `page` is not installed")
+    with started(directory) as found:
+        host, _, port = found.listen.rpartition(":")
+        for nonsense in (b"\x16\x03\x01\x02", b"GET", b"GET / HTTP/1.1\r\nHost: " + b"x" * 200_000, b"\0" * 5000):
+            assert not reply_to(nonsense + b"\r\n\r\n", host, int(port)).startswith(b"HTTP/1.1 2")
+        assert (directory / "page.log").read_text() == ""
+
+
 def test_the_seventeenth_stream_waits_for_another_to_end(page: Page) -> None:
     with contextlib.ExitStack() as stack:
         streams = [stack.enter_context(page.get("events")) for _ in range(STREAMS_MOST)]
