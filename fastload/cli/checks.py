@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import email.message
 import email.utils
+import http.client
 import importlib.metadata
 import mmap
 import os
@@ -17,7 +18,7 @@ import resource
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -347,9 +348,9 @@ def _clock(root: str, options: StoreOptions) -> Iterator[Check]:
     address = root if kind in ("http", "https") else endpoint_of(root, options.of_scheme(kind))
     began = time.time()
     try:
-        headers = _headers(address)
-    except (OSError, ValueError) as error:
-        says = f"{address} does not answer: {getattr(error, 'reason', error)}"
+        headers = _headers(address, dict(options.of_scheme(kind).extra))
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        says = f"{address} does not answer as a web server does: {getattr(error, 'reason', '') or repr(error)}"
         yield Check("endpoint", "fail", says, "check its address, the network, proxies and certificates")
         return
     took = time.time() - began
@@ -363,10 +364,20 @@ def _clock(root: str, options: StoreOptions) -> Iterator[Check]:
         )
 
 
-def _headers(address: str) -> email.message.Message:
-    """Of the reply to a request for nothing in particular, also of one that refuses it."""
+def _headers(address: str, settings: Mapping[str, str]) -> email.message.Message:
+    """Of the reply to a request for nothing in particular, also of one that refuses it; with the proxy and the
+    certificates that a job would use.
+    """
+    from fastload.store.httpreader import tls_context
+    from fastload.store.proxies import proxy_for
+
+    proxy = proxy_for(address, settings)
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({} if proxy is None else dict.fromkeys(("http", "https"), proxy.url)),
+        urllib.request.HTTPSHandler(context=tls_context(settings.get("root_certificate"))),
+    )
     try:
-        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=_REPLY_S) as reply:
+        with opener.open(urllib.request.Request(address, method="HEAD"), timeout=_REPLY_S) as reply:
             headers: email.message.Message = reply.headers
             return headers
     except urllib.error.HTTPError as error:

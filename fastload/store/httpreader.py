@@ -77,7 +77,7 @@ class HttpReader:
         self._host, self._port = parts.hostname or "", parts.port
         self.host = parts.netloc.rpartition("@")[2]  # as it stands in the Host header
         self._proxy = proxy
-        self._context = _context(root_certificate) if self._secure else None
+        self._context = tls_context(root_certificate) if self._secure else None
         self._lock = threading.Lock()
         self._idle: list[_Pooled] = []
         self._closed = False
@@ -298,7 +298,7 @@ def _receiver(response: http.client.HTTPResponse, sock: socket.socket | None) ->
     return lambda _, out: sock.recv_into(out)
 
 
-def _context(root_certificate: str | None) -> ssl.SSLContext:
+def tls_context(root_certificate: str | None) -> ssl.SSLContext:
     """Named one by one, since `ssl` by itself follows the variables of this process's environment."""
     file, folder = _authorities()
     return ssl.create_default_context(cafile=file, capath=folder, cadata=root_certificate)

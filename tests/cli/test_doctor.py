@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
+import socket
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,11 +17,13 @@ from typing import Any
 import pytest
 
 import fastload
+from bench.chaos.store import certify
 from fastload.cli import checks, exits
 from fastload.cli.checks import Check
 from fastload.config import CacheLimits, memory_limit_bytes
 from tests.conftest import Bucket
 from tests.programs import run_cli
+from tests.store.servers import answer, server
 
 
 def doctor(*arguments: object, code: int = 0, **options: Any) -> dict[str, Check]:
@@ -186,6 +190,43 @@ def test_a_clock_that_is_off(skewed: tuple[str, list[float]], off: float, state:
     assert (found["clock"].state, bool(found["clock"].cure)) == (state, state != "ok")
     assert says in found["clock"].says
     assert found["store"].state == "fail"
+
+
+def test_an_endpoint_that_is_no_web_server() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def talk() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"220 mail.example ESMTP\r\n")
+            listening.close()
+
+        thread = Thread(target=talk)
+        thread.start()
+        found = {each.name: each for each in checks.of_store(f"http://127.0.0.1:{listening.getsockname()[1]}/a.tar")}
+        thread.join()
+    assert found["endpoint"].state == "fail"
+    assert "does not answer as a web server does: BadStatusLine" in found["endpoint"].says
+    assert found["store"].state == "fail"
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_certificates_and_proxies_are_those_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, authority = certify(tmp_path)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "AWS_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with server(answer(404, b""), certificate=both) as options:
+        url = f"{options.endpoint_url}/a.tar"
+        assert "CERTIFICATE_VERIFY_FAILED" in {each.name: each for each in checks.of_store(url)}["endpoint"].says
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(authority))
+        assert {each.name: each.state for each in checks.of_store(url)}["endpoint"] == "ok"
+    with server(answer(404, b"")) as proxy:
+        monkeypatch.setenv("http_proxy", str(proxy.endpoint_url).replace("//", "//me:GEHEIM@"))
+        found = list(checks.of_store("http://web.invalid/a.tar"))
+        assert (found[0].name, found[0].state) == ("endpoint", "ok")
+        assert "GEHEIM" not in str(found)
 
 
 @pytest.mark.parametrize(("share", "state"), [(0.25, "ok"), (0.75, "warn"), (1.5, "fail")])
