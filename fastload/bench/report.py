@@ -24,6 +24,10 @@ _TITLES = {
     "cold": "A first epoch, from the store",
     "ram": "An epoch from RAM",
     "disk epoch": "An epoch from the cache's disk",
+    "yours": "Your loader, first epoch",
+    "yours later": "Your loader, later epochs",
+    "equality": "Whether both give the same samples",
+    "ideal": "Batches replayed from memory",
     "demand": "How fast a consumer may be",
 }
 _SHARE = "share "

@@ -8,23 +8,30 @@ processes at its peak, the arena included.
 
 After its epochs a run may be asked how fast its consumer may be (`steps_s`): each step is tried for some seconds, after
 what had been fetched ahead was used up.
+
+The ranks of a node are processes that begin each epoch together and share it. The first one counts the service.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
+import statistics
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from fastload.activity import CAUSES
 from fastload.bench import measure
-from fastload.errors import FastloadError, WorkerError, from_wire, to_wire
+from fastload.bench.digests import Column, add_batch, merged
+from fastload.bench.passes import Pass, Step, replay, step
+from fastload.bench.process import Words, answers, asked, imported, serve
 
 _SETTLE_S = 1.0
 _ENOUGH_S, _AGAIN_MAX = 2.5, 12
@@ -34,6 +41,7 @@ class Settings(msgspec.Struct, kw_only=True):
     """What a run reads, and with which cache."""
 
     urls: list[str]
+    byte_count: int  # of the shards
     dataset: dict[str, Any]  # arguments of StreamingDataset, but `decode`
     decode: dict[str, str]  # column -> "image:224", "integer", "text", ...
     batch_size: int
@@ -47,80 +55,104 @@ class Settings(msgspec.Struct, kw_only=True):
     steps_s: list[float] = []  # a consumer's time a batch, to be tried after the epochs
     step_for_s: float = 4.0
     sample_column: str = ""  # whose values are wanted for the decoder's limit
+    functions: list[str] = []  # `module:name` of what is mapped over the samples
+    digests: bool = False  # whether the columns of an epoch are wanted, after all else
+    replays: bool = False  # whether its batches are to be replayed from memory
     rank: int = 0
     world_size: int = 1
+    meeting: str = ""  # a folder in which ranks wait for each other
 
 
-class Epoch(msgspec.Struct, kw_only=True):
-    """What one epoch took. `source_bytes` is by tier: ram, disk, remote."""
+class Epoch(Pass):
+    """What one epoch took, of several ranks that of all together. `source_bytes` is by tier: ram, disk, remote."""
 
-    seconds: float
-    first_batch_s: float
-    batches: int
-    samples: int
     repeats: int
     source_bytes: dict[str, int]
-    fetched_bytes: int
+    fetched_bytes: int  # by the node
     requests: int
-    wait_p50_s: float
-    wait_p99_s: float
-    wait_max_s: float
+    refused: int  # by the store, of these
     stalls_s: dict[str, float]  # the trainer's waits by cause; with its own work they add up to `seconds`
-    cpu_s: float
     service_cpu_s: float
-    peak_memory_bytes: int
     bound_by: str
     verdict: str
-
-
-class Step(msgspec.Struct, kw_only=True):
-    """A consumer that takes a batch every `step_s`: how much of its time it worked."""
-
-    step_s: float
-    batches: int
-    utilisation: float
+    readings: int = 1  # that are merged into this one
+    ranks_per_s: list[float] = msgspec.field(
+        default_factory=list
+    )  # samples a second of each rank, where there are several
 
 
 class Outcome(msgspec.Struct, kw_only=True):
-    """What a run says; `error` is a name and a message, where it failed."""
+    """What a run says."""
 
     epochs: list[Epoch] = []
     steps: list[Step] = []
     values: list[bytes] = []
-    error: list[str] = []
+    columns: dict[str, Column] = {}
+    replayed: Pass | None = None
 
 
-def run(settings: Settings, timeout_s: float) -> Outcome:
-    """Run it in a process of its own. Raises what failed in there, WorkerError where it died or takes too long."""
-    command = [sys.executable, "-m", "fastload.bench.runs"]
-    environment = {**os.environ, "FASTLOAD_IDLE_S": "0.5"}
-    if settings.world_size > 1:
-        environment |= {"RANK": str(settings.rank), "WORLD_SIZE": str(settings.world_size)}
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-    try:
-        answer, _ = process.communicate(msgspec.json.encode(settings), timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        raise WorkerError(
-            f"a run over {settings.directory} has not ended after {timeout_s:.0f} s; raise --for"
-        ) from None
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-    try:
-        outcome = msgspec.msgpack.decode(answer, type=Outcome)
-    except msgspec.MsgspecError:
-        raise WorkerError(
-            f"a run over {settings.directory} ended with status {process.returncode}; its error is above"
-        ) from None
-    if outcome.error:
-        name, message = outcome.error
-        raise from_wire(name, message)
-    return outcome
+def run(settings: Settings, timeout_s: float, ranks: int = 1) -> Outcome:
+    """Run it in a process of its own, or in one for each of the node's ranks. Raises what failed in there,
+    WorkerError where one died, WaitTimeoutError where they take too long.
+    """
+    words = Words(f"a run over {settings.directory}", "raise --for", "its error is above")
+    with ExitStack() as stack:
+        meeting = stack.enter_context(tempfile.TemporaryDirectory(dir=Path(settings.directory).parent))
+        processes = []
+        for rank in range(ranks):
+            environment = {"FASTLOAD_IDLE_S": "0.5"}
+            if ranks > 1:
+                environment |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                environment |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+            own = msgspec.structs.replace(settings, rank=rank, world_size=ranks, meeting=meeting)
+            processes.append(stack.enter_context(asked("fastload.bench.runs", own, words, environment)))
+        return _joint(answers(processes, Outcome, timeout_s), settings.byte_count)
+
+
+def _joint(outcomes: Sequence[Outcome], byte_count: int) -> Outcome:
+    """What the ranks did together: an epoch takes as long as its slowest rank."""
+    first = outcomes[0]
+    if len(outcomes) == 1:
+        return first
+    return Outcome(
+        epochs=[_joint_epoch(each, byte_count) for each in zip(*(outcome.epochs for outcome in outcomes), strict=True)],
+        steps=[
+            Step(
+                step_s=each[0].step_s,
+                batches=sum(step.batches for step in each),
+                utilisation=min(step.utilisation for step in each),
+            )
+            for each in zip(*(outcome.steps for outcome in outcomes), strict=True)
+        ],
+        values=first.values,
+        columns=merged([outcome.columns for outcome in outcomes]),
+        replayed=first.replayed,
+    )
+
+
+def _joint_epoch(ranks: Sequence[Epoch], byte_count: int) -> Epoch:
+    slowest = max(ranks, key=lambda each: each.seconds)
+    values: dict[str, Any] = {}
+    for name in Epoch.__struct_fields__:
+        found = [getattr(each, name) for each in ranks]
+        if name in ("note", "bound_by", "verdict"):
+            values[name] = getattr(slowest, name)
+        elif name == "ranks_per_s":
+            values[name] = [each.samples / each.seconds for each in ranks]
+        elif name == "source_bytes":
+            # Ranks that share a shard each count its chunks, and the data is read once for all of them.
+            total = sum(sum(each.values()) for each in found)
+            share = min(1.0, byte_count * slowest.readings / total) if total else 1.0
+            values[name] = {tier: int(share * sum(each[tier] for each in found)) for tier in found[0]}
+        elif name == "stalls_s":
+            values[name] = {cause: statistics.fmean(each[cause] for each in found) for cause in found[0]}
+        elif name == "wait_p50_s":
+            values[name] = statistics.median(found)
+        elif name in ("batches", "samples", "repeats", "cpu_s", "service_cpu_s", "peak_memory_bytes"):
+            values[name] = sum(found)  # the first rank counts the service
+        else:  # what is the node's, or the slowest rank's
+            values[name] = max(found)
+    return Epoch(**values)
 
 
 def decoders(specs: dict[str, str]) -> dict[str, Any]:
@@ -146,16 +178,10 @@ def decoders(specs: dict[str, str]) -> dict[str, Any]:
     return made
 
 
-def _main() -> int:
-    settings = msgspec.json.decode(sys.stdin.buffer.read(), type=Settings)
-    measure.die_with_parent()
+def _work(settings: Settings) -> Outcome:
     outcome = Outcome()
-    try:
-        _Run(settings).fill(outcome)
-    except FastloadError as error:
-        outcome.error = list(to_wire(error))
-    sys.stdout.buffer.write(msgspec.msgpack.encode(outcome))
-    return 0
+    _Run(settings).fill(outcome)
+    return outcome
 
 
 class _Run:
@@ -164,6 +190,7 @@ class _Run:
         from fastload.client.cache import handle_of
 
         self._settings = settings
+        self._epochs = self._refused = 0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # that limits of this directory change is meant
             self._cache = fastload.Cache(
@@ -182,6 +209,8 @@ class _Run:
             dataset = self._dataset_class(
                 settings.urls, decode=decoders(settings.decode), cache=self._cache, **settings.dataset
             )
+            for target in settings.functions:
+                dataset = dataset.map(imported("--map", target))
             loader = self._loader_class(dataset, batch_size=settings.batch_size, num_workers=settings.workers)
             try:
                 loader.set_epoch(settings.first_epoch)
@@ -190,8 +219,15 @@ class _Run:
                     began = 0.0
                     if number or not settings.first_is_single:
                         self._read_again(loader, outcome.epochs)
-                for step_s in settings.steps_s:
-                    outcome.steps.append(self._step(loader, step_s))
+                for number, step_s in enumerate(settings.steps_s):
+                    self._meet(f"step-{number}")
+                    with closing(_endless(loader)) as batches:
+                        outcome.steps.append(step(batches, step_s, settings.step_for_s))
+                if settings.digests:
+                    for batch in loader:
+                        add_batch(outcome.columns, batch)
+                if settings.replays:
+                    outcome.replayed = replay(loader, lambda: measure.cpu_s(self._pids()))
             finally:
                 loader.close()
             if settings.sample_column:
@@ -201,12 +237,29 @@ class _Run:
             self._cache.close()
 
     def _service(self) -> list[int]:
-        return measure.find_processes("fastload.service", self._settings.directory)
+        """The cache service, which the first of the node's ranks counts."""
+        return measure.find_processes("fastload.service", self._settings.directory) if not self._settings.rank else []
+
+    def _meet(self, where: str, word: str = "") -> str:
+        """Wait for all ranks; the word of the first one."""
+        settings = self._settings
+        if settings.world_size == 1:
+            return word
+        mine = Path(settings.meeting) / f"{where}-{settings.rank}"
+        mine.with_suffix(".new").write_text(word)
+        mine.with_suffix(".new").rename(mine)
+        others = [Path(settings.meeting) / f"{where}-{rank}" for rank in range(settings.world_size)]
+        while not all(each.exists() for each in others):  # one that fails ends us all
+            time.sleep(0.002)
+        return others[0].read_text()
 
     def _pids(self) -> list[int]:
         return [os.getpid(), *self._service()]
 
     def _epoch(self, loader: Any, began: float) -> Epoch:
+        self._epochs += 1
+        self._meet(f"epoch-{self._epochs}")
+        began = began if self._settings.world_size == 1 else 0.0
         before, service_before = measure.cpu_s(self._pids()), measure.cpu_s(self._service())
         with measure.PeakMemory(self._pids) as memory:
             began = began or time.monotonic()
@@ -223,6 +276,7 @@ class _Run:
             batches=stats["batches"],
             samples=stats["samples"],
             repeats=stats["repeats"],
+            refused=self._newly_refused(stats),
             source_bytes={source: stats[f"{source}_bytes"] for source in ("ram", "disk", "remote")},
             fetched_bytes=stats["fetched_bytes"],
             requests=stats["requests"],
@@ -237,37 +291,16 @@ class _Run:
             verdict=stats["verdict"],
         )
 
+    def _newly_refused(self, stats: dict[str, Any]) -> int:
+        before, self._refused = self._refused, int(stats["node"]["throttled_requests"])
+        return self._refused - before
+
     def _read_again(self, loader: Any, epochs: list[Epoch]) -> None:
-        """Merge more readings into the last one, until it is long enough."""
+        """Merge more readings into the last one, until it is long enough for the first rank."""
         for _ in range(_AGAIN_MAX):
-            if epochs[-1].seconds >= _ENOUGH_S:
+            if self._meet(f"again-{self._epochs}", "enough" if epochs[-1].seconds >= _ENOUGH_S else "") == "enough":
                 return
             epochs[-1] = _merged(epochs[-1], self._epoch(loader, 0.0))
-
-    def _step(self, loader: Any, step_s: float) -> Step:
-        """A consumer that works `step_s` on each batch: what share of its time that is, once nothing is in reserve."""
-        batches = _endless(loader)
-        self._use_up(batches)
-        began, count = time.monotonic(), 0
-        while time.monotonic() - began < self._settings.step_for_s:
-            next(batches)
-            time.sleep(step_s)
-            count += 1
-        elapsed = time.monotonic() - began
-        batches.close()
-        return Step(step_s=step_s, batches=count, utilisation=min(1.0, count * step_s / elapsed))
-
-    def _use_up(self, batches: Iterator[Any]) -> None:
-        """Take batches without work until one is waited for, since what is ready would flatter the first steps."""
-        until = time.monotonic() + self._settings.step_for_s / 2
-        fastest = float("inf")
-        while time.monotonic() < until:
-            began = time.monotonic()
-            next(batches)
-            took = time.monotonic() - began
-            if took > 10 * max(fastest, 1e-3):
-                return
-            fastest = min(fastest, took)
 
     def _values(self, column: str) -> list[bytes]:
         """Stored values of one column, of some hundred samples."""
@@ -285,7 +318,7 @@ def _merged(one: Epoch, two: Epoch) -> Epoch:
     values: dict[str, Any] = {}
     for name in Epoch.__struct_fields__:
         a, b = getattr(one, name), getattr(two, name)
-        if isinstance(a, str):
+        if isinstance(a, str | list):
             values[name] = b
         elif isinstance(a, dict):
             values[name] = {key: a[key] + b[key] for key in a}
@@ -305,4 +338,4 @@ def _endless(loader: Any) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(_main())
+    sys.exit(serve(Settings, _work))

@@ -22,7 +22,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fastload.bench import limits, runs
+from fastload.bench import digests, limits, own, runs
+from fastload.bench.passes import Pass
 from fastload.bench.schema import VERSION, Figure, Machine, Phase, Result, Series, Work
 from fastload.bench.verdict import BUSY, Demand, Findings, Rate, sentences
 from fastload.cache.tempfiles import is_running
@@ -62,6 +63,12 @@ class Options:
     price_per_1000: float = 0.0
     epochs: int = 1
     show_endpoints: bool = False
+    ranks: int = 1
+    functions: Sequence[str] = ()  # `module:name` of what is mapped over the samples
+    ram_bytes: int = 0  # of the arena; 0: as each phase needs it
+    shuffle_window: int | str = "auto"
+    against: str = ""  # `module:name` of the user's loader
+    ideal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +115,9 @@ class Session:
         self._bound_by = "", ""
         self._demands: list[Demand] = []
         self._shares: list[tuple[float, Rate]] = []
+        self._theirs: list[own.Outcome] = []
+        self._theirs_failed: FastloadError | None = None
+        self._equal: digests.Equality | None = None
         self._load_before = os.getloadavg()[0]
         self._interrupted = False
 
@@ -167,6 +177,12 @@ class Session:
         yield "cold", self._cold
         yield "ram", self._from_ram
         yield "disk epoch", self._from_disk
+        if options.against:
+            yield "yours", lambda: self._yours(0, "yours")
+            yield "yours later", lambda: self._yours(1, "yours later")
+            yield "equality", self._equality
+        if options.ideal:
+            yield "ideal", self._ideal
         yield "decode", self._decode
         for share in options.cache_shares:
             yield f"share {share:.0%}", lambda share=share: self._share(share)  # type: ignore[misc]
@@ -184,20 +200,26 @@ class Session:
         options, plan = self._options, self._plan
         assert plan is not None, "plan first"
         shuffle: bool | str = False if options.shuffle == "none" else options.shuffle
-        dataset: dict[str, Any] = {"shuffle": shuffle, "seed": options.seed}
+        dataset: dict[str, Any] = {"shuffle": shuffle, "seed": options.seed, "shuffle_window": options.shuffle_window}
         if options.columns:
             dataset["columns"] = list(options.columns)
         return runs.Settings(
             urls=[each.url for each in plan.objects],
+            byte_count=plan.byte_count,
             dataset=dataset,
             decode=options.decode,
             batch_size=options.batch_size,
             workers=options.workers,
             directory=str(self.folder / directory),
-            ram_bytes=ram_bytes,
+            ram_bytes=options.ram_bytes or ram_bytes,
             disk_bytes=disk_bytes,
+            functions=list(options.functions),
             **more,
         )
+
+    def _run(self, settings: runs.Settings, epochs: float) -> runs.Outcome:
+        """The settings on all ranks, within the time that so many epochs may take."""
+        return runs.run(settings, self._timeout_s(epochs), self._options.ranks)
 
     def _timeout_s(self, epochs: float) -> float:
         return 10 * self._options.for_s * epochs + _SLACK_S
@@ -206,6 +228,8 @@ class Session:
     def _arena_bytes(self) -> int:
         """An arena that holds the data, if this machine has the memory."""
         assert self._plan is not None, "plan first"
+        if self._options.ram_bytes:
+            return self._options.ram_bytes
         return max(_ARENA_LEAST, min(int(1.3 * self._plan.byte_count) + 128 * MIB, default_ram_bytes()))
 
     @property
@@ -214,18 +238,107 @@ class Session:
         return int(1.1 * self._plan.byte_count) + 256 * MIB
 
     def _cold(self) -> Phase:
-        """An epoch from the store, and one from RAM right after it, each time with an empty cache."""
-        began = time.monotonic()
+        """An epoch from the store, and one from RAM right after it, each time with an empty cache; and beside each of
+        them the user's loader, so that both are measured in the same minutes.
+        """
+        began, theirs_s = time.monotonic(), 0.0
         outcomes: list[runs.Outcome] = []
         self._outcomes = outcomes
+        failed: FastloadError | None = None
         for number in range(self._options.repeats):
             self._report(f"first epoch ({number + 1} of {self._options.repeats}), and one from RAM")
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(self.folder / "full")
-            settings = self._settings("full", self._arena_bytes, self._disk_bytes, epochs=2)
-            outcomes.append(runs.run(settings, self._timeout_s(2)))
+            try:
+                if failed is None:
+                    settings = self._settings("full", self._arena_bytes, self._disk_bytes, epochs=2)
+                    outcomes.append(self._run(settings, 2))
+            except FastloadError as error:
+                failed = error
+            theirs_s -= time.monotonic()
+            self._run_theirs()
+            theirs_s += time.monotonic()
+        if failed is not None:
+            raise failed
         self._bound_by = outcomes[-1].epochs[0].bound_by, outcomes[-1].epochs[0].verdict
-        return _phase("cold", [each.epochs[0] for each in outcomes], time.monotonic() - began)
+        return _phase("cold", [each.epochs[0] for each in outcomes], time.monotonic() - began - theirs_s)
+
+    def _run_theirs(self) -> None:
+        """Two passes of the user's loader, unless it failed before."""
+        options = self._options
+        if not options.against or self._theirs_failed is not None:
+            return
+        self._report(f"{options.against}, two epochs")
+        settings = own.Settings(
+            target=options.against,
+            passes=2,
+            samples_max=self._samples,
+            seconds_max=options.for_s,
+            steps_s=[options.step_s] if options.step_s and not self._theirs else [],
+        )
+        try:
+            self._theirs.append(own.run(settings, self._timeout_s(0.2)))
+        except FastloadError as error:
+            self._theirs_failed = error
+
+    @property
+    def _samples(self) -> int:
+        """Of an epoch of fastload; 0 before one was measured."""
+        return self._outcomes[0].epochs[0].samples if self._outcomes else 0
+
+    def _yours(self, number: int, name: str) -> Phase:
+        """The first or the later passes of the user's loader."""
+        if self._theirs_failed is not None:
+            raise self._theirs_failed
+        phase = _phase(name, [each.passes[number] for each in self._theirs], 0.0)
+        for step in self._theirs[0].steps if number else ():
+            phase.figures.append(
+                Figure(
+                    name=f"accelerator use, {step.step_s * 1e3:.3g} ms a batch",
+                    unit="",
+                    values=[step.utilisation],
+                    better="more",
+                )
+            )
+        return phase
+
+    def _equality(self) -> Phase:
+        """Whether the user's loader and fastload give the same samples. An epoch of each is read for that."""
+        if self._theirs_failed is not None or not self._outcomes:
+            raise FastloadError("not checked, since no epoch of both was measured")
+        began = time.monotonic()
+        ours = self._run(self._settings("full", _ARENA_LEAST, self._disk_bytes, epochs=0, digests=True), 2).columns
+        settings = own.Settings(target=self._options.against, digests=True, samples_max=self._samples)
+        theirs = own.run(settings, self._timeout_s(2)).columns
+        found = digests.compared(ours, theirs)
+        self._equal = found
+        notes = [f"{name}: the same values" for name in found.equal]
+        notes += [f"{name}: not the same values" for name in found.different]
+        notes += [f"equality was not checked: {reason}" for reason in found.unchecked]
+        return Phase(
+            name="equality",
+            seconds=time.monotonic() - began,
+            figures=[
+                Figure(name="columns that are equal", unit="", values=[float(len(found.equal))], steady=True),
+                Figure(name="columns that differ", unit="", values=[float(len(found.different))], steady=True),
+            ],
+            notes=notes,
+        )
+
+    def _ideal(self) -> Phase:
+        """Batches from memory: the user's loader's where there is one, else fastload's."""
+        began = time.monotonic()
+        against = self._options.against
+        if against:
+            found = own.run(own.Settings(target=against, replays=True), self._timeout_s(1)).replayed
+        else:
+            settings = self._settings("full", _ARENA_LEAST, self._disk_bytes, epochs=0, replays=True)
+            found = runs.run(settings, self._timeout_s(1)).replayed
+        if found is None or not found.batches:
+            raise FastloadError("there is no batch to replay; give more data, or a smaller --batch-size")
+        phase = _phase("ideal", [found], time.monotonic() - began)
+        phase.notes.insert(0, f"of {against or 'fastload'}: {found.note}")
+        return phase
 
     def _from_ram(self) -> Phase:
         """The epochs that followed."""
@@ -244,9 +357,7 @@ class Session:
         settings = self._settings(
             "full", _ARENA_LEAST, self._disk_bytes, epochs=self._options.repeats, first_epoch=2, first_is_single=False
         )
-        return _phase(
-            "disk epoch", runs.run(settings, self._timeout_s(self._options.repeats)).epochs, time.monotonic() - began
-        )
+        return _phase("disk epoch", self._run(settings, self._options.repeats).epochs, time.monotonic() - began)
 
     def _decode(self) -> Phase:
         options = self._options
@@ -273,7 +384,7 @@ class Session:
         began = time.monotonic()
         settings = self._settings("share", _ARENA_LEAST, int(share * self._plan.byte_count * 1.02), epochs=2)
         try:
-            epoch = runs.run(settings, self._timeout_s(2)).epochs[1]
+            epoch = self._run(settings, 2).epochs[1]
         finally:
             shutil.rmtree(self.folder / "share", ignore_errors=True)
         self._shares.append((share, _rate(epoch)))
@@ -301,7 +412,7 @@ class Session:
             return
         options = self._options
         self._report(f"demand, {state.lower()}")
-        alone_s = options.batch_size / per_s
+        alone_s = options.ranks * options.batch_size / per_s
         tried: list[tuple[float, float]] = []
         low, high = 0.8 * alone_s, 1.2 * alone_s
         steps = [options.step_s] if options.step_s else [high]
@@ -310,7 +421,7 @@ class Session:
             settings = self._settings(
                 directory, ram_bytes, disk_bytes, epochs=0, first_epoch=8, steps_s=steps, step_for_s=window_s
             )
-            (step,) = runs.run(settings, self._timeout_s(1) + 4 * window_s).steps
+            (step,) = self._run(settings, 1 + 0.4 * window_s / options.for_s).steps
             tried.append((step.step_s, step.utilisation))
             if options.step_s:
                 break
@@ -373,6 +484,14 @@ class Session:
             "workers": str(options.workers),
             "cache_shares": " ".join(map(str, options.cache_shares)),
         }
+        further = {
+            "ranks": str(options.ranks) if options.ranks > 1 else "",
+            "map": " ".join(options.functions),
+            "ram_bytes": str(options.ram_bytes or ""),
+            "shuffle_window": "" if options.shuffle_window == "auto" else str(options.shuffle_window),
+            "against": options.against,
+        }
+        facts |= {name: value for name, value in further.items() if value}
         lines = [f"{each.url.rpartition('/')[2]} {each.size} {each.etag}" for each in plan.objects]
         lines += [f"{name}={value}" for name, value in facts.items()]
         samples = next((int(each.value("samples of an epoch") or 0) for each in self._phases if each.name == "cold"), 0)
@@ -429,6 +548,14 @@ class Session:
             from_ram=rate("ram"),
             shares=tuple(self._shares),
             demands=tuple(self._demands),
+            against=options.against,
+            yours=tuple(
+                (word, yours, rate(ours))
+                for word, phase, ours in (("first", "yours", "cold"), ("later", "yours later", "ram"))
+                if (yours := rate(phase)) is not None
+            ),
+            equality="" if self._equal is None else self._equal.sentence(),
+            ideal_per_s=of("ideal", "samples"),
             load_before=self._load_before,
             cores=result.machine.cores,
             price_per_gb=options.price_per_gb,
@@ -448,40 +575,57 @@ def _within(objects: Sequence[ObjectInfo], byte_count: int) -> list[ObjectInfo]:
     return [objects[int(number * step)] for number in range(count)]
 
 
-def _phase(name: str, epochs: Sequence[runs.Epoch], seconds: float) -> Phase:
-    """The figures of an epoch, with the values of each repeat."""
+def _phase(name: str, passes: Sequence[Pass], seconds: float) -> Phase:
+    """The figures of an epoch, with the values of each repeat; of fastload's own there are more."""
 
     def figure(title: str, unit: str, values: list[float], better: str = "", *, steady: bool = False) -> Figure:
         return Figure(name=title, unit=unit, values=values, better=better, steady=steady)  # type: ignore[arg-type]
 
+    epochs = [each for each in passes if isinstance(each, runs.Epoch)]
     per_gb = [each.cpu_s / max(1e-9, sum(each.source_bytes.values()) / 1e9) for each in epochs]
-    phase = Phase(
-        name=name,
-        seconds=seconds,
-        figures=[
-            figure("samples", "samples/s", [each.samples / each.seconds for each in epochs], "more"),
-            figure("bytes", "B/s", [sum(each.source_bytes.values()) / each.seconds for each in epochs], "more"),
-            figure("seconds", "s", [each.seconds for each in epochs], "less"),
-            figure("first batch", "s", [each.first_batch_s for each in epochs], "less"),
-            figure("batch wait, p50", "s", [each.wait_p50_s for each in epochs], "less"),
-            figure("batch wait, p99", "s", [each.wait_p99_s for each in epochs], "less"),
-            figure("batch wait, longest", "s", [each.wait_max_s for each in epochs], "less"),
-            figure("CPU", "CPU-s", [each.cpu_s for each in epochs], "less", steady=True),
-            figure("CPU a GB", "CPU-s/GB", per_gb, "less", steady=True),
-            figure("memory at the peak", "B", [float(each.peak_memory_bytes) for each in epochs], "less", steady=True),
-            figure("bytes from the store", "B", [float(each.fetched_bytes) for each in epochs], "less", steady=True),
-            figure("requests", "", [float(each.requests) for each in epochs], "less", steady=True),
-            figure("samples of an epoch", "", [float(each.samples) for each in epochs], steady=True),
-            figure("repeated samples", "", [float(each.repeats) for each in epochs], steady=True),
-        ],
-    )
-    for cause in epochs[0].stalls_s:
-        values = [each.stalls_s[cause] for each in epochs]
-        phase.figures.append(figure(f"waited for {cause}", "s", values, "less"))
-    if statistics.median(each.seconds for each in epochs) < 2.0:
+    memory = [float(each.peak_memory_bytes) for each in passes]
+    figures = [
+        figure("samples", "samples/s", [each.samples / each.seconds for each in passes], "more"),
+        figure("bytes", "B/s", [sum(each.source_bytes.values()) / each.seconds for each in epochs], "more"),
+        figure("seconds", "s", [each.seconds for each in passes], "less"),
+        figure("first batch", "s", [each.first_batch_s for each in passes], "less"),
+        figure("batch wait, p50", "s", [each.wait_p50_s for each in passes], "less"),
+        figure("batch wait, p99", "s", [each.wait_p99_s for each in passes], "less"),
+        figure("batch wait, longest", "s", [each.wait_max_s for each in passes], "less"),
+        figure("CPU", "CPU-s", [each.cpu_s for each in passes], "less", steady=True),
+        figure("CPU a GB", "CPU-s/GB", per_gb, "less", steady=True),
+        figure(
+            "CPU a 1,000 samples",
+            "CPU-s",
+            [each.cpu_s / max(1, each.samples) * 1e3 for each in passes],
+            "less",
+            steady=True,
+        ),
+        figure("memory at the peak", "B", memory if any(memory) else [], "less", steady=True),
+        figure("bytes from the store", "B", [float(each.fetched_bytes) for each in epochs], "less", steady=True),
+        figure("requests", "", [float(each.requests) for each in epochs], "less", steady=True),
+        figure("requests refused", "", [float(each.refused) for each in epochs if each.refused], "less"),
+        figure("samples of an epoch", "", [each.samples / _readings(each) for each in passes], steady=True),
+        figure("repeated samples", "", [each.repeats / each.readings for each in epochs], steady=True),
+    ]
+    spread = [max(each.ranks_per_s) / max(1e-9, min(each.ranks_per_s)) for each in epochs if each.ranks_per_s]
+    figures.append(figure("fastest rank over slowest", "", spread, "less"))
+    for cause in epochs[0].stalls_s if epochs else ():
+        figures.append(figure(f"waited for {cause}", "s", [each.stalls_s[cause] for each in epochs], "less"))
+    phase = Phase(name=name, seconds=seconds, figures=[each for each in figures if each.values])
+    if spread:
+        ranks = epochs[-1].ranks_per_s
+        xs = [float(rank) for rank in range(len(ranks))]
+        phase.series = [Series(name="each rank", x_unit="rank", y_unit="samples/s", xs=xs, ys=ranks)]
+    if statistics.median(each.seconds for each in passes) < 2.0 and name != "ideal":
         phase.notes.append("too short to say much: give more data")
-    phase.notes += list(dict.fromkeys(each.verdict for each in epochs if each.verdict))
+    said = [each.verdict for each in epochs] + [each.note for each in passes if name != "ideal"]
+    phase.notes += list(dict.fromkeys(each for each in said if each))
     return phase
+
+
+def _readings(one: Pass) -> int:
+    return one.readings if isinstance(one, runs.Epoch) else 1
 
 
 def _rate(epoch: runs.Epoch) -> Rate:

@@ -60,6 +60,10 @@ class Findings:
     from_ram: Rate | None = None
     shares: tuple[tuple[float, Rate], ...] = ()
     demands: tuple[Demand, ...] = ()
+    against: str = ""  # the user's loader, with its rates in a first and in later epochs
+    yours: tuple[tuple[str, Rate, Rate | None], ...] = ()  # "first" or "later": its rate, and fastload's
+    equality: str = ""
+    ideal_per_s: float | None = None
     load_before: float = 0.0
     cores: float = 1.0
     price_per_gb: float = 0.0
@@ -75,6 +79,7 @@ def sentences(found: Findings) -> list[str]:
         said.append(_first_epoch(found, found.cold))
     said += _later_epochs(found)
     said += [_demand(found, each) for each in found.demands]
+    said += _against(found)
     said += _costs(found)
     if found.throttled:
         said.append(
@@ -177,6 +182,25 @@ def _demand(found: Findings, demand: Demand) -> str:
         f"{demand.state}: an accelerator may take a batch of {found.batch_size} every {demand.step_s * 1e3:.3g} ms "
         f"({_count(per_s)} samples/s) and is still busy {BUSY:.0%} of the time."
     )
+
+
+def _against(found: Findings) -> list[str]:
+    said = []
+    for epoch, yours, ours in found.yours:
+        beside = ""
+        if ours is not None and ours.samples_per_s and yours.samples_per_s:
+            times = ours.samples_per_s / yours.samples_per_s
+            beside = f", fastload's at {_count(ours.samples_per_s)}: {times:.2g} times as fast"
+        head = f"The first epoch of {found.against}" if epoch == "first" else "Its later epochs"
+        said.append(f"{head} run{'s' * (epoch == 'first')} at {_count(yours.samples_per_s)} samples/s{beside}.")
+    if found.equality:
+        said.append(found.equality)
+    if found.ideal_per_s:
+        said.append(
+            f"From memory, {'its' if found.against else 'such'} batches come at {_count(found.ideal_per_s)} samples/s, "
+            "which no loader can beat."
+        )
+    return said
 
 
 def _costs(found: Findings) -> list[str]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # A figure of the second result is worse than may be.
 EXIT_WORSE = 5
 _QUICK_BYTES = "512MiB"
-_PHASES = ("store", "disk", "memory", "decode", "ram", "disk epoch", "shares", "demand")
+_PHASES = ("store", "disk", "memory", "decode", "ram", "disk epoch", "shares", "equality", "demand")
 
 
 class _Verbs(TyperGroup):
@@ -51,6 +51,7 @@ app = typer.Typer(
         "fastload bench s3://bucket/train/ --decode jpg=image:224 --decode cls=integer",
         "fastload bench s3://bucket/train/ --quick --json=today.json --html=today.html",
         "fastload bench s3://bucket/train/ --cache-share=25%,50% --step-ms=180",
+        "fastload bench s3://bucket/train/ --against=my_train:make_loader --ideal --repeats=3",
     )
 )
 def run(
@@ -65,6 +66,18 @@ def run(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 256,
     workers: Annotated[int, typer.Option(min=0, help="The loader's num_workers.")] = 2,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of this node, which share the epoch.")] = 1,
+    map_: Annotated[
+        list[str] | None, typer.Option("--map", help="MODULE:FUNCTION for dataset.map(); may be given several times.")
+    ] = None,
+    shuffle_window: Annotated[str, typer.Option(help="The job's shuffle window, such as 1GiB.")] = "auto",
+    ram_bytes: Annotated[str, typer.Option(help="The job's RAM tier; else what each phase needs.")] = "",
+    against: Annotated[
+        str, typer.Option(help="MODULE:FUNCTION that returns your own loader, an iterable of batches, to run beside.")
+    ] = "",
+    ideal: Annotated[
+        bool, typer.Option("--ideal", help="Its batches replayed from memory too: what no loader can beat.")
+    ] = False,
     cache_share: Annotated[str, typer.Option(help="Disk caches to try, as parts of the data, such as 0.25,0.5.")] = "",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each epoch; `compare` needs several.")] = 1,
     for_s: Annotated[str, typer.Option("--for", help="The longest that an epoch should take, such as 2m.")] = "30s",
@@ -89,10 +102,14 @@ def run(
     Reads a part of the data from the store, into a folder of its own beside the cache, and writes nothing else.
     """
     from fastload.bench import report, runs, schema
+    from fastload.bench.process import check_target
     from fastload.bench.session import Options, Session
 
     specs = _specs(decode or [])
     runs.decoders(specs)  # what is none is an error now
+    for option, targets in (("--map", map_ or []), ("--against", [against] if against else [])):
+        for target in targets:
+            check_target(option, target)
     left_out = _names(skip)
     if quick:
         left_out |= {"memory", "demand"} if not step_ms else {"memory"}
@@ -115,6 +132,12 @@ def run(
         price_per_1000=price_per_1000_requests,
         epochs=epochs,
         show_endpoints=show_endpoints,
+        ranks=ranks,
+        functions=map_ or [],
+        shuffle_window=shuffle_window if shuffle_window == "auto" else parse_bytes(shuffle_window, "--shuffle-window"),
+        ram_bytes=parse_bytes(ram_bytes, "--ram-bytes") if ram_bytes else 0,
+        against=against,
+        ideal=ideal,
     )
     for name, path in (("--json", json_file), ("--html", html_file)):
         if path is not None and not path.absolute().parent.is_dir():
