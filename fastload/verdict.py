@@ -21,9 +21,9 @@ SHORT_S = 1.0
 # A trainer that waits for less of its time is not held up by its loader.
 KEEPS_UP_SHARE = 0.05
 # Requests that a store refuses, of all: from here on it is asked for more than it gives.
-_THROTTLED_SHARE = 0.01
+THROTTLED_SHARE = 0.01
 # Of the time of a request, what passes before its first byte: from here on more at a time would bring more.
-_LATENCY_SHARE = 0.5
+LATENCY_SHARE = 0.5
 # Leases that were taken back while they were needed, of all: from here on the arena is too small for what is open.
 _RECALLED_SHARE = 0.2
 # All that threads can do: what is lacking is time between two of their steps.
@@ -132,7 +132,7 @@ def _about_fetching(figures: Figures) -> tuple[str, str]:
     store = figures.store
     requests, refused = _number(store.requests), _number(store.refused)
     rate, connection = _number(store.bytes_per_s), _number(store.connection_bytes_per_s)
-    if refused and refused >= _THROTTLED_SHARE * max(requests, refused):
+    if refused and refused >= THROTTLED_SHARE * max(requests, refused):
         return "throttled", (
             f"the store refuses {_percent(refused, max(requests, refused))} of {requests:.0f} requests; ask its "
             "operator for more, spread the data over more prefixes, or warm the cache beforehand"
@@ -144,7 +144,7 @@ def _about_fetching(figures: Figures) -> tuple[str, str]:
         )
     body_s = _number(store.request_bytes) / connection
     first_byte_s = _number(store.first_byte_s)
-    if first_byte_s > _LATENCY_SHARE * (first_byte_s + body_s):
+    if first_byte_s > LATENCY_SHARE * (first_byte_s + body_s):
         return "latency", (
             f"a request waits {1000 * first_byte_s:.0f} ms for its first byte and takes {1000 * body_s:.0f} ms after, "
             f"and {store.requests_allowed} run at a time; allow more (requests_in_flight, ram_bytes), use larger "

@@ -65,7 +65,7 @@ def store(objects: Sequence[ObjectInfo], options: StoreOptions, budget: Budget, 
     ranges = _Ranges(here)
     with contextlib.closing(opened):
         first = _first_bytes(opened, ranges, budget)
-        rates = _levels(opened, ranges, budget, report)
+        rates, sizes = _levels(opened, ranges, budget, report)
         if not rates:
             phase.error = "too few bytes may be read to say anything: raise --max-bytes"
             phase.seconds = time.monotonic() - began
@@ -81,6 +81,8 @@ def store(objects: Sequence[ObjectInfo], options: StoreOptions, budget: Budget, 
         Figure(name="first byte, p99", unit="s", values=[max(first)], better="less"),
         Figure(name="goodput of one request at a time", unit="B/s", values=[rates[1]], better="more"),
         Figure(name="requests at the bend", unit="", values=[float(bend)]),
+        Figure(name="bytes a request at the bend", unit="B", values=[sizes[bend]]),
+        Figure(name="requests", unit="", values=[float(counted["requests"])]),
         Figure(name="requests tried again", unit="", values=[float(counted["retries"])]),
     ]
     phase.series = [
@@ -104,6 +106,7 @@ class _Ranges:
     def __init__(self, objects: Sequence[ObjectInfo]) -> None:
         self._objects = [each for each in objects if each.size]
         self._lock = threading.Lock()
+        self.mean_bytes = sum(each.size for each in self._objects) / max(1, len(self._objects))
         self._number = self._start = 0
 
     def next(self, byte_count: int) -> tuple[ObjectInfo, int, int]:
@@ -129,21 +132,29 @@ def _first_bytes(opened: Store, ranges: _Ranges, budget: Budget) -> list[float]:
     return took
 
 
-def _levels(opened: Store, ranges: _Ranges, budget: Budget, report: Callable[[str], None]) -> dict[int, float]:
-    """The goodput at each number of requests, up to where more of them bring no more."""
+def _levels(
+    opened: Store, ranges: _Ranges, budget: Budget, report: Callable[[str], None]
+) -> tuple[dict[int, float], dict[int, float]]:
+    """The goodput at each number of requests, up to where more of them bring no more; and the bytes of one of them."""
     rates: dict[int, float] = {}
+    sizes: dict[int, float] = {}
     expected = 8e6  # one connection's, before anything is known
     for requests in REQUESTS:
         report(f"store: {requests} requests at a time")
         rate = _level(opened, ranges, requests, expected, _LEVEL_S, budget)
         if rate is None:
             break
-        rates[requests] = expected = rate
+        rates[requests] = rate
+        sizes[requests] = min(_range_bytes(expected, requests), ranges.mean_bytes)
         before = [other for number, other in rates.items() if number < requests]
         if len(before) > 1 and rate < 1.03 * max(before) and before[-1] < 1.03 * max(before[:-1]):
             break
         expected = rate * 2
-    return rates
+    return rates, sizes
+
+
+def _range_bytes(expected: float, requests: int) -> int:
+    return int(min(RANGE_BYTES_MAX, max(_RANGE_BYTES_MIN, expected * _RANGE_S / requests)))
 
 
 def _level(
@@ -154,7 +165,7 @@ def _level(
     Counted from the first completion of any request to the end of the last that began in time, so that neither the
     start of connections nor a range that was cut off is in it.
     """
-    range_bytes = int(min(RANGE_BYTES_MAX, max(_RANGE_BYTES_MIN, expected * _RANGE_S / requests)))
+    range_bytes = _range_bytes(expected, requests)
     done: list[tuple[float, int]] = []
     began = time.monotonic()
 

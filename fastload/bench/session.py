@@ -112,7 +112,7 @@ class Session:
         self._plan: Plan | None = None
         self._phases: list[Phase] = []
         self._outcomes: list[runs.Outcome] = []
-        self._bound_by = "", ""
+        self._bound_by: dict[str, tuple[str, str]] = {}  # what fastload said of itself, by phase
         self._demands: list[Demand] = []
         self._shares: list[tuple[float, Rate]] = []
         self._theirs: list[own.Outcome] = []
@@ -260,7 +260,8 @@ class Session:
             theirs_s += time.monotonic()
         if failed is not None:
             raise failed
-        self._bound_by = outcomes[-1].epochs[0].bound_by, outcomes[-1].epochs[0].verdict
+        for name, epoch in zip(("cold", "ram"), outcomes[-1].epochs, strict=True):
+            self._bound_by[name] = epoch.bound_by, epoch.verdict
         return _phase("cold", [each.epochs[0] for each in outcomes], time.monotonic() - began - theirs_s)
 
     def _run_theirs(self) -> None:
@@ -357,7 +358,9 @@ class Session:
         settings = self._settings(
             "full", _ARENA_LEAST, self._disk_bytes, epochs=self._options.repeats, first_epoch=2, first_is_single=False
         )
-        return _phase("disk epoch", self._run(settings, self._options.repeats).epochs, time.monotonic() - began)
+        epochs = self._run(settings, self._options.repeats).epochs
+        self._bound_by["disk epoch"] = epochs[-1].bound_by, epochs[-1].verdict
+        return _phase("disk epoch", epochs, time.monotonic() - began)
 
     def _decode(self) -> Phase:
         options = self._options
@@ -514,6 +517,7 @@ class Session:
             if found is None:
                 return None
             seconds = found.value("seconds") or 0.0
+            bound_by, said = self._bound_by.get(name, ("", ""))
             return Rate(
                 samples_per_s=found.value("samples") or 0.0,
                 bytes_per_s=found.value("bytes") or 0.0,
@@ -521,6 +525,8 @@ class Session:
                 cpu_s=found.value("CPU") or 0.0,
                 cores=result.machine.cores,
                 fetched_bytes=int(found.value("bytes from the store") or 0),
+                bound_by=bound_by,
+                said=said,
             )
 
         threads = max(1, options.workers)
@@ -538,12 +544,15 @@ class Session:
             shards=len(plan.objects),
             store_bytes_per_s=of("store", "goodput"),
             requests_at_bend=None if bend is None else int(bend),
+            first_byte_s=of("store", "first byte, p50"),
+            request_bytes=of("store", "bytes a request at the bend"),
+            store_requests=int(of("store", "requests") or 0),
             throttled=int(of("store", "requests tried again") or 0),
+            ranks=options.ranks,
             disk_bytes_per_s=of("disk", "read"),
             decode_per_s=1 / sum(1 / value for value in rates) if rates else None,
             cold=rate("cold"),
-            bound_by=self._bound_by[0],
-            said=self._bound_by[1],
+            refused=int(of("cold", "requests refused") or 0),
             from_disk=rate("disk epoch"),
             from_ram=rate("ram"),
             shares=tuple(self._shares),

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastload.verdict import LATENCY_SHARE, THROTTLED_SHARE
+
 # Of a part's own rate: above it, that part is what limits.
 _REACHED = 0.85
+_FETCHING = ("fetch", "link", "latency", "throttled")
 # An epoch this short says little: start-up is most of it.
 SHORT_S = 1.5
 BUSY = 0.9  # of an accelerator's time, as MLPerf Storage asks
@@ -25,6 +28,8 @@ class Rate:
     cpu_s: float = 0.0
     cores: float = 1.0
     fetched_bytes: int = 0
+    bound_by: str = ""  # what the loader says of itself, in a word and in a sentence
+    said: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +54,16 @@ class Findings:
     shards: int
     store_bytes_per_s: float | None = None
     requests_at_bend: int | None = None
-    throttled: int = 0
+    first_byte_s: float | None = None
+    request_bytes: float | None = None  # that the store was measured with
+    store_requests: int = 0
+    throttled: int = 0  # requests of that measurement
+    ranks: int = 1
     disk_bytes_per_s: float | None = None
     decode_per_s: float | None = None
     decode_name: str = ""
     cold: Rate | None = None
-    bound_by: str = ""  # what the loader says of itself in its first epoch, in a word and in a sentence
-    said: str = ""
+    refused: int = 0  # requests of the first epoch
     from_disk: Rate | None = None
     from_ram: Rate | None = None
     shares: tuple[tuple[float, Rate], ...] = ()
@@ -81,14 +89,15 @@ def sentences(found: Findings) -> list[str]:
     said += [_demand(found, each) for each in found.demands]
     said += _against(found)
     said += _costs(found)
-    if found.throttled:
+    if found.throttled and not _is_throttled(found):
         said.append(
             f"The store refused {_count(found.throttled)} requests: fewer nodes at a time, or another prefix, may help."
         )
-    if found.cold is not None and found.shards < found.workers:
+    if found.cold is not None and found.shards < found.workers * found.ranks:
+        there = "There is only 1 shard" if found.shards == 1 else f"There are only {found.shards} shards"
         said.append(
-            f"There are only {found.shards} shards: with more of them, of 100 MB or so each, reading and shuffling go "
-            "side by side."
+            f"{there} for {found.workers * found.ranks} workers: with more of them, of 100 MB or so each, reading and "
+            "shuffling go side by side."
         )
     if found.load_before > 0.5 * found.cores:
         said.append(
@@ -99,7 +108,12 @@ def sentences(found: Findings) -> list[str]:
 
 
 def limit_of(found: Findings, rate: Rate, source_bytes_per_s: float | None, source: str) -> tuple[str, float]:
-    """What limits an epoch: "link", "disk", "decode", "start" or "unknown", and that part's own samples a second."""
+    """What limits an epoch, and that part's own samples a second (where it has none, the epoch's).
+
+    "start" where it is too short to say; `source` or "decode" where it reaches most of what that gives by itself; what
+    the loader says of itself where that is known; then "cores" or "unknown". Of fetching, "throttled", "latency" and
+    "link" are told apart by what the store gives by itself.
+    """
     per_sample = found.byte_count / max(1, found.samples)
     parts = []
     if source_bytes_per_s:
@@ -111,29 +125,64 @@ def limit_of(found: Findings, rate: Rate, source_bytes_per_s: float | None, sour
     if parts:
         most, name = min(parts)
         if rate.samples_per_s >= _REACHED * most:
-            return name, most
+            return (_about_fetching(found) if name == "link" else name), most
+    if rate.bound_by in _FETCHING:
+        return _about_fetching(found, rate.bound_by), rate.samples_per_s
+    if rate.bound_by not in ("", "unknown"):
+        return rate.bound_by, rate.samples_per_s
     if rate.cpu_s >= _REACHED * rate.seconds * rate.cores:
         return "cores", rate.samples_per_s
     return "unknown", rate.samples_per_s
 
 
+def _about_fetching(found: Findings, bound_by: str = "") -> str:
+    if _is_throttled(found) or bound_by == "throttled":
+        return "throttled"
+    return "latency" if _latency_share(found) > LATENCY_SHARE else "link"
+
+
+def _is_throttled(found: Findings) -> bool:
+    asked, refused = (found.requests, found.refused) if found.refused else (found.store_requests, found.throttled)
+    return refused > 0 and refused >= THROTTLED_SHARE * max(asked, refused)
+
+
+def _latency_share(found: Findings) -> float:
+    """Of the time of a request, at as many at a time as give most: the part that passes before its first byte."""
+    if not (found.store_bytes_per_s and found.request_bytes and found.requests_at_bend and found.first_byte_s):
+        return 0.0
+    whole_s = found.requests_at_bend * found.request_bytes / found.store_bytes_per_s
+    return found.first_byte_s / max(whole_s, found.first_byte_s)
+
+
 def _first_epoch(found: Findings, rate: Rate) -> str:
     head = f"A first epoch runs at {_rate(found, rate)}"
-    limit, most = limit_of(found, rate, found.store_bytes_per_s, "link")
+    limit, _ = limit_of(found, rate, found.store_bytes_per_s, "link")
     link = found.store_bytes_per_s or 0.0
+    if limit == "throttled":
+        count = f"{_count(found.refused)} of {_count(found.requests)}" if found.refused else _count(found.throttled)
+        return (
+            f"{head}: throttling limits it (the store refused {count} requests); fewer nodes at a time, another "
+            "prefix, or a cache that is warmed beforehand will help."
+        )
+    if limit == "latency":
+        return (
+            f"{head}: latency limits it (a request waits {_ms(found.first_byte_s or 0.0)} for its first byte, and "
+            f"moves {_bytes(found.request_bytes or 0.0)}); larger shards, more requests at a time, or a cache will help."
+        )
     if limit == "link":
         cure = "a cache lifts later epochs, a faster link or a nearer store this one"
-        return f"{head}: the link limits it ({_mb(rate.bytes_per_s)} of {_mb(link)}); {cure}."
-    if limit == "decode":
+        beside = f" ({_mb(rate.bytes_per_s)} of {_mb(link)})" if link else ""
+        return f"{head}: the link limits it{beside}; {cure}."
+    if limit == "decode" and found.decode_per_s:
         return (
-            f"{head}: decoding limits it ({_count(rate.samples_per_s)} of the {_count(most)} samples/s that "
-            f"{found.workers} threads decode by themselves); more bandwidth will not help, more cores or smaller "
+            f"{head}: decoding limits it ({_count(rate.samples_per_s)} of the {_count(found.decode_per_s)} samples/s "
+            f"that {found.workers} threads decode by themselves); more bandwidth will not help, more cores or smaller "
             "stored images will."
         )
     if limit == "start":
         return f"{head}, but took only {rate.seconds:.1f} s: too short to say what limits it; raise --max-bytes."
-    if found.said and found.bound_by not in ("", "unknown"):
-        return f"{head}. It is {found.said}."
+    if limit == rate.bound_by and rate.said:
+        return f"{head}. It is {rate.said}."
     if limit == "cores":
         busy = f"{rate.cpu_s / rate.seconds:.1f} of {rate.cores:g} are busy"
         return f"{head}: the cores limit it ({busy}); more or faster ones will help."
@@ -161,19 +210,21 @@ def _later_epochs(found: Findings) -> list[str]:
 
 def _because(found: Findings, rate: Rate, source: float | None, name: str) -> str:
     limit, most = limit_of(found, rate, source, name)
-    if limit == "decode":
+    if limit == "decode" and found.decode_per_s:
+        most = found.decode_per_s
         return f", which is what decoding allows ({_count(most)} samples/s)"
-    if limit == "disk":
-        return f", which is what the disk gives ({_mb(source or 0.0)})"
+    if limit == "disk" and source:
+        return f", and the disk limits it ({_mb(rate.bytes_per_s)} of {_mb(source or 0.0)})"
     if limit == "cores":
         return ", which is what the cores allow"
-    return ""
+    return f"; it is {rate.said}" if limit == rate.bound_by and rate.said else ""
 
 
 def _demand(found: Findings, demand: Demand) -> str:
     per_s = found.batch_size / demand.step_s if demand.step_s else 0.0
     if demand.is_given:
-        fate = "it never waits" if demand.utilisation >= 0.99 else "it waits for the rest"
+        is_limit = demand.utilisation >= BUSY
+        fate = "the consumer limits it, and the loader keeps up" if is_limit else "it waits for the rest"
         return (
             f"{demand.state}: an accelerator that takes {demand.step_s * 1e3:.3g} ms a batch of {found.batch_size} "
             f"would be used to {demand.utilisation:.0%}; {fate}."
@@ -220,6 +271,10 @@ def _rate(found: Findings, rate: Rate) -> str:
 
 def _count(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f} ms"
 
 
 def _mb(bytes_per_s: float) -> str:

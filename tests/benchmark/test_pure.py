@@ -158,15 +158,44 @@ def rate(samples_per_s: float, cpu_s: float = 1.0) -> Rate:
         (replace(FOUND, store_bytes_per_s=900e6, decode_per_s=2000.0, cold=rate(1900)), "decoding limits it"),
         (replace(FOUND, store_bytes_per_s=900e6, cold=rate(1900, cpu_s=115.0)), "the cores limit it"),
         (
-            replace(FOUND, store_bytes_per_s=900e6, cold=rate(1900), bound_by="map", said="map-bound: 90% of ..."),
+            replace(
+                FOUND, store_bytes_per_s=900e6, cold=replace(rate(1900), bound_by="map", said="map-bound: 90% of ...")
+            ),
             "It is map-bound",
         ),
         (replace(FOUND, cold=replace(rate(1900), seconds=0.5)), "too short to say"),
-        (replace(FOUND, cold=rate(1900), shards=1), "There are only 1 shards"),
+        (replace(FOUND, cold=rate(1900), shards=1), "There is only 1 shard for 2 workers"),
         (replace(FOUND, cold=rate(1900), load_before=4.0), "The machine was busy"),
-        (replace(FOUND, cold=rate(1900), throttled=12), "The store refused 12 requests"),
-        (replace(FOUND, disk_bytes_per_s=1e9, from_disk=rate(9500)), "which is what the disk gives"),
+        (replace(FOUND, cold=rate(1900), throttled=12, store_requests=5000), "The store refused 12 requests"),
+        (
+            replace(FOUND, store_bytes_per_s=190e6, cold=rate(1900), throttled=12, store_requests=500),
+            "throttling limits it (the store refused 12 requests)",
+        ),
+        (
+            replace(FOUND, store_bytes_per_s=190e6, cold=rate(1900), refused=30, requests=900),
+            "throttling limits it (the store refused 30 of 900 requests)",
+        ),
+        (
+            replace(
+                FOUND, store_bytes_per_s=64e6, requests_at_bend=64, request_bytes=2e5, first_byte_s=0.19, cold=rate(640)
+            ),
+            "latency limits it (a request waits 190 ms for its first byte, and moves 200000 bytes)",
+        ),
+        (
+            replace(FOUND, store_bytes_per_s=900e6, cold=replace(rate(1900), bound_by="fetch", said="fetch-bound")),
+            "the link limits it (190 MB/s of 900 MB/s)",
+        ),
+        (
+            replace(FOUND, disk_bytes_per_s=9e9, from_disk=replace(rate(9), bound_by="disk", said="disk-bound: x")),
+            "and the disk limits it (0.9 MB/s of 9,000 MB/s)",
+        ),
+        (replace(FOUND, disk_bytes_per_s=1e9, from_disk=rate(9500)), "and the disk limits it (950 MB/s of 1,000 MB/s)"),
         (replace(FOUND, demands=(Demand("Cached", 0.18, 0.83, is_given=True),)), "would be used to 83%"),
+        (replace(FOUND, demands=(Demand("Cached", 0.18, 0.98, is_given=True),)), "98%; the consumer limits it"),
+        (
+            replace(FOUND, against="m:f", yours=(("first", rate(100), rate(250)), ("later", rate(9), None))),
+            "The first epoch of m:f runs at 100 samples/s, fastload's at 250: 2.5 times as fast. Its later",
+        ),
         (replace(FOUND, demands=(Demand("Cached", 0.1, 0.92),)), "every 100 ms (2,560 samples/s)"),
         (replace(FOUND, cold=rate(1900), price_per_gb=0.09, epochs=10), "costs 0.90, 10 without a cache 9.00"),
         (FOUND, "Nothing was measured"),
