@@ -167,7 +167,7 @@ def _first_epoch(found: Findings, rate: Rate) -> str:
     if limit == "latency":
         return (
             f"{head}: latency limits it (a request waits {_ms(found.first_byte_s or 0.0)} for its first byte, and "
-            f"moves {_bytes(found.request_bytes or 0.0)}); larger shards, more requests at a time, or a cache will help."
+            f"moves {_bytes(found.request_bytes or 0.0)}); larger shards, more requests at a time or a cache help."
         )
     if limit == "link":
         cure = "a cache lifts later epochs, a faster link or a nearer store this one"
