@@ -36,6 +36,7 @@ class Contents:
 
     held: list[Held]
     keys: list[ChunkKey]
+    cut: list[ChunkKey]  # whose files have a size that no chunk has, and hold nothing
     trouble: str = ""
 
     def called(self, what: Sequence[str]) -> list[Held]:
@@ -78,7 +79,9 @@ def read_contents(root: Path, directory: Path) -> Contents:
             _describe(held[known.object_id], known)
     if found.error is not None:
         trouble = f"{directory} could not be listed in full: {found.error}"
-    return Contents(sorted(held.values(), key=lambda each: (not each.url, each.url, each.object_id)), keys, trouble)
+    return Contents(
+        sorted(held.values(), key=lambda each: (not each.url, each.url, each.object_id)), keys, found.cut, trouble
+    )
 
 
 def _describe(each: Held, known: CatalogObject) -> None:

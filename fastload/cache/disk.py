@@ -266,7 +266,7 @@ class DiskTier:
             self._held = held
             self._used_bytes = sum(entry.allocated_bytes for entry in held.values())
         self._health.switch(True)
-        self._health.count(swept=found.swept, damaged=found.damaged)
+        self._health.count(swept=found.swept, damaged=len(found.cut))
         if found.error is not None:
             self._health.scan_failed(found.error, found.errors)
 
@@ -423,8 +423,8 @@ class Inventory:
     """What was found. `error` is the last system call that failed; then there may be more than was found."""
 
     held: list[tuple[int, ChunkKey | str, int]] = field(default_factory=list)  # mtime_ns, name, allocated bytes
+    cut: list[ChunkKey] = field(default_factory=list)  # files of a size that no chunk has
     swept: int = 0
-    damaged: int = 0
     errors: int = 0
     error: OSError | None = None
 
@@ -481,7 +481,7 @@ def _take_file(entry: os.DirEntry[str], name: ChunkKey | str, found: Inventory, 
     if isinstance(name, ChunkKey) and chunkfile.layout_of_file(status.st_size) is None:
         if sweep:
             syscalls.unlink(entry.path)
-        found.damaged += 1
+        found.cut.append(name)
         return
     found.held.append((status.st_mtime_ns, name, chunkfile.allocated_bytes(status)))
 

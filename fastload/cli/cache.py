@@ -243,7 +243,7 @@ def _verify_files(directory: Path, contents: Contents, what: list[str]) -> Itera
     from fastload.cache.disk import path_in
 
     ids = {each.object_id for each in contents.called(what)}
-    keys = [key for key in contents.keys if key.object_id.hex() in ids]
+    keys = [key for key in contents.keys + contents.cut if not what or key.object_id.hex() in ids]
     stored = limits.stored(directory)
     if stored is None:
         return

@@ -155,17 +155,25 @@ def test_looking_without_a_service_changes_no_file(data: Path, monkeypatch: pyte
     directory = data / "cache"
     warm(directory, [f"{data}/train/"])
     ended(directory)
+    chunk = next((directory / "chunks").rglob("*.chunk"))
+    cut = chunk.with_name(chunk.name.replace("-00000000", "-00000100").replace("-00000001", "-00000101"))
+    cut = cut.with_name(cut.name.replace("-00000002", "-00000102"))
+    cut.write_bytes(b"cut by a crash")
+    left = cut.with_name(f".tmp-{1 << 21}-1-0-0")
+    left.write_bytes(b"by a process that was killed")
 
     def files() -> dict[str, tuple[int, int]]:
         found = (path for path in directory.rglob("*") if path.is_file())
         return {str(path): (path.stat().st_mtime_ns, path.stat().st_ino) for path in found}
 
     before = files()
-    listed(directory)
+    assert len(listed(directory)) == 3
     fastload("du", directory)
-    fastload("verify", directory)
+    found = fastload("verify", directory, code=exits.DAMAGED)
+    assert [each["chunk"] for each in found["damaged"]] == [cut.stem]
     assert files() == before
     assert not service_pids(directory)
+    left.unlink()
 
 
 @pytest.mark.parametrize("is_served", [True, False])
