@@ -270,10 +270,14 @@ class Stats(Message, tag="stats"):
     request: int
 
 
+# What a report may hold: whatever views show of it can be written as JSON.
+Reported = bool | int | float | str | dict[str, bool | int | float | str | list[float]]
+
+
 class Report(Message, tag="report"):
     """Figures of the consumer, which the service shows with its own: docs/stats.md lists what a loader says."""
 
-    values: dict[str, Any]
+    values: dict[str, Reported]
 
 
 class Ping(Message, tag="ping"):

@@ -146,7 +146,14 @@ def test_a_store_that_answers_late(tmp_path: Path) -> None:
 
     with store(late, count=8) as data, cache_of(tmp_path, requests_in_flight=2) as cache:
         stats = read(fastload.DataLoader(fastload.StreamingDataset(**data, cache=cache), 8, num_workers=2))
+        with Operator.connect(cache.directory, "test") as operator:
+            (endpoint,) = operator.snapshot().endpoints
     assert stats["bound_by"] == "latency", stats["verdict"]
+    for times in (endpoint.request_times, endpoint.first_byte_times):
+        assert times.count == endpoint.requests > 30
+        assert times.sum_s >= 0.15 * times.count
+        assert dict(zip(times.bounds_s, times.counts, strict=True))[0.1] == 0
+        assert times.counts == sorted(times.counts)
 
 
 def test_a_store_that_refuses(tmp_path: Path) -> None:

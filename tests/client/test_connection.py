@@ -65,3 +65,21 @@ def test_a_defect_while_a_message_is_taken_ends_the_wait() -> None:
     theirs.close()
     assert isinstance(ended[0], ServiceError)
     assert "ZeroDivisionError('a defect')" in str(ended[0])
+
+
+def test_there_is_no_room_where_nothing_is_read() -> None:
+    """What may be left out is not sent then, so that it holds up no thread that needs the lock."""
+    ours, theirs = socket.socketpair()
+    connection = Connection(events(ours), threading.Condition(), "test")
+    assert not connection.has_room
+    connection.start()
+    assert connection.has_room
+    ours.setblocking(False)
+    try:
+        while True:
+            ours.send(bytes(1 << 16))
+    except BlockingIOError:
+        assert not connection.has_room
+    ours.setblocking(True)
+    theirs.close()
+    connection.close()

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fastload
+from fastload import protocol
+from fastload.activity import CAUSES
 from fastload.client.cache import Handle
 from fastload.client.operator import NotServedError, Operator
+from fastload.service.description import judged
+from fastload.service.request_limit import Endpoints
+from fastload.verdict import Figures
 
 
 def test_watching_starts_no_service_and_makes_no_directory(tmp_path: Path) -> None:
@@ -48,3 +57,28 @@ def test_a_watcher_does_not_keep_the_service(tmp_path: Path, monkeypatch: pytest
                     return
                 time.sleep(0.05)
             pytest.fail("the service lives on")
+
+
+SCALARS = st.one_of(st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(), st.text(max_size=5))
+VALUES = st.one_of(SCALARS, st.dictionaries(st.text(max_size=5), st.one_of(SCALARS, st.lists(st.floats(), max_size=3))))
+
+
+@given(
+    report=st.dictionaries(st.sampled_from([*Figures.__struct_fields__, "rank", "batch_wait"]), VALUES),
+    stalls=st.dictionaries(st.sampled_from(CAUSES), st.floats(allow_nan=False)),
+)
+def test_a_report_is_judged_whatever_it_says(report: dict[str, Any], stalls: dict[str, float]) -> None:
+    for each in (report, {"elapsed_s": 5.0, **report, "stalls": stalls}):
+        payload = bytes(protocol.frame(protocol.Report(each)))[4:]
+        message = protocol.from_consumer(payload)
+        assert isinstance(message, protocol.Report)
+        found = judged(message.values, Endpoints(), 1 << 20)
+        assert {**found, **message.values}.keys() == found.keys()
+        msgspec.json.encode(found)  # as views write it
+
+
+@pytest.mark.parametrize("values", [{"a": [1]}, {"a": {"b": {}}}, {"a": {1: 2}}, {"a": b""}, {1: 2}])
+def test_a_report_that_no_view_could_show_is_none(values: Any) -> None:
+    payload = msgspec.msgpack.encode(["report", values])
+    with pytest.raises(protocol.ConversationError):
+        protocol.from_consumer(payload)
