@@ -384,3 +384,22 @@ def test_images(cache, tmp_path: Path) -> None:
     assert batch["jpg"].amin(dim=(1, 2, 3)).tolist() == batch["jpg"].amax(dim=(1, 2, 3)).tolist() == [0.25, 1.0] * 3
     assert [sample["jpg"].shape for sample in dataset] == [(3, 8, 8)] * 6
     dataset.close()
+
+
+def test_one_column_of_several_names(tmp_path: Path) -> None:
+    samples = {f"k{n}": {"id": b"%d" % n} | {name: b"%s%d" % (name.encode(), n) for name in names} for n, names in
+               enumerate([["jpg"], ["png"], ["png", "jpg"], ["jpg", "webp"], ["webp"]])}  # fmt: skip
+    samples["odd"] = {"id": b"9"}
+    (tmp_path / "a.tar").write_bytes(tar_of(samples))
+    (tmp_path / "b.tar").write_bytes(tar_of({"only": {"id": b"5", "png": b"png5"}}))
+    cache = fastload.Cache(tmp_path / "cache", ram_bytes="32MiB", disk_bytes=0, service="inprocess")
+    with cache:
+        urls = [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
+        dataset = fastload.StreamingDataset(urls, cache=cache, shuffle=False, columns=["JPG;png;webp?", "id"])
+        found = {int(bytes(sample["id"])): sample["JPG;png;webp"] for sample in dataset}
+        expected = {0: b"jpg0", 1: b"png1", 2: b"jpg2", 3: b"jpg3", 4: b"webp4", 9: None, 5: b"png5"}
+        assert {number: value if value is None else bytes(value) for number, value in found.items()} == expected
+        with pytest.raises(MissingColumnError, match=r"sample 'odd', column 'jpg;png;webp': the sample has no such"):
+            list(fastload.StreamingDataset(urls, cache=cache, shuffle=False, columns=["jpg;png;webp"]))
+        with pytest.raises(ConfigError, match="'jpg;' is not a name"):
+            fastload.StreamingDataset(urls, cache=cache, columns=["jpg;"])

@@ -329,6 +329,10 @@ def _channels(name: str, given: Channels | None, default: float) -> Channels:
         raise ConfigError(f"{name}={given!r} is not three finite numbers")
     if name == "std" and min(red, green, blue) <= 0:
         raise ConfigError(f"std={given!r}: a standard deviation is above 0")
+    if name in ("mean", "std") and max(red, green, blue) > 1:
+        raise ConfigError(
+            f"{name}={given!r}: that is of levels from 0 to 255, and here they are from 0 to 1; divide it by 255"
+        )
     return red, green, blue
 
 

@@ -109,7 +109,7 @@ def _columns(argument: str, texts: Iterable[object]) -> dict[str, _Column]:
     texts, columns = list(texts), dict[str, _Column]()
     for text in texts:
         name = text.removesuffix("?") if isinstance(text, str) else ""
-        if not isinstance(text, str) or name[:1] in ("", "."):
+        if not isinstance(text, str) or any(part[:1] in ("", ".") for part in name.split(";")):
             raise ConfigError(f"{argument}={texts!r}: {text!r} is not a name such as 'jpg', without a dot")
         if name in (KEY, URL):
             raise ConfigError(

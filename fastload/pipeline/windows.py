@@ -81,9 +81,12 @@ class Window:
     def columns(self) -> tuple[str, ...]:
         """The names of all columns in these shards, in the order in which they first appear."""
         with self._lock:
-            if self._columns is None:
-                self._columns = tuple(dict.fromkeys(name for index in self.indexes for name in _columns_of(index)))
-            return self._columns
+            return self._columns_here()
+
+    def _columns_here(self) -> tuple[str, ...]:
+        if self._columns is None:
+            self._columns = tuple(dict.fromkeys(name for index in self.indexes for name in _columns_of(index)))
+        return self._columns
 
     @property
     def is_sparse(self) -> bool:
@@ -114,6 +117,27 @@ class Window:
         return missing
 
     def _places_of(self, columns: tuple[str, ...]) -> Ints:
+        choices = [self._choices(name) for name in columns]
+        each = tuple(dict.fromkeys(name for names in choices for name in names))
+        table = self._places_of_each(each)
+        if each == columns:
+            return table
+        # Of several names for one column the first counts that a sample has.
+        chosen = np.empty((len(table), 1 + 2 * len(columns)), np.int64)
+        chosen[:, 0] = table[:, 0]
+        for number, names in enumerate(choices):
+            at = [1 + 2 * each.index(name) for name in names]
+            found = table[:, at[-1] : at[-1] + 2]
+            for place in reversed(at[:-1]):
+                found = np.where(table[:, place : place + 1] >= 0, table[:, place : place + 2], found)
+            chosen[:, 1 + 2 * number : 3 + 2 * number] = found
+        return chosen
+
+    def _choices(self, column: str) -> list[str]:
+        """The names of members that a column may stand for: `jpg;png` for two, unless there is one called so."""
+        return [column] if ";" not in column or column in self._columns_here() else column.split(";")
+
+    def _places_of_each(self, columns: tuple[str, ...]) -> Ints:
         table = np.empty((int(self._base[-1]), 1 + 2 * len(columns)), np.int64)
         numbers = {name: number for number, name in enumerate(columns)}
         for index, first_chunk, base in zip(self.indexes, self.first_chunk.tolist(), self._base.tolist(), strict=False):
