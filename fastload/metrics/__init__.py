@@ -11,6 +11,6 @@ so the daemon's loop may call it.
 
 from __future__ import annotations
 
-from fastload.metrics.serving import LISTEN, Serving, serve
+from fastload.metrics.serving import Serving, serve
 
-__all__ = ["LISTEN", "Serving", "serve"]
+__all__ = ["Serving", "serve"]

@@ -54,7 +54,12 @@ def record(folder: Path) -> dict[str, Any]:
         fastload.files.ObjectFile,
         fastload.decode.Decoder,
     ]
-    modules = {"fastload": fastload, "fastload.decode": fastload.decode, "fastload.files": fastload.files}
+    modules = {
+        "fastload": fastload,
+        "fastload.decode": fastload.decode,
+        "fastload.files": fastload.files,
+        "fastload.metrics": fastload.metrics,
+    }
     return {
         "names": {name: sorted(module.__all__) for name, module in modules.items()},
         "functions": {
