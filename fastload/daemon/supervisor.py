@@ -216,25 +216,43 @@ class Supervisor:
 
     def submit(self, job: dict[str, Any], done: Callable[[str, BaseException | None], None]) -> None:
         """Take one more, in place of another one of its name, and keep it before `done`."""
-        table = data_table(job, None)
+
+        def checked(table: DataTable | None, error: BaseException | None) -> None:
+            if error is None and table is not None:
+                error = self._refusal(table)
+            if error is not None or table is None:
+                done("", error)
+            else:
+                self._admit(table, done)
+
+        self._keeper.submit(data_table, job, None, done=checked)  # it may name a million shards
+
+    def _refusal(self, table: DataTable) -> ConfigError | None:
         if any(each.table.name == table.name for each in self._jobs.values() if not each.is_submitted):
-            raise ConfigError(f'the daemon\'s configuration has a data set "{table.name}"; give the job another name')
-        number, before = job_id(table), dict(self._jobs)
-        if number in self._jobs:
-            self._jobs[number].retry(time.monotonic(), time.time())
-        else:
-            for each in [each for each in self._jobs.values() if each.table.name == table.name]:
-                self._end_child(each)
-                del self._jobs[each.id]
+            return ConfigError(f'the daemon\'s configuration has a data set "{table.name}"; give the job another name')
+        return None
+
+    def _admit(self, table: DataTable, done: Callable[[str, BaseException | None], None]) -> None:
+        number = job_id(table)
+        replaced = [job for job in self._jobs.values() if job.table.name == table.name and job.id != number]
+        is_new = number not in self._jobs
+        for each in replaced:
+            self._end_child(each)
+            del self._jobs[each.id]
+        if is_new:
             self._jobs[number] = Job(number, table, is_submitted=True, since=time.time(), due_at=time.monotonic())
+        else:
+            self._jobs[number].retry(time.monotonic(), time.time())
 
         def kept(error: BaseException | None) -> None:
-            if error is not None:
-                self._jobs = before
+            if error is None:
+                log.info("job %s (%s) was submitted", number, table.name)
+                done(number, None)
+            else:
+                if is_new:
+                    self._end_child(self._jobs.pop(number))
+                self._jobs |= {each.id: each for each in replaced}
                 done("", CacheError(f"the job cannot be stored in {self._directory.path}: {error}; make room there"))
-                return
-            log.info("job %s (%s) was submitted", number, table.name)
-            done(number, None)
             self._wake()
 
         self._keep(kept)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import struct
@@ -94,6 +95,11 @@ def test_without_a_configuration_it_serves_and_takes_jobs(s3, place: Path) -> No
         assert submit(place, {"name": "a", "urls": [url]}) == number
         job = daemon.wait_done(number)
         assert (job.name, job.is_submitted, job.held_bytes) == ("a", True, data.byte_count)
+        other = submit(place, {"name": "a", "urls": [url], "priority": 1})
+        assert other != number
+        daemon.wait_done(other)
+        assert [each.id for each in daemon.snapshot().jobs] == [other]
+        assert submit(place, {"name": "a", "urls": [url]}) == number
         with Operator.connect(place, "test") as operator:
             operator.retry_job("a")
             assert daemon.wait_done("a").fetched_bytes == 0
@@ -144,15 +150,20 @@ def test_one_that_is_wrong_does_not_hold_up_the_others(s3, place: Path, tmp_path
         assert "1 of 3 shards failed" in shard.error or "1 of 4 shards failed" in shard.error
         assert list(shard.failed) == [url + "shard-0002.tar"]
         assert shard.held_bytes == data.byte_count - len(data.shards["shard-0002.tar"])
-        assert shard.next_at > time.time()
-        troubles = daemon.snapshot().troubles
-        assert all(any(f"job {name}: " in trouble for trouble in troubles) for name in errors)
+        assert shard.next_at > 0
+        troubles: set[str] = set()
+
+        def are_named() -> bool:  # while one is tried again it is no trouble
+            troubles.update(daemon.snapshot().troubles)
+            return all(any(f"job {name}: " in trouble for trouble in troubles) for name in errors)
+
+        until(are_named)
         # It is tried again, and then it is there.
         s3.put("data/shard-0002.tar", data.shards["shard-0002.tar"])
         done = daemon.wait_done("shard")
         assert done.held_bytes == data.byte_count
         assert done.fetched_bytes == len(data.shards["shard-0002.tar"])
-    everything = "".join(daemon.lines) + json.dumps(troubles)
+    everything = "".join(daemon.lines) + json.dumps(sorted(troubles))
     assert "geheim" not in everything
 
 
@@ -428,8 +439,9 @@ def test_killed_ten_times_it_fetches_nothing_twice_but_what_was_in_flight(s3, pl
     children: set[int] = set()
     with Proxy(s3.server.endpoint_url, Profile(0.0, total_bytes_per_s=250_000)) as proxy:
         environ = {**os.environ, "AWS_ENDPOINT_URL": proxy.url}
-        with Daemon(place, LIMITS, env=environ):
-            number = submit(place, {"name": "all", "urls": [url]})
+        daemon = Daemon(place, LIMITS, env=environ).start()
+        number = submit(place, {"name": "all", "urls": [url]})
+        daemon.kill()
         while len(killed_at) < KILLS:
             daemon = Daemon(place, LIMITS, env=environ).start()
             before = daemon.wait_for(number, lambda job: job.state == "warming")
@@ -612,6 +624,14 @@ def test_no_secret_shows(s3, place: Path) -> None:
         assert (place / "jobs.json").stat().st_mode & 0o077 == 0
 
 
+def test_a_directory_that_is_removed_ends_it_with_an_error(place: Path) -> None:
+    daemon = Daemon(place, LIMITS).start()
+    shutil.rmtree(place)
+    assert daemon.program.wait() == 1
+    assert daemon.stop() == 1
+    assert "was removed or emptied; start the daemon again" in "".join(daemon.lines)
+
+
 def test_jobs_that_cannot_be_read_are_put_aside(place: Path) -> None:
     (place / "jobs.json").write_text("{broken")
     with Daemon(place, LIMITS) as daemon:
@@ -645,10 +665,12 @@ def test_jobs_are_listed_shown_cancelled_and_tried_again(s3, place: Path) -> Non
         daemon.wait_done("train")
         daemon.wait_for("bad", lambda job: job.state == "failed")
         listed = json.loads(jobs("ls", "--json").stdout)
-        assert [(job["id"], job["state"]) for job in listed] == [("train", "done"), ("bad", "failed")]
-        lines = jobs("ls").stdout.splitlines()
+        assert [job["id"] for job in listed] == ["train", "bad"]
+        assert listed[0]["state"] == "done"
+        lines: list[str] = []
+        # It is being tried again now and then.
+        until(lambda: lines.extend(jobs("ls").stdout.splitlines()) or "ObjectMissingError" in lines[-1])
         assert lines[0].split()[:4] == ["job", "data", "set", "state"]
-        assert "ObjectMissingError" in lines[2]
         shown = jobs("show", "train").stdout
         assert f"urls:        {url}\n" in shown
         assert "state:       done\n" in shown
