@@ -311,13 +311,15 @@ class Core:
         if self._closed:
             return
         beginning = {chunk.entry.origin for each in self.consumers for chunk in each.waits_to_begin()}
+        for chunk in self.warming.begin_turn(self._residency.loading, beginning):
+            self._residency.give_up(chunk)
         capacity = Capacity(
             self._residency.reads.idle,
             self._fetches.idle,
             self._endpoints.free_at,
             lambda name: self._endpoints.reserved_at(name) if name in beginning else 0,
+            self.warming.in_flight_at,
         )
-        self.warming.begin_turn(self._residency.loading, beginning)
         quick = self._disk_is_quick()
         actions = scheduler.decide(
             self._candidates.by_need(),

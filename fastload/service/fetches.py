@@ -123,6 +123,14 @@ class Fetches:
             self.counters["hedges_won"] += request.is_hedge
         self._ended.pop(chunk)(chunk, error)
 
+    def give_up(self, chunk: Chunk) -> None:
+        """End its requests; `ended` is not called, and their buffers are given back when their threads have left."""
+        for request in self._requests.pop(chunk):
+            request.lost = True
+            request.endpoint.in_flight -= 1
+            request.watch.cancel()
+        del self._ended[chunk]
+
     def _take(self, chunk: Chunk, buffer: int) -> None:
         """The chunk is in `buffer` from now on; the one that it had is that of a request which will give it back."""
         if chunk.buffer != buffer:

@@ -591,9 +591,9 @@ class Endpoints:
         return sum(endpoint.in_flight for endpoint in self._endpoints.values())
 
     def free_at(self, name: str) -> int:
-        """How many more requests may be sent to an endpoint now."""
+        """How many more requests may be sent to an endpoint now; less than 0 where more are in flight than may be."""
         found = self._endpoints.get(name)
-        return self._new(name).controller.limit if found is None else found.free
+        return self._new(name).controller.limit if found is None else found.controller.limit - found.in_flight
 
     def reserved_at(self, name: str) -> int:
         """How many of those places are not for what is fetched ahead, while what a consumer reads first is on its way

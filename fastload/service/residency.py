@@ -147,6 +147,16 @@ class Residency:
         self._leases.failed(chunk, error)
         self._objects.forget_if_idle(chunk.entry)
 
+    def give_up(self, chunk: Chunk) -> None:
+        """Fetch it no more for warm plans, which come back to it. Its buffer is free when the request has ended."""
+        self._fetches.give_up(chunk)
+        self.loading.discard(chunk)
+        self._table.quarantine(chunk)
+        chunk.abort_load()
+        for plan in self._plans.warm():
+            plan.put_back(chunk)
+        self._shared.gone(chunk)
+
     def _read_given_up(self, chunk: Chunk) -> Done:
         """Its buffer is lost until the read returns, and it is loaded anew, if only for those who want it."""
         buffer = self._table.quarantine(chunk)

@@ -107,14 +107,16 @@ Action = Load | Drop | RecallChunk
 
 @dataclass(slots=True)
 class Capacity:
-    """Threads free to read from either tier. `free_at(endpoint)` is how many requests that may be sent now, and
-    `reserved_at(endpoint)` how many of these not for what is fetched ahead.
+    """Threads free to read from either tier. `free_at(endpoint)` is how many requests that may be sent now,
+    `reserved_at(endpoint)` how many of these not for what is fetched ahead, and `warming_at(endpoint)` how many of
+    those in flight are for warming, which takes no place from jobs.
     """
 
     disk: int
     remote: int
     free_at: Callable[[str], int] = lambda endpoint: 1 << 30
     reserved_at: Callable[[str], int] = lambda endpoint: 0
+    warming_at: Callable[[str], int] = lambda endpoint: 0
     _taken: Counter[str] = field(default_factory=Counter)
 
     def has(self, candidate: Candidate) -> bool:
@@ -122,8 +124,12 @@ class Capacity:
         if candidate.on_disk:
             return self.disk > 0
         endpoint = candidate.entry.origin
-        reserved = self.reserved_at(endpoint) if candidate.need >= Need.PREFETCHED else 0
-        return self.remote > 0 and self._taken[endpoint] < self.free_at(endpoint) - reserved
+        free = self.free_at(endpoint)
+        if candidate.need >= Need.PREFETCHED:
+            free -= self.reserved_at(endpoint)
+        if candidate.need < Need.WARMING:
+            free += self.warming_at(endpoint)
+        return self.remote > 0 and self._taken[endpoint] < free
 
     def take(self, candidate: Candidate) -> bool:
         """Use one, if there is one."""

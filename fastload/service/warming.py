@@ -8,6 +8,7 @@ that came. What a job wants as well is the job's.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator
 from itertools import chain
 from typing import TypeGuard
@@ -36,7 +37,8 @@ class Warming:
         self._shared, self._plans, self._table, self._writer = shared, shared.plans, shared.table, writer
         self._endpoints = endpoints
         self._limit = WarmingLimit(self._now())
-        self._in_flight: set[Chunk] = set()  # what was begun for warm-ups; some of it may be a job's by now
+        self._in_flight: dict[Chunk, float] = {}  # begun for warm-ups, and when; some of it may be a job's by now
+        self._counts: Counter[str] = Counter()  # of those that are not a job's, by endpoint
         self._turn: Turn | None = None  # None: there is nothing to hold back
 
     # Limits and manners
@@ -46,15 +48,16 @@ class Warming:
         self._limit.change(bytes_per_s, requests, self._now())
         self._changed()
 
-    def begin_turn(self, loading: Collection[Chunk], beginning: Collection[str]) -> None:
+    def begin_turn(self, loading: Collection[Chunk], beginning: Collection[str]) -> list[Chunk]:
         """Look at what jobs do, for the decision that follows. `loading`: what is being loaded; `beginning`: the
-        endpoints that jobs wait for to begin.
+        endpoints that jobs wait for to begin. Returns what is to be given up of it.
         """
         self._turn = None
         warm_ups = [plan for plan in self._plans.warm() if plan.terms is not None]
-        self._in_flight.intersection_update(loading)
+        self._in_flight = {chunk: at for chunk, at in self._in_flight.items() if chunk in loading}
+        self._counts.clear()
         if not warm_ups:
-            return
+            return []
         for plan in warm_ups:
             plan.more_to_look_at = False
         remote = [chunk for chunk in loading if chunk.source == SOURCE_REMOTE]
@@ -64,13 +67,32 @@ class Warming:
             for chunk in chain(self._shared.leases.demanded, self._shared.leases.wanted)
             if _is_wanted_by_job(chunk) and not self._shared.on_disk(chunk.entry, chunk.index)
         ]
+        now = self._now()
         waited_for = {chunk.entry.origin for chunk in chain(of_jobs, to_come) if _is_waited_for_by_job(chunk)}
-        self._limit.observe(bool(of_jobs or to_come), {*waited_for, *beginning}, self._now())
+        self._limit.observe(bool(of_jobs or to_come), {*waited_for, *beginning}, now)
+        own = {chunk: at for chunk, at in self._in_flight.items() if chunk not in of_jobs}
+        of_no_plan = [chunk for chunk in own if not self._is_planned_by_job(chunk)]
+        sizes = [(own[chunk], chunk.length) for chunk in of_no_plan]
+        excess = self._limit.excess(sizes, self._endpoints.links, now)
+        given_up = of_no_plan[len(of_no_plan) - excess :]
+        for chunk in given_up:
+            del own[chunk], self._in_flight[chunk]
         in_flight: dict[str, InFlight] = {}
-        for chunk in self._in_flight - of_jobs:
+        for chunk in own:
             before = in_flight.get(chunk.entry.origin, InFlight())
             in_flight[chunk.entry.origin] = InFlight(before.count + 1, before.byte_count + chunk.length)
-        self._turn = self._limit.turn(in_flight, self._endpoints.links, self._now())
+            self._counts[chunk.entry.origin] += 1
+        self._turn = self._limit.turn(in_flight, self._endpoints.links, now)
+        return given_up
+
+    def in_flight_at(self, endpoint: str) -> int:
+        """How many requests of warm-ups are in flight there."""
+        return self._counts[endpoint]
+
+    def _is_planned_by_job(self, chunk: Chunk) -> bool:
+        """Whether a job will read it, so that it is no loss that it comes first."""
+        positions = ((plan, plan.position(chunk.entry, chunk.index)) for plan in self._plans.to_read())
+        return any(position >= plan.cursor for plan, position in positions)
 
     def admits_want(self, chunk: Chunk) -> bool:
         """Whether to load a chunk that consumers want: one that a job wants in any case."""
@@ -107,7 +129,7 @@ class Warming:
         plan = candidate.plan
         if candidate.on_disk or not _is_warm_up(plan) or _is_wanted_by_job(chunk):
             return
-        self._in_flight.add(chunk)
+        self._in_flight[chunk] = self._now()
         self._limit.began(chunk.entry.origin, chunk.length, plan.budget, self._endpoints.links, self._now())
 
     # Chunks and plans

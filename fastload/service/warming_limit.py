@@ -1,7 +1,6 @@
 """How much warming may ask of stores now: its manners beside jobs that train, and its limits. Pure: time is passed in.
 
-*Manners*. What jobs read comes first, and a request that was sent cannot be taken back: what warming has in flight is
-what a job may find itself behind. So:
+*Manners*. What jobs read comes first, and what warming has in flight is what a job may find itself behind. So:
 
     alone      No job has used a store for some seconds: as much as the endpoint takes.
     beside     Jobs do: what warming has in flight is at most a quarter of a second of the node's link, or one request
@@ -11,6 +10,9 @@ what a job may find itself behind. So:
                it as it took.
     trickle    The same, for a chunk from this endpoint: one request at a time, and no more than a twentieth of what the
                endpoint gives. So warming never starves wholly, and the job does not notice.
+
+Where a job begins to wait while warming has more than a second of the link in flight, as on a slow link, most of that
+is given up (`excess`), and fetched again later.
 
 *Limits* are bytes a second, of all warm plans together and of each, and requests in flight.
 
@@ -24,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from fastload.service.rate_budget import RateBudget
@@ -34,6 +36,8 @@ from fastload.service.rate_budget import RateBudget
 _USED_S, _WAITED_S = 10.0, 0.5
 # Of the link: what warming may have in flight beside jobs, in seconds, and what a trickle may take.
 _BESIDE_S, _TRICKLE_SHARE = 0.25, 0.05
+# What is in flight when a job begins to wait may take so long yet: to give it up costs the bytes that have come of it.
+_EXCESS_S = 1.0
 # While nothing was measured, the time between two requests of a trickle.
 _TRICKLE_UNMEASURED_S = 1.0
 # What a limit leaves unused may be used so much later: more would show as a burst, less would be lost where the loop is
@@ -114,6 +118,24 @@ class WarmingLimit:
         self._endpoints = {name: seen for name, seen in self._endpoints.items() if seen.matters(now)}
         return Turn(self, in_flight, links, now)
 
+    def excess(self, in_flight: Sequence[tuple[float, int]], links: Links, now: float) -> int:
+        """How many of the requests of warming to give up, the newest first, since a job waits. They are when each began
+        and its bytes, the oldest first.
+        """
+        if not in_flight or not any(seen.waited_at >= now for seen in self._endpoints.values()):
+            return 0
+        total = sum(byte_count for _, byte_count in in_flight)
+        # Where nothing was measured, no more can have come than all of them, since the oldest began.
+        link = links.of_node or total / max(1e-3, now - in_flight[0][0])
+        if total <= _EXCESS_S * link:
+            return 0
+        count = 0
+        for _, byte_count in reversed(in_flight[1:]):
+            if total <= _BESIDE_S * link:
+                break
+            total, count = total - byte_count, count + 1
+        return count
+
     def began(self, endpoint: str, byte_count: int, budget: RateBudget, links: Links, now: float) -> None:
         """A request was begun; `budget` is that of its plan."""
         for each in (self._budget, budget):
@@ -184,33 +206,41 @@ class Turn:
         return wait_s <= 0
 
 
-# A window of the meter is so long at least, and what came in it counts for so long.
-_WINDOW_S, _REMEMBERED_S = 0.5, 30.0
+# A window of the meter is so long, with so many requests that ended in it: those that began together end together. What
+# came in it counts for so long.
+_WINDOW_S, _WINDOW_COUNT, _REMEMBERED_S = 0.5, 8, 30.0
+# One that ended since nothing more was asked for may be shorter.
+_WINDOW_S_MIN = 0.05
 
 
 class LinkMeter:
-    """What a link or an endpoint gives, in bytes a second: the most that came in a window of half a second or more."""
+    """What a link or an endpoint gives, in bytes a second: the most that came in a window, lately."""
 
     def __init__(self) -> None:
-        self._began, self._byte_count = -math.inf, 0
+        self._began = self._ended = -math.inf
+        self._byte_count = self._count = 0
         self._rates: deque[tuple[float, float]] = deque()  # when and how much, falling
 
     def began(self, now: float) -> None:
         """A request was begun where none was in flight: the time before that says nothing."""
-        self._began, self._byte_count = now, 0
+        if self._count and self._ended - self._began >= _WINDOW_S_MIN:
+            self._close()
+        self._began, self._byte_count, self._count = now, 0, 0
 
     def came(self, byte_count: int, now: float) -> None:
         """A request has brought so many bytes."""
-        self._byte_count += byte_count
-        if now - self._began < _WINDOW_S:
-            return
-        rate = self._byte_count / (now - self._began)
-        self._began, self._byte_count = now, 0
+        self._byte_count, self._count, self._ended = self._byte_count + byte_count, self._count + 1, now
+        if self._count >= _WINDOW_COUNT and now - self._began >= _WINDOW_S:
+            self._close()
+            self._began, self._byte_count, self._count = now, 0, 0
+
+    def _close(self) -> None:
+        rate = self._byte_count / (self._ended - self._began)
         while self._rates and self._rates[-1][1] <= rate:
             self._rates.pop()
-        while self._rates and self._rates[0][0] < now - _REMEMBERED_S:
+        while self._rates and self._rates[0][0] < self._ended - _REMEMBERED_S:
             self._rates.popleft()
-        self._rates.append((now, rate))
+        self._rates.append((self._ended, rate))
 
     @property
     def bytes_per_s(self) -> float:

@@ -141,6 +141,7 @@ class Network:
         if self._was_cancelled(node, request):
             return
         request.timer = None
+        self._prune(node)
         self._when_awake(node, request, self._seen)
         node.move_to(self._loop.time())
         heapq.heappush(node.bodies, (node.got + request.byte_count, next(self._numbers), request))

@@ -10,6 +10,8 @@ import pytest
 from fastload import protocol
 from fastload.cache import ChunkKey
 from fastload.errors import AccessDeniedError, ObjectMissingError, StoreError, StoreUnavailableError
+from fastload.service import warming_limit
+from fastload.service.fetches import Fetches
 from fastload.service.state import ConsumerState
 from fastload.store.types import ObjectInfo
 from tests.service.virtual_core import CHUNK_BYTES, VirtualCore
@@ -83,7 +85,12 @@ class Someone:
     def plan(self) -> None:
         self.position = 0
         objects = self.draw.sample(range(len(OBJECTS)), self.draw.randint(0, len(OBJECTS)))
-        self.say(protocol.SetPlan(objects, self.draw.randint(0, 3), self.draw.random() < 0.3, 0))
+        terms = protocol.WarmTerms(
+            self.draw.choice([0, 0, 10**6]), self.draw.randint(0, 2), 0.0, self.draw.random() < 0.5
+        )
+        is_warm_up = self.draw.random() < 0.7
+        is_warm = self.draw.random() < 0.3
+        self.say(protocol.SetPlan(objects, self.draw.randint(0, 3), is_warm, 0, terms if is_warm_up else None))
 
     def go_on(self) -> None:
         self.position += self.draw.randint(1, 5)
@@ -152,6 +159,47 @@ def pinned_chunks(world: VirtualCore) -> tuple[dict[str, set[bytes]], set[ChunkK
     """What is pinned by which pin, and which chunks of that the disk holds."""
     pins = {pin.name: set(pin.sizes) for pin in world.core._shared.pins}
     return pins, {key for key in world.disk.keys() if any(key.object_id in ids for ids in pins.values())}  # noqa: SIM118
+
+
+class WarmUp(Someone):
+    """A warm-up of data that was never seen before, and now and then of others."""
+
+    def act(self) -> None:
+        if self.draw.random() < 0.3:
+            name = self.draw.random()
+            objects = [ObjectInfo(f"s3://b/{name}-{number}", 3 * CHUNK_BYTES, "etag") for number in range(8)]
+            self.say(protocol.Attach(True, True, protocol.ObjectRows.of(objects)))
+            terms = protocol.WarmTerms(self.draw.choice([0, 0, 10**6]), 0, 0.0, self.draw.random() < 0.5)
+            self.say(protocol.SetPlan(list(range(8)), 0, True, 0, terms))
+        elif self.draw.random() < 0.3:
+            self.serial += 1
+            self.say(protocol.Want([self.draw.randrange(8)], self.serial, True))
+
+
+def test_what_is_given_up_of_warm_ups_comes_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little they have in flight when somebody waits, and however lately somebody did."""
+    for name, seconds in (("_EXCESS_S", 0.02), ("_USED_S", 0.0), ("_WAITED_S", 0.001)):
+        monkeypatch.setattr(warming_limit, name, seconds)
+    given_up = list[object]()
+    give_up = Fetches.give_up
+    monkeypatch.setattr(Fetches, "give_up", lambda self, chunk: (given_up.append(chunk), give_up(self, chunk)))
+    for seed in range(4):
+        draw = random.Random(seed)
+        world = VirtualCore(draw, draw.choice([4, 16, 32]), draw.choice([0, 40, 100]))
+        world.stores.fail_share, world.disk.fail_share = draw.choice([0.0, 0.1]), draw.choice([0.0, 0.1])
+        present = [WarmUp(world, draw, {}), Someone(world, draw, {}), WarmUp(world, draw, draw.choice(OPTIONS))]
+        for _ in range(100):
+            for each in present:
+                if isinstance(each, WarmUp) or draw.random() < 0.3:
+                    each.act()
+            world.run(draw.choice([0.0, 0.01, 0.1, 1.0]))
+        world.stores.fail_share = 0.0
+        for each in present:
+            each.leave()
+        world.run(5000.0)
+        assert world.core._table.quarantined_count == 0
+        assert not world.core._residency.loading
+    assert len(given_up) > 5
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -207,3 +207,42 @@ def test_a_full_cache_that_holds_a_long_plan_says_so_at_once(tmp_path: Path, mon
         assert warm_up.progress.done_chunks == 32
 
     world.run(work)
+
+
+def test_what_a_slow_link_has_in_flight_is_given_up_when_a_job_waits_and_fetched_later(world: World) -> None:
+    async def work(core: Core) -> None:
+        with world.held_back() as gate:
+            warm_up = WarmUp(core, world.objects)
+            warm_up.warm(1)
+            await sleep(2.0)
+            assert reads_of(world, 1) == 8
+            job = Side(core, world.objects)
+            job.want(0)
+            await settle()
+            assert reads_of(world, 0) == 1
+            assert len(core.warming._in_flight) == 1
+            assert core._endpoints.in_flight == 2
+            gate.set()
+        await until(lambda: warm_up.is_finished, "it is fetched again")
+        assert warm_up.progress.held_bytes == 8 * CHUNK_BYTES
+        assert core._table.quarantined_count == 0
+        assert reads_of(world, 1) == 8 + 7
+
+    world.run(work)
+
+
+def test_what_the_job_will_read_itself_is_not_given_up(world: World) -> None:
+    async def work(core: Core) -> None:
+        with world.held_back():
+            warm_up = WarmUp(core, world.objects)
+            warm_up.warm(1)
+            await sleep(2.0)
+            job = Side(core, world.objects)
+            job.plan(0, 1)
+            job.want(0)
+            await sleep(2.0)
+            assert (reads_of(world, 0), reads_of(world, 1)) == (1 + 3, 8), "the job's own come beside them"
+        await until(lambda: warm_up.is_finished, "it is there")
+        assert reads_of(world, 1) == 8
+
+    world.run(work)

@@ -201,25 +201,55 @@ def test_of_endpoints_that_are_over_nothing_is_kept() -> None:
 def test_a_steady_link_is_measured(rate: int, chunk: int) -> None:
     meter, now = LinkMeter(), 5.0
     meter.began(now)
-    while now < 5.0 + max(2.0, 3 * chunk / rate):
+    while now < 5.0 + max(2.0, 10 * chunk / rate):
         now += max(0.01, chunk / rate)
         meter.came(int(max(0.01 * rate, chunk)), now)
     assert meter.bytes_per_s == pytest.approx(rate, rel=0.01)
 
 
+@pytest.mark.parametrize("rate", [10 * MB, 200 * MB])
+def test_requests_that_end_together_are_measured_together(rate: int) -> None:
+    """Eight that began together share the link, and end at the same time."""
+    meter, now = LinkMeter(), 0.0
+    meter.began(now)
+    for _ in range(10):
+        now += 8 * 8 * MB / rate
+        for _ in range(8):
+            meter.came(8 * MB, now)
+    assert meter.bytes_per_s == pytest.approx(rate, rel=0.15)
+
+
 def test_what_came_when_most_came_counts_for_a_while() -> None:
+    meter, now = LinkMeter(), 0.0
+
+    def second(chunk_mb: int) -> None:
+        nonlocal now
+        for _ in range(10):
+            now += 0.1
+            meter.came(chunk_mb * MB // 10, now)
+
+    meter.began(now)
+    second(50)
+    now = 100.0
+    meter.began(now)  # nothing was in flight meanwhile
+    second(5)
+    assert meter.bytes_per_s == pytest.approx(5 * MB, rel=0.01), "not the link of a minute ago"
+    second(30)
+    second(30)
+    for _ in range(25):
+        second(10)
+    assert meter.bytes_per_s == pytest.approx(30 * MB, rel=0.01)
+    for _ in range(10):
+        second(10)
+    assert meter.bytes_per_s == pytest.approx(10 * MB, rel=0.01)
+
+
+def test_a_request_now_and_then_is_measured_without_the_pauses() -> None:
     meter = LinkMeter()
-    meter.began(0.0)
-    meter.came(50 * MB, 1.0)
-    meter.began(100.0)  # nothing was in flight meanwhile
-    meter.came(5 * MB, 101.0)
-    assert meter.bytes_per_s == 5 * MB, "the link of a minute ago"
-    meter.came(30 * MB, 102.0)
-    for second in range(103, 130):
-        meter.came(10 * MB, float(second))
-    assert meter.bytes_per_s == 30 * MB
-    meter.came(10 * MB, 133.0)
-    assert meter.bytes_per_s < 11 * MB
+    for begin in (0.0, 100.0, 200.0):
+        meter.began(begin)
+        meter.came(8 * MB, begin + 1.0)
+    assert meter.bytes_per_s == 8 * MB
 
 
 def test_nothing_is_known_before_anything_came() -> None:
@@ -228,3 +258,25 @@ def test_nothing_is_known_before_anything_came() -> None:
     meter.began(0.0)
     meter.came(MB, 0.1)
     assert meter.bytes_per_s == 0
+
+
+# What is in flight when a job comes
+
+
+@given(st.floats(MB, 2000 * MB), st.lists(st.floats(0, 20), min_size=1, max_size=32), st.booleans(), st.booleans())
+def test_what_is_given_up_leaves_a_quarter_of_a_second(
+    link: float, began: list[float], waits: bool, is_measured: bool
+) -> None:
+    limit, now = WarmingLimit(0.0), 20.0
+    requests = [(at, 8 * MB) for at in sorted(began)]
+    limit.observe(True, [THERE] if waits else [], now)
+    count = limit.excess(requests, links(link) if is_measured else Links(), now)
+    left = len(requests) - count
+    assert left >= 1
+    if not waits:
+        assert count == 0
+    elif is_measured:
+        assert (count > 0) == (len(requests) > 1 and len(requests) * 8 * MB > link)
+        assert count == 0 or left == 1 or left * 8 * MB <= 0.25 * link
+    else:  # what has not come in a second will not come in the next
+        assert (count > 0) == (len(requests) > 1 and now - requests[0][0] > 1.0)
