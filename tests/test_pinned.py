@@ -194,6 +194,33 @@ def test_pins_without_a_disk_tier_without_a_service_of_the_directory_and_mistake
         assert cache.unpin(data[1]) == data[0].byte_count
 
 
+def test_a_service_that_replaces_another_learns_names_and_says_what_it_holds(
+    tmp_path: Path, data: tuple[Corpus, str]
+) -> None:
+    with (
+        fastload.Cache(tmp_path / "cache", disk_bytes="64MiB", **RAM) as cache,
+        cache._handle.consumer(name="job") as consumer,
+    ):
+        consumer.attach(consumer.resolve([data[1]], (".tar",)))
+        consumer.label("mine")
+        assert consumer.held().held_bytes == 0
+        consumer.acquire([0]).close()
+        assert list(data_sets(cache)) == ["mine"]
+        kill_service(tmp_path / "cache")
+        held = consumer.held()
+        assert held.byte_count == data[0].byte_count
+        assert held.held_bytes in (0, min(CHUNK_BYTES, data[0].byte_count))  # as far as it had come to disk
+        consumer.release([0])
+        consumer.acquire([1]).close()
+        assert "mine" in data_sets(cache)
+        fill(data[1], cache)
+        held = consumer.held()
+        assert held.disk_bytes == held.held_bytes == held.byte_count
+        assert held.pinned_bytes == 0
+        consumer.pin("mine")
+        assert consumer.held().pinned_bytes == data[0].byte_count
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB."""

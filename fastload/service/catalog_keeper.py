@@ -165,12 +165,16 @@ class CatalogKeeper:
 
     def note(self, entry: ObjectEntry, used_at: float) -> None:
         """The object is to be in the catalog, and was used at that time."""
+        if self._catalog is None:
+            return
         self._pending.objects[entry.id] = entry, used_at
         self._pending.forgotten.pop(entry.id, None)
         self._write_later()
 
     def forget(self, object_id: bytes) -> None:
         """The object is not to be in the catalog."""
+        if self._catalog is None:
+            return
         self._pending.objects.pop(object_id, None)
         self._pending.forgotten[object_id] = None
         self._write_later()
@@ -181,6 +185,8 @@ class CatalogKeeper:
 
     def pin_used(self, name: str, at: float) -> None:
         """A pin was used at that time."""
+        if self._catalog is None:
+            return
         self._pending.pin_uses[name] = at
         self._write_later()
 
