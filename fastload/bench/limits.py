@@ -80,6 +80,7 @@ def store(objects: Sequence[ObjectInfo], options: StoreOptions, budget: Budget, 
         Figure(name="first byte, p50", unit="s", values=[statistics.median(first)], better="less"),
         Figure(name="first byte, p99", unit="s", values=[max(first)], better="less"),
         Figure(name="goodput of one request at a time", unit="B/s", values=[rates[1]], better="more"),
+        Figure(name="rate of a connection", unit="B/s", values=[_connection(sizes[1], rates[1], first)], better="more"),
         Figure(name="requests at the bend", unit="", values=[float(bend)]),
         Figure(name="bytes a request at the bend", unit="B", values=[sizes[bend]]),
         Figure(name="requests", unit="", values=[float(counted["requests"])]),
@@ -151,6 +152,12 @@ def _levels(
             break
         expected = rate * 2
     return rates, sizes
+
+
+def _connection(request_bytes: float, bytes_per_s: float, first_bytes_s: Sequence[float]) -> float:
+    """What one gives between the first byte and the last, from requests one after the other."""
+    whole_s = request_bytes / bytes_per_s
+    return request_bytes / max(0.1 * whole_s, whole_s - statistics.median(first_bytes_s))
 
 
 def _range_bytes(expected: float, requests: int) -> int:

@@ -28,6 +28,7 @@ _TITLES = {
     "yours later": "Your loader, later epochs",
     "equality": "Whether both give the same samples",
     "ideal": "Batches replayed from memory",
+    "prediction": "Later epochs as simulated",
     "demand": "How fast a consumer may be",
 }
 _SHARE = "share "

@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fastload.bench import digests, limits, own, runs
+from fastload.bench import digests, limits, own, prediction, runs
 from fastload.bench.passes import Pass
 from fastload.bench.schema import VERSION, Figure, Machine, Phase, Result, Series, Work
 from fastload.bench.verdict import BUSY, Demand, Findings, Rate, sentences
@@ -30,6 +30,7 @@ from fastload.cache.tempfiles import is_running
 from fastload.cgroups import cpu_quotas, read_file
 from fastload.config import MIB, default_ram_bytes, format_bytes
 from fastload.errors import ConfigError, FastloadError
+from fastload.plan import check_shuffle
 from fastload.redaction import redact
 from fastload.store import ObjectInfo, StoreOptions
 
@@ -117,6 +118,7 @@ class Session:
         self._shares: list[tuple[float, Rate]] = []
         self._theirs: list[own.Outcome] = []
         self._theirs_failed: FastloadError | None = None
+        self._predicted: prediction.Predicted | None = None
         self._equal: digests.Equality | None = None
         self._load_before = os.getloadavg()[0]
         self._interrupted = False
@@ -186,6 +188,8 @@ class Session:
         yield "decode", self._decode
         for share in options.cache_shares:
             yield f"share {share:.0%}", lambda share=share: self._share(share)  # type: ignore[misc]
+        if not options.skip & {"store", "disk", "ram"}:
+            yield "prediction", self._prediction
         yield "demand", self._demand
 
     def _guarded(self, name: str, phase: Callable[[], Phase]) -> Phase:
@@ -385,7 +389,13 @@ class Session:
         """Later epochs with a disk cache of a part of the data: the second, after one that filled it."""
         assert self._plan is not None, "plan first"
         began = time.monotonic()
-        settings = self._settings("share", _ARENA_LEAST, int(share * self._plan.byte_count * 1.02), epochs=2)
+        quota = prediction.disk_bytes(share, self._plan.byte_count)
+        if quota < 1.01 * self._plan.chunk_bytes:
+            raise ConfigError(
+                f"--cache-share {share:.0%} is {format_bytes(quota)} of what is read, below one chunk of "
+                f"{format_bytes(self._plan.chunk_bytes)}; give a larger share, or more data with --max-bytes"
+            )
+        settings = self._settings("share", _ARENA_LEAST, quota, epochs=2)
         try:
             epoch = self._run(settings, 2).epochs[1]
         finally:
@@ -393,20 +403,87 @@ class Session:
         self._shares.append((share, _rate(epoch)))
         return _phase(f"share {share:.0%}", [epoch], time.monotonic() - began)
 
+    def _prediction(self) -> Phase:
+        """Later epochs with disk caches of several sizes in virtual time, beside those that were run."""
+        began = time.monotonic()
+        plan, options = self._plan, self._options
+        assert plan is not None, "plan first"
+        found = {
+            (phase, name): self._figure(phase, name)
+            for phase, name in (
+                ("store", "first byte, p50"),
+                ("store", "rate of a connection"),
+                ("store", "goodput"),
+                ("disk", "read"),
+                ("disk", "write"),
+                ("ram", "samples"),
+            )
+        }
+        lacking = sorted({phase for (phase, _), value in found.items() if not value})
+        if lacking or not self._samples:
+            return Phase(name="prediction", seconds=0.0, notes=[f"nothing is predicted without {', '.join(lacking)}"])
+        window = options.shuffle_window
+        predicted = prediction.predict(
+            prediction.Measured(
+                plan.byte_count,
+                self._samples,
+                len(plan.objects),
+                plan.chunk_bytes,
+                options.ram_bytes or _ARENA_LEAST,
+                options.batch_size,
+                options.workers,
+                options.ranks,
+                check_shuffle(options.shuffle),
+                window if isinstance(window, int) else None,
+                *(value or 0.0 for value in found.values()),
+            ),
+            options.cache_shares,
+        )
+        phase = Phase(name="prediction", seconds=time.monotonic() - began)
+        arena_bytes = options.ram_bytes or _ARENA_LEAST
+        if plan.byte_count > 2 * arena_bytes:
+            self._predicted = predicted
+        else:
+            phase.notes.append(
+                f"the arena of {format_bytes(arena_bytes)} holds most of what was read, so that this says little of a "
+                "disk cache for more data; raise --max-bytes, or lower --ram-bytes"
+            )
+        measured = {share: rate.samples_per_s for share, rate in self._shares}
+        both = [("first epoch", predicted.first_per_s, self._figure("cold", "samples"))]
+        both += [(f"{share:.0%} cached", rate, measured.get(share)) for share, rate in predicted.later_per_s.items()]
+        for what, rate, other in both:
+            phase.figures.append(Figure(name=f"predicted {what}", unit="samples/s", values=[rate], better="more"))
+            if other:
+                phase.figures.append(Figure(name=f"measured {what}", unit="samples/s", values=[other], better="more"))
+                phase.notes.append(f"{what}: predicted {rate:,.0f} samples/s, measured {other:,.0f}")
+        phase.series.append(
+            Series(
+                name="predicted later epochs",
+                x_unit="share that is cached",
+                y_unit="samples/s",
+                xs=list(predicted.later_per_s),
+                ys=list(predicted.later_per_s.values()),
+            )
+        )
+        return phase
+
     def _demand(self) -> Phase:
         """How often a consumer may ask for a batch: of data from the store, and of cached data."""
         began = time.monotonic()
         phase = Phase(name="demand", seconds=0.0)
-        self._demand_of(phase, "Cached", "full", self._disk_bytes, self._arena_bytes, self._value("disk epoch"))
-        self._demand_of(phase, "From the store", "none", 0, _ARENA_LEAST, self._value("cold"))
+        self._demand_of(
+            phase, "Cached", "full", self._disk_bytes, self._arena_bytes, self._figure("disk epoch", "samples")
+        )
+        self._demand_of(phase, "From the store", "none", 0, _ARENA_LEAST, self._figure("cold", "samples"))
         phase.seconds = time.monotonic() - began
         if not phase.figures:
             phase.error = "neither a first epoch nor one from the cache was measured"
         return phase
 
-    def _value(self, name: str) -> float | None:
-        phase = next((each for each in self._phases if each.name == name and not each.error), None)
-        return None if phase is None else phase.value("samples")
+    def _figure(self, phase: str, name: str) -> float | None:
+        """The median of a figure of a phase that is over; None where it failed or was left out."""
+        found = next((each for each in self._phases if each.name == phase and not each.error), None)
+        return None if found is None else found.value(name)
 
     def _demand_of(
         self, phase: Phase, state: str, directory: str, disk_bytes: int, ram_bytes: int, per_s: float | None
@@ -556,6 +633,9 @@ class Session:
             from_disk=rate("disk epoch"),
             from_ram=rate("ram"),
             shares=tuple(self._shares),
+            predicted=None
+            if self._predicted is None
+            else (self._predicted.enough, self._predicted.later_per_s[self._predicted.enough]),
             demands=tuple(self._demands),
             against=options.against,
             yours=tuple(

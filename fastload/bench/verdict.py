@@ -67,6 +67,7 @@ class Findings:
     from_disk: Rate | None = None
     from_ram: Rate | None = None
     shares: tuple[tuple[float, Rate], ...] = ()
+    predicted: tuple[float, float] | None = None  # the share from which more does not help, and samples a second
     demands: tuple[Demand, ...] = ()
     against: str = ""  # the user's loader, with its rates in a first and in later epochs
     yours: tuple[tuple[str, Rate, Rate | None], ...] = ()  # "first" or "later": its rate, and fastload's
@@ -204,6 +205,14 @@ def _later_epochs(found: Findings) -> list[str]:
         said.append(
             f"With a disk cache of {share:.0%} of the data, {_bytes(share * found.whole_bytes)} here, later epochs run "
             f"at {_rate(found, rate)} and fetch {fetched:.0%} of the data again."
+        )
+    if found.predicted is not None:
+        share, per_s = found.predicted
+        size = f"a disk cache of {_bytes(share * found.whole_bytes)} here ({share:.0%} of the data)"
+        said.append(
+            f"By simulation {size} lifts later epochs to {_count(per_s)} samples/s, and a larger one does not help."
+            if share
+            else f"By simulation no disk cache lifts later epochs: without one they run at {_count(per_s)} samples/s."
         )
     return said
 

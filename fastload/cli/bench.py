@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # A figure of the second result is worse than may be.
 EXIT_WORSE = 5
 _QUICK_BYTES = "512MiB"
-_PHASES = ("store", "disk", "memory", "decode", "ram", "disk epoch", "shares", "equality", "demand")
+_PHASES = ("store", "disk", "memory", "decode", "ram", "disk epoch", "shares", "equality", "prediction", "demand")
 
 
 class _Verbs(TyperGroup):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fastload.bench import schema
 from fastload.bench.compare import compare
+from fastload.bench.prediction import Measured, predict
 from fastload.bench.report import html, lines
 from fastload.bench.schema import Figure, Machine, Phase, Result, Series, Work
 from fastload.bench.verdict import Demand, Findings, Rate, sentences
@@ -137,6 +138,30 @@ FOUND = Findings(
     shards=100,
     cores=2.0,
 )
+MEASURED = Measured(
+    byte_count=500_000_000, samples=2_000, shards=20, chunk_bytes=8 << 20, ram_bytes=128 << 20, batch_size=100,
+    workers=2, ranks=1, shuffle="window", window_bytes=None, first_byte_s=0.02, connection_bytes_per_s=50e6,
+    store_bytes_per_s=100e6, disk_read_bytes_per_s=1e9, disk_write_bytes_per_s=1e9, samples_per_s=2000.0,
+)  # fmt: skip
+
+
+def test_later_epochs_are_predicted_up_to_the_size_from_which_more_does_not_help() -> None:
+    predicted = predict(MEASURED, [0.3])
+    assert list(predicted.later_per_s) == [0.0, 0.25, 0.3, 0.5, 0.75, 1.0]
+    assert 0.8 * 400 < predicted.first_per_s < 1.05 * 400  # the link's
+    assert predicted.later_per_s[0.0] < predicted.later_per_s[0.5] < predicted.later_per_s[1.0]
+    assert predicted.later_per_s[1.0] > 0.8 * 2000  # the consumer's
+    assert predicted.enough > 0.5
+
+
+def test_a_slow_consumer_needs_no_cache() -> None:
+    assert predict(replace(MEASURED, samples_per_s=200.0), []).enough == 0.0
+
+
+def test_a_cache_that_holds_no_chunk_is_not_predicted() -> None:
+    assert list(predict(replace(MEASURED, byte_count=12_000_000), []).later_per_s) == [0.0, 0.75, 1.0]
+
+
 RATES = st.builds(
     Rate,
     samples_per_s=st.floats(0, 1e7),
@@ -198,6 +223,11 @@ def rate(samples_per_s: float, cpu_s: float = 1.0) -> Rate:
         ),
         (replace(FOUND, demands=(Demand("Cached", 0.1, 0.92),)), "every 100 ms (2,560 samples/s)"),
         (replace(FOUND, cold=rate(1900), price_per_gb=0.09, epochs=10), "costs 0.90, 10 without a cache 9.00"),
+        (
+            replace(FOUND, predicted=(0.5, 4100.0)),
+            "By simulation a disk cache of 5 GB here (50% of the data) lifts later epochs to 4,100 samples/s, and a",
+        ),
+        (replace(FOUND, predicted=(0.0, 4100.0)), "no disk cache lifts later epochs: without one they run at 4,100"),
         (FOUND, "Nothing was measured"),
     ],
 )
