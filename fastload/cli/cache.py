@@ -68,20 +68,21 @@ def list_objects(what: What = None, cache: CachePath = None, as_json: JsonOption
 @app.command("du", epilog=examples("fastload cache du", "fastload cache du --cache=/nvme/fastload --json"))
 def data_sets(cache: CachePath = None, as_json: JsonOption = False) -> None:
     """How much is held of each data set; in RAM as well, where a service runs. Exits with 3 where nothing is held."""
+    from msgspec.structs import replace
+
     from fastload.cache.contents import by_data_set
     from fastload.client.operator import NotServedError, Operator
 
-    contents = _contents(_directory(cache))
+    directory = _directory(cache)
+    contents = _contents(directory)
     rows = by_data_set(contents.held)
-    in_ram: dict[str, int] = {}
     try:
-        with Operator.connect(_directory(cache), "cache du") as operator:
-            in_ram = {row.name: row.ram_bytes for row in operator.snapshot().data_sets}
+        with Operator.connect(directory, "cache du") as operator:
+            in_ram = {row.name: row for row in operator.snapshot().data_sets if row.ram_bytes}
     except NotServedError:
-        pass  # then nothing is
-    from msgspec.structs import replace
-
-    rows = [replace(row, ram_bytes=in_ram.pop(row.name, 0)) for row in rows]
+        in_ram = {}
+    rows = [replace(row, ram_bytes=in_ram.pop(row.name).ram_bytes) if row.name in in_ram else row for row in rows]
+    rows += in_ram.values()
     if as_json:
         print_json(rows)
     elif rows:

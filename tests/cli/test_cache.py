@@ -98,6 +98,16 @@ def test_how_much_is_held_by_data_set(data: Path, cache: Path) -> None:
     assert f"{data}/train/" in run_cli("cache", "du", f"--cache={cache}").stdout
 
 
+def test_what_is_in_ram_only_is_shown_while_a_service_runs(data: Path) -> None:
+    limits = {"ram_bytes": "4MiB", "disk_bytes": 0, "chunk_bytes": CHUNK_BYTES}
+    with Handle(data / "cache", service="inprocess", **limits) as handle, handle.consumer(name="job") as consumer:
+        consumer.attach(consumer.resolve([f"{data}/train/0.tar"], ("",)))
+        with consumer.acquire([0]):
+            (row,) = fastload("du", data / "cache")
+            assert (row["name"], row["ram_bytes"], row["disk_bytes"]) == (f"{data}/train/", CHUNK_BYTES, 0)
+            assert listed(data / "cache", code=exits.PARTIAL) == []
+
+
 def test_pinning_and_unpinning(data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fastload("pin", cache, f"{data}/train/{{0..1}}.tar", "--name=mine", "--ttl=14d") == {"byte_count": 2 * SIZE}
     rows = {row["name"]: row for row in fastload("du", cache)}
