@@ -90,6 +90,24 @@ def test_who_comes_again_at_once_finds_what_was_there(tmp_path: Path) -> None:
     world.run(work)
 
 
+def test_when_that_is_can_be_said_while_it_serves(tmp_path: Path) -> None:
+    world = World(tmp_path, 10)
+    world.add(3)
+
+    async def work(core: Core) -> None:
+        core.rest_after_s = 300.0
+        side = Side(core, world.objects)
+        side.want(0, 1, 2)
+        await until(lambda: len(side.granted) == 3, "they are granted")
+        core.disconnect(side.state)
+        await sleep(299.0)
+        assert not core._table.is_empty
+        await sleep(2.0)
+        assert core._table.is_empty
+
+    world.run(work)
+
+
 def test_a_process_that_serves_itself_gives_its_memory_back(
     tmp_path: Path, s3: Bucket, shards: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
