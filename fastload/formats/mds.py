@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -44,6 +44,54 @@ _ARRAY_CODES = {
     8: "uint8", 9: "int8", 16: "uint16", 17: "int16", 18: "float16", 32: "uint32", 33: "int32", 34: "float32",
     64: "uint64", 65: "int64", 66: "float64",
 }  # fmt: skip
+
+
+INDEX_NAME = "index.json"
+"""What the list of a folder's shards is called, which lies beside them."""
+
+
+class _File(msgspec.Struct):
+    basename: str
+    bytes: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Listed(msgspec.Struct):
+    samples: Annotated[int, msgspec.Meta(ge=0)]
+    format: str = "mds"
+    raw_data: _File | None = None
+    zip_data: _File | None = None
+
+
+class _Index(msgspec.Struct):
+    shards: list[_Listed]
+    version: int = 2
+
+
+class ListedShard(NamedTuple):
+    """What a folder's index says of a shard."""
+
+    name: str
+    byte_count: int
+    samples: int
+
+
+def shards_of(data: bytes, url: str) -> list[ListedShard]:
+    """The shards that the index at `url` names. ConfigError, naming `url`, for what is none, and for shards that are
+    not read yet: compressed ones, and those of JSON, CSV or TSV.
+    """
+    try:
+        index = msgspec.json.decode(data, type=_Index)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{url} is no index of MDS shards: {error}; write it again") from error
+    if index.version != 2:
+        raise ConfigError(f"{url} has version {index.version} of MDS; fastload reads version 2")
+    found = []
+    for shard in index.shards:
+        if shard.format != "mds" or shard.zip_data is not None or shard.raw_data is None:
+            kind = f"{shard.format} shards" if shard.format != "mds" else "compressed shards"
+            raise ConfigError(f"{url} names {kind}, which fastload does not read yet; write them as plain MDS")
+        found.append(ListedShard(shard.raw_data.basename, shard.raw_data.bytes, shard.samples))
+    return found
 
 
 class _Header(msgspec.Struct):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fastload.client.consumer import Consumer
 from fastload.errors import ConfigError, ObjectMissingError
-from fastload.formats import SHARD_ENDINGS, SIDECAR_NAME, endings_of, format_of, wids
+from fastload.formats import SHARD_ENDINGS, SIDECAR_NAME, endings_of, format_of, mds, wids
 from fastload.plan import Manifest
 from fastload.store.table import ObjectTable
 
@@ -88,12 +88,45 @@ def _parts(consumer: Consumer, urls: list[str], are_lists: bool, endings: tuple[
 
 
 def _of_names(consumer: Consumer, urls: list[str], endings: tuple[str, ...]) -> _Listed:
-    found = consumer.resolve(urls, endings, beside=[SIDECAR_NAME])
-    names = (url for rows in found.rows() for url, *_ in rows)
-    is_sidecar = np.fromiter((url.rpartition("/")[2] == SIDECAR_NAME for url in names), np.bool_, len(found))
-    sidecars = found.take(np.flatnonzero(is_sidecar))
-    shards = found.take(np.flatnonzero(~is_sidecar)) if len(sidecars) else found
-    return _Listed(shards, np.full(len(shards), -1, np.int64), sidecars)
+    found = consumer.resolve(urls, endings, beside=[SIDECAR_NAME, mds.INDEX_NAME])
+    names = [url.rpartition("/")[2] for rows in found.rows() for url, *_ in rows]
+    is_sidecar = np.array([name == SIDECAR_NAME for name in names], np.bool_)
+    is_index = np.array([name == mds.INDEX_NAME for name in names], np.bool_)
+    is_shard = ~(is_sidecar | is_index)
+    shards = found if is_shard.all() else found.take(np.flatnonzero(is_shard))
+    counts = _counts_of_indexes(consumer, found.take(np.flatnonzero(is_index)), shards)
+    return _Listed(shards, counts, found.take(np.flatnonzero(is_sidecar)))
+
+
+def _counts_of_indexes(consumer: Consumer, indexes: ObjectTable, shards: ObjectTable) -> npt.NDArray[np.int64]:
+    """How many samples the index files of MDS promise of each shard, -1 where they do not name it. ConfigError for an
+    index that names a shard which is not there, or has another size.
+    """
+    counts = np.full(len(shards), -1, np.int64)
+    if not len(indexes):
+        return counts
+    numbers = {url: number for number, (url, *_) in enumerate(row for rows in shards.rows() for row in rows)}
+    folders = {url.rpartition("/")[0] for url in numbers if format_of(url) == "mds"}
+    for at, info in enumerate(indexes):
+        folder = info.url.rpartition("/")[0]
+        if folder not in folders:  # another format's
+            continue
+        if info.size > _LIST_BYTES_MAX:
+            raise ConfigError(f"{info.url}: an index of {info.size} bytes, above {_LIST_BYTES_MAX}")
+        consumer.attach(indexes.take(np.array([at])))
+        for shard in mds.shards_of(object_reader(consumer, 0, info.size)(0, info.size), info.url):
+            number = numbers.get(f"{folder}/{shard.name}")
+            if number is None:
+                raise ConfigError(
+                    f"{info.url} names {shard.name}, which is not beside it; upload it, or take it out of the index"
+                )
+            if shard.byte_count != shards[number].size:
+                raise ConfigError(
+                    f"{info.url} says that {shard.name} has {shard.byte_count} bytes, and it has "
+                    f"{shards[number].size}: it was cut short, or is another one; upload it again"
+                )
+            counts[number] = shard.samples
+    return counts
 
 
 def _of_list(consumer: Consumer, url: str, *, is_nested: bool = False) -> Iterator[_Listed]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import decimal
 import io
 import json
+import shutil
 import struct
 from collections.abc import Iterator
 from itertools import pairwise
@@ -263,3 +264,27 @@ def test_images_of_a_column_are_decoded(cache: fastload.Cache, tmp_path: Path) -
     (batch,) = fastload.DataLoader(dataset, batch_size=3)
     pixels: npt.NDArray[Any] = batch["image"].numpy()
     assert pixels.shape[0] == 3
+
+
+def test_an_index_beside_the_shards_says_how_many_samples_there_are(cache: fastload.Cache, tmp_path: Path) -> None:
+    dataset = fastload.StreamingDataset(f"{WRITTEN}/", cache=cache)
+    assert len(dataset) == COUNT
+    folder = tmp_path / "data"
+    shutil.copytree(WRITTEN, folder)
+    index = json.loads((folder / "index.json").read_text())
+
+    def refused(says: str, **change: Any) -> None:
+        (folder / "index.json").write_text(json.dumps({**index, **change}))
+        with pytest.raises((ConfigError, ShardError), match=says):
+            list(fastload.StreamingDataset(f"{folder}/", cache=cache))
+
+    first, *others = index["shards"]
+    refused("version 3 of MDS", version=3)
+    refused("is no index of MDS shards", shards=7)
+    refused("names compressed shards", shards=[{**first, "zip_data": first["raw_data"]}, *others])
+    refused("names json shards", shards=[{**first, "format": "json"}, *others])
+    gone = {**first["raw_data"], "basename": "shard.00009.mds"}
+    refused(r"names shard\.00009\.mds, which is not beside it", shards=[{**first, "raw_data": gone}])
+    short = {**first["raw_data"], "bytes": 5}
+    refused(r"says that shard\.00000\.mds has 5 bytes, and it has", shards=[{**first, "raw_data": short}])
+    refused("holds .* samples, but .* says 1", shards=[{**first, "samples": 1}, *others])
