@@ -252,6 +252,8 @@ class CatalogKeeper:
         """In the thread."""
         assert self._catalog is not None
         if self._is_lost():
+            if taken.answers:
+                raise CatalogError("its directory was removed or emptied")
             return
         self._catalog.open()
         self._catalog.write(taken.changes())

@@ -48,8 +48,6 @@ class Holdings:
         shared.table.watch(self._in_ram)
         resources.events.written.connect(self._written)
         self._keeper.load(self._found_pins)
-        if resources.disk.quota_bytes:
-            self.took_stock()
 
     @property
     def counters(self) -> dict[str, int]:
@@ -74,6 +72,8 @@ class Holdings:
                 self._sets.learn(object_id, size, "", pin=self._name_of_pin(object_id))
         self._warn_of_room()
         self._expire()
+        if self._disk.quota_bytes:
+            self.took_stock()
 
     def _found_objects(self, stored: list[CatalogObject]) -> None:
         for each in stored:

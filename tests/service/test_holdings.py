@@ -239,7 +239,7 @@ def test_pins_of_a_catalog_that_others_hold_at_the_start_are_read_later(
 
     async def fill_it(core: Core) -> None:
         side = Side(core, world.objects)
-        await fill(side, 0)
+        await fill(side, 0, 1)
         await pin(side, 0)
 
     async def look(core: Core) -> None:
@@ -249,7 +249,7 @@ def test_pins_of_a_catalog_that_others_hold_at_the_start_are_read_later(
         other.close()
         await sleep(20)
         assert [each.name for each in core._shared.pins] == ["pin"]
-        assert set(data_sets(core)) == {"pin"}
+        assert set(data_sets(core)) == {"pin", "s3://fake/"}
 
     world.run(fill_it)
     other = sqlite3.connect(tmp_path / "cache" / catalog.NAME, isolation_level=None)
@@ -309,7 +309,9 @@ def test_nothing_is_written_where_the_directory_is_lost(tmp_path: Path) -> None:
         side = Side(core, world.objects)
         lost = True
         await fill(side, 0)
-        await pin(side, 0)
+        failed = await pin(side, 0)
+        assert isinstance(failed, protocol.RequestFailed)
+        assert "its directory was removed or emptied" in failed.message
         await sleep(30)
 
     world.run(work)
