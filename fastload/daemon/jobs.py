@@ -36,7 +36,7 @@ from fastload.store.types import ObjectInfo
 
 State = Literal["waiting", "listing", "warming", "done", "failed", "cancelled"]
 
-# Of those that are over, the file keeps so many.
+# Of submitted jobs that are over, so many are remembered.
 _OVER_MAX = 100
 _FAILED_SHOWN = _URLS_SHOWN = 20
 # The rate that is shown is that of about the last so many seconds.
@@ -115,7 +115,15 @@ class Job:
     @property
     def contender(self) -> Contender:
         """As the schedule sees it."""
-        return Contender(self.id, self.due_at, self.table.windows, self.deadline_at, self.table.priority, self.since)
+        return Contender(
+            self.id,
+            self.due_at,
+            self.table.windows,
+            self.deadline_at,
+            self.table.priority,
+            self.since,
+            has_failed=self.failures > 0,
+        )
 
     # What happens to it
 
@@ -307,11 +315,14 @@ def write_kept(root: Path, kept: Kept) -> None:
         os.close(fd)
 
 
+def to_forget(jobs: Mapping[str, Job]) -> list[str]:
+    """Submitted jobs that are over, the oldest, where there are too many of them."""
+    over = [job.id for job in jobs.values() if job.is_submitted and job.state in ("done", "cancelled")]
+    return over[: max(0, len(over) - _OVER_MAX)]
+
+
 def to_keep(jobs: Mapping[str, Job], once: list[str]) -> Kept:
     """What the file should have."""
-    submitted = [job for job in jobs.values() if job.is_submitted]
-    over = [job for job in submitted if job.state in ("done", "cancelled")]
-    too_many = {job.id for job in over[: max(0, len(over) - _OVER_MAX)]}
     return Kept(
         jobs=[
             KeptJob(
@@ -321,8 +332,8 @@ def to_keep(jobs: Mapping[str, Job], once: list[str]) -> Kept:
                 state=job.state if job.state in ("done", "cancelled") else "waiting",
                 figures=job.figures if job.state == "done" else Figures(),
             )
-            for job in submitted
-            if job.id not in too_many
+            for job in jobs.values()
+            if job.is_submitted
         ],
         once=once,
     )

@@ -27,6 +27,9 @@ WEEK_MINUTES = 7 * DAY_MINUTES
 # Jobs that run at a time. The order in which the cache serves them is the service's; the second one is for a store that
 # answers slowly, so that it does not hold up all others.
 RUNNING_MAX = 2
+# And beside these, of jobs that have failed before: they may fail again, and should neither displace others nor wait
+# for them to be done.
+RETRYING_MAX = 1
 _PAUSE_S, _PAUSE_MAX_S = 5.0, 1800.0
 
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
@@ -162,6 +165,7 @@ class Contender:
     deadline_at: float = math.inf
     priority: int = 0
     since: float = 0.0
+    has_failed: bool = False  # the last time
 
     @property
     def rank(self) -> tuple[float, int, float, str]:
@@ -169,12 +173,17 @@ class Contender:
         return self.deadline_at, -self.priority, self.since, self.id
 
 
-def to_run(contenders: Sequence[Contender], now: float, minute: int, running_max: int = RUNNING_MAX) -> list[str]:
-    """Which jobs should run now, the first ones first. One that runs and is not among them is to be stopped: its
-    window has closed, or others come before it.
+def to_run(contenders: Sequence[Contender], now: float, minute: int) -> list[str]:
+    """Which jobs should run now. One that runs and is not among them is to be stopped: its window has closed, or others
+    come before it.
     """
     ready = [each for each in contenders if each.due_at <= now and each.windows.is_open(minute)]
-    return [each.id for each in sorted(ready, key=lambda each: each.rank)[:running_max]]
+    first, again = ([each for each in ready if each.has_failed == failed] for failed in (False, True))
+    return [each.id for each in (*_first_of(first, RUNNING_MAX), *_first_of(again, RETRYING_MAX))]
+
+
+def _first_of(contenders: Sequence[Contender], count: int) -> list[Contender]:
+    return sorted(contenders, key=lambda each: each.rank)[:count]
 
 
 def wait_s(contenders: Sequence[Contender], timetable: Timetable, now: float, wall: float) -> float:

@@ -28,7 +28,7 @@ from fastload import snapshot
 from fastload.cache import CacheDirectory
 from fastload.daemon.config import Config, DataTable, data_table, read_config, storage_options_of
 from fastload.daemon.job import Advanced, Ended, Errand, Said
-from fastload.daemon.jobs import Job, Listing, job_id, of_kept, read_kept, to_keep, write_kept
+from fastload.daemon.jobs import Job, Listing, job_id, of_kept, read_kept, to_forget, to_keep, write_kept
 from fastload.daemon.schedule import minute_of_week, to_run, wait_s
 from fastload.daemon.systemd import Notifier
 from fastload.daemon.views import Views, environment_of_child
@@ -249,7 +249,7 @@ class Supervisor:
                 log.info("job %s (%s) was submitted", number, table.name)
                 done(number, None)
             else:
-                if is_new:
+                if is_new and number in self._jobs:
                     self._end_child(self._jobs.pop(number))
                 self._jobs |= {each.id: each for each in replaced}
                 done("", CacheError(f"the job cannot be stored in {self._directory.path}: {error}; make room there"))
@@ -292,6 +292,8 @@ class Supervisor:
             if done is not None:
                 done(error)
 
+        for number in to_forget(self._jobs):
+            del self._jobs[number]
         self._keeper.submit(write_kept, self._directory.root, to_keep(self._jobs, self._once), done=kept)
 
     def _forget_once(self, table: DataTable) -> None:

@@ -162,7 +162,7 @@ def test_one_that_is_wrong_does_not_hold_up_the_others(s3, place: Path, tmp_path
         s3.put("data/shard-0002.tar", data.shards["shard-0002.tar"])
         done = daemon.wait_done("shard")
         assert done.held_bytes == data.byte_count
-        # None of the others twice; and nothing, where a more urgent one had displaced it just before it was done.
+        # None of the others twice; and nothing, where another that failed had displaced it just before it was done.
         assert done.fetched_bytes in (0, len(data.shards["shard-0002.tar"]))
     everything = "".join(daemon.lines) + json.dumps(sorted(troubles))
     assert "geheim" not in everything

@@ -13,7 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastload.daemon.config import data_table
-from fastload.daemon.jobs import Figures, Job, Kept, Listing, job_id, of_kept, path_of, read_kept, to_keep, write_kept
+from fastload.daemon.jobs import (
+    Figures,
+    Job,
+    Kept,
+    Listing,
+    job_id,
+    of_kept,
+    path_of,
+    read_kept,
+    to_forget,
+    to_keep,
+    write_kept,
+)
 from fastload.errors import CacheError
 from fastload.store.types import ObjectInfo
 
@@ -169,16 +181,14 @@ def test_what_is_kept_comes_back(tmp_path: Path) -> None:
     assert back[1].figures == ALL
 
 
-def test_of_those_that_are_over_not_all_are_kept() -> None:
+def test_of_those_that_are_over_the_oldest_are_forgotten() -> None:
     jobs = {}
     for number in range(250):
         jobs[str(number)] = each = job(priority=number)
         each.id = str(number)
         each.cancel()
     jobs["waits"] = job()
-    kept = to_keep(jobs, [])
-    assert [each.id for each in kept.jobs[:2]] == ["150", "151"]
-    assert len(kept.jobs) == 101
+    assert to_forget(jobs) == [str(number) for number in range(150)]
 
 
 @pytest.mark.parametrize("call", ["open", "fsync", "replace"])

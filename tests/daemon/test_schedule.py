@@ -150,6 +150,7 @@ contenders = st.builds(
     deadline_at=st.sampled_from([math.inf, 100.0, 200.0]),
     priority=st.integers(-2, 2),
     since=st.floats(0, 10),
+    has_failed=st.booleans(),
 )
 
 
@@ -157,20 +158,23 @@ contenders = st.builds(
     st.lists(contenders, max_size=8, unique_by=lambda each: each.id), st.floats(0, 30), st.integers(0, WEEK_MINUTES - 1)
 )
 def test_none_that_waits_comes_before_one_that_runs(them: list[Contender], now: float, minute: int) -> None:
-    chosen = to_run(them, now, minute, running_max=2)
-    ready = [each for each in them if each.due_at <= now and each.windows.is_open(minute)]
-    assert len(chosen) == min(2, len(ready))
-    by_id = {each.id: each for each in them}
-    for number in chosen:
-        assert by_id[number] in ready
-        for other in ready:
-            if other.id not in chosen:
-                mine = by_id[number]
-                assert (mine.deadline_at, -mine.priority, mine.since) <= (
-                    other.deadline_at,
-                    -other.priority,
-                    other.since,
-                )
+    chosen = set(to_run(them, now, minute))
+    for has_failed, count in ((False, 2), (True, 1)):
+        ready = [
+            each
+            for each in them
+            if each.due_at <= now and each.windows.is_open(minute) and each.has_failed == has_failed
+        ]
+        runs = [each for each in ready if each.id in chosen]
+        assert len(runs) == min(count, len(ready))
+        for mine in runs:
+            for other in ready:
+                if other not in runs:
+                    assert mine.deadline_at <= other.deadline_at
+                    if mine.deadline_at == other.deadline_at:
+                        assert (-mine.priority, mine.since) <= (-other.priority, other.since)
+    ready_ids = {each.id for each in them if each.due_at <= now and each.windows.is_open(minute)}
+    assert chosen <= ready_ids
 
 
 @given(st.lists(contenders, max_size=5), st.floats(0, 30))
