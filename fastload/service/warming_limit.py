@@ -11,7 +11,7 @@
     trickle    The same, for a chunk from this endpoint: one request at a time, and no more than a twentieth of what the
                endpoint gives. So warming never starves wholly, and the job does not notice.
 
-Where a job begins to wait while warming has more than a second of the link in flight, as on a slow link, most of that
+Where a job begins to wait while warming has more than half a second of the link in flight, the newest of that
 is given up (`excess`), and fetched again later.
 
 *Limits* are bytes a second, of all warm plans together and of each, and requests in flight.
@@ -37,7 +37,7 @@ _USED_S, _WAITED_S = 10.0, 0.5
 # Of the link: what warming may have in flight beside jobs, in seconds, and what a trickle may take.
 _BESIDE_S, _TRICKLE_SHARE = 0.25, 0.05
 # What is in flight when a job begins to wait may take so long yet: to give it up costs the bytes that have come of it.
-_EXCESS_S = 1.0
+_EXCESS_S = 0.5
 # While nothing was measured, the time between two requests of a trickle.
 _TRICKLE_UNMEASURED_S = 1.0
 # What a limit leaves unused may be used so much later: more would show as a burst, less would be lost where the loop is
