@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from fastload.bench.peers import module
 from fastload.demo import photos
 
 SHARD_COUNT = 24
@@ -114,6 +115,26 @@ def _write_shard(path: Path, pictures: list[photos.Pixels], number: int, tally: 
         for sample in photos.samples(pictures, crops, QUALITY, first_key=number * SAMPLES_PER_SHARD):
             tally.add(sample["__key__"], sample["jpg"], sample["cls"])
             writer.write(sample)
+
+
+# What reads a format of its own: the prefix in the bucket.
+FORMATS = {"streaming": "mds", "litdata": "litdata"}
+
+
+def prepare_format(system: str, data_set: DataSet) -> tuple[str, Path] | None:
+    """The prefix and the folder of what `system` reads, made first where it is not there; None where it reads tar."""
+    prefix = FORMATS.get(system)
+    if prefix is None:
+        return None
+    final = Path(f"{data_set.folder}-{prefix}")
+    if not final.exists():
+        part = final.with_name(f"{final.name}.part-{os.getpid()}")
+        try:
+            module(system).convert(data_set.paths, ("jpg", "cls"), part)
+            part.rename(final)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return prefix, final
 
 
 if __name__ == "__main__":

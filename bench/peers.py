@@ -1,8 +1,8 @@
 """The loaders that are measured, each run in a process of its own: `python -m bench.peers SETTINGS`, JSON in and out.
 
-All do the same: give every sample of the tar shards, raw, in batches of 256, shuffled in its own way, with two workers;
-and the consumer hashes every byte that it gets and checks that each sample came exactly once. Each is set up as its own
-documentation recommends for shards in S3 with a local cache, and reads its credentials from the AWS_* variables.
+They are those of `fastload.bench.peers`. All do the same: give every sample of the tar shards, raw, in batches of 256,
+shuffled in its own way, with two workers; and the consumer hashes every byte that it gets and checks that each sample
+came exactly once. What reads formats of its own gets the same samples in them, from the same store (`data.FORMATS`).
 
 The clock of an epoch starts with everything imported and, for a loader that has a service, with the service up; the
 first epoch's covers building data set and loader. CPU-seconds are taken `SETTLE_S` after the last batch, so that what
@@ -18,12 +18,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
-from bench import others, rawget
-from bench.data import DataSet, Tally
-from bench.settings import BATCH_SIZE, WORKERS, Batch, Settings
+from bench import rawget
+from bench.data import FORMATS, DataSet, Tally
+from bench.settings import BATCH_SIZE, WORKERS, Samples, Settings
 from fastload.bench import measure
+from fastload.bench.peers import OURS, module
+from fastload.bench.peers import fastload as ours
+from fastload.bench.peers.job import Batch, Job, Loader
 
 SETTLE_S = 1.0
 
@@ -45,134 +48,48 @@ class Epoch:
     slots_bytes: int = 0
 
 
-class Peer(Protocol):
-    """A loader under measurement."""
-
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """The batches of one epoch; the first call builds the loader."""
-        ...
-
-    def processes(self) -> list[int]:
-        """Processes that work for it and are not below this one."""
-        ...
-
-    def close(self) -> None:
-        """Stop all that it started."""
-        ...
+NAMES = ("fastload", "webdataset", "streaming", "litdata", "spdl", "s3torchconnector")
 
 
-class WebDataset:
-    """webdataset over `pipe:curl`, which signs with the credentials, and its own cache of whole shards."""
-
-    def __init__(self, settings: Settings) -> None:
-        import webdataset
-
-        self._webdataset, self._settings = webdataset, settings
-        self._loader: Any = None
-
-    def _build(self) -> Any:
-        endpoint = os.environ["AWS_ENDPOINT_URL"]
-        curl = "curl -sSf --aws-sigv4 aws:amz:us-east-1:s3 --user $AWS_ACCESS_KEY_ID:$AWS_SECRET_ACCESS_KEY"
-        urls = [f"pipe:{curl} {endpoint}/{url.removeprefix('s3://')}" for url in self._settings.urls]
-        cache_dir = os.path.join(self._settings.folder, "shards")
-        os.makedirs(cache_dir, exist_ok=True)
-        dataset = self._webdataset.WebDataset(urls, shardshuffle=len(urls), cache_dir=cache_dir, seed=0)
-        dataset = dataset.shuffle(1000).to_tuple("__key__", "jpg", "cls").batched(BATCH_SIZE)
-        return self._webdataset.WebLoader(
-            dataset, batch_size=None, num_workers=WORKERS, prefetch_factor=4, persistent_workers=True
-        )
-
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """Tuples of three lists, turned into samples."""
-        if self._loader is None:
-            self._loader = self._build()
-        for keys, jpgs, labels in self._loader:
-            yield zip(keys, jpgs, labels, strict=True)
-
-    def processes(self) -> list[int]:
-        """None: curl runs below the workers."""
-        return []
-
-    def close(self) -> None:
-        """The workers end with the loader."""
-        self._loader = None
+def job_of(settings: Settings) -> Job:
+    """The same for the package's loaders."""
+    source = FORMATS.get(settings.system)
+    return Job(
+        urls=[settings.pattern] if settings.system == OURS else settings.urls,
+        columns=["jpg", "cls"],
+        batch_size=BATCH_SIZE,
+        workers=WORKERS,
+        folder=settings.folder,
+        ram_bytes=settings.ram_bytes,
+        cache_bytes=settings.disk_bytes,
+        source=f"s3://{settings.bucket}/{source}" if source else "",
+    )
 
 
-class Fastload:
-    """fastload: a service with an arena and a disk tier, and two decode threads."""
-
-    def __init__(self, settings: Settings, *, is_kept: bool = True) -> None:
-        """Unless it `is_kept`, the service runs from the first epoch on only."""
-        import fastload
-        from fastload.client.cache import handle_of
-
-        # Names of fastload are imported when they are first used: now, before the clock starts.
-        self._data_set_class, self._loader_class = fastload.StreamingDataset, fastload.DataLoader
-        self._settings = settings
-        self._loader: Any = None
-        self._directory = os.path.join(settings.folder, "fastload")
-        self._cache = fastload.Cache(self._directory, ram_bytes=settings.ram_bytes, disk_bytes=settings.disk_bytes)
-        # Starts the service and keeps it. What that costs is a figure of its own.
-        self._keeper = handle_of(self._cache).consumer(name="keeper") if is_kept else None
-        if is_kept:
-            measure.wait_until_idle(self.processes())
-
-    def _build(self) -> Any:
-        self._dataset = self._data_set_class(self._settings.pattern, cache=self._cache, shuffle=True, seed=0)
-        return self._loader_class(self._dataset, batch_size=BATCH_SIZE, num_workers=WORKERS)
-
-    def slots_bytes(self) -> int:
-        """Memory of batches, in use and kept for later."""
-        held: int = self._dataset._source.slots.held_bytes
-        return held
-
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """Keys, and two `Ragged` columns."""
-        if self._loader is None:
-            self._loader = self._build()
-        for batch in self._loader:
-            yield zip(batch["__key__"], _items(batch["jpg"]), _items(batch["cls"]), strict=True)
-
-    def processes(self) -> list[int]:
-        """The cache service, which has a session of its own."""
-        return measure.find_processes("fastload.service", self._directory)
-
-    def close(self) -> None:
-        """Loader first, then cache; the service ends by itself."""
-        if self._loader is not None:
-            self._loader.close()
-        if self._keeper is not None:
-            self._keeper.close()
-        self._cache.close()
+def samples_of(batch: Batch) -> Samples:
+    """Key, picture and label of each sample of a batch."""
+    return zip(batch.keys, *(_items(batch.columns[name]) for name in ("jpg", "cls")), strict=True)
 
 
-def _items(column: Any) -> Iterator[memoryview]:
-    """The items of a `Ragged` without a copy."""
+def _items(column: Any) -> Iterator[Any]:
+    """The items of a column; of a `Ragged` without a copy."""
+    if not hasattr(column, "offsets"):
+        return iter(column)
     values, offsets = memoryview(column.values), column.offsets.tolist()
     return (values[begin:end] for begin, end in pairwise(offsets))
-
-
-PEERS: dict[str, Callable[[Settings], Peer]] = {
-    "fastload": Fastload,
-    "webdataset": WebDataset,
-    "streaming": others.Streaming,
-    "litdata": others.LitData,
-    "spdl": others.Spdl,
-    "s3torchconnector": others.S3Connector,
-}
 
 
 def run(settings: Settings) -> list[Epoch]:
     """Read the data `settings.epochs` times; AssertionError unless each sample came exactly once, every time."""
     if settings.system == "raw":
         return [_timed(settings, list, lambda: _read_raw(settings)) for _ in range(settings.epochs)]
-    peer = PEERS[settings.system](settings)
+    peer: Loader = module(settings.system).Loader(job_of(settings))
     try:
         time.sleep(max(0.0, settings.starts_at - time.monotonic()))
         return [
             replace(
                 _timed(settings, peer.processes, lambda: _read(peer, number, settings.data_set)),  # noqa: B023 (called at once)
-                slots_bytes=peer.slots_bytes() if isinstance(peer, Fastload) else 0,
+                slots_bytes=peer.slots_bytes() if isinstance(peer, ours.Loader) else 0,
             )
             for number in range(settings.epochs)
         ]
@@ -184,11 +101,11 @@ def run(settings: Settings) -> list[Epoch]:
 Reading = tuple[float, float, int, int]
 
 
-def _read(peer: Peer, number: int, data_set: DataSet) -> Reading:
+def _read(peer: Loader, number: int, data_set: DataSet) -> Reading:
     tally, first_batch_s, began = Tally(), 0.0, time.monotonic()
     for batch in peer.epoch(number):
         first_batch_s = first_batch_s or time.monotonic() - began
-        for key, jpg, label in batch:
+        for key, jpg, label in samples_of(batch):
             tally.add(key, jpg, label)
     seconds = time.monotonic() - began
     data_set.check(tally)

@@ -30,9 +30,10 @@ from typing import Any
 
 import fastload
 from bench.data import Tally
-from bench.peers import SETTLE_S, Epoch, Fastload
+from bench.peers import SETTLE_S, Epoch, job_of, samples_of
 from bench.settings import Settings
 from fastload.bench import measure
+from fastload.bench.peers import fastload as ours
 
 # What a rank would import, or load, at its first batch.
 _PACKAGES = ("client", "decode", "formats", "pipeline", "plan", "store", "transport")
@@ -130,7 +131,7 @@ def run(settings: Settings) -> Epoch:
     gc.collect()
     gc.freeze()  # a collection in a rank would copy all of what the import made
     with _ranks(settings) as pipes:
-        keeper = Fastload(settings)
+        keeper = ours.Loader(job_of(settings))
         try:
             before = _cpu_s(keeper, settings)
             for pipe in pipes:
@@ -157,7 +158,7 @@ def run(settings: Settings) -> Epoch:
     )
 
 
-def _cpu_s(keeper: Fastload, settings: Settings) -> dict[str, float]:
+def _cpu_s(keeper: ours.Loader, settings: Settings) -> dict[str, float]:
     others = {name: measure.cpu_s([pid]) for name, pid in settings.processes.items()}
     return {"service": measure.cpu_s(keeper.processes()), **others}
 
@@ -202,11 +203,11 @@ def _rank(settings: Settings, rank: int, pipe: Connection) -> None:
     os.environ.update({name: str(value) for name, value in local.items()})
     pipe.recv()
     accounts, began = Accounts(), time.monotonic()
-    peer = Fastload(settings, is_kept=False)
+    peer = ours.Loader(job_of(settings), is_kept=False)
     tally, first_batch_s = Tally(), 0.0
     for batch in peer.epoch(0):
         first_batch_s = first_batch_s or time.monotonic() - began
-        for key, jpg, label in batch:
+        for key, jpg, label in samples_of(batch):
             tally.add(key, jpg, label)
     seconds = time.monotonic() - began
     cpu_s = accounts.so_far()

@@ -12,7 +12,7 @@ BATCH_SIZE = 256
 WORKERS = 2
 
 # A batch as its consumer sees it: key, picture and label of each sample.
-Batch = Iterable[tuple[str, bytes | memoryview, bytes | memoryview]]
+Samples = Iterable[tuple[str, bytes | memoryview, bytes | memoryview]]
 
 
 @dataclass(frozen=True, slots=True)

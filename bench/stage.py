@@ -22,8 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from bench import others
-from bench.data import DataSet
+from bench.data import DataSet, prepare_format
 from bench.peers import Epoch
 from bench.proxy import Profile, Proxy
 from bench.settings import Settings
@@ -123,7 +122,7 @@ class Stage:
 
     def __init__(self, data_set: DataSet, folder: Path, systems: Sequence[str] = ()) -> None:
         self.data_set, self._folder = data_set, folder
-        self._formats = [made for system in systems if (made := others.prepare(system, data_set))]
+        self._formats = [made for system in systems if (made := prepare_format(system, data_set))]
         self._stack = ExitStack()
         self._port = 0  # of the proxy in every run: caches of others are kept by URLs, with host and port
 

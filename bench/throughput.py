@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import data
-from bench.peers import PEERS
+from bench.peers import NAMES
 from bench.scenarios import SCENARIOS, Plan, Result, Row
 from bench.stage import Stage
 from fastload.bench import measure
@@ -52,7 +52,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.throughput", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a third of the data, one round: a look, not a figure")
     parser.add_argument("--scenario", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
-    parser.add_argument("--system", nargs="+", choices=PEERS, default=["fastload", "webdataset"])
+    parser.add_argument("--system", nargs="+", choices=NAMES, default=["fastload", "webdataset"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=data.default_folder(), help="data set and caches; a real disk")
     parser.add_argument("--json", type=Path, default=Path("bench/results/throughput.json"))

@@ -12,6 +12,8 @@ from html import escape
 from statistics import median
 
 from fastload.bench.compare import Change
+from fastload.bench.peers import OURS
+from fastload.bench.peers.race import PREFIX
 from fastload.bench.schema import Figure, Phase, Result, Series
 from fastload.config import format_bytes
 from fastload.svgplot import COLOURS, Axis, Curve, line_plot
@@ -38,6 +40,9 @@ def title(phase: str) -> str:
     """What a phase is called."""
     if phase.startswith(_SHARE):
         return f"A later epoch, with a disk cache of {phase.removeprefix(_SHARE)} of the data"
+    if phase.startswith(PREFIX):
+        name = phase.removeprefix(PREFIX)
+        return "fastload, in turns with other loaders" if name == OURS else f"Beside it: {name}"
     return _TITLES.get(phase, phase)
 
 

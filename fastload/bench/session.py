@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import platform
 import re
@@ -24,8 +25,10 @@ from typing import Any
 
 from fastload.bench import digests, limits, own, prediction, runs
 from fastload.bench.passes import Pass
+from fastload.bench.peers import OURS, race
+from fastload.bench.peers.job import Job
 from fastload.bench.schema import VERSION, Figure, Machine, Phase, Result, Series, Work
-from fastload.bench.verdict import BUSY, Demand, Findings, Rate, sentences
+from fastload.bench.verdict import BUSY, Beside, Demand, Findings, Rate, sentences
 from fastload.cache.tempfiles import is_running
 from fastload.cgroups import cpu_quotas, read_file
 from fastload.config import MIB, default_ram_bytes, format_bytes
@@ -59,6 +62,7 @@ class Options:
     max_bytes: int = 4 << 30
     repeats: int = 1
     step_s: float = 0.0  # 0: find the least
+    peers: Sequence[str] = ()  # other loaders, to be measured beside
     skip: frozenset[str] = frozenset()
     price_per_gb: float = 0.0
     price_per_1000: float = 0.0
@@ -151,7 +155,10 @@ class Session:
             chunk_bytes = handle.limits.chunk_bytes
         whole_bytes = sum(each.size for each in objects)
         passes = (
-            options.repeats + sum(1 + (1 - share) for share in options.cache_shares) + ("demand" not in options.skip)
+            options.repeats
+            + sum(1 + (1 - share) for share in options.cache_shares)
+            + ("demand" not in options.skip)
+            + race.passes(options.peers, options.repeats)
         )
         chosen = _within(objects, int(options.max_bytes / max(1.0, passes + 0.5)))
         self._plan = Plan(chosen, len(objects), whole_bytes, chunk_bytes, passes)
@@ -165,6 +172,8 @@ class Session:
             for name, phase in self._all_phases():
                 if name not in self._options.skip:
                     self._phases.append(self._guarded(name, phase))
+            if self._options.peers:
+                self._beside()
         except KeyboardInterrupt:
             self._interrupted = True
         return self._result()
@@ -530,6 +539,43 @@ class Session:
             )
         )
 
+    def _beside(self) -> None:
+        """Other loaders and ours, in turns; a phase for each."""
+        options, plan, began = self._options, self._plan, time.monotonic()
+        assert plan is not None, "plan first"
+        folder = self.folder / "peers"
+        folder.mkdir()
+        job = Job(
+            urls=[each.url for each in plan.objects],
+            columns=list(options.columns),
+            decode=options.decode,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            folder=str(folder),
+            ram_bytes=self._arena_bytes,
+            cache_bytes=self._disk_bytes,
+            shuffle=options.shuffle,
+            seed=options.seed,
+        )
+        turns = race.Race(
+            options.peers,
+            plan.objects,
+            job,
+            folder,
+            store_options=self._store_options,
+            repeats=options.repeats,
+            arena_least=_ARENA_LEAST,
+            timeout_s=self._timeout_s(3),
+            report=self._report,
+        )
+        try:
+            turns.run()
+        except (FastloadError, OSError) as error:
+            self._phases.append(Phase(name="peers", seconds=time.monotonic() - began, error=redact(str(error))))
+        finally:
+            self._phases += turns.phases()
+            shutil.rmtree(folder, ignore_errors=True)
+
     # The result
 
     def _result(self) -> Result:
@@ -645,6 +691,7 @@ class Session:
             ),
             equality="" if self._equal is None else self._equal.sentence(),
             ideal_per_s=of("ideal", "samples"),
+            peers=tuple(_against(result)),
             load_before=self._load_before,
             cores=result.machine.cores,
             price_per_gb=options.price_per_gb,
@@ -652,6 +699,16 @@ class Session:
             requests=int(of("cold", "requests") or 0),
             epochs=options.epochs,
         )
+
+
+def _against(result: Result) -> Iterator[Beside]:
+    """Each loader's median rates as a part of ours, which had its turns between theirs."""
+    ours = result.phase(f"{race.PREFIX}{OURS}")
+    for phase in result.phases:
+        if ours is None or phase is ours or phase.error or not phase.name.startswith(race.PREFIX):
+            continue
+        ratios = [(phase.value(name) or 0.0) / (ours.value(name) or math.inf) for name in race.EPOCHS]
+        yield Beside(phase.name.removeprefix(race.PREFIX), *ratios)
 
 
 def _within(objects: Sequence[ObjectInfo], byte_count: int) -> list[ObjectInfo]:

@@ -43,6 +43,16 @@ class Demand:
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """Another loader's rates as a part of ours: in a first epoch, a later one from RAM, and one from the disk."""
+
+    name: str
+    first: float
+    from_ram: float
+    from_disk: float
+
+
+@dataclass(frozen=True, slots=True)
 class Findings:
     """What was measured; None for what was left out or failed."""
 
@@ -73,6 +83,7 @@ class Findings:
     yours: tuple[tuple[str, Rate, Rate | None], ...] = ()  # "first" or "later": its rate, and fastload's
     equality: str = ""
     ideal_per_s: float | None = None
+    peers: tuple[Beside, ...] = ()
     load_before: float = 0.0
     cores: float = 1.0
     price_per_gb: float = 0.0
@@ -89,6 +100,7 @@ def sentences(found: Findings) -> list[str]:
     said += _later_epochs(found)
     said += [_demand(found, each) for each in found.demands]
     said += _against(found)
+    said += [_beside(each) for each in found.peers]
     said += _costs(found)
     if found.throttled and not _is_throttled(found):
         said.append(
@@ -261,6 +273,13 @@ def _against(found: Findings) -> list[str]:
             "which no loader can beat."
         )
     return said
+
+
+def _beside(peer: Beside) -> str:
+    return (
+        f"{peer.name} feeds {peer.first:.2f} times what fastload does in a first epoch, {peer.from_ram:.2f} times in a "
+        f"later one from RAM, and {peer.from_disk:.2f} times in one from the disk."
+    )
 
 
 def _costs(found: Findings) -> list[str]:

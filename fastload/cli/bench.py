@@ -79,6 +79,9 @@ def run(
         bool, typer.Option("--ideal", help="Its batches replayed from memory too: what no loader can beat.")
     ] = False,
     cache_share: Annotated[str, typer.Option(help="Disk caches to try, as parts of the data, such as 0.25,0.5.")] = "",
+    peers: Annotated[
+        str, typer.Option(help="Other loaders to measure beside, such as webdataset,streaming, or all.")
+    ] = "",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each epoch; `compare` needs several.")] = 1,
     for_s: Annotated[str, typer.Option("--for", help="The longest that an epoch should take, such as 2m.")] = "30s",
     max_bytes: Annotated[str, typer.Option(help="What may be read from the store, all phases together.")] = "4GiB",
@@ -126,6 +129,7 @@ def run(
         for_s=parse_seconds(for_s, "--for"),
         max_bytes=min(parse_bytes(max_bytes, "--max-bytes"), parse_bytes(_QUICK_BYTES, "") if quick else 1 << 62),
         repeats=repeats,
+        peers=_peers(peers),
         step_s=step_ms / 1e3,
         skip=frozenset(left_out),
         price_per_gb=price_per_gb,
@@ -247,6 +251,14 @@ def _names(text: str) -> set[str]:
     for name in names:
         _one_of("--skip", name, _PHASES)
     return names
+
+
+def _peers(text: str) -> list[str]:
+    from fastload.bench.peers import NAMES
+
+    if text.strip() == "all":
+        return list(NAMES)
+    return [_one_of("--peers", each.strip(), NAMES) for each in text.split(",") if each.strip()]
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> str:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from fastload.bench import measure
+from tests.processes import is_running
 
 BURN = "import time\nwhile time.process_time() < 0.3: pass\n"
 HOLD = "import sys\ndata = bytearray(64 << 20)\nprint('ready', flush=True)\nsys.stdin.read()\n"
@@ -65,3 +66,11 @@ def test_the_page_cache_is_dropped_and_the_disk_is_read(tmp_path: Path) -> None:
 
 def test_the_median() -> None:
     assert measure.median([3.0, 1.0, 2.0]) == 2.0
+
+
+def test_processes_that_spin_end_with_the_block() -> None:
+    before = set(measure.descendants([os.getpid()]))
+    with measure.spinning(2):
+        pids = set(measure.descendants([os.getpid()])) - before
+        assert len(pids) == 2
+    assert not any(map(is_running, pids))
