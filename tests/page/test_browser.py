@@ -60,7 +60,7 @@ def test_ranks_in_a_browser(browser: Browser, page: Page, handle: Handle) -> Non
             )
         browser.open(page.at.url)
         browser.until("document.getElementById('state').textContent === 'live'")
-        browser.until("document.querySelectorAll('#ranks tr').length === 4")
+        browser.until("document.querySelectorAll('#ranks .bar').length === 4")  # all have reported
         assert browser.run("document.querySelector('.slowest').closest('tr').innerText").startswith("rank 2")
         rows = browser.run("[...document.querySelectorAll('#ranks tr')].map((row) => row.innerText)")
         assert "work 40 %, fetch 60 %" in rows[2]
@@ -96,7 +96,7 @@ def test_hostile_names_stay_text(browser: Browser, page: Page, handle: Handle) -
                 rank=7, elapsed_s=1.0, stalls={name: 0.5}, verdict=name
             )
         browser.open(page.at.url)
-        browser.until(f"document.querySelectorAll('#ranks tr').length === {len(HOSTILE)}")
+        browser.until(f"document.querySelectorAll('#ranks .bar').length === {len(HOSTILE)}")
         shown = browser.run("document.getElementById('ranks').textContent")
         for name in HOSTILE:
             assert name[:250] in shown
