@@ -214,7 +214,8 @@ def disk(folder: Path, *, byte_count: int = _DISK_BYTES) -> Phase:
     room = free.f_bavail * free.f_frsize
     if room < 2 * byte_count:
         raise FastloadError(
-            f"{folder} has {format_bytes(room)} free, and {format_bytes(2 * byte_count)} are needed to measure it"
+            f"{folder} has {format_bytes(room)} free, and {format_bytes(2 * byte_count)} are needed to measure it; "
+            "free some, or name another disk with --cache"
         )
     scratch = folder / f"bench-{os.getpid()}"
     scratch.mkdir()

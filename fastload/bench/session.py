@@ -128,13 +128,22 @@ class Session:
         self._interrupted = False
 
     def __enter__(self) -> Session:
-        self._parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._parent.mkdir(parents=True, exist_ok=True)
+            self._clean_up()
+            self.folder.mkdir(mode=0o700)
+        except OSError as error:
+            raise ConfigError(
+                f"--cache {self._parent}: {error.strerror or error}; name a place where a folder can be made beside it"
+            ) from error
+        return self
+
+    def _clean_up(self) -> None:
+        """Remove what killed runs left."""
         for left in self._parent.glob(f"{self._prefix}*"):
             pid = left.name.removeprefix(self._prefix)
             if pid.isdecimal() and not is_running(int(pid)):
                 shutil.rmtree(left, ignore_errors=True)
-        self.folder.mkdir(mode=0o700)
-        return self
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -273,6 +282,12 @@ class Session:
             theirs_s += time.monotonic()
         if failed is not None:
             raise failed
+        if not self._samples:
+            self._outcomes = []
+            raise ConfigError(
+                f"{' '.join(map(self._shown, self._options.urls))}: its {len(self._plan.objects) if self._plan else 0} "
+                "shards hold no sample; name shards that hold some"
+            )
         for name, epoch in zip(("cold", "ram"), outcomes[-1].epochs, strict=True):
             self._bound_by[name] = epoch.bound_by, epoch.verdict
         return _phase("cold", [each.epochs[0] for each in outcomes], time.monotonic() - began - theirs_s)
@@ -368,10 +383,16 @@ class Session:
     def _from_disk(self) -> Phase:
         """An epoch from the disk tier that the first one filled, with a small arena. It bypasses the page cache."""
         began = time.monotonic()
-        settings = self._settings(
-            "full", _ARENA_LEAST, self._disk_bytes, epochs=self._options.repeats, first_epoch=2, first_is_single=False
-        )
-        epochs = self._run(settings, self._options.repeats).epochs
+        repeats = self._options.repeats
+        assert self._plan is not None, "plan first"
+        if self._plan.byte_count > _ARENA_LEAST:
+            together = self._settings(
+                "full", _ARENA_LEAST, self._disk_bytes, epochs=repeats, first_epoch=2, first_is_single=False
+            )
+            epochs = self._run(together, repeats).epochs
+        else:  # the arena would hold it after one epoch
+            alone = self._settings("full", _ARENA_LEAST, self._disk_bytes, epochs=1, first_epoch=2)
+            epochs = [self._run(alone, 1).epochs[0] for _ in range(repeats)]
         self._bound_by["disk epoch"] = epochs[-1].bound_by, epochs[-1].verdict
         return _phase("disk epoch", epochs, time.monotonic() - began)
 

@@ -159,7 +159,10 @@ def run(
     if json_file is not None:
         schema.write(result, json_file)
     if html_file is not None:
-        html_file.write_text(report.html(result), encoding="utf-8")
+        try:
+            html_file.write_text(report.html(result), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--html {html_file}: {error.strerror or error}; name a file in a folder") from error
     if result.interrupted:
         raise typer.Exit(exits.INTERRUPTED)
     if any(phase.error for phase in result.phases):

@@ -16,6 +16,7 @@ from fastload.bench.compare import compare
 from fastload.bench.prediction import Measured, predict
 from fastload.bench.report import html, lines
 from fastload.bench.schema import Figure, Machine, Phase, Result, Series, Work
+from fastload.bench.session import Options, Session
 from fastload.bench.verdict import Demand, Findings, Rate, sentences
 from fastload.errors import ConfigError
 
@@ -260,3 +261,9 @@ def test_lines_begin_with_the_verdict_and_leave_out_what_is_none() -> None:
 
 def test_results_are_plain_data() -> None:
     assert msgspec.json.decode(msgspec.json.encode(result([1.0])))["phases"][0]["figures"][0]["values"] == [1.0]
+
+
+def test_a_place_where_no_folder_can_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"--cache .*/file: .*name a place where a folder can be made"):
+        Session(Options(["s3://a/b/"], cache=tmp_path / "file" / "cache"), [], lambda words: None).__enter__()
