@@ -115,10 +115,10 @@ def difference(one: bytes, other: bytes) -> str:
     """In what two layouts differ, in words."""
     first, second = record_reader(one), record_reader(other)
     for name in (*first.columns, *second.columns):
-        kinds = [str(read.decoder(name)) if name in read.columns else "missing" for read in (first, second)]
+        kinds = [read.kind(name) if name in read.columns else "missing" for read in (first, second)]
         if kinds[0] != kinds[1]:
             return f"column {name!r} is {kinds[0]} in the one and {kinds[1]} in the other"
-    return f"{list(first.columns)} and {list(second.columns)}"
+    return f"in the order {list(first.columns)} in the one and {list(second.columns)} in the other"
 
 
 def endings_of(name: str) -> tuple[str, ...]:

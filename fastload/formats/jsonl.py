@@ -37,7 +37,7 @@ class JsonlIndexer:
         self._state = np.zeros(2, np.int64)
         self._starts: list[NDArray[np.int64]] = []
         self._ends: list[NDArray[np.int64]] = []
-        self._is_last_blank = True
+        self._is_open_blank = True  # the line that goes on beyond what was read
 
     @property
     def next_offset(self) -> int:
@@ -55,6 +55,8 @@ class JsonlIndexer:
             raise ShardError(f"{self._url}: bytes from {start} came where those from {self.next_offset} were needed")
         if start == 0 and chunk[:3].tobytes() == _MARK:
             self._state[:] = len(_MARK)
+        opened, was_blank = int(self._state[0]), self._is_open_blank
+        first = len(self._starts)
         is_aligned = chunk.ctypes.data % 8 == 0  # as chunks in the arena are
         words = chunk[: len(chunk) // 8 * 8 if is_aligned else 0].view(np.uint64)
         while self.next_offset < start + len(chunk):
@@ -62,11 +64,20 @@ class JsonlIndexer:
             found = find_lines(chunk, words, start, self._state, starts, ends)
             self._starts.append(starts[:found].copy())
             self._ends.append(ends[:found].copy())
-        self._is_last_blank = not (chunk[max(0, int(self._state[0]) - start) :] > ord(" ")).any()
+        if opened < start and was_blank:
+            self._drop_blank(first, chunk, start)
+        rest = chunk[max(0, int(self._state[0]) - start) :]
+        self._is_open_blank = (was_blank or int(self._state[0]) > opened) and not (rest > ord(" ")).any()
+
+    def _drop_blank(self, number: int, chunk: NDArray[np.uint8], start: int) -> None:
+        """Leave out the first line of a chunk, found as `number`, where it began before and nothing is in it."""
+        ends = self._ends[number]
+        if len(ends) and self._starts[number][0] < start and not (chunk[: ends[0] - start] > ord(" ")).any():
+            self._starts[number], self._ends[number] = self._starts[number][1:], ends[1:]
 
     def finish(self) -> RecordIndex:
         """The index. ShardError: a line is longer than can be."""
-        if self._state[0] < self._size and not self._is_last_blank:
+        if self._state[0] < self._size and not self._is_open_blank:
             self._starts.append(self._state[:1].copy())
             self._ends.append(np.array([self._size], np.int64))
         none = np.empty(0, np.int64)
@@ -94,6 +105,9 @@ class JsonlReader:
 
     def may_have(self, column: str) -> bool:
         return True
+
+    def kind(self, column: str) -> str:
+        return "JSON"
 
     def decoder(self, column: str) -> Decoder:
         return decode.json()

@@ -11,6 +11,7 @@ reads.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -208,6 +209,10 @@ class MdsReader:
         lower = column.lower()
         return any(name.lower() == lower for name in self.columns)
 
+    def kind(self, column: str) -> str:
+        number = self._number(column)
+        return self.encodings[number] + (f" of {self.fixed[number]} bytes" if self.fixed[number] >= 0 else "")
+
     def decoder(self, column: str) -> Decoder:
         return _decoder_of(self.encodings[self._number(column)], column)
 
@@ -228,7 +233,8 @@ class MdsReader:
         return next(number for number, name in enumerate(self.columns) if name.lower() == lower)
 
 
-_ARRAY = re.compile(r"ndarray(?::(\w+)(?::([\d,]+))?)?")
+_ARRAY = re.compile(r"ndarray(?::(\w+)(?::([0-9]{1,10}(?:,[0-9]{1,10})*),?)?)?")
+_AXES_MAX = 32  # as numpy
 
 
 def _size_of(encoding: str) -> int | None:
@@ -240,7 +246,7 @@ def _size_of(encoding: str) -> int | None:
     array = _array(encoding)
     if array is not None:
         dtype, shape = array
-        return None if dtype is None or shape is None else dtype.itemsize * int(np.prod(shape, dtype=object))
+        return None if dtype is None or shape is None else dtype.itemsize * math.prod(shape)
     if encoding in _VARYING:
         return None
     raise ShardError(f"a column has the encoding {encoding!r}, which fastload does not know")
@@ -254,6 +260,10 @@ def _array(encoding: str) -> tuple[np.dtype[Any] | None, tuple[int, ...] | None]
     if match[1] is not None and match[1] not in _SCALARS:
         raise ShardError(f"a column has the encoding {encoding!r}, whose dtype MDS does not know")
     shape = None if match[2] is None else tuple(int(size) for size in match[2].split(",") if size)
+    if shape and (len(shape) > _AXES_MAX or max(shape) >= 1 << 32):
+        raise ShardError(
+            f"a column has the encoding {encoding[:80]!r}, which is larger than an array in a shard can be"
+        )
     return None if match[1] is None and shape else (_SCALARS[match[1]] if match[1] else None), shape
 
 
@@ -296,10 +306,13 @@ class MdsArray(Decoder):
                 raise DecodeError(f"{len(value)} bytes are no MDS array of {axes} axes")
             shape = tuple(np.frombuffer(value, f"<u{width}", axes, at).tolist())
             at += axes * width
-        count = int(np.prod(shape, dtype=object))
+        count = math.prod(shape)
         if count * dtype.itemsize != len(value) - at:
             raise DecodeError(f"an array of {dtype}{list(shape)} in {len(value) - at} bytes")
-        return np.frombuffer(value, dtype, count, at).reshape(shape).astype(dtype.newbyteorder("="))
+        try:
+            return np.frombuffer(value, dtype, count, at).reshape(shape).astype(dtype.newbyteorder("="))
+        except ValueError as error:  # of no elements, and with axes that are too long
+            raise DecodeError(f"an array of {dtype}{list(shape)}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,6 +360,8 @@ class Picture(Decoder):
                 return picture
             width, height, mode_bytes = struct.unpack_from("<III", value)
             mode = str(value[12 : 12 + mode_bytes], "ascii")
+            if max(1, width) * max(1, height) > 8 * len(value):  # a pixel takes a bit at least; before memory is taken
+                raise ValueError(f"{width} x {height} pixels")
             return Image.frombytes(mode, (width, height), bytes(value[12 + mode_bytes :]))
         except (struct.error, ValueError, UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
             raise DecodeError(f"{len(value)} bytes are no such image: {error}") from error

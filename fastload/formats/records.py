@@ -35,6 +35,10 @@ class RecordReader(Protocol):
         """Whether some record may have a column of this name, whatever its case."""
         ...
 
+    def kind(self, column: str) -> str:
+        """How the values of a column are stored, in words."""
+        ...
+
     def decoder(self, column: str) -> Decoder:
         """What makes of a value what the format's own reader gives."""
         ...

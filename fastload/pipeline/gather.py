@@ -257,9 +257,10 @@ class SampleGatherer:
     def chunks_of(self, entry: BatchEntry) -> Ints:
         """The chunks that an entry needs. Missing values need none; they are an error when the batch is built."""
         located = LocatedSamples(entry, self._live, self._urls)
-        members = located.all_columns() if self._columns.members is None else self._columns.members
         if located.record_layout() is not None:
-            members = (RECORD,)
+            members: tuple[str, ...] = (RECORD,)
+        else:
+            members = located.all_columns() if self._columns.members is None else self._columns.members
         return self._gatherer.lay_out(located.values_of(members)[0]).chunk_nos
 
     def _names(self, located: LocatedSamples) -> tuple[str, ...]:

@@ -20,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastload
+from fastload.decode import Decoder
 from fastload.errors import ConfigError, DecodeError, MissingColumnError, ShardError
-from fastload.formats import RecordIndex, indexer_for, record_reader, stored_index
-from fastload.formats.mds import MdsArray, MdsReader, Several
+from fastload.formats import RecordIndex, difference, indexer_for, record_reader, stored_index
+from fastload.formats.mds import MdsArray, MdsReader, Picture, Several
 from fastload.formats.records import split
 from tests.conftest import Bucket
 
@@ -195,6 +196,9 @@ GOOD = shard(COLUMNS, [[b"xy", bytes(8), b"z"], [b"", bytes(8), b"long"]])
         (shard([("a", "int", 4)], []), "has 4 bytes where that takes 8"),
         (shard([("a", "ndarray:complex64", None)], []), "whose dtype MDS does not know"),
         (shard([("a", "bytes", None), ("A", "int", 8)], []), "the column 'a' twice"),
+        (shard([("a", f"ndarray:int8:{'9' * 5000}", None)], []), "which fastload does not know"),
+        (shard([("a", "ndarray:int8:0,9999999999", 0)], []), "larger than an array in a shard can be"),
+        (shard([("a", f"ndarray:int8:0{',1' * 40}", 0)], []), "larger than an array in a shard can be"),
     ],
 )
 def test_a_damaged_shard_is_an_error_that_names_it(data: bytes, says: str) -> None:
@@ -224,6 +228,20 @@ def test_a_stored_index_that_is_damaged_is_refused(noise: bytes) -> None:
             stored_index(bytes(stored), "s3://b/shard.mds", len(GOOD))
 
 
+@pytest.mark.parametrize(
+    ("decoder", "value"),
+    [
+        (MdsArray(None, None), bytes([34, 2 << 2 | 3]) + struct.pack("<QQ", 0, 1 << 63)),
+        (Picture(is_bare=True), struct.pack("<III", 60_000, 60_000, 3) + b"RGB"),
+        (Picture(is_bare=True), struct.pack("<III", 0, 1 << 31, 3) + b"RGB"),
+        (Picture(is_bare=True), struct.pack("<III", 2, 2, 3) + b"odd" + bytes(12)),
+    ],
+)
+def test_sizes_that_no_value_can_have_are_refused_before_memory_is_taken(decoder: Decoder, value: bytes) -> None:
+    with pytest.raises(DecodeError, match=r"^here: "):
+        decoder.decode_one(value, "here")
+
+
 @given(st.binary(max_size=64))
 def test_values_of_any_bytes_are_decoded_or_refused(value: bytes) -> None:
     for decoder in (
@@ -251,6 +269,31 @@ def test_shards_with_other_columns_are_refused_naming_both(cache: fastload.Cache
     dataset = fastload.StreamingDataset(f"{tmp_path}/data/", cache=cache, shuffle=False)
     with pytest.raises(ShardError, match=r"a\.mds and .*b\.mds have other columns: column 'a' is"):
         list(fastload.DataLoader(dataset, batch_size=2))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "says"),
+    [
+        (("x", "jpeg", None), ("x", "png", None), "column 'x' is jpeg in the one and png in the other"),
+        (("x", "pkl", None), ("x", "bytes", None), "column 'x' is pkl in the one and bytes in the other"),
+        (("x", "int", 8), ("y", "int", 8), "column 'x' is int of 8 bytes in the one and missing in the other"),
+    ],
+)
+def test_what_differs_is_said_by_encoding(
+    one: tuple[str, str, int | None], other: tuple[str, str, int | None], says: str
+) -> None:
+    assert difference(index_of(shard([one], [])).layout, index_of(shard([other], [])).layout) == says
+
+
+def test_shards_of_many_columns_are_read_whole(cache: fastload.Cache, tmp_path: Path) -> None:
+    count = 45_000  # enough for a table of all places to be too large for a shard of a tar
+    names = [f"c{number:02}" for number in range(40)]
+    path = tmp_path / "wide.mds"
+    path.write_bytes(shard([(name, "uint8", 1) for name in names], [[bytes([i % 251])] * 40 for i in range(count)]))
+    dataset = fastload.StreamingDataset(str(path), cache=cache, shuffle="global")
+    batch = next(iter(fastload.DataLoader(dataset, batch_size=64)))
+    assert set(names) < set(batch)
+    assert fastload.StreamingDataset(str(path), cache=cache)[1000]["c39"] == 1000 % 251
 
 
 def test_images_of_a_column_are_decoded(cache: fastload.Cache, tmp_path: Path) -> None:
