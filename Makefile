@@ -20,6 +20,7 @@ thorough: ready
 	$(BIN)/python -m tests.plan.many
 	FASTLOAD_JOB_CASES=200 $(BIN)/python -m pytest tests/jobs/test_cases.py
 	FASTLOAD_THOROUGH=1 $(BIN)/python -m pytest tests/kernels/test_plain.py
+	FASTLOAD_THOROUGH=1 $(BIN)/python -m pytest -n 2 -m thorough
 	$(BIN)/python -m pytest -n auto --dist=worksteal -m hypothesis --hypothesis-profile=thorough --timeout=1200 \
 		--ignore=tests/plan --ignore=tests/jobs
 

@@ -70,6 +70,15 @@ _bucket_numbers = count()
 _lasting: set[int] = set()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that take a minute are for `make thorough`."""
+    if "FASTLOAD_THOROUGH" not in os.environ:
+        skip = pytest.mark.skip(reason="`make thorough` runs it: it takes a minute")
+        for item in items:
+            if item.get_closest_marker("thorough"):
+                item.add_marker(skip)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def what_is_there_stays() -> None:
     """Collections of this module's tests leave out what was there before, modules above all: a look at all that torch

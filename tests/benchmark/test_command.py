@@ -71,6 +71,7 @@ def test_the_store_limit_is_that_of_the_link(capped: str) -> None:
     assert 0.5 * CAP_BYTES_PER_S < goodput < 1.1 * CAP_BYTES_PER_S  # a busy machine gives less
 
 
+@pytest.mark.thorough
 def test_a_step_is_tried_and_two_results_compare(capped: str, tmp_path: Path) -> None:
     common = [capped, "--skip=store,disk,memory,ram,disk epoch", "--batch-size=32", "--step-ms=30", "--for=2s"]
     for name in ("a", "b"):
@@ -154,6 +155,7 @@ def test_interrupted_it_reports_what_is_there_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.thorough
 def test_what_a_killed_run_left_is_removed_by_the_next(capped: str, tmp_path: Path) -> None:
     left = tmp_path / "cache-bench-999999999"
     left.mkdir()

@@ -287,6 +287,7 @@ def test_both_loaders_stand_side_by_side(here: str, tmp_path: Path) -> None:
     assert "no loader can beat" in done.stdout
 
 
+@pytest.mark.thorough
 def test_a_loader_that_fails_does_not_end_the_rest(here: str, tmp_path: Path) -> None:
     done, result = bench(tmp_path, here, *FAST, "--against=my_train:raises")
     assert done.returncode == 3
@@ -295,6 +296,7 @@ def test_a_loader_that_fails_does_not_end_the_rest(here: str, tmp_path: Path) ->
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.thorough
 def test_ranks_share_an_epoch_and_functions_are_mapped(here: str, tmp_path: Path) -> None:
     _, result = bench(tmp_path, here, *FAST, "--ranks=2", "--map=my_train:halved", "--columns=bin,cls")
     repeated = figure(result, "cold", "repeated samples")[0]  # which makes the ranks equal

@@ -159,6 +159,7 @@ def test_a_loader_that_raises_dies_or_hangs_is_an_error_in_a_line(
         ask(Request(peer="spdl", job=job("spdl", "", tmp_path, "/"), epochs=[0]), tmp_path, deadline_s)
 
 
+@pytest.mark.thorough
 def test_loaders_take_turns_and_one_that_is_missing_is_a_line(s3: Bucket, tmp_path: Path) -> None:
     missing = next((name for name in NAMES if not installed(name)), "")
     done = run_cli(

@@ -432,6 +432,7 @@ def test_a_disk_that_is_full_costs_that_job_and_no_other_work(s3, place: Path) -
 KILLS = 10
 
 
+@pytest.mark.thorough
 def test_killed_ten_times_it_fetches_nothing_twice_but_what_was_in_flight(s3, place: Path) -> None:
     data = corpus(shard_count=40, samples_per_shard=40)
     url = data.put(s3)
