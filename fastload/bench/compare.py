@@ -59,6 +59,16 @@ def compare(before: Result, after: Result, *, anyway: bool = False, seed: int = 
     return changes
 
 
+def lost(before: Result, after: Result) -> list[str]:
+    """Phases of the first result that failed in the second or that it did not come to, a line each."""
+    failed = {phase.name: phase.error for phase in after.phases if phase.error}
+    there = {phase.name for phase in after.phases} - failed.keys()
+    had = [phase.name for phase in before.phases if phase.figures and not phase.error and phase.name not in there]
+    return [f"{name}: not compared, the second result was interrupted" for name in had if after.interrupted] or [
+        f"{name}: not compared, it failed in the second result: {failed[name]}" for name in had if name in failed
+    ]
+
+
 def _check(before: Result, after: Result) -> None:
     if before.work.digest != after.work.digest:
         ours, theirs = _facts(before), _facts(after)

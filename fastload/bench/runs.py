@@ -304,7 +304,10 @@ class _Run:
 
     def _values(self, column: str) -> list[bytes]:
         """Stored values of one column, of some hundred samples."""
-        dataset = self._dataset_class(self._settings.urls, columns=[column], cache=self._cache, shuffle=False)
+        from fastload.decode import raw
+
+        stored = {column: raw()}  # formats with types have decoders of their own
+        dataset = self._dataset_class(self._settings.urls, decode=stored, cache=self._cache, shuffle=False)
         loader = self._loader_class(dataset, batch_size=256, num_workers=0)
         try:
             batch = next(iter(loader))

@@ -184,17 +184,23 @@ def compare(
     """Whether two results differ: the ratio of each figure with its interval."""
     from fastload.bench import report, schema
     from fastload.bench.compare import compare as compared
+    from fastload.bench.compare import lost
 
     worst = _share("--fail-above", fail_above) if fail_above else math.inf
-    changes = compared(schema.read(before), schema.read(after), anyway=anyway)
+    first, second = schema.read(before), schema.read(after)
+    changes, not_compared = compared(first, second, anyway=anyway), lost(first, second)
     for line in report.change_lines(each for each in changes if every or each.word != "no change"):
         print(plain(line))
     counts = {
         word: sum(each.word == word for each in changes) for word in ("better", "worse", "no change", "too few runs")
     }
     print(", ".join(f"{word}: {count}" for word, count in counts.items()))
+    for line in not_compared:
+        print(plain(line))
     if any(each.steady and each.loss > worst for each in changes):
         raise typer.Exit(EXIT_WORSE)
+    if not_compared:
+        raise typer.Exit(exits.PARTIAL)
 
 
 def _interrupt(number: int, frame: Any) -> None:

@@ -31,7 +31,7 @@ from fastload.formats import record_reader
 from fastload.formats.record_index import RECORD
 from fastload.formats.records import RecordReader, split
 from fastload.kernels.gather import gather_columns, lay_out
-from fastload.pipeline.columns import meant, shown
+from fastload.pipeline.columns import KEY, URL, meant, shown
 from fastload.pipeline.delivery import PlanEntry
 from fastload.pipeline.finish import SAMPLE_ERRORS, Gathered, SourceBuilder
 from fastload.pipeline.names import UrlTable
@@ -287,6 +287,12 @@ class SampleGatherer:
         """The columns of records, which are found in their bytes: these are gathered first, and then copied out."""
         names = self._columns.names if self._columns.names is not None else read.columns
         samples = located.names()
+        reserved = [name for name in read.columns if name in (KEY, URL)]
+        if self._columns.names is None and reserved:
+            raise ConfigError(
+                f"{samples.urls()[0]}: it has a column {reserved[0]!r}, which every sample has anyway, with another "
+                "value; name the others with columns=[...]"
+            )
         lacking = [name for name in names if not read.may_have(name)]
         for name in lacking:
             if name not in self._columns.optional:

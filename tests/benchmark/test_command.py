@@ -87,6 +87,12 @@ def test_a_step_is_tried_and_two_results_compare(capped: str, tmp_path: Path) ->
     schema.write(result, tmp_path / "worse.json")
     worse = run_cli("bench", "compare", tmp_path / "a.json", tmp_path / "worse.json", "--fail-above=5%", check=False)
     assert worse.returncode == 5
+    for phase in result.phases:
+        phase.figures, phase.error = [], "it failed"
+    schema.write(result, tmp_path / "failed.json")
+    failed = run_cli("bench", "compare", tmp_path / "a.json", tmp_path / "failed.json", "--fail-above=5%", check=False)
+    assert failed.returncode == 3
+    assert "cold: not compared, it failed in the second result: it failed" in failed.stdout
 
 
 @pytest.mark.parametrize(

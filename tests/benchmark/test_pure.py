@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastload.bench import schema
-from fastload.bench.compare import compare
+from fastload.bench.compare import compare, lost
 from fastload.bench.prediction import Measured, predict
 from fastload.bench.report import html, lines
 from fastload.bench.schema import Figure, Machine, Phase, Result, Series, Work
@@ -84,6 +84,17 @@ def test_what_is_faster_throughout_is_never_called_worse(values: list[float], fa
     assert change.word in ("better", "no change")
     assert change.low <= change.ratio * (1 + 1e-9)
     assert change.high >= change.ratio * (1 - 1e-9)
+
+
+def test_what_the_second_result_lacks_is_said() -> None:
+    before, after = result([1.0]), result([1.0])
+    assert lost(before, after) == []
+    after.phases[0].figures, after.phases[0].error = [], "the store is gone"
+    assert lost(before, after) == ["cold: not compared, it failed in the second result: the store is gone"]
+    after.phases, after.interrupted = [], True
+    assert lost(before, after) == ["cold: not compared, the second result was interrupted"]
+    after.interrupted = False  # left out with --skip
+    assert lost(before, after) == []
 
 
 def test_other_work_and_other_machines_are_refused_by_name() -> None:

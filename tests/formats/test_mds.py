@@ -296,6 +296,15 @@ def test_shards_of_many_columns_are_read_whole(cache: fastload.Cache, tmp_path: 
     assert fastload.StreamingDataset(str(path), cache=cache)[1000]["c39"] == 1000 % 251
 
 
+def test_a_column_that_every_sample_has_anyway_is_not_mixed_up_with_that(cache: fastload.Cache, tmp_path: Path) -> None:
+    path = tmp_path / "a.mds"
+    path.write_bytes(shard([("__key__", "str", None), ("x", "int", 8)], [[b"k", bytes(8)]]))
+    with pytest.raises(ConfigError, match=r"a\.mds: it has a column '__key__', which every sample has anyway"):
+        list(fastload.StreamingDataset(str(path), cache=cache))
+    (sample,) = fastload.StreamingDataset(str(path), cache=cache, columns=["x"])
+    assert (sample["__key__"], sample["x"]) == ("a.mds/0", 0)
+
+
 def test_images_of_a_column_are_decoded(cache: fastload.Cache, tmp_path: Path) -> None:
     from PIL import Image
 
