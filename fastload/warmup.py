@@ -128,6 +128,8 @@ def _pin(pin: bool | str, ttl: float | str | None, urls: Sequence[str]) -> PinTe
             raise ConfigError(f"ttl={ttl!r} is that of a pin; add pin=True, or leave it out")
         return None
     ttl_s = 0.0 if ttl is None else parse_seconds(ttl, "ttl")
+    if ttl is not None and not ttl_s:
+        raise ConfigError(f"ttl={ttl!r} would end the pin at once; leave it out for no end")
     return PinTerms(pin if isinstance(pin, str) else pin_name(urls), ttl_s)
 
 

@@ -122,6 +122,9 @@ def test_a_job_file_may_hold_one_table_or_several(s3: Bucket, data: Corpus, plac
     s3.put("more/0.tar", data.shards["shard-0000.tar"])
     one, two = tmp_path / "one.toml", tmp_path / "two.toml"
     one.write_text(f'urls = ["{s3.url}/train/"]\njob = {{seed = 3, shuffle = "shards"}}')
+    done = warm(place, f"--job={one}", "--nodes=2", "--node=1")
+    assert done.returncode == 0, done.stderr
+    assert "one: 3 shards" in done.stderr
     done = warm(place, f"--job={one}")
     assert done.returncode == 0, done.stderr
     assert "one: 6 shards" in done.stderr
@@ -176,6 +179,9 @@ def test_a_profile_is_that_of_the_stores_credentials(
         (["s3://b/", "--check", "--dry-run"], "", "--check, --dry-run and --daemon exclude each other"),
         (["s3://b/", "--ram-bytes=much"], "", "--ram-bytes='much' is not a size"),
         (["--from-history=latest", "--daemon"], "", "--daemon takes URLs, --list or --job"),
+        (["--from-history=latest", "--pin"], "", "--pin goes with URLs, --list or --job"),
+        (["--from-history=latest", "--shuffle-window=1GiB"], "", "--shuffle-window goes with URLs, --list or --job"),
+        (["s3://b/", "--pin", "--ttl=0s"], "", "--ttl=0s would end the pin at once"),
     ],
 )
 def test_what_cannot_be_is_one_line_with_the_cure(
@@ -214,6 +220,22 @@ def test_a_job_file_that_cannot_be_is_one_line_that_names_it(
     error = refused(monkeypatch, capsys, f"--job={file}", f"--cache={tmp_path / 'cache'}")
     assert error.startswith(f"fastload: ConfigError: {file}: ")
     assert says in error
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--nodes=1"], "node=1 must be from 0 to nodes-1"),
+        (["--partitions=0"], "partitions=0 must be at least 1"),
+        (["--ttl=2d"], "--ttl=2d is that of a pin"),
+    ],
+)
+def test_options_hold_for_a_job_file_and_are_checked_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text('urls = ["s3://b/"]\njob = {nodes = 2, node = 1}')
+    assert says in refused(monkeypatch, capsys, f"--job={file}", f"--cache={tmp_path / 'cache'}", *words)
 
 
 # Looking

@@ -103,6 +103,7 @@ def _jobs(cache: Path | None) -> list[Job]:
 
 
 def _rows(job: Job) -> list[tuple[str, str]]:
+    shards = f", {job.shard_count} shards" if job.shard_count else ""  # how many is known at its end
     rows = [
         ("job", job.id),
         ("data set", job.name + (", pinned" if job.is_pinned else "")),
@@ -110,7 +111,7 @@ def _rows(job: Job) -> list[tuple[str, str]]:
         ("from", "submitted" if job.is_submitted else "configuration"),
         ("since", _moment(job.since)),
         ("state", job.state),
-        ("held", f"{format_bytes(job.held_bytes)} of {format_bytes(job.total_bytes)}, {job.shard_count} shards"),
+        ("held", f"{format_bytes(job.held_bytes)} of {format_bytes(job.total_bytes)}{shards}"),
         ("fetched", format_bytes(job.fetched_bytes)),
         ("priority", str(job.priority)),
     ]

@@ -67,6 +67,7 @@ class _Task:
 
 
 def warm(
+    context: typer.Context,
     urls: Annotated[
         list[str] | None, typer.Argument(help="Brace patterns, prefixes that end in '/', or single shards.")
     ] = None,
@@ -137,12 +138,18 @@ def warm(
         "index": index,
         "manifest": manifest,
     }
+    given = {name: value for name, value in order.items() if _is_given(context, name)}
+    if from_history is not None and (given or pin):
+        what = "--pin" if pin else f"--{next(iter(given)).replace('_', '-')}"
+        raise ConfigError(f"{what} goes with URLs, --list or --job; what a run read has its own order, and no pin")
     asked = _Asked(profile, bandwidth, deadline, pin, ttl)
     if daemon:
-        _hand_over(cache_directory(cache), named, job, order, asked, as_json=as_json)
+        _hand_over(cache_directory(cache), named, job, order if named else given, asked, as_json=as_json)
         return
     if job is not None:
-        tasks = [_task_of_table(table, asked) for table in _tables(job)]
+        tasks = [_task_of_table(table, asked) for table in _tables(job, given)]
+        if ttl is not None and not any(task.pin for task in tasks):
+            raise ConfigError(f"--ttl={ttl} is that of a pin, which {job} has none of; add --pin, or leave it out")
     elif from_history is not None:
         tasks = [_Task("", None, from_history, asked.storage_options, asked.terms(), None)]
     else:
@@ -153,6 +160,12 @@ def warm(
             _show_outlook(opened, tasks, is_check=check, verifies=verify, as_json=as_json)
         else:
             _warm_all(opened, tasks, console, verifies=verify, as_json=as_json)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option was written, and has not its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 # What to warm
@@ -188,7 +201,10 @@ class _Asked:
 
     @property
     def ttl_s(self) -> float:
-        return 0.0 if self.ttl is None else parse_seconds(self.ttl, "--ttl")
+        seconds = 0.0 if self.ttl is None else parse_seconds(self.ttl, "--ttl")
+        if self.ttl is not None and not seconds:
+            raise ConfigError(f"--ttl={self.ttl} would end the pin at once; leave it out for no end")
+        return seconds
 
 
 def deadline_of(text: str, now: float) -> float:
@@ -257,10 +273,16 @@ def _task_of_urls(urls: list[str], order: Mapping[str, Any], asked: _Asked) -> _
     return _Task("", job, None, asked.storage_options, asked.terms(), pin)
 
 
-def _tables(file: Path) -> list[DataTable]:
+def _tables(file: Path, order: Mapping[str, Any]) -> list[DataTable]:
+    """Those of the file, whose jobs read in the `order` that was given besides."""
+    from msgspec.structs import replace as changed
+
     from fastload.daemon.config import read_tables
 
-    return read_tables(file, os.environ)
+    tables = [changed(table, job=changed(table.job, **order)) for table in read_tables(file, os.environ)]
+    for table in tables:
+        table.check()
+    return tables
 
 
 def _task_of_table(table: DataTable, asked: _Asked) -> _Task:
@@ -295,7 +317,7 @@ def _hand_over(
 
     from fastload.daemon.submission import submit
 
-    tables = [msgspec.to_builtins(table) for table in _tables(file)] if file is not None else []
+    tables = [msgspec.to_builtins(table) for table in _tables(file, order)] if file is not None else []
     if urls:
         from fastload.store import normalise
         from fastload.warmup import pin_name

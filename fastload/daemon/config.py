@@ -27,16 +27,20 @@ from typing import Any, Literal
 
 import msgspec
 
+from fastload.arguments import checked_urls
 from fastload.config import parse_bytes, parse_rate, parse_seconds
 from fastload.daemon.schedule import Timetable, Windows, parse_bandwidth, parse_when
 from fastload.errors import ConfigError, FastloadError
 from fastload.redaction import redact
+from fastload.store import normalise
 from fastload.store.listing import expand
 
 _VARIABLE = re.compile(r"\$(?:\$|([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 _NAME_MAX = 200
 _FILE_BYTES_MAX = 4 << 20
 _WATCH_LEAST_S = 1.0
+# What a message to the service can hold, either way.
+_PRIORITY_MAX = 1 << 31
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -63,7 +67,8 @@ class OrderTable(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def check(self) -> None:
         """ConfigError for what cannot be."""
-        _ = self.window_bytes
+        if self.window_bytes == 0:
+            raise ConfigError(f'shuffle_window={self.shuffle_window!r} must be at least 1 byte, or "auto"')
         if not 0 <= self.node < self.nodes:
             raise ConfigError(f"node={self.node} must be from 0 to nodes-1, and nodes={self.nodes}")
         if self.epoch < 0:
@@ -135,7 +140,7 @@ class DataTable(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ConfigError(f"name={self.name[:_NAME_MAX]!r} must be 1 to {_NAME_MAX} printable characters")
         if not self.urls:
             raise ConfigError("urls is empty; name at least one shard, pattern or prefix")
-        for url in self.urls:
+        for url in checked_urls(self.urls):
             expand(url)
             if url.startswith("~"):
                 raise ConfigError(f"the URL {url} names a home directory; write the whole path, such as $HOME/data/")
@@ -145,6 +150,12 @@ class DataTable(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
             self.job.check()
         _check_credentials(self.credentials)
         _ = self.windows, self.deadline_s, self.bytes_per_s, self.ttl_s, self.quota_bytes, self.verify_s
+        limits = {"bandwidth": self.bytes_per_s, "ttl": self.ttl_s, "quota": self.quota_bytes}
+        for name, value in limits.items():  # to the service, 0 is that there is none
+            if value == 0 and getattr(self, name) is not None:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be more than 0; leave it out for no limit")
+        if abs(self.priority) > _PRIORITY_MAX:
+            raise ConfigError(f"priority={self.priority} must be from -2^31 to 2^31")
         if self.watch_s is not None and self.watch_s < _WATCH_LEAST_S:
             raise ConfigError(f'watch={self.watch!r} must be at least "1s"; each look lists the store')
         if self.watch is not None and self.is_once:
@@ -255,7 +266,18 @@ def read_config(path: Path, environ: Mapping[str, str]) -> Config:
     with _at(str(path)):
         config = _converted(_read_toml(path), Config, environ)
         config.check()
-        return config
+        return msgspec.structs.replace(config, data=[absolute(table) for table in config.data])
+
+
+def absolute(table: DataTable) -> DataTable:
+    """The same with relative paths of files made absolute, for a job's process, which runs elsewhere."""
+
+    def at(path: str) -> str:
+        return path if path.startswith("/") or "://" in path else normalise(path)
+
+    files = {name: at(path) for name in ("index", "manifest") if (path := getattr(table.job, name))}
+    job = msgspec.structs.replace(table.job, **files)
+    return msgspec.structs.replace(table, urls=[at(url) for url in table.urls], job=job)
 
 
 def data_table(values: Mapping[str, Any], environ: Mapping[str, str] | None) -> DataTable:

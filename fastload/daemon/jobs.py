@@ -95,6 +95,7 @@ class Job:
     watch_at: float = math.inf
     failures: int = 0
     error: str = ""
+    listing_error: str = ""  # why the store cannot be looked at again; what came of the last try stays
     figures: Figures = field(default_factory=Figures)
     listing: Listing | None = None  # what the store had when it was last looked at
     bytes_per_s: float = 0.0
@@ -185,7 +186,7 @@ class Job:
 
     def watched(self, listing: Listing, now: float, wall: float, chance: float) -> None:
         """The store has this now. It is due where that is something else."""
-        before, self.listing = self.listing, listing
+        before, self.listing, self.listing_error = self.listing, listing, ""
         self._watch(now, chance)
         if before is None and self.state == "failed":  # it could not be listed
             self.state, self.due_at = "waiting", now
@@ -202,7 +203,7 @@ class Job:
         if self.state == "listing":
             self._try_again(error, now, chance)
         else:
-            self.error = redact(error)
+            self.listing_error = redact(error)
 
     def cancel(self) -> None:
         """It is not wanted any more."""
@@ -241,7 +242,7 @@ class Job:
             priority=self.table.priority,
             since=self.since,
             next_at=0.0 if math.isinf(next_at) else wall + max(0.0, next_at - now),
-            error=self.error,
+            error=self.error or self.listing_error,
             failed=dict(list(figures.failed.items())[:_FAILED_SHOWN]),
         )
 
@@ -342,8 +343,8 @@ def to_keep(jobs: Mapping[str, Job], once: list[str]) -> Kept:
 def of_kept(kept: KeptJob) -> Job:
     """A job of the file, as a daemon begins with it."""
     job = Job(kept.id, kept.table, is_submitted=True, since=kept.since, state=kept.state, figures=kept.figures)
-    if kept.state != "waiting":
-        job.due_at = math.inf
     if kept.state == "done" and kept.table.watch is not None:
-        job.watch_at = 0.0
+        job.state = "waiting"  # nothing is known of what the store had, so what came since would not be noticed
+    elif kept.state != "waiting":
+        job.due_at = math.inf
     return job

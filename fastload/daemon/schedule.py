@@ -109,8 +109,8 @@ def parse_bandwidth(text: str | int, name: str = "bandwidth") -> Timetable:
     of_day: dict[int, list[_Entry]] = {}
     for part in [text] if isinstance(text, int) else text.split(","):
         days, rest = _split_days(str(part).strip())
-        at, _, rate_text = rest.rpartition(" ")
-        minute = _minute(at.strip()) if at.strip() else 0
+        at, rate_text = map(str.strip, rest.split(" ", 1) if ":" in rest and " " in rest else ("", rest))
+        minute = _minute(at) if at else 0
         rate = 0 if rate_text == "off" else parse_rate(_int_or_text(rate_text), name)
         if minute is None or minute == DAY_MINUTES or (rate == 0 and rate_text != "off"):
             raise ConfigError(

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from fastload.client.operator import Operator
-from fastload.daemon.config import data_table
+from fastload.daemon.config import absolute, data_table
 
 
 def submit(directory: Path, job: Mapping[str, Any]) -> str:
@@ -19,9 +19,9 @@ def submit(directory: Path, job: Mapping[str, Any]) -> str:
     Returns the job's id once the daemon has stored it. One that is submitted again is the same job, and runs again
     where it is over; another one of its name takes its place.
 
-    Variables in it are this process's. ConfigError for a job that cannot be, NotServedError or ServiceError where no
-    daemon serves.
+    Variables and relative paths in it are this process's. ConfigError for a job that cannot be, NotServedError or
+    ServiceError where no daemon serves.
     """
-    table = data_table(job, os.environ)
+    table = absolute(data_table(job, os.environ))
     with Operator.connect(directory, "submit") as operator:
         return operator.submit(msgspec.to_builtins(table))

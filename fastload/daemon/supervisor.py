@@ -32,12 +32,15 @@ from fastload.daemon.jobs import Job, Listing, job_id, of_kept, read_kept, to_fo
 from fastload.daemon.schedule import minute_of_week, to_run, wait_s
 from fastload.daemon.systemd import Notifier
 from fastload.daemon.views import Views, environment_of_child
-from fastload.errors import CacheError, ConfigError, FastloadError
+from fastload.errors import CacheError, ConfigError, FastloadError, ObjectMissingError
 from fastload.formats import SHARD_ENDINGS
 from fastload.redaction import redact
 from fastload.service.core import RELEASE_AFTER_S, Core
 from fastload.service.server import Server
+from fastload.service.stores import StoreTable
 from fastload.store import StoreOptions
+from fastload.store.listing import expand
+from fastload.store.types import ObjectInfo
 
 log = logging.getLogger("fastload.service")
 
@@ -209,9 +212,9 @@ class Supervisor:
 
     def troubles(self) -> list[str]:
         """What is wrong now: with the configuration, and with jobs that failed."""
-        of_jobs = [
-            f"job {job.table.name}: {job.error}" for job in self._jobs.values() if job.error and job.state == "failed"
-        ]
+        failed = [(job, job.error) for job in self._jobs.values() if job.state == "failed"]
+        not_listed = [(job, job.listing_error) for job in self._jobs.values()]
+        of_jobs = [f"job {job.table.name}: {error}" for job, error in failed + not_listed if error]
         return [*self._troubles.values(), *of_jobs]
 
     def submit(self, job: dict[str, Any], done: Callable[[str, BaseException | None], None]) -> None:
@@ -376,7 +379,7 @@ class Supervisor:
         stores = self._core.stores
         key = stores.add(options.to_wire())
         try:
-            listing = Listing.of(stores.resolve(key, table.urls, SHARD_ENDINGS))
+            listing = Listing.of(_found(stores, key, table.urls))
         finally:
             stores.remove(key)
         return listing, [] if before is None else before.gone_by(listing)
@@ -510,6 +513,20 @@ class Supervisor:
         if text != self._status:
             self._status = text
             self._notifier.status(text)
+
+
+def _found(stores: StoreTable, key: str, urls: list[str]) -> list[ObjectInfo]:
+    """What these stand for. Members of a pattern that are not there hold up no others, as in a job's child."""
+    try:
+        return stores.resolve(key, urls, SHARD_ENDINGS)
+    except ObjectMissingError:
+        names = [name for url in urls for name in expand(url)]
+        prefixes = [name for name in names if name.endswith("/")]
+        found = stores.present(key, [name for name in names if not name.endswith("/")])
+        found += stores.resolve(key, prefixes, SHARD_ENDINGS) if prefixes else []
+        if not found:
+            raise
+        return found
 
 
 def _said(error: BaseException | None) -> str:

@@ -66,6 +66,17 @@ def test_variables(tmp_path: Path) -> None:
     assert (table.name, table.urls) == ("a-ax$y", ["/data/{0..3}.tar"])
 
 
+def test_relative_paths_are_those_of_where_the_daemon_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job's process runs in another folder."""
+    monkeypatch.chdir(tmp_path)
+    order = 'job = {index = "a.idx", manifest = "https://host/m.json"}'
+    (table,) = read(tmp_path, f'[[data]]\nname = "a"\nurls = ["data/{{0..3}}.tar", "s3://b/a/", "/c/"]\n{order}').data
+    assert table.urls == [f"{tmp_path}/data/{{0..3}}.tar", "s3://b/a/", "/c/"]
+    assert (table.job.index, table.job.manifest) == (f"{tmp_path}/a.idx", "https://host/m.json")
+
+
 DATA = '[[data]]\nname = "a"\nurls = ["s3://b/a/"]\n'
 
 
@@ -87,6 +98,12 @@ DATA = '[[data]]\nname = "a"\nurls = ["s3://b/a/"]\n'
         (DATA + "when = '22:00'", r"\[\[data\]\] 1 \"a\": when='22:00' is not a time of day"),
         (DATA + "watch = '1ms'", r"watch='1ms' must be at least \"1s\""),
         (DATA + "when = 'once'\nwatch = '60s'", r'when="once" and watch exclude each other'),
+        (DATA + "pin = true\nttl = 0", r"ttl=0\.0 must be more than 0; leave it out for no limit"),
+        (DATA + "pin = true\nquota = '0'", r"quota='0' must be more than 0"),
+        (DATA + "bandwidth = 0", r"bandwidth=0 must be more than 0"),
+        (DATA + "priority = 10000000000000000000", r"priority=10000000000000000000 must be from -2\^31 to 2\^31"),
+        (DATA + "job = {shuffle_window = 0}", r'shuffle_window=0 must be at least 1 byte, or "auto"'),
+        ('[[data]]\nname = "a"\nurls = [""]', r"urls=\[''\] names no shard"),
         (DATA + "quota = '1TiB'", r"ttl and quota are those of a pin; add pin = true"),
         (DATA + "job = {node = 2, nodes = 2}", r"job: node=2 must be from 0 to nodes-1"),
         (DATA + "credentials = 'AKIAIOSFODNN7EXAMPLE'", r'credentials must be "env", "profile:NAME" or "file:PATH"'),

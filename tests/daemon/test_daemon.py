@@ -182,6 +182,18 @@ def test_new_shards_are_warmed_as_they_come(s3, place: Path) -> None:
         assert second.fetched_bytes == len(data.shards[names[3]])
 
 
+def test_a_pattern_is_watched_although_a_member_is_not_there_yet(s3, place: Path) -> None:
+    data = corpus(shard_count=3)
+    url, late = data.put(s3), "shard-0002.tar"
+    s3.delete(f"data/{late}")
+    with Daemon(place, LIMITS + data_table("train", f"{url}shard-{{0000..0002}}.tar", watch="1s")) as daemon:
+        job = daemon.wait_for("train", lambda job: job.state == "failed")
+        assert list(job.failed) == [url + late]
+        assert job.held_bytes == data.byte_count - len(data.shards[late])
+        s3.put(f"data/{late}", data.shards[late])
+        assert daemon.wait_done("train").held_bytes == data.byte_count
+
+
 def test_a_cache_that_is_too_small_says_so_and_is_not_tried_in_vain(s3, place: Path) -> None:
     data = corpus()
     config = 'disk_bytes = "300KiB"\n' + data_table("train", data.put(s3))

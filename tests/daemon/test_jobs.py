@@ -126,8 +126,20 @@ def test_a_store_that_cannot_be_listed_later_leaves_what_is_done() -> None:
     assert (it.state, it.due_at) == ("waiting", 1.0)
     run(it, ALL, 5.0)
     it.not_listed("StoreUnavailableError: no", 20.0, 0.5)
-    assert (it.state, it.error, it.due_at) == ("done", "StoreUnavailableError: no", math.inf)
+    assert (it.state, it.due_at) == ("done", math.inf)
+    assert it.describe(20.0, 1020.0).error == "StoreUnavailableError: no"
     assert it.watch_at == 30.0
+    it.watched(listing(x="1"), 30.0, 1030.0, 0.5)
+    assert (it.state, it.describe(30.0, 1030.0).error) == ("done", "")
+
+
+def test_what_came_of_the_last_try_is_said_again_once_the_store_can_be_listed() -> None:
+    it = job(watch="10s")
+    it.watched(listing(x="1"), 0.0, 1000.0, 0.5)
+    run(it, msgspec.structs.replace(ALL, held_bytes=5), 5.0)
+    it.not_listed("StoreUnavailableError: no", 20.0, 0.5)
+    it.watched(listing(x="1"), 30.0, 1030.0, 0.5)
+    assert it.describe(30.0, 1030.0).error.startswith("the cache is full")
 
 
 def test_one_that_was_stopped_goes_on_and_one_that_was_cancelled_does_not() -> None:
@@ -179,6 +191,15 @@ def test_what_is_kept_comes_back(tmp_path: Path) -> None:
     ]
     assert [each.table for each in back] == [waiting.table, done.table, cancelled.table]
     assert back[1].figures == ALL
+
+
+def test_a_watched_one_that_was_done_looks_again_after_a_restart() -> None:
+    """What came while no daemon ran cannot be told from what was there: all of it is looked at."""
+    it = job(watch="5s")
+    run(it, ALL, 1.0)
+    (kept,) = to_keep({"a": it}, []).jobs
+    back = of_kept(kept)
+    assert (back.state, back.due_at) == ("waiting", 0.0)
 
 
 def test_of_those_that_are_over_the_oldest_are_forgotten() -> None:

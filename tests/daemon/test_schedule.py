@@ -93,6 +93,8 @@ def test_the_timetable_of_the_documentation() -> None:
         ("1MiB/s", {("Mon", "00:00"): 1 << 20, ("Sun", "23:59"): 1 << 20}),
         (12345, {("Tue", "12:00"): 12345}),
         ("off", {("Mon", "00:00"): 0}),
+        ("200 MB/s", {("Mon", "00:00"): 200_000_000}),
+        ("8:00  1 kB/s, Sun 2 kB/s", {("Mon", "09:00"): 1000, ("Sun", "09:00"): 2000}),
         # The night before goes on, and days of their own begin with it.
         ("06:00 1kB/s, 22:00 2kB/s", {("Wed", "05:59"): 2000, ("Wed", "06:00"): 1000, ("Wed", "22:00"): 2000}),
         (
