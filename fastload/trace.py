@@ -1,9 +1,9 @@
 """`FASTLOAD_TRACE=file.json`: what each thread did, and when, for ui.perfetto.dev (Chrome's trace events).
 
 The file is an array of JSON, one event a line, so it can be read as far as it goes where the process was killed: a
-reader adds the bracket that is missing. It is written by the threads whose events it holds, a few hundred at a time and
-at least each second that something happens, and has an end: after `BYTES_MAX` one event says so and nothing more is
-written.
+reader adds the bracket that is missing. It is written by the threads whose events it holds, a few hundred at a time,
+or with the first event that comes a second after the last writing, and has an end: after `BYTES_MAX` one event says so
+and nothing more is written.
 
 Each process writes a file of its own. The first has the name that was given; another one that runs at the same time, as
 the service and other ranks do, has its process id before the ending. All times are of the system's monotonic clock, so
