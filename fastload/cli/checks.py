@@ -41,6 +41,7 @@ _DISK_BLOCK_BYTES = 4 << 20
 _DISK_S = 1.0  # of writing, and of reading
 _DISK_SLOW_BYTES_PER_S = 200e6
 _READ_BYTES = 8 << 20
+_LISTED_MAX = 1000  # of a prefix, to find a shard among what lies beside it
 _STORE_S = 5.0  # how long a store that fails is asked again
 _REPLY_S = 10.0
 _LATENCY_S = 1.0
@@ -386,10 +387,13 @@ def _headers(address: str, settings: Mapping[str, str]) -> email.message.Message
 
 
 def _reading(store: Store, url: str) -> Iterator[Check]:
-    """The first object: that it is there, and what its first bytes take."""
+    """The first object, of a prefix the first shard: that it is there, and what its first bytes take."""
+    from fastload.formats import SHARD_ENDINGS
+
     began = time.perf_counter()
     if url.endswith("/"):
-        info = next(islice(store.list(url), 1), None)
+        listed = list(islice(store.list(url), _LISTED_MAX))
+        info = next((each for each in listed if each.url.lower().endswith(SHARD_ENDINGS)), next(iter(listed), None))
         if info is None:
             raise ObjectMissingError(f"{url}: there is nothing under this prefix; list the bucket to see what there is")
     else:

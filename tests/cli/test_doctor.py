@@ -123,6 +123,14 @@ def test_a_store_is_asked_as_a_job_asks_it(s3: Bucket, tmp_path: Path) -> None:
         assert found["read"].url == named
 
 
+def test_of_a_prefix_a_shard_is_read_and_not_what_lies_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_bytes(b"{}")
+    (tmp_path / "shard.00000.mds").write_bytes(bytes(100_000))
+    found = {each.name: each for each in checks.of_store(f"{tmp_path}/")}
+    assert "shard.00000.mds, 97.7 KiB" in found["object"].says
+    assert "97.7 KiB in" in found["read"].says
+
+
 def test_no_secret_is_shown(s3: Bucket, tmp_path: Path) -> None:
     url = s3.put("a.tar", b"x")
     environ = {**os.environ, "AWS_SECRET_ACCESS_KEY": "GEHEIM/geheim", "AWS_SESSION_TOKEN": "GEHEIM-token"}
