@@ -11,14 +11,13 @@ from fastload import prepare
 from fastload.arguments import checked_count, checked_epoch, checked_path, checked_seed, checked_urls
 from fastload.callers import public
 from fastload.client.cache import AnyCache
+from fastload.client.cache import pin_name as pin_name_of
 from fastload.config import parse_bytes, parse_rate, parse_seconds
 from fastload.errors import ConfigError
 from fastload.plan import Ranks, RequestedOrder, Shuffle
 from fastload.prepare import PinTerms, Warmed, WarmJob
 from fastload.protocol import Progress, WarmTerms
 from fastload.store.logins import apart
-
-_PIN_NAME_MAX = 500
 
 OnProgress = Callable[[int, int], object]
 
@@ -135,4 +134,4 @@ def _pin(pin: bool | str, ttl: float | str | None, urls: Sequence[str]) -> PinTe
 
 def pin_name(urls: Sequence[str]) -> str:
     """The name of a pin that was given none, as `Cache.pin` has it."""
-    return ", ".join(apart(urls, None)[0])[:_PIN_NAME_MAX]
+    return pin_name_of(apart(urls, None)[0])

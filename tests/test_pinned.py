@@ -16,6 +16,7 @@ import pytest
 import fastload
 from fastload.cache import catalog
 from fastload.cache.catalog import Catalog, CatalogPin, Changes
+from fastload.client.cache import pin_name
 from fastload.client.operator import Operator
 from fastload.errors import CacheError, ConfigError
 from fastload.plan import RequestedOrder
@@ -286,3 +287,16 @@ def _described(directory: Path) -> list[str]:
         return [each.url for each in found.objects()]
     finally:
         found.close()
+
+
+def test_pins_without_a_name_are_called_by_the_data_wherever_that_is_named_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder / "data").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / folder)
+        assert pin_name(["data/"]) == f"{tmp_path}/{folder}/data/"
+    many = [f"s3://bucket/{number:06}.tar" for number in range(1000)]
+    names = {pin_name(many), pin_name([*many, "s3://bucket/more.tar"])}
+    assert len(names) == 2
+    assert all(len(name) <= 500 for name in names)

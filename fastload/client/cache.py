@@ -10,6 +10,7 @@ for the life of the process.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import threading
@@ -29,6 +30,7 @@ from fastload.client.consumer import Consumer
 from fastload.config import CacheLimits, default_cache_dir, format_bytes, parse_bytes, parse_seconds
 from fastload.errors import CacheError, ConfigError, ServiceError
 from fastload.lifecycle import keep_forever, on_fork, reset_on_fork
+from fastload.store import normalise
 from fastload.store.logins import apart
 from fastload.waiting import Waits
 
@@ -275,7 +277,7 @@ class Handle:
         if ttl is not None and not ttl_s:
             raise ConfigError(f'ttl={ttl!r} would end the pin at once; give a time such as "14d", or None for no end')
         names, options = apart(checked_urls(urls), storage_options)
-        called = name if name is not None else ", ".join(names)[:_PIN_NAME_MAX]
+        called = name if name is not None else pin_name(names)
         if not isinstance(called, str) or not 0 < len(called) <= _PIN_NAME_MAX:
             raise ConfigError(f"name={name!r} must be a text of 1 to {_PIN_NAME_MAX} letters")
         with self._own_service("pin", "pinned in", options) as consumer:
@@ -349,6 +351,15 @@ def named(what: Sequence[str]) -> list[str]:
         if "/" in each:
             found |= dict.fromkeys(map(url_without_credentials, expand(each)))
     return list(found)
+
+
+def pin_name(urls: Sequence[str]) -> str:
+    """What a pin of these is called that is given no name: the same for the same data only, wherever it is named."""
+    text = ", ".join(map(normalise, urls))
+    if len(text) <= _PIN_NAME_MAX:
+        return text
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+    return f"{text[: _PIN_NAME_MAX - len(digest) - 1]}-{digest}"
 
 
 def _open(path: Path, explicit: dict[str, int], otherwise: CacheLimits | None) -> CacheDirectory:
