@@ -138,6 +138,7 @@ def test_a_slow_link(tmp_path: Path, num_workers: int) -> None:
     assert stats["bound_by"] in ("link", "fetch"), stats["verdict"]
 
 
+@pytest.mark.thorough
 def test_a_store_that_answers_late(tmp_path: Path) -> None:
     def late(handler: Handler) -> bool:
         if is_read(handler):
@@ -156,6 +157,7 @@ def test_a_store_that_answers_late(tmp_path: Path) -> None:
         assert times.counts == sorted(times.counts)
 
 
+@pytest.mark.thorough
 def test_a_store_that_refuses(tmp_path: Path) -> None:
     count = iter(range(1 << 30))
 
@@ -170,6 +172,7 @@ def test_a_store_that_refuses(tmp_path: Path) -> None:
     assert stats["bound_by"] == "throttled", stats["verdict"]
 
 
+@pytest.mark.thorough
 def test_a_store_that_is_slow_to_say_what_there_is(tmp_path: Path) -> None:
     def late(handler: Handler) -> bool:
         if handler.command == "HEAD":
@@ -247,6 +250,7 @@ def test_a_slow_trainer(cache: fastload.Cache, local: list[str]) -> None:
     assert_consumer(stats)
 
 
+@pytest.mark.thorough
 def test_a_slow_way_to_the_device(cache: fastload.Cache, local: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     class SlowMover:
         def begin(self, batch: Any) -> Any:
@@ -262,6 +266,7 @@ def test_a_slow_way_to_the_device(cache: fastload.Cache, local: list[str], monke
     assert stats["bound_by"] == "transfer", stats["verdict"]
 
 
+@pytest.mark.thorough
 def test_slow_indexing(cache: fastload.Cache, local: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     indexer_for = shards.indexer_for
 
@@ -274,6 +279,7 @@ def test_slow_indexing(cache: fastload.Cache, local: list[str], monkeypatch: pyt
     assert stats["bound_by"] == "index", stats["verdict"]
 
 
+@pytest.mark.thorough
 def test_a_service_that_hardly_gets_to_it(
     cache: fastload.Cache, local: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +299,7 @@ def test_a_service_that_hardly_gets_to_it(
     assert stats["bound_by"] == "service", stats["verdict"]
 
 
+@pytest.mark.thorough
 def test_an_arena_that_is_too_small(tmp_path: Path, local: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     preadv = syscalls.preadv
 
@@ -321,6 +328,7 @@ class Slow(torch.utils.data.Dataset[int]):
         return number
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("workers", "num_workers", "persistent"), [("auto", 0, False), ("process", 1, True), ("thread", 1, False)]
 )

@@ -129,6 +129,7 @@ def of_corpus() -> dict[str, Column]:
     return found
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["make_loader", "factory", "forks"])
 def test_any_iterable_is_measured_and_compared_whatever_it_prints(name: str) -> None:
     outcome = ask(name, passes=2, digests=True, replays=True)
@@ -152,6 +153,7 @@ def test_values_that_differ_and_samples_that_lack_are_seen() -> None:
     assert "was not checked: it gives 107 samples, fastload 123" in fewer.sentence()
 
 
+@pytest.mark.thorough
 def test_a_torch_loader_and_one_without_end() -> None:
     (found,) = ask("of_torch", passes=1).passes
     assert (found.samples, found.batches) == (100, 7)
@@ -161,6 +163,7 @@ def test_a_torch_loader_and_one_without_end() -> None:
     assert 0 < outcome.steps[0].utilisation <= 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -186,6 +189,7 @@ def test_what_is_no_target_is_refused_before_anything_runs(target: str) -> None:
         process.check_target("--against", target)
 
 
+@pytest.mark.thorough
 def test_what_a_loader_leaves_behind_is_ended(tmp_path: Path) -> None:
     ask("leaves_a_process", passes=1)
     pid = int((tmp_path / "pid").read_text())

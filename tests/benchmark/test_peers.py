@@ -140,6 +140,7 @@ def test_a_loader_gives_each_sample_once(name: str, s3: Bucket, tmp_path: Path) 
     assert epoch.cpu_s > 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("code", "says"),
     [

@@ -168,6 +168,7 @@ def test_one_that_is_wrong_does_not_hold_up_the_others(s3, place: Path, tmp_path
     assert "geheim" not in everything
 
 
+@pytest.mark.thorough
 def test_new_shards_are_warmed_as_they_come(s3, place: Path) -> None:
     data = corpus(shard_count=4)
     names = list(data.shards)
@@ -182,6 +183,7 @@ def test_new_shards_are_warmed_as_they_come(s3, place: Path) -> None:
         assert second.fetched_bytes == len(data.shards[names[3]])
 
 
+@pytest.mark.thorough
 def test_a_pattern_is_watched_although_a_member_is_not_there_yet(s3, place: Path) -> None:
     data = corpus(shard_count=3)
     url, late = data.put(s3), "shard-0002.tar"
@@ -194,6 +196,7 @@ def test_a_pattern_is_watched_although_a_member_is_not_there_yet(s3, place: Path
         assert daemon.wait_done("train").held_bytes == data.byte_count
 
 
+@pytest.mark.thorough
 def test_a_cache_that_is_too_small_says_so_and_is_not_tried_in_vain(s3, place: Path) -> None:
     data = corpus()
     config = 'disk_bytes = "300KiB"\n' + data_table("train", data.put(s3))
@@ -235,6 +238,7 @@ def children_of(pid: int) -> list[int]:
 # When they run
 
 
+@pytest.mark.thorough
 def test_a_job_waits_for_its_window(s3, place: Path) -> None:
     data = corpus(shard_count=2)
     now = time.localtime()
@@ -249,6 +253,7 @@ def test_a_job_waits_for_its_window(s3, place: Path) -> None:
         daemon.wait_done("night")
 
 
+@pytest.mark.thorough
 def test_the_more_urgent_one_displaces_another(s3, place: Path) -> None:
     data = corpus(shard_count=9)
     names = list(data.shards)
@@ -275,6 +280,7 @@ def test_the_more_urgent_one_displaces_another(s3, place: Path) -> None:
             daemon.wait_done(name)
 
 
+@pytest.mark.thorough
 def test_the_limit_of_the_timetable_is_that_of_all_jobs(s3, place: Path) -> None:
     """At a byte a second nothing is ever done; without the limit it is."""
     data = corpus()
@@ -288,6 +294,7 @@ def test_the_limit_of_the_timetable_is_that_of_all_jobs(s3, place: Path) -> None
         assert daemon.wait_done("train").held_bytes == data.byte_count
 
 
+@pytest.mark.thorough
 def test_once_is_once(s3, place: Path) -> None:
     data = corpus(shard_count=3)
     config = LIMITS + data_table("train", data.put(s3), when="once")
@@ -311,6 +318,7 @@ def tier(daemon: Daemon, name: str) -> Tier:
     return next(each for each in daemon.snapshot().tiers if each.name == name)
 
 
+@pytest.mark.thorough
 def test_what_is_pinned_stays_while_the_configuration_names_it(s3, place: Path) -> None:
     data, other = corpus(seed=1), corpus(seed=2, shard_count=12)
     url, other_url = data.put(s3, "data"), other.put(s3, "other")
@@ -337,6 +345,7 @@ def test_a_quota_below_the_pin_is_said_with_both_sizes(s3, place: Path) -> None:
         assert job.fetched_bytes == 0
 
 
+@pytest.mark.thorough
 def test_shards_that_are_gone_lose_their_pin_and_their_chunks(s3, place: Path) -> None:
     data = corpus(shard_count=4)
     url = data.put(s3)
@@ -352,6 +361,7 @@ def test_shards_that_are_gone_lose_their_pin_and_their_chunks(s3, place: Path) -
         assert (data_set.object_count, data_set.pinned_bytes, data_set.disk_bytes) == (3, left, left)
 
 
+@pytest.mark.thorough
 def test_idle_chunks_are_checked_and_damage_is_healed(s3, place: Path) -> None:
     data = corpus(shard_count=3)
     url = data.put(s3)
@@ -372,6 +382,7 @@ def test_idle_chunks_are_checked_and_damage_is_healed(s3, place: Path) -> None:
             assert read_all(url, place, data)["fetched_bytes"] == 0
 
 
+@pytest.mark.thorough
 def test_denied_halfway_it_goes_on_when_it_may_again(s3, place: Path, tmp_path: Path) -> None:
     data = corpus(shard_count=8)
     secrets = tmp_path / "secrets.toml"
@@ -410,6 +421,7 @@ supervisor.write_kept = full
 """
 
 
+@pytest.mark.thorough
 def test_a_job_that_cannot_be_stored_is_not_taken(s3, place: Path) -> None:
     with Daemon(place, LIMITS, prelude=FULL) as daemon:
         with pytest.raises(CacheError, match=r"the job cannot be stored in .*No space left on device.*make room there"):
@@ -426,6 +438,7 @@ syscalls.pwrite = syscalls.pwritev = full
 """
 
 
+@pytest.mark.thorough
 def test_a_disk_that_is_full_costs_that_job_and_no_other_work(s3, place: Path) -> None:
     data = corpus()
     url = data.put(s3)
@@ -533,6 +546,7 @@ def test_it_takes_over_in_mid_epoch(s3, place: Path) -> None:
             loader.close()
 
 
+@pytest.mark.thorough
 def test_it_takes_over_from_a_service_in_a_job_s_process(place: Path) -> None:
     with (
         fastload.Cache(place, service="inprocess") as cache,
@@ -596,6 +610,7 @@ def test_a_bad_file_changes_nothing_and_a_good_one_all(s3, place: Path) -> None:
 # Its surroundings
 
 
+@pytest.mark.thorough
 def test_what_the_init_system_is_told(place: Path, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
         notices.bind(str(tmp_path / "notify"))
@@ -638,6 +653,7 @@ def test_no_secret_shows(s3, place: Path) -> None:
         assert (place / "jobs.json").stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.thorough
 def test_a_directory_that_is_removed_ends_it_with_an_error(place: Path) -> None:
     daemon = Daemon(place, LIMITS).start()
     shutil.rmtree(place)
@@ -718,6 +734,7 @@ def test_jobs_of_a_service_that_is_no_daemon(place: Path) -> None:
         assert "`fastload daemon` takes over" in done.stderr
 
 
+@pytest.mark.thorough
 def test_the_page_runs_beside_it_and_says_what_it_lacks(place: Path) -> None:
     with Daemon(place, LIMITS + "[page]\n") as daemon:
         if find_spec("starlette") is None or find_spec("uvicorn") is None:
@@ -736,6 +753,7 @@ def test_the_page_runs_beside_it_and_says_what_it_lacks(place: Path) -> None:
         until(lambda: running(place) is None)
 
 
+@pytest.mark.thorough
 def test_metrics_are_served_beside_it(place: Path, tmp_path: Path) -> None:
     config = LIMITS + f'[metrics]\nlisten = "unix:{tmp_path / "metrics"}"\n'
     with Daemon(place, config) as daemon:

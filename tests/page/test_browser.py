@@ -72,6 +72,7 @@ def test_ranks_in_a_browser(browser: Browser, page: Page, handle: Handle) -> Non
         assert stays_here(browser, page)
 
 
+@pytest.mark.thorough
 def test_a_service_that_is_replaced(browser: Browser, page: Page, handle: Handle, directory: Path) -> None:
     browser.open(page.at.url)
     browser.until("document.getElementById('state').textContent.includes('no cache service runs for')")
@@ -109,6 +110,7 @@ def test_hostile_names_stay_text(browser: Browser, page: Page, handle: Handle) -
         assert stays_here(browser, page)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone(browser: Browser, page: Page, handle: Handle, scheme: str) -> None:
     browser.screen(360, 740, scheme)
@@ -124,6 +126,7 @@ def test_a_phone(browser: Browser, page: Page, handle: Handle, scheme: str) -> N
         assert browser.errors == []
 
 
+@pytest.mark.thorough
 def test_by_keyboard(browser: Browser, page: Page, handle: Handle) -> None:
     with handle.consumer(name="first"):
         browser.open(page.at.url)
@@ -144,6 +147,7 @@ def test_by_keyboard(browser: Browser, page: Page, handle: Handle) -> None:
         assert browser.errors == []
 
 
+@pytest.mark.thorough
 def test_another_server_of_this_machine_gets_nothing(browser: Browser, page: Page) -> None:
     """What another user may serve on a port of the same host: it is sent no cookie of ours, and can read nothing."""
     browser.open(page.at.url)
