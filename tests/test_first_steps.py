@@ -208,7 +208,7 @@ def test_what_is_no_directory_of_a_cache(url: str) -> None:
 
 def test_a_cache_shows_what_its_users_need(url: str, tmp_path: Path, cache: fastload.Cache) -> None:
     shown = {name for name in dir(cache) if not name.startswith("_")}
-    assert shown == {"chunk_bytes", "clear", "close", "directory", "disk_bytes", "ram_bytes", "stats"}
+    assert shown == {"chunk_bytes", "clear", "close", "directory", "disk_bytes", "pin", "ram_bytes", "stats", "unpin"}
     assert repr(cache).startswith(f"Cache('{tmp_path / 'cache'}', ram_bytes='16.0 MiB', ")
     with pickle.loads(pickle.dumps(cache)) as copy:
         assert repr(copy) == repr(cache)

@@ -196,6 +196,8 @@ def _level(
         return None if not done else sum(length for _, length in done) / max(1e-6, done[-1][0] - began)
     # The tail, when fewer and fewer are under way, is left out: up to the last moment at which all were.
     end = max(at for at, _ in counted[: max(1, len(counted) - requests + 1)])
+    if end - start < (done[-1][0] - began) / 2:  # too little is left to say: a slow link, or one that gives in bursts
+        start, end, counted = began, done[-1][0], done
     byte_count = sum(length for at, length in counted if at <= end)
     return byte_count / max(1e-6, end - start)
 

@@ -23,7 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fastload.bench import digests, limits, own, prediction, runs
+from fastload.bench import digests, limits, measure, own, prediction, runs
 from fastload.bench.passes import Pass
 from fastload.bench.peers import OURS, race
 from fastload.bench.peers.job import Job
@@ -43,6 +43,7 @@ _ARENA_LEAST = 256 * MIB
 # What a phase may take beyond the time that is planned for it.
 _SLACK_S = 60.0
 _BISECTIONS = 5
+_ENDS_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +147,13 @@ class Session:
                 shutil.rmtree(left, ignore_errors=True)
 
     def __exit__(self, *_: object) -> None:
+        # The service of a run that was interrupted ends by itself, and may write meanwhile.
+        until = time.monotonic() + _ENDS_S
+        while self.folder.exists() and time.monotonic() < until:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            time.sleep(0.05)
+        while measure.find_processes("fastload.service", str(self.folder)) and time.monotonic() < until:
+            time.sleep(0.05)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     # The plan
