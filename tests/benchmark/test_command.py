@@ -63,6 +63,7 @@ def test_a_benchmark_finds_the_link_says_so_and_leaves_nothing(capped: str, tmp_
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.html", "a.json"]
 
 
+@pytest.mark.thorough
 def test_the_store_limit_is_that_of_the_link(capped: str) -> None:
     objects = [ObjectInfo(f"{capped}{name}", len(content)) for name, content in CORPUS.shards.items()]
     phase = limits.store(objects, StoreOptions.from_environment(None), limits.Budget(1 << 30), lambda words: None)
@@ -126,6 +127,7 @@ def test_data_that_is_not_there_is_an_error(s3: Bucket, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.thorough
 def test_a_phase_that_fails_is_a_line_and_the_others_go_on(capped: str, tmp_path: Path) -> None:
     done = bench(
         tmp_path, capped, "--skip=store,disk,memory,demand,ram,disk epoch", "--decode=nosuch=integer", check=False
@@ -135,6 +137,7 @@ def test_a_phase_that_fails_is_a_line_and_the_others_go_on(capped: str, tmp_path
     assert "nosuch" in done.stdout
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_reports_what_is_there_and_leaves_nothing(
     capped: str, tmp_path: Path, number: signal.Signals
