@@ -77,6 +77,7 @@ def listed(directory: Path, *what: object, code: int = 0) -> list[dict[str, Any]
     return found
 
 
+@pytest.mark.thorough
 def test_listing_by_name(data: Path, cache: Path) -> None:
     found = listed(cache)
     assert [each["url"] for each in found] == [f"{data}/{name}/{n}.tar" for name in ("train", "val") for n in range(3)]
@@ -108,6 +109,7 @@ def test_what_is_in_ram_only_is_shown_while_a_service_runs(data: Path) -> None:
             assert listed(data / "cache", code=exits.PARTIAL) == []
 
 
+@pytest.mark.thorough
 def test_pinning_and_unpinning(data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fastload("pin", cache, f"{data}/train/{{0..1}}.tar", "--name=mine", "--ttl=14d") == {"byte_count": 2 * SIZE}
     rows = {row["name"]: row for row in fastload("du", cache)}
