@@ -66,8 +66,7 @@ class Findings:
     requests_at_bend: int | None = None
     first_byte_s: float | None = None
     request_bytes: float | None = None  # that the store was measured with
-    store_requests: int = 0
-    throttled: int = 0  # requests of that measurement
+    retries: int = 0  # of that measurement, whatever made a request fail
     ranks: int = 1
     disk_bytes_per_s: float | None = None
     decode_per_s: float | None = None
@@ -102,9 +101,10 @@ def sentences(found: Findings) -> list[str]:
     said += _against(found)
     said += [_beside(each) for each in found.peers]
     said += _costs(found)
-    if found.throttled and not _is_throttled(found):
+    if found.retries and not _is_throttled(found):
         said.append(
-            f"The store refused {_count(found.throttled)} requests: fewer nodes at a time, or another prefix, may help."
+            f"While the store was measured, {_count(found.retries)} requests failed or were refused, and were tried "
+            "again: its log, or that of what lies between, may say why."
         )
     if found.cold is not None and found.shards < found.workers * found.ranks:
         there = "There is only 1 shard" if found.shards == 1 else f"There are only {found.shards} shards"
@@ -155,8 +155,7 @@ def _about_fetching(found: Findings, bound_by: str = "") -> str:
 
 
 def _is_throttled(found: Findings) -> bool:
-    asked, refused = (found.requests, found.refused) if found.refused else (found.store_requests, found.throttled)
-    return refused > 0 and refused >= THROTTLED_SHARE * max(asked, refused)
+    return found.refused > 0 and found.refused >= THROTTLED_SHARE * max(found.requests, found.refused)
 
 
 def _latency_share(found: Findings) -> float:
@@ -172,10 +171,9 @@ def _first_epoch(found: Findings, rate: Rate) -> str:
     limit, _ = limit_of(found, rate, found.store_bytes_per_s, "link")
     link = found.store_bytes_per_s or 0.0
     if limit == "throttled":
-        count = f"{_count(found.refused)} of {_count(found.requests)}" if found.refused else _count(found.throttled)
         return (
-            f"{head}: throttling limits it (the store refused {count} requests); fewer nodes at a time, another "
-            "prefix, or a cache that is warmed beforehand will help."
+            f"{head}: throttling limits it (the store refused {_count(found.refused)} of {_count(found.requests)} "
+            "requests); fewer nodes at a time, another prefix, or a cache that is warmed beforehand will help."
         )
     if limit == "latency":
         return (

@@ -203,11 +203,7 @@ def rate(samples_per_s: float, cpu_s: float = 1.0) -> Rate:
         (replace(FOUND, cold=replace(rate(1900), seconds=0.5)), "too short to say"),
         (replace(FOUND, cold=rate(1900), shards=1), "There is only 1 shard for 2 workers"),
         (replace(FOUND, cold=rate(1900), load_before=4.0), "The machine was busy"),
-        (replace(FOUND, cold=rate(1900), throttled=12, store_requests=5000), "The store refused 12 requests"),
-        (
-            replace(FOUND, store_bytes_per_s=190e6, cold=rate(1900), throttled=12, store_requests=500),
-            "throttling limits it (the store refused 12 requests)",
-        ),
+        (replace(FOUND, cold=rate(1900), retries=12), "12 requests failed or were refused, and were tried again"),
         (
             replace(FOUND, store_bytes_per_s=190e6, cold=rate(1900), refused=30, requests=900),
             "throttling limits it (the store refused 30 of 900 requests)",
