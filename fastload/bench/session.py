@@ -11,96 +11,34 @@ import contextlib
 import hashlib
 import math
 import os
-import platform
 import re
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from fastload.bench import digests, limits, measure, own, prediction, runs
-from fastload.bench.passes import Pass
+from fastload.bench.figures import phase_of, rate_of
+from fastload.bench.machine import machine, versions
 from fastload.bench.peers import OURS, race
 from fastload.bench.peers.job import Job
-from fastload.bench.schema import VERSION, Figure, Machine, Phase, Result, Series, Work
+from fastload.bench.plan import Options, Plan, shards_within
+from fastload.bench.schema import VERSION, Figure, Phase, Result, Series, Work
 from fastload.bench.verdict import BUSY, Beside, Demand, Findings, Rate, sentences
 from fastload.cache.tempfiles import is_running
-from fastload.cgroups import cpu_quotas, read_file
 from fastload.config import MIB, default_ram_bytes, format_bytes
 from fastload.errors import ConfigError, FastloadError
 from fastload.plan import check_shuffle
 from fastload.redaction import redact
-from fastload.store import ObjectInfo, StoreOptions
+from fastload.store import StoreOptions
 
 PHASES = ("store", "disk", "memory", "decode", "cold", "ram", "disk epoch", "shares", "demand")
-_PACKAGES = ("fastload", "torch", "numpy", "numba", "obstore", "pyarrow")
 _ARENA_LEAST = 256 * MIB
 # What a phase may take beyond the time that is planned for it.
 _SLACK_S = 60.0
 _BISECTIONS = 5
 _ENDS_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What to measure. `for_s` bounds an epoch; `max_bytes` what all phases together read from the store."""
-
-    urls: Sequence[str]
-    shuffle: str = "window"
-    seed: int = 0
-    columns: Sequence[str] = ()
-    decode: dict[str, str] = field(default_factory=dict)
-    batch_size: int = 256
-    workers: int = 2
-    cache: Path | None = None
-    cache_shares: Sequence[float] = ()
-    for_s: float = 30.0
-    max_bytes: int = 4 << 30
-    repeats: int = 1
-    step_s: float = 0.0  # 0: find the least
-    peers: Sequence[str] = ()  # other loaders, to be measured beside
-    skip: frozenset[str] = frozenset()
-    price_per_gb: float = 0.0
-    price_per_1000: float = 0.0
-    epochs: int = 1
-    show_endpoints: bool = False
-    ranks: int = 1
-    functions: Sequence[str] = ()  # `module:name` of what is mapped over the samples
-    ram_bytes: int = 0  # of the arena; 0: as each phase needs it
-    shuffle_window: int | str = "auto"
-    against: str = ""  # `module:name` of the user's loader
-    ideal: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What will be read: these shards, of all that the URLs name."""
-
-    objects: Sequence[ObjectInfo]
-    whole_count: int
-    whole_bytes: int
-    chunk_bytes: int
-    passes: float  # over the data, from the store
-
-    @property
-    def byte_count(self) -> int:
-        """Of the shards that are read."""
-        return sum(each.size for each in self.objects)
-
-    @property
-    def store_bytes(self) -> int:
-        """What all phases read from the store, but for measuring it."""
-        return int(self.byte_count * self.passes)
-
-    @property
-    def requests(self) -> int:
-        """The requests that takes."""
-        return int(sum(-(-each.size // self.chunk_bytes) for each in self.objects) * self.passes)
 
 
 class Session:
@@ -177,7 +115,7 @@ class Session:
             + ("demand" not in options.skip)
             + race.passes(options.peers, options.repeats)
         )
-        chosen = _within(objects, int(options.max_bytes / max(1.0, passes + 0.5)))
+        chosen = shards_within(objects, int(options.max_bytes / max(1.0, passes + 0.5)))
         self._plan = Plan(chosen, len(objects), whole_bytes, chunk_bytes, passes)
         return self._plan
 
@@ -298,7 +236,7 @@ class Session:
             )
         for name, epoch in zip(("cold", "ram"), outcomes[-1].epochs, strict=True):
             self._bound_by[name] = epoch.bound_by, epoch.verdict
-        return _phase("cold", [each.epochs[0] for each in outcomes], time.monotonic() - began - theirs_s)
+        return phase_of("cold", [each.epochs[0] for each in outcomes], time.monotonic() - began - theirs_s)
 
     def _run_theirs(self) -> None:
         """Two passes of the user's loader, unless it failed before."""
@@ -327,7 +265,7 @@ class Session:
         """The first or the later passes of the user's loader."""
         if self._theirs_failed is not None:
             raise self._theirs_failed
-        phase = _phase(name, [each.passes[number] for each in self._theirs], 0.0)
+        phase = phase_of(name, [each.passes[number] for each in self._theirs], 0.0)
         for step in self._theirs[0].steps if number else ():
             phase.figures.append(
                 Figure(
@@ -373,7 +311,7 @@ class Session:
             found = runs.run(settings, self._timeout_s(1)).replayed
         if found is None or not found.batches:
             raise FastloadError("there is no batch to replay; give more data, or a smaller --batch-size")
-        phase = _phase("ideal", [found], time.monotonic() - began)
+        phase = phase_of("ideal", [found], time.monotonic() - began)
         phase.notes.insert(0, f"of {against or 'fastload'}: {found.note}")
         return phase
 
@@ -381,7 +319,7 @@ class Session:
         """The epochs that followed."""
         if not self._outcomes:
             raise FastloadError("no first epoch was measured")
-        phase = _phase("ram", [each.epochs[1] for each in self._outcomes], 0.0)
+        phase = phase_of("ram", [each.epochs[1] for each in self._outcomes], 0.0)
         if self._plan is not None and self._arena_bytes < self._plan.byte_count:
             phase.notes.append(
                 f"the arena ({format_bytes(self._arena_bytes)}) holds only a part of the data: the rest came from disk"
@@ -402,7 +340,7 @@ class Session:
             alone = self._settings("full", _ARENA_LEAST, self._disk_bytes, epochs=1, first_epoch=2)
             epochs = [self._run(alone, 1).epochs[0] for _ in range(repeats)]
         self._bound_by["disk epoch"] = epochs[-1].bound_by, epochs[-1].verdict
-        return _phase("disk epoch", epochs, time.monotonic() - began)
+        return phase_of("disk epoch", epochs, time.monotonic() - began)
 
     def _decode(self) -> Phase:
         options = self._options
@@ -438,8 +376,8 @@ class Session:
             epoch = self._run(settings, 2).epochs[1]
         finally:
             shutil.rmtree(self.folder / "share", ignore_errors=True)
-        self._shares.append((share, _rate(epoch)))
-        return _phase(f"share {share:.0%}", [epoch], time.monotonic() - began)
+        self._shares.append((share, rate_of(epoch)))
+        return phase_of(f"share {share:.0%}", [epoch], time.monotonic() - began)
 
     def _prediction(self) -> Phase:
         """Later epochs with disk caches of several sizes in virtual time, beside those that were run."""
@@ -614,8 +552,8 @@ class Session:
             version=VERSION,
             taken_at=datetime.now(UTC).isoformat(timespec="seconds"),
             command=[self._shown(word) for word in self._command],
-            versions=_versions(),
-            machine=_machine(self._parent, self._load_before),
+            versions=versions(),
+            machine=machine(self._parent, self._load_before),
             work=self._work(plan),
             phases=self._phases,
             interrupted=self._interrupted,
@@ -737,111 +675,3 @@ def _against(result: Result) -> Iterator[Beside]:
             continue
         ratios = [(phase.value(name) or 0.0) / (ours.value(name) or math.inf) for name in race.EPOCHS]
         yield Beside(phase.name.removeprefix(race.PREFIX), *ratios)
-
-
-def _within(objects: Sequence[ObjectInfo], byte_count: int) -> list[ObjectInfo]:
-    """Shards of at most so many bytes together, evenly spread over all of them; at least one."""
-    total = sum(each.size for each in objects)
-    if total <= byte_count:
-        return list(objects)
-    count = max(1, int(len(objects) * byte_count / total))
-    step = len(objects) / count
-    return [objects[int(number * step)] for number in range(count)]
-
-
-def _phase(name: str, passes: Sequence[Pass], seconds: float) -> Phase:
-    """The figures of an epoch, with the values of each repeat; of fastload's own there are more."""
-
-    def figure(title: str, unit: str, values: list[float], better: str = "", *, steady: bool = False) -> Figure:
-        return Figure(name=title, unit=unit, values=values, better=better, steady=steady)  # type: ignore[arg-type]
-
-    epochs = [each for each in passes if isinstance(each, runs.Epoch)]
-    per_gb = [each.cpu_s / max(1e-9, sum(each.source_bytes.values()) / 1e9) for each in epochs]
-    memory = [float(each.peak_memory_bytes) for each in passes]
-    figures = [
-        figure("samples", "samples/s", [each.samples / each.seconds for each in passes], "more"),
-        figure("bytes", "B/s", [sum(each.source_bytes.values()) / each.seconds for each in epochs], "more"),
-        figure("seconds", "s", [each.seconds for each in passes], "less"),
-        figure("first batch", "s", [each.first_batch_s for each in passes], "less"),
-        figure("batch wait, p50", "s", [each.wait_p50_s for each in passes], "less"),
-        figure("batch wait, p99", "s", [each.wait_p99_s for each in passes], "less"),
-        figure("batch wait, longest", "s", [each.wait_max_s for each in passes], "less"),
-        figure("CPU", "CPU-s", [each.cpu_s for each in passes], "less", steady=True),
-        figure("CPU a GB", "CPU-s/GB", per_gb, "less", steady=True),
-        figure(
-            "CPU a 1,000 samples",
-            "CPU-s",
-            [each.cpu_s / max(1, each.samples) * 1e3 for each in passes],
-            "less",
-            steady=True,
-        ),
-        figure("memory at the peak", "B", memory if any(memory) else [], "less", steady=True),
-        figure("bytes from the store", "B", [float(each.fetched_bytes) for each in epochs], "less", steady=True),
-        figure("requests", "", [float(each.requests) for each in epochs], "less", steady=True),
-        figure("requests refused", "", [float(each.refused) for each in epochs if each.refused], "less"),
-        figure("samples of an epoch", "", [each.samples / _readings(each) for each in passes], steady=True),
-        figure("repeated samples", "", [each.repeats / each.readings for each in epochs], steady=True),
-    ]
-    spread = [max(each.ranks_per_s) / max(1e-9, min(each.ranks_per_s)) for each in epochs if each.ranks_per_s]
-    figures.append(figure("fastest rank over slowest", "", spread, "less"))
-    for cause in epochs[0].stalls_s if epochs else ():
-        figures.append(figure(f"waited for {cause}", "s", [each.stalls_s[cause] for each in epochs], "less"))
-    phase = Phase(name=name, seconds=seconds, figures=[each for each in figures if each.values])
-    if spread:
-        ranks = epochs[-1].ranks_per_s
-        xs = [float(rank) for rank in range(len(ranks))]
-        phase.series = [Series(name="each rank", x_unit="rank", y_unit="samples/s", xs=xs, ys=ranks)]
-    if statistics.median(each.seconds for each in passes) < 2.0 and name != "ideal":
-        phase.notes.append("too short to say much: give more data")
-    said = [each.verdict for each in epochs] + [each.note for each in passes if name != "ideal"]
-    phase.notes += list(dict.fromkeys(each for each in said if each))
-    return phase
-
-
-def _readings(one: Pass) -> int:
-    return one.readings if isinstance(one, runs.Epoch) else 1
-
-
-def _rate(epoch: runs.Epoch) -> Rate:
-    byte_count = sum(epoch.source_bytes.values())
-    return Rate(
-        samples_per_s=epoch.samples / epoch.seconds,
-        bytes_per_s=byte_count / epoch.seconds,
-        seconds=epoch.seconds,
-        cpu_s=epoch.cpu_s,
-        fetched_bytes=epoch.fetched_bytes,
-    )
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def _machine(folder: Path, load_before: float) -> Machine:
-    match = re.search(r"^model name\s*:\s*(.+)$", read_file("/proc/cpuinfo"), re.MULTILINE)
-    memory = re.search(r"^MemTotal:\s+(\d+) kB$", read_file("/proc/meminfo"), re.MULTILINE)
-    cores = min([float(len(os.sched_getaffinity(0))), *cpu_quotas(read_file)])
-    return Machine(
-        cpu=match[1] if match else platform.machine(),
-        cores=cores,
-        memory_bytes=int(memory[1]) << 10 if memory else 0,
-        kernel=platform.release(),
-        file_system=_file_system(folder),
-        load_before=load_before,
-        load_after=os.getloadavg()[0],
-    )
-
-
-def _file_system(folder: Path) -> str:
-    """The type of the file system that a folder is on."""
-    best, kind = "", "unknown"
-    for line in read_file("/proc/mounts").splitlines():
-        _, mounted, name, *_ = line.split()
-        mounted = mounted.replace("\\040", " ")
-        if len(mounted) >= len(best) and (str(folder) + "/").startswith(mounted.rstrip("/") + "/"):
-            best, kind = mounted, name
-    return kind

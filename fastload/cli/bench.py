@@ -20,7 +20,7 @@ from fastload.config import format_bytes, parse_bytes, parse_seconds
 from fastload.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fastload.bench.session import Plan
+    from fastload.bench.plan import Plan
 
 # A figure of the second result is worse than may be.
 EXIT_WORSE = 5
@@ -105,8 +105,9 @@ def run(
     Reads a part of the data from the store, into a folder of its own beside the cache, and writes nothing else.
     """
     from fastload.bench import report, runs, schema
+    from fastload.bench.plan import Options
     from fastload.bench.process import check_target
-    from fastload.bench.session import Options, Session
+    from fastload.bench.session import Session
 
     specs = _specs(decode or [])
     runs.decoders(specs)  # what is none is an error now

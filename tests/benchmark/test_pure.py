@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from fastload.bench import schema
 from fastload.bench.compare import compare, lost
+from fastload.bench.plan import Options
 from fastload.bench.prediction import Measured, predict
 from fastload.bench.report import html, lines
 from fastload.bench.schema import Figure, Machine, Phase, Result, Series, Work
-from fastload.bench.session import Options, Session
+from fastload.bench.session import Session
 from fastload.bench.verdict import Demand, Findings, Rate, sentences
 from fastload.errors import ConfigError
 
