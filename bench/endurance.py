@@ -122,6 +122,8 @@ def endure(mode: str, epochs: int, folder: Path) -> Held:
     with fastload.Cache(
         folder / "cache", ram_bytes="8MiB", disk_bytes="32MiB", chunk_bytes="128KiB", history_bytes="8KiB"
     ) as cache:
+        cache.pin(url)  # so that the catalog, which is otherwise written some seconds on, is there from the start
+        cache.unpin(url)
         loader = _loader(mode, url, cache)
         for epoch in range(epochs):
             batches = iter(loader)

@@ -243,7 +243,6 @@ MISTAKES: dict[str, Mistake] = {
         fastload.StateError,
         ("state_dict() returned",),
     ),
-    "figures of torch's": (lambda d: fastload.DataLoader([1]).stats(), T, ("stats()", "list")),
     "a look at torch's": (lambda d: fastload.DataLoader([1]).peek(), T, ("peek()", "StreamingDataset")),
     "a length nobody knows": (lambda d: len(d.dataset()), T, ("iterate one epoch", "fastload index")),
     # Functions, and processes

@@ -55,11 +55,11 @@ class WarmCommand(TyperCommand):
 
 @dataclass(slots=True)
 class _Task:
-    """One thing to warm: a job's data, or (`run`) what an earlier run read. `progress` is the last that was heard."""
+    """One thing to warm: a job's data, or what an earlier run read (`run_urls`); and the last progress that came."""
 
     name: str
     job: WarmJob | None
-    run: str | None = None
+    run_urls: list[str] = field(default_factory=list)
     storage_options: dict[str, Any] = field(default_factory=dict)
     terms: WarmTerms | None = None
     pin: PinTerms | None = None
@@ -151,7 +151,8 @@ def warm(
         if ttl is not None and not any(task.pin for task in tasks):
             raise ConfigError(f"--ttl={ttl} is that of a pin, which {job} has none of; add --pin, or leave it out")
     elif from_history is not None:
-        tasks = [_Task("", None, from_history, asked.storage_options, asked.terms(), None)]
+        run, run_urls = _read_run(cache_directory(cache), from_history)
+        tasks = [_Task(run, None, run_urls, asked.storage_options, asked.terms())]
     else:
         tasks = [_task_of_urls(named, order, asked)]
     options, console = CacheOptions(cache, ram_bytes, disk_bytes, chunk_bytes), Console(stderr=True)
@@ -270,7 +271,7 @@ def _task_of_urls(urls: list[str], order: Mapping[str, Any], asked: _Asked) -> _
         order["manifest"],
     )
     pin = PinTerms(pin_name(urls), asked.ttl_s) if asked.pin else None
-    return _Task("", job, None, asked.storage_options, asked.terms(), pin)
+    return _Task("", job, [], asked.storage_options, asked.terms(), pin)
 
 
 def _tables(file: Path, order: Mapping[str, Any]) -> list[DataTable]:
@@ -303,7 +304,7 @@ def _task_of_table(table: DataTable, asked: _Asked) -> _Task:
     if table.pin or asked.pin:
         pin = PinTerms(table.name, asked.ttl_s or table.ttl_s or 0.0, table.quota_bytes or 0)
     options = asked.storage_options or storage_options_of(table.credentials)
-    return _Task(table.name, job, None, options, asked.terms(table), pin)
+    return _Task(table.name, job, [], options, asked.terms(table), pin)
 
 
 # Handing over
@@ -367,8 +368,7 @@ def _show_outlook(cache: Cache, tasks: Sequence[_Task], *, is_check: bool, verif
     damaged_chunks = 0
     for task in tasks:
         if task.job is None:
-            _, urls = _read_run(cache, task)
-            outlook = prepare.look_at_run(urls, cache, storage_options=task.storage_options)
+            outlook = prepare.look_at_run(task.run_urls, cache, storage_options=task.storage_options)
         else:
             outlook = prepare.look(task.job, cache, storage_options=task.storage_options)
             damaged_chunks += _verify(cache, task, repair=False) if verifies else 0
@@ -439,13 +439,12 @@ def _named(task: _Task, text: str) -> str:
     return f"{task.name}: {text}" if task.name else text
 
 
-def _read_run(cache: Cache, task: _Task) -> tuple[str, list[str]]:
-    """The name of the run that the task names, and the URLs of what it read."""
+def _read_run(directory: Path, named: str) -> tuple[str, list[str]]:
+    """The name of the run that is called so, and the URLs of what it read."""
     from fastload.history.archive import Archive
 
-    assert task.run is not None, "a job has no run"
-    archive = Archive(cache.directory)
-    run = archive.read(archive.find(task.run))
+    archive = Archive(directory)
+    run = archive.read(archive.find(named))
     return run.name, [url for rows in run.objects.rows() for url, *_ in rows]
 
 
@@ -533,8 +532,7 @@ def _warm(cache: Cache, task: _Task, before: int, show: Callable[[int, int], Non
     options = {"storage_options": task.storage_options, "terms": task.terms, "on_progress": on_progress}
     if task.job is not None:
         return prepare.warm(task.job, cache, pin=task.pin, label=task.name, **options)  # type: ignore[arg-type]
-    task.name, urls = _read_run(cache, task)
-    return prepare.warm_run(urls, cache, **options)  # type: ignore[arg-type]
+    return prepare.warm_run(task.run_urls, cache, **options)  # type: ignore[arg-type]
 
 
 def _verify(cache: Cache, task: _Task, *, repair: bool) -> int:

@@ -143,7 +143,7 @@ def test_names_are_shown_as_they_are_and_damage_is_named(tmp_path: Path) -> None
         (["history", "show", "nothing"], "there is no run 'nothing'"),
         (["history", "rm"], "name the runs to forget, or --all"),
         (["warm", "--from-history=2020"], "there is no run '2020'"),
-        (["warm"], "name either URLs or --from-history"),
+        (["warm"], "name either URLs (or --list), or --job=FILE, or --from-history=RUN"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], says: str, tmp_path: Path) -> None:

@@ -203,9 +203,10 @@ def test_a_slow_reader_makes_nothing_grow_and_holds_up_nobody(page: Page, handle
             asked = f"GET {page.path}events HTTP/1.1\r\nHost: {page.at.host}\r\nCookie: {page.cookie}\r\n\r\n"
             sock.sendall(asked.encode())  # and reads nothing
         with page.get("events") as stream:
-            shown = views(stream)
+            shown = (view["why"] for view in views(stream))
+            assert "" in shown  # the page may have looked last before there was a service
             for _ in range(5):
-                assert next(shown)["why"] == ""
+                assert next(shown) == ""
     page.process.terminate()
     assert ended(page)
 
