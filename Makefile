@@ -70,6 +70,7 @@ fuzz: ready
 	$(BIN)/python -m tests.native.fuzz
 	$(BIN)/python -m tests.formats.fuzz_tar
 	$(BIN)/python -m tests.formats.fuzz_readers --seconds 120
+	$(BIN)/python -m tests.formats.fuzz_records --seconds 300
 
 # What the page runs that others wrote, as they published it, with their licence and its hashes. UPLOT=1.6.33 takes another
 # version. A test holds the hashes against the files.

@@ -389,11 +389,12 @@ def _headers(address: str, settings: Mapping[str, str]) -> email.message.Message
 def _reading(store: Store, url: str) -> Iterator[Check]:
     """The first object, of a prefix the first shard: that it is there, and what its first bytes take."""
     from fastload.formats import SHARD_ENDINGS
+    from fastload.store.listing import ends_in
 
     began = time.perf_counter()
     if url.endswith("/"):
         listed = list(islice(store.list(url), _LISTED_MAX))
-        info = next((each for each in listed if each.url.lower().endswith(SHARD_ENDINGS)), next(iter(listed), None))
+        info = next((each for each in listed if ends_in(each.url.lower(), SHARD_ENDINGS)), next(iter(listed), None))
         if info is None:
             raise ObjectMissingError(f"{url}: there is nothing under this prefix; list the bucket to see what there is")
     else:

@@ -9,6 +9,7 @@ Nothing here imports numba until the first shard is to be indexed.
 from __future__ import annotations
 
 import functools
+from itertools import combinations
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -19,6 +20,7 @@ from fastload.formats import record_index
 from fastload.formats.record_index import RecordIndex, shard_name
 from fastload.formats.records import RecordReader, read_layout
 from fastload.formats.shard_index import ShardIndex
+from fastload.store.listing import ends_in
 
 __all__ = [
     "ENDINGS",
@@ -26,20 +28,27 @@ __all__ = [
     "SIDECAR_NAME",
     "Index",
     "Indexer",
+    "MixedLayoutsError",
     "RecordIndex",
     "ShardIndex",
     "difference",
     "endings_of",
     "format_of",
     "indexer_for",
+    "joined",
     "record_reader",
     "stored_index",
 ]
 
 Index: TypeAlias = ShardIndex | RecordIndex
 
-ENDINGS = {"tar": (".tar",), "mds": (".mds",), "jsonl": (".jsonl", ".ndjson")}
-"""The formats by name, and how the names of their shards end."""
+ENDINGS = {
+    "tar": (".tar",),
+    "mds": (".mds",),
+    "jsonl": (".jsonl", ".ndjson"),
+    "tfrecord": (".tfrecord", ".tfrecords", ".tfrecord-#-of-#", ".tfrecords-#-of-#"),
+}
+"""The formats by name, and how the names of their shards end; "#" is a number."""
 
 SHARD_ENDINGS = tuple(ending for endings in ENDINGS.values() for ending in endings)
 """How the names of objects end that are shards, where a prefix is given instead of names."""
@@ -108,7 +117,37 @@ def record_reader(layout: bytes) -> RecordReader:
         from fastload.formats.jsonl import JsonlReader
 
         return JsonlReader.of(fields)
+    if name == "tfrecord":
+        from fastload.formats.tfrecord import TfRecordReader
+
+        return TfRecordReader.of(fields)
     raise ShardError(f"its records are of a format called {name!r}, which this fastload does not know")
+
+
+@functools.lru_cache(maxsize=256)
+def joined(layouts: tuple[bytes, ...]) -> bytes:
+    """The layout by which records of all of these are read. MixedLayoutsError, where there is none."""
+    found = layouts[0]
+    for layout in layouts[1:]:
+        both = found if layout == found else _of_both(found, layout)
+        if both is None:
+            raise MixedLayoutsError(*next(pair for pair in combinations(layouts, 2) if _of_both(*pair) is None))
+        found = both
+    return found
+
+
+class MixedLayoutsError(Exception):
+    """Two layouts whose records cannot be read together."""
+
+    def __init__(self, one: bytes, other: bytes) -> None:
+        super().__init__(one, other)
+        self.one, self.other = one, other
+
+
+def _of_both(one: bytes, other: bytes) -> bytes | None:
+    """The layout of records of both; None where they are laid out otherwise."""
+    readers = record_reader(one), record_reader(other)
+    return one if one == other else readers[0].joined(readers[1])
 
 
 def difference(one: bytes, other: bytes) -> str:
@@ -133,7 +172,7 @@ def endings_of(name: str) -> tuple[str, ...]:
 def format_of(url: str) -> str:
     """The format of a shard, by the ending of its name; tar where that says nothing."""
     name = shard_name(url).lower()
-    return next((each for each, endings in ENDINGS.items() if name.endswith(endings)), "tar")
+    return next((each for each, endings in ENDINGS.items() if ends_in(name, endings)), "tar")
 
 
 def indexer_for(url: str, size: int) -> Indexer:
@@ -153,6 +192,10 @@ def indexer_for(url: str, size: int) -> Indexer:
         from fastload.formats.jsonl import JsonlIndexer
 
         return JsonlIndexer(url, size)
+    if format_of(url) == "tfrecord":
+        from fastload.formats.tfrecord import TfRecordIndexer
+
+        return TfRecordIndexer(url, size)
     from fastload.formats.tar import TarIndexer
 
     return TarIndexer(url, size)

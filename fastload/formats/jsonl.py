@@ -18,7 +18,7 @@ from fastload import decode
 from fastload.decode import Decoder
 from fastload.errors import DecodeError, ShardError
 from fastload.formats.record_index import RecordIndex, shard_name
-from fastload.formats.records import Bytes, Int64s, Where, layout_of
+from fastload.formats.records import Bytes, Int64s, RecordReader, Where, layout_of
 from fastload.kernels.records import find_lines, find_members
 
 WHOLE = "json"
@@ -111,6 +111,9 @@ class JsonlReader:
 
     def decoder(self, column: str) -> Decoder:
         return decode.json()
+
+    def joined(self, other: RecordReader) -> bytes | None:
+        return None
 
     def find(self, records: Bytes, offsets: Int64s, columns: Sequence[str], places: Int64s, where: Where) -> None:
         if list(columns) == [WHOLE]:

@@ -29,7 +29,7 @@ from fastload.decode import Decoder
 from fastload.decode.flat import Flat
 from fastload.errors import ConfigError, DecodeError, ShardError
 from fastload.formats.record_index import RecordIndex, shard_name
-from fastload.formats.records import Bytes, Int64s, Where, layout_of
+from fastload.formats.records import Bytes, Int64s, RecordReader, Where, layout_of
 from fastload.kernels.records import find_sized
 
 # Columns of a shard, and bytes of the JSON that describes them: more is no header that anything wrote.
@@ -215,6 +215,9 @@ class MdsReader:
 
     def decoder(self, column: str) -> Decoder:
         return _decoder_of(self.encodings[self._number(column)], column)
+
+    def joined(self, other: RecordReader) -> bytes | None:
+        return None
 
     def find(self, records: Bytes, offsets: Int64s, columns: Sequence[str], places: Int64s, where: Where) -> None:
         wanted = np.full(len(self.columns), -1, np.int64)

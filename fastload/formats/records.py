@@ -21,6 +21,8 @@ from fastload.kernels.gather import gather_columns
 Bytes = NDArray[np.uint8]
 Int64s = NDArray[np.int64]
 Where = Callable[[int], str]
+Fill = Callable[[Int64s, Sequence[Bytes]], None]
+"""Writes the values of each column to its `out`, value i from `out_offset[column, i]` on."""
 
 
 class RecordReader(Protocol):
@@ -43,10 +45,19 @@ class RecordReader(Protocol):
         """What makes of a value what the format's own reader gives."""
         ...
 
-    def find(self, records: Bytes, offsets: Int64s, columns: Sequence[str], places: Int64s, where: Where) -> None:
+    def joined(self, other: RecordReader) -> bytes | None:
+        """The layout of records of both, which differ; None where they cannot be read together."""
+        ...
+
+    def find(
+        self, records: Bytes, offsets: Int64s, columns: Sequence[str], places: Int64s, where: Where
+    ) -> Fill | None:
         """Where the values of these columns lie in `records`, of which number i is `records[offsets[i]:offsets[i +
         1]]`:
         write to `places`, int64[2, columns, n], offset and size of each, -1 and 0 for a column that a record lacks.
+
+        Where values do not lie there as they are wanted, it returns what makes them; then sizes are those of what that
+        makes, and an offset says no more than whether there is a value.
 
         DecodeError, with `where(i)` before it, for a record that is none of this layout.
         """
@@ -81,16 +92,24 @@ def split(
     """
     count = len(offsets) - 1
     places = np.empty((2, len(columns), count), np.int64)
-    read.find(records, offsets, columns, places, where)
+    fill = read.find(records, offsets, columns, places, where)
     out_offset = np.zeros((len(columns), count + 1), np.int64)
     np.cumsum(places[1], axis=1, out=out_offset[:, 1:])
     outs = [take(name, total) for name, total in zip(columns, out_offset[:, -1].tolist(), strict=True)]
     if count and len(columns):
-        # The records lie in one piece, which is to this kernel an arena of one chunk.
-        first_chunk = np.zeros((len(columns), count), np.int64)
-        chunk_offset, chunk_bytes = np.zeros(1, np.int64), max(1, len(records))
-        copied = gather_columns(
-            records, chunk_offset, chunk_bytes, first_chunk, places[0].clip(0), places[1], out_offset, outs
-        )
-        assert copied == out_offset[:, -1].sum(), f"copied {copied} bytes of {out_offset[:, -1].tolist()}"
+        if fill is None:
+            copy_out(records, places[0], places[1], out_offset, outs)
+        else:
+            fill(out_offset, outs)
     return dict(zip(columns, zip(outs, out_offset, strict=True), strict=True)), places[0] >= 0
+
+
+def copy_out(records: Bytes, offset: Int64s, size: Int64s, out_offset: Int64s, outs: Sequence[Bytes]) -> None:
+    """Copy values of columns, int64[columns, n], from where they lie in `records` (-1: nowhere) to each column's `out`,
+    value i to `out_offset[column, i]`.
+    """
+    # The records lie in one piece, which is to this kernel an arena of one chunk.
+    first_chunk = np.zeros_like(size)
+    chunk_offset, chunk_bytes = np.zeros(1, np.int64), max(1, len(records))
+    copied = gather_columns(records, chunk_offset, chunk_bytes, first_chunk, offset.clip(0), size, out_offset, outs)
+    assert copied == out_offset[:, -1].sum(), f"copied {copied} bytes of {out_offset[:, -1].tolist()}"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fastload.kernels.declare import array_in, array_out, boolean, helper, int64, kernel, uint8, uint64
 
-__all__ = ["find_lines", "find_members", "find_sized"]
+__all__ = ["find_lines", "find_members", "find_sized", "is_same"]
 
 Int64s = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -151,7 +151,8 @@ def _after_value(text: Bytes, at: int, end: int) -> int:
 
 
 @helper(boolean(_bytes, int64, int64, _bytes, int64, int64))
-def _is_same(text: Bytes, start: int, end: int, names: Bytes, first: int, last: int) -> bool:
+def is_same(text: Bytes, start: int, end: int, names: Bytes, first: int, last: int) -> bool:
+    """Whether `text[start:end]` is `names[first:last]`."""
     same = end - start == last - first
     number = 0
     while same and number < end - start:
@@ -200,7 +201,7 @@ def find_members(
             if at < 0 or at == value:
                 return number
             for each in range(name_offsets.size - 1):
-                if _is_same(records, name, name_end, names, name_offsets[each], name_offsets[each + 1]):
+                if is_same(records, name, name_end, names, name_offsets[each], name_offsets[each + 1]):
                     value_offset[each % wanted, number], value_size[each % wanted, number] = value, at - value
             at = _after_space(records, at, end)
             if at >= end:

@@ -16,7 +16,7 @@ read. Its batch is then shorter, and may be empty; which samples other batches g
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from fastload import callers
 from fastload.client.consumer import Consumer
-from fastload.decode.base import Keys, sample_keys
+from fastload.decode.base import Decoder, Keys, sample_keys
 from fastload.errors import ConfigError, MissingColumnError
 from fastload.formats import record_reader
 from fastload.formats.record_index import RECORD
@@ -321,6 +321,11 @@ class SampleGatherer:
         for row, name in zip(is_there, wanted, strict=True):
             if name in self._columns.optional:
                 present[name] = row
+                if not row.all() and name in decoders and not decoders[name].takes_missing():
+                    raise ConfigError(
+                        f"{samples.place(int(np.argmin(row)), name)}: the sample has none, and batches of it are "
+                        f"tensors, which have no room for that; say what stands for it: {_with_default(name, decoders)}"
+                    )
             elif not row.all():
                 raise MissingColumnError(
                     f"{samples.place(int(np.argmin(row)), name)}: the sample has no such column; where samples may "
@@ -367,6 +372,14 @@ class SampleGatherer:
                     f"{located.names().urls()[0]}: its window of shards has a column whose name is {marked!r}, and "
                     f"{name + '?'!r} means {name!r}, which samples may lack; write {name + '??'!r} for the other one"
                 )
+
+
+def _with_default(name: str, decoders: Mapping[str, Decoder]) -> str:
+    """A decoder, as the user writes it, that is like that of this column but has a default."""
+    fixed = decoders[name].fixed()
+    assert fixed is not None, f"{name}: only batches of one shape have no room"
+    shape, dtype = fixed
+    return f"decode={{{name + '?'!r}: fastload.decode.flat({dtype.name!r}, {shape}, default=-1)}}"
 
 
 def part_of_entry(entry: BatchEntry, numbers: list[int]) -> BatchEntry:

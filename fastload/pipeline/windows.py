@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload.errors import MissingColumnError, ShardError
-from fastload.formats import Index, RecordIndex, ShardIndex, difference, record_reader
+from fastload.formats import Index, MixedLayoutsError, RecordIndex, ShardIndex, difference, joined, record_reader
 from fastload.kernels.rows import append_keys, find_rows, look_up
 from fastload.kernels.yielding import yield_state
 from fastload.pipeline.columns import shown
@@ -311,13 +311,15 @@ class LocatedSamples:
         for window, _, _ in self._parts:
             for layout, number in window.layouts.items():
                 found.setdefault(layout, number)
-        if len(found) > 1:
-            (first, one), (second, other) = list(found.items())[:2]
-            urls = self._urls.of(np.array([one, other], np.int64))
+        if len(found) < 2:
+            return next(iter(found), None)
+        try:
+            return joined(tuple(found))
+        except MixedLayoutsError as mixed:
+            urls = self._urls.of(np.array([found[mixed.one], found[mixed.other]], np.int64))
             raise ShardError(
-                f"{urls[0]} and {urls[1]} have other columns: {difference(first, second)}; write them alike"
-            )
-        return next(iter(found), None)
+                f"{urls[0]} and {urls[1]} have other columns: {difference(mixed.one, mixed.other)}; write them alike"
+            ) from mixed
 
     def names(self) -> Names:
         """The samples' keys and URLs."""

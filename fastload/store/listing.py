@@ -12,7 +12,9 @@ without shards.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -41,8 +43,8 @@ def resolve(
     end, or a plain URL or path.
 
     `open_store(url)` gives the store that serves a URL; it stays the caller's, is only called by this thread, and may
-    give the same one for several URLs of a root. `endings` are the names'
-    ends by which a prefix knows shards; objects called one of `beside` come along with the shards of a prefix. An
+    give the same one for several URLs of a root. `endings` are the names' ends by which a prefix knows shards (a "#" in
+    them is a number); objects called one of `beside` come along with the shards of a prefix. An
     object that is named twice comes twice.
 
     Raises `ObjectMissingError` for a pattern with missing members (naming the first) and for a prefix
@@ -120,7 +122,7 @@ def _under(
 ) -> list[ObjectInfo]:
     everything = list(open_store(prefix).list(prefix))
     extra = [info for info in everything if _name(info) in beside]
-    shards = [info for info in everything if info.url.endswith(tuple(endings)) and _name(info) not in beside]
+    shards = [info for info in everything if ends_in(info.url, tuple(endings)) and _name(info) not in beside]
     if not shards:
         kinds = ", ".join(endings)
         there = [info.url.removeprefix(prefix) for info in everything]
@@ -132,6 +134,20 @@ def _under(
             cure += ", or pack its files into shards: tar --sort=name -cf train-000000.tar FOLDER"
         raise ObjectMissingError(f"{prefix}: no shards ({kinds}) under this prefix, which holds {held}; {cure}")
     return shards + extra
+
+
+@functools.lru_cache(maxsize=64)
+def _numbered(endings: tuple[str, ...]) -> re.Pattern[str]:
+    texts = [re.escape(each).replace(re.escape("#"), "[0-9]+") for each in endings if "#" in each]
+    return re.compile(f"(?:{'|'.join(texts)})\\Z")
+
+
+def ends_in(name: str, endings: tuple[str, ...]) -> bool:
+    """Whether a name ends in one of these; a "#" in them stands for a number."""
+    plain = tuple(each for each in endings if "#" not in each)
+    if name.endswith(plain):
+        return True
+    return len(plain) < len(endings) and _numbered(endings).search(name) is not None
 
 
 def _name(info: ObjectInfo) -> str:

@@ -45,7 +45,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastload.errors import StoreError
 from fastload.store.answers import BadReplyError, changed, is_strong, same_etag
@@ -262,9 +261,9 @@ def _of_objects(named: dict[str, str], etag: str | None) -> dict[str, str]:
 
 
 def _crc(algorithm: str, data: memoryview) -> int:
-    from fastload.kernels.crc import advance
+    from fastload.kernels.crc import advance, tables_of
 
-    tables = _tables(algorithm)
+    tables = tables_of(_POLYNOMIALS[algorithm])
     ones = (1 << 8 * _BYTES[algorithm]) - 1
     check = np.array([ones], np.uint64)
     even = len(data) & ~15
@@ -274,20 +273,3 @@ def _crc(algorithm: str, data: memoryview) -> int:
     for byte in data[even:].cast("B"):
         now = (now >> 8) ^ int(tables[(now ^ byte) & 255])
     return now ^ ones
-
-
-@functools.lru_cache(maxsize=len(_POLYNOMIALS))
-def _tables(algorithm: str) -> NDArray[np.uint64]:
-    """As `kernels.crc` takes them."""
-    polynomial = _POLYNOMIALS[algorithm]
-    first = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = (byte >> 1) ^ (polynomial if byte & 1 else 0)
-        first.append(byte)
-    rows = [first]
-    for _ in range(15):
-        rows.append([(value >> 8) ^ first[value & 255] for value in rows[-1]])
-    tables = np.array(rows, np.uint64).ravel()
-    tables.flags.writeable = False
-    return tables

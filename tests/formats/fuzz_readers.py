@@ -36,7 +36,7 @@ _SHARDS = [
 _INDEXES = [(index(data).to_bytes(), len(data)) for data in _SHARDS]
 
 
-def _changed(data: bytes, rng: random.Random, first: int = 0) -> bytes:
+def changed(data: bytes, rng: random.Random, first: int = 0) -> bytes:
     """Bytes, numbers, cuts, and pieces moved."""
     changed = bytearray(data)
     for _ in range(rng.choice([1, 1, 2, 4])):
@@ -77,7 +77,7 @@ def expected(kind: type[Exception], start: str) -> Iterator[None]:
 def make_index(rng: random.Random) -> bytes:
     """A number of a shard, and an index that is damaged behind its checksum, mostly with another one that fits."""
     number = rng.randrange(len(_INDEXES))
-    data = _changed(_INDEXES[number][0], rng, rng.choice([0, 16, 16, HEADER_BYTES, HEADER_BYTES]))
+    data = changed(_INDEXES[number][0], rng, rng.choice([0, 16, 16, HEADER_BYTES, HEADER_BYTES]))
     if rng.random() < 0.9 and len(data) >= HEADER_BYTES:
         data = data[:8] + struct.pack("<Q", xxhash.xxh3_64_intdigest(data[16:])) + data[16:]
     return bytes([number]) + data
@@ -144,7 +144,7 @@ def make_sidecar(rng: random.Random) -> bytes:
     data: bytes = sink.getvalue().to_pybytes()
     if rng.random() < 0.9:
         # The footer is short, comes last and says where all else is.
-        data = _changed(data, rng, rng.choice([0, 0, max(0, len(data) - 700)]))
+        data = changed(data, rng, rng.choice([0, 0, max(0, len(data) - 700)]))
     return data
 
 
@@ -210,7 +210,7 @@ def make_list(rng: random.Random) -> bytes:
     if rng.random() < 0.05:
         at, deep = rng.randrange(len(data)), rng.choice([b"[", b'{"a":'])
         data = data[:at] + deep * rng.choice([100, 2000, 100_000]) + data[at:]
-    return _changed(data, rng) if rng.random() < 0.5 else data
+    return changed(data, rng) if rng.random() < 0.5 else data
 
 
 def check_list(data: bytes, rng: random.Random) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import math
 import mmap
 import os
 import random
@@ -78,16 +79,16 @@ class Guarding:
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)
 
-    def empty(self, count: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        return guarded(count, dtype, self._at_end, self._noise)
+    def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        return guarded(math.prod(np.atleast_1d(shape).tolist()), dtype, self._at_end, self._noise).reshape(shape)
 
-    def full(self, count: int, value: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        made = self.empty(count, dtype)
-        made[:] = value
+    def full(self, shape: int | tuple[int, ...], value: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        made = self.empty(shape, dtype)
+        made[...] = value
         return made
 
-    def zeros(self, count: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        return self.full(count, 0, dtype)
+    def zeros(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        return self.full(shape, 0, dtype)
 
     def empty_like(self, other: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return self.empty(len(other), other.dtype)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.formats import fuzz_readers, fuzz_tar, fuzzing
+from tests.formats import fuzz_readers, fuzz_records, fuzz_tar, fuzzing
 from tests.formats.archives import Member, as_samples, write
 
-TARGETS = {target.name: target for target in (fuzz_tar.TARGET, *fuzz_readers.TARGETS)}
+TARGETS = {target.name: target for target in (fuzz_tar.TARGET, *fuzz_readers.TARGETS, *fuzz_records.TARGETS)}
 FOUND = sorted(path for path in fuzzing.FOUND.rglob("*") if path.is_file())
 
 
@@ -39,7 +39,14 @@ def test_columns_that_only_unicode_makes_one_whatever_lay_in_memory_before() -> 
 
 @pytest.mark.parametrize(
     ("module", "mode", "cases"),
-    [("fuzz_tar", "bounds", 50), ("fuzz_tar", "pages", 100), ("fuzz_readers", "pages", 25)],
+    [
+        ("fuzz_tar", "bounds", 50),
+        ("fuzz_tar", "pages", 100),
+        ("fuzz_readers", "pages", 25),
+        ("fuzz_records", "bounds", 50),
+        ("fuzz_records", "pages", 100),
+        pytest.param("fuzz_records", "pages", 100_000, marks=[pytest.mark.thorough, pytest.mark.timeout(3000)]),
+    ],
 )
 def test_a_little_fuzzing(module: str, mode: str, cases: int) -> None:
     """In a process of its own, which may die."""

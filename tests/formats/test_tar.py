@@ -342,7 +342,8 @@ def test_compressed_shards_say_what_to_do(url: str, tool: str) -> None:
 
 
 def test_endings() -> None:
-    assert SHARD_ENDINGS == (".tar", ".mds", ".jsonl", ".ndjson")
+    records = ".tfrecord", ".tfrecords", ".tfrecord-#-of-#", ".tfrecords-#-of-#"
+    assert (".tar", ".mds", ".jsonl", ".ndjson", *records) == SHARD_ENDINGS
 
 
 def test_many_members_in_many_calls_of_the_kernel() -> None:
