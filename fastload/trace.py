@@ -1,9 +1,9 @@
 """`FASTLOAD_TRACE=file.json`: what each thread did, and when, for ui.perfetto.dev (Chrome's trace events).
 
 The file is an array of JSON, one event a line, so it can be read as far as it goes where the process was killed: a
-reader adds the bracket that is missing. It is written by the threads whose events it holds, a few hundred at a time,
-or with the first event that comes a second after the last writing, and has an end: after `BYTES_MAX` one event says so
-and nothing more is written.
+reader adds the bracket that is missing. It is written by the threads whose events it holds, a few hundred at a time;
+fewer are written after a second by a thread that sleeps while there is nothing to write, so that the file has what an
+idle or killed process did. It has an end: after `BYTES_MAX` one event says so and nothing more is written.
 
 Each process writes a file of its own. The first has the name that was given; another one that runs at the same time, as
 the service and other ranks do, has its process id before the ending. All times are of the system's monotonic clock, so
@@ -12,6 +12,7 @@ files of one machine can be joined. Where the variable is not set, nothing of th
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import json
@@ -27,8 +28,8 @@ from fastload.lifecycle import Ending, end_at_exit, on_fork
 
 VARIABLE = "FASTLOAD_TRACE"
 BYTES_MAX = 256 << 20
-# Events that are written together, unless the first of them is older than this.
-_EVENTS, _WRITE_EVERY_S = 256, 1.0
+# Events that are written together, and how long fewer of them wait for more.
+_EVENTS, _WRITE_AFTER_S = 256, 1.0
 
 log = logging.getLogger("fastload")
 
@@ -40,15 +41,19 @@ class Trace:
         """Begin it; OSError where it cannot be written."""
         self._pid = os.getpid()
         self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._closing = threading.Event()
         self._lines: list[str] = []
         self._named: set[int] = set()
         self._request_count = 0
-        self._since_s = time.monotonic()
         self._fd = _opened(path)
         self._left = bytes_max
         os.write(self._fd, b"[\n")
         self._add({"ph": "M", "name": "process_name", "tid": 0, "args": {"name": program}})
         self._flush()
+        self._writer = threading.Thread(target=self._write_by_time, name="fastload-trace", daemon=True)
+        with contextlib.suppress(RuntimeError):  # no thread can be had: then by number, and at the end
+            self._writer.start()
 
     def span(self, name: str, began_s: float, ended_s: float, **more: Any) -> None:
         """The calling thread did this in this time."""
@@ -77,11 +82,15 @@ class Trace:
 
     def close(self) -> None:
         """Write what is left, and the end."""
+        self._closing.set()
         with self._lock:
             self._flush()
             if self._left >= 0 and self._fd >= 0:
                 os.write(self._fd, b'{"ph":"M","name":"trace_ends","pid":%d,"tid":0,"args":{}}\n]\n' % self._pid)
             self._let_go()
+            self._changed.notify()
+        if self._writer.ident is not None:
+            self._writer.join()
 
     def abandon(self) -> None:
         """In a forked child: the file is the parent's, and the lock may be held."""
@@ -95,12 +104,18 @@ class Trace:
 
     def _add(self, event: dict[str, Any]) -> None:
         line = json.dumps({**event, "pid": self._pid}, separators=(",", ":"))
-        now_s = time.monotonic()
         with self._lock:
             self._lines.append(line)
-            if len(self._lines) >= _EVENTS or now_s - self._since_s > _WRITE_EVERY_S:
+            if len(self._lines) >= _EVENTS:
                 self._flush()
-                self._since_s = now_s
+            elif len(self._lines) == 1:
+                self._changed.notify()
+
+    def _write_by_time(self) -> None:
+        while not self._closing.wait(_WRITE_AFTER_S):
+            with self._lock:
+                self._flush()
+                self._changed.wait_for(lambda: bool(self._lines) or self._closing.is_set())
 
     def _flush(self) -> None:
         lines, self._lines = self._lines, []

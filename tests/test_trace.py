@@ -136,6 +136,15 @@ def test_several_at_a_time_have_files_of_their_own(tmp_path: Path) -> None:
     assert names(events_of(tmp_path / "t.json")) == set()
 
 
+def test_what_an_idle_process_did_is_in_the_file(tmp_path: Path) -> None:
+    trace = Trace(tmp_path / "t.json", "test")
+    for name in ("one", "other"):  # the second comes when the first was written
+        trace.span(name, 1.0, 2.0)
+        until(lambda name=name: name in names(events_of(tmp_path / "t.json", whole=False)))  # type: ignore[misc]
+    trace.close()
+    assert names(events_of(tmp_path / "t.json")) == {"one", "other"}
+
+
 def test_threads_write_whole_lines(tmp_path: Path) -> None:
     trace = Trace(tmp_path / "t.json", "test")
 
