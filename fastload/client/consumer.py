@@ -670,7 +670,9 @@ class Consumer:
             case protocol.Failed():
                 self._take_failed(message)
             case protocol.Progress():
-                if not (message.error_name == "AccessDeniedError" and self._renew_credentials()):
+                failed_before = 0 if self._progress is None else self._progress.failed_objects
+                is_denied = message.error_name == "AccessDeniedError" or message.failed_objects > failed_before
+                if not (is_denied and self._renew_credentials()):
                     self._progress = message
             case protocol.Trouble():
                 self._troubles.append(message.message)

@@ -132,6 +132,8 @@ _REPORT_EVERY_S = 0.1
 # A warm-up that stands back for long is alive all the same.
 _REPORT_AGAIN_S = 5.0
 _FAILURES_MAX = 1000  # that are told one by one
+# Where access is denied to so many objects before a single chunk has come, it is denied to all of them.
+_DENIED_MAX = 1000
 
 
 class WarmPlan(Plan):
@@ -151,6 +153,7 @@ class WarmPlan(Plan):
         self.terms = terms
         self.budget = warming_budget(terms.bytes_per_s if terms else 0, now)
         self.failures: dict[ObjectEntry, BaseException] = {}  # of one that goes on
+        self._denied_count = 0
         self._states = bytearray(self.chunk_count)
         self._next = 0  # everything below is settled or in hand
         self._in_hand: set[int] = set()
@@ -241,10 +244,10 @@ class WarmPlan(Plan):
             self._next = min(self._next, position)
 
     def fail(self, chunk: Chunk, error: BaseException) -> None:
-        """The chunk cannot be had. That ends the plan, or what it wants of the object; where access is denied, no chunk
-        will get past it.
-        """
-        if self.terms is None or not self.terms.goes_on or isinstance(error, AccessDeniedError):
+        """The chunk cannot be had. That ends the plan, or, where it goes on, what it wants of the object."""
+        self._denied_count += isinstance(error, AccessDeniedError)
+        is_denied_all = self._denied_count >= _DENIED_MAX and not self.fetched_bytes
+        if self.terms is None or not self.terms.goes_on or is_denied_all:
             self.error = self.error or error
             return
         self.failures.setdefault(chunk.entry, error)
@@ -254,10 +257,16 @@ class WarmPlan(Plan):
                 self._settle(start + index, held=False)
 
     def retry(self) -> None:
-        """What was in the way may be gone."""
-        self.error = None
+        """What was in the way may be gone: access, of objects that were denied."""
+        self.error, self._denied_count = None, 0
+        denied = [entry for entry, error in self.failures.items() if isinstance(error, AccessDeniedError)]
+        for entry in denied:
+            del self.failures[entry]
+            for index in range(entry.chunk_count):
+                self._reopen(self._starts_of[entry][0] + index)
         self._in_hand.clear()
         self._next = 0
+        self._reported = (-1, False)  # also where it comes to the same again
 
     def end_here(self, on_disk: OnDisk) -> None:
         """No room is left: what is still to do is held already, or not at all."""
@@ -301,6 +310,13 @@ class WarmPlan(Plan):
         if held:
             self.held_chunks += 1
             self.held_bytes += entry.length(index)
+
+    def _reopen(self, position: int) -> None:
+        if self._states[position] == NOT_HELD:
+            self._states[position] = OPEN
+            entry, index = self.at(position)
+            self.done_chunks -= 1
+            self.done_bytes -= entry.length(index)
 
     # Progress
 

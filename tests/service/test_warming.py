@@ -172,18 +172,38 @@ def test_one_that_goes_on_says_which_shards_it_could_not_have(world: World) -> N
     world.run(work)
 
 
-def test_denied_access_ends_also_one_that_goes_on(world: World) -> None:
-    """So that its consumer reads the credentials again."""
-    world.store.errors[world.objects[1].url] = AccessDeniedError("expired")
+def test_an_object_that_is_denied_holds_up_no_others_and_other_credentials_are_tried(world: World) -> None:
+    url = world.objects[1].url
+    world.store.errors[url] = AccessDeniedError("expired")
 
     async def work(core: Core) -> None:
         warm_up = WarmUp(core, world.objects)
         warm_up.warm(0, 1, 2, 3, goes_on=True)
         await until(lambda: warm_up.is_finished, "it ends")
-        assert warm_up.progress.error_name == "AccessDeniedError"
+        progress = warm_up.progress
+        assert (progress.error_name, progress.failures) == ("", [(url, "AccessDeniedError", "expired")])
+        assert (progress.held_bytes, progress.done_chunks) == (24 * CHUNK_BYTES, 32)
         world.store.errors.clear()
         warm_up.say(protocol.Credentials({"anonymous": True}))
         await until(lambda: warm_up.progress.held_bytes == 32 * CHUNK_BYTES, "it goes on with others")
+        assert (warm_up.progress.failed_objects, warm_up.progress.fetched_bytes) == (0, 32 * CHUNK_BYTES)
+
+    world.run(work)
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_denied_access_ends_one_to_which_all_is_denied(
+    world: World, monkeypatch: pytest.MonkeyPatch, goes_on: bool
+) -> None:
+    monkeypatch.setattr(plans, "_DENIED_MAX", 2)
+    for info in world.objects:
+        world.store.errors[info.url] = AccessDeniedError("no")
+
+    async def work(core: Core) -> None:
+        warm_up = WarmUp(core, world.objects)
+        warm_up.warm(0, 1, 2, 3, goes_on=goes_on)
+        await until(lambda: warm_up.is_finished, "it ends")
+        assert warm_up.progress.error_name == "AccessDeniedError"
 
     world.run(work)
 
