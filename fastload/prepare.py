@@ -12,7 +12,9 @@ every other node the same work.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -27,19 +29,27 @@ import numpy as np
 
 from fastload import shares
 from fastload.arguments import checked_urls
-from fastload.client.cache import AnyCache, handle_of
-from fastload.client.consumer import Consumer
+from fastload.cache import ChunkKey
+from fastload.cache.directory import opened
+from fastload.cache.disk import take_inventory
+from fastload.cache.key import object_id
+from fastload.cache.limits import stored as stored_limits
+from fastload.client.cache import AnyCache, Handle, handle_of
+from fastload.client.consumer import Consumer, HeldBytes
+from fastload.client.operator import is_served
+from fastload.config import CacheLimits, default_ram_bytes
 from fastload.errors import ConfigError, FastloadError, ShardError, StoreError, WaitTimeoutError, from_wire
 from fastload.formats import Index
 from fastload.history.archive import Archive
 from fastload.history.library import WARMING
-from fastload.pipeline.manifest_files import shared_manifest
+from fastload.pipeline.manifest_files import frozen, shared_manifest
 from fastload.pipeline.shard_listing import attach, find_sidecars, list_shards
 from fastload.pipeline.shards import ShardTable
 from fastload.plan import Manifest, Ranks, RequestedOrder, objects_in_use_order
 from fastload.protocol import Progress, WarmTerms
 from fastload.redaction import redact
 from fastload.service.recording import learnt_by_runs
+from fastload.store import StoreOptions
 from fastload.store.logins import apart
 from fastload.store.table import ObjectTable
 from fastload.store.urls import store_root
@@ -54,7 +64,7 @@ _ANY_TERMS = WarmTerms()
 @dataclass(frozen=True, slots=True)
 class WarmJob:
     """The arguments of a job. `ranks` are those of any rank of this node: they say which partitions the node
-    reads. `index` and `manifest_file` are the job's, where it names them.
+    reads. `index`, `manifest_file` and `format` are the job's, where it names them.
     """
 
     urls: Sequence[str]
@@ -63,6 +73,7 @@ class WarmJob:
     ranks: Ranks = Ranks()  # noqa: RUF009  # immutable
     index: str | None = None
     manifest_file: str | None = None
+    format: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +141,8 @@ def warm(
 ) -> Warmed:
     """Fill `cache` for one epoch of a job. Blocks until everything is there, or the cache is full.
 
-    Raises the errors of listing, fetching and indexing, as a job would; where `terms.goes_on`, those of listing and
-    denied access only, and shards that cannot be had are `failed`. `pin` is set before anything is fetched, so that
+    Raises the errors of listing, fetching and indexing, as a job would; where `terms.goes_on`, those of listing only,
+    and shards that cannot be had are `failed`. `pin` is set before anything is fetched, so that
     what comes has room and stays. Operators see the data under `label`, or the pin's name.
     """
     checked_urls(job.urls)
@@ -170,35 +181,85 @@ def warm(
         progress.held_bytes,
         progress.fetched_bytes,
         sample_count=sample_count,
-        failed=counter.failed | {url: from_wire(name, message) for url, name, message in progress.failures},
+        failed=counter.failed | _failed(progress),
     )
 
 
-def look(job: WarmJob, cache: AnyCache, *, storage_options: Mapping[str, Any] | None = None) -> Outlook:
-    """What `cache` holds of what a job reads in an epoch. Lists the store and fetches nothing; raises its errors."""
-    checked_urls(job.urls)
-    handle = handle_of(cache)
-    urls, storage_options = apart(job.urls, storage_options)
-    job = replace(job, urls=urls)
-    with handle.consumer(storage_options, WARMING) as consumer:
-        manifest = _manifest(consumer, job)
-        order = job.order.settled(job.ranks, handle.limits.ram_bytes)
-        plan = objects_in_use_order(manifest, order, job.epoch, ranks=job.ranks)
-        return _look_at(consumer, handle.directory, manifest.objects.take(plan))
+def _failed(progress: Progress) -> dict[str, FastloadError]:
+    return {url: from_wire(name, message) for url, name, message in progress.failures}
 
 
-def look_at_run(urls: Sequence[str], cache: AnyCache, *, storage_options: Mapping[str, Any] | None = None) -> Outlook:
-    """The same of the objects at `urls`, as they are now: those that an earlier run read."""
-    handle = handle_of(cache)
-    with handle.consumer(storage_options, WARMING) as consumer:
-        return _look_at(consumer, handle.directory, consumer.present(urls))
+def look(
+    what: WarmJob | Sequence[str],
+    directory: Path,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    limits: CacheLimits | None = None,
+) -> Outlook:
+    """What the cache at `directory` holds of what a job reads in an epoch, or of the objects at these URLs. Lists the
+    store and fetches nothing; raises its errors.
+
+    Where no service runs, that is read from the directory's files, of which none is made or changed, and nothing is
+    started; it need not be there. `limits` are those that one would have which is not.
+    """
+    if isinstance(what, WarmJob):
+        urls, storage_options = apart(checked_urls(what.urls), storage_options)
+        what = replace(what, urls=urls)
+    if is_served(directory):
+        handle = handle_of(directory)
+        with handle.consumer(storage_options, WARMING) as consumer:
+            objects = _objects_of(consumer, what, handle.limits.ram_bytes)
+            consumer.attach(objects)
+            endpoints = consumer.stats()["node"]["endpoints"]
+            return _outlook(consumer.held(), consumer.chunk_bytes, objects, directory, endpoints)
+    limits = stored_limits(directory) or limits or CacheLimits(default_ram_bytes(), 0)
+    objects = _listed_apart(what, limits, storage_options)
+    endpoint = StoreOptions.from_environment(storage_options).endpoint
+    held = _held_on_disk(objects, directory, limits.chunk_bytes, endpoint)
+    return _outlook(held, limits.chunk_bytes, objects, directory, {})
 
 
-def _look_at(consumer: Consumer, directory: Path, objects: ObjectTable) -> Outlook:
-    consumer.attach(objects)
-    held = consumer.held()
+def _objects_of(consumer: Consumer, what: WarmJob | Sequence[str], ram_bytes: int) -> ObjectTable:
+    if not isinstance(what, WarmJob):
+        return consumer.present(what)
+    found = None if what.manifest_file is None else frozen(what.manifest_file, what.urls)
+    manifest = found or list_shards(consumer, what.urls, what.format)
+    plan = objects_in_use_order(manifest, what.order.settled(what.ranks, ram_bytes), what.epoch, ranks=what.ranks)
+    return manifest.objects.take(plan)
+
+
+def _listed_apart(
+    what: WarmJob | Sequence[str], limits: CacheLimits, storage_options: Mapping[str, Any] | None
+) -> ObjectTable:
+    """What the store has, asked for by a cache that is gone afterwards."""
+    sizes = {"ram_bytes": 8 * limits.chunk_bytes, "disk_bytes": 0, "chunk_bytes": limits.chunk_bytes}
+    with (
+        tempfile.TemporaryDirectory(prefix="fastload-") as place,
+        Handle(place, service="inprocess", history_bytes=0, **sizes) as handle,
+        handle.consumer(storage_options, WARMING) as consumer,
+    ):
+        return _objects_of(consumer, what, limits.ram_bytes)
+
+
+def _held_on_disk(objects: ObjectTable, directory: Path, chunk_bytes: int, endpoint: str) -> HeldBytes:
+    on_disk: dict[bytes, set[int]] = {}
+    with contextlib.suppress(FileNotFoundError), opened(directory) as root:
+        for _, key, _ in take_inventory(root, sweep=False).held:
+            if isinstance(key, ChunkKey):
+                on_disk.setdefault(key.object_id, set()).add(key.index)
+    total = held = 0
+    for info in dict.fromkeys(objects):
+        total += info.size
+        indexes = on_disk.get(object_id(info, chunk_bytes, endpoint), ())
+        held += sum(max(0, min(chunk_bytes, info.size - index * chunk_bytes)) for index in indexes)
+    return HeldBytes(byte_count=total, ram_bytes=0, disk_bytes=held, held_bytes=held, pinned_bytes=0)
+
+
+def _outlook(
+    held: HeldBytes, chunk_bytes: int, objects: ObjectTable, directory: Path, endpoints: Mapping[str, Any]
+) -> Outlook:
     missing_bytes = held.byte_count - held.held_bytes
-    chunk_count = int((-(-objects.sizes // consumer.chunk_bytes)).sum())
+    chunk_count = int((-(-objects.sizes // chunk_bytes)).sum())
     return Outlook(
         object_count=len(objects),
         total_bytes=held.byte_count,
@@ -206,13 +267,12 @@ def _look_at(consumer: Consumer, directory: Path, objects: ObjectTable) -> Outlo
         ram_bytes=held.ram_bytes,
         disk_bytes=held.disk_bytes,
         request_count=-(-chunk_count * missing_bytes // max(1, held.byte_count)),
-        bytes_per_s=_measured(consumer, directory, objects),
+        bytes_per_s=_measured(endpoints, directory, objects),
     )
 
 
-def _measured(consumer: Consumer, directory: Path, objects: ObjectTable) -> float:
+def _measured(endpoints: Mapping[str, Any], directory: Path, objects: ObjectTable) -> float:
     """How many bytes a second the store of these was measured to give, now or in an earlier run; 0: not known."""
-    endpoints = consumer.stats()["node"]["endpoints"]
     rates = {name: each.bytes_per_s for name, each in learnt_by_runs(Archive(directory)).items()}
     rates |= {name: each["bytes_per_s"] for name, each in endpoints.items() if each["bytes_per_s"] > 0}
     own = redact(store_root(objects[0].url)) if len(objects) else ""
@@ -246,15 +306,16 @@ def warm_run(
         progress.held_bytes,
         progress.fetched_bytes,
         missing_count=missing_count,
+        failed=_failed(progress),
     )
 
 
 def _manifest(consumer: Consumer, job: WarmJob) -> Manifest:
     """The list of shards that the job will read, which is frozen where it is in a file."""
     if job.manifest_file is None:
-        return list_shards(consumer, job.urls)
+        return list_shards(consumer, job.urls, job.format)
     return shared_manifest(
-        job.manifest_file, job.urls, is_first=True, list_shards=lambda: list_shards(consumer, job.urls)
+        job.manifest_file, job.urls, is_first=True, list_shards=lambda: list_shards(consumer, job.urls, job.format)
     )
 
 
@@ -353,6 +414,7 @@ def index(
     cache: AnyCache,
     *,
     output: str | os.PathLike[str] | None = None,
+    format_name: str = "auto",
     storage_options: Mapping[str, Any] | None = None,
     on_progress: Callable[[IndexProgress], None] = lambda progress: None,
 ) -> Indexed:
@@ -364,7 +426,7 @@ def index(
     handle = handle_of(cache)
     urls, storage_options = apart(urls, storage_options)
     with _writer(output) as writer, handle.consumer(storage_options, "index") as consumer:
-        manifest = list_shards(consumer, urls)
+        manifest = list_shards(consumer, urls, format_name)
         attach(consumer, manifest, manifest.sidecars)
         counts = consumer.get_counts(range(len(manifest)))
         wanted = np.arange(len(counts)) if writer is not None else np.flatnonzero(counts < 0)

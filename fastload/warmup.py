@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from fastload import prepare
 from fastload.arguments import checked_count, checked_epoch, checked_path, checked_seed, checked_urls
 from fastload.callers import public
-from fastload.client.cache import AnyCache
+from fastload.client.cache import AnyCache, directory_of
 from fastload.client.cache import pin_name as pin_name_of
 from fastload.config import parse_bytes, parse_rate, parse_seconds
 from fastload.errors import ConfigError
@@ -71,7 +71,7 @@ def warm(
     )
     terms, pinned = WarmTerms(checked_rate(bandwidth), 0, deadline_at(deadline, time.time())), _pin(pin, ttl, job.urls)
     if check:
-        found = prepare.look(job, cache, storage_options=storage_options)
+        found = prepare.look(job, directory_of(cache), storage_options=storage_options)
         return Warmed(found.object_count, found.total_bytes, found.held_bytes)
 
     def came(progress: Progress) -> None:

@@ -1,6 +1,7 @@
 """`fastload warm` fills a cache for exactly one job, which then fetches nothing."""
 
 import io
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -104,11 +105,17 @@ def test_a_node_that_the_job_does_not_have_and_an_epoch_that_never_is(tmp_path: 
     assert "--epoch" in done.stderr
 
 
-def test_a_damaged_shard_is_an_error_and_not_a_hang(s3, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_named_and_holds_up_no_others(s3, tmp_path: Path) -> None:
+    (sound,) = corpus(shard_count=1).shards.values()
     s3.put("bad/0.tar", b"\x5a" * 200_000)
-    done = warm(f"{s3.url}/bad/", tmp_path / "cache", "--disk-bytes=1MiB")
-    assert done.returncode == 1
-    assert "ShardError" in done.stderr
+    s3.put("bad/1.tar", sound)
+    done = warm(f"{s3.url}/bad/", tmp_path / "cache", "--disk-bytes=1MiB", "--shuffle=none", "--json")
+    assert done.returncode == 3
+    assert f"failed: {s3.url}/bad/0.tar: ShardError: " in done.stderr
+    assert "The cache is full" not in done.stderr
+    (found,) = json.loads(done.stdout)["data"]
+    assert list(found["failed"]) == [f"{s3.url}/bad/0.tar"]
+    assert found["held_bytes"] == found["fetched_bytes"] == 200_000 + len(sound)
 
 
 def test_a_bar_says_what_is_done_once_its_size_is_known() -> None:

@@ -245,6 +245,7 @@ def test_a_check_says_what_is_held_by_tier_and_fetches_nothing(s3: Bucket, data:
     url, total = f"{s3.url}/train/", size_of(data)
     before = warm(place, url, "--check", "--json")
     assert before.returncode == 3
+    assert not place.exists()
     (found,) = json.loads(before.stdout)["data"]
     assert (found["held_bytes"], found["total_bytes"], found["shards"]) == (0, total, 6)
     first = f"{s3.url}/train/shard-0000.tar"
@@ -255,8 +256,10 @@ def test_a_check_says_what_is_held_by_tier_and_fetches_nothing(s3: Bucket, data:
     assert "6 shards: " in some.stdout
     assert " on disk, 0 B in RAM)" in some.stdout
     assert warm(place, url).returncode == 0
+    files = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
     after = warm(place, url, "--check", "--json")
     assert after.returncode == 0, after.stderr
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == files  # no service was started for it
     (found,) = json.loads(after.stdout)["data"]
     assert found["disk_bytes"] == found["held_bytes"] == total
     assert json.loads(after.stdout)["is_complete"]
@@ -275,6 +278,21 @@ def test_a_dry_run_says_what_would_be_fetched(s3: Bucket, data: Corpus, place: P
     done = warm(place, url, "--dry-run", "--json")
     (found,) = json.loads(done.stdout)["data"]
     assert (found["to_fetch_bytes"], found["requests"], found["seconds"]) == (0, 0, 0.0)
+
+
+def test_of_a_prefix_only_shards_of_the_format_that_is_named(s3: Bucket, place: Path) -> None:
+    (content,) = corpus(shard_count=1).shards.values()
+    s3.put("mixed/a.tar", content)
+    s3.put("mixed/a.jsonl", b'{"a": 1}\n')
+    assert "a data set has one format" in warm(place, f"{s3.url}/mixed/", "--check").stderr
+    for name, size in (("tar", len(content)), ("jsonl", 9)):
+        done = warm(place, f"{s3.url}/mixed/", "--check", f"--format={name}", "--json")
+        (found,) = json.loads(done.stdout)["data"]
+        assert (found["shards"], found["total_bytes"]) == (1, size)
+    job = place.with_name("job.toml")
+    job.write_text(f'urls = ["{s3.url}/mixed/"]\njob = {{format = "tar"}}\n')
+    done = warm(place, f"--job={job}", "--format=jsonl", "--check", "--json")
+    assert json.loads(done.stdout)["data"][0]["total_bytes"] == 9
 
 
 def test_what_a_run_read_can_be_looked_at_too(s3: Bucket, data: Corpus, place: Path) -> None:

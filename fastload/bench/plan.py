@@ -14,6 +14,7 @@ class Options:
     """What to measure. `for_s` bounds an epoch; `max_bytes` what all phases together read from the store."""
 
     urls: Sequence[str]
+    format: str = "auto"
     shuffle: str = "window"
     seed: int = 0
     columns: Sequence[str] = ()

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastload.cli import exits
-from fastload.cli.cache_options import CachePath
+from fastload.cli.cache_options import CachePath, FormatOption, checked_format
 from fastload.cli.printing import examples, plain
 from fastload.config import format_bytes, parse_bytes, parse_seconds
 from fastload.errors import ConfigError
@@ -56,6 +56,7 @@ app = typer.Typer(
 )
 def run(
     urls: Annotated[list[str], typer.Argument(help="Brace patterns, prefixes that end in '/', or single shards.")],
+    format_name: FormatOption = "auto",
     cache: CachePath = None,
     shuffle: Annotated[str, typer.Option(help="window, shards, global or none.")] = "window",
     seed: Annotated[int, typer.Option(help="The job's seed.")] = 0,
@@ -119,6 +120,7 @@ def run(
         left_out |= {"memory", "demand"} if not step_ms else {"memory"}
     options = Options(
         urls=urls,
+        format=checked_format(format_name),
         shuffle=_one_of("--shuffle", shuffle, ("window", "shards", "global", "none")),
         seed=seed,
         columns=[each for each in columns.split(",") if each],

@@ -260,6 +260,24 @@ def _verify_files(directory: Path, contents: Contents, what: list[str]) -> Itera
             yield key.name, len(keys), is_whole
 
 
+def damaged_in(directory: Path, what: list[str]) -> int:
+    """How many chunks on disk are damaged of what is called so. Changes and starts nothing; the directory need not be
+    there.
+    """
+    from fastload.client.operator import NotServedError, Operator
+
+    damaged_chunks = 0
+    try:
+        with Operator.connect(directory, "verify") as operator:
+            for verified in operator.verify(what, repair=False):
+                damaged_chunks = verified.damaged_chunks
+    except NotServedError:
+        if directory.exists():
+            checked = _verify_files(directory, _contents(directory), what)
+            damaged_chunks = sum(is_whole is False for *_, is_whole in checked)
+    return damaged_chunks
+
+
 # What they share
 
 

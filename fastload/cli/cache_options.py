@@ -24,7 +24,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from fastload.config import default_cache_dir, format_bytes, parse_bytes
+from fastload.config import CacheLimits, default_cache_dir, default_ram_bytes, format_bytes, parse_bytes
 from fastload.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,6 +36,12 @@ CachePath = Annotated[
 ]
 RamBytes = Annotated[str | None, typer.Option(help="Size of the RAM tier, such as 8GiB.")]
 DiskBytes = Annotated[str | None, typer.Option(help="Size of the disk tier, such as 500GiB.")]
+FormatOption = Annotated[
+    str,
+    typer.Option(
+        "--format", help="Of the shards that a prefix stands for: tar, mds, jsonl, or auto, by how their names end."
+    ),
+]
 ChunkBytes = Annotated[str | None, typer.Option(help="Size of a chunk, such as 8MiB.")]
 
 
@@ -52,12 +58,33 @@ class CacheOptions:
         """The cache; to be closed."""
         from fastload.client.cache import Cache
 
+        given = self._given()
         return Cache(
             self.directory,
-            ram_bytes=_size("--ram-bytes", self.ram_bytes),
-            disk_bytes=_size("--disk-bytes", self.disk_bytes),
-            chunk_bytes=_size("--chunk-bytes", self.chunk_bytes),
+            ram_bytes=given.get("ram_bytes"),
+            disk_bytes=given.get("disk_bytes"),
+            chunk_bytes=given.get("chunk_bytes"),
         )
+
+    def limits(self) -> CacheLimits:
+        """Those of a cache that is not there yet."""
+        return CacheLimits(**{"ram_bytes": default_ram_bytes(), "disk_bytes": 0, **self._given()})
+
+    def _given(self) -> dict[str, int]:
+        sizes = {
+            "ram_bytes": _size("--ram-bytes", self.ram_bytes),
+            "disk_bytes": _size("--disk-bytes", self.disk_bytes),
+            "chunk_bytes": _size("--chunk-bytes", self.chunk_bytes),
+        }
+        return {name: size for name, size in sizes.items() if size is not None}
+
+
+def checked_format(name: str) -> str:
+    """What `--format` gives; ConfigError for what is none."""
+    from fastload.formats import endings_of
+
+    endings_of(name)
+    return name
 
 
 def _size(option: str, text: str | None) -> int | None:

@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fastload.cli.cache_options import CacheOptions, CachePath, ChunkBytes, DiskBytes, RamBytes, shown
+from fastload.cli.cache_options import (
+    CacheOptions,
+    CachePath,
+    ChunkBytes,
+    DiskBytes,
+    FormatOption,
+    RamBytes,
+    checked_format,
+    shown,
+)
 from fastload.cli.printing import JsonOption, print_json
 from fastload.config import format_bytes
 
@@ -21,6 +30,7 @@ def index(
     output: Annotated[
         str | None, typer.Option(help="Write the indexes to this local file too, for index=... of a data set.")
     ] = None,
+    format_name: FormatOption = "auto",
     cache: CachePath = None,
     ram_bytes: RamBytes = None,
     disk_bytes: DiskBytes = None,
@@ -39,6 +49,7 @@ def index(
             urls,
             opened,
             output=output,
+            format_name=checked_format(format_name),
             on_progress=lambda progress: bar.show(progress.done_count, progress.shard_count),
         )
     if as_json:

@@ -1,18 +1,17 @@
 """`fastload warm`: fill a cache for exactly one job, in its order of first use; or say what of that is there.
 
-Whatever the options name becomes a list of `_Task`s: a job's data, several for a mixture, or what an earlier run read.
+What the options name becomes a list of `Task`s (`warm_tasks`). Here they are warmed, or looked at, and it is said what
+came of that.
 """
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,19 +21,40 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from fastload.cli import exits
-from fastload.cli.cache_options import CacheOptions, CachePath, ChunkBytes, DiskBytes, RamBytes, cache_directory, shown
+from fastload.cli.cache import damaged_in
+from fastload.cli.cache_options import (
+    CacheOptions,
+    CachePath,
+    ChunkBytes,
+    DiskBytes,
+    FormatOption,
+    RamBytes,
+    cache_directory,
+    checked_format,
+    shown,
+)
 from fastload.cli.printing import JsonOption, plain, print_json
-from fastload.config import format_bytes, parse_rate, parse_seconds
+from fastload.cli.warm_tasks import (
+    ORDERS,
+    Asked,
+    Task,
+    checked_shuffle,
+    hand_over,
+    read_list,
+    read_run,
+    tables_of,
+    task_of_table,
+    task_of_urls,
+)
+from fastload.config import CacheLimits, format_bytes
 from fastload.errors import ConfigError
 
 if TYPE_CHECKING:
     from fastload.client.cache import Cache
-    from fastload.daemon.config import DataTable
-    from fastload.prepare import Outlook, PinTerms, Warmed, WarmJob
-    from fastload.protocol import Progress, WarmTerms
+    from fastload.prepare import Outlook, Warmed
+    from fastload.protocol import Progress
 
-_ORDERS = ("window", "shards", "global", "none")
-_LIST_BYTES_MAX = 256 << 20
+_FAILED_SHOWN = 20
 
 
 class WarmCommand(TyperCommand):
@@ -48,22 +68,9 @@ class WarmCommand(TyperCommand):
                 break
             if word == "--no-shuffle":
                 spelled[at] = "--shuffle=none"
-            elif word == "--shuffle" and (at + 1 == len(args) or args[at + 1] not in _ORDERS):
+            elif word == "--shuffle" and (at + 1 == len(args) or args[at + 1] not in ORDERS):
                 spelled[at] = "--shuffle=window"
         return super().parse_args(ctx, spelled)
-
-
-@dataclass(slots=True)
-class _Task:
-    """One thing to warm: a job's data, or what an earlier run read (`run_urls`); and the last progress that came."""
-
-    name: str
-    job: WarmJob | None
-    run_urls: list[str] = field(default_factory=list)
-    storage_options: dict[str, Any] = field(default_factory=dict)
-    terms: WarmTerms | None = None
-    pin: PinTerms | None = None
-    progress: Progress | None = None
 
 
 def warm(
@@ -90,6 +97,7 @@ def warm(
     partitions: Annotated[int | None, typer.Option(help="The job's partitions, if it names them.")] = None,
     index: Annotated[str | None, typer.Option(help="The job's file of indexes, if it names one.")] = None,
     manifest: Annotated[str | None, typer.Option(help="The job's file with the list of shards, if it has one.")] = None,
+    format_name: FormatOption = "auto",
     shuffle_window: Annotated[str, typer.Option(help="The job's shuffle window, such as 1GiB.")] = "auto",
     profile: Annotated[str | None, typer.Option(help="The profile of the store's credentials, as in ~/.aws.")] = None,
     bandwidth: Annotated[str | None, typer.Option(help="Fetch no more than that, such as 200MB/s.")] = None,
@@ -129,7 +137,7 @@ def warm(
         raise ConfigError(f"--ttl={ttl} is that of a pin; add --pin, or leave it out")
     order = {
         "seed": seed,
-        "shuffle": _checked_shuffle(shuffle),
+        "shuffle": checked_shuffle(shuffle),
         "shuffle_window": shuffle_window,
         "epoch": epoch,
         "node": node,
@@ -137,30 +145,39 @@ def warm(
         "partitions": partitions,
         "index": index,
         "manifest": manifest,
+        "format": checked_format(format_name),
     }
-    given = {name: value for name, value in order.items() if _is_given(context, name)}
+    given = {name: value for name, value in order.items() if _is_given(context, _PARAMETERS.get(name, name))}
     if from_history is not None and (given or pin):
         what = "--pin" if pin else f"--{next(iter(given)).replace('_', '-')}"
         raise ConfigError(f"{what} goes with URLs, --list or --job; what a run read has its own order, and no pin")
-    asked = _Asked(profile, bandwidth, deadline, pin, ttl)
+    asked = Asked(profile, bandwidth, deadline, pin, ttl)
     if daemon:
-        _hand_over(cache_directory(cache), named, job, order if named else given, asked, as_json=as_json)
+        ids = hand_over(cache_directory(cache), named, job, order if named else given, asked)
+        if as_json:
+            print_json({"ids": ids})
+        else:
+            print("\n".join(ids))
         return
     if job is not None:
-        tasks = [_task_of_table(table, asked) for table in _tables(job, given)]
+        tasks = [task_of_table(table, asked) for table in tables_of(job, given)]
         if ttl is not None and not any(task.pin for task in tasks):
             raise ConfigError(f"--ttl={ttl} is that of a pin, which {job} has none of; add --pin, or leave it out")
     elif from_history is not None:
-        run, run_urls = _read_run(cache_directory(cache), from_history)
-        tasks = [_Task(run, None, run_urls, asked.storage_options, asked.terms())]
+        run, run_urls = read_run(cache_directory(cache), from_history)
+        tasks = [Task(run, None, run_urls, asked.storage_options, asked.terms())]
     else:
-        tasks = [_task_of_urls(named, order, asked)]
+        tasks = [task_of_urls(named, order, asked)]
     options, console = CacheOptions(cache, ram_bytes, disk_bytes, chunk_bytes), Console(stderr=True)
+    if check or dry_run:
+        _show_outlook(cache, options.limits(), tasks, is_check=check, verifies=verify, as_json=as_json)
+        return
     with options.open() as opened:
-        if check or dry_run:
-            _show_outlook(opened, tasks, is_check=check, verifies=verify, as_json=as_json)
-        else:
-            _warm_all(opened, tasks, console, verifies=verify, as_json=as_json)
+        _warm_all(opened, tasks, console, verifies=verify, as_json=as_json)
+
+
+# Where a parameter is not called as its option.
+_PARAMETERS = {"format": "format_name"}
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -169,209 +186,30 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-# What to warm
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """Options that hold for all that is warmed, as they were written."""
-
-    profile: str | None
-    bandwidth: str | None
-    deadline: str | None
-    pin: bool
-    ttl: str | None
-
-    @property
-    def storage_options(self) -> dict[str, Any]:
-        return {} if self.profile is None else {"profile": self.profile}
-
-    def terms(self, table: DataTable | None = None) -> WarmTerms:
-        """How fast and how soon; what no option says is the table's."""
-        from fastload.protocol import WarmTerms
-
-        bytes_per_s = table.bytes_per_s if table is not None else 0
-        if self.bandwidth is not None:
-            bytes_per_s = parse_rate(self.bandwidth, "--bandwidth")
-            if not bytes_per_s:
-                raise ConfigError(f"--bandwidth={self.bandwidth} lets nothing through; leave it out for no limit")
-        deadline = deadline_of(self.deadline, time.time()) if self.deadline is not None else 0.0
-        if not deadline and table is not None and table.deadline_s is not None:
-            deadline = time.time() + table.deadline_s
-        return WarmTerms(bytes_per_s, table.priority if table is not None else 0, deadline)
-
-    @property
-    def ttl_s(self) -> float:
-        seconds = 0.0 if self.ttl is None else parse_seconds(self.ttl, "--ttl")
-        if self.ttl is not None and not seconds:
-            raise ConfigError(f"--ttl={self.ttl} would end the pin at once; leave it out for no end")
-        return seconds
-
-
-def deadline_of(text: str, now: float) -> float:
-    """`2h`, which counts from now, or a time such as `2027-01-31T08:00`, here where nothing else is said: as seconds
-    since 1970.
-    """
-    try:
-        at = datetime.fromisoformat(text).timestamp() if "-" in text[1:] else now + parse_seconds(text, "--deadline")
-    except (ValueError, OverflowError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"--deadline={text} is no time; write 2h, or 2027-01-31T08:00") from None
-    if at <= now:
-        raise ConfigError(f"--deadline={text} has passed; give a time to come, or a length of time such as 2h")
-    return at
-
-
-def read_list(name: str) -> list[str]:
-    """The URLs of a file, one a line; blank lines and those that begin with `#` are none. `-` is standard input."""
-    try:
-        if name == "-":
-            data = sys.stdin.buffer.read(_LIST_BYTES_MAX + 1)
-        else:
-            with open(name, "rb") as file:
-                data = file.read(_LIST_BYTES_MAX + 1)
-        lines = [line.strip() for line in data.decode().splitlines()]
-    except OSError as error:
-        raise ConfigError(f"--list={name}: it cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"--list={name}: it is no text in UTF-8; write one URL a line") from None
-    if len(data) > _LIST_BYTES_MAX:
-        raise ConfigError(f"--list={name} is longer than {format_bytes(_LIST_BYTES_MAX)}; name prefixes instead")
-    urls = [line for line in lines if line and not line.startswith("#")]
-    if not urls:
-        raise ConfigError(f"--list={name} names no URL; write one a line")
-    return urls
-
-
-def _checked_shuffle(shuffle: str) -> str:
-    if shuffle not in _ORDERS:
-        raise ConfigError(f"--shuffle={shuffle} must be {', '.join(_ORDERS[:-1])} or {_ORDERS[-1]}")
-    return shuffle
-
-
-def _task_of_urls(urls: list[str], order: Mapping[str, Any], asked: _Asked) -> _Task:
-    from fastload.arguments import checked_urls
-    from fastload.plan import Ranks
-    from fastload.prepare import PinTerms, WarmJob
-    from fastload.store.listing import expand
-    from fastload.warmup import pin_name, requested_order
-
-    for url in checked_urls(urls):
-        expand(url)
-    node, nodes = order["node"], order["nodes"]
-    if node >= nodes:
-        raise ConfigError(f"--node={node} must be from 0 to {nodes - 1}, since --nodes={nodes}")
-    job = WarmJob(
-        urls,
-        requested_order(order["shuffle"], order["seed"], order["shuffle_window"], order["partitions"]),
-        order["epoch"],
-        Ranks(node, nodes, 0, 1),
-        order["index"],
-        order["manifest"],
-    )
-    pin = PinTerms(pin_name(urls), asked.ttl_s) if asked.pin else None
-    return _Task("", job, [], asked.storage_options, asked.terms(), pin)
-
-
-def _tables(file: Path, order: Mapping[str, Any]) -> list[DataTable]:
-    """Those of the file, whose jobs read in the `order` that was given besides."""
-    from msgspec.structs import replace as changed
-
-    from fastload.daemon.config import read_tables
-
-    tables = [changed(table, job=changed(table.job, **order)) for table in read_tables(file, os.environ)]
-    for table in tables:
-        table.check()
-    return tables
-
-
-def _task_of_table(table: DataTable, asked: _Asked) -> _Task:
-    from fastload.daemon.config import storage_options_of
-    from fastload.plan import Ranks, RequestedOrder
-    from fastload.prepare import PinTerms, WarmJob
-
-    order = table.job
-    job = WarmJob(
-        table.urls,
-        RequestedOrder(order.seed, order.shuffle, order.window_bytes, order.partitions),
-        order.epoch,
-        Ranks(order.node, order.nodes, 0, 1),
-        order.index,
-        order.manifest,
-    )
-    pin = None
-    if table.pin or asked.pin:
-        pin = PinTerms(table.name, asked.ttl_s or table.ttl_s or 0.0, table.quota_bytes or 0)
-    options = asked.storage_options or storage_options_of(table.credentials)
-    return _Task(table.name, job, [], options, asked.terms(table), pin)
-
-
-# Handing over
-
-
-def _hand_over(
-    directory: Path, urls: list[str], file: Path | None, order: Mapping[str, Any], asked: _Asked, *, as_json: bool
-) -> None:
-    """Submit it to the daemon, and print the id of each job."""
-    import msgspec
-
-    from fastload.daemon.submission import submit
-
-    tables = [msgspec.to_builtins(table) for table in _tables(file, order)] if file is not None else []
-    if urls:
-        from fastload.store import normalise
-        from fastload.warmup import pin_name
-
-        job = {name: value for name, value in order.items() if value is not None}
-        tables = [{"name": pin_name(urls), "urls": [normalise(url) for url in urls], "job": job, "when": "once"}]
-    if not tables:
-        raise ConfigError("--daemon takes URLs, --list or --job; what a run read is warmed by this command itself")
-    given = {
-        "credentials": None if asked.profile is None else f"profile:{asked.profile}",
-        "bandwidth": asked.bandwidth,
-        "deadline": None if asked.deadline is None else deadline_of(asked.deadline, time.time()) - time.time(),
-        "pin": asked.pin or None,
-        "ttl": asked.ttl,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    ids = [submit(directory, _without_variables({**table, **given})) for table in tables]
-    if as_json:
-        print_json({"ids": ids})
-    else:
-        print("\n".join(ids))
-
-
-def _without_variables(value: Any) -> Any:
-    """What was written as it is to be: a dollar sign begins no variable."""
-    match value:
-        case dict():
-            return {name: _without_variables(each) for name, each in value.items()}
-        case list():
-            return [_without_variables(each) for each in value]
-        case str():
-            return value.replace("$", "$$")
-        case _:
-            return value
-
-
 # Looking
 
 
-def _show_outlook(cache: Cache, tasks: Sequence[_Task], *, is_check: bool, verifies: bool, as_json: bool) -> None:
-    """Print what is held, or what fetching the rest would take; exit code 3 where a check finds less than all, and 4
-    where some of it is damaged.
+def _show_outlook(
+    cache: Path | None,
+    limits: CacheLimits,
+    tasks: Sequence[Task],
+    *,
+    is_check: bool,
+    verifies: bool,
+    as_json: bool,
+) -> None:
+    """Print what is held, or what fetching the rest would take, and change nothing; exit code 3 where a check finds
+    less than all, and 4 where some of it is damaged.
     """
     from fastload import prepare
 
-    found: list[tuple[_Task, Outlook]] = []
+    directory = cache_directory(cache)
+    found: list[tuple[Task, Outlook]] = []
     damaged_chunks = 0
     for task in tasks:
-        if task.job is None:
-            outlook = prepare.look_at_run(task.run_urls, cache, storage_options=task.storage_options)
-        else:
-            outlook = prepare.look(task.job, cache, storage_options=task.storage_options)
-            damaged_chunks += _verify(cache, task, repair=False) if verifies else 0
+        what = task.run_urls if task.job is None else task.job
+        outlook = prepare.look(what, directory, storage_options=task.storage_options, limits=limits)
+        damaged_chunks += damaged_in(directory, _names_of(task)) if verifies else 0
         found.append((task, outlook))
     is_complete = all(outlook.is_complete for _, outlook in found)
     if as_json:
@@ -388,7 +226,7 @@ def _show_outlook(cache: Cache, tasks: Sequence[_Task], *, is_check: bool, verif
         raise typer.Exit(exits.PARTIAL)
 
 
-def _outlook_values(task: _Task, outlook: Outlook) -> dict[str, Any]:
+def _outlook_values(task: Task, outlook: Outlook) -> dict[str, Any]:
     return {
         "name": task.name or None,
         "shards": outlook.object_count,
@@ -409,7 +247,7 @@ def _check_text(outlook: Outlook) -> str:
     )
 
 
-def _dry_run_text(task: _Task, outlook: Outlook) -> str:
+def _dry_run_text(task: Task, outlook: Outlook) -> str:
     seconds, missing_bytes = _seconds(task, outlook), outlook.total_bytes - outlook.held_bytes
     text = (
         f"{outlook.object_count} shards, {format_bytes(outlook.total_bytes)}: {format_bytes(outlook.held_bytes)} held, "
@@ -421,7 +259,7 @@ def _dry_run_text(task: _Task, outlook: Outlook) -> str:
     return f"{text}; about {_duration(seconds)}, at {rate}/s" if missing_bytes else text
 
 
-def _seconds(task: _Task, outlook: Outlook) -> float | None:
+def _seconds(task: Task, outlook: Outlook) -> float | None:
     """How long fetching the rest takes at the rate that was measured, or that is given; None: neither is known."""
     assert task.terms is not None, "a task without terms"
     rates = [rate for rate in (task.terms.bytes_per_s, outlook.bytes_per_s) if rate]
@@ -435,17 +273,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _named(task: _Task, text: str) -> str:
+def _named(task: Task, text: str) -> str:
     return f"{task.name}: {text}" if task.name else text
-
-
-def _read_run(directory: Path, named: str) -> tuple[str, list[str]]:
-    """The name of the run that is called so, and the URLs of what it read."""
-    from fastload.history.archive import Archive
-
-    archive = Archive(directory)
-    run = archive.read(archive.find(named))
-    return run.name, [url for rows in run.objects.rows() for url, *_ in rows]
 
 
 # Warming
@@ -455,18 +284,18 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM came."""
 
 
-def _warm_all(cache: Cache, tasks: Sequence[_Task], console: Console, *, verifies: bool, as_json: bool) -> None:
+def _warm_all(cache: Cache, tasks: Sequence[Task], console: Console, *, verifies: bool, as_json: bool) -> None:
     """Warm one after the other; exit code 3 where the cache holds less than all in the end, and where a signal ends it
     that of the signal.
     """
-    found: list[tuple[_Task, Warmed]] = []
+    found: list[tuple[Task, Warmed]] = []
     began, stopped, damaged_chunks = time.monotonic(), 0, 0
     try:
         with _terminable(), shown(console, "warming") as bar:
             for task in tasks:
                 before = sum(warmed.total_bytes for _, warmed in found)
                 warmed = _warm(cache, task, before, bar.show)
-                damaged = _verify(cache, task, repair=True) if verifies else 0
+                damaged = _verify(cache, task) if verifies else 0
                 if damaged:
                     damaged_chunks += damaged
                     again = _warm(cache, task, before, bar.show)
@@ -501,8 +330,14 @@ def _warm_all(cache: Cache, tasks: Sequence[_Task], console: Console, *, verifie
         late_s = time.time() - task.terms.deadline if task.terms.deadline else 0.0
         if late_s > 0:
             _say(console, _named(task, f"The deadline has passed {_duration(late_s)} ago."))
-    if not is_complete:
+    for task, warmed in found:
+        for url, why in islice(warmed.failed.items(), _FAILED_SHOWN):
+            _say(console, _named(task, f"failed: {url}: {type(why).__name__}: {why}"))
+        if len(warmed.failed) > _FAILED_SHOWN:
+            _say(console, _named(task, f"failed: and {len(warmed.failed) - _FAILED_SHOWN} more"))
+    if any(warmed.held_bytes < warmed.total_bytes and not warmed.failed for _, warmed in found):
         _say(console, "The cache is full: raise disk_bytes, or expect the job to fetch the rest itself.")
+    if not is_complete:
         raise typer.Exit(exits.PARTIAL)
 
 
@@ -520,7 +355,7 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _warm(cache: Cache, task: _Task, before: int, show: Callable[[int, int], None]) -> Warmed:
+def _warm(cache: Cache, task: Task, before: int, show: Callable[[int, int], None]) -> Warmed:
     """Warm one; `before`: bytes of those before it."""
     from fastload import prepare
 
@@ -535,18 +370,24 @@ def _warm(cache: Cache, task: _Task, before: int, show: Callable[[int, int], Non
     return prepare.warm_run(task.run_urls, cache, **options)  # type: ignore[arg-type]
 
 
-def _verify(cache: Cache, task: _Task, *, repair: bool) -> int:
-    """Read back what is on disk of a job's data: how many chunks are damaged, which go where that is to be repaired."""
-    from fastload.client.cache import named
+def _verify(cache: Cache, task: Task) -> int:
+    """Read back what is on disk of a job's data: how many chunks are damaged, which go."""
     from fastload.client.operator import Operator
+
+    damaged_chunks = 0
+    with cache._handle.consumer(name="verify"), Operator.connect(cache.directory, "verify") as operator:
+        for verified in operator.verify(_names_of(task), repair=True):
+            damaged_chunks = verified.damaged_chunks
+    return damaged_chunks
+
+
+def _names_of(task: Task) -> list[str]:
+    """As the service knows them."""
+    from fastload.client.cache import named
     from fastload.store import normalise
 
     assert task.job is not None, "what a run read is not verified"
-    damaged_chunks = 0
-    with cache._handle.consumer(name="verify"), Operator.connect(cache.directory, "verify") as operator:
-        for verified in operator.verify(named([normalise(url) for url in task.job.urls]), repair=repair):
-            damaged_chunks = verified.damaged_chunks
-    return damaged_chunks
+    return named([normalise(url) for url in task.job.urls])
 
 
 def _verified_text(damaged_chunks: int, what: str = "which jobs would fetch again") -> str:
@@ -555,7 +396,7 @@ def _verified_text(damaged_chunks: int, what: str = "which jobs would fetch agai
     return f"What is on disk was read back: {damaged_chunks} chunks were damaged, {what}."
 
 
-def _result_text(task: _Task, warmed: Warmed) -> str:
+def _result_text(task: Task, warmed: Warmed) -> str:
     if task.job is None:
         gone = f", {warmed.missing_count} are gone" if warmed.missing_count else ""
         what = f"{warmed.object_count} objects{gone}"
@@ -567,7 +408,7 @@ def _result_text(task: _Task, warmed: Warmed) -> str:
     )
 
 
-def _values(task: _Task, warmed: Warmed) -> dict[str, Any]:
+def _values(task: Task, warmed: Warmed) -> dict[str, Any]:
     return {
         "name": task.name or None,
         "shards": warmed.object_count,
@@ -576,10 +417,11 @@ def _values(task: _Task, warmed: Warmed) -> dict[str, Any]:
         "total_bytes": warmed.total_bytes,
         "held_bytes": warmed.held_bytes,
         "fetched_bytes": warmed.fetched_bytes,
+        "failed": {url: f"{type(error).__name__}: {error}" for url, error in warmed.failed.items()},
     }
 
 
-def _progress_values(task: _Task) -> dict[str, Any]:
+def _progress_values(task: Task) -> dict[str, Any]:
     """Of one that was stopped."""
     progress = task.progress
     assert progress is not None, "it has not begun"
@@ -591,7 +433,7 @@ def _progress_values(task: _Task) -> dict[str, Any]:
     }
 
 
-def _stopped_text(left: Sequence[_Task]) -> str:
+def _stopped_text(left: Sequence[Task]) -> str:
     """What is held of the one that was stopped."""
     if not left or left[0].progress is None:
         return "Stopped before anything was fetched of what was to come."

@@ -415,6 +415,15 @@ def handle_of(cache: AnyCache) -> Handle:
         return handle
 
 
+def directory_of(cache: AnyCache) -> Path:
+    """The directory of a cache, of which nothing is made or opened. Raises `ConfigError` as `handle_of`."""
+    if isinstance(cache, Cache | Handle):
+        return cache.directory
+    if cache is not None and not isinstance(cache, str | os.PathLike):
+        return handle_of(cache).directory
+    return Handle.path_of(default_cache_dir() if cache is None else cache)
+
+
 _handles: dict[Path, Handle] = {}
 _lock = threading.Lock()
 

@@ -215,6 +215,15 @@ class Operator:
         self.close()
 
 
+def is_served(directory: Path) -> bool:
+    """Whether a service runs for the directory. CacheError as `Operator.connect`."""
+    try:
+        Operator.connect(directory, "look").close()
+    except NotServedError:
+        return False
+    return True
+
+
 def follow(directory: Path, name: str, every_s: float = 1.0) -> Iterator[Snapshot | FastloadError]:
     """Snapshots, for as long as the caller takes them, from one service after the other. While none serves, or one does
     not answer, its error instead, each second. CacheError as `Operator.connect`.

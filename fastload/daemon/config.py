@@ -31,6 +31,7 @@ from fastload.arguments import checked_urls
 from fastload.config import parse_bytes, parse_rate, parse_seconds
 from fastload.daemon.schedule import Timetable, Windows, parse_bandwidth, parse_when
 from fastload.errors import ConfigError, FastloadError
+from fastload.formats import endings_of
 from fastload.redaction import redact
 from fastload.store import normalise
 from fastload.store.listing import expand
@@ -59,6 +60,7 @@ class OrderTable(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
     partitions: int | None = None
     index: str | None = None
     manifest: str | None = None
+    format: str = "auto"
 
     @property
     def window_bytes(self) -> int | None:
@@ -67,6 +69,7 @@ class OrderTable(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def check(self) -> None:
         """ConfigError for what cannot be."""
+        endings_of(self.format)
         if self.window_bytes == 0:
             raise ConfigError(f'shuffle_window={self.shuffle_window!r} must be at least 1 byte, or "auto"')
         if not 0 <= self.node < self.nodes:
