@@ -106,6 +106,11 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     error: str  # why it is not done
     failed: dict[str, str]  # by shard, why it is not held; the first of them
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether all of its data is held now."""
+        return self.state == "done" and self.held_bytes >= self.total_bytes
+
 
 class Consumer(msgspec.Struct, frozen=True, kw_only=True):
     """One connection that reads or warms."""

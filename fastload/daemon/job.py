@@ -37,11 +37,12 @@ _NICE = 10
 
 
 class Errand(msgspec.Struct, frozen=True, kw_only=True):
-    """What a child is to do. `deadline_at`: seconds since 1970, 0 for none."""
+    """What a child is to do. `deadline_at`: seconds since 1970, 0 for none. `is_check`: only say what is held."""
 
     directory: str
     table: DataTable
     deadline_at: float = 0.0
+    is_check: bool = False
 
 
 class Advanced(msgspec.Struct, frozen=True, kw_only=True, tag="advanced"):
@@ -141,8 +142,17 @@ def _warm_urls(
         Ranks(order.node, order.nodes, 0, 1),
         order.index,
         order.manifest,
+        order.format,
     )
 
+    if errand.is_check:
+        found = prepare.look(job, handle.directory, storage_options=options)
+        return Figures(
+            done_bytes=found.total_bytes,
+            total_bytes=found.total_bytes,
+            held_bytes=found.held_bytes,
+            shard_count=found.object_count,
+        )
     pin = prepare.PinTerms(table.name, table.ttl_s or 0.0, table.quota_bytes or 0) if table.pin else None
     limiter = _Every(_SAY_EVERY_S)
 

@@ -4,12 +4,18 @@ A job is *due* from a moment on, by a clock that only goes forward. While it is 
 a few come before it, it runs: the store is listed, where it is watched, and a child process warms what it names. What
 comes of that is an outcome, which settles when it is due again:
 
-    done       never, or when the store has changed
+    done       when the store has changed; where it is pinned or watched, also when the cache has lost a part of it
     failed     after a pause, which grows; also where only some shards failed: these are tried again
     full       not before something changes: another try would fetch again what there is no room for
+    refused    its pin is too large: not before something changes, or after long pauses, which grow
+
+What is done need not stay so: other data may displace it, or a disk may damage it. So a job that is done knows its
+objects (`Objects`), and is told how much of them is held (`holds`). After a restart that is looked up first
+(`is_check`): nothing is fetched for it.
 
 Progress is nothing that is kept: it is what the cache holds. So the file has the tables of submitted jobs and whether
-each is over, and is written when one comes or goes.
+each is over, and is written when one comes or goes. Besides it names the pins that the daemon has set, which end with
+the last job that names them; a user's pins are not among them.
 """
 
 from __future__ import annotations
@@ -19,7 +25,8 @@ import hashlib
 import math
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -28,8 +35,10 @@ import msgspec
 
 from fastload import snapshot
 from fastload.cache import tempfiles
+from fastload.cache.key import OBJECT_ID_BYTES
+from fastload.config import format_bytes
 from fastload.daemon.config import DataTable
-from fastload.daemon.schedule import Contender, jittered, pause_s
+from fastload.daemon.schedule import Contender, Windows, jittered, pause_s
 from fastload.errors import CacheError, ConfigError
 from fastload.redaction import redact
 from fastload.store.types import ObjectInfo
@@ -41,6 +50,10 @@ _OVER_MAX = 100
 _FAILED_SHOWN = _URLS_SHOWN = 20
 # The rate that is shown is that of about the last so many seconds.
 _RATE_S = 10.0
+# Pauses where another try costs much and promises little: from the first to the longest.
+_LONG_PAUSES_S = 600.0, 12 * 3600.0
+# What was held for so long begins with the shortest pause when it is lost.
+_LASTED_S = 24 * 3600.0
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +94,27 @@ class Listing:
         return msgspec.msgpack.decode(zlib.decompress(self.packed), type=list[tuple[str, int, str, int]])
 
 
+@dataclass(frozen=True, slots=True)
+class Objects:
+    """Ids and sizes of what a job warms, packed, since there may be a million."""
+
+    ids: bytes = field(repr=False)
+    sizes: array[int] = field(repr=False)
+
+    @classmethod
+    def of(cls, objects: Iterable[tuple[bytes, int]]) -> Objects:
+        """From ids and sizes."""
+        ids, sizes = bytearray(), array("q")
+        for object_id, size in objects:
+            ids += object_id
+            sizes.append(size)
+        return cls(bytes(ids), sizes)
+
+    def __iter__(self) -> Iterator[tuple[bytes, int]]:
+        for number, size in enumerate(self.sizes):
+            yield self.ids[number * OBJECT_ID_BYTES : (number + 1) * OBJECT_ID_BYTES], size
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """See the module's text. Changed by the loop's thread only."""
@@ -99,7 +133,13 @@ class Job:
     figures: Figures = field(default_factory=Figures)
     listing: Listing | None = None  # what the store had when it was last looked at
     bytes_per_s: float = 0.0
+    objects: Objects | None = None  # of its last run
+    is_check: bool = False  # it was done before a restart: look up what is held, and fetch nothing
+    needs_room: bool = False  # it is full, or its pin was refused
+    losses: int = 0  # times in a row that some of what was done was lost
+    _done_at: float = 0.0
     _measured: tuple[float, int] = (0.0, 0)
+    _refusal: str = ""  # the last one of its pin
 
     def __post_init__(self) -> None:
         self._set_deadline(self.since)
@@ -119,7 +159,7 @@ class Job:
         return Contender(
             self.id,
             self.due_at,
-            self.table.windows,
+            Windows() if self.is_check else self.table.windows,
             self.deadline_at,
             self.table.priority,
             self.since,
@@ -134,6 +174,10 @@ class Job:
 
     def begun(self, now: float) -> None:
         """Its child runs."""
+        self.objects, self.needs_room = None, False
+        if self.is_check:
+            self.state = "listing"
+            return
         self.state, self.error = "warming", ""
         self.figures = Figures()
         self.bytes_per_s, self._measured = 0.0, (now, 0)
@@ -161,24 +205,71 @@ class Job:
             count = len(figures.failed)
             self._try_again(f"{count} of {figures.shard_count} shards failed, the first: {url}: {why}", now, chance)
         elif figures.held_bytes < figures.total_bytes:
-            self.state, self.due_at, self.failures = "failed", math.inf, 0
+            self.state, self.due_at, self.failures, self.needs_room = "failed", math.inf, 0, True
             self.error = (
                 f"the cache is full: {figures.held_bytes} of {figures.total_bytes} bytes are held; raise disk_bytes, "
                 "evict what is not needed, or name less"
             )
         else:
-            self.state, self.due_at, self.failures, self.error = "done", math.inf, 0, ""
+            self._is_done(now)
         self._watch(now, chance)
+
+    def _is_done(self, now: float) -> None:
+        self.state, self.due_at, self.failures, self.error = "done", math.inf, 0, ""
+        self.is_check, self._done_at = False, now
+
+    def looked_up(self, figures: Figures, is_pinned: bool, now: float, chance: float) -> None:
+        """So much is held of what was done before a restart."""
+        self._is_done(now)
+        self.figures = msgspec.structs.replace(figures, held_bytes=figures.total_bytes)
+        self.holds(figures.held_bytes, is_pinned, now, chance)
+
+    def holds(self, held_bytes: int, is_pinned: bool, now: float, chance: float) -> bool:
+        """So much is held now of what is done; `is_pinned`: its pin has not ended. Returns whether that is a loss, and
+        the first.
+
+        What was lost is warmed again where it is pinned, soon, since nothing displaces it then; and where it is watched
+        and was not to be pinned, after long pauses: two data sets that do not fit together would be fetched in turn
+        for ever.
+        """
+        before, total = self.figures.held_bytes, self.figures.total_bytes
+        self.figures = msgspec.structs.replace(self.figures, held_bytes=held_bytes)
+        if held_bytes >= total:
+            self.error = ""
+            return False
+        what = f"{format_bytes(held_bytes)} of {format_bytes(total)} held: the rest was evicted or damaged since"
+        if not is_pinned and (self.table.pin or self.table.watch is None):
+            keeps = "" if self.table.pin else ", and pin = true keeps it"
+            self.error = f"{what}; fastload jobs retry warms it again{keeps}"
+            return before >= total
+        self.losses = 1 if now - self._done_at > _LASTED_S else self.losses + 1
+        pauses = () if is_pinned else _LONG_PAUSES_S
+        self.state, self.due_at = "waiting", now + pause_s(self.losses, chance, *pauses)
+        self.error = f"{what}, and is warmed again"
+        return True
+
+    def refused(self, error: str, now: float, chance: float) -> bool:
+        """Its pin is more than its quota, or than there is room for. Returns whether that was not said before."""
+        self.bytes_per_s = 0.0
+        self._try_again(error, now, chance, *_LONG_PAUSES_S)
+        self.needs_room = True
+        is_new, self._refusal = self.error != self._refusal, self.error
+        return is_new
+
+    def room_changed(self, now: float) -> None:
+        """A pin has ended, or the quota of the disk or the configuration has changed."""
+        if self.needs_room and self.state == "failed":
+            self.due_at = now
 
     def failed(self, error: str, now: float, chance: float) -> None:
         """It ended by an error."""
         self.bytes_per_s = 0.0
         self._try_again(error, now, chance)
 
-    def _try_again(self, error: str, now: float, chance: float) -> None:
+    def _try_again(self, error: str, now: float, chance: float, *pauses: float) -> None:
         self.failures += 1
         self.state, self.error = "failed", redact(error)
-        self.due_at = now + pause_s(self.failures, chance)
+        self.due_at = now + pause_s(self.failures, chance, *pauses)
 
     def _watch(self, now: float, chance: float) -> None:
         seconds = self.table.watch_s
@@ -193,7 +284,7 @@ class Job:
         if before is None or before == listing:
             return
         if self.state in ("done", "failed"):
-            self.state, self.failures = "waiting", 0
+            self.state, self.failures, self.losses = "waiting", 0, 0
             self._set_deadline(wall)
         self.due_at = now
 
@@ -212,7 +303,8 @@ class Job:
     def retry(self, now: float, wall: float) -> None:
         """It is wanted again, at once."""
         if not self.is_running:
-            self.state, self.due_at, self.failures = "waiting", now, 0
+            self.state, self.due_at, self.failures, self.losses = "waiting", now, 0, 0
+            self.is_check, self._refusal = False, ""
             self._set_deadline(wall)
 
     # As others see it
@@ -266,11 +358,14 @@ class KeptJob(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Kept(msgspec.Struct, frozen=True, kw_only=True):
-    """The file. `once` are the jobs of the configuration that are done for good, by `job_id`."""
+    """The file. `once` are the jobs of the configuration that are done for good, by `job_id`; `pins` those that the
+    daemon has set, by name.
+    """
 
     format: int = 1
     jobs: list[KeptJob] = []
     once: list[str] = []
+    pins: list[str] = []
 
 
 def path_of(root: Path) -> Path:
@@ -316,13 +411,28 @@ def write_kept(root: Path, kept: Kept) -> None:
         os.close(fd)
 
 
-def to_forget(jobs: Mapping[str, Job]) -> list[str]:
-    """Submitted jobs that are over, the oldest, where there are too many of them."""
-    over = [job.id for job in jobs.values() if job.is_submitted and job.state in ("done", "cancelled")]
+def to_forget(jobs: Mapping[str, Job], pins: Collection[str] = ()) -> list[str]:
+    """Submitted jobs that are over, the oldest, where there are too many of them; but none whose pin is set."""
+    over = [
+        job.id
+        for job in jobs.values()
+        if job.is_submitted and job.state in ("done", "cancelled") and pin_of(job) not in pins
+    ]
     return over[: max(0, len(over) - _OVER_MAX)]
 
 
-def to_keep(jobs: Mapping[str, Job], once: list[str]) -> Kept:
+def pin_of(job: Job) -> str | None:
+    """The name of the pin that a job sets, if it sets one."""
+    return redact(job.table.name) if job.table.pin else None
+
+
+def orphans(pins: Iterable[str], jobs: Mapping[str, Job]) -> list[str]:
+    """Of the pins that the daemon has set, those that no job names."""
+    named = {pin_of(job) for job in jobs.values()}
+    return [name for name in pins if name not in named]
+
+
+def to_keep(jobs: Mapping[str, Job], once: list[str], pins: Iterable[str] = ()) -> Kept:
     """What the file should have."""
     return Kept(
         jobs=[
@@ -330,21 +440,29 @@ def to_keep(jobs: Mapping[str, Job], once: list[str]) -> Kept:
                 id=job.id,
                 since=job.since,
                 table=job.table,
-                state=job.state if job.state in ("done", "cancelled") else "waiting",
-                figures=job.figures if job.state == "done" else Figures(),
+                state=_kept_state(job),
+                figures=job.figures if _kept_state(job) == "done" else Figures(),
             )
             for job in jobs.values()
             if job.is_submitted
         ],
         once=once,
+        pins=list(pins),
     )
+
+
+def _kept_state(job: Job) -> Literal["waiting", "done", "cancelled"]:
+    if job.state == "done" or job.is_check:
+        return "done"
+    return "cancelled" if job.state == "cancelled" else "waiting"
 
 
 def of_kept(kept: KeptJob) -> Job:
     """A job of the file, as a daemon begins with it."""
     job = Job(kept.id, kept.table, is_submitted=True, since=kept.since, state=kept.state, figures=kept.figures)
-    if kept.state == "done" and kept.table.watch is not None:
-        job.state = "waiting"  # nothing is known of what the store had, so what came since would not be noticed
-    elif kept.state != "waiting":
+    if kept.state == "cancelled":
         job.due_at = math.inf
+    elif kept.state == "done":
+        # Nothing is known of what the store had, so what came since would not be noticed; nor of what was lost.
+        job.state, job.is_check = "waiting", kept.table.watch is None
     return job

@@ -33,6 +33,8 @@ def run(directory: Path | None, config_path: Path | None) -> None:
     ConfigError, CacheError or ServiceError where that cannot begin. The process's environment is a service's from then
     on: credentials in it are for children and listings of jobs that name "env".
     """
+    early: list[int] = []  # SIGHUP that came before it serves, and would end it
+    signal.signal(signal.SIGHUP, lambda number, frame: early.append(number))
     environ = dict(os.environ)
     source = Source(None if config_path is None else config_path.absolute(), environ)
     config = source.read()
@@ -44,7 +46,7 @@ def run(directory: Path | None, config_path: Path | None) -> None:
     take_long_slices()
     _take_over(opened)
     try:
-        ended = asyncio.run(_serve(opened, source, config))
+        ended = asyncio.run(_serve(opened, source, config, early))
     finally:
         opened.unlock()
     log.info("ended")
@@ -76,7 +78,7 @@ def _take_over(directory: CacheDirectory) -> None:
         time.sleep(_LOOK_AGAIN_S)
 
 
-async def _serve(directory: CacheDirectory, source: Source, config: Config) -> bool:
+async def _serve(directory: CacheDirectory, source: Source, config: Config, early: list[int]) -> bool:
     loop = asyncio.get_running_loop()
     server = Server(directory, None)
     supervisor = Supervisor(server, directory, source, config)
@@ -88,6 +90,8 @@ async def _serve(directory: CacheDirectory, source: Source, config: Config) -> b
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     loop.add_signal_handler(signal.SIGHUP, supervisor.reload)
+    if early:
+        supervisor.reload()
 
     def ready() -> bool:
         for warning in directory.warnings:

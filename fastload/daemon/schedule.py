@@ -197,9 +197,9 @@ def wait_s(contenders: Sequence[Contender], timetable: Timetable, now: float, wa
     return min(waits, default=math.inf)
 
 
-def pause_s(failures: int, chance: float) -> float:
+def pause_s(failures: int, chance: float, first_s: float = _PAUSE_S, longest_s: float = _PAUSE_MAX_S) -> float:
     """How long a job waits that has failed so many times in a row; `chance` is a random number from 0 to 1."""
-    return min(_PAUSE_MAX_S, _PAUSE_S * 2.0 ** min(failures - 1, 20)) * (0.75 + 0.25 * chance)
+    return min(longest_s, first_s * 2.0 ** min(failures - 1, 20)) * (0.75 + 0.25 * chance)
 
 
 def jittered(seconds: float, chance: float) -> float:

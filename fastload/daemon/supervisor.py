@@ -17,8 +17,9 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,28 @@ from fastload import snapshot
 from fastload.cache import CacheDirectory
 from fastload.daemon.config import Config, DataTable, data_table, read_config, storage_options_of
 from fastload.daemon.job import Advanced, Ended, Errand, Said
-from fastload.daemon.jobs import Job, Listing, job_id, of_kept, read_kept, to_forget, to_keep, write_kept
+from fastload.daemon.jobs import (
+    Job,
+    Listing,
+    Objects,
+    job_id,
+    of_kept,
+    orphans,
+    pin_of,
+    read_kept,
+    to_forget,
+    to_keep,
+    write_kept,
+)
 from fastload.daemon.schedule import minute_of_week, to_run, wait_s
 from fastload.daemon.systemd import Notifier
 from fastload.daemon.views import Views, environment_of_child
 from fastload.errors import CacheError, ConfigError, FastloadError, ObjectMissingError
-from fastload.formats import SHARD_ENDINGS
+from fastload.formats import endings_of
 from fastload.redaction import redact
 from fastload.service.core import RELEASE_AFTER_S, Core
 from fastload.service.server import Server
+from fastload.service.state import ObjectEntry
 from fastload.service.stores import StoreTable
 from fastload.store import StoreOptions
 from fastload.store.listing import expand
@@ -48,8 +62,12 @@ log = logging.getLogger("fastload.service")
 _CHILD_END_S = 2.0
 # The longest line of a child: a thousand failed shards with what each error says.
 _LINE_BYTES_MAX = 16 << 20
-# How often is looked for chunks that were found damaged, where there are checks.
-_LOOK_FOR_DAMAGE_S = 5.0
+# How often is looked for chunks that were found damaged or were evicted, where a job is done.
+_LOOK_S = 2.0
+# Counting what is held takes no more of the loop's time than one part in so many, and so many objects at once.
+_COUNTING_SHARE, _COUNTED_AT_ONCE = 50, 5000
+# Shards that failed, which are logged by name.
+_FAILED_LOGGED = 5
 
 _decoder: msgspec.json.Decoder[Said] = msgspec.json.Decoder(Said)
 
@@ -73,7 +91,13 @@ class _Child:
     job: Job
     process: asyncio.subprocess.Process | None = None
     is_stopped: bool = False
+    is_refused: bool = False  # its pin
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def pid(self) -> int:
+        """0 where it does not run yet."""
+        return 0 if self.process is None else self.process.pid
 
     def stop(self) -> None:
         """Have it end soon."""
@@ -98,6 +122,7 @@ class Supervisor:
         self._notifier = Notifier(source.environ)
         self._jobs: dict[str, Job] = {}
         self._once: list[str] = []  # jobs of the configuration that are done for good
+        self._pins: dict[str, None] = {}  # that jobs have set: the daemon's, and not a user's
         self._children: dict[str, _Child] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._troubles: dict[str, str] = {}  # by what it is about
@@ -107,6 +132,9 @@ class Supervisor:
         self._limits = (0, 0)  # of warming: bytes a second, requests
         self._verify_s = 0.0
         self._damaged = 0  # chunks that were found so
+        self._moves = 0  # of chunks, when what is held was last counted
+        self._count_at = 0.0  # not before
+        self._is_counting = self._is_begun = self._reload_due = False
         self._views = Views(directory.path, self._loop, self._troubles)
 
     # Life
@@ -117,16 +145,23 @@ class Supervisor:
         self._lister, self._keeper = self._core.pool("listing"), self._core.pool("jobs")
         self._keeper.finishes = True
         self._core.operators.jobs = self
+        self._core.holdings.named.connect(self._named)
+        self._core.holdings.pin_set.connect(self._pin_set)
+        self._core.holdings.pin_refused.connect(self._pin_refused)
         try:
             kept = read_kept(self._directory.root)
         except CacheError as error:
             log.error("%s", error)
             self._troubles["jobs"] = str(error)
         else:
-            self._once = kept.once
+            self._once, self._pins = kept.once, dict.fromkeys(kept.pins)
             self._jobs = {each.id: of_kept(each) for each in kept.jobs}
         self._take(self._config)
+        self._core.holdings.room_changed.connect(self._room_changed)
+        self._is_begun = True
         self._notifier.ready(self._status_text())
+        if self._reload_due:
+            self.reload()
         if self._notifier.watchdog_s is not None:
             self._feed_watchdog(self._notifier.watchdog_s / 3)
 
@@ -152,7 +187,10 @@ class Supervisor:
     # Configuration
 
     def reload(self) -> None:
-        """Read the configuration again, and take all of it or nothing."""
+        """Read the configuration again, and take all of it or nothing; once it serves."""
+        if not self._is_begun:
+            self._reload_due = True
+            return
         self._notifier.reloading()
         if self._source.path is None:
             log.info("there is no configuration to read again: this daemon was started without one")
@@ -184,8 +222,6 @@ class Supervisor:
             if wanted.get(job.id) != job.table:
                 self._end_child(job)
                 del self._jobs[job.id]
-                if job.table.pin and not (job.id in wanted and wanted[job.id].pin):
-                    self._core.holdings.unpin([job.table.name])
         for job in [job for job in self._jobs.values() if job.is_submitted and job.table.name in wanted]:
             log.warning("job %s ends: the configuration has a data set %s now", job.id, job.table.name)
             self._end_child(job)
@@ -194,13 +230,87 @@ class Supervisor:
         for table in config.data:
             if table.name not in self._jobs:
                 self._jobs[table.name] = self._of_config(table)
+        self._room_changed()
         self._wake()
 
     def _of_config(self, table: DataTable) -> Job:
         job = Job(table.name, table, is_submitted=False, since=time.time(), due_at=time.monotonic())
         if table.is_once and job_id(table) in self._once:
-            job.state, job.due_at = "done", math.inf
+            job.is_check = True
         return job
+
+    # Pins
+
+    def _pin_set(self, pid: int, name: str) -> None:
+        """A pin that a job sets is the daemon's from then on, and one that a user sets is not."""
+        is_own = any(child.pid == pid for child in self._children.values())
+        if is_own == (name in self._pins):
+            return
+        if is_own:
+            self._pins[name] = None
+        else:
+            del self._pins[name]
+        self._keep()
+
+    def _pin_refused(self, pid: int, name: str) -> None:
+        for child in self._children.values():
+            child.is_refused |= child.pid == pid
+
+    def _room_changed(self) -> None:
+        """End pins that no job names any more; and jobs that had no room may have some now."""
+        names = self._core.holdings.pin_names()
+        if names is None:
+            return
+        before = len(self._pins)
+        self._pins = {name: None for name in self._pins if name in names}
+        gone = orphans(self._pins, self._jobs)
+        for name in gone:
+            del self._pins[name]
+        if len(self._pins) != before:
+            self._keep()
+        for job in self._jobs.values():
+            job.room_changed(time.monotonic())
+        if gone:
+            log.info("no job names them any more, and they are not pinned any more: %s", ", ".join(gone))
+            self._core.holdings.unpin(gone)
+        self._wake()
+
+    def _is_pinned(self, job: Job) -> bool:
+        return job.table.pin and pin_of(job) in (self._core.holdings.pin_names() or ())
+
+    # What is held
+
+    def _named(self, pid: int, entries: Iterable[ObjectEntry]) -> None:
+        """A child has named what it warms, or asks for."""
+        for child in self._children.values():
+            if child.pid == pid:
+                child.job.objects = Objects.of((entry.id, entry.info.size) for entry in dict.fromkeys(entries))
+
+    async def _count_held(self, jobs: list[Job]) -> None:
+        """How much is held of what is done, a slice at a time."""
+        self._is_counting, self._moves = True, self._core.holdings.move_count
+        took_s = 0.0
+        for job in jobs:
+            objects, held_bytes = job.objects, 0
+            left = iter(objects or ())
+            while some := list(islice(left, _COUNTED_AT_ONCE)):
+                began = time.monotonic()
+                held_bytes += self._core.holdings.held_bytes(some)
+                took_s += time.monotonic() - began
+                await asyncio.sleep(0)
+            is_same = self._jobs.get(job.id) is job and job.state == "done" and job.objects is objects
+            if is_same and job.holds(held_bytes, self._is_pinned(job), time.monotonic(), random.random()):
+                log.warning("job %s (%s): %s", job.id, job.table.name, job.error)
+                self._wake()
+        self._is_counting, self._count_at = False, time.monotonic() + _COUNTING_SHARE * took_s
+
+    def _count_if_moved(self, now: float) -> None:
+        done = [job for job in self._jobs.values() if job.state == "done" and job.objects is not None]
+        moves = self._core.holdings.move_count
+        if done and moves != self._moves and now >= self._count_at and not self._is_counting:
+            task = self._loop.create_task(self._count_held(done))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     # What operators ask for (`service.operators.Jobs`)
 
@@ -251,6 +361,7 @@ class Supervisor:
             if error is None:
                 log.info("job %s (%s) was submitted", number, table.name)
                 done(number, None)
+                self._room_changed()  # one that it replaced may have had a pin
             else:
                 if is_new and number in self._jobs:
                     self._end_child(self._jobs.pop(number))
@@ -295,9 +406,9 @@ class Supervisor:
             if done is not None:
                 done(error)
 
-        for number in to_forget(self._jobs):
+        for number in to_forget(self._jobs, self._pins):
             del self._jobs[number]
-        self._keeper.submit(write_kept, self._directory.root, to_keep(self._jobs, self._once), done=kept)
+        self._keeper.submit(write_kept, self._directory.root, to_keep(self._jobs, self._once, self._pins), done=kept)
 
     def _forget_once(self, table: DataTable) -> None:
         with contextlib.suppress(ValueError):  # it was not done
@@ -321,6 +432,7 @@ class Supervisor:
         timetable = self._config.warm.timetable
         self._limit(timetable.rate_at(minute), self._config.warm.requests_in_flight)
         self._heal(now, wall)
+        self._count_if_moved(now)
         contenders = [job.contender for job in self._jobs.values()]
         chosen = to_run(contenders, now, minute)
         for number, child in self._children.items():
@@ -336,7 +448,7 @@ class Supervisor:
         again_s = min(
             wait_s(contenders, timetable, now, wall),
             *(max(0.0, job.watch_at - now) for job in self._jobs.values() if not job.is_running),
-            _LOOK_FOR_DAMAGE_S if self._verify_s else math.inf,
+            _LOOK_S if self._verify_s or any(job.state == "done" for job in self._jobs.values()) else math.inf,
         )
         if again_s < math.inf:
             self._timer = self._loop.call_later(again_s, self._wake)
@@ -379,7 +491,7 @@ class Supervisor:
         stores = self._core.stores
         key = stores.add(options.to_wire())
         try:
-            listing = Listing.of(_found(stores, key, table.urls))
+            listing = Listing.of(_found(stores, key, table.urls, endings_of(table.job.format)))
         finally:
             stores.remove(key)
         return listing, [] if before is None else before.gone_by(listing)
@@ -414,8 +526,7 @@ class Supervisor:
         child = self._children.get(job.id)
         if child is not None and child.job is job:
             child.stop()
-            if job.state == "warming":
-                job.stopped()
+            job.stopped()
 
     async def _run(self, child: _Child) -> None:
         job = child.job
@@ -459,6 +570,7 @@ class Supervisor:
             directory=str(self._directory.path),
             table=job.table,
             deadline_at=0.0 if math.isinf(job.deadline_at) else job.deadline_at,
+            is_check=job.is_check,
         )
         with contextlib.suppress(ConnectionError):  # it has ended already
             process.stdin.write(msgspec.json.encode(errand) + b"\n")
@@ -475,17 +587,24 @@ class Supervisor:
     def _settle(self, child: _Child, outcome: Ended | None, how: str) -> None:
         job = child.job
         now, chance = time.monotonic(), random.random()
-        if self._jobs.get(job.id) is job and job.state == "warming" and not child.is_stopped:
+        if self._jobs.get(job.id) is job and job.is_running and not child.is_stopped:
+            is_new = True
             if outcome is None:
                 job.failed(how, now, chance)
+            elif outcome.error and child.is_refused:
+                is_new = job.refused(outcome.error, now, chance)
             elif outcome.error:
                 job.failed(outcome.error, now, chance)
+            elif job.is_check:
+                job.looked_up(outcome.figures, self._is_pinned(job), now, chance)
             else:
                 job.came_to(outcome.figures, now)
                 job.succeeded(now, chance)
-            if job.error:
+            if job.error and is_new:
                 log.warning("job %s (%s): %s", job.id, job.table.name, job.error)
-            else:
+                for url, why in islice(job.figures.failed.items(), _FAILED_LOGGED):
+                    log.warning("job %s (%s): %s: %s", job.id, job.table.name, url, why)
+            elif not job.error:
                 self._done(job)
         self._wake()
 
@@ -493,7 +612,7 @@ class Supervisor:
         log.info("job %s (%s) is done: %d bytes held", job.id, job.table.name, job.figures.held_bytes)
         if job.is_submitted:
             self._keep()
-        elif job.table.is_once:
+        elif job.table.is_once and job_id(job.table) not in self._once:
             self._once.append(job_id(job.table))
             self._keep()
 
@@ -515,15 +634,15 @@ class Supervisor:
             self._notifier.status(text)
 
 
-def _found(stores: StoreTable, key: str, urls: list[str]) -> list[ObjectInfo]:
+def _found(stores: StoreTable, key: str, urls: list[str], endings: tuple[str, ...]) -> list[ObjectInfo]:
     """What these stand for. Members of a pattern that are not there hold up no others, as in a job's child."""
     try:
-        return stores.resolve(key, urls, SHARD_ENDINGS)
+        return stores.resolve(key, urls, endings)
     except ObjectMissingError:
         names = [name for url in urls for name in expand(url)]
         prefixes = [name for name in names if name.endswith("/")]
         found = stores.present(key, [name for name in names if not name.endswith("/")])
-        found += stores.resolve(key, prefixes, SHARD_ENDINGS) if prefixes else []
+        found += stores.resolve(key, prefixes, endings) if prefixes else []
         if not found:
             raise
         return found

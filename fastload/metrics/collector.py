@@ -176,7 +176,11 @@ def _of_jobs(jobs: Iterable[Job]) -> Iterator[Metric]:
         ("job_held_bytes", "How much of that the cache holds.", attrgetter("held_bytes")),
         ("job_fetched_bytes", "How much the job has fetched for it.", attrgetter("fetched_bytes")),
         ("job_failed_shards", "Shards that could not be warmed.", attrgetter("failed_shards")),
-        ("jobs_undone", "Warming jobs that are not done.", lambda job: job.state != "done"),
+        (
+            "jobs_undone",
+            "Warming jobs that are not done, or have lost data since.",
+            lambda job: not job.is_ready,
+        ),
         ("jobs_failed", "Warming jobs that have failed.", lambda job: job.state == "failed"),
     )
     for name, says, value in values:

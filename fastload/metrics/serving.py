@@ -278,7 +278,7 @@ def readiness(snapshot: Snapshot, names: Sequence[str]) -> tuple[bool, str]:
             known = ", ".join(sorted({job.name for job in snapshot.jobs})) or "none"
             return False, f"no job warms {name!r}; those that are warmed: {known}"
         for job in jobs:
-            if job.state != "done":
+            if not job.is_ready:
                 held = f"{format_bytes(job.held_bytes)} of {format_bytes(job.total_bytes)} held"
                 return False, f"{name}: {job.state}, {held}" + (f", {job.error}" if job.error else "")
     return True, "ok"

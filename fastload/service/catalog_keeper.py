@@ -101,6 +101,11 @@ class CatalogKeeper:
 
     # At the start
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the pins that were stored are known."""
+        return self._is_loaded
+
     def load(self, found: Callable[[list[CatalogPin]], None]) -> None:
         """Call `found` with the pins that are stored: now, before anything can displace what they name; where the file
         is in use by others, when it is not any more.

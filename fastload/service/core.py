@@ -287,6 +287,8 @@ class Core:
         plan = self._plans.set(consumer, message, to_disk=self.disk.writable)
         if plan is not None:
             self.holdings.use(plan.objects())
+        if isinstance(plan, WarmPlan):
+            self.holdings.named(consumer.pid, plan.entries)
         if isinstance(plan, WarmPlan) and plan.to_disk:
             self.warming.write_resident(plan)
 

@@ -19,6 +19,7 @@ from fastload.errors import CacheError, FastloadError, to_wire
 from fastload.service.catalog_keeper import CatalogKeeper, called, shown_url
 from fastload.service.data_sets import DataSets
 from fastload.service.disk_io import DiskWatch
+from fastload.service.events import Event
 from fastload.service.pins import Pin
 from fastload.service.resources import Resources
 from fastload.service.shared_state import SharedState
@@ -39,9 +40,17 @@ class Holdings:
         self._loop, self._now, self._wall = resources.pools.loop, resources.now, resources.wall
         self._disk, self._shared, self._pins = resources.disk, shared, shared.pins
         self._order, self._warnings = shared.disk_order, resources.warnings
-        self._sets = DataSets(resources.limits.chunk_bytes, self._order.indexes_of)
+        self._chunk_bytes = resources.limits.chunk_bytes
+        self._sets = DataSets(self._chunk_bytes, self._order.indexes_of)
         self._keeper = CatalogKeeper(resources, watch, self._stored_pins)
         self._is_timed = False
+        # For a daemon, which is told of processes by their ids: one names what it warms or asks for, one sets a pin, or
+        # may not; and a pin has ended or become smaller, the catalog's pins are known, or the quota has changed.
+        self.named: Event[[int, Collection[ObjectEntry]]] = Event()
+        self.pin_set: Event[[int, str]] = Event()
+        self.pin_refused: Event[[int, str]] = Event()
+        self.room_changed: Event[[]] = Event()
+        self.move_count = 0  # chunks that came to disk or RAM, or left it
         for key in resources.disk.keys():  # noqa: SIM118  # a method of the tier
             self._sets.on_disk(key, 1)
         self._order.watch(self._on_disk)
@@ -72,6 +81,7 @@ class Holdings:
                 self._sets.learn(object_id, size, "", pin=self._name_of_pin(object_id))
         self._warn_of_room()
         self._expire()
+        self.room_changed()
         if self._disk.quota_bytes:
             self.took_stock()
 
@@ -96,6 +106,7 @@ class Holdings:
     # What comes, goes and is used
 
     def _on_disk(self, key: ChunkKey, times: int) -> None:
+        self.move_count += 1
         self._sets.on_disk(key, times)
         if times > 0:
             self._keeper.keep(key.object_id)
@@ -103,6 +114,7 @@ class Holdings:
             self._keeper.forget(key.object_id)
 
     def _in_ram(self, chunk: Chunk, times: int) -> None:
+        self.move_count += 1
         if times > 0:
             self._learn(chunk.entry)
             self._sets.use(chunk.entry.id, self._wall())
@@ -157,9 +169,11 @@ class Holdings:
         try:
             self._pins.check(pin, self._disk.quota_bytes)
         except FastloadError as error:
+            self.pin_refused(consumer.pid, message.name)
             consumer.send(protocol.RequestFailed(message.request, *to_wire(error)))
             return
         now = self._now()
+        self.pin_set(consumer.pid, message.name)
         self._repin(*self._pins.put(pin, now))
         for entry in entries.values():
             entry.noted_at = now
@@ -186,6 +200,7 @@ class Holdings:
             self._repin(*self._pins.remove(name))
         if gone:
             self._keeper.put_pins(dict.fromkeys(gone))
+            self.room_changed()
 
     def unpin_called(self, send: Callable[[protocol.Message], None], message: protocol.Unpin) -> None:
         """End the pins of these names; what else is called so is taken out of all pins. Answer when that is stored."""
@@ -210,6 +225,7 @@ class Holdings:
 
             if changes:
                 self._keeper.put_pins(changes, stored)
+                self.room_changed()
             else:
                 send(done)
 
@@ -253,6 +269,11 @@ class Holdings:
     def quota_changed(self, quota_bytes: int) -> None:
         """The disk may hold so much from now on."""
         self._warn_of_room(quota_bytes)
+        self.room_changed()
+
+    def pin_names(self) -> set[str] | None:
+        """The names of all pins; None where those that were stored are not known yet."""
+        return {pin.name for pin in self._pins} if self._keeper.is_loaded else None
 
     def _warn_of_room(self, quota_bytes: int | None = None) -> None:
         quota_bytes = self._disk.quota_bytes if quota_bytes is None else quota_bytes
@@ -276,6 +297,7 @@ class Holdings:
 
     def held(self, consumer: ConsumerState, message: protocol.Held) -> None:
         """Answer, when all of its objects were looked at: some at a time, since they may be a million."""
+        self.named(consumer.pid, consumer.entries)
         entries = iter(dict.fromkeys(consumer.entries))
         values = dict.fromkeys(("byte_count", "ram_bytes", "disk_bytes", "held_bytes", "pinned_bytes"), 0)
 
@@ -299,6 +321,23 @@ class Holdings:
             values["held_bytes"] += _bytes_of(entry, in_ram.union(on_disk))
             values["pinned_bytes"] += entry.info.size if entry.id in self._pins else 0
         return bool(some)
+
+    def held_bytes(self, objects: Iterable[tuple[bytes, int]]) -> int:
+        """How much of these objects, of which ids and sizes are given, is in RAM or on disk."""
+        in_ram: dict[bytes, set[int]] = {}
+        for chunk in self._shared.table.chunks:
+            if chunk is not None and chunk.state is ChunkState.RESIDENT:
+                in_ram.setdefault(chunk.entry.id, set()).add(chunk.index)
+        held = 0
+        for object_id, size in objects:
+            indexes = self._order.indexes_of(object_id)
+            if object_id in in_ram:
+                indexes = in_ram[object_id].union(indexes)
+            if len(indexes) == -(-size // self._chunk_bytes):
+                held += size
+            else:
+                held += sum(min(self._chunk_bytes, size - index * self._chunk_bytes) for index in indexes)
+        return held
 
     def close(self) -> None:
         """Have the last uses written."""

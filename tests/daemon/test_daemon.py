@@ -22,10 +22,12 @@ from hypothesis import strategies as st
 import fastload
 from bench.proxy import Profile, Proxy
 from fastload.cache import CacheDirectory
+from fastload.cache.catalog import Catalog
 from fastload.client.operator import NotServedError, Operator
 from fastload.daemon.config import DataTable
 from fastload.daemon.submission import submit
 from fastload.errors import CacheError, ConfigError, ServiceError
+from fastload.metrics.serving import readiness
 from fastload.page.listener import running
 from fastload.snapshot import Tier
 from tests.daemon.running import LIMITS, Daemon, data_table
@@ -81,6 +83,15 @@ def test_what_the_configuration_names_is_there_when_the_job_comes(s3, place: Pat
         # It stays, without any consumer.
         until(lambda: not daemon.snapshot().consumers)
         assert daemon.serves()
+        # What was warmed and then removed is not there any more, and it says so.
+        with Operator.connect(place, "test") as operator:
+            operator.evict([f"{url}shard-0000.tar"])
+        lost = daemon.wait_for("train", lambda job: not job.is_ready)
+        assert lost.held_bytes == data.byte_count - len(data.shards["shard-0000.tar"])
+        assert (lost.state, " held: the rest was evicted or damaged since" in lost.error) == ("done", True)
+        is_ready, says = readiness(daemon.snapshot(), ["train"])
+        assert not is_ready
+        assert " held" in says
     assert any("job train (train) is done" in message for message in daemon.messages())
     with pytest.raises(NotServedError):
         Operator.connect(place, "test")
@@ -304,7 +315,8 @@ def test_once_is_once(s3, place: Path) -> None:
             assert cache.clear() > 0
     with Daemon(place, config + data_table("other", "s3://no-such-bucket/a.tar")) as daemon:
         daemon.wait_for("other", lambda job: job.state == "failed")
-        assert daemon.job("train").state == "done"
+        assert daemon.wait_done("train").held_bytes == 0
+        assert not daemon.job("train").is_ready
         assert daemon.snapshot().node.counters["fetched_bytes"] == 0
         with Operator.connect(place, "test") as operator:
             operator.retry_job("train")
@@ -343,6 +355,51 @@ def test_a_quota_below_the_pin_is_said_with_both_sizes(s3, place: Path) -> None:
         job = daemon.wait_for("train", lambda job: job.state == "failed")
         assert "its quota is 100.0 KiB; raise the quota, or pin less" in job.error
         assert job.fetched_bytes == 0
+
+
+def pins_of(place: Path) -> set[str]:
+    """As they are stored."""
+    catalog = Catalog(place, read_only=True)
+    try:
+        catalog.open()
+        return {pin.name for pin in catalog.pins()}
+    finally:
+        catalog.close()
+
+
+def test_a_pin_that_is_refused_is_set_when_there_is_room(s3, place: Path) -> None:
+    data, other = corpus(seed=1), corpus(seed=2)
+    url, other_url = data.put(s3, "data"), other.put(s3, "other")
+    limits = f'ram_bytes = "1MiB"\ndisk_bytes = {int(1.5 * data.byte_count)}\n'
+    with Daemon(place, limits) as daemon:
+        with fastload.Cache(place) as cache:
+            cache.pin([other_url], name="theirs")
+        daemon.reload(limits + data_table("train", url, pin=True))
+        job = daemon.wait_for("train", lambda job: job.state == "failed")
+        assert "pin 'train' takes" in job.error
+        assert "that other pins name" in job.error
+        assert job.next_at > time.time() + 300
+        with Operator.connect(place, "test") as operator:
+            operator.unpin(["theirs"])
+        assert daemon.wait_done("train").held_bytes == data.byte_count
+    assert sum("pin 'train' takes" in message for message in daemon.messages()) == 1
+
+
+def test_the_daemon_ends_pins_that_it_set_and_no_job_names(s3, place: Path) -> None:
+    data = corpus(shard_count=3)
+    url = data.put(s3)
+    one, two, three = (f"{url}shard-000{number}.tar" for number in range(3))
+    with Daemon(place, LIMITS + data_table("train", one, pin=True)) as daemon:
+        submit(place, {"name": "more", "urls": [two], "pin": True})
+        daemon.wait_done("train")
+        daemon.wait_done("more")
+        with fastload.Cache(place) as cache:
+            cache.pin([three], name="mine")
+        assert pins_of(place) == {"train", "more", "mine"}
+        submit(place, {"name": "more", "urls": [two]})
+        until(lambda: pins_of(place) == {"train", "mine"})
+    with Daemon(place, LIMITS):  # it was taken out while none ran
+        until(lambda: pins_of(place) == {"mine"})
 
 
 @pytest.mark.thorough
@@ -605,6 +662,21 @@ def test_a_bad_file_changes_nothing_and_a_good_one_all(s3, place: Path) -> None:
         assert daemon.wait_done("new").fetched_bytes == 0
         assert daemon.snapshot().troubles == []
         assert tier(daemon, "disk").limit_bytes == 48 << 20
+
+
+HUNG_UP = """
+import os, signal
+from fastload.daemon import process
+def take_over(directory, really=process._take_over):
+    os.kill(os.getpid(), signal.SIGHUP)
+    really(directory)
+process._take_over = take_over
+"""
+
+
+def test_a_reload_before_it_serves_is_done_when_it_does(place: Path) -> None:
+    with Daemon(place, LIMITS, prelude=HUNG_UP) as daemon:
+        until(lambda: any("was read again" in line for line in daemon.lines))
 
 
 # Its surroundings

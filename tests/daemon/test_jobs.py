@@ -18,8 +18,10 @@ from fastload.daemon.jobs import (
     Job,
     Kept,
     Listing,
+    Objects,
     job_id,
     of_kept,
+    orphans,
     path_of,
     read_kept,
     to_forget,
@@ -85,6 +87,108 @@ def test_a_full_cache_is_said_and_not_tried_in_vain() -> None:
     run(it, msgspec.structs.replace(ALL, held_bytes=5), 5.0)
     assert (it.state, it.due_at) == ("failed", math.inf)
     assert it.error.startswith("the cache is full: 5 of 10 bytes are held; raise disk_bytes")
+
+
+LOST = msgspec.structs.replace(ALL, held_bytes=4)
+
+
+@pytest.mark.parametrize(
+    ("table", "is_pinned", "state", "pause_least_s"),
+    [
+        ({}, False, "done", math.inf),
+        ({"pin": True}, True, "waiting", 2.0),
+        ({"pin": True, "when": "once"}, True, "waiting", 2.0),
+        ({"pin": True, "ttl": "1d", "watch": "5s"}, False, "done", math.inf),  # the pin has ended, as it was to
+        ({"watch": "5s"}, False, "waiting", 450.0),
+    ],
+)
+def test_what_was_lost_of_what_is_done_is_warmed_again_where_it_is_kept(
+    table: dict[str, object], is_pinned: bool, state: str, pause_least_s: float
+) -> None:
+    it = job(**table)
+    run(it, ALL, 5.0)
+    assert it.describe(5.0, 1005.0).is_ready
+    assert not it.holds(10, is_pinned, 6.0, 0.5)
+    assert it.holds(4, is_pinned, 10.0, 0.5)
+    shown = it.describe(10.0, 1010.0)
+    assert (shown.is_ready, it.state, shown.held_bytes) == (False, state, 4)
+    assert shown.error.startswith("4 B of 10 B held: ")
+    assert it.due_at - 10.0 >= pause_least_s
+    if state == "done":
+        assert not it.holds(3, is_pinned, 11.0, 0.5)  # that is no news
+        it.holds(10, is_pinned, 12.0, 0.5)
+        shown = it.describe(12.0, 1012.0)
+        assert (shown.is_ready, shown.error) == (True, "")
+
+
+def test_what_is_lost_again_and_again_is_fetched_ever_more_seldom() -> None:
+    it, now, pauses = job(watch="5s"), 0.0, []
+    for _ in range(12):
+        run(it, ALL, now)
+        it.holds(0, False, now + 1, 0.5)
+        pauses.append(it.due_at - now - 1)
+        now = it.due_at
+    assert pauses == sorted(pauses)
+    assert 7 * 3600 < pauses[-1] <= 12 * 3600
+    run(it, ALL, now)
+    it.holds(0, False, now + 7 * 24 * 3600, 0.5)  # it had lasted
+    assert it.due_at - now - 7 * 24 * 3600 == pauses[0]
+
+
+def test_after_a_restart_it_is_looked_up_what_is_held() -> None:
+    it = job(when="22:00-22:01")
+    run(it, ALL, 5.0)
+    (kept,) = to_keep({"a": it}, []).jobs
+    back = of_kept(kept)
+    assert (back.state, back.is_check, back.due_at) == ("waiting", True, 0.0)
+    assert back.contender.windows.is_open(0)  # it fetches nothing
+    assert not back.describe(0.0, 1000.0).is_ready
+    (again,) = to_keep({"a": back}, []).jobs
+    assert again == kept
+    back.begun(1.0)
+    assert back.state == "listing"
+    back.looked_up(LOST, False, 2.0, 0.5)
+    assert (back.state, back.due_at) == ("done", math.inf)
+    assert back.error.startswith("4 B of 10 B held: ")
+    back.retry(3.0, 1003.0)
+    back.begun(4.0)
+    assert back.state == "warming"
+
+
+def test_a_refused_pin_is_said_once_and_tried_again_when_something_changes() -> None:
+    it, now, pauses, said = job(pin=True), 0.0, [], []
+    for error in ("CacheError: too large", "CacheError: too large", "CacheError: larger", "CacheError: larger"):
+        it.begun(now)
+        said.append(it.refused(error, now, 0.5))
+        assert (it.state, it.error) == ("failed", error)
+        pauses.append(it.due_at - now)
+        now = it.due_at
+    assert said == [True, False, True, False]
+    assert pauses == sorted(pauses)
+    assert pauses[0] > 400
+    it.room_changed(now)
+    assert it.due_at == now
+    run(it, ALL, now)
+    it.room_changed(now)
+    assert (it.state, it.due_at) == ("done", math.inf)
+
+
+def test_a_full_cache_is_tried_again_when_there_may_be_room() -> None:
+    it = job()
+    run(it, LOST, 5.0)
+    it.room_changed(7.0)
+    assert (it.state, it.due_at) == ("failed", 7.0)
+
+
+def test_pins_that_no_job_names_are_orphans() -> None:
+    kept, not_pinned = job(pin=True), job()
+    not_pinned.table = msgspec.structs.replace(not_pinned.table, name="b")
+    assert orphans(["a", "b", "c"], {"1": kept, "2": not_pinned}) == ["b", "c"]
+
+
+@given(st.lists(st.tuples(st.binary(min_size=16, max_size=16), st.integers(0, 1 << 60))))
+def test_objects_are_what_was_packed(objects: list[tuple[bytes, int]]) -> None:
+    assert list(Objects.of(objects)) == objects
 
 
 def test_a_watched_store_that_changes_makes_it_due() -> None:
@@ -179,15 +283,15 @@ def test_what_is_kept_comes_back(tmp_path: Path) -> None:
     jobs = {str(number): each for number, each in enumerate([waiting, done, cancelled, configured])}
     for number, each in jobs.items():
         each.id = number
-    write_kept(tmp_path, to_keep(jobs, ["once"]))
+    write_kept(tmp_path, to_keep(jobs, ["once"], ["pin"]))
     assert path_of(tmp_path).stat().st_mode & 0o777 == 0o600
     kept = read_kept(tmp_path)
-    assert kept.once == ["once"]
+    assert (kept.once, kept.pins) == (["once"], ["pin"])
     back = [of_kept(each) for each in kept.jobs]
-    assert [(each.id, each.state, each.due_at) for each in back] == [
-        ("0", "waiting", 0.0),
-        ("1", "done", math.inf),
-        ("2", "cancelled", math.inf),
+    assert [(each.id, each.state, each.due_at, each.is_check) for each in back] == [
+        ("0", "waiting", 0.0, False),
+        ("1", "waiting", 0.0, True),
+        ("2", "cancelled", math.inf, False),
     ]
     assert [each.table for each in back] == [waiting.table, done.table, cancelled.table]
     assert back[1].figures == ALL
@@ -210,6 +314,8 @@ def test_of_those_that_are_over_the_oldest_are_forgotten() -> None:
         each.cancel()
     jobs["waits"] = job()
     assert to_forget(jobs) == [str(number) for number in range(150)]
+    jobs["7"].table = msgspec.structs.replace(jobs["7"].table, pin=True)  # which would be nobody's then
+    assert to_forget(jobs, {"a"}) == [str(number) for number in range(150) if number != 7]
 
 
 @pytest.mark.parametrize("call", ["open", "fsync", "replace"])
