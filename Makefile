@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 demo: ready
 	$(BIN)/fastload demo
 
-# One process more than there are cores, each of which takes tests from whoever has most of them left.
+# Two processes more than there are cores, each of which takes tests from whoever has most of them left.
 test: ready
 	$(BIN)/python -m pytest -n auto --dist=worksteal
 

@@ -89,7 +89,8 @@ class StreamingDataset(DatasetBase[Sample]):
     says where one is loaded. The order is a function of the data, `seed`, the window and the epoch, on every machine.
 
     `columns`: the columns of a sample, by name (the part of a member's name after the first dot, in any case);
-    `"txt?"` is one that samples may lack (docs/decode.md). `decode`: a decoder of `fastload.decode` a column; columns
+    `"txt?"` is one that samples may lack, and `["*?"]` all that each sample has, for `map` and for samples one by one
+    (docs/decode.md). `decode`: a decoder of `fastload.decode` a column; columns
     without one are raw bytes, and where `decode` is given and `columns` is not, only its columns are read. `as_tuple`:
     tuples in that order, not dicts.
 

@@ -61,8 +61,8 @@ _GRACE_S = 60.0
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """For `-n auto`: tests wait half of their time, so that there is work for one more than there are cores."""
-    return min(5, max(2, cpu_count() + 1))
+    """For `-n auto`: tests wait half of their time, so that there is work for two more than there are cores."""
+    return min(6, cpu_count() + 2)
 
 
 _bucket_numbers = count()

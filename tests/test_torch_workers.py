@@ -111,6 +111,15 @@ def test_an_inprocess_service_serves_workers(s3, tmp_path: Path, data: Corpus, m
         dataset.close()
 
 
+def test_forked_workers_find_a_service_where_the_parent_has_used_the_store(s3, tmp_path: Path, data: Corpus) -> None:
+    """Whose threads they have not."""
+    url = data.put(s3)
+    with fastload.Cache(tmp_path / "cache", ram_bytes="16MiB", disk_bytes=0, service="inprocess") as cache:
+        dataset = fastload.StreamingDataset(url, cache=cache)
+        keys = [key for batch in torch_loader(dataset, "fork", 2) for key in check_samples(data, batch)]
+        assert sorted(keys) == sorted(data.samples)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(2 * STARTS * START_S + 60)
 @pytest.mark.skipif(not STARTS, reason="`make starts` runs it: it takes minutes")

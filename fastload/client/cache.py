@@ -52,7 +52,8 @@ class Cache:
     `requests_in_flight` belongs to the directory as well: so many requests at a time to each endpoint of a store, where
     0, the default, is as many as measuring finds. `history_bytes` bounds what is kept of what runs read (64 MiB), by
     which a later run that reads alike is fetched ahead; 0 keeps and uses none. `service="inprocess"` runs the service
-    in threads of this process, where none may be started.
+    in threads of this process, where none may be started; not in one that was forked after its parent had used a store,
+    since the store's threads do not survive that.
 
     `close()` ends what was made through it; it may be used again afterwards. Safe to use from several threads.
     """

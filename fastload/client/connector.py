@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -21,7 +22,7 @@ from fastload.client import election
 from fastload.client.handshake import Welcomed
 from fastload.config import default_ram_bytes, exact_bytes, format_bytes
 from fastload.errors import FastloadError, ServiceError
-from fastload.lifecycle import reset_on_fork
+from fastload.lifecycle import on_fork, reset_on_fork
 from fastload.rendezvous import ServiceLocation, StandIn
 from fastload.service.launch import StartError, start_process
 
@@ -34,6 +35,15 @@ ServiceMode = Literal["auto", "inprocess"]
 _AVOID_S = 60.0
 
 log = logging.getLogger("fastload")
+
+# obstore's threads do not survive a fork, and calls wait for them without an end.
+_has_lost_threads = False
+
+
+@on_fork
+def _notice_lost_threads() -> None:
+    global _has_lost_threads
+    _has_lost_threads = "obstore" in sys.modules
 
 
 class Connector:
@@ -136,11 +146,16 @@ class Connector:
         return connection
 
     def _elect(self, place: ServiceLocation, hello: protocol.Hello, stop: threading.Event, *, here: bool) -> Welcomed:
-        if here:
+        """Connect to the service that runs, or to one that is started: in threads of this process (`here`) where these
+        would work, in a process of its own otherwise.
+        """
+        if here and not _has_lost_threads:
             return election.connect(place, hello, lambda stop: self._start_here(place), stop)
         try:
             return election.connect(place, hello, lambda stop: start_process(place, self.idle_s, stop), stop)
         except StartError as error:
+            if _has_lost_threads:
+                raise
             connection = self._elect(place, hello, stop, here=True)
             self._add_warning(connection, "here", f"{error}. The cache service runs in threads of a job's process")
             return connection

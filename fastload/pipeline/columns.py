@@ -16,6 +16,8 @@ from fastload.decode.optional import check_missing
 from fastload.errors import ConfigError
 
 KEY, URL = "__key__", "__url__"
+# All columns, of which each sample has some.
+ANY = "*?"
 
 _RAW = raw()
 # Columns that a message names.
@@ -28,7 +30,8 @@ _COMPARED_MAX = 1000
 class ColumnSet:
     """The columns of every sample: `names` in order, or None for all that a shard has, as raw bytes.
 
-    `members`: the same as shard indexes have them. `optional`: those of `names` that samples may lack.
+    `members`: the same as shard indexes have them. `optional`: those of `names` that samples may lack. `all_optional`:
+    any sample may lack any column (`"*?"`), so that a batch of them has no columns by itself.
     """
 
     names: tuple[str, ...] | None
@@ -36,6 +39,7 @@ class ColumnSet:
     as_tuple: bool
     members: tuple[str, ...] | None = None
     optional: frozenset[str] = frozenset()
+    all_optional: bool = False
 
     @classmethod
     def of(cls, columns: Sequence[str] | None, decode: Mapping[str, Decoder] | None, as_tuple: bool) -> ColumnSet:
@@ -47,6 +51,12 @@ class ColumnSet:
                 f"as_tuple={as_tuple!r} must be True, where samples are tuples, or False, where they are dicts"
             )
         decoders = _checked_decoders(decode)
+        if columns is not None and list(columns) == [ANY]:
+            if as_tuple or decoders:
+                raise ConfigError(
+                    f"columns=[{ANY!r}] is for dicts of stored bytes; name the columns for decode and tuples"
+                )
+            return cls(None, {}, as_tuple, all_optional=True)
         if columns is None and not decoders:
             if as_tuple:
                 raise ConfigError("as_tuple=True needs columns or decode, which give the order of the tuple")
@@ -65,6 +75,10 @@ class ColumnSet:
         names = tuple(column.name for column in wanted.values())
         optional = frozenset(column.name for column in wanted.values() if column.is_optional)
         return cls(names, by_name, as_tuple, tuple(wanted), optional)
+
+    def may_lack(self, name: str) -> bool:
+        """Whether samples may lack a column."""
+        return self.all_optional or name in self.optional
 
     def kernel_modules(self) -> tuple[str, ...]:
         """The modules of `fastload.kernels` that the decoders use."""

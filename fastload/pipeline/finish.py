@@ -36,7 +36,7 @@ from fastload.decode.optional import Present, decode_optional
 from fastload.errors import ConfigError, DecodeError, MissingColumnError
 from fastload.kernels.interleave import interleave_offsets, interleave_rows, interleave_values
 from fastload.kernels.yielding import yield_state
-from fastload.pipeline.columns import KEY, URL, ColumnSet
+from fastload.pipeline.columns import ANY, KEY, URL, ColumnSet
 from fastload.pipeline.names import Names
 from fastload.ragged import Ragged, presence, unchecked
 from fastload.strings import Strings
@@ -141,6 +141,11 @@ class SourceBuilder:
         """A dict with `__key__` and `__url__`, or a tuple of the columns alone: arrays, since each tensor takes the GIL
         once more when it is dropped.
         """
+        if self.columns.all_optional:
+            raise ConfigError(
+                f"columns=[{ANY!r}]: samples have different columns, so that a batch has none by itself; name those "
+                "to read, or make samples alike by map(function)"
+            )
         values = [self._decoded(gathered, name, slots) for name in gathered.columns]
         if self.columns.as_tuple:
             return tuple(values)
@@ -235,7 +240,7 @@ class BatchBuilder:
     @property
     def has_optional(self) -> bool:
         """Whether samples of a source may lack a column."""
-        return any(builder.columns.optional for builder in self.sources)
+        return any(builder.columns.optional or builder.columns.all_optional for builder in self.sources)
 
     def batch(self, gathered: GatheredBatch, slots: Slots) -> Batch:
         """A dict with `__key__` and `__url__`, of a mixture `__source__` too; or a tuple of the columns alone."""

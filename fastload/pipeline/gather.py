@@ -234,7 +234,7 @@ class SampleGatherer:
         names = self._names(located)
         values = self._values(located, names)
         present = {
-            name: values.offset[number] >= 0 for number, name in enumerate(names) if name in self._columns.optional
+            name: values.offset[number] >= 0 for number, name in enumerate(names) if self._columns.may_lack(name)
         }
         return Gathered(len(entry), located.names(), self._gather(values, names, memory), random_keys, present)
 
@@ -267,6 +267,8 @@ class SampleGatherer:
         """The columns of these samples: those that were named, or all, which have to be the same in all shards."""
         if self._columns.names is not None:
             return self._columns.names
+        if self._columns.all_optional:
+            return located.present()
         present = located.all_columns()
         if not present:  # no sample is left
             return self._present or ()
@@ -295,7 +297,7 @@ class SampleGatherer:
             )
         lacking = [name for name in names if not read.may_have(name)]
         for name in lacking:
-            if name not in self._columns.optional:
+            if not self._columns.may_lack(name):
                 raise MissingColumnError(
                     f"{samples.place(0, name)}: its shard has no such column; it has {shown(read.columns)}."
                     f"{meant(name, [each.lower() for each in read.columns])}"
@@ -319,7 +321,7 @@ class SampleGatherer:
         columns = {name: found.get(name, nothing) for name in names}
         present = {name: np.zeros(len(offsets) - 1, np.bool_) for name in lacking}
         for row, name in zip(is_there, wanted, strict=True):
-            if name in self._columns.optional:
+            if self._columns.may_lack(name):
                 present[name] = row
                 if not row.all() and name in decoders and not decoders[name].takes_missing():
                     raise ConfigError(
@@ -349,7 +351,7 @@ class SampleGatherer:
         if columns.optional:
             self._check_marks(located, names)
         if missing:
-            lacking = [number for number, name in enumerate(names) if name not in columns.optional]
+            lacking = [number for number, name in enumerate(names) if not columns.may_lack(name)]
             found = np.argwhere(values.offset[lacking] < 0)
             if len(found):
                 name, number = names[lacking[found[0, 0]]], int(found[0, 1])

@@ -1,0 +1,242 @@
+"""MosaicML's streaming, over fastload: `from fastload.adapters.streaming import StreamingDataset, StreamingDataLoader`.
+
+Classes and arguments are called as there. What an argument asks for is done where fastload has it; where it does so by
+itself, or not at all, a warning says so once. Samples and batches are dicts of the columns alone, as there.
+
+What differs: the order is fastload's (the same at every number of ranks, nodes and workers, whatever
+`num_canonical_nodes` and `shuffle_algo`), data is cached in fastload's cache rather than in `local`, and a batch of
+columns of bytes is a `fastload.Ragged`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.utils.data
+
+from fastload import callers
+from fastload.client.cache import AnyCache
+from fastload.dataset import StreamingDataset as _Streamed
+from fastload.errors import ConfigError
+from fastload.loader import DataLoader
+from fastload.mixture import Mixture
+
+__all__ = ["Stream", "StreamingDataLoader", "StreamingDataset"]
+
+_NAMES = ("__key__", "__url__", "__source__")
+_BY_ITSELF = "fastload does that by itself"
+_ORDER = "fastload's order does not depend on it"
+# Arguments that have no part in fastload, and why.
+_IGNORED = {
+    "download_retry": f"{_BY_ITSELF}; storage_options={{'deadline_s': ...}} bounds it",
+    "download_timeout": f"{_BY_ITSELF}; storage_options={{'deadline_s': ...}} bounds it",
+    "validate_hash": "fastload checks what it caches by hashes of its own",
+    "keep_zip": "fastload keeps what it fetches, as it was fetched",
+    "predownload": f"{_BY_ITSELF}, as far ahead as the cache has room",
+    "cache_limit": "fastload's cache has limits of its own: fastload.Cache(disk_bytes=...)",
+    "partition_algo": _ORDER,
+    "num_canonical_nodes": _ORDER,
+    "shuffle_algo": "fastload shuffles in windows; give shuffle_window= to fastload.StreamingDataset for others",
+    "shuffle_block_size": "fastload shuffles in windows of its own size",
+    "sampling_method": "streams are drawn from by weight",
+    "sampling_granularity": "streams are drawn from sample by sample",
+    "batching_method": "a batch is drawn from all streams",
+    "stream_name": "nothing needs it",
+    "stream_config": "nothing needs it",
+}
+
+
+@dataclass
+class Stream:
+    """A part of a data set: `remote` (or, if all is on this machine, `local`) with its `split`, and how much of it is
+    read: `proportion`, `repeat` and `choose` exclude each other, as in streaming; of the latter two only 1 and None are
+    supported.
+    """
+
+    remote: str | None = None
+    local: str | None = None
+    split: str | None = None
+    proportion: float | None = None
+    repeat: float | None = None
+    choose: int | None = None
+
+    @property
+    def url(self) -> str:
+        """The folder with its shards."""
+        place = self.remote if self.remote is not None else self.local
+        if not place:
+            raise ConfigError("a stream needs remote= (or local=, for shards on this machine)")
+        return "/".join([os.fspath(place).rstrip("/"), *([self.split] if self.split else [])]) + "/"
+
+
+class StreamingDataset(torch.utils.data.IterableDataset[Any]):
+    """Samples of MDS shards, as streaming's class of that name gives them: dicts of the columns.
+
+    Subclasses may override `__getitem__`; it is called for each sample, in iteration too, with a number that
+    `super().__getitem__` takes. In iteration that number counts the samples as they come.
+
+    Beside streaming's arguments, `cache` and `storage_options` are those of `fastload.StreamingDataset`.
+    """
+
+    def __init__(
+        self,
+        *,
+        streams: Sequence[Stream] | None = None,
+        remote: str | None = None,
+        local: str | None = None,
+        split: str | None = None,
+        epoch_size: int | str | None = None,
+        shuffle: bool = False,
+        shuffle_seed: int = 9176,
+        batch_size: int | None = None,
+        replication: int | None = None,
+        allow_unsafe_types: bool = False,
+        cache: AnyCache = None,
+        storage_options: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> None:
+        """ConfigError for arguments that cannot be used together, and those that fastload has nothing for."""
+        super().__init__()
+        if epoch_size is not None:
+            raise ConfigError(f"epoch_size={epoch_size!r}: fastload reads each sample once an epoch; leave it out")
+        if allow_unsafe_types:
+            raise ConfigError(
+                "allow_unsafe_types=True: fastload reads no pickles; write these columns in another encoding"
+            )
+        unknown = sorted(set(others) - set(_IGNORED))
+        if unknown:
+            raise TypeError(f"StreamingDataset() got an unexpected keyword argument {unknown[0]!r}")
+        for name, value in others.items():
+            if value is not None:
+                callers.warn(f"{name}={value!r} is not used: {_IGNORED[name]}")
+        if streams is not None and (remote is not None or local is not None):
+            raise ConfigError("give streams=, or remote= and local=, and not both")
+        parts = list(streams) if streams is not None else [Stream(remote, local, split)]
+        if any(part.remote is not None and part.local is not None for part in parts):
+            callers.warn(
+                "local= is not used: fastload keeps what it fetches in its cache, which all jobs share; cache="
+            )
+        self.batch_size = batch_size
+        options: dict[str, Any] = {
+            "cache": cache,
+            "shuffle": shuffle,
+            "seed": shuffle_seed,
+            "format": "mds",
+            "storage_options": storage_options,
+            "replicas": replication or 1,
+        }
+        self._data = _read(parts, options)
+        self._changes_samples = type(self).__getitem__ is not StreamingDataset.__getitem__
+
+    @property
+    def size(self) -> int:
+        """How many samples an epoch has, over all ranks."""
+        return int(self._data.sample_count)
+
+    @property
+    def num_samples(self) -> int:
+        """The same."""
+        return self.size
+
+    def __len__(self) -> int:
+        """How many samples an epoch has for this rank."""
+        return len(self._data)
+
+    def __getitem__(self, at: Any) -> Any:
+        """The sample of that number, over all shards; or those of a slice or list."""
+        if isinstance(at, _Here):
+            return at.sample
+        if isinstance(at, slice):
+            return [self[number] for number in range(*at.indices(self.size))]
+        if isinstance(self._data, Mixture):
+            raise ConfigError("a data set of several streams with proportions has no samples by number")
+        if isinstance(at, Sequence):
+            return [self[number] for number in at]
+        return _columns_of(self._data[at])
+
+    def __iter__(self) -> Iterator[Any]:
+        """An epoch of this rank, or worker."""
+        for number, sample in enumerate(self._data):
+            columns = _columns_of(sample)
+            yield self[_Here(number, columns)] if self._changes_samples else columns
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Use the loader's: `StreamingDataLoader.state_dict()`, or torchdata's, which know what was delivered."""
+        raise ConfigError(
+            "a data set does not know what its loader has delivered; call state_dict() of the StreamingDataLoader"
+        )
+
+
+class StreamingDataLoader(DataLoader[Any]):
+    """A `fastload.DataLoader` over a `StreamingDataset` of this module: batches of the columns alone, and a
+    `state_dict()` that is exact to the sample. Over any other data set it is `fastload.DataLoader`.
+    """
+
+    def __init__(self, dataset: Any, *args: Any, **kwargs: Any) -> None:
+        """The arguments of torch's `DataLoader`; `batch_size` is the data set's where none is given."""
+        self._strips = isinstance(dataset, StreamingDataset)
+        if isinstance(dataset, StreamingDataset):
+            if not args and "batch_size" not in kwargs:
+                kwargs["batch_size"] = dataset.batch_size or 1
+            kwargs.pop("shuffle", None)  # which is the data set's
+            read: Any = dataset._data
+            if dataset._changes_samples:
+                read = read.map(_Changed(dataset))
+            super().__init__(read, *args, **kwargs)
+        else:
+            super().__init__(dataset, *args, **kwargs)
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        return (_columns_of(batch) for batch in batches) if self._strips else batches
+
+
+class _Here(int):
+    """The number of a sample that has just been read."""
+
+    sample: Any
+
+    def __new__(cls, number: int, sample: Any) -> _Here:
+        made = super().__new__(cls, number)
+        made.sample = sample
+        return made
+
+
+class _Changed:
+    """A function on samples: what the user's `__getitem__` makes of them."""
+
+    def __init__(self, dataset: StreamingDataset) -> None:
+        self._dataset = dataset
+        self._count = -1
+
+    def __call__(self, sample: Any) -> Any:
+        self._count += 1
+        return self._dataset[_Here(self._count, _columns_of(sample))]
+
+
+def _columns_of(sample: Any) -> Any:
+    if not isinstance(sample, dict):
+        return sample
+    return {name: value for name, value in sample.items() if name not in _NAMES}
+
+
+def _read(parts: Sequence[Stream], options: dict[str, Any]) -> Any:
+    """The data set, or the mixture, that these streams are."""
+    if not parts:
+        raise ConfigError("streams=[]: name at least one")
+    for part in parts:
+        if part.repeat not in (None, 1) or part.choose is not None:
+            raise ConfigError(
+                f"{part}: fastload has no repeat= and choose=; give all streams a proportion=, by which they are drawn"
+            )
+    proportions = [part.proportion for part in parts]
+    if all(proportion is None for proportion in proportions):
+        return _Streamed([part.url for part in parts], **options)
+    weights = [proportion for proportion in proportions if proportion is not None]
+    if len(weights) < len(parts):
+        raise ConfigError("give all streams a proportion=, or none of them")
+    sources = [(_Streamed(part.url, **options), weight) for part, weight in zip(parts, weights, strict=True)]
+    return Mixture(sources, seed=options["seed"])
