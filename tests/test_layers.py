@@ -30,7 +30,7 @@ FLOORS = [
     "daemon loader mixture warmup",
     "compat",
     "__init__",
-    "bench demo",
+    "adapters bench demo",
     "cli",
     "__main__",
 ]
