@@ -16,7 +16,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from time import monotonic
+from time import monotonic, thread_time
 from typing import Literal, get_args
 
 from fastload import trace
@@ -50,7 +50,18 @@ class Waiting:
 class Account:
     """Of one thread and one iteration; see the module's text."""
 
-    __slots__ = ("_waiting", "cause", "map_s", "maps_slowly", "seconds", "since_s", "waited", "waited_since_s")
+    __slots__ = (
+        "_cpu_began_s",
+        "_waiting",
+        "cause",
+        "map_cpu_s",
+        "map_s",
+        "maps_slowly",
+        "seconds",
+        "since_s",
+        "waited",
+        "waited_since_s",
+    )
 
     def __init__(self, waiting: Waiting) -> None:
         self._waiting = waiting
@@ -63,6 +74,7 @@ class Account:
         # switch, this is what they took; where they have taken long, they are switched to.
         self.map_s = 0.0
         self.maps_slowly = False
+        self.map_cpu_s = self._cpu_began_s = 0.0  # processor time of the user's functions
 
     def switch(self, cause: Cause | None, was: Cause | None = None) -> Cause | None:
         """Begin with `cause`; returns what ends. That was `was`, where it is known only now."""
@@ -71,6 +83,10 @@ class Account:
         now_s = monotonic()
         before, since_s, began_s = self.cause, self.since_s, self._waiting.since_s
         self.cause, self.since_s = cause, now_s
+        if before == "map":
+            self.map_cpu_s += thread_time() - self._cpu_began_s
+        if cause == "map":
+            self._cpu_began_s = thread_time()
         if before is not None:
             booked = was or before
             self.seconds[booked] += now_s - since_s

@@ -145,6 +145,10 @@ class Stalls:
         accounts = list(self._makers.values()) or [self.trainer]
         return {cause: sum(each.seconds[cause] for each in accounts) for cause in CAUSES}
 
+    def map_cpu_s(self) -> float:
+        """The processor time that the user's functions took of theirs."""
+        return sum(each.map_cpu_s for each in list(self._makers.values()) or [self.trainer])
+
     def _close(self, span: _Span, now_s: float) -> None:
         divided = self._divided(span, now_s)
         _add(self._ended, divided)

@@ -209,6 +209,7 @@ class EpochMeter:
             elapsed_s=elapsed_s,
             stalls=dict(stalls),
             busy=self._stalls.busy(),
+            map_cpu_s=self._stalls.map_cpu_s(),
             leases=int(sum(counts[f"granted_{source}"] for source in SOURCES)),
             recalls=int(counts["recalled"]),
             makers=making.makers,
@@ -225,6 +226,7 @@ class EpochMeter:
         fetched_bytes, chunks = int(node.get("fetched_bytes", 0)), int(node.get("fetched_chunks", 0))
         endpoints = service.get("node", {}).get("endpoints", {})
         store = store_figures(endpoints.values(), requests, refused, fetched_bytes // max(1, chunks))
+        store = replace(store, fetched_per_s=fetched_bytes / max(1e-9, self._stalls.settled_s))
         return replace(self._of_loader(self._stalls.seconds(), self._stalls.settled_s), store=store)
 
     def _service(self) -> dict[str, Any]:
@@ -307,6 +309,7 @@ def store_figures(
         bytes_per_s=most.get("bytes_per_s", 0.0),
         connection_bytes_per_s=most.get("connection_bytes_per_s", 0.0),
         first_byte_s=max(0.0, most.get("first_byte_s", 0.0)),
+        saturated_at=int(most.get("saturated_at", 0)),
     )
 
 

@@ -2,7 +2,8 @@
 
 Pure, so that whoever has the figures may ask: a loader of itself, the service of each loader that reports, a benchmark
 of what it ran. The verdict names the largest cause of waits, never another one; `bound_by` may say more of it, where
-figures tell more: of fetching, whether the link, the time to the first byte or the store's refusals are the limit.
+figures tell more: of fetching, whether the link, the time to the first byte or the store's refusals are the limit, and
+of functions on samples, whether they work or wait. What the figures do not show is not said.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ KEEPS_UP_SHARE = 0.05
 THROTTLED_SHARE = 0.01
 # Of the time of a request, what passes before its first byte: from here on more at a time would bring more.
 LATENCY_SHARE = 0.5
+# Of what the endpoint gives where more requests bring no more, what an epoch fetched: from here on that is the limit.
+_LINK_SHARE = 0.6
+# Functions that run for less of their time wait for something. All of them together, in cores: threads that compete for
+# the interpreter run for a part of their time each, and for a core's in all.
+_RUNS_SHARE, _RUNS_CORES = 0.5, 0.5
 # Leases that were taken back while they were needed, of all: from here on the arena is too small for what is open.
 _RECALLED_SHARE = 0.2
 # All that threads can do: what is lacking is time between two of their steps.
@@ -40,6 +46,8 @@ class StoreFigures(msgspec.Struct, frozen=True, kw_only=True):
     connection_bytes_per_s: float = 0.0
     first_byte_s: float = 0.0
     request_bytes: int = 0
+    saturated_at: int = 0  # requests at a time at which more brought no more; 0: that was not seen
+    fetched_per_s: float = 0.0  # bytes, over the epoch
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +56,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     elapsed_s: float
     stalls: dict[str, float]  # the trainer's waits, seconds by `CAUSES`
     busy: dict[str, float] = {}  # what the threads or processes that make batches did, seconds by cause
+    map_cpu_s: float = -1.0  # processor time in busy["map"]; -1: not known
     makers: int = 0  # how many these are
     cores: int = 0
     decodes_images: bool = False
@@ -107,6 +116,13 @@ def _about(cause: Cause, figures: Figures) -> tuple[str, str]:
             "batches are made by the data set's own code, which takes longer than the trainer's steps; raise "
             "num_workers, or make it quicker"
         )
+    if cause == "map" and _maps_wait(figures):
+        idle = 1.0 - _number(figures.map_cpu_s) / _number(figures.busy.get("map", 0.0))
+        return "map", (
+            f"functions given to map() or map_batch() take {_per_maker('map', figures)}, and wait or sleep for "
+            f"{idle:.0%} of that; raise num_workers, also beyond the number of cores, or have them wait once for a "
+            "batch, in map_batch()"
+        )
     return cause, {
         "startup": "connecting, and starting the service, threads and processes; keep the loader for several epochs "
         "(workers and connection stay), and look at first_batch_s apart from the rest",
@@ -142,6 +158,13 @@ def _about_fetching(figures: Figures) -> tuple[str, str]:
             "chunks come from the object store more slowly than they are used; warm the cache beforehand, or move "
             "the data nearer"
         )
+    fetched = _number(store.fetched_per_s)
+    if _number(store.saturated_at) and (not fetched or fetched >= _LINK_SHARE * rate):
+        return "link", (
+            f"the store gives {format_bytes(int(rate))}/s over {store.requests_allowed} requests at a time, more of "
+            "them bring no more, and the trainer uses more; warm the cache beforehand, store smaller samples, or get "
+            "a faster link"
+        )
     body_s = _number(store.request_bytes) / connection
     first_byte_s = _number(store.first_byte_s)
     if first_byte_s > LATENCY_SHARE * (first_byte_s + body_s):
@@ -150,9 +173,11 @@ def _about_fetching(figures: Figures) -> tuple[str, str]:
             f"and {store.requests_allowed} run at a time; allow more (requests_in_flight, ram_bytes), use larger "
             "shards, or warm the cache beforehand"
         )
-    return "link", (
-        f"the store gives {format_bytes(int(rate))}/s over {store.requests_allowed} requests at a time, and the "
-        "trainer uses more; warm the cache beforehand, store smaller samples, or get a faster link"
+    return "fetch", (
+        "chunks come from the object store more slowly than they are used: "
+        f"{format_bytes(int(fetched or rate))}/s, up to {store.requests_allowed} requests at a time, each "
+        f"{1000 * first_byte_s:.0f} ms to its first byte and {1000 * body_s:.0f} ms after; whether the link gives more "
+        "was not seen; warm the cache beforehand, raise ram_bytes (it bounds requests), or move the data nearer"
     )
 
 
@@ -177,6 +202,14 @@ def _per_maker(cause: str, figures: Figures) -> str:
     makers = max(1, int(_number(figures.makers)))
     who = "the thread that makes" if makers == 1 else f"the {makers} threads or processes that make"
     return f"{_share_of(cause, figures):.0%} of the time of {who} batches"
+
+
+def _maps_wait(figures: Figures) -> bool:
+    """Whether functions on samples hardly use a processor."""
+    if figures.map_cpu_s < 0:
+        return False
+    took_s, cpu_s = _number(figures.busy.get("map", 0.0)), _number(figures.map_cpu_s)
+    return cpu_s < _RUNS_SHARE * took_s and cpu_s < _RUNS_CORES * _number(figures.elapsed_s)
 
 
 def _more_workers(figures: Figures, otherwise: str) -> str:

@@ -19,7 +19,10 @@ LINK = StoreFigures(
     connection_bytes_per_s=2.5e6,
     first_byte_s=0.02,
     request_bytes=8 * MIB,
+    saturated_at=6,
 )
+but = msgspec.structs.replace
+NOT_SATURATED = but(LINK, saturated_at=0)
 DECODING = {"decode": 19.2}
 
 
@@ -37,13 +40,22 @@ def figures(cause: str = "fetch", share: float = 0.8, **more: object) -> Figures
         (figures("decode", busy={"decode": 4.0}, makers=2, cores=2), "decode", "20% of 2 cores decode values"),
         (figures("decompress", busy={"decompress": 20}, makers=2, cores=2), "decompress", "decompress values"),
         (figures("fetch", store=LINK), "link", "the store gives 19.1 MiB/s over 8 requests"),
-        (figures("fetch", store=msgspec.structs.replace(LINK, first_byte_s=5.0)), "latency", "5000 ms for its"),
-        (figures("fetch", store=msgspec.structs.replace(LINK, refused=7)), "throttled", "refuses 7% of 100 requests"),
+        (figures("fetch", store=but(LINK, fetched_per_s=19e6)), "link", "more of them bring no more"),
+        # The link gives more than was fetched; whether it does was not seen; and the time goes elsewhere.
+        (figures("fetch", store=but(LINK, fetched_per_s=5e6)), "fetch", "4.8 MiB/s, up to 8 requests"),
+        (figures("fetch", store=NOT_SATURATED), "fetch", "20 ms to its first byte and 3355 ms after"),
+        (figures("fetch", store=but(NOT_SATURATED, first_byte_s=5.0)), "latency", "5000 ms for its"),
+        (figures("fetch", store=but(LINK, refused=7)), "throttled", "refuses 7% of 100 requests"),
         (figures("fetch"), "fetch", "warm the cache beforehand"),
         (figures("fetch", leases=100, recalls=60, ram_bytes=64 * MIB), "memory", "60% of the chunks leased"),
         (figures("disk", leases=100, recalls=60), "memory", "raise ram_bytes"),
         (figures("disk", leases=100, recalls=5), "disk", "faster disk"),
         (figures("map", busy={"map": 10.0}, makers=1, cores=1), "map", "map() or map_batch() take 100%"),
+        (figures("map", busy={"map": 10.0}, map_cpu_s=9.0, makers=1, cores=1), "map", "make them quicker"),
+        # Threads that share an interpreter: each runs for a quarter of its time, and none of them waits.
+        (figures("map", busy={"map": 40.0}, map_cpu_s=10.0, makers=4, cores=4), "map", "make them quicker"),
+        (figures("map", busy={"map": 20.0}, map_cpu_s=0.4, makers=2, cores=2), "map",
+         "and wait or sleep for 98% of that; raise num_workers, also beyond the number of cores"),
         (figures("map", is_ours=False), "map", "the data set's own code"),
         (figures("collate"), "collate", "arrays of one shape"),
         (figures("transfer"), "transfer", "to the device"),
@@ -81,12 +93,15 @@ STORES = st.builds(
     connection_bytes_per_s=st.floats(0, 1e10),
     first_byte_s=st.floats(0, 100),
     request_bytes=st.integers(0, 1 << 30),
+    saturated_at=st.integers(0, 256),
+    fetched_per_s=st.floats(0, 1e11),
 )
 FIGURES = st.builds(
     Figures,
     elapsed_s=SECONDS,
     stalls=st.dictionaries(st.sampled_from(CAUSES), SECONDS),
     busy=st.dictionaries(st.sampled_from(CAUSES), SECONDS),
+    map_cpu_s=st.just(-1.0) | SECONDS,
     makers=st.integers(0, 64),
     cores=st.integers(0, 64),
     decodes_images=st.booleans(),

@@ -216,6 +216,7 @@ def test_slow_functions(cache: fastload.Cache, local: list[str], workers: Any, n
     dataset = fastload.StreamingDataset(local, cache=cache).map(sleep_a_sample)
     stats = read(fastload.DataLoader(dataset, 8, num_workers=num_workers, workers=workers), epochs=2)
     assert stats["bound_by"] == "map", stats["verdict"]
+    assert "wait or sleep for" in stats["verdict"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -125,7 +125,7 @@ def limit_of(found: Findings, rate: Rate, source_bytes_per_s: float | None, sour
 
     "start" where it is too short to say; `source` or "decode" where it reaches most of what that gives by itself; what
     the loader says of itself where that is known; then "cores" or "unknown". Of fetching, "throttled", "latency" and
-    "link" are told apart by what the store gives by itself.
+    "link" are told apart by what the store gives by itself; below most of that it is "fetch".
     """
     per_sample = found.byte_count / max(1, found.samples)
     parts = []
@@ -151,7 +151,10 @@ def limit_of(found: Findings, rate: Rate, source_bytes_per_s: float | None, sour
 def _about_fetching(found: Findings, bound_by: str = "") -> str:
     if _is_throttled(found) or bound_by == "throttled":
         return "throttled"
-    return "latency" if _latency_share(found) > LATENCY_SHARE else "link"
+    if _latency_share(found) > LATENCY_SHARE:
+        return "latency"
+    # Where the loader reaches too little of what was measured, that cannot be the link; where nothing was, it says.
+    return "fetch" if bound_by and found.store_bytes_per_s else bound_by or "link"
 
 
 def _is_throttled(found: Findings) -> bool:

@@ -423,7 +423,7 @@ def _mapped(
     """`apply` to the sample of this number in its batch; the thread's account books the time."""
     if not account.maps_slowly and number % _TIMED_EVERY:
         return apply(functions, value, what, key, reseed)
-    began_s = time.monotonic()
+    began_s, cpu_began_s = time.monotonic(), time.thread_time()
     before = account.switch("map") if account.maps_slowly else None
     made = apply(functions, value, what, key, reseed)
     took_s = time.monotonic() - began_s
@@ -431,6 +431,7 @@ def _mapped(
         account.switch(before)
     else:
         account.map_s += _TIMED_EVERY * took_s
+        account.map_cpu_s += _TIMED_EVERY * (time.thread_time() - cpu_began_s)
     account.maps_slowly = took_s > _SLOW_S
     return made
 

@@ -200,8 +200,9 @@ class _Channel:
         account = activity.current()
         before = account.switch(self._mostly)
         try:
-            answers, seconds = self._asked(gathered)
+            answers, seconds, map_cpu_s = self._asked(gathered)
             account.divide(seconds, "transfer")
+            account.map_cpu_s += map_cpu_s
             self._mostly = max(_OF_WORKERS, key=lambda cause: seconds.get(cause, 0.0))
         finally:
             account.switch(before)
@@ -210,7 +211,7 @@ class _Channel:
                 raise _rebuilt(*made)
             yield made
 
-    def _asked(self, gathered: list[GatheredBatch]) -> tuple[list[tuple[bool, Any]], dict[str, float]]:
+    def _asked(self, gathered: list[GatheredBatch]) -> tuple[list[tuple[bool, Any]], dict[str, float], float]:
         if self._is_out_of_step:
             raise WorkerError(f"worker process {self._pid} of the loader failed before; iterate anew, with another")
         try:
@@ -376,7 +377,7 @@ def _serve(sock: socket.socket, finish: Finish, reseed: Reseed, failure: tuple[A
 
 def _answer(link: Link, finish: Finish, reseed: Reseed, failure: tuple[Any, ...] | None, account: Account) -> None:
     gathered = link.receive()
-    before = dict(account.seconds)
+    before, cpu_before_s = dict(account.seconds), account.map_cpu_s
     answers: list[tuple[bool, Any]] = []
     try:
         if failure is None:
@@ -390,11 +391,11 @@ def _answer(link: Link, finish: Finish, reseed: Reseed, failure: tuple[Any, ...]
     took = {cause: seconds - before[cause] for cause, seconds in account.seconds.items()}
     seconds = {cause: took[cause] for cause in _OF_WORKERS if took[cause] > 0.0}
     try:
-        link.send((answers, seconds))
+        link.send((answers, seconds, account.map_cpu_s - cpu_before_s))
     except LinkClosedError:
         raise
     except BaseException:  # something that was made cannot be pickled
-        link.send((_sendable(answers), seconds))
+        link.send((_sendable(answers), seconds, account.map_cpu_s - cpu_before_s))
 
 
 def _sendable(answers: list[tuple[bool, Any]]) -> list[tuple[bool, Any]]:

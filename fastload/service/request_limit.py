@@ -198,6 +198,7 @@ class Controller:
         self._refused_at = self._throttled_at = float("-inf")
         self._ceiling, self._ceiling_until, self._ceiling_s = self._max, float("-inf"), TUNING.ceiling_s
         self._least_throttled = 0
+        self.saturated_at = 0  # so many bring as much as more do, as a trial has shown; 0: none has
 
     # What happens
 
@@ -322,6 +323,7 @@ class Controller:
         change = self._tried / self._base_limit - 1.0
         if self._mode is _Mode.RAISED and gain >= TUNING.pays_share * change:
             self._step = TUNING.raise_fast_by if gain >= TUNING.pays_fully_share * change else TUNING.raise_by
+            self.saturated_at = 0
             self._settle(self._tried, found, now)
             self._cut_at = now + TUNING.cut_every_s
             self._try(now)
@@ -329,12 +331,14 @@ class Controller:
             # Between a large step and none there may be a small one.
             self._raise_at = now if self._step > TUNING.raise_by else now + TUNING.raise_every_s
             self._step = TUNING.raise_by
+            self.saturated_at = self._base_limit
             self._settle(self._base_limit, self._base, now)
         elif (
             gain >= TUNING.loses_share * change
             and found.bytes_per_s >= (1.0 - TUNING.loses_in_all_share) * self._best_bytes_per_s
         ):
             self._raise_at = now + TUNING.raise_every_s
+            self.saturated_at = self._tried
             self._settle(self._tried, found, now)
             self._try(now)
         else:
@@ -375,6 +379,7 @@ class Controller:
     def _try_first(self, *, cut: bool, now: float) -> None:
         """Nothing is known of other limits. With `cut` a connection is slow, perhaps since there are too many."""
         self._best_bytes_per_s, self._best_limit, self._floor = 0.0, 0, 1
+        self.saturated_at = 0
         self._step = TUNING.raise_by
         self._cut = TUNING.cut_fast_by if cut else TUNING.cut_by
         self._cut_at = now
@@ -407,7 +412,7 @@ class Controller:
     def _refused(self, attempt: Attempt, now: float) -> None:
         if attempt.began_s < self._refused_at:
             return
-        at, self._stretch = self.limit, 1.0
+        at, self._stretch, self.saturated_at = self.limit, 1.0, 0
         if attempt.outcome is Outcome.THROTTLED:
             again = now < self._ceiling_until + self._ceiling_s
             self._ceiling_s = min(TUNING.ceiling_s_max, 2 * self._ceiling_s) if again else TUNING.ceiling_s
@@ -566,6 +571,7 @@ class Endpoint:
             "connection_bytes_per_s": learnt.connection_bytes_per_s,
             "first_byte_s": -1.0 if learnt.first_byte_s is None else learnt.first_byte_s,
             "throttled_at": learnt.throttled_at,
+            "saturated_at": self.controller.saturated_at,
         }
 
 

@@ -68,6 +68,26 @@ def test_it_follows_a_store_that_changes(before: Profile, after: Profile) -> Non
     assert store.mb_per_s(22.0, 42.0) >= 0.9 * attainable
 
 
+@pytest.mark.parametrize(
+    ("profile", "is_saturated"),
+    [
+        (CAPPED, True),
+        (replace(MIDDLE, total_bytes_per_s=150e6), True),
+        # Each connection has its own limit, and the link takes more of them than may be asked.
+        (Profile(first_byte_s=0.1, connection_bytes_per_s=1e6, total_bytes_per_s=1e9, noise=0.05), False),
+    ],
+    ids=["near", "farther", "slow connections"],
+)
+def test_it_knows_whether_more_would_bring_more(profile: Profile, is_saturated: bool) -> None:
+    store = Store(profile, Controller(requests_max=16))
+    assert store.controller.saturated_at == 0
+    store.run(60.0)
+    assert (store.controller.saturated_at > 0) == is_saturated
+    store.profile = replace(profile, throttles_above=1)
+    store.run(20.0)
+    assert store.controller.saturated_at == 0
+
+
 @pytest.mark.parametrize("above", [3, 6, 10])
 def test_a_store_that_throttles_is_asked_less_than_it_minds(above: int) -> None:
     store = run(replace(MIDDLE, throttles_above=above), 90.0)
