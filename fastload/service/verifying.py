@@ -7,6 +7,10 @@ Scrubbing goes round: each chunk once in the time that it was given, at most `SC
 consumer waits for anything and the disk answers. It begins somewhere at random, so that a service that ends early each
 time comes to all chunks in the end; nothing of it is stored. One thread and one buffer do all of this, the buffer only
 while there is something to do.
+
+A read that hangs keeps that thread, so no other read is given the buffer before it has returned: what it writes late
+harms nobody. Checks that were submitted meanwhile have been given up, or wait behind it; the buffer is closed when the
+last of them has come back.
 """
 
 from __future__ import annotations
@@ -62,7 +66,7 @@ class Verifying:
     ) -> None:
         self._disk, self._now, self._loop = resources.disk, resources.now, resources.pools.loop
         self._shared, self._holdings, self._watch, self._evictor = shared, holdings, watch, evictor
-        self._pool = watch.pool("verify", 1)
+        self._pool = watch.pool("verify", 1)  # one thread, since there is one buffer
         self._scratch: mmap.mmap | None = None
         self._using = 0  # checks under way
         self._interval_s = 0.0

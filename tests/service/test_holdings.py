@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fastload import protocol
-from fastload.cache import DiskTier, catalog
+from fastload.cache import ChunkKey, DiskTier, catalog
 from fastload.cache.catalog import UNKNOWN, Catalog, Changes
 from fastload.cache.disk import path_in
 from fastload.service.core import Core
@@ -520,6 +520,44 @@ def test_verifying_ends_with_who_asked(tmp_path: Path) -> None:
         assert core.verifying.counters["verified_chunks"] <= 1
 
     world.run(work)
+
+
+def test_a_check_that_hangs_has_the_buffer_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, gate = a_world(tmp_path), Gate()
+    verify = DiskTier.verify
+    using: list[ChunkKey] = []
+    together: set[int] = set()
+
+    def hang(self: DiskTier, key: ChunkKey, scratch: memoryview, *, repair: bool) -> bool | None:
+        using.append(key)
+        together.add(len(using))
+        gate.wait()
+        scratch[:8] = b"too late"
+        together.add(len(using))
+        using.remove(key)
+        return verify(self, key, scratch, repair=repair)
+
+    async def work(core: Core) -> None:
+        side = Side(core, world.objects)
+        await fill(side, 0, 1, 2, 3)
+        monkeypatch.setattr(DiskTier, "verify", hang)
+        asked = [an_operator(core) for _ in range(2)]
+        for _, say, _ in asked:
+            say(protocol.Verify(1, [], True))
+        core.verifying.scrub(10.0)
+        await until(lambda: core.disk_hangs, "the disk counts as one that hangs")
+        for _, _, sent in asked:
+            assert (sent[-1].finished, sent[-1].skipped_chunks) == (True, 12)
+        asked[0][1](protocol.Verify(2, [], True))
+        assert "does not answer" in asked[0][2][-1].message
+        await sleep(30)
+        gate.set()
+        await until(lambda: not core.disk_hangs, "it answers")
+        await until(lambda: core.verifying.counters["verified_chunks"] > 12, "it goes round again")
+        assert core.verifying.counters["verify_damaged"] == 0
+        assert together == {1}
+
+    world.run(work, disk_deadline_s=5)
 
 
 def test_scrubbing_goes_round_heals_and_waits_for_those_who_wait(tmp_path: Path) -> None:
