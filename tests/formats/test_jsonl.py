@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastload
-from fastload.errors import DecodeError, MissingColumnError
+from fastload.errors import ConfigError, DecodeError, MissingColumnError
 from fastload.formats import RecordIndex, indexer_for, record_reader, stored_index
 from fastload.formats.records import split
 from tests.conftest import Bucket
@@ -121,6 +121,31 @@ def test_columns_are_members_and_without_any_a_sample_is_the_object(cache: fastl
     assert [each["json"] for each in whole[:100]] == objects[0::5]
     assert whole[3]["__key__"] == "0.jsonl/3"
     assert len(fastload.StreamingDataset(url, cache=cache)) == 500
+
+
+def test_members_called_json_or_alike_but_for_their_case_or_twice(cache: fastload.Cache, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"json": 1, "id": 2, "Text": 3, "text": 4, "text": 5}\n')
+
+    def read(*columns: str) -> dict[str, Any]:
+        (sample,) = fastload.StreamingDataset(path, cache=cache, columns=list(columns))
+        return {name: sample[name] for name in columns}
+
+    assert read("json") == {"json": {"json": 1, "id": 2, "Text": 3, "text": 5}}
+    assert read("json", "id") == {"json": 1, "id": 2}
+    assert (read("Text"), read("text")) == ({"Text": 3}, {"text": 5})
+    with pytest.raises(ConfigError, match="'Text' and 'text' are the same"):
+        read("Text", "text")
+
+
+def test_shards_of_one_name_give_keys_that_are_told_apart_by_url(cache: fastload.Cache, tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "a.jsonl" for folder in ("x", "y")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text('{"id": 1}\n')
+    samples = list(fastload.StreamingDataset(list(map(str, paths)), cache=cache, shuffle=False))
+    assert [sample["__key__"] for sample in samples] == ["a.jsonl/0", "a.jsonl/0"]
+    assert [sample["__url__"] for sample in samples] == list(map(str, paths))
 
 
 def test_members_that_some_lines_lack_are_optional_or_an_error(cache: fastload.Cache, tmp_path: Path) -> None:
