@@ -163,7 +163,7 @@ class Job:
             self.deadline_at,
             self.table.priority,
             self.since,
-            has_failed=self.failures > 0,
+            in_spare_lane=self.failures > 0 or self.is_check,
         )
 
     # What happens to it

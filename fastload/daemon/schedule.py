@@ -27,9 +27,9 @@ WEEK_MINUTES = 7 * DAY_MINUTES
 # Jobs that run at a time. The order in which the cache serves them is the service's; the second one is for a store that
 # answers slowly, so that it does not hold up all others.
 RUNNING_MAX = 2
-# And beside these, of jobs that have failed before: they may fail again, and should neither displace others nor wait
-# for them to be done.
-RETRYING_MAX = 1
+# And beside these, of jobs that have failed before, or only look up what is held: they may fail again, or warm nothing,
+# and should neither displace others nor wait for them to be done.
+SPARE_MAX = 1
 _PAUSE_S, _PAUSE_MAX_S = 5.0, 1800.0
 
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
@@ -165,7 +165,7 @@ class Contender:
     deadline_at: float = math.inf
     priority: int = 0
     since: float = 0.0
-    has_failed: bool = False  # the last time
+    in_spare_lane: bool = False
 
     @property
     def rank(self) -> tuple[float, int, float, str]:
@@ -178,8 +178,8 @@ def to_run(contenders: Sequence[Contender], now: float, minute: int) -> list[str
     come before it.
     """
     ready = [each for each in contenders if each.due_at <= now and each.windows.is_open(minute)]
-    first, again = ([each for each in ready if each.has_failed == failed] for failed in (False, True))
-    return [each.id for each in (*_first_of(first, RUNNING_MAX), *_first_of(again, RETRYING_MAX))]
+    first, spare = ([each for each in ready if each.in_spare_lane == is_spare] for is_spare in (False, True))
+    return [each.id for each in (*_first_of(first, RUNNING_MAX), *_first_of(spare, SPARE_MAX))]
 
 
 def _first_of(contenders: Sequence[Contender], count: int) -> list[Contender]:

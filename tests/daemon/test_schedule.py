@@ -152,7 +152,7 @@ contenders = st.builds(
     deadline_at=st.sampled_from([math.inf, 100.0, 200.0]),
     priority=st.integers(-2, 2),
     since=st.floats(0, 10),
-    has_failed=st.booleans(),
+    in_spare_lane=st.booleans(),
 )
 
 
@@ -161,11 +161,11 @@ contenders = st.builds(
 )
 def test_none_that_waits_comes_before_one_that_runs(them: list[Contender], now: float, minute: int) -> None:
     chosen = set(to_run(them, now, minute))
-    for has_failed, count in ((False, 2), (True, 1)):
+    for in_spare_lane, count in ((False, 2), (True, 1)):
         ready = [
             each
             for each in them
-            if each.due_at <= now and each.windows.is_open(minute) and each.has_failed == has_failed
+            if each.due_at <= now and each.windows.is_open(minute) and each.in_spare_lane == in_spare_lane
         ]
         runs = [each for each in ready if each.id in chosen]
         assert len(runs) == min(count, len(ready))
