@@ -54,6 +54,7 @@ class Account:
         "_cpu_began_s",
         "_waiting",
         "cause",
+        "filtered",
         "map_cpu_s",
         "map_s",
         "maps_slowly",
@@ -75,6 +76,7 @@ class Account:
         self.map_s = 0.0
         self.maps_slowly = False
         self.map_cpu_s = self._cpu_began_s = 0.0  # processor time of the user's functions
+        self.filtered = 0  # samples that the user's filters have left out
 
     def switch(self, cause: Cause | None, was: Cause | None = None) -> Cause | None:
         """Begin with `cause`; returns what ends. That was `was`, where it is known only now."""

@@ -43,7 +43,7 @@ from fastload.errors import ConfigError
 from fastload.formats import endings_of
 from fastload.pipeline.columns import ColumnSet
 from fastload.pipeline.epoch_pass import EpochPass, PassOptions, SourcePass, open_source
-from fastload.pipeline.finish import BatchBuilder, Finish, Function, SourceBuilder
+from fastload.pipeline.finish import BatchBuilder, Filter, Finish, Function, SourceBuilder
 from fastload.pipeline.gather import Skips
 from fastload.pipeline.job import Job, PassStart
 from fastload.pipeline.lookup import Lookup
@@ -281,6 +281,7 @@ class StreamingDataset(DatasetBase[Sample]):
         """The same samples as a map-style data set, for samplers and torch's worker processes. TypeError while the
         counts of samples are not known: see `len`.
         """
+        self._check_unfiltered()
         return IndexedDataset(self)
 
     @public
@@ -408,7 +409,15 @@ class StreamingDataset(DatasetBase[Sample]):
             raise TypeError(_UNKNOWN_COUNTS)
         return starts
 
+    def _check_unfiltered(self) -> None:
+        if any(isinstance(function, Filter) for function in self._on_samples):
+            raise ConfigError(
+                "a sample's number counts those that filter() leaves out, too; read by number from the data set before "
+                "filter()"
+            )
+
     def _make(self, numbers: Any, starts: npt.NDArray[np.int64], gives: Literal["batch", "samples"]) -> Any:
+        self._check_unfiltered()
         on_batches = self._on_batches if gives == "batch" else ()
         finish = Finish(BatchBuilder((SourceBuilder(self.columns, self._on_samples),)), gives, on_batches=on_batches)
         return self._lookup.make(np.asarray(numbers, np.int64), starts, self.next_epoch(), finish)

@@ -23,7 +23,7 @@ from fastload.errors import ConfigError
 from fastload.pipeline.delivery import InlineRun, Iteration
 from fastload.pipeline.epoch_counter import EpochCounter
 from fastload.pipeline.epoch_pass import EpochPass
-from fastload.pipeline.finish import Finish, Function
+from fastload.pipeline.finish import Filter, Finish, Function
 from fastload.pipeline.resume import Delivery, IterationState
 from fastload.plan import Position, Ranks, Split, Tail
 
@@ -102,6 +102,19 @@ class DatasetBase(torch.utils.data.IterableDataset[Sample]):
         if self._on_batches:
             raise ConfigError("map() after map_batch(): functions on samples come first; call map() before")
         return self._with_functions((*self._on_samples, checked_function(function, "map")), ())
+
+    @public
+    def filter(self, function: Function) -> Self:
+        """This data set with only those samples for which `function` gives something true, after what is applied
+        already; it is called where and as `map` says.
+
+        What is left out is left out of its batch: batches get shorter, never fewer, and other batches keep their
+        samples, so that an epoch has as many steps on all ranks, and a state stays exact. `len()` counts all samples,
+        and `stats()["filtered"]` those that were left out. Samples are not read by number where some are left out.
+        """
+        if self._on_batches:
+            raise ConfigError("filter() after map_batch(): functions on samples come first; call filter() before")
+        return self._with_functions((*self._on_samples, Filter(checked_function(function, "filter"))), ())
 
     @public
     def map_batch(self, function: Function) -> DatasetBase[Any]:

@@ -61,6 +61,10 @@ class Stalls:
             found = self._makers[threading.get_ident()] = activity.new_account(self._waiting)
         return found
 
+    def filtered(self) -> int:
+        """Samples that filters have left out of the batches that were made."""
+        return sum(account.filtered for account in (self.trainer, *list(self._makers.values())))
+
     # The trainer's thread
 
     @contextmanager

@@ -53,6 +53,19 @@ Batch = Any  # dict of column -> value, or a tuple of values; or what the user's
 # Errors that concern one sample alone.
 SAMPLE_ERRORS = (DecodeError, MissingColumnError)
 SOURCE = "__source__"
+# In place of a sample that a filter has left out.
+_LEFT_OUT = object()
+
+
+class Filter:
+    """A function on samples that leaves some out: those for which the user's function says nothing true."""
+
+    def __init__(self, function: Function) -> None:
+        self._function = function
+        self.__qualname__ = f"filter({_name(function)})"
+
+    def __call__(self, sample: Any) -> Any:
+        return sample if self._function(sample) else _LEFT_OUT
 
 
 def _as_list(values: list[Any], *, collate_fn_map: Any = None) -> list[Any]:
@@ -156,7 +169,7 @@ class SourceBuilder:
         }
 
     def samples(self, gathered: Gathered, reseed: Reseed) -> Iterator[Any]:
-        """The samples, one by one."""
+        """The samples, one by one, with `_LEFT_OUT` in place of those that a filter leaves out."""
         columns = [
             (
                 name,
@@ -238,6 +251,13 @@ class BatchBuilder:
         return any(builder.functions for builder in self.sources) or bool(self.mixing and self.mixing.functions)
 
     @property
+    def is_filtered(self) -> bool:
+        """Whether samples of a source, or of all, go through a filter."""
+        functions = [*(each for builder in self.sources for each in builder.functions)]
+        functions += () if self.mixing is None else self.mixing.functions
+        return any(isinstance(function, Filter) for function in functions)
+
+    @property
     def has_optional(self) -> bool:
         """Whether samples of a source may lack a column."""
         return any(builder.columns.optional or builder.columns.all_optional for builder in self.sources)
@@ -260,12 +280,14 @@ class BatchBuilder:
         return _in_torch({**batch, SOURCE: np.array(list(map(sources.__getitem__, part_of.tolist())), np.int64)})
 
     def samples(self, gathered: GatheredBatch, reseed: Reseed) -> Iterator[Any]:
-        """The samples, one by one; those of a mixture, if they are dicts, with `__source__`."""
+        """The samples that filters leave, one by one; those of a mixture, if they are dicts, with `__source__`."""
         sources = gathered.sources
         parts = [self.sources[n].samples(part, reseed) for n, part in zip(sources, gathered.parts, strict=True)]
         if self.mixing is None or gathered.part_of is None:
-            return parts[0]
-        return self._mixed(gathered, gathered.part_of.tolist(), parts, self.mixing.functions, reseed)
+            samples = parts[0]
+        else:
+            samples = self._mixed(gathered, gathered.part_of.tolist(), parts, self.mixing.functions, reseed)
+        return _kept(samples, activity.current()) if self.is_filtered else samples
 
     def origin(self, gathered: GatheredBatch, number: int) -> tuple[Function, str]:
         """The last function that a sample went through, and the sample's key and URL, for an error."""
@@ -294,10 +316,21 @@ class BatchBuilder:
             sample, key = next(parts[number]), next(keys[number])
             if isinstance(sample, dict):
                 sample = {**sample, SOURCE: sources[number]}
-            if functions:
+            if functions and sample is not _LEFT_OUT:
                 what = f"a sample of source {sources[number]}"
                 sample = _mapped(account, turn, functions, sample, what, _of_step(key, 1), reseed)
             yield sample
+
+
+def _kept(samples: Iterator[Any], account: Account) -> Iterator[Any]:
+    """Without those that filters left out, which the account counts once all could be made: else they are made again."""
+    left_out = 0
+    for sample in samples:
+        if sample is _LEFT_OUT:
+            left_out += 1
+        else:
+            yield sample
+    account.filtered += left_out
 
 
 def _common_columns(sources: Sequence[int], parts: Sequence[dict[str, Any]]) -> list[str]:
@@ -364,6 +397,8 @@ class Finish:
         for number, sample in enumerate(samples):
             if sample is None:
                 function, which = self.builder.origin(gathered, number)
+                if self.builder.is_filtered:  # which it is of those that were kept
+                    which = "a sample of a batch"
                 raise ConfigError(
                     f"map({_name(function)}): it returned None for {which}; return the sample, or give the loader a "
                     "collate_fn that takes None"
@@ -397,10 +432,14 @@ def _of_step(key: int | None, step: int) -> int | None:
 
 
 def apply(functions: Sequence[Function], value: Any, what: str, key: int | None, reseed: Reseed) -> Any:
-    """The value after all functions; where one fails, a note on its error says for which value."""
+    """The value after all functions, or up to a filter that leaves it out; where one fails, a note on its error says
+    for which value.
+    """
     if functions and key is not None:
         reseed(key)
     for function in functions:
+        if value is _LEFT_OUT:
+            break
         try:
             try:
                 value = function(value)

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data._utils import worker as torch_worker
@@ -177,6 +177,14 @@ class Workers:
         self._channels += [_Channel(sock, process, options.timeout_s) for sock in mine]
 
 
+class _Did(NamedTuple):
+    """What a worker did for an answer: seconds by cause, processor time of functions, samples that filters left out."""
+
+    seconds: dict[str, float]
+    map_cpu_s: float
+    filtered: int
+
+
 class _Channel:
     """One of a worker's threads, as the trainer sees it. `memory` is for the bytes that it is sent."""
 
@@ -200,10 +208,11 @@ class _Channel:
         account = activity.current()
         before = account.switch(self._mostly)
         try:
-            answers, seconds, map_cpu_s = self._asked(gathered)
-            account.divide(seconds, "transfer")
-            account.map_cpu_s += map_cpu_s
-            self._mostly = max(_OF_WORKERS, key=lambda cause: seconds.get(cause, 0.0))
+            answers, did = self._asked(gathered)
+            account.divide(did.seconds, "transfer")
+            account.map_cpu_s += did.map_cpu_s
+            account.filtered += did.filtered
+            self._mostly = max(_OF_WORKERS, key=lambda cause: did.seconds.get(cause, 0.0))
         finally:
             account.switch(before)
         for is_made, made in answers:
@@ -211,7 +220,7 @@ class _Channel:
                 raise _rebuilt(*made)
             yield made
 
-    def _asked(self, gathered: list[GatheredBatch]) -> tuple[list[tuple[bool, Any]], dict[str, float], float]:
+    def _asked(self, gathered: list[GatheredBatch]) -> tuple[list[tuple[bool, Any]], _Did]:
         if self._is_out_of_step:
             raise WorkerError(f"worker process {self._pid} of the loader failed before; iterate anew, with another")
         try:
@@ -377,7 +386,7 @@ def _serve(sock: socket.socket, finish: Finish, reseed: Reseed, failure: tuple[A
 
 def _answer(link: Link, finish: Finish, reseed: Reseed, failure: tuple[Any, ...] | None, account: Account) -> None:
     gathered = link.receive()
-    before, cpu_before_s = dict(account.seconds), account.map_cpu_s
+    before, cpu_before_s, account.filtered = dict(account.seconds), account.map_cpu_s, 0
     answers: list[tuple[bool, Any]] = []
     try:
         if failure is None:
@@ -390,12 +399,13 @@ def _answer(link: Link, finish: Finish, reseed: Reseed, failure: tuple[Any, ...]
     account.switch("transfer")
     took = {cause: seconds - before[cause] for cause, seconds in account.seconds.items()}
     seconds = {cause: took[cause] for cause in _OF_WORKERS if took[cause] > 0.0}
+    did = _Did(seconds, account.map_cpu_s - cpu_before_s, account.filtered)
     try:
-        link.send((answers, seconds, account.map_cpu_s - cpu_before_s))
+        link.send((answers, did))
     except LinkClosedError:
         raise
     except BaseException:  # something that was made cannot be pickled
-        link.send((_sendable(answers), seconds, account.map_cpu_s - cpu_before_s))
+        link.send((_sendable(answers), did))
 
 
 def _sendable(answers: list[tuple[bool, Any]]) -> list[tuple[bool, Any]]:
