@@ -323,7 +323,9 @@ class BatchBuilder:
 
 
 def _kept(samples: Iterator[Any], account: Account) -> Iterator[Any]:
-    """Without those that filters left out, which the account counts once all could be made: else they are made again."""
+    """Without those that filters left out. The account counts these once all are made: a batch that fails is made
+    again.
+    """
     left_out = 0
     for sample in samples:
         if sample is _LEFT_OUT:

@@ -180,7 +180,7 @@ class Workers:
 class _Did(NamedTuple):
     """What a worker did for an answer: seconds by cause, processor time of functions, samples that filters left out."""
 
-    seconds: dict[str, float]
+    seconds: Mapping[str, float]
     map_cpu_s: float
     filtered: int
 
