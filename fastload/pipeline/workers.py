@@ -28,7 +28,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -180,7 +180,7 @@ class Workers:
 class _Did(NamedTuple):
     """What a worker did for an answer: seconds by cause, processor time of functions, samples that filters left out."""
 
-    seconds: Mapping[str, float]
+    seconds: dict[str, float]
     map_cpu_s: float
     filtered: int
 
@@ -398,7 +398,7 @@ def _answer(link: Link, finish: Finish, reseed: Reseed, failure: tuple[Any, ...]
         answers.append((False, _packed(error)))
     account.switch("transfer")
     took = {cause: seconds - before[cause] for cause, seconds in account.seconds.items()}
-    seconds = {cause: took[cause] for cause in _OF_WORKERS if took[cause] > 0.0}
+    seconds: dict[str, float] = {cause: took[cause] for cause in _OF_WORKERS if took[cause] > 0.0}
     did = _Did(seconds, account.map_cpu_s - cpu_before_s, account.filtered)
     try:
         link.send((answers, did))
