@@ -9,6 +9,7 @@ Nothing here imports numba until the first shard is to be indexed.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from itertools import combinations
 from typing import Protocol, TypeAlias
 
@@ -17,25 +18,31 @@ from numpy.typing import NDArray
 
 from fastload.errors import ConfigError, ShardError
 from fastload.formats import record_index
-from fastload.formats.record_index import RecordIndex, shard_name
+from fastload.formats.record_index import ListedShard, RecordIndex, shard_name
 from fastload.formats.records import RecordReader, read_layout
 from fastload.formats.shard_index import ShardIndex
 from fastload.store.listing import ends_in
 
 __all__ = [
     "ENDINGS",
+    "INDEX_NAME",
     "SHARD_ENDINGS",
     "SIDECAR_NAME",
     "Index",
     "Indexer",
+    "ListedShard",
     "MixedLayoutsError",
     "RecordIndex",
     "ShardIndex",
+    "described_layout",
     "difference",
     "endings_of",
     "format_of",
     "indexer_for",
+    "is_described",
     "joined",
+    "listed_shards",
+    "may_be_indexed",
     "record_reader",
     "stored_index",
 ]
@@ -47,6 +54,7 @@ ENDINGS = {
     "mds": (".mds",),
     "jsonl": (".jsonl", ".ndjson"),
     "tfrecord": (".tfrecord", ".tfrecords", ".tfrecord-#-of-#", ".tfrecords-#-of-#"),
+    "litdata": ("chunk-#-#.bin", "chunk-#-#.zstd.bin", "chunk-#-#.zstd:#.bin"),
 }
 """The formats by name, and how the names of their shards end; "#" is a number."""
 
@@ -55,6 +63,9 @@ SHARD_ENDINGS = tuple(ending for endings in ENDINGS.values() for ending in endin
 
 SIDECAR_NAME = "fastload-index.arrow"
 """What a file of indexes is called that is found by itself beside the shards of a prefix (see `sidecar`)."""
+
+INDEX_NAME = "index.json"
+"""What a file is called that names the shards beside it."""
 
 _UNPACK = {
     ".gz": "gunzip",
@@ -105,6 +116,32 @@ def stored_index(data: bytes | bytearray | memoryview, url: str, object_size: in
     return index
 
 
+def may_be_indexed(url: str) -> bool:
+    """Whether a shard is of a format that may have a file `INDEX_NAME` beside its shards."""
+    return format_of(url) in ("mds", "litdata")
+
+
+def is_described(url: str) -> bool:
+    """Whether a shard is of a format of which that file says how samples are laid out, so that it has to be there."""
+    return format_of(url) == "litdata"
+
+
+def listed_shards(data: bytes, url: str) -> list[ListedShard]:
+    """The shards that the file `INDEX_NAME` at `url` names. ConfigError, naming `url`, for what is none, and for shards
+    that are not read.
+    """
+    from fastload.formats import litdata, mds
+
+    return litdata.shards_of(data, url) if litdata.is_index(data) else mds.shards_of(data, url)
+
+
+def described_layout(data: bytes, url: str) -> bytes:
+    """How samples are laid out, as the file `INDEX_NAME` at `url` says. ConfigError where it does not."""
+    from fastload.formats import litdata
+
+    return litdata.layout(data, url)
+
+
 @functools.lru_cache(maxsize=256)
 def record_reader(layout: bytes) -> RecordReader:
     """What reads records of this layout; ShardError where that is none."""
@@ -117,6 +154,10 @@ def record_reader(layout: bytes) -> RecordReader:
         from fastload.formats.jsonl import JsonlReader
 
         return JsonlReader.of(fields)
+    if name == "litdata":
+        from fastload.formats.litdata import LitDataReader
+
+        return LitDataReader.of(fields)
     if name == "tfrecord":
         from fastload.formats.tfrecord import TfRecordReader
 
@@ -175,8 +216,9 @@ def format_of(url: str) -> str:
     return next((each for each, endings in ENDINGS.items() if ends_in(name, endings)), "tar")
 
 
-def indexer_for(url: str, size: int) -> Indexer:
+def indexer_for(url: str, size: int, layout: Callable[[], bytes] | None = None) -> Indexer:
     """An indexer for the shard at `url` of `size` bytes, by the ending of its name; tar where that says nothing.
+    `layout` says how samples are laid out where a file beside the shard does (see `is_described`).
 
     Raises ConfigError for what is compressed, ShardError for an empty object.
     """
@@ -192,6 +234,11 @@ def indexer_for(url: str, size: int) -> Indexer:
         from fastload.formats.jsonl import JsonlIndexer
 
         return JsonlIndexer(url, size)
+    if is_described(url):
+        from fastload.formats.litdata import LitDataIndexer
+
+        assert layout is not None, f"{url}: nothing says how its samples are laid out"
+        return LitDataIndexer(url, size, layout())
     if format_of(url) == "tfrecord":
         from fastload.formats.tfrecord import TfRecordIndexer
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from itertools import accumulate, pairwise
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -28,9 +28,8 @@ from fastload import decode
 from fastload.decode import Decoder
 from fastload.decode.flat import Flat
 from fastload.errors import ConfigError, DecodeError, ShardError
-from fastload.formats.record_index import RecordIndex, shard_name
-from fastload.formats.records import Bytes, Int64s, RecordReader, Where, layout_of
-from fastload.kernels.records import find_sized
+from fastload.formats.record_index import ListedShard, RecordIndex, shard_name
+from fastload.formats.records import Bytes, Int64s, RecordReader, Where, find_by_sizes, layout_of, number_of
 
 # Columns of a shard, and bytes of the JSON that describes them: more is no header that anything wrote.
 _COLUMNS_MAX, _JSON_BYTES_MAX = 4096, 1 << 20
@@ -45,10 +44,6 @@ _ARRAY_CODES = {
     8: "uint8", 9: "int8", 16: "uint16", 17: "int16", 18: "float16", 32: "uint32", 33: "int32", 34: "float32",
     64: "uint64", 65: "int64", 66: "float64",
 }  # fmt: skip
-
-
-INDEX_NAME = "index.json"
-"""What the list of a folder's shards is called, which lies beside them."""
 
 
 class _File(msgspec.Struct):
@@ -66,14 +61,6 @@ class _Listed(msgspec.Struct):
 class _Index(msgspec.Struct):
     shards: list[_Listed]
     version: int = 2
-
-
-class ListedShard(NamedTuple):
-    """What a folder's index says of a shard."""
-
-    name: str
-    byte_count: int
-    samples: int
 
 
 def shards_of(data: bytes, url: str) -> list[ListedShard]:
@@ -206,34 +193,21 @@ class MdsReader:
         )
 
     def may_have(self, column: str) -> bool:
-        lower = column.lower()
-        return any(name.lower() == lower for name in self.columns)
+        return number_of(self.columns, column) >= 0
 
     def kind(self, column: str) -> str:
-        number = self._number(column)
+        number = number_of(self.columns, column)
         return self.encodings[number] + (f" of {self.fixed[number]} bytes" if self.fixed[number] >= 0 else "")
 
     def decoder(self, column: str) -> Decoder:
-        return _decoder_of(self.encodings[self._number(column)], column)
+        return _decoder_of(self.encodings[number_of(self.columns, column)], column)
 
     def joined(self, other: RecordReader) -> bytes | None:
         return None
 
     def find(self, records: Bytes, offsets: Int64s, columns: Sequence[str], places: Int64s, where: Where) -> None:
-        wanted = np.full(len(self.columns), -1, np.int64)
-        for row, column in enumerate(columns):
-            wanted[self._number(column)] = row
-        fixed = np.array(self.fixed, np.int64)
-        wrong = find_sized(records, offsets, fixed, wanted, places[0], places[1])
-        if wrong >= 0:
-            raise DecodeError(
-                f"{where(wrong)}: its {offsets[wrong + 1] - offsets[wrong]} bytes are not what the sizes of its "
-                "columns say: it is damaged; write the shard again"
-            )
-
-    def _number(self, column: str) -> int:
-        lower = column.lower()
-        return next(number for number, name in enumerate(self.columns) if name.lower() == lower)
+        numbers = [number_of(self.columns, column) for column in columns]
+        find_by_sizes(records, offsets, np.array(self.fixed, np.int64), numbers, places, where)
 
 
 _ARRAY = re.compile(r"ndarray(?::(\w+)(?::([0-9]{1,10}(?:,[0-9]{1,10})*),?)?)?")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from fastload.errors import ShardError
 from fastload.formats.shard_index import HEADER_BYTES
 
-__all__ = ["MAGIC", "RECORD", "RecordIndex", "stored_record_count"]
+__all__ = ["MAGIC", "RECORD", "ListedShard", "RecordIndex", "shard_name", "stored_record_count"]
 
 RECORD = ""
 """The one column that gathering knows of such shards: all of a record."""
@@ -131,6 +132,14 @@ class RecordIndex:
         inside = (offset >= 0) & (offset <= object_size) & (sizes <= object_size - np.minimum(offset, object_size))
         require(inside.all(), "a record lies outside of the object")
         return cls(data[_HEADER.size + 12 * samples :], offset, sizes, object_size, shard_name(url))
+
+
+class ListedShard(NamedTuple):
+    """What a folder's index says of a shard; of how many bytes it is, -1 where it does not say that."""
+
+    name: str
+    byte_count: int
+    samples: int
 
 
 def shard_name(url: str) -> str:

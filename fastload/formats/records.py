@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastload.decode import Decoder
-from fastload.errors import ShardError
+from fastload.errors import DecodeError, ShardError
 from fastload.kernels.gather import gather_columns
+from fastload.kernels.records import find_sized
 
 Bytes = NDArray[np.uint8]
 Int64s = NDArray[np.int64]
@@ -76,6 +77,30 @@ def read_layout(layout: bytes) -> tuple[str, dict[str, object]]:
         return str(fields.pop("format")), fields
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError) as error:
         raise ShardError(f"its records are described by what is no description ({error})") from error
+
+
+def number_of(columns: Sequence[str], name: str) -> int:
+    """Which column is meant: the one of this name, or else the first that is, whatever its case; -1: none."""
+    if name in columns:
+        return columns.index(name)
+    lower = name.lower()
+    return next((number for number, each in enumerate(columns) if each.lower() == lower), -1)
+
+
+def find_by_sizes(
+    records: Bytes, offsets: Int64s, fixed: Int64s, numbers: Sequence[int], places: Int64s, where: Where
+) -> None:
+    """`RecordReader.find`, of the columns of these numbers, for records that begin with the sizes of the columns of
+    varying size: `fixed` is -1 for these, and the size of the others.
+    """
+    wanted = np.full(len(fixed), -1, np.int64)
+    wanted[list(numbers)] = np.arange(len(numbers))
+    wrong = find_sized(records, offsets, fixed, wanted, places[0], places[1])
+    if wrong >= 0:
+        raise DecodeError(
+            f"{where(wrong)}: its {offsets[wrong + 1] - offsets[wrong]} bytes are not what the sizes of its columns "
+            "say: it is damaged; write the shard again"
+        )
 
 
 def split(

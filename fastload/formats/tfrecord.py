@@ -29,7 +29,7 @@ from fastload.decode.flat import Flat
 from fastload.errors import DecodeError, ShardError
 from fastload.formats.mds import Several
 from fastload.formats.record_index import RecordIndex, shard_name
-from fastload.formats.records import Bytes, Fill, Int64s, RecordReader, Where, copy_out, layout_of
+from fastload.formats.records import Bytes, Fill, Int64s, RecordReader, Where, copy_out, layout_of, number_of
 from fastload.kernels import examples
 from fastload.kernels.crc import CRC32C, tables_of
 
@@ -250,13 +250,13 @@ class TfRecordReader:
         )
 
     def may_have(self, column: str) -> bool:
-        return self._number(column) >= 0
+        return number_of(self.columns, column) >= 0
 
     def kind(self, column: str) -> str:
-        return "a whole record" if self.is_raw else self.kinds[self._number(column)]
+        return "a whole record" if self.is_raw else self.kinds[number_of(self.columns, column)]
 
     def decoder(self, column: str) -> Decoder:
-        number = self._number(column)
+        number = number_of(self.columns, column)
         kind, count = self.kinds[number], self.counts[number]
         if kind == "bytes":
             return decode.raw() if count == 1 else Several(decode.raw())
@@ -268,7 +268,7 @@ class TfRecordReader:
         if self.is_raw:
             places[0], places[1] = offsets[:-1], np.diff(offsets)
             return None
-        numbers = [self._number(column) for column in columns]
+        numbers = [number_of(self.columns, column) for column in columns]
         kinds = [_KINDS[self.kinds[number]] for number in numbers]
         singles = [kind == examples.BYTES and self.counts[at] == 1 for kind, at in zip(kinds, numbers, strict=True)]
         names = [self.columns[number].encode() for number in numbers]
@@ -327,13 +327,6 @@ class TfRecordReader:
     def _layout(self) -> bytes:
         columns = [list(column) for column in zip(self.columns, self.kinds, self.counts, strict=True)]
         return layout_of("tfrecord", {"columns": WHOLE if self.is_raw else columns})
-
-    def _number(self, column: str) -> int:
-        """The feature that is meant: the one of this name, or else the first that is, whatever its case."""
-        if column in self.columns:
-            return self.columns.index(column)
-        lower = column.lower()
-        return next((number for number, name in enumerate(self.columns) if name.lower() == lower), -1)
 
 
 _EMPTY = TfRecordReader((), (), ())

@@ -21,7 +21,12 @@ from fastload.errors import ConfigError
 ENDING = ".json"
 
 # Other formats call the file the same, and lead to this message when a user passes it.
-_OTHERS = {"shards": "MosaicML's streaming", "chunks": "LitData", "features": "Hugging Face"}
+_FOLDER, _TARS = "name the folder that it lies in", "which is not supported; write the samples as .tar shards"
+_OTHERS = {
+    "shards": f"MosaicML's streaming; {_FOLDER}",
+    "chunks": f"LitData; {_FOLDER}",
+    "features": f"Hugging Face, {_TARS}",
+}
 
 
 _Kind = TypeVar("_Kind")
@@ -98,7 +103,7 @@ def _explain(data: bytes, url: str) -> str:
     names = _decode(data, url, dict[str, object])
     for name, format_name in _OTHERS.items():
         if name in names:
-            return f"{url} is an index of {format_name}, which is not supported; write the samples as .tar shards"
+            return f"{url} is an index of {format_name}"
     return f"{url} is no wids list of shards: it has neither shardlist nor datasets; write it again, or name the shards"
 
 

@@ -14,9 +14,20 @@ import numpy.typing as npt
 
 from fastload.client.consumer import Consumer
 from fastload.errors import ConfigError, ObjectMissingError
-from fastload.formats import SHARD_ENDINGS, SIDECAR_NAME, endings_of, format_of, mds, wids
+from fastload.formats import (
+    INDEX_NAME,
+    SHARD_ENDINGS,
+    SIDECAR_NAME,
+    endings_of,
+    format_of,
+    is_described,
+    listed_shards,
+    may_be_indexed,
+    wids,
+)
 from fastload.plan import Manifest
 from fastload.store.table import ObjectTable
+from fastload.store.types import ObjectInfo
 
 # Some ten million shards; they are read into memory whole.
 _LIST_BYTES_MAX = 2 << 30
@@ -57,7 +68,15 @@ def find_sidecars(consumer: Consumer, manifest: Manifest, index: str | None) -> 
 
     `index` is looked up wherever it is used: it may be a local file, of which each node has a copy.
     """
-    return manifest.sidecars if index is None else consumer.resolve([index], ())
+    if index is None:
+        return manifest.sidecars
+    descriptions = [info for info in manifest.sidecars if is_description(info.url)]
+    return ObjectTable.joined([consumer.resolve([index], ()), ObjectTable.of(descriptions)])
+
+
+def is_description(url: str) -> bool:
+    """Whether a sidecar says how shards beside it are laid out, and holds no indexes of them."""
+    return url.rpartition("/")[2] == INDEX_NAME
 
 
 def attach(consumer: Consumer, manifest: Manifest, sidecars: ObjectTable) -> None:
@@ -88,45 +107,97 @@ def _parts(consumer: Consumer, urls: list[str], are_lists: bool, endings: tuple[
 
 
 def _of_names(consumer: Consumer, urls: list[str], endings: tuple[str, ...]) -> _Listed:
-    found = consumer.resolve(urls, endings, beside=[SIDECAR_NAME, mds.INDEX_NAME])
+    found = consumer.resolve(urls, endings, beside=[SIDECAR_NAME, INDEX_NAME])
     names = [url.rpartition("/")[2] for rows in found.rows() for url, *_ in rows]
     is_sidecar = np.array([name == SIDECAR_NAME for name in names], np.bool_)
-    is_index = np.array([name == mds.INDEX_NAME for name in names], np.bool_)
+    is_index = np.array([name == INDEX_NAME for name in names], np.bool_)
     is_shard = ~(is_sidecar | is_index)
     shards = found if is_shard.all() else found.take(np.flatnonzero(is_shard))
-    counts = _counts_of_indexes(consumer, found.take(np.flatnonzero(is_index)), shards)
-    return _Listed(shards, counts, found.take(np.flatnonzero(is_sidecar)))
+    folders = _Folders(shards)
+    indexes = [info for info in found.take(np.flatnonzero(is_index)) if _folder(info.url) in folders.numbers]
+    counts, order = np.full(len(shards), -1, np.int64), np.arange(len(shards))
+    for info in indexes:
+        folders.note(info.url, _read(consumer, info), counts, order, is_whole=True)
+    of_named = folders.indexes_of_named(consumer, {_folder(info.url) for info in indexes})
+    for info in of_named:
+        folders.note(info.url, _read(consumer, info), counts, order, is_whole=False)
+    described = [info for info in (*indexes, *of_named) if _folder(info.url) in folders.described]
+    sidecars = ObjectTable.joined([found.take(np.flatnonzero(is_sidecar)), ObjectTable.of(described)])
+    return _Listed(shards.take(order) if (np.diff(order) < 0).any() else shards, counts[order], sidecars)
 
 
-def _counts_of_indexes(consumer: Consumer, indexes: ObjectTable, shards: ObjectTable) -> npt.NDArray[np.int64]:
-    """How many samples the index files of MDS promise of each shard, -1 where they do not name it. ConfigError for an
-    index that names a shard which is not there, or has another size.
-    """
-    counts = np.full(len(shards), -1, np.int64)
-    if not len(indexes):
-        return counts
-    numbers = {url: number for number, (url, *_) in enumerate(row for rows in shards.rows() for row in rows)}
-    folders = {url.rpartition("/")[0] for url in numbers if format_of(url) == "mds"}
-    for at, info in enumerate(indexes):
-        folder = info.url.rpartition("/")[0]
-        if folder not in folders:  # another format's
-            continue
-        if info.size > _LIST_BYTES_MAX:
-            raise ConfigError(f"{info.url}: an index of {info.size} bytes, above {_LIST_BYTES_MAX}")
-        consumer.attach(indexes.take(np.array([at])))
-        for shard in mds.shards_of(object_reader(consumer, 0, info.size)(0, info.size), info.url):
-            number = numbers.get(f"{folder}/{shard.name}")
+def _folder(url: str) -> str:
+    return url.rpartition("/")[0]
+
+
+def _read(consumer: Consumer, info: ObjectInfo) -> bytes:
+    if info.size > _LIST_BYTES_MAX:
+        raise ConfigError(f"{info.url}: an index of {info.size} bytes, above {_LIST_BYTES_MAX}")
+    consumer.attach(ObjectTable.of([info]))
+    return object_reader(consumer, 0, info.size)(0, info.size)
+
+
+class _Folders:
+    """Shards by the folders that they lie in, and what an index says that lies there, too."""
+
+    def __init__(self, shards: ObjectTable) -> None:
+        self._shards = shards
+        self.numbers: dict[str, dict[str, int]] = {}  # by folder: shards that it may name, by name
+        self.described: set[str] = set()  # folders where it has to be
+        for number, url in enumerate(url for rows in shards.rows() for url, *_ in rows):
+            if may_be_indexed(url):
+                folder, _, name = url.rpartition("/")
+                self.numbers.setdefault(folder, {})[name] = number
+                if is_described(url):
+                    self.described.add(folder)
+
+    def indexes_of_named(self, consumer: Consumer, found: set[str]) -> list[ObjectInfo]:
+        """The indexes of shards that were named one by one, where they are needed and not among those `found`."""
+        lacking = [f"{folder}/{INDEX_NAME}" for folder in self.described if folder not in found]
+        there = list(consumer.present(sorted(lacking))) if lacking else []
+        missing = next(iter(sorted(set(lacking) - {info.url for info in there})), None)
+        if missing is not None:
+            name = next(iter(self.numbers[_folder(missing)]))
+            raise ConfigError(
+                f"{_folder(missing)}/{name} is {format_of(name)} by its name, whose samples {INDEX_NAME} beside it "
+                "describes, and there is none; upload it, or name another format"
+            )
+        return there
+
+    def note(
+        self, url: str, data: bytes, counts: npt.NDArray[np.int64], order: npt.NDArray[np.int64], *, is_whole: bool
+    ) -> None:
+        """Note how many samples the index at `url` promises of each shard, and of a format that cannot do without it
+        the shards' order. ConfigError where it names a shard that is not there or has another size, or has to name all
+        and does not. `is_whole`: all that lies in the folder is known.
+        """
+        folder = _folder(url)
+        numbers, ordered = self.numbers[folder], []
+        for shard in listed_shards(data, url):
+            number = numbers.get(shard.name)
+            if number is None and not is_whole:
+                continue
             if number is None:
                 raise ConfigError(
-                    f"{info.url} names {shard.name}, which is not beside it; upload it, or take it out of the index"
+                    f"{url} names {shard.name}, which is not beside it; upload it, or take it out of the index"
                 )
-            if shard.byte_count != shards[number].size:
+            if shard.byte_count != self._shards[number].size:
                 raise ConfigError(
-                    f"{info.url} says that {shard.name} has {shard.byte_count} bytes, and it has "
-                    f"{shards[number].size}: it was cut short, or is another one; upload it again"
+                    f"{url} says that {shard.name} has {shard.byte_count} bytes, and it has "
+                    f"{self._shards[number].size}: it was cut short, or is another one; upload it again"
                 )
             counts[number] = shard.samples
-    return counts
+            ordered.append(number)
+        if folder in self.described:
+            unnamed = next((name for name, number in numbers.items() if number not in set(ordered)), None)
+            if unnamed is not None or len(set(ordered)) < len(ordered):
+                raise ConfigError(
+                    f"{url} does not name {unnamed}, which lies beside it; remove it, or write the index again"
+                    if unnamed is not None
+                    else f"{url} names a shard twice; write it again"
+                )
+            if is_whole:
+                order[sorted(ordered)] = ordered
 
 
 def _of_list(consumer: Consumer, url: str, *, is_nested: bool = False) -> Iterator[_Listed]:

@@ -16,7 +16,8 @@ cannot be corrected if they turn out wrong, so that is an error.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -26,12 +27,13 @@ import numpy.typing as npt
 
 from fastload import callers, protocol
 from fastload.client.consumer import Consumer
-from fastload.errors import ShardError, StoreError
-from fastload.formats import Index, indexer_for, stored_index
-from fastload.pipeline.shard_listing import object_reader
+from fastload.errors import ConfigError, ShardError, StoreError
+from fastload.formats import Index, described_layout, indexer_for, stored_index
+from fastload.pipeline.shard_listing import is_description, object_reader
 from fastload.pipeline.windows import window_chunks
 from fastload.plan import Manifest
 from fastload.store.table import ObjectTable
+from fastload.store.types import ObjectInfo
 
 if TYPE_CHECKING:
     from fastload.formats.sidecar import SidecarSummary
@@ -58,7 +60,12 @@ class ShardTable:
         self._known: cachetools.LRUCache[int, Index] = cachetools.LRUCache(
             _MEMORY_BYTES, getsizeof=lambda index: index.byte_count + 1024
         )
-        self._sidecars = Sidecars(manifest, sidecars, int(first_chunk[-1]), chunk_bytes) if sidecars else None
+        files = SideFiles.behind(
+            int(first_chunk[-1]), chunk_bytes, ObjectTable.of([]) if sidecars is None else sidecars
+        )
+        of_indexes, of_layouts = files.divided(lambda info: not is_description(info.url))
+        self._sidecars = Sidecars(manifest, of_indexes) if len(of_indexes.infos) else None
+        self._layouts = Layouts(of_layouts)
         self._promised = np.full(len(manifest), -1, np.int64) if manifest.promised is None else manifest.promised.copy()
 
     def get(self, consumer: Consumer, object_nos: Sequence[int]) -> list[Index]:
@@ -155,7 +162,7 @@ class ShardTable:
         """Walk over the headers of a shard, chunk by chunk, skipping the chunks that hold none."""
         info = self._manifest.objects[object_no]
         first, end = int(self._first_chunk[object_no]), int(self._first_chunk[object_no + 1])
-        indexer = indexer_for(info.url, info.size)
+        indexer = indexer_for(info.url, info.size, lambda: self._layouts.of(consumer, info.url))
         chunk = first
         while chunk < end and not indexer.done:
             start = (chunk - first) * self._chunk_bytes
@@ -170,13 +177,63 @@ class ShardTable:
 Ints = npt.NDArray[np.int64]
 
 
-class Sidecars:
-    """The sidecars of a manifest; the first one's chunks begin at `first_chunk`. Safe to use from several threads."""
+@dataclass(frozen=True, slots=True, eq=False)
+class SideFiles:
+    """Attached files, and the number of each one's first chunk and how many chunks it has."""
 
-    def __init__(self, manifest: Manifest, files: ObjectTable, first_chunk: int, chunk_bytes: int) -> None:
+    infos: ObjectTable
+    first_chunk: Ints
+    chunk_counts: Ints
+
+    @classmethod
+    def behind(cls, first_chunk: int, chunk_bytes: int, files: ObjectTable) -> SideFiles:
+        """Those that are attached from that chunk on."""
+        counts: Ints = -(-files.sizes // chunk_bytes)
+        return cls(files, first_chunk + np.cumsum(counts) - counts, counts)
+
+    def divided(self, is_first: Callable[[ObjectInfo], bool]) -> tuple[SideFiles, SideFiles]:
+        """Those for which that holds, and the others."""
+        mask = np.array([is_first(info) for info in self.infos], np.bool_)
+        first, others = (
+            SideFiles(self.infos.take(at), self.first_chunk[at], self.chunk_counts[at])
+            for at in map(np.flatnonzero, (mask, ~mask))
+        )
+        return first, others
+
+    def read_at(self, consumer: Consumer, number: int) -> Callable[[int, int], bytes]:
+        """Reads parts of one of them: `read_at(start, length)`."""
+        return object_reader(consumer, int(self.first_chunk[number]), self.infos[number].size)
+
+
+class Layouts:
+    """How samples are laid out where a file beside the shards says it. Safe to use from several threads."""
+
+    def __init__(self, files: SideFiles) -> None:
+        self._files = files
+        self._number_of = {info.url.rpartition("/")[0]: number for number, info in enumerate(files.infos)}
+        self._lock = threading.Lock()
+        self._known: dict[int, bytes] = {}
+
+    def of(self, consumer: Consumer, url: str) -> bytes:
+        """The layout of the shard at `url`. ConfigError where nothing says it."""
+        number = self._number_of.get(url.rpartition("/")[0])
+        if number is None:
+            raise ConfigError(f"{url}: the list of shards has no file that describes it; make the list again")
+        with self._lock:
+            found = self._known.get(number)
+        if found is None:
+            info = self._files.infos[number]
+            found = described_layout(self._files.read_at(consumer, number)(0, info.size), info.url)
+            with self._lock:
+                self._known[number] = found
+        return found
+
+
+class Sidecars:
+    """The sidecars of a manifest. Safe to use from several threads."""
+
+    def __init__(self, manifest: Manifest, files: SideFiles) -> None:
         self._manifest, self._files = manifest, files
-        self._chunk_counts: Ints = -(-files.sizes // chunk_bytes)
-        self._first_chunk: Ints = first_chunk + np.cumsum(self._chunk_counts) - self._chunk_counts
         self._lock = threading.Lock()
         self._summaries: list[SidecarSummary] = []
         self._file_of = np.full(len(manifest), -1, np.int32)
@@ -199,12 +256,10 @@ class Sidecars:
         number = int(self._file_of[object_no])
         if number < 0 or number in self._lost:
             return None
-        info = self._files[number]
+        info = self._files.infos[number]
         try:
             row = int(self._row_of[object_no])
-            return self._summaries[number].index(
-                row, object_reader(consumer, int(self._first_chunk[number]), info.size)
-            )
+            return self._summaries[number].index(row, self._files.read_at(consumer, number))
         except StoreError as error:
             self._lost.add(number)
             _warn(f"{info.url} cannot be read any more ({error})", "its shards are indexed by reading them")
@@ -224,8 +279,8 @@ class Sidecars:
 
         ends = self._ends()
         consumer.want(ends)
-        for info, first in zip(self._files, self._first_chunk.tolist(), strict=True):
-            summary = read_summary(object_reader(consumer, first, info.size), info.size, info.url)
+        for number, info in enumerate(self._files.infos):
+            summary = read_summary(self._files.read_at(consumer, number), info.size, info.url)
             rows, others = summary.rows_of(self._manifest.objects)
             self._warn_of_versions(info.url, others)
             found = rows >= 0
@@ -235,8 +290,8 @@ class Sidecars:
 
     def _ends(self) -> list[int]:
         """The first and last chunk of each file: its list of contents, and where it is small all that is read here."""
-        stops = (self._first_chunk - 1 + self._chunk_counts).tolist()
-        pairs = zip(self._first_chunk.tolist(), stops, strict=True)
+        stops = (self._files.first_chunk - 1 + self._files.chunk_counts).tolist()
+        pairs = zip(self._files.first_chunk.tolist(), stops, strict=True)
         return [chunk for first, last in pairs for chunk in range(first, last + 1, max(1, last - first))]
 
     def _warn_of_versions(self, url: str, object_nos: Ints) -> None:

@@ -9,18 +9,30 @@ place in it; or records that lie in the object, and values that are those of a r
 
 from __future__ import annotations
 
+import json
 import random
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from fastload.errors import DecodeError, ShardError
-from fastload.formats import RecordIndex, record_reader, records, stored_index, tfrecord
+from fastload.errors import ConfigError, DecodeError, ShardError
+from fastload.formats import (
+    RecordIndex,
+    described_layout,
+    listed_shards,
+    litdata,
+    record_reader,
+    records,
+    stored_index,
+    tfrecord,
+)
 from fastload.formats.records import split
 from tests.formats import fuzzing, protobuf
 from tests.formats.fuzz_readers import changed
@@ -158,7 +170,70 @@ def as_list(values: Any) -> bytes | None:
     return as_list([values] if isinstance(values, bytes) else np.atleast_1d(values).tolist())
 
 
-TARGETS = [fuzzing.Target("tfrecord", make_tfrecord, check_tfrecord)]
+# LitData.
+
+
+def make_litdata(rng: random.Random) -> bytes:
+    """The index and a chunk, of which one is damaged, or the items of the chunk. In front of both the index's size."""
+    leaves = rng.choices(["bytes", "int", "tensor", "numpy", "no_header_tensor:18", "json", "str", "bool"], k=3)
+    is_packed = rng.random() < 0.3
+    items = []
+    for _ in range(rng.choice([0, 1, 2, 5])):
+        parts = [rng.choice(_LEAVES) for _ in leaves]
+        item = b"".join(struct.pack("<I", len(part)) for part in parts) + b"".join(parts)
+        item = changed(item, rng) if rng.random() < 0.4 else item
+        packed = pa.Codec("zstd").compress(item, asbytes=True) if is_packed else item
+        items.append(changed(packed, rng) if rng.random() < 0.2 else packed)
+    first = 8 + 4 * len(items)
+    chunk = struct.pack(f"<{2 + len(items)}I", len(items), *accumulate(map(len, items), initial=first))
+    chunk += b"".join(items)
+    leaf = {"type": None, "context": None, "children_spec": []}
+    spec = {"type": "builtins.dict", "context": '["a", "b", "c"]', "children_spec": [leaf] * 3}
+    config = {"data_format": leaves, "data_spec": json.dumps([1, spec]), "compression": None}
+    if is_packed:
+        config |= {"compression": "zstd", "compression_level": "sample"}
+    rows = [{"filename": "chunk-0-0.bin", "chunk_bytes": len(chunk), "chunk_size": len(items)}]
+    about = json.dumps({"chunks": rows, "config": config}).encode()
+    about, chunk = (changed(each, rng) if rng.random() < 0.3 else each for each in (about, chunk))
+    return struct.pack("<I", len(about)) + about + chunk
+
+
+_LEAVES = [
+    b"", b"text", bytes(8), b"\1", struct.pack(">III", 17, 1, 2) + bytes(16), struct.pack("<III", 3, 1, 2) + bytes(16),
+    b"\5" + struct.pack("<II", 1, 1) + b"k\2" + struct.pack("<Iq", 1, 7), b'{"a": 1}',
+    b"\6" + struct.pack("<III", 2, 1, 1) + b"k\x10\x12" + bytes(8),
+]  # fmt: skip
+
+
+def check_litdata(data: bytes, rng: random.Random) -> None:
+    """Index and chunk are read, and the values of all columns that are decoded."""
+    about_bytes = int.from_bytes(data[:4], "little")
+    about, chunk = data[4 : 4 + about_bytes], data[4 + about_bytes :]
+    try:
+        shards = listed_shards(about, URL)
+        layout = described_layout(about, URL)
+    except ConfigError as error:
+        assert str(error).startswith(URL), error  # noqa: PT017
+        return
+    assert all(shard.samples >= 0 <= shard.byte_count for shard in shards)
+    with guarding(rng, litdata):
+        try:
+            indexer = litdata.LitDataIndexer(URL, len(chunk), layout)
+        except ShardError as error:
+            assert str(error).startswith(URL), error  # noqa: PT017
+            return
+        index = index_of(indexer, chunk, rng)
+        if isinstance(index, RecordIndex):
+            try:
+                values_of(index, chunk, rng)
+            except ConfigError as error:
+                assert "a column has the serializer" in str(error) or "column '" in str(error)  # noqa: PT017
+
+
+TARGETS = [
+    fuzzing.Target("tfrecord", make_tfrecord, check_tfrecord),
+    fuzzing.Target("litdata", make_litdata, check_litdata),
+]
 
 if __name__ == "__main__":
     fuzzing.main("tests.formats.fuzz_records", *TARGETS)

@@ -343,7 +343,8 @@ def test_compressed_shards_say_what_to_do(url: str, tool: str) -> None:
 
 def test_endings() -> None:
     records = ".tfrecord", ".tfrecords", ".tfrecord-#-of-#", ".tfrecords-#-of-#"
-    assert (".tar", ".mds", ".jsonl", ".ndjson", *records) == SHARD_ENDINGS
+    chunks = "chunk-#-#.bin", "chunk-#-#.zstd.bin", "chunk-#-#.zstd:#.bin"
+    assert (".tar", ".mds", ".jsonl", ".ndjson", *records, *chunks) == SHARD_ENDINGS
 
 
 def test_many_members_in_many_calls_of_the_kernel() -> None:

@@ -89,7 +89,7 @@ def test_parts_come_in_order() -> None:
         (b'{"shardlist": [{"url": "a", "nsamples": -5}]}', "a has -5 samples"),
         (b'{"wids_version": 2, "shardlist": []}', "wids_version 2"),
         (b'{"shards": [], "version": 2}', "an index of MosaicML's streaming"),
-        (b'{"chunks": [], "config": {}}', "an index of LitData"),
+        (b'{"chunks": [], "config": {}}', "an index of LitData; name the folder that it lies in"),
         (b'{"shardlist": [{"url": "pipe:cat a.tar"}]}', "runs no programs"),
         (b'{"shardlist": [{"url": "file:///etc/a.tar"}]}', "a file of this machine"),
     ],

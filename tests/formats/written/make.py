@@ -33,7 +33,35 @@ def tfrecord() -> None:
         writer.close()
 
 
+def litdata() -> None:
+    """By litdata 0.2.76, classic items; and items that are packed by themselves, in a folder beside it."""
+    import torch
+    from litdata.streaming.cache import Cache
+    from litdata.streaming.serializers import JsonLeaf
+    from litdata.types import Image, Jpeg, JpegArray
+    from PIL import Image as Pillow
+
+    for name, options in (("litdata", {}), ("litdata_zstd", {"compression": "zstd", "compression_level": "sample"})):
+        cache = Cache(input_dir=str(HERE / name), chunk_size=8 if options else 2, **options)
+        for i in range(24):
+            picture = Pillow.new("RGB", (3 + i % 2, 2), (10 * i, 5 * i, i))
+            cache[i] = {
+                "id": i - 3,
+                "meta": {"näme": f"é{i}", "ok": i % 3 == 0, "pair": (i / 7, bytes(range(i)))},
+                "words": JsonLeaf({"ids": list(range(i % 4)), "rows": [{"a": i, "b": None}, {"a": -1, "b": "x"}]}),
+                "matrix": torch.arange(6, dtype=torch.int16).reshape(2, 3) * i,
+                "row": torch.arange(i % 5, dtype=torch.float32),
+                "grid": np.ones((1 + i % 2, 2), np.float16) * i,
+                "line": np.arange(i % 3, dtype=np.uint16),
+                "bare": picture,
+                "png": Image(array=np.asarray(picture), format="png"),
+                "jpegs": JpegArray([Jpeg(array=np.asarray(picture))] * (1 + i % 2)),
+            }
+        cache.done()
+        cache.merge()
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         (HERE / name).mkdir(exist_ok=True)
-        {"tfrecord": tfrecord}[name]()
+        {"tfrecord": tfrecord, "litdata": litdata}[name]()

@@ -1,0 +1,52 @@
+"""Records that are packed by zstd, each as one frame that says how large it is unpacked."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastload.errors import DecodeError
+from fastload.formats.records import Bytes, Int64s, Where
+
+_MAGIC = b"\x28\xb5\x2f\xfd"
+_HEAD_BYTES_MAX = 18
+_UNPACKED_BYTES_MAX = 1 << 30
+
+
+def unpacked(records: Bytes, offsets: Int64s, where: Where) -> tuple[Bytes, Int64s]:
+    """The records, unpacked, and their offsets. DecodeError, with `where(i)` before it, for one that cannot be, or that
+    would take more than a GiB.
+    """
+    import pyarrow as pa  # takes a quarter of a second to import
+
+    sizes = [0]
+    for number in range(len(offsets) - 1):
+        head = records[offsets[number] : min(offsets[number] + _HEAD_BYTES_MAX, offsets[number + 1])].tobytes()
+        size = _unpacked_bytes(head)
+        if size is None or size > _UNPACKED_BYTES_MAX:
+            what = "is no frame of zstd that says its size" if size is None else f"has {size} bytes unpacked"
+            raise DecodeError(f"{where(number)}: it {what}; at most {_UNPACKED_BYTES_MAX} are read: write it again")
+        sizes.append(size)
+    out_offsets = np.cumsum(sizes, dtype=np.int64)
+    out, codec = np.empty(int(out_offsets[-1]), np.uint8), pa.Codec("zstd")
+    for number, (start, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+        try:
+            found = codec.decompress(records[start:end].data, sizes[number + 1])
+        except (OSError, ValueError) as error:
+            raise DecodeError(f"{where(number)}: it cannot be unpacked ({error}): it is damaged") from error
+        if found.size != sizes[number + 1]:
+            raise DecodeError(f"{where(number)}: it has {found.size} bytes unpacked, and says {sizes[number + 1]}")
+        out[out_offsets[number] : out_offsets[number + 1]] = np.frombuffer(found, np.uint8)
+    return out, out_offsets
+
+
+def _unpacked_bytes(head: bytes) -> int | None:
+    """How large a frame is unpacked, which its head says (RFC 8878, 3.1.1.1); None where it does not."""
+    if not head.startswith(_MAGIC) or len(head) < 6:
+        return None
+    about = head[4]
+    is_single = about >> 5 & 1
+    at = 5 + (not is_single) + (0, 1, 2, 4)[about & 3]
+    width = (is_single, 2, 4, 8)[about >> 6]
+    if not width or at + width > len(head):
+        return None
+    return int.from_bytes(head[at : at + width], "little") + (256 if width == 2 else 0)
