@@ -41,9 +41,9 @@ from fastload.dataset_base import BatchOf, Columns, DatasetBase, Result, Row, Sa
 from fastload.decode import Decoder
 from fastload.errors import ConfigError
 from fastload.formats import endings_of
-from fastload.pipeline.columns import ColumnSet
+from fastload.pipeline.columns import ColumnSet, Decoding
 from fastload.pipeline.epoch_pass import EpochPass, PassOptions, SourcePass, open_source
-from fastload.pipeline.finish import BatchBuilder, Filter, Finish, Function, SourceBuilder
+from fastload.pipeline.finish import BatchBuilder, ColumnFunctions, Filter, Finish, Function, SourceBuilder
 from fastload.pipeline.gather import Skips
 from fastload.pipeline.job import Job, PassStart
 from fastload.pipeline.lookup import Lookup
@@ -90,9 +90,9 @@ class StreamingDataset(DatasetBase[Sample]):
 
     `columns`: the columns of a sample, by name (the part of a member's name after the first dot, in any case);
     `"txt?"` is one that samples may lack, and `["*?"]` all that each sample has, for `map` and for samples one by one
-    (docs/decode.md). `decode`: a decoder of `fastload.decode` a column; columns
-    without one are raw bytes, and where `decode` is given and `columns` is not, only its columns are read. `as_tuple`:
-    tuples in that order, not dicts.
+    (docs/decode.md). `decode`: a decoder of `fastload.decode` a column, or any function of bytes, which is called as
+    those of `map` are; columns without one are raw bytes, and where `decode` is given and `columns` is not, only its
+    columns are read. `as_tuple`: tuples in that order, not dicts.
 
     `tail`: what to do where ranks do not divide the samples: "pad" (a few are repeated, and counted), "drop",
     "uneven". `rank`, `world_size`: from torch.distributed or the launcher's environment unless given. `replicas`: so
@@ -134,7 +134,7 @@ class StreamingDataset(DatasetBase[Sample]):
             seed: int
             shuffle_window: int | str
             columns: Sequence[str] | None
-            decode: Mapping[str, Decoder] | None
+            decode: Mapping[str, Decoder | Decoding] | None
             tail: Tail
             storage_options: Mapping[str, Any] | None
             rank: int | None
@@ -190,7 +190,7 @@ class StreamingDataset(DatasetBase[Sample]):
         seed: int = 0,
         shuffle_window: int | str = "auto",
         columns: Sequence[str] | None = None,
-        decode: Mapping[str, Decoder] | None = None,
+        decode: Mapping[str, Decoder | Decoding] | None = None,
         as_tuple: bool = False,
         tail: Tail = "pad",
         storage_options: Mapping[str, Any] | None = None,
@@ -225,6 +225,8 @@ class StreamingDataset(DatasetBase[Sample]):
             format=format,
         )
         requested = _requested_order(shuffle, seed, shuffle_window, partitions)
+        if column_set.functions:
+            self._on_samples = (ColumnFunctions(column_set),)
         self._shuffle = shuffle
         self._job = Job((rank, world_size), checked_count(replicas, "replicas"), requested, handle.limits.ram_bytes)
         self._source_here = Source(self._data)

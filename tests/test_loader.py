@@ -604,6 +604,8 @@ def test_other_data_sets_are_torchs(tmp_path: Path) -> None:
         ({"cache": 3}, r"cache=3 must be a fastload.Cache, or the directory of one"),
         ({"decode": ["bin"]}, r"decode=\['bin'\] is not a dict"),
         ({"decode": {"jpg": "pil"}}, r"decode\['jpg'\]='pil' is not a decoder"),
+        ({"decode": {"jpg": fastload.decode.image}}, r"call it: fastload.decode.image\(...\)"),
+        ({"decode": {"__key__": str}}, r"__key__ is given with every sample and cannot be decoded"),
         ({"columns": "jpg"}, r"columns='jpg' is one string"),
         ({"columns": [".jpg"]}, r"'.jpg' is not a name such as 'jpg'"),
         ({"as_tuple": True}, "as_tuple=True needs columns or decode"),

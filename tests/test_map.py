@@ -46,7 +46,7 @@ def new(data: Corpus, cache, tmp_path: Path) -> Callable[[], fastload.StreamingD
     """Makes a data set; one that pytest held until later would seem left behind."""
     url = data.write(tmp_path / "data")
     options = {"shuffle": True, "shuffle_window": "64KiB", "seed": 3, "decode": DECODE}
-    return lambda: fastload.StreamingDataset(url, cache=cache, **options)
+    return lambda **others: fastload.StreamingDataset(url, cache=cache, **{**options, **others})
 
 
 def closing(dataset: Any, workers: str = "process", num_workers: int = 2, **options: Any) -> fastload.DataLoader:
@@ -64,6 +64,44 @@ def run(dataset: Any, *args: Any, **options: Any) -> list[Any]:
 
 def measured(sample: dict[str, Any]) -> dict[str, Any]:
     return {"cls": sample["cls"], "length": len(sample["bin"]), "key": sample["__key__"]}
+
+
+def shouted(value: bytes) -> str:
+    return value.decode("latin-1").upper()
+
+
+def tenfold(value: bytes) -> tuple[int, float]:
+    return 10 * int(value), random.random()
+
+
+@pytest.mark.parametrize(("workers", "num_workers"), PLACES)
+def test_a_column_is_decoded_by_any_function_of_bytes(new, data, workers, num_workers):
+    dataset = new(decode={"CLS": tenfold, "bin": fastload.decode.raw()})
+    batches = run(dataset.map(lambda sample: {**sample, "length": len(sample["bin"])}), workers, num_workers)
+    plain = run(new(), "thread", 0)
+    assert [batch["__key__"] for batch in batches] == [list(batch["__key__"]) for batch in plain]
+    for batch, expected in zip(batches, plain, strict=True):
+        numbers, chance = batch["CLS"]
+        assert numbers.tolist() == [10 * number for number in expected["cls"].tolist()]
+        assert batch["length"].tolist() == [len(value) for value in expected["bin"]]
+        assert len(set(chance.tolist())) == len(chance)  # each sample has draws of its own
+    if workers == "process":
+        again = run(new(decode={"CLS": tenfold}), workers, 1)
+        assert [batch["CLS"][1].tolist() for batch in again] == [batch["CLS"][1].tolist() for batch in batches]
+
+
+def test_functions_of_bytes_in_tuples_and_of_columns_that_samples_may_lack(cache, tmp_path):
+    samples = {f"{n:03d}": {"cls": b"7", **({"txt": b"abc"} if n % 2 else {})} for n in range(6)}
+    (tmp_path / "a.tar").write_bytes(tar_of(samples))
+    decode = {"cls": int, "txt?": shouted}
+    dataset = fastload.StreamingDataset(tmp_path / "a.tar", cache=cache, decode=decode, as_tuple=True)
+    assert list(dataset) == [(7, "ABC" if n % 2 else None) for n in range(6)]
+    (batch,) = run(dataset, "thread", 0)
+    assert [batch[0].tolist(), list(batch[1])] == [[7] * 6, [None, "ABC"] * 3]
+    broken = fastload.StreamingDataset(tmp_path / "a.tar", cache=cache, decode={"cls": float.fromhex, "txt?": int})
+    with pytest.raises(TypeError) as caught:
+        list(broken)
+    assert "decode={'cls': float.fromhex, 'txt': int}, called with sample '000'" in "".join(caught.value.__notes__)
 
 
 def doubled(batch: dict[str, Any]) -> dict[str, Any]:

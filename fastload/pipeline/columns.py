@@ -6,10 +6,10 @@ writes it. A "?" behind a name is no part of it: it says that samples may lack t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from fastload.decode import Decoder, raw
 from fastload.decode.optional import check_missing
@@ -18,6 +18,9 @@ from fastload.errors import ConfigError
 KEY, URL = "__key__", "__url__"
 # All columns, of which each sample has some.
 ANY = "*?"
+
+Decoding: TypeAlias = Callable[[bytes], Any]
+"""A function of the user's that makes a value of the bytes of a column."""
 
 _RAW = raw()
 # Columns that a message names.
@@ -31,7 +34,8 @@ class ColumnSet:
     """The columns of every sample: `names` in order, or None for all that a shard has, as raw bytes.
 
     `members`: the same as shard indexes have them. `optional`: those of `names` that samples may lack. `all_optional`:
-    any sample may lack any column (`"*?"`), so that a batch of them has no columns by itself.
+    any sample may lack any column (`"*?"`), so that a batch of them has no columns by itself. `functions`: the user's
+    own, of the bytes of a column, which are read raw.
     """
 
     names: tuple[str, ...] | None
@@ -40,9 +44,12 @@ class ColumnSet:
     members: tuple[str, ...] | None = None
     optional: frozenset[str] = frozenset()
     all_optional: bool = False
+    functions: Mapping[str, Decoding] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, columns: Sequence[str] | None, decode: Mapping[str, Decoder] | None, as_tuple: bool) -> ColumnSet:
+    def of(
+        cls, columns: Sequence[str] | None, decode: Mapping[str, Decoder | Decoding] | None, as_tuple: bool
+    ) -> ColumnSet:
         """From the arguments of a data set; raises `ConfigError` where they do not fit together."""
         if isinstance(columns, str):
             raise ConfigError(f"columns={columns!r} is one string; give a list of column names")
@@ -50,7 +57,7 @@ class ColumnSet:
             raise ConfigError(
                 f"as_tuple={as_tuple!r} must be True, where samples are tuples, or False, where they are dicts"
             )
-        decoders = _checked_decoders(decode)
+        decoders, functions = _checked_decoders(decode)
         if columns is not None and list(columns) == [ANY]:
             if as_tuple or decoders:
                 raise ConfigError(
@@ -68,13 +75,15 @@ class ColumnSet:
             raise ConfigError(
                 f"decode names {unused!r}, which columns={list(columns or ())!r} leaves out; name it in both"
             )
-        by_name = {}
+        by_name, functions_by_name = {}, {}
         for member, column in decoded.items():
             _check(column, wanted[member], decoders[column.text])
             by_name[wanted[member].name] = decoders[column.text]
+            if column.text in functions:
+                functions_by_name[wanted[member].name] = functions[column.text]
         names = tuple(column.name for column in wanted.values())
         optional = frozenset(column.name for column in wanted.values() if column.is_optional)
-        return cls(names, by_name, as_tuple, tuple(wanted), optional)
+        return cls(names, by_name, as_tuple, tuple(wanted), optional, functions=functions_by_name)
 
     def may_lack(self, name: str) -> bool:
         """Whether samples may lack a column."""
@@ -182,20 +191,25 @@ def _instead_of(decoder: object) -> str:
     for ours, others in _CALLED.items():
         if name in others:
             return f"write fastload.decode.{ours}"
-    if callable(decoder):
-        return "functions of your own are given to dataset.map(function), after decoding"
     return "use one of fastload.decode, such as fastload.decode.image(size=224)"
 
 
-def _checked_decoders(decode: Mapping[str, Decoder] | None) -> dict[str, Decoder]:
+def _checked_decoders(
+    decode: Mapping[str, Decoder | Decoding] | None,
+) -> tuple[dict[str, Decoder], dict[str, Decoding]]:
+    """The decoders, and the functions of the user's, whose columns are decoded as bytes."""
     if decode is not None and not isinstance(decode, Mapping):
         raise ConfigError(
             f'decode={decode!r} is not a dict of column -> decoder, such as {{"jpg": fastload.decode.image(size=224)}}'
         )
-    decoders = dict(decode or {})
-    for name, decoder in decoders.items():
-        if not isinstance(decoder, Decoder):
-            raise ConfigError(f"decode[{name!r}]={decoder!r} is not a decoder; {_instead_of(decoder)}")
+    decoders, functions = dict[str, Decoder](), dict[str, Decoding]()
+    for name, decoder in (decode or {}).items():
         if name in (KEY, URL):
             raise ConfigError(f"decode[{name!r}]: {name} is given with every sample and cannot be decoded")
-    return decoders
+        if isinstance(decoder, Decoder):
+            decoders[name] = decoder
+        elif callable(decoder) and not str(getattr(decoder, "__module__", "")).startswith("fastload."):
+            decoders[name], functions[name] = _RAW, decoder
+        else:
+            raise ConfigError(f"decode[{name!r}]={decoder!r} is not a decoder; {_instead_of(decoder)}")
+    return decoders, functions

@@ -73,6 +73,30 @@ def _as_list(values: list[Any], *, collate_fn_map: Any = None) -> list[Any]:
     return values
 
 
+class ColumnFunctions:
+    """A function on samples that applies the user's functions of bytes to columns (`decode={"jpg": function}`)."""
+
+    def __init__(self, columns: ColumnSet) -> None:
+        self._functions = dict(columns.functions)
+        self._rows = None if columns.names is None else {name: row for row, name in enumerate(columns.names)}
+        named = ", ".join(f"{name!r}: {_name(function)}" for name, function in self._functions.items())
+        self.__qualname__ = f"decode={{{named}}}"
+
+    def __call__(self, sample: Any) -> Any:
+        if isinstance(sample, dict):
+            for name, function in self._functions.items():
+                if sample[name] is not None:  # a column that samples may lack
+                    sample[name] = function(sample[name])
+            return sample
+        values = list(sample)
+        assert self._rows is not None, "tuples have named columns"
+        for name, function in self._functions.items():
+            row = self._rows[name]
+            if values[row] is not None:
+                values[row] = function(values[row])
+        return tuple(values)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Gathered:
     """`count` samples of one data set: for each column its values end to end, and their offsets int64[count + 1].
