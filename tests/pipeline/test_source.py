@@ -155,7 +155,7 @@ def test_ranks_of_a_node_parse_each_shard_once(
 ) -> None:
     parsed = []
     original = shards.indexer_for
-    monkeypatch.setattr(shards, "indexer_for", lambda url, size: parsed.append(url) or original(url, size))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(shards, "indexer_for", lambda url, *more: parsed.append(url) or original(url, *more))  # type: ignore[func-returns-value]
     folder = tmp_path / "data"
     folder.mkdir()
     for name in NAMES:
