@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: ready demo test thorough chaos lint format bench frameworks starts wheel fuzz vendor clean
+.PHONY: ready demo test thorough chaos lint format bench bench-quick frameworks starts wheel fuzz vendor clean
 
 demo: ready
 	$(BIN)/fastload demo
@@ -43,6 +43,11 @@ format: $(STAMP)
 bench: ready
 	$(BIN)/pip install --quiet -e '.[bench]'
 	$(BIN)/python -m bench.throughput
+
+# Some minutes: CPU, bytes, requests, memory and calls of a small benchmark, held against bench/baseline.json. Status 5 where
+# one is worse; `python -m bench.quick --update` makes a new baseline.
+bench-quick: ready
+	$(BIN)/python -m bench.quick
 
 # Lightning, accelerate and transformers train the same weights with our loader as with torch's, and go on in our data
 # sets where they were stopped.

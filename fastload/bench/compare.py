@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fastload.bench.schema import Figure, Result
@@ -43,10 +43,16 @@ class Change:
         return abs(self.ratio - 1) if self.word == "worse" else 0.0
 
 
-def compare(before: Result, after: Result, *, anyway: bool = False, seed: int = 0) -> list[Change]:
-    """Every figure that both have. ConfigError where they did other work or ran on another machine, unless `anyway`."""
+def compare(
+    before: Result, after: Result, *, anyway: bool = False, other_machine: bool = False, seed: int = 0
+) -> list[Change]:
+    """Every figure that both have. ConfigError where they did other work, unless `anyway`, or ran on another machine,
+    unless either.
+    """
     if not anyway:
-        _check(before, after)
+        _check_work(before, after)
+    if not (anyway or other_machine):
+        _check_machine(before, after)
     changes = []
     for phase in before.phases:
         other = after.phase(phase.name)
@@ -59,6 +65,18 @@ def compare(before: Result, after: Result, *, anyway: bool = False, seed: int = 
     return changes
 
 
+def too_bad(changes: Iterable[Change], bounds: Mapping[str, float]) -> list[Change]:
+    """What is worse by more than may be. A bound by the beginning of a figure's name, the longest that fits, holds for
+    that figure; the one of "" for all others that are steady.
+    """
+    found = []
+    for each in changes:
+        names = [name for name in bounds if each.name.startswith(name) and (name or each.steady)]
+        if names and each.loss > bounds[max(names, key=len)]:
+            found.append(each)
+    return found
+
+
 def lost(before: Result, after: Result) -> list[str]:
     """Phases of the first result that failed in the second or that it did not come to, a line each."""
     failed = {phase.name: phase.error for phase in after.phases if phase.error}
@@ -69,7 +87,7 @@ def lost(before: Result, after: Result) -> list[str]:
     ]
 
 
-def _check(before: Result, after: Result) -> None:
+def _check_work(before: Result, after: Result) -> None:
     if before.work.digest != after.work.digest:
         ours, theirs = _facts(before), _facts(after)
         other = [f"{name}: {ours.get(name, '-')} and {theirs.get(name, '-')}" for name in {**ours, **theirs}]
@@ -79,11 +97,15 @@ def _check(before: Result, after: Result) -> None:
         raise ConfigError(
             f"the two results did other work ({differences or 'other data'}); --anyway compares them all the same"
         )
+
+
+def _check_machine(before: Result, after: Result) -> None:
     for name in ("cpu", "cores", "kernel", "file_system"):
         one, two = getattr(before.machine, name), getattr(after.machine, name)
         if one != two:
             raise ConfigError(
-                f"the two results are of other machines ({name}: {one} and {two}); --anyway compares them all the same"
+                f"the two results are of other machines ({name}: {one} and {two}); --other-machine compares what does "
+                "not depend on it"
             )
 
 

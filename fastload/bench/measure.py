@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,27 @@ def cpu_s(pids: Iterable[int]) -> float:
         fields = _stat(pid)
         ticks += sum(int(value) for value in fields[11:15])
     return ticks / _TICKS_PER_S
+
+
+def wakeups(pids: Iterable[int]) -> int:
+    """How often threads of `pids` and all below them have waited for something so far. Of other processes those of
+    threads that have ended are lacking.
+    """
+    count = 0
+    for pid in descendants(pids):
+        if pid == os.getpid():
+            count += resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+            continue
+        for thread in _names(f"/proc/{pid}/task"):
+            for line in _read(f"/proc/{pid}/task/{thread}/status").splitlines():
+                if line.startswith("voluntary_ctxt_switches:"):
+                    count += int(line.split()[1])
+    return count
+
+
+def page_faults(pids: Iterable[int]) -> int:
+    """How many pages of memory `pids` and all below them have touched for the first time so far."""
+    return sum(int(fields[7]) + int(fields[8]) for fields in map(_stat, descendants(pids)) if fields)
 
 
 def wait_until_idle(pids: Iterable[int], timeout_s: float = 30.0) -> None:
@@ -168,6 +190,13 @@ def _files(paths: Iterable[Path]) -> list[Path]:
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the state on; nothing where there is no such process (any more)."""
     return _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:  # it has ended
+        return []
 
 
 def _own_memory_bytes(pid: int) -> int:

@@ -35,6 +35,8 @@ from fastload.bench.process import Words, answers, asked, imported, serve
 
 _SETTLE_S = 1.0
 _ENOUGH_S, _AGAIN_MAX = 2.5, 12
+# Over ranks, of which the first one counts the service.
+_SUMS = {"batches", "samples", "repeats", "cpu_s", "service_cpu_s", "peak_memory_bytes", "wakeups", "page_faults"}
 
 
 class Settings(msgspec.Struct, kw_only=True):
@@ -75,6 +77,8 @@ class Epoch(Pass):
     service_cpu_s: float
     bound_by: str
     verdict: str
+    wakeups: int  # of threads of all processes
+    page_faults: int
     readings: int = 1  # that are merged into this one
     ranks_per_s: list[float] = msgspec.field(
         default_factory=list
@@ -148,8 +152,8 @@ def _joint_epoch(ranks: Sequence[Epoch], byte_count: int) -> Epoch:
             values[name] = {cause: statistics.fmean(each[cause] for each in found) for cause in found[0]}
         elif name == "wait_p50_s":
             values[name] = statistics.median(found)
-        elif name in ("batches", "samples", "repeats", "cpu_s", "service_cpu_s", "peak_memory_bytes"):
-            values[name] = sum(found)  # the first rank counts the service
+        elif name in _SUMS:
+            values[name] = sum(found)
         else:  # what is the node's, or the slowest rank's
             values[name] = max(found)
     return Epoch(**values)
@@ -261,6 +265,7 @@ class _Run:
         self._meet(f"epoch-{self._epochs}")
         began = began if self._settings.world_size == 1 else 0.0
         before, service_before = measure.cpu_s(self._pids()), measure.cpu_s(self._service())
+        wakeups, page_faults = measure.wakeups(self._pids()), measure.page_faults(self._pids())
         with measure.PeakMemory(self._pids) as memory:
             began = began or time.monotonic()
             first_s = 0.0
@@ -287,6 +292,8 @@ class _Run:
             cpu_s=measure.cpu_s(self._pids()) - before,
             service_cpu_s=measure.cpu_s(self._service()) - service_before,
             peak_memory_bytes=memory.peak_bytes,
+            wakeups=measure.wakeups(self._pids()) - wakeups,
+            page_faults=measure.page_faults(self._pids()) - page_faults,
             bound_by=stats["bound_by"],
             verdict=stats["verdict"],
         )

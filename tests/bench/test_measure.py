@@ -21,6 +21,22 @@ def test_the_cpu_seconds_of_children_that_have_ended_are_counted_once() -> None:
     assert 0.25 <= measure.cpu_s([os.getpid()]) - before <= 5
 
 
+def test_waits_and_pages_that_are_touched_are_counted_also_of_others() -> None:
+    code = (
+        "import time\nfor _ in range(300): time.sleep(1e-4)\ndata = bytearray(32 << 20)\nprint(flush=True)\ninput()\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    before = measure.wakeups([os.getpid()]), measure.page_faults([os.getpid()])
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert measure.wakeups([child.pid]) >= 300
+        assert measure.page_faults([child.pid]) * mmap.PAGESIZE >= 32 << 20
+        assert measure.wakeups([os.getpid()]) >= before[0] + 300  # a child is a part of the tree
+        assert measure.page_faults([os.getpid()]) >= before[1] + measure.page_faults([child.pid])
+        child.communicate(b"\n")
+
+
 def test_a_tree_has_each_process_once() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         found = measure.descendants([os.getpid(), child.pid])

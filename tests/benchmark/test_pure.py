@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastload.bench import schema
-from fastload.bench.compare import compare, lost
+from fastload.bench.compare import Change, compare, lost, too_bad
 from fastload.bench.plan import Options
 from fastload.bench.prediction import Measured, predict
 from fastload.bench.report import html, lines
@@ -106,6 +107,37 @@ def test_other_work_and_other_machines_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"other machines \(cpu: one and two\)"):
         compare(result([1.0]), result([1.0], cpu="two"))
     assert compare(result([1.0]), other, anyway=True)
+    assert compare(result([1.0]), result([1.0], cpu="two"), other_machine=True)
+    with pytest.raises(ConfigError, match="other work"):
+        compare(result([1.0]), other, other_machine=True)
+
+
+def change(name: str, ratio: float, *, steady: bool) -> Change:
+    return Change("cold", name, "", 1.0, ratio, ratio, ratio, ratio, "worse" if ratio > 1 else "better", steady)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"),
+    [
+        ({}, []),
+        ({"": 0.05}, ["requests", "memory at the peak"]),
+        ({"": 0.05, "memory": 0.5}, ["requests"]),
+        ({"": 0.05, "memory": 0.5, "memory at": 0.1}, ["requests", "memory at the peak"]),
+        ({"wake-ups": 0.1}, ["wake-ups a batch"]),
+        ({"": 0.05, "requests": math.inf, "memory": math.inf}, []),
+    ],
+)
+def test_a_bound_is_for_steady_figures_or_for_those_that_it_names(
+    bounds: dict[str, float], expected: list[str]
+) -> None:
+    changes = [
+        change("requests", 1.1, steady=True),
+        change("memory at the peak", 1.2, steady=True),
+        change("bytes from the store", 0.5, steady=True),
+        change("CPU", 1.01, steady=True),
+        change("wake-ups a batch", 3.0, steady=False),
+    ]
+    assert [each.name for each in too_bad(changes, bounds)] == expected
 
 
 @pytest.mark.parametrize(
