@@ -8,6 +8,8 @@ from pathlib import Path
 
 from fastload.store import ObjectInfo
 
+BUSY = 0.9  # of an accelerator's time, as MLPerf Storage asks of most workloads
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -39,6 +41,8 @@ class Options:
     shuffle_window: int | str = "auto"
     against: str = ""  # `module:name` of the user's loader
     ideal: bool = False
+    profile: str = ""  # the workload of MLPerf Storage that this is, with its batch and step; each rank an accelerator
+    busy: float = BUSY  # the accelerator use that is enough
 
 
 @dataclass(frozen=True, slots=True)

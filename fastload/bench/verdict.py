@@ -15,7 +15,6 @@ _REACHED = 0.85
 _FETCHING = ("fetch", "link", "latency", "throttled")
 # An epoch this short says little: start-up is most of it.
 SHORT_S = 1.5
-BUSY = 0.9  # of an accelerator's time, as MLPerf Storage asks
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +77,8 @@ class Findings:
     shares: tuple[tuple[float, Rate], ...] = ()
     predicted: tuple[float, float] | None = None  # the share from which more does not help, and samples a second
     demands: tuple[Demand, ...] = ()
+    busy: float = 0.9  # the accelerator use that is enough
+    profile: str = ""  # the workload of MLPerf Storage, of which each rank is an accelerator
     against: str = ""  # the user's loader, with its rates in a first and in later epochs
     yours: tuple[tuple[str, Rate, Rate | None], ...] = ()  # "first" or "later": its rate, and fastload's
     equality: str = ""
@@ -98,6 +99,11 @@ def sentences(found: Findings) -> list[str]:
         said.append(_first_epoch(found, found.cold))
     said += _later_epochs(found)
     said += [_demand(found, each) for each in found.demands]
+    if found.profile:
+        said.append(
+            f"The profile {found.profile} has sizes, batch and step of DLIO's workload file for an H100; this is no "
+            "result of MLPerf Storage, as the data is in tar and nothing trains."
+        )
     said += _against(found)
     said += [_beside(each) for each in found.peers]
     said += _costs(found)
@@ -245,15 +251,18 @@ def _because(found: Findings, rate: Rate, source: float | None, name: str) -> st
 def _demand(found: Findings, demand: Demand) -> str:
     per_s = found.batch_size / demand.step_s if demand.step_s else 0.0
     if demand.is_given:
-        is_limit = demand.utilisation >= BUSY
+        is_limit = demand.utilisation >= found.busy
         fate = "the consumer limits it, and the loader keeps up" if is_limit else "it waits for the rest"
+        if found.profile:
+            fate += f" ({found.busy:.0%} is asked for)"
+        whom = f"{found.ranks} accelerators, each of which takes" if found.ranks > 1 else "an accelerator that takes"
         return (
-            f"{demand.state}: an accelerator that takes {demand.step_s * 1e3:.3g} ms a batch of {found.batch_size} "
-            f"would be used to {demand.utilisation:.0%}; {fate}."
+            f"{demand.state}: {whom} {demand.step_s * 1e3:.3g} ms a batch of {found.batch_size} would be used to "
+            f"{demand.utilisation:.0%}; {fate}."
         )
     return (
         f"{demand.state}: an accelerator may take a batch of {found.batch_size} every {demand.step_s * 1e3:.3g} ms "
-        f"({_count(per_s)} samples/s) and is still busy {BUSY:.0%} of the time."
+        f"({_count(per_s)} samples/s) and is still busy {found.busy:.0%} of the time."
     )
 
 

@@ -19,6 +19,7 @@ import re
 import threading
 import urllib.parse
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import obstore
@@ -173,6 +174,14 @@ class ObjectStore:
                 if is_doubtful(error):
                     self._renew()
                 raise
+
+    def put(self, url: str, path: Path) -> None:
+        """Store a file as the object at `url`: the data that a benchmark makes. Nothing else writes to a store."""
+        with self._saying_who():
+            try:
+                obstore.put(self._opened(), key_of(url), path)
+            except (BaseError, OSError) as error:
+                raise self._explain(error, url, "to write it") from showable(error)
 
     def close(self) -> None:
         """Let go of connections; obstore's go with its store, when the last request has ended."""
