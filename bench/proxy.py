@@ -52,7 +52,8 @@ SLACK_S = 0.01
 class Profile:
     """What the way to the store is like: seconds held back a request, bytes a second in all and a connection.
 
-    Of every `slow_every` requests one is held back for `slow_s` instead; 0 for none.
+    Of every `slow_every` requests one is held back for `slow_s` instead, and of every `refuse_every` one is answered
+    503 SlowDown; 0 for none.
     """
 
     delay_s: float = 0.02
@@ -60,6 +61,7 @@ class Profile:
     connection_bytes_per_s: float | None = None
     slow_every: int = 0
     slow_s: float = 0.0
+    refuse_every: int = 0
 
 
 class RateClock:
@@ -148,8 +150,24 @@ class Connection:
 
     def answer(self, head: Head, received: bytes) -> Task[int]:
         """Answer the request that begins with `received`, by the store's answer; the bytes of its body."""
+        if self._server.refuses():
+            return (yield from self.refuse(head, "503"))
         store = yield from self._send_request(head, received)
         return (yield from self._pass_response(store, head))
+
+    def refuse(self, head: Head, status: str) -> Task[int]:
+        """Answer with this status, as S3 does; the bytes of the body."""
+        name, code = {
+            "500": ("Internal Server Error", "InternalError"),
+            "503": ("Service Unavailable", "SlowDown"),
+            "403": ("Forbidden", "AccessDenied"),
+        }[status]
+        body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>refused</Message></Error>".encode()
+        body = b"" if head.first == "HEAD" else body
+        kind = "Content-Type: application/xml\r\n"
+        yield from self._pass_bytes(f"HTTP/1.1 {status} {name}\r\n{kind}Content-Length: {len(body)}\r\n\r\n".encode())
+        yield from self._pass_bytes(body)
+        return len(body)
 
     def _log(self, head: Head, began: float, body_bytes: int) -> None:
         self._server.counters.requests += 1
@@ -264,7 +282,7 @@ class Server:
         self.profile, self.loop, self.counters = profile, Loop(), Counters()
         self.clock = RateClock(profile.total_bytes_per_s)
         self._store_address = store_address
-        self._delayed = 0
+        self._delayed = self._asked = 0
         self._listener = socket.create_server(("127.0.0.1", port), backlog=512)
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
@@ -275,6 +293,12 @@ class Server:
         profile = self.profile
         slow = profile.slow_every and self._delayed % profile.slow_every == 0
         return profile.slow_s if slow else profile.delay_s
+
+    def refuses(self) -> bool:
+        """Whether the next request is refused."""
+        self._asked += 1
+        every = self.profile.refuse_every
+        return bool(every) and self._asked % every == 0
 
     def change(self, profile: Profile) -> dict[str, object]:
         """Be like this from now on; a connection keeps its own rate until the next request on it."""

@@ -131,7 +131,7 @@ class BadConnection(Connection):
         span = head.headers.get("range", "")
         if kind.isdigit():
             self._server.faults[kind] += 1
-            return (yield from self._status(head, kind))
+            return (yield from self.refuse(head, kind))
         if head.first != "GET" or number is None or not span.startswith("bytes="):
             return (yield from super().answer(head, received))
         begin, _, last = span.removeprefix("bytes=").partition("-")
@@ -152,19 +152,6 @@ class BadConnection(Connection):
         """End it by a reset."""
         self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         raise ConnectionError("reset")
-
-    def _status(self, head: Head, status: str) -> Task[int]:
-        name, code = {
-            "500": ("Internal Server Error", "InternalError"),
-            "503": ("Service Unavailable", "SlowDown"),
-            "403": ("Forbidden", "AccessDenied"),
-        }[status]
-        body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>chaos</Message></Error>".encode()
-        body = b"" if head.first == "HEAD" else body
-        kind = "Content-Type: application/xml\r\n"
-        yield from self._pass_bytes(f"HTTP/1.1 {status} {name}\r\n{kind}Content-Length: {len(body)}\r\n\r\n".encode())
-        yield from self._pass_bytes(body)
-        return len(body)
 
     def _wrong(self, kind: str, draw: float, number: int, begin: int, end: int) -> Task[int]:
         """Another answer than bytes `begin` to `end` of an object."""

@@ -53,6 +53,18 @@ def test_objects_ranges_and_listings_pass_unchanged(s3: Bucket, proxy: Proxy) ->
     assert [item["path"] for page in obstore.list(store) for item in page] == ["a.tar", "b.tar"]
 
 
+def test_one_request_of_so_many_is_refused(s3: Bucket) -> None:
+    s3.put("a", b"abc")
+    with Proxy(s3.server.endpoint_url, Profile(delay_s=0.0, refuse_every=3)) as proxy:
+        store, refused = _store(s3, proxy.url), []
+        for number in range(6):
+            try:
+                assert bytes(obstore.get(store, "a").bytes()) == b"abc"
+            except obstore.exceptions.BaseError as error:
+                refused.append((number, "SlowDown" in str(error)))
+    assert refused == [(2, True), (5, True)]
+
+
 def test_an_upload_passes_unchanged(s3: Bucket, proxy: Proxy) -> None:
     data = os.urandom(300_001)
     obstore.put(_store(s3, proxy.url), "up", data)
