@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from fastload.bench.schema import Figure, Phase, Series
+from fastload.config import format_bytes
 from fastload.errors import ConfigError
 from fastload.plan import Shuffle
 from fastload.simulate import Job, Node, StoreProfile, sweep
@@ -41,6 +43,11 @@ class Measured:
     disk_read_bytes_per_s: float
     disk_write_bytes_per_s: float
     samples_per_s: float  # of all ranks, where data is in RAM
+
+    @property
+    def is_telling(self) -> bool:
+        """Whether a disk cache matters: an arena that holds most of the data does its work."""
+        return self.byte_count > 2 * self.ram_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,3 +103,32 @@ def predict(measured: Measured, shares: Iterable[float]) -> Predicted:
         raise ConfigError(f"not predicted: {runs[-1].refused}")
     first = next(iter(done.values())).epochs[0].samples_per_s
     return Predicted(first, {share: run.epochs[1].samples_per_s for share, run in done.items()})
+
+
+def phase_of(
+    measured: Measured, predicted: Predicted, cold_per_s: float | None, ran_per_s: Mapping[float, float]
+) -> Phase:
+    """What is predicted, beside what was run: a first epoch, and later ones by the share that was cached."""
+    phase = Phase(name="prediction", seconds=0.0)
+    if not measured.is_telling:
+        phase.notes.append(
+            f"the arena of {format_bytes(measured.ram_bytes)} holds most of what was read, so that this says little of "
+            "a disk cache for more data; raise --max-bytes, or lower --ram-bytes"
+        )
+    both = [("first epoch", predicted.first_per_s, cold_per_s)]
+    both += [(f"{share:.0%} cached", rate, ran_per_s.get(share)) for share, rate in predicted.later_per_s.items()]
+    for what, rate, other in both:
+        phase.figures.append(Figure(name=f"predicted {what}", unit="samples/s", values=[rate], better="more"))
+        if other:
+            phase.figures.append(Figure(name=f"measured {what}", unit="samples/s", values=[other], better="more"))
+            phase.notes.append(f"{what}: predicted {rate:,.0f} samples/s, measured {other:,.0f}")
+    phase.series.append(
+        Series(
+            name="predicted later epochs",
+            x_unit="share that is cached",
+            y_unit="samples/s",
+            xs=list(predicted.later_per_s),
+            ys=list(predicted.later_per_s.values()),
+        )
+    )
+    return phase

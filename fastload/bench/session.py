@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 import re
 import shutil
@@ -18,14 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from fastload.bench import digests, limits, measure, own, prediction, runs
-from fastload.bench.figures import phase_of, rate_of
+from fastload.bench import demand, digests, limits, measure, own, prediction, runs
+from fastload.bench.figures import Conclusions, findings, phase_of, rate_of
 from fastload.bench.machine import machine, versions
-from fastload.bench.peers import OURS, race
+from fastload.bench.peers import race
 from fastload.bench.peers.job import Job
 from fastload.bench.plan import Options, Plan, shards_within
-from fastload.bench.schema import VERSION, Figure, Phase, Result, Series, Work
-from fastload.bench.verdict import BUSY, Beside, Demand, Findings, Rate, sentences
+from fastload.bench.schema import VERSION, Figure, Phase, Result, Work
+from fastload.bench.verdict import sentences
 from fastload.cache.tempfiles import is_running
 from fastload.config import MIB, default_ram_bytes, format_bytes
 from fastload.errors import ConfigError, FastloadError
@@ -37,7 +36,6 @@ PHASES = ("store", "disk", "memory", "decode", "cold", "ram", "disk epoch", "sha
 _ARENA_LEAST = 256 * MIB
 # What a phase may take beyond the time that is planned for it.
 _SLACK_S = 60.0
-_BISECTIONS = 5
 _ENDS_S = 10.0
 
 
@@ -56,13 +54,9 @@ class Session:
         self._plan: Plan | None = None
         self._phases: list[Phase] = []
         self._outcomes: list[runs.Outcome] = []
-        self._bound_by: dict[str, tuple[str, str]] = {}  # what fastload said of itself, by phase
-        self._demands: list[Demand] = []
-        self._shares: list[tuple[float, Rate]] = []
+        self._found = Conclusions()
         self._theirs: list[own.Outcome] = []
         self._theirs_failed: FastloadError | None = None
-        self._predicted: prediction.Predicted | None = None
-        self._equal: digests.Equality | None = None
         self._load_before = os.getloadavg()[0]
         self._interrupted = False
 
@@ -169,6 +163,8 @@ class Session:
         assert plan is not None, "plan first"
         shuffle: bool | str = False if options.shuffle == "none" else options.shuffle
         dataset: dict[str, Any] = {"shuffle": shuffle, "seed": options.seed, "shuffle_window": options.shuffle_window}
+        if options.format != "auto":
+            dataset["format"] = options.format
         if options.columns:
             dataset["columns"] = list(options.columns)
         return runs.Settings(
@@ -235,7 +231,7 @@ class Session:
                 "shards hold no sample; name shards that hold some"
             )
         for name, epoch in zip(("cold", "ram"), outcomes[-1].epochs, strict=True):
-            self._bound_by[name] = epoch.bound_by, epoch.verdict
+            self._found.bound_by[name] = epoch.bound_by, epoch.verdict
         return phase_of("cold", [each.epochs[0] for each in outcomes], time.monotonic() - began - theirs_s)
 
     def _run_theirs(self) -> None:
@@ -286,7 +282,7 @@ class Session:
         settings = own.Settings(target=self._options.against, digests=True, samples_max=self._samples)
         theirs = own.run(settings, self._timeout_s(2)).columns
         found = digests.compared(ours, theirs)
-        self._equal = found
+        self._found.equality = found.sentence()
         notes = [f"{name}: the same values" for name in found.equal]
         notes += [f"{name}: not the same values" for name in found.different]
         notes += [f"equality was not checked: {reason}" for reason in found.unchecked]
@@ -339,7 +335,7 @@ class Session:
         else:  # the arena would hold it after one epoch
             alone = self._settings("full", _ARENA_LEAST, self._disk_bytes, epochs=1, first_epoch=2)
             epochs = [self._run(alone, 1).epochs[0] for _ in range(repeats)]
-        self._bound_by["disk epoch"] = epochs[-1].bound_by, epochs[-1].verdict
+        self._found.bound_by["disk epoch"] = epochs[-1].bound_by, epochs[-1].verdict
         return phase_of("disk epoch", epochs, time.monotonic() - began)
 
     def _decode(self) -> Phase:
@@ -376,7 +372,7 @@ class Session:
             epoch = self._run(settings, 2).epochs[1]
         finally:
             shutil.rmtree(self.folder / "share", ignore_errors=True)
-        self._shares.append((share, rate_of(epoch)))
+        self._found.shares.append((share, rate_of(epoch)))
         return phase_of(f"share {share:.0%}", [epoch], time.monotonic() - began)
 
     def _prediction(self) -> Phase:
@@ -399,48 +395,25 @@ class Session:
         if lacking or not self._samples:
             return Phase(name="prediction", seconds=0.0, notes=[f"nothing is predicted without {', '.join(lacking)}"])
         window = options.shuffle_window
-        predicted = prediction.predict(
-            prediction.Measured(
-                plan.byte_count,
-                self._samples,
-                len(plan.objects),
-                plan.chunk_bytes,
-                options.ram_bytes or _ARENA_LEAST,
-                options.batch_size,
-                options.workers,
-                options.ranks,
-                check_shuffle(options.shuffle),
-                window if isinstance(window, int) else None,
-                *(value or 0.0 for value in found.values()),
-            ),
-            options.cache_shares,
+        measured = prediction.Measured(
+            plan.byte_count,
+            self._samples,
+            len(plan.objects),
+            plan.chunk_bytes,
+            options.ram_bytes or _ARENA_LEAST,
+            options.batch_size,
+            options.workers,
+            options.ranks,
+            check_shuffle(options.shuffle),
+            window if isinstance(window, int) else None,
+            *(value or 0.0 for value in found.values()),
         )
-        phase = Phase(name="prediction", seconds=time.monotonic() - began)
-        arena_bytes = options.ram_bytes or _ARENA_LEAST
-        if plan.byte_count > 2 * arena_bytes:
-            self._predicted = predicted
-        else:
-            phase.notes.append(
-                f"the arena of {format_bytes(arena_bytes)} holds most of what was read, so that this says little of a "
-                "disk cache for more data; raise --max-bytes, or lower --ram-bytes"
-            )
-        measured = {share: rate.samples_per_s for share, rate in self._shares}
-        both = [("first epoch", predicted.first_per_s, self._figure("cold", "samples"))]
-        both += [(f"{share:.0%} cached", rate, measured.get(share)) for share, rate in predicted.later_per_s.items()]
-        for what, rate, other in both:
-            phase.figures.append(Figure(name=f"predicted {what}", unit="samples/s", values=[rate], better="more"))
-            if other:
-                phase.figures.append(Figure(name=f"measured {what}", unit="samples/s", values=[other], better="more"))
-                phase.notes.append(f"{what}: predicted {rate:,.0f} samples/s, measured {other:,.0f}")
-        phase.series.append(
-            Series(
-                name="predicted later epochs",
-                x_unit="share that is cached",
-                y_unit="samples/s",
-                xs=list(predicted.later_per_s),
-                ys=list(predicted.later_per_s.values()),
-            )
-        )
+        ran = {share: rate.samples_per_s for share, rate in self._found.shares}
+        predicted = prediction.predict(measured, options.cache_shares)
+        if measured.is_telling:
+            self._found.predicted = predicted
+        phase = prediction.phase_of(measured, predicted, self._figure("cold", "samples"), ran)
+        phase.seconds = time.monotonic() - began
         return phase
 
     def _demand(self) -> Phase:
@@ -464,47 +437,26 @@ class Session:
     def _demand_of(
         self, phase: Phase, state: str, directory: str, disk_bytes: int, ram_bytes: int, per_s: float | None
     ) -> None:
-        if per_s is None or not per_s:
+        if not per_s:
             return
         options = self._options
         self._report(f"demand, {state.lower()}")
-        alone_s = options.ranks * options.batch_size / per_s
-        tried: list[tuple[float, float]] = []
-        low, high = 0.8 * alone_s, 1.2 * alone_s
-        steps = [options.step_s] if options.step_s else [high]
-        for _ in range(1 if options.step_s else _BISECTIONS + 1):
-            window_s = min(8.0, max(2.0, 12 * steps[0], options.for_s / 8))
+
+        def use_at(step_s: float) -> float:
+            window_s = min(8.0, max(2.0, 12 * step_s, options.for_s / 8))
             settings = self._settings(
-                directory, ram_bytes, disk_bytes, epochs=0, first_epoch=8, steps_s=steps, step_for_s=window_s
+                directory, ram_bytes, disk_bytes, epochs=0, first_epoch=8, steps_s=[step_s], step_for_s=window_s
             )
             (step,) = self._run(settings, 1 + 0.4 * window_s / options.for_s).steps
-            tried.append((step.step_s, step.utilisation))
-            if options.step_s:
-                break
-            low, high = (low, step.step_s) if step.utilisation >= BUSY else (step.step_s, max(high, 1.3 * step.step_s))
-            steps = [(low + high) / 2]
-        tried.sort()
-        enough = [pair for pair in tried if pair[1] >= BUSY]
-        step_s, utilisation = tried[0] if options.step_s else (enough[0] if enough else tried[-1])
-        self._demands.append(Demand(state, step_s, utilisation, is_given=bool(options.step_s) or not enough))
-        phase.figures += [
-            Figure(
-                name=f"{state.lower()}: time a batch",
-                unit="s",
-                values=[step_s],
-                better="" if options.step_s else "less",
-            ),
-            Figure(name=f"{state.lower()}: accelerator use", unit="", values=[utilisation], better="more"),
-        ]
-        phase.series.append(
-            Series(
-                name=f"accelerator use, {state.lower()}",
-                x_unit="batches/s",
-                y_unit="share",
-                xs=[1 / step for step, _ in reversed(tried)],
-                ys=[use for _, use in reversed(tried)],
-            )
-        )
+            return step.utilisation
+
+        if is_given := bool(options.step_s):
+            tried = [(options.step_s, use_at(options.step_s))]
+        else:
+            tried = demand.search(use_at, options.ranks * options.batch_size / per_s, options.busy)
+        found = demand.found(state, tried, options.busy, is_given=is_given)
+        self._found.demands.append(found)
+        demand.add(phase, found, tried, is_given=is_given)
 
     def _beside(self) -> None:
         """Other loaders and ours, in turns; a phase for each."""
@@ -558,7 +510,8 @@ class Session:
             phases=self._phases,
             interrupted=self._interrupted,
         )
-        result.verdict = sentences(self._findings(result, plan, options))
+        self._found.peers = list(race.beside(result))
+        result.verdict = sentences(findings(result, plan, options, self._found, self._load_before))
         return result
 
     def _shown(self, text: str) -> str:
@@ -583,6 +536,7 @@ class Session:
             "ram_bytes": str(options.ram_bytes or ""),
             "shuffle_window": "" if options.shuffle_window == "auto" else str(options.shuffle_window),
             "against": options.against,
+            "profile": options.profile,
         }
         facts |= {name: value for name, value in further.items() if value}
         lines = [f"{each.url.rpartition('/')[2]} {each.size} {each.etag}" for each in plan.objects]
@@ -596,82 +550,3 @@ class Session:
             options=facts,
             digest=hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16],
         )
-
-    def _findings(self, result: Result, plan: Plan, options: Options) -> Findings:
-        def of(phase: str, name: str) -> float | None:
-            found = result.phase(phase)
-            return None if found is None else found.value(name)
-
-        def rate(name: str) -> Rate | None:
-            found = result.phase(name)
-            if found is None:
-                return None
-            seconds = found.value("seconds") or 0.0
-            bound_by, said = self._bound_by.get(name, ("", ""))
-            return Rate(
-                samples_per_s=found.value("samples") or 0.0,
-                bytes_per_s=found.value("bytes") or 0.0,
-                seconds=seconds,
-                cpu_s=found.value("CPU") or 0.0,
-                cores=result.machine.cores,
-                fetched_bytes=int(found.value("bytes from the store") or 0),
-                bound_by=bound_by,
-                said=said,
-            )
-
-        threads = max(1, options.workers)
-        decoded = {
-            column: of("decode", f"decode {column}, {threads} thread{'s' * (threads > 1)}") for column in options.decode
-        }
-        rates = [value for value in decoded.values() if value]
-        bend = of("store", "requests at the bend")
-        return Findings(
-            samples=result.work.samples,
-            byte_count=plan.byte_count,
-            whole_bytes=plan.whole_bytes,
-            batch_size=options.batch_size,
-            workers=threads,
-            shards=len(plan.objects),
-            store_bytes_per_s=of("store", "goodput"),
-            requests_at_bend=None if bend is None else int(bend),
-            first_byte_s=of("store", "first byte, p50"),
-            request_bytes=of("store", "bytes a request at the bend"),
-            retries=int(of("store", "requests tried again") or 0),
-            ranks=options.ranks,
-            disk_bytes_per_s=of("disk", "read"),
-            decode_per_s=1 / sum(1 / value for value in rates) if rates else None,
-            cold=rate("cold"),
-            refused=int(of("cold", "requests refused") or 0),
-            from_disk=rate("disk epoch"),
-            from_ram=rate("ram"),
-            shares=tuple(self._shares),
-            predicted=None
-            if self._predicted is None
-            else (self._predicted.enough, self._predicted.later_per_s[self._predicted.enough]),
-            demands=tuple(self._demands),
-            against=options.against,
-            yours=tuple(
-                (word, yours, rate(ours))
-                for word, phase, ours in (("first", "yours", "cold"), ("later", "yours later", "ram"))
-                if (yours := rate(phase)) is not None
-            ),
-            equality="" if self._equal is None else self._equal.sentence(),
-            ideal_per_s=of("ideal", "samples"),
-            peers=tuple(_against(result)),
-            load_before=self._load_before,
-            cores=result.machine.cores,
-            price_per_gb=options.price_per_gb,
-            price_per_1000=options.price_per_1000,
-            requests=int(of("cold", "requests") or 0),
-            epochs=options.epochs,
-        )
-
-
-def _against(result: Result) -> Iterator[Beside]:
-    """Each loader's median rates as a part of ours, which had its turns between theirs."""
-    ours = result.phase(f"{race.PREFIX}{OURS}")
-    for phase in result.phases:
-        if ours is None or phase is ours or phase.error or not phase.name.startswith(race.PREFIX):
-            continue
-        ratios = [(phase.value(name) or 0.0) / (ours.value(name) or math.inf) for name in race.EPOCHS]
-        yield Beside(phase.name.removeprefix(race.PREFIX), *ratios)

@@ -13,10 +13,11 @@ turns.
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +29,8 @@ from fastload.bench.peers import OURS, module
 from fastload.bench.peers.job import About, Answer, Job, Reading, Request, is_local, samples_of
 from fastload.bench.peers.order import DISTANCE_PERFECT, Seen, Stored, seen
 from fastload.bench.process import Words, answers, asked
-from fastload.bench.schema import Better, Figure, Phase
+from fastload.bench.schema import Better, Figure, Phase, Result
+from fastload.bench.verdict import Beside
 from fastload.config import format_bytes
 from fastload.errors import ConfigError, FastloadError
 from fastload.redaction import redact
@@ -313,3 +315,13 @@ def ask(request: Request, folder: Path, timeout_s: float) -> Answer:
         with asked("fastload.bench.peers", request, words, environment) as process:
             (answer,) = answers([process], Answer, timeout_s)
     return answer
+
+
+def beside(result: Result) -> Iterator[Beside]:
+    """Each loader's median rates as a part of ours, which had its turns between theirs."""
+    ours = result.phase(f"{PREFIX}{OURS}")
+    for phase in result.phases:
+        if ours is None or phase is ours or phase.error or not phase.name.startswith(PREFIX):
+            continue
+        ratios = [(phase.value(name) or 0.0) / (ours.value(name) or math.inf) for name in EPOCHS]
+        yield Beside(phase.name.removeprefix(PREFIX), *ratios)
