@@ -6,12 +6,15 @@ memory. A part counts as the limit where the loader reaches most of it; where it
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fastload.verdict import LATENCY_SHARE, THROTTLED_SHARE
 
 # Of a part's own rate: above it, that part is what limits.
 _REACHED = 0.85
+# The same where the loader itself waits for fetches: beginning, and other work on the machine, take the rest.
+_REACHED_FETCHING = 0.6
 _FETCHING = ("fetch", "link", "latency", "throttled")
 # An epoch this short says little: start-up is most of it.
 SHORT_S = 1.5
@@ -146,7 +149,8 @@ def limit_of(found: Findings, rate: Rate, source_bytes_per_s: float | None, sour
         if rate.samples_per_s >= _REACHED * most:
             return (_about_fetching(found) if name == "link" else name), most
     if rate.bound_by in _FETCHING:
-        return _about_fetching(found, rate.bound_by), rate.samples_per_s
+        is_link = rate.samples_per_s * per_sample >= _REACHED_FETCHING * (found.store_bytes_per_s or math.inf)
+        return _about_fetching(found, "" if is_link else rate.bound_by), rate.samples_per_s
     if rate.bound_by not in ("", "unknown"):
         return rate.bound_by, rate.samples_per_s
     if rate.cpu_s >= _REACHED * rate.seconds * rate.cores:

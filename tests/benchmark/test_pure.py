@@ -252,6 +252,10 @@ def rate(samples_per_s: float, cpu_s: float = 1.0) -> Rate:
             "(190 MB/s). It is fetch-bound",
         ),
         (
+            replace(FOUND, store_bytes_per_s=270e6, cold=replace(rate(1900), bound_by="fetch", said="fetch-bound")),
+            "the link limits it (190 MB/s of 270 MB/s)",
+        ),
+        (
             replace(FOUND, disk_bytes_per_s=9e9, from_disk=replace(rate(9), bound_by="disk", said="disk-bound: x")),
             "and the disk limits it (0.9 MB/s of 9,000 MB/s)",
         ),
