@@ -11,7 +11,8 @@ invalidated. The object id is a hash of everything that can make the bytes diffe
   replica behind another address holds the same. Of other ETags in S3 each endpoint may give one like it to other bytes.
   Of a local file the size and the modification time, and, where that was set explicitly, so that the status changed at
   another time than the bytes, its inode and that time: without these another file could have the same;
-- the size of a chunk, since chunk 3 of 8 MiB chunks is not chunk 3 of 4 MiB ones.
+- the size of a chunk, since chunk 3 of 8 MiB chunks is not chunk 3 of 4 MiB ones;
+- of a piece of an object, where it begins and how large it is: its chunks are counted from there.
 
 Each field is hashed with its length before it, so that no two different sets of fields give one input.
 """
@@ -82,7 +83,8 @@ def object_id(info: ObjectInfo, chunk_bytes: int, endpoint: str) -> bytes:
     no strong ETag, or in S3 one that the bytes do not give.
     """
     digest = hashlib.blake2b(digest_size=OBJECT_ID_BYTES, person=b"fastload-object1")
-    for field in (url_without_credentials(info.url), *_version(info, endpoint), str(chunk_bytes)):
+    piece = ("piece", str(info.start), str(info.size)) if info.is_piece else ()
+    for field in (url_without_credentials(info.url), *_version(info.whole, endpoint), str(chunk_bytes), *piece):
         data = field.encode("utf-8", "surrogateescape")
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)

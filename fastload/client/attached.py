@@ -97,5 +97,6 @@ class AttachedObjects:
     def where(self, chunk: int, chunk_bytes: int) -> str:
         """Where a chunk lies, for people."""
         number = int(np.searchsorted(self._first_chunk, chunk, side="right")) - 1
-        start = (chunk - int(self._first_chunk[number])) * chunk_bytes
-        return f"{self._objects[number].url} from byte {start}"
+        info = self._objects[number]
+        start = info.start + (chunk - int(self._first_chunk[number])) * chunk_bytes
+        return f"{info.url} from byte {start}"

@@ -11,6 +11,11 @@ is new comes behind. An object that is no longer there keeps its number too, and
 shards are dealt to partitions, and is never read. An object that changed is gone, and there anew. Once more than
 half of the numbers are of objects that are gone, all are numbered anew.
 
+A large file may be cut into *pieces*, each of which is a row of the list, one after the other, as an object of its own.
+
+`reading` is what the user said of how samples are made of the objects, where that is no fact of the objects alone, such
+as the length of sequences; the order depends on it.
+
 `sidecars` and `promised` say where more is known of the objects: files of indexes beside them, and how many samples
 a file beside the data promises of each. The order does not depend on them, and neither does the fingerprint.
 """
@@ -28,7 +33,7 @@ from numpy.typing import NDArray
 
 from fastload.cached_attribute import cached_attribute
 from fastload.errors import ConfigError
-from fastload.store.table import ObjectLike, ObjectTable
+from fastload.store.table import ObjectLike, ObjectTable, Row, are_inside
 
 FORMAT_VERSION = 1
 
@@ -43,10 +48,14 @@ class _Row(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False
     size: _Count
     etag: str | None
     mtime_ns: _Int64
+    start: _Count = 0
+    object_size: _Int64 = -1
 
 
 class _Wire(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """The JSON form: `objects` holds `[url, size, etag or null, mtime_ns]` in the order of their numbers."""
+    """The JSON form: `objects` holds `[url, size, etag or null, mtime_ns]` in the order of their numbers, and for
+    pieces also `start, object_size`.
+    """
 
     version: int
     fingerprint: str
@@ -55,6 +64,7 @@ class _Wire(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     gone: list[_Count] = []
     promised: list[_Int64] = []
     sidecars: list[_Row] = []
+    reading: str = ""
 
 
 class _WireOut(msgspec.Struct, omit_defaults=True):
@@ -66,7 +76,8 @@ class _WireOut(msgspec.Struct, omit_defaults=True):
     version_starts: Sequence[int] = []
     gone: list[int] = []
     promised: list[int] = []
-    sidecars: list[tuple[str, int, str | None, int]] = []
+    sidecars: list[Row] = []
+    reading: str = ""
 
 
 class Manifest:
@@ -74,7 +85,7 @@ class Manifest:
 
     `version_starts` are the numbers of the first objects of all versions but the first; `gone` int64, rising, those of
     objects that are no longer there. `promised`, int64[objects] or None, says how many samples each object should hold
-    (-1: not known). `sidecars` are files of indexes that may be of use.
+    (-1: not known). `sidecars` are files of indexes that may be of use. `reading`: see the module.
     """
 
     def __init__(
@@ -85,6 +96,7 @@ class Manifest:
         *,
         promised: Sequence[int] | NDArray[np.int64] | None = None,
         sidecars: Iterable[ObjectLike] = (),
+        reading: str = "",
     ) -> None:
         """ValueError where the numbers do not fit the objects."""
         self.objects: ObjectTable = ObjectTable.of(objects)
@@ -93,6 +105,7 @@ class Manifest:
         is_promised = promised is not None and len(promised) > 0
         self.promised: NDArray[np.int64] | None = _read_only(promised) if is_promised else None
         self.sidecars: ObjectTable = ObjectTable.of(sidecars)
+        self.reading = reading
         self._check()
 
     def _check(self) -> None:
@@ -100,6 +113,8 @@ class Manifest:
             raise ValueError(f"versions of {len(self)} objects begin at {self.version_starts}")
         if len(self.gone) and not _rises((-1, *self.gone.tolist(), len(self))):
             raise ValueError(f"{len(self.gone)} objects are gone whose numbers are not those of {len(self)} objects")
+        if self.objects.pieces is not None and not are_inside(self.sizes, self.objects.pieces):
+            raise ValueError("a piece of an object is none of it")
         if self.promised is not None and len(self.promised) != len(self):
             raise ValueError(f"{len(self.promised)} sample counts for {len(self)} objects")
 
@@ -112,6 +127,7 @@ class Manifest:
             self.objects == other.objects
             and self.version_starts == other.version_starts
             and np.array_equal(self.gone, other.gone)
+            and self.reading == other.reading
         )
 
     def says_the_same_as(self, other: Manifest) -> bool:
@@ -130,18 +146,21 @@ class Manifest:
         return f"Manifest({len(self)} objects{gone}, {int(self.sizes.sum())} bytes, {self.fingerprint[:12]})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (self.objects, self.version_starts, self.gone, self.promised, self.sidecars)
+        hints = self.promised, self.sidecars
+        return _unpickled, (self.objects, self.version_starts, self.gone, *hints, self.reading)
 
     @cached_attribute
     def fingerprint(self) -> str:
         """Hex of a blake2b-128 over the URL, size, ETag and modification time of every object, in order, and where
-        there are several versions or objects that are gone, over these.
+        there are several versions or objects that are gone, over these; and over `reading` where that says anything.
         """
         digest = hashlib.blake2b(_array_header(len(self)), digest_size=16)
         for rows in self.objects.rows():
             digest.update(b"".join(map(msgspec.msgpack.encode, rows)))
         if self.version_starts or len(self.gone):
             digest.update(msgspec.msgpack.encode([self.version_starts, self.gone.tolist()]))
+        if self.reading:
+            digest.update(msgspec.msgpack.encode(self.reading))
         return digest.hexdigest()
 
     @property
@@ -159,8 +178,17 @@ class Manifest:
 
     def first_chunk(self, chunk_bytes: int) -> NDArray[np.int64]:
         """int64[object_count + 1]: the chunk number of each object's first chunk, and last the number of
-        chunks.
+        chunks. Those of an object's pieces follow each other, so that a sample may go on in the next piece.
+
+        ConfigError where pieces do not begin with a chunk.
         """
+        pieces = self.objects.pieces
+        if pieces is not None and (wrong := pieces[0] % chunk_bytes != 0).any():
+            number = int(wrong.argmax())
+            raise ConfigError(
+                f"{self.objects[number].url} is read in pieces, of which one begins at byte {pieces[0, number]}, and "
+                f"that is no multiple of chunk_bytes={chunk_bytes}; give the cache a chunk_bytes that divides 64 MiB"
+            )
         first = np.zeros(len(self.objects) + 1, np.int64)
         np.cumsum(-(-self.sizes // chunk_bytes), out=first[1:])
         first.flags.writeable = False
@@ -184,6 +212,7 @@ class Manifest:
             self.gone.tolist(),
             [] if self.promised is None else self.promised.tolist(),
             [row for rows in self.sidecars.rows() for row in rows],
+            self.reading,
         )
         return msgspec.json.encode(wire)
 
@@ -206,6 +235,7 @@ class Manifest:
                 wire.gone,
                 promised=wire.promised,
                 sidecars=wire.sidecars,
+                reading=wire.reading,
             )
         except ValueError as error:
             raise ConfigError(f"{source} contradicts itself ({error}): write it again") from error
@@ -234,14 +264,15 @@ def next_version(old: Manifest, listed: Manifest) -> Manifest:
     if 2 * len(gone) > len(objects):
         kept = np.flatnonzero(source >= 0)
         objects, source, starts, gone = objects.take(kept), source[kept], (), gone[:0]
-    return Manifest(objects, starts, gone, promised=_realigned(listed.promised, source), sidecars=listed.sidecars)
+    promised = _realigned(listed.promised, source)
+    return Manifest(objects, starts, gone, promised=promised, sidecars=listed.sidecars, reading=listed.reading)
 
 
 def _numbers_in(listed: Manifest, old: Manifest) -> NDArray[np.int64]:
     """int64[objects of `old`]: the number of each in `listed`, -1 where it is not there as it was. Objects that are
     there several times are matched one by one.
     """
-    numbers: dict[tuple[str, int, str | int], int] = {}  # of the first that is not matched yet
+    numbers: dict[tuple[object, ...], int] = {}  # of the first that is not matched yet
     again: dict[int, int] = {}  # the next number of the same object
     last: dict[int, int] = {}
     for number, identity in enumerate(old.objects.identities()):
@@ -261,7 +292,14 @@ def _numbers_in(listed: Manifest, old: Manifest) -> NDArray[np.int64]:
 def _with_hints(old: Manifest, listed: Manifest, source: NDArray[np.int64]) -> Manifest:
     """`old`, with what `listed` says of its objects."""
     promised = _realigned(listed.promised, source)
-    new = Manifest(old.objects, old.version_starts, old.gone, promised=promised, sidecars=listed.sidecars)
+    new = Manifest(
+        old.objects,
+        old.version_starts,
+        old.gone,
+        promised=promised,
+        sidecars=listed.sidecars,
+        reading=listed.reading,
+    )
     return old if new.says_the_same_as(old) else new
 
 
@@ -292,5 +330,6 @@ def _unpickled(
     gone: NDArray[np.int64],
     promised: NDArray[np.int64] | None,
     sidecars: ObjectTable,
+    reading: str = "",
 ) -> Manifest:
-    return Manifest(objects, version_starts, gone, promised=promised, sidecars=sidecars)
+    return Manifest(objects, version_starts, gone, promised=promised, sidecars=sidecars, reading=reading)

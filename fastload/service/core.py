@@ -248,7 +248,7 @@ class Core:
             return
         for entry, index in located:
             if self._history.read(consumer, entry, index):
-                self._replay.read(consumer, entry.history_key, index)
+                self._replay.read(consumer, entry.history_key, entry.in_object(index))
 
     def _note_warmed(self, consumer: ConsumerState) -> None:
         """A plan to warm the cache counts as read as far as it has come, so that the history has its order."""

@@ -122,7 +122,8 @@ class Recording:
         if at is None:
             return False
         run, trace = at
-        return run.recorder.read(trace, entry.history_key, entry.info, index, self._now() - run.began_s)
+        began_s, whole = self._now() - run.began_s, entry.info.whole
+        return run.recorder.read(trace, entry.history_key, whole, entry.in_object(index), began_s)
 
     def disconnect(self, consumer: ConsumerState) -> None:
         """End the trace of a consumer that has gone."""

@@ -146,6 +146,10 @@ class ObjectEntry:
             self._history_key = object_key(self.info.url)
         return self._history_key
 
+    def in_object(self, index: int) -> int:
+        """Which chunk of the whole object a chunk is; histories know no pieces."""
+        return index + self.info.start // self.chunk_bytes
+
     @property
     def origin(self) -> str:
         """Who serves it: an endpoint of its own, or a bucket, host or machine."""

@@ -88,9 +88,9 @@ class StoreTable:
         return self._options[key].endpoint
 
     def read_into(self, key: str, info: ObjectInfo, start: int, out: memoryview) -> None:
-        """Fill `out` from the object; the store's errors."""
+        """Fill `out` from the object, or the piece of one; the store's errors."""
         with self._use(key, info.url) as store:
-            store.read_into(info, start, out)
+            store.read_into(info.whole, info.start + start, out)
 
     def read_watched(self, watch: Watch, key: str, info: ObjectInfo, start: int, out: memoryview) -> None:
         """The same under a watch, which hears of each attempt."""

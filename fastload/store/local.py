@@ -149,7 +149,7 @@ def with_version_tags(objects: ObjectTable) -> ObjectTable:
     untold = local[objects.etags.missing[local]]
     for number, tag in zip(untold.tolist(), _tags(objects.urls.take(untold).to_list()), strict=True):
         etags[number] = tag
-    return ObjectTable(objects.urls, objects.sizes, Texts.of(etags), objects.mtimes_ns)
+    return objects.with_etags(Texts.of(etags))
 
 
 def _tags(paths: Sequence[str | None]) -> list[str | None]:
@@ -177,7 +177,7 @@ def without_version_tags(objects: ObjectTable) -> ObjectTable:
     if not is_local.any():
         return objects
     etags = [None if local else etag for local, etag in zip(is_local, objects.etags.to_list(), strict=True)]
-    return ObjectTable(objects.urls, objects.sizes, Texts.of(etags), objects.mtimes_ns)
+    return objects.with_etags(Texts.of(etags))
 
 
 def _is_local(objects: ObjectTable) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from fastload.errors import ServiceError
 from fastload.store.types import ObjectInfo
 
-Row = tuple[str, int, str | None, int]
+# URL, size, ETag, time of the last change; and of a piece, where it begins, and the size of the whole object.
+Row = tuple[str, int, str | None, int] | tuple[str, int, str | None, int, int, int]
 # Rows that are Python objects at a time, where all are gone through.
 ROWS_AT_ONCE = 10_000
 
@@ -132,18 +133,36 @@ class ObjectLike(Protocol):
     def etag(self) -> str | None: ...
     @property
     def mtime_ns(self) -> int: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def object_size(self) -> int: ...
 
 
 class ObjectTable(Sequence[ObjectInfo]):
-    """`ObjectInfo`s in columns: `urls`, `sizes` (int64), `etags`, `mtimes_ns` (int64). Immutable."""
+    """`ObjectInfo`s in columns: `urls`, `sizes` (int64), `etags`, `mtimes_ns` (int64). Immutable.
 
-    __slots__ = ("etags", "mtimes_ns", "sizes", "urls")
+    `pieces`, int64[2, n], says of each where it begins and how large its object is (0 and -1 for one that is whole);
+    None where all are whole, as in most tables.
+    """
 
-    def __init__(self, urls: Texts, sizes: NDArray[np.int64], etags: Texts, mtimes_ns: NDArray[np.int64]) -> None:
+    __slots__ = ("etags", "mtimes_ns", "pieces", "sizes", "urls")
+
+    def __init__(
+        self,
+        urls: Texts,
+        sizes: NDArray[np.int64],
+        etags: Texts,
+        mtimes_ns: NDArray[np.int64],
+        pieces: NDArray[np.int64] | None = None,
+    ) -> None:
         assert len(urls) == len(sizes) == len(etags) == len(mtimes_ns), "columns of different lengths"
+        assert pieces is None or pieces.shape == (2, len(sizes)), "columns of different lengths"
         self.urls, self.sizes, self.etags, self.mtimes_ns = urls, sizes, etags, mtimes_ns
-        for array in (sizes, mtimes_ns):
-            array.flags.writeable = False
+        self.pieces = None if pieces is None or not (pieces - [[0], [-1]]).any() else pieces
+        for array in (sizes, mtimes_ns, self.pieces):
+            if array is not None:
+                array.flags.writeable = False
 
     @classmethod
     def of(cls, objects: Iterable[ObjectLike]) -> ObjectTable:
@@ -163,6 +182,7 @@ class ObjectTable(Sequence[ObjectInfo]):
             np.array([info.size for info in objects], np.int64),
             Texts.of([info.etag for info in objects]),
             np.array([info.mtime_ns for info in objects], np.int64),
+            np.array([[info.start for info in objects], [info.object_size for info in objects]], np.int64),
         )
 
     @classmethod
@@ -176,7 +196,16 @@ class ObjectTable(Sequence[ObjectInfo]):
             np.concatenate([part.sizes for part in parts]),
             Texts.joined([part.etags for part in parts]),
             np.concatenate([part.mtimes_ns for part in parts]),
+            None
+            if all(part.pieces is None for part in parts)
+            else np.concatenate([part._starts_and_object_sizes() for part in parts], axis=1),
         )
+
+    def _starts_and_object_sizes(self) -> NDArray[np.int64]:
+        """`pieces`, also where that is None."""
+        if self.pieces is not None:
+            return self.pieces
+        return np.stack([np.zeros(len(self), np.int64), np.full(len(self), -1, np.int64)])
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -193,7 +222,9 @@ class ObjectTable(Sequence[ObjectInfo]):
         number = range(len(self))[at]
         url = self.urls[number]
         assert url is not None, "an object without a URL"
-        return ObjectInfo(url, int(self.sizes[number]), self.etags[number], int(self.mtimes_ns[number]))
+        start, object_size = (0, -1) if self.pieces is None else self.pieces[:, number].tolist()
+        etag, mtime_ns = self.etags[number], int(self.mtimes_ns[number])
+        return ObjectInfo(url, int(self.sizes[number]), etag, mtime_ns, start, object_size)
 
     def __iter__(self) -> Iterator[ObjectInfo]:
         return (ObjectInfo(*row) for part in self.rows() for row in part)
@@ -203,21 +234,38 @@ class ObjectTable(Sequence[ObjectInfo]):
         for start in range(0, len(self), ROWS_AT_ONCE):
             part = self[start : start + ROWS_AT_ONCE]
             urls = cast(list[str], part.urls.to_list())  # no object lacks one
-            yield list(zip(urls, part.sizes.tolist(), part.etags.to_list(), part.mtimes_ns.tolist(), strict=True))
+            rows = zip(urls, part.sizes.tolist(), part.etags.to_list(), part.mtimes_ns.tolist(), strict=True)
+            if part.pieces is None:
+                yield list(rows)
+            else:
+                places = part.pieces.T.tolist()
+                yield [
+                    row if object_size < 0 else (*row, start, object_size)
+                    for row, (start, object_size) in zip(rows, places, strict=True)
+                ]
 
-    def identities(self) -> Iterator[tuple[str, int, str | int]]:
+    def identities(self) -> Iterator[tuple[str, int, str | int, tuple[int, ...]]]:
         """What distinguishes one version of an object from another: URL, size, and the strong ETag or else the time of
-        the
-        last change. As in the ids of cached chunks, a time that changes under the same ETag is no other version.
+        the last change; and where it is a piece, which. As in the ids of cached chunks, a time that changes under the
+        same ETag is no other version.
         """
         for part in self.rows():
-            for url, size, etag, mtime_ns in part:
-                yield url, size, mtime_ns if etag is None or etag[:2] in _WEAK else etag.strip('" ') or mtime_ns
+            for url, size, etag, mtime_ns, *piece in part:
+                version = mtime_ns if etag is None or etag[:2] in _WEAK else etag.strip('" ') or mtime_ns
+                yield url, size, version, tuple(piece)
 
     def take(self, numbers: NDArray[np.integer[Any]]) -> ObjectTable:
         return ObjectTable(
-            self.urls.take(numbers), self.sizes[numbers], self.etags.take(numbers), self.mtimes_ns[numbers]
+            self.urls.take(numbers),
+            self.sizes[numbers],
+            self.etags.take(numbers),
+            self.mtimes_ns[numbers],
+            None if self.pieces is None else self.pieces[:, numbers],
         )
+
+    def with_etags(self, etags: Texts) -> ObjectTable:
+        """The same objects with other ETags."""
+        return ObjectTable(self.urls, self.sizes, etags, self.mtimes_ns, self.pieces)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ObjectTable) and (
@@ -225,6 +273,7 @@ class ObjectTable(Sequence[ObjectInfo]):
             and np.array_equal(self.mtimes_ns, other.mtimes_ns)
             and self.urls.same_as(other.urls)
             and self.etags.same_as(other.etags)
+            and np.array_equal(self._starts_and_object_sizes(), other._starts_and_object_sizes())
         )
 
     __hash__ = None  # type: ignore[assignment]  # compared by its contents
@@ -233,7 +282,7 @@ class ObjectTable(Sequence[ObjectInfo]):
         return f"ObjectTable({len(self)} objects)"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ObjectTable, (self.urls, self.sizes, self.etags, self.mtimes_ns)
+        return ObjectTable, (self.urls, self.sizes, self.etags, self.mtimes_ns, self.pieces)
 
     def _cut(self, start: int, stop: int) -> ObjectTable:
         return ObjectTable(
@@ -241,6 +290,7 @@ class ObjectTable(Sequence[ObjectInfo]):
             self.sizes[start:stop],
             self.etags.cut(start, stop),
             self.mtimes_ns[start:stop],
+            None if self.pieces is None else self.pieces[:, start:stop],
         )
 
 
@@ -257,6 +307,8 @@ class ObjectRows(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """`ObjectInfo`s by column: integers in little-endian, texts one after the other in UTF-8.
 
     `sizes` and `mtimes_ns` are int64; `url_bytes` and `etag_bytes`, int32, say how long a text is, -1: it is missing.
+    Where some are pieces of objects, `sizes` goes on with where each begins, and then how large its object is (-1: it
+    is whole).
     """
 
     urls: bytes
@@ -271,7 +323,8 @@ class ObjectRows(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
         """The rows of `objects`."""
         table = ObjectTable.of(objects)
         urls, etags = table.urls, table.etags
-        columns = urls.lengths(), table.sizes, etags.lengths(), table.mtimes_ns
+        sizes_and_pieces = table.sizes if table.pieces is None else np.concatenate([table.sizes, *table.pieces])
+        columns = urls.lengths(), sizes_and_pieces, etags.lengths(), table.mtimes_ns
         url_bytes, sizes, etag_bytes, mtimes_ns = (_stored(column) for column in columns)
         return cls(urls.raw(), url_bytes, sizes, etags.raw(), etag_bytes, mtimes_ns)
 
@@ -287,11 +340,24 @@ class ObjectRows(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
             sizes, mtimes_ns = (np.frombuffer(each, "<i8").astype(np.int64) for each in (self.sizes, self.mtimes_ns))
         except ValueError as error:  # UnicodeDecodeError among them
             raise ServiceError(f"a message about objects cannot be read: {error}") from error
-        if not len(urls) == len(sizes) == len(etags) == len(mtimes_ns):
+        count = len(urls)
+        if not count == len(etags) == len(mtimes_ns) or len(sizes) not in (count, 3 * count):
             raise ServiceError("a message about objects has columns of different lengths")
+        sizes, pieces = sizes[:count].copy(), sizes[count:].reshape(-1, count) if len(sizes) > count else None
         if urls.missing.any() or (sizes < 0).any():
             raise ServiceError("a message about objects has one without a URL, or a negative size")
-        return ObjectTable(urls, sizes, etags, mtimes_ns)
+        if pieces is not None and not are_inside(sizes, pieces):
+            raise ServiceError("a message about objects has a piece that is none of its object")
+        return ObjectTable(urls, sizes, etags, mtimes_ns, pieces)
+
+
+def are_inside(sizes: NDArray[np.int64], pieces: NDArray[np.int64]) -> bool:
+    """Whether each of these sizes is that of a piece of its object, or the whole of it; see `ObjectTable.pieces`."""
+    starts, object_sizes = pieces
+    is_whole = object_sizes == -1
+    # Written so that no sum can overflow.
+    is_inside = (starts >= 0) & (starts <= object_sizes) & (sizes <= object_sizes - np.minimum(starts, object_sizes))
+    return bool(np.all(np.where(is_whole, starts == 0, is_inside)))
 
 
 def _stored(column: npt.NDArray[np.integer[Any]]) -> bytes:

@@ -9,7 +9,10 @@ from typing import Protocol, runtime_checkable
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One version of one remote object, as a listing gave it. `url` holds no credentials.
+    """One version of one remote object, as a listing gave it, or a piece of that. `url` holds no credentials.
+
+    A piece is `size` bytes from `start` on of an object of `object_size`, which is -1 for whole objects; stores know
+    only these.
 
     `etag` is None where the store has none; then size and `mtime_ns` say which version it is. That of a local file is
     made up (`localversion`).
@@ -19,6 +22,17 @@ class ObjectInfo:
     size: int
     etag: str | None = None
     mtime_ns: int = 0
+    start: int = 0
+    object_size: int = -1
+
+    @property
+    def is_piece(self) -> bool:
+        return self.object_size >= 0
+
+    @property
+    def whole(self) -> ObjectInfo:
+        """The object that this is, or is a piece of."""
+        return ObjectInfo(self.url, self.object_size, self.etag, self.mtime_ns) if self.is_piece else self
 
 
 @runtime_checkable
