@@ -18,6 +18,7 @@ from fastload.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fastload import decode as decode
+    from fastload import formats as formats
     from fastload import metrics as metrics
     from fastload.client.cache import Cache as Cache
     from fastload.compat import install as install
@@ -36,6 +37,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "compat": ["install", "uninstall"],
         "dataset": ["StreamingDataset"],
         "decode": [],
+        "formats": [],
         "metrics": [],
         "errors": errors.__all__,
         "files.file": ["open"],

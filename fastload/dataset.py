@@ -40,7 +40,7 @@ from fastload.config import parse_bytes
 from fastload.dataset_base import BatchOf, Columns, DatasetBase, Result, Row, Sample, Unsaid
 from fastload.decode import Decoder
 from fastload.errors import ConfigError
-from fastload.formats import endings_of
+from fastload.formats import Format, endings_of
 from fastload.pipeline.columns import ColumnSet, Decoding
 from fastload.pipeline.epoch_pass import EpochPass, PassOptions, SourcePass, open_source
 from fastload.pipeline.finish import BatchBuilder, ColumnFunctions, Filter, Finish, Function, SourceBuilder
@@ -114,7 +114,8 @@ class StreamingDataset(DatasetBase[Sample]):
     by `fastload index`, with which no shard is parsed and all sample counts are known; without, one that lies beside
     the shards is used.
 
-    `format`: of the shards; "auto" goes by the endings of their names (docs/formats.md).
+    `format`: of the shards; "auto" goes by the endings of their names, `fastload.formats.tokens(...)` reads files of
+    tokens (docs/formats.md).
     `cache_policy`: what the cache keeps where it cannot keep all. "auto" is "pin" (a fixed part of each shard, which
     moves on slowly), and with `shuffle="global"` "future" (in RAM, what is needed soonest); "sieve" and "lru" make
     nothing of the known order, and are there to be compared with (docs/tuning.md).
@@ -147,7 +148,7 @@ class StreamingDataset(DatasetBase[Sample]):
             refresh: Literal["never", "epoch"]
             index: str | os.PathLike[str] | None
             cache_policy: CachePolicy
-            format: str
+            format: Format
 
         @overload
         def map(self, function: Callable[[Any], Unsaid]) -> StreamingDataset[Any]: ...
@@ -204,7 +205,7 @@ class StreamingDataset(DatasetBase[Sample]):
         refresh: Literal["never", "epoch"] = "never",
         index: str | os.PathLike[str] | None = None,
         cache_policy: CachePolicy = "auto",
-        format: str = "auto",  # noqa: A002  # what users call it
+        format: Format = "auto",  # noqa: A002  # what users call it
     ) -> None:
         endings_of(format)  # what is none is an error now
         handle = handle_of(cache)
@@ -241,7 +242,7 @@ class StreamingDataset(DatasetBase[Sample]):
     @public
     def known_counts(self) -> npt.NDArray[np.int64]:
         """int64[shards]: samples of each shard. TypeError while they are not known: see `len`."""
-        counts = self._source.sample_counts()
+        counts = self._source.sample_counts(is_needed=True)
         if counts is None:
             raise TypeError(_UNKNOWN_COUNTS)
         return counts

@@ -39,7 +39,7 @@ from fastload.client.consumer import Consumer, HeldBytes
 from fastload.client.operator import is_served
 from fastload.config import CacheLimits, default_ram_bytes
 from fastload.errors import ConfigError, FastloadError, ShardError, StoreError, WaitTimeoutError, from_wire
-from fastload.formats import Index
+from fastload.formats import ComputedFormat, Format, Index
 from fastload.history.archive import Archive
 from fastload.history.library import WARMING
 from fastload.pipeline.manifest_files import frozen, shared_manifest
@@ -73,7 +73,7 @@ class WarmJob:
     ranks: Ranks = Ranks()  # noqa: RUF009  # immutable
     index: str | None = None
     manifest_file: str | None = None
-    format: str = "auto"
+    format: Format = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,9 @@ def warm(
         if pin is not None:
             consumer.pin(pin.name, pin.ttl_s, pin.quota_bytes, plan)
         consumer.set_plan(plan, job.epoch, warm=True, terms=terms)
-        counter = _Counter(consumer, manifest, sidecars, plan.tolist(), goes_on=terms.goes_on)
+        computed = None if isinstance(job.format, str) else job.format
+        nos = plan.tolist()
+        counter = _Counter(consumer, manifest, sidecars, nos, goes_on=terms.goes_on, computed=computed)
         indexing = ThreadPoolExecutor(1, "fastload-index")
         counting = indexing.submit(counter.run)
 
@@ -333,10 +335,17 @@ class _Counter:
     """
 
     def __init__(
-        self, consumer: Consumer, manifest: Manifest, sidecars: ObjectTable, object_nos: list[int], *, goes_on: bool
+        self,
+        consumer: Consumer,
+        manifest: Manifest,
+        sidecars: ObjectTable,
+        object_nos: list[int],
+        *,
+        goes_on: bool,
+        computed: ComputedFormat | None = None,
     ) -> None:
         self._consumer, self._manifest, self._object_nos, self._goes_on = consumer, manifest, object_nos, goes_on
-        self._shards = _shard_table(consumer, manifest, sidecars)
+        self._shards = _shard_table(consumer, manifest, sidecars, computed)
         self._changed = threading.Condition()
         self._done_chunks = 0
         self._is_finished = self._is_stopped = False
@@ -463,8 +472,11 @@ def _writer(output: str | os.PathLike[str] | None) -> AbstractContextManager[Sid
     return SidecarWriter(path)
 
 
-def _shard_table(consumer: Consumer, manifest: Manifest, sidecars: ObjectTable) -> ShardTable:
-    return ShardTable(manifest, manifest.first_chunk(consumer.chunk_bytes), consumer.chunk_bytes, sidecars)
+def _shard_table(
+    consumer: Consumer, manifest: Manifest, sidecars: ObjectTable, computed: ComputedFormat | None = None
+) -> ShardTable:
+    places = manifest.first_chunk(consumer.chunk_bytes), consumer.chunk_bytes
+    return ShardTable(manifest, *places, sidecars, computed)
 
 
 def _index_ahead(

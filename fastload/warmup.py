@@ -14,6 +14,7 @@ from fastload.client.cache import AnyCache, directory_of
 from fastload.client.cache import pin_name as pin_name_of
 from fastload.config import parse_bytes, parse_rate, parse_seconds
 from fastload.errors import ConfigError
+from fastload.formats import Format, endings_of
 from fastload.plan import Ranks, RequestedOrder, Shuffle
 from fastload.prepare import PinTerms, Warmed, WarmJob
 from fastload.protocol import Progress, WarmTerms
@@ -35,6 +36,7 @@ def warm(
     partitions: int | None = None,
     index: str | os.PathLike[str] | None = None,
     manifest: str | os.PathLike[str] | None = None,
+    format: Format = "auto",  # noqa: A002  # as a data set calls it
     shuffle_window: int | str = "auto",
     storage_options: Mapping[str, Any] | None = None,
     bandwidth: int | str | None = None,
@@ -47,9 +49,9 @@ def warm(
     """Fill `cache` with what a job reads in `epoch`, in its order of first use. Blocks until everything is there, or
     the cache is full; the result says how much of it is held.
 
-    `urls`, `shuffle`, `seed`, `partitions`, `index`, `manifest`, `shuffle_window` and `storage_options` are the job's:
-    what its `StreamingDataset` is given. Of a job of several `nodes`, this is number `node`, from 0, and only its part
-    is warmed.
+    `urls`, `shuffle`, `seed`, `partitions`, `index`, `manifest`, `format`, `shuffle_window` and `storage_options` are
+    the job's: what its `StreamingDataset` is given. Of a job of several `nodes`, this is number `node`, from 0, and
+    only its part is warmed.
 
     It stands back behind jobs that fetch. `bandwidth` (`"200MB/s"`, or bytes a second) bounds what it fetches; of
     several warm-ups on a node, the one with the nearest `deadline` (`"2h"`, or seconds from now) comes first. With
@@ -68,7 +70,9 @@ def warm(
         checked_node(node, nodes),
         checked_path(index, "index"),
         checked_path(manifest, "manifest"),
+        format,
     )
+    endings_of(format)  # what is none is an error now
     terms, pinned = WarmTerms(checked_rate(bandwidth), 0, deadline_at(deadline, time.time())), _pin(pin, ttl, job.urls)
     if check:
         found = prepare.look(job, directory_of(cache), storage_options=storage_options)

@@ -1,7 +1,11 @@
 """The formats of shards, behind one small interface: bytes in, an index out.
 
-There are two kinds of index. Of a tar, a `ShardIndex` says where each member of each sample lies. Of formats of records
-a `RecordIndex` says where each sample lies, and how its columns are found once its bytes are there (`records`).
+Of a tar, a `ShardIndex` says where each member of each sample lies. Of formats of records a `RecordIndex` says where
+each sample lies, and how its columns are found once its bytes are there (`records`). Both are made by reading a shard,
+and stored. What a `ComputedFormat` gives (`computed_index`) is not: it follows from arguments of the user's.
+
+Large files of some formats are read in pieces of `PIECE_BYTES`, each a shard of its own, so that a file larger than any
+cache is shared by nodes. The order depends on it, so it is no setting.
 
 Nothing here imports numba until the first shard is to be indexed.
 """
@@ -18,26 +22,38 @@ from numpy.typing import NDArray
 
 from fastload.errors import ConfigError, ShardError
 from fastload.formats import record_index
+from fastload.formats.computed_index import PackedIndex, StridedIndex
 from fastload.formats.record_index import ListedShard, RecordIndex, shard_name
 from fastload.formats.records import RecordReader, read_layout
 from fastload.formats.shard_index import ShardIndex
+from fastload.formats.token_files import tokens
 from fastload.store.listing import ends_in
+from fastload.store.table import ObjectTable
+from fastload.store.types import ObjectInfo
 
 __all__ = [
     "ENDINGS",
     "INDEX_NAME",
+    "PIECE_BYTES",
     "SHARD_ENDINGS",
     "SIDECAR_NAME",
+    "ComputedFormat",
+    "Format",
     "Index",
     "Indexer",
     "ListedShard",
     "MixedLayoutsError",
+    "PackedIndex",
+    "ReadAt",
     "RecordIndex",
     "ShardIndex",
+    "StoredIndex",
+    "StridedIndex",
     "described_layout",
     "difference",
     "endings_of",
     "format_of",
+    "in_pieces",
     "indexer_for",
     "is_described",
     "joined",
@@ -45,9 +61,13 @@ __all__ = [
     "may_be_indexed",
     "record_reader",
     "stored_index",
+    "tokens",
 ]
 
-Index: TypeAlias = ShardIndex | RecordIndex
+StoredIndex: TypeAlias = ShardIndex | RecordIndex
+Index: TypeAlias = StoredIndex | StridedIndex | PackedIndex
+ReadAt: TypeAlias = Callable[[int, int], bytes]
+"""Reads a part of an object: `read_at(start, length)`."""
 
 ENDINGS = {
     "tar": (".tar",),
@@ -60,6 +80,11 @@ ENDINGS = {
 
 SHARD_ENDINGS = tuple(ending for endings in ENDINGS.values() for ending in endings)
 """How the names of objects end that are shards, where a prefix is given instead of names."""
+
+PIECE_BYTES = 64 << 20
+
+_IN_PIECES = {"jsonl"}
+"""The formats by name whose files are cut where they are larger than a piece."""
 
 SIDECAR_NAME = "fastload-index.arrow"
 """What a file of indexes is called that is found by itself beside the shards of a prefix (see `sidecar`)."""
@@ -97,18 +122,57 @@ class Indexer(Protocol):
         """Read `chunk`, which lies at `start` in the object; it is not kept. ShardError: not this format."""
         ...
 
-    def finish(self) -> Index:
+    def finish(self) -> StoredIndex:
         """The index, once `done`. ShardError: the samples make no sense."""
         ...
 
 
-def stored_index(data: bytes | bytearray | memoryview, url: str, object_size: int) -> Index:
+class ComputedFormat(Protocol):
+    """A format with arguments, whose indexes follow from these and from what lies beside the shards. So they are made
+    where they are needed, in no time, and are no facts of the objects that others could use. Immutable.
+    """
+
+    @property
+    def reading(self) -> str:
+        """The arguments as a text: what the order depends on beside the objects."""
+        ...
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """How the names of its shards end under a prefix."""
+        ...
+
+    @property
+    def beside_ending(self) -> str:
+        """How the name of the file ends that may lie beside a shard, in place of the shard's own ending."""
+        ...
+
+    def counts(self, shards: ObjectTable, have_beside: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """int64[shards]: how many samples each of these has, or piece of one; -1 where names and sizes do not say it.
+        ConfigError for what it cannot read with these arguments.
+        """
+        ...
+
+    def index(self, info: ObjectInfo, read_at: ReadAt, beside: tuple[ReadAt, int] | None) -> Index:
+        """The index of a shard, or of a piece of one, of which `read_at` reads the whole. `beside` reads the file that
+        lies beside it, and says its size. ShardError or ConfigError where that makes no sense.
+        """
+        ...
+
+
+Format: TypeAlias = str | ComputedFormat
+"""What users say of the format: its name, or one with arguments."""
+
+
+def stored_index(
+    data: bytes | bytearray | memoryview, url: str, object_size: int, start: int = 0, reach_max: int = 0
+) -> StoredIndex:
     """The index that `to_bytes` of either kind stored. ShardError, naming `url`, for anything that is none of an object
-    of `object_size` bytes.
+    of `object_size` bytes. `start` and `reach_max`: see `RecordIndex.from_bytes`.
     """
     if bytes(data[:8]) != record_index.MAGIC:
         return ShardIndex.from_bytes(data, url, object_size)
-    index = RecordIndex.from_bytes(data, url, object_size)
+    index = RecordIndex.from_bytes(data, url, object_size, start, reach_max)
     try:
         record_reader(index.layout)
     except ShardError as error:
@@ -162,6 +226,10 @@ def record_reader(layout: bytes) -> RecordReader:
         from fastload.formats.tfrecord import TfRecordReader
 
         return TfRecordReader.of(fields)
+    if name == "tokens":
+        from fastload.formats.token_reader import TokenReader
+
+        return TokenReader.of(fields)
     raise ShardError(f"its records are of a format called {name!r}, which this fastload does not know")
 
 
@@ -201,8 +269,12 @@ def difference(one: bytes, other: bytes) -> str:
     return f"in the order {list(first.columns)} in the one and {list(second.columns)} in the other"
 
 
-def endings_of(name: str) -> tuple[str, ...]:
-    """How shards of the format of that name end; of all formats for "auto". ConfigError for a name that is none."""
+def endings_of(name: Format) -> tuple[str, ...]:
+    """How shards of the format end; of all formats for "auto". ConfigError for a name that is none."""
+    if not isinstance(name, str):
+        if not isinstance(getattr(name, "endings", None), tuple):
+            raise ConfigError(f"format={name!r} is none; give a name, or fastload.formats.tokens(...)")
+        return name.endings
     if name == "auto":
         return SHARD_ENDINGS
     if name not in ENDINGS:
@@ -216,9 +288,36 @@ def format_of(url: str) -> str:
     return next((each for each, endings in ENDINGS.items() if ends_in(name, endings)), "tar")
 
 
-def indexer_for(url: str, size: int, layout: Callable[[], bytes] | None = None) -> Indexer:
+def in_pieces(shards: ObjectTable, are_cut: bool | None = None) -> ObjectTable:
+    """The same shards, which are of one format, with pieces in place of those that are large. `are_cut`: whether files
+    of that format are; None where their names say it.
+    """
+    large = np.flatnonzero(shards.sizes > PIECE_BYTES).tolist()
+    if large and are_cut is None:
+        are_cut = format_of(shards[large[0]].url) in _IN_PIECES
+    if not large or not are_cut:
+        return shards
+    parts: list[ObjectTable] = []
+    whole_from = 0
+    for number in large:
+        info = shards[number]
+        starts = range(0, info.size, PIECE_BYTES)
+        sizes = (min(PIECE_BYTES, info.size - start) for start in starts)
+        pieces = (
+            ObjectInfo(info.url, size, info.etag, info.mtime_ns, start, info.size)
+            for start, size in zip(starts, sizes, strict=True)
+        )
+        parts += [shards[whole_from:number], ObjectTable.of(pieces)]
+        whole_from = number + 1
+    return ObjectTable.joined([*parts, shards[whole_from:]])
+
+
+def indexer_for(
+    url: str, size: int, layout: Callable[[], bytes] | None = None, piece: tuple[int, int] = (0, -1)
+) -> Indexer:
     """An indexer for the shard at `url` of `size` bytes, by the ending of its name; tar where that says nothing.
-    `layout` says how samples are laid out where a file beside the shard does (see `is_described`).
+    `layout` says how samples are laid out where a file beside the shard does (see `is_described`). `piece`: where it
+    begins in its object, and the size of that, -1 where it is whole; of a piece it may read on behind its end.
 
     Raises ConfigError for what is compressed, ShardError for an empty object.
     """
@@ -233,7 +332,7 @@ def indexer_for(url: str, size: int, layout: Callable[[], bytes] | None = None) 
     if format_of(url) == "jsonl":
         from fastload.formats.jsonl import JsonlIndexer
 
-        return JsonlIndexer(url, size)
+        return JsonlIndexer(url, size, *piece)
     if is_described(url):
         from fastload.formats.litdata import LitDataIndexer
 

@@ -1,8 +1,9 @@
 """JSON lines: a file of text, each line a JSON object. Lines end in LF or CR LF, the last one may lack that; blank
 lines and a byte order mark at the beginning are left out.
 
-Where the lines are is found by reading all of a file once. The values of the columns that are asked for are found in a
-line when it is gathered, and are JSON themselves; nothing else of it is parsed.
+Where the lines are is found by reading all of a file once. A large file is read in pieces: a line belongs to the piece
+in which the line before it ends, so that no piece is read to know where another begins. The values of the columns that
+are asked for are found in a line when it is gathered, and are JSON themselves; nothing else of it is parsed.
 """
 
 from __future__ import annotations
@@ -25,36 +26,64 @@ WHOLE = "json"
 """The column that has all of a line, where none are asked for."""
 
 _MARK = b"\xef\xbb\xbf"
+_LINE_END = ord("\n")
 _AT_ONCE = 1 << 16
 _LINE_BYTES_MAX = (1 << 32) - 1
 
 
 class JsonlIndexer:
-    """Makes the index of one file from all of its bytes. Used by one thread."""
+    """Makes the index of one file from all of its bytes, or of a piece of one. Used by one thread.
 
-    def __init__(self, url: str, size: int) -> None:
-        self._url, self._size = url, size
+    Offsets count from the start of the piece. It goes on behind its end up to the end of its last line.
+    """
+
+    def __init__(self, url: str, size: int, start: int = 0, object_size: int = -1) -> None:
+        """A piece is the `size` bytes from `start` of an object of `object_size`."""
+        self._url, self._size, self._start = url, size, start
+        self._object_end = size if object_size < 0 else object_size - start
         self._state = np.zeros(2, np.int64)
         self._starts: list[NDArray[np.int64]] = []
         self._ends: list[NDArray[np.int64]] = []
         self._is_open_blank = True  # the line that goes on beyond what was read
+        self._is_before_first = start > 0  # what was read so far is of a line of the piece before
+        self._done = self._object_end == 0
 
     @property
     def next_offset(self) -> int:
-        """The offset of the next byte that is needed; the object's size once none is."""
-        return int(self._state[1])
+        """The offset of the next byte that is needed; where all that is there ends once none is."""
+        return self._object_end if self._done else int(self._state[1])
 
     @property
     def done(self) -> bool:
         """Whether no more bytes are needed."""
-        return self.next_offset >= self._size
+        return self._done
 
     def feed(self, chunk: NDArray[np.uint8], start: int) -> None:
-        """Read `chunk`, which lies at `start` in the object."""
+        """Read `chunk`, which lies at `start` in the object, or in the piece."""
         if not start <= self.next_offset < start + len(chunk):
             raise ShardError(f"{self._url}: bytes from {start} came where those from {self.next_offset} were needed")
-        if start == 0 and chunk[:3].tobytes() == _MARK:
+        if self._is_before_first:
+            self._skip(chunk, start)
+        elif start == 0 and chunk[:3].tobytes() == _MARK:
             self._state[:] = len(_MARK)
+        last = self._size - start if self._size < self._object_end else len(chunk)  # the line that is the last of ours
+        if not self._is_before_first:
+            end = len(chunk) if last >= len(chunk) else _line_end(chunk, max(0, last))
+            self._find(chunk[:end], start)
+            # The line end at which our last line ends was found.
+            self._done = self._state[0] > self._size
+        self._done = self._done or start + len(chunk) >= self._object_end
+        if self._is_before_first and start + len(chunk) >= self._size:
+            self._done = True  # one line goes through all of the piece
+
+    def _skip(self, chunk: NDArray[np.uint8], start: int) -> None:
+        """Go to the first line that begins behind a line end in the piece."""
+        end = _line_end(chunk[: max(0, self._size - start)], 0)
+        self._is_before_first = not end or chunk[end - 1] != _LINE_END
+        self._state[:] = start + (len(chunk) if self._is_before_first else end)
+
+    def _find(self, chunk: NDArray[np.uint8], start: int) -> None:
+        """Find the lines that end in a chunk, or in what is left of it."""
         opened, was_blank = int(self._state[0]), self._is_open_blank
         first = len(self._starts)
         is_aligned = chunk.ctypes.data % 8 == 0  # as chunks in the arena are
@@ -77,17 +106,29 @@ class JsonlIndexer:
 
     def finish(self) -> RecordIndex:
         """The index. ShardError: a line is longer than can be."""
-        if self._state[0] < self._size and not self._is_open_blank:
+        is_open = not self._is_before_first and self._state[0] <= self._size and self._state[0] < self._object_end
+        if is_open and not self._is_open_blank:  # the last line of the file may lack its end
             self._starts.append(self._state[:1].copy())
-            self._ends.append(np.array([self._size], np.int64))
+            self._ends.append(np.array([self._object_end], np.int64))
         none = np.empty(0, np.int64)
         starts, ends = np.concatenate([none, *self._starts]), np.concatenate([none, *self._ends])
         sizes = ends - starts
         if len(sizes) and sizes.max() > _LINE_BYTES_MAX:
-            raise ShardError(
-                f"{self._url}: the line at byte {starts[sizes.argmax()]} has {sizes.max()} bytes, above 4 GiB"
-            )
-        return RecordIndex(layout_of("jsonl", {}), starts, sizes.astype(np.uint32), self._size, shard_name(self._url))
+            start = self._start + starts[sizes.argmax()]
+            raise ShardError(f"{self._url}: the line at byte {start} has {sizes.max()} bytes, above 4 GiB")
+        name = shard_name(self._url, self._start)
+        return RecordIndex(layout_of("jsonl", {}), starts, sizes.astype(np.uint32), self._size, name)
+
+
+def _line_end(chunk: NDArray[np.uint8], begin: int) -> int:
+    """Behind the first line end from `begin` on, or the chunk's length where there is none."""
+    step = 4096
+    while begin < len(chunk):
+        found = chunk[begin : begin + step].tobytes().find(b"\n")
+        if found >= 0:
+            return begin + found + 1
+        begin, step = begin + step, 2 * step
+    return len(chunk)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,8 +43,10 @@ class RecordIndex:
     """S records. Record s is `size[s]` bytes at `offset[s]` of the object, whose size is `object_size`. The arrays
     (int64[S] and uint32[S]) are read-only.
 
+    Records of a piece begin in it, and may end in those behind it: offsets count from its start.
+
     `layout` says how a record is read: a format's name and what else that needs, as `formats.record_reader` takes it.
-    `name` is the shard's, the first part of its keys.
+    `name` is the shard's, the first part of its keys, in which the first record is number `first_number`.
     """
 
     layout: bytes
@@ -52,6 +54,7 @@ class RecordIndex:
     size: NDArray[np.uint32]
     object_size: int
     name: str
+    first_number: int = 0
 
     def __post_init__(self) -> None:
         self.offset.flags.writeable = self.size.flags.writeable = False
@@ -63,8 +66,13 @@ class RecordIndex:
 
     @property
     def member_count(self) -> int:
-        """As many: a sample is one piece of bytes."""
+        """As many: a sample is one run of bytes."""
         return len(self.offset)
+
+    @property
+    def reach(self) -> int:
+        """Where the last of its bytes ends."""
+        return int((self.offset + self.size).max()) if len(self.offset) else 0
 
     @property
     def byte_count(self) -> int:
@@ -75,7 +83,7 @@ class RecordIndex:
         """The key of a sample."""
         if not 0 <= sample < self.sample_count:
             raise IndexError(f"sample {sample} of {self.sample_count}")
-        return f"{self.name}/{sample}"
+        return f"{self.name}/{self.first_number + sample}"
 
     def fill_places(self, number_of: Callable[[str], int], first_chunk: int, places: NDArray[np.int64]) -> None:
         """As `ShardIndex.fill_places`; the one column is `RECORD`."""
@@ -106,11 +114,14 @@ class RecordIndex:
         return bytes(header) + body
 
     @classmethod
-    def from_bytes(cls, data: bytes | bytearray | memoryview, url: str, object_size: int) -> RecordIndex:
+    def from_bytes(
+        cls, data: bytes | bytearray | memoryview, url: str, object_size: int, start: int = 0, reach_max: int = 0
+    ) -> RecordIndex:
         """The index that `to_bytes` stored. Raises ShardError, naming `url`, for anything that is not exactly an index
-        of
-        an object of `object_size` bytes.
+        of an object of `object_size` bytes, or of a piece of so many that begins at `start`, and whose records end at
+        `reach_max` at the latest.
         """
+        reach_max = max(reach_max, object_size)
         data = bytes(data)
 
         def require(holds: object, what: str) -> None:
@@ -129,9 +140,9 @@ class RecordIndex:
         require(len(data) == length, f"{len(data)} bytes where its counts need {length}")
         offset = np.frombuffer(data, "<i8", samples, _HEADER.size).astype(np.int64)
         sizes = np.frombuffer(data, "<u4", samples, _HEADER.size + 8 * samples).astype(np.uint32)
-        inside = (offset >= 0) & (offset <= object_size) & (sizes <= object_size - np.minimum(offset, object_size))
+        inside = (offset >= 0) & (offset <= object_size) & (sizes <= reach_max - np.minimum(offset, object_size))
         require(inside.all(), "a record lies outside of the object")
-        return cls(data[_HEADER.size + 12 * samples :], offset, sizes, object_size, shard_name(url))
+        return cls(data[_HEADER.size + 12 * samples :], offset, sizes, object_size, shard_name(url, start))
 
 
 class ListedShard(NamedTuple):
@@ -142,11 +153,12 @@ class ListedShard(NamedTuple):
     samples: int
 
 
-def shard_name(url: str) -> str:
-    """The last part of a shard's URL, which its keys begin with. A local path may hold any character; a URL's path ends
-    before its query.
+def shard_name(url: str, start: int = 0) -> str:
+    """The last part of a shard's URL, which its keys begin with; of a piece that begins at `start`, `@start` behind
+    that. A local path may hold any character; a URL's path ends before its query.
     """
-    return (urlsplit(url).path if "://" in url else url).rpartition("/")[2]
+    name = (urlsplit(url).path if "://" in url else url).rpartition("/")[2]
+    return f"{name}@{start}" if start else name
 
 
 def stored_record_count(header: bytes, length: int) -> int:

@@ -7,6 +7,7 @@ batch. Nothing is a Python object a sample.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -63,6 +64,22 @@ class RecordReader(Protocol):
         DecodeError, with `where(i)` before it, for a record that is none of this layout.
         """
         ...
+
+
+class PartReader(ABC):
+    """A `RecordReader` with a column, `whole`, whose values are the records: they are gathered straight to their place.
+
+    Records may be put together of parts (see `PackedIndex`). `of_parts` are the columns that say how: a value of these
+    is the bytes and the tag, both int64, of each part of the record.
+    """
+
+    @property
+    @abstractmethod
+    def whole(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def of_parts(self) -> tuple[str, ...]: ...
 
 
 def layout_of(format_name: str, fields: Mapping[str, object]) -> bytes:

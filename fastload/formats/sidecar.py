@@ -9,6 +9,8 @@ sample, and after that the indexes that are needed. docs/index.md describes it f
 Rejected: the arrays of an index as Arrow columns of their own, which makes an index seven reads in seven places, and
 would need every check that `ShardIndex.from_bytes` makes once more.
 
+A piece of an object has a row of its own, with ` bytes=<start>-<end>` behind its URL.
+
 Nothing in the file is believed: it may come from anywhere. A row counts only for the very version of the object that it
 was made of, and its index has to be one of an object of that size and of that many samples.
 """
@@ -33,7 +35,7 @@ from numpy.typing import NDArray
 from fastload.cache.key import url_without_credentials
 from fastload.cache.tempfiles import temp_names
 from fastload.errors import ConfigError, FastloadError, ShardError
-from fastload.formats import Index, stored_index
+from fastload.formats import Index, PackedIndex, StoredIndex, StridedIndex, stored_index
 from fastload.store.table import ObjectTable, Texts
 from fastload.store.types import ObjectInfo
 
@@ -79,6 +81,7 @@ class SidecarWriter:
 
     def add(self, info: ObjectInfo, index: Index) -> None:
         """The next shard."""
+        assert not isinstance(index, StridedIndex | PackedIndex), "it is computed where it is needed"
         data = index.to_bytes()
         with self._writing():
             self._spool.write(data)
@@ -131,7 +134,7 @@ class SidecarWriter:
 
         def batch(first_offset: int) -> Any:
             columns = [
-                pa.array([url_without_credentials(info.url) for info in infos], pa.utf8()),
+                pa.array([_name(url_without_credentials(info.url), info) for info in infos], pa.utf8()),
                 pa.array([info.size for info in infos], pa.int64()),
                 pa.array([info.etag for info in infos], pa.utf8()),
                 pa.array([info.mtime_ns for info in infos], pa.int64()),
@@ -170,10 +173,11 @@ class SidecarSummary:
         rows[numbers[~same]] = -1
         return rows, numbers[~same]
 
-    def index(self, row: int, read_at: ReadAt) -> Index:
-        """The index of a row's shard. ShardError where the row lies."""
-        info, samples = self.objects[row], int(self.sample_counts[row])
-        found = stored_index(read_at(int(self.index_offset[row]), int(self.index_bytes[row])), info.url, info.size)
+    def index(self, row: int, read_at: ReadAt, shard: ObjectInfo | None = None) -> StoredIndex:
+        """The index of a row's shard, which is the listed `shard`. ShardError where the row lies."""
+        info, samples = shard or self.objects[row], int(self.sample_counts[row])
+        data = read_at(int(self.index_offset[row]), int(self.index_bytes[row]))
+        found = stored_index(data, info.url, info.size, info.start, info.whole.size - info.start)
         if found.sample_count != samples:
             raise ShardError(f"{info.url}: its index in the sidecar has {found.sample_count} samples, not {samples}")
         return found
@@ -271,7 +275,14 @@ def _array(texts: Texts) -> Any:
     return pa.Array.from_buffers(pa.large_utf8(), len(texts), [valid, pa.py_buffer(starts), pa.py_buffer(texts.data)])
 
 
+def _name(url: str, info: ObjectInfo) -> str:
+    """What a row calls a shard."""
+    return f"{url} bytes={info.start}-{info.start + info.size}" if info.is_piece else url
+
+
 def _urls(objects: ObjectTable) -> Any:
+    if objects.pieces is not None:
+        return pa.array([_name(url_without_credentials(info.url), info) for info in objects], pa.large_utf8())
     urls = _array(objects.urls)
     if pc.any(pc.starts_with(urls, "http")).as_py():  # others hold no credentials
         return pa.array([url_without_credentials(url or "") for url in objects.urls.to_list()], pa.large_utf8())

@@ -28,14 +28,13 @@ from fastload.client.consumer import Consumer
 from fastload.decode.base import Decoder, Keys, sample_keys
 from fastload.errors import ConfigError, MissingColumnError
 from fastload.formats import record_reader
-from fastload.formats.record_index import RECORD
-from fastload.formats.records import RecordReader, split
+from fastload.formats.records import PartReader, RecordReader, split
 from fastload.kernels.gather import gather_columns, lay_out
 from fastload.pipeline.columns import KEY, URL, meant, shown
 from fastload.pipeline.delivery import PlanEntry
 from fastload.pipeline.finish import SAMPLE_ERRORS, Gathered, SourceBuilder
 from fastload.pipeline.names import UrlTable
-from fastload.pipeline.windows import Ints, LiveWindows, LocatedSamples, Values
+from fastload.pipeline.windows import Ints, LiveWindows, LocatedSamples, RecordParts, Values
 from fastload.plan import BatchEntry, Manifest
 from fastload.transport import SharedPool
 from fastload.transport.slots import SlotPool
@@ -258,9 +257,8 @@ class SampleGatherer:
         """The chunks that an entry needs. Missing values need none; they are an error when the batch is built."""
         located = LocatedSamples(entry, self._live, self._urls)
         if located.record_layout() is not None:
-            members: tuple[str, ...] = (RECORD,)
-        else:
-            members = located.all_columns() if self._columns.members is None else self._columns.members
+            return self._gatherer.lay_out(located.record_parts().values).chunk_nos
+        members = located.all_columns() if self._columns.members is None else self._columns.members
         return self._gatherer.lay_out(located.values_of(members)[0]).chunk_nos
 
     def _names(self, located: LocatedSamples) -> tuple[str, ...]:
@@ -302,10 +300,9 @@ class SampleGatherer:
                     f"{samples.place(0, name)}: its shard has no such column; it has {shown(read.columns)}."
                     f"{meant(name, [each.lower() for each in read.columns])}"
                 )
-        layout = self._gatherer.lay_out(located.values_of((RECORD,))[0])
-        (offsets,) = layout.out_offset
-        records = memory.stage(int(offsets[-1]))
-        self._gatherer.fill(layout, [records])
+        parts = located.record_parts()
+        layout = self._gatherer.lay_out(parts.values)
+        offsets = layout.out_offset[0, parts.part_start]
         wanted = [name for name in names if name not in lacking]
         decoders = {name: read.decoder(name) for name in wanted if name not in self._columns.decoders}
 
@@ -316,19 +313,32 @@ class SampleGatherer:
         def where(number: int) -> str:
             return f"{samples.urls()[number]}: sample {samples.keys()[number]!r}"
 
-        found, is_there = split(read, records, offsets, wanted, take, where)
+        whole = next((name for name in wanted if isinstance(read, PartReader) and name.lower() == read.whole), None)
+        records = memory.stage(int(offsets[-1])) if whole is None else take(whole, int(offsets[-1]))
+        self._gatherer.fill(layout, [records])
+        of_parts = {name for name in wanted if isinstance(read, PartReader) and name.lower() in read.of_parts}
+        rest = [name for name in wanted if name != whole and name not in of_parts]
+        found, found_there = split(read, records, offsets, rest, take, where)
+        is_there = dict(zip(rest, found_there, strict=True))
+        if whole is not None:
+            found[whole] = records, offsets
+        for name in of_parts:
+            found[name] = _described(parts, take(name, 16 * len(parts.tag)))
         nothing = np.empty(0, np.uint8), np.zeros(len(offsets), np.int64)
         columns = {name: found.get(name, nothing) for name in names}
         present = {name: np.zeros(len(offsets) - 1, np.bool_) for name in lacking}
-        for row, name in zip(is_there, wanted, strict=True):
+        for name in wanted:
+            row = is_there.get(name)
             if self._columns.may_lack(name):
-                present[name] = row
-                if not row.all() and name in decoders and not decoders[name].takes_missing():
+                present[name] = np.ones(len(offsets) - 1, np.bool_) if row is None else row
+                if row is None or row.all():
+                    continue
+                if name in decoders and not decoders[name].takes_missing():
                     raise ConfigError(
                         f"{samples.place(int(np.argmin(row)), name)}: the sample has none, and batches of it are "
                         f"tensors, which have no room for that; say what stands for it: {_with_default(name, decoders)}"
                     )
-            elif not row.all():
+            elif row is not None and not row.all():
                 raise MissingColumnError(
                     f"{samples.place(int(np.argmin(row)), name)}: the sample has no such column; where samples may "
                     f"lack it, write {name + '?'!r}"
@@ -382,6 +392,13 @@ def _with_default(name: str, decoders: Mapping[str, Decoder]) -> str:
     assert fixed is not None, f"{name}: only batches of one shape have no room"
     shape, dtype = fixed
     return f"decode={{{name + '?'!r}: fastload.decode.flat({dtype.name!r}, {shape}, default=-1)}}"
+
+
+def _described(parts: RecordParts, out: Bytes) -> tuple[Bytes, Ints]:
+    """Bytes and tag of each part, written to `out`, and where those of each record begin."""
+    table = np.stack([parts.values.size[0], parts.tag], axis=1)
+    out[:] = table.reshape(-1).view(np.uint8)
+    return out, 16 * parts.part_start
 
 
 def part_of_entry(entry: BatchEntry, numbers: list[int]) -> BatchEntry:

@@ -56,7 +56,7 @@ class Lookup:
         manifest = self.source.list_shards()
         if known is not None and known[0] is manifest:
             return known[1]
-        counts = self.source.sample_counts()
+        counts = self.source.sample_counts(is_needed=True)
         if counts is None:
             return None
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])

@@ -57,16 +57,16 @@ class Keys(Protocol):
 @dataclass(frozen=True, slots=True, eq=False)
 class NumberedKeys:
     """Keys of samples that have none of their own: `<name of the shard>/<number of the sample in it>`. The rows of
-    shard
-    i, which is called `names[i]`, begin at `first_rows[i]`.
+    shard i, which is called `names[i]`, begin at `first_rows[i]`, and their numbers at `first_numbers[i]`.
     """
 
     names: list[str]
     first_rows: Ints
+    first_numbers: list[int]
 
     def keys(self, rows: Ints) -> list[str]:
         shards = np.searchsorted(self.first_rows, rows, side="right") - 1
-        numbers = (rows - self.first_rows[shards]).tolist()
+        numbers = (rows - self.first_rows[shards] + np.array(self.first_numbers, np.int64)[shards]).tolist()
         return [f"{self.names[shard]}/{number}" for shard, number in zip(shards.tolist(), numbers, strict=True)]
 
 

@@ -71,6 +71,9 @@ class WindowReader:
         self._consumer.want(chunk_nos)
         indexes = self._shards.get(self._consumer, numbers.tolist())
         self._indexed(numbers)
+        if len(chunk_nos) and len(beyond := self._shards.chunks_beyond(numbers, indexes)):
+            self._opening = chunk_nos = np.union1d(chunk_nos, beyond)
+            self._consumer.want(beyond)
         window = Window(key, numbers, indexes, self._first_chunk[numbers], chunk_nos)
         self.live.open(window)
         self._opening = None

@@ -5,10 +5,12 @@ Lists and sidecars are read through the cache like shards: attached, fetched onc
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -18,14 +20,18 @@ from fastload.formats import (
     INDEX_NAME,
     SHARD_ENDINGS,
     SIDECAR_NAME,
+    ComputedFormat,
+    Format,
     endings_of,
     format_of,
+    in_pieces,
     is_described,
     listed_shards,
     may_be_indexed,
     wids,
 )
 from fastload.plan import Manifest
+from fastload.store import normalise
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
 
@@ -41,26 +47,73 @@ class _Listed(NamedTuple):
     sidecars: ObjectTable
 
 
-def list_shards(consumer: Consumer, urls: Sequence[str], format_name: str = "auto") -> Manifest:
+def list_shards(consumer: Consumer, urls: Sequence[str], how: Format = "auto") -> Manifest:
     """The manifest of `urls`, in their order, of which prefixes stand for the shards of this format under them. It
-    replaces the objects that `consumer` is attached to.
+    replaces the objects that `consumer` is attached to. Large files are there in pieces.
 
     A URL that ends in ".json" is a list of shards (see `wids`). Raises the errors of the store, and `ConfigError` for
     lists that cannot be used.
     """
-    endings = endings_of(format_name)
+    if not isinstance(how, str):
+        return _list_computed(consumer, urls, how)
+    endings = endings_of(how)
     parts = [
         part
         for is_list, group in groupby(urls, wids.is_list)
         for part in _parts(consumer, list(group), is_list, endings)
     ]
-    shards = ObjectTable.joined([part.shards for part in parts])
-    if not len(shards):
+    listed = ObjectTable.joined([part.shards for part in parts])
+    if not len(listed):
         raise ObjectMissingError(f"{', '.join(urls)}: no shards at all; name some, or correct the list")
-    _check_formats(shards)
+    _check_formats(listed)
     counts = np.concatenate([part.sample_counts for part in parts])
+    shards = in_pieces(listed)
+    if shards is not listed:
+        counts = _counts_of_pieces(counts, shards)
     sidecars = ObjectTable.joined([part.sidecars for part in parts])
     return Manifest(shards, promised=counts if (counts >= 0).any() else None, sidecars=_each_once(sidecars))
+
+
+def _list_computed(consumer: Consumer, urls: Sequence[str], how: ComputedFormat) -> Manifest:
+    """The manifest of a `ComputedFormat`, whose sidecars are what lies beside the shards."""
+    found = consumer.resolve(urls, (*how.endings, how.beside_ending))
+    is_beside = np.array([url.endswith(how.beside_ending) for rows in found.rows() for url, *_ in rows], np.bool_)
+    shards, beside = found.take(np.flatnonzero(~is_beside)), found.take(np.flatnonzero(is_beside))
+    if not len(shards):
+        raise ObjectMissingError(f"{', '.join(urls)}: no shards at all; name those that end in {how.endings}")
+    names = {info.url for info in beside}
+    prefixes = tuple(url for url in map(normalise, urls) if url.endswith("/"))
+    lacking = [name for info in shards if (name := beside_name(info.url, how)) not in names]
+    lacking = [name for name in dict.fromkeys(lacking) if not (prefixes and name.startswith(prefixes))]
+    if lacking:  # those of shards that were named one by one
+        beside = ObjectTable.joined([beside, consumer.present(lacking)])
+    shards, beside = in_pieces(shards, are_cut=True), _each_once(beside)
+    names = {info.url for info in beside}
+    have_beside = np.array([beside_name(info.url, how) in names for info in shards], np.bool_)
+    reading = how.reading
+    if len(beside):
+        identities = msgspec.msgpack.encode(list(beside.identities()))
+        reading += READING_BESIDE + hashlib.blake2b(identities, digest_size=16).hexdigest()
+    return Manifest(shards, promised=how.counts(shards, have_beside), sidecars=beside, reading=reading)
+
+
+READING_BESIDE = "; beside it "
+
+
+def check_reading(manifest: Manifest, how: Format) -> None:
+    """Raise `ConfigError` where a list of shards was made for another format than `how`."""
+    reading = "" if isinstance(how, str) else how.reading
+    if manifest.reading.partition(READING_BESIDE)[0] != reading:
+        raise ConfigError(
+            f"the list of shards was made for {manifest.reading or 'a format without arguments'}, and this is "
+            f"{reading or f'format={how!r}'}; give the same format=, or another file with manifest=..."
+        )
+
+
+def beside_name(url: str, how: ComputedFormat) -> str:
+    """What the file is called that may lie beside a shard."""
+    folder, slash, name = url.rpartition("/")
+    return folder + slash + (name.rpartition(".")[0] or name) + how.beside_ending
 
 
 def find_sidecars(consumer: Consumer, manifest: Manifest, index: str | None) -> ObjectTable:
@@ -70,6 +123,8 @@ def find_sidecars(consumer: Consumer, manifest: Manifest, index: str | None) -> 
     """
     if index is None:
         return manifest.sidecars
+    if manifest.reading:
+        raise ConfigError(f"index={index!r}: the samples of {manifest.reading} are computed; leave index= out")
     descriptions = [info for info in manifest.sidecars if is_description(info.url)]
     return ObjectTable.joined([consumer.resolve([index], ()), ObjectTable.of(descriptions)])
 
@@ -232,6 +287,14 @@ def _named(consumer: Consumer, part: wids.Shards, list_url: str) -> _Listed:
             "upload it again, or correct the list"
         )
     return _Listed(shards, np.array(part.sample_counts, np.int64), none)
+
+
+def _counts_of_pieces(counts: npt.NDArray[np.int64], shards: ObjectTable) -> npt.NDArray[np.int64]:
+    """The promised counts of shards of which some are pieces: nothing is promised of these."""
+    assert shards.pieces is not None, "there are pieces"
+    starts, object_sizes = shards.pieces
+    of_object = np.cumsum(starts == 0) - 1
+    return np.where(object_sizes < 0, counts[of_object], -1)
 
 
 def _each_once(objects: ObjectTable) -> ObjectTable:

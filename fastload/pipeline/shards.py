@@ -9,6 +9,9 @@ needed, and say which shards they cover; an index is read when its shard is open
 is a warning, and the shard is read instead: a row for another version of its shard, a damaged index, a file that
 changed after it was listed. Only a file that is no sidecar at all is an error.
 
+The indexes of a `ComputedFormat` are no facts of the shards: each process computes those that it needs, with what lies
+beside the shards, and the service knows neither them nor the counts, which depend on arguments.
+
 Counts may be known beforehand, from a sidecar or because a list of shards promises them. Plans that were made with them
 cannot be corrected if they turn out wrong, so that is an error.
 """
@@ -28,9 +31,9 @@ import numpy.typing as npt
 from fastload import callers, protocol
 from fastload.client.consumer import Consumer
 from fastload.errors import ConfigError, ShardError, StoreError
-from fastload.formats import Index, described_layout, indexer_for, stored_index
-from fastload.pipeline.shard_listing import is_description, object_reader
-from fastload.pipeline.windows import window_chunks
+from fastload.formats import ComputedFormat, Index, StoredIndex, described_layout, indexer_for, stored_index
+from fastload.pipeline.shard_listing import beside_name, is_description, object_reader
+from fastload.pipeline.windows import chunks_beyond, window_chunks
 from fastload.plan import Manifest
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
@@ -51,8 +54,12 @@ class ShardTable:
         first_chunk: npt.NDArray[np.int64],
         chunk_bytes: int,
         sidecars: ObjectTable | None = None,
+        computed: ComputedFormat | None = None,
     ) -> None:
-        """`sidecars` are attached behind the manifest's objects."""
+        """`sidecars` are attached behind the manifest's objects; of a `computed` format they are what lies beside the
+        shards.
+        """
+        self._computed = computed
         self._manifest = manifest
         self._first_chunk = first_chunk
         self._chunk_bytes = chunk_bytes
@@ -63,7 +70,9 @@ class ShardTable:
         files = SideFiles.behind(
             int(first_chunk[-1]), chunk_bytes, ObjectTable.of([]) if sidecars is None else sidecars
         )
-        of_indexes, of_layouts = files.divided(lambda info: not is_description(info.url))
+        self._beside = {info.url: number for number, info in enumerate(files.infos)} if computed is not None else {}
+        self._files = files
+        of_indexes, of_layouts = files.divided(lambda info: computed is None and not is_description(info.url))
         self._sidecars = Sidecars(manifest, of_indexes) if len(of_indexes.infos) else None
         self._layouts = Layouts(of_layouts)
         self._promised = np.full(len(manifest), -1, np.int64) if manifest.promised is None else manifest.promised.copy()
@@ -73,7 +82,10 @@ class ShardTable:
         found = self._in_memory(object_nos)
         missing = [number for number in object_nos if number not in found]
         if missing:
-            found |= self._loaded(consumer, missing)
+            if self._computed is None:
+                found |= self._loaded(consumer, missing)
+            else:
+                found |= {number: self._compute(self._computed, consumer, number) for number in missing}
             self._check_promises(missing, np.array([found[number].sample_count for number in missing], np.int64))
         with self._lock:
             for number, index in found.items():
@@ -88,11 +100,17 @@ class ShardTable:
         finally:
             consumer.release(window_chunks(self._first_chunk, object_nos))
 
-    def known_counts(self, consumer: Consumer) -> npt.NDArray[np.int64]:
+    def chunks_beyond(self, object_nos: npt.NDArray[np.int64], indexes: Sequence[Index]) -> npt.NDArray[np.int64]:
+        """The chunks behind these shards that their samples reach into."""
+        return chunks_beyond(indexes, object_nos, self._first_chunk, self._manifest.sizes, self._chunk_bytes)
+
+    def known_counts(self, consumer: Consumer, *, is_needed: bool = False) -> npt.NDArray[np.int64]:
         """int64[objects]: how many samples each shard has, -1 where that is not known yet; 0 for those that are gone.
 
-        Parses nothing.
+        Parses nothing; but what can be computed is, where it `is_needed`.
         """
+        if self._computed is not None:
+            return self._computed_counts(consumer, is_needed)
         counts = consumer.get_counts(range(len(self._manifest)))
         with self._lock:  # the service keeps no index above 64 MiB
             for number, index in self._known.items():
@@ -105,6 +123,24 @@ class ShardTable:
         counts = np.where(counts >= 0, counts, self._promised)
         counts[self._manifest.gone] = 0
         return counts
+
+    def _computed_counts(self, consumer: Consumer, is_needed: bool) -> npt.NDArray[np.int64]:
+        counts = self._promised.copy()
+        counts[self._manifest.gone] = 0
+        with self._lock:
+            for number, index in self._known.items():
+                counts[number] = index.sample_count
+        for number in np.flatnonzero(counts < 0).tolist() if is_needed else ():
+            (index,) = self.index(consumer, [number])
+            counts[number] = index.sample_count
+        return counts
+
+    def _compute(self, computed: ComputedFormat, consumer: Consumer, object_no: int) -> Index:
+        info = self._manifest.objects[object_no]
+        first = int(self._first_chunk[object_no]) - info.start // self._chunk_bytes
+        number = self._beside.get(beside_name(info.url, computed))
+        reader = None if number is None else (self._files.read_at(consumer, number), self._files.infos[number].size)
+        return computed.index(info, object_reader(consumer, first, info.whole.size), reader)
 
     def _check_promises(self, object_nos: Sequence[int] | npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> None:
         promised = self._promised[object_nos]
@@ -132,13 +168,13 @@ class ShardTable:
             some = list(islice(left, protocol.INDEXES_TO_MAKE))
         return found
 
-    def _stored_index(self, object_no: int, stored: bytes | None) -> Index | None:
+    def _stored_index(self, object_no: int, stored: bytes | None) -> StoredIndex | None:
         """The index that the service has, or None where it has none that can be used."""
         if stored is None:
             return None
         info = self._manifest.objects[object_no]
         try:
-            return stored_index(stored, info.url, info.size)
+            return stored_index(stored, info.url, info.size, info.start, info.whole.size - info.start)
         except ShardError:
             # Damaged, or of another version: worth no more than none. It is parsed again and the new one takes its
             # place.
@@ -148,7 +184,7 @@ class ShardTable:
         with self._lock:
             return {number: self._known[number] for number in object_nos if number in self._known}
 
-    def _load(self, consumer: Consumer, object_no: int, stored: bytes | None) -> Index:
+    def _load(self, consumer: Consumer, object_no: int, stored: bytes | None) -> StoredIndex:
         found = self._stored_index(object_no, stored)
         if found is not None:
             return found
@@ -158,18 +194,25 @@ class ShardTable:
         consumer.put_index(object_no, index.to_bytes())
         return index
 
-    def _parse(self, consumer: Consumer, object_no: int) -> Index:
-        """Walk over the headers of a shard, chunk by chunk, skipping the chunks that hold none."""
+    def _parse(self, consumer: Consumer, object_no: int) -> StoredIndex:
+        """Walk over the headers of a shard, chunk by chunk, skipping the chunks that hold none. Of a piece, it may go
+        on in the next ones, whose chunks follow.
+        """
         info = self._manifest.objects[object_no]
-        first, end = int(self._first_chunk[object_no]), int(self._first_chunk[object_no + 1])
-        indexer = indexer_for(info.url, info.size, lambda: self._layouts.of(consumer, info.url))
+        first, stop = int(self._first_chunk[object_no]), int(self._first_chunk[object_no + 1])
+        bytes_max = info.whole.size - info.start
+        end = first - (-bytes_max // self._chunk_bytes)
+        piece = info.start, info.object_size
+        indexer = indexer_for(info.url, info.size, lambda: self._layouts.of(consumer, info.url), piece)
         chunk = first
         while chunk < end and not indexer.done:
             start = (chunk - first) * self._chunk_bytes
-            length = min(self._chunk_bytes, info.size - start)
+            length = min(self._chunk_bytes, bytes_max - start)
             with consumer.acquire([chunk], reason="index") as held:
                 view, _, offsets = held.groups[0]
                 indexer.feed(view[int(offsets[0]) : int(offsets[0]) + length], start)
+            if chunk >= stop:
+                consumer.release([chunk])
             chunk = max(chunk + 1, first + indexer.next_offset // self._chunk_bytes)
         return indexer.finish()
 
@@ -250,7 +293,7 @@ class Sidecars:
             counts[of_file] = summary.sample_counts[self._row_of[of_file]]
         return counts
 
-    def index(self, consumer: Consumer, object_no: int) -> Index | None:
+    def index(self, consumer: Consumer, object_no: int) -> StoredIndex | None:
         """The index of a shard, None where no sidecar has it."""
         self._open(consumer)
         number = int(self._file_of[object_no])
@@ -259,7 +302,8 @@ class Sidecars:
         info = self._files.infos[number]
         try:
             row = int(self._row_of[object_no])
-            return self._summaries[number].index(row, self._files.read_at(consumer, number))
+            read_at = self._files.read_at(consumer, number)
+            return self._summaries[number].index(row, read_at, self._manifest.objects[object_no])
         except StoreError as error:
             self._lost.add(number)
             _warn(f"{info.url} cannot be read any more ({error})", "its shards are indexed by reading them")

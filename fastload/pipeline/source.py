@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from fastload.client.cache import Handle
 from fastload.client.consumer import Consumer
+from fastload.formats import ComputedFormat, Format
 from fastload.kernels import FIRST_BATCH, compile_in_background
 from fastload.lifecycle import call_later, is_inherited, on_drop
 from fastload.pipeline import manifest_files
-from fastload.pipeline.shard_listing import attach, find_sidecars, list_shards
+from fastload.pipeline.shard_listing import attach, check_reading, find_sidecars, list_shards
 from fastload.pipeline.shards import ShardTable
 from fastload.plan import Manifest, next_version
 from fastload.store.table import ObjectTable
@@ -57,7 +58,7 @@ class SourceOptions:
 
     `index` names a file with the shards' indexes, `manifest_file` one for the list of shards. Data that `grows` is
     listed again between epochs, and versions of its list are kept for states that name them. `kernels` are the modules
-    that its decoders use. `format` names the shards' format.
+    that its decoders use. `format` is that of the shards.
     """
 
     urls: Sequence[str]
@@ -67,7 +68,12 @@ class SourceOptions:
     manifest_file: str | None = None
     grows: bool = False
     kernels: tuple[str, ...] = ()
-    format: str = "auto"
+    format: Format = "auto"
+
+    @property
+    def computed(self) -> ComputedFormat | None:
+        """The format where its indexes are computed, and not stored."""
+        return None if isinstance(self.format, str) else self.format
 
 
 class Source:
@@ -115,6 +121,7 @@ class Source:
 
     def adopt(self, manifest: Manifest) -> None:
         """Take this manifest for the data from now on. Consumers that are open go on with the one before."""
+        check_reading(manifest, self._options.format)
         with self._lock:
             if self._manifest is not None and manifest.says_the_same_as(self._manifest):
                 return
@@ -227,13 +234,15 @@ class Source:
                 self._unsent.update(object_nos[here[object_nos] < 0].tolist())
                 here[object_nos] = counts
 
-    def sample_counts(self) -> npt.NDArray[np.int64] | None:
-        """int64[objects]: samples of each shard, or None where a shard has not been indexed yet."""
+    def sample_counts(self, *, is_needed: bool = False) -> npt.NDArray[np.int64] | None:
+        """int64[objects]: samples of each shard, or None where a shard has not been indexed yet. Where it `is_needed`,
+        all that can be computed is.
+        """
         attached = self.open()
         try:
             counts = self._counts_here()
             if (counts < 0).any():
-                stored = self.shards.known_counts(attached.consumer)
+                stored = self.shards.known_counts(attached.consumer, is_needed=is_needed)
                 with self._lock:
                     known = stored >= 0
                     counts[known] = stored[known]
@@ -246,6 +255,8 @@ class Source:
         """Send the service counts that it may not know: counts from other nodes are needed before the next run's first
         epoch, to know how long that is.
         """
+        if self._options.computed is not None:
+            self._unsent.clear()  # they depend on arguments
         if self._unsent and attached.manifest is self._manifest:
             numbers = np.array(sorted(self._unsent), np.int32)
             attached.consumer.put_counts(numbers, self._counts_here()[numbers])
@@ -277,15 +288,16 @@ class Source:
         attached.closings = self._closings
         try:
             if self._manifest is None:
-                self._manifest = self._frozen() or list_shards(
-                    attached.consumer, self._options.urls, self._options.format
-                )
+                manifest = self._frozen() or list_shards(attached.consumer, self._options.urls, self._options.format)
+                check_reading(manifest, self._options.format)
+                self._manifest = manifest
                 self._keep()
             if self._first_chunk is None:
                 chunk_bytes = attached.consumer.chunk_bytes
                 self._first_chunk = self._manifest.first_chunk(chunk_bytes)
                 self._sidecars = find_sidecars(attached.consumer, self._manifest, self._options.index)
-                self._shards = ShardTable(self._manifest, self._first_chunk, chunk_bytes, self._sidecars)
+                places = self._first_chunk, chunk_bytes
+                self._shards = ShardTable(self._manifest, *places, self._sidecars, self._options.computed)
             attached.attach(self._manifest, self._sidecars)
         except BaseException:
             attached.close()

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload.errors import MissingColumnError, ShardError
-from fastload.formats import Index, MixedLayoutsError, RecordIndex, ShardIndex, difference, joined, record_reader
+from fastload.formats import Index, MixedLayoutsError, PackedIndex, ShardIndex, difference, joined, record_reader
+from fastload.formats.record_index import RECORD
 from fastload.kernels.rows import append_keys, find_rows, look_up
 from fastload.kernels.yielding import yield_state
 from fastload.pipeline.columns import shown
@@ -43,6 +44,17 @@ class Values:
         return cls(*np.empty((3, columns, count), np.int64))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RecordParts:
+    """The parts of n records, those of a record one after the other: where they lie, and their tags. Record i has the
+    parts from `part_start[i]` up to `part_start[i + 1]`.
+    """
+
+    values: Values
+    tag: Ints
+    part_start: Ints
+
+
 @dataclass(slots=True)
 class Window:
     """Some whole shards and where each of their samples lies."""
@@ -59,12 +71,15 @@ class Window:
     keys: Keys = field(init=False)
     _places: dict[tuple[str, ...], Ints] = field(init=False, default_factory=dict)
     _columns: tuple[str, ...] | None = field(init=False, default=None)
+    is_packed: bool = field(init=False)  # records are put together of parts
+    _parts: RecordParts | None = field(init=False, default=None)
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.counts = np.array([index.sample_count for index in self.indexes], np.int64)
         self._member_count = sum(index.member_count for index in self.indexes)
         self._base = np.concatenate([[0], np.cumsum(self.counts)])
+        self.is_packed = any(isinstance(index, PackedIndex) for index in self.indexes)
         self.keys = _keys_of(self.indexes, self._base)
 
     @property
@@ -74,9 +89,30 @@ class Window:
         """
         found: dict[bytes, int] = {}
         for index, number in zip(self.indexes, self.object_nos.tolist(), strict=True):
-            if isinstance(index, RecordIndex):
+            if not isinstance(index, ShardIndex):
                 found.setdefault(index.layout, number)
         return found
+
+    def parts(self) -> RecordParts:
+        """The parts of all rows."""
+        with self._lock:
+            if self._parts is None:
+                self._parts = self._parts_of_all()
+            return self._parts
+
+    def _parts_of_all(self) -> RecordParts:
+        indexes = [index for index in self.indexes if isinstance(index, PackedIndex)]
+        assert len(indexes) == len(self.indexes), "shards of one layout have indexes of one kind"
+        counts = [len(index.offset) for index in indexes]
+        firsts = np.cumsum([0, *counts])
+        starts = [index.part_start[:-1] + first for index, first in zip(indexes, firsts.tolist(), strict=False)]
+        values = Values(
+            np.repeat(self.first_chunk, counts)[None],
+            np.concatenate([index.offset for index in indexes])[None],
+            np.concatenate([index.size for index in indexes])[None],
+        )
+        tag = np.concatenate([index.tag for index in indexes])
+        return RecordParts(values, tag, np.concatenate([*starts, firsts[-1:]]))
 
     def columns(self) -> tuple[str, ...]:
         """The names of all columns in these shards, in the order in which they first appear."""
@@ -141,22 +177,23 @@ class Window:
         table = np.empty((int(self._base[-1]), 1 + 2 * len(columns)), np.int64)
         numbers = {name: number for number, name in enumerate(columns)}
         for index, first_chunk, base in zip(self.indexes, self.first_chunk.tolist(), self._base.tolist(), strict=False):
+            assert not isinstance(index, PackedIndex), "parts have a table of their own"
             index.fill_places(lambda name: numbers.get(name, -1), first_chunk, table[base : base + index.sample_count])
         return table
 
 
 def _columns_of(index: Index) -> tuple[str, ...]:
-    return record_reader(index.layout).columns if isinstance(index, RecordIndex) else index.columns
+    return index.columns if isinstance(index, ShardIndex) else record_reader(index.layout).columns
 
 
 def _keys_of(indexes: Sequence[Index], base: Ints) -> Keys:
     """The keys of a window's rows; those of shard i begin at row `base[i]`."""
     named = [index for index in indexes if isinstance(index, ShardIndex)]
     if len(named) < len(indexes):
-        numbered = [index.name for index in indexes if isinstance(index, RecordIndex)]
         if named:
             raise ShardError("shards with keys of their own and shards of records are read together; name one kind")
-        return NumberedKeys(numbered, base)
+        numbered = [index for index in indexes if not isinstance(index, ShardIndex)]
+        return NumberedKeys([index.name for index in numbered], base, [index.first_number for index in numbered])
     # Ends fall together with the next start, so one array of S + 1 offsets serves the whole window.
     first_bytes = np.cumsum([0, *(len(index.key_bytes) for index in named)]).tolist()
     key_bytes, key_starts = np.empty(first_bytes[-1], np.uint8), np.empty(int(base[-1]) + 1, np.int64)
@@ -305,6 +342,22 @@ class LocatedSamples:
         missing = [window.look_up(columns, rows, samples, values) for window, samples, rows in self._parts]
         return values, sum(missing)
 
+    def record_parts(self) -> RecordParts:
+        """Where the parts of these samples lie, which are records; most records have one."""
+        count = len(self.entry)
+        if not any(window.is_packed for window, _, _ in self._parts):
+            values, _ = self.values_of((RECORD,))
+            return RecordParts(values, np.zeros(count, np.int64), np.arange(count + 1))
+        tables = [window.parts() for window, _, _ in self._parts]
+        part_start = np.zeros(count + 1, np.int64)
+        for table, (_, samples, rows) in zip(tables, self._parts, strict=True):
+            part_start[samples + 1] = np.diff(table.part_start)[rows]
+        np.cumsum(part_start, out=part_start)
+        values, tag = Values.room(1, int(part_start[-1])), np.empty(int(part_start[-1]), np.int64)
+        for table, (_, samples, rows) in zip(tables, self._parts, strict=True):
+            _copy_parts(table, rows, part_start[samples], values, tag)
+        return RecordParts(values, tag, part_start)
+
     def record_layout(self) -> bytes | None:
         """How these samples are laid out where they are records, else None. ShardError where they differ."""
         found: dict[bytes, int] = {}
@@ -326,6 +379,27 @@ class LocatedSamples:
         is_one = len(self._parts) == 1
         keys = [(None if is_one else samples, window.keys, rows) for window, samples, rows in self._parts]
         return Names(keys, self.entry.object_no, self._urls)
+
+
+def _copy_parts(table: RecordParts, rows: Ints, to: Ints, values: Values, tag: Ints) -> None:
+    """Copy the parts of these rows to the places that begin at `to`."""
+    first, counts = table.part_start[rows], table.part_start[rows + 1] - table.part_start[rows]
+    within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    source, target = np.repeat(first, counts) + within, np.repeat(to, counts) + within
+    for name in ("first_chunk", "offset", "size"):
+        getattr(values, name)[0, target] = getattr(table.values, name)[0, source]
+    tag[target] = table.tag[source]
+
+
+def chunks_beyond(indexes: Sequence[Index], object_nos: Ints, first_chunk: Ints, sizes: Ints, chunk_bytes: int) -> Ints:
+    """The chunks behind these objects that their samples reach into: pieces of an object go on in the next one."""
+    found: list[int] = []
+    for index, number in zip(indexes, object_nos.tolist(), strict=True):
+        reach = 0 if isinstance(index, ShardIndex) else index.reach
+        if reach > sizes[number]:
+            stop = int(first_chunk[number]) - (-reach // chunk_bytes)
+            found.extend(range(int(first_chunk[number + 1]), stop))
+    return np.unique(np.array(found, np.int64))
 
 
 def window_chunks(first_chunk: Ints, object_nos: Sequence[int] | Ints) -> Ints:

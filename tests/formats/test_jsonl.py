@@ -66,6 +66,45 @@ def test_lines_are_found_whatever_the_pieces(
     assert stored_index(index.to_bytes(), "s3://b/x.jsonl", len(data)) == index
 
 
+def lines_of_piece(data: bytes, start: int, size: int, step: int) -> list[tuple[int, bytes]]:
+    """The lines of a piece, and where each begins in the file; of it only what is needed is read."""
+    indexer = indexer_for("s3://b/x.jsonl", size, piece=(start, len(data)))
+    at = 0
+    while not indexer.done:
+        indexer.feed(np.frombuffer(data[start + at : start + at + step], np.uint8), at)
+        at += step
+    assert at < size + 2 * step or b"\n" not in data[start + size : start + at - 2 * step]
+    index = indexer.finish()
+    stored = stored_index(index.to_bytes(), "s3://b/x.jsonl", size, start, len(data) - start)
+    assert stored == index
+    assert isinstance(stored, RecordIndex)
+    places = zip((start + stored.offset).tolist(), stored.size.tolist(), strict=True)
+    return [(at, data[at : at + length]) for at, length in places]
+
+
+@given(
+    st.lists(st.text("ab \r", max_size=12), max_size=30),
+    st.booleans(),
+    st.integers(1, 50),
+    st.integers(1, 40),
+    st.booleans(),
+)
+def test_a_line_belongs_to_the_piece_in_which_the_line_before_it_ends(
+    lines: list[str], is_ended: bool, piece_bytes: int, step: int, is_marked: bool
+) -> None:
+    mark = b"\xef\xbb\xbf" if is_marked and step > 2 and piece_bytes > 2 else b""
+    data = mark + "\n".join(lines).encode() + b"\n" * is_ended
+    expected: dict[int, list[tuple[int, bytes]]] = {}
+    at = len(mark)
+    for line in data[len(mark) :].split(b"\n"):
+        if line.strip(b" \r"):
+            expected.setdefault(max(0, at - 1) // piece_bytes if at > len(mark) else 0, []).append((at, line))
+        at += len(line) + 1
+    for number, start in enumerate(range(0, len(data), piece_bytes)):
+        size = min(piece_bytes, len(data) - start)
+        assert lines_of_piece(data, start, size, step) == expected.get(number, [])
+
+
 @given(st.lists(OBJECTS, min_size=1, max_size=12), st.sampled_from([None, 1]), st.booleans())
 def test_members_are_those_that_json_has(objects: list[dict[str, Any]], indent: int | None, is_ascii: bool) -> None:
     texts = [
