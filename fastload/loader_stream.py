@@ -20,7 +20,7 @@ from torch.utils.data import default_collate, default_convert
 from fastload import activity, callers
 from fastload.arguments import checked_epoch
 from fastload.dataset_base import DatasetBase
-from fastload.decode.pictures import Image
+from fastload.decode.pictures import Image, WholeImage
 from fastload.device import Mover, mover_to, pinned
 from fastload.errors import ConfigError, StateError
 from fastload.pipeline.delivery import NOTHING, TASK_S, DecodePool, InlineRun, Iteration, Make, ThreadedRun
@@ -319,7 +319,7 @@ def _making(loader: LoaderSettings, dataset: DatasetBase, current: EpochPass) ->
         rank=dataset.ranks.rank,
         world_size=dataset.ranks.world_size,
         makers=max(1, loader.num_workers),
-        decodes_images=any(isinstance(decoder, Image) for decoder in decoders),
+        decodes_images=any(isinstance(decoder, Image | WholeImage) for decoder in decoders),
         ram_bytes=consumer.buffer_count * consumer.chunk_bytes,
     )
 

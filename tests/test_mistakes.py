@@ -310,7 +310,7 @@ MISTAKES: dict[str, Mistake] = {
         C,
         ("history_bytes=-1", "at least 0"),
     ),
-    "a picture without a size": (lambda d: decode.image(), C, ("size=None", "image(224)")),
+    "a crop without a size": (lambda d: decode.image(random_resized_crop=True), C, ("need a size", "image(224, ")),
     "text in a Ragged": (lambda d: fastload.Ragged.from_items(["é"]), C, ("'é' is text", ".encode()")),  # type: ignore[list-item]
     "text among bytes": (lambda d: fastload.Ragged.from_items([b"a", "b"]), C, ("'b' is text",)),  # type: ignore[list-item]
     "a Ragged of numbers": (

@@ -148,9 +148,11 @@ def _tiff_orientation(tiff: bytes) -> int:
     return 1
 
 
-def read_other(value: memoryview, pixels_max: int, *, turn: bool) -> tuple[npt.NDArray[np.uint8], int]:
-    """The picture as `read_jpeg` gives it, and its EXIF orientation (1 unless `turn`). Raises `DecodeError`, and
-    `ConfigError` where Pillow is missing.
+def read_other(
+    value: memoryview, pixels_max: int, *, turn: bool, alpha: bool = False
+) -> tuple[npt.NDArray[np.uint8], int]:
+    """The picture as `read_jpeg` gives it, and its EXIF orientation (1 unless `turn`); with `alpha` the fourth byte of
+    a pixel says how opaque it is. Raises `DecodeError`, and `ConfigError` where Pillow is missing.
     """
     if len(value) == 0:
         raise DecodeError("no bytes: not an image")
@@ -175,11 +177,11 @@ def read_other(value: memoryview, pixels_max: int, *, turn: bool) -> tuple[npt.N
         raise DecodeError(f"not an image of a known format: it starts with {bytes(value[:16])!r}") from error
     except Exception as error:  # Pillow's parsers raise all kinds of errors, and only they run here
         raise DecodeError(f"damaged image of {len(value)} bytes: {type(error).__name__}: {error}") from error
-    return _to_rgbx(picture), orientation
+    return _to_rgbx(picture, alpha), orientation
 
 
-def _to_rgbx(picture: Any) -> npt.NDArray[np.uint8]:
-    """A Pillow image's pixels; transparency is dropped, 16 bits become 8."""
+def _to_rgbx(picture: Any, alpha: bool) -> npt.NDArray[np.uint8]:
+    """A Pillow image's pixels; transparency is dropped unless `alpha`, 16 bits become 8."""
     from PIL import Image
 
     width, height = picture.size
@@ -188,9 +190,9 @@ def _to_rgbx(picture: Any) -> npt.NDArray[np.uint8]:
         picture = Image.fromarray((levels >> 8).clip(0, 255).astype(np.uint8))
     elif picture.mode == "P":  # Pillow warns where a palette has transparency and is not asked for it
         picture = picture.convert("RGBA")
-    rgb = np.asarray(picture.convert("RGB"))
+    found = np.asarray(picture.convert("RGBA" if alpha else "RGB"))
     pixels = workspace.pixels(height * width * 4).reshape(height, width, 4)
-    pixels[:, :, :3] = rgb
+    pixels[:, :, : found.shape[2]] = found
     return pixels.reshape(height, width * 4)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["Cropping", "PictureView", "Span", "choose_view"]
+__all__ = ["Cropping", "PictureView", "Span", "choose_view", "is_flipped"]
 
 _MASK = (1 << 64) - 1
 _ATTEMPTS = 10
@@ -20,14 +20,20 @@ class Cropping:
     """What the user asked for, as far as it is about geometry. At most one of `random_crop` and `resize` is set.
 
     `random_crop`: (scale, ratio) of a random resized crop; `resize`: the shorter side before the middle is taken;
-    neither: the whole picture, whatever its shape. `flip`: how likely it is mirrored.
+    neither: the whole picture, whatever its shape. `flip`: how likely it is mirrored. `size`: of the output, a square's
+    side or height and width.
     """
 
-    size: int
+    size: int | tuple[int, int]
     random_crop: tuple[tuple[float, float], tuple[float, float]] | None = None
     resize: int | None = None
     flip: float = 0.0
     dct_scaling: bool = False
+
+    @property
+    def output(self) -> tuple[int, int]:
+        """Height and width of the output."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
 
     @property
     def is_random(self) -> bool:
@@ -74,25 +80,31 @@ def choose_view(
     """
     is_transposed = orientation >= 5
     across, down = (height, width) if is_transposed else (width, height)  # as it is seen
-    size = wanted.size
+    y_size, x_size = wanted.output
     if wanted.random_crop is not None:
         left, top, box_width, box_height = _random_box(wanted, key, across, down)
-        x, y = _stretched(left, box_width, size), _stretched(top, box_height, size)
+        x, y = _stretched(left, box_width, x_size), _stretched(top, box_height, y_size)
     elif wanted.resize is not None:
         shorter = min(across, down)
-        x = _centered(across, wanted.resize * across // shorter, size)
-        y = _centered(down, wanted.resize * down // shorter, size)
+        x = _centered(across, wanted.resize * across // shorter, x_size)
+        y = _centered(down, wanted.resize * down // shorter, y_size)
     else:
-        x, y = _stretched(0, across, size), _stretched(0, down, size)
-    if wanted.flip > 0 and _draw(key, 0) < wanted.flip:
+        x, y = _stretched(0, across, x_size), _stretched(0, down, y_size)
+    if is_flipped(wanted, key):
         x = _turned(x, is_mirrored=True)
     rows, columns = (x, y) if is_transposed else (y, x)
+    row_size, column_size = (x_size, y_size) if is_transposed else (y_size, x_size)
     if orientation in (2, 3, 7, 8):
-        columns = _reversed(columns, width, size)
+        columns = _reversed(columns, width, column_size)
     if orientation in (3, 4, 6, 7):
-        rows = _reversed(rows, height, size)
+        rows = _reversed(rows, height, row_size)
     denominator = 1 if whole else _denominator(wanted, min(rows.step, columns.step), width, height)
     return PictureView(_scaled(rows, denominator), _scaled(columns, denominator), is_transposed, denominator)
+
+
+def is_flipped(wanted: Cropping, key: int) -> bool:
+    """Whether the picture with this key is mirrored."""
+    return wanted.flip > 0 and _draw(key, 0) < wanted.flip
 
 
 def _random_box(wanted: Cropping, key: int, width: int, height: int) -> tuple[int, int, int, int]:

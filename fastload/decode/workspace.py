@@ -94,11 +94,11 @@ class Workspace(threading.local):
             self._sums = np.empty(_grown(count), np.float32)
         return self._sums[:count], self._row[:count]
 
-    def planes(self, size: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32]]:
-        """Room for a row of sums, and for three planes of `size` x `size`; valid until the next call."""
-        if self._planes.shape[1] != size:
-            self._planes = np.empty((3, size, size), np.float32)
-            self._columns = np.empty((3, size), np.float64)
+    def planes(self, rows: int, columns: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32]]:
+        """Room for a row of sums, and for three planes of `rows` x `columns`; valid until the next call."""
+        if self._planes.shape[1:] != (rows, columns):
+            self._planes = np.empty((3, rows, columns), np.float32)
+            self._columns = np.empty((3, columns), np.float64)
         return self._columns, self._planes
 
 

@@ -274,7 +274,7 @@ except ConfigError as error:
     assert "pip install pillow" in done.stdout
 
 
-@pytest.mark.parametrize("size", [0, -1, 2.5, "224", True, 20_000, (224, 224)])
+@pytest.mark.parametrize("size", [0, -1, 2.5, "224", True, 20_000, (224,), (224, 0)])
 def test_arguments(size: object) -> None:
     with pytest.raises(ConfigError, match="size="):
         fd.image(size)  # type: ignore[arg-type]

@@ -246,7 +246,7 @@ def test_the_scans_of_a_progressive_jpeg_have_a_limit() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "size=None"),
+        ({"random_resized_crop": True}, "need a size"),
         ({"size": 8, "resize": 10}, "give both"),
         ({"center_crop": 10}, "give both"),
         ({"resize": 10, "center_crop": 11}, "center_crop=11 is larger than resize=10"),
