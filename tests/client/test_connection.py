@@ -81,5 +81,5 @@ def test_there_is_no_room_where_nothing_is_read() -> None:
     except BlockingIOError:
         assert not connection.has_room
     ours.setblocking(True)
+    connection.close()  # first, or it connects anew where the other end has gone
     theirs.close()
-    connection.close()
