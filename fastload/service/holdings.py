@@ -323,9 +323,11 @@ class Holdings:
         return bool(some)
 
     def held_bytes(self, objects: Iterable[tuple[bytes, int]]) -> int:
-        """How much of these objects, of which ids and sizes are given, is in RAM or on disk."""
+        """How much of these objects, of which ids and sizes are given, is held to stay: on disk, where that takes
+        chunks, since RAM is given back at rest; else in either tier.
+        """
         in_ram: dict[bytes, set[int]] = {}
-        for chunk in self._shared.table.chunks:
+        for chunk in () if self._disk.writable else self._shared.table.chunks:
             if chunk is not None and chunk.state is ChunkState.RESIDENT:
                 in_ram.setdefault(chunk.entry.id, set()).add(chunk.index)
         held = 0

@@ -522,6 +522,36 @@ def test_verifying_ends_with_who_asked(tmp_path: Path) -> None:
     world.run(work)
 
 
+@pytest.mark.parametrize("disk_files", [0, 40])
+def test_how_much_of_some_objects_is_held_to_stay(tmp_path: Path, disk_files: int) -> None:
+    world = World(tmp_path, 4 * CHUNKS, disk_bytes=disk_files * FILE_BYTES)
+    world.add(*[CHUNKS] * 3)
+
+    async def work(core: Core) -> None:
+        side = Side(core, world.objects)
+        objects = [(entry.id, entry.info.size) for entry in side.state.entries]
+        one = CHUNKS * CHUNK_BYTES
+        assert core.holdings.held_bytes(objects) == 0
+        await fill(side, 0, 1)
+        await settle()
+        assert core.holdings.held_bytes(objects) == 2 * one
+        before = core.holdings.move_count
+        if disk_files:  # a chunk that is damaged on disk does not count, although RAM has it for now
+            damage(world, core, side, 1, 2)
+            _, say, sent = an_operator(core)
+            say(protocol.Verify(1, [], True))
+            await until(lambda: bool(sent) and sent[-1].finished, "it is verified")
+            assert core.holdings.held_bytes(objects) == 2 * one - CHUNK_BYTES
+            assert core.holdings.move_count == before + 1
+        _, say, sent = an_operator(core)
+        say(protocol.Evict(2, ["s3://fake/1"]))
+        await until(lambda: bool(sent), "it is evicted")
+        assert core.holdings.held_bytes(objects) == one
+        assert core.holdings.move_count > before
+
+    world.run(work)
+
+
 def test_a_check_that_hangs_has_the_buffer_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world, gate = a_world(tmp_path), Gate()
     verify = DiskTier.verify
