@@ -195,11 +195,7 @@ MISTAKES: dict[str, Mistake] = {
         C,
         ("decode['jpg']=<function image", "call it: fastload.decode.image(...)"),
     ),
-    "a function as a decoder": (
-        lambda d: d.dataset(decode={"jpg": lambda value: value}),
-        C,
-        ("decode['jpg']", "dataset.map(function)"),
-    ),
+    "a number as a decoder": (lambda d: d.dataset(decode={"jpg": 224}), C, ("decode['jpg']=224", "image(size=224)")),
     "one column": (lambda d: d.dataset(columns="jpg"), C, ("columns='jpg'", "a list")),
     "a column with its dot": (lambda d: d.dataset(columns=[".jpg"]), C, ("'.jpg'", "without a dot")),
     "a column that is not there": (

@@ -11,22 +11,19 @@ columns of bytes is a `fastload.Ragged`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.utils.data
-
 from fastload import callers
+from fastload.adapters.columnar import ColumnarDataset, ColumnarLoader
 from fastload.client.cache import AnyCache
 from fastload.dataset import StreamingDataset as _Streamed
 from fastload.errors import ConfigError
-from fastload.loader import DataLoader
 from fastload.mixture import Mixture
 
 __all__ = ["Stream", "StreamingDataLoader", "StreamingDataset"]
 
-_NAMES = ("__key__", "__url__", "__source__")
 _BY_ITSELF = "fastload does that by itself"
 _ORDER = "fastload's order does not depend on it"
 # Arguments that have no part in fastload, and why.
@@ -72,7 +69,7 @@ class Stream:
         return "/".join([os.fspath(place).rstrip("/"), *([self.split] if self.split else [])]) + "/"
 
 
-class StreamingDataset(torch.utils.data.IterableDataset[Any]):
+class StreamingDataset(ColumnarDataset):
     """Samples of MDS shards, as streaming's class of that name gives them: dicts of the columns.
 
     Subclasses may override `__getitem__`; it is called for each sample, in iteration too, with a number that
@@ -99,7 +96,6 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         **others: Any,
     ) -> None:
         """ConfigError for arguments that cannot be used together, and those that fastload has nothing for."""
-        super().__init__()
         if epoch_size is not None:
             raise ConfigError(f"epoch_size={epoch_size!r}: fastload reads each sample once an epoch; leave it out")
         if allow_unsafe_types:
@@ -119,7 +115,6 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
             callers.warn(
                 "local= is not used: fastload keeps what it fetches in its cache, which all jobs share; cache="
             )
-        self.batch_size = batch_size
         options: dict[str, Any] = {
             "cache": cache,
             "shuffle": shuffle,
@@ -128,8 +123,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
             "storage_options": storage_options,
             "replicas": replication or 1,
         }
-        self._data = _read(parts, options)
-        self._changes_samples = type(self).__getitem__ is not StreamingDataset.__getitem__
+        super().__init__(_read(parts, options))
+        self.batch_size = batch_size
 
     @property
     def size(self) -> int:
@@ -141,86 +136,11 @@ class StreamingDataset(torch.utils.data.IterableDataset[Any]):
         """The same."""
         return self.size
 
-    def __len__(self) -> int:
-        """How many samples an epoch has for this rank."""
-        return len(self._data)
 
-    def __getitem__(self, at: Any) -> Any:
-        """The sample of that number, over all shards; or those of a slice or list."""
-        if isinstance(at, _Here):
-            return at.sample
-        if isinstance(at, slice):
-            return [self[number] for number in range(*at.indices(self.size))]
-        if isinstance(self._data, Mixture):
-            raise ConfigError("a data set of several streams with proportions has no samples by number")
-        if isinstance(at, Sequence):
-            return [self[number] for number in at]
-        return _columns_of(self._data[at])
-
-    def __iter__(self) -> Iterator[Any]:
-        """An epoch of this rank, or worker."""
-        for number, sample in enumerate(self._data):
-            columns = _columns_of(sample)
-            yield self[_Here(number, columns)] if self._changes_samples else columns
-
-    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Use the loader's: `StreamingDataLoader.state_dict()`, or torchdata's, which know what was delivered."""
-        raise ConfigError(
-            "a data set does not know what its loader has delivered; call state_dict() of the StreamingDataLoader"
-        )
-
-
-class StreamingDataLoader(DataLoader[Any]):
+class StreamingDataLoader(ColumnarLoader):
     """A `fastload.DataLoader` over a `StreamingDataset` of this module: batches of the columns alone, and a
     `state_dict()` that is exact to the sample. Over any other data set it is `fastload.DataLoader`.
     """
-
-    def __init__(self, dataset: Any, *args: Any, **kwargs: Any) -> None:
-        """The arguments of torch's `DataLoader`; `batch_size` is the data set's where none is given."""
-        self._strips = isinstance(dataset, StreamingDataset)
-        if isinstance(dataset, StreamingDataset):
-            if not args and "batch_size" not in kwargs:
-                kwargs["batch_size"] = dataset.batch_size or 1
-            kwargs.pop("shuffle", None)  # which is the data set's
-            read: Any = dataset._data
-            if dataset._changes_samples:
-                read = read.map(_Changed(dataset))
-            super().__init__(read, *args, **kwargs)
-        else:
-            super().__init__(dataset, *args, **kwargs)
-
-    def __iter__(self) -> Any:
-        batches = super().__iter__()
-        return (_columns_of(batch) for batch in batches) if self._strips else batches
-
-
-class _Here(int):
-    """The number of a sample that has just been read."""
-
-    sample: Any
-
-    def __new__(cls, number: int, sample: Any) -> _Here:
-        made = super().__new__(cls, number)
-        made.sample = sample
-        return made
-
-
-class _Changed:
-    """A function on samples: what the user's `__getitem__` makes of them."""
-
-    def __init__(self, dataset: StreamingDataset) -> None:
-        self._dataset = dataset
-        self._count = -1
-
-    def __call__(self, sample: Any) -> Any:
-        self._count += 1
-        return self._dataset[_Here(self._count, _columns_of(sample))]
-
-
-def _columns_of(sample: Any) -> Any:
-    if not isinstance(sample, dict):
-        return sample
-    return {name: value for name, value in sample.items() if name not in _NAMES}
 
 
 def _read(parts: Sequence[Stream], options: dict[str, Any]) -> Any:

@@ -160,6 +160,33 @@ def _names(config: _Config) -> list[str]:
         raise ValueError(str(error)) from error
 
 
+def tree(data: bytes, url: str) -> Any:
+    """The sample of the index at `url`, with the names of columns as its leaves: dicts, lists and tuples, or one name.
+    ConfigError for what is no index, or not read.
+    """
+    config = _index(data, url).config
+    names = iter(json.loads(layout(data, url))["columns"])
+    if config.data_spec is None:
+        return [name for name, _ in names]
+    return _filled(json.loads(config.data_spec)[1], names)
+
+
+def _filled(node: Any, names: Iterator[Any]) -> Any:
+    spec = msgspec.convert(node, _Spec)
+    if spec.type is None:
+        return next(names)[0]
+    children = [_filled(child, names) for child in spec.children_spec]
+    if spec.type in _OF_KEYS:
+        return dict(zip(_keys(spec), children, strict=True))
+    return tuple(children) if spec.type in ("builtins.tuple", "collections.namedtuple") else children
+
+
+def _keys(spec: _Spec) -> list[Any]:
+    """Of what has keys."""
+    keys = json.loads(spec.context) if isinstance(spec.context, str) else spec.context
+    return list((keys.get("dict_context") if isinstance(keys, dict) else keys) or ())
+
+
 def _paths(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     spec = msgspec.convert(node, _Spec)
     if spec.type is None:
@@ -167,8 +194,7 @@ def _paths(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         return
     keys: Any = range(len(spec.children_spec))
     if spec.type in _OF_KEYS:
-        keys = json.loads(spec.context) if isinstance(spec.context, str) else spec.context
-        keys = keys.get("dict_context") if isinstance(keys, dict) else keys
+        keys = _keys(spec)
     elif spec.type not in _OF_NUMBERS:
         raise ValueError(f"it has a {spec.type!r}, which fastload does not know")
     for key, child in zip(keys, spec.children_spec, strict=True):

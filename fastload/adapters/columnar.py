@@ -1,0 +1,128 @@
+"""What the adapters of streaming and of LitData share: data sets of columns whose subclasses may override
+`__getitem__`, and the loader over them.
+
+There, `__getitem__` is called for each sample, in iteration too. Here samples come out of fastload's data set in its
+order, and a subclass's `__getitem__` is called with a number that `super().__getitem__` exchanges for the sample that
+has just come. Where nothing is overridden, batches are made column by column, without Python for each sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch.utils.data
+
+from fastload.dataset import StreamingDataset
+from fastload.errors import ConfigError
+from fastload.loader import DataLoader
+from fastload.mixture import Mixture
+
+_NAMES = ("__key__", "__url__", "__source__")
+
+
+class ColumnarDataset(torch.utils.data.IterableDataset[Any]):
+    """A data set of another library's over one of fastload's."""
+
+    def __init__(self, data: StreamingDataset[Any] | Mixture[Any]) -> None:
+        super().__init__()
+        self._data = data
+        self.batch_size: int | None = None
+
+    def _made(self, columns: dict[str, Any]) -> Any:
+        """What the library gives of a sample, or of a batch, with these columns."""
+        return columns
+
+    def _finished(self, sample: Any) -> Any:
+        """A sample as `__getitem__` gives it, which is not called where nothing is overridden."""
+        return sample
+
+    @property
+    def _is_changed(self) -> bool:
+        """Whether samples go through Python of the user's."""
+        return type(self).__getitem__ is not ColumnarDataset.__getitem__
+
+    def __len__(self) -> int:
+        """How many samples an epoch has for this rank."""
+        return len(self._data)
+
+    def __getitem__(self, at: Any) -> Any:
+        """The sample of that number, over all shards; or those of a slice or list."""
+        if isinstance(at, _Here):
+            return self._finished(at.sample)
+        if isinstance(at, slice):
+            return [self[number] for number in range(*at.indices(self._data.sample_count))]
+        if isinstance(self._data, Mixture):
+            raise ConfigError("a data set that mixes several has no samples by number")
+        if isinstance(at, Sequence):
+            return [self[number] for number in at]
+        return self._finished(self._made(_columns_of(self._data[at])))
+
+    def __iter__(self) -> Iterator[Any]:
+        """An epoch of this rank, or worker."""
+        for number, sample in enumerate(self._data):
+            yield self[_Here(number, self._made(_columns_of(sample)))]
+
+    def state_dict(self, *position: Any, **more: Any) -> dict[str, Any]:
+        """Use the loader's: `StreamingDataLoader.state_dict()`, which knows what was delivered."""
+        raise ConfigError(
+            "a data set does not know what its loader has delivered; call state_dict() of the StreamingDataLoader"
+        )
+
+    def close(self) -> None:
+        """Disconnect from the cache; it can still be used, and connects again."""
+        self._data.close()
+
+
+class ColumnarLoader(DataLoader[Any]):
+    """A `fastload.DataLoader` over a `ColumnarDataset`: batches as the library has them, and a `state_dict()` that is
+    exact to the sample. Over any other data set it is `fastload.DataLoader`.
+    """
+
+    def __init__(self, dataset: Any, *args: Any, **options: Any) -> None:
+        """The arguments of torch's `DataLoader`; `batch_size` is the data set's where none is given."""
+        self._source = dataset if isinstance(dataset, ColumnarDataset) else None
+        if self._source is None:
+            super().__init__(dataset, *args, **options)
+            return
+        if not args and "batch_size" not in options:
+            options["batch_size"] = self._source.batch_size or 1
+        options.pop("shuffle", None)  # which is the data set's
+        self._maps = self._source._is_changed or options.get("collate_fn") is not None
+        read: Any = self._source._data
+        super().__init__(read.map(Changed(self._source)) if self._maps else read, *args, **options)
+
+    def __iter__(self) -> Any:
+        batches, source = super().__iter__(), self._source
+        if source is None or self._maps:
+            return batches
+        return (source._made(_columns_of(batch)) for batch in batches)
+
+
+class _Here(int):
+    """The number of a sample that has just been read."""
+
+    sample: Any
+
+    def __new__(cls, number: int, sample: Any) -> _Here:
+        made = super().__new__(cls, number)
+        made.sample = sample
+        return made
+
+
+class Changed:
+    """A function on samples: what `__getitem__` of the data set, which may be the user's, makes of them."""
+
+    def __init__(self, dataset: ColumnarDataset) -> None:
+        self._dataset = dataset
+        self._count = -1
+
+    def __call__(self, sample: Any) -> Any:
+        self._count += 1
+        return self._dataset[_Here(self._count, self._dataset._made(_columns_of(sample)))]
+
+
+def _columns_of(sample: Any) -> Any:
+    if not isinstance(sample, dict):
+        return sample
+    return {name: value for name, value in sample.items() if name not in _NAMES}
