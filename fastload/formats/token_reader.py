@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ TOKENS = "tokens"
 _OF_EACH = {"position": POSITION, "segment": SEGMENT, "mode": MODE}
 
 
-class _Layout(msgspec.Struct, forbid_unknown_fields=True):
+class _Layout(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """`dtype` with its byte order. `length` of a sample, None where they vary; `pad` where some are padded, `end` where
     that token ends a document. `parts` are the columns that say how a sample is put together.
     """
@@ -83,17 +84,7 @@ class TokenReader(PartReader):
         return f"{dtype}[{'' if self.layout.length is None else self.layout.length}]"
 
     def decoder(self, column: str) -> Decoder:
-        layout, name = self.layout, column.lower()
-        dtype = np.dtype(layout.dtype)
-        if name != TOKENS:
-            if layout.end is not None:
-                assert layout.length is not None, "windows have a length"
-                return OfText(_OF_EACH[name], np.array(layout.end, dtype).tobytes(), layout.length)
-            return OfParts(_OF_EACH[name], dtype.itemsize, layout.length)
-        if layout.pad is not None:
-            assert layout.length is not None, "what is padded has a length"
-            return Padded(dtype, layout.length, np.array(layout.pad, dtype).tobytes())
-        return Flat(dtype, None if layout.length is None else (layout.length,))
+        return _decoder(self.layout, column.lower())
 
     def joined(self, other: RecordReader) -> bytes | None:
         return None
@@ -101,6 +92,20 @@ class TokenReader(PartReader):
     def find(self, records: Bytes, offsets: Int64s, columns: Sequence[str], places: Int64s, where: Where) -> None:
         """What is found in the tokens is found in all of them."""
         places[0], places[1] = offsets[:-1], np.diff(offsets)
+
+
+@functools.lru_cache(maxsize=64)  # each batch asks
+def _decoder(layout: _Layout, column: str) -> Decoder:
+    dtype = np.dtype(layout.dtype)
+    if column != TOKENS:
+        if layout.end is not None:
+            assert layout.length is not None, "windows have a length"
+            return OfText(_OF_EACH[column], np.array(layout.end, dtype).tobytes(), layout.length)
+        return OfParts(_OF_EACH[column], dtype.itemsize, layout.length)
+    if layout.pad is not None:
+        assert layout.length is not None, "what is padded has a length"
+        return Padded(dtype, layout.length, np.array(layout.pad, dtype).tobytes())
+    return Flat(dtype, None if layout.length is None else (layout.length,))
 
 
 @dataclass(frozen=True, slots=True)

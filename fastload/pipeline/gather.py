@@ -302,7 +302,7 @@ class SampleGatherer:
                 )
         parts = located.record_parts()
         layout = self._gatherer.lay_out(parts.values)
-        offsets = layout.out_offset[0, parts.part_start]
+        offsets = layout.out_offset[0] if parts.part_start is None else layout.out_offset[0, parts.part_start]
         wanted = [name for name in names if name not in lacking]
         decoders = {name: read.decoder(name) for name in wanted if name not in self._columns.decoders}
 
@@ -318,12 +318,15 @@ class SampleGatherer:
         self._gatherer.fill(layout, [records])
         of_parts = {name for name in wanted if isinstance(read, PartReader) and name.lower() in read.of_parts}
         rest = [name for name in wanted if name != whole and name not in of_parts]
-        found, found_there = split(read, records, offsets, rest, take, where)
-        is_there = dict(zip(rest, found_there, strict=True))
+        found: dict[str, tuple[Bytes, Ints]] = {}
+        is_there: dict[str, npt.NDArray[np.bool_]] = {}
+        if rest:
+            found, found_there = split(read, records, offsets, rest, take, where)
+            is_there = dict(zip(rest, found_there, strict=True))
         if whole is not None:
             found[whole] = records, offsets
         for name in of_parts:
-            found[name] = _described(parts, take(name, 16 * len(parts.tag)))
+            found[name] = _described(parts, take(name, 16 * parts.values.size.size))
         nothing = np.empty(0, np.uint8), np.zeros(len(offsets), np.int64)
         columns = {name: found.get(name, nothing) for name in names}
         present = {name: np.zeros(len(offsets) - 1, np.bool_) for name in lacking}
@@ -396,6 +399,8 @@ def _with_default(name: str, decoders: Mapping[str, Decoder]) -> str:
 
 def _described(parts: RecordParts, out: Bytes) -> tuple[Bytes, Ints]:
     """Bytes and tag of each part, written to `out`, and where those of each record begin."""
+    assert parts.tag is not None, "there are columns of parts"
+    assert parts.part_start is not None, "there are columns of parts"
     table = np.stack([parts.values.size[0], parts.tag], axis=1)
     out[:] = table.reshape(-1).view(np.uint8)
     return out, 16 * parts.part_start

@@ -51,8 +51,18 @@ class RecordParts:
     """
 
     values: Values
+    tag: Ints | None = None  # None: each record is one part
+    part_start: Ints | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _PartTable:
+    """The parts of all rows of a window; the `counts[r]` of row r begin at number `first[r]`."""
+
+    values: Values
     tag: Ints
-    part_start: Ints
+    first: Ints
+    counts: Ints
 
 
 @dataclass(slots=True)
@@ -71,8 +81,10 @@ class Window:
     keys: Keys = field(init=False)
     _places: dict[tuple[str, ...], Ints] = field(init=False, default_factory=dict)
     _columns: tuple[str, ...] | None = field(init=False, default=None)
+    # How its records are laid out, each with the number of the first object that has it; of other shards nothing.
+    layouts: dict[bytes, int] = field(init=False, default_factory=dict)
     is_packed: bool = field(init=False)  # records are put together of parts
-    _parts: RecordParts | None = field(init=False, default=None)
+    _parts: _PartTable | None = field(init=False, default=None)
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -80,27 +92,19 @@ class Window:
         self._member_count = sum(index.member_count for index in self.indexes)
         self._base = np.concatenate([[0], np.cumsum(self.counts)])
         self.is_packed = any(isinstance(index, PackedIndex) for index in self.indexes)
-        self.keys = _keys_of(self.indexes, self._base)
-
-    @property
-    def layouts(self) -> dict[bytes, int]:
-        """How their records are laid out, each with the number of the first object that has it; of shards that are no
-        records, nothing.
-        """
-        found: dict[bytes, int] = {}
         for index, number in zip(self.indexes, self.object_nos.tolist(), strict=True):
             if not isinstance(index, ShardIndex):
-                found.setdefault(index.layout, number)
-        return found
+                self.layouts.setdefault(index.layout, number)
+        self.keys = _keys_of(self.indexes, self._base)
 
-    def parts(self) -> RecordParts:
+    def parts(self) -> _PartTable:
         """The parts of all rows."""
         with self._lock:
             if self._parts is None:
                 self._parts = self._parts_of_all()
             return self._parts
 
-    def _parts_of_all(self) -> RecordParts:
+    def _parts_of_all(self) -> _PartTable:
         indexes = [index for index in self.indexes if isinstance(index, PackedIndex)]
         assert len(indexes) == len(self.indexes), "shards of one layout have indexes of one kind"
         counts = [len(index.offset) for index in indexes]
@@ -111,8 +115,8 @@ class Window:
             np.concatenate([index.offset for index in indexes])[None],
             np.concatenate([index.size for index in indexes])[None],
         )
-        tag = np.concatenate([index.tag for index in indexes])
-        return RecordParts(values, tag, np.concatenate([*starts, firsts[-1:]]))
+        part_counts = np.concatenate([np.diff(index.part_start) for index in indexes])
+        return _PartTable(values, np.concatenate([index.tag for index in indexes]), np.concatenate(starts), part_counts)
 
     def columns(self) -> tuple[str, ...]:
         """The names of all columns in these shards, in the order in which they first appear."""
@@ -346,12 +350,11 @@ class LocatedSamples:
         """Where the parts of these samples lie, which are records; most records have one."""
         count = len(self.entry)
         if not any(window.is_packed for window, _, _ in self._parts):
-            values, _ = self.values_of((RECORD,))
-            return RecordParts(values, np.zeros(count, np.int64), np.arange(count + 1))
+            return RecordParts(self.values_of((RECORD,))[0])
         tables = [window.parts() for window, _, _ in self._parts]
         part_start = np.zeros(count + 1, np.int64)
         for table, (_, samples, rows) in zip(tables, self._parts, strict=True):
-            part_start[samples + 1] = np.diff(table.part_start)[rows]
+            part_start[samples + 1] = table.counts[rows]
         np.cumsum(part_start, out=part_start)
         values, tag = Values.room(1, int(part_start[-1])), np.empty(int(part_start[-1]), np.int64)
         for table, (_, samples, rows) in zip(tables, self._parts, strict=True):
@@ -381,9 +384,9 @@ class LocatedSamples:
         return Names(keys, self.entry.object_no, self._urls)
 
 
-def _copy_parts(table: RecordParts, rows: Ints, to: Ints, values: Values, tag: Ints) -> None:
+def _copy_parts(table: _PartTable, rows: Ints, to: Ints, values: Values, tag: Ints) -> None:
     """Copy the parts of these rows to the places that begin at `to`."""
-    first, counts = table.part_start[rows], table.part_start[rows + 1] - table.part_start[rows]
+    first, counts = table.first[rows], table.counts[rows]
     within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
     source, target = np.repeat(first, counts) + within, np.repeat(to, counts) + within
     for name in ("first_chunk", "offset", "size"):
