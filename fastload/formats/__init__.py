@@ -4,8 +4,7 @@ Of a tar, a `ShardIndex` says where each member of each sample lies. Of formats 
 each sample lies, and how its columns are found once its bytes are there (`records`). Both are made by reading a shard,
 and stored. What a `ComputedFormat` gives (`computed_index`) is not: it follows from arguments of the user's.
 
-Large files of some formats are read in pieces of `PIECE_BYTES`, each a shard of its own, so that a file larger than any
-cache is shared by nodes. The order depends on it, so it is no setting.
+Large files of some formats are read in pieces (`pieces`).
 
 Nothing here imports numba until the first shard is to be indexed.
 """
@@ -34,7 +33,6 @@ from fastload.store.types import ObjectInfo
 __all__ = [
     "ENDINGS",
     "INDEX_NAME",
-    "PIECE_BYTES",
     "SHARD_ENDINGS",
     "SIDECAR_NAME",
     "ComputedFormat",
@@ -53,8 +51,8 @@ __all__ = [
     "difference",
     "endings_of",
     "format_of",
-    "in_pieces",
     "indexer_for",
+    "is_cut",
     "is_described",
     "joined",
     "listed_shards",
@@ -80,8 +78,6 @@ ENDINGS = {
 
 SHARD_ENDINGS = tuple(ending for endings in ENDINGS.values() for ending in endings)
 """How the names of objects end that are shards, where a prefix is given instead of names."""
-
-PIECE_BYTES = 64 << 20
 
 _IN_PIECES = {"jsonl"}
 """The formats by name whose files are cut where they are larger than a piece."""
@@ -154,8 +150,8 @@ class ComputedFormat(Protocol):
         ...
 
     def index(self, info: ObjectInfo, read_at: ReadAt, beside: tuple[ReadAt, int] | None) -> Index:
-        """The index of a shard, or of a piece of one, of which `read_at` reads the whole. `beside` reads the file that
-        lies beside it, and says its size. ShardError or ConfigError where that makes no sense.
+        """The index of a shard, or of a piece of one; `read_at` reads the beginning of its object, `beside` the file
+        that lies beside it, and says its size. ShardError or ConfigError where that makes no sense.
         """
         ...
 
@@ -288,36 +284,17 @@ def format_of(url: str) -> str:
     return next((each for each, endings in ENDINGS.items() if ends_in(name, endings)), "tar")
 
 
-def in_pieces(shards: ObjectTable, are_cut: bool | None = None) -> ObjectTable:
-    """The same shards, which are of one format, with pieces in place of those that are large. `are_cut`: whether files
-    of that format are; None where their names say it.
-    """
-    large = np.flatnonzero(shards.sizes > PIECE_BYTES).tolist()
-    if large and are_cut is None:
-        are_cut = format_of(shards[large[0]].url) in _IN_PIECES
-    if not large or not are_cut:
-        return shards
-    parts: list[ObjectTable] = []
-    whole_from = 0
-    for number in large:
-        info = shards[number]
-        starts = range(0, info.size, PIECE_BYTES)
-        sizes = (min(PIECE_BYTES, info.size - start) for start in starts)
-        pieces = (
-            ObjectInfo(info.url, size, info.etag, info.mtime_ns, start, info.size)
-            for start, size in zip(starts, sizes, strict=True)
-        )
-        parts += [shards[whole_from:number], ObjectTable.of(pieces)]
-        whole_from = number + 1
-    return ObjectTable.joined([*parts, shards[whole_from:]])
+def is_cut(url: str) -> bool:
+    """Whether a shard is of a format whose large files are read in pieces."""
+    return format_of(url) in _IN_PIECES
 
 
 def indexer_for(
-    url: str, size: int, layout: Callable[[], bytes] | None = None, piece: tuple[int, int] = (0, -1)
+    url: str, size: int, layout: Callable[[], bytes] | None = None, piece: ObjectInfo | None = None
 ) -> Indexer:
     """An indexer for the shard at `url` of `size` bytes, by the ending of its name; tar where that says nothing.
-    `layout` says how samples are laid out where a file beside the shard does (see `is_described`). `piece`: where it
-    begins in its object, and the size of that, -1 where it is whole; of a piece it may read on behind its end.
+    `layout` says how samples are laid out where a file beside the shard does (see `is_described`). Of a `piece`
+    it may read on behind its end.
 
     Raises ConfigError for what is compressed, ShardError for an empty object.
     """
@@ -332,7 +309,7 @@ def indexer_for(
     if format_of(url) == "jsonl":
         from fastload.formats.jsonl import JsonlIndexer
 
-        return JsonlIndexer(url, size, *piece)
+        return JsonlIndexer(url, size, piece)
     if is_described(url):
         from fastload.formats.litdata import LitDataIndexer
 

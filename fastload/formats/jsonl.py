@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from fastload import decode
 from fastload.decode import Decoder
 from fastload.errors import DecodeError, ShardError
+from fastload.formats.pieces import own_bytes
 from fastload.formats.record_index import RecordIndex, shard_name
 from fastload.formats.records import Bytes, Int64s, RecordReader, Where, layout_of
 from fastload.kernels.records import find_lines, find_members
+from fastload.store.types import ObjectInfo
 
 WHOLE = "json"
 """The column that has all of a line, where none are asked for."""
@@ -37,15 +39,15 @@ class JsonlIndexer:
     Offsets count from the start of the piece. It goes on behind its end up to the end of its last line.
     """
 
-    def __init__(self, url: str, size: int, start: int = 0, object_size: int = -1) -> None:
-        """A piece is the `size` bytes from `start` of an object of `object_size`."""
-        self._url, self._size, self._start = url, size, start
-        self._object_end = size if object_size < 0 else object_size - start
+    def __init__(self, url: str, size: int, piece: ObjectInfo | None = None) -> None:
+        self._url, self._given, self._start = url, size, 0 if piece is None else piece.start
+        self._size = size if piece is None else own_bytes(piece)
+        self._object_end = size if piece is None else piece.whole.size - piece.start
         self._state = np.zeros(2, np.int64)
         self._starts: list[NDArray[np.int64]] = []
         self._ends: list[NDArray[np.int64]] = []
         self._is_open_blank = True  # the line that goes on beyond what was read
-        self._is_before_first = start > 0  # what was read so far is of a line of the piece before
+        self._is_before_first = self._start > 0  # what was read so far is of a line of the piece before
         self._done = self._object_end == 0
 
     @property
@@ -117,7 +119,7 @@ class JsonlIndexer:
             start = self._start + starts[sizes.argmax()]
             raise ShardError(f"{self._url}: the line at byte {start} has {sizes.max()} bytes, above 4 GiB")
         name = shard_name(self._url, self._start)
-        return RecordIndex(layout_of("jsonl", {}), starts, sizes.astype(np.uint32), self._size, name)
+        return RecordIndex(layout_of("jsonl", {}), starts, sizes.astype(np.uint32), self._given, name)
 
 
 def _line_end(chunk: NDArray[np.uint8], begin: int) -> int:

@@ -34,6 +34,7 @@ from fastload.callers import public
 from fastload.decode.npy import declared_dtype, read_header
 from fastload.errors import ConfigError, DecodeError, ShardError
 from fastload.formats.computed_index import PackedIndex, StridedIndex
+from fastload.formats.pieces import own_bytes
 from fastload.formats.record_index import RecordIndex, shard_name
 from fastload.formats.token_reader import token_layout
 from fastload.kernels.tokens import best_fit
@@ -146,7 +147,7 @@ class Tokens:
         item_bytes = data.dtype.itemsize
         start = info.start - data.start
         windows = data.token_count, item_bytes, self.length, self.overlap
-        number, stop = windows_of_piece(start, start + info.size, *windows)
+        number, stop = windows_of_piece(start, start + own_bytes(info), *windows)
         stride = (self.length - self.overlap) * item_bytes
         return data.start + number * stride - info.start, stop - number, number
 
@@ -208,7 +209,7 @@ class Tokens:
             units = index.units(int(begin[0]), int(end[-1])) if count else index.units(0, 0)
             layout = token_layout(dtype, self.length, parts=more)
             return _packed(layout, begin, end, np.arange(count + 1), units, info, shard_name(info.url), number)
-        documents = index.documents(info.start, info.start + info.size)
+        documents = index.documents(info.start, info.start + own_bytes(info))
         begin, end = documents.begin, documents.end
         if self.pack is None and not index.has_modes:
             sizes = end - begin

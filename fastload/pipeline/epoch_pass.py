@@ -257,6 +257,7 @@ def _opened(
         Gatherer(consumer, int(source.first_chunk[-1]), consumer.chunk_bytes),
         job.order.seed,
         skips,
+        source.shards.pieces,
     )
     if isinstance(reader, ScatteredReader):
         reader.chunks_of = gatherer.chunks_of

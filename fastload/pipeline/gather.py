@@ -34,6 +34,7 @@ from fastload.pipeline.columns import KEY, URL, meant, shown
 from fastload.pipeline.delivery import PlanEntry
 from fastload.pipeline.finish import SAMPLE_ERRORS, Gathered, SourceBuilder
 from fastload.pipeline.names import UrlTable
+from fastload.pipeline.pieces import PiecePlaces
 from fastload.pipeline.windows import Ints, LiveWindows, LocatedSamples, RecordParts, Values
 from fastload.plan import BatchEntry, Manifest
 from fastload.transport import SharedPool
@@ -211,7 +212,9 @@ class SampleGatherer:
         gatherer: Gatherer,
         seed: int,
         skips: Skips | None = None,
+        pieces: PiecePlaces | None = None,
     ) -> None:
+        self._pieces = pieces
         self.builder = builder
         self._urls = UrlTable(manifest.urls_of)
         self._columns = builder.columns
@@ -257,7 +260,7 @@ class SampleGatherer:
         """The chunks that an entry needs. Missing values need none; they are an error when the batch is built."""
         located = LocatedSamples(entry, self._live, self._urls)
         if located.record_layout() is not None:
-            return self._gatherer.lay_out(located.record_parts().values).chunk_nos
+            return self._gatherer.lay_out(self._record_parts(located).values).chunk_nos
         members = located.all_columns() if self._columns.members is None else self._columns.members
         return self._gatherer.lay_out(located.values_of(members)[0]).chunk_nos
 
@@ -281,6 +284,10 @@ class SampleGatherer:
             )
         return self._present
 
+    def _record_parts(self, located: LocatedSamples) -> RecordParts:
+        parts = located.record_parts()
+        return parts if self._pieces is None else self._pieces.continued(parts, located.entry.object_no)
+
     def _gather_records(
         self, located: LocatedSamples, read: RecordReader, memory: Memory, random_keys: Keys | None
     ) -> Gathered:
@@ -300,7 +307,7 @@ class SampleGatherer:
                     f"{samples.place(0, name)}: its shard has no such column; it has {shown(read.columns)}."
                     f"{meant(name, [each.lower() for each in read.columns])}"
                 )
-        parts = located.record_parts()
+        parts = self._record_parts(located)
         layout = self._gatherer.lay_out(parts.values)
         offsets = layout.out_offset[0] if parts.part_start is None else layout.out_offset[0, parts.part_start]
         wanted = [name for name in names if name not in lacking]

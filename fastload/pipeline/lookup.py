@@ -96,7 +96,8 @@ class Lookup:
         assert manifest is not None, "a consumer is attached"
         live = LiveWindows(len(manifest))
         gatherer = Gatherer(attached.consumer, int(first_chunk[-1]), attached.consumer.chunk_bytes)
-        return _View(SampleGatherer(manifest, self._builder, live, gatherer, self._seed), live)
+        pieces = self.source.shards.pieces
+        return _View(SampleGatherer(manifest, self._builder, live, gatherer, self._seed, pieces=pieces), live)
 
     def _open(self, view: _View, attached: AttachedConsumer, numbers: Ints) -> None:
         """Have the windows of these shards open."""

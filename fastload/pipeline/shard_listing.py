@@ -24,12 +24,13 @@ from fastload.formats import (
     Format,
     endings_of,
     format_of,
-    in_pieces,
+    is_cut,
     is_described,
     listed_shards,
     may_be_indexed,
     wids,
 )
+from fastload.formats.pieces import in_pieces
 from fastload.plan import Manifest
 from fastload.store import normalise
 from fastload.store.table import ObjectTable
@@ -67,7 +68,7 @@ def list_shards(consumer: Consumer, urls: Sequence[str], how: Format = "auto") -
         raise ObjectMissingError(f"{', '.join(urls)}: no shards at all; name some, or correct the list")
     _check_formats(listed)
     counts = np.concatenate([part.sample_counts for part in parts])
-    shards = in_pieces(listed)
+    shards = in_pieces(listed) if is_cut(listed[0].url) else listed
     if shards is not listed:
         counts = _counts_of_pieces(counts, shards)
     sidecars = ObjectTable.joined([part.sidecars for part in parts])
@@ -87,7 +88,7 @@ def _list_computed(consumer: Consumer, urls: Sequence[str], how: ComputedFormat)
     lacking = [name for name in dict.fromkeys(lacking) if not (prefixes and name.startswith(prefixes))]
     if lacking:  # those of shards that were named one by one
         beside = ObjectTable.joined([beside, consumer.present(lacking)])
-    shards, beside = in_pieces(shards, are_cut=True), _each_once(beside)
+    shards, beside = in_pieces(shards), _each_once(beside)
     names = {info.url for info in beside}
     have_beside = np.array([beside_name(info.url, how) in names for info in shards], np.bool_)
     reading = how.reading

@@ -31,9 +31,10 @@ import numpy.typing as npt
 from fastload import callers, protocol
 from fastload.client.consumer import Consumer
 from fastload.errors import ConfigError, ShardError, StoreError
-from fastload.formats import ComputedFormat, Index, StoredIndex, described_layout, indexer_for, stored_index
+from fastload.formats import ComputedFormat, Index, ShardIndex, StoredIndex, described_layout, indexer_for, stored_index
+from fastload.pipeline.pieces import PiecePlaces
 from fastload.pipeline.shard_listing import beside_name, is_description, object_reader
-from fastload.pipeline.windows import chunks_beyond, window_chunks
+from fastload.pipeline.windows import window_chunks
 from fastload.plan import Manifest
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
@@ -60,6 +61,8 @@ class ShardTable:
         shards.
         """
         self._computed = computed
+        has_pieces = manifest.objects.pieces is not None
+        self.pieces = PiecePlaces(manifest, first_chunk, chunk_bytes) if has_pieces else None
         self._manifest = manifest
         self._first_chunk = first_chunk
         self._chunk_bytes = chunk_bytes
@@ -101,8 +104,14 @@ class ShardTable:
             consumer.release(window_chunks(self._first_chunk, object_nos))
 
     def chunks_beyond(self, object_nos: npt.NDArray[np.int64], indexes: Sequence[Index]) -> npt.NDArray[np.int64]:
-        """The chunks behind these shards that their samples reach into."""
-        return chunks_beyond(indexes, object_nos, self._first_chunk, self._manifest.sizes, self._chunk_bytes)
+        """The chunks behind these shards that their samples reach into; none where nothing is read in pieces."""
+        found: list[int] = []
+        if self.pieces is not None:
+            sizes = self._manifest.sizes[object_nos].tolist()
+            for index, number, size in zip(indexes, object_nos.tolist(), sizes, strict=True):
+                if not isinstance(index, ShardIndex) and index.reach > size:
+                    found += self.pieces.chunks_beyond(number, index.reach)
+        return np.unique(np.array(found, np.int64))
 
     def known_counts(self, consumer: Consumer, *, is_needed: bool = False) -> npt.NDArray[np.int64]:
         """int64[objects]: how many samples each shard has, -1 where that is not known yet; 0 for those that are gone.
@@ -137,10 +146,16 @@ class ShardTable:
 
     def _compute(self, computed: ComputedFormat, consumer: Consumer, object_no: int) -> Index:
         info = self._manifest.objects[object_no]
-        first = int(self._first_chunk[object_no]) - info.start // self._chunk_bytes
         number = self._beside.get(beside_name(info.url, computed))
         reader = None if number is None else (self._files.read_at(consumer, number), self._files.infos[number].size)
-        return computed.index(info, object_reader(consumer, first, info.whole.size), reader)
+
+        def read_at(start: int, length: int) -> bytes:
+            pieces = self._manifest.objects.pieces
+            first = object_no if pieces is None else int(np.flatnonzero(pieces[0, : object_no + 1] == 0)[-1])
+            size = int(self._manifest.sizes[first])
+            return object_reader(consumer, int(self._first_chunk[first]), size)(start, length)
+
+        return computed.index(info, read_at, reader)
 
     def _check_promises(self, object_nos: Sequence[int] | npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> None:
         promised = self._promised[object_nos]
@@ -195,26 +210,37 @@ class ShardTable:
         return index
 
     def _parse(self, consumer: Consumer, object_no: int) -> StoredIndex:
-        """Walk over the headers of a shard, chunk by chunk, skipping the chunks that hold none. Of a piece, it may go
-        on in the next ones, whose chunks follow.
+        """Walk over the headers of a shard, chunk by chunk, skipping the chunks that hold none. Of a piece, the end of
+        the last sample may lie in the next ones.
         """
         info = self._manifest.objects[object_no]
-        first, stop = int(self._first_chunk[object_no]), int(self._first_chunk[object_no + 1])
-        bytes_max = info.whole.size - info.start
-        end = first - (-bytes_max // self._chunk_bytes)
-        piece = info.start, info.object_size
+        first, end = int(self._first_chunk[object_no]), int(self._first_chunk[object_no + 1])
+        piece = info if info.is_piece else None
         indexer = indexer_for(info.url, info.size, lambda: self._layouts.of(consumer, info.url), piece)
         chunk = first
         while chunk < end and not indexer.done:
             start = (chunk - first) * self._chunk_bytes
-            length = min(self._chunk_bytes, bytes_max - start)
+            length = min(self._chunk_bytes, info.size - start)
             with consumer.acquire([chunk], reason="index") as held:
                 view, _, offsets = held.groups[0]
                 indexer.feed(view[int(offsets[0]) : int(offsets[0]) + length], start)
-            if chunk >= stop:
-                consumer.release([chunk])
             chunk = max(chunk + 1, first + indexer.next_offset // self._chunk_bytes)
+        start = info.size
+        while not indexer.done:
+            data = self._behind(
+                consumer, object_no, start, min(self._chunk_bytes, info.whole.size - info.start - start)
+            )
+            indexer.feed(data, start)
+            start += len(data)
         return indexer.finish()
+
+    def _behind(self, consumer: Consumer, object_no: int, start: int, length: int) -> npt.NDArray[np.uint8]:
+        """Bytes of the pieces that follow one, by their offset in that."""
+        assert self.pieces is not None, "an indexer is done at the end of its object"
+        parts = []
+        for first_chunk, offset, size in self.pieces.runs(object_no, start, length):
+            parts.append(object_reader(consumer, first_chunk, offset + size)(offset, size))
+        return np.frombuffer(b"".join(parts), np.uint8)
 
 
 Ints = npt.NDArray[np.int64]

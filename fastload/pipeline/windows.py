@@ -394,17 +394,6 @@ def _copy_parts(table: _PartTable, rows: Ints, to: Ints, values: Values, tag: In
     tag[target] = table.tag[source]
 
 
-def chunks_beyond(indexes: Sequence[Index], object_nos: Ints, first_chunk: Ints, sizes: Ints, chunk_bytes: int) -> Ints:
-    """The chunks behind these objects that their samples reach into: pieces of an object go on in the next one."""
-    found: list[int] = []
-    for index, number in zip(indexes, object_nos.tolist(), strict=True):
-        reach = 0 if isinstance(index, ShardIndex) else index.reach
-        if reach > sizes[number]:
-            stop = int(first_chunk[number]) - (-reach // chunk_bytes)
-            found.extend(range(int(first_chunk[number + 1]), stop))
-    return np.unique(np.array(found, np.int64))
-
-
 def window_chunks(first_chunk: Ints, object_nos: Sequence[int] | Ints) -> Ints:
     """All chunk numbers of these objects, in order."""
     numbers = np.asarray(object_nos, np.int64)

@@ -11,7 +11,8 @@ is new comes behind. An object that is no longer there keeps its number too, and
 shards are dealt to partitions, and is never read. An object that changed is gone, and there anew. Once more than
 half of the numbers are of objects that are gone, all are numbered anew.
 
-A large file may be cut into *pieces*, each of which is a row of the list, one after the other, as an object of its own.
+A large file may be cut into *pieces*, each of which is a row of the list, one after the other, as an object of its own;
+a piece may hold bytes that the next one begins with.
 
 `reading` is what the user said of how samples are made of the objects, where that is no fact of the objects alone, such
 as the length of sequences; the order depends on it.
@@ -178,17 +179,8 @@ class Manifest:
 
     def first_chunk(self, chunk_bytes: int) -> NDArray[np.int64]:
         """int64[object_count + 1]: the chunk number of each object's first chunk, and last the number of
-        chunks. Those of an object's pieces follow each other, so that a sample may go on in the next piece.
-
-        ConfigError where pieces do not begin with a chunk.
+        chunks.
         """
-        pieces = self.objects.pieces
-        if pieces is not None and (wrong := pieces[0] % chunk_bytes != 0).any():
-            number = int(wrong.argmax())
-            raise ConfigError(
-                f"{self.objects[number].url} is read in pieces, of which one begins at byte {pieces[0, number]}, and "
-                f"that is no multiple of chunk_bytes={chunk_bytes}; give the cache a chunk_bytes that divides 64 MiB"
-            )
         first = np.zeros(len(self.objects) + 1, np.int64)
         np.cumsum(-(-self.sizes // chunk_bytes), out=first[1:])
         first.flags.writeable = False

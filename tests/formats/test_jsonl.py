@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,8 +15,11 @@ from hypothesis import strategies as st
 
 import fastload
 from fastload.errors import ConfigError, DecodeError, MissingColumnError
-from fastload.formats import RecordIndex, indexer_for, record_reader, stored_index
+from fastload.formats import RecordIndex, indexer_for, pieces, record_reader, stored_index
+from fastload.formats.pieces import in_pieces
 from fastload.formats.records import split
+from fastload.store.table import ObjectTable
+from fastload.store.types import ObjectInfo
 from tests.conftest import Bucket
 
 VALUES = st.recursive(
@@ -66,19 +70,18 @@ def test_lines_are_found_whatever_the_pieces(
     assert stored_index(index.to_bytes(), "s3://b/x.jsonl", len(data)) == index
 
 
-def lines_of_piece(data: bytes, start: int, size: int, step: int) -> list[tuple[int, bytes]]:
-    """The lines of a piece, and where each begins in the file; of it only what is needed is read."""
-    indexer = indexer_for("s3://b/x.jsonl", size, piece=(start, len(data)))
+def lines_of_piece(data: bytes, info: ObjectInfo, step: int) -> list[tuple[int, bytes]]:
+    """The lines of a piece, and where each begins in the file."""
+    indexer = indexer_for(info.url, info.size, piece=info if info.is_piece else None)
     at = 0
     while not indexer.done:
-        indexer.feed(np.frombuffer(data[start + at : start + at + step], np.uint8), at)
+        indexer.feed(np.frombuffer(data[info.start + at : info.start + at + step], np.uint8), at)
         at += step
-    assert at < size + 2 * step or b"\n" not in data[start + size : start + at - 2 * step]
     index = indexer.finish()
-    stored = stored_index(index.to_bytes(), "s3://b/x.jsonl", size, start, len(data) - start)
+    stored = stored_index(index.to_bytes(), info.url, info.size, info.start, len(data) - info.start)
     assert stored == index
     assert isinstance(stored, RecordIndex)
-    places = zip((start + stored.offset).tolist(), stored.size.tolist(), strict=True)
+    places = zip((info.start + stored.offset).tolist(), stored.size.tolist(), strict=True)
     return [(at, data[at : at + length]) for at, length in places]
 
 
@@ -100,9 +103,9 @@ def test_a_line_belongs_to_the_piece_in_which_the_line_before_it_ends(
         if line.strip(b" \r"):
             expected.setdefault(max(0, at - 1) // piece_bytes if at > len(mark) else 0, []).append((at, line))
         at += len(line) + 1
-    for number, start in enumerate(range(0, len(data), piece_bytes)):
-        size = min(piece_bytes, len(data) - start)
-        assert lines_of_piece(data, start, size, step) == expected.get(number, [])
+    with mock.patch.multiple(pieces, PIECE_BYTES=piece_bytes, TAIL_BYTES=3):
+        for number, info in enumerate(in_pieces(ObjectTable.of([ObjectInfo("s3://b/x.jsonl", len(data))]))):
+            assert lines_of_piece(data, info, step) == expected.get(number, [])
 
 
 @given(st.lists(OBJECTS, min_size=1, max_size=12), st.sampled_from([None, 1]), st.booleans())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastload
-from fastload import formats
 from fastload.errors import ConfigError, FastloadError, MissingColumnError, ShardError, StateError
-from fastload.formats import PackedIndex, RecordIndex, StridedIndex, in_pieces, record_reader, tokens
+from fastload.formats import PackedIndex, RecordIndex, StridedIndex, pieces, record_reader, tokens
+from fastload.formats.pieces import in_pieces, own_bytes
 from fastload.formats.token_files import pack_documents
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
@@ -97,11 +99,15 @@ def _place(index: StridedIndex | RecordIndex, number: int) -> tuple[int, int]:
     return index.first + number * index.stride, index.record_bytes
 
 
-def pieces_of(size: int, piece_bytes: int) -> list[ObjectInfo]:
-    if size <= piece_bytes:
-        return [ObjectInfo("s3://b/x.bin", size)]
-    starts = range(0, size, piece_bytes)
-    return [ObjectInfo("s3://b/x.bin", min(piece_bytes, size - at), None, 0, at, size) for at in starts]
+@contextlib.contextmanager
+def cut(piece_bytes: int, tail_bytes: int = 5) -> Iterator[None]:
+    """Pieces of so many bytes, each with a tail."""
+    with mock.patch.multiple(pieces, PIECE_BYTES=piece_bytes, TAIL_BYTES=tail_bytes):
+        yield
+
+
+def pieces_of(size: int) -> list[ObjectInfo]:
+    return list(in_pieces(ObjectTable.of([ObjectInfo("s3://b/x.bin", size)])))
 
 
 def reader_of(data: bytes) -> Any:
@@ -132,9 +138,10 @@ def test_samples_of_documents_are_those_of_plain_python(
     beside = token_writer.index_bytes(docs, dtype, modes)
     how = tokens(length, overlap=overlap, pack=pack, pad=9)
     found = []
-    for info in pieces_of(len(text), piece_bytes):
-        index = how.index(info, reader_of(text), (reader_of(beside), len(beside)))
-        found += samples_of_index(index, text, info.start)
+    with cut(piece_bytes):
+        for info in pieces_of(len(text)):
+            index = how.index(info, reader_of(text), (reader_of(beside), len(beside)))
+            found += samples_of_index(index, text, info.start)
     expected = token_writer.samples(docs, item_bytes, piece_bytes, length, overlap, pack, 9, modes)
     columns = ["tokens"] if pack is None and modes is None else ["tokens", "position", "segment"]
     columns += ["mode"] if modes is not None else []
@@ -151,14 +158,14 @@ def test_windows_of_bare_files_are_those_of_plain_python(
     text = b"h" * header + np.arange(count).astype(dtype).tobytes()
     how = tokens(length, dtype, overlap, header)
     found, numbers = [], []
-    infos = pieces_of(len(text), piece_bytes)
-    for info in infos:
-        index = how.index(info, reader_of(text), None)
-        assert isinstance(index, StridedIndex)
-        numbers += range(index.first_number, index.first_number + index.sample_count)
-        found += [sample["tokens"] for sample in samples_of_index(index, text, info.start)]
-        counts = how.counts(ObjectTable.of([info]), np.zeros(1, np.bool_))
-        assert counts.tolist() == [index.sample_count]
+    with cut(piece_bytes):
+        for info in pieces_of(len(text)):
+            index = how.index(info, reader_of(text), None)
+            assert isinstance(index, StridedIndex)
+            numbers += range(index.first_number, index.first_number + index.sample_count)
+            found += [sample["tokens"] for sample in samples_of_index(index, text, info.start)]
+            counts = how.counts(ObjectTable.of([info]), np.zeros(1, np.bool_))
+            assert counts.tolist() == [index.sample_count]
     values = np.arange(count).astype(dtype).tolist()
     assert found == [values[a:b] for a, b in token_writer.windows(count, length, overlap)]
     assert numbers == list(range(len(found)))
@@ -200,11 +207,12 @@ def test_a_long_index_is_searched_and_not_read(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("fastload.formats.token_files._READ_AT_ONCE", 16)
     found = []
-    for info in pieces_of(len(text), 5000):
-        index = tokens(64).index(info, reader_of(text), (read_beside, len(beside)))
-        found += [sample["tokens"] for sample in samples_of_index(index, text, info.start)]
-        assert sum(asked) < len(beside) / 4
-        asked.clear()
+    with cut(5000):
+        for info in pieces_of(len(text)):
+            index = tokens(64).index(info, reader_of(text), (read_beside, len(beside)))
+            found += [sample["tokens"] for sample in samples_of_index(index, text, info.start)]
+            assert sum(asked) < len(beside) / 4
+            asked.clear()
     assert found == [sequence for (sequence,) in docs]
 
 
@@ -235,11 +243,12 @@ def test_npy_files_say_what_they_hold(cache: fastload.Cache, data: Path) -> None
     assert len(fastload.StreamingDataset(f"{data}/", cache=cache, format=tokens(50, overlap=0))) == 30
 
 
-@pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Pieces of two chunks."""
-    monkeypatch.setattr(formats, "PIECE_BYTES", 2 * CHUNK_BYTES)
-    return 2 * CHUNK_BYTES
+@pytest.fixture(params=[100, CHUNK_BYTES], ids=["short tails", "long tails"])
+def small_pieces(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Pieces of about two chunks."""
+    piece_bytes = 2 * CHUNK_BYTES + 4096
+    with cut(piece_bytes, request.param):
+        yield piece_bytes
 
 
 @pytest.mark.parametrize("pack", [None, "cut", "fit"])
@@ -399,11 +408,11 @@ def test_what_is_warmed_is_what_is_read(cache: fastload.Cache, data: Path, small
     warmed = fastload.warm(url, cache=cache, format=how)
     dataset = fastload.StreamingDataset(url, cache=cache, format=how, shuffle=True)
     assert warmed.is_complete
-    assert warmed.total_bytes == Path(url).stat().st_size
+    assert warmed.total_bytes >= Path(url).stat().st_size
     assert warmed.sample_count == len(dataset)
     loader = fastload.DataLoader(dataset, batch_size=16)
     assert sum(len(batch["__key__"]) for batch in loader) == len(dataset)
-    beside = 0 if kind != "documents" else (data / "x.idx").stat().st_size
+    beside = (data / "x.idx").stat().st_size if kind == "documents" else 0
     assert loader.stats()["remote_bytes"] <= beside
 
 
@@ -520,14 +529,16 @@ def test_a_mutated_index_gives_samples_or_an_error(noise: bytes, at: int, pack: 
 
 
 def test_pieces_cover_their_object() -> None:
-    large = ObjectInfo("s3://b/x.jsonl", 3 * formats.PIECE_BYTES + 5, "e", 7)
-    small = ObjectInfo("s3://b/y.jsonl", formats.PIECE_BYTES, "e", 7)
-    tar = ObjectInfo("s3://b/x.tar", 1 << 40, "e", 7)
-    assert list(in_pieces(ObjectTable.of([tar]))) == [tar]
-    cut = list(in_pieces(ObjectTable.of([small, large, small, large])))
-    pieces = [
-        dataclasses.replace(large, size=size, start=n * formats.PIECE_BYTES, object_size=large.size)
-        for n, size in enumerate([formats.PIECE_BYTES] * 3 + [5])
+    piece_bytes, tail_bytes = 64 << 20, 512 << 10  # part of the order: never changed
+    large = ObjectInfo("s3://b/x.jsonl", 3 * piece_bytes + 5, "e", 7)
+    small = ObjectInfo("s3://b/y.jsonl", piece_bytes, "e", 7)
+    found = list(in_pieces(ObjectTable.of([small, large, small, large])))
+    sizes = [piece_bytes + tail_bytes, piece_bytes + tail_bytes, piece_bytes + 5, 5]
+    parts = [
+        dataclasses.replace(large, size=size, start=number * piece_bytes, object_size=large.size)
+        for number, size in enumerate(sizes)
     ]
-    assert cut == [small, *pieces, small, *pieces]
-    assert [piece.whole for piece in cut[1:5]] == [large] * 4
+    assert found == [small, *parts, small, *parts]
+    assert [part.whole for part in parts] == [large] * 4
+    assert [own_bytes(part) for part in parts] == [piece_bytes] * 3 + [5]
+    assert own_bytes(small) == small.size
