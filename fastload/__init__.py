@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastload.client.cache import Cache as Cache
     from fastload.compat import install as install
     from fastload.compat import uninstall as uninstall
+    from fastload.data_schema import schema as schema
     from fastload.dataset import StreamingDataset as StreamingDataset
     from fastload.errors import *  # noqa: F403  # all of them are public
     from fastload.files import open as open  # noqa: A004
@@ -35,6 +36,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "compat": ["install", "uninstall"],
+        "data_schema": ["schema"],
         "dataset": ["StreamingDataset"],
         "decode": [],
         "formats": [],

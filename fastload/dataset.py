@@ -40,7 +40,7 @@ from fastload.config import parse_bytes
 from fastload.dataset_base import BatchOf, Columns, DatasetBase, Result, Row, Sample, Unsaid
 from fastload.decode import Decoder
 from fastload.errors import ConfigError
-from fastload.formats import Format, endings_of
+from fastload.formats import Format, Index, endings_of
 from fastload.pipeline.columns import ColumnSet, Decoding
 from fastload.pipeline.epoch_pass import EpochPass, PassOptions, SourcePass, open_source
 from fastload.pipeline.finish import BatchBuilder, ColumnFunctions, Filter, Finish, Function, SourceBuilder
@@ -378,6 +378,10 @@ class StreamingDataset(DatasetBase[Sample]):
         """Open a consumer for a pass over this, or over a mixture of which it is a source; its `end` must follow."""
         passes = replace(self._passes, functions=self._on_samples)
         return open_source(self._source, self._job, passes, skips, next_epoch)
+
+    def first_index(self) -> Index | None:
+        """The index of the first shard, which says what columns there are; None where no shard is there any more."""
+        return self._source.first_index()
 
     def plan(self) -> SourcePlan:
         """What is read, and in which order; before a pass has begun, as far as this process can say by itself."""

@@ -27,7 +27,7 @@ FLOORS = [
     "files metrics page pipeline reports",
     "dataset_base simulate",
     "dataset loader_stream prepare",
-    "daemon loader mixture warmup",
+    "daemon data_schema loader mixture warmup",
     "compat",
     "__init__",
     "adapters bench demo",

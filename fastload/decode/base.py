@@ -70,6 +70,13 @@ class Decoder(ABC):
         """Shape and dtype of every sample, or None where they differ."""
         return None
 
+    def gives(self) -> tuple[Any, tuple[int, ...] | None]:
+        """The dtype of arrays and numbers, or the type of other values (`object`: any), and the shape, None where
+        values differ in it.
+        """
+        fixed = self.fixed()
+        return (object, None) if fixed is None else (fixed[1], fixed[0])
+
     def wants_keys(self) -> bool:
         """Whether it makes random choices, so that each sample needs a key."""
         return False

@@ -47,6 +47,9 @@ class Flat(Decoder):
     def fixed(self) -> Fixed | None:
         return None if self.shape is None else (self.shape, self.stored.newbyteorder("="))
 
+    def gives(self) -> tuple[Any, tuple[int, ...] | None]:
+        return self.stored.newbyteorder("="), self.shape
+
     def _decode(self, value: memoryview) -> npt.NDArray[Any]:
         size, wanted = len(value), self._value_bytes
         if size != wanted if self.shape is not None else size % wanted:

@@ -36,6 +36,9 @@ class Raw(Decoder):
 
     default: bytes | None = None
 
+    def gives(self) -> tuple[Any, tuple[int, ...] | None]:
+        return bytes, None
+
     @property
     def is_in_place(self) -> bool:
         return True
@@ -61,6 +64,9 @@ class Text(Decoder):
 
     encoding: str = "utf-8"
     default: str | None = None
+
+    def gives(self) -> tuple[Any, tuple[int, ...] | None]:
+        return str, None
 
     def missing(self) -> str | None:
         return self.default

@@ -268,6 +268,9 @@ class MdsArray(Decoder):
     dtype: np.dtype[Any] | None
     shape: tuple[int, ...] | None
 
+    def gives(self) -> tuple[Any, tuple[int, ...] | None]:
+        return object if self.dtype is None else self.dtype.newbyteorder("="), self.shape
+
     def _decode(self, value: memoryview) -> NDArray[Any]:
         at, dtype, shape = 0, self.dtype, self.shape
         if dtype is None:

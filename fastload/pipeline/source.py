@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from fastload.client.cache import Handle
 from fastload.client.consumer import Consumer
-from fastload.formats import ComputedFormat, Format
+from fastload.formats import ComputedFormat, Format, Index
 from fastload.kernels import FIRST_BATCH, compile_in_background
 from fastload.lifecycle import call_later, is_inherited, on_drop
 from fastload.pipeline import manifest_files
@@ -250,6 +250,17 @@ class Source:
         finally:
             self.give_back(attached)
         return counts if (counts >= 0).all() else None
+
+    def first_index(self) -> Index | None:
+        """The index of the first shard that is there, made where it is not known; None where all are gone."""
+        attached = self.open()
+        try:
+            manifest = attached.manifest
+            assert manifest is not None, "opening a consumer lists the shards"
+            there = np.setdiff1d(np.arange(len(manifest)), manifest.gone)
+            return self.shards.index(attached.consumer, there[:1].tolist())[0] if len(there) else None
+        finally:
+            self.give_back(attached)
 
     def _keep_counts(self, attached: AttachedConsumer) -> None:
         """Send the service counts that it may not know: counts from other nodes are needed before the next run's first
