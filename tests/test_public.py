@@ -20,7 +20,18 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def test_public_names() -> None:
-    names = ["Cache", "DataLoader", "Mixture", "Ragged", "StreamingDataset", "install", "open", "uninstall", "warm"]
+    names = [
+        "Cache",
+        "DataLoader",
+        "Mixture",
+        "Ragged",
+        "StreamingDataset",
+        "install",
+        "open",
+        "schema",
+        "uninstall",
+        "warm",
+    ]
     assert sorted(fastload.__all__) == sorted([*names, "decode", "formats", "metrics", *errors.__all__])
     assert set(fastload.__all__) <= set(dir(fastload))
     for name in fastload.__all__:
