@@ -14,7 +14,7 @@ webdataset's iterators, which cannot but read the data as well.
 
 *tokens*: sequences of 2048 uint16 in batches of 32, as a tensor and as one that a function of `map_batch` has had, each
 out of a warm cache and with two workers, beside torch's loader with two over a memory-mapped file in the page cache,
-shuffled.
+shuffled; and from one bare file of tokens, beside slices of that file, memory-mapped, that numpy stacks in a loop.
 
 *photographs*: a random resized crop of JPEGs of 91 kB to 224 x 224 float32, out of a warm cache through the loader,
 against the decoder alone on the same bytes in memory, with one thread and with two.
@@ -66,6 +66,7 @@ FASTER_THAN_TARFILE = 20.0
 SHARE_OF_KERNEL = 0.9
 TOKENS_A_SECOND = 250e3  # sequences
 MAPPED_FASTER_THAN_MEMMAP = 4.0
+BARE_FASTER_THAN_NUMPY = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,11 +255,13 @@ TOKEN_WORKERS = 2
 
 def tokens(options: argparse.Namespace) -> bool:
     """fastload's rates, mapped and not, and torch's over a memory-mapped file; whether a target is missed."""
-    from fastload import decode
+    from fastload import decode, formats
 
     folder = prepare_tokens(options.folder)
     urls, columns = f"{folder}/train-{{000000..{TOKEN_SHARDS - 1:06d}}}.tar", {"bin": decode.flat("uint16", TOKENS)}
+    bare, sliced = "fastload, one bare file", "numpy, slices of it"
     rates: dict[str, list[float]] = {"fastload": [], "fastload, map_batch": [], "torch, memory-mapped": []}
+    rates |= {bare: [], sliced: []}
     cpu_us: dict[str, list[float]] = {system: [] for system in rates}
 
     def take(system: str, loader: Any, pids: list[int]) -> None:
@@ -275,6 +278,10 @@ def tokens(options: argparse.Namespace) -> bool:
         loader = memory_mapped(folder / "tokens.bin")
         sum(1 for _ in loader)
         take("torch, memory-mapped", loader, [os.getpid()])
+        how = formats.tokens(TOKENS, "uint16", overlap=0)
+        with warm_loaders(str(folder / "tokens.bin"), TOKEN_BATCH_SIZE, [TOKEN_WORKERS], format=how) as found:
+            take(bare, found[0][TOKEN_WORKERS], found[1])
+        take(sliced, NumpySlices(folder / "tokens.bin"), [os.getpid()])
     figures = []
     for system, per_s in rates.items():
         target = TOKENS_A_SECOND / 1000 if system == "fastload" else None
@@ -283,6 +290,8 @@ def tokens(options: argparse.Namespace) -> bool:
     pairs = zip(rates["fastload, map_batch"], rates["torch, memory-mapped"], strict=True)
     ratios = [mapped / plain for mapped, plain in pairs]
     figures.append(Figure("map_batch, times torch's rate", "", ratios, at_least=MAPPED_FASTER_THAN_MEMMAP))
+    ratios = [one / other for one, other in zip(rates[bare], rates[sliced], strict=True)]
+    figures.append(Figure("one bare file, times numpy's rate", "", ratios, at_least=BARE_FASTER_THAN_NUMPY))
     return show(f"sequences of {TOKENS} uint16, batches of {TOKEN_BATCH_SIZE}", figures)
 
 
@@ -326,6 +335,20 @@ def memory_mapped(path: Path) -> Any:
     )
 
 
+class NumpySlices:
+    """Batches of one file in random order, stacked from slices of its memory map in a loop."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._rng = path, np.random.default_rng(SEED)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        text = np.memmap(self._path, np.uint16, "r")
+        order = self._rng.permutation(TOKEN_SHARDS * SEQUENCES_A_SHARD).tolist()
+        for start in range(0, len(order), TOKEN_BATCH_SIZE):
+            numbers = order[start : start + TOKEN_BATCH_SIZE]
+            yield torch.from_numpy(np.stack([text[n * TOKENS : (n + 1) * TOKENS] for n in numbers]))
+
+
 def as_it_is(batch: Any) -> Any:
     """A function of `map_batch`."""
     return batch
@@ -333,7 +356,7 @@ def as_it_is(batch: Any) -> Any:
 
 def first_column(batch: Any) -> Any:
     """The sequences of a batch."""
-    return batch["bin"] if isinstance(batch, dict) else batch
+    return batch.get("bin", batch.get("tokens")) if isinstance(batch, dict) else batch
 
 
 # The index of a shard.

@@ -368,8 +368,11 @@ class DocumentIndex:
         high = self._sequences if is_last else self._search(self._pointers, self._sequences, end)
         first = self._search(self._firsts, self._documents, low) if start else 0
         stop = self._documents if is_last else self._search(self._firsts, self._documents, high)
+        if stop < first:
+            raise self._wrong(f"documents {stop} to {first} do not lie in their order")
         firsts = self._numbers(self._firsts, first, stop + 1)
-        if len(firsts) and (np.any(np.diff(firsts) < 0) or firsts[0] < 0 or firsts[-1] > self._sequences):
+        # Compared, not subtracted, since a difference could overflow.
+        if np.any(firsts[1:] < firsts[:-1]) or firsts[0] < 0 or firsts[-1] > self._sequences:
             raise self._wrong(f"documents {first} to {stop} do not begin with sequences that rise")
         begins = self._begins(int(firsts[0]), int(firsts[-1]))
         edges = begins[firsts - firsts[0]]
@@ -381,6 +384,8 @@ class DocumentIndex:
         high = max(low, self._search(self._pointers, self._sequences, end)) if end > start else low
         # Empty sequences share the place of the next one: the last of those that begin there has the bytes.
         begins = self._begins(low, high)
+        if end > start and not begins[0] <= start < end <= begins[-1]:
+            raise self._wrong(f"sequences {low} to {high} are not those of bytes {start} to {end}")
         begin, is_any = begins[:-1], np.diff(begins) > 0
         document = self._search(self._firsts, self._documents, low)
         firsts = self._numbers(self._firsts, document, self._search(self._firsts, self._documents, high))
@@ -406,7 +411,7 @@ class DocumentIndex:
         pointers = self._numbers(self._pointers, first, stop)
         ends = pointers + lengths * self.dtype.itemsize
         is_wrong = np.append(pointers[1:], self._end_of(stop)) != ends
-        is_wrong |= (lengths < 0) | (pointers < 0) | (ends > self._data_bytes)
+        is_wrong |= (lengths < 0) | (pointers < 0) | (pointers > self._data_bytes) | (ends > self._data_bytes)
         if is_wrong.any():
             at = int(is_wrong.argmax())
             raise self._wrong(
@@ -438,7 +443,10 @@ class DocumentIndex:
                 low = middle + 1
             else:
                 high = middle
-        below: int = np.searchsorted(self._numbers(offset, low, high), value).tolist()
+        numbers = self._numbers(offset, low, high)
+        if np.any(numbers[1:] < numbers[:-1]):
+            raise self._wrong(f"sequences or documents {low} to {high} do not lie in their order")
+        below: int = np.searchsorted(numbers, value).tolist()
         return low + below
 
     def _wrong(self, what: str) -> ShardError:

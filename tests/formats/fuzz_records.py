@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -28,13 +29,18 @@ from fastload.formats import (
     described_layout,
     listed_shards,
     litdata,
+    pieces,
     record_reader,
     records,
     stored_index,
     tfrecord,
+    tokens,
 )
+from fastload.formats.pieces import in_pieces
 from fastload.formats.records import split
-from tests.formats import fuzzing, protobuf
+from fastload.store.table import ObjectTable
+from fastload.store.types import ObjectInfo
+from tests.formats import fuzzing, protobuf, token_writer
 from tests.formats.fuzz_readers import changed
 
 URL = "s3://bucket/shard"
@@ -230,9 +236,62 @@ def check_litdata(data: bytes, rng: random.Random) -> None:
                 assert "a column has the serializer" in str(error) or "column '" in str(error)  # noqa: PT017
 
 
+# Tokens.
+
+
+def make_tokens(rng: random.Random) -> bytes:
+    """An index of Megatron, mostly damaged, and its data. In front the index's size."""
+    documents = [
+        [[rng.randrange(256) for _ in range(rng.choice([0, 1, 3, 20]))] for _ in range(rng.choice([1, 1, 2]))]
+        for _ in range(rng.choice([0, 1, 5, 12]))
+    ]
+    modes = [[rng.randrange(3) for _ in each] for each in documents] if rng.random() < 0.4 else None
+    dtype = rng.choice(["u1", "<u2", "<i4"])
+    about = token_writer.index_bytes(documents, dtype, modes)
+    data = np.array([token for each in documents for sequence in each for token in sequence], dtype).tobytes()
+    about = changed(about, rng) if rng.random() < 0.8 else about
+    data = changed(data, rng) if rng.random() < 0.1 else data
+    return struct.pack("<I", len(about)) + about + data
+
+
+def check_tokens(data: bytes, rng: random.Random) -> None:
+    """Read in pieces, whole or packed, samples are those of plain Python."""
+    about_bytes = int.from_bytes(data[:4], "little")
+    about, text = data[4 : 4 + about_bytes], data[4 + about_bytes :]
+    pack, length, overlap = rng.choice([None, "cut", "fit"]), rng.choice([4, 7]), rng.choice([0, 1, 3])
+    how = tokens(length, overlap=overlap, pack=pack)
+    piece_bytes = rng.choice([4, 12, 40, 1000])
+    found: list[dict[str, Any]] = []
+    with mock.patch.multiple(pieces, PIECE_BYTES=piece_bytes, TAIL_BYTES=3):
+        shards = in_pieces(ObjectTable.of([ObjectInfo(URL, len(text))]))
+        for info in shards:
+            try:
+                index = how.index(info, _reader_of(text), (_reader_of(about), len(about)))
+                found += token_writer.samples_of_index(index, text, info.start)
+            except ShardError as error:
+                assert URL in str(error), error  # noqa: PT017
+                return
+    documents, modes, item_bytes = token_writer.parse_index(about, text)
+    if pack == "cut" and not token_writer.is_consistent(about, item_bytes):
+        return  # windows need not know how long sequences are that have none of their bytes
+    expected = token_writer.samples(documents, item_bytes, piece_bytes, length, overlap, pack, 0, modes)
+    assert len(found) == len(expected), (len(found), len(expected))
+    for sample, other in zip(found, expected, strict=True):
+        assert repr(sample) == repr({name: other[name] for name in sample})
+
+
+def _reader_of(data: bytes) -> Any:
+    def read_at(start: int, length: int) -> bytes:
+        assert 0 <= start <= start + length <= len(data), (start, length, len(data))
+        return data[start : start + length]
+
+    return read_at
+
+
 TARGETS = [
     fuzzing.Target("tfrecord", make_tfrecord, check_tfrecord),
     fuzzing.Target("litdata", make_litdata, check_litdata),
+    fuzzing.Target("tokens", make_tokens, check_tokens),
 ]
 
 if __name__ == "__main__":

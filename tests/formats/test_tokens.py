@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastload
+from fastload import prepare
 from fastload.errors import ConfigError, FastloadError, MissingColumnError, ShardError, StateError
-from fastload.formats import PackedIndex, RecordIndex, StridedIndex, pieces, record_reader, tokens
+from fastload.formats import StridedIndex, pieces, tokens
 from fastload.formats.pieces import in_pieces, own_bytes
 from fastload.formats.token_files import pack_documents
 from fastload.store.table import ObjectTable
@@ -72,33 +73,6 @@ def documents_of(seed: int, count: int, length_max: int, sequences_max: int = 1)
 # Indexes, against plain Python
 
 
-def samples_of_index(index: Any, text: bytes, start: int) -> list[dict[str, Any]]:
-    """What the samples of an index of a piece hold, by its reader; lists."""
-    reader = record_reader(index.layout)
-    found = []
-    for number in range(index.sample_count):
-        if isinstance(index, PackedIndex):
-            parts = slice(index.part_start[number], index.part_start[number + 1])
-            places = list(zip(index.offset[parts].tolist(), index.size[parts].tolist(), strict=True))
-            described = np.stack([index.size[parts], index.tag[parts]], 1).tobytes()
-        else:
-            places, described = [_place(index, number)], b""
-        record = b"".join(text[start + offset : start + offset + size] for offset, size in places)
-        assert len(record) == sum(size for _, size in places), "a sample goes beyond the end of the file"
-        sample = {}
-        for name in reader.columns:
-            value = described if name in reader.of_parts else record  # type: ignore[attr-defined]
-            sample[name] = reader.decoder(name).decode_one(value, "here").tolist()
-        found.append(sample)
-    return found
-
-
-def _place(index: StridedIndex | RecordIndex, number: int) -> tuple[int, int]:
-    if isinstance(index, RecordIndex):
-        return int(index.offset[number]), int(index.size[number])
-    return index.first + number * index.stride, index.record_bytes
-
-
 @contextlib.contextmanager
 def cut(piece_bytes: int, tail_bytes: int = 5) -> Iterator[None]:
     """Pieces of so many bytes, each with a tail."""
@@ -141,7 +115,7 @@ def test_samples_of_documents_are_those_of_plain_python(
     with cut(piece_bytes):
         for info in pieces_of(len(text)):
             index = how.index(info, reader_of(text), (reader_of(beside), len(beside)))
-            found += samples_of_index(index, text, info.start)
+            found += token_writer.samples_of_index(index, text, info.start)
     expected = token_writer.samples(docs, item_bytes, piece_bytes, length, overlap, pack, 9, modes)
     columns = ["tokens"] if pack is None and modes is None else ["tokens", "position", "segment"]
     columns += ["mode"] if modes is not None else []
@@ -163,7 +137,7 @@ def test_windows_of_bare_files_are_those_of_plain_python(
             index = how.index(info, reader_of(text), None)
             assert isinstance(index, StridedIndex)
             numbers += range(index.first_number, index.first_number + index.sample_count)
-            found += [sample["tokens"] for sample in samples_of_index(index, text, info.start)]
+            found += [sample["tokens"] for sample in token_writer.samples_of_index(index, text, info.start)]
             counts = how.counts(ObjectTable.of([info]), np.zeros(1, np.bool_))
             assert counts.tolist() == [index.sample_count]
     values = np.arange(count).astype(dtype).tolist()
@@ -186,7 +160,7 @@ def test_a_token_ends_documents_in_bare_files(text: list[int], length: int) -> N
     how = tokens(length, "<u2", 0, end=2)
     stored = np.array(text, "<u2").tobytes()
     index = how.index(ObjectInfo("x.bin", len(stored)), reader_of(stored), None)
-    for sample in samples_of_index(index, stored, 0):
+    for sample in token_writer.samples_of_index(index, stored, 0):
         position, segment, at, number = [], [], 0, 1
         for token in sample["tokens"]:
             position.append(at)
@@ -210,7 +184,7 @@ def test_a_long_index_is_searched_and_not_read(monkeypatch: pytest.MonkeyPatch) 
     with cut(5000):
         for info in pieces_of(len(text)):
             index = tokens(64).index(info, reader_of(text), (read_beside, len(beside)))
-            found += [sample["tokens"] for sample in samples_of_index(index, text, info.start)]
+            found += [sample["tokens"] for sample in token_writer.samples_of_index(index, text, info.start)]
             assert sum(asked) < len(beside) / 4
             asked.clear()
     assert found == [sequence for (sequence,) in docs]
@@ -416,6 +390,36 @@ def test_what_is_warmed_is_what_is_read(cache: fastload.Cache, data: Path, small
     assert loader.stats()["remote_bytes"] <= beside
 
 
+def test_lines_in_pieces_have_the_same_order_with_an_index_file(
+    cache: fastload.Cache, data: Path, small_pieces: int, tmp_path: Path
+) -> None:
+    url, _, id_of = make_pieces(data, small_pieces, "lines")
+    without = epoch_of(url, cache, "auto", id_of, batch_size=16)
+    prepare.index([url], cache, output=tmp_path / "index.arrow")
+    with fastload.Cache(tmp_path / "other", chunk_bytes=CHUNK_BYTES, service="inprocess") as other:
+        options = {"shuffle": True, "partitions": 1, "index": str(tmp_path / "index.arrow")}
+        dataset = fastload.StreamingDataset(url, cache=other, **options)
+        assert len(dataset) == sum(map(len, without))
+        assert [id_of(batch) for batch in fastload.DataLoader(dataset, batch_size=16)] == without
+
+
+@pytest.mark.parametrize("kind", ["tokens", "lines"])
+def test_partitions_share_one_file(cache: fastload.Cache, data: Path, small_pieces: int, kind: str) -> None:
+    """Two nodes of one rank each: none reads what the other does."""
+    url, how, id_of = make_pieces(data, small_pieces, kind)
+    whole = {each for batch in epoch_of(url, cache, how, id_of, batch_size=16) for each in batch}
+    parts = []
+    for rank in range(2):
+        dataset = fastload.StreamingDataset(
+            url, cache=cache, format=how, shuffle=True, partitions=2, rank=rank, world_size=2, tail="drop"
+        )
+        len(dataset)
+        parts.append([each for batch in fastload.DataLoader(dataset, batch_size=8) for each in id_of(batch)])
+    assert set(parts[0]).isdisjoint(parts[1])
+    assert whole.issuperset(parts[0] + parts[1])
+    assert len(parts[0]) == len(parts[1]) == len(whole) // 2
+
+
 # What cannot be
 
 
@@ -523,7 +527,7 @@ def test_a_mutated_index_gives_samples_or_an_error(noise: bytes, at: int, pack: 
         index = tokens(4, pack=pack).index(
             ObjectInfo("s3://b/x.bin", len(text)), reader_of(text), (reader_of(bytes(beside)), len(beside))
         )
-        samples_of_index(index, text, 0)
+        token_writer.samples_of_index(index, text, 0)
     except FastloadError:
         pass
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import struct
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from fastload.formats import PackedIndex, RecordIndex, StridedIndex, record_reader
 
 CODES = {"u1": 1, "i1": 2, "<i2": 3, "<i4": 4, "<i8": 5, "<f8": 6, "<f4": 7, "<u2": 8, "<u4": 9, "<u8": 10}
 
@@ -23,6 +26,57 @@ def index_bytes(documents: list[Sequences], dtype: str, modes: list[list[int]] |
     head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, CODES[dtype], len(lengths), len(firsts))
     body = np.array(lengths, "<i4").tobytes() + pointers.astype("<i8").tobytes() + firsts.astype("<i8").tobytes()
     return head + body + (b"" if modes is None else np.array([m for each in modes for m in each], "i1").tobytes())
+
+
+def parse_index(about: bytes, data: bytes) -> tuple[list[Sequences], list[list[int]] | None, int]:
+    """What such an index says of data that it fits: documents, modes, and the bytes of a token."""
+    code, count, starts = struct.unpack_from("<BQQ", about, 17)
+    dtype = next(each for each, number in CODES.items() if number == code)
+    lengths = np.frombuffer(about, "<i4", count, 34).tolist()
+    firsts = np.frombuffer(about, "<i8", starts, 34 + 12 * count).tolist()
+    has_modes = count and len(about) > 34 + 12 * count + 8 * starts
+    of_each = list(about[-count:]) if has_modes else []
+    ends = np.cumsum([0, *lengths]).tolist()
+    tokens = np.frombuffer(data, dtype).tolist()
+    sequences = [tokens[a:b] for a, b in pairwise(ends)]
+    documents = [sequences[a:b] for a, b in pairwise(firsts)]
+    modes = [of_each[a:b] for a, b in pairwise(firsts)] if has_modes else None
+    return documents, modes, np.dtype(dtype).itemsize
+
+
+def is_consistent(about: bytes, item_bytes: int) -> bool:
+    """Whether each sequence of such an index begins where the one before ends."""
+    (count,) = struct.unpack_from("<Q", about, 18)
+    lengths = np.frombuffer(about, "<i4", count, 34).astype(np.int64)
+    pointers = np.frombuffer(about, "<i8", count, 34 + 4 * count)
+    return np.array_equal(np.cumsum([0, *lengths])[:-1] * item_bytes, pointers)
+
+
+def samples_of_index(index: Any, text: bytes, start: int) -> list[dict[str, Any]]:
+    """What the samples of an index of a piece hold, by its reader; lists."""
+    reader = record_reader(index.layout)
+    found = []
+    for number in range(index.sample_count):
+        if isinstance(index, PackedIndex):
+            parts = slice(index.part_start[number], index.part_start[number + 1])
+            places = list(zip(index.offset[parts].tolist(), index.size[parts].tolist(), strict=True))
+            described = np.stack([index.size[parts], index.tag[parts]], 1).tobytes()
+        else:
+            places, described = [_place(index, number)], b""
+        record = b"".join(text[start + offset : start + offset + size] for offset, size in places)
+        assert len(record) == sum(size for _, size in places), "a sample goes beyond the end of the file"
+        sample = {}
+        for name in reader.columns:
+            value = described if name in reader.of_parts else record  # type: ignore[attr-defined]
+            sample[name] = reader.decoder(name).decode_one(value, "here").tolist()
+        found.append(sample)
+    return found
+
+
+def _place(index: StridedIndex | RecordIndex, number: int) -> tuple[int, int]:
+    if isinstance(index, RecordIndex):
+        return int(index.offset[number]), int(index.size[number])
+    return index.first + number * index.stride, index.record_bytes
 
 
 def write(path: Path, documents: list[Sequences], dtype: str = "<u2", modes: list[list[int]] | None = None) -> None:
