@@ -3,10 +3,15 @@
 `Stage` starts `weed mini` and uploads the data once. Each call of `run` has a proxy and (by default) an
 empty cache folder of its own, starts the runner processes, watches their memory, and says for each epoch what they,
 the server and the proxy took.
+
+    python -m bench.stage --cap 200 fastload bench s3://bench/ --decode jpg=image:224
+
+runs a command of your own beside such a store, which its environment leads to, and ends with its status.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -22,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from bench.data import DataSet, prepare_format
+from bench.data import DataSet, default_folder, prepare, prepare_format
 from bench.peers import Epoch
 from bench.proxy import Profile, Proxy
 from bench.settings import Settings
@@ -144,6 +149,12 @@ class Stage:
     ) -> None:
         self._stack.close()
 
+    def call(self, command: Sequence[str], profile: Profile) -> int:
+        """The status of a command that finds the store, behind a proxy of `profile`, by its environment."""
+        with Proxy(self._weed.endpoint_url, profile) as proxy:
+            environment = {**os.environ, **self._weed.environment(), "AWS_ENDPOINT_URL": proxy.url}
+            return subprocess.run(command, env=environment, check=False).returncode
+
     def empty_folder(self) -> Path:
         """A new folder for caches; its user deletes it, or the stage does in the end."""
         return Path(tempfile.mkdtemp(prefix="cache-", dir=self._work))
@@ -224,3 +235,21 @@ def _is_object(request: dict[str, Any]) -> bool:
     """Whether it asked for (a part of) an object, and not for a listing."""
     key: str = request["path"].partition("?")[0].removeprefix(f"/{BUCKET}").strip("/")
     return request["method"] == "GET" and key != ""
+
+
+def main() -> int:
+    """Run the command that the arguments name."""
+    parser = argparse.ArgumentParser(prog="bench.stage", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--shards", type=int, default=8, help="of 64 MB")
+    parser.add_argument("--delay-ms", type=float, default=20.0)
+    parser.add_argument("--cap", type=float, help="MB/s")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    options = parser.parse_args()
+    data_set = prepare(default_folder(), shard_count=options.shards)
+    profile = Profile(options.delay_ms / 1e3, options.cap and options.cap * 1e6)
+    with Stage(data_set, default_folder()) as stage:
+        return stage.call(options.command, profile)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

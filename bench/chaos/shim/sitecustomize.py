@@ -1,7 +1,8 @@
 """For the cache service of a chaos run: disk trouble by a file, which Python imports when it starts.
 
 While the file that FASTLOAD_CHAOS_TROUBLE names exists, system calls on what the cache holds fail. It has an error
-number, how many of 1000 calls fail, and seconds that each call takes. The directory itself, its lock and its limits
+number, how many of 1000 calls fail, seconds that each call takes, and, if it is to, bytes a second of one that reads
+what is cached. The directory itself, its lock and its limits
 stay usable: without them there is no cache, which is an error and no trouble. Each call that fails adds a byte to the
 file with the ending .hits.
 """
@@ -36,11 +37,13 @@ def _install(path: str) -> None:
         def made(*arguments, **options):  # type: ignore[no-untyped-def]
             try:
                 with open(path) as file:
-                    code, per_mille, delay_s = file.read().split()
+                    code, per_mille, delay_s, *rate = file.read().split()
             except (FileNotFoundError, ValueError):
                 return call(*arguments, **options)
             if _is_content(arguments[0]):
                 time.sleep(float(delay_s))
+                if rate and name == "preadv":
+                    time.sleep(sum(memoryview(each).nbytes for each in arguments[1]) / float(rate[0]))
                 hit = next(number) * 619 % 1000 < int(per_mille)
                 if hit and (int(code) != errno.ENOSPC or _takes_room(name, arguments)):
                     with open(f"{path}.hits", "a") as hits:
