@@ -100,7 +100,7 @@ class StreamingDataset(ColumnarDataset):
             "storage_options": storage_options,
         }
         super().__init__(_Streamed(url, **self._options))
-        self._url, self._tree = url, None
+        self._url, self._tree, self._is_flat = url, None, False
         self.transform: list[Callable[[Any], Any]] = (
             [] if transform is None else [transform] if callable(transform) else list(transform)
         )
@@ -117,10 +117,12 @@ class StreamingDataset(ColumnarDataset):
             url = f"{self._url}index.json"
             with open_file(url, self._options["cache"], storage_options=self._options["storage_options"]) as file:
                 self._tree = tree(file.read(), url)
+            self._is_flat = isinstance(self._tree, dict) and all(name == path for name, path in self._tree.items())
 
     def _made(self, columns: dict[str, Any]) -> Any:
-        self.prepare()
-        return _filled(self._tree, columns)
+        if self._tree is None:
+            self.prepare()
+        return columns if self._is_flat else _filled(self._tree, columns)
 
     def _finished(self, sample: Any) -> Any:
         for function in self.transform:

@@ -139,6 +139,8 @@ class JsonlReader:
 
     columns: tuple[str, ...] = (WHOLE,)
 
+    sizes = None
+
     @classmethod
     def of(cls, fields: Mapping[str, object]) -> JsonlReader:
         """From the description that indexes hold, which says nothing. ShardError where it does."""

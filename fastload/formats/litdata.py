@@ -316,16 +316,20 @@ class LitDataReader:
     def joined(self, other: RecordReader) -> bytes | None:
         return None
 
+    @property
+    def sizes(self) -> tuple[int, ...] | None:
+        return None if self.is_packed else (-1,) * len(self.columns)
+
     def find(
         self, records: Bytes, offsets: Int64s, columns: Sequence[str], places: Int64s, where: Where
     ) -> Fill | None:
         numbers = [number_of(self.columns, column) for column in columns]
-        fixed = np.full(len(self.columns), -1, np.int64)
+        sizes = (-1,) * len(self.columns)
         if not self.is_packed:
-            find_by_sizes(records, offsets, fixed, numbers, places, where)
+            find_by_sizes(records, offsets, sizes, numbers, places, where)
             return None
         items, item_offsets = unpacked(records, offsets, where)
-        find_by_sizes(items, item_offsets, fixed, numbers, places, where)
+        find_by_sizes(items, item_offsets, sizes, numbers, places, where)
 
         def fill(out_offset: Int64s, outs: Sequence[Bytes]) -> None:
             copy_out(items, places[0], places[1], out_offset, outs)

@@ -167,7 +167,7 @@ class MdsReader:
 
     columns: tuple[str, ...]
     encodings: tuple[str, ...]
-    fixed: tuple[int, ...]
+    sizes: tuple[int, ...]
 
     @classmethod
     def of(cls, fields: Mapping[str, object]) -> MdsReader:
@@ -197,7 +197,7 @@ class MdsReader:
 
     def kind(self, column: str) -> str:
         number = number_of(self.columns, column)
-        return self.encodings[number] + (f" of {self.fixed[number]} bytes" if self.fixed[number] >= 0 else "")
+        return self.encodings[number] + (f" of {self.sizes[number]} bytes" if self.sizes[number] >= 0 else "")
 
     def decoder(self, column: str) -> Decoder:
         return _decoder_of(self.encodings[number_of(self.columns, column)], column)
@@ -207,7 +207,7 @@ class MdsReader:
 
     def find(self, records: Bytes, offsets: Int64s, columns: Sequence[str], places: Int64s, where: Where) -> None:
         numbers = [number_of(self.columns, column) for column in columns]
-        find_by_sizes(records, offsets, np.array(self.fixed, np.int64), numbers, places, where)
+        find_by_sizes(records, offsets, self.sizes, numbers, places, where)
 
 
 _ARRAY = re.compile(r"ndarray(?::(\w+)(?::([0-9]{1,10}(?:,[0-9]{1,10})*),?)?)?")

@@ -51,12 +51,19 @@ class RecordReader(Protocol):
         """The layout of records of both, which differ; None where they cannot be read together."""
         ...
 
+    @property
+    def sizes(self) -> tuple[int, ...] | None:
+        """Of records that begin with the sizes (u32) of the columns of varying size and then hold all columns, one
+        after the other: the size of each column, -1 where it varies. None for other records.
+        """
+        ...
+
     def find(
         self, records: Bytes, offsets: Int64s, columns: Sequence[str], places: Int64s, where: Where
     ) -> Fill | None:
-        """Where the values of these columns lie in `records`, of which number i is `records[offsets[i]:offsets[i +
-        1]]`:
-        write to `places`, int64[2, columns, n], offset and size of each, -1 and 0 for a column that a record lacks.
+        """Where the values of these columns lie in `records`, of which number i is from `offsets[i]` up to
+        `offsets[i + 1]`: write to `places`, int64[2, columns, n], offset and size of each, -1 and 0 for a column that a
+        record lacks.
 
         Where values do not lie there as they are wanted, it returns what makes them; then sizes are those of what that
         makes, and an offset says no more than whether there is a value.
@@ -104,20 +111,38 @@ def number_of(columns: Sequence[str], name: str) -> int:
     return next((number for number, each in enumerate(columns) if each.lower() == lower), -1)
 
 
-def find_by_sizes(
-    records: Bytes, offsets: Int64s, fixed: Int64s, numbers: Sequence[int], places: Int64s, where: Where
+def find_by_heads(
+    heads: Bytes,
+    head_offset: Int64s,
+    record_bytes: Int64s,
+    sizes: Sequence[int],
+    numbers: Sequence[int],
+    places: Int64s,
+    where: Where,
 ) -> None:
-    """`RecordReader.find`, of the columns of these numbers, for records that begin with the sizes of the columns of
-    varying size: `fixed` is -1 for these, and the size of the others.
+    """Where the columns of these numbers lie in records of so many bytes, from the beginning of each, written to
+    `places` as `RecordReader.find` says. Record i begins at `head_offset[i]` of `heads`; `sizes` as
+    `RecordReader.sizes` says.
     """
-    wanted = np.full(len(fixed), -1, np.int64)
+    wanted = np.full(len(sizes), -1, np.int64)
     wanted[list(numbers)] = np.arange(len(numbers))
-    wrong = find_sized(records, offsets, fixed, wanted, places[0], places[1])
+    wrong = find_sized(heads, head_offset, record_bytes, np.array(sizes, np.int64), wanted, places[0], places[1])
     if wrong >= 0:
         raise DecodeError(
-            f"{where(wrong)}: its {offsets[wrong + 1] - offsets[wrong]} bytes are not what the sizes of its columns "
-            "say: it is damaged; write the shard again"
+            f"{where(wrong)}: its {record_bytes[wrong]} bytes are not what the sizes of its columns say: it is "
+            "damaged; write the shard again"
         )
+
+
+def find_by_sizes(
+    records: Bytes, offsets: Int64s, sizes: Sequence[int], numbers: Sequence[int], places: Int64s, where: Where
+) -> None:
+    """`RecordReader.find`, of the columns of these numbers, for records that begin with sizes as `RecordReader.sizes`
+    says.
+    """
+    starts = np.ascontiguousarray(offsets[:-1])
+    find_by_heads(records, starts, np.diff(offsets), sizes, numbers, places, where)
+    places[0] += starts
 
 
 def split(

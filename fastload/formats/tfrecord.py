@@ -233,6 +233,8 @@ class TfRecordReader:
     counts: tuple[int, ...]
     is_raw: bool = False
 
+    sizes = None
+
     @classmethod
     def of(cls, fields: Mapping[str, object]) -> TfRecordReader:
         """From the description that indexes hold. ShardError for one that makes no sense."""

@@ -55,6 +55,8 @@ class TokenReader(PartReader):
 
     layout: _Layout
 
+    sizes = None
+
     @classmethod
     def of(cls, fields: Mapping[str, object]) -> TokenReader:
         """From the description that indexes hold. ShardError where it is none."""

@@ -19,14 +19,20 @@ Bytes = NDArray[np.uint8]
 _tables, _bytes = array_out(int64, 2), array_in(uint8)
 
 
-@kernel(int64(array_in(uint8), array_in(int64), array_in(int64), array_in(int64), _tables, _tables))
+@kernel(int64(array_in(uint8), array_in(int64), array_in(int64), array_in(int64), array_in(int64), _tables, _tables))
 def find_sized(
-    records: Bytes, offsets: Int64s, fixed: Int64s, wanted: Int64s, value_offset: Int64s, value_size: Int64s
+    heads: Bytes,
+    head_offset: Int64s,
+    record_bytes: Int64s,
+    fixed: Int64s,
+    wanted: Int64s,
+    value_offset: Int64s,
+    value_size: Int64s,
 ) -> int:
-    """Columns of records that begin with the sizes (uint32, little-endian) of the columns of varying size, and then
-    hold
-    all columns one after the other. `fixed`: bytes of each column, -1 where they vary; `wanted`: to which row of the
-    tables, int64[W, n], its places go, or -1.
+    """Columns of n records, of `record_bytes`, that begin with the sizes (uint32, little-endian) of the columns of
+    varying size, and then hold all columns one after the other. Record i begins at `head_offset[i]` of `heads`, which
+    needs to have no more of it than these sizes. `fixed`: bytes of each column, -1 where they vary; `wanted`: to which
+    row of the tables, int64[W, n], its place within the record goes, or -1.
 
     Returns -1, or the number of the first record whose sizes do not add up to it.
     """
@@ -36,20 +42,19 @@ def find_sized(
             varying += 1
         else:
             fixed_bytes += fixed[column]
-    for number in range(offsets.size - 1):
-        start, end = offsets[number], offsets[number + 1]
-        at = start + 4 * varying
-        if not (0 <= start <= end <= records.size and at + fixed_bytes <= end):
+    for number in range(head_offset.size):
+        head, end = head_offset[number], record_bytes[number]
+        at = 4 * varying
+        if not (0 <= head <= heads.size - at and at + fixed_bytes <= end):
             return number
-        head = start
         for column in range(fixed.size):
             size = fixed[column]
             if size < 0:
                 size = (
-                    np.int64(records[head])
-                    | np.int64(records[head + 1]) << 8
-                    | np.int64(records[head + 2]) << 16
-                    | np.int64(records[head + 3]) << 24
+                    np.int64(heads[head])
+                    | np.int64(heads[head + 1]) << 8
+                    | np.int64(heads[head + 2]) << 16
+                    | np.int64(heads[head + 3]) << 24
                 )
                 head += 4
             if size > end - at:

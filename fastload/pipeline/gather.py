@@ -16,7 +16,7 @@ read. Its batch is then shorter, and may be empty; which samples other batches g
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -28,7 +28,7 @@ from fastload.client.consumer import Consumer
 from fastload.decode.base import Decoder, Keys, sample_keys
 from fastload.errors import ConfigError, MissingColumnError
 from fastload.formats import record_reader
-from fastload.formats.records import PartReader, RecordReader, split
+from fastload.formats.records import PartReader, RecordReader, find_by_heads, number_of, split
 from fastload.kernels.gather import gather_columns, lay_out
 from fastload.pipeline.columns import KEY, URL, meant, shown
 from fastload.pipeline.delivery import PlanEntry
@@ -41,6 +41,11 @@ from fastload.transport import SharedPool
 from fastload.transport.slots import SlotPool
 
 Bytes = npt.NDArray[np.uint8]
+Found = dict[str, tuple[Bytes, Ints]]  # of columns, their values end to end, and their offsets
+Take = Callable[[str, int], Bytes]
+Place = Callable[[int], str]
+# From so many bytes on, on average, it is cheaper to read the head of a record first than to copy its values twice.
+_BY_HEAD_BYTES = 2048
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -308,8 +313,6 @@ class SampleGatherer:
                     f"{meant(name, [each.lower() for each in read.columns])}"
                 )
         parts = self._record_parts(located)
-        layout = self._gatherer.lay_out(parts.values)
-        offsets = layout.out_offset[0] if parts.part_start is None else layout.out_offset[0, parts.part_start]
         wanted = [name for name in names if name not in lacking]
         decoders = {name: read.decoder(name) for name in wanted if name not in self._columns.decoders}
 
@@ -320,27 +323,18 @@ class SampleGatherer:
         def where(number: int) -> str:
             return f"{samples.urls()[number]}: sample {samples.keys()[number]!r}"
 
-        whole = next((name for name in wanted if isinstance(read, PartReader) and name.lower() == read.whole), None)
-        records = memory.stage(int(offsets[-1])) if whole is None else take(whole, int(offsets[-1]))
-        self._gatherer.fill(layout, [records])
-        of_parts = {name for name in wanted if isinstance(read, PartReader) and name.lower() in read.of_parts}
-        rest = [name for name in wanted if name != whole and name not in of_parts]
-        found: dict[str, tuple[Bytes, Ints]] = {}
-        is_there: dict[str, npt.NDArray[np.bool_]] = {}
-        if rest:
-            found, found_there = split(read, records, offsets, rest, take, where)
-            is_there = dict(zip(rest, found_there, strict=True))
-        if whole is not None:
-            found[whole] = records, offsets
-        for name in of_parts:
-            found[name] = _described(parts, take(name, 16 * parts.values.size.size))
-        nothing = np.empty(0, np.uint8), np.zeros(len(offsets), np.int64)
+        if read.sizes is not None and parts.values.size.mean() >= _BY_HEAD_BYTES:
+            found, is_there = self._gather_by_heads(parts.values, read, wanted, memory, take, where)
+        else:
+            found, is_there = self._gather_whole(parts, read, wanted, memory, take, where)
+        count = len(located.entry)
+        nothing = np.empty(0, np.uint8), np.zeros(count + 1, np.int64)
         columns = {name: found.get(name, nothing) for name in names}
-        present = {name: np.zeros(len(offsets) - 1, np.bool_) for name in lacking}
+        present = {name: np.zeros(count, np.bool_) for name in lacking}
         for name in wanted:
             row = is_there.get(name)
             if self._columns.may_lack(name):
-                present[name] = np.ones(len(offsets) - 1, np.bool_) if row is None else row
+                present[name] = np.ones(count, np.bool_) if row is None else row
                 if row is None or row.all():
                     continue
                 if name in decoders and not decoders[name].takes_missing():
@@ -353,7 +347,48 @@ class SampleGatherer:
                     f"{samples.place(int(np.argmin(row)), name)}: the sample has no such column; where samples may "
                     f"lack it, write {name + '?'!r}"
                 )
-        return Gathered(len(offsets) - 1, samples, columns, random_keys, present, decoders=decoders)
+        return Gathered(count, samples, columns, random_keys, present, decoders=decoders)
+
+    def _gather_whole(
+        self, parts: RecordParts, read: RecordReader, wanted: Sequence[str], memory: Memory, take: Take, where: Place
+    ) -> tuple[Found, dict[str, npt.NDArray[np.bool_]]]:
+        """The wanted columns, by gathering whole records; and which samples have them, where not all do."""
+        layout = self._gatherer.lay_out(parts.values)
+        offsets = layout.out_offset[0] if parts.part_start is None else layout.out_offset[0, parts.part_start]
+        whole = next((name for name in wanted if isinstance(read, PartReader) and name.lower() == read.whole), None)
+        records = memory.stage(int(offsets[-1])) if whole is None else take(whole, int(offsets[-1]))
+        self._gatherer.fill(layout, [records])
+        of_parts = {name for name in wanted if isinstance(read, PartReader) and name.lower() in read.of_parts}
+        rest = [name for name in wanted if name != whole and name not in of_parts]
+        found: Found = {}
+        is_there: dict[str, npt.NDArray[np.bool_]] = {}
+        if rest:
+            found, found_there = split(read, records, offsets, rest, take, where)
+            is_there = dict(zip(rest, found_there, strict=True))
+        if whole is not None:
+            found[whole] = records, offsets
+        for name in of_parts:
+            found[name] = _described(parts, take(name, 16 * parts.values.size.size))
+        return found, is_there
+
+    def _gather_by_heads(
+        self, records: Values, read: RecordReader, wanted: Sequence[str], memory: Memory, take: Take, where: Place
+    ) -> tuple[Found, dict[str, npt.NDArray[np.bool_]]]:
+        """The same, of records whose heads say where their columns lie, so that values are copied once."""
+        assert read.sizes is not None, "records without heads"
+        head_bytes = np.minimum(records.size, 4 * read.sizes.count(-1))
+        layout = self._gatherer.lay_out(Values(records.first_chunk, records.offset, head_bytes))
+        heads = memory.stage(int(layout.out_offset[0, -1]))
+        self._gatherer.fill(layout, [heads])
+        places = np.empty((2, len(wanted), records.size.shape[1]), np.int64)
+        numbers = [number_of(read.columns, name) for name in wanted]
+        starts = np.ascontiguousarray(layout.out_offset[0, :-1])
+        find_by_heads(heads, starts, records.size[0], read.sizes, numbers, places, where)
+        first_chunk = np.repeat(records.first_chunk, len(wanted), 0)
+        layout = self._gatherer.lay_out(Values(first_chunk, records.offset + places[0], places[1]))
+        outs = [take(name, size) for name, size in zip(wanted, layout.out_offset[:, -1].tolist(), strict=True)]
+        self._gatherer.fill(layout, outs)
+        return dict(zip(wanted, zip(outs, layout.out_offset, strict=True), strict=True)), {}
 
     def _gather(self, values: Values, names: tuple[str, ...], memory: Memory) -> dict[str, tuple[Bytes, Ints]]:
         """The bytes of each column: values end to end, and their offsets."""

@@ -340,3 +340,35 @@ def test_an_index_beside_the_shards_says_how_many_samples_there_are(cache: fastl
     short = {**first["raw_data"], "bytes": 5}
     refused(r"says that shard\.00000\.mds has 5 bytes, and it has", shards=[{**first, "raw_data": short}])
     refused("holds .* samples, but .* says 1", shards=[{**first, "samples": 1}, *others])
+
+
+@pytest.mark.parametrize("chunk_bytes", ["64KiB", "8MiB"])
+def test_large_records_are_found_by_their_heads(cache: fastload.Cache, tmp_path: Path, chunk_bytes: str) -> None:
+    """Whose heads and values may lie in any number of chunks."""
+    rng = np.random.default_rng(1)
+    samples = [
+        [rng.bytes(int(rng.integers(0, 90_000))), struct.pack("<q", i), f"é{i}".encode() * (i % 3)] for i in range(40)
+    ]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.mds").write_bytes(shard(COLUMNS, samples[:25]))
+    (folder / "b.mds").write_bytes(shard(COLUMNS, samples[25:]))
+    with fastload.Cache(tmp_path / "c", ram_bytes="16MiB", disk_bytes=0, chunk_bytes=chunk_bytes) as other:
+        dataset = fastload.StreamingDataset(f"{folder}/", cache=other, shuffle=True)
+        batches = list(fastload.DataLoader(dataset, batch_size=7, num_workers=2))
+        found = {
+            int(number): (bytes(a), c)
+            for batch in batches
+            for a, number, c in zip(batch["a"], batch["b"], batch["c"], strict=True)
+        }
+        assert found == {i: (a, c.decode()) for i, (a, _, c) in enumerate(samples)}
+        few = fastload.StreamingDataset(f"{folder}/", cache=other, columns=["C", "nothing?"])
+        assert [sample["C"] for sample in few] == [c.decode() for _, _, c in samples]
+        dataset.close()
+        few.close()
+    damaged = bytearray(shard(COLUMNS, samples))
+    at = damaged.index(samples[3][0]) - 8
+    damaged[at : at + 4] = struct.pack("<I", 1 << 30)
+    (tmp_path / "bad.mds").write_bytes(damaged)
+    with pytest.raises(DecodeError, match=r"bad\.mds: sample 'bad\.mds/3': its \d+ bytes are not what the sizes"):
+        list(fastload.StreamingDataset(str(tmp_path / "bad.mds"), cache=cache))
