@@ -273,6 +273,9 @@ class Handle:
         storage_options: Mapping[str, Any] | None = None,
     ) -> int:
         """See `Cache.pin`."""
+        from fastload.formats import is_cut
+        from fastload.formats.pieces import in_pieces
+
         ttl_s = 0.0 if ttl is None else parse_seconds(ttl, "ttl")
         quota_bytes = 0 if quota is None else parse_bytes(quota, "quota")
         if ttl is not None and not ttl_s:
@@ -282,7 +285,7 @@ class Handle:
         if not isinstance(called, str) or not 0 < len(called) <= _PIN_NAME_MAX:
             raise ConfigError(f"name={name!r} must be a text of 1 to {_PIN_NAME_MAX} letters")
         with self._own_service("pin", "pinned in", options) as consumer:
-            consumer.attach(consumer.resolve(names, _ANY_ENDING))
+            consumer.attach(in_pieces(consumer.resolve(names, _ANY_ENDING), is_cut))
             return consumer.pin(called, ttl_s, quota_bytes)
 
     def unpin(self, what: Sequence[str]) -> int:

@@ -10,6 +10,8 @@ The order depends on both numbers, so they are no settings.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from fastload.store.table import ObjectTable
@@ -21,9 +23,11 @@ PIECE_BYTES = 64 << 20
 TAIL_BYTES = 512 << 10
 
 
-def in_pieces(shards: ObjectTable) -> ObjectTable:
-    """The same shards, with pieces in place of those that are larger than one. Those of an object follow each other."""
-    large = np.flatnonzero(shards.sizes > PIECE_BYTES).tolist()
+def in_pieces(shards: ObjectTable, is_cut: Callable[[str], bool] = lambda url: True) -> ObjectTable:
+    """The same shards, with pieces in place of those that are larger than one and whose URLs say that they are cut.
+    Those of an object follow each other.
+    """
+    large = [number for number in np.flatnonzero(shards.sizes > PIECE_BYTES).tolist() if is_cut(shards[number].url)]
     if not large:
         return shards
     parts: list[ObjectTable] = []

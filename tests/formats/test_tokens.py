@@ -404,20 +404,35 @@ def test_lines_in_pieces_have_the_same_order_with_an_index_file(
 
 
 @pytest.mark.parametrize("kind", ["tokens", "lines"])
-def test_partitions_share_one_file(cache: fastload.Cache, data: Path, small_pieces: int, kind: str) -> None:
-    """Two nodes of one rank each: none reads what the other does."""
+def test_nodes_share_one_file(
+    cache: fastload.Cache, data: Path, small_pieces: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url, how, id_of = make_pieces(data, small_pieces, kind)
     whole = {each for batch in epoch_of(url, cache, how, id_of, batch_size=16) for each in batch}
     parts = []
     for rank in range(2):
-        dataset = fastload.StreamingDataset(
-            url, cache=cache, format=how, shuffle=True, partitions=2, rank=rank, world_size=2, tail="drop"
-        )
-        len(dataset)
-        parts.append([each for batch in fastload.DataLoader(dataset, batch_size=8) for each in id_of(batch)])
+        for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
+            monkeypatch.setenv(name, str(value))
+        dataset = fastload.StreamingDataset(url, cache=cache, format=how, shuffle=True, tail="drop")
+        loader = fastload.DataLoader(dataset, batch_size=8)
+        assert len(dataset) == len(whole) // 2
+        parts.append([each for batch in loader for each in id_of(batch)])
+        loader.close()
+        dataset.close()
     assert set(parts[0]).isdisjoint(parts[1])
     assert whole.issuperset(parts[0] + parts[1])
     assert len(parts[0]) == len(parts[1]) == len(whole) // 2
+
+
+def test_what_is_pinned_is_what_is_read(cache: fastload.Cache, data: Path, small_pieces: int) -> None:
+    url, how, id_of = make_pieces(data, small_pieces, "lines")
+    cache.pin(url)
+    first = epoch_of(url, cache, how, id_of, batch_size=16)
+    cache.clear()
+    dataset = fastload.StreamingDataset(url, cache=cache, shuffle=True, partitions=1)
+    loader = fastload.DataLoader(dataset, batch_size=16)
+    assert [id_of(batch) for batch in loader] == first
+    assert loader.stats()["remote_bytes"] == 0
 
 
 # What cannot be
