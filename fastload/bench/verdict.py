@@ -195,12 +195,14 @@ def _first_epoch(found: Findings, rate: Rate) -> str:
         )
     if limit == "link":
         cure = "a cache lifts later epochs, a faster link or a nearer store this one"
-        beside = f" ({_mb(rate.bytes_per_s)} of {_mb(link)})" if link else ""
+        beside = f" ({_mb(rate.bytes_per_s)} of {_mb(max(link, rate.bytes_per_s))})" if link else ""
         return f"{head}: the link limits it{beside}; {cure}."
     if limit == "decode" and found.decode_per_s:
+        # Part by part, what was measured by itself may have been disturbed more than the epoch.
+        decode_per_s = max(found.decode_per_s, rate.samples_per_s)
         return (
-            f"{head}: decoding limits it ({_count(rate.samples_per_s)} of the {_count(found.decode_per_s)} samples/s "
-            f"that {found.workers} threads decode by themselves); more bandwidth will not help, more cores or smaller "
+            f"{head}: decoding limits it ({_count(rate.samples_per_s)} of the {_count(decode_per_s)} samples/s that "
+            f" {found.workers} threads decode by themselves); more bandwidth will not help, more cores or smaller "
             "stored images will."
         )
     if limit == "start":
@@ -243,10 +245,10 @@ def _later_epochs(found: Findings) -> list[str]:
 def _because(found: Findings, rate: Rate, source: float | None, name: str) -> str:
     limit, most = limit_of(found, rate, source, name)
     if limit == "decode" and found.decode_per_s:
-        most = found.decode_per_s
+        most = max(found.decode_per_s, rate.samples_per_s)
         return f", which is what decoding allows ({_count(most)} samples/s)"
     if limit == "disk" and source:
-        return f", and the disk limits it ({_mb(rate.bytes_per_s)} of {_mb(source or 0.0)})"
+        return f", and the disk limits it ({_mb(rate.bytes_per_s)} of {_mb(max(source, rate.bytes_per_s))})"
     if limit == "cores":
         return ", which is what the cores allow"
     return f"; it is {rate.said}" if limit == rate.bound_by and rate.said else ""

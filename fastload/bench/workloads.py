@@ -33,7 +33,7 @@ from fastload.store import StoreOptions, store_root
 from fastload.store.objectstore import SCHEMES, ObjectStore
 from fastload.store.urls import normalise, scheme
 
-SHARD_BYTES = 256 << 20
+SHARD_BYTES = 128 << 20
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _LEAST_BYTES = 64
 

@@ -226,6 +226,8 @@ def rate(samples_per_s: float, cpu_s: float = 1.0) -> Rate:
     [
         (replace(FOUND, store_bytes_per_s=200e6, cold=rate(1960)), "the link limits it (196 MB/s of 200 MB/s)"),
         (replace(FOUND, store_bytes_per_s=900e6, decode_per_s=2000.0, cold=rate(1900)), "decoding limits it"),
+        (replace(FOUND, decode_per_s=1500.0, cold=rate(1900)), "(1,900 of the 1,900 samples/s that"),
+        (replace(FOUND, store_bytes_per_s=170e6, cold=rate(1900)), "(190 MB/s of 190 MB/s)"),
         (replace(FOUND, store_bytes_per_s=900e6, cold=rate(1900, cpu_s=115.0)), "the cores limit it"),
         (
             replace(
