@@ -11,6 +11,7 @@ from fastload.client.cache import AnyCache
 from fastload.dataset import StreamingDataset
 from fastload.errors import ConfigError
 from fastload.formats import Format, ShardIndex, record_reader
+from fastload.formats.records import RecordReader
 
 __all__ = ["Column", "schema"]
 
@@ -49,4 +50,12 @@ def schema(
     if isinstance(index, ShardIndex):
         return {name: Column(bytes, None, "a member of a tar") for name in index.columns}
     read = record_reader(index.layout)
-    return {name: Column(*read.decoder(name).gives(), read.kind(name)) for name in read.columns}
+    return {name: _column(read, name) for name in read.columns}
+
+
+def _column(read: RecordReader, name: str) -> Column:
+    try:
+        dtype, shape = read.decoder(name).gives()
+    except ConfigError:  # its values are not decoded: pickles, and what a format has beside what we read
+        dtype, shape = object, None
+    return Column(dtype, shape, read.kind(name))

@@ -45,6 +45,10 @@ def test_of_typed_columns(cache: fastload.Cache) -> None:
     lit = fastload.schema(f"{WRITTEN}/litdata/", cache=cache)
     assert list(lit)[:3] == ["id", "meta/näme", "meta/ok"]
     assert lit["meta/ok"][:2] == (np.dtype("bool"), ())
+    table = fastload.schema(f"{WRITTEN}/litdata_table/", cache=cache)
+    assert table["meta/a"] == Column(np.dtype("int64"), (), "int64")
+    assert table["ids"] == Column(np.dtype("int64"), None, "list of int64")
+    assert table["words"] == Column(object, None, "not read: list<item: string>")
 
 
 def test_of_tokens(cache: fastload.Cache, tmp_path: Path) -> None:

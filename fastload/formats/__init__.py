@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastload.errors import ConfigError, ShardError
-from fastload.formats import record_index
+from fastload.formats import record_index, table_index
 from fastload.formats.computed_index import PackedIndex, StridedIndex
 from fastload.formats.record_index import ListedShard, RecordIndex, shard_name
 from fastload.formats.records import RecordReader, read_layout
 from fastload.formats.shard_index import ShardIndex
+from fastload.formats.table_index import TableIndex
 from fastload.formats.token_files import tokens
 from fastload.store.listing import ends_in
 from fastload.store.table import ObjectTable
@@ -62,7 +63,7 @@ __all__ = [
     "tokens",
 ]
 
-StoredIndex: TypeAlias = ShardIndex | RecordIndex
+StoredIndex: TypeAlias = ShardIndex | RecordIndex | TableIndex
 Index: TypeAlias = StoredIndex | StridedIndex | PackedIndex
 ReadAt: TypeAlias = Callable[[int, int], bytes]
 """Reads a part of an object: `read_at(start, length)`."""
@@ -163,9 +164,11 @@ Format: TypeAlias = str | ComputedFormat
 def stored_index(
     data: bytes | bytearray | memoryview, url: str, object_size: int, start: int = 0, reach_max: int = 0
 ) -> StoredIndex:
-    """The index that `to_bytes` of either kind stored. ShardError, naming `url`, for anything that is none of an object
+    """The index that `to_bytes` of any kind stored. ShardError, naming `url`, for anything that is none of an object
     of `object_size` bytes. `start` and `reach_max`: see `RecordIndex.from_bytes`.
     """
+    if bytes(data[:8]) == table_index.MAGIC:
+        return TableIndex.from_bytes(bytes(data), url, object_size, lambda layout: record_reader(layout).columns)
     if bytes(data[:8]) != record_index.MAGIC:
         return ShardIndex.from_bytes(data, url, object_size)
     index = RecordIndex.from_bytes(data, url, object_size, start, reach_max)
@@ -214,6 +217,10 @@ def record_reader(layout: bytes) -> RecordReader:
         from fastload.formats.jsonl import JsonlReader
 
         return JsonlReader.of(fields)
+    if name == "arrow":
+        from fastload.formats.arrow_table import ArrowReader
+
+        return ArrowReader.of(fields)
     if name == "litdata":
         from fastload.formats.litdata import LitDataReader
 

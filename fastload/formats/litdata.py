@@ -6,8 +6,11 @@
 
 All integers are little-endian. What the leaves are is not in a chunk but in `index.json` beside it: the serializer of
 each (`data_format`), and how they make a sample (`data_spec`, the pytree of torch as JSON). A leaf is a column, whose
-name is its path: `image`, `meta/id`, `0`. With zstd an item may be packed by itself; what is packed, encrypted or laid
-out in other ways is refused by name.
+name is its path: `image`, `meta/id`, `0`. With zstd an item may be packed by itself; what is packed in other ways, or
+encrypted, is refused by name.
+
+Samples of nothing but strings, numbers and lists are written as a table: all items are empty, and behind them lie a
+table of Arrow (IPC), its size (u32) and `LDARW01` with a zero.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from fastload.decode.base import Keys, Offsets
 from fastload.decode.base import Where as ValueWhere
 from fastload.decode.flat import Flat
 from fastload.errors import ConfigError, DecodeError, ShardError
+from fastload.formats.arrow_table import index_of_table
 from fastload.formats.mds import Picture, Several
 from fastload.formats.record_index import ListedShard, RecordIndex, shard_name
 from fastload.formats.records import (
@@ -42,8 +46,10 @@ from fastload.formats.records import (
     layout_of,
     number_of,
 )
+from fastload.formats.table_index import TableIndex
 from fastload.formats.zstd import unpacked
 
+_TABLE_MAGIC = b"LDARW01\0"
 _COLUMNS_MAX = 4096
 _AXES_MAX = 32  # as numpy
 _TORCH = {
@@ -66,6 +72,7 @@ class _Config(msgspec.Struct):
     data_spec: str | None = None
     compression: str | None = None
     compression_level: Any = None
+    ipc_compression: Any = None
     encryption: Any = None
     item_loader: str | None = None
 
@@ -112,6 +119,11 @@ def _layout(index: _Index, url: str) -> bytes:
         raise ConfigError(
             f"{url}: its chunks are made for {config.item_loader}, which fastload does not read; write them with the "
             "default item_loader" + (", or tokens as plain .bin files" if config.item_loader == "TokensLoader" else "")
+        )
+    if config.ipc_compression:
+        raise ConfigError(
+            f"{url}: its tables are compressed ({config.ipc_compression}), which fastload does not read yet; write "
+            "them without compression"
         )
     is_packed = bool(config.compression)
     if is_packed and not (config.compression_level == "sample" and str(config.compression).startswith("zstd")):
@@ -213,6 +225,7 @@ class LitDataIndexer:
             raise ShardError(f"{url}: {size} bytes are no chunk of LitData; upload it again")
         self._url, self._size, self._layout = url, size, layout
         self._head = bytearray()
+        self._head_bytes = -1  # not known yet
         self._needed = 8  # bytes from the start
 
     @property
@@ -235,8 +248,16 @@ class LitDataIndexer:
             count, first = struct.unpack_from("<II", self._head)
             if first != 8 + 4 * count or first > self._size:
                 raise ShardError(self._no_chunk(count, first))
-            self._needed = first
+            self._needed = self._head_bytes = first
             self._head += chunk[8 - start : first - start].data
+        if len(self._head) == self._head_bytes and self._is_table():
+            self._needed = self._size
+            self._head += chunk[self._head_bytes - start :].data
+
+    def _is_table(self) -> bool:
+        """Whether there are items, and none has a byte: then they are the rows of a table behind the head."""
+        count = self._head_bytes // 4 - 2
+        return count > 0 and self._head_bytes < self._size and self._head[4:] == self._head[4:8] * (count + 1)
 
     def _no_chunk(self, count: int, first: int) -> str:
         if self._head.startswith(b"LDFZ"):
@@ -246,9 +267,17 @@ class LitDataIndexer:
             "chunk of LitData does; upload it again"
         )
 
-    def finish(self) -> RecordIndex:
-        """The index. ShardError: its offsets make no sense."""
-        count = len(self._head) // 4 - 2
+    def finish(self) -> RecordIndex | TableIndex:
+        """The index. ShardError: its offsets or its table make no sense."""
+        count = self._head_bytes // 4 - 2
+        if len(self._head) > self._head_bytes:
+            end = self._size - 12
+            start = end - int.from_bytes(self._head[end : end + 4], "little")
+            if end < self._head_bytes or self._head[-8:] != _TABLE_MAGIC or start < self._head_bytes:
+                raise ShardError(
+                    f"{self._url}: its items are empty, and behind them is no table: it was cut short; upload it again"
+                )
+            return index_of_table(memoryview(self._head), start, end, self._url, count)
         ends = np.frombuffer(self._head, "<u4", count + 1, 4).astype(np.int64)
         sizes = np.diff(ends)
         if len(sizes) and sizes.min() < 0:
@@ -260,11 +289,6 @@ class LitDataIndexer:
             raise ShardError(
                 f"{self._url} has {self._size} bytes, and its items end at {ends[-1]}: it was cut short; upload it "
                 "again"
-            )
-        if ends[-1] < self._size and count and not sizes.any():
-            raise ShardError(
-                f"{self._url}: its items are rows of an Arrow table, which fastload does not read yet; have litdata "
-                "write them as bytes, such as json.dumps(item).encode()"
             )
         return RecordIndex(self._layout, ends[:-1].copy(), sizes.astype(np.uint32), self._size, shard_name(self._url))
 

@@ -89,6 +89,16 @@ class PartReader(ABC):
     def of_parts(self) -> tuple[str, ...]: ...
 
 
+class TableReader(ABC):
+    """A `RecordReader` of tables, of which values are gathered one by one (see `TableIndex`), so that it finds nothing
+    in records. A value that is null is not there.
+    """
+
+    @property
+    @abstractmethod
+    def columns(self) -> tuple[str, ...]: ...
+
+
 def layout_of(format_name: str, fields: Mapping[str, object]) -> bytes:
     """The stored form of a layout; equal layouts are equal bytes."""
     return msgspec.json.encode({"format": format_name, **fields}, order="sorted")

@@ -28,7 +28,7 @@ from fastload.client.consumer import Consumer
 from fastload.decode.base import Decoder, Keys, sample_keys
 from fastload.errors import ConfigError, MissingColumnError
 from fastload.formats import record_reader
-from fastload.formats.records import PartReader, RecordReader, find_by_heads, number_of, split
+from fastload.formats.records import PartReader, RecordReader, TableReader, find_by_heads, number_of, split
 from fastload.kernels.gather import gather_columns, lay_out
 from fastload.pipeline.columns import KEY, URL, meant, shown
 from fastload.pipeline.delivery import PlanEntry
@@ -235,9 +235,9 @@ class SampleGatherer:
         if is_keyed or self._columns.wants_keys():
             random_keys = sample_keys(self._seed, entry.epoch, entry.object_no, entry.sample_no)
         located = LocatedSamples(entry, self._live, self._urls)
-        layout = located.record_layout()
+        layout = located.layout()
         if layout is not None:
-            return self._gather_records(located, record_reader(layout), memory, random_keys)
+            return self._gather_typed(located, record_reader(layout), memory, random_keys)
         names = self._names(located)
         values = self._values(located, names)
         present = {
@@ -264,8 +264,13 @@ class SampleGatherer:
     def chunks_of(self, entry: BatchEntry) -> Ints:
         """The chunks that an entry needs. Missing values need none; they are an error when the batch is built."""
         located = LocatedSamples(entry, self._live, self._urls)
-        if located.record_layout() is not None:
-            return self._gatherer.lay_out(self._record_parts(located).values).chunk_nos
+        layout = located.layout()
+        if layout is not None:
+            read = record_reader(layout)
+            names = [name for name in self._columns.names or read.columns if read.may_have(name)]
+            is_table = isinstance(read, TableReader)
+            values = located.values_of(_stored(read, names))[0] if is_table else self._record_parts(located).values
+            return self._gatherer.lay_out(values).chunk_nos
         members = located.all_columns() if self._columns.members is None else self._columns.members
         return self._gatherer.lay_out(located.values_of(members)[0]).chunk_nos
 
@@ -293,10 +298,12 @@ class SampleGatherer:
         parts = located.record_parts()
         return parts if self._pieces is None else self._pieces.continued(parts, located.entry.object_no)
 
-    def _gather_records(
+    def _gather_typed(
         self, located: LocatedSamples, read: RecordReader, memory: Memory, random_keys: Keys | None
     ) -> Gathered:
-        """The columns of records, which are found in their bytes: these are gathered first, and then copied out."""
+        """The columns of shards that say what these hold. Those of records are found in their bytes, which are gathered
+        first, and then copied out; of tables each value is gathered by itself.
+        """
         names = self._columns.names if self._columns.names is not None else read.columns
         samples = located.names()
         reserved = [name for name in read.columns if name in (KEY, URL)]
@@ -312,7 +319,6 @@ class SampleGatherer:
                     f"{samples.place(0, name)}: its shard has no such column; it has {shown(read.columns)}."
                     f"{meant(name, [each.lower() for each in read.columns])}"
                 )
-        parts = self._record_parts(located)
         wanted = [name for name in names if name not in lacking]
         decoders = {name: read.decoder(name) for name in wanted if name not in self._columns.decoders}
 
@@ -323,17 +329,27 @@ class SampleGatherer:
         def where(number: int) -> str:
             return f"{samples.urls()[number]}: sample {samples.keys()[number]!r}"
 
-        if read.sizes is not None and parts.values.size.mean() >= _BY_HEAD_BYTES:
-            found, is_there = self._gather_by_heads(parts.values, read, wanted, memory, take, where)
+        nullable: set[str] = set()  # columns of which a value may be none
+        if isinstance(read, TableReader):
+            values, _ = located.values_of(_stored(read, wanted))
+            found = self._gather_values(values, wanted, take)
+            is_there = dict(zip(wanted, values.offset >= 0, strict=True))
+            nullable = {name for name in decoders if not is_there[name].all()}
         else:
-            found, is_there = self._gather_whole(parts, read, wanted, memory, take, where)
+            parts = self._record_parts(located)
+            is_by_heads = read.sizes is not None and parts.values.size.mean() >= _BY_HEAD_BYTES
+            found, is_there = (
+                self._gather_by_heads(parts.values, read, wanted, memory, take, where)
+                if is_by_heads
+                else self._gather_whole(parts, read, wanted, memory, take, where)
+            )
         count = len(located.entry)
         nothing = np.empty(0, np.uint8), np.zeros(count + 1, np.int64)
         columns = {name: found.get(name, nothing) for name in names}
         present = {name: np.zeros(count, np.bool_) for name in lacking}
         for name in wanted:
             row = is_there.get(name)
-            if self._columns.may_lack(name):
+            if self._columns.may_lack(name) or name in nullable:
                 present[name] = np.ones(count, np.bool_) if row is None else row
                 if row is None or row.all():
                     continue
@@ -385,10 +401,14 @@ class SampleGatherer:
         starts = np.ascontiguousarray(layout.out_offset[0, :-1])
         find_by_heads(heads, starts, records.size[0], read.sizes, numbers, places, where)
         first_chunk = np.repeat(records.first_chunk, len(wanted), 0)
-        layout = self._gatherer.lay_out(Values(first_chunk, records.offset + places[0], places[1]))
-        outs = [take(name, size) for name, size in zip(wanted, layout.out_offset[:, -1].tolist(), strict=True)]
+        return self._gather_values(Values(first_chunk, records.offset + places[0], places[1]), wanted, take), {}
+
+    def _gather_values(self, values: Values, names: Sequence[str], take: Take) -> Found:
+        """The values of these columns, each end to end."""
+        layout = self._gatherer.lay_out(values)
+        outs = [take(name, size) for name, size in zip(names, layout.out_offset[:, -1].tolist(), strict=True)]
         self._gatherer.fill(layout, outs)
-        return dict(zip(wanted, zip(outs, layout.out_offset, strict=True), strict=True)), {}
+        return dict(zip(names, zip(outs, layout.out_offset, strict=True), strict=True))
 
     def _gather(self, values: Values, names: tuple[str, ...], memory: Memory) -> dict[str, tuple[Bytes, Ints]]:
         """The bytes of each column: values end to end, and their offsets."""
@@ -429,6 +449,11 @@ class SampleGatherer:
                     f"{located.names().urls()[0]}: its window of shards has a column whose name is {marked!r}, and "
                     f"{name + '?'!r} means {name!r}, which samples may lack; write {name + '??'!r} for the other one"
                 )
+
+
+def _stored(read: RecordReader, names: Sequence[str]) -> tuple[str, ...]:
+    """These columns as a table calls them."""
+    return tuple(read.columns[number_of(read.columns, name)] for name in names)
 
 
 def _with_default(name: str, decoders: Mapping[str, Decoder]) -> str:

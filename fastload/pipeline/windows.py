@@ -81,7 +81,7 @@ class Window:
     keys: Keys = field(init=False)
     _places: dict[tuple[str, ...], Ints] = field(init=False, default_factory=dict)
     _columns: tuple[str, ...] | None = field(init=False, default=None)
-    # How its records are laid out, each with the number of the first object that has it; of other shards nothing.
+    # How its samples are laid out, each with the number of the first object that has it; of shards of members nothing.
     layouts: dict[bytes, int] = field(init=False, default_factory=dict)
     is_packed: bool = field(init=False)  # records are put together of parts
     _parts: _PartTable | None = field(init=False, default=None)
@@ -361,8 +361,8 @@ class LocatedSamples:
             _copy_parts(table, rows, part_start[samples], values, tag)
         return RecordParts(values, tag, part_start)
 
-    def record_layout(self) -> bytes | None:
-        """How these samples are laid out where they are records, else None. ShardError where they differ."""
+    def layout(self) -> bytes | None:
+        """How these samples are laid out; None where they have members. ShardError where they differ."""
         found: dict[bytes, int] = {}
         for window, _, _ in self._parts:
             for layout, number in window.layouts.items():

@@ -26,6 +26,8 @@ import pyarrow as pa
 from fastload.errors import ConfigError, DecodeError, ShardError
 from fastload.formats import (
     RecordIndex,
+    StoredIndex,
+    TableIndex,
     described_layout,
     listed_shards,
     litdata,
@@ -37,7 +39,7 @@ from fastload.formats import (
     tokens,
 )
 from fastload.formats.pieces import in_pieces
-from fastload.formats.records import split
+from fastload.formats.records import layout_of, split
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
 from tests.formats import fuzzing, protobuf, token_writer
@@ -68,7 +70,7 @@ def guarded_bytes(data: bytes, at_end: bool) -> npt.NDArray[np.uint8]:
     return array
 
 
-def index_of(indexer: Any, data: bytes, rng: random.Random) -> RecordIndex | str:
+def index_of(indexer: Any, data: bytes, rng: random.Random) -> StoredIndex | str:
     """The index or the error of a shard that comes in pieces."""
     step, at_end = rng.choice([1, 7, 64, 1000, 1 << 16]), rng.random() < 0.7
     try:
@@ -77,7 +79,7 @@ def index_of(indexer: Any, data: bytes, rng: random.Random) -> RecordIndex | str
                 break
             indexer.feed(guarded_bytes(data[start : start + step], at_end), start)
         assert indexer.done, f"byte {indexer.next_offset} is said to be needed of {len(data)}"
-        index: RecordIndex = indexer.finish()
+        index: StoredIndex = indexer.finish()
     except ShardError as error:
         assert str(error).startswith(indexer._url), error  # noqa: PT017
         return str(error)
@@ -174,6 +176,62 @@ def as_list(values: Any) -> bytes | None:
     if values is None or isinstance(values, list):
         return repr([np.float32(each) if isinstance(each, float) else each for each in values or ()]).encode()
     return as_list([values] if isinstance(values, bytes) else np.atleast_1d(values).tolist())
+
+
+# Tables of Arrow in LitData's chunks.
+
+
+def make_table(rng: random.Random) -> bytes:
+    """A chunk of a few rows, as a file or a stream, that is damaged mostly in what describes it."""
+    rows = [{name: rng.choice(values) for name, values in _VALUES.items()} for _ in range(rng.choice([1, 2, 9]))]
+    whole = pa.Table.from_pylist(rows, schema=_SCHEMA)
+    sink, is_file = pa.BufferOutputStream(), rng.random() < 0.7
+    options = pa.ipc.IpcWriteOptions(compression=rng.choice([None, None, None, None, "zstd", "lz4"]))
+    with (pa.ipc.new_file if is_file else pa.ipc.new_stream)(sink, whole.schema, options=options) as writer:
+        writer.write_table(whole, max_chunksize=rng.choice([1, 4]))
+    ipc: bytes = sink.getvalue().to_pybytes()
+    head = struct.pack(f"<{len(rows) + 2}I", len(rows), *[8 + 4 * len(rows)] * (len(rows) + 1))
+    if rng.random() < 0.8:
+        ipc = changed(ipc, rng, rng.choice([0, 0, max(0, len(ipc) - 700)]))
+    data = head + ipc + struct.pack("<I", len(ipc)) + b"LDARW01\0"
+    return changed(data, rng) if rng.random() < 0.2 else data
+
+
+_VALUES: dict[str, list[Any]] = {
+    "n": [None, 0, -5, 1 << 40], "t": [None, "", "text", "é" * 40], "r": [b"", b"x" * 9], "b": [None, True, False],
+    "ns": [None, [], [1, 2, 3]], "s": [None, {"x": 1.5, "y": "s"}, {"x": None, "y": ""}], "words": [["a"], []],
+}  # fmt: skip
+_SCHEMA = pa.schema(
+    {
+        "n": pa.int64(), "t": pa.string(), "r": pa.large_binary(), "b": pa.bool_(), "ns": pa.list_(pa.int16()),
+        "s": pa.struct({"x": pa.float64(), "y": pa.string()}), "words": pa.list_(pa.string()),
+    }
+)  # fmt: skip
+
+
+def check_table(data: bytes, rng: random.Random) -> None:
+    """Its index leads nobody out of the chunk, and what lies there is decoded or refused."""
+    try:
+        indexer = litdata.LitDataIndexer(URL, len(data), _ANY_LAYOUT)
+    except ShardError as error:
+        assert str(error).startswith(URL), error  # noqa: PT017
+        return
+    index = index_of(indexer, data, rng)
+    if not isinstance(index, TableIndex):
+        return
+    reader = record_reader(index.layout)
+    for number, name in enumerate(index.columns):
+        try:
+            decoder = reader.decoder(name)
+        except ConfigError:
+            continue
+        for at, size in zip(index.offset[number].tolist(), index.size[number].tolist(), strict=True):
+            assert (at, size) == (-1, 0) or 0 <= at <= at + size <= len(data), "a value that leaves the chunk"
+            if at >= 0:
+                decoder.decode_one(data[at : at + size], "what Arrow has checked")
+
+
+_ANY_LAYOUT = layout_of("litdata", {"columns": [["a", "bytes"]], "is_packed": False})
 
 
 # LitData.
@@ -291,6 +349,7 @@ def _reader_of(data: bytes) -> Any:
 TARGETS = [
     fuzzing.Target("tfrecord", make_tfrecord, check_tfrecord),
     fuzzing.Target("litdata", make_litdata, check_litdata),
+    fuzzing.Target("table", make_table, check_table, ("pages",)),
     fuzzing.Target("tokens", make_tokens, check_tokens),
 ]
 

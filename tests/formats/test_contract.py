@@ -13,7 +13,7 @@ import pytest
 import fastload
 from fastload import prepare
 from fastload.client import Handle as Cache
-from tests.formats import protobuf, test_litdata, test_mds
+from tests.formats import protobuf, test_arrow_table, test_litdata, test_mds
 from tests.shards import tar_of
 
 LIMITS: dict[str, Any] = {
@@ -70,7 +70,20 @@ def litdata(folder: Path, parts: Sequence[Sequence[int]]) -> None:
     (folder / "index.json").write_bytes(about)
 
 
-FORMATS: dict[str, Write] = {"tar": tar, "jsonl": jsonl, "mds": mds, "tfrecord": tfrecord, "litdata": litdata}
+def litdata_table(folder: Path, parts: Sequence[Sequence[int]]) -> None:
+    chunks = {}
+    for number, part in enumerate(parts):
+        rows = [{"id": i, "text": text(i)} for i in part]
+        data = test_arrow_table.chunk(len(part), test_arrow_table.table(rows)) if rows else test_litdata.chunk([])
+        (folder / f"chunk-0-{number}.bin").write_bytes(data)
+        chunks[f"chunk-0-{number}.bin"] = len(data), len(part)
+    (folder / "index.json").write_bytes(test_litdata.index_json(chunks))
+
+
+FORMATS: dict[str, Write] = {
+    "tar": tar, "jsonl": jsonl, "mds": mds, "tfrecord": tfrecord, "litdata": litdata,
+    "litdata table": litdata_table,
+}  # fmt: skip
 DECODERS: dict[str, dict[str, fastload.decode.Decoder]] = {
     "tar": {"id": fastload.decode.integer(), "text": fastload.decode.text()},
     "jsonl": {"id": fastload.decode.integer(), "text": fastload.decode.json()},

@@ -256,7 +256,6 @@ GOOD = chunk([item(b"xy", bytes(8)), item(b"", bytes(8))])
         (struct.pack("<II", 2, 16) + bytes(4), "which no chunk of LitData does"),
         (b"LDFZ01\0\0" + bytes(100), "is compressed in frames, which its index does not say"),
         (GOOD[:8] + struct.pack("<I", 5) + GOOD[12:], "before it begins"),
-        (struct.pack("<4I", 2, 16, 16, 16) + b"ARROW1" + bytes(20), "are rows of an Arrow table.*json.dumps"),
     ],
 )
 def test_a_damaged_chunk_is_an_error_that_names_it(data: bytes, says: str) -> None:

@@ -59,6 +59,21 @@ def litdata() -> None:
             }
         cache.done()
         cache.merge()
+    cache = Cache(input_dir=str(HERE / "litdata_table"), chunk_size=300)
+    for i in range(700):  # a table has 256 rows in a piece
+        cache[i] = {
+            "id": i - 3,
+            "text": f"né{i}" * (i % 5),
+            "note": None if i % 3 else f"note {i}",
+            "score": i / 7,
+            "ok": i % 4 == 0,
+            "raw": bytes(range(i % 9)),
+            "ids": list(range(i % 4)),
+            "meta": {"a": i * i, "b": {"c": f"c{i}"}},
+            "words": ["x"] * (i % 3),
+        }
+    cache.done()
+    cache.merge()
 
 
 if __name__ == "__main__":
