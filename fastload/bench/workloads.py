@@ -4,7 +4,7 @@ The figures are those of the workload files of DLIO, which MLPerf Storage runs, 
 (https://github.com/argonne-lcf/dlio_benchmark, `dlio_benchmark/configs/workload/*_h100.yaml`), with the number of
 samples and the accelerator use that is asked for from https://github.com/mlcommons/storage (`configs/dlio/workload`).
 What is measured with them is no result of MLPerf Storage: data is in tar where theirs is npz or TFRecord, no framework
-trains, no checkpoint is written, caches are not excluded by five times the memory, and nobody has reviewed it.
+trains, no checkpoint is written, caches are not excluded by five times the memory, and no review takes place.
 
 Data is made of a sample's number alone, so it is the same everywhere, and more of it begins with what less of it is.
 Sizes have the mean and the deviation of the file. They are log-normal, since a normal distribution as wide as that of

@@ -168,7 +168,7 @@ class _Effort:
 
 @dataclass(frozen=True, slots=True)
 class _Consumer:
-    """Whom it is for."""
+    """What takes the batches."""
 
     step_ms: Annotated[float, typer.Option(min=0.0, help="An accelerator's time a batch; else the least is found.")] = (
         0.0

@@ -51,6 +51,15 @@ def test_what_is_worse_by_more_than_its_bound_is_an_error(
     assert ("--update" in capsys.readouterr().out) == (status == exits.WORSE)
 
 
+def test_cpu_seconds_are_not_judged_where_others_want_the_cores(capsys: pytest.CaptureFixture[str]) -> None:
+    before, now = of(yardsticks=[100.0, 100.0, 100.0]), of(yardsticks=[200.0, 210.0, 220.0])
+    for waits, status in (([1.0, 1.4], exits.WORSE), ([1.0, 1.6], 0)):
+        figures = [Figure(name="seconds over CPU-seconds", unit="", values=waits)]
+        now.phases[1:] = [Phase(name="photographs, yardstick", seconds=0.0, figures=figures)]
+        assert quick.judge(before, now) == status
+        assert ("not judged" in capsys.readouterr().out) == (status == 0)
+
+
 def test_a_phase_that_is_lacking_is_an_error_too() -> None:
     now = of(requests=[1.0])
     now.phases[0].figures, now.phases[0].error = [], "it failed"
