@@ -58,6 +58,7 @@ __all__ = [
     "joined",
     "listed_shards",
     "may_be_indexed",
+    "named_format",
     "record_reader",
     "stored_index",
     "tokens",
@@ -287,8 +288,13 @@ def endings_of(name: Format) -> tuple[str, ...]:
 
 def format_of(url: str) -> str:
     """The format of a shard, by the ending of its name; tar where that says nothing."""
+    return named_format(url) or "tar"
+
+
+def named_format(url: str) -> str | None:
+    """The format that the ending of a shard's name says; None where it says nothing."""
     name = shard_name(url).lower()
-    return next((each for each, endings in ENDINGS.items() if ends_in(name, endings)), "tar")
+    return next((each for each, endings in ENDINGS.items() if ends_in(name, endings)), None)
 
 
 def is_cut(url: str) -> bool:

@@ -28,6 +28,7 @@ from fastload.formats import (
     is_described,
     listed_shards,
     may_be_indexed,
+    named_format,
     wids,
 )
 from fastload.formats.pieces import in_pieces
@@ -82,6 +83,11 @@ def _list_computed(consumer: Consumer, urls: Sequence[str], how: ComputedFormat)
     shards, beside = found.take(np.flatnonzero(~is_beside)), found.take(np.flatnonzero(is_beside))
     if not len(shards):
         raise ObjectMissingError(f"{', '.join(urls)}: no shards at all; name those that end in {how.endings}")
+    other = next((url for rows in shards.rows() for url, *_ in rows if named_format(url) is not None), None)
+    if other is not None:
+        raise ConfigError(
+            f"{other} is {named_format(other)} by its name, and is to be read as {how.reading}; leave format= out"
+        )
     names = {info.url for info in beside}
     prefixes = tuple(url for url in map(normalise, urls) if url.endswith("/"))
     lacking = [name for info in shards if (name := beside_name(info.url, how)) not in names]

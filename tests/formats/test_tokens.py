@@ -496,6 +496,19 @@ def test_what_a_file_says_is_not_overruled(cache: fastload.Cache, data: Path) ->
         read(data / "x.npy", cache, tokens(10))
 
 
+def test_files_of_other_formats_and_dtypes_are_named(cache: fastload.Cache, data: Path) -> None:
+    np.save(data / "x.npy", np.arange(500, dtype=np.uint16))
+    np.save(data / "y.npy", np.arange(500, dtype=np.int32))
+    with pytest.raises(ShardError, match=r"y\.npy and .*x\.npy.*int32\[10\] in the one and uint16\[10\] in the other"):
+        read(f"{data}/", cache, tokens(10), shuffle=True)
+    (data / "chunk-0-0.bin").write_bytes(bytes(100))
+    with pytest.raises(ConfigError, match=r"chunk-0-0\.bin is litdata"):
+        read(f"{data}/", cache, tokens(10))
+    (data / "x.tar").write_bytes(bytes(1024))
+    with pytest.raises(ConfigError, match=r"x\.tar is tar"):
+        read(data / "x.tar", cache, tokens(10, "uint8"))
+
+
 DOCS = [[[1, 2, 3], [4]], [[5, 6]], [[7] * 9]]
 
 
