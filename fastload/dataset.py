@@ -115,7 +115,8 @@ class StreamingDataset(DatasetBase[Sample]):
     the shards is used.
 
     `format`: of the shards; "auto" goes by the endings of their names, `fastload.formats.tokens(...)` reads files of
-    tokens (docs/formats.md).
+    tokens (docs/formats.md). `allow_pickle`: columns that hold pickles are read, which may run any code: only for
+    data whose writer you trust.
     `cache_policy`: what the cache keeps where it cannot keep all. "auto" is "pin" (a fixed part of each shard, which
     moves on slowly), and with `shuffle="global"` "future" (in RAM, what is needed soonest); "sieve" and "lru" make
     nothing of the known order, and are there to be compared with (docs/tuning.md).
@@ -149,6 +150,7 @@ class StreamingDataset(DatasetBase[Sample]):
             index: str | os.PathLike[str] | None
             cache_policy: CachePolicy
             format: Format
+            allow_pickle: bool
 
         @overload
         def map(self, function: Callable[[Any], Unsaid]) -> StreamingDataset[Any]: ...
@@ -206,12 +208,17 @@ class StreamingDataset(DatasetBase[Sample]):
         index: str | os.PathLike[str] | None = None,
         cache_policy: CachePolicy = "auto",
         format: Format = "auto",  # noqa: A002  # what users call it
+        allow_pickle: bool = False,
     ) -> None:
         endings_of(format)  # what is none is an error now
         handle = handle_of(cache)
         super().__init__(checked_batch_size(batch_size), check_tail(tail))
         skips_errors = checked_on_error(on_error) == "skip"
-        column_set = ColumnSet.of(columns, decode, as_tuple)
+        if not isinstance(allow_pickle, bool):
+            raise ConfigError(
+                f"allow_pickle={allow_pickle!r} must be True, where pickles in the data are read, or False"
+            )
+        column_set = replace(ColumnSet.of(columns, decode, as_tuple), allow_pickle=allow_pickle)
         policy = checked_cache_policy(cache_policy)
         self._passes = PassOptions(handle, column_set, self.tail, skips_errors, cache_policy=policy)
         shards, options = apart(checked_urls(urls), storage_options)

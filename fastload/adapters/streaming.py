@@ -98,10 +98,6 @@ class StreamingDataset(ColumnarDataset):
         """ConfigError for arguments that cannot be used together, and those that fastload has nothing for."""
         if epoch_size is not None:
             raise ConfigError(f"epoch_size={epoch_size!r}: fastload reads each sample once an epoch; leave it out")
-        if allow_unsafe_types:
-            raise ConfigError(
-                "allow_unsafe_types=True: fastload reads no pickles; write these columns in another encoding"
-            )
         unknown = sorted(set(others) - set(_IGNORED))
         if unknown:
             raise TypeError(f"StreamingDataset() got an unexpected keyword argument {unknown[0]!r}")
@@ -121,6 +117,7 @@ class StreamingDataset(ColumnarDataset):
             "seed": shuffle_seed,
             "format": "mds",
             "storage_options": storage_options,
+            "allow_pickle": allow_unsafe_types,
             "replicas": replication or 1,
         }
         super().__init__(_read(parts, options))

@@ -39,6 +39,7 @@ from fastload.formats.records import (
     Bytes,
     Fill,
     Int64s,
+    Pickled,
     RecordReader,
     Where,
     copy_out,
@@ -331,10 +332,9 @@ class LitDataReader:
         made = _DECODERS[_kind(form)]
         if made is not None:
             return made(form)
-        what = "pickles, which may run any code when they are read" if form == "pickle" else f"a {_kind(form)}"
         raise ConfigError(
-            f"column {column!r} holds {what}{'' if form == 'pickle' else ', which fastload does not decode'}; leave it "
-            f"out (columns=[...]), or take its bytes: decode={{{column!r}: fastload.decode.raw()}}"
+            f"column {column!r} holds a {_kind(form)}, which fastload does not decode; leave it out (columns=[...]), "
+            f"or take its bytes: decode={{{column!r}: fastload.decode.raw()}}"
         )
 
     def joined(self, other: RecordReader) -> bytes | None:
@@ -554,7 +554,7 @@ _DECODERS: dict[str, Callable[[str], Decoder] | None] = {
     "pil": lambda _: Picture(is_bare=True),
     "jpeg_array": lambda _: Several(RgbPicture()),
     "json": lambda _: Nested(),
-    "pickle": None,
+    "pickle": lambda _: Pickled(),
     "video": None,
     "audio": None,
     "nifti": None,

@@ -29,7 +29,7 @@ from fastload.decode import Decoder
 from fastload.decode.flat import Flat
 from fastload.errors import ConfigError, DecodeError, ShardError
 from fastload.formats.record_index import ListedShard, RecordIndex, shard_name
-from fastload.formats.records import Bytes, Int64s, RecordReader, Where, find_by_sizes, layout_of, number_of
+from fastload.formats.records import Bytes, Int64s, Pickled, RecordReader, Where, find_by_sizes, layout_of, number_of
 
 # Columns of a shard, and bytes of the JSON that describes them: more is no header that anything wrote.
 _COLUMNS_MAX, _JSON_BYTES_MAX = 4096, 1 << 20
@@ -200,7 +200,7 @@ class MdsReader:
         return self.encodings[number] + (f" of {self.sizes[number]} bytes" if self.sizes[number] >= 0 else "")
 
     def decoder(self, column: str) -> Decoder:
-        return _decoder_of(self.encodings[number_of(self.columns, column)], column)
+        return _decoder_of(self.encodings[number_of(self.columns, column)])
 
     def joined(self, other: RecordReader) -> bytes | None:
         return None
@@ -244,7 +244,7 @@ def _array(encoding: str) -> tuple[np.dtype[Any] | None, tuple[int, ...] | None]
     return None if match[1] is None and shape else (_SCALARS[match[1]] if match[1] else None), shape
 
 
-def _decoder_of(encoding: str, column: str) -> Decoder:
+def _decoder_of(encoding: str) -> Decoder:
     if encoding == "int":
         return Flat(_SCALARS["int64"], ())
     if encoding in _SCALARS:
@@ -253,11 +253,6 @@ def _decoder_of(encoding: str, column: str) -> Decoder:
     if array is not None:
         dtype, shape = array
         return Flat(dtype, shape) if dtype is not None and shape is not None else MdsArray(dtype, shape)
-    if encoding == "pkl":
-        raise ConfigError(
-            f"column {column!r} holds pickles, which may run any code when they are read; leave it out "
-            f"(columns=[...]), or take its bytes: decode={{{column!r}: fastload.decode.raw()}}"
-        )
     return _VARYING[encoding]()
 
 
@@ -385,5 +380,5 @@ _VARYING: dict[str, Callable[[], Decoder]] = {
     "list[pil]": lambda: Several(Picture(is_bare=True), head=4),
     "list[jpeg]": lambda: Several(Picture(), head=4),
     "list[png]": lambda: Several(Picture(), head=4),
-    "pkl": decode.raw,  # never read: see `_decoder_of`
+    "pkl": Pickled,
 }

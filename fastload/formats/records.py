@@ -7,9 +7,11 @@ batch. Nothing is a Python object a sample.
 
 from __future__ import annotations
 
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -87,6 +89,17 @@ class PartReader(ABC):
     @property
     @abstractmethod
     def of_parts(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pickled(Decoder):
+    """A pickle, which may run any code when it is read: only where the user allows that."""
+
+    def _decode(self, value: memoryview) -> Any:
+        try:
+            return pickle.loads(value)
+        except Exception as error:  # what is in it decides what that is
+            raise DecodeError(f"{len(value)} bytes are no pickle that can be read: {error!r}") from error
 
 
 class TableReader(ABC):

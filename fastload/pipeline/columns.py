@@ -35,7 +35,7 @@ class ColumnSet:
 
     `members`: the same as shard indexes have them. `optional`: those of `names` that samples may lack. `all_optional`:
     any sample may lack any column (`"*?"`), so that a batch of them has no columns by itself. `functions`: the user's
-    own, of the bytes of a column, which are read raw.
+    own, of the bytes of a column, which are read raw. `allow_pickle`: pickles are read, which may run any code.
     """
 
     names: tuple[str, ...] | None
@@ -45,6 +45,7 @@ class ColumnSet:
     optional: frozenset[str] = frozenset()
     all_optional: bool = False
     functions: Mapping[str, Decoding] = field(default_factory=dict)
+    allow_pickle: bool = False
 
     @classmethod
     def of(

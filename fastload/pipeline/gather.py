@@ -28,7 +28,7 @@ from fastload.client.consumer import Consumer
 from fastload.decode.base import Decoder, Keys, sample_keys
 from fastload.errors import ConfigError, MissingColumnError
 from fastload.formats import record_reader
-from fastload.formats.records import PartReader, RecordReader, TableReader, find_by_heads, number_of, split
+from fastload.formats.records import PartReader, Pickled, RecordReader, TableReader, find_by_heads, number_of, split
 from fastload.kernels.gather import gather_columns, lay_out
 from fastload.pipeline.columns import KEY, URL, meant, shown
 from fastload.pipeline.delivery import PlanEntry
@@ -321,6 +321,13 @@ class SampleGatherer:
                 )
         wanted = [name for name in names if name not in lacking]
         decoders = {name: read.decoder(name) for name in wanted if name not in self._columns.decoders}
+        pickled = next((name for name, decoder in decoders.items() if isinstance(decoder, Pickled)), None)
+        if pickled is not None and not self._columns.allow_pickle:
+            raise ConfigError(
+                f"{samples.place(0, pickled)}: it holds pickles, which may run any code when they are read; leave it "
+                f"out (columns=[...]), take its bytes (decode={{{pickled!r}: fastload.decode.raw()}}), or, where you "
+                "trust those who wrote the data, give allow_pickle=True"
+            )
 
         def take(name: str, byte_count: int) -> Bytes:
             decoder = decoders.get(name) or self._columns.decoder(name)

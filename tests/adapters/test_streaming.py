@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import fastload
 from fastload.adapters.streaming import Stream, StreamingDataLoader, StreamingDataset
 from fastload.errors import ConfigError
 from tests.conftest import Bucket
-from tests.formats.test_mds import COUNT, WRITTEN, check
+from tests.formats.test_mds import COUNT, WRITTEN, check, shard
 
 
 @pytest.fixture
@@ -94,6 +95,18 @@ def test_the_loader_resumes_where_it_was(remote: str, cache: fastload.Cache) -> 
     resumed.close()
 
 
+def test_pickles_are_read_where_that_is_allowed(cache: fastload.Cache, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "shard.00000.mds").write_bytes(shard([("a", "pkl", None)], [[pickle.dumps({"x": 1})]]))
+    allowed = StreamingDataset(local=str(tmp_path / "data"), cache=cache, allow_unsafe_types=True)
+    assert [sample["a"] for sample in allowed] == [{"x": 1}]
+    refused = StreamingDataset(local=str(tmp_path / "data"), cache=cache)
+    with pytest.raises(ConfigError, match="it holds pickles"):
+        list(refused)
+    allowed._data.close()
+    refused._data.close()
+
+
 def test_streams_are_read_one_after_the_other_or_by_proportion(remote: str, cache: fastload.Cache) -> None:
     both = StreamingDataset(streams=[Stream(remote=remote, split="train"), Stream(local=str(WRITTEN))], cache=cache)
     assert both.size == 2 * COUNT
@@ -116,7 +129,6 @@ def test_what_has_no_part_here_is_said_and_what_cannot_be_is_refused(remote: str
         StreamingDataset(remote=remote, split="train", cache=cache, shuffle=True, shuffle_seed=3, batch_size=8)
     for arguments, says in (
         ({"epoch_size": 5}, "each sample once an epoch"),
-        ({"allow_unsafe_types": True}, "reads no pickles"),
         ({"streams": [], "remote": remote}, "not both"),
         ({"streams": []}, "name at least one"),
         ({"streams": [Stream(remote=remote, repeat=2)]}, r"no repeat= and choose="),

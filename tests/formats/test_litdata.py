@@ -363,7 +363,7 @@ def test_nested_values_of_any_bytes_are_decoded_or_refused(tag: int, value: byte
         assert str(error).startswith("here")  # noqa: PT017
 
 
-@pytest.mark.parametrize("form", ["pickle", "video", "tifffile", "audio:wav", "graph:pickle"])
+@pytest.mark.parametrize("form", ["video", "tifffile", "audio:wav", "graph:pickle"])
 def test_what_is_not_decoded_is_refused_by_name(form: str) -> None:
     reader = LitDataReader.of({"columns": [["a", form]], "is_packed": False})
     with pytest.raises(ConfigError, match=rf"column 'a' holds .*{form[:5]}.*fastload\.decode\.raw\(\)"):

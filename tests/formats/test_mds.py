@@ -5,6 +5,7 @@ from __future__ import annotations
 import decimal
 import io
 import json
+import pickle
 import shutil
 import struct
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ import fastload
 from fastload.decode import Decoder
 from fastload.errors import ConfigError, DecodeError, MissingColumnError, ShardError
 from fastload.formats import RecordIndex, difference, indexer_for, record_reader, stored_index
-from fastload.formats.mds import MdsArray, MdsReader, Picture, Several
+from fastload.formats.mds import MdsArray, Picture, Several
 from fastload.formats.records import split
 from tests.conftest import Bucket
 
@@ -256,10 +257,24 @@ def test_values_of_any_bytes_are_decoded_or_refused(value: bytes) -> None:
             assert str(error).startswith("here")  # noqa: PT017
 
 
-def test_pickles_are_refused_by_name() -> None:
-    read = MdsReader.of({"columns": [["a", "pkl", None]]})
-    with pytest.raises(ConfigError, match="column 'a' holds pickles"):
-        read.decoder("a")
+def test_pickles_are_read_only_where_the_user_allows_it(cache: fastload.Cache, tmp_path: Path) -> None:
+    columns: list[tuple[str, str, int | None]] = [("a", "pkl", None), ("b", "int", 8)]
+    path = tmp_path / "a.mds"
+    path.write_bytes(shard(columns, [[pickle.dumps({"x": 1}), bytes(8)]]))
+    refused: list[dict[str, Any]] = [{}, {"allow_pickle": False}, {"columns": ["A"]}]
+    for options in refused:
+        with pytest.raises(ConfigError, match=r"a\.mds: sample 'a\.mds/0', column '[aA]': it holds pickles.*allow_p"):
+            list(fastload.StreamingDataset(str(path), cache=cache, **options))
+    raw = {"a": fastload.decode.raw()}
+    (sample,) = fastload.StreamingDataset(str(path), cache=cache, columns=["a", "b"], decode=raw)
+    assert sample["a"] == pickle.dumps({"x": 1})
+    (sample,) = fastload.StreamingDataset(str(path), cache=cache, allow_pickle=True)
+    assert (sample["a"], sample["b"]) == ({"x": 1}, 0)
+    path.write_bytes(shard(columns, [[b"no pickle", bytes(8)]]))
+    with pytest.raises(DecodeError, match=r"'a\.mds/0', column 'a': 9 bytes are no pickle that can be read"):
+        list(fastload.StreamingDataset(str(path), cache=cache, allow_pickle=True))
+    with pytest.raises(ConfigError, match="allow_pickle=1 must be True"):
+        fastload.StreamingDataset(str(path), cache=cache, allow_pickle=1)  # type: ignore[arg-type]
 
 
 def test_shards_with_other_columns_are_refused_naming_both(cache: fastload.Cache, tmp_path: Path) -> None:
