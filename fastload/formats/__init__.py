@@ -182,12 +182,14 @@ def stored_index(
 
 def may_be_indexed(url: str) -> bool:
     """Whether a shard is of a format that may have a file `INDEX_NAME` beside its shards."""
-    return format_of(url) in ("mds", "litdata")
+    # Asked of each of a million shards: most names are known not to be by a look.
+    lower = url.lower()
+    return (".mds" in lower or ".bin" in lower) and format_of(url) in ("mds", "litdata")
 
 
 def is_described(url: str) -> bool:
     """Whether a shard is of a format of which that file says how samples are laid out, so that it has to be there."""
-    return format_of(url) == "litdata"
+    return ".bin" in url.lower() and format_of(url) == "litdata"
 
 
 def listed_shards(data: bytes, url: str) -> list[ListedShard]:

@@ -137,17 +137,17 @@ def _under(
 
 
 @functools.lru_cache(maxsize=64)
-def _numbered(endings: tuple[str, ...]) -> re.Pattern[str]:
+def _kinds(endings: tuple[str, ...]) -> tuple[tuple[str, ...], re.Pattern[str] | None]:
+    """Those without a number, and what the others match."""
     texts = [re.escape(each).replace(re.escape("#"), "[0-9]+") for each in endings if "#" in each]
-    return re.compile(f"(?:{'|'.join(texts)})\\Z")
+    numbered = re.compile(f"(?:{'|'.join(texts)})\\Z") if texts else None
+    return tuple(each for each in endings if "#" not in each), numbered
 
 
 def ends_in(name: str, endings: tuple[str, ...]) -> bool:
     """Whether a name ends in one of these; a "#" in them stands for a number."""
-    plain = tuple(each for each in endings if "#" not in each)
-    if name.endswith(plain):
-        return True
-    return len(plain) < len(endings) and _numbered(endings).search(name) is not None
+    plain, numbered = _kinds(endings)
+    return name.endswith(plain) or (numbered is not None and numbered.search(name) is not None)
 
 
 def _name(info: ObjectInfo) -> str:

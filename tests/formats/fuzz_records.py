@@ -72,7 +72,7 @@ def guarded_bytes(data: bytes, at_end: bool) -> npt.NDArray[np.uint8]:
 
 def index_of(indexer: Any, data: bytes, rng: random.Random) -> StoredIndex | str:
     """The index or the error of a shard that comes in pieces."""
-    step, at_end = rng.choice([1, 7, 64, 1000, 1 << 16]), rng.random() < 0.7
+    step, at_end = rng.choice([1 if len(data) < 200 else 31, 64, 1000, 1 << 16]), rng.random() < 0.7
     try:
         for start in range(0, len(data), step):
             if indexer.done:

@@ -22,7 +22,16 @@ from hypothesis import strategies as st
 import fastload
 from fastload.decode import Decoder
 from fastload.errors import ConfigError, DecodeError, MissingColumnError, ShardError
-from fastload.formats import RecordIndex, described_layout, indexer_for, listed_shards, record_reader, stored_index
+from fastload.formats import (
+    RecordIndex,
+    described_layout,
+    indexer_for,
+    is_described,
+    listed_shards,
+    may_be_indexed,
+    record_reader,
+    stored_index,
+)
 from fastload.formats.litdata import Array, LitDataReader, Nested, RgbPicture
 from fastload.formats.records import layout_of, split
 from tests.conftest import Bucket
@@ -122,6 +131,17 @@ def test_chunks_that_are_named_need_their_index_too(cache: fastload.Cache, tmp_p
         list(fastload.StreamingDataset(str(tmp_path / "chunk-0-11.bin"), cache=cache))
     with pytest.raises(ConfigError, match=r"is an index of LitData; name the folder that it lies in"):
         list(fastload.StreamingDataset(f"{WRITTEN}/litdata/index.json", cache=cache))
+
+
+def test_names_are_known_whatever_their_case() -> None:
+    for name in ("chunk-0-0.bin", "CHUNK-12-3.BIN", "chunk-0-0.zstd.bin", "chunk-0-0.zstd:4.bin"):
+        assert is_described(f"s3://b/{name}")
+        assert may_be_indexed(f"s3://b/{name}")
+    for name in ("chunk-0.bin", "chunk-0-0.bin.tar", "chunk-a-0.bin", "x.bin", "x.tar"):
+        assert not is_described(f"s3://b/{name}")
+        assert not may_be_indexed(f"s3://b/{name}")
+    assert may_be_indexed("s3://b/A.MDS")
+    assert not is_described("s3://b/A.MDS")
 
 
 def test_a_manifest_says_where_the_description_is(cache: fastload.Cache, tmp_path: Path) -> None:
