@@ -251,6 +251,7 @@ class _Output:
         "fastload bench s3://bucket/train/ --quick --json=today.json --html=today.html",
         "fastload bench s3://bucket/train/ --cache-share=25%,50% --step-ms=180",
         "fastload bench s3://bucket/train/ --against=my_train:make_loader --ideal --repeats=3",
+        "fastload bench /data/unet3d/ --profile=unet3d --accelerators=2",
     )
 )
 @_grouped
@@ -300,7 +301,6 @@ def run(
 @app.command(
     epilog=examples(
         "fastload bench make unet3d /data/unet3d/ --scale=0.1",
-        "fastload bench /data/unet3d/ --profile=unet3d --accelerators=2",
     )
 )
 def make(
