@@ -17,9 +17,9 @@ import os
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -52,7 +52,7 @@ from fastload.service.recording import learnt_by_runs
 from fastload.store import StoreOptions
 from fastload.store.logins import apart
 from fastload.store.table import ObjectTable
-from fastload.store.urls import store_root
+from fastload.store.urls import scheme, store_root
 
 if TYPE_CHECKING:
     from fastload.formats.sidecar import SidecarWriter
@@ -416,6 +416,7 @@ class Indexed:
     sample_count: int
     total_bytes: int
     fetched_bytes: int
+    bad: tuple[str, ...] = ()
 
 
 def index(
@@ -424,17 +425,21 @@ def index(
     *,
     output: str | os.PathLike[str] | None = None,
     format_name: str = "auto",
+    skips_bad: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     on_progress: Callable[[IndexProgress], None] = lambda progress: None,
 ) -> Indexed:
-    """Index all shards of `urls` into `cache`, and write the indexes to the local file `output` where it is given.
+    """Index all shards of `urls` into `cache`, and write the indexes to `output`, a local file or an object, where it
+    is given: in the end, in one piece. With `skips_bad`, what is wrong with a shard is in the result's `bad`, and the
+    others go on.
 
     Raises the errors of listing, fetching and indexing, as a job would, and `ConfigError` for `output`.
     """
     checked_urls(urls)
     handle = handle_of(cache)
     urls, storage_options = apart(urls, storage_options)
-    with _writer(output) as writer, handle.consumer(storage_options, "index") as consumer:
+    bad: list[str] = []
+    with _writer(output, storage_options) as writer, handle.consumer(storage_options, "index") as consumer:
         manifest = list_shards(consumer, urls, format_name)
         attach(consumer, manifest, manifest.sidecars)
         counts = consumer.get_counts(range(len(manifest)))
@@ -447,29 +452,48 @@ def index(
         threads = max(1, min(_THREADS_MAX, int(handle.limits.ram_bytes // handle.limits.chunk_bytes * shares.INDEXING)))
         with closing(_index_ahead(shards, consumer, wanted.tolist(), threads)) as indexes:
             for number, found in indexes:
+                done_count += 1
+                if isinstance(found, ShardError):
+                    if not skips_bad:
+                        raise found
+                    bad.append(str(found))
+                    continue
                 if writer is not None:
                     writer.add(manifest.objects[number], found)
-                done_count, sample_count = done_count + 1, sample_count + found.sample_count
+                sample_count += found.sample_count
                 on_progress(IndexProgress(done_count, len(manifest), sample_count))
         if writer is not None:
             writer.close()
         # Once it has answered this, the service has all that was sent before, the last index included.
         fetched_bytes = consumer.stats()["consumer"]["remote_bytes"]
-    return Indexed(len(manifest), sample_count, int(manifest.sizes.sum()), fetched_bytes)
+    return Indexed(len(manifest), sample_count, int(manifest.sizes.sum()), fetched_bytes, tuple(bad))
 
 
-def _writer(output: str | os.PathLike[str] | None) -> AbstractContextManager[SidecarWriter | None]:
+@contextmanager
+def _writer(
+    output: str | os.PathLike[str] | None, storage_options: Mapping[str, Any] | None
+) -> Iterator[SidecarWriter | None]:
+    """What writes to `output`; an object is put there when it is closed and the block ends."""
     if output is None:
-        return nullcontext()
-    path = os.fspath(output)
-    if "://" in path:
-        raise ConfigError(
-            f"output={path!r}: fastload cannot write to object stores yet; name a local file, and upload it beside the "
-            "shards with your store's own tool"
-        )
+        yield None
+        return
     from fastload.formats.sidecar import SidecarWriter
 
-    return SidecarWriter(path)
+    path = os.fspath(output)
+    if "://" not in path:
+        with SidecarWriter(path) as writer:
+            yield writer
+        return
+    from fastload.store.objectstore import SCHEMES, ObjectStore
+
+    if scheme(path) not in SCHEMES or path.endswith("/"):
+        raise ConfigError(f"output={path!r} is not the name of an object in an object store, and no file; name either")
+    store = ObjectStore(store_root(path), StoreOptions.from_environment(storage_options))
+    with closing(store), tempfile.TemporaryDirectory(prefix="fastload-index-") as folder:
+        version, local = store.version(path), Path(folder) / "index.arrow"
+        with SidecarWriter(local) as writer:
+            yield writer
+        store.put(path, local, replaces=version)
 
 
 def _shard_table(
@@ -481,8 +505,8 @@ def _shard_table(
 
 def _index_ahead(
     shards: ShardTable, consumer: Consumer, object_nos: list[int], threads: int
-) -> Generator[tuple[int, Index]]:
-    """The indexes of these shards, in their order, made by several threads."""
+) -> Generator[tuple[int, Index | ShardError]]:
+    """The indexes of these shards, in their order, made by several threads; what is wrong with a shard instead."""
     pool = ThreadPoolExecutor(threads, "fastload-index")
     numbers = iter(object_nos)
     ahead: deque[tuple[int, Future[list[Index]]]] = deque()
@@ -493,8 +517,12 @@ def _index_ahead(
             if not ahead:
                 return
             number, future = ahead.popleft()
-            (found,) = future.result()
-            yield number, found
+            try:
+                (found,) = future.result()
+            except ShardError as error:
+                yield number, error
+            else:
+                yield number, found
     finally:
         with consumer.interrupted():
             pool.shutdown(cancel_futures=True)

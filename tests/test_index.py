@@ -19,8 +19,9 @@ from fastload import prepare
 from fastload.client import Consumer
 from fastload.client import Handle as Cache
 from fastload.demo.weed import WeedServer
-from fastload.errors import ConfigError, FastloadError, ObjectMissingError, ShardError
+from fastload.errors import ConfigError, FastloadError, ObjectChangedError, ObjectMissingError, ShardError
 from fastload.pipeline.source import Source, SourceOptions
+from fastload.store.objectstore import ObjectStore
 from tests.conftest import Bucket
 from tests.processes import service_pids, until
 from tests.programs import run_cli
@@ -157,11 +158,56 @@ def test_a_damaged_shard_ends_it(tmp_path: Path, bad: int) -> None:
 
 @pytest.mark.parametrize(
     ("output", "says"),
-    [("s3://bucket/x.arrow", "cannot write to object stores yet"), ("/absent/x.arrow", "cannot be written")],
+    [
+        ("s3://bucket/x/", "is not the name of an object"),
+        ("ftp://bucket/x", "is not the name of an object"),
+        ("/absent/x.arrow", "cannot be written"),
+    ],
 )
 def test_where_nothing_can_be_written(url: str, cache: Cache, output: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         prepare.index([url], cache, output=output)
+
+
+def test_bad_shards_are_named_and_the_others_indexed(s3: Bucket, tmp_path: Path, cache: Cache) -> None:
+    data = corpus(shard_count=6, samples_per_shard=2)
+    data.write(tmp_path / "data")
+    for number in (0, 4):
+        (tmp_path / "data" / f"shard-{number:04d}.tar").write_bytes(b"\x5a" * 20_000)
+    done = prepare.index([f"{tmp_path}/data/"], cache, output=tmp_path / "x.arrow", skips_bad=True)
+    assert [f"shard-{number:04d}" in bad for number, bad in zip((0, 4), done.bad, strict=True)] == [True, True]
+    count = sum(not key.startswith(("s00", "s04")) for key in data.samples)
+    assert done.sample_count == count
+    assert pa.ipc.open_file(tmp_path / "x.arrow").read_all().num_rows == 4
+    said = run_cli("index", f"{tmp_path}/data/", "--skip-bad", "--cache", cache.directory, check=False)
+    assert said.returncode == 3
+    assert f"2 bad shards; 6 shards, {count} samples" in said.stderr
+    assert said.stderr.count("shard-000") == 2
+
+
+def test_an_object_is_written_in_the_end_and_only_over_what_was_there(
+    s3: Bucket, url: str, cache: Cache, bucket_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = f"{url}fastload-index.arrow"
+    prepare.index([url], cache, output=target)
+    read_all(url, cache)
+    prepare.index([f"{url}{NAMES[0]}"], cache, output=target)  # over the version that is there
+    store = ObjectStore(f"s3://{bucket_name}", s3.options)
+    first = store.version(target)
+    began = prepare._index_ahead
+
+    def written_meanwhile(*arguments: Any) -> Any:
+        s3.server.put(target, b"another's")
+        return began(*arguments)
+
+    monkeypatch.setattr(prepare, "_index_ahead", written_meanwhile)
+    with pytest.raises(ObjectChangedError, match=r"fastload-index\.arrow was written by another meanwhile"):
+        prepare.index([url], cache, output=target)
+    assert store.version(target) != first
+    s3.server.delete(target)
+    with pytest.raises(ObjectChangedError, match="was written by another meanwhile"):
+        prepare.index([url], cache, output=target)  # where there was none at first
+    store.close()
 
 
 # Files of indexes

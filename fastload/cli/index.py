@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from fastload.cli import exits
 from fastload.cli.cache_options import (
     CacheOptions,
     CachePath,
@@ -18,8 +19,11 @@ from fastload.cli.cache_options import (
     checked_format,
     shown,
 )
-from fastload.cli.printing import JsonOption, print_json
+from fastload.cli.printing import JsonOption, plain, print_json
 from fastload.config import format_bytes
+
+if TYPE_CHECKING:
+    from fastload.prepare import Indexed
 
 
 def index(
@@ -28,8 +32,12 @@ def index(
         typer.Argument(help="Brace patterns, prefixes that end in '/', single shards, or lists (.json)."),
     ],
     output: Annotated[
-        str | None, typer.Option(help="Write the indexes to this local file too, for index=... of a data set.")
+        str | None,
+        typer.Option(help="Write the indexes to this local file or object too, for index=... of a data set."),
     ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Say what is wrong with bad shards, and go on. Exit code 3 with any.")
+    ] = False,
     format_name: FormatOption = "auto",
     cache: CachePath = None,
     ram_bytes: RamBytes = None,
@@ -50,13 +58,23 @@ def index(
             opened,
             output=output,
             format_name=checked_format(format_name),
+            skips_bad=skip_bad,
             on_progress=lambda progress: bar.show(progress.done_count, progress.shard_count),
         )
     if as_json:
         print_json(asdict(indexed))
-        return
+    else:
+        _say(console, indexed, output)
+    if indexed.bad:
+        raise typer.Exit(exits.PARTIAL)
+
+
+def _say(console: Console, indexed: Indexed, output: str | None) -> None:
+    for error in indexed.bad:
+        console.print(plain(error), soft_wrap=True, markup=False, highlight=False)
+    bad = f"{len(indexed.bad)} bad shards; " if indexed.bad else ""
     console.print(
-        f"{indexed.shard_count} shards, {indexed.sample_count} samples, {format_bytes(indexed.total_bytes)}: "
+        f"{bad}{indexed.shard_count} shards, {indexed.sample_count} samples, {format_bytes(indexed.total_bytes)}: "
         f"indexed, {format_bytes(indexed.fetched_bytes)} fetched" + (f", written to {output}" if output else ""),
         soft_wrap=True,
     )

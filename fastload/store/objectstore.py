@@ -23,10 +23,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import obstore
-from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionError, UnauthenticatedError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 from obstore.store import S3Store, from_url
 
-from fastload.errors import AccessDeniedError, ConfigError, StoreError, StoreUnavailableError
+from fastload.errors import (
+    AccessDeniedError,
+    ConfigError,
+    ObjectChangedError,
+    ObjectMissingError,
+    StoreError,
+    StoreUnavailableError,
+)
 from fastload.redaction import showable
 from fastload.store import settings, watch
 from fastload.store.answers import (
@@ -175,11 +188,27 @@ class ObjectStore:
                     self._renew()
                 raise
 
-    def put(self, url: str, path: Path) -> None:
-        """Store a file as the object at `url`: the data that a benchmark makes. Nothing else writes to a store."""
+    def version(self, url: str) -> str:
+        """The ETag of the object at `url`, "" where there is none."""
+        try:
+            return self.head(url).etag or ""
+        except ObjectMissingError:
+            return ""
+
+    def put(self, url: str, path: Path, *, replaces: str | None = None) -> None:
+        """Store a file as the object at `url`: the data that a benchmark makes, and indexes. Nothing else writes to a
+        store. With `replaces`, only where `version` is still that: ObjectChangedError otherwise.
+        """
+        condition: dict[str, Any] = {}
+        if replaces is not None:
+            condition = {"mode": {"e_tag": replaces} if replaces else "create", "use_multipart": False}
         with self._saying_who():
             try:
-                obstore.put(self._opened(), key_of(url), path)
+                obstore.put(self._opened(), key_of(url), path, **condition)
+            except (PreconditionError, AlreadyExistsError) as error:
+                raise ObjectChangedError(
+                    f"{url} was written by another meanwhile, and is left as that did; run this again"
+                ) from showable(error)
             except (BaseError, OSError) as error:
                 raise self._explain(error, url, "to write it") from showable(error)
 
