@@ -142,7 +142,7 @@ def _feature(data: bytes) -> tuple[int, list[Any]]:
                 continue
             if wire == 2 and kind == 1:
                 values.append(value)
-            elif wire in (2, 5) and kind == 2:
+            elif wire in (2, 5) and kind == 2 and not len(value) % 4:
                 values += [one for (one,) in struct.iter_unpack("<f", value)]
             elif wire in (2, 0) and kind == 3:
                 at = 0
