@@ -43,6 +43,9 @@ INDEXES_TO_MAKE = 64
 # Sample counts asked for in one message: a fraction of a second's work for the service.
 COUNTS_PER_REQUEST = 100_000
 
+# Packed objects whose size is asked for in one message: a second's requests to a store.
+UNPACKED_SIZES_PER_REQUEST = 256
+
 # Where a granted chunk had to come from.
 SOURCE_RAM, SOURCE_DISK, SOURCE_REMOTE = 0, 1, 2
 SOURCES = ("ram", "disk", "remote")
@@ -221,6 +224,15 @@ class PutCounts(Message, tag="put_counts"):
 
 class GetCounts(Message, tag="get_counts"):
     """How many samples these objects hold; answered by `Counts`."""
+
+    request: int
+    objects: list[int]
+
+
+class GetUnpackedSizes(Message, tag="get_unpacked_sizes"):
+    """How many bytes these packed objects have unpacked? Answered by `Counts`, within a minute: -1 for those of which
+    that is still being found out, and which may be asked for again; or by `RequestFailed`.
+    """
 
     request: int
     objects: list[int]
@@ -478,8 +490,8 @@ class Indexes(Message, tag="indexes"):
 
 
 class Counts(Message, tag="counts"):
-    """Answers `GetCounts`: one number for each object, as it was asked for, -1 for one without a stored index; int64 in
-    little-endian.
+    """Answers `GetCounts` or `GetUnpackedSizes`: one number for each object, as it was asked for, -1 for one where it
+    is not known; int64 in little-endian.
     """
 
     request: int
@@ -557,6 +569,7 @@ FromConsumer = (
     | GiveUpIndexes
     | PutCounts
     | GetCounts
+    | GetUnpackedSizes
     | Clear
     | Pin
     | Unpin

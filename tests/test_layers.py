@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "fastload"
 
 # From the cellar to the roof.
 FLOORS = [
-    "cached_attribute cgroups lazy lifecycle redaction shares snapshot svgplot version",
+    "cached_attribute cgroups lazy lifecycle redaction shares snapshot svgplot unpacker version",
     "errors trace",
     "activity callers config cpu_priority device histogram kernels ragged strings",
     "stalls verdict waiting",

@@ -51,7 +51,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pictures").mkdir()
     (folder / "packed").mkdir()
     (folder / "pictures" / "0.jpg").write_bytes(b"\xff\xd8" + b"0" * 600)
-    (folder / "packed" / "x.tar.gz").write_bytes(b"\x1f\x8b" + b"0" * 600)
+    (folder / "packed" / "x.tar.lz4").write_bytes(b"\x1f\x8b" + b"0" * 600)
     (folder / "empty.tar").write_bytes(tar_of({}))
     return folder
 
@@ -149,8 +149,8 @@ MISTAKES: dict[str, Mistake] = {
         ("0.jpg", "shards are WebDataset tars"),
     ),
     "an empty folder": (lambda d: d.read(d.dataset(f"{d.folder}/nothing/")), M, ("/nothing/", "nothing at all")),
-    "a folder of packed tars": (lambda d: d.read(d.dataset(f"{d.folder}/packed/")), M, ("x.tar.gz", "gunzip")),
-    "a packed tar": (lambda d: d.read(d.dataset(f"{d.folder}/packed/x.tar.gz")), C, ("x.tar.gz", "gunzip")),
+    "a folder of packed tars": (lambda d: d.read(d.dataset(f"{d.folder}/packed/")), M, ("x.tar.lz4", "zstd or gzip")),
+    "a packed tar": (lambda d: d.read(d.dataset(f"{d.folder}/packed/x.tar.lz4")), C, ("x.tar.lz4", "unlz4 x.tar.lz4")),
     "a pattern with too many": (
         lambda d: d.read(d.dataset(f"{d.folder}/shards/shard-{{0000..0004}}.tar")),
         M,

@@ -12,7 +12,8 @@ invalidated. The object id is a hash of everything that can make the bytes diffe
   Of a local file the size and the modification time, and, where that was set explicitly, so that the status changed at
   another time than the bytes, its inode and that time: without these another file could have the same;
 - the size of a chunk, since chunk 3 of 8 MiB chunks is not chunk 3 of 4 MiB ones;
-- of a piece of an object, where it begins and how large it is: its chunks are counted from there.
+- of a piece of an object, where it begins and how large it is: its chunks are counted from there;
+- of what is in a packed object, how it is packed, and how large it should be.
 
 Each field is hashed with its length before it, so that no two different sets of fields give one input.
 """
@@ -84,7 +85,9 @@ def object_id(info: ObjectInfo, chunk_bytes: int, endpoint: str) -> bytes:
     """
     digest = hashlib.blake2b(digest_size=OBJECT_ID_BYTES, person=b"fastload-object1")
     piece = ("piece", str(info.start), str(info.size)) if info.is_piece else ()
-    for field in (url_without_credentials(info.url), *_version(info.whole, endpoint), str(chunk_bytes), *piece):
+    if info.packing:
+        piece = "unpacked", info.packing, str(info.size)
+    for field in (url_without_credentials(info.url), *_version(info.stored, endpoint), str(chunk_bytes), *piece):
         data = field.encode("utf-8", "surrogateescape")
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)

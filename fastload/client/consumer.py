@@ -62,6 +62,7 @@ from fastload.waiting import DEADLINE_S, Reason, Waits, wait
 _WHAT_FOR: dict[type[protocol.Message], str] = {
     protocol.Clear: "to empty the cache",
     protocol.GetCounts: "to say how many samples shards hold",
+    protocol.GetUnpackedSizes: "to say how large packed shards are",
     protocol.GetIndexes: "for the indexes of shards",
     protocol.Held: "to say what it holds",
     protocol.Pin: "to pin objects",
@@ -482,6 +483,24 @@ class Consumer:
             asked = numbers[start : start + protocol.COUNTS_PER_REQUEST]
             counts.append(self._get_counts(asked, deadline_s))
         return np.concatenate(counts)
+
+    def unpacked_sizes(self, deadline_s: float = DEADLINE_S) -> Int64:
+        """int64[n]: how many bytes the attached objects, which are packed, have unpacked. ShardError for one that
+        cannot be unpacked, and the store's errors. The deadline is that of each step.
+        """
+        sizes = np.full(len(self._attached), -1, np.int64)
+        while len(left := np.flatnonzero(sizes < 0)):
+            asked = left[: protocol.UNPACKED_SIZES_PER_REQUEST].tolist()
+            (part,) = self._ask_service(
+                lambda request, asked=asked: protocol.GetUnpackedSizes(request, asked),  # type: ignore[misc]
+                "listing",
+                deadline_s,
+            )
+            assert isinstance(part, protocol.Counts)
+            if len(part.counts) != 8 * len(asked):
+                raise ServiceError(f"the cache service answered {len(part.counts)} bytes for {len(asked)} sizes")
+            sizes[asked] = np.frombuffer(part.counts, "<i8")
+        return sizes
 
     def _get_counts(self, numbers: list[int], deadline_s: float) -> Int64:
         (part,) = self._ask_service(lambda request: protocol.GetCounts(request, numbers), "index", deadline_s)

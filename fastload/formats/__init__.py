@@ -28,6 +28,7 @@ from fastload.formats.shard_index import ShardIndex
 from fastload.formats.table_index import TableIndex
 from fastload.formats.token_files import tokens
 from fastload.store.listing import ends_in
+from fastload.store.packing import PACKED_ENDINGS, PACKED_TAR_ENDINGS, packing_of
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
 
@@ -78,7 +79,21 @@ ENDINGS = {
 }
 """The formats by name, and how the names of their shards end; "#" is a number."""
 
-SHARD_ENDINGS = tuple(ending for endings in ENDINGS.values() for ending in endings)
+_PACKED = {
+    "tar": ENDINGS["tar"],
+    "mds": ENDINGS["mds"],
+    "jsonl": (*ENDINGS["jsonl"], ".json"),
+    "tfrecord": ENDINGS["tfrecord"],
+}
+"""How the names end, before the ending that says how they are packed, of those that may be packed as a whole."""
+
+_PACKED_ENDINGS = {
+    name: tuple(ending + packed for ending in endings for packed in PACKED_ENDINGS)
+    + (PACKED_TAR_ENDINGS if name == "tar" else ())
+    for name, endings in _PACKED.items()
+}
+
+SHARD_ENDINGS = tuple(ending for some in (ENDINGS, _PACKED_ENDINGS) for endings in some.values() for ending in endings)
 """How the names of objects end that are shards, where a prefix is given instead of names."""
 
 _IN_PIECES = {"jsonl"}
@@ -90,17 +105,8 @@ SIDECAR_NAME = "fastload-index.arrow"
 INDEX_NAME = "index.json"
 """What a file is called that names the shards beside it."""
 
-_UNPACK = {
-    ".gz": "gunzip",
-    ".tgz": "gunzip -S .tgz",
-    ".zst": "unzstd",
-    ".tzst": "unzstd",
-    ".bz2": "bunzip2",
-    ".tbz2": "bunzip2",
-    ".xz": "unxz",
-    ".txz": "unxz",
-    ".lz4": "unlz4",
-}
+_UNPACK = {".lz4": "unlz4", ".tlz4": "unlz4", ".Z": "uncompress"}
+"""What is not unpacked here, and what does it."""
 
 
 class Indexer(Protocol):
@@ -285,7 +291,7 @@ def endings_of(name: Format) -> tuple[str, ...]:
         return SHARD_ENDINGS
     if name not in ENDINGS:
         raise ConfigError(f"format={name!r} is not known; there are {', '.join(map(repr, ['auto', *ENDINGS]))}")
-    return ENDINGS[name]
+    return ENDINGS[name] + _PACKED_ENDINGS.get(name, ())
 
 
 def format_of(url: str) -> str:
@@ -296,12 +302,15 @@ def format_of(url: str) -> str:
 def named_format(url: str) -> str | None:
     """The format that the ending of a shard's name says; None where it says nothing."""
     name = shard_name(url).lower()
-    return next((each for each, endings in ENDINGS.items() if ends_in(name, endings)), None)
+    known = _PACKED if packing_of(url) else ENDINGS
+    return next((each for each, endings in known.items() if ends_in(name, endings)), None)
 
 
 def is_cut(url: str) -> bool:
-    """Whether a shard is of a format whose large files are read in pieces."""
-    return format_of(url) in _IN_PIECES
+    """Whether a shard is of a format whose large files are read in pieces; a packed one can be read from its start
+    only.
+    """
+    return format_of(url) in _IN_PIECES and not packing_of(url)
 
 
 def indexer_for(
@@ -311,12 +320,12 @@ def indexer_for(
     `layout` says how samples are laid out where a file beside the shard does (see `is_described`). Of a `piece`
     it may read on behind its end.
 
-    Raises ConfigError for what is compressed, ShardError for an empty object.
+    Raises ConfigError for what is packed in a way that is not read, ShardError for an empty object.
     """
     name = shard_name(url)
     for ending, tool in _UNPACK.items():
-        if name.lower().endswith(ending):
-            raise ConfigError(f"{url}: compressed shards are not supported yet; unpack it with: {tool} {name}")
+        if name.lower().endswith(ending.lower()):
+            raise ConfigError(f"{url}: shards that are packed in this way are not read; unpack it with: {tool} {name}")
     if format_of(url) == "mds":
         from fastload.formats.mds import MdsIndexer
 

@@ -30,6 +30,7 @@ from fastload.decode.flat import Flat
 from fastload.errors import ConfigError, DecodeError, ShardError
 from fastload.formats.record_index import ListedShard, RecordIndex, shard_name
 from fastload.formats.records import Bytes, Int64s, Pickled, RecordReader, Where, find_by_sizes, layout_of, number_of
+from fastload.store.packing import packing_of
 
 # Columns of a shard, and bytes of the JSON that describes them: more is no header that anything wrote.
 _COLUMNS_MAX, _JSON_BYTES_MAX = 4096, 1 << 20
@@ -65,7 +66,7 @@ class _Index(msgspec.Struct):
 
 def shards_of(data: bytes, url: str) -> list[ListedShard]:
     """The shards that the index at `url` names. ConfigError, naming `url`, for what is none, and for shards that are
-    not read yet: compressed ones, and those of JSON, CSV or TSV.
+    not read: those of JSON, CSV or TSV, and those that are packed in ways that are not read.
     """
     try:
         index = msgspec.json.decode(data, type=_Index)
@@ -75,10 +76,20 @@ def shards_of(data: bytes, url: str) -> list[ListedShard]:
         raise ConfigError(f"{url} has version {index.version} of MDS; fastload reads version 2")
     found = []
     for shard in index.shards:
-        if shard.format != "mds" or shard.zip_data is not None or shard.raw_data is None:
-            kind = f"{shard.format} shards" if shard.format != "mds" else "compressed shards"
-            raise ConfigError(f"{url} names {kind}, which fastload does not read yet; write them as plain MDS")
-        found.append(ListedShard(shard.raw_data.basename, shard.raw_data.bytes, shard.samples))
+        if shard.format != "mds":
+            raise ConfigError(f"{url} names {shard.format} shards, which fastload does not read; write them as MDS")
+        if shard.raw_data is None:
+            raise ConfigError(f"{url} does not say how large a shard is (raw_data); write the data set again")
+        raw, packed = shard.raw_data, shard.zip_data
+        if packed is None:
+            found.append(ListedShard(raw.basename, raw.bytes, shard.samples))
+            continue
+        if not packing_of(packed.basename):
+            raise ConfigError(
+                f"{url} names {packed.basename}, which is packed as nothing that is read (zstd, gz, bz2, br and snappy "
+                "are); write the data set with another compression"
+            )
+        found.append(ListedShard(packed.basename, packed.bytes, shard.samples, raw.bytes))
     return found
 
 

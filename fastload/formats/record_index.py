@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from fastload.errors import ShardError
 from fastload.formats.shard_index import HEADER_BYTES
+from fastload.store.packing import unpacked_name
 
 __all__ = ["MAGIC", "RECORD", "ListedShard", "RecordIndex", "shard_name", "stored_record_count"]
 
@@ -146,18 +147,19 @@ class RecordIndex:
 
 
 class ListedShard(NamedTuple):
-    """What a folder's index says of a shard; of how many bytes it is, -1 where it does not say that."""
+    """What a folder's index says of a shard, which is packed where it has `unpacked_bytes`."""
 
     name: str
     byte_count: int
     samples: int
+    unpacked_bytes: int = -1
 
 
 def shard_name(url: str, start: int = 0) -> str:
-    """The last part of a shard's URL, which its keys begin with; of a piece that begins at `start`, `@start` behind
-    that. A local path may hold any character; a URL's path ends before its query.
+    """The last part of a shard's URL, which its keys begin with, without the ending of what packed it; of a piece that
+    begins at `start`, `@start` behind that. A local path may hold any character; a URL's path ends before its query.
     """
-    name = (urlsplit(url).path if "://" in url else url).rpartition("/")[2]
+    name = unpacked_name((urlsplit(url).path if "://" in url else url).rpartition("/")[2])
     return f"{name}@{start}" if start else name
 
 

@@ -178,7 +178,10 @@ class TarIndexer:
         if code == tarindex.BAD_CHECKSUM and at == start == 0:
             for magic, tool in _COMPRESSED.items():
                 if chunk[: len(magic)].tobytes() == magic:
-                    return f"{self._url}: compressed shards are not supported yet; unpack it with {tool}"
+                    return (
+                        f"{self._url}: it is compressed, and its name does not say so; let that end in .tar.gz, "
+                        f".tar.zst, .tar.xz or .tar.bz2, or unpack it with {tool}"
+                    )
         name = self._shown_name() if code != tarindex.TRUNCATED_HEADER else ""  # which has none that is whole
         if code == tarindex.PASSES_END:
             size = int(state[tarindex.SIZE_SHOWN])

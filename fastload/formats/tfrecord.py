@@ -116,8 +116,8 @@ class TfRecordIndexer:
         size = int.from_bytes(head, "little")
         if what == examples.LENGTH and number == 0 and head[:2] in _PACKED:
             return (
-                f"{self._url} is compressed with {_PACKED[head[:2]]}, which is not read yet; unpack it, or write it "
-                "without compression"
+                f"{self._url} is compressed with {_PACKED[head[:2]]}, and its name does not say so; gzip is read "
+                "where it ends in .gz; write it so, or without compression"
             )
         if what == examples.LENGTH:
             return (

@@ -9,6 +9,7 @@ from fastload.formats.records import Bytes, Int64s, Where
 
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _HEAD_BYTES_MAX = 18
+_REPEATED = 1  # a block of one byte, again and again
 _UNPACKED_BYTES_MAX = 1 << 30
 
 
@@ -21,7 +22,7 @@ def unpacked(records: Bytes, offsets: Int64s, where: Where) -> tuple[Bytes, Int6
     sizes = [0]
     for number in range(len(offsets) - 1):
         head = records[offsets[number] : min(offsets[number] + _HEAD_BYTES_MAX, offsets[number + 1])].tobytes()
-        size = _unpacked_bytes(head)
+        size = frame_bytes(head)
         if size is None or size > _UNPACKED_BYTES_MAX:
             what = "is no frame of zstd that says its size" if size is None else f"has {size} bytes unpacked"
             raise DecodeError(f"{where(number)}: it {what}; at most {_UNPACKED_BYTES_MAX} are read: write it again")
@@ -39,14 +40,33 @@ def unpacked(records: Bytes, offsets: Int64s, where: Where) -> tuple[Bytes, Int6
     return out, out_offsets
 
 
-def _unpacked_bytes(head: bytes) -> int | None:
+def frame_bytes(head: bytes) -> int | None:
     """How large a frame is unpacked, which its head says (RFC 8878, 3.1.1.1); None where it does not."""
     if not head.startswith(_MAGIC) or len(head) < 6:
         return None
-    about = head[4]
-    is_single = about >> 5 & 1
-    at = 5 + (not is_single) + (0, 1, 2, 4)[about & 3]
-    width = (is_single, 2, 4, 8)[about >> 6]
+    at, width = _place_of_size(head[4])
     if not width or at + width > len(head):
         return None
     return int.from_bytes(head[at : at + width], "little") + (256 if width == 2 else 0)
+
+
+def whole_blocks(head: bytes) -> int:
+    """Where the last block ends that lies whole in the first bytes of a frame; 0 where none does (3.1.1.2)."""
+    if not head.startswith(_MAGIC) or len(head) < 6:
+        return 0
+    at, width = _place_of_size(head[4])
+    at += width
+    end, is_last = 0, False
+    while not is_last and at + 3 <= len(head):
+        about = int.from_bytes(head[at : at + 3], "little")
+        is_last, kind, size = bool(about & 1), about >> 1 & 3, about >> 3
+        at += 3 + (1 if kind == _REPEATED else size)
+        if at <= len(head):
+            end = at
+    return end
+
+
+def _place_of_size(about: int) -> tuple[int, int]:
+    """Where a frame says how large it is, and in how many bytes."""
+    is_single = about >> 5 & 1
+    return 5 + (not is_single) + (0, 1, 2, 4)[about & 3], (is_single, 2, 4, 8)[about >> 6]

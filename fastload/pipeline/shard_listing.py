@@ -34,6 +34,7 @@ from fastload.formats import (
 from fastload.formats.pieces import in_pieces
 from fastload.plan import Manifest
 from fastload.store import normalise
+from fastload.store.packing import PACKINGS, packing_of, unpacked_name
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
 
@@ -42,11 +43,14 @@ _LIST_BYTES_MAX = 2 << 30
 
 
 class _Listed(NamedTuple):
-    """Some shards, how many samples they should hold (-1: unknown), and the sidecars that lie beside them."""
+    """Some shards, how many samples they should hold (-1: unknown), the sidecars that lie beside them, and of shards
+    that are packed how large they are unpacked (-1: unknown).
+    """
 
     shards: ObjectTable
     sample_counts: npt.NDArray[np.int64]
     sidecars: ObjectTable
+    unpacked_sizes: npt.NDArray[np.int64]
 
 
 def list_shards(consumer: Consumer, urls: Sequence[str], how: Format = "auto") -> Manifest:
@@ -69,7 +73,8 @@ def list_shards(consumer: Consumer, urls: Sequence[str], how: Format = "auto") -
         raise ObjectMissingError(f"{', '.join(urls)}: no shards at all; name some, or correct the list")
     _check_formats(listed)
     counts = np.concatenate([part.sample_counts for part in parts])
-    shards = in_pieces(listed) if is_cut(listed[0].url) else listed
+    listed = _unpacked(consumer, listed, np.concatenate([part.unpacked_sizes for part in parts]))
+    shards = in_pieces(listed, is_cut)
     if shards is not listed:
         counts = _counts_of_pieces(counts, shards)
     sidecars = ObjectTable.joined([part.sidecars for part in parts])
@@ -88,6 +93,9 @@ def _list_computed(consumer: Consumer, urls: Sequence[str], how: ComputedFormat)
         raise ConfigError(
             f"{other} is {named_format(other)} by its name, and is to be read as {how.reading}; leave format= out"
         )
+    packed = next((info.url for info in shards if packing_of(info.url)), None)
+    if packed is not None:
+        raise ConfigError(f"{packed} is packed, and files of this format are read from anywhere; upload it unpacked")
     names = {info.url for info in beside}
     prefixes = tuple(url for url in map(normalise, urls) if url.endswith("/"))
     lacking = [name for info in shards if (name := beside_name(info.url, how)) not in names]
@@ -146,6 +154,25 @@ def attach(consumer: Consumer, manifest: Manifest, sidecars: ObjectTable) -> Non
     consumer.attach(ObjectTable.joined([manifest.objects, sidecars]) if len(sidecars) else manifest.objects)
 
 
+def _unpacked(consumer: Consumer, listed: ObjectTable, sizes: npt.NDArray[np.int64]) -> ObjectTable:
+    """The same shards, with what is in them in place of those that are packed. The sizes that are not known are found
+    out, at best by a small request for each.
+    """
+    urls = (url for rows in listed.rows() for url, *_ in rows)
+    packings = np.fromiter((PACKINGS.index(packing_of(url)) for url in urls), np.int64, len(listed))
+    packed = np.flatnonzero(packings)
+    if not len(packed):
+        return listed
+    unknown = packed[sizes[packed] < 0]
+    if len(unknown):
+        consumer.attach(listed.take(unknown))
+        sizes[unknown] = consumer.unpacked_sizes()
+    pieces, object_sizes = listed.all_pieces().copy(), listed.sizes.copy()
+    pieces[1, packed], pieces[2, packed] = object_sizes[packed], packings[packed]
+    object_sizes[packed] = sizes[packed]
+    return ObjectTable(listed.urls, object_sizes, listed.etags, listed.mtimes_ns, pieces)
+
+
 def _check_formats(shards: ObjectTable) -> None:
     """Raise `ConfigError` where they are of several formats."""
     first: dict[str, str] = {}
@@ -180,12 +207,14 @@ def _of_names(consumer: Consumer, urls: list[str], endings: tuple[str, ...]) -> 
     counts, order = np.full(len(shards), -1, np.int64), np.arange(len(shards))
     for info in indexes:
         folders.note(info.url, _read(consumer, info), counts, order, is_whole=True)
+    sizes = folders.unpacked_sizes
     of_named = folders.indexes_of_named(consumer, {_folder(info.url) for info in indexes})
     for info in of_named:
         folders.note(info.url, _read(consumer, info), counts, order, is_whole=False)
     described = [info for info in (*indexes, *of_named) if _folder(info.url) in folders.described]
     sidecars = ObjectTable.joined([found.take(np.flatnonzero(is_sidecar)), ObjectTable.of(described)])
-    return _Listed(shards.take(order) if (np.diff(order) < 0).any() else shards, counts[order], sidecars)
+    ordered = shards.take(order) if (np.diff(order) < 0).any() else shards
+    return _Listed(ordered, counts[order], sidecars, sizes[order])
 
 
 def _folder(url: str) -> str:
@@ -206,6 +235,7 @@ class _Folders:
         self._shards = shards
         self.numbers: dict[str, dict[str, int]] = {}  # by folder: shards that it may name, by name
         self.described: set[str] = set()  # folders where it has to be
+        self.unpacked_sizes = np.full(len(shards), -1, np.int64)  # of shards that are packed; -1: it does not say
         for number, url in enumerate(url for rows in shards.rows() for url, *_ in rows):
             if may_be_indexed(url):
                 folder, _, name = url.rpartition("/")
@@ -248,7 +278,12 @@ class _Folders:
                     f"{url} says that {shard.name} has {shard.byte_count} bytes, and it has "
                     f"{self._shards[number].size}: it was cut short, or is another one; upload it again"
                 )
-            counts[number] = shard.samples
+            if shard.unpacked_bytes >= 0 and unpacked_name(shard.name) in numbers:
+                raise ConfigError(
+                    f"{url} names {shard.name}, and {unpacked_name(shard.name)} lies beside it, which has the same "
+                    "samples; remove one of them"
+                )
+            counts[number], self.unpacked_sizes[number] = shard.samples, shard.unpacked_bytes
             ordered.append(number)
         if folder in self.described:
             unnamed = next((name for name, number in numbers.items() if number not in set(ordered)), None)
@@ -293,15 +328,15 @@ def _named(consumer: Consumer, part: wids.Shards, list_url: str) -> _Listed:
             f"{list_url} says that {url} has {promise} bytes, and it has {size}: it was cut short, or is another one; "
             "upload it again, or correct the list"
         )
-    return _Listed(shards, np.array(part.sample_counts, np.int64), none)
+    return _Listed(shards, np.array(part.sample_counts, np.int64), none, np.full(len(shards), -1, np.int64))
 
 
 def _counts_of_pieces(counts: npt.NDArray[np.int64], shards: ObjectTable) -> npt.NDArray[np.int64]:
     """The promised counts of shards of which some are pieces: nothing is promised of these."""
     assert shards.pieces is not None, "there are pieces"
-    starts, object_sizes = shards.pieces
+    starts, object_sizes, packings = shards.pieces
     of_object = np.cumsum(starts == 0) - 1
-    return np.where(object_sizes < 0, counts[of_object], -1)
+    return np.where((object_sizes < 0) | (packings > 0), counts[of_object], -1)
 
 
 def _each_once(objects: ObjectTable) -> ObjectTable:

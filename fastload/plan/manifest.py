@@ -12,7 +12,8 @@ shards are dealt to partitions, and is never read. An object that changed is gon
 half of the numbers are of objects that are gone, all are numbered anew.
 
 A large file may be cut into *pieces*, each of which is a row of the list, one after the other, as an object of its own;
-a piece may hold bytes that the next one begins with.
+a piece may hold bytes that the next one begins with. Of a packed file the list has what is in it, of which the size is
+the unpacked one.
 
 `reading` is what the user said of how samples are made of the objects, where that is no fact of the objects alone, such
 as the length of sequences; the order depends on it.
@@ -34,6 +35,7 @@ from numpy.typing import NDArray
 
 from fastload.cached_attribute import cached_attribute
 from fastload.errors import ConfigError
+from fastload.store.packing import PACKINGS
 from fastload.store.table import ObjectLike, ObjectTable, Row, are_inside
 
 FORMAT_VERSION = 1
@@ -51,11 +53,16 @@ class _Row(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False
     mtime_ns: _Int64
     start: _Count = 0
     object_size: _Int64 = -1
+    packing: str = ""
+
+    def __post_init__(self) -> None:
+        if self.packing not in PACKINGS:
+            raise ValueError(f"no packing is called {self.packing!r}")
 
 
 class _Wire(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """The JSON form: `objects` holds `[url, size, etag or null, mtime_ns]` in the order of their numbers, and for
-    pieces also `start, object_size`.
+    pieces also `start, object_size`; for what is in a packed object `0, object_size, packing`.
     """
 
     version: int

@@ -247,6 +247,8 @@ class Core:
         if isinstance(consumer.plan, WarmPlan):
             return
         for entry, index in located:
+            if entry.info.packing:  # histories know stored objects only
+                continue
             if self._history.read(consumer, entry, index):
                 self._replay.read(consumer, entry.history_key, entry.in_object(index))
 
@@ -254,7 +256,8 @@ class Core:
         """A plan to warm the cache counts as read as far as it has come, so that the history has its order."""
         if isinstance(consumer.plan, WarmPlan):
             for _, entry, index in consumer.plan.newly_settled():
-                self._history.read(consumer, entry, index)
+                if not entry.info.packing:
+                    self._history.read(consumer, entry, index)
 
     def _detach(self, consumer: ConsumerState) -> None:
         """End its leases, wants and plan, and forget its objects."""

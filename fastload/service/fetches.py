@@ -80,7 +80,7 @@ class Fetches:
 
     def _begin(self, chunk: Chunk, buffer: int, *, is_hedge: bool) -> None:
         endpoint = self._endpoints.begin(chunk.entry.origin, self._now())
-        watch = Watch(partial(self._tell, endpoint), self._now, self._waited_for_core)
+        watch = Watch(partial(self._tell, endpoint, False), self._now, self._waited_for_core)
         request = _FetchRequest(chunk, buffer, endpoint, watch, self._now(), is_hedge)
         self._requests.setdefault(chunk, []).append(request)
 
@@ -89,15 +89,23 @@ class Fetches:
 
         out = self._arena.buffer(buffer)[: chunk.length]
         start = chunk.index * self._arena.chunk_bytes
-        self._pool.submit(self._stores.read_watched, watch, chunk.fetched_as, chunk.entry.info, start, out, done=done)
+        what = chunk.fetched_as, chunk.entry.info, start, out
+        if chunk.entry.info.packing:
+            tell = partial(self._tell, self._endpoints.use(chunk.entry.store_origin), True)
+            watches = partial(Watch, tell, self._now, self._waited_for_core)
+            self._pool.submit(self._stores.read_unpacked, watch, watches, *what, done=done)
+        else:
+            self._pool.submit(self._stores.read_watched, watch, *what, done=done)
 
-    def _tell(self, endpoint: Endpoint, attempt: Attempt) -> None:
+    def _tell(self, endpoint: Endpoint, is_packed: bool, attempt: Attempt) -> None:
         """In a thread."""
         with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-            self._loop.call_soon_threadsafe(self._attempted, endpoint, attempt)
+            self._loop.call_soon_threadsafe(self._attempted, endpoint, is_packed, attempt)
 
-    def _attempted(self, endpoint: Endpoint, attempt: Attempt) -> None:
+    def _attempted(self, endpoint: Endpoint, is_packed: bool, attempt: Attempt) -> None:
         endpoint.ended(attempt, self._now())
+        if is_packed:  # it brought no chunk, of which the end would count
+            self._endpoints.came(endpoint, attempt.byte_count, self._now())
 
     def _done(self, request: _FetchRequest, error: BaseException | None) -> None:
         if request.lost:
@@ -118,7 +126,8 @@ class Fetches:
             other.endpoint.in_flight -= 1
             other.watch.cancel()
         if error is None:
-            self._endpoints.came(request.endpoint, chunk.length, self._now())
+            if not chunk.entry.info.packing:
+                self._endpoints.came(request.endpoint, chunk.length, self._now())
             self._take(chunk, request.buffer)
             self.counters["hedges_won"] += request.is_hedge
         self._ended.pop(chunk)(chunk, error)
@@ -151,6 +160,8 @@ class Fetches:
             return
         soonest_s = _LOOK_S_MAX
         for requests in list(self._requests.values()):
+            if requests[0].chunk.entry.info.packing:  # it waits for what comes before it, and so would another one
+                continue
             late_after_s = requests[0].endpoint.hedger.late_after_s(requests[0].chunk.length)
             if late_after_s is not None:
                 soonest_s = min(soonest_s, late_after_s / 4)

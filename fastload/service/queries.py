@@ -9,6 +9,7 @@ the others' requests wait (`IndexMakers`) until it is made or given up. So the s
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ SILENT_S, PATIENCE_S = 10.0, 300.0
 SOME_AFTER_S = 5.0
 # A listing of a million objects takes minutes; another consumer's small one need not wait for it.
 _LISTING_THREADS = 2
+# After so long, unpacked sizes that are not known yet are asked for again.
+_SIZES_PATIENCE_S = 20.0
 
 
 class Queries:
@@ -39,6 +42,7 @@ class Queries:
         self._stores, self._indexes, self._consumers = resources.stores, indexes, consumers
         self._makers = IndexMakers(resources.pools.loop, resources.now)
         self._listings = resources.pools.make("listing", _LISTING_THREADS)
+        self._sizes = resources.pools.make("unpacked-sizes", _LISTING_THREADS)
 
     def receive(self, consumer: ConsumerState, message: protocol.FromConsumer) -> None:
         """Answer, now or later; ServiceError for a message that is no request."""
@@ -57,6 +61,8 @@ class Queries:
                 self._indexes.learn([consumer.entry(number).id for number in message.objects], message.counts)
             case protocol.GetCounts():
                 self._get_counts(consumer, message)
+            case protocol.GetUnpackedSizes():
+                self._get_unpacked_sizes(consumer, message)
             case _:
                 raise ServiceError(f"an unexpected {type(message).__name__} message from a consumer")
 
@@ -109,6 +115,32 @@ class Queries:
             consumer.send(protocol.Counts(message.request, np.array(counts, "<i8").tobytes()))
 
         self._indexes.counts([consumer.entry(number).id for number in message.objects], found)
+
+    def _get_unpacked_sizes(self, consumer: ConsumerState, message: protocol.GetUnpackedSizes) -> None:
+        entries = [consumer.entry(number) for number in message.objects]
+        options_key = consumer.options_key
+        # A size is a fact of one version of one object, as a sample count is, and kept beside those.
+        keys = [hashlib.blake2b(entry.id, digest_size=16, person=b"unpacked size").digest() for entry in entries]
+
+        def known(sizes: list[int]) -> None:
+            unknown = [number for number, size in enumerate(sizes) if size < 0]
+
+            def done(found: list[int], error: BaseException | None) -> None:
+                if error is not None:
+                    consumer.send(protocol.RequestFailed(message.request, *to_wire(error)))
+                    return
+                for number, size in zip(unknown, found, strict=True):
+                    sizes[number] = size
+                some = [number for number in unknown if sizes[number] >= 0]
+                learnt = np.array([sizes[number] for number in some], "<i8")
+                self._indexes.learn([keys[number] for number in some], learnt.tobytes())
+                consumer.send(protocol.Counts(message.request, np.array(sizes, "<i8").tobytes()))
+
+            infos = [entries[number].info.stored for number in unknown]
+            find = self._stores.unpacking.unpacked_sizes
+            self._sizes.submit(find, options_key, infos, _SIZES_PATIENCE_S, done=done)
+
+        self._indexes.counts(keys, known)
 
 
 @dataclass(slots=True, eq=False)

@@ -59,6 +59,9 @@ AT_FIRST = 8
 AT_FIRST_WITH_OTHERS = AT_FIRST // 2
 # Threads, sockets and buffers are cheap up to here, and no store asks for more.
 REQUESTS_MAX = 256
+# What is unpacked here is no store's business. The name of such an "endpoint" ends in this, and so many ranges are
+# waited for at a time: those of some objects, each of which takes a thread and a buffer.
+UNPACKED, _UNPACKED_MAX = " (unpacked)", 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -671,7 +674,8 @@ class Endpoints:
 
     def _new(self, name: str) -> Endpoint:
         known = self.known.get(name)
-        return Endpoint(Controller(self.requests_max, fixed=self._fixed, known=known), self._hedger())
+        fixed = _UNPACKED_MAX if name.endswith(UNPACKED) else self._fixed
+        return Endpoint(Controller(self.requests_max, fixed=fixed, known=known), self._hedger())
 
 
 def requests_max() -> int:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from fastload.cache import Arena, CacheDirectory, ChunkKey, DiskTier
 from fastload.cache.catalog import Catalog
+from fastload.cache.directory import LastingRoot
 from fastload.config import CacheLimits
 from fastload.history.archive import Archive
 from fastload.rendezvous import ServiceLocation
@@ -23,6 +24,7 @@ from fastload.service.events import Events, Warnings
 from fastload.service.request_limit import REQUESTS_MAX, Hedger, requests_max
 from fastload.service.stores import StoreFactory, StoreTable
 from fastload.service.threads import Pools
+from fastload.service.unpacking import files_in, memory_file
 from fastload.store.watch import waited_for_core_s
 
 
@@ -68,7 +70,7 @@ class Resources:
             arena,
             disk,
             Pools(loop),
-            StoreTable(factory),
+            StoreTable(factory, _files_of(directory, root)),
             warnings,
             requests_max=requests_max(),
             is_lost=lambda: directory.is_lost,
@@ -78,6 +80,13 @@ class Resources:
             else Catalog(root.path if root else directory.path),
             history=Archive(directory.path, root) if isinstance(directory, CacheDirectory) else None,
         )
+
+
+def _files_of(directory: ServiceLocation, root: LastingRoot | None) -> Callable[[int], int]:
+    """What makes files for unpacked bytes."""
+    if root is None or not directory.limits.disk_bytes:
+        return memory_file
+    return files_in(root.path)
 
 
 class Ram(Protocol):

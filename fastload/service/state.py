@@ -50,6 +50,7 @@ from fastload.errors import ServiceError
 from fastload.history.keys import object_key
 from fastload.protocol import ObjectRows
 from fastload.redaction import redact
+from fastload.service.request_limit import UNPACKED
 from fastload.store.types import ObjectInfo
 from fastload.store.urls import store_root
 
@@ -152,10 +153,17 @@ class ObjectEntry:
 
     @property
     def origin(self) -> str:
-        """Who serves it: an endpoint of its own, or a bucket, host or machine."""
+        """Who serves it: an endpoint of its own, or a bucket, host or machine. What is in packed objects comes from our
+        own processes, and has none of its limits.
+        """
         if not self._origin:  # each tick asks for that of each candidate
-            self._origin = redact(self.endpoint or store_root(self.info.url))
+            self._origin = self.store_origin + (UNPACKED if self.info.packing else "")
         return self._origin
+
+    @property
+    def store_origin(self) -> str:
+        """Who serves the stored object."""
+        return redact(self.endpoint or store_root(self.info.url))
 
     @property
     def chunk_count(self) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from fastload.errors import AccessDeniedError
-from fastload.service import request_limit
+from fastload.service import request_limit, unpacking
 from fastload.store import Counters, RequestOptions, StoreOptions, Watched, open_store, resolve, store_root
 from fastload.store.listing import present
 from fastload.store.types import ObjectInfo, Store
@@ -46,8 +46,11 @@ class _OpenStore:
 class StoreTable:
     """See the module's text."""
 
-    def __init__(self, factory: StoreFactory | None = None) -> None:
-        """`factory` stands in for the real stores in tests."""
+    def __init__(
+        self, factory: StoreFactory | None = None, make_file: Callable[[int], int] = unpacking.memory_file
+    ) -> None:
+        """`factory` stands in for the real stores in tests. `make_file`: for unpacked bytes, see `Unpacking`."""
+        self.unpacking = unpacking.Unpacking(self.read_watched, make_file)
         self.counters = Counters()
         self._salt = os.urandom(16)  # so that a key does not show whether a guess at a secret is right
         self._requests = RequestOptions(_REQUESTS_MAX, counters=self.counters)
@@ -88,14 +91,30 @@ class StoreTable:
         return self._options[key].endpoint
 
     def read_into(self, key: str, info: ObjectInfo, start: int, out: memoryview) -> None:
-        """Fill `out` from the object, or the piece of one; the store's errors."""
+        """Fill `out` from the object, or the piece of one; the store's errors. Of what is in a packed object: see
+        `read_unpacked`.
+        """
+        assert not info.packing, info
         with self._use(key, info.url) as store:
-            store.read_into(info.whole, info.start + start, out)
+            store.read_into(info.stored, info.start + start, out)
 
     def read_watched(self, watch: Watch, key: str, info: ObjectInfo, start: int, out: memoryview) -> None:
         """The same under a watch, which hears of each attempt."""
         with watch.over():
             self.read_into(key, info, start, out)
+
+    def read_unpacked(
+        self,
+        watch: Watch,
+        watches: Callable[[], Watch],
+        key: str,
+        info: ObjectInfo,
+        start: int,
+        out: memoryview,
+    ) -> None:
+        """Fill `out` from what is in a packed object. `watch` may cancel that; `watches` makes one for each request."""
+        with watch.over():
+            self.unpacking.read_into(key, info, start, out, watches)
 
     def head(self, key: str, url: str) -> ObjectInfo:
         """The object at `url`; the store's errors."""
@@ -134,6 +153,7 @@ class StoreTable:
 
     def close(self) -> None:
         """Close what is open; requests that are being tried again end with their last error."""
+        self.unpacking.close()
         with self._lock:
             opened = list(self._opened.values())
             self._opened.clear()

@@ -30,7 +30,7 @@ _HEADS_AT_ONCE = 16
 # Plain URLs of one folder for which it is listed, however much else may be in it. Fewer take no longer one by one.
 _LISTED_FROM = _HEADS_AT_ONCE + 1
 _SHOWN = 3
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
+_NOT_UNPACKED = (".tar.lz4", ".tlz4", ".tar.Z")
 
 
 def resolve(
@@ -128,8 +128,8 @@ def _under(
         there = [info.url.removeprefix(prefix) for info in everything]
         held = f"{len(there)} other objects, the first: {', '.join(there[:_SHOWN])}" if there else "nothing at all"
         cure = how_to_name(prefix)
-        if any(name.endswith(_COMPRESSED) for name in there):
-            cure = "compressed shards are not read yet, so unpack them, for example with gunzip"
+        if any(name.endswith(_NOT_UNPACKED) for name in there):
+            cure = "shards that are packed by lz4 or compress are not read, so pack them with zstd or gzip"
         elif there:
             cure += ", or pack its files into shards: tar --sort=name -cf train-000000.tar FOLDER"
         raise ObjectMissingError(f"{prefix}: no shards ({kinds}) under this prefix, which holds {held}; {cure}")

@@ -21,10 +21,16 @@ import numpy.typing as npt
 from numpy.typing import NDArray
 
 from fastload.errors import ServiceError
+from fastload.store.packing import PACKINGS
 from fastload.store.types import ObjectInfo
 
-# URL, size, ETag, time of the last change; and of a piece, where it begins, and the size of the whole object.
-Row = tuple[str, int, str | None, int] | tuple[str, int, str | None, int, int, int]
+# URL, size, ETag, time of the last change; of a piece also where it begins, and the size of the whole object; of what
+# is in a packed object 0, the size of that, and how it is packed.
+Row = (
+    tuple[str, int, str | None, int]
+    | tuple[str, int, str | None, int, int, int]
+    | tuple[str, int, str | None, int, int, int, str]
+)
 # Rows that are Python objects at a time, where all are gone through.
 ROWS_AT_ONCE = 10_000
 
@@ -137,13 +143,15 @@ class ObjectLike(Protocol):
     def start(self) -> int: ...
     @property
     def object_size(self) -> int: ...
+    @property
+    def packing(self) -> str: ...
 
 
 class ObjectTable(Sequence[ObjectInfo]):
     """`ObjectInfo`s in columns: `urls`, `sizes` (int64), `etags`, `mtimes_ns` (int64). Immutable.
 
-    `pieces`, int64[2, n], says of each where it begins and how large its object is (0 and -1 for one that is whole);
-    None where all are whole, as in most tables.
+    `pieces`, int64[3, n], says of each where it begins, how large its object is, and by its number in `PACKINGS` how
+    that is packed (0, -1 and 0 for one that is whole); None where all are whole, as in most tables.
     """
 
     __slots__ = ("etags", "mtimes_ns", "pieces", "sizes", "urls")
@@ -157,9 +165,9 @@ class ObjectTable(Sequence[ObjectInfo]):
         pieces: NDArray[np.int64] | None = None,
     ) -> None:
         assert len(urls) == len(sizes) == len(etags) == len(mtimes_ns), "columns of different lengths"
-        assert pieces is None or pieces.shape == (2, len(sizes)), "columns of different lengths"
+        assert pieces is None or pieces.shape == (3, len(sizes)), "columns of different lengths"
         self.urls, self.sizes, self.etags, self.mtimes_ns = urls, sizes, etags, mtimes_ns
-        self.pieces = None if pieces is None or not (pieces - [[0], [-1]]).any() else pieces
+        self.pieces = None if pieces is None or not (pieces - _WHOLE).any() else pieces
         for array in (sizes, mtimes_ns, self.pieces):
             if array is not None:
                 array.flags.writeable = False
@@ -182,7 +190,14 @@ class ObjectTable(Sequence[ObjectInfo]):
             np.array([info.size for info in objects], np.int64),
             Texts.of([info.etag for info in objects]),
             np.array([info.mtime_ns for info in objects], np.int64),
-            np.array([[info.start for info in objects], [info.object_size for info in objects]], np.int64),
+            np.array(
+                [
+                    [info.start for info in objects],
+                    [info.object_size for info in objects],
+                    [PACKINGS.index(info.packing) for info in objects],
+                ],
+                np.int64,
+            ),
         )
 
     @classmethod
@@ -198,14 +213,12 @@ class ObjectTable(Sequence[ObjectInfo]):
             np.concatenate([part.mtimes_ns for part in parts]),
             None
             if all(part.pieces is None for part in parts)
-            else np.concatenate([part._starts_and_object_sizes() for part in parts], axis=1),
+            else np.concatenate([part.all_pieces() for part in parts], axis=1),
         )
 
-    def _starts_and_object_sizes(self) -> NDArray[np.int64]:
+    def all_pieces(self) -> NDArray[np.int64]:
         """`pieces`, also where that is None."""
-        if self.pieces is not None:
-            return self.pieces
-        return np.stack([np.zeros(len(self), np.int64), np.full(len(self), -1, np.int64)])
+        return np.repeat(_WHOLE, len(self), axis=1) if self.pieces is None else self.pieces
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -222,9 +235,9 @@ class ObjectTable(Sequence[ObjectInfo]):
         number = range(len(self))[at]
         url = self.urls[number]
         assert url is not None, "an object without a URL"
-        start, object_size = (0, -1) if self.pieces is None else self.pieces[:, number].tolist()
+        start, object_size, packing = (0, -1, 0) if self.pieces is None else self.pieces[:, number].tolist()
         etag, mtime_ns = self.etags[number], int(self.mtimes_ns[number])
-        return ObjectInfo(url, int(self.sizes[number]), etag, mtime_ns, start, object_size)
+        return ObjectInfo(url, int(self.sizes[number]), etag, mtime_ns, start, object_size, PACKINGS[packing])
 
     def __iter__(self) -> Iterator[ObjectInfo]:
         return (ObjectInfo(*row) for part in self.rows() for row in part)
@@ -239,12 +252,9 @@ class ObjectTable(Sequence[ObjectInfo]):
                 yield list(rows)
             else:
                 places = part.pieces.T.tolist()
-                yield [
-                    row if object_size < 0 else (*row, start, object_size)
-                    for row, (start, object_size) in zip(rows, places, strict=True)
-                ]
+                yield [_row(row, *place) for row, place in zip(rows, places, strict=True)]
 
-    def identities(self) -> Iterator[tuple[str, int, str | int, tuple[int, ...]]]:
+    def identities(self) -> Iterator[tuple[str, int, str | int, tuple[int | str, ...]]]:
         """What distinguishes one version of an object from another: URL, size, and the strong ETag or else the time of
         the last change; and where it is a piece, which. As in the ids of cached chunks, a time that changes under the
         same ETag is no other version.
@@ -252,7 +262,7 @@ class ObjectTable(Sequence[ObjectInfo]):
         for part in self.rows():
             for url, size, etag, mtime_ns, *piece in part:
                 version = mtime_ns if etag is None or etag[:2] in _WEAK else etag.strip('" ') or mtime_ns
-                yield url, size, version, tuple(piece)
+                yield url, size, version, cast(tuple[int | str, ...], tuple(piece))
 
     def take(self, numbers: NDArray[np.integer[Any]]) -> ObjectTable:
         return ObjectTable(
@@ -273,7 +283,7 @@ class ObjectTable(Sequence[ObjectInfo]):
             and np.array_equal(self.mtimes_ns, other.mtimes_ns)
             and self.urls.same_as(other.urls)
             and self.etags.same_as(other.etags)
-            and np.array_equal(self._starts_and_object_sizes(), other._starts_and_object_sizes())
+            and np.array_equal(self.all_pieces(), other.all_pieces())
         )
 
     __hash__ = None  # type: ignore[assignment]  # compared by its contents
@@ -295,6 +305,13 @@ class ObjectTable(Sequence[ObjectInfo]):
 
 
 _WEAK = ("W/", "w/")
+_WHOLE = np.array([[0], [-1], [0]], np.int64)
+
+
+def _row(row: tuple[str, int, str | None, int], start: int, object_size: int, packing: int) -> Row:
+    if object_size < 0:
+        return row
+    return (*row, start, object_size, PACKINGS[packing]) if packing else (*row, start, object_size)
 
 
 def _starts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -308,7 +325,7 @@ class ObjectRows(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
     `sizes` and `mtimes_ns` are int64; `url_bytes` and `etag_bytes`, int32, say how long a text is, -1: it is missing.
     Where some are pieces of objects, `sizes` goes on with where each begins, and then how large its object is (-1: it
-    is whole).
+    is whole); and where some are what is in packed objects, by which number in `PACKINGS`.
     """
 
     urls: bytes
@@ -323,7 +340,8 @@ class ObjectRows(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
         """The rows of `objects`."""
         table = ObjectTable.of(objects)
         urls, etags = table.urls, table.etags
-        sizes_and_pieces = table.sizes if table.pieces is None else np.concatenate([table.sizes, *table.pieces])
+        pieces = [] if table.pieces is None else [*table.pieces] if table.pieces[2].any() else [*table.pieces[:2]]
+        sizes_and_pieces = np.concatenate([table.sizes, *pieces])
         columns = urls.lengths(), sizes_and_pieces, etags.lengths(), table.mtimes_ns
         url_bytes, sizes, etag_bytes, mtimes_ns = (_stored(column) for column in columns)
         return cls(urls.raw(), url_bytes, sizes, etags.raw(), etag_bytes, mtimes_ns)
@@ -341,23 +359,29 @@ class ObjectRows(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
         except ValueError as error:  # UnicodeDecodeError among them
             raise ServiceError(f"a message about objects cannot be read: {error}") from error
         count = len(urls)
-        if not count == len(etags) == len(mtimes_ns) or len(sizes) not in (count, 3 * count):
+        if not count == len(etags) == len(mtimes_ns) or len(sizes) not in (count, 3 * count, 4 * count):
             raise ServiceError("a message about objects has columns of different lengths")
-        sizes, pieces = sizes[:count].copy(), sizes[count:].reshape(-1, count) if len(sizes) > count else None
+        sizes, more = sizes[:count].copy(), sizes[count:].reshape(-1, count) if count else sizes.reshape(0, 0)
         if urls.missing.any() or (sizes < 0).any():
             raise ServiceError("a message about objects has one without a URL, or a negative size")
+        pieces = None if not len(more) else np.concatenate([more, np.zeros((3 - len(more), count), np.int64)])
         if pieces is not None and not are_inside(sizes, pieces):
             raise ServiceError("a message about objects has a piece that is none of its object")
         return ObjectTable(urls, sizes, etags, mtimes_ns, pieces)
 
 
 def are_inside(sizes: NDArray[np.int64], pieces: NDArray[np.int64]) -> bool:
-    """Whether each of these sizes is that of a piece of its object, or the whole of it; see `ObjectTable.pieces`."""
-    starts, object_sizes = pieces
-    is_whole = object_sizes == -1
+    """Whether each of these sizes is that of a piece of its object, or the whole of it, or may be that of what is in
+    it; see `ObjectTable.pieces`.
+    """
+    starts, object_sizes, packings = pieces
+    is_whole = (object_sizes == -1) & (packings == 0)
+    is_packed = (packings > 0) & (packings < len(PACKINGS))
     # Written so that no sum can overflow.
     is_inside = (starts >= 0) & (starts <= object_sizes) & (sizes <= object_sizes - np.minimum(starts, object_sizes))
-    return bool(np.all(np.where(is_whole, starts == 0, is_inside)))
+    is_inside &= packings == 0
+    may_be_packed = is_packed & (starts == 0) & (object_sizes >= 0)
+    return bool(np.all(may_be_packed | np.where(is_whole, starts == 0, is_inside)))
 
 
 def _stored(column: npt.NDArray[np.integer[Any]]) -> bytes:

@@ -9,10 +9,12 @@ from typing import Protocol, runtime_checkable
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One version of one remote object, as a listing gave it, or a piece of that. `url` holds no credentials.
+    """One version of one remote object, as a listing gave it, or a piece of that, or what is in it where it is packed.
+    `url` holds no credentials.
 
-    A piece is `size` bytes from `start` on of an object of `object_size`, which is -1 for whole objects; stores know
-    only these.
+    A piece is `size` bytes from `start` on of an object of `object_size`, which is -1 for whole objects. What is in a
+    packed object of `object_size` bytes has a `packing` (one of `packing.PACKINGS`), and `size` bytes unpacked. Stores
+    know only whole objects, as they are stored.
 
     `etag` is None where the store has none; then size and `mtime_ns` say which version it is. That of a local file is
     made up (`localversion`).
@@ -24,15 +26,21 @@ class ObjectInfo:
     mtime_ns: int = 0
     start: int = 0
     object_size: int = -1
+    packing: str = ""
 
     @property
     def is_piece(self) -> bool:
-        return self.object_size >= 0
+        return self.object_size >= 0 and not self.packing
 
     @property
     def whole(self) -> ObjectInfo:
-        """The object that this is, or is a piece of."""
-        return ObjectInfo(self.url, self.object_size, self.etag, self.mtime_ns) if self.is_piece else self
+        """The object that this is, or is a piece of; of what is in a packed object, all that is in it."""
+        return self.stored if self.is_piece else self
+
+    @property
+    def stored(self) -> ObjectInfo:
+        """The object as its store has it."""
+        return ObjectInfo(self.url, self.object_size, self.etag, self.mtime_ns) if self.object_size >= 0 else self
 
 
 @runtime_checkable

@@ -51,7 +51,7 @@ NUMBERS = [0, 1, 511, 512, 513, 10240, 1 << 33, (1 << 54) - 1, 1 << 54, (1 << 63
 _BUFFERS = {"NAME_BYTES_MAX": [256, 300, 1000], "PAYLOAD_BYTES_MAX": [0, 512, 700, 5000], "_MEMBERS": [1, 2, 3, 20]}
 _OFFSET = re.compile(re.escape(URL) + r", offset (\d+): ")
 # What is said of a whole archive, without a place.
-_OF_ALL = ("compressed shards are not supported", "which is reserved")
+_OF_ALL = ("it is compressed, and its name does not say so", "which is reserved")
 
 
 # Archives.

@@ -14,6 +14,7 @@ import fastload
 from fastload import prepare
 from fastload.client import Handle as Cache
 from tests.formats import protobuf, test_arrow_table, test_litdata, test_mds
+from tests.formats.packing import pack_folder
 from tests.shards import tar_of
 
 LIMITS: dict[str, Any] = {
@@ -80,9 +81,17 @@ def litdata_table(folder: Path, parts: Sequence[Sequence[int]]) -> None:
     (folder / "index.json").write_bytes(test_litdata.index_json(chunks))
 
 
+def packed(write: Write, ending: str) -> Write:
+    def packed_too(folder: Path, parts: Sequence[Sequence[int]]) -> None:
+        write(folder, parts)
+        pack_folder(folder, ending)
+
+    return packed_too
+
+
 FORMATS: dict[str, Write] = {
     "tar": tar, "jsonl": jsonl, "mds": mds, "tfrecord": tfrecord, "litdata": litdata,
-    "litdata table": litdata_table,
+    "litdata table": litdata_table, "jsonl.gz": packed(jsonl, ".gz"), "mds.zstd": packed(mds, ".zstd"),
 }  # fmt: skip
 DECODERS: dict[str, dict[str, fastload.decode.Decoder]] = {
     "tar": {"id": fastload.decode.integer(), "text": fastload.decode.text()},
@@ -112,7 +121,7 @@ def cache(tmp_path: Path) -> Iterator[Cache]:
 
 def data_set(name: str, url: str, cache: Cache, **options: Any) -> fastload.StreamingDataset:
     common = {"shuffle": True, "seed": 5, "shuffle_window": "8KiB", "columns": ["id", "text"], **options}
-    return fastload.StreamingDataset(url, cache=cache, decode=DECODERS.get(name), **common)
+    return fastload.StreamingDataset(url, cache=cache, decode=DECODERS.get(name.removesuffix(".gz")), **common)
 
 
 def ids(batch: dict[str, Any]) -> list[int]:

@@ -348,7 +348,11 @@ def test_an_index_beside_the_shards_says_how_many_samples_there_are(cache: fastl
     first, *others = index["shards"]
     refused("version 3 of MDS", version=3)
     refused("is no index of MDS shards", shards=7)
-    refused("names compressed shards", shards=[{**first, "zip_data": first["raw_data"]}, *others])
+    refused("is packed as nothing that is read", shards=[{**first, "zip_data": first["raw_data"]}, *others])
+    (folder / "shard.00000.mds.zstd").write_bytes(b"12345")
+    packed = {"basename": "shard.00000.mds.zstd", "bytes": 5}
+    refused("lies beside it, which has the same samples", shards=[{**first, "zip_data": packed}, *others])
+    (folder / "shard.00000.mds.zstd").unlink()
     refused("names json shards", shards=[{**first, "format": "json"}, *others])
     gone = {**first["raw_data"], "basename": "shard.00009.mds"}
     refused(r"names shard\.00009\.mds, which is not beside it", shards=[{**first, "raw_data": gone}])

@@ -288,7 +288,7 @@ FAULTS = {
         "offset 1024: sample 'a' has column 'ä' twice",
     ),
     "reserved column": (header(b"a.__key__") + END, "'__key__', which is reserved"),
-    "gzip": (b"\x1f\x8b" + b"x" * 600, "compressed shards are not supported yet; unpack it with gunzip"),
+    "gzip": (b"\x1f\x8b" + b"x" * 600, "it is compressed, and its name does not say so; .* unpack it with gunzip"),
     "not tar": (b"PK" + b"x" * 600, "offset 0: this is no tar header"),
     "shorter than a header": (b"x" * 100, "offset 0: the archive ends in the middle of a header"),
 }
@@ -329,22 +329,37 @@ def test_truncation(cut: int) -> None:
 @pytest.mark.parametrize(
     ("url", "tool"),
     [
-        ("s3://b/a.tar.gz", "gunzip a.tar.gz"),
-        ("s3://b/a.TGZ", "gunzip -S .tgz a.TGZ"),
-        ("https://h/a.tar.zst?version=1", "unzstd a.tar.zst"),
-        ("/data/#1.tar.bz2", "bunzip2 #1.tar.bz2"),
+        ("s3://b/a.tar.lz4", "unlz4 a.tar.lz4"),
+        ("https://h/a.TLZ4?version=1", "unlz4 a.TLZ4"),
+        ("/data/#1.tar.Z", "uncompress #1.tar.Z"),
     ],
 )
-def test_compressed_shards_say_what_to_do(url: str, tool: str) -> None:
+def test_what_is_packed_in_other_ways_says_what_to_do(url: str, tool: str) -> None:
     with pytest.raises(ConfigError) as caught:
         indexer_for(url, 1000)
-    assert str(caught.value) == f"{url}: compressed shards are not supported yet; unpack it with: {tool}"
+    assert str(caught.value) == f"{url}: shards that are packed in this way are not read; unpack it with: {tool}"
 
 
 def test_endings() -> None:
     records = ".tfrecord", ".tfrecords", ".tfrecord-#-of-#", ".tfrecords-#-of-#"
     chunks = "chunk-#-#.bin", "chunk-#-#.zstd.bin", "chunk-#-#.zstd:#.bin"
-    assert (".tar", ".mds", ".jsonl", ".ndjson", *records, *chunks) == SHARD_ENDINGS
+    plain = ".tar", ".mds", ".jsonl", ".ndjson", *records, *chunks
+    assert SHARD_ENDINGS[: len(plain)] == plain
+    packed = set(SHARD_ENDINGS[len(plain) :])
+    named = {
+        ".tar.gz",
+        ".tgz",
+        ".tar.zst",
+        ".jsonl.gz",
+        ".json.gz",
+        ".json.zst",
+        ".tfrecord.gz",
+        ".mds.zstd",
+        ".mds.br",
+    }
+    assert named <= packed
+    assert not {".json", ".gz"} & packed
+    assert len(packed) == len(SHARD_ENDINGS) - len(plain)
 
 
 def test_many_members_in_many_calls_of_the_kernel() -> None:

@@ -255,7 +255,7 @@ _FIRST = len(framed(example(a=[1, 2], b=[b"x"])))
         (framed(b"", length=1 << 40), "record 0, at byte 0, has 1099511627776 bytes, above"),
         (framed(b"", length=1 << 63), "bytes, above"),
         (framed(b"", length=5), "record 0, at byte 0, has 5 bytes, and the file ends at 16: it was cut short"),
-        (b"\x1f\x8b\x08" + bytes(60), "is compressed with gzip, which is not read yet; unpack it"),
+        (b"\x1f\x8b\x08" + bytes(60), "is compressed with gzip, and its name does not say so"),
         (b"\x78\x9c" + bytes(60), "is compressed with zlib"),
         (b"\x89PNG" + bytes(60), "the file is damaged, or no TFRecord; write it again, or name another format"),
         (tfrecord([example(a=[1]), b"plain text"]), "record 1, at byte .* is no Example, as those before are"),

@@ -54,6 +54,7 @@ FROM_CONSUMER: dict[str, tuple[Any, ...]] = {
     "give_up_indexes": ([1, 70_000],),
     "put_counts": ([0, 1], b"\1\0\0\0\0\0\0\0\2\0\0\0\0\0\0\0"),
     "get_counts": (5, [1]),
+    "get_unpacked_sizes": (5, [1]),
     "clear": (6, True, True),
     "pin": (6, "train", [0, 1], 86400.0, 1 << 40),
     "unpin": (6, ["train", "s3://bucket/"]),

@@ -120,7 +120,10 @@ def test_what_is_not_a_manifest_is_refused_by_name(data, message):
     [
         ('"objects": [["u", -1, null, 0]]', r"objects\[0\]\[1\]"),
         ('"objects": [["u", 1, null, 9223372036854775808]]', r"objects\[0\]\[3\]"),
-        ('"objects": [["u", 1, null, 0, 0, 1, 0]]', "Expected `array` of at most length 6"),
+        ('"objects": [["u", 1, null, 0, 0, 1, "gzip", 0]]', "Expected `array` of at most length 7"),
+        ('"objects": [["u", 1, null, 0, 0, 1, "rar"]]', "no packing is called 'rar'"),
+        ('"objects": [["u", 1, null, 0, 1, 1, "gzip"]]', "a piece of an object is none of it"),
+        ('"objects": [["u", 1, null, 0, 0, -1, "gzip"]]', "a piece of an object is none of it"),
         ('"objects": [["u", 1, null, 0, 1]]', "a piece of an object is none of it"),
         ('"objects": [["u", 2, null, 0, 1, 2]]', "a piece of an object is none of it"),
         ('"objects": [["u", 2, null, 0, -1, 2]]', r"objects\[0\]\[4\]"),

@@ -1,0 +1,270 @@
+"""The process that unpacks objects for the cache service: `python -m fastload.unpacker FD`.
+
+What comes out of a bucket is decoded here and not in the service, so that a decoder that crashes, or is fed what grows
+without end, ends this process and nothing else. It has no credentials and asks no store. The service passes it, over
+the socket that is its descriptor FD, one job after the other: a message with how the bytes are packed and how many may
+come out, and two descriptors, of a pipe that brings the packed bytes and of the file that the unpacked ones go to;
+where they are only counted, there is no file. It sends back how many bytes it has unpacked, again and again, and last
+what came of it. `service.unpacking` is the other end.
+
+It ends when it has nothing to do for half a minute, when the socket ends, and when its parent has gone: processes that
+were forked from the service may keep the socket open.
+"""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import zlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+JOB = struct.Struct("<8sqq?")
+"""How it is packed; how many bytes should come out, -1: unknown; how many may; whether what comes in is only a head,
+whose end means nothing.
+"""
+
+PROGRESS = struct.Struct("<cqq")
+"""What follows (`GOING`, `DONE`, `FAILED` and a text behind it), packed bytes read, unpacked bytes written."""
+
+GOING, DONE, FAILED = b"g", b"d", b"f"
+MESSAGE_BYTES_MAX = 4096
+
+_READ_BYTES, _OUT_BYTES = 1 << 18, 1 << 20
+_HEAD_OUT_BYTES = 1 << 12  # what a stream ends in before so many are there is lost
+_ADDRESS_SPACE_BYTES = 16 << 30
+_PARENT_EVERY_S = 2.0
+_IDLE_LOOKS_MAX = 15
+
+
+def _has_come(fd: int, timeout_s: float) -> bool:
+    """Whether there is something to read, or the end."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(1000 * timeout_s))
+
+
+class DamagedError(Exception):
+    """What came cannot be unpacked."""
+
+
+class _Decoder(Protocol):
+    """As `bz2.BZ2Decompressor`."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    @property
+    def needs_input(self) -> bool: ...
+    def decompress(self, data: bytes, max_length: int = -1, /) -> bytes: ...
+
+
+class _Gzip:
+    """zlib's decoder of one member, in the manner of bz2's."""
+
+    def __init__(self) -> None:
+        self._inner = zlib.decompressobj(wbits=31)
+
+    @property
+    def eof(self) -> bool:
+        return self._inner.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._inner.unused_data
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._inner.unconsumed_tail
+
+    def decompress(self, data: bytes, max_length: int = -1, /) -> bytes:
+        return self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
+
+
+class _Source:
+    """The packed bytes of a job, as a file for pyarrow, too."""
+
+    closed = False
+
+    def __init__(self, fd: int, parent: int) -> None:
+        self._fd, self._parent = fd, parent
+        self.count = 0
+
+    def read(self, count: int = -1) -> bytes:
+        if count < 0:
+            parts = []
+            while data := self.read(_READ_BYTES):
+                parts.append(data)
+            return b"".join(parts)
+        while not _has_come(self._fd, _PARENT_EVERY_S):
+            if os.getppid() != self._parent:
+                raise ConnectionError("the service has gone")
+        data = os.read(self._fd, min(count, _READ_BYTES))
+        self.count += len(data)
+        return data
+
+    def close(self) -> None:
+        self.closed = True
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _members(source: _Source, new: Any, is_head: bool) -> Iterator[bytes]:
+    """Of one member after the other. Zeros behind the last are padding, as gzip has it."""
+    decoder: _Decoder = new()
+    data, is_first, begun = b"", True, False
+    while True:
+        if decoder.eof:
+            data = decoder.unused_data or data
+            decoder, is_first, begun = new(), False, False
+            if not data:
+                data = source.read(_READ_BYTES)
+        elif not data and decoder.needs_input:
+            data = source.read(_READ_BYTES)
+        if not begun and not is_first:
+            data = data.lstrip(b"\0")
+            if not data:
+                data = source.read(_READ_BYTES)
+                if not data:
+                    return
+                continue
+        if not data and decoder.needs_input:
+            if is_head:
+                return
+            raise DamagedError("it ends before the packed bytes do: it was cut short")
+        begun = True
+        try:
+            out = decoder.decompress(data, _OUT_BYTES)
+        except (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
+            where = "" if is_first else " behind the end of what was packed: something else follows"
+            raise DamagedError(f"{error}{where}") from error
+        data = b""
+        yield out
+
+
+def _by_arrow(source: _Source, packing: str, is_head: bool) -> Iterator[bytes]:
+    import pyarrow as pa  # takes a quarter of a second to import
+
+    try:
+        with pa.CompressedInputStream(pa.PythonFile(source, mode="r"), packing) as stream:
+            while out := stream.read(_HEAD_OUT_BYTES if is_head else _OUT_BYTES):
+                yield out
+    except ConnectionError:
+        raise
+    except (OSError, ValueError) as error:
+        if is_head and "runcated" in str(error):
+            return
+        raise DamagedError(str(error)) from error
+
+
+def _snappy(source: _Source, size: int) -> Iterator[bytes]:
+    import pyarrow as pa
+
+    packed = source.read()
+    found = shift = 0
+    for byte in packed[:5]:  # how large it is unpacked
+        found |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            break
+    if size >= 0 and found != size:
+        raise DamagedError(f"it says that it has {found} bytes unpacked, and {size} were promised")
+    if found > 64 * len(packed) + 64:
+        raise DamagedError(f"{len(packed)} bytes say that they are {found}: they are damaged")
+    try:
+        yield memoryview(pa.Codec("snappy").decompress(packed, found))  # type: ignore[misc]
+    except (OSError, ValueError) as error:
+        raise DamagedError(str(error)) from error
+
+
+_DECODERS = {"gzip": _Gzip, "bz2": bz2.BZ2Decompressor, "xz": lambda: lzma.LZMADecompressor(memlimit=1 << 30)}
+
+
+def unpacked(source: _Source, packing: str, size: int, is_head: bool) -> Iterator[bytes]:
+    """The unpacked bytes, some at a time. DamagedError."""
+    if packing in _DECODERS:
+        return _members(source, _DECODERS[packing], is_head)
+    return _snappy(source, size) if packing == "snappy" else _by_arrow(source, packing, is_head)
+
+
+def _do(job: bytes, files: list[int], to: socket.socket, parent: int) -> None:
+    name, size, bytes_max, is_head = JOB.unpack(job)
+    packing = name.rstrip(b"\0").decode()
+    source = _Source(files[0], parent)
+    count = 0
+    if len(files) > 1:
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_max if hard < 0 else min(bytes_max, hard), hard))
+    try:
+        for out in unpacked(source, packing, size, is_head):
+            if count + len(out) > bytes_max:
+                count += len(out)
+                raise DamagedError("too many bytes")
+            left = memoryview(out)
+            while len(left) and len(files) > 1:
+                left = left[os.pwrite(files[1], left, count + len(out) - len(left)) :]
+            count += len(out)
+            to.send(PROGRESS.pack(GOING, source.count, count))
+    except DamagedError as error:
+        text = str(error)
+    except ConnectionError:
+        raise
+    except MemoryError:
+        text = "it takes more memory to unpack than is allowed"
+    except OSError as error:
+        text = f"the unpacked bytes cannot be written: {error.strerror}"
+    else:
+        to.send(PROGRESS.pack(DONE, source.count, count))
+        return
+    to.send(PROGRESS.pack(FAILED, source.count, count) + text.encode()[:2048])
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = os.getppid()
+    for what, most in ((resource.RLIMIT_AS, _ADDRESS_SPACE_BYTES), (resource.RLIMIT_CORE, 0)):
+        hard = resource.getrlimit(what)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(what, (most, most))
+    with socket.socket(fileno=int(sys.argv[1])) as service:
+        while True:
+            for _ in range(_IDLE_LOOKS_MAX):
+                if _has_come(service.fileno(), _PARENT_EVERY_S):
+                    break
+                if os.getppid() != parent:
+                    return
+            else:
+                return
+            try:
+                job, files, _, _ = socket.recv_fds(service, MESSAGE_BYTES_MAX, 2)
+            except ConnectionError:
+                return
+            if not job:
+                return
+            try:
+                _do(job, files, service, parent)
+            except (BrokenPipeError, ConnectionError):
+                return
+            finally:
+                for fd in files:
+                    os.close(fd)
+
+
+if __name__ == "__main__":
+    main()

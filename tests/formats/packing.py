@@ -1,0 +1,53 @@
+"""Packs bytes in the ways that are read, by the ending of a name."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+
+
+def by_arrow(name: str) -> Callable[[bytes], bytes]:
+    return lambda data: bytes(pa.Codec(name).compress(data))
+
+
+def zstd_stream(data: bytes) -> bytes:
+    """As `zstd` packs what comes through a pipe: no frame says its size."""
+    out = io.BytesIO()
+    with pa.CompressedOutputStream(pa.PythonFile(out, mode="w"), "zstd") as stream:
+        stream.write(data)
+        out.close = lambda: None  # type: ignore[method-assign]  # by pyarrow, with what was written
+    return out.getvalue()
+
+
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".zst": by_arrow("zstd"),
+    ".zstd": by_arrow("zstd"),
+    ".bz2": bz2.compress,
+    ".xz": lambda data: lzma.compress(data, preset=0),
+    ".br": by_arrow("brotli"),
+    ".snappy": by_arrow("snappy"),
+    ".tgz": gzip.compress,
+}
+
+
+def pack_folder(folder: Path, ending: str) -> None:
+    """Pack all shards in a folder, which an MDS index there names from then on."""
+    for path in sorted(folder.iterdir()):
+        if path.name != "index.json":
+            path.with_name(path.name + ending).write_bytes(PACK[ending](path.read_bytes()))
+            path.unlink()
+    about = folder / "index.json"
+    if about.exists():
+        index = json.loads(about.read_bytes())
+        for shard in index["shards"]:
+            name = shard["raw_data"]["basename"] + ending
+            shard["zip_data"] = {"basename": name, "bytes": (folder / name).stat().st_size}
+        about.write_text(json.dumps(index))
