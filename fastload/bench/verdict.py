@@ -202,7 +202,7 @@ def _first_epoch(found: Findings, rate: Rate) -> str:
         decode_per_s = max(found.decode_per_s, rate.samples_per_s)
         return (
             f"{head}: decoding limits it ({_count(rate.samples_per_s)} of the {_count(decode_per_s)} samples/s that "
-            f" {found.workers} threads decode by themselves); more bandwidth will not help, more cores or smaller "
+            f"{found.workers} threads decode by themselves); more bandwidth will not help, more cores or smaller "
             "stored images will."
         )
     if limit == "start":
@@ -263,11 +263,11 @@ def _demand(found: Findings, demand: Demand) -> str:
             fate += f" ({found.busy:.0%} is asked for)"
         whom = f"{found.ranks} accelerators, each of which takes" if found.ranks > 1 else "an accelerator that takes"
         return (
-            f"{demand.state}: {whom} {demand.step_s * 1e3:.3g} ms a batch of {found.batch_size} would be used to "
+            f"{demand.state}: {whom} {_step(demand.step_s)} a batch of {found.batch_size} would be used to "
             f"{demand.utilisation:.0%}; {fate}."
         )
     return (
-        f"{demand.state}: an accelerator may take a batch of {found.batch_size} every {demand.step_s * 1e3:.3g} ms "
+        f"{demand.state}: an accelerator may take a batch of {found.batch_size} every {_step(demand.step_s)} "
         f"({_count(per_s)} samples/s) and is still busy {found.busy:.0%} of the time."
     )
 
@@ -319,6 +319,10 @@ def _count(value: float) -> str:
 
 def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.0f} ms"
+
+
+def _step(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 def _mb(bytes_per_s: float) -> str:

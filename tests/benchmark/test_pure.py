@@ -226,7 +226,7 @@ def rate(samples_per_s: float, cpu_s: float = 1.0) -> Rate:
     [
         (replace(FOUND, store_bytes_per_s=200e6, cold=rate(1960)), "the link limits it (196 MB/s of 200 MB/s)"),
         (replace(FOUND, store_bytes_per_s=900e6, decode_per_s=2000.0, cold=rate(1900)), "decoding limits it"),
-        (replace(FOUND, decode_per_s=1500.0, cold=rate(1900)), "(1,900 of the 1,900 samples/s that"),
+        (replace(FOUND, decode_per_s=1500.0, cold=rate(1900)), "(1,900 of the 1,900 samples/s that 2 threads"),
         (replace(FOUND, store_bytes_per_s=170e6, cold=rate(1900)), "(190 MB/s of 190 MB/s)"),
         (replace(FOUND, store_bytes_per_s=900e6, cold=rate(1900, cpu_s=115.0)), "the cores limit it"),
         (
@@ -269,6 +269,7 @@ def rate(samples_per_s: float, cpu_s: float = 1.0) -> Rate:
             "The first epoch of m:f runs at 100 samples/s, fastload's at 250: 2.5 times as fast. Its later",
         ),
         (replace(FOUND, demands=(Demand("Cached", 0.1, 0.92),)), "every 100 ms (2,560 samples/s)"),
+        (replace(FOUND, demands=(Demand("Cached", 2.5, 0.92),)), "every 2.5 s (102 samples/s)"),
         (replace(FOUND, cold=rate(1900), price_per_gb=0.09, epochs=10), "costs 0.90, 10 without a cache 9.00"),
         (
             replace(FOUND, predicted=(0.5, 4100.0)),
