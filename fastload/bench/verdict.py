@@ -207,7 +207,7 @@ def _first_epoch(found: Findings, rate: Rate) -> str:
         )
     if limit == "start":
         return f"{head}, but took only {rate.seconds:.1f} s: too short to say what limits it; raise --max-bytes."
-    if limit == rate.bound_by and rate.said:
+    if limit == rate.bound_by != "unknown" and rate.said:
         return f"{head}. It is {rate.said}."
     if limit == "cores":
         busy = f"{rate.cpu_s / rate.seconds:.1f} of {rate.cores:g} are busy"
@@ -251,7 +251,7 @@ def _because(found: Findings, rate: Rate, source: float | None, name: str) -> st
         return f", and the disk limits it ({_mb(rate.bytes_per_s)} of {_mb(max(source, rate.bytes_per_s))})"
     if limit == "cores":
         return ", which is what the cores allow"
-    return f"; it is {rate.said}" if limit == rate.bound_by and rate.said else ""
+    return f"; it is {rate.said}" if limit == rate.bound_by != "unknown" and rate.said else ""
 
 
 def _demand(found: Findings, demand: Demand) -> str:

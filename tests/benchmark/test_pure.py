@@ -269,6 +269,10 @@ def rate(samples_per_s: float, cpu_s: float = 1.0) -> Rate:
             "The first epoch of m:f runs at 100 samples/s, fastload's at 250: 2.5 times as fast. Its later",
         ),
         (replace(FOUND, demands=(Demand("Cached", 0.1, 0.92),)), "every 100 ms (2,560 samples/s)"),
+        (
+            replace(FOUND, from_disk=replace(rate(3885), bound_by="unknown", said="too short to say: 0.7 s")),
+            "From the cache's disk it runs at 3,885 samples/s (388 MB/s).",
+        ),
         (replace(FOUND, demands=(Demand("Cached", 2.5, 0.92),)), "every 2.5 s (102 samples/s)"),
         (replace(FOUND, cold=rate(1900), price_per_gb=0.09, epochs=10), "costs 0.90, 10 without a cache 9.00"),
         (
