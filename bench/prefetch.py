@@ -31,7 +31,7 @@ from fastload.client import Consumer
 from fastload.client import Handle as Cache
 from fastload.config import MIB
 from fastload.demo.weed import WeedServer
-from fastload.service import request_limit
+from fastload.service.fetching import request_limit
 from fastload.store import replies
 from fastload.store.types import ObjectInfo
 

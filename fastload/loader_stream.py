@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch.multiprocessing
 from torch.utils.data import default_collate, default_convert
 
-from fastload import activity, callers
+from fastload import callers
 from fastload.arguments import checked_epoch
 from fastload.dataset_base import DatasetBase
 from fastload.decode.pictures import Image, WholeImage
@@ -30,8 +30,9 @@ from fastload.pipeline.resume import why_nothing_came
 from fastload.pipeline.workers import WorkerOptions, Workers
 from fastload.plan import Position, batch_count_of_rank
 from fastload.reports import Reporter
-from fastload.stalls import Stalls
 from fastload.stats import EpochMeter, Making, empty_stats
+from fastload.timing import activity
+from fastload.timing.stalls import Stalls
 
 STATE_VERSION = 1
 # What a task sends to a worker process takes about so long, since it costs half a millisecond to send it.

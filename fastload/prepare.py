@@ -3,7 +3,7 @@
 Warming fills the cache in the order in which a job will read. The plan is the job's own: the same URLs, seed, shuffle
 and epoch give the same order. The service fetches along it and keeps every chunk that the disk tier has room for;
 meanwhile this process indexes the shards as their chunks arrive, so that the job neither fetches nor parses, and knows
-how many samples there are. It stands back behind jobs that train (`service.warming_limit`).
+how many samples there are. It stands back behind jobs that train (`service.fetching.warming_limit`).
 
 Indexing alone fetches only the chunks that hold headers, from several shards at a time; shards whose index is known are
 not read again. The indexes stay in the cache. They can also be written to a file (see `formats.sidecar`), which saves

@@ -2,9 +2,9 @@
 
 Everything counts the current epoch of this loader (the last one, once it is over). Waits are seconds of all of the
 loader's threads, by reason; `wait_batch_s` alone is the trainer's own stall, which `stall_*_s` divide by cause
-(`fastload.stalls`): with `work_s`, the trainer's own time, they add up to `elapsed_s`. The service's counters are read
-when they are needed and when the epoch ends. A service that was replaced starts at zero again; one that does not answer
-only leaves these figures out.
+(`fastload.timing.stalls`): with `work_s`, the trainer's own time, they add up to `elapsed_s`. The service's counters
+are read when they are needed and when the epoch ends. A service that was replaced starts at zero again; one that does
+not answer only leaves these figures out.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any, Protocol
 from msgspec import to_builtins
 from msgspec.structs import replace
 
-from fastload.activity import CAUSES
 from fastload.config import cpu_count
 from fastload.errors import ServiceError, WaitTimeoutError
-from fastload.histogram import BOUNDS_S
-from fastload.stalls import Stalls
-from fastload.verdict import Figures, StoreFigures, Verdict, verdict
+from fastload.timing.activity import CAUSES
+from fastload.timing.histogram import BOUNDS_S
+from fastload.timing.stalls import Stalls
+from fastload.timing.verdict import Figures, StoreFigures, Verdict, verdict
 from fastload.waiting import REASONS, Waits
 
 # An answer takes a millisecond. An epoch does not begin or end later for the sake of figures.

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
-from fastload import activity
-from fastload.activity import Cause
 from fastload.errors import WaitTimeoutError
 from fastload.redaction import redact
+from fastload.timing import activity
+from fastload.timing.activity import Cause
 
 Reason = Literal["chunk", "index", "batch", "queue", "service", "listing", "shutdown"]
 REASONS: tuple[Reason, ...] = get_args(Reason)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastload import snapshot as of
-from fastload.histogram import BOUNDS_S
+from fastload.timing.histogram import BOUNDS_S
 
 # What a terminal or a page might obey, and what is too long for either.
 HOSTILE = "\x1b[31m\x9b2J<img onerror=alert(1)>\u202etxt.exe\r\n\x07" + "x" * 10_000

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastload.histogram import BOUNDS_S, Histogram
+from fastload.timing.histogram import BOUNDS_S, Histogram
 
 DURATIONS = st.lists(st.floats(2e-5, 5000.0), min_size=1, max_size=80)
 

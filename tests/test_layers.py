@@ -15,9 +15,10 @@ PACKAGE = Path(__file__).parent.parent / "fastload"
 # From the cellar to the roof.
 FLOORS = [
     "cached_attribute cgroups lazy lifecycle redaction shares snapshot svgplot unpacker version",
-    "errors trace",
-    "activity callers config cpu_priority device histogram kernels ragged strings",
-    "stalls verdict waiting",
+    "errors",
+    "callers config cpu_priority device kernels ragged strings",
+    "timing",
+    "waiting",
     "decode stats store transport",
     "arguments cache plan torchloader",
     "formats history protocol",

@@ -89,10 +89,10 @@ def test_every_statistic_is_documented() -> None:
 
 
 def test_the_service_and_the_command_line_do_without_torch() -> None:
-    code = "import sys, fastload.service.server, fastload.cli, fastload.prepare; assert 'torch' not in sys.modules"
+    code = "import sys, fastload.service.host.server, fastload.cli, fastload.prepare; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     code = (
-        "import sys, fastload.service.server; "
+        "import sys, fastload.service.host.server; "
         "assert not {'torch', 'numba'} & set(sys.modules), {'torch', 'numba'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastload import shares
-from fastload.service.eviction import prefetch_distance, read_threads, write_queue_max, write_threads
+from fastload.service.deciding.eviction import prefetch_distance, read_threads, write_queue_max, write_threads
 
 BUFFER_COUNTS = [2, 3, 4, 5, 8, 13, 40, 1024, 1 << 14]
 

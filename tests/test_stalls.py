@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastload import activity
-from fastload.activity import CAUSES, Account, Waiting
-from fastload.stalls import Stalls
+from fastload.timing import activity
+from fastload.timing.activity import CAUSES, Account, Waiting
+from fastload.timing.stalls import Stalls
 
 
 class Clock:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fastload.trace import Trace
+from fastload.timing.trace import Trace
 from tests.processes import until
 from tests.programs import Program, run
 from tests.test_why_slow import tar

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastload.activity import CAUSES
 from fastload.stats import PlainMeter, empty_stats
-from fastload.verdict import KEEPS_UP_SHARE, SHORT_S, Figures, StoreFigures, figures_of, verdict
+from fastload.timing.activity import CAUSES
+from fastload.timing.verdict import KEEPS_UP_SHARE, SHORT_S, Figures, StoreFigures, figures_of, verdict
 
 MIB = 1 << 20
 LINK = StoreFigures(

@@ -18,12 +18,12 @@ import torch
 
 import fastload
 from fastload import loader_stream
-from fastload.activity import CAUSES
 from fastload.cache import syscalls
 from fastload.client.operator import Operator
 from fastload.pipeline import shards
 from fastload.service.core import Core
-from fastload.verdict import KEEPS_UP_SHARE
+from fastload.timing.activity import CAUSES
+from fastload.timing.verdict import KEEPS_UP_SHARE
 from tests.processes import until
 from tests.shards import tar_of
 from tests.store.servers import Handler, answer, server, whole

@@ -27,11 +27,11 @@ from typing import Any
 
 import msgspec
 
-from fastload.activity import CAUSES
 from fastload.bench import measure
 from fastload.bench.digests import Column, add_batch, merged
 from fastload.bench.passes import Pass, Step, replay, step
 from fastload.bench.process import Words, answers, asked, imported, serve
+from fastload.timing.activity import CAUSES
 
 _SETTLE_S = 1.0
 _ENOUGH_S, _AGAIN_MAX = 2.5, 12

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fastload.verdict import LATENCY_SHARE, THROTTLED_SHARE
+from fastload.timing.verdict import LATENCY_SHARE, THROTTLED_SHARE
 
 # Of a part's own rate: above it, that part is what limits.
 _REACHED = 0.85

@@ -185,7 +185,7 @@ def _kernels() -> Iterator[Check]:
 
 def descriptors() -> Check:
     """How many files and sockets a process may open: a service has one for each request."""
-    from fastload.service.request_limit import requests_max
+    from fastload.service.fetching.request_limit import requests_max
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     says = f"{soft} may be open in a process: up to {requests_max()} requests at a time"

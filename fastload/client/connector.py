@@ -24,10 +24,10 @@ from fastload.config import default_ram_bytes, exact_bytes, format_bytes
 from fastload.errors import FastloadError, ServiceError
 from fastload.lifecycle import on_fork, reset_on_fork
 from fastload.rendezvous import ServiceLocation, StandIn
-from fastload.service.launch import StartError, start_process
+from fastload.service.host.launch import StartError, start_process
 
 if TYPE_CHECKING:
-    from fastload.service.inprocess import InProcessService
+    from fastload.service.host.inprocess import InProcessService
 
 ServiceMode = Literal["auto", "inprocess"]
 
@@ -177,7 +177,7 @@ class Connector:
             return self._stand_ins
 
     def _start_here(self, place: ServiceLocation) -> None:
-        from fastload.service.inprocess import InProcessService  # all of the service, which mostly runs elsewhere
+        from fastload.service.host.inprocess import InProcessService  # all of the service, which mostly runs elsewhere
 
         with self._lock:
             service = self._services.get(place)

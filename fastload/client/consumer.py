@@ -42,7 +42,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload import callers, errors, protocol
-from fastload.activity import Cause
 from fastload.cache.policy import PolicyName
 from fastload.client.attached import AttachedObjects, Int64, Ints, OpenedObject
 from fastload.client.connection import Connection, ConnectionEvents
@@ -56,6 +55,7 @@ from fastload.redaction import redact
 from fastload.store import StoreOptions, local, normalise, options
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
+from fastload.timing.activity import Cause
 from fastload.waiting import DEADLINE_S, Reason, Waits, wait
 
 # What a request is for, in notices of long waits and in the error of one that took too long.

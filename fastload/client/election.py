@@ -19,7 +19,7 @@ from fastload import protocol
 from fastload.client.handshake import Welcomed, greet
 from fastload.errors import CacheError, FastloadError, ServiceError
 from fastload.rendezvous import ServiceLocation
-from fastload.service.launch import StartError, log_tail
+from fastload.service.host.launch import StartError, log_tail
 
 DEADLINE_S = 60.0
 _TRY_AGAIN_S, _TRY_AGAIN_MAX_S = 0.02, 0.5

@@ -25,7 +25,7 @@ from fastload.daemon.jobs import Figures
 from fastload.errors import FastloadError, ObjectMissingError
 from fastload.protocol import Progress, WarmTerms
 from fastload.redaction import redact
-from fastload.service.logs import log_to_stderr
+from fastload.service.host.logs import log_to_stderr
 from fastload.store.listing import expand
 
 log = logging.getLogger("fastload.service")

@@ -16,9 +16,9 @@ from fastload.cpu_priority import take_long_slices
 from fastload.daemon.config import Config
 from fastload.daemon.supervisor import Source, Supervisor
 from fastload.errors import CacheError, ServiceError
-from fastload.service.launch import clean_environment
-from fastload.service.logs import log_to_stderr
-from fastload.service.server import Server
+from fastload.service.host.launch import clean_environment
+from fastload.service.host.logs import log_to_stderr
+from fastload.service.host.server import Server
 
 log = logging.getLogger("fastload.service")
 

@@ -49,9 +49,9 @@ from fastload.errors import CacheError, ConfigError, FastloadError, ObjectMissin
 from fastload.formats import endings_of
 from fastload.redaction import redact
 from fastload.service.core import RELEASE_AFTER_S, Core
-from fastload.service.server import Server
+from fastload.service.fetching.stores import StoreTable
+from fastload.service.host.server import Server
 from fastload.service.state import ObjectEntry
-from fastload.service.stores import StoreTable
 from fastload.store import StoreOptions
 from fastload.store.listing import expand
 from fastload.store.types import ObjectInfo

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 
-from fastload.activity import CAUSES
 from fastload.errors import FastloadError
-from fastload.histogram import BOUNDS_S
 from fastload.snapshot import Consumer, DataSet, Endpoint, Histogram, Job, Snapshot
+from fastload.timing.activity import CAUSES
+from fastload.timing.histogram import BOUNDS_S
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric

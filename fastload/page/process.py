@@ -22,7 +22,7 @@ from fastload.config import default_cache_dir
 from fastload.errors import ConfigError, FastloadError, ServiceError, from_wire, to_wire
 from fastload.page.guard import Door
 from fastload.page.listener import LISTEN, Place, Running, announce, listen, only_page, running
-from fastload.service.launch import child_environment
+from fastload.service.host.launch import child_environment
 
 log = logging.getLogger("fastload.page")
 

@@ -32,12 +32,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fastload import activity, callers
+from fastload import callers
 from fastload.cpu_priority import let_breathe, take_long_slices
 from fastload.errors import ServiceError
 from fastload.kernels.yielding import start_yielding
 from fastload.lifecycle import Ending, end_at_exit, join_at_exit
-from fastload.stalls import Stalls
+from fastload.timing import activity
+from fastload.timing.stalls import Stalls
 from fastload.waiting import Waits, wait
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from fastload import activity
 from fastload.arguments import CachePolicy
 from fastload.cache.policy import PolicyName
 from fastload.client.cache import Handle
@@ -37,6 +36,7 @@ from fastload.pipeline.reader import ScatteredReader, WindowReader, check_allowe
 from fastload.pipeline.source import AttachedConsumer, Source
 from fastload.plan import Batch, BatchEntry, Cursor, Tail, first_objects, objects_in_use_order
 from fastload.stats import JointAccount
+from fastload.timing import activity
 from fastload.transport.slots import SlotPool
 from fastload.waiting import JointWaits, Waits
 

@@ -28,8 +28,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data._utils.collate import collate, collate_tensor_fn, default_collate_fn_map
 
-from fastload import activity, callers
-from fastload.activity import Account
+from fastload import callers
 from fastload.decode import Decoder
 from fastload.decode.base import Keys
 from fastload.decode.optional import Present, decode_optional
@@ -40,6 +39,8 @@ from fastload.pipeline.columns import ANY, KEY, URL, ColumnSet
 from fastload.pipeline.names import Names
 from fastload.ragged import Ragged, presence, unchecked
 from fastload.strings import Strings
+from fastload.timing import activity
+from fastload.timing.activity import Account
 from fastload.transport.bulk_copy import stack_into
 from fastload.transport.pickling import is_plain
 from fastload.transport.slots import SMALL_BYTES, Slots

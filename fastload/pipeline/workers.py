@@ -37,12 +37,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data._utils import worker as torch_worker
 
-from fastload import activity, callers
-from fastload.activity import Account, Cause, Waiting
+from fastload import callers
 from fastload.errors import ConfigError, WaitTimeoutError, WorkerError
 from fastload.lifecycle import Ending, held_while_forking
 from fastload.pipeline.finish import Finish, GatheredBatch, Reseed, reseed_all
 from fastload.pipeline.gather import SharedMemory
+from fastload.timing import activity
+from fastload.timing.activity import Account, Cause, Waiting
 from fastload.transport import Link, LinkClosedError, SharedPool
 from fastload.transport.pickling import dump_apart
 from fastload.transport.worker_process import (

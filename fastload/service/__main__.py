@@ -23,6 +23,6 @@ def _detach() -> None:
 if __name__ == "__main__":
     if "--detach" in sys.argv:
         _detach()
-    from fastload.service.process import main
+    from fastload.service.host.process import main
 
     sys.exit(main(sys.argv[1:]))

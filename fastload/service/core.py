@@ -21,30 +21,30 @@ from typing import Any
 from fastload import protocol
 from fastload.errors import CacheError
 from fastload.rendezvous import ServiceLocation
-from fastload.service import scheduler
-from fastload.service.candidates import Candidates
-from fastload.service.clearing import Clearing
+from fastload.service.deciding import scheduler
+from fastload.service.deciding.candidates import Candidates
+from fastload.service.deciding.plans import WarmPlan
+from fastload.service.deciding.scheduler import Capacity, Drop, Load, RecallChunk
 from fastload.service.description import describe, judged
 from fastload.service.disk_io import DISK_DEADLINE_S, DiskEvictor, DiskWatch, Quota, WriteBehind
-from fastload.service.fetches import Fetches
-from fastload.service.holdings import Holdings
+from fastload.service.fetching.fetches import Fetches
+from fastload.service.fetching.openings import Openings, Versions
+from fastload.service.fetching.request_limit import Endpoints
+from fastload.service.fetching.stores import StoreFactory, StoreTable
+from fastload.service.fetching.warming import Warming
+from fastload.service.holding.clearing import Clearing
+from fastload.service.holding.holdings import Holdings
+from fastload.service.holding.verifying import Verifying
+from fastload.service.host.threads import Pool
 from fastload.service.indexes import IndexCache
-from fastload.service.openings import Openings, Versions
 from fastload.service.operators import Operators
-from fastload.service.plans import WarmPlan
 from fastload.service.queries import Queries
 from fastload.service.recording import WRITE_AFTER_S, Recording
 from fastload.service.replay import Replay, ReplayPlan
-from fastload.service.request_limit import Endpoints
 from fastload.service.residency import Residency
 from fastload.service.resources import Disk, Resources
-from fastload.service.scheduler import Capacity, Drop, Load, RecallChunk
 from fastload.service.shared_state import SharedState
 from fastload.service.state import ConsumerState, Plan
-from fastload.service.stores import StoreFactory, StoreTable
-from fastload.service.threads import Pool
-from fastload.service.verifying import Verifying
-from fastload.service.warming import Warming
 from fastload.snapshot import Snapshot
 
 log = logging.getLogger("fastload.service")

@@ -13,16 +13,16 @@ import msgspec
 
 from fastload import protocol, snapshot
 from fastload.cgroups import read_file
-from fastload.histogram import BOUNDS_S, Histogram
 from fastload.redaction import redact
-from fastload.service.holdings import Holdings
+from fastload.service.fetching.request_limit import Endpoints
+from fastload.service.holding.holdings import Holdings
 from fastload.service.operators import Jobs
-from fastload.service.request_limit import Endpoints
 from fastload.service.resources import Resources
 from fastload.service.shared_state import SharedState
 from fastload.service.state import ConsumerState
 from fastload.stats import store_figures
-from fastload.verdict import figures_of, verdict
+from fastload.timing.histogram import BOUNDS_S, Histogram
+from fastload.timing.verdict import figures_of, verdict
 from fastload.version import __version__
 
 

@@ -31,12 +31,12 @@ from functools import partial
 from typing import Any
 
 from fastload.cache import ChunkKey
-from fastload.service.eviction import write_queue_max, write_threads
-from fastload.service.rate_budget import RateBudget
+from fastload.service.deciding.eviction import write_queue_max, write_threads
+from fastload.service.fetching.rate_budget import RateBudget
+from fastload.service.host.threads import Done, Pool, Task
 from fastload.service.resources import Resources
 from fastload.service.shared_state import SharedState
 from fastload.service.state import Chunk
-from fastload.service.threads import Done, Pool, Task
 
 # A disk under load answers within a second or two, a drive that retries a bad spot within ten.
 DISK_DEADLINE_S = 20.0

@@ -26,8 +26,8 @@ from fastload.formats.shard_index import HEADER_BYTES, stored_sample_count
 from fastload.formats.table_index import stored_row_count
 from fastload.service import bounded
 from fastload.service.disk_io import DiskEvictor, DiskWatch
+from fastload.service.host.threads import Done
 from fastload.service.resources import Resources
-from fastload.service.threads import Done
 
 _RAM_BYTES = 256 * MIB
 _VICTIMS_MAX = 4

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 
 from fastload import protocol
 from fastload.errors import StoreError, to_wire
-from fastload.service.buffers import BufferTable
-from fastload.service.eviction import DiskOrder
+from fastload.service.deciding.buffers import BufferTable
+from fastload.service.deciding.eviction import DiskOrder
 from fastload.service.state import Chunk, ChunkState, ConsumerState, OpenWant, RecallState
 
 

@@ -23,7 +23,7 @@ from fastload.history.archive import Archive
 from fastload.history.library import Library
 from fastload.history.record import RecordedReads, Recorder
 from fastload.history.runfile import EndpointSummary
-from fastload.service.request_limit import Endpoints, Learnt
+from fastload.service.fetching.request_limit import Endpoints, Learnt
 from fastload.service.resources import Resources
 from fastload.service.state import ConsumerState, ObjectEntry
 

@@ -24,7 +24,7 @@ from fastload.errors import AccessDeniedError, StoreUnavailableError
 from fastload.history.follow import Follower
 from fastload.history.keys import object_key
 from fastload.history.library import Library
-from fastload.service.openings import Versions
+from fastload.service.fetching.openings import Versions
 from fastload.service.recording import Recording
 from fastload.service.resources import Resources
 from fastload.service.shared_state import SharedState

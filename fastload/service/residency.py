@@ -16,17 +16,17 @@ from collections.abc import Callable
 
 from fastload import protocol
 from fastload.errors import StoreError
-from fastload.service import buffers
+from fastload.service.deciding import buffers
+from fastload.service.deciding.eviction import read_threads
+from fastload.service.deciding.plans import WarmPlan
+from fastload.service.deciding.scheduler import Candidate
 from fastload.service.disk_io import DiskWatch, WriteBehind
-from fastload.service.eviction import read_threads
-from fastload.service.fetches import Fetches
-from fastload.service.plans import WarmPlan
+from fastload.service.fetching.fetches import Fetches
+from fastload.service.fetching.warming import Warming
+from fastload.service.host.threads import Done
 from fastload.service.resources import Resources
-from fastload.service.scheduler import Candidate
 from fastload.service.shared_state import SharedState
 from fastload.service.state import Chunk, Plan, WriteState
-from fastload.service.threads import Done
-from fastload.service.warming import Warming
 
 
 class Residency:

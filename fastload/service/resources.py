@@ -21,9 +21,9 @@ from fastload.config import CacheLimits
 from fastload.history.archive import Archive
 from fastload.rendezvous import ServiceLocation
 from fastload.service.events import Events, Warnings
-from fastload.service.request_limit import REQUESTS_MAX, Hedger, requests_max
-from fastload.service.stores import StoreFactory, StoreTable
-from fastload.service.threads import Pools
+from fastload.service.fetching.request_limit import REQUESTS_MAX, Hedger, requests_max
+from fastload.service.fetching.stores import StoreFactory, StoreTable
+from fastload.service.host.threads import Pools
 from fastload.service.unpacking import files_in, memory_file
 from fastload.store.watch import waited_for_core_s
 

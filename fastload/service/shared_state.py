@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from fastload.service import buffers
-from fastload.service.buffers import BufferTable
-from fastload.service.eviction import DiskAdmission, DiskOrder, TierArcs
+from fastload.service.deciding import buffers
+from fastload.service.deciding.buffers import BufferTable
+from fastload.service.deciding.eviction import DiskAdmission, DiskOrder, TierArcs
+from fastload.service.deciding.plans import PlanSet
+from fastload.service.holding.pins import Pins
 from fastload.service.leases import Leases
-from fastload.service.pins import Pins
-from fastload.service.plans import PlanSet
 from fastload.service.resources import Disk, Resources
 from fastload.service.state import Chunk, ConsumerState, ObjectEntry, Objects
 

@@ -50,7 +50,7 @@ from fastload.errors import ServiceError
 from fastload.history.keys import object_key
 from fastload.protocol import ObjectRows
 from fastload.redaction import redact
-from fastload.service.request_limit import UNPACKED
+from fastload.service.fetching.request_limit import UNPACKED
 from fastload.store.types import ObjectInfo
 from fastload.store.urls import store_root
 

@@ -42,7 +42,7 @@ from fastload import unpacker
 from fastload.config import cpu_count
 from fastload.errors import CacheError, FastloadError, ServiceError, ShardError, StoreUnavailableError
 from fastload.formats.zstd import frame_bytes, whole_blocks
-from fastload.service.launch import child_environment
+from fastload.service.host.launch import child_environment
 from fastload.store import watch
 from fastload.store.packing import BYTES_ALWAYS, RATIO_MAX, is_bomb, packing_of
 from fastload.store.types import ObjectInfo

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from itertools import count
 
 from fastload.errors import StoreUnavailableError
-from fastload.service.stores import StoreTable
+from fastload.service.fetching.stores import StoreTable
 from fastload.simulate.clock import Timer, VirtualLoop
 from fastload.simulate.pools import Resume, VirtualPools
 from fastload.simulate.scenario import StoreProfile

@@ -11,7 +11,7 @@ from fastload.pipeline.windows import Window, window_chunks
 from fastload.plan import BatchEntry
 from fastload.service.core import Core
 from fastload.service.events import Warnings
-from fastload.service.request_limit import Hedger
+from fastload.service.fetching.request_limit import Hedger
 from fastload.service.resources import Resources
 from fastload.simulate.clock import VirtualLoop
 from fastload.simulate.consumer import SimulatedConsumer

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from fastload.service.threads import Done, Hung, Pool, Pools, Task
+from fastload.service.host.threads import Done, Hung, Pool, Pools, Task
 from fastload.simulate.clock import VirtualLoop
 
 Resume = Callable[[BaseException | None], None]

@@ -24,10 +24,10 @@ from torch.utils.data.dataloader import (
     _SingleProcessDataLoaderIter,
 )
 
-from fastload import activity
 from fastload.device import NO_MOVER, Mover, mover_to
 from fastload.errors import StateError
 from fastload.stats import PlainMeter
+from fastload.timing import activity
 from fastload.torchloader.loader_state import WORKER_ID, SavedState, SavedWorker, snapshot_interval
 from fastload.torchloader.progress import IterationProgress, WorkersProgress
 from fastload.torchloader.randomness import generators_of, preserve_global_generators

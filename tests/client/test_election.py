@@ -16,8 +16,8 @@ from fastload.cache import CacheDirectory
 from fastload.client import Handle as Cache
 from fastload.client import election
 from fastload.errors import CacheError, ServiceError
-from fastload.service.inprocess import InProcessService
-from fastload.service.launch import StartError, start_process
+from fastload.service.host.inprocess import InProcessService
+from fastload.service.host.launch import StartError, start_process
 from tests.processes import until
 from tests.service.helpers import CHUNK_BYTES, service_pid
 

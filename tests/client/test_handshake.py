@@ -22,7 +22,7 @@ from fastload.client import Handle as Cache
 from fastload.client import election
 from fastload.client.handshake import greet
 from fastload.errors import CacheError, FastloadError, ServiceError
-from fastload.service.launch import start_process
+from fastload.service.host.launch import start_process
 from tests.service.helpers import CHUNK_BYTES, service_pid
 
 HELLO = protocol.Hello(protocol.VERSION, os.getpid(), "", {})
@@ -254,7 +254,7 @@ def test_a_service_whose_start_is_stopped_is_given_up(tmp_path: Path, monkeypatc
     )
     path = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
-    monkeypatch.setattr("fastload.service.launch._END_S", 0.2)
+    monkeypatch.setattr("fastload.service.host.launch._END_S", 0.2)
     directory = CacheDirectory.open(
         tmp_path / "cache", ram_bytes=4 * CHUNK_BYTES, disk_bytes=0, chunk_bytes=CHUNK_BYTES
     )

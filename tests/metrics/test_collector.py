@@ -23,9 +23,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 import fastload
-from fastload.activity import CAUSES
 from fastload.client.operator import Operator
-from fastload.histogram import BOUNDS_S
 from fastload.metrics.collector import (
     COUNTERS,
     LEFT_OUT,
@@ -39,6 +37,8 @@ from fastload.metrics.collector import (
     families,
 )
 from fastload.snapshot import Consumer, DataSet, Endpoint, Histogram, Job, Snapshot
+from fastload.timing.activity import CAUSES
+from fastload.timing.histogram import BOUNDS_S
 from tests.snapshots import HOSTILE, example, make
 
 UNITS = ("bytes", "seconds", "chunks", "total", "second", "objects", "shards")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fastload import protocol
 from fastload.cache import CacheDirectory, DiskTier, limits
 from fastload.service.core import Core
-from fastload.service.rate_budget import RateBudget
+from fastload.service.fetching.rate_budget import RateBudget
 from tests.service.helpers import CHUNK_BYTES
 from tests.service.world import Side, World, settle, until
 

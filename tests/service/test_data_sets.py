@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from fastload.cache import ChunkKey
 from fastload.cache.catalog import UNKNOWN
-from fastload.service import data_sets
-from fastload.service.data_sets import OTHERS, DataSets
+from fastload.service.holding import data_sets
+from fastload.service.holding.data_sets import OTHERS, DataSets
 
 CHUNK = 100
 SIZES = {bytes([number]) * 16: 50 + 90 * number for number in range(5)}  # one to five chunks, the last one short

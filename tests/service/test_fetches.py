@@ -15,7 +15,7 @@ from fastload.cache import CacheDirectory
 from fastload.client import Handle as Cache
 from fastload.errors import ConfigError
 from fastload.service.core import Core
-from fastload.service.request_limit import AT_FIRST, AT_FIRST_WITH_OTHERS, SHARE_MAX, Hedger
+from fastload.service.fetching.request_limit import AT_FIRST, AT_FIRST_WITH_OTHERS, SHARE_MAX, Hedger
 from fastload.store.answers import ThrottledError
 from fastload.store.watch import Attempt, Outcome
 from tests.service.helpers import CHUNK_BYTES, random_bytes

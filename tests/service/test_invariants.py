@@ -10,8 +10,8 @@ import pytest
 from fastload import protocol
 from fastload.cache import ChunkKey
 from fastload.errors import AccessDeniedError, ObjectMissingError, StoreError, StoreUnavailableError
-from fastload.service import warming_limit
-from fastload.service.fetches import Fetches
+from fastload.service.fetching import warming_limit
+from fastload.service.fetching.fetches import Fetches
 from fastload.service.state import ConsumerState
 from fastload.store.types import ObjectInfo
 from tests.service.virtual_core import CHUNK_BYTES, VirtualCore

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastload.client import Handle
-from fastload.service.logs import LINES_AT_ONCE, LineLimit, limited
+from fastload.service.host.logs import LINES_AT_ONCE, LineLimit, limited
 from tests.service.helpers import CHUNK_BYTES
 
 
@@ -71,7 +71,7 @@ def test_a_service_in_threads_leaves_the_stores_logger_to_the_application(
 _CHATTY = """
 import logging, os, sys
 from pathlib import Path
-from fastload.service.logs import ServiceLog
+from fastload.service.host.logs import ServiceLog
 
 handler, path = ServiceLog(bytes_max=10_000), Path(sys.argv[1])
 handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from fastload import protocol
 from fastload.errors import ObjectChangedError
 from fastload.service.core import Core
-from fastload.service.openings import FRESH_S, Versions
+from fastload.service.fetching.openings import FRESH_S, Versions
 from fastload.store.types import ObjectInfo
 from tests.service.helpers import CHUNK_BYTES, random_bytes
 from tests.service.world import Gate, Side, World, settle, until

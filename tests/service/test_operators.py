@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 import fastload
 from fastload import protocol
-from fastload.activity import CAUSES
 from fastload.client.cache import Handle
 from fastload.client.operator import NotServedError, Operator
 from fastload.service.description import judged
-from fastload.service.request_limit import Endpoints
-from fastload.verdict import Figures
+from fastload.service.fetching.request_limit import Endpoints
+from fastload.timing.activity import CAUSES
+from fastload.timing.verdict import Figures
 
 
 def test_watching_starts_no_service_and_makes_no_directory(tmp_path: Path) -> None:

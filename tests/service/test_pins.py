@@ -12,7 +12,7 @@ from fastload import protocol, shares
 from fastload.cache import DiskTier
 from fastload.errors import CacheError
 from fastload.service.core import Core
-from fastload.service.pins import Pin, Pins
+from fastload.service.holding.pins import Pin, Pins
 from tests.service.helpers import CHUNK_BYTES
 from tests.service.world import Side, World, settle, sleep, until
 

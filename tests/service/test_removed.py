@@ -21,7 +21,7 @@ from fastload.cache import CacheDirectory
 from fastload.client import Consumer
 from fastload.client import Handle as Cache
 from fastload.config import CacheLimits
-from fastload.service import server
+from fastload.service.host import server
 from tests.conftest import Bucket
 from tests.processes import kill_service, service_pids, until
 from tests.service.helpers import CHUNK_BYTES, chunks_of, read, read_epoch, read_object, service_pid

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastload.service.request_limit import AT_FIRST, Controller, Learnt
+from fastload.service.fetching.request_limit import AT_FIRST, Controller, Learnt
 from fastload.store.watch import Attempt, Outcome
 from tests.service.virtual import CHUNK_BYTES, Profile, Store
 

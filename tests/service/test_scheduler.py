@@ -9,9 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastload.cache.policy import PolicyName
-from fastload.service import buffers, scheduler
-from fastload.service.buffers import BufferTable
-from fastload.service.scheduler import Action, Candidate, Capacity, Drop, Load, Need, RecallChunk, decide, upcoming
+from fastload.service.deciding import buffers, scheduler
+from fastload.service.deciding.buffers import BufferTable
+from fastload.service.deciding.scheduler import (
+    Action,
+    Candidate,
+    Capacity,
+    Drop,
+    Load,
+    Need,
+    RecallChunk,
+    decide,
+    upcoming,
+)
 from fastload.service.state import ChunkState, ObjectEntry, Plan, WriteState
 from fastload.store.types import ObjectInfo
 

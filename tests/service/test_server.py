@@ -16,8 +16,8 @@ import pytest
 from fastload import protocol
 from fastload.cache import CacheDirectory
 from fastload.client import Handle as Cache
-from fastload.service import server
-from fastload.service.server import Server
+from fastload.service.host import server
+from fastload.service.host.server import Server
 from tests.service.helpers import CHUNK_BYTES, eventually
 
 HELLO = protocol.Hello(protocol.VERSION, os.getpid(), "test", {})

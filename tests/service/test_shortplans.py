@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastload.service.buffers import BufferTable
 from fastload.service.core import Core
+from fastload.service.deciding.buffers import BufferTable
 from fastload.service.replay import ReplayPlan
 from fastload.service.state import NEVER, Chunk, ChunkState, ObjectEntry, Plan
 from fastload.store.types import ObjectInfo

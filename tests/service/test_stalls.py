@@ -12,8 +12,8 @@ import pytest
 from fastload import protocol
 from fastload.cache import syscalls
 from fastload.client import Handle as Cache
-from fastload.service import server
 from fastload.service.core import Core
+from fastload.service.host import server
 from tests.service.helpers import CHUNK_BYTES, FakeStore, eventually, random_bytes, read_epoch
 from tests.service.world import Gate, Side, World, settle, until
 

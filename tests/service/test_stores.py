@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from fastload.service.stores import StoreTable
+from fastload.service.fetching.stores import StoreTable
 from fastload.store import StoreOptions
 from fastload.store.types import ObjectInfo
 from tests.service.helpers import FakeStore

@@ -11,8 +11,8 @@ import pytest
 
 from fastload.client import Consumer
 from fastload.client import Handle as Cache
-from fastload.service import server
 from fastload.service.core import Core
+from fastload.service.host import server
 from tests.service.helpers import CHUNK_BYTES, FakeStore, chunks_of, random_bytes, read
 
 OBJECT_COUNT = 8

@@ -10,8 +10,8 @@ import pytest
 from fastload import protocol
 from fastload.cache import DiskTier
 from fastload.errors import AccessDeniedError, StoreUnavailableError
-from fastload.service import plans
 from fastload.service.core import Core
+from fastload.service.deciding import plans
 from tests.service.helpers import CHUNK_BYTES
 from tests.service.world import Side, World, settle, sleep, until
 

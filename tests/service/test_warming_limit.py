@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastload.service.rate_budget import RateBudget
-from fastload.service.warming_limit import InFlight, LinkMeter, Links, WarmingLimit, warming_budget
+from fastload.service.fetching.rate_budget import RateBudget
+from fastload.service.fetching.warming_limit import InFlight, LinkMeter, Links, WarmingLimit, warming_budget
 
 MB = 1_000_000
 HERE, THERE = "s3://here", "s3://there"

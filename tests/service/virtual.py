@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fastload.service.request_limit import Controller
+from fastload.service.fetching.request_limit import Controller
 from fastload.store.watch import Attempt, Outcome
 
 CHUNK_BYTES = 8 << 20

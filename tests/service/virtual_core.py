@@ -9,14 +9,14 @@ from collections import Counter
 from fastload.cache import ChunkKey
 from fastload.config import CacheLimits
 from fastload.errors import AccessDeniedError, ObjectChangedError, StoreError, StoreUnavailableError
-from fastload.service import buffers
-from fastload.service.buffers import _status
 from fastload.service.core import Core
+from fastload.service.deciding import buffers
+from fastload.service.deciding.buffers import _status
 from fastload.service.events import Warnings
-from fastload.service.request_limit import SHARE_MAX
+from fastload.service.fetching.request_limit import SHARE_MAX
+from fastload.service.fetching.stores import options_gone
 from fastload.service.resources import Resources
 from fastload.service.state import Chunk, ChunkState, RecallState, WriteState
-from fastload.service.stores import options_gone
 from fastload.simulate.clock import VirtualLoop
 from fastload.simulate.network import Connections, Network, VirtualStores
 from fastload.simulate.pools import VirtualPools

@@ -24,9 +24,9 @@ from fastload import protocol
 from fastload.cache import CacheDirectory
 from fastload.service import disk_io
 from fastload.service.core import Core
+from fastload.service.host.threads import Task
 from fastload.service.resources import Resources
 from fastload.service.state import ConsumerState
-from fastload.service.threads import Task
 from fastload.simulate.clock import VirtualLoop
 from fastload.simulate.pools import VirtualPools
 from fastload.store.types import ObjectInfo

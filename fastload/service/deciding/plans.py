@@ -21,11 +21,11 @@ from fastload import protocol
 from fastload.cache.policy import BLIND, PolicyName
 from fastload.errors import AccessDeniedError, to_wire
 from fastload.redaction import redact
-from fastload.service.buffers import BufferTable
-from fastload.service.eviction import DiskOrder, TierArcs
-from fastload.service.scheduler import Candidate, Need, OnDisk
+from fastload.service.deciding.buffers import BufferTable
+from fastload.service.deciding.eviction import DiskOrder, TierArcs
+from fastload.service.deciding.scheduler import Candidate, Need, OnDisk
+from fastload.service.fetching.warming_limit import warming_budget
 from fastload.service.state import Chunk, ChunkState, ConsumerState, ObjectEntry, Plan, Step
-from fastload.service.warming_limit import warming_budget
 
 
 class PlanSet:

@@ -16,13 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from fastload import trace
 from fastload.redaction import redact
-from fastload.service.request_limit import Endpoint, Endpoints
+from fastload.service.fetching.request_limit import Endpoint, Endpoints
 from fastload.service.resources import Resources
 from fastload.service.shared_state import SharedState
 from fastload.service.state import Chunk
 from fastload.store.watch import Attempt, Watch
+from fastload.timing import trace
 
 # A second request hangs as often as a first one does. Where many nodes wait for each other, one always does.
 _REQUESTS_OF_CHUNK_MAX = 3

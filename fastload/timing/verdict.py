@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from fastload.activity import CAUSES, Cause
 from fastload.config import format_bytes
+from fastload.timing.activity import CAUSES, Cause
 
 # Below this nothing is settled: threads start, caches are cold, code is compiled.
 SHORT_S = 1.0

@@ -18,9 +18,9 @@ from fastload.cache.catalog import ASIDE, CatalogDamagedError, CatalogError, Cat
 from fastload.errors import CacheError
 from fastload.redaction import redact
 from fastload.service.disk_io import DiskWatch
+from fastload.service.host.threads import Done
 from fastload.service.resources import Resources
 from fastload.service.state import ObjectEntry
-from fastload.service.threads import Done
 
 _WRITE_AFTER_S = 5.0
 _TRY_AGAIN_S = 15.0

@@ -2,7 +2,7 @@
 
 The trainer's thread works, or it is in the loader. What it spends there blocked is a *wait*, and each wait is divided
 among causes in the proportion in which the threads that make batches spent that very time, by their accounts
-(`fastload.activity`), what they are in the midst of included:
+(`fastload.timing.activity`), what they are in the midst of included:
 
 - While the batch that comes next is with the pool, its threads count: with batches ahead, that one is due as soon as
   their work allows. What the feeder does meanwhile is ahead of need, and counts nothing.
@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from fastload import activity, trace
-from fastload.activity import CAUSES, Account, Cause, Waiting
-from fastload.histogram import Histogram
+from fastload.timing import activity, trace
+from fastload.timing.activity import CAUSES, Account, Cause, Waiting
+from fastload.timing.histogram import Histogram
 
 Seconds = dict[str, float]
 Made = TypeVar("Made")

@@ -20,7 +20,8 @@ from typing import Any
 import msgspec
 
 from fastload.errors import AccessDeniedError
-from fastload.service import request_limit, unpacking
+from fastload.service import unpacking
+from fastload.service.fetching import request_limit
 from fastload.store import Counters, RequestOptions, StoreOptions, Watched, open_store, resolve, store_root
 from fastload.store.listing import present
 from fastload.store.types import ObjectInfo, Store

@@ -16,9 +16,9 @@ from fastload.config import CacheLimits
 from fastload.cpu_priority import take_long_slices
 from fastload.errors import FastloadError, to_wire
 from fastload.rendezvous import ServiceLocation, StandIn
-from fastload.service.launch import clean_environment
-from fastload.service.logs import ServiceLog
-from fastload.service.server import Server
+from fastload.service.host.launch import clean_environment
+from fastload.service.host.logs import ServiceLog
+from fastload.service.host.server import Server
 
 log = logging.getLogger("fastload.service")
 

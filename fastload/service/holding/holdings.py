@@ -16,11 +16,11 @@ from fastload.cache import ChunkKey
 from fastload.cache.catalog import CatalogObject, CatalogPin, folder_of
 from fastload.config import format_bytes
 from fastload.errors import CacheError, FastloadError, to_wire
-from fastload.service.catalog_keeper import CatalogKeeper, called, shown_url
-from fastload.service.data_sets import DataSets
 from fastload.service.disk_io import DiskWatch
 from fastload.service.events import Event
-from fastload.service.pins import Pin
+from fastload.service.holding.catalog_keeper import CatalogKeeper, called, shown_url
+from fastload.service.holding.data_sets import DataSets
+from fastload.service.holding.pins import Pin
 from fastload.service.resources import Resources
 from fastload.service.shared_state import SharedState
 from fastload.service.state import Chunk, ChunkState, ConsumerState, ObjectEntry

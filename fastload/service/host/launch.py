@@ -23,10 +23,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastload import errors, trace
+from fastload import errors
 from fastload.errors import ServiceError
 from fastload.rendezvous import ServiceLocation, StandIn
-from fastload.service.logs import FILE_BYTES_MAX
+from fastload.service.host.logs import FILE_BYTES_MAX
+from fastload.timing import trace
 
 _KEPT = {"PATH", "TMPDIR", "LANG", "LANGUAGE", "TZ", "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "LD_PRELOAD"}
 _KEPT |= {"GLIBC_TUNABLES", "OPENSSL_CONF", "OPENSSL_MODULES", "RUST_BACKTRACE", "TOKIO_WORKER_THREADS"}

@@ -48,9 +48,9 @@ from typing import Any
 
 import numpy as np
 
-from fastload.histogram import Histogram
-from fastload.service.warming_limit import LinkMeter, Links
+from fastload.service.fetching.warming_limit import LinkMeter, Links
 from fastload.store.watch import Attempt, Outcome
+from fastload.timing.histogram import Histogram
 
 # About one shard: what is needed first does not share a slow link with what is needed later.
 AT_FIRST = 8

@@ -32,9 +32,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from fastload.service import buffers
-from fastload.service.buffers import BufferTable
-from fastload.service.eviction import LATER
+from fastload.service.deciding import buffers
+from fastload.service.deciding.buffers import BufferTable
+from fastload.service.deciding.eviction import LATER
 from fastload.service.state import NEVER, ObjectEntry, Plan
 
 # Whether the disk tier holds a chunk (an object and an index in it); answers at once.

@@ -13,8 +13,8 @@ from fastload.cpu_priority import take_long_slices
 from fastload.errors import ServiceError
 from fastload.lifecycle import keep_forever, reset_on_fork
 from fastload.rendezvous import ServiceLocation
-from fastload.service.logs import limited
-from fastload.service.server import Server
+from fastload.service.host.logs import limited
+from fastload.service.host.server import Server
 
 _START_DEADLINE_S = 60.0
 

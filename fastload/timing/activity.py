@@ -7,7 +7,8 @@ threads.
 
 An account has the seconds of all its time by cause, and of the part of the trainer's present wait that is over
 (`Waiting`, which all accounts of an iteration share). The second is what that wait is divided by: see
-`fastload.stalls`. Only its thread writes an account; others read it, and the trainer's thread says when a wait begins.
+`fastload.timing.stalls`. Only its thread writes an account; others read it, and the trainer's thread says when a wait
+begins.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from time import monotonic, thread_time
 from typing import Literal, get_args
 
-from fastload import trace
+from fastload.timing import trace
 
 Cause = Literal[
     "startup",  # connecting, starting threads and processes, and until the feeder plans

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
-from fastload.service import scheduler
-from fastload.service.eviction import prefetch_distance
-from fastload.service.request_limit import Endpoints
-from fastload.service.scheduler import Candidate, Need
+from fastload.service.deciding import scheduler
+from fastload.service.deciding.eviction import prefetch_distance
+from fastload.service.deciding.scheduler import Candidate, Need
+from fastload.service.fetching.request_limit import Endpoints
+from fastload.service.fetching.warming import Warming
 from fastload.service.shared_state import SharedState
 from fastload.service.state import Chunk
-from fastload.service.warming import Warming
 
 
 class Candidates:

@@ -26,11 +26,11 @@ from fastload import protocol
 from fastload.cache import ChunkKey
 from fastload.errors import CacheError, to_wire
 from fastload.service.disk_io import DiskEvictor, DiskWatch
-from fastload.service.holdings import Holdings
+from fastload.service.holding.holdings import Holdings
+from fastload.service.host.threads import Done
 from fastload.service.operators import Operator
 from fastload.service.resources import Resources
 from fastload.service.shared_state import SharedState
-from fastload.service.threads import Done
 
 SCRUB_BYTES_PER_S = 32 << 20
 # While consumers wait for something, the next look is so much later.

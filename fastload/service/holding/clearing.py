@@ -15,12 +15,12 @@ from fastload import protocol
 from fastload.cache import ChunkKey
 from fastload.errors import CacheError, to_wire
 from fastload.service.disk_io import DiskEvictor, DiskWatch
-from fastload.service.holdings import Holdings
+from fastload.service.holding.holdings import Holdings
+from fastload.service.host.threads import Done
 from fastload.service.recording import Recording
 from fastload.service.residency import Residency
 from fastload.service.resources import Resources
 from fastload.service.shared_state import SharedState
-from fastload.service.threads import Done
 
 # Files that are removed in one go: little beside the time after which a disk counts as hanging, also where each takes
 # ten milliseconds.

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload.cache.policy.unknown_order import SieveSlots
-from fastload.service.eviction import BY_LRU, COVERED, LATER, eviction_class, least_useful_first
+from fastload.service.deciding.eviction import BY_LRU, COVERED, LATER, eviction_class, least_useful_first
 from fastload.service.state import NEVER, Chunk, ChunkState, Int64, ObjectEntry, Plan, RecallState, WriteState
 
 FREE, LOADING, IDLE, QUEUED, WRITING, LEASED, STUCK, QUARANTINED = range(8)

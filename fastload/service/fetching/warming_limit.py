@@ -29,7 +29,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from fastload.service.rate_budget import RateBudget
+from fastload.service.fetching.rate_budget import RateBudget
 
 # For so long after a job's last request warming is beside it, and after its last wait it counts as waiting: between two
 # batches no thread waits for a moment.

@@ -14,14 +14,14 @@ from itertools import chain
 from typing import TypeGuard
 
 from fastload.protocol import SOURCE_REMOTE
+from fastload.service.deciding.plans import WarmPlan
+from fastload.service.deciding.scheduler import Candidate
 from fastload.service.disk_io import WriteBehind
-from fastload.service.plans import WarmPlan
-from fastload.service.request_limit import Endpoints
+from fastload.service.fetching.request_limit import Endpoints
+from fastload.service.fetching.warming_limit import InFlight, Turn, WarmingLimit
 from fastload.service.resources import Resources
-from fastload.service.scheduler import Candidate
 from fastload.service.shared_state import SharedState
 from fastload.service.state import Chunk, ConsumerState, Plan, WriteState
-from fastload.service.warming_limit import InFlight, Turn, WarmingLimit
 
 # Chunks of a plan that are passed over in one turn, since their endpoint takes no more just now: enough to find others.
 _REFUSED_MAX = 32
