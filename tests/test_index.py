@@ -110,7 +110,13 @@ def test_a_job_that_follows_parses_nothing(url: str, tmp_path: Path) -> None:
     said = " ".join(done.stderr.split())
     assert f"5 shards, 104 samples, {DATA.byte_count / 1024:.1f} KiB: indexed, " in said
     again = json.loads(run_cli("index", url, "--cache", tmp_path / "cache", "--json").stdout)
-    assert again == {"shard_count": 5, "sample_count": 104, "total_bytes": DATA.byte_count, "fetched_bytes": 0}
+    assert again == {
+        "shard_count": 5,
+        "sample_count": 104,
+        "total_bytes": DATA.byte_count,
+        "fetched_bytes": 0,
+        "bad": [],
+    }
     until(lambda: not service_pids(tmp_path / "cache"))
     with Cache(tmp_path / "cache") as cache:
         assert counts(Source(SourceOptions([url], cache))) == COUNTS
