@@ -70,13 +70,40 @@ _bucket_numbers = count()
 _lasting: set[int] = set()
 
 
+# Tests that take seconds, and of which `make test` tries another variant, or the same at another level.
+_THOROUGH = (
+    "bench/test_endurance.py::test_nothing_grows_with_epochs[inline]",
+    "bench/test_endurance.py::test_nothing_grows_with_epochs[side]",
+    "bench/test_endurance.py::test_nothing_grows_with_epochs[thread]",
+    "benchmark/test_own.py::test_both_loaders_stand_side_by_side",
+    "files/test_processes.py::test_worker_processes[spawn]",
+    "formats/test_fuzz.py::test_a_little_fuzzing[fuzz_records-bounds-50]",
+    "formats/test_fuzz.py::test_a_little_fuzzing[fuzz_tar-bounds-50]",
+    "formats/test_fuzz.py::test_checked_indexes_are_checked",
+    "formats/test_tokens.py::test_documents_are_read_from_pieces[long tails-",
+    "formats/test_tokens.py::test_ranks_share_a_file_in_pieces[long tails-",
+    "jobs/test_examples.py::test_one_after_the_other_in_one_folder",
+    "kernels/test_compile.py::test_a_first_batch_out_of_a_folder_that_was_filled_before",
+    "native/test_install.py::test_an_editable_install",
+    "test_why_slow.py::test_large_images[process-",
+    "test_why_slow.py::test_large_images[thread-",
+    "test_why_slow.py::test_slow_functions[side-",
+    "test_why_slow.py::test_slow_functions[thread-",
+    "torchloader/test_processes.py::test_batches_are_those_that_torch_gives[spawn]",
+    "torchloader/test_processes.py::test_nothing_is_left_when_the_trainer_is_killed[spawn]",
+    "transport/test_queue.py::test_senders_that_end_do_not_wait_for_a_reader_that_was_killed[spawn]",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that take a minute are for `make thorough`."""
-    if "FASTLOAD_THOROUGH" not in os.environ:
-        skip = pytest.mark.skip(reason="`make thorough` runs it: it takes a minute")
-        for item in items:
-            if item.get_closest_marker("thorough"):
-                item.add_marker(skip)
+    """Tests that take long are for `make thorough`: those with the marker, and those of the list."""
+    thorough = pytest.mark.thorough
+    skip = pytest.mark.skip(reason="`make thorough` runs it: it takes a minute")
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(_THOROUGH):
+            item.add_marker(thorough)
+        if "FASTLOAD_THOROUGH" not in os.environ and item.get_closest_marker("thorough"):
+            item.add_marker(skip)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import multiprocessing
 import os
 import subprocess
@@ -17,9 +18,11 @@ import sys
 import threading
 import types
 from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.patience import PATIENCE_S
 
@@ -109,6 +112,19 @@ def run(code: str, *arguments: object, check: bool = True, **options: Any) -> su
 def run_cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """`fastload` with these arguments, to its end."""
     return run("from fastload.cli import main; main()", *arguments, **options)
+
+
+def run_cli_here(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same in this process, for what ends before there is anything to end: a mistake in the arguments."""
+    from fastload.cli import main
+
+    command, out, errors, code = ["fastload", *map(str, arguments)], io.StringIO(), io.StringIO(), 0
+    with mock.patch.object(sys, "argv", command), redirect_stdout(out), redirect_stderr(errors):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    return subprocess.CompletedProcess(command, code, out.getvalue(), errors.getvalue())
 
 
 class _Ends:

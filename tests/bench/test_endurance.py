@@ -36,7 +36,7 @@ def test_what_grows_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     look = Held.look
 
     def leaking(held: Held, folder: Path) -> None:
-        kept.append(bytearray(b"x" * (2 * MEMORY_SLACK_BYTES // EPOCHS * 3)))
+        kept.append(bytearray(b"x" * (8 * MEMORY_SLACK_BYTES // EPOCHS * 3)))
         pipes.append(os.pipe())
         threads.append(threading.Thread(target=ended.wait))
         threads[-1].start()

@@ -18,7 +18,7 @@ from fastload.store import ObjectInfo, StoreOptions
 from tests.conftest import Bucket
 from tests.patience import PATIENCE_S
 from tests.processes import until
-from tests.programs import run_cli
+from tests.programs import run_cli, run_cli_here
 from tests.shards import corpus
 
 CAP_BYTES_PER_S = 6e6
@@ -113,7 +113,7 @@ def test_a_step_is_tried_and_two_results_compare(capped: str, tmp_path: Path) ->
 def test_what_cannot_be_is_one_line_before_anything_is_measured(
     capped: str, tmp_path: Path, arguments: list[str], says: str
 ) -> None:
-    done = bench(tmp_path, capped, *arguments, check=False)
+    done = run_cli_here("bench", capped, *arguments, "--cache", tmp_path / "cache")
     assert done.returncode == 1
     assert says in done.stderr
     assert done.stderr.count("fastload: ConfigError") == 1

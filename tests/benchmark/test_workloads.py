@@ -16,7 +16,7 @@ from fastload.errors import AccessDeniedError, ConfigError
 from fastload.store import StoreOptions, open_store
 from tests.benchmark.test_pure import FOUND
 from tests.conftest import Bucket
-from tests.programs import run_cli
+from tests.programs import run_cli, run_cli_here
 
 SMALL = Workload("small", 3000, 2000, 40, 4, 0.01, 0.9)
 
@@ -89,7 +89,7 @@ def test_data_is_made_in_a_store_and_only_where_there_is_none(s3: Bucket) -> Non
     ],
 )
 def test_what_cannot_be_is_one_line(arguments: list[str], says: str) -> None:
-    done = run_cli("bench", *arguments, check=False)
+    done = run_cli_here("bench", *arguments)
     assert done.returncode == 1
     assert says in done.stderr
 
