@@ -38,6 +38,12 @@ class ColumnarDataset(torch.utils.data.IterableDataset[Any]):
         return sample
 
     @property
+    def shuffle(self) -> bool:
+        """Whether it shuffles."""
+        sources = self._data.sources if isinstance(self._data, Mixture) else [self._data]
+        return any(bool(source.shuffle) for source in sources)
+
+    @property
     def _is_changed(self) -> bool:
         """Whether samples go through Python of the user's."""
         return type(self).__getitem__ is not ColumnarDataset.__getitem__
@@ -54,7 +60,7 @@ class ColumnarDataset(torch.utils.data.IterableDataset[Any]):
             return [self[number] for number in range(*at.indices(self._data.sample_count))]
         if isinstance(self._data, Mixture):
             raise ConfigError("a data set that mixes several has no samples by number")
-        if isinstance(at, Sequence):
+        if isinstance(at, Sequence) and not isinstance(at, str | bytes):
             return [self[number] for number in at]
         return self._finished(self._made(_columns_of(self._data[at])))
 
@@ -87,7 +93,12 @@ class ColumnarLoader(DataLoader[Any]):
             return
         if not args and "batch_size" not in options:
             options["batch_size"] = self._source.batch_size or 1
-        options.pop("shuffle", None)  # which is the data set's
+        shuffle = options.pop("shuffle", None)
+        if shuffle is not None and bool(shuffle) != self._source.shuffle:
+            raise ConfigError(
+                f"shuffle={shuffle!r} of the loader: the data set shuffles, or not; give shuffle={shuffle!r} to "
+                f"{type(self._source).__name__}"
+            )
         self._maps = self._source._is_changed or options.get("collate_fn") is not None
         read: Any = self._source._data
         super().__init__(read.map(Changed(self._source)) if self._maps else read, *args, **options)

@@ -49,7 +49,8 @@ class StreamingDataset(ColumnarDataset):
     Subclasses may override `__getitem__`; it is called for each sample, in iteration too, with a number that
     `super().__getitem__` takes. In iteration that number counts the samples as they come.
 
-    Beside litdata's arguments, `cache` is that of `fastload.StreamingDataset`, and `storage_options` are fastload's.
+    Beside litdata's arguments, `cache`, `columns` (leaves by their path; others are left out of samples) and
+    `allow_pickle` are those of `fastload.StreamingDataset`, and `storage_options` are fastload's.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class StreamingDataset(ColumnarDataset):
         transform: Callable[[Any], Any] | Sequence[Callable[[Any], Any]] | None = None,
         *,
         cache: AnyCache = None,
+        columns: Sequence[str] | None = None,
+        allow_pickle: bool = False,
         **others: Any,
     ) -> None:
         """ConfigError for what fastload cannot read, with what to write instead."""
@@ -98,6 +101,8 @@ class StreamingDataset(ColumnarDataset):
             "tail": _tail(drop_last),
             "format": "litdata",
             "storage_options": storage_options,
+            "columns": columns,
+            "allow_pickle": allow_pickle,
         }
         super().__init__(_Streamed(url, **self._options))
         self._url, self._tree, self._is_flat = url, None, False
@@ -206,6 +211,8 @@ class StreamingDataLoader(ColumnarLoader):
             if changed:
                 dataset.with_options(**changed)
             dataset.prepare()
+        elif shuffle is not None:
+            options["shuffle"] = shuffle
         super().__init__(dataset, *args, **options)
 
 
@@ -213,8 +220,15 @@ def _filled(node: Any, columns: Mapping[str, Any]) -> Any:
     if isinstance(node, str):
         return columns[node]
     if isinstance(node, dict):
-        return {key: _filled(child, columns) for key, child in node.items()}
-    return type(node)(_filled(child, columns) for child in node)
+        return {key: _filled(child, columns) for key, child in node.items() if _has_any(child, columns)}
+    return type(node)(_filled(child, columns) for child in node if _has_any(child, columns))
+
+
+def _has_any(node: Any, columns: Mapping[str, Any]) -> bool:
+    """Whether a leaf of it is read."""
+    if isinstance(node, str):
+        return node in columns
+    return any(_has_any(child, columns) for child in (node.values() if isinstance(node, dict) else node))
 
 
 def _tail(drop_last: bool | None) -> str:

@@ -59,6 +59,8 @@ class ColumnSet:
                 f"as_tuple={as_tuple!r} must be True, where samples are tuples, or False, where they are dicts"
             )
         decoders, functions = _checked_decoders(decode)
+        if columns is not None and ANY in columns and list(columns) != [ANY]:
+            raise ConfigError(f"columns={list(columns)!r}: {ANY!r} is all columns, and stands alone")
         if columns is not None and list(columns) == [ANY]:
             if as_tuple or decoders:
                 raise ConfigError(

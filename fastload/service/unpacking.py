@@ -73,6 +73,7 @@ _SMALL_BYTES, _HEAD_BYTES = 1 << 18, {"gzip": 1 << 16, "zstd": 1 << 18}
 # What an object says of its size is believed if it is not far less than its head lets expect: of two members alike, the
 # size of one is half of that.
 _PLAUSIBLE_SHARE = 0.8
+_PLAUSIBLE_TIMES = 4.0
 
 
 class _ChildDiedError(Exception):
@@ -395,7 +396,12 @@ class Unpacking:
         count = self._unpack(
             replace(info, size=len(head)), packing, lambda start, length: head[start : start + length], is_head=True
         )
-        return said if said >= _PLAUSIBLE_SHARE * count / len(head) * info.size and count else None
+        expected = count / len(head) * info.size
+        # Of gzip that was cut, the last bytes are any number; more than that is not believed, and then found.
+        is_plausible = _PLAUSIBLE_SHARE * expected <= said and (
+            packing == "zstd" or said <= _PLAUSIBLE_TIMES * expected
+        )
+        return said if count and is_plausible else None
 
     # The end
 

@@ -180,3 +180,17 @@ LEAF = {"type": None, "context": None, "children_spec": []}
 def test_a_tree_has_the_shape_of_what_was_written(spec: dict[str, Any], expected: Any) -> None:
     config = {"data_format": ["int"], "data_spec": json.dumps([1, spec]), "compression": None, "encryption": None}
     assert tree(json.dumps({"chunks": [], "config": config}).encode(), "s3://b/index.json") == expected
+
+
+def test_leaves_are_left_out_and_a_loaders_shuffle_is_not_ignored(url: str, cache: fastload.Cache) -> None:
+    few = StreamingDataset(url, cache=cache, columns=["id", "meta/ok"])
+    assert [set(sample) for sample in few] == [{"id", "meta"}] * COUNT
+    (first, *_) = few
+    assert set(first["meta"]) == {"ok"}
+    combined = CombinedStreamingDataset([few, StreamingDataset(url, cache=cache, columns=["id", "meta/ok"])])
+    with pytest.raises(ConfigError, match="shuffle=True of the loader: the data set shuffles, or not"):
+        StreamingDataLoader(combined, shuffle=True)
+    StreamingDataLoader(combined, shuffle=False).close()
+    with pytest.raises(TypeError):
+        few["id"]
+    combined.close()

@@ -236,6 +236,8 @@ def test_batches_of_samples_with_columns_of_their_own_are_refused(urls: str, opt
         next(iter(fastload.DataLoader(dataset, batch_size=4)))
     lengths = [found for batch in fastload.DataLoader(dataset.map(len), batch_size=4) for found in batch.tolist()]
     assert len(lengths) == COUNT
+    with pytest.raises(ConfigError, match="is all columns, and stands alone"):
+        fastload.StreamingDataset(urls, columns=["*?", "cls"], **options)
     with pytest.raises(ConfigError, match="name the columns for decode and tuples"):
         fastload.StreamingDataset(urls, columns=["*?"], as_tuple=True, **options)
     dataset.close()
