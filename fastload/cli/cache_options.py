@@ -39,7 +39,8 @@ DiskBytes = Annotated[str | None, typer.Option(help="Size of the disk tier, such
 FormatOption = Annotated[
     str,
     typer.Option(
-        "--format", help="Of the shards that a prefix stands for: tar, mds, jsonl, or auto, by how their names end."
+        "--format",
+        help="Of the shards that a prefix stands for: tar, mds, jsonl, tfrecord, litdata, or auto, by their endings.",
     ),
 ]
 ChunkBytes = Annotated[str | None, typer.Option(help="Size of a chunk, such as 8MiB.")]
