@@ -14,6 +14,7 @@ were forked from the service may keep the socket open.
 from __future__ import annotations
 
 import bz2
+import itertools
 import lzma
 import os
 import resource
@@ -23,7 +24,7 @@ import socket
 import struct
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 JOB = struct.Struct("<8sqq?")
@@ -111,6 +112,16 @@ class _Source:
         self.count += len(data)
         return data
 
+    def exactly(self, count: int) -> bytes:
+        """The next bytes, as many. DamagedError where there are fewer."""
+        parts = []
+        while count and (data := self.read(count)):
+            parts.append(data)
+            count -= len(data)
+        if count:
+            raise DamagedError(f"it ends {count} bytes too early: it was cut short")
+        return b"".join(parts)
+
     def close(self) -> None:
         self.closed = True
 
@@ -192,6 +203,62 @@ def _snappy(source: _Source, size: int) -> Iterator[bytes]:
         raise DamagedError(str(error)) from error
 
 
+# LitData's chunks whose items are packed by zstd, some in each frame (docs/formats.md): a head, where each item begins
+# and the last ends, a table of frames, and these.
+_FRAMED, _FRAME = struct.Struct("<8sHHIII"), struct.Struct("<IIQII")
+_FRAMED_MAGIC, _FRAMED_VERSION = b"LDFZ01\0\0", 1
+
+
+def framed_size(packed_bytes: int, read_at: Callable[[int, int], bytes | bytearray]) -> int:
+    """How large such a chunk is unpacked: a head, and the items. DamagedError where it is none."""
+    if packed_bytes < _FRAMED.size:
+        raise DamagedError(f"it has {packed_bytes} bytes")
+    count, _ = _framed_head(read_at(0, _FRAMED.size))
+    at = _FRAMED.size + 4 * count
+    if packed_bytes < at + 4:
+        raise DamagedError(f"it has {packed_bytes} bytes, too few for {count} items")
+    return 8 + 4 * count + int.from_bytes(read_at(at, 4), "little")
+
+
+def _framed_head(head: bytes | bytearray) -> tuple[int, int]:
+    """How many items and frames there are."""
+    magic, version, _, items, _, frames = _FRAMED.unpack(head)
+    if magic != _FRAMED_MAGIC:
+        raise DamagedError(f"it begins with {magic!r}, and such chunks with {_FRAMED_MAGIC!r}")
+    if version != _FRAMED_VERSION:
+        raise DamagedError(f"it has version {version}, and {_FRAMED_VERSION} is known")
+    return items, frames
+
+
+def _framed(source: _Source) -> Iterator[bytes]:
+    """The same chunk as if its items had never been packed."""
+    import pyarrow as pa
+
+    items, frames = _framed_head(source.exactly(_FRAMED.size))
+    ends = struct.unpack(f"<{items + 1}I", source.exactly(4 * (items + 1)))
+    table = [_FRAME.unpack(source.exactly(_FRAME.size)) for _ in range(frames)]
+    head_bytes = 8 + 4 * items
+    if ends[0] or any(end < start for start, end in itertools.pairwise(ends)) or head_bytes + ends[-1] >= 1 << 32:
+        raise DamagedError(f"its {items} items do not lie one after the other")
+    yield struct.pack(f"<{items + 2}I", items, *(head_bytes + end for end in ends))
+    item, codec = 0, pa.Codec("zstd")
+    for number, (first, count, at, packed_bytes, size) in enumerate(table):
+        stop = first + count
+        if first != item or stop > items or ends[stop] - ends[first] != size or at < source.count:
+            raise DamagedError(f"frame {number}, of items {first} to {stop}, has {size} bytes or lies at {at}")
+        source.exactly(at - source.count)
+        try:
+            found = codec.decompress(source.exactly(packed_bytes), size)
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"frame {number}: {error}") from error
+        if found.size != size:
+            raise DamagedError(f"frame {number} has {found.size} bytes unpacked, and says {size}")
+        yield memoryview(found)  # type: ignore[misc]
+        item = stop
+    if item != items:
+        raise DamagedError(f"its frames have {item} of {items} items")
+
+
 _DECODERS = {"gzip": _Gzip, "bz2": bz2.BZ2Decompressor, "xz": lambda: lzma.LZMADecompressor(memlimit=1 << 30)}
 
 
@@ -199,6 +266,8 @@ def unpacked(source: _Source, packing: str, size: int, is_head: bool) -> Iterato
     """The unpacked bytes, some at a time. DamagedError."""
     if packing in _DECODERS:
         return _members(source, _DECODERS[packing], is_head)
+    if packing == "ldfz":
+        return _framed(source)
     return _snappy(source, size) if packing == "snappy" else _by_arrow(source, packing, is_head)
 
 

@@ -84,13 +84,15 @@ _PACKED = {
     "mds": ENDINGS["mds"],
     "jsonl": (*ENDINGS["jsonl"], ".json"),
     "tfrecord": ENDINGS["tfrecord"],
+    "litdata": ENDINGS["litdata"][:1],
 }
-"""How the names end, before the ending that says how they are packed, of those that may be packed as a whole."""
+"""How the names of those that may be packed as a whole end, without what says how they are packed."""
 
 _PACKED_ENDINGS = {
     name: tuple(ending + packed for ending in endings for packed in PACKED_ENDINGS)
     + (PACKED_TAR_ENDINGS if name == "tar" else ())
     for name, endings in _PACKED.items()
+    if name != "litdata"  # whose names say it elsewhere
 }
 
 SHARD_ENDINGS = tuple(ending for some in (ENDINGS, _PACKED_ENDINGS) for endings in some.values() for ending in endings)

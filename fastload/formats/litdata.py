@@ -6,8 +6,9 @@
 
 All integers are little-endian. What the leaves are is not in a chunk but in `index.json` beside it: the serializer of
 each (`data_format`), and how they make a sample (`data_spec`, the pytree of torch as JSON). A leaf is a column, whose
-name is its path: `image`, `meta/id`, `0`. With zstd an item may be packed by itself; what is packed in other ways, or
-encrypted, is refused by name.
+name is its path: `image`, `meta/id`, `0`. With zstd an item may be packed by itself. Chunks that are packed as a whole,
+or in frames of some items each, are unpacked before they come here (see `store.packing`); what is encrypted is refused
+by name.
 
 Samples of nothing but strings, numbers and lists are written as a table: all items are empty, and behind them lie a
 table of Arrow (IPC), its size (u32) and `LDARW01` with a zero.
@@ -49,8 +50,11 @@ from fastload.formats.records import (
 )
 from fastload.formats.table_index import TableIndex
 from fastload.formats.zstd import unpacked
+from fastload.store.packing import FRAMES, packing_of
 
 _TABLE_MAGIC = b"LDARW01\0"
+_IN_FRAMES = "batch"
+_LEVELS = ("chunk", _IN_FRAMES, "sample")
 _COLUMNS_MAX = 4096
 _AXES_MAX = 32  # as numpy
 _TORCH = {
@@ -76,6 +80,7 @@ class _Config(msgspec.Struct):
     ipc_compression: Any = None
     encryption: Any = None
     item_loader: str | None = None
+    types: Any = msgspec.UNSET  # the versions that do not write it left a chunk's head out of its size, before 0.2.58
 
 
 class _Index(msgspec.Struct):
@@ -97,7 +102,17 @@ def shards_of(data: bytes, url: str) -> list[ListedShard]:
     """
     index = _index(data, url)
     _layout(index, url)
-    return [ListedShard(chunk.filename, chunk.chunk_bytes, chunk.chunk_size) for chunk in index.chunks]
+    return [_listed(chunk, index.config) for chunk in index.chunks]
+
+
+def _listed(chunk: _Chunk, config: _Config) -> ListedShard:
+    name, size, samples = chunk.filename, chunk.chunk_bytes, chunk.chunk_size
+    is_exact = config.types is not msgspec.UNSET
+    if packing_of(name):  # the size is that of the unpacked chunk
+        return ListedShard(name, (), samples, size if is_exact else -1)
+    if config.compression_level == _IN_FRAMES:
+        return ListedShard(name, (size,), samples, packing=FRAMES)
+    return ListedShard(name, (size,) if is_exact else (size, size + 8 + 4 * samples), samples)
 
 
 def layout(data: bytes, url: str) -> bytes:
@@ -126,13 +141,13 @@ def _layout(index: _Index, url: str) -> bytes:
             f"{url}: its tables are compressed ({config.ipc_compression}), which fastload does not read yet; write "
             "them without compression"
         )
-    is_packed = bool(config.compression)
-    if is_packed and not (config.compression_level == "sample" and str(config.compression).startswith("zstd")):
-        how = "in frames" if config.compression_level == "batch" else "as whole files"
+    level = config.compression_level or "chunk"
+    if config.compression and not (config.compression.partition(":")[0] == "zstd" and level in _LEVELS):
         raise ConfigError(
-            f"{url}: its chunks are compressed {how} ({config.compression}), which fastload does not read yet; write "
-            'them without compression, or with compression_level="sample"'
+            f"{url}: its chunks are compressed by {config.compression} in the way {level!r}, which fastload does not "
+            'know; write them with compression="zstd", or without'
         )
+    is_packed = bool(config.compression) and level == "sample"
     try:
         names = _names(config)
         columns = [[name, form] for name, form in zip(names, config.data_format, strict=True)]

@@ -82,14 +82,14 @@ def shards_of(data: bytes, url: str) -> list[ListedShard]:
             raise ConfigError(f"{url} does not say how large a shard is (raw_data); write the data set again")
         raw, packed = shard.raw_data, shard.zip_data
         if packed is None:
-            found.append(ListedShard(raw.basename, raw.bytes, shard.samples))
+            found.append(ListedShard(raw.basename, (raw.bytes,), shard.samples))
             continue
         if not packing_of(packed.basename):
             raise ConfigError(
                 f"{url} names {packed.basename}, which is packed as nothing that is read (zstd, gz, bz2, br and snappy "
                 "are); write the data set with another compression"
             )
-        found.append(ListedShard(packed.basename, packed.bytes, shard.samples, raw.bytes))
+        found.append(ListedShard(packed.basename, (packed.bytes,), shard.samples, raw.bytes))
     return found
 
 

@@ -147,12 +147,15 @@ class RecordIndex:
 
 
 class ListedShard(NamedTuple):
-    """What a folder's index says of a shard, which is packed where it has `unpacked_bytes`."""
+    """What a folder's index says of a shard: its size is one of `sizes`, any where there are none. One that is packed
+    has `unpacked_bytes`, -1 where the index does not say how many; `packing` says how, where its name does not.
+    """
 
     name: str
-    byte_count: int
+    sizes: tuple[int, ...]
     samples: int
     unpacked_bytes: int = -1
+    packing: str = ""
 
 
 def shard_name(url: str, start: int = 0) -> str:

@@ -155,11 +155,12 @@ def attach(consumer: Consumer, manifest: Manifest, sidecars: ObjectTable) -> Non
 
 
 def _unpacked(consumer: Consumer, listed: ObjectTable, sizes: npt.NDArray[np.int64]) -> ObjectTable:
-    """The same shards, with what is in them in place of those that are packed. The sizes that are not known are found
-    out, at best by a small request for each.
+    """The same shards, with what is in them in place of those that are packed, as their names say or the table does.
+    The sizes that are not known are found out, at best by a small request for each.
     """
     urls = (url for rows in listed.rows() for url, *_ in rows)
     packings = np.fromiter((PACKINGS.index(packing_of(url)) for url in urls), np.int64, len(listed))
+    packings = np.maximum(packings, listed.all_pieces()[2])
     packed = np.flatnonzero(packings)
     if not len(packed):
         return listed
@@ -207,14 +208,14 @@ def _of_names(consumer: Consumer, urls: list[str], endings: tuple[str, ...]) -> 
     counts, order = np.full(len(shards), -1, np.int64), np.arange(len(shards))
     for info in indexes:
         folders.note(info.url, _read(consumer, info), counts, order, is_whole=True)
-    sizes = folders.unpacked_sizes
     of_named = folders.indexes_of_named(consumer, {_folder(info.url) for info in indexes})
     for info in of_named:
         folders.note(info.url, _read(consumer, info), counts, order, is_whole=False)
     described = [info for info in (*indexes, *of_named) if _folder(info.url) in folders.described]
     sidecars = ObjectTable.joined([found.take(np.flatnonzero(is_sidecar)), ObjectTable.of(described)])
+    shards = folders.shards()
     ordered = shards.take(order) if (np.diff(order) < 0).any() else shards
-    return _Listed(ordered, counts[order], sidecars, sizes[order])
+    return _Listed(ordered, counts[order], sidecars, folders.unpacked_sizes[order])
 
 
 def _folder(url: str) -> str:
@@ -236,12 +237,22 @@ class _Folders:
         self.numbers: dict[str, dict[str, int]] = {}  # by folder: shards that it may name, by name
         self.described: set[str] = set()  # folders where it has to be
         self.unpacked_sizes = np.full(len(shards), -1, np.int64)  # of shards that are packed; -1: it does not say
+        self._packings = np.zeros(len(shards), np.int64)  # where the index says it
         for number, url in enumerate(url for rows in shards.rows() for url, *_ in rows):
             if may_be_indexed(url):
                 folder, _, name = url.rpartition("/")
                 self.numbers.setdefault(folder, {})[name] = number
                 if is_described(url):
                     self.described.add(folder)
+
+    def shards(self) -> ObjectTable:
+        """The shards; those that are packed as the index says are what is in them, of sizes that are not known yet."""
+        shards, packed = self._shards, self._packings > 0
+        if not packed.any():
+            return shards
+        pieces = shards.all_pieces().copy()
+        pieces[1, packed], pieces[2, packed] = shards.sizes[packed], self._packings[packed]
+        return ObjectTable(shards.urls, shards.sizes, shards.etags, shards.mtimes_ns, pieces)
 
     def indexes_of_named(self, consumer: Consumer, found: set[str]) -> list[ObjectInfo]:
         """The indexes of shards that were named one by one, where they are needed and not among those `found`."""
@@ -273,17 +284,18 @@ class _Folders:
                 raise ConfigError(
                     f"{url} names {shard.name}, which is not beside it; upload it, or take it out of the index"
                 )
-            if shard.byte_count != self._shards[number].size:
+            if shard.sizes and self._shards[number].size not in shard.sizes:
                 raise ConfigError(
-                    f"{url} says that {shard.name} has {shard.byte_count} bytes, and it has "
+                    f"{url} says that {shard.name} has {shard.sizes[0]} bytes, and it has "
                     f"{self._shards[number].size}: it was cut short, or is another one; upload it again"
                 )
-            if shard.unpacked_bytes >= 0 and unpacked_name(shard.name) in numbers:
+            if packing_of(shard.name) and unpacked_name(shard.name) in numbers:
                 raise ConfigError(
                     f"{url} names {shard.name}, and {unpacked_name(shard.name)} lies beside it, which has the same "
                     "samples; remove one of them"
                 )
             counts[number], self.unpacked_sizes[number] = shard.samples, shard.unpacked_bytes
+            self._packings[number] = PACKINGS.index(shard.packing)
             ordered.append(number)
         if folder in self.described:
             unnamed = next((name for name, number in numbers.items() if number not in set(ordered)), None)

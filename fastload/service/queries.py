@@ -136,7 +136,7 @@ class Queries:
                 self._indexes.learn([keys[number] for number in some], learnt.tobytes())
                 consumer.send(protocol.Counts(message.request, np.array(sizes, "<i8").tobytes()))
 
-            infos = [entries[number].info.stored for number in unknown]
+            infos = [entries[number].info for number in unknown]
             find = self._stores.unpacking.unpacked_sizes
             self._sizes.submit(find, options_key, infos, _SIZES_PATIENCE_S, done=done)
 

@@ -10,10 +10,10 @@ What waits here is no request to a store, so neither limits of requests nor seco
 run's own requests are watched as all are. A wait ends: those requests have deadlines, and a child that is silent is
 killed. One that is killed by something else is replaced, once; the next time that is an error.
 
-How large an object is unpacked has to be known before it is planned, and is found here, too: a small one
-is unpacked; of others the header of zstd or the end of gzip says it, and whether that can be true of all the object is
-seen by what its first bytes unpack to, since it may have several members. Where it cannot be, all of it is unpacked and
-counted.
+How large an object is unpacked has to be known before it is planned, and is found here, too. Chunks of LitData in
+frames say it, and a small object is unpacked; of others the header of zstd or the end of gzip says it, and whether
+that can be true of all the object is seen by what its first bytes unpack to, since it may have several members. Where
+it cannot be, all of it is unpacked and counted.
 
 Used by threads of the pools; all state is under one lock.
 """
@@ -44,7 +44,7 @@ from fastload.errors import CacheError, FastloadError, ServiceError, ShardError,
 from fastload.formats.zstd import frame_bytes, whole_blocks
 from fastload.service.host.launch import child_environment
 from fastload.store import watch
-from fastload.store.packing import BYTES_ALWAYS, RATIO_MAX, is_bomb, packing_of
+from fastload.store.packing import BYTES_ALWAYS, FRAMES, RATIO_MAX, is_bomb, packing_of
 from fastload.store.types import ObjectInfo
 
 log = logging.getLogger("fastload.service")
@@ -373,10 +373,12 @@ class Unpacking:
         return [future.result() if future.done() else -1 for future in futures]
 
     def _size_of(self, key: str, info: ObjectInfo) -> int:
-        packing = packing_of(info.url)
+        packing, info = info.packing or packing_of(info.url), info.stored
         if not info.size:
             raise ShardError(f"{info.url} is empty, and nothing packs to that; upload it again")
         part = self._part_of(key, info, lambda: watch.Watch(lambda attempt: None))
+        if packing == FRAMES:
+            return _framed_size(info, part)
         said = self._said_size(info, packing, part) if info.size > _SMALL_BYTES else None
         if said is not None and is_bomb(info.size, said):
             raise _bomb(info, said)
@@ -568,6 +570,19 @@ class _Child:
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
+def _framed_size(info: ObjectInfo, part: Callable[[int, int], bytearray]) -> int:
+    """How large a chunk of LitData is whose items are packed in frames, as its head says."""
+    try:
+        size = unpacker.framed_size(info.size, part)
+    except unpacker.DamagedError as error:
+        raise ShardError(
+            f"{info.url} is no chunk that is packed in frames, as its index says: {error}; upload it again"
+        ) from error
+    if is_bomb(info.size, size):
+        raise _bomb(info, size)
+    return size
+
+
 def _bytes_max(info: ObjectInfo, size: int) -> int:
     return size if size >= 0 else max(BYTES_ALWAYS, RATIO_MAX * info.size)
 
@@ -576,8 +591,9 @@ def _failed(said: _Said, info: ObjectInfo, packing: str, size: int) -> ShardErro
     if said.byte_count > _bytes_max(info, size):
         return _bomb(info, said.byte_count) if size < 0 else _wrong_size(info, size, said.byte_count, "more than ")
     return ShardError(
-        f"{info.url} cannot be unpacked as {packing}, which its name says: {said.text} (at byte {said.packed_bytes} of "
-        f"{info.size} or shortly before, {said.byte_count} unpacked bytes); pack and upload it again"
+        f"{info.url} cannot be unpacked as {packing}, which its name or index says: {said.text} (at byte "
+        f"{said.packed_bytes} of {info.size} or shortly before, {said.byte_count} unpacked bytes); pack and upload it "
+        "again"
     )
 
 

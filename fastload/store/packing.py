@@ -6,6 +6,7 @@ A packed object and what is in it are two objects to cache and plan: the first i
 
 from __future__ import annotations
 
+import re
 from urllib.parse import urlsplit
 
 _BY_ENDING = {
@@ -18,6 +19,8 @@ _BY_ENDING = {
     ".snappy": "snappy",
 }
 _OF_TARS = {".tgz": "gzip", ".tzst": "zstd", ".tbz2": "bz2", ".txz": "xz"}
+# LitData says before the ending how it packed a chunk.
+_PACKED_CHUNK = re.compile(r"(chunk-[0-9]+-[0-9]+)\.zstd(?::[0-9]+)?(\.bin)\Z", re.IGNORECASE)
 
 PACKED_ENDINGS = tuple(_BY_ENDING)
 """What a name ends in, behind the ending that says its format, where the object is packed."""
@@ -25,7 +28,10 @@ PACKED_ENDINGS = tuple(_BY_ENDING)
 PACKED_TAR_ENDINGS = tuple(_OF_TARS)
 """What the names of packed tars end in besides."""
 
-PACKINGS = ("", "gzip", "zstd", "bz2", "xz", "brotli", "snappy")
+FRAMES = "ldfz"
+"""LitData's chunks whose items are packed by zstd, some in each frame (see `unpacker`). Only their index says so."""
+
+PACKINGS = ("", "gzip", "zstd", "bz2", "xz", "brotli", "snappy", FRAMES)
 """How objects are packed; the numbers of these stand in tables and frames, so new ones come last."""
 
 RATIO_MAX, BYTES_ALWAYS = 1000, 1 << 30
@@ -35,6 +41,8 @@ RATIO_MAX, BYTES_ALWAYS = 1000, 1 << 30
 def packing_of(url: str) -> str:
     """How an object is packed as a whole, by its name; "" where it is not."""
     name = _name(url).lower()
+    if name.endswith(".bin"):
+        return "zstd" if _PACKED_CHUNK.match(name) else ""
     return next((how for end, how in (_BY_ENDING | _OF_TARS).items() if name.endswith(end)), "")
 
 
@@ -44,6 +52,8 @@ def unpacked_name(name: str) -> str:
     for ending in _OF_TARS:
         if lower.endswith(ending):
             return name[: -len(ending)] + ".tar"
+    if lower.endswith(".bin"):
+        return _PACKED_CHUNK.sub(r"\1\2", name)
     found = next((ending for ending in _BY_ENDING if lower.endswith(ending)), "")
     return name[: len(name) - len(found)]
 

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from fastload import unpacker
 from fastload.errors import ConfigError, DecodeError, ShardError
 from fastload.formats import (
     RecordIndex,
@@ -40,10 +41,12 @@ from fastload.formats import (
 )
 from fastload.formats.pieces import in_pieces
 from fastload.formats.records import layout_of, split
+from fastload.store.packing import FRAMES
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
 from tests.formats import fuzzing, protobuf, token_writer
 from tests.formats.fuzz_readers import changed
+from tests.formats.packing import framed
 
 URL = "s3://bucket/shard"
 
@@ -279,7 +282,7 @@ def check_litdata(data: bytes, rng: random.Random) -> None:
     except ConfigError as error:
         assert str(error).startswith(URL), error  # noqa: PT017
         return
-    assert all(shard.samples >= 0 <= shard.byte_count for shard in shards)
+    assert all(shard.samples >= 0 <= min(shard.sizes, default=0) for shard in shards)
     with guarding(rng, litdata):
         try:
             indexer = litdata.LitDataIndexer(URL, len(chunk), layout)
@@ -292,6 +295,44 @@ def check_litdata(data: bytes, rng: random.Random) -> None:
                 values_of(index, chunk, rng)
             except ConfigError as error:
                 assert "a column has the serializer" in str(error) or "column '" in str(error)  # noqa: PT017
+
+
+def make_frames(rng: random.Random) -> bytes:
+    """A chunk whose items are packed in frames, mostly damaged, and what it is unpacked."""
+    items = [rng.randbytes(rng.choice([0, 1, 30])) for _ in range(rng.choice([1, 2, 7]))]
+    chunk = struct.pack(f"<{2 + len(items)}I", len(items), *accumulate(map(len, items), initial=8 + 4 * len(items)))
+    chunk += b"".join(items)
+    data = framed(chunk, rng.choice([1, 3, 256]))
+    return struct.pack("<I", len(chunk)) + chunk + (changed(data, rng) if rng.random() < 0.8 else data)
+
+
+class _Held(unpacker._Source):
+    """Packed bytes that come some at a time."""
+
+    def __init__(self, data: bytes, step: int) -> None:
+        self._data, self._step, self.count = data, step, 0
+
+    def read(self, count: int = -1) -> bytes:
+        data = self._data[self.count : self.count + min(count, self._step)]
+        self.count += len(data)
+        return data
+
+
+def check_frames(data: bytes, rng: random.Random) -> None:
+    """It is unpacked to a chunk of the size that its head says, or refused."""
+    chunk_bytes = int.from_bytes(data[:4], "little")
+    chunk, packed = data[4 : 4 + chunk_bytes], data[4 + chunk_bytes :]
+    try:
+        size = unpacker.framed_size(len(packed), lambda start, length: packed[start : start + length])
+        if size > 1 << 20:
+            return  # more than the service lets come of so little
+        made = b"".join(unpacker.unpacked(_Held(packed, rng.choice([1, 7, 1000])), FRAMES, size, False))
+    except unpacker.DamagedError:
+        return
+    assert len(made) == size, (len(made), size)
+    if packed == framed(chunk, 1):
+        assert made == chunk
+    assert litdata.LitDataIndexer(URL, len(made), _ANY_LAYOUT).feed(np.frombuffer(made, np.uint8), 0) is None
 
 
 # Tokens.
@@ -349,6 +390,7 @@ def _reader_of(data: bytes) -> Any:
 TARGETS = [
     fuzzing.Target("tfrecord", make_tfrecord, check_tfrecord),
     fuzzing.Target("litdata", make_litdata, check_litdata),
+    fuzzing.Target("frames", make_frames, check_frames, ("pages",)),
     fuzzing.Target("table", make_table, check_table, ("pages",)),
     fuzzing.Target("tokens", make_tokens, check_tokens),
 ]

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,21 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
     ".snappy": by_arrow("snappy"),
     ".tgz": gzip.compress,
 }
+
+
+def framed(chunk: bytes, items_per_frame: int) -> bytes:
+    """A chunk of LitData whose items are packed some in each frame, as litdata 0.2.76 does by default."""
+    (count,) = struct.unpack_from("<I", chunk)
+    ends = struct.unpack_from(f"<{count + 1}I", chunk, 4)
+    firsts = range(0, count, items_per_frame)
+    raw = [chunk[ends[first] : ends[min(first + items_per_frame, count)]] for first in firsts]
+    packed = [PACK[".zstd"](each) for each in raw]
+    at, table = 24 + 4 * (count + 1) + 24 * len(raw), b""
+    for first, each, data in zip(firsts, raw, packed, strict=True):
+        table += struct.pack("<IIQII", first, min(items_per_frame, count - first), at, len(data), len(each))
+        at += len(data)
+    head = struct.pack("<8sHHIII", b"LDFZ01\0\0", 1, 0, count, items_per_frame, len(raw))
+    return head + struct.pack(f"<{count + 1}I", *(end - ends[0] for end in ends)) + table + b"".join(packed)
 
 
 def pack_folder(folder: Path, ending: str) -> None:

@@ -14,7 +14,7 @@ import fastload
 from fastload import prepare
 from fastload.client import Handle as Cache
 from tests.formats import protobuf, test_arrow_table, test_litdata, test_mds
-from tests.formats.packing import pack_folder
+from tests.formats.packing import PACK, framed, pack_folder
 from tests.shards import tar_of
 
 LIMITS: dict[str, Any] = {
@@ -81,6 +81,28 @@ def litdata_table(folder: Path, parts: Sequence[Sequence[int]]) -> None:
     (folder / "index.json").write_bytes(test_litdata.index_json(chunks))
 
 
+def litdata_packed(how: str) -> Write:
+    """Chunks that are packed as a whole, or in frames."""
+
+    def written(folder: Path, parts: Sequence[Sequence[int]]) -> None:
+        litdata(folder, [part for part in parts if part])
+        about = json.loads((folder / "index.json").read_bytes())
+        for listed in about["chunks"]:
+            path = folder / listed["filename"]
+            data = path.read_bytes()
+            path.unlink()
+            if how == "chunk":
+                listed["filename"] = path.name.replace(".bin", ".zstd.bin")
+                (folder / listed["filename"]).write_bytes(PACK[".zstd"](data))
+            else:
+                path.write_bytes(framed(data, 4))
+                listed["chunk_bytes"] = path.stat().st_size
+        about["config"] |= {"compression": "zstd", "compression_level": how, "types": {}}
+        (folder / "index.json").write_text(json.dumps(about))
+
+    return written
+
+
 def packed(write: Write, ending: str) -> Write:
     def packed_too(folder: Path, parts: Sequence[Sequence[int]]) -> None:
         write(folder, parts)
@@ -92,6 +114,7 @@ def packed(write: Write, ending: str) -> Write:
 FORMATS: dict[str, Write] = {
     "tar": tar, "jsonl": jsonl, "mds": mds, "tfrecord": tfrecord, "litdata": litdata,
     "litdata table": litdata_table, "jsonl.gz": packed(jsonl, ".gz"), "mds.zstd": packed(mds, ".zstd"),
+    "litdata.zstd": litdata_packed("chunk"), "litdata frames": litdata_packed("batch"),
 }  # fmt: skip
 DECODERS: dict[str, dict[str, fastload.decode.Decoder]] = {
     "tar": {"id": fastload.decode.integer(), "text": fastload.decode.text()},

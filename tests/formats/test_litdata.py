@@ -25,6 +25,7 @@ from fastload.errors import ConfigError, DecodeError, MissingColumnError, ShardE
 from fastload.formats import (
     RecordIndex,
     described_layout,
+    format_of,
     indexer_for,
     is_described,
     listed_shards,
@@ -39,6 +40,7 @@ from tests.conftest import Bucket
 # Written by litdata 0.2.76: samples i from 0 to 23, as `expected` has them.
 WRITTEN = Path(__file__).parent / "written"
 COUNT = 24
+WAYS = ["litdata", "litdata_zstd", "litdata_frames", "litdata_whole"]
 
 
 def expected(i: int) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def cache(tmp_path: Path) -> Iterator[fastload.Cache]:
         yield opened
 
 
-@pytest.mark.parametrize("name", ["litdata", "litdata_zstd"])
+@pytest.mark.parametrize("name", WAYS)
 def test_samples_are_what_their_own_reader_gives(cache: fastload.Cache, name: str) -> None:
     dataset = fastload.StreamingDataset(f"{WRITTEN / name}/", cache=cache, shuffle=False)
     assert len(dataset) == COUNT  # before a chunk is read
@@ -88,7 +90,7 @@ def test_samples_are_what_their_own_reader_gives(cache: fastload.Cache, name: st
     assert samples[0]["__key__"] == "chunk-0-0.bin/0"
 
 
-@pytest.mark.parametrize("name", ["litdata", "litdata_zstd"])
+@pytest.mark.parametrize("name", WAYS)
 def test_batches_hold_tensors_where_samples_are_alike(cache: fastload.Cache, s3: Bucket, name: str) -> None:
     for path in (WRITTEN / name).iterdir():
         s3.put(f"lit/{path.name}", path.read_bytes())
@@ -133,10 +135,31 @@ def test_chunks_that_are_named_need_their_index_too(cache: fastload.Cache, tmp_p
         list(fastload.StreamingDataset(f"{WRITTEN}/litdata/index.json", cache=cache))
 
 
+def test_keys_are_those_of_unpacked_chunks(cache: fastload.Cache) -> None:
+    dataset = fastload.StreamingDataset(f"{WRITTEN}/litdata_whole/", cache=cache, shuffle=False, columns=["id"])
+    assert [sample["__key__"] for sample in dataset][-1] == "chunk-0-2.bin/7"
+    one = f"{WRITTEN}/litdata_frames/chunk-0-1.bin"
+    dataset = fastload.StreamingDataset(one, cache=cache, shuffle=False, columns=["id"])
+    assert [sample["id"] for sample in dataset] == list(range(5, 13))
+
+
+def test_indexes_of_old_versions_leave_out_the_heads_of_chunks(cache: fastload.Cache, tmp_path: Path) -> None:
+    for name in ("litdata", "litdata_whole"):
+        shutil.copytree(WRITTEN / name, tmp_path / name)
+        about = json.loads((tmp_path / name / "index.json").read_bytes())
+        del about["config"]["types"]
+        for each in about["chunks"]:
+            each["chunk_bytes"] -= 8 + 4 * each["chunk_size"]
+        (tmp_path / name / "index.json").write_text(json.dumps(about))
+        dataset = fastload.StreamingDataset(f"{tmp_path}/{name}/", cache=cache, shuffle=False, columns=["id"])
+        assert [sample["id"] for sample in dataset] == list(range(-3, COUNT - 3))
+
+
 def test_names_are_known_whatever_their_case() -> None:
     for name in ("chunk-0-0.bin", "CHUNK-12-3.BIN", "chunk-0-0.zstd.bin", "chunk-0-0.zstd:4.bin"):
         assert is_described(f"s3://b/{name}")
         assert may_be_indexed(f"s3://b/{name}")
+    assert format_of("s3://b/chunk-0-0.zstd:4.bin") == "litdata"
     for name in ("chunk-0.bin", "chunk-0-0.bin.tar", "chunk-a-0.bin", "x.bin", "x.tar"):
         assert not is_described(f"s3://b/{name}")
         assert not may_be_indexed(f"s3://b/{name}")
@@ -240,9 +263,8 @@ def test_columns_are_called_by_their_path(tree: Any, names: list[str]) -> None:
         (index_json(encryption={"algorithm": "fernet"}), "its chunks are encrypted"),
         (index_json(item_loader="TokensLoader"), r"are made for TokensLoader.*or tokens as plain \.bin files"),
         (index_json(item_loader="TemporalArrayLoader"), "are made for TemporalArrayLoader, which fastload"),
-        (index_json(compression="zstd"), r"compressed as whole files \(zstd\).*with compression_level=\"sample\""),
-        (index_json(compression="zstd", compression_level="batch"), "compressed in frames"),
-        (index_json(compression="lz4", compression_level="sample"), r"compressed as whole files \(lz4\)"),
+        (index_json(compression="zstd", compression_level=3), "compressed by zstd in the way 3, which fastload"),
+        (index_json(compression="lz4", compression_level="sample"), r"by lz4 .*with compression=\"zstd\", or without"),
         (index_json(data_format=["int", "hologram"]), "column '1' has the serializer 'hologram', which"),
         (index_json(data_format=["int"] * 5000), "5000 columns, above"),
         (index_json(data_spec="7"), "its data_spec does not describe 2 leaves"),
@@ -411,7 +433,7 @@ def test_chunks_and_index_that_do_not_fit_are_an_error_that_names_them(cache: fa
     refused(r"names ../x, which is not beside it", {**first, **second, "../x": (1, 1)})
     refused(r"says that chunk-0-1\.bin has 5 bytes, and it has", {**first, "chunk-0-1.bin": (5, 2)})
     refused("holds 2 samples, but .* says 3", {**first, "chunk-0-1.bin": (len(GOOD), 3)})
-    refused("compressed in frames", {**first, **second}, compression="zstd", compression_level="batch")
+    refused("no chunk that is packed in frames", {**first, **second}, compression="zstd", compression_level="batch")
     (folder / "index.json").unlink()
     with pytest.raises(ConfigError, match=r"chunk-0-0\.bin is litdata by its name.*and there is none"):
         list(fastload.StreamingDataset(f"{folder}/", cache=cache))

@@ -9,9 +9,11 @@ import lzma
 import os
 import random
 import signal
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,8 @@ from fastload.service.unpacking import Unpacking, files_in, memory_file
 from fastload.store import packing
 from fastload.store.types import ObjectInfo
 from fastload.store.watch import Watch
-from tests.formats.packing import PACK, by_arrow, zstd_stream
+from tests.formats import test_litdata
+from tests.formats.packing import PACK, by_arrow, framed, zstd_stream
 from tests.patience import PATIENCE_S
 from tests.processes import is_running, until
 
@@ -142,6 +145,72 @@ def test_sizes_and_ranges_are_those_of_what_was_packed(
         ranges = pool.map(lambda start: read(unpacker, unpacked, start, min(50_000, size - start)), starts)
         assert all(data[start : start + 50_000] == got for start, got in zip(starts, ranges, strict=True))
     assert unpacker.run_count == 1
+
+
+CHUNK = test_litdata.chunk([b"x" * (37 * number % 900) for number in range(40)])
+FRAMED = framed(CHUNK, 7)
+FRAMES_FROM = 24 + 4 * 41  # where the table of frames begins
+
+
+def in_frames(objects: Objects, data: bytes) -> ObjectInfo:
+    info = objects.put("chunk-0-0.bin", data)
+    return replace(info, object_size=info.size, packing=packing.FRAMES)
+
+
+def changed(at: int, form: str, value: int) -> bytes:
+    made = bytearray(FRAMED)
+    struct.pack_into(form, made, at, value)
+    return bytes(made)
+
+
+def test_chunks_in_frames_are_what_they_were_before(objects: Objects, unpacker: Unpacking) -> None:
+    info = in_frames(objects, FRAMED)
+    assert size_of(unpacker, info) == len(CHUNK)
+    assert objects.reads == [("chunk-0-0.bin", 0, 24), ("chunk-0-0.bin", 24 + 4 * 40, 4)]  # and nothing else
+    assert read(unpacker, replace(info, size=len(CHUNK)), 0, len(CHUNK)) == CHUNK
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"1", "it has 1 bytes"),
+        (FRAMED[:23], "it has 23 bytes"),
+        (FRAMED[:100], "it has 100 bytes, too few for 40 items"),
+        (CHUNK, "it begins with .*and such chunks with"),
+        (changed(8, "<H", 2), "it has version 2, and 1 is known"),
+        (changed(12, "<I", 1 << 31), "too few for 2147483648 items"),
+    ],
+)
+def test_a_head_of_frames_that_lies_is_an_error_that_names_it(
+    data: bytes, says: str, objects: Objects, unpacker: Unpacking
+) -> None:
+    with pytest.raises(ShardError, match=rf"^chunk-0-0\.bin is .*{says}"):
+        size_of(unpacker, in_frames(objects, data))
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (FRAMED[:-1], "it ends 1 bytes too early: it was cut short"),
+        (FRAMED[:200], "it was cut short"),
+        (changed(16 + 4, "<I", 5), r"its frames have 35 of 40 items|cannot"),
+        (changed(24, "<I", 1), "its 40 items do not lie one after the other"),
+        (changed(24 + 4, "<I", 1 << 30), "do not lie one after the other"),
+        (changed(FRAMES_FROM, "<I", 1), "frame 0, of items 1 to 8"),
+        (changed(FRAMES_FROM + 4, "<I", 1 << 31), "frame 0, of items 0 to 2147483648"),
+        (changed(FRAMES_FROM + 8, "<Q", 0), "lies at 0"),
+        (changed(FRAMES_FROM + 8, "<Q", 1 << 62), "it was cut short"),
+        (changed(FRAMES_FROM + 20, "<I", 0), "has 0 bytes"),
+        (changed(FRAMES_FROM + 16, "<I", 9), "frame 0: "),
+        (changed(len(FRAMED) - 3, "<B", 255), "frame 5"),
+    ],
+)
+def test_frames_that_are_damaged_are_an_error_that_names_them(
+    data: bytes, says: str, objects: Objects, unpacker: Unpacking
+) -> None:
+    info = replace(in_frames(objects, data), size=len(CHUNK))
+    with pytest.raises(ShardError, match=rf"^chunk-0-0\.bin cannot be unpacked as ldfz, .*({says})"):
+        read(unpacker, info, 0, len(CHUNK))
 
 
 def test_a_large_object_that_says_its_size_is_believed(objects: Objects, unpacker: Unpacking) -> None:

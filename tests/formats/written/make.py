@@ -34,14 +34,20 @@ def tfrecord() -> None:
 
 
 def litdata() -> None:
-    """By litdata 0.2.76, classic items; and items that are packed by themselves, in a folder beside it."""
+    """By litdata 0.2.76, classic items; and what is packed by items, in frames and as a whole, in folders beside it."""
     import torch
     from litdata.streaming.cache import Cache
     from litdata.streaming.serializers import JsonLeaf
     from litdata.types import Image, Jpeg, JpegArray
     from PIL import Image as Pillow
 
-    for name, options in (("litdata", {}), ("litdata_zstd", {"compression": "zstd", "compression_level": "sample"})):
+    ways = {
+        "litdata": {},
+        "litdata_zstd": {"compression": "zstd", "compression_level": "sample"},
+        "litdata_frames": {"compression": "zstd", "compression_batch_size": 3},
+        "litdata_whole": {"compression": "zstd:4", "compression_level": "chunk"},
+    }
+    for name, options in ways.items():
         cache = Cache(input_dir=str(HERE / name), chunk_size=8 if options else 2, **options)
         for i in range(24):
             picture = Pillow.new("RGB", (3 + i % 2, 2), (10 * i, 5 * i, i))
