@@ -30,7 +30,7 @@ _ORDER = "fastload's order does not depend on it"
 _IGNORED = {
     "download_retry": f"{_BY_ITSELF}; storage_options={{'deadline_s': ...}} bounds it",
     "download_timeout": f"{_BY_ITSELF}; storage_options={{'deadline_s': ...}} bounds it",
-    "validate_hash": "fastload checks what it caches by hashes of its own",
+    "validate_hash": "fastload checks the hashes that index.json has by itself, and what it caches by its own",
     "keep_zip": "fastload keeps what it fetches, as it was fetched",
     "predownload": f"{_BY_ITSELF}, as far ahead as the cache has room",
     "cache_limit": "fastload's cache has limits of its own: fastload.Cache(disk_bytes=...)",

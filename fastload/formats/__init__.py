@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from fastload.errors import ConfigError, ShardError
 from fastload.formats import record_index, table_index
 from fastload.formats.computed_index import PackedIndex, StridedIndex
-from fastload.formats.record_index import ListedShard, RecordIndex, shard_name
+from fastload.formats.digests import CheckedIndexer, fastest
+from fastload.formats.record_index import Described, ListedShard, RecordIndex, shard_name
 from fastload.formats.records import RecordReader, read_layout
 from fastload.formats.shard_index import ShardIndex
 from fastload.formats.table_index import TableIndex
@@ -38,6 +39,7 @@ __all__ = [
     "SHARD_ENDINGS",
     "SIDECAR_NAME",
     "ComputedFormat",
+    "Described",
     "Format",
     "Index",
     "Indexer",
@@ -49,7 +51,7 @@ __all__ = [
     "ShardIndex",
     "StoredIndex",
     "StridedIndex",
-    "described_layout",
+    "described",
     "difference",
     "endings_of",
     "format_of",
@@ -72,7 +74,7 @@ ReadAt: TypeAlias = Callable[[int, int], bytes]
 
 ENDINGS = {
     "tar": (".tar",),
-    "mds": (".mds",),
+    "mds": (".mds", "shard.#.json", "shard.#.csv", "shard.#.tsv", "shard.#.xsv"),
     "jsonl": (".jsonl", ".ndjson"),
     "tfrecord": (".tfrecord", ".tfrecords", ".tfrecord-#-of-#", ".tfrecords-#-of-#"),
     "litdata": ("chunk-#-#.bin", "chunk-#-#.zstd.bin", "chunk-#-#.zstd:#.bin"),
@@ -192,12 +194,12 @@ def may_be_indexed(url: str) -> bool:
     """Whether a shard is of a format that may have a file `INDEX_NAME` beside its shards."""
     # Asked of each of a million shards: most names are known not to be by a look.
     lower = url.lower()
-    return (".mds" in lower or ".bin" in lower) and format_of(url) in ("mds", "litdata")
+    return any(part in lower for part in (".mds", ".bin", "shard.")) and format_of(url) in ("mds", "litdata")
 
 
 def is_described(url: str) -> bool:
     """Whether a shard is of a format of which that file says how samples are laid out, so that it has to be there."""
-    return ".bin" in url.lower() and format_of(url) == "litdata"
+    return may_be_indexed(url) and not shard_name(url).lower().endswith(".mds")
 
 
 def listed_shards(data: bytes, url: str) -> list[ListedShard]:
@@ -209,11 +211,11 @@ def listed_shards(data: bytes, url: str) -> list[ListedShard]:
     return litdata.shards_of(data, url) if litdata.is_index(data) else mds.shards_of(data, url)
 
 
-def described_layout(data: bytes, url: str) -> bytes:
-    """How samples are laid out, as the file `INDEX_NAME` at `url` says. ConfigError where it does not."""
-    from fastload.formats import litdata
+def described(data: bytes, url: str) -> dict[str, Described]:
+    """What reading shards needs of the file `INDEX_NAME` at `url`, by their names. ConfigError as above."""
+    from fastload.formats import litdata, mds
 
-    return litdata.layout(data, url)
+    return litdata.described(data, url) if litdata.is_index(data) else mds.described(data, url)
 
 
 @functools.lru_cache(maxsize=256)
@@ -224,6 +226,10 @@ def record_reader(layout: bytes) -> RecordReader:
         from fastload.formats.mds import MdsReader
 
         return MdsReader.of(fields)
+    if name == "lines":
+        from fastload.formats.mds_lines import LinesReader
+
+        return LinesReader.of(fields)
     if name == "jsonl":
         from fastload.formats.jsonl import JsonlReader
 
@@ -315,19 +321,31 @@ def is_cut(url: str) -> bool:
     return format_of(url) in _IN_PIECES and not packing_of(url)
 
 
-def indexer_for(
-    url: str, size: int, layout: Callable[[], bytes] | None = None, piece: ObjectInfo | None = None
-) -> Indexer:
+def indexer_for(url: str, size: int, about: Described | None = None, piece: ObjectInfo | None = None) -> Indexer:
     """An indexer for the shard at `url` of `size` bytes, by the ending of its name; tar where that says nothing.
-    `layout` says how samples are laid out where a file beside the shard does (see `is_described`). Of a `piece`
-    it may read on behind its end.
+    `about` is what a file beside the shard says of it, where one does (see `described`). Of a `piece` it may read on
+    behind its end.
 
-    Raises ConfigError for what is packed in a way that is not read, ShardError for an empty object.
+    Raises ConfigError for what is packed in a way that is not read, or not described, ShardError for an empty object.
     """
+    indexer = _indexer(url, size, b"" if about is None else about.layout, piece)
+    algorithm = fastest(about.digests) if about is not None and about.digests else ""
+    if about is None or not algorithm:
+        return indexer
+    return CheckedIndexer(indexer, url, size, algorithm, about.digests[algorithm])
+
+
+def _indexer(url: str, size: int, layout: bytes, piece: ObjectInfo | None) -> Indexer:
     name = shard_name(url)
     for ending, tool in _UNPACK.items():
         if name.lower().endswith(ending.lower()):
             raise ConfigError(f"{url}: shards that are packed in this way are not read; unpack it with: {tool} {name}")
+    if is_described(url) and not layout:
+        raise ConfigError(f"{url}: the list of shards has no file that describes it; make the list again")
+    if format_of(url) == "mds" and layout:
+        from fastload.formats.mds_lines import LinesIndexer
+
+        return LinesIndexer(url, size, layout)
     if format_of(url) == "mds":
         from fastload.formats.mds import MdsIndexer
 
@@ -339,8 +357,7 @@ def indexer_for(
     if is_described(url):
         from fastload.formats.litdata import LitDataIndexer
 
-        assert layout is not None, f"{url}: nothing says how its samples are laid out"
-        return LitDataIndexer(url, size, layout())
+        return LitDataIndexer(url, size, layout)
     if format_of(url) == "tfrecord":
         from fastload.formats.tfrecord import TfRecordIndexer
 

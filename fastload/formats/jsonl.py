@@ -163,15 +163,20 @@ class JsonlReader:
     def find(self, records: Bytes, offsets: Int64s, columns: Sequence[str], places: Int64s, where: Where) -> None:
         if list(columns) == [WHOLE]:
             places[0, 0], places[1, 0] = offsets[:-1], np.diff(offsets)
-            return
-        # A name may be written with or without escapes.
-        names = [name.encode() for name in columns] + [json.dumps(name)[1:-1].encode() for name in columns]
-        name_offsets = np.cumsum([0, *map(len, names)], dtype=np.int64)
-        text = np.frombuffer(b"".join(names), np.uint8)
-        wrong = find_members(records, offsets, text, name_offsets, places[0], places[1])
-        if wrong >= 0:
-            line = records[offsets[wrong] : offsets[wrong + 1]]
-            raise DecodeError(
-                f"{where(wrong)}: {line[:60].tobytes()!r}{'...' if len(line) > 60 else ''} is no JSON object; mend the "
-                'line, or read on without it: on_error="skip"'
-            )
+        else:
+            find_values(records, offsets, columns, places, where)
+
+
+def find_values(records: Bytes, offsets: Int64s, columns: Sequence[str], places: Int64s, where: Where) -> None:
+    """`RecordReader.find` of members of JSON objects, by their names."""
+    # A name may be written with or without escapes.
+    names = [name.encode() for name in columns] + [json.dumps(name)[1:-1].encode() for name in columns]
+    name_offsets = np.cumsum([0, *map(len, names)], dtype=np.int64)
+    text = np.frombuffer(b"".join(names), np.uint8)
+    wrong = find_members(records, offsets, text, name_offsets, places[0], places[1])
+    if wrong >= 0:
+        line = records[offsets[wrong] : offsets[wrong + 1]]
+        raise DecodeError(
+            f"{where(wrong)}: {line[:60].tobytes()!r}{'...' if len(line) > 60 else ''} is no JSON object; mend the "
+            'line, or read on without it: on_error="skip"'
+        )

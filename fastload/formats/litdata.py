@@ -35,7 +35,7 @@ from fastload.decode.flat import Flat
 from fastload.errors import ConfigError, DecodeError, ShardError
 from fastload.formats.arrow_table import index_of_table
 from fastload.formats.mds import Picture, Several
-from fastload.formats.record_index import ListedShard, RecordIndex, shard_name
+from fastload.formats.record_index import Described, ListedShard, RecordIndex, shard_name
 from fastload.formats.records import (
     Bytes,
     Fill,
@@ -118,6 +118,13 @@ def _listed(chunk: _Chunk, config: _Config) -> ListedShard:
 def layout(data: bytes, url: str) -> bytes:
     """How the items are laid out in chunks that the index at `url` names. ConfigError as above."""
     return _layout(_index(data, url), url)
+
+
+def described(data: bytes, url: str) -> dict[str, Described]:
+    """The same for each chunk, by its name."""
+    index = _index(data, url)
+    found = Described(_layout(index, url))
+    return {chunk.filename: found for chunk in index.chunks}
 
 
 def _index(data: bytes, url: str) -> _Index:

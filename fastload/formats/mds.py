@@ -28,7 +28,8 @@ from fastload import decode
 from fastload.decode import Decoder
 from fastload.decode.flat import Flat
 from fastload.errors import ConfigError, DecodeError, ShardError
-from fastload.formats.record_index import ListedShard, RecordIndex, shard_name
+from fastload.formats.mds_lines import lines_layout
+from fastload.formats.record_index import Described, ListedShard, RecordIndex, shard_name
 from fastload.formats.records import Bytes, Int64s, Pickled, RecordReader, Where, find_by_sizes, layout_of, number_of
 from fastload.store.packing import packing_of
 
@@ -50,6 +51,7 @@ _ARRAY_CODES = {
 class _File(msgspec.Struct):
     basename: str
     bytes: Annotated[int, msgspec.Meta(ge=0)]
+    hashes: dict[str, str] = {}
 
 
 class _Listed(msgspec.Struct):
@@ -57,6 +59,12 @@ class _Listed(msgspec.Struct):
     format: str = "mds"
     raw_data: _File | None = None
     zip_data: _File | None = None
+    # Of shards that are text; those of JSON have `columns`, the others the lists.
+    columns: dict[str, str] = {}
+    column_names: list[str] = []
+    column_encodings: list[str] = []
+    separator: str | None = None
+    newline: str = "\n"
 
 
 class _Index(msgspec.Struct):
@@ -66,31 +74,78 @@ class _Index(msgspec.Struct):
 
 def shards_of(data: bytes, url: str) -> list[ListedShard]:
     """The shards that the index at `url` names. ConfigError, naming `url`, for what is none, and for shards that are
-    not read: those of JSON, CSV or TSV, and those that are packed in ways that are not read.
+    not read, such as those that are packed in ways that are not read.
     """
-    try:
-        index = msgspec.json.decode(data, type=_Index)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{url} is no index of MDS shards: {error}; write it again") from error
-    if index.version != 2:
-        raise ConfigError(f"{url} has version {index.version} of MDS; fastload reads version 2")
     found = []
-    for shard in index.shards:
-        if shard.format != "mds":
-            raise ConfigError(f"{url} names {shard.format} shards, which fastload does not read; write them as MDS")
+    for shard in _index(data, url).shards:
         if shard.raw_data is None:
             raise ConfigError(f"{url} does not say how large a shard is (raw_data); write the data set again")
-        raw, packed = shard.raw_data, shard.zip_data
+        raw, packed, is_digested = shard.raw_data, shard.zip_data, bool(shard.raw_data.hashes)
         if packed is None:
-            found.append(ListedShard(raw.basename, (raw.bytes,), shard.samples))
+            found.append(ListedShard(raw.basename, (raw.bytes,), shard.samples, is_digested=is_digested))
             continue
         if not packing_of(packed.basename):
             raise ConfigError(
                 f"{url} names {packed.basename}, which is packed as nothing that is read (zstd, gz, bz2, br and snappy "
                 "are); write the data set with another compression"
             )
-        found.append(ListedShard(packed.basename, (packed.bytes,), shard.samples, raw.bytes))
+        found.append(ListedShard(packed.basename, (packed.bytes,), shard.samples, raw.bytes, is_digested=is_digested))
     return found
+
+
+def described(data: bytes, url: str) -> dict[str, Described]:
+    """What the index at `url` says of shards that cannot be read without, or have digests, by their names. ConfigError
+    as above.
+    """
+    layouts: dict[bytes, bytes] = {}  # made once: they hardly differ
+    found = {}
+    for shard in _index(data, url).shards:
+        layout, files = b"", (shard.raw_data, shard.zip_data)
+        if shard.format != "mds":
+            said = (
+                shard.format,
+                shard.columns,
+                shard.column_names,
+                shard.column_encodings,
+                shard.separator,
+                shard.newline,
+            )
+            key = msgspec.json.encode(said)
+            layout = layouts[key] = layouts.get(key) or _lines_layout(shard, url)
+        digests = {} if shard.raw_data is None else shard.raw_data.hashes
+        if layout or digests:
+            found.update({each.basename: Described(layout, digests) for each in files if each is not None})
+    return found
+
+
+def _index(data: bytes, url: str) -> _Index:
+    try:
+        index = msgspec.json.decode(data, type=_Index)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{url} is no index of MDS shards: {error}; write it again") from error
+    if index.version != 2:
+        raise ConfigError(f"{url} has version {index.version} of MDS; fastload reads version 2")
+    odd = next((shard.format for shard in index.shards if shard.format not in ("mds", *_SEPARATORS)), None)
+    if odd is not None:
+        raise ConfigError(f"{url} names {odd} shards, which fastload does not know; write them as MDS")
+    return index
+
+
+_SEPARATORS = {"json": None, "csv": ",", "tsv": "\t", "xsv": None}
+"""Of shards that are text, where the index does not say it."""
+
+
+def _lines_layout(shard: _Listed, url: str) -> bytes:
+    separator = shard.separator if shard.format == "xsv" else _SEPARATORS[shard.format]
+    is_json = shard.format == "json"
+    names, encodings = shard.column_names, shard.column_encodings
+    columns = sorted(shard.columns.items()) if is_json else list(zip(names, encodings, strict=False))
+    if not columns or len(names) != len(encodings) or (separator is None) != is_json:
+        raise ConfigError(f"{url} does not say what the columns of its {shard.format} shards are; write it again")
+    try:
+        return lines_layout(columns, separator, shard.newline)
+    except ShardError as error:
+        raise ConfigError(f"{url}: {error}; write the shards again") from error
 
 
 class _Header(msgspec.Struct):

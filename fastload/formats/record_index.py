@@ -11,7 +11,7 @@ processes write, so nothing in it is believed, as with `shard_index`.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -24,7 +24,7 @@ from fastload.errors import ShardError
 from fastload.formats.shard_index import HEADER_BYTES
 from fastload.store.packing import unpacked_name
 
-__all__ = ["MAGIC", "RECORD", "ListedShard", "RecordIndex", "shard_name", "stored_record_count"]
+__all__ = ["MAGIC", "RECORD", "Described", "ListedShard", "RecordIndex", "shard_name", "stored_record_count"]
 
 RECORD = ""
 """The one column that gathering knows of such shards: all of a record."""
@@ -156,6 +156,16 @@ class ListedShard(NamedTuple):
     samples: int
     unpacked_bytes: int = -1
     packing: str = ""
+    is_digested: bool = False  # the index has digests of it
+
+
+class Described(NamedTuple):
+    """What reading a shard needs of the folder's index: how its samples are laid out, where the shard itself does not
+    say it, and digests of what is in it, by algorithm.
+    """
+
+    layout: bytes = b""
+    digests: Mapping[str, str] = {}
 
 
 def shard_name(url: str, start: int = 0) -> str:

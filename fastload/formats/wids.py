@@ -11,6 +11,7 @@ local lists only.
 from __future__ import annotations
 
 import posixpath
+import re
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ import msgspec
 from fastload.errors import ConfigError
 
 ENDING = ".json"
+_SHARD = re.compile(r"shard\.[0-9]+\.json\Z", re.IGNORECASE)  # of MosaicML's streaming
 
 # Other formats call the file the same, and lead to this message when a user passes it.
 _FOLDER, _TARS = "name the folder that it lies in", "which is not supported; write the samples as .tar shards"
@@ -72,7 +74,7 @@ class WidsSource:
 def is_list(url: str) -> bool:
     """Whether `url` names a list of shards rather than shards."""
     path = url.partition("?")[0] if url.lower().startswith(("http://", "https://")) else url
-    return path.lower().endswith(ENDING)
+    return path.lower().endswith(ENDING) and not _SHARD.match(path.rpartition("/")[2])
 
 
 def parse(data: bytes, url: str) -> list[Shards | WidsSource]:

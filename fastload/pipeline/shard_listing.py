@@ -211,7 +211,7 @@ def _of_names(consumer: Consumer, urls: list[str], endings: tuple[str, ...]) -> 
     of_named = folders.indexes_of_named(consumer, {_folder(info.url) for info in indexes})
     for info in of_named:
         folders.note(info.url, _read(consumer, info), counts, order, is_whole=False)
-    described = [info for info in (*indexes, *of_named) if _folder(info.url) in folders.described]
+    described = [info for info in (*indexes, *of_named) if _folder(info.url) in folders.described | folders.digested]
     sidecars = ObjectTable.joined([found.take(np.flatnonzero(is_sidecar)), ObjectTable.of(described)])
     shards = folders.shards()
     ordered = shards.take(order) if (np.diff(order) < 0).any() else shards
@@ -236,6 +236,7 @@ class _Folders:
         self._shards = shards
         self.numbers: dict[str, dict[str, int]] = {}  # by folder: shards that it may name, by name
         self.described: set[str] = set()  # folders where it has to be
+        self.digested: set[str] = set()  # others where it has digests
         self.unpacked_sizes = np.full(len(shards), -1, np.int64)  # of shards that are packed; -1: it does not say
         self._packings = np.zeros(len(shards), np.int64)  # where the index says it
         for number, url in enumerate(url for rows in shards.rows() for url, *_ in rows):
@@ -277,6 +278,8 @@ class _Folders:
         folder = _folder(url)
         numbers, ordered = self.numbers[folder], []
         for shard in listed_shards(data, url):
+            if shard.is_digested:
+                self.digested.add(folder)
             number = numbers.get(shard.name)
             if number is None and not is_whole:
                 continue

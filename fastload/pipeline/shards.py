@@ -19,7 +19,7 @@ cannot be corrected if they turn out wrong, so that is an error.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -30,8 +30,18 @@ import numpy.typing as npt
 
 from fastload import callers, protocol
 from fastload.client.consumer import Consumer
-from fastload.errors import ConfigError, ShardError, StoreError
-from fastload.formats import ComputedFormat, Index, ShardIndex, StoredIndex, described_layout, indexer_for, stored_index
+from fastload.errors import ShardError, StoreError
+from fastload.formats import (
+    ComputedFormat,
+    Described,
+    Index,
+    ShardIndex,
+    StoredIndex,
+    described,
+    indexer_for,
+    stored_index,
+)
+from fastload.formats.digests import fastest
 from fastload.pipeline.pieces import PiecePlaces
 from fastload.pipeline.shard_listing import beside_name, is_description, object_reader
 from fastload.pipeline.windows import window_chunks
@@ -75,9 +85,9 @@ class ShardTable:
         )
         self._beside = {info.url: number for number, info in enumerate(files.infos)} if computed is not None else {}
         self._files = files
-        of_indexes, of_layouts = files.divided(lambda info: computed is None and not is_description(info.url))
+        of_indexes, descriptions = files.divided(lambda info: computed is None and not is_description(info.url))
         self._sidecars = Sidecars(manifest, of_indexes) if len(of_indexes.infos) else None
-        self._layouts = Layouts(of_layouts)
+        self._descriptions = Descriptions(descriptions)
         self._promised = np.full(len(manifest), -1, np.int64) if manifest.promised is None else manifest.promised.copy()
 
     def get(self, consumer: Consumer, object_nos: Sequence[int]) -> list[Index]:
@@ -216,7 +226,7 @@ class ShardTable:
         info = self._manifest.objects[object_no]
         first, end = int(self._first_chunk[object_no]), int(self._first_chunk[object_no + 1])
         piece = info if info.is_piece else None
-        indexer = indexer_for(info.url, info.size, lambda: self._layouts.of(consumer, info.url), piece)
+        indexer = indexer_for(info.url, info.size, self._descriptions.of(consumer, info.url), piece)
         chunk = first
         while chunk < end and not indexer.done:
             start = (chunk - first) * self._chunk_bytes
@@ -274,28 +284,40 @@ class SideFiles:
         return object_reader(consumer, int(self.first_chunk[number]), self.infos[number].size)
 
 
-class Layouts:
-    """How samples are laid out where a file beside the shards says it. Safe to use from several threads."""
+class Descriptions:
+    """What files beside the shards say that reading them needs. Safe to use from several threads."""
 
     def __init__(self, files: SideFiles) -> None:
         self._files = files
         self._number_of = {info.url.rpartition("/")[0]: number for number, info in enumerate(files.infos)}
         self._lock = threading.Lock()
-        self._known: dict[int, bytes] = {}
+        self._known: dict[int, dict[str, Described]] = {}
 
-    def of(self, consumer: Consumer, url: str) -> bytes:
-        """The layout of the shard at `url`. ConfigError where nothing says it."""
-        number = self._number_of.get(url.rpartition("/")[0])
+    def of(self, consumer: Consumer, url: str) -> Described | None:
+        """Of the shard at `url`; None where nothing says anything."""
+        folder, _, name = url.rpartition("/")
+        number = self._number_of.get(folder)
         if number is None:
-            raise ConfigError(f"{url}: the list of shards has no file that describes it; make the list again")
+            return None
         with self._lock:
             found = self._known.get(number)
         if found is None:
             info = self._files.infos[number]
-            found = described_layout(self._files.read_at(consumer, number)(0, info.size), info.url)
+            found = described(self._files.read_at(consumer, number)(0, info.size), info.url)
+            _warn_of_digests(info.url, found.values())
             with self._lock:
                 self._known[number] = found
-        return found
+        return found.get(name)
+
+
+def _warn_of_digests(url: str, described: Iterable[Described]) -> None:
+    unknown = next((about.digests for about in described if about.digests and not fastest(about.digests)), None)
+    if unknown is not None:
+        callers.warn(
+            f"{url} has digests of shards that nothing here computes ({', '.join(sorted(unknown))}): they are not "
+            "checked. Write the shards with hashes=['sha1'] or ['xxh64'].",
+            RuntimeWarning,
+        )
 
 
 class Sidecars:

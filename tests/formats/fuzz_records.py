@@ -22,6 +22,7 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import xxhash
 
 from fastload import unpacker
 from fastload.errors import ConfigError, DecodeError, ShardError
@@ -29,9 +30,11 @@ from fastload.formats import (
     RecordIndex,
     StoredIndex,
     TableIndex,
-    described_layout,
+    described,
+    indexer_for,
     listed_shards,
     litdata,
+    mds_lines,
     pieces,
     record_reader,
     records,
@@ -40,7 +43,7 @@ from fastload.formats import (
     tokens,
 )
 from fastload.formats.pieces import in_pieces
-from fastload.formats.records import layout_of, split
+from fastload.formats.records import layout_of, read_layout, split
 from fastload.store.packing import FRAMES
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
@@ -278,7 +281,7 @@ def check_litdata(data: bytes, rng: random.Random) -> None:
     about, chunk = data[4 : 4 + about_bytes], data[4 + about_bytes :]
     try:
         shards = listed_shards(about, URL)
-        layout = described_layout(about, URL)
+        layout = litdata.layout(about, URL)
     except ConfigError as error:
         assert str(error).startswith(URL), error  # noqa: PT017
         return
@@ -333,6 +336,60 @@ def check_frames(data: bytes, rng: random.Random) -> None:
     if packed == framed(chunk, 1):
         assert made == chunk
     assert litdata.LitDataIndexer(URL, len(made), _ANY_LAYOUT).feed(np.frombuffer(made, np.uint8), 0) is None
+
+
+# MDS's shards of text.
+
+
+def make_lines(rng: random.Random) -> bytes:
+    """The index and a shard, of which one is damaged. In front the index's size."""
+    separator, newline = rng.choice([None, ",", "::"]), rng.choice(["\n", "\r\n"])
+    rows = [(rng.choice(["", "text", "é", "1|"]), rng.choice([0, -5, 1 << 40])) for _ in range(rng.choice([0, 1, 5]))]
+    if separator is None:
+        lines = [json.dumps({"a": a, "b": b}) for a, b in rows]
+        more: dict[str, Any] = {"format": "json", "columns": {"a": "str", "b": "int"}}
+    else:
+        lines = [separator.join(["a", "b"]), *(f"{a}{separator}{b}" for a, b in rows)]
+        more = {"format": "xsv", "column_names": ["a", "b"], "column_encodings": ["str", "int"], "separator": separator}
+    data = "".join(line + newline for line in lines).encode()
+    data = changed(data, rng) if rng.random() < 0.5 else data
+    hashes = {"xxh64": xxhash.xxh64(data).hexdigest()} if rng.random() < 0.5 else {}
+    raw = {"basename": "shard.0.json", "bytes": len(data), "hashes": hashes}
+    shard = {"samples": len(rows), "newline": newline, "raw_data": raw, **more}
+    about = json.dumps({"version": 2, "shards": [shard]}).encode()
+    about = changed(about, rng) if rng.random() < 0.3 else about
+    return struct.pack("<I", len(about)) + about + data
+
+
+def check_lines(data: bytes, rng: random.Random) -> None:
+    """Lines and their values are those of plain Python."""
+    about_bytes = int.from_bytes(data[:4], "little")
+    about, text = data[4 : 4 + about_bytes], data[4 + about_bytes :]
+    try:
+        listed_shards(about, URL)
+        found = described(about, URL).get("shard.0.json")
+    except ConfigError as error:
+        assert str(error).startswith(URL), error  # noqa: PT017
+        return
+    if found is None or not found.layout:
+        return
+    reader = mds_lines.LinesReader.of(read_layout(found.layout)[1])
+    try:
+        indexer = indexer_for(f"{URL}.0.json", len(text), found)
+    except ShardError as error:
+        assert str(error).startswith(URL), error  # noqa: PT017
+        return
+    with guarding(rng, mds_lines):
+        index = index_of(indexer, text, rng)
+        if isinstance(index, str):
+            return
+        assert isinstance(index, RecordIndex)
+        values = values_of(index, text, rng)
+    lines = text.removeprefix(reader.head).split(reader.newline)[:-1]
+    assert [text[at : at + size] for at, size in zip(index.offset.tolist(), index.size.tolist(), strict=True)] == lines
+    if reader.separator is not None:
+        parts = [line.split(reader.separator) for line in lines]
+        assert isinstance(values, str) == any(len(each) != len(reader.columns) for each in parts)
 
 
 # Tokens.
@@ -390,6 +447,7 @@ def _reader_of(data: bytes) -> Any:
 TARGETS = [
     fuzzing.Target("tfrecord", make_tfrecord, check_tfrecord),
     fuzzing.Target("litdata", make_litdata, check_litdata),
+    fuzzing.Target("lines", make_lines, check_lines, ("pages",)),
     fuzzing.Target("frames", make_frames, check_frames, ("pages",)),
     fuzzing.Target("table", make_table, check_table, ("pages",)),
     fuzzing.Target("tokens", make_tokens, check_tokens),

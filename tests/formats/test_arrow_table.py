@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 import fastload
 from fastload.errors import ConfigError, ShardError
 from fastload.formats import (
+    Described,
     MixedLayoutsError,
     TableIndex,
-    described_layout,
     indexer_for,
     joined,
     record_reader,
     stored_index,
 )
+from fastload.formats.litdata import layout as described_layout
 from fastload.formats.table_index import stored_row_count
 from tests.formats.test_litdata import LAYOUT, URL, index_json
 
@@ -120,7 +121,7 @@ def folder(tmp_path: Path, *chunks: bytes) -> str:
 
 
 def index_of(data: bytes, step: int = 1000) -> TableIndex:
-    indexer = indexer_for(URL, len(data), layout=lambda: LAYOUT)
+    indexer = indexer_for(URL, len(data), Described(LAYOUT))
     start = 0
     while not indexer.done and start < len(data):
         indexer.feed(np.frombuffer(data[start : start + step], np.uint8), start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,29 @@ def mds(folder: Path, parts: Sequence[Sequence[int]]) -> None:
         (folder / f"{number}.mds").write_bytes(data)
         listed.append({"raw_data": {"basename": f"{number}.mds", "bytes": len(data)}, "samples": len(part)})
     (folder / "index.json").write_text(json.dumps({"version": 2, "shards": listed}))
+
+
+def mds_lines(form: str) -> Write:
+    """MDS's shards of text: JSON or CSV, with digests."""
+    columns = {"id": "int", "text": "str"}
+    separator = "\t" if form == "tsv" else ","
+    more = {"columns": columns} if form == "json" else {"column_names": [*columns], "column_encodings": ["int", "str"]}
+
+    def written(folder: Path, parts: Sequence[Sequence[int]]) -> None:
+        listed = []
+        for number, part in enumerate(parts):
+            lines = [
+                json.dumps({"id": i, "text": text(i)}) if form == "json" else f"{i}{separator}{text(i)}" for i in part
+            ]
+            head = [] if form == "json" else [f"id{separator}text"]
+            data = "".join(f"{line}\n" for line in head + lines).encode()
+            name = f"shard.{number:05}.{form}"
+            (folder / name).write_bytes(data)
+            raw = {"basename": name, "bytes": len(data), "hashes": {"sha1": hashlib.sha1(data).hexdigest()}}
+            listed.append({"format": form, "newline": "\n", "samples": len(part), "raw_data": raw, **more})
+        (folder / "index.json").write_text(json.dumps({"version": 2, "shards": listed}))
+
+    return written
 
 
 def tfrecord(folder: Path, parts: Sequence[Sequence[int]]) -> None:
@@ -114,6 +138,7 @@ def packed(write: Write, ending: str) -> Write:
 FORMATS: dict[str, Write] = {
     "tar": tar, "jsonl": jsonl, "mds": mds, "tfrecord": tfrecord, "litdata": litdata,
     "litdata table": litdata_table, "jsonl.gz": packed(jsonl, ".gz"), "mds.zstd": packed(mds, ".zstd"),
+    "mds json": mds_lines("json"), "mds csv": mds_lines("csv"), "mds tsv.gz": packed(mds_lines("tsv"), ".gz"),
     "litdata.zstd": litdata_packed("chunk"), "litdata frames": litdata_packed("batch"),
 }  # fmt: skip
 DECODERS: dict[str, dict[str, fastload.decode.Decoder]] = {

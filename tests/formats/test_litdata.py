@@ -23,8 +23,8 @@ import fastload
 from fastload.decode import Decoder
 from fastload.errors import ConfigError, DecodeError, MissingColumnError, ShardError
 from fastload.formats import (
+    Described,
     RecordIndex,
-    described_layout,
     format_of,
     indexer_for,
     is_described,
@@ -34,6 +34,7 @@ from fastload.formats import (
     stored_index,
 )
 from fastload.formats.litdata import Array, LitDataReader, Nested, RgbPicture
+from fastload.formats.litdata import layout as described_layout
 from fastload.formats.records import layout_of, split
 from tests.conftest import Bucket
 
@@ -209,7 +210,7 @@ LAYOUT = described_layout(index_json(), "s3://b/index.json")
 
 
 def index_of(data: bytes, layout: bytes = LAYOUT, step: int = 1000) -> RecordIndex:
-    indexer = indexer_for(URL, len(data), lambda: layout)
+    indexer = indexer_for(URL, len(data), Described(layout))
     start = 0
     while not indexer.done and start < len(data):
         indexer.feed(np.frombuffer(data[start : start + step], np.uint8), start)

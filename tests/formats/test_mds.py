@@ -353,7 +353,7 @@ def test_an_index_beside_the_shards_says_how_many_samples_there_are(cache: fastl
     packed = {"basename": "shard.00000.mds.zstd", "bytes": 5}
     refused("lies beside it, which has the same samples", shards=[{**first, "zip_data": packed}, *others])
     (folder / "shard.00000.mds.zstd").unlink()
-    refused("names json shards", shards=[{**first, "format": "json"}, *others])
+    refused("names hologram shards", shards=[{**first, "format": "hologram"}, *others])
     gone = {**first["raw_data"], "basename": "shard.00009.mds"}
     refused(r"names shard\.00009\.mds, which is not beside it", shards=[{**first, "raw_data": gone}])
     short = {**first["raw_data"], "bytes": 5}

@@ -17,6 +17,7 @@ def tfrecord() -> None:
     """By tfrecord 1.14, which needs protobuf and crc32c."""
     from tfrecord.writer import TFRecordWriter
 
+    (HERE / "tfrecord").mkdir(exist_ok=True)
     for part in range(2):
         writer = TFRecordWriter(str(HERE / "tfrecord" / f"train.tfrecord-0000{part}-of-00002"))
         for i in range(15 * part, 15 * part + 15):
@@ -31,6 +32,25 @@ def tfrecord() -> None:
                 }
             )
         writer.close()
+
+
+def mds_lines() -> None:
+    """By mosaicml-streaming 0.13: shards that are text, with digests, some of them packed."""
+    from streaming import CSVWriter, JSONWriter, TSVWriter, XSVWriter
+
+    columns = {"Name": "str", "id": "int", "score": "float", "größe": "int"}
+    ways = {
+        "mds_json": (JSONWriter, {"hashes": ["sha1", "xxh64"]}),
+        "mds_json_zstd": (JSONWriter, {"compression": "zstd", "hashes": ["md5"]}),
+        "mds_csv": (CSVWriter, {"hashes": ["xxh3_64"]}),
+        "mds_tsv": (TSVWriter, {"compression": "gz", "newline": "\r\n"}),
+        "mds_xsv": (XSVWriter, {"separator": "::", "newline": "é"}),
+    }
+    for name, (writer, options) in ways.items():
+        with writer(columns=columns, out=str(HERE / name), size_limit=900, **options) as out:
+            for i in range(24):
+                text = f"n{chr(228) if name != 'mds_xsv' else 'a'}me {i}" + "|" * (i % 2)
+                out.write({"Name": text, "id": i - 3, "score": i / 3 if i else float("nan"), "größe": 2**i})
 
 
 def litdata() -> None:
@@ -84,5 +104,4 @@ def litdata() -> None:
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        (HERE / name).mkdir(exist_ok=True)
-        {"tfrecord": tfrecord, "litdata": litdata}[name]()
+        {"tfrecord": tfrecord, "litdata": litdata, "mds_lines": mds_lines}[name]()
