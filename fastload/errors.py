@@ -2,9 +2,9 @@
 
 The types are split by what the caller does next: mend the call (`ConfigError`), look at the bucket
 (`ObjectMissingError`, `AccessDeniedError`), wait (`StoreUnavailableError`), list again (`ObjectChangedError`), look at
-the data (`ShardError`, `DecodeError`, `MissingColumnError`), look at the node (`CacheError`, `ServiceError`,
-`WorkerError`, `WaitTimeoutError`), or load another state (`StateError`). Each is also the builtin that a caller would
-already catch.
+what another writer has put there (`WriteConflictError`), look at the data (`ShardError`, `DecodeError`,
+`MissingColumnError`), look at the node (`CacheError`, `ServiceError`, `WorkerError`, `WaitTimeoutError`), or load
+another state (`StateError`). Each is also the builtin that a caller would already catch.
 
 An error crosses the socket between service and consumer as its type's name and its message, so every type is made from
 one string. The message carries the value, the place and the cure.
@@ -30,6 +30,7 @@ __all__ = [
     "StoreUnavailableError",
     "WaitTimeoutError",
     "WorkerError",
+    "WriteConflictError",
 ]
 
 
@@ -49,7 +50,7 @@ class ConfigError(FastloadError, ValueError):
 
 
 class StoreError(FastloadError, OSError):
-    """An object store did not give what was asked for; the base of the four that follow."""
+    """An object store did not give what was asked for; the base of the five that follow."""
 
 
 class ObjectMissingError(StoreError, FileNotFoundError):
@@ -66,6 +67,10 @@ class StoreUnavailableError(StoreError, ConnectionError):
 
 class ObjectChangedError(StoreError):
     """An object is no longer the one that was listed (its ETag, size or modification time differs)."""
+
+
+class WriteConflictError(StoreError):
+    """A conditional write lost: the object was there already, or is no longer the version that was to be replaced."""
 
 
 class ShardError(FastloadError, ValueError):

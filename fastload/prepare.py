@@ -38,7 +38,17 @@ from fastload.client.cache import AnyCache, Handle, handle_of
 from fastload.client.consumer import Consumer, HeldBytes
 from fastload.client.operator import is_served
 from fastload.config import CacheLimits, default_ram_bytes
-from fastload.errors import ConfigError, FastloadError, ShardError, StoreError, WaitTimeoutError, from_wire
+from fastload.errors import (
+    ConfigError,
+    FastloadError,
+    ObjectChangedError,
+    ObjectMissingError,
+    ShardError,
+    StoreError,
+    WaitTimeoutError,
+    WriteConflictError,
+    from_wire,
+)
 from fastload.formats import ComputedFormat, Format, Index
 from fastload.history.archive import Archive
 from fastload.history.library import WARMING
@@ -49,7 +59,7 @@ from fastload.plan import Manifest, Ranks, RequestedOrder, objects_in_use_order
 from fastload.protocol import Progress, WarmTerms
 from fastload.redaction import redact
 from fastload.service.recording import learnt_by_runs
-from fastload.store import StoreOptions
+from fastload.store import StoreOptions, open_store
 from fastload.store.logins import apart
 from fastload.store.table import ObjectTable
 from fastload.store.urls import scheme, store_root
@@ -484,16 +494,28 @@ def _writer(
         with SidecarWriter(path) as writer:
             yield writer
         return
-    from fastload.store.objectstore import SCHEMES, ObjectStore
+    from fastload.store.objectstore import SCHEMES
 
     if scheme(path) not in SCHEMES or path.endswith("/"):
         raise ConfigError(f"output={path!r} is not the name of an object in an object store, and no file; name either")
-    store = ObjectStore(store_root(path), StoreOptions.from_environment(storage_options))
+    store = open_store(path, StoreOptions.from_environment(storage_options))
     with closing(store), tempfile.TemporaryDirectory(prefix="fastload-index-") as folder:
-        version, local = store.version(path), Path(folder) / "index.arrow"
+        local = Path(folder) / "index.arrow"
+        try:
+            there = store.head(path)
+        except ObjectMissingError:
+            there = None
         with SidecarWriter(local) as writer:
             yield writer
-        store.put(path, local, replaces=version)
+        try:
+            if there is None:
+                store.put_if_absent(path, local.read_bytes())
+            else:
+                store.put_if_match(path, local.read_bytes(), there.etag or "")
+        except WriteConflictError as error:
+            raise ObjectChangedError(
+                f"{path} was written by another meanwhile, and is left as that did; run this again"
+            ) from error
 
 
 def _shard_table(

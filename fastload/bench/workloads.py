@@ -135,7 +135,7 @@ def make(workload: Workload, url: str, scale: float, options: StoreOptions, repo
                 os.rename(path, local / name)
             else:
                 assert bucket is not None
-                bucket.put(url + name, path)
+                bucket.put(url + name, path.read_bytes())
                 path.unlink()
             made.append(url + name)
     return made

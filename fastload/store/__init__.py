@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fastload.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from fastload.store.conditions import check_conditions as check_conditions
     from fastload.store.listing import resolve as resolve
     from fastload.store.opening import RequestOptions as RequestOptions
     from fastload.store.opening import open_store as open_store
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "conditions": ["check_conditions"],
         "listing": ["resolve"],
         "opening": ["RequestOptions", "open_store"],
         "options": ["StoreOptions"],

@@ -2,6 +2,8 @@
 
 For reach, not for speed: fsspec hands out fresh bytes, which are copied, and has no conditional read, so that each read
 asks for the object's size, ETag and time, before and after: it says nothing of the reply that the bytes came with.
+Writes are as whole and as durable as the file system makes them, and there are none on a condition: what fsspec calls
+"create" looks first and writes then.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ import datetime
 import importlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
+
+from typing_extensions import Buffer
 
 from fastload.errors import AccessDeniedError, ConfigError, ObjectMissingError, StoreError, StoreUnavailableError
 from fastload.redaction import showable
@@ -85,6 +89,37 @@ class FsspecStore:
             raise truncated(info.url, len(data), len(out), start)
         self._check_version(info)
         out[:] = data
+
+    def put(self, url: str, data: Buffer) -> str | None:
+        """Store `data` as the object at `url`."""
+        try:
+            self._system.makedirs(url.rpartition("/")[0], exist_ok=True)
+            self._system.pipe_file(url, bytes(data))
+        except OSError as error:
+            raise _explain(error, url) from showable(error)
+        return self.head(url).etag
+
+    def put_if_absent(self, url: str, data: Buffer) -> str | None:
+        """Always a `ConfigError`, as `put_if_match` is."""
+        self._refuse_condition(url)
+
+    def put_if_match(self, url: str, data: Buffer, etag: str) -> str | None:
+        self._refuse_condition(url)
+
+    def delete(self, url: str) -> None:
+        """Delete the object at `url`."""
+        try:
+            self._system.rm_file(url)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise _explain(error, url) from showable(error)
+
+    def _refuse_condition(self, url: str) -> NoReturn:
+        raise ConfigError(
+            f"{url}: {self._scheme}:// is reached through fsspec, which has no conditional writes, so that of two "
+            "writers neither would notice the other; write to s3://, gs://, az:// or a path"
+        )
 
     def close(self) -> None:
         """Nothing: fsspec closes what it opened when the file system is collected."""

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Iterator
+from typing import NoReturn
+
+from typing_extensions import Buffer
 
 from fastload.errors import ConfigError, ObjectMissingError, StoreError
 from fastload.store.answers import is_strong
@@ -73,8 +76,25 @@ class HttpStore:
             headers["If-Match"] = str(info.etag)
         self._reader.get_range(info, _target(info.url), headers, start, out)
 
+    def put(self, url: str, data: Buffer) -> str | None:
+        """Web servers are only read, so that this is always a `ConfigError`, as are the others that write."""
+        _refuse_to_write(url)
+
+    def put_if_absent(self, url: str, data: Buffer) -> str | None:
+        _refuse_to_write(url)
+
+    def put_if_match(self, url: str, data: Buffer, etag: str) -> str | None:
+        _refuse_to_write(url)
+
+    def delete(self, url: str) -> None:
+        _refuse_to_write(url)
+
     def close(self) -> None:
         self._reader.close()
+
+
+def _refuse_to_write(url: str) -> NoReturn:
+    raise ConfigError(f"{url}: nothing is written to web servers; name an object store (s3://, gs://, az://) or a path")
 
 
 def _target(url: str) -> str:

@@ -10,26 +10,48 @@ They hold on this node only. Lists of shards go to other nodes, which may have c
 on next week, on files that were copied anew; so there they are left out, and put in again where a node begins to read
 (`with_version_tags`). From then on a change is a change. Also a change of mode, owner, name or links counts as one,
 since the file system does not distinguish them from a write.
+
+Writes go into a file beside, are synced to the disk with it, and get their name at once: by a rename that replaces, or
+by one that refuses to, so that of several creators one wins, on other nodes of a shared file system too. To replace one
+version and no other takes a lock of the folder, which all who do so respect. What lies beside after a crash is listed
+like any object.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
+import fcntl
 import functools
 import os
 import re
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
+from typing_extensions import Buffer
 
-from fastload.errors import AccessDeniedError, ObjectMissingError, StoreError, StoreUnavailableError
+from fastload.errors import (
+    AccessDeniedError,
+    ConfigError,
+    ObjectMissingError,
+    StoreError,
+    StoreUnavailableError,
+    WriteConflictError,
+)
 from fastload.store.answers import changed, truncated
 from fastload.store.table import ObjectTable, Texts
 from fastload.store.types import ObjectInfo
 from fastload.store.urls import folder_without_slash, how_to_name, normalise
 
 SCHEMES = frozenset({"file"})
+# Folders are made as they are needed, and go with the last file that is deleted in them: who writes meanwhile makes his
+# anew.
+_FOLDER_ATTEMPTS = 100
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL)
 
 
 class LocalStore:
@@ -44,7 +66,12 @@ class LocalStore:
         for folder, _, names in os.walk(os.path.dirname(prefix), onerror=_refuse_unless_missing):
             paths += [path for name in names if (path := os.path.join(folder, name)).startswith(prefix)]
         for path in sorted(paths):
-            yield self.head(path)
+            try:
+                yield self.head(path)
+            except ObjectMissingError:
+                if os.path.lexists(path):
+                    raise
+                # Deleted or renamed since the folder was read.
 
     def head(self, url: str) -> ObjectInfo:
         """The file at `url`."""
@@ -82,8 +109,170 @@ class LocalStore:
         if got != len(out):
             raise truncated(info.url, got, len(out), start)
 
+    def put(self, url: str, data: Buffer) -> str | None:
+        """Store `data` as the file at `url`, in folders that are made where they are not there."""
+        return _write(normalise(url), data, os.replace)
+
+    def put_if_absent(self, url: str, data: Buffer) -> str | None:
+        return _write(normalise(url), data, _rename_to_new)
+
+    def put_if_match(self, url: str, data: Buffer, etag: str) -> str | None:
+        """Atomic among those that do the same; `put` and `delete` do not look at the lock."""
+        path = normalise(url)
+        with _locked(os.path.dirname(path), path):
+            try:
+                now = self.head(path).etag
+            except ObjectMissingError as error:
+                raise _lost(path, "it is gone") from error
+            if now != etag:
+                raise _lost(path, f"its version was to be {etag} and is {now}")
+            return _write(path, data, os.replace)
+
+    def delete(self, url: str) -> None:
+        """Delete the file at `url`, and its folder where that is empty then, as object stores have no such thing."""
+        path = normalise(url)
+        folder = os.path.dirname(path)
+        try:
+            os.unlink(path)
+            _sync(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise _explain_write(error, path) from error
+        with contextlib.suppress(OSError):  # others are in it, or it is a mount or not ours to remove
+            os.rmdir(folder)
+
     def close(self) -> None:
         """Nothing is kept open."""
+
+
+def _write(path: str, data: Buffer, publish: Callable[[str, str], None]) -> str:
+    """Write a file beside `path`, and give it that name by `publish`. The version tag of it then."""
+    folder = os.path.dirname(path)
+    temporary = os.path.join(folder, f".tmp-put-{secrets.token_hex(8)}")
+    try:
+        descriptor = _create(temporary)
+        try:
+            _write_all(descriptor, memoryview(data).cast("B"))
+            os.fsync(descriptor)
+            publish(temporary, path)
+            tag = version_tag(os.fstat(descriptor))  # a rename changes it
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):  # it has its name
+                os.unlink(temporary)
+            raise
+        finally:
+            os.close(descriptor)
+        _sync(folder)
+    except FileExistsError as error:
+        raise _lost(path, "it is there already") from error
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise _explain_write(error, path) from error
+    return tag
+
+
+def _create(path: str) -> int:
+    for _ in range(_FOLDER_ATTEMPTS):
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        _make_folder(os.path.dirname(path))
+    raise FileNotFoundError(errno.ENOENT, "its folder is deleted as often as it is made")
+
+
+def _make_folder(folder: str) -> None:
+    """With those above it, each of them synced."""
+    try:
+        os.mkdir(folder)
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        _make_folder(os.path.dirname(folder))
+        return  # the caller tries again
+    _sync(os.path.dirname(folder))
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    done = 0
+    while done < len(data):
+        done += os.write(descriptor, data[done:])
+
+
+def _sync(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rename_to_new(temporary: str, path: str) -> None:
+    """Raises FileExistsError where `path` is there. Where the file system's rename cannot do that (NFS), by a link: the
+    file's version tag changes once more when its first name goes.
+    """
+    try:
+        if not _renamed_to_new(temporary, path):
+            _link(temporary, path)
+    except FileExistsError:
+        _sync(os.path.dirname(path))  # it may be of an attempt of ours that did not get as far as this
+        raise
+
+
+def _link(temporary: str, path: str) -> None:
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        raise ConfigError(
+            f"{path}: this file system has neither hard links nor a rename that replaces nothing, so that of two "
+            "writers neither would notice the other; write to another one, or to an object store"
+        ) from error
+    os.unlink(temporary)
+
+
+def _renamed_to_new(temporary: str, path: str) -> bool:
+    """By RENAME_NOREPLACE; False where that is not to be had."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # a C library without it
+        return False
+    here = -100  # AT_FDCWD; both paths are absolute
+    if rename(here, os.fsencode(temporary), here, os.fsencode(path), 1) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), path)
+
+
+@contextlib.contextmanager
+def _locked(folder: str, path: str) -> Iterator[None]:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _lost(path, "it is gone") from error
+    except OSError as error:
+        raise _explain_write(error, path) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise StoreUnavailableError(f"{path}: another replaces a file of this folder now; it is retried") from error
+    except OSError as error:
+        if isinstance(error, StoreError) or error.errno not in _NO_LOCKS:
+            raise
+        raise ConfigError(
+            f"{path}: this file system has no locks (flock), so that of two writers who replace it neither would "
+            "notice the other; write under another name, to another file system, or to an object store"
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def _lost(path: str, reason: str) -> WriteConflictError:
+    return WriteConflictError(f"{path}: another has written it: {reason}")
 
 
 def _fill(descriptor: int, start: int, out: memoryview) -> int:
@@ -120,6 +309,16 @@ def _explain(error: OSError, path: str) -> StoreError:
     if isinstance(error, PermissionError):
         return AccessDeniedError(f"{path}: this user may not read it; change its mode or owner")
     return StoreUnavailableError(f"{path}: {error.strerror or error}; it is retried until the deadline")
+
+
+def _explain_write(error: OSError, path: str) -> StoreError:
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        return AccessDeniedError(f"{path}: this user may not write it; change the mode or owner of its folder")
+    if isinstance(error, IsADirectoryError | NotADirectoryError) or error.errno == errno.ENAMETOOLONG:
+        return StoreError(f"{path}: no file can have this name: {error.strerror}; choose another")
+    return StoreUnavailableError(
+        f"{path}: cannot be written: {error.strerror or error}; it is retried until the deadline"
+    )
 
 
 _TAG = re.compile(r'W/"([0-9]{1,20})-(-?[0-9]{1,20})"')

@@ -5,7 +5,8 @@ does not survive a fork (a child hangs without an error), so a store belongs to 
 
 Bytes take one of two ways. From S3 they come by requests of our own straight into the caller's buffer, for
 two thirds of obstore's CPU-seconds a GB (see `direct`). Everything else streams through obstore and is
-copied, piece by piece, so that answers in flight do not pile up.
+copied, piece by piece, so that answers in flight do not pile up. Writes go through obstore, in one request each and
+out of the caller's memory.
 
 As whom a store is asked, in words: which kind of credentials, and where they were found. Never their values.
 """
@@ -19,26 +20,26 @@ import re
 import threading
 import urllib.parse
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import obstore
 from obstore.exceptions import (
     AlreadyExistsError,
     BaseError,
+    NotSupportedError,
     PermissionDeniedError,
     PreconditionError,
     UnauthenticatedError,
 )
 from obstore.store import S3Store, from_url
+from typing_extensions import Buffer
 
 from fastload.errors import (
     AccessDeniedError,
     ConfigError,
-    ObjectChangedError,
-    ObjectMissingError,
     StoreError,
     StoreUnavailableError,
+    WriteConflictError,
 )
 from fastload.redaction import showable
 from fastload.store import settings, watch
@@ -50,6 +51,7 @@ from fastload.store.answers import (
     changed,
     is_doubtful,
     is_strong,
+    same_etag,
     truncated,
     unreachable,
     unresolved,
@@ -72,6 +74,8 @@ SCHEMES = frozenset({"s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss"})
 # Pieces of the stream: smaller ones cost calls, larger ones are gathered and copied once more inside obstore.
 _PIECE_BYTES = 256 * 1024
 _LIST_PAGE = 1000
+# An upload may take as long. obstore's timeout of reads runs from the request on, while the body is being sent, too.
+_UPLOAD_S = 900
 _ASKED = re.compile(r"(?P<token>token request: )?Error performing (?P<method>[A-Z]+) (?P<url>\S+) in ")
 _NO_TOKEN = re.compile(r"(Failed to read (EKS )?token file .*|AWS_EC2_METADATA_DISABLED .*)")
 _STATUS = re.compile(r"status code: (\d{3})")
@@ -81,6 +85,9 @@ _BAD_REPLY = re.compile(
     r"\b(NotPartial|NoContentRange|ParseContentRange|InvalidContentRange|UnexpectedRange|InvalidListResponse"
     r"|MissingContentLength|InvalidContentLength|MissingLastModified|InvalidLastModified|MissingEtag)\b"
 )
+# An answer that all is well, with an error in it: what became of one of the objects to delete, and of all of them.
+_NOT_DELETED = re.compile(r"DeleteObjects request failed .*\(code: (\w+)\)")
+_ERROR_WITHIN = "Server returned error response"
 _RESOLVER = re.compile(r"Temporary failure|[Tt]ry again")  # glibc's words and musl's for EAI_AGAIN
 _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
 _KINDS: tuple[tuple[type[BaseException], int], ...] = (
@@ -104,6 +111,7 @@ class ObjectStore:
         store = _open(root, options, self._endpoint)
         self._lock = threading.Lock()
         self._store: ObstoreStore | None = store
+        self._writer: ObstoreStore | None = None  # made by the first write
         bucket = root.partition("://")[2]
         self._direct = direct_s3_reader(bucket, options, store) if isinstance(store, S3Store) else None
         self._proxy = proxy_for(self._endpoint, dict(options.extra))
@@ -188,34 +196,76 @@ class ObjectStore:
                     self._renew()
                 raise
 
-    def version(self, url: str) -> str:
-        """The ETag of the object at `url`, "" where there is none."""
-        try:
-            return self.head(url).etag or ""
-        except ObjectMissingError:
-            return ""
+    def put(self, url: str, data: Buffer) -> str | None:
+        """Store `data` as the object at `url`."""
+        return self._put(url, data, "overwrite")
 
-    def put(self, url: str, path: Path, *, replaces: str | None = None) -> None:
-        """Store a file as the object at `url`: the data that a benchmark makes, and indexes. Nothing else writes to a
-        store. With `replaces`, only where `version` is still that: ObjectChangedError otherwise.
-        """
-        condition: dict[str, Any] = {}
-        if replaces is not None:
-            condition = {"mode": {"e_tag": replaces} if replaces else "create", "use_multipart": False}
+    def put_if_absent(self, url: str, data: Buffer) -> str | None:
+        return self._put(url, data, "create")
+
+    def put_if_match(self, url: str, data: Buffer, etag: str) -> str | None:
+        if scheme(self._root) != "gs":
+            return self._put(url, data, {"e_tag": etag})
+        # Google compares the object's generation, of which there is one for each ETag.
+        with self._saying_who():
+            generation = self._generation(url, etag)
+        return self._put(url, data, {"version": generation})
+
+    def _put(self, url: str, data: Buffer, mode: Any) -> str | None:
+        content = memoryview(data).cast("B")
         with self._saying_who():
             try:
-                obstore.put(self._opened(), key_of(url), path, **condition)
-            except (PreconditionError, AlreadyExistsError) as error:
-                raise ObjectChangedError(
-                    f"{url} was written by another meanwhile, and is left as that did; run this again"
-                ) from showable(error)
+                done = obstore.put(self._opened_to_write(), key_of(url), content, mode=mode, use_multipart=False)
             except (BaseError, OSError) as error:
-                raise self._explain(error, url, "to write it") from showable(error)
+                raise self._explain_write(error, url, mode) from showable(error)
+        return done["e_tag"]
+
+    def _generation(self, url: str, etag: str) -> str:
+        try:
+            meta = obstore.head(self._opened(), key_of(url))
+        except FileNotFoundError as error:
+            raise _lost(url, "it is gone") from showable(error)
+        except (BaseError, OSError) as error:
+            raise self._explain(error, url) from showable(error)
+        if not same_etag(meta["e_tag"], etag):
+            raise _lost(url, f"its ETag was to be {etag} and is {meta['e_tag']}")
+        return meta["version"] or ""
+
+    def _explain_write(self, error: BaseException, url: str, mode: Any) -> StoreError | ConfigError:
+        text = str(error)
+        # S3 says so where two conditional writes meet, and means that this one is to be sent again.
+        if "ConditionalRequestConflict" in text or "OperationAborted" in text:
+            return StoreUnavailableError(f"{url}: another writes it at this moment; it is retried until the deadline")
+        if "<Code>NoSuchBucket" in text:  # which obstore takes for a condition that does not hold
+            return Refusal.from_body(404, text).error(url, self._endpoint)
+        if isinstance(error, AlreadyExistsError | PreconditionError):
+            return _lost(url, "it is there already" if mode == "create" else "it is no longer the version to replace")
+        if isinstance(mode, dict) and isinstance(error, FileNotFoundError) and "ContainerNotFound" not in text:
+            return _lost(url, "it is gone")
+        if isinstance(error, NotSupportedError | NotImplementedError):
+            return ConfigError(f"{url}: {text.splitlines()[0]}; check storage_options")  # conditional_put, say
+        return self._explain(error, url, "to write it")
+
+    def delete(self, url: str) -> None:
+        """Delete the object at `url`."""
+        with self._saying_who():
+            try:
+                obstore.delete(self._opened(), key_of(url))
+            except FileNotFoundError as error:
+                if "NoSuchBucket" in str(error) or "ContainerNotFound" in str(error):
+                    raise self._explain(error, url) from showable(error)
+            except (BaseError, OSError) as error:
+                failed = _NOT_DELETED.search(str(error))
+                if failed is None:
+                    raise self._explain(error, url, "to delete it") from showable(error)
+                if failed[1] != "NoSuchKey":
+                    status = 403 if failed[1] == "AccessDenied" else 200
+                    raise Refusal(status, failed[1]).error(url, self._endpoint) from showable(error)
 
     def close(self) -> None:
         """Let go of connections; obstore's go with its store, when the last request has ended."""
         with self._lock:
-            self._store, direct, self._direct = None, self._direct, None
+            self._store, self._writer, direct, self._direct = None, None, self._direct, None
         if direct is not None:
             direct.close()
 
@@ -244,6 +294,13 @@ class ObjectStore:
         if self._store is None:
             raise StoreUnavailableError(f"{self._root}: this store is closed")
         return self._store
+
+    def _opened_to_write(self) -> ObstoreStore:
+        with self._lock:
+            self._opened()
+            if self._writer is None:
+                self._writer = _open(self._root, self._options, self._endpoint, upload_s=_UPLOAD_S)
+            return self._writer
 
     def _read_by_signed_url(self, direct: DirectReader, info: ObjectInfo, start: int, out: memoryview) -> None:
         """There are buckets whose policy refuses signed URLs (s3:authType) and nothing else."""
@@ -299,8 +356,8 @@ class ObjectStore:
         quoted = _STATUS.search(text)
         status = next((status for kind, status in _KINDS if isinstance(error, kind)), 0)
         status = int(quoted[1]) if quoted else status
-        if status:
-            return Refusal.from_body(status, text).error(url, self._endpoint)
+        if status or _ERROR_WITHIN in text:
+            return Refusal.from_body(status or 200, text).error(url, self._endpoint)
         if certificate := _CERTIFICATE.search(text):
             reason = f"its TLS certificate is not accepted ({certificate[1]}; root_certificate names another issuer)"
             return unreachable(url, self._endpoint, reason)
@@ -328,10 +385,12 @@ class ObjectStore:
         if asked_at is None:
             return None
         method, url = asked_at["method"], asked_at["url"]
+        # Several objects are deleted by a POST; others to an endpoint of the user's own are for credentials.
+        is_of_objects = method in ("GET", "HEAD", "PUT", "DELETE") or url.endswith("?delete")
         of_store = (
             url == "REDACTED" or urllib.parse.urlsplit(url).netloc == urllib.parse.urlsplit(self._endpoint).netloc
         )
-        if method in ("GET", "HEAD") and of_store and not asked_at["token"]:
+        if is_of_objects and of_store and not asked_at["token"]:
             return None
         whom = urllib.parse.urlsplit(url)
         quoted, causes = _STATUS.search(text), _CAUSE.findall(text)
@@ -339,13 +398,19 @@ class ObjectStore:
         return f"{whom.scheme}://{whom.hostname}: {reason}" if whom.hostname else reason
 
 
-def _open(root: str, options: StoreOptions, endpoint: str) -> ObstoreStore:
-    """`endpoint`: where it is, said or the provider's own."""
+def _lost(url: str, reason: str) -> WriteConflictError:
+    return WriteConflictError(f"{url}: another has written it: {reason}")
+
+
+def _open(root: str, options: StoreOptions, endpoint: str, upload_s: int = 0) -> ObstoreStore:
+    """`endpoint`: where it is, said or the provider's own. `upload_s`: a client for uploads that take up to so long."""
     kind = scheme(root)
     extra = dict(options.extra)
     _refuse_foreign(root, options, extra)
     client = {"timeout": "300s", "read_timeout": "30s", "connect_timeout": "10s"}
     client |= {name: value for name, value in extra.items() if name in settings.CLIENT}
+    if upload_s:
+        client |= {"timeout": f"{upload_s}s", "read_timeout": f"{upload_s}s"}
     client |= for_obstore(proxy_for(endpoint, extra), extra)
     clients: Any = {**client, "allow_http": True}
     retries: Any = {"max_retries": 0}

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from typing_extensions import Buffer
+
 from fastload.errors import ConfigError, StoreUnavailableError
 from fastload.store import fsspecstore, httpstore, local, objectstore
 from fastload.store.options import StoreOptions
@@ -71,6 +73,18 @@ class _OpenedLater:
 
     def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
         self._opened().read_into(info, start, out)
+
+    def put(self, url: str, data: Buffer) -> str | None:
+        return self._opened().put(url, data)
+
+    def put_if_absent(self, url: str, data: Buffer) -> str | None:
+        return self._opened().put_if_absent(url, data)
+
+    def put_if_match(self, url: str, data: Buffer, etag: str) -> str | None:
+        return self._opened().put_if_match(url, data, etag)
+
+    def delete(self, url: str) -> None:
+        self._opened().delete(url)
 
     def close(self) -> None:
         with self._lock:

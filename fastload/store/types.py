@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from typing_extensions import Buffer
+
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
@@ -48,7 +50,13 @@ class Store(Protocol):
     """Where objects come from. Safe to call from several threads at once; never used across a fork.
 
     Errors are those of `fastload.errors`, each naming the URL: `ObjectMissingError`, `AccessDeniedError`,
-    `StoreUnavailableError` (the only one that is worth retrying) and `ObjectChangedError`.
+    `StoreUnavailableError` (the only one that is worth retrying) and `ObjectChangedError`; of conditional writes also
+    `WriteConflictError`. What a store cannot do at all is a `ConfigError`.
+
+    A write is of a whole object, of which readers see nothing before all of it is there (of fsspec's file systems not
+    all promise that). It is durable when the call returns. `data` is contiguous, is not copied where the client library
+    can do without (all but fsspec), and must not change until then. A write that ends with `StoreUnavailableError` may
+    still have been carried out, or be so later.
     """
 
     def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
@@ -64,6 +72,24 @@ class Store(Protocol):
 
         The read is conditional: an object that is no longer the version of `info` is an `ObjectChangedError`.
         """
+        ...
+
+    def put(self, url: str, data: Buffer) -> str | None:
+        """Store `data` as the object at `url`, in place of what is there; its ETag, None where the store has none."""
+        ...
+
+    def put_if_absent(self, url: str, data: Buffer) -> str | None:
+        """`put` where there is no such object; of several callers at once exactly one does not get a
+        `WriteConflictError`.
+        """
+        ...
+
+    def put_if_match(self, url: str, data: Buffer, etag: str) -> str | None:
+        """`put` where the object is still the version of that ETag; a `WriteConflictError` also where it is gone."""
+        ...
+
+    def delete(self, url: str) -> None:
+        """Delete the object at `url`. One that is not there is deleted already."""
         ...
 
     def close(self) -> None:

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from typing_extensions import Buffer
+
 from fastload import waiting
 from fastload.errors import (
     AccessDeniedError,
@@ -23,6 +25,7 @@ from fastload.errors import (
     ObjectMissingError,
     StoreError,
     StoreUnavailableError,
+    WriteConflictError,
 )
 from fastload.store import watch
 from fastload.store.answers import BadReplyError, HopelessError, changed, is_strong
@@ -58,7 +61,7 @@ class Counters:
         self._values = {"requests": 0, "bytes": 0, "retries": 0, "bad_replies": 0, "errors": 0}
 
     def add(self, **changes: int) -> None:
-        """Add to any of requests, bytes, retries, bad_replies, errors."""
+        """Add to any of these."""
         with self._lock:
             for name, change in changes.items():
                 self._values[name] += change
@@ -86,6 +89,18 @@ class _Around:
     def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
         self._inner.read_into(info, start, out)
 
+    def put(self, url: str, data: Buffer) -> str | None:
+        return self._inner.put(url, data)
+
+    def put_if_absent(self, url: str, data: Buffer) -> str | None:
+        return self._inner.put_if_absent(url, data)
+
+    def put_if_match(self, url: str, data: Buffer, etag: str) -> str | None:
+        return self._inner.put_if_match(url, data, etag)
+
+    def delete(self, url: str) -> None:
+        self._inner.delete(url)
+
     def close(self) -> None:
         self._inner.close()
 
@@ -95,7 +110,11 @@ class Retrying(_Around):
     the patience at once.
 
     A listing is tried as a whole, so that no object comes twice. A read that was cancelled (see `watch`) is not tried
-    again.
+    again. The patience with a write begins when it first fails, since to send its bytes may take minutes.
+
+    A conditional write whose answer was lost may have been carried out; the next attempt then meets its own object.
+    Such a conflict is settled by what is there: exactly these bytes are taken for ours. So where it matters who has
+    written them, the bytes must say it.
     """
 
     def __init__(
@@ -127,12 +146,54 @@ class Retrying(_Around):
     def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
         self._patiently(lambda: self._inner.read_into(info, start, out))
 
+    def put(self, url: str, data: Buffer) -> str | None:
+        return self._patiently(lambda: self._inner.put(url, data), is_write=True)
+
+    def put_if_absent(self, url: str, data: Buffer) -> str | None:
+        return self._conditionally(url, data, lambda: self._inner.put_if_absent(url, data))
+
+    def put_if_match(self, url: str, data: Buffer, etag: str) -> str | None:
+        return self._conditionally(url, data, lambda: self._inner.put_if_match(url, data, etag))
+
+    def delete(self, url: str) -> None:
+        self._patiently(lambda: self._inner.delete(url), is_write=True)
+
     def close(self) -> None:
         self._closed.set()
         super().close()
 
-    def _patiently(self, request: Callable[[], _Result]) -> _Result:
-        began = self._now()
+    def _conditionally(self, url: str, data: Buffer, put: Callable[[], str | None]) -> str | None:
+        may_be_ours = False  # what is there, since an attempt ended without an answer
+
+        def attempt() -> str | None:
+            nonlocal may_be_ours
+            try:
+                return put()
+            except StoreUnavailableError:
+                may_be_ours = True
+                raise
+            except WriteConflictError:
+                found = self._found(url, memoryview(data).cast("B")) if may_be_ours else None
+                if found is None:
+                    raise
+                return found.etag
+
+        return self._patiently(attempt, is_write=True)
+
+    def _found(self, url: str, data: memoryview) -> ObjectInfo | None:
+        """The object at `url`, where it holds exactly `data`."""
+        try:
+            info = self._inner.head(url)
+            if info.size != len(data):
+                return None
+            there = bytearray(info.size)
+            self._inner.read_into(info, 0, memoryview(there))
+        except (ObjectMissingError, ObjectChangedError):  # another has written again, or deleted
+            return None
+        return info if there == data else None
+
+    def _patiently(self, request: Callable[[], _Result], *, is_write: bool = False) -> _Result:
+        began = None if is_write else self._now()
         attempt = 0
         while True:
             try:
@@ -145,7 +206,9 @@ class Retrying(_Around):
                 is_bad_reply = isinstance(error, BadReplyError)
                 self._counters.add(bad_replies=is_bad_reply)
                 delay = self._delay(attempt)
-                spent = self._now() - began
+                now_s = self._now()
+                began = now_s if began is None else began
+                spent = now_s - began
                 if self._closed.is_set() or spent + delay > self._patience_s(error):
                     ends_as = error.ends_as if isinstance(error, HopelessError) else StoreUnavailableError
                     raise ends_as(f"{error} [gave up after {attempt + 1} attempts in {spent:.1f} s]") from error
@@ -196,6 +259,22 @@ class Limited(_Around):
         with self._slot(info.url):
             self._inner.read_into(info, start, out)
 
+    def put(self, url: str, data: Buffer) -> str | None:
+        with self._slot(url):
+            return self._inner.put(url, data)
+
+    def put_if_absent(self, url: str, data: Buffer) -> str | None:
+        with self._slot(url):
+            return self._inner.put_if_absent(url, data)
+
+    def put_if_match(self, url: str, data: Buffer, etag: str) -> str | None:
+        with self._slot(url):
+            return self._inner.put_if_match(url, data, etag)
+
+    def delete(self, url: str) -> None:
+        with self._slot(url):
+            self._inner.delete(url)
+
     @contextmanager
     def _slot(self, url: str) -> Iterator[None]:
         with self._changed:
@@ -214,6 +293,7 @@ class SecondLook(_Around):
 
     Another version, or none, of an object that was listed: its head decides, and where it takes the reply back, that
     was a bad one, which is retried. A denial, some other refusal, or nothing under a prefix: the same is asked again.
+    Conditional writes are not: were the first reply false, the second attempt would meet its own object.
     """
 
     def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
@@ -228,6 +308,12 @@ class SecondLook(_Around):
             _twice(lambda: self._inner.read_into(info, start, out))
         except (ObjectChangedError, ObjectMissingError) as error:
             raise self._verdict(info, start, len(out), error) from error
+
+    def put(self, url: str, data: Buffer) -> str | None:
+        return _twice(lambda: self._inner.put(url, data))
+
+    def delete(self, url: str) -> None:
+        _twice(lambda: self._inner.delete(url))
 
     def _verdict(self, info: ObjectInfo, start: int, length: int, error: StoreError) -> StoreError:
         try:
@@ -273,6 +359,22 @@ class Counted(_Around):
             self._inner.read_into(info, start, out)
         self._counters.add(bytes=len(out))
 
+    def put(self, url: str, data: Buffer) -> str | None:
+        with self._counting():
+            return self._inner.put(url, data)
+
+    def put_if_absent(self, url: str, data: Buffer) -> str | None:
+        with self._counting():
+            return self._inner.put_if_absent(url, data)
+
+    def put_if_match(self, url: str, data: Buffer, etag: str) -> str | None:
+        with self._counting():
+            return self._inner.put_if_match(url, data, etag)
+
+    def delete(self, url: str) -> None:
+        with self._counting():
+            self._inner.delete(url)
+
     @contextmanager
     def _counting(self) -> Iterator[None]:
         self._counters.add(requests=1)
@@ -284,17 +386,30 @@ class Counted(_Around):
 
 
 class Watched(_Around):
-    """Notifies the watch over a read, if there is one, how each attempt went."""
+    """Notifies the watch over a read or write, if there is one, how each attempt went."""
 
     def read_into(self, info: ObjectInfo, start: int, out: memoryview) -> None:
-        over = watch.current()
-        if over is None:
-            self._inner.read_into(info, start, out)
-            return
-        over.attempt_begins()
-        try:
-            self._inner.read_into(info, start, out)
-        except StoreError as error:
-            over.attempt_ended(0, watch.outcome_of(error))
-            raise
-        over.attempt_ended(len(out), watch.Outcome.GOOD)
+        _watching(len(out), lambda: self._inner.read_into(info, start, out))
+
+    def put(self, url: str, data: Buffer) -> str | None:
+        return _watching(memoryview(data).nbytes, lambda: self._inner.put(url, data))
+
+    def put_if_absent(self, url: str, data: Buffer) -> str | None:
+        return _watching(memoryview(data).nbytes, lambda: self._inner.put_if_absent(url, data))
+
+    def put_if_match(self, url: str, data: Buffer, etag: str) -> str | None:
+        return _watching(memoryview(data).nbytes, lambda: self._inner.put_if_match(url, data, etag))
+
+
+def _watching(byte_count: int, request: Callable[[], _Result]) -> _Result:
+    over = watch.current()
+    if over is None:
+        return request()
+    over.attempt_begins()
+    try:
+        result = request()
+    except StoreError as error:
+        over.attempt_ended(0, watch.outcome_of(error))
+        raise
+    over.attempt_ended(byte_count, watch.Outcome.GOOD)
+    return result

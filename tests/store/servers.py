@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import http.client
 import http.server
 import json
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastload.store import StoreOptions
+from tests.patience import PATIENCE_S
 
 Handler = http.server.BaseHTTPRequestHandler
 Behaviour = Callable[[Handler], None]
@@ -28,7 +31,7 @@ def server(*behaviours: Behaviour, certificate: Path | None = None) -> Iterator[
         def do_GET(self) -> None:
             behaviours[min(next(number), len(behaviours) - 1)](self)
 
-        do_HEAD = do_GET  # noqa: N815  # http.server's name
+        do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815  # http.server's names
 
         def log_message(self, *_: object) -> None:
             pass
@@ -131,3 +134,50 @@ class Liar:
             self.lie(handler)
         else:
             self.truth(handler)
+
+
+@dataclass
+class Relay:
+    """Passes requests on to a real store, and treats the nth PUT as the nth of `faults` says: "refused" (503, and it is
+    not passed on), "cut" (the connection ends before it is passed on), "lost" (it is passed on, and its answer is not),
+    "slow" (its body is read after so many seconds), "" and all after (nothing).
+    """
+
+    endpoint: str
+    faults: list[str] = field(default_factory=list)
+    slow_s: float = 0.0
+    puts: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __call__(self, handler: Handler) -> None:
+        fault = ""
+        if handler.command == "PUT":
+            with self.lock:
+                self.puts += 1
+                fault = self.faults.pop(0) if self.faults else ""
+        if fault == "slow":
+            time.sleep(self.slow_s)
+        body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+        if fault == "refused":
+            return answer(503, b"<Error><Code>SlowDown</Code></Error>", Content_Range="", ETag="")(handler)
+        if fault == "cut":
+            return hang_up(handler)
+        host, port = self.endpoint.removeprefix("http://").split(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=PATIENCE_S)
+        try:
+            connection.request(handler.command, handler.path, body, dict(handler.headers.items()))
+            reply = connection.getresponse()
+            content = reply.read()
+        finally:
+            connection.close()
+        if fault == "lost":
+            return hang_up(handler)
+        handler.send_response(reply.status)
+        for name, value in reply.getheaders():
+            if name.lower() not in ("transfer-encoding", "connection", "date", "server"):
+                handler.send_header(name, value)
+        if reply.getheader("Content-Length") is None:
+            handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content)
+        return None

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import obstore
 import pytest
 
-from fastload.errors import AccessDeniedError, ObjectChangedError, ObjectMissingError, StoreError
-from fastload.store import Counters, ObjectInfo, RequestOptions, Store, StoreOptions, direct, open_store
+from fastload.errors import (
+    AccessDeniedError,
+    ConfigError,
+    ObjectChangedError,
+    ObjectMissingError,
+    StoreError,
+    WriteConflictError,
+)
+from fastload.store import (
+    Counters,
+    ObjectInfo,
+    RequestOptions,
+    Retrying,
+    Store,
+    StoreOptions,
+    check_conditions,
+    direct,
+    open_store,
+)
 from fastload.store.local import LocalStore
 from fastload.store.objectstore import ObjectStore
 from tests.conftest import Bucket
+from tests.patience import PATIENCE_S
 
 
 @dataclass
@@ -83,7 +106,14 @@ def _wrapped(request: pytest.FixtureRequest) -> World:
     return World(open_store(bucket.url, bucket.options, RequestOptions(requests_max=2)), bucket.url, bucket.put)
 
 
-WORLDS = [_local, _s3_direct, _s3_signed_url, _s3_obstore, _fsspec, _wrapped]
+def _fsspec_local(request: pytest.FixtureRequest) -> World:
+    pytest.importorskip("fsspec")
+    root = f"local://{request.getfixturevalue('tmp_path')}"
+    local = _local(request)
+    return World(open_store(root, StoreOptions()), root, lambda key, data: f"local://{local.put(key, data)}")
+
+
+WORLDS = [_local, _s3_direct, _s3_signed_url, _s3_obstore, _fsspec, _fsspec_local, _wrapped]
 
 
 @pytest.fixture(params=WORLDS, ids=lambda make: make.__name__.strip("_"))
@@ -158,6 +188,170 @@ def test_serves_several_threads(world: World) -> None:
     with ThreadPoolExecutor(8) as pool:
         parts = pool.map(lambda start: read(world.store, info, start, 1 << 15), range(0, 1 << 20, 1 << 15))
         assert b"".join(parts) == data
+
+
+def test_writes_are_read_back(world: World) -> None:
+    url = f"{world.root}/new/folder/a b+ü%20.bin"
+    data = random.Random(4).randbytes(1_000_003)
+    for content in (data, b"", b"shorter"):
+        etag = world.store.put(url, content)
+        info = world.store.head(url)
+        assert (info.size, info.etag) == (len(content), etag)
+        assert read(world.store, info, 0, len(content)) == content
+        assert [each.url for each in world.store.list(f"{world.root}/")] == [url]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "read-only", "array", "map"])
+def test_any_buffer_is_written(world: World, kind: str) -> None:
+    array = np.arange(30_000, dtype=np.float32).reshape(100, 300)
+    content, url = array.tobytes(), f"{world.root}/a.bin"
+    with contextlib.ExitStack() as stack:
+        buffer: Any = {"bytes": content, "read-only": memoryview(content), "array": array}.get(kind)
+        if buffer is None:
+            buffer = stack.enter_context(mmap.mmap(-1, len(content)))
+            buffer[:] = content
+        world.store.put(url, buffer)
+    assert read(world.store, world.store.head(url), 0, len(content)) == content
+
+
+def test_a_write_is_another_version(world: World) -> None:
+    url = f"{world.root}/a.bin"
+    world.store.put(url, b"0123")
+    before = world.store.head(url)
+    world.store.put(url, b"01234")
+    with pytest.raises(ObjectChangedError, match=r"a\.bin"):
+        read(world.store, before, 0, 4)
+
+
+def test_what_is_deleted_is_gone_and_may_be_deleted_again(world: World) -> None:
+    urls = [f"{world.root}/d/{name}" for name in ("a.bin", "b.bin")]
+    for url in urls:
+        world.store.put(url, b"x")
+    world.store.delete(urls[0])
+    with pytest.raises(ObjectMissingError):
+        world.store.head(urls[0])
+    assert [info.url for info in world.store.list(f"{world.root}/d/")] == [urls[1]]
+    for url in (*urls, f"{world.root}/never/there"):
+        world.store.delete(url)
+    assert list(world.store.list(f"{world.root}/d/")) == []
+    world.store.put(urls[0], b"y")
+    assert world.store.head(urls[0]).size == 1
+
+
+# Writes on a condition
+
+
+CONDITIONAL = [make for make in WORLDS if "fsspec" not in make.__name__]
+
+
+@pytest.fixture(params=CONDITIONAL, ids=lambda make: make.__name__.strip("_"))
+def conditional(request: pytest.FixtureRequest) -> Iterator[World]:
+    made: World = request.param(request)
+    yield made
+    made.store.close()
+
+
+def test_only_what_is_not_there_is_created(conditional: World) -> None:
+    store, url = conditional.store, f"{conditional.root}/new/manifest.json"
+    etag = store.put_if_absent(url, b"first")
+    with pytest.raises(WriteConflictError, match=r"manifest\.json: another has written it"):
+        store.put_if_absent(url, b"second")
+    info = store.head(url)
+    assert info.etag == etag
+    assert read(store, info, 0, 5) == b"first"
+    store.delete(url)
+    store.put_if_absent(url, b"third")
+
+
+def test_only_the_version_that_was_seen_is_replaced(conditional: World) -> None:
+    store, url = conditional.store, f"{conditional.root}/manifest.json"
+    first = store.put(url, b"first")
+    assert first is not None
+    second = store.put_if_match(url, b"other", first)
+    assert second == store.head(url).etag != first
+    for etag in (first, '"no such"'):
+        with pytest.raises(WriteConflictError, match=r"manifest\.json: another has written it"):
+            store.put_if_match(url, b"lost!", etag)
+    assert read(store, store.head(url), 0, 5) == b"other"
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "no/such/folder/manifest.json"])
+def test_what_is_gone_is_not_replaced(conditional: World, name: str) -> None:
+    store, url = conditional.store, f"{conditional.root}/{name}"
+    first = store.put(f"{conditional.root}/manifest.json", b"first")
+    assert first is not None
+    store.delete(f"{conditional.root}/manifest.json")
+    with pytest.raises(WriteConflictError):
+        store.put_if_match(url, b"second", first)
+    with pytest.raises(ObjectMissingError):
+        store.head(url)
+
+
+def _race(store: Store, write: Callable[[Store, bytes], object]) -> list[bytes]:
+    """What 8 writers at once write, each of their own: of those that do not lose."""
+    patient, start = Retrying(store), threading.Barrier(8)
+
+    def one(content: bytes) -> bytes | None:
+        start.wait(PATIENCE_S)
+        with contextlib.suppress(WriteConflictError):
+            write(patient, content)
+            return content
+        return None
+
+    with ThreadPoolExecutor(8) as pool:
+        return [content for content in pool.map(one, [b"%d" % number * 1000 for number in range(8)]) if content]
+
+
+def test_of_eight_creators_one_wins(conditional: World) -> None:
+    for number in range(5):
+        url = f"{conditional.root}/{number}/manifest.json"
+        (winner,) = _race(conditional.store, lambda store, data, url=url: store.put_if_absent(url, data))  # type: ignore[misc]
+        assert read(conditional.store, conditional.store.head(url), 0, 1000) == winner
+
+
+def test_of_eight_who_replace_one_wins(conditional: World) -> None:
+    url = f"{conditional.root}/manifest.json"
+    etag = conditional.store.put(url, b"old")
+    for _ in range(5):
+        before: str = etag or ""
+        (winner,) = _race(conditional.store, lambda store, data, etag=before: store.put_if_match(url, data, etag))  # type: ignore[misc]
+        info = conditional.store.head(url)
+        assert read(conditional.store, info, 0, 1000) == winner
+        etag = info.etag
+
+
+def test_conditions_are_tried_out(conditional: World) -> None:
+    check_conditions(conditional.store, f"{conditional.root}/folder/")
+    assert list(conditional.store.list(f"{conditional.root}/")) == []
+
+
+@pytest.mark.parametrize("make", [_fsspec, _fsspec_local])
+def test_file_systems_of_fsspec_write_nothing_on_a_condition(
+    make: Callable[[pytest.FixtureRequest], World], request: pytest.FixtureRequest
+) -> None:
+    world = make(request)
+    url = f"{world.root}/manifest.json"
+    with pytest.raises(ConfigError, match="fsspec, which has no conditional writes"):
+        world.store.put_if_absent(url, b"x")
+    with pytest.raises(ConfigError, match="fsspec, which has no conditional writes"):
+        world.store.put_if_match(url, b"x", "y")
+    with pytest.raises(ConfigError, match="fsspec, which has no conditional writes"):
+        check_conditions(world.store, world.root)
+    assert list(world.store.list(f"{world.root}/")) == []
+    world.store.close()
+
+
+def test_web_servers_are_not_written_to() -> None:
+    store, url = open_store("http://127.0.0.1:9/a", StoreOptions()), "http://127.0.0.1:9/a"
+    for write in (
+        lambda: store.put(url, b""),
+        lambda: store.put_if_absent(url, b""),
+        lambda: store.put_if_match(url, b"", "e"),
+        lambda: store.delete(url),
+    ):
+        with pytest.raises(ConfigError, match="nothing is written to web servers"):
+            write()
+    store.close()
 
 
 def test_wrappers_count(s3: Bucket) -> None:
