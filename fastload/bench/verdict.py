@@ -16,6 +16,8 @@ _REACHED = 0.85
 # The same where the loader itself waits for fetches: beginning, and other work on the machine, take the rest.
 _REACHED_FETCHING = 0.6
 _FETCHING = ("fetch", "link", "latency", "throttled")
+# An epoch that reads the data more often than this reads some of it again.
+_READ_AGAIN = 1.1
 # An epoch this short says little: start-up is most of it.
 SHORT_S = 1.5
 
@@ -225,6 +227,12 @@ def _later_epochs(found: Findings) -> list[str]:
     if found.from_disk is not None:
         why = _because(found, found.from_disk, found.disk_bytes_per_s, "disk")
         said.append(f"From the cache's disk it runs at {_rate(found, found.from_disk)}{why}.")
+        times = found.from_disk.bytes_per_s * found.from_disk.seconds / max(1, found.byte_count)
+        if times > _READ_AGAIN:
+            said.append(
+                f"It reads the data {times:.1f} times there: this phase's arena, small so that the disk is measured, "
+                "holds fewer samples than the job has in hand at a time."
+            )
     for share, rate in found.shares:
         fetched = rate.fetched_bytes / max(1, found.byte_count)
         said.append(

@@ -273,6 +273,10 @@ def rate(samples_per_s: float, cpu_s: float = 1.0) -> Rate:
             replace(FOUND, from_disk=replace(rate(3885), bound_by="unknown", said="too short to say: 0.7 s")),
             "From the cache's disk it runs at 3,885 samples/s (388 MB/s).",
         ),
+        (
+            replace(FOUND, from_disk=replace(rate(5), bytes_per_s=FOUND.byte_count / 2, seconds=5.0)),
+            "It reads the data 2.5 times there",
+        ),
         (replace(FOUND, demands=(Demand("Cached", 2.5, 0.92),)), "every 2.5 s (102 samples/s)"),
         (replace(FOUND, cold=rate(1900), price_per_gb=0.09, epochs=10), "costs 0.90, 10 without a cache 9.00"),
         (
