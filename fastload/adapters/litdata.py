@@ -20,6 +20,7 @@ from fastload.client.cache import AnyCache
 from fastload.dataset import StreamingDataset as _Streamed
 from fastload.errors import ConfigError
 from fastload.files import open as open_file
+from fastload.formats import tokens
 from fastload.formats.litdata import tree
 from fastload.mixture import Mixture
 
@@ -74,10 +75,12 @@ class StreamingDataset(ColumnarDataset):
         **others: Any,
     ) -> None:
         """ConfigError for what fastload cannot read, with what to write instead."""
+        # litdata's own class, which need not be installed where there are no tokens.
+        block_size = getattr(item_loader, "_block_size", None) if type(item_loader).__name__ == "TokensLoader" else None
         refused = {
             "item_loader": (
-                item_loader,
-                "tokens are read by fastload.StreamingDataset(format=fastload.formats.tokens())",
+                item_loader if block_size is None else None,
+                "TokensLoader(block_size=...) is known, and what litdata needs no item_loader to write",
             ),
             "serializers": (serializers, "change samples by transform="),
             "encryption": (encryption, "write the chunks without"),
@@ -99,13 +102,14 @@ class StreamingDataset(ColumnarDataset):
             "shuffle": shuffle,
             "seed": seed,
             "tail": _tail(drop_last),
-            "format": "litdata",
+            "format": "litdata" if block_size is None else tokens(block_size, overlap=0),
             "storage_options": storage_options,
             "columns": columns,
             "allow_pickle": allow_pickle,
         }
         super().__init__(_Streamed(url, **self._options))
-        self._url, self._tree, self._is_flat = url, None, False
+        self._url, self._is_flat = url, False
+        self._tree: Any = None if block_size is None else "tokens"  # a sample is all that it has
         self.transform: list[Callable[[Any], Any]] = (
             [] if transform is None else [transform] if callable(transform) else list(transform)
         )

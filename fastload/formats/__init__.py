@@ -64,6 +64,7 @@ __all__ = [
     "named_format",
     "record_reader",
     "stored_index",
+    "token_shards",
     "tokens",
 ]
 
@@ -152,7 +153,9 @@ class ComputedFormat(Protocol):
 
     @property
     def beside_ending(self) -> str:
-        """How the name of the file ends that may lie beside a shard, in place of the shard's own ending."""
+        """How the name of the file ends that may lie beside a shard, in place of the shard's own ending. Beside those
+        that may have one file for all of a folder, it is that (`INDEX_NAME`).
+        """
         ...
 
     def counts(self, shards: ObjectTable, have_beside: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -209,6 +212,13 @@ def listed_shards(data: bytes, url: str) -> list[ListedShard]:
     from fastload.formats import litdata, mds
 
     return litdata.shards_of(data, url) if litdata.is_index(data) else mds.shards_of(data, url)
+
+
+def token_shards(data: bytes, url: str) -> list[ListedShard]:
+    """The shards that the file `INDEX_NAME` at `url` names, of tokens. ConfigError as above."""
+    from fastload.formats.litdata import token_chunks
+
+    return [chunk.listed for chunk in token_chunks(data, url).values()]
 
 
 def described(data: bytes, url: str) -> dict[str, Described]:

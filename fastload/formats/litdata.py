@@ -16,12 +16,13 @@ table of Arrow (IPC), its size (u32) and `LDARW01` with a zero.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -53,6 +54,7 @@ from fastload.formats.zstd import unpacked
 from fastload.store.packing import FRAMES, packing_of
 
 _TABLE_MAGIC = b"LDARW01\0"
+_TOKENS_LOADER = "TokensLoader"
 _IN_FRAMES = "batch"
 _LEVELS = ("chunk", _IN_FRAMES, "sample")
 _COLUMNS_MAX = 4096
@@ -70,6 +72,7 @@ class _Chunk(msgspec.Struct):
     filename: str
     chunk_bytes: Annotated[int, msgspec.Meta(ge=0)]
     chunk_size: Annotated[int, msgspec.Meta(ge=0)]
+    dim: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
 
 class _Config(msgspec.Struct):
@@ -134,14 +137,23 @@ def _index(data: bytes, url: str) -> _Index:
         raise ConfigError(f"{url} is no index of LitData's chunks: {error}; write it again") from error
 
 
-def _layout(index: _Index, url: str) -> bytes:
-    config = index.config
+def _check_readable(config: _Config, url: str) -> None:
     if config.encryption:
         raise ConfigError(f"{url}: its chunks are encrypted, which fastload does not read; write them without")
-    if config.item_loader not in (None, "PyTreeLoader"):
+    if config.item_loader not in (None, "PyTreeLoader", _TOKENS_LOADER):
         raise ConfigError(
             f"{url}: its chunks are made for {config.item_loader}, which fastload does not read; write them with the "
-            "default item_loader" + (", or tokens as plain .bin files" if config.item_loader == "TokensLoader" else "")
+            "default item_loader"
+        )
+
+
+def _layout(index: _Index, url: str) -> bytes:
+    config = index.config
+    _check_readable(config, url)
+    if config.item_loader == _TOKENS_LOADER:
+        raise ConfigError(
+            f"{url}: its chunks hold tokens, whose windows are as long as you say; give "
+            "format=fastload.formats.tokens(BLOCK_SIZE, overlap=0)"
         )
     if config.ipc_compression:
         raise ConfigError(
@@ -166,6 +178,45 @@ def _layout(index: _Index, url: str) -> bytes:
     except ShardError as error:
         raise ConfigError(f"{url}: {error}") from error
     return layout_of("litdata", {"columns": columns, "is_packed": is_packed})
+
+
+# Tokens: items of one array each, end to end, without heads.
+
+
+@functools.lru_cache(maxsize=4)  # all chunks of a folder ask
+def token_chunks(data: bytes, url: str) -> dict[str, TokenChunk]:
+    """What the chunks hold that the index at `url` names, which are made for `TokensLoader`. ConfigError for others."""
+    index = _index(data, url)
+    config = index.config
+    _check_readable(config, url)
+    if config.item_loader != _TOKENS_LOADER:
+        raise ConfigError(
+            f"{url}: its chunks are made for {config.item_loader or 'PyTreeLoader'}, and hold no bare tokens; leave "
+            "format= out"
+        )
+    kind, _, code = (config.data_format[0] if len(config.data_format) == 1 else "").partition(":")
+    try:
+        codes = {"no_header_tensor": _TORCH, "no_header_numpy": _NUMPY}[kind]
+        dtype = np.dtype(codes[int(code)]).newbyteorder("<")
+    except (KeyError, ValueError):
+        dtype = np.dtype("?")
+    if dtype.kind not in "iuf":
+        raise ConfigError(
+            f"{url}: its items are {config.data_format}, and tokens are one array of numbers; write the data set again"
+        )
+    return {
+        chunk.filename: TokenChunk(_listed(chunk, config), 8 + 4 * chunk.chunk_size, chunk.dim, dtype)
+        for chunk in index.chunks
+    }
+
+
+class TokenChunk(NamedTuple):
+    """Tokens from `start` on, of which there are `token_count`, or as many as fit where that is None."""
+
+    listed: ListedShard
+    start: int
+    token_count: int | None
+    dtype: np.dtype[Any]
 
 
 class _Spec(msgspec.Struct):

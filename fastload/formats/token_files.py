@@ -1,9 +1,10 @@
-"""Files of tokens: bare ones (`.bin`, `.npy`), and those of Megatron, which have an index beside them (`.idx`).
+"""Files of tokens: bare ones (`.bin`, `.npy`), those of Megatron, which have an index beside them (`.idx`), and the
+chunks that LitData writes for its TokensLoader, which one index for all describes.
 
-A sample is a window of `length` tokens of a bare file, and a document of one with an index, unless documents are packed
-into windows (`pack`). Which bytes a sample has follows from sizes, arguments and the index: of windows by arithmetic,
-so that a file of any size is read from anywhere at once. A sample belongs to the piece of the file in which its first
-byte lies.
+A sample is a window of `length` tokens of a bare file or a chunk, and a document of one with an index, unless
+documents are packed into windows (`pack`). Which bytes a sample has follows from sizes, arguments and the index: of
+windows by arithmetic, so that a file of any size is read from anywhere at once. A sample belongs to the piece of the
+file in which its first byte lies.
 
 The index of Megatron (`megatron/core/datasets/indexed_dataset.py`), all integers little-endian:
 
@@ -38,6 +39,7 @@ from fastload.formats.pieces import own_bytes
 from fastload.formats.record_index import RecordIndex, shard_name
 from fastload.formats.token_reader import token_layout
 from fastload.kernels.tokens import best_fit
+from fastload.store.listing import ends_in
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
 
@@ -68,7 +70,8 @@ def tokens(
     pad: float = 0,
     end: int | None = None,
 ) -> Tokens:
-    """Files of tokens, for `format=`: bare `.bin` and `.npy`, and Megatron's `.bin` with its `.idx`; docs/formats.md.
+    """Files of tokens, for `format=`: bare `.bin` and `.npy`, Megatron's `.bin` with its `.idx`, and the chunks that
+    LitData writes for TokensLoader; docs/formats.md.
 
     `length`: tokens of a sample; each window begins `overlap` tokens before the end of the last one. `dtype` of bare
     files, which begin with `header_bytes` of something else; `.npy` and `.idx` say it. With an index a sample is a
@@ -124,6 +127,10 @@ class Tokens:
         """See `ComputedFormat`: of bare files they follow from sizes."""
         counts = np.full(len(shards), -1, np.int64)
         for number, (info, has_index) in enumerate(zip(shards, have_beside.tolist(), strict=True)):
+            if not has_index and _is_chunk(info):
+                raise ConfigError(
+                    f"{info.url}: index.json beside it says which tokens it has, and there is none; upload it"
+                )
             if not has_index and not _is_npy(info):
                 counts[number] = self._windows(info, self._bare(info))[1]
         return counts
@@ -132,9 +139,13 @@ class Tokens:
         self, info: ObjectInfo, read_at: ReadAt, beside: tuple[ReadAt, int] | None
     ) -> StridedIndex | RecordIndex | PackedIndex:
         """See `ComputedFormat`."""
-        if beside is not None and not _is_npy(info):
+        if beside is not None and _is_chunk(info):
+            read_about, byte_count = beside
+            data = self._chunk(info, read_about(0, byte_count))
+        elif beside is not None and not _is_npy(info):
             return self._of_documents(info, DocumentIndex(*beside, info.whole, self.dtype))
-        data = self._npy(info, read_at) if _is_npy(info) else self._bare(info)
+        else:
+            data = self._npy(info, read_at) if _is_npy(info) else self._bare(info)
         first, count, number = self._windows(info, data)
         item_bytes = data.dtype.itemsize
         layout = token_layout(data.dtype, self.length, end=self.end)
@@ -193,6 +204,27 @@ class Tokens:
             )
         _check_dtype(url, self.dtype, header.dtype)
         return _Data(header.data_start, header.data_bytes // header.dtype.itemsize, header.dtype)
+
+    def _chunk(self, info: ObjectInfo, about: bytes) -> _Data:
+        """What the index of LitData's chunks, which lies beside them, says of one."""
+        from fastload.formats.litdata import token_chunks
+
+        url, size = info.url, info.whole.size
+        if self.header_bytes or self.pack == "fit":
+            given = f"header_bytes={self.header_bytes}" if self.header_bytes else f"pack={self.pack!r}"
+            raise ConfigError(f"{url}: {given} is for other files than LitData's; leave it out")
+        folder, _, name = url.rpartition("/")
+        chunk = token_chunks(about, f"{folder}/index.json").get(name)
+        if chunk is None:
+            raise ConfigError(f"{folder}/index.json does not name {name}; remove it, or write the index again")
+        _check_dtype(url, self.dtype, chunk.dtype)
+        there = max(0, size - chunk.start) // chunk.dtype.itemsize
+        if size < chunk.start or (chunk.token_count or 0) > there:
+            raise ShardError(
+                f"{url} has {size} bytes, and its index says that from byte {chunk.start} on {chunk.token_count} "
+                f"{chunk.dtype} lie in it: it was cut short; upload it again"
+            )
+        return _Data(chunk.start, there if chunk.token_count is None else chunk.token_count, chunk.dtype)
 
     # With an index
 
@@ -451,6 +483,10 @@ class DocumentIndex:
 
     def _wrong(self, what: str) -> ShardError:
         return ShardError(f"the index beside {self._url} cannot be used: {what}; write or upload it again")
+
+
+def _is_chunk(info: ObjectInfo) -> bool:
+    return ends_in(shard_name(info.url).lower(), ("chunk-#-#.bin",))
 
 
 def _is_npy(info: ObjectInfo) -> bool:

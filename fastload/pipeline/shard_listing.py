@@ -22,6 +22,7 @@ from fastload.formats import (
     SIDECAR_NAME,
     ComputedFormat,
     Format,
+    ListedShard,
     endings_of,
     format_of,
     is_cut,
@@ -29,6 +30,7 @@ from fastload.formats import (
     listed_shards,
     may_be_indexed,
     named_format,
+    token_shards,
     wids,
 )
 from fastload.formats.pieces import in_pieces
@@ -83,12 +85,20 @@ def list_shards(consumer: Consumer, urls: Sequence[str], how: Format = "auto") -
 
 def _list_computed(consumer: Consumer, urls: Sequence[str], how: ComputedFormat) -> Manifest:
     """The manifest of a `ComputedFormat`, whose sidecars are what lies beside the shards."""
-    found = consumer.resolve(urls, (*how.endings, how.beside_ending))
-    is_beside = np.array([url.endswith(how.beside_ending) for rows in found.rows() for url, *_ in rows], np.bool_)
-    shards, beside = found.take(np.flatnonzero(~is_beside)), found.take(np.flatnonzero(is_beside))
+    found = consumer.resolve(urls, (*how.endings, how.beside_ending), beside=[INDEX_NAME])
+    names = [url for rows in found.rows() for url, *_ in rows]
+    is_beside = np.array([url.endswith(how.beside_ending) for url in names], np.bool_)
+    is_index = np.array([is_description(url) for url in names], np.bool_)
+    shards = found.take(np.flatnonzero(~(is_beside | is_index)))
+    # An index belongs to chunks that lie beside it, and means nothing to other files.
+    described = {beside_name(url, how) for rows in shards.rows() for url, *_ in rows}
+    is_beside |= is_index & np.array([url in described for url in names], np.bool_)
+    beside = found.take(np.flatnonzero(is_beside))
     if not len(shards):
         raise ObjectMissingError(f"{', '.join(urls)}: no shards at all; name those that end in {how.endings}")
-    other = next((url for rows in shards.rows() for url, *_ in rows if named_format(url) is not None), None)
+    other = next(
+        (url for rows in shards.rows() for url, *_ in rows if named_format(url) not in (None, "litdata")), None
+    )
     if other is not None:
         raise ConfigError(
             f"{other} is {named_format(other)} by its name, and is to be read as {how.reading}; leave format= out"
@@ -96,20 +106,33 @@ def _list_computed(consumer: Consumer, urls: Sequence[str], how: ComputedFormat)
     packed = next((info.url for info in shards if packing_of(info.url)), None)
     if packed is not None:
         raise ConfigError(f"{packed} is packed, and files of this format are read from anywhere; upload it unpacked")
-    names = {info.url for info in beside}
+    there = {info.url for info in beside}
     prefixes = tuple(url for url in map(normalise, urls) if url.endswith("/"))
-    lacking = [name for info in shards if (name := beside_name(info.url, how)) not in names]
+    lacking = [name for info in shards if (name := beside_name(info.url, how)) not in there]
     lacking = [name for name in dict.fromkeys(lacking) if not (prefixes and name.startswith(prefixes))]
     if lacking:  # those of shards that were named one by one
         beside = ObjectTable.joined([beside, consumer.present(lacking)])
-    shards, beside = in_pieces(shards), _each_once(beside)
-    names = {info.url for info in beside}
-    have_beside = np.array([beside_name(info.url, how) in names for info in shards], np.bool_)
+    beside = _each_once(beside)
+    shards = in_pieces(_in_order_of_indexes(consumer, shards, beside, prefixes))
+    there = {info.url for info in beside}
+    have_beside = np.array([beside_name(info.url, how) in there for info in shards], np.bool_)
     reading = how.reading
     if len(beside):
         identities = msgspec.msgpack.encode(list(beside.identities()))
         reading += READING_BESIDE + hashlib.blake2b(identities, digest_size=16).hexdigest()
     return Manifest(shards, promised=how.counts(shards, have_beside), sidecars=beside, reading=reading)
+
+
+def _in_order_of_indexes(
+    consumer: Consumer, shards: ObjectTable, beside: ObjectTable, prefixes: tuple[str, ...]
+) -> ObjectTable:
+    """The same shards; chunks under a prefix in the order of their index, which is checked against them."""
+    folders, counts, order = _Folders(shards), np.full(len(shards), -1, np.int64), np.arange(len(shards))
+    for info in beside:
+        if is_description(info.url) and _folder(info.url) in folders.numbers:
+            listed = token_shards(_read(consumer, info), info.url)
+            folders.note(info.url, listed, counts, order, is_whole=bool(prefixes) and info.url.startswith(prefixes))
+    return shards.take(order) if (np.diff(order) < 0).any() else shards
 
 
 READING_BESIDE = "; beside it "
@@ -128,6 +151,8 @@ def check_reading(manifest: Manifest, how: Format) -> None:
 def beside_name(url: str, how: ComputedFormat) -> str:
     """What the file is called that may lie beside a shard."""
     folder, slash, name = url.rpartition("/")
+    if named_format(url) == "litdata":
+        return folder + slash + INDEX_NAME
     return folder + slash + (name.rpartition(".")[0] or name) + how.beside_ending
 
 
@@ -207,10 +232,10 @@ def _of_names(consumer: Consumer, urls: list[str], endings: tuple[str, ...]) -> 
     indexes = [info for info in found.take(np.flatnonzero(is_index)) if _folder(info.url) in folders.numbers]
     counts, order = np.full(len(shards), -1, np.int64), np.arange(len(shards))
     for info in indexes:
-        folders.note(info.url, _read(consumer, info), counts, order, is_whole=True)
+        folders.note(info.url, listed_shards(_read(consumer, info), info.url), counts, order, is_whole=True)
     of_named = folders.indexes_of_named(consumer, {_folder(info.url) for info in indexes})
     for info in of_named:
-        folders.note(info.url, _read(consumer, info), counts, order, is_whole=False)
+        folders.note(info.url, listed_shards(_read(consumer, info), info.url), counts, order, is_whole=False)
     described = [info for info in (*indexes, *of_named) if _folder(info.url) in folders.described | folders.digested]
     sidecars = ObjectTable.joined([found.take(np.flatnonzero(is_sidecar)), ObjectTable.of(described)])
     shards = folders.shards()
@@ -269,15 +294,21 @@ class _Folders:
         return there
 
     def note(
-        self, url: str, data: bytes, counts: npt.NDArray[np.int64], order: npt.NDArray[np.int64], *, is_whole: bool
+        self,
+        url: str,
+        listed: Sequence[ListedShard],
+        counts: npt.NDArray[np.int64],
+        order: npt.NDArray[np.int64],
+        *,
+        is_whole: bool,
     ) -> None:
-        """Note how many samples the index at `url` promises of each shard, and of a format that cannot do without it
-        the shards' order. ConfigError where it names a shard that is not there or has another size, or has to name all
-        and does not. `is_whole`: all that lies in the folder is known.
+        """Note how many samples the index at `url`, which lists these, promises of each shard, and of a format that
+        cannot do without it the shards' order. ConfigError where it names a shard that is not there or has another
+        size, or has to name all and does not. `is_whole`: all that lies in the folder is known.
         """
         folder = _folder(url)
         numbers, ordered = self.numbers[folder], []
-        for shard in listed_shards(data, url):
+        for shard in listed:
             if shard.is_digested:
                 self.digested.add(folder)
             number = numbers.get(shard.name)

@@ -151,7 +151,7 @@ def test_what_has_no_part_here_is_said_and_what_cannot_be_is_refused(url: str, c
         warnings.simplefilter("error")
         StreamingDataset(url, shuffle=True, drop_last=True, seed=3, cache=cache)
     for arguments, says in (
-        ({"item_loader": 1}, "fastload.formats.tokens"),
+        ({"item_loader": 1}, r"TokensLoader\(block_size"),
         ({"encryption": 1}, "write the chunks without"),
         ({"subsample": 0.5}, r"dataset.filter\(\)"),
     ):
@@ -194,3 +194,19 @@ def test_leaves_are_left_out_and_a_loaders_shuffle_is_not_ignored(url: str, cach
     with pytest.raises(TypeError):
         few["id"]
     combined.close()
+
+
+class TokensLoader:
+    """As litdata's, as far as it is asked."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+
+
+def test_blocks_of_tokens_are_read(cache: fastload.Cache) -> None:
+    dataset = StreamingDataset(f"{WRITTEN}/litdata_tokens", item_loader=TokensLoader(16), cache=cache)
+    assert len(dataset) == 68
+    first = [100 * i + n for i in range(3) for n in range(1 + 7 * i)][:16]
+    assert dataset[0].tolist() == next(iter(dataset)).tolist() == first
+    batch = next(iter(StreamingDataLoader(dataset, batch_size=4)))
+    assert (batch.shape, batch.dtype, batch[0].tolist()) == ((4, 16), torch.int32, first)

@@ -19,6 +19,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 from unittest import mock
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -29,6 +30,7 @@ from fastload.errors import ConfigError, DecodeError, ShardError
 from fastload.formats import (
     RecordIndex,
     StoredIndex,
+    StridedIndex,
     TableIndex,
     described,
     indexer_for,
@@ -436,6 +438,41 @@ def check_tokens(data: bytes, rng: random.Random) -> None:
         assert repr(sample) == repr({name: other[name] for name in sample})
 
 
+def make_token_chunk(rng: random.Random) -> bytes:
+    """LitData's index of a chunk of tokens, and the chunk, of which one is damaged. In front the index's size."""
+    items = [np.arange(rng.choice([0, 1, 9]), dtype="<i4").tobytes() for _ in range(rng.choice([1, 5]))]
+    chunk = struct.pack(f"<{2 + len(items)}I", len(items), *accumulate(map(len, items), initial=8 + 4 * len(items)))
+    chunk += b"".join(items)
+    dim = rng.choice([None, sum(map(len, items)) // 4, 7])
+    row = {"filename": "chunk-0-0.bin", "chunk_bytes": len(chunk), "chunk_size": len(items), "dim": dim}
+    form = rng.choice(["no_header_tensor:16", "no_header_numpy:2", "no_header_tensor:10", "int"])
+    config = {"data_format": [form], "item_loader": "TokensLoader", "types": {}}
+    about = json.dumps({"chunks": [row], "config": config}).encode()
+    about = changed(about, rng) if rng.random() < 0.5 else about
+    chunk = changed(chunk, rng) if rng.random() < 0.5 else chunk
+    return struct.pack("<I", len(about)) + about + chunk
+
+
+def check_token_chunk(data: bytes, rng: random.Random) -> None:
+    """Windows are those of plain Python, or an error names the chunk or its index."""
+    about_bytes = int.from_bytes(data[:4], "little")
+    about, chunk = data[4 : 4 + about_bytes], data[4 + about_bytes :]
+    info = ObjectInfo("s3://bucket/chunk-0-0.bin", len(chunk))
+    try:
+        found = tokens(4, overlap=0).index(info, _reader_of(chunk), (_reader_of(about), len(about)))
+    except (ConfigError, ShardError) as error:
+        assert str(error).startswith("s3://bucket/"), error  # noqa: PT017
+        return
+    index = msgspec.json.decode(about)
+    (row,) = (each for each in index["chunks"] if each["filename"] == "chunk-0-0.bin")
+    start, width = 8 + 4 * row["chunk_size"], np.dtype(json.loads(found.layout)["dtype"]).itemsize
+    count = (len(chunk) - start) // width if row.get("dim") is None else row["dim"]
+    assert isinstance(found, StridedIndex)
+    assert found.sample_count == count // 4
+    assert not found.sample_count or (found.first, found.stride) == (start, 4 * width)
+    assert found.reach <= len(chunk), "a window that leaves the chunk"
+
+
 def _reader_of(data: bytes) -> Any:
     def read_at(start: int, length: int) -> bytes:
         assert 0 <= start <= start + length <= len(data), (start, length, len(data))
@@ -451,6 +488,7 @@ TARGETS = [
     fuzzing.Target("frames", make_frames, check_frames, ("pages",)),
     fuzzing.Target("table", make_table, check_table, ("pages",)),
     fuzzing.Target("tokens", make_tokens, check_tokens),
+    fuzzing.Target("token chunk", make_token_chunk, check_token_chunk, ("pages",)),
 ]
 
 if __name__ == "__main__":

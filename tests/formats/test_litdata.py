@@ -156,6 +156,81 @@ def test_indexes_of_old_versions_leave_out_the_heads_of_chunks(cache: fastload.C
         assert [sample["id"] for sample in dataset] == list(range(-3, COUNT - 3))
 
 
+# Tokens
+
+
+@pytest.mark.parametrize("name", ["litdata_tokens", "litdata_tokens_numpy"])
+@pytest.mark.parametrize(("length", "overlap"), [(16, 0), (9, 1)])
+def test_tokens_are_the_blocks_of_each_chunk(cache: fastload.Cache, name: str, length: int, overlap: int) -> None:
+    """As litdata's own reader has them, with the block size that is given there, too."""
+    text = [100 * i + n for i in range(60) for n in range(1 + i * 7 % 40)]
+    blocks, stride = [], length - overlap
+    for listed in json.loads((WRITTEN / name / "index.json").read_bytes())["chunks"]:
+        mine, text = text[: listed["dim"]], text[listed["dim"] :]
+        blocks += [mine[at : at + length] for at in range(0, len(mine) - length + 1, stride)]
+    how = fastload.formats.tokens(length, overlap=overlap)
+    dataset = fastload.StreamingDataset(f"{WRITTEN / name}/", cache=cache, format=how, shuffle=False)
+    assert len(dataset) == len(blocks) > 60
+    found = list(dataset)
+    assert [sample["tokens"].tolist() for sample in found] == blocks
+    assert {sample["tokens"].dtype for sample in found} == {np.dtype("i4" if name == "litdata_tokens" else "u2")}
+    assert found[-1]["__key__"].startswith("chunk-0-13.bin/")
+    shuffled = fastload.StreamingDataset(f"{WRITTEN / name}/", cache=cache, format=how, shuffle=True)
+    batches = list(fastload.DataLoader(shuffled, batch_size=5))
+    assert sorted(row for batch in batches for row in batch["tokens"].tolist()) == sorted(blocks)
+
+
+def test_tokens_that_cannot_be_read_are_refused_by_name(cache: fastload.Cache, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+
+    def refused(says: str, how: Any = None, chunk: dict[str, Any] | None = None, **config: Any) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(WRITTEN / "litdata_tokens", folder)
+        about = json.loads((folder / "index.json").read_bytes())
+        about["config"] |= config
+        about["chunks"][3] |= chunk or {}
+        (folder / "index.json").write_text(json.dumps(about))
+        read_refused(says, how)
+
+    def read_refused(says: str, how: Any = None) -> None:
+        how = fastload.formats.tokens(16, overlap=0) if how is None else how
+        with pytest.raises((ConfigError, ShardError), match=says):
+            list(fastload.StreamingDataset(f"{folder}/", cache=cache, format=how))
+
+    refused(r"index\.json: its chunks hold tokens, .*give format=fastload\.formats\.tokens\(BLOCK_SIZE", how="auto")
+    refused(r"chunk-0-.*\.bin has .*says that from byte .* on 5000 int32 lie in it", chunk={"dim": 5000})
+    refused(r"Expected `int` >= 0", chunk={"dim": -1})
+    refused(r"says that chunk-0-3\.bin has 3 bytes", chunk={"chunk_bytes": 3})
+    refused(r"chunk-0-3\.bin has .* bytes, and its index says", chunk={"chunk_size": 1 << 30})
+    refused(r"index\.json: its items are \['int'\], and tokens are one array", data_format=["int"])
+    refused(r"index\.json: its items are .*\[.*:10'\], and tokens", data_format=["no_header_tensor:10"])
+    refused(r"made for PyTreeLoader, and hold no bare tokens", item_loader="PyTreeLoader")
+    refused(r"its chunks are encrypted", encryption={"algorithm": "fernet"})
+    refused(r"holds int32, and tokens\(dtype='uint16'\) says otherwise", fastload.formats.tokens(16, "uint16"))
+    refused(r"pack='fit' is for other files than LitData's", fastload.formats.tokens(16, pack="fit"))
+    (folder / "chunk-0-3.bin").rename(folder / "chunk-0-30.bin")
+    read_refused(r"names chunk-0-3\.bin, which is not beside it")
+    (folder / "index.json").unlink()
+    read_refused(r"chunk-0-0\.bin: index\.json beside it says which tokens it has, and there is none")
+
+
+def test_a_chunk_whose_tokens_are_not_counted_has_all_that_fit(cache: fastload.Cache, tmp_path: Path) -> None:
+    shutil.copytree(WRITTEN / "litdata_tokens", tmp_path / "data")
+    about = json.loads((tmp_path / "data" / "index.json").read_bytes())
+    for listed in about["chunks"]:
+        listed["dim"] = None
+    (tmp_path / "data" / "index.json").write_text(json.dumps(about))
+    how = fastload.formats.tokens(16, overlap=0)
+    urls = [f"{folder}/litdata_tokens/" if folder == WRITTEN else f"{folder}/data/" for folder in (WRITTEN, tmp_path)]
+    found = [
+        [sample["tokens"].tolist() for sample in fastload.StreamingDataset(url, cache=cache, format=how, shuffle=False)]
+        for url in urls
+    ]
+    assert found[0] == found[1]
+    one = fastload.StreamingDataset(f"{WRITTEN}/litdata_tokens/chunk-0-13.bin", cache=cache, format=how, shuffle=False)
+    assert [sample["tokens"].tolist() for sample in one] == found[0][-5:]
+
+
 def test_names_are_known_whatever_their_case() -> None:
     for name in ("chunk-0-0.bin", "CHUNK-12-3.BIN", "chunk-0-0.zstd.bin", "chunk-0-0.zstd:4.bin"):
         assert is_described(f"s3://b/{name}")
@@ -262,7 +337,7 @@ def test_columns_are_called_by_their_path(tree: Any, names: list[str]) -> None:
         (b'{"chunks": []}', "missing required field `config`"),
         (index_json({"a": (-1, 5)}), "Expected `int` >= 0"),
         (index_json(encryption={"algorithm": "fernet"}), "its chunks are encrypted"),
-        (index_json(item_loader="TokensLoader"), r"are made for TokensLoader.*or tokens as plain \.bin files"),
+        (index_json(item_loader="TokensLoader"), r"hold tokens, .*format=fastload\.formats\.tokens\(BLOCK_SIZE, ov"),
         (index_json(item_loader="TemporalArrayLoader"), "are made for TemporalArrayLoader, which fastload"),
         (index_json(compression="zstd", compression_level=3), "compressed by zstd in the way 3, which fastload"),
         (index_json(compression="lz4", compression_level="sample"), r"by lz4 .*with compression=\"zstd\", or without"),

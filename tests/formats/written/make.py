@@ -57,6 +57,7 @@ def litdata() -> None:
     """By litdata 0.2.76, classic items; and what is packed by items, in frames and as a whole, in folders beside it."""
     import torch
     from litdata.streaming.cache import Cache
+    from litdata.streaming.item_loader import TokensLoader
     from litdata.streaming.serializers import JsonLeaf
     from litdata.types import Image, Jpeg, JpegArray
     from PIL import Image as Pillow
@@ -83,6 +84,13 @@ def litdata() -> None:
                 "png": Image(array=np.asarray(picture), format="png"),
                 "jpegs": JpegArray([Jpeg(array=np.asarray(picture))] * (1 + i % 2)),
             }
+        cache.done()
+        cache.merge()
+    for name, array in (("litdata_tokens", torch.tensor), ("litdata_tokens_numpy", np.array)):
+        dtype = torch.int32 if name == "litdata_tokens" else np.uint16
+        cache = Cache(input_dir=str(HERE / name), chunk_size=100, item_loader=TokensLoader(block_size=16))
+        for i in range(60):  # documents of 1 to 40 tokens, each 100 i and its number
+            cache[i] = array([100 * i + n for n in range(1 + i * 7 % 40)], dtype=dtype)
         cache.done()
         cache.merge()
     cache = Cache(input_dir=str(HERE / "litdata_table"), chunk_size=300)
