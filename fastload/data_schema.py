@@ -38,15 +38,14 @@ def schema(
     storage_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Column]:
     """The columns of the data at `urls`, by name in their stored order: those of its first shard, which is indexed for
-    it where that was not done before. Arguments as of `StreamingDataset`. ConfigError where there is no shard.
+    it where that was not done before. A shard that cannot be read is named by a warning, and the next one is taken.
+    Arguments as of `StreamingDataset`. ShardError where no shard can be read.
     """
     dataset = StreamingDataset(urls, cache=cache, format=format, storage_options=storage_options)
     try:
         index = dataset.first_index()
     finally:
         dataset.close()
-    if index is None:
-        raise ConfigError(f"{urls!r}: all shards are gone, so that there are no columns")
     if isinstance(index, ShardIndex):
         return {name: Column(bytes, None, "a member of a tar") for name in index.columns}
     read = record_reader(index.layout)

@@ -386,7 +386,7 @@ class StreamingDataset(DatasetBase[Sample]):
         passes = replace(self._passes, functions=self._on_samples)
         return open_source(self._source, self._job, passes, skips, next_epoch)
 
-    def first_index(self) -> Index | None:
+    def first_index(self) -> Index:
         """The index of the first shard, which says what columns there are; None where no shard is there any more."""
         return self._source.first_index()
 

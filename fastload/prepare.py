@@ -448,15 +448,17 @@ def index(
     checked_urls(urls)
     handle = handle_of(cache)
     urls, storage_options = apart(urls, storage_options)
-    bad: list[str] = []
+    unlisted: list[ShardError] = []
     with _writer(output, storage_options) as writer, handle.consumer(storage_options, "index") as consumer:
-        manifest = list_shards(consumer, urls, format_name)
+        manifest = list_shards(consumer, urls, format_name, unlisted if skips_bad else None)
+        bad = list(map(str, unlisted))
+        shard_count = len(manifest) + len(bad)
         attach(consumer, manifest, manifest.sidecars)
         counts = consumer.get_counts(range(len(manifest)))
         wanted = np.arange(len(counts)) if writer is not None else np.flatnonzero(counts < 0)
         known = np.delete(counts, wanted)
-        done_count, sample_count = len(known), int(known.sum())
-        on_progress(IndexProgress(done_count, len(manifest), sample_count))
+        done_count, sample_count = len(known) + len(bad), int(known.sum())
+        on_progress(IndexProgress(done_count, shard_count, sample_count))
         shards = _shard_table(consumer, manifest, manifest.sidecars)
         # Half of the arena is left for chunks that are in flight.
         threads = max(1, min(_THREADS_MAX, int(handle.limits.ram_bytes // handle.limits.chunk_bytes * shares.INDEXING)))
@@ -471,12 +473,12 @@ def index(
                 if writer is not None:
                     writer.add(manifest.objects[number], found)
                 sample_count += found.sample_count
-                on_progress(IndexProgress(done_count, len(manifest), sample_count))
+                on_progress(IndexProgress(done_count, shard_count, sample_count))
         if writer is not None:
             writer.close()
         # Once it has answered this, the service has all that was sent before, the last index included.
         fetched_bytes = consumer.stats()["consumer"]["remote_bytes"]
-    return Indexed(len(manifest), sample_count, int(manifest.sizes.sum()), fetched_bytes, tuple(bad))
+    return Indexed(shard_count, sample_count, int(manifest.sizes.sum()), fetched_bytes, tuple(bad))
 
 
 @contextmanager

@@ -45,6 +45,8 @@ COUNTS_PER_REQUEST = 100_000
 
 # Packed objects whose size is asked for in one message: a second's requests to a store.
 UNPACKED_SIZES_PER_REQUEST = 256
+# In place of the size of one that cannot be unpacked.
+NO_SIZE = -2
 
 # Where a granted chunk had to come from.
 SOURCE_RAM, SOURCE_DISK, SOURCE_REMOTE = 0, 1, 2
@@ -231,7 +233,8 @@ class GetCounts(Message, tag="get_counts"):
 
 class GetUnpackedSizes(Message, tag="get_unpacked_sizes"):
     """How many bytes these packed objects have unpacked? Answered by `Counts`, within a minute: -1 for those of which
-    that is still being found out, and which may be asked for again; or by `RequestFailed`.
+    that is still being found out, and which may be asked for again, `NO_SIZE` for those that cannot be unpacked. One of
+    these that is asked for alone is answered by `RequestFailed`, which says what is wrong with it.
     """
 
     request: int

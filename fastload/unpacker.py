@@ -4,8 +4,9 @@ What comes out of a bucket is decoded here and not in the service, so that a dec
 without end, ends this process and nothing else. It has no credentials and asks no store. The service passes it, over
 the socket that is its descriptor FD, one job after the other: a message with how the bytes are packed and how many may
 come out, and two descriptors, of a pipe that brings the packed bytes and of the file that the unpacked ones go to;
-where they are only counted, there is no file. It sends back how many bytes it has unpacked, again and again, and last
-what came of it. `service.unpacking` is the other end.
+where they are only counted, there is no file. Where they are measured and turn out too many for it, or cannot be
+written, it is emptied, and the rest is counted. It sends back how many bytes it has unpacked, again and again, and last
+what came of it. `service.unpacking_children` is the other end.
 
 It ends when it has nothing to do for half a minute, when the socket ends, and when its parent has gone: processes that
 were forked from the service may keep the socket open.
@@ -14,6 +15,7 @@ were forked from the service may keep the socket open.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import itertools
 import lzma
 import os
@@ -27,9 +29,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-JOB = struct.Struct("<8sqq?")
-"""How it is packed; how many bytes should come out, -1: unknown; how many may; whether what comes in is only a head,
-whose end means nothing.
+JOB = struct.Struct("<8sqqq")
+"""How it is packed; how many bytes should come out, -1: unknown; how many may; where it is unknown, how many are
+written at most.
 """
 
 PROGRESS = struct.Struct("<cqq")
@@ -39,7 +41,6 @@ GOING, DONE, FAILED = b"g", b"d", b"f"
 MESSAGE_BYTES_MAX = 4096
 
 _READ_BYTES, _OUT_BYTES = 1 << 18, 1 << 20
-_HEAD_OUT_BYTES = 1 << 12  # what a stream ends in before so many are there is lost
 _ADDRESS_SPACE_BYTES = 16 << 30
 _PARENT_EVERY_S = 2.0
 _IDLE_LOOKS_MAX = 15
@@ -135,7 +136,7 @@ class _Source:
         return False
 
 
-def _members(source: _Source, new: Any, is_head: bool) -> Iterator[bytes]:
+def _members(source: _Source, new: Any) -> Iterator[bytes]:
     """Of one member after the other. Zeros behind the last are padding, as gzip has it."""
     decoder: _Decoder = new()
     data, is_first, begun = b"", True, False
@@ -155,8 +156,6 @@ def _members(source: _Source, new: Any, is_head: bool) -> Iterator[bytes]:
                     return
                 continue
         if not data and decoder.needs_input:
-            if is_head:
-                return
             raise DamagedError("it ends before the packed bytes do: it was cut short")
         begun = True
         try:
@@ -168,18 +167,16 @@ def _members(source: _Source, new: Any, is_head: bool) -> Iterator[bytes]:
         yield out
 
 
-def _by_arrow(source: _Source, packing: str, is_head: bool) -> Iterator[bytes]:
+def _by_arrow(source: _Source, packing: str) -> Iterator[bytes]:
     import pyarrow as pa  # takes a quarter of a second to import
 
     try:
         with pa.CompressedInputStream(pa.PythonFile(source, mode="r"), packing) as stream:
-            while out := stream.read(_HEAD_OUT_BYTES if is_head else _OUT_BYTES):
+            while out := stream.read(_OUT_BYTES):
                 yield out
     except ConnectionError:
         raise
     except (OSError, ValueError) as error:
-        if is_head and "runcated" in str(error):
-            return
         raise DamagedError(str(error)) from error
 
 
@@ -262,31 +259,63 @@ def _framed(source: _Source) -> Iterator[bytes]:
 _DECODERS = {"gzip": _Gzip, "bz2": bz2.BZ2Decompressor, "xz": lambda: lzma.LZMADecompressor(memlimit=1 << 30)}
 
 
-def unpacked(source: _Source, packing: str, size: int, is_head: bool) -> Iterator[bytes]:
+def unpacked(source: _Source, packing: str, size: int) -> Iterator[bytes]:
     """The unpacked bytes, some at a time. DamagedError."""
     if packing in _DECODERS:
-        return _members(source, _DECODERS[packing], is_head)
+        return _members(source, _DECODERS[packing])
     if packing == "ldfz":
         return _framed(source)
-    return _snappy(source, size) if packing == "snappy" else _by_arrow(source, packing, is_head)
+    return _snappy(source, size) if packing == "snappy" else _by_arrow(source, packing)
+
+
+class _Out:
+    """Where unpacked bytes go to."""
+
+    def __init__(self, file: int | None, *, is_measured: bool, bytes_max: int) -> None:
+        """OSError where it cannot be written, but for what `is_measured`: that is given up, and the file emptied."""
+        self._file, self._is_measured, self._bytes_max = file, is_measured, bytes_max
+        if file is not None:
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_max if hard < 0 else min(bytes_max, hard), hard))
+
+    def write(self, out: bytes, start: int) -> None:
+        if self._file is None:
+            return
+        if self._is_measured and start + len(out) > self._bytes_max:
+            self._give_up()
+            return
+        left = memoryview(out)
+        try:
+            while len(left):
+                left = left[os.pwrite(self._file, left, start + len(out) - len(left)) :]
+        except OSError:
+            if not self._is_measured:
+                raise
+            self._give_up()
+
+    def _give_up(self) -> None:
+        assert self._file is not None, "there is something to give up"
+        with contextlib.suppress(OSError):  # it has not all that was unpacked in any case, and is not kept
+            os.ftruncate(self._file, 0)
+        self._file = None
 
 
 def _do(job: bytes, files: list[int], to: socket.socket, parent: int) -> None:
-    name, size, bytes_max, is_head = JOB.unpack(job)
+    name, size, bytes_max, kept_max = JOB.unpack(job)
     packing = name.rstrip(b"\0").decode()
     source = _Source(files[0], parent)
-    count = 0
-    if len(files) > 1:
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_max if hard < 0 else min(bytes_max, hard), hard))
+    is_measured, count = size < 0, 0
+    to_file = _Out(
+        files[1] if len(files) > 1 else None,
+        is_measured=is_measured,
+        bytes_max=min(bytes_max, kept_max) if is_measured else bytes_max,
+    )
     try:
-        for out in unpacked(source, packing, size, is_head):
+        for out in unpacked(source, packing, size):
             if count + len(out) > bytes_max:
                 count += len(out)
                 raise DamagedError("too many bytes")
-            left = memoryview(out)
-            while len(left) and len(files) > 1:
-                left = left[os.pwrite(files[1], left, count + len(out) - len(left)) :]
+            to_file.write(out, count)
             count += len(out)
             to.send(PROGRESS.pack(GOING, source.count, count))
     except DamagedError as error:

@@ -48,7 +48,7 @@ from fastload.client.connection import Connection, ConnectionEvents
 from fastload.client.connector import Connector
 from fastload.client.handshake import Welcomed
 from fastload.client.leases import Held, Lease, LeaseTable, MappedArena, Waiter
-from fastload.errors import FastloadError, ServiceError
+from fastload.errors import FastloadError, ServiceError, ShardError
 from fastload.lifecycle import reset_on_fork
 from fastload.protocol import Progress
 from fastload.redaction import redact
@@ -484,23 +484,41 @@ class Consumer:
             counts.append(self._get_counts(asked, deadline_s))
         return np.concatenate(counts)
 
-    def unpacked_sizes(self, deadline_s: float = DEADLINE_S) -> Int64:
-        """int64[n]: how many bytes the attached objects, which are packed, have unpacked. ShardError for one that
-        cannot be unpacked, and the store's errors. The deadline is that of each step.
+    def unpacked_sizes(self, deadline_s: float = DEADLINE_S) -> tuple[Int64, dict[int, ShardError]]:
+        """int64[n]: how many bytes the attached objects, which are packed, have unpacked, and by number what is wrong
+        with those that cannot be unpacked. Raises the store's errors. The deadline is that of each step.
         """
-        sizes = np.full(len(self._attached), -1, np.int64)
-        while len(left := np.flatnonzero(sizes < 0)):
+        sizes, bad = np.full(len(self._attached), -1, np.int64), dict[int, ShardError]()
+
+        def ask(numbers: list[int]) -> None:
+            try:
+                sizes[numbers] = self._get_unpacked_sizes(numbers, deadline_s)
+            except ShardError as error:
+                (bad_one,) = numbers  # of several the sizes say which ones are bad
+                sizes[bad_one], bad[bad_one] = protocol.NO_SIZE, error
+
+        is_slow = False
+        while len(left := np.flatnonzero(sizes == -1)):
             asked = left[: protocol.UNPACKED_SIZES_PER_REQUEST].tolist()
-            (part,) = self._ask_service(
-                lambda request, asked=asked: protocol.GetUnpackedSizes(request, asked),  # type: ignore[misc]
-                "listing",
-                deadline_s,
-            )
-            assert isinstance(part, protocol.Counts)
-            if len(part.counts) != 8 * len(asked):
-                raise ServiceError(f"the cache service answered {len(part.counts)} bytes for {len(asked)} sizes")
-            sizes[asked] = np.frombuffer(part.counts, "<i8")
-        return sizes
+            ask(asked)
+            if not is_slow and (sizes[asked] == -1).any():
+                is_slow = True
+                callers.warn(
+                    f"{len(sizes)} packed shards are read to know how large they are unpacked, once for this node; "
+                    "manifest=... keeps that for others, and so does the index.json of MDS",
+                    RuntimeWarning,
+                )
+        for number in np.flatnonzero(sizes == protocol.NO_SIZE).tolist():
+            while number not in bad and sizes[number] < 0:
+                ask([number])
+        return sizes, bad
+
+    def _get_unpacked_sizes(self, numbers: list[int], deadline_s: float) -> Int64:
+        (part,) = self._ask_service(lambda request: protocol.GetUnpackedSizes(request, numbers), "listing", deadline_s)
+        assert isinstance(part, protocol.Counts)
+        if len(part.counts) != 8 * len(numbers):
+            raise ServiceError(f"the cache service answered {len(part.counts)} bytes for {len(numbers)} sizes")
+        return np.frombuffer(part.counts, "<i8").astype(np.int64)
 
     def _get_counts(self, numbers: list[int], deadline_s: float) -> Int64:
         (part,) = self._ask_service(lambda request: protocol.GetCounts(request, numbers), "index", deadline_s)

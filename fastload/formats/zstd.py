@@ -1,6 +1,8 @@
-"""Records that are packed by zstd, each as one frame that says how large it is unpacked."""
+"""zstd: records that are packed each as one frame, and how large frames are unpacked (RFC 8878)."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -8,8 +10,10 @@ from fastload.errors import DecodeError
 from fastload.formats.records import Bytes, Int64s, Where
 
 _MAGIC = b"\x28\xb5\x2f\xfd"
+_SKIPPED = b"\x2a\x4d\x18"  # behind 0x50 to 0x5f: a frame that holds something else (3.1.2)
 _HEAD_BYTES_MAX = 18
 _REPEATED = 1  # a block of one byte, again and again
+_HAS_SUM = 4  # four bytes behind the last block
 _UNPACKED_BYTES_MAX = 1 << 30
 
 
@@ -50,20 +54,41 @@ def frame_bytes(head: bytes) -> int | None:
     return int.from_bytes(head[at : at + width], "little") + (256 if width == 2 else 0)
 
 
-def whole_blocks(head: bytes) -> int:
-    """Where the last block ends that lies whole in the first bytes of a frame; 0 where none does (3.1.1.2)."""
-    if not head.startswith(_MAGIC) or len(head) < 6:
-        return 0
-    at, width = _place_of_size(head[4])
-    at += width
-    end, is_last = 0, False
-    while not is_last and at + 3 <= len(head):
-        about = int.from_bytes(head[at : at + 3], "little")
-        is_last, kind, size = bool(about & 1), about >> 1 & 3, about >> 3
-        at += 3 + (1 if kind == _REPEATED else size)
-        if at <= len(head):
-            end = at
-    return end
+def unpacked_bytes(size: int, read: Callable[[int], bytes | bytearray]) -> int | None:
+    """How large a file of `size` packed bytes is unpacked, as the heads of all its frames say; None where one does not
+    say it, and where the frames do not end where the file does. `read(start)` gives some bytes from there on.
+    """
+    data: bytes | bytearray = b""
+    at = first = total = 0  # `data` begins at `first`
+
+    def head(count: int) -> bytes:
+        """Bytes at `at`, fewer at the end."""
+        nonlocal data, first
+        if not first <= at <= at + count <= first + len(data) and at < size:
+            first, data = at, read(at)
+        return bytes(data[at - first : at - first + count])
+
+    while at < size:
+        begin = head(_HEAD_BYTES_MAX)
+        if begin[1:4] == _SKIPPED and begin[0] >> 4 == 5:
+            at += 8 + int.from_bytes(begin[4:8], "little")
+            continue
+        said = frame_bytes(begin)
+        if said is None:
+            return None
+        total += said
+        place, width = _place_of_size(begin[4])
+        at += place + width
+        is_last = False
+        while not is_last:
+            about = head(3)
+            if len(about) < 3:
+                return None
+            number = int.from_bytes(about, "little")
+            is_last, kind, length = bool(number & 1), number >> 1 & 3, number >> 3
+            at += 3 + (1 if kind == _REPEATED else length)
+        at += 4 if begin[4] & _HAS_SUM else 0
+    return total if at == size else None
 
 
 def _place_of_size(about: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload.client.consumer import Consumer
-from fastload.errors import ConfigError, ObjectMissingError
+from fastload.errors import ConfigError, ObjectMissingError, ShardError
 from fastload.formats import (
     INDEX_NAME,
     SHARD_ENDINGS,
@@ -42,11 +42,12 @@ from fastload.store.types import ObjectInfo
 
 # Some ten million shards; they are read into memory whole.
 _LIST_BYTES_MAX = 2 << 30
+_ERRORS_SHOWN = 20
 
 
 class _Listed(NamedTuple):
-    """Some shards, how many samples they should hold (-1: unknown), the sidecars that lie beside them, and of shards
-    that are packed how large they are unpacked (-1: unknown).
+    """Some shards as they are stored, how many samples they should hold (-1: unknown), the sidecars that lie beside
+    them, and of shards that are packed how large they are unpacked (-1: unknown).
     """
 
     shards: ObjectTable
@@ -55,32 +56,80 @@ class _Listed(NamedTuple):
     unpacked_sizes: npt.NDArray[np.int64]
 
 
-def list_shards(consumer: Consumer, urls: Sequence[str], how: Format = "auto") -> Manifest:
+def list_shards(
+    consumer: Consumer, urls: Sequence[str], how: Format = "auto", bad: list[ShardError] | None = None
+) -> Manifest:
     """The manifest of `urls`, in their order, of which prefixes stand for the shards of this format under them. It
     replaces the objects that `consumer` is attached to. Large files are there in pieces.
 
     A URL that ends in ".json" is a list of shards (see `wids`). Raises the errors of the store, and `ConfigError` for
-    lists that cannot be used.
+    lists that cannot be used. ShardError, which names all, where packed shards cannot be unpacked; with `bad`, these
+    are left out, and what is wrong with each is put there.
     """
     if not isinstance(how, str):
         return _list_computed(consumer, urls, how)
+    listed, failed = _with_sizes(consumer, _listed(consumer, urls, how))
+    if bad is not None:
+        bad += failed
+    elif failed:
+        raise all_of(failed, "packed shards")
+    return _manifest(listed)
+
+
+def list_one_by_one(consumer: Consumer, urls: Sequence[str], how: Format = "auto") -> Iterator[Manifest | ShardError]:
+    """Manifests of which the first shards are one after the other those of `list_shards`, for those who read the first
+    that they can, and need to know nothing of the others; of one that cannot be unpacked what is wrong with it.
+    """
+    if not isinstance(how, str):
+        yield _list_computed(consumer, urls, how)
+        return
+    listed = _listed(consumer, urls, how)
+    for number in range(len(listed.shards)):
+        one, failed = _with_sizes(consumer, _only(listed, np.array([number])))
+        yield failed[0] if failed else _manifest(one)
+
+
+def all_of(errors: Sequence[ShardError], what: str) -> ShardError:
+    """One error that says what is wrong with each shard."""
+    if len(errors) == 1:
+        return errors[0]
+    more = [f"and {len(errors) - _ERRORS_SHOWN} more"] if len(errors) > _ERRORS_SHOWN else []
+    texts = "\n".join([*map(str, errors[:_ERRORS_SHOWN]), *more])
+    return ShardError(f"{len(errors)} {what} cannot be read:\n{texts}")
+
+
+def _listed(consumer: Consumer, urls: Sequence[str], how: str) -> _Listed:
     endings = endings_of(how)
     parts = [
         part
         for is_list, group in groupby(urls, wids.is_list)
         for part in _parts(consumer, list(group), is_list, endings)
     ]
-    listed = ObjectTable.joined([part.shards for part in parts])
-    if not len(listed):
+    shards = ObjectTable.joined([part.shards for part in parts])
+    if not len(shards):
         raise ObjectMissingError(f"{', '.join(urls)}: no shards at all; name some, or correct the list")
-    _check_formats(listed)
-    counts = np.concatenate([part.sample_counts for part in parts])
-    listed = _unpacked(consumer, listed, np.concatenate([part.unpacked_sizes for part in parts]))
-    shards = in_pieces(listed, is_cut)
-    if shards is not listed:
+    _check_formats(shards)
+    return _Listed(
+        shards,
+        np.concatenate([part.sample_counts for part in parts]),
+        _each_once(ObjectTable.joined([part.sidecars for part in parts])),
+        np.concatenate([part.unpacked_sizes for part in parts]),
+    )
+
+
+def _only(listed: _Listed, numbers: npt.NDArray[np.int64]) -> _Listed:
+    """Some of the shards."""
+    counts, sizes = listed.sample_counts[numbers], listed.unpacked_sizes[numbers]
+    return _Listed(listed.shards.take(numbers), counts, listed.sidecars, sizes)
+
+
+def _manifest(listed: _Listed) -> Manifest:
+    """The manifest of shards of which all unpacked sizes are known."""
+    inside, counts = _inside(listed.shards, listed.unpacked_sizes), listed.sample_counts
+    shards = in_pieces(inside, is_cut)
+    if shards is not inside:
         counts = _counts_of_pieces(counts, shards)
-    sidecars = ObjectTable.joined([part.sidecars for part in parts])
-    return Manifest(shards, promised=counts if (counts >= 0).any() else None, sidecars=_each_once(sidecars))
+    return Manifest(shards, promised=counts if (counts >= 0).any() else None, sidecars=listed.sidecars)
 
 
 def _list_computed(consumer: Consumer, urls: Sequence[str], how: ComputedFormat) -> Manifest:
@@ -179,20 +228,33 @@ def attach(consumer: Consumer, manifest: Manifest, sidecars: ObjectTable) -> Non
     consumer.attach(ObjectTable.joined([manifest.objects, sidecars]) if len(sidecars) else manifest.objects)
 
 
-def _unpacked(consumer: Consumer, listed: ObjectTable, sizes: npt.NDArray[np.int64]) -> ObjectTable:
-    """The same shards, with what is in them in place of those that are packed, as their names say or the table does.
-    The sizes that are not known are found out, at best by a small request for each.
+def _packings(shards: ObjectTable) -> npt.NDArray[np.int64]:
+    """The number of how each shard is packed, as its name says or the table does; 0 where it is not."""
+    urls = (url for rows in shards.rows() for url, *_ in rows)
+    packings = np.fromiter((PACKINGS.index(packing_of(url)) for url in urls), np.int64, len(shards))
+    found: npt.NDArray[np.int64] = np.maximum(packings, shards.all_pieces()[2])
+    return found
+
+
+def _with_sizes(consumer: Consumer, listed: _Listed) -> tuple[_Listed, list[ShardError]]:
+    """Find out the unpacked sizes that are not known, at worst by unpacking (see `service.unpacked_sizes`). Those that
+    cannot be unpacked are left out, and what is wrong with each comes beside.
     """
-    urls = (url for rows in listed.rows() for url, *_ in rows)
-    packings = np.fromiter((PACKINGS.index(packing_of(url)) for url in urls), np.int64, len(listed))
-    packings = np.maximum(packings, listed.all_pieces()[2])
+    unknown = np.flatnonzero((_packings(listed.shards) > 0) & (listed.unpacked_sizes < 0))
+    if not len(unknown):
+        return listed, []
+    consumer.attach(listed.shards.take(unknown))
+    listed.unpacked_sizes[unknown], bad = consumer.unpacked_sizes()
+    kept = np.delete(np.arange(len(listed.shards)), unknown[list(bad)])
+    return _only(listed, kept), list(bad.values())
+
+
+def _inside(listed: ObjectTable, sizes: npt.NDArray[np.int64]) -> ObjectTable:
+    """The same shards, with what is in them in place of those that are packed."""
+    packings = _packings(listed)
     packed = np.flatnonzero(packings)
     if not len(packed):
         return listed
-    unknown = packed[sizes[packed] < 0]
-    if len(unknown):
-        consumer.attach(listed.take(unknown))
-        sizes[unknown] = consumer.unpacked_sizes()
     pieces, object_sizes = listed.all_pieces().copy(), listed.sizes.copy()
     pieces[1, packed], pieces[2, packed] = object_sizes[packed], packings[packed]
     object_sizes[packed] = sizes[packed]

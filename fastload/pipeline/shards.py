@@ -34,6 +34,7 @@ from fastload.errors import ShardError, StoreError
 from fastload.formats import (
     ComputedFormat,
     Described,
+    Format,
     Index,
     ShardIndex,
     StoredIndex,
@@ -43,7 +44,14 @@ from fastload.formats import (
 )
 from fastload.formats.digests import fastest
 from fastload.pipeline.pieces import PiecePlaces
-from fastload.pipeline.shard_listing import beside_name, is_description, object_reader
+from fastload.pipeline.shard_listing import (
+    all_of,
+    attach,
+    beside_name,
+    is_description,
+    list_one_by_one,
+    object_reader,
+)
 from fastload.pipeline.windows import window_chunks
 from fastload.plan import Manifest
 from fastload.store.table import ObjectTable
@@ -251,6 +259,29 @@ class ShardTable:
         for first_chunk, offset, size in self.pieces.runs(object_no, start, length):
             parts.append(object_reader(consumer, first_chunk, offset + size)(offset, size))
         return np.frombuffer(b"".join(parts), np.uint8)
+
+
+def first_index(consumer: Consumer, urls: Sequence[str], how: Format) -> Index:
+    """The index of the first shard that can be read, made where it is not known; a warning names those before it.
+    ShardError, which names all, where none can.
+    """
+    errors: list[ShardError] = []
+    for manifest in list_one_by_one(consumer, urls, how):
+        if isinstance(manifest, ShardError):
+            errors.append(manifest)
+            continue
+        attach(consumer, manifest, manifest.sidecars)
+        places = manifest.first_chunk(consumer.chunk_bytes), consumer.chunk_bytes
+        computed = None if isinstance(how, str) else how
+        try:
+            (found,) = ShardTable(manifest, *places, manifest.sidecars, computed).index(consumer, [0])
+        except ShardError as error:
+            errors.append(error)
+            continue
+        if errors:
+            callers.warn(f"{all_of(errors, 'shards')}; what is said is of the one behind", RuntimeWarning)
+        return found
+    raise all_of(errors, "shards")
 
 
 Ints = npt.NDArray[np.int64]

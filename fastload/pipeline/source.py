@@ -22,7 +22,7 @@ from fastload.kernels import FIRST_BATCH, compile_in_background
 from fastload.lifecycle import call_later, is_inherited, on_drop
 from fastload.pipeline import manifest_files
 from fastload.pipeline.shard_listing import attach, check_reading, find_sidecars, list_shards
-from fastload.pipeline.shards import ShardTable
+from fastload.pipeline.shards import ShardTable, first_index
 from fastload.plan import Manifest, next_version
 from fastload.store.table import ObjectTable
 from fastload.transport.slots import SlotPool
@@ -251,16 +251,11 @@ class Source:
             self.give_back(attached)
         return counts if (counts >= 0).all() else None
 
-    def first_index(self) -> Index | None:
-        """The index of the first shard that is there, made where it is not known; None where all are gone."""
-        attached = self.open()
-        try:
-            manifest = attached.manifest
-            assert manifest is not None, "opening a consumer lists the shards"
-            there = np.setdiff1d(np.arange(len(manifest)), manifest.gone)
-            return self.shards.index(attached.consumer, there[:1].tolist())[0] if len(there) else None
-        finally:
-            self.give_back(attached)
+    def first_index(self) -> Index:
+        """The index of the first shard that can be read: see `shards.first_index`. Of the others nothing is asked."""
+        options = self._options
+        with options.cache.consumer(options.storage_options, options.urls[0]) as consumer:
+            return first_index(consumer, options.urls, options.format)
 
     def _keep_counts(self, attached: AttachedConsumer) -> None:
         """Send the service counts that it may not know: counts from other nodes are needed before the next run's first

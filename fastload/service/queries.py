@@ -18,7 +18,7 @@ from itertools import islice
 import numpy as np
 
 from fastload import protocol
-from fastload.errors import ServiceError, to_wire
+from fastload.errors import ServiceError, ShardError, to_wire
 from fastload.service.indexes import IndexCache
 from fastload.service.resources import Resources
 from fastload.service.state import ConsumerState
@@ -120,24 +120,27 @@ class Queries:
         entries = [consumer.entry(number) for number in message.objects]
         options_key = consumer.options_key
         # A size is a fact of one version of one object, as a sample count is, and kept beside those.
-        keys = [hashlib.blake2b(entry.id, digest_size=16, person=b"unpacked size").digest() for entry in entries]
+        keys = [hashlib.blake2b(entry.id, digest_size=16, person=b"measured size").digest() for entry in entries]
 
         def known(sizes: list[int]) -> None:
             unknown = [number for number, size in enumerate(sizes) if size < 0]
 
-            def done(found: list[int], error: BaseException | None) -> None:
+            def done(found: list[int | ShardError | None], error: BaseException | None) -> None:
+                if error is None and len(entries) == len(found) == 1 and isinstance(found[0], ShardError):
+                    error = found[0]
                 if error is not None:
                     consumer.send(protocol.RequestFailed(message.request, *to_wire(error)))
                     return
-                for number, size in zip(unknown, found, strict=True):
-                    sizes[number] = size
-                some = [number for number in unknown if sizes[number] >= 0]
-                learnt = np.array([sizes[number] for number in some], "<i8")
-                self._indexes.learn([keys[number] for number in some], learnt.tobytes())
-                consumer.send(protocol.Counts(message.request, np.array(sizes, "<i8").tobytes()))
+                some = {number: size for number, size in zip(unknown, found, strict=True) if isinstance(size, int)}
+                bad = {number for number, size in zip(unknown, found, strict=True) if isinstance(size, ShardError)}
+                self._indexes.learn([keys[number] for number in some], np.array(list(some.values()), "<i8").tobytes())
+                all_sizes = np.array(sizes, "<i8")
+                all_sizes[list(some)] = list(some.values())
+                all_sizes[list(bad)] = protocol.NO_SIZE
+                consumer.send(protocol.Counts(message.request, all_sizes.tobytes()))
 
             infos = [entries[number].info for number in unknown]
-            find = self._stores.unpacking.unpacked_sizes
+            find = self._stores.unpacked_sizes.of
             self._sizes.submit(find, options_key, infos, _SIZES_PATIENCE_S, done=done)
 
         self._indexes.counts(keys, known)

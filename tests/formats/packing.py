@@ -27,6 +27,11 @@ def zstd_stream(data: bytes) -> bytes:
     return out.getvalue()
 
 
+def twice(pack: Callable[[bytes], bytes], first: float = 0.5) -> Callable[[bytes], bytes]:
+    """Two members or frames, of which the first has that share of the bytes."""
+    return lambda data: pack(data[: int(first * len(data))]) + pack(data[int(first * len(data)) :])
+
+
 PACK: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
     ".zst": by_arrow("zstd"),

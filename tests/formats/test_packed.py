@@ -16,9 +16,10 @@ import pytest
 import fastload
 from fastload.client import Handle
 from fastload.errors import ConfigError, ObjectChangedError, ShardError
+from fastload.prepare import index
 from tests.conftest import Bucket
 from tests.formats import test_contract
-from tests.formats.packing import PACK, zstd_stream
+from tests.formats.packing import PACK, twice, zstd_stream
 from tests.processes import is_running, kill_service, service_pids, until
 
 LIMITS: dict[str, Any] = {"ram_bytes": "16MiB", "disk_bytes": "64MiB", "chunk_bytes": "64KiB"}
@@ -195,6 +196,47 @@ def test_a_damaged_shard_is_an_error_that_names_it(s3: Bucket, cache: Handle) ->
     url = s3.put("x/0.jsonl.gz", bytes(data))
     with pytest.raises(ShardError, match=rf"^{url} cannot be unpacked as gzip.*pack and upload it again"):
         samples(data_set(url, cache))
+
+
+@pytest.mark.parametrize(("ending", "share"), [(".gz", 0.03), (".gz", 0.97), (".zst", 0.03), (".zst", 0.97)])
+def test_members_of_any_sizes_are_one_file(ending: str, share: float, s3: Bucket, cache: Handle) -> None:
+    data = lines(0, 3000)
+    url = s3.put(f"x/0.jsonl{ending}", twice(PACK[ending], share)(data))
+    assert sorted(number for _, number in samples(data_set(url, cache))) == list(range(3000))
+
+
+def put_bad(s3: Bucket) -> list[str]:
+    """Four shards, of which the first and the third are damaged."""
+    put_lines(s3, "x", ".jsonl.gz", PACK[".gz"])
+    return [s3.put(f"x/{number}.jsonl.gz", b"this is not packed" * 999) for number in (0, 2)]
+
+
+def test_all_shards_that_cannot_be_unpacked_are_one_error(s3: Bucket, cache: Handle) -> None:
+    bad = put_bad(s3)
+    with pytest.raises(ShardError, match="2 packed shards") as caught:
+        samples(data_set(f"{s3.url}/x/", cache))
+    assert all(f"{url} cannot be unpacked as gzip" in str(caught.value) for url in bad)
+    assert str(caught.value).count("pack and upload it again") == 2
+
+
+def test_an_index_is_made_of_the_others(s3: Bucket, cache: Handle, tmp_path: Path) -> None:
+    bad = put_bad(s3)
+    with pytest.raises(ShardError, match="2 packed shards"):
+        index([f"{s3.url}/x/"], cache)
+    indexed = index([f"{s3.url}/x/"], cache, skips_bad=True, output=tmp_path / "index.arrow")
+    assert (indexed.shard_count, indexed.sample_count) == (4, 600)
+    assert [error.partition(" ")[0] for error in indexed.bad] == bad
+    none = index([bad[0]], cache, skips_bad=True)
+    assert (none.shard_count, none.sample_count, len(none.bad)) == (1, 0, 1)
+
+
+def test_a_schema_is_that_of_the_first_that_can_be_read(s3: Bucket, cache: Handle) -> None:
+    bad = put_bad(s3)
+    with pytest.warns(RuntimeWarning, match=rf"{bad[0]} cannot be unpacked"):
+        assert list(fastload.schema(f"{s3.url}/x/", cache=cache)) == ["json"]
+    assert store_figures(cache)["bytes"] < len(b"this is not packed" * 999) + len(PACK[".gz"](lines(1))) + 1000
+    with pytest.raises(ShardError, match=rf"(?s)2 shards.*{bad[0]} cannot.*{bad[1]} cannot"):
+        fastload.schema(bad, cache=cache)
 
 
 def test_a_shard_that_changes_is_another_one(s3: Bucket, cache: Handle, tmp_path: Path) -> None:

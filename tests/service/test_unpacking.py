@@ -20,13 +20,14 @@ import numpy as np
 import pytest
 
 from fastload.errors import FastloadError, ObjectChangedError, ShardError, StoreUnavailableError
-from fastload.service import unpacking
+from fastload.service import unpacking, unpacking_children
+from fastload.service.unpacked_sizes import UnpackedSizes
 from fastload.service.unpacking import Unpacking, files_in, memory_file
 from fastload.store import packing
 from fastload.store.types import ObjectInfo
 from fastload.store.watch import Watch
 from tests.formats import test_litdata
-from tests.formats.packing import PACK, by_arrow, framed, zstd_stream
+from tests.formats.packing import PACK, by_arrow, framed, twice, zstd_stream
 from tests.patience import PATIENCE_S
 from tests.processes import is_running, until
 
@@ -86,7 +87,14 @@ def read(unpacker: Unpacking, info: ObjectInfo, start: int, length: int) -> byte
 
 
 def size_of(unpacker: Unpacking, info: ObjectInfo) -> int:
-    (size,) = unpacker.unpacked_sizes(KEY, [info], PATIENCE_S)
+    sizes = UnpackedSizes(unpacker)
+    try:
+        (size,) = sizes.of(KEY, [info], PATIENCE_S)
+    finally:
+        sizes.close()
+    if isinstance(size, ShardError):
+        raise size
+    assert size is not None
     return size
 
 
@@ -109,11 +117,6 @@ def gzip_padded(data: bytes) -> bytes:
     return gzip.compress(data) + bytes(700)
 
 
-def twice(pack: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
-    """Two members or frames."""
-    return lambda data: pack(data[: len(data) // 2]) + pack(data[len(data) // 2 :])
-
-
 WAYS: dict[str, Callable[[bytes], bytes]] = {
     **{f"x{ending}": pack for ending, pack in PACK.items()},
     "padded.gz": gzip_padded,
@@ -121,6 +124,11 @@ WAYS: dict[str, Callable[[bytes], bytes]] = {
     "members.bz2": twice(bz2.compress),
     "members.xz": twice(lzma.compress),
     "frames.zst": twice(by_arrow("zstd")),
+    **{
+        f"{way}.{name}": twice(pack, share)
+        for name, pack in (("gz", gzip.compress), ("zst", by_arrow("zstd")))
+        for way, share in (("mostly_first", 0.97), ("mostly_last", 0.03))
+    },
     "stream.zst": zstd_stream,
     "skipped.zst": lambda data: b"\x50\x2a\x4d\x18\4\0\0\0abcd" + by_arrow("zstd")(data),
 }
@@ -144,6 +152,30 @@ def test_sizes_and_ranges_are_those_of_what_was_packed(
     with ThreadPoolExecutor(8) as pool:
         ranges = pool.map(lambda start: read(unpacker, unpacked, start, min(50_000, size - start)), starts)
         assert all(data[start : start + 50_000] == got for start, got in zip(starts, ranges, strict=True))
+    is_walked = is_large and name.endswith(".zst") and name != "stream.zst"
+    assert unpacker.run_count == (1 if is_walked or name == "x.snappy" else 0)  # what was measured was kept
+    assert sum(length for _, _, length in objects.reads) == info.size * (2 if is_large and name.endswith(".zst") else 1)
+
+
+def test_what_is_measured_is_kept_where_there_is_room(
+    objects: Objects, unpacker: Unpacking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unpacking, "FILES_BYTES_MAX", 3 * len(TEXT))
+    infos = [objects.put(f"{name}.gz", gzip.compress(TEXT)) for name in "ab"]
+    assert [size_of(unpacker, info) for info in infos] == [len(TEXT)] * 2
+    for info in infos:
+        assert read(unpacker, inside(info, len(TEXT)), 100, 100) == TEXT[100:200]
+    assert unpacker.run_count == 1  # of the second, which is unpacked again
+
+
+def test_what_proves_larger_than_its_room_is_measured(
+    objects: Objects, unpacker: Unpacking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = bytes(4 << 20)
+    monkeypatch.setattr(unpacking, "FILES_BYTES_MAX", len(data))
+    info = objects.put("x.gz", gzip.compress(data))
+    assert size_of(unpacker, info) == len(data)
+    assert read(unpacker, inside(info, len(data)), 100, 100) == data[100:200]
     assert unpacker.run_count == 1
 
 
@@ -213,12 +245,30 @@ def test_frames_that_are_damaged_are_an_error_that_names_them(
         read(unpacker, info, 0, len(CHUNK))
 
 
-def test_a_large_object_that_says_its_size_is_believed(objects: Objects, unpacker: Unpacking) -> None:
-    data = noise(4 << 20)
-    for name in ("x.gz", "x.zst"):
-        info = objects.put(name, WAYS[name](data))
-        assert size_of(unpacker, info) == len(data)
-    assert sum(length for _, _, length in objects.reads) < 400_000
+def test_a_file_that_cannot_be_written_ends_no_measuring(objects: Objects) -> None:
+    unpacker = Unpacking(objects.read, lambda size: os.open("/dev/full", os.O_WRONLY))
+    try:
+        assert size_of(unpacker, objects.put("x.gz", gzip.compress(TEXT))) == len(TEXT)
+    finally:
+        unpacker.close()
+
+
+def test_what_is_wrong_is_remembered_until_it_is_asked_for_alone(objects: Objects, unpacker: Unpacking) -> None:
+    sizes = UnpackedSizes(unpacker)
+    infos = [
+        objects.put(name, data) for name, data in (("a.gz", b"none"), ("b.gz", gzip.compress(TEXT)), ("c.xz", b""))
+    ]
+    for _ in range(2):
+        first, second, third = sizes.of(KEY, infos, PATIENCE_S)
+        assert second == len(TEXT)
+        assert "a.gz cannot be unpacked as gzip" in str(first)
+        assert "c.xz is empty" in str(third)
+    (again,) = sizes.of(KEY, infos[:1], PATIENCE_S)
+    assert again is first
+    assert [name for name, *_ in objects.reads].count("a.gz") == 1
+    (anew,) = sizes.of(KEY, infos[:1], PATIENCE_S)
+    assert anew is not first
+    sizes.close()
 
 
 def test_an_object_is_fetched_once(objects: Objects, unpacker: Unpacking) -> None:
@@ -294,7 +344,7 @@ def test_a_size_that_is_wrong_is_an_error_that_names_both(
 def test_a_bomb_is_an_error_that_names_both_sizes(
     name: str, objects: Objects, unpacker: Unpacking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (unpacking, packing):
+    for module in (unpacking_children, packing):
         monkeypatch.setattr(module, "BYTES_ALWAYS", 1 << 20)
         monkeypatch.setattr(module, "RATIO_MAX", 100)
     info = objects.put(name, WAYS[name](bytes(40 << 20)))
@@ -428,7 +478,7 @@ def test_its_end_ends_waits_and_children(objects: Objects) -> None:
             waiting.result(PATIENCE_S)
     until(lambda: not children())
     with pytest.raises(StoreUnavailableError):
-        unpacker.unpacked_sizes(KEY, [info], PATIENCE_S)
+        size_of(unpacker, info)
 
 
 def test_files_go_by_lru_when_they_are_too_many(

@@ -22,6 +22,7 @@ import msgspec
 from fastload.errors import AccessDeniedError
 from fastload.service import unpacking
 from fastload.service.fetching import request_limit
+from fastload.service.unpacked_sizes import UnpackedSizes
 from fastload.store import Counters, RequestOptions, StoreOptions, Watched, open_store, resolve, store_root
 from fastload.store.listing import present
 from fastload.store.types import ObjectInfo, Store
@@ -52,6 +53,7 @@ class StoreTable:
     ) -> None:
         """`factory` stands in for the real stores in tests. `make_file`: for unpacked bytes, see `Unpacking`."""
         self.unpacking = unpacking.Unpacking(self.read_watched, make_file)
+        self.unpacked_sizes = UnpackedSizes(self.unpacking)
         self.counters = Counters()
         self._salt = os.urandom(16)  # so that a key does not show whether a guess at a secret is right
         self._requests = RequestOptions(_REQUESTS_MAX, counters=self.counters)
@@ -154,6 +156,7 @@ class StoreTable:
 
     def close(self) -> None:
         """Close what is open; requests that are being tried again end with their last error."""
+        self.unpacked_sizes.close()
         self.unpacking.close()
         with self._lock:
             opened = list(self._opened.values())
