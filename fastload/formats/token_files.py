@@ -129,7 +129,8 @@ class Tokens:
         for number, (info, has_index) in enumerate(zip(shards, have_beside.tolist(), strict=True)):
             if not has_index and _is_chunk(info):
                 raise ConfigError(
-                    f"{info.url}: index.json beside it says which tokens it has, and there is none; upload it"
+                    f"{info.url} is litdata by its name, whose tokens index.json beside it describes, and there is "
+                    "none; upload it"
                 )
             if not has_index and not _is_npy(info):
                 counts[number] = self._windows(info, self._bare(info))[1]

@@ -211,7 +211,7 @@ def test_tokens_that_cannot_be_read_are_refused_by_name(cache: fastload.Cache, t
     (folder / "chunk-0-3.bin").rename(folder / "chunk-0-30.bin")
     read_refused(r"names chunk-0-3\.bin, which is not beside it")
     (folder / "index.json").unlink()
-    read_refused(r"chunk-0-0\.bin: index\.json beside it says which tokens it has, and there is none")
+    read_refused(r"chunk-0-0\.bin is litdata by its name, whose tokens index\.json beside it describes, and there is")
 
 
 def test_a_chunk_whose_tokens_are_not_counted_has_all_that_fit(cache: fastload.Cache, tmp_path: Path) -> None:
