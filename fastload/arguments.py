@@ -46,6 +46,13 @@ def checked_path(path: Any, name: str) -> str | None:
     return text
 
 
+def checked_split(split: Any) -> str | None:
+    """The name of a split, or None."""
+    if split is not None and (not isinstance(split, str) or not split or "/" in split):
+        raise ConfigError(f"split={split!r} must be the name of a split, such as 'train'")
+    return split
+
+
 def checked_batch_size(batch_size: int | None) -> int | None:
     """An integer of at least 1, or None."""
     return None if batch_size is None else checked_count(batch_size, "batch_size")

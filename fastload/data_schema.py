@@ -35,13 +35,14 @@ def schema(
     *,
     cache: AnyCache = None,
     format: Format = "auto",  # noqa: A002  # as a data set calls it
+    split: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Column]:
     """The columns of the data at `urls`, by name in their stored order: those of its first shard, which is indexed for
     it where that was not done before. A shard that cannot be read is named by a warning, and the next one is taken.
     Arguments as of `StreamingDataset`. ShardError where no shard can be read.
     """
-    dataset = StreamingDataset(urls, cache=cache, format=format, storage_options=storage_options)
+    dataset = StreamingDataset(urls, cache=cache, format=format, split=split, storage_options=storage_options)
     try:
         index = dataset.first_index()
     finally:

@@ -32,6 +32,7 @@ from fastload.arguments import (
     checked_path,
     checked_refresh,
     checked_seed,
+    checked_split,
     checked_urls,
 )
 from fastload.callers import public
@@ -114,6 +115,9 @@ class StreamingDataset(DatasetBase[Sample]):
     by `fastload index`, with which no shard is parsed and all sample counts are known; without, one that lies beside
     the shards is used.
 
+    `split`: which of the splits under a prefix is read, such as "train" (docs/formats.md); where there are several, one
+    has to be named.
+
     `format`: of the shards; "auto" goes by the endings of their names, `fastload.formats.tokens(...)` reads files of
     tokens (docs/formats.md). `allow_pickle`: columns that hold pickles are read, which may run any code: only for
     data whose writer you trust.
@@ -151,6 +155,7 @@ class StreamingDataset(DatasetBase[Sample]):
             cache_policy: CachePolicy
             format: Format
             allow_pickle: bool
+            split: str | None
 
         @overload
         def map(self, function: Callable[[Any], Unsaid]) -> StreamingDataset[Any]: ...
@@ -209,6 +214,7 @@ class StreamingDataset(DatasetBase[Sample]):
         cache_policy: CachePolicy = "auto",
         format: Format = "auto",  # noqa: A002  # what users call it
         allow_pickle: bool = False,
+        split: str | None = None,
     ) -> None:
         endings_of(format)  # what is none is an error now
         handle = handle_of(cache)
@@ -231,6 +237,7 @@ class StreamingDataset(DatasetBase[Sample]):
             grows=checked_refresh(refresh) == "epoch",
             kernels=column_set.kernel_modules(),
             format=format,
+            split=checked_split(split),
         )
         requested = _requested_order(shuffle, seed, shuffle_window, partitions)
         if column_set.functions:
@@ -330,6 +337,7 @@ class StreamingDataset(DatasetBase[Sample]):
     def __repr__(self) -> str:
         urls = [redact(url) for url in self.urls[:_URLS_SHOWN]]
         more = f" and {len(self.urls) - len(urls)} more" if len(self.urls) > len(urls) else ""
+        more += "" if self._data.split is None else f", split={self._data.split!r}"
         columns = "" if self.columns.names is None else f", columns={list(self.columns.names)}"
         return (
             f"{type(self).__name__}({urls[0] if len(self.urls) == 1 else urls!r}{more}, shuffle={self.shuffle!r}, "

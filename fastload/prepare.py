@@ -50,6 +50,7 @@ from fastload.errors import (
     from_wire,
 )
 from fastload.formats import ComputedFormat, Format, Index
+from fastload.formats.splits import with_split
 from fastload.history.archive import Archive
 from fastload.history.library import WARMING
 from fastload.pipeline.manifest_files import frozen, shared_manifest
@@ -74,7 +75,7 @@ _ANY_TERMS = WarmTerms()
 @dataclass(frozen=True, slots=True)
 class WarmJob:
     """The arguments of a job. `ranks` are those of any rank of this node: they say which partitions the node
-    reads. `index`, `manifest_file` and `format` are the job's, where it names them.
+    reads. `index`, `manifest_file`, `format` and `split` are the job's, where it names them.
     """
 
     urls: Sequence[str]
@@ -84,6 +85,16 @@ class WarmJob:
     index: str | None = None
     manifest_file: str | None = None
     format: Format = "auto"
+    split: str | None = None
+
+    def list_shards(self, consumer: Consumer) -> Manifest:
+        """The shards as they are now."""
+        return list_shards(consumer, self.urls, self.format, self.split)
+
+    @property
+    def names(self) -> list[str]:
+        """What its data is called in files of lists of shards."""
+        return with_split(self.urls, self.split)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,8 +245,8 @@ def look(
 def _objects_of(consumer: Consumer, what: WarmJob | Sequence[str], ram_bytes: int) -> ObjectTable:
     if not isinstance(what, WarmJob):
         return consumer.present(what)
-    found = None if what.manifest_file is None else frozen(what.manifest_file, what.urls)
-    manifest = found or list_shards(consumer, what.urls, what.format)
+    found = None if what.manifest_file is None else frozen(what.manifest_file, what.names)
+    manifest = found or what.list_shards(consumer)
     plan = objects_in_use_order(manifest, what.order.settled(what.ranks, ram_bytes), what.epoch, ranks=what.ranks)
     return manifest.objects.take(plan)
 
@@ -325,10 +336,8 @@ def warm_run(
 def _manifest(consumer: Consumer, job: WarmJob) -> Manifest:
     """The list of shards that the job will read, which is frozen where it is in a file."""
     if job.manifest_file is None:
-        return list_shards(consumer, job.urls, job.format)
-    return shared_manifest(
-        job.manifest_file, job.urls, is_first=True, list_shards=lambda: list_shards(consumer, job.urls, job.format)
-    )
+        return job.list_shards(consumer)
+    return shared_manifest(job.manifest_file, job.names, is_first=True, list_shards=lambda: job.list_shards(consumer))
 
 
 def _follow(consumer: Consumer, on_progress: Callable[[Progress], None]) -> Progress:
@@ -435,6 +444,7 @@ def index(
     *,
     output: str | os.PathLike[str] | None = None,
     format_name: str = "auto",
+    split: str | None = None,
     skips_bad: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     on_progress: Callable[[IndexProgress], None] = lambda progress: None,
@@ -450,7 +460,9 @@ def index(
     urls, storage_options = apart(urls, storage_options)
     unlisted: list[ShardError] = []
     with _writer(output, storage_options) as writer, handle.consumer(storage_options, "index") as consumer:
-        manifest = list_shards(consumer, urls, format_name, unlisted if skips_bad else None)
+        listed = list_shards(consumer, urls, format_name, split, unlisted if skips_bad else None)
+        # Of whole shards: what is indexed is of use to all that read them.
+        manifest = Manifest(listed.objects, promised=listed.promised, sidecars=listed.sidecars)
         bad = list(map(str, unlisted))
         shard_count = len(manifest) + len(bad)
         attach(consumer, manifest, manifest.sidecars)

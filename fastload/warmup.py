@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from fastload import prepare
-from fastload.arguments import checked_count, checked_epoch, checked_path, checked_seed, checked_urls
+from fastload.arguments import checked_count, checked_epoch, checked_path, checked_seed, checked_split, checked_urls
 from fastload.callers import public
 from fastload.client.cache import AnyCache, directory_of
 from fastload.client.cache import pin_name as pin_name_of
@@ -37,6 +37,7 @@ def warm(
     index: str | os.PathLike[str] | None = None,
     manifest: str | os.PathLike[str] | None = None,
     format: Format = "auto",  # noqa: A002  # as a data set calls it
+    split: str | None = None,
     shuffle_window: int | str = "auto",
     storage_options: Mapping[str, Any] | None = None,
     bandwidth: int | str | None = None,
@@ -49,9 +50,9 @@ def warm(
     """Fill `cache` with what a job reads in `epoch`, in its order of first use. Blocks until everything is there, or
     the cache is full; the result says how much of it is held.
 
-    `urls`, `shuffle`, `seed`, `partitions`, `index`, `manifest`, `format`, `shuffle_window` and `storage_options` are
-    the job's: what its `StreamingDataset` is given. Of a job of several `nodes`, this is number `node`, from 0, and
-    only its part is warmed.
+    `urls`, `shuffle`, `seed`, `partitions`, `index`, `manifest`, `format`, `split`, `shuffle_window` and
+    `storage_options` are the job's: what its `StreamingDataset` is given. Of a job of several `nodes`, this is number
+    `node`, from 0, and only its part is warmed.
 
     It stands back behind jobs that fetch. `bandwidth` (`"200MB/s"`, or bytes a second) bounds what it fetches; of
     several warm-ups on a node, the one with the nearest `deadline` (`"2h"`, or seconds from now) comes first. With
@@ -71,9 +72,10 @@ def warm(
         checked_path(index, "index"),
         checked_path(manifest, "manifest"),
         format,
+        checked_split(split),
     )
     endings_of(format)  # what is none is an error now
-    terms, pinned = WarmTerms(checked_rate(bandwidth), 0, deadline_at(deadline, time.time())), _pin(pin, ttl, job.urls)
+    terms, pinned = WarmTerms(checked_rate(bandwidth), 0, deadline_at(deadline, time.time())), _pin(pin, ttl, job.names)
     if check:
         found = prepare.look(job, directory_of(cache), storage_options=storage_options)
         return Warmed(found.object_count, found.total_bytes, found.held_bytes)

@@ -17,6 +17,7 @@ class Options:
 
     urls: Sequence[str]
     format: str = "auto"
+    split: str | None = None
     shuffle: str = "window"
     seed: int = 0
     columns: Sequence[str] = ()

@@ -99,7 +99,7 @@ class Session:
         options = self._options
         with Handle(self.folder / "listing", ram_bytes=_ARENA_LEAST, disk_bytes=0, service="inprocess") as handle:
             with handle.consumer(None, "bench") as consumer:
-                found = list_shards(consumer, list(options.urls), options.format).objects
+                found = list_shards(consumer, list(options.urls), options.format, options.split).objects
                 objects = [found[number] for number in range(len(found))]
             chunk_bytes = handle.limits.chunk_bytes
         whole_bytes = sum(each.size for each in objects)

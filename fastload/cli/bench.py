@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastload.cli import exits
-from fastload.cli.cache_options import CachePath, FormatOption, checked_format
+from fastload.cli.cache_options import CachePath, FormatOption, SplitOption, checked_format
 from fastload.cli.printing import examples, plain
 from fastload.config import format_bytes, parse_bytes, parse_seconds
 from fastload.errors import ConfigError
@@ -77,6 +77,7 @@ class _Job:
     """What is read, as a training job reads it."""
 
     format_name: FormatOption = "auto"
+    split: SplitOption = None
     shuffle: Annotated[str, typer.Option(help="window, shards, global or none.")] = "window"
     seed: Annotated[int, typer.Option(help="The job's seed.")] = 0
     columns: Annotated[str, typer.Option(help="The columns that the job reads, separated by commas; else all.")] = ""
@@ -105,6 +106,7 @@ class _Job:
         window, ram_bytes = self.shuffle_window, self.ram_bytes
         return {
             "format": checked_format(self.format_name),
+            "split": self.split,
             "shuffle": _one_of("--shuffle", self.shuffle, ("window", "shards", "global", "none")),
             "seed": self.seed,
             "columns": [each for each in self.columns.split(",") if each],

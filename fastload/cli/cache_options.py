@@ -43,6 +43,7 @@ FormatOption = Annotated[
         help="Of the shards that a prefix stands for: tar, mds, jsonl, tfrecord, litdata, or auto, by their endings.",
     ),
 ]
+SplitOption = Annotated[str | None, typer.Option(help="Which of the splits under a prefix, such as train.")]
 ChunkBytes = Annotated[str | None, typer.Option(help="Size of a chunk, such as 8MiB.")]
 
 

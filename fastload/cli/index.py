@@ -16,6 +16,7 @@ from fastload.cli.cache_options import (
     DiskBytes,
     FormatOption,
     RamBytes,
+    SplitOption,
     checked_format,
     shown,
 )
@@ -39,6 +40,7 @@ def index(
         bool, typer.Option("--skip-bad", help="Say what is wrong with bad shards, and go on. Exit code 3 with any.")
     ] = False,
     format_name: FormatOption = "auto",
+    split: SplitOption = None,
     cache: CachePath = None,
     ram_bytes: RamBytes = None,
     disk_bytes: DiskBytes = None,
@@ -58,6 +60,7 @@ def index(
             opened,
             output=output,
             format_name=checked_format(format_name),
+            split=split,
             skips_bad=skip_bad,
             on_progress=lambda progress: bar.show(progress.done_count, progress.shard_count),
         )

@@ -29,6 +29,7 @@ from fastload.cli.cache_options import (
     DiskBytes,
     FormatOption,
     RamBytes,
+    SplitOption,
     cache_directory,
     checked_format,
     shown,
@@ -98,6 +99,7 @@ def warm(
     index: Annotated[str | None, typer.Option(help="The job's file of indexes, if it names one.")] = None,
     manifest: Annotated[str | None, typer.Option(help="The job's file with the list of shards, if it has one.")] = None,
     format_name: FormatOption = "auto",
+    split: SplitOption = None,
     shuffle_window: Annotated[str, typer.Option(help="The job's shuffle window, such as 1GiB.")] = "auto",
     profile: Annotated[str | None, typer.Option(help="The profile of the store's credentials, as in ~/.aws.")] = None,
     bandwidth: Annotated[str | None, typer.Option(help="Fetch no more than that, such as 200MB/s.")] = None,
@@ -146,6 +148,7 @@ def warm(
         "index": index,
         "manifest": manifest,
         "format": checked_format(format_name),
+        "split": split,
     }
     given = {name: value for name, value in order.items() if _is_given(context, _PARAMETERS.get(name, name))}
     if from_history is not None and (given or pin):

@@ -136,8 +136,9 @@ def task_of_urls(urls: list[str], order: Mapping[str, Any], asked: Asked) -> Tas
         order["index"],
         order["manifest"],
         order["format"],
+        order["split"],
     )
-    pin = PinTerms(pin_name(urls), asked.ttl_s) if asked.pin else None
+    pin = PinTerms(pin_name(job.names), asked.ttl_s) if asked.pin else None
     return Task("", job, [], asked.storage_options, asked.terms(), pin)
 
 
@@ -167,6 +168,7 @@ def task_of_table(table: DataTable, asked: Asked) -> Task:
         order.index,
         order.manifest,
         order.format,
+        order.split,
     )
     pin = None
     if table.pin or asked.pin:
@@ -183,6 +185,7 @@ def hand_over(directory: Path, urls: list[str], file: Path | None, order: Mappin
     import msgspec
 
     from fastload.daemon.submission import submit
+    from fastload.formats.splits import with_split
 
     tables = [msgspec.to_builtins(table) for table in tables_of(file, order)] if file is not None else []
     if urls:
@@ -190,7 +193,8 @@ def hand_over(directory: Path, urls: list[str], file: Path | None, order: Mappin
         from fastload.warmup import pin_name
 
         job = {name: value for name, value in order.items() if value is not None}
-        tables = [{"name": pin_name(urls), "urls": [normalise(url) for url in urls], "job": job, "when": "once"}]
+        name = pin_name(with_split(urls, order.get("split")))
+        tables = [{"name": name, "urls": [normalise(url) for url in urls], "job": job, "when": "once"}]
     if not tables:
         raise ConfigError("--daemon takes URLs, --list or --job; what a run read is warmed by this command itself")
     given = {

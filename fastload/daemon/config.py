@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from fastload.arguments import checked_urls
+from fastload.arguments import checked_split, checked_urls
 from fastload.config import parse_bytes, parse_rate, parse_seconds
 from fastload.daemon.schedule import Timetable, Windows, parse_bandwidth, parse_when
 from fastload.errors import ConfigError, FastloadError
@@ -61,6 +61,7 @@ class OrderTable(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
     index: str | None = None
     manifest: str | None = None
     format: str = "auto"
+    split: str | None = None
 
     @property
     def window_bytes(self) -> int | None:
@@ -70,6 +71,7 @@ class OrderTable(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def check(self) -> None:
         """ConfigError for what cannot be."""
         endings_of(self.format)
+        checked_split(self.split)
         if self.window_bytes == 0:
             raise ConfigError(f'shuffle_window={self.shuffle_window!r} must be at least 1 byte, or "auto"')
         if not 0 <= self.node < self.nodes:

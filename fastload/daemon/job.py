@@ -143,6 +143,7 @@ def _warm_urls(
         order.index,
         order.manifest,
         order.format,
+        order.split,
     )
 
     if errand.is_check:

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -99,6 +100,26 @@ class ShardIndex:
         raw = self.key_bytes[self.key_offsets[sample] : self.key_offsets[sample + 1]]
         return raw.tobytes().decode("utf-8", "backslashreplace")
 
+    def sample_keys(self) -> list[bytes]:
+        """The key of each sample, as it stands in the shard."""
+        data, offsets = self.key_bytes.tobytes(), self.key_offsets.tolist()
+        return [data[start:end] for start, end in pairwise(offsets)]
+
+    def without(self, samples: NDArray[np.bool_]) -> ShardIndex:
+        """The same without these samples, bool[S]."""
+        kept = ~samples
+        members = np.repeat(kept, np.diff(self.member_start))
+        key_bytes = np.repeat(kept, np.diff(self.key_offsets))
+        return replace(
+            self,
+            key_bytes=self.key_bytes[key_bytes],
+            key_offsets=_ends(np.diff(self.key_offsets)[kept]),
+            member_start=_ends(np.diff(self.member_start)[kept]),
+            member_column=self.member_column[members],
+            member_offset=self.member_offset[members],
+            member_size=self.member_size[members],
+        )
+
     def fill_places(self, number_of: Callable[[str], int], first_chunk: int, places: NDArray[np.int64]) -> None:
         """For each sample where its values in C columns lie: `places`, int64[S, 1 + 2 * C], is the shard's first chunk,
         and offset and size of each column; -1 and 0 where there is none. `number_of` says which of the C a column is,
@@ -154,6 +175,11 @@ class ShardIndex:
         `object_size` bytes.
         """
         return _IndexReader(bytes(data), url, object_size).read()
+
+
+def _ends(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """0, and where each ends that has one of these lengths."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
 def stored_sample_count(header: bytes, length: int) -> int:

@@ -6,7 +6,8 @@ Lists and sidecars are read through the cache like shards: attached, fetched onc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from fastload.formats import (
     Format,
     ListedShard,
     endings_of,
+    energon,
     format_of,
     is_cut,
     is_described,
@@ -34,11 +36,14 @@ from fastload.formats import (
     wids,
 )
 from fastload.formats.pieces import in_pieces
+from fastload.pipeline.split_choice import Energon, Prefixes, shifted
 from fastload.plan import Manifest
-from fastload.store import normalise
 from fastload.store.packing import PACKINGS, packing_of, unpacked_name
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
+
+# What Energon's files about a data set are called.
+_ENERGONS = (*energon.SPLIT_FILES, *energon.COUNT_FILES)
 
 # Some ten million shards; they are read into memory whole.
 _LIST_BYTES_MAX = 2 << 30
@@ -47,28 +52,37 @@ _ERRORS_SHOWN = 20
 
 class _Listed(NamedTuple):
     """Some shards as they are stored, how many samples they should hold (-1: unknown), the sidecars that lie beside
-    them, and of shards that are packed how large they are unpacked (-1: unknown).
+    them, and of shards that are packed how large they are unpacked (-1: unknown). `excluded`: by shard, the keys of
+    samples that are left out.
     """
 
     shards: ObjectTable
     sample_counts: npt.NDArray[np.int64]
     sidecars: ObjectTable
     unpacked_sizes: npt.NDArray[np.int64]
+    excluded: Mapping[int, tuple[str, ...]] = {}
 
 
 def list_shards(
-    consumer: Consumer, urls: Sequence[str], how: Format = "auto", bad: list[ShardError] | None = None
+    consumer: Consumer,
+    urls: Sequence[str],
+    how: Format = "auto",
+    split: str | None = None,
+    bad: list[ShardError] | None = None,
 ) -> Manifest:
-    """The manifest of `urls`, in their order, of which prefixes stand for the shards of this format under them. It
-    replaces the objects that `consumer` is attached to. Large files are there in pieces.
+    """The manifest of `urls`, in their order, of which prefixes stand for the shards of this format under them, or with
+    `split` for those of that split. It replaces the objects that `consumer` is attached to. Large files are there in
+    pieces.
 
     A URL that ends in ".json" is a list of shards (see `wids`). Raises the errors of the store, and `ConfigError` for
-    lists that cannot be used. ShardError, which names all, where packed shards cannot be unpacked; with `bad`, these
-    are left out, and what is wrong with each is put there.
+    lists that cannot be used, and for splits that are not there, or of which none is named. ShardError, which names
+    all, where packed shards cannot be unpacked; with `bad`, these are left out, and what is wrong with each is put
+    there.
     """
+    prefixes = Prefixes.of(urls, split)
     if not isinstance(how, str):
-        return _list_computed(consumer, urls, how)
-    listed, failed = _with_sizes(consumer, _listed(consumer, urls, how))
+        return _list_computed(consumer, urls, how, prefixes)
+    listed, failed = _with_sizes(consumer, _listed(consumer, urls, how, prefixes))
     if bad is not None:
         bad += failed
     elif failed:
@@ -76,14 +90,17 @@ def list_shards(
     return _manifest(listed)
 
 
-def list_one_by_one(consumer: Consumer, urls: Sequence[str], how: Format = "auto") -> Iterator[Manifest | ShardError]:
+def list_one_by_one(
+    consumer: Consumer, urls: Sequence[str], how: Format = "auto", split: str | None = None
+) -> Iterator[Manifest | ShardError]:
     """Manifests of which the first shards are one after the other those of `list_shards`, for those who read the first
     that they can, and need to know nothing of the others; of one that cannot be unpacked what is wrong with it.
     """
+    prefixes = Prefixes.of(urls, split)
     if not isinstance(how, str):
-        yield _list_computed(consumer, urls, how)
+        yield _list_computed(consumer, urls, how, prefixes)
         return
-    listed = _listed(consumer, urls, how)
+    listed = _listed(consumer, urls, how, prefixes)
     for number in range(len(listed.shards)):
         one, failed = _with_sizes(consumer, _only(listed, np.array([number])))
         yield failed[0] if failed else _manifest(one)
@@ -98,12 +115,12 @@ def all_of(errors: Sequence[ShardError], what: str) -> ShardError:
     return ShardError(f"{len(errors)} {what} cannot be read:\n{texts}")
 
 
-def _listed(consumer: Consumer, urls: Sequence[str], how: str) -> _Listed:
+def _listed(consumer: Consumer, urls: Sequence[str], how: str, prefixes: Prefixes) -> _Listed:
     endings = endings_of(how)
     parts = [
         part
         for is_list, group in groupby(urls, wids.is_list)
-        for part in _parts(consumer, list(group), is_list, endings)
+        for part in _parts(consumer, list(group), is_list, endings, prefixes)
     ]
     shards = ObjectTable.joined([part.shards for part in parts])
     if not len(shards):
@@ -114,13 +131,16 @@ def _listed(consumer: Consumer, urls: Sequence[str], how: str) -> _Listed:
         np.concatenate([part.sample_counts for part in parts]),
         _each_once(ObjectTable.joined([part.sidecars for part in parts])),
         np.concatenate([part.unpacked_sizes for part in parts]),
+        shifted((part.excluded for part in parts), np.cumsum([0, *(len(part.shards) for part in parts)]).tolist()),
     )
 
 
 def _only(listed: _Listed, numbers: npt.NDArray[np.int64]) -> _Listed:
     """Some of the shards."""
     counts, sizes = listed.sample_counts[numbers], listed.unpacked_sizes[numbers]
-    return _Listed(listed.shards.take(numbers), counts, listed.sidecars, sizes)
+    places = numbers.tolist() if listed.excluded else []
+    excluded = {at: listed.excluded[number] for at, number in enumerate(places) if number in listed.excluded}
+    return _Listed(listed.shards.take(numbers), counts, listed.sidecars, sizes, excluded)
 
 
 def _manifest(listed: _Listed) -> Manifest:
@@ -129,16 +149,22 @@ def _manifest(listed: _Listed) -> Manifest:
     shards = in_pieces(inside, is_cut)
     if shards is not inside:
         counts = _counts_of_pieces(counts, shards)
-    return Manifest(shards, promised=counts if (counts >= 0).any() else None, sidecars=listed.sidecars)
+    return Manifest(
+        shards,
+        promised=counts if (counts >= 0).any() else None,
+        sidecars=listed.sidecars,
+        excluded=listed.excluded,
+    )
 
 
-def _list_computed(consumer: Consumer, urls: Sequence[str], how: ComputedFormat) -> Manifest:
+def _list_computed(consumer: Consumer, urls: Sequence[str], how: ComputedFormat, prefixes: Prefixes) -> Manifest:
     """The manifest of a `ComputedFormat`, whose sidecars are what lies beside the shards."""
     found = consumer.resolve(urls, (*how.endings, how.beside_ending), beside=[INDEX_NAME])
     names = [url for rows in found.rows() for url, *_ in rows]
     is_beside = np.array([url.endswith(how.beside_ending) for url in names], np.bool_)
     is_index = np.array([is_description(url) for url in names], np.bool_)
     shards = found.take(np.flatnonzero(~(is_beside | is_index)))
+    shards = shards.take(np.array(prefixes.choose(shards, lambda prefix: None).numbers, np.int64))
     # An index belongs to chunks that lie beside it, and means nothing to other files.
     described = {beside_name(url, how) for rows in shards.rows() for url, *_ in rows}
     is_beside |= is_index & np.array([url in described for url in names], np.bool_)
@@ -155,14 +181,16 @@ def _list_computed(consumer: Consumer, urls: Sequence[str], how: ComputedFormat)
     packed = next((info.url for info in shards if packing_of(info.url)), None)
     if packed is not None:
         raise ConfigError(f"{packed} is packed, and files of this format are read from anywhere; upload it unpacked")
+    if prefixes.split is not None:  # what lies beside other splits has no part in this one
+        wanted = {beside_name(info.url, how) for info in shards}
+        beside = ObjectTable.of(info for info in beside if info.url in wanted)
     there = {info.url for info in beside}
-    prefixes = tuple(url for url in map(normalise, urls) if url.endswith("/"))
     lacking = [name for info in shards if (name := beside_name(info.url, how)) not in there]
-    lacking = [name for name in dict.fromkeys(lacking) if not (prefixes and name.startswith(prefixes))]
+    lacking = [name for name in dict.fromkeys(lacking) if not name.startswith(prefixes.prefixes)]
     if lacking:  # those of shards that were named one by one
         beside = ObjectTable.joined([beside, consumer.present(lacking)])
     beside = _each_once(beside)
-    shards = in_pieces(_in_order_of_indexes(consumer, shards, beside, prefixes))
+    shards = in_pieces(_in_order_of_indexes(consumer, shards, beside, prefixes.prefixes))
     there = {info.url for info in beside}
     have_beside = np.array([beside_name(info.url, how) in there for info in shards], np.bool_)
     reading = how.reading
@@ -275,24 +303,31 @@ def _check_formats(shards: ObjectTable) -> None:
         )
 
 
-def _parts(consumer: Consumer, urls: list[str], are_lists: bool, endings: tuple[str, ...]) -> Iterator[_Listed]:
+def _parts(
+    consumer: Consumer, urls: list[str], are_lists: bool, endings: tuple[str, ...], prefixes: Prefixes
+) -> Iterator[_Listed]:
     if are_lists:
         for url in urls:
             yield from _of_list(consumer, url)
     else:
-        yield _of_names(consumer, urls, endings)
+        yield _of_names(consumer, urls, endings, prefixes)
 
 
-def _of_names(consumer: Consumer, urls: list[str], endings: tuple[str, ...]) -> _Listed:
-    found = consumer.resolve(urls, endings, beside=[SIDECAR_NAME, INDEX_NAME])
-    names = [url.rpartition("/")[2] for rows in found.rows() for url, *_ in rows]
-    is_sidecar = np.array([name == SIDECAR_NAME for name in names], np.bool_)
-    is_index = np.array([name == INDEX_NAME for name in names], np.bool_)
-    is_shard = ~(is_sidecar | is_index)
-    shards = found if is_shard.all() else found.take(np.flatnonzero(is_shard))
+def _of_names(consumer: Consumer, urls: list[str], endings: tuple[str, ...], prefixes: Prefixes) -> _Listed:
+    found = consumer.resolve(urls, endings, beside=[SIDECAR_NAME, INDEX_NAME, *_ENERGONS])
+    named = [(url, url.rpartition("/")[2]) for rows in found.rows() for url, *_ in rows]
+    is_sidecar = np.array([name == SIDECAR_NAME for _, name in named], np.bool_)
+    is_index = np.array([name == INDEX_NAME for _, name in named], np.bool_)
+    is_energons = np.array([name in _ENERGONS and url.startswith(prefixes.prefixes) for url, name in named], np.bool_)
+    is_shard = ~(is_sidecar | is_index | is_energons)
+    there = found if is_shard.all() else found.take(np.flatnonzero(is_shard))
+    about = {info.url: info for info in found.take(np.flatnonzero(is_energons))}
+    read = partial(_read, consumer)
+    chosen = prefixes.choose(there, lambda prefix: Energon.under(prefix, about, read))
+    shards = there if prefixes.split is None else there.take(np.array(chosen.numbers, np.int64))
     folders = _Folders(shards)
     indexes = [info for info in found.take(np.flatnonzero(is_index)) if _folder(info.url) in folders.numbers]
-    counts, order = np.full(len(shards), -1, np.int64), np.arange(len(shards))
+    counts, order = np.array(chosen.sample_counts, np.int64), np.arange(len(shards))
     for info in indexes:
         folders.note(info.url, listed_shards(_read(consumer, info), info.url), counts, order, is_whole=True)
     of_named = folders.indexes_of_named(consumer, {_folder(info.url) for info in indexes})
@@ -302,7 +337,9 @@ def _of_names(consumer: Consumer, urls: list[str], endings: tuple[str, ...]) -> 
     sidecars = ObjectTable.joined([found.take(np.flatnonzero(is_sidecar)), ObjectTable.of(described)])
     shards = folders.shards()
     ordered = shards.take(order) if (np.diff(order) < 0).any() else shards
-    return _Listed(ordered, counts[order], sidecars, folders.unpacked_sizes[order])
+    places = np.argsort(order)
+    excluded = {int(places[number]): keys for number, keys in chosen.excluded.items()}
+    return _Listed(ordered, counts[order], sidecars, folders.unpacked_sizes[order], excluded)
 
 
 def _folder(url: str) -> str:

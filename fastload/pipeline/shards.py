@@ -12,6 +12,9 @@ changed after it was listed. Only a file that is no sidecar at all is an error.
 The indexes of a `ComputedFormat` are no facts of the shards: each process computes those that it needs, with what lies
 beside the shards, and the service knows neither them nor the counts, which depend on arguments.
 
+Samples that the manifest excludes are taken out of an index here, each time that it comes from somewhere: what is
+stored, and what the service knows, is of whole shards.
+
 Counts may be known beforehand, from a sidecar or because a list of shards promises them. Plans that were made with them
 cannot be corrected if they turn out wrong, so that is an error.
 """
@@ -107,6 +110,7 @@ class ShardTable:
                 found |= self._loaded(consumer, missing)
             else:
                 found |= {number: self._compute(self._computed, consumer, number) for number in missing}
+            found |= {number: self._without_excluded(number, found[number]) for number in missing}
             self._check_promises(missing, np.array([found[number].sample_count for number in missing], np.int64))
         with self._lock:
             for number, index in found.items():
@@ -134,21 +138,27 @@ class ShardTable:
     def known_counts(self, consumer: Consumer, *, is_needed: bool = False) -> npt.NDArray[np.int64]:
         """int64[objects]: how many samples each shard has, -1 where that is not known yet; 0 for those that are gone.
 
-        Parses nothing; but what can be computed is, where it `is_needed`.
+        Parses nothing; but what can be computed is, where it `is_needed`, and shards are indexed of which single
+        samples are excluded.
         """
         if self._computed is not None:
             return self._computed_counts(consumer, is_needed)
         counts = consumer.get_counts(range(len(self._manifest)))
+        excluded = list(self._manifest.excluded)
+        counts[excluded] = -1  # it is that of the whole shard
         with self._lock:  # the service keeps no index above 64 MiB
             for number, index in self._known.items():
                 counts[number] = index.sample_count
         if self._sidecars is not None and (counts < 0).any():
             of_sidecars = self._sidecars.counts(consumer)
             self._promised = np.where(of_sidecars >= 0, of_sidecars, self._promised)
+            self._promised[excluded] = -1
         known = np.flatnonzero(counts >= 0)
         self._check_promises(known, counts[known])
         counts = np.where(counts >= 0, counts, self._promised)
         counts[self._manifest.gone] = 0
+        if is_needed:
+            self._count_by_index(consumer, counts, excluded)
         return counts
 
     def _computed_counts(self, consumer: Consumer, is_needed: bool) -> npt.NDArray[np.int64]:
@@ -157,10 +167,34 @@ class ShardTable:
         with self._lock:
             for number, index in self._known.items():
                 counts[number] = index.sample_count
-        for number in np.flatnonzero(counts < 0).tolist() if is_needed else ():
-            (index,) = self.index(consumer, [number])
-            counts[number] = index.sample_count
+        if is_needed:
+            self._count_by_index(consumer, counts, np.flatnonzero(counts < 0).tolist())
         return counts
+
+    def _count_by_index(self, consumer: Consumer, counts: npt.NDArray[np.int64], object_nos: Sequence[int]) -> None:
+        """Put those of these shards into `counts` that are not known there."""
+        for number in object_nos:
+            if counts[number] < 0:
+                (index,) = self.index(consumer, [number])
+                counts[number] = index.sample_count
+
+    def _without_excluded(self, object_no: int, index: Index) -> Index:
+        excluded = self._manifest.excluded.get(object_no)
+        if excluded is None:
+            return index
+        assert isinstance(index, ShardIndex), "single samples are excluded from tars"
+        keys = {key.encode("utf-8", "surrogateescape") for key in excluded}
+        there = index.sample_keys()
+        found = np.array([key in keys for key in there], np.bool_)
+        lacking = len(keys.difference(there))
+        if lacking:
+            url = self._manifest.objects[object_no].url
+            callers.warn(
+                f"{url}: of {len(keys)} samples that are to be left out it does not hold {lacking}; correct the list "
+                "of what is excluded",
+                RuntimeWarning,
+            )
+        return index.without(found)
 
     def _compute(self, computed: ComputedFormat, consumer: Consumer, object_no: int) -> Index:
         info = self._manifest.objects[object_no]
@@ -261,12 +295,12 @@ class ShardTable:
         return np.frombuffer(b"".join(parts), np.uint8)
 
 
-def first_index(consumer: Consumer, urls: Sequence[str], how: Format) -> Index:
+def first_index(consumer: Consumer, urls: Sequence[str], how: Format, split: str | None = None) -> Index:
     """The index of the first shard that can be read, made where it is not known; a warning names those before it.
     ShardError, which names all, where none can.
     """
     errors: list[ShardError] = []
-    for manifest in list_one_by_one(consumer, urls, how):
+    for manifest in list_one_by_one(consumer, urls, how, split):
         if isinstance(manifest, ShardError):
             errors.append(manifest)
             continue

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from fastload.client.cache import Handle
 from fastload.client.consumer import Consumer
 from fastload.formats import ComputedFormat, Format, Index
+from fastload.formats.splits import with_split
 from fastload.kernels import FIRST_BATCH, compile_in_background
 from fastload.lifecycle import call_later, is_inherited, on_drop
 from fastload.pipeline import manifest_files
@@ -58,7 +59,7 @@ class SourceOptions:
 
     `index` names a file with the shards' indexes, `manifest_file` one for the list of shards. Data that `grows` is
     listed again between epochs, and versions of its list are kept for states that name them. `kernels` are the modules
-    that its decoders use. `format` is that of the shards.
+    that its decoders use. `format` is that of the shards, `split` the one to be read of those under the URLs.
     """
 
     urls: Sequence[str]
@@ -69,6 +70,12 @@ class SourceOptions:
     grows: bool = False
     kernels: tuple[str, ...] = ()
     format: Format = "auto"
+    split: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """What the data is called in files of lists of shards."""
+        return with_split(self.urls, self.split)
 
     @property
     def computed(self) -> ComputedFormat | None:
@@ -138,7 +145,7 @@ class Source:
         with self._options.cache.consumer(
             self._options.storage_options, self._options.urls[0], waits=waits
         ) as consumer:
-            listed = list_shards(consumer, self._options.urls, self._options.format)
+            listed = self._listed(consumer)
         return listed if self._manifest is None else next_version(self._manifest, listed)
 
     def manifest_of(self, fingerprint: str) -> Manifest:
@@ -147,7 +154,7 @@ class Source:
             if self._manifest is not None and self._manifest.fingerprint == fingerprint:
                 return self._manifest
         return manifest_files.find(
-            fingerprint, self._options.cache.directory, self._options.urls, self._options.manifest_file
+            fingerprint, self._options.cache.directory, self._options.names, self._options.manifest_file
         )
 
     def shared_manifest(
@@ -162,7 +169,7 @@ class Source:
         assert self._options.manifest_file is not None, "the user named no file"
         return manifest_files.shared_manifest(
             self._options.manifest_file,
-            self._options.urls,
+            self._options.names,
             is_first=is_first,
             list_shards=make,
             epoch=epoch,
@@ -255,7 +262,7 @@ class Source:
         """The index of the first shard that can be read: see `shards.first_index`. Of the others nothing is asked."""
         options = self._options
         with options.cache.consumer(options.storage_options, options.urls[0]) as consumer:
-            return first_index(consumer, options.urls, options.format)
+            return first_index(consumer, options.urls, options.format, options.split)
 
     def _keep_counts(self, attached: AttachedConsumer) -> None:
         """Send the service counts that it may not know: counts from other nodes are needed before the next run's first
@@ -263,6 +270,8 @@ class Source:
         """
         if self._options.computed is not None:
             self._unsent.clear()  # they depend on arguments
+        if self._manifest is not None:
+            self._unsent.difference_update(self._manifest.excluded)  # of these, it keeps what the whole shard holds
         if self._unsent and attached.manifest is self._manifest:
             numbers = np.array(sorted(self._unsent), np.int32)
             attached.consumer.put_counts(numbers, self._counts_here()[numbers])
@@ -280,12 +289,15 @@ class Source:
         """The list in the user's file, where that is one for all epochs and has been made."""
         if self._options.manifest_file is None or self._options.grows:
             return None
-        return manifest_files.frozen(self._options.manifest_file, self._options.urls)
+        return manifest_files.frozen(self._options.manifest_file, self._options.names)
+
+    def _listed(self, consumer: Consumer) -> Manifest:
+        return list_shards(consumer, self._options.urls, self._options.format, self._options.split)
 
     def _keep(self) -> None:
         if self._options.grows:
             assert self._manifest is not None, "no consumer was opened yet"
-            manifest_files.keep(self._options.cache.directory, self._options.urls, self._manifest)
+            manifest_files.keep(self._options.cache.directory, self._options.names, self._manifest)
 
     def _connect(self) -> AttachedConsumer:
         if self._first_chunk is None:
@@ -294,7 +306,7 @@ class Source:
         attached.closings = self._closings
         try:
             if self._manifest is None:
-                manifest = self._frozen() or list_shards(attached.consumer, self._options.urls, self._options.format)
+                manifest = self._frozen() or self._listed(attached.consumer)
                 check_reading(manifest, self._options.format)
                 self._manifest = manifest
                 self._keep()

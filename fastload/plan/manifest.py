@@ -18,6 +18,8 @@ the unpacked one.
 `reading` is what the user said of how samples are made of the objects, where that is no fact of the objects alone, such
 as the length of sequences; the order depends on it.
 
+`excluded` are single samples, by key, that the data set is read without; the order depends on these, too.
+
 `sidecars` and `promised` say where more is known of the objects: files of indexes beside them, and how many samples
 a file beside the data promises of each. The order does not depend on them, and neither does the fingerprint.
 """
@@ -25,7 +27,7 @@ a file beside the data promises of each. The order does not depend on them, and 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -73,6 +75,7 @@ class _Wire(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     promised: list[_Int64] = []
     sidecars: list[_Row] = []
     reading: str = ""
+    excluded: list[tuple[_Count, str]] = []
 
 
 class _WireOut(msgspec.Struct, omit_defaults=True):
@@ -86,6 +89,7 @@ class _WireOut(msgspec.Struct, omit_defaults=True):
     promised: list[int] = []
     sidecars: list[Row] = []
     reading: str = ""
+    excluded: list[tuple[int, str]] = []
 
 
 class Manifest:
@@ -93,7 +97,8 @@ class Manifest:
 
     `version_starts` are the numbers of the first objects of all versions but the first; `gone` int64, rising, those of
     objects that are no longer there. `promised`, int64[objects] or None, says how many samples each object should hold
-    (-1: not known). `sidecars` are files of indexes that may be of use. `reading`: see the module.
+    (-1: not known). `sidecars` are files of indexes that may be of use. `reading`: see the module. `excluded`: by
+    object, the keys of samples that are not read.
     """
 
     def __init__(
@@ -105,6 +110,7 @@ class Manifest:
         promised: Sequence[int] | NDArray[np.int64] | None = None,
         sidecars: Iterable[ObjectLike] = (),
         reading: str = "",
+        excluded: Mapping[int, Iterable[str]] | None = None,
     ) -> None:
         """ValueError where the numbers do not fit the objects."""
         self.objects: ObjectTable = ObjectTable.of(objects)
@@ -114,6 +120,8 @@ class Manifest:
         self.promised: NDArray[np.int64] | None = _read_only(promised) if is_promised else None
         self.sidecars: ObjectTable = ObjectTable.of(sidecars)
         self.reading = reading
+        by_number = sorted((excluded or {}).items())
+        self.excluded: Mapping[int, tuple[str, ...]] = {number: tuple(sorted(set(keys))) for number, keys in by_number}
         self._check()
 
     def _check(self) -> None:
@@ -125,6 +133,8 @@ class Manifest:
             raise ValueError("a piece of an object is none of it")
         if self.promised is not None and len(self.promised) != len(self):
             raise ValueError(f"{len(self.promised)} sample counts for {len(self)} objects")
+        if any(not 0 <= number < len(self) for number in self.excluded):
+            raise ValueError(f"samples are excluded of objects that are none of {len(self)}")
 
     def __len__(self) -> int:
         return len(self.objects)
@@ -136,6 +146,7 @@ class Manifest:
             and self.version_starts == other.version_starts
             and np.array_equal(self.gone, other.gone)
             and self.reading == other.reading
+            and self.excluded == other.excluded
         )
 
     def says_the_same_as(self, other: Manifest) -> bool:
@@ -155,12 +166,13 @@ class Manifest:
 
     def __reduce__(self) -> tuple[Any, ...]:
         hints = self.promised, self.sidecars
-        return _unpickled, (self.objects, self.version_starts, self.gone, *hints, self.reading)
+        return _unpickled, (self.objects, self.version_starts, self.gone, *hints, self.reading, self.excluded)
 
     @cached_attribute
     def fingerprint(self) -> str:
         """Hex of a blake2b-128 over the URL, size, ETag and modification time of every object, in order, and where
-        there are several versions or objects that are gone, over these; and over `reading` where that says anything.
+        there are several versions or objects that are gone, over these; and over `reading` and `excluded` where these
+        say anything.
         """
         digest = hashlib.blake2b(_array_header(len(self)), digest_size=16)
         for rows in self.objects.rows():
@@ -169,7 +181,12 @@ class Manifest:
             digest.update(msgspec.msgpack.encode([self.version_starts, self.gone.tolist()]))
         if self.reading:
             digest.update(msgspec.msgpack.encode(self.reading))
+        if self.excluded:
+            digest.update(msgspec.msgpack.encode(self._excluded_rows()))
         return digest.hexdigest()
+
+    def _excluded_rows(self) -> list[tuple[int, str]]:
+        return [(number, key) for number, keys in self.excluded.items() for key in keys]
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -212,6 +229,7 @@ class Manifest:
             [] if self.promised is None else self.promised.tolist(),
             [row for rows in self.sidecars.rows() for row in rows],
             self.reading,
+            self._excluded_rows(),
         )
         return msgspec.json.encode(wire)
 
@@ -227,6 +245,9 @@ class Manifest:
                 f"{source} has manifest version {wire.version}; "
                 f"this fastload reads version {FORMAT_VERSION}: write it again"
             )
+        excluded: dict[int, list[str]] = {}
+        for number, key in wire.excluded:
+            excluded.setdefault(number, []).append(key)
         try:
             manifest = cls(
                 wire.objects,
@@ -235,6 +256,7 @@ class Manifest:
                 promised=wire.promised,
                 sidecars=wire.sidecars,
                 reading=wire.reading,
+                excluded=excluded,
             )
         except ValueError as error:
             raise ConfigError(f"{source} contradicts itself ({error}): write it again") from error
@@ -263,8 +285,7 @@ def next_version(old: Manifest, listed: Manifest) -> Manifest:
     if 2 * len(gone) > len(objects):
         kept = np.flatnonzero(source >= 0)
         objects, source, starts, gone = objects.take(kept), source[kept], (), gone[:0]
-    promised = _realigned(listed.promised, source)
-    return Manifest(objects, starts, gone, promised=promised, sidecars=listed.sidecars, reading=listed.reading)
+    return _saying(listed, source, objects, starts, gone)
 
 
 def _numbers_in(listed: Manifest, old: Manifest) -> NDArray[np.int64]:
@@ -290,20 +311,31 @@ def _numbers_in(listed: Manifest, old: Manifest) -> NDArray[np.int64]:
 
 def _with_hints(old: Manifest, listed: Manifest, source: NDArray[np.int64]) -> Manifest:
     """`old`, with what `listed` says of its objects."""
-    promised = _realigned(listed.promised, source)
-    new = Manifest(
-        old.objects,
-        old.version_starts,
-        old.gone,
-        promised=promised,
-        sidecars=listed.sidecars,
-        reading=listed.reading,
-    )
+    new = _saying(listed, source, old.objects, old.version_starts, old.gone)
     return old if new.says_the_same_as(old) else new
 
 
-def _realigned(promised: NDArray[np.int64] | None, source: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    return None if promised is None else np.where(source >= 0, promised[source], -1)
+def _saying(
+    listed: Manifest,
+    source: NDArray[np.int64],
+    objects: ObjectTable,
+    version_starts: Sequence[int],
+    gone: NDArray[np.int64],
+) -> Manifest:
+    """A manifest of these objects, with what `listed` says of them; `source` has their numbers there, -1 for none."""
+    excluded = {}
+    if listed.excluded:
+        numbers = source.tolist()
+        excluded = {at: listed.excluded[number] for at, number in enumerate(numbers) if number in listed.excluded}
+    return Manifest(
+        objects,
+        version_starts,
+        gone,
+        promised=None if listed.promised is None else np.where(source >= 0, listed.promised[source], -1),
+        sidecars=listed.sidecars,
+        reading=listed.reading,
+        excluded=excluded,
+    )
 
 
 def _read_only(values: Sequence[int] | NDArray[np.int64] | None) -> NDArray[np.int64]:
@@ -330,5 +362,8 @@ def _unpickled(
     promised: NDArray[np.int64] | None,
     sidecars: ObjectTable,
     reading: str = "",
+    excluded: Mapping[int, tuple[str, ...]] | None = None,
 ) -> Manifest:
-    return Manifest(objects, version_starts, gone, promised=promised, sidecars=sidecars, reading=reading)
+    return Manifest(
+        objects, version_starts, gone, promised=promised, sidecars=sidecars, reading=reading, excluded=excluded
+    )

@@ -152,3 +152,24 @@ def test_what_is_accepted_can_be_used(changes: list[tuple[int, int]]) -> None:
     for column in found.columns:
         assert members_of(found, column).max(initial=-1) < found.member_count
     assert np.all(found.member_offset + found.member_size <= len(DATA))
+
+
+@given(st.lists(st.booleans(), min_size=3, max_size=3))
+def test_samples_are_taken_out(are_out: list[bool]) -> None:
+    index = read(STORED)
+    assert index.sample_count == 3
+    kept = [sample for sample in range(3) if not are_out[sample]]
+    left = index.without(np.array(are_out))
+    assert left.sample_count == len(kept)
+    assert left.sample_keys() == [index.sample_keys()[sample] for sample in kept]
+    for sample, was in enumerate(kept):
+        assert left.key(sample) == index.key(was)
+        assert _members(left, sample) == _members(index, was)
+    assert ShardIndex.from_bytes(left.to_bytes(), "shard", left.object_size) == left
+
+
+def _members(index: ShardIndex, sample: int) -> list[tuple[str, int, int]]:
+    own = range(index.member_start[sample], index.member_start[sample + 1])
+    return [
+        (index.columns[index.member_column[at]], int(index.member_offset[at]), int(index.member_size[at])) for at in own
+    ]

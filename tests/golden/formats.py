@@ -221,6 +221,7 @@ def _manifests() -> dict[str, Manifest]:
         "plain": Manifest(INFOS),
         "all": Manifest(INFOS, [1, 2], [0], promised=[3, -1, 0], sidecars=[INFOS[1]]),
         "empty": Manifest([]),
+        "excluded": Manifest(INFOS, excluded={2: ["b/1", "a"], 0: ["é"]}),
     }
 
 
