@@ -20,7 +20,7 @@ FLOORS = [
     "timing",
     "waiting",
     "decode stats store transport",
-    "arguments cache plan torchloader",
+    "arguments cache checkpoint plan torchloader",
     "formats history protocol",
     "rendezvous",
     "service",

@@ -85,7 +85,10 @@ class Store(Protocol):
         ...
 
     def put_if_match(self, url: str, data: Buffer, etag: str) -> str | None:
-        """`put` where the object is still the version of that ETag; a `WriteConflictError` also where it is gone."""
+        """`put` where the object is still the version of that ETag; a `WriteConflictError` also where it is gone.
+
+        In many stores the ETag is of the content, so that `data` should differ from all that was there before.
+        """
         ...
 
     def delete(self, url: str) -> None:

@@ -1,0 +1,410 @@
+"""What is written down of a checkpoint: plan, part records and manifest.
+
+A part record says where the pieces of one rank lie, and is as long as they are many: columns of numbers, so that a
+million pieces are read in a second or two, and a reader reads only what it needs. The manifest is short: it names the
+attempt and the checksum of each part record, by which all of it becomes one checkpoint at once.
+
+Everything that is read may be torn, old or hostile, and is checked before use: types, every number against what it
+counts, pieces against their objects and tensors. Names of objects are of one form, so that none leads elsewhere; a
+reference to an earlier step's object names where the bytes lie and not another record, so that there are no circles.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+from xxhash import xxh3_64_hexdigest
+
+from fastload.checkpoint.boxes import Box, Int64s, why_not_tiled
+from fastload.checkpoint.errors import CheckpointError
+from fastload.checkpoint.segments import BLOCK_BYTES, DTYPES, Segment
+
+VERSION = 1
+_MANIFEST, _PLAN, _PART = "fastload-checkpoint", "fastload-checkpoint-plan", "fastload-checkpoint-part"
+_ATTEMPT = re.compile(r"[0-9a-f]{16}")
+_REFERENCE = re.compile(r"\.\./(?!\.{1,2}/)[^/]{1,255}/[0-9a-f]{16}/r[0-9]{5,7}-[0-9]{4,7}\.safetensors")
+_DIMENSIONS_MAX, _OBJECT_BYTES_MAX, _TENSOR_BYTES_MAX = 32, 1 << 50, 1 << 60
+ENCODINGS = ("msgpack", "torch")
+
+Column = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+def new_attempt() -> str:
+    return secrets.token_hex(8)
+
+
+def is_attempt(text: str) -> bool:
+    return _ATTEMPT.fullmatch(text) is not None
+
+
+def object_name(attempt: str, rank: int, number: int) -> str:
+    """Of a segment, below the checkpoint's URL; as are the other names."""
+    return f"{attempt}/r{rank:05d}-{number:04d}.safetensors"
+
+
+def part_name(attempt: str, rank: int) -> str:
+    return f"{attempt}/r{rank:05d}.part"
+
+
+def plan_name(attempt: str) -> str:
+    return f"{attempt}/plan.json"
+
+
+MANIFEST_NAME = "manifest.json"
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What an attempt will commit: by how many ranks, and in place of which manifest (its ETag; None: of none)."""
+
+    attempt: str
+    ranks: int
+    replaces: str | None = None
+    began_s: float = 0.0  # since 1970
+
+    def encode(self) -> bytes:
+        return _json(_PLAN, self)
+
+    @classmethod
+    def decode(cls, data: bytes, where: str) -> Plan:
+        plan = _from_json(_PLAN, cls, data, where)
+        _check(where, is_attempt(plan.attempt) and 0 < plan.ranks <= 10**7, "an attempt and ranks that cannot be")
+        return plan
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """The attempt that is the checkpoint, and size and XXH3-64 (16 hex digits) of each rank's part record."""
+
+    attempt: str
+    parts: tuple[tuple[int, str], ...]
+
+    def encode(self) -> bytes:
+        return _json(_MANIFEST, self)
+
+    @classmethod
+    def decode(cls, data: bytes, where: str) -> Manifest:
+        manifest = _from_json(_MANIFEST, cls, data, where)
+        sizes_are_good = all(0 < size < _OBJECT_BYTES_MAX for size, _ in manifest.parts)
+        _check(where, is_attempt(manifest.attempt) and manifest.parts and sizes_are_good, "numbers that cannot be")
+        return manifest
+
+    @classmethod
+    def of(cls, attempt: str, parts: Iterable[bytes]) -> Manifest:
+        """From the encoded part records of all ranks, in their order."""
+        return cls(attempt=attempt, parts=tuple((len(part), xxh3_64_hexdigest(part)) for part in parts))
+
+    def part(self, rank: int, data: bytes, where: str) -> Part:
+        """The part record of a rank, which is that of this manifest or none."""
+        said, found = self.parts[rank], (len(data), xxh3_64_hexdigest(data))
+        _check(where, said == found, f"{found[0]} bytes with XXH3-64 {found[1]}; the manifest has {said[0]}, {said[1]}")
+        return Part.decode(data, self.attempt, rank, where)
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """One that holds pieces: its name below the checkpoint's URL, and the checksums of its blocks."""
+
+    name: str
+    size: int
+    sums: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one rank has saved. Piece p is of `tensors[tensor[p]]`, and lies in `objects[object[p]]` from `offset[p]`
+    on; `boxes` has the offsets and then the sizes of each piece, one number a dimension. `values` are what is no
+    tensor: name, encoding, bytes.
+    """
+
+    attempt: str
+    rank: int
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]  # name, dtype, shape
+    objects: tuple[Object, ...]
+    tensor: Column
+    object: Column
+    offset: Column
+    boxes: Column
+    values: tuple[tuple[str, str, bytes], ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        attempt: str,
+        rank: int,
+        segments: Sequence[tuple[Segment, bytes]],
+        values: Iterable[tuple[str, str, bytes]] = (),
+    ) -> Part:
+        """Of segments with their checksums, which lie under the names that `object_name` gives them."""
+        numbers: dict[tuple[str, str, tuple[int, ...]], int] = {}
+        rows: list[tuple[int, int, int]] = []
+        boxes: list[int] = []
+        objects = []
+        for number, (segment, sums) in enumerate(segments):
+            objects.append(Object(object_name(attempt, rank, number), segment.size, sums))
+            for piece, offset in zip(segment.pieces, segment.offsets, strict=True):
+                tensor = numbers.setdefault((piece.name, piece.dtype, piece.shape), len(numbers))
+                rows.append((tensor, number, offset))
+                boxes += (*piece.box.offsets, *piece.box.sizes)
+        table = np.array(rows, np.int64).reshape(-1, 3)
+        return cls(
+            attempt,
+            rank,
+            tuple(numbers),
+            tuple(objects),
+            table[:, 0],
+            table[:, 1],
+            table[:, 2],
+            np.array(boxes, np.int64),
+            tuple(values),
+        )
+
+    def encode(self) -> bytes:
+        columns = [
+            np.ascontiguousarray(each, "<i8").tobytes() for each in (self.tensor, self.object, self.offset, self.boxes)
+        ]
+        objects = [(each.name, each.size, each.sums) for each in self.objects]
+        return msgspec.msgpack.encode(
+            [_PART, VERSION, self.attempt, self.rank, self.tensors, objects, *columns, self.values]
+        )
+
+    @classmethod
+    def decode(cls, data: bytes, attempt: str, rank: int, where: str) -> Part:
+        """Raises `CheckpointError` where it is not a part record of this rank and attempt, or contradicts itself."""
+        try:
+            wire = msgspec.msgpack.decode(data, type=_PartWire)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise _damaged(where, str(error)) from error
+        _check(where, (wire.kind, wire.version) == (_PART, VERSION), f"{wire.kind!r} of version {wire.version}")
+        _check(where, (wire.attempt, wire.rank) == (attempt, rank), f"attempt {wire.attempt}, rank {wire.rank}")
+        columns = [_column(where, each) for each in (wire.tensor, wire.object, wire.offset, wire.boxes)]
+        objects = tuple(Object(*each) for each in wire.objects)
+        part = cls(attempt, rank, wire.tensors, objects, columns[0], columns[1], columns[2], columns[3], wire.values)
+        part._check_names(where)
+        part._check_numbers(where)
+        return part
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    @property
+    def dimensions(self) -> Column:
+        """How many each piece has."""
+        return np.array([len(shape) for _, _, shape in self.tensors], np.int64)[self.tensor]
+
+    @property
+    def box_starts(self) -> Column:
+        """Where the numbers of each piece begin in `boxes`."""
+        ends = np.cumsum(2 * self.dimensions)
+        return ends - 2 * self.dimensions
+
+    def lengths(self) -> Column:
+        """Bytes of each piece."""
+        widths = np.array([DTYPES[dtype] for _, dtype, _ in self.tensors], np.int64)[self.tensor]
+        dimensions = self.dimensions
+        some = dimensions > 0  # a scalar has one element, and no numbers
+        if some.any():
+            # Of sizes alone: offsets count as ones.
+            sizes = np.where(self._is_size(), self.boxes, 1)
+            widths[some] *= np.multiply.reduceat(sizes, self.box_starts[some])
+        return widths
+
+    def _is_size(self) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Which of `boxes` are sizes: the second half of each piece's."""
+        dimensions = self.dimensions
+        return np.repeat(np.tile(np.array([False, True]), len(self)), np.repeat(dimensions, 2))
+
+    def _check_names(self, where: str) -> None:
+        names = [name for name, _, _ in self.tensors]
+        _check(where, len(set(names)) == len(names), "two tensors of one name")
+        for dtype, shape in {(dtype, shape) for _, dtype, shape in self.tensors}:
+            _check(where, dtype in DTYPES, f"a tensor of dtype {dtype}")
+            possible = len(shape) <= _DIMENSIONS_MAX and all(size >= 0 for size in shape)
+            _check(where, possible, f"a tensor of shape {shape}")
+            # Of a tensor without elements as well: no dimension is beyond what numbers of 64 bits hold.
+            size = math.prod(max(size, 1) for size in shape) * DTYPES[dtype]
+            _check(where, size <= _TENSOR_BYTES_MAX, f"a tensor of shape {shape}, which no machine holds")
+        own = re.compile(rf"{self.attempt}/r{self.rank:05d}-[0-9]{{4,7}}\.safetensors")
+        for each in self.objects:
+            _check(where, own.fullmatch(each.name) or _REFERENCE.fullmatch(each.name), f"an object {each.name!r}")
+            count = -(-each.size // BLOCK_BYTES)
+            fits = 0 <= each.size <= _OBJECT_BYTES_MAX and len(each.sums) == 8 * count
+            _check(where, fits, f"{each.name} of {each.size} bytes with {len(each.sums)} bytes of checksums")
+        for name, encoding, _ in self.values:
+            _check(where, encoding in ENCODINGS, f"{name} encoded as {encoding}")
+
+    def _check_numbers(self, where: str) -> None:
+        count = len(self)
+        _check(where, len(self.object) == len(self.offset) == count, "columns of different lengths")
+        _check(where, _below(self.tensor, len(self.tensors)), "a piece of no tensor")
+        _check(where, _below(self.object, len(self.objects)), "a piece in no object")
+        dimensions = self.dimensions
+        _check(where, len(self.boxes) == 2 * dimensions.sum(), "boxes of other dimensions than their tensors")
+        is_size = self._is_size()
+        flat = [size for _, _, shape in self.tensors for size in shape]
+        shapes = np.array(flat, np.int64)[
+            _ragged(_starts([len(shape) for _, _, shape in self.tensors])[self.tensor], dimensions)
+        ]
+        offsets, sizes = self.boxes[~is_size], self.boxes[is_size]
+        within = (offsets >= 0) & (sizes >= 0) & (sizes <= shapes) & (offsets <= shapes - sizes)
+        _check(where, within.all(), "a piece that reaches beyond its tensor")
+        lengths = self.lengths()
+        held = np.array([each.size for each in self.objects], np.int64)[self.object]
+        _check(
+            where,
+            ((self.offset >= 8) & (self.offset <= held - lengths)).all(),
+            "a piece that reaches beyond its object",
+        )
+        own = np.array([not each.name.startswith("../") for each in self.objects], np.bool_)[self.object] & (
+            lengths > 0
+        )
+        order = np.lexsort((self.offset[own], self.object[own]))
+        held_in, offset, length = self.object[own][order], self.offset[own][order], lengths[own][order]
+        apart = (held_in[1:] != held_in[:-1]) | (offset[1:] >= offset[:-1] + length[:-1])
+        _check(where, apart.all(), "two pieces that overlap in their object")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the bytes of a box lie."""
+
+    box: Box
+    object: Object
+    offset: int
+    length: int
+
+
+class Contents:
+    """All parts of a checkpoint together: which tensors it has, and where the pieces of each lie."""
+
+    def __init__(self, parts: Sequence[Part], where: str) -> None:
+        """Of one rank at least. Raises `CheckpointError` where they contradict each other, or leave out a part of a
+        tensor.
+        """
+        self._parts = parts
+        self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.values: dict[str, tuple[str, bytes]] = {}
+        numbers: dict[str, int] = {}
+        columns = []
+        for part in parts:
+            own = []
+            for name, dtype, shape in part.tensors:
+                said = self.tensors.setdefault(name, (dtype, shape))
+                if said != (dtype, shape):
+                    raise _damaged(where, f"{name} as {said} in one part and as {(dtype, shape)} in another")
+                own.append(numbers.setdefault(name, len(numbers)))
+            columns.append(np.array(own, np.int64)[part.tensor])
+            for name, encoding, data in part.values:
+                _check(where, name not in self.values and name not in numbers, f"{name} comes twice")
+                self.values[name] = encoding, data
+        both = self.values.keys() & self.tensors.keys()
+        _check(where, not both, f"{min(both, default='')} comes twice")
+        tensor = np.concatenate(columns)
+        lengths = [len(part) for part in parts]
+        order = np.argsort(tensor, kind="stable")
+        self._numbers = numbers
+        self._part = np.repeat(np.arange(len(parts)), lengths)[order]
+        self._piece = _ragged(np.zeros(len(parts), np.int64), np.array(lengths, np.int64))[order]
+        self._starts = np.searchsorted(tensor[order], np.arange(len(numbers) + 1))
+        self._length = np.concatenate([part.lengths() for part in parts])[order]
+        self._boxes = np.concatenate([part.boxes for part in parts])
+        firsts = _starts([len(part.boxes) for part in parts])
+        self._box_start = np.concatenate([part.box_starts for part in parts])[order] + firsts[self._part]
+        self._check_tiling(where)
+
+    def places(self, name: str) -> list[Place]:
+        """Those of a tensor's pieces."""
+        here, (offsets, sizes) = self._rows(name), self._boxes_of(name)
+        columns = (each[here].tolist() for each in (self._part, self._piece, self._length))
+        found = []
+        for part_no, piece, length, *box in zip(*columns, offsets.tolist(), sizes.tolist(), strict=True):
+            part = self._parts[part_no]
+            held_in, offset = part.objects[part.object[piece]], int(part.offset[piece])
+            found.append(Place(Box(*map(tuple, box)), held_in, offset, length))
+        return found
+
+    def _rows(self, name: str) -> slice:
+        number = self._numbers[name]
+        return slice(int(self._starts[number]), int(self._starts[number + 1]))
+
+    def _boxes_of(self, name: str) -> tuple[Int64s, Int64s]:
+        dimensions = len(self.tensors[name][1])
+        table = self._boxes[self._box_start[self._rows(name), None] + np.arange(2 * dimensions)]
+        return table[:, :dimensions], table[:, dimensions:]
+
+    def _check_tiling(self, where: str) -> None:
+        counts = np.diff(self._starts)
+        for name, number in self._numbers.items():
+            dtype, shape = self.tensors[name]
+            if counts[number] == 1:  # the most of them, as a rule: one that is within it, and as large, is all of it
+                held = self._length[self._starts[number]]
+                wrong = "" if held == math.prod(shape) * DTYPES[dtype] else "its one piece is a part of it"
+            else:
+                wrong = why_not_tiled(shape, *self._boxes_of(name))
+            if wrong:
+                raise _damaged(where, f"{name} of shape {shape}, of which {wrong}")
+
+
+class _PartWire(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    kind: str
+    version: int
+    attempt: str
+    rank: int
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+    objects: tuple[tuple[str, int, bytes], ...]
+    tensor: bytes
+    object: bytes
+    offset: bytes
+    boxes: bytes
+    values: tuple[tuple[str, str, bytes], ...]
+
+
+_Record = TypeVar("_Record", Plan, Manifest)
+
+
+def _json(kind: str, record: Plan | Manifest) -> bytes:
+    return json.dumps({"format": kind, "version": VERSION, **msgspec.to_builtins(record)}).encode()
+
+
+def _from_json(kind: str, record: type[_Record], data: bytes, where: str) -> _Record:
+    try:
+        head: dict[str, Any] = msgspec.json.decode(data, type=dict)
+        said = head.get("format"), head.get("version")
+        _check(where, said == (kind, VERSION), f"{said[0]!r} of version {said[1]!r}")
+        return msgspec.json.decode(data, type=record)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise _damaged(where, str(error)) from error
+
+
+def _column(where: str, data: bytes) -> Column:
+    _check(where, len(data) % 8 == 0, f"a column of {len(data)} bytes")
+    return np.frombuffer(data, "<i8")
+
+
+def _below(numbers: Column, count: int) -> bool:
+    return len(numbers) == 0 or (int(numbers.min()) >= 0 and int(numbers.max()) < count)
+
+
+def _starts(lengths: Sequence[int]) -> Column:
+    return np.cumsum([0, *lengths], dtype=np.int64)[:-1]
+
+
+def _ragged(starts: Column, lengths: Column) -> Column:
+    """The numbers from each of `starts` on, so many of each, one after the other."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)
+
+
+def _check(where: str, holds: object, what: str) -> None:
+    if not holds:
+        raise _damaged(where, what)
+
+
+def _damaged(where: str, what: str) -> CheckpointError:
+    return CheckpointError(f"{where} is damaged, or of another version of fastload: it has {what}; take another step")
