@@ -18,6 +18,12 @@ map in a random order, stacked, in a loop and nothing else.
 
 *adapters*: the adapters of webdataset, streaming and litdata against fastload's own data set, sample by sample.
 
+*cold*: a first epoch of 360 MB in each format from a store behind a link of 200 MB/s, with an empty cache: bytes of the
+data a second, of the link's.
+
+*ranks*: one epoch of packed JSON lines, shared by eight ranks of a node: packed bytes that come from the store, of
+those that are there. Each unpacking fetches the object anew, so once means that each was unpacked once.
+
 Systems take turns within a round; figures are medians over rounds, and ratios are taken within a round. A reader that
 is not installed is left out, which is said.
 """
@@ -25,9 +31,12 @@ is not installed is left out, which is said.
 from __future__ import annotations
 
 import argparse
+import base64
+import gzip
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,13 +44,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench import data
+from bench.proxy import Profile
 from bench.records import count_of, tar_of, timed
+from bench.stage import BUCKET, Stage, is_object
 from bench.targets import Figure, show
 from fastload.bench import measure
 
@@ -59,6 +71,8 @@ FASTER = {
 FOUND_BYTES_PER_S = 1.5e9
 INDEX_BYTES, INDEX_OPENED_S = 16e6, 0.05
 SHARE_OF_OWN = 0.8
+CAP_BYTES_PER_S, DELAY_S, SHARE_OF_CAP = 200e6, 0.02, 0.95
+RANKS = 8
 
 
 def main() -> int:
@@ -137,6 +151,36 @@ def write_tars(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
     values = np.random.default_rng(6).integers(0, 256, (count, 570), np.uint8)
     (folder / "train-000000.tar").write_bytes(tar_of(0, values, "bin"))
+
+
+def write_large(ending: str, shard: Callable[[list[bytes]], bytes]) -> Callable[[Path, int], None]:
+    """Eight shards of records of 90 kB, or of one eighth of `count` records each."""
+
+    def write(folder: Path, count: int) -> None:
+        folder.mkdir(parents=True)
+        values = contents(SIZES["large"][0], count)
+        for number in range(8):
+            (folder / f"train-{number:06d}{ending}").write_bytes(shard(list(islice(values, count // 8))))
+
+    return write
+
+
+def large_tar(values: list[bytes]) -> bytes:
+    return tar_of(0, np.stack([np.frombuffer(value, np.uint8) for value in values]), "bin")
+
+
+def large_lines(values: list[bytes]) -> bytes:
+    return b"".join(b'{"x": "%s"}\n' % base64.b64encode(value[: 3 * len(value) // 4]) for value in values)
+
+
+def packed_lines(values: list[bytes]) -> bytes:
+    return gzip.compress(large_lines(values), 1)
+
+
+def large_records(values: list[bytes]) -> bytes:
+    from tests.formats.protobuf import tfrecord
+
+    return tfrecord(values)
 
 
 # Readers: of each epoch after the first, samples, seconds and CPU-seconds.
@@ -387,8 +431,102 @@ def samples(dataset: Any) -> int:
     return sum(1 for _ in dataset)
 
 
+# From a store: what is written, and how many samples that is.
+STORED: dict[str, tuple[Callable[[Path, int], None], int]] = {
+    "tar": (write_large(".tar", large_tar), 4_000),
+    "jsonl": (write_large(".jsonl", large_lines), 4_000),
+    "tfrecord": (write_large(".tfrecord", large_records), 4_000),
+    "mds-large": (write_mds(SIZES["large"][0]), 4_000),
+    "litdata-large": (write_litdata(SIZES["large"][0]), 4_000),
+    "tokens": (write_tokens, 90_000),
+    "jsonl-gz": (write_large(".jsonl.gz", packed_lines), 4_000),
+}
+
+
+@contextmanager
+def stored(options: argparse.Namespace, name: str) -> Iterator[tuple[Stage, int]]:
+    """A store with the data of that name, and its bytes."""
+    write, count = STORED[name]
+    folder = written(options, f"stored-{name}", count, write)
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    byte_count = sum(path.stat().st_size for path in paths)
+    shards = tuple(path.name for path in paths)
+    with Stage(data.DataSet(str(folder), shards, count, byte_count, byte_count, 0), options.folder) as stage:
+        yield stage, byte_count
+
+
+def from_store(place: Path, name: str) -> Epochs:
+    """A first epoch of a data set in the store, with the cache in `place`, whose service is up before."""
+    import fastload
+    from fastload.client.cache import handle_of
+
+    form: dict[str, Any] = {"format": fastload.formats.tokens(TOKENS, "uint16")} if name == "tokens" else {}
+    with fastload.Cache(str(place), ram_bytes=RAM_BYTES) as cache, handle_of(cache).consumer(name="keeper"):
+        pids = [os.getpid(), *measure.find_processes("fastload.service", str(place))]
+        measure.wait_until_idle(pids[1:])
+
+        def epoch() -> int:
+            dataset = fastload.StreamingDataset(f"s3://{BUCKET}/", cache=cache, shuffle=True, **form)
+            with fastload.DataLoader(dataset, batch_size=SIZES["large"][2]) as loader:
+                return count_of(loader)
+
+        yield timed(epoch, pids)
+
+
+for _name in STORED:
+    SYSTEMS[f"store {_name}"] = partial(from_store, name=_name)
+
+
+def cold(options: argparse.Namespace) -> bool:
+    took: dict[str, list[float]] = {name: [] for name in STORED if not name.endswith("-gz")}
+    for name, shares in took.items():
+        with stored(options, name) as (stage, byte_count):
+            for _ in range(options.rounds):
+                ((_, seconds, _),), _ = read_by(stage, name, 1, Profile(DELAY_S, CAP_BYTES_PER_S))
+                shares.append(byte_count / seconds / CAP_BYTES_PER_S)
+    figures = [
+        Figure(f"{name}: of the link's rate", "", shares, at_least=SHARE_OF_CAP) for name, shares in took.items()
+    ]
+    return show("a first epoch behind a link of 200 MB/s", figures)
+
+
+def ranks(options: argparse.Namespace) -> bool:
+    shares, samples_seen = [], []
+    with stored(options, "jsonl-gz") as (stage, byte_count):
+        for _ in range(options.rounds):
+            epochs, fetched = read_by(stage, "jsonl-gz", RANKS, Profile(DELAY_S))
+            shares.append(fetched / byte_count)
+            samples_seen.append(float(sum(count for count, _, _ in epochs)))
+    figures = [
+        Figure("packed bytes fetched, of those there", "", shares, at_most=1.0),
+        Figure("samples that came, all ranks", "", samples_seen),
+    ]
+    return show(f"{RANKS} ranks of a node, packed JSON lines", figures)
+
+
+def read_by(stage: Stage, name: str, count: int, profile: Profile) -> tuple[list[tuple[int, float, float]], int]:
+    """An epoch by so many ranks with an empty cache: what each took, and the bytes of objects that all fetched."""
+    place = stage.empty_folder()
+    with stage.served(profile) as (environment, proxy), ExitStack() as stack:
+        processes = []
+        for rank in range(count):
+            of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+            world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)} if count > 1 else {}
+            command = [sys.executable, "-m", "bench.formats", "--run", f"store {name}", str(place)]
+            environment_of = {**environment, **of_rank, **world, "FASTLOAD_IDLE_S": "0"}
+            processes.append(
+                stack.enter_context(subprocess.Popen(command, env=environment_of, stdout=subprocess.PIPE, text=True))
+            )
+        outputs = [process.communicate()[0] for process in processes]
+        fetched = sum(each["body_bytes"] for each in proxy.log() if is_object(each))
+    shutil.rmtree(place, ignore_errors=True)
+    assert not any(process.returncode for process in processes), "a reader failed; its error is above"
+    return [tuple(json.loads(output.splitlines()[-1])[0]) for output in outputs], fetched
+
+
 QUESTIONS: dict[str, Callable[[argparse.Namespace], bool]] = {
     "mds": mds, "litdata": litdata, "tokens": tokens, "found": found, "index": index, "adapters": adapters,
+    "cold": cold, "ranks": ranks,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -149,10 +149,15 @@ class Stage:
     ) -> None:
         self._stack.close()
 
+    @contextmanager
+    def served(self, profile: Profile) -> Iterator[tuple[dict[str, str], Proxy]]:
+        """A proxy of `profile` in front of the store, and the environment with which a process finds it."""
+        with Proxy(self._weed.endpoint_url, profile) as proxy:
+            yield {**os.environ, **self._weed.environment(), "AWS_ENDPOINT_URL": proxy.url}, proxy
+
     def call(self, command: Sequence[str], profile: Profile) -> int:
         """The status of a command that finds the store, behind a proxy of `profile`, by its environment."""
-        with Proxy(self._weed.endpoint_url, profile) as proxy:
-            environment = {**os.environ, **self._weed.environment(), "AWS_ENDPOINT_URL": proxy.url}
+        with self.served(profile) as (environment, _):
             return subprocess.run(command, env=environment, check=False).returncode
 
     def empty_folder(self) -> Path:
@@ -195,7 +200,7 @@ class Stage:
         if any(runner.returncode for runner in runners):
             raise RunFailedError(f"a run of {system} failed; its error is above")
         epochs = [[Epoch(**fields) for fields in json.loads(output.splitlines()[-1])] for output in outputs]
-        log = [request for request in proxy.log() if _is_object(request)]
+        log = [request for request in proxy.log() if is_object(request)]
         size = self.data_set.bytes
         measured = [
             [
@@ -231,7 +236,7 @@ def _wait_for_service(folder: Path) -> None:
         time.sleep(0.05)
 
 
-def _is_object(request: dict[str, Any]) -> bool:
+def is_object(request: dict[str, Any]) -> bool:
     """Whether it asked for (a part of) an object, and not for a listing."""
     key: str = request["path"].partition("?")[0].removeprefix(f"/{BUCKET}").strip("/")
     return request["method"] == "GET" and key != ""
