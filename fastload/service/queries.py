@@ -18,7 +18,7 @@ from itertools import islice
 import numpy as np
 
 from fastload import protocol
-from fastload.errors import ServiceError, ShardError, to_wire
+from fastload.errors import ServiceError, ShardError, StoreUnavailableError, to_wire
 from fastload.service.indexes import IndexCache
 from fastload.service.resources import Resources
 from fastload.service.state import ConsumerState
@@ -126,6 +126,10 @@ class Queries:
             unknown = [number for number, size in enumerate(sizes) if size < 0]
 
             def done(found: list[int | ShardError | None], error: BaseException | None) -> None:
+                answer(found, error)
+                unpacked_sizes.forget(question)  # after they were stored, so that nobody has them found out again
+
+            def answer(found: list[int | ShardError | None], error: BaseException | None) -> None:
                 if error is None and len(entries) == len(found) == 1 and isinstance(found[0], ShardError):
                     error = found[0]
                 if error is not None:
@@ -139,9 +143,13 @@ class Queries:
                 all_sizes[list(bad)] = protocol.NO_SIZE
                 consumer.send(protocol.Counts(message.request, all_sizes.tobytes()))
 
-            infos = [entries[number].info for number in unknown]
-            find = self._stores.unpacked_sizes.of
-            self._sizes.submit(find, options_key, infos, _SIZES_PATIENCE_S, done=done)
+            unpacked_sizes = self._stores.unpacked_sizes
+            try:
+                question = unpacked_sizes.ask(options_key, [entries[number].info for number in unknown])
+            except StoreUnavailableError as error:
+                consumer.send(protocol.RequestFailed(message.request, *to_wire(error)))
+                return
+            self._sizes.submit(unpacked_sizes.wait, question, _SIZES_PATIENCE_S, done=done)
 
         self._indexes.counts(keys, known)
 

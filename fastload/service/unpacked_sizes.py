@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 
 from fastload import unpacker
 from fastload.errors import ShardError, StoreUnavailableError
@@ -29,37 +30,66 @@ _AT_ONCE = 16
 _SMALL_BYTES = 1 << 18
 
 
+@dataclass(eq=False, slots=True)
+class _Size:
+    """The size of an object that is found out, or has been, and how many `Question`s want to know it."""
+
+    found: Future[int | ShardError]
+    asked_count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Objects whose sizes are wanted, all with one set of options; `UnpackedSizes.forget` ends it."""
+
+    key: str
+    infos: Sequence[ObjectInfo]
+
+
 class UnpackedSizes:
     """See the module's text."""
 
     def __init__(self, unpacking: Unpacking) -> None:
         self._unpacking = unpacking
         self._lock = threading.Lock()
-        self._found: dict[tuple[str, ObjectInfo], Future[int | ShardError]] = {}
+        self._sizes: dict[tuple[str, ObjectInfo], _Size] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._is_closed = False
 
-    def of(self, key: str, infos: Sequence[ObjectInfo], patience_s: float) -> list[int | ShardError | None]:
-        """The unpacked sizes of these packed objects; what is wrong with one instead; None where it is not known after
-        that time, and may be asked for again. Raises the store's errors.
-
-        What is wrong is remembered until that object is asked for alone, so that who wants to know it waits no more.
-        """
+    def ask(self, key: str, infos: Sequence[ObjectInfo]) -> Question:
+        """Begin to find out the unpacked sizes of these packed objects, where that is not under way."""
         with self._lock:
             if self._is_closed:
                 raise StoreUnavailableError("the cache service ends")
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(_AT_ONCE, "fastload-unpacked-size")
             for info in infos:
-                if (key, info) not in self._found:
-                    self._found[key, info] = self._pool.submit(self._size_of, key, info)
-            futures = [self._found[key, info] for info in infos]
-        wait(futures, patience_s, FIRST_EXCEPTION)
+                if (key, info) not in self._sizes:
+                    self._sizes[key, info] = _Size(self._pool.submit(self._size_of, key, info))
+                self._sizes[key, info].asked_count += 1
+        return Question(key, infos)
+
+    def wait(self, question: Question, patience_s: float) -> list[int | ShardError | None]:
+        """The sizes; what is wrong with an object instead; None where that is not known after this time, and may be
+        asked for again. Raises the store's errors.
+        """
         with self._lock:
-            for info, future in zip(infos, futures, strict=True):
-                if future.done() and (len(infos) == 1 or not _is_bad(future)):
-                    self._found.pop((key, info), None)
+            futures = [self._sizes[question.key, info].found for info in question.infos]
+        wait(futures, patience_s, FIRST_EXCEPTION)
         return [future.result() if future.done() else None for future in futures]
+
+    def forget(self, question: Question) -> None:
+        """The question is answered, and what was found is stored: who asks from now on finds it there. Who asked before
+        is told the same, as nothing is found out twice meanwhile. What is wrong with an object is remembered until that
+        object is asked for alone, so that who wants to know it waits no more.
+        """
+        is_alone = len(question.infos) == 1
+        with self._lock:
+            for info in question.infos:
+                size = self._sizes[question.key, info]
+                size.asked_count -= 1
+                if not size.asked_count and size.found.done() and (is_alone or not _is_bad(size.found)):
+                    del self._sizes[question.key, info]
 
     def _size_of(self, key: str, info: ObjectInfo) -> int | ShardError:
         packing, info = info.packing or packing_of(info.url), info.stored

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,23 @@ def test_each_shard_is_fetched_once_for_several_consumers(s3: Bucket, tmp_path: 
     assert found[0] == found[1] == found[2]
     assert sorted(number for _, number in found[0]) == list(range(1200))
     assert (figures["bytes"], figures["requests"]) == (byte_count, 4)
+
+
+def test_a_shard_is_measured_once_for_all_who_ask(s3: Bucket, tmp_path: Path) -> None:
+    """Many ask at once, and more than the service has threads that wait for sizes."""
+    byte_count = put_lines(s3, "x", ".json.gz", PACK[".gz"])
+    together = threading.Barrier(8)
+
+    def read() -> list[tuple[str, int]]:
+        with open_handle(tmp_path / "cache") as own, own.consumer():
+            together.wait(60)
+            return samples(data_set(f"{s3.url}/x/", own))
+
+    with open_handle(tmp_path / "cache") as cache, cache.consumer() as consumer, ThreadPoolExecutor(8) as pool:
+        found = [each.result() for each in [pool.submit(read) for _ in range(8)]]
+        figures = consumer.stats()["store"]
+    assert all(each == found[0] for each in found)
+    assert figures["bytes"] == byte_count
 
 
 def test_a_list_of_shards_keeps_their_sizes(s3: Bucket, cache: Handle, tmp_path: Path) -> None:
