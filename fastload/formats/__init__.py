@@ -24,7 +24,7 @@ from fastload.formats import record_index, table_index
 from fastload.formats.computed_index import PackedIndex, StridedIndex
 from fastload.formats.digests import CheckedIndexer, fastest
 from fastload.formats.record_index import Described, ListedShard, RecordIndex, shard_name
-from fastload.formats.records import RecordReader, read_layout
+from fastload.formats.records import RecordReader, TableReader, read_layout
 from fastload.formats.shard_index import ShardIndex
 from fastload.formats.table_index import TableIndex
 from fastload.formats.token_files import tokens
@@ -51,6 +51,7 @@ __all__ = [
     "ShardIndex",
     "StoredIndex",
     "StridedIndex",
+    "TableIndex",
     "described",
     "difference",
     "endings_of",
@@ -182,7 +183,7 @@ def stored_index(
     of `object_size` bytes. `start` and `reach_max`: see `RecordIndex.from_bytes`.
     """
     if bytes(data[:8]) == table_index.MAGIC:
-        return TableIndex.from_bytes(bytes(data), url, object_size, lambda layout: record_reader(layout).columns)
+        return TableIndex.from_bytes(bytes(data), url, object_size, _stored_columns)
     if bytes(data[:8]) != record_index.MAGIC:
         return ShardIndex.from_bytes(data, url, object_size)
     index = RecordIndex.from_bytes(data, url, object_size, start, reach_max)
@@ -191,6 +192,11 @@ def stored_index(
     except ShardError as error:
         raise ShardError(f"{url}: its stored index is damaged ({error}); drop it and read the shard") from error
     return index
+
+
+def _stored_columns(layout: bytes) -> tuple[str, ...]:
+    read = record_reader(layout)
+    return read.stored if isinstance(read, TableReader) else read.columns
 
 
 def may_be_indexed(url: str) -> bool:

@@ -111,6 +111,17 @@ class TableReader(ABC):
     @abstractmethod
     def columns(self) -> tuple[str, ...]: ...
 
+    @property
+    @abstractmethod
+    def stored(self) -> tuple[str, ...]:
+        """What an index calls the places that it has, some of which are pieces of columns."""
+        ...
+
+    @abstractmethod
+    def parts(self, column: str) -> tuple[str, ...]:
+        """The pieces of a column, as an index calls them. A value of several is the size (u32) of each, and these."""
+        ...
+
 
 def layout_of(format_name: str, fields: Mapping[str, object]) -> bytes:
     """The stored form of a layout; equal layouts are equal bytes."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -28,7 +29,16 @@ from fastload.client.consumer import Consumer
 from fastload.decode.base import Decoder, Keys, sample_keys
 from fastload.errors import ConfigError, MissingColumnError
 from fastload.formats import record_reader
-from fastload.formats.records import PartReader, Pickled, RecordReader, TableReader, find_by_heads, number_of, split
+from fastload.formats.records import (
+    PartReader,
+    Pickled,
+    RecordReader,
+    TableReader,
+    copy_out,
+    find_by_heads,
+    number_of,
+    split,
+)
 from fastload.kernels.gather import gather_columns, lay_out
 from fastload.pipeline.columns import KEY, URL, meant, shown
 from fastload.pipeline.delivery import PlanEntry
@@ -268,8 +278,10 @@ class SampleGatherer:
         if layout is not None:
             read = record_reader(layout)
             names = [name for name in self._columns.names or read.columns if read.may_have(name)]
-            is_table = isinstance(read, TableReader)
-            values = located.values_of(_stored(read, names))[0] if is_table else self._record_parts(located).values
+            if isinstance(read, TableReader):
+                values = located.values_of(_stored(read, names))[0]
+            else:
+                values = self._record_parts(located).values
             return self._gatherer.lay_out(values).chunk_nos
         members = located.all_columns() if self._columns.members is None else self._columns.members
         return self._gatherer.lay_out(located.values_of(members)[0]).chunk_nos
@@ -339,8 +351,7 @@ class SampleGatherer:
         nullable: set[str] = set()  # columns of which a value may be none
         if isinstance(read, TableReader):
             values, _ = located.values_of(_stored(read, wanted))
-            found = self._gather_values(values, wanted, take)
-            is_there = dict(zip(wanted, values.offset >= 0, strict=True))
+            found, is_there = self._gather_columns(values, read, wanted, memory, take)
             nullable = {name for name in decoders if not is_there[name].all()}
         else:
             parts = self._record_parts(located)
@@ -410,6 +421,41 @@ class SampleGatherer:
         first_chunk = np.repeat(records.first_chunk, len(wanted), 0)
         return self._gather_values(Values(first_chunk, records.offset + places[0], places[1]), wanted, take), {}
 
+    def _gather_columns(
+        self, values: Values, read: TableReader, wanted: Sequence[str], memory: Memory, take: Take
+    ) -> tuple[Found, dict[str, npt.NDArray[np.bool_]]]:
+        """The wanted columns of tables, whose pieces these values are; and which samples have them."""
+        counts = [len(read.parts(name)) for name in wanted]
+        firsts = np.cumsum([0, *counts])[:-1]
+        single = np.flatnonzero(np.array(counts) == 1)
+        found = self._gather_values(_rows(values, firsts[single]), [wanted[number] for number in single.tolist()], take)
+        is_there = dict(zip(wanted, values.offset[firsts] >= 0, strict=True))
+        for name, first, count in zip(wanted, firsts.tolist(), counts, strict=True):
+            if count > 1:
+                pieces = _rows(values, np.arange(first, first + count))
+                found[name] = self._gather_pieces(pieces, is_there[name], partial(take, name), memory)
+        return found, is_there
+
+    def _gather_pieces(
+        self, pieces: Values, is_there: npt.NDArray[np.bool_], take: Callable[[int], Bytes], memory: Memory
+    ) -> tuple[Bytes, Ints]:
+        """One column whose values have several pieces each: their sizes, and they themselves."""
+        count, samples = pieces.size.shape
+        of_each = pieces.first_chunk, pieces.offset, pieces.size
+        layout = self._gatherer.lay_out(Values(*(np.ascontiguousarray(each.T).reshape(1, -1) for each in of_each)))
+        staged = memory.stage(int(layout.out_offset[0, -1]))
+        self._gatherer.fill(layout, [staged])
+        heads = np.ascontiguousarray(pieces.size.T, "<u4").view(np.uint8).reshape(-1)
+        runs = layout.out_offset[0, ::count]
+        offset, size = np.empty((2, samples, 2), np.int64)
+        offset[:, 0], offset[:, 1] = 4 * count * np.arange(samples), len(heads) + runs[:-1]
+        size[:, 0], size[:, 1] = np.where(is_there, 4 * count, 0), np.diff(runs)
+        out_offset = np.concatenate([[0], np.cumsum(size)])
+        out = take(int(out_offset[-1]))
+        memory_of_both = np.concatenate([heads, staged])
+        copy_out(memory_of_both, offset.reshape(1, -1), size.reshape(1, -1), out_offset.reshape(1, -1), [out])
+        return out, np.ascontiguousarray(out_offset[::2])
+
     def _gather_values(self, values: Values, names: Sequence[str], take: Take) -> Found:
         """The values of these columns, each end to end."""
         layout = self._gatherer.lay_out(values)
@@ -458,9 +504,13 @@ class SampleGatherer:
                 )
 
 
-def _stored(read: RecordReader, names: Sequence[str]) -> tuple[str, ...]:
-    """These columns as a table calls them."""
-    return tuple(read.columns[number_of(read.columns, name)] for name in names)
+def _rows(values: Values, numbers: npt.NDArray[np.int64]) -> Values:
+    return Values(values.first_chunk[numbers], values.offset[numbers], values.size[numbers])
+
+
+def _stored(read: TableReader, names: Sequence[str]) -> tuple[str, ...]:
+    """The pieces of these columns as a table calls them."""
+    return tuple(part for name in names for part in read.parts(name))
 
 
 def _with_default(name: str, decoders: Mapping[str, Decoder]) -> str:

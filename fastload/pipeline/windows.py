@@ -16,7 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fastload.errors import MissingColumnError, ShardError
-from fastload.formats import Index, MixedLayoutsError, PackedIndex, ShardIndex, difference, joined, record_reader
+from fastload.formats import (
+    Index,
+    MixedLayoutsError,
+    PackedIndex,
+    ShardIndex,
+    TableIndex,
+    difference,
+    joined,
+    record_reader,
+)
 from fastload.formats.record_index import RECORD
 from fastload.kernels.rows import append_keys, find_rows, look_up
 from fastload.kernels.yielding import yield_state
@@ -187,7 +196,7 @@ class Window:
 
 
 def _columns_of(index: Index) -> tuple[str, ...]:
-    return index.columns if isinstance(index, ShardIndex) else record_reader(index.layout).columns
+    return index.columns if isinstance(index, ShardIndex | TableIndex) else record_reader(index.layout).columns
 
 
 def _keys_of(indexes: Sequence[Index], base: Ints) -> Keys:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastload
-from fastload.errors import ConfigError, ShardError
+from fastload.errors import ConfigError, DecodeError, ShardError
 from fastload.formats import (
     Described,
     MixedLayoutsError,
@@ -26,13 +28,14 @@ from fastload.formats import (
     stored_index,
 )
 from fastload.formats.litdata import layout as described_layout
+from fastload.formats.records import TableReader, layout_of
 from fastload.formats.table_index import stored_row_count
 from tests.formats.test_litdata import LAYOUT, URL, index_json
 
 # Written by litdata 0.2.76, whose tables have pieces of 256 rows: rows i from 0 to 699, as `expected` has them.
 WRITTEN = Path(__file__).parent / "written" / "litdata_table"
 COUNT = 700
-READ = ["id", "text", "note", "score", "ok", "raw", "ids", "meta/a", "meta/b/c"]
+READ = ["id", "text", "note", "score", "ok", "raw", "ids", "meta/a", "meta/b/c", "words"]
 
 
 def expected(i: int) -> dict[str, Any]:
@@ -46,6 +49,7 @@ def expected(i: int) -> dict[str, Any]:
         "ids": list(range(i % 4)),
         "meta/a": i * i,
         "meta/b/c": f"c{i}",
+        "words": ["x"] * (i % 3),
     }
 
 
@@ -87,9 +91,15 @@ def test_batches_hold_tensors_where_samples_are_alike(cache: fastload.Cache) -> 
     assert seen != sorted(seen)
 
 
-def test_columns_that_are_not_read_are_refused_by_name(cache: fastload.Cache) -> None:
-    with pytest.raises(ConfigError, match=r"column 'words' is list<item: string>, which fastload does not read yet"):
-        list(fastload.StreamingDataset(f"{WRITTEN}/", cache=cache, shuffle=False))
+def test_columns_that_are_not_read_are_refused_by_name(cache: fastload.Cache, tmp_path: Path) -> None:
+    schema = pa.schema({"a": pa.int64(), "when": pa.timestamp("us"), "whens": pa.list_(pa.date32())})
+    data = chunk(1, table([{"a": 1, "when": datetime(2020, 1, 1), "whens": [date(2020, 1, 1)]}], schema))
+    url = folder(tmp_path, data)
+    for name, kind in (("when", r"timestamp\[us\]"), ("whens", "a list<item: date32")):
+        says = rf"column '{name}' is {kind}.*, which fastload does not read; leave it out \(columns=\[...\]\), or"
+        with pytest.raises(ConfigError, match=says):
+            list(fastload.StreamingDataset(url, cache=cache, columns=[name]))
+    assert [sample["a"] for sample in fastload.StreamingDataset(url, cache=cache, columns=["a"])] == [1]
 
 
 def table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema | None = None, **options: Any) -> bytes:
@@ -133,12 +143,28 @@ def index_of(data: bytes, step: int = 1000) -> TableIndex:
 
 def read(data: bytes, index: TableIndex) -> dict[str, list[Any]]:
     """The values by column, None where there is none."""
-    reader = record_reader(index.layout)
     found = {}
-    for number, name in enumerate(index.columns):
-        places = list(zip(index.offset[number].tolist(), index.size[number].tolist(), strict=True))
-        values = [None if at < 0 else reader.decoder(name).decode_one(data[at : at + size], "") for at, size in places]
+    for name, stored in stored_values(data, index).items():
+        decoder = record_reader(index.layout).decoder(name)
+        values = [None if each is None else decoder.decode_one(each, "") for each in stored]
         found[name] = [each.tolist() if isinstance(each, np.ndarray | np.generic) else each for each in values]
+    return found
+
+
+def stored_values(data: bytes, index: TableIndex) -> dict[str, list[bytes | None]]:
+    """What decoders get: of several pieces, their sizes before them."""
+    reader = record_reader(index.layout)
+    assert isinstance(reader, TableReader)
+    found = {}
+    for name in reader.columns:
+        names, values = reader.parts(name), list[bytes | None]()
+        for row in range(index.sample_count):
+            at = [index.columns.index(part) if part in index.columns else -1 for part in names]
+            places = [(int(index.offset[n, row]), int(index.size[n, row])) if n >= 0 else (-1, 0) for n in at]
+            pieces = [data[start : start + size] for start, size in places]
+            sizes = struct.pack(f"<{len(pieces)}I", *map(len, pieces)) if len(pieces) > 1 else b""
+            values.append(sizes + b"".join(pieces) if places[0][0] >= 0 else None)
+        found[name] = values
     return found
 
 
@@ -245,10 +271,83 @@ def test_a_damaged_table_is_an_error_that_names_it(data: bytes, says: str) -> No
         described_layout(index_json(ipc_compression="zstd"), "s3://b/index.json")
 
 
-def test_lists_whose_numbers_may_be_null_are_not_read() -> None:
-    data = chunk(4, table([{"x": [1]}, {"x": [2]}, {"x": [3]}, {"x": [None]}]))
-    with pytest.raises(ConfigError, match=r"column 'x' is list.*with nulls.*leave it out"):
-        read(data, index_of(data))
+NESTED = st.recursive(
+    st.sampled_from([pa.int16(), pa.float64(), pa.bool_(), pa.string(), pa.large_binary(), pa.null()]),
+    lambda kinds: kinds.map(pa.list_) | kinds.map(pa.large_list)
+    | st.lists(kinds, min_size=1, max_size=3).map(lambda each: pa.struct([(f"m{n}", k) for n, k in enumerate(each)])),
+    max_leaves=4,
+)  # fmt: skip
+
+
+def value_of(kind: pa.DataType) -> st.SearchStrategy[Any]:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return st.none() | st.lists(value_of(kind.value_type), max_size=12)
+    if pa.types.is_struct(kind):
+        fields = {kind.field(n).name: value_of(kind.field(n).type) for n in range(kind.num_fields)}
+        return st.none() | st.fixed_dictionaries(fields)
+    of_leaf: dict[Any, st.SearchStrategy[Any]] = {
+        pa.int16(): st.integers(-5, 5), pa.float64(): st.floats(allow_nan=False), pa.bool_(): st.booleans(),
+        pa.string(): st.text(max_size=3), pa.large_binary(): st.binary(max_size=3),
+    }  # fmt: skip
+    return st.none() | of_leaf.get(kind, st.none())
+
+
+@given(st.data(), NESTED, st.booleans())
+def test_nested_lists_are_what_arrow_gives(data: st.DataObject, item: pa.DataType, is_large: bool) -> None:
+    kind = (pa.large_list if is_large else pa.list_)(item)
+    rows = [{"x": data.draw(value_of(kind))} for _ in range(data.draw(st.integers(1, 10)))]
+    made = chunk(len(rows), table(rows, pa.schema({"x": kind})))
+    index = index_of(made)
+    assert stored_index(index.to_bytes(), URL, len(made)) == index
+    assert read(made, index)["x"] == [row["x"] for row in rows]
+
+
+def test_nested_lists_of_batches_and_of_several_chunks(cache: fastload.Cache, tmp_path: Path) -> None:
+    """In some of which lists are empty, or none is null, so that their types differ."""
+    rows: list[dict[str, Any]] = [
+        {"words": [], "ids": [], "rows": [], "i": 0},
+        {"words": ["a", None, "né"], "ids": [1, 2], "rows": [{"k": "v", "more": [[True], []]}], "i": 1},
+        {"words": None, "ids": [3, None], "rows": [{"k": None, "more": None}] * 9, "i": 2},
+        {"words": ["b"] * 300, "ids": [4], "rows": None, "i": 3},
+    ]
+    schemas = [None, None, None, None]
+    parts = [rows[:1], rows[1:2], rows[2:], [row for _ in range(5) for row in rows]]
+    chunks = [chunk(len(part), table(part, schema)) for part, schema in zip(parts, schemas, strict=True)]
+    url = folder(tmp_path, *chunks)
+    expected = [row for part in parts for row in part]
+    samples = list(fastload.StreamingDataset(url, cache=cache, shuffle=False))
+    for found, row in zip(samples, expected, strict=True):
+        made = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}
+        assert {name: made[name] for name in row} == row
+    shuffled = fastload.StreamingDataset(url, cache=cache, shuffle="global", seed=1, columns=["i", "WORDS", "rows"])
+    for batch in fastload.DataLoader(shuffled, batch_size=7, num_workers=2):
+        for i, words, of_row in zip(batch["i"].tolist(), batch["WORDS"], batch["rows"], strict=True):
+            assert (words, of_row) == (rows[i]["words"], rows[i]["rows"])
+
+
+def test_an_index_of_a_version_that_read_no_nested_lists_is_made_again() -> None:
+    good = index_of(chunk(2, GOOD))
+    old = layout_of("arrow", {"columns": [["a", "int64"], ["t", "not read: list<item: string>"]]})
+    stored = replace(good, layout=old).to_bytes()
+    with pytest.raises(ShardError, match="stored index is damaged"):
+        stored_index(stored, URL, len(chunk(2, GOOD)))
+
+
+@given(st.binary(max_size=80), st.integers(0, 99), st.integers(0, 255))
+def test_lists_of_any_bytes_are_decoded_or_refused(noise: bytes, at: int, byte: int) -> None:
+    rows = [{"x": [{"w": ["a", None], "n": [1, 2], "f": [True], "z": [None]}, None]}]
+    made = chunk(1, table(rows))
+    index = index_of(made)
+    (value,) = stored_values(made, index)["x"]
+    assert value is not None
+    changed = bytearray(value)
+    changed[at % len(value)] = byte
+    decoder = record_reader(index.layout).decoder("x")
+    for each in (noise, bytes(changed), value[:at], value + noise):
+        try:
+            decoder.decode_one(each, "here")
+        except DecodeError as error:
+            assert str(error).startswith("here: ")  # noqa: PT017
 
 
 @given(st.binary(max_size=200), st.booleans())
