@@ -23,8 +23,9 @@ from fastload.bench.peers.job import (
     split_name,
 )
 from fastload.bench.peers.order import Stored, seen
-from fastload.bench.peers.race import ask, passes
-from fastload.errors import FastloadError
+from fastload.bench.peers.race import Race, ask, passes
+from fastload.errors import ConfigError, FastloadError, ShardError
+from fastload.store import ObjectInfo, StoreOptions
 from tests.conftest import Bucket
 from tests.patience import PATIENCE_S
 from tests.programs import run_cli
@@ -187,3 +188,22 @@ def test_an_unknown_loader_is_an_error_that_names_those_there_are(tmp_path: Path
     done = run_cli("bench", "/nowhere/", "--peers=tensorflow", check=False)
     assert done.returncode == 1
     assert "--peers tensorflow: must be one of webdataset, streaming" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "says"),
+    [("a.jsonl", ConfigError, "compares loaders over tar shards, and .*a.jsonl is none; give your own"),
+     ("a.tar", ShardError, "a.tar cannot be read by Python's tarfile: .*; write it again")],
+)  # fmt: skip
+def test_shards_that_other_loaders_do_not_read_are_an_error(
+    name: str, error: type[FastloadError], says: str, tmp_path: Path
+) -> None:
+    shard = tmp_path / name
+    shard.write_text('{"x": 1}\n' * 2000)
+    race = Race(
+        ["webdataset"], [ObjectInfo(str(shard), shard.stat().st_size, None)], job("webdataset", "", tmp_path, "/"),
+        tmp_path, store_options=StoreOptions(), repeats=1, arena_least=1, timeout_s=9.0, report=print,
+    )  # fmt: skip
+    with pytest.raises(error, match=says):
+        race.run()
+    assert race.phases() == []

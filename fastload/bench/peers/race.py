@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ from fastload.bench.process import Words, answers, asked
 from fastload.bench.schema import Better, Figure, Phase, Result
 from fastload.bench.verdict import Beside
 from fastload.config import format_bytes
-from fastload.errors import ConfigError, FastloadError
+from fastload.errors import ConfigError, FastloadError, ShardError
 from fastload.redaction import redact
 from fastload.store import ObjectInfo, StoreOptions, open_store, store_root
 
@@ -98,6 +99,7 @@ class Race:
 
     def run(self) -> None:
         """All turns. Raises what keeps all loaders from being measured; `phases()` has what was measured until then."""
+        self._check_format()
         self._check_room()
         self._copy_shards()
         self._look_at_samples()
@@ -115,6 +117,14 @@ class Race:
         return [self._phase(entry) for entry in self._entries if entry.colds or entry.error]
 
     # Before the turns
+
+    def _check_format(self) -> None:
+        for info in self._objects:
+            if not info.url.endswith(".tar") or info.packing:
+                raise ConfigError(
+                    f"--peers compares loaders over tar shards, and {info.url} is none; give your own loader of this "
+                    "data with --against MODULE:FUNCTION"
+                )
 
     def _check_room(self) -> None:
         formats = {entry.about.reads for entry in self._entries} - {"shards", "copies"}
@@ -154,14 +164,17 @@ class Race:
         """Columns, keys and sizes of what is stored."""
         self._report("samples of the shards")
         keys: list[list[str]] = []
-        for path in self._shards:
+        for info, path in zip(self._objects, self._shards, strict=True):
             keys.append([])
-            for sample in samples_of(str(path)):
-                keys[-1].append(sample.pop("__key__"))
-                self._job.columns = self._job.columns or list(sample)
-                self._payload_bytes += sum(
-                    len(sample.get(name, b"")) for name in self._job.columns if name not in self._job.decode
-                )
+            try:
+                for sample in samples_of(str(path)):
+                    keys[-1].append(sample.pop("__key__"))
+                    self._job.columns = self._job.columns or list(sample)
+                    self._payload_bytes += sum(
+                        len(sample.get(name, b"")) for name in self._job.columns if name not in self._job.decode
+                    )
+            except tarfile.TarError as error:
+                raise ShardError(f"{info.url} cannot be read by Python's tarfile: {error}; write it again") from error
         self._stored = Stored.of(keys)
         if not self._stored.samples:
             raise ConfigError("the shards have no samples")
