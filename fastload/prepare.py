@@ -49,7 +49,7 @@ from fastload.errors import (
     WriteConflictError,
     from_wire,
 )
-from fastload.formats import ComputedFormat, Format, Index
+from fastload.formats import Format, Index
 from fastload.formats.splits import with_split
 from fastload.history.archive import Archive
 from fastload.history.library import WARMING
@@ -181,9 +181,8 @@ def warm(
         if pin is not None:
             consumer.pin(pin.name, pin.ttl_s, pin.quota_bytes, plan)
         consumer.set_plan(plan, job.epoch, warm=True, terms=terms)
-        computed = None if isinstance(job.format, str) else job.format
         nos = plan.tolist()
-        counter = _Counter(consumer, manifest, sidecars, nos, goes_on=terms.goes_on, computed=computed)
+        counter = _Counter(consumer, manifest, sidecars, nos, goes_on=terms.goes_on, how=job.format)
         indexing = ThreadPoolExecutor(1, "fastload-index")
         counting = indexing.submit(counter.run)
 
@@ -361,10 +360,10 @@ class _Counter:
         object_nos: list[int],
         *,
         goes_on: bool,
-        computed: ComputedFormat | None = None,
+        how: Format,
     ) -> None:
         self._consumer, self._manifest, self._object_nos, self._goes_on = consumer, manifest, object_nos, goes_on
-        self._shards = _shard_table(consumer, manifest, sidecars, computed)
+        self._shards = _shard_table(consumer, manifest, sidecars, how)
         self._changed = threading.Condition()
         self._done_chunks = 0
         self._is_finished = self._is_stopped = False
@@ -471,7 +470,7 @@ def index(
         known = np.delete(counts, wanted)
         done_count, sample_count = len(known) + len(bad), int(known.sum())
         on_progress(IndexProgress(done_count, shard_count, sample_count))
-        shards = _shard_table(consumer, manifest, manifest.sidecars)
+        shards = _shard_table(consumer, manifest, manifest.sidecars, format_name)
         # Half of the arena is left for chunks that are in flight.
         threads = max(1, min(_THREADS_MAX, int(handle.limits.ram_bytes // handle.limits.chunk_bytes * shares.INDEXING)))
         with closing(_index_ahead(shards, consumer, wanted.tolist(), threads)) as indexes:
@@ -532,11 +531,9 @@ def _writer(
             ) from error
 
 
-def _shard_table(
-    consumer: Consumer, manifest: Manifest, sidecars: ObjectTable, computed: ComputedFormat | None = None
-) -> ShardTable:
+def _shard_table(consumer: Consumer, manifest: Manifest, sidecars: ObjectTable, how: Format) -> ShardTable:
     places = manifest.first_chunk(consumer.chunk_bytes), consumer.chunk_bytes
-    return ShardTable(manifest, *places, sidecars, computed)
+    return ShardTable(manifest, *places, sidecars, how)
 
 
 def _index_ahead(

@@ -61,6 +61,7 @@ __all__ = [
     "is_described",
     "joined",
     "listed_shards",
+    "may_be_beside",
     "may_be_indexed",
     "named_format",
     "record_reader",
@@ -101,6 +102,9 @@ _PACKED_ENDINGS = {
 
 SHARD_ENDINGS = tuple(ending for some in (ENDINGS, _PACKED_ENDINGS) for endings in some.values() for ending in endings)
 """How the names of objects end that are shards, where a prefix is given instead of names."""
+
+_MDS_OF_TEXT = ENDINGS["mds"][1:]
+_INDEXED = ("mds", "litdata")
 
 _IN_PIECES = {"jsonl"}
 """The formats by name whose files are cut where they are larger than a piece."""
@@ -199,16 +203,20 @@ def _stored_columns(layout: bytes) -> tuple[str, ...]:
     return read.stored if isinstance(read, TableReader) else read.columns
 
 
-def may_be_indexed(url: str) -> bool:
+def may_be_indexed(url: str, how: str = "auto") -> bool:
     """Whether a shard is of a format that may have a file `INDEX_NAME` beside its shards."""
+    if how != "auto":
+        return how in _INDEXED
     # Asked of each of a million shards: most names are known not to be by a look.
     lower = url.lower()
-    return any(part in lower for part in (".mds", ".bin", "shard.")) and format_of(url) in ("mds", "litdata")
+    return any(part in lower for part in (".mds", ".bin", "shard.")) and format_of(url) in _INDEXED
 
 
-def is_described(url: str) -> bool:
+def is_described(url: str, how: str = "auto") -> bool:
     """Whether a shard is of a format of which that file says how samples are laid out, so that it has to be there."""
-    return may_be_indexed(url) and not shard_name(url).lower().endswith(".mds")
+    if not may_be_indexed(url, how):
+        return False
+    return format_of(url, how) == "litdata" or ends_in(shard_name(url).lower(), _MDS_OF_TEXT)
 
 
 def listed_shards(data: bytes, url: str) -> list[ListedShard]:
@@ -318,9 +326,11 @@ def endings_of(name: Format) -> tuple[str, ...]:
     return ENDINGS[name] + _PACKED_ENDINGS.get(name, ())
 
 
-def format_of(url: str) -> str:
-    """The format of a shard, by the ending of its name; tar where that says nothing."""
-    return named_format(url) or "tar"
+def format_of(url: str, how: str = "auto") -> str:
+    """The format of a shard: the one that the user names, or what the ending of its name says; tar where that says
+    nothing.
+    """
+    return how if how != "auto" else named_format(url) or "tar"
 
 
 def named_format(url: str) -> str | None:
@@ -330,51 +340,60 @@ def named_format(url: str) -> str | None:
     return next((each for each, endings in known.items() if ends_in(name, endings)), None)
 
 
-def is_cut(url: str) -> bool:
+def may_be_beside(url: str) -> bool:
+    """Whether a packed shard under a prefix may be no data, where other formats have shards there: JSON, such as facts
+    of a data set of tars.
+    """
+    return bool(packing_of(url)) and shard_name(url).lower().endswith(".json") and named_format(url) == "jsonl"
+
+
+def is_cut(url: str, how: str = "auto") -> bool:
     """Whether a shard is of a format whose large files are read in pieces; a packed one can be read from its start
     only.
     """
-    return format_of(url) in _IN_PIECES and not packing_of(url)
+    return format_of(url, how) in _IN_PIECES and not packing_of(url)
 
 
-def indexer_for(url: str, size: int, about: Described | None = None, piece: ObjectInfo | None = None) -> Indexer:
-    """An indexer for the shard at `url` of `size` bytes, by the ending of its name; tar where that says nothing.
-    `about` is what a file beside the shard says of it, where one does (see `described`). Of a `piece` it may read on
-    behind its end.
+def indexer_for(
+    url: str, size: int, about: Described | None = None, piece: ObjectInfo | None = None, how: str = "auto"
+) -> Indexer:
+    """An indexer for the shard at `url` of `size` bytes, of the format `how`, or by the ending of its name; tar where
+    that says nothing. `about` is what a file beside the shard says of it, where one does (see `described`). Of a
+    `piece` it may read on behind its end.
 
     Raises ConfigError for what is packed in a way that is not read, or not described, ShardError for an empty object.
     """
-    indexer = _indexer(url, size, b"" if about is None else about.layout, piece)
+    indexer = _indexer(url, size, b"" if about is None else about.layout, piece, how)
     algorithm = fastest(about.digests) if about is not None and about.digests else ""
     if about is None or not algorithm:
         return indexer
     return CheckedIndexer(indexer, url, size, algorithm, about.digests[algorithm])
 
 
-def _indexer(url: str, size: int, layout: bytes, piece: ObjectInfo | None) -> Indexer:
-    name = shard_name(url)
+def _indexer(url: str, size: int, layout: bytes, piece: ObjectInfo | None, how: str) -> Indexer:
+    name, form = shard_name(url), format_of(url, how)
     for ending, tool in _UNPACK.items():
         if name.lower().endswith(ending.lower()):
             raise ConfigError(f"{url}: shards that are packed in this way are not read; unpack it with: {tool} {name}")
-    if is_described(url) and not layout:
+    if is_described(url, how) and not layout:
         raise ConfigError(f"{url}: the list of shards has no file that describes it; make the list again")
-    if format_of(url) == "mds" and layout:
+    if form == "mds" and layout:
         from fastload.formats.mds_lines import LinesIndexer
 
         return LinesIndexer(url, size, layout)
-    if format_of(url) == "mds":
+    if form == "mds":
         from fastload.formats.mds import MdsIndexer
 
         return MdsIndexer(url, size)
-    if format_of(url) == "jsonl":
+    if form == "jsonl":
         from fastload.formats.jsonl import JsonlIndexer
 
         return JsonlIndexer(url, size, piece)
-    if is_described(url):
+    if form == "litdata":
         from fastload.formats.litdata import LitDataIndexer
 
         return LitDataIndexer(url, size, layout)
-    if format_of(url) == "tfrecord":
+    if form == "tfrecord":
         from fastload.formats.tfrecord import TfRecordIndexer
 
         return TfRecordIndexer(url, size)

@@ -77,6 +77,11 @@ def is_list(url: str) -> bool:
     return path.lower().endswith(ENDING) and not _SHARD.match(path.rpartition("/")[2])
 
 
+def begins_as_list(head: bytes) -> bool:
+    """Whether a file that may also be JSON lines is a list, by its first bytes."""
+    return b'"wids_version"' in head or b'"shardlist"' in head
+
+
 def parse(data: bytes, url: str) -> list[Shards | WidsSource]:
     """The parts of the list at `url`, in order. Raises ConfigError, naming `url`, where it is none."""
     read = _decode(data, url, _List)

@@ -83,6 +83,10 @@ class ColumnFunctions:
         named = ", ".join(f"{name!r}: {_name(function)}" for name, function in self._functions.items())
         self.__qualname__ = f"decode={{{named}}}"
 
+    def of_column(self, name: Any) -> str:
+        """What the user wrote for one column; all of it for another."""
+        return f"decode={{{name!r}: {_name(self._functions[name])}}}" if name in self._functions else self.__qualname__
+
     def __call__(self, sample: Any) -> Any:
         if isinstance(sample, dict):
             for name, function in self._functions.items():
@@ -314,15 +318,28 @@ class BatchBuilder:
             samples = self._mixed(gathered, gathered.part_of.tolist(), parts, self.mixing.functions, reseed)
         return _kept(samples, activity.current()) if self.is_filtered else samples
 
-    def origin(self, gathered: GatheredBatch, number: int) -> tuple[Function, str]:
-        """The last function that a sample went through, and the sample's key and URL, for an error."""
+    def names_of(self, sample: tuple[Any, ...]) -> Sequence[Any]:
+        """What the values of a tuple are called; their numbers, where functions have made other tuples."""
+        names = self.sources[0].columns.names if self.mixing is None else self.mixing.names
+        return range(len(sample)) if names is None or len(names) != len(sample) else list(names)
+
+    def may_lack(self, name: Any) -> bool:
+        """Whether samples without that column have None there."""
+        return any(source.columns.all_optional or name in source.columns.optional for source in self.sources)
+
+    def origin(self, gathered: GatheredBatch, number: int, name: Any = None) -> tuple[str, str]:
+        """The last function that a sample, or its column `name`, went through, and the sample's key and URL, for an
+        error.
+        """
         part, functions = 0, () if self.mixing is None else self.mixing.functions
         if gathered.part_of is not None:
             part = int(gathered.part_of[number])
             number = int(np.count_nonzero(gathered.part_of[:number] == part))
         samples = gathered.parts[part]
         functions = (*self.sources[gathered.sources[part]].functions, *functions)
-        return functions[-1], f"sample {samples.keys[number]!r} of {samples.urls[number]}"
+        last = next((each for each in reversed(functions) if not isinstance(each, Filter)), functions[-1])
+        said = last.of_column(name) if isinstance(last, ColumnFunctions) else f"map({_name(last)})"
+        return said, f"sample {samples.keys[number]!r} of {samples.urls[number]}"
 
     @staticmethod
     def _mixed(
@@ -427,9 +444,40 @@ class Finish:
                 if self.builder.is_filtered:  # which it is of those that were kept
                     which = "a sample of a batch"
                 raise ConfigError(
-                    f"map({_name(function)}): it returned None for {which}; return the sample, or give the loader a "
+                    f"{function}: it returned None for {which}; return the sample, or give the loader a "
                     "collate_fn that takes None"
                 )
+        try:
+            return self._collated(samples, slots)
+        except (TypeError, RuntimeError, ValueError) as error:
+            reason = self._why_none(samples, gathered)
+            if reason is None:
+                raise
+            raise ConfigError(reason) from error
+
+    def _why_none(self, samples: list[Any], gathered: GatheredBatch) -> str | None:
+        """What to say where a batch failed since a function made None of a value; None where it failed otherwise."""
+        for number, sample in enumerate(samples):
+            values = {}
+            if isinstance(sample, tuple):
+                values = dict(zip(self.builder.names_of(sample), sample, strict=True))
+            elif isinstance(sample, dict):
+                values = sample
+            name = next((each for each in values if values[each] is None and not self.builder.may_lack(each)), None)
+            if name is None:
+                continue
+            function, which = self.builder.origin(gathered, number, name)
+            if isinstance(sample, dict) and KEY in sample and URL in sample:
+                which = f"sample {sample[KEY]!r} of {sample[URL]}"
+            elif self.builder.is_filtered:  # which it is of those that were kept
+                which = "a sample of a batch"
+            return (
+                f"{function}: it returned None for column {name!r} of {which}; return a value, leave such samples out "
+                "by filter(function) of the data set, or give the loader a collate_fn that takes None"
+            )
+        return None
+
+    def _collated(self, samples: list[Any], slots: Slots) -> Any:
         functions: dict[Any, Function] = {**default_collate_fn_map}
         if functions[torch.Tensor] is collate_tensor_fn:  # not one that the user has registered
             functions[torch.Tensor] = partial(_stacked, slots)

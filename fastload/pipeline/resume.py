@@ -89,7 +89,10 @@ class IterationState:
 def why_nothing_came(cursor: Cursor[Any], batch_size: int = 1, *, drop_last: bool = False) -> str:
     """What to say where an epoch has ended and nothing of it was delivered to this rank."""
     if not cursor.total:
-        return "the epoch had no samples: all of its shards are empty; look at what is in them"
+        return (
+            "the epoch had no samples: all of its shards are empty, or files of tokens that are shorter than the "
+            "length= of a sample; look at what is in them"
+        )
     ranks = cursor.ranks.world_size
     share = f"{cursor.total} samples" + (f" for {ranks} ranks" if ranks > 1 else "")
     if drop_last and batch_size > 1:

@@ -30,6 +30,7 @@ from fastload.formats import (
     is_cut,
     is_described,
     listed_shards,
+    may_be_beside,
     may_be_indexed,
     named_format,
     token_shards,
@@ -48,6 +49,7 @@ _ENERGONS = (*energon.SPLIT_FILES, *energon.COUNT_FILES)
 # Some ten million shards; they are read into memory whole.
 _LIST_BYTES_MAX = 2 << 30
 _ERRORS_SHOWN = 20
+_HEAD_BYTES = 4096
 
 
 class _Listed(NamedTuple):
@@ -74,10 +76,10 @@ def list_shards(
     `split` for those of that split. It replaces the objects that `consumer` is attached to. Large files are there in
     pieces.
 
-    A URL that ends in ".json" is a list of shards (see `wids`). Raises the errors of the store, and `ConfigError` for
-    lists that cannot be used, and for splits that are not there, or of which none is named. ShardError, which names
-    all, where packed shards cannot be unpacked; with `bad`, these are left out, and what is wrong with each is put
-    there.
+    A URL that ends in ".json" is a list of shards (see `wids`), unless it is JSON lines by `how`. Raises the errors of
+    the store, and `ConfigError` for lists that cannot be used, and for splits that are not there, or of which none is
+    named. ShardError, which names all, where packed shards cannot be unpacked; with `bad`, these are left out, and what
+    is wrong with each is put there.
     """
     prefixes = Prefixes.of(urls, split)
     if not isinstance(how, str):
@@ -87,7 +89,7 @@ def list_shards(
         bad += failed
     elif failed:
         raise all_of(failed, "packed shards")
-    return _manifest(listed)
+    return _manifest(listed, how)
 
 
 def list_one_by_one(
@@ -103,7 +105,7 @@ def list_one_by_one(
     listed = _listed(consumer, urls, how, prefixes)
     for number in range(len(listed.shards)):
         one, failed = _with_sizes(consumer, _only(listed, np.array([number])))
-        yield failed[0] if failed else _manifest(one)
+        yield failed[0] if failed else _manifest(one, how)
 
 
 def all_of(errors: Sequence[ShardError], what: str) -> ShardError:
@@ -116,16 +118,16 @@ def all_of(errors: Sequence[ShardError], what: str) -> ShardError:
 
 
 def _listed(consumer: Consumer, urls: Sequence[str], how: str, prefixes: Prefixes) -> _Listed:
-    endings = endings_of(how)
+    endings_of(how)  # what is none is an error now
     parts = [
         part
-        for is_list, group in groupby(urls, wids.is_list)
-        for part in _parts(consumer, list(group), is_list, endings, prefixes)
+        for is_list, group in groupby(urls, lambda url: _is_list(consumer, url, how))
+        for part in _parts(consumer, list(group), is_list, how, prefixes)
     ]
     shards = ObjectTable.joined([part.shards for part in parts])
     if not len(shards):
         raise ObjectMissingError(f"{', '.join(urls)}: no shards at all; name some, or correct the list")
-    _check_formats(shards)
+    _check_formats(shards, how)
     return _Listed(
         shards,
         np.concatenate([part.sample_counts for part in parts]),
@@ -143,10 +145,10 @@ def _only(listed: _Listed, numbers: npt.NDArray[np.int64]) -> _Listed:
     return _Listed(listed.shards.take(numbers), counts, listed.sidecars, sizes, excluded)
 
 
-def _manifest(listed: _Listed) -> Manifest:
+def _manifest(listed: _Listed, how: str) -> Manifest:
     """The manifest of shards of which all unpacked sizes are known."""
     inside, counts = _inside(listed.shards, listed.unpacked_sizes), listed.sample_counts
-    shards = in_pieces(inside, is_cut)
+    shards = in_pieces(inside, lambda url: is_cut(url, how))
     if shards is not inside:
         counts = _counts_of_pieces(counts, shards)
     return Manifest(
@@ -289,8 +291,10 @@ def _inside(listed: ObjectTable, sizes: npt.NDArray[np.int64]) -> ObjectTable:
     return ObjectTable(listed.urls, object_sizes, listed.etags, listed.mtimes_ns, pieces)
 
 
-def _check_formats(shards: ObjectTable) -> None:
+def _check_formats(shards: ObjectTable, how: str) -> None:
     """Raise `ConfigError` where they are of several formats."""
+    if how != "auto":
+        return
     first: dict[str, str] = {}
     for rows in shards.rows():
         for url, *_ in rows:
@@ -298,34 +302,47 @@ def _check_formats(shards: ObjectTable) -> None:
     if len(first) > 1:
         (one, url), (other, another) = list(first.items())[:2]
         raise ConfigError(
-            f"{url} is {one} and {another} is {other}: a data set has one format; name it (format={one!r}), or read "
-            "them as two, which fastload.Mixture puts together"
+            f"{url} is {one} and {another} is {other}: a data set has one format; format={one!r} reads those of a "
+            "prefix that are, and fastload.Mixture puts several data sets together"
         )
 
 
-def _parts(
-    consumer: Consumer, urls: list[str], are_lists: bool, endings: tuple[str, ...], prefixes: Prefixes
-) -> Iterator[_Listed]:
+def _is_list(consumer: Consumer, url: str, how: str) -> bool:
+    """Whether a URL names lists of shards. One that is JSON lines by `how` does where it begins as a list does: then
+    its shards are JSON lines.
+    """
+    if not wids.is_list(url) or named_format(url) is not None:
+        return False
+    if how != "jsonl":
+        return True
+    info = consumer.resolve([url], ())[0]
+    consumer.attach(ObjectTable.of([info]))
+    return wids.begins_as_list(object_reader(consumer, 0, info.size)(0, min(info.size, _HEAD_BYTES)))
+
+
+def _parts(consumer: Consumer, urls: list[str], are_lists: bool, how: str, prefixes: Prefixes) -> Iterator[_Listed]:
     if are_lists:
         for url in urls:
-            yield from _of_list(consumer, url)
+            yield from _of_lists(consumer, url, how)
     else:
-        yield _of_names(consumer, urls, endings, prefixes)
+        yield _of_names(consumer, urls, how, prefixes)
 
 
-def _of_names(consumer: Consumer, urls: list[str], endings: tuple[str, ...], prefixes: Prefixes) -> _Listed:
-    found = consumer.resolve(urls, endings, beside=[SIDECAR_NAME, INDEX_NAME, *_ENERGONS])
+def _of_names(consumer: Consumer, urls: list[str], how: str, prefixes: Prefixes) -> _Listed:
+    found = consumer.resolve(urls, endings_of(how), beside=[SIDECAR_NAME, INDEX_NAME, *_ENERGONS])
     named = [(url, url.rpartition("/")[2]) for rows in found.rows() for url, *_ in rows]
     is_sidecar = np.array([name == SIDECAR_NAME for _, name in named], np.bool_)
     is_index = np.array([name == INDEX_NAME for _, name in named], np.bool_)
     is_energons = np.array([name in _ENERGONS and url.startswith(prefixes.prefixes) for url, name in named], np.bool_)
     is_shard = ~(is_sidecar | is_index | is_energons)
+    if how == "auto":
+        is_shard[_beside_shards([url for url, _ in named], prefixes.prefixes)] = False
     there = found if is_shard.all() else found.take(np.flatnonzero(is_shard))
     about = {info.url: info for info in found.take(np.flatnonzero(is_energons))}
     read = partial(_read, consumer)
     chosen = prefixes.choose(there, lambda prefix: Energon.under(prefix, about, read))
     shards = there if prefixes.split is None else there.take(np.array(chosen.numbers, np.int64))
-    folders = _Folders(shards)
+    folders = _Folders(shards, how)
     indexes = [info for info in found.take(np.flatnonzero(is_index)) if _folder(info.url) in folders.numbers]
     counts, order = np.array(chosen.sample_counts, np.int64), np.arange(len(shards))
     for info in indexes:
@@ -333,6 +350,7 @@ def _of_names(consumer: Consumer, urls: list[str], endings: tuple[str, ...], pre
     of_named = folders.indexes_of_named(consumer, {_folder(info.url) for info in indexes})
     for info in of_named:
         folders.note(info.url, listed_shards(_read(consumer, info), info.url), counts, order, is_whole=False)
+    _check_packed(shards, prefixes.prefixes)
     described = [info for info in (*indexes, *of_named) if _folder(info.url) in folders.described | folders.digested]
     sidecars = ObjectTable.joined([found.take(np.flatnonzero(is_sidecar)), ObjectTable.of(described)])
     shards = folders.shards()
@@ -340,6 +358,33 @@ def _of_names(consumer: Consumer, urls: list[str], endings: tuple[str, ...], pre
     places = np.argsort(order)
     excluded = {int(places[number]): keys for number, keys in chosen.excluded.items()}
     return _Listed(ordered, counts[order], sidecars, folders.unpacked_sizes[order], excluded)
+
+
+def _beside_shards(urls: list[str], prefixes: tuple[str, ...]) -> list[int]:
+    """The numbers of those under a prefix that are no shards, since others of another format are there."""
+    found: list[int] = []
+    weak = [number for number, url in enumerate(urls) if ".json." in url.lower() and may_be_beside(url)]
+    for prefix in prefixes if weak else ():
+        if any(url.startswith(prefix) and named_format(url) not in (None, "jsonl") for url in urls):
+            found += [number for number in weak if urls[number].startswith(prefix)]
+    return found
+
+
+def _check_packed(shards: ObjectTable, prefixes: tuple[str, ...]) -> None:
+    """Raise `ConfigError` where a shard is under a prefix both packed and not, or packed in two ways."""
+    if not prefixes:
+        return
+    urls = [url for rows in shards.rows() for url, *_ in rows if url.startswith(prefixes)]
+    if not any(map(packing_of, urls)):
+        return
+    first: dict[str, str] = {}
+    for url in urls:
+        other = first.setdefault(unpacked_name(url), url)
+        if other != url:
+            raise ConfigError(
+                f"{other} and {url} have the same samples by their names, one of them packed; delete one of both, or "
+                f"name the shards that you want by a pattern, such as {_folder(url)}/{{a,b,c}}.ENDING"
+            )
 
 
 def _folder(url: str) -> str:
@@ -356,18 +401,18 @@ def _read(consumer: Consumer, info: ObjectInfo) -> bytes:
 class _Folders:
     """Shards by the folders that they lie in, and what an index says that lies there, too."""
 
-    def __init__(self, shards: ObjectTable) -> None:
-        self._shards = shards
+    def __init__(self, shards: ObjectTable, how: str = "auto") -> None:
+        self._shards, self._how = shards, how
         self.numbers: dict[str, dict[str, int]] = {}  # by folder: shards that it may name, by name
         self.described: set[str] = set()  # folders where it has to be
         self.digested: set[str] = set()  # others where it has digests
         self.unpacked_sizes = np.full(len(shards), -1, np.int64)  # of shards that are packed; -1: it does not say
         self._packings = np.zeros(len(shards), np.int64)  # where the index says it
         for number, url in enumerate(url for rows in shards.rows() for url, *_ in rows):
-            if may_be_indexed(url):
+            if may_be_indexed(url, how):
                 folder, _, name = url.rpartition("/")
                 self.numbers.setdefault(folder, {})[name] = number
-                if is_described(url):
+                if is_described(url, how):
                     self.described.add(folder)
 
     def shards(self) -> ObjectTable:
@@ -386,8 +431,9 @@ class _Folders:
         missing = next(iter(sorted(set(lacking) - {info.url for info in there})), None)
         if missing is not None:
             name = next(iter(self.numbers[_folder(missing)]))
+            by = " by its name" if self._how == "auto" else ""
             raise ConfigError(
-                f"{_folder(missing)}/{name} is {format_of(name)} by its name, whose samples {INDEX_NAME} beside it "
+                f"{_folder(missing)}/{name} is {format_of(name, self._how)}{by}, whose samples {INDEX_NAME} beside it "
                 "describes, and there is none; upload it, or name another format"
             )
         return there
@@ -442,20 +488,21 @@ class _Folders:
                 order[sorted(ordered)] = ordered
 
 
-def _of_list(consumer: Consumer, url: str, *, is_nested: bool = False) -> Iterator[_Listed]:
-    (info,) = found = consumer.resolve([url], ())
-    if info.size > _LIST_BYTES_MAX:
-        raise ConfigError(
-            f"{url}: a list of {info.size} bytes, above {_LIST_BYTES_MAX}; name a prefix, or several lists"
-        )
-    consumer.attach(found)
-    for part in wids.parse(object_reader(consumer, 0, info.size)(0, info.size), info.url):
-        if isinstance(part, wids.Shards):
-            yield _named(consumer, part, url)
-        elif is_nested:
-            raise ConfigError(f"{url} is named by a list and names another, {part.url}; name the shards themselves")
-        else:
-            yield from _of_list(consumer, part.url, is_nested=True)
+def _of_lists(consumer: Consumer, url: str, how: str, *, is_nested: bool = False) -> Iterator[_Listed]:
+    """What the lists name that a URL or pattern stands for."""
+    for info in consumer.resolve([url], ()):
+        if info.size > _LIST_BYTES_MAX:
+            raise ConfigError(
+                f"{info.url}: a list of {info.size} bytes, above {_LIST_BYTES_MAX}; name a prefix, or several lists"
+            )
+        consumer.attach(ObjectTable.of([info]))
+        for part in wids.parse(object_reader(consumer, 0, info.size)(0, info.size), info.url):
+            if isinstance(part, wids.Shards):
+                yield _named(consumer, part, info.url)
+            elif is_nested:
+                raise ConfigError(f"{url} is named by a list and names another, {part.url}; name the shards themselves")
+            else:
+                yield from _of_lists(consumer, part.url, how, is_nested=True)
 
 
 def _named(consumer: Consumer, part: wids.Shards, list_url: str) -> _Listed:

@@ -76,12 +76,13 @@ class ShardTable:
         first_chunk: npt.NDArray[np.int64],
         chunk_bytes: int,
         sidecars: ObjectTable | None = None,
-        computed: ComputedFormat | None = None,
+        how: Format = "auto",
     ) -> None:
-        """`sidecars` are attached behind the manifest's objects; of a `computed` format they are what lies beside the
-        shards.
+        """`sidecars` are attached behind the manifest's objects; of a format `how` that is computed they are what lies
+        beside the shards.
         """
-        self._computed = computed
+        computed = self._computed = None if isinstance(how, str) else how
+        self._how = how if isinstance(how, str) else "auto"
         has_pieces = manifest.objects.pieces is not None
         self.pieces = PiecePlaces(manifest, first_chunk, chunk_bytes) if has_pieces else None
         self._manifest = manifest
@@ -268,7 +269,7 @@ class ShardTable:
         info = self._manifest.objects[object_no]
         first, end = int(self._first_chunk[object_no]), int(self._first_chunk[object_no + 1])
         piece = info if info.is_piece else None
-        indexer = indexer_for(info.url, info.size, self._descriptions.of(consumer, info.url), piece)
+        indexer = indexer_for(info.url, info.size, self._descriptions.of(consumer, info.url), piece, self._how)
         chunk = first
         while chunk < end and not indexer.done:
             start = (chunk - first) * self._chunk_bytes
@@ -306,9 +307,8 @@ def first_index(consumer: Consumer, urls: Sequence[str], how: Format, split: str
             continue
         attach(consumer, manifest, manifest.sidecars)
         places = manifest.first_chunk(consumer.chunk_bytes), consumer.chunk_bytes
-        computed = None if isinstance(how, str) else how
         try:
-            (found,) = ShardTable(manifest, *places, manifest.sidecars, computed).index(consumer, [0])
+            (found,) = ShardTable(manifest, *places, manifest.sidecars, how).index(consumer, [0])
         except ShardError as error:
             errors.append(error)
             continue

@@ -315,7 +315,7 @@ class Source:
                 self._first_chunk = self._manifest.first_chunk(chunk_bytes)
                 self._sidecars = find_sidecars(attached.consumer, self._manifest, self._options.index)
                 places = self._first_chunk, chunk_bytes
-                self._shards = ShardTable(self._manifest, *places, self._sidecars, self._options.computed)
+                self._shards = ShardTable(self._manifest, *places, self._sidecars, self._options.format)
             attached.attach(self._manifest, self._sidecars)
         except BaseException:
             attached.close()

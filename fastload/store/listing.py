@@ -15,6 +15,7 @@ import contextlib
 import functools
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,6 +24,7 @@ from braceexpand import braceexpand
 from fastload.errors import AccessDeniedError, ConfigError, FastloadError, ObjectMissingError, StoreError
 from fastload.redaction import redact
 from fastload.store import httpstore
+from fastload.store.packing import PACKED_ENDINGS, PACKED_TAR_ENDINGS
 from fastload.store.types import ObjectInfo, Store
 from fastload.store.urls import check_key, folder_without_slash, how_to_name, normalise, scheme, store_root
 
@@ -124,16 +126,30 @@ def _under(
     extra = [info for info in everything if _name(info) in beside]
     shards = [info for info in everything if ends_in(info.url, tuple(endings)) and _name(info) not in beside]
     if not shards:
-        kinds = ", ".join(endings)
-        there = [info.url.removeprefix(prefix) for info in everything]
-        held = f"{len(there)} other objects, the first: {', '.join(there[:_SHOWN])}" if there else "nothing at all"
-        cure = how_to_name(prefix)
-        if any(name.endswith(_NOT_UNPACKED) for name in there):
-            cure = "shards that are packed by lz4 or compress are not read, so pack them with zstd or gzip"
-        elif there:
-            cure += ", or pack its files into shards: tar --sort=name -cf train-000000.tar FOLDER"
-        raise ObjectMissingError(f"{prefix}: no shards ({kinds}) under this prefix, which holds {held}; {cure}")
+        raise ObjectMissingError(_no_shards(prefix, [info.url.removeprefix(prefix) for info in everything], endings))
     return shards + extra
+
+
+def _no_shards(prefix: str, there: list[str], endings: Sequence[str]) -> str:
+    """What a prefix has instead of shards, and what to do."""
+    plain = [each for each in endings if not each.endswith((*PACKED_ENDINGS, *PACKED_TAR_ENDINGS))]
+    kinds = ", ".join(plain) + (", and these packed, as in .gz" if len(plain) < len(endings) else "")
+    if not there:
+        return f"{prefix}: no shards ({kinds}) under this prefix, which holds nothing at all; {how_to_name(prefix)}"
+    by_ending = Counter(os.path.splitext(name)[1] or "without an ending" for name in there)
+    counts = ", ".join(f"{count} {ending}" for ending, count in by_ending.most_common(_SHOWN))
+    others = "other object" + "s" * (len(there) > 1)
+    held = f"{len(there)} {others} ({counts}), the first: {', '.join(there[:_SHOWN])}"
+    if any(name.endswith(_NOT_UNPACKED) for name in there):
+        cure = "shards that are packed by lz4 or compress are not read, so pack them with zstd or gzip"
+    elif ".bin" not in endings and (".bin" in by_ending or ".npy" in by_ending):
+        cure = "files of tokens (.bin, .npy) are read with format=fastload.formats.tokens(length, dtype=...)"
+    elif ".json" in by_ending:
+        cure = 'files of JSON lines that end in .json are read where they are named one by one, with format="jsonl"'
+    else:
+        pack = "or pack its files into shards: tar --sort=name -cf train-000000.tar FOLDER"
+        cure = f"{how_to_name(prefix)}, {pack}"
+    return f"{prefix}: no shards ({kinds}) under this prefix, which holds {held}; {cure}"
 
 
 @functools.lru_cache(maxsize=64)

@@ -165,7 +165,7 @@ def test_missing_members(names: Names, root: str) -> None:
 
 
 def test_nothing_there(names: Names, root: str) -> None:
-    with pytest.raises(ObjectMissingError, match=r"w/: no shards \(\.tar\).*1 other objects, the first: note\.txt"):
+    with pytest.raises(ObjectMissingError, match=r"w/: no shards \(\.tar\).*1 other object \(1 \.txt\), .*: note\.txt"):
         names("w/")
     with pytest.raises(ObjectMissingError, match=r"nowhere/: no shards .*nothing at all"):
         names("nowhere/")
