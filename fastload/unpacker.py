@@ -256,6 +256,36 @@ def _framed(source: _Source) -> Iterator[bytes]:
         raise DamagedError(f"its frames have {item} of {items} items")
 
 
+_TABLE_MAGIC = b"LDARW01\0"
+
+
+def _table(source: _Source) -> Iterator[bytes]:
+    """A chunk of LitData with the same table of Arrow, of which nothing is compressed."""
+    import pyarrow as pa
+
+    data = memoryview(source.read())
+    ends, head_bytes = len(data) - 12, 8 + 4 * int.from_bytes(data[:4], "little")
+    start = ends - int.from_bytes(data[max(0, ends) : ends + 4], "little")
+    if data[-8:] != _TABLE_MAGIC or not head_bytes <= start <= ends:
+        raise DamagedError("it has no table of Arrow at its end: it was cut short, or its index is another one's")
+    yield data[:head_bytes]  # type: ignore[misc]
+    part, out = pa.py_buffer(data[start:ends]), pa.BufferOutputStream()
+    try:
+        is_file = bytes(data[start : start + 6]) == b"ARROW1"
+        with pa.ipc.open_file(part) if is_file else pa.ipc.open_stream(part) as table:
+            batches = map(table.get_batch, range(table.num_record_batches)) if is_file else table
+            with pa.ipc.new_file(out, table.schema) as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
+    except pa.ArrowMemoryError as error:
+        raise MemoryError from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DamagedError(f"its table of Arrow: {error}") from error
+    made = out.getvalue()
+    yield memoryview(made)  # type: ignore[misc]
+    yield struct.pack("<I", made.size) + _TABLE_MAGIC
+
+
 _DECODERS = {"gzip": _Gzip, "bz2": bz2.BZ2Decompressor, "xz": lambda: lzma.LZMADecompressor(memlimit=1 << 30)}
 
 
@@ -263,8 +293,8 @@ def unpacked(source: _Source, packing: str, size: int) -> Iterator[bytes]:
     """The unpacked bytes, some at a time. DamagedError."""
     if packing in _DECODERS:
         return _members(source, _DECODERS[packing])
-    if packing == "ldfz":
-        return _framed(source)
+    if packing in ("ldfz", "ldarw"):
+        return _framed(source) if packing == "ldfz" else _table(source)
     return _snappy(source, size) if packing == "snappy" else _by_arrow(source, packing)
 
 

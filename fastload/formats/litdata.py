@@ -7,8 +7,8 @@
 All integers are little-endian. What the leaves are is not in a chunk but in `index.json` beside it: the serializer of
 each (`data_format`), and how they make a sample (`data_spec`, the pytree of torch as JSON). A leaf is a column, whose
 name is its path: `image`, `meta/id`, `0`. With zstd an item may be packed by itself. Chunks that are packed as a whole,
-or in frames of some items each, are unpacked before they come here (see `store.packing`); what is encrypted is refused
-by name.
+in frames of some items each, or as tables, are unpacked before they come here (see `store.packing`); what is encrypted
+is refused by name.
 
 Samples of nothing but strings, numbers and lists are written as a table: all items are empty, and behind them lie a
 table of Arrow (IPC), its size (u32) and `LDARW01` with a zero.
@@ -51,7 +51,7 @@ from fastload.formats.records import (
 )
 from fastload.formats.table_index import TableIndex
 from fastload.formats.zstd import unpacked
-from fastload.store.packing import FRAMES, packing_of
+from fastload.store.packing import FRAMES, TABLE, packing_of
 
 _TABLE_MAGIC = b"LDARW01\0"
 _TOKENS_LOADER = "TokensLoader"
@@ -115,6 +115,8 @@ def _listed(chunk: _Chunk, config: _Config) -> ListedShard:
         return ListedShard(name, (), samples, size if is_exact else -1)
     if config.compression_level == _IN_FRAMES:
         return ListedShard(name, (size,), samples, packing=FRAMES)
+    if config.ipc_compression:
+        return ListedShard(name, (size,), samples, packing=TABLE)
     return ListedShard(name, (size,) if is_exact else (size, size + 8 + 4 * samples), samples)
 
 
@@ -155,10 +157,10 @@ def _layout(index: _Index, url: str) -> bytes:
             f"{url}: its chunks hold tokens, whose windows are as long as you say; give "
             "format=fastload.formats.tokens(BLOCK_SIZE, overlap=0)"
         )
-    if config.ipc_compression:
+    if config.ipc_compression not in (None, "zstd", "lz4"):
         raise ConfigError(
-            f"{url}: its tables are compressed ({config.ipc_compression}), which fastload does not read yet; write "
-            "them without compression"
+            f"{url}: its tables are compressed by {config.ipc_compression}, which fastload does not know; write them "
+            'with compression="zstd", or without'
         )
     level = config.compression_level or "chunk"
     if config.compression and not (config.compression.partition(":")[0] == "zstd" and level in _LEVELS):

@@ -31,7 +31,10 @@ PACKED_TAR_ENDINGS = tuple(_OF_TARS)
 FRAMES = "ldfz"
 """LitData's chunks whose items are packed by zstd, some in each frame (see `unpacker`). Only their index says so."""
 
-PACKINGS = ("", "gzip", "zstd", "bz2", "xz", "brotli", "snappy", FRAMES)
+TABLE = "ldarw"
+"""LitData's chunks whose tables of Arrow are compressed. Only their index says so."""
+
+PACKINGS = ("", "gzip", "zstd", "bz2", "xz", "brotli", "snappy", FRAMES, TABLE)
 """How objects are packed; the numbers of these stand in tables and frames, so new ones come last."""
 
 RATIO_MAX, BYTES_ALWAYS = 1000, 1 << 30

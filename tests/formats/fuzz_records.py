@@ -46,7 +46,7 @@ from fastload.formats import (
 )
 from fastload.formats.pieces import in_pieces
 from fastload.formats.records import layout_of, read_layout, split
-from fastload.store.packing import FRAMES
+from fastload.store.packing import FRAMES, TABLE
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
 from tests.formats import fuzzing, protobuf, test_arrow_table, token_writer
@@ -319,6 +319,8 @@ class _Held(unpacker._Source):
         self._data, self._step, self.count = data, step, 0
 
     def read(self, count: int = -1) -> bytes:
+        if count < 0:
+            return self._data
         data = self._data[self.count : self.count + min(count, self._step)]
         self.count += len(data)
         return data
@@ -339,6 +341,25 @@ def check_frames(data: bytes, rng: random.Random) -> None:
     if packed == framed(chunk, 1):
         assert made == chunk
     assert litdata.LitDataIndexer(URL, len(made), _ANY_LAYOUT).feed(np.frombuffer(made, np.uint8), 0) is None
+
+
+def make_packed_table(rng: random.Random) -> bytes:
+    """A chunk with a compressed table, mostly damaged."""
+    rows = [
+        {"t": rng.choice(["", "text " * 99]), "w": rng.choice([None, ["a"] * 50])} for _ in range(rng.choice([1, 5]))
+    ]
+    ipc = test_arrow_table.table(rows, compression=rng.choice(["zstd", "lz4"]), stream=rng.random() < 0.3)
+    data = test_arrow_table.chunk(len(rows), ipc)
+    return changed(data, rng) if rng.random() < 0.8 else data
+
+
+def check_packed_table(data: bytes, rng: random.Random) -> None:
+    """It is unpacked to a chunk that is read as any, or refused."""
+    try:
+        made = b"".join(unpacker.unpacked(_Held(data, rng.choice([7, 1000])), TABLE, -1))
+    except (unpacker.DamagedError, MemoryError):
+        return
+    check_table(made, rng)
 
 
 # MDS's shards of text.
@@ -487,6 +508,7 @@ TARGETS = [
     fuzzing.Target("litdata", make_litdata, check_litdata),
     fuzzing.Target("lines", make_lines, check_lines, ("pages",)),
     fuzzing.Target("frames", make_frames, check_frames, ("pages",)),
+    fuzzing.Target("packed table", make_packed_table, check_packed_table, ("pages",)),
     fuzzing.Target("table", make_table, check_table, ("pages",)),
     fuzzing.Target("tokens", make_tokens, check_tokens),
     fuzzing.Target("token chunk", make_token_chunk, check_token_chunk, ("pages",)),

@@ -117,7 +117,7 @@ def chunk(count: int, ipc: bytes) -> bytes:
     return head + ipc + struct.pack("<I", len(ipc)) + b"LDARW01\0"
 
 
-def folder(tmp_path: Path, *chunks: bytes) -> str:
+def folder(tmp_path: Path, *chunks: bytes, **config: Any) -> str:
     """The URL of a folder with these chunks."""
     (tmp_path / "data").mkdir()
     counts = [int.from_bytes(data[:4], "little") for data in chunks]
@@ -126,7 +126,7 @@ def folder(tmp_path: Path, *chunks: bytes) -> str:
     listed = {
         f"chunk-0-{n}.bin": (len(data), count) for n, (data, count) in enumerate(zip(chunks, counts, strict=True))
     }
-    (tmp_path / "data" / "index.json").write_bytes(index_json(listed))
+    (tmp_path / "data" / "index.json").write_bytes(index_json(listed, **config))
     return f"{tmp_path}/data/"
 
 
@@ -213,6 +213,40 @@ def test_what_was_written_is_found(rows: list[dict[str, Any]], step: int, stream
     }
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+def test_tables_that_are_compressed_are_unpacked(
+    cache: fastload.Cache, tmp_path: Path, codec: str, stream: bool
+) -> None:
+    rows = [{"t": f"text {i} " * 40, "i": i, "w": ["a", None] * i} for i in range(20)]
+    made = chunk(20, table(rows, compression=codec, stream=stream))
+    url = folder(tmp_path, made, made, ipc_compression=codec)
+    samples = list(fastload.StreamingDataset(url, cache=cache, shuffle=False))
+    assert [{name: sample[name] for name in rows[0]} for sample in samples] == rows + rows
+    assert samples[-1]["__key__"] == "chunk-0-1.bin/19"
+
+
+def test_tables_that_are_compressed_and_damaged_are_errors_that_name_them(tmp_path: Path) -> None:
+    good = chunk(20, table([{"t": f"text {i} " * 40} for i in range(20)], compression="zstd"))
+    at = good.index(b"\x28\xb5\x2f\xfd", 200)
+    for number, (data, says) in enumerate(
+        [
+            (good[:-1], "it has no table of Arrow at its end"),
+            (good[:-12] + struct.pack("<I", 1 << 31) + b"LDARW01\0", "it has no table of Arrow"),
+            (b"\xff\xff\xff\xff" + good[4:], "it has no table of Arrow"),
+            (good[:at] + bytes(40) + good[at + 40 :], "its table of Arrow: "),
+            (struct.pack("<I", 19) + good[4:], "which no chunk of LitData does"),
+        ]
+    ):
+        (tmp_path / str(number)).mkdir()
+        url = folder(tmp_path / str(number), data, ipc_compression="zstd")
+        with (
+            fastload.Cache(tmp_path / f"c{number}", ram_bytes="16MiB", disk_bytes=0, service="inprocess") as cache,
+            pytest.raises(ShardError, match=rf"chunk-0-0\.bin.*({says})"),
+        ):
+            list(fastload.StreamingDataset(url, cache=cache))
+
+
 def test_numbers_of_all_kinds() -> None:
     for kind in ("int8", "uint16", "int32", "uint64", "float32", "float16"):
         values: Any = np.arange(7).astype(kind)
@@ -267,8 +301,8 @@ def test_a_damaged_table_is_an_error_that_names_it(data: bytes, says: str) -> No
     with pytest.raises(ShardError, match=says) as raised:
         index_of(data)
     assert URL in str(raised.value)
-    with pytest.raises(ConfigError, match=r"index\.json: its tables are compressed \(zstd\)"):
-        described_layout(index_json(ipc_compression="zstd"), "s3://b/index.json")
+    with pytest.raises(ConfigError, match=r"index\.json: its tables are compressed by brotli, which fastload does not"):
+        described_layout(index_json(ipc_compression="brotli"), "s3://b/index.json")
 
 
 NESTED = st.recursive(

@@ -105,6 +105,16 @@ def litdata_table(folder: Path, parts: Sequence[Sequence[int]]) -> None:
     (folder / "index.json").write_bytes(test_litdata.index_json(chunks))
 
 
+def litdata_table_zstd(folder: Path, parts: Sequence[Sequence[int]]) -> None:
+    chunks = {}
+    for number, part in enumerate(part for part in parts if part):
+        ipc = test_arrow_table.table([{"id": i, "text": text(i)} for i in part], compression="zstd")
+        data = test_arrow_table.chunk(len(part), ipc)
+        (folder / f"chunk-0-{number}.bin").write_bytes(data)
+        chunks[f"chunk-0-{number}.bin"] = len(data), len(part)
+    (folder / "index.json").write_bytes(test_litdata.index_json(chunks, ipc_compression="zstd"))
+
+
 def litdata_packed(how: str) -> Write:
     """Chunks that are packed as a whole, or in frames."""
 
@@ -140,6 +150,7 @@ FORMATS: dict[str, Write] = {
     "litdata table": litdata_table, "jsonl.gz": packed(jsonl, ".gz"), "mds.zstd": packed(mds, ".zstd"),
     "mds json": mds_lines("json"), "mds csv": mds_lines("csv"), "mds tsv.gz": packed(mds_lines("tsv"), ".gz"),
     "litdata.zstd": litdata_packed("chunk"), "litdata frames": litdata_packed("batch"),
+    "litdata table.zstd": litdata_table_zstd,
 }  # fmt: skip
 DECODERS: dict[str, dict[str, fastload.decode.Decoder]] = {
     "tar": {"id": fastload.decode.integer(), "text": fastload.decode.text()},
