@@ -76,6 +76,7 @@ _THOROUGH = (
     "bench/test_endurance.py::test_nothing_grows_with_epochs[inline]",
     "bench/test_endurance.py::test_nothing_grows_with_epochs[side]",
     "bench/test_endurance.py::test_nothing_grows_with_epochs[thread]",
+    "bench/test_endurance.py::test_nothing_grows_with_epochs[torch]",
     "benchmark/test_own.py::test_both_loaders_stand_side_by_side",
     "cli/test_cache.py::test_evicting[alone]",
     "cli/test_cache.py::test_verifying[alone]",
