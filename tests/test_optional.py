@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 import torch.utils.data
@@ -403,3 +405,47 @@ def test_one_column_of_several_names(tmp_path: Path) -> None:
             list(fastload.StreamingDataset(urls, cache=cache, shuffle=False, columns=["jpg;png;webp"]))
         with pytest.raises(ConfigError, match="'jpg;' is not a name"):
             fastload.StreamingDataset(urls, cache=cache, columns=["jpg;"])
+
+
+@pytest.mark.parametrize("shuffle", [False, True, "global"])
+def test_one_column_of_several_names_is_decoded(shuffle: bool | str, tmp_path: Path) -> None:
+    """The first that a sample has, as webdataset takes it, whichever names are in its shard."""
+    shards = [[["png"], ["png"]], [["jpg"], ["jpg", "png"], ["png", "jpg"]], [["txt"], ["webp"], ["jpg", "txt"]]]
+    urls, levels, stored, number = [], {}, [], 0
+    for shard in shards:
+        samples = {}
+        for names in shard:
+            found = {name: _picture(name, 10 * number + len(name + names[0])) for name in names}
+            samples[str(number)] = {"id": b"%d" % number, **{name: data for name, (data, _) in found.items()}}
+            levels[number] = next((found[name][1] / 255 for name in ("jpg", "png") if name in found), -1.0)
+            stored += [found[name][0] for name in ("jpg", "png") if name in found][:1] if len(urls) < 2 else []
+            number += 1
+        urls.append(str(tmp_path / f"{len(urls)}.tar"))
+        Path(urls[-1]).write_bytes(tar_of(samples))
+    with fastload.Cache(tmp_path / "cache", ram_bytes="32MiB", disk_bytes="64MiB", service="inprocess") as cache:
+        options: dict[str, Any] = {"cache": cache, "shuffle": shuffle}
+        decode = {"jpg;png?": fd.image(4, default=-1.0), "id": fd.integer()}
+        dataset = fastload.StreamingDataset(urls, **options, decode=decode)
+        batches = loaded(dataset, batch_size=3)
+        means = {
+            int(i): float(each.mean())
+            for batch in batches
+            for i, each in zip(batch["id"], batch["jpg;png"], strict=True)
+        }
+        assert means == pytest.approx(levels, abs=0.006)
+        assert float(dataset.take([3])["jpg;png"].mean()) == pytest.approx(levels[3], abs=0.006)
+        both = fastload.StreamingDataset(urls[:2], **options, columns=["jpg;png"], as_tuple=True)
+        assert sorted(bytes(value) for (value,) in both) == sorted(stored)
+        needed = {"jpg;png": fd.image(4)}
+        with pytest.raises(MissingColumnError, match=r"column 'jpg;png': the sample has no such"):
+            list(fastload.StreamingDataset(urls, **options, decode=needed))
+        with pytest.warns(UserWarning, match="skipped a sample"):
+            assert len(list(fastload.StreamingDataset(urls, **options, decode=needed, on_error="skip"))) == 6
+
+
+def _picture(name: str, level: int) -> tuple[bytes, int]:
+    """A grey one in that format, and its level; of what is no picture anything."""
+    pixels, out = np.full((8, 8, 3), level, np.uint8), io.BytesIO()
+    if name != "txt":
+        PIL.Image.fromarray(pixels).save(out, {"jpg": "JPEG"}.get(name, name))
+    return out.getvalue() or b"text", level
