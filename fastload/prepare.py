@@ -49,7 +49,7 @@ from fastload.errors import (
     WriteConflictError,
     from_wire,
 )
-from fastload.formats import Format, Index
+from fastload.formats import Format, Index, side_index
 from fastload.formats.splits import with_split
 from fastload.history.archive import Archive
 from fastload.history.library import WARMING
@@ -461,7 +461,9 @@ def index(
     with _writer(output, storage_options) as writer, handle.consumer(storage_options, "index") as consumer:
         listed = list_shards(consumer, urls, format_name, split, unlisted if skips_bad else None)
         # Of whole shards: what is indexed is of use to all that read them.
-        manifest = Manifest(listed.objects, promised=listed.promised, sidecars=listed.sidecars)
+        # And as the shards themselves say: what other tools left beside them proves nothing.
+        sidecars = [info for info in listed.sidecars if not info.url.endswith(side_index.ENDING)]
+        manifest = Manifest(listed.objects, promised=listed.promised, sidecars=sidecars)
         bad = list(map(str, unlisted))
         shard_count = len(manifest) + len(bad)
         attach(consumer, manifest, manifest.sidecars)

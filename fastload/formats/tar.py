@@ -29,7 +29,7 @@ from fastload.kernels import tarindex
 from fastload.kernels.grouping import group
 from fastload.kernels.tarindex import STATE_SIZE, scan
 
-__all__ = ["TarIndexer"]
+__all__ = ["HeaderReader", "TarIndexer", "index_of_members", "tail_bytes_max"]
 
 Number = TypeVar("Number", bound=np.generic)
 
@@ -142,8 +142,7 @@ class TarIndexer:
         self._ended = self._tail == self._size
 
     def _check_length_of_tail(self, mark: int) -> None:
-        record_bytes = max((each for each in _RECORDS_BYTES if self._size % each == 0 and self._found), default=10_240)
-        if self._size - mark > record_bytes + _END_MARK_BYTES:
+        if self._size - mark > tail_bytes_max(self._size if self._found else 0):
             raise ShardError(
                 f"{self._url}, offset {mark}: an end mark with {self._size - mark} bytes after it, where the object "
                 "should end: a copy that was interrupted, or archives that were joined; write it again"
@@ -199,12 +198,59 @@ class TarIndexer:
         at = int(self._state[tarindex.NAME_BYTES])
         return _text(self._names[at : at + int(self._state[tarindex.NAME_SHOWN])])
 
+    def single(self, headers: NDArray[np.uint8], start: int) -> tuple[bytes, str, int, int] | None:
+        """See `HeaderReader`; what was read before counts no more."""
+        state = self._state
+        state[:] = 0
+        state[[tarindex.PENDING_NAME, tarindex.PENDING_SIZE, tarindex.GLOBAL_NAME]] = -1
+        state[tarindex.POSITION] = start
+        self._tail = None
+        self.feed(headers, start)
+        if state[tarindex.MEMBERS] != 1 or self._tail is not None:
+            return None
+        folder, slash, base = self._names[: int(state[tarindex.NAME_BYTES])].tobytes().rpartition(b"/")
+        stem, _, column = base.partition(b".")
+        shown = column.decode("utf-8", "backslashreplace").lower()
+        return folder + slash + stem, shown, int(self._offsets[0]), int(self._sizes[0])
+
     def finish(self) -> ShardIndex:
         """The index; raises ShardError where a column is doubled. Only once `done`."""
         if not self._ended:
             raise ValueError(f"{self._url}: byte {self.next_offset} of {self._size} has not been fed yet")
         names, ends, offsets, sizes = _join(self._found)
         return _Grouping(self._url, names, ends).index(offsets, sizes, self._size)
+
+
+def tail_bytes_max(size: int) -> int:
+    """How many bytes an archive of this size may have behind its last member; of 0 bytes: one without members."""
+    record_bytes = max((each for each in _RECORDS_BYTES if size and size % each == 0), default=10_240)
+    return record_bytes + _END_MARK_BYTES
+
+
+def index_of_members(
+    url: str, names: list[bytes], offsets: NDArray[np.int64], sizes: NDArray[np.int64], object_size: int
+) -> ShardIndex:
+    """The index of an archive with these members, in the order of their data; raises ShardError as `finish` does."""
+    joined = np.frombuffer(b"".join(names), np.uint8)
+    return _Grouping(url, joined, np.cumsum([len(name) for name in names], dtype=np.int64)).index(
+        offsets, sizes, object_size
+    )
+
+
+class HeaderReader:
+    """Reads single members of an archive, of which only the headers are there. For one thread."""
+
+    def __init__(self, url: str, size: int) -> None:
+        self._indexer = TarIndexer(url, size)
+
+    def member(self, headers: NDArray[np.uint8], start: int) -> tuple[bytes, str, int, int] | None:
+        """The key, column, offset and size of the one member whose headers these are, from `start` on; None where there
+        is none, or more.
+        """
+        try:
+            return self._indexer.single(headers, start)
+        except ShardError:
+            return None  # what was wrong with the shard is said where it is walked over
 
 
 def _join(

@@ -245,6 +245,7 @@ class SampleGatherer:
         if is_keyed or self._columns.wants_keys():
             random_keys = sample_keys(self._seed, entry.epoch, entry.object_no, entry.sample_no)
         located = LocatedSamples(entry, self._live, self._urls)
+        self._prove(located)
         layout = located.layout()
         if layout is not None:
             return self._gather_typed(located, record_reader(layout), memory, random_keys)
@@ -284,7 +285,18 @@ class SampleGatherer:
                 values = self._record_parts(located).values
             return self._gatherer.lay_out(values).chunk_nos
         members = located.all_columns() if self._columns.members is None else self._columns.members
-        return self._gatherer.lay_out(located.values_of(members)[0]).chunk_nos
+        chunks = self._gatherer.lay_out(located.values_of(members)[0]).chunk_nos
+        for _, _, headers in located.unproven():
+            chunks = np.union1d(chunks, self._gatherer.lay_out(headers).chunk_nos)
+        return chunks
+
+    def _prove(self, located: LocatedSamples) -> None:
+        """Raise `ShardError` where an index that another tool left beside a shard is not right about these samples."""
+        for index, samples, headers in located.unproven():
+            layout = self._gatherer.lay_out(headers)
+            data = np.empty(int(layout.out_offset[0, -1]), np.uint8)
+            self._gatherer.fill(layout, [data])
+            index.prove(samples, data, layout.out_offset[0])
 
     def _names(self, located: LocatedSamples) -> tuple[str, ...]:
         """The columns of these samples: those that were named, or all, which have to be the same in all shards."""

@@ -33,6 +33,7 @@ from fastload.formats import (
     may_be_beside,
     may_be_indexed,
     named_format,
+    side_index,
     token_shards,
     wids,
 )
@@ -329,12 +330,16 @@ def _parts(consumer: Consumer, urls: list[str], are_lists: bool, how: str, prefi
 
 
 def _of_names(consumer: Consumer, urls: list[str], how: str, prefixes: Prefixes) -> _Listed:
-    found = consumer.resolve(urls, endings_of(how), beside=[SIDECAR_NAME, INDEX_NAME, *_ENERGONS])
+    beside = [SIDECAR_NAME, INDEX_NAME, *_ENERGONS, "*" + side_index.ENDING]
+    found = consumer.resolve(urls, endings_of(how), beside=beside)
     named = [(url, url.rpartition("/")[2]) for rows in found.rows() for url, *_ in rows]
     is_sidecar = np.array([name == SIDECAR_NAME for _, name in named], np.bool_)
     is_index = np.array([name == INDEX_NAME for _, name in named], np.bool_)
     is_energons = np.array([name in _ENERGONS and url.startswith(prefixes.prefixes) for url, name in named], np.bool_)
-    is_shard = ~(is_sidecar | is_index | is_energons)
+    is_side_index = np.array(
+        [name.endswith(side_index.ENDING) and url.startswith(prefixes.prefixes) for url, name in named], np.bool_
+    )
+    is_shard = ~(is_sidecar | is_index | is_energons | is_side_index)
     if how == "auto":
         is_shard[_beside_shards([url for url, _ in named], prefixes.prefixes)] = False
     there = found if is_shard.all() else found.take(np.flatnonzero(is_shard))
@@ -352,7 +357,8 @@ def _of_names(consumer: Consumer, urls: list[str], how: str, prefixes: Prefixes)
         folders.note(info.url, listed_shards(_read(consumer, info), info.url), counts, order, is_whole=False)
     _check_packed(shards, prefixes.prefixes)
     described = [info for info in (*indexes, *of_named) if _folder(info.url) in folders.described | folders.digested]
-    sidecars = ObjectTable.joined([found.take(np.flatnonzero(is_sidecar)), ObjectTable.of(described)])
+    side_indexes = _side_indexes(found.take(np.flatnonzero(is_side_index)), shards, counts, how)
+    sidecars = ObjectTable.joined([found.take(np.flatnonzero(is_sidecar)), ObjectTable.of(described), side_indexes])
     shards = folders.shards()
     ordered = shards.take(order) if (np.diff(order) < 0).any() else shards
     places = np.argsort(order)
@@ -385,6 +391,20 @@ def _check_packed(shards: ObjectTable, prefixes: tuple[str, ...]) -> None:
                 f"{other} and {url} have the same samples by their names, one of them packed; delete one of both, or "
                 f"name the shards that you want by a pattern, such as {_folder(url)}/{{a,b,c}}.ENDING"
             )
+
+
+def _side_indexes(found: ObjectTable, shards: ObjectTable, counts: npt.NDArray[np.int64], how: str) -> ObjectTable:
+    """Those of shards of which nothing else says how many samples they hold."""
+    if not len(found):
+        return found
+    urls = (url for rows in shards.rows() for url, *_ in rows)
+    wanted = {
+        name
+        for url, count in zip(urls, counts.tolist(), strict=True)
+        if count < 0 and not packing_of(url)
+        for name in side_index.names_beside(url, format_of(url, how))
+    }
+    return ObjectTable.of(info for info in found if info.url in wanted)
 
 
 def _folder(url: str) -> str:

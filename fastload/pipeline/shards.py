@@ -15,6 +15,9 @@ beside the shards, and the service knows neither them nor the counts, which depe
 Samples that the manifest excludes are taken out of an index here, each time that it comes from somewhere: what is
 stored, and what the service knows, is of whole shards.
 
+Indexes that other tools left beside single shards come last (`side_indexes`). They are not believed before the shard
+itself confirms them, and so the service gets neither them nor their counts.
+
 Counts may be known beforehand, from a sidecar or because a list of shards promises them. Plans that were made with them
 cannot be corrected if they turn out wrong, so that is an error.
 """
@@ -22,8 +25,7 @@ cannot be corrected if they turn out wrong, so that is an error.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -33,7 +35,7 @@ import numpy.typing as npt
 
 from fastload import callers, protocol
 from fastload.client.consumer import Consumer
-from fastload.errors import ShardError, StoreError
+from fastload.errors import ConfigError, ShardError, StoreError
 from fastload.formats import (
     ComputedFormat,
     Described,
@@ -43,9 +45,11 @@ from fastload.formats import (
     StoredIndex,
     described,
     indexer_for,
+    side_index,
     stored_index,
 )
 from fastload.formats.digests import fastest
+from fastload.formats.side_index import UnprovenIndex
 from fastload.pipeline.pieces import PiecePlaces
 from fastload.pipeline.shard_listing import (
     all_of,
@@ -55,10 +59,11 @@ from fastload.pipeline.shard_listing import (
     list_one_by_one,
     object_reader,
 )
+from fastload.pipeline.side_files import SideFiles
+from fastload.pipeline.side_indexes import SideIndexes
 from fastload.pipeline.windows import window_chunks
 from fastload.plan import Manifest
 from fastload.store.table import ObjectTable
-from fastload.store.types import ObjectInfo
 
 if TYPE_CHECKING:
     from fastload.formats.sidecar import SidecarSummary
@@ -97,7 +102,10 @@ class ShardTable:
         )
         self._beside = {info.url: number for number, info in enumerate(files.infos)} if computed is not None else {}
         self._files = files
-        of_indexes, descriptions = files.divided(lambda info: computed is None and not is_description(info.url))
+        of_shards, others = files.divided(lambda info: computed is None and info.url.endswith(side_index.ENDING))
+        of_indexes, descriptions = others.divided(lambda info: computed is None and not is_description(info.url))
+        self._side_indexes = SideIndexes(manifest, of_shards, self._how)
+        self.unproven: set[int] = set()  # shards of which what is known here may be wrong
         self._sidecars = Sidecars(manifest, of_indexes) if len(of_indexes.infos) else None
         self._descriptions = Descriptions(descriptions)
         self._promised = np.full(len(manifest), -1, np.int64) if manifest.promised is None else manifest.promised.copy()
@@ -154,6 +162,10 @@ class ShardTable:
             of_sidecars = self._sidecars.counts(consumer)
             self._promised = np.where(of_sidecars >= 0, of_sidecars, self._promised)
             self._promised[excluded] = -1
+        if is_needed:
+            unknown = np.flatnonzero((counts < 0) & (self._promised < 0) & self._manifest.is_there)
+            unknown = np.setdiff1d(unknown, np.array(excluded, np.int64))
+            self._promised[unknown] = self._side_indexes.counts(consumer, unknown)
         known = np.flatnonzero(counts >= 0)
         self._check_promises(known, counts[known])
         counts = np.where(counts >= 0, counts, self._promised)
@@ -183,7 +195,9 @@ class ShardTable:
         excluded = self._manifest.excluded.get(object_no)
         if excluded is None:
             return index
-        assert isinstance(index, ShardIndex), "single samples are excluded from tars"
+        if not isinstance(index, ShardIndex):
+            url = self._manifest.objects[object_no].url
+            raise ConfigError(f"{url} is no tar, and single samples are left out of tars only; leave out whole shards")
         keys = {key.encode("utf-8", "surrogateescape") for key in excluded}
         there = index.sample_keys()
         found = np.array([key in keys for key in there], np.bool_)
@@ -214,9 +228,11 @@ class ShardTable:
         promised = self._promised[object_nos]
         wrong = np.flatnonzero((promised >= 0) & (promised != counts))
         if len(wrong):
-            url = self._manifest.objects[int(object_nos[wrong[0]])].url
+            number = int(object_nos[wrong[0]])
+            beside = self._side_indexes.url_of(number)
+            where = "the list of shards or the index file that names it" if beside is None else f"its index {beside}"
             raise ShardError(
-                f"{url} holds {counts[wrong[0]]} samples, but the list of shards or the index file that names it says "
+                f"{self._manifest.objects[number].url} holds {counts[wrong[0]]} samples, but {where} says "
                 f"{promised[wrong[0]]}; correct it, or pass the shards without it"
             )
 
@@ -232,6 +248,8 @@ class ShardTable:
             except BaseException:
                 consumer.give_up_indexes([number for number in make if number not in found])
                 raise
+            if unproven := [number for number in make if isinstance(found[number], UnprovenIndex)]:
+                consumer.give_up_indexes(unproven)
             left = (number for number in object_nos if number not in found)
             some = list(islice(left, protocol.INDEXES_TO_MAKE))
         return found
@@ -258,6 +276,11 @@ class ShardTable:
             return found
         index = self._sidecars.index(consumer, object_no) if self._sidecars is not None else None
         if index is None:
+            unproven = self._side_indexes.index(consumer, object_no)
+            if unproven is not None:
+                with self._lock:
+                    self.unproven.add(object_no)
+                return unproven
             index = self._parse(consumer, object_no)
         consumer.put_index(object_no, index.to_bytes())
         return index
@@ -319,34 +342,6 @@ def first_index(consumer: Consumer, urls: Sequence[str], how: Format, split: str
 
 
 Ints = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SideFiles:
-    """Attached files, and the number of each one's first chunk and how many chunks it has."""
-
-    infos: ObjectTable
-    first_chunk: Ints
-    chunk_counts: Ints
-
-    @classmethod
-    def behind(cls, first_chunk: int, chunk_bytes: int, files: ObjectTable) -> SideFiles:
-        """Those that are attached from that chunk on."""
-        counts: Ints = -(-files.sizes // chunk_bytes)
-        return cls(files, first_chunk + np.cumsum(counts) - counts, counts)
-
-    def divided(self, is_first: Callable[[ObjectInfo], bool]) -> tuple[SideFiles, SideFiles]:
-        """Those for which that holds, and the others."""
-        mask = np.array([is_first(info) for info in self.infos], np.bool_)
-        first, others = (
-            SideFiles(self.infos.take(at), self.first_chunk[at], self.chunk_counts[at])
-            for at in map(np.flatnonzero, (mask, ~mask))
-        )
-        return first, others
-
-    def read_at(self, consumer: Consumer, number: int) -> Callable[[int, int], bytes]:
-        """Reads parts of one of them: `read_at(start, length)`."""
-        return object_reader(consumer, int(self.first_chunk[number]), self.infos[number].size)
 
 
 class Descriptions:

@@ -272,6 +272,8 @@ class Source:
             self._unsent.clear()  # they depend on arguments
         if self._manifest is not None:
             self._unsent.difference_update(self._manifest.excluded)  # of these, it keeps what the whole shard holds
+        if self._shards is not None:
+            self._unsent.difference_update(self._shards.unproven)
         if self._unsent and attached.manifest is self._manifest:
             numbers = np.array(sorted(self._unsent), np.int32)
             attached.consumer.put_counts(numbers, self._counts_here()[numbers])

@@ -8,7 +8,7 @@ live and given back once no batch can need them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 
@@ -27,6 +27,7 @@ from fastload.formats import (
     record_reader,
 )
 from fastload.formats.record_index import RECORD
+from fastload.formats.side_index import UnprovenIndex
 from fastload.kernels.rows import append_keys, find_rows, look_up
 from fastload.kernels.yielding import yield_state
 from fastload.pipeline.columns import shown
@@ -92,6 +93,7 @@ class Window:
     _columns: tuple[str, ...] | None = field(init=False, default=None)
     # How its samples are laid out, each with the number of the first object that has it; of shards of members nothing.
     layouts: dict[bytes, int] = field(init=False, default_factory=dict)
+    unproven: list[tuple[int, int, UnprovenIndex]] = field(init=False)  # with first row and first chunk
     is_packed: bool = field(init=False)  # records are put together of parts
     _parts: _PartTable | None = field(init=False, default=None)
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
@@ -100,6 +102,8 @@ class Window:
         self.counts = np.array([index.sample_count for index in self.indexes], np.int64)
         self._member_count = sum(index.member_count for index in self.indexes)
         self._base = np.concatenate([[0], np.cumsum(self.counts)])
+        places = zip(self._base.tolist(), self.first_chunk.tolist(), self.indexes, strict=False)
+        self.unproven = [(row, chunk, index) for row, chunk, index in places if isinstance(index, UnprovenIndex)]
         self.is_packed = any(isinstance(index, PackedIndex) for index in self.indexes)
         for index, number in zip(self.indexes, self.object_nos.tolist(), strict=True):
             if not isinstance(index, ShardIndex):
@@ -348,6 +352,21 @@ class LocatedSamples:
                     "decode={...}, and write 'txt?' for one that samples may lack"
                 )
         return self.present()
+
+    def unproven(self) -> Iterator[tuple[UnprovenIndex, Ints, Values]]:
+        """Of each shard whose index has to be proven which of these samples are not yet, and where the headers of their
+        members lie.
+        """
+        for window, _, rows in self._parts:
+            for first_row, first_chunk, index in window.unproven:
+                samples = rows - first_row
+                samples = np.unique(samples[(samples >= 0) & (samples < index.sample_count)])
+                samples = samples[~index.is_proven[samples]]
+                if len(samples):
+                    members = index.members_of(samples)
+                    start = index.header_start[members][None]
+                    size = index.member_offset[members][None] - start
+                    yield index, samples, Values(np.full_like(start, first_chunk), start, size)
 
     def values_of(self, columns: tuple[str, ...]) -> tuple[Values, int]:
         """Where the values of these columns lie, offset -1 where a sample has none, and how many of these there are."""

@@ -46,8 +46,8 @@ def resolve(
 
     `open_store(url)` gives the store that serves a URL; it stays the caller's, is only called by this thread, and may
     give the same one for several URLs of a root. `endings` are the names' ends by which a prefix knows shards (a "#" in
-    them is a number); objects called one of `beside` come along with the shards of a prefix. An
-    object that is named twice comes twice.
+    them is a number); objects called one of `beside` come along with the shards of a prefix, and with "*.idx" those
+    that end so. An object that is named twice comes twice.
 
     Raises `ObjectMissingError` for a pattern with missing members (naming the first) and for a prefix
     without shards (saying what was there), `ConfigError` for a pattern that cannot be read or that expands
@@ -123,8 +123,14 @@ def _under(
     prefix: str, open_store: Callable[[str], Store], endings: Sequence[str], beside: Sequence[str]
 ) -> list[ObjectInfo]:
     everything = list(open_store(prefix).list(prefix))
-    extra = [info for info in everything if _name(info) in beside]
-    shards = [info for info in everything if ends_in(info.url, tuple(endings)) and _name(info) not in beside]
+    ends = tuple(each[1:] for each in beside if each.startswith("*"))
+    is_beside = [_name(info) in beside or info.url.endswith(ends) for info in everything]
+    extra = [info for info, is_extra in zip(everything, is_beside, strict=True) if is_extra]
+    shards = [
+        info
+        for info, is_extra in zip(everything, is_beside, strict=True)
+        if not is_extra and ends_in(info.url, tuple(endings))
+    ]
     if not shards:
         raise ObjectMissingError(_no_shards(prefix, [info.url.removeprefix(prefix) for info in everything], endings))
     return shards + extra

@@ -21,11 +21,13 @@ import pyarrow as pa
 import xxhash
 
 from fastload.errors import ConfigError, ShardError
-from fastload.formats import ShardIndex, wids
+from fastload.formats import ShardIndex, energon, side_index, wids
 from fastload.formats.shard_index import HEADER_BYTES, stored_sample_count
 from fastload.formats.sidecar import SCHEMA, read_summary
-from tests.formats import fuzzing
+from fastload.store.types import ObjectInfo
+from tests.formats import fuzzing, protobuf
 from tests.formats.archives import URL, Member, index, members_of, write
+from tests.formats.side_indexes import dalis, dalis_of_records, energons
 
 NUMBERS = [-1, 0, 1, 2, 3, 127, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 62), (1 << 63) - 1, -(1 << 63)]
 _SHARDS = [
@@ -231,10 +233,94 @@ def check_part(part: wids.Shards | wids.WidsSource, place: str) -> None:
         assert "://" not in place or ("://" in url and not url.lower().startswith("file:")), url
 
 
+# Indexes of other tools, and Energon's files.
+
+_RECORDS = [protobuf.tfrecord([data[:600], b"", data[:9]]) for data in _SHARDS]
+_SIDES = [write_index(data) for data in _SHARDS for write_index in (dalis, energons)]
+_SIDES += map(dalis_of_records, _RECORDS)
+
+
+def make_side(rng: random.Random) -> bytes:
+    """The number of a shard, and an index that is damaged in its bytes or its numbers."""
+    number = rng.randrange(2 * len(_SHARDS))
+    own = (number % len(_SHARDS)) * 2 + rng.randrange(2) if number < len(_SHARDS) else number + len(_SHARDS)
+    data = _SIDES[own] if rng.random() < 0.9 else rng.choice(_SIDES)
+    if rng.random() < 0.6:
+        data = changed(data, rng)
+    else:
+        words = data.split(b" ")
+        at = rng.randrange(len(words))
+        words[at] = rng.choice([str(rng.choice([*NUMBERS, 512, 1024])).encode(), words[rng.randrange(len(words))]])
+        data = b" ".join(words)
+    return bytes([number]) + data
+
+
+def check_side(data: bytes, rng: random.Random) -> None:
+    """Read as the index of that shard, and what it says proven by the shard's own headers."""
+    shard = [*_SHARDS, *_RECORDS][data[0] % (2 * len(_SHARDS))]
+    kind = "tar" if data[0] < len(_SHARDS) else "tfrecord"
+    with expected(ShardError, "a.idx"):
+        found = side_index.read(data[1:], "a.idx", ObjectInfo(URL, len(shard)), kind)
+        if isinstance(found, int):
+            assert 0 <= found <= len(shard), found
+        else:
+            check_unproven(found, shard)
+
+
+def check_unproven(found: side_index.UnprovenIndex, shard: bytes) -> None:
+    """It stays within the shard, and what the shard confirms of it is so."""
+    check_found(found, len(shard))
+    assert np.all((found.header_start >= 0) & (found.header_start + 512 <= found.member_offset))
+    samples = np.arange(found.sample_count)
+    parts = [shard[start:end] for start, end in zip(found.header_start, found.member_offset, strict=True)]
+    ends = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+    found.prove(samples, np.frombuffer(b"".join(parts), np.uint8), ends)
+    true = index(shard)
+    members = [(true.key(sample), member) for sample in range(true.sample_count) for member in _of(true, sample)]
+    assert all((found.key(sample), member) in members for sample in samples for member in _of(found, sample))
+
+
+def _of(found: ShardIndex, sample: int) -> list[tuple[str, int, int]]:
+    own = range(found.member_start[sample], found.member_start[sample + 1])
+    places = found.member_offset.tolist(), found.member_size.tolist()
+    return [(found.columns[found.member_column[at]], places[0][at], places[1][at]) for at in own]
+
+
+_SPLITS = [
+    b"exclude:\n- shards/b.tar\n- shards/a.tar/001\nsplit_parts:\n  train: ['shards/{a,b}.tar']\n  val:\n  - x.tar\n",
+    b"split_parts: {train: ['{000..012}.tar', a.tar], no: []}\nexclude: [a.tar/in/b, '{000..003}.tar']\n",
+    b'{"split_parts": {"train": ["a.tar"]}, "exclude": ["a.tar/1"], "shard_counts": {"a.tar": 12}}',
+]
+
+
+def make_splits(rng: random.Random) -> bytes:
+    """A split file that is damaged."""
+    data = rng.choice(_SPLITS)
+    if rng.random() < 0.3:
+        at, deep = rng.randrange(len(data)), rng.choice([b"{", b"[", b"- ", b"{a,", b"{0..99999999999}", b"&a *a "])
+        data = data[:at] + deep * rng.choice([1, 3, 100, 3000]) + data[at:]
+    return changed(data, rng)
+
+
+def check_splits(data: bytes, rng: random.Random) -> None:
+    """Read as YAML and as JSON; all that is then said of splits are names of some number."""
+    for url in ("d/.nv-meta/split.yaml", "d/.nv-meta/split.json"):
+        with expected(ConfigError, url):
+            found = energon.Splits.read(data, url)
+            for split in found.parts:
+                names = found.shards(split)
+                assert all(isinstance(name, str) for name in names)
+                assert set(found.samples(names)) <= set(names)
+        with expected(ConfigError, url):
+            assert all(0 <= count < 1 << 63 for count in energon.counts(data, url).values())
+
+
 TARGETS = [
     fuzzing.Target("index", make_index, check_index, ("pages",)),
     fuzzing.Target("sidecar", make_sidecar, check_sidecar, ("pages",)),
     fuzzing.Target("list", make_list, check_list, ("pages",)),
+    fuzzing.Target("side", make_side, check_side, ("pages", "bounds")),
+    fuzzing.Target("splits", make_splits, check_splits, ("pages",)),
 ]
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from fastload import prepare
 from fastload.client import Handle as Cache
 from tests.formats import protobuf, test_arrow_table, test_litdata, test_mds
 from tests.formats.packing import PACK, framed, pack_folder
+from tests.formats.side_indexes import dalis, energons
 from tests.shards import tar_of
 
 LIMITS: dict[str, Any] = {
@@ -137,6 +138,13 @@ def litdata_packed(how: str) -> Write:
     return written
 
 
+def tar_with_indexes(folder: Path, parts: Sequence[Sequence[int]]) -> None:
+    tar(folder, parts)
+    for path in list(folder.iterdir()):
+        ending, write = (".tar.idx", energons) if path.stem == "2" else (".idx", dalis)
+        path.with_suffix(ending).write_bytes(write(path.read_bytes()))
+
+
 def packed(write: Write, ending: str) -> Write:
     def packed_too(folder: Path, parts: Sequence[Sequence[int]]) -> None:
         write(folder, parts)
@@ -146,7 +154,7 @@ def packed(write: Write, ending: str) -> Write:
 
 
 FORMATS: dict[str, Write] = {
-    "tar": tar, "jsonl": jsonl, "mds": mds, "tfrecord": tfrecord, "litdata": litdata,
+    "tar": tar, "tar, indexes": tar_with_indexes, "jsonl": jsonl, "mds": mds, "tfrecord": tfrecord, "litdata": litdata,
     "litdata table": litdata_table, "jsonl.gz": packed(jsonl, ".gz"), "mds.zstd": packed(mds, ".zstd"),
     "mds json": mds_lines("json"), "mds csv": mds_lines("csv"), "mds tsv.gz": packed(mds_lines("tsv"), ".gz"),
     "litdata.zstd": litdata_packed("chunk"), "litdata frames": litdata_packed("batch"),
@@ -154,6 +162,7 @@ FORMATS: dict[str, Write] = {
 }  # fmt: skip
 DECODERS: dict[str, dict[str, fastload.decode.Decoder]] = {
     "tar": {"id": fastload.decode.integer(), "text": fastload.decode.text()},
+    "tar, indexes": {"id": fastload.decode.integer(), "text": fastload.decode.text()},
     "jsonl": {"id": fastload.decode.integer(), "text": fastload.decode.json()},
     "tfrecord": {"id": fastload.decode.flat("int64", ()), "text": fastload.decode.text()},
 }

@@ -84,6 +84,10 @@ def test_what_lies_beside_the_shards_of_a_prefix(root: str, pool: Pool) -> None:
         "README",
         "val-0.tar",
     ]
+    assert found("t/", ("*0.tar",)) == [name for name in shards if not name.endswith("0.tar")] + [
+        name for name in shards if name.endswith("0.tar")
+    ]
+    assert found("t/", ("*ADME", "*.idx")) == [*shards, "README"]
     assert found("t/train-{000..001}.tar", ("README",)) == ["train-000.tar", "train-001.tar"]
     with pytest.raises(ObjectMissingError, match="no shards"):
         found("w/", ("note.txt",))
