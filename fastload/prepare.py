@@ -87,9 +87,9 @@ class WarmJob:
     format: Format = "auto"
     split: str | None = None
 
-    def list_shards(self, consumer: Consumer) -> Manifest:
+    def list_shards(self, consumer: Consumer, bad: dict[str, ShardError] | None = None) -> Manifest:
         """The shards as they are now."""
-        return list_shards(consumer, self.urls, self.format, self.split)
+        return list_shards(consumer, self.urls, self.format, self.split, bad)
 
     @property
     def names(self) -> list[str]:
@@ -163,7 +163,7 @@ def warm(
     """Fill `cache` for one epoch of a job. Blocks until everything is there, or the cache is full.
 
     Raises the errors of listing, fetching and indexing, as a job would; where `terms.goes_on`, those of listing only,
-    and shards that cannot be had are `failed`. `pin` is set before anything is fetched, so that
+    and shards that cannot be had or unpacked are `failed`. `pin` is set before anything is fetched, so that
     what comes has room and stays. Operators see the data under `label`, or the pin's name.
     """
     checked_urls(job.urls)
@@ -171,7 +171,8 @@ def warm(
     urls, storage_options = apart(job.urls, storage_options)
     job = replace(job, urls=urls)
     with handle.consumer(storage_options, WARMING) as consumer:
-        manifest = _manifest(consumer, job)
+        unlisted: dict[str, ShardError] | None = {} if terms.goes_on else None
+        manifest = _manifest(consumer, job, unlisted)
         sidecars = find_sidecars(consumer, manifest, job.index)
         attach(consumer, manifest, sidecars)
         order = job.order.settled(job.ranks, handle.limits.ram_bytes)
@@ -203,7 +204,7 @@ def warm(
         progress.held_bytes,
         progress.fetched_bytes,
         sample_count=sample_count,
-        failed=counter.failed | _failed(progress),
+        failed=dict(unlisted or {}) | counter.failed | _failed(progress),
     )
 
 
@@ -332,10 +333,12 @@ def warm_run(
     )
 
 
-def _manifest(consumer: Consumer, job: WarmJob) -> Manifest:
-    """The list of shards that the job will read, which is frozen where it is in a file."""
+def _manifest(consumer: Consumer, job: WarmJob, bad: dict[str, ShardError] | None) -> Manifest:
+    """The list of shards that the job will read, which is frozen where it is in a file. `bad`: see `list_shards`; a
+    file is of all shards.
+    """
     if job.manifest_file is None:
-        return job.list_shards(consumer)
+        return job.list_shards(consumer, bad)
     return shared_manifest(job.manifest_file, job.names, is_first=True, list_shards=lambda: job.list_shards(consumer))
 
 
@@ -457,14 +460,14 @@ def index(
     checked_urls(urls)
     handle = handle_of(cache)
     urls, storage_options = apart(urls, storage_options)
-    unlisted: list[ShardError] = []
+    unlisted: dict[str, ShardError] = {}
     with _writer(output, storage_options) as writer, handle.consumer(storage_options, "index") as consumer:
         listed = list_shards(consumer, urls, format_name, split, unlisted if skips_bad else None)
         # Of whole shards: what is indexed is of use to all that read them.
         # And as the shards themselves say: what other tools left beside them proves nothing.
         sidecars = [info for info in listed.sidecars if not info.url.endswith(side_index.ENDING)]
         manifest = Manifest(listed.objects, promised=listed.promised, sidecars=sidecars)
-        bad = list(map(str, unlisted))
+        bad = list(map(str, unlisted.values()))
         shard_count = len(manifest) + len(bad)
         attach(consumer, manifest, manifest.sidecars)
         counts = consumer.get_counts(range(len(manifest)))

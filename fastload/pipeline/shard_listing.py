@@ -71,7 +71,7 @@ def list_shards(
     urls: Sequence[str],
     how: Format = "auto",
     split: str | None = None,
-    bad: list[ShardError] | None = None,
+    bad: dict[str, ShardError] | None = None,
 ) -> Manifest:
     """The manifest of `urls`, in their order, of which prefixes stand for the shards of this format under them, or with
     `split` for those of that split. It replaces the objects that `consumer` is attached to. Large files are there in
@@ -80,16 +80,16 @@ def list_shards(
     A URL that ends in ".json" is a list of shards (see `wids`), unless it is JSON lines by `how`. Raises the errors of
     the store, and `ConfigError` for lists that cannot be used, and for splits that are not there, or of which none is
     named. ShardError, which names all, where packed shards cannot be unpacked; with `bad`, these are left out, and what
-    is wrong with each is put there.
+    is wrong with each is put there, by its URL.
     """
     prefixes = Prefixes.of(urls, split)
     if not isinstance(how, str):
         return _list_computed(consumer, urls, how, prefixes)
     listed, failed = _with_sizes(consumer, _listed(consumer, urls, how, prefixes))
     if bad is not None:
-        bad += failed
+        bad |= failed
     elif failed:
-        raise all_of(failed, "packed shards")
+        raise all_of([*failed.values()], "packed shards")
     return _manifest(listed, how)
 
 
@@ -106,7 +106,7 @@ def list_one_by_one(
     listed = _listed(consumer, urls, how, prefixes)
     for number in range(len(listed.shards)):
         one, failed = _with_sizes(consumer, _only(listed, np.array([number])))
-        yield failed[0] if failed else _manifest(one, how)
+        yield next(iter(failed.values())) if failed else _manifest(one, how)
 
 
 def all_of(errors: Sequence[ShardError], what: str) -> ShardError:
@@ -267,17 +267,17 @@ def _packings(shards: ObjectTable) -> npt.NDArray[np.int64]:
     return found
 
 
-def _with_sizes(consumer: Consumer, listed: _Listed) -> tuple[_Listed, list[ShardError]]:
+def _with_sizes(consumer: Consumer, listed: _Listed) -> tuple[_Listed, dict[str, ShardError]]:
     """Find out the unpacked sizes that are not known, at worst by unpacking (see `service.unpacked_sizes`). Those that
-    cannot be unpacked are left out, and what is wrong with each comes beside.
+    cannot be unpacked are left out, and what is wrong with each comes beside, by its URL.
     """
     unknown = np.flatnonzero((_packings(listed.shards) > 0) & (listed.unpacked_sizes < 0))
     if not len(unknown):
-        return listed, []
+        return listed, {}
     consumer.attach(listed.shards.take(unknown))
     listed.unpacked_sizes[unknown], bad = consumer.unpacked_sizes()
     kept = np.delete(np.arange(len(listed.shards)), unknown[list(bad)])
-    return _only(listed, kept), list(bad.values())
+    return _only(listed, kept), {listed.shards[int(unknown[at])].url: error for at, error in bad.items()}
 
 
 def _inside(listed: ObjectTable, sizes: npt.NDArray[np.int64]) -> ObjectTable:

@@ -200,8 +200,9 @@ class Unpacking:
     def measure(self, key: str, info: ObjectInfo, packing: str) -> int:
         """How many bytes a stored object has unpacked. ShardError, and the store's errors."""
         kept_max = self._hold(info)
-        file = self._make_file(0) if kept_max else None
+        file: int | None = None
         try:
+            file = self._make_file(0) if kept_max else None
             part = self.children.part_of(key, info, lambda: watch.Watch(lambda attempt: None))
             size = self.children.unpack(info, packing, part, file, kept_max=kept_max)
             if file is not None and size and os.fstat(file).st_size == size:

@@ -69,7 +69,7 @@ class Children:
         self._read, self._silent_s = read, silent_s
         self._changed = threading.Condition()
         self._idle: list[_Child] = []
-        self._busy_count = 0
+        self._busy = {False: 0, True: 0}  # how many there are, by whether they measure: readers wait for no measuring
         self._reading: set[watch.Watch] = set()
         self._is_closed = False
 
@@ -157,13 +157,13 @@ class Children:
         if is_measuring:
             most = max(most, min(_MEASURING_MAX, cpu_count() // _CORES_PER_MEASURING))
         with self._changed:
-            while self._busy_count >= most:
+            while self._busy[is_measuring] >= most:
                 self.check_open(info)
                 if watch.cancelled():
                     raise watch.given_up()
                 self._changed.wait(LOOK_EVERY_S)
             self.check_open(info)
-            self._busy_count += 1
+            self._busy[is_measuring] += 1
             child = self._idle.pop() if self._idle else None
         try:
             if child is None or child.has_ended:
@@ -171,7 +171,7 @@ class Children:
             yield child
         finally:
             with self._changed:
-                self._busy_count -= 1
+                self._busy[is_measuring] -= 1
                 is_idle = child is not None and not child.is_busy and not self._is_closed
                 if child is not None and is_idle:
                     self._idle.append(child)

@@ -17,7 +17,10 @@ import pytest
 import fastload
 from fastload.client import Handle
 from fastload.errors import ConfigError, ObjectChangedError, ShardError
-from fastload.prepare import index
+from fastload.plan import RequestedOrder
+from fastload.prepare import WarmJob, index, warm
+from fastload.protocol import WarmTerms
+from fastload.service import queries
 from tests.conftest import Bucket
 from tests.formats import test_contract
 from tests.formats.packing import PACK, twice, zstd_stream
@@ -223,6 +226,13 @@ def test_members_of_any_sizes_are_one_file(ending: str, share: float, s3: Bucket
     assert sorted(number for _, number in samples(data_set(url, cache))) == list(range(3000))
 
 
+def test_sizes_that_take_long_are_waited_for(s3: Bucket, cache: Handle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries, "_SIZES_PATIENCE_S", 0.0)
+    put_lines(s3, "x", ".jsonl.gz", PACK[".gz"])
+    with pytest.warns(RuntimeWarning, match="4 packed shards are read to know how large they are unpacked, once"):
+        assert len(samples(data_set(f"{s3.url}/x/", cache))) == 1200
+
+
 def put_bad(s3: Bucket) -> list[str]:
     """Four shards, of which the first and the third are damaged."""
     put_lines(s3, "x", ".jsonl.gz", PACK[".gz"])
@@ -246,6 +256,17 @@ def test_an_index_is_made_of_the_others(s3: Bucket, cache: Handle, tmp_path: Pat
     assert [error.partition(" ")[0] for error in indexed.bad] == bad
     none = index([bad[0]], cache, skips_bad=True)
     assert (none.shard_count, none.sample_count, len(none.bad)) == (1, 0, 1)
+
+
+def test_warming_goes_on_with_the_others(s3: Bucket, cache: Handle) -> None:
+    bad = put_bad(s3)
+    job = WarmJob([f"{s3.url}/x/"], RequestedOrder(seed=5))
+    with pytest.raises(ShardError, match="2 packed shards"):
+        warm(job, cache)
+    warmed = warm(job, cache, terms=WarmTerms(goes_on=True))
+    assert sorted(warmed.failed) == bad
+    assert all("cannot be unpacked as gzip" in str(error) for error in warmed.failed.values())
+    assert (warmed.object_count, warmed.sample_count, warmed.is_complete) == (2, 600, False)
 
 
 def test_a_schema_is_that_of_the_first_that_can_be_read(s3: Bucket, cache: Handle) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastload.config import cpu_count
 from fastload.errors import FastloadError, ObjectChangedError, ShardError, StoreUnavailableError
 from fastload.service import unpacking, unpacking_children
 from fastload.service.unpacked_sizes import UnpackedSizes
@@ -174,6 +175,19 @@ def test_what_is_measured_is_kept_where_there_is_room(
     for info in infos:
         assert read(unpacker, inside(info, len(TEXT)), 100, 100) == TEXT[100:200]
     assert unpacker.run_count == 1  # of the second, which is unpacked again
+
+
+def test_who_reads_waits_for_no_measuring(objects: Objects, unpacker: Unpacking) -> None:
+    goes_on = threading.Event()
+    objects.before = lambda url, start: None if url == "x.gz" else _must(goes_on.wait(PATIENCE_S))
+    infos = [objects.put(f"{number}.gz", gzip.compress(TEXT)) for number in range(20)]
+    info = objects.put("x.gz", gzip.compress(TEXT))
+    with ThreadPoolExecutor(20) as pool:
+        sizes = [pool.submit(size_of, unpacker, each) for each in infos]
+        until(lambda: len(children()) >= min(4, cpu_count()))
+        assert read(unpacker, inside(info, len(TEXT)), 100, 100) == TEXT[100:200]
+        goes_on.set()
+        assert {size.result() for size in sizes} == {len(TEXT)}
 
 
 def test_what_proves_larger_than_its_room_is_measured(
