@@ -169,6 +169,10 @@ class ComputedFormat(Protocol):
         """
         ...
 
+    def why_none(self, shards: ObjectTable) -> str:
+        """What to say where `counts` are known and all 0."""
+        ...
+
     def index(self, info: ObjectInfo, read_at: ReadAt, beside: tuple[ReadAt, int] | None) -> Index:
         """The index of a shard, or of a piece of one; `read_at` reads the beginning of its object, `beside` the file
         that lies beside it, and says its size. ShardError or ConfigError where that makes no sense.

@@ -134,14 +134,14 @@ class Tokens:
                 )
             if not has_index and not _is_npy(info):
                 counts[number] = self._windows(info, self._bare(info))[1]
-        if len(counts) and not counts.any():
-            longest = max(shards, key=lambda info: info.whole.size)
-            count = self._bare(longest).token_count
-            raise ConfigError(
-                f"tokens(length={self.length}): no file has so many, and the longest, {longest.url}, has {count} "
-                f"tokens; give a length of at most {count}, or join the files"
-            )
         return counts
+
+    def why_none(self, shards: ObjectTable) -> str:
+        """See `ComputedFormat`."""
+        longest = max(shards, key=lambda info: info.whole.size)
+        count = self._bare(longest).token_count
+        cure = f"give a length of at most {count}, or join the files" if count else "look at what is in them"
+        return f"tokens(length={self.length}): no file has so many, and the longest, {longest.url}, has {count} tokens; {cure}"
 
     def index(
         self, info: ObjectInfo, read_at: ReadAt, beside: tuple[ReadAt, int] | None

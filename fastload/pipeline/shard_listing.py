@@ -200,7 +200,10 @@ def _list_computed(consumer: Consumer, urls: Sequence[str], how: ComputedFormat,
     if len(beside):
         identities = msgspec.msgpack.encode(list(beside.identities()))
         reading += READING_BESIDE + hashlib.blake2b(identities, digest_size=16).hexdigest()
-    return Manifest(shards, promised=how.counts(shards, have_beside), sidecars=beside, reading=reading)
+    counts = how.counts(shards, have_beside)
+    if not counts.any():
+        raise ConfigError(how.why_none(shards))
+    return Manifest(shards, promised=counts, sidecars=beside, reading=reading)
 
 
 def _in_order_of_indexes(
