@@ -141,7 +141,8 @@ class Tokens:
         longest = max(shards, key=lambda info: info.whole.size)
         count = self._bare(longest).token_count
         cure = f"give a length of at most {count}, or join the files" if count else "look at what is in them"
-        return f"tokens(length={self.length}): no file has so many, and the longest, {longest.url}, has {count} tokens; {cure}"
+        most = f"the longest, {longest.url}, has {count} tokens"
+        return f"tokens(length={self.length}): no file has so many, and {most}; {cure}"
 
     def index(
         self, info: ObjectInfo, read_at: ReadAt, beside: tuple[ReadAt, int] | None

@@ -343,7 +343,8 @@ def test_what_is_packed_in_other_ways_says_what_to_do(url: str, tool: str) -> No
 def test_endings() -> None:
     records = ".tfrecord", ".tfrecords", ".tfrecord-#-of-#", ".tfrecords-#-of-#"
     chunks = "chunk-#-#.bin", "chunk-#-#.zstd.bin", "chunk-#-#.zstd:#.bin"
-    plain = ".tar", ".mds", ".jsonl", ".ndjson", *records, *chunks
+    texts = (f"shard.#.{each}" for each in ("json", "csv", "tsv", "xsv"))
+    plain = ".tar", ".mds", *texts, ".jsonl", ".ndjson", *records, *chunks
     assert SHARD_ENDINGS[: len(plain)] == plain
     packed = set(SHARD_ENDINGS[len(plain) :])
     named = {
