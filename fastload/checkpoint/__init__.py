@@ -1,6 +1,23 @@
-"""Checkpoints in a store: how they are laid out, written down and committed. Nothing here needs torch.
+"""Checkpoints in a store: how they are laid out, written down and committed. Only `single` needs torch.
 
 A state is a set of named tensors, of which each rank holds pieces. Pieces are packed into segments (`segments`), which
 stock readers can open; what lies where is in a record of each rank, and what makes them one checkpoint in its manifest
 (`records`). A save is an *attempt* under a prefix of its own, and is nothing until its manifest is there (`commit`).
+One process saves and loads a state with the store alone (`single`).
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastload.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from fastload.checkpoint.errors import CheckpointError as CheckpointError
+    from fastload.checkpoint.errors import CheckpointExistsError as CheckpointExistsError
+    from fastload.checkpoint.single import load as load
+    from fastload.checkpoint.single import save as save
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__, {"errors": ["CheckpointError", "CheckpointExistsError"], "single": ["load", "save"]}
+)

@@ -1,0 +1,277 @@
+"""A state of one process, saved to a store and loaded from it, with nothing between.
+
+`save` returns when the checkpoint is committed. What is no tensor is kept as MessagePack where that gives back the very
+same, and else as torch has it, which is read without running any code unless the user allows pickles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import time
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+import torch
+
+from fastload.checkpoint import attempts
+from fastload.checkpoint.attempts import Place
+from fastload.checkpoint.boxes import Box
+from fastload.checkpoint.commit import Step
+from fastload.checkpoint.errors import CheckpointError
+from fastload.checkpoint.flattening import Path, flatten, put, unflatten
+from fastload.checkpoint.reading import Wanted, read
+from fastload.checkpoint.records import Contents, Part, object_name
+from fastload.checkpoint.records import Place as PieceAt
+from fastload.checkpoint.segments import Piece, Segment, checksums, lay_out
+from fastload.errors import ConfigError
+from fastload.store import StoreOptions, open_store
+
+# Segments in flight, of which each takes its size in memory until it is stored.
+_IN_FLIGHT = 4
+_PATHS = ""  # the name of the value that has the paths; no leaf has it
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def save(
+    state: Mapping[str, Any],
+    url: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+) -> None:
+    """Save a state, which nests dicts and lists of tensors and anything else, as the checkpoint at `url`.
+
+    Raises `CheckpointExistsError` where one is there, unless it is to be overwritten, which leaves it whole until the
+    new one is; and where another process saves there at the same time, and is first.
+    """
+    leaves = flatten(state)
+    tensors = {name: leaf for name, (_, leaf) in leaves.items() if _is_stored_as_tensor(name, leaf)}
+    values = [(name, *_encoded(leaf)) for name, (_, leaf) in leaves.items() if name not in tensors]
+    paths = {name: path for name, (path, _) in leaves.items()}
+    values.append((_PATHS, "msgpack", msgspec.msgpack.encode(paths)))
+    with _opened(url, storage_options) as place:
+        plan = attempts.begin(place, 1, overwrite=overwrite, now_s=time.time())
+        pieces = [
+            Piece(name, _NAMES[tensor.dtype], tuple(tensor.shape), Box.whole(tuple(tensor.shape)))
+            for name, tensor in tensors.items()
+        ]
+        segments = _store_segments(place, plan.attempt, list(lay_out(pieces)), tensors)
+        attempts.finish_rank(place, Part.of(plan.attempt, 0, segments, values))
+        step = attempts.commit(place, plan.attempt)
+        assert step is Step.COMMITTED, step
+
+
+def load(
+    url: str | os.PathLike[str],
+    into: dict[str, Any] | None = None,
+    names: Collection[str] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    allow_pickle: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The state at `url`, as it was saved; of `names` (`model.layers.0.weight`, or `model` for all below) only those.
+
+    `into` is filled in place and returned: all that it holds, and no more, must be there with the same shape and dtype.
+    Every byte is verified. Raises `ObjectMissingError` where no checkpoint is, and `CheckpointError` for one that is
+    damaged, or lacks what was asked for.
+    """
+    if into is not None and names is not None:
+        raise ConfigError("names= is of no use with into=, which says by what it holds what is to be loaded")
+    with _opened(url, storage_options) as place:
+        there = attempts.contents(place)
+        paths = _paths(there, place.folder)
+        if into is not None:
+            _fill(place, there, into, allow_pickle)
+            return into
+        chosen = _chosen(names, paths, place.folder)
+        tensors = {
+            name: torch.empty(shape, dtype=_dtype(dtype, place.folder, name))
+            for name, (dtype, shape) in there.tensors.items()
+            if name in chosen
+        }
+        _read(place, there, tensors)
+        leaves = {name: tensor.to(device) for name, tensor in tensors.items()}
+        for name in chosen:
+            if name not in leaves:
+                leaves[name] = _decoded(*there.values[name], place.folder + name, allow_pickle)
+        return unflatten((paths[name], leaves[name]) for name in chosen)
+
+
+def _fill(place: Place, there: Contents, into: dict[str, Any], allow_pickle: bool) -> None:
+    leaves = flatten(into)
+    missing = [name for name in leaves if name not in there.tensors and name not in there.values]
+    if missing:
+        raise CheckpointError(f"{place.folder} has no {missing[0]} ({len(missing)} of {len(leaves)} are missing)")
+    tensors = {}
+    for name, (_, leaf) in leaves.items():
+        if name in there.tensors and not isinstance(leaf, torch.Tensor):
+            raise CheckpointError(f"{place.folder}: {name} is a tensor, and into= has a {type(leaf).__name__} there")
+        if name in there.tensors:
+            dtype, shape = there.tensors[name]
+            if (_dtype(dtype, place.folder, name), shape) != (leaf.dtype, tuple(leaf.shape)):
+                raise CheckpointError(
+                    f"{place.folder}: {name} is {dtype} of shape {shape}, and into= has {leaf.dtype} of shape "
+                    f"{tuple(leaf.shape)} there"
+                )
+            tensors[name] = leaf.detach()
+    straight = {name: tensor for name, tensor in tensors.items() if tensor.is_cpu and tensor.is_contiguous()}
+    beside = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items() if name not in straight
+    }
+    # What is no tensor first: it may be refused, before anything of `into` has changed.
+    others = {
+        name: _decoded(*there.values[name], place.folder + name, allow_pickle) for name in leaves if name not in tensors
+    }
+    _read(place, there, {**straight, **beside})
+    for name, tensor in beside.items():
+        tensors[name].copy_(tensor)
+    for name, value in others.items():
+        put(into, leaves[name][0], value)
+
+
+def _read(place: Place, there: Contents, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fill tensors, which are contiguous and in this process's memory."""
+    wanted = [_wanted(piece, tensor) for name, tensor in tensors.items() for piece in there.places(name)]
+    read(place.store, place.folder, wanted)
+
+
+def _wanted(piece: PieceAt, tensor: torch.Tensor) -> Wanted:
+    """Straight to its place, where that is contiguous; else there by way of a tensor of its own."""
+    view = tensor[
+        tuple(slice(start, start + size) for start, size in zip(piece.box.offsets, piece.box.sizes, strict=True))
+    ]
+    if view.is_contiguous():
+        return Wanted(piece.object, piece.offset, _bytes_of(view), lambda: None)
+    apart = torch.empty(view.shape, dtype=view.dtype)
+
+    def arrived() -> None:
+        view.copy_(apart)
+
+    return Wanted(piece.object, piece.offset, _bytes_of(apart), arrived)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    # Of one element any stride is contiguous, and only one of 1 can be viewed.
+    flat = tensor.as_strided((tensor.numel(),), (1,))
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _store_segments(
+    place: Place, attempt: str, segments: Sequence[Segment], tensors: Mapping[str, torch.Tensor]
+) -> list[tuple[Segment, bytes]]:
+    def store(number: int) -> bytes:
+        segment = segments[number]
+        data = memoryview(bytearray(segment.size))
+        data[: len(segment.header)] = segment.header
+        for piece, offset in zip(segment.pieces, segment.offsets, strict=True):
+            where = piece.box.within(Box.whole(piece.shape))
+            held = tensors[piece.name].detach()[where].cpu().resolve_conj().resolve_neg().contiguous()
+            data[offset : offset + piece.length] = _bytes_of(held)
+        place.store.put(place.folder + object_name(attempt, 0, number), data)
+        return checksums([data])
+
+    with ThreadPoolExecutor(_IN_FLIGHT, "fastload-checkpoint") as pool:
+        sums: deque[Future[bytes]] = deque(pool.submit(store, number) for number in range(len(segments)))
+        try:
+            return [(segment, sums.popleft().result()) for segment in segments]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _is_stored_as_tensor(name: str, leaf: Any) -> bool:
+    if not isinstance(leaf, torch.Tensor):
+        return False
+    if type(leaf) not in (torch.Tensor, torch.nn.Parameter):
+        raise ConfigError(
+            f"state: {name} is a {type(leaf).__name__}, of which other processes hold parts; gather it first"
+        )
+    return leaf.dtype in _NAMES and leaf.layout is torch.strided and not leaf.is_quantized
+
+
+def _encoded(leaf: Any) -> tuple[str, bytes]:
+    if _is_plain(leaf):
+        with contextlib.suppress(OverflowError):  # an integer of more than 64 bits
+            return "msgpack", msgspec.msgpack.encode(leaf)
+    file = io.BytesIO()
+    torch.save(leaf, file)
+    return "torch", file.getvalue()
+
+
+def _is_plain(leaf: Any) -> bool:
+    """Whether MessagePack gives back the very same."""
+    if type(leaf) is dict:
+        return all(type(key) is str and _is_plain(each) for key, each in leaf.items())
+    if type(leaf) is list:
+        return all(map(_is_plain, leaf))
+    return leaf is None or type(leaf) in (bool, int, float, str, bytes)
+
+
+def _decoded(encoding: str, data: bytes, where: str, allow_pickle: bool) -> Any:
+    try:
+        if encoding == "msgpack":
+            return msgspec.msgpack.decode(data)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=not allow_pickle)
+    except Exception as error:  # of any kind: torch's reader and what a pickle runs
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line.strip() for line in lines if "Unsupported" in line), lines[0])
+        raise CheckpointError(
+            f"{where} cannot be read: {reason}; where it is of classes of yours, and trusted, pass allow_pickle=True"
+        ) from error
+
+
+def _paths(there: Contents, where: str) -> dict[str, Path]:
+    """Of every leaf; what other ranks' writers have called is in no dict."""
+    said: dict[str, Path] = {}
+    if _PATHS in there.values:
+        try:
+            said = msgspec.msgpack.decode(there.values[_PATHS][1], type=dict[str, tuple[str | int | list[int], ...]])
+        except msgspec.MsgspecError as error:
+            raise CheckpointError(f"{where} is damaged: its paths are {error}; take another step") from error
+    names = [*there.tensors, *(name for name in there.values if name != _PATHS)]
+    paths = {name: said.get(name) or (name,) for name in names}
+    return {name: paths[name] for name in [*said, *names] if name in paths}  # in the state's order
+
+
+def _chosen(names: Collection[str] | None, paths: Mapping[str, Path], where: str) -> list[str]:
+    if names is None:
+        return list(paths)
+    above = {each: set(_prefixes(each)) & set(names) for each in paths}
+    for name in names:
+        if not any(name in each for each in above.values()):
+            raise CheckpointError(f"{where} has no {name}; it has {', '.join(sorted(paths)[:3])} and so on")
+    return [each for each, found in above.items() if found]
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+
+
+def _dtype(dtype: str, where: str, name: str) -> torch.dtype:
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{where}: {name} is {dtype}, which torch {torch.__version__} does not have")
+    return DTYPES[dtype]
+
+
+@contextlib.contextmanager
+def _opened(url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> Iterator[Place]:
+    path = os.fspath(url)
+    store = open_store(path, StoreOptions.from_environment(storage_options))
+    try:
+        yield Place.of(store, path)
+    finally:
+        store.close()

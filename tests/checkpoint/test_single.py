@@ -1,0 +1,334 @@
+"""States of one process: saved and loaded with the store alone, by exactly the bytes that are needed."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastload import checkpoint
+from fastload.checkpoint import CheckpointError, CheckpointExistsError, attempts, single
+from fastload.checkpoint.attempts import Place
+from fastload.checkpoint.boxes import Box
+from fastload.checkpoint.reading import Range, Wanted, ranges
+from fastload.checkpoint.records import Object, Part, object_name
+from fastload.checkpoint.segments import BLOCK_BYTES, Piece, checksums, lay_out
+from fastload.errors import ConfigError, ObjectMissingError
+from fastload.store import Counters, RequestOptions, StoreOptions, open_store
+from tests.conftest import Bucket
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()).reshape(-1).view(torch.uint8)
+
+
+def same(one: Any, other: Any) -> None:
+    """The same types, and bit-equal."""
+    if isinstance(one, torch.Tensor):
+        assert isinstance(other, torch.Tensor)
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        assert bits(one).equal(bits(other))
+    elif isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert type(one) is type(other)
+        assert len(one) == len(other)
+        for each, another in zip(one, other, strict=True):
+            same(each, another)
+    else:
+        assert type(one) is type(other)
+        assert one == other
+
+
+def model_state() -> dict[str, Any]:
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.BatchNorm1d(20))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(8, 30)).sum().backward()
+    optimizer.step()
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": 7,
+        "loader": {"epoch": 1, "seen": [1, 2]},
+    }
+
+
+ODD: dict[str, Any] = {
+    "none": None, "big": 1 << 80, "text": "ü", "bytes": b"\x00\xff", "float": float("inf"), "tuple": (1, [2]),
+    "empty": {}, "nothing": [], "lists": [[torch.ones(2)], [], [3, {"a": torch.zeros(())}]], "flag": True,
+    "keys": {1: torch.arange(3), "1x": 2}, "odd keys": {(1, 2): 3}, "a": {"b": 1, "c.d": 2}, "dtype": torch.bfloat16,
+    "device": torch.device("cpu"),
+    "complex": torch.ones(2, dtype=torch.complex128), "sparse": torch.eye(2).to_sparse(), "shape": torch.Size([1, 2]),
+}  # fmt: skip
+
+
+@pytest.fixture(params=["local", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"{tmp_path}/run/1" if request.param == "local" else f"{request.getfixturevalue('s3').url}/run/1"
+
+
+def test_a_trainers_state_comes_back(url: str) -> None:
+    state = model_state()
+    checkpoint.save(state, url)
+    same({**state, "model": dict(state["model"])}, checkpoint.load(url))
+    with pytest.raises(CheckpointExistsError, match="pass overwrite=True"):
+        checkpoint.save(state, url)
+    state["step"] = 8
+    checkpoint.save(state, url, overwrite=True)
+    assert checkpoint.load(url, names=["step"]) == {"step": 8}
+
+
+def test_anything_comes_back_as_it_was(tmp_path: Path) -> None:
+    checkpoint.save(ODD, tmp_path / "1", overwrite=True)
+    found = checkpoint.load(tmp_path / "1")
+    same(ODD.pop("sparse").to_dense(), found.pop("sparse").to_dense())
+    same(ODD, found)
+
+
+@pytest.mark.parametrize("dtype", single.DTYPES.values(), ids=str)
+def test_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    size = torch.empty(0, dtype=dtype).element_size()
+    flat = (torch.arange(24 * size) % (2 if dtype == torch.bool else 256)).to(torch.uint8).view(dtype)
+    state = {
+        "flat": flat,
+        "scalar": flat[3],
+        "none": flat[:0].reshape(0, 4),
+        "matrix": flat.reshape(4, 6),
+        "strided": flat[::2],
+    }
+    state |= {"transposed": flat.reshape(4, 6).T, "spread": flat[:1].expand(5)}
+    checkpoint.save(state, tmp_path / "1")
+    same({name: tensor.contiguous() for name, tensor in state.items()}, checkpoint.load(tmp_path / "1"))
+
+
+def test_lazily_conjugated_tensors(tmp_path: Path) -> None:
+    tensor = torch.tensor([1 + 2j], dtype=torch.complex64)
+    checkpoint.save({"conj": tensor.conj(), "imag": tensor.conj().imag}, tmp_path / "1")
+    found = checkpoint.load(tmp_path / "1")
+    assert found["conj"].tolist() == [1 - 2j]
+    assert found["imag"].tolist() == [-2.0]
+
+
+def test_a_state_is_filled_in_place(url: str) -> None:
+    saved, into = model_state(), model_state()
+    checkpoint.save(saved, url)
+    parameter = torch.nn.Parameter(torch.zeros(20, 30))
+    into["model"] = {**into["model"], "0.weight": parameter, "0.bias": torch.zeros(20, 2).T[0]}
+    strided = into["model"]["0.bias"]
+    into["step"], into["loader"] = 0, {"seen": [0, 0]}
+    found = checkpoint.load(url, into=into)
+    assert found is into
+    assert found["model"]["0.weight"] is parameter
+    assert found["model"]["0.bias"] is strided
+    del saved["loader"]["epoch"]
+    same(
+        {**saved, "model": dict(saved["model"])}, {**found, "model": {**found["model"], "0.weight": parameter.detach()}}
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"w": torch.zeros(3)}, r"w is F32 of shape \(4,\), and into= has torch.float32 of shape \(3,\)"),
+        ({"w": torch.zeros(4, dtype=torch.float64)}, r"w is F32 of shape \(4,\), and into= has torch.float64"),
+        ({"w": 1}, "w is a tensor, and into= has a int there"),
+        ({"v": torch.zeros(4)}, r"has no v \(1 of 2 are missing\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_filled(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    checkpoint.save({"w": torch.ones(4), "x": torch.ones(4)}, tmp_path / "1")
+    into = {"x": torch.zeros(4), **changes}
+    with pytest.raises(CheckpointError, match=said):
+        checkpoint.load(tmp_path / "1", into=into)
+    assert into["x"].sum() == 0
+
+
+def test_names(tmp_path: Path) -> None:
+    checkpoint.save({"a": {"b": torch.ones(2), "c": 1}, "ab": 2, "list": [3, 4, 5]}, tmp_path / "1")
+    same({"a": {"b": torch.ones(2), "c": 1}}, checkpoint.load(tmp_path / "1", names=["a"]))
+    same({"a": {"c": 1}, "list": [4]}, checkpoint.load(tmp_path / "1", names={"a.c", "list.1"}))
+    with pytest.raises(CheckpointError, match=r"has no a\.d; it has a\.b, a\.c, ab and so on"):
+        checkpoint.load(tmp_path / "1", names=["a.d"])
+    with pytest.raises(ConfigError, match="names= is of no use with into="):
+        checkpoint.load(tmp_path / "1", into={}, names=["a"])
+
+
+def test_states_that_cannot_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"would be called 'a\.b'"):
+        checkpoint.save({"a": {"b": 1}, "a.b": 2}, tmp_path / "1")
+    with pytest.raises(ConfigError, match="w is a Masked"):
+        checkpoint.save({"w": torch.ones(2).as_subclass(type("Masked", (torch.Tensor,), {}))}, tmp_path / "1")
+    with pytest.raises(ObjectMissingError, match="no checkpoint is here"):
+        checkpoint.load(tmp_path / "1")
+
+
+class Mine:
+    """Of a class that torch does not read without being told to."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mine)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_pickles_are_read_where_they_are_allowed(tmp_path: Path) -> None:
+    checkpoint.save({"mine": Mine(), "plain": OrderedDict(a=1)}, tmp_path / "1")
+    assert checkpoint.load(tmp_path / "1", names=["plain"]) == {"plain": {"a": 1}}
+    with pytest.raises(CheckpointError, match=r"mine cannot be read.*allow_pickle=True"):
+        checkpoint.load(tmp_path / "1")
+    assert checkpoint.load(tmp_path / "1", allow_pickle=True)["mine"] == Mine()
+
+
+# Bytes
+
+
+def test_only_what_is_needed_is_read(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {str(number): torch.full((1 << 18,), number) for number in range(20)}  # 2 MiB each
+    checkpoint.save(state, f"{s3.url}/1")
+    counters = Counters()
+    monkeypatch.setattr(
+        single, "open_store", lambda url, options: open_store(url, options, RequestOptions(counters=counters))
+    )
+    found = checkpoint.load(f"{s3.url}/1", names=["3", "17"])
+    assert [int(found[name][-1]) for name in ("3", "17")] == [3, 17]
+    assert 4 << 20 <= counters.values()["bytes"] <= (4 << 20) + 4 * BLOCK_BYTES + 10_000
+    assert counters.values()["requests"] <= 8
+
+
+def test_large_tensors_are_in_several_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(single, "lay_out", lambda pieces: lay_out(pieces, 1 << 20))
+    state = {"w": torch.randn(1000, 1000), "b": torch.randn(5)}
+    checkpoint.save(state, tmp_path / "1")
+    assert len(list((tmp_path / "1").rglob("*.safetensors"))) == 4
+    same(state, checkpoint.load(tmp_path / "1"))
+
+
+def test_what_ranks_have_saved_by_columns(tmp_path: Path) -> None:
+    """A piece that is not contiguous in its tensor."""
+    whole = torch.arange(24.0).reshape(4, 6)
+    with contextlib.closing(open_store(str(tmp_path), StoreOptions())) as store:
+        place = Place.of(store, f"{tmp_path}/1")
+        plan = attempts.begin(place, 2, overwrite=False, now_s=0)
+        for rank in range(2):
+            (segment,) = lay_out([Piece("w", "F32", (4, 6), Box((0, 3 * rank), (4, 3)))])
+            data = segment.header + whole[:, 3 * rank : 3 * rank + 3].contiguous().numpy().tobytes()
+            store.put(place.folder + object_name(plan.attempt, rank, 0), data)
+            attempts.finish_rank(place, Part.of(plan.attempt, rank, [(segment, checksums([memoryview(data)]))]))
+        attempts.commit(place, plan.attempt)
+    same({"w": whole}, checkpoint.load(tmp_path / "1"))
+    into = {"w": torch.zeros(6, 4).T}
+    same({"w": whole}, checkpoint.load(tmp_path / "1", into=into))
+
+
+def test_one_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
+    state = {"w": torch.randn(100_000), "step": 1}
+    checkpoint.save(state, tmp_path / "1")
+    for path in (tmp_path / "1").rglob("*"):
+        if path.is_dir() or path.name == "plan.json":  # of which a reader needs nothing
+            continue
+        good = path.read_bytes()
+        for at in np.random.default_rng(3).integers(0, len(good), 12).tolist():
+            bad = bytearray(good)
+            bad[at] ^= 4
+            path.write_bytes(bad)
+            with pytest.raises(CheckpointError, match="is damaged"):
+                checkpoint.load(tmp_path / "1")
+        path.write_bytes(good)
+    same(state, checkpoint.load(tmp_path / "1"))
+
+
+def test_a_block_that_was_damaged_on_its_way_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"w": torch.randn(100_000)}
+    checkpoint.save(state, tmp_path / "1")
+    damaged = []
+
+    def flawed(url: str, options: StoreOptions) -> Any:
+        store = open_store(url, options)
+        read: Callable[..., None] = store.read_into
+
+        def read_into(info: Any, start: int, out: memoryview) -> None:
+            read(info, start, out)
+            if info.url.endswith(".safetensors") and not damaged:
+                damaged.append(start)
+                out[100] ^= 1
+
+        monkeypatch.setattr(store, "read_into", read_into)
+        return store
+
+    monkeypatch.setattr(single, "open_store", flawed)
+    same(state, checkpoint.load(tmp_path / "1"))
+    assert damaged == [0]
+
+
+# Which ranges
+
+
+def objects() -> list[Object]:
+    return [Object(f"{name}", size, b"") for name, size in (("a", 5 * BLOCK_BYTES), ("b", 40 * BLOCK_BYTES + 7))]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 10**9), st.integers(0, 10**6)), max_size=12),
+    st.sampled_from([0, BLOCK_BYTES, 1 << 30]),
+    st.sampled_from([BLOCK_BYTES, 4 * BLOCK_BYTES, 1 << 30]),
+)
+def test_ranges_cover_what_is_wanted_and_little_more(asked: list[tuple[int, int, int]], gap: int, most: int) -> None:
+    wanted = []
+    for number, start, length in asked:
+        held_in = objects()[number]
+        start %= held_in.size
+        length = min(length, held_in.size - start)
+        wanted.append(Wanted(held_in, start, memoryview(bytearray(length)), lambda: None))
+    found: list[Range] = list(ranges(wanted, gap, most))
+    for each in found:
+        assert each.start % BLOCK_BYTES == 0
+        assert each.end % BLOCK_BYTES == 0 or each.end == each.object.size
+        assert 0 < each.end - each.start <= most
+        for part in each.wanted:
+            assert part.object == each.object
+            assert part.start < each.end
+            assert part.end > each.start
+    for before, after in pairwise(found):
+        assert before.object.name < after.object.name or before.end <= after.start  # none is read twice
+    for each in wanted:
+        got = sum(
+            max(0, min(each.end, part.end) - max(each.start, part.start))
+            for part in found
+            if any(each is one for one in part.wanted)
+        )
+        assert got == len(each.out)
+    if gap == 0:
+        needed = {
+            (each.object.name, block)
+            for each in wanted
+            if len(each.out)
+            for block in range(each.start // BLOCK_BYTES, (each.end - 1) // BLOCK_BYTES + 1)
+        }
+        read = sum(-(-(each.end - each.start) // BLOCK_BYTES) for each in found)
+        assert read == len(needed)
+
+
+def test_neither_format_nor_commit_imports_torch() -> None:
+    code = (
+        "import sys, fastload.checkpoint.attempts, fastload.checkpoint.reading, fastload.checkpoint.flattening\n"
+        "assert 'torch' not in sys.modules\n"
+        "from fastload.checkpoint import save\n"
+        "assert 'torch' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
