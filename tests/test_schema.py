@@ -48,7 +48,7 @@ def test_of_typed_columns(cache: fastload.Cache) -> None:
     table = fastload.schema(f"{WRITTEN}/litdata_table/", cache=cache)
     assert table["meta/a"] == Column(np.dtype("int64"), (), "int64")
     assert table["ids"] == Column(np.dtype("int64"), None, "list of int64")
-    assert table["words"] == Column(object, None, 'nested: ["list","text"]')
+    assert table["words"] == Column(object, None, "list of text")
 
 
 def test_of_tokens(cache: fastload.Cache, tmp_path: Path) -> None:

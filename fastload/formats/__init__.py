@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastload.errors import ConfigError, ShardError
-from fastload.formats import record_index, table_index
 from fastload.formats.computed_index import PackedIndex, StridedIndex
 from fastload.formats.digests import CheckedIndexer, fastest
+from fastload.formats.placed_index import RECORD_MAGIC, TABLE_MAGIC
 from fastload.formats.record_index import Described, ListedShard, RecordIndex, shard_name
 from fastload.formats.records import RecordReader, TableReader, read_layout
 from fastload.formats.shard_index import ShardIndex
@@ -190,9 +190,9 @@ def stored_index(
     """The index that `to_bytes` of any kind stored. ShardError, naming `url`, for anything that is none of an object
     of `object_size` bytes. `start` and `reach_max`: see `RecordIndex.from_bytes`.
     """
-    if bytes(data[:8]) == table_index.MAGIC:
+    if bytes(data[:8]) == TABLE_MAGIC:
         return TableIndex.from_bytes(bytes(data), url, object_size, _stored_columns)
-    if bytes(data[:8]) != record_index.MAGIC:
+    if bytes(data[:8]) != RECORD_MAGIC:
         return ShardIndex.from_bytes(data, url, object_size)
     index = RecordIndex.from_bytes(data, url, object_size, start, reach_max)
     try:

@@ -98,6 +98,14 @@ def merged(one: Tree, other: Tree) -> Tree | None:
     return None if any(field is None for _, field in fields) else ["struct", fields]
 
 
+def in_words(node: Tree) -> str:
+    if isinstance(node, str):
+        return node
+    if node[0] != "struct":
+        return f"{node[0]} of {in_words(node[1])}"
+    return "{" + ", ".join(f"{name}: {in_words(field)}" for name, field in node[1]) + "}"
+
+
 def suffixes(root: Tree) -> list[str]:
     """The pieces of a list, the first of which is called as its column is: offsets, or of plain numbers the values, as
     where none is null.

@@ -23,7 +23,7 @@ from fastload import decode
 from fastload.decode import Decoder
 from fastload.decode.flat import Flat
 from fastload.errors import ConfigError, ShardError
-from fastload.formats.arrow_nested import NUMBERS, NestedList, checked, merged, number, suffixes, tree
+from fastload.formats.arrow_nested import NUMBERS, NestedList, checked, in_words, merged, number, suffixes, tree
 from fastload.formats.record_index import shard_name
 from fastload.formats.records import Bytes, Fill, Int64s, RecordReader, TableReader, Where, layout_of, number_of
 from fastload.formats.table_index import TableIndex
@@ -82,10 +82,11 @@ class ArrowReader(TableReader):
         return number_of(self.columns, column) >= 0
 
     def kind(self, column: str) -> str:
-        return self._stored(column)[1]
+        kind = self._stored(column)[1]
+        return in_words(_root(kind)) if kind.startswith(_NESTED) else kind
 
     def decoder(self, column: str) -> Decoder:
-        kind = self.kind(column)
+        _, kind = self._stored(column)
         if kind.startswith(_NOT_READ):
             raise ConfigError(
                 f"column {column!r} is {kind.removeprefix(_NOT_READ)}, which fastload does not read; leave it out "

@@ -35,6 +35,7 @@ from fastload.decode.base import Where as ValueWhere
 from fastload.decode.flat import Flat
 from fastload.errors import ConfigError, DecodeError, ShardError
 from fastload.formats.arrow_table import index_of_table
+from fastload.formats.head_indexer import HeadIndexer
 from fastload.formats.mds import Picture, Several
 from fastload.formats.record_index import Described, ListedShard, RecordIndex, shard_name
 from fastload.formats.records import (
@@ -292,40 +293,23 @@ def _paths(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
 # Chunks.
 
 
-class LitDataIndexer:
+class LitDataIndexer(HeadIndexer):
     """Makes the index of one chunk from its table. Used by one thread."""
+
+    kind, each = "chunk of LitData", "item"
 
     def __init__(self, url: str, size: int, layout: bytes) -> None:
         """ShardError for an empty object."""
-        if size < 8:
-            raise ShardError(f"{url}: {size} bytes are no chunk of LitData; upload it again")
-        self._url, self._size, self._layout = url, size, layout
-        self._head = bytearray()
-        self._head_bytes = -1  # not known yet
-        self._needed = 8  # bytes from the start
+        super().__init__(url, size)
+        self._layout = layout
 
-    @property
-    def next_offset(self) -> int:
-        """The offset of the next byte that is needed; the object's size once none is."""
-        return self._size if self.done else len(self._head)
-
-    @property
-    def done(self) -> bool:
-        """Whether no more bytes are needed."""
-        return len(self._head) >= self._needed
+    def _check_start(self, count: int, first: int) -> None:
+        if first != 8 + 4 * count or first > self._size:
+            raise ShardError(self._no_chunk(count, first))
 
     def feed(self, chunk: NDArray[np.uint8], start: int) -> None:
-        """Read `chunk`, which lies at `start` in the object. ShardError: no chunk of LitData."""
-        at = len(self._head)
-        if not start <= at < start + len(chunk):
-            raise ShardError(f"{self._url}: bytes from {start} came where those from {at} were needed")
-        self._head += chunk[at - start : at - start + self._needed - at].data
-        if self.done and self._needed == 8:
-            count, first = struct.unpack_from("<II", self._head)
-            if first != 8 + 4 * count or first > self._size:
-                raise ShardError(self._no_chunk(count, first))
-            self._needed = self._head_bytes = first
-            self._head += chunk[8 - start : first - start].data
+        """As of `Indexer`. A table is read in full."""
+        super().feed(chunk, start)
         if len(self._head) == self._head_bytes and self._is_table():
             self._needed = self._size
             self._head += chunk[self._head_bytes - start :].data
@@ -345,28 +329,21 @@ class LitDataIndexer:
 
     def finish(self) -> RecordIndex | TableIndex:
         """The index. ShardError: its offsets or its table make no sense."""
-        count = self._head_bytes // 4 - 2
         if len(self._head) > self._head_bytes:
-            end = self._size - 12
+            count, end = self._head_bytes // 4 - 2, self._size - 12
             start = end - int.from_bytes(self._head[end : end + 4], "little")
             if end < self._head_bytes or self._head[-8:] != _TABLE_MAGIC or start < self._head_bytes:
                 raise ShardError(
                     f"{self._url}: its items are empty, and behind them is no table: it was cut short; upload it again"
                 )
             return index_of_table(memoryview(self._head), start, end, self._url, count)
-        ends = np.frombuffer(self._head, "<u4", count + 1, 4).astype(np.int64)
-        sizes = np.diff(ends)
-        if len(sizes) and sizes.min() < 0:
-            wrong = int(sizes.argmin())
-            raise ShardError(
-                f"{self._url}: item {wrong} ends at byte {ends[wrong + 1]}, before it begins; write it again"
-            )
+        ends, sizes = self._ends()
         if ends[-1] > self._size:
             raise ShardError(
                 f"{self._url} has {self._size} bytes, and its items end at {ends[-1]}: it was cut short; upload it "
                 "again"
             )
-        return RecordIndex(self._layout, ends[:-1].copy(), sizes.astype(np.uint32), self._size, shard_name(self._url))
+        return RecordIndex(self._layout, ends[:-1].copy(), sizes, self._size, shard_name(self._url))
 
 
 @dataclass(frozen=True, slots=True)

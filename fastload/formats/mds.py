@@ -28,6 +28,7 @@ from fastload import decode
 from fastload.decode import Decoder
 from fastload.decode.flat import Flat
 from fastload.errors import ConfigError, DecodeError, ShardError
+from fastload.formats.head_indexer import HeadIndexer
 from fastload.formats.mds_lines import lines_layout
 from fastload.formats.record_index import Described, ListedShard, RecordIndex, shard_name
 from fastload.formats.records import Bytes, Int64s, Pickled, RecordReader, Where, find_by_sizes, layout_of, number_of
@@ -156,60 +157,28 @@ class _Header(msgspec.Struct):
     column_sizes: list[int | None]
 
 
-class MdsIndexer:
+class MdsIndexer(HeadIndexer):
     """Makes the index of one shard from its header. Used by one thread."""
 
-    def __init__(self, url: str, size: int) -> None:
-        """ShardError for an empty object."""
-        if size < 8:
-            raise ShardError(f"{url}: {size} bytes are no MDS shard; upload it again")
-        self._url, self._size = url, size
-        self._head = bytearray()
-        self._needed = 8  # bytes from the start
+    kind, each = "MDS shard", "sample"
 
-    @property
-    def next_offset(self) -> int:
-        """The offset of the next byte that is needed; the object's size once none is."""
-        return self._size if self.done else len(self._head)
-
-    @property
-    def done(self) -> bool:
-        """Whether no more bytes are needed."""
-        return len(self._head) >= self._needed
-
-    def feed(self, chunk: NDArray[np.uint8], start: int) -> None:
-        """Read `chunk`, which lies at `start` in the object. ShardError: no MDS shard."""
-        at = len(self._head)
-        if not start <= at < start + len(chunk):
-            raise ShardError(f"{self._url}: bytes from {start} came where those from {at} were needed")
-        self._head += chunk[at - start : at - start + self._needed - at].data
-        if self.done and self._needed == 8:
-            count, first = struct.unpack_from("<II", self._head)
-            if not 8 + 4 * count <= first <= self._size or first - (8 + 4 * count) > _JSON_BYTES_MAX:
-                raise ShardError(
-                    f"{self._url}: it begins with {count} samples, the first of them at byte {first} of {self._size}, "
-                    "which no MDS shard does; name another format, or write it again"
-                )
-            self._needed = first
-            self._head += chunk[8 - start : first - start].data
+    def _check_start(self, count: int, first: int) -> None:
+        if not 8 + 4 * count <= first <= self._size or first - (8 + 4 * count) > _JSON_BYTES_MAX:
+            raise ShardError(
+                f"{self._url}: it begins with {count} samples, the first of them at byte {first} of {self._size}, "
+                "which no MDS shard does; name another format, or write it again"
+            )
 
     def finish(self) -> RecordIndex:
         """The index. ShardError: its offsets or the description of its columns make no sense."""
-        (count,) = struct.unpack_from("<I", self._head)
-        ends = np.frombuffer(self._head, "<u4", count + 1, 4).astype(np.int64)
-        sizes = np.diff(ends)
-        if len(sizes) and sizes.min() < 0:
-            wrong = int(sizes.argmin())
-            raise ShardError(
-                f"{self._url}: sample {wrong} ends at byte {ends[wrong + 1]}, before it begins; write it again"
-            )
+        ends, sizes = self._ends()
         if ends[-1] != self._size:
             raise ShardError(
                 f"{self._url} has {self._size} bytes, and its header says {ends[-1]}: it was cut short, or is another "
                 "one; upload it again"
             )
-        layout = layout_of("mds", {"columns": self._columns(bytes(self._head[8 + 4 * count :]))})
-        return RecordIndex(layout, ends[:-1].copy(), sizes.astype(np.uint32), self._size, shard_name(self._url))
+        layout = layout_of("mds", {"columns": self._columns(bytes(self._head[4 + 4 * len(ends) :]))})
+        return RecordIndex(layout, ends[:-1].copy(), sizes, self._size, shard_name(self._url))
 
     def _columns(self, described: bytes) -> list[list[object]]:
         try:

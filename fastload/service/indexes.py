@@ -21,9 +21,8 @@ from cachetools import LRUCache
 from fastload.cache import ChunkKey
 from fastload.config import MIB
 from fastload.errors import ServiceError
-from fastload.formats.record_index import stored_record_count
+from fastload.formats.placed_index import stored_placed_count
 from fastload.formats.shard_index import HEADER_BYTES, stored_sample_count
-from fastload.formats.table_index import stored_row_count
 from fastload.service import bounded
 from fastload.service.disk_io import DiskEvictor, DiskWatch
 from fastload.service.host.threads import Done
@@ -266,4 +265,4 @@ def _to_bytes(counts: dict[bytes, int]) -> bytes:
 
 def _count_in(header: bytes, length: int) -> int:
     """How many samples a stored index of either kind has; -1 where it is none."""
-    return max(count(header, length) for count in (stored_sample_count, stored_record_count, stored_row_count))
+    return max(stored_sample_count(header, length), stored_placed_count(header, length))

@@ -28,8 +28,8 @@ from fastload.formats import (
     stored_index,
 )
 from fastload.formats.litdata import layout as described_layout
+from fastload.formats.placed_index import stored_placed_count
 from fastload.formats.records import TableReader, layout_of
-from fastload.formats.table_index import stored_row_count
 from tests.formats.test_litdata import LAYOUT, URL, index_json
 
 # Written by litdata 0.2.76, whose tables have pieces of 256 rows: rows i from 0 to 699, as `expected` has them.
@@ -396,9 +396,9 @@ def test_a_stored_index_that_is_damaged_is_refused(noise: bytes, is_layout: bool
 
 def test_the_head_of_a_stored_index_says_how_many_rows_there_are() -> None:
     stored = index_of(chunk(2, GOOD)).to_bytes()
-    assert stored_row_count(stored[:64], len(stored)) == 2
-    assert stored_row_count(stored[:63], len(stored)) == stored_row_count(stored[:64], len(stored) + 1) == -1
-    assert stored_row_count(b"FLRECRDX" + stored[8:64], len(stored)) == -1
+    assert stored_placed_count(stored[:64], len(stored)) == 2
+    assert stored_placed_count(stored[:63], len(stored)) == stored_placed_count(stored[:64], len(stored) + 1) == -1
+    assert stored_placed_count(b"FLRECRDX" + stored[8:64], len(stored)) == -1
 
 
 def test_layouts_are_joined_where_kinds_are_the_same() -> None:

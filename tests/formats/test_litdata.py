@@ -156,6 +156,28 @@ def test_indexes_of_old_versions_leave_out_the_heads_of_chunks(cache: fastload.C
         assert [sample["id"] for sample in dataset] == list(range(-3, COUNT - 3))
 
 
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"encryption": {"algorithm": "fernet", "level": "sample"}}, "its chunks are encrypted, .*write them without"),
+        ({"encryption": {"algorithm": "fernet", "level": "chunk"}}, "its chunks are encrypted, .*write them without"),
+        (
+            {"item_loader": "TemporalArrayLoader", "temporal_schema": {"version": 1}, "data_format": ["bytes"]},
+            "its chunks are made for TemporalArrayLoader, .*write them with the default item_loader",
+        ),
+    ],
+)
+def test_what_is_not_read_is_refused_before_a_chunk_is_read(
+    cache: fastload.Cache, tmp_path: Path, config: dict[str, Any], says: str
+) -> None:
+    """As litdata 0.2.76 writes their index.json."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "chunk-0-0.bin").write_bytes(bytes(100))
+    (tmp_path / "data" / "index.json").write_bytes(index_json({"chunk-0-0.bin": (100, 4)}, **config))
+    with pytest.raises(ConfigError, match=rf"data/index\.json: {says}"):
+        len(fastload.StreamingDataset(f"{tmp_path}/data/", cache=cache))
+
+
 # Tokens
 
 
