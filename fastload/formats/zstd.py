@@ -16,6 +16,9 @@ _REPEATED = 1  # a block of one byte, again and again
 _HAS_SUM = 4  # four bytes behind the last block
 _UNPACKED_BYTES_MAX = 1 << 30
 
+HEADS_MAX = 1 << 20
+"""Heads of frames and blocks that are read, at most: seconds of Python, and 128 GiB of blocks as they are usual."""
+
 
 def unpacked(records: Bytes, offsets: Int64s, where: Where) -> tuple[Bytes, Int64s]:
     """The records, unpacked, and their offsets. DecodeError, with `where(i)` before it, for one that cannot be, or that
@@ -56,19 +59,21 @@ def frame_bytes(head: bytes) -> int | None:
 
 def unpacked_bytes(size: int, read: Callable[[int], bytes | bytearray]) -> int | None:
     """How large a file of `size` packed bytes is unpacked, as the heads of all its frames say; None where one does not
-    say it, and where the frames do not end where the file does. `read(start)` gives some bytes from there on.
+    say it, where there are very many, and where the frames do not end where the file does. `read(start)` gives some
+    bytes from there on.
     """
     data: bytes | bytearray = b""
-    at = first = total = 0  # `data` begins at `first`
+    at = first = total = head_count = 0  # `data` begins at `first`
 
     def head(count: int) -> bytes:
         """Bytes at `at`, fewer at the end."""
-        nonlocal data, first
+        nonlocal data, first, head_count
+        head_count += 1
         if not first <= at <= at + count <= first + len(data) and at < size:
             first, data = at, read(at)
         return bytes(data[at - first : at - first + count])
 
-    while at < size:
+    while at < size and head_count < HEADS_MAX:
         begin = head(_HEAD_BYTES_MAX)
         if begin[1:4] == _SKIPPED and begin[0] >> 4 == 5:
             at += 8 + int.from_bytes(begin[4:8], "little")
@@ -82,7 +87,7 @@ def unpacked_bytes(size: int, read: Callable[[int], bytes | bytearray]) -> int |
         is_last = False
         while not is_last:
             about = head(3)
-            if len(about) < 3:
+            if len(about) < 3 or head_count > HEADS_MAX:
                 return None
             number = int.from_bytes(about, "little")
             is_last, kind, length = bool(number & 1), number >> 1 & 3, number >> 3
