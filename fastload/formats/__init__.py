@@ -120,11 +120,15 @@ _UNPACK = {".lz4": "unlz4", ".tlz4": "unlz4", ".Z": "uncompress"}
 
 
 class Indexer(Protocol):
-    """Makes the index of one shard from its bytes, in order, as they come. Used by one thread."""
+    """Makes the index of one shard from its bytes, as they come: on from the first, or where it asks for others. Used
+    by one thread.
+    """
 
     @property
     def next_offset(self) -> int:
-        """The offset in the object of the next byte that is needed; the object's size once none is."""
+        """The offset in the object of the next byte that is needed; the object's size once none is. It may lie before
+        what was fed last, where the end of a shard says what is in it.
+        """
         ...
 
     @property

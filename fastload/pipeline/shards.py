@@ -286,28 +286,29 @@ class ShardTable:
         return index
 
     def _parse(self, consumer: Consumer, object_no: int) -> StoredIndex:
-        """Walk over the headers of a shard, chunk by chunk, skipping the chunks that hold none. Of a piece, the end of
-        the last sample may lie in the next ones.
+        """Read what the indexer asks for, chunk by chunk: of a tar, the chunks that hold headers. Of a piece, the end
+        of the last sample may lie in the next ones.
         """
         info = self._manifest.objects[object_no]
         first, end = int(self._first_chunk[object_no]), int(self._first_chunk[object_no + 1])
         piece = info if info.is_piece else None
         indexer = indexer_for(info.url, info.size, self._descriptions.of(consumer, info.url), piece, self._how)
-        chunk = first
+        chunk = first + indexer.next_offset // self._chunk_bytes
         while chunk < end and not indexer.done:
             start = (chunk - first) * self._chunk_bytes
             length = min(self._chunk_bytes, info.size - start)
             with consumer.acquire([chunk], reason="index") as held:
                 view, _, offsets = held.groups[0]
                 indexer.feed(view[int(offsets[0]) : int(offsets[0]) + length], start)
-            chunk = max(chunk + 1, first + indexer.next_offset // self._chunk_bytes)
-        start = info.size
+            asked = first + indexer.next_offset // self._chunk_bytes
+            chunk = asked if asked < chunk else max(chunk + 1, asked)
+        start = max(info.size, indexer.next_offset)
         while not indexer.done:
             data = self._behind(
                 consumer, object_no, start, min(self._chunk_bytes, info.whole.size - info.start - start)
             )
             indexer.feed(data, start)
-            start += len(data)
+            start = max(start + len(data), indexer.next_offset)
         return indexer.finish()
 
     def _behind(self, consumer: Consumer, object_no: int, start: int, length: int) -> npt.NDArray[np.uint8]:

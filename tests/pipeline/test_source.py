@@ -9,16 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
+from fastload.client import Consumer
 from fastload.client import Handle as Cache
 from fastload.demo.weed import WeedServer
 from fastload.errors import ShardError, StateError
+from fastload.formats import ShardIndex
 from fastload.pipeline import shards
 from fastload.pipeline.source import Source, SourceOptions
 from fastload.plan import Manifest
 from tests.conftest import Bucket
-from tests.shards import corpus
+from tests.formats.archives import index
+from tests.shards import corpus, tar_of
 
 DATA = corpus(shard_count=4)
 NAMES = list(DATA.shards)
@@ -170,3 +175,52 @@ def test_ranks_of_a_node_parse_each_shard_once(
     else:
         assert found == [[20, 21, 22, 20]] * 6
         assert sorted(parsed) == [str(folder / name) for name in NAMES]
+
+
+class FromTheEnd:
+    """Of a shard whose end says where else to read: in its last chunk, then in its second, then in its fifth."""
+
+    def __init__(self, size: int, chunk_bytes: int) -> None:
+        self.fed: list[int] = []
+        self._asked = [size - 8, chunk_bytes + 8, 5 * chunk_bytes - 1, size]
+
+    @property
+    def next_offset(self) -> int:
+        return self._asked[len(self.fed)]
+
+    @property
+    def done(self) -> bool:
+        return len(self.fed) == 3
+
+    def feed(self, chunk: npt.NDArray[np.uint8], start: int) -> None:
+        assert chunk.tobytes() == LARGE[start : start + len(chunk)]
+        if start <= self.next_offset < start + len(chunk):
+            self.fed.append(start)
+
+    def finish(self) -> ShardIndex:
+        return index(LARGE)
+
+
+LARGE = tar_of({f"{number:03}": {"bin": bytes([number]) * 9000} for number in range(50)})
+
+
+def test_an_indexer_may_ask_for_the_end_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.tar").write_bytes(LARGE)
+    indexer = FromTheEnd(len(LARGE), 64 << 10)
+    read: list[int] = []
+    acquire = Consumer.acquire
+    monkeypatch.setattr(
+        Consumer,
+        "acquire",
+        lambda self, chunks, *more, **options: read.extend(chunks) or acquire(self, chunks, *more, **options),  # type: ignore[func-returns-value]
+    )
+    monkeypatch.setattr(shards, "indexer_for", lambda *arguments: indexer)
+    with Cache(tmp_path / "cache", **LIMITS) as cache:
+        source = Source(SourceOptions([str(tmp_path / "a.tar")], cache))
+        attached = source.open()
+        (found,) = source.shards.index(attached.consumer, [0])
+        source.give_back(attached)
+        source.close()
+    assert found == index(LARGE)
+    assert indexer.fed == [7 << 16, 1 << 16, 4 << 16]
+    assert read == [7, 1, 4]
