@@ -49,16 +49,18 @@ class Prefixes:
         return Chosen.all_of(shards) if self.split is None else Chosen.joined(parts)
 
     def _under(self, prefix: str, urls: list[str], about: Energon | None) -> Chosen:
+        if about is None and self.split is None:
+            there = splits.usual_splits(url[len(prefix) :] for url in urls if url.startswith(prefix))
+            if there:
+                raise splits.several(prefix, there)
+            return Chosen([], [])
         numbers = [number for number, url in enumerate(urls) if url.startswith(prefix)]
         names = [urls[number][len(prefix) :] for number in numbers]
         if about is not None:
             return about.chosen(dict(zip(names, numbers, strict=True)), self.split, prefix)
-        if self.split is not None:
-            at = splits.chosen(names, self.split, prefix)
-            return Chosen([numbers[each] for each in at], [-1] * len(at))
-        if there := splits.usual_splits(names):
-            raise splits.several(prefix, there)
-        return Chosen([], [])
+        assert self.split is not None, "it was asked above"
+        at = splits.chosen(names, self.split, prefix)
+        return Chosen([numbers[each] for each in at], [-1] * len(at))
 
 
 @dataclass(frozen=True, slots=True)
