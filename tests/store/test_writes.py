@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 from typing_extensions import Buffer
 
+from bench.chaos.store import certify
 from fastload.errors import (
     AccessDeniedError,
     ConfigError,
@@ -39,7 +42,7 @@ from fastload.store.local import LocalStore
 from fastload.store.objectstore import ObjectStore
 from tests.conftest import Bucket
 from tests.patience import PATIENCE_S
-from tests.store.servers import Relay, answer, server
+from tests.store.servers import Handler, Relay, answer, server
 
 SOON = RetryOptions(deadline_s=PATIENCE_S, delay_s=0.001, delay_s_max=0.01)
 FAULTS = ["refused", "cut", "lost"]
@@ -153,6 +156,32 @@ class Careless(LocalStore):
             self.ignored == "If-Match where no object is" and not os.path.exists(url)
         )
         return self.put(url, data) if ignores else super().put_if_match(url, data, etag)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+@pytest.mark.parametrize("way", ["plain", "tls", "tls and a policy"])
+def test_over_tls_bytes_are_not_hashed_unless_the_bucket_wants_it(
+    tmp_path: Path, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    said: list[str] = []
+
+    def takes(handler: Handler) -> None:
+        handler.rfile.read(int(handler.headers["Content-Length"]))
+        said.append(handler.headers["x-amz-content-sha256"])
+        denied = way == "tls and a policy" and said[-1] == "UNSIGNED-PAYLOAD"
+        answer(403 if denied else 200, b"", Content_Range="")(handler)
+
+    both, authority = certify(tmp_path)
+    extra = (("root_certificate", authority.read_text()),)
+    with server(takes, certificate=both if way != "plain" else None) as options:
+        store = ObjectStore("s3://b", replace(options, extra=extra))
+        for _ in range(2):
+            assert store.put_if_absent("s3://b/k", b"hello") == '"e"'
+        store.close()
+    hashed = hashlib.sha256(b"hello").hexdigest()
+    unhashed = "UNSIGNED-PAYLOAD"
+    assert said == {"plain": [hashed] * 2, "tls": [unhashed] * 2, "tls and a policy": [unhashed, hashed, hashed]}[way]
+    assert ("refuses uploads without a hash" in caplog.text) == (way == "tls and a policy")
 
 
 @pytest.mark.parametrize("ignored", ["If-None-Match", "If-Match", "If-Match where no object is"])
