@@ -122,7 +122,7 @@ def _listed(consumer: Consumer, urls: Sequence[str], how: str, prefixes: Prefixe
     endings_of(how)  # what is none is an error now
     parts = [
         part
-        for is_list, group in groupby(urls, lambda url: _is_list(consumer, url, how))
+        for is_list, group in groupby(urls, _list_finder(consumer, how))
         for part in _parts(consumer, list(group), is_list, how, prefixes)
     ]
     shards = ObjectTable.joined([part.shards for part in parts])
@@ -311,17 +311,23 @@ def _check_formats(shards: ObjectTable, how: str) -> None:
         )
 
 
-def _is_list(consumer: Consumer, url: str, how: str) -> bool:
-    """Whether a URL names lists of shards. One that is JSON lines by `how` does where it begins as a list does: then
-    its shards are JSON lines.
+def _list_finder(consumer: Consumer, how: str) -> Callable[[str], bool]:
+    """Says whether a URL names lists of shards. With JSON lines for `how`, all that end in .json do where the first of
+    them begins as a list does: then the shards that they name are JSON lines.
     """
-    if not wids.is_list(url) or named_format(url) is not None:
-        return False
-    if how != "jsonl":
-        return True
-    info = consumer.resolve([url], ())[0]
-    consumer.attach(ObjectTable.of([info]))
-    return wids.begins_as_list(object_reader(consumer, 0, info.size)(0, min(info.size, _HEAD_BYTES)))
+    are_lists: list[bool] = [] if how == "jsonl" else [True]
+
+    def is_list(url: str) -> bool:
+        if not wids.is_list(url) or named_format(url) is not None:
+            return False
+        if not are_lists:
+            info = consumer.resolve([url], ())[0]
+            consumer.attach(ObjectTable.of([info]))
+            head = object_reader(consumer, 0, info.size)(0, min(info.size, _HEAD_BYTES))
+            are_lists.append(wids.begins_as_list(head))
+        return are_lists[0]
+
+    return is_list
 
 
 def _parts(consumer: Consumer, urls: list[str], are_lists: bool, how: str, prefixes: Prefixes) -> Iterator[_Listed]:

@@ -14,6 +14,7 @@ import pytest
 
 import fastload
 from fastload.errors import ConfigError, ObjectMissingError
+from fastload.formats import wids
 from fastload.prepare import index
 from tests.formats import test_contract
 from tests.shards import tar_of
@@ -81,6 +82,17 @@ def test_a_list_names_shards_of_the_format_that_is_named(folder: Path, cache: fa
         (folder / f"list-{number}.json").write_text(json.dumps(about))
     assert ids(folder / "list-0.json", cache, format="jsonl") == [*range(20)]
     assert ids(f"{folder}/list-{{0,1}}.json", cache, format="jsonl") == [*range(20)] * 2
+
+
+def test_the_first_of_many_files_says_that_none_is_a_list(
+    folder: Path, cache: fastload.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begins, heads = wids.begins_as_list, []
+    monkeypatch.setattr(wids, "begins_as_list", lambda head: heads.append(head) or begins(head))  # type: ignore[func-returns-value]
+    for number in range(5):
+        (folder / f"{number}.json").write_bytes(LINES)
+    assert len(ids([folder / f"{number}.json" for number in range(5)], cache, format="jsonl")) == 100
+    assert heads == [LINES]
 
 
 @pytest.mark.parametrize(
