@@ -173,7 +173,7 @@ def warm(
     with handle.consumer(storage_options, WARMING) as consumer:
         unlisted: dict[str, ShardError] | None = {} if terms.goes_on else None
         manifest = _manifest(consumer, job, unlisted)
-        sidecars = find_sidecars(consumer, manifest, job.index)
+        sidecars = _provable(find_sidecars(consumer, manifest, job.index))
         attach(consumer, manifest, sidecars)
         order = job.order.settled(job.ranks, handle.limits.ram_bytes)
         plan = objects_in_use_order(manifest, order, job.epoch, ranks=job.ranks)
@@ -342,6 +342,11 @@ def _manifest(consumer: Consumer, job: WarmJob, bad: dict[str, ShardError] | Non
     return shared_manifest(job.manifest_file, job.names, is_first=True, list_shards=lambda: job.list_shards(consumer))
 
 
+def _provable(sidecars: ObjectTable) -> ObjectTable:
+    """Those without what other tools left beside shards: what is made ahead, for all that come, is of the shards."""
+    return ObjectTable.of(info for info in sidecars if not info.url.endswith(side_index.ENDING))
+
+
 def _follow(consumer: Consumer, on_progress: Callable[[Progress], None]) -> Progress:
     progress = None
     while progress is None or not progress.finished:
@@ -464,9 +469,7 @@ def index(
     with _writer(output, storage_options) as writer, handle.consumer(storage_options, "index") as consumer:
         listed = list_shards(consumer, urls, format_name, split, unlisted if skips_bad else None)
         # Of whole shards: what is indexed is of use to all that read them.
-        # And as the shards themselves say: what other tools left beside them proves nothing.
-        sidecars = [info for info in listed.sidecars if not info.url.endswith(side_index.ENDING)]
-        manifest = Manifest(listed.objects, promised=listed.promised, sidecars=sidecars)
+        manifest = Manifest(listed.objects, promised=listed.promised, sidecars=_provable(listed.sidecars))
         bad = list(map(str, unlisted.values()))
         shard_count = len(manifest) + len(bad)
         attach(consumer, manifest, manifest.sidecars)

@@ -19,6 +19,7 @@ import pytest
 import fastload
 from fastload.cache import ChunkKey, DiskTier
 from tests.cache.faults import failing
+from tests.formats.side_indexes import dalis
 from tests.processes import service_pids, until
 from tests.shards import check_samples, corpus, samples_of, tar_of
 
@@ -225,6 +226,34 @@ def object_changed_since_listing(place: Place) -> None:
             list(dataset)
         finally:
             dataset.close()
+
+
+@failure(fastload.ConfigError, "has splits: 'train', 'val'", "split='train'")
+def splits_of_which_none_is_named(place: Place) -> None:
+    for split in ("train", "val"):
+        place.s3.put(f"data/{split}/0.tar", tar_of(GOOD))
+    place.load(f"{place.s3.url}/data/")
+
+
+@failure(fastload.ConfigError, "has no split 'test'", "there are 'train'")
+def a_split_that_is_not_there(place: Place) -> None:
+    place.s3.put("data/train/0.tar", tar_of(GOOD))
+    place.load(f"{place.s3.url}/data/", split="test")
+
+
+@failure(fastload.ConfigError, "split.yaml names shards/1.tar", "which is no shard under")
+def a_split_file_that_names_a_shard_which_is_not_there(place: Place) -> None:
+    place.s3.put("data/shards/0.tar", tar_of(GOOD))
+    place.s3.put("data/.nv-meta/split.yaml", b"split_parts: {train: ['shards/{0,1}.tar']}")
+    place.load(f"{place.s3.url}/data/", split="train")
+
+
+@failure(fastload.ShardError, "/0.idx is no index of", "/0.tar", "write it again, or remove it")
+def an_index_of_another_tool_that_lies(place: Place) -> None:
+    data = tar_of(GOOD)
+    place.s3.put("data/0.tar", data)
+    place.s3.put("data/0.idx", dalis(data).replace(b"a/001", b"a/007"))
+    place.load(f"{place.s3.url}/data/")
 
 
 @pytest.mark.parametrize("name", FAILURES)

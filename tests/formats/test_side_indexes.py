@@ -289,6 +289,14 @@ def test_what_is_indexed_ahead_is_as_the_shards_say(tmp_path: Path, cache: Cache
         assert order(data_set(url, another, index=str(file))) == [*range(sum(COUNTS))]
 
 
+def test_what_is_warmed_is_indexed_by_the_shards(tmp_path: Path, cache: Cache) -> None:
+    url = make(tmp_path / "data", "dali")
+    assert fastload.warm(url, cache=cache).sample_count == sum(COUNTS)
+    for path in (tmp_path / "data").glob("*.idx"):
+        path.unlink()
+    assert len(data_set(url, cache)) == sum(COUNTS)
+
+
 def test_ranks_of_a_node_share_none_that_is_not_proven(tmp_path: Path) -> None:
     url = make(tmp_path / "data", "dali")
     limits = {name: value for name, value in LIMITS.items() if name != "service"}
