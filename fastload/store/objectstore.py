@@ -255,7 +255,7 @@ class ObjectStore:
             return StoreUnavailableError(f"{url}: another writes it at this moment; it is retried until the deadline")
         if "<Code>NoSuchBucket" in text:  # which obstore takes for a condition that does not hold
             return Refusal.from_body(404, text).error(url, self._endpoint)
-        if isinstance(error, AlreadyExistsError | PreconditionError):
+        if isinstance(error, AlreadyExistsError | PreconditionError) and mode != "overwrite":
             return _lost(url, "it is there already" if mode == "create" else "it is no longer the version to replace")
         if isinstance(mode, dict) and isinstance(error, FileNotFoundError) and "ContainerNotFound" not in text:
             return _lost(url, "it is gone")
@@ -403,7 +403,7 @@ class ObjectStore:
             return None
         method, url = asked_at["method"], asked_at["url"]
         # Several objects are deleted by a POST; others to an endpoint of the user's own are for credentials.
-        is_of_objects = method in ("GET", "HEAD", "PUT", "DELETE") or url.endswith("?delete")
+        is_of_objects = method in ("GET", "HEAD", "PUT", "DELETE") or url.endswith(("?delete", "&comp=batch"))
         of_store = (
             url == "REDACTED" or urllib.parse.urlsplit(url).netloc == urllib.parse.urlsplit(self._endpoint).netloc
         )

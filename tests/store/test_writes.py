@@ -270,6 +270,47 @@ def test_google_replaces_a_generation() -> None:
     assert conditions == ["7"]
 
 
+AZURE = ("az://c", (("account_name", "a"), ("account_key", "aw==")))
+GOOGLE = ("gs://b", (("google_bearer_token", "t"),))
+
+
+@pytest.mark.parametrize(("root", "extra"), [AZURE, GOOGLE], ids=["azure", "google"])
+@pytest.mark.parametrize(
+    ("status", "code", "error"),
+    [
+        (409, "BlobAlreadyExists", WriteConflictError),
+        (412, "ConditionNotMet", WriteConflictError),
+        (404, "ContainerNotFound", ObjectMissingError),
+        (403, "AuthorizationFailure", AccessDeniedError),
+        (503, "ServerBusy", StoreUnavailableError),
+        (201, "", None),
+    ],
+)
+def test_azure_and_google_keep_to_conditions(
+    root: str, extra: tuple[tuple[str, str], ...], status: int, code: str, error: type[StoreError] | None
+) -> None:
+    """By answers as they give them; that they do is not tried here."""
+    conditions: list[str | None] = []
+
+    def answers(handler: Handler) -> None:
+        handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+        conditions.append(handler.headers.get("If-None-Match") or handler.headers.get("x-goog-if-generation-match"))
+        answer(status, f"<Error><Code>{code}</Code></Error>".encode() if code else b"", Content_Range="")(handler)
+
+    with server(answers) as there:
+        store = ObjectStore(root, StoreOptions(endpoint_url=there.endpoint_url, extra=extra))
+        with pytest.raises(error) if error else contextlib.nullcontext():
+            assert store.put_if_absent(f"{root}/k", b"x") == '"e"'
+        with pytest.raises(StoreError) if error else contextlib.nullcontext() as raised:
+            store.put(f"{root}/k", b"x")
+        assert error is None or not isinstance(raised.value, WriteConflictError)  # it had no condition
+        if status in (403, 503):
+            with pytest.raises(error or StoreError):
+                store.delete(f"{root}/k")
+        store.close()
+    assert conditions[:2] == [{"az": "*", "gs": "0"}[root[:2]], None]
+
+
 # Retries, with time passed in
 
 
