@@ -153,6 +153,11 @@ class UnprovenIndex(ShardIndex):
     header_start: Int64s
     is_proven: NDArray[np.bool_]
 
+    @property
+    def byte_count(self) -> int:
+        """As of a `ShardIndex`."""
+        return super().byte_count + self.header_start.nbytes + self.is_proven.nbytes
+
     def without(self, samples: NDArray[np.bool_]) -> UnprovenIndex:
         found = super().without(samples)
         members = np.repeat(~samples, np.diff(self.member_start))

@@ -48,14 +48,16 @@ class SideIndexes:
     def counts(self, consumer: Consumer, object_nos: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """How many samples each of these shards holds, -1 where no index says it."""
         found = np.full(len(object_nos), -1, np.int64)
-        numbers = object_nos.tolist()
-        for at, number in enumerate(numbers):
-            if at % _AT_ONCE == 0:
-                files = [self._file_of[each] for each in numbers[at : at + _AT_ONCE] if each in self._file_of]
-                consumer.want(self._files.first_chunk[[file for file in files if self._files.infos[file].size]])
-            read = self._read(consumer, number)
-            if read is not None:
-                found[at] = read if isinstance(read, int) else read.sample_count
+        for first in range(0, len(object_nos), _AT_ONCE):
+            numbers = object_nos[first : first + _AT_ONCE].tolist()
+            files = [self._file_of[number] for number in numbers if number in self._file_of]
+            chunks = self._files.first_chunk[[file for file in files if self._files.infos[file].size]]
+            consumer.want(chunks)
+            for at, number in enumerate(numbers, first):
+                read = self._read(consumer, number)
+                if read is not None:
+                    found[at] = read if isinstance(read, int) else read.sample_count
+            consumer.release(chunks)
         return found
 
     def index(self, consumer: Consumer, object_no: int) -> UnprovenIndex | None:

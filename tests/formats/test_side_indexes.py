@@ -157,6 +157,22 @@ def test_a_sample_is_read_without_walking_over_its_shard(tmp_path: Path, cache: 
     assert dataset[120]["id"] == 120
 
 
+def test_headers_lie_in_other_chunks_than_values(tmp_path: Path) -> None:
+    """Read in no order, with a cache that holds less, each sample has its chunks leased by itself."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    found = {f"in/{i:05}": {"id": str(i).encode(), "bin": bytes([i]) * ((128 << 10) - 2048)} for i in range(12)}
+    data = tar_of(found)
+    (folder / "a.tar").write_bytes(data)
+    (folder / "a.idx").write_bytes(dalis(data))
+    with Cache(tmp_path / "small", **{**LIMITS, "ram_bytes": "1MiB"}) as small:
+        for columns in (["bin"], ["id"], ["id", "bin"]):
+            dataset = data_set(f"{folder}/", small, shuffle="global", seed=2, decode=None, columns=columns)
+            with fastload.DataLoader(dataset, batch_size=4) as loader:
+                for _ in range(2):
+                    assert sorted(key for batch in loader for key in batch["__key__"]) == sorted(found)
+
+
 def test_energons_of_a_tar_counts_and_is_checked(tmp_path: Path, cache: Cache) -> None:
     url = make(tmp_path / "data", "energon")
     (tmp_path / "data/1.tar.idx").write_bytes(
