@@ -104,6 +104,7 @@ def findings(result: Result, plan: Plan, options: Options, found: Conclusions, l
     return Findings(
         samples=result.work.samples,
         byte_count=plan.byte_count,
+        stored_bytes=plan.stored_bytes,
         whole_bytes=plan.whole_bytes,
         batch_size=options.batch_size,
         workers=threads,

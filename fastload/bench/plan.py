@@ -48,7 +48,9 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What will be read: these shards, of all that the URLs name."""
+    """What will be read: these shards, of all that the URLs name, as a loader reads them. So several may be pieces of
+    one object, and the size of what is in a packed object is that of the unpacked bytes.
+    """
 
     objects: Sequence[ObjectInfo]
     whole_count: int
@@ -57,26 +59,44 @@ class Plan:
     passes: float  # over the data, from the store
 
     @property
+    def stored(self) -> list[ObjectInfo]:
+        """The objects that hold the shards, as their store has them."""
+        return _stored(self.objects)
+
+    @property
     def byte_count(self) -> int:
-        """Of the shards that are read."""
+        """Of the shards that are read, unpacked."""
         return sum(each.size for each in self.objects)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the objects that are fetched for that."""
+        return sum(each.size for each in self.stored)
 
     @property
     def store_bytes(self) -> int:
         """What all phases read from the store, but for measuring it."""
-        return int(self.byte_count * self.passes)
+        return int(self.stored_bytes * self.passes)
 
     @property
     def requests(self) -> int:
         """The requests that takes."""
-        return int(sum(-(-each.size // self.chunk_bytes) for each in self.objects) * self.passes)
+        return int(sum(-(-each.size // self.chunk_bytes) for each in self.stored) * self.passes)
 
 
 def shards_within(objects: Sequence[ObjectInfo], byte_count: int) -> list[ObjectInfo]:
-    """Shards of at most so many bytes together, evenly spread over all of them; at least one."""
-    total = sum(each.size for each in objects)
+    """Shards whose objects have at most so many bytes together in the store, evenly spread over all of them; at least
+    those of one object, since a loader is given URLs.
+    """
+    stored = _stored(objects)
+    total = sum(each.size for each in stored)
     if total <= byte_count:
         return list(objects)
-    count = max(1, int(len(objects) * byte_count / total))
-    step = len(objects) / count
-    return [objects[int(number * step)] for number in range(count)]
+    count = max(1, int(len(stored) * byte_count / total))
+    step = len(stored) / count
+    chosen = {stored[int(number * step)].url for number in range(count)}
+    return [each for each in objects if each.url in chosen]
+
+
+def _stored(objects: Sequence[ObjectInfo]) -> list[ObjectInfo]:
+    return list({each.url: each.stored for each in objects}.values())

@@ -131,7 +131,7 @@ class Session:
         plan, options = self._plan, self._options
         assert plan is not None, "plan first"
         budget = limits.Budget(max(64 << 20, options.max_bytes - plan.store_bytes))
-        yield "store", lambda: limits.store(plan.objects, self._store_options, budget, self._report)
+        yield "store", lambda: limits.store(plan.stored, self._store_options, budget, self._report)
         yield "disk", lambda: limits.disk(self.folder)
         yield "memory", limits.memory
         yield "cold", self._cold
@@ -168,7 +168,7 @@ class Session:
         if options.columns:
             dataset["columns"] = list(options.columns)
         return runs.Settings(
-            urls=[each.url for each in plan.objects],
+            urls=[each.url for each in plan.stored],
             byte_count=plan.byte_count,
             dataset=dataset,
             decode=options.decode,
@@ -465,7 +465,7 @@ class Session:
         folder = self.folder / "peers"
         folder.mkdir()
         job = Job(
-            urls=[each.url for each in plan.objects],
+            urls=[each.url for each in plan.stored],
             columns=list(options.columns),
             decode=options.decode,
             batch_size=options.batch_size,

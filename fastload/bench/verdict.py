@@ -61,8 +61,9 @@ class Findings:
     """What was measured; None for what was left out or failed."""
 
     samples: int
-    byte_count: int  # of what was measured
-    whole_bytes: int  # of all that the URLs name
+    byte_count: int  # of what was measured, unpacked, as the cache holds it
+    stored_bytes: int  # of the same, as it comes over the link
+    whole_bytes: int  # of all that the URLs name, unpacked
     batch_size: int
     workers: int
     shards: int
@@ -138,10 +139,11 @@ def limit_of(found: Findings, rate: Rate, source_bytes_per_s: float | None, sour
     the loader says of itself where that is known; then "cores" or "unknown". Of fetching, "throttled", "latency" and
     "link" are told apart by what the store gives by itself; below most of that it is "fetch".
     """
-    per_sample = found.byte_count / max(1, found.samples)
+    linked_bytes = found.stored_bytes / max(1, found.samples)
+    source_bytes = linked_bytes if source == "link" else found.byte_count / max(1, found.samples)
     parts = []
     if source_bytes_per_s:
-        parts.append((source_bytes_per_s / per_sample, source))
+        parts.append((source_bytes_per_s / source_bytes, source))
     if found.decode_per_s:
         parts.append((found.decode_per_s, "decode"))
     if rate.seconds < SHORT_S:
@@ -151,7 +153,7 @@ def limit_of(found: Findings, rate: Rate, source_bytes_per_s: float | None, sour
         if rate.samples_per_s >= _REACHED * most:
             return (_about_fetching(found) if name == "link" else name), most
     if rate.bound_by in _FETCHING:
-        is_link = rate.samples_per_s * per_sample >= _REACHED_FETCHING * (found.store_bytes_per_s or math.inf)
+        is_link = rate.samples_per_s * linked_bytes >= _REACHED_FETCHING * (found.store_bytes_per_s or math.inf)
         return _about_fetching(found, "" if is_link else rate.bound_by), rate.samples_per_s
     if rate.bound_by not in ("", "unknown"):
         return rate.bound_by, rate.samples_per_s
@@ -197,7 +199,8 @@ def _first_epoch(found: Findings, rate: Rate) -> str:
         )
     if limit == "link":
         cure = "a cache lifts later epochs, a faster link or a nearer store this one"
-        beside = f" ({_mb(rate.bytes_per_s)} of {_mb(max(link, rate.bytes_per_s))})" if link else ""
+        came = rate.bytes_per_s * found.stored_bytes / max(1, found.byte_count)
+        beside = f" ({_mb(came)} of {_mb(max(link, came))})" if link else ""
         return f"{head}: the link limits it{beside}; {cure}."
     if limit == "decode" and found.decode_per_s:
         # Part by part, what was measured by itself may have been disturbed more than the epoch.
@@ -310,7 +313,7 @@ def _costs(found: Findings) -> list[str]:
     if not (found.price_per_gb or found.price_per_1000) or found.cold is None:
         return []
     scale = found.whole_bytes / max(1, found.byte_count)
-    epoch = found.price_per_gb * found.whole_bytes / 1e9 + found.price_per_1000 * found.requests * scale / 1e3
+    epoch = scale * (found.price_per_gb * found.stored_bytes / 1e9 + found.price_per_1000 * found.requests / 1e3)
     return [
         f"An epoch from the store costs {epoch:.2f}, {found.epochs} without a cache {found.epochs * epoch:.2f}, "
         f"with one that holds all of it {epoch:.2f}."

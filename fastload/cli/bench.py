@@ -397,8 +397,9 @@ def _say_plan(plan: Plan, max_bytes: int, yes: bool) -> None:
     whole = (
         "" if plan.whole_count == len(plan.objects) else f" of {plan.whole_count} ({format_bytes(plan.whole_bytes)})"
     )
+    packed = "" if all(not each.packing for each in plan.objects) else f" (packed {format_bytes(plan.stored_bytes)})"
     sys.stderr.write(
-        f"reading {len(plan.objects)} shards{whole}, {format_bytes(plan.byte_count)}, {plan.passes:.3g} times: "
+        f"reading {len(plan.objects)} shards{whole}, {format_bytes(plan.byte_count)}{packed}, {plan.passes:.3g} times: "
         f"{format_bytes(plan.store_bytes)} in {plan.requests:,} requests from the store, and what measuring it takes\n"
     )
     if plan.store_bytes > max_bytes and not yes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import signal
 import subprocess
@@ -125,6 +126,23 @@ def test_data_that_is_not_there_is_an_error(s3: Bucket, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert f"s3://{s3.name}/nothing/" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_packed_shards_are_measured_as_the_store_has_them(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for part in range(3):
+        lines = b"".join(b'{"id": %d, "text": "%s"}\n' % (number, b"x" * 500) for number in range(40))
+        (tmp_path / "data" / f"p-{part}.jsonl.gz").write_bytes(gzip.compress(lines))
+    done = bench(
+        tmp_path, f"{tmp_path}/data/", "--skip=disk,memory,demand,ram,disk epoch", "--json", tmp_path / "a.json"
+    )
+    result = schema.read(tmp_path / "a.json")
+    store, cold = result.phase("store"), result.phase("cold")
+    assert store is not None
+    assert not store.error
+    assert cold is not None
+    assert cold.value("samples of an epoch") == 120
+    assert "(packed " in done.stderr
 
 
 @pytest.mark.thorough

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from fastload.bench import schema
 from fastload.bench.compare import Change, compare, lost, too_bad
-from fastload.bench.plan import Options
+from fastload.bench.plan import Options, Plan, shards_within
 from fastload.bench.prediction import Measured, predict
 from fastload.bench.report import html, lines
 from fastload.bench.schema import Figure, Machine, Phase, Result, Series, Work
 from fastload.bench.session import Session
 from fastload.bench.verdict import Demand, Findings, Rate, sentences
 from fastload.errors import ConfigError
+from fastload.store import ObjectInfo
 
 HOSTILE = "<img src=x onerror=alert(1)>\x1b[31m\u202e" + "k" * 10_000
 
@@ -177,6 +178,7 @@ def test_a_page_runs_no_script_asks_for_nothing_and_shows_names_as_text() -> Non
 FOUND = Findings(
     samples=100_000,
     byte_count=10_000_000_000,
+    stored_bytes=10_000_000_000,
     whole_bytes=10_000_000_000,
     batch_size=256,
     workers=2,
@@ -188,6 +190,19 @@ MEASURED = Measured(
     workers=2, ranks=1, shuffle="window", window_bytes=None, first_byte_s=0.02, connection_bytes_per_s=50e6,
     store_bytes_per_s=100e6, disk_read_bytes_per_s=1e9, disk_write_bytes_per_s=1e9, samples_per_s=2000.0,
 )  # fmt: skip
+
+
+def test_pieces_of_one_file_are_one_url_and_packed_shards_are_fetched_as_they_are_stored() -> None:
+    files = [f"/{number}.jsonl" for number in range(4)]
+    pieces = [ObjectInfo(url, 60, "e", start=start, object_size=100) for url in files for start in (0, 50)]
+    chosen = shards_within(pieces, 200)
+    assert [(each.url, each.start) for each in chosen] == [(files[0], 0), (files[0], 50), (files[2], 0), (files[2], 50)]
+    plan = Plan(chosen, 8, 480, 10, passes=2)
+    assert plan.stored == [ObjectInfo(files[0], 100, "e"), ObjectInfo(files[2], 100, "e")]
+    assert (plan.store_bytes, plan.requests) == (400, 40)
+    packed = Plan([ObjectInfo("/a.gz", 900, "e", object_size=100, packing="gzip")], 1, 900, 10, passes=1)
+    assert (packed.byte_count, packed.store_bytes, packed.requests) == (900, 100, 10)
+    assert packed.stored == [ObjectInfo("/a.gz", 100, "e")]
 
 
 def test_later_epochs_are_predicted_up_to_the_size_from_which_more_does_not_help() -> None:
@@ -225,6 +240,14 @@ def rate(samples_per_s: float, cpu_s: float = 1.0) -> Rate:
     ("found", "says"),
     [
         (replace(FOUND, store_bytes_per_s=200e6, cold=rate(1960)), "the link limits it (196 MB/s of 200 MB/s)"),
+        (
+            replace(FOUND, store_bytes_per_s=50e6, stored_bytes=2_500_000_000, cold=rate(1960)),  # packed
+            "the link limits it (49 MB/s of 50 MB/s)",
+        ),
+        (
+            replace(FOUND, store_bytes_per_s=200e6, stored_bytes=2_500_000_000, cold=rate(1960)),
+            "no single part limits it",
+        ),
         (replace(FOUND, store_bytes_per_s=900e6, decode_per_s=2000.0, cold=rate(1900)), "decoding limits it"),
         (replace(FOUND, decode_per_s=1500.0, cold=rate(1900)), "(1,900 of the 1,900 samples/s that 2 threads"),
         (replace(FOUND, store_bytes_per_s=170e6, cold=rate(1900)), "(190 MB/s of 190 MB/s)"),
