@@ -276,6 +276,7 @@ def _table(source: _Source) -> Iterator[bytes]:
             batches = map(table.get_batch, range(table.num_record_batches)) if is_file else table
             with pa.ipc.new_file(out, table.schema) as writer:
                 for batch in batches:
+                    batch.validate(full=True)  # pyarrow ends the process where it writes offsets that lie
                     writer.write_batch(batch)
     except pa.ArrowMemoryError as error:
         raise MemoryError from error

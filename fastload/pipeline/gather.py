@@ -439,6 +439,8 @@ class SampleGatherer:
         """The wanted columns of tables, whose pieces these values are; and which samples have them."""
         counts = [len(read.parts(name)) for name in wanted]
         firsts = np.cumsum([0, *counts])[:-1]
+        if len(values.size) == len(wanted):
+            return self._gather_values(values, wanted, take), dict(zip(wanted, values.offset >= 0, strict=True))
         single = np.flatnonzero(np.array(counts) == 1)
         found = self._gather_values(_rows(values, firsts[single]), [wanted[number] for number in single.tolist()], take)
         is_there = dict(zip(wanted, values.offset[firsts] >= 0, strict=True))

@@ -485,10 +485,10 @@ def check_token_chunk(data: bytes, rng: random.Random) -> None:
     except (ConfigError, ShardError) as error:
         assert str(error).startswith("s3://bucket/"), error  # noqa: PT017
         return
-    index = msgspec.json.decode(about)
-    (row,) = (each for each in index["chunks"] if each["filename"] == "chunk-0-0.bin")
-    start, width = 8 + 4 * row["chunk_size"], np.dtype(json.loads(found.layout)["dtype"]).itemsize
-    count = (len(chunk) - start) // width if row.get("dim") is None else row["dim"]
+    rows = msgspec.json.decode(about, type=litdata._Index).chunks
+    (row,) = (each for each in rows if each.filename == "chunk-0-0.bin")
+    start, width = 8 + 4 * row.chunk_size, np.dtype(json.loads(found.layout)["dtype"]).itemsize
+    count = (len(chunk) - start) // width if row.dim is None else row.dim
     assert isinstance(found, StridedIndex)
     assert found.sample_count == count // 4
     assert not found.sample_count or (found.first, found.stride) == (start, 4 * width)
@@ -508,10 +508,10 @@ TARGETS = [
     fuzzing.Target("litdata", make_litdata, check_litdata),
     fuzzing.Target("lines", make_lines, check_lines, ("pages",)),
     fuzzing.Target("frames", make_frames, check_frames, ("pages",)),
-    fuzzing.Target("packed table", make_packed_table, check_packed_table, ("pages",)),
+    fuzzing.Target("packed-table", make_packed_table, check_packed_table, ("pages",)),
     fuzzing.Target("table", make_table, check_table, ("pages",)),
     fuzzing.Target("tokens", make_tokens, check_tokens),
-    fuzzing.Target("token chunk", make_token_chunk, check_token_chunk, ("pages",)),
+    fuzzing.Target("token-chunk", make_token_chunk, check_token_chunk, ("pages",)),
 ]
 
 if __name__ == "__main__":
