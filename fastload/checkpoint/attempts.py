@@ -81,7 +81,8 @@ def current(place: Place) -> Current | None:
 
 def begin(place: Place, rank_count: int, *, overwrite: bool, now_s: float) -> Plan:
     """Begin an attempt of so many ranks. Raises `CheckpointExistsError` where a checkpoint is there, a damaged one as
-    well, unless it is to be overwritten: that one, and none that another commits meanwhile.
+    well, unless it is to be overwritten: that one, and none that another commits meanwhile. `ConfigError`: the store
+    has no conditional writes.
     """
     try:
         replaces = _etag_of(place.store.head(place.folder + MANIFEST_NAME))
@@ -92,7 +93,8 @@ def begin(place: Place, rank_count: int, *, overwrite: bool, now_s: float) -> Pl
             f"{place.folder} holds a checkpoint already; pass overwrite=True to replace it, or name another URL"
         )
     plan = Plan(attempt=new_attempt(), ranks=rank_count, replaces=replaces, began_s=now_s)
-    place.store.put(place.folder + plan_name(plan.attempt), plan.encode())
+    # Of this name there is none: the condition is there so that a store without any is found before all is uploaded.
+    place.store.put_if_absent(place.folder + plan_name(plan.attempt), plan.encode())
     return plan
 
 

@@ -29,10 +29,13 @@ from fastload.checkpoint.records import Contents, Part, object_name
 from fastload.checkpoint.records import Place as PieceAt
 from fastload.checkpoint.segments import Piece, Segment, checksums, lay_out
 from fastload.errors import ConfigError
-from fastload.store import StoreOptions, open_store
+from fastload.store import StoreOptions, check_conditions, open_store, store_root
+from fastload.store.urls import scheme
 
 # Segments in flight, of which each takes its size in memory until it is stored.
 _IN_FLIGHT = 4
+# Where conditional writes were tried out by this process.
+_tried: set[str] = set()
 _PATHS = ""  # the name of the value that has the paths; no leaf has it
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -53,7 +56,8 @@ def save(
     """Save a state, which nests dicts and lists of tensors and anything else, as the checkpoint at `url`.
 
     Raises `CheckpointExistsError` where one is there, unless it is to be overwritten, which leaves it whole until the
-    new one is; and where another process saves there at the same time, and is first.
+    new one is; and where another process saves there at the same time, and is first. `ConfigError`: the store does not
+    keep to conditional writes, which that takes, or the state holds what cannot be saved.
     """
     leaves = flatten(state)
     tensors = {name: leaf for name, (_, leaf) in leaves.items() if _is_stored_as_tensor(name, leaf)}
@@ -61,6 +65,7 @@ def save(
     paths = {name: path for name, (path, _) in leaves.items()}
     values.append((_PATHS, "msgpack", msgspec.msgpack.encode(paths)))
     with _opened(url, storage_options) as place:
+        _try_conditions(place)
         plan = attempts.begin(place, 1, overwrite=overwrite, now_s=time.time())
         pieces = [
             Piece(name, _NAMES[tensor.dtype], tuple(tensor.shape), Box.whole(tuple(tensor.shape)))
@@ -167,6 +172,14 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     # Of one element any stride is contiguous, and only one of 1 can be viewed.
     flat = tensor.as_strided((tensor.numel(),), (1,))
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _try_conditions(place: Place) -> None:
+    """Once for each bucket, or folder of checkpoints, since file systems differ."""
+    root = place.folder.rstrip("/").rpartition("/")[0] if scheme(place.folder) == "file" else store_root(place.folder)
+    if root not in _tried:
+        check_conditions(place.store, place.folder)
+        _tried.add(root)
 
 
 def _store_segments(

@@ -27,6 +27,7 @@ from fastload.checkpoint.segments import BLOCK_BYTES, Piece, checksums, lay_out
 from fastload.errors import ConfigError, ObjectMissingError
 from fastload.store import Counters, RequestOptions, StoreOptions, open_store
 from tests.conftest import Bucket
+from tests.store.test_writes import Careless
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -176,6 +177,19 @@ def test_states_that_cannot_be_saved(tmp_path: Path) -> None:
         checkpoint.save({"w": torch.ones(2).as_subclass(type("Masked", (torch.Tensor,), {}))}, tmp_path / "1")
     with pytest.raises(ObjectMissingError, match="no checkpoint is here"):
         checkpoint.load(tmp_path / "1")
+
+
+def test_stores_that_do_not_keep_to_conditions_are_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    with pytest.raises(ConfigError, match="fsspec, which has no conditional writes"):
+        checkpoint.save({"w": torch.ones(2)}, "memory://refused/1")
+    assert fsspec.filesystem("memory").find("memory://refused") == []
+    monkeypatch.setattr(single, "open_store", lambda *_: Careless("If-Match"))
+    with pytest.raises(ConfigError, match="this store ignores If-Match, so that two writers"):
+        checkpoint.save({"w": torch.ones(2)}, tmp_path / "run" / "1")
+    assert list(tmp_path.rglob("*.*")) == []
 
 
 class Mine:
