@@ -214,7 +214,7 @@ def test_a_crash_after_each_step_beside_another_writer(there: int | None) -> Non
             run.run(store, writers, after)
             before, parts = load(place), [name for name in place.names() if name.endswith(".part")]
             assert before == model.content
-            # Whoever finds all of an attempt commits it, if it would have won; there are parts of up to three.
+            # An attempt of which all is there is committed if it would have won; there are parts of up to three.
             others = RANKS * (1 + (there is not None))
             may_win = model.content != 0 and model.seen.get(0) == model.version and len(parts) == RANKS + others
             assert (attempts.repair(place) is not None) == may_win

@@ -193,7 +193,7 @@ def test_stores_that_do_not_keep_to_conditions_are_refused_before_anything_is_wr
 
 
 class Mine:
-    """Of a class that torch does not read without being told to."""
+    """Of a class that torch reads only where pickles are allowed."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mine)

@@ -247,7 +247,7 @@ def test_s3_may_ask_for_the_same_again() -> None:
 
 
 def test_google_replaces_a_generation() -> None:
-    """Its store is told by a number which version is meant, and answers with it."""
+    """A number says which version is meant, and comes with each answer."""
     conditions: list[str | None] = []
     now = {"generation": "7", "ETag": '"seven"'}
 
