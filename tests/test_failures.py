@@ -6,6 +6,7 @@ Each row is a real situation, made with a real server, real files and real proce
 from __future__ import annotations
 
 import errno
+import json
 import os
 import time
 import warnings
@@ -254,6 +255,116 @@ def an_index_of_another_tool_that_lies(place: Place) -> None:
     place.s3.put("data/0.tar", data)
     place.s3.put("data/0.idx", dalis(data).replace(b"a/001", b"a/007"))
     place.load(f"{place.s3.url}/data/")
+
+
+WRITTEN = Path(__file__).parent / "formats" / "written"
+
+
+def put_written(
+    place: Place,
+    name: str,
+    shard: str = "",
+    change: Callable[[bytes], bytes] = bytes,
+    about: Callable[[Any], None] = lambda index: None,
+) -> str:
+    """The URL of what a format's own writer wrote, where a shard was changed, and what the index says. It says the
+    shard's new size.
+    """
+    index = json.loads((WRITTEN / name / "index.json").read_bytes())
+    for path in (WRITTEN / name).iterdir():
+        data = change(path.read_bytes()) if path.name == shard else path.read_bytes()
+        for listed in index.get("chunks", []):
+            if listed["filename"] == path.name and ".zstd" not in path.name:
+                listed["chunk_bytes"] = len(data)
+        for files in index.get("shards", []):
+            for listed in (files["raw_data"], files["zip_data"]):
+                if listed is not None and listed["basename"] == path.name:
+                    listed["bytes"] = len(data)
+        if path.name != "index.json":
+            place.s3.put(f"data/{path.name}", data)
+    about(index)
+    place.s3.put("data/index.json", json.dumps(index).encode())
+    return f"{place.s3.url}/data/"
+
+
+@failure(fastload.ShardError, "chunk-0-1.bin cannot be unpacked as ldfz", "it was cut short")
+def a_chunk_in_frames_that_was_cut(place: Place) -> None:
+    place.load(put_written(place, "litdata_frames", "chunk-0-1.bin", lambda data: data[:-9]))
+
+
+@failure(fastload.ShardError, "chunk-0-1.bin is no chunk that is packed in frames", "it has version 9, and 1 is known")
+def a_chunk_in_frames_of_another_version(place: Place) -> None:
+    place.load(put_written(place, "litdata_frames", "chunk-0-1.bin", lambda data: data[:8] + b"\x09" + data[9:]))
+
+
+@failure(fastload.ShardError, "chunk-0-1.bin cannot be unpacked as ldfz", "frame 0")
+def a_chunk_whose_frames_lie(place: Place) -> None:
+    at = 24 + 4 * 9  # of eight items
+    place.load(put_written(place, "litdata_frames", "chunk-0-1.bin", lambda data: data[:at] + b"\x01" + data[at + 1 :]))
+
+
+@failure(fastload.ShardError, "chunk-0-1.zstd:4.bin cannot be unpacked as zstd", "pack and upload it again")
+def a_packed_chunk_that_was_cut(place: Place) -> None:
+    place.load(put_written(place, "litdata_whole", "chunk-0-1.zstd:4.bin", lambda data: data[:-9]))
+
+
+@failure(fastload.ShardError, "chunk-0-1.zstd:4.bin has", "bytes unpacked, and the list of shards says 77")
+def a_packed_chunk_whose_size_lies(place: Place) -> None:
+    def about(index: Any) -> None:
+        index["chunks"][1]["chunk_bytes"] = 77
+
+    place.load(put_written(place, "litdata_whole", about=about))
+
+
+@failure(fastload.ConfigError, "data/index.json: its chunks are compressed by lz4", "or without")
+def a_codec_of_litdata_that_is_not_known(place: Place) -> None:
+    place.load(put_written(place, "litdata", about=lambda index: index["config"].update(compression="lz4")))
+
+
+@failure(fastload.ConfigError, "data/index.json: its chunks are encrypted", "write them without")
+def chunks_that_are_encrypted(place: Place) -> None:
+    place.load(
+        put_written(place, "litdata", about=lambda index: index["config"].update(encryption={"algorithm": "fernet"}))
+    )
+
+
+@failure(fastload.ConfigError, "data/index.json: its chunks hold tokens", "format=fastload.formats.tokens(BLOCK_SIZE")
+def chunks_of_tokens_without_a_block_size(place: Place) -> None:
+    place.load(put_written(place, "litdata_tokens"))
+
+
+@failure(fastload.ShardError, "chunk-0-1.bin has", "9999 int32 lie in it: it was cut short; upload it again")
+def chunks_of_tokens_whose_count_lies(place: Place) -> None:
+    def about(index: Any) -> None:
+        index["chunks"][1]["dim"] = 9999
+
+    place.load(put_written(place, "litdata_tokens", about=about), format=fastload.formats.tokens(16, overlap=0))
+
+
+@failure(fastload.ShardError, "shard.00000.csv: its xxh3_64 is", "and the index beside it says", "upload both again")
+def a_shard_whose_digest_is_wrong(place: Place) -> None:
+    place.load(put_written(place, "mds_csv", "shard.00000.csv", lambda data: data.replace(b"21|", b"22|")))
+
+
+@failure(fastload.ShardError, "shard.00000.xsv has", "and its last line ends at", "it was cut short")
+def a_shard_of_lines_that_was_cut(place: Place) -> None:
+    place.load(put_written(place, "mds_xsv", "shard.00000.xsv", lambda data: data[:-5]))
+
+
+@failure(fastload.ShardError, "shard.00000.xsv holds 24 samples", "says 25")
+def a_shard_of_lines_whose_count_lies(place: Place) -> None:
+    def about(index: Any) -> None:
+        index["shards"][0]["samples"] = 25
+
+    place.load(put_written(place, "mds_xsv", about=about))
+
+
+@failure(fastload.ConfigError, "data/index.json names hologram shards", "write them as MDS")
+def shards_of_a_format_that_is_not_known(place: Place) -> None:
+    def about(index: Any) -> None:
+        index["shards"][0]["format"] = "hologram"
+
+    place.load(put_written(place, "mds_xsv", about=about))
 
 
 @pytest.mark.parametrize("name", FAILURES)
