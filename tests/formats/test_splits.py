@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from fastload.formats import splits
 from fastload.store.objectstore import ObjectStore
 from tests.conftest import Bucket
 from tests.formats import test_contract
+from tests.formats.side_indexes import energons
 from tests.formats.test_contract import LIMITS
 from tests.programs import run_cli
 from tests.shards import tar_of
 from tests.test_pinned import pins_of
 
+PREPARED = Path(__file__).parent / "written" / "energon"
 YAML = """
 exclude:
 - shards/b.tar
@@ -403,6 +406,25 @@ def test_samples_of_other_formats_are_not_left_out(tmp_path: Path, cache: Cache)
     (folder / ".nv-meta/split.yaml").write_text("split_parts: {train: [a.jsonl]}\nexclude: [a.jsonl/0]")
     with pytest.raises(ConfigError, match=r"excludes samples of a\.jsonl, and single ones are left out of tars only"):
         list(fastload.StreamingDataset(f"{folder}/", cache=cache, split="train", columns=["id"]))
+
+
+def test_what_energon_prepared(tmp_path: Path, cache: Cache) -> None:
+    """By megatron-energon 7.4 itself, of tars by webdataset."""
+    columns: dict[str, Any] = {"cache": cache, "columns": ["txt"]}
+    train = fastload.StreamingDataset(f"{PREPARED}/", split="train", **columns)
+    assert train.known_counts().tolist() == [2, 3]
+    assert [bytes(sample["txt"]).decode() for sample in train] == [f"text {i}" for i in (0, 1, 3, 4, 5)]
+    held_out = fastload.StreamingDataset(f"{PREPARED}/", split="val", **columns)
+    assert [sample["__key__"] for sample in held_out] == ["in/002"]
+    bare = fastload.StreamingDataset(f"{PREPARED}/shards/", **columns)  # with `.tar.idx` alone
+    assert bare.known_counts().tolist() == [2, 1, 3]
+    shutil.copytree(PREPARED, tmp_path / "data")
+    text = (tmp_path / "data/.nv-meta/split.yaml").read_text().replace("exclude: []", "exclude: [shards/2.tar/in/004]")
+    (tmp_path / "data/.nv-meta/split.yaml").write_text(text)
+    left = fastload.StreamingDataset(f"{tmp_path}/data/", split="train", **columns)
+    assert [sample["__key__"] for sample in left] == ["in/000", "in/001", "in/003", "in/005"]
+    for path in (PREPARED / "shards").glob("*.tar"):  # the writer of other tests is as true
+        assert path.with_name(path.name + ".idx").read_bytes() == energons(path.read_bytes())
 
 
 # Everywhere

@@ -53,6 +53,26 @@ def mds_lines() -> None:
                 out.write({"Name": text, "id": i - 3, "score": i / 3 if i else float("nan"), "größe": 2**i})
 
 
+def energon() -> None:
+    """Tars by webdataset 1.0, and what megatron-energon 7.4 makes beside them, but for its database."""
+    import webdataset
+    from megatron.energon.epathlib import EPath
+    from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
+
+    folder, number = HERE / "energon", 0
+    (folder / "shards").mkdir(parents=True, exist_ok=True)
+    for shard, count in enumerate([2, 1, 3]):
+        with webdataset.TarWriter(str(folder / "shards" / f"{shard}.tar"), mtime=1700000000.25) as writer:
+            for _ in range(count):
+                writer.write({"__key__": f"in/{number:03}", "txt": f"text {number}", "bin": bytes([number]) * number})
+                number += 1
+    patterns = [("train", "shards/[02]"), ("val", "shards/1")]
+    paths = ["shards/{0..2}.tar"]
+    WebdatasetPreparator.prepare_dataset(EPath(folder), paths, split_parts_patterns=patterns, workers=1)
+    for path in (folder / ".nv-meta").glob("index.*"):
+        path.unlink()
+
+
 def litdata() -> None:
     """By litdata 0.2.76, classic items; and what is packed by items, in frames and as a whole, in folders beside it."""
     import torch
