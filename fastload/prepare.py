@@ -173,7 +173,9 @@ def warm(
     with handle.consumer(storage_options, WARMING) as consumer:
         unlisted: dict[str, ShardError] | None = {} if terms.goes_on else None
         manifest = _manifest(consumer, job, unlisted)
-        sidecars = _provable(find_sidecars(consumer, manifest, job.index))
+        sidecars = find_sidecars(consumer, manifest, job.index)
+        if isinstance(job.format, str):  # what lies beside the shards of others is a part of their format
+            sidecars = _provable(sidecars)
         attach(consumer, manifest, sidecars)
         order = job.order.settled(job.ranks, handle.limits.ram_bytes)
         plan = objects_in_use_order(manifest, order, job.epoch, ranks=job.ranks)
