@@ -221,7 +221,8 @@ def _tuple_names(sources: Sequence[StreamingDataset]) -> tuple[str, ...] | None:
     """The columns of the tuples that all sources yield; None where all yield dicts."""
     columns = [dataset.columns for dataset in sources]
     names = [each.names for each in columns]
-    known = set(map(frozenset, filter(None, names)))
+    # What functions make of a sample may have other columns: one source's `txt` is mapped to be another's `text`.
+    known = {frozenset(own) for own, each in zip(names, sources, strict=True) if own and not each.has_functions}
     if len({each.as_tuple for each in columns}) > 1:
         raise ConfigError("some sources of a mixture yield tuples and some dicts; give all the same as_tuple")
     if len(known) > 1 or (columns[0].as_tuple and len(set(names)) > 1):

@@ -228,6 +228,29 @@ def test_what_does_not_go_together_is_refused(urls, cache) -> None:
     loader.close()
 
 
+def test_a_source_whose_columns_have_other_names_is_mapped(urls, cache) -> None:
+    def sources(function) -> fastload.Mixture:
+        one = fastload.StreamingDataset(urls[0], cache=cache, columns=["cls"]).map(function)
+        other = fastload.StreamingDataset(urls[1], cache=cache, columns=["bin"])
+        return fastload.Mixture([(one, 1), (other, 1)])
+
+    def renamed(sample: dict[str, Any]) -> dict[str, Any]:
+        return {"bin" if name == "cls" else name: value for name, value in sample.items()}
+
+    with fastload.DataLoader(sources(renamed), batch_size=4, workers="thread") as loader:
+        batch = next(iter(loader))
+    assert set(batch) == {"__key__", "__url__", "__source__", "bin"}
+    assert set(batch["__source__"].tolist()) == {0, 1}
+    says = (
+        r"have the columns \['__key__', '__url__', .*, and others of it .*; let the functions given to map\(\) return"
+    )
+    with (
+        fastload.DataLoader(sources(lambda sample: sample), batch_size=4, workers="thread") as loader,
+        pytest.raises(fastload.ConfigError, match=says),
+    ):
+        next(iter(loader))
+
+
 def test_a_length_asks_no_other_rank(urls, cache, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = fastload.DataLoader(mixture(urls, cache), batch_size=10)
     count = sum(1 for _ in whole)

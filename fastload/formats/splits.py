@@ -50,7 +50,11 @@ def chosen(names: Sequence[str], split: str, prefix: str) -> list[int]:
 
 def unknown(split: str, prefix: str, there: Sequence[str]) -> ConfigError:
     """The error for a split that is none of those which are `there`."""
-    which = f"there are {shown(there)}" if there else f"there is none; name a folder with {split}/ in it"
+    which = (
+        f"there are {shown(there)}"
+        if there
+        else f"it has none at all; leave it out, or name a folder with {split}/ in it"
+    )
     return ConfigError(f"{prefix} has no split {split!r}; {which}")
 
 

@@ -449,8 +449,8 @@ class Finish:
                 )
         try:
             return self._collated(samples, slots)
-        except (TypeError, RuntimeError, ValueError) as error:
-            reason = self._why_none(samples, gathered)
+        except (TypeError, RuntimeError, ValueError, KeyError) as error:
+            reason = self._why_none(samples, gathered) or _why_unlike(samples)
             if reason is None:
                 raise
             raise ConfigError(reason) from error
@@ -484,6 +484,20 @@ class Finish:
         if self.builder.has_optional:
             functions[type(None)] = _as_list
         return collate(samples, collate_fn_map=functions)
+
+
+def _why_unlike(samples: list[Any]) -> str | None:
+    """What to say where a batch failed since its samples are dicts with different columns; None where they are not."""
+    if not all(isinstance(sample, dict) for sample in samples):
+        return None
+    names = list(samples[0])
+    other = next((list(sample) for sample in samples if set(sample) != set(names)), None)
+    if other is None:
+        return None
+    return (
+        f"samples of a batch have the columns {names}, and others of it {other}; let the functions given to map() "
+        "return the same for each, also where they are of several sources of a mixture, or give the loader a collate_fn"
+    )
 
 
 def _stacked(slots: Slots, tensors: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> torch.Tensor:

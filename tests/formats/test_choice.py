@@ -167,6 +167,18 @@ def test_a_prefix_without_shards_says_what_it_has_and_what_to_do(
     assert ".jsonl.gz" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["tar", "mds", "tfrecord", "litdata"])
+def test_where_shards_of_another_format_lie_the_cure_is_to_leave_out_the_format(
+    name: Any, folder: Path, cache: fastload.Cache
+) -> None:
+    (folder / "0.jsonl").write_bytes(LINES)
+    (folder / "index.json").write_bytes(b"{}")
+    with pytest.raises(
+        ObjectMissingError, match=r"1 \.jsonl.*; check its name, or leave out the format, which then goes"
+    ):
+        ids(f"{folder}/", cache, format=name)
+
+
 def test_windows_that_no_file_fills_name_the_length_and_the_longest_file(folder: Path, cache: fastload.Cache) -> None:
     for number, count in enumerate((30, 50, 40)):
         np.arange(count, dtype=np.uint16).tofile(folder / f"{number}.bin")
