@@ -2,13 +2,16 @@
 
 Each element of a column is digested by itself (blake2b, 64 bits) with its dtype and shape, and the digests are added
 up modulo 2^64: so the order does not matter, and what comes twice or not at all does. Which label stands beside which
-image is not in it. Bytes compare with bytes, text with text, arrays with arrays of the same dtype; Python's numbers
-count as int64 and float64. Columns are compared by name; one without a name is compared with all of the other side.
+image is not in it. Bytes compare with bytes, text with text, arrays with arrays of the same dtype, values of JSON with
+such; Python's numbers count as int64 and float64. Columns are compared by name; one without a name is
+compared with all of the other side.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -118,4 +121,7 @@ def _plain(element: Any) -> tuple[str, tuple[int, ...], bytes | None]:
             return str(element.dtype), (), None
     if isinstance(element, np.ndarray | np.generic) and element.dtype.kind in "biufcSU":
         return str(element.dtype), tuple(element.shape), element.tobytes()
+    if element is None or isinstance(element, dict | list | tuple):  # as columns of JSON have them
+        with contextlib.suppress(TypeError, ValueError):  # something else is in it
+            return "JSON", (), json.dumps(element, sort_keys=True).encode()
     return type(element).__name__, (), None

@@ -124,7 +124,9 @@ def pin(
     cache: CachePath = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Keep objects on disk, whatever jobs read. A pin fetches nothing; `fastload warm --pin` does both."""
+    """Keep objects on disk, whatever jobs read, as the store has them. A pin fetches nothing; `fastload warm --pin`
+    does both, and is the way to pin what a data set reads of packed files, which is what is in them.
+    """
     from fastload.client.cache import Cache
 
     with Cache(cache) as opened:
