@@ -108,17 +108,21 @@ def _members(data: bytes, url: str, shard: ObjectInfo) -> UnprovenIndex:
     gaps = offsets - starts
     _require(((gaps >= _BLOCK) & (offsets % _BLOCK == 0)).all(), url, "its members are out of order")
     _require((gaps <= _GAP_BYTES_MAX).all(), url, f"more than {_GAP_BYTES_MAX} bytes are between two of its members")
-    _check_tail(int(ends[-1]) if len(ends) else 0, url, shard.size)
+    _require(len(ends), url, "it has no samples")
+    _check_tail(int(ends[-1]), url, shard.size)
     try:
         index = index_of_members(shard.url, names, offsets, sizes, shard.size)
     except ShardError as error:
         raise ShardError(f"{url}: by its names, {error}") from error
+    # Of those nothing would be asked, and so whether they are what their names say.
+    _require(index.member_count == len(names), url, "it names members that belong to no sample")
     return UnprovenIndex(
         **{name: getattr(index, name) for name in ShardIndex.__dataclass_fields__},
         url=shard.url,
         side_url=url,
-        header_start=starts[np.searchsorted(offsets, index.member_offset)],
+        header_start=starts,
         is_proven=np.zeros(index.sample_count, np.bool_),
+        end=int(ends[-1]),
     )
 
 
@@ -146,12 +150,14 @@ class UnprovenIndex(ShardIndex):
 
     `header_start`, int64[M]: from where on headers before a member are its own, which is where the member before it
     ends. `is_proven`, bool[S]: which samples are found to be right; it changes, and only from False to True.
+    `end`: of the last member, behind which there is nothing but the archive's own end.
     """
 
     url: str
     side_url: str
     header_start: Int64s
     is_proven: NDArray[np.bool_]
+    end: int
 
     @property
     def byte_count(self) -> int:
@@ -169,16 +175,29 @@ class UnprovenIndex(ShardIndex):
         bounds = zip(self.member_start[samples].tolist(), self.member_start[samples + 1].tolist(), strict=True)
         return np.array([member for first, end in bounds for member in range(first, end)], np.int64)
 
+    def places_of_headers(self, samples: Int64s) -> tuple[Int64s, Int64s]:
+        """Where the headers of all members of these samples lie, and behind those of the last sample what is left of
+        the archive: offsets and sizes.
+        """
+        members = self.members_of(samples)
+        start = self.header_start[members]
+        size = self.member_offset[members] - start
+        if len(samples) and samples[-1] == self.sample_count - 1:
+            start, size = np.append(start, self.end), np.append(size, self.object_size - self.end)
+        return start, size
+
     def prove(self, samples: Int64s, headers: NDArray[np.uint8], ends: Int64s) -> None:
-        """Check the headers of all members of these samples, which are end to end in `headers`, up to `ends`.
-        ShardError, naming the file, where they say something else.
+        """Check the bytes at `places_of_headers` of these samples, which rise; they are end to end in `headers`, up to
+        `ends`. ShardError, naming the file, where they say something else.
         """
         from fastload.formats.tar import HeaderReader
 
         read = HeaderReader(self.url, self.object_size)
         members = self.members_of(samples)
         owners = np.repeat(samples, np.diff(self.member_start)[samples])
-        for member, sample, end in zip(members.tolist(), owners.tolist(), ends[1:].tolist(), strict=True):
+        for member, sample, end in zip(
+            members.tolist(), owners.tolist(), ends[1 : len(members) + 1].tolist(), strict=True
+        ):
             start, offset = int(self.header_start[member]), int(self.member_offset[member])
             found = read.member(headers[end - (offset - start) : end], start)
             key = self.key_bytes[self.key_offsets[sample] : self.key_offsets[sample + 1]].tobytes()
@@ -188,4 +207,9 @@ class UnprovenIndex(ShardIndex):
                     f"{self.key(sample) + '.' + self.columns[self.member_column[member]]!r} of "
                     f"{self.member_size[member]} bytes at offset {offset}; write it again, or remove it"
                 )
+        if len(ends) > len(members) + 1 and not read.is_end(headers[ends[-2] :], self.end):
+            raise ShardError(
+                f"{self.side_url} is no index of {self.url} as that is now: there are more members from offset "
+                f"{self.end} on; write it again, or remove it"
+            )
         self.is_proven[samples] = True

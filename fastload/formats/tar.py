@@ -198,13 +198,26 @@ class TarIndexer:
         at = int(self._state[tarindex.NAME_BYTES])
         return _text(self._names[at : at + int(self._state[tarindex.NAME_SHOWN])])
 
+    def _begin_at(self, start: int) -> None:
+        """What was read before counts no more."""
+        self._state[:] = 0
+        self._state[[tarindex.PENDING_NAME, tarindex.PENDING_SIZE, tarindex.GLOBAL_NAME]] = -1
+        self._state[tarindex.POSITION] = start
+        self._tail, self._ended = None, False
+
+    def has_ended(self, rest: NDArray[np.uint8], start: int) -> bool:
+        """See `HeaderReader`."""
+        none = np.empty(0, np.int64)
+        before = np.empty(0, np.uint8), none, none, none
+        self._found = [before]
+        self._begin_at(start)
+        self.feed(rest, start)
+        return self._ended and len(self._found) == 1
+
     def single(self, headers: NDArray[np.uint8], start: int) -> tuple[bytes, str, int, int] | None:
-        """See `HeaderReader`; what was read before counts no more."""
+        """See `HeaderReader`."""
         state = self._state
-        state[:] = 0
-        state[[tarindex.PENDING_NAME, tarindex.PENDING_SIZE, tarindex.GLOBAL_NAME]] = -1
-        state[tarindex.POSITION] = start
-        self._tail = None
+        self._begin_at(start)
         self.feed(headers, start)
         if state[tarindex.MEMBERS] != 1 or self._tail is not None:
             return None
@@ -251,6 +264,13 @@ class HeaderReader:
             return self._indexer.single(headers, start)
         except ShardError:
             return None  # what was wrong with the shard is said where it is walked over
+
+    def is_end(self, rest: NDArray[np.uint8], start: int) -> bool:
+        """Whether the rest of the archive, from `start` on, holds no member."""
+        try:
+            return len(rest) == 0 or self._indexer.has_ended(rest, start)
+        except ShardError:
+            return False
 
 
 def _join(

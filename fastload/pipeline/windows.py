@@ -363,10 +363,8 @@ class LocatedSamples:
                 samples = np.unique(samples[(samples >= 0) & (samples < index.sample_count)])
                 samples = samples[~index.is_proven[samples]]
                 if len(samples):
-                    members = index.members_of(samples)
-                    start = index.header_start[members][None]
-                    size = index.member_offset[members][None] - start
-                    yield index, samples, Values(np.full_like(start, first_chunk), start, size)
+                    start, size = index.places_of_headers(samples)
+                    yield index, samples, Values(np.full_like(start, first_chunk)[None], start[None], size[None])
 
     def values_of(self, columns: tuple[str, ...]) -> tuple[Values, int]:
         """Where the values of these columns lie, offset -1 where a sample has none, and how many of these there are."""

@@ -140,7 +140,7 @@ def litdata_packed(how: str) -> Write:
 
 def tar_with_indexes(folder: Path, parts: Sequence[Sequence[int]]) -> None:
     tar(folder, parts)
-    for path in list(folder.iterdir()):
+    for path in [folder / f"{number}.tar" for number, part in enumerate(parts) if part]:  # empty ones have none
         ending, write = (".tar.idx", energons) if path.stem == "2" else (".idx", dalis)
         path.with_suffix(ending).write_bytes(write(path.read_bytes()))
 

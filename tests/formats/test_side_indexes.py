@@ -213,6 +213,7 @@ STALE: dict[str, Callable[[bytes], tuple[str, bytes]]] = {
     "cut text": lambda data: (".idx", dalis(data)[:-20]),
     "another version": lambda data: (".idx", dalis(data).replace(b"v1.2", b"v1.1")),
     "no numbers": lambda data: (".idx", dalis(data).replace(b" 7", b" x")),
+    "none": lambda data: (".idx", b"v1.2 0\n"),
     "blanks": lambda data: (".idx", dalis(data).replace(b"in/", b"i n/")),
     "out of order": lambda data: (".tar.idx", energons(data)[8:16] + energons(data)[:8] + energons(data)[16:]),
     "negative": lambda data: (".idx", dalis(data).replace(b" 7", b" -7")),
@@ -264,6 +265,10 @@ def test_samples_of_one_size_in_another_order_are_noticed(tmp_path: Path, cache:
 LIES: dict[str, Callable[[bytes], bytes]] = {
     "a member is left out": lambda text: re.sub(rb" Bin \d+ \d+ in/00002\.Bin", b"", text),
     "a sample is left out": lambda text: re.sub(rb"\n[^\n]*in/00002\.Bin\n", b"\n", text.replace(b" 9\n", b" 8\n", 1)),
+    "the last sample is left out": lambda text: re.sub(
+        rb"[^\n]*in/00008\.Bin\n", b"", text.replace(b" 9\n", b" 8\n", 1)
+    ),
+    "the last member is left out": lambda text: re.sub(rb" Bin \d+ \d+ in/00008\.Bin", b"", text),
     "another key": lambda text: text.replace(b"in/00004.", b"in/00044."),
     "another column": lambda text: text.replace(b"00004.Bin", b"00004.bun"),
     "a smaller member": lambda text: re.sub(rb"Bin (\d+) \d+ in/00003", rb"Bin \1 699 in/00003", text),
@@ -358,8 +363,7 @@ def test_samples_are_proven_as_they_are_left_out() -> None:
     whole = parsed(data, dalis(data))
     left = whole.without(np.arange(20) % 3 == 0)
     numbers = np.array([1, 4, 5])
-    starts, ends = left.header_start[left.members_of(numbers)], left.member_offset[left.members_of(numbers)]
-    headers = [data[start:end] for start, end in zip(starts, ends, strict=True)]
+    headers = [data[start : start + size] for start, size in zip(*left.places_of_headers(numbers), strict=True)]
     offsets = np.cumsum([0, *map(len, headers)])
     left.prove(numbers, np.frombuffer(b"".join(headers), np.uint8), offsets)
     assert np.flatnonzero(left.is_proven).tolist() == [1, 4, 5]
