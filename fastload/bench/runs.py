@@ -313,12 +313,16 @@ class _Run:
         """Stored values of one column, of some hundred samples."""
         from fastload.decode import raw
 
-        stored = {column: raw()}  # formats with types have decoders of their own
-        dataset = self._dataset_class(self._settings.urls, decode=stored, cache=self._cache, shuffle=False)
+        undecoded = {column: raw()}  # formats with types have decoders of their own
+        how = {name: value for name, value in self._settings.dataset.items() if name == "format"}
+        dataset = self._dataset_class(
+            self._settings.urls, decode=undecoded, cache=self._cache, shuffle=False, as_tuple=True, **how
+        )
         loader = self._loader_class(dataset, batch_size=256, num_workers=0)
         try:
-            batch = next(iter(loader))
-            return [bytes(memoryview(value)) for value in batch[column]]
+            (values,) = next(iter(loader))
+            stored = [bytes(memoryview(value)) for value in values if value is not None]
+            return [value for value in stored if value]  # nothing is what samples have that lack the column
         finally:
             loader.close()
 

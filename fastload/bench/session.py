@@ -350,7 +350,7 @@ class Session:
             settings = self._settings("full", _ARENA_LEAST, self._disk_bytes, epochs=0, sample_column=column)
             values = runs.run(settings, self._timeout_s(1)).values
             if not values:
-                raise ConfigError(f"--decode {column}: the data has no sample")
+                raise ConfigError(f"--decode {column}: none of the first samples has a value of it")
             found = limits.decode(decoder, column, values, max(1, options.workers))
             whole.figures += found.figures
             whole.series += found.series

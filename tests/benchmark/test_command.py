@@ -145,6 +145,18 @@ def test_packed_shards_are_measured_as_the_store_has_them(tmp_path: Path) -> Non
     assert "(packed " in done.stderr
 
 
+def test_decoders_are_measured_on_columns_that_some_samples_lack_of_a_format_that_is_named(tmp_path: Path) -> None:
+    lines = b"".join(b'{"id": %d%s}\n' % (number, b', "n": 1' * (number % 2)) for number in range(40))
+    (tmp_path / "data.txt").write_bytes(lines)
+    bench(
+        tmp_path, tmp_path / "data.txt", "--format=jsonl", "--decode=n?=json", "--decode=id=integer",
+        "--skip=store,disk,memory,demand,ram,disk epoch", "--json", tmp_path / "a.json",
+    )  # fmt: skip
+    decode = schema.read(tmp_path / "a.json").phase("decode")
+    assert decode is not None
+    assert {figure.name for figure in decode.figures} >= {"decode n?, 1 thread", "decode id, 1 thread"}
+
+
 @pytest.mark.thorough
 def test_a_phase_that_fails_is_a_line_and_the_others_go_on(capped: str, tmp_path: Path) -> None:
     done = bench(
