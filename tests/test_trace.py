@@ -81,9 +81,12 @@ def test_what_each_thread_does(tmp_path: Path, shard: Path, workers: str, monkey
         for before, after in pairwise(spans):
             assert before["ts"] + before["dur"] <= after["ts"] + 1.0
     (of_service,) = set(tmp_path.glob("trace.*.json"))
-    # It may be ending still.
-    requests = [event for event in events_of(of_service, whole=False) if event["ph"] == "b"]
-    assert len(requests) == 9
+
+    def requests_of_service() -> list[Event]:
+        return [event for event in events_of(of_service, whole=False) if event["ph"] == "b"]
+
+    until(lambda: len(requests_of_service()) == 9)  # it may be ending still
+    requests = requests_of_service()
     assert sum(event["args"]["bytes"] for event in requests) == shard.stat().st_size
 
 
