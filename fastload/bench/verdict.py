@@ -230,7 +230,10 @@ def _later_epochs(found: Findings) -> list[str]:
     if found.from_disk is not None:
         why = _because(found, found.from_disk, found.disk_bytes_per_s, "disk")
         said.append(f"From the cache's disk it runs at {_rate(found, found.from_disk)}{why}.")
-        times = found.from_disk.bytes_per_s * found.from_disk.seconds / max(1, found.byte_count)
+        once = (
+            found.from_disk.samples_per_s * found.byte_count / max(1, found.samples)
+        )  # bytes a second, each read once
+        times = found.from_disk.bytes_per_s / once if once else 1.0
         if times > _READ_AGAIN:
             said.append(
                 f"It reads the data {times:.1f} times there: this phase's arena, small so that the disk is measured, "

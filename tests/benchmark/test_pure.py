@@ -297,7 +297,7 @@ def rate(samples_per_s: float, cpu_s: float = 1.0) -> Rate:
             "From the cache's disk it runs at 3,885 samples/s (388 MB/s).",
         ),
         (
-            replace(FOUND, from_disk=replace(rate(5), bytes_per_s=FOUND.byte_count / 2, seconds=5.0)),
+            replace(FOUND, from_disk=replace(rate(5), bytes_per_s=2.5 * 5 * FOUND.byte_count / FOUND.samples)),
             "It reads the data 2.5 times there",
         ),
         (replace(FOUND, demands=(Demand("Cached", 2.5, 0.92),)), "every 2.5 s (102 samples/s)"),
