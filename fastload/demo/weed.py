@@ -110,7 +110,8 @@ class WeedServer:
         (self.directory / "data").mkdir(exist_ok=True)
         self._write_identities()
         for attempt in range(3):
-            self._ports = _free_ports()
+            if attempt or not self._ports:  # one that is started again keeps them, for those who know its address
+                self._ports = _free_ports()
             try:
                 self._launch(executable)
                 self._wait_until_it_answers(timeout_s)
