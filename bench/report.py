@@ -41,7 +41,7 @@ SKIPPED = "shares,equality,prediction,demand"
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One workload: how its shards are made, and what `fastload bench` is told beside them."""
+    """One workload: how its shards are made, and the options of `fastload bench` beside them."""
 
     name: str
     about: str

@@ -29,7 +29,7 @@ _LEFT = re.compile(rf"(?:[0-9a-f]{{16}}/)?{_CUT_OFF}")
 
 
 class Step(enum.Enum):
-    """What becomes of an attempt."""
+    """The next step for an attempt."""
 
     COMMITTED = "it is the checkpoint"
     COMMIT = "its manifest is to be written"

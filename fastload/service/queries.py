@@ -126,8 +126,10 @@ class Queries:
             unknown = [number for number, size in enumerate(sizes) if size < 0]
 
             def done(found: list[int | ShardError | None], error: BaseException | None) -> None:
-                answer(found, error)
-                unpacked_sizes.forget(question)  # after they were stored, so that nobody has them found out again
+                try:
+                    answer(found, error)
+                finally:  # only now that they are stored, so that no later question measures them again
+                    unpacked_sizes.forget(question)
 
             def answer(found: list[int | ShardError | None], error: BaseException | None) -> None:
                 if error is None and len(entries) == len(found) == 1 and isinstance(found[0], ShardError):

@@ -79,9 +79,9 @@ class UnpackedSizes:
         return [future.result() if future.done() else None for future in futures]
 
     def forget(self, question: Question) -> None:
-        """The question is answered, and what was found is stored: who asks from now on finds it there. Who asked before
-        is told the same, as nothing is found out twice meanwhile. What is wrong with an object is remembered until that
-        object is asked for alone, so that who wants to know it waits no more.
+        """End a question that was answered and whose sizes were stored. A size is kept while another question waits for
+        it, so that no object is measured twice. An error is kept until its object is asked for alone, so that the
+        consumer that wants to read it need not wait again.
         """
         is_alone = len(question.infos) == 1
         with self._lock:

@@ -216,7 +216,7 @@ class _Feeding:
         self._thread.start()
 
     def stop(self) -> None:
-        """Nobody reads the pipe any more."""
+        """Stop feeding: the other end of the pipe is no longer read."""
         self._is_stopped = True
         if self._thread is not None:
             self._thread.join()
@@ -231,7 +231,7 @@ class _Feeding:
             pass
         except FastloadError as error:
             self.error = error
-        except Exception as error:  # nobody else would see it
+        except Exception as error:  # a thread's exception is seen by no one
             self.error = CacheError(f"a packed object cannot be read: {type(error).__name__}: {error}")
         finally:
             os.close(self._to)

@@ -215,7 +215,7 @@ def _rename_to_new(temporary: str, path: str) -> None:
         if not _renamed_to_new(temporary, path):
             _link(temporary, path)
     except FileExistsError:
-        _sync(os.path.dirname(path))  # it may be of an attempt of ours that did not get as far as this
+        _sync(os.path.dirname(path))  # an earlier attempt may have written it and failed before this
         raise
 
 

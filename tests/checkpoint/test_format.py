@@ -39,7 +39,7 @@ NUMPY = {
 ATTEMPT = "0123456789abcdef"
 
 
-# A state over a mesh, and what becomes of it
+# A state over a mesh, written and read back
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Indexes that Energon and DALI left beside shards: what is known by them, and what becomes of those that lie."""
+"""Indexes that Energon and DALI left beside shards: what they say, and errors of those that are wrong."""
 
 from __future__ import annotations
 
