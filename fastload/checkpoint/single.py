@@ -10,9 +10,7 @@ import contextlib
 import io
 import os
 import time
-from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -25,25 +23,18 @@ from fastload.checkpoint.commit import Step
 from fastload.checkpoint.errors import CheckpointError
 from fastload.checkpoint.flattening import Path, flatten, put, unflatten
 from fastload.checkpoint.reading import Wanted, read
-from fastload.checkpoint.records import Contents, Part, object_name
+from fastload.checkpoint.records import Contents, Part
 from fastload.checkpoint.records import Place as PieceAt
-from fastload.checkpoint.segments import Piece, Segment, checksums, lay_out
+from fastload.checkpoint.segments import Piece, lay_out
+from fastload.checkpoint.tensors import DTYPES, NAMES, bytes_of
+from fastload.checkpoint.writing import store_segments
 from fastload.errors import ConfigError
 from fastload.store import StoreOptions, check_conditions, open_store, store_root
 from fastload.store.urls import scheme
 
-# Segments in flight, of which each takes its size in memory until it is stored.
-_IN_FLIGHT = 4
 # Where conditional writes were tried out by this process.
 _tried: set[str] = set()
 _PATHS = ""  # the name of the value that has the paths; no leaf has it
-DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def save(
@@ -68,10 +59,10 @@ def save(
         _try_conditions(place)
         plan = attempts.begin(place, 1, overwrite=overwrite, now_s=time.time())
         pieces = [
-            Piece(name, _NAMES[tensor.dtype], tuple(tensor.shape), Box.whole(tuple(tensor.shape)))
+            Piece(name, NAMES[tensor.dtype], tuple(tensor.shape), Box.whole(tuple(tensor.shape)))
             for name, tensor in tensors.items()
         ]
-        segments = _store_segments(place, plan.attempt, list(lay_out(pieces)), tensors)
+        segments = store_segments(place, plan.attempt, 0, list(lay_out(pieces)), tensors)
         attempts.finish_rank(place, Part.of(plan.attempt, 0, segments, values))
         step = attempts.commit(place, plan.attempt)
         assert step is Step.COMMITTED, step
@@ -158,20 +149,13 @@ def _wanted(piece: PieceAt, tensor: torch.Tensor) -> Wanted:
         tuple(slice(start, start + size) for start, size in zip(piece.box.offsets, piece.box.sizes, strict=True))
     ]
     if view.is_contiguous():
-        return Wanted(piece.object, piece.offset, _bytes_of(view), lambda: None)
+        return Wanted(piece.object, piece.offset, bytes_of(view), lambda: None)
     apart = torch.empty(view.shape, dtype=view.dtype)
 
     def arrived() -> None:
         view.copy_(apart)
 
-    return Wanted(piece.object, piece.offset, _bytes_of(apart), arrived)
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
-    # Of one element any stride is contiguous, and only one of 1 can be viewed.
-    flat = tensor.as_strided((tensor.numel(),), (1,))
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return Wanted(piece.object, piece.offset, bytes_of(apart), arrived)
 
 
 def _try_conditions(place: Place) -> None:
@@ -182,29 +166,6 @@ def _try_conditions(place: Place) -> None:
         _tried.add(root)
 
 
-def _store_segments(
-    place: Place, attempt: str, segments: Sequence[Segment], tensors: Mapping[str, torch.Tensor]
-) -> list[tuple[Segment, bytes]]:
-    def store(number: int) -> bytes:
-        segment = segments[number]
-        data = memoryview(bytearray(segment.size))
-        data[: len(segment.header)] = segment.header
-        for piece, offset in zip(segment.pieces, segment.offsets, strict=True):
-            where = piece.box.within(Box.whole(piece.shape))
-            held = tensors[piece.name].detach()[where].cpu().resolve_conj().resolve_neg().contiguous()
-            data[offset : offset + piece.length] = _bytes_of(held)
-        place.store.put(place.folder + object_name(attempt, 0, number), data)
-        return checksums([data])
-
-    with ThreadPoolExecutor(_IN_FLIGHT, "fastload-checkpoint") as pool:
-        sums: deque[Future[bytes]] = deque(pool.submit(store, number) for number in range(len(segments)))
-        try:
-            return [(segment, sums.popleft().result()) for segment in segments]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
 def _is_stored_as_tensor(name: str, leaf: Any) -> bool:
     if not isinstance(leaf, torch.Tensor):
         return False
@@ -212,7 +173,7 @@ def _is_stored_as_tensor(name: str, leaf: Any) -> bool:
         raise ConfigError(
             f"state: {name} is a {type(leaf).__name__}, of which other processes hold parts; gather it first"
         )
-    return leaf.dtype in _NAMES and leaf.layout is torch.strided and not leaf.is_quantized
+    return leaf.dtype in NAMES and leaf.layout is torch.strided and not leaf.is_quantized
 
 
 def _encoded(leaf: Any) -> tuple[str, bytes]:

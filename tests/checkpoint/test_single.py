@@ -24,6 +24,7 @@ from fastload.checkpoint.boxes import Box
 from fastload.checkpoint.reading import Range, Wanted, ranges
 from fastload.checkpoint.records import Object, Part, object_name
 from fastload.checkpoint.segments import BLOCK_BYTES, Piece, checksums, lay_out
+from fastload.checkpoint.writing import store_segments
 from fastload.errors import ConfigError, ObjectMissingError
 from fastload.store import Counters, RequestOptions, StoreOptions, open_store
 from tests.conftest import Bucket
@@ -346,3 +347,17 @@ def test_neither_format_nor_commit_imports_torch() -> None:
         "assert 'torch' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_ranks_store_parts_of_a_tensor(tmp_path: Path) -> None:
+    """Each is handed what it holds of it, of which a piece may be a part."""
+    whole = torch.arange(24.0).reshape(6, 4)
+    place = Place.of(open_store(str(tmp_path), StoreOptions()), str(tmp_path / "1"))
+    plan = attempts.begin(place, 2, overwrite=False, now_s=0)
+    for rank, held in enumerate([Box((0, 0), (3, 4)), Box((2, 0), (4, 4))]):
+        piece = Piece("w", "F32", (6, 4), Box((3 * rank, 0), (3, 4)))
+        tensor = whole[held.within(Box.whole((6, 4)))].clone()
+        stored = store_segments(place, plan.attempt, rank, list(lay_out([piece], 32)), {"w": (tensor, held)})
+        attempts.finish_rank(place, Part.of(plan.attempt, rank, stored))
+    attempts.commit(place, plan.attempt)
+    same({"w": whole}, checkpoint.load(tmp_path / "1"))
