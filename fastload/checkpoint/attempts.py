@@ -6,14 +6,17 @@ each call here.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from fastload.checkpoint import commit as decisions
 from fastload.checkpoint.commit import Current, Step, next_step
-from fastload.checkpoint.errors import CheckpointError, CheckpointExistsError
+from fastload.checkpoint.errors import CheckpointDamagedError, CheckpointError, CheckpointExistsError
 from fastload.checkpoint.records import (
     MANIFEST_NAME,
     Contents,
@@ -23,16 +26,20 @@ from fastload.checkpoint.records import (
     new_attempt,
     part_name,
     plan_name,
+    url_of,
 )
 from fastload.errors import ObjectChangedError, ObjectMissingError, WriteConflictError
+from fastload.store import StoreOptions, check_conditions, open_store, store_root
 from fastload.store.types import ObjectInfo, Store
-from fastload.store.urls import normalise
+from fastload.store.urls import normalise, scheme
 
 _log = logging.getLogger("fastload.checkpoint")
 _AT_ONCE = 16
 # How often something may change while it is looked at: each time another has committed or replaced in between.
 _LOOKS = 20
 _RECORD_BYTES_MAX = 1 << 30
+# Where conditional writes were tried out by this process.
+_tried: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +62,7 @@ class Place:
         for look in range(_LOOKS):
             info = self.store.head(self.folder + name)
             if info.size > _RECORD_BYTES_MAX:
-                raise CheckpointError(f"{info.url} is damaged: it has {info.size} bytes; take another step")
+                raise CheckpointDamagedError(f"{info.url} is damaged: it has {info.size} bytes; take another step")
             out = bytearray(info.size)
             try:
                 self.store.read_into(info, 0, memoryview(out))
@@ -65,6 +72,26 @@ class Place:
                 continue
             return bytes(out), info
         raise AssertionError
+
+
+@contextlib.contextmanager
+def opened(url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> Iterator[Place]:
+    path = os.fspath(url)
+    store = open_store(path, StoreOptions.from_environment(storage_options))
+    try:
+        yield Place.of(store, path)
+    finally:
+        store.close()
+
+
+def try_conditions(place: Place) -> None:
+    """Raises `ConfigError` where its store does not keep to conditional writes. Tried out once for each bucket, or
+    folder of checkpoints, since file systems differ.
+    """
+    root = place.folder.rstrip("/").rpartition("/")[0] if scheme(place.folder) == "file" else store_root(place.folder)
+    if root not in _tried:
+        check_conditions(place.store, place.folder)
+        _tried.add(root)
 
 
 def current(place: Place) -> Current | None:
@@ -79,10 +106,18 @@ def current(place: Place) -> Current | None:
         return Current(None, _etag_of(info))
 
 
-def begin(place: Place, rank_count: int, *, overwrite: bool, now_s: float) -> Plan:
+def begin(
+    place: Place,
+    rank_count: int,
+    *,
+    overwrite: bool,
+    now_s: float,
+    refers: Iterable[str] = (),
+    metric: float | None = None,
+) -> Plan:
     """Begin an attempt of so many ranks. Raises `CheckpointExistsError` where a checkpoint is there, a damaged one as
     well, unless it is to be overwritten: that one, and none that another commits meanwhile. `ConfigError`: the store
-    has no conditional writes.
+    has no conditional writes. `refers` are the folders beside it of which it may refer to objects.
     """
     try:
         replaces = _etag_of(place.store.head(place.folder + MANIFEST_NAME))
@@ -92,7 +127,14 @@ def begin(place: Place, rank_count: int, *, overwrite: bool, now_s: float) -> Pl
         raise CheckpointExistsError(
             f"{place.folder} holds a checkpoint already; pass overwrite=True to replace it, or name another URL"
         )
-    plan = Plan(attempt=new_attempt(), ranks=rank_count, replaces=replaces, began_s=now_s)
+    plan = Plan(
+        attempt=new_attempt(),
+        ranks=rank_count,
+        replaces=replaces,
+        began_s=now_s,
+        refers=tuple(refers),
+        metric=metric,
+    )
     # Of this name there is none: the condition is there so that a store without any is found before all is uploaded.
     place.store.put_if_absent(place.folder + plan_name(plan.attempt), plan.encode())
     return plan
@@ -176,18 +218,30 @@ def contents(place: Place) -> Contents:
         if there is None:
             raise ObjectMissingError(f"{place.folder}: no checkpoint is here ({MANIFEST_NAME}); check its name")
         if there.manifest is None:
-            raise CheckpointError(f"{place.folder}{MANIFEST_NAME} is damaged; take another step")
+            raise CheckpointDamagedError(f"{place.folder}{MANIFEST_NAME} is damaged; take another step")
         manifest = there.manifest
         try:
             parts = _parts(place, manifest.attempt, len(manifest.parts))
         except ObjectMissingError as error:
             # It may have been replaced, and swept, since its manifest was read.
             if look == _LOOKS - 1 or current(place) == there:
-                raise CheckpointError(f"{place.folder} is damaged: {error}; take another step") from error
+                raise CheckpointDamagedError(f"{place.folder} is damaged: {error}; take another step") from error
             continue
         where = [place.folder + part_name(manifest.attempt, rank) for rank in range(len(parts))]
         return Contents([manifest.part(rank, data, where[rank]) for rank, data in enumerate(parts)], place.folder)
     raise AssertionError
+
+
+def references(place: Place, manifest: Manifest) -> set[str]:
+    """The objects beside the checkpoint that it refers to, by their names below the folder above."""
+    parts = _parts(place, manifest.attempt, len(manifest.parts))
+    where = place.folder + manifest.attempt
+    return {
+        each.name.removeprefix("../")
+        for rank, data in enumerate(parts)
+        for each in manifest.part(rank, data, where).objects
+        if each.beside
+    }
 
 
 def _etag_of(info: ObjectInfo) -> str:
@@ -219,18 +273,32 @@ def _checked(place: Place, plan: Plan, names: dict[str, ObjectInfo]) -> Manifest
     parts = [Part.decode(data, plan.attempt, rank, where[rank]) for rank, data in enumerate(encoded)]
     _check_objects(place, parts, names)
     Contents(parts, place.folder + plan.attempt)
-    return Manifest.of(plan.attempt, encoded)
+    refers = sorted({each.beside for part in parts for each in part.objects} - {""})
+    if not set(refers) <= set(plan.refers):
+        raise CheckpointError(
+            f"{place.folder}{plan.attempt} refers to {', '.join(refers)}, and its plan to "
+            f"{', '.join(plan.refers) or 'nothing'}; save again"
+        )
+    return Manifest.of(plan.attempt, encoded, refers, plan.metric)
 
 
 def _check_objects(place: Place, parts: Sequence[Part], names: dict[str, ObjectInfo]) -> None:
+    others = {each.name for part in parts for each in part.objects if each.beside}
+
+    def look(name: str) -> tuple[str, ObjectInfo | None]:
+        with contextlib.suppress(ObjectMissingError):
+            return name, place.store.head(url_of(place.folder, name))
+        return name, None
+
+    with ThreadPoolExecutor(_AT_ONCE, "fastload-parts") as pool:
+        known = names | {name: info for name, info in pool.map(look, others) if info is not None}
     for part in parts:
         for each in part.objects:
-            there = names.get(each.name)
-            if not each.name.startswith("../") and (there is None or there.size != each.size):
+            there = known.get(each.name)
+            if there is None or there.size != each.size:
                 found = "missing" if there is None else f"of {there.size} bytes"
-                raise CheckpointError(
-                    f"{place.folder}{each.name} is {found}, and rank {part.rank} has saved {each.size}; save again"
-                )
+                url = url_of(place.folder, each.name)
+                raise CheckpointError(f"{url} is {found}, and rank {part.rank} has saved {each.size}; save again")
 
 
 def _lost(place: Place, attempt: str, there: Current | None) -> CheckpointExistsError:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from fastload.checkpoint.records import MANIFEST_NAME, Manifest, Plan, part_name, plan_name
@@ -68,12 +68,30 @@ def ranks(names: Iterable[str], plan: Plan) -> list[int]:
     return [rank for rank in range(plan.ranks) if part_name(plan.attempt, rank) in there]
 
 
-def leftovers(modified_s: Mapping[str, float], committed: str | None, grace_s: float, now_s: float) -> Iterator[str]:
+def is_ours(name: str) -> bool:
+    """Whether an object of this name, below a checkpoint's URL, is a part of checkpoints or attempts."""
+    return name == MANIFEST_NAME or _OURS.fullmatch(name) is not None or _LEFT.fullmatch(name) is not None
+
+
+def is_of(attempt: str, name: str) -> bool:
+    """Whether an object of this name, below the checkpoint's URL, is what the attempt has left."""
+    match = _OURS.fullmatch(name)
+    return match is not None and match[1] == attempt
+
+
+def leftovers(
+    modified_s: Mapping[str, float],
+    committed: str | None,
+    grace_s: float,
+    now_s: float,
+    referred: Collection[str] = (),
+) -> Iterator[str]:
     """What may be deleted now of the objects of these names; `modified_s` says when each was written.
 
     Of an attempt that is not the one `committed`, where neither it nor the manifest has changed for `grace_s` (of one
     that was replaced readers may still be under way): its plan, or where that has gone before, the rest. And what
-    writes that were cut off have left. An object of which the time is not known (0) stays, and keeps its attempt.
+    writes that were cut off have left. An object of which the time is not known (0) stays, and keeps its attempt. What
+    other checkpoints have `referred` to stays as well.
     """
     before_s = now_s - grace_s
     yield from (name for name, at in modified_s.items() if _LEFT.fullmatch(name) and 0 < at < before_s)
@@ -85,4 +103,5 @@ def leftovers(modified_s: Mapping[str, float], committed: str | None, grace_s: f
         times = [modified_s[name] for name in group]
         if min(times) > 0 and max(*times, modified_s.get(MANIFEST_NAME, 0.0)) < before_s:
             plan = plan_name(attempt)
-            yield from [plan] if plan in group else (name for name in group if not _LEFT.fullmatch(name))
+            rest = (name for name in group if not _LEFT.fullmatch(name) and name not in referred)
+            yield from [plan] if plan in group else rest

@@ -6,7 +6,11 @@ from fastload.errors import FastloadError
 
 
 class CheckpointError(FastloadError, ValueError):
-    """What is stored is not what the format says, or not what was stored; the message names object and place."""
+    """A checkpoint lacks what was asked for, does not fit it, or is damaged; the message names object and place."""
+
+
+class CheckpointDamagedError(CheckpointError):
+    """What is stored is torn, was changed, or lacks a part: another step may be whole."""
 
 
 class CheckpointExistsError(FastloadError, FileExistsError):

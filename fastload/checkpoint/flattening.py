@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from fastload.checkpoint.errors import CheckpointError
+from fastload.checkpoint.errors import CheckpointDamagedError
 from fastload.errors import ConfigError
 
 Path = tuple[Any, ...]
@@ -48,7 +48,7 @@ def unflatten(leaves: Iterable[tuple[Path, Any]]) -> dict[str, Any]:
         for step in path[:-1]:
             at = at.setdefault(_key(step), _Node())
             if type(at) is not _Node:
-                raise CheckpointError(f"a checkpoint with a value at {list(path)} and one above it is damaged")
+                raise CheckpointDamagedError(f"a checkpoint with a value at {list(path)} and one above it is damaged")
         at[_key(path[-1])] = leaf
     return _finished(root)  # type: ignore[no-any-return]
 

@@ -2,19 +2,21 @@
 
 Ranges are made wider to the blocks that have a checksum, joined where what lies between costs less than a request of
 its own, and cut so that several connections share a large one. A block that is not what was written is read once more,
-since it may have been damaged on its way.
+since it may have been damaged on its way. What others have written has no checksums.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from fastload.checkpoint.errors import CheckpointError
-from fastload.checkpoint.records import Object
+from fastload.checkpoint.errors import CheckpointDamagedError
+from fastload.checkpoint.records import Object, url_of
 from fastload.checkpoint.segments import BLOCK_BYTES, blocks_of, damaged_block
+from fastload.errors import ObjectMissingError
 from fastload.store.types import ObjectInfo, Store
 
 READ_BYTES = 8 << 20
@@ -85,11 +87,22 @@ def _cut(group: Sequence[Wanted], start: int, end: int, read_bytes: int) -> Iter
 
 def read(store: Store, folder: str, wanted: Sequence[Wanted]) -> None:
     """Fill all of them. The first error ends it."""
-    objects = {each.object.name: each.object for each in wanted if len(each.out)}
+    with requests(store, folder) as begin:
+        for request in begin(wanted):
+            request.result()
+
+
+@contextlib.contextmanager
+def requests(store: Store, folder: str) -> Iterator[Callable[[Sequence[Wanted]], list[Future[None]]]]:
+    """A function that begins to fill what is wanted, by requests each of which is a future. Those that have not begun
+    when the block ends are given up.
+    """
+    infos: dict[str, Future[ObjectInfo]] = {}
     lock = threading.Lock()
 
     def fetch(part: Range) -> None:
-        data = _verified(store, infos[part.object.name], part)
+        # It was submitted before this, so that a thread has it, or had.
+        data = _verified(store, infos[part.object.name].result(), part)
         for each in part.wanted:
             first, last = max(each.start, part.start), min(each.end, part.end)
             each.out[first - each.start : last - each.start] = data[first - part.start : last - part.start]
@@ -99,24 +112,32 @@ def read(store: Store, folder: str, wanted: Sequence[Wanted]) -> None:
             if is_complete:
                 each.arrived()
 
+    def begin(wanted: Sequence[Wanted]) -> list[Future[None]]:
+        for each in wanted:
+            if not len(each.out):
+                each.arrived()
+            elif each.object.name not in infos:
+                infos[each.object.name] = pool.submit(_info, store, folder, each.object)
+        return [pool.submit(fetch, part) for part in ranges(wanted)]
+
     with ThreadPoolExecutor(_IN_FLIGHT, "fastload-checkpoint") as pool:
         try:
-            found = pool.map(lambda each: _info(store, folder, each), objects.values())
-            infos = dict(zip(objects, found, strict=True))
-            for _ in pool.map(fetch, ranges(wanted)):
-                pass
-        except BaseException:
+            yield begin
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    for each in wanted:
-        if not len(each.out):
-            each.arrived()
 
 
 def _info(store: Store, folder: str, each: Object) -> ObjectInfo:
-    info = store.head(folder + each.name)
+    if each.info is not None:
+        return each.info
+    try:
+        info = store.head(url_of(folder, each.name))
+    except ObjectMissingError as error:
+        raise CheckpointDamagedError(f"{folder} is damaged: {error}; take another step") from error
     if info.size != each.size:
-        raise CheckpointError(f"{info.url} is damaged: it has {info.size} of {each.size} bytes; take another step")
+        raise CheckpointDamagedError(
+            f"{info.url} is damaged: it has {info.size} of {each.size} bytes; take another step"
+        )
     return info
 
 
@@ -124,11 +145,11 @@ def _verified(store: Store, info: ObjectInfo, part: Range) -> memoryview:
     data = memoryview(bytearray(part.end - part.start))
     for attempt in range(2):
         store.read_into(info, part.start, data)
-        number = damaged_block(part.object.sums, part.start, data)
+        number = damaged_block(part.object.sums, part.start, data) if part.object.sums else None
         if number is None:
             break
         if attempt:
-            raise CheckpointError(
+            raise CheckpointDamagedError(
                 f"{info.url} is damaged: the {BLOCK_BYTES} bytes from {number * BLOCK_BYTES} on are not what was "
                 "written; take another step"
             )

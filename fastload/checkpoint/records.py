@@ -15,7 +15,7 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,8 +24,9 @@ import numpy as np
 from xxhash import xxh3_64_hexdigest
 
 from fastload.checkpoint.boxes import Box, Int64s, why_not_tiled
-from fastload.checkpoint.errors import CheckpointError
-from fastload.checkpoint.segments import BLOCK_BYTES, DTYPES, Segment
+from fastload.checkpoint.errors import CheckpointDamagedError
+from fastload.checkpoint.segments import BLOCK_BYTES, DTYPES, Piece, Segment
+from fastload.store.types import ObjectInfo
 
 VERSION = 1
 _MANIFEST, _PLAN, _PART = "fastload-checkpoint", "fastload-checkpoint-plan", "fastload-checkpoint-part"
@@ -33,6 +34,7 @@ _ATTEMPT = re.compile(r"[0-9a-f]{16}")
 _REFERENCE = re.compile(r"\.\./(?!\.{1,2}/)[^/]{1,255}/[0-9a-f]{16}/r[0-9]{5,7}-[0-9]{4,7}\.safetensors")
 _DIMENSIONS_MAX, _OBJECT_BYTES_MAX, _TENSOR_BYTES_MAX = 32, 1 << 50, 1 << 60
 ENCODINGS = ("msgpack", "torch")
+HASH_BYTES = 16
 
 Column = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -61,13 +63,24 @@ def plan_name(attempt: str) -> str:
 MANIFEST_NAME = "manifest.json"
 
 
+def url_of(folder: str, name: str) -> str:
+    """The URL of an object that a part record names; `folder` is the checkpoint's, and ends in a slash."""
+    if name.startswith("../"):
+        return folder[: folder.rindex("/", 0, -1) + 1] + name[3:]
+    return folder + name
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What an attempt will commit: by how many ranks, and in place of which manifest (its ETag; None: of none)."""
+    """What an attempt will commit: by how many ranks, and in place of which manifest (its ETag; None: of none).
+    `refers` are the folders beside it of which it may refer to objects, and `metric` is for the manifest.
+    """
 
     attempt: str
     ranks: int
     replaces: str | None = None
     began_s: float = 0.0  # since 1970
+    refers: tuple[str, ...] = ()
+    metric: float | None = None
 
     def encode(self) -> bytes:
         return _json(_PLAN, self)
@@ -79,11 +92,15 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return plan
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """The attempt that is the checkpoint, and size and XXH3-64 (16 hex digits) of each rank's part record."""
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The attempt that is the checkpoint, and size and XXH3-64 (16 hex digits) of each rank's part record. `refers` are
+    the folders beside it in which objects of it lie.
+    """
 
     attempt: str
     parts: tuple[tuple[int, str], ...]
+    refers: tuple[str, ...] = ()
+    metric: float | None = None
 
     def encode(self) -> bytes:
         return _json(_MANIFEST, self)
@@ -96,9 +113,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return manifest
 
     @classmethod
-    def of(cls, attempt: str, parts: Iterable[bytes]) -> Manifest:
+    def of(
+        cls, attempt: str, parts: Iterable[bytes], refers: Iterable[str] = (), metric: float | None = None
+    ) -> Manifest:
         """From the encoded part records of all ranks, in their order."""
-        return cls(attempt=attempt, parts=tuple((len(part), xxh3_64_hexdigest(part)) for part in parts))
+        sums = tuple((len(part), xxh3_64_hexdigest(part)) for part in parts)
+        return cls(attempt=attempt, parts=sums, refers=tuple(refers), metric=metric)
 
     def part(self, rank: int, data: bytes, where: str) -> Part:
         """The part record of a rank, which is that of this manifest or none."""
@@ -113,14 +133,29 @@ class Object:
 
     name: str
     size: int
-    sums: bytes
+    sums: bytes  # none where others have written it
+    info: ObjectInfo | None = None  # the version that was looked at; None: whichever is there
+
+    @property
+    def beside(self) -> str:
+        """The folder in which it lies, where that is not this checkpoint's; else ""."""
+        return self.name.split("/")[1] if self.name.startswith("../") else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A piece whose bytes lie in an object of another checkpoint."""
+
+    piece: Piece
+    object: Object
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """What one rank has saved. Piece p is of `tensors[tensor[p]]`, and lies in `objects[object[p]]` from `offset[p]`
     on; `boxes` has the offsets and then the sizes of each piece, one number a dimension. `values` are what is no
-    tensor: name, encoding, bytes.
+    tensor: name, encoding, bytes. `hashes` has 16 bytes a piece, or none.
     """
 
     attempt: str
@@ -132,6 +167,7 @@ class Part:
     offset: Column
     boxes: Column
     values: tuple[tuple[str, str, bytes], ...] = ()
+    hashes: bytes = b""
 
     @classmethod
     def of(
@@ -140,18 +176,35 @@ class Part:
         rank: int,
         segments: Sequence[tuple[Segment, bytes]],
         values: Iterable[tuple[str, str, bytes]] = (),
+        references: Sequence[Reference] = (),
+        hashes: Mapping[Piece, bytes] | None = None,
     ) -> Part:
-        """Of segments with their checksums, which lie under the names that `object_name` gives them."""
+        """Of segments with their checksums, which lie under the names that `object_name` gives them, and of pieces that
+        lie elsewhere. `hashes` has those of all pieces.
+        """
         numbers: dict[tuple[str, str, tuple[int, ...]], int] = {}
         rows: list[tuple[int, int, int]] = []
         boxes: list[int] = []
-        objects = []
-        for number, (segment, sums) in enumerate(segments):
-            objects.append(Object(object_name(attempt, rank, number), segment.size, sums))
-            for piece, offset in zip(segment.pieces, segment.offsets, strict=True):
-                tensor = numbers.setdefault((piece.name, piece.dtype, piece.shape), len(numbers))
-                rows.append((tensor, number, offset))
-                boxes += (*piece.box.offsets, *piece.box.sizes)
+        hashed = bytearray()
+        objects = [
+            Object(object_name(attempt, rank, n), segment.size, sums) for n, (segment, sums) in enumerate(segments)
+        ]
+        places = [
+            (piece, number, offset)
+            for number, (segment, _) in enumerate(segments)
+            for piece, offset in zip(segment.pieces, segment.offsets, strict=True)
+        ]
+        others: dict[str, int] = {}
+        for each in references:
+            if each.object.name not in others:
+                others[each.object.name] = len(objects)
+                objects.append(each.object)
+            places.append((each.piece, others[each.object.name], each.offset))
+        for piece, number, offset in places:
+            tensor = numbers.setdefault((piece.name, piece.dtype, piece.shape), len(numbers))
+            rows.append((tensor, number, offset))
+            boxes += (*piece.box.offsets, *piece.box.sizes)
+            hashed += hashes[piece] if hashes is not None else b""
         table = np.array(rows, np.int64).reshape(-1, 3)
         return cls(
             attempt,
@@ -163,6 +216,7 @@ class Part:
             table[:, 2],
             np.array(boxes, np.int64),
             tuple(values),
+            bytes(hashed),
         )
 
     def encode(self) -> bytes:
@@ -171,7 +225,7 @@ class Part:
         ]
         objects = [(each.name, each.size, each.sums) for each in self.objects]
         return msgspec.msgpack.encode(
-            [_PART, VERSION, self.attempt, self.rank, self.tensors, objects, *columns, self.values]
+            [_PART, VERSION, self.attempt, self.rank, self.tensors, objects, *columns, self.values, self.hashes]
         )
 
     @classmethod
@@ -185,7 +239,8 @@ class Part:
         _check(where, (wire.attempt, wire.rank) == (attempt, rank), f"attempt {wire.attempt}, rank {wire.rank}")
         columns = [_column(where, each) for each in (wire.tensor, wire.object, wire.offset, wire.boxes)]
         objects = tuple(Object(*each) for each in wire.objects)
-        part = cls(attempt, rank, wire.tensors, objects, columns[0], columns[1], columns[2], columns[3], wire.values)
+        tensor, held_in, offset, boxes = columns
+        part = cls(attempt, rank, wire.tensors, objects, tensor, held_in, offset, boxes, wire.values, wire.hashes)
         part._check_names(where)
         part._check_numbers(where)
         return part
@@ -242,6 +297,7 @@ class Part:
     def _check_numbers(self, where: str) -> None:
         count = len(self)
         _check(where, len(self.object) == len(self.offset) == count, "columns of different lengths")
+        _check(where, len(self.hashes) in (0, HASH_BYTES * count), f"{len(self.hashes)} bytes of hashes")
         _check(where, _below(self.tensor, len(self.tensors)), "a piece of no tensor")
         _check(where, _below(self.object, len(self.objects)), "a piece in no object")
         dimensions = self.dimensions
@@ -318,6 +374,23 @@ class Contents:
         self._box_start = np.concatenate([part.box_starts for part in parts])[order] + firsts[self._part]
         self._check_tiling(where)
 
+    @property
+    def rank_count(self) -> int:
+        return len(self._parts)
+
+    @property
+    def objects(self) -> list[Object]:
+        """Those that hold pieces, each once."""
+        return list({each.name: each for part in self._parts for each in part.objects}.values())
+
+    def hashes(self) -> Iterator[tuple[int, bytes, Object, int]]:
+        """Of pieces that have one: length, hash, and where they lie."""
+        for part in self._parts:
+            columns = part.lengths().tolist(), part.object.tolist(), part.offset.tolist()
+            for number, (length, held_in, offset) in enumerate(zip(*columns, strict=True)) if part.hashes else ():
+                hashed = part.hashes[HASH_BYTES * number : HASH_BYTES * (number + 1)]
+                yield length, hashed, part.objects[held_in], offset
+
     def places(self, name: str) -> list[Place]:
         """Those of a tensor's pieces."""
         here, (offsets, sizes) = self._rows(name), self._boxes_of(name)
@@ -363,6 +436,7 @@ class _PartWire(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fie
     offset: bytes
     boxes: bytes
     values: tuple[tuple[str, str, bytes], ...]
+    hashes: bytes
 
 
 _Record = TypeVar("_Record", Plan, Manifest)
@@ -406,5 +480,7 @@ def _check(where: str, holds: object, what: str) -> None:
         raise _damaged(where, what)
 
 
-def _damaged(where: str, what: str) -> CheckpointError:
-    return CheckpointError(f"{where} is damaged, or of another version of fastload: it has {what}; take another step")
+def _damaged(where: str, what: str) -> CheckpointDamagedError:
+    return CheckpointDamagedError(
+        f"{where} is damaged, or of another version of fastload: it has {what}; take another step"
+    )

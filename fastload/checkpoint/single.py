@@ -17,10 +17,10 @@ import msgspec
 import torch
 
 from fastload.checkpoint import attempts
-from fastload.checkpoint.attempts import Place
+from fastload.checkpoint.attempts import Place, opened
 from fastload.checkpoint.boxes import Box
 from fastload.checkpoint.commit import Step
-from fastload.checkpoint.errors import CheckpointError
+from fastload.checkpoint.errors import CheckpointDamagedError, CheckpointError
 from fastload.checkpoint.flattening import Path, flatten, put, unflatten
 from fastload.checkpoint.reading import Wanted, read
 from fastload.checkpoint.records import Contents, Part
@@ -29,11 +29,7 @@ from fastload.checkpoint.segments import Piece, lay_out
 from fastload.checkpoint.tensors import DTYPES, NAMES, bytes_of
 from fastload.checkpoint.writing import store_segments
 from fastload.errors import ConfigError
-from fastload.store import StoreOptions, check_conditions, open_store, store_root
-from fastload.store.urls import scheme
 
-# Where conditional writes were tried out by this process.
-_tried: set[str] = set()
 _PATHS = ""  # the name of the value that has the paths; no leaf has it
 
 
@@ -55,8 +51,8 @@ def save(
     values = [(name, *_encoded(leaf)) for name, (_, leaf) in leaves.items() if name not in tensors]
     paths = {name: path for name, (path, _) in leaves.items()}
     values.append((_PATHS, "msgpack", msgspec.msgpack.encode(paths)))
-    with _opened(url, storage_options) as place:
-        _try_conditions(place)
+    with opened(url, storage_options) as place:
+        attempts.try_conditions(place)
         plan = attempts.begin(place, 1, overwrite=overwrite, now_s=time.time())
         pieces = [
             Piece(name, NAMES[tensor.dtype], tuple(tensor.shape), Box.whole(tuple(tensor.shape)))
@@ -85,7 +81,7 @@ def load(
     """
     if into is not None and names is not None:
         raise ConfigError("names= is of no use with into=, which says by what it holds what is to be loaded")
-    with _opened(url, storage_options) as place:
+    with opened(url, storage_options) as place:
         there = attempts.contents(place)
         paths = _paths(there, place.folder)
         if into is not None:
@@ -158,14 +154,6 @@ def _wanted(piece: PieceAt, tensor: torch.Tensor) -> Wanted:
     return Wanted(piece.object, piece.offset, bytes_of(apart), arrived)
 
 
-def _try_conditions(place: Place) -> None:
-    """Once for each bucket, or folder of checkpoints, since file systems differ."""
-    root = place.folder.rstrip("/").rpartition("/")[0] if scheme(place.folder) == "file" else store_root(place.folder)
-    if root not in _tried:
-        check_conditions(place.store, place.folder)
-        _tried.add(root)
-
-
 def _is_stored_as_tensor(name: str, leaf: Any) -> bool:
     if not isinstance(leaf, torch.Tensor):
         return False
@@ -214,7 +202,7 @@ def _paths(there: Contents, where: str) -> dict[str, Path]:
         try:
             said = msgspec.msgpack.decode(there.values[_PATHS][1], type=dict[str, tuple[str | int | list[int], ...]])
         except msgspec.MsgspecError as error:
-            raise CheckpointError(f"{where} is damaged: its paths are {error}; take another step") from error
+            raise CheckpointDamagedError(f"{where} is damaged: its paths are {error}; take another step") from error
     names = [*there.tensors, *(name for name in there.values if name != _PATHS)]
     paths = {name: said.get(name) or (name,) for name in names}
     return {name: paths[name] for name in [*said, *names] if name in paths}  # in the state's order
@@ -239,13 +227,3 @@ def _dtype(dtype: str, where: str, name: str) -> torch.dtype:
     if dtype not in DTYPES:
         raise CheckpointError(f"{where}: {name} is {dtype}, which torch {torch.__version__} does not have")
     return DTYPES[dtype]
-
-
-@contextlib.contextmanager
-def _opened(url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> Iterator[Place]:
-    path = os.fspath(url)
-    store = open_store(path, StoreOptions.from_environment(storage_options))
-    try:
-        yield Place.of(store, path)
-    finally:
-        store.close()

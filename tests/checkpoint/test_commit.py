@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -21,10 +21,20 @@ from fastload.checkpoint import attempts
 from fastload.checkpoint.attempts import Place
 from fastload.checkpoint.commit import Current, Step, leftovers, next_step
 from fastload.checkpoint.errors import CheckpointError, CheckpointExistsError
-from fastload.checkpoint.records import MANIFEST_NAME, Manifest, Plan, object_name, part_name, plan_name
+from fastload.checkpoint.records import (
+    MANIFEST_NAME,
+    Manifest,
+    Part,
+    Plan,
+    Reference,
+    object_name,
+    part_name,
+    plan_name,
+)
+from fastload.checkpoint.segments import Piece
 from fastload.errors import FastloadError
 from fastload.store import RequestOptions, Store, StoreOptions, open_store
-from tests.checkpoint.saving import RANKS, MemoryStore, Stopped, load, save, save_rank
+from tests.checkpoint.saving import RANKS, SHAPE, MemoryStore, Stopped, load, save, save_rank
 from tests.conftest import Bucket
 from tests.patience import PATIENCE_S
 from tests.store.servers import Relay
@@ -306,6 +316,11 @@ def test_what_may_be_deleted() -> None:
         f"{mine}/.tmp-put-{mine}", f".tmp-put-{mine}", f"{dead}/plan.json", f"{planless}/r00000.part",
         f"{planless}/r00000-0000.safetensors",
     }  # fmt: skip
+    # What others refer to stays, and the plan goes all the same.
+    referred = [f"{dead}/plan.json", f"{planless}/r00000-0000.safetensors"]
+    assert set(leftovers(objects, mine, 100, 500, referred)) == {
+        f"{mine}/.tmp-put-{mine}", f".tmp-put-{mine}", f"{dead}/plan.json", f"{planless}/r00000.part",
+    }  # fmt: skip
     # Readers of what was replaced a moment ago may be on their way.
     assert set(leftovers({**objects, MANIFEST_NAME: 499.0}, mine, 100, 500)) == {
         f"{mine}/.tmp-put-{mine}",
@@ -345,6 +360,34 @@ def test_what_its_parts_say_must_be_there() -> None:
         assert load(place) is None
     place.store.put(segment, whole)
     assert attempts.repair(place) == plan.attempt
+
+
+def test_what_it_refers_to_must_be_there_and_in_its_plan() -> None:
+    store = MemoryStore()
+    save(Place.of(store, "s3://b/run/1100"), 1)
+    base = attempts.contents(Place.of(store, "s3://b/run/1100"))
+    (held_in, *_) = (f"../1100/{each.name}" for each in base.objects)
+    objects = [replace(each, name=f"../1100/{each.name}") for each in base.objects]
+    pieces = [Piece("w", "F32", SHAPE, place.box) for place in base.places("w")]
+    references = [Reference(*each, 4096) for each in zip(pieces, objects, strict=True)]
+
+    def saved(step: int, refers: list[str]) -> Step:
+        place = Place.of(store, f"s3://b/run/{step}")
+        plan = attempts.begin(place, 1, overwrite=False, now_s=0, refers=refers)
+        attempts.finish_rank(place, Part.of(plan.attempt, 0, [], (), references))
+        return attempts.commit(place, plan.attempt)
+
+    with pytest.raises(CheckpointError, match="refers to 1100, and its plan to nothing"):
+        saved(1200, [])
+    assert saved(1300, ["900", "1100"]) is Step.COMMITTED
+    there = attempts.current(Place.of(store, "s3://b/run/1300"))
+    assert there is not None
+    assert there.manifest is not None
+    assert there.manifest.refers == ("1100",)
+    assert len(attempts.references(Place.of(store, "s3://b/run/1300"), there.manifest)) == RANKS
+    store.delete(f"s3://b/run/{held_in.removeprefix('../')}")
+    with pytest.raises(CheckpointError, match="is missing, and rank 0 has saved 4116"):
+        saved(1400, ["1100"])
 
 
 @pytest.mark.parametrize("name", ["manifest", "part", "plan"])

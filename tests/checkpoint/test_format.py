@@ -18,7 +18,17 @@ from hypothesis import strategies as st
 
 from fastload.checkpoint.boxes import Box, cut, overlap, why_not_tiled
 from fastload.checkpoint.errors import CheckpointError
-from fastload.checkpoint.records import Contents, Manifest, Object, Part, Plan, new_attempt, object_name
+from fastload.checkpoint.records import (
+    Contents,
+    Manifest,
+    Object,
+    Part,
+    Plan,
+    Reference,
+    new_attempt,
+    object_name,
+    url_of,
+)
 from fastload.checkpoint.segments import (
     BLOCK_BYTES,
     DTYPES,
@@ -338,6 +348,7 @@ HOSTILE = {
     "overlap": ({"offset": column(4096, 4104, 4148)}, "overlap in their object"),
     "checksums": ({"objects": (Object(object_name(ATTEMPT, 3, 0), 4200, b""),)}, "0 bytes of checksums"),
     "endless object": ({"objects": (Object(object_name(ATTEMPT, 3, 0), 1 << 60, b""),)}, "bytes of checksums"),
+    "hashes": ({"hashes": bytes(47)}, "47 bytes of hashes"),
     "encoding": ({"values": (("epoch", "pickle", b""),)}, "encoded as pickle"),
 }  # fmt: skip
 
@@ -368,12 +379,27 @@ def test_names_of_objects_lead_nowhere_else(path: str) -> None:
         Part.decode(hostile.encode(), ATTEMPT, 3, "here")
 
 
+def test_pieces_with_hashes_and_elsewhere() -> None:
+    here, there = (Piece("w", "F32", (2, 3), box) for box in cut(Box.whole((2, 3)), 3))
+    (segment,) = lay_out([here])
+    other = Object("../1100/fedcba9876543210/r00000-0000.safetensors", 5000, bytes(8))
+    hashes = {here: b"h" * 16, there: b"t" * 16}
+    part = Part.of(ATTEMPT, 3, [(segment, bytes(8))], (), [Reference(there, other, 4100)], hashes)
+    read = Contents([Part.decode(part.encode(), ATTEMPT, 3, "here")], "here")
+    own = read.objects[0]
+    assert list(read.hashes()) == [(12, b"h" * 16, own, 4096), (12, b"t" * 16, other, 4100)]
+    assert [(each.object, each.box) for each in read.places("w")] == [(own, here.box), (other, there.box)]
+
+
 def test_a_reference_may_be_shared() -> None:
     """What was saved twice before is found at one place."""
     part = good_part()
     name = "../1100/fedcba9876543210/r00003-0000.safetensors"
     shared = replace(part, objects=(replace(part.objects[0], name=name),), offset=column(4096, 4104, 4104))
-    (first, second) = Contents([Part.decode(shared.encode(), ATTEMPT, 3, "here")], "here").places("w")
+    there = Contents([Part.decode(shared.encode(), ATTEMPT, 3, "here")], "here")
+    assert [each.beside for each in there.objects] == ["1100"]
+    assert url_of("s3://b/run/1200/", name) == "s3://b/run/1100/fedcba9876543210/r00003-0000.safetensors"
+    (first, second) = there.places("w")
     assert (first.object.name, first.offset) == (second.object.name, second.offset) == (name, 4104)
 
 

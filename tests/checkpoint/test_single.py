@@ -187,7 +187,7 @@ def test_stores_that_do_not_keep_to_conditions_are_refused_before_anything_is_wr
     with pytest.raises(ConfigError, match="fsspec, which has no conditional writes"):
         checkpoint.save({"w": torch.ones(2)}, "memory://refused/1")
     assert fsspec.filesystem("memory").find("memory://refused") == []
-    monkeypatch.setattr(single, "open_store", lambda *_: Careless("If-Match"))
+    monkeypatch.setattr(attempts, "open_store", lambda *_: Careless("If-Match"))
     with pytest.raises(ConfigError, match="this store ignores If-Match, so that two writers"):
         checkpoint.save({"w": torch.ones(2)}, tmp_path / "run" / "1")
     assert list(tmp_path.rglob("*.*")) == []
@@ -218,7 +218,7 @@ def test_only_what_is_needed_is_read(s3: Bucket, monkeypatch: pytest.MonkeyPatch
     checkpoint.save(state, f"{s3.url}/1")
     counters = Counters()
     monkeypatch.setattr(
-        single, "open_store", lambda url, options: open_store(url, options, RequestOptions(counters=counters))
+        attempts, "open_store", lambda url, options: open_store(url, options, RequestOptions(counters=counters))
     )
     found = checkpoint.load(f"{s3.url}/1", names=["3", "17"])
     assert [int(found[name][-1]) for name in ("3", "17")] == [3, 17]
@@ -286,7 +286,7 @@ def test_a_block_that_was_damaged_on_its_way_is_read_again(tmp_path: Path, monke
         monkeypatch.setattr(store, "read_into", read_into)
         return store
 
-    monkeypatch.setattr(single, "open_store", flawed)
+    monkeypatch.setattr(attempts, "open_store", flawed)
     same(state, checkpoint.load(tmp_path / "1"))
     assert damaged == [0]
 
