@@ -34,6 +34,12 @@ class Box:
     def elements(self) -> int:
         return math.prod(self.sizes)
 
+    def __contains__(self, inner: Box) -> bool:
+        return all(
+            start <= at and at + size <= start + whole
+            for at, size, start, whole in zip(inner.offsets, inner.sizes, self.offsets, self.sizes, strict=True)
+        )
+
     def within(self, outer: Box) -> tuple[slice, ...]:
         """Where it lies in an array that holds `outer`."""
         return tuple(

@@ -61,6 +61,8 @@ def plan_name(attempt: str) -> str:
 
 
 MANIFEST_NAME = "manifest.json"
+# What the value is called that has the paths of names; no leaf is called so.
+PATHS = ""
 
 
 def url_of(folder: str, name: str) -> str:
@@ -346,6 +348,7 @@ class Contents:
         self._parts = parts
         self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.values: dict[str, tuple[str, bytes]] = {}
+        self.paths: list[bytes] = []  # of the names in each part that says any
         numbers: dict[str, int] = {}
         columns = []
         for part in parts:
@@ -357,6 +360,9 @@ class Contents:
                 own.append(numbers.setdefault(name, len(numbers)))
             columns.append(np.array(own, np.int64)[part.tensor])
             for name, encoding, data in part.values:
+                if name == PATHS:
+                    self.paths.append(data)
+                    continue
                 _check(where, name not in self.values and name not in numbers, f"{name} comes twice")
                 self.values[name] = encoding, data
         both = self.values.keys() & self.tensors.keys()

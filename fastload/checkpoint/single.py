@@ -1,13 +1,10 @@
 """A state of one process, saved to a store and loaded from it, with nothing between.
 
-`save` returns when the checkpoint is committed. What is no tensor is kept as MessagePack where that gives back the very
-same, and else as torch has it, which is read without running any code unless the user allows pickles.
+`save` returns when the checkpoint is committed.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -17,20 +14,19 @@ import msgspec
 import torch
 
 from fastload.checkpoint import attempts
-from fastload.checkpoint.attempts import Place, opened
+from fastload.checkpoint.attempts import Place, opened, try_conditions
 from fastload.checkpoint.boxes import Box
 from fastload.checkpoint.commit import Step
-from fastload.checkpoint.errors import CheckpointDamagedError, CheckpointError
+from fastload.checkpoint.errors import CheckpointError
 from fastload.checkpoint.flattening import Path, flatten, put, unflatten
 from fastload.checkpoint.reading import Wanted, read
-from fastload.checkpoint.records import Contents, Part
+from fastload.checkpoint.records import PATHS, Contents, Part
 from fastload.checkpoint.records import Place as PieceAt
 from fastload.checkpoint.segments import Piece, lay_out
-from fastload.checkpoint.tensors import DTYPES, NAMES, bytes_of
+from fastload.checkpoint.tensors import NAMES, bytes_of, dtype_of
+from fastload.checkpoint.values import decoded, encoded, paths_of
 from fastload.checkpoint.writing import store_segments
 from fastload.errors import ConfigError
-
-_PATHS = ""  # the name of the value that has the paths; no leaf has it
 
 
 def save(
@@ -48,11 +44,11 @@ def save(
     """
     leaves = flatten(state)
     tensors = {name: leaf for name, (_, leaf) in leaves.items() if _is_stored_as_tensor(name, leaf)}
-    values = [(name, *_encoded(leaf)) for name, (_, leaf) in leaves.items() if name not in tensors]
+    values = [(name, *encoded(leaf)) for name, (_, leaf) in leaves.items() if name not in tensors]
     paths = {name: path for name, (path, _) in leaves.items()}
-    values.append((_PATHS, "msgpack", msgspec.msgpack.encode(paths)))
+    values.append((PATHS, "msgpack", msgspec.msgpack.encode(paths)))
     with opened(url, storage_options) as place:
-        attempts.try_conditions(place)
+        try_conditions(place)
         plan = attempts.begin(place, 1, overwrite=overwrite, now_s=time.time())
         pieces = [
             Piece(name, NAMES[tensor.dtype], tuple(tensor.shape), Box.whole(tuple(tensor.shape)))
@@ -83,13 +79,13 @@ def load(
         raise ConfigError("names= is of no use with into=, which says by what it holds what is to be loaded")
     with opened(url, storage_options) as place:
         there = attempts.contents(place)
-        paths = _paths(there, place.folder)
+        paths = paths_of(there, place.folder)
         if into is not None:
             _fill(place, there, into, allow_pickle)
             return into
         chosen = _chosen(names, paths, place.folder)
         tensors = {
-            name: torch.empty(shape, dtype=_dtype(dtype, place.folder, name))
+            name: torch.empty(shape, dtype=dtype_of(dtype, place.folder, name))
             for name, (dtype, shape) in there.tensors.items()
             if name in chosen
         }
@@ -97,7 +93,7 @@ def load(
         leaves = {name: tensor.to(device) for name, tensor in tensors.items()}
         for name in chosen:
             if name not in leaves:
-                leaves[name] = _decoded(*there.values[name], place.folder + name, allow_pickle)
+                leaves[name] = decoded(*there.values[name], place.folder + name, allow_pickle)
         return unflatten((paths[name], leaves[name]) for name in chosen)
 
 
@@ -112,7 +108,7 @@ def _fill(place: Place, there: Contents, into: dict[str, Any], allow_pickle: boo
             raise CheckpointError(f"{place.folder}: {name} is a tensor, and into= has a {type(leaf).__name__} there")
         if name in there.tensors:
             dtype, shape = there.tensors[name]
-            if (_dtype(dtype, place.folder, name), shape) != (leaf.dtype, tuple(leaf.shape)):
+            if (dtype_of(dtype, place.folder, name), shape) != (leaf.dtype, tuple(leaf.shape)):
                 raise CheckpointError(
                     f"{place.folder}: {name} is {dtype} of shape {shape}, and into= has {leaf.dtype} of shape "
                     f"{tuple(leaf.shape)} there"
@@ -124,7 +120,7 @@ def _fill(place: Place, there: Contents, into: dict[str, Any], allow_pickle: boo
     }
     # What is no tensor first: it may be refused, before anything of `into` has changed.
     others = {
-        name: _decoded(*there.values[name], place.folder + name, allow_pickle) for name in leaves if name not in tensors
+        name: decoded(*there.values[name], place.folder + name, allow_pickle) for name in leaves if name not in tensors
     }
     _read(place, there, {**straight, **beside})
     for name, tensor in beside.items():
@@ -164,50 +160,6 @@ def _is_stored_as_tensor(name: str, leaf: Any) -> bool:
     return leaf.dtype in NAMES and leaf.layout is torch.strided and not leaf.is_quantized
 
 
-def _encoded(leaf: Any) -> tuple[str, bytes]:
-    if _is_plain(leaf):
-        with contextlib.suppress(OverflowError):  # an integer of more than 64 bits
-            return "msgpack", msgspec.msgpack.encode(leaf)
-    file = io.BytesIO()
-    torch.save(leaf, file)
-    return "torch", file.getvalue()
-
-
-def _is_plain(leaf: Any) -> bool:
-    """Whether MessagePack gives back the very same."""
-    if type(leaf) is dict:
-        return all(type(key) is str and _is_plain(each) for key, each in leaf.items())
-    if type(leaf) is list:
-        return all(map(_is_plain, leaf))
-    return leaf is None or type(leaf) in (bool, int, float, str, bytes)
-
-
-def _decoded(encoding: str, data: bytes, where: str, allow_pickle: bool) -> Any:
-    try:
-        if encoding == "msgpack":
-            return msgspec.msgpack.decode(data)
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=not allow_pickle)
-    except Exception as error:  # of any kind: torch's reader and what a pickle runs
-        lines = str(error).splitlines() or [type(error).__name__]
-        reason = next((line.strip() for line in lines if "Unsupported" in line), lines[0])
-        raise CheckpointError(
-            f"{where} cannot be read: {reason}; where it is of classes of yours, and trusted, pass allow_pickle=True"
-        ) from error
-
-
-def _paths(there: Contents, where: str) -> dict[str, Path]:
-    """Of every leaf; what other ranks' writers have called is in no dict."""
-    said: dict[str, Path] = {}
-    if _PATHS in there.values:
-        try:
-            said = msgspec.msgpack.decode(there.values[_PATHS][1], type=dict[str, tuple[str | int | list[int], ...]])
-        except msgspec.MsgspecError as error:
-            raise CheckpointDamagedError(f"{where} is damaged: its paths are {error}; take another step") from error
-    names = [*there.tensors, *(name for name in there.values if name != _PATHS)]
-    paths = {name: said.get(name) or (name,) for name in names}
-    return {name: paths[name] for name in [*said, *names] if name in paths}  # in the state's order
-
-
 def _chosen(names: Collection[str] | None, paths: Mapping[str, Path], where: str) -> list[str]:
     if names is None:
         return list(paths)
@@ -221,9 +173,3 @@ def _chosen(names: Collection[str] | None, paths: Mapping[str, Path], where: str
 def _prefixes(name: str) -> Iterator[str]:
     parts = name.split(".")
     return (".".join(parts[:count]) for count in range(1, len(parts) + 1))
-
-
-def _dtype(dtype: str, where: str, name: str) -> torch.dtype:
-    if dtype not in DTYPES:
-        raise CheckpointError(f"{where}: {name} is {dtype}, which torch {torch.__version__} does not have")
-    return DTYPES[dtype]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fastload.checkpoint.errors import CheckpointError
+
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
@@ -18,3 +20,9 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     # Of one element any stride is contiguous, and only one of 1 can be viewed.
     flat = tensor.as_strided((tensor.numel(),), (1,))
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def dtype_of(dtype: str, where: str, name: str) -> torch.dtype:
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{where}: {name} is {dtype}, which torch {torch.__version__} does not have")
+    return DTYPES[dtype]

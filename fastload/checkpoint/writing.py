@@ -17,8 +17,8 @@ from fastload.checkpoint.tensors import bytes_of
 # Segments in flight, of which each takes its size in memory until it is stored.
 _IN_FLIGHT = 4
 
-# A whole tensor, or of one of which the rank holds a part, that part and where it lies.
-Held = torch.Tensor | tuple[torch.Tensor, Box]
+# A whole tensor, or of one of which the rank holds parts, each of them and where it lies.
+Held = torch.Tensor | Sequence[tuple[torch.Tensor, Box]]
 
 
 def store_segments(
@@ -49,5 +49,6 @@ def store_segments(
 
 def held_of(piece: Piece, held: Held) -> torch.Tensor:
     """The part of a tensor that is the piece."""
-    tensor, box = (held, Box.whole(piece.shape)) if isinstance(held, torch.Tensor) else held
+    parts = [(held, Box.whole(piece.shape))] if isinstance(held, torch.Tensor) else held
+    tensor, box = next((tensor, box) for tensor, box in parts if piece.box in box)
     return tensor.detach()[piece.box.within(box)]

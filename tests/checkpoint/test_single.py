@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastload import checkpoint
-from fastload.checkpoint import CheckpointError, CheckpointExistsError, attempts, single
+from fastload.checkpoint import CheckpointError, CheckpointExistsError, attempts, single, tensors
 from fastload.checkpoint.attempts import Place
 from fastload.checkpoint.boxes import Box
 from fastload.checkpoint.reading import Range, Wanted, ranges
@@ -101,7 +101,7 @@ def test_anything_comes_back_as_it_was(tmp_path: Path) -> None:
     same(ODD, found)
 
 
-@pytest.mark.parametrize("dtype", single.DTYPES.values(), ids=str)
+@pytest.mark.parametrize("dtype", tensors.DTYPES.values(), ids=str)
 def test_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     size = torch.empty(0, dtype=dtype).element_size()
     flat = (torch.arange(24 * size) % (2 if dtype == torch.bool else 256)).to(torch.uint8).view(dtype)
@@ -357,7 +357,7 @@ def test_ranks_store_parts_of_a_tensor(tmp_path: Path) -> None:
     for rank, held in enumerate([Box((0, 0), (3, 4)), Box((2, 0), (4, 4))]):
         piece = Piece("w", "F32", (6, 4), Box((3 * rank, 0), (3, 4)))
         tensor = whole[held.within(Box.whole((6, 4)))].clone()
-        stored = store_segments(place, plan.attempt, rank, list(lay_out([piece], 32)), {"w": (tensor, held)})
+        stored = store_segments(place, plan.attempt, rank, list(lay_out([piece], 32)), {"w": [(tensor, held)]})
         attempts.finish_rank(place, Part.of(plan.attempt, rank, stored))
     attempts.commit(place, plan.attempt)
     same({"w": whole}, checkpoint.load(tmp_path / "1"))

@@ -1,0 +1,62 @@
+"""What is no tensor, as bytes; and where the leaves of a state stand in it.
+
+It is kept as MessagePack where that gives back the very same, and else as torch has it, which is read without running
+any code unless the user allows pickles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+import msgspec
+import torch
+
+from fastload.checkpoint.errors import CheckpointDamagedError, CheckpointError
+from fastload.checkpoint.flattening import Path
+from fastload.checkpoint.records import Contents
+
+
+def encoded(leaf: Any) -> tuple[str, bytes]:
+    if _is_plain(leaf):
+        with contextlib.suppress(OverflowError):  # an integer of more than 64 bits
+            return "msgpack", msgspec.msgpack.encode(leaf)
+    file = io.BytesIO()
+    torch.save(leaf, file)
+    return "torch", file.getvalue()
+
+
+def _is_plain(leaf: Any) -> bool:
+    """Whether MessagePack gives back the very same."""
+    if type(leaf) is dict:
+        return all(type(key) is str and _is_plain(each) for key, each in leaf.items())
+    if type(leaf) is list:
+        return all(map(_is_plain, leaf))
+    return leaf is None or type(leaf) in (bool, int, float, str, bytes)
+
+
+def decoded(encoding: str, data: bytes, where: str, allow_pickle: bool) -> Any:
+    try:
+        if encoding == "msgpack":
+            return msgspec.msgpack.decode(data)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=not allow_pickle)
+    except Exception as error:  # of any kind: torch's reader and what a pickle runs
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line.strip() for line in lines if "Unsupported" in line), lines[0])
+        raise CheckpointError(
+            f"{where} cannot be read: {reason}; where it is of classes of yours, and trusted, pass allow_pickle=True"
+        ) from error
+
+
+def paths_of(there: Contents, where: str) -> dict[str, Path]:
+    """Of every leaf; what other ranks' writers have called is in no dict."""
+    said: dict[str, Path] = {}
+    for data in there.paths:
+        try:
+            said |= msgspec.msgpack.decode(data, type=dict[str, tuple[str | int | list[int], ...]])
+        except msgspec.MsgspecError as error:
+            raise CheckpointDamagedError(f"{where} is damaged: its paths are {error}; take another step") from error
+    names = [*there.tensors, *there.values]
+    paths = {name: said.get(name) or (name,) for name in names}
+    return {name: paths[name] for name in [*said, *names] if name in paths}  # in the state's order
