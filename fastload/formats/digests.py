@@ -15,6 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from fastload.errors import ShardError
+from fastload.formats.indexers import WholeIndexer
 from fastload.formats.record_index import RecordIndex
 from fastload.formats.table_index import TableIndex
 
@@ -41,31 +42,19 @@ def fastest(digests: Mapping[str, str]) -> str:
     return next(known, "")
 
 
-class CheckedIndexer:
-    """Another indexer that reads all of a shard, whose digest it checks at the end. Used by one thread."""
+class CheckedIndexer(WholeIndexer):
+    """Another indexer, of a shard whose digest it checks at the end. Used by one thread."""
 
     def __init__(self, indexer: Any, url: str, size: int, algorithm: str, digest: str) -> None:
         """`indexer` is an `Indexer` of the shard at `url`, which has `size` bytes."""
-        self._inner, self._url, self._size = indexer, url, size
+        super().__init__(url, size)
+        self._inner = indexer
         self._algorithm, self._digest, self._hash = algorithm, digest.lower(), new_digest(algorithm)
-        self._at = 0
 
-    @property
-    def next_offset(self) -> int:
-        return self._at
-
-    @property
-    def done(self) -> bool:
-        return self._at >= self._size
-
-    def feed(self, chunk: NDArray[np.uint8], start: int) -> None:
-        """As of `Indexer`: all chunks, in order."""
-        if start != self._at:
-            raise ShardError(f"{self._url}: bytes from {start} came where those from {self._at} were needed")
+    def _read(self, chunk: NDArray[np.uint8], start: int) -> None:
         if not self._inner.done and start <= self._inner.next_offset < start + len(chunk):
             self._inner.feed(chunk, start)
         self._hash.update(chunk.data)
-        self._at += len(chunk)
 
     def finish(self) -> RecordIndex | TableIndex:
         """The index. ShardError where the digest is another one."""

@@ -35,7 +35,7 @@ from fastload.decode.base import Where as ValueWhere
 from fastload.decode.flat import Flat
 from fastload.errors import ConfigError, DecodeError, ShardError
 from fastload.formats.arrow_table import index_of_table
-from fastload.formats.head_indexer import HeadIndexer
+from fastload.formats.indexers import HeadIndexer
 from fastload.formats.mds import Picture, Several
 from fastload.formats.record_index import Described, ListedShard, RecordIndex, shard_name
 from fastload.formats.records import (

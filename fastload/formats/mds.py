@@ -28,7 +28,7 @@ from fastload import decode
 from fastload.decode import Decoder
 from fastload.decode.flat import Flat
 from fastload.errors import ConfigError, DecodeError, ShardError
-from fastload.formats.head_indexer import HeadIndexer
+from fastload.formats.indexers import HeadIndexer
 from fastload.formats.mds_lines import lines_layout
 from fastload.formats.record_index import Described, ListedShard, RecordIndex, shard_name
 from fastload.formats.records import Bytes, Int64s, Pickled, RecordReader, Where, find_by_sizes, layout_of, number_of

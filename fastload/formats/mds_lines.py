@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fastload import decode
 from fastload.decode import Decoder
 from fastload.errors import DecodeError, ShardError
+from fastload.formats.indexers import WholeIndexer
 from fastload.formats.jsonl import find_values
 from fastload.formats.record_index import RecordIndex, shard_name
 from fastload.formats.records import Bytes, Int64s, RecordReader, Where, layout_of, number_of, read_layout
@@ -29,32 +30,18 @@ _LINE_BYTES_MAX = (1 << 32) - 1
 _DECODERS: dict[str, Callable[[], Decoder]] = {"str": decode.text, "int": decode.integer, "float": decode.number}
 
 
-class LinesIndexer:
+class LinesIndexer(WholeIndexer):
     """Makes the index of one shard from all of its bytes. Used by one thread."""
 
     def __init__(self, url: str, size: int, layout: bytes) -> None:
+        super().__init__(url, size)
         reader = LinesReader.of(read_layout(layout)[1])
-        self._url, self._size, self._layout, self._newline = url, size, layout, reader.newline
-        self._head = reader.head
+        self._layout, self._newline, self._head = layout, reader.newline, reader.head
         self._begin = b""  # the first bytes, as many as the head has
         self._rest = b""  # the last bytes that were read, where a newline may have begun
         self._ends: list[NDArray[np.int64]] = []
-        self._at = 0
 
-    @property
-    def next_offset(self) -> int:
-        """The offset of the next byte that is needed; the object's size once none is."""
-        return self._at
-
-    @property
-    def done(self) -> bool:
-        """Whether no more bytes are needed."""
-        return self._at >= self._size
-
-    def feed(self, chunk: NDArray[np.uint8], start: int) -> None:
-        """Read `chunk`, which lies at `start` in the object."""
-        if start != self._at:
-            raise ShardError(f"{self._url}: bytes from {start} came where those from {self._at} were needed")
+    def _read(self, chunk: NDArray[np.uint8], start: int) -> None:
         if len(self._begin) < len(self._head):
             self._begin += chunk[: len(self._head) - len(self._begin)].tobytes()
         if len(self._newline) == 1:
@@ -64,7 +51,6 @@ class LinesIndexer:
             ends = [found.end() for found in re.finditer(re.escape(self._newline), data)]
             self._ends.append(first + np.array(ends, np.int64))
             self._rest = data[max(ends[-1] if ends else 0, len(data) - len(self._newline) + 1) :]
-        self._at += len(chunk)
 
     def finish(self) -> RecordIndex:
         """The index. ShardError: it is none of these shards, or was cut short."""

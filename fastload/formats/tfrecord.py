@@ -27,6 +27,7 @@ from fastload import decode
 from fastload.decode import Decoder
 from fastload.decode.flat import Flat
 from fastload.errors import DecodeError, ShardError
+from fastload.formats.indexers import WholeIndexer
 from fastload.formats.mds import Several
 from fastload.formats.record_index import RecordIndex, shard_name
 from fastload.formats.records import Bytes, Fill, Int64s, RecordReader, Where, copy_out, layout_of, number_of
@@ -49,33 +50,19 @@ _AT_ONCE = 1 << 14
 _PACKED = {b"\x1f\x8b": "gzip", b"\x78\x01": "zlib", b"\x78\x9c": "zlib", b"\x78\xda": "zlib"}
 
 
-class TfRecordIndexer:
+class TfRecordIndexer(WholeIndexer):
     """Makes the index of one file from all of its bytes. Used by one thread."""
 
     def __init__(self, url: str, size: int) -> None:
-        self._url, self._size = url, size
-        self._next = 0
+        super().__init__(url, size)
         self._open = bytearray()  # the record that goes on beyond what was read, as far as it was
         self._starts: list[Int64s] = []
         self._sizes: list[Int64s] = []
         self._features: _Features | None = None
         self._is_raw = False
 
-    @property
-    def next_offset(self) -> int:
-        """The offset of the next byte that is needed; the object's size once none is."""
-        return self._next
-
-    @property
-    def done(self) -> bool:
-        """Whether no more bytes are needed."""
-        return self._next >= self._size
-
-    def feed(self, chunk: NDArray[np.uint8], start: int) -> None:
-        """Read `chunk`, which lies at `start` in the object. ShardError: a record is damaged."""
-        if not start <= self._next < start + len(chunk):
-            raise ShardError(f"{self._url}: bytes from {start} came where those from {self._next} were needed")
-        at = self._next - start
+    def _read(self, chunk: NDArray[np.uint8], start: int) -> None:
+        at = 0
         while self._open and at < len(chunk):
             more = chunk[at : at + self._open_bytes() - len(self._open)]
             self._open += more.data
@@ -85,7 +72,6 @@ class TfRecordIndexer:
         if at < len(chunk):
             at += self._walk(chunk[at:], start + at)
             self._open = bytearray(chunk[at:].data)
-        self._next = start + len(chunk)
 
     def _open_bytes(self) -> int:
         """How many bytes the open record takes, or its head, where that is not there yet; it has been checked."""

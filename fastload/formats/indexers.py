@@ -1,6 +1,4 @@
-"""Reads the heads of shards of records, as MDS and LitData have them: how many there are, where each begins and the
-last ends, all u32, and what else lies before the first.
-"""
+"""What indexers have in common (see `formats.Indexer`): those that read all of a shard, and those of its head."""
 
 from __future__ import annotations
 
@@ -14,8 +12,39 @@ from numpy.typing import NDArray
 from fastload.errors import ShardError
 
 
+class WholeIndexer(ABC):
+    """An `Indexer` that reads all of a shard, in order, without `finish`. Used by one thread."""
+
+    def __init__(self, url: str, size: int) -> None:
+        self._url, self._size = url, size
+        self._at = 0
+
+    @property
+    def next_offset(self) -> int:
+        """The offset of the next byte that is needed; the object's size once none is."""
+        return self._at
+
+    @property
+    def done(self) -> bool:
+        """Whether no more bytes are needed."""
+        return self._at >= self._size
+
+    def feed(self, chunk: NDArray[np.uint8], start: int) -> None:
+        """Read `chunk`, which lies at `start` in the object. ShardError: no such shard."""
+        if start != self._at:
+            raise ShardError(f"{self._url}: bytes from {start} came where those from {self._at} were needed")
+        self._read(chunk, start)
+        self._at += len(chunk)
+
+    @abstractmethod
+    def _read(self, chunk: NDArray[np.uint8], start: int) -> None:
+        """See `feed`."""
+
+
 class HeadIndexer(ABC):
-    """An `Indexer` of one shard without `finish`. Used by one thread."""
+    """An `Indexer` of the head of a shard of records, as MDS and LitData have it: how many there are, where each begins
+    and the last ends, all u32, and what else lies before the first. Without `finish`. Used by one thread.
+    """
 
     kind: ClassVar[str]
     each: ClassVar[str]  # what a record is called
