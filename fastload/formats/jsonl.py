@@ -151,6 +151,12 @@ class JsonlReader:
     def may_have(self, column: str) -> bool:
         return True
 
+    def columns_of(self, record: bytes) -> list[str]:
+        try:
+            return list(json.loads(record))
+        except (ValueError, TypeError, RecursionError):  # it was found to be an object, and no more
+            return []
+
     def kind(self, column: str) -> str:
         return "JSON"
 

@@ -11,7 +11,7 @@ import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -72,6 +72,15 @@ class RecordReader(Protocol):
 
         DecodeError, with `where(i)` before it, for a record that is none of this layout.
         """
+        ...
+
+
+@runtime_checkable
+class LooseReader(RecordReader, Protocol):
+    """A `RecordReader` of records of which each has columns of its own."""
+
+    def columns_of(self, record: bytes) -> list[str]:
+        """Those of one, for a message."""
         ...
 
 

@@ -108,7 +108,8 @@ class Gathered:
 
     They are those of `names` from number `first` on. `random_keys`: uint64[count], where something needs them.
     `present`: of each optional column, bool[count]: which samples have it; its values are empty where they do not.
-    `decoders`: of columns for which the user declared none, what their format says.
+    `decoders`: of columns for which the user declared none, what their format says. `kinds`: of those for which the
+    user declared one, and which their format has as numbers, how these are stored.
     """
 
     count: int
@@ -118,6 +119,7 @@ class Gathered:
     present: dict[str, Present] = field(default_factory=dict)
     first: int = 0
     decoders: dict[str, Decoder] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
 
     @property
     def keys(self) -> Strings:
@@ -130,8 +132,10 @@ class Gathered:
         return Strings(self.names.urls, self.first, self.first + self.count)
 
     def place(self, number: int, column: str) -> str:
-        """Where a value is, for an error."""
-        return self.names.place(self.first + number, column)
+        """Where a value is, for an error of its decoder."""
+        place = self.names.place(self.first + number, column)
+        kind = self.kinds.get(column)
+        return place if kind is None else f"{place} (stored as {kind}: a number without decode=, so leave it out there)"
 
     def split(self, sizes: Sequence[int]) -> Iterator[Gathered]:
         """The samples in parts of these sizes, one after the other; views."""
@@ -145,7 +149,8 @@ class Gathered:
                 columns[name] = values[low:high], offsets[start : stop + 1] - low
             present = {name: there if there is None else there[part] for name, there in self.present.items()}
             keys = None if self.random_keys is None else self.random_keys[part]
-            yield Gathered(stop - start, self.names, columns, keys, present, self.first + start, self.decoders)
+            more = self.first + start, self.decoders, self.kinds
+            yield Gathered(stop - start, self.names, columns, keys, present, *more)
 
     @property
     def seed(self) -> int | None:

@@ -27,9 +27,11 @@ import numpy.typing as npt
 from fastload import callers
 from fastload.client.consumer import Consumer
 from fastload.decode.base import Decoder, Keys, sample_keys
+from fastload.decode.flat import Flat
 from fastload.errors import ConfigError, MissingColumnError
 from fastload.formats import record_reader
 from fastload.formats.records import (
+    LooseReader,
     PartReader,
     Pickled,
     RecordReader,
@@ -389,11 +391,26 @@ class SampleGatherer:
                         f"tensors, which have no room for that; say what stands for it: {_with_default(name, decoders)}"
                     )
             elif row is not None and not row.all():
+                number = int(np.argmin(row))
+                has = ""
+                if isinstance(read, LooseReader):
+                    there = read.columns_of(self._record(located, number))
+                    has = f"it has {shown(there)}.{meant(name, there)} Or, "
                 raise MissingColumnError(
-                    f"{samples.place(int(np.argmin(row)), name)}: the sample has no such column; where samples may "
-                    f"lack it, write {name + '?'!r}"
+                    f"{samples.place(number, name)}: the sample has no such column; {has}where samples may lack it, "
+                    f"write {name + '?'!r}"
                 )
-        return Gathered(count, samples, columns, random_keys, present, decoders=decoders)
+        kinds = {name: read.kind(name) for name in wanted if name in self._columns.decoders and _is_number(read, name)}
+        return Gathered(count, samples, columns, random_keys, present, decoders=decoders, kinds=kinds)
+
+    def _record(self, located: LocatedSamples, number: int) -> bytes:
+        """The record of one sample, for a message."""
+        parts = self._record_parts(located)
+        starts = np.arange(len(located.entry) + 1) if parts.part_start is None else parts.part_start
+        layout = self._gatherer.lay_out(_rows(parts.values, np.s_[:, starts[number] : starts[number + 1]]))
+        record = np.empty(int(layout.out_offset[0, -1]), np.uint8)
+        self._gatherer.fill(layout, [record])
+        return record.tobytes()
 
     def _gather_whole(
         self, parts: RecordParts, read: RecordReader, wanted: Sequence[str], memory: Memory, take: Take, where: Place
@@ -518,8 +535,16 @@ class SampleGatherer:
                 )
 
 
-def _rows(values: Values, numbers: npt.NDArray[np.int64]) -> Values:
+def _rows(values: Values, numbers: npt.NDArray[np.int64] | tuple[slice, slice]) -> Values:
     return Values(values.first_chunk[numbers], values.offset[numbers], values.size[numbers])
+
+
+def _is_number(read: RecordReader, name: str) -> bool:
+    """Whether a column holds numbers, or arrays of them, as they lie in memory."""
+    try:
+        return isinstance(read.decoder(name), Flat)
+    except ConfigError:  # what is not decoded
+        return False
 
 
 def _stored(read: TableReader, names: Sequence[str]) -> tuple[str, ...]:

@@ -103,6 +103,11 @@ def test_columns_are_chosen_and_decoded_as_the_user_says(cache: fastload.Cache) 
     dataset = fastload.StreamingDataset(f"{WRITTEN}/", cache=cache, shuffle=False, columns=["u8", "ID"], decode=decode)
     sample = next(iter(dataset))
     assert (sample["ID"], sample["u8"]) == (struct.pack("<q", -3), 0)
+    text = fastload.StreamingDataset(f"{WRITTEN}/", cache=cache, decode={"ID": fastload.decode.integer()})
+    with pytest.raises(
+        DecodeError, match=r"column 'ID' \(stored as int of 8 bytes: a number without decode=, so leave"
+    ):
+        next(iter(fastload.DataLoader(text, batch_size=2)))
     dataset = fastload.StreamingDataset(
         f"{WRITTEN}/", cache=cache, shuffle=False, columns=["Name", "doc", "missing?"], as_tuple=True,
     )  # fmt: skip
