@@ -41,7 +41,7 @@ from fastload.config import parse_bytes
 from fastload.dataset_base import BatchOf, Columns, DatasetBase, Result, Row, Sample, Unsaid
 from fastload.decode import Decoder
 from fastload.errors import ConfigError
-from fastload.formats import Format, Index, endings_of
+from fastload.formats import Format, Index, checked_format
 from fastload.pipeline.columns import ColumnSet, Decoding
 from fastload.pipeline.epoch_pass import EpochPass, PassOptions, SourcePass, open_source
 from fastload.pipeline.finish import BatchBuilder, ColumnFunctions, Filter, Finish, Function, SourceBuilder
@@ -118,9 +118,9 @@ class StreamingDataset(DatasetBase[Sample]):
     `split`: which of the splits under a prefix is read, such as "train" (docs/formats.md); where there are several, one
     has to be named.
 
-    `format`: of the shards; "auto" goes by the endings of their names, `fastload.formats.tokens(...)` reads files of
-    tokens (docs/formats.md). `allow_pickle`: columns that hold pickles are read, which may run any code: only for
-    data whose writer you trust.
+    `format`: of the shards; "auto" goes by the endings of their names, `fastload.formats.tokens(...)`, or the same as a
+    text, reads files of tokens (docs/formats.md). `allow_pickle`: columns that hold pickles are read, which may run any
+    code: only for data whose writer you trust.
     `cache_policy`: what the cache keeps where it cannot keep all. "auto" is "pin" (a fixed part of each shard, which
     moves on slowly), and with `shuffle="global"` "future" (in RAM, what is needed soonest); "sieve" and "lru" make
     nothing of the known order, and are there to be compared with (docs/tuning.md).
@@ -216,7 +216,7 @@ class StreamingDataset(DatasetBase[Sample]):
         allow_pickle: bool = False,
         split: str | None = None,
     ) -> None:
-        endings_of(format)  # what is none is an error now
+        how = checked_format(format)  # what is none is an error now
         handle = handle_of(cache)
         super().__init__(checked_batch_size(batch_size), check_tail(tail))
         skips_errors = checked_on_error(on_error) == "skip"
@@ -236,7 +236,7 @@ class StreamingDataset(DatasetBase[Sample]):
             manifest_file=checked_path(manifest, "manifest"),
             grows=checked_refresh(refresh) == "epoch",
             kernels=column_set.kernel_modules(),
-            format=format,
+            format=how,
             split=checked_split(split),
         )
         requested = _requested_order(shuffle, seed, shuffle_window, partitions)

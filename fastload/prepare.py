@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastload import shares
 from fastload.arguments import checked_urls
@@ -54,12 +55,13 @@ from fastload.formats.splits import with_split
 from fastload.history.archive import Archive
 from fastload.history.library import WARMING
 from fastload.pipeline.manifest_files import frozen, shared_manifest
-from fastload.pipeline.shard_listing import attach, find_sidecars, list_shards
+from fastload.pipeline.shard_listing import attach, check_reading, find_sidecars, list_shards
 from fastload.pipeline.shards import ShardTable
 from fastload.plan import Manifest, Ranks, RequestedOrder, objects_in_use_order
 from fastload.protocol import Progress, WarmTerms
 from fastload.redaction import redact
 from fastload.service.recording import learnt_by_runs
+from fastload.service.unpacking_children import PART_BYTES
 from fastload.store import StoreOptions, open_store
 from fastload.store.logins import apart
 from fastload.store.table import ObjectTable
@@ -99,7 +101,8 @@ class WarmJob:
 
 @dataclass(frozen=True, slots=True)
 class Warmed:
-    """The result: `held_bytes` of `total_bytes` are cached.
+    """The result: `held_bytes` of `total_bytes` are cached, and `fetched_bytes` were fetched. Of packed shards all of
+    these are unpacked bytes; `stored_bytes` are what the store has for `total_bytes`.
 
     `sample_count` is that of a job's shards, and 0 where a run's objects were warmed, which are not parsed;
     `missing_count` of what the run had read are not there any more. `failed` are the shards that could not be had, by
@@ -113,6 +116,7 @@ class Warmed:
     sample_count: int = 0
     missing_count: int = 0
     failed: Mapping[str, FastloadError] = field(default_factory=dict)
+    stored_bytes: int = 0
 
     @property
     def is_complete(self) -> bool:
@@ -133,11 +137,13 @@ class PinTerms:
 class Outlook:
     """What the cache holds of a job's data, by tier, and what fetching the rest would take.
 
-    `bytes_per_s` is what the store was measured to give, by this service or an earlier one; 0: nothing is known.
+    `bytes_per_s` is what the store was measured to give, by this service or an earlier one; 0: nothing is known. Of
+    packed shards bytes are unpacked ones, but for `stored_bytes`, which the store has for `total_bytes`.
     """
 
     object_count: int
     total_bytes: int
+    stored_bytes: int
     held_bytes: int
     ram_bytes: int
     disk_bytes: int
@@ -148,6 +154,11 @@ class Outlook:
     def is_complete(self) -> bool:
         """Whether the job would fetch nothing now."""
         return self.held_bytes >= self.total_bytes
+
+    @property
+    def to_fetch_bytes(self) -> int:
+        """What the store would send for the rest, if as much is missing of all shards alike."""
+        return self.stored_bytes * (self.total_bytes - self.held_bytes) // max(1, self.total_bytes)
 
 
 def warm(
@@ -207,7 +218,19 @@ def warm(
         progress.fetched_bytes,
         sample_count=sample_count,
         failed=dict(unlisted or {}) | counter.failed | _failed(progress),
+        stored_bytes=_stored_bytes(manifest.objects.take(plan), progress.total_bytes),
     )
+
+
+def _stored_sizes(objects: ObjectTable) -> NDArray[np.int64]:
+    """How many bytes the store sends for each: packed ones for what is in packed objects."""
+    _, object_sizes, packings = objects.all_pieces()
+    return np.where(packings > 0, object_sizes, objects.sizes)
+
+
+def _stored_bytes(objects: ObjectTable, byte_count: int) -> int:
+    """The same for all, which have so many bytes where each counts once."""
+    return int(_stored_sizes(objects).sum()) * byte_count // max(1, int(objects.sizes.sum()))
 
 
 def _failed(progress: Progress) -> dict[str, FastloadError]:
@@ -249,6 +272,7 @@ def _objects_of(consumer: Consumer, what: WarmJob | Sequence[str], ram_bytes: in
         return consumer.present(what)
     found = None if what.manifest_file is None else frozen(what.manifest_file, what.names)
     manifest = found or what.list_shards(consumer)
+    check_reading(manifest, what.format)
     plan = objects_in_use_order(manifest, what.order.settled(what.ranks, ram_bytes), what.epoch, ranks=what.ranks)
     return manifest.objects.take(plan)
 
@@ -284,14 +308,16 @@ def _outlook(
     held: HeldBytes, chunk_bytes: int, objects: ObjectTable, directory: Path, endpoints: Mapping[str, Any]
 ) -> Outlook:
     missing_bytes = held.byte_count - held.held_bytes
-    chunk_count = int((-(-objects.sizes // chunk_bytes)).sum())
+    request_bytes = np.where(objects.all_pieces()[2] > 0, PART_BYTES, chunk_bytes)
+    request_count = int((-(-_stored_sizes(objects) // request_bytes)).sum())
     return Outlook(
         object_count=len(objects),
         total_bytes=held.byte_count,
+        stored_bytes=_stored_bytes(objects, held.byte_count),
         held_bytes=held.held_bytes,
         ram_bytes=held.ram_bytes,
         disk_bytes=held.disk_bytes,
-        request_count=-(-chunk_count * missing_bytes // max(1, held.byte_count)),
+        request_count=-(-request_count * missing_bytes // max(1, held.byte_count)),
         bytes_per_s=_measured(endpoints, directory, objects),
     )
 
@@ -332,6 +358,7 @@ def warm_run(
         progress.fetched_bytes,
         missing_count=missing_count,
         failed=_failed(progress),
+        stored_bytes=progress.total_bytes,
     )
 
 
@@ -341,7 +368,10 @@ def _manifest(consumer: Consumer, job: WarmJob, bad: dict[str, ShardError] | Non
     """
     if job.manifest_file is None:
         return job.list_shards(consumer, bad)
-    return shared_manifest(job.manifest_file, job.names, is_first=True, list_shards=lambda: job.list_shards(consumer))
+    names = job.manifest_file, job.names
+    manifest = shared_manifest(*names, is_first=True, list_shards=lambda: job.list_shards(consumer))
+    check_reading(manifest, job.format)
+    return manifest
 
 
 def _provable(sidecars: ObjectTable) -> ObjectTable:
@@ -452,7 +482,7 @@ def index(
     cache: AnyCache,
     *,
     output: str | os.PathLike[str] | None = None,
-    format_name: str = "auto",
+    how: Format = "auto",
     split: str | None = None,
     skips_bad: bool = False,
     storage_options: Mapping[str, Any] | None = None,
@@ -462,25 +492,30 @@ def index(
     is given: in the end, in one piece. With `skips_bad`, what is wrong with a shard is in the result's `bad`, and the
     others go on.
 
+    Of a format whose indexes are computed, all is read that says how many samples there are, and nothing is stored.
     Raises the errors of listing, fetching and indexing, as a job would, and `ConfigError` for `output`.
     """
     checked_urls(urls)
+    if output is not None and not isinstance(how, str):
+        raise ConfigError(f"output={os.fspath(output)!r}: the indexes of {how.reading} are computed; leave it out")
     handle = handle_of(cache)
     urls, storage_options = apart(urls, storage_options)
     unlisted: dict[str, ShardError] = {}
     with _writer(output, storage_options) as writer, handle.consumer(storage_options, "index") as consumer:
-        listed = list_shards(consumer, urls, format_name, split, unlisted if skips_bad else None)
-        # Of whole shards: what is indexed is of use to all that read them.
-        manifest = Manifest(listed.objects, promised=listed.promised, sidecars=_provable(listed.sidecars))
+        manifest = list_shards(consumer, urls, how, split, unlisted if skips_bad else None)
+        is_stored = isinstance(how, str)
+        if is_stored:  # of whole shards: what is indexed is of use to all that read them
+            manifest = Manifest(manifest.objects, promised=manifest.promised, sidecars=_provable(manifest.sidecars))
         bad = list(map(str, unlisted.values()))
         shard_count = len(manifest) + len(bad)
         attach(consumer, manifest, manifest.sidecars)
-        counts = consumer.get_counts(range(len(manifest)))
+        counts = consumer.get_counts(range(len(manifest))) if is_stored else manifest.promised
+        assert counts is not None, "of a format that is computed it is said which are known"
         wanted = np.arange(len(counts)) if writer is not None else np.flatnonzero(counts < 0)
         known = np.delete(counts, wanted)
         done_count, sample_count = len(known) + len(bad), int(known.sum())
         on_progress(IndexProgress(done_count, shard_count, sample_count))
-        shards = _shard_table(consumer, manifest, manifest.sidecars, format_name)
+        shards = _shard_table(consumer, manifest, manifest.sidecars, how)
         # Half of the arena is left for chunks that are in flight.
         threads = max(1, min(_THREADS_MAX, int(handle.limits.ram_bytes // handle.limits.chunk_bytes * shares.INDEXING)))
         with closing(_index_ahead(shards, consumer, wanted.tolist(), threads)) as indexes:

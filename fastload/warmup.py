@@ -14,7 +14,7 @@ from fastload.client.cache import AnyCache, directory_of
 from fastload.client.cache import pin_name as pin_name_of
 from fastload.config import parse_bytes, parse_rate, parse_seconds
 from fastload.errors import ConfigError
-from fastload.formats import Format, endings_of
+from fastload.formats import Format, checked_format
 from fastload.plan import Ranks, RequestedOrder, Shuffle
 from fastload.prepare import PinTerms, Warmed, WarmJob
 from fastload.protocol import Progress, WarmTerms
@@ -71,14 +71,13 @@ def warm(
         checked_node(node, nodes),
         checked_path(index, "index"),
         checked_path(manifest, "manifest"),
-        format,
+        checked_format(format),
         checked_split(split),
     )
-    endings_of(format)  # what is none is an error now
     terms, pinned = WarmTerms(checked_rate(bandwidth), 0, deadline_at(deadline, time.time())), _pin(pin, ttl, job.names)
     if check:
         found = prepare.look(job, directory_of(cache), storage_options=storage_options)
-        return Warmed(found.object_count, found.total_bytes, found.held_bytes)
+        return Warmed(found.object_count, found.total_bytes, found.held_bytes, stored_bytes=found.stored_bytes)
 
     def came(progress: Progress) -> None:
         if on_progress is not None:

@@ -328,7 +328,7 @@ def chunks_that_are_encrypted(place: Place) -> None:
     )
 
 
-@failure(fastload.ConfigError, "data/index.json: its chunks hold tokens", "format=fastload.formats.tokens(BLOCK_SIZE")
+@failure(fastload.ConfigError, "data/index.json: its chunks hold tokens", 'format="tokens(BLOCK_SIZE')
 def chunks_of_tokens_without_a_block_size(place: Place) -> None:
     place.load(put_written(place, "litdata_tokens"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 import fastload
 from fastload import cli, protocol
 from fastload.client.cache import Handle
+from fastload.config import format_bytes
 from fastload.errors import ConfigError, ObjectMissingError
 from tests.conftest import Bucket
 from tests.daemon.running import Daemon
@@ -278,6 +280,18 @@ def test_a_dry_run_says_what_would_be_fetched(s3: Bucket, data: Corpus, place: P
     done = warm(place, url, "--dry-run", "--json")
     (found,) = json.loads(done.stdout)["data"]
     assert (found["to_fetch_bytes"], found["requests"], found["seconds"]) == (0, 0, 0.0)
+
+
+def test_of_packed_shards_it_is_said_what_the_store_sends(s3: Bucket, place: Path) -> None:
+    lines = b'{"a": 1}\n' * 50_000
+    packed = gzip.compress(lines)
+    s3.put("packed/a.jsonl.gz", packed)
+    url = f"{s3.url}/packed/"
+    (found,) = json.loads(warm(place, url, "--dry-run", "--json").stdout)["data"]
+    assert (found["total_bytes"], found["stored_bytes"], found["to_fetch_bytes"]) == (len(lines), *[len(packed)] * 2)
+    assert found["requests"] == 1
+    sizes = f"{format_bytes(len(lines))} fetched ({format_bytes(len(packed))} packed)"
+    assert sizes in warm(place, url).stderr
 
 
 def test_of_a_prefix_only_shards_of_the_format_that_is_named(s3: Bucket, place: Path) -> None:

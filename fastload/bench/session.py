@@ -93,13 +93,15 @@ class Session:
     def plan(self) -> Plan:
         """List the data, and choose what is read of it. The errors of listing, as a job would have them."""
         from fastload.client.cache import Handle
+        from fastload.formats import checked_format
         from fastload.pipeline.shard_listing import list_shards
 
         self._report("listing")
         options = self._options
+        how = checked_format(options.format)
         with Handle(self.folder / "listing", ram_bytes=_ARENA_LEAST, disk_bytes=0, service="inprocess") as handle:
             with handle.consumer(None, "bench") as consumer:
-                found = list_shards(consumer, list(options.urls), options.format, options.split).objects
+                found = list_shards(consumer, list(options.urls), how, options.split).objects
                 objects = [found[number] for number in range(len(found))]
             chunk_bytes = handle.limits.chunk_bytes
         whole_bytes = sum(each.size for each in objects)

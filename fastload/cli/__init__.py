@@ -12,7 +12,22 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import fastload
-from fastload.cli import bench, cache, daemon, demo, doctor, exits, history, index, jobs, simulate, status, top, warm
+from fastload.cli import (
+    bench,
+    cache,
+    daemon,
+    demo,
+    doctor,
+    exits,
+    history,
+    index,
+    jobs,
+    schema,
+    simulate,
+    status,
+    top,
+    warm,
+)
 from fastload.cli import compile as kernels
 from fastload.cli.printing import examples, plain
 from fastload.errors import FastloadError
@@ -83,6 +98,13 @@ _add(
     "fastload index 's3://bucket/train-{0000..0099}.tar' --output=train.arrow",
 )
 app.add_typer(jobs.app, name="jobs", short_help="The warming jobs of the daemon.")
+_add(
+    "schema",
+    schema.schema,
+    "Which columns a data set has.",
+    "fastload schema s3://bucket/mds/",
+    "fastload schema s3://bucket/tokens/ --format='tokens(2048, uint16)' --json",
+)
 _add(
     "simulate",
     simulate.simulate,

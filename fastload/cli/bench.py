@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastload.cli import exits
-from fastload.cli.cache_options import CachePath, FormatOption, SplitOption, checked_format
+from fastload.cli.cache_options import CachePath, FormatOption, SplitOption
 from fastload.cli.printing import examples, plain
 from fastload.config import format_bytes, parse_bytes, parse_seconds
 from fastload.errors import ConfigError
@@ -98,14 +98,16 @@ class _Job:
         """Those of the benchmark that it settles; what is none is an error now."""
         from fastload.bench import runs
         from fastload.bench.process import check_target
+        from fastload.formats import checked_format
 
+        checked_format(self.format_name)
         specs = _specs(self.decode or [])
         runs.decoders(specs)
         for target in self.map_ or []:
             check_target("--map", target)
         window, ram_bytes = self.shuffle_window, self.ram_bytes
         return {
-            "format": checked_format(self.format_name),
+            "format": self.format_name,
             "split": self.split,
             "shuffle": _one_of("--shuffle", self.shuffle, ("window", "shards", "global", "none")),
             "seed": self.seed,

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from fastload.cli import exits
-from fastload.cli.cache_options import CachePath, existing_cache, shown
+from fastload.cli.cache_options import CachePath, FormatOption, existing_cache, shown
 from fastload.cli.printing import JsonOption, examples, plain, print_json, print_table
 from fastload.cli.view import duration
 from fastload.config import format_bytes
@@ -121,6 +121,7 @@ def pin(
         str | None, typer.Option(help="How long after its last use it ends, such as 14d; else never.")
     ] = None,
     quota: Annotated[str | None, typer.Option(help="The most that it may name, such as 1TiB.")] = None,
+    format_name: FormatOption = "auto",
     cache: CachePath = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -130,7 +131,7 @@ def pin(
     from fastload.client.cache import Cache
 
     with Cache(cache) as opened:
-        byte_count = opened.pin(urls, name=name, ttl=ttl, quota=quota)
+        byte_count = opened.pin(urls, name=name, ttl=ttl, quota=quota, format=format_name)
     if as_json:
         print_json({"byte_count": byte_count})
     else:

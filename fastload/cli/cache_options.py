@@ -40,7 +40,8 @@ FormatOption = Annotated[
     str,
     typer.Option(
         "--format",
-        help="Of the shards that a prefix stands for: tar, mds, jsonl, tfrecord, litdata, or auto, by their endings.",
+        help="Of the shards that a prefix stands for: tar, mds, jsonl, tfrecord, litdata, 'tokens(2048, uint16)', or "
+        "auto, by their endings.",
     ),
 ]
 SplitOption = Annotated[str | None, typer.Option(help="Which of the splits under a prefix, such as train.")]
@@ -79,14 +80,6 @@ class CacheOptions:
             "chunk_bytes": _size("--chunk-bytes", self.chunk_bytes),
         }
         return {name: size for name, size in sizes.items() if size is not None}
-
-
-def checked_format(name: str) -> str:
-    """What `--format` gives; ConfigError for what is none."""
-    from fastload.formats import endings_of
-
-    endings_of(name)
-    return name
 
 
 def _size(option: str, text: str | None) -> int | None:

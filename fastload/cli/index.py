@@ -17,7 +17,6 @@ from fastload.cli.cache_options import (
     FormatOption,
     RamBytes,
     SplitOption,
-    checked_format,
     shown,
 )
 from fastload.cli.printing import JsonOption, plain, print_json
@@ -49,6 +48,7 @@ def index(
 ) -> None:
     """Index all shards, so that a job knows how many samples there are and parses none."""
     from fastload import prepare
+    from fastload.formats import checked_format
 
     options, console = CacheOptions(cache, ram_bytes, disk_bytes, chunk_bytes), Console(stderr=True)
     with (
@@ -59,7 +59,7 @@ def index(
             urls,
             opened,
             output=output,
-            format_name=checked_format(format_name),
+            how=checked_format(format_name),
             split=split,
             skips_bad=skip_bad,
             on_progress=lambda progress: bar.show(progress.done_count, progress.shard_count),

@@ -31,7 +31,6 @@ from fastload.cli.cache_options import (
     RamBytes,
     SplitOption,
     cache_directory,
-    checked_format,
     shown,
 )
 from fastload.cli.printing import JsonOption, plain, print_json
@@ -147,7 +146,7 @@ def warm(
         "partitions": partitions,
         "index": index,
         "manifest": manifest,
-        "format": checked_format(format_name),
+        "format": format_name,
         "split": split,
     }
     given = {name: value for name, value in order.items() if _is_given(context, _PARAMETERS.get(name, name))}
@@ -237,7 +236,8 @@ def _outlook_values(task: Task, outlook: Outlook) -> dict[str, Any]:
         "held_bytes": outlook.held_bytes,
         "ram_bytes": outlook.ram_bytes,
         "disk_bytes": outlook.disk_bytes,
-        "to_fetch_bytes": outlook.total_bytes - outlook.held_bytes,
+        "stored_bytes": outlook.stored_bytes,
+        "to_fetch_bytes": outlook.to_fetch_bytes,
         "requests": outlook.request_count,
         "seconds": _seconds(task, outlook),
     }
@@ -251,23 +251,29 @@ def _check_text(outlook: Outlook) -> str:
 
 
 def _dry_run_text(task: Task, outlook: Outlook) -> str:
-    seconds, missing_bytes = _seconds(task, outlook), outlook.total_bytes - outlook.held_bytes
+    seconds, fetch_bytes = _seconds(task, outlook), outlook.to_fetch_bytes
+    packed = _packed_text(outlook.stored_bytes, outlook.stored_bytes != outlook.total_bytes)
     text = (
-        f"{outlook.object_count} shards, {format_bytes(outlook.total_bytes)}: {format_bytes(outlook.held_bytes)} held, "
-        f"{format_bytes(missing_bytes)} to fetch in {outlook.request_count} requests"
+        f"{outlook.object_count} shards, {format_bytes(outlook.total_bytes)}{packed}: "
+        f"{format_bytes(outlook.held_bytes)} held, {format_bytes(fetch_bytes)} to fetch in {outlook.request_count} "
+        "requests"
     )
     if seconds is None:
         return f"{text}; how long that takes is not known, as nothing was measured yet"
-    rate = format_bytes(missing_bytes / seconds) if seconds else "0 B"
-    return f"{text}; about {_duration(seconds)}, at {rate}/s" if missing_bytes else text
+    rate = format_bytes(fetch_bytes / seconds) if seconds else "0 B"
+    return f"{text}; about {_duration(seconds)}, at {rate}/s" if fetch_bytes else text
+
+
+def _packed_text(packed_bytes: int, are_packed: bool) -> str:
+    """What is said behind a number of unpacked bytes."""
+    return f" ({format_bytes(packed_bytes)} packed)" if are_packed else ""
 
 
 def _seconds(task: Task, outlook: Outlook) -> float | None:
     """How long fetching the rest takes at the rate that was measured, or that is given; None: neither is known."""
     assert task.terms is not None, "a task without terms"
     rates = [rate for rate in (task.terms.bytes_per_s, outlook.bytes_per_s) if rate]
-    missing_bytes = outlook.total_bytes - outlook.held_bytes
-    return missing_bytes / min(rates) if rates else None if missing_bytes else 0.0
+    return outlook.to_fetch_bytes / min(rates) if rates else None if outlook.to_fetch_bytes else 0.0
 
 
 def _duration(seconds: float) -> str:
@@ -405,9 +411,11 @@ def _result_text(task: Task, warmed: Warmed) -> str:
         what = f"{warmed.object_count} objects{gone}"
     else:
         what = f"{warmed.object_count} shards, {warmed.sample_count} samples"
+    stored_bytes = warmed.stored_bytes * warmed.fetched_bytes // max(1, warmed.total_bytes)
+    packed = _packed_text(stored_bytes, warmed.stored_bytes != warmed.total_bytes)
     return (
         f"{what}: {format_bytes(warmed.held_bytes)} of {format_bytes(warmed.total_bytes)} cached, "
-        f"{format_bytes(warmed.fetched_bytes)} fetched"
+        f"{format_bytes(warmed.fetched_bytes)} fetched{packed}"
     )
 
 
@@ -420,6 +428,7 @@ def _values(task: Task, warmed: Warmed) -> dict[str, Any]:
         "total_bytes": warmed.total_bytes,
         "held_bytes": warmed.held_bytes,
         "fetched_bytes": warmed.fetched_bytes,
+        "stored_bytes": warmed.stored_bytes,
         "failed": {url: f"{type(error).__name__}: {error}" for url, error in warmed.failed.items()},
     }
 

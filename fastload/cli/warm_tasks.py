@@ -118,6 +118,7 @@ def checked_shuffle(shuffle: str) -> str:
 
 def task_of_urls(urls: list[str], order: Mapping[str, Any], asked: Asked) -> Task:
     from fastload.arguments import checked_urls
+    from fastload.formats import checked_format
     from fastload.plan import Ranks
     from fastload.prepare import PinTerms, WarmJob
     from fastload.store.listing import expand
@@ -135,7 +136,7 @@ def task_of_urls(urls: list[str], order: Mapping[str, Any], asked: Asked) -> Tas
         Ranks(node, nodes, 0, 1),
         order["index"],
         order["manifest"],
-        order["format"],
+        checked_format(order["format"]),
         order["split"],
     )
     pin = PinTerms(pin_name(job.names), asked.ttl_s) if asked.pin else None
@@ -167,7 +168,7 @@ def task_of_table(table: DataTable, asked: Asked) -> Task:
         Ranks(order.node, order.nodes, 0, 1),
         order.index,
         order.manifest,
-        order.format,
+        order.shard_format,
         order.split,
     )
     pin = None

@@ -19,7 +19,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, get_args
 
 from fastload import callers
 from fastload.arguments import checked_urls
@@ -33,6 +33,9 @@ from fastload.lifecycle import keep_forever, on_fork, reset_on_fork
 from fastload.store import normalise
 from fastload.store.logins import apart
 from fastload.waiting import Waits
+
+if TYPE_CHECKING:
+    from fastload.formats import Format
 
 Shared = TypeVar("Shared")
 
@@ -121,6 +124,7 @@ class Cache:
         name: str | None = None,
         ttl: float | str | None = None,
         quota: int | str | None = None,
+        format: Format = "auto",  # noqa: A002  # as a data set calls it
         storage_options: Mapping[str, Any] | None = None,
     ) -> int:
         """Keep these objects on disk, whatever other jobs read: no plan of another displaces them, warm or live.
@@ -130,12 +134,13 @@ class Cache:
         has its room until then. It needs no process, and lasts through ends of the service, until it is unpinned, is
         set anew under its `name` (by default the URLs; also the name of the data set in what `fastload cache` and
         `status` show), or none of its objects was used for `ttl` (seconds, or such as "14d"; a use is noted within five
-        minutes). `quota`, such as "1TiB", is the most that it may name.
+        minutes). `quota`, such as "1TiB", is the most that it may name. `format` is the data set's: large files of some
+        are kept in pieces, as those are read. Packed files are kept packed; see docs/formats.md.
 
         Returns how many bytes it names. CacheError where they are more than the quota, or than `disk_bytes` can hold
         beside other pins, and where the cache has no disk tier; the store's errors come as they are.
         """
-        return self._handle.pin(urls, name=name, ttl=ttl, quota=quota, storage_options=storage_options)
+        return self._handle.pin(urls, name=name, ttl=ttl, quota=quota, how=format, storage_options=storage_options)
 
     @public
     def unpin(self, name: str | Sequence[str]) -> int:
@@ -270,12 +275,14 @@ class Handle:
         name: str | None = None,
         ttl: float | str | None = None,
         quota: int | str | None = None,
+        how: Format = "auto",
         storage_options: Mapping[str, Any] | None = None,
     ) -> int:
         """See `Cache.pin`."""
-        from fastload.formats import is_cut
+        from fastload.formats import checked_format, is_cut
         from fastload.formats.pieces import in_pieces
 
+        how = checked_format(how)
         ttl_s = 0.0 if ttl is None else parse_seconds(ttl, "ttl")
         quota_bytes = 0 if quota is None else parse_bytes(quota, "quota")
         if ttl is not None and not ttl_s:
@@ -285,7 +292,7 @@ class Handle:
         if not isinstance(called, str) or not 0 < len(called) <= _PIN_NAME_MAX:
             raise ConfigError(f"name={name!r} must be a text of 1 to {_PIN_NAME_MAX} letters")
         with self._own_service("pin", "pinned in", options) as consumer:
-            consumer.attach(in_pieces(consumer.resolve(names, _ANY_ENDING), is_cut))
+            consumer.attach(in_pieces(consumer.resolve(names, _ANY_ENDING), lambda url: is_cut(url, how)))
             return consumer.pin(called, ttl_s, quota_bytes)
 
     def unpin(self, what: Sequence[str]) -> int:

@@ -31,7 +31,7 @@ from fastload.arguments import checked_split, checked_urls
 from fastload.config import parse_bytes, parse_rate, parse_seconds
 from fastload.daemon.schedule import Timetable, Windows, parse_bandwidth, parse_when
 from fastload.errors import ConfigError, FastloadError
-from fastload.formats import endings_of
+from fastload.formats import Format, checked_format
 from fastload.redaction import redact
 from fastload.store import normalise
 from fastload.store.listing import expand
@@ -68,9 +68,14 @@ class OrderTable(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """The shuffle window; None: as the job chooses."""
         return None if self.shuffle_window == "auto" else parse_bytes(self.shuffle_window, "shuffle_window")
 
+    @property
+    def shard_format(self) -> Format:
+        """The format, which may be a text that stands for one with arguments."""
+        return checked_format(self.format)
+
     def check(self) -> None:
         """ConfigError for what cannot be."""
-        endings_of(self.format)
+        _ = self.shard_format
         checked_split(self.split)
         if self.window_bytes == 0:
             raise ConfigError(f'shuffle_window={self.shuffle_window!r} must be at least 1 byte, or "auto"')

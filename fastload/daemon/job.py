@@ -142,7 +142,7 @@ def _warm_urls(
         Ranks(order.node, order.nodes, 0, 1),
         order.index,
         order.manifest,
-        order.format,
+        order.shard_format,
         order.split,
     )
 

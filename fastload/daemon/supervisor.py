@@ -491,7 +491,7 @@ class Supervisor:
         stores = self._core.stores
         key = stores.add(options.to_wire())
         try:
-            listing = Listing.of(_found(stores, key, table.urls, endings_of(table.job.format)))
+            listing = Listing.of(_found(stores, key, table.urls, _endings_of(table)))
         finally:
             stores.remove(key)
         return listing, [] if before is None else before.gone_by(listing)
@@ -646,6 +646,12 @@ def _found(stores: StoreTable, key: str, urls: list[str], endings: tuple[str, ..
         if not found:
             raise
         return found
+
+
+def _endings_of(table: DataTable) -> tuple[str, ...]:
+    """How the names of all objects end that its data is made of."""
+    how = table.job.shard_format
+    return endings_of(how) if isinstance(how, str) else (*how.endings, how.beside_ending)
 
 
 def _said(error: BaseException | None) -> str:

@@ -27,7 +27,7 @@ from fastload.formats.record_index import Described, ListedShard, RecordIndex, s
 from fastload.formats.records import RecordReader, TableReader, read_layout
 from fastload.formats.shard_index import ShardIndex
 from fastload.formats.table_index import TableIndex
-from fastload.formats.token_files import tokens
+from fastload.formats.token_files import tokens, tokens_of
 from fastload.store.listing import ends_in
 from fastload.store.packing import PACKED_ENDINGS, PACKED_TAR_ENDINGS, packing_of
 from fastload.store.table import ObjectTable
@@ -52,6 +52,7 @@ __all__ = [
     "StoredIndex",
     "StridedIndex",
     "TableIndex",
+    "checked_format",
     "described",
     "difference",
     "endings_of",
@@ -167,14 +168,14 @@ class ComputedFormat(Protocol):
         """
         ...
 
-    def counts(self, shards: ObjectTable, have_beside: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """int64[shards]: how many samples each of these has, or piece of one; -1 where names and sizes do not say it.
-        ConfigError for what it cannot read with these arguments.
+    def count(self, info: ObjectInfo, *, has_beside: bool) -> int:
+        """How many samples a shard has, or a piece of one; -1 where its name and size do not say it. ConfigError for
+        what it cannot read with these arguments, ShardError for what is damaged.
         """
         ...
 
     def why_none(self, shards: ObjectTable) -> str:
-        """What to say where `counts` are known and all 0."""
+        """What to say where counts are known and all 0."""
         ...
 
     def index(self, info: ObjectInfo, read_at: ReadAt, beside: tuple[ReadAt, int] | None) -> Index:
@@ -321,6 +322,16 @@ def difference(one: bytes, other: bytes) -> str:
     return f"in the order {list(first.columns)} in the one and {list(second.columns)} in the other"
 
 
+def checked_format(how: Format) -> Format:
+    """What a user says of the format, of which one with arguments may be a text (see `tokens_of`). ConfigError for what
+    is none.
+    """
+    if isinstance(how, str) and ("(" in how or how == "tokens"):
+        return tokens_of(how)
+    endings_of(how)
+    return how
+
+
 def endings_of(name: Format) -> tuple[str, ...]:
     """How shards of the format end; of all formats for "auto". ConfigError for a name that is none."""
     if not isinstance(name, str):
@@ -330,7 +341,8 @@ def endings_of(name: Format) -> tuple[str, ...]:
     if name == "auto":
         return SHARD_ENDINGS
     if name not in ENDINGS:
-        raise ConfigError(f"format={name!r} is not known; there are {', '.join(map(repr, ['auto', *ENDINGS]))}")
+        known = ", ".join(map(repr, ["auto", *ENDINGS, "tokens(LENGTH, DTYPE)"]))
+        raise ConfigError(f"format={name!r} is not known; there are {known}")
     return ENDINGS[name] + _PACKED_ENDINGS.get(name, ())
 
 
@@ -355,10 +367,12 @@ def may_be_beside(url: str) -> bool:
     return bool(packing_of(url)) and shard_name(url).lower().endswith(".json") and named_format(url) == "jsonl"
 
 
-def is_cut(url: str, how: str = "auto") -> bool:
-    """Whether a shard is of a format whose large files are read in pieces; a packed one can be read from its start
-    only.
+def is_cut(url: str, how: Format = "auto") -> bool:
+    """Whether an object is a shard of a format whose large files are read in pieces; a packed one can be read from its
+    start only.
     """
+    if not isinstance(how, str):
+        return not url.endswith((how.beside_ending, f"/{INDEX_NAME}"))
     return format_of(url, how) in _IN_PIECES and not packing_of(url)
 
 

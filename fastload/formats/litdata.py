@@ -156,7 +156,7 @@ def _layout(index: _Index, url: str) -> bytes:
     if config.item_loader == _TOKENS_LOADER:
         raise ConfigError(
             f"{url}: its chunks hold tokens, whose windows are as long as you say; give "
-            "format=fastload.formats.tokens(BLOCK_SIZE, overlap=0)"
+            'format="tokens(BLOCK_SIZE, overlap=0)"'
         )
     if config.ipc_compression not in (None, "zstd", "lz4"):
         raise ConfigError(
@@ -196,6 +196,11 @@ def token_chunks(data: bytes, url: str) -> dict[str, TokenChunk]:
         raise ConfigError(
             f"{url}: its chunks are made for {config.item_loader or 'PyTreeLoader'}, and hold no bare tokens; leave "
             "format= out"
+        )
+    if config.compression_level not in (None, "chunk"):
+        raise ConfigError(
+            f"{url}: its tokens are compressed in the way {config.compression_level!r}, which fastload does not know; "
+            'write them with compression="zstd", compression_level="chunk", or without'
         )
     kind, _, code = (config.data_format[0] if len(config.data_format) == 1 else "").partition(":")
     try:

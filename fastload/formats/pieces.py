@@ -24,10 +24,11 @@ TAIL_BYTES = 512 << 10
 
 
 def in_pieces(shards: ObjectTable, is_cut: Callable[[str], bool] = lambda url: True) -> ObjectTable:
-    """The same shards, with pieces in place of those that are larger than one and whose URLs say that they are cut.
-    Those of an object follow each other.
+    """The same shards, with pieces in place of those that are larger than one and whose URLs say that they are cut;
+    what is in packed objects is whole. Those of an object follow each other.
     """
-    large = [number for number in np.flatnonzero(shards.sizes > PIECE_BYTES).tolist() if is_cut(shards[number].url)]
+    are_large = (shards.sizes > PIECE_BYTES) & (shards.all_pieces()[1] < 0)
+    large = [number for number in np.flatnonzero(are_large).tolist() if is_cut(shards[number].url)]
     if not large:
         return shards
     parts: list[ObjectTable] = []

@@ -22,9 +22,10 @@ Of a piece only the parts of it are read that speak of the piece.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -43,7 +44,7 @@ from fastload.store.listing import ends_in
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
 
-__all__ = ["Tokens", "pack_documents", "tokens", "windows_of_piece"]
+__all__ = ["Tokens", "pack_documents", "tokens", "tokens_of", "windows_of_piece"]
 
 Int64s = NDArray[np.int64]
 ReadAt = Callable[[int, int], bytes]
@@ -56,6 +57,8 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _DTYPES = {
     1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2", 9: "<u4", 10: "<u8",
 }  # fmt: skip
+_CALL = re.compile(r"\s*(?:fastload\.formats\.)?tokens\s*\((.*)\)\s*", re.DOTALL)
+_ARGUMENT = re.compile(r"""\s*(?:([a-z_]+)\s*=\s*)?(?:"([^"]*)"|'([^']*)'|([\w.<>|+-]+))\s*(?:,\s*|$)""", re.ASCII)
 _NPY_HEAD_BYTES = 10_012  # the longest header that is read
 _READ_AT_ONCE = 4096  # numbers of an index, which end a search
 
@@ -97,6 +100,51 @@ def tokens(
     return Tokens(length, stored, overlap, header_bytes, pack, pad, end)
 
 
+def tokens_of(text: str) -> Tokens:
+    """What `tokens` gives, as it is written where there is no Python: `tokens(2048, uint16, pack=cut)`, with quotes or
+    without. ConfigError, which names the text, for what is none.
+    """
+    names = [field.name for field in fields(Tokens)]
+    arguments: dict[str, Any] = {}
+    call = _CALL.fullmatch(text)
+    inner, at = (call[1].strip(), 0) if call is not None else (text, len(text))
+    while at < len(inner):
+        found = _ARGUMENT.match(inner, at)
+        if found is None:
+            raise _unread(text, f"it cannot be read from {inner[at : at + 40]!r} on")
+        name, *quoted, bare = found.groups()
+        if name is None and list(arguments) != names[: len(arguments)]:
+            raise _unread(text, f"{found[0].strip(' ,')} comes behind arguments with names, and has none")
+        if name is None and len(arguments) < len(names):
+            name = names[len(arguments)]
+        if name not in names or name in arguments:
+            raise _unread(text, f"it takes {', '.join(names)}, each once")
+        arguments[name] = _value(bare) if bare is not None else next(each for each in quoted if each is not None)
+        at = found.end()
+    if call is None or "length" not in arguments:
+        raise _unread(text, "it does not say the length of a sample" if call is not None else "it is no call")
+    try:
+        return tokens(**arguments)
+    except ConfigError as error:
+        raise ConfigError(f"format={text!r}: {error}") from error
+
+
+def _value(text: str) -> int | float | str | None:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return None if text == "None" else text
+
+
+def _unread(text: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"format={text!r}: {why}; write tokens(LENGTH), or with a dtype and more, such as "
+        "tokens(2048, uint16, overlap=0)"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """What `tokens` was given; see `formats.ComputedFormat`."""
@@ -123,18 +171,16 @@ class Tokens:
         given = f"length={self.length}, dtype={self.dtype!r}, overlap={self.overlap}"
         return f"tokens({given}, header_bytes={self.header_bytes}, pack={self.pack!r})"
 
-    def counts(self, shards: ObjectTable, have_beside: NDArray[np.bool_]) -> Int64s:
-        """See `ComputedFormat`: of bare files they follow from sizes."""
-        counts = np.full(len(shards), -1, np.int64)
-        for number, (info, has_index) in enumerate(zip(shards, have_beside.tolist(), strict=True)):
-            if not has_index and _is_chunk(info):
-                raise ConfigError(
-                    f"{info.url} is litdata by its name, whose tokens index.json beside it describes, and there is "
-                    "none; upload it"
-                )
-            if not has_index and not _is_npy(info):
-                counts[number] = self._windows(info, self._bare(info))[1]
-        return counts
+    def count(self, info: ObjectInfo, *, has_beside: bool) -> int:
+        """See `ComputedFormat`: of bare files it follows from the size."""
+        if has_beside or _is_npy(info):
+            return -1
+        if _is_chunk(info):
+            raise ConfigError(
+                f"{info.url} is litdata by its name, whose tokens index.json beside it describes, and there is none; "
+                "upload it"
+            )
+        return self._windows(info, self._bare(info))[1]
 
     def why_none(self, shards: ObjectTable) -> str:
         """See `ComputedFormat`."""
@@ -513,5 +559,7 @@ def _check_number(name: str, number: float, stored: str | None) -> None:
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise ConfigError(f"{name}={number!r} must be a number")
     dtype = np.dtype(stored or "i8")
-    if dtype.kind in "iu" and not (number == int(number) and np.iinfo(dtype).min <= number <= np.iinfo(dtype).max):
+    if dtype.kind in "iu" and not (
+        (isinstance(number, int) or number.is_integer()) and np.iinfo(dtype).min <= number <= np.iinfo(dtype).max
+    ):
         raise ConfigError(f"{name}={number!r} is no {dtype.name}")

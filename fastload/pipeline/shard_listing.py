@@ -84,7 +84,7 @@ def list_shards(
     """
     prefixes = Prefixes.of(urls, split)
     if not isinstance(how, str):
-        return _list_computed(consumer, urls, how, prefixes)
+        return _list_computed(consumer, urls, how, prefixes, bad)
     listed, failed = _with_sizes(consumer, _listed(consumer, urls, how, prefixes))
     if bad is not None:
         bad |= failed
@@ -101,7 +101,11 @@ def list_one_by_one(
     """
     prefixes = Prefixes.of(urls, split)
     if not isinstance(how, str):
-        yield _list_computed(consumer, urls, how, prefixes)
+        bad: dict[str, ShardError] = {}
+        manifest = _list_computed(consumer, urls, how, prefixes, bad)
+        yield from bad.values()
+        if len(manifest):
+            yield manifest
         return
     listed = _listed(consumer, urls, how, prefixes)
     for number in range(len(listed.shards)):
@@ -160,8 +164,10 @@ def _manifest(listed: _Listed, how: str) -> Manifest:
     )
 
 
-def _list_computed(consumer: Consumer, urls: Sequence[str], how: ComputedFormat, prefixes: Prefixes) -> Manifest:
-    """The manifest of a `ComputedFormat`, whose sidecars are what lies beside the shards."""
+def _list_computed(
+    consumer: Consumer, urls: Sequence[str], how: ComputedFormat, prefixes: Prefixes, bad: dict[str, ShardError] | None
+) -> Manifest:
+    """The manifest of a `ComputedFormat`, whose sidecars are what lies beside the shards. `bad`: see `list_shards`."""
     found = consumer.resolve(urls, (*how.endings, how.beside_ending), beside=[INDEX_NAME])
     names = [url for rows in found.rows() for url, *_ in rows]
     is_beside = np.array([url.endswith(how.beside_ending) for url in names], np.bool_)
@@ -181,7 +187,7 @@ def _list_computed(consumer: Consumer, urls: Sequence[str], how: ComputedFormat,
         raise ConfigError(
             f"{other} is {named_format(other)} by its name, and is to be read as {how.reading}; leave format= out"
         )
-    packed = next((info.url for info in shards if packing_of(info.url)), None)
+    packed = next((info.url for info in shards if packing_of(info.url) and named_format(info.url) is None), None)
     if packed is not None:
         raise ConfigError(f"{packed} is packed, and files of this format are read from anywhere; upload it unpacked")
     if prefixes.split is not None:  # what lies beside other splits has no part in this one
@@ -193,29 +199,53 @@ def _list_computed(consumer: Consumer, urls: Sequence[str], how: ComputedFormat,
     if lacking:  # those of shards that were named one by one
         beside = ObjectTable.joined([beside, consumer.present(lacking)])
     beside = _each_once(beside)
-    shards = in_pieces(_in_order_of_indexes(consumer, shards, beside, prefixes.prefixes))
+    listed, failed = _with_sizes(consumer, _in_order_of_indexes(consumer, shards, beside, prefixes.prefixes))
+    shards = in_pieces(_inside(listed.shards, listed.unpacked_sizes))
     there = {info.url for info in beside}
     have_beside = np.array([beside_name(info.url, how) in there for info in shards], np.bool_)
     reading = how.reading
     if len(beside):
         identities = msgspec.msgpack.encode(list(beside.identities()))
         reading += READING_BESIDE + hashlib.blake2b(identities, digest_size=16).hexdigest()
-    counts = how.counts(shards, have_beside)
-    if not counts.any():
+    counts = _counted(shards, have_beside, how, failed)
+    if failed and bad is None:
+        raise all_of([*failed.values()], "shards")
+    if failed and bad is not None:
+        bad |= failed
+        kept = np.array([info.url not in failed for info in shards], np.bool_)
+        shards, counts = shards.take(np.flatnonzero(kept)), counts[kept]
+    if len(counts) and not counts.any():
         raise ConfigError(how.why_none(shards))
     return Manifest(shards, promised=counts, sidecars=beside, reading=reading)
 
 
+def _counted(
+    shards: ObjectTable, have_beside: npt.NDArray[np.bool_], how: ComputedFormat, failed: dict[str, ShardError]
+) -> npt.NDArray[np.int64]:
+    """How many samples each shard has, or piece of one, -1 where that is not known; what is wrong with one goes to
+    `failed`, by its URL.
+    """
+    counts = np.full(len(shards), -1, np.int64)
+    for number, (info, has_beside) in enumerate(zip(shards, have_beside.tolist(), strict=True)):
+        try:
+            counts[number] = how.count(info, has_beside=has_beside)
+        except ShardError as error:
+            failed[info.url] = error
+    return counts
+
+
 def _in_order_of_indexes(
     consumer: Consumer, shards: ObjectTable, beside: ObjectTable, prefixes: tuple[str, ...]
-) -> ObjectTable:
-    """The same shards; chunks under a prefix in the order of their index, which is checked against them."""
+) -> _Listed:
+    """The same shards; chunks under a prefix in the order of their index, which is checked against them, and says how
+    large packed ones are unpacked.
+    """
     folders, counts, order = _Folders(shards), np.full(len(shards), -1, np.int64), np.arange(len(shards))
     for info in beside:
         if is_description(info.url) and _folder(info.url) in folders.numbers:
             listed = token_shards(_read(consumer, info), info.url)
             folders.note(info.url, listed, counts, order, is_whole=bool(prefixes) and info.url.startswith(prefixes))
-    return shards.take(order) if (np.diff(order) < 0).any() else shards
+    return _Listed(shards.take(order), counts[order], ObjectTable.of([]), folders.unpacked_sizes[order])
 
 
 READING_BESIDE = "; beside it "

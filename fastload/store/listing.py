@@ -149,7 +149,7 @@ def _no_shards(prefix: str, there: list[str], endings: Sequence[str]) -> str:
     if any(name.endswith(_NOT_UNPACKED) for name in there):
         cure = "shards that are packed by lz4 or compress are not read, so pack them with zstd or gzip"
     elif ".bin" not in endings and (".bin" in by_ending or ".npy" in by_ending):
-        cure = "files of tokens (.bin, .npy) are read in Python, with format=fastload.formats.tokens(length, dtype=...)"
+        cure = 'files of tokens (.bin, .npy) are read with format="tokens(LENGTH, DTYPE)"'
     elif ".json" in by_ending and ".jsonl" in endings:
         cure = 'files of JSON lines that end in .json are read where they are named one by one, with format="jsonl"'
     elif ".tar" not in endings or ".jsonl" not in endings:  # those of a format that was named

@@ -37,6 +37,7 @@ from fastload.formats.litdata import Array, LitDataReader, Nested, RgbPicture
 from fastload.formats.litdata import layout as described_layout
 from fastload.formats.records import layout_of, split
 from tests.conftest import Bucket
+from tests.formats.packing import PACK
 
 # Written by litdata 0.2.76: samples i from 0 to 23, as `expected` has them.
 WRITTEN = Path(__file__).parent / "written"
@@ -181,23 +182,39 @@ def test_what_is_not_read_is_refused_before_a_chunk_is_read(
 # Tokens
 
 
-@pytest.mark.parametrize("name", ["litdata_tokens", "litdata_tokens_numpy"])
+def packed_tokens(folder: Path) -> Path:
+    """The same chunks, as `compression="zstd", compression_level="chunk"` writes them."""
+    folder.mkdir()
+    about = json.loads((WRITTEN / "litdata_tokens" / "index.json").read_bytes())
+    for listed in about["chunks"]:
+        data = (WRITTEN / "litdata_tokens" / listed["filename"]).read_bytes()
+        listed["filename"] = listed["filename"].replace(".bin", ".zstd.bin")
+        (folder / listed["filename"]).write_bytes(PACK[".zst"](data))
+    about["config"]["compression"] = "zstd"
+    (folder / "index.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["litdata_tokens", "litdata_tokens_numpy", "packed"])
 @pytest.mark.parametrize(("length", "overlap"), [(16, 0), (9, 1)])
-def test_tokens_are_the_blocks_of_each_chunk(cache: fastload.Cache, name: str, length: int, overlap: int) -> None:
+def test_tokens_are_the_blocks_of_each_chunk(
+    cache: fastload.Cache, tmp_path: Path, name: str, length: int, overlap: int
+) -> None:
     """As litdata's own reader has them, with the block size that is given there, too."""
+    folder = packed_tokens(tmp_path / "packed") if name == "packed" else WRITTEN / name
     text = [100 * i + n for i in range(60) for n in range(1 + i * 7 % 40)]
     blocks, stride = [], length - overlap
-    for listed in json.loads((WRITTEN / name / "index.json").read_bytes())["chunks"]:
+    for listed in json.loads((folder / "index.json").read_bytes())["chunks"]:
         mine, text = text[: listed["dim"]], text[listed["dim"] :]
         blocks += [mine[at : at + length] for at in range(0, len(mine) - length + 1, stride)]
     how = fastload.formats.tokens(length, overlap=overlap)
-    dataset = fastload.StreamingDataset(f"{WRITTEN / name}/", cache=cache, format=how, shuffle=False)
+    dataset = fastload.StreamingDataset(f"{folder}/", cache=cache, format=how, shuffle=False)
     assert len(dataset) == len(blocks) > 60
     found = list(dataset)
     assert [sample["tokens"].tolist() for sample in found] == blocks
-    assert {sample["tokens"].dtype for sample in found} == {np.dtype("i4" if name == "litdata_tokens" else "u2")}
+    assert {sample["tokens"].dtype for sample in found} == {np.dtype("u2" if name == "litdata_tokens_numpy" else "i4")}
     assert found[-1]["__key__"].startswith("chunk-0-13.bin/")
-    shuffled = fastload.StreamingDataset(f"{WRITTEN / name}/", cache=cache, format=how, shuffle=True)
+    shuffled = fastload.StreamingDataset(f"{folder}/", cache=cache, format=how, shuffle=True)
     batches = list(fastload.DataLoader(shuffled, batch_size=5))
     assert sorted(row for batch in batches for row in batch["tokens"].tolist()) == sorted(blocks)
 
@@ -219,7 +236,7 @@ def test_tokens_that_cannot_be_read_are_refused_by_name(cache: fastload.Cache, t
         with pytest.raises((ConfigError, ShardError), match=says):
             list(fastload.StreamingDataset(f"{folder}/", cache=cache, format=how))
 
-    refused(r"index\.json: its chunks hold tokens, .*give format=fastload\.formats\.tokens\(BLOCK_SIZE", how="auto")
+    refused(r"index\.json: its chunks hold tokens, .*give format=\"tokens\(BLOCK_SIZE", how="auto")
     refused(r"chunk-0-.*\.bin has .*says that from byte .* on 5000 int32 lie in it", chunk={"dim": 5000})
     refused(r"Expected `int` >= 0", chunk={"dim": -1})
     refused(r"says that chunk-0-3\.bin has 3 bytes", chunk={"chunk_bytes": 3})
@@ -227,6 +244,7 @@ def test_tokens_that_cannot_be_read_are_refused_by_name(cache: fastload.Cache, t
     refused(r"index\.json: its items are \['int'\], and tokens are one array", data_format=["int"])
     refused(r"index\.json: its items are .*\[.*:10'\], and tokens", data_format=["no_header_tensor:10"])
     refused(r"made for PyTreeLoader, and hold no bare tokens", item_loader="PyTreeLoader")
+    refused(r"its tokens are compressed in the way 'batch'", compression="zstd", compression_level="batch")
     refused(r"its chunks are encrypted", encryption={"algorithm": "fernet"})
     refused(r"holds int32, and tokens\(dtype='uint16'\) says otherwise", fastload.formats.tokens(16, "uint16"))
     refused(r"pack='fit' is for other files than LitData's", fastload.formats.tokens(16, pack="fit"))
@@ -359,7 +377,7 @@ def test_columns_are_called_by_their_path(tree: Any, names: list[str]) -> None:
         (b'{"chunks": []}', "missing required field `config`"),
         (index_json({"a": (-1, 5)}), "Expected `int` >= 0"),
         (index_json(encryption={"algorithm": "fernet"}), "its chunks are encrypted"),
-        (index_json(item_loader="TokensLoader"), r"hold tokens, .*format=fastload\.formats\.tokens\(BLOCK_SIZE, ov"),
+        (index_json(item_loader="TokensLoader"), r'hold tokens, .*format="tokens\(BLOCK_SIZE, ov'),
         (index_json(item_loader="TemporalArrayLoader"), "are made for TemporalArrayLoader, which fastload"),
         (index_json(compression="zstd", compression_level=3), "compressed by zstd in the way 3, which fastload"),
         (index_json(compression="lz4", compression_level="sample"), r"by lz4 .*with compression=\"zstd\", or without"),

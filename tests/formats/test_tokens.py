@@ -19,13 +19,17 @@ from hypothesis import strategies as st
 
 import fastload
 from fastload import prepare
+from fastload.bench.plan import Options
+from fastload.bench.session import Session
+from fastload.cli.warm_tasks import Asked, tables_of, task_of_table
 from fastload.errors import ConfigError, FastloadError, MissingColumnError, ShardError, StateError
-from fastload.formats import StridedIndex, pieces, tokens
+from fastload.formats import StridedIndex, checked_format, pieces, tokens
 from fastload.formats.pieces import in_pieces, own_bytes
 from fastload.formats.token_files import pack_documents
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
 from tests.formats import token_writer
+from tests.programs import run_cli
 from tests.shards import tar_of
 
 CHUNK_BYTES = 64 << 10
@@ -138,8 +142,7 @@ def test_windows_of_bare_files_are_those_of_plain_python(
             assert isinstance(index, StridedIndex)
             numbers += range(index.first_number, index.first_number + index.sample_count)
             found += [sample["tokens"] for sample in token_writer.samples_of_index(index, text, info.start)]
-            counts = how.counts(ObjectTable.of([info]), np.zeros(1, np.bool_))
-            assert counts.tolist() == [index.sample_count]
+            assert how.count(info, has_beside=False) == index.sample_count
     values = np.arange(count).astype(dtype).tolist()
     assert found == [values[a:b] for a, b in token_writer.windows(count, length, overlap)]
     assert numbers == list(range(len(found)))
@@ -574,3 +577,94 @@ def test_pieces_cover_their_object() -> None:
     assert [part.whole for part in parts] == [large] * 4
     assert [own_bytes(part) for part in parts] == [piece_bytes] * 3 + [5]
     assert own_bytes(small) == small.size
+
+
+# As a text
+
+
+@pytest.mark.parametrize(
+    ("text", "how"),
+    [
+        ("tokens(16)", tokens(16)),
+        ("tokens(16, uint16)", tokens(16, "uint16")),
+        (" fastload.formats.tokens( 16, dtype='<u2' ,overlap = 0, ) ", tokens(16, "uint16", overlap=0)),
+        ('tokens(16, None, 0, 8, "fit", -1)', tokens(16, None, 0, 8, "fit", -1)),
+        ("tokens(pack=cut,length=16,end=50256)", tokens(16, pack="cut", end=50256)),
+    ],
+)
+def test_a_text_says_the_same(text: str, how: Any) -> None:
+    assert checked_format(text) == how
+    assert checked_format(how) is how
+    assert checked_format(how.reading) == dataclasses.replace(how, pad=0, end=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "tokens",
+            r"format='tokens': it is no call; write tokens\(LENGTH\), .* such as tokens\(2048, uint16, overlap=0",
+        ),
+        ("tokens(2048", r"format='tokens\(2048': it is no call"),
+        ("bytes(2048)", r"format='bytes\(2048\)': it is no call"),
+        ("tokens()", "does not say the length of a sample"),
+        ("tokens(dtype=uint16)", "does not say the length of a sample"),
+        ("tokens(2048, __import__('os').system('true'))", r"cannot be read from \"__import__\('os'\)"),
+        ("tokens(2048 uint16)", "cannot be read from '2048 uint16' on"),
+        ("tokens(2048, len=3)", "it takes length, dtype, overlap, header_bytes, pack, pad, end, each once"),
+        ("tokens(2048, uint16, dtype=uint16)", "each once"),
+        ("tokens(1, 2, 3, 4, 5, 6, 7, 8)", "each once"),
+        ("tokens(dtype=uint16, 2048)", "2048 comes behind arguments with names"),
+        ("tokens(2048, uint17)", r"format='tokens\(2048, uint17\)': dtype='uint17' is not a numpy dtype"),
+        ("tokens(many)", "length='many' must be a whole number"),
+        ("tokens(8, uint16, pad=nan)", "pad=nan is no uint16"),
+        ("token(8)", r"format='token\(8\)': it is no call"),
+        ("tokenz", r"format='tokenz' is not known; there are .*'tokens\(LENGTH, DTYPE\)'"),
+    ],
+)
+def test_a_text_that_says_nothing_is_named_with_the_cure(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as error:
+        checked_format(text)
+    assert repr(text) in str(error.value)
+
+
+def test_where_there_is_no_python(data: Path, tmp_path: Path) -> None:
+    np.arange(100, dtype="<u2").tofile(data / "a.bin")
+    (data / "b.bin").write_bytes(b"odd")
+    cache = ["--cache", tmp_path / "cache", "--ram-bytes=16MiB", "--disk-bytes=64MiB", "--chunk-bytes=64KiB"]
+    how = "--format=tokens(10, uint16, overlap=0)"
+    bad = run_cli("index", f"{data}/", how, "--skip-bad", *cache, check=False)
+    assert (bad.returncode, "b.bin has 3 bytes" in bad.stderr, "2 shards, 10 samples" in bad.stderr) == (3, True, True)
+    (data / "b.bin").unlink()
+    assert "1 shards, 10 samples" in run_cli("warm", f"{data}/", how, *cache).stderr
+    looked = json.loads(run_cli("warm", f"{data}/", how, "--check", "--json", *cache).stdout)
+    assert (looked["is_complete"], looked["data"][0]["total_bytes"]) == (True, 200)
+    columns = json.loads(run_cli("schema", f"{data}/", how, "--json", *cache[:2]).stdout)
+    assert columns["tokens"] == {"dtype": "uint16", "shape": [10], "encoding": columns["tokens"]["encoding"]}
+    failed = run_cli("index", f"{data}/", how, "--output", tmp_path / "x.arrow", *cache, check=False)
+    assert "are computed; leave it out" in failed.stderr
+
+
+def test_large_files_are_pinned_in_the_pieces_that_are_read(data: Path, cache: fastload.Cache) -> None:
+    docs = [[list(range(200))] for _ in range(9)]
+    (data / "a.idx").write_bytes(token_writer.index_bytes(docs, "<u2"))
+    np.array([docs], "<u2").tofile(data / "a.bin")
+    whole = (data / "a.bin").stat().st_size + (data / "a.idx").stat().st_size
+    with cut(200):  # the index is larger than that
+        assert cache.pin(f"{data}/") == whole
+        assert cache.pin(f"{data}/", format="tokens(8)") == whole + 17 * 5
+
+
+def test_jobs_and_benchmarks_take_a_text(data: Path, tmp_path: Path) -> None:
+    np.arange(100, dtype="<u2").tofile(data / "a.bin")
+    file = tmp_path / "job.toml"
+    file.write_text(f'[[data]]\nname = "a"\nurls = ["{data}/"]\njob = {{ format = "tokens(10, uint16)" }}\n')
+    (table,) = tables_of(file, {})
+    job = task_of_table(table, Asked(None, None, None, False, None)).job
+    assert job is not None
+    assert job.format == tokens(10, "uint16")
+    with pytest.raises(ConfigError, match=r"job: format='tokens\(0\)': length=0 must be"):
+        tables_of(file, {"format": "tokens(0)"})
+    options = Options([f"{data}/"], format="tokens(10, uint16)", cache=tmp_path / "bench")
+    with Session(options, [], lambda words: None) as session:
+        assert [each.url.rpartition("/")[2] for each in session.plan().objects] == ["a.bin"]
