@@ -29,7 +29,9 @@ from hypothesis import settings
 from fastload.config import cpu_count
 from fastload.demo.weed import REGION, WeedServer
 from fastload.errors import StoreError
+from fastload.service.host import launch
 from fastload.store.options import StoreOptions
+from tests.zygote import Zygote
 
 # For child processes too: arithmetic in one thread each. Several test processes run on as many cores, and threads of
 # torch's that wait for each other there burn what the others could use.
@@ -154,6 +156,27 @@ def what_is_there_stays() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def zygote() -> Iterator[Zygote]:
+    """Services that this process starts are forked from it, but for those of tests with `real_start`."""
+    found = Zygote(launch.child_environment(os.environ))
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            start = launch._popen
+            patch.setattr(
+                launch, "_popen", lambda *args, **settings: found.popen(*args, **settings) or start(*args, **settings)
+            )
+            yield found
+    finally:
+        found.close()
+
+
+@pytest.fixture
+def real_start(zygote: Zygote, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Services are started as users' jobs start them."""
+    monkeypatch.setattr(zygote, "popen", lambda *args, **settings: None)
 
 
 @pytest.fixture(scope="session")

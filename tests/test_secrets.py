@@ -25,6 +25,8 @@ from tests.conftest import Bucket
 from tests.shards import tar_of
 from tests.store.servers import Handler, answer, server
 
+pytestmark = pytest.mark.usefixtures("real_start")
+
 SECRET = "PLANTED"  # in every secret, but for those of the real store
 LOGIN = f"user:{SECRET}"
 SHARD = tar_of({f"{number}": {"txt": b"text"} for number in range(8)})

@@ -21,6 +21,8 @@ from fastload.service.host.launch import StartError, start_process
 from tests.processes import until
 from tests.service.helpers import CHUNK_BYTES, service_pid
 
+pytestmark = pytest.mark.usefixtures("real_start")
+
 # Python runs this in every process that it starts: a service dies at once while there is a file left to take.
 _DYING = """
 import os, sys

@@ -27,6 +27,8 @@ from tests.conftest import Bucket
 from tests.service.helpers import service_pid
 from tests.store.servers import Handler, answer, server
 
+pytestmark = pytest.mark.usefixtures("real_start")
+
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "PLANTED"  # in every poisoned value that is a secret
 
