@@ -6,7 +6,8 @@ and stored. What a `ComputedFormat` gives (`computed_index`) is not: it follows 
 
 Large files of some formats are read in pieces (`pieces`).
 
-Nothing here imports numba until the first shard is to be indexed.
+Nothing here imports numba until the first shard is to be indexed, nor what reads records and token files before that is
+needed: the cache service does without.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from itertools import combinations
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,14 +25,17 @@ from fastload.formats.computed_index import PackedIndex, StridedIndex
 from fastload.formats.digests import CheckedIndexer, fastest
 from fastload.formats.placed_index import RECORD_MAGIC, TABLE_MAGIC
 from fastload.formats.record_index import Described, ListedShard, RecordIndex, shard_name
-from fastload.formats.records import RecordReader, TableReader, read_layout
 from fastload.formats.shard_index import ShardIndex
 from fastload.formats.table_index import TableIndex
-from fastload.formats.token_files import tokens, tokens_of
+from fastload.lazy import lazy_names
 from fastload.store.listing import ends_in
 from fastload.store.packing import PACKED_ENDINGS, PACKED_TAR_ENDINGS, packing_of
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
+
+if TYPE_CHECKING:
+    from fastload.formats.records import RecordReader
+    from fastload.formats.token_files import tokens as tokens
 
 __all__ = [
     "ENDINGS",
@@ -75,6 +79,8 @@ StoredIndex: TypeAlias = ShardIndex | RecordIndex | TableIndex
 Index: TypeAlias = StoredIndex | StridedIndex | PackedIndex
 ReadAt: TypeAlias = Callable[[int, int], bytes]
 """Reads a part of an object: `read_at(start, length)`."""
+
+__getattr__ = lazy_names(__name__, {"token_files": ["tokens"]})[0]
 
 ENDINGS = {
     "tar": (".tar",),
@@ -208,6 +214,8 @@ def stored_index(
 
 
 def _stored_columns(layout: bytes) -> tuple[str, ...]:
+    from fastload.formats.records import TableReader
+
     read = record_reader(layout)
     return read.stored if isinstance(read, TableReader) else read.columns
 
@@ -254,6 +262,8 @@ def described(data: bytes, url: str) -> dict[str, Described]:
 @functools.lru_cache(maxsize=256)
 def record_reader(layout: bytes) -> RecordReader:
     """What reads records of this layout; ShardError where that is none."""
+    from fastload.formats.records import read_layout
+
     name, fields = read_layout(layout)
     if name == "mds":
         from fastload.formats.mds import MdsReader
@@ -327,6 +337,8 @@ def checked_format(how: Format) -> Format:
     is none.
     """
     if isinstance(how, str) and ("(" in how or how == "tokens"):
+        from fastload.formats.token_files import tokens_of
+
         return tokens_of(how)
     endings_of(how)
     return how

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastload.errors import DecodeError
-from fastload.formats.records import Bytes, Int64s, Where
+
+if TYPE_CHECKING:
+    from fastload.formats.records import Bytes, Int64s, Where
 
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _SKIPPED = b"\x2a\x4d\x18"  # behind 0x50 to 0x5f: a frame that holds something else (3.1.2)
