@@ -1,9 +1,11 @@
-"""Checkpoints in a store: how they are laid out, written down and committed. Only `single` needs torch.
+"""Checkpoints in a store: how they are laid out, written down and committed. `records` and
+what is below need no torch.
 
 A state is a set of named tensors, of which each rank holds pieces. Pieces are packed into segments (`segments`), which
 stock readers can open; what lies where is in a record of each rank, and what makes them one checkpoint in its manifest
 (`records`). A save is an *attempt* under a prefix of its own, and is nothing until its manifest is there (`commit`).
-One process saves and loads a state with the store alone (`single`).
+One process saves and loads a state with the store alone (`single`); several by way of torch.distributed.checkpoint
+(`dcp_writer`, `dcp_reader`).
 """
 
 from __future__ import annotations
@@ -13,11 +15,19 @@ from typing import TYPE_CHECKING
 from fastload.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from fastload.checkpoint.dcp_reader import Reader as Reader
+    from fastload.checkpoint.dcp_writer import Writer as Writer
     from fastload.checkpoint.errors import CheckpointError as CheckpointError
     from fastload.checkpoint.errors import CheckpointExistsError as CheckpointExistsError
     from fastload.checkpoint.single import load as load
     from fastload.checkpoint.single import save as save
 
 __getattr__, __dir__, __all__ = lazy_names(
-    __name__, {"errors": ["CheckpointError", "CheckpointExistsError"], "single": ["load", "save"]}
+    __name__,
+    {
+        "dcp_reader": ["Reader"],
+        "dcp_writer": ["Writer"],
+        "errors": ["CheckpointError", "CheckpointExistsError"],
+        "single": ["load", "save"],
+    },
 )

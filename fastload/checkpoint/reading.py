@@ -58,7 +58,9 @@ def ranges(wanted: Iterable[Wanted], gap_bytes: int = GAP_BYTES, read_bytes: int
     group: list[Wanted] = []
     start = end = 0
     for each in sorted((each for each in wanted if len(each.out)), key=lambda each: (each.object.name, each.start)):
-        first, last = blocks_of(each.start, each.end, each.object.size)
+        first, last = each.start, each.end
+        if each.object.sums:
+            first, last = blocks_of(first, last, each.object.size)
         if group and (group[0].object.name != each.object.name or first > end + gap_bytes):
             yield from _cut(group, start, end, read_bytes)
             group = []

@@ -346,6 +346,7 @@ class Contents:
         tensor.
         """
         self._parts = parts
+        self.attempt = parts[0].attempt
         self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.values: dict[str, tuple[str, bytes]] = {}
         self.paths: list[bytes] = []  # of the names in each part that says any

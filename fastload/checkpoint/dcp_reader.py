@@ -1,0 +1,323 @@
+"""What torch.distributed.checkpoint loads, from one of our checkpoints or from one of its own: `checkpoint.Reader`.
+
+torch compares what is there with what each rank holds, whatever mesh either has, and asks for boxes of elements. Of
+each exactly the bytes are read that it takes (`strided`). What is no tensor is handed to torch's planner, which
+unpickles anything: so it is read here first, by a reader that runs no code, and pickled anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from fastload.checkpoint import attempts, distcp
+from fastload.checkpoint.attempts import Place, opened
+from fastload.checkpoint.errors import CheckpointError
+from fastload.checkpoint.flattening import unflatten
+from fastload.checkpoint.reading import GAP_BYTES, Wanted, read
+from fastload.checkpoint.records import MANIFEST_NAME, Contents, Object
+from fastload.checkpoint.records import Place as PieceAt
+from fastload.checkpoint.strided import Numbers, Strided, dense
+from fastload.checkpoint.tensors import dtype_of
+from fastload.checkpoint.values import decoded, paths_of
+from fastload.errors import ObjectMissingError
+from fastload.store.types import ObjectInfo
+
+# What is read at once, since what does not go straight to its place is held beside it until then.
+_ELEMENTS_AT_ONCE = 128 << 20
+# At the start of an item, and at its end, there is as much as a rule that tells how it is laid out.
+_EDGE_BYTES = 4096
+
+
+class Reader(StorageReader):
+    """Loads what torch.distributed.checkpoint loads, from the checkpoint at `url`:
+
+        dcp.load(state, storage_reader=checkpoint.Reader("s3://bucket/run/1200"))
+
+    It may be one of `checkpoint.Writer`, of `checkpoint.save`, or one that torch has written itself. Each rank reads
+    exactly what it needs, on any mesh. What is no tensor is read without running any code, unless pickles are allowed.
+    Raises what `checkpoint.load` does, which torch puts into a `CheckpointException` or an `AssertionError`.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        allow_pickle: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._url = os.fspath(url)
+        self._allow_pickle, self._storage_options = allow_pickle, storage_options
+        self._source: _Ours | _Torchs | None = None
+
+    @property
+    def checkpoint_id(self) -> str:
+        return self._url
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return bool(os.fspath(checkpoint_id))
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        if checkpoint_id is not None:
+            self._url = os.fspath(checkpoint_id)
+        self._source = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Where there are none of all ranks, torch calls it once more with `rank`, for what one saved by itself."""
+        rank: int | None = kwargs.get("rank")
+        with opened(self._url, self._storage_options) as place:
+            self._source = _source(place, rank)
+        return self._source.metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing: `read_metadata` has read what this takes."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return dataclasses.replace(plan, storage_data=self._found.version)
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        # Each rank has looked for itself which checkpoint is there.
+        if len({plan.storage_data for plan in plans}) > 1:
+            raise CheckpointError(f"{self._url} was replaced while the ranks began to read it; load it again")
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        others = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
+        with opened(self._url, self._storage_options) as place:
+            for item, value in zip(others, self._found.values(place, others, self._allow_pickle), strict=True):
+                file = io.BytesIO()
+                torch.save(value, file)
+                file.seek(0)
+                planner.load_bytes(item, file)
+            for group in _groups(item for item in plan.items if item.type is not LoadItemType.BYTE_IO):
+                targets = [(item, planner.resolve_tensor(item).detach()) for item in group]
+                for item, target in targets:
+                    if target.shape != item.lengths:
+                        raise CheckpointError(f"{item.dest_index.fqn} takes {item.lengths}, and gives {target.shape}")
+                self._found.fill(place, targets)
+                for item, target in targets:
+                    planner.commit_tensor(item, target)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    @property
+    def _found(self) -> _Ours | _Torchs:
+        if self._source is None:
+            self.read_metadata()
+        assert self._source is not None
+        return self._source
+
+
+def _groups(items: Iterable[ReadItem]) -> Iterator[list[ReadItem]]:
+    """What is read at once, since all that does not go straight to its place is held until then."""
+    group: list[ReadItem] = []
+    held = 0
+    for item in items:
+        elements = math.prod(item.lengths)
+        if group and held + elements > _ELEMENTS_AT_ONCE:
+            yield group
+            group, held = [], 0
+        group.append(item)
+        held += elements
+    if group:
+        yield group
+
+
+def _source(place: Place, rank: int | None) -> _Ours | _Torchs:
+    name = distcp.metadata_name(rank)
+    if rank is None:
+        with contextlib.suppress(ObjectMissingError):
+            return _Ours(attempts.contents(place), place.folder)
+    try:
+        return _Torchs(place, name)
+    except ObjectMissingError as error:
+        raise ObjectMissingError(
+            f"{place.folder}: no checkpoint is here ({MANIFEST_NAME}, or torch's {name}); check its name"
+        ) from error
+
+
+class _Value:
+    """Stands where a state has what is no tensor."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class _Ours:
+    """A checkpoint of ours, as torch would describe it.
+
+    Its leaves are called as torch calls them, which takes a list that holds no tensor as one, where we have each of its
+    elements: so a state is made of what is there, without any of it, and torch's own function says what it has.
+    """
+
+    def __init__(self, there: Contents, where: str) -> None:
+        self._there, self._where = there, where
+        self.version = there.attempt
+        self._places: dict[str, dict[Numbers, PieceAt]] = {}
+        tensors: dict[int, str] = {}
+        leaves = []
+        for name, path in paths_of(there, where).items():
+            leaf: Any = _Value(name)
+            if name in there.tensors:
+                leaf = torch.empty(0)
+                tensors[id(leaf)] = name
+            leaves.append((path, leaf))
+        named, paths = flatten_state_dict(unflatten(leaves))
+        self._tensors = {name: tensors[id(leaf)] for name, leaf in named.items() if id(leaf) in tensors}
+        self._values = {name: leaf for name, leaf in named.items() if name not in self._tensors}
+        self.metadata = Metadata({name: self._described(name) for name in named}, planner_data=paths)
+
+    def _described(self, named: str) -> TensorStorageMetadata | BytesStorageMetadata:
+        if named not in self._tensors:
+            return BytesStorageMetadata()
+        name = self._tensors[named]
+        dtype, shape = self._there.tensors[name]
+        chunks = [
+            ChunkStorageMetadata(torch.Size(piece.box.offsets), torch.Size(piece.box.sizes))
+            for piece in self._there.places(name)
+        ]
+        return TensorStorageMetadata(TensorProperties(dtype_of(dtype, self._where, name)), torch.Size(shape), chunks)
+
+    def values(self, place: Place, items: Sequence[ReadItem], allow_pickle: bool) -> Iterator[Any]:
+        for item in items:
+            yield self._value(self._values[item.storage_index.fqn], allow_pickle)
+
+    def _value(self, leaf: Any, allow_pickle: bool) -> Any:
+        if isinstance(leaf, list):
+            return [self._value(each, allow_pickle) for each in leaf]
+        return decoded(*self._there.values[leaf.name], self._where + leaf.name, allow_pickle)
+
+    def fill(self, place: Place, targets: Sequence[tuple[ReadItem, torch.Tensor]]) -> None:
+        wanted = [
+            each
+            for item, target in targets
+            for each in self._strided(item.storage_index).wanted(item.storage_offsets, target)
+        ]
+        read(place.store, place.folder, wanted)
+
+    def _strided(self, index: MetadataIndex) -> Strided:
+        name = self._tensors[index.fqn]
+        if name not in self._places:
+            self._places[name] = {piece.box.offsets: piece for piece in self._there.places(name)}
+        piece = self._places[name][tuple(index.offset or ())]
+        dtype = dtype_of(self._there.tensors[name][0], self._where, name)
+        return Strided(piece.object, piece.offset, dtype, dense(piece.box.sizes))
+
+
+class _Torchs:
+    """A checkpoint that torch has written."""
+
+    def __init__(self, place: Place, name: str) -> None:
+        data, info = place.read(name)
+        self.metadata, self._items = distcp.read_metadata(data, info.url)
+        self.version = f"{info.etag} {info.mtime_ns} {len(data)}"
+        self._infos: dict[str, ObjectInfo] = {}
+
+    def values(self, place: Place, items: Sequence[ReadItem], allow_pickle: bool) -> Iterator[Any]:
+        known = self._known(place, items, small_bytes=1 << 62)
+        for item in items:
+            held = known[item.storage_index]
+            yield decoded("torch", held.read(0, held.item.length), place.folder + item.storage_index.fqn, allow_pickle)
+
+    def fill(self, place: Place, targets: Sequence[tuple[ReadItem, torch.Tensor]]) -> None:
+        known = self._known(place, [item for item, _ in targets], small_bytes=GAP_BYTES)
+        layouts = {
+            index: None if held.is_whole else distcp.layout_of(held.item.length, held.read)
+            for index, held in known.items()
+        }
+        wanted: list[Wanted] = []
+        for item, target in targets:
+            held, layout = known[item.storage_index], layouts[item.storage_index]
+            where = f"{place.folder}{held.item.file}: {item.storage_index.fqn}"
+            if layout is None:
+                tensor = _loaded(held.read(0, held.item.length), where)
+                _check_box(item, tuple(tensor.shape), where)
+                target.copy_(narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths))
+            else:
+                _check_box(item, layout.sizes, where)
+                strided = Strided(held.object, held.item.offset + layout.start, layout.dtype, layout.strides)
+                wanted += strided.wanted(item.storage_offsets, target)
+        read(place.store, place.folder, wanted)
+
+    def _known(self, place: Place, items: Sequence[ReadItem], small_bytes: int) -> dict[MetadataIndex, _Known]:
+        """Of each item what tells how it is laid out, or all of one that has no more than `small_bytes`."""
+        indices = {item.storage_index for item in items}
+        names = {self._items[index].file for index in indices} - self._infos.keys()
+        with ThreadPoolExecutor(16, "fastload-checkpoint") as pool:
+            found = pool.map(lambda name: place.store.head(place.folder + name), names)
+            self._infos.update(zip(names, found, strict=True))
+        known = {
+            index: _Known(place, self._items[index], self._infos[self._items[index].file], small_bytes)
+            for index in indices
+        }
+        read(place.store, place.folder, [wanted for held in known.values() for wanted in held.wanted()])
+        return known
+
+
+class _Known:
+    """The first bytes of an item and its last ones, or all of it."""
+
+    def __init__(self, place: Place, item: distcp.Item, info: ObjectInfo, small_bytes: int) -> None:
+        if item.offset + item.length > info.size:
+            raise CheckpointError(
+                f"{info.url} is damaged: it has {info.size} bytes, and an item up to {item.offset + item.length}; take "
+                "another step"
+            )
+        self.item, self._place, self._info = item, place, info
+        self.object = Object(item.file, info.size, b"")
+        self.is_whole = item.length <= max(small_bytes, 2 * _EDGE_BYTES)
+        length = item.length if self.is_whole else _EDGE_BYTES
+        self._parts = {0: bytearray(length), item.length - length: bytearray(length)}
+
+    def wanted(self) -> Iterator[Wanted]:
+        for start, data in self._parts.items():
+            yield Wanted(self.object, self.item.offset + start, memoryview(data), lambda: None)
+
+    def read(self, start: int, length: int) -> bytes:
+        for first, data in self._parts.items():
+            if first <= start and start + length <= first + len(data):
+                return bytes(data[start - first : start - first + length])
+        if start + length > self.item.length:
+            raise ValueError("it reaches beyond its end")
+        out = bytearray(length)
+        self._place.store.read_into(self._info, self.item.offset + start, memoryview(out))
+        return bytes(out)
+
+
+def _loaded(data: bytes, where: str) -> torch.Tensor:
+    try:
+        tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # of any kind: torch's reader
+        raise CheckpointError(f"{where} is damaged: {error}; take another step") from error
+    if not isinstance(tensor, torch.Tensor):
+        raise CheckpointError(f"{where} is a {type(tensor).__name__}, and no tensor; take another step")
+    return tensor.detach()
+
+
+def _check_box(item: ReadItem, sizes: tuple[int, ...], where: str) -> None:
+    ends = [start + length for start, length in zip(item.storage_offsets, item.lengths, strict=True)]
+    if len(ends) != len(sizes) or any(end > size for end, size in zip(ends, sizes, strict=True)):
+        raise CheckpointError(f"{where} has shape {sizes}, and elements up to {ends} are described; take another step")

@@ -1,0 +1,350 @@
+"""What torch.distributed.checkpoint saves, as one of our checkpoints: `checkpoint.Writer`.
+
+torch's planner says which rank writes which part of which tensor. The coordinator begins the attempt and gives it to
+all ranks with their plans; each rank stores its segments and its part record; when all have, the coordinator commits.
+A rank that fails is an error on all of them, and nothing is committed.
+
+Without collectives (`use_collectives=False`) torch lets each rank plan for itself. Then the ranks agree by torch's
+key-value store: rank 0 begins the attempt, and says who writes what several of them have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from fastload.checkpoint import attempts
+from fastload.checkpoint.attempts import opened, try_conditions
+from fastload.checkpoint.boxes import Box
+from fastload.checkpoint.commit import Step
+from fastload.checkpoint.errors import CheckpointError
+from fastload.checkpoint.records import PATHS, Part
+from fastload.checkpoint.segments import Piece, lay_out
+from fastload.checkpoint.staging import Staging
+from fastload.checkpoint.tensors import NAMES
+from fastload.checkpoint.values import encoded
+from fastload.checkpoint.writing import store_segments
+from fastload.errors import ConfigError
+
+# A rank without collectives waits so long for the others to come to the same save.
+_DEADLINE_S = 1800.0
+# One for all writers: as a rule there is a new one for each checkpoint.
+_staging = Staging()
+
+
+class Writer(StorageWriter, AsyncStager):
+    """Saves what torch.distributed.checkpoint saves as the checkpoint at `url`:
+
+        dcp.save(state, storage_writer=checkpoint.Writer("s3://bucket/run/1200"))
+        future = dcp.async_save(state, storage_writer=checkpoint.Writer(url))
+
+    Raises what `checkpoint.save` does. In torch's calls it is the cause within a `CheckpointException`, which names the
+    rank. `async_save` copies the state into memory that is used again by the next save, and a third save waits for
+    the first of two; with `overlap=True` it returns before that copy is made, and `staging_completion` of what it
+    returns is to be waited for before the state changes.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        overlap: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if overlap and not hasattr(state_dict_saver, "AsyncSaveResponse"):
+            raise ConfigError(f"overlap=True takes a newer torch than {torch.__version__}; leave it out")
+        self._url = os.fspath(url)
+        self._overwrite, self._overlap, self._storage_options = overwrite, overlap, storage_options
+        self._rank: int | None = None
+        self._use_collectives = True
+        self._attempt = ""  # that this process has begun, or agreed on
+
+    @property
+    def checkpoint_id(self) -> str:
+        return self._url
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return bool(os.fspath(checkpoint_id))
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        if checkpoint_id is not None:
+            self._url = os.fspath(checkpoint_id)
+        self._attempt = ""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self._rank, self._use_collectives = kwargs.get("rank"), kwargs.get("use_collectives", True)
+        _saves[self._url] += 1
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        for item in plan.items:
+            if item.type is not WriteItemType.BYTE_IO:
+                _is_stored_as_value(item)
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        if not self._use_collectives and torch.distributed.is_initialized():
+            return [self._agreed(plan) for plan in plans]
+        if len(plans) == 1:
+            _check_whole(plans[0])
+        self._attempt = self._begin(len(plans))
+        return [self._with_share(plan, rank) for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        share = _shares.pop(self._url, plan.storage_data)
+        held = _Held(plan, planner)
+        with opened(self._url, self._storage_options) as place:
+            segments = store_segments(place, share.attempt, share.rank, list(lay_out(held.pieces)), held)
+            attempts.finish_rank(place, Part.of(share.attempt, share.rank, segments, held.others))
+        future: Future[list[WriteResult]] = Future()
+        future.set_result([WriteResult(item.index, _size(item), None) for item in plan.items])
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        with opened(self._url, self._storage_options) as place:
+            step = attempts.commit(place, self._attempt)
+        # Without collectives others may not have finished, of whom the last one commits.
+        assert step is Step.COMMITTED or not self._use_collectives, step
+
+    def stage(self, state_dict: dict[str, Any]) -> Any:
+        if not self._overlap:
+            return _staging.stage(state_dict)
+        executor = ThreadPoolExecutor(1, "fastload-staging")
+        try:
+            return executor.submit(_staging.stage, state_dict)
+        finally:
+            executor.shutdown(wait=False)
+
+    def synchronize_staging(self) -> None:
+        """Nothing is left to wait for, when `stage` has returned a state."""
+
+    def close(self) -> None:
+        """Give back the memory into which states were copied, unless it is in use."""
+        _staging.release()
+
+    def _begin(self, rank_count: int) -> str:
+        with opened(self._url, self._storage_options) as place:
+            try_conditions(place)
+            return attempts.begin(place, rank_count, overwrite=self._overwrite, now_s=time.time()).attempt
+
+    def _with_share(self, plan: SavePlan, rank: int) -> SavePlan:
+        share = Share(self._url, self._attempt, rank)
+        if rank == 0:
+            _shares[self._url] = share
+        return dataclasses.replace(plan, storage_data=share)
+
+    def _agreed(self, plan: SavePlan) -> SavePlan:
+        """The part of this rank's plan that it is to write, once all ranks have come to this save."""
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        if self._rank != rank:
+            raise ConfigError(
+                f"use_collectives=False: this is rank {self._rank} of the process group, and rank {rank} of all; it "
+                "takes the default process group"
+            )
+
+        def decide(said: Sequence[bytes]) -> list[bytes]:
+            items = [msgspec.msgpack.decode(each, type=list[tuple[bytes, int]]) for each in said]
+            attempt = self._begin(ranks)
+            return [msgspec.msgpack.encode((attempt, numbers)) for numbers in deal(items)]
+
+        own = [(_key(item), _size(item)) for item in plan.items]
+        name = hashlib.blake2b(f"{_saves[self._url]} {self._url}".encode(), digest_size=8).hexdigest()
+        answer = _agree(name, rank, ranks, msgspec.msgpack.encode(own), decide, self._url)
+        self._attempt, numbers = msgspec.msgpack.decode(answer, type=tuple[str, list[int]])
+        share = Share(self._url, self._attempt, rank)
+        return dataclasses.replace(plan, items=[plan.items[number] for number in numbers], storage_data=share)
+
+
+class Share:
+    """What the coordinator gives a rank: the attempt, and the rank's number in it.
+
+    A planner that keeps plans from one save to the next (`enable_plan_caching`) hands over the plan of an earlier save,
+    in place of the one that has just come. So one that comes is noted where the writer looks first.
+    """
+
+    def __init__(self, url: str, attempt: str, rank: int) -> None:
+        self.url, self.attempt, self.rank = url, attempt, rank
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _came, (self.url, self.attempt, self.rank)
+
+
+# By URL: the shares that came last, and how often it was saved there.
+_shares: dict[str, Share] = {}
+_saves: Counter[str] = Counter()
+
+
+def _came(url: str, attempt: str, rank: int) -> Share:
+    share = _shares[url] = Share(url, attempt, rank)
+    return share
+
+
+class _Held(Mapping[str, Sequence[tuple[torch.Tensor, Box]]]):
+    """What a rank writes: `pieces` of tensors, for which the planner is asked when they are stored, and `others`."""
+
+    def __init__(self, plan: SavePlan, planner: SavePlanner) -> None:
+        self._planner = planner
+        self._items: dict[str, list[WriteItem]] = {}
+        self.pieces: list[Piece] = []
+        self.others: list[tuple[str, str, bytes]] = []
+        said = plan.planner_data if isinstance(plan.planner_data, Mapping) else {}
+        paths = {}
+        for item in plan.items:
+            name = item.index.fqn
+            if isinstance(said.get(name), tuple):
+                # torch's paths have a number for a place in a list, and strings for keys.
+                paths[name] = [[step] if isinstance(step, int) else step for step in said[name]]
+            if item.type is WriteItemType.BYTE_IO:
+                self.others.append((name, "torch", planner.resolve_data(item).getvalue()))  # type: ignore[union-attr]
+            elif _is_stored_as_value(item):
+                self.others.append((name, *encoded(self._tensor(item).cpu().clone())))
+            else:
+                data = _data(item)
+                self.pieces.append(Piece(name, NAMES[data.properties.dtype], tuple(data.size), _box(item)))
+                self._items.setdefault(name, []).append(item)
+        if paths:
+            self.others.append((PATHS, "msgpack", msgspec.msgpack.encode(paths)))
+
+    def __getitem__(self, name: str) -> Sequence[tuple[torch.Tensor, Box]]:
+        return [(self._tensor(item), _box(item)) for item in self._items[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def _tensor(self, item: WriteItem) -> torch.Tensor:
+        tensor = self._planner.resolve_data(item)
+        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != _box(item).sizes:
+            shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise CheckpointError(
+                f"state: {item.index.fqn} is {shape}, and the planner has planned a part of shape {_box(item).sizes}"
+            )
+        return tensor.detach().to(_data(item).properties.dtype)
+
+
+def _data(item: WriteItem) -> TensorWriteData:
+    assert item.tensor_data is not None
+    return item.tensor_data
+
+
+def _box(item: WriteItem) -> Box:
+    chunk = _data(item).chunk
+    return Box(tuple(chunk.offsets), tuple(chunk.sizes))
+
+
+def _is_stored_as_value(item: WriteItem) -> bool:
+    """Whether it is of a dtype that the format has no name for. ConfigError where ranks hold parts of such a tensor."""
+    data = _data(item)
+    if data.properties.dtype in NAMES:
+        return False
+    if tuple(data.chunk.sizes) != tuple(data.size):
+        raise ConfigError(
+            f"state: {item.index.fqn} is {data.properties.dtype}, of which parts cannot be saved; gather it first, or "
+            "save it as another dtype"
+        )
+    return True
+
+
+def _size(item: WriteItem) -> int:
+    """In bytes; of what is no tensor, 1."""
+    if item.tensor_data is None:
+        return 1
+    return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+
+
+def _key(item: WriteItem) -> bytes:
+    """The same for the same part of the same tensor on each rank."""
+    offset = item.index.offset
+    return hashlib.blake2b(repr((item.index.fqn, offset and tuple(offset))).encode(), digest_size=8).digest()
+
+
+def _check_whole(plan: SavePlan) -> None:
+    """Where one rank saves alone. ConfigError where it holds a part of a tensor whose other parts nobody saves."""
+    held: Counter[str] = Counter()
+    whole: dict[str, int] = {}
+    for item in plan.items:
+        if item.tensor_data is not None:
+            held[item.index.fqn] += math.prod(item.tensor_data.chunk.sizes)
+            whole[item.index.fqn] = math.prod(item.tensor_data.size)
+    for name, elements in whole.items():
+        if held[name] != elements:
+            raise ConfigError(
+                f"state: {name} has {elements} elements, of which this process holds {held[name]}; save in all ranks "
+                "that hold the others (without no_dist=True), or gather it first"
+            )
+
+
+def deal(items: Sequence[Sequence[tuple[bytes, int]]]) -> list[list[int]]:
+    """Which of its items each rank writes, where all have said what they have (key and size): each key once, by the
+    rank that has least to write until then.
+    """
+    having: dict[bytes, list[tuple[int, int]]] = {}
+    sizes: dict[bytes, int] = {}
+    for rank, own in enumerate(items):
+        for number, (key, size) in enumerate(own):
+            having.setdefault(key, []).append((rank, number))
+            sizes[key] = size
+    load = [0] * len(items)
+    dealt: list[list[int]] = [[] for _ in items]
+    for key, places in having.items():
+        rank, number = min(places, key=lambda place: load[place[0]])
+        load[rank] += sizes[key]
+        dealt[rank].append(number)
+    return dealt
+
+
+def _agree(
+    name: str, rank: int, ranks: int, says: bytes, decide: Callable[[Sequence[bytes]], list[bytes]], url: str
+) -> bytes:
+    """What rank 0 decides for this rank, from what all say; or what it raises there. All ranks call this."""
+    # There is no public way to it; launchers and torch's own packages take it from here too.
+    default = torch.distributed.distributed_c10d._get_default_store()
+    store: Any = torch.distributed.distributed_c10d.PrefixStore(f"fastload/checkpoint/{name}", default)
+
+    def heard(key: str, other: int) -> bytes:
+        try:
+            store.wait([key], timedelta(seconds=_DEADLINE_S))
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{url}: rank {other} has not come to this save in {_DEADLINE_S:g} s; see what rank {other} does"
+            ) from error
+        message: bytes = store.get(key)
+        store.delete_key(key)
+        return message
+
+    if rank:
+        store.set(f"{rank}", says)
+        error, answer = msgspec.msgpack.decode(heard(f"answer/{rank}", 0), type=tuple[str, bytes])
+        if error:
+            raise CheckpointError(f"rank 0: {error}")
+        return answer
+    try:
+        answers = decide([says, *(heard(f"{other}", other) for other in range(1, ranks))])
+    except Exception as error:
+        for other in range(1, ranks):
+            store.set(f"answer/{other}", msgspec.msgpack.encode((str(error) or repr(error), b"")))
+        raise
+    for other in range(1, ranks):
+        store.set(f"answer/{other}", msgspec.msgpack.encode(("", answers[other])))
+    return answers[0]

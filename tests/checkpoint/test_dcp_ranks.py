@@ -1,0 +1,186 @@
+"""torch.distributed.checkpoint with our writer and reader: several ranks, on other meshes than before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed._shard.sharded_tensor import Shard as LocalShard
+from torch.distributed._shard.sharded_tensor import init_from_local_shards
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from fastload import checkpoint
+from fastload.checkpoint import CheckpointError, CheckpointExistsError, Reader, Writer, attempts
+from fastload.checkpoint.attempts import Place
+from fastload.store import StoreOptions, open_store
+from tests.checkpoint.test_single import same
+from tests.jobs.pool import Failed, Rank, RankPool
+
+
+def place(path: Path) -> Place:
+    return Place.of(open_store(str(path), StoreOptions()), str(path))
+
+
+SHAPES = [(), (3,), (7, 5), (8, 6), (2, 3, 4), (1, 9), (0, 4)]
+
+
+def whole(number: int, shape: tuple[int, ...]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(shape, generator=generator)
+
+
+def layouts(world_size: int) -> list[tuple[Any, list[Any]]]:
+    """Meshes of all ranks, and how tensors lie on them."""
+    line = init_device_mesh("cpu", (world_size,))
+    found: list[tuple[Any, list[Any]]] = [(line, [Shard(0)]), (line, [Shard(1)]), (line, [Replicate()])]
+    if world_size % 2 == 0:
+        square = init_device_mesh("cpu", (2, world_size // 2))
+        found += [
+            (square, [Replicate(), Shard(0)]),
+            (square, [Shard(0), Shard(1)]),
+            (square, [Shard(1), Shard(0)]),
+            (square, [Shard(0), Shard(0)]),
+        ]
+    return found
+
+
+def dealt(world_size: int, *, saves: bool) -> dict[str, Any]:
+    """Each tensor as it lies in each way when it is saved, and in each way when it is loaded: then it has zeros."""
+    state: dict[str, Any] = {"plain": {}, "sharded": local_shards(world_size, saves=saves)}
+    found = layouts(world_size)
+    for number, shape in enumerate(SHAPES):
+        content = whole(number, shape)
+        state["plain"][str(number)] = content if saves else torch.zeros(shape)
+        for saved in range(7):
+            for taken in range(7):
+                mesh, placements = found[(saved if saves else taken) % len(found)]
+                if any(isinstance(each, Shard) and each.dim >= len(shape) for each in placements):
+                    placements = [Replicate() for _ in placements]
+                tensor = distribute_tensor(content, mesh, placements)
+                state[f"{number} {saved} {taken}"] = tensor if saves else torch.zeros_like(tensor)
+    return state
+
+
+def local_shards(world_size: int, *, saves: bool) -> Any:
+    """A ShardedTensor of which each rank has two parts that do not lie side by side."""
+    rank, count = torch.distributed.get_rank(), 24 // world_size
+    rows = whole(99, (48, 3))
+    shards = []
+    for half in range(2):
+        start = count * (rank + half * world_size)
+        part = rows[start : start + count].clone() if saves else torch.zeros(count, 3)
+        shards.append(LocalShard.from_tensor_and_offsets(part, [start, 0], rank))
+    return init_from_local_shards(shards, 48, 3)
+
+
+def check_dealt(state: dict[str, Any], world_size: int) -> None:
+    expected = dealt(world_size, saves=True)
+    for name, tensor in dealt(world_size, saves=True).items():
+        if isinstance(tensor, DTensor):
+            number, _, _ = map(int, name.split())
+            have = state[name]
+            want = distribute_tensor(whole(number, SHAPES[number]), have.device_mesh, have.placements)
+            assert torch.equal(have.to_local(), want.to_local()), name
+    same(expected["plain"], state["plain"])
+    for one, other in zip(state["sharded"].local_shards(), expected["sharded"].local_shards(), strict=True):
+        same(other.tensor, one.tensor)
+
+
+def save_dealt(rank: Rank, url: str, **options: Any) -> None:
+    dcp.save(dealt(rank.world_size, saves=True), storage_writer=Writer(url, overwrite=True), **options)
+
+
+def load_dealt(rank: Rank, url: str) -> None:
+    state = dealt(rank.world_size, saves=False)
+    dcp.load(state, storage_reader=Reader(url))
+    check_dealt(state, rank.world_size)
+
+
+def ranks(world_size: int) -> list[Rank]:
+    return [Rank(rank, world_size, world_size, "dcp") for rank in range(world_size)]
+
+
+def run(pool: RankPool, function: Any, world_size: int, *arguments: Any) -> list[Any]:
+    found = pool.run(function.__name__, function, ranks(world_size), *arguments)
+    failed = [f"rank {rank}: {one.trace}" for rank, one in enumerate(found) if isinstance(one, Failed)]
+    assert not failed, failed[0]
+    return found
+
+
+def test_other_ranks_on_other_meshes_load_it(pool: RankPool, tmp_path: Path) -> None:
+    url = str(tmp_path / "1")
+    run(pool, save_dealt, 4, url)
+    for world_size in (2, 3, 1, 4):
+        run(pool, load_dealt, world_size, url)
+    check_alone(url)
+
+
+def check_alone(url: str) -> None:
+    """One process reads it without torch.distributed.checkpoint."""
+    found = checkpoint.load(url, names=["plain", "sharded"])
+    same(
+        {str(number): whole(number, shape) for number, shape in enumerate(SHAPES)}, dict(sorted(found["plain"].items()))
+    )
+    same(whole(99, (48, 3)), found["sharded"])
+
+
+def test_without_collectives(pool: RankPool, tmp_path: Path) -> None:
+    """Ranks agree by torch's store who writes what several of them have."""
+    run(pool, save_without_collectives, 4, str(tmp_path / "1"))
+    check_alone(str(tmp_path / "1"))
+    run(pool, load_dealt, 2, str(tmp_path / "1"))
+
+
+def save_without_collectives(rank: Rank, url: str) -> None:
+    for _ in range(2):
+        save_dealt(rank, url, use_collectives=False)
+    with pytest.raises(CheckpointError if rank.rank else CheckpointExistsError, match="pass overwrite=True"):
+        dcp.save({"w": torch.ones(2)}, storage_writer=Writer(url), use_collectives=False)
+
+
+def test_a_rank_that_fails(pool: RankPool, tmp_path: Path) -> None:
+    """All ranks raise, and the checkpoint before is whole."""
+    url = str(tmp_path / "1")
+    run(pool, save_dealt, 2, url)
+    before = attempts.current(place(tmp_path / "1"))
+    run(pool, fail, 2, url)
+    assert attempts.current(place(tmp_path / "1")) == before
+    check_alone(url)
+
+
+class Failing(dcp.DefaultSavePlanner):
+    """Of which rank 1 cannot say what it holds."""
+
+    def resolve_data(self, write_item: Any) -> Any:
+        if torch.distributed.get_rank() == 1:
+            raise OSError("no longer there")
+        return super().resolve_data(write_item)
+
+
+def fail(rank: Rank, url: str) -> None:
+    writer = Writer(url, overwrite=True)
+    with pytest.raises(CheckpointException, match=r"RANK 1(.|\n)*no longer there"):
+        dcp.save(dealt(2, saves=True), storage_writer=writer, planner=Failing())
+    saving = dcp.async_save(dealt(2, saves=True), storage_writer=writer, planner=Failing())
+    with pytest.raises(CheckpointException, match=r"RANK 1(.|\n)*no longer there"):
+        saving.result()
+
+
+def test_plans_that_are_kept(pool: RankPool, tmp_path: Path) -> None:
+    """A planner hands over the plan of an earlier save, which was another attempt's."""
+    run(pool, save_with_kept_plans, 2, str(tmp_path))
+    for number in range(3):
+        same(torch.full((4,), float(number)), checkpoint.load(tmp_path / str(number))["w"])
+
+
+def save_with_kept_plans(rank: Rank, folder: str) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for number in range(3):
+        state = {"w": distribute_tensor(torch.full((4,), float(number)), mesh, [Shard(0)])}
+        planner = dcp.DefaultSavePlanner(enable_plan_caching=True)
+        dcp.save(state, storage_writer=Writer(f"{folder}/{number}"), planner=planner)
