@@ -17,8 +17,11 @@ from fastload.lazy import lazy_names
 if TYPE_CHECKING:
     from fastload.checkpoint.dcp_reader import Reader as Reader
     from fastload.checkpoint.dcp_writer import Writer as Writer
+    from fastload.checkpoint.errors import CheckpointDamagedError as CheckpointDamagedError
     from fastload.checkpoint.errors import CheckpointError as CheckpointError
     from fastload.checkpoint.errors import CheckpointExistsError as CheckpointExistsError
+    from fastload.checkpoint.retention import Keep as Keep
+    from fastload.checkpoint.run import Run as Run
     from fastload.checkpoint.single import load as load
     from fastload.checkpoint.single import save as save
 
@@ -27,7 +30,9 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "dcp_reader": ["Reader"],
         "dcp_writer": ["Writer"],
-        "errors": ["CheckpointError", "CheckpointExistsError"],
+        "errors": ["CheckpointDamagedError", "CheckpointError", "CheckpointExistsError"],
+        "retention": ["Keep"],
+        "run": ["Run"],
         "single": ["load", "save"],
     },
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -190,10 +190,11 @@ def repair(place: Place) -> str | None:
     return None
 
 
-def sweep(place: Place, grace_s: float, now_s: float) -> list[str]:
+def sweep(place: Place, grace_s: float, now_s: float, referred: Collection[str] = ()) -> list[str]:
     """Delete what attempts have left that are not the checkpoint, once `grace_s` have passed since anything happened;
     what was deleted. One that could still be committed is, first; others go in two sweeps (see `commit`), between
     which more time must pass than a commit takes. Clocks of writers and store may differ by far less than `grace_s`.
+    What checkpoints beside it have `referred` to stays.
 
     Raises `CheckpointError` where the manifest is damaged, so that it does not say what it needs.
     """
@@ -205,7 +206,7 @@ def sweep(place: Place, grace_s: float, now_s: float) -> list[str]:
     modified_s = {name: info.mtime_ns / 1e9 for name, info in names.items()}
     committed = there.manifest.attempt if there is not None and there.manifest is not None else None
     done = []
-    for name in decisions.leftovers(modified_s, committed, grace_s, now_s):
+    for name in decisions.leftovers(modified_s, committed, grace_s, now_s, referred):
         place.store.delete(place.folder + name)
         done.append(name)
     return done

@@ -75,7 +75,7 @@ def lay_out(pieces: Sequence[Piece], segment_bytes: int = SEGMENT_BYTES) -> Iter
     group: list[Piece] = []
     keys: set[str] = set()
     held = 0
-    for piece in _cut_to(pieces, segment_bytes):
+    for piece in cut_to(pieces, segment_bytes):
         # A tensor may be called as a piece of another is.
         if group and (held + piece.length > segment_bytes or piece.key in keys or len(group) == _ENTRIES_MAX):
             yield _segment(group)
@@ -87,7 +87,8 @@ def lay_out(pieces: Sequence[Piece], segment_bytes: int = SEGMENT_BYTES) -> Iter
         yield _segment(group)
 
 
-def _cut_to(pieces: Sequence[Piece], bytes_max: int) -> Iterator[Piece]:
+def cut_to(pieces: Sequence[Piece], bytes_max: int) -> Iterator[Piece]:
+    """The same, of at most so many bytes each."""
     for piece in pieces:
         for box in cut(piece.box, max(1, bytes_max // DTYPES[piece.dtype])):
             yield Piece(piece.name, piece.dtype, piece.shape, box)

@@ -17,15 +17,16 @@ from fastload.checkpoint import attempts
 from fastload.checkpoint.attempts import Place, opened, try_conditions
 from fastload.checkpoint.boxes import Box
 from fastload.checkpoint.commit import Step
+from fastload.checkpoint.dedup import Base, digests, divide
 from fastload.checkpoint.errors import CheckpointError
 from fastload.checkpoint.flattening import Path, flatten, put, unflatten
 from fastload.checkpoint.reading import Wanted, read
-from fastload.checkpoint.records import PATHS, Contents, Part
+from fastload.checkpoint.records import PATHS, Contents, Part, Reference
 from fastload.checkpoint.records import Place as PieceAt
 from fastload.checkpoint.segments import Piece, lay_out
 from fastload.checkpoint.tensors import NAMES, bytes_of, dtype_of
 from fastload.checkpoint.values import decoded, encoded, paths_of
-from fastload.checkpoint.writing import store_segments
+from fastload.checkpoint.writing import data_of, store_segments
 from fastload.errors import ConfigError
 
 
@@ -42,22 +43,41 @@ def save(
     new one is; and where another process saves there at the same time, and is first. `ConfigError`: the store does not
     keep to conditional writes, which that takes, or the state holds what cannot be saved.
     """
+    with opened(url, storage_options) as place:
+        save_at(place, state, overwrite=overwrite)
+
+
+def save_at(
+    place: Place,
+    state: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    metric: float | None = None,
+    dedup: bool = False,
+    base: Base | None = None,
+) -> None:
+    """What `save` does. With `dedup` pieces get hashes, and those that `base` has are not stored again."""
     leaves = flatten(state)
     tensors = {name: leaf for name, (_, leaf) in leaves.items() if _is_stored_as_tensor(name, leaf)}
     values = [(name, *encoded(leaf)) for name, (_, leaf) in leaves.items() if name not in tensors]
     paths = {name: path for name, (path, _) in leaves.items()}
     values.append((PATHS, "msgpack", msgspec.msgpack.encode(paths)))
-    with opened(url, storage_options) as place:
-        try_conditions(place)
-        plan = attempts.begin(place, 1, overwrite=overwrite, now_s=time.time())
-        pieces = [
-            Piece(name, NAMES[tensor.dtype], tuple(tensor.shape), Box.whole(tuple(tensor.shape)))
-            for name, tensor in tensors.items()
-        ]
-        segments = store_segments(place, plan.attempt, 0, list(lay_out(pieces)), tensors)
-        attempts.finish_rank(place, Part.of(plan.attempt, 0, segments, values))
-        step = attempts.commit(place, plan.attempt)
-        assert step is Step.COMMITTED, step
+    pieces = [
+        Piece(name, NAMES[tensor.dtype], tuple(tensor.shape), Box.whole(tuple(tensor.shape)))
+        for name, tensor in tensors.items()
+    ]
+    try_conditions(place)
+    refers = base.refers if base is not None else ()
+    plan = attempts.begin(place, 1, overwrite=overwrite, now_s=time.time(), refers=refers, metric=metric)
+    references: list[Reference] = []
+    hashes = digests(pieces, lambda piece: data_of(piece, tensors)) if dedup else None
+    if hashes is not None:
+        known = base.known() if base is not None and base.is_there_still() else {}
+        pieces, references = divide(hashes, known)
+    segments = store_segments(place, plan.attempt, 0, list(lay_out(pieces)), tensors)
+    attempts.finish_rank(place, Part.of(plan.attempt, 0, segments, values, references, hashes))
+    step = attempts.commit(place, plan.attempt)
+    assert step is Step.COMMITTED, step
 
 
 def load(

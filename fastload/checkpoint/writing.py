@@ -33,8 +33,7 @@ def store_segments(
         data = memoryview(bytearray(segment.size))
         data[: len(segment.header)] = segment.header
         for piece, offset in zip(segment.pieces, segment.offsets, strict=True):
-            held = held_of(piece, tensors[piece.name]).cpu().resolve_conj().resolve_neg().contiguous()
-            data[offset : offset + piece.length] = bytes_of(held)
+            data[offset : offset + piece.length] = data_of(piece, tensors)
         place.store.put(place.folder + object_name(attempt, rank, number), data)
         return checksums([data])
 
@@ -45,6 +44,11 @@ def store_segments(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def data_of(piece: Piece, tensors: Mapping[str, Held]) -> memoryview:
+    """The bytes of a piece, in this process's memory; a copy of them only where they do not lie there side by side."""
+    return bytes_of(held_of(piece, tensors[piece.name]).cpu().resolve_conj().resolve_neg().contiguous())
 
 
 def held_of(piece: Piece, held: Held) -> torch.Tensor:

@@ -133,10 +133,9 @@ class LocalStore:
         path = normalise(url)
         folder = os.path.dirname(path)
         try:
-            os.unlink(path)
-            _sync(folder)
-        except (FileNotFoundError, NotADirectoryError):
-            return
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.unlink(path)
+                _sync(folder)
         except OSError as error:
             raise _explain_write(error, path) from error
         with contextlib.suppress(OSError):  # others are in it, or it is a mount or not ours to remove

@@ -1,0 +1,267 @@
+"""Steps side by side below one URL: which are there, and how some of them go.
+
+A step is a folder that is called by its number, and there is no list of them besides: what a listing shows of manifests
+is what is committed. With `dedup` a step refers to objects of others, which therefore outlive their own step.
+
+Two things must not happen: that an attempt is committed again whose segments go, and that a save refers to what is
+deleted meanwhile. So the plans of a step that goes are deleted first, its manifest then, and segments last, of which
+those stay that a committed step refers to, or that are of a step that the plan of an attempt under way names. Who saves
+with references writes its plan first, and looks then whether the step that it refers to is unchanged. Whoever prunes
+deletes the manifest first and lists then: one of the two sees the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from fastload.checkpoint import attempts
+from fastload.checkpoint import commit as decisions
+from fastload.checkpoint.attempts import Place
+from fastload.checkpoint.errors import CheckpointError
+from fastload.checkpoint.records import MANIFEST_NAME, Manifest, Plan, part_name, plan_name
+from fastload.checkpoint.retention import Committed, Keep, expendable
+from fastload.errors import ObjectChangedError, ObjectMissingError
+from fastload.store.types import ObjectInfo
+
+_log = logging.getLogger("fastload.checkpoint")
+_STEP = re.compile(r"(0|[1-9][0-9]{0,17})/(.+)")
+_AT_ONCE = 16
+_LOOKS = 20
+GRACE_S = 86400.0
+
+# What lies in the folder of each step, by its name below that.
+Folders = dict[int, dict[str, ObjectInfo]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """Steps that are gone, or would be, and how much was deleted with them, or was left over by others."""
+
+    steps: list[int]
+    objects: int = 0
+    bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What a run holds, as one listing shows it and the records that it lists say."""
+
+    folders: Folders
+    manifests: dict[int, Manifest] = field(default_factory=dict)
+    plans: dict[int, list[Plan]] = field(default_factory=dict)  # of attempts that are not committed
+
+    def held(self) -> set[int]:
+        """Steps that an attempt under way may refer to."""
+        return {int(name) for plans in self.plans.values() for plan in plans for name in plan.refers if name.isdigit()}
+
+
+def folder_of(run: Place, step: int) -> Place:
+    return Place(run.store, f"{run.folder}{step}/")
+
+
+def folders(run: Place) -> Folders:
+    """By one listing of all that lies below the run's URL."""
+    found: Folders = {}
+    for name, info in run.names().items():
+        if (match := _STEP.fullmatch(name)) is not None:
+            found.setdefault(int(match[1]), {})[match[2]] = info
+    return found
+
+
+def steps(run: Place) -> list[int]:
+    """Those that are committed, in order."""
+    return sorted(step for step, names in folders(run).items() if MANIFEST_NAME in names)
+
+
+def prune(
+    run: Place,
+    keep: Keep | None,
+    *,
+    now_s: float,
+    grace_s: float = GRACE_S,
+    steps: Collection[int] = (),
+    is_trial: bool = False,
+    referred: dict[str, frozenset[str]] | None = None,
+) -> Pruned:
+    """Delete the steps that `keep` lets go, and these `steps` whatever it says of them; and what attempts have left for
+    `grace_s`. An attempt that has all it needs is committed. With `is_trial` nothing changes.
+
+    `referred` remembers what the attempts refer to, from one call to the next.
+    """
+    if not is_trial:
+        _repair(run)
+    seen = _look(run)
+    doomed = sorted({*steps, *_let_go(seen, keep, now_s - grace_s)} & seen.folders.keys())
+    if is_trial:
+        going = [info for step in doomed for info in seen.folders[step].values()]
+        return Pruned(doomed, len(going), sum(info.size for info in going))
+    return _delete(run, seen, doomed, grace_s, now_s, {} if referred is None else referred)
+
+
+def remove(place: Place) -> Pruned:
+    """Delete one checkpoint, but for what others of its run refer to, and what attempts have left in its folder. Raises
+    `ObjectMissingError` where there is none.
+    """
+    above, _, name = place.folder.rstrip("/").rpartition("/")
+    if _STEP.fullmatch(f"{name}/."):
+        run = Place(place.store, above + "/")
+        seen = _look(run)
+        if any(map(decisions.is_ours, seen.folders.get(int(name), ()))):
+            return _delete(run, seen, [int(name)], math.inf, 0.0, {})
+    else:
+        names = {each: info for each, info in place.names().items() if decisions.is_ours(each)}
+        if names:
+            for each in sorted(names, key=_deletion_order):
+                place.store.delete(place.folder + each)
+            return Pruned([], len(names), sum(info.size for info in names.values()))
+    raise ObjectMissingError(f"{place.folder}: no checkpoint is here ({MANIFEST_NAME}); check its name")
+
+
+def _delete(
+    run: Place, seen: _Seen, doomed: list[int], grace_s: float, now_s: float, referred: dict[str, frozenset[str]]
+) -> Pruned:
+    ended: dict[int, set[str]] = {}
+    count = size = 0
+    for step in doomed:
+        names, folder = seen.folders[step], folder_of(run, step).folder
+        ended[step] = decisions.attempts(names)
+        first = [
+            name for name in sorted(names, key=_deletion_order) if name.endswith(".json") and decisions.is_ours(name)
+        ]
+        for name in first:
+            run.store.delete(folder + name)
+        count, size = count + len(first), size + sum(names[name].size for name in first)
+    seen, stays = _look_again(run, referred)
+    held = seen.held()
+    for step, names in seen.folders.items():
+        folder = folder_of(run, step).folder
+        going = set() if step in held else _leftovers(seen, step, stays, ended.get(step, set()), grace_s, now_s)
+        with ThreadPoolExecutor(_AT_ONCE, "fastload-prune") as pool:
+            for _ in pool.map(run.store.delete, [folder + name for name in going]):
+                pass
+        if going == names.keys():  # of a file system also the folder, which goes with a file that was right in it
+            run.store.delete(folder + MANIFEST_NAME + ".gone")
+        count, size = count + len(going), size + sum(names[name].size for name in going)
+    return Pruned(doomed, count, size)
+
+
+def _deletion_order(name: str) -> int:
+    """Plans, so that nothing is committed any more; the manifest, so that it is read no more; the rest."""
+    return 0 if name.endswith("/plan.json") else 1 if name == MANIFEST_NAME else 2
+
+
+def _look_again(run: Place, referred: dict[str, frozenset[str]]) -> tuple[_Seen, set[str]]:
+    """What is there, and what of it committed steps refer to."""
+    for _ in range(_LOOKS):
+        seen = _look(run)
+        try:
+            return seen, _referred(run, seen, referred)
+        except ObjectMissingError:  # a step was replaced or went since it was listed
+            continue
+    raise CheckpointError(f"{run.folder} changes each time that it is looked at; prune it again")
+
+
+def _let_go(seen: _Seen, keep: Keep | None, before_s: float) -> list[int]:
+    if keep is None:
+        return []
+    committed = [
+        Committed(step, seen.folders[step][MANIFEST_NAME].mtime_ns / 1e9, manifest.metric)
+        for step, manifest in seen.manifests.items()
+    ]
+    under_way = [step for step, plans in seen.plans.items() if any(plan.began_s > before_s for plan in plans)]
+    return expendable(committed, keep, under_way)
+
+
+def _leftovers(
+    seen: _Seen, step: int, stays: Collection[str], ended: Collection[str], grace_s: float, now_s: float
+) -> set[str]:
+    """What goes of a step's folder; the attempts that `ended` go at once, but for what `stays`."""
+    names, manifest = seen.folders[step], seen.manifests.get(step)
+    if MANIFEST_NAME in names and manifest is None:
+        return set()  # it is damaged, and does not say what it needs
+    kept = {name.partition("/")[2] for name in stays if name.startswith(f"{step}/")}
+    committed = manifest.attempt if manifest is not None else None
+    there = {name: info.mtime_ns / 1e9 for name, info in names.items()}
+    at_once = {name for name in names for attempt in ended if decisions.is_of(attempt, name) and attempt != committed}
+    return (at_once - kept) | set(decisions.leftovers(there, committed, grace_s, now_s, kept))
+
+
+def _look(run: Place) -> _Seen:
+    """Manifests and plans that change or go meanwhile are looked at again, with all that is listed."""
+    for look in range(_LOOKS):
+        seen = _Seen(folders(run))
+        try:
+            _read_manifests(run, seen)
+            _read_plans(run, seen)
+        except (ObjectMissingError, ObjectChangedError):
+            if look == _LOOKS - 1:
+                raise
+            continue
+        return seen
+    raise AssertionError
+
+
+def _read_manifests(run: Place, seen: _Seen) -> None:
+    def read(step: int) -> Manifest | None:
+        data, info = folder_of(run, step).read(MANIFEST_NAME)
+        if info.etag != seen.folders[step][MANIFEST_NAME].etag:
+            raise ObjectChangedError(f"{info.url}: it was replaced since it was listed")
+        try:
+            return Manifest.decode(data, info.url)
+        except CheckpointError as error:
+            _log.warning("%s", error)
+            return None
+
+    committed = [step for step, names in seen.folders.items() if MANIFEST_NAME in names]
+    with ThreadPoolExecutor(_AT_ONCE, "fastload-prune") as pool:
+        for step, manifest in zip(committed, pool.map(read, committed), strict=True):
+            if manifest is not None:
+                seen.manifests[step] = manifest
+
+
+def _read_plans(run: Place, seen: _Seen) -> None:
+    for step, names in seen.folders.items():
+        manifest = seen.manifests.get(step)
+        for attempt in decisions.attempts(names):
+            if plan_name(attempt) in names and (manifest is None or manifest.attempt != attempt):
+                data, info = folder_of(run, step).read(plan_name(attempt))
+                try:
+                    seen.plans.setdefault(step, []).append(Plan.decode(data, info.url))
+                except CheckpointError as error:  # which cannot be committed either
+                    _log.warning("%s", error)
+
+
+def _repair(run: Place) -> None:
+    for step, names in folders(run).items():
+        begun = {attempt for attempt in decisions.attempts(names) if plan_name(attempt) in names}
+        if any(part_name(attempt, 0) in names for attempt in begun) and (len(begun) > 1 or MANIFEST_NAME not in names):
+            attempts.repair(folder_of(run, step))
+
+
+def _referred(run: Place, seen: _Seen, known: dict[str, frozenset[str]]) -> set[str]:
+    """What committed steps refer to, by its name below the run's URL. Raises `ObjectMissingError` for one that has gone
+    since it was listed.
+    """
+    stays: set[str] = set()
+    for step, manifest in seen.manifests.items():
+        if not manifest.refers:
+            continue
+        if manifest.attempt not in known:
+            folder = folder_of(run, step)
+            try:
+                known[manifest.attempt] = frozenset(attempts.references(folder, manifest))
+            except (CheckpointError, ObjectMissingError) as error:
+                now = attempts.current(folder)
+                if now is None or now.manifest != manifest:
+                    raise ObjectMissingError(f"{folder.folder}: it went since it was listed") from error
+                _log.warning("%s", error)  # it cannot be loaded; what it may refer to stays all the same
+                others = (int(name) for name in manifest.refers if name.isdigit())
+                stays.update(f"{other}/{name}" for other in others for name in seen.folders.get(other, ()))
+                continue
+        stays |= known[manifest.attempt]
+    return stays

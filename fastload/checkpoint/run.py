@@ -1,0 +1,158 @@
+"""A training run's checkpoints: steps side by side below one URL, of which the old ones go.
+
+There is no list of steps beside them: a step is there when its manifest is (`pruning`). What is deleted, and in which
+order, is decided by `retention` and `pruning`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastload.checkpoint import pruning
+from fastload.checkpoint.attempts import opened
+from fastload.checkpoint.dedup import Base
+from fastload.checkpoint.errors import CheckpointDamagedError
+from fastload.checkpoint.pruning import GRACE_S, Pruned
+from fastload.checkpoint.retention import Keep
+from fastload.errors import ConfigError, FastloadError, ObjectMissingError
+
+if TYPE_CHECKING:
+    import torch
+
+_log = logging.getLogger("fastload.checkpoint")
+
+
+class Run:
+    """The checkpoints of one training run, each in a folder called by its step: `url/1200`.
+
+    With `keep` old steps go after each save. With `on_error="warn"` a save that fails is logged, with the reason, and
+    training goes on. With `dedup=True` a piece whose bytes the step before has already is not stored again.
+
+    One process saves; where a state is spread over several, they save by `Writer(run.step_url(step))`, and one of them
+    calls `prune()` afterwards.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        keep: Keep | None = None,
+        on_error: Literal["raise", "warn"] = "raise",
+        dedup: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if on_error not in ("raise", "warn"):
+            raise ConfigError(f"on_error={on_error!r}: write raise or warn")
+        self._url = os.fspath(url).rstrip("/")
+        self._keep, self._on_error, self._dedup = keep, on_error, dedup
+        self._storage_options = storage_options
+        self._referred: dict[str, frozenset[str]] = {}
+        #: The step that was saved or loaded last; None: none yet.
+        self.step: int | None = None
+
+    def step_url(self, step: int) -> str:
+        """Where the checkpoint of a step is."""
+        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 10**18:
+            raise ConfigError(f"step={step!r}: give a whole number from 0 on")
+        return f"{self._url}/{step}"
+
+    def save(self, step: int, state: Mapping[str, Any], metric: float | None = None) -> None:
+        """Save a state as the checkpoint of a step, in place of one that is there; `metric` is for `Keep(best=)`, where
+        what is not finite is never the best. Then steps go that `keep` lets go.
+
+        Raises what `save` does, unless `on_error` is "warn". That a step could not be deleted is logged only: it is
+        tried again after the next save.
+        """
+        self.step_url(step)  # which says what is no step
+        try:
+            self._save(step, state, metric if metric is not None and math.isfinite(metric) else None)
+        except Exception as error:
+            if self._on_error == "raise":
+                raise
+            _log.warning("step %s of %s was not saved: %s: %s", step, self._url, type(error).__name__, error)
+            _log.debug("how it failed", exc_info=True)
+            return
+        self.step = step
+        if self._keep is not None:
+            try:
+                self.prune()
+            except FastloadError as error:
+                _log.warning("old steps of %s were not deleted: %s", self._url, error)
+
+    def load(
+        self,
+        into: dict[str, Any] | None = None,
+        step: int | None = None,
+        *,
+        names: Collection[str] | None = None,
+        device: str | torch.device = "cpu",
+        allow_pickle: bool = False,
+    ) -> dict[str, Any]:
+        """The state of a step, or of the newest that is whole: one that is damaged is logged, and the step before is
+        taken. `self.step` says which it is; the other arguments are those of `load`.
+
+        Raises `ObjectMissingError` where no step is, `CheckpointDamagedError` where none is whole, and what `load`
+        does.
+        """
+        from fastload.checkpoint.single import load
+
+        def of(one: int) -> dict[str, Any]:
+            url = self.step_url(one)
+            state = load(
+                url, into, names, device=device, allow_pickle=allow_pickle, storage_options=self._storage_options
+            )
+            self.step = one
+            return state
+
+        if step is not None:
+            return of(step)
+        failed: Exception | None = None
+        for one in reversed(self.steps()):
+            try:
+                return of(one)
+            except (CheckpointDamagedError, ObjectMissingError) as error:  # a step may also have gone meanwhile
+                _log.warning("step %s of %s cannot be loaded, and the step before is taken: %s", one, self._url, error)
+                failed = error
+        if failed is None:
+            raise ObjectMissingError(f"{self._url}/: no step of a run is here; check its name, or begin anew")
+        raise CheckpointDamagedError(f"{self._url}/: no step can be loaded; the oldest: {failed}") from failed
+
+    def steps(self) -> list[int]:
+        """Those that are committed, in order."""
+        with opened(self._url, self._storage_options) as place:
+            return pruning.steps(place)
+
+    def latest(self) -> int | None:
+        """The newest step that is committed; None where there is none."""
+        return max(self.steps(), default=None)
+
+    def prune(self, *, grace_s: float = GRACE_S, dry_run: bool = False) -> Pruned:
+        """Delete the steps that `keep` lets go, and what saves that failed have left for `grace_s`; what went. With
+        `dry_run` nothing changes, and it says what would go. A save of which all is there, though its process ended
+        before it could commit it, is committed.
+        """
+        with opened(self._url, self._storage_options) as place:
+            return pruning.prune(
+                place,
+                self._keep,
+                now_s=time.time(),
+                grace_s=grace_s,
+                is_trial=dry_run,
+                referred=self._referred,
+            )
+
+    def _save(self, step: int, state: Mapping[str, Any], metric: float | None) -> None:
+        from fastload.checkpoint.single import save_at
+
+        with opened(self._url, self._storage_options) as place:
+            base = None
+            if self._dedup:
+                newest = max((other for other in pruning.steps(place) if other != step), default=None)
+                base = Base.at(pruning.folder_of(place, newest)) if newest is not None else None
+            folder = pruning.folder_of(place, step)
+            save_at(folder, state, overwrite=True, metric=metric, dedup=self._dedup, base=base)
