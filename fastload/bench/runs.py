@@ -167,6 +167,7 @@ def decoders(specs: dict[str, str]) -> dict[str, Any]:
     known = {
         "image": lambda argument: decode.image(int(argument or 224)),
         "integer": lambda argument: decode.integer(),
+        "number": lambda argument: decode.number(),
         "text": lambda argument: decode.text(),
         "array": lambda argument: decode.array(),
         "json": lambda argument: decode.json(),

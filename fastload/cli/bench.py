@@ -83,7 +83,7 @@ class _Job:
     columns: Annotated[str, typer.Option(help="The columns that the job reads, separated by commas; else all.")] = ""
     decode: Annotated[
         list[str] | None,
-        typer.Option(help="COLUMN=image:SIZE, or integer, text, json, array; may be given several times."),
+        typer.Option(help="COLUMN=image:SIZE, or integer, number, text, json, array; may be given several times."),
     ] = None
     batch_size: Annotated[int | None, typer.Option(min=1, help="Samples a batch; else 256, or the profile's.")] = None
     workers: Annotated[int, typer.Option(min=0, help="The loader's num_workers.")] = 2

@@ -412,7 +412,7 @@ def _result_text(task: Task, warmed: Warmed) -> str:
     else:
         what = f"{warmed.object_count} shards, {warmed.sample_count} samples"
     stored_bytes = warmed.stored_bytes * warmed.fetched_bytes // max(1, warmed.total_bytes)
-    packed = _packed_text(stored_bytes, warmed.stored_bytes != warmed.total_bytes)
+    packed = _packed_text(stored_bytes, bool(stored_bytes) and warmed.stored_bytes != warmed.total_bytes)
     return (
         f"{what}: {format_bytes(warmed.held_bytes)} of {format_bytes(warmed.total_bytes)} cached, "
         f"{format_bytes(warmed.fetched_bytes)} fetched{packed}"

@@ -151,6 +151,7 @@ class Integer(Decoder):
     """See `integer`."""
 
     default: int | None = None
+    null: int | None = None
 
     def missing(self) -> int | None:
         return self.default
@@ -159,6 +160,8 @@ class Integer(Decoder):
         return (), np.dtype(np.int64)
 
     def _decode(self, value: memoryview) -> int:
+        if self.null is not None and value == _NULL:
+            return self.null
         out = np.empty(1, np.int64)
         if parse_integers(np.frombuffer(value, np.uint8), np.array([0, len(value)]), out) >= 0:
             raise _not_an_integer(value)
@@ -173,10 +176,13 @@ class Integer(Decoder):
         keys: Keys | None = None,
     ) -> None:
         assert self.fixed() == (out.shape[1:], out.dtype), (out.shape, out.dtype)
+        values, nulls = (values, _NONE) if self.null is None else _without_nulls(values, offsets)
         failed = parse_integers(values, offsets, out)
         if failed >= 0:
             value = values.data[offsets[failed] : offsets[failed + 1]]
             raise located(_not_an_integer(value), where(failed))
+        if len(nulls):
+            out[nulls] = self.null
 
     def kernel_modules(self) -> tuple[str, ...]:
         return ("parse",)
@@ -185,7 +191,27 @@ class Integer(Decoder):
 def _not_an_integer(value: memoryview) -> DecodeError:
     if re.fullmatch(rb"[+-]?[0-9]+", bytes(value).strip()):
         return DecodeError(f"{shown(value)} does not fit a 64-bit integer")
-    return DecodeError(f"{shown(value)} is not a decimal integer")
+    return DecodeError(f"{shown(value)} is not a decimal integer{_of_null(value, 'integer')}")
+
+
+_NULL, _NONE = b"null", np.empty(0, np.int64)
+
+
+def _without_nulls(values: npt.NDArray[np.uint8], offsets: Offsets) -> tuple[npt.NDArray[np.uint8], Offsets]:
+    """The values with a 0 in place of each null of JSON; and the numbers of these."""
+    nulls = np.flatnonzero(np.diff(offsets) == len(_NULL))
+    places = offsets[nulls, None] + np.arange(len(_NULL))
+    is_null = (values[places] == np.frombuffer(_NULL, np.uint8)).all(axis=1)
+    if not is_null.any():
+        return values, _NONE
+    values = values.copy()
+    values[places[is_null]] = np.frombuffer(b"0   ", np.uint8)
+    return values, nulls[is_null]
+
+
+def _of_null(value: memoryview, decoder: str) -> str:
+    """What to do where a value is a null of JSON."""
+    return f"; say what stands for a null of JSON: decode.{decoder}(null=-1)" if value == _NULL else ""
 
 
 def shown(value: memoryview) -> str:
@@ -193,18 +219,20 @@ def shown(value: memoryview) -> str:
     return repr(bytes(value[:40])) + (f"... ({len(value)} bytes)" if len(value) > 40 else "")
 
 
-def integer(default: int | None = None) -> Decoder:
+def integer(default: int | None = None, *, null: int | None = None) -> Decoder:
     """A decimal integer as text, spaces around it allowed: `int` a sample, an int64 tensor a batch.
 
     Anything else, and what does not fit 64 bits, is a `DecodeError`. `default` stands for the value of samples that
-    lack an optional column.
+    lack an optional column, `null` for a null of JSON.
     """
-    if default is None:
-        return Integer()
+    return Integer(_checked_integer("default", default), _checked_integer("null", null))
+
+
+def _checked_integer(name: str, value: int | None) -> int | None:
     try:
-        return Integer(int(np.array(default.__index__(), np.int64)))
+        return None if value is None else int(np.array(value.__index__(), np.int64))
     except (AttributeError, TypeError, OverflowError) as error:
-        raise ConfigError(f"default={default!r} is not an integer of 64 bits") from error
+        raise ConfigError(f"{name}={value!r} is not an integer of 64 bits") from error
 
 
 _DTYPES = ("float32", "float64")
@@ -216,6 +244,7 @@ class Number(Decoder):
 
     dtype: np.dtype[Any]
     default: float | None = None
+    null: float | None = None
 
     def missing(self) -> float | None:
         return self.default
@@ -224,7 +253,7 @@ class Number(Decoder):
         return (), self.dtype
 
     def _decode(self, value: memoryview) -> float:
-        found = _parsed(bytes(value))
+        found = self.null if self.null is not None and value == _NULL else _parsed(bytes(value))
         if found is None:
             raise _not_a_number(value)
         with np.errstate(over="ignore"):  # infinite, as it should be
@@ -239,6 +268,7 @@ class Number(Decoder):
         keys: Keys | None = None,
     ) -> None:
         assert self.fixed() == (out.shape[1:], out.dtype), (out.shape, out.dtype)
+        values, nulls = (values, _NONE) if self.null is None else _without_nulls(values, offsets)
         found = _cast(values, offsets)
         for item in np.flatnonzero(np.isnan(found)).tolist():
             value = values.data[offsets[item] : offsets[item + 1]]
@@ -246,6 +276,8 @@ class Number(Decoder):
             if one is None:
                 raise located(_not_a_number(value), where(item))
             found[item] = one
+        if len(nulls):
+            found[nulls] = self.null
         with np.errstate(over="ignore"):
             np.copyto(out, found, casting="same_kind")
 
@@ -274,16 +306,16 @@ def _parsed(value: bytes) -> float | None:
 
 
 def _not_a_number(value: memoryview) -> DecodeError:
-    return DecodeError(f"{shown(value)} is not a decimal number")
+    return DecodeError(f"{shown(value)} is not a decimal number{_of_null(value, 'number')}")
 
 
-def number(dtype: npt.DTypeLike = "float64", *, default: float | None = None) -> Decoder:
+def number(dtype: npt.DTypeLike = "float64", *, default: float | None = None, null: float | None = None) -> Decoder:
     """A decimal number as text, such as `-12`, `0.5`, `1e-7`, `inf` or `nan`, spaces around it allowed: `float` a
     sample, a tensor of `dtype` (`"float64"` or `"float32"`) a batch.
 
     The value is that of Python's `float`, for `"float32"` rounded to that. Anything else is a `DecodeError`.
-    `default` stands for the value of samples that lack an optional column; `float("nan")` is one that can be told from
-    others.
+    `default` stands for the value of samples that lack an optional column, `null` for a null of JSON; `float("nan")` is
+    one that can be told from others.
     """
     try:
         found = np.dtype(dtype)
@@ -291,7 +323,10 @@ def number(dtype: npt.DTypeLike = "float64", *, default: float | None = None) ->
         found = None
     if found is None or found.name not in _DTYPES:
         raise ConfigError(f'dtype={dtype!r} is neither "float32" nor "float64"; integer() gives int64')
-    if default is not None and not isinstance(default, int | float | np.integer | np.floating):
-        raise ConfigError(f"default={default!r} is not a number")
-    with np.errstate(over="ignore"):
-        return Number(found.newbyteorder("="), None if default is None else float(np.array(default, found)))
+    standing: dict[str, float | None] = {}
+    for name, value in (("default", default), ("null", null)):
+        if value is not None and not isinstance(value, int | float | np.integer | np.floating):
+            raise ConfigError(f"{name}={value!r} is not a number")
+        with np.errstate(over="ignore"):
+            standing[name] = None if value is None else float(np.array(value, found))
+    return Number(found.newbyteorder("="), **standing)

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastload.errors import ShardError
+from fastload.formats.record_index import shard_name
 from fastload.formats.shard_index import ShardIndex
 from fastload.kernels import tarindex
 from fastload.kernels.grouping import group
@@ -190,8 +191,12 @@ class TarIndexer:
                 "the archive is truncated or this length lies; write it again"
             )
         said = f"{where}: {_WORDS[code]}" + (f" (member {name!r})" if name else "")
-        is_named_otherwise = at == 0 and not self._url.lower().endswith(".tar")
-        return said + ("; shards are WebDataset tars, and by its name this is none" if is_named_otherwise else "")
+        if at or shard_name(self._url).lower().endswith(".tar"):
+            return said
+        return (
+            f"{said}; it is read as a tar since its name says nothing else: if it is none, say what it is, such as "
+            'format="jsonl", or "tokens(LENGTH, DTYPE)" for a file of tokens'
+        )
 
     def _shown_name(self) -> str:
         """The name of the member whose header was read last, if that had one and was not taken over."""

@@ -395,7 +395,9 @@ class SampleGatherer:
                 has = ""
                 if isinstance(read, LooseReader):
                     there = read.columns_of(self._record(located, number))
-                    has = f"it has {shown(there)}.{meant(name, there)} Or, "
+                    alike = next((each for each in there if each.lower() == name.lower()), None)
+                    hint = meant(name, there) if alike is None else f" Did you mean {alike!r}? Their case counts."
+                    has = f"it has {shown(there)}.{hint} Or, "
                 raise MissingColumnError(
                     f"{samples.place(number, name)}: the sample has no such column; {has}where samples may lack it, "
                     f"write {name + '?'!r}"

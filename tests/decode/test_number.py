@@ -5,6 +5,8 @@ from __future__ import annotations
 import decimal
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,3 +132,18 @@ def test_what_is_no_number(bad: bytes, message: str) -> None:
 def test_other_dtypes_are_refused(dtype: object) -> None:
     with pytest.raises(ConfigError, match="neither"):
         fd.number(dtype)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("decoder", "dtype"), [(fd.integer, np.int64), (fd.number, np.float64)])
+def test_what_stands_for_a_null_of_json(decoder: Callable[..., Any], dtype: Any) -> None:
+    items = [b"null", b"7", b"1234", b"null", b" -2 "]
+    found = decode(decoder(null=-1), items)
+    assert (found.dtype, found.tolist()) == (dtype, [-1, 7, 1234, -1, -2])
+    assert [decoder(null=-1).decode_one(item, "here") for item in items] == found.tolist()
+    name = decoder.__name__
+    with pytest.raises(DecodeError, match=rf"b'null' is .*; say what stands for .*: decode\.{name}\(null=-1\)"):
+        decode(decoder(-5) if name == "integer" else decoder(default=-5), items)
+    with pytest.raises(DecodeError, match="sample 1: column x: b'nul'"):
+        decode(decoder(null=-1), [b"null", b"nul"])
+    with pytest.raises(ConfigError, match="null='x' is not"):
+        decoder(null="x")

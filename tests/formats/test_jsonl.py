@@ -196,7 +196,9 @@ def test_members_that_some_lines_lack_are_optional_or_an_error(cache: fastload.C
     dataset = fastload.StreamingDataset(str(path), cache=cache, columns=["a?"], shuffle=False)
     assert [each["a"] for each in dataset] == [1, None]
     dataset = fastload.StreamingDataset(str(path), cache=cache, columns=["a"], shuffle=False)
-    with pytest.raises(MissingColumnError, match=r"a\.jsonl: sample 'a\.jsonl/1', column 'a': .* has \['b', 'A'\]"):
+    with pytest.raises(
+        MissingColumnError, match=r"a\.jsonl: sample 'a\.jsonl/1', column 'a': .* has \['b', 'A'\]. Did you mean 'A'\?"
+    ):
         list(dataset)
 
 
