@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     from fastload.checkpoint.errors import CheckpointDamagedError as CheckpointDamagedError
     from fastload.checkpoint.errors import CheckpointError as CheckpointError
     from fastload.checkpoint.errors import CheckpointExistsError as CheckpointExistsError
+    from fastload.checkpoint.file import create as create
+    from fastload.checkpoint.file import open_file as open_file
     from fastload.checkpoint.retention import Keep as Keep
     from fastload.checkpoint.run import Run as Run
     from fastload.checkpoint.single import load as load
     from fastload.checkpoint.single import save as save
+    from fastload.checkpoint.streaming import stream as stream
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
@@ -31,8 +34,10 @@ __getattr__, __dir__, __all__ = lazy_names(
         "dcp_reader": ["Reader"],
         "dcp_writer": ["Writer"],
         "errors": ["CheckpointDamagedError", "CheckpointError", "CheckpointExistsError"],
+        "file": ["create", "open_file"],
         "retention": ["Keep"],
         "run": ["Run"],
         "single": ["load", "save"],
+        "streaming": ["stream"],
     },
 )

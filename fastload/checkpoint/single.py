@@ -19,12 +19,13 @@ from fastload.checkpoint.boxes import Box
 from fastload.checkpoint.commit import Step
 from fastload.checkpoint.dedup import Base, digests, divide
 from fastload.checkpoint.errors import CheckpointError
+from fastload.checkpoint.finding import found
 from fastload.checkpoint.flattening import Path, flatten, put, unflatten
-from fastload.checkpoint.reading import Wanted, read
+from fastload.checkpoint.gathering import wanted
+from fastload.checkpoint.reading import read
 from fastload.checkpoint.records import PATHS, Contents, Part, Reference
-from fastload.checkpoint.records import Place as PieceAt
 from fastload.checkpoint.segments import Piece, lay_out
-from fastload.checkpoint.tensors import NAMES, bytes_of, dtype_of
+from fastload.checkpoint.tensors import NAMES, array_of, dtype_of
 from fastload.checkpoint.values import decoded, encoded, paths_of
 from fastload.checkpoint.writing import data_of, store_segments
 from fastload.errors import ConfigError
@@ -90,6 +91,7 @@ def load(
     storage_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The state at `url`, as it was saved; of `names` (`model.layers.0.weight`, or `model` for all below) only those.
+    A safetensors file and a folder of these, as the Hugging Face Hub has them, are loaded as well.
 
     `into` is filled in place and returned: all that it holds, and no more, must be there with the same shape and dtype.
     Every byte is verified. Raises `ObjectMissingError` where no checkpoint is, and `CheckpointError` for one that is
@@ -97,13 +99,12 @@ def load(
     """
     if into is not None and names is not None:
         raise ConfigError("names= is of no use with into=, which says by what it holds what is to be loaded")
-    with opened(url, storage_options) as place:
-        there = attempts.contents(place)
+    with found(url, storage_options) as (place, there):
         paths = paths_of(there, place.folder)
         if into is not None:
             _fill(place, there, into, allow_pickle)
             return into
-        chosen = _chosen(names, paths, place.folder)
+        chosen = chosen_names(names, paths, place.folder)
         tensors = {
             name: torch.empty(shape, dtype=dtype_of(dtype, place.folder, name))
             for name, (dtype, shape) in there.tensors.items()
@@ -151,23 +152,8 @@ def _fill(place: Place, there: Contents, into: dict[str, Any], allow_pickle: boo
 
 def _read(place: Place, there: Contents, tensors: Mapping[str, torch.Tensor]) -> None:
     """Fill tensors, which are contiguous and in this process's memory."""
-    wanted = [_wanted(piece, tensor) for name, tensor in tensors.items() for piece in there.places(name)]
-    read(place.store, place.folder, wanted)
-
-
-def _wanted(piece: PieceAt, tensor: torch.Tensor) -> Wanted:
-    """Straight to its place, where that is contiguous; else there by way of a tensor of its own."""
-    view = tensor[
-        tuple(slice(start, start + size) for start, size in zip(piece.box.offsets, piece.box.sizes, strict=True))
-    ]
-    if view.is_contiguous():
-        return Wanted(piece.object, piece.offset, bytes_of(view), lambda: None)
-    apart = torch.empty(view.shape, dtype=view.dtype)
-
-    def arrived() -> None:
-        view.copy_(apart)
-
-    return Wanted(piece.object, piece.offset, bytes_of(apart), arrived)
+    pieces = [wanted(piece, array_of(tensor)) for name, tensor in tensors.items() for piece in there.places(name)]
+    read(place.store, place.folder, pieces)
 
 
 def _is_stored_as_tensor(name: str, leaf: Any) -> bool:
@@ -180,7 +166,7 @@ def _is_stored_as_tensor(name: str, leaf: Any) -> bool:
     return leaf.dtype in NAMES and leaf.layout is torch.strided and not leaf.is_quantized
 
 
-def _chosen(names: Collection[str] | None, paths: Mapping[str, Path], where: str) -> list[str]:
+def chosen_names(names: Collection[str] | None, paths: Mapping[str, Path], where: str) -> list[str]:
     if names is None:
         return list(paths)
     above = {each: set(_prefixes(each)) & set(names) for each in paths}

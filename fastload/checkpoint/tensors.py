@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from fastload.checkpoint.errors import CheckpointError
+from fastload.checkpoint.gathering import Bytes
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -13,6 +15,11 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def array_of(tensor: torch.Tensor) -> Bytes:
+    """The bytes of a contiguous tensor, in its shape and behind that those of an element."""
+    return np.asarray(bytes_of(tensor)).reshape(*tensor.shape, tensor.element_size())
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -295,7 +295,7 @@ def test_a_block_that_was_damaged_on_its_way_is_read_again(tmp_path: Path, monke
 
 
 def objects() -> list[Object]:
-    return [Object(f"{name}", size, b"") for name, size in (("a", 5 * BLOCK_BYTES), ("b", 40 * BLOCK_BYTES + 7))]
+    return [Object(name, size, b"sums") for name, size in (("a", 5 * BLOCK_BYTES), ("b", 40 * BLOCK_BYTES + 7))]
 
 
 @given(
