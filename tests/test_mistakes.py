@@ -146,7 +146,7 @@ MISTAKES: dict[str, Mistake] = {
     "a picture": (
         lambda d: d.read(d.dataset(f"{d.folder}/pictures/0.jpg")),
         fastload.ShardError,
-        ("0.jpg", "shards are WebDataset tars"),
+        ("0.jpg", "it is read as a WebDataset tar", "format="),
     ),
     "an empty folder": (lambda d: d.read(d.dataset(f"{d.folder}/nothing/")), M, ("/nothing/", "nothing at all")),
     "a folder of packed tars": (lambda d: d.read(d.dataset(f"{d.folder}/packed/")), M, ("x.tar.lz4", "zstd or gzip")),
