@@ -164,7 +164,7 @@ def default_ram_bytes() -> int:
 
 def default_disk_bytes(directory: Path) -> int:
     """What is free on the file system of `directory`, less 10 %."""
-    while not directory.exists():
+    while not os.path.exists(directory):  # or may not be looked at
         directory = directory.parent
     stat = os.statvfs(directory)
     return int(stat.f_bavail * stat.f_frsize * 0.9)

@@ -93,12 +93,19 @@ def cache_directory(cache: Path | None) -> Path:
 
 
 def existing_cache(cache: Path | None) -> Path:
-    """The same, for what looks at a cache and fills none: ConfigError where one was named and is none."""
+    """The same, for what looks at a cache and fills none: ConfigError where one was named and is none, or one that may
+    not be looked at.
+    """
     from fastload.cache import limits
     from fastload.history.archive import Archive
 
     path = cache_directory(cache)
-    is_there = limits.path_of(path).exists() or Archive(path).folder.exists()
+    try:
+        is_there = limits.path_of(path).exists() or Archive(path).folder.exists()
+    except OSError as error:
+        raise ConfigError(
+            f"the cache directory {path} cannot be looked at: {error.strerror}; name another one"
+        ) from error
     if (cache is not None or os.environ.get("FASTLOAD_CACHE")) and not is_there:
         said = f"--cache={cache}" if cache is not None else f"FASTLOAD_CACHE={os.environ['FASTLOAD_CACHE']}"
         raise ConfigError(f"{said}: there is no cache at {path}; give the directory that the job was given")

@@ -87,9 +87,16 @@ def test_a_directory_of_another_user_names_both(tmp_path: Path) -> None:
     assert "belongs to user 12345, and this process runs as user 0" in done.stderr
 
 
+def let_others_in(tmp_path: Path) -> None:
+    for folder in [tmp_path, *tmp_path.parents]:
+        if folder.stat().st_uid == 0 and str(folder).startswith("/tmp/"):
+            folder.chmod(0o755)
+
+
 AS_ANOTHER = """
 import os
-import fastload.cli, fastload.client.operator, fastload.cli.checks  # before they cannot be read any more
+import fastload.cli, fastload.client.operator, zoneinfo  # before they cannot be read any more
+import fastload.cli.cache, fastload.cli.checks
 os.setgid(65534)
 os.setuid(65534)
 fastload.cli.main()
@@ -100,9 +107,7 @@ fastload.cli.main()
 @pytest.mark.parametrize("mode", [0o700, 0o755])
 @pytest.mark.parametrize("verb", ["status", "top", "doctor"])
 def test_another_user_is_told_so_in_a_line(tmp_path: Path, verb: str, mode: int) -> None:
-    for folder in [tmp_path, *tmp_path.parents]:
-        if folder.stat().st_uid == 0 and str(folder).startswith("/tmp/"):
-            folder.chmod(0o755)
+    let_others_in(tmp_path)
     cache = tmp_path / "cache"
     with Handle(cache, ram_bytes="32MiB", disk_bytes=0, service="inprocess") as handle, handle.consumer():
         cache.chmod(mode)
@@ -113,6 +118,21 @@ def test_another_user_is_told_so_in_a_line(tmp_path: Path, verb: str, mode: int)
         (line,) = (line for line in said.splitlines() if "user 0" in line)
         assert "65534" in line
         cache.chmod(0o700)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("verb", [["status"], ["doctor"], ["cache", "ls"]], ids=" ".join)
+def test_a_folder_that_may_not_be_entered_is_said_in_a_line(tmp_path: Path, verb: list[str]) -> None:
+    let_others_in(tmp_path)
+    (tmp_path / "closed").mkdir(mode=0o700)
+    cache = tmp_path / "closed" / "cache"
+    cache.mkdir()
+    done = run(AS_ANOTHER, *verb, "--cache", cache, check=False)
+    assert done.returncode == exits.FAILED, done.stderr
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "Permission denied" in line]
+    assert lines
+    assert all(str(cache) in line for line in lines)
+    assert "Traceback" not in done.stderr
 
 
 @contextlib.contextmanager
