@@ -130,8 +130,7 @@ def test_a_folder_that_may_not_be_entered_is_said_in_a_line(tmp_path: Path, verb
     done = run(AS_ANOTHER, *verb, "--cache", cache, check=False)
     assert done.returncode == exits.FAILED, done.stderr
     lines = [line for line in (done.stdout + done.stderr).splitlines() if "Permission denied" in line]
-    assert lines
-    assert all(str(cache) in line for line in lines)
+    assert any(str(cache) in line for line in lines)
     assert "Traceback" not in done.stderr
 
 
