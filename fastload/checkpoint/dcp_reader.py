@@ -152,7 +152,7 @@ def _source(place: Place, rank: int | None) -> _Ours | _Torchs:
         with contextlib.suppress(ObjectMissingError):
             return _Ours(attempts.contents(place), place.folder)
     try:
-        return _Torchs(place, name)
+        return _Torchs(place, name, is_of_all=rank is None)
     except ObjectMissingError as error:
         raise ObjectMissingError(
             f"{place.folder}: no checkpoint is here ({MANIFEST_NAME}, or torch's {name}); check its name"
@@ -230,10 +230,10 @@ class _Ours:
 class _Torchs:
     """A checkpoint that torch has written."""
 
-    def __init__(self, place: Place, name: str) -> None:
+    def __init__(self, place: Place, name: str, *, is_of_all: bool) -> None:
         data, info = place.read(name)
         self.metadata, self._items = distcp.read_metadata(data, info.url)
-        self.version = f"{info.etag} {info.mtime_ns} {len(data)}"
+        self.version = f"{info.etag} {info.mtime_ns} {len(data)}" if is_of_all else ""
         self._infos: dict[str, ObjectInfo] = {}
 
     def values(self, place: Place, items: Sequence[ReadItem], allow_pickle: bool) -> Iterator[Any]:

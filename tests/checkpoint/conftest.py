@@ -18,3 +18,13 @@ def pool(weed: WeedServer) -> Iterator[RankPool]:
         yield pool
     finally:
         pool.close()
+
+
+@pytest.fixture
+def mortals() -> Iterator[RankPool]:
+    """Two ranks that end with the test."""
+    pool = RankPool(2)
+    try:
+        yield pool
+    finally:
+        pool.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from multiprocessing import resource_sharer
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed._shard.sharded_tensor import Shard as LocalShard
 from torch.distributed._shard.sharded_tensor import init_from_local_shards
+from torch.distributed.checkpoint import _async_process_executor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fastload import checkpoint
@@ -184,3 +190,94 @@ def save_with_kept_plans(rank: Rank, folder: str) -> None:
         state = {"w": distribute_tensor(torch.full((4,), float(number)), mesh, [Shard(0)])}
         planner = dcp.DefaultSavePlanner(enable_plan_caching=True)
         dcp.save(state, storage_writer=Writer(f"{folder}/{number}"), planner=planner)
+
+
+def test_a_process_saves(mortals: RankPool, tmp_path: Path) -> None:
+    """Thousands of tensors take one descriptor to another process, and may change as soon as the call returns."""
+    run(mortals, save_by_process, 2, str(tmp_path))
+    for number in range(3):
+        found = checkpoint.load(tmp_path / str(number))
+        same(torch.arange(24.0).reshape(8, 3) + number, found["w"])
+        assert found["others"]["1999"].tolist() == [1999 + number]
+        assert found["step"] == number
+
+
+def save_by_process(rank: Rank, folder: str) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for number in range(3):
+        w = distribute_tensor(torch.arange(24.0).reshape(8, 3) + number, mesh, [Shard(0)])
+        others = {str(name): torch.tensor([float(name + number)]) for name in range(2000)}
+        saving = dcp.async_save(
+            {"w": w, "others": others, "step": number},
+            storage_writer=Writer(f"{folder}/{number}"),
+            async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+        )
+        assert len(os.listdir("/proc/self/fd")) < 100
+        w.to_local().zero_()
+        others["1999"].zero_()
+        saving.result()
+    _async_process_executor._CHECKPOINT_PROCESS = None  # whose finalizer ends the process
+    resource_sharer.stop()  # the thread of multiprocessing's that has sent the descriptors
+
+
+def test_what_torch_saved_in_several_ranks(pool: RankPool, tmp_path: Path) -> None:
+    run(pool, save_by_torch, 4, str(tmp_path))
+    for world_size in (3, 4):
+        run(pool, load_dealt, world_size, str(tmp_path / "1"))
+    run(pool, load_own, 4, str(tmp_path / "2"))
+
+
+def save_by_torch(rank: Rank, folder: str) -> None:
+    dcp.save(dealt(rank.world_size, saves=True), storage_writer=dcp.FileSystemWriter(f"{folder}/1"))
+    state = {"w": torch.full((3,), float(rank.rank))}
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(f"{folder}/2"), use_collectives=False)
+
+
+def load_own(rank: Rank, url: str) -> None:
+    """What each rank has saved without the others."""
+    state = {"w": torch.zeros(3)}
+    dcp.load(state, storage_reader=Reader(url))
+    assert state["w"].tolist() == [rank.rank] * 3
+
+
+def test_fully_sharded_models(pool: RankPool, tmp_path: Path) -> None:
+    """From four ranks to two, and on to three: the same losses as one that was never saved."""
+    losses = run(pool, train, 4, str(tmp_path / "1"), None)[0]
+    losses += run(pool, train, 2, str(tmp_path / "2"), str(tmp_path / "1"))[0]
+    losses += run(pool, train, 3, str(tmp_path / "3"), str(tmp_path / "2"))[0]
+    alone = run(pool, train, 1, str(tmp_path / "4"), None, 6)[0]
+    assert losses == pytest.approx(alone, rel=1e-4)
+    trained, other = checkpoint.load(tmp_path / "3"), checkpoint.load(tmp_path / "4")
+    assert trained["step"] == other["step"] == 6
+    for name, weight in other["model"].items():
+        torch.testing.assert_close(trained["model"][name], weight)
+
+
+def train(rank: Rank, url: str, begins: str | None, steps: int = 2) -> list[float]:
+    """So many steps with the same batch, of which each rank takes a part."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.ReLU(), torch.nn.Linear(10, 5))
+    fully_shard(model)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "step": 0}
+    if begins is not None:
+        dcp.load(state, storage_reader=Reader(begins))
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    batch = whole(1, (12, 6)).chunk(rank.world_size)[rank.rank]
+    losses = []
+    for _ in range(steps):
+        loss = model(batch).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        mean = loss.detach() / rank.world_size
+        torch.distributed.all_reduce(mean)
+        losses.append(mean.item())
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state, "step": state["step"] + steps}
+    saving = dcp.async_save(state, storage_writer=Writer(url))
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    saving.result()
+    return losses
