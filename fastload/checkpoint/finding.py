@@ -19,21 +19,21 @@ def found(
     url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None
 ) -> Iterator[tuple[Place, Contents]]:
     """Where it is, and all that it holds. Raises `ObjectMissingError` where there is none, and `CheckpointError`."""
-    path = os.fspath(url)
-    with opened(path, storage_options) as place:
-        if path.endswith(ENDING):
-            folder, _, name = place.folder.rstrip("/").rpartition("/")
-            place = Place(place.store, folder + "/")
-            yield place, contents_of_file(place, name)
-        else:
-            yield place, contents(place)
+    with opened(url, storage_options) as place:
+        yield at(place)
 
 
-def contents(place: Place) -> Contents:
+def at(place: Place) -> tuple[Place, Contents]:
+    """The same of a place that is named as the checkpoint is."""
+    path = place.folder.rstrip("/")
+    if path.endswith(ENDING):
+        folder, _, name = path.rpartition("/")
+        above = Place(place.store, folder + "/")
+        return above, contents_of_file(above, name)
     try:
-        return attempts.contents(place)
+        return place, attempts.contents(place)
     except ObjectMissingError:
         there = contents_of_folder(place)
         if there is None:
             raise
-        return there
+        return place, there

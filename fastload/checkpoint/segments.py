@@ -146,14 +146,20 @@ def blocks_of(start: int, end: int, size: int) -> tuple[int, int]:
 
 
 def damaged_block(sums: bytes, start: int, data: memoryview) -> int | None:
-    """The number of the first block of `data`, which begins at the block at `start`, that is not what was written; None
-    where all are.
-    """
+    """The first of `damaged_blocks`; None where there is none."""
+    return next(_damaged(sums, start, data), None)
+
+
+def damaged_blocks(sums: bytes, start: int, data: memoryview) -> list[int]:
+    """The numbers of the blocks of `data`, which begins at the block at `start`, that are not what was written."""
+    return list(_damaged(sums, start, data))
+
+
+def _damaged(sums: bytes, start: int, data: memoryview) -> Iterator[int]:
     assert start % BLOCK_BYTES == 0
     first = start // BLOCK_BYTES
     for number in range(-(-len(data) // BLOCK_BYTES)):
         block = data[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
         at = 8 * (first + number)
         if sums[at : at + 8] != struct.pack("<Q", xxh3_64_intdigest(block)):
-            return first + number
-    return None
+            yield first + number

@@ -15,6 +15,7 @@ import fastload
 from fastload.cli import (
     bench,
     cache,
+    checkpoint,
     daemon,
     demo,
     doctor,
@@ -66,6 +67,7 @@ def _add(
 
 app.add_typer(bench.app, name="bench", short_help="How fast this data can be fed here, and what limits it.")
 app.add_typer(cache.app, name="cache", short_help="What a cache holds, keeps and loses.")
+app.add_typer(checkpoint.app, name="checkpoint", short_help="What is saved, whether it is whole; exported, deleted.")
 _add(
     "compile",
     kernels.compile_kernels,
@@ -169,6 +171,9 @@ def main() -> None:
 
 
 def _code_of(error: FastloadError) -> int:
+    from fastload.checkpoint.errors import CheckpointDamagedError
     from fastload.client.operator import NotServedError
 
+    if isinstance(error, CheckpointDamagedError):
+        return exits.DAMAGED
     return exits.PARTIAL if isinstance(error, NotServedError) else exits.FAILED
