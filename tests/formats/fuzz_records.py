@@ -34,8 +34,10 @@ from fastload.formats import (
     TableIndex,
     described,
     indexer_for,
+    jsonl,
     listed_shards,
     litdata,
+    mds,
     mds_lines,
     pieces,
     record_reader,
@@ -43,15 +45,16 @@ from fastload.formats import (
     stored_index,
     tfrecord,
     tokens,
+    zstd,
 )
 from fastload.formats.pieces import in_pieces
 from fastload.formats.records import layout_of, read_layout, split
-from fastload.store.packing import FRAMES, TABLE
+from fastload.store.packing import FRAMES, TABLE, packing_of
 from fastload.store.table import ObjectTable
 from fastload.store.types import ObjectInfo
-from tests.formats import fuzzing, protobuf, test_arrow_table, token_writer
+from tests.formats import fuzzing, protobuf, test_arrow_table, test_mds, token_writer
 from tests.formats.fuzz_readers import changed
-from tests.formats.packing import framed
+from tests.formats.packing import PACK, framed, twice
 
 URL = "s3://bucket/shard"
 
@@ -362,6 +365,164 @@ def check_packed_table(data: bytes, rng: random.Random) -> None:
     check_table(made, rng)
 
 
+# What is packed as a whole.
+
+
+def make_packed(rng: random.Random) -> bytes:
+    """Its ending's number and the size of what is in it; that, and it packed as one member or two, mostly damaged."""
+    number = rng.randrange(len(_ENDINGS))
+    data = rng.choice([b"", b"text " * 99, rng.randbytes(rng.choice([1, 500])), bytes(20_000)])
+    pack = PACK[_ENDINGS[number]]
+    packed = twice(pack)(data) if number < _MEMBERED and rng.random() < 0.4 else pack(data)
+    packed = changed(packed, rng) if rng.random() < 0.8 else packed
+    return struct.pack("<BI", number, len(data)) + data + packed
+
+
+# Of the first ones, several members or frames may follow each other.
+_ENDINGS, _MEMBERED = (".gz", ".bz2", ".xz", ".zst", ".br", ".snappy"), 4
+
+
+def check_packed(data: bytes, rng: random.Random) -> None:
+    """It is unpacked or refused; what its heads say of its size is so, where they are whole."""
+    number, count = struct.unpack_from("<BI", data)
+    ending = _ENDINGS[number % len(_ENDINGS)]
+    inner, packed = data[5 : 5 + count], data[5 + count :]
+    packing, made = packing_of(f"a.tar{ending}"), b""
+    said = zstd.unpacked_bytes(len(packed), lambda start: packed[start : start + 20]) if packing == "zstd" else None
+    try:
+        for part in unpacker.unpacked(_Held(packed, rng.choice([1, 7, 1000])), packing, -1):
+            made += bytes(part)
+            if len(made) > 1 << 20:
+                return  # the service ends those that give too much
+    except (unpacker.DamagedError, MemoryError):
+        return
+    if packed in (PACK[ending](inner), twice(PACK[ending])(inner)):
+        assert made == inner
+        assert said in (None, len(inner)), said  # of damaged ones, what was said is compared with what comes
+
+
+# MDS.
+
+
+def make_mds(rng: random.Random) -> bytes:
+    """A shard, mostly damaged, mostly in its header."""
+    columns = rng.choices(_MDS_COLUMNS, k=rng.choice([1, 3, 6]))
+    named = [(f"c{number}", *column[:2]) for number, column in enumerate(columns)]
+    rows = [[rng.choice(values) for _, _, values in columns] for _ in range(rng.choice([0, 1, 2, 7]))]
+    data = test_mds.shard(named, rows)
+    return changed(data, rng) if rng.random() < 0.85 else data
+
+
+_MDS_COLUMNS: list[tuple[str, int | None, list[bytes]]] = [
+    ("bytes", None, [b"", b"x" * 40]), ("int", 8, [bytes(8)]), ("str", None, [b"", "é".encode(), b"\xff"]),
+    ("uint8", 1, [b"\7"]), ("ndarray:int16:2", 4, [bytes(4)]), ("ndarray:int16", None, [b"\4\2" + bytes(4), b"\4"]),
+    ("ndarray", None, [bytes([9, 8, 1, 2]) + bytes(2), b""]), ("json", None, [b"{}", b"[1", b"7"]),
+    ("str_int", None, [b"12", b"x"]), ("str_float", None, [b"1.5", b""]), ("str_decimal", None, [b"1.5", b"."]),
+    ("list[pil]", None, [struct.pack("<III", 0, 1, 15) + struct.pack("<III", 1, 1, 1) + b"L\7\0", b"1"]),
+]  # fmt: skip
+
+
+def check_mds(data: bytes, rng: random.Random) -> None:
+    """Records and values are those of plain Python."""
+    with guarding(rng, mds):
+        try:
+            indexer = mds.MdsIndexer(URL, len(data))
+        except ShardError as error:
+            assert str(error).startswith(URL), error  # noqa: PT017
+            return
+        index = index_of(indexer, data, rng)
+        if isinstance(index, str):
+            return
+        assert isinstance(index, RecordIndex)
+        made = values_of(index, data, rng)
+    (count,) = struct.unpack_from("<I", data)
+    ends = struct.unpack_from(f"<{count + 1}I", data, 4)
+    assert index.offset.tolist() == list(ends[:-1])
+    reader = record_reader(index.layout)
+    assert isinstance(reader, mds.MdsReader)
+    rows = [_mds_row(data[start:end], reader.sizes) for start, end in pairwise(ends)]
+    assert isinstance(made, str) == (None in rows), made
+    for number, row in enumerate(rows if isinstance(made, dict) else []):
+        for name, value in zip(reader.columns, row or (), strict=True):
+            try:
+                expected = reader.decoder(name).decode_one(memoryview(value), "here")
+            except DecodeError:
+                continue
+            assert repr(made[name][number]) == repr(expected) or reader.kind(name).startswith("list")
+
+
+def _mds_row(record: bytes, sizes: tuple[int, ...]) -> list[bytes] | None:
+    """The columns of a record; None where its sizes lie."""
+    varying = sizes.count(-1)
+    if len(record) < 4 * varying:
+        return None
+    said = iter(struct.unpack_from(f"<{varying}I", record))
+    ends = list(accumulate((next(said) if size < 0 else size for size in sizes), initial=4 * varying))
+    return [record[start:end] for start, end in pairwise(ends)] if ends[-1] == len(record) else None
+
+
+# JSON lines.
+
+
+def make_jsonl(rng: random.Random) -> bytes:
+    """Lines of objects, blank ones between them, mostly damaged."""
+    lines = []
+    for _ in range(rng.choice([0, 1, 3, 9])):
+        made = {rng.choice(["a", "b", "é", 'q"']): rng.choice(_JSON_VALUES) for _ in range(rng.choice([0, 1, 3]))}
+        line = json.dumps(made, ensure_ascii=rng.random() < 0.5, indent=rng.choice([None, None, "\t"]))
+        lines.append(line.replace("\n", "") if rng.random() < 0.9 else "")
+    text = rng.choice(["\n", "\r\n"]).join(lines) + rng.choice(["", "\n", "\n\n "])
+    data = rng.choice([b"", b"", b"\xef\xbb\xbf"]) + text.encode()
+    return changed(data, rng) if rng.random() < 0.7 else data
+
+
+_JSON_VALUES: list[Any] = [None, True, -1.5e300, 7, "", "te\\xt", 'q"\n', "é\U0001f600", [], [1, {"a": "]"}], {"b": {}}]
+
+
+def check_jsonl(data: bytes, rng: random.Random) -> None:
+    """Lines are those of plain Python, in pieces of any size; so are members, where Python reads all lines."""
+    piece_bytes, step = rng.choice([5, 40, 1000]), rng.choice([3, 16, 1000])
+    found: list[bytes] = []
+    with mock.patch.multiple(pieces, PIECE_BYTES=piece_bytes, TAIL_BYTES=3), guarding(rng, jsonl):
+        for info in in_pieces(ObjectTable.of([ObjectInfo(f"{URL}.jsonl", len(data))])):
+            indexer = jsonl.JsonlIndexer(info.url, info.size, info if info.is_piece else None)
+            at = 0
+            while not indexer.done:
+                indexer.feed(guarded_bytes(data[info.start + at :][:step], rng.random() < 0.7), at)
+                at += step
+            index = indexer.finish()
+            assert index.reach <= len(data) - info.start
+            places = zip((info.start + index.offset).tolist(), index.size.tolist(), strict=True)
+            found += [data[start : start + size] for start, size in places]
+    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    assert found == [line for line in lines if line.strip(bytes(range(33)))]
+    joined, offsets = b"".join(found), np.cumsum([0, *map(len, found)], dtype=np.int64)
+    names, places = ["a", "é", "none"], fuzzing.guarded(6 * len(found), np.int64, True).reshape(2, 3, len(found))
+    try:
+        jsonl.find_values(guarded_bytes(joined, True), offsets, names, places, lambda number: f"at {number}")
+    except DecodeError as error:
+        assert str(error).startswith("at "), error  # noqa: PT017
+        assert None in map(_object, found), error  # noqa: PT017
+        return
+    starts, sizes = places.tolist()
+    for row, name in enumerate(names):
+        for line, start, size in zip(found, starts[row], sizes[row], strict=True):
+            expected = _object(line)
+            assert (start, size) == (-1, 0) or 0 <= start <= start + size <= len(joined)
+            if expected is not None and b"\\" not in line:
+                value = repr(json.loads(joined[start : start + size])) if start >= 0 else None
+                assert value == (repr(expected[name]) if name in expected else None), (name, line)
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """What a line is in Python; None where it is no object."""
+    try:
+        found = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 # MDS's shards of text.
 
 
@@ -505,6 +666,9 @@ def _reader_of(data: bytes) -> Any:
 
 TARGETS = [
     fuzzing.Target("tfrecord", make_tfrecord, check_tfrecord),
+    fuzzing.Target("mds", make_mds, check_mds),
+    fuzzing.Target("jsonl", make_jsonl, check_jsonl),
+    fuzzing.Target("packed", make_packed, check_packed, ("pages",)),
     fuzzing.Target("litdata", make_litdata, check_litdata),
     fuzzing.Target("lines", make_lines, check_lines, ("pages",)),
     fuzzing.Target("frames", make_frames, check_frames, ("pages",)),
