@@ -161,6 +161,28 @@ def test_resume(s3, tmp_path: Path, mortals: RankPool) -> None:
     assert not differences
 
 
+def test_train_resume(s3, tmp_path: Path, mortals: RankPool) -> None:
+    """Four processes are killed, and two go on: where both have trained a step, the losses are the same."""
+    variables = environment(
+        s3, tmp_path, pictures(8, 6), CHECKPOINTS=f"{s3.url}/run", GLOBAL_BATCH=8, SAVE_EVERY=2, EPOCHS=1000
+    )
+    with Launched(["--standalone", "--nproc-per-node", "4", "examples/train_resume.py"], variables) as job:
+        printed = job.read_until("step 9 ")
+        before = losses(printed + job.end())
+    last = max(before)
+    variables["EPOCHS"] = str(last[0] + 2)
+    output = outputs(mortals, 2, "train_resume.py", variables)[0]
+    after = losses(output)
+    assert f"/run/{min(after)[1] - 1}: goes on after step" in output
+    assert min(after)[1] % 2 == 1
+    assert 5 <= min(after)[1] <= last[1] + 1
+    assert max(after) == (last[0] + 1, 6 * (last[0] + 2))  # 48 samples are six steps an epoch
+    both = before.keys() & after.keys()
+    differences = {step: (before[step], after[step]) for step in both if abs(before[step] - after[step]) >= 2e-3}
+    assert both
+    assert not differences
+
+
 def losses(output: str) -> dict[tuple[int, int], float]:
     """(epoch, step) -> loss."""
     found = re.findall(r"epoch (\d+) step (\d+) loss (\d+\.\d+)", output)
