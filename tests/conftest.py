@@ -29,9 +29,8 @@ from hypothesis import settings
 from fastload.config import cpu_count
 from fastload.demo.weed import REGION, WeedServer
 from fastload.errors import StoreError
-from fastload.service.host import launch
 from fastload.store.options import StoreOptions
-from tests.zygote import Zygote
+from tests import zygote
 
 # For child processes too: arithmetic in one thread each. Several test processes run on as many cores, and threads of
 # torch's that wait for each other there burn what the others could use.
@@ -159,24 +158,18 @@ def what_is_there_stays() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def zygote() -> Iterator[Zygote]:
-    """Services that this process starts are forked from it, but for those of tests with `real_start`."""
-    found = Zygote(launch.child_environment(os.environ))
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            start = launch._popen
-            patch.setattr(
-                launch, "_popen", lambda *args, **settings: found.popen(*args, **settings) or start(*args, **settings)
-            )
-            yield found
-    finally:
-        found.close()
+def services_are_forked() -> Iterator[None]:
+    """Those that processes of the tests start, but for tests with `real_start`."""
+    zygote.install()
+    with zygote.running() as address, pytest.MonkeyPatch.context() as patch:
+        patch.setenv(zygote.VARIABLE, address)
+        yield
 
 
 @pytest.fixture
-def real_start(zygote: Zygote, monkeypatch: pytest.MonkeyPatch) -> None:
+def real_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Services are started as users' jobs start them."""
-    monkeypatch.setattr(zygote, "popen", lambda *args, **settings: None)
+    monkeypatch.delenv(zygote.VARIABLE)
 
 
 @pytest.fixture(scope="session")

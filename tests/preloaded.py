@@ -16,8 +16,11 @@ import fastload.formats.tar
 import tests.jobs.reading
 import tests.jobs.training
 import tests.shards
+import tests.zygote
 
 __all__ = ["fastload", "hypothesis", "llvmlite", "numpy", "pytest", "tests", "torch"]
 
 for _name in fastload.__all__:
     getattr(fastload, _name)  # each is imported when it is first used
+
+tests.zygote.install()
