@@ -176,6 +176,12 @@ def commit(place: Place, attempt: str) -> Step:
     raise CheckpointError(f"{place.folder}{MANIFEST_NAME} changes each time that it is looked at; save again")
 
 
+def commit_all(place: Place, attempt: str) -> None:
+    """The same for who has seen all ranks finish: `CheckpointError` as well where parts are gone since."""
+    if commit(place, attempt) is not Step.COMMITTED:
+        raise CheckpointError(f"{place.folder}{attempt}: a part of it was deleted before it was committed; save again")
+
+
 def repair(place: Place) -> str | None:
     """Commit an attempt that has all it needs, where none is committed or the one that it replaces is; which one."""
     for attempt in sorted(decisions.attempts(place.names())):

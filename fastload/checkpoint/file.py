@@ -51,7 +51,7 @@ def create(
                 file.close()
                 pool.shutdown(wait=False, cancel_futures=True)
         attempts.finish_rank(place, Part.of(plan.attempt, 0, segments))
-        attempts.commit(place, plan.attempt)
+        attempts.commit_all(place, plan.attempt)
 
 
 class _Written(io.RawIOBase):

@@ -20,6 +20,7 @@ from fastload.checkpoint.errors import CheckpointDamagedError
 from fastload.checkpoint.pruning import GRACE_S, Pruned
 from fastload.checkpoint.retention import Keep
 from fastload.errors import ConfigError, FastloadError, ObjectMissingError
+from fastload.redaction import redact
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,7 @@ class Run:
         if on_error not in ("raise", "warn"):
             raise ConfigError(f"on_error={on_error!r}: write raise or warn")
         self._url = os.fspath(url).rstrip("/")
+        self._shown = redact(self._url)
         self._keep, self._on_error, self._dedup = keep, on_error, dedup
         self._storage_options = storage_options
         self._referred: dict[str, frozenset[str]] = {}
@@ -68,13 +70,13 @@ class Run:
         Raises what `save` does, unless `on_error` is "warn". That a step could not be deleted is logged only: it is
         tried again after the next save.
         """
-        self.step_url(step)  # which says what is no step
         try:
-            self._save(step, state, metric if metric is not None and math.isfinite(metric) else None)
+            self.step_url(step)  # which says what is no step
+            self._save(step, state, float(metric) if metric is not None and math.isfinite(metric) else None)
         except Exception as error:
             if self._on_error == "raise":
                 raise
-            _log.warning("step %s of %s was not saved: %s: %s", step, self._url, type(error).__name__, error)
+            _log.warning("step %s of %s was not saved: %s: %s", step, self._shown, type(error).__name__, error)
             _log.debug("how it failed", exc_info=True)
             return
         self.step = step
@@ -82,7 +84,7 @@ class Run:
             try:
                 self.prune()
             except FastloadError as error:
-                _log.warning("old steps of %s were not deleted: %s", self._url, error)
+                _log.warning("old steps of %s were not deleted: %s", self._shown, error)
 
     def load(
         self,
@@ -116,7 +118,9 @@ class Run:
             try:
                 return of(one)
             except (CheckpointDamagedError, ObjectMissingError) as error:  # a step may also have gone meanwhile
-                _log.warning("step %s of %s cannot be loaded, and the step before is taken: %s", one, self._url, error)
+                _log.warning(
+                    "step %s of %s cannot be loaded, and the step before is taken: %s", one, self._shown, error
+                )
                 failed = error
         if failed is None:
             raise ObjectMissingError(f"{self._url}/: no step of a run is here; check its name, or begin anew")
