@@ -31,10 +31,11 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from fastload.checkpoint import attempts, distcp
+from fastload.checkpoint import attempts, distcp, finding
 from fastload.checkpoint.attempts import Place, opened
 from fastload.checkpoint.errors import CheckpointError
 from fastload.checkpoint.flattening import unflatten
+from fastload.checkpoint.foreign import ENDING, contents_of_folder
 from fastload.checkpoint.reading import GAP_BYTES, Wanted, read
 from fastload.checkpoint.records import MANIFEST_NAME, Contents, Object
 from fastload.checkpoint.records import Place as PieceAt
@@ -55,8 +56,9 @@ class Reader(StorageReader):
 
         dcp.load(state, storage_reader=checkpoint.Reader("s3://bucket/run/1200"))
 
-    It may be one of `checkpoint.Writer`, of `checkpoint.save`, or one that torch has written itself. Each rank reads
-    exactly what it needs, on any mesh. What is no tensor is read without running any code, unless pickles are allowed.
+    It may be one of `checkpoint.Writer`, of `checkpoint.save`, one that torch has written itself, or safetensors files.
+    Each rank reads exactly what it needs, on any mesh. What is no tensor is read without running any code, unless
+    pickles are allowed.
     Raises what `checkpoint.load` does, which torch puts into a `CheckpointException` or an `AssertionError`.
     """
 
@@ -106,6 +108,7 @@ class Reader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         others = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
         with opened(self._url, self._storage_options) as place:
+            place = Place(place.store, self._found.folder)
             for item, value in zip(others, self._found.values(place, others, self._allow_pickle), strict=True):
                 file = io.BytesIO()
                 torch.save(value, file)
@@ -147,16 +150,22 @@ def _groups(items: Iterable[ReadItem]) -> Iterator[list[ReadItem]]:
 
 
 def _source(place: Place, rank: int | None) -> _Ours | _Torchs:
+    if place.folder.rstrip("/").endswith(ENDING):
+        place, there = finding.at(place)
+        return _Ours(there, place.folder)
     name = distcp.metadata_name(rank)
     if rank is None:
         with contextlib.suppress(ObjectMissingError):
             return _Ours(attempts.contents(place), place.folder)
-    try:
+    with contextlib.suppress(ObjectMissingError):
         return _Torchs(place, name, is_of_all=rank is None)
-    except ObjectMissingError as error:
+    others = contents_of_folder(place) if rank is None else None
+    if others is None:
         raise ObjectMissingError(
-            f"{place.folder}: no checkpoint is here ({MANIFEST_NAME}, or torch's {name}); check its name"
-        ) from error
+            f"{place.folder}: no checkpoint is here ({MANIFEST_NAME}, torch's {name}, or files *{ENDING}); "
+            "check its name"
+        )
+    return _Ours(others, place.folder)
 
 
 class _Value:
@@ -167,14 +176,14 @@ class _Value:
 
 
 class _Ours:
-    """A checkpoint of ours, as torch would describe it.
+    """A checkpoint of ours, or files of other tools that are taken for one, as torch would describe it.
 
     Its leaves are called as torch calls them, which takes a list that holds no tensor as one, where we have each of its
     elements: so a state is made of what is there, without any of it, and torch's own function says what it has.
     """
 
     def __init__(self, there: Contents, where: str) -> None:
-        self._there, self._where = there, where
+        self._there, self.folder = there, where
         self.version = there.attempt
         self._places: dict[str, dict[Numbers, PieceAt]] = {}
         tensors: dict[int, str] = {}
@@ -199,7 +208,7 @@ class _Ours:
             ChunkStorageMetadata(torch.Size(piece.box.offsets), torch.Size(piece.box.sizes))
             for piece in self._there.places(name)
         ]
-        return TensorStorageMetadata(TensorProperties(dtype_of(dtype, self._where, name)), torch.Size(shape), chunks)
+        return TensorStorageMetadata(TensorProperties(dtype_of(dtype, self.folder, name)), torch.Size(shape), chunks)
 
     def values(self, place: Place, items: Sequence[ReadItem], allow_pickle: bool) -> Iterator[Any]:
         for item in items:
@@ -208,7 +217,7 @@ class _Ours:
     def _value(self, leaf: Any, allow_pickle: bool) -> Any:
         if isinstance(leaf, list):
             return [self._value(each, allow_pickle) for each in leaf]
-        return decoded(*self._there.values[leaf.name], self._where + leaf.name, allow_pickle)
+        return decoded(*self._there.values[leaf.name], self.folder + leaf.name, allow_pickle)
 
     def fill(self, place: Place, targets: Sequence[tuple[ReadItem, torch.Tensor]]) -> None:
         wanted = [
@@ -223,7 +232,7 @@ class _Ours:
         if name not in self._places:
             self._places[name] = {piece.box.offsets: piece for piece in self._there.places(name)}
         piece = self._places[name][tuple(index.offset or ())]
-        dtype = dtype_of(self._there.tensors[name][0], self._where, name)
+        dtype = dtype_of(self._there.tensors[name][0], self.folder, name)
         return Strided(piece.object, piece.offset, dtype, dense(piece.box.sizes))
 
 
@@ -231,6 +240,7 @@ class _Torchs:
     """A checkpoint that torch has written."""
 
     def __init__(self, place: Place, name: str, *, is_of_all: bool) -> None:
+        self.folder = place.folder
         data, info = place.read(name)
         self.metadata, self._items = distcp.read_metadata(data, info.url)
         self.version = f"{info.etag} {info.mtime_ns} {len(data)}" if is_of_all else ""

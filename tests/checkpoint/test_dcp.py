@@ -84,6 +84,22 @@ def test_each_of_the_three_ways_reads_the_others(tmp_path: Path) -> None:
     same(state_of(3), loaded(tmp_path / "torchs"))
 
 
+def test_files_of_other_tools(tmp_path: Path) -> None:
+    """A folder of safetensors files, and one of them; and a step of which most lies with the step before."""
+    state = {"model": {"w": torch.randn(30, 20), "b": torch.arange(5.0)}}
+    run = checkpoint.Run(tmp_path / "run", dedup=True)
+    run.save(1, state)
+    state["model"]["b"] += 1
+    run.save(2, state)
+    (segment,) = (tmp_path / "run" / "1").glob("*/*.safetensors")
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "model.safetensors").write_bytes(segment.read_bytes())
+    for url, change in (("run/2", 0), ("hub", -1), ("hub/model.safetensors", -1)):
+        flat = {f"model.{name}": torch.zeros_like(tensor) for name, tensor in state["model"].items()}
+        dcp.load(flat, storage_reader=Reader(tmp_path / url))
+        same({"model.w": state["model"]["w"], "model.b": state["model"]["b"] + change}, flat)
+
+
 def test_names_that_are_loaded_alone(tmp_path: Path) -> None:
     """By torch's planner that makes the state from what it finds."""
     checkpoint.save(state_of(1), tmp_path / "1")
@@ -121,7 +137,9 @@ def test_pickles_run_only_where_they_are_trusted(tmp_path: Path) -> None:
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointException, match=r"no checkpoint is here \(manifest.json, or torch's .metadata\)"):
+    with pytest.raises(
+        CheckpointException, match=r"no checkpoint is here \(manifest.json, torch's .metadata, or files"
+    ):
         dcp.load({"x": 1}, storage_reader=Reader(tmp_path / "none"))
     dcp.save({"w": torch.ones(2, 3)}, storage_writer=Writer(tmp_path / "1"))
     with pytest.raises(CheckpointException, match="Missing key in checkpoint state_dict: v"):
