@@ -27,7 +27,7 @@ from fastload.store.types import ObjectInfo
 WHOLE = "json"
 """The column that has all of a line, where none are asked for."""
 
-_MARK = b"\xef\xbb\xbf"
+_MARK, _MARKS_OF_UTF16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 _LINE_END = ord("\n")
 _AT_ONCE = 1 << 16
 _LINE_BYTES_MAX = (1 << 32) - 1
@@ -68,6 +68,11 @@ class JsonlIndexer:
             self._skip(chunk, start)
         elif start == 0 and chunk[:3].tobytes() == _MARK:
             self._state[:] = len(_MARK)
+        elif start == 0 and chunk[:2].tobytes() in _MARKS_OF_UTF16:
+            raise ShardError(
+                f"{self._url} is text in UTF-16, and JSON is in UTF-8; write it so: iconv -f UTF-16 -t UTF-8 "
+                f"{shard_name(self._url)}"
+            )
         last = self._size - start if self._size < self._object_end else len(chunk)  # the line that is the last of ours
         if not self._is_before_first:
             end = len(chunk) if last >= len(chunk) else _line_end(chunk, max(0, last))

@@ -194,8 +194,8 @@ class TarIndexer:
         if at or shard_name(self._url).lower().endswith(".tar"):
             return said
         return (
-            f"{said}; it is read as a WebDataset tar, as its name says nothing else: if it is none, say so, such "
-            'as format="jsonl", or "tokens(LENGTH, DTYPE)" for a file of tokens'
+            f"{said}; it is read as a WebDataset tar, as its name says nothing else: if it is none, name its "
+            'format: format="jsonl", or "tokens(LENGTH, DTYPE)" for a file of tokens'
         )
 
     def _shown_name(self) -> str:

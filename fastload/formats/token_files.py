@@ -122,7 +122,7 @@ def tokens_of(text: str) -> Tokens:
         arguments[name] = _value(bare) if bare is not None else next(each for each in quoted if each is not None)
         at = found.end()
     if call is None or "length" not in arguments:
-        raise _unread(text, "it does not say the length of a sample" if call is not None else "it is no call")
+        raise _unread(text, "it does not say the length of a sample" if call is not None else "it is not of this form")
     try:
         return tokens(**arguments)
     except ConfigError as error:

@@ -483,6 +483,8 @@ def check_jsonl(data: bytes, rng: random.Random) -> None:
     """Lines are those of plain Python, in pieces of any size; so are members, where Python reads all lines."""
     piece_bytes, step = rng.choice([5, 40, 1000]), rng.choice([3, 16, 1000])
     found: list[bytes] = []
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return  # refused as UTF-16
     with mock.patch.multiple(pieces, PIECE_BYTES=piece_bytes, TAIL_BYTES=3), guarding(rng, jsonl):
         for info in in_pieces(ObjectTable.of([ObjectInfo(f"{URL}.jsonl", len(data))])):
             indexer = jsonl.JsonlIndexer(info.url, info.size, info if info.is_piece else None)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastload
-from fastload.errors import ConfigError, DecodeError, MissingColumnError
+from fastload.errors import ConfigError, DecodeError, MissingColumnError, ShardError
 from fastload.formats import RecordIndex, indexer_for, pieces, record_reader, stored_index
 from fastload.formats.pieces import in_pieces
 from fastload.formats.records import split
@@ -200,6 +200,13 @@ def test_members_that_some_lines_lack_are_optional_or_an_error(cache: fastload.C
         MissingColumnError, match=r"a\.jsonl: sample 'a\.jsonl/1', column 'a': .* has \['b', 'A'\]. Did you mean 'A'\?"
     ):
         list(dataset)
+
+
+def test_text_in_utf_16_is_refused_by_name(cache: fastload.Cache, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n', "utf-16")
+    with pytest.raises(ShardError, match=r"a\.jsonl is text in UTF-16, .*write it so: iconv -f UTF-16"):
+        list(fastload.StreamingDataset(str(path), cache=cache))
 
 
 def test_a_line_that_is_no_json_is_named_or_skipped(cache: fastload.Cache, tmp_path: Path) -> None:

@@ -603,10 +603,10 @@ def test_a_text_says_the_same(text: str, how: Any) -> None:
     [
         (
             "tokens",
-            r"format='tokens': it is no call; write tokens\(LENGTH\), .* such as tokens\(2048, uint16, overlap=0",
+            r"'tokens': it is not of this form; write tokens\(LENGTH\), .* such as tokens\(2048, uint16, overlap=0",
         ),
-        ("tokens(2048", r"format='tokens\(2048': it is no call"),
-        ("bytes(2048)", r"format='bytes\(2048\)': it is no call"),
+        ("tokens(2048", r"format='tokens\(2048': it is not of this form"),
+        ("bytes(2048)", r"format='bytes\(2048\)': it is not of this form"),
         ("tokens()", "does not say the length of a sample"),
         ("tokens(dtype=uint16)", "does not say the length of a sample"),
         ("tokens(2048, __import__('os').system('true'))", r"cannot be read from \"__import__\('os'\)"),
@@ -618,7 +618,7 @@ def test_a_text_says_the_same(text: str, how: Any) -> None:
         ("tokens(2048, uint17)", r"format='tokens\(2048, uint17\)': dtype='uint17' is not a numpy dtype"),
         ("tokens(many)", "length='many' must be a whole number"),
         ("tokens(8, uint16, pad=nan)", "pad=nan is no uint16"),
-        ("token(8)", r"format='token\(8\)': it is no call"),
+        ("token(8)", r"format='token\(8\)': it is not of this form"),
         ("tokenz", r"format='tokenz' is not known; there are .*'tokens\(LENGTH, DTYPE\)'"),
     ],
 )
