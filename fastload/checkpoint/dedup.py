@@ -20,7 +20,7 @@ from fastload.checkpoint.records import HASH_BYTES, Contents, Manifest, Object, 
 from fastload.checkpoint.segments import Piece, cut_to
 from fastload.errors import ObjectMissingError
 
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 512 << 10
 _THREADS = 4
 
 

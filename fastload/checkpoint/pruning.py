@@ -23,7 +23,7 @@ from fastload.checkpoint import attempts
 from fastload.checkpoint import commit as decisions
 from fastload.checkpoint.attempts import Place
 from fastload.checkpoint.errors import CheckpointError
-from fastload.checkpoint.records import MANIFEST_NAME, Manifest, Plan, part_name, plan_name
+from fastload.checkpoint.records import MANIFEST_NAME, Manifest, Plan, plan_name
 from fastload.checkpoint.retention import Committed, Keep, expendable
 from fastload.errors import ObjectChangedError, ObjectMissingError
 from fastload.store.types import ObjectInfo
@@ -93,9 +93,9 @@ def prune(
 
     `referred` remembers what the attempts refer to, from one call to the next.
     """
-    if not is_trial:
-        _repair(run)
     seen = _look(run)
+    if not is_trial and _repair(run, seen):
+        seen = _look(run)
     doomed = sorted({*steps, *_let_go(seen, keep, now_s - grace_s)} & seen.folders.keys())
     if is_trial:
         going = [info for step in doomed for info in seen.folders[step].values()]
@@ -136,7 +136,7 @@ def _delete(
         for name in first:
             run.store.delete(folder + name)
         count, size = count + len(first), size + sum(names[name].size for name in first)
-    seen, stays = _look_again(run, referred)
+    seen, stays = _look_again(run, None if doomed else seen, referred)
     held = seen.held()
     for step, names in seen.folders.items():
         folder = folder_of(run, step).folder
@@ -155,14 +155,14 @@ def _deletion_order(name: str) -> int:
     return 0 if name.endswith("/plan.json") else 1 if name == MANIFEST_NAME else 2
 
 
-def _look_again(run: Place, referred: dict[str, frozenset[str]]) -> tuple[_Seen, set[str]]:
-    """What is there, and what of it committed steps refer to."""
+def _look_again(run: Place, seen: _Seen | None, referred: dict[str, frozenset[str]]) -> tuple[_Seen, set[str]]:
+    """What is there, unless that was `seen` already, and what of it committed steps refer to."""
     for _ in range(_LOOKS):
-        seen = _look(run)
+        seen = seen or _look(run)
         try:
             return seen, _referred(run, seen, referred)
         except ObjectMissingError:  # a step was replaced or went since it was listed
-            continue
+            seen = None
     raise CheckpointError(f"{run.folder} changes each time that it is looked at; prune it again")
 
 
@@ -236,11 +236,15 @@ def _read_plans(run: Place, seen: _Seen) -> None:
                     _log.warning("%s", error)
 
 
-def _repair(run: Place) -> None:
-    for step, names in folders(run).items():
-        begun = {attempt for attempt in decisions.attempts(names) if plan_name(attempt) in names}
-        if any(part_name(attempt, 0) in names for attempt in begun) and (len(begun) > 1 or MANIFEST_NAME not in names):
-            attempts.repair(folder_of(run, step))
+def _repair(run: Place, seen: _Seen) -> bool:
+    """Commit attempts that seem to have all they need; whether there were such."""
+    begun = {step for step, plans in seen.plans.items() for plan in plans if _has_parts(seen.folders[step], plan)}
+    committed = [attempts.repair(folder_of(run, step)) for step in sorted(begun)]
+    return any(attempt is not None for attempt in committed)
+
+
+def _has_parts(names: Collection[str], plan: Plan) -> bool:
+    return len(decisions.ranks(names, plan)) == plan.ranks
 
 
 def _referred(run: Place, seen: _Seen, known: dict[str, frozenset[str]]) -> set[str]:

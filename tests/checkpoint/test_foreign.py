@@ -21,6 +21,7 @@ from fastload.errors import ObjectMissingError
 from fastload.store import StoreOptions, open_store
 from tests.checkpoint.test_single import same
 from tests.conftest import Bucket
+from tests.programs import run_cli_here
 
 
 def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:
@@ -83,6 +84,14 @@ def test_a_folder_of_the_hub(where: str, index: bool, tmp_path: Path, request: p
     one = f"{url}/model-00002-of-00002.safetensors"
     same(STATE["model.norm"], checkpoint.load(one)["model.norm"])
     same(sorted(name for name, _ in checkpoint.stream(url)), sorted(STATE))
+
+
+def test_what_the_format_itself_writes_and_reads(tmp_path: Path) -> None:
+    safetensors_ = pytest.importorskip("safetensors.torch")
+    safetensors_.save_file(STATE, tmp_path / "a.safetensors", {"format": "pt"})
+    same(dict(sorted(STATE.items())), dict(sorted(checkpoint.load(tmp_path / "a.safetensors").items())))
+    assert run_cli_here("checkpoint", "export", tmp_path / "a.safetensors", tmp_path / "b.safetensors").returncode == 0
+    same(dict(sorted(STATE.items())), dict(sorted(safetensors_.load_file(tmp_path / "b.safetensors").items())))
 
 
 def test_which_files_of_a_folder_count(tmp_path: Path) -> None:
