@@ -55,6 +55,14 @@ def test_of_tokens(cache: fastload.Cache, tmp_path: Path) -> None:
     np.arange(64, dtype=np.uint16).tofile(tmp_path / "a.bin")
     found = fastload.schema(tmp_path / "a.bin", cache=cache, format=fastload.formats.tokens(8, "uint16"))
     assert found["tokens"][:2] == (np.dtype("uint16"), (8,))
+    (tmp_path / "a.bin").write_bytes(b"odd")
+    np.save(tmp_path / "b.npy", np.arange(64))
+    (tmp_path / "b.npy").rename(tmp_path / "c.npy")
+    (tmp_path / "b.npy").write_bytes(b"junk")
+    names = [tmp_path / name for name in ("a.bin", "b.npy", "c.npy")]
+    with pytest.warns(RuntimeWarning, match=r"2 shards cannot be read:\n.*a\.bin has 3 bytes.*\n.*b\.npy: not an npy"):
+        found = fastload.schema(names, cache=cache, format="tokens(8, int64)")
+    assert found["tokens"][:2] == (np.dtype("int64"), (8,))
 
 
 def test_columns_are_what_batches_hold(cache: fastload.Cache) -> None:

@@ -331,14 +331,18 @@ def first_index(consumer: Consumer, urls: Sequence[str], how: Format, split: str
             continue
         attach(consumer, manifest, manifest.sidecars)
         places = manifest.first_chunk(consumer.chunk_bytes), consumer.chunk_bytes
-        try:
-            (found,) = ShardTable(manifest, *places, manifest.sidecars, how).index(consumer, [0])
-        except ShardError as error:
-            errors.append(error)
-            continue
-        if errors:
-            callers.warn(f"{all_of(errors, 'shards')}; what is said is of the one behind", RuntimeWarning)
-        return found
+        table = ShardTable(manifest, *places, manifest.sidecars, how)
+        # Of a format that is computed one manifest has all files, some of them in pieces.
+        firsts = [0] if isinstance(how, str) else np.flatnonzero(manifest.objects.all_pieces()[0] == 0).tolist()
+        for number in firsts:
+            try:
+                (found,) = table.index(consumer, [number])
+            except ShardError as error:
+                errors.append(error)
+                continue
+            if errors:
+                callers.warn(f"{all_of(errors, 'shards')}; what is said is of the one behind", RuntimeWarning)
+            return found
     raise all_of(errors, "shards")
 
 
