@@ -157,25 +157,13 @@ def tables_of(file: Path, order: Mapping[str, Any]) -> list[DataTable]:
 
 def task_of_table(table: DataTable, asked: Asked) -> Task:
     from fastload.daemon.config import storage_options_of
-    from fastload.plan import Ranks, RequestedOrder
-    from fastload.prepare import PinTerms, WarmJob
+    from fastload.prepare import PinTerms
 
-    order = table.job
-    job = WarmJob(
-        table.urls,
-        RequestedOrder(order.seed, order.shuffle, order.window_bytes, order.partitions),
-        order.epoch,
-        Ranks(order.node, order.nodes, 0, 1),
-        order.index,
-        order.manifest,
-        order.shard_format,
-        order.split,
-    )
     pin = None
     if table.pin or asked.pin:
         pin = PinTerms(table.name, asked.ttl_s or table.ttl_s or 0.0, table.quota_bytes or 0)
     options = asked.storage_options or storage_options_of(table.credentials)
-    return Task(table.name, job, [], options, asked.terms(table), pin)
+    return Task(table.name, table.job.warm_job(table.urls), [], options, asked.terms(table), pin)
 
 
 # Handed over

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -35,6 +35,9 @@ from fastload.formats import Format, checked_format
 from fastload.redaction import redact
 from fastload.store import normalise
 from fastload.store.listing import expand
+
+if TYPE_CHECKING:
+    from fastload.prepare import WarmJob
 
 _VARIABLE = re.compile(r"\$(?:\$|([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 _NAME_MAX = 200
@@ -67,6 +70,22 @@ class OrderTable(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def window_bytes(self) -> int | None:
         """The shuffle window; None: as the job chooses."""
         return None if self.shuffle_window == "auto" else parse_bytes(self.shuffle_window, "shuffle_window")
+
+    def warm_job(self, urls: Sequence[str]) -> WarmJob:
+        """What is to be warmed for a job that reads these."""
+        from fastload.plan import Ranks, RequestedOrder
+        from fastload.prepare import WarmJob
+
+        return WarmJob(
+            urls,
+            RequestedOrder(self.seed, self.shuffle, self.window_bytes, self.partitions),
+            self.epoch,
+            Ranks(self.node, self.nodes, 0, 1),
+            self.index,
+            self.manifest,
+            self.shard_format,
+            self.split,
+        )
 
     @property
     def shard_format(self) -> Format:

@@ -131,21 +131,9 @@ def _warm_urls(
     advanced: Callable[[Figures], None],
 ) -> Figures:
     from fastload import prepare
-    from fastload.plan import Ranks, RequestedOrder
 
     table = errand.table
-    order = table.job
-    job = prepare.WarmJob(
-        urls,
-        RequestedOrder(order.seed, order.shuffle, order.window_bytes, order.partitions),
-        order.epoch,
-        Ranks(order.node, order.nodes, 0, 1),
-        order.index,
-        order.manifest,
-        order.shard_format,
-        order.split,
-    )
-
+    job = table.job.warm_job(urls)
     if errand.is_check:
         found = prepare.look(job, handle.directory, storage_options=options)
         return Figures(
