@@ -13,7 +13,6 @@ import io
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -33,11 +32,11 @@ from torch.futures import Future
 
 from fastload.checkpoint import attempts, distcp, finding
 from fastload.checkpoint.attempts import Place, opened
-from fastload.checkpoint.errors import CheckpointError
+from fastload.checkpoint.errors import CheckpointDamagedError, CheckpointError
 from fastload.checkpoint.flattening import unflatten
 from fastload.checkpoint.foreign import ENDING, contents_of_folder
 from fastload.checkpoint.reading import GAP_BYTES, Wanted, read
-from fastload.checkpoint.records import MANIFEST_NAME, Contents, Object
+from fastload.checkpoint.records import MANIFEST_NAME, Contents
 from fastload.checkpoint.records import Place as PieceAt
 from fastload.checkpoint.strided import Numbers, Strided, dense
 from fastload.checkpoint.tensors import dtype_of
@@ -47,8 +46,6 @@ from fastload.store.types import ObjectInfo
 
 # What is read at once, since what does not go straight to its place is held beside it until then.
 _ELEMENTS_AT_ONCE = 128 << 20
-# At the start of an item, and at its end, there is as much as a rule that tells how it is laid out.
-_EDGE_BYTES = 4096
 
 
 class Reader(StorageReader):
@@ -247,23 +244,20 @@ class _Torchs:
         self._infos: dict[str, ObjectInfo] = {}
 
     def values(self, place: Place, items: Sequence[ReadItem], allow_pickle: bool) -> Iterator[Any]:
-        known = self._known(place, items, small_bytes=1 << 62)
+        known = self._known(place, items, small_bytes=distcp.ALL)
         for item in items:
-            held = known[item.storage_index]
-            yield decoded("torch", held.read(0, held.item.length), place.folder + item.storage_index.fqn, allow_pickle)
+            data = known[item.storage_index].all()
+            yield decoded("torch", data, place.folder + item.storage_index.fqn, allow_pickle)
 
     def fill(self, place: Place, targets: Sequence[tuple[ReadItem, torch.Tensor]]) -> None:
         known = self._known(place, [item for item, _ in targets], small_bytes=GAP_BYTES)
-        layouts = {
-            index: None if held.is_whole else distcp.layout_of(held.item.length, held.read)
-            for index, held in known.items()
-        }
+        layouts = {index: None if held.is_whole else held.layout() for index, held in known.items()}
         wanted: list[Wanted] = []
         for item, target in targets:
             held, layout = known[item.storage_index], layouts[item.storage_index]
             where = f"{place.folder}{held.item.file}: {item.storage_index.fqn}"
             if layout is None:
-                tensor = _loaded(held.read(0, held.item.length), where)
+                tensor = _loaded(held.all(), where)
                 _check_box(item, tuple(tensor.shape), where)
                 target.copy_(narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths))
             else:
@@ -272,62 +266,22 @@ class _Torchs:
                 wanted += strided.wanted(item.storage_offsets, target)
         read(place.store, place.folder, wanted)
 
-    def _known(self, place: Place, items: Sequence[ReadItem], small_bytes: int) -> dict[MetadataIndex, _Known]:
-        """Of each item what tells how it is laid out, or all of one that has no more than `small_bytes`."""
-        indices = {item.storage_index for item in items}
-        names = {self._items[index].file for index in indices} - self._infos.keys()
-        with ThreadPoolExecutor(16, "fastload-checkpoint") as pool:
-            found = pool.map(lambda name: place.store.head(place.folder + name), names)
-            self._infos.update(zip(names, found, strict=True))
-        known = {
-            index: _Known(place, self._items[index], self._infos[self._items[index].file], small_bytes)
-            for index in indices
-        }
-        read(place.store, place.folder, [wanted for held in known.values() for wanted in held.wanted()])
-        return known
-
-
-class _Known:
-    """The first bytes of an item and its last ones, or all of it."""
-
-    def __init__(self, place: Place, item: distcp.Item, info: ObjectInfo, small_bytes: int) -> None:
-        if item.offset + item.length > info.size:
-            raise CheckpointError(
-                f"{info.url} is damaged: it has {info.size} bytes, and an item up to {item.offset + item.length}; take "
-                "another step"
-            )
-        self.item, self._place, self._info = item, place, info
-        self.object = Object(item.file, info.size, b"")
-        self.is_whole = item.length <= max(small_bytes, 2 * _EDGE_BYTES)
-        length = item.length if self.is_whole else _EDGE_BYTES
-        self._parts = {0: bytearray(length), item.length - length: bytearray(length)}
-
-    def wanted(self) -> Iterator[Wanted]:
-        for start, data in self._parts.items():
-            yield Wanted(self.object, self.item.offset + start, memoryview(data), lambda: None)
-
-    def read(self, start: int, length: int) -> bytes:
-        for first, data in self._parts.items():
-            if first <= start and start + length <= first + len(data):
-                return bytes(data[start - first : start - first + length])
-        if start + length > self.item.length:
-            raise ValueError("it reaches beyond its end")
-        out = bytearray(length)
-        self._place.store.read_into(self._info, self.item.offset + start, memoryview(out))
-        return bytes(out)
+    def _known(self, place: Place, items: Sequence[ReadItem], small_bytes: int) -> dict[MetadataIndex, distcp.Known]:
+        indices = {item.storage_index: self._items[item.storage_index] for item in items}
+        return distcp.known(place, indices, small_bytes, self._infos)
 
 
 def _loaded(data: bytes, where: str) -> torch.Tensor:
     try:
         tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # of any kind: torch's reader
-        raise CheckpointError(f"{where} is damaged: {error}; take another step") from error
+        raise CheckpointDamagedError(f"{where} is damaged: {error}; take another step") from error
     if not isinstance(tensor, torch.Tensor):
-        raise CheckpointError(f"{where} is a {type(tensor).__name__}, and no tensor; take another step")
+        raise CheckpointDamagedError(f"{where} is a {type(tensor).__name__}, and no tensor; take another step")
     return tensor.detach()
 
 
 def _check_box(item: ReadItem, sizes: tuple[int, ...], where: str) -> None:
     ends = [start + length for start, length in zip(item.storage_offsets, item.lengths, strict=True)]
     if len(ends) != len(sizes) or any(end > size for end, size in zip(ends, sizes, strict=True)):
-        raise CheckpointError(f"{where} has shape {sizes}, and elements up to {ends} are described; take another step")
+        raise CheckpointDamagedError(f"{where} has shape {sizes}, and its elements go to {ends}; take another step")

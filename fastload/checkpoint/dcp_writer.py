@@ -138,7 +138,7 @@ class Writer(StorageWriter, AsyncStager):
         """Nothing is left to wait for, when `stage` has returned a state."""
 
     def close(self) -> None:
-        """Give back the memory into which states were copied, unless it is in use."""
+        """Give back the memory into which states were copied, once they are saved."""
         _staging.release()
 
     def _begin(self, rank_count: int) -> str:

@@ -13,7 +13,8 @@ import pathlib
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -30,10 +31,18 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from fastload.checkpoint.errors import CheckpointError
+from fastload.checkpoint.attempts import Place
+from fastload.checkpoint.errors import CheckpointDamagedError, CheckpointError
+from fastload.checkpoint.reading import Wanted, read
+from fastload.checkpoint.records import Object
 from fastload.checkpoint.strided import Numbers, extent
+from fastload.store.types import ObjectInfo
 
 _PICKLE_BYTES_MAX = 1 << 20
+_AT_ONCE = 16
+# At the start of an item, and at its end, there is as much as a rule that tells how it is laid out.
+_EDGE_BYTES = 4096
+ALL = 1 << 62
 
 # What a tensor's memory was called before it had no dtype, and is still called in files.
 _STORAGES = {
@@ -43,6 +52,7 @@ _STORAGES = {
     "ShortStorage": torch.int16,
 }  # fmt: skip
 T = TypeVar("T")
+Key = TypeVar("Key")
 
 
 def metadata_name(rank: int | None = None) -> str:
@@ -70,7 +80,7 @@ class Layout:
 
 
 def read_metadata(data: bytes, where: str) -> tuple[Metadata, dict[MetadataIndex, Item]]:
-    """Metadata, and where each of its items lies. Raises `CheckpointError` where it is not what torch writes."""
+    """Metadata, and where each of its items lies. Raises `CheckpointDamagedError` where it is not what torch writes."""
     try:
         found = _MetadataUnpickler(io.BytesIO(data)).load()
         entries = {_of(str, name): _entry(entry) for name, entry in _of(dict, found.state_dict_metadata).items()}
@@ -79,7 +89,7 @@ def read_metadata(data: bytes, where: str) -> tuple[Metadata, dict[MetadataIndex
         paths = {name: path for name, path in said.items() if _is_path(path)}
         items = {_index(index): _item(info) for index, info in _of(dict, found.storage_data).items()}
     except Exception as error:  # of any kind: a pickle is a program
-        raise CheckpointError(
+        raise CheckpointDamagedError(
             f"{where} is damaged, or no metadata of a torch checkpoint: {error}; take another step"
         ) from error
     return Metadata(entries, planner_data={name: paths.get(name, (name,)) for name in entries}), items
@@ -155,6 +165,62 @@ class _MetadataUnpickler(pickle.Unpickler):
         if found is None:
             raise pickle.UnpicklingError(f"it has a {module}.{name}")
         return found
+
+
+def known(place: Place, items: Mapping[Key, Item], small_bytes: int, infos: dict[str, ObjectInfo]) -> dict[Key, Known]:
+    """Of each item what tells how it is laid out, or all of one that has no more than `small_bytes`. `infos` are of the
+    files that were seen before.
+    """
+    names = {item.file for item in items.values()} - infos.keys()
+    with ThreadPoolExecutor(_AT_ONCE, "fastload-checkpoint") as pool:
+        infos.update(zip(names, pool.map(lambda name: place.store.head(place.folder + name), names), strict=True))
+    found = {key: Known(place, item, infos[item.file], small_bytes) for key, item in items.items()}
+    read(place.store, place.folder, [wanted for each in found.values() for wanted in each.wanted()])
+    return found
+
+
+class Known:
+    """The first bytes of an item and its last ones, or all of it."""
+
+    def __init__(self, place: Place, item: Item, info: ObjectInfo, small_bytes: int) -> None:
+        if item.offset + item.length > info.size:
+            raise CheckpointDamagedError(
+                f"{info.url} is damaged: it has {info.size} bytes, and an item up to {item.offset + item.length}; take "
+                "another step"
+            )
+        self.item, self._place = item, place
+        self.object = Object(item.file, info.size, b"", info)
+        self.is_whole = item.length <= max(small_bytes, 2 * _EDGE_BYTES)
+        length = item.length if self.is_whole else _EDGE_BYTES
+        self._parts = {0: bytearray(length), item.length - length: bytearray(length)}
+
+    def wanted(self) -> Iterator[Wanted]:
+        for start, data in self._parts.items():
+            yield Wanted(self.object, self.item.offset + start, memoryview(data), _nothing)
+
+    def all(self) -> bytes:
+        return self._read(0, self.item.length)
+
+    def layout(self) -> Layout | None:
+        return layout_of(self.item.length, self._read)
+
+    def _read(self, start: int, length: int) -> bytes:
+        for first, data in self._parts.items():
+            if first <= start and start + length <= first + len(data):
+                return bytes(data[start - first : start - first + length])
+        if start + length > self.item.length:
+            raise ValueError("it reaches beyond its end")
+        out = bytearray(length)
+        read(
+            self._place.store,
+            self._place.folder,
+            [Wanted(self.object, self.item.offset + start, memoryview(out), _nothing)],
+        )
+        return bytes(out)
+
+
+def _nothing() -> None:
+    pass
 
 
 def layout_of(length: int, read: Callable[[int, int], bytes]) -> Layout | None:

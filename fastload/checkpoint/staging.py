@@ -18,6 +18,7 @@ import pickle
 import queue
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from multiprocessing import reduction
 from typing import Any
 
@@ -46,6 +47,7 @@ class Staging:
         self._free: queue.SimpleQueue[_Memory | None] = queue.SimpleQueue()
         for _ in range(_MEMORIES):
             self._free.put(None)
+        self._releases = 0
 
     def stage(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of a state that no longer depends on it. Raises `CheckpointError` where the memory of the two states
@@ -61,7 +63,7 @@ class Staging:
         size = sum(_aligned(tensor.nbytes) for tensor in tensors)
         memory = self._take(max(size, 1))
         try:
-            held = memory.lend(self._free)
+            held = memory.lend(partial(self._take_back, memory, self._releases))
         except BaseException:
             self._free.put(memory)
             raise
@@ -78,11 +80,12 @@ class Staging:
         with torch.no_grad():
             copied = _rebuilt(state, staged, copy.deepcopy)
         for device in devices:
-            torch.get_device_module(device).synchronize(device)
+            getattr(torch, device.type).synchronize(device)
         return Staged(copied, memory)
 
     def release(self) -> None:
-        """Give back what no state is in; the next one takes new memory."""
+        """Give back what no state is in, now or as soon as that is so; the next one takes new memory."""
+        self._releases += 1
         for _ in self._drained():
             self._free.put(None)
 
@@ -107,6 +110,9 @@ class Staging:
             self._free.put(best)
             raise
 
+    def _take_back(self, memory: _Memory, releases: int) -> None:
+        self._free.put(memory if releases == self._releases else None)
+
     def _drained(self) -> list[_Memory | None]:
         found = []
         with contextlib.suppress(queue.Empty):
@@ -126,10 +132,10 @@ class _Memory:
         self._map = mmap.mmap(self.fd, size)
         self._is_registered = False
 
-    def lend(self, free: queue.SimpleQueue[_Memory | None]) -> torch.Tensor:
-        """All of it, as bytes; back on `free` once no tensor refers to it."""
+    def lend(self, take_back: Callable[[], None]) -> torch.Tensor:
+        """All of it, as bytes; `take_back` is called once no tensor refers to it."""
         array = np.frombuffer(self._map, np.uint8)
-        weakref.finalize(array, free.put, self).atexit = False
+        weakref.finalize(array, take_back).atexit = False
         return torch.from_numpy(array)
 
     def register(self, device: torch.device) -> None:
