@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, cast
 
+import msgspec
 import torch
 from torch.distributed._shard.sharded_tensor import metadata as sharded
 from torch.distributed.checkpoint import filesystem
@@ -32,10 +33,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from fastload.checkpoint.attempts import Place
+from fastload.checkpoint.boxes import Box
 from fastload.checkpoint.errors import CheckpointDamagedError, CheckpointError
 from fastload.checkpoint.reading import Wanted, read
-from fastload.checkpoint.records import Object
-from fastload.checkpoint.strided import Numbers, extent
+from fastload.checkpoint.records import PATHS, Contents, Object, Part, Reference
+from fastload.checkpoint.segments import Piece
+from fastload.checkpoint.strided import Numbers, dense, extent
+from fastload.checkpoint.tensors import NAMES
+from fastload.errors import ObjectMissingError
 from fastload.store.types import ObjectInfo
 
 _PICKLE_BYTES_MAX = 1 << 20
@@ -77,6 +82,12 @@ class Layout:
     dtype: torch.dtype
     sizes: Numbers
     strides: Numbers
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it lies in C order; of a dimension of one element any stride is that."""
+        axes = zip(self.sizes, self.strides, dense(self.sizes), strict=True)
+        return 0 in self.sizes or all(size == 1 or stride == expected for size, stride, expected in axes)
 
 
 def read_metadata(data: bytes, where: str) -> tuple[Metadata, dict[MetadataIndex, Item]]:
@@ -167,6 +178,51 @@ class _MetadataUnpickler(pickle.Unpickler):
         return found
 
 
+def contents(place: Place) -> Contents | None:
+    """All that a folder holds which torch has written, as if we had; None where it has not. What lies otherwise than in
+    C order, or is of a dtype that we have no name for, is no tensor then, but a value of torch's.
+    """
+    try:
+        data, info = place.read(metadata_name())
+    except ObjectMissingError:
+        return None
+    described, items = read_metadata(data, info.url)
+    edges = known(place, {index: item for index, item in items.items() if index.offset is not None}, 0, {})
+    found: list[Reference] = []
+    others = {index: item for index, item in items.items() if index.offset is None}
+    for index, held in edges.items():
+        entry = described.state_dict_metadata.get(index.fqn)
+        box = _box_at(entry, index)
+        if box is None:
+            raise CheckpointDamagedError(f"{info.url} is damaged: it does not describe {index}; take another step")
+        assert isinstance(entry, TensorStorageMetadata)
+        layout, shape = held.layout(), tuple(entry.size)
+        if layout is not None and layout.is_dense and layout.sizes == box.sizes and layout.dtype in NAMES:
+            piece = Piece(index.fqn, NAMES[layout.dtype], shape, box)
+            found.append(Reference(piece, held.object, held.item.offset + layout.start))
+        elif box == Box.whole(shape):
+            others[index] = held.item
+        else:
+            raise CheckpointError(
+                f"{place.folder}: {index.fqn} lies in parts that only dcp.load reads, with checkpoint.Reader"
+            )
+    values = [(index.fqn, "torch", each.all()) for index, each in known(place, others, ALL, {}).items()]
+    paths = {
+        name: [[step] if isinstance(step, int) else step for step in path]
+        for name, path in described.planner_data.items()
+    }
+    values.append((PATHS, "msgpack", msgspec.msgpack.encode(paths)))
+    return Contents([Part.of("", 0, [], values, found)], place.folder)
+
+
+def _box_at(entry: Any, index: MetadataIndex) -> Box | None:
+    if isinstance(entry, TensorStorageMetadata):
+        for chunk in entry.chunks:
+            if chunk.offsets == index.offset:
+                return Box(tuple(chunk.offsets), tuple(chunk.sizes))
+    return None
+
+
 def known(place: Place, items: Mapping[Key, Item], small_bytes: int, infos: dict[str, ObjectInfo]) -> dict[Key, Known]:
     """Of each item what tells how it is laid out, or all of one that has no more than `small_bytes`. `infos` are of the
     files that were seen before.
@@ -211,11 +267,8 @@ class Known:
         if start + length > self.item.length:
             raise ValueError("it reaches beyond its end")
         out = bytearray(length)
-        read(
-            self._place.store,
-            self._place.folder,
-            [Wanted(self.object, self.item.offset + start, memoryview(out), _nothing)],
-        )
+        wanted = Wanted(self.object, self.item.offset + start, memoryview(out), _nothing)
+        read(self._place.store, self._place.folder, [wanted])
         return bytes(out)
 
 

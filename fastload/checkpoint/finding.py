@@ -33,7 +33,17 @@ def at(place: Place) -> tuple[Place, Contents]:
     try:
         return place, attempts.contents(place)
     except ObjectMissingError:
-        there = contents_of_folder(place)
+        there = _contents_of_torch(place) or contents_of_folder(place)
         if there is None:
             raise
         return place, there
+
+
+def _contents_of_torch(place: Place) -> Contents | None:
+    try:
+        place.store.head(place.folder + ".metadata")
+    except ObjectMissingError:
+        return None
+    from fastload.checkpoint import distcp  # and torch, which nothing else here takes
+
+    return distcp.contents(place)

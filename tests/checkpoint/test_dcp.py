@@ -82,6 +82,10 @@ def test_each_of_the_three_ways_reads_the_others(tmp_path: Path) -> None:
     same(state_of(2), loaded(tmp_path / "single"))
     dcp.save(state_of(3), storage_writer=dcp.FileSystemWriter(tmp_path / "torchs"))
     same(state_of(3), loaded(tmp_path / "torchs"))
+    found = checkpoint.load(tmp_path / "torchs")
+    same(state_of(3), {name: found[name] for name in state_of(3)})
+    names = [name for name, _ in checkpoint.stream(tmp_path / "torchs")]
+    assert len(names) == len(set(names)) == 7
 
 
 def test_files_of_other_tools(tmp_path: Path) -> None:

@@ -224,6 +224,7 @@ def test_what_torch_saved_in_several_ranks(pool: RankPool, tmp_path: Path) -> No
     run(pool, save_by_torch, 4, str(tmp_path))
     for world_size in (3, 4):
         run(pool, load_dealt, world_size, str(tmp_path / "1"))
+    check_alone(str(tmp_path / "1"))
     run(pool, load_own, 4, str(tmp_path / "2"))
 
 
