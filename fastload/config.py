@@ -107,6 +107,8 @@ class CacheLimits:
     requests in flight hide 20 ms; a multiple of 4 KiB, for direct I/O. `disk_write_bytes_per_s` bounds what is written
     to disk on average; 0: no bound. `requests_in_flight` is how many requests each endpoint of a store is sent at a
     time; 0: as measuring finds. `history_bytes` is what the history of runs may take on disk; 0: none is kept or used.
+    `checkpoint_ram_bytes` is what checkpoints may take of memory until they are stored; 0: half of it.
+    `checkpoint_disk_bytes` is what may be kept of them on disk, beside `disk_bytes`; 0: nothing.
     """
 
     ram_bytes: int
@@ -115,6 +117,12 @@ class CacheLimits:
     disk_write_bytes_per_s: int = 0
     requests_in_flight: int = 0
     history_bytes: int = 64 * MIB
+    checkpoint_ram_bytes: int = 0
+    checkpoint_disk_bytes: int = 256 * GIB
+
+    def checkpoint_ram(self) -> int:
+        """What memory checkpoints may take up on this node, on their way to the store."""
+        return self.checkpoint_ram_bytes or memory_limit_bytes() // 2
 
     def __post_init__(self) -> None:
         if not _is_count(self.requests_in_flight) or not 0 <= self.requests_in_flight <= _REQUESTS_IN_FLIGHT_MAX:

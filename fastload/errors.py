@@ -17,6 +17,9 @@ from fastload.redaction import redact
 __all__ = [
     "AccessDeniedError",
     "CacheError",
+    "CheckpointDamagedError",
+    "CheckpointError",
+    "CheckpointExistsError",
     "ConfigError",
     "DecodeError",
     "FastloadError",
@@ -87,6 +90,18 @@ class MissingColumnError(FastloadError, KeyError):
 
 class CacheError(FastloadError, OSError):
     """The cache directory cannot be used at all, or damaged bytes were found in it."""
+
+
+class CheckpointError(FastloadError, ValueError):
+    """A checkpoint lacks what was asked for, does not fit it, or is damaged; the message names object and place."""
+
+
+class CheckpointDamagedError(CheckpointError):
+    """What is stored is torn, was changed, or lacks a part: another step may be whole."""
+
+
+class CheckpointExistsError(FastloadError, FileExistsError):
+    """Another writer's checkpoint is there, and stays."""
 
 
 class ServiceError(FastloadError, RuntimeError):

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
@@ -51,6 +51,13 @@ NO_SIZE = -2
 # Where a granted chunk had to come from.
 SOURCE_RAM, SOURCE_DISK, SOURCE_REMOTE = 0, 1, 2
 SOURCES = ("ram", "disk", "remote")
+
+# Descriptors that ride on one message; the kernel allows a few more.
+FDS_MAX = 200
+
+# How safe a checkpoint is; what has reached one of these has reached those before.
+Level = Literal["memory", "disk", "store"]
+LEVELS: tuple[Level, ...] = get_args(Level)
 
 _LENGTH = struct.Struct("<I")
 
@@ -299,6 +306,36 @@ class Ping(Message, tag="ping"):
     """A heartbeat. Answered by `Pong`, at once."""
 
 
+Attempt = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
+Rank = Annotated[int, msgspec.Meta(ge=0, lt=10**7)]
+Span = tuple[Annotated[int, msgspec.Meta(ge=0)], Annotated[int, msgspec.Meta(ge=0)]]  # start and length
+
+
+class Save(Message, tag="save"):
+    """Carry a rank's part of a checkpoint to the store, into the folder of this URL, which ends in a slash. Answered by
+    `SaveState`, each time that more of it is safe.
+
+    The descriptor of the image, a memfd of `image_bytes`, rides on the first byte: in it lie the `segments`, as they
+    are to be stored, and the `record` of the part, without the checksums of their blocks. With `image_bytes` 0 there is
+    none: it was given back, and this only asks for what becomes of the save. `commits`: commit the attempt, too.
+    """
+
+    folder: Annotated[str, msgspec.Meta(pattern="/$")]
+    attempt: Attempt
+    rank: Rank
+    image_bytes: Annotated[int, msgspec.Meta(ge=0)]
+    segments: list[Span]
+    record: Span
+    commits: bool
+
+
+class TakeBack(Message, tag="take_back"):
+    """I want to fill the image of this save anew. Answered by `Returned`, once it is not the only copy."""
+
+    attempt: Attempt
+    rank: Rank
+
+
 # From an operator, which is connected and no consumer: it starts, keeps and holds up nothing
 
 
@@ -375,6 +412,13 @@ class Verify(Message, tag="verify"):
     request: int
     what: list[str]
     repair: bool
+
+
+class Borrow(Message, tag="borrow"):
+    """Lend me the images of this attempt, to read, as long as I am connected. Answered by `Lent`."""
+
+    request: int
+    attempt: Attempt
 
 
 # From the service
@@ -550,6 +594,37 @@ class Progress(Message, tag="progress"):
     failures: list[tuple[str, str, str]] = []
 
 
+class SaveState(Message, tag="save_state"):
+    """How far a save is: which level it has reached ("": none), and how many bytes of it are on disk and in the store.
+
+    `no_disk` says why it will not reach the disk. With an error it will reach nothing more, except for
+    `AccessDeniedError`, where it waits for other `Credentials`.
+    """
+
+    attempt: str
+    rank: int
+    level: Level | Literal[""]
+    disk_bytes: int
+    store_bytes: int
+    no_disk: str = ""
+    error_name: str = ""
+    error_message: str = ""
+
+
+class Returned(Message, tag="returned"):
+    """Answers `TakeBack`: nobody reads the image any more."""
+
+    attempt: str
+    rank: int
+
+
+class Lent(Message, tag="lent"):
+    """Answers `Borrow`: rank and segments of each image; their descriptors ride on the first byte, in this order."""
+
+    request: int
+    images: list[tuple[int, list[Span]]]
+
+
 class Pong(Message, tag="pong"):
     """Answers `Ping`."""
 
@@ -581,8 +656,10 @@ FromConsumer = (
     | Stats
     | Report
     | Ping
+    | Save
+    | TakeBack
 )
-FromOperator = Observe | Watch | HandOver | SubmitJob | CancelJob | RetryJob | Clear | Unpin | Evict | Verify
+FromOperator = Observe | Watch | HandOver | SubmitJob | CancelJob | RetryJob | Clear | Unpin | Evict | Verify | Borrow
 FromService = (
     Welcome
     | Observed
@@ -603,6 +680,9 @@ FromService = (
     | Trouble
     | Progress
     | Pong
+    | SaveState
+    | Returned
+    | Lent
 )
 
 _encoder = msgspec.msgpack.Encoder()

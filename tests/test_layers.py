@@ -12,6 +12,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "fastload"
 
+# What the service needs of checkpoints lies below it; what trainers need beside lies above the client.
+BELOW = {
+    f"fastload.checkpoint.{name}"
+    for name in ["attempts", "boxes", "commit", "errors", "reading", "records", "segments"]
+}
 # From the cellar to the roof.
 FLOORS = [
     "cached_attribute cgroups lazy lifecycle redaction shares snapshot svgplot unpacker version",
@@ -20,12 +25,12 @@ FLOORS = [
     "timing",
     "waiting",
     "decode stats store transport",
-    "arguments cache checkpoint plan torchloader",
+    "arguments cache checkpoint(below) plan torchloader",
     "formats history protocol",
     "rendezvous",
     "service",
     "client",
-    "files metrics page pipeline reports",
+    "checkpoint files metrics page pipeline reports",
     "dataset_base simulate",
     "dataset loader_stream prepare",
     "daemon data_schema loader mixture warmup",
@@ -51,6 +56,8 @@ MODULES = modules()
 
 
 def room_of(module: str) -> str:
+    if module in BELOW:
+        return "checkpoint(below)"
     return module.split(".")[1] if "." in module else "__init__"
 
 

@@ -6,6 +6,7 @@
     service.log    what it has to say
     chunks/ index/ the disk tier (see `disk`)
     catalog.sqlite which objects these are of, and what is pinned (see `catalog`)
+    checkpoints/   what is on its way to a store (see `fastload.service.saving`)
     history/       what earlier runs read (see `fastload.history`)
     page.json      flock: its holder is the page (see `fastload.page`); where it is, and its token
 
@@ -69,6 +70,8 @@ class CacheDirectory:
         disk_write_bytes_per_s: int | None = None,
         requests_in_flight: int | None = None,
         history_bytes: int | None = None,
+        checkpoint_ram_bytes: int | None = None,
+        checkpoint_disk_bytes: int | None = None,
         otherwise: CacheLimits | None = None,
     ) -> CacheDirectory:
         """Make the directory if need be, check whose it is, and settle its limits.
@@ -88,6 +91,8 @@ class CacheDirectory:
             "disk_write_bytes_per_s": disk_write_bytes_per_s,
             "requests_in_flight": requests_in_flight,
             "history_bytes": history_bytes,
+            "checkpoint_ram_bytes": checkpoint_ram_bytes,
+            "checkpoint_disk_bytes": checkpoint_disk_bytes,
         }
         explicit = {name: value for name, value in given.items() if value is not None}
         return cls(place, *_settle(place, explicit, otherwise))

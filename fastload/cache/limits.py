@@ -1,7 +1,7 @@
 """The limits of a cache directory, in its file `cache.json`.
 
     {"format": 1, "ram_bytes": ..., "disk_bytes": ..., "chunk_bytes": ..., "disk_write_bytes_per_s": ...,
-     "requests_in_flight": ..., "history_bytes": ...}
+     "requests_in_flight": ..., "history_bytes": ..., "checkpoint_ram_bytes": ..., "checkpoint_disk_bytes": ...}
 
 The process that makes the directory writes them; a later one that gives other values explicitly changes them, with
 one warning. The file is published whole: by link where there was none (of two creators the first wins), by

@@ -182,6 +182,19 @@ def commit_all(place: Place, attempt: str) -> None:
         raise CheckpointError(f"{place.folder}{attempt}: a part of it was deleted before it was committed; save again")
 
 
+def commit_with(place: Place, attempt: str, rank: int) -> Step:
+    """The same for a rank that has finished, and waits for others: `CheckpointError` as well where its part is gone."""
+    step = commit(place, attempt)
+    if step is Step.WAIT:
+        try:
+            place.store.head(place.folder + part_name(attempt, rank))
+        except ObjectMissingError as error:
+            raise CheckpointError(
+                f"{place.folder}{attempt}: a part of it was deleted before it was committed; save again"
+            ) from error
+    return step
+
+
 def repair(place: Place) -> str | None:
     """Commit an attempt that has all it needs, where none is committed or the one that it replaces is; which one."""
     for attempt in sorted(decisions.attempts(place.names())):

@@ -8,16 +8,20 @@ since it may have been damaged on its way. What others have written has no check
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from fastload.checkpoint.errors import CheckpointDamagedError
 from fastload.checkpoint.records import Object, url_of
 from fastload.checkpoint.segments import BLOCK_BYTES, blocks_of, damaged_block
 from fastload.errors import ObjectMissingError
 from fastload.store.types import ObjectInfo, Store
+
+_log = logging.getLogger("fastload.checkpoint")
 
 READ_BYTES = 8 << 20
 # What passes in the time that a request takes to be answered: 20 ms at 100 MB/s, a connection's rate at a busy store.
@@ -87,24 +91,41 @@ def _cut(group: Sequence[Wanted], start: int, end: int, read_bytes: int) -> Iter
             yield Range(group[0].object, first, last, tuple(inside))
 
 
-def read(store: Store, folder: str, wanted: Sequence[Wanted]) -> None:
+class Copies(Protocol):
+    """What is nearer than the store, of some objects. Thread-safe."""
+
+    def has(self, each: Object) -> bool:
+        """Whether there may be any."""
+        ...
+
+    def of(self, each: Object, start: int, end: int) -> Iterator[memoryview]:
+        """These bytes of an object, which may be damaged, from one copy after the other."""
+        ...
+
+
+def read(store: Store, folder: str, wanted: Sequence[Wanted], copies: Copies | None = None) -> None:
     """Fill all of them. The first error ends it."""
-    with requests(store, folder) as begin:
+    with requests(store, folder, copies) as begin:
         for request in begin(wanted):
             request.result()
 
 
 @contextlib.contextmanager
-def requests(store: Store, folder: str) -> Iterator[Callable[[Sequence[Wanted]], list[Future[None]]]]:
+def requests(
+    store: Store, folder: str, copies: Copies | None = None
+) -> Iterator[Callable[[Sequence[Wanted]], list[Future[None]]]]:
     """A function that begins to fill what is wanted, by requests each of which is a future. Those that have not begun
     when the block ends are given up.
     """
     infos: dict[str, Future[ObjectInfo]] = {}
-    lock = threading.Lock()
+    lock, asking = threading.Lock(), threading.Lock()
 
     def fetch(part: Range) -> None:
-        # It was submitted before this, so that a thread has it, or had.
-        data = _verified(store, infos[part.object.name].result(), part)
+        data = _from_copies(copies, part)
+        if data is None:
+            # It was submitted before this, so that a thread has it, or had; or no copy was good.
+            info = infos.get(part.object.name)
+            data = _verified(store, info.result() if info is not None else ask(part.object), part)
         for each in part.wanted:
             first, last = max(each.start, part.start), min(each.end, part.end)
             each.out[first - each.start : last - each.start] = data[first - part.start : last - part.start]
@@ -114,11 +135,19 @@ def requests(store: Store, folder: str) -> Iterator[Callable[[Sequence[Wanted]],
             if is_complete:
                 each.arrived()
 
+    def ask(each: Object) -> ObjectInfo:
+        with asking:
+            if each.name not in infos:
+                answer = Future[ObjectInfo]()
+                answer.set_result(_info(store, folder, each))
+                infos[each.name] = answer
+        return infos[each.name].result()
+
     def begin(wanted: Sequence[Wanted]) -> list[Future[None]]:
         for each in wanted:
             if not len(each.out):
                 each.arrived()
-            elif each.object.name not in infos:
+            elif each.object.name not in infos and not (copies is not None and copies.has(each.object)):
                 infos[each.object.name] = pool.submit(_info, store, folder, each.object)
         return [pool.submit(fetch, part) for part in ranges(wanted)]
 
@@ -127,6 +156,22 @@ def requests(store: Store, folder: str) -> Iterator[Callable[[Sequence[Wanted]],
             yield begin
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _from_copies(copies: Copies | None, part: Range) -> memoryview | None:
+    if copies is None or not part.object.sums:
+        return None
+    for data in copies.of(part.object, part.start, part.end):
+        number = damaged_block(part.object.sums, part.start, data)
+        if number is None:
+            return data
+        _log.warning(
+            "a copy of %s on this node is damaged: the %d bytes from %d on are not what was written; it is not used",
+            part.object.name,
+            BLOCK_BYTES,
+            number * BLOCK_BYTES,
+        )
+    return None
 
 
 def _info(store: Store, folder: str, each: Object) -> ObjectInfo:

@@ -16,7 +16,7 @@ import math
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -219,6 +219,13 @@ class Part:
             np.array(boxes, np.int64),
             tuple(values),
             bytes(hashed),
+        )
+
+    def with_sums(self, sums: Sequence[bytes]) -> Part:
+        """With these checksums of its own objects, in their order."""
+        left = iter(sums)
+        return replace(
+            self, objects=tuple(each if each.beside else replace(each, sums=next(left)) for each in self.objects)
         )
 
     def encode(self) -> bytes:

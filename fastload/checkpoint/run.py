@@ -19,6 +19,7 @@ from fastload.checkpoint.dedup import Base
 from fastload.checkpoint.errors import CheckpointDamagedError
 from fastload.checkpoint.pruning import GRACE_S, Pruned
 from fastload.checkpoint.retention import Keep
+from fastload.client.cache import AnyCache
 from fastload.errors import ConfigError, FastloadError, ObjectMissingError
 from fastload.redaction import redact
 
@@ -45,6 +46,7 @@ class Run:
         keep: Keep | None = None,
         on_error: Literal["raise", "warn"] = "raise",
         dedup: bool = False,
+        cache: AnyCache = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         if on_error not in ("raise", "warn"):
@@ -52,7 +54,7 @@ class Run:
         self._url = os.fspath(url).rstrip("/")
         self._shown = redact(self._url)
         self._keep, self._on_error, self._dedup = keep, on_error, dedup
-        self._storage_options = storage_options
+        self._cache, self._storage_options = cache, storage_options
         self._referred: dict[str, frozenset[str]] = {}
         #: The step that was saved or loaded last; None: none yet.
         self.step: int | None = None
@@ -106,7 +108,13 @@ class Run:
         def of(one: int) -> dict[str, Any]:
             url = self.step_url(one)
             state = load(
-                url, into, names, device=device, allow_pickle=allow_pickle, storage_options=self._storage_options
+                url,
+                into,
+                names,
+                device=device,
+                allow_pickle=allow_pickle,
+                cache=self._cache,
+                storage_options=self._storage_options,
             )
             self.step = one
             return state
@@ -159,4 +167,13 @@ class Run:
                 newest = max((other for other in pruning.steps(place) if other != step), default=None)
                 base = Base.at(pruning.folder_of(place, newest)) if newest is not None else None
             folder = pruning.folder_of(place, step)
-            save_at(folder, state, overwrite=True, metric=metric, dedup=self._dedup, base=base)
+            save_at(
+                folder,
+                state,
+                overwrite=True,
+                metric=metric,
+                dedup=self._dedup,
+                base=base,
+                cache=self._cache,
+                storage_options=self._storage_options,
+            )

@@ -1,13 +1,11 @@
-"""A state of one process, saved to a store and loaded from it, with nothing between.
-
-`save` returns when the checkpoint is committed.
-"""
+"""A state of one process, saved to a store and loaded from it."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -16,35 +14,46 @@ import torch
 from fastload.checkpoint import attempts
 from fastload.checkpoint.attempts import Place, opened, try_conditions
 from fastload.checkpoint.boxes import Box
+from fastload.checkpoint.copies import Copies
 from fastload.checkpoint.dedup import Base, digests, divide
 from fastload.checkpoint.errors import CheckpointError
 from fastload.checkpoint.finding import found
 from fastload.checkpoint.flattening import Path, flatten, put, unflatten
 from fastload.checkpoint.gathering import wanted
 from fastload.checkpoint.reading import read
-from fastload.checkpoint.records import PATHS, Contents, Part, Reference
+from fastload.checkpoint.records import PATHS, Contents, Reference
+from fastload.checkpoint.saving import Saving
 from fastload.checkpoint.segments import Piece, lay_out
 from fastload.checkpoint.tensors import NAMES, array_of, dtype_of
 from fastload.checkpoint.values import decoded, encoded, paths_of
-from fastload.checkpoint.writing import data_of, store_segments
+from fastload.checkpoint.writing import data_of, start
+from fastload.client.cache import AnyCache, directory_of
 from fastload.errors import ConfigError
+from fastload.protocol import Level
 
 
 def save(
     state: Mapping[str, Any],
     url: str | os.PathLike[str],
     *,
+    until: Level = "store",
     overwrite: bool = False,
+    cache: AnyCache = None,
     storage_options: Mapping[str, Any] | None = None,
-) -> None:
+) -> Saving:
     """Save a state, which nests dicts and lists of tensors and anything else, as the checkpoint at `url`.
+
+    It is copied into memory that the node's cache service shares, which writes it to the disk of `cache` and to the
+    store; the state may change once this returns. That is when it is as safe as `until` says: `memory`, so that this
+    process may die; `disk`, so that the machine may; `store`, where it is committed. The `Saving` says how far it is,
+    and waits.
 
     Raises `CheckpointExistsError` where one is there, unless it is to be overwritten, which leaves it whole until the
     new one is; and where another process saves there at the same time, and is first. `ConfigError`: the store does not
     keep to conditional writes, which that takes, or the state holds what cannot be saved.
     """
     with opened(url, storage_options) as place:
-        save_at(place, state, overwrite=overwrite)
+        return save_at(place, state, overwrite=overwrite, until=until, cache=cache, storage_options=storage_options)
 
 
 def save_at(
@@ -55,7 +64,10 @@ def save_at(
     metric: float | None = None,
     dedup: bool = False,
     base: Base | None = None,
-) -> None:
+    until: Level = "store",
+    cache: AnyCache = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Saving:
     """What `save` does. With `dedup` pieces get hashes, and those that `base` has are not stored again."""
     leaves = flatten(state)
     tensors = {name: leaf for name, (_, leaf) in leaves.items() if _is_stored_as_tensor(name, leaf)}
@@ -66,17 +78,34 @@ def save_at(
         Piece(name, NAMES[tensor.dtype], tuple(tensor.shape), Box.whole(tuple(tensor.shape)))
         for name, tensor in tensors.items()
     ]
-    try_conditions(place)
     refers = base.refers if base is not None else ()
-    plan = attempts.begin(place, 1, overwrite=overwrite, now_s=time.time(), refers=refers, metric=metric)
-    references: list[Reference] = []
-    hashes = digests(pieces, lambda piece: data_of(piece, tensors)) if dedup else None
-    if hashes is not None:
-        known = base.known() if base is not None and base.is_there_still() else {}
-        pieces, references = divide(hashes, known)
-    segments = store_segments(place, plan.attempt, 0, list(lay_out(pieces)), tensors)
-    attempts.finish_rank(place, Part.of(plan.attempt, 0, segments, values, references, hashes))
-    attempts.commit_all(place, plan.attempt)
+
+    def begin() -> str:
+        try_conditions(place)
+        return attempts.begin(place, 1, overwrite=overwrite, now_s=time.time(), refers=refers, metric=metric).attempt
+
+    with ThreadPoolExecutor(1, "fastload-checkpoint-begin") as pool:  # beside the copy
+        attempt = pool.submit(begin)
+        references: list[Reference] = []
+        hashes = digests(pieces, lambda piece: data_of(piece, tensors)) if dedup else None
+        if hashes is not None:
+            attempt.result()
+            known = base.known() if base is not None and base.is_there_still() else {}
+            pieces, references = divide(hashes, known)
+        return start(
+            place.folder,
+            storage_options,
+            attempt,
+            0,
+            list(lay_out(pieces)),
+            tensors,
+            values,
+            references,
+            hashes,
+            cache=cache,
+            until=until,
+            commits=True,
+        )
 
 
 def load(
@@ -86,6 +115,7 @@ def load(
     *,
     device: str | torch.device = "cpu",
     allow_pickle: bool = False,
+    cache: AnyCache = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The state at `url`, as it was saved; of `names` (`model.layers.0.weight`, or `model` for all below) only those.
@@ -93,14 +123,15 @@ def load(
 
     `into` is filled in place and returned: all that it holds, and no more, must be there with the same shape and dtype.
     Every byte is verified. Raises `ObjectMissingError` where no checkpoint is, and `CheckpointError` for one that is
-    damaged, or lacks what was asked for.
+    damaged, or lacks what was asked for. What the node's cache still has of it, in memory or on disk, is not read from
+    the store again.
     """
     if into is not None and names is not None:
         raise ConfigError("names= is of no use with into=, which says by what it holds what is to be loaded")
-    with found(url, storage_options) as (place, there):
+    with found(url, storage_options) as (place, there), Copies(directory_of(cache)) as copies:
         paths = paths_of(there, place.folder)
         if into is not None:
-            _fill(place, there, into, allow_pickle)
+            _fill(place, there, into, copies, allow_pickle)
             return into
         chosen = chosen_names(names, paths, place.folder)
         tensors = {
@@ -108,7 +139,7 @@ def load(
             for name, (dtype, shape) in there.tensors.items()
             if name in chosen
         }
-        _read(place, there, tensors)
+        _read(place, there, tensors, copies)
         leaves = {name: tensor.to(device) for name, tensor in tensors.items()}
         for name in chosen:
             if name not in leaves:
@@ -116,7 +147,7 @@ def load(
         return unflatten((paths[name], leaves[name]) for name in chosen)
 
 
-def _fill(place: Place, there: Contents, into: dict[str, Any], allow_pickle: bool) -> None:
+def _fill(place: Place, there: Contents, into: dict[str, Any], copies: Copies, allow_pickle: bool) -> None:
     leaves = flatten(into)
     missing = [name for name in leaves if name not in there.tensors and name not in there.values]
     if missing:
@@ -141,17 +172,17 @@ def _fill(place: Place, there: Contents, into: dict[str, Any], allow_pickle: boo
     others = {
         name: decoded(*there.values[name], place.folder + name, allow_pickle) for name in leaves if name not in tensors
     }
-    _read(place, there, {**straight, **beside})
+    _read(place, there, {**straight, **beside}, copies)
     for name, tensor in beside.items():
         tensors[name].copy_(tensor)
     for name, value in others.items():
         put(into, leaves[name][0], value)
 
 
-def _read(place: Place, there: Contents, tensors: Mapping[str, torch.Tensor]) -> None:
+def _read(place: Place, there: Contents, tensors: Mapping[str, torch.Tensor], copies: Copies) -> None:
     """Fill tensors, which are contiguous and in this process's memory."""
     pieces = [wanted(piece, array_of(tensor)) for name, tensor in tensors.items() for piece in there.places(name)]
-    read(place.store, place.folder, pieces)
+    read(place.store, place.folder, pieces, copies)
 
 
 def _is_stored_as_tensor(name: str, leaf: Any) -> bool:

@@ -1,24 +1,213 @@
-"""What a rank saves, on its way from tensors to the store."""
+"""What a rank saves, on its way from tensors to the store.
+
+It is copied once, into an image (`images`), which holds the segments as they will be stored. The node's cache service
+takes it from there (`start`), and the trainer goes on. What is too large for that, or so small that it is not worth it
+for a call that waits for the store anyway, goes straight to the store (`store_segments`); and so does all where no
+service can be had.
+"""
 
 from __future__ import annotations
 
+import os
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import torch
 
-from fastload.checkpoint.attempts import Place
+from fastload import callers
+from fastload.checkpoint import attempts
+from fastload.checkpoint.attempts import Place, opened
 from fastload.checkpoint.boxes import Box
-from fastload.checkpoint.records import object_name
-from fastload.checkpoint.segments import Piece, Segment, checksums
-from fastload.checkpoint.tensors import bytes_of
+from fastload.checkpoint.commit import Step
+from fastload.checkpoint.images import Image, Images
+from fastload.checkpoint.records import Part, Reference, object_name
+from fastload.checkpoint.saving import WAIT_S, Here, Saving, Stored, checked_level
+from fastload.checkpoint.segments import BLOCK_BYTES, PAGE_BYTES, Piece, Segment, checksums
+from fastload.checkpoint.tensors import DTYPES, bytes_of
+from fastload.client.cache import AnyCache, Handle, handle_of
+from fastload.client.saver import Saver
+from fastload.config import format_bytes
+from fastload.errors import CacheError, ServiceError, WaitTimeoutError
+from fastload.plan.ranks import resolve_ranks
+from fastload.protocol import Level, Save, SaveState
+from fastload.store import normalise
 
 # Segments in flight, of which each takes its size in memory until it is stored.
 _IN_FLIGHT = 4
+# What takes no longer to store than to hand over.
+_SMALL_BYTES = 8 << 20
+# How often is looked whether other ranks have finished.
+_LOOK_S = 0.5
+_NO_ATTEMPT = "0" * 16
 
 # A whole tensor, or of one of which the rank holds parts, each of them and where it lies.
 Held = torch.Tensor | Sequence[tuple[torch.Tensor, Box]]
+
+
+def start(
+    url: str | os.PathLike[str],
+    storage_options: Mapping[str, Any] | None,
+    attempt: str | Future[str],
+    rank: int,
+    segments: Sequence[Segment],
+    tensors: Mapping[str, Held],
+    values: Sequence[tuple[str, str, bytes]] = (),
+    references: Sequence[Reference] = (),
+    hashes: Mapping[Piece, bytes] | None = None,
+    *,
+    cache: AnyCache = None,
+    until: Level = "store",
+    commits: bool,
+    timeout_s: float = WAIT_S,
+) -> Saving:
+    """Save a rank's part of an attempt by the node's cache service; returns when it has reached the level `until`.
+
+    The tensors may change then, whatever level that is. `commits`: once this part is there, and those of the
+    attempt's other ranks, it is committed. An attempt that is only being begun is waited for when all is copied.
+    """
+    checked_level(until)
+    path = os.fspath(url)
+    others = partial(Part.of, values=values, references=references, hashes=hashes)
+    save = _Save(path, storage_options, attempt, rank, tuple(segments), tensors, others, commits, timeout_s)
+    if until == "store" and save.total_bytes < _SMALL_BYTES:
+        return save.straight()
+    handle = handle_of(cache)
+    room_bytes = handle.limits.checkpoint_ram() // resolve_ranks().local_world_size
+    draft = others(_NO_ATTEMPT, rank, [(each, _no_sums(each)) for each in segments])
+    images = handle.shared("checkpoint images", Images)
+    image = images.take(_starts(segments)[-1] + len(draft.encode()), room_bytes, timeout_s)
+    if image is None:
+        callers.warn(
+            f"{save.url}: a checkpoint of {format_bytes(save.total_bytes)} is more than checkpoint_ram_bytes leaves to "
+            f"a process ({format_bytes(room_bytes)}), so that the call waits until it is stored; raise it",
+            RuntimeWarning,
+        )
+        return save.straight()
+    try:
+        saving = save.by_image(image, draft, handle)
+    except BaseException:
+        images.release(image)
+        raise
+    images.handed_over(image, saving.take_back, room_bytes)
+    saving.wait(until, timeout_s)
+    return saving
+
+
+@dataclass(frozen=True, slots=True)
+class _Save:
+    """What `start` was called with."""
+
+    url: str
+    storage_options: Mapping[str, Any] | None
+    begun: str | Future[str]
+    rank: int
+    segments: tuple[Segment, ...]
+    tensors: Mapping[str, Held]
+    part_of: Callable[[str, int, Sequence[tuple[Segment, bytes]]], Part]
+    commits: bool
+    timeout_s: float
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(segment.size for segment in self.segments)
+
+    @property
+    def attempt(self) -> str:
+        return self.begun.result() if isinstance(self.begun, Future) else self.begun
+
+    def straight(self) -> Saving:
+        """Without an image and a service."""
+        attempt, began = self.attempt, time.monotonic()
+        with opened(self.url, self.storage_options) as place:
+            stored = store_segments(place, attempt, self.rank, self.segments, self.tensors)
+            self._finish(place, self.part_of(attempt, self.rank, stored))
+        state = self._state(attempt, "store", self.total_bytes)
+        return Saving(place.folder, self.rank, self.total_bytes, time.monotonic() - began, Stored(state))
+
+    def by_image(self, image: Image, draft: Part, handle: Handle) -> Saving:
+        """Lay all out in an image, and have the service carry it, or where none can be had a thread of this process."""
+        began = time.monotonic()
+        with ThreadPoolExecutor(1, "fastload-checkpoint-connect") as pool:
+            connecting = pool.submit(self._connected, handle)
+            try:
+                starts = _starts(self.segments)
+                _fill(image.view, self.segments, starts, self.tensors)
+                attempt = self.attempt
+                record = _of_attempt(draft, attempt).encode()
+                image.view[starts[-1] : starts[-1] + len(record)] = record
+                image.protect(writable=False)
+            except BaseException:
+                if (saver := connecting.result()) is not None:
+                    saver.close()
+                raise
+            stall_s = time.monotonic() - began
+            saver = connecting.result()
+        place = normalise(self.url).rstrip("/") + "/"
+        message = Save(
+            place,
+            attempt,
+            self.rank,
+            image.byte_count,
+            [(start, each.size) for start, each in zip(starts, self.segments, strict=False)],
+            (starts[-1], len(record)),
+            self.commits,
+        )
+        waiting = self._state(attempt, "", 0)
+        here = partial(Here, waiting, partial(self._store_image, attempt, image, message))
+        carrier = here() if saver is None else saver
+        saving = Saving(place, self.rank, self.total_bytes, stall_s, carrier)
+        if saver is not None:
+            saver.ended = lambda: saving.go_on(here())
+            saver.hand_over(message, image.fd)
+        return saving
+
+    def _connected(self, handle: Handle) -> Saver | None:
+        try:
+            return handle.saver(self.storage_options, f"checkpoint {self.url}")
+        except (CacheError, ServiceError) as error:
+            _warn_once(
+                f"the cache {handle.directory} cannot carry checkpoints ({error}); they are stored by this process, "
+                "which waits for that"
+            )
+            return None
+
+    def _store_image(self, attempt: str, image: Image, message: Save, stored: Callable[[int], None]) -> None:
+        """Store what has been laid out, in this process."""
+        parts = [image.view[start : start + size] for start, size in message.segments]
+        start, size = message.record
+        draft = Part.decode(bytes(image.view[start : start + size]), attempt, self.rank, self.url)
+        byte_count = 0
+        with opened(self.url, self.storage_options) as place, ThreadPoolExecutor(_IN_FLIGHT) as pool:
+
+            def store(number: int) -> bytes:
+                place.store.put(place.folder + object_name(attempt, self.rank, number), parts[number])
+                return checksums([parts[number]])
+
+            sums = []
+            for each, part in zip(pool.map(store, range(len(parts))), parts, strict=True):
+                sums.append(each)
+                byte_count += len(part)
+                stored(byte_count)
+            self._finish(place, draft.with_sums(sums))
+
+    def _finish(self, place: Place, part: Part) -> None:
+        attempts.finish_rank(place, part)
+        deadline = time.monotonic() + self.timeout_s
+        while self.commits and attempts.commit_with(place, part.attempt, part.rank) is not Step.COMMITTED:
+            if time.monotonic() > deadline:
+                raise WaitTimeoutError(
+                    f"{place.folder}: rank {self.rank} is stored, and not all others within {self.timeout_s:g} s; look "
+                    "what became of them, and save again"
+                )
+            time.sleep(_LOOK_S)
+
+    def _state(self, attempt: str, level: Level | Literal[""], store_bytes: int) -> SaveState:
+        return SaveState(attempt, self.rank, level, 0, store_bytes)
 
 
 def store_segments(
@@ -31,9 +220,7 @@ def store_segments(
     def store(number: int) -> bytes:
         segment = segments[number]
         data = memoryview(bytearray(segment.size))
-        data[: len(segment.header)] = segment.header
-        for piece, offset in zip(segment.pieces, segment.offsets, strict=True):
-            data[offset : offset + piece.length] = data_of(piece, tensors)
+        _fill(data, [segment], [0], tensors)
         place.store.put(place.folder + object_name(attempt, rank, number), data)
         return checksums([data])
 
@@ -46,6 +233,16 @@ def store_segments(
             raise
 
 
+def _fill(view: memoryview, segments: Sequence[Segment], starts: Sequence[int], tensors: Mapping[str, Held]) -> None:
+    """Lay segments out, each from its start on: the one copy that a save takes. torch splits it among its threads."""
+    for segment, start in zip(segments, starts, strict=False):
+        view[start : start + len(segment.header)] = segment.header
+        for piece, offset in zip(segment.pieces, segment.offsets, strict=True):
+            if piece.length:
+                out = torch.frombuffer(view, dtype=DTYPES[piece.dtype], count=piece.box.elements, offset=start + offset)
+                out.view(piece.box.sizes).copy_(held_of(piece, tensors[piece.name]))
+
+
 def data_of(piece: Piece, tensors: Mapping[str, Held]) -> memoryview:
     """The bytes of a piece, in this process's memory; a copy of them only where they do not lie there side by side."""
     return bytes_of(held_of(piece, tensors[piece.name]).cpu().resolve_conj().resolve_neg().contiguous())
@@ -56,3 +253,33 @@ def held_of(piece: Piece, held: Held) -> torch.Tensor:
     parts = [(held, Box.whole(piece.shape))] if isinstance(held, torch.Tensor) else held
     tensor, box = next((tensor, box) for tensor, box in parts if piece.box in box)
     return tensor.detach()[piece.box.within(box)]
+
+
+def _starts(segments: Sequence[Segment]) -> list[int]:
+    """Where each begins in an image, and where the last ends: on pages, so that they can be written from there."""
+    starts = [0]
+    for segment in segments:
+        starts.append(starts[-1] + -(-segment.size // PAGE_BYTES) * PAGE_BYTES)
+    return starts
+
+
+def _of_attempt(draft: Part, attempt: str) -> Part:
+    numbers = iter(range(len(draft.objects)))
+    objects = (
+        each if each.beside else replace(each, name=object_name(attempt, draft.rank, next(numbers)))
+        for each in draft.objects
+    )
+    return replace(draft, attempt=attempt, objects=tuple(objects))
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        callers.warn(message, RuntimeWarning)
+
+
+def _no_sums(segment: Segment) -> bytes:
+    return bytes(8 * -(-segment.size // BLOCK_BYTES))

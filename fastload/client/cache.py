@@ -27,6 +27,7 @@ from fastload.cache import CacheDirectory, url_without_credentials
 from fastload.callers import public
 from fastload.client.connector import Connector, ServiceMode
 from fastload.client.consumer import Consumer
+from fastload.client.saver import Saver
 from fastload.config import CacheLimits, default_cache_dir, format_bytes, parse_bytes, parse_seconds
 from fastload.errors import CacheError, ConfigError, ServiceError
 from fastload.lifecycle import keep_forever, on_fork, reset_on_fork
@@ -54,9 +55,11 @@ class Cache:
     flash: what would be written above it, on average, is not cached on disk this time; 0 is no bound.
     `requests_in_flight` belongs to the directory as well: so many requests at a time to each endpoint of a store, where
     0, the default, is as many as measuring finds. `history_bytes` bounds what is kept of what runs read (64 MiB), by
-    which a later run that reads alike is fetched ahead; 0 keeps and uses none. `service="inprocess"` runs the service
-    in threads of this process, where none may be started; not in one that was forked after its parent had used a store,
-    since the store's threads do not survive that.
+    which a later run that reads alike is fetched ahead; 0 keeps and uses none. `checkpoint_ram_bytes` bounds the memory
+    of checkpoints that are being saved (0: half of what there is), and `checkpoint_disk_bytes` (256 GiB) what is kept
+    of them on disk, beside `disk_bytes`. `service="inprocess"` runs the service in threads of this process, where none
+    may be started; not in one that was forked after its parent had used a store, since the store's threads do not
+    survive that.
 
     `close()` ends what was made through it; it may be used again afterwards. Safe to use from several threads.
     """
@@ -72,6 +75,8 @@ class Cache:
         disk_write_bytes_per_s: int | str | None = None,
         requests_in_flight: int | None = None,
         history_bytes: int | str | None = None,
+        checkpoint_ram_bytes: int | str | None = None,
+        checkpoint_disk_bytes: int | str | None = None,
         service: ServiceMode = "auto",
     ) -> None:
         """Open the directory; CacheError where it cannot be used, ConfigError where an argument cannot."""
@@ -84,6 +89,8 @@ class Cache:
             disk_write_bytes_per_s=disk_write_bytes_per_s,
             requests_in_flight=requests_in_flight,
             history_bytes=history_bytes,
+            checkpoint_ram_bytes=checkpoint_ram_bytes,
+            checkpoint_disk_bytes=checkpoint_disk_bytes,
         )
 
     @property
@@ -252,6 +259,14 @@ class Handle:
         consumer = Consumer(self._connector, storage_options, name, waits=waits)
         self._consumers.add(consumer)
         return consumer
+
+    def saver(self, storage_options: Mapping[str, Any] | None, name: str) -> Saver:
+        """A connection that hands a checkpoint over; errors as `consumer`."""
+        for each in [each for each in self._consumers if isinstance(each, Saver)]:
+            each.close_when_over()
+        saver = Saver(self._connector, storage_options, name)
+        self._consumers.add(saver)
+        return saver
 
     def shared(self, key: Hashable, make: Callable[[], Shared]) -> Shared:
         """What all users of this handle in this process share under `key`; made if it is not there. A forked child

@@ -19,7 +19,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -99,13 +99,15 @@ class Connection:
         self._is_not_read = False
         self._sock, self._frames = welcomed.sock, welcomed.frames
 
-    def send(self, message: protocol.Message) -> None:
-        """Send, or leave it: see the module's text."""
+    def send(self, message: protocol.Message, fds: Sequence[int] = ()) -> None:
+        """Send, or leave it: see the module's text. Descriptors ride on the first byte."""
         sock = self._sock
         if sock is None or self._is_not_read:
             return
         try:
-            sock.sendall(protocol.frame(message))
+            data = protocol.frame(message)
+            sent = socket.send_fds(sock, [data], fds) if fds else 0
+            sock.sendall(memoryview(data)[sent:])
         except BlockingIOError:  # at the deadline. Half a message may have been sent: nothing can follow it
             self._is_not_read = True
         except OSError:  # the service died; the reading thread finds the same and connects again

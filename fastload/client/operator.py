@@ -27,7 +27,7 @@ _ANSWER_S = 15.0
 # Where many files have to go first, or one more is read on a slow disk.
 _REMOVAL_S = 300.0
 _RETRY_S = 1.0
-_Answer = TypeVar("_Answer", protocol.Shown, protocol.Done, protocol.Cleared, protocol.Verified)
+_Answer = TypeVar("_Answer", protocol.Shown, protocol.Done, protocol.Cleared, protocol.Verified, protocol.Lent)
 
 
 class NotServedError(ServiceError):
@@ -43,6 +43,7 @@ class Operator:
         self.service_id, self.service_pid, self.is_daemon = welcome.service_id, welcome.pid, welcome.is_daemon
         self._sock, self._where, self._frames = sock, where, frames
         self._messages: list[protocol.FromService] = []
+        self._fds: list[int] = []
         self._requests = 0
 
     @classmethod
@@ -145,6 +146,22 @@ class Operator:
             if verified.finished:
                 return
 
+    def borrow(self, attempt: str) -> list[tuple[int, list[tuple[int, int]], int]]:
+        """The images that the service holds of a checkpoint's attempt: rank, where its segments lie, and a descriptor,
+        which is the caller's to close. They may be read as long as this is connected.
+        """
+        request = self._new_request()
+        self._send(protocol.Borrow(request, attempt))
+        images = self._receive(request, protocol.Lent, _ANSWER_S).images
+        fds, self._fds = self._fds, []
+        if len(fds) != len(images):
+            for fd in fds:
+                os.close(fd)
+            raise ServiceError(
+                f"the cache service at {self._where} sent {len(fds)} descriptors for {len(images)} images"
+            )
+        return [(rank, segments, fd) for (rank, segments), fd in zip(images, fds, strict=True)]
+
     def _request(self, make: Callable[[int], protocol.FromOperator], deadline_s: float = _ANSWER_S) -> dict[str, Any]:
         """Send it, and wait for what came of it."""
         request = self._new_request()
@@ -193,7 +210,8 @@ class Operator:
             raise WaitTimeoutError(f"the cache service at {self._where} has not answered in time; its log may say why")
         self._sock.settimeout(left_s)
         try:
-            data = self._sock.recv(1 << 18)
+            data, fds, _, _ = socket.recv_fds(self._sock, 1 << 18, protocol.FDS_MAX, socket.MSG_CMSG_CLOEXEC)
+            self._fds += fds
         except TimeoutError:
             return
         except OSError:  # reset

@@ -43,6 +43,7 @@ from fastload.service.recording import WRITE_AFTER_S, Recording
 from fastload.service.replay import Replay, ReplayPlan
 from fastload.service.residency import Residency
 from fastload.service.resources import Disk, Resources
+from fastload.service.saving.savings import Savings
 from fastload.service.shared_state import SharedState
 from fastload.service.state import ConsumerState, Plan
 from fastload.snapshot import Snapshot
@@ -134,6 +135,8 @@ class Core:
         self.operators.on(protocol.Evict, lambda operator, message: self._clearing.evict(operator.send, message))
         self.operators.on(protocol.Unpin, lambda operator, message: self.holdings.unpin_called(operator.send, message))
         self.operators.on(protocol.Verify, self.verifying.verify)
+        self.savings = Savings(resources)
+        self.operators.on(protocol.Borrow, self.savings.lend)
 
     # Consumers
 
@@ -145,6 +148,7 @@ class Core:
         if self._release_timer is not None:
             self._release_timer.cancel()
         self._history.connect(consumer, hello)
+        self.savings.options_came(consumer)
         if "disk_bytes" in hello.limits:
             self.change_disk_quota(hello.limits["disk_bytes"])
         if "disk_write_bytes_per_s" in hello.limits:
@@ -156,6 +160,7 @@ class Core:
         self.consumers.pop(consumer, None)
         self._detach(consumer)
         self._history.disconnect(consumer)
+        self.savings.left(consumer)
         self._resources.stores.remove(consumer.options_key)
         self._flush_soon()
         if not self.consumers:
@@ -226,6 +231,8 @@ class Core:
                 self.holdings.held(consumer, message)
             case protocol.Credentials():
                 self._change_credentials(consumer, message)
+            case protocol.TakeBack():
+                self.savings.take_back(consumer, message)
             case protocol.Report():
                 consumer.report = judged(message.values, self._endpoints, self.chunk_bytes)
             case protocol.Stats():
@@ -272,6 +279,7 @@ class Core:
         before, consumer.options_key = consumer.options_key, self._resources.stores.add(message.store)
         self._resources.stores.remove(before)
         self._replay.credentials_changed(consumer)
+        self.savings.options_came(consumer)
         plan = consumer.plan
         if plan is not None and not isinstance(plan, ReplayPlan):
             plan.options_key = consumer.options_key
@@ -409,7 +417,7 @@ class Core:
             **self._fetches.counters,
             **self._writer.counters,
         }
-        for counters in (self._replay.counters, self.holdings.counters, self.verifying.counters):
+        for counters in (self._replay.counters, self.holdings.counters, self.verifying.counters, self.savings.stats()):
             counted.update(counters)
         counted["recalls"] = self._leases.recall_count
         return {
@@ -465,6 +473,7 @@ class Core:
         self._indexes.flush()
         self.holdings.close()
         resources = self._resources
+        self.savings.close()
         resources.warnings.close()
         resources.stores.close()
         self._watch.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from fastload import protocol, snapshot
@@ -55,6 +55,8 @@ class Operator:
 
     def __init__(self, name: str, pid: int, send: Send) -> None:
         self.name, self.pid, self.send = name, pid, send
+        self.send_with: Callable[[protocol.Message, Sequence[int]], None] = lambda message, fds: send(message)
+        self.leaves: list[Callable[[], None]] = []  # called once it has gone
         self.timer: asyncio.TimerHandle | None = None
         self.is_connected = True
 
@@ -82,6 +84,8 @@ class Operators:
     def disconnect(self, operator: Operator) -> None:
         """It has gone."""
         operator.is_connected = False
+        for leave in operator.leaves:
+            leave()
         if operator.timer is not None:
             operator.timer.cancel()
 

@@ -24,6 +24,7 @@ from fastload.service.events import Events, Warnings
 from fastload.service.fetching.request_limit import REQUESTS_MAX, Hedger, requests_max
 from fastload.service.fetching.stores import StoreFactory, StoreTable
 from fastload.service.host.threads import Pools
+from fastload.service.saving.area import Area
 from fastload.service.unpacking import files_in, memory_file
 from fastload.store.watch import waited_for_core_s
 
@@ -46,6 +47,7 @@ class Resources:
     is_lost: Callable[[], bool] = lambda: False  # the directory is gone: nothing more may be written. From any thread
     closed: Callable[[], object] = lambda: None  # nothing uses them any more
     catalog: Catalog | None = None  # None: nothing is known of what an earlier service held, and no pin is kept
+    checkpoints: Area | None = None  # None: none is kept on disk
     history: Archive | None = None  # None: none is kept or used; with `history_bytes=0` it can only be cleared
     events: Events = field(default_factory=Events)
     waited_for_core: Callable[[], float] = waited_for_core_s  # of the calling thread, in seconds
@@ -78,6 +80,9 @@ class Resources:
             catalog=None
             if not isinstance(directory, CacheDirectory)
             else Catalog(root.path if root else directory.path),
+            checkpoints=Area(root.path if root else directory.path)
+            if isinstance(directory, CacheDirectory) and limits.checkpoint_disk_bytes
+            else None,
             history=Archive(directory.path, root) if isinstance(directory, CacheDirectory) else None,
         )
 

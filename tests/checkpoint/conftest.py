@@ -1,4 +1,4 @@
-"""Rank processes for checkpoints of several."""
+"""Rank processes for checkpoints of several; and for what names no cache, one that ends with the test."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from fastload.client.cache import handle_of
 from fastload.demo.weed import WeedServer
 from tests.jobs.pool import RankPool
+from tests.processes import service_pids, until
 
 
 @pytest.fixture(scope="package")
@@ -28,3 +30,15 @@ def mortals() -> Iterator[RankPool]:
         yield pool
     finally:
         pool.close()
+
+
+@pytest.fixture(autouse=True)
+def default_cache(
+    tmp_path_factory: pytest.TempPathFactory, nothing_left_behind: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    directory = tmp_path_factory.mktemp("default") / "cache"
+    monkeypatch.setenv("FASTLOAD_CACHE", str(directory))
+    yield
+    if directory.exists():
+        handle_of(directory).close()
+        until(lambda: not service_pids(directory))

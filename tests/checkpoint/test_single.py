@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fastload
 from fastload import checkpoint
 from fastload.checkpoint import CheckpointError, CheckpointExistsError, attempts, single, tensors
 from fastload.checkpoint.attempts import Place
@@ -213,14 +214,15 @@ def test_pickles_are_read_where_they_are_allowed(tmp_path: Path) -> None:
 # Bytes
 
 
-def test_only_what_is_needed_is_read(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_needed_is_read(s3: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = {str(number): torch.full((1 << 18,), number) for number in range(20)}  # 2 MiB each
-    checkpoint.save(state, f"{s3.url}/1")
+    with fastload.Cache(tmp_path / "cache", ram_bytes="16MiB", disk_bytes=0) as cache:
+        checkpoint.save(state, f"{s3.url}/1", cache=cache)
     counters = Counters()
     monkeypatch.setattr(
         attempts, "open_store", lambda url, options: open_store(url, options, RequestOptions(counters=counters))
     )
-    found = checkpoint.load(f"{s3.url}/1", names=["3", "17"])
+    found = checkpoint.load(f"{s3.url}/1", names=["3", "17"], cache=tmp_path / "none")
     assert [int(found[name][-1]) for name in ("3", "17")] == [3, 17]
     assert 4 << 20 <= counters.values()["bytes"] <= (4 << 20) + 4 * BLOCK_BYTES + 10_000
     assert counters.values()["requests"] <= 8

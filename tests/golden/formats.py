@@ -55,6 +55,8 @@ LIMITS = {
     "disk_write_bytes_per_s": 5 << 20,
     "requests_in_flight": 12,
     "history_bytes": 3 << 20,
+    "checkpoint_ram_bytes": 6 << 20,
+    "checkpoint_disk_bytes": 7 << 20,
 }
 RUN_NAME = "20261126-120000-00000000"
 

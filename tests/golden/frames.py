@@ -63,6 +63,8 @@ FROM_CONSUMER: dict[str, tuple[Any, ...]] = {
     "stats": (7,),
     "report": ({"samples": 12, "stalls": {"fetch": 0.5}},),
     "ping": (),
+    "save": ("s3://bucket/run/7/", "0123456789abcdef", 3, 1 << 30, [(0, 4100), (8192, 1 << 28)], (1 << 29, 500), True),
+    "take_back": ("0123456789abcdef", 3),
 }
 FROM_OPERATOR: dict[str, tuple[Any, ...]] = {
     "observe": (7, 1234, "status"),
@@ -75,6 +77,7 @@ FROM_OPERATOR: dict[str, tuple[Any, ...]] = {
     "unpin": (6, ["train", "s3://bucket/"]),
     "evict": (2, ["s3://bucket/"]),
     "verify": (3, [], True),
+    "borrow": (4, "0123456789abcdef"),
 }
 FROM_SERVICE: dict[str, tuple[Any, ...]] = {
     "observed": (7, b"0123456789abcdef", 4321, True),
@@ -96,6 +99,9 @@ FROM_SERVICE: dict[str, tuple[Any, ...]] = {
     "trouble": ("the disk is full",),
     "progress": (1, 2, 3, 4, 5, 6, 7, False, "StoreError", "no", 1, [("s3://bucket/a.tar", "StoreError", "no")]),
     "pong": (),
+    "save_state": ("0123456789abcdef", 3, "disk", 1 << 33, 5, "the disk is full", "StoreError", "no"),
+    "returned": ("0123456789abcdef", 3),
+    "lent": (4, [(3, [(0, 4100), (8192, 1 << 28)])]),
 }
 
 

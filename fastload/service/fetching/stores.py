@@ -13,8 +13,8 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -88,6 +88,12 @@ class StoreTable:
         for store in idle:
             if store is not None:
                 store.close()
+
+    def share(self, key: str) -> None:
+        """One more user has the options of this key, which are there."""
+        with self._lock:
+            assert key in self._options, key
+            self._consumers[key] += 1
 
     def endpoint(self, key: str) -> str:
         """The endpoint of a set of options, "" for the provider's own."""
@@ -171,10 +177,17 @@ class StoreTable:
             raise options_gone()
         return options
 
+    def opened(self, key: str, url: str, deadline_s: float) -> AbstractContextManager[Store]:
+        """The store of `url`, for the block, with so much patience at most."""
+        return self._use(key, url, deadline_s)
+
     @contextmanager
-    def _use(self, key: str, url: str) -> Iterator[Store]:
+    def _use(self, key: str, url: str, deadline_s: float | None = None) -> Iterator[Store]:
         place = key, store_root(url)
         options = self._get_options(key)
+        if deadline_s is not None:
+            place = key, f"{place[1]} within {deadline_s} s"
+            options = replace(options, deadline_s=min(deadline_s, options.deadline_s))
         with self._lock:
             entry = self._opened.pop(place, None) or _OpenStore(self._factory(url, options))
             self._opened[place] = entry

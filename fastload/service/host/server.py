@@ -46,6 +46,10 @@ _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _WHY_MAX = 400
 # How long reads and writes under way may take to end.
 _END_S = 5.0
+# How long the end waits at most for a checkpoint of which no other copy is there, and how often is looked.
+_SAFE_S, _SAFE_AGAIN_S = 300.0, 0.05
+# A service without consumers that has checkpoints to store looks so often whether it may end.
+_SAVED_AGAIN_S = 0.5
 # How often is looked whether the directory is still there; one that is missed twice is given up.
 _LOOK_S = 2.0
 
@@ -64,6 +68,7 @@ class Peer:
         self._sock, self._core, self._loop, self._welcomed, self._gone = sock, core, loop, welcomed, gone
         self._frames = protocol.FrameReader()
         self._unsent = bytearray()
+        self._fds: list[int] = []  # that came with messages which are not whole yet
         self._consumer: ConsumerState | None = None
         self._operator: Operator | None = None
         self._closed = False
@@ -118,6 +123,8 @@ class Peer:
         self._loop.remove_reader(self._sock.fileno())
         self._loop.remove_writer(self._sock.fileno())
         self._sock.close()
+        for fd in self._fds:
+            os.close(fd)
         if self._consumer is not None:
             self._core.disconnect(self._consumer)
         if self._operator is not None:
@@ -126,15 +133,18 @@ class Peer:
 
     def _readable(self) -> None:
         try:
-            data = self._sock.recv(1 << 18)
+            data, fds, flags, _ = socket.recv_fds(self._sock, 1 << 18, 1, socket.MSG_CMSG_CLOEXEC)
+            self._fds += fds
         except BlockingIOError:
             return
         except OSError:  # reset
-            data = b""
+            data, flags = b"", 0
         if not data:
             self.close()
             return
         try:
+            if flags & socket.MSG_CTRUNC or len(self._fds) > 1:  # the kernel has closed those that were cut off
+                raise ServiceError("it sent more descriptors than one, or this process has no room for one (ulimit -n)")
             for payload in self._frames.feed(data):
                 if not self._closed:
                     self._take(payload)
@@ -157,6 +167,8 @@ class Peer:
             message = protocol.from_consumer(payload)
             if isinstance(message, protocol.Ping):
                 self.send(protocol.Pong())
+            elif isinstance(message, protocol.Save):
+                self._core.savings.save(self._consumer, message, self._fds.pop() if self._fds else -1)
             else:
                 self._core.receive(self._consumer, message)
             return
@@ -179,6 +191,7 @@ class Peer:
 
     def _observe(self, message: protocol.FromOperator) -> None:
         self._operator = self._core.operators.connect(message, self.send)
+        self._operator.send_with = lambda message, fds: self._send(protocol.frame(message), fds)
         self._deadline.cancel()
         operators = self._core.operators
         self.send(protocol.Observed(protocol.VERSION, self._core.service_id, os.getpid(), operators.jobs is not None))
@@ -230,6 +243,7 @@ class Server:
         self._listener: socket.socket | None = None
         self._look_timer: asyncio.TimerHandle | None = None
         self._was_lost = False
+        self._stop_by_s: float | None = None
         self._stopped = asyncio.Event()
 
     async def run(self, ready: Callable[[], bool]) -> bool:
@@ -253,8 +267,20 @@ class Server:
         return ended
 
     def stop(self) -> None:
-        """End, as soon as what runs allows."""
-        self._stopped.set()
+        """End, as soon as what runs allows; what would be lost of checkpoints is saved first. A second call ends at
+        once.
+        """
+        if self._stop_by_s is None:
+            self._stop_by_s = self._loop.time() + _SAFE_S
+            self._stop_when_safe()
+        else:
+            self._stopped.set()
+
+    def _stop_when_safe(self) -> None:
+        if self.core.savings.is_only_copy and self._stop_by_s is not None and self._loop.time() < self._stop_by_s:
+            self._loop.call_later(_SAFE_AGAIN_S, self._stop_when_safe)
+        else:
+            self._stopped.set()
 
     def stop_from_thread(self) -> None:
         """`stop`, from any thread."""
@@ -337,7 +363,10 @@ class Server:
         return not all(peer.is_operator for peer in self._peers)
 
     def _end_of_idleness(self) -> None:
-        """Who has just connected and is about to say hello may; that is all that holds up the end."""
+        """Who has just connected and is about to say hello may hold up the end, and what is to be saved yet."""
+        if self.core.savings.is_busy:
+            self._idle_timer = self._loop.call_later(_SAVED_AGAIN_S, self._end_of_idleness)
+            return
         self._is_ending = True
         if not self._has_company:
             self.stop()

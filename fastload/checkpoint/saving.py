@@ -1,0 +1,183 @@
+"""A save under way, for the one who has begun it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from fastload import callers, errors
+from fastload.callers import public
+from fastload.client.saver import has_reached, is_at, is_over
+from fastload.errors import ConfigError, FastloadError, WaitTimeoutError, to_wire
+from fastload.protocol import LEVELS, Level, SaveState
+from fastload.waiting import wait
+
+WAIT_S = 600.0
+
+
+class Carrier(Protocol):
+    """Who brings a save to the store: the service (`client.Saver`), or this process (`Here`)."""
+
+    @property
+    def state(self) -> SaveState | None:
+        """How far it is; None where that is not known yet."""
+        ...
+
+    def wait_level(self, level: Level, what: str, timeout_s: float) -> SaveState:
+        """See `client.Saver`."""
+        ...
+
+    def take_back(self, what: str, timeout_s: float) -> None:
+        """See `client.Saver`."""
+        ...
+
+
+class Here:
+    """A thread that stores in this process, which does not end before."""
+
+    def __init__(self, state: SaveState, store: Callable[[Callable[[int], None]], None]) -> None:
+        """`store` is called with what to call with the bytes that are stored, each time."""
+        self._state, self._store = state, store
+        self._changed = threading.Condition()
+        threading.Thread(target=self._run, name="fastload-checkpoint-here").start()
+
+    @property
+    def state(self) -> SaveState:
+        with self._changed:
+            return self._state
+
+    def wait_level(self, level: Level, what: str, timeout_s: float) -> SaveState:
+        with self._changed:
+            wait(self._changed, lambda: has_reached(self._state, level), "service", what=what, deadline_s=timeout_s)
+            return self._state
+
+    def _run(self) -> None:
+        try:
+            self._store(lambda byte_count: self._set(store_bytes=byte_count))
+        except Exception as error:  # of any kind: who waits gets it
+            name, message = to_wire(error)
+            self._set(error_name=name, error_message=message)
+        else:
+            self._set(level="store")
+
+    def take_back(self, what: str, timeout_s: float) -> None:
+        self.wait_level("store", what, timeout_s)
+
+    def _set(self, **changes: Any) -> None:
+        with self._changed:
+            self._state = msgspec.structs.replace(self._state, **changes)
+            self._changed.notify_all()
+
+
+class Stored:
+    """What carries a save that is over."""
+
+    def __init__(self, state: SaveState) -> None:
+        self.state = state
+
+    def wait_level(self, level: Level, what: str, timeout_s: float) -> SaveState:
+        return self.state
+
+    def take_back(self, what: str, timeout_s: float) -> None:
+        """It holds nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveProgress:
+    """How far a save is. `stall_s` is how long the bytes took to be laid out, which holds up the trainer."""
+
+    level: Level | Literal[""]  # that it has reached; "": none
+    total_bytes: int
+    disk_bytes: int
+    store_bytes: int
+    stall_s: float
+
+
+class Saving:
+    """A rank's save. Thread-safe.
+
+    Levels are promises: `memory`, that the trainer may die; `disk`, that the machine may; `store`, that this rank's
+    part is in the store, and committed where that is this rank's task.
+    """
+
+    def __init__(self, folder: str, rank: int, total_bytes: int, stall_s: float, carrier: Carrier) -> None:
+        self._folder, self._rank, self._total_bytes, self._stall_s = folder, rank, total_bytes, stall_s
+        self.carrier = carrier
+
+    @public
+    def wait(self, level: Level = "store", timeout_s: float = WAIT_S) -> None:
+        """Wait until the save has come so far. Raises what keeps it from that, `WaitTimeoutError` when time is up.
+
+        Where it cannot be kept on disk, a wait for `disk` is one for the store, with a warning.
+        """
+        deadline = time.monotonic() + timeout_s
+        checked_level(level)
+        while True:
+            carrier = self.carrier
+            try:
+                state = carrier.wait_level(level, self._what(level), max(0.0, deadline - time.monotonic()))
+            except WaitTimeoutError as error:
+                raise WaitTimeoutError(
+                    f"{error}; the save goes on: look whether the store answers, and wait again"
+                ) from None
+            except FastloadError:
+                if carrier is self.carrier:
+                    raise
+                continue  # another one has taken over
+            if is_at(state, level):
+                return
+            if state.error_name and (level == "store" or is_over(state)):
+                raise errors.from_wire(state.error_name, f"{state.error_message} (rank {self._rank})")
+            callers.warn(
+                f"{self._folder} is not kept on disk ({state.no_disk}); it is waited for until it is in the store",
+                RuntimeWarning,
+            )
+            level = "store"
+
+    @public
+    def done(self, level: Level = "store") -> bool:
+        """Whether it has come so far; raises what keeps it from that for good."""
+        state = self.carrier.state
+        if state is not None and is_over(state) and state.error_name:
+            raise errors.from_wire(state.error_name, f"{state.error_message} (rank {self._rank})")
+        return state is not None and is_at(state, checked_level(level))
+
+    def progress(self) -> SaveProgress:
+        """How far it is."""
+        state = self.carrier.state
+        if state is None:
+            return SaveProgress("", self._total_bytes, 0, 0, self._stall_s)
+        return SaveProgress(state.level, self._total_bytes, state.disk_bytes, state.store_bytes, self._stall_s)
+
+    def go_on(self, carrier: Carrier) -> None:
+        """Another one carries it from now on."""
+        self.carrier = carrier
+
+    def take_back(self, timeout_s: float) -> None:
+        """Wait until its image is not needed. Raises what keeps it from that."""
+        carrier = self.carrier
+        what = f"{self._what('disk')}, so that its memory can be used for the next save"
+        try:
+            carrier.take_back(what, timeout_s)
+        except FastloadError:
+            if carrier is self.carrier:
+                raise
+            self.carrier.take_back(what, timeout_s)
+
+    def _what(self, level: Level) -> str:
+        return f"rank {self._rank} of the checkpoint {self._folder} to reach {level!r}"
+
+    def __repr__(self) -> str:
+        return f"Saving({self._folder!r}, rank={self._rank}, {self.progress()})"
+
+
+def checked_level(level: Level) -> Level:
+    """The level; `ConfigError` where it is none."""
+    if level not in LEVELS:
+        raise ConfigError(f'level={level!r} must be "memory", "disk" or "store"')
+    return level

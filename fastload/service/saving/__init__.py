@@ -1,0 +1,1 @@
+"""Checkpoints on their way to the store, carried by the service."""

@@ -1,0 +1,272 @@
+"""Saves that the service carries: what each level promises, with real processes that are really killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastload
+from fastload import checkpoint
+from fastload.checkpoint.images import Images
+from fastload.errors import CheckpointExistsError, WaitTimeoutError
+from tests.checkpoint.gate import Gate, gate_to
+from tests.conftest import Bucket
+from tests.patience import PATIENCE_S
+from tests.processes import kill_service, service_pids, until
+from tests.programs import Program
+
+SMALL = {"ram_bytes": "1MiB", "disk_bytes": "1MiB", "chunk_bytes": "64KiB"}
+COUNT = 5 << 18  # of float32 in a state: 5 MiB
+
+
+def state(content: int) -> dict[str, Any]:
+    return {"w": torch.arange(COUNT, dtype=torch.float32) + content, "step": content, "none": torch.empty(0)}
+
+
+def content(loaded: dict[str, Any]) -> int:
+    step = loaded["step"]
+    assert torch.equal(loaded["w"], state(step)["w"])
+    return int(step)
+
+
+@pytest.fixture
+def gate(s3: Bucket) -> Iterator[Gate]:
+    with gate_to(s3) as gate:
+        yield gate
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[fastload.Cache]:
+    with fastload.Cache(tmp_path / "cache", **SMALL) as cache:
+        yield cache
+
+
+def options(gate: Gate) -> dict[str, Any]:
+    return {"endpoint_url": gate.url}
+
+
+def received(gate: Gate, what: str = "safetensors") -> int:
+    """Bytes of segments that the store has sent."""
+    return sum(size for method, path, size in gate.seen if method == "GET" and what in path)
+
+
+# What a trainer does: it saves as it is told to by its arguments, says "saved", and goes on when it is asked to.
+TRAINER = """
+import json, sys, torch, fastload
+from fastload import checkpoint
+from tests.checkpoint.test_carried import SMALL, state
+url, directory, until, options = sys.argv[1:]
+with fastload.Cache(directory, **SMALL) as cache:
+    saving = checkpoint.save(state(7), url, until=until, cache=cache, storage_options=json.loads(options))
+    print("saved", flush=True)
+    sys.stdin.readline()
+    saving.wait("store")
+    print("stored", flush=True)
+"""
+
+
+def trainer(url: str, directory: Path, until: str, gate: Gate) -> Program:
+    return Program(TRAINER, url, directory, until, json.dumps(options(gate)))
+
+
+def load(url: str, directory: Path | None = None, **more: Any) -> dict[str, Any]:
+    return checkpoint.load(url, cache=directory or "/nonexistent/fastload", **more)
+
+
+def test_a_save_goes_through_all_levels_and_the_state_may_change_at_once(
+    s3: Bucket, gate: Gate, cache: fastload.Cache
+) -> None:
+    url, saved = f"{s3.url}/run/1", state(1)
+    gate.shut("safetensors")
+    saving = checkpoint.save(saved, url, until="memory", cache=cache, storage_options=options(gate))
+    saved["w"].zero_()
+    saving.wait("disk", PATIENCE_S)
+    assert saving.done("disk")
+    assert not saving.done("store")
+    progress = saving.progress()
+    assert progress.disk_bytes == progress.total_bytes > 4 * COUNT
+    assert progress.store_bytes == 0
+    with pytest.raises(WaitTimeoutError, match=r"rank 0 of the checkpoint s3:.*/run/1/ to reach 'store'; the save"):
+        saving.wait("store", 0.1)
+    with pytest.raises(fastload.ObjectMissingError):
+        load(url)
+    gate.open()
+    saving.wait("store", PATIENCE_S)
+    assert saving.progress().store_bytes == progress.total_bytes
+    assert content(load(url)) == 1
+    with pytest.raises(CheckpointExistsError):
+        checkpoint.save(state(2), url, until="memory", cache=cache)
+    checkpoint.save(state(2), url, until="memory", overwrite=True, cache=cache).wait("store", PATIENCE_S)
+    assert content(load(url)) == 2
+    figures = cache.stats()
+    assert (figures["checkpoints_saved"], figures["checkpoints_failed"], figures["checkpoints_under_way"]) == (2, 0, 0)
+
+
+def test_a_trainer_that_starts_again_reads_from_memory_then_disk_then_the_store(
+    s3: Bucket, gate: Gate, cache: fastload.Cache
+) -> None:
+    url = f"{s3.url}/run/1"
+    checkpoint.save(state(3), url, until="memory", cache=cache).wait("store", PATIENCE_S)
+    given = {"cache": cache, "storage_options": options(gate)}
+    assert content(checkpoint.load(url, **given)) == 3
+    (file,) = (cache.directory / "checkpoints").glob("*.safetensors")
+    hidden = file.rename(file.with_suffix(".hidden"))  # the image serves it
+    assert content(checkpoint.load(url, **given)) == 3
+    hidden.rename(file)
+    cache.close()
+    until(lambda: not service_pids(cache.directory))
+    assert content(checkpoint.load(url, **given)) == 3
+    assert received(gate) == 0
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert content(checkpoint.load(url, **given)) == 3
+    assert received(gate) > 0
+
+
+def test_the_cache_is_cleared_and_what_it_carries_stays(s3: Bucket, gate: Gate, cache: fastload.Cache) -> None:
+    gate.shut("safetensors")
+    saving = checkpoint.save(state(4), f"{s3.url}/1", until="disk", cache=cache, storage_options=options(gate))
+    cache.clear(history=True, pins=True)
+    gate.open()
+    saving.wait("store", PATIENCE_S)
+    assert content(load(f"{s3.url}/1")) == 4
+
+
+@pytest.mark.parametrize("until_level", ["memory", "disk"])
+@pytest.mark.parametrize("step", ["safetensors", ".part", "manifest.json"])
+def test_the_trainer_is_killed(s3: Bucket, gate: Gate, tmp_path: Path, until_level: str, step: str) -> None:
+    """The service goes on without it, and ends only then."""
+    url, directory = f"{s3.url}/1", tmp_path / "cache"
+    gate.shut(step)
+    with trainer(url, directory, until_level, gate) as program:
+        assert program.stdout.readline() == "saved\n", program.stderr.read()
+        assert gate.refused.wait(PATIENCE_S)
+        program.kill()
+        program.wait()
+    gate.open()
+    until(lambda: not service_pids(directory))
+    assert content(load(url)) == 7
+
+
+@pytest.mark.parametrize("step", ["safetensors", ".part", "manifest.json"])
+def test_the_service_is_killed_and_the_trainer_hands_over_again(
+    s3: Bucket, gate: Gate, cache: fastload.Cache, step: str
+) -> None:
+    url = f"{s3.url}/1"
+    gate.shut(step)
+    saving = checkpoint.save(state(5), url, until="memory", cache=cache, storage_options=options(gate))
+    for _ in range(2):
+        assert gate.refused.wait(PATIENCE_S)
+        gate.refused.clear()
+        kill_service(cache.directory)
+    gate.open()
+    saving.wait("store", PATIENCE_S)
+    assert content(load(url)) == 5
+
+
+@pytest.mark.parametrize("step", ["safetensors", ".part", "manifest.json"])
+def test_both_are_killed_and_the_next_service_goes_on_from_the_disk(
+    s3: Bucket, gate: Gate, tmp_path: Path, step: str
+) -> None:
+    url, directory = f"{s3.url}/1", tmp_path / "cache"
+    gate.shut(step)
+    with trainer(url, directory, "disk", gate) as program:
+        assert program.stdout.readline() == "saved\n", program.stderr.read()
+        assert gate.refused.wait(PATIENCE_S)
+        program.kill()
+        program.wait()
+        kill_service(directory)
+    gate.open()
+    with fastload.Cache(directory) as cache, cache._handle.consumer(options(gate)):  # which brings the credentials
+        until(lambda: cache.stats()["checkpoints_saved"] == 1)
+    assert content(load(url)) == 7
+
+
+def test_the_store_denies_access_until_other_credentials_come(s3: Bucket, gate: Gate, cache: fastload.Cache) -> None:
+    url = f"{s3.url}/1"
+    gate.shut("safetensors", status=403)
+    saving = checkpoint.save(state(6), url, until="memory", cache=cache, storage_options=options(gate))
+    with pytest.raises(fastload.AccessDeniedError, match="rank 0"):
+        saving.wait("store", PATIENCE_S)
+    saving.wait("disk", PATIENCE_S)
+    gate.open()
+    with cache._handle.consumer({**options(gate), "region": "eu-west-3"}):
+        until(lambda: saving.progress().level == "store")
+    saving.wait("store")
+    assert content(load(url)) == 6
+
+
+def test_another_writer_is_first(s3: Bucket, gate: Gate, cache: fastload.Cache) -> None:
+    url = f"{s3.url}/1"
+    gate.shut("safetensors")
+    saving = checkpoint.save(state(6), url, until="memory", cache=cache, storage_options=options(gate))
+    checkpoint.save({"step": 1}, url)
+    gate.open()
+    with pytest.raises(CheckpointExistsError, match=r"another checkpoint .* \(rank 0\)"):
+        saving.wait("store", PATIENCE_S)
+    with pytest.raises(CheckpointExistsError):
+        saving.done()
+    assert load(url) == {"step": 1}
+    until(lambda: not list((cache.directory / "checkpoints").iterdir()))
+
+
+def test_a_third_save_waits_for_memory_that_is_used_again(s3: Bucket, gate: Gate, tmp_path: Path) -> None:
+    """With the disk the service gives an image back while the store is down, else when it is stored."""
+    with fastload.Cache(tmp_path / "cache", **SMALL, checkpoint_disk_bytes=0) as cache:
+        given: dict[str, Any] = {"until": "memory", "cache": cache, "storage_options": options(gate)}
+        gate.shut("safetensors")
+        savings = [checkpoint.save(state(number), f"{s3.url}/{number}", **given) for number in range(2)]
+        images = cache._handle.shared("checkpoint images", Images)
+        assert len(images._images) == 2
+        with pytest.raises(WaitTimeoutError, match="/0/ to reach 'disk', so that its memory can be used"):
+            images.take(4096, 1 << 30, 0.1)
+        with (
+            pytest.warns(RuntimeWarning, match="not kept on disk .*no disk for checkpoints"),
+            pytest.raises(WaitTimeoutError),
+        ):
+            savings[0].wait("disk", 0.1)
+        gate.open()
+        before = {image.fd for image in images._images}
+        savings += [checkpoint.save(state(number), f"{s3.url}/{number}", **given) for number in range(2, 5)]
+        assert {image.fd for image in images._images} == before
+        for number, saving in enumerate(savings):
+            saving.wait("store", PATIENCE_S)
+            assert content(load(f"{s3.url}/{number}")) == number
+    with fastload.Cache(tmp_path / "other", **SMALL) as cache:
+        given["cache"] = cache
+        gate.shut("safetensors")
+        savings = [checkpoint.save(state(number), f"{s3.url}/b{number}", **given) for number in range(4)]
+        gate.open()
+        for number, saving in enumerate(savings):
+            saving.wait("store", PATIENCE_S)
+            assert content(load(f"{s3.url}/b{number}")) == number
+
+
+def test_what_is_larger_than_may_be_goes_straight_to_the_store(s3: Bucket, tmp_path: Path) -> None:
+    with fastload.Cache(tmp_path / "cache", **SMALL, checkpoint_ram_bytes="1MiB") as cache:
+        with pytest.warns(RuntimeWarning, match="more than checkpoint_ram_bytes"):
+            saving = checkpoint.save(state(1), f"{s3.url}/1", until="memory", cache=cache)
+        assert saving.done()
+    assert content(load(f"{s3.url}/1")) == 1
+
+
+def test_a_stray_write_crashes(s3: Bucket, tmp_path: Path) -> None:
+    code = TRAINER.replace(
+        "    sys.stdin.readline()",
+        "    import ctypes\n    from fastload.checkpoint.images import Images\n"
+        "    (image,) = cache._handle.shared('checkpoint images', Images)._busy\n"
+        "    ctypes.memset(image._address + 5000, 1, 1)",
+    )
+    url = f"{s3.url}/1"
+    with Program(code, url, tmp_path / "cache", "memory", "{}") as program:
+        assert program.stdout.readline() == "saved\n", program.stderr.read()
+        assert program.wait() == -signal.SIGSEGV
+    until(lambda: not service_pids(tmp_path / "cache"))
+    assert content(load(url)) == 7
