@@ -153,6 +153,18 @@ def test_a_quota_below_the_pins_takes_what_is_not_pinned_first_and_is_said(
             cache.pin(data[1], name="small")
 
 
+def test_whose_quota_is_below_the_pins_of_a_running_service_is_warned_and_served(
+    tmp_path: Path, data: tuple[Corpus, str]
+) -> None:
+    with fastload.Cache(tmp_path / "cache", disk_bytes="64MiB", **RAM) as first, first._handle.consumer():
+        first.pin(data[1], name="small")
+        with pytest.warns(RuntimeWarning, match="disk_bytes"):
+            cache = fastload.Cache(tmp_path / "cache", disk_bytes=data[0].byte_count // 2, **RAM)
+        with cache, pytest.warns(RuntimeWarning, match=r"pins name .*, more than the disk cache .* may hold") as warned:
+            assert any("pins name" in message for message in seen(cache).troubles)
+        assert not any("cannot be used" in str(each.message) for each in warned)
+
+
 def test_a_clock_that_was_set_back_ends_no_pin_early_and_none_for_ever(
     tmp_path: Path, data: tuple[Corpus, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

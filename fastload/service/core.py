@@ -142,6 +142,11 @@ class Core:
 
     def connect(self, hello: protocol.Hello, send: Send) -> ConsumerState:
         """Register a consumer that has said hello."""
+        # Before it is registered: of what this may be warned of, it hears in its welcome.
+        if "disk_bytes" in hello.limits:
+            self.change_disk_quota(hello.limits["disk_bytes"])
+        if "disk_write_bytes_per_s" in hello.limits:
+            self._writer.limit(hello.limits["disk_write_bytes_per_s"])
         consumer = ConsumerState(hello, self._resources.stores.add(hello.store), send)
         consumer.load_order = self._residency.load_count
         self.consumers[consumer] = None
@@ -149,10 +154,6 @@ class Core:
             self._release_timer.cancel()
         self._history.connect(consumer, hello)
         self.savings.options_came(consumer)
-        if "disk_bytes" in hello.limits:
-            self.change_disk_quota(hello.limits["disk_bytes"])
-        if "disk_write_bytes_per_s" in hello.limits:
-            self._writer.limit(hello.limits["disk_write_bytes_per_s"])
         return consumer
 
     def disconnect(self, consumer: ConsumerState) -> None:

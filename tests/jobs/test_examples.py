@@ -22,6 +22,7 @@ from tests.jobs.pool import Rank, RankPool
 from tests.shards import Corpus, tar_of
 
 ALONE_AND_IN_SEVERAL = ("device_mesh.py", "open_objects.py", "resume.py", "train_ddp.py", "train_images.py")
+KILLED_AND_RESUMED = ("train_resume.py",)
 
 
 def pictures(shard_count: int = 5, pictures_per_shard: int = 9) -> Corpus:
@@ -166,7 +167,7 @@ def test_train_resume(s3, tmp_path: Path, mortals: RankPool) -> None:
     variables = environment(
         s3, tmp_path, pictures(8, 6), CHECKPOINTS=f"{s3.url}/run", GLOBAL_BATCH=8, SAVE_EVERY=2, EPOCHS=1000
     )
-    with Launched(["--standalone", "--nproc-per-node", "4", "examples/train_resume.py"], variables) as job:
+    with Launched(["--standalone", "--nproc-per-node", "4", f"examples/{KILLED_AND_RESUMED[0]}"], variables) as job:
         printed = job.read_until("step 9 ")
         before = losses(printed + job.end())
     last = max(before)

@@ -24,7 +24,7 @@ import torch
 from fastload import Cache, prepare
 from tests.jobs.launch import ROOT, Launched
 from tests.jobs.pool import Failed, Rank, RankPool
-from tests.jobs.test_examples import ALONE_AND_IN_SEVERAL
+from tests.jobs.test_examples import ALONE_AND_IN_SEVERAL, KILLED_AND_RESUMED
 from tests.shards import Corpus, tar_of
 from tests.torchloader.test_frameworks import FRAMEWORK, QUIET, example
 
@@ -268,4 +268,4 @@ def test_all_run_one_after_the_other_in_one_folder(shards: str, tmp_path: Path) 
 
 def test_no_example_is_left_out() -> None:
     names = {path.name for path in (ROOT / "examples").glob("*.py")}
-    assert names == {*(f"{name}.py" for name in SCRIPTS), *ALONE_AND_IN_SEVERAL}
+    assert names == {*(f"{name}.py" for name in SCRIPTS), *ALONE_AND_IN_SEVERAL, *KILLED_AND_RESUMED}
