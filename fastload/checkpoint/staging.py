@@ -16,7 +16,6 @@ import mmap
 import os
 import pickle
 import queue
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from multiprocessing import reduction
@@ -29,6 +28,7 @@ from torch.distributed._shard.sharded_tensor.shard import Shard
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastload.checkpoint.errors import CheckpointError
+from fastload.lifecycle import on_drop
 
 _MEMORIES = 2
 _DEADLINE_S = 1800.0
@@ -127,7 +127,7 @@ class _Memory:
     def __init__(self, size: int) -> None:
         self.size = size
         self.fd = os.memfd_create("fastload-staging", os.MFD_CLOEXEC)
-        weakref.finalize(self, os.close, self.fd)
+        on_drop(self, os.close, self.fd)
         os.ftruncate(self.fd, size)
         self._map = mmap.mmap(self.fd, size)
         self._is_registered = False
@@ -135,7 +135,7 @@ class _Memory:
     def lend(self, take_back: Callable[[], None]) -> torch.Tensor:
         """All of it, as bytes; `take_back` is called once no tensor refers to it."""
         array = np.frombuffer(self._map, np.uint8)
-        weakref.finalize(array, take_back).atexit = False
+        on_drop(array, take_back)
         return torch.from_numpy(array)
 
     def register(self, device: torch.device) -> None:
