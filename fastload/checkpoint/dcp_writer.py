@@ -34,7 +34,6 @@ from torch.futures import Future
 from fastload.checkpoint import attempts
 from fastload.checkpoint.attempts import opened, try_conditions
 from fastload.checkpoint.boxes import Box
-from fastload.checkpoint.commit import Step
 from fastload.checkpoint.errors import CheckpointError
 from fastload.checkpoint.records import PATHS, Part
 from fastload.checkpoint.segments import Piece, lay_out
@@ -121,9 +120,10 @@ class Writer(StorageWriter, AsyncStager):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         with opened(self._url, self._storage_options) as place:
-            step = attempts.commit(place, self._attempt)
-        # Without collectives others may not have finished, of whom the last one commits.
-        assert step is Step.COMMITTED or not self._use_collectives, step
+            if self._use_collectives:
+                attempts.commit_all(place, self._attempt)
+            else:  # of the ranks the last one commits
+                attempts.commit(place, self._attempt)
 
     def stage(self, state_dict: dict[str, Any]) -> Any:
         if not self._overlap:
@@ -170,7 +170,7 @@ class Writer(StorageWriter, AsyncStager):
         name = hashlib.blake2b(f"{_saves[self._url]} {self._url}".encode(), digest_size=8).hexdigest()
         answer = _agree(name, rank, ranks, msgspec.msgpack.encode(own), decide, self._url)
         self._attempt, numbers = msgspec.msgpack.decode(answer, type=tuple[str, list[int]])
-        share = Share(self._url, self._attempt, rank)
+        share = _came(self._url, self._attempt, rank)
         return dataclasses.replace(plan, items=[plan.items[number] for number in numbers], storage_data=share)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from multiprocessing import resource_sharer
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from fastload.checkpoint import CheckpointError, CheckpointExistsError, Reader, 
 from fastload.checkpoint.attempts import Place
 from fastload.store import StoreOptions, open_store
 from tests.checkpoint.test_single import same
-from tests.jobs.pool import Failed, Rank, RankPool
+from tests.jobs.pool import Failed, Rank, RankError, RankPool
 
 
 def place(path: Path) -> Place:
@@ -175,6 +176,30 @@ def fail(rank: Rank, url: str) -> None:
     saving = dcp.async_save(dealt(2, saves=True), storage_writer=writer, planner=Failing())
     with pytest.raises(CheckpointException, match=r"RANK 1(.|\n)*no longer there"):
         saving.result()
+
+
+def test_a_rank_that_is_killed(mortals: RankPool, tmp_path: Path) -> None:
+    """Of a save in which one has stored its part, and the other has died, nothing is to be seen."""
+    url = str(tmp_path / "1")
+    run(mortals, save_dealt, 2, url)
+    before = attempts.current(place(tmp_path / "1"))
+    with pytest.raises(RankError, match="die: EOFError"):
+        run(mortals, die, 2, url)
+    assert attempts.current(place(tmp_path / "1")) == before
+    check_alone(url)
+    run(mortals, save_dealt, 2, url)
+    assert attempts.current(place(tmp_path / "1")) != before
+
+
+class Dying(dcp.DefaultSavePlanner):
+    def resolve_data(self, write_item: Any) -> Any:
+        if torch.distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().resolve_data(write_item)
+
+
+def die(rank: Rank, url: str) -> None:
+    dcp.save(dealt(2, saves=True), storage_writer=Writer(url, overwrite=True), planner=Dying())
 
 
 def test_plans_that_are_kept(pool: RankPool, tmp_path: Path) -> None:
