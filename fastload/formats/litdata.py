@@ -156,7 +156,7 @@ def _layout(index: _Index, url: str) -> bytes:
     if config.item_loader == _TOKENS_LOADER:
         raise ConfigError(
             f"{url}: its chunks hold tokens, whose windows are as long as you say; give "
-            'format="tokens(BLOCK_SIZE, overlap=0)"'
+            'format="tokens(BLOCK_SIZE, overlap=0)", or the adapter item_loader=TokensLoader(BLOCK_SIZE)'
         )
     if config.ipc_compression not in (None, "zstd", "lz4"):
         raise ConfigError(
