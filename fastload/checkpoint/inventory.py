@@ -10,6 +10,7 @@ from typing import Literal
 from fastload.checkpoint import commit as decisions
 from fastload.checkpoint.attempts import Place
 from fastload.checkpoint.errors import CheckpointError
+from fastload.checkpoint.pruning import number_of
 from fastload.checkpoint.records import MANIFEST_NAME, Manifest, plan_name
 from fastload.errors import ObjectMissingError
 from fastload.store.types import ObjectInfo
@@ -85,4 +86,5 @@ def _row(name: str, group: dict[str, ObjectInfo], manifest: Manifest | None) -> 
 
 
 def _in_order(name: str) -> list[tuple[bool, int, str]]:
-    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split("/")]
+    steps = [(number_of(part), part) for part in name.split("/")]
+    return [(step is None, step or 0, part) for step, part in steps]

@@ -23,13 +23,13 @@ from fastload.checkpoint import attempts
 from fastload.checkpoint import commit as decisions
 from fastload.checkpoint.attempts import Place
 from fastload.checkpoint.errors import CheckpointError
-from fastload.checkpoint.records import MANIFEST_NAME, Manifest, Plan, plan_name
+from fastload.checkpoint.records import MANIFEST_NAME, Manifest, Plan, part_name, plan_name
 from fastload.checkpoint.retention import Committed, Keep, expendable
 from fastload.errors import ObjectChangedError, ObjectMissingError
 from fastload.store.types import ObjectInfo
 
 _log = logging.getLogger("fastload.checkpoint")
-_STEP = re.compile(r"(0|[1-9][0-9]{0,17})/(.+)")
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 _AT_ONCE = 16
 _LOOKS = 20
 GRACE_S = 86400.0
@@ -57,7 +57,13 @@ class _Seen:
 
     def held(self) -> set[int]:
         """Steps that an attempt under way may refer to."""
-        return {int(name) for plans in self.plans.values() for plan in plans for name in plan.refers if name.isdigit()}
+        names = (name for plans in self.plans.values() for plan in plans for name in plan.refers)
+        return {step for step in map(number_of, names) if step is not None}
+
+
+def number_of(name: str) -> int | None:
+    """The step whose folder is called so; None where it is of none."""
+    return int(name) if _NUMBER.fullmatch(name) else None
 
 
 def folder_of(run: Place, step: int) -> Place:
@@ -68,8 +74,9 @@ def folders(run: Place) -> Folders:
     """By one listing of all that lies below the run's URL."""
     found: Folders = {}
     for name, info in run.names().items():
-        if (match := _STEP.fullmatch(name)) is not None:
-            found.setdefault(int(match[1]), {})[match[2]] = info
+        above, _, below = name.partition("/")
+        if (step := number_of(above)) is not None and below:
+            found.setdefault(step, {})[below] = info
     return found
 
 
@@ -96,7 +103,7 @@ def prune(
     seen = _look(run)
     if not is_trial and _repair(run, seen):
         seen = _look(run)
-    doomed = sorted({*steps, *_let_go(seen, keep, now_s - grace_s)} & seen.folders.keys())
+    doomed = sorted({*steps, *_let_go(run, seen, keep, now_s - grace_s)} & seen.folders.keys())
     if is_trial:
         going = [info for step in doomed for info in seen.folders[step].values()]
         return Pruned(doomed, len(going), sum(info.size for info in going))
@@ -108,11 +115,11 @@ def remove(place: Place) -> Pruned:
     `ObjectMissingError` where there is none.
     """
     above, _, name = place.folder.rstrip("/").rpartition("/")
-    if _STEP.fullmatch(f"{name}/."):
+    if (step := number_of(name)) is not None:
         run = Place(place.store, above + "/")
         seen = _look(run)
-        if any(map(decisions.is_ours, seen.folders.get(int(name), ()))):
-            return _delete(run, seen, [int(name)], math.inf, 0.0, {})
+        if any(map(decisions.is_ours, seen.folders.get(step, ()))):
+            return _delete(run, seen, [step], math.inf, 0.0, {})
     else:
         names = {each: info for each, info in place.names().items() if decisions.is_ours(each)}
         if names:
@@ -166,12 +173,22 @@ def _look_again(run: Place, seen: _Seen | None, referred: dict[str, frozenset[st
     raise CheckpointError(f"{run.folder} changes each time that it is looked at; prune it again")
 
 
-def _let_go(seen: _Seen, keep: Keep | None, before_s: float) -> list[int]:
+def _has_its_parts(run: Place, step: int, manifest: Manifest, names: dict[str, ObjectInfo]) -> bool:
+    """A step that has lost some does not count: others would go in favour of one that cannot be loaded."""
+    sizes = {part_name(manifest.attempt, rank): size for rank, (size, _) in enumerate(manifest.parts)}
+    lost = [name for name, size in sizes.items() if name not in names or names[name].size != size]
+    if lost:
+        _log.warning("%s%s is damaged, and does not count: it has lost %s", run.folder, step, lost[0])
+    return not lost
+
+
+def _let_go(run: Place, seen: _Seen, keep: Keep | None, before_s: float) -> list[int]:
     if keep is None:
         return []
     committed = [
         Committed(step, seen.folders[step][MANIFEST_NAME].mtime_ns / 1e9, manifest.metric)
         for step, manifest in seen.manifests.items()
+        if _has_its_parts(run, step, manifest, seen.folders[step])
     ]
     under_way = [step for step, plans in seen.plans.items() if any(plan.began_s > before_s for plan in plans)]
     return expendable(committed, keep, under_way)
@@ -264,7 +281,7 @@ def _referred(run: Place, seen: _Seen, known: dict[str, frozenset[str]]) -> set[
                 if now is None or now.manifest != manifest:
                     raise ObjectMissingError(f"{folder.folder}: it went since it was listed") from error
                 _log.warning("%s", error)  # it cannot be loaded; what it may refer to stays all the same
-                others = (int(name) for name in manifest.refers if name.isdigit())
+                others = {step for step in map(number_of, manifest.refers) if step is not None}
                 stays.update(f"{other}/{name}" for other in others for name in seen.folders.get(other, ()))
                 continue
         stays |= known[manifest.attempt]

@@ -12,8 +12,11 @@ import torch
 
 from fastload import checkpoint
 from fastload.checkpoint import CheckpointDamagedError, CheckpointError, Keep, Run, dedup
-from fastload.checkpoint.records import Plan
+from fastload.checkpoint.attempts import Place
+from fastload.checkpoint.inventory import rows
+from fastload.checkpoint.records import Manifest, Plan
 from fastload.errors import ConfigError, ObjectMissingError
+from fastload.store.local import LocalStore
 from tests.checkpoint.test_single import same
 from tests.conftest import Bucket
 
@@ -127,6 +130,21 @@ def test_what_others_have_put_there_stays(tmp_path: Path) -> None:
     assert run.steps() == [3]
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "01", "best", "1", "3", "7"}
     assert [path.name for path in (tmp_path / "1").iterdir()] == ["mine.txt"]
+
+
+def test_records_that_name_no_steps(tmp_path: Path) -> None:
+    """Whoever wrote them: what they may refer to is no reason to fail."""
+    run = Run(tmp_path, keep=Keep(last=1))
+    run.save(1, state(1))
+    odd = ("..", "\u00b2", "9" * 5000, "", "01", "1/..")
+    plan = Plan(attempt="a" * 16, ranks=1, began_s=time.time(), refers=odd)
+    (tmp_path / "2" / plan.attempt).mkdir(parents=True)
+    (tmp_path / "2" / plan.attempt / "plan.json").write_bytes(plan.encode())
+    manifest = Manifest.of("b" * 16, [b"part"], odd)
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "manifest.json").write_bytes(manifest.encode())
+    assert run.prune().steps == []  # step 3 seems to be there, but its part is not
+    assert [row.name for row in rows(Place.of(LocalStore(), str(tmp_path)))] == ["1", "2", "3"]
 
 
 def test_what_saves_that_failed_have_left_goes(tmp_path: Path) -> None:
