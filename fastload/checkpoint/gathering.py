@@ -13,7 +13,7 @@ from concurrent.futures import Future
 import numpy as np
 
 from fastload.checkpoint.attempts import Place
-from fastload.checkpoint.reading import READ_BYTES, Wanted, requests
+from fastload.checkpoint.reading import READ_BYTES, Copies, Wanted, requests
 from fastload.checkpoint.records import Contents
 from fastload.checkpoint.records import Place as PieceAt
 from fastload.checkpoint.segments import DTYPES
@@ -50,7 +50,12 @@ def wanted(piece: PieceAt, array: Bytes) -> Wanted:
 
 
 def gather(
-    place: Place, there: Contents, names: list[str], into: Callable[[str], Bytes], ahead_bytes: int
+    place: Place,
+    there: Contents,
+    names: list[str],
+    into: Callable[[str], Bytes],
+    ahead_bytes: int,
+    copies: Copies | None = None,
 ) -> Iterator[str]:
     """Fill what `into` gives for each tensor, and say its name when it is whole, in the order of `names`. Of what was
     not taken yet, in flight or whole, there are at most `ahead_bytes`, or one tensor.
@@ -58,7 +63,7 @@ def gather(
     waiting: deque[tuple[list[str], list[Future[None]], int]] = deque()
     groups = _groups(there, names, min(_GROUP_BYTES, ahead_bytes // 4))
     held, group = 0, next(groups, None)
-    with requests(place.store, place.folder) as begin:
+    with requests(place.store, place.folder, copies) as begin:
         while group is not None or waiting:
             while group is not None and (not waiting or held + group[1] <= ahead_bytes):
                 tensors, size = group

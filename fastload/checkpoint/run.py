@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,11 +21,14 @@ from fastload.checkpoint.errors import CheckpointDamagedError
 from fastload.checkpoint.pruning import GRACE_S, Pruned
 from fastload.checkpoint.retention import Keep
 from fastload.client.cache import AnyCache
-from fastload.errors import ConfigError, FastloadError, ObjectMissingError
+from fastload.errors import ConfigError, FastloadError, ObjectMissingError, WaitTimeoutError
+from fastload.protocol import Level
 from fastload.redaction import redact
 
 if TYPE_CHECKING:
     import torch
+
+    from fastload.checkpoint.saving import Saving
 
 _log = logging.getLogger("fastload.checkpoint")
 
@@ -56,6 +60,8 @@ class Run:
         self._keep, self._on_error, self._dedup = keep, on_error, dedup
         self._cache, self._storage_options = cache, storage_options
         self._referred: dict[str, frozenset[str]] = {}
+        self._under_way: dict[int, Saving] = {}
+        self._tidying: threading.Thread | None = None
         #: The step that was saved or loaded last; None: none yet.
         self.step: int | None = None
 
@@ -65,28 +71,76 @@ class Run:
             raise ConfigError(f"step={step!r}: give a whole number from 0 on")
         return f"{self._url}/{step}"
 
-    def save(self, step: int, state: Mapping[str, Any], metric: float | None = None) -> None:
+    def save(
+        self, step: int, state: Mapping[str, Any], metric: float | None = None, *, until: Level = "store"
+    ) -> Saving | None:
         """Save a state as the checkpoint of a step, in place of one that is there; `metric` is for `Keep(best=)`, where
-        what is not finite is never the best. Then steps go that `keep` lets go.
+        what is not finite is never the best. Then steps go that `keep` lets go: in a thread, where it does not wait for
+        the store.
 
-        Raises what `save` does, unless `on_error` is "warn". That a step could not be deleted is logged only: it is
-        tried again after the next save.
+        Raises what `save` does, unless `on_error` is "warn"; then it is logged, and there is no `Saving`. What fails
+        after this has returned is logged by the next call, or by `wait`. So is a step that could not be deleted, which
+        is tried again after the next save.
         """
+        self._look_back()
         try:
             self.step_url(step)  # which says what is no step
-            self._save(step, state, float(metric) if metric is not None and math.isfinite(metric) else None)
+            finite = float(metric) if metric is not None and math.isfinite(metric) else None
+            saving = self._save(step, state, finite, until)
         except Exception as error:
             if self._on_error == "raise":
                 raise
-            _log.warning("step %s of %s was not saved: %s: %s", step, self._shown, type(error).__name__, error)
-            _log.debug("how it failed", exc_info=True)
-            return
+            self._log_failure(step, error)
+            return None
         self.step = step
+        if until == "store":
+            self._tidy()
+        else:
+            self._under_way[step] = saving
+            if self._tidying is None or not self._tidying.is_alive():
+                self._tidying = threading.Thread(target=self._tidy, name="fastload-run")
+                self._tidying.start()
+        return saving
+
+    def wait(self, timeout_s: float = 600.0) -> None:
+        """Wait until all that was saved is in the store, and old steps are gone. Raises what keeps it from that, unless
+        `on_error` is "warn", and `WaitTimeoutError` when time is up.
+        """
+        deadline = time.monotonic() + timeout_s
+        for step, saving in list(self._under_way.items()):
+            try:
+                saving.wait("store", max(0.0, deadline - time.monotonic()))
+            except Exception as error:
+                if self._on_error == "raise" or isinstance(error, WaitTimeoutError):
+                    raise
+                self._log_failure(step, error)
+            del self._under_way[step]
+        if self._tidying is not None:
+            self._tidying.join()  # it has the deadlines of requests
+            self._tidying = None
+            self._tidy()  # since it may have begun before the last was there
+
+    def _look_back(self) -> None:
+        """Of what was saved before: what is in the store, and what failed."""
+        for step, saving in list(self._under_way.items()):
+            try:
+                if not saving.done("store"):
+                    continue
+            except Exception as error:
+                self._log_failure(step, error)
+            del self._under_way[step]
+
+    def _log_failure(self, step: int, error: Exception) -> None:
+        # As text: who keeps records of the log would keep the error, and with it the state's memory.
+        _log.warning("step %s of %s was not saved: %s: %s", step, self._shown, type(error).__name__, str(error))
+        _log.debug("how it failed", exc_info=error)
+
+    def _tidy(self) -> None:
         if self._keep is not None:
             try:
                 self.prune()
             except FastloadError as error:
-                _log.warning("old steps of %s were not deleted: %s", self._shown, error)
+                _log.warning("old steps of %s were not deleted: %s", self._shown, str(error))
 
     def load(
         self,
@@ -127,7 +181,7 @@ class Run:
                 return of(one)
             except (CheckpointDamagedError, ObjectMissingError) as error:  # a step may also have gone meanwhile
                 _log.warning(
-                    "step %s of %s cannot be loaded, and the step before is taken: %s", one, self._shown, error
+                    "step %s of %s cannot be loaded, and the step before is taken: %s", one, self._shown, str(error)
                 )
                 failed = error
         if failed is None:
@@ -158,7 +212,7 @@ class Run:
                 referred=self._referred,
             )
 
-    def _save(self, step: int, state: Mapping[str, Any], metric: float | None) -> None:
+    def _save(self, step: int, state: Mapping[str, Any], metric: float | None, until: Level) -> Saving:
         from fastload.checkpoint.single import save_at
 
         with opened(self._url, self._storage_options) as place:
@@ -167,13 +221,14 @@ class Run:
                 newest = max((other for other in pruning.steps(place) if other != step), default=None)
                 base = Base.at(pruning.folder_of(place, newest)) if newest is not None else None
             folder = pruning.folder_of(place, step)
-            save_at(
+            return save_at(
                 folder,
                 state,
                 overwrite=True,
                 metric=metric,
                 dedup=self._dedup,
                 base=base,
+                until=until,
                 cache=self._cache,
                 storage_options=self._storage_options,
             )

@@ -130,6 +130,38 @@ def test_a_trainer_that_starts_again_reads_from_memory_then_disk_then_the_store(
     assert received(gate) > 0
 
 
+def test_a_run_that_does_not_wait_for_the_store(
+    s3: Bucket, gate: Gate, cache: fastload.Cache, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, keep = f"{s3.url}/run", checkpoint.Keep(last=1)
+    run = checkpoint.Run(url, keep=keep, on_error="warn", dedup=True, cache=cache, storage_options=options(gate))
+    run.save(1, state(1))
+    gate.shut("safetensors")
+    saving = run.save(2, state(2), until="memory")
+    assert saving is not None
+    assert not saving.done("store")
+    assert run.steps() == [1]
+    with pytest.raises(WaitTimeoutError):
+        run.wait(0.1)
+    gate.open()
+    run.wait(PATIENCE_S)
+    assert saving.done("store")
+    assert run.steps() == [2]
+    assert content(run.load()) == 2
+    assert {name for name, _ in checkpoint.stream(run.step_url(2), cache=cache)} == {"w", "none"}
+    assert received(gate) == 0
+    # Another one is first, which is known when this one has returned.
+    gate.shut("safetensors")
+    run.save(3, state(3), until="memory")
+    checkpoint.save({"step": 0, **state(4)}, run.step_url(3), cache="/nonexistent/fastload")
+    gate.open()
+    assert caplog.records == []
+    run.wait(PATIENCE_S)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"step 3 of {url} was not saved: CheckpointExistsError: ")
+    assert content(run.load()) == 4
+
+
 def test_the_cache_is_cleared_and_what_it_carries_stays(s3: Bucket, gate: Gate, cache: fastload.Cache) -> None:
     gate.shut("safetensors")
     saving = checkpoint.save(state(4), f"{s3.url}/1", until="disk", cache=cache, storage_options=options(gate))
