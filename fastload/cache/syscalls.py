@@ -51,6 +51,10 @@ def pwritev(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
     return os.pwritev(fd, buffers, offset)
 
 
+def fsync(fd: int) -> None:
+    os.fsync(fd)
+
+
 def ftruncate(fd: int, size: int) -> None:
     os.ftruncate(fd, size)
 

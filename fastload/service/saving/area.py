@@ -155,7 +155,7 @@ class Area:
         try:
             # Over what a writer that was killed has left, which would hide it.
             transfer(syscalls.pwritev, fd, (memoryview(_record(kind, b"")),), "write", len(MAGIC) + whole)
-            os.fsync(fd)
+            syscalls.fsync(fd)
         finally:
             syscalls.close(fd)
 
@@ -244,7 +244,7 @@ def _write(path: Path, data: memoryview, flags: int) -> None:
                 view[: len(data) - body] = data[body:]
                 transfer(syscalls.pwritev, fd, (view,), "write", body)
             syscalls.ftruncate(fd, len(data))
-        os.fsync(fd)
+        syscalls.fsync(fd)
     finally:
         syscalls.close(fd)
 
@@ -252,6 +252,6 @@ def _write(path: Path, data: memoryview, flags: int) -> None:
 def _sync_folder(path: Path) -> None:
     fd = syscalls.open_directory(path)
     try:
-        os.fsync(fd)
+        syscalls.fsync(fd)
     finally:
         syscalls.close(fd)
