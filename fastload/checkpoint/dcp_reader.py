@@ -32,6 +32,7 @@ from torch.futures import Future
 
 from fastload.checkpoint import attempts, distcp, finding
 from fastload.checkpoint.attempts import Place, opened
+from fastload.checkpoint.copies import Copies
 from fastload.checkpoint.errors import CheckpointDamagedError, CheckpointError
 from fastload.checkpoint.flattening import unflatten
 from fastload.checkpoint.foreign import ENDING, contents_of_folder
@@ -41,6 +42,7 @@ from fastload.checkpoint.records import Place as PieceAt
 from fastload.checkpoint.strided import Numbers, Strided, dense
 from fastload.checkpoint.tensors import dtype_of
 from fastload.checkpoint.values import decoded, paths_of
+from fastload.client.cache import AnyCache, directory_of
 from fastload.errors import ObjectMissingError
 from fastload.store.types import ObjectInfo
 
@@ -64,10 +66,11 @@ class Reader(StorageReader):
         url: str | os.PathLike[str],
         *,
         allow_pickle: bool = False,
+        cache: AnyCache = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         self._url = os.fspath(url)
-        self._allow_pickle, self._storage_options = allow_pickle, storage_options
+        self._allow_pickle, self._cache, self._storage_options = allow_pickle, cache, storage_options
         self._source: _Ours | _Torchs | None = None
 
     @property
@@ -104,7 +107,7 @@ class Reader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         others = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
-        with opened(self._url, self._storage_options) as place:
+        with opened(self._url, self._storage_options) as place, Copies(directory_of(self._cache)) as copies:
             place = Place(place.store, self._found.folder)
             for item, value in zip(others, self._found.values(place, others, self._allow_pickle), strict=True):
                 file = io.BytesIO()
@@ -116,7 +119,7 @@ class Reader(StorageReader):
                 for item, target in targets:
                     if target.shape != item.lengths:
                         raise CheckpointError(f"{item.dest_index.fqn} takes {item.lengths}, and gives {target.shape}")
-                self._found.fill(place, targets)
+                self._found.fill(place, targets, copies)
                 for item, target in targets:
                     planner.commit_tensor(item, target)
         future: Future[None] = Future()
@@ -216,13 +219,13 @@ class _Ours:
             return [self._value(each, allow_pickle) for each in leaf]
         return decoded(*self._there.values[leaf.name], self.folder + leaf.name, allow_pickle)
 
-    def fill(self, place: Place, targets: Sequence[tuple[ReadItem, torch.Tensor]]) -> None:
+    def fill(self, place: Place, targets: Sequence[tuple[ReadItem, torch.Tensor]], copies: Copies) -> None:
         wanted = [
             each
             for item, target in targets
             for each in self._strided(item.storage_index).wanted(item.storage_offsets, target)
         ]
-        read(place.store, place.folder, wanted)
+        read(place.store, place.folder, wanted, copies)
 
     def _strided(self, index: MetadataIndex) -> Strided:
         name = self._tensors[index.fqn]
@@ -249,7 +252,7 @@ class _Torchs:
             data = known[item.storage_index].all()
             yield decoded("torch", data, place.folder + item.storage_index.fqn, allow_pickle)
 
-    def fill(self, place: Place, targets: Sequence[tuple[ReadItem, torch.Tensor]]) -> None:
+    def fill(self, place: Place, targets: Sequence[tuple[ReadItem, torch.Tensor]], copies: Copies) -> None:
         known = self._known(place, [item for item, _ in targets], small_bytes=GAP_BYTES)
         layouts = {index: None if held.is_whole else held.layout() for index, held in known.items()}
         wanted: list[Wanted] = []

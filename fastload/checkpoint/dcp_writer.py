@@ -35,13 +35,16 @@ from fastload.checkpoint import attempts
 from fastload.checkpoint.attempts import opened, try_conditions
 from fastload.checkpoint.boxes import Box
 from fastload.checkpoint.errors import CheckpointError
-from fastload.checkpoint.records import PATHS, Part
+from fastload.checkpoint.records import PATHS
+from fastload.checkpoint.saving import Saving, checked_level
 from fastload.checkpoint.segments import Piece, lay_out
 from fastload.checkpoint.staging import Staging
 from fastload.checkpoint.tensors import NAMES
 from fastload.checkpoint.values import encoded
-from fastload.checkpoint.writing import store_segments
+from fastload.checkpoint.writing import start
+from fastload.client.cache import AnyCache
 from fastload.errors import ConfigError
+from fastload.protocol import Level
 
 # A rank without collectives waits so long for the others to come to the same save.
 _DEADLINE_S = 1800.0
@@ -55,27 +58,38 @@ class Writer(StorageWriter, AsyncStager):
         dcp.save(state, storage_writer=checkpoint.Writer("s3://bucket/run/1200"))
         future = dcp.async_save(state, storage_writer=checkpoint.Writer(url))
 
-    Raises what `checkpoint.save` does. In torch's calls it is the cause within a `CheckpointException`, which names the
-    rank. `async_save` copies the state into memory that is used again by the next save, and a third save waits for
-    the first of two; with `overlap=True` it returns before that copy is made, and `staging_completion` of what it
-    returns is to be waited for before the state changes.
+    `until`, `cache` and what it raises are as with `checkpoint.save`; in torch's calls that is in a
+    `CheckpointException`, which names the rank. `saving` says how far this rank's part is.
+
+    `async_save` copies the state into memory that is used again by the next save, and a third save waits for the first
+    of two; with `overlap=True` it returns before that copy is made, and `staging_completion` of what it returns is to
+    be waited for before the state changes.
     """
 
     def __init__(
         self,
         url: str | os.PathLike[str],
         *,
+        until: Level = "store",
         overwrite: bool = False,
         overlap: bool = False,
+        cache: AnyCache = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
+        checked_level(until)
         if overlap and not hasattr(state_dict_saver, "AsyncSaveResponse"):
             raise ConfigError(f"overlap=True takes a newer torch than {torch.__version__}; leave it out")
         self._url = os.fspath(url)
-        self._overwrite, self._overlap, self._storage_options = overwrite, overlap, storage_options
+        self._until, self._overwrite, self._overlap = until, overwrite, overlap
+        self._cache, self._storage_options = cache, storage_options
+        #: This rank's save, once its part is handed over; None before, and in another process.
+        self.saving: Saving | None = None
         self._rank: int | None = None
         self._use_collectives = True
         self._attempt = ""  # that this process has begun, or agreed on
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "saving": None}
 
     @property
     def checkpoint_id(self) -> str:
@@ -88,7 +102,7 @@ class Writer(StorageWriter, AsyncStager):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
             self._url = os.fspath(checkpoint_id)
-        self._attempt = ""
+        self._attempt, self.saving = "", None
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self._rank, self._use_collectives = kwargs.get("rank"), kwargs.get("use_collectives", True)
@@ -111,14 +125,25 @@ class Writer(StorageWriter, AsyncStager):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         share = _shares.pop(self._url, plan.storage_data)
         held = _Held(plan, planner)
-        with opened(self._url, self._storage_options) as place:
-            segments = store_segments(place, share.attempt, share.rank, list(lay_out(held.pieces)), held)
-            attempts.finish_rank(place, Part.of(share.attempt, share.rank, segments, held.others))
+        self.saving = start(
+            self._url,
+            self._storage_options,
+            share.attempt,
+            share.rank,
+            list(lay_out(held.pieces)),
+            held,
+            held.others,
+            cache=self._cache,
+            until=self._until,
+            commits=self._until != "store" and share.rank == 0,
+        )
         future: Future[list[WriteResult]] = Future()
         future.set_result([WriteResult(item.index, _size(item), None) for item in plan.items])
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        if self._until != "store":
+            return  # the service of rank 0 commits, when all parts are in the store
         with opened(self._url, self._storage_options) as place:
             if self._use_collectives:
                 attempts.commit_all(place, self._attempt)

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
+import fastload
 from fastload import checkpoint
 from fastload.checkpoint import CheckpointError, Reader, Writer, attempts, distcp, strided
 from fastload.checkpoint.dcp_writer import deal
@@ -28,6 +29,7 @@ from fastload.checkpoint.records import Object
 from fastload.checkpoint.staging import Staging
 from fastload.checkpoint.strided import Strided, dense, runs
 from fastload.store import Counters, RequestOptions, open_store
+from tests.checkpoint.test_carried import SMALL
 from tests.checkpoint.test_single import same
 from tests.conftest import Bucket
 
@@ -269,8 +271,9 @@ def test_an_eighth_of_the_rows_is_an_eighth_of_the_bytes(
         for path in (tmp_path / "1").iterdir():
             s3.put(f"1/{path.name}", path.read_bytes())
     else:
-        dcp.save({"w": tensor}, storage_writer=Writer(f"{s3.url}/1"))
-    reader = Reader(f"{s3.url}/1")
+        with fastload.Cache(tmp_path / "cache", **SMALL) as cache:
+            dcp.save({"w": tensor}, storage_writer=Writer(f"{s3.url}/1", cache=cache))
+    reader = Reader(f"{s3.url}/1", cache=tmp_path / "another cache")
     reader.read_metadata()
     counters = Counters()
     monkeypatch.setattr(

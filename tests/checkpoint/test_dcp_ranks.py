@@ -21,12 +21,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+import fastload
 from fastload import checkpoint
 from fastload.checkpoint import CheckpointError, CheckpointExistsError, Reader, Writer, attempts
 from fastload.checkpoint.attempts import Place
 from fastload.store import StoreOptions, open_store
 from tests.checkpoint.test_single import same
 from tests.jobs.pool import Failed, Rank, RankError, RankPool
+from tests.patience import PATIENCE_S
 
 
 def place(path: Path) -> Place:
@@ -200,6 +202,39 @@ class Dying(dcp.DefaultSavePlanner):
 
 def die(rank: Rank, url: str) -> None:
     dcp.save(dealt(2, saves=True), storage_writer=Writer(url, overwrite=True), planner=Dying())
+
+
+def test_the_service_carries_what_ranks_save(pool: RankPool, tmp_path: Path) -> None:
+    """The call returns when all is in the service's memory, which stores it, commits it, and gives it back."""
+    url, cache = str(tmp_path / "1"), str(tmp_path / "cache")
+    run(pool, save_to_memory, 2, url, cache)
+    same(torch.arange(4.0 * (1 << 20)).reshape(4, -1), checkpoint.load(url)["w"])
+
+
+def save_to_memory(rank: Rank, url: str, directory: str) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    rows = torch.arange(4.0 * (1 << 20)).reshape(4, -1)
+    w = distribute_tensor(rows, mesh, [Shard(0)])
+    with fastload.Cache(directory, ram_bytes="1MiB", disk_bytes="1MiB", chunk_bytes="64KiB") as cache:
+        for save in (dcp.save, dcp.async_save):
+            writer = Writer(url, until="memory", overwrite=True, cache=cache)
+            future = save({"w": w}, storage_writer=writer)
+            if save is dcp.async_save:
+                future.result()
+            assert writer.saving is not None
+            writer.saving.wait("store", PATIENCE_S)
+            torch.distributed.barrier()
+        for path in Path(url).glob("*/*.safetensors"):  # the store has lost its bytes, and the service has them still
+            path.write_bytes(bytes(path.stat().st_size))
+        torch.distributed.barrier()
+        state = {"w": torch.zeros(4, 1 << 20)}
+        dcp.load(state, storage_reader=Reader(url, cache=cache))
+        assert torch.equal(state["w"], rows)
+        torch.distributed.barrier()
+        if rank.rank == 0:
+            dcp.save({"w": rows}, storage_writer=Writer(url, overwrite=True, cache=cache), no_dist=True)
+        torch.distributed.barrier()
+    writer.close()
 
 
 def test_plans_that_are_kept(pool: RankPool, tmp_path: Path) -> None:
