@@ -18,10 +18,12 @@ from typing import Any, BinaryIO
 from fastload.checkpoint import attempts
 from fastload.checkpoint.attempts import Place, opened, try_conditions
 from fastload.checkpoint.boxes import Box
+from fastload.checkpoint.copies import Copies
 from fastload.checkpoint.errors import CheckpointError
 from fastload.checkpoint.reading import Wanted, requests
 from fastload.checkpoint.records import Contents, Part, object_name
 from fastload.checkpoint.segments import PAGE_BYTES, Piece, Segment, checksums, header_of
+from fastload.client.cache import AnyCache, directory_of
 
 NAME = "file"
 # So much is held of each segment that is in flight, and of the one that is being written.
@@ -117,13 +119,16 @@ def _piece(size: int, start: int, length: int) -> Piece:
     return Piece(NAME, "U8", (size,), Box((start,), (length,)))
 
 
-def open_file(url: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> io.BufferedReader:
+def open_file(
+    url: str | os.PathLike[str], *, cache: AnyCache = None, storage_options: Mapping[str, Any] | None = None
+) -> io.BufferedReader:
     """What `create` wrote at `url`, as a file to read and to seek in: every byte is verified. To be closed.
 
     Raises `ObjectMissingError` where no checkpoint is, and `CheckpointError` for one that `create` did not write.
     """
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(opened(url, storage_options))
+        copies = stack.enter_context(Copies(directory_of(cache)))
         there = attempts.contents(place)
         if (
             list(there.tensors) != [NAME]
@@ -132,18 +137,18 @@ def open_file(url: str | os.PathLike[str], *, storage_options: Mapping[str, Any]
             or len(there.tensors[NAME][1]) != 1
         ):
             raise CheckpointError(f"{place.folder} holds no file that create() wrote; load() reads it")
-        return io.BufferedReader(_Read(place, there, stack.pop_all()), _BUFFER_BYTES)
+        return io.BufferedReader(_Read(place, there, copies, stack.pop_all()), _BUFFER_BYTES)
     raise AssertionError
 
 
 class _Read(io.RawIOBase):
-    def __init__(self, place: Place, there: Contents, stack: contextlib.ExitStack) -> None:
+    def __init__(self, place: Place, there: Contents, copies: Copies, stack: contextlib.ExitStack) -> None:
         super().__init__()
         self._pieces = sorted(there.places(NAME), key=lambda each: each.box.offsets)
         (self._size,) = there.tensors[NAME][1]
         self._at = 0
         self._stack = stack
-        self._begin = stack.enter_context(requests(place.store, place.folder))
+        self._begin = stack.enter_context(requests(place.store, place.folder, copies))
 
     def readable(self) -> bool:
         return True

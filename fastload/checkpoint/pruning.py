@@ -47,6 +47,14 @@ class Pruned:
     bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What was read before, and cannot have changed: manifests by their ETag, and what attempts refer to."""
+
+    manifests: dict[str, Manifest] = field(default_factory=dict)
+    referred: dict[str, frozenset[str]] = field(default_factory=dict)
+
+
 @dataclass(slots=True)
 class _Seen:
     """What a run holds, as one listing shows it and the records that it lists say."""
@@ -93,21 +101,22 @@ def prune(
     grace_s: float = GRACE_S,
     steps: Collection[int] = (),
     is_trial: bool = False,
-    referred: dict[str, frozenset[str]] | None = None,
+    known: Known | None = None,
 ) -> Pruned:
     """Delete the steps that `keep` lets go, and these `steps` whatever it says of them; and what attempts have left for
     `grace_s`. An attempt that has all it needs is committed. With `is_trial` nothing changes.
 
-    `referred` remembers what the attempts refer to, from one call to the next.
+    `known` remembers what was read, from one call to the next.
     """
-    seen = _look(run)
+    known = known or Known()
+    seen = _look(run, known)
     if not is_trial and _repair(run, seen):
-        seen = _look(run)
+        seen = _look(run, known)
     doomed = sorted({*steps, *_let_go(run, seen, keep, now_s - grace_s)} & seen.folders.keys())
     if is_trial:
         going = [info for step in doomed for info in seen.folders[step].values()]
         return Pruned(doomed, len(going), sum(info.size for info in going))
-    return _delete(run, seen, doomed, grace_s, now_s, {} if referred is None else referred)
+    return _delete(run, seen, doomed, grace_s, now_s, known)
 
 
 def remove(place: Place) -> Pruned:
@@ -117,9 +126,9 @@ def remove(place: Place) -> Pruned:
     above, _, name = place.folder.rstrip("/").rpartition("/")
     if (step := number_of(name)) is not None:
         run = Place(place.store, above + "/")
-        seen = _look(run)
+        seen = _look(run, known := Known())
         if any(map(decisions.is_ours, seen.folders.get(step, ()))):
-            return _delete(run, seen, [step], math.inf, 0.0, {})
+            return _delete(run, seen, [step], math.inf, 0.0, known)
     else:
         names = {each: info for each, info in place.names().items() if decisions.is_ours(each)}
         if names:
@@ -129,9 +138,7 @@ def remove(place: Place) -> Pruned:
     raise ObjectMissingError(f"{place.folder}: no checkpoint is here ({MANIFEST_NAME}); check its name")
 
 
-def _delete(
-    run: Place, seen: _Seen, doomed: list[int], grace_s: float, now_s: float, referred: dict[str, frozenset[str]]
-) -> Pruned:
+def _delete(run: Place, seen: _Seen, doomed: list[int], grace_s: float, now_s: float, known: Known) -> Pruned:
     ended: dict[int, set[str]] = {}
     count = size = 0
     for step in doomed:
@@ -143,7 +150,7 @@ def _delete(
         for name in first:
             run.store.delete(folder + name)
         count, size = count + len(first), size + sum(names[name].size for name in first)
-    seen, stays = _look_again(run, None if doomed else seen, referred)
+    seen, stays = _look_again(run, None if doomed else seen, known)
     held = seen.held()
     for step, names in seen.folders.items():
         folder = folder_of(run, step).folder
@@ -162,12 +169,12 @@ def _deletion_order(name: str) -> int:
     return 0 if name.endswith("/plan.json") else 1 if name == MANIFEST_NAME else 2
 
 
-def _look_again(run: Place, seen: _Seen | None, referred: dict[str, frozenset[str]]) -> tuple[_Seen, set[str]]:
+def _look_again(run: Place, seen: _Seen | None, known: Known) -> tuple[_Seen, set[str]]:
     """What is there, unless that was `seen` already, and what of it committed steps refer to."""
     for _ in range(_LOOKS):
-        seen = seen or _look(run)
+        seen = seen or _look(run, known)
         try:
-            return seen, _referred(run, seen, referred)
+            return seen, _referred(run, seen, known.referred)
         except ObjectMissingError:  # a step was replaced or went since it was listed
             seen = None
     raise CheckpointError(f"{run.folder} changes each time that it is looked at; prune it again")
@@ -208,12 +215,12 @@ def _leftovers(
     return (at_once - kept) | set(decisions.leftovers(there, committed, grace_s, now_s, kept))
 
 
-def _look(run: Place) -> _Seen:
+def _look(run: Place, known: Known) -> _Seen:
     """Manifests and plans that change or go meanwhile are looked at again, with all that is listed."""
     for look in range(_LOOKS):
         seen = _Seen(folders(run))
         try:
-            _read_manifests(run, seen)
+            _read_manifests(run, seen, known.manifests)
             _read_plans(run, seen)
         except (ObjectMissingError, ObjectChangedError):
             if look == _LOOKS - 1:
@@ -223,16 +230,22 @@ def _look(run: Place) -> _Seen:
     raise AssertionError
 
 
-def _read_manifests(run: Place, seen: _Seen) -> None:
+def _read_manifests(run: Place, seen: _Seen, known: dict[str, Manifest]) -> None:
     def read(step: int) -> Manifest | None:
+        etag = seen.folders[step][MANIFEST_NAME].etag
+        if etag is not None and etag in known:
+            return known[etag]
         data, info = folder_of(run, step).read(MANIFEST_NAME)
-        if info.etag != seen.folders[step][MANIFEST_NAME].etag:
+        if info.etag != etag:
             raise ObjectChangedError(f"{info.url}: it was replaced since it was listed")
         try:
-            return Manifest.decode(data, info.url)
+            manifest = Manifest.decode(data, info.url)
         except CheckpointError as error:
             _log.warning("%s", error)
             return None
+        if etag is not None:
+            known[etag] = manifest
+        return manifest
 
     committed = [step for step, names in seen.folders.items() if MANIFEST_NAME in names]
     with ThreadPoolExecutor(_AT_ONCE, "fastload-prune") as pool:

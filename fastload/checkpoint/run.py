@@ -18,7 +18,7 @@ from fastload.checkpoint import pruning
 from fastload.checkpoint.attempts import opened
 from fastload.checkpoint.dedup import Base
 from fastload.checkpoint.errors import CheckpointDamagedError
-from fastload.checkpoint.pruning import GRACE_S, Pruned
+from fastload.checkpoint.pruning import GRACE_S, Known, Pruned
 from fastload.checkpoint.retention import Keep
 from fastload.client.cache import AnyCache
 from fastload.errors import ConfigError, FastloadError, ObjectMissingError, WaitTimeoutError
@@ -59,7 +59,7 @@ class Run:
         self._shown = redact(self._url)
         self._keep, self._on_error, self._dedup = keep, on_error, dedup
         self._cache, self._storage_options = cache, storage_options
-        self._referred: dict[str, frozenset[str]] = {}
+        self._known = Known()
         self._under_way: dict[int, Saving] = {}
         self._tidying: threading.Thread | None = None
         #: The step that was saved or loaded last; None: none yet.
@@ -209,7 +209,7 @@ class Run:
                 now_s=time.time(),
                 grace_s=grace_s,
                 is_trial=dry_run,
-                referred=self._referred,
+                known=self._known,
             )
 
     def _save(self, step: int, state: Mapping[str, Any], metric: float | None, until: Level) -> Saving:

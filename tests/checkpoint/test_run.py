@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import random
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -221,3 +225,43 @@ def test_a_base_that_is_damaged_is_not_referred_to(tmp_path: Path, caplog: pytes
     part.write_bytes(b"")
     run.save(2, state(1))
     same(state(1), run.load())
+
+
+_SAVES = """
+import itertools, sys, torch
+from fastload.checkpoint import Keep, Run
+run = Run(sys.argv[1], dedup=True, keep=Keep(last=2, every=7))
+weights = torch.arange(400_000.0)
+for step in itertools.count(int(sys.argv[2])):
+    weights[step % 3 * 100_000] = step
+    run.save(step, {"w": weights.clone(), "step": step})
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.thorough
+def test_killed_at_any_time(tmp_path: Path) -> None:
+    """What was said to be saved is there, or what was saved after it; what is there is whole; all else goes."""
+    said = 0
+    for turn in range(8):
+        command = [sys.executable, "-c", _SAVES, str(tmp_path), str(said + 1)]
+        root = str(Path(__file__).parent.parent.parent)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
+            assert process.stdout is not None
+            said = int(process.stdout.readline())
+            time.sleep(random.Random(turn).uniform(0, 0.2))
+            process.send_signal(signal.SIGKILL)
+            said = int((process.stdout.read().splitlines() or [said])[-1])
+        run = Run(tmp_path, keep=Keep(last=2, every=7))
+        run.prune(grace_s=0)
+        for step in run.steps():
+            assert run.load(step=step)["step"] == step
+        latest = run.latest()
+        assert latest is not None
+        assert said <= latest <= said + 1
+        said = latest
+    for _ in range(3):
+        run.prune(grace_s=0)
+    refers = {row.name for row in rows(Place.of(LocalStore(), str(tmp_path))) if row.state == "remains"}
+    assert all(int(name) < said - 1 for name in refers)
+    assert run.steps() == sorted({said - 1, said, *range(7, said, 7)})
