@@ -29,6 +29,7 @@ WHOLE = "json"
 
 _MARK, _MARKS_OF_UTF16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 _LINE_END = ord("\n")
+_HEAD_BYTES = 16
 _AT_ONCE = 1 << 16
 _LINE_BYTES_MAX = (1 << 32) - 1
 
@@ -48,6 +49,7 @@ class JsonlIndexer:
         self._ends: list[NDArray[np.int64]] = []
         self._is_open_blank = True  # the line that goes on beyond what was read
         self._is_before_first = self._start > 0  # what was read so far is of a line of the piece before
+        self._head = b""  # of the file
         self._done = self._object_end == 0
 
     @property
@@ -64,6 +66,8 @@ class JsonlIndexer:
         """Read `chunk`, which lies at `start` in the object, or in the piece."""
         if not start <= self.next_offset < start + len(chunk):
             raise ShardError(f"{self._url}: bytes from {start} came where those from {self.next_offset} were needed")
+        if not self._start and start < _HEAD_BYTES:
+            self._head = self._head[:start] + chunk[: _HEAD_BYTES - start].tobytes()
         if self._is_before_first:
             self._skip(chunk, start)
         elif start == 0 and chunk[:3].tobytes() == _MARK:
@@ -112,7 +116,7 @@ class JsonlIndexer:
             self._starts[number], self._ends[number] = self._starts[number][1:], ends[1:]
 
     def finish(self) -> RecordIndex:
-        """The index. ShardError: a line is longer than can be."""
+        """The index. ShardError: a line is longer than can be, or the first is no object by itself."""
         is_open = not self._is_before_first and self._state[0] <= self._size and self._state[0] < self._object_end
         if is_open and not self._is_open_blank:  # the last line of the file may lack its end
             self._starts.append(self._state[:1].copy())
@@ -120,6 +124,12 @@ class JsonlIndexer:
         none = np.empty(0, np.int64)
         starts, ends = np.concatenate([none, *self._starts]), np.concatenate([none, *self._ends])
         sizes = ends - starts
+        first = self._head[starts[0] : ends[0]].strip() if len(starts) and sizes[0] < _HEAD_BYTES else b""
+        if first in (b"{", b"["):
+            raise ShardError(
+                f"{self._url} begins with the line {first.decode()!r}: it is JSON of several lines, and JSON lines "
+                f"have an object each; write it so: jq -c {'.' if first == b'{' else '.[]'} {shard_name(self._url)}"
+            )
         if len(sizes) and sizes.max() > _LINE_BYTES_MAX:
             start = self._start + starts[sizes.argmax()]
             raise ShardError(f"{self._url}: the line at byte {start} has {sizes.max()} bytes, above 4 GiB")

@@ -492,7 +492,12 @@ def check_jsonl(data: bytes, rng: random.Random) -> None:
             while not indexer.done:
                 indexer.feed(guarded_bytes(data[info.start + at :][:step], rng.random() < 0.7), at)
                 at += step
-            index = indexer.finish()
+            try:
+                index = indexer.finish()
+            except ShardError as error:
+                assert "it is JSON of several lines" in str(error)  # noqa: PT017
+                assert data.removeprefix(b"\xef\xbb\xbf").lstrip(bytes(range(33)))[:1] in (b"{", b"[")
+                return
             assert index.reach <= len(data) - info.start
             places = zip((info.start + index.offset).tolist(), index.size.tolist(), strict=True)
             found += [data[start : start + size] for start, size in places]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,17 @@ def test_text_in_utf_16_is_refused_by_name(cache: fastload.Cache, tmp_path: Path
     path.write_text('{"a": 1}\n', "utf-16")
     with pytest.raises(ShardError, match=r"a\.jsonl is text in UTF-16, .*write it so: iconv -f UTF-16"):
         list(fastload.StreamingDataset(str(path), cache=cache))
+
+
+@pytest.mark.parametrize(
+    ("text", "cure"), [('{\n "a": 1\n}\n', "jq -c . a.json"), ('[\n {"a": 1}]', "jq -c .[] a.json")]
+)
+def test_json_of_several_lines_is_refused_with_the_cure(
+    cache: fastload.Cache, tmp_path: Path, text: str, cure: str
+) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ShardError, match=rf"begins with the line '.': it is JSON of several .*: {re.escape(cure)}"):
+        list(fastload.StreamingDataset(tmp_path / "a.json", cache=cache, format="jsonl"))
 
 
 def test_a_line_that_is_no_json_is_named_or_skipped(cache: fastload.Cache, tmp_path: Path) -> None:
