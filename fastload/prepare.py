@@ -50,7 +50,8 @@ from fastload.errors import (
     WriteConflictError,
     from_wire,
 )
-from fastload.formats import Format, Index, side_index
+from fastload.formats import Format, Index, is_cut, side_index
+from fastload.formats.pieces import in_pieces
 from fastload.formats.splits import with_split
 from fastload.history.archive import Archive
 from fastload.history.library import WARMING
@@ -97,6 +98,21 @@ class WarmJob:
     def names(self) -> list[str]:
         """What its data is called in files of lists of shards."""
         return with_split(self.urls, self.split)
+
+
+@dataclass(frozen=True, slots=True)
+class EarlierRun:
+    """What an earlier run read: the objects at these URLs, whole, or where `format` is given, large ones in the pieces
+    in which data sets of that format read them.
+    """
+
+    urls: Sequence[str]
+    format: Format | None = None
+
+    def objects(self, consumer: Consumer) -> ObjectTable:
+        """Those that are there, as they are now."""
+        there, how = consumer.present(self.urls), self.format
+        return there if how is None else in_pieces(there, lambda url: is_cut(url, how))
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,13 +254,13 @@ def _failed(progress: Progress) -> dict[str, FastloadError]:
 
 
 def look(
-    what: WarmJob | Sequence[str],
+    what: WarmJob | EarlierRun,
     directory: Path,
     *,
     storage_options: Mapping[str, Any] | None = None,
     limits: CacheLimits | None = None,
 ) -> Outlook:
-    """What the cache at `directory` holds of what a job reads in an epoch, or of the objects at these URLs. Lists the
+    """What the cache at `directory` holds of what a job reads in an epoch, or of what an earlier run read. Lists the
     store and fetches nothing; raises its errors.
 
     Where no service runs, that is read from the directory's files, of which none is made or changed, and nothing is
@@ -267,9 +283,9 @@ def look(
     return _outlook(held, limits.chunk_bytes, objects, directory, {})
 
 
-def _objects_of(consumer: Consumer, what: WarmJob | Sequence[str], ram_bytes: int) -> ObjectTable:
-    if not isinstance(what, WarmJob):
-        return consumer.present(what)
+def _objects_of(consumer: Consumer, what: WarmJob | EarlierRun, ram_bytes: int) -> ObjectTable:
+    if isinstance(what, EarlierRun):
+        return what.objects(consumer)
     found = None if what.manifest_file is None else frozen(what.manifest_file, what.names)
     manifest = found or what.list_shards(consumer)
     check_reading(manifest, what.format)
@@ -278,7 +294,7 @@ def _objects_of(consumer: Consumer, what: WarmJob | Sequence[str], ram_bytes: in
 
 
 def _listed_apart(
-    what: WarmJob | Sequence[str], limits: CacheLimits, storage_options: Mapping[str, Any] | None
+    what: WarmJob | EarlierRun, limits: CacheLimits, storage_options: Mapping[str, Any] | None
 ) -> ObjectTable:
     """What the store has, asked for by a cache that is gone afterwards."""
     sizes = {"ram_bytes": 8 * limits.chunk_bytes, "disk_bytes": 0, "chunk_bytes": limits.chunk_bytes}
@@ -331,21 +347,21 @@ def _measured(endpoints: Mapping[str, Any], directory: Path, objects: ObjectTabl
 
 
 def warm_run(
-    urls: Sequence[str],
+    run: EarlierRun,
     cache: AnyCache,
     *,
     storage_options: Mapping[str, Any] | None = None,
     terms: WarmTerms = _ANY_TERMS,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Warmed:
-    """Fill `cache` with the objects at `urls`, as they are now and in this order: those that an earlier run read.
+    """Fill `cache` with what an earlier run read, as it is now and in this order.
 
     Blocks until everything is there, or the cache is full. Objects that are gone are left out; other errors of the
     store are raised.
     """
     with handle_of(cache).consumer(storage_options, WARMING) as consumer:
-        objects = consumer.present(urls)
-        missing_count = len(urls) - len(objects)
+        objects = run.objects(consumer)
+        missing_count = len(run.urls) - len({info.url for info in objects})
         if not len(objects):
             return Warmed(0, missing_count=missing_count)
         consumer.attach(objects)

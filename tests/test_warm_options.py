@@ -17,9 +17,15 @@ import pytest
 
 import fastload
 from fastload import cli, protocol
+from fastload.cli.warm_tasks import Asked, task_of_run
 from fastload.client.cache import Handle
 from fastload.config import format_bytes
 from fastload.errors import ConfigError, ObjectMissingError
+from fastload.formats import tokens
+from fastload.history.archive import Archive
+from fastload.history.record import Recorder
+from fastload.prepare import EarlierRun
+from fastload.store.types import ObjectInfo
 from tests.conftest import Bucket
 from tests.daemon.running import Daemon
 from tests.processes import service_pids, until
@@ -319,6 +325,23 @@ def test_what_a_run_read_can_be_looked_at_too(s3: Bucket, data: Corpus, place: P
 
 
 # Pins and limits
+
+
+@pytest.mark.parametrize(
+    ("readers", "given", "how"),
+    [
+        (["s3://b/"], "auto", "auto"),
+        (["s3://b/", "fastload.open"], "tokens(8)", tokens(8)),
+        (["fastload.open"], "auto", None),
+    ],
+)
+def test_what_data_sets_read_in_pieces_is_warmed_so(tmp_path: Path, readers: list[str], given: str, how: Any) -> None:
+    recorder, archive = Recorder("train.py", 0.0, 1 << 20), Archive(tmp_path)
+    for name in readers:
+        recorder.read(recorder.begin_trace(name), 7, ObjectInfo("s3://b/a.jsonl", 1 << 30), 0, 0.0)
+    archive.append(archive.new_name(0.0), recorder.take(1.0, {}).pieces())
+    task = task_of_run(tmp_path, "latest", given, Asked(None, None, None, False, None))
+    assert task.run == EarlierRun(["s3://b/a.jsonl"], how)
 
 
 def test_what_is_pinned_stays_through_epochs_of_another_job(s3: Bucket, place: Path) -> None:

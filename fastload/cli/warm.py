@@ -41,8 +41,8 @@ from fastload.cli.warm_tasks import (
     checked_shuffle,
     hand_over,
     read_list,
-    read_run,
     tables_of,
+    task_of_run,
     task_of_table,
     task_of_urls,
 )
@@ -150,8 +150,8 @@ def warm(
         "split": split,
     }
     given = {name: value for name, value in order.items() if _is_given(context, _PARAMETERS.get(name, name))}
-    if from_history is not None and (given or pin):
-        what = "--pin" if pin else f"--{next(iter(given)).replace('_', '-')}"
+    if from_history is not None and (given.keys() - {"format"} or pin):
+        what = "--pin" if pin else f"--{min(given.keys() - {'format'}).replace('_', '-')}"
         raise ConfigError(f"{what} goes with URLs, --list or --job; what a run read has its own order, and no pin")
     asked = Asked(profile, bandwidth, deadline, pin, ttl)
     if daemon:
@@ -166,8 +166,7 @@ def warm(
         if ttl is not None and not any(task.pin for task in tasks):
             raise ConfigError(f"--ttl={ttl} is that of a pin, which {job} has none of; add --pin, or leave it out")
     elif from_history is not None:
-        run, run_urls = read_run(cache_directory(cache), from_history)
-        tasks = [Task(run, None, run_urls, asked.storage_options, asked.terms())]
+        tasks = [task_of_run(cache_directory(cache), from_history, format_name, asked)]
     else:
         tasks = [task_of_urls(named, order, asked)]
     options, console = CacheOptions(cache, ram_bytes, disk_bytes, chunk_bytes), Console(stderr=True)
@@ -209,7 +208,8 @@ def _show_outlook(
     found: list[tuple[Task, Outlook]] = []
     damaged_chunks = 0
     for task in tasks:
-        what = task.run_urls if task.job is None else task.job
+        what = task.job or task.run
+        assert what is not None, "a task of nothing"
         outlook = prepare.look(what, directory, storage_options=task.storage_options, limits=limits)
         damaged_chunks += damaged_in(directory, _names_of(task)) if verifies else 0
         found.append((task, outlook))
@@ -376,7 +376,8 @@ def _warm(cache: Cache, task: Task, before: int, show: Callable[[int, int], None
     options = {"storage_options": task.storage_options, "terms": task.terms, "on_progress": on_progress}
     if task.job is not None:
         return prepare.warm(task.job, cache, pin=task.pin, label=task.name, **options)  # type: ignore[arg-type]
-    return prepare.warm_run(task.run_urls, cache, **options)  # type: ignore[arg-type]
+    assert task.run is not None, "a task of nothing"
+    return prepare.warm_run(task.run, cache, **options)  # type: ignore[arg-type]
 
 
 def _verify(cache: Cache, task: Task) -> int:

@@ -18,7 +18,7 @@ from fastload.errors import ConfigError
 
 if TYPE_CHECKING:
     from fastload.daemon.config import DataTable
-    from fastload.prepare import PinTerms, WarmJob
+    from fastload.prepare import EarlierRun, PinTerms, WarmJob
     from fastload.protocol import Progress, WarmTerms
 
 ORDERS = ("window", "shards", "global", "none")
@@ -27,11 +27,11 @@ _LIST_BYTES_MAX = 256 << 20
 
 @dataclass(slots=True)
 class Task:
-    """One thing to warm: a job's data, or what an earlier run read (`run_urls`); and the last progress that came."""
+    """One thing to warm: a job's data, or else what an earlier run read; and the last progress that came."""
 
     name: str
     job: WarmJob | None
-    run_urls: list[str] = field(default_factory=list)
+    run: EarlierRun | None = None
     storage_options: dict[str, Any] = field(default_factory=dict)
     terms: WarmTerms | None = None
     pin: PinTerms | None = None
@@ -140,7 +140,7 @@ def task_of_urls(urls: list[str], order: Mapping[str, Any], asked: Asked) -> Tas
         order["split"],
     )
     pin = PinTerms(pin_name(job.names), asked.ttl_s) if asked.pin else None
-    return Task("", job, [], asked.storage_options, asked.terms(), pin)
+    return Task("", job, None, asked.storage_options, asked.terms(), pin)
 
 
 def tables_of(file: Path, order: Mapping[str, Any]) -> list[DataTable]:
@@ -163,7 +163,7 @@ def task_of_table(table: DataTable, asked: Asked) -> Task:
     if table.pin or asked.pin:
         pin = PinTerms(table.name, asked.ttl_s or table.ttl_s or 0.0, table.quota_bytes or 0)
     options = asked.storage_options or storage_options_of(table.credentials)
-    return Task(table.name, table.job.warm_job(table.urls), [], options, asked.terms(table), pin)
+    return Task(table.name, table.job.warm_job(table.urls), None, options, asked.terms(table), pin)
 
 
 # Handed over
@@ -210,10 +210,18 @@ def _without_variables(value: Any) -> Any:
             return value
 
 
-def read_run(directory: Path, named: str) -> tuple[str, list[str]]:
-    """The name of the run that is called so, and the URLs of what it read."""
+def task_of_run(directory: Path, named: str, how: str, asked: Asked) -> Task:
+    """What the run read that is called so. Of large files it is not kept whether they were read in pieces: those that
+    data sets of the format `how` read so were, unless all that was read are files, by `fastload.open`.
+    """
+    from fastload.formats import checked_format
     from fastload.history.archive import Archive
+    from fastload.history.library import OPENING
+    from fastload.prepare import EarlierRun
 
     archive = Archive(directory)
     run = archive.read(archive.find(named))
-    return run.name, [url for rows in run.objects.rows() for url, *_ in rows]
+    urls = [url for rows in run.objects.rows() for url, *_ in rows]
+    are_files = set(run.summary.traces) == {OPENING}
+    earlier = EarlierRun(urls, None if are_files else checked_format(how))
+    return Task(run.name, None, earlier, asked.storage_options, asked.terms())

@@ -24,6 +24,7 @@ from fastload.client.attached import OpenedObject
 from fastload.client.cache import Handle
 from fastload.client.leases import Held
 from fastload.errors import ObjectChangedError, ServiceError
+from fastload.history.library import OPENING
 from fastload.lifecycle import call_later, on_drop, reset_on_fork
 from fastload.store.urls import scheme
 
@@ -55,7 +56,7 @@ class ChunkReader:
     ) -> None:
         """Connect; the errors of `Handle.consumer`."""
         self._now = now
-        self._consumer = cache.consumer(storage_options, name="fastload.open")
+        self._consumer = cache.consumer(storage_options, name=OPENING)
         on_drop(self, call_later, self._consumer.close)
         self.chunk_bytes = self._consumer.chunk_bytes
         self._ahead_max = max(1, min(_AHEAD_MAX, self._consumer.buffer_count // _AHEAD_SHARE))

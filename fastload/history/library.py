@@ -24,6 +24,9 @@ from fastload.store.types import ObjectInfo
 WARMING = "warm"
 """The name of readers that only fill a cache (see `fastload.prepare`)."""
 
+OPENING = "fastload.open"
+"""The name of readers of files, which read objects as they are stored."""
+
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 

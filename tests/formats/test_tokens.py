@@ -655,6 +655,17 @@ def test_large_files_are_pinned_in_the_pieces_that_are_read(data: Path, cache: f
         assert cache.pin(f"{data}/", format="tokens(8)") == whole + 17 * 5
 
 
+def test_what_an_earlier_run_read_is_looked_for_in_its_pieces(data: Path, cache: fastload.Cache) -> None:
+    np.arange(1000, dtype="<u2").tofile(data / "a.bin")
+    with cut(500):
+        assert read(data / "a.bin", cache, tokens(8, "uint16"))
+        for how, is_held in ((tokens(8, "uint16"), True), (None, False)):
+            run = prepare.EarlierRun([str(data / "a.bin")], how)
+            assert prepare.look(run, cache.directory).is_complete == is_held
+        warmed = prepare.warm_run(prepare.EarlierRun([str(data / "a.bin"), str(data / "b.bin")], how), cache)
+        assert (warmed.is_complete, warmed.missing_count, warmed.total_bytes) == (True, 1, 2000)
+
+
 def test_jobs_and_benchmarks_take_a_text(data: Path, tmp_path: Path) -> None:
     np.arange(100, dtype="<u2").tofile(data / "a.bin")
     file = tmp_path / "job.toml"
