@@ -73,6 +73,11 @@ def is_ours(name: str) -> bool:
     return name == MANIFEST_NAME or _OURS.fullmatch(name) is not None or _LEFT.fullmatch(name) is not None
 
 
+def is_plan(name: str) -> bool:
+    match = _OURS.fullmatch(name)
+    return match is not None and name == plan_name(match[1])
+
+
 def is_of(attempt: str, name: str) -> bool:
     """Whether an object of this name, below the checkpoint's URL, is what the attempt has left."""
     match = _OURS.fullmatch(name)

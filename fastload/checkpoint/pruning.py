@@ -93,6 +93,13 @@ def steps(run: Place) -> list[int]:
     return sorted(step for step, names in folders(run).items() if MANIFEST_NAME in names)
 
 
+def begun(run: Place) -> list[int]:
+    """Steps behind the newest that is committed, of which attempts have been begun and not given up."""
+    there = folders(run)
+    newest = max((step for step, names in there.items() if MANIFEST_NAME in names), default=-1)
+    return sorted(step for step, names in there.items() if step > newest and any(map(decisions.is_plan, names)))
+
+
 def prune(
     run: Place,
     keep: Keep | None,
@@ -144,9 +151,7 @@ def _delete(run: Place, seen: _Seen, doomed: list[int], grace_s: float, now_s: f
     for step in doomed:
         names, folder = seen.folders[step], folder_of(run, step).folder
         ended[step] = decisions.attempts(names)
-        first = [
-            name for name in sorted(names, key=_deletion_order) if name.endswith(".json") and decisions.is_ours(name)
-        ]
+        first = sorted(filter(lambda name: _deletion_order(name) < 2, names), key=_deletion_order)
         for name in first:
             run.store.delete(folder + name)
         count, size = count + len(first), size + sum(names[name].size for name in first)
@@ -166,7 +171,7 @@ def _delete(run: Place, seen: _Seen, doomed: list[int], grace_s: float, now_s: f
 
 def _deletion_order(name: str) -> int:
     """Plans, so that nothing is committed any more; the manifest, so that it is read no more; the rest."""
-    return 0 if name.endswith("/plan.json") else 1 if name == MANIFEST_NAME else 2
+    return 0 if decisions.is_plan(name) else 1 if name == MANIFEST_NAME else 2
 
 
 def _look_again(run: Place, seen: _Seen | None, known: Known) -> tuple[_Seen, set[str]]:

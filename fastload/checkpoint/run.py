@@ -6,6 +6,7 @@ order, is decided by `retention` and `pruning`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -20,7 +21,7 @@ from fastload.checkpoint.dedup import Base
 from fastload.checkpoint.errors import CheckpointDamagedError
 from fastload.checkpoint.pruning import GRACE_S, Known, Pruned
 from fastload.checkpoint.retention import Keep
-from fastload.client.cache import AnyCache
+from fastload.client.cache import AnyCache, handle_of
 from fastload.errors import ConfigError, FastloadError, ObjectMissingError, WaitTimeoutError
 from fastload.protocol import Level
 from fastload.redaction import redact
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
     from fastload.checkpoint.saving import Saving
 
+# How often is looked whether a step that is being saved is there.
+_LOOK_S = 0.5
 _log = logging.getLogger("fastload.checkpoint")
 
 
@@ -150,9 +153,11 @@ class Run:
         names: Collection[str] | None = None,
         device: str | torch.device = "cpu",
         allow_pickle: bool = False,
+        wait_s: float = 60.0,
     ) -> dict[str, Any]:
         """The state of a step, or of the newest that is whole: one that is damaged is logged, and the step before is
-        taken. `self.step` says which it is; the other arguments are those of `load`.
+        taken. `self.step` says which it is. A newer one that this node's service still carries to the store, as after
+        a crash of the trainer, is waited for, for `wait_s` at most. The other arguments are those of `load`.
 
         Raises `ObjectMissingError` where no step is, `CheckpointDamagedError` where none is whole, and what `load`
         does.
@@ -175,6 +180,7 @@ class Run:
 
         if step is not None:
             return of(step)
+        self._await_carried(wait_s)
         failed: Exception | None = None
         for one in reversed(self.steps()):
             try:
@@ -211,6 +217,25 @@ class Run:
                 is_trial=dry_run,
                 known=self._known,
             )
+
+    def _await_carried(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        with opened(self._url, self._storage_options) as place, contextlib.ExitStack() as stack:
+            consumer = None
+            while newer := pruning.begun(place):
+                try:
+                    if consumer is None:  # one that brings credentials, for what is left of a service that ended too
+                        handle = handle_of(self._cache)
+                        consumer = stack.enter_context(handle.consumer(self._storage_options, name="run"))
+                    if not consumer.stats()["node"]["checkpoints_under_way"]:
+                        return
+                except FastloadError as error:  # without a service there is nothing to wait for
+                    _log.info("nothing is known of saves under way: %s", str(error))
+                    return
+                if time.monotonic() > deadline:
+                    _log.warning("step %s of %s is still being saved, and not waited for", newer[-1], self._shown)
+                    return
+                time.sleep(_LOOK_S)
 
     def _save(self, step: int, state: Mapping[str, Any], metric: float | None, until: Level) -> Saving:
         from fastload.checkpoint.single import save_at

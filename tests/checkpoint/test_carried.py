@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import fastload
 from fastload import checkpoint
 from fastload.checkpoint.images import Images
+from fastload.client.cache import handle_of
 from fastload.errors import CheckpointExistsError, WaitTimeoutError
 from tests.checkpoint.gate import Gate, gate_to
 from tests.conftest import Bucket
@@ -219,6 +221,29 @@ def test_both_are_killed_and_the_next_service_goes_on_from_the_disk(
     with fastload.Cache(directory) as cache, cache._handle.consumer(options(gate)):  # which brings the credentials
         until(lambda: cache.stats()["checkpoints_saved"] == 1)
     assert content(load(url)) == 7
+
+
+@pytest.mark.parametrize("level", ["memory", "disk"])
+def test_a_run_that_starts_again_waits_for_what_is_carried(s3: Bucket, gate: Gate, tmp_path: Path, level: str) -> None:
+    """Nothing is lost of what was promised; from the disk, when the service has ended as well."""
+    run = checkpoint.Run(f"{s3.url}/run", cache=tmp_path / "cache", storage_options=options(gate))
+    run.save(1, state(1))
+    gate.shut("safetensors")
+    with trainer(run.step_url(7), tmp_path / "cache", level, gate) as program:
+        assert program.stdout.readline() == "saved\n", program.stderr.read()
+        assert gate.refused.wait(PATIENCE_S)
+        program.kill()
+        program.wait()
+    if level == "disk":
+        kill_service(tmp_path / "cache")
+    seen = len(gate.seen)
+    with ThreadPoolExecutor(1) as pool:
+        loaded = pool.submit(run.load, wait_s=PATIENCE_S)
+        until(lambda: len(gate.seen) > seen)  # it has looked
+        gate.open()
+        assert content(loaded.result()) == 7
+    assert run.step == 7
+    handle_of(tmp_path / "cache").close()
 
 
 def test_the_store_denies_access_until_other_credentials_come(s3: Bucket, gate: Gate, cache: fastload.Cache) -> None:
