@@ -84,6 +84,7 @@ class Images:
             return None
         while True:
             with self._changed:
+                there = set(self._images)
                 image = self._picked(byte_count, room_bytes)
                 if image is not None:
                     break
@@ -108,7 +109,10 @@ class Images:
                 with self._changed:
                     self._awaited.discard(oldest)
                     self._changed.notify_all()
-        image.protect(writable=True)
+        if image in there:
+            image.protect(writable=True)
+        else:  # ahead of the copy, which is slower
+            _in_a_thread(image.populate, lambda: image.take_back is None)
         return image
 
     def release(self, image: Image) -> None:
@@ -138,9 +142,7 @@ class Images:
                 log.info("no second image of %d bytes: %s", image.byte_count, error)
                 return
             self._images.append(ahead)
-        threading.Thread(
-            target=ahead.populate, args=(lambda: ahead not in self._busy,), name="fastload-image", daemon=True
-        ).start()
+        _in_a_thread(ahead.populate, lambda: ahead not in self._busy)
 
     def _picked(self, byte_count: int, room_bytes: int) -> Image | None:
         free = [each for each in self._images if each not in self._busy]
@@ -160,3 +162,7 @@ class Images:
 
     def _taken(self) -> int:
         return sum(each.byte_count for each in self._images)
+
+
+def _in_a_thread(function: Callable[[Callable[[], bool]], object], is_wanted: Callable[[], bool]) -> None:
+    threading.Thread(target=function, args=(is_wanted,), name="fastload-image", daemon=True).start()

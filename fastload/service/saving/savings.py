@@ -56,7 +56,8 @@ log = logging.getLogger("fastload.service")
 
 # Segments of all saves that are sent at a time. Each is about 256 MB, so that more of them gain nothing.
 _UPLOADS_MAX = 4
-_DISK_THREADS = 2
+# Some hash and wait for the disk to say that it has all while others write.
+_DISK_THREADS = 4
 # How long is waited before what failed for now is tried again, at first and at last.
 _RETRY_S, _RETRY_S_MAX = 1.0, 30.0
 # A store's own patience: an image that is wanted back is not held up for longer by one that does not answer.
