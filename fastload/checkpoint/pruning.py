@@ -5,9 +5,9 @@ is what is committed. With `dedup` a step refers to objects of others, which the
 
 Two things must not happen: that an attempt is committed again whose segments go, and that a save refers to what is
 deleted meanwhile. So the plans of a step that goes are deleted first, its manifest then, and segments last, of which
-those stay that a committed step refers to, or that are of a step that the plan of an attempt under way names. Who saves
-with references writes its plan first, and looks then whether the step that it refers to is unchanged. Whoever prunes
-deletes the manifest first and lists then: one of the two sees the other.
+those stay that a committed step refers to, or that are of a step that the plan of an attempt under way names. A save
+with references writes its plan first, and then looks whether the step that it refers to is unchanged; a prune deletes
+the manifest first, and then lists. So one of the two sees the other.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 from fastload.checkpoint import pruning
 from fastload.checkpoint.attempts import opened
@@ -70,9 +70,7 @@ class Run:
 
     def step_url(self, step: int) -> str:
         """Where the checkpoint of a step is."""
-        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 10**18:
-            raise ConfigError(f"step={step!r}: give a whole number from 0 on")
-        return f"{self._url}/{step}"
+        return f"{self._url}/{_checked(step)}"
 
     def save(
         self, step: int, state: Mapping[str, Any], metric: float | None = None, *, until: Level = "store"
@@ -87,7 +85,7 @@ class Run:
         """
         self._look_back()
         try:
-            self.step_url(step)  # which says what is no step
+            step = _checked(step)
             finite = float(metric) if metric is not None and math.isfinite(metric) else None
             saving = self._save(step, state, finite, until)
         except Exception as error:
@@ -100,7 +98,7 @@ class Run:
             self._tidy()
         else:
             self._under_way[step] = saving
-            if self._tidying is None or not self._tidying.is_alive():
+            if self._keep is not None and (self._tidying is None or not self._tidying.is_alive()):
                 self._tidying = threading.Thread(target=self._tidy, name="fastload-run")
                 self._tidying.start()
         return saving
@@ -142,7 +140,7 @@ class Run:
         if self._keep is not None:
             try:
                 self.prune()
-            except FastloadError as error:
+            except Exception as error:  # of any kind: the step is saved
                 _log.warning("old steps of %s were not deleted: %s", self._shown, str(error))
 
     def load(
@@ -179,7 +177,7 @@ class Run:
             return state
 
         if step is not None:
-            return of(step)
+            return of(_checked(step))
         self._await_carried(wait_s)
         failed: Exception | None = None
         for one in reversed(self.steps()):
@@ -257,3 +255,9 @@ class Run:
                 cache=self._cache,
                 storage_options=self._storage_options,
             )
+
+
+def _checked(step: SupportsIndex) -> int:
+    if isinstance(step, bool) or not isinstance(step, SupportsIndex) or not 0 <= (number := step.__index__()) < 10**18:
+        raise ConfigError(f"step={step!r}: give a whole number from 0 on")
+    return number

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,6 +53,7 @@ def test_a_run(url: str, caplog: pytest.LogCaptureFixture) -> None:
     assert run.load(into=into) is into
     same(state(100), into)
     same({"step": 100}, run.load(names=["step"]))
+    same(state(11), run.load(step=np.int64(11)))
     same(state(13), checkpoint.load(run.step_url(13)))
     # A step that is there is replaced, also by one that has gone back.
     run.save(10, {"w": 1})
@@ -137,7 +139,7 @@ def test_what_others_have_put_there_stays(tmp_path: Path) -> None:
 
 
 def test_records_that_name_no_steps(tmp_path: Path) -> None:
-    """Whoever wrote them: what they may refer to is no reason to fail."""
+    """What a plan or manifest claims to refer to is no reason to fail."""
     run = Run(tmp_path, keep=Keep(last=1))
     run.save(1, state(1))
     odd = ("..", "\u00b2", "9" * 5000, "", "01", "1/..")
