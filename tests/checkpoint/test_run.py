@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from fastload import checkpoint
 from fastload.checkpoint import CheckpointDamagedError, CheckpointError, Keep, Run, dedup
@@ -178,6 +179,19 @@ def test_a_save_that_was_whole_is_committed(tmp_path: Path) -> None:
     run.prune()
     assert run.steps() == [1]
     same(state(1), run.load())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_a_run_that_torch_saves(tmp_path: Path) -> None:
+    run = Run(tmp_path, keep=Keep(last=2))
+    for step in (1, 2, 3):
+        dcp.save(state(step), storage_writer=checkpoint.Writer(run.step_url(step)), no_dist=True)
+    assert run.prune().steps == [1]
+    assert run.steps() == [2, 3]
+    same(state(3), run.load())
+    into = state(0)
+    dcp.load(into, storage_reader=checkpoint.Reader(run.step_url(2)), no_dist=True)
+    same(state(2), into)
 
 
 # dedup
