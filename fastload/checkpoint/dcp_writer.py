@@ -46,7 +46,8 @@ from fastload.client.cache import AnyCache
 from fastload.errors import ConfigError
 from fastload.protocol import Level
 
-# A rank without collectives waits so long for the others to come to the same save.
+# How long a rank waits for its part to be stored, and without collectives for the others to come to the same save; as
+# long as torch's ranks wait for each other.
 _DEADLINE_S = 1800.0
 # One for all writers: as a rule there is a new one for each checkpoint.
 _staging = Staging()
@@ -136,6 +137,7 @@ class Writer(StorageWriter, AsyncStager):
             cache=self._cache,
             until=self._until,
             commits=self._until != "store" and share.rank == 0,
+            timeout_s=_DEADLINE_S,
         )
         future: Future[list[WriteResult]] = Future()
         future.set_result([WriteResult(item.index, _size(item), None) for item in plan.items])

@@ -158,7 +158,9 @@ class _Save:
             self.commits,
         )
         waiting = self._state(attempt, "", 0)
-        here = partial(Here, waiting, partial(self._store_image, attempt, image, message))
+        # What goes on does not keep the tensors, which are laid out: they may be the copy of a whole state.
+        of_image = replace(self, tensors={})
+        here = partial(Here, waiting, partial(of_image._store_image, attempt, image, message))
         carrier = here() if saver is None else saver
         saving = Saving(place, self.rank, self.total_bytes, stall_s, carrier)
         if saver is not None:
