@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import fastload
 from fastload import checkpoint
@@ -202,6 +203,45 @@ class Dying(dcp.DefaultSavePlanner):
 
 def die(rank: Rank, url: str) -> None:
     dcp.save(dealt(2, saves=True), storage_writer=Writer(url, overwrite=True), planner=Dying())
+
+
+def test_fully_sharded_and_tensor_parallel_at_once(pool: RankPool, tmp_path: Path) -> None:
+    """Rows that both deal out lie on the ranks in an order of their own."""
+    run(pool, save_in_two_ways, 4, str(tmp_path / "1"))
+    same({"0.weight": whole(0, (12, 6)), "1.weight": whole(1, (6, 12))}, checkpoint.load(tmp_path / "1")["model"])
+    run(pool, load_in_one_way, 3, str(tmp_path / "1"))
+
+
+def model_of(fill: bool) -> torch.nn.Module:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 12, bias=False), torch.nn.Linear(12, 6, bias=False))
+    for number, layer in enumerate(model):
+        layer.weight.data.copy_(whole(number, tuple(layer.weight.shape)) if fill else torch.zeros(layer.weight.shape))
+    return model
+
+
+def save_in_two_ways(rank: Rank, url: str) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = model_of(True)
+    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    for layer in [*model, model]:
+        fully_shard(layer, mesh=mesh["data"])
+    dcp.save({"model": model.state_dict()}, storage_writer=Writer(url))
+    load_model(model, url)
+
+
+def load_in_one_way(rank: Rank, url: str) -> None:
+    model = model_of(False)
+    fully_shard(model)
+    load_model(model, url)
+
+
+def load_model(model: torch.nn.Module, url: str) -> None:
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    state = {"model": model.state_dict()}
+    dcp.load(state, storage_reader=Reader(url))
+    for number, tensor in enumerate(state["model"].values()):
+        same(whole(number, tuple(tensor.shape)), tensor.full_tensor())
 
 
 def test_the_service_carries_what_ranks_save(pool: RankPool, tmp_path: Path) -> None:
