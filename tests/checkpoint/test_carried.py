@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -244,6 +245,24 @@ def test_a_run_that_starts_again_waits_for_what_is_carried(s3: Bucket, gate: Gat
         assert content(loaded.result()) == 7
     assert run.step == 7
     handle_of(tmp_path / "cache").close()
+
+
+def test_a_service_that_is_to_end_puts_what_only_it_has_on_the_disk_first(
+    s3: Bucket, gate: Gate, tmp_path: Path
+) -> None:
+    url, directory = f"{s3.url}/1", tmp_path / "cache"
+    gate.shut("safetensors")
+    with trainer(url, directory, "memory", gate) as program:
+        assert program.stdout.readline() == "saved\n", program.stderr.read()
+        (service,) = service_pids(directory)
+        program.kill()
+        os.kill(service, signal.SIGTERM)
+        program.wait()
+    until(lambda: not service_pids(directory))
+    gate.open()
+    with fastload.Cache(directory) as cache, cache._handle.consumer(options(gate)):
+        until(lambda: cache.stats()["checkpoints_saved"] == 1)
+    assert content(load(url)) == 7
 
 
 def test_the_store_denies_access_until_other_credentials_come(s3: Bucket, gate: Gate, cache: fastload.Cache) -> None:

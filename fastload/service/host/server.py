@@ -272,7 +272,10 @@ class Server:
         """
         if self._stop_by_s is None:
             self._stop_by_s = self._loop.time() + _SAFE_S
-            self._stop_when_safe()
+            if self.core.savings.has_images:  # of trainers that may just have died: their sockets say so first
+                self._loop.call_later(_SAFE_AGAIN_S, self._stop_when_safe)
+            else:
+                self._stopped.set()
         else:
             self._stopped.set()
 

@@ -228,13 +228,19 @@ class Savings:
 
     @property
     def is_only_copy(self) -> bool:
-        """Whether something would be lost if the service ended now: no trainer has it, no disk and no store."""
+        """Whether something may be lost if the service ended now: neither disk nor store has it, and no trainer; or one
+        has it, and the disk will have it soon.
+        """
         return any(
-            saving.image is not None
-            and not (saving.is_on_disk or saving.is_done or saving.watchers)
-            and saving.error is None
+            not (saving.is_on_disk or saving.is_done or saving.error is not None)
+            and not (saving.watchers and saving.no_disk)
             for saving in self._savings.values()
+            if saving.image is not None
         )
+
+    @property
+    def has_images(self) -> bool:
+        return any(saving.image is not None for saving in self._savings.values())
 
     def stats(self) -> dict[str, int]:
         """Figures, for `stats_reply`."""
