@@ -121,8 +121,17 @@ def prune(
         seen = _look(run, known)
     doomed = sorted({*steps, *_let_go(run, seen, keep, now_s - grace_s)} & seen.folders.keys())
     if is_trial:
-        going = [info for step in doomed for info in seen.folders[step].values()]
-        return Pruned(doomed, len(going), sum(info.size for info in going))
+        seen, stays = _look_again(run, seen, known)
+        going: list[int] = []
+        for step in seen.folders.keys() - seen.held():
+            names = seen.folders[step]
+            left = (
+                filter(decisions.is_ours, names)
+                if step in doomed
+                else _leftovers(seen, step, stays, (), grace_s, now_s)
+            )
+            going += (names[name].size for name in left if f"{step}/{name}" not in stays)
+        return Pruned(doomed, len(going), sum(going))
     return _delete(run, seen, doomed, grace_s, now_s, known)
 
 

@@ -210,8 +210,8 @@ def prune(
     with _opened(url) as place:
         going = pruning.prune(place, keep, now_s=time.time(), grace_s=grace_s, is_trial=True)
         if not dry_run:
-            if going.steps:
-                _ask(yes, f"delete {_listed(going.steps)} of {url}")
+            if going.objects:
+                _ask(yes, f"delete {_listed(going.steps)} of {url}, {going.objects} objects in all")
             # Those that were shown, and no others that have come to be old meanwhile.
             going = pruning.prune(place, None, now_s=time.time(), grace_s=grace_s, steps=going.steps)
     _say(going, as_json, would=dry_run)
@@ -285,8 +285,8 @@ def _ask(yes: bool, what: str) -> None:
 
 
 def _listed(steps: list[int]) -> str:
-    some = ", ".join(map(str, steps[:10]))
-    return f"{len(steps)} steps ({some}{' and so on' if len(steps) > 10 else ''})"
+    some = ", ".join(map(str, steps[:10])) + (" and so on" if len(steps) > 10 else "")
+    return f"{len(steps)} steps" + (f" ({some})" if steps else "")
 
 
 def _say(pruned: Pruned, as_json: bool, *, would: bool) -> None:

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 
 from fastload import checkpoint
 from fastload.checkpoint import Run
+from fastload.checkpoint.records import Plan
 from fastload.cli import exits
 from tests.checkpoint.test_single import model_state, same
 from tests.conftest import Bucket
@@ -147,6 +148,12 @@ def test_pruning(run: Run, tmp_path: Path) -> None:
     assert run.steps() == [2, 10]
     assert run.load(step=2)["step"] == 2  # which refers to step 1
     assert "gone: 0 steps" in text("prune", root)
+    (left := root / "11" / ("a" * 16)).mkdir(parents=True)
+    (left / "plan.json").write_bytes(Plan(attempt=left.name, ranks=1).encode())
+    assert "delete 0 steps" in text("prune", root, "--grace=0s", code=exits.FAILED)
+    assert fastload("prune", root, "--grace=0s", "--dry-run")["objects"] == 1
+    assert fastload("prune", root, "--grace=0s", "--yes")["objects"] == 1
+    assert not left.exists()
 
 
 def test_removing(run: Run, tmp_path: Path) -> None:
