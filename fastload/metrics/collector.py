@@ -74,6 +74,13 @@ COUNTERS = {
     "verified_bytes": Counted("verified_bytes_total", "Bytes of the disk tier read only to be checked."),
     "verified_chunks": Counted("verified_chunks_total", "Chunks of the disk tier read only to be checked."),
     "verify_damaged": Counted("verify_damaged_chunks_total", "Of those, chunks that were damaged."),
+    "checkpoints_saved": Counted("checkpoints_saved_total", "Parts of checkpoints that reached the store."),
+    "checkpoints_failed": Counted("checkpoints_failed_total", "Parts of checkpoints that could not be saved."),
+    "checkpoints_under_way": Counted("checkpoints_under_way", "Parts of checkpoints that are to be stored yet."),
+    "checkpoint_written_bytes": Counted("checkpoint_written_bytes_total", "Bytes of checkpoints written to the disk."),
+    "checkpoint_stored_bytes": Counted("checkpoint_stored_bytes_total", "Bytes of checkpoints sent to stores."),
+    "checkpoint_ram_bytes": Counted("checkpoint_ram_bytes", "Memory that checkpoints take."),
+    "checkpoint_disk_bytes": Counted("checkpoint_disk_bytes", "What checkpoints take on disk."),
     "arena_touched_bytes": Counted("arena_touched_bytes", "Memory that the arena takes up."),
     "buffers_leased": Counted("leased_chunks", "Chunks in RAM that consumers may read now."),
     "buffers_stranded": Counted(

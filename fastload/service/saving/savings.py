@@ -51,6 +51,7 @@ from fastload.service.resources import Resources
 from fastload.service.saving.area import COMMITTED, KEPT, STORED, Area, Kept, name_of
 from fastload.service.saving.image import Image
 from fastload.service.state import ConsumerState
+from fastload.store.urls import scheme
 
 log = logging.getLogger("fastload.service")
 
@@ -190,7 +191,8 @@ class Savings:
             is_own = consumer in saving.watchers
             if saving.is_done or saving.error is not None or not (is_own or saving.options_key is None):
                 continue
-            if self._stores.endpoint(consumer.options_key) == saving.kept.endpoint:
+            is_file = scheme(saving.kept.folder) == "file"  # for which no options matter
+            if is_file or self._stores.endpoint(consumer.options_key) == saving.kept.endpoint:
                 self._adopt(saving, consumer.options_key)
         self._pump()
 
