@@ -136,8 +136,7 @@ def load(
         chosen = chosen_names(names, paths, place.folder)
         tensors = {
             name: torch.empty(shape, dtype=dtype_of(dtype, place.folder, name))
-            for name, (dtype, shape) in there.tensors.items()
-            if name in chosen
+            for name, (dtype, shape) in ((name, there.tensors[name]) for name in chosen if name in there.tensors)
         }
         _read(place, there, tensors, copies)
         leaves = {name: tensor.to(device) for name, tensor in tensors.items()}
@@ -198,11 +197,17 @@ def _is_stored_as_tensor(name: str, leaf: Any) -> bool:
 def chosen_names(names: Collection[str] | None, paths: Mapping[str, Path], where: str) -> list[str]:
     if names is None:
         return list(paths)
-    above = {each: set(_prefixes(each)) & set(names) for each in paths}
-    for name in names:
-        if not any(name in each for each in above.values()):
-            raise CheckpointError(f"{where} has no {name}; it has {', '.join(sorted(paths)[:3])} and so on")
-    return [each for each, found in above.items() if found]
+    asked = set(names)
+    found: set[str] = set()
+    chosen = []
+    for each in paths:
+        if above := asked.intersection(_prefixes(each)):
+            found |= above
+            chosen.append(each)
+    if found != asked:
+        missing = next(name for name in names if name not in found)
+        raise CheckpointError(f"{where} has no {missing}; it has {', '.join(sorted(paths)[:3])} and so on")
+    return chosen
 
 
 def _prefixes(name: str) -> Iterator[str]:

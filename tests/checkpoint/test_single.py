@@ -172,6 +172,34 @@ def test_names(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "1", into={}, names=["a"])
 
 
+class Counted(str):
+    """A name that counts how often such are looked at."""
+
+    looks = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counted.looks += 1
+        return str.__eq__(self, other)
+
+    def __hash__(self) -> int:
+        Counted.looks += 1
+        return str.__hash__(self)
+
+
+@pytest.mark.parametrize("some", [None, 100])
+def test_names_are_looked_at_once_and_not_once_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, some: int | None
+) -> None:
+    state = {f"{number}": number if number % 2 else torch.ones(1) for number in range(500)}
+    checkpoint.save(state, tmp_path / "1")
+    counted = [Counted(name) for name in state]
+    monkeypatch.setattr(single, "paths_of", lambda *_: {name: (name,) for name in counted})
+    names = None if some is None else counted[:some]
+    Counted.looks = 0
+    assert len(checkpoint.load(tmp_path / "1", names=names)) == (some or 500)
+    assert Counted.looks < 20 * len(state)
+
+
 def test_states_that_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"would be called 'a\.b'"):
         checkpoint.save({"a": {"b": 1}, "a.b": 2}, tmp_path / "1")
