@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import math
 import os
 import time
-from collections import Counter
+import weakref
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -35,7 +37,7 @@ from fastload.checkpoint import attempts
 from fastload.checkpoint.attempts import opened, try_conditions
 from fastload.checkpoint.boxes import Box
 from fastload.checkpoint.errors import CheckpointError
-from fastload.checkpoint.records import PATHS
+from fastload.checkpoint.records import PATHS, plan_name
 from fastload.checkpoint.saving import Saving, checked_level
 from fastload.checkpoint.segments import Piece, lay_out
 from fastload.checkpoint.staging import Staging
@@ -43,9 +45,10 @@ from fastload.checkpoint.tensors import NAMES
 from fastload.checkpoint.values import encoded
 from fastload.checkpoint.writing import start
 from fastload.client.cache import AnyCache
-from fastload.errors import ConfigError
+from fastload.errors import ConfigError, FastloadError
 from fastload.protocol import Level
 
+_log = logging.getLogger("fastload.checkpoint")
 # How long a rank waits for its part to be stored, and without collectives for the others to come to the same save; as
 # long as torch's ranks wait for each other.
 _DEADLINE_S = 1800.0
@@ -88,9 +91,10 @@ class Writer(StorageWriter, AsyncStager):
         self._rank: int | None = None
         self._use_collectives = True
         self._attempt = ""  # that this process has begun, or agreed on
+        self._finalizer: weakref.finalize[Any, Any] | None = None  # of one that it has begun and not finished
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "saving": None}
+        return {**vars(self), "saving": None, "_finalizer": None}
 
     @property
     def checkpoint_id(self) -> str:
@@ -106,6 +110,8 @@ class Writer(StorageWriter, AsyncStager):
         self._attempt, self.saving = "", None
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        if self._finalizer is not None:
+            self._finalizer()  # which does nothing where it has finished
         self._rank, self._use_collectives = kwargs.get("rank"), kwargs.get("use_collectives", True)
         _saves[self._url] += 1
 
@@ -144,13 +150,14 @@ class Writer(StorageWriter, AsyncStager):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        if self._until != "store":
-            return  # the service of rank 0 commits, when all parts are in the store
-        with opened(self._url, self._storage_options) as place:
-            if self._use_collectives:
-                attempts.commit_all(place, self._attempt)
-            else:  # of the ranks the last one commits
-                attempts.commit(place, self._attempt)
+        if self._until == "store":  # else the service of rank 0 commits, when all parts are in the store
+            with opened(self._url, self._storage_options) as place:
+                if self._use_collectives:
+                    attempts.commit_all(place, self._attempt)
+                else:  # of the ranks the last one commits
+                    attempts.commit(place, self._attempt)
+        if self._finalizer is not None:
+            self._finalizer.detach()
 
     def stage(self, state_dict: dict[str, Any]) -> Any:
         if not self._overlap:
@@ -169,9 +176,13 @@ class Writer(StorageWriter, AsyncStager):
         _staging.release()
 
     def _begin(self, rank_count: int) -> str:
+        _give_up_failed()
         with opened(self._url, self._storage_options) as place:
             try_conditions(place)
-            return attempts.begin(place, rank_count, overwrite=self._overwrite, now_s=time.time()).attempt
+            attempt = attempts.begin(place, rank_count, overwrite=self._overwrite, now_s=time.time()).attempt
+        self._finalizer = weakref.finalize(self, _failed.append, (self._url, self._storage_options, attempt))
+        self._finalizer.atexit = False
+        return attempt
 
     def _with_share(self, plan: SavePlan, rank: int) -> SavePlan:
         share = Share(self._url, self._attempt, rank)
@@ -213,6 +224,24 @@ class Share:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _came, (self.url, self.attempt, self.rank)
+
+
+# Attempts whose writers were dropped before torch has finished them: some rank has failed.
+_failed: deque[tuple[str, Mapping[str, Any] | None, str]] = deque()
+
+
+def _give_up_failed() -> None:
+    """Delete the plans of attempts that have failed, so that no service waits for their other ranks."""
+    while True:
+        try:
+            url, storage_options, attempt = _failed.popleft()
+        except IndexError:
+            return
+        try:
+            with opened(url, storage_options) as place:
+                place.store.delete(place.folder + plan_name(attempt))
+        except FastloadError as error:
+            _log.warning("the save %s of %s has failed, and is not given up: %s", attempt, url, error)
 
 
 # By URL: the shares that came last, and how often it was saved there.

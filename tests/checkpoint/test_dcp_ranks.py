@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from multiprocessing import resource_sharer
@@ -161,6 +162,8 @@ def test_a_rank_that_fails(pool: RankPool, tmp_path: Path) -> None:
     run(pool, fail, 2, url)
     assert attempts.current(place(tmp_path / "1")) == before
     check_alone(url)
+    run(pool, save_dealt, 2, url)
+    assert len(list((tmp_path / "1").glob("*/plan.json"))) == 2  # those that have failed are given up
 
 
 class Failing(dcp.DefaultSavePlanner):
@@ -179,6 +182,8 @@ def fail(rank: Rank, url: str) -> None:
     saving = dcp.async_save(dealt(2, saves=True), storage_writer=writer, planner=Failing())
     with pytest.raises(CheckpointException, match=r"RANK 1(.|\n)*no longer there"):
         saving.result()
+    del writer, saving
+    gc.collect()
 
 
 def test_a_rank_that_is_killed(mortals: RankPool, tmp_path: Path) -> None:
