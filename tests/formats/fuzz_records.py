@@ -485,7 +485,8 @@ def check_jsonl(data: bytes, rng: random.Random) -> None:
     found: list[bytes] = []
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return  # refused as UTF-16
-    with mock.patch.multiple(pieces, PIECE_BYTES=piece_bytes, TAIL_BYTES=3), guarding(rng, jsonl):
+    at_once = rng.choice([1, 2, 100])
+    with mock.patch.multiple(pieces, PIECE_BYTES=piece_bytes, TAIL_BYTES=3), guarding(rng, jsonl, _AT_ONCE=at_once):
         for info in in_pieces(ObjectTable.of([ObjectInfo(f"{URL}.jsonl", len(data))])):
             indexer = jsonl.JsonlIndexer(info.url, info.size, info if info.is_piece else None)
             at = 0
