@@ -174,8 +174,17 @@ def test_the_cache_is_cleared_and_what_it_carries_stays(s3: Bucket, gate: Gate, 
     assert content(load(f"{s3.url}/1")) == 4
 
 
-@pytest.mark.parametrize("until_level", ["memory", "disk"])
-@pytest.mark.parametrize("step", ["safetensors", ".part", "manifest.json"])
+@pytest.mark.parametrize(
+    ("step", "until_level"),
+    [
+        ("safetensors", "memory"),
+        ("manifest.json", "disk"),
+        *(
+            pytest.param(*each, marks=pytest.mark.thorough)
+            for each in [("safetensors", "disk"), (".part", "memory"), (".part", "disk"), ("manifest.json", "memory")]
+        ),
+    ],
+)
 def test_the_trainer_is_killed(s3: Bucket, gate: Gate, tmp_path: Path, until_level: str, step: str) -> None:
     """The service goes on without it, and ends only then."""
     url, directory = f"{s3.url}/1", tmp_path / "cache"
@@ -190,7 +199,7 @@ def test_the_trainer_is_killed(s3: Bucket, gate: Gate, tmp_path: Path, until_lev
     assert content(load(url)) == 7
 
 
-@pytest.mark.parametrize("step", ["safetensors", ".part", "manifest.json"])
+@pytest.mark.parametrize("step", ["safetensors", pytest.param(".part", marks=pytest.mark.thorough), "manifest.json"])
 def test_the_service_is_killed_and_the_trainer_hands_over_again(
     s3: Bucket, gate: Gate, cache: fastload.Cache, step: str
 ) -> None:
@@ -206,7 +215,7 @@ def test_the_service_is_killed_and_the_trainer_hands_over_again(
     assert content(load(url)) == 5
 
 
-@pytest.mark.parametrize("step", ["safetensors", ".part", "manifest.json"])
+@pytest.mark.parametrize("step", ["safetensors", pytest.param(".part", marks=pytest.mark.thorough), "manifest.json"])
 def test_both_are_killed_and_the_next_service_goes_on_from_the_disk(
     s3: Bucket, gate: Gate, tmp_path: Path, step: str
 ) -> None:
@@ -245,6 +254,26 @@ def test_a_run_that_starts_again_waits_for_what_is_carried(s3: Bucket, gate: Gat
         assert content(loaded.result()) == 7
     assert run.step == 7
     handle_of(tmp_path / "cache").close()
+
+
+def test_what_was_damaged_on_the_disk_is_not_stored(s3: Bucket, gate: Gate, tmp_path: Path) -> None:
+    url, directory = f"{s3.url}/1", tmp_path / "cache"
+    gate.shut("safetensors")
+    with trainer(url, directory, "disk", gate) as program:
+        assert program.stdout.readline() == "saved\n", program.stderr.read()
+        program.kill()
+        program.wait()
+        kill_service(directory)
+    (file,) = (directory / "checkpoints").glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    gate.open()
+    with fastload.Cache(directory) as cache, cache._handle.consumer(options(gate)):
+        until(lambda: cache.stats()["checkpoints_failed"] == 1)
+    with pytest.raises(fastload.ObjectMissingError):
+        load(url)
+    assert "before it was stored; save again" in (directory / "service.log").read_text()
 
 
 def test_a_service_that_is_to_end_puts_what_only_it_has_on_the_disk_first(

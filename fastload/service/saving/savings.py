@@ -35,10 +35,11 @@ from fastload.checkpoint import attempts
 from fastload.checkpoint.attempts import Place
 from fastload.checkpoint.commit import Step
 from fastload.checkpoint.records import Part, object_name
-from fastload.checkpoint.segments import checksums
+from fastload.checkpoint.segments import checksums, damaged_block
 from fastload.config import exact_bytes, format_bytes
 from fastload.errors import (
     AccessDeniedError,
+    CheckpointDamagedError,
     FastloadError,
     ServiceError,
     StoreUnavailableError,
@@ -438,6 +439,7 @@ class Savings:
             or saving.options_key is None
             or saving.is_waiting
             or saving.is_finishing
+            or (saving.image is None and saving.part is None)  # which is being read
         )
 
     def _upload(self, saving: Saving, number: int) -> None:
@@ -448,9 +450,17 @@ class Savings:
             with self._stores.opened(key, kept.folder, _REQUEST_S) as store:
                 store.put(kept.folder + object_name(kept.attempt, kept.rank, number), data)
 
+        part = saving.part
+
         def put_file() -> None:
             assert self._area is not None
+            assert part is not None
             with self._area.segment(kept, number) as data:
+                if damaged_block([each for each in part.objects if not each.beside][number].sums, 0, data) is not None:
+                    raise CheckpointDamagedError(
+                        f"{kept.folder}: segment {number} of rank {kept.rank} was damaged on the disk "
+                        f"({self._area.path}) before it was stored; save again"
+                    )
                 put(data)
 
         done = partial(self._uploaded, saving, number, key)
