@@ -176,7 +176,7 @@ class _Value:
 
 
 class _Ours:
-    """A checkpoint of ours, or files of other tools that are taken for one, as torch would describe it.
+    """A checkpoint that fastload has saved, or files of other tools that are read as one, as torch would describe it.
 
     Its leaves are called as torch calls them, which takes a list that holds no tensor as one, where we have each of its
     elements: so a state is made of what is there, without any of it, and torch's own function says what it has.

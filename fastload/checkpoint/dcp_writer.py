@@ -336,7 +336,7 @@ def _key(item: WriteItem) -> bytes:
 
 
 def _check_whole(plan: SavePlan) -> None:
-    """Where one rank saves alone. ConfigError where it holds a part of a tensor whose other parts nobody saves."""
+    """Where one rank saves alone. ConfigError where it holds a tensor only in part, and the rest is not saved."""
     held: Counter[str] = Counter()
     whole: dict[str, int] = {}
     for item in plan.items:

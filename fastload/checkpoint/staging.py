@@ -1,7 +1,7 @@
 """Memory into which a state is copied, so that training may go on while the copy is saved.
 
 All tensors of a state go end to end into one memfd, which is used again by the next save: what costs most of a first
-copy is touching new memory. It is free again when no tensor refers to it, whoever has held one, and a third state waits
+copy is touching new memory. It is free again when no tensor refers to it, in any thread, and a third state waits
 for one of two, since memory does not grow. Sent to another process, a staged state is one descriptor, where torch's own
 way takes one for each tensor.
 """
@@ -42,7 +42,7 @@ class Staging:
 
     def __init__(self, deadline_s: float = _DEADLINE_S) -> None:
         self._deadline_s = deadline_s
-        # Whoever takes one of these may make a memory in its place. A finalizer may put one back at any moment of any
+        # A None permits the thread that takes it to make a memory. A finalizer may put one back at any moment of any
         # thread, so that this must be the one kind of queue that can bear it.
         self._free: queue.SimpleQueue[_Memory | None] = queue.SimpleQueue()
         for _ in range(_MEMORIES):
