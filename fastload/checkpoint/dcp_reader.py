@@ -194,7 +194,11 @@ class _Ours:
                 leaf = torch.empty(0)
                 tensors[id(leaf)] = name
             leaves.append((path, leaf))
-        named, paths = flatten_state_dict(unflatten(leaves))
+        state = unflatten(leaves)
+        try:
+            named, paths = flatten_state_dict(state)
+        except ValueError as error:  # two paths that are one name with dots
+            raise CheckpointDamagedError(f"{where} is damaged: {error}; take another step") from error
         self._tensors = {name: tensors[id(leaf)] for name, leaf in named.items() if id(leaf) in tensors}
         self._values = {name: leaf for name, leaf in named.items() if name not in self._tensors}
         self.metadata = Metadata({name: self._described(name) for name in named}, planner_data=paths)

@@ -13,6 +13,8 @@ from fastload.checkpoint.errors import CheckpointDamagedError
 from fastload.errors import ConfigError
 
 Path = tuple[Any, ...]
+# How far a state nests: what is deeper nests in itself, as a rule, and what reads it would run out of stack.
+DEPTH_MAX = 200
 
 
 def flatten(state: Mapping[str, Any]) -> dict[str, tuple[Path, Any]]:
@@ -41,7 +43,9 @@ def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
 
 
 def unflatten(leaves: Iterable[tuple[Path, Any]]) -> dict[str, Any]:
-    """The state of these leaves; a list has those that are there, in their order."""
+    """The state of these leaves; a list has those that are there, in their order. Raises `CheckpointDamagedError` where
+    one has the place of another, or is above it.
+    """
     root = _Node()
     for path, leaf in leaves:
         at = root
@@ -49,7 +53,10 @@ def unflatten(leaves: Iterable[tuple[Path, Any]]) -> dict[str, Any]:
             at = at.setdefault(_key(step), _Node())
             if type(at) is not _Node:
                 raise CheckpointDamagedError(f"a checkpoint with a value at {list(path)} and one above it is damaged")
-        at[_key(path[-1])] = leaf
+        key = _key(path[-1])
+        if key in at:
+            raise CheckpointDamagedError(f"a checkpoint with two values at {list(path)}, or one below, is damaged")
+        at[key] = leaf
     return _finished(root)  # type: ignore[no-any-return]
 
 

@@ -31,7 +31,7 @@ from fastload.store.types import ObjectInfo
 VERSION = 1
 _MANIFEST, _PLAN, _PART = "fastload-checkpoint", "fastload-checkpoint-plan", "fastload-checkpoint-part"
 _ATTEMPT = re.compile(r"[0-9a-f]{16}")
-_REFERENCE = re.compile(r"\.\./(?!\.{1,2}/)[^/]{1,255}/[0-9a-f]{16}/r[0-9]{5,7}-[0-9]{4,7}\.safetensors")
+_REFERENCE = re.compile(r"\.\./(?!\.{1,2}/)[^/\x00-\x1f\x7f]{1,255}/[0-9a-f]{16}/r[0-9]{5,7}-[0-9]{4,7}\.safetensors")
 _DIMENSIONS_MAX, _OBJECT_BYTES_MAX, _TENSOR_BYTES_MAX = 32, 1 << 50, 1 << 60
 ENCODINGS = ("msgpack", "torch")
 HASH_BYTES = 16

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import io
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
 
 from fastload.checkpoint.errors import CheckpointDamagedError, CheckpointError
-from fastload.checkpoint.flattening import Path
+from fastload.checkpoint.flattening import DEPTH_MAX, Path
 from fastload.checkpoint.records import Contents
+
+_Place = Annotated[list[int], msgspec.Meta(min_length=1, max_length=1)]
+_Path = Annotated[tuple[str | int | _Place, ...], msgspec.Meta(max_length=DEPTH_MAX)]
 
 
 def encoded(leaf: Any) -> tuple[str, bytes]:
@@ -54,8 +57,8 @@ def paths_of(there: Contents, where: str) -> dict[str, Path]:
     said: dict[str, Path] = {}
     for data in there.paths:
         try:
-            said |= msgspec.msgpack.decode(data, type=dict[str, tuple[str | int | list[int], ...]])
-        except msgspec.MsgspecError as error:
+            said |= msgspec.msgpack.decode(data, type=dict[str, _Path])
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise CheckpointDamagedError(f"{where} is damaged: its paths are {error}; take another step") from error
     names = [*there.tensors, *there.values]
     paths = {name: said.get(name) or (name,) for name in names}

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -91,6 +93,65 @@ def test_the_step_before_is_taken_of_one_that_is_damaged(tmp_path: Path, caplog:
     (tmp_path / "1" / "manifest.json").write_text("{")
     with pytest.raises(CheckpointDamagedError, match="no step can be loaded; the oldest: "):
         run.load()
+
+
+def rewrite(folder: Path, changes: Callable[[list[Any]], None]) -> None:
+    """Change what a part record says, and have the manifest agree with it."""
+    manifest = Manifest.decode((folder / "manifest.json").read_bytes(), "here")
+    (path,) = folder.rglob("*.part")
+    fields = msgspec.msgpack.decode(path.read_bytes())
+    changes(fields)
+    path.write_bytes(msgspec.msgpack.encode(fields))
+    (folder / "manifest.json").write_bytes(Manifest.of(manifest.attempt, [path.read_bytes()]).encode())
+
+
+REFERENCE = f"{'0' * 16}/r00000-0000.safetensors"
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"w": [[]], "step": ["step"]},
+        {"w": [[0, 1]], "step": ["step"]},
+        {"w": ["w"] + ["x"] * 100_000, "step": ["step"]},
+        {"w": ["w"] * 201, "step": ["step"]},
+        {"w": ["step"], "step": ["step"]},
+        {"w": ["step", "w"], "step": ["step"]},
+        {"step": ["step"], "w": ["step", "w"]},
+        {"w": ["step", [0]], "step": ["step", 0]},
+        f"../a\0b/{REFERENCE}",
+        f"../a\nb/{REFERENCE}",
+    ],
+    ids=lambda each: str(each)[:40],
+)
+def test_the_step_before_is_taken_of_one_that_is_hostile(tmp_path: Path, hostile: dict[str, Any] | str) -> None:
+    def changes(fields: list[Any]) -> None:
+        if isinstance(hostile, str):
+            fields[5][0][0] = hostile
+        else:
+            fields[10] = [
+                value if value[0] else ["", "msgpack", msgspec.msgpack.encode(hostile)] for value in fields[10]
+            ]
+
+    run = Run(tmp_path)
+    for step in (1, 2):
+        run.save(step, state(step))
+    rewrite(tmp_path / "2", lambda _: None)
+    same(state(2), run.load())
+    rewrite(tmp_path / "2", changes)
+    same(state(1), run.load())
+    assert run.step == 1
+    if not isinstance(hostile, str):  # torch's reader makes the same state of it
+        with pytest.raises(CheckpointDamagedError):
+            checkpoint.Reader(tmp_path / "2").read_metadata()
+
+
+def test_two_paths_of_one_name_are_damage(tmp_path: Path) -> None:
+    checkpoint.save(state(1), tmp_path / "1")
+    paths = msgspec.msgpack.encode({"w": ["a.b"], "step": ["a", "b"]})
+    rewrite(tmp_path / "1", lambda fields: fields[10].append(["", "msgpack", paths]))
+    with pytest.raises(CheckpointDamagedError, match=r"duplicated flatten key a\.b"):
+        checkpoint.Reader(tmp_path / "1").read_metadata()
 
 
 def test_what_does_not_fit_is_not_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
