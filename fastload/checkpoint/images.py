@@ -43,7 +43,8 @@ class Image:
         syscalls.add_seals(self.fd, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self._map = syscalls.mmap_shared(self.fd, byte_count, writable=True)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        self.take_back: Callable[[float], None] | None = None  # of one in use: waits until it is not
+        # Of one in use: waits until the save can do without it, and says whether nobody reads it any more.
+        self.take_back: Callable[[float], bool] | None = None
 
     @property
     def view(self) -> memoryview:
@@ -98,13 +99,13 @@ class Images:
                 self._awaited.add(oldest)
             try:
                 assert oldest.take_back is not None
-                oldest.take_back(timeout_s)
+                is_free = oldest.take_back(timeout_s)
             except WaitTimeoutError:
                 raise
             except FastloadError:  # its connection was closed: the service may read it yet
                 self._discard(oldest)
             else:
-                self.release(oldest)
+                (self.release if is_free else self._discard)(oldest)
             finally:
                 with self._changed:
                     self._awaited.discard(oldest)
@@ -123,13 +124,14 @@ class Images:
             self._changed.notify_all()
 
     def _discard(self, image: Image) -> None:
+        """Others may read it yet: it is not filled again."""
         with self._changed:
             self._busy.pop(image, None)
             if image in self._images:
                 self._images.remove(image)
                 image.close()
 
-    def handed_over(self, image: Image, take_back: Callable[[float], None], room_bytes: int) -> None:
+    def handed_over(self, image: Image, take_back: Callable[[float], bool], room_bytes: int) -> None:
         """It is full, and `take_back` says when it may be filled again. One more is made for the next save."""
         image.take_back = take_back
         with self._changed:

@@ -32,7 +32,7 @@ class Carrier(Protocol):
         """See `client.Saver`."""
         ...
 
-    def take_back(self, what: str, timeout_s: float) -> None:
+    def take_back(self, what: str, timeout_s: float) -> bool:
         """See `client.Saver`."""
         ...
 
@@ -65,8 +65,9 @@ class Here:
         else:
             self._set(level="store")
 
-    def take_back(self, what: str, timeout_s: float) -> None:
+    def take_back(self, what: str, timeout_s: float) -> bool:
         self.wait_level("store", what, timeout_s)
+        return False  # a service that had it before may not have ended
 
     def _set(self, **changes: Any) -> None:
         with self._changed:
@@ -83,8 +84,8 @@ class Stored:
     def wait_level(self, level: Level, what: str, timeout_s: float) -> SaveState:
         return self.state
 
-    def take_back(self, what: str, timeout_s: float) -> None:
-        """It holds nothing."""
+    def take_back(self, what: str, timeout_s: float) -> bool:
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,16 +159,16 @@ class Saving:
         """Another one carries it from now on."""
         self.carrier = carrier
 
-    def take_back(self, timeout_s: float) -> None:
-        """Wait until its image is not needed. Raises what keeps it from that."""
+    def take_back(self, timeout_s: float) -> bool:
+        """Wait until its image is not needed; whether nobody reads it. Raises what keeps it from that."""
         carrier = self.carrier
         what = f"{self._what('disk')}, so that its memory can be used for the next save"
         try:
-            carrier.take_back(what, timeout_s)
+            return carrier.take_back(what, timeout_s)
         except FastloadError:
             if carrier is self.carrier:
                 raise
-            self.carrier.take_back(what, timeout_s)
+            return self.carrier.take_back(what, timeout_s)
 
     def _what(self, level: Level) -> str:
         return f"rank {self._rank} of the checkpoint {self._folder} to reach {level!r}"

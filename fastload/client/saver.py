@@ -24,6 +24,7 @@ class Saver(Consumer):
         self._save: protocol.Save | None = None
         self._fd = -1
         self._state: protocol.SaveState | None = None
+        self._hand_overs = 0  # of the image, to one service after the other
         self._wants_back = False
         self.ended: Callable[[], object] = lambda: None  # called, by any thread, when no service can be had any more
         super().__init__(connector, storage_options, name)
@@ -54,16 +55,20 @@ class Saver(Consumer):
             assert self._state is not None
             return self._state
 
-    def take_back(self, what: str, timeout_s: float) -> None:
-        """Wait until the service reads the image no more, and has what it holds elsewhere."""
-        self._enter()
+    def take_back(self, what: str, timeout_s: float) -> bool:
+        """Wait until the service reads the image no more, and has what it holds elsewhere. False where it was handed to
+        another service before, which may be hung and read it when it goes on: then nobody must write to it any more.
+        """
         with self._changed:
             if self._save is None or not self._save.image_bytes:
-                return
+                return self._hand_overs == 1
+        self._enter()
+        with self._changed:
             self._wants_back = True
             self._send(protocol.TakeBack(self._save.attempt, self._save.rank))
             self._wait(lambda: not self._wants_back, "service", what, timeout_s)
         self.close_when_over()
+        return self._hand_overs == 1
 
     def close_when_over(self) -> None:
         """Close the connection where there is nothing left to say."""
@@ -74,6 +79,7 @@ class Saver(Consumer):
 
     def _send_save(self) -> None:
         if self._save is not None and self._connection is not None:
+            self._hand_overs += bool(self._save.image_bytes)
             self._connection.send(self._save, [self._fd] if self._save.image_bytes else [])
 
     def _on_ended(self, error: FastloadError) -> None:
