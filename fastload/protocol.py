@@ -597,8 +597,9 @@ class Progress(Message, tag="progress"):
 class SaveState(Message, tag="save_state"):
     """How far a save is: which level it has reached ("": none), and how many bytes of it are on disk and in the store.
 
-    `no_disk` says why it will not reach the disk. With an error it will reach nothing more, except for
-    `AccessDeniedError`, where it waits for other `Credentials`.
+    `no_disk` says why it will not reach the disk. With an error it will reach nothing more, unless it `goes_on`: it is
+    tried again from time to time, and after `AccessDeniedError` with other `Credentials`. `reason` is why it was last
+    put off.
     """
 
     attempt: str
@@ -609,6 +610,8 @@ class SaveState(Message, tag="save_state"):
     no_disk: str = ""
     error_name: str = ""
     error_message: str = ""
+    goes_on: bool = False
+    reason: str = ""
 
 
 class Returned(Message, tag="returned"):

@@ -64,6 +64,7 @@ class Run:
         self._cache, self._storage_options = cache, storage_options
         self._known = Known()
         self._under_way: dict[int, Saving] = {}
+        self._reasons: dict[int, str] = {}  # why they are not in the store, as logged last
         self._tidying: threading.Thread | None = None
         #: The step that was saved or loaded last; None: none yet.
         self.step: int | None = None
@@ -122,14 +123,19 @@ class Run:
             self._tidy()  # since it may have begun before the last was there
 
     def _look_back(self) -> None:
-        """Of what was saved before: what is in the store, and what failed."""
+        """Of what was saved before: what is in the store, what failed, and what cannot go on."""
         for step, saving in list(self._under_way.items()):
             try:
                 if not saving.done("store"):
+                    reason = saving.progress().reason
+                    if reason and self._reasons.get(step) != reason:
+                        _log.warning("step %s of %s is not in the store yet: %s", step, self._shown, reason)
+                    self._reasons[step] = reason
                     continue
             except Exception as error:
                 self._log_failure(step, error)
             del self._under_way[step]
+            self._reasons.pop(step, None)
 
     def _log_failure(self, step: int, error: Exception) -> None:
         # As text: who keeps records of the log would keep the error, and with it the state's memory.

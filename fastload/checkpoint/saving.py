@@ -90,13 +90,16 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class SaveProgress:
-    """How far a save is. `stall_s` is how long the bytes took to be laid out, which holds up the trainer."""
+    """How far a save is. `stall_s` is how long the bytes took to be laid out, which holds up the trainer. `reason` is
+    what keeps it from the store, as a rule what that has answered last; "": nothing.
+    """
 
     level: Level | Literal[""]  # that it has reached; "": none
     total_bytes: int
     disk_bytes: int
     store_bytes: int
     stall_s: float
+    reason: str = ""
 
 
 class Saving:
@@ -123,8 +126,9 @@ class Saving:
             try:
                 state = carrier.wait_level(level, self._what(level), max(0.0, deadline - time.monotonic()))
             except WaitTimeoutError as error:
+                last = f" ({reason})" if (reason := self.progress().reason) else ""
                 raise WaitTimeoutError(
-                    f"{error}; the save goes on: look whether the store answers, and wait again"
+                    f"{error}{last}; the save goes on: look whether the store answers, and wait again"
                 ) from None
             except FastloadError:
                 if carrier is self.carrier:
@@ -153,7 +157,8 @@ class Saving:
         state = self.carrier.state
         if state is None:
             return SaveProgress("", self._total_bytes, 0, 0, self._stall_s)
-        return SaveProgress(state.level, self._total_bytes, state.disk_bytes, state.store_bytes, self._stall_s)
+        reason = state.error_message or state.reason
+        return SaveProgress(state.level, self._total_bytes, state.disk_bytes, state.store_bytes, self._stall_s, reason)
 
     def go_on(self, carrier: Carrier) -> None:
         """Another one carries it from now on."""

@@ -121,4 +121,4 @@ def is_at(state: protocol.SaveState, level: protocol.Level) -> bool:
 
 def is_over(state: protocol.SaveState) -> bool:
     """Whether the service has nothing left to do."""
-    return state.level == "store" or (state.error_name not in ("", "AccessDeniedError"))
+    return state.level == "store" or (state.error_name != "" and not state.goes_on)

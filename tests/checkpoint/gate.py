@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from tests.conftest import Bucket
 
-_ERRORS = {503: "SlowDown", 403: "AccessDenied"}
+_ERRORS = {503: "SlowDown", 403: "AccessDenied", 404: "NoSuchBucket"}
 
 
 class Gate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,9 +16,11 @@ import torch
 
 import fastload
 from fastload import checkpoint
+from fastload.cache import syscalls
+from fastload.checkpoint import attempts
 from fastload.checkpoint.images import Images
 from fastload.client.cache import handle_of
-from fastload.errors import CheckpointExistsError, WaitTimeoutError
+from fastload.errors import CheckpointError, CheckpointExistsError, WaitTimeoutError
 from tests.checkpoint.gate import Gate, gate_to
 from tests.conftest import Bucket
 from tests.patience import PATIENCE_S
@@ -95,13 +98,15 @@ def test_a_save_goes_through_all_levels_and_the_state_may_change_at_once(
     progress = saving.progress()
     assert progress.disk_bytes == progress.total_bytes > 4 * COUNT
     assert progress.store_bytes == 0
-    with pytest.raises(WaitTimeoutError, match=r"rank 0 of the checkpoint s3:.*/run/1/ to reach 'store'; the save"):
+    until(lambda: saving.progress().reason)
+    with pytest.raises(WaitTimeoutError, match=r"rank 0 of .* s3:.*/run/1/ to reach 'store' \(.*SlowDown.*; the save"):
         saving.wait("store", 0.1)
     with pytest.raises(fastload.ObjectMissingError):
         load(url)
     gate.open()
     saving.wait("store", PATIENCE_S)
     assert saving.progress().store_bytes == progress.total_bytes
+    assert saving.progress().reason == ""
     assert content(load(url)) == 1
     with pytest.raises(CheckpointExistsError):
         checkpoint.save(state(2), url, until="memory", cache=cache)
@@ -258,26 +263,6 @@ def test_a_run_that_starts_again_waits_for_what_is_carried(s3: Bucket, gate: Gat
     handle_of(tmp_path / "cache").close()
 
 
-def test_what_was_damaged_on_the_disk_is_not_stored(s3: Bucket, gate: Gate, tmp_path: Path) -> None:
-    url, directory = f"{s3.url}/1", tmp_path / "cache"
-    gate.shut("safetensors")
-    with trainer(url, directory, "disk", gate) as program:
-        assert program.stdout.readline() == "saved\n", program.stderr.read()
-        program.kill()
-        program.wait()
-        kill_service(directory)
-    (file,) = (directory / "checkpoints").glob("*.safetensors")
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    gate.open()
-    with fastload.Cache(directory) as cache, cache._handle.consumer(options(gate)):
-        until(lambda: cache.stats()["checkpoints_failed"] == 1)
-    with pytest.raises(fastload.ObjectMissingError):
-        load(url)
-    assert "before it was stored; save again" in (directory / "service.log").read_text()
-
-
 def test_a_service_that_is_to_end_puts_what_only_it_has_on_the_disk_first(
     s3: Bucket, gate: Gate, tmp_path: Path
 ) -> None:
@@ -308,6 +293,105 @@ def test_the_store_denies_access_until_other_credentials_come(s3: Bucket, gate: 
         until(lambda: saving.progress().level == "store")
     saving.wait("store")
     assert content(load(url)) == 6
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(path.suffix for path in (directory / "checkpoints").iterdir())
+
+
+def test_the_bucket_is_gone_and_comes_back(s3: Bucket, gate: Gate, cache: fastload.Cache) -> None:
+    """What was promised stays on the disk, and is stored in the end, also where the trainer was told that it fails."""
+    url = f"{s3.url}/1"
+    gate.shut("safetensors", status=404)
+    saving = checkpoint.save(state(6), url, until="disk", cache=cache, storage_options=options(gate))
+    with pytest.raises(fastload.ObjectMissingError, match="rank 0"):
+        saving.wait("store", PATIENCE_S)
+    assert saving.done("disk")
+    assert not saving.done("store")
+    assert saving.progress().reason
+    assert files(cache.directory) == [".log", ".part", ".safetensors"]
+    gate.open()
+    until(lambda: saving.done("store"))
+    assert content(load(url)) == 6
+
+
+def test_a_run_says_what_is_in_the_way_of_a_step(
+    s3: Bucket, gate: Gate, cache: fastload.Cache, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = checkpoint.Run(f"{s3.url}/run", on_error="warn", cache=cache, storage_options=options(gate))
+    gate.shut(status=404)
+    gate.refuses = lambda method, path: method == "PUT" and "/run/1/" in path and "safetensors" in path
+    saving = run.save(1, state(1), until="memory")
+    assert saving is not None
+    until(lambda: saving.progress().reason)
+    run.save(2, state(2))
+    run.save(3, state(3))
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"step 1 of {s3.url}/run is not in the store yet: ")
+    gate.open()
+    until(lambda: saving.done("store"))
+    assert run.steps() == [1, 2, 3]
+
+
+def test_the_attempt_was_given_up_and_its_files_stay_until_a_younger_one_is_stored(
+    s3: Bucket, gate: Gate, cache: fastload.Cache
+) -> None:
+    gate.shut("safetensors")
+    given: dict[str, Any] = {"until": "disk", "cache": cache, "storage_options": options(gate)}
+    saving = checkpoint.save(state(6), f"{s3.url}/run/1", **given)
+    with attempts.opened(f"{s3.url}/run/1", None) as place:
+        for name in place.names():
+            place.store.delete(place.folder + name)
+    gate.open()
+    with pytest.raises(CheckpointError, match="was given up"):
+        saving.wait("store", PATIENCE_S)
+    assert files(cache.directory) == [".log", ".part", ".safetensors"]
+    checkpoint.save(state(7), f"{s3.url}/run/2", **given).wait("store", PATIENCE_S)
+    until(lambda: files(cache.directory) == [".log", ".part", ".safetensors"])
+
+
+@pytest.mark.parametrize("damaged", ["safetensors", "part", None])
+def test_the_next_service_does_not_store_what_is_damaged_and_deletes_nothing(
+    s3: Bucket,
+    gate: Gate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    damaged: str | None,
+) -> None:
+    """Nor does one error of the disk, while it starts, end a save: that is tried again."""
+    url, directory = f"{s3.url}/1", tmp_path / "cache"
+    gate.shut("safetensors")
+    with trainer(url, directory, "disk", gate) as program:
+        assert program.stdout.readline() == "saved\n", program.stderr.read()
+        program.kill()
+        program.wait()
+        kill_service(directory)
+    gate.open()
+    read_file, failures = syscalls.read_file, [errno.EIO]
+
+    def failing(path: Any) -> bytes:
+        if damaged is None and str(path).endswith(".part") and failures:
+            raise OSError(failures.pop(), "no")
+        return read_file(path)
+
+    monkeypatch.setattr(syscalls, "read_file", failing)
+    if damaged is not None:
+        (file,) = (directory / "checkpoints").glob(f"*.{damaged}")
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    counter = "checkpoints_saved" if damaged is None else "checkpoints_failed"
+    with fastload.Cache(directory, service="inprocess") as cache, cache._handle.consumer(options(gate)):
+        until(lambda: cache.stats()[counter] == 1)
+        assert files(directory) == [".log", ".part", ".safetensors"]
+    if damaged is None:
+        assert failures == []
+        assert content(load(url)) == 7
+        return
+    assert any(f"{file.name} is damaged" in record.getMessage() for record in caplog.records)
+    with pytest.raises(fastload.ObjectMissingError):
+        load(url)
 
 
 def test_another_writer_is_first(s3: Bucket, gate: Gate, cache: fastload.Cache) -> None:

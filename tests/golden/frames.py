@@ -99,7 +99,7 @@ FROM_SERVICE: dict[str, tuple[Any, ...]] = {
     "trouble": ("the disk is full",),
     "progress": (1, 2, 3, 4, 5, 6, 7, False, "StoreError", "no", 1, [("s3://bucket/a.tar", "StoreError", "no")]),
     "pong": (),
-    "save_state": ("0123456789abcdef", 3, "disk", 1 << 33, 5, "the disk is full", "StoreError", "no"),
+    "save_state": ("0123456789abcdef", 3, "disk", 1 << 33, 5, "the disk is full", "StoreError", "no", True, "later"),
     "returned": ("0123456789abcdef", 3),
     "lent": (4, [(3, [(0, 4100), (8192, 1 << 28)])]),
 }

@@ -22,7 +22,7 @@ from fastload import checkpoint, protocol
 from fastload.cache import syscalls
 from fastload.checkpoint import attempts
 from fastload.checkpoint.boxes import Box
-from fastload.checkpoint.segments import Piece, lay_out
+from fastload.checkpoint.segments import Piece, checksums, lay_out
 from fastload.checkpoint.writing import start
 from fastload.client.connector import Connector
 from fastload.client.saver import Saver
@@ -63,7 +63,7 @@ def test_what_is_kept_is_found_again(area: Area) -> None:
     assert area.scan() == [Found(kept, COMMITTED)]
     assert area.read_part(kept) == PART
     for number, data in enumerate(SEGMENTS):
-        with area.segment(kept, number) as view:
+        with area.segment(kept, number, checksums([memoryview(data)])) as view:
             assert view == data
     area.remove(kept.name)
     assert area.scan() == []
@@ -129,7 +129,7 @@ def test_any_call_fails(tmp_path: Path, number: int) -> None:
         for each in found:
             assert area.read_part(each.kept) == PART
             for segment, data in enumerate(SEGMENTS):
-                with area.segment(each.kept, segment) as view:
+                with area.segment(each.kept, segment, checksums([memoryview(data)])) as view:
                     assert view == data
         if not calls.failed:
             assert kept is not None
@@ -142,9 +142,14 @@ def test_what_is_damaged_is_not_stored(area: Area) -> None:
     (area.path / f"{kept.name}.part").write_bytes(b"another one")
     with pytest.raises(CacheError, match=r"\.part is damaged"):
         area.read_part(kept)
-    (area.path / f"{kept.name}-0000.safetensors").write_bytes(b"short")
-    with pytest.raises(CacheError, match="5 of 4096 bytes"), area.segment(kept, 0):
+    sums = checksums([memoryview(SEGMENTS[0])])
+    path = area.path / f"{kept.name}-0000.safetensors"
+    path.write_bytes(b"short")
+    with pytest.raises(CacheError, match="5 of 4096 bytes"), area.segment(kept, 0, sums):
         pass
+    path.write_bytes(b"b" + SEGMENTS[0][1:])
+    with pytest.raises(CacheError, match=r"-0000\.safetensors is damaged: the 65536 bytes from 0 on"):
+        area.segment(kept, 0, sums).__enter__()
 
 
 def memory(byte_count: int, seals: int = 0) -> int:

@@ -45,7 +45,7 @@ from xxhash import xxh3_64_intdigest
 from fastload.cache import syscalls
 from fastload.cache.chunkfile import transfer
 from fastload.checkpoint.records import is_attempt
-from fastload.checkpoint.segments import PAGE_BYTES
+from fastload.checkpoint.segments import BLOCK_BYTES, PAGE_BYTES, damaged_block
 from fastload.errors import CacheError
 
 FOLDER = "checkpoints"
@@ -175,18 +175,26 @@ class Area:
         return data
 
     @contextlib.contextmanager
-    def segment(self, kept: Kept, number: int) -> Iterator[memoryview]:
-        """The bytes of a segment, for the block. CacheError where its size is not what was written."""
+    def segment(self, kept: Kept, number: int, sums: bytes) -> Iterator[memoryview]:
+        """The bytes of a segment, for the block. CacheError where they are not what was written, by these checksums of
+        its blocks.
+        """
         path = self._segment(kept.name, number)
         fd = syscalls.open(path, os.O_RDONLY)
         try:
             if syscalls.fstat(fd).st_size != kept.sizes[number]:
                 raise CacheError(
-                    f"{path} is damaged: it has {syscalls.fstat(fd).st_size} of {kept.sizes[number]} bytes"
+                    f"{path} is damaged: it has {syscalls.fstat(fd).st_size} of {kept.sizes[number]} bytes; save again"
                 )
             data = bytearray(kept.sizes[number])
             view = memoryview(data)
             transfer(syscalls.preadv, fd, (view,), "read")
+            block = damaged_block(sums, 0, view)
+            if block is not None:
+                raise CacheError(
+                    f"{path} is damaged: the {BLOCK_BYTES} bytes from {block * BLOCK_BYTES} on are not what was "
+                    "written; save again"
+                )
             yield view
         finally:
             syscalls.close(fd)

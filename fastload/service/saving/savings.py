@@ -7,16 +7,20 @@ them on the disk, and a log that says so, the save outlives the service and the 
 the store the part record follows, and where this rank commits, the manifest, as soon as other ranks have finished
 (`store`). Each step may be taken again, by this service or by the next one.
 
-A store that does not answer is tried again for as long as it takes, ever more rarely. Whoever has the credentials is
-asked for them where access is denied: they come with the trainer, and after its death with the next consumer of the
-same endpoint. What cannot succeed, because another checkpoint was committed meanwhile say, ends the save.
+A store that does not answer is tried again for as long as it takes, ever more rarely. So is one that refuses, since a
+bucket may be made again, and a setting mended: but then the trainer gets the error at once. Where access is denied,
+other credentials are needed: they come with the trainer, and after its death with the next consumer of the same
+endpoint. Only what can never succeed ends the save: another checkpoint was committed meanwhile, the attempt was given
+up, or what is on the disk is damaged.
 
 An image stays here after that, and so do the files, for a trainer that starts again: until one of the same rank and run
-is stored that is younger, its room is needed, or the trainer takes it back to fill it anew.
+is stored that is younger, its room is needed, or the trainer takes it back to fill it anew. The files of a save that
+has failed stay as long, since they may be the only copy, unless another checkpoint is there in its place.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import posixpath
@@ -35,11 +39,13 @@ from fastload.checkpoint import attempts
 from fastload.checkpoint.attempts import Place
 from fastload.checkpoint.commit import Step
 from fastload.checkpoint.records import Part, object_name
-from fastload.checkpoint.segments import checksums, damaged_block
+from fastload.checkpoint.segments import checksums
 from fastload.config import exact_bytes, format_bytes
 from fastload.errors import (
     AccessDeniedError,
-    CheckpointDamagedError,
+    CacheError,
+    CheckpointError,
+    CheckpointExistsError,
     FastloadError,
     ServiceError,
     StoreUnavailableError,
@@ -62,6 +68,8 @@ _UPLOADS_MAX = 4
 _DISK_THREADS = 4
 # How long is waited before what failed for now is tried again, at first and at last.
 _RETRY_S, _RETRY_S_MAX = 1.0, 30.0
+# The same at last of a store that refuses: someone has to do something about it.
+_REFUSED_S_MAX = 300.0
 # A store's own patience: an image that is wanted back is not held up for longer by one that does not answer.
 _REQUEST_S = 2.0
 # So often is looked whether other ranks have finished.
@@ -87,9 +95,10 @@ class Saving:
     no_disk: str = ""  # why it is not
     is_stored: bool = False  # the part record as well
     is_done: bool = False
-    error: FastloadError | None = None
+    error: FastloadError | None = None  # that has ended it
     options_key: str | None = None
-    denial: FastloadError | None = None  # of the store, until other options come
+    refusal: FastloadError | None = None  # of the store, where waiting alone does not help
+    reason: str = ""  # why it was to be tried again
     denied: set[str] = field(default_factory=set)  # options with which it cannot be stored
     watchers: dict[ConsumerState, None] = field(default_factory=dict)
     borrowers: set[Operator] = field(default_factory=set)
@@ -97,7 +106,7 @@ class Saving:
     wanted_back: ConsumerState | None = None
     delay_s: float = _RETRY_S
     is_finishing: bool = False
-    is_waiting: bool = False  # for a moment, before it is tried again
+    retry: asyncio.TimerHandle | None = None  # what is to try it again
 
     @property
     def store_bytes(self) -> int:
@@ -182,19 +191,21 @@ class Savings:
             if saving.wanted_back is consumer:
                 saving.wanted_back = None
             is_over = saving.error is not None or (saving.is_done and not saving.is_on_disk and saving.image is None)
-            if is_over and not saving.watchers:
-                self._forget(saving)
+            if is_over:
+                self._let_go(saving)
         self._drop_images()
 
     def options_came(self, consumer: ConsumerState) -> None:
         """It has come, or has got other credentials: perhaps those that a save waits for."""
         for saving in self._savings.values():
-            is_own = consumer in saving.watchers
-            if saving.is_done or saving.error is not None or not (is_own or saving.options_key is None):
+            if saving.is_done or saving.error is not None:
                 continue
             is_file = scheme(saving.kept.folder) == "file"  # for which no options matter
             if is_file or self._stores.endpoint(consumer.options_key) == saving.kept.endpoint:
-                self._adopt(saving, consumer.options_key)
+                if saving.retry is not None:
+                    self._try_again(saving)
+                if consumer in saving.watchers or saving.options_key is None:
+                    self._adopt(saving, consumer.options_key)
         self._pump()
 
     def lend(self, operator: Operator, message: protocol.Borrow) -> None:
@@ -282,12 +293,16 @@ class Savings:
                 saving.left.extend(numbers)
             self._savings[each.kept.name] = saving
             self._reserved[each.kept.name] = each.kept.byte_count
-            if not saving.is_done and self._area is not None:
-                self._disk_pool.submit(_part_of, self._area, each.kept, done=partial(self._found_part, saving))
+            if not saving.is_done:
+                self._read_part(saving)
+
+    def _read_part(self, saving: Saving) -> None:
+        assert self._area is not None
+        self._disk_pool.submit(_part_of, self._area, saving.kept, done=partial(self._found_part, saving))
 
     def _found_part(self, saving: Saving, part: Part | None, error: BaseException | None) -> None:
         if error is not None:
-            self._fail(saving, error)
+            self._put_off(saving, saving.options_key, error)
             return
         saving.part = part
         self._pump()
@@ -296,8 +311,9 @@ class Savings:
         """Look at the part record, and make room on the disk."""
         need, used = saving.kept.byte_count, sum(self._reserved.values())
         victims = []
-        for other in list(self._savings.values()):  # kept only for a trainer that starts again
-            if used + need > self._disk_max and other.is_done and other.kept.name in self._reserved:
+        over = [each for each in self._savings.values() if each.is_done or each.error is not None]
+        for other in sorted(over, key=lambda each: not each.is_done):  # of what has failed it may be the only copy
+            if used + need > self._disk_max and other.kept.name in self._reserved:
                 used -= self._reserved.pop(other.kept.name)
                 other.is_on_disk = False
                 victims.append(other.kept.name)
@@ -414,7 +430,7 @@ class Savings:
             return
         self._stores.share(options_key)
         self._let_go_of_options(saving)
-        saving.options_key, saving.denial = options_key, None
+        saving.options_key, saving.refusal = options_key, None
 
     def _let_go_of_options(self, saving: Saving) -> None:
         key, saving.options_key = saving.options_key, None
@@ -437,9 +453,9 @@ class Savings:
             saving.is_done
             or saving.error is not None
             or saving.options_key is None
-            or saving.is_waiting
+            or saving.retry is not None
             or saving.is_finishing
-            or (saving.image is None and saving.part is None)  # which is being read
+            or (saving.image is None and saving.part is None)  # by which the files are verified
         )
 
     def _upload(self, saving: Saving, number: int) -> None:
@@ -455,12 +471,8 @@ class Savings:
         def put_file() -> None:
             assert self._area is not None
             assert part is not None
-            with self._area.segment(kept, number) as data:
-                if damaged_block([each for each in part.objects if not each.beside][number].sums, 0, data) is not None:
-                    raise CheckpointDamagedError(
-                        f"{kept.folder}: segment {number} of rank {kept.rank} was damaged on the disk "
-                        f"({self._area.path}) before it was stored; save again"
-                    )
+            sums = [each.sums for each in part.objects if not each.beside]
+            with self._area.segment(kept, number, sums[number]) as data:
                 put(data)
 
         done = partial(self._uploaded, saving, number, key)
@@ -476,7 +488,7 @@ class Savings:
             saving.left.appendleft(number)
             self._put_off(saving, key, error)
             return
-        saving.delay_s = _RETRY_S
+        self._went_on(saving)
         saving.uploaded.add(number)
         self.counters["checkpoint_stored_bytes"] += saving.kept.sizes[number]
         self._tell(saving)
@@ -502,12 +514,16 @@ class Savings:
         if error is not None:
             self._put_off(saving, key, error)
             return
-        if not is_committed:  # other ranks have not finished
+        if not is_committed:
             if not saving.is_stored:
+                self._went_on(saving)
                 saving.is_stored, saving.delay_s = True, _LOOK_S
+                saving.reason = "not all other ranks have stored their parts"
                 self._note(saving, STORED)
+                self._tell(saving)
             self._wait(saving, _LOOK_S_MAX)
             return
+        self._went_on(saving)
         saving.is_stored = saving.is_done = True
         self.counters["checkpoints_saved"] += 1
         self._note(saving, COMMITTED)
@@ -519,34 +535,53 @@ class Savings:
         self._drop_images()
         self._pump()
 
-    def _put_off(self, saving: Saving, key: str, error: BaseException) -> None:
-        """It cannot be stored now; try again where that may help."""
+    def _put_off(self, saving: Saving, key: str | None, error: BaseException) -> None:
+        """It cannot be stored now: try again where that may ever help."""
+        if isinstance(error, CheckpointExistsError | CheckpointError | CacheError):
+            self._fail(saving, error)
+            return
+        shown = from_wire(*to_wire(error))
+        is_known, saving.reason = saving.reason == str(shown), str(shown)
         if isinstance(error, StoreUnavailableError):
-            if not saving.is_waiting:
+            if saving.retry is None:
                 log.warning("%s is tried again in %.0f s: %s", saving.kept.folder, saving.delay_s, error)
             self._wait(saving, _RETRY_S_MAX)
-        elif isinstance(error, AccessDeniedError):
-            if saving.options_key != key:  # others have come meanwhile
-                self._pump()
-                return
+        elif not isinstance(error, AccessDeniedError):
+            if not is_known:
+                log.error("%s is kept, and tried again from time to time: %s", saving.kept.folder, shown)
+            saving.refusal = shown
+            self._wait(saving, _REFUSED_S_MAX)
+        elif saving.options_key == key is not None:
             log.warning("%s waits for other credentials: %s", saving.kept.folder, error)
             saving.denied.add(key)
             self._let_go_of_options(saving)
-            saving.denial = from_wire(*to_wire(error))
-            self._tell(saving)
-        else:
-            self._fail(saving, error)
+            saving.refusal = shown
+        else:  # others have come meanwhile
+            self._pump()
+        self._tell(saving)
+        self._give_back(saving)
 
     def _wait(self, saving: Saving, delay_s_max: float) -> None:
-        if saving.is_waiting:
-            return
-        saving.is_waiting = True
-        self._loop.call_later(saving.delay_s, self._go_on, saving)
-        saving.delay_s = min(2 * saving.delay_s, delay_s_max)
+        if saving.retry is None:
+            saving.retry = self._loop.call_later(saving.delay_s, self._go_on, saving)
+            saving.delay_s = min(2 * saving.delay_s, delay_s_max)
 
     def _go_on(self, saving: Saving) -> None:
-        saving.is_waiting = False
-        self._pump()
+        if not self._closed:
+            self._try_again(saving)
+            self._pump()
+
+    def _try_again(self, saving: Saving) -> None:
+        """At once, in place of when it was to be."""
+        if saving.retry is not None:
+            saving.retry.cancel()
+            saving.retry = None
+        if saving.image is None and saving.part is None:
+            self._read_part(saving)
+
+    def _went_on(self, saving: Saving) -> None:
+        """The store has taken something: nothing is in the way any more."""
+        saving.delay_s, saving.reason, saving.refusal = _RETRY_S, "", None
 
     # The end of one
 
@@ -555,21 +590,30 @@ class Savings:
             return
         saving.error = from_wire(*to_wire(error or ServiceError("a thread of the service ended")))
         self.counters["checkpoints_failed"] += 1
-        log.error("%s, rank %d, cannot be saved: %s", saving.kept.folder, saving.kept.rank, saving.error)
+        kept = f"; its files {self._area.path / saving.kept.name}* are kept" if self._area and saving.is_on_disk else ""
+        log.error("%s, rank %d, cannot be saved: %s%s", saving.kept.folder, saving.kept.rank, saving.error, kept)
         saving.left.clear()
         self._let_go_of_options(saving)
-        self._forget_files(saving)
+        if isinstance(error, CheckpointExistsError) or not saving.is_on_disk:
+            self._forget_files(saving)
         self._tell(saving)
         self._give_back(saving)
+        self._let_go(saving)
+
+    def _let_go(self, saving: Saving) -> None:
+        """Of one that is over, where no trainer has it any more: only files may stay."""
         if not saving.watchers:
-            self._forget(saving)
+            self._close_image(saving)
+            if not saving.is_on_disk:
+                self._forget(saving)
 
     def _drop_older(self, saving: Saving) -> None:
         """What this one replaces for a trainer that starts again."""
         for other in list(self._savings.values()):
             if other is saving:
                 return
-            if other.run == saving.run and other.is_done and not other.borrowers:
+            is_over = other.is_done or other.error is not None
+            if other.run == saving.run and is_over and not other.borrowers:
                 self._forget_files(other)
                 if not other.watchers:
                     self._forget(other)
@@ -626,7 +670,11 @@ class Savings:
         """The image, where the trainer wants it and that costs nothing."""
         consumer = saving.wanted_back
         is_safe = saving.is_on_disk or saving.is_done or saving.error is not None
-        if consumer is None or saving.readers or saving.borrowers or not is_safe:
+        if consumer is None or saving.readers or saving.borrowers:
+            return
+        if not is_safe:
+            if saving.no_disk and saving.refusal is not None and saving.options_key is not None:
+                self._fail(saving, saving.refusal)  # the trainer would wait for what is refused
             return
         saving.wanted_back = None
         self._close_image(saving)
@@ -639,7 +687,7 @@ class Savings:
             consumer.send(self._state_of(saving))
 
     def _state_of(self, saving: Saving) -> protocol.SaveState:
-        error = saving.error or saving.denial
+        error = saving.error or saving.refusal
         name, message = ("", "") if error is None else to_wire(error)
         return protocol.SaveState(
             saving.kept.attempt,
@@ -650,6 +698,8 @@ class Savings:
             saving.no_disk,
             name,
             message,
+            saving.error is None and error is not None,
+            saving.reason,
         )
 
 
