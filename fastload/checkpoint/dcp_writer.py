@@ -42,7 +42,7 @@ from fastload.checkpoint.saving import Saving, checked_level
 from fastload.checkpoint.segments import Piece, lay_out
 from fastload.checkpoint.staging import Staging
 from fastload.checkpoint.tensors import NAMES
-from fastload.checkpoint.values import encoded
+from fastload.checkpoint.values import check_sizes, encoded
 from fastload.checkpoint.writing import start
 from fastload.client.cache import AnyCache
 from fastload.errors import ConfigError, FastloadError
@@ -279,6 +279,7 @@ class _Held(Mapping[str, Sequence[tuple[torch.Tensor, Box]]]):
                 self._items.setdefault(name, []).append(item)
         if paths:
             self.others.append((PATHS, "msgpack", msgspec.msgpack.encode(paths)))
+        check_sizes(self.others)
 
     def __getitem__(self, name: str) -> Sequence[tuple[torch.Tensor, Box]]:
         return [(self._tensor(item), _box(item)) for item in self._items[name]]

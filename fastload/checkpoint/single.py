@@ -25,7 +25,7 @@ from fastload.checkpoint.records import PATHS, Contents, Reference
 from fastload.checkpoint.saving import Saving
 from fastload.checkpoint.segments import Piece, lay_out
 from fastload.checkpoint.tensors import NAMES, array_of, dtype_of
-from fastload.checkpoint.values import decoded, encoded, paths_of
+from fastload.checkpoint.values import check_sizes, decoded, encoded, paths_of
 from fastload.checkpoint.writing import data_of, start
 from fastload.client.cache import AnyCache, directory_of
 from fastload.errors import ConfigError
@@ -74,6 +74,7 @@ def save_at(
     values = [(name, *encoded(leaf)) for name, (_, leaf) in leaves.items() if name not in tensors]
     paths = {name: path for name, (path, _) in leaves.items()}
     values.append((PATHS, "msgpack", msgspec.msgpack.encode(paths)))
+    check_sizes(values)
     pieces = [
         Piece(name, NAMES[tensor.dtype], tuple(tensor.shape), Box.whole(tuple(tensor.shape)))
         for name, tensor in tensors.items()

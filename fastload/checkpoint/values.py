@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import msgspec
@@ -16,6 +17,11 @@ import torch
 from fastload.checkpoint.errors import CheckpointDamagedError, CheckpointError
 from fastload.checkpoint.flattening import DEPTH_MAX, Path
 from fastload.checkpoint.records import Contents
+from fastload.config import format_bytes
+from fastload.errors import ConfigError
+
+# A part record, of which they are a part, is read as a whole, and has 1 GiB at most.
+VALUES_BYTES_MAX = 768 << 20
 
 _Place = Annotated[list[int], msgspec.Meta(min_length=1, max_length=1)]
 _Path = Annotated[tuple[str | int | _Place, ...], msgspec.Meta(max_length=DEPTH_MAX)]
@@ -28,6 +34,18 @@ def encoded(leaf: Any) -> tuple[str, bytes]:
     file = io.BytesIO()
     torch.save(leaf, file)
     return "torch", file.getvalue()
+
+
+def check_sizes(values: Iterable[tuple[str, str, bytes]]) -> None:
+    """Raises `ConfigError` where they are more together than a part record holds."""
+    sizes = {name: len(data) for name, _, data in values}
+    if (total := sum(sizes.values())) > VALUES_BYTES_MAX:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise ConfigError(
+            f"state: what is no tensor comes to {format_bytes(total)}, most of it {largest or 'names'} with "
+            f"{format_bytes(sizes[largest])}, and a checkpoint takes {format_bytes(VALUES_BYTES_MAX)} of that from a "
+            "process; save it as a tensor, or as a file by checkpoint.create"
+        )
 
 
 def _is_plain(leaf: Any) -> bool:

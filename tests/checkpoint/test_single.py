@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.api import CheckpointException
 
 import fastload
 from fastload import checkpoint
-from fastload.checkpoint import CheckpointError, CheckpointExistsError, attempts, single, tensors
+from fastload.checkpoint import CheckpointError, CheckpointExistsError, attempts, single, tensors, values
 from fastload.checkpoint.attempts import Place
 from fastload.checkpoint.boxes import Box
 from fastload.checkpoint.reading import Range, Wanted, ranges
@@ -207,6 +209,19 @@ def test_states_that_cannot_be_saved(tmp_path: Path) -> None:
         checkpoint.save({"w": torch.ones(2).as_subclass(type("Masked", (torch.Tensor,), {}))}, tmp_path / "1")
     with pytest.raises(ObjectMissingError, match="no checkpoint is here"):
         checkpoint.load(tmp_path / "1")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_is_no_tensor_may_not_be_larger_than_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(values, "VALUES_BYTES_MAX", 1 << 20)
+    state = {"w": torch.ones(2), "small": b"x", "cache": {"large": bytes(1 << 20)}}
+    said = r"what is no tensor comes to 1\.0 MiB, most of it cache\.large with 1\.0 MiB"
+    with pytest.raises(ConfigError, match=said):
+        checkpoint.save(state, tmp_path / "1")
+    assert not (tmp_path / "1").exists()
+    with pytest.raises(CheckpointException, match=said):
+        dcp.save(state, storage_writer=checkpoint.Writer(tmp_path / "2"), no_dist=True)
+    assert not list((tmp_path / "2").rglob("*.safetensors"))
 
 
 def test_stores_that_do_not_keep_to_conditions_are_refused_before_anything_is_written(
