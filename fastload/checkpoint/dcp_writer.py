@@ -332,8 +332,8 @@ def _size(item: WriteItem) -> int:
 
 def _key(item: WriteItem) -> bytes:
     """The same for the same part of the same tensor on each rank."""
-    offset = item.index.offset
-    return hashlib.blake2b(repr((item.index.fqn, offset and tuple(offset))).encode(), digest_size=8).digest()
+    box = _box(item) if item.tensor_data is not None else None
+    return hashlib.blake2b(repr((item.index.fqn, box)).encode(), digest_size=8).digest()
 
 
 def _check_whole(plan: SavePlan) -> None:

@@ -35,7 +35,9 @@ def cuts(draw: st.DrawFn, shape: tuple[int, ...], ranks: int) -> Cut:
 
 
 def boxes(shape: tuple[int, ...], cut: Cut) -> list[Box]:
-    """What each rank holds: parts as those of torch.chunk, of which the last may be short, or empty."""
+    """What each rank holds: parts as those of torch.chunk, of which the last may be short, or empty. One that is empty
+    begins where the tensor ends, as torch has it: of parts that begin at one place torch saves only one.
+    """
     mesh, axes = cut
     found = []
     for place in itertools.product(*map(range, mesh)):
@@ -44,8 +46,8 @@ def boxes(shape: tuple[int, ...], cut: Cut) -> list[Box]:
             if axis >= 0:
                 step = -(-sizes[axis] // count)
                 start = min(number * step, sizes[axis])
-                offsets[axis] += start
                 sizes[axis] = min(step, sizes[axis] - start)
+                offsets[axis] = offsets[axis] + start if sizes[axis] else shape[axis]
         found.append(Box(tuple(offsets), tuple(sizes)))
     return found
 
