@@ -38,6 +38,8 @@ LIMITS = {
     "disk_write_bytes_per_s": 1 << 30,
     "requests_in_flight": 3,
     "history_bytes": 1 << 20,
+    "checkpoint_ram_bytes": 2 << 20,
+    "checkpoint_disk_bytes": 3 << 20,
 }
 
 
