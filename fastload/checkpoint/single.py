@@ -31,6 +31,8 @@ from fastload.client.cache import AnyCache, directory_of
 from fastload.errors import ConfigError
 from fastload.protocol import Level
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 
 def save(
     state: Mapping[str, Any],
@@ -122,7 +124,10 @@ def load(
     """The state at `url`, as it was saved; of `names` (`model.layers.0.weight`, or `model` for all below) only those.
     A safetensors file and a folder of these, as the Hugging Face Hub has them, are loaded as well.
 
-    `into` is filled in place and returned: all that it holds, and no more, must be there with the same shape and dtype.
+    `into` is filled in place and returned: each tensor that it holds must be there as one of the same shape and dtype,
+    and each other value is replaced. What the checkpoint holds beside these is not loaded. `into` stays as it is where
+    that is refused.
+
     Every byte is verified. Raises `ObjectMissingError` where no checkpoint is, and `CheckpointError` for one that is
     damaged, or lacks what was asked for. What the node's cache still has of it, in memory or on disk, is not read from
     the store again.
@@ -154,29 +159,63 @@ def _fill(place: Place, there: Contents, into: dict[str, Any], copies: Copies, a
         raise CheckpointError(f"{place.folder} has no {missing[0]} ({len(missing)} of {len(leaves)} are missing)")
     tensors = {}
     for name, (_, leaf) in leaves.items():
-        if name in there.tensors and not isinstance(leaf, torch.Tensor):
-            raise CheckpointError(f"{place.folder}: {name} is a tensor, and into= has a {type(leaf).__name__} there")
+        if isinstance(leaf, torch.Tensor):
+            _check_fillable(name, leaf)
         if name in there.tensors:
             dtype, shape = there.tensors[name]
-            if (dtype_of(dtype, place.folder, name), shape) != (leaf.dtype, tuple(leaf.shape)):
-                raise CheckpointError(
-                    f"{place.folder}: {name} is {dtype} of shape {shape}, and into= has {leaf.dtype} of shape "
-                    f"{tuple(leaf.shape)} there"
-                )
+            _check_fits(place.folder + name, dtype_of(dtype, place.folder, name), shape, torch.strided, leaf)
             tensors[name] = leaf.detach()
     straight = {name: tensor for name, tensor in tensors.items() if tensor.is_cpu and tensor.is_contiguous()}
     beside = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items() if name not in straight
     }
-    # What is no tensor first: it may be refused, before anything of `into` has changed.
+    # What is stored as a value first: it may be refused, before anything of `into` has changed.
     others = {
         name: decoded(*there.values[name], place.folder + name, allow_pickle) for name in leaves if name not in tensors
     }
+    for name, value in others.items():
+        leaf = leaves[name][1]
+        if isinstance(value, torch.Tensor):  # of a dtype or layout that pieces do not have
+            _check_fits(place.folder + name, value.dtype, tuple(value.shape), value.layout, leaf)
+        elif isinstance(leaf, torch.Tensor):
+            raise CheckpointError(f"{place.folder}{name} is a {type(value).__name__}, and into= has a tensor there")
     _read(place, there, {**straight, **beside}, copies)
     for name, tensor in beside.items():
         tensors[name].copy_(tensor)
     for name, value in others.items():
-        put(into, leaves[name][0], value)
+        path, leaf = leaves[name]
+        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and not leaf.is_quantized:
+            leaf.detach().copy_(value)
+        else:
+            put(into, path, value)
+
+
+def _check_fillable(name: str, leaf: torch.Tensor) -> None:
+    why = ""
+    if type(leaf) not in _PLAIN:
+        why = f"is a {type(leaf).__name__}, of which checkpoint.load fills none; dcp.load does, by checkpoint.Reader"
+    elif leaf.is_meta:
+        why = "is on the meta device, where it has no memory; make it on another"
+    elif leaf.layout is torch.strided and any(
+        size > 1 and stride == 0 for size, stride in zip(leaf.shape, leaf.stride(), strict=True)
+    ):
+        why = "is expanded, so that several of its elements are one; pass its contiguous()"
+    if why:
+        raise ConfigError(f"into: {name} {why}")
+
+
+def _check_fits(where: str, dtype: torch.dtype, shape: tuple[int, ...], layout: torch.layout, leaf: Any) -> None:
+    if not isinstance(leaf, torch.Tensor):
+        raise CheckpointError(f"{where} is a tensor, and into= has a {type(leaf).__name__} there")
+    if (dtype, shape, layout) != (leaf.dtype, tuple(leaf.shape), leaf.layout):
+        said = _described(dtype, shape, layout)
+        raise CheckpointError(
+            f"{where} is {said}, and into= has {_described(leaf.dtype, leaf.shape, leaf.layout)} there"
+        )
+
+
+def _described(dtype: torch.dtype, shape: tuple[int, ...], layout: torch.layout) -> str:
+    return f"{dtype} of shape {tuple(shape)}" + (f" ({layout})" if layout is not torch.strided else "")
 
 
 def _read(place: Place, there: Contents, tensors: Mapping[str, torch.Tensor], copies: Copies) -> None:
@@ -188,7 +227,7 @@ def _read(place: Place, there: Contents, tensors: Mapping[str, torch.Tensor], co
 def _is_stored_as_tensor(name: str, leaf: Any) -> bool:
     if not isinstance(leaf, torch.Tensor):
         return False
-    if type(leaf) not in (torch.Tensor, torch.nn.Parameter):
+    if type(leaf) not in _PLAIN:
         raise ConfigError(
             f"state: {name} is a {type(leaf).__name__}, of which other processes hold parts; gather it first"
         )

@@ -148,20 +148,56 @@ def test_a_state_is_filled_in_place(url: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"w": torch.zeros(3)}, r"w is F32 of shape \(4,\), and into= has torch.float32 of shape \(3,\)"),
-        ({"w": torch.zeros(4, dtype=torch.float64)}, r"w is F32 of shape \(4,\), and into= has torch.float64"),
+        ({"w": torch.zeros(3)}, r"w is torch.float32 of shape \(4,\), and into= has torch.float32 of shape \(3,\)"),
+        (
+            {"w": torch.zeros(4, dtype=torch.float64)},
+            r"w is torch.float32 of shape \(4,\), and into= has torch.float64",
+        ),
+        ({"w": torch.zeros(4).to_sparse()}, r"into= has torch.float32 of shape .* \(torch.sparse_coo\)"),
         ({"w": 1}, "w is a tensor, and into= has a int there"),
+        ({"step": torch.zeros(())}, "step is a int, and into= has a tensor there"),
+        ({"z": torch.zeros(4)}, "z is torch.complex128 of shape .*, and into= has torch.float32 of"),
+        ({"z": 1}, "z is a tensor, and into= has a int there"),
         ({"v": torch.zeros(4)}, r"has no v \(1 of 2 are missing\)"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_filled(
     tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
-    checkpoint.save({"w": torch.ones(4), "x": torch.ones(4)}, tmp_path / "1")
+    saved = {"w": torch.ones(4), "x": torch.ones(4), "step": 1, "z": torch.ones(4, dtype=torch.complex128)}
+    checkpoint.save(saved, tmp_path / "1")
     into = {"x": torch.zeros(4), **changes}
     with pytest.raises(CheckpointError, match=said):
         checkpoint.load(tmp_path / "1", into=into)
     assert into["x"].sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("leaf", "said"),
+    [
+        (torch.zeros(1).expand(4), "w is expanded"),
+        (torch.zeros(4, device="meta"), "w is on the meta device"),
+        (torch.nn.UninitializedParameter(), "w is a UninitializedParameter"),
+        (torch.zeros(4).as_subclass(type("Masked", (torch.Tensor,), {})), "w is a Masked"),
+    ],
+)
+def test_tensors_that_cannot_be_filled(tmp_path: Path, leaf: torch.Tensor, said: str) -> None:
+    checkpoint.save({"x": torch.ones(4), "w": torch.ones(4)}, tmp_path / "1")
+    into = {"x": torch.zeros(4), "w": leaf}
+    with pytest.raises(ConfigError, match=f"into: {said}"):
+        checkpoint.load(tmp_path / "1", into=into)
+    assert into["x"].sum() == 0
+
+
+def test_tensors_of_other_dtypes_and_layouts_are_loaded_into_a_state(tmp_path: Path) -> None:
+    saved = {"z": torch.randn(3, 2, dtype=torch.complex128), "sparse": torch.eye(3).to_sparse(), "other": 1}
+    checkpoint.save(saved, tmp_path / "1")
+    z = torch.zeros(2, 3, dtype=torch.complex128).T
+    into = {"z": z, "sparse": torch.zeros(3, 3).to_sparse()}
+    checkpoint.load(tmp_path / "1", into=into)
+    assert into["z"] is z
+    assert z.equal(saved["z"])
+    assert into["sparse"].to_dense().equal(torch.eye(3))
 
 
 def test_names(tmp_path: Path) -> None:
