@@ -80,7 +80,7 @@ class Writer(StorageWriter, AsyncStager):
         cache: AnyCache = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        checked_level(until)
+        checked_level(until, "until")
         if overlap and not hasattr(state_dict_saver, "AsyncSaveResponse"):
             raise ConfigError(f"overlap=True takes a newer torch than {torch.__version__}; leave it out")
         self._url = os.fspath(url)
@@ -272,7 +272,7 @@ class _Held(Mapping[str, Sequence[tuple[torch.Tensor, Box]]]):
             if item.type is WriteItemType.BYTE_IO:
                 self.others.append((name, "torch", planner.resolve_data(item).getvalue()))  # type: ignore[union-attr]
             elif _is_stored_as_value(item):
-                self.others.append((name, *encoded(self._tensor(item).cpu().clone())))
+                self.others.append((name, *encoded(name, self._tensor(item).cpu().clone())))
             else:
                 data = _data(item)
                 self.pieces.append(Piece(name, NAMES[data.properties.dtype], tuple(data.size), _box(item)))

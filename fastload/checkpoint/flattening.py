@@ -19,27 +19,50 @@ DEPTH_MAX = 200
 
 def flatten(state: Mapping[str, Any]) -> dict[str, tuple[Path, Any]]:
     """Path and leaf by name. What is no dict with keys of strings or integers and no list is a leaf, and so is an empty
-    one.
+    one. Raises `ConfigError` where the state has no names that can be written down.
     """
+    if not isinstance(state, Mapping):
+        raise ConfigError(f"state: a {type(state).__name__} has no names; put it into a dict")
+    root = dict(state)
+    if not _has_names(root):
+        key = next(key for key in root if not _is_name(key))
+        raise ConfigError(f"state: the key {key!r} is a {type(key).__name__}; name it by a string or an integer")
     found: dict[str, tuple[Path, Any]] = {}
-    for path, leaf in _leaves(state, ()):
+    for path, leaf in _leaves(root, ()):
         name = ".".join(str(each[0] if isinstance(each, list) else each) for each in path)
         if name in found or not name:
             other = found[name][0] if name else "nothing"
             raise ConfigError(f"state: {list(path)} would be called {name!r} as {other} is; rename one of them")
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"state: the name {name!r} is no Unicode ({error.reason}); rename it") from error
         found[name] = path, leaf
     return found
 
 
 def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    if len(path) > DEPTH_MAX:
+        raise ConfigError(
+            f"state: {'.'.join(map(str, path[:3]))} and so on nests more than {DEPTH_MAX} levels deep, or in itself; "
+            "make it flatter"
+        )
     if type(value) is list and value:
         for number, each in enumerate(value):
             yield from _leaves(each, (*path, [number]))
-    elif isinstance(value, dict) and value and all(type(key) in (str, int) for key in value):
+    elif isinstance(value, dict) and value and _has_names(value):
         for key, each in value.items():
             yield from _leaves(each, (*path, key))
     elif path:
         yield path, value
+
+
+def _has_names(value: Mapping[Any, Any]) -> bool:
+    return all(map(_is_name, value))
+
+
+def _is_name(key: Any) -> bool:
+    return type(key) is str or (type(key) is int and -(1 << 63) <= key < 1 << 64)
 
 
 def unflatten(leaves: Iterable[tuple[Path, Any]]) -> dict[str, Any]:

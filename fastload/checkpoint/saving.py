@@ -182,8 +182,8 @@ class Saving:
         return f"Saving({self._folder!r}, rank={self._rank}, {self.progress()})"
 
 
-def checked_level(level: Level) -> Level:
-    """The level; `ConfigError` where it is none."""
+def checked_level(level: Level, name: str = "level") -> Level:
+    """The level, given as the argument of this name; `ConfigError` where it is none."""
     if level not in LEVELS:
-        raise ConfigError(f'level={level!r} must be "memory", "disk" or "store"')
+        raise ConfigError(f'{name}={level!r} must be "memory", "disk" or "store"')
     return level

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import torch
+from torch.nn.parameter import is_lazy
 
 from fastload.checkpoint import attempts
 from fastload.checkpoint.attempts import Place, opened, try_conditions
@@ -22,7 +23,7 @@ from fastload.checkpoint.flattening import Path, flatten, put, unflatten
 from fastload.checkpoint.gathering import wanted
 from fastload.checkpoint.reading import read
 from fastload.checkpoint.records import PATHS, Contents, Reference
-from fastload.checkpoint.saving import Saving
+from fastload.checkpoint.saving import Saving, checked_level
 from fastload.checkpoint.segments import Piece, lay_out
 from fastload.checkpoint.tensors import NAMES, array_of, dtype_of
 from fastload.checkpoint.values import check_sizes, decoded, encoded, paths_of
@@ -32,6 +33,7 @@ from fastload.errors import ConfigError
 from fastload.protocol import Level
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_LAZY = "is a parameter without a shape yet; call its module once first"
 
 
 def save(
@@ -71,9 +73,10 @@ def save_at(
     storage_options: Mapping[str, Any] | None = None,
 ) -> Saving:
     """What `save` does. With `dedup` pieces get hashes, and those that `base` has are not stored again."""
+    checked_level(until, "until")
     leaves = flatten(state)
     tensors = {name: leaf for name, (_, leaf) in leaves.items() if _is_stored_as_tensor(name, leaf)}
-    values = [(name, *encoded(leaf)) for name, (_, leaf) in leaves.items() if name not in tensors]
+    values = [(name, *encoded(name, leaf)) for name, (_, leaf) in leaves.items() if name not in tensors]
     paths = {name: path for name, (path, _) in leaves.items()}
     values.append((PATHS, "msgpack", msgspec.msgpack.encode(paths)))
     check_sizes(values)
@@ -192,7 +195,9 @@ def _fill(place: Place, there: Contents, into: dict[str, Any], copies: Copies, a
 
 def _check_fillable(name: str, leaf: torch.Tensor) -> None:
     why = ""
-    if type(leaf) not in _PLAIN:
+    if is_lazy(leaf):
+        why = _LAZY
+    elif type(leaf) not in _PLAIN:
         why = f"is a {type(leaf).__name__}, of which checkpoint.load fills none; dcp.load does, by checkpoint.Reader"
     elif leaf.is_meta:
         why = "is on the meta device, where it has no memory; make it on another"
@@ -227,6 +232,10 @@ def _read(place: Place, there: Contents, tensors: Mapping[str, torch.Tensor], co
 def _is_stored_as_tensor(name: str, leaf: Any) -> bool:
     if not isinstance(leaf, torch.Tensor):
         return False
+    if is_lazy(leaf):
+        raise ConfigError(f"state: {name} {_LAZY}")
+    if leaf.is_meta:
+        raise ConfigError(f"state: {name} is on the meta device, where it has no data; load or make it first")
     if type(leaf) not in _PLAIN:
         raise ConfigError(
             f"state: {name} is a {type(leaf).__name__}, of which other processes hold parts; gather it first"

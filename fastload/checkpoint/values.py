@@ -27,12 +27,20 @@ _Place = Annotated[list[int], msgspec.Meta(min_length=1, max_length=1)]
 _Path = Annotated[tuple[str | int | _Place, ...], msgspec.Meta(max_length=DEPTH_MAX)]
 
 
-def encoded(leaf: Any) -> tuple[str, bytes]:
-    if _is_plain(leaf):
-        with contextlib.suppress(OverflowError):  # an integer of more than 64 bits
+def encoded(name: str, leaf: Any) -> tuple[str, bytes]:
+    """Encoding and bytes of a state's leaf. Raises `ConfigError` where it cannot be pickled either."""
+    # An integer of more than 64 bits, a text that is no Unicode, what nests too deep.
+    with contextlib.suppress(OverflowError, UnicodeEncodeError, RecursionError):
+        if _is_plain(leaf):
             return "msgpack", msgspec.msgpack.encode(leaf)
     file = io.BytesIO()
-    torch.save(leaf, file)
+    try:
+        torch.save(leaf, file)
+    except Exception as error:  # of any kind: classes say how they are pickled
+        raise ConfigError(
+            f"state: {name} is a {type(leaf).__name__} that cannot be pickled ({type(error).__name__}: {error}); leave "
+            "it out, or save what it is made of"
+        ) from error
     return "torch", file.getvalue()
 
 

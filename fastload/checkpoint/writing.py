@@ -70,7 +70,7 @@ def start(
     The tensors may change then, whatever level that is. `commits`: once this part is there, and those of the
     attempt's other ranks, it is committed. An attempt that is only being begun is waited for when all is copied.
     """
-    checked_level(until)
+    checked_level(until, "until")
     path = os.fspath(url)
     others = partial(Part.of, values=values, references=references, hashes=hashes)
     save = _Save(path, storage_options, attempt, rank, tuple(segments), tensors, others, commits, timeout_s)

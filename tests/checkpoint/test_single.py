@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -177,7 +178,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_filled(
     [
         (torch.zeros(1).expand(4), "w is expanded"),
         (torch.zeros(4, device="meta"), "w is on the meta device"),
-        (torch.nn.UninitializedParameter(), "w is a UninitializedParameter"),
+        (torch.nn.UninitializedParameter(), "w is a parameter without a shape yet"),
         (torch.zeros(4).as_subclass(type("Masked", (torch.Tensor,), {})), "w is a Masked"),
     ],
 )
@@ -238,11 +239,61 @@ def test_names_are_looked_at_once_and_not_once_for_each_other(
     assert Counted.looks < 20 * len(state)
 
 
-def test_states_that_cannot_be_saved(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"would be called 'a\.b'"):
-        checkpoint.save({"a": {"b": 1}, "a.b": 2}, tmp_path / "1")
-    with pytest.raises(ConfigError, match="w is a Masked"):
-        checkpoint.save({"w": torch.ones(2).as_subclass(type("Masked", (torch.Tensor,), {}))}, tmp_path / "1")
+def nested(depth: int) -> Any:
+    state: Any = 1
+    for _ in range(depth):
+        state = {"a": state}
+    return state
+
+
+CYCLE: dict[str, Any] = {"w": torch.ones(1)}
+CYCLE["self"] = CYCLE
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"a": {"b": 1}, "a.b": 2}, r"would be called 'a\.b'"),
+        ({"w": torch.ones(2).as_subclass(type("Masked", (torch.Tensor,), {}))}, "w is a Masked"),
+        ({"w": torch.nn.UninitializedParameter()}, "w is a parameter without a shape yet"),
+        ({"w": torch.ones(2, device="meta")}, "w is on the meta device"),
+        ({"w": torch.nn.Parameter(torch.ones(2, device="meta"))}, "w is on the meta device"),
+        ({"a": {"f": lambda: 1}}, r"a\.f is a function that cannot be pickled \(PicklingError: "),
+        ({"a": (1, Path.cwd, lambda: 1)}, "a is a tuple that cannot be pickled"),
+        ({"a": {"\ud800": 1}}, r"the name 'a\.\\ud800' is no Unicode \(surrogates not allowed\)"),
+        (CYCLE, r"self\.self\.self and so on nests more than 200 levels deep, or in itself"),
+        (nested(201), r"a\.a\.a and so on nests more than 200 levels"),
+        (nested(100_000), r"a\.a\.a and so on nests more than 200 levels"),
+        ({"a": {1.5: nested(100_000)}}, r"a is a dict that cannot be pickled \(RecursionError"),
+        ({"a": 1, 1.5: 2}, r"the key 1\.5 is a float"),
+        ({1 << 64: 2}, "the key 18446744073709551616 is a int"),
+        (torch.ones(2), "a Tensor has no names; put it into a dict"),
+    ],
+)
+def test_states_that_cannot_be_saved(tmp_path: Path, state: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^state: .*{said}"):
+        checkpoint.save(state, tmp_path / "1")
+    assert not (tmp_path / "1").exists()
+
+
+def test_states_at_the_limits(tmp_path: Path) -> None:
+    state = {
+        "deep": nested(199),
+        "text": "\ud800",
+        "large": {(1 << 64) - 1: 1, -(1 << 63): 2},
+        "odd": {1 << 64: {"a": 1}},
+    }
+    checkpoint.save(MappingProxyType(state), tmp_path / "1")
+    same(state, checkpoint.load(tmp_path / "1"))
+
+
+def test_an_unknown_level_is_refused_first(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^until='disc' must be"):
+        checkpoint.save({"f": lambda: 1}, tmp_path / "1", until="disc")  # type: ignore[arg-type]
+    assert not (tmp_path / "1").exists()
+
+
+def test_no_checkpoint_is_there(tmp_path: Path) -> None:
     with pytest.raises(ObjectMissingError, match="no checkpoint is here"):
         checkpoint.load(tmp_path / "1")
 
