@@ -12,6 +12,8 @@ one string. The message carries the value, the place and the cure.
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastload.redaction import redact
 
 __all__ = [
@@ -113,7 +115,11 @@ class WorkerError(FastloadError, RuntimeError):
 
 
 class WaitTimeoutError(FastloadError, TimeoutError):
-    """A wait reached its deadline; the message names what was waited for."""
+    """A wait reached its deadline; the message names what was waited for. `saving` is the save of a checkpoint that
+    goes on all the same (`checkpoint.Saving`); None: it was none that was waited for.
+    """
+
+    saving: Any = None
 
 
 class StateError(FastloadError, ValueError):

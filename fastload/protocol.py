@@ -311,6 +311,16 @@ Rank = Annotated[int, msgspec.Meta(ge=0, lt=10**7)]
 Span = tuple[Annotated[int, msgspec.Meta(ge=0)], Annotated[int, msgspec.Meta(ge=0)]]  # start and length
 
 
+class Begin(msgspec.Struct, array_like=True, frozen=True):
+    """How an attempt of one rank is to be begun in the store: whether in place of a checkpoint that is there, when the
+    save began (seconds since 1970), and its metric.
+    """
+
+    overwrite: bool
+    began_s: float
+    metric: float | None = None
+
+
 class Save(Message, tag="save"):
     """Carry a rank's part of a checkpoint to the store, into the folder of this URL, which ends in a slash. Answered by
     `SaveState`, each time that more of it is safe.
@@ -318,6 +328,7 @@ class Save(Message, tag="save"):
     The descriptor of the image, a memfd of `image_bytes`, rides on the first byte: in it lie the `segments`, as they
     are to be stored, and the `record` of the part, without the checksums of their blocks. With `image_bytes` 0 there is
     none: it was given back, and this only asks for what becomes of the save. `commits`: commit the attempt, too.
+    `begin`: begin it before, since the store has not answered the trainer in time.
     """
 
     folder: Annotated[str, msgspec.Meta(pattern="/$")]
@@ -327,6 +338,7 @@ class Save(Message, tag="save"):
     segments: list[Span]
     record: Span
     commits: bool
+    begin: Begin | None = None
 
 
 class TakeBack(Message, tag="take_back"):

@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastload.checkpoint import commit as decisions
@@ -75,9 +75,14 @@ class Place:
 
 
 @contextlib.contextmanager
-def opened(url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> Iterator[Place]:
-    path = os.fspath(url)
-    store = open_store(path, StoreOptions.from_environment(storage_options))
+def opened(
+    url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None, deadline_s: float | None = None
+) -> Iterator[Place]:
+    """The place at a URL, whose store has its own patience, or at most `deadline_s`."""
+    path, options = os.fspath(url), StoreOptions.from_environment(storage_options)
+    if deadline_s is not None:
+        options = replace(options, deadline_s=min(deadline_s, options.deadline_s))
+    store = open_store(path, options)
     try:
         yield Place.of(store, path)
     finally:
@@ -114,10 +119,12 @@ def begin(
     now_s: float,
     refers: Iterable[str] = (),
     metric: float | None = None,
+    attempt: str | None = None,
 ) -> Plan:
     """Begin an attempt of so many ranks. Raises `CheckpointExistsError` where a checkpoint is there, a damaged one as
     well, unless it is to be overwritten: that one, and none that another commits meanwhile. `ConfigError`: the store
-    has no conditional writes. `refers` are the folders beside it of which it may refer to objects.
+    has no conditional writes. `refers` are the folders beside it of which it may refer to objects; `attempt` is what it
+    is to be called.
     """
     try:
         replaces = _etag_of(place.store.head(place.folder + MANIFEST_NAME))
@@ -128,16 +135,28 @@ def begin(
             f"{place.folder} holds a checkpoint already; pass overwrite=True to replace it, or name another URL"
         )
     plan = Plan(
-        attempt=new_attempt(),
+        attempt=attempt or new_attempt(),
         ranks=rank_count,
         replaces=replaces,
         began_s=now_s,
         refers=tuple(refers),
         metric=metric,
     )
-    # Of this name there is none: the condition is there so that a store without any is found before all is uploaded.
+    # Usually there is none: the condition is there so that a store without any is found before all is uploaded.
     place.store.put_if_absent(place.folder + plan_name(plan.attempt), plan.encode())
     return plan
+
+
+def begin_once(place: Place, attempt: str, *, overwrite: bool, now_s: float, metric: float | None) -> None:
+    """Begin an attempt of one rank, unless it has begun already: any process that is to store it may call this, again
+    and at the same time. Raises what `begin` does. One that was given up, of which something is left, is not begun
+    anew: `commit` finds that.
+    """
+    if place.names(f"{attempt}/"):
+        return
+    try_conditions(place)
+    with contextlib.suppress(WriteConflictError):  # another one has begun it
+        begin(place, 1, overwrite=overwrite, now_s=now_s, metric=metric, attempt=attempt)
 
 
 def finish_rank(place: Place, part: Part) -> None:

@@ -145,6 +145,7 @@ class Writer(StorageWriter, AsyncStager):
             commits=self._until != "store" and share.rank == 0,
             timeout_s=_DEADLINE_S,
         )
+        self.saving.wait_while_moving(self._until, _DEADLINE_S)
         future: Future[list[WriteResult]] = Future()
         future.set_result([WriteResult(item.index, _size(item), None) for item in plan.items])
         return future

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 from fastload.checkpoint import pruning
 from fastload.checkpoint.attempts import opened
+from fastload.checkpoint.copies import FOLDER
 from fastload.checkpoint.dedup import Base
 from fastload.checkpoint.errors import CheckpointDamagedError
 from fastload.checkpoint.pruning import GRACE_S, Known, Pruned
 from fastload.checkpoint.retention import Keep
-from fastload.client.cache import AnyCache, handle_of
+from fastload.client.cache import AnyCache, directory_of, handle_of
 from fastload.errors import ConfigError, FastloadError, ObjectMissingError, WaitTimeoutError
 from fastload.protocol import Level
 from fastload.redaction import redact
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 # How often is looked whether a step that is being saved is there.
 _LOOK_S = 0.5
+# How long the service of this node may take to begin one in the store that it carries.
+_BEGIN_S = 5.0
 _log = logging.getLogger("fastload.checkpoint")
 
 
@@ -74,34 +77,47 @@ class Run:
         return f"{self._url}/{_checked(step)}"
 
     def save(
-        self, step: int, state: Mapping[str, Any], metric: float | None = None, *, until: Level = "store"
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        metric: float | None = None,
+        *,
+        until: Level = "store",
+        timeout_s: float = 600.0,
     ) -> Saving | None:
         """Save a state as the checkpoint of a step, in place of one that is there; `metric` is for `Keep(best=)`, where
         what is not finite is never the best. Then steps go that `keep` lets go: in a thread, where it does not wait for
         the store.
 
-        Raises what `save` does, unless `on_error` is "warn"; then it is logged, and there is no `Saving`. What fails
-        after this has returned is logged by the next call, or by `wait`. So is a step that could not be deleted, which
-        is tried again after the next save.
+        Raises what `save` does, unless `on_error` is "warn"; then it is logged, and there is no `Saving`, unless it
+        goes on: a save in which no byte has moved for `timeout_s` is not waited for any more, and counts as under way.
+        What fails after this has returned is logged by the next call, or by `wait`. So is a step that could not be
+        deleted, which is tried again after the next save.
         """
         self._look_back()
+        saving = None
         try:
             step = _checked(step)
             finite = float(metric) if metric is not None and math.isfinite(metric) else None
-            saving = self._save(step, state, finite, until)
+            saving = self._under_way[step] = self._save(step, state, finite, until, timeout_s)
+            saving.wait_while_moving(until, timeout_s)
         except Exception as error:
+            goes_on = saving is not None and not saving.is_over
+            if goes_on:
+                self.step = step
+            elif saving is not None:
+                del self._under_way[step]
             if self._on_error == "raise":
                 raise
             self._log_failure(step, error)
-            return None
+            return saving if goes_on else None
         self.step = step
         if until == "store":
+            del self._under_way[step]
             self._tidy()
-        else:
-            self._under_way[step] = saving
-            if self._keep is not None and (self._tidying is None or not self._tidying.is_alive()):
-                self._tidying = threading.Thread(target=self._tidy, name="fastload-run")
-                self._tidying.start()
+        elif self._keep is not None and (self._tidying is None or not self._tidying.is_alive()):
+            self._tidying = threading.Thread(target=self._tidy, name="fastload-run")
+            self._tidying.start()
         return saving
 
     def wait(self, timeout_s: float = 600.0) -> None:
@@ -223,10 +239,13 @@ class Run:
             )
 
     def _await_carried(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
+        now_s = time.monotonic()
+        # Where the service has to begin an attempt itself, since the store was away, it does once a consumer comes.
+        may_carry = (directory_of(self._cache) / FOLDER).exists()
+        soon, deadline = now_s + (min(_BEGIN_S, timeout_s) if may_carry else 0.0), now_s + timeout_s
         with opened(self._url, self._storage_options) as place, contextlib.ExitStack() as stack:
             consumer = None
-            while newer := pruning.begun(place):
+            while (newer := pruning.begun(place)) or time.monotonic() < soon:
                 try:
                     if consumer is None:  # one that brings credentials, for what is left of a service that ended too
                         handle = handle_of(self._cache)
@@ -241,7 +260,9 @@ class Run:
                     return
                 time.sleep(_LOOK_S)
 
-    def _save(self, step: int, state: Mapping[str, Any], metric: float | None, until: Level) -> Saving:
+    def _save(
+        self, step: int, state: Mapping[str, Any], metric: float | None, until: Level, timeout_s: float
+    ) -> Saving:
         from fastload.checkpoint.single import save_at
 
         with opened(self._url, self._storage_options) as place:
@@ -258,6 +279,7 @@ class Run:
                 dedup=self._dedup,
                 base=base,
                 until=until,
+                timeout_s=timeout_s,
                 cache=self._cache,
                 storage_options=self._storage_options,
             )

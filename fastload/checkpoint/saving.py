@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -18,6 +18,8 @@ from fastload.protocol import LEVELS, Level, SaveState
 from fastload.waiting import wait
 
 WAIT_S = 600.0
+_NOTE = " (no byte has moved meanwhile)"
+_Result = TypeVar("_Result")
 
 
 class Carrier(Protocol):
@@ -119,20 +121,27 @@ class Saving:
 
         Where it cannot be kept on disk, a wait for `disk` is one for the store, with a warning.
         """
-        deadline = time.monotonic() + timeout_s
+        self._wait(level, timeout_s)
+
+    def _wait(self, level: Level, timeout_s: float, note: str = "") -> None:
+        """The same; what gives up says the note as well."""
+        deadline, left_s = time.monotonic() + timeout_s, timeout_s
         checked_level(level)
         while True:
             carrier = self.carrier
             try:
-                state = carrier.wait_level(level, self._what(level), max(0.0, deadline - time.monotonic()))
+                state = carrier.wait_level(level, f"{self._what(level)}{note}", left_s)
             except WaitTimeoutError as error:
                 last = f" ({reason})" if (reason := self.progress().reason) else ""
-                raise WaitTimeoutError(
+                timeout = WaitTimeoutError(
                     f"{error}{last}; the save goes on: look whether the store answers, and wait again"
-                ) from None
+                )
+                timeout.saving = self
+                raise timeout from None
             except FastloadError:
                 if carrier is self.carrier:
                     raise
+                left_s = max(0.0, deadline - time.monotonic())
                 continue  # another one has taken over
             if is_at(state, level):
                 return
@@ -142,7 +151,16 @@ class Saving:
                 f"{self._folder} is not kept on disk ({state.no_disk}); it is waited for until it is in the store",
                 RuntimeWarning,
             )
-            level = "store"
+            level, left_s = "store", max(0.0, deadline - time.monotonic())
+
+    def wait_while_moving(self, level: Level, timeout_s: float) -> None:
+        """The same, for as long as it takes: `WaitTimeoutError` where no byte has moved for `timeout_s`."""
+        self._while_moving(lambda: self._wait(level, timeout_s, _NOTE))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more becomes of it: it is in the store, or has failed."""
+        return (state := self.carrier.state) is not None and is_over(state)
 
     @public
     def done(self, level: Level = "store") -> bool:
@@ -165,15 +183,35 @@ class Saving:
         self.carrier = carrier
 
     def take_back(self, timeout_s: float) -> bool:
-        """Wait until its image is not needed; whether nobody reads it. Raises what keeps it from that."""
-        carrier = self.carrier
-        what = f"{self._what('disk')}, so that its memory can be used for the next save"
-        try:
-            return carrier.take_back(what, timeout_s)
-        except FastloadError:
-            if carrier is self.carrier:
-                raise
-            return self.carrier.take_back(what, timeout_s)
+        """Wait until its image is not needed; whether nobody reads it. Raises what keeps it from that, and
+        `WaitTimeoutError` where no byte has moved for `timeout_s`.
+        """
+        what = f"{self._what('disk')}, so that its memory can be used for the next save{_NOTE}"
+
+        def take_back() -> bool:
+            carrier = self.carrier
+            try:
+                return carrier.take_back(what, timeout_s)
+            except FastloadError:
+                if carrier is self.carrier:
+                    raise
+                return self.carrier.take_back(what, timeout_s)
+
+        return self._while_moving(take_back)
+
+    def _while_moving(self, wait: Callable[[], _Result]) -> _Result:
+        """What `wait` gives, which is tried again where bytes have moved until its `WaitTimeoutError`."""
+        while True:
+            before = self._moved()
+            try:
+                return wait()
+            except WaitTimeoutError:
+                if self._moved() == before:
+                    raise
+
+    def _moved(self) -> tuple[str, int, int]:
+        progress = self.progress()
+        return progress.level, progress.disk_bytes, progress.store_bytes
 
     def _what(self, level: Level) -> str:
         return f"rank {self._rank} of the checkpoint {self._folder} to reach {level!r}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import msgspec
@@ -22,15 +23,18 @@ from fastload.checkpoint.finding import found
 from fastload.checkpoint.flattening import Path, flatten, put, unflatten
 from fastload.checkpoint.gathering import wanted
 from fastload.checkpoint.reading import read
-from fastload.checkpoint.records import PATHS, Contents, Reference
-from fastload.checkpoint.saving import Saving, checked_level
+from fastload.checkpoint.records import PATHS, Contents, Reference, new_attempt
+from fastload.checkpoint.saving import WAIT_S, Saving, checked_level
 from fastload.checkpoint.segments import Piece, lay_out
 from fastload.checkpoint.tensors import NAMES, array_of, dtype_of
 from fastload.checkpoint.values import check_sizes, decoded, encoded, paths_of
 from fastload.checkpoint.writing import data_of, start
 from fastload.client.cache import AnyCache, directory_of
-from fastload.errors import ConfigError
-from fastload.protocol import Level
+from fastload.errors import ConfigError, StoreUnavailableError
+from fastload.protocol import Begin, Level
+
+# How long the store is waited for by a save that does not need it yet.
+_PATIENCE_S = 2.0
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _LAZY = "is a parameter without a shape yet; call its module once first"
@@ -42,6 +46,7 @@ def save(
     *,
     until: Level = "store",
     overwrite: bool = False,
+    timeout_s: float = WAIT_S,
     cache: AnyCache = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Saving:
@@ -54,10 +59,22 @@ def save(
 
     Raises `CheckpointExistsError` where one is there, unless it is to be overwritten, which leaves it whole until the
     new one is; and where another process saves there at the same time, and is first. `ConfigError`: the store does not
-    keep to conditional writes, which that takes, or the state holds what cannot be saved.
+    keep to conditional writes, which that takes, or the state holds what cannot be saved. With `memory` or `disk` the
+    store is not waited for: where it does not answer within two seconds, the `Saving` raises these. `WaitTimeoutError`:
+    no byte has moved for `timeout_s`; the save goes on, and is the error's `saving`.
     """
     with opened(url, storage_options) as place:
-        return save_at(place, state, overwrite=overwrite, until=until, cache=cache, storage_options=storage_options)
+        saving = save_at(
+            place,
+            state,
+            overwrite=overwrite,
+            until=until,
+            timeout_s=timeout_s,
+            cache=cache,
+            storage_options=storage_options,
+        )
+    saving.wait_while_moving(until, timeout_s)
+    return saving
 
 
 def save_at(
@@ -69,10 +86,13 @@ def save_at(
     dedup: bool = False,
     base: Base | None = None,
     until: Level = "store",
+    timeout_s: float = WAIT_S,
     cache: AnyCache = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Saving:
-    """What `save` does. With `dedup` pieces get hashes, and those that `base` has are not stored again."""
+    """What `save` does, but for the wait. With `dedup` pieces get hashes, and those that `base` has are not stored
+    again.
+    """
     checked_level(until, "until")
     leaves = flatten(state)
     tensors = {name: leaf for name, (_, leaf) in leaves.items() if _is_stored_as_tensor(name, leaf)}
@@ -84,34 +104,83 @@ def save_at(
         Piece(name, NAMES[tensor.dtype], tuple(tensor.shape), Box.whole(tuple(tensor.shape)))
         for name, tensor in tensors.items()
     ]
-    refers = base.refers if base is not None else ()
+    attempt = new_attempt()
+    begun = _beginning(
+        place.folder,
+        storage_options,
+        attempt,
+        Begin(overwrite, time.time(), metric),
+        base.refers if base is not None else (),
+        # Pieces are compared with the base once a plan is there that names it.
+        _PATIENCE_S if until != "store" and not dedup else None,
+    )
+    references: list[Reference] = []
+    hashes = digests(pieces, lambda piece: data_of(piece, tensors)) if dedup else None
+    if hashes is not None:
+        begun()
+        known = base.known() if base is not None and base.is_there_still() else {}
+        pieces, references = divide(hashes, known)
+    return start(
+        place.folder,
+        storage_options,
+        attempt,
+        0,
+        list(lay_out(pieces)),
+        tensors,
+        values,
+        references,
+        hashes,
+        cache=cache,
+        until=until,
+        commits=True,
+        begun=begun,
+        timeout_s=timeout_s,
+    )
 
-    def begin() -> str:
-        try_conditions(place)
-        return attempts.begin(place, 1, overwrite=overwrite, now_s=time.time(), refers=refers, metric=metric).attempt
 
-    with ThreadPoolExecutor(1, "fastload-checkpoint-begin") as pool:  # beside the copy
-        attempt = pool.submit(begin)
-        references: list[Reference] = []
-        hashes = digests(pieces, lambda piece: data_of(piece, tensors)) if dedup else None
-        if hashes is not None:
-            attempt.result()
-            known = base.known() if base is not None and base.is_there_still() else {}
-            pieces, references = divide(hashes, known)
-        return start(
-            place.folder,
-            storage_options,
-            attempt,
-            0,
-            list(lay_out(pieces)),
-            tensors,
-            values,
-            references,
-            hashes,
-            cache=cache,
-            until=until,
-            commits=True,
-        )
+def _beginning(
+    url: str,
+    storage_options: Mapping[str, Any] | None,
+    attempt: str,
+    how: Begin,
+    refers: Sequence[str],
+    patience_s: float | None,
+) -> Callable[[], Begin | None]:
+    """Begin an attempt in a thread, beside the copy. The function waits for that, and raises what it raises; where the
+    store does not answer in `patience_s`, it gives what is to be done later.
+    """
+    done = Future[None]()
+
+    def begin() -> None:
+        try:
+            with opened(url, storage_options, patience_s) as place:
+                try_conditions(place)
+                attempts.begin(
+                    place,
+                    1,
+                    overwrite=how.overwrite,
+                    now_s=how.began_s,
+                    refers=refers,
+                    metric=how.metric,
+                    attempt=attempt,
+                )
+        except BaseException as error:  # of any kind: the one who waits gets it
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    def begun() -> Begin | None:
+        try:
+            done.result(patience_s)
+        except (StoreUnavailableError, TimeoutError):
+            if patience_s is None:
+                raise
+            return how
+        return None
+
+    # Nobody waits for it at the end of the process, where the store does not answer.
+    threading.Thread(target=begin, name="fastload-checkpoint-begin", daemon=True).start()
+    return begun
 
 
 def load(

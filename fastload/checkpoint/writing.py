@@ -34,7 +34,7 @@ from fastload.client.saver import Saver
 from fastload.config import format_bytes
 from fastload.errors import CacheError, ServiceError, WaitTimeoutError
 from fastload.plan.ranks import resolve_ranks
-from fastload.protocol import Level, Save, SaveState
+from fastload.protocol import Begin, Level, Save, SaveState
 from fastload.store import normalise
 
 # Segments in flight, of which each takes its size in memory until it is stored.
@@ -43,7 +43,6 @@ _IN_FLIGHT = 4
 _SMALL_BYTES = 8 << 20
 # How often is looked whether other ranks have finished.
 _LOOK_S = 0.5
-_NO_ATTEMPT = "0" * 16
 
 # A whole tensor, or of one of which the rank holds parts, each of them and where it lies.
 Held = torch.Tensor | Sequence[tuple[torch.Tensor, Box]]
@@ -52,7 +51,7 @@ Held = torch.Tensor | Sequence[tuple[torch.Tensor, Box]]
 def start(
     url: str | os.PathLike[str],
     storage_options: Mapping[str, Any] | None,
-    attempt: str | Future[str],
+    attempt: str,
     rank: int,
     segments: Sequence[Segment],
     tensors: Mapping[str, Held],
@@ -63,22 +62,25 @@ def start(
     cache: AnyCache = None,
     until: Level = "store",
     commits: bool,
+    begun: Callable[[], Begin | None] = lambda: None,
     timeout_s: float = WAIT_S,
 ) -> Saving:
-    """Save a rank's part of an attempt by the node's cache service; returns when it has reached the level `until`.
+    """Save a rank's part of an attempt by the node's cache service. The tensors may change once this returns; the
+    `Saving` is to be waited for, until the level `until`.
 
-    The tensors may change then, whatever level that is. `commits`: once this part is there, and those of the
-    attempt's other ranks, it is committed. An attempt that is only being begun is waited for when all is copied.
+    `commits`: once this part is there, and those of the attempt's other ranks, it is committed. `begun` is called when
+    all is copied: it waits until the attempt has begun, or gives what is still to be done for that. Where memory has to
+    be waited for, that ends with an error once no byte has moved for `timeout_s`.
     """
     checked_level(until, "until")
     path = os.fspath(url)
     others = partial(Part.of, values=values, references=references, hashes=hashes)
-    save = _Save(path, storage_options, attempt, rank, tuple(segments), tensors, others, commits, timeout_s)
+    save = _Save(path, storage_options, attempt, begun, rank, tuple(segments), tensors, others, commits, timeout_s)
     if until == "store" and save.total_bytes < _SMALL_BYTES:
         return save.straight()
     handle = handle_of(cache)
     room_bytes = handle.limits.checkpoint_ram() // resolve_ranks().local_world_size
-    draft = others(_NO_ATTEMPT, rank, [(each, _no_sums(each)) for each in segments])
+    draft = others(attempt, rank, [(each, _no_sums(each)) for each in segments])
     images = handle.shared("checkpoint images", Images)
     image = images.take(_starts(segments)[-1] + len(draft.encode()), room_bytes, timeout_s)
     if image is None:
@@ -94,7 +96,6 @@ def start(
         images.release(image)
         raise
     images.handed_over(image, saving.take_back, room_bytes)
-    saving.wait(until, timeout_s)
     return saving
 
 
@@ -104,7 +105,8 @@ class _Save:
 
     url: str
     storage_options: Mapping[str, Any] | None
-    begun: str | Future[str]
+    attempt: str
+    begun: Callable[[], Begin | None]
     rank: int
     segments: tuple[Segment, ...]
     tensors: Mapping[str, Held]
@@ -116,17 +118,14 @@ class _Save:
     def total_bytes(self) -> int:
         return sum(segment.size for segment in self.segments)
 
-    @property
-    def attempt(self) -> str:
-        return self.begun.result() if isinstance(self.begun, Future) else self.begun
-
     def straight(self) -> Saving:
         """Without an image and a service."""
-        attempt, began = self.attempt, time.monotonic()
+        began, begin = time.monotonic(), self.begun()
         with opened(self.url, self.storage_options) as place:
-            stored = store_segments(place, attempt, self.rank, self.segments, self.tensors)
-            self._finish(place, self.part_of(attempt, self.rank, stored))
-        state = self._state(attempt, "store", self.total_bytes)
+            self._begin(place, begin)
+            stored = store_segments(place, self.attempt, self.rank, self.segments, self.tensors)
+            self._finish(place, self.part_of(self.attempt, self.rank, stored))
+        state = self._state("store", self.total_bytes)
         return Saving(place.folder, self.rank, self.total_bytes, time.monotonic() - began, Stored(state))
 
     def by_image(self, image: Image, draft: Part, handle: Handle) -> Saving:
@@ -137,10 +136,10 @@ class _Save:
             try:
                 starts = _starts(self.segments)
                 _fill(image.view, self.segments, starts, self.tensors)
-                attempt = self.attempt
-                record = _of_attempt(draft, attempt).encode()
+                record = draft.encode()
                 image.view[starts[-1] : starts[-1] + len(record)] = record
                 image.protect(writable=False)
+                begin = self.begun()
             except BaseException:
                 if (saver := connecting.result()) is not None:
                     saver.close()
@@ -150,17 +149,18 @@ class _Save:
         place = normalise(self.url).rstrip("/") + "/"
         message = Save(
             place,
-            attempt,
+            self.attempt,
             self.rank,
             image.byte_count,
             [(start, each.size) for start, each in zip(starts, self.segments, strict=False)],
             (starts[-1], len(record)),
             self.commits,
+            begin,
         )
-        waiting = self._state(attempt, "", 0)
+        waiting = self._state("", 0)
         # What goes on does not keep the tensors, which are laid out: they may be the copy of a whole state.
         of_image = replace(self, tensors={})
-        here = partial(Here, waiting, partial(of_image._store_image, attempt, image, message))
+        here = partial(Here, waiting, partial(of_image._store_image, image, message))
         carrier = here() if saver is None else saver
         saving = Saving(place, self.rank, self.total_bytes, stall_s, carrier)
         if saver is not None:
@@ -178,24 +178,29 @@ class _Save:
             )
             return None
 
-    def _store_image(self, attempt: str, image: Image, message: Save, stored: Callable[[int], None]) -> None:
+    def _store_image(self, image: Image, message: Save, stored: Callable[[int], None]) -> None:
         """Store what has been laid out, in this process."""
         parts = [image.view[start : start + size] for start, size in message.segments]
         start, size = message.record
-        draft = Part.decode(bytes(image.view[start : start + size]), attempt, self.rank, self.url)
+        draft = Part.decode(bytes(image.view[start : start + size]), self.attempt, self.rank, self.url)
         byte_count = 0
         with opened(self.url, self.storage_options) as place, ThreadPoolExecutor(_IN_FLIGHT) as pool:
 
             def store(number: int) -> bytes:
-                place.store.put(place.folder + object_name(attempt, self.rank, number), parts[number])
+                place.store.put(place.folder + object_name(self.attempt, self.rank, number), parts[number])
                 return checksums([parts[number]])
 
+            self._begin(place, message.begin)
             sums = []
             for each, part in zip(pool.map(store, range(len(parts))), parts, strict=True):
                 sums.append(each)
                 byte_count += len(part)
                 stored(byte_count)
             self._finish(place, draft.with_sums(sums))
+
+    def _begin(self, place: Place, how: Begin | None) -> None:
+        if how is not None:
+            attempts.begin_once(place, self.attempt, overwrite=how.overwrite, now_s=how.began_s, metric=how.metric)
 
     def _finish(self, place: Place, part: Part) -> None:
         attempts.finish_rank(place, part)
@@ -208,8 +213,8 @@ class _Save:
                 )
             time.sleep(_LOOK_S)
 
-    def _state(self, attempt: str, level: Level | Literal[""], store_bytes: int) -> SaveState:
-        return SaveState(attempt, self.rank, level, 0, store_bytes)
+    def _state(self, level: Level | Literal[""], store_bytes: int) -> SaveState:
+        return SaveState(self.attempt, self.rank, level, 0, store_bytes)
 
 
 def store_segments(
@@ -263,15 +268,6 @@ def _starts(segments: Sequence[Segment]) -> list[int]:
     for segment in segments:
         starts.append(starts[-1] + -(-segment.size // PAGE_BYTES) * PAGE_BYTES)
     return starts
-
-
-def _of_attempt(draft: Part, attempt: str) -> Part:
-    numbers = iter(range(len(draft.objects)))
-    objects = (
-        each if each.beside else replace(each, name=object_name(attempt, draft.rank, next(numbers)))
-        for each in draft.objects
-    )
-    return replace(draft, attempt=attempt, objects=tuple(objects))
 
 
 _warned: set[str] = set()

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,10 +18,13 @@ import torch
 import fastload
 from fastload import checkpoint
 from fastload.cache import syscalls
-from fastload.checkpoint import attempts
+from fastload.checkpoint import attempts, single
 from fastload.checkpoint.images import Images
+from fastload.checkpoint.saving import Saving
 from fastload.client.cache import handle_of
-from fastload.errors import CheckpointError, CheckpointExistsError, WaitTimeoutError
+from fastload.client.connector import Connector
+from fastload.errors import CheckpointError, CheckpointExistsError, ServiceError, WaitTimeoutError
+from fastload.protocol import Level, SaveState
 from tests.checkpoint.gate import Gate, gate_to
 from tests.conftest import Bucket
 from tests.patience import PATIENCE_S
@@ -240,12 +244,16 @@ def test_both_are_killed_and_the_next_service_goes_on_from_the_disk(
     assert content(load(url)) == 7
 
 
-@pytest.mark.parametrize("level", ["memory", "disk"])
-def test_a_run_that_starts_again_waits_for_what_is_carried(s3: Bucket, gate: Gate, tmp_path: Path, level: str) -> None:
-    """Nothing is lost of what was promised; from the disk, when the service has ended as well."""
+@pytest.mark.parametrize(("level", "refused"), [("memory", "safetensors"), ("disk", "safetensors"), ("disk", "")])
+def test_a_run_that_starts_again_waits_for_what_is_carried(
+    s3: Bucket, gate: Gate, tmp_path: Path, level: str, refused: str
+) -> None:
+    """Nothing is lost of what was promised; from the disk, when the service has ended as well. Where the store has
+    taken nothing at all, the service begins the attempt itself, at the latest when the run has come.
+    """
     run = checkpoint.Run(f"{s3.url}/run", cache=tmp_path / "cache", storage_options=options(gate))
     run.save(1, state(1))
-    gate.shut("safetensors")
+    gate.shut(refused)
     with trainer(run.step_url(7), tmp_path / "cache", level, gate) as program:
         assert program.stdout.readline() == "saved\n", program.stderr.read()
         assert gate.refused.wait(PATIENCE_S)
@@ -254,6 +262,8 @@ def test_a_run_that_starts_again_waits_for_what_is_carried(s3: Bucket, gate: Gat
     if level == "disk":
         kill_service(tmp_path / "cache")
     seen = len(gate.seen)
+    if not refused:
+        gate.open()
     with ThreadPoolExecutor(1) as pool:
         loaded = pool.submit(run.load, wait_s=PATIENCE_S)
         until(lambda: len(gate.seen) > seen)  # it has looked
@@ -392,6 +402,102 @@ def test_the_next_service_does_not_store_what_is_damaged_and_deletes_nothing(
     assert any(f"{file.name} is damaged" in record.getMessage() for record in caplog.records)
     with pytest.raises(fastload.ObjectMissingError):
         load(url)
+
+
+@pytest.mark.parametrize("level", ["memory", "disk"])
+def test_a_save_that_does_not_wait_for_the_store_does_not_need_it(
+    s3: Bucket, gate: Gate, cache: fastload.Cache, level: Any
+) -> None:
+    """The service begins the attempt then, also the next one, and finds whether a checkpoint is there."""
+    url = f"{s3.url}/1"
+    given: dict[str, Any] = {"until": level, "cache": cache, "storage_options": options(gate)}
+    gate.refuses = lambda method, path: True
+    saving = checkpoint.save(state(6), url, **given)
+    assert saving.done(level)
+    kill_service(cache.directory)
+    gate.open()
+    saving.wait("store", PATIENCE_S)
+    assert content(load(url)) == 6
+    gate.refuses = lambda method, path: True
+    other, third = (checkpoint.save(state(number), url, overwrite=number == 8, **given) for number in (7, 8))
+    gate.open()
+    with pytest.raises(CheckpointExistsError, match=r"pass overwrite=True .*\(rank 0\)"):
+        other.wait("store", PATIENCE_S)
+    third.wait("store", PATIENCE_S)
+    assert content(load(url)) == 8
+
+
+@pytest.mark.parametrize("ram_bytes", ["1GiB", "1MiB"])
+def test_a_process_that_stores_by_itself_begins_the_attempt_later_as_well(
+    s3: Bucket, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ram_bytes: str
+) -> None:
+    """From an image, or where there is no memory for one straight from the state."""
+
+    def connect(*_: object) -> None:
+        raise ServiceError("none can be had")
+
+    monkeypatch.setattr(Connector, "connect", connect)
+    monkeypatch.setattr(single, "_PATIENCE_S", 0.1)
+    gate.refuses = lambda method, path: True
+    opening = threading.Timer(1.0, gate.open)
+    opening.start()
+    with fastload.Cache(tmp_path / "cache", **SMALL, checkpoint_ram_bytes=ram_bytes) as cache:
+        with pytest.warns(RuntimeWarning):
+            saving = checkpoint.save(
+                state(6), f"{s3.url}/1", until="memory", cache=cache, storage_options=options(gate)
+            )
+        saving.wait("store", PATIENCE_S)
+    opening.join()
+    assert content(load(f"{s3.url}/1")) == 6
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_a_save_that_waits_gives_up_where_no_byte_moves_and_goes_on(
+    s3: Bucket, gate: Gate, cache: fastload.Cache, on_error: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = checkpoint.Run(f"{s3.url}/run", on_error=on_error, cache=cache, storage_options=options(gate))
+    saved = {"w": torch.arange(3 << 20, dtype=torch.float32)}
+    gate.shut("safetensors")
+    if on_error == "raise":
+        with pytest.raises(
+            WaitTimeoutError, match=r"gave up after 0.5 s .*no byte has moved.*; the save goes on"
+        ) as caught:
+            run.save(1, saved, timeout_s=0.5)
+        saving = caught.value.saving
+    else:
+        saving = run.save(1, saved, timeout_s=0.5)
+        assert "gave up after 0.5 s" in caplog.text
+    assert run.step == 1
+    assert not saving.done()
+    gate.open()
+    run.wait(PATIENCE_S)
+    assert saving.done()
+    assert run.load()["w"].equal(saved["w"])
+
+
+def test_as_long_as_bytes_move_a_save_is_waited_for() -> None:
+    class Moving:
+        """It gets on four times, and then no more."""
+
+        waits = 0
+
+        @property
+        def state(self) -> SaveState:
+            return SaveState("0" * 16, 0, "memory", 0, min(self.waits, 4))
+
+        def wait_level(self, level: Level, what: str, timeout_s: float) -> SaveState:
+            self.waits += 1
+            raise WaitTimeoutError("gave up")
+
+        def take_back(self, what: str, timeout_s: float) -> bool:
+            self.wait_level("disk", what, timeout_s)
+            raise AssertionError
+
+    for wait in (lambda saving: saving.wait_while_moving("store", 600.0), lambda saving: saving.take_back(600.0)):
+        carrier = Moving()
+        with pytest.raises(WaitTimeoutError, match="gave up"):
+            wait(Saving("s3://bucket/1/", 0, 4, 0.0, carrier))
+        assert carrier.waits == 5
 
 
 def test_another_writer_is_first(s3: Bucket, gate: Gate, cache: fastload.Cache) -> None:

@@ -63,7 +63,16 @@ FROM_CONSUMER: dict[str, tuple[Any, ...]] = {
     "stats": (7,),
     "report": ({"samples": 12, "stalls": {"fetch": 0.5}},),
     "ping": (),
-    "save": ("s3://bucket/run/7/", "0123456789abcdef", 3, 1 << 30, [(0, 4100), (8192, 1 << 28)], (1 << 29, 500), True),
+    "save": (
+        "s3://bucket/run/7/",
+        "0123456789abcdef",
+        3,
+        1 << 30,
+        [(0, 4100), (8192, 1 << 28)],
+        (1 << 29, 500),
+        True,
+        protocol.Begin(True, 1.5, 0.25),
+    ),
     "take_back": ("0123456789abcdef", 3),
 }
 FROM_OPERATOR: dict[str, tuple[Any, ...]] = {

@@ -74,7 +74,7 @@ def test_the_log_byte_by_byte(area: Area) -> None:
     kept = save(area)
     area.note(kept.name, STORED)
     payload = msgspec.msgpack.encode(
-        [kept.folder, ATTEMPT, 3, True, "http://store", [4096, 5000, 0], kept.part_sum, 1.5]
+        [kept.folder, ATTEMPT, 3, True, "http://store", [4096, 5000, 0], kept.part_sum, 1.5, None]
     )
 
     def record(kind: int, payload: bytes) -> bytes:

@@ -47,6 +47,7 @@ from fastload.cache.chunkfile import transfer
 from fastload.checkpoint.records import is_attempt
 from fastload.checkpoint.segments import BLOCK_BYTES, PAGE_BYTES, damaged_block
 from fastload.errors import CacheError
+from fastload.protocol import Begin
 
 FOLDER = "checkpoints"
 MAGIC = b"FLSAVE\0\1"
@@ -79,6 +80,7 @@ class Kept(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=T
     sizes: tuple[int, ...]  # of the segments
     part_sum: int  # XXH3-64 of the part record
     at_s: float = 0.0  # since 1970
+    begin: Begin | None = None  # the attempt, which may have begun
 
     @property
     def name(self) -> str:

@@ -105,7 +105,8 @@ class Saving:
     readers: int = 0  # of the image, in threads
     wanted_back: ConsumerState | None = None
     delay_s: float = _RETRY_S
-    is_finishing: bool = False
+    is_begun: bool = False
+    in_step: bool = False  # it begins, or finishes: nothing else goes on meanwhile
     retry: asyncio.TimerHandle | None = None  # what is to try it again
 
     @property
@@ -166,6 +167,7 @@ class Savings:
             tuple(size for _, size in message.segments),
             0,
             self._resources.wall(),
+            message.begin,
         )
         saving = self._savings[kept.name] = Saving(kept, self._resources.now(), image)
         saving.left.extend(range(len(kept.sizes)))
@@ -442,6 +444,10 @@ class Savings:
         if self._closed:
             return
         for saving in self._savings.values():
+            if saving.kept.begin is not None and not saving.is_begun:
+                if self._store_pool.idle and self._can_go_on(saving):
+                    self._begin(saving, saving.kept.begin)
+                continue
             while self._store_pool.idle and self._can_go_on(saving) and saving.left:
                 self._upload(saving, saving.left.popleft())
             is_sent = not saving.left and len(saving.uploaded) == len(saving.kept.sizes)
@@ -454,9 +460,37 @@ class Savings:
             or saving.error is not None
             or saving.options_key is None
             or saving.retry is not None
-            or saving.is_finishing
+            or saving.in_step
             or (saving.image is None and saving.part is None)  # by which the files are verified
         )
+
+    def _begin(self, saving: Saving, begin: protocol.Begin) -> None:
+        """What the trainer could not do, since the store did not answer it."""
+        key, kept = saving.options_key, saving.kept
+        assert key is not None
+        saving.in_step = True
+
+        def begun() -> None:
+            with self._stores.opened(key, kept.folder, _REQUEST_S) as store:
+                attempts.begin_once(
+                    Place(store, kept.folder),
+                    kept.attempt,
+                    overwrite=begin.overwrite,
+                    now_s=begin.began_s,
+                    metric=begin.metric,
+                )
+
+        self._store_pool.submit(begun, done=partial(self._has_begun, saving, key))
+
+    def _has_begun(self, saving: Saving, key: str, _: None, error: BaseException | None) -> None:
+        saving.in_step = False
+        if error is not None:
+            self._put_off(saving, key, error)
+            return
+        self._went_on(saving)
+        saving.is_begun = True
+        self._tell(saving)
+        self._pump()
 
     def _upload(self, saving: Saving, number: int) -> None:
         key, kept = saving.options_key, saving.kept
@@ -498,7 +532,7 @@ class Savings:
         """The part record, and where that is this rank's task the commit."""
         key, kept, was_stored = saving.options_key, saving.kept, saving.is_stored
         assert key is not None
-        saving.is_finishing = True
+        saving.in_step = True
 
         def finish() -> bool:
             with self._stores.opened(key, kept.folder, _REQUEST_S) as store:
@@ -510,7 +544,7 @@ class Savings:
         self._store_pool.submit(finish, done=partial(self._finished, saving, key))
 
     def _finished(self, saving: Saving, key: str, is_committed: bool | None, error: BaseException | None) -> None:
-        saving.is_finishing = False
+        saving.in_step = False
         if error is not None:
             self._put_off(saving, key, error)
             return
