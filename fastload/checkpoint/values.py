@@ -1,19 +1,24 @@
 """What is no tensor, as bytes; and where the leaves of a state stand in it.
 
-It is kept as MessagePack where that gives back the very same, and else as torch has it, which is read without running
-any code unless the user allows pickles.
+It is kept as MessagePack where that gives back the very same, with extension types for tuples and for numpy's arrays
+and scalars of plain dtypes; and else as torch has it, which is read without running any code unless the user allows
+pickles. What would need that is saved with a warning, since it keeps a whole state from being loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterable
+import pickle
+import re
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 import torch
 
+from fastload import callers
 from fastload.checkpoint.errors import CheckpointDamagedError, CheckpointError
 from fastload.checkpoint.flattening import DEPTH_MAX, Path
 from fastload.checkpoint.records import Contents
@@ -22,6 +27,10 @@ from fastload.errors import ConfigError
 
 # A part record, of which they are a part, is read as a whole, and has 1 GiB at most.
 VALUES_BYTES_MAX = 768 << 20
+# Extension types of MessagePack.
+_TUPLE, _ARRAY, _SCALAR = 1, 2, 3
+# Booleans, integers, floats and complex numbers, as numpy writes them.
+_DTYPE = re.compile(r"\|[biu]1|[<>](?:[iu][248]|f[248]|c(?:8|16))")
 
 _Place = Annotated[list[int], msgspec.Meta(min_length=1, max_length=1)]
 _Path = Annotated[tuple[str | int | _Place, ...], msgspec.Meta(max_length=DEPTH_MAX)]
@@ -29,10 +38,9 @@ _Path = Annotated[tuple[str | int | _Place, ...], msgspec.Meta(max_length=DEPTH_
 
 def encoded(name: str, leaf: Any) -> tuple[str, bytes]:
     """Encoding and bytes of a state's leaf. Raises `ConfigError` where it cannot be pickled either."""
-    # An integer of more than 64 bits, a text that is no Unicode, what nests too deep.
-    with contextlib.suppress(OverflowError, UnicodeEncodeError, RecursionError):
-        if _is_plain(leaf):
-            return "msgpack", msgspec.msgpack.encode(leaf)
+    # Of another class, an integer of more than 64 bits, a text that is no Unicode, what nests too deep.
+    with contextlib.suppress(TypeError, OverflowError, UnicodeEncodeError, RecursionError):
+        return "msgpack", msgspec.msgpack.encode(_packed(leaf))
     file = io.BytesIO()
     try:
         torch.save(leaf, file)
@@ -41,7 +49,54 @@ def encoded(name: str, leaf: Any) -> tuple[str, bytes]:
             f"state: {name} is a {type(leaf).__name__} that cannot be pickled ({type(error).__name__}: {error}); leave "
             "it out, or save what it is made of"
         ) from error
+    if not isinstance(leaf, torch.Tensor):
+        try:
+            file.seek(0)
+            torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            callers.warn(
+                f"state: {name} is a pickle ({_reason(error)}): to load it, allow_pickle=True will have to be passed; "
+                "save what it is made of, such as numbers, texts, tensors, arrays, tuples, lists and dicts",
+                RuntimeWarning,
+            )
     return "torch", file.getvalue()
+
+
+def _packed(leaf: Any) -> Any:
+    """What MessagePack gives back as the very same, by `_unpacked`; TypeError where it does not."""
+    kind = type(leaf)
+    if leaf is None or kind in (bool, int, float, str, bytes):
+        return leaf
+    if kind is dict and all(type(key) is str for key in leaf):
+        return {key: _packed(each) for key, each in leaf.items()}
+    if kind is list:
+        return list(map(_packed, leaf))
+    if kind is tuple:
+        return _extension(_TUPLE, list(map(_packed, leaf)))
+    if kind is np.ndarray and _DTYPE.fullmatch(leaf.dtype.str):
+        return _extension(_ARRAY, (leaf.dtype.str, leaf.shape, leaf.tobytes()))
+    if isinstance(leaf, np.generic) and kind is leaf.dtype.type and _DTYPE.fullmatch(leaf.dtype.str):
+        return _extension(_SCALAR, (leaf.dtype.str, leaf.tobytes()))
+    raise TypeError
+
+
+def _extension(code: int, fields: Sequence[Any]) -> msgspec.msgpack.Ext:
+    return msgspec.msgpack.Ext(code, msgspec.msgpack.encode(fields))
+
+
+def _unpacked(code: int, data: memoryview) -> Any:
+    if code == _TUPLE:
+        return tuple(msgspec.msgpack.decode(data, type=list[Any], ext_hook=_unpacked))
+    dtype, content = "", b""
+    shape: tuple[int, ...] = ()
+    if code == _ARRAY:
+        dtype, shape, content = msgspec.msgpack.decode(data, type=tuple[str, tuple[int, ...], bytes])
+    elif code == _SCALAR:
+        dtype, content = msgspec.msgpack.decode(data, type=tuple[str, bytes])
+    if _DTYPE.fullmatch(dtype) is None:
+        raise ValueError(f"extension {code} with dtype {dtype!r}")
+    array = np.frombuffer(content, dtype).reshape(shape).copy()
+    return array if code == _ARRAY else array[()]
 
 
 def check_sizes(values: Iterable[tuple[str, str, bytes]]) -> None:
@@ -56,26 +111,29 @@ def check_sizes(values: Iterable[tuple[str, str, bytes]]) -> None:
         )
 
 
-def _is_plain(leaf: Any) -> bool:
-    """Whether MessagePack gives back the very same."""
-    if type(leaf) is dict:
-        return all(type(key) is str and _is_plain(each) for key, each in leaf.items())
-    if type(leaf) is list:
-        return all(map(_is_plain, leaf))
-    return leaf is None or type(leaf) in (bool, int, float, str, bytes)
-
-
 def decoded(encoding: str, data: bytes, where: str, allow_pickle: bool) -> Any:
+    """A leaf. Raises `CheckpointDamagedError`, and `CheckpointError` for a pickle that is not allowed, or fails."""
     try:
         if encoding == "msgpack":
-            return msgspec.msgpack.decode(data)
+            return msgspec.msgpack.decode(data, ext_hook=_unpacked)
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=not allow_pickle)
     except Exception as error:  # of any kind: torch's reader and what a pickle runs
-        lines = str(error).splitlines() or [type(error).__name__]
-        reason = next((line.strip() for line in lines if "Unsupported" in line), lines[0])
-        raise CheckpointError(
-            f"{where} cannot be read: {reason}; where it is of classes of yours, and trusted, pass allow_pickle=True"
-        ) from error
+        if encoding == "torch" and allow_pickle:
+            raise CheckpointError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
+        if isinstance(error, pickle.UnpicklingError):
+            raise CheckpointError(
+                f"pass allow_pickle=True to load {where}, if you trust who has saved it, or leave it out: it is a "
+                f"pickle ({_reason(error)}), which may run code"
+            ) from error
+        raise CheckpointDamagedError(f"{where} is damaged: {_reason(error)}; take another step") from error
+
+
+def _reason(error: Exception) -> str:
+    """In one line; torch says at length what else could be done."""
+    if (named := re.search(r"GLOBAL (\S+)", str(error))) is not None:
+        return f"of {named[1]}"
+    lines = str(error).splitlines() or [type(error).__name__]
+    return next((line.strip() for line in lines if "Unsupported" in line), lines[0])
 
 
 def paths_of(there: Contents, where: str) -> dict[str, Path]:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import fastload
 from fastload import checkpoint
-from fastload.checkpoint import CheckpointError, CheckpointExistsError, attempts, single, tensors, values
+from fastload.checkpoint import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointExistsError,
+    attempts,
+    single,
+    tensors,
+    values,
+)
 from fastload.checkpoint.attempts import Place
 from fastload.checkpoint.boxes import Box
 from fastload.checkpoint.reading import Range, Wanted, ranges
@@ -333,12 +342,92 @@ class Mine:
     __hash__ = None  # type: ignore[assignment]
 
 
+class Pair(NamedTuple):
+    one: int
+    two: int
+
+
 def test_pickles_are_read_where_they_are_allowed(tmp_path: Path) -> None:
-    checkpoint.save({"mine": Mine(), "plain": OrderedDict(a=1)}, tmp_path / "1")
+    with pytest.warns(
+        RuntimeWarning, match=r"mine is a pickle \(of \S+\.Mine\): to load .*allow_pickle=True"
+    ) as warned:
+        checkpoint.save({"mine": Mine(), "plain": OrderedDict(a=1)}, tmp_path / "1")
+    assert [each.filename for each in warned] == [__file__]
     assert checkpoint.load(tmp_path / "1", names=["plain"]) == {"plain": {"a": 1}}
-    with pytest.raises(CheckpointError, match=r"mine cannot be read.*allow_pickle=True"):
+    with pytest.raises(
+        CheckpointError, match=r"^pass allow_pickle=True to load \S+/mine, .* it is a pickle \(of \S+\.Mine\)"
+    ):
         checkpoint.load(tmp_path / "1")
     assert checkpoint.load(tmp_path / "1", allow_pickle=True)["mine"] == Mine()
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    [Pair(1, 2), (1, Pair(1, 2)), np.datetime64("2026-01-01"), np.array([None]), np.zeros(2, "U3"), {1.5: Mine()}],
+)
+def test_a_warning_says_that_a_leaf_is_a_pickle(tmp_path: Path, leaf: Any) -> None:
+    with pytest.warns(RuntimeWarning, match=r"state: a\.b is a pickle"):
+        checkpoint.save({"a": {"b": leaf}}, tmp_path / "1")
+    with pytest.raises(CheckpointError, match=r"pass allow_pickle=True to load \S+/a\.b"):
+        checkpoint.load(tmp_path / "1")
+    checkpoint.load(tmp_path / "1", allow_pickle=True)
+
+
+def test_numpys_arrays_and_scalars(tmp_path: Path) -> None:
+    np.random.seed(3)
+    kinds = "?", "i1", "u1", "<i2", ">u4", "i8", "u8", "f2", "f4", ">f8", "c8", "c16"
+    arrays = {kind: np.arange(6).reshape(3, 2).astype(kind) for kind in kinds}
+    scalars = {f"{kind} scalar": array.ravel()[1] for kind, array in arrays.items()}
+    shapes = {"none": np.zeros((0, 3)), "point": np.array(2.5), "strided": np.arange(12.0).reshape(3, 4).T[::2]}
+    state = {
+        **arrays,
+        **scalars,
+        **shapes,
+        "rng": np.random.get_state(),
+        "deep": ([np.float64(2.5)], {"a": (np.ones(2),)}),
+    }
+    checkpoint.save(state, tmp_path / "1")
+    found = checkpoint.load(tmp_path / "1")
+    for name in (*arrays, *scalars, *shapes):
+        assert type(found[name]) is type(state[name])
+        assert (found[name].dtype, found[name].shape) == (state[name].dtype, state[name].shape)
+        np.testing.assert_array_equal(found[name], state[name])
+    assert found["none"].flags.writeable
+    expected = np.random.random(5)
+    np.random.set_state(found["rng"])
+    np.testing.assert_array_equal(np.random.random(5), expected)
+    assert type(found["deep"][0][0]) is np.float64
+    np.testing.assert_equal(found["deep"], state["deep"])
+
+
+def extension(code: int, *fields: Any) -> bytes:
+    return msgspec.msgpack.encode(msgspec.msgpack.Ext(code, msgspec.msgpack.encode(fields)))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "data"),
+    [
+        ("msgpack", b"\xc1"),
+        ("msgpack", b"\x91" * 100_000),
+        ("msgpack", extension(4, "<f8", bytes(8))),
+        ("msgpack", extension(3, "|O", bytes(8))),
+        ("msgpack", extension(3, "<f8", bytes(7))),
+        ("msgpack", extension(3, "<f8", bytes(16))),
+        ("msgpack", extension(2, "<f8", (3,), bytes(16))),
+        ("msgpack", extension(2, "<f8", (1 << 62, 1 << 62), bytes(16))),
+        ("msgpack", extension(2, "<f8", (1,) * 100, bytes(8))),
+        ("msgpack", extension(2, "V8", (1,), bytes(8))),
+        ("msgpack", msgspec.msgpack.encode(msgspec.msgpack.Ext(1, b"\x01"))),
+        ("torch", b"PK\x03\x04none"),
+        ("torch", b""),
+    ],
+)
+def test_values_that_are_damaged_are_so_whether_pickles_are_allowed_or_not(encoding: str, data: bytes) -> None:
+    with pytest.raises(CheckpointDamagedError, match="here is damaged") as caught:
+        values.decoded(encoding, data, "here", allow_pickle=False)
+    assert "allow_pickle" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="here"):
+        values.decoded(encoding, data, "here", allow_pickle=True)
 
 
 # Bytes
