@@ -2,32 +2,39 @@
 
 One is a memfd: it has no name that could outlive its users, takes one descriptor whatever the number of tensors, and
 lives on in the service when the trainer dies. It is used again for the next save, since to get memory from the kernel
-takes four times as long as to copy; a second one, of the same size, is made and touched beside training, once the first
-is used. While the service may read an image nobody writes to it: it is read-only here, so that a stray write ends the
-process instead of spoiling a checkpoint. There are two of a process at most. The next save waits then.
+takes four times as long as to copy. A second one is made only for a save that comes while the first is being stored;
+there are two of a process at most, and the next save waits then. What was not used for some time is given back to the
+system. While the service may read an image nobody writes to it: it is read-only here, so that a stray write ends the
+process instead of spoiling a checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
-import logging
 import mmap
 import os
 import threading
+import time
+import weakref
 from collections.abc import Callable
 
 from fastload.cache import syscalls
+from fastload.checkpoint.saving import Saving
 from fastload.checkpoint.segments import PAGE_BYTES
 from fastload.errors import FastloadError, WaitTimeoutError
-from fastload.lifecycle import on_drop
+from fastload.lifecycle import call_later, on_drop
 
 _IMAGES_MAX = 2
+# How long an image is kept for the next save.
+_IDLE_S = 600.0
 # Sizes differ a little from save to save.
 _GRAIN_BYTES = 4 << 20
+# How long is waited for what nobody waits for.
+_PATIENCE_S = 10.0
 _POPULATE_WRITE = 23  # of madvise; Linux 5.14
 _POPULATE_BYTES = 32 << 20  # in one call, during which no other thread can map memory
-log = logging.getLogger("fastload.checkpoint")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -38,13 +45,13 @@ class Image:
         """OSError where the system has no memory to give."""
         self.byte_count = byte_count
         self.fd = syscalls.memfd_create("fastload-image")
-        self.close = on_drop(self, os.close, self.fd)  # its memory goes with the last that maps it
+        self._close_fd = on_drop(self, os.close, self.fd)
         syscalls.ftruncate(self.fd, byte_count)
         syscalls.add_seals(self.fd, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self._map = syscalls.mmap_shared(self.fd, byte_count, writable=True)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        # Of one in use: waits until the save can do without it, and says whether nobody reads it any more.
-        self.take_back: Callable[[float], bool] | None = None
+        self.saving: Saving | None = None  # what is saved from it
+        self.used_s = time.monotonic()
 
     @property
     def view(self) -> memoryview:
@@ -52,12 +59,19 @@ class Image:
 
     def populate(self, is_wanted: Callable[[], bool] = lambda: True) -> None:
         """Have its pages from the kernel."""
-        for start in range(0, self.byte_count, _POPULATE_BYTES):
-            length = min(_POPULATE_BYTES, self.byte_count - start)
-            if not is_wanted() or _libc.madvise(
-                ctypes.c_void_p(self._address + start), ctypes.c_size_t(length), _POPULATE_WRITE
-            ):
-                return  # an older kernel: they come as they are written
+        with self.view:  # while which it is not unmapped
+            for start in range(0, self.byte_count, _POPULATE_BYTES):
+                length = min(_POPULATE_BYTES, self.byte_count - start)
+                if not is_wanted() or _libc.madvise(
+                    ctypes.c_void_p(self._address + start), ctypes.c_size_t(length), _POPULATE_WRITE
+                ):
+                    return  # an older kernel: they come as they are written
+
+    def close(self) -> None:
+        """Give the memory back, which goes with the last process that maps it."""
+        self._close_fd()
+        with contextlib.suppress(BufferError):  # a thread is at it: it goes with this object
+            self._map.close()
 
     def protect(self, *, writable: bool) -> None:
         """Let this process write to it, or only read."""
@@ -75,21 +89,28 @@ class Images:
         self._images: list[Image] = []
         self._busy: dict[Image, None] = {}  # the oldest first
         self._awaited: set[Image] = set()  # of these, those that a thread waits for
+        self._is_watched = False  # by a thread that gives back what is not used
+        self._ended = threading.Event()
+        on_drop(self, call_later, self._ended.set)
 
     def take(self, byte_count: int, room_bytes: int, timeout_s: float) -> Image | None:
         """One of at least this size, to be written to; None where all of them together may not be as large.
 
-        Waits where there are two already, or no room for another one; WaitTimeoutError as `take_back` of one raises it.
+        Waits where there are two already that are in use, or no room for another one; WaitTimeoutError as `take_back`
+        of a `Saving` raises it.
         """
         if byte_count > room_bytes:
             return None
         while True:
             with self._changed:
                 there = set(self._images)
-                image = self._picked(byte_count, room_bytes)
+                oldest = next((each for each in self._busy if each.saving and each not in self._awaited), None)
+                is_unused = oldest is not None and oldest.saving is not None and oldest.saving.is_over
+                image = self._free(byte_count) or (None if is_unused else self._made(byte_count, room_bytes))
                 if image is not None:
+                    self._busy[image] = None
+                    is_watched, self._is_watched = self._is_watched, True
                     break
-                oldest = next((each for each in self._busy if each.take_back and each not in self._awaited), None)
                 if oldest is None:  # another thread fills it, or waits for it
                     if not self._changed.wait(timeout_s):
                         raise WaitTimeoutError(
@@ -97,29 +118,20 @@ class Images:
                         )
                     continue
                 self._awaited.add(oldest)
-            try:
-                assert oldest.take_back is not None
-                is_free = oldest.take_back(timeout_s)
-            except WaitTimeoutError:
-                raise
-            except FastloadError:  # its connection was closed: the service may read it yet
-                self._discard(oldest)
-            else:
-                (self.release if is_free else self._discard)(oldest)
-            finally:
-                with self._changed:
-                    self._awaited.discard(oldest)
-                    self._changed.notify_all()
+            self._take_back(oldest, timeout_s)
+        if not is_watched:
+            arguments = weakref.ref(self), self._ended
+            threading.Thread(target=_watch, args=arguments, name="fastload-image", daemon=True).start()
         if image in there:
             image.protect(writable=True)
         else:  # ahead of the copy, which is slower
-            _in_a_thread(image.populate, lambda: image.take_back is None)
+            _in_a_thread(image.populate, lambda: image.saving is None)
         return image
 
     def release(self, image: Image) -> None:
         """Nobody reads or fills it any more."""
         with self._changed:
-            image.take_back = None
+            image.saving = None
             self._busy.pop(image, None)
             self._changed.notify_all()
 
@@ -131,39 +143,72 @@ class Images:
                 self._images.remove(image)
                 image.close()
 
-    def handed_over(self, image: Image, take_back: Callable[[float], bool], room_bytes: int) -> None:
-        """It is full, and `take_back` says when it may be filled again. One more is made for the next save."""
-        image.take_back = take_back
+    def handed_over(self, image: Image, saving: Saving) -> None:
+        """It is full, and saved from."""
         with self._changed:
+            image.saving, image.used_s = saving, time.monotonic()
             self._changed.notify_all()
-            if len(self._images) >= _IMAGES_MAX or self._taken() + image.byte_count > room_bytes:
-                return
-            try:
-                ahead = Image(image.byte_count)
-            except OSError as error:
-                log.info("no second image of %d bytes: %s", image.byte_count, error)
-                return
-            self._images.append(ahead)
-        _in_a_thread(ahead.populate, lambda: ahead not in self._busy)
 
-    def _picked(self, byte_count: int, room_bytes: int) -> Image | None:
+    def give_back_unused(self) -> bool:
+        """Those that were not used for some time, to the system; whether any are left."""
+        with self._changed:
+            unused = [each for each in self._images if time.monotonic() - each.used_s >= _IDLE_S]
+            over = [each for each in unused if each.saving and each.saving.is_over and each not in self._awaited]
+            self._awaited.update(over)
+        for image in over:
+            with contextlib.suppress(WaitTimeoutError):  # others read it, as a process that starts again: later then
+                self._take_back(image, _PATIENCE_S)
+        with self._changed:
+            for image in unused:
+                if image not in self._busy and image in self._images:
+                    self._images.remove(image)
+                    image.close()
+            self._is_watched = bool(self._images)
+            return self._is_watched
+
+    def _take_back(self, image: Image, timeout_s: float) -> None:
+        """Of one that this thread waits for."""
+        try:
+            assert image.saving is not None
+            is_free = image.saving.take_back(timeout_s)
+        except WaitTimeoutError:
+            raise
+        except FastloadError:  # its connection was closed: the service may read it yet
+            self._discard(image)
+        else:
+            (self.release if is_free else self._discard)(image)
+        finally:
+            with self._changed:
+                self._awaited.discard(image)
+                self._changed.notify_all()
+
+    def _free(self, byte_count: int) -> Image | None:
+        """The smallest that is free and large enough; those that are free and too small go."""
         free = [each for each in self._images if each not in self._busy]
         fitting = [each for each in free if byte_count <= each.byte_count]
-        if fitting:
-            image = min(fitting, key=lambda each: each.byte_count)
-        else:
+        if not fitting:
             for each in free:
                 self._images.remove(each)
                 each.close()
-            if len(self._images) >= _IMAGES_MAX or self._taken() + byte_count > room_bytes:
-                return None
-            image = Image(min(room_bytes, -(-byte_count // _GRAIN_BYTES) * _GRAIN_BYTES))
-            self._images.append(image)
-        self._busy[image] = None
+        return min(fitting, key=lambda each: each.byte_count, default=None)
+
+    def _made(self, byte_count: int, room_bytes: int) -> Image | None:
+        if len(self._images) >= _IMAGES_MAX or self._taken() + byte_count > room_bytes:
+            return None
+        image = Image(min(room_bytes - self._taken(), -(-byte_count // _GRAIN_BYTES) * _GRAIN_BYTES))
+        self._images.append(image)
         return image
 
     def _taken(self) -> int:
         return sum(each.byte_count for each in self._images)
+
+
+def _watch(images: weakref.ref[Images], ended: threading.Event) -> None:
+    while not ended.wait(_IDLE_S / 10):
+        those = images()
+        if those is None or not those.give_back_unused():
+            return
+        del those
 
 
 def _in_a_thread(function: Callable[[Callable[[], bool]], object], is_wanted: Callable[[], bool]) -> None:

@@ -95,7 +95,7 @@ def start(
     except BaseException:
         images.release(image)
         raise
-    images.handed_over(image, saving.take_back, room_bytes)
+    images.handed_over(image, saving)
     return saving
 
 

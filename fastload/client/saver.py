@@ -84,7 +84,10 @@ class Saver(Consumer):
 
     def _on_ended(self, error: FastloadError) -> None:
         super()._on_ended(error)
-        self.ended()
+        with self._changed:
+            is_ours = self._save is None or self._save.image_bytes > 0
+        if is_ours:  # what was given back is on the disk, and filled anew here
+            self.ended()
 
     def _send_everything(self) -> None:
         super()._send_everything()

@@ -547,6 +547,45 @@ def test_a_third_save_waits_for_memory_that_is_used_again(s3: Bucket, gate: Gate
             assert content(load(f"{s3.url}/b{number}")) == number
 
 
+def test_a_second_image_is_made_only_for_a_save_that_comes_while_the_first_is_in_use(
+    s3: Bucket, gate: Gate, cache: fastload.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what was not used for some time goes, but for what is not stored yet."""
+    given: dict[str, Any] = {"until": "memory", "cache": cache, "storage_options": options(gate)}
+    images = cache._handle.shared("checkpoint images", Images)
+    found = set()
+    for number in range(3):
+        checkpoint.save(state(number), f"{s3.url}/{number}", **given).wait("store", PATIENCE_S)
+        (image,) = images._images
+        found.add(image.fd)
+    assert len(found) == 1
+    gate.shut("safetensors")
+    savings = [checkpoint.save(state(number), f"{s3.url}/{number}", **given) for number in (3, 4)]
+    assert len(images._images) == 2
+    monkeypatch.setattr("fastload.checkpoint.images._IDLE_S", 0.0)
+    assert images.give_back_unused()
+    assert len(images._images) == 2
+    gate.open()
+    for saving in savings:
+        saving.wait("store", PATIENCE_S)
+    assert not images.give_back_unused()
+    assert images._images == []
+    assert cache.stats()["checkpoint_ram_bytes"] == 0
+    checkpoint.save(state(5), f"{s3.url}/5", **given).wait("store", PATIENCE_S)
+    for number in range(6):
+        assert content(load(f"{s3.url}/{number}")) == number
+
+
+def test_an_image_goes_by_itself(s3: Bucket, cache: fastload.Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastload.checkpoint.images._IDLE_S", 0.2)
+    images = cache._handle.shared("checkpoint images", Images)
+    saving = checkpoint.save(state(1), f"{s3.url}/1", until="memory", cache=cache)
+    saving.wait("store", PATIENCE_S)
+    until(lambda: not images._images)
+    until(lambda: cache.stats()["checkpoint_ram_bytes"] == 0)
+    assert saving.done()
+
+
 def test_what_is_larger_than_may_be_goes_straight_to_the_store(s3: Bucket, tmp_path: Path) -> None:
     with fastload.Cache(tmp_path / "cache", **SMALL, checkpoint_ram_bytes="1MiB") as cache:
         with pytest.warns(RuntimeWarning, match="more than checkpoint_ram_bytes"):
