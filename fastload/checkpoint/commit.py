@@ -25,6 +25,7 @@ _CUT_OFF = r"\.(?:tmp-put|fastload-probe)-[0-9a-f]{16}"
 _OURS = re.compile(
     rf"([0-9a-f]{{16}})/(?:plan\.json|r[0-9]{{5,7}}\.part|r[0-9]{{5,7}}-[0-9]{{4,7}}\.safetensors|{_CUT_OFF})"
 )
+_PART = re.compile(r"[0-9a-f]{16}/r([0-9]{5,7})\.part")
 _LEFT = re.compile(rf"(?:[0-9a-f]{{16}}/)?{_CUT_OFF}")
 
 
@@ -54,7 +55,7 @@ def next_step(attempt: str, current: Current | None, plan: Plan | None, parts: I
         return Step.GONE
     if (current.etag if current is not None else None) != plan.replaces:
         return Step.LOST
-    return Step.COMMIT if set(parts) >= set(range(plan.ranks)) else Step.WAIT
+    return Step.COMMIT if len({rank for rank in parts if rank < plan.ranks}) == plan.ranks else Step.WAIT
 
 
 def attempts(names: Iterable[str]) -> set[str]:
@@ -63,9 +64,12 @@ def attempts(names: Iterable[str]) -> set[str]:
 
 
 def ranks(names: Iterable[str], plan: Plan) -> list[int]:
-    """Those of the plan whose part records are among the objects of these names."""
-    there = set(names)
-    return [rank for rank in range(plan.ranks) if part_name(plan.attempt, rank) in there]
+    """Those of the plan whose part records are among the objects of these names. What a plan says may be hostile, so
+    that it is the names that are gone through.
+    """
+    of_parts = ((name, match) for name in names if (match := _PART.fullmatch(name)) is not None)
+    found = {int(match[1]) for name, match in of_parts if name == part_name(plan.attempt, int(match[1]))}
+    return sorted(rank for rank in found if rank < plan.ranks)
 
 
 def is_ours(name: str) -> bool:

@@ -15,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from fastload.checkpoint import attempts
+from fastload.checkpoint import attempts, commit
 from fastload.checkpoint.attempts import Place
 from fastload.checkpoint.commit import Current, Step, leftovers, next_step
 from fastload.checkpoint.errors import CheckpointError, CheckpointExistsError
@@ -300,6 +301,18 @@ def test_steps() -> None:
     assert next_step(attempt, Current(None, '"1"'), again, [0, 1]) is Step.COMMIT
     for each in (plan, again, None):
         assert next_step(attempt, mine, each, []) is Step.COMMITTED
+
+
+def test_ranks_that_a_hostile_plan_counts_are_not_gone_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(attempt="a" * 16, ranks=10**7)
+    names = [part_name(plan.attempt, rank) for rank in (0, 99_999, 123_456, plan.ranks)]
+    odd = [f"{plan.attempt}/r000001.part", f"{'b' * 16}/r00002.part", f"{plan.attempt}/r00003-0000.safetensors"]
+    monkeypatch.setattr(commit, "range", lambda count: pytest.fail(f"a range of {count}"), raising=False)
+    assert commit.ranks([*odd, *reversed(names)], plan) == [0, 99_999, 123_456]
+    assert next_step(plan.attempt, None, plan, range(1000)) is Step.WAIT
+    few = msgspec.structs.replace(plan, ranks=2)
+    assert next_step(plan.attempt, None, few, [0, 2]) is Step.WAIT
+    assert next_step(plan.attempt, None, few, [0, 1, 2]) is Step.COMMIT
 
 
 def test_what_may_be_deleted() -> None:
