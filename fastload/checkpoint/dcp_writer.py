@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from fastload import callers
 from fastload.checkpoint import attempts
 from fastload.checkpoint.attempts import opened, try_conditions
 from fastload.checkpoint.boxes import Box
@@ -151,6 +152,13 @@ class Writer(StorageWriter, AsyncStager):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        own = metadata.planner_data or {}
+        if not isinstance(own, Mapping) or own.keys() - metadata.state_dict_metadata.keys():
+            callers.warn(
+                f"{self._url}: what this planner keeps in planner_data, beside the paths of tensors and values, is not "
+                "saved; keep it in the state",
+                RuntimeWarning,
+            )
         if self._until == "store":  # else the service of rank 0 commits, when all parts are in the store
             with opened(self._url, self._storage_options) as place:
                 if self._use_collectives:

@@ -17,8 +17,9 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem, SavePlan
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 import fastload
@@ -140,6 +141,19 @@ def test_pickles_run_only_where_they_are_trusted(tmp_path: Path) -> None:
     trusted: dict[str, Any] = {"x": None}
     dcp.load(trusted, storage_reader=Reader(tmp_path / "2", allow_pickle=True))
     assert trusted == {"x": Plain()}
+
+
+def test_what_a_planner_keeps_of_its_own_is_not_saved_in_silence(tmp_path: Path) -> None:
+    class Keeping(DefaultSavePlanner):
+        def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+            plans, metadata = super().create_global_plan(all_plans)
+            metadata.planner_data["mine"] = 3
+            return plans, metadata
+
+    with pytest.warns(RuntimeWarning, match=r"planner_data.* is not saved; keep it in the state"):
+        dcp.save(
+            {"a": torch.ones(3)}, storage_writer=checkpoint.Writer(tmp_path / "a"), planner=Keeping(), no_dist=True
+        )
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
