@@ -228,25 +228,29 @@ def repair(place: Place) -> str | None:
     return None
 
 
-def sweep(place: Place, grace_s: float, now_s: float, referred: Collection[str] = ()) -> list[str]:
+def sweep(
+    place: Place, grace_s: float, now_s: float, referred: Collection[str] = (), *, is_trial: bool = False
+) -> dict[str, ObjectInfo]:
     """Delete what attempts have left that are not the checkpoint, once `grace_s` have passed since anything happened;
     what was deleted. One that could still be committed is, first; others go in two sweeps (see `commit`), between
     which more time must pass than a commit takes. Clocks of writers and store may differ by far less than `grace_s`.
-    What checkpoints beside it have `referred` to stays.
+    What checkpoints beside it have `referred` to stays. With `is_trial` nothing changes.
 
     Raises `CheckpointError` where the manifest is damaged, so that it does not say what it needs.
     """
-    repair(place)
+    if not is_trial:
+        repair(place)
     names = place.names()  # before the manifest: what is committed after this is not among them, or young
     there = current(place)
     if there is not None and there.manifest is None:
         raise CheckpointError(f"{place.folder}{MANIFEST_NAME} is damaged, and nothing is deleted; overwrite it first")
     modified_s = {name: info.mtime_ns / 1e9 for name, info in names.items()}
     committed = there.manifest.attempt if there is not None and there.manifest is not None else None
-    done = []
+    done = {}
     for name in decisions.leftovers(modified_s, committed, grace_s, now_s, referred):
-        place.store.delete(place.folder + name)
-        done.append(name)
+        if not is_trial:
+            place.store.delete(place.folder + name)
+        done[name] = names[name]
     return done
 
 

@@ -46,6 +46,9 @@ class Pruned:
     objects: int = 0
     bytes: int = 0
 
+    def __add__(self, other: Pruned) -> Pruned:
+        return Pruned(self.steps + other.steps, self.objects + other.objects, self.bytes + other.bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class Known:
@@ -133,6 +136,24 @@ def prune(
             going += (names[name].size for name in left if f"{step}/{name}" not in stays)
         return Pruned(doomed, len(going), sum(going))
     return _delete(run, seen, doomed, grace_s, now_s, known)
+
+
+def sweep(place: Place, *, now_s: float, grace_s: float = GRACE_S, is_trial: bool = False) -> Pruned:
+    """Delete what attempts have left for `grace_s` in the folder of one checkpoint, but for what others of its run
+    refer to. Nothing, where the place is a run itself. With `is_trial` nothing changes.
+    """
+    names = place.names()
+    if not any(map(decisions.is_ours, names)):
+        return Pruned([])
+    above, _, name = place.folder.rstrip("/").rpartition("/")
+    referred: set[str] = set()
+    if (step := number_of(name)) is not None:
+        seen, stays = _look_again(Place(place.store, above + "/"), None, Known())
+        referred = {each.partition("/")[2] for each in stays if each.startswith(f"{step}/")}
+        if step in seen.held():  # perhaps by the plans of attempts that were to replace it, which go first
+            referred = {each for each in names if not decisions.is_plan(each)}
+    gone = attempts.sweep(place, grace_s, now_s, referred, is_trial=is_trial)
+    return Pruned([], len(gone), sum(info.size for info in gone.values()))
 
 
 def remove(place: Place) -> Pruned:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Checkpoints: what is there, and whether it is whole.", rich_markup_mode=None)
 
 Url = Annotated[str, typer.Argument(help="A checkpoint, such as s3://bucket/run/1200 or a file of safetensors.")]
-RunUrl = Annotated[str, typer.Argument(help="A run, whose steps are the folders below it: s3://bucket/run.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
@@ -63,8 +62,7 @@ def list_checkpoints(
             ),
         )
     if not found:
-        print(f"fastload: no checkpoint is below {plain(url)}", file=sys.stderr)
-        raise typer.Exit(exits.PARTIAL)
+        _nothing_below(url)
 
 
 @app.command("show", epilog=examples("fastload checkpoint show s3://bucket/run/1200"))
@@ -160,6 +158,9 @@ def export(
     kind = to or ("safetensors" if target.suffix == ".safetensors" else "hf")
     if kind not in ("safetensors", "hf", "dcp"):
         raise ConfigError(f"--to={kind}: write safetensors, hf or dcp")
+    limit = parse_bytes(shard_bytes, "--shard-bytes")
+    if limit == 0:
+        raise ConfigError(f"--shard-bytes={shard_bytes}: a file has at least 1 byte; leave it out for 5 GiB")
     console = Console(stderr=True)
     with found(url) as (place, there), shown(console, "exporting") as bar:
         if kind == "dcp":
@@ -171,7 +172,6 @@ def export(
             called = exporting.called(there, part, place.folder)
             left = exporting.value_count(there, part)
             if kind == "hf":
-                limit = parse_bytes(shard_bytes, "--shard-bytes")
                 exporting.to_folder(place, there, called, target, bar.show, overwrite=overwrite, shard_bytes=limit)
             else:
                 exporting.to_file(place, there, called, target, bar.show, overwrite=overwrite)
@@ -187,7 +187,7 @@ def export(
     ),
 )
 def prune(
-    url: RunUrl,
+    url: Annotated[str, typer.Argument(help="A run, whose steps are the folders below it, or one checkpoint.")],
     keep_last: Annotated[int | None, typer.Option(help="Keep the newest so many steps.")] = None,
     keep_every: Annotated[int, typer.Option(help="Keep the steps that this divides.")] = 0,
     keep_best: Annotated[int, typer.Option(help="Keep so many steps with the best metric.")] = 0,
@@ -199,21 +199,25 @@ def prune(
     yes: Yes = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete old steps of a run, and what saves that failed have left. Without --keep-last no step goes."""
+    """Delete old steps of a run, and what saves that failed have left, also of one checkpoint. Without --keep-last no
+    step goes.
+    """
     from fastload.checkpoint import pruning
     from fastload.checkpoint.retention import Keep
 
-    grace_s = parse_seconds(grace, "--grace")
+    grace_s, now_s = parse_seconds(grace, "--grace"), time.time()
     if keep_last is None and (keep_every or keep_best):
         raise ConfigError("--keep-every and --keep-best add to --keep-last; give that as well")
     keep = None if keep_last is None else Keep(last=keep_last, every=keep_every, best=keep_best, best_is=best_is)  # type: ignore[arg-type]
     with _opened(url) as place:
-        going = pruning.prune(place, keep, now_s=time.time(), grace_s=grace_s, is_trial=True)
+        going = pruning.prune(place, keep, now_s=now_s, grace_s=grace_s, is_trial=True)
+        going += pruning.sweep(place, now_s=now_s, grace_s=grace_s, is_trial=True)
         if not dry_run:
             if going.objects:
                 _ask(yes, f"delete {_listed(going.steps)} of {url}, {going.objects} objects in all")
             # Those that were shown, and no others that have come to be old meanwhile.
-            going = pruning.prune(place, None, now_s=time.time(), grace_s=grace_s, steps=going.steps)
+            going = pruning.prune(place, None, now_s=now_s, grace_s=grace_s, steps=going.steps)
+            going += pruning.sweep(place, now_s=now_s, grace_s=grace_s)
     _say(going, as_json, would=dry_run)
 
 
@@ -243,14 +247,17 @@ def repair(
     url: Annotated[str, typer.Argument(help="A checkpoint, or a run, whose steps are repaired.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Commit what was saved whole by processes that ended before they could commit it."""
+    """Commit what was saved whole by processes that ended before they could commit it. Exits with 3 where there is
+    nothing at all.
+    """
     from fastload.checkpoint import attempts
     from fastload.checkpoint.attempts import Place
     from fastload.checkpoint.inventory import rows
 
     done = []
     with _opened(url) as place:
-        for row in rows(place):
+        there = rows(place)
+        for row in there:
             if row.attempts:
                 folder = Place(place.store, f"{place.folder}{row.name}/" if row.name else place.folder)
                 attempt = attempts.repair(folder)
@@ -261,8 +268,10 @@ def repair(
     else:
         for each in done:
             print(f"committed: {plain(each['checkpoint'])}")
-        if not done:
+        if there and not done:
             print("nothing had to be repaired")
+    if not there:
+        _nothing_below(url)
 
 
 # What they share
@@ -274,6 +283,11 @@ def _opened(url: str) -> Iterator[Place]:
 
     with opened(url, None) as place:
         yield place
+
+
+def _nothing_below(url: str) -> NoReturn:
+    print(f"fastload: no checkpoint is below {plain(url)}", file=sys.stderr)
+    raise typer.Exit(exits.PARTIAL)
 
 
 def _ask(yes: bool, what: str) -> None:

@@ -180,7 +180,7 @@ class Unwatched:
 
 def check_nothing_is_left(place: Place, content: int | None) -> None:
     """Once the grace period is over, two sweeps leave the checkpoint and no more."""
-    assert attempts.sweep(place, GRACE_S, 1000 + GRACE_S - 1) == []
+    assert attempts.sweep(place, GRACE_S, 1000 + GRACE_S - 1) == {}
     for _ in range(2):
         attempts.sweep(place, GRACE_S, 1000 + GRACE_S + 1)
     assert load(place) == content

@@ -128,6 +128,9 @@ def test_exports(s3: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_export_that_fails_leaves_nothing(run: Run, tmp_path: Path) -> None:
+    said = text("export", run.step_url(1), tmp_path / "hub", "--shard-bytes=0", code=exits.FAILED)
+    assert "--shard-bytes=0: a file has at least 1 byte" in said
+    assert not (tmp_path / "hub").exists()
     (segment,) = (tmp_path / "run" / "1").rglob("*.safetensors")
     segment.write_bytes(bytes(len(segment.read_bytes())))
     said = text("export", run.step_url(1), tmp_path / "out" / "m.safetensors", code=exits.DAMAGED)
@@ -156,6 +159,35 @@ def test_pruning(run: Run, tmp_path: Path) -> None:
     assert not left.exists()
 
 
+def test_pruning_one_checkpoint(tmp_path: Path) -> None:
+    """What failed or was replaced goes: its plan first, and the rest with the next prune."""
+    url = tmp_path / "tokenizer"
+    for step in range(2):
+        checkpoint.save({"w": torch.full((9,), step)}, url, overwrite=True)
+    (left := url / ("a" * 16)).mkdir()
+    (left / "plan.json").write_bytes(Plan(attempt=left.name, ranks=1).encode())
+    (left / "r00000-0000.safetensors").write_bytes(bytes(9))
+    (url / "mine.txt").write_text("")
+    assert fastload("prune", url)["objects"] == 0
+    assert "pass --yes" in text("prune", url, "--grace=0s", code=exits.FAILED)
+    assert fastload("prune", url, "--grace=0s", "--dry-run")["objects"] == 2
+    assert left.exists()
+    assert fastload("prune", url, "--grace=0s", "--yes")["objects"] == 2
+    assert not (left / "plan.json").exists()
+    assert fastload("prune", url, "--grace=0s", "--yes")["objects"] == 3
+    assert len(list(url.rglob("*.*"))) == 5
+    assert checkpoint.load(url)["w"].tolist() == [1] * 9
+
+
+def test_pruning_one_step_leaves_what_others_refer_to(run: Run, tmp_path: Path) -> None:
+    run.save(1, {"step": 1})
+    run.save(1, {"step": 2})
+    for expected in (2, 2, 0):
+        assert fastload("prune", run.step_url(1), "--grace=0s", "--yes")["objects"] == expected
+    assert run.load(step=2)["step"] == 2  # which refers to what step 1 was first
+    assert run.load(step=1)["step"] == 2
+
+
 def test_removing(run: Run, tmp_path: Path) -> None:
     assert "pass --yes" in text("rm", run.step_url(1), code=exits.FAILED)
     assert [each["objects"] for each in fastload("rm", run.step_url(1), run.step_url(10), "--yes")] == [3, 4]
@@ -169,6 +201,8 @@ def test_removing(run: Run, tmp_path: Path) -> None:
 
 
 def test_repairing(run: Run, tmp_path: Path) -> None:
+    assert fastload("repair", tmp_path / "none", code=exits.PARTIAL) == []
+    assert text("repair", tmp_path / "none", code=exits.PARTIAL).startswith("fastload: no checkpoint is below")
     assert fastload("repair", tmp_path / "run") == []
     (tmp_path / "run" / "10" / "manifest.json").unlink()
     assert run.steps() == [1, 2]
