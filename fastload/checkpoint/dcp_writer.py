@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import time
-import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +46,7 @@ from fastload.checkpoint.values import check_sizes, encoded
 from fastload.checkpoint.writing import start
 from fastload.client.cache import AnyCache
 from fastload.errors import ConfigError, FastloadError
+from fastload.lifecycle import on_drop
 from fastload.protocol import Level
 
 _log = logging.getLogger("fastload.checkpoint")
@@ -92,7 +92,7 @@ class Writer(StorageWriter, AsyncStager):
         self._rank: int | None = None
         self._use_collectives = True
         self._attempt = ""  # that this process has begun, or agreed on
-        self._finalizer: weakref.finalize[Any, Any] | None = None  # of one that it has begun and not finished
+        self._finalizer: Any = None  # of one that it has begun and not finished
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "saving": None, "_finalizer": None}
@@ -189,8 +189,7 @@ class Writer(StorageWriter, AsyncStager):
         with opened(self._url, self._storage_options) as place:
             try_conditions(place)
             attempt = attempts.begin(place, rank_count, overwrite=self._overwrite, now_s=time.time()).attempt
-        self._finalizer = weakref.finalize(self, _failed.append, (self._url, self._storage_options, attempt))
-        self._finalizer.atexit = False
+        self._finalizer = on_drop(self, _failed.append, (self._url, self._storage_options, attempt))
         return attempt
 
     def _with_share(self, plan: SavePlan, rank: int) -> SavePlan:

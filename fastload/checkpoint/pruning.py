@@ -112,17 +112,19 @@ def prune(
     steps: Collection[int] = (),
     is_trial: bool = False,
     known: Known | None = None,
+    at_hand: int | None = None,
 ) -> Pruned:
     """Delete the steps that `keep` lets go, and these `steps` whatever it says of them; and what attempts have left for
     `grace_s`. An attempt that has all it needs is committed. With `is_trial` nothing changes.
 
-    `known` remembers what was read, from one call to the next.
+    `at_hand` is a step that stays, since the caller has just saved or loaded it: stores date objects by the second, so
+    that they may not say which one was saved last. `known` remembers what was read, from one call to the next.
     """
     known = known or Known()
     seen = _look(run, known)
     if not is_trial and _repair(run, seen):
         seen = _look(run, known)
-    doomed = sorted({*steps, *_let_go(run, seen, keep, now_s - grace_s)} & seen.folders.keys())
+    doomed = sorted({*steps, *_let_go(run, seen, keep, now_s - grace_s, at_hand)} & seen.folders.keys())
     if is_trial:
         seen, stays = _look_again(run, seen, known)
         going: list[int] = []
@@ -224,7 +226,7 @@ def _has_its_parts(run: Place, step: int, manifest: Manifest, names: dict[str, O
     return not lost
 
 
-def _let_go(run: Place, seen: _Seen, keep: Keep | None, before_s: float) -> list[int]:
+def _let_go(run: Place, seen: _Seen, keep: Keep | None, before_s: float, at_hand: int | None) -> list[int]:
     if keep is None:
         return []
     committed = [
@@ -232,8 +234,8 @@ def _let_go(run: Place, seen: _Seen, keep: Keep | None, before_s: float) -> list
         for step, manifest in seen.manifests.items()
         if _has_its_parts(run, step, manifest, seen.folders[step])
     ]
-    under_way = [step for step, plans in seen.plans.items() if any(plan.began_s > before_s for plan in plans)]
-    return expendable(committed, keep, under_way)
+    stays = {step for step, plans in seen.plans.items() if any(plan.began_s > before_s for plan in plans)}
+    return expendable(committed, keep, stays if at_hand is None else {*stays, at_hand})
 
 
 def _leftovers(

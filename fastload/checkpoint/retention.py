@@ -42,7 +42,7 @@ class Committed:
 
 
 def expendable(steps: Iterable[Committed], keep: Keep, under_way: Collection[int] = ()) -> list[int]:
-    """The steps that may go, in order. Those `under_way` are being saved anew, and stay."""
+    """The steps that may go, in order. Those `under_way` are being saved anew, or in use, and stay."""
     in_order = sorted(steps, key=lambda each: each.step)
     if not in_order:
         return []

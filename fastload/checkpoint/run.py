@@ -236,6 +236,7 @@ class Run:
                 grace_s=grace_s,
                 is_trial=dry_run,
                 known=self._known,
+                at_hand=self.step,
             )
 
     def _await_carried(self, timeout_s: float) -> None:
