@@ -23,6 +23,7 @@ from fastload.checkpoint.records import (
     Manifest,
     Part,
     Plan,
+    Record,
     new_attempt,
     part_name,
     plan_name,
@@ -159,7 +160,7 @@ def begin_once(place: Place, attempt: str, *, overwrite: bool, now_s: float, met
         begin(place, 1, overwrite=overwrite, now_s=now_s, metric=metric, attempt=attempt)
 
 
-def finish_rank(place: Place, part: Part) -> None:
+def finish_rank(place: Place, part: Part | Record) -> None:
     """Say what a rank has saved, when its segments are all there."""
     place.store.put(place.folder + part_name(part.attempt, part.rank), part.encode())
 

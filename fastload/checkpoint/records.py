@@ -16,7 +16,7 @@ import math
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -221,13 +221,6 @@ class Part:
             bytes(hashed),
         )
 
-    def with_sums(self, sums: Sequence[bytes]) -> Part:
-        """With these checksums of its own objects, in their order."""
-        left = iter(sums)
-        return replace(
-            self, objects=tuple(each if each.beside else replace(each, sums=next(left)) for each in self.objects)
-        )
-
     def encode(self) -> bytes:
         columns = [
             np.ascontiguousarray(each, "<i8").tobytes() for each in (self.tensor, self.object, self.offset, self.boxes)
@@ -244,8 +237,7 @@ class Part:
             wire = msgspec.msgpack.decode(data, type=_PartWire)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise _damaged(where, str(error)) from error
-        _check(where, (wire.kind, wire.version) == (_PART, VERSION), f"{wire.kind!r} of version {wire.version}")
-        _check(where, (wire.attempt, wire.rank) == (attempt, rank), f"attempt {wire.attempt}, rank {wire.rank}")
+        _check_head(where, wire, attempt, rank)
         columns = [_column(where, each) for each in (wire.tensor, wire.object, wire.offset, wire.boxes)]
         objects = tuple(Object(*each) for each in wire.objects)
         tensor, held_in, offset, boxes = columns
@@ -294,12 +286,7 @@ class Part:
             # Of a tensor without elements as well: no dimension is beyond what numbers of 64 bits hold.
             size = math.prod(max(size, 1) for size in shape) * DTYPES[dtype]
             _check(where, size <= _TENSOR_BYTES_MAX, f"a tensor of shape {shape}, which no machine holds")
-        own = re.compile(rf"{self.attempt}/r{self.rank:05d}-[0-9]{{4,7}}\.safetensors")
-        for each in self.objects:
-            _check(where, own.fullmatch(each.name) or _REFERENCE.fullmatch(each.name), f"an object {each.name!r}")
-            count = -(-each.size // BLOCK_BYTES)
-            fits = 0 <= each.size <= _OBJECT_BYTES_MAX and len(each.sums) == 8 * count
-            _check(where, fits, f"{each.name} of {each.size} bytes with {len(each.sums)} bytes of checksums")
+        _check_objects(where, self.attempt, self.rank, self.objects)
         for name, encoding, _ in self.values:
             _check(where, encoding in ENCODINGS, f"{name} encoded as {encoding}")
 
@@ -453,14 +440,75 @@ class _PartWire(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fie
     hashes: bytes
 
 
-_Record = TypeVar("_Record", Plan, Manifest)
+class Record(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """A part record as those see it that carry it: only its objects. All else, which takes seconds to decode where
+    there are a million pieces, is passed on as it is.
+    """
+
+    kind: str
+    version: int
+    attempt: str
+    rank: int
+    tensors: msgspec.Raw
+    wire_objects: tuple[tuple[str, int, bytes], ...]
+    tensor: msgspec.Raw
+    object: msgspec.Raw
+    offset: msgspec.Raw
+    boxes: msgspec.Raw
+    values: msgspec.Raw
+    hashes: msgspec.Raw
+
+    @classmethod
+    def decode(cls, data: bytes, attempt: str, rank: int, where: str) -> Record:
+        """Raises `CheckpointError` where it is none of this rank and attempt."""
+        try:
+            record = msgspec.msgpack.decode(data, type=cls)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise _damaged(where, str(error)) from error
+        _check_head(where, record, attempt, rank)
+        _check_objects(where, attempt, rank, [Object(*each) for each in record.wire_objects])
+        return record
+
+    @property
+    def own(self) -> list[Object]:
+        """Its own objects, in their order."""
+        return [each for each in (Object(*each) for each in self.wire_objects) if not each.beside]
+
+    def with_sums(self, sums: Sequence[bytes]) -> Record:
+        """With these checksums of its own objects."""
+        left = iter(sums)
+        objects = (Object(*each) for each in self.wire_objects)
+        return msgspec.structs.replace(
+            self,
+            wire_objects=tuple((each.name, each.size, each.sums if each.beside else next(left)) for each in objects),
+        )
+
+    def encode(self) -> bytes:
+        return msgspec.msgpack.encode(self)
+
+
+_Json = TypeVar("_Json", Plan, Manifest)
+
+
+def _check_head(where: str, record: _PartWire | Record, attempt: str, rank: int) -> None:
+    _check(where, (record.kind, record.version) == (_PART, VERSION), f"{record.kind!r} of version {record.version}")
+    _check(where, (record.attempt, record.rank) == (attempt, rank), f"attempt {record.attempt}, rank {record.rank}")
+
+
+def _check_objects(where: str, attempt: str, rank: int, objects: Iterable[Object]) -> None:
+    own = re.compile(rf"{attempt}/r{rank:05d}-[0-9]{{4,7}}\.safetensors")
+    for each in objects:
+        _check(where, own.fullmatch(each.name) or _REFERENCE.fullmatch(each.name), f"an object {each.name!r}")
+        count = -(-each.size // BLOCK_BYTES)
+        fits = 0 <= each.size <= _OBJECT_BYTES_MAX and len(each.sums) == 8 * count
+        _check(where, fits, f"{each.name} of {each.size} bytes with {len(each.sums)} bytes of checksums")
 
 
 def _json(kind: str, record: Plan | Manifest) -> bytes:
     return json.dumps({"format": kind, "version": VERSION, **msgspec.to_builtins(record)}).encode()
 
 
-def _from_json(kind: str, record: type[_Record], data: bytes, where: str) -> _Record:
+def _from_json(kind: str, record: type[_Json], data: bytes, where: str) -> _Json:
     try:
         head: dict[str, Any] = msgspec.json.decode(data, type=dict)
         said = head.get("format"), head.get("version")

@@ -25,7 +25,7 @@ from fastload.checkpoint.attempts import Place, opened
 from fastload.checkpoint.boxes import Box
 from fastload.checkpoint.commit import Step
 from fastload.checkpoint.images import Image, Images
-from fastload.checkpoint.records import Part, Reference, object_name
+from fastload.checkpoint.records import Part, Record, Reference, object_name
 from fastload.checkpoint.saving import WAIT_S, Here, Saving, Stored, checked_level
 from fastload.checkpoint.segments import BLOCK_BYTES, PAGE_BYTES, Piece, Segment, checksums
 from fastload.checkpoint.tensors import DTYPES, bytes_of
@@ -182,7 +182,7 @@ class _Save:
         """Store what has been laid out, in this process."""
         parts = [image.view[start : start + size] for start, size in message.segments]
         start, size = message.record
-        draft = Part.decode(bytes(image.view[start : start + size]), self.attempt, self.rank, self.url)
+        draft = Record.decode(bytes(image.view[start : start + size]), self.attempt, self.rank, self.url)
         byte_count = 0
         with opened(self.url, self.storage_options) as place, ThreadPoolExecutor(_IN_FLIGHT) as pool:
 
@@ -202,7 +202,7 @@ class _Save:
         if how is not None:
             attempts.begin_once(place, self.attempt, overwrite=how.overwrite, now_s=how.began_s, metric=how.metric)
 
-    def _finish(self, place: Place, part: Part) -> None:
+    def _finish(self, place: Place, part: Part | Record) -> None:
         attempts.finish_rank(place, part)
         deadline = time.monotonic() + self.timeout_s
         while self.commits and attempts.commit_with(place, part.attempt, part.rank) is not Step.COMMITTED:

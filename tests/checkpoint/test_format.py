@@ -24,6 +24,7 @@ from fastload.checkpoint.records import (
     Object,
     Part,
     Plan,
+    Record,
     Reference,
     new_attempt,
     object_name,
@@ -351,6 +352,29 @@ HOSTILE = {
     "hashes": ({"hashes": bytes(47)}, "47 bytes of hashes"),
     "encoding": ({"values": (("epoch", "pickle", b""),)}, "encoded as pickle"),
 }  # fmt: skip
+
+
+def test_what_carries_a_part_record_changes_only_checksums() -> None:
+    """Of its own objects: not of those that it refers to."""
+    other = Object(f"../7/{'b' * 16}/r00000-0001.safetensors", 70_000, b"o" * 16)
+    part = replace(good_part(), objects=(*good_part().objects, other))
+    record = Record.decode(part.encode(), ATTEMPT, 3, "here")
+    assert record.encode() == part.encode()
+    assert record.own == list(good_part().objects)
+    sums = [b"s" * len(each.sums) for each in record.own]
+    own = (replace(each, sums=new) for each, new in zip(good_part().objects, sums, strict=True))
+    assert record.with_sums(sums).encode() == replace(part, objects=(*own, other)).encode()
+
+
+@pytest.mark.parametrize("name", ["checksums", "endless object"])
+def test_a_part_record_whose_objects_cannot_be_is_not_carried(name: str) -> None:
+    changes, said = HOSTILE[name]
+    with pytest.raises(CheckpointError, match=f"here is damaged.*{said}"):
+        Record.decode(replace(good_part(), **changes).encode(), ATTEMPT, 3, "here")
+    good = good_part().encode()
+    for bad, rank in ((good[:-1], 3), (good, 4), (b"", 3)):
+        with pytest.raises(CheckpointError, match="here is damaged"):
+            Record.decode(bad, ATTEMPT, rank, "here")
 
 
 @pytest.mark.parametrize("name", HOSTILE)

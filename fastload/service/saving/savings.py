@@ -38,7 +38,7 @@ from fastload.cache import syscalls
 from fastload.checkpoint import attempts
 from fastload.checkpoint.attempts import Place
 from fastload.checkpoint.commit import Step
-from fastload.checkpoint.records import Part, object_name
+from fastload.checkpoint.records import Record, object_name
 from fastload.checkpoint.segments import checksums
 from fastload.config import exact_bytes, format_bytes
 from fastload.errors import (
@@ -85,7 +85,7 @@ class Saving:
     kept: Kept
     began: float
     image: Image | None = None
-    part: Part | None = None  # once all checksums are known
+    part: Record | None = None  # once all checksums are known
     record: bytes = b""
     sums: dict[int, bytes] = field(default_factory=dict)
     left: deque[int] = field(default_factory=deque)  # segments that are to be sent
@@ -302,7 +302,7 @@ class Savings:
         assert self._area is not None
         self._disk_pool.submit(_part_of, self._area, saving.kept, done=partial(self._found_part, saving))
 
-    def _found_part(self, saving: Saving, part: Part | None, error: BaseException | None) -> None:
+    def _found_part(self, saving: Saving, part: Record | None, error: BaseException | None) -> None:
         if error is not None:
             self._put_off(saving, saving.options_key, error)
             return
@@ -333,9 +333,11 @@ class Savings:
         assert image is not None
         saving.readers += 1
 
-        def prepare() -> tuple[Part, str]:
-            part = Part.decode(image.record(), saving.kept.attempt, saving.kept.rank, f"{saving.kept.folder}: its part")
-            own = [each.size for each in part.objects if not each.beside]
+        def prepare() -> tuple[Record, str]:
+            part = Record.decode(
+                image.record(), saving.kept.attempt, saving.kept.rank, f"{saving.kept.folder}: its part"
+            )
+            own = [each.size for each in part.own]
             if own != list(saving.kept.sizes):
                 raise ServiceError(f"an image has segments of {saving.kept.sizes} bytes, and its record says {own}")
             return part, "" if area is None else _make_room(area, victims, need)
@@ -343,7 +345,7 @@ class Savings:
         self._disk_pool.submit(prepare, done=partial(self._prepared, saving, area))
 
     def _prepared(
-        self, saving: Saving, area: Area | None, found: tuple[Part, str] | None, error: BaseException | None
+        self, saving: Saving, area: Area | None, found: tuple[Record, str] | None, error: BaseException | None
     ) -> None:
         saving.readers -= 1
         if error is not None or found is None:
@@ -366,7 +368,7 @@ class Savings:
     def _segment_hashed(
         self,
         saving: Saving,
-        draft: Part,
+        draft: Record,
         area: Area | None,
         number: int,
         found: tuple[bytes, str] | None,
@@ -387,11 +389,11 @@ class Savings:
         else:
             self._tell(saving)
 
-    def _hashed(self, saving: Saving, draft: Part, area: Area | None) -> None:
+    def _hashed(self, saving: Saving, draft: Record, area: Area | None) -> None:
         """All checksums are known, and segments are on the disk where `area` is given."""
         kept, sums = saving.kept, saving.sums
 
-        def complete() -> tuple[Kept, Part, str]:
+        def complete() -> tuple[Kept, Record, str]:
             part = draft.with_sums([sums[number] for number in range(len(kept.sizes))])
             record = part.encode()
             whole = msgspec.structs.replace(kept, part_sum=xxh3_64_intdigest(record))
@@ -406,7 +408,7 @@ class Savings:
         self._disk_pool.submit(complete, done=partial(self._completed, saving, area))
 
     def _completed(
-        self, saving: Saving, area: Area | None, found: tuple[Kept, Part, str] | None, error: BaseException | None
+        self, saving: Saving, area: Area | None, found: tuple[Kept, Record, str] | None, error: BaseException | None
     ) -> None:
         if saving.error is not None:
             return
@@ -505,8 +507,7 @@ class Savings:
         def put_file() -> None:
             assert self._area is not None
             assert part is not None
-            sums = [each.sums for each in part.objects if not each.beside]
-            with self._area.segment(kept, number, sums[number]) as data:
+            with self._area.segment(kept, number, part.own[number].sums) as data:
                 put(data)
 
         done = partial(self._uploaded, saving, number, key)
@@ -528,7 +529,7 @@ class Savings:
         self._tell(saving)
         self._pump()
 
-    def _finish(self, saving: Saving, part: Part) -> None:
+    def _finish(self, saving: Saving, part: Record) -> None:
         """The part record, and where that is this rank's task the commit."""
         key, kept, was_stored = saving.options_key, saving.kept, saving.is_stored
         assert key is not None
@@ -768,9 +769,9 @@ def _no_disk(area: Area, error: OSError) -> str:
     return f"{area.path} cannot be written: {error.strerror or error}"
 
 
-def _part_of(area: Area, kept: Kept) -> Part:
+def _part_of(area: Area, kept: Kept) -> Record:
     where = f"{area.path / kept.name}.part"
-    return Part.decode(area.read_part(kept), kept.attempt, kept.rank, where)
+    return Record.decode(area.read_part(kept), kept.attempt, kept.rank, where)
 
 
 def _lost(message: protocol.Save) -> protocol.SaveState:
