@@ -18,7 +18,7 @@ import torch
 import fastload
 from fastload import checkpoint
 from fastload.cache import syscalls
-from fastload.checkpoint import attempts, single
+from fastload.checkpoint import attempts, reading, single
 from fastload.checkpoint.images import Images
 from fastload.checkpoint.saving import Saving
 from fastload.client.cache import handle_of
@@ -140,6 +140,26 @@ def test_a_trainer_that_starts_again_reads_from_memory_then_disk_then_the_store(
     file.write_bytes(data)
     assert content(checkpoint.load(url, **given)) == 3
     assert received(gate) > 0
+
+
+def test_memory_that_changes_after_it_was_verified_is_not_what_is_loaded(
+    s3: Bucket, cache: fastload.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(state(3), f"{s3.url}/1", until="memory", cache=cache).wait("store", PATIENCE_S)
+    (image,) = cache._handle.shared("checkpoint images", Images)._images
+    verified, verify = [], reading.damaged_block
+
+    def verify_and_write(sums: bytes, start: int, data: memoryview) -> int | None:
+        damaged = verify(sums, start, data)
+        verified.append(damaged)
+        image.protect(writable=True)
+        image.view[-4096:] = image.view[:4096] = bytes(4096)
+        image.view[4096:8192] = bytes(4096)
+        return damaged
+
+    monkeypatch.setattr(reading, "damaged_block", verify_and_write)
+    assert content(checkpoint.load(f"{s3.url}/1", cache=cache)) == 3
+    assert verified[0] is None
 
 
 def test_a_run_that_does_not_wait_for_the_store(

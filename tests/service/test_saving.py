@@ -102,6 +102,20 @@ def test_a_log_that_is_cut_off_anywhere(area: Area) -> None:
     assert list(area.path.iterdir()) == []
 
 
+@pytest.mark.parametrize("how", ["version", "fields"])
+def test_what_another_version_has_kept_is_left_alone(area: Area, caplog: pytest.LogCaptureFixture, how: str) -> None:
+    kept = save(area)
+    path = area.path / f"{kept.name}.log"
+    payload = msgspec.msgpack.encode([*msgspec.structs.astuple(kept), "more"])
+    head = struct.pack("<II", 1, len(payload))
+    record = head + hashlib.blake2b(head + payload, digest_size=16).digest() + payload
+    path.write_bytes(b"FLSAVE\0\2" + b"anything" if how == "version" else b"FLSAVE\0\1" + record)
+    before = sorted(area.path.iterdir())
+    assert area.scan() == []
+    assert sorted(area.path.iterdir()) == before
+    assert f"{path} is of another version of fastload" in caplog.text
+
+
 def test_a_log_of_another_name_is_rubbish(area: Area) -> None:
     kept = save(area)
     (area.path / f"{kept.name}.log").rename(area.path / f"{'f' * 16}-r00003.log")

@@ -32,12 +32,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from xxhash import xxh3_64_intdigest
@@ -59,6 +61,8 @@ _WRITE_BYTES = 16 << 20
 # A file system is not filled to its last byte: others live there as well.
 _LEFT_FREE_BYTES = 256 << 20
 _NAME = re.compile(r"([0-9a-f]{16}-r[0-9]{5,7})(?:-[0-9]{4,7}\.safetensors|\.part|\.log)")
+_FOREIGN: Literal["foreign"] = "foreign"
+_log = logging.getLogger("fastload.service")
 _NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
@@ -108,18 +112,27 @@ class Area:
         self.path = root / FOLDER
 
     def scan(self) -> list[Found]:
-        """What is kept, oldest first; all that belongs to no whole log is removed."""
+        """What is kept, oldest first; all that belongs to no whole log is removed. What another version of fastload has
+        kept is left to that.
+        """
         try:
             names = [entry.name for entry in syscalls.scandir(self.path)]
         except FileNotFoundError:
             return []
-        found = {name: log for name in names if name.endswith(".log") and (log := self._read_log(name)) is not None}
-        whole = {log.kept.name for log in found.values()}
+        logs = {name: log for name in names if name.endswith(".log") and (log := self._read_log(name)) is not None}
+        whole = {name.removesuffix(".log") for name in logs}
+        for name, log in logs.items():
+            if log == _FOREIGN:
+                _log.warning(
+                    "%s is of another version of fastload, and left alone: start that version with this cache, or "
+                    "delete the files of that name",
+                    self.path / name,
+                )
         for name in names:
             match = _NAME.fullmatch(name)
             if match is not None and match[1] not in whole:
                 syscalls.unlink(self.path / name)
-        return sorted(found.values(), key=lambda log: log.kept.at_s)
+        return sorted((log for log in logs.values() if isinstance(log, Found)), key=lambda log: log.kept.at_s)
 
     def make(self) -> None:
         """Have the folder."""
@@ -204,15 +217,17 @@ class Area:
     def _segment(self, name: str, number: int) -> Path:
         return self.path / f"{name}-{number:04d}.safetensors"
 
-    def _read_log(self, name: str) -> Found | None:
+    def _read_log(self, name: str) -> Found | Literal["foreign"] | None:
         data = syscalls.read_file(self.path / name)
+        if data.startswith(MAGIC[:-1]) and len(data) >= len(MAGIC) and not data.startswith(MAGIC):
+            return _FOREIGN
         kept, last = None, 0
         for kind, payload in _records(data):
             if kind == KEPT:
                 try:
                     kept = msgspec.msgpack.decode(payload, type=Kept)
-                except msgspec.MsgspecError:
-                    return None
+                except msgspec.MsgspecError:  # it is as it was written
+                    return _FOREIGN
             last = kind
         if kept is None or not is_attempt(kept.attempt) or f"{kept.name}.log" != name or not kept.folder.endswith("/"):
             return None
