@@ -17,6 +17,7 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import msgspec
@@ -153,7 +154,7 @@ class Reference:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Part:
     """What one rank has saved. Piece p is of `tensors[tensor[p]]`, and lies in `objects[object[p]]` from `offset[p]`
     on; `boxes` has the offsets and then the sizes of each piece, one number a dimension. `values` are what is no
@@ -249,7 +250,7 @@ class Part:
     def __len__(self) -> int:
         return len(self.tensor)
 
-    @property
+    @cached_property
     def dimensions(self) -> Column:
         """How many each piece has."""
         return np.array([len(shape) for _, _, shape in self.tensors], np.int64)[self.tensor]
@@ -394,7 +395,13 @@ class Contents:
 
     def places(self, name: str) -> list[Place]:
         """Those of a tensor's pieces."""
-        here, (offsets, sizes) = self._rows(name), self._boxes_of(name)
+        here = self._rows(name)
+        if here.stop - here.start == 1:  # which is all of it
+            part, piece = self._parts[self._part[here.start]], self._piece[here.start]
+            held_in = part.objects[part.object[piece]]
+            whole = Box.whole(self.tensors[name][1])
+            return [Place(whole, held_in, int(part.offset[piece]), int(self._length[here.start]))]
+        offsets, sizes = self._boxes_of(name)
         columns = (each[here].tolist() for each in (self._part, self._piece, self._length))
         found = []
         for part_no, piece, length, *box in zip(*columns, offsets.tolist(), sizes.tolist(), strict=True):
@@ -413,12 +420,13 @@ class Contents:
         return table[:, :dimensions], table[:, dimensions:]
 
     def _check_tiling(self, where: str) -> None:
-        counts = np.diff(self._starts)
+        lengths, starts = self._length.tolist(), self._starts.tolist()
         for name, number in self._numbers.items():
             dtype, shape = self.tensors[name]
-            if counts[number] == 1:  # the most of them, as a rule: one that is within it, and as large, is all of it
-                held = self._length[self._starts[number]]
-                wrong = "" if held == math.prod(shape) * DTYPES[dtype] else "its one piece is a part of it"
+            if starts[number + 1] - starts[number] == 1:
+                # The most of them, as a rule: one that is within it, and as large, is all of it.
+                whole = lengths[starts[number]] == math.prod(shape) * DTYPES[dtype]
+                wrong = "" if whole else "its one piece is a part of it"
             else:
                 wrong = why_not_tiled(shape, *self._boxes_of(name))
             if wrong:

@@ -46,7 +46,7 @@ class Piece:
     @property
     def key(self) -> str:
         """What it is called in a segment."""
-        if self.box == Box.whole(self.shape) and self.name != _RESERVED:
+        if self.box.sizes == self.shape and not any(self.box.offsets) and self.name != _RESERVED:
             return self.name
         return f"{self.name}@{','.join(map(str, self.box.offsets))}"
 
@@ -76,13 +76,14 @@ def lay_out(pieces: Sequence[Piece], segment_bytes: int = SEGMENT_BYTES) -> Iter
     keys: set[str] = set()
     held = 0
     for piece in cut_to(pieces, segment_bytes):
+        key, length = piece.key, piece.length
         # A tensor may be called as a piece of another is.
-        if group and (held + piece.length > segment_bytes or piece.key in keys or len(group) == _ENTRIES_MAX):
+        if group and (held + length > segment_bytes or key in keys or len(group) == _ENTRIES_MAX):
             yield _segment(group)
             group, keys, held = [], set(), 0
         group.append(piece)
-        keys.add(piece.key)
-        held += piece.length
+        keys.add(key)
+        held += length
     if group:
         yield _segment(group)
 
@@ -90,7 +91,11 @@ def lay_out(pieces: Sequence[Piece], segment_bytes: int = SEGMENT_BYTES) -> Iter
 def cut_to(pieces: Sequence[Piece], bytes_max: int) -> Iterator[Piece]:
     """The same, of at most so many bytes each."""
     for piece in pieces:
-        for box in cut(piece.box, max(1, bytes_max // DTYPES[piece.dtype])):
+        elements_max = max(1, bytes_max // DTYPES[piece.dtype])
+        if piece.box.elements <= elements_max:  # the most of them
+            yield piece
+            continue
+        for box in cut(piece.box, elements_max):
             yield Piece(piece.name, piece.dtype, piece.shape, box)
 
 
