@@ -130,6 +130,18 @@ def test_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     same({name: tensor.contiguous() for name, tensor in state.items()}, checkpoint.load(tmp_path / "1"))
 
 
+def test_tied_weights_are_stored_for_each_name_and_filled_where_they_lie(tmp_path: Path) -> None:
+    tied = torch.arange(1000.0)
+    saving = checkpoint.save({"embedding": tied, "head": tied}, tmp_path / "1")
+    assert saving.progress().total_bytes > 2 * tied.nbytes
+    found = checkpoint.load(tmp_path / "1")
+    assert found["embedding"].data_ptr() != found["head"].data_ptr()
+    same(found, {"embedding": tied, "head": tied})
+    into = torch.zeros(1000)
+    checkpoint.load(tmp_path / "1", into={"embedding": into, "head": into})
+    assert into.equal(tied)
+
+
 def test_lazily_conjugated_tensors(tmp_path: Path) -> None:
     tensor = torch.tensor([1 + 2j], dtype=torch.complex64)
     checkpoint.save({"conj": tensor.conj(), "imag": tensor.conj().imag}, tmp_path / "1")
