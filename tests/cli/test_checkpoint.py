@@ -179,11 +179,12 @@ def test_pruning_one_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.load(url)["w"].tolist() == [1] * 9
 
 
-def test_pruning_one_step_leaves_what_others_refer_to(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("below", ["1", ""])
+def test_what_a_step_was_before_goes_but_for_what_others_refer_to(run: Run, tmp_path: Path, below: str) -> None:
     run.save(1, {"step": 1})
     run.save(1, {"step": 2})
     for expected in (2, 2, 0):
-        assert fastload("prune", run.step_url(1), "--grace=0s", "--yes")["objects"] == expected
+        assert fastload("prune", tmp_path / "run" / below, "--grace=0s", "--yes")["objects"] == expected
     assert run.load(step=2)["step"] == 2  # which refers to what step 1 was first
     assert run.load(step=1)["step"] == 2
 
