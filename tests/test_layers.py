@@ -13,10 +13,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "fastload"
 
 # What the service needs of checkpoints lies below it; what trainers need beside lies above the client.
-BELOW = {
-    f"fastload.checkpoint.{name}"
-    for name in ["attempts", "boxes", "commit", "errors", "reading", "records", "segments"]
-}
+BELOW = {f"fastload.checkpoint.{name}" for name in ["attempts", "boxes", "commit", "reading", "records", "segments"]}
 # From the cellar to the roof.
 FLOORS = [
     "cached_attribute cgroups lazy lifecycle redaction shares snapshot svgplot unpacker version",

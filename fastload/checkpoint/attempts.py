@@ -16,7 +16,6 @@ from typing import Any
 
 from fastload.checkpoint import commit as decisions
 from fastload.checkpoint.commit import Current, Step, next_step
-from fastload.checkpoint.errors import CheckpointDamagedError, CheckpointError, CheckpointExistsError
 from fastload.checkpoint.records import (
     MANIFEST_NAME,
     Contents,
@@ -29,7 +28,14 @@ from fastload.checkpoint.records import (
     plan_name,
     url_of,
 )
-from fastload.errors import ObjectChangedError, ObjectMissingError, WriteConflictError
+from fastload.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointExistsError,
+    ObjectChangedError,
+    ObjectMissingError,
+    WriteConflictError,
+)
 from fastload.store import StoreOptions, check_conditions, open_store, store_root
 from fastload.store.types import ObjectInfo, Store
 from fastload.store.urls import normalise, scheme

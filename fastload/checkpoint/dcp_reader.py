@@ -33,17 +33,15 @@ from torch.futures import Future
 from fastload.checkpoint import attempts, distcp, finding
 from fastload.checkpoint.attempts import Place, opened
 from fastload.checkpoint.copies import Copies
-from fastload.checkpoint.errors import CheckpointDamagedError, CheckpointError
 from fastload.checkpoint.flattening import unflatten
 from fastload.checkpoint.foreign import ENDING, contents_of_folder
 from fastload.checkpoint.reading import GAP_BYTES, Wanted, read
 from fastload.checkpoint.records import MANIFEST_NAME, Contents
 from fastload.checkpoint.records import Place as PieceAt
 from fastload.checkpoint.strided import Numbers, Strided, dense
-from fastload.checkpoint.tensors import dtype_of
-from fastload.checkpoint.values import decoded, paths_of
+from fastload.checkpoint.values import decoded, dtype_of, paths_of
 from fastload.client.cache import AnyCache, directory_of
-from fastload.errors import ObjectMissingError
+from fastload.errors import CheckpointDamagedError, CheckpointError, ObjectMissingError
 from fastload.store.types import ObjectInfo
 
 # What is read at once, since what does not go straight to its place is held beside it until then.

@@ -36,16 +36,14 @@ from fastload import callers
 from fastload.checkpoint import attempts
 from fastload.checkpoint.attempts import opened, try_conditions
 from fastload.checkpoint.boxes import Box
-from fastload.checkpoint.errors import CheckpointError
 from fastload.checkpoint.records import PATHS, plan_name
 from fastload.checkpoint.saving import Saving, checked_level
 from fastload.checkpoint.segments import Piece, lay_out
 from fastload.checkpoint.staging import Staging
-from fastload.checkpoint.tensors import NAMES
-from fastload.checkpoint.values import check_sizes, encoded
+from fastload.checkpoint.values import NAMES, check_sizes, encoded
 from fastload.checkpoint.writing import start
 from fastload.client.cache import AnyCache
-from fastload.errors import ConfigError, FastloadError
+from fastload.errors import CheckpointError, ConfigError, FastloadError
 from fastload.lifecycle import on_drop
 from fastload.protocol import Level
 

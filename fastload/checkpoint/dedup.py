@@ -15,10 +15,9 @@ from dataclasses import dataclass
 
 from fastload.checkpoint import attempts
 from fastload.checkpoint.attempts import Place
-from fastload.checkpoint.errors import CheckpointDamagedError
 from fastload.checkpoint.records import HASH_BYTES, Contents, Manifest, Object, Reference
 from fastload.checkpoint.segments import Piece, cut_to
-from fastload.errors import ObjectMissingError
+from fastload.errors import CheckpointDamagedError, ObjectMissingError
 
 PIECE_BYTES = 512 << 10
 _THREADS = 4

@@ -34,13 +34,12 @@ from torch.distributed.checkpoint.metadata import (
 
 from fastload.checkpoint.attempts import Place
 from fastload.checkpoint.boxes import Box
-from fastload.checkpoint.errors import CheckpointDamagedError, CheckpointError
 from fastload.checkpoint.reading import Wanted, read
 from fastload.checkpoint.records import PATHS, Contents, Object, Part, Reference
 from fastload.checkpoint.segments import Piece
 from fastload.checkpoint.strided import Numbers, dense, extent
-from fastload.checkpoint.tensors import NAMES
-from fastload.errors import ObjectMissingError
+from fastload.checkpoint.values import NAMES
+from fastload.errors import CheckpointDamagedError, CheckpointError, ObjectMissingError
 from fastload.store.types import ObjectInfo
 
 _PICKLE_BYTES_MAX = 1 << 20

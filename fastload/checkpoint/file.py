@@ -19,11 +19,11 @@ from fastload.checkpoint import attempts
 from fastload.checkpoint.attempts import Place, opened, try_conditions
 from fastload.checkpoint.boxes import Box
 from fastload.checkpoint.copies import Copies
-from fastload.checkpoint.errors import CheckpointError
 from fastload.checkpoint.reading import Wanted, requests
 from fastload.checkpoint.records import Contents, Part, object_name
 from fastload.checkpoint.segments import PAGE_BYTES, Piece, Segment, checksums, header_of
 from fastload.client.cache import AnyCache, directory_of
+from fastload.errors import CheckpointError
 
 NAME = "file"
 # So much is held of each segment that is in flight, and of the one that is being written.

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from fastload.checkpoint.errors import CheckpointDamagedError
-from fastload.errors import ConfigError
+from fastload.errors import CheckpointDamagedError, ConfigError
 
 Path = tuple[Any, ...]
 # How far a state nests: what is deeper nests in itself, as a rule, and what reads it would run out of stack.

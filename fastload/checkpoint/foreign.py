@@ -18,10 +18,9 @@ import msgspec
 import numpy as np
 
 from fastload.checkpoint.attempts import Place
-from fastload.checkpoint.errors import CheckpointDamagedError, CheckpointError
 from fastload.checkpoint.records import Contents, Object, Part
 from fastload.checkpoint.segments import DTYPES
-from fastload.errors import ConfigError, ObjectMissingError
+from fastload.errors import CheckpointDamagedError, CheckpointError, ConfigError, ObjectMissingError
 from fastload.store.types import ObjectInfo
 
 ENDING = ".safetensors"

@@ -15,10 +15,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fastload.checkpoint.errors import CheckpointDamagedError
 from fastload.checkpoint.records import Object, url_of
 from fastload.checkpoint.segments import BLOCK_BYTES, blocks_of, damaged_block
-from fastload.errors import ObjectMissingError
+from fastload.errors import CheckpointDamagedError, ObjectMissingError
 from fastload.store.types import ObjectInfo, Store
 
 _log = logging.getLogger("fastload.checkpoint")

@@ -25,8 +25,8 @@ import numpy as np
 from xxhash import xxh3_64_hexdigest
 
 from fastload.checkpoint.boxes import Box, Int64s, why_not_tiled
-from fastload.checkpoint.errors import CheckpointDamagedError
 from fastload.checkpoint.segments import BLOCK_BYTES, DTYPES, Piece, Segment
+from fastload.errors import CheckpointDamagedError
 from fastload.store.types import ObjectInfo
 
 VERSION = 1

@@ -15,15 +15,13 @@ import time
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
-from fastload.checkpoint import pruning
+from fastload.checkpoint import retention
 from fastload.checkpoint.attempts import opened
 from fastload.checkpoint.copies import FOLDER
 from fastload.checkpoint.dedup import Base
-from fastload.checkpoint.errors import CheckpointDamagedError
-from fastload.checkpoint.pruning import GRACE_S, Known, Pruned
-from fastload.checkpoint.retention import Keep
+from fastload.checkpoint.retention import GRACE_S, Keep, Known, Pruned
 from fastload.client.cache import AnyCache, directory_of, handle_of
-from fastload.errors import ConfigError, FastloadError, ObjectMissingError, WaitTimeoutError
+from fastload.errors import CheckpointDamagedError, ConfigError, FastloadError, ObjectMissingError, WaitTimeoutError
 from fastload.protocol import Level
 from fastload.redaction import redact
 
@@ -217,7 +215,7 @@ class Run:
     def steps(self) -> list[int]:
         """Those that are committed, in order."""
         with opened(self._url, self._storage_options) as place:
-            return pruning.steps(place)
+            return retention.steps(place)
 
     def latest(self) -> int | None:
         """The newest step that is committed; None where there is none."""
@@ -229,7 +227,7 @@ class Run:
         before it could commit it, is committed.
         """
         with opened(self._url, self._storage_options) as place:
-            return pruning.prune(
+            return retention.prune(
                 place,
                 self._keep,
                 now_s=time.time(),
@@ -246,7 +244,7 @@ class Run:
         soon, deadline = now_s + (min(_BEGIN_S, timeout_s) if may_carry else 0.0), now_s + timeout_s
         with opened(self._url, self._storage_options) as place, contextlib.ExitStack() as stack:
             consumer = None
-            while (newer := pruning.begun(place)) or time.monotonic() < soon:
+            while (newer := retention.begun(place)) or time.monotonic() < soon:
                 try:
                     if consumer is None:  # one that brings credentials, for what is left of a service that ended too
                         handle = handle_of(self._cache)
@@ -269,9 +267,9 @@ class Run:
         with opened(self._url, self._storage_options) as place:
             base = None
             if self._dedup:
-                newest = max((other for other in pruning.steps(place) if other != step), default=None)
-                base = Base.at(pruning.folder_of(place, newest)) if newest is not None else None
-            folder = pruning.folder_of(place, step)
+                newest = max((other for other in retention.steps(place) if other != step), default=None)
+                base = Base.at(retention.folder_of(place, newest)) if newest is not None else None
+            folder = retention.folder_of(place, step)
             return save_at(
                 folder,
                 state,

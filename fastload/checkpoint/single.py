@@ -1,4 +1,4 @@
-"""A state of one process, saved to a store and loaded from it."""
+"""A state of one process, saved to a store and loaded from it: as a whole, or tensor by tensor in little memory."""
 
 from __future__ import annotations
 
@@ -18,24 +18,22 @@ from fastload.checkpoint.attempts import Place, opened, try_conditions
 from fastload.checkpoint.boxes import Box
 from fastload.checkpoint.copies import Copies
 from fastload.checkpoint.dedup import Base, digests, divide
-from fastload.checkpoint.errors import CheckpointError
 from fastload.checkpoint.finding import found
 from fastload.checkpoint.flattening import Path, flatten, put, unflatten
-from fastload.checkpoint.gathering import wanted
+from fastload.checkpoint.gathering import Bytes, gather, stored_order, wanted
 from fastload.checkpoint.reading import read
 from fastload.checkpoint.records import PATHS, Contents, Reference, new_attempt
 from fastload.checkpoint.saving import WAIT_S, Saving, checked_level
 from fastload.checkpoint.segments import Piece, lay_out
-from fastload.checkpoint.tensors import NAMES, array_of, dtype_of
-from fastload.checkpoint.values import check_sizes, decoded, encoded, paths_of
+from fastload.checkpoint.values import NAMES, array_of, check_sizes, decoded, dtype_of, encoded, paths_of
 from fastload.checkpoint.writing import data_of, start
 from fastload.client.cache import AnyCache, directory_of
-from fastload.errors import ConfigError, StoreUnavailableError
+from fastload.config import parse_bytes
+from fastload.errors import CheckpointError, ConfigError, StoreUnavailableError
 from fastload.protocol import Begin, Level
 
 # How long the store is waited for by a save that does not need it yet.
 _PATIENCE_S = 2.0
-
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _LAZY = "is a parameter without a shape yet; call its module once first"
 
@@ -331,3 +329,44 @@ def chosen_names(names: Collection[str] | None, paths: Mapping[str, Path], where
 def _prefixes(name: str) -> Iterator[str]:
     parts = name.split(".")
     return (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+
+
+def stream(
+    url: str | os.PathLike[str],
+    names: Collection[str] | None = None,
+    *,
+    ahead: int | str = "2GiB",
+    device: str | torch.device = "cpu",
+    cache: AnyCache = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor, in the order in which they are stored; of `names` only those, as in `load`. What is no tensor is
+    left out.
+
+    What comes next is requested ahead: tensors of so many bytes are in flight, or wait to be taken; or one, where it is
+    larger than that. Every byte is verified, and what the node's cache still has is not read from the store. Raises
+    what `load` does.
+    """
+    return _stream(url, names, parse_bytes(ahead, "ahead"), device, cache, storage_options)
+
+
+def _stream(
+    url: str | os.PathLike[str],
+    names: Collection[str] | None,
+    ahead_bytes: int,
+    device: str | torch.device,
+    cache: AnyCache,
+    storage_options: Mapping[str, Any] | None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    tensors: dict[str, torch.Tensor] = {}
+    with found(url, storage_options) as (place, there), Copies(directory_of(cache)) as copies:
+
+        def into(name: str) -> Bytes:
+            dtype, shape = there.tensors[name]
+            tensors[name] = torch.empty(shape, dtype=dtype_of(dtype, place.folder, name))
+            return array_of(tensors[name])
+
+        chosen = chosen_names(names, paths_of(there, place.folder), place.folder)
+        in_order = stored_order(there, [name for name in chosen if name in there.tensors])
+        for name in gather(place, there, in_order, into, ahead_bytes, copies):
+            yield name, tensors.pop(name).to(device)

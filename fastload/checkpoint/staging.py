@@ -27,7 +27,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed._shard.sharded_tensor.shard import Shard
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastload.checkpoint.errors import CheckpointError
+from fastload.errors import CheckpointError
 from fastload.lifecycle import on_drop
 
 _MEMORIES = 2

@@ -16,7 +16,7 @@ import torch
 
 from fastload.checkpoint.reading import GAP_BYTES, Wanted
 from fastload.checkpoint.records import Object
-from fastload.checkpoint.tensors import bytes_of
+from fastload.checkpoint.values import bytes_of
 
 Numbers = tuple[int, ...]
 

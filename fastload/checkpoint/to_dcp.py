@@ -16,14 +16,13 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from fastload.checkpoint.attempts import Place
-from fastload.checkpoint.errors import CheckpointError
 from fastload.checkpoint.exporting import OnProgress, check_free
 from fastload.checkpoint.flattening import Path, unflatten
 from fastload.checkpoint.gathering import size_of, wanted
 from fastload.checkpoint.reading import read
 from fastload.checkpoint.records import Contents
-from fastload.checkpoint.tensors import array_of, dtype_of
-from fastload.checkpoint.values import decoded, paths_of
+from fastload.checkpoint.values import array_of, decoded, dtype_of, paths_of
+from fastload.errors import CheckpointError
 
 
 def to_dcp(

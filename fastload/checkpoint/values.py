@@ -1,8 +1,9 @@
-"""What is no tensor, as bytes; and where the leaves of a state stand in it.
+"""What a state holds, as bytes: tensors, of which torch's dtypes are named here as the format names them; what is no
+tensor; and where each leaf stands in the state.
 
-It is kept as MessagePack where that gives back the very same, with extension types for tuples and for numpy's arrays
-and scalars of plain dtypes; and else as torch has it, which is read without running any code unless the user allows
-pickles. What would need that is saved with a warning, since it keeps a whole state from being loaded.
+What is no tensor is kept as MessagePack where that gives back the very same, with extension types for tuples and for
+numpy's arrays and scalars of plain dtypes; and else as torch has it, which is read without running any code unless the
+user allows pickles. What would need that is saved with a warning, since it keeps a whole state from being loaded.
 """
 
 from __future__ import annotations
@@ -19,11 +20,38 @@ import numpy as np
 import torch
 
 from fastload import callers
-from fastload.checkpoint.errors import CheckpointDamagedError, CheckpointError
 from fastload.checkpoint.flattening import DEPTH_MAX, Path
+from fastload.checkpoint.gathering import Bytes
 from fastload.checkpoint.records import Contents
 from fastload.config import format_bytes
-from fastload.errors import ConfigError
+from fastload.errors import CheckpointDamagedError, CheckpointError, ConfigError
+
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def array_of(tensor: torch.Tensor) -> Bytes:
+    """The bytes of a contiguous tensor, in its shape and behind that those of an element."""
+    return np.asarray(bytes_of(tensor)).reshape(*tensor.shape, tensor.element_size())
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    # Of one element any stride is contiguous, and only one of 1 can be viewed.
+    flat = tensor.as_strided((tensor.numel(),), (1,))
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def dtype_of(dtype: str, where: str, name: str) -> torch.dtype:
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{where}: {name} is {dtype}, which torch {torch.__version__} does not have")
+    return DTYPES[dtype]
+
 
 # A part record, of which they are a part, is read as a whole, and has 1 GiB at most.
 VALUES_BYTES_MAX = 768 << 20
@@ -31,7 +59,6 @@ VALUES_BYTES_MAX = 768 << 20
 _TUPLE, _ARRAY, _SCALAR = 1, 2, 3
 # Booleans, integers, floats and complex numbers, as numpy writes them.
 _DTYPE = re.compile(r"\|[biu]1|[<>](?:[iu][248]|f[248]|c(?:8|16))")
-
 _Place = Annotated[list[int], msgspec.Meta(min_length=1, max_length=1)]
 _Path = Annotated[tuple[str | int | _Place, ...], msgspec.Meta(max_length=DEPTH_MAX)]
 

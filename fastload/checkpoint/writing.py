@@ -28,7 +28,7 @@ from fastload.checkpoint.images import Image, Images
 from fastload.checkpoint.records import Part, Record, Reference, object_name
 from fastload.checkpoint.saving import WAIT_S, Here, Saving, Stored, checked_level
 from fastload.checkpoint.segments import BLOCK_BYTES, PAGE_BYTES, Piece, Segment, checksums
-from fastload.checkpoint.tensors import DTYPES, bytes_of
+from fastload.checkpoint.values import DTYPES, bytes_of
 from fastload.client.cache import AnyCache, Handle, handle_of
 from fastload.client.saver import Saver
 from fastload.config import format_bytes

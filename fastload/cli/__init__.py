@@ -171,8 +171,8 @@ def main() -> None:
 
 
 def _code_of(error: FastloadError) -> int:
-    from fastload.checkpoint.errors import CheckpointDamagedError
     from fastload.client.operator import NotServedError
+    from fastload.errors import CheckpointDamagedError
 
     if isinstance(error, CheckpointDamagedError):
         return exits.DAMAGED

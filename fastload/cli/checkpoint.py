@@ -24,7 +24,7 @@ from fastload.errors import ConfigError
 
 if TYPE_CHECKING:
     from fastload.checkpoint.attempts import Place
-    from fastload.checkpoint.pruning import Pruned
+    from fastload.checkpoint.retention import Pruned
 
 app = typer.Typer(help="Checkpoints: what is there, and whether it is whole.", rich_markup_mode=None)
 
@@ -107,7 +107,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Read all of a checkpoint, and compare it with its checksums. Exits with 4 where something is damaged."""
-    from fastload.checkpoint.verifying import verified
+    from fastload.checkpoint.inventory import verified
 
     console = Console(stderr=True)
     with _opened(url) as place, shown(console, "verifying") as bar:
@@ -202,7 +202,7 @@ def prune(
     """Delete old steps of a run, and what saves that failed have left, also of one checkpoint. Without --keep-last no
     step goes.
     """
-    from fastload.checkpoint import pruning
+    from fastload.checkpoint import retention
     from fastload.checkpoint.retention import Keep
 
     grace_s, now_s = parse_seconds(grace, "--grace"), time.time()
@@ -210,14 +210,14 @@ def prune(
         raise ConfigError("--keep-every and --keep-best add to --keep-last; give that as well")
     keep = None if keep_last is None else Keep(last=keep_last, every=keep_every, best=keep_best, best_is=best_is)  # type: ignore[arg-type]
     with _opened(url) as place:
-        going = pruning.prune(place, keep, now_s=now_s, grace_s=grace_s, is_trial=True)
-        going += pruning.sweep(place, now_s=now_s, grace_s=grace_s, is_trial=True)
+        going = retention.prune(place, keep, now_s=now_s, grace_s=grace_s, is_trial=True)
+        going += retention.sweep(place, now_s=now_s, grace_s=grace_s, is_trial=True)
         if not dry_run:
             if going.objects:
                 _ask(yes, f"delete {_listed(going.steps)} of {url}, {going.objects} objects in all")
             # Those that were shown, and no others that have come to be old meanwhile.
-            going = pruning.prune(place, None, now_s=now_s, grace_s=grace_s, steps=going.steps)
-            going += pruning.sweep(place, now_s=now_s, grace_s=grace_s)
+            going = retention.prune(place, None, now_s=now_s, grace_s=grace_s, steps=going.steps)
+            going += retention.sweep(place, now_s=now_s, grace_s=grace_s)
     _say(going, as_json, would=dry_run)
 
 
@@ -228,13 +228,13 @@ def remove(
     as_json: JsonOption = False,
 ) -> None:
     """Delete checkpoints. What other steps of their run refer to stays."""
-    from fastload.checkpoint import pruning
+    from fastload.checkpoint import retention
 
     _ask(yes, f"delete {', '.join(urls)}")
     removed = []
     for url in urls:
         with _opened(url) as place:
-            gone = pruning.remove(place)
+            gone = retention.remove(place)
         removed.append({"url": url, "objects": gone.objects, "bytes": gone.bytes})
         if not as_json:
             print(f"gone: {plain(url)}, {gone.objects} objects, {format_bytes(gone.bytes)}")

@@ -92,32 +92,39 @@ def load(url: str, directory: Path | None = None, **more: Any) -> dict[str, Any]
 def test_a_save_goes_through_all_levels_and_the_state_may_change_at_once(
     s3: Bucket, gate: Gate, cache: fastload.Cache
 ) -> None:
-    url, saved = f"{s3.url}/run/1", state(1)
-    gate.shut("safetensors")
-    saving = checkpoint.save(saved, url, until="memory", cache=cache, storage_options=options(gate))
-    saved["w"].zero_()
-    saving.wait("disk", PATIENCE_S)
-    assert saving.done("disk")
-    assert not saving.done("store")
-    progress = saving.progress()
-    assert progress.disk_bytes == progress.total_bytes > 4 * COUNT
-    assert progress.store_bytes == 0
-    until(lambda: saving.progress().reason)
-    with pytest.raises(WaitTimeoutError, match=r"rank 0 of .* s3:.*/run/1/ to reach 'store' \(.*SlowDown.*; the save"):
-        saving.wait("store", 0.1)
-    with pytest.raises(fastload.ObjectMissingError):
-        load(url)
-    gate.open()
-    saving.wait("store", PATIENCE_S)
-    assert saving.progress().store_bytes == progress.total_bytes
-    assert saving.progress().reason == ""
-    assert content(load(url)) == 1
-    with pytest.raises(CheckpointExistsError):
-        checkpoint.save(state(2), url, until="memory", cache=cache)
-    checkpoint.save(state(2), url, until="memory", overwrite=True, cache=cache).wait("store", PATIENCE_S)
-    assert content(load(url)) == 2
-    figures = cache.stats()
-    assert (figures["checkpoints_saved"], figures["checkpoints_failed"], figures["checkpoints_under_way"]) == (2, 0, 0)
+    with cache._handle.consumer():  # by whom the service stays, and its figures
+        url, saved = f"{s3.url}/run/1", state(1)
+        gate.shut("safetensors")
+        saving = checkpoint.save(saved, url, until="memory", cache=cache, storage_options=options(gate))
+        saved["w"].zero_()
+        saving.wait("disk", PATIENCE_S)
+        assert saving.done("disk")
+        assert not saving.done("store")
+        progress = saving.progress()
+        assert progress.disk_bytes == progress.total_bytes > 4 * COUNT
+        assert progress.store_bytes == 0
+        until(lambda: saving.progress().reason)
+        with pytest.raises(
+            WaitTimeoutError, match=r"rank 0 of .* s3:.*/run/1/ to reach 'store' \(.*SlowDown.*; the save"
+        ):
+            saving.wait("store", 0.1)
+        with pytest.raises(fastload.ObjectMissingError):
+            load(url)
+        gate.open()
+        saving.wait("store", PATIENCE_S)
+        assert saving.progress().store_bytes == progress.total_bytes
+        assert saving.progress().reason == ""
+        assert content(load(url)) == 1
+        with pytest.raises(CheckpointExistsError):
+            checkpoint.save(state(2), url, until="memory", cache=cache)
+        checkpoint.save(state(2), url, until="memory", overwrite=True, cache=cache).wait("store", PATIENCE_S)
+        assert content(load(url)) == 2
+        figures = cache.stats()
+        assert (figures["checkpoints_saved"], figures["checkpoints_failed"], figures["checkpoints_under_way"]) == (
+            2,
+            0,
+            0,
+        )
 
 
 def test_a_trainer_that_starts_again_reads_from_memory_then_disk_then_the_store(

@@ -21,7 +21,6 @@ import pytest
 from fastload.checkpoint import attempts, commit
 from fastload.checkpoint.attempts import Place
 from fastload.checkpoint.commit import Current, Step, leftovers, next_step
-from fastload.checkpoint.errors import CheckpointError, CheckpointExistsError
 from fastload.checkpoint.records import (
     MANIFEST_NAME,
     Manifest,
@@ -33,7 +32,7 @@ from fastload.checkpoint.records import (
     plan_name,
 )
 from fastload.checkpoint.segments import Piece
-from fastload.errors import FastloadError
+from fastload.errors import CheckpointError, CheckpointExistsError, FastloadError
 from fastload.store import RequestOptions, Store, StoreOptions, open_store
 from tests.checkpoint.saving import RANKS, SHAPE, MemoryStore, Stopped, load, save, save_rank
 from tests.conftest import Bucket

@@ -24,11 +24,12 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 
 import fastload
 from fastload import checkpoint
-from fastload.checkpoint import CheckpointError, Reader, Writer, attempts, distcp, strided
+from fastload.checkpoint import Reader, Writer, attempts, distcp, strided
 from fastload.checkpoint.dcp_writer import deal
 from fastload.checkpoint.records import Object
 from fastload.checkpoint.staging import Staging
 from fastload.checkpoint.strided import Strided, dense, runs
+from fastload.errors import CheckpointError
 from fastload.store import Counters, RequestOptions, open_store
 from tests.checkpoint.test_carried import SMALL
 from tests.checkpoint.test_single import same

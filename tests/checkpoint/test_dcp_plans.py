@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from fastload.checkpoint import Reader, Writer, attempts, dcp_writer
 from fastload.checkpoint.boxes import Box
 from fastload.checkpoint.segments import lay_out
-from fastload.checkpoint.tensors import NAMES
+from fastload.checkpoint.values import NAMES
 from tests.checkpoint.saving import MemoryStore
 
 Cut = tuple[tuple[int, ...], tuple[int, ...]]

@@ -25,8 +25,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import fastload
 from fastload import checkpoint
-from fastload.checkpoint import CheckpointError, CheckpointExistsError, Reader, Writer, attempts
+from fastload.checkpoint import Reader, Writer, attempts
 from fastload.checkpoint.attempts import Place
+from fastload.errors import CheckpointError, CheckpointExistsError
 from fastload.store import StoreOptions, open_store
 from tests.checkpoint.test_single import same
 from tests.jobs.pool import Failed, Rank, RankError, RankPool

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastload import checkpoint
-from fastload.checkpoint import CheckpointError, CheckpointExistsError, file
-from fastload.errors import ObjectMissingError
+from fastload.checkpoint import file
+from fastload.errors import CheckpointError, CheckpointExistsError, ObjectMissingError
 from tests.checkpoint.test_single import model_state, same
 
 

@@ -14,10 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastload import checkpoint
-from fastload.checkpoint import CheckpointError
 from fastload.checkpoint.segments import DTYPES
-from fastload.checkpoint.tensors import NAMES
-from fastload.errors import ObjectMissingError
+from fastload.checkpoint.values import NAMES
+from fastload.errors import CheckpointError, ObjectMissingError
 from fastload.store import StoreOptions, open_store
 from tests.checkpoint.test_single import same
 from tests.conftest import Bucket

@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastload.checkpoint.boxes import Box, cut, overlap, why_not_tiled
-from fastload.checkpoint.errors import CheckpointError
 from fastload.checkpoint.records import (
     Contents,
     Manifest,
@@ -42,6 +41,7 @@ from fastload.checkpoint.segments import (
     header_of,
     lay_out,
 )
+from fastload.errors import CheckpointError
 
 NUMPY = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "u2", "I16": "i2", "F16": "f2", "U32": "u4", "I32": "i4", "F32": "f4",

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastload.checkpoint import Keep, Run, attempts, dedup, pruning, run, single
+from fastload.checkpoint import Keep, Run, attempts, dedup, retention, run, single
 from fastload.checkpoint.attempts import Place
 from fastload.checkpoint.retention import Committed, expendable
 from fastload.errors import ConfigError, FastloadError
@@ -156,7 +156,7 @@ class World:
             self.now_s += 3600 * what.hours
             self.store.now_s = self.now_s
         elif isinstance(what, Remove):
-            pruning.remove(Place.of(self.store, run.step_url(what.step)))
+            retention.remove(Place.of(self.store, run.step_url(what.step)))
         elif isinstance(what, Prune):
             run = Run(URL, keep=what.keep)
             run.prune(grace_s=3600.0 * what.grace_h)

@@ -19,11 +19,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from fastload import checkpoint
-from fastload.checkpoint import CheckpointDamagedError, CheckpointError, Keep, Run, dedup
+from fastload.checkpoint import Keep, Run, dedup
 from fastload.checkpoint.attempts import Place
 from fastload.checkpoint.inventory import rows
 from fastload.checkpoint.records import Manifest, Plan
-from fastload.errors import ConfigError, ObjectMissingError
+from fastload.errors import CheckpointDamagedError, CheckpointError, ConfigError, ObjectMissingError
 from fastload.store.local import LocalStore
 from tests.checkpoint.test_single import same
 from tests.conftest import Bucket

@@ -23,22 +23,21 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import fastload
 from fastload import checkpoint
-from fastload.checkpoint import (
-    CheckpointDamagedError,
-    CheckpointError,
-    CheckpointExistsError,
-    attempts,
-    single,
-    tensors,
-    values,
-)
+from fastload.checkpoint import attempts, single, values
+from fastload.checkpoint import values as tensors
 from fastload.checkpoint.attempts import Place
 from fastload.checkpoint.boxes import Box
 from fastload.checkpoint.reading import Range, Wanted, ranges
 from fastload.checkpoint.records import Object, Part, object_name
 from fastload.checkpoint.segments import BLOCK_BYTES, Piece, checksums, lay_out
 from fastload.checkpoint.writing import store_segments
-from fastload.errors import ConfigError, ObjectMissingError
+from fastload.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointExistsError,
+    ConfigError,
+    ObjectMissingError,
+)
 from fastload.store import Counters, RequestOptions, StoreOptions, open_store
 from tests.conftest import Bucket
 from tests.store.test_writes import Careless

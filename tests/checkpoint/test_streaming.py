@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fastload import checkpoint
-from fastload.checkpoint import CheckpointError, attempts, gathering
+from fastload.checkpoint import attempts, gathering
 from fastload.checkpoint.reading import Wanted
 from fastload.checkpoint.records import Place
-from fastload.errors import ConfigError, ObjectMissingError
+from fastload.errors import CheckpointError, ConfigError, ObjectMissingError
 from fastload.store import Counters, RequestOptions, open_store
 from tests.checkpoint.test_single import same
 from tests.conftest import Bucket
