@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import io
 import math
 import mmap
 import os
 import pickle
 import queue
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from multiprocessing import reduction
@@ -32,6 +34,7 @@ from fastload.lifecycle import on_drop
 
 _MEMORIES = 2
 _DEADLINE_S = 1800.0
+_LOOK_S = 1.0
 _ALIGNMENT = 64
 
 Copy = Callable[[torch.Tensor], torch.Tensor]
@@ -90,14 +93,7 @@ class Staging:
             self._free.put(None)
 
     def _take(self, size: int) -> _Memory:
-        try:
-            free = [self._free.get(timeout=self._deadline_s)]
-        except queue.Empty:
-            raise CheckpointError(
-                f"the memory of the {_MEMORIES} states staged before is still in use after {self._deadline_s:g} s; "
-                "wait for the futures of earlier saves, and drop those that failed"
-            ) from None
-        free += self._drained()
+        free = [self._next(), *self._drained()]
         best = max(free, key=lambda each: -1 if each is None else each.size)
         free.remove(best)
         for each in free:
@@ -109,6 +105,24 @@ class Staging:
         except BaseException:
             self._free.put(best)
             raise
+
+    def _next(self) -> _Memory | None:
+        """The first that is free, which is waited for."""
+        deadline = time.monotonic() + self._deadline_s
+        with contextlib.suppress(queue.Empty):
+            return self._free.get_nowait()
+        while True:
+            # The state of a save that is over may be in a cycle of references: an exception that was caught on the way
+            # keeps the frames of torch's calls. Nobody says when the next collection is, while all wait here.
+            gc.collect()
+            left_s = deadline - time.monotonic()
+            with contextlib.suppress(queue.Empty):
+                return self._free.get(timeout=max(0.0, min(_LOOK_S, left_s)))
+            if left_s <= 0:
+                raise CheckpointError(
+                    f"the memory of the {_MEMORIES} states staged before is still in use after {self._deadline_s:g} s; "
+                    "wait for the futures of earlier saves, and drop those that failed"
+                )
 
     def _take_back(self, memory: _Memory, releases: int) -> None:
         self._free.put(memory if releases == self._releases else None)

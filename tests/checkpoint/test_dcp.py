@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import pickle
@@ -216,6 +217,19 @@ def test_memory_is_used_again_and_does_not_grow() -> None:
     assert kept.tolist() == [0, 0, 0]
     del kept
     assert memory.stage({"w": torch.ones(1)})["w"].tolist() == [1]
+
+
+def test_memory_that_only_garbage_refers_to_is_used_again() -> None:
+    staging, state = Staging(deadline_s=60.0), {"w": torch.ones(1000)}
+    gc.disable()
+    try:
+        for _ in range(2):
+            cycle: list[Any] = [staging.stage(state)]
+            cycle.append(cycle)
+        del cycle
+        same({"w": torch.ones(1000)}, dict(staging.stage(state)))
+    finally:
+        gc.enable()
 
 
 def test_a_writer_is_sent_to_another_process(tmp_path: Path) -> None:
