@@ -230,7 +230,7 @@ def test_a_slow_collate_function(cache: fastload.Cache, local: list[str], num_wo
 def test_large_images(cache: fastload.Cache, tmp_path: Path, workers: Any, num_workers: int) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), np.uint8)
     path = tmp_path / "images.tar"
-    path.write_bytes(tar(0, 14, columns={"jpg": simplejpeg.encode_jpeg(noise, quality=90)}))
+    path.write_bytes(tar(0, 40, columns={"jpg": simplejpeg.encode_jpeg(noise, quality=90)}))
     dataset = fastload.StreamingDataset(path, cache=cache, decode={"jpg": fastload.decode.image(size=512)})
     stats = read(fastload.DataLoader(dataset, 2, num_workers=num_workers, workers=workers), epochs=2)
     assert stats["bound_by"] == "decode", stats["verdict"]

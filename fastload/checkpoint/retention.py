@@ -180,13 +180,10 @@ def prune(
     if is_trial:
         seen, stays = _look_again(run, seen, known)
         going: list[int] = []
-        for step in seen.folders.keys() - seen.held():
-            names = seen.folders[step]
-            left = (
-                filter(decisions.is_ours, names)
-                if step in doomed
-                else _leftovers(seen, step, stays, (), grace_s, now_s)
-            )
+        for step, names in seen.folders.items():
+            left: Iterable[str] = _leftovers(seen, step, stays, (), grace_s, now_s)
+            if step in doomed and step not in seen.held():
+                left = filter(decisions.is_ours, names)
             going += (names[name].size for name in left if f"{step}/{name}" not in stays)
         return Pruned(doomed, len(going), sum(going))
     return _delete(run, seen, doomed, grace_s, now_s, known)
@@ -240,10 +237,9 @@ def _delete(run: Place, seen: _Seen, doomed: list[int], grace_s: float, now_s: f
             run.store.delete(folder + name)
         count, size = count + len(first), size + sum(names[name].size for name in first)
     seen, stays = _look_again(run, None if doomed else seen, known)
-    held = seen.held()
     for step, names in seen.folders.items():
         folder = folder_of(run, step).folder
-        going = set() if step in held else _leftovers(seen, step, stays, ended.get(step, set()), grace_s, now_s)
+        going = _leftovers(seen, step, stays, ended.get(step, set()), grace_s, now_s)
         with ThreadPoolExecutor(_AT_ONCE, "fastload-prune") as pool:
             for _ in pool.map(run.store.delete, [folder + name for name in going]):
                 pass
@@ -293,7 +289,9 @@ def _let_go(run: Place, seen: _Seen, keep: Keep | None, before_s: float, at_hand
 def _leftovers(
     seen: _Seen, step: int, stays: Collection[str], ended: Collection[str], grace_s: float, now_s: float
 ) -> set[str]:
-    """What goes of a step's folder; the attempts that `ended` go at once, but for what `stays`."""
+    """What goes of a step's folder; the attempts that `ended` go at once, but for what `stays`. Of one that an attempt
+    refers to only plans go, since it may be its own that do.
+    """
     names, manifest = seen.folders[step], seen.manifests.get(step)
     if MANIFEST_NAME in names and manifest is None:
         return set()  # it is damaged, and does not say what it needs
@@ -301,7 +299,8 @@ def _leftovers(
     committed = manifest.attempt if manifest is not None else None
     there = {name: info.mtime_ns / 1e9 for name, info in names.items()}
     at_once = {name for name in names for attempt in ended if decisions.is_of(attempt, name) and attempt != committed}
-    return (at_once - kept) | set(decisions.leftovers(there, committed, grace_s, now_s, kept))
+    going = (at_once - kept) | set(decisions.leftovers(there, committed, grace_s, now_s, kept))
+    return set(filter(decisions.is_plan, going)) if going and step in seen.held() else going
 
 
 def _look(run: Place, known: Known) -> _Seen:

@@ -375,16 +375,17 @@ def test_the_attempt_was_given_up_and_its_files_stay_until_a_younger_one_is_stor
 ) -> None:
     gate.shut("safetensors")
     given: dict[str, Any] = {"until": "disk", "cache": cache, "storage_options": options(gate)}
-    saving = checkpoint.save(state(6), f"{s3.url}/run/1", **given)
-    with attempts.opened(f"{s3.url}/run/1", None) as place:
-        for name in place.names():
-            place.store.delete(place.folder + name)
-    gate.open()
-    with pytest.raises(CheckpointError, match="was given up"):
-        saving.wait("store", PATIENCE_S)
-    assert files(cache.directory) == [".log", ".part", ".safetensors"]
-    checkpoint.save(state(7), f"{s3.url}/run/2", **given).wait("store", PATIENCE_S)
-    until(lambda: files(cache.directory) == [".log", ".part", ".safetensors"])
+    with cache._handle.consumer():  # by whom the service stays
+        saving = checkpoint.save(state(6), f"{s3.url}/run/1", **given)
+        with attempts.opened(f"{s3.url}/run/1", None) as place:
+            for name in place.names():
+                place.store.delete(place.folder + name)
+        gate.open()
+        with pytest.raises(CheckpointError, match="was given up"):
+            saving.wait("store", PATIENCE_S)
+        assert files(cache.directory) == [".log", ".part", ".safetensors"]
+        checkpoint.save(state(7), f"{s3.url}/run/2", **given).wait("store", PATIENCE_S)
+        until(lambda: files(cache.directory) == [".log", ".part", ".safetensors"])
 
 
 @pytest.mark.parametrize("damaged", ["safetensors", "part", None])

@@ -634,6 +634,9 @@ class Savings:
         self._tell(saving)
         self._give_back(saving)
         self._let_go(saving)
+        for other in list(self._savings.values()):  # one that is younger may be stored already
+            if other.is_done and other.run == saving.run:
+                self._drop_older(other)
 
     def _let_go(self, saving: Saving) -> None:
         """Of one that is over, where no trainer has it any more: only files may stay."""
