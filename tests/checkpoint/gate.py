@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ class Gate:
         self.refused = threading.Event()
         self.status = 503
         self._store = urlsplit(store_url).netloc
+        self._connections: list[socket.socket] = []
         gate = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -57,6 +59,7 @@ class Gate:
                     store.close()
 
             def handle(self) -> None:
+                gate._connections.append(self.connection)
                 with contextlib.suppress(ConnectionError):  # a client that is killed
                     super().handle()
 
@@ -89,6 +92,9 @@ class Gate:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+        for connection in self._connections:  # which a client may keep for its next request
+            with contextlib.suppress(OSError):  # it has ended
+                connection.shutdown(socket.SHUT_RDWR)
         self._thread.join()
 
 
