@@ -627,7 +627,7 @@ class SaveState(Message, tag="save_state"):
 
 
 class Returned(Message, tag="returned"):
-    """Answers `TakeBack`: nobody reads the image any more."""
+    """Answers `TakeBack`: the service reads the image no more."""
 
     attempt: str
     rank: int

@@ -37,8 +37,8 @@ class Copies:
         self._files: dict[str, int | None] = {}  # descriptors
 
     def of(self, each: Object, start: int, end: int) -> Iterator[memoryview]:
-        """These bytes of an object, from one copy after the other. Nobody else writes to what is given: it stays as it
-        is verified.
+        """These bytes of an object, from one copy after the other. What is given is the caller's own, and does not
+        change after it was verified.
         """
         name = "/".join(each.name.split("/")[-2:])  # an earlier step's object lies under its own attempt
         image, file = self._found(name, each.size)

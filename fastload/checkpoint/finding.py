@@ -1,4 +1,4 @@
-"""What lies at a URL: a checkpoint of ours, or what other tools have written."""
+"""What lies at a URL: a checkpoint of fastload, or what other tools have written."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ One is a memfd: it has no name that could outlive its users, takes one descripto
 lives on in the service when the trainer dies. It is used again for the next save, since to get memory from the kernel
 takes four times as long as to copy. A second one is made only for a save that comes while the first is being stored;
 there are two of a process at most, and the next save waits then. What was not used for some time is given back to the
-system. While the service may read an image nobody writes to it: it is read-only here, so that a stray write ends the
+system. While the service may read an image, it is read-only here, so that a stray write ends the
 process instead of spoiling a checkpoint.
 """
 
@@ -31,7 +31,7 @@ _IMAGES_MAX = 2
 _IDLE_S = 600.0
 # Sizes differ a little from save to save.
 _GRAIN_BYTES = 4 << 20
-# How long is waited for what nobody waits for.
+# The deadline of a wait in the background.
 _PATIENCE_S = 10.0
 _POPULATE_WRITE = 23  # of madvise; Linux 5.14
 _POPULATE_BYTES = 32 << 20  # in one call, during which no other thread can map memory

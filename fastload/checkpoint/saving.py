@@ -183,7 +183,7 @@ class Saving:
         self.carrier = carrier
 
     def take_back(self, timeout_s: float) -> bool:
-        """Wait until its image is not needed; whether nobody reads it. Raises what keeps it from that, and
+        """Wait until its image is not needed; whether no process reads it. Raises what keeps it from that, and
         `WaitTimeoutError` where no byte has moved for `timeout_s`.
         """
         what = f"{self._what('disk')}, so that its memory can be used for the next save{_NOTE}"

@@ -56,7 +56,7 @@ class Cache:
     `requests_in_flight` belongs to the directory as well: so many requests at a time to each endpoint of a store, where
     0, the default, is as many as measuring finds. `history_bytes` bounds what is kept of what runs read (64 MiB), by
     which a later run that reads alike is fetched ahead; 0 keeps and uses none. `checkpoint_ram_bytes` bounds the memory
-    of checkpoints that are being saved (0: half of what there is), and `checkpoint_disk_bytes` (256 GiB) what is kept
+    of checkpoints that are being saved (0: half of the machine's), and `checkpoint_disk_bytes` (256 GiB) what is kept
     of them on disk, beside `disk_bytes`. `service="inprocess"` runs the service in threads of this process, where none
     may be started; not in one that was forked after its parent had used a store, since the store's threads do not
     survive that.

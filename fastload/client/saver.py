@@ -57,7 +57,7 @@ class Saver(Consumer):
 
     def take_back(self, what: str, timeout_s: float) -> bool:
         """Wait until the service reads the image no more, and has what it holds elsewhere. False where it was handed to
-        another service before, which may be hung and read it when it goes on: then nobody must write to it any more.
+        another service before, which may be hung and read it when it goes on: then it must not be written to any more.
         """
         with self._changed:
             if self._save is None or not self._save.image_bytes:

@@ -66,9 +66,9 @@ log = logging.getLogger("fastload.service")
 _UPLOADS_MAX = 4
 # Some hash and wait for the disk to say that it has all while others write.
 _DISK_THREADS = 4
-# How long is waited before what failed for now is tried again, at first and at last.
+# The delay before a retry, at first and at most.
 _RETRY_S, _RETRY_S_MAX = 1.0, 30.0
-# The same at last of a store that refuses: someone has to do something about it.
+# At most where the store refuses: a retry alone will seldom help.
 _REFUSED_S_MAX = 300.0
 # A store's own patience: an image that is wanted back is not held up for longer by one that does not answer.
 _REQUEST_S = 2.0
