@@ -38,7 +38,11 @@ class Gate:
                 if not self.raw_requestline or not self.parse_request():
                     self.close_connection = True
                     return
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                length = int(self.headers.get("Content-Length") or 0)
+                body = self.rfile.read(length)
+                if len(body) < length:  # of a client that is killed: the store would wait for the rest
+                    self.close_connection = True
+                    return
                 if gate.refuses(self.command, self.path):
                     gate.refused.set()
                     code = _ERRORS[gate.status]
@@ -47,6 +51,8 @@ class Gate:
                     return
                 store = http.client.HTTPConnection(gate._store)
                 try:
+                    store.connect()
+                    gate._connections.append(store.sock)
                     store.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
                     for name, value in self.headers.items():
                         store.putheader(name, value)
@@ -92,7 +98,7 @@ class Gate:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
-        for connection in self._connections:  # which a client may keep for its next request
+        for connection in self._connections:  # which a client may keep for its next request, or the store not answer
             with contextlib.suppress(OSError):  # it has ended
                 connection.shutdown(socket.SHUT_RDWR)
         self._thread.join()

@@ -284,7 +284,12 @@ def test_an_answer_that_makes_no_sense_costs_the_connection_and_no_more(
 @pytest.mark.parametrize("mode", ["inprocess"])
 @pytest.mark.parametrize(("stored", "make"), [([], []), ([], [2]), ([2], [0])])
 def test_indexes_of_other_objects_than_were_asked_for_are_an_error(
-    cache: Cache, s3: Bucket, monkeypatch: pytest.MonkeyPatch, stored: list[int], make: list[int]
+    cache: Cache,
+    s3: Bucket,
+    shards: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    stored: list[int],
+    make: list[int],
 ) -> None:
     receive = Core.receive
 
@@ -327,7 +332,9 @@ def test_a_service_that_refuses_a_message_after_it_has_granted_is_avoided(
 
 
 @pytest.mark.parametrize("mode", ["inprocess"])
-def test_one_that_ends_even_then_is_an_error(cache: Cache, s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_ends_even_then_is_an_error(
+    cache: Cache, s3: Bucket, shards: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def breaks(core: Core, consumer: Any, message: Any) -> None:
         raise ZeroDivisionError("a defect")
 
