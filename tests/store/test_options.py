@@ -147,6 +147,9 @@ def test_proxies_and_authorities(tmp_path: Path) -> None:
         ({"SSL_CERT_DIR": str(tmp_path / "certificates")}, "ot"),
     ):
         assert options(None, **variables).extra == (("root_certificate", "\n".join(map(pem.format, names))),)
+    (tmp_path / "certificates" / "one").write_text(pem.format("new"))  # which is read anew
+    found = options(None, SSL_CERT_DIR=str(tmp_path / "certificates"))
+    assert found.extra == (("root_certificate", "\n".join(map(pem.format, ("new", "t")))),)
 
 
 @pytest.mark.parametrize("name", ["AWS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"])
