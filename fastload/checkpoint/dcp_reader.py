@@ -222,20 +222,21 @@ class _Ours:
         return decoded(*self._there.values[leaf.name], self.folder + leaf.name, allow_pickle)
 
     def fill(self, place: Place, targets: Sequence[tuple[ReadItem, torch.Tensor]], copies: Copies) -> None:
-        wanted = [
-            each
-            for item, target in targets
-            for each in self._strided(item.storage_index).wanted(item.storage_offsets, target)
-        ]
+        wanted = [each for item, target in targets for each in self._strided(item).wanted(item.storage_offsets, target)]
         read(place.store, place.folder, wanted, copies)
 
-    def _strided(self, index: MetadataIndex) -> Strided:
-        name = self._tensors[index.fqn]
+    def _strided(self, item: ReadItem) -> Strided:
+        name = self._tensors[item.storage_index.fqn]
         if name not in self._places:
             self._places[name] = {piece.box.offsets: piece for piece in self._there.places(name)}
-        piece = self._places[name][tuple(index.offset or ())]
-        dtype = dtype_of(self._there.tensors[name][0], self.folder, name)
-        return Strided(piece.object, piece.offset, dtype, dense(piece.box.sizes))
+        piece = self._places[name][tuple(item.storage_index.offset or ())]
+        dtype, shape = self._there.tensors[name]
+        if len(item.lengths) != len(shape):  # before 2.6 torch's planner does not look
+            raise CheckpointError(
+                f"{self.folder}{name} has shape {tuple(shape)}, and the state has a tensor of {len(item.lengths)} "
+                "dimensions there"
+            )
+        return Strided(piece.object, piece.offset, dtype_of(dtype, self.folder, name), dense(piece.box.sizes))
 
 
 class _Torchs:

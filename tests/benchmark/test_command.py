@@ -40,7 +40,7 @@ def bench(tmp_path: Path, *arguments: object, check: bool = True) -> subprocess.
     return run_cli("bench", *arguments, "--cache", tmp_path / "cache", check=check)
 
 
-def test_a_benchmark_finds_the_link_says_so_and_leaves_nothing(capped: str, tmp_path: Path) -> None:
+def test_a_benchmark_measures_says_what_it_means_and_leaves_nothing(capped: str, tmp_path: Path) -> None:
     done = bench(
         tmp_path, capped, "--skip=disk,memory,demand", "--batch-size=32",
         "--json", tmp_path / "a.json", "--html", tmp_path / "a.html",
@@ -57,8 +57,9 @@ def test_a_benchmark_finds_the_link_says_so_and_leaves_nothing(capped: str, tmp_
     assert cold.value("samples of an epoch") == len(CORPUS.samples)
     assert cold.value("bytes from the store") == result.work.byte_count
     assert ram.value("bytes from the store") == 0
-    assert "A first epoch runs at" in done.stdout
-    assert "link" in done.stdout
+    # Which limit it names depends on what else the machine does: `bench.causes` looks at that.
+    assert result.verdict[0].startswith("A first epoch runs at")
+    assert done.stdout.startswith("\n".join(result.verdict))
     assert "127.0.0.1" not in (tmp_path / "a.json").read_text()
     assert (tmp_path / "a.html").read_text().startswith("<!doctype html>")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.html", "a.json"]
