@@ -29,7 +29,8 @@ WHOLE = "json"
 
 _MARK, _MARKS_OF_UTF16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 _LINE_END = ord("\n")
-_HEAD_BYTES = 16
+_HEAD_BYTES = 512  # of text, as of binary files: a zero is in those of TFRecord, MDS, LitData and tars
+_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
 _AT_ONCE = 1 << 16
 _LINE_BYTES_MAX = (1 << 32) - 1
 
@@ -72,11 +73,8 @@ class JsonlIndexer:
             self._skip(chunk, start)
         elif start == 0 and chunk[:3].tobytes() == _MARK:
             self._state[:] = len(_MARK)
-        elif start == 0 and chunk[:2].tobytes() in _MARKS_OF_UTF16:
-            raise ShardError(
-                f"{self._url} is text in UTF-16, and JSON is in UTF-8; write it so: iconv -f UTF-16 -t UTF-8 "
-                f"{shard_name(self._url)}"
-            )
+        elif start == 0:
+            self._check_text(chunk[:_HEAD_BYTES].tobytes())
         last = self._size - start if self._size < self._object_end else len(chunk)  # the line that is the last of ours
         if not self._is_before_first:
             end = len(chunk) if last >= len(chunk) else _line_end(chunk, max(0, last))
@@ -86,6 +84,26 @@ class JsonlIndexer:
         self._done = self._done or start + len(chunk) >= self._object_end
         if self._is_before_first and start + len(chunk) >= self._size:
             self._done = True  # one line goes through all of the piece
+
+    def _check_text(self, head: bytes) -> None:
+        """ShardError where a file that begins so is none of lines."""
+        if head.startswith(_MARKS_OF_UTF16):
+            raise ShardError(
+                f"{self._url} is text in UTF-16, and JSON is in UTF-8; write it so: iconv -f UTF-16 -t UTF-8 "
+                f"{shard_name(self._url)}"
+            )
+        for mark, tool in _PACKED.items():
+            if head.startswith(mark):
+                raise ShardError(
+                    f"{self._url} is compressed with {tool}, and its name does not say so; let that end in .gz, .zst, "
+                    ".xz or .bz2"
+                )
+        zero = head.find(0)
+        if zero >= 0 and not head.lstrip().startswith(b"{"):  # else a line is damaged, which may be skipped
+            raise ShardError(
+                f"{self._url} has a zero at byte {zero}, and JSON lines are text in UTF-8: it is of another format, "
+                "which its ending or format= has to name, or it is damaged"
+            )
 
     def _skip(self, chunk: NDArray[np.uint8], start: int) -> None:
         """Go to the first line that begins behind a line end in the piece."""
@@ -107,12 +125,12 @@ class JsonlIndexer:
         if opened < start and was_blank:
             self._drop_blank(first, chunk, start)
         rest = chunk[max(0, int(self._state[0]) - start) :]
-        self._is_open_blank = (was_blank or int(self._state[0]) > opened) and not (rest > ord(" ")).any()
+        self._is_open_blank = (was_blank or int(self._state[0]) > opened) and _is_blank(rest)
 
     def _drop_blank(self, number: int, chunk: NDArray[np.uint8], start: int) -> None:
         """Leave out the first line of a chunk, found as `number`, where it began before and nothing is in it."""
         ends = self._ends[number]
-        if len(ends) and self._starts[number][0] < start and not (chunk[: ends[0] - start] > ord(" ")).any():
+        if len(ends) and self._starts[number][0] < start and _is_blank(chunk[: ends[0] - start]):
             self._starts[number], self._ends[number] = self._starts[number][1:], ends[1:]
 
     def finish(self) -> RecordIndex:
@@ -124,17 +142,23 @@ class JsonlIndexer:
         none = np.empty(0, np.int64)
         starts, ends = np.concatenate([none, *self._starts]), np.concatenate([none, *self._ends])
         sizes = ends - starts
-        first = self._head[starts[0] : ends[0]].strip() if len(starts) and sizes[0] < _HEAD_BYTES else b""
+        first = self._head[starts[0] : ends[0]].strip() if len(starts) and ends[0] <= _HEAD_BYTES else b""
         if first in (b"{", b"["):
+            how = "." if first == b"{" else "'.[]'"
             raise ShardError(
                 f"{self._url} begins with the line {first.decode()!r}: it is JSON of several lines, and JSON lines "
-                f"have an object each; write it so: jq -c {'.' if first == b'{' else '.[]'} {shard_name(self._url)}"
+                f"have an object each; write it so: jq -c {how} {shard_name(self._url)}"
             )
         if len(sizes) and sizes.max() > _LINE_BYTES_MAX:
             start = self._start + starts[sizes.argmax()]
             raise ShardError(f"{self._url}: the line at byte {start} has {sizes.max()} bytes, above 4 GiB")
         name = shard_name(self._url, self._start)
         return RecordIndex(layout_of("jsonl", {}), starts, sizes.astype(np.uint32), self._given, name)
+
+
+def _is_blank(line: NDArray[np.uint8]) -> bool:
+    """Whether nothing but space is in a line, as `find_lines` sees it."""
+    return not line.tobytes().strip()
 
 
 def _line_end(chunk: NDArray[np.uint8], begin: int) -> int:
@@ -190,8 +214,7 @@ class JsonlReader:
 
 def find_values(records: Bytes, offsets: Int64s, columns: Sequence[str], places: Int64s, where: Where) -> None:
     """`RecordReader.find` of members of JSON objects, by their names."""
-    # A name may be written with or without escapes.
-    names = [name.encode() for name in columns] + [json.dumps(name)[1:-1].encode() for name in columns]
+    names = [name.encode() for name in columns]
     name_offsets = np.cumsum([0, *map(len, names)], dtype=np.int64)
     text = np.frombuffer(b"".join(names), np.uint8)
     wrong = find_members(records, offsets, text, name_offsets, places[0], places[1])

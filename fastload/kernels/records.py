@@ -74,6 +74,13 @@ _LINE_END, _RETURN, _SPACE, _QUOTE, _ESCAPE = 10, 13, 32, 34, 92
 _LINE_ENDS, _ONES, _HIGHS = 0x0A0A0A0A0A0A0A0A, 0x0101010101010101, 0x8080808080808080
 
 
+@helper(int64(_bytes, int64, int64))
+def _after_space(text: Bytes, at: int, end: int) -> int:
+    while at < end and (text[at] == _SPACE or 9 <= text[at] <= _RETURN):
+        at += 1
+    return at
+
+
 @kernel(int64(_bytes, array_in(uint64), int64, array_out(int64), array_out(int64), array_out(int64)))
 def find_lines(
     chunk: Bytes, words: NDArray[np.uint64], chunk_start: int, state: Int64s, starts: Int64s, ends: Int64s
@@ -99,10 +106,7 @@ def find_lines(
             start = state[0]
             blank = start >= chunk_start
             if blank:
-                for byte in range(start - chunk_start, at):
-                    if chunk[byte] > _SPACE:
-                        blank = False
-                        break
+                blank = _after_space(chunk, start - chunk_start, at) == at
             if not blank:
                 starts[found], ends[found] = start, chunk_start + at
                 found += 1
@@ -110,13 +114,6 @@ def find_lines(
         at += 1
     state[1] = chunk_start + at
     return found
-
-
-@helper(int64(_bytes, int64, int64))
-def _after_space(text: Bytes, at: int, end: int) -> int:
-    while at < end and (text[at] == _SPACE or 9 <= text[at] <= _RETURN):
-        at += 1
-    return at
 
 
 @helper(int64(_bytes, int64, int64))
@@ -166,13 +163,78 @@ def is_same(text: Bytes, start: int, end: int, names: Bytes, first: int, last: i
     return same
 
 
+@helper(int64(uint8))
+def _escaped(byte: int) -> int:
+    """What an escape of JSON other than that of a code point stands for; -1 where it is none."""
+    if byte in (_QUOTE, _ESCAPE, 47):  # /
+        return int64(byte)
+    if byte == 98:  # b
+        return 8
+    if byte == 102:  # f
+        return 12
+    if byte == 110:  # n
+        return _LINE_END
+    if byte == 114:  # r
+        return _RETURN
+    return 9 if byte == 116 else -1  # t
+
+
+@helper(int64(_bytes, int64, int64))
+def _unit(text: Bytes, at: int, end: int) -> int:
+    r"""The number of the escape \uXXXX at `at`; -1 where there is none."""
+    if at + 6 > end or text[at] != _ESCAPE or text[at + 1] != 117:  # u
+        return -1
+    unit = 0
+    for place in range(at + 2, at + 6):
+        byte = int64(text[place])
+        if 48 <= byte <= 57:
+            digit = byte - 48
+        elif 97 <= byte | 32 <= 102:
+            digit = (byte | 32) - 87
+        else:
+            return -1
+        unit = unit << 4 | digit
+    return unit
+
+
+@helper(boolean(_bytes, int64, int64, _bytes, int64, int64))
+def _is_same_unescaped(text: Bytes, start: int, end: int, names: Bytes, first: int, last: int) -> bool:
+    """Whether `text[start:end]`, which is within a string of JSON, stands for `names[first:last]`."""
+    while start < end:
+        if text[start] != _ESCAPE:
+            point, taken = int64(text[start]), 1
+        else:
+            point, taken = _unit(text, start, end), 6
+            if point < 0:
+                point, taken = _escaped(text[start + 1]) if start + 1 < end else -1, 2
+            elif 0xD800 <= point < 0xDC00:
+                low = _unit(text, start + 6, end)
+                if 0xDC00 <= low < 0xE000:
+                    point, taken = 0x10000 + ((point - 0xD800) << 10 | (low - 0xDC00)), 12
+        more = 0  # bytes of UTF-8 that follow the first; bytes that are not escaped are compared as they are
+        if taken > 1 and point >= 0x80:
+            more = 1 if point < 0x800 else 2 if point < 0x10000 else 3
+        if point < 0 or first + more >= last:
+            return False
+        for place in range(more, 0, -1):
+            if int64(names[first + place]) != 0x80 | (point & 0x3F):
+                return False
+            point >>= 6
+        if int64(names[first]) != (point if more == 0 else (0xFF00 >> more + 1 & 0xFF) | point):
+            return False
+        start += taken
+        first += 1 + more
+    return first == last
+
+
 @kernel(int64(array_in(uint8), array_in(int64), array_in(uint8), array_in(int64), _tables, _tables))
 def find_members(
     records: Bytes, offsets: Int64s, names: Bytes, name_offsets: Int64s, value_offset: Int64s, value_size: Int64s
 ) -> int:
     """The values of members of records that are JSON objects, as they stand there. Name i is `names[name_offsets[i]:
-    name_offsets[i + 1]]`, and its places go to row i % W of the tables, int64[W, n]; -1 and 0 where a record has no
-    such member. Of a name that is there twice the last counts. What is within a value is not looked at.
+    name_offsets[i + 1]]`, with or without escapes in the record, and its places go to row i of the tables, int64[W, n];
+    -1 and 0 where a record has no such member. Of a name that is there twice the last counts. What is within a value is
+    not looked at.
 
     Returns -1, or the number of the first record that is no object.
     """
@@ -205,9 +267,17 @@ def find_members(
             at = _after_value(records, value, end)
             if at < 0 or at == value:
                 return number
-            for each in range(name_offsets.size - 1):
-                if is_same(records, name, name_end, names, name_offsets[each], name_offsets[each + 1]):
-                    value_offset[each % wanted, number], value_size[each % wanted, number] = value, at - value
+            has_escapes = False
+            for byte in range(name, name_end):
+                has_escapes = has_escapes or records[byte] == _ESCAPE
+            for each in range(wanted):
+                first, last = name_offsets[each], name_offsets[each + 1]
+                if has_escapes:
+                    found = _is_same_unescaped(records, name, name_end, names, first, last)
+                else:
+                    found = is_same(records, name, name_end, names, first, last)
+                if found:
+                    value_offset[each, number], value_size[each, number] = value, at - value
             at = _after_space(records, at, end)
             if at >= end:
                 return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections.abc import Iterator
@@ -211,7 +212,7 @@ def test_text_in_utf_16_is_refused_by_name(cache: fastload.Cache, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("text", "cure"), [('{\n "a": 1\n}\n', "jq -c . a.json"), ('[\n {"a": 1}]', "jq -c .[] a.json")]
+    ("text", "cure"), [('{\n "a": 1\n}\n', "jq -c . a.json"), ('[\n {"a": 1}]', "jq -c '.[]' a.json")]
 )
 def test_json_of_several_lines_is_refused_with_the_cure(
     cache: fastload.Cache, tmp_path: Path, text: str, cure: str
@@ -229,3 +230,45 @@ def test_a_line_that_is_no_json_is_named_or_skipped(cache: fastload.Cache, tmp_p
     dataset = fastload.StreamingDataset(str(path), cache=cache, columns=["a"], shuffle=False, on_error="skip")
     with pytest.warns(UserWarning, match="skipped a sample"):
         assert [each["a"] for each in dataset] == [1, 3]
+
+
+def test_names_are_found_however_they_are_escaped(cache: fastload.Cache, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    names = ["a", "ä", "image/url", "漢", "😀", 'q"\\\n\x01']
+    odd = {"/": "\\/", '"': '\\"', "\\": "\\\\", "\n": "\\n"}
+    lines = [json.dumps(dict.fromkeys(names, 1)), json.dumps(dict.fromkeys(names, 2), ensure_ascii=False)]
+    for digits in ("04x", "04X"):
+        units = [name.encode("utf-16-be") for name in names]
+        texts = [
+            "".join(f"\\u{int.from_bytes(unit[at : at + 2]):{digits}}" for at in range(0, len(unit), 2))
+            for unit in units
+        ]
+        lines.append("{" + ", ".join(f'"{text}": 3' for text in texts) + "}")
+    texts = ["".join(odd.get(each, "\\u0001" if each == "\x01" else each) for each in name) for name in names]
+    lines.append("{" + ", ".join(f'"{text}": 4' for text in texts) + "}")
+    others = ["\\u0061\\u0061", "\\ud83d", "\\ud83dx", "\\u00e", "\\x", "a\\u0000", "\\ud83d\\u0041"]
+    lines.append("{" + ", ".join(f'"{text}": 5' for text in others) + "}")
+    path.write_text("\n".join(lines))
+    dataset = fastload.StreamingDataset(path, cache=cache, columns=[f"{name}?" for name in names], shuffle=False)
+    found = [{sample[name] for name in names} for sample in dataset]
+    assert found == [{1}, {2}, {3}, {3}, {4}, {None}]
+
+
+def test_lines_of_zeros_are_damage_and_not_blank(cache: fastload.Cache, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n\0\0\0\n{"a": 2}\n \x0b\t\n\0')
+    assert lines_of(path.read_bytes()) == [b'{"a": 1}', b"\0\0\0", b'{"a": 2}', b"\0"]
+    with pytest.raises(DecodeError, match=r"a\.jsonl/1'.*\\x00\\x00\\x00' is no JSON object"):
+        list(fastload.StreamingDataset(path, cache=cache, columns=["a"], shuffle=False))
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"\x05\0\0\0\n", "has a zero at byte 1, and JSON lines are text in UTF-8: it is of another format"),
+        (gzip.compress(b"{}"), "is compressed with gzip, and its name does not say so"),
+    ],
+)
+def test_what_is_no_text_is_refused_as_a_whole(data: bytes, says: str) -> None:
+    with pytest.raises(ShardError, match=rf"s3://b/x\.jsonl {says}"):
+        index_of(data)
