@@ -64,6 +64,7 @@ __all__ = [
     "indexer_for",
     "is_cut",
     "is_described",
+    "is_made_so",
     "joined",
     "listed_shards",
     "may_be_beside",
@@ -211,6 +212,30 @@ def stored_index(
     except ShardError as error:
         raise ShardError(f"{url}: its stored index is damaged ({error}); drop it and read the shard") from error
     return index
+
+
+def is_made_so(index: StoredIndex, url: str, how: str = "auto", about: Described | None = None) -> bool:
+    """Whether a stored index of the shard at `url` is what `indexer_for` would make with these arguments. It is not
+    where it was made when another format was named, or when the file beside the shard said something else: neither
+    changes the shard itself, by whose version it was found.
+    """
+    if isinstance(index, ShardIndex):
+        return format_of(url, how) == "tar"
+    if isinstance(index, RecordIndex) and about is not None and about.layout:
+        return index.layout == about.layout
+    name = _layout_name(index.layout)
+    return format_of(url, how) == _FORMAT_OF_LAYOUT.get(name, name)
+
+
+_FORMAT_OF_LAYOUT = {"lines": "mds", "arrow": "litdata"}
+"""The formats of layouts that are not called as these are."""
+
+
+@functools.lru_cache(maxsize=256)
+def _layout_name(layout: bytes) -> str:
+    from fastload.formats.records import read_layout
+
+    return read_layout(layout)[0]
 
 
 def _stored_columns(layout: bytes) -> tuple[str, ...]:

@@ -45,6 +45,8 @@ from fastload.formats import (
     StoredIndex,
     described,
     indexer_for,
+    is_described,
+    is_made_so,
     side_index,
     stored_index,
 )
@@ -254,27 +256,34 @@ class ShardTable:
             some = list(islice(left, protocol.INDEXES_TO_MAKE))
         return found
 
-    def _stored_index(self, object_no: int, stored: bytes | None) -> StoredIndex | None:
+    def _stored_index(self, consumer: Consumer, object_no: int, stored: bytes | None) -> StoredIndex | None:
         """The index that the service has, or None where it has none that can be used."""
         if stored is None:
             return None
         info = self._manifest.objects[object_no]
         try:
-            return stored_index(stored, info.url, info.size, info.start, info.whole.size - info.start)
+            found = stored_index(stored, info.url, info.size, info.start, info.whole.size - info.start)
         except ShardError:
             # Damaged, or of another version: worth no more than none. It is parsed again and the new one takes its
             # place.
             return None
+        return found if self._is_made_so(consumer, found, info.url) else None
+
+    def _is_made_so(self, consumer: Consumer, index: StoredIndex, url: str) -> bool:
+        about = self._descriptions.of(consumer, url) if is_described(url, self._how) else None
+        return is_made_so(index, url, self._how, about)
 
     def _in_memory(self, object_nos: Sequence[int]) -> dict[int, Index]:
         with self._lock:
             return {number: self._known[number] for number in object_nos if number in self._known}
 
     def _load(self, consumer: Consumer, object_no: int, stored: bytes | None) -> StoredIndex:
-        found = self._stored_index(object_no, stored)
+        found = self._stored_index(consumer, object_no, stored)
         if found is not None:
             return found
         index = self._sidecars.index(consumer, object_no) if self._sidecars is not None else None
+        if index is not None and not self._is_made_so(consumer, index, self._manifest.objects[object_no].url):
+            index = None
         if index is None:
             unproven = self._side_indexes.index(consumer, object_no)
             if unproven is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import fastload
-from fastload.errors import ConfigError, ObjectMissingError
+from fastload.errors import ConfigError, ObjectMissingError, ShardError
 from fastload.formats import wids
 from fastload.prepare import index
 from tests.formats import test_contract
@@ -209,3 +210,28 @@ def test_a_decode_function_that_returns_none_is_named(as_tuple: bool, folder: Pa
         with pytest.raises(ConfigError, match=says):
             list(fastload.DataLoader(dataset, batch_size=4, num_workers=count))
     assert len(list(fastload.DataLoader(dataset, batch_size=4, collate_fn=list))) == 1
+
+
+def test_what_was_read_in_another_format_does_not_count(folder: Path, cache: fastload.Cache) -> None:
+    path = folder / "x.tar"
+    path.write_bytes(LINES)
+    assert ids(path, cache, format="jsonl") == [*range(20)]
+    with pytest.raises(ShardError, match=r"x\.tar, offset 0"):
+        ids(path, cache)
+    sidecar = folder / "indexes.arrow"
+    index([str(path)], cache, how="jsonl", output=str(sidecar))
+    with pytest.raises(ShardError, match=r"x\.tar, offset 0"):
+        ids(path, cache, index=str(sidecar))
+    assert ids(path, cache, format="jsonl", index=str(sidecar)) == [*range(20)]
+
+
+def test_an_index_that_was_mended_counts(folder: Path, cache: fastload.Cache) -> None:
+    shutil.copytree(Path(__file__).parent / "written" / "litdata", folder, dirs_exist_ok=True)
+    (before,) = [sample for sample, _ in zip(fastload.StreamingDataset(f"{folder}/", cache=cache), "x", strict=False)]
+    about = json.loads((folder / "index.json").read_bytes())
+    about["config"]["data_spec"] = None
+    (folder / "index.json").write_text(json.dumps(about))
+    names = {str(number) for number in range(len(before) - 2)}
+    assert {*fastload.schema(f"{folder}/", cache=cache)} == names
+    (after,) = [sample for sample, _ in zip(fastload.StreamingDataset(f"{folder}/", cache=cache), "x", strict=False)]
+    assert {*after} == {"__key__", "__url__"} | names
