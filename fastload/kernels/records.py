@@ -167,7 +167,7 @@ def is_same(text: Bytes, start: int, end: int, names: Bytes, first: int, last: i
 def _escaped(byte: int) -> int:
     """What an escape of JSON other than that of a code point stands for; -1 where it is none."""
     if byte in (_QUOTE, _ESCAPE, 47):  # /
-        return int64(byte)
+        return int(byte)
     if byte == 98:  # b
         return 8
     if byte == 102:  # f
