@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fastload
@@ -161,3 +162,12 @@ def test_an_error_names_the_function_and_the_sample(new) -> None:
     assert any("filter(" in note and "broken" in note and "sample '" in note for note in caught.value.__notes__)
     with pytest.raises(ConfigError, match=r"map\(.*\): it returned None for a sample of a batch"):
         next(iter(loaded(new().filter(is_third).map(lambda sample: None))))
+
+
+def test_arrays_of_several_shapes_are_an_error_that_names_their_column(new) -> None:
+    def ragged(sample: dict[str, Any]) -> dict[str, Any]:
+        return {"n": sample["cls"], "x": np.zeros(2 + int(sample["cls"]) % 2)}
+
+    says = r"arrays of column 'x' have the shapes \(\d,\) and \(\d,\), .* give the loader a collate_fn"
+    with loaded(new().map(ragged).filter(lambda sample: True)) as loader, pytest.raises(ConfigError, match=says):
+        next(iter(loader))

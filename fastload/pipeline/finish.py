@@ -455,7 +455,7 @@ class Finish:
         try:
             return self._collated(samples, slots)
         except (TypeError, RuntimeError, ValueError, KeyError) as error:
-            reason = self._why_none(samples, gathered) or _why_unlike(samples)
+            reason = self._why_none(samples, gathered) or _why_unlike(samples) or _why_ragged(samples)
             if reason is None:
                 raise
             raise ConfigError(reason) from error
@@ -503,6 +503,24 @@ def _why_unlike(samples: list[Any]) -> str | None:
         f"samples of a batch have the columns {names}, and others of it {other}; let the functions given to map() "
         "return the same for each, also where they are of several sources of a mixture, or give the loader a collate_fn"
     )
+
+
+def _why_ragged(samples: list[Any]) -> str | None:
+    """What to say where a batch failed since arrays of a column differ in shape; None where none do."""
+    if not all(isinstance(sample, dict) for sample in samples):
+        return None
+    for name in samples[0]:
+        values = [sample[name] for sample in samples]
+        if all(isinstance(value, (np.ndarray, torch.Tensor)) for value in values):
+            shapes = list(dict.fromkeys(tuple(value.shape) for value in values))
+            if len(shapes) > 1:
+                return (
+                    f"arrays of column {name!r} have the shapes {shapes[0]} and {shapes[1]}, and samples that map() or "
+                    "filter() have seen are put together by torch's default_collate, which wants one shape; pad them "
+                    "in a function given to map(), leave the column out (columns=[...]), or give the loader a "
+                    "collate_fn"
+                )
+    return None
 
 
 def _stacked(slots: Slots, tensors: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> torch.Tensor:
