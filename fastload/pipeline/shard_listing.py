@@ -203,6 +203,7 @@ def _list_computed(
     shards = in_pieces(_inside(listed.shards, listed.unpacked_sizes))
     there = {info.url for info in beside}
     have_beside = np.array([beside_name(info.url, how) in there for info in shards], np.bool_)
+    _check_indexed_alike(shards, [url for url in there if url.endswith(how.beside_ending)], how)
     reading = how.reading
     if len(beside):
         identities = msgspec.msgpack.encode(list(beside.identities()))
@@ -217,6 +218,22 @@ def _list_computed(
     if len(counts) and not counts.any():
         raise ConfigError(how.why_none(shards))
     return Manifest(shards, promised=counts, sidecars=beside, reading=reading)
+
+
+def _check_indexed_alike(shards: ObjectTable, indexes: Sequence[str], how: ComputedFormat) -> None:
+    """Raise `ConfigError` where some shards have an index of their own and others none: they are read otherwise."""
+    if not indexes:
+        return
+    has, first = set(indexes), {True: "", False: ""}
+    for rows in shards.rows():
+        for url, *_ in rows:
+            is_indexed = beside_name(url, how) in has
+            first[is_indexed] = first[is_indexed] or url
+    if all(first.values()):
+        raise ConfigError(
+            f"{first[False]} has no index beside it ({how.beside_ending}), and {first[True]} has one, by whose "
+            "documents it is read: upload the index that is missing, or read them as two data sets (fastload.Mixture)"
+        )
 
 
 def _counted(

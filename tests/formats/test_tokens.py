@@ -515,6 +515,15 @@ def test_files_of_other_formats_and_dtypes_are_named(cache: fastload.Cache, data
 DOCS = [[[1, 2, 3], [4]], [[5, 6]], [[7] * 9]]
 
 
+@pytest.mark.parametrize("pack", [None, "cut"])
+def test_files_with_and_without_an_index_are_not_mixed(cache: fastload.Cache, data: Path, pack: Any) -> None:
+    token_writer.write(data / "x.bin", DOCS)
+    token_writer.write(data / "y.bin", DOCS)
+    (data / "x.idx").unlink()
+    with pytest.raises(ConfigError, match=r"x\.bin has no index beside it \(\.idx\), and .*y\.bin has one"):
+        read(f"{data}/", cache, tokens(4, "uint16", pack=pack))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
