@@ -50,6 +50,9 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "nothing").mkdir()
     (folder / "pictures").mkdir()
     (folder / "packed").mkdir()
+    (folder / "tables").mkdir()
+    for number in range(2):
+        (folder / "tables" / f"{number}.parquet").write_bytes(b"PAR1")
     (folder / "pictures" / "0.jpg").write_bytes(b"\xff\xd8" + b"0" * 600)
     (folder / "packed" / "x.tar.lz4").write_bytes(b"\x1f\x8b" + b"0" * 600)
     (folder / "empty.tar").write_bytes(tar_of({}))
@@ -147,6 +150,21 @@ MISTAKES: dict[str, Mistake] = {
         lambda d: d.read(d.dataset(f"{d.folder}/pictures/0.jpg")),
         fastload.ShardError,
         ("0.jpg", "it is read as a WebDataset tar", "format="),
+    ),
+    "a folder of tables": (
+        lambda d: d.read(d.dataset(f"{d.folder}/tables/")),
+        M,
+        ("/tables/: no shards", "2 .parquet", "(.parquet) are not read", "to_json(", "as MDS"),
+    ),
+    "a table": (
+        lambda d: d.read(d.dataset(f"{d.folder}/tables/0.parquet")),
+        fastload.ShardError,
+        ("/tables/0.parquet: tables (.parquet) are not read", 'read_parquet("x.parquet").to_json('),
+    ),
+    "a folder of files called otherwise": (
+        lambda d: d.read(d.dataset(f"{d.folder}/pictures/", format="tfrecord")),
+        M,
+        ("/pictures/: no shards", "named one by one, by a pattern"),
     ),
     "an empty folder": (lambda d: d.read(d.dataset(f"{d.folder}/nothing/")), M, ("/nothing/", "nothing at all")),
     "a folder of packed tars": (lambda d: d.read(d.dataset(f"{d.folder}/packed/")), M, ("x.tar.lz4", "zstd or gzip")),

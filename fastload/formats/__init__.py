@@ -87,7 +87,7 @@ ENDINGS = {
     "tar": (".tar",),
     "mds": (".mds", "shard.#.json", "shard.#.csv", "shard.#.tsv", "shard.#.xsv"),
     "jsonl": (".jsonl", ".ndjson"),
-    "tfrecord": (".tfrecord", ".tfrecords", ".tfrecord-#-of-#", ".tfrecords-#-of-#"),
+    "tfrecord": (".tfrecord", ".tfrecords", ".tfrec", ".tfrecord-#-of-#", ".tfrecords-#-of-#"),
     "litdata": ("chunk-#-#.bin", "chunk-#-#.zstd.bin", "chunk-#-#.zstd:#.bin"),
 }
 """The formats by name, and how the names of their shards end; "#" is a number."""

@@ -34,7 +34,7 @@ BYTES_MAX = 256 << 20
 # Between two members: long names, pax headers, folders. What has more is read by walking over it.
 _GAP_BYTES_MAX = 128 << 10
 _BLOCK = 512
-_ENDINGS = {"tar": (".tar",), "tfrecord": (".tfrecord", ".tfrecords")}
+_ENDINGS = {"tar": (".tar",), "tfrecord": (".tfrecord", ".tfrecords", ".tfrec")}
 _DALI = re.compile(rb"v1\.2 (\d{1,18})\s*")
 
 Int64s = NDArray[np.int64]

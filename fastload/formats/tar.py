@@ -29,6 +29,7 @@ from fastload.formats.shard_index import ShardIndex
 from fastload.kernels import tarindex
 from fastload.kernels.grouping import group
 from fastload.kernels.tarindex import STATE_SIZE, scan
+from fastload.store.listing import of_table
 
 __all__ = ["HeaderReader", "TarIndexer", "index_of_members", "tail_bytes_max"]
 
@@ -193,6 +194,8 @@ class TarIndexer:
         said = f"{where}: {_WORDS[code]}" + (f" (member {name!r})" if name else "")
         if at or shard_name(self._url).lower().endswith(".tar"):
             return said
+        if table := of_table(shard_name(self._url)):
+            return f"{self._url}: {table}"
         return (
             f"{said}; it is read as a WebDataset tar, as its name says nothing else: if it is none, name its "
             'format: format="jsonl", or "tokens(LENGTH, DTYPE)" for a file of tokens'

@@ -32,6 +32,14 @@ _HEADS_AT_ONCE = 16
 # Plain URLs of one folder for which it is listed, however much else may be in it. Fewer take no longer one by one.
 _LISTED_FROM = _HEADS_AT_ONCE + 1
 _SHOWN = 3
+_TABLES = {
+    ".parquet": 'read_parquet("x.parquet")',
+    ".arrow": 'read_feather("x.arrow")',
+    ".feather": 'read_feather("x.feather")',
+    ".orc": 'read_orc("x.orc")',
+    ".csv": 'read_csv("x.csv")',
+    ".tsv": 'read_csv("x.tsv", sep="\\t")',
+}
 _NOT_UNPACKED = (".tar.lz4", ".tlz4", ".tar.Z")
 
 
@@ -146,18 +154,35 @@ def _no_shards(prefix: str, there: list[str], endings: Sequence[str]) -> str:
     counts = ", ".join(f"{count} {ending}" for ending, count in by_ending.most_common(_SHOWN))
     others = "other object" + "s" * (len(there) > 1)
     held = f"{len(there)} {others} ({counts}), the first: {', '.join(there[:_SHOWN])}"
-    if any(name.endswith(_NOT_UNPACKED) for name in there):
+    tables = list(filter(None, map(of_table, there)))
+    if 2 * len(tables) >= len(there):
+        cure = tables[0]
+    elif any(name.endswith(_NOT_UNPACKED) for name in there):
         cure = "shards that are packed by lz4 or compress are not read, so pack them with zstd or gzip"
     elif ".bin" not in endings and (".bin" in by_ending or ".npy" in by_ending):
         cure = 'files of tokens (.bin, .npy) are read with format="tokens(LENGTH, DTYPE)"'
     elif ".json" in by_ending and ".jsonl" in endings:
         cure = 'files of JSON lines that end in .json are read where they are named one by one, with format="jsonl"'
     elif ".tar" not in endings or ".jsonl" not in endings:  # those of a format that was named
-        cure = f"{how_to_name(prefix)}, or leave out the format, which then goes by the endings"
+        cure = (
+            f"{how_to_name(prefix)}, or leave out the format, which then goes by the endings; files that are called "
+            "otherwise are read where they are named one by one, by a pattern or by a list"
+        )
     else:
         pack = "or pack its files into shards: tar --sort=name -cf train-000000.tar FOLDER"
         cure = f"{how_to_name(prefix)}, {pack}"
     return f"{prefix}: no shards ({kinds}) under this prefix, which holds {held}; {cure}"
+
+
+def of_table(name: str) -> str:
+    """What to do about a file of a name that says that it is a table; "" about others."""
+    kind = os.path.splitext(name)[1].lower()
+    if kind not in _TABLES:
+        return ""
+    return (
+        f"tables ({kind}) are not read; write their rows as JSON lines, for example with pandas: "
+        f'{_TABLES[kind]}.to_json("x.jsonl", orient="records", lines=True), or as MDS, which keeps their types'
+    )
 
 
 @functools.lru_cache(maxsize=64)

@@ -341,7 +341,7 @@ def test_what_is_packed_in_other_ways_says_what_to_do(url: str, tool: str) -> No
 
 
 def test_endings() -> None:
-    records = ".tfrecord", ".tfrecords", ".tfrecord-#-of-#", ".tfrecords-#-of-#"
+    records = ".tfrecord", ".tfrecords", ".tfrec", ".tfrecord-#-of-#", ".tfrecords-#-of-#"
     chunks = "chunk-#-#.bin", "chunk-#-#.zstd.bin", "chunk-#-#.zstd:#.bin"
     texts = (f"shard.#.{each}" for each in ("json", "csv", "tsv", "xsv"))
     plain = ".tar", ".mds", *texts, ".jsonl", ".ndjson", *records, *chunks

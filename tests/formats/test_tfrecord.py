@@ -154,7 +154,7 @@ def test_shards_that_differ_are_read_as_one_or_refused_naming_both(cache: fastlo
 @pytest.mark.parametrize(
     ("name", "is_one"),
     [
-        ("a.tfrecord", True), ("A.TFRecords", True), ("x.tfrecord-00000-of-00010", True),
+        ("a.tfrecord", True), ("A.TFRecords", True), ("a.tfrec", True), ("x.tfrecord-00000-of-00010", True),
         ("x.tfrecords-1-of-2", True), ("x.tfrecord-00000-of-", False), ("x.tfrecord-a-of-1", False),
         ("tfrecord-00000-of-00001", False), ("x.tfrecord-0-of-1.idx", False),
     ],
